@@ -1,0 +1,67 @@
+"""regard: the attention workbench for PyTorch.
+
+Every mechanism is a card in the catalogue, a function in :mod:`regard.functional` and a layer from
+:func:`regard.create_layer`; all share one contract (:mod:`regard.contract`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from regard.backends import which_backend
+from regard.catalogue import get_mechanism, list_mechanisms, load_plugin, register
+from regard.contract import (
+    BlockMask,
+    Context,
+    Kind,
+    Mask,
+    Mechanism,
+    Pattern,
+    Result,
+    Role,
+    State,
+    Unsupported,
+)
+from regard.create import create_layer
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "compare": "regard.workbench.compare",
+    "functional": "regard.functional",
+    "models": "regard.models",
+    "profile": "regard.workbench.profile",
+    "verify": "regard.workbench.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'regard' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return getattr(module, name, module)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "BlockMask",
+    "Context",
+    "Kind",
+    "Mask",
+    "Mechanism",
+    "Pattern",
+    "Result",
+    "Role",
+    "State",
+    "Unsupported",
+    "create_layer",
+    "get_mechanism",
+    "list_mechanisms",
+    "load_plugin",
+    "register",
+    "which_backend",
+]

@@ -1,0 +1,304 @@
+"""Runs any mechanism on tensors.
+
+`apply` does what needs no code of a mechanism's own: it checks shapes against the card, moves valid tokens to the
+right-padded layout (so rank equals index inside a mechanism), replaces padding by zeros, chooses the form, and puts
+outputs back in their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from regard.contract import Call, Mask, Mechanism, Pattern, Result, State, Unsupported, closest
+from regard.ragged import Gathering, gather_pairs, gathering
+
+
+def _axes(card: Mechanism, name: str) -> str:
+    return card.inputs[name] if name in card.inputs else card.inputs[name + "?"]
+
+
+def input_names(card: Mechanism) -> list[str]:
+    return [n.rstrip("?") for n in card.inputs]
+
+
+def memory_inputs(card: Mechanism) -> list[str]:
+    """Inputs that belong to the memory (they have the axis m and not n)."""
+    return [n for n in input_names(card) if "m" in _axes(card, n) and "n" not in _axes(card, n)]
+
+
+def _check_shapes(card: Mechanism, tensors: Mapping[str, Tensor], same_length: bool) -> dict[str, int]:
+    """The size of each axis letter; raises Unsupported where tensors disagree with the card or with each other."""
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        axes = _axes(card, name)
+        if tensor.ndim != len(axes):
+            raise Unsupported(
+                f"{card.name}: {name} of shape {tuple(tensor.shape)}", supported=f"axes ({', '.join(axes)})"
+            )
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if axis == "h" and "h" in sizes and size != sizes["h"]:
+                big, small = max(size, sizes["h"]), min(size, sizes["h"])
+                if small == 0 or big % small:
+                    raise Unsupported(
+                        f"{card.name}: {name} with {size} heads beside {sizes['h']}", supported="a divisor"
+                    )
+                sizes["h"] = big
+            elif sizes.setdefault(axis, size) != size:
+                raise Unsupported(
+                    f"{card.name}: {name} of shape {tuple(tensor.shape)} has {axis} = {size}, another input {sizes[axis]}",
+                    supported=", ".join(f"{n}: ({', '.join(_axes(card, n))})" for n in tensors),
+                )
+    if "g" in sizes and sizes.get("h", sizes["g"]) % max(sizes["g"], 1):
+        raise Unsupported(
+            f"{card.name}: {sizes['h']} heads over {sizes['g']} groups", supported="a multiple of the groups"
+        )
+    if same_length and "n" in sizes and "m" in sizes and sizes["n"] != sizes["m"] and not card.uneven:
+        raise Unsupported(
+            f"{card.name} in causal-self with N = {sizes['n']} queries and M = {sizes['m']} keys",
+            supported="N = M",
+            nearest="softmax",
+        )
+    return sizes
+
+
+def _expand_heads(card: Mechanism, tensors: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    expanded = {}
+    for name, tensor in tensors.items():
+        axes = _axes(card, name)
+        if "h" in axes and tensor.shape[axes.index("h")] != heads:
+            at = axes.index("h")
+            tensor = tensor.repeat_interleave(heads // tensor.shape[at], at)
+        expanded[name] = tensor
+    return expanded
+
+
+def choose_form(
+    card: Mechanism, pattern: Pattern, n: int, *, has_memory: bool, stateful: bool, continuing: bool
+) -> str:
+    """The form that `apply` runs when none is asked for."""
+    forms = card.forms
+    if pattern.cross:
+        if continuing and not has_memory:
+            return "read"
+        if stateful or "parallel" not in forms:
+            return "absorb+read"
+        return "parallel"
+    if stateful:
+        if "chunked" not in forms or pattern.causal is False:
+            raise Unsupported(
+                f"a state of {card.name} in {pattern.value}",
+                supported="causal-self, and cross patterns where the memory can be absorbed",
+                nearest="softmax" if pattern.causal else "causal-self",
+            )
+        return "step" if continuing and n == 1 and "step" in forms else "chunked"
+    if card.default_form in forms:
+        return card.default_form
+    return "parallel" if "parallel" in forms else "chunked"
+
+
+def apply(
+    card: Mechanism,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    pattern: str | Pattern = Pattern.CAUSAL_SELF,
+    mask: Mask | None = None,
+    memory_mask: Mask | None = None,
+    state: State | None = None,
+    return_state: bool = False,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+    form: str | None = None,
+    config: Any = None,
+    **rest: Any,
+) -> Result:
+    """Run a mechanism on tensors named as on its card.
+
+    Args:
+        tensors: inputs by name; the memory's may be None when `state` has absorbed it (cross patterns).
+        mask: of the queries, and of the keys in self patterns with N = M.
+        memory_mask: of the keys in cross patterns, and in causal-self with N != M.
+        state: continue from it; the result then has the new state.
+        form: ``reference``, ``parallel``, ``chunked``, ``step`` or ``read`` instead of the usual choice.
+        rest: other fields of :class:`regard.contract.Call` (roles, grid, dropout, generator, want, ...).
+
+    Raises:
+        Unsupported: for anything the card does not claim.
+    """
+    wanted = card.require_pattern(pattern)
+    given = {n: t for n, t in tensors.items() if t is not None}
+    for name in given:
+        if name not in input_names(card):
+            raise Unsupported(
+                f"{card.name}: input {name!r}",
+                supported=", ".join(input_names(card)),
+                nearest=closest(name, input_names(card)),
+            )
+    has_memory = not memory_inputs(card) or any(n in given for n in memory_inputs(card))
+    missing = [n for n in card.inputs if not n.endswith("?") and n not in given]
+    if missing and not (wanted.cross and state is not None and not has_memory):
+        raise Unsupported(f"{card.name} without {', '.join(missing)}", supported=", ".join(card.inputs))
+    if state is not None and card.state is not None and not isinstance(state, card.state):
+        raise Unsupported(f"{card.name} with a state of {type(state).__name__}", supported=card.state.__name__)
+    if state is not None and card.state is None:
+        raise Unsupported(f"{card.name} with a state", supported="whole sequences only")
+    _check_honoured(card, mask, memory_mask, rest)
+    sizes = _check_shapes(card, given, wanted is Pattern.CAUSAL_SELF and state is None)
+    config = card.options() if config is None else config
+    first = next(iter(given.values()))
+    batch, n, m = sizes.get("b", 1), sizes.get("n", 0), sizes.get("m", sizes.get("n", 0))
+    if wanted is Pattern.NONCAUSAL_SELF and n != m:
+        raise Unsupported(
+            f"{card.name} in noncausal-self with N = {n} and M = {m}", supported="N = M", nearest="noncausal-cross"
+        )
+    if not wanted.cross and memory_mask is None and n == m:
+        memory_mask = None if mask is None else Mask(mask.valid, mask.lengths, mask.cu_seqlens, mask.max_length)
+    queries = gathering(mask, batch, n, first.device)
+    keys = (
+        queries
+        if not wanted.cross and n == m and memory_mask is not None and _same(mask, memory_mask)
+        else gathering(memory_mask, batch, m, first.device)
+    )
+    given = _expand_heads(card, given, sizes["h"]) if "h" in sizes else given
+    laid_out = {name: _lay_out(card, name, tensor, queries, keys) for name, tensor in given.items()}
+    bias = None if mask is None or mask.bias is None else gather_pairs(mask.bias, queries, keys)
+    roles = rest.pop("roles", None)
+    if roles is not None:
+        roles = keys.gather(roles, axis=-1)
+    if scale is None:
+        scale = _scale(card, laid_out)
+    want = frozenset(rest.pop("want", ()))
+    call = Call(
+        pattern=wanted,
+        config=config,
+        scale=scale,
+        lengths=queries.lengths,
+        memory_lengths=keys.lengths,
+        bias=bias,
+        blocks=None if mask is None else mask.blocks,
+        state=state,
+        chunk_size=chunk_size,
+        backend=backend,
+        roles=roles,
+        want=want,
+        **rest,
+    )
+    stateful = return_state or state is not None or "state" in want
+    chosen = form or choose_form(
+        card, wanted, n, has_memory=has_memory, stateful=stateful, continuing=state is not None
+    )
+    result = run_form(card, chosen, call, laid_out)
+    result.output = _put_back(card, result.output, queries)
+    if not stateful:
+        result.state = None
+    return result
+
+
+def absorb(
+    card: Mechanism,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    pattern: str | Pattern,
+    memory_mask: Mask | None = None,
+    state: State | None = None,
+    config: Any = None,
+    **rest: Any,
+) -> State:
+    """The state after absorbing memory (cross patterns); call again with `state` as more of it streams in.
+
+    Args:
+        tensors: the memory's inputs by name; others are ignored by the mechanism's ``absorb`` form.
+        memory_mask: of the memory.
+
+    Raises:
+        Unsupported: when the mechanism cannot absorb memory.
+    """
+    wanted = card.require_pattern(pattern)
+    if "absorb" not in card.forms:
+        raise Unsupported(f"absorbing memory with {card.name}", supported="whole calls", nearest="softmax")
+    given = {n: t for n, t in tensors.items() if t is not None and n in memory_inputs(card)}
+    sizes = _check_shapes(card, given, False)
+    first = next(iter(given.values()))
+    keys = gathering(memory_mask, sizes["b"], sizes["m"], first.device)
+    laid_out = {name: _lay_out(card, name, tensor, keys, keys) for name, tensor in given.items()}
+    call = Call(
+        pattern=wanted,
+        config=card.options() if config is None else config,
+        scale=_scale(card, laid_out),
+        memory_lengths=keys.lengths,
+        state=state,
+        **rest,
+    )
+    return card.forms["absorb"](call, **laid_out)
+
+
+def _scale(card: Mechanism, tensors: Mapping[str, Tensor]) -> float:
+    if card.default_scale != "rsqrt":
+        return float(card.default_scale)
+    width = next((tensors[n].shape[-1] for n in ("k", "q") if n in tensors), 1)
+    return max(width, 1) ** -0.5
+
+
+def run_form(card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor]) -> Result:
+    """Run one form on right-padded tensors."""
+    if form == "absorb+read":
+        memory = {n: tensors.pop(n) for n in memory_inputs(card) if n in tensors}
+        state = call.state
+        if memory:
+            state = card.forms["absorb"](call, **memory)
+        return _as_result(card.forms["read"](call.replace(state=state), **tensors), state)
+    if form not in card.forms:
+        raise Unsupported(
+            f"form {form!r} of {card.name}", supported=", ".join(card.forms), nearest=closest(form, card.forms)
+        )
+    return _as_result(card.forms[form](call, **tensors), call.state if form == "read" else None)
+
+
+def _as_result(found: Tensor | Result, state: Any) -> Result:
+    result = found if isinstance(found, Result) else Result(found)
+    if result.state is None:
+        result.state = state
+    return result
+
+
+def _same(a: Mask | None, b: Mask | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.valid is b.valid and a.lengths is b.lengths and a.cu_seqlens is b.cu_seqlens
+
+
+def _lay_out(card: Mechanism, name: str, tensor: Tensor, queries: Gathering, keys: Gathering) -> Tensor:
+    axes = _axes(card, name)
+    for letter, layout in (("n", queries), ("m", keys)):
+        if letter in axes:
+            tensor = layout.gather(tensor, axis=axes.index(letter), batch_axis=axes.index("b"))
+    return tensor
+
+
+def _put_back(card: Mechanism, output: Tensor, queries: Gathering) -> Tensor:
+    if "n" not in card.output:
+        return output
+    return queries.scatter(output, axis=card.output.index("n"), batch_axis=card.output.index("b"))
+
+
+def _check_honoured(card: Mechanism, mask: Mask | None, memory_mask: Mask | None, rest: dict[str, Any]) -> None:
+    asked = {
+        "bias": (mask is not None and mask.bias is not None) or rest.get("position_bias") is not None,
+        "blocks": mask is not None and mask.blocks is not None,
+        "dropout": rest.get("dropout", 0.0) > 0,
+        "weights": "weights" in rest.get("want", ()),
+        "roles": rest.get("roles") is not None,
+    }
+    if memory_mask is not None and (memory_mask.bias is not None or memory_mask.blocks is not None):
+        raise Unsupported("a memory mask with bias or blocks", supported="bias and blocks on mask, which has the pairs")
+    for what, wanted in asked.items():
+        if wanted and what not in card.honours:
+            words = {"bias": "additive scores", "blocks": "a block mask", "dropout": "dropout of attention weights"}
+            raise Unsupported(
+                f"{card.name} with {words.get(what, what)}",
+                supported=", ".join(sorted(card.honours)) or "valid, lengths and cu_seqlens masks",
+                nearest="softmax",
+            )

@@ -1,0 +1,93 @@
+"""How an engine runs: PyTorch everywhere, faster code where there is some for the tensor's device.
+
+Dispatch looks at the device of the tensors and at what was asked for, never at what happens to be importable. A backend
+that was asked for by name never falls back to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from regard.backends.torch import attention, gated_recurrence, softmax_scan
+from regard.contract import Unsupported, closest
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run engines.
+
+    Attributes:
+        name: what users ask for.
+        devices: device types it runs on; every device when empty.
+        engines: function that runs each engine that it has.
+    """
+
+    name: str
+    devices: frozenset[str]
+    engines: dict[str, Callable[..., Any]]
+
+
+TORCH = Backend(
+    "torch",
+    frozenset(),
+    {
+        "attention": attention.run,
+        "gated_recurrence": gated_recurrence.run,
+        "softmax_scan": softmax_scan.run,
+    },
+)
+
+BACKENDS = [TORCH]
+"""In order of preference: the first that has the engine for the device runs it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that would run, and why."""
+
+    name: str
+    reason: str
+
+
+def _find(engine: str, device: torch.device, requested: str | None) -> tuple[Backend, str]:
+    if requested is not None:
+        names = [b.name for b in BACKENDS]
+        for backend in BACKENDS:
+            if backend.name == requested:
+                if engine not in backend.engines:
+                    raise Unsupported(
+                        f"backend {requested!r} for the engine {engine}",
+                        supported=", ".join(b.name for b in BACKENDS if engine in b.engines),
+                    )
+                if backend.devices and device.type not in backend.devices:
+                    raise Unsupported(
+                        f"backend {requested!r} on {device.type}",
+                        supported=", ".join(sorted(backend.devices)),
+                        nearest=_find(engine, device, None)[0].name,
+                    )
+                return backend, "requested"
+        raise Unsupported(f"backend {requested!r}", supported=", ".join(names), nearest=closest(requested, names))
+    for backend in BACKENDS:
+        if engine in backend.engines and (not backend.devices or device.type in backend.devices):
+            return backend, f"the first of {', '.join(b.name for b in BACKENDS)} with {engine} on {device.type}"
+    raise Unsupported(f"engine {engine!r}", supported=", ".join(TORCH.engines), nearest=closest(engine, TORCH.engines))
+
+
+def which_backend(engine: str, *, device: str | torch.device = "cpu", backend: str | None = None) -> Choice:
+    """The backend that would run `engine` (``attention``, ``gated_recurrence``, ``softmax_scan``) and the reason.
+
+    Raises:
+        Unsupported: for an unknown engine or backend, or a backend that lacks the engine or the device.
+    """
+    found, reason = _find(engine, torch.device(device), backend)
+    return Choice(found.name, reason)
+
+
+def resolve(engine: str, device: torch.device, requested: str | None) -> Callable[..., Any]:
+    """The function that runs `engine` for tensors on `device`."""
+    backend, _ = _find(engine, device, requested)
+    return backend.engines[engine]

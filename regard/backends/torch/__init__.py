@@ -1,0 +1,1 @@
+"""Engines in plain PyTorch: traceable, differentiable, on every device."""

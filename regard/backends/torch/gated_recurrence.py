@@ -1,0 +1,123 @@
+"""Chunked gated recurrence in PyTorch.
+
+Inside a chunk, everything is built from one primitive, the decayed product
+
+    A(x, y)_ij = sum_d x_id y_jd exp(sum of g_rd for r in (j, i]),      j <= i,
+
+which gives the read A(q, k) and, strictly below the diagonal, the triangular system of the delta rule. Exponents are
+sums of non-positive numbers over the segment itself: subtracting cumulative sums would lose a hundredfold at strong
+gates, and would turn -inf gates into NaN.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def segment_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... n n d"]:
+    """Sums of g over (j, i] for i >= j (0 on the diagonal, -inf above), without a subtraction."""
+    n = g.shape[-2]
+    below = torch.ones(n, n, dtype=torch.bool, device=g.device).tril(-1)[:, :, None]
+    summed = torch.where(below, g[..., :, None, :], 0).cumsum(-3)
+    return summed.masked_fill(~(below | torch.eye(n, dtype=torch.bool, device=g.device)[:, :, None]), -torch.inf)
+
+
+def suffix_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
+    """Sums of g over the tokens after each token: (j, end]."""
+    shifted = F.pad(g[..., 1:, :], (0, 0, 0, 1))
+    return shifted.flip(-2).cumsum(-2).flip(-2)
+
+
+def decayed_product(
+    x: Float[Tensor, "... c k"], y: Float[Tensor, "... c k"], g: Float[Tensor, "... c #k"] | None, sub_chunk: int
+) -> Float[Tensor, "... c c"]:
+    """A(x, y) on and below the diagonal; entries above it are 0."""
+    if g is None:
+        return (x @ y.mT).tril()
+    if g.shape[-1] == 1:
+        return (x @ y.mT).tril() * segment_sum(g)[..., 0].exp()
+    rows = []
+    past: Tensor | None = None
+    length = x.shape[-2]
+    for start in range(0, length, sub_chunk):
+        part = slice(start, min(start + sub_chunk, length))
+        x_here, y_here, g_here = x[..., part, :], y[..., part, :], g[..., part, :]
+        near = torch.einsum("...ik,...jk,...ijk->...ij", x_here, y_here, segment_sum(g_here).exp())
+        row = [near]
+        if past is not None:
+            row.insert(0, (x_here * g_here.cumsum(-2).exp()) @ past.mT)
+        rows.append(F.pad(torch.cat(row, -1), (0, length - part.stop)))
+        decayed = y_here * suffix_sum(g_here).exp()
+        past = decayed if past is None else torch.cat([past * g_here.sum(-2, keepdim=True).exp(), decayed], -2)
+    return torch.cat(rows, -2)
+
+
+def run(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    chunk_size: int,
+    sub_chunk: int,
+    inclusive: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """See :func:`regard.engines.gated_recurrence.gated_recurrence`."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    batch, heads, n, width = k.shape
+    if state is None:
+        state = k.new_zeros(batch, heads, width, v.shape[-1], dtype=dtype)
+    state = state.to(dtype)
+    if n == 0:
+        return (None if q is None else v), state
+    size = min(chunk_size, n)
+    padding = -n % size
+
+    def chunks(x: Tensor | None) -> Tensor | None:
+        # (b, h, n, d) -> (b, h, chunks, size, d); padding with zeros neither writes nor decays
+        return None if x is None else F.pad(x.to(dtype), (0, 0, 0, padding)).unflatten(2, (-1, size))
+
+    q_, k_, v_, g = chunks(q), chunks(k), chunks(v), chunks(log_decay)
+    beta_ = None if beta is None else chunks(beta[..., None])
+    assert k_ is not None and v_ is not None
+    k_out, k_in, q_in, total = k_, k_, q_, None
+    if g is not None:
+        from_start = g.cumsum(-2).exp()
+        k_out, k_in = k_ * suffix_sum(g).exp(), k_ * from_start
+        q_in = None if q_ is None else q_ * from_start
+        total = g.sum(-2).exp()[..., None]
+    if beta_ is not None:
+        # (I + L) u = beta (v - k_in S): solved for v and k_in at once, before the states are known
+        lower = beta_ * decayed_product(k_, k_, g, sub_chunk).tril(-1)
+        identity = torch.eye(size, dtype=dtype, device=k.device)
+        right = beta_ * torch.cat([v_, k_in], -1)
+        solved = torch.linalg.solve_triangular(identity + lower, right, upper=False, unitriangular=True)
+        v_, k_in = solved.split([v.shape[-1], width], -1)
+    near = None
+    if q_ is not None:
+        near = decayed_product(q_, k_, g, sub_chunk)
+        near = near if inclusive else near.tril(-1)
+        if beta_ is None:
+            near = near @ v_
+
+    outputs = []
+    for c in range(k_.shape[2]):
+        u = v_[:, :, c]
+        if beta_ is not None:
+            u = u - k_in[:, :, c] @ state
+        if q_in is not None and near is not None:
+            inside = near[:, :, c] if beta_ is None else near[:, :, c] @ u
+            outputs.append(q_in[:, :, c] @ state + inside)
+        write = k_out[:, :, c].mT @ u
+        state = write + (state if total is None else total[:, :, c] * state)
+    if not outputs:
+        return None, state
+    return torch.cat(outputs, 2)[:, :, :n].to(v.dtype), state

@@ -1,0 +1,146 @@
+"""Finds mechanisms: every module in `regard/mechanisms`, third parties' entry points, and plugin files."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest
+
+ENTRY_POINTS = "regard.mechanisms"
+
+_plugins: dict[str, tuple[Mechanism, ModuleType]] = {}
+
+
+@functools.cache
+def _installed() -> dict[str, tuple[Mechanism, ModuleType]]:
+    import regard.mechanisms as folder
+
+    found: dict[str, tuple[Mechanism, ModuleType]] = {}
+    for entry in pkgutil.iter_modules(folder.__path__):
+        module = importlib.import_module(f"regard.mechanisms.{entry.name}")
+        found[module.MECHANISM.name] = (module.MECHANISM, module)
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        module = importlib.import_module(point.module)
+        card = point.load()
+        if not isinstance(card, Mechanism):
+            raise Unsupported(f"entry point {point.value!r} of type {type(card).__name__}", supported="a Mechanism")
+        found[card.name] = (card, module)
+    return found
+
+
+def _catalogue() -> dict[str, tuple[Mechanism, ModuleType]]:
+    return _installed() | _plugins
+
+
+def register(card: Mechanism, module: ModuleType) -> Mechanism:
+    """Add a mechanism for this process. A name or alias that is taken raises Unsupported."""
+    for other, _ in _catalogue().values():
+        if other is card:
+            return card
+        clash = {card.name, *card.aliases} & {other.name, *other.aliases}
+        if clash:
+            raise Unsupported(f"a second mechanism called {sorted(clash)[0]!r}", supported="names not in regard list")
+    _plugins[card.name] = (card, module)
+    return card
+
+
+def unregister(name: str) -> None:
+    """Forget a mechanism added by :func:`register` or :func:`load_plugin`."""
+    _plugins.pop(name, None)
+
+
+def load_plugin(path: str | Path) -> ModuleType:
+    """Run a user's Python file; if it defines ``MECHANISM``, add it to the catalogue of this process.
+
+    Raises:
+        Unsupported: when the file is missing, fails to run, or its MECHANISM is not a card.
+    """
+    file = Path(path)
+    if not file.is_file():
+        siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise Unsupported(
+            f"plugin {str(path)!r}: no such file", supported="a Python file", nearest=closest(file.name, siblings)
+        )
+    name = f"regard_plugin_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise Unsupported(f"plugin {str(path)!r}", supported="a Python file ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise Unsupported(
+            f"plugin {str(path)!r} raised {type(error).__name__}: {error}",
+            supported="a file that imports without error",
+        ) from error
+    card = getattr(module, "MECHANISM", None)
+    if card is not None:
+        if not isinstance(card, Mechanism):
+            raise Unsupported(
+                f"MECHANISM of type {type(card).__name__} in {str(path)!r}", supported="a regard.Mechanism"
+            )
+        register(card, module)
+    elif not hasattr(module, "TASK"):
+        raise Unsupported(
+            f"plugin {str(path)!r} without MECHANISM or TASK", supported="a file that defines one of them"
+        )
+    return module
+
+
+def get_mechanism(name: str) -> Mechanism:
+    """The card of a mechanism by name or alias; an unknown name raises Unsupported with the nearest one."""
+    return _lookup(name)[0]
+
+
+def get_module(name: str) -> ModuleType:
+    """The module that defines a mechanism, for its docstring."""
+    return _lookup(name)[1]
+
+
+def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
+    entries = _catalogue()
+    if name in entries:
+        return entries[name]
+    for card, module in entries.values():
+        if name in card.aliases:
+            return card, module
+    words = [w for card, _ in entries.values() for w in (card.name, *card.aliases)]
+    raise Unsupported(f"mechanism {name!r}", supported=", ".join(sorted(entries)), nearest=closest(name, words))
+
+
+def list_mechanisms(
+    *,
+    pattern: str | Pattern | None = None,
+    kind: str | Kind | None = None,
+    recurrent: bool | None = None,
+    where: Callable[[Mechanism], bool] | None = None,
+) -> list[str]:
+    """Names of the mechanisms in the catalogue, sorted.
+
+    Args:
+        pattern: only those that have this pattern.
+        kind: only those of this kind.
+        recurrent: only those whose decoding state does (or does not) stay the same size.
+        where: any other condition on the card.
+    """
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    if kind is not None and kind not in list(Kind):
+        raise Unsupported(f"kind {kind!r}", supported=", ".join(Kind), nearest=closest(str(kind), list(Kind)))
+    return sorted(
+        card.name
+        for card, _ in _catalogue().values()
+        if (wanted is None or wanted in card.patterns)
+        and (kind is None or card.kind == kind)
+        and (recurrent is None or card.recurrent == recurrent)
+        and (where is None or where(card))
+    )

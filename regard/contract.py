@@ -1,0 +1,570 @@
+"""The few words everything shares: patterns, masks, context, state, results and the mechanism card.
+
+A *mechanism* is described once, by its card (:class:`Mechanism`); everything else in regard (functions, layers, tests,
+documentation, the command line) reads the card. A *form* is one way to compute a mechanism: ``reference`` (the
+definition), ``parallel``, ``chunked``, ``step``, and for cross patterns ``absorb`` and ``read``. Forms receive dense,
+right-padded tensors and a :class:`Call`; the gathering of padding, packing and sanitising happens before them, in
+:mod:`regard.functional`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+Tensors = dict[str, Tensor]
+
+
+class Unsupported(ValueError):
+    """The one exception for a request that cannot be honoured.
+
+    Args:
+        asked: what was asked for.
+        supported: what is accepted instead, in words.
+        nearest: the nearest alternative, ready to use.
+    """
+
+    def __init__(self, asked: str, *, supported: str = "", nearest: str = "") -> None:
+        self.asked, self.supported, self.nearest = asked, supported, nearest
+        parts = [asked.rstrip(".")]
+        if supported:
+            parts.append(f"supported: {supported}")
+        if nearest:
+            parts.append(f"nearest: {nearest}")
+        super().__init__("; ".join(parts))
+
+
+def closest(word: str, choices: Iterable[str]) -> str:
+    """The choice spelled most like `word`, or ``""`` when none is close."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return found[0] if found else ""
+
+
+class Pattern(enum.StrEnum):
+    """The four ways attention is used (Comprehensive Attention Benchmark, arXiv 2210.07661).
+
+    In ``causal-cross`` output i may depend on queries <= i and on all of the memory; a streaming alignment of memory is
+    a separate mask. In ``causal-self`` with more keys than queries (or fewer) positions align bottom-right.
+    """
+
+    NONCAUSAL_SELF = "noncausal-self"
+    CAUSAL_SELF = "causal-self"
+    NONCAUSAL_CROSS = "noncausal-cross"
+    CAUSAL_CROSS = "causal-cross"
+
+    @property
+    def causal(self) -> bool:
+        return self in (Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS)
+
+    @property
+    def cross(self) -> bool:
+        return self in (Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
+
+    @classmethod
+    def parse(cls, value: str | Pattern) -> Pattern:
+        try:
+            return cls(value)
+        except ValueError:
+            names = [p.value for p in cls]
+            raise Unsupported(
+                f"pattern {value!r}", supported=", ".join(names), nearest=closest(str(value), names)
+            ) from None
+
+
+ALL_PATTERNS = tuple(Pattern)
+
+
+class Kind(enum.StrEnum):
+    """What a mechanism maps: see the table of kinds in the design notes."""
+
+    ATTENTION = "attention"
+    MIXER = "mixer"
+    POOLING = "pooling"
+    PROJECTION = "projection"
+    WRAPPER = "wrapper"
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Block-sparse visibility on token *ranks* (True = may attend).
+
+    Query rank i lies in block ``i // block_size``. In causal-self, queries count from the offset M - N of the row.
+
+    Attributes:
+        visible: blocks that may attend, broadcast over batch and heads.
+        block_size: tokens a block, in queries and keys.
+    """
+
+    visible: Bool[Tensor, "#b #h q_blocks k_blocks"]
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which tokens of one sequence axis exist, and what pairs of them may see each other. True = may attend.
+
+    Give at most one of `valid`, `lengths`, `cu_seqlens`. `bias` and `blocks` describe pairs and belong to the query
+    side's mask; a mechanism that cannot honour them refuses.
+
+    Attributes:
+        valid: key padding of any shape (left, right, inside).
+        lengths: valid tokens of each right-padded row.
+        cu_seqlens: borders of documents packed into one row (batch size 1), starting with 0.
+        max_length: length of the longest document, as a Python int; computed from `cu_seqlens` when not given.
+        bias: added to the scores of exact mechanisms; -inf hides a pair.
+        blocks: block-sparse visibility.
+    """
+
+    valid: Bool[Tensor, "b n"] | None = None
+    lengths: Int[Tensor, " b"] | None = None
+    cu_seqlens: Int[Tensor, " documents+1"] | None = None
+    max_length: int | None = None
+    bias: Float[Tensor, "#b #h n m"] | None = None
+    blocks: BlockMask | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("valid", "lengths", "cu_seqlens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise Unsupported(
+                f"a mask with both {given[0]} and {given[1]}", supported="one of valid, lengths, cu_seqlens"
+            )
+        if self.valid is not None and (self.valid.dtype != torch.bool or self.valid.ndim != 2):
+            raise Unsupported(
+                f"mask.valid of dtype {self.valid.dtype} and {self.valid.ndim} axes",
+                supported="a boolean (B, N) tensor, True where a token is valid",
+                nearest="Mask(bias=...) for a score for each pair" if self.valid.ndim > 2 else "valid.bool()",
+            )
+        if self.lengths is not None and (self.lengths.is_floating_point() or self.lengths.ndim != 1):
+            raise Unsupported("mask.lengths that is not an integer (B,) tensor", supported="an integer (B,) tensor")
+        if self.cu_seqlens is not None and (self.cu_seqlens.is_floating_point() or self.cu_seqlens.ndim != 1):
+            raise Unsupported(
+                "mask.cu_seqlens that is not an integer (documents + 1,) tensor", supported="0, end of document 1, ..."
+            )
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some tokens may be missing (as opposed to pairs being hidden)."""
+        return self.valid is not None or self.lengths is not None or self.cu_seqlens is not None
+
+
+class Role(enum.IntEnum):
+    """What an inserted token is for; ordinary tokens are 0."""
+
+    TOKEN = 0
+    LANDMARK = 1
+    CLS = 2
+    SINK = 3
+    REFERENCE = 4
+
+
+@dataclass(frozen=True)
+class Context:
+    """What accompanies the tensors of one call.
+
+    Attributes:
+        mask: of the queries (and keys, in self patterns).
+        memory_mask: of the memory, in cross patterns.
+        positions: position of each token; the rank among valid tokens when None.
+        memory_positions: likewise for the memory.
+        grid: sizes of the image or volume whose tokens are laid out row by row.
+        roles: :class:`Role` of each token.
+        generator: source of every random draw of the call.
+        progress: training step or diffusion time, for mechanisms that follow a schedule.
+        teacher: tensors of a teacher for distillation losses.
+        want: extras to compute: ``"state"`` (continue later), ``"weights"`` (attention weights).
+    """
+
+    mask: Mask | None = None
+    memory_mask: Mask | None = None
+    positions: Int[Tensor, "b n"] | None = None
+    memory_positions: Int[Tensor, "b m"] | None = None
+    grid: tuple[int, ...] | None = None
+    roles: Int[Tensor, "b n"] | None = None
+    generator: torch.Generator | None = None
+    progress: float | None = None
+    teacher: Any = None
+    want: frozenset[str] = frozenset()
+
+    def replace(self, **changes: Any) -> Context:
+        return dataclasses.replace(self, **changes)
+
+
+def state_field(fill: float = 0.0, dim: int = 0) -> Any:
+    """A field of a :class:`State`: `fill` is its value in an empty state, `dim` the batch axis."""
+    return field(metadata={"fill": fill, "dim": dim})
+
+
+@dataclass(frozen=True)
+class State:
+    """What a sequence leaves behind for its continuation: a typed tuple of tensors, one row a sequence.
+
+    Subclasses are frozen dataclasses whose fields are tensors (batch first), other states, tuples of states, or None.
+    """
+
+    def _map(self, function: Callable[[Tensor, float], Tensor]) -> Self:
+        def visit(value: Any, fill: float) -> Any:
+            if isinstance(value, Tensor):
+                return function(value, fill)
+            if isinstance(value, State):
+                return value._map(function)
+            if isinstance(value, tuple):
+                return tuple(visit(item, fill) for item in value)
+            return value
+
+        changes = {f.name: visit(getattr(self, f.name), f.metadata.get("fill", 0.0)) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **changes)
+
+    def select(self, indices: Int[Tensor, " rows"]) -> Self:
+        """The state of the chosen rows, in that order; repeats allowed (beam search)."""
+        return self._map(lambda t, _: t.index_select(0, indices))
+
+    def reset(self, rows: Bool[Tensor, " b"]) -> Self:
+        """The state with the marked rows emptied, as at the start of a document."""
+        return self._map(lambda t, fill: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), torch.full_like(t, fill), t))
+
+    def detach(self) -> Self:
+        return self._map(lambda t, _: t.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to another device. Floating dtypes are kept, since accumulators must not lose precision."""
+        return self._map(lambda t, _: t.to(*args, **kwargs))
+
+    def tensors(self, prefix: str = "") -> Tensors:
+        """All tensors by dotted name: what `safetensors` saves."""
+        found: Tensors = {}
+
+        def visit(value: Any, name: str) -> None:
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, State):
+                found.update(value.tensors(name + "."))
+            elif isinstance(value, tuple):
+                for i, item in enumerate(value):
+                    visit(item, f"{name}.{i}")
+
+        for f in dataclasses.fields(self):
+            visit(getattr(self, f.name), prefix + f.name)
+        return found
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """This state's structure filled with saved `tensors` (the inverse of :meth:`tensors`)."""
+
+        def visit(value: Any, name: str) -> Any:
+            if isinstance(value, Tensor):
+                if name not in tensors:
+                    raise Unsupported(f"a saved state without {name!r}", supported=", ".join(self.tensors()))
+                return tensors[name]
+            if isinstance(value, State):
+                inner = {k[len(name) + 1 :]: t for k, t in tensors.items() if k.startswith(name + ".")}
+                return value.with_tensors(inner)
+            if isinstance(value, tuple):
+                return tuple(visit(item, f"{name}.{i}") for i, item in enumerate(value))
+            return value
+
+        return dataclasses.replace(
+            self, **{f.name: visit(getattr(self, f.name), f.name) for f in dataclasses.fields(self)}
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def _flatten_state(state: State) -> tuple[list[Any], tuple[type, tuple[str, ...]]]:
+    names = tuple(f.name for f in dataclasses.fields(state))
+    return [getattr(state, name) for name in names], (type(state), names)
+
+
+def _unflatten_state(values: Iterable[Any], structure: tuple[type, tuple[str, ...]]) -> State:
+    kind, names = structure
+    return kind(**dict(zip(names, values, strict=True)))
+
+
+Loss = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Result:
+    """What a layer or a stateful call returns.
+
+    Attributes:
+        output: the mixed sequence.
+        state: to continue the sequence, when wanted.
+        losses: auxiliary losses as (sum, count), added up by the model.
+        extras: anything else that was wanted, such as ``weights``.
+    """
+
+    output: Tensor
+    state: Any = None
+    losses: dict[str, Loss] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a form receives beside its tensors, which are dense and right-padded, with zeros in the padding.
+
+    Attributes:
+        pattern: one of the card's patterns.
+        config: options of the mechanism.
+        scale: multiplies the scores, already resolved from the card's default.
+        lengths: valid queries of each row; None when all are.
+        memory_lengths: valid keys of each row; None when all are.
+        bias: additive scores of pairs, on ranks.
+        blocks: block-sparse visibility of pairs, on ranks.
+        state: to continue from; None at the start of a sequence.
+        chunk_size: tokens a chunk in chunked forms; the form's own default when None.
+        dropout: probability of dropping an attention weight.
+        backend: requested by the user; None lets the device decide.
+        position_bias: additive scores as a function of query ranks and key ranks, from a position scheme.
+        rotate: rotary embedding as a function of (tensor, ranks), for mechanisms that place cached keys themselves.
+    """
+
+    pattern: Pattern
+    config: Any = None
+    scale: float = 1.0
+    lengths: Int[Tensor, " b"] | None = None
+    memory_lengths: Int[Tensor, " b"] | None = None
+    bias: Float[Tensor, "#b #h n m"] | None = None
+    blocks: BlockMask | None = None
+    state: Any = None
+    chunk_size: int | None = None
+    dropout: float = 0.0
+    generator: torch.Generator | None = None
+    backend: str | None = None
+    position_bias: Callable[[Tensor, Tensor], Tensor] | None = None
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    grid: tuple[int, ...] | None = None
+    roles: Int[Tensor, "b n"] | None = None
+    training: bool = False
+    progress: float | None = None
+    teacher: Any = None
+    want: frozenset[str] = frozenset()
+
+    def replace(self, **changes: Any) -> Call:
+        return dataclasses.replace(self, **changes)
+
+    def valid_queries(self, n: int) -> Bool[Tensor, "b n"] | None:
+        """True at valid queries; None when all are valid."""
+        return None if self.lengths is None else valid_from_lengths(self.lengths, n)
+
+    def valid_keys(self, m: int) -> Bool[Tensor, "b m"] | None:
+        """True at valid keys; None when all are valid."""
+        return None if self.memory_lengths is None else valid_from_lengths(self.memory_lengths, m)
+
+
+def valid_from_lengths(lengths: Int[Tensor, " b"], n: int) -> Bool[Tensor, "b n"]:
+    return torch.arange(n, device=lengths.device) < lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a mechanism is defined."""
+
+    title: str
+    arxiv: str
+    year: int
+    number: int | None = None
+    """Its number in the list of 55 papers, when it is one of them."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a problem, for cost estimates. `n` queries, `m` keys, `dim_key` and `dim_value` widths of a head."""
+
+    batch: int
+    heads: int
+    n: int
+    m: int
+    dim_key: int
+    dim_value: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Analytic cost of one call of the mechanism (projections excluded).
+
+    Attributes:
+        flops: multiply-adds counted twice, forward.
+        memory: numbers of temporary storage that grow with the problem, forward.
+        state: numbers kept for each sequence to decode its next token.
+        step_flops: as `flops`, for decoding one token after `m`.
+    """
+
+    flops: float
+    memory: float
+    state: float
+    step_flops: float
+
+
+@dataclass(frozen=True)
+class Waiver:
+    """A property of the equality matrix that a mechanism does not have, and where it does hold.
+
+    Attributes:
+        property: name of the property in :mod:`regard.workbench.verify`.
+        reason: why it cannot hold in general.
+        holds_with: options under which it holds and is tested; None where it never can.
+        patterns: patterns concerned; all when empty.
+    """
+
+    property: str
+    reason: str
+    holds_with: Mapping[str, Any] | None = None
+    patterns: tuple[Pattern, ...] = ()
+
+
+PUBLISHED_TOLERANCES: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 1e-3,
+}
+"""Largest error allowed, as a fraction of the largest output."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a mechanism's own layer modules are built from. Widths are numbers of features.
+
+    `kv_heads` is the number of key/value heads after projection; groups are expanded by the shell unless the card's
+    axis is ``g``.
+    """
+
+    dim: int
+    memory_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    pattern: Pattern
+    config: Any
+    linear: Callable[..., nn.Module] = nn.Linear
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The card of a mechanism: all that is claimed of it, and nothing else is claimed anywhere.
+
+    Attributes:
+        name: catalogue name.
+        kind: what it maps.
+        summary: one sentence.
+        paper: where it is defined.
+        inputs: axes of each tensor. ``b`` batch, ``h`` heads, ``g`` key/value heads (a divisor of h), ``n`` queries,
+            ``m`` keys; other letters are widths that must agree. A name ending in ``?`` is optional.
+        output: axes of the output.
+        patterns: patterns it has.
+        refused: reason for each pattern that it lacks.
+        forms: functions by form name: reference, parallel, chunked, step, absorb, read.
+        config: frozen dataclass of options.
+        state: its state class; None when it cannot continue a sequence.
+        cost: analytic cost of a problem.
+        default_scale: ``"rsqrt"`` for dim_key ** -0.5, or a number.
+        default_form: form that computes whole sequences when no state is wanted.
+        honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``roles``: what it takes beside tensors.
+        weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
+        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
+        length: ``any``, ``multiple``, ``max`` or ``grid``.
+        uneven: whether the causal-self form is defined for N != M.
+        domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
+        sample_inputs: makes inputs for tests, when `domains` is not enough.
+        projection: module that turns the shell's q, k, v (and x) into the mechanism's inputs.
+        merge: module that turns the head outputs (and inputs, x) into what the output projection sees.
+        module: the whole layer, for mixers, poolings, projections and wrappers.
+        prepare: inserts the tokens it needs: ids -> (ids, roles).
+        layer_defaults: options of the shell that belong to the mechanism.
+        waivers: properties that do not hold, with reasons.
+        tolerances: largest error by dtype, relative to the largest output.
+    """
+
+    name: str
+    kind: Kind
+    summary: str
+    paper: Paper
+    inputs: Mapping[str, str]
+    patterns: tuple[Pattern, ...]
+    forms: Mapping[str, Callable[..., Any]]
+    config: type
+    cost: Callable[[Shape, Any], Cost]
+    aliases: tuple[str, ...] = ()
+    output: str = "bhnv"
+    refused: Mapping[Pattern, str] = field(default_factory=dict)
+    state: type[State] | None = None
+    default_scale: float | str = "rsqrt"
+    default_form: str = "parallel"
+    honours: frozenset[str] = frozenset()
+    weights: str = "none"
+    accepts_positions: tuple[str, ...] = ("none", "sinusoidal", "learned", "rotary")
+    length: str = "any"
+    uneven: bool = True
+    domains: Mapping[str, str] = field(default_factory=dict)
+    sample_inputs: Callable[..., Tensors] | None = None
+    projection: type[nn.Module] | None = None
+    merge: type[nn.Module] | None = None
+    module: type[nn.Module] | None = None
+    prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
+    layer_defaults: Mapping[str, Any] = field(default_factory=dict)
+    waivers: tuple[Waiver, ...] = ()
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
+
+    def require_pattern(self, pattern: str | Pattern) -> Pattern:
+        """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""
+        wanted = Pattern.parse(pattern)
+        if wanted not in self.patterns:
+            reason = self.refused.get(wanted, "")
+            raise Unsupported(
+                f"{self.name} in the pattern {wanted.value}" + (f" ({reason})" if reason else ""),
+                supported=", ".join(self.patterns),
+                nearest=next((p.value for p in self.patterns if p.cross == wanted.cross), "softmax"),
+            )
+        return wanted
+
+    def options(self, **options: Any) -> Any:
+        """The mechanism's `Config` from options; unknown names and bad values raise Unsupported."""
+        names = [f.name for f in dataclasses.fields(self.config)]
+        for name in options:
+            if name not in names:
+                raise Unsupported(
+                    f"option {name!r} of {self.name}",
+                    supported=", ".join(names) or "no options",
+                    nearest=closest(name, names),
+                )
+        return self.config(**options)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether its state has a size that does not grow with the sequence."""
+        if self.state is None:
+            return False
+        config = self.config()
+        small, large = (self.cost(Shape(1, 1, n, n, 64, 64), config).state for n in (1 << 12, 1 << 16))
+        return small == large
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Check an option in a Config's ``__post_init__``."""
+    accepted = list(choices)
+    if value not in accepted:
+        raise Unsupported(
+            f"{name}={value!r}",
+            supported=", ".join(map(str, accepted)),
+            nearest=closest(str(value), map(str, accepted)),
+        )
+
+
+def at_least(name: str, value: float, low: float) -> None:
+    """Check an option in a Config's ``__post_init__``."""
+    if value < low:
+        raise Unsupported(f"{name}={value}", supported=f"{name} >= {low}", nearest=f"{name}={low}")

@@ -1,0 +1,71 @@
+"""Layers from a name: the one place that turns a catalogue name into a module."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from torch import nn
+
+from regard.catalogue import get_mechanism, list_mechanisms
+from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest
+from regard.layers.attention import AttentionLayer
+from regard.layers.linear import register_linear
+from regard.layers.projection import ProjectionLayer, projection_factory
+
+
+def create_layer(
+    name: str, dim: int, num_heads: int = 1, *, pattern: str | Pattern = Pattern.CAUSAL_SELF, **options: Any
+) -> nn.Module:
+    """A layer by the name of its mechanism.
+
+    Args:
+        name: name or alias in the catalogue.
+        dim: width of its input.
+        num_heads: heads, for mechanisms that have them.
+        pattern: one of the mechanism's patterns.
+        options: of the shell (head_dim, num_kv_heads, memory_dim, positions, dropout, ...: see
+            :class:`regard.layers.attention.AttentionLayer`) and of the mechanism (its ``Config``).
+
+    Returns:
+        A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``.
+
+    Raises:
+        Unsupported: for unknown names and options, or a pattern the mechanism lacks.
+    """
+    card = get_mechanism(name)
+    wanted = card.require_pattern(pattern)
+    own = [f.name for f in dataclasses.fields(card.config)]
+    shell = _shell_options(card)
+    for option in options:
+        if option not in own and option not in shell:
+            accepted = sorted({*own, *shell} - {"pattern"})
+            raise Unsupported(
+                f"option {option!r} of {card.name}", supported=", ".join(accepted), nearest=closest(option, accepted)
+            )
+    config = card.options(**{n: v for n, v in options.items() if n in own})
+    chosen = {n: v for n, v in card.layer_defaults.items() if n not in options and n in shell}
+    chosen |= {n: v for n, v in options.items() if n in shell and n not in own}
+    if card.module is None:
+        return AttentionLayer(card, dim, num_heads, pattern=wanted, config=config, **chosen)
+    if card.kind is Kind.PROJECTION:
+        return ProjectionLayer(card, dim, config=config, **chosen)
+    if card.kind is Kind.WRAPPER:
+        chosen["create"] = create_layer
+    return card.module(card, dim, num_heads, pattern=wanted, config=config, **chosen)
+
+
+def _shell_options(card: Mechanism) -> tuple[str, ...]:
+    if card.module is None:
+        shell: type[nn.Module] = AttentionLayer
+    else:
+        shell = ProjectionLayer if card.kind is Kind.PROJECTION else card.module
+    named = inspect.signature(shell).parameters
+    return tuple(n for n in named if n not in ("card", "dim", "num_heads", "config", "create"))
+
+
+def register_projections() -> None:
+    """Make every projection mechanism a kind of :func:`regard.layers.linear.make_linear`."""
+    for name in list_mechanisms(kind=Kind.PROJECTION):
+        register_linear(name, projection_factory(get_mechanism(name)))

@@ -1,0 +1,1 @@
+"""Mathematics that several mechanisms share. Engines check and describe; backends compute."""

@@ -1,0 +1,111 @@
+"""The gated recurrence behind linear attention, GLA, the delta rule, Mamba-2 and retention.
+
+    S_t = exp(g_t) S_{t-1} + k_t u_t^T,     o_t = S_t^T q_t,
+    u_t = v_t,  or  u_t = beta_t (v_t - (exp(g_t) S_{t-1})^T k_t)      (delta rule)
+
+Scale, feature map, normaliser (a column of ones on v) and skip connection are outside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.backends import resolve
+from regard.contract import Unsupported
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+def gated_recurrence(
+    q: Float[Tensor, "b h n k"] | None,
+    k: Float[Tensor, "b h n k"],
+    v: Float[Tensor, "b h n v"],
+    log_decay: Float[Tensor, "b h n #k"] | None = None,
+    beta: Float[Tensor, "b h n"] | None = None,
+    *,
+    state: Float[Tensor, "b h k v"] | None = None,
+    reset: Bool[Tensor, "b n"] | None = None,
+    chunk_size: int = 64,
+    sub_chunk: int = 16,
+    inclusive: bool = True,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b h n v"] | None, Float[Tensor, "b h k v"]]:
+    """Outputs and final state, computed chunk by chunk.
+
+    Numerically safe at any length and any gate: no difference of cumulative sums is ever formed.
+
+    Args:
+        q: queries; None computes the final state only.
+        log_decay: g, natural logarithms <= 0, one for each key feature or one for all (last axis 1); -inf forgets
+            everything, exactly as `reset` does. None for no decay.
+        beta: step of the delta rule; None for plain writes.
+        state: S_0, zero when None; kept in at least float32.
+        reset: True where a document starts: the state before that token is dropped.
+        chunk_size: tokens computed together. Changes rounding only.
+        sub_chunk: tokens for which exponents are formed pair by pair when the decay differs between features.
+        inclusive: whether o_t sees k_t; otherwise it reads exp(g_t) S_{t-1}, before the write.
+        backend: see :func:`regard.which_backend`.
+
+    Returns:
+        o in the dtype of v (None without q) and S_N in at least float32.
+    """
+    if chunk_size < 1 or sub_chunk < 1:
+        raise Unsupported(f"chunk_size={chunk_size}, sub_chunk={sub_chunk}", supported="positive integers")
+    if log_decay is not None and log_decay.shape[-1] not in (1, k.shape[-1]):
+        raise Unsupported(
+            f"log_decay with {log_decay.shape[-1]} features for keys with {k.shape[-1]}",
+            supported=f"(B, H, N, 1) or (B, H, N, {k.shape[-1]})",
+        )
+    if reset is not None:
+        gate = torch.zeros_like(k[..., :1]) if log_decay is None else log_decay
+        log_decay = gate.masked_fill(reset[:, None, :, None], -torch.inf)
+    run = resolve("gated_recurrence", v.device, backend)
+    return run(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
+
+
+def gated_recurrence_step(
+    q: Float[Tensor, "b h k"],
+    k: Float[Tensor, "b h k"],
+    v: Float[Tensor, "b h v"],
+    log_decay: Float[Tensor, "b h #k"] | None,
+    beta: Float[Tensor, "b h"] | None,
+    state: Float[Tensor, "b h k v"],
+) -> tuple[Float[Tensor, "b h v"], Float[Tensor, "b h k v"]]:
+    """One token of :func:`gated_recurrence` (inclusive). Accumulates in the state's dtype."""
+    dtype = state.dtype
+    k_, u = k.to(dtype), v.to(dtype)
+    if log_decay is not None:
+        state = state * log_decay.to(dtype).exp()[..., None]
+    if beta is not None:
+        u = beta.to(dtype)[..., None] * (u - torch.einsum("bhkv,bhk->bhv", state, k_))
+    state = state + k_[..., None] * u[..., None, :]
+    return torch.einsum("bhkv,bhk->bhv", state, q.to(dtype)).to(v.dtype), state
+
+
+def gated_recurrence_reference(
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h n k"],
+    v: Float[Tensor, "b h n v"],
+    log_decay: Float[Tensor, "b h n #k"] | None = None,
+    beta: Float[Tensor, "b h n"] | None = None,
+    *,
+    inclusive: bool = True,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, token by token."""
+    state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    outputs = []
+    for t in range(k.shape[2]):
+        if log_decay is not None:
+            state = state * log_decay[:, :, t].exp()[..., None]
+        read = state
+        u = v[:, :, t]
+        if beta is not None:
+            u = beta[:, :, t, None] * (u - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t]))
+        state = state + k[:, :, t, :, None] * u[:, :, None, :]
+        read = state if inclusive else read
+        outputs.append(torch.einsum("bhkv,bhk->bhv", read, q[:, :, t]))
+    return torch.stack(outputs, 2) if outputs else torch.zeros_like(v)

@@ -1,0 +1,116 @@
+"""The forms of every mechanism built on the gated recurrence: chunked, step, bidirectional, absorb and read.
+
+A mechanism computes its queries, keys, values and gates from its inputs (scale, feature maps and normalisers are its
+own, and keys of padding must be zero, their decay and beta too) and calls these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import Call, State, state_field
+from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
+from regard.ragged import flip_rows, place_queries, take_queries
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class MatrixState(State):
+    """S of each head, in at least float32, and the tokens written into it."""
+
+    memory: Float[Tensor, "b h k v"] = state_field()
+    length: Int[Tensor, " b"] = state_field()
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    beta: Float[Tensor, "b h m"] | None = None,
+) -> tuple[Float[Tensor, "b h n v"], MatrixState]:
+    """Causal-self with state in and out; queries align bottom-right when there are fewer or more than keys."""
+    n, m = q.shape[2], k.shape[2]
+    aligned = n == m and call.lengths is call.memory_lengths
+    if not aligned:
+        q = place_queries(q, m, call.lengths, call.memory_lengths)
+    o, memory = gated_recurrence(
+        q, k, v, log_decay, beta, state=_memory(call), chunk_size=call.chunk_size or 64, backend=call.backend
+    )
+    assert o is not None
+    if not aligned:
+        o = take_queries(o, n, call.lengths, call.memory_lengths)
+    return o, MatrixState(memory, length_after(call, k))
+
+
+def step(
+    call: Call,
+    q: Float[Tensor, "b h 1 k"],
+    k: Float[Tensor, "b h 1 k"],
+    v: Float[Tensor, "b h 1 v"],
+    log_decay: Float[Tensor, "b h 1 #k"] | None = None,
+    beta: Float[Tensor, "b h 1"] | None = None,
+) -> tuple[Float[Tensor, "b h 1 v"], MatrixState]:
+    """One token of :func:`chunked` by the recurrence itself."""
+    decay = None if log_decay is None else log_decay[:, :, 0]
+    rate = None if beta is None else beta[:, :, 0]
+    o, memory = gated_recurrence_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, rate, call.state.memory)
+    return o[:, :, None], MatrixState(memory, length_after(call, k))
+
+
+def bidirectional(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h n k"],
+    v: Float[Tensor, "b h n v"],
+    log_decay: Float[Tensor, "b h n #k"] | None = None,
+    beta: Float[Tensor, "b h n"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """Noncausal-self: a forward pass that reads after writing plus a backward pass that reads before, so that a token
+    counts itself once."""
+    size = call.chunk_size or 64
+    forward, _ = gated_recurrence(q, k, v, log_decay, beta, chunk_size=size, backend=call.backend)
+    q, k, v, log_decay, beta = (
+        None if x is None else flip_rows(x, call.lengths, axis=2) for x in (q, k, v, log_decay, beta)
+    )
+    assert k is not None and v is not None and forward is not None
+    backward, _ = gated_recurrence(q, k, v, log_decay, beta, chunk_size=size, inclusive=False, backend=call.backend)
+    assert backward is not None
+    return forward + flip_rows(backward, call.lengths, axis=2)
+
+
+def absorb(
+    call: Call,
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    beta: Float[Tensor, "b h m"] | None = None,
+) -> MatrixState:
+    """Memory into S, in order; more may follow."""
+    _, memory = gated_recurrence(
+        None, k, v, log_decay, beta, state=_memory(call), chunk_size=call.chunk_size or 64, backend=call.backend
+    )
+    return MatrixState(memory, length_after(call, k))
+
+
+def read(call: Call, q: Float[Tensor, "b h n k"]) -> Float[Tensor, "b h n v"]:
+    """Queries on absorbed memory, in the state's dtype."""
+    return q.to(call.state.memory.dtype) @ call.state.memory
+
+
+def length_after(call: Call, k: Float[Tensor, "b h m k"]) -> Int[Tensor, " b"]:
+    """Tokens of each row once the keys of this call are written."""
+    lengths = call.memory_lengths
+    new = torch.full((k.shape[0],), k.shape[2], device=k.device) if lengths is None else lengths
+    return new if call.state is None else call.state.length + new
+
+
+def _memory(call: Call) -> Tensor | None:
+    return None if call.state is None else call.state.memory

@@ -1,0 +1,115 @@
+"""The mechanisms as functions of tensors, generated from the catalogue.
+
+Layouts are those of `torch.nn.functional.scaled_dot_product_attention`: (batch, heads, sequence, features), heads
+before time. Everything after the tensors is keyword-only::
+
+    from regard.functional import softmax_attention, gated_linear_attention
+    o = softmax_attention(q, k, v, pattern="causal-self")
+    o = gated_linear_attention(q, k, v, log_decay, mask=Mask(lengths=lengths))
+    result = gated_linear_attention(q, k, v, log_decay, return_state=True)      # .output, .state
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from regard.apply import apply, input_names
+from regard.catalogue import get_mechanism, get_module, list_mechanisms
+from regard.contract import Kind, Mask, Mechanism, Pattern, Unsupported
+
+
+def function_name(card: Mechanism) -> str:
+    """Name of the mechanism's function in this module."""
+    if card.kind is Kind.ATTENTION and not card.name.endswith("attention"):
+        return f"{card.name}_attention"
+    return card.name
+
+
+def _function(card: Mechanism) -> Callable[..., Any]:
+    names = input_names(card)
+
+    def function(*tensors: Tensor | None, **options: Any) -> Any:
+        if len(tensors) > len(names):
+            raise Unsupported(f"{len(tensors)} tensors for {card.name}", supported=", ".join(card.inputs))
+        inputs = dict(zip(names, tensors, strict=False))
+        inputs |= {n: options.pop(n) for n in names if n in options}
+        call = {n: options.pop(n) for n in _CALL_OPTIONS if n in options}
+        call.setdefault("pattern", next(p for p in (Pattern.CAUSAL_SELF, *card.patterns) if p in card.patterns))
+        context = {n: options.pop(n) for n in _CONTEXT_OPTIONS if n in options}
+        bias = options.pop("bias", None)
+        if bias is not None:
+            mask = call.get("mask") or Mask()
+            call["mask"] = Mask(mask.valid, mask.lengths, mask.cu_seqlens, mask.max_length, bias, mask.blocks)
+        result = apply(card, inputs, config=card.options(**options), **call, **context)
+        full = call.get("return_state") or call.get("state") is not None or result.losses or result.extras
+        return result if full else result.output
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            n,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None if n + "?" in card.inputs else inspect.Parameter.empty,
+            annotation="Tensor | None" if n + "?" in card.inputs else "Tensor",
+        )
+        for n in names
+    ]
+    parameters += [inspect.Parameter(n, keyword, default=d) for n, d in _CALL_OPTIONS.items()]
+    parameters += [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("bias", *_CONTEXT_OPTIONS)
+    ]
+    parameters += [
+        inspect.Parameter(n, keyword, default=f.default)
+        for n, f in card.config.__dataclass_fields__.items()
+        if n not in {p.name for p in parameters}
+    ]
+    function.__name__ = function.__qualname__ = function_name(card)
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__doc__ = get_module(card.name).__doc__
+    return function
+
+
+_CALL_OPTIONS: dict[str, Any] = {
+    "pattern": Pattern.CAUSAL_SELF,
+    "mask": None,
+    "memory_mask": None,
+    "state": None,
+    "return_state": False,
+    "scale": None,
+    "chunk_size": None,
+    "backend": None,
+    "form": None,
+}
+_CONTEXT_OPTIONS = (
+    "dropout",
+    "generator",
+    "grid",
+    "roles",
+    "training",
+    "progress",
+    "teacher",
+    "want",
+    "rotate",
+    "position_bias",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    for entry in list_mechanisms():
+        card = get_mechanism(entry)
+        if function_name(card) == name:
+            return _function(card)
+    raise AttributeError(f"module 'regard.functional' has no function {name!r}; see dir(regard.functional)")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *(function_name(get_mechanism(n)) for n in list_mechanisms())])
+
+
+__all__ = ["apply", "function_name"]

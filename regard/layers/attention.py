@@ -1,0 +1,345 @@
+"""The shell of attention mechanisms: projections, heads, positions, padding, cache and the four patterns, written once.
+
+A mechanism adds what is its own through two optional modules on its card: `projection` turns the shell's q, k, v into
+the mechanism's inputs (gates, agents, a learned query), `merge` changes the head outputs before the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.apply import absorb, apply, input_names
+from regard.contract import (
+    Context,
+    LayerSpec,
+    Mask,
+    Mechanism,
+    Pattern,
+    Result,
+    State,
+    Unsupported,
+    one_of,
+    state_field,
+)
+from regard.layers.convolution import ShortConvolution
+from regard.layers.linear import make_linear
+from regard.layers.norms import make_norm
+from regard.positions import create_positions
+from regard.ragged import Gathering, gather_pairs, gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "sigmoid": torch.sigmoid}
+
+
+@dataclass(frozen=True)
+class LayerState(State):
+    """What a layer keeps of each sequence: the mechanism's state, the count of queries, and convolution caches."""
+
+    mechanism: Any
+    length: Int[Tensor, " b"] = state_field()
+    convolutions: tuple[Tensor, ...] = ()
+
+
+class AttentionLayer(nn.Module):
+    """An attention mechanism as a layer, (B, N, C) -> (B, N, C).
+
+    Args:
+        card: the mechanism.
+        dim: width C of the input and output.
+        num_heads: query heads.
+        pattern: one of the mechanism's patterns.
+        head_dim: width of a query/key head; dim / num_heads when None.
+        value_dim: width of a value head; `head_dim` when None.
+        num_kv_heads: key/value heads, a divisor of `num_heads`; as many when None.
+        memory_dim: width of the memory in cross patterns; `dim` when None.
+        positions: name of a position scheme that the mechanism accepts.
+        position_options: options of the scheme.
+        max_length: longest sequence, for learned positions.
+        dropout: of the attention weights where the mechanism has exact weights, else of the output.
+        bias: whether projections have biases.
+        query_key_norm: norm of each query and key head (``rms``, ``layer`` or None).
+        output_norm: norm of each output head.
+        output_gate: ``swish`` or ``sigmoid`` of a projection of x multiplies the output; None for none.
+        short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
+        linear: kind of the projections (``dense`` or a projection mechanism).
+        config: the mechanism's options.
+    """
+
+    def __init__(
+        self,
+        card: Mechanism,
+        dim: int,
+        num_heads: int,
+        *,
+        pattern: str | Pattern = Pattern.CAUSAL_SELF,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        memory_dim: int | None = None,
+        positions: str | None = None,
+        position_options: dict[str, Any] | None = None,
+        max_length: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        query_key_norm: str | None = None,
+        output_norm: str | None = None,
+        output_gate: str | None = None,
+        short_convolution: int = 0,
+        linear: str = "dense",
+        config: Any = None,
+    ) -> None:
+        super().__init__()
+        self.card, self.pattern = card, card.require_pattern(pattern)
+        self.config = card.options() if config is None else config
+        if head_dim is None:
+            if dim % num_heads:
+                raise Unsupported(
+                    f"dim={dim} over num_heads={num_heads}",
+                    supported="a multiple, or head_dim",
+                    nearest=f"head_dim={max(1, dim // num_heads)}",
+                )
+            head_dim = dim // num_heads
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise Unsupported(f"num_kv_heads={kv_heads} for num_heads={num_heads}", supported="a divisor of num_heads")
+        if not 0.0 <= dropout < 1.0:
+            raise Unsupported(f"dropout={dropout}", supported="0 <= dropout < 1", nearest="dropout=0.0")
+        if output_gate is not None:
+            one_of("output_gate", output_gate, GATES)
+        if memory_dim is not None and not self.pattern.cross:
+            raise Unsupported(
+                f"memory_dim in {self.pattern.value}", supported="cross patterns", nearest="memory_dim=None"
+            )
+        scheme = "none" if positions is None else positions
+        if scheme not in card.accepts_positions:
+            raise Unsupported(
+                f"{scheme} positions with {card.name}", supported=", ".join(card.accepts_positions), nearest="none"
+            )
+        value_dim = head_dim if value_dim is None else value_dim
+        memory_dim = dim if memory_dim is None else memory_dim
+        self.dim, self.num_heads, self.kv_heads = dim, num_heads, kv_heads
+        self.head_dim, self.value_dim, self.dropout = head_dim, value_dim, dropout
+        self.positions = create_positions(
+            scheme, dim=dim, heads=num_heads, head_dim=head_dim, max_length=max_length, **(position_options or {})
+        )
+
+        def project(source: int, width: int) -> nn.Module:
+            return make_linear(source, width, bias=bias, kind=linear)
+
+        self.spec = LayerSpec(
+            dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
+        )
+        inputs = input_names(card)
+        self.query = project(dim, num_heads * head_dim) if "q" in inputs and "n" in card.inputs["q"] else None
+        self.key = project(memory_dim, kv_heads * head_dim) if "k" in inputs else None
+        self.value = project(memory_dim, kv_heads * value_dim) if "v" in inputs else None
+        causal = self.pattern.causal or self.pattern.cross
+        widths = [
+            (self.query, num_heads * head_dim),
+            (self.key, kv_heads * head_dim),
+            (self.value, kv_heads * value_dim),
+        ]
+        self.convolutions = nn.ModuleList(
+            ShortConvolution(width, short_convolution, activation="silu", causal=causal)
+            for module, width in widths
+            if short_convolution and module is not None
+        )
+        self.query_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.query is not None else None
+        self.key_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.key is not None else None
+        self.projection = None if card.projection is None else card.projection(self.spec)
+        self.merge = None if card.merge is None else card.merge(self.spec)
+        self.output_norm = make_norm(output_norm, value_dim) if output_norm else None
+        self.gate = project(dim, num_heads * value_dim) if output_gate else None
+        self.gate_activation = output_gate
+        self.output = project(num_heads * value_dim, dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c2"] | None = None,
+        *,
+        context: Context | None = None,
+        state: LayerState | None = None,
+    ) -> Result:
+        """Mix a sequence.
+
+        Args:
+            x: input; in cross patterns the queries' sequence.
+            memory: the other sequence of cross patterns; None when `state` has absorbed it.
+            context: masks, positions, grid, roles, generator, and what is wanted.
+            state: continue from it; the result then carries the new state.
+        """
+        context = Context() if context is None else context
+        if memory is None and self.pattern.cross and state is None:
+            raise Unsupported(f"{self.pattern.value} without memory", supported="memory, or a state from encode_memory")
+        if memory is not None and not self.pattern.cross:
+            raise Unsupported(f"memory in {self.pattern.value}", supported="cross patterns")
+        if memory is not None and state is not None:
+            raise Unsupported(
+                "memory beside a state that has absorbed one", supported="encode_memory(memory, state=state)"
+            )
+        batch, n, device = x.shape[0], x.shape[1], x.device
+        layout = gathering(context.mask, batch, n, device)
+        x = layout.gather(x, axis=1)
+        positions = self._positions(context.positions, layout, x, None if state is None else state.length)
+        if self.positions.embed is not None:
+            x = self.positions.embed(x, positions)
+        stateful = state is not None or "state" in context.want
+        heads, caches = {}, [None] * 3 if state is None or not state.convolutions else list(state.convolutions)
+        q = None
+        if self.query is not None:
+            q, caches[0] = self._heads(self.query, x, 0, self.num_heads, layout.lengths, caches[0])
+            heads["q"] = self._norm(self.query_norm, q)
+        source, source_layout, source_positions = x, layout, positions
+        if self.pattern.cross and memory is not None:
+            source_layout = gathering(context.memory_mask, batch, memory.shape[1], device)
+            source = source_layout.gather(memory, axis=1)
+            source_positions = self._positions(context.memory_positions, source_layout, source, None)
+        if not self.pattern.cross or memory is not None:
+            self._memory_heads(heads, source, source_layout.lengths, caches)
+        heads = self._rotate(heads, positions, source_positions)
+        if self.projection is not None:
+            heads = self.projection(heads, x, None if memory is None and self.pattern.cross else source, context)
+
+        weight_dropout = self.dropout if self.training and "dropout" in self.card.honours else 0.0
+        result = apply(
+            self.card,
+            heads,
+            pattern=self.pattern,
+            mask=self._inner_mask(context, layout, source_layout),
+            memory_mask=Mask(lengths=source_layout.lengths)
+            if source_layout.lengths is not None and self.pattern.cross
+            else None,
+            state=None if state is None else state.mechanism,
+            return_state=stateful,
+            config=self.config,
+            dropout=weight_dropout,
+            generator=context.generator,
+            grid=context.grid,
+            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
+            training=self.training,
+            progress=context.progress,
+            teacher=context.teacher,
+            want=context.want - {"state"},
+            **self._position_functions(context),
+        )
+        y = result.output
+        if self.merge is not None:
+            y = self.merge(y, heads, x, context, layout.lengths, result)
+        if self.output_norm is not None:
+            y = self.output_norm(y)
+        y = y.transpose(1, 2).flatten(2)  # (b, n, h * v)
+        if self.gate is not None and self.gate_activation is not None:
+            y = y * GATES[self.gate_activation](self.gate(x))
+        y = self.output(y)
+        if self.training and self.dropout and "dropout" not in self.card.honours:
+            y = F.dropout(y, self.dropout)
+        result.output = layout.scatter(y, axis=1)
+        if stateful:
+            new = torch.full((x.shape[0],), x.shape[1], device=device) if layout.lengths is None else layout.lengths
+            length = new if state is None else state.length + new
+            result.state = LayerState(result.state, length, tuple(c for c in caches if c is not None))
+        return result
+
+    def step(self, x_t: Float[Tensor, "b c"], state: LayerState) -> tuple[Float[Tensor, "b c"], LayerState]:
+        """One token: the output and the state after it."""
+        result = self(x_t[:, None], state=state)
+        return result.output[:, 0], result.state
+
+    def encode_memory(
+        self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: LayerState | None = None
+    ) -> LayerState:
+        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in."""
+        if not self.pattern.cross:
+            raise Unsupported(f"encode_memory in {self.pattern.value}", supported="cross patterns", nearest="layer(x)")
+        if "absorb" not in self.card.forms:
+            raise Unsupported(
+                f"absorbing memory with {self.card.name}", supported="layer(x, memory)", nearest="softmax"
+            )
+        if self.convolutions and state is not None:
+            raise Unsupported("memory in pieces with short convolutions", supported="the whole memory at once")
+        context = Context() if context is None else context
+        batch, m = memory.shape[:2]
+        layout = gathering(context.memory_mask, batch, m, memory.device)
+        memory = layout.gather(memory, axis=1)
+        before = None if state is None or state.mechanism is None else state.mechanism.length  # type: ignore[attr-defined]
+        positions = self._positions(context.memory_positions, layout, memory, before)
+        heads: dict[str, Tensor] = {}
+        self._memory_heads(heads, memory, layout.lengths, [None] * 3)
+        heads = self._rotate(heads, positions, positions)
+        if self.projection is not None:
+            heads = self.projection(heads, None, memory, context)
+        absorbed = absorb(
+            self.card,
+            heads,
+            pattern=self.pattern,
+            memory_mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
+            state=None if state is None else state.mechanism,
+            config=self.config,
+        )
+        length = torch.zeros(batch, dtype=torch.long, device=memory.device) if state is None else state.length
+        return LayerState(absorbed, length)
+
+    def _heads(
+        self, module: nn.Module, x: Tensor, index: int, heads: int, lengths: Tensor | None, cache: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        y = module(x)
+        if self.convolutions:
+            y, cache = self.convolutions[index - 3 + len(self.convolutions)](y, lengths, cache)
+        return y.unflatten(-1, (heads, -1)).transpose(1, 2), cache  # (b, h, n, d)
+
+    def _memory_heads(
+        self, heads: dict[str, Tensor], source: Tensor, lengths: Tensor | None, caches: list[Tensor | None]
+    ) -> None:
+        if self.key is not None:
+            k, caches[1] = self._heads(self.key, source, 1, self.kv_heads, lengths, caches[1])
+            heads["k"] = self._norm(self.key_norm, k)
+        if self.value is not None:
+            heads["v"], caches[2] = self._heads(self.value, source, 2, self.kv_heads, lengths, caches[2])
+
+    @staticmethod
+    def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
+        return x if norm is None else norm(x)
+
+    def _positions(self, given: Tensor | None, layout: Gathering, x: Tensor, before: Tensor | None) -> Tensor:
+        if given is not None:
+            return layout.gather(given, axis=1)
+        rank = torch.arange(x.shape[1], device=x.device)[None]
+        return rank if before is None else rank + before[:, None]
+
+    def _rotate(self, heads: dict[str, Tensor], queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        if self.positions.rotate is None or "rotate" in self.card.honours:
+            return heads
+        where = {"q": queries, "k": keys}
+        return {n: self.positions.rotate(t, where[n]) if n in where else t for n, t in heads.items()}
+
+    def _position_functions(self, context: Context) -> dict[str, Any]:
+        functions: dict[str, Any] = {}
+        if self.positions.rotate is not None and "rotate" in self.card.honours:
+            functions["rotate"] = self.positions.rotate
+        if self.positions.bias is not None:
+            if context.positions is not None or context.memory_positions is not None:
+                raise Unsupported(
+                    f"explicit positions with {self.positions.name}", supported="ranks", nearest="rotary positions"
+                )
+            causal, bias = self.pattern is Pattern.CAUSAL_SELF, self.positions.bias
+            functions["position_bias"] = lambda i, j: bias(i, j, causal)
+        return functions
+
+    def _inner_mask(self, context: Context, layout: Gathering, keys: Gathering) -> Mask | None:
+        mask = context.mask
+        pairs = mask is not None and (mask.bias is not None or mask.blocks is not None)
+        if layout.lengths is None and not pairs:
+            return None
+        bias = None
+        if mask is not None and mask.bias is not None:
+            bias = gather_pairs(mask.bias, layout, keys)
+        return Mask(lengths=layout.lengths, bias=bias, blocks=None if mask is None else mask.blocks)

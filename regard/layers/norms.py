@@ -1,0 +1,95 @@
+"""Normalisation over the last axis, with statistics in at least float32.
+
+RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang & Sennrich, arXiv 1910.07467, equation 4). LayerNorm:
+``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al., arXiv 1607.06450), here also without weight and bias, as
+models that grow by parameter tokens want it (TokenFormer, arXiv 2410.23168).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import Unsupported, at_least, closest
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def _in_float32(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parameter is None else parameter.to(dtype)
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square of the last axis.
+
+    Args:
+        dim: width of the last axis.
+        eps: added to the mean square; positive, so that a row of zeros stays zero with finite gradients.
+        parametric: multiply by a learned weight (dim,), ones at the start.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-6, parametric: bool = True) -> None:
+        super().__init__()
+        at_least("dim", dim, 1)
+        at_least("eps", eps, 1e-30)
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if parametric else None
+
+    def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), (self.dim,), _in_float32(self.weight, dtype), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, parametric={self.weight is not None}"
+
+
+class LayerNorm(nn.Module):
+    """Centres the last axis and divides by its standard deviation.
+
+    Args:
+        dim: width of the last axis.
+        eps: added to the variance.
+        parametric: learned weight (dim,), ones at the start, and bias (dim,), zeros.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, parametric: bool = True) -> None:
+        super().__init__()
+        at_least("dim", dim, 1)
+        at_least("eps", eps, 1e-30)
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if parametric else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if parametric else None
+
+    def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = _in_float32(self.weight, dtype), _in_float32(self.bias, dtype)
+        return F.layer_norm(x.to(dtype), (self.dim,), weight, bias, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, parametric={self.weight is not None}"
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "rms": RMSNorm,
+    "rms_nonparametric": partial(RMSNorm, parametric=False),
+    "layer": LayerNorm,
+    "layer_nonparametric": partial(LayerNorm, parametric=False),
+    "none": nn.Identity,
+}
+
+
+def make_norm(name: str, dim: int) -> nn.Module:
+    """A norm over a last axis of `dim`: ``rms``, ``layer``, each also ``_nonparametric``, or ``none``.
+
+    Raises:
+        Unsupported: for another name.
+    """
+    if name not in NORMS:
+        raise Unsupported(f"norm {name!r}", supported=", ".join(NORMS), nearest=closest(str(name), NORMS) or "rms")
+    return NORMS[name](dim)

@@ -1,0 +1,61 @@
+"""The shell of projection mechanisms: what replaces a linear layer, as a layer like the others.
+
+A projection mechanism's module is built as ``module(in_features, out_features, *, bias, config)`` and maps the last axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from regard.contract import Context, Mechanism, Pattern, Result, Unsupported
+from regard.ragged import gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class ProjectionLayer(nn.Module):
+    """Applies a projection mechanism to every token alone, (B, N, C) -> (B, N, out_features).
+
+    Args:
+        card: the mechanism.
+        dim: width C of the input.
+        pattern: any that the mechanism has; tokens do not mix, so all are the same.
+        out_features: width of the output; `dim` when None.
+        bias: whether a learned vector is added, where the mechanism can.
+        config: the mechanism's options.
+    """
+
+    def __init__(
+        self,
+        card: Mechanism,
+        dim: int,
+        *,
+        pattern: str | Pattern = Pattern.CAUSAL_SELF,
+        out_features: int | None = None,
+        bias: bool = False,
+        config: Any = None,
+    ) -> None:
+        super().__init__()
+        self.card, self.pattern = card, card.require_pattern(pattern)
+        factory = projection_factory(card, config)
+        self.projection = factory(dim, dim if out_features is None else out_features, bias=bias)
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], memory: None = None, *, context: Context | None = None, state: None = None
+    ) -> Result:
+        """Project each valid token; padding gives 0."""
+        if memory is not None or state is not None:
+            raise Unsupported(f"{self.card.name} with memory or state", supported="layer(x): tokens do not mix")
+        layout = gathering(None if context is None else context.mask, x.shape[0], x.shape[1], x.device)
+        return Result(layout.scatter(self.projection(layout.gather(x, axis=1)), axis=1))
+
+
+def projection_factory(card: Mechanism, config: Any = None) -> Callable[..., nn.Module]:
+    """``factory(in_features, out_features, *, bias)`` of a projection mechanism, for `make_linear`."""
+    assert card.module is not None  # a card of this kind always has one; checked by regard verify
+    return functools.partial(card.module, config=card.options() if config is None else config)

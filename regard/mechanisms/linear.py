@@ -1,0 +1,194 @@
+r"""Linear attention: the weight of a pair is a product of feature maps, so the past fits in one matrix per head.
+
+When to pick it: long sequences where a blurred summary of the past is enough; the cheapest recurrent baseline.
+When not: exact recall of single tokens (nothing is ever forgotten or overwritten): see `gated_linear`, `delta_rule`.
+
+Definition (Katharopoulos et al., arXiv 2006.16236, equations 4-7, 18-20; survey arXiv 2103.14636, C3):
+
+    S_i = sum_{j<=i} phi(k_j) v_j^T,   z_i = sum_{j<=i} phi(k_j),   o_i = phi(q_i) S_i / (phi(q_i) . z_i + eps)
+
+| paper | here |
+|---|---|
+| phi(x) = elu(x) + 1 | `feature_map="elu"` (also `relu`, `silu`, `identity`, `exp`, `sigmoid`, `relu_squared`) |
+| S, z | `MatrixState.memory`: S with z as its last column |
+| eps | `eps`, 1e-6 |
+
+Layout: (B, H, N, D). The default scale is 1: elu + 1 is not homogeneous, so a scale would change the kernel.
+Deviations: `normalize=False` leaves out the denominator (then o_i = phi(q_i) S_i). With feature maps that take both
+signs (silu, identity) the denominator may vanish; they are accepted only without it.
+Noncausal patterns sum over all keys; in cross patterns the order of the memory does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Result,
+    Shape,
+    Unsupported,
+    one_of,
+)
+from regard.engines import recurrent_forms
+from regard.engines.recurrent_forms import MatrixState
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+NONNEGATIVE = ("elu", "relu", "relu_squared", "sigmoid", "exp")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        feature_map: phi, one of `FEATURE_MAPS`.
+        normalize: divide by phi(q) . z + eps; needs a feature map that is never negative.
+        eps: added to the denominator, > 0.
+    """
+
+    feature_map: str = "elu"
+    normalize: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        one_of("feature_map", self.feature_map, FEATURE_MAPS)
+        if self.eps <= 0:
+            raise Unsupported(f"eps={self.eps}", supported="eps > 0", nearest="eps=1e-6")
+        if self.normalize and self.feature_map not in NONNEGATIVE:
+            raise Unsupported(
+                f"feature_map={self.feature_map!r} with normalize=True, whose denominator may vanish",
+                supported=f"{', '.join(NONNEGATIVE)} when normalized",
+                nearest="normalize=False",
+            )
+
+
+def reference(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    config: Config = call.config
+    phi = FEATURE_MAPS[config.feature_map]
+    weights = phi(call.scale * q) @ phi(k).mT
+    if call.pattern.causal and not call.pattern.cross:
+        weights = weights.tril(k.shape[2] - q.shape[2])
+    output = weights @ v
+    return output / (weights.sum(-1, keepdim=True) + config.eps) if config.normalize else output
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
+) -> Float[Tensor, "b h n v"]:
+    """Noncausal: sums over all keys first. Causal: the chunked form."""
+    if call.pattern.causal and not call.pattern.cross:
+        return chunked(call, q, k, v).output
+    return read(call.replace(state=absorb(call.replace(state=None), k, v)), q).output
+
+
+def chunked(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
+) -> Result:
+    output, state = recurrent_forms.chunked(call, _map_queries(call, q), *_write(call, k, v))
+    return Result(_divide(call, output, v), state)
+
+
+def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
+    output, state = recurrent_forms.step(call, _map_queries(call, q), *_write(call, k, v))
+    return Result(_divide(call, output, v), state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]) -> MatrixState:
+    """Memory into S and z; more may follow."""
+    keys, values = _write(call, k, v)
+    memory = keys.mT @ values
+    if call.state is not None:
+        memory = memory + call.state.memory
+    return MatrixState(memory, recurrent_forms.length_after(call, k))
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+    """Queries on absorbed memory."""
+    return Result(_divide(call, recurrent_forms.read(call, _map_queries(call, q)), q), call.state)
+
+
+def _map_queries(call: Call, q: Tensor) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return FEATURE_MAPS[call.config.feature_map](call.scale * q.to(dtype))
+
+
+def _write(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Mapped keys (zero at padding, where phi(0) is not) and values with a column of ones for the denominator."""
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    keys, values = FEATURE_MAPS[call.config.feature_map](k.to(dtype)), v.to(dtype)
+    valid = call.valid_keys(k.shape[2])
+    if valid is not None:
+        keys = torch.where(valid[:, None, :, None], keys, 0)
+    if call.config.normalize:
+        values = F.pad(values, (0, 1), value=1.0)
+    return keys, values
+
+
+def _divide(call: Call, read_out: Tensor, like: Tensor) -> Tensor:
+    if not call.config.normalize:
+        return read_out.to(like.dtype)
+    return (read_out[..., :-1] / (read_out[..., -1:] + call.config.eps)).to(like.dtype)
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    width = shape.dim_value + config.normalize
+    matrix = shape.dim_key * width
+    tokens = shape.batch * shape.heads * shape.m
+    return Cost(
+        flops=4.0 * tokens * (matrix + 32 * (shape.dim_key + width)),
+        memory=float(tokens * (64 + shape.dim_key + width)),
+        state=float(shape.heads * matrix),
+        step_flops=4.0 * shape.batch * shape.heads * matrix,
+    )
+
+
+MECHANISM = Mechanism(
+    name="linear",
+    aliases=("linear_transformer", "linear_attention", "katharopoulos"),
+    kind=Kind.ATTENTION,
+    summary="The weight of a pair is a product of feature maps, so the past fits in one matrix per head.",
+    paper=Paper(
+        "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", "2006.16236", 2020, 18
+    ),
+    inputs={"q": "bhnd", "k": "bhmd", "v": "bhmv"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": step,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    state=MatrixState,
+    cost=cost,
+    default_scale=1.0,
+    weights="implicit",
+)

@@ -1,0 +1,1 @@
+"""Models with any mechanism in any layer."""

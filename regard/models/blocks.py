@@ -1,0 +1,215 @@
+"""What the models share: the layer plan, the pre-norm block, and how a call's padding reaches the layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism
+from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Result, Unsupported, closest
+from regard.create import create_layer
+from regard.layers.feed_forward import SwiGLU, check_dropout, dropout
+from regard.layers.norms import make_norm
+from regard.positions import Positions, create_positions, list_positions
+from regard.ragged import Gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Plan = tuple[tuple[str, Mapping[str, Any]], ...]
+"""Mechanism and options of each layer."""
+
+EMBEDDED_POSITIONS = ("sinusoidal", "learned")
+"""Schemes that act on the model's input rather than inside a layer."""
+
+GATES = {"log_decay", "beta"}
+"""Inputs through which a recurrence knows the order of its tokens."""
+
+
+def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
+    """The plan of a model, one (name, options) a layer.
+
+    Args:
+        plan: a mechanism for all layers, or a list with a name or a (name, options) for each layer.
+        num_layers: how often to repeat a single name (4 when None); must agree with a list's length when given.
+
+    Raises:
+        Unsupported: for an entry of another form, an unknown name, or a length that disagrees.
+    """
+    entries = [plan] * (4 if num_layers is None else num_layers) if isinstance(plan, str) else list(plan)
+    if not entries or (num_layers is not None and len(entries) != num_layers):
+        raise Unsupported(
+            f"a plan of {len(entries)} layers with num_layers={num_layers}",
+            supported="one name for all layers, or as many entries as layers (at least one)",
+            nearest=f"num_layers={max(len(entries), 1)}",
+        )
+    layers = []
+    for entry in entries:
+        name, options = (entry, {}) if isinstance(entry, str) else _read_entry(entry)
+        get_mechanism(name)
+        layers.append((name, dict(options)))
+    return tuple(layers)
+
+
+def _read_entry(entry: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Mapping):
+        return entry[0], entry[1]
+    raise Unsupported(f"plan entry {entry!r}", supported='"name" or ("name", {"option": value})')
+
+
+def layer_positions(card: Mechanism, asked: str) -> str:
+    """The position scheme inside a layer, for the scheme asked of the model.
+
+    ``auto`` is rotary where the mechanism accepts it, and none for recurrences with gates (which know the order of
+    their tokens) and for kinds with a structure of their own; a card may name another default. A scheme of the model's
+    input is none inside the layers.
+    """
+    if asked in EMBEDDED_POSITIONS:
+        return "none"
+    if asked != "auto":
+        return asked
+    if "positions" in card.layer_defaults:
+        return card.layer_defaults["positions"] or "none"
+    rotates = layer_accepts(card, "positions") and "rotary" in card.accepts_positions and not _knows_order(card)
+    return "rotary" if rotates else "none"
+
+
+def layer_accepts(card: Mechanism, option: str) -> bool:
+    """Whether the mechanism's layer has an option of the attention shell (kinds of their own structure may not)."""
+    return card.module is None or option in inspect.signature(card.module).parameters
+
+
+def _knows_order(card: Mechanism) -> bool:
+    return card.kind is Kind.MIXER or bool(GATES & {name.rstrip("?") for name in card.inputs})
+
+
+def input_positions(plan: Plan, asked: str) -> str:
+    """The position scheme of a model's input, for the scheme asked of the model.
+
+    ``auto`` adds sinusoidal positions when no layer of the plan would know the order of its tokens otherwise.
+    """
+    if asked not in ("auto", *list_positions()):
+        supported = ("auto", *list_positions())
+        raise Unsupported(f"positions {asked!r}", supported=", ".join(supported), nearest=closest(asked, supported))
+    cards = [(get_mechanism(name), options.get("positions", asked)) for name, options in plan]
+    for card, own in cards:
+        if own in EMBEDDED_POSITIONS and own != asked:
+            raise Unsupported(
+                f"{own} positions for one layer ({card.name})",
+                supported=f"{', '.join(EMBEDDED_POSITIONS)} for the whole model, since they act on its input",
+                nearest=f"positions={own!r} in the model's config",
+            )
+        if own in EMBEDDED_POSITIONS and own not in card.accepts_positions:
+            raise Unsupported(
+                f"{card.name} with {own} positions", supported=", ".join(card.accepts_positions), nearest="auto"
+            )
+    if asked in EMBEDDED_POSITIONS:
+        return asked
+    if asked != "auto":
+        return "none"
+    blind = all(not _knows_order(card) and layer_positions(card, own) == "none" for card, own in cards)
+    explicit = any(own == "none" for _, own in cards)
+    accepted = all("sinusoidal" in card.accepts_positions for card, _ in cards)
+    return "sinusoidal" if blind and accepted and not explicit else "none"
+
+
+def make_input_positions(name: str, *, dim: int, heads: int, max_length: int) -> Positions | None:
+    """The module that adds positions to a model's input; None when nothing is added."""
+    if name not in EMBEDDED_POSITIONS:
+        return None
+    positions = create_positions(name, dim=dim, heads=heads, head_dim=dim // heads, max_length=max_length)
+    for table in positions.parameters():
+        table._no_weight_decay = True  # type: ignore[attr-defined]
+    return positions
+
+
+class Block(nn.Module):
+    """A pre-norm residual block: x + mix(norm(x)), then x + feed_forward(norm(x)).
+
+    Args:
+        entry: mechanism and options from the plan. The options ``positions``, ``feed_forward``, ``num_heads``,
+            ``head_dim`` and ``num_kv_heads`` override the model's; the others belong to the layer. The model's
+            positions, head_dim and num_kv_heads apply to layers that have such an option.
+        config: the model's, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout and norm.
+        pattern: of the mechanism.
+    """
+
+    def __init__(self, entry: tuple[str, Mapping[str, Any]], config: Any, pattern: Pattern) -> None:
+        super().__init__()
+        name, options = entry[0], dict(entry[1])
+        card = get_mechanism(name)
+        width = options.pop("feed_forward", config.feed_forward)
+        num_heads = options.pop("num_heads", config.num_heads)
+        positions = options.pop("positions", None)
+        if positions is not None or layer_accepts(card, "positions"):
+            options["positions"] = layer_positions(card, positions or config.positions)
+        for option in ("head_dim", "num_kv_heads"):
+            value = getattr(config, option)
+            if value is not None and layer_accepts(card, option):
+                options.setdefault(option, value)
+        check_dropout(config.dropout)
+        self.dropout = config.dropout
+        self.mixer_norm = make_norm(config.norm, config.dim)
+        self.mixer = create_layer(name, config.dim, num_heads, pattern=pattern, **options)
+        self.feed_forward_norm = None if width == 0 else make_norm(config.norm, config.dim)
+        self.feed_forward = None if width == 0 else SwiGLU(config.dim, width)
+
+    def forward(self, x: Float[Tensor, "b n c"], *, context: Context, state: Any = None) -> Result:
+        """Right-padded `x`; the result's output is (B, N, C)."""
+        mixed = self.mixer(self.mixer_norm(x), context=context, state=state)
+        x = x + dropout(mixed.output, self.dropout, training=self.training, generator=context.generator)
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            update = self.feed_forward(self.feed_forward_norm(x))
+            x = x + dropout(update, self.dropout, training=self.training, generator=context.generator)
+        return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+
+def run_blocks(
+    blocks: Sequence[Block] | nn.ModuleList, x: Float[Tensor, "b n c"], context: Context, states: Sequence[Any]
+) -> Result:
+    """All blocks in turn: states as a tuple, losses added by name, extras as one list by name."""
+    after, losses, extras = [], {}, {}
+    for block, state in zip(blocks, states, strict=True):
+        result = block(x, context=context, state=state)
+        x = result.output
+        after.append(result.state)
+        for name, (total, count) in result.losses.items():
+            before = losses.get(name, (0, 0))
+            losses[name] = (before[0] + total, before[1] + count)
+        for name, value in result.extras.items():
+            extras.setdefault(name, []).append(value)
+    return Result(x, tuple(after), losses, extras)
+
+
+def right_padded_mask(mask: Mask | None, layout: Gathering) -> Mask | None:
+    """The mask that the layers see once tokens are gathered to the right-padded layout."""
+    bias = None if mask is None else mask.bias
+    blocks = None if mask is None else mask.blocks
+    if bias is not None and layout.lengths is not None:
+        rows = bias.expand(layout.source_batch, -1, -1, -1)
+        for axis in (-2, -1):
+            rows = layout.gather(rows, axis=axis) if rows.shape[axis] > 1 else rows
+        bias = rows
+    if layout.lengths is None and bias is None and blocks is None:
+        return None
+    return Mask(lengths=layout.lengths, bias=bias, blocks=blocks)
+
+
+def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> Tensor | float:
+    """The layers' auxiliary losses (each a mean, sum / count), weighted by name; a weight is 1 when not given."""
+    return sum(weights.get(name, 1.0) * total / count.clamp(min=1) for name, (total, count) in losses.items())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout inside the block, and as it was after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,306 @@
+"""A decoder-only language model with any mechanism in any layer.
+
+Pre-norm residual blocks with RMSNorm and SwiGLU, as in Llama (Touvron et al., arXiv 2302.13971)::
+
+    model = LanguageModel(LanguageModelConfig(vocab_size=256, plan=["gated_linear"] * 3 + ["softmax"]))
+    logits = model(ids).output                              # (B, N, vocab)
+    new = model.generate(prompt, 100, temperature=0.8, top_p=0.9)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import Context, Mask, Pattern, Result, State, Unsupported, at_least, state_field
+from regard.layers.feed_forward import dropout
+from regard.layers.linear import make_linear
+from regard.layers.norms import make_norm
+from regard.models.blocks import (
+    Block,
+    auxiliary_loss,
+    evaluation_mode,
+    input_positions,
+    make_input_positions,
+    read_plan,
+    right_padded_mask,
+    run_blocks,
+)
+from regard.models.insertion import Insertion
+from regard.ragged import gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+IGNORED = -100
+"""A target without loss, as in `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """What a :class:`LanguageModel` is built from.
+
+    Attributes:
+        vocab_size: number of tokens.
+        dim: width of the residual stream.
+        plan: a mechanism for all layers, or a list with a name or (name, options) for each layer. The options
+            ``positions``, ``feed_forward``, ``num_heads``, ``head_dim`` and ``num_kv_heads`` override those below.
+        num_layers: how often to repeat a single name (4 when None); the length of a list.
+        num_heads, head_dim, num_kv_heads: heads of every layer; as in :func:`regard.create_layer`.
+        feed_forward: hidden width of the SwiGLU; 8/3 of `dim` when None, 0 for blocks without one.
+        positions: a scheme of :mod:`regard.positions`, or ``auto``: rotary where a mechanism accepts it, none for
+            recurrences with gates, sinusoidal at the input when no layer would know the order of its tokens.
+        max_length: number of learned positions.
+        dropout: of the embedding and of each residual branch.
+        tie_embeddings: whether the output projection is the embedding's table.
+        norm: of :func:`regard.layers.norms.make_norm`.
+        loss_weights: weight of each auxiliary loss by name; 1 when not given.
+    """
+
+    vocab_size: int
+    dim: int = 256
+    plan: Any = "softmax"
+    num_layers: int | None = None
+    num_heads: int = 4
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    feed_forward: int | None = None
+    positions: str = "auto"
+    max_length: int = 2048
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    norm: str = "rms"
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least("vocab_size", self.vocab_size, 1)
+        object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
+        object.__setattr__(self, "num_layers", len(self.plan))
+
+
+@dataclass(frozen=True)
+class ModelState(State):
+    """What a model keeps of each sequence: the state of each layer, and the number of tokens read.
+
+    Inserted tokens (landmarks) are not counted in `length`.
+    """
+
+    layers: tuple[Any, ...]
+    length: Int[Tensor, " b"] = state_field()
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm, output projection; see :class:`LanguageModelConfig`."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.insertion = Insertion.of_plan(config.plan, config.vocab_size)
+        self.embedding = nn.Embedding(config.vocab_size + self.insertion.extra_tokens, config.dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        scheme = input_positions(config.plan, config.positions)
+        self.positions = make_input_positions(
+            scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length
+        )
+        self.blocks = nn.ModuleList(Block(entry, config, Pattern.CAUSAL_SELF) for entry in config.plan)
+        self.norm = make_norm(config.norm, config.dim)
+        self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
+
+    def forward(
+        self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None
+    ) -> Result:
+        """Logits of each next token.
+
+        Args:
+            ids: tokens, padded anywhere or packed, as `context.mask` says.
+            context: its mask, positions, roles, generator, progress; ``want={"state"}`` starts a state.
+            state: continue from it; the result then has the new state. A packed call has one row a document.
+
+        Returns:
+            output (B, N, vocab_size), zero at padding; state; auxiliary losses summed over the layers; extras as lists
+            with one entry for each layer that has them, in the layers' right-padded layout.
+        """
+        result = self.features(ids, context=context, state=state)
+        result.output = self.logits(result.output)
+        return result
+
+    def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
+        """The output projection."""
+        if self.head is not None:
+            return self.head(features)
+        return F.linear(features, self.embedding.weight[: self.config.vocab_size])
+
+    def features(
+        self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None
+    ) -> Result:
+        """As :meth:`forward`, before the output projection: (B, N, dim)."""
+        context = Context() if context is None else context
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise Unsupported(f"ids of dtype {ids.dtype} and shape {tuple(ids.shape)}", supported="integers (B, N)")
+        layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
+        ids = layout.gather(ids, axis=1)  # right-padded, a row for each sequence
+        rows, n = ids.shape
+        new = torch.full((rows,), n, device=ids.device) if layout.lengths is None else layout.lengths
+        past = torch.zeros_like(new) if state is None else state.length
+        inner = context.replace(
+            mask=right_padded_mask(context.mask, layout),
+            positions=None if context.positions is None else layout.gather(context.positions, axis=1),
+            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
+        )
+        inserted = self.insertion.insert(ids, past, new, inner)
+        x = self._embed(inserted.ids, past, inserted.context)  # (rows, n + inserted, dim)
+        states = [None] * len(self.blocks) if state is None else state.layers
+        result = run_blocks(self.blocks, x, inserted.context, states)
+        result.output = layout.scatter(self.norm(inserted.drop(result.output)), axis=1)
+        wanted = state is not None or "state" in context.want
+        result.state = ModelState(result.state, past + new) if wanted else None
+        return result
+
+    def _embed(self, ids: Int[Tensor, "b n"], past: Int[Tensor, " b"], context: Context) -> Float[Tensor, "b n c"]:
+        x = self.embedding(ids)
+        if self.positions is not None and self.positions.embed is not None:
+            where = context.positions
+            if where is None:
+                where = past[:, None] + torch.arange(ids.shape[1], device=ids.device)
+            if context.mask is not None and context.mask.lengths is not None:
+                where = torch.where(
+                    torch.arange(ids.shape[1], device=ids.device) < context.mask.lengths[:, None], where, 0
+                )
+            x = self.positions.embed(x, where)
+        return dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+
+    def loss(
+        self, ids: Int[Tensor, "b n"], targets: Int[Tensor, "b n"] | None = None, *, context: Context | None = None
+    ) -> Float[Tensor, ""]:
+        """Mean cross entropy of the targets in nats, plus the weighted auxiliary losses.
+
+        Args:
+            targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
+        """
+        if targets is None:
+            targets = next_tokens(ids, None if context is None else context.mask)
+        result = self(ids, context=context)
+        logits = result.output.to(torch.promote_types(result.output.dtype, torch.float32))
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        mean = nats / (targets != IGNORED).sum().clamp(min=1)
+        return mean + auxiliary_loss(result.losses, self.config.loss_weights)
+
+    def generate(self, ids: Int[Tensor, "b n"], max_new_tokens: int, **options: Any) -> Int[Tensor, "b new"]:
+        """The tokens of :meth:`generate_stream` (with its options), side by side."""
+        tokens = list(self.generate_stream(ids, max_new_tokens, **options))
+        return torch.stack(tokens, dim=1) if tokens else ids.new_zeros((ids.shape[0], 0))
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        ids: Int[Tensor, "b n"],
+        max_new_tokens: int,
+        *,
+        mask: Mask | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+        use_state: bool = True,
+    ) -> Iterator[Int[Tensor, " b"]]:
+        """Continue prompts; yields the next token of every row until all have stopped.
+
+        The prompt is read once, then each token is one step through the state, without dropout.
+
+        Args:
+            ids: prompts, at least one token each; padded anywhere or packed, as `mask` says.
+            temperature: 0 for the likeliest token, else logits are divided by it before sampling.
+            top_k: sample among the k likeliest tokens.
+            top_p: sample among the likeliest tokens that together have this probability (nucleus sampling,
+                arXiv 1904.09751).
+            stop_tokens: a row stops after one of them, and repeats it until the others have stopped too.
+            generator: source of the samples.
+            use_state: False reads the whole sequence again for each token, for mechanisms without a state.
+        """
+        _check_sampling(temperature, top_k, top_p)
+        layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
+        ids = layout.gather(ids, axis=1)  # right-padded, a row for each prompt
+        lengths = (
+            torch.full((ids.shape[0],), ids.shape[1], device=ids.device) if layout.lengths is None else layout.lengths
+        )
+        if not lengths.numel() or int(lengths.min()) < 1:
+            raise Unsupported("a prompt without tokens", supported="at least one token in each row")
+        stop = torch.tensor(list(stop_tokens), dtype=ids.dtype, device=ids.device)
+        stopped = torch.zeros_like(lengths, dtype=torch.bool)
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        ragged = layout.lengths is not None
+        whole, state, unread, last = ids, None, ids, lengths - 1
+        for _ in range(max_new_tokens):
+            mask = Mask(lengths=last + 1) if ragged else None
+            context = Context(mask=mask, want=frozenset({"state"} if use_state else ()))
+            with evaluation_mode(self):
+                result = self.features(unread, context=context, state=state)
+                logits = self.logits(result.output[rows, last])  # (B, vocab)
+            chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            token = torch.where(stopped, whole[rows, lengths - 1], chosen)
+            yield token
+            stopped = stopped | torch.isin(token, stop)
+            if bool(stopped.all()):
+                return
+            whole = F.pad(whole, (0, 1)).scatter(1, lengths[:, None], token[:, None])
+            lengths = lengths + 1
+            if use_state:
+                state, unread, last, ragged = result.state, token[:, None], torch.zeros_like(lengths), False
+            else:
+                unread, last = whole, lengths - 1
+
+
+def next_tokens(ids: Int[Tensor, "b n"], mask: Mask | None = None) -> Int[Tensor, "b n"]:
+    """The target at each place: the next valid token of its sequence, -100 at the last one and at padding."""
+    layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
+    dense = layout.gather(ids, axis=1)
+    following = F.pad(dense[:, 1:], (0, 1), value=IGNORED)
+    if layout.lengths is not None:
+        rank = torch.arange(dense.shape[1], device=ids.device)
+        following = following.where(rank < layout.lengths[:, None] - 1, IGNORED)
+    # Scattering fills padding with 0, which is a token: shift the ignored value there for the way back.
+    return layout.scatter(following - IGNORED, axis=1) + IGNORED
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    at_least("temperature", temperature, 0.0)
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise Unsupported(
+            "top_k or top_p with temperature=0, which takes the likeliest token", supported="temperature > 0"
+        )
+    if top_k is not None:
+        at_least("top_k", top_k, 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise Unsupported(f"top_p={top_p}", supported="0 < top_p <= 1", nearest="top_p=0.9")
+
+
+def sample(
+    logits: Float[Tensor, "b vocab"],
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " b"]:
+    """A token from each row of logits; see :meth:`LanguageModel.generate_stream`."""
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, tokens = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).sort(
+        -1, descending=True
+    )
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k is not None:
+        kept[:, top_k:] = False
+    if top_p is not None:
+        # A token stays when the likelier ones together have less than top_p, so the likeliest always stays.
+        probability = ordered.softmax(-1)
+        kept &= probability.cumsum(-1) - probability < top_p
+    probability = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+    return tokens.gather(-1, torch.multinomial(probability, 1, generator=generator)).squeeze(-1)

@@ -1,0 +1,70 @@
+"""Position schemes, usable with every mechanism that accepts them: see :mod:`regard.positions.protocol`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from regard.contract import Unsupported, closest
+from regard.positions.alibi import Alibi
+from regard.positions.learned import Learned
+from regard.positions.none import NoPositions
+from regard.positions.protocol import Positions
+from regard.positions.relative import Relative
+from regard.positions.rotary import Rotary
+from regard.positions.sinusoidal import Sinusoidal
+
+__all__ = [
+    "Alibi",
+    "Learned",
+    "NoPositions",
+    "Positions",
+    "Relative",
+    "Rotary",
+    "Sinusoidal",
+    "create_positions",
+    "list_positions",
+]
+
+SCHEMES: dict[str, type[Positions]] = {
+    scheme.name: scheme for scheme in (NoPositions, Sinusoidal, Learned, Rotary, Alibi, Relative)
+}
+
+
+def list_positions() -> list[str]:
+    """Names of the position schemes."""
+    return list(SCHEMES)
+
+
+def create_positions(
+    name: str, *, dim: int, heads: int, head_dim: int, max_length: int | None = None, **options: Any
+) -> Positions:
+    """A position scheme by name.
+
+    Args:
+        name: one of :func:`list_positions`.
+        dim: width of the model, for schemes that act on the input.
+        heads: number of query heads, for schemes that act on scores.
+        head_dim: width of a head, for schemes that rotate.
+        max_length: longest sequence; needed by ``learned`` alone.
+        options: the scheme's own.
+
+    Raises:
+        Unsupported: for an unknown name, an unknown option or a bad value.
+    """
+    if name not in SCHEMES:
+        raise Unsupported(
+            f"positions {name!r}", supported=", ".join(SCHEMES), nearest=closest(str(name), SCHEMES) or "rotary"
+        )
+    scheme = SCHEMES[name]
+    sizes = {"dim": dim, "heads": heads, "head_dim": head_dim, "max_length": max_length}
+    accepted = [p.name for p in inspect.signature(scheme).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    own = [option for option in accepted if option not in sizes]
+    for option in options:
+        if option not in own:
+            raise Unsupported(
+                f"option {option!r} of {name} positions",
+                supported=", ".join(own) or "no options",
+                nearest=closest(option, own),
+            )
+    return scheme(**{size: value for size, value in sizes.items() if size in accepted}, **options)

@@ -1,0 +1,65 @@
+"""One learned vector a position, added to the input embedding (Gehring et al., arXiv 1705.03122, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Unsupported, at_least
+from regard.positions.protocol import Positions, check_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+class Learned(Positions):
+    """Adds row p of a table (max_length, C) to the input embedding.
+
+    A position outside the table raises Unsupported, padding included: give padding tokens position 0. (A compiled
+    graph cannot look at the values; there torch's own index check applies.)
+
+    Args:
+        dim: width C of the embedding.
+        max_length: number of positions.
+        std: standard deviation of the table at the start.
+    """
+
+    name = "learned"
+
+    def __init__(self, *, dim: int, max_length: int | None, std: float = 0.02) -> None:
+        super().__init__()
+        if max_length is None:
+            raise Unsupported(
+                "learned positions without max_length",
+                supported="max_length=<number of positions>",
+                nearest="sinusoidal",
+            )
+        at_least("dim", dim, 1)
+        at_least("max_length", max_length, 1)
+        at_least("std", std, 0.0)
+        self.max_length, self.std = max_length, std
+        self.table = nn.Parameter(torch.empty(max_length, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table, std=self.std)
+
+    def embed(self, x: Float[Tensor, "b n c"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b n c"]:
+        """`x` with the vectors of its positions added, in the dtype of `x`."""
+        check_positions(positions, x.shape[0], x.shape[1])
+        if x.shape[-1] != self.table.shape[1]:
+            raise Unsupported(f"learned positions on a width of {x.shape[-1]}", supported=f"dim={self.table.shape[1]}")
+        if not torch.compiler.is_compiling() and positions.numel():
+            first, last = (int(p) for p in positions.aminmax())
+            if first < 0 or last >= self.max_length:
+                raise Unsupported(
+                    f"position {last if first >= 0 else first} of a learned table",
+                    supported=f"0 to max_length - 1 = {self.max_length - 1}",
+                    nearest=f"max_length={last + 1}, or sinusoidal or rotary positions" if first >= 0 else "position 0",
+                )
+        return x + nn.functional.embedding(positions, self.table).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"max_length={self.max_length}, dim={self.table.shape[1]}"

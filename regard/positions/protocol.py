@@ -1,0 +1,62 @@
+"""What a position scheme is: a module that acts at one of three places.
+
+========== ======================================================= =====================================================
+place      call                                                    result
+========== ======================================================= =====================================================
+``embed``  ``embed(x (B, N, C), positions (B, N))``                the input embedding with positions in it, (B, N, C)
+``rotate`` ``rotate(q_or_k (B, H, N, D), positions (B, N))``       queries or keys with positions in them, (B, H, N, D)
+``bias``   ``bias(query_positions (B, N), key_positions (B, M),    numbers added to the scores, (B, H, N, M)
+           causal)``
+========== ======================================================= =====================================================
+
+A place where a scheme does nothing is None: ``if positions.rotate is not None: q = positions.rotate(q, where)``.
+
+Positions are integers given by the caller: the rank of a token among the valid tokens of its sequence, counted from the
+start of the sequence also while decoding. Nothing is inferred from N. The batch axis of positions may be 1 where all
+rows share them; a bias then comes out with batch 1. A padding token needs some position too; which one
+does not matter, as long as the scheme has it (0 always does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Unsupported
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+
+class Positions(nn.Module):
+    """Base class of position schemes; see the module's table for the three places.
+
+    Attributes:
+        name: what :func:`regard.positions.create_positions` knows it by.
+    """
+
+    name: ClassVar[str]
+    embed: ClassVar[Callable[..., Tensor] | None] = None
+    rotate: ClassVar[Callable[..., Tensor] | None] = None
+    bias: ClassVar[Callable[..., Tensor] | None] = None
+
+
+def check_positions(positions: Int[Tensor, "#b n"], batch: int, n: int) -> None:
+    """Raise Unsupported unless `positions` is an integer tensor (batch, n) or (1, n)."""
+    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+        raise Unsupported(f"positions of dtype {positions.dtype}", supported="integers", nearest="positions.long()")
+    if positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != n:
+        raise Unsupported(
+            f"positions of shape {tuple(positions.shape)} for {batch} rows of {n} tokens",
+            supported=f"({batch}, {n}) or (1, {n})",
+        )
+
+
+def check_pair(query_positions: Int[Tensor, "#b n"], key_positions: Int[Tensor, "#b m"]) -> None:
+    """Raise Unsupported unless both are integer tensors (B, tokens) whose B agree or are 1."""
+    batch = max(query_positions.shape[0], key_positions.shape[0])
+    check_positions(query_positions, batch, query_positions.shape[-1])
+    check_positions(key_positions, batch, key_positions.shape[-1])

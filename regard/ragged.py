@@ -1,0 +1,307 @@
+"""Sequences of unequal length: moving valid tokens to the dense, right-padded layout that mechanisms see, and back.
+
+Inside a mechanism token i of a row has rank i, the first `lengths[row]` tokens are valid and the rest is zero. Whatever
+the caller has instead (padding left or inside, documents packed into one row) is described by a
+:class:`regard.contract.Mask` and undone here. Everything is *selected*, never multiplied by a mask: padding may hold
+NaN, and its gradient is exactly zero.
+
+Values of masks are checked when not compiling; sizes are Python integers, so that a graph can be compiled whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Mask, Unsupported, valid_from_lengths
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int, Shaped
+
+
+def lengths_from_valid(valid: Bool[Tensor, "b n"]) -> Int[Tensor, " b"]:
+    """Number of valid tokens of each row."""
+    return valid.sum(-1)
+
+
+def check_lengths(lengths: Int[Tensor, " b"], batch: int, n: int) -> None:
+    """Raise Unsupported unless there is one length for each of `batch` rows, from 0 to `n`. Not checked in a graph."""
+    if torch.compiler.is_compiling():
+        return
+    if lengths.shape != (batch,):
+        raise Unsupported(f"lengths of shape {tuple(lengths.shape)} for {batch} rows", supported=f"({batch},)")
+    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= n:
+        raise Unsupported(
+            f"lengths from {int(lengths.min())} to {int(lengths.max())} for rows of {n} tokens", supported=f"0 to {n}"
+        )
+
+
+def _where(valid: Bool[Tensor, "b n"], x: Tensor, axis: int, batch_axis: int) -> Tensor:
+    """`x` where valid and zero elsewhere."""
+    shape = [1] * x.ndim
+    shape[batch_axis], shape[axis] = valid.shape
+    by_row = valid if batch_axis % x.ndim < axis % x.ndim else valid.mT
+    return torch.where(by_row.reshape(shape), x, x.new_zeros(()))
+
+
+def _take(
+    x: Tensor, index: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None, axis: int, batch_axis: int
+) -> Tensor:
+    """Tokens of `x` by their number ``row * n + column`` in (batch, axis) order; zeros where not valid."""
+    tokens = x.movedim((batch_axis, axis), (0, 1)).flatten(0, 1)
+    if tokens.shape[0] == 0:
+        # No token to take: let the clamped index of the invalid places point at a zero.
+        tokens = F.pad(tokens, (0, 0) * (tokens.ndim - 1) + (0, 1))
+    taken = tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
+    if valid is not None:
+        taken = _where(valid, taken, 1, 0)
+    return taken.movedim((0, 1), (batch_axis, axis))
+
+
+@dataclass(frozen=True, eq=False)
+class Gathering:
+    """How the valid tokens of a sequence axis move to the dense layout and back. Built by :func:`gathering`.
+
+    Attributes:
+        source_batch, source_length: rows and tokens a row in the caller's layout.
+        batch, length: likewise in the dense layout, where each sequence or document has a row.
+        lengths: valid tokens of each dense row (int64); None when every token is valid and the layouts are the same.
+        dense_index: number (row * source_length + column) of the token that comes to each dense place, and some number
+            in range past the end of a sequence; None when the layouts are the same.
+        valid: valid tokens in the caller's layout; None when all are.
+        index: place of each token in the dense layout (row * length + rank), in range for invalid tokens too;
+            None when the layouts are the same.
+        ranks: rank of each token among the valid tokens of its sequence; 0 for invalid tokens.
+    """
+
+    source_batch: int
+    source_length: int
+    batch: int
+    length: int
+    ranks: Int[Tensor, "source_batch source_length"]
+    lengths: Int[Tensor, " batch"] | None = None
+    valid: Bool[Tensor, "source_batch source_length"] | None = None
+    dense_index: Int[Tensor, "batch length"] | None = None
+    index: Int[Tensor, "source_batch source_length"] | None = None
+
+    def gather(self, x: Shaped[Tensor, ...], axis: int = -2, batch_axis: int = 0) -> Shaped[Tensor, ...]:
+        """To the dense layout: every sequence a row, with zeros in the padding."""
+        self._check(x, axis, batch_axis, (self.source_batch, self.source_length), "gather")
+        if self.lengths is None:
+            return x
+        dense_valid = valid_from_lengths(self.lengths, self.length)
+        if self.dense_index is None:
+            return _where(dense_valid, x, axis, batch_axis)
+        return _take(x, self.dense_index, dense_valid, axis, batch_axis)
+
+    def scatter(self, y: Shaped[Tensor, ...], axis: int = -2, batch_axis: int = 0) -> Shaped[Tensor, ...]:
+        """Back to the caller's layout, with zeros where there is no valid token."""
+        self._check(y, axis, batch_axis, (self.batch, self.length), "scatter")
+        if self.index is not None:
+            return _take(y, self.index, self.valid, axis, batch_axis)
+        return y if self.valid is None else _where(self.valid, y, axis, batch_axis)
+
+    def token_numbers(self) -> Int[Tensor, "batch length"]:
+        """`dense_index`, also where the layouts are the same."""
+        if self.dense_index is not None:
+            return self.dense_index
+        return torch.arange(self.batch * self.length, device=self.ranks.device).view(self.batch, self.length)
+
+    def _check(self, x: Tensor, axis: int, batch_axis: int, expected: tuple[int, int], verb: str) -> None:
+        if not torch.compiler.is_compiling() and (x.shape[batch_axis], x.shape[axis]) != expected:
+            raise Unsupported(
+                f"{verb} of a tensor {tuple(x.shape)} with batch axis {batch_axis} and token axis {axis}",
+                supported=f"{expected[0]} rows of {expected[1]} tokens",
+            )
+
+
+def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str | None = None) -> Gathering:
+    """The :class:`Gathering` of a sequence axis of `n` tokens in `batch` rows.
+
+    Args:
+        mask: its `valid`, `lengths` or `cu_seqlens`; pairs (`bias`, `blocks`) play no part.
+        batch: rows in the caller's layout; 1 for packed documents.
+        n: tokens a row in the caller's layout.
+        device: where the tensors are.
+
+    Raises:
+        Unsupported: for a mask that does not fit, unless a graph is being compiled.
+    """
+    column = torch.arange(n, device=device)
+    if mask is None or not mask.ragged:
+        return Gathering(batch, n, batch, n, column.expand(batch, n))
+    if mask.cu_seqlens is not None:
+        return _gathering_of_documents(mask.cu_seqlens.to(device, torch.int64), mask.max_length, batch, n)
+    if mask.lengths is not None:
+        lengths = mask.lengths.to(device, torch.int64)
+        check_lengths(lengths, batch, n)
+        valid = valid_from_lengths(lengths, n)
+        return Gathering(batch, n, batch, n, torch.where(valid, column, 0), lengths, valid)
+    assert mask.valid is not None  # `ragged` says that one of the three is given
+    valid = mask.valid.to(device)
+    if not torch.compiler.is_compiling() and valid.shape != (batch, n):
+        raise Unsupported(f"mask.valid of shape {tuple(valid.shape)}", supported=f"({batch}, {n})")
+    first = torch.arange(batch, device=device)[:, None] * n
+    ranks = (valid.cumsum(-1) - 1).where(valid, 0)
+    return Gathering(
+        source_batch=batch,
+        source_length=n,
+        batch=batch,
+        length=n,
+        ranks=ranks,
+        lengths=lengths_from_valid(valid),
+        valid=valid,
+        dense_index=first + torch.argsort(~valid, dim=-1, stable=True),
+        index=first + ranks,
+    )
+
+
+def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | None, batch: int, n: int) -> Gathering:
+    """Documents packed into one row become rows of their own."""
+    lengths = cu_seqlens.diff()
+    documents = lengths.shape[0]
+    if not torch.compiler.is_compiling():
+        _check_documents(cu_seqlens, lengths, longest, batch, n)
+    if longest is None:
+        longest = int(lengths.max()) if documents else 0
+    token = torch.arange(n, device=cu_seqlens.device)
+    # Empty documents start where the next one does; counting the ends passed skips them.
+    document = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    ranks = token - cu_seqlens[document]
+    place = torch.arange(longest, device=cu_seqlens.device)
+    return Gathering(
+        source_batch=1,
+        source_length=n,
+        batch=documents,
+        length=longest,
+        ranks=ranks[None],
+        lengths=lengths,
+        dense_index=(cu_seqlens[:-1, None] + place).clamp(max=max(n - 1, 0)),
+        index=(document * longest + ranks)[None],
+    )
+
+
+def _check_documents(
+    cu_seqlens: Int[Tensor, " borders"], lengths: Int[Tensor, " documents"], longest: int | None, batch: int, n: int
+) -> None:
+    if batch != 1:
+        raise Unsupported(
+            f"cu_seqlens with a batch of {batch}",
+            supported="documents packed into one row (batch 1)",
+            nearest="Mask(lengths=...) or Mask(valid=...)",
+        )
+    borders = cu_seqlens.tolist()
+    if not borders or borders[0] != 0 or borders[-1] != n:
+        raise Unsupported(
+            f"cu_seqlens from {borders[:1]} to {borders[-1:]} for {n} tokens", supported=f"borders from 0 to {n}"
+        )
+    if lengths.numel() and int(lengths.min()) < 0:
+        raise Unsupported("cu_seqlens that decrease", supported="0, end of document 1, end of document 2, ...")
+    if longest is not None and lengths.numel() and longest < int(lengths.max()):
+        raise Unsupported(
+            f"max_length={longest} with a document of {int(lengths.max())} tokens",
+            supported=f"at least {int(lengths.max())}",
+            nearest="max_length=None",
+        )
+
+
+def gather_pairs(
+    bias: Shaped[Tensor, "#b #h #n #m"], queries: Gathering, keys: Gathering
+) -> Shaped[Tensor, "#batch #h #length #key_length"]:
+    """Numbers of pairs of tokens, such as a bias on scores, moved to dense ranks; zeros where a token is not valid."""
+    if queries.lengths is None and keys.lengths is None:
+        return bias
+    if not torch.compiler.is_compiling() and queries.batch != keys.batch:
+        raise Unsupported(
+            f"pairs of {queries.batch} query sequences and {keys.batch} key sequences", supported="equal numbers"
+        )
+    if queries.dense_index is not None or keys.dense_index is not None:
+        n, m = queries.source_length, keys.source_length
+        if n == 0 or m == 0:
+            return bias.new_zeros(queries.batch, bias.shape[1], queries.length, keys.length)
+        q, k = queries.token_numbers()[:, :, None], keys.token_numbers()[:, None, :]
+        bias = bias.expand(queries.source_batch, -1, n, m)[q // n, :, q % n, k % m].permute(0, 3, 1, 2)
+    for layout, axis in ((queries, -2), (keys, -1)):
+        if layout.lengths is not None:
+            bias = _where(valid_from_lengths(layout.lengths, layout.length), bias, axis, 0)
+    return bias
+
+
+def _row_starts(x: Tensor, axis: int) -> Int[Tensor, "b 1"]:
+    return torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[axis]
+
+
+def flip_rows(x: Shaped[Tensor, "b ..."], lengths: Int[Tensor, " b"] | None, axis: int = -2) -> Shaped[Tensor, "b ..."]:
+    """Reverse the valid part of each row, leaving its padding in place. Its own inverse.
+
+    Args:
+        x: batch first, right-padded.
+        lengths: valid tokens of each row; None when all are.
+        axis: the token axis.
+    """
+    if lengths is None:
+        return x.flip(axis)
+    n = x.shape[axis]
+    check_lengths(lengths, x.shape[0], n)
+    column = torch.arange(n, device=x.device)
+    end = lengths[:, None]
+    return _take(x, _row_starts(x, axis) + torch.where(column < end, end - 1 - column, column), None, axis, 0)
+
+
+def place_queries(
+    q: Shaped[Tensor, "b ..."],
+    m: int,
+    query_lengths: Int[Tensor, " b"] | None = None,
+    key_lengths: Int[Tensor, " b"] | None = None,
+    axis: int = -2,
+) -> Shaped[Tensor, "b ..."]:
+    """Bottom-right alignment: query i of a row goes to key rank i + L_k - L_q on an axis of `m` places of zeros.
+
+    Queries with a negative rank precede every key; they are dropped. :func:`take_queries` is the way back.
+
+    Args:
+        q: batch first, with n query slots along `axis`, right-padded.
+        m: key slots.
+        query_lengths: L_q of each row; None for n.
+        key_lengths: L_k of each row; None for m.
+        axis: the token axis.
+    """
+    return _shift(q, m, query_lengths, key_lengths, axis)
+
+
+def take_queries(
+    y: Shaped[Tensor, "b ..."],
+    n: int,
+    query_lengths: Int[Tensor, " b"] | None = None,
+    key_lengths: Int[Tensor, " b"] | None = None,
+    axis: int = -2,
+) -> Shaped[Tensor, "b ..."]:
+    """Read at the ranks where :func:`place_queries` put `n` query slots; zero for dropped queries and padding.
+
+    Args:
+        y: batch first, with m key slots along `axis`.
+        n: query slots.
+        query_lengths: L_q of each row; None for n.
+        key_lengths: L_k of each row; None for m.
+        axis: the token axis.
+    """
+    return _shift(y, n, key_lengths, query_lengths, axis)
+
+
+def _shift(x: Tensor, size: int, lengths: Tensor | None, new_lengths: Tensor | None, axis: int) -> Tensor:
+    """Move the valid part of each row so that it ends at `new_lengths` on an axis of `size`; zeros around it."""
+    old_size = x.shape[axis]
+    if lengths is None and new_lengths is None:
+        return F.pad(x.movedim(axis, 0), (0, 0) * (x.ndim - 1) + (size - old_size, 0)).movedim(0, axis)
+    for given, limit in ((lengths, old_size), (new_lengths, size)):
+        if given is not None:
+            check_lengths(given, x.shape[0], limit)
+    end = old_size if lengths is None else lengths[:, None]
+    new_end = size if new_lengths is None else new_lengths[:, None]
+    column = torch.arange(size, device=x.device) + (end - new_end)
+    valid = (column >= 0) & (column < end)
+    return _take(x, _row_starts(x, axis) + column.clamp(0, max(old_size - 1, 0)), valid, axis, 0)

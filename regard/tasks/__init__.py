@@ -1,0 +1,92 @@
+"""Tasks: what a comparison trains on. `create_task` makes one by name; a task of your own derives from `Task`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from regard.contract import Unsupported, closest
+from regard.tasks.copying import CopyingTask
+from regard.tasks.documents import Paths
+from regard.tasks.images import ImagesTask
+from regard.tasks.listops import ListOpsTask
+from regard.tasks.protocol import (
+    IGNORED,
+    Batch,
+    Task,
+    accuracy,
+    bits_per_byte,
+    check_task,
+    counter_generator,
+    cross_entropy,
+    cross_entropy_by_item,
+)
+from regard.tasks.recall import RecallTask
+from regard.tasks.text import TextTask
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (TextTask, RecallTask, CopyingTask, ListOpsTask, ImagesTask)
+}
+"""The tasks by name; a class's docstring says what its options mean and their ranges."""
+
+
+def list_tasks() -> list[str]:
+    """Names that :func:`create_task` knows."""
+    return list(TASKS)
+
+
+def create_task(
+    name: str,
+    *,
+    length: int | None = None,
+    data: Paths | None = None,
+    validation: Paths | None = None,
+    tokenizer: str = "bytes",
+    seed: int = 0,
+    **options: Any,
+) -> Task:
+    """A task by name. Nothing is downloaded.
+
+    Args:
+        name: one of :func:`list_tasks`.
+        length: tokens of an item; the task's default when None.
+        data: what to read, for tasks that read something.
+        validation: held-out data, given explicitly.
+        tokenizer: of the text task: ``bytes``, ``bpe:SIZE`` or a saved ``.json``.
+        seed: of splits and held-out items; training has a seed of its own.
+        **options: of the task (see its class).
+
+    Raises:
+        Unsupported: an unknown name or option, a value out of range, or data that cannot be used.
+    """
+    if name not in TASKS:
+        raise Unsupported(f"task {name!r}", supported=", ".join(TASKS), nearest=closest(name, TASKS))
+    accepted = [parameter for parameter in inspect.signature(TASKS[name]).parameters]
+    given = {"length": length, "data": data, "validation": validation}
+    given = {option: value for option, value in given.items() if value is not None} | options | {"seed": seed}
+    if tokenizer != "bytes":
+        given["tokenizer"] = tokenizer
+    for option in given:
+        if option not in accepted:
+            raise Unsupported(
+                f"option {option!r} of the task {name}",
+                supported=", ".join(accepted),
+                nearest=closest(option, accepted),
+            )
+    return TASKS[name](**given)
+
+
+__all__ = [
+    "IGNORED",
+    "TASKS",
+    "Batch",
+    "Task",
+    "accuracy",
+    "bits_per_byte",
+    "check_task",
+    "counter_generator",
+    "create_task",
+    "cross_entropy",
+    "cross_entropy_by_item",
+    "list_tasks",
+]

@@ -1,0 +1,40 @@
+"""AdamW (arXiv 1711.05101) with weight decay only where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+BETAS = (0.9, 0.95)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: with weight decay and without.
+
+    Without are parameters of fewer than two axes (biases, norms, per-head gains), embeddings unless
+    `decay_embeddings`, and parameters marked ``parameter._no_weight_decay = True`` (time constants of state-space
+    mechanisms, whose zero is not neutral). A matrix tied to an embedding counts as an embedding.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = (
+            parameter.ndim < 2
+            or getattr(parameter, "_no_weight_decay", False)
+            or (id(parameter) in embeddings and not decay_embeddings)
+        )
+        (kept if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, decay_embeddings: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over :func:`parameter_groups`, with betas 0.9 and 0.95 as is usual for sequence models."""
+    groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)

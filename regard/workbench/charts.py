@@ -1,0 +1,569 @@
+"""Charts as inline SVG: no script, no fonts, no colours of their own.
+
+Colours, weights and the two themes are in the style sheet of the report; a mark carries ``data-m``, the number of its
+mechanism, which decides its colour and its shape everywhere in a report. Charts are drawn about as wide as a phone, so
+their text stays readable there, and they scale through ``viewBox``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 440.0, 320.0
+LEFT, TOP, BOTTOM = 54.0, 34.0, 42.0
+CHARACTER = 6.6
+"""Mean width of a character of a label."""
+LINE = 14.0
+"""Height of a line of labels."""
+LONGEST_LABEL = 20
+COLOURS = 8
+
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+Formatter = Callable[[float], str]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a row can be drawn: JSON has null for what could not be measured."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, or four where the first is small change: 0.0123, 1.84, 12.3, 1,234."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e7 or size < 1e-4:
+        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+def format_tick(value: float) -> str:
+    """As short as the value allows."""
+    if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.10g}"
+
+
+def format_count(value: float) -> str:
+    """A rate or a count: 950, 12.3k, 4.56M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def format_length(value: float) -> str:
+    """A number of tokens, in units of 1024 where it is a multiple: 512, 1k, 1,000."""
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:,.0f}k"
+    return f"{value:,.0f}"
+
+
+def format_bytes(value: float) -> str:
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if value >= 0.9995 * 1024**power:
+            return f"{value / 1024**power:.3g} {unit}"
+    return f"{value:.3g} B"
+
+
+def format_milliseconds(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1000:.3g} s"
+    if value >= 1:
+        return f"{value:.3g} ms"
+    return f"{value * 1000:.3g} µs"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps a quantity to pixels, linearly or by its logarithm.
+
+    Attributes:
+        low, high: ends of the data range; positive when `log`.
+        start, end: their pixels.
+        ticks: values to mark.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+    ticks: tuple[float, ...]
+    label: Formatter
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def inside(self, value: float) -> float:
+        """The pixel of a value, that of the nearest end for a value outside."""
+        return self(min(max(value, self.low), self.high))
+
+
+def linear_scale(values: Iterable[float], start: float, end: float, label: Formatter, *, pad: float = 0.08) -> Scale:
+    low, high = min(values := list(values)), max(values)
+    if high - low < 1e-9 * max(abs(low), abs(high), 1e-12):
+        low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
+    low, high = low - pad * (high - low), high + pad * (high - low)
+    step = _round_step((high - low) / 5)
+    ticks = (step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1))
+    return Scale(low, high, start, end, False, tuple(round(t, 12) for t in ticks), label)
+
+
+def log_scale(
+    values: Iterable[float], start: float, end: float, label: Formatter, *, base: int = 10, pad: float = 0.06
+) -> Scale:
+    low, high = min(values := list(values)), max(values)
+    if high / low < 1.3:
+        middle = math.sqrt(low * high)
+        low, high = middle / 1.25, middle * 1.25
+    stretch = (high / low) ** pad
+    low, high = low / stretch, high * stretch
+    return Scale(low, high, start, end, True, _log_ticks(low, high, base), label)
+
+
+def _round_step(step: float) -> float:
+    size = 10 ** math.floor(math.log10(step))
+    return next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= step * 0.999)
+
+
+def _log_ticks(low: float, high: float, base: int, most: int = 6) -> tuple[float, ...]:
+    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
+
+    def inside(multiples: Sequence[float], stride: int = 1) -> tuple[float, ...]:
+        powers = range(first - first % stride, last + 1, stride)
+        return tuple(v for p in powers for m in multiples if low <= (v := m * float(base) ** p) <= high)
+
+    if base == 10:
+        for multiples in (tuple(range(1, 10)), (1, 2, 5), (1, 3)):
+            if 3 <= len(found := inside(multiples)) <= most:
+                return found
+    for stride in itertools.count(1):
+        if len(found := inside((1,), stride)) <= most:
+            break
+    if len(found) >= 2:
+        return found
+    plain = linear_scale((low, high), 0, 1, format_tick, pad=0).ticks
+    return tuple(t for t in plain if t > 0)
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least `gap` apart inside [low, high], as near to the wanted ones as that allows (least squares).
+
+    Labels in one column keep the order of what they name. When they cannot all fit, they are spaced evenly.
+    """
+    if not wanted:
+        return []
+    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    # With the gaps taken out this is a regression onto sequences that never fall: pool neighbours that do.
+    pools: list[list[float]] = []
+    for rank, index in enumerate(order):
+        pools.append([wanted[index] - rank * gap, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (mean, count), (next_mean, next_count) = pools[-2:]
+            pools[-2:] = [[(mean * count + next_mean * next_count) / (count + next_count), count + next_count]]
+    level = [mean for mean, count in pools for _ in range(int(count))]
+    top = high - (len(wanted) - 1) * gap
+    placed = [0.0] * len(wanted)
+    for rank, index in enumerate(order):
+        placed[index] = min(max(level[rank], low), top) + rank * gap
+    return placed
+
+
+def place_labels(points: Sequence[Point], widths: Sequence[float], taken: Sequence[Box], frame: Box) -> list[Box]:
+    """A box beside each point, chosen greedily, most crowded first, to overlap as little as possible.
+
+    Args:
+        points: what is labelled.
+        widths: widths of the labels.
+        taken: boxes that labels should not cover: marks, error bars.
+        frame: what labels must stay inside.
+
+    Returns:
+        (x0, y0, x1, y1) of each label, in the order of `points`.
+    """
+
+    def crowd(i: int) -> float:
+        return sum(1 / (1 + math.dist(points[i], other)) for other in points)
+
+    boxes: dict[int, Box] = {}
+    for i in sorted(range(len(points)), key=crowd, reverse=True):
+        candidates = list(_boxes_around(points[i], widths[i]))
+        obstacles = [*taken, *boxes.values()]
+        boxes[i] = min(
+            candidates,
+            key=lambda c: 20 * _outside(c[1], frame) + 3 * sum(_overlap(c[1], other) for other in obstacles) + c[0],
+        )[1]
+    return [boxes[i] for i in range(len(points))]
+
+
+def _boxes_around(point: Point, width: float) -> Iterable[tuple[float, Box]]:
+    """Candidate boxes with what each costs by itself: near is cheap, and right is cheaper than left."""
+    x, y = point
+    for distance in (9.0, 18.0, 30.0, 44.0, 60.0):
+        for turn in range(16):
+            angle = 2 * math.pi * turn / 16
+            dx, dy = math.cos(angle), math.sin(angle)
+            centre_x = x + dx * distance + (width / 2) * max(-1.0, min(1.0, 1.6 * dx))
+            centre_y = y + dy * distance + (LINE / 2 - 2) * dy
+            cost = 4 * (distance - 9) + 6 * (1 - dx) + (4 if turn % 4 else 0)
+            yield cost, (centre_x - width / 2, centre_y - LINE / 2, centre_x + width / 2, centre_y + LINE / 2)
+
+
+def _overlap(a: Box, b: Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _outside(box: Box, frame: Box) -> float:
+    return (
+        max(0.0, frame[0] - box[0])
+        + max(0.0, frame[1] - box[1])
+        + max(0.0, box[2] - frame[2])
+        + max(0.0, box[3] - frame[3])
+    )
+
+
+def _polygon(corners: int, turn: float, *, inner: float | None = None, grow: float = 1.0) -> list[Point]:
+    steps = corners if inner is None else 2 * corners
+    radii = [grow if inner is None or i % 2 == 0 else grow * inner for i in range(steps)]
+    return [
+        (r * math.sin(turn + 2 * math.pi * i / steps), -r * math.cos(turn + 2 * math.pi * i / steps))
+        for i, r in enumerate(radii)
+    ]
+
+
+_PLUS = [(a, b) for a, b in ((-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1))]
+_PLUS = [(0.38 * a, 0.38 * b) for a, b in [*_PLUS, (-3, -1), (-1, -1)]]
+
+SHAPES: tuple[Sequence[Point] | None, ...] = (
+    None,  # a circle
+    _polygon(4, math.pi / 4, grow=1.25),
+    _polygon(3, 0, grow=1.35),
+    _polygon(4, 0, grow=1.3),
+    _polygon(3, math.pi, grow=1.35),
+    _PLUS,
+    _polygon(5, 0, inner=0.45, grow=1.45),
+    _polygon(6, 0, grow=1.15),
+    _polygon(4, math.pi / 4, inner=0.4, grow=1.5),
+)
+"""Outlines of the markers, in units of the radius. Nine shapes and eight colours repeat together after 72."""
+
+
+def marker(number: int, x: float, y: float, radius: float, name: str = "marker") -> Markup:
+    """The marker of mechanism `number`."""
+    outline = SHAPES[number % len(SHAPES)]
+    if outline is None:
+        shape = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:.2f}"'
+        return Markup('<circle class="{} k{}" {}/>').format(name, number % COLOURS, Markup(shape))
+    corners = " ".join(f"{x + radius * a:.1f},{y + radius * b:.1f}" for a, b in outline)
+    return Markup('<polygon class="{} k{}" points="{}"/>').format(name, number % COLOURS, Markup(corners))
+
+
+def glyph(number: int) -> Markup:
+    """The marker of mechanism `number` by itself, to stand in a line of text."""
+    return Markup('<svg class="glyph" viewBox="-8 -8 16 16" aria-hidden="true">{}</svg>').format(
+        marker(number, 0, 0, 5)
+    )
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        number: of its mechanism: decides colour and shape.
+        name: of its mechanism.
+        points: (x, y), y None where nothing could be measured: the line breaks there.
+        ranges: (low, high) at an x, drawn as a whisker.
+        rings: x of points to mark.
+        crossing: x where it crosses the reference, marked on the line and on the axis.
+        label: whether to write the name at its end; a mechanism with one line a seed is named once.
+    """
+
+    number: int
+    name: str
+    points: Sequence[tuple[float, float | None]]
+    ranges: Mapping[float, tuple[float, float]] = field(default_factory=dict)
+    rings: Sequence[float] = ()
+    crossing: float | None = None
+    label: bool = True
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one direction of a chart reads.
+
+    Attributes:
+        label: what it shows, unit and better direction included.
+        format: text of a tick.
+        log: logarithmic.
+        base: of logarithmic ticks.
+        rising: False puts small values at the top, where better is smaller.
+        limit: values beyond it are drawn at the edge.
+    """
+
+    label: str
+    format: Formatter = format_tick
+    log: bool = False
+    base: int = 10
+    rising: bool = True
+    limit: float | None = None
+
+    def usable(self, value: object) -> bool:
+        return is_number(value) and (not self.log or value > 0)  # type: ignore[operator]
+
+    def scale(self, values: Iterable[float], start: float, end: float) -> Scale:
+        shown = [v if self.limit is None else min(v, self.limit) for v in values]
+        if not self.rising:
+            start, end = end, start
+        if self.log:
+            return log_scale(shown, start, end, self.format, base=self.base)
+        return linear_scale(shown, start, end, self.format)
+
+
+@dataclass(frozen=True)
+class ScatterPoint:
+    """One mechanism in the picture of quality against speed.
+
+    Attributes:
+        x, y: speed and mean quality.
+        error: half the height of the error bar; None without one.
+        seeds: quality of each seed.
+        front: whether it lies on the Pareto front.
+        winner: whether it is the recommended one.
+        detail: text of its tooltip.
+    """
+
+    number: int
+    name: str
+    x: float
+    y: float
+    error: float | None = None
+    seeds: Sequence[float] = ()
+    front: bool = False
+    winner: bool = False
+    detail: str = ""
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+
+
+def _figure(identity: str, title: str, description: str, body: Iterable[Markup]) -> Markup:
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-labelledby="{i}-t {i}-d">'
+        '<title id="{i}-t">{}</title><desc id="{i}-d">{}</desc>{}</svg>'
+    ).format(WIDTH, HEIGHT, title, description, Markup("").join(body), i=identity)
+
+
+def _axes(x: Scale, y: Scale, x_axis: Axis, y_axis: Axis, right: float) -> Iterable[Markup]:
+    bottom = HEIGHT - BOTTOM
+    for value in y.ticks:
+        at = y(value)
+        yield Markup('<line class="grid" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, right, at, at)
+        yield _text(LEFT - 7, at + 4, y.label(value), "tick end")
+    previous = -math.inf
+    for value in sorted(x.ticks, key=x):
+        at, text = x(value), x.label(value)
+        yield Markup('<line class="notch" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
+            at, at, bottom, bottom + 4
+        )
+        if at - previous > len(text) * CHARACTER + 6:
+            yield _text(at, bottom + 17, text, "tick middle")
+            previous = at
+    yield Markup('<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
+        LEFT, right, bottom, bottom
+    )
+    yield _text(2, 14, y_axis.label, "axis-title")
+    yield _text(right, HEIGHT - 6, x_axis.label, "axis-title end")
+
+
+def _text(x: float, y: float, text: str, name: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(name, x, y, text)
+
+
+def scatter(
+    identity: str, title: str, description: str, points: Sequence[ScatterPoint], x_axis: Axis, y_axis: Axis
+) -> Markup:
+    """Quality against speed: error bars, the single seeds, the Pareto front and a label beside each point."""
+    right, bottom = WIDTH - 14, HEIGHT - BOTTOM
+    x = x_axis.scale([p.x for p in points], LEFT + 16, right - 16)
+    heights = [h for p in points for h in (*p.seeds, p.y - (p.error or 0), p.y + (p.error or 0))]
+    y = y_axis.scale(heights, bottom - 8, TOP + 4)
+    body: list[Markup] = list(_axes(x, y, x_axis, y_axis, right))
+    front = sorted((p for p in points if p.front), key=lambda p: p.x)
+    if len(front) > 1:
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in front)
+        body.append(Markup('<polyline class="front" points="{}"/>').format(Markup(path)))
+    taken: list[Box] = [(x(p.x) - 8, y(p.y) - 8, x(p.x) + 8, y(p.y) + 8) for p in points]
+    for p in points:
+        if p.error:
+            top, foot = sorted((y(p.y - p.error), y(p.y + p.error)))
+            taken.append((x(p.x) - 2, top, x(p.x) + 2, foot))
+    for a, b in itertools.pairwise(front):
+        taken.extend(_along((x(a.x), y(a.y)), (x(b.x), y(b.y))))
+    labels = [_short(p.name) for p in points]
+    centres = [(x(p.x), y(p.y)) for p in points]
+    widths = [len(label) * CHARACTER + 2 for label in labels]
+    boxes = place_labels(centres, widths, taken, (LEFT, TOP - 12, WIDTH - 2, bottom - 2))
+    for p, label, box, (at, height) in zip(points, labels, boxes, centres, strict=True):
+        parts = [Markup("<title>{}</title>").format(p.detail or p.name)]
+        edge = (min(max(at, box[0]), box[2]), min(max(height, box[1]), box[3]))
+        if math.dist(edge, (at, height)) > 14:
+            parts.append(_line("leader", at, height, *edge))
+        parts += [_seed(p.number, at, y(seed)) for seed in p.seeds]
+        if p.error:
+            parts.append(_line(f"whisker k{p.number % COLOURS}", at, y(p.y - p.error), at, y(p.y + p.error)))
+        if p.winner:
+            parts.append(Markup('<circle class="halo" cx="{:.1f}" cy="{:.1f}" r="12"/>').format(at, height))
+        parts.append(marker(p.number, at, height, 6, "point" if p.front else "point behind"))
+        name = "label middle winner" if p.winner else "label middle"
+        parts.append(_text((box[0] + box[2]) / 2, (box[1] + box[3]) / 2 + 4, label, name))
+        body.append(_of_mechanism(p.number, parts))
+    return _figure(identity, title, description, body)
+
+
+def _along(a: Point, b: Point) -> Iterable[Box]:
+    """Small boxes along a line, so that labels avoid it."""
+    steps = max(1, round(math.dist(a, b) / 8))
+    for i in range(1, steps):
+        cx, cy = a[0] + (b[0] - a[0]) * i / steps, a[1] + (b[1] - a[1]) * i / steps
+        yield cx - 1.5, cy - 1.5, cx + 1.5, cy + 1.5
+
+
+def _seed(number: int, x: float, y: float) -> Markup:
+    return Markup('<circle class="seed k{}" cx="{:.1f}" cy="{:.1f}" r="1.9"/>').format(number % COLOURS, x, y)
+
+
+def _line(name: str, x0: float, y0: float, x1: float, y1: float) -> Markup:
+    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(name, x0, y0, x1, y1)
+
+
+def _of_mechanism(number: int, parts: Iterable[Markup]) -> Markup:
+    return Markup('<g data-m="{}">{}</g>').format(number, Markup("").join(parts))
+
+
+def lines(
+    identity: str,
+    title: str,
+    description: str,
+    series: Sequence[Series],
+    x_axis: Axis,
+    y_axis: Axis,
+    *,
+    markers: bool = True,
+    missing: str = "",
+) -> Markup | None:
+    """Lines named at their ends.
+
+    Args:
+        markers: mark every point.
+        missing: what a point without a value means; when given, such points are crosses along the bottom.
+
+    Returns:
+        The chart; None when there is nothing to draw.
+    """
+    kept = [(s, [(px, py) for px, py in s.points if x_axis.usable(px)]) for s in series]
+    values = [py for _, points in kept for _, py in points if y_axis.usable(py)]
+    lost = [px for _, points in kept for px, py in points if not y_axis.usable(py)] if missing else []
+    if not values and not lost:
+        return None
+    named = [_short(s.name) for s, points in kept if s.label and points]
+    room = max((len(name) for name in named), default=0) * CHARACTER + 24
+    right, bottom = WIDTH - room, HEIGHT - BOTTOM
+    x = x_axis.scale([px for _, points in kept for px, py in points if missing or y_axis.usable(py)], LEFT + 6, right)
+    y = y_axis.scale(values or [1.0], bottom - (24 if lost else 6), TOP)
+    body: list[Markup] = list(_axes(x, y, x_axis, y_axis, right))
+    if lost:
+        body.append(_text(LEFT + 2, bottom - 18, missing, "note"))
+    body.extend(_crossings(series, x, bottom))
+    ends: list[tuple[Series, Point]] = []
+    for s, points in kept:
+        drawn, end = _draw_series(s, points, x, y, y_axis, markers, bottom - 8 if missing else None)
+        body.append(_of_mechanism(s.number, drawn))
+        if s.label and end is not None:
+            ends.append((s, end))
+    heights = spread([at for _, (_, at) in ends], LINE, TOP - 6, bottom - 2)
+    for (s, (end_x, end_y)), height in zip(ends, heights, strict=True):
+        parts = [_line(f"lead k{s.number % COLOURS}", end_x + 5, end_y, right + 14, height)]
+        parts.append(_text(right + 17, height + 4, _short(s.name), "label"))
+        body.append(_of_mechanism(s.number, parts))
+    return _figure(identity, title, description, body)
+
+
+def _draw_series(
+    series: Series,
+    points: Sequence[tuple[float, float | None]],
+    x: Scale,
+    y: Scale,
+    y_axis: Axis,
+    markers: bool,
+    lost_at: float | None,
+) -> tuple[list[Markup], Point | None]:
+    """The marks of one series and the pixel where it ends."""
+    colour = f"k{series.number % COLOURS}"
+    parts = [Markup("<title>{}</title>").format(series.name)]
+    runs: list[list[Point]] = [[]]
+    marks: list[Markup] = []
+    end: Point | None = None
+    for px, py in points:
+        at = x(px)
+        if not y_axis.usable(py):
+            runs.append([])
+            if lost_at is not None:
+                marks.append(
+                    Markup('<path class="cross {}" d="M{:.1f} {:.1f}l7 7m0 -7l-7 7"/>').format(
+                        colour, at - 3.5, lost_at - 3.5
+                    )
+                )
+                end = end or (at, lost_at)
+            continue
+        height = y.inside(py)  # type: ignore[arg-type]
+        runs[-1].append((at, height))
+        end = (at, height)
+        if px in series.ranges:
+            low, high = series.ranges[px]
+            if y_axis.usable(low) and y_axis.usable(high):
+                marks.append(_line(f"whisker {colour}", at, y.inside(low), at, y.inside(high)))
+        if markers:
+            marks.append(marker(series.number, at, height, 3.6, "dot"))
+        if px in series.rings:
+            marks.append(Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="8"/>').format(at, height))
+    if series.crossing is not None and x.low <= series.crossing <= x.high:
+        crossing = x(series.crossing)
+        height_there = _height_at(crossing, runs)
+        if height_there is not None:
+            marks.append(Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="7"/>').format(crossing, height_there))
+    for run in runs:
+        if len(run) > 1:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in run)
+            parts.append(Markup('<polyline class="line {}" points="{}"/>').format(colour, Markup(path)))
+    return parts + marks, end
+
+
+def _height_at(at: float, runs: Sequence[Sequence[Point]]) -> float | None:
+    """Where a drawn line passes a horizontal pixel."""
+    for run in runs:
+        for (x0, y0), (x1, y1) in itertools.pairwise(run):
+            if x0 <= at <= x1:
+                return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return None
+
+
+def _crossings(series: Sequence[Series], x: Scale, bottom: float) -> Iterable[Markup]:
+    """A dashed line and its length on the axis wherever lines cross the reference."""
+    shown = sorted({s.crossing for s in series if s.crossing is not None and x.low <= s.crossing <= x.high})
+    places = spread([x(c) for c in shown], 36, LEFT + 16, x.end - 4)
+    for crossing, place in zip(shown, places, strict=True):
+        yield _line("crossing", x(crossing), TOP, x(crossing), bottom)
+        yield _text(place, bottom - 6, format_length(crossing), "crossing-label middle")

@@ -1,0 +1,139 @@
+"""Where a measurement comes from: the machine, the versions, the revision of the code, the time.
+
+Nothing here names a person or a path, so a store and a report can be passed on as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+HARDWARE = ("cpu", "physical_cores", "logical_cores", "memory_bytes", "gpus", "architecture")
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def fingerprint() -> dict[str, Any]:
+    """Facts about the machine and the software that a measurement depends on.
+
+    Returns:
+        ``cpu``, ``physical_cores``, ``logical_cores``, ``usable_cores``, ``threads`` (of torch), ``memory_bytes``,
+        ``gpus`` (names), ``architecture``, ``os``, ``python``, ``torch``, ``numpy``, ``regard`` and ``machine_id``, a
+        short hash of the hardware alone. A fact that the platform does not tell is None.
+    """
+    facts: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "physical_cores": _physical_cores(),
+        "logical_cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "architecture": platform.machine(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "regard": regard_version(),
+    }
+    return {"machine_id": machine_id(facts), **facts}
+
+
+def machine_id(facts: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that identify the hardware in `facts`, whatever software runs on it."""
+    hardware = {name: facts[name] for name in HARDWARE}
+    if hardware["memory_bytes"]:
+        # Kernels reserve slightly different amounts at each boot.
+        hardware["memory_bytes"] = round(hardware["memory_bytes"] / 2**30)
+    return hashlib.sha256(json.dumps(hardware, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def regard_version() -> str:
+    """The version of the running package, ``"unknown"`` where it declares none."""
+    import regard  # here, because the package may still be importing this module
+
+    declared = getattr(regard, "__version__", None)
+    if declared:
+        return declared
+    try:
+        return metadata.version("regard")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that regard runs from, with ``+changes`` when tracked files differ from it.
+
+    None for an installed package, even when it is installed inside some other project's repository.
+    """
+    root = _git("rev-parse", "--show-toplevel")
+    if root is None or Path(root).resolve() != CHECKOUT:
+        return None
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if commit and changes else commit
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(CHECKOUT), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@functools.cache
+def _cpu_records() -> list[dict[str, str]]:
+    """One record for each logical processor of a Linux machine; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    records = []
+    for block in text.strip().split("\n\n"):
+        pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+        records.append({name.strip(): value.strip() for name, value in pairs})
+    return records
+
+
+def _cpu_model() -> str | None:
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+    named = (record["model name"] for record in _cpu_records() if "model name" in record)
+    return next(named, None) or platform.processor() or None
+
+
+def _physical_cores() -> int | None:
+    if sys.platform == "darwin":
+        count = _output("sysctl", "-n", "hw.physicalcpu")
+        return int(count) if count else None
+    cores = {(r["physical id"], r["core id"]) for r in _cpu_records() if "physical id" in r and "core id" in r}
+    return len(cores) or None
+
+
+def _memory_bytes() -> int | None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,319 @@
+"""The store: every measurement as one row of one SQLite file.
+
+A row is committed the moment it is made, so a process that is killed loses at most the row it was working on, and a
+second process may read, or write its own rows, meanwhile. The key of a row is the settings that define it; a key is
+written once and never again, which is how an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from regard.contract import Unsupported, closest
+from regard.workbench import provenance
+
+SCHEMA_VERSION = 1
+KINDS = ("search", "quality", "cost", "profile", "run")
+SECONDS_TO_WAIT = 60.0
+"""For another writer to finish its row."""
+
+_TABLES = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE machines (id TEXT PRIMARY KEY, fingerprint TEXT NOT NULL)",
+    """CREATE TABLE rows (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        kind TEXT NOT NULL,
+        key TEXT NOT NULL,
+        created TEXT NOT NULL,
+        run TEXT NOT NULL,
+        regard_version TEXT NOT NULL,
+        git_revision TEXT,
+        machine TEXT NOT NULL REFERENCES machines (id),
+        command TEXT NOT NULL,
+        payload TEXT NOT NULL,
+        UNIQUE (kind, key)
+    )""",
+    "CREATE INDEX rows_of_run ON rows (run, kind)",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        kind: one of `KINDS`.
+        key: the settings that define it.
+        created: when, ISO 8601 in UTC.
+        run: id of the run that made it.
+        regard_version: of the code that made it.
+        git_revision: of the code that made it; None for an installed package.
+        machine: :func:`regard.workbench.provenance.fingerprint` of where it was made.
+        command: the command line that made it.
+        payload: what was measured.
+    """
+
+    kind: str
+    key: dict[str, Any]
+    created: str
+    run: str
+    regard_version: str
+    git_revision: str | None
+    machine: dict[str, Any]
+    command: str
+    payload: Any
+
+
+class Store:
+    """Rows in one SQLite file, created when it does not exist.
+
+    A store is used by the thread that opened it; other threads and processes open their own.
+
+    Args:
+        path: the file. Its folder is created when missing.
+        run: id that the rows of this process carry; a new one when None.
+        command: command line that the rows of this process carry; that of the process when None.
+
+    Raises:
+        Unsupported: the file is not a store, was written under another schema version, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, *, run: str | None = None, command: str | None = None) -> None:
+        self.path = Path(path)
+        self.run = run or uuid.uuid4().hex[:12]
+        self.command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self._regard_version, self._git_revision = provenance.regard_version(), provenance.git_revision()
+        self._machine: str | None = None
+        self._connection = _open(self.path)
+
+    def put(self, kind: str, key: Mapping[str, Any], payload: Any) -> bool:
+        """Append a row and commit it.
+
+        Args:
+            kind: one of `KINDS`.
+            key: the settings that define the row. A row that depends on the machine has the machine in its key.
+            payload: what was measured, as JSON; numpy and torch values become lists and numbers, and numbers that are
+                not finite become null, which is how a diverged measurement is read back.
+
+        Returns:
+            False when the store has this key already: nothing is written then, and the first row stays.
+        """
+        _require_kind(kind)
+        machine = self._machine or self._record_machine()
+        values = (
+            kind,
+            canonical_key(key),
+            provenance.now(),
+            self.run,
+            self._regard_version,
+            self._git_revision,
+            machine,
+            self.command,
+            json.dumps(_plain(payload), ensure_ascii=False, allow_nan=False),
+        )
+        written = self._connection.execute(
+            "INSERT INTO rows (kind, key, created, run, regard_version, git_revision, machine, command, payload)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO NOTHING",
+            values,
+        )
+        return written.rowcount == 1
+
+    def get(self, kind: str, key: Mapping[str, Any]) -> Row | None:
+        """The row of these settings, whichever run made it; None when it was not measured yet."""
+        _require_kind(kind)
+        return next(iter(self._select("kind = ? AND key = ?", kind, canonical_key(key))), None)
+
+    def rows(self, kind: str, run: str | None = None) -> list[Row]:
+        """All rows of a kind in the order they were made; only those made by `run` when it is given."""
+        _require_kind(kind)
+        if run is None:
+            return self._select("kind = ?", kind)
+        return self._select("kind = ? AND run = ?", kind, run)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _select(self, where: str, *values: str) -> list[Row]:
+        found = self._connection.execute(
+            "SELECT kind, key, created, run, regard_version, git_revision, fingerprint, command, payload"
+            f" FROM rows JOIN machines ON machines.id = rows.machine WHERE {where} ORDER BY rows.id",
+            values,
+        )
+        return [
+            Row(
+                kind,
+                json.loads(key),
+                created,
+                run,
+                version,
+                revision,
+                json.loads(machine),
+                command,
+                json.loads(payload),
+            )
+            for kind, key, created, run, version, revision, machine, command, payload in found
+        ]
+
+    def _record_machine(self) -> str:
+        """Store the facts about this process once, at its first row, when torch's threads have been set."""
+        facts = json.dumps(provenance.fingerprint(), sort_keys=True, ensure_ascii=False)
+        self._machine = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        self._connection.execute(
+            "INSERT INTO machines (id, fingerprint) VALUES (?, ?) ON CONFLICT DO NOTHING", (self._machine, facts)
+        )
+        return self._machine
+
+
+def canonical_key(key: Mapping[str, Any]) -> str:
+    """The settings as JSON that is the same text for equal settings: names sorted, 1.0 as 1, tuples as lists.
+
+    Raises:
+        Unsupported: a name that is not a string, or a number that is not finite.
+    """
+    return json.dumps(_settings(key, "key"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _settings(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise Unsupported(f"{where} with the name {name!r}", supported="names that are strings")
+        return {name: _settings(item, f"{where}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_settings(item, where) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Unsupported(f"{where} = {value}", supported="finite numbers")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "tolist"):
+        return _settings(value.tolist(), where)
+    raise Unsupported(f"{where} of type {type(value).__name__}", supported="text, numbers, lists and mappings")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can say it, non-finite numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _require_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise Unsupported(f"rows of kind {kind!r}", supported=", ".join(KINDS), nearest=closest(kind, KINDS))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    if path.is_dir():
+        raise Unsupported(
+            f"{path} as a store: it is a folder", supported="a file", nearest=f"--output {path / 'regard.sqlite'}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Autocommit: every statement outside an explicit BEGIN is its own transaction.
+        connection = sqlite3.connect(path, timeout=SECONDS_TO_WAIT, isolation_level=None)
+    except (OSError, sqlite3.OperationalError) as error:
+        raise _cannot_write(path, error) from error
+    try:
+        _prepare(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    try:
+        # Looked at before anything is written, so that a file which is not ours stays as it is.
+        if _tables(connection):
+            _check_schema(connection, path)
+        _use_write_ahead_log(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("BEGIN IMMEDIATE")
+        if not _tables(connection):
+            for statement in _TABLES:
+                connection.execute(statement)
+            connection.execute("INSERT INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
+        _check_schema(connection, path)
+        connection.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise _cannot_write(path, error) from error
+    except sqlite3.DatabaseError as error:
+        raise _not_a_store(path) from error
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    if not {"meta", "machines", "rows"} <= _tables(connection):
+        raise _not_a_store(path)
+    with closing(connection.execute("SELECT value FROM meta WHERE name = 'schema_version'")) as found:
+        (version,) = found.fetchone() or ("none",)
+    if version != str(SCHEMA_VERSION):
+        raise Unsupported(
+            f"{path}, a store of schema version {version}",
+            supported=f"schema version {SCHEMA_VERSION}",
+            nearest=_another_output(path),
+        )
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log; SQLite does not itself wait here when two processes open a new file at once."""
+    deadline = time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _cannot_write(path: Path, error: Exception) -> Unsupported:
+    return Unsupported(
+        f"{path} as a store: it cannot be written ({error})",
+        supported="a file in a folder that can be written",
+        nearest="--output ./regard.sqlite",
+    )
+
+
+def _not_a_store(path: Path) -> Unsupported:
+    return Unsupported(
+        f"{path} is not a store of regard",
+        supported="a store made by regard, or a file that does not exist yet",
+        nearest=_another_output(path),
+    )
+
+
+def _another_output(path: Path) -> str:
+    return f"--output {path.with_name(path.stem + '-new.sqlite')}"

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regard.contract import Unsupported
+from regard.workbench import provenance
+from regard.workbench.store import SCHEMA_VERSION, Store, canonical_key
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "store.sqlite"
+
+
+def start(script, *arguments):
+    """A Python process that runs `script` with the package importable."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_what_was_put_is_got(path):
+    key = {"task": "copy", "mechanism": "softmax", "seed": random.randrange(1000), "lr": random.random()}
+    payload = {"items": [[random.random(), 1.0] for _ in range(50)], "solved": None, "text": "Δ √ <b>"}
+    with Store(path, run="r1", command="regard compare x") as store:
+        assert store.get("quality", key) is None
+        assert store.put("quality", key, payload)
+    with Store(path) as store:
+        row = store.get("quality", key)
+    assert row.payload == payload
+    assert row.key == key
+    assert (row.kind, row.run, row.command) == ("quality", "r1", "regard compare x")
+    assert row.machine["machine_id"] == provenance.fingerprint()["machine_id"]
+    assert row.git_revision == provenance.git_revision()
+
+
+def test_a_key_is_written_once(path):
+    with Store(path) as first, Store(path) as second:
+        assert first.put("cost", {"a": 1, "b": [1, 2]}, 1)
+        assert not first.put("cost", {"b": (1, 2), "a": 1.0}, 2)
+        assert not second.put("cost", {"a": 1, "b": [1, 2]}, 3)
+        assert second.put("profile", {"a": 1, "b": [1, 2]}, 4)
+        assert [row.payload for row in first.rows("cost")] == [1]
+
+
+def test_rows_come_in_order_and_by_run(path):
+    for run in ("r1", "r2"):
+        with Store(path, run=run) as store:
+            for index in range(5):
+                store.put("search", {"run": run, "i": index}, index)
+    with Store(path) as store:
+        assert [row.payload for row in store.rows("search")] == [*range(5), *range(5)]
+        assert [row.key["run"] for row in store.rows("search", run="r2")] == ["r2"] * 5
+        assert store.rows("cost") == []
+
+
+def test_numbers_that_are_not_finite_are_read_back_as_null(path):
+    payload = {"loss": math.nan, "curve": np.array([[1.0, np.inf]]), "n": np.int64(3), "t": torch.tensor([1.5])}
+    with Store(path) as store:
+        store.put("quality", {}, payload)
+        assert store.get("quality", {}).payload == {"loss": None, "curve": [[1.0, None]], "n": 3, "t": [1.5]}
+
+
+def test_equal_settings_have_one_key():
+    assert canonical_key({"b": (1, 2.0), "a": 1e-3}) == canonical_key({"a": 0.001, "b": [np.int64(1), 2]})
+    assert canonical_key({"a": 1}) != canonical_key({"a": "1"})
+
+
+@pytest.mark.parametrize("key", [{"a": math.nan}, {1: 2}, {"a": object()}])
+def test_settings_that_are_no_key_are_refused(key):
+    with pytest.raises(Unsupported):
+        canonical_key(key)
+
+
+def test_unknown_kind_names_the_nearest(path):
+    with Store(path) as store, pytest.raises(Unsupported) as error:
+        store.put("qualty", {}, 1)
+    assert error.value.nearest == "quality"
+
+
+def test_machine_is_stored_once(path):
+    for run in range(3):
+        with Store(path) as store:
+            store.put("run", {"run": run}, {})
+            store.put("cost", {"run": run}, {})
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT count(*) FROM machines").fetchone() == (1,)
+    connection.close()
+
+
+def test_another_schema_version_is_refused(path):
+    Store(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE meta SET value = ?", (str(SCHEMA_VERSION + 7),))
+    connection.close()
+    with pytest.raises(Unsupported, match=rf"schema version {SCHEMA_VERSION + 7}") as error:
+        Store(path)
+    assert str(SCHEMA_VERSION) in error.value.supported
+    assert "--output" in error.value.nearest
+
+
+def test_a_file_that_is_not_a_store_is_refused_and_left_alone(path):
+    path.write_bytes(b"task,score\n" * 500)
+    with pytest.raises(Unsupported, match="not a store"):
+        Store(path)
+    assert path.read_bytes() == b"task,score\n" * 500
+
+
+def test_a_database_of_something_else_is_refused_and_left_alone(path):
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE songs (name TEXT)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(Unsupported, match="not a store"):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_from_an_interrupted_creation_is_used(path):
+    path.touch()
+    with Store(path) as store:
+        assert store.put("run", {}, {})
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(Unsupported, match="folder"):
+        Store(tmp_path)
+
+
+def test_a_path_through_a_file_is_refused(tmp_path):
+    (tmp_path / "plain").touch()
+    with pytest.raises(Unsupported, match="cannot be written") as error:
+        Store(tmp_path / "plain" / "store.sqlite")
+    assert "--output" in error.value.nearest
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_an_unwritable_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(Unsupported, match="cannot be written"):
+            Store(tmp_path / "store.sqlite")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+WRITE_FOREVER = """
+    import itertools, sys
+    from regard.workbench.store import Store
+    with Store(sys.argv[1]) as store:
+        for index in itertools.count():
+            store.put("quality", {"writer": sys.argv[2], "index": index}, {"items": [[index, 1.0]] * 200})
+            print(index, flush=True)
+"""
+
+
+def test_killed_writer_leaves_every_completed_row(path):
+    writer = start(WRITE_FOREVER, path, "a")
+    with writer, Store(path) as reader:
+        wanted = random.randrange(20, 60)
+        for line in writer.stdout:
+            if int(line) == wanted:
+                break
+        assert len(reader.rows("quality")) > wanted  # reading while the other process writes
+        time.sleep(random.random() / 50)
+        writer.send_signal(signal.SIGKILL)
+        said = [wanted, *map(int, writer.stdout.read().split())]
+    completed = range(max(said) + 1)
+    with Store(path) as store:
+        rows = store.rows("quality")
+        assert [row.key["index"] for row in rows][: len(completed)] == list(completed)
+        assert len(rows) <= len(completed) + 1
+        assert all(row.payload == {"items": [[row.key["index"], 1.0]] * 200} for row in rows)
+        assert store.put("quality", {"writer": "a", "index": len(rows)}, {})
+
+
+WRITE_MANY = """
+    import sys
+    from regard.workbench.store import Store
+    with Store(sys.argv[1]) as store:
+        written = [store.put("search", {"index": index}, sys.argv[2]) for index in range(60)]
+        own = [store.put("cost", {"writer": sys.argv[2], "index": index}, index) for index in range(60)]
+    print(sum(written), sum(own))
+"""
+
+
+def test_two_writers_open_a_new_store_and_share_it(path):
+    writers = [start(WRITE_MANY, path, name) for name in "ab"]
+    counts = [list(map(int, writer.communicate(timeout=60)[0].split())) for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert sum(shared for shared, _ in counts) == 60
+    assert [own for _, own in counts] == [60, 60]
+    with Store(path) as store:
+        assert len(store.rows("search")) == 60
+        assert len(store.rows("cost")) == 120
+
+
+def test_fingerprint_is_plain_and_names_no_one():
+    facts = provenance.fingerprint()
+    text = json.dumps(facts)
+    assert facts == json.loads(text)
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["memory_bytes"] is None or facts["memory_bytes"] > 2**20
+    for private in {str(Path.home()), os.environ.get("USER", ""), str(REPOSITORY)} - {"", "/", "root"}:
+        assert private not in text
+
+
+def test_machine_id_depends_on_hardware_alone():
+    facts = provenance.fingerprint()
+    assert provenance.machine_id({**facts, "torch": "0.0", "threads": 99}) == facts["machine_id"]
+    assert provenance.machine_id({**facts, "cpu": "another"}) != facts["machine_id"]
+
+
+def test_time_is_utc():
+    assert provenance.now().endswith("+00:00")
+
+
+def test_revision_is_that_of_this_checkout_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
+    assert provenance.git_revision() is None
