@@ -111,14 +111,7 @@ def ranks(call: Call, n: int, m: int, device: torch.device, cached: Int[Tensor, 
     return Ranks(queries + (valid_m - valid_n)[:, None], keys, None, plain=False)
 
 
-def block_visibility(
-    blocks: BlockMask, ranks: Ranks
-) -> Bool[
-    Tensor,
-    (
-        b  # h n m
-    ),
-]:
+def block_visibility(blocks: BlockMask, ranks: Ranks) -> Bool[Tensor, "b #h n m"]:
     """The block mask looked up at each pair of ranks; pairs beyond its last block are hidden."""
     size, visible = blocks.block_size, blocks.visible
     rows, columns = visible.shape[-2:]
@@ -140,15 +133,7 @@ def masked_scores_bias(
     position_bias: PositionBias | None,
     blocks: BlockMask | None,
     dtype: torch.dtype,
-) -> tuple[
-    Bool[
-        Tensor,
-        (
-            b  # h n m
-        ),
-    ],
-    Float[Tensor, "#b #h n m"] | None,
-]:
+) -> tuple[Bool[Tensor, "b #h n m"], Float[Tensor, "#b #h n m"] | None]:
     """Visible pairs, and the sum of the additive biases (None without any). A bias of -inf hides its pair."""
     visible = visibility.mask(ranks.queries, ranks.keys)[:, None]
     if blocks is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from regard.contract import Unsupported
@@ -104,7 +104,6 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -113,7 +112,6 @@ def render(
         "count": _or_dash(charts.format_count),
         "bytes": _or_dash(charts.format_bytes),
         "milliseconds": _or_dash(charts.format_milliseconds),
-        "length": _or_dash(charts.format_length),
         "duration": _or_dash(format_duration),
         "tick": _or_dash(charts.format_tick),
     }
