@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from regard import mechanisms
 from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest
 
 ENTRY_POINTS = "regard.mechanisms"
@@ -20,12 +21,15 @@ _plugins: dict[str, tuple[Mechanism, ModuleType]] = {}
 
 
 @functools.cache
-def _installed() -> dict[str, tuple[Mechanism, ModuleType]]:
-    import regard.mechanisms as folder
+def _module_names() -> tuple[str, ...]:
+    return tuple(entry.name for entry in pkgutil.iter_modules(mechanisms.__path__))
 
+
+@functools.cache
+def _installed() -> dict[str, tuple[Mechanism, ModuleType]]:
     found: dict[str, tuple[Mechanism, ModuleType]] = {}
-    for entry in pkgutil.iter_modules(folder.__path__):
-        module = importlib.import_module(f"regard.mechanisms.{entry.name}")
+    for name in _module_names():
+        module = importlib.import_module(f"regard.mechanisms.{name}")
         found[module.MECHANISM.name] = (module.MECHANISM, module)
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         module = importlib.import_module(point.module)
@@ -108,6 +112,11 @@ def get_module(name: str) -> ModuleType:
 
 
 def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
+    if name in _plugins:
+        return _plugins[name]
+    if name in _module_names():  # without importing the others
+        module = importlib.import_module(f"regard.mechanisms.{name}")
+        return module.MECHANISM, module
     entries = _catalogue()
     if name in entries:
         return entries[name]

@@ -480,6 +480,7 @@ class Mechanism:
         uneven: whether the causal-self form is defined for N != M.
         domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
         sample_inputs: makes inputs for tests, when `domains` is not enough.
+        sample_context: makes what else a call needs in tests (roles), as tensors by name.
         projection: module that turns the shell's q, k, v (and x) into the mechanism's inputs.
         merge: module that turns the head outputs (and inputs, x) into what the output projection sees.
         module: the whole layer, for mixers, poolings, projections and wrappers.
@@ -511,6 +512,7 @@ class Mechanism:
     uneven: bool = True
     domains: Mapping[str, str] = field(default_factory=dict)
     sample_inputs: Callable[..., Tensors] | None = None
+    sample_context: Callable[..., Tensors] | None = None
     projection: type[nn.Module] | None = None
     merge: type[nn.Module] | None = None
     module: type[nn.Module] | None = None
@@ -533,7 +535,7 @@ class Mechanism:
 
     def options(self, **options: Any) -> Any:
         """The mechanism's `Config` from options; unknown names and bad values raise Unsupported."""
-        names = [f.name for f in dataclasses.fields(self.config)]
+        names = list(self.config.__dataclass_fields__)
         for name in options:
             if name not in names:
                 raise Unsupported(

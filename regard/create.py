@@ -34,7 +34,13 @@ def create_layer(
     Raises:
         Unsupported: for unknown names and options, or a pattern the mechanism lacks.
     """
-    card = get_mechanism(name)
+    return build_layer(get_mechanism(name), dim, num_heads, pattern=pattern, **options)
+
+
+def build_layer(
+    card: Mechanism, dim: int, num_heads: int = 1, *, pattern: str | Pattern = Pattern.CAUSAL_SELF, **options: Any
+) -> nn.Module:
+    """:func:`create_layer` for a card that need not be in the catalogue."""
     wanted = card.require_pattern(pattern)
     own = [f.name for f in dataclasses.fields(card.config)]
     shell = _shell_options(card)

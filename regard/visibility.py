@@ -7,6 +7,7 @@ of their own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,12 +20,12 @@ from regard.contract import BlockMask, Call
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-PositionBias = Callable[["Int[Tensor, 'b n']", "Int[Tensor, 'b m']"], "Float[Tensor, '#b h n m']"]
+PositionBias = Callable[["Int[Tensor, 'b n']", "Int[Tensor, 'b m']"], "Float[Tensor, '#b #h n m']"]
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which key ranks a query rank may attend to.
+    """Which key ranks a query rank may attend to. All given limits hold at once.
 
     Attributes:
         causal: keys at or before the query.
@@ -44,10 +45,13 @@ class Visibility:
     def everything(self) -> bool:
         return not self.causal and self.left is None and self.right is None and self.block is None
 
-    def mask(self, queries: Int[Tensor, "b n"], keys: Int[Tensor, "b m"]) -> Bool[Tensor, "b n m"]:
-        """True where the key of rank `keys` is visible; a key of negative rank does not exist."""
+    def mask(self, queries: Int[Tensor, "#b n"], keys: Int[Tensor, "#b m"]) -> Bool[Tensor, "b #n m"]:
+        """True where the key of rank `keys` is visible; a key of negative rank does not exist.
+
+        Where the rule depends on keys alone, the axis of queries has size 1.
+        """
         i, j = queries[:, :, None], keys[:, None, :]
-        visible = (j >= 0).expand(-1, i.shape[1], -1)
+        visible = j >= 0
         if self.causal:
             visible = visible & (j <= i)
         if self.left is not None:
@@ -55,68 +59,128 @@ class Visibility:
         if self.right is not None:
             visible = visible & (j - i <= self.right)
         if self.block is not None:
-            distance = i.div(self.block, rounding_mode="floor") - j.div(self.block, rounding_mode="floor")
+            distance = _block(i, self.block) - _block(j, self.block)
             visible = visible & (distance <= self.lookback) & (distance >= -self.lookahead)
         return visible
 
+    def count(self, queries: Int[Tensor, "#b n"], total: Int[Tensor, "#b 1"]) -> Int[Tensor, "b n"]:
+        """Number of keys that each query may see in a row of `total` keys, ranks 0 to total - 1."""
+        first, last = torch.zeros_like(queries), total - 1
+        if self.causal:
+            last = torch.minimum(last, queries)
+        if self.left is not None:
+            first = torch.maximum(first, queries - self.left)
+        if self.right is not None:
+            last = torch.minimum(last, queries + self.right)
+        if self.block is not None:
+            block = _block(queries, self.block)
+            first = torch.maximum(first, (block - self.lookback) * self.block)
+            last = torch.minimum(last, (block + self.lookahead + 1) * self.block - 1)
+        return (last - first + 1).clamp(min=0)
+
     def reach(self) -> tuple[int | None, int | None]:
         """Most ranks a query looks back and ahead; None for no limit."""
-        back, ahead = self.left, self.right
+        back, ahead = [self.left], [self.right]
         if self.block is not None:
-            back = (self.lookback + 1) * self.block - 1
-            ahead = (self.lookahead + 1) * self.block - 1
+            back.append((self.lookback + 1) * self.block - 1)
+            ahead.append((self.lookahead + 1) * self.block - 1)
         if self.causal:
-            ahead = 0
-        return back, ahead
+            ahead.append(0)
+        return _least(back), _least(ahead)
+
+    def within(self, first: int, n: int, m: int) -> Visibility:
+        """The same rule for query ranks first ... first + n - 1 and key ranks 0 ... m - 1, without the limits that
+        hide none of their pairs."""
+        last = first + n - 1
+        return dataclasses.replace(
+            self,
+            causal=self.causal and m - 1 > first,
+            left=None if self.left is not None and self.left >= last else self.left,
+            right=None if self.right is not None and self.right >= m - 1 - first else self.right,
+            block=None if self.block is not None and first >= 0 and self.block > max(last, m - 1) else self.block,
+        )
+
+
+def _least(limits: list[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _block(ranks: Tensor, size: int) -> Tensor:
+    return ranks.div(size, rounding_mode="floor")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of the query and key slots of one call; -1 for a key slot that holds no token.
+    """Ranks of the query and key slots of one call; negative for a key slot that holds no token.
 
     Attributes:
-        offset: rank of query slot 0 minus rank of key slot 0, where it is the same for all rows; None otherwise.
-        plain: no key slot is empty, except after the last query of its row in self patterns.
+        offset: rank of query slot 0 minus rank of key slot 0, where it is the same for all rows and both count up by
+            one a slot (negative ranks of empty leading slots included); None otherwise.
+        first: rank of query slot 0, where it is known and the same for all rows; None otherwise.
+        plain: no key slot is empty, except after the last query of its row in causal-self.
     """
 
     queries: Int[Tensor, "#b n"]
     keys: Int[Tensor, "#b m"]
     offset: int | None
+    first: int | None
     plain: bool
 
 
-def ranks(call: Call, n: int, m: int, device: torch.device, cached: Int[Tensor, "b past"] | None = None) -> Ranks:
+def ranks(
+    call: Call,
+    n: int,
+    m: int,
+    device: torch.device,
+    cached: Int[Tensor, "b past"] | None = None,
+    before: Int[Tensor, " b"] | None = None,
+) -> Ranks:
     """The ranks of `n` new queries against `m` keys, or against `cached` keys followed by the m new ones.
 
-    In cross patterns queries and keys are not aligned; ranks then only tell which keys exist.
+    In self patterns the last query is aligned with the last key of its row. In cross patterns queries and keys are not
+    aligned: both count from 0, and ranks only tell which keys exist (and what a position bias is given).
+
+    Args:
+        cached: ranks of the cached key slots, negative where a slot is empty.
+        before: tokens of each row before the new keys; one more than the largest cached rank when None.
     """
     slots = torch.arange(m, device=device)[None]
     keys = slots if call.memory_lengths is None else torch.where(slots < call.memory_lengths[:, None], slots, -1)
     queries = torch.arange(n, device=device)[None]
+    together = call.lengths is call.memory_lengths
+    if not call.pattern.cross:
+        if together:
+            # all tokens, or equal lengths of n == m slots
+            queries = queries + (m - n)
+        else:
+            valid_n = n if call.lengths is None else call.lengths[:, None]
+            valid_m = m if call.memory_lengths is None else call.memory_lengths[:, None]
+            queries = queries + (valid_m - valid_n)
     if cached is not None:
-        before = (
-            cached.amax(-1, keepdim=True) + 1 if cached.shape[-1] else torch.zeros_like(cached.sum(-1, keepdim=True))
-        )
-        keys = torch.where(keys < 0, keys, keys + before)
+        if before is not None:
+            past = before[:, None]
+        elif cached.shape[-1]:
+            past = cached.amax(-1, keepdim=True).clamp(min=-1) + 1
+        else:
+            past = cached.new_zeros((cached.shape[0], 1))
+        keys = torch.where(keys < 0, keys, keys + past)
         keys = torch.cat([cached, keys.expand(cached.shape[0], -1)], -1)
-        return Ranks(queries + before, keys, None, plain=False)
+        return Ranks(queries if call.pattern.cross else queries + past, keys, None, None, plain=False)
     if call.pattern.cross:
-        return Ranks(queries, keys, 0, plain=call.memory_lengths is None)
-    if n == m and call.lengths is call.memory_lengths:
-        return Ranks(queries, keys, 0, plain=call.lengths is None or call.pattern.causal)
-    if call.lengths is None and call.memory_lengths is None:
-        return Ranks(queries + (m - n), keys, m - n, plain=True)
-    valid_n = torch.full((1,), n, device=device) if call.lengths is None else call.lengths
-    valid_m = torch.full((1,), m, device=device) if call.memory_lengths is None else call.memory_lengths
-    return Ranks(queries + (valid_m - valid_n)[:, None], keys, None, plain=False)
+        return Ranks(queries, keys, None, None, plain=call.memory_lengths is None)
+    if not together:
+        return Ranks(queries, keys, None, None, plain=False)
+    plain = call.lengths is None or call.pattern.causal
+    return Ranks(queries, keys, m - n, m - n, plain)
 
 
 def block_visibility(blocks: BlockMask, ranks: Ranks) -> Bool[Tensor, "b #h n m"]:
     """The block mask looked up at each pair of ranks; pairs beyond its last block are hidden."""
     size, visible = blocks.block_size, blocks.visible
     rows, columns = visible.shape[-2:]
-    i = ranks.queries.div(size, rounding_mode="floor")
-    j = ranks.keys.div(size, rounding_mode="floor")
+    if rows == 0 or columns == 0:
+        return visible.new_zeros((1, 1, ranks.queries.shape[1], ranks.keys.shape[1]))
+    i, j = _block(ranks.queries, size), _block(ranks.keys, size)
     inside = ((i >= 0) & (i < rows))[:, None, :, None] & ((j >= 0) & (j < columns))[:, None, None, :]
     i, j = i.clamp(0, rows - 1), j.clamp(0, columns - 1)
     batch = max(visible.shape[0], i.shape[0], j.shape[0])
@@ -133,8 +197,12 @@ def masked_scores_bias(
     position_bias: PositionBias | None,
     blocks: BlockMask | None,
     dtype: torch.dtype,
-) -> tuple[Bool[Tensor, "b #h n m"], Float[Tensor, "#b #h n m"] | None]:
-    """Visible pairs, and the sum of the additive biases (None without any). A bias of -inf hides its pair."""
+) -> tuple[Bool[Tensor, "#b #h #n m"], Float[Tensor, "#b #h #n #m"] | None]:
+    """Visible pairs, and the sum of the additive biases (None without any). A bias of -inf hides its pair.
+
+    The sum is in `dtype`, or in float32 where that is more precise: bfloat16 cannot tell large distances apart.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
     visible = visibility.mask(ranks.queries, ranks.keys)[:, None]
     if blocks is not None:
         visible = visible & block_visibility(blocks, ranks)

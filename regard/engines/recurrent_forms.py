@@ -6,13 +6,14 @@ own, and keys of padding must be zero, their decay and beta too) and calls these
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regard.contract import Call, State, state_field
+from regard.contract import Call, Result, State, state_field
 from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
 from regard.ragged import flip_rows, place_queries, take_queries
 
@@ -114,3 +115,33 @@ def length_after(call: Call, k: Float[Tensor, "b h m k"]) -> Int[Tensor, " b"]:
 
 def _memory(call: Call) -> Tensor | None:
     return None if call.state is None else call.state.memory
+
+
+def by_columns(
+    form: Callable[..., Result], call: Call, shared: tuple[Tensor | None, ...], columns: tuple[Tensor, ...]
+) -> Result:
+    """A form with every column of S as a head of its own, for gates or rates that differ between value features.
+
+    It costs as much as V heads.
+
+    Args:
+        form: called as ``form(call, *shared, *columns)`` with H * V heads and values one feature wide.
+        shared: what columns have in common, (B, H, N, width) each or None.
+        columns: (B, H, N, V) each; every column becomes a head with (B, H * V, N, 1).
+    """
+    width = columns[0].shape[-1]
+
+    def split(x: Tensor) -> Tensor:
+        return x.movedim(-1, 2).flatten(1, 2)[..., None]
+
+    def join(x: Tensor) -> Tensor:
+        return x[..., 0].unflatten(1, (-1, width)).movedim(2, -1)
+
+    def repeat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat_interleave(width, 1)
+
+    if call.state is not None:
+        call = call.replace(state=MatrixState(split(call.state.memory), call.state.length))
+    result = form(call, *map(repeat, shared), *map(split, columns))
+    state = None if result.state is None else MatrixState(join(result.state.memory), result.state.length)
+    return Result(join(result.output), state)

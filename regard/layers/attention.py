@@ -26,6 +26,7 @@ from regard.contract import (
     Unsupported,
     one_of,
     state_field,
+    valid_from_lengths,
 )
 from regard.layers.convolution import ShortConvolution
 from regard.layers.linear import make_linear
@@ -310,10 +311,12 @@ class AttentionLayer(nn.Module):
         return x if norm is None else norm(x)
 
     def _positions(self, given: Tensor | None, layout: Gathering, x: Tensor, before: Tensor | None) -> Tensor:
+        """Positions of the dense layout: ranks unless given; 0 in the padding."""
         if given is not None:
             return layout.gather(given, axis=1)
         rank = torch.arange(x.shape[1], device=x.device)[None]
-        return rank if before is None else rank + before[:, None]
+        rank = rank if before is None else rank + before[:, None]
+        return rank if layout.lengths is None else torch.where(valid_from_lengths(layout.lengths, x.shape[1]), rank, 0)
 
     def _rotate(self, heads: dict[str, Tensor], queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
         if self.positions.rotate is None or "rotate" in self.card.honours:

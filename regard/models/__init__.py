@@ -1,1 +1,22 @@
 """Models with any mechanism in any layer."""
+
+from __future__ import annotations
+
+from regard.models.encoder import Encoder, EncoderConfig
+from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
+from regard.models.parameters import count_parameters, match_parameters
+from regard.models.pretrained import from_pretrained, save_pretrained
+from regard.models.registry import build_model
+
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "ModelState",
+    "build_model",
+    "count_parameters",
+    "from_pretrained",
+    "match_parameters",
+    "save_pretrained",
+]

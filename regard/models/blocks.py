@@ -152,6 +152,7 @@ class Block(nn.Module):
             if value is not None and layer_accepts(card, option):
                 options.setdefault(option, value)
         check_dropout(config.dropout)
+        self.takes_roles = "roles" in card.honours
         self.dropout = config.dropout
         self.mixer_norm = make_norm(config.norm, config.dim)
         self.mixer = create_layer(name, config.dim, num_heads, pattern=pattern, **options)
@@ -160,6 +161,8 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"], *, context: Context, state: Any = None) -> Result:
         """Right-padded `x`; the result's output is (B, N, C)."""
+        if not self.takes_roles:
+            context = context.replace(roles=None)
         mixed = self.mixer(self.mixer_norm(x), context=context, state=state)
         x = x + dropout(mixed.output, self.dropout, training=self.training, generator=context.generator)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
@@ -171,15 +174,23 @@ class Block(nn.Module):
 def run_blocks(
     blocks: Sequence[Block] | nn.ModuleList, x: Float[Tensor, "b n c"], context: Context, states: Sequence[Any]
 ) -> Result:
-    """All blocks in turn: states as a tuple, losses added by name, extras as one list by name."""
-    after, losses, extras = [], {}, {}
+    """All blocks in turn: states as a tuple, losses added by name, extras as one list by name.
+
+    Roles go to the layers that honour them; the others see tokens with a role as ordinary tokens.
+    """
+    after: list[Any] = []
+    losses: dict[str, Loss] = {}
+    extras: dict[str, Any] = {}
+    if context.roles is not None and not any(block.takes_roles for block in blocks):
+        raise Unsupported("roles of tokens in a model without a layer that honours them", supported="roles=None")
     for block, state in zip(blocks, states, strict=True):
         result = block(x, context=context, state=state)
         x = result.output
         after.append(result.state)
         for name, (total, count) in result.losses.items():
-            before = losses.get(name, (0, 0))
-            losses[name] = (before[0] + total, before[1] + count)
+            if name in losses:
+                total, count = losses[name][0] + total, losses[name][1] + count
+            losses[name] = (total, count)
         for name, value in result.extras.items():
             extras.setdefault(name, []).append(value)
     return Result(x, tuple(after), losses, extras)

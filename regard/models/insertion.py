@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ class Insertion:
         for name, options in plan:
             card = get_mechanism(name)
             if card.prepare is not None:
-                names = set(card.config.__dataclass_fields__) & options.keys()
+                names = {f.name for f in fields(card.config)} & options.keys()
                 needed = (card.prepare, card.options(**{n: options[n] for n in names}))
                 if needed not in found:
                     found.append(needed)

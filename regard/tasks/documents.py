@@ -1,4 +1,4 @@
-"""Reading a user's text: files, folders, JSON lines and the default corpus; and saying plainly what is wrong with it."""
+"""Reading a user's text: files, folders, JSON lines, the default corpus; and saying plainly what is wrong with it."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class BpeTokenizer:
         if counted != len(probe.encode()) or sorted(alphabet.values()) != list(range(len(alphabet))):
             raise Unsupported(
                 f"the tokenizer {path}, whose tokens do not stand for a countable number of bytes",
-                supported="byte-level tokenizers without normaliser, prefix space or template (scores are bits per byte)",
+                supported="byte-level tokenizers without normaliser, prefix space or template",
                 nearest=f"bpe:{min(max(len(alphabet), BYTES + 1), LARGEST)}",
             )
         return cls(tokenizer, path.name)

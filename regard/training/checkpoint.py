@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
 
 FORMAT = "regard-checkpoint-1"
 
@@ -37,53 +37,6 @@ def named_parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> l
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each storage once (the first name of tied weights), contiguous and detached."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.detach().contiguous()
-    return found
-
-
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
-    """Copy `tensors` (as made by :func:`distinct_tensors`) into `module`; raises Unsupported unless they fit exactly."""
-    wanted = distinct_tensors(module)
-    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or unknown:
-        parts = [f"without {_some(missing)}"] * bool(missing) + [f"with unknown {_some(unknown)}"] * bool(unknown)
-        raise Unsupported(f"{source} {' and '.join(parts)}", supported="the tensors of the same architecture")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
-            raise Unsupported(
-                f"{source} whose {name} is {tensor.dtype} {tuple(tensor.shape)}",
-                supported=f"{wanted[name].dtype} {tuple(wanted[name].shape)}",
-            )
-    with torch.no_grad():
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if name in tensors:
-                tensor.copy_(tensors[name])
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(temporary_path)`` and move the result to `path` in one step, through to the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]
 ) -> None:
@@ -99,16 +52,9 @@ def save_checkpoint(
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint onto the CPU; raises Unsupported when the file is not one."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise Unsupported(f"{path} of format {metadata.get('format')!r} as a checkpoint", supported=FORMAT)
-            for name in file.keys():  # noqa: SIM118: a safetensors file is not a mapping
-                tensors[name] = file.get_tensor(name)
-    except SafetensorError as error:
-        raise Unsupported(f"{path} as a checkpoint ({error})", supported="a file written by save_checkpoint") from error
+    tensors, metadata = read_tensors(Path(path))
+    if metadata.get("format") != FORMAT:
+        raise Unsupported(f"{path} of format {metadata.get('format')!r} as a checkpoint", supported=FORMAT)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

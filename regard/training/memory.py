@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,11 +76,11 @@ class TensorMemory(TorchDispatchMode):
         elif key in known:  # an input from before the block
             return
         else:
-            self._references[key] = weakref.ref(storage, lambda _, key=key: self._free(key))
+            self._references[key] = weakref.ref(storage, partial(self._free, key))
             self.alive += size
         self._sizes[key] = size
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, _: Any) -> None:
         self._references.pop(key)
         self.alive -= self._sizes.pop(key)
 

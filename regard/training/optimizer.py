@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings:
     mechanisms, whose zero is not neutral). A matrix tied to an embedding counts as an embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -38,3 +40,23 @@ def make_optimizer(
     """AdamW over :func:`parameter_groups`, with betas 0.9 and 0.95 as is usual for sequence models."""
     groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+
+
+SCHEDULES = ("cosine", "constant")
+FINAL_SHARE = 0.1
+"""Share of the peak rate at which the cosine ends."""
+
+
+def scheduled_rate(step: int, steps: int, *, peak: float, warmup: float, schedule: str) -> float:
+    """Learning rate of a step (counted from 0): a linear rise over `warmup` (a share of `steps`), then the schedule.
+
+    ``cosine`` falls from the peak to a tenth of it along half a period (arXiv 1608.03983, equation 5 without
+    restarts); ``constant`` stays.
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    if schedule == "constant":
+        return peak
+    progress = (step - rising) / max(1, steps - 1 - rising)
+    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))

@@ -10,17 +10,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 440.0, 320.0
+WIDTH, HEIGHT = 380.0, 292.0
 LEFT, TOP, BOTTOM = 54.0, 34.0, 42.0
-CHARACTER = 6.6
+CHARACTER = 7.0
 """Mean width of a character of a label."""
 LINE = 14.0
 """Height of a line of labels."""
-LONGEST_LABEL = 20
+LONGEST_LABEL = 18
 COLOURS = 8
 
 Point = tuple[float, float]
@@ -28,9 +29,9 @@ Box = tuple[float, float, float, float]
 Formatter = Callable[[float], str]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a row can be drawn: JSON has null for what could not be measured."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and True
 
 
 def format_number(value: float) -> str:
@@ -43,6 +44,14 @@ def format_number(value: float) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+def format_with_error(value: float, error: float) -> tuple[str, str]:
+    """A value and its standard error, both to the second digit of the error."""
+    if error <= 0 or not 1e-6 < error < 1e3 or abs(value) >= 1e7:
+        return format_number(value), format_number(error)
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{digits}f}", f"{error:,.{digits}f}"
 
 
 def format_tick(value: float) -> str:
@@ -180,11 +189,14 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-def place_labels(points: Sequence[Point], widths: Sequence[float], taken: Sequence[Box], frame: Box) -> list[Box]:
+def place_labels(
+    points: Sequence[Point], radii: Sequence[float], widths: Sequence[float], taken: Sequence[Box], frame: Box
+) -> list[Box]:
     """A box beside each point, chosen greedily, most crowded first, to overlap as little as possible.
 
     Args:
         points: what is labelled.
+        radii: how much room each point takes.
         widths: widths of the labels.
         taken: boxes that labels should not cover: marks, error bars.
         frame: what labels must stay inside.
@@ -198,7 +210,7 @@ def place_labels(points: Sequence[Point], widths: Sequence[float], taken: Sequen
 
     boxes: dict[int, Box] = {}
     for i in sorted(range(len(points)), key=crowd, reverse=True):
-        candidates = list(_boxes_around(points[i], widths[i]))
+        candidates = _boxes_around(points[i], radii[i], widths[i])
         obstacles = [*taken, *boxes.values()]
         boxes[i] = min(
             candidates,
@@ -207,16 +219,17 @@ def place_labels(points: Sequence[Point], widths: Sequence[float], taken: Sequen
     return [boxes[i] for i in range(len(points))]
 
 
-def _boxes_around(point: Point, width: float) -> Iterable[tuple[float, Box]]:
+def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[float, Box]]:
     """Candidate boxes with what each costs by itself: near is cheap, and right is cheaper than left."""
     x, y = point
-    for distance in (9.0, 18.0, 30.0, 44.0, 60.0):
+    for away in (4.0, 12.0, 22.0, 36.0, 52.0):
+        distance = radius + away
         for turn in range(16):
             angle = 2 * math.pi * turn / 16
             dx, dy = math.cos(angle), math.sin(angle)
             centre_x = x + dx * distance + (width / 2) * max(-1.0, min(1.0, 1.6 * dx))
             centre_y = y + dy * distance + (LINE / 2 - 2) * dy
-            cost = 4 * (distance - 9) + 6 * (1 - dx) + (4 if turn % 4 else 0)
+            cost = 4 * away + 6 * (1 - dx) + (4 if turn % 4 else 0)
             yield cost, (centre_x - width / 2, centre_y - LINE / 2, centre_x + width / 2, centre_y + LINE / 2)
 
 
@@ -242,8 +255,17 @@ def _polygon(corners: int, turn: float, *, inner: float | None = None, grow: flo
     ]
 
 
-_PLUS = [(a, b) for a, b in ((-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1))]
-_PLUS = [(0.38 * a, 0.38 * b) for a, b in [*_PLUS, (-3, -1), (-1, -1)]]
+_QUARTER = ((-1, -3), (1, -3), (1, -1))
+_PLUS = [
+    (0.38 * x, 0.38 * y)
+    for quarter in (
+        _QUARTER,
+        [(-b, a) for a, b in _QUARTER],
+        [(-a, -b) for a, b in _QUARTER],
+        [(b, -a) for a, b in _QUARTER],
+    )
+    for x, y in quarter
+]
 
 SHAPES: tuple[Sequence[Point] | None, ...] = (
     None,  # a circle
@@ -271,7 +293,7 @@ def marker(number: int, x: float, y: float, radius: float, name: str = "marker")
 
 def glyph(number: int) -> Markup:
     """The marker of mechanism `number` by itself, to stand in a line of text."""
-    return Markup('<svg class="glyph" viewBox="-8 -8 16 16" aria-hidden="true">{}</svg>').format(
+    return Markup('<svg class="glyph" viewBox="-7 -7 14 14" aria-hidden="true">{}</svg>').format(
         marker(number, 0, 0, 5)
     )
 
@@ -310,6 +332,7 @@ class Axis:
         base: of logarithmic ticks.
         rising: False puts small values at the top, where better is smaller.
         limit: values beyond it are drawn at the edge.
+        ticks: values to mark instead of round ones.
     """
 
     label: str
@@ -318,17 +341,21 @@ class Axis:
     base: int = 10
     rising: bool = True
     limit: float | None = None
+    ticks: tuple[float, ...] = ()
 
-    def usable(self, value: object) -> bool:
-        return is_number(value) and (not self.log or value > 0)  # type: ignore[operator]
+    def usable(self, value: object) -> TypeGuard[float]:
+        """Whether the axis has a place for a value."""
+        return is_number(value) and (not self.log or value > 0)
 
     def scale(self, values: Iterable[float], start: float, end: float) -> Scale:
         shown = [v if self.limit is None else min(v, self.limit) for v in values]
         if not self.rising:
             start, end = end, start
         if self.log:
-            return log_scale(shown, start, end, self.format, base=self.base)
-        return linear_scale(shown, start, end, self.format)
+            scale = log_scale(shown, start, end, self.format, base=self.base)
+        else:
+            scale = linear_scale(shown, start, end, self.format)
+        return replace(scale, ticks=self.ticks) if self.ticks else scale
 
 
 @dataclass(frozen=True)
@@ -405,7 +432,8 @@ def scatter(
     if len(front) > 1:
         path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in front)
         body.append(Markup('<polyline class="front" points="{}"/>').format(Markup(path)))
-    taken: list[Box] = [(x(p.x) - 8, y(p.y) - 8, x(p.x) + 8, y(p.y) + 8) for p in points]
+    radii = [13.0 if p.winner else 8.0 for p in points]
+    taken: list[Box] = [(x(p.x) - r, y(p.y) - r, x(p.x) + r, y(p.y) + r) for p, r in zip(points, radii, strict=True)]
     for p in points:
         if p.error:
             top, foot = sorted((y(p.y - p.error), y(p.y + p.error)))
@@ -415,20 +443,24 @@ def scatter(
     labels = [_short(p.name) for p in points]
     centres = [(x(p.x), y(p.y)) for p in points]
     widths = [len(label) * CHARACTER + 2 for label in labels]
-    boxes = place_labels(centres, widths, taken, (LEFT, TOP - 12, WIDTH - 2, bottom - 2))
-    for p, label, box, (at, height) in zip(points, labels, boxes, centres, strict=True):
+    boxes = place_labels(centres, radii, widths, taken, (LEFT, TOP - 12, WIDTH - 2, bottom - 2))
+    for p, label, radius, box, (at, height) in zip(points, labels, radii, boxes, centres, strict=True):
         parts = [Markup("<title>{}</title>").format(p.detail or p.name)]
         edge = (min(max(at, box[0]), box[2]), min(max(height, box[1]), box[3]))
-        if math.dist(edge, (at, height)) > 14:
+        if math.dist(edge, (at, height)) > radius + 8:
             parts.append(_line("leader", at, height, *edge))
         parts += [_seed(p.number, at, y(seed)) for seed in p.seeds]
         if p.error:
             parts.append(_line(f"whisker k{p.number % COLOURS}", at, y(p.y - p.error), at, y(p.y + p.error)))
         if p.winner:
             parts.append(Markup('<circle class="halo" cx="{:.1f}" cy="{:.1f}" r="12"/>').format(at, height))
-        parts.append(marker(p.number, at, height, 6, "point" if p.front else "point behind"))
-        name = "label middle winner" if p.winner else "label middle"
-        parts.append(_text((box[0] + box[2]) / 2, (box[1] + box[3]) / 2 + 4, label, name))
+        parts.append(marker(p.number, at, height, 6 if p.front else 4.8, "point"))
+        # Anchored at the side of the point, so that narrower letters stay beside it.
+        side, anchor = min((abs(box[0] - at), box[0], ""), (abs(box[2] - at), box[2], " end"))[1:]
+        if box[0] < at < box[2]:
+            side, anchor = (box[0] + box[2]) / 2, " middle"
+        name = "label" + anchor + (" winner" if p.winner else "")
+        parts.append(_text(side, (box[1] + box[3]) / 2 + 4, label, name))
         body.append(_of_mechanism(p.number, parts))
     return _figure(identity, title, description, body)
 
@@ -528,7 +560,7 @@ def _draw_series(
                 )
                 end = end or (at, lost_at)
             continue
-        height = y.inside(py)  # type: ignore[arg-type]
+        height = y.inside(py)
         runs[-1].append((at, height))
         end = (at, height)
         if px in series.ranges:
@@ -543,7 +575,7 @@ def _draw_series(
         crossing = x(series.crossing)
         height_there = _height_at(crossing, runs)
         if height_there is not None:
-            marks.append(Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="7"/>').format(crossing, height_there))
+            marks.append(Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="6"/>').format(crossing, height_there))
     for run in runs:
         if len(run) > 1:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in run)
@@ -563,7 +595,8 @@ def _height_at(at: float, runs: Sequence[Sequence[Point]]) -> float | None:
 def _crossings(series: Sequence[Series], x: Scale, bottom: float) -> Iterable[Markup]:
     """A dashed line and its length on the axis wherever lines cross the reference."""
     shown = sorted({s.crossing for s in series if s.crossing is not None and x.low <= s.crossing <= x.high})
-    places = spread([x(c) for c in shown], 36, LEFT + 16, x.end - 4)
+    gap = max((len(format_length(c)) for c in shown), default=0) * CHARACTER + 4
+    places = spread([x(c) for c in shown], gap, LEFT, x.end)
     for crossing, place in zip(shown, places, strict=True):
         yield _line("crossing", x(crossing), TOP, x(crossing), bottom)
-        yield _text(place, bottom - 6, format_length(crossing), "crossing-label middle")
+        yield _text(place, TOP - 4, format_length(crossing), "crossing-label middle")

@@ -6,7 +6,6 @@ This module arranges and draws; means, standard errors and the Pareto front come
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ class Metric:
 
     @property
     def axis(self) -> Axis:
-        name = f"↑ better   {self.name}" + ("" if self.higher_is_better else " (small is up)")
+        name = f"↑ {self.name}" + ("" if self.higher_is_better else " (lower is better, so low is up)")
         return Axis(name, charts.format_tick, rising=self.higher_is_better)
 
 
@@ -68,18 +67,14 @@ def write_report(
     page = render(
         run=run, quality=quality, cost=cost, search=search, summary=summary, machine=machine, revision=revision
     )
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            file.write(page)
         try:
-            Path(file.name).chmod(0o644)
-            os.replace(file.name, path)
-        except OSError:
-            Path(file.name).unlink()
-            raise
+            partial.write_text(page, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise Unsupported(
             f"{path} as a report: it cannot be written ({error.strerror})",
@@ -114,6 +109,7 @@ def render(
         "milliseconds": _or_dash(charts.format_milliseconds),
         "duration": _or_dash(format_duration),
         "tick": _or_dash(charts.format_tick),
+        "sortable": lambda value: value if is_number(value) else "",
     }
     return environment.get_template("report.html.j2").render(
         view=view,
@@ -161,6 +157,7 @@ class _View:
         )
         recommendation = run.get("recommendation") or {}
         self.winner = recommendation.get("winner")
+        self.any_tie = any(self.tied(task) for task in self.tasks)
 
     def number(self, mechanism: str) -> int:
         """Decides the colour and the shape of a mechanism."""
@@ -187,16 +184,40 @@ class _View:
             return "unknown"
         return "behind" if separable else "tied"
 
-    def tied(self, task: str) -> list[str]:
-        """The best mechanism of a task and those that cannot be told apart from it; empty when there are none."""
-        ranked = self.ranked(task)
-        found = [e["mechanism"] for e in ranked if self.standing(task, e) == "tied"]
-        return [ranked[0]["mechanism"], *found] if found else []
+    def score(self, entry: Payload) -> Markup:
+        """The mean with its standard error."""
+        if not is_number(entry["mean"]):
+            return Markup("—")
+        if not is_number(entry.get("standard_error")):
+            return Markup(charts.format_number(entry["mean"]))
+        mean, error = charts.format_with_error(entry["mean"], entry["standard_error"])
+        return Markup("{} <small>± {}</small>").format(mean, error)
 
-    def diverged(self, task: str) -> list[str]:
-        """Mechanisms with a seed that has no score."""
-        rows = [row for row in self.quality if row["task"] == task and not is_number(row["score"])]
-        return list(dict.fromkeys(row["mechanism"] for row in rows))
+    def tied(self, task: str) -> list[str]:
+        """Mechanisms that cannot be told apart from the best one of a task."""
+        return [e["mechanism"] for e in self.ranked(task) if self.standing(task, e) == "tied"]
+
+    def told_apart(self, task: str) -> list[str]:
+        """Sentences on what the scores of a task can and cannot say."""
+        ranked = [entry for entry in self.ranked(task) if is_number(entry["mean"])]
+        if not ranked:
+            return ["no mechanism has a score."]
+        best, others, tied = ranked[0]["mechanism"], ranked[1:], self.tied(task)
+        if tied:
+            said = [f"the best score, of {best}, cannot be told apart from {', '.join(tied)}."]
+        elif not others:
+            said = ["one mechanism with a score, nothing to compare."]
+        elif any(self.standing(task, entry) == "unknown" for entry in others):
+            said = [f"{best} has the best score; too few seeds to say whether by chance."]
+        else:
+            said = [f"{best} is ahead of every other."]
+        smallest = (self.run.get("resolution") or {}).get(task)
+        if is_number(smallest):
+            said.append(f"Differences below {smallest:.2g} in {self.metric(task).name} are beyond this budget.")
+        lost = [row["mechanism"] for row in self.quality if row["task"] == task and not is_number(row["score"])]
+        if lost:
+            said.append(f"Without a score in some seed: {', '.join(dict.fromkeys(lost))}.")
+        return said
 
     def picture(self, task: str) -> Markup | None:
         """Quality against speed."""
@@ -229,10 +250,19 @@ class _View:
             self._id("picture", task), f"{task}: quality against speed", description, points, axis, metric.axis
         )
 
+    def undrawn(self, task: str) -> str:
+        """Who is missing from the picture."""
+        speed, axis = self._speed(task)
+        lost = [
+            entry["mechanism"]
+            for entry in self.summary.get(task, ())
+            if not (is_number(entry["mean"]) and axis.usable(speed(entry)))
+        ]
+        return f"Without a score or a speed: {', '.join(lost)}" if lost else ""
+
     def _speed(self, task: str) -> tuple[Any, Axis]:
-        """Inference time where it was measured for every mechanism with a score, else the speed of training."""
-        entries = [e for e in self.summary.get(task, ()) if is_number(e["mean"])]
-        if entries and all(is_number(e.get("inference_ms")) and e["inference_ms"] > 0 for e in entries):
+        """The time of inference where any was measured, else the speed of training."""
+        if any(is_number(entry.get("inference_ms")) for entry in self.summary.get(task, ())):
             axis = Axis("time of inference, faster →", charts.format_milliseconds, log=True, rising=False)
             return (lambda e: e["inference_ms"]), axis
         axis = Axis("tokens trained per second, faster →", charts.format_count, log=True)
@@ -245,15 +275,17 @@ class _View:
 
     def costs(self, task: str) -> list[dict[str, Any]]:
         """Charts of what grows with the length, each with the sentence below it."""
-        latency = Axis("milliseconds or seconds, ↓ better", charts.format_milliseconds, log=True)
-        memory = Axis("bytes, ↓ better", charts.format_bytes, log=True, base=2)
-        decode = Axis("tokens per second, ↑ better", charts.format_count, log=True)
-        wanted = (
+        latency = Axis("less is better ↓", charts.format_milliseconds, log=True)
+        memory = Axis("less is better ↓", charts.format_bytes, log=True, base=2)
+        decode = Axis("tokens per second, more is better ↑", charts.format_count, log=True)
+        wanted: list[tuple[str, str, Axis, str | None]] = [
             ("Time", "latency", latency, "efficiency_length_time"),
             ("Memory", "memory", memory, "efficiency_length_memory"),
             ("Decoding speed", "decode", decode, None),
             ("State kept to decode the next token", "state_bytes", memory, None),
-        )
+        ]
+        if len(self.tasks) > 1:
+            wanted = wanted[:3]  # one row of the page a task; the table has the state
         drawn = []
         for name, source, axis, crossing in wanted:
             series = [self._cost_series(row, source, crossing) for row in self.cost if row["task"] == task]
@@ -281,12 +313,14 @@ class _View:
         )
 
     def _crossing_sentence(self, name: str, series: Sequence[Series]) -> str:
-        found = sorted((s.crossing, s.name) for s in series if s.crossing is not None)
-        if not found:
+        by_length: dict[float, list[str]] = {}
+        for s in sorted((s for s in series if s.crossing is not None), key=lambda s: s.crossing or 0):
+            by_length.setdefault(s.crossing or 0, []).append(s.name)
+        if not by_length:
             return ""
         adjective = "Faster" if name == "Time" else "Smaller"
-        return f"{adjective} than {REFERENCE} from: " + ", ".join(
-            f"{mechanism} {charts.format_length(length)}" for length, mechanism in found
+        return f"{adjective} than {REFERENCE} from " + "; ".join(
+            f"{charts.format_length(length)}: {', '.join(names)}" for length, names in by_length.items()
         )
 
     def curves(self, task: str) -> Markup | None:
@@ -299,7 +333,7 @@ class _View:
             return None
         log = min(losses) > 0
         # A run that blows up must not flatten all the others.
-        axis = Axis("training loss, ↓ better", log=log, limit=max(starts) * 1.2 if log else None)
+        axis = Axis("training loss ↓", log=log, limit=max(starts) * 1.2 if log else None)
         named: set[str] = set()
         series = []
         for row in rows:
@@ -328,6 +362,7 @@ class _View:
         for row in self.search:
             if row["task"] == task:
                 cells.setdefault((row["mechanism"], row["seed"]), []).append(row)
+        rates = tuple(sorted({row["lr"] for rows in cells.values() for row in rows}))
         named: set[str] = set()
         series = []
         for (mechanism, _), rows in cells.items():
@@ -351,7 +386,7 @@ class _View:
             f"{task}: learning-rate search",
             f"{metric.name} of short runs at each learning rate of the grid.",
             series,
-            Axis("learning rate →", charts.format_tick, log=True),
+            Axis("learning rate →", charts.format_tick, log=True, ticks=rates),
             metric.axis,
             missing="× diverged",
         )
@@ -360,14 +395,15 @@ class _View:
         rows = [row for row in self.quality if (row["task"], row["mechanism"]) == (task, mechanism)]
         return next((row["lr"] for row in rows if is_number(row.get("lr"))), None)
 
-    def edges(self, task: str) -> list[tuple[str, float, str]]:
+    def edges(self, task: str) -> list[str]:
         """Mechanisms whose chosen rate is at an end of its grid: a better one may lie beyond."""
         found = []
         for mechanism in self.mechanisms:
             rates = {row["lr"] for row in self.search if (row["task"], row["mechanism"]) == (task, mechanism)}
             chosen = self.chosen_rate(task, mechanism)
-            if len(rates) > 1 and chosen in (min(rates), max(rates)):
-                found.append((mechanism, chosen, "lowest" if chosen == min(rates) else "highest"))
+            if chosen is not None and len(rates) > 1 and chosen in (min(rates), max(rates)):
+                end = "lowest" if chosen == min(rates) else "highest"
+                found.append(f"{mechanism} ({charts.format_tick(chosen)}, the {end})")
         return found
 
     def _id(self, chart: str, task: str) -> str:

@@ -173,7 +173,7 @@ def t5_bucket(distance: int, buckets: int, max_distance: int) -> int:
     return min(exact + int(step + 1e-9), buckets - 1)
 
 
-@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (4, 5), (10, 20), (64, 800)])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (4, 5), (10, 20), (18, 128)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_relative_buckets_equal_the_logarithm(num_buckets: int, max_distance: int, causal: bool) -> None:
     scheme = Relative(heads=2, num_buckets=num_buckets, max_distance=max_distance).double()

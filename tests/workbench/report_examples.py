@@ -58,7 +58,7 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
     quality, cost, search, summary = [], [], [], {}
     for task in chosen_tasks:
         metric, higher = TASKS[task]
-        entries = []
+        entries, reference = [], None
         for index, name in enumerate(names):
             quadratic = name in ("softmax", "sigmoid")
             level = random.uniform(0.55, 0.97) if higher else random.uniform(1.35, 1.9)
@@ -107,12 +107,14 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
                     }
                 )
             factor = random.uniform(0.7, 3.5)
-            latency = [
-                factor * (n / 500 + (n / 2500) ** 2 if quadratic else 0.6 + n / 900) for n in LENGTHS
-            ]
+            latency = [factor * (n / 500 + (n / 2500) ** 2 if quadratic else 0.6 + n / 900) for n in LENGTHS]
             state = [n * 4096 if quadratic else 262144 * (1 + index) for n in LENGTHS]
             memory = [(n**1.8 * 40 if quadratic else n * 9000) * factor + 4e5 for n in LENGTHS]
-            crossing = None if name == "softmax" else [256, 512, 512, 1024, None][int(random.integers(5))]
+            reference = reference if index else (latency, memory)
+
+            def beats(measured, of, lengths=LENGTHS):
+                return next((n for n, a, b in zip(lengths, measured, of, strict=True) if a < b), None)
+
             cost.append(
                 {
                     "task": task,
@@ -121,8 +123,8 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
                     "decode": [[n, 4e3 / factor / (1 + n / 3000 if quadratic else 1)] for n in LENGTHS],
                     "memory": [list(pair) for pair in zip(LENGTHS, memory, strict=True)],
                     "state_bytes": [list(pair) for pair in zip(LENGTHS, state, strict=True)],
-                    "efficiency_length_time": crossing,
-                    "efficiency_length_memory": None if crossing is None else crossing * 2,
+                    "efficiency_length_time": beats(latency, reference[0]),
+                    "efficiency_length_memory": beats(memory, reference[1]),
                 }
             )
             error = float(np.std(scores, ddof=1) / math.sqrt(seeds)) if seeds > 1 else None

@@ -1,0 +1,1 @@
+"""Modules: a shell for each kind of mechanism, and the parts they are built from."""

@@ -1,0 +1,365 @@
+r"""Gated linear attention: a matrix of key-value products that forgets, each key feature at its own rate.
+
+When to pick it: long sequences and streams where the model must choose what to forget; linear time, a state of fixed
+size, and training by matrix products.
+When not: exact recall of many single tokens (softmax), or overwriting what is stored under a key (`delta_rule`).
+
+Definition (Yang et al., arXiv 2312.06635, section 4; chunked form section 4.2, gates section 4.4):
+
+    S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,     o_t = S_t^T (K^-1/2 q_t),     alpha_t = exp(g_t) in (0, 1]^K
+    g_t = logsigmoid(W_2 W_1 x_t + b) / tau                                    (the layer's gate)
+    y_t = W_o (RMSNorm(o_t) * swish(W_g x_t))                                  (per head, norm before gate)
+
+A token is written after the decay and is seen by its own query. General form (section 4.1), with gates on values too:
+
+    S_t = (alpha_t beta_t^T) * S_{t-1} + k_t v_t^T,                            beta_t = exp(c_t) in (0, 1]^V
+
+| paper | here |
+|---|---|
+| log alpha_t | `log_decay` (B, H, M, K), natural logarithms <= 0, -inf forgets all; (B, H, M, 1) for one gate a head |
+| log beta_t | `value_log_decay` (B, H, M, V); absent in the paper's layer |
+| S | `MatrixState.memory`, (B, H, K, V) |
+| tau | `gate_normalizer` |
+| W_1, W_2, b | `GateProjection` |
+
+Layout: (B, H, N, D), heads before time. Without `log_decay` nothing is forgotten: linear attention with no denominator.
+One constant gate a head is retention (arXiv 2307.08621, without its rotation; `gate="fixed"`); one gate a head that
+depends on the token is the decay of Mamba-2 (`gate="scalar"`).
+
+Noncausal-self is a forward pass that reads after writing plus a backward pass that reads before. In cross patterns the
+memory is absorbed in order, gates and all, and every query reads the last state: the order of the memory matters.
+
+Deviations: exponents are sums over the segment between two tokens, never differences of cumulative sums, which lose a
+hundredfold in float32 at strong gates. The parallel form of causal-self is the chunked one; `chunk_size` = N makes it
+quadratic. Gates on values cost as much as V heads: each value feature runs as a head of its own. The layer's norms
+have eps 1e-6 (1e-5 in the official layer, 1e-6 in its model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+    one_of,
+)
+from regard.engines import recurrent_forms
+from regard.engines.recurrent_forms import MatrixState
+from regard.layers.linear import make_linear
+from regard.mechanisms.linear import FEATURE_MAPS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+GATES = ("diagonal", "scalar", "fixed", "none")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        feature_map: phi of queries and keys, before the scale: ``identity``, ``silu``, ``relu``, ``elu`` (elu + 1), or
+            another of :data:`regard.mechanisms.linear.FEATURE_MAPS`.
+        clamp_min: lowest log decay of an entry of S (the sum of its key's and its value's), <= 0; None for no bound.
+        gate: the layer's gates: ``diagonal`` (one for each key feature), ``scalar`` (one a head), ``fixed`` (head h
+            decays by 1 - 2^-(5 + h)) or ``none``. Functions take the gates that they are given.
+        gate_rank: width of the diagonal gate's bottleneck, >= 1.
+        gate_normalizer: tau, which divides the log-sigmoid of learned gates, > 0: 1, 16 or 32, the slower the larger.
+        value_gate: whether the layer also has gates on values, made like the diagonal ones.
+    """
+
+    feature_map: str = "identity"
+    clamp_min: float | None = None
+    gate: str = "diagonal"
+    gate_rank: int = 16
+    gate_normalizer: float = 16.0
+    value_gate: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("feature_map", self.feature_map, FEATURE_MAPS)
+        one_of("gate", self.gate, GATES)
+        at_least("gate_rank", self.gate_rank, 1)
+        if self.clamp_min is not None and not self.clamp_min <= 0:
+            raise Unsupported(f"clamp_min={self.clamp_min}", supported="clamp_min <= 0", nearest="clamp_min=None")
+        if not self.gate_normalizer > 0:
+            raise Unsupported(
+                f"gate_normalizer={self.gate_normalizer}", supported="positive numbers", nearest="gate_normalizer=16.0"
+            )
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_log_decay: Float[Tensor, "b h m v"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The recurrence, token by token."""
+    phi = FEATURE_MAPS[call.config.feature_map]
+    q, k = call.scale * phi(q), phi(k)
+    product = k[..., None] * v[..., None, :]  # (b, h, m, k, v)
+    g = torch.zeros_like(product)
+    if log_decay is not None:
+        g = g + log_decay[..., None]
+    if value_log_decay is not None:
+        g = g + value_log_decay[..., None, :]
+    decay = _bounded(call, g).exp()
+    n, m = q.shape[2], k.shape[2]
+    empty = torch.zeros_like(product).sum(2)
+
+    def write(order: range) -> list[tuple[Tensor, Tensor]]:
+        """S before and after the write of each token."""
+        state, states = empty, []
+        for t in order:
+            before = decay[:, :, t] * state
+            state = before + product[:, :, t]
+            states.append((before, state))
+        return states
+
+    forward = write(range(m))
+    if call.pattern.cross:
+        return q @ (forward[-1][1] if forward else empty)
+    if call.pattern.causal:
+        seen = [forward[i + m - n][1] if i + m >= n else empty for i in range(n)]
+    else:
+        backward = write(range(m - 1, -1, -1))[::-1]
+        seen = [after + before for (_, after), (before, _) in zip(forward, backward, strict=True)]
+    return torch.stack([q[:, :, i, None] @ seen[i] for i in range(n)], 2)[:, :, :, 0] if n else q @ empty
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_log_decay: Float[Tensor, "b h m v"] | None = None,
+) -> Result:
+    """Whole sequences, from an empty state."""
+    call = call.replace(state=None)
+    if call.pattern.cross:
+        return Result(read(call.replace(state=absorb(call, k, v, log_decay, value_log_decay)), q).output)
+    if call.pattern.causal:
+        return chunked(call, q, k, v, log_decay, value_log_decay)
+    if value_log_decay is not None:
+        return _by_columns(parallel, call, (q, k), v, log_decay, value_log_decay)
+    output = recurrent_forms.bidirectional(call, _queries(call, q), *_writes(call, k, v, log_decay))
+    return Result(output.to(v.dtype))
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_log_decay: Float[Tensor, "b h m v"] | None = None,
+) -> Result:
+    if value_log_decay is not None:
+        return _by_columns(chunked, call, (q, k), v, log_decay, value_log_decay)
+    output, state = recurrent_forms.chunked(call, _queries(call, q), *_writes(call, k, v, log_decay))
+    return Result(output.to(v.dtype), state)
+
+
+def step(
+    call: Call,
+    q: Float[Tensor, "b h 1 k"],
+    k: Float[Tensor, "b h 1 k"],
+    v: Float[Tensor, "b h 1 v"],
+    log_decay: Float[Tensor, "b h 1 #k"] | None = None,
+    value_log_decay: Float[Tensor, "b h 1 v"] | None = None,
+) -> Result:
+    if value_log_decay is not None:
+        return _by_columns(step, call, (q, k), v, log_decay, value_log_decay)
+    output, state = recurrent_forms.step(call, _queries(call, q), *_writes(call, k, v, log_decay))
+    return Result(output.to(v.dtype), state)
+
+
+def absorb(
+    call: Call,
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_log_decay: Float[Tensor, "b h m v"] | None = None,
+) -> MatrixState:
+    """Memory into S, in order; more may follow."""
+    if value_log_decay is not None:
+
+        def form(call: Call, k: Tensor, v: Tensor, g: Tensor) -> Result:
+            return Result(v, absorb(call, k, v, g))
+
+        return _by_columns(form, call, (k,), v, log_decay, value_log_decay).state
+    return recurrent_forms.absorb(call, *_writes(call, k, v, log_decay))
+
+
+def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
+    """Queries on absorbed memory."""
+    return Result(recurrent_forms.read(call, _queries(call, q)).to(q.dtype), call.state)
+
+
+def _queries(call: Call, q: Tensor) -> Tensor:
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    return call.scale * FEATURE_MAPS[call.config.feature_map](q)
+
+
+def _writes(call: Call, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mapped keys (zero at padding, where phi(0) may not be), values and gates, in at least float32."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    k = FEATURE_MAPS[call.config.feature_map](k.to(dtype))
+    valid = call.valid_keys(k.shape[2])
+    if valid is not None:
+        k = torch.where(valid[:, None, :, None], k, 0)
+    return k, v.to(dtype), None if log_decay is None else _bounded(call, log_decay.to(dtype))
+
+
+def _bounded(call: Call, g: Tensor) -> Tensor:
+    return g if call.config.clamp_min is None else g.clamp(min=call.config.clamp_min)
+
+
+def _by_columns(
+    form: Callable[..., Result], call: Call, keys: tuple[Tensor, ...], v: Tensor, log_decay: Tensor | None, c: Tensor
+) -> Result:
+    """A form with gates `c` on values: every column of S is a head whose gates are those of its keys plus its own."""
+
+    def run(call: Call, *tensors: Tensor) -> Result:
+        *keys, g, v, c = tensors
+        return form(call, *keys, v, c if g is None else c + g)
+
+    return recurrent_forms.by_columns(run, call, (*keys, log_decay), (v, c))
+
+
+class GateProjection(nn.Module):
+    """The layer's gates, from the sequence that is written: adds `log_decay` (and `value_log_decay`) to the heads.
+
+    Learned gates are ``logsigmoid(z) / gate_normalizer``, with z = W_2 W_1 x + b for one gate a feature (W_1 maps to
+    `gate_rank` features) and z = W x + b for one gate a head. b starts at 0, so that the decay starts near
+    2^(-1 / gate_normalizer). Key/value heads have the gates; the query heads of a group share them.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        config: Config = spec.config
+        self.config, self.heads = config, spec.kv_heads
+        self.key_gate: nn.Module | None = None
+        if config.gate == "diagonal":
+            self.key_gate = _low_rank(spec, spec.head_dim)
+        elif config.gate == "scalar":
+            self.key_gate = _with_zero_bias(make_linear(spec.memory_dim, spec.kv_heads, bias=True))
+        elif config.gate == "fixed":
+            halvings = -5.0 - torch.arange(spec.kv_heads, dtype=torch.float64)
+            self.register_buffer("fixed", torch.log1p(-torch.exp2(halvings)), persistent=False)
+        self.value_gate = _low_rank(spec, spec.value_dim) if config.value_gate else None
+
+    def forward(
+        self, heads: Tensors, x: Tensor | None, source: Float[Tensor, "b m c"] | None, context: Context
+    ) -> Tensors:
+        if source is None:
+            return heads
+        if self.key_gate is not None:
+            heads["log_decay"] = self._gate(self.key_gate, source)
+        elif self.config.gate == "fixed":
+            dtype = torch.promote_types(source.dtype, torch.float32)
+            heads["log_decay"] = self.fixed.to(dtype)[None, :, None, None].expand(*heads["k"].shape[:3], 1)
+        if self.value_gate is not None:
+            heads["value_log_decay"] = self._gate(self.value_gate, source)
+        return heads
+
+    def _gate(self, module: nn.Module, source: Tensor) -> Tensor:
+        z = module(source)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        g = F.logsigmoid(z) / self.config.gate_normalizer
+        return g.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, h, m, features)
+
+
+def _low_rank(spec: LayerSpec, head_features: int) -> nn.Module:
+    rank = spec.config.gate_rank
+    up = _with_zero_bias(make_linear(rank, spec.kv_heads * head_features, bias=True))
+    return nn.Sequential(spec.linear(spec.memory_dim, rank), up)
+
+
+def _with_zero_bias(linear: nn.Module) -> nn.Module:
+    nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+    return linear
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    matrix = shape.dim_key * shape.dim_value
+    tokens = shape.batch * shape.heads * shape.m
+    near = 32 * (shape.dim_key * (shape.dim_value if config.value_gate else 1) + shape.dim_value)
+    return Cost(
+        flops=4.0 * tokens * (matrix + near),
+        memory=float(
+            tokens * (64 + 3 * shape.dim_key + shape.dim_value) * (shape.dim_value if config.value_gate else 1)
+        ),
+        state=float(shape.heads * matrix),
+        step_flops=5.0 * shape.batch * shape.heads * matrix,
+    )
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests, with gates from nearly 1 to nearly 0."""
+    size = {"h": 2, "k": 8, "v": 6} | (sizes or {})
+    heads, width = size["h"], size["k"]
+
+    def normal(tokens: int, features: int) -> Tensor:
+        return torch.randn(batch, heads, tokens, features, generator=generator, dtype=torch.float64)
+
+    tensors = {"q": normal(n, width), "k": normal(m, width), "v": normal(m, size["v"])}
+    tensors["log_decay"] = -F.softplus(2 * normal(m, size.get("l", width)))
+    return {name: x.to(dtype) for name, x in tensors.items()}
+
+
+MECHANISM = Mechanism(
+    name="gated_linear",
+    aliases=("gla", "gated_linear_attention", "simple_gla", "retention"),
+    kind=Kind.ATTENTION,
+    summary="A matrix of key-value products that forgets, each key feature at its own rate.",
+    paper=Paper("Gated Linear Attention Transformers with Hardware-Efficient Training", "2312.06635", 2023, 5),
+    inputs={"q": "bhnk", "k": "bhmk", "v": "bhmv", "log_decay?": "bhml", "value_log_decay?": "bhmv"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": step,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    state=MatrixState,
+    cost=cost,
+    weights="implicit",
+    domains={"log_decay": "log_decay", "value_log_decay": "log_decay"},
+    sample_inputs=sample_inputs,
+    projection=GateProjection,
+    layer_defaults={"key_expand": 0.5, "value_expand": 1.0, "output_norm": "rms", "output_gate": "swish"},
+)

@@ -1,0 +1,197 @@
+"""An encoder with any mechanism in any layer, and a classification head.
+
+Pre-norm residual blocks over tokens or measured features, a pool over the valid tokens, a linear head::
+
+    model = Encoder(EncoderConfig(num_classes=10, features=1, plan="flow_attention", num_layers=2))
+    logits = model(x, context=Context(mask=Mask(valid=valid))).output        # (B, 10)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism, list_mechanisms
+from regard.contract import Context, Kind, Mask, Pattern, Result, Unsupported, closest
+from regard.create import create_layer
+from regard.layers.feed_forward import dropout
+from regard.layers.linear import make_linear
+from regard.layers.norms import make_norm
+from regard.layers.patches import FeatureEmbedding
+from regard.models.blocks import (
+    Block,
+    evaluation_mode,
+    input_positions,
+    make_input_positions,
+    read_plan,
+    right_padded_mask,
+    run_blocks,
+)
+from regard.ragged import gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+POOLS = ("mean", "first", "max", "none")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What an :class:`Encoder` is built from.
+
+    Attributes:
+        num_classes: width of the output.
+        vocab_size: number of tokens; None when the inputs are floats.
+        features: width of float inputs; None when the inputs are tokens. Exactly one of the two is given.
+        pool: ``mean`` or ``max`` over the valid tokens, the ``first`` of them, ``none`` (an output for each token), or
+            a pooling mechanism, whose slots are laid side by side.
+        pool_options: of the pooling mechanism.
+        dim, plan, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, max_length, dropout, norm,
+            loss_weights: as in :class:`regard.models.LanguageModelConfig`.
+    """
+
+    num_classes: int
+    vocab_size: int | None = None
+    features: int | None = None
+    dim: int = 128
+    plan: Any = "softmax"
+    num_layers: int | None = None
+    num_heads: int = 4
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    feed_forward: int | None = None
+    positions: str = "auto"
+    max_length: int = 2048
+    dropout: float = 0.0
+    norm: str = "rms"
+    pool: str = "mean"
+    pool_options: Mapping[str, Any] = field(default_factory=dict)
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.vocab_size is None) == (self.features is None):
+            raise Unsupported(
+                f"vocab_size={self.vocab_size} and features={self.features}",
+                supported="vocab_size for tokens or features for floats, and None for the other",
+            )
+        check_pool(self.pool)
+        if self.pool in POOLS and self.pool_options:
+            raise Unsupported(f"pool_options with pool={self.pool!r}", supported="pool_options of a pooling mechanism")
+        object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
+        object.__setattr__(self, "num_layers", len(self.plan))
+
+
+class Encoder(nn.Module):
+    """Embedding, blocks, norm, pool, head; see :class:`EncoderConfig`."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, _ in config.plan:
+            if get_mechanism(name).prepare is not None:
+                raise Unsupported(f"{name}, which inserts tokens, in an encoder", supported="language models")
+        self.embedding: nn.Module
+        if config.vocab_size is not None:
+            self.embedding = nn.Embedding(config.vocab_size, config.dim)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        else:
+            self.embedding = FeatureEmbedding(config.features or 0, config.dim)
+        scheme = input_positions(config.plan, config.positions)
+        self.positions = make_input_positions(
+            scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length
+        )
+        self.blocks = nn.ModuleList(Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan)
+        self.norm = make_norm(config.norm, config.dim)
+        self.pooling, slots = None, 1
+        if config.pool not in POOLS:
+            card = get_mechanism(config.pool)
+            pattern = Pattern.NONCAUSAL_SELF if Pattern.NONCAUSAL_SELF in card.patterns else card.patterns[0]
+            self.pooling = create_layer(
+                config.pool, config.dim, config.num_heads, pattern=pattern, **config.pool_options
+            )
+            slots = count_slots(self.pooling, config.dim)
+        self.head = make_linear(slots * config.dim, config.num_classes, bias=True)
+
+    def forward(self, inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
+        """Logits of the classes.
+
+        Args:
+            inputs: tokens or features, padded anywhere or packed, as `context.mask` says.
+            context: its mask, positions, grid, generator, progress.
+
+        Returns:
+            output (B, num_classes), a row a document when packed; (B, N, num_classes) without a pool, zero at padding.
+            Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has them.
+        """
+        context = Context() if context is None else context
+        axes = 2 if self.config.features is None else 3
+        if inputs.ndim != axes or inputs.is_floating_point() != (axes == 3):
+            expected = "integers (B, N)" if axes == 2 else f"floats (B, N, {self.config.features})"
+            raise Unsupported(f"inputs of dtype {inputs.dtype} and shape {tuple(inputs.shape)}", supported=expected)
+        layout = gathering(context.mask, inputs.shape[0], inputs.shape[1], inputs.device)
+        if context.grid is not None and layout.dense_index is not None:
+            raise Unsupported("padding left or inside, or packing, of a grid", supported="whole or right-padded grids")
+        inputs = layout.gather(inputs, axis=1)  # right-padded, a row for each sequence
+        inner = context.replace(
+            mask=right_padded_mask(context.mask, layout),
+            positions=None if context.positions is None else layout.gather(context.positions, axis=1),
+            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
+        )
+        x = self.embedding(inputs)  # (B, N, dim)
+        if self.positions is not None and self.positions.embed is not None:
+            where = inner.positions
+            x = self.positions.embed(x, torch.arange(x.shape[1], device=x.device)[None] if where is None else where)
+        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+        result = run_blocks(self.blocks, x, inner, [None] * len(self.blocks))
+        x = self.norm(result.output)
+        if self.config.pool == "none":
+            x = layout.scatter(x, axis=1)
+        elif self.pooling is None:
+            x = pool_tokens(x, layout.lengths, self.config.pool)
+        else:
+            pooled = self.pooling(x, context=Context(mask=inner.mask and Mask(lengths=inner.mask.lengths)))
+            x = pooled.output.flatten(1)  # (B, slots * dim)
+            result.losses |= pooled.losses
+        result.output, result.state = self.head(x), None
+        return result
+
+
+def pool_tokens(x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, how: str) -> Float[Tensor, "b c"]:
+    """The ``mean``, ``max`` or ``first`` of each right-padded row; zero for a row without tokens."""
+    if lengths is None:
+        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
+    valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+    some = (lengths > 0)[:, None]
+    if how == "mean":
+        return x.where(valid, 0).sum(1) / lengths.clamp(min=1)[:, None]
+    if x.shape[1] == 0:
+        return x.sum(1)
+    picked = x[:, 0] if how == "first" else x.where(valid, torch.finfo(x.dtype).min).amax(1)
+    return picked.where(some, 0)
+
+
+def check_pool(name: str) -> None:
+    """Raise Unsupported unless `name` is a simple pool or a pooling mechanism."""
+    if name in POOLS:
+        return
+    choices = (*POOLS, *list_mechanisms(kind=Kind.POOLING))
+    words = [word for choice in choices[len(POOLS) :] for word in (choice, *get_mechanism(choice).aliases)]
+    if name not in words:
+        raise Unsupported(f"pool {name!r}", supported=", ".join(choices), nearest=closest(name, [*POOLS, *words]))
+
+
+def count_slots(pooling: nn.Module, dim: int) -> int:
+    """Number of slots of a pooling layer; raises Unsupported when it depends on the number of tokens."""
+    with torch.no_grad(), evaluation_mode(pooling):
+        few, many = (pooling(torch.zeros(1, n, dim)).output.shape[1] for n in (8, 16))
+    if few != many:
+        raise Unsupported(
+            "a pool whose number of slots depends on the number of tokens",
+            supported="a fixed number of slots",
+            nearest='pool="mean"',
+        )
+    return few

@@ -1,0 +1,97 @@
+"""Saved models: a folder with ``model.safetensors`` and ``config.json``; no pickle.
+
+Each file is replaced in one step, the weights first. The weights carry a copy of the config, so that a save that was
+interrupted between the two files is noticed when loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import regard
+from regard.contract import Unsupported, closest
+from regard.models.registry import MODELS, model_classes
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a model of :mod:`regard.models`; tied weights are stored once.
+
+    Raises:
+        Unsupported: for another model, or a config with options that JSON cannot hold.
+    """
+    name = type(model).__name__
+    if name not in MODELS or type(model) is not MODELS[name][0]:
+        raise Unsupported(f"saving a {name}", supported=", ".join(MODELS))
+    try:
+        config = json.dumps(asdict(model.config), indent=2)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise Unsupported(
+            f"saving options that JSON cannot hold ({error})", supported="numbers, strings, lists"
+        ) from error
+    record = {"model": name, "regard": regard.__version__, "config": json.loads(config)}
+    text = json.dumps(record, indent=2) + "\n"
+    place = Path(folder)
+    tensors = distinct_tensors(model)
+    write_atomically(place / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt", "record": text}))
+    write_atomically(place / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:
+    """The model saved in `folder`, in the dtype that it was saved in and in evaluation mode.
+
+    Raises:
+        Unsupported: when files are missing, do not belong together, or hold a model or options unknown here.
+    """
+    place = Path(folder)
+    for file in (CONFIG, WEIGHTS):
+        if not (place / file).is_file():
+            raise Unsupported(f"{folder} without {file}", supported="a folder written by save_pretrained")
+    record = _read_record((place / CONFIG).read_text(encoding="utf-8"), place / CONFIG)
+    tensors, metadata = read_tensors(place / WEIGHTS)
+    copy = metadata.get("record")
+    if copy is None or _read_record(copy, place / WEIGHTS) != record:
+        raise Unsupported(
+            f"{CONFIG} and {WEIGHTS} of different saves in {folder}",
+            supported="files written together by save_pretrained",
+            nearest="save the model again",
+        )
+    model_class, config_class = model_classes(record["model"])
+    known = [f.name for f in fields(config_class)]
+    for option in record["config"]:
+        if option not in known:
+            raise Unsupported(
+                f"option {option!r} in {place / CONFIG} (written by regard {record['regard']})",
+                supported=", ".join(known),
+                nearest=closest(option, known),
+            )
+    # Built where it will be; the initial values are overwritten.
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        model = model_class(config_class(**record["config"]))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tensors:
+            tensor.data = tensor.data.to(tensors[name].dtype)
+    load_tensors(model, tensors, source=str(place / WEIGHTS))
+    return model.eval()
+
+
+def _read_record(text: str, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Unsupported(
+            f"{path} that is not JSON ({error})", supported="a file written by save_pretrained"
+        ) from error
+    if not isinstance(record, dict) or record.keys() != {"model", "regard", "config"}:
+        raise Unsupported(f"{path} with other contents", supported="model, regard and config")
+    return record

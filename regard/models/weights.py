@@ -1,0 +1,69 @@
+"""Weights of a module as named tensors, and files that are replaced in one step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from regard.contract import Unsupported
+
+
+def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each storage once (the first name of tied weights), contiguous and detached."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach().contiguous()
+    return found
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy `tensors` (as made by :func:`distinct_tensors`) into `module`; raises Unsupported unless they fit exactly."""
+    wanted = distinct_tensors(module)
+    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unknown:
+        parts = [f"without {_some(missing)}"] * bool(missing) + [f"with unknown {_some(unknown)}"] * bool(unknown)
+        raise Unsupported(f"{source} {' and '.join(parts)}", supported="the tensors of the same architecture")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+            raise Unsupported(
+                f"{source} whose {name} is {tensor.dtype} {tuple(tensor.shape)}",
+                supported=f"{wanted[name].dtype} {tuple(wanted[name].shape)}",
+            )
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file; raises Unsupported when it is not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise Unsupported(f"{path} ({error})", supported="a safetensors file") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary_path)`` and move the result to `path` in one step, through to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,25 @@
+"""Training: the loop, the optimizer, the learning rate, checkpoints and memory."""
+
+from __future__ import annotations
+
+from regard.training.learning_rate import Search, Trial, search
+from regard.training.loop import Evaluation, History, Point, TrainConfig, evaluate, train
+from regard.training.memory import Peak, TensorMemory, peak_memory
+from regard.training.optimizer import make_optimizer, parameter_groups
+
+__all__ = [
+    "Evaluation",
+    "History",
+    "Peak",
+    "Point",
+    "Search",
+    "TensorMemory",
+    "TrainConfig",
+    "Trial",
+    "evaluate",
+    "make_optimizer",
+    "parameter_groups",
+    "peak_memory",
+    "search",
+    "train",
+]

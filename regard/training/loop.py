@@ -1,0 +1,349 @@
+"""The training loop: deterministic, resumable, and honest about divergence.
+
+Everything random in step s is drawn from (seed, s): the batch by the task, dropout and the layers' draws from
+generators seeded here. So there is no random state to carry over, and a run resumed from a checkpoint equals the
+undisturbed one bit for bit, on the same machine with the same number of threads. On CUDA a few of torch's backward
+kernels add in an order that varies; see `torch.use_deterministic_algorithms`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
+from regard.models.blocks import auxiliary_loss, evaluation_mode
+from regard.tasks.protocol import Batch, Task, cross_entropy, cross_entropy_by_item
+from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
+from regard.training.memory import peak_memory
+from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: items a step.
+        learning_rate: peak of the schedule.
+        weight_decay: of matrices; see :func:`regard.training.optimizer.parameter_groups`.
+        warmup: share of the steps in which the rate rises to its peak.
+        schedule: ``cosine`` or ``constant``.
+        clip: largest norm of the whole gradient; None for no limit.
+        seed: of batches, dropout and layers' draws. The model's initial weights are the caller's.
+        precision: ``float32`` computes in the parameters' own dtype, ``bfloat16`` under torch's autocast.
+        checkpoint_every: steps between checkpoints, where there is a path for them.
+        measure_memory: whether to measure the second step's peak memory, which makes that step slower.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    clip: float | None = 1.0
+    seed: int = 0
+    precision: str = "float32"
+    checkpoint_every: int = 100
+    measure_memory: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_size", 1), ("seed", 0), ("checkpoint_every", 1)):
+            at_least(name, getattr(self, name), low)
+        at_least("weight_decay", self.weight_decay, 0.0)
+        if not self.learning_rate > 0:
+            raise Unsupported(f"learning_rate={self.learning_rate}", supported="a positive rate", nearest="1e-3")
+        if not 0 <= self.warmup <= 1:
+            raise Unsupported(f"warmup={self.warmup}", supported="a share of the steps, 0 to 1", nearest="warmup=0.05")
+        if self.clip is not None and not self.clip > 0:
+            raise Unsupported(f"clip={self.clip}", supported="a positive norm, or None", nearest="clip=None")
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("precision", self.precision, PRECISIONS)
+
+
+NOT_OF_THE_RESULT = ("checkpoint_every", "measure_memory")
+"""Settings that may change between a run and its resumption."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of a run.
+
+    Attributes:
+        step: counted from 0.
+        loss: of the task, in nats a target.
+        auxiliary: weighted auxiliary losses of the layers.
+        gradient_norm: before clipping.
+        learning_rate: of the step.
+        seconds: forward, backward and update, without making the batch.
+    """
+
+    step: int
+    loss: float
+    auxiliary: float
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass
+class History:
+    """What a run leaves behind beside the weights.
+
+    Attributes:
+        curve: a point for each step that updated the weights.
+        tokens: valid input tokens read by those steps.
+        peak_memory: bytes of a training step above the model, the optimizer and everything else that was there before
+            it: activations, gradients, temporaries. None when not measured.
+        memory_counted: how; see :class:`regard.training.memory.Peak`.
+        finished: whether all steps were done (else a deadline passed, or the run diverged).
+        diverged: whether a loss or a gradient stopped being finite; the weights are those before that step.
+    """
+
+    curve: list[Point] = field(default_factory=list)
+    tokens: int = 0
+    peak_memory: int | None = None
+    memory_counted: str | None = None
+    finished: bool = False
+    diverged: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Total of the steps."""
+        return sum(point.seconds for point in self.curve)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of an average step over the median time of a step (robust to warm-up); nan without steps."""
+        if not self.curve:
+            return math.nan
+        return self.tokens / len(self.curve) / statistics.median(point.seconds for point in self.curve)
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss of the last tenth of the curve; nan without steps."""
+        last = self.curve[-max(1, len(self.curve) // 10) :]
+        return statistics.fmean(point.loss for point in last) if last else math.nan
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> History:
+        """From `dataclasses.asdict` of a history."""
+        return cls(**{**record, "curve": [Point(**point) for point in record["curve"]]})
+
+
+def batch_context(batch: Batch, **more: Any) -> Context:
+    """The context of a task's batch."""
+    return Context(mask=None if batch.valid is None else Mask(valid=batch.valid), grid=batch.grid, **more)
+
+
+def count_tokens(batch: Batch) -> int:
+    """Valid input tokens of a batch."""
+    if batch.valid is not None:
+        return int(batch.valid.sum())
+    return batch.inputs.shape[0] * batch.inputs.shape[1]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for the draws of a step, unrelated to those of other steps and seeds."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    *,
+    on_step: Callable[[Point], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    deadline: float | None = None,
+) -> History:
+    """Train `model` in place on `task`.
+
+    A kill loses at most the steps since the last checkpoint; a KeyboardInterrupt saves one more on its way out, and so
+    loses the step in flight alone.
+
+    Args:
+        model: called as ``model(inputs, context=context) -> Result`` with logits as its output; its
+            ``config.loss_weights``, where there is one, weighs auxiliary losses.
+        on_step: called after each step.
+        checkpoint: file to save to, and to resume from when it exists.
+        resume: False starts anew even so, and replaces the file.
+        deadline: a time of `time.monotonic` after which no new step is started.
+
+    Raises:
+        Unsupported: for a checkpoint of another model, task or config.
+    """
+    history = History()
+    optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    path = None if checkpoint is None else Path(checkpoint)
+    identity = _identity(task, config)
+    if path is not None and resume and path.exists():
+        history = _resume(path, identity, model, optimizer)
+        if history.finished or history.diverged:
+            return history
+
+    def save() -> None:
+        if path is not None:
+            save_checkpoint(path, model, optimizer, {"run": identity, "history": asdict(history)})
+
+    device = next(model.parameters()).device
+    was_training, updating = model.training, False
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            while len(history.curve) < config.steps and (deadline is None or time.monotonic() < deadline):
+                step = len(history.curve)
+                batch = task.training_batch(step, config.seed, config.batch_size).to(device)
+                rate = scheduled_rate(
+                    step, config.steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
+                )
+                measured = config.measure_memory and step == min(1, config.steps - 1)
+                start = time.perf_counter()
+                loss, auxiliary, norm = _gradients(model, optimizer, batch, config, step, history if measured else None)
+                if not (math.isfinite(loss) and math.isfinite(auxiliary) and math.isfinite(norm)):
+                    history.diverged = True
+                    break
+                updating = True
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                _synchronise(device)
+                point = Point(step, loss, auxiliary, norm, rate, time.perf_counter() - start)
+                history.curve.append(point)
+                history.tokens += count_tokens(batch)
+                updating = False
+                if on_step is not None:
+                    on_step(point)
+                if len(history.curve) % config.checkpoint_every == 0 and len(history.curve) < config.steps:
+                    save()
+        history.finished = len(history.curve) == config.steps
+        save()
+    except KeyboardInterrupt:
+        if not updating:
+            save()
+        raise
+    finally:
+        model.train(was_training)
+        optimizer.zero_grad()
+    return history
+
+
+def _gradients(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: TrainConfig,
+    step: int,
+    measure: History | None,
+) -> tuple[float, float, float]:
+    """Clipped gradients of a step; the task's loss, the auxiliary loss and the gradient's norm."""
+    device = batch.inputs.device
+    torch.manual_seed(step_seed(config.seed, step))
+    generator = torch.Generator(device).manual_seed(step_seed(config.seed, step))
+    context = batch_context(batch, generator=generator, progress=float(step))
+    optimizer.zero_grad(set_to_none=True)
+
+    def run() -> tuple[Tensor, Tensor | float, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            result: Result = model(batch.inputs, context=context)
+        loss = cross_entropy(result.output, batch)
+        auxiliary = auxiliary_loss(result.losses, getattr(getattr(model, "config", None), "loss_weights", {}))
+        (loss + auxiliary).backward()
+        limit = math.inf if config.clip is None else config.clip
+        return loss, auxiliary, nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    if measure is None:
+        loss, auxiliary, norm = run()
+    else:
+        peak = peak_memory(run, device=device)
+        measure.peak_memory, measure.memory_counted = peak.bytes, peak.counted
+        loss, auxiliary, norm = peak.value
+    return loss.item(), float(torch.as_tensor(auxiliary).detach()), norm.item()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _identity(task: Task, config: TrainConfig) -> dict[str, Any]:
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RESULT}
+    return {"task": task.name, **settings}
+
+
+def _resume(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+    found = load_checkpoint(path)
+    for name, value in identity.items():
+        before = found.record["run"].get(name)
+        if before != value:
+            raise Unsupported(
+                f"resuming {path}, a run with {name}={before!r}, with {name}={value!r}",
+                supported="the same task and settings",
+                nearest=f"{name}={before!r}, another path, or resume=False",
+            )
+    restore(found, model, optimizer)
+    return History.from_record(found.record["history"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on a task's held-out items.
+
+    Attributes:
+        items: (sum, weight) of each item, in the task's order, so that two models are paired item by item.
+        score: total sum / total weight.
+        loss: mean cross entropy of the targets, in nats.
+    """
+
+    items: list[tuple[float, float]]
+    score: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, last: int | None = None) -> Evaluation:
+    """Score `model` on the held-out items from number `first` up to but not including `last`.
+
+    Without items, score and loss are nan.
+    """
+    device = next(model.parameters()).device
+    items: list[tuple[float, float]] = []
+    nats, targets, seen = 0.0, 0.0, 0
+    with evaluation_mode(model):
+        for batch in task.evaluation_batches(batch_size):
+            if last is not None and seen >= last:
+                break
+            begin, end = max(first - seen, 0), batch.size if last is None else min(last - seen, batch.size)
+            seen += batch.size
+            if begin >= end:
+                continue
+            chosen = _items(batch, begin, end).to(device)
+            logits = model(chosen.inputs, context=batch_context(chosen)).output
+            sums, weights = task.score(logits, chosen)
+            items += list(zip(sums.tolist(), weights.tolist(), strict=True))
+            losses, counts = cross_entropy_by_item(logits, chosen)
+            nats, targets = nats + float(losses.sum()), targets + float(counts.sum())
+    total, weight = sum(s for s, _ in items), sum(w for _, w in items)
+    return Evaluation(items, total / weight if weight else math.nan, nats / targets if targets else math.nan)
+
+
+def _items(batch: Batch, begin: int, end: int) -> Batch:
+    if (begin, end) == (0, batch.size):
+        return batch
+    valid = None if batch.valid is None else batch.valid[begin:end]
+    return Batch(batch.inputs[begin:end], batch.targets[begin:end], valid, batch.grid)

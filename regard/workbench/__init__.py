@@ -1,0 +1,1 @@
+"""The main job: compare, profile, verify and report."""

@@ -1,0 +1,236 @@
+"""The properties of the equality matrix that concern a mechanism's layer: projections, caches and padding included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from regard.contract import Context, Kind, Mask
+from regard.create import build_layer
+from regard.workbench.properties import Broken, NotApplicable, Property, exactly, relative_error, worst
+from regard.workbench.subjects import Subject
+
+DIM, HEADS, MEMORY_DIM = 16, 2, 12
+
+
+class LayerSubject:
+    """A layer of the subject's mechanism with random weights (none left at zero), and sequences for it."""
+
+    def __init__(self, subject: Subject, dtype: torch.dtype) -> None:
+        self.subject, self.dtype = subject, dtype
+        self.cross = subject.pattern.cross
+        options = {"memory_dim": MEMORY_DIM} if self.cross and subject.card.kind is Kind.ATTENTION else {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(subject.seed)
+            self.layer = build_layer(
+                subject.card, DIM, HEADS, pattern=subject.pattern, **options, **subject.options
+            ).to(dtype)
+            for parameter in self.layer.parameters():
+                with torch.no_grad():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        self.layer.eval()
+        self.memory_dim = MEMORY_DIM if options else DIM
+
+    def x(self, n: int, batch: int = 2, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(100 + seed)
+        return torch.randn(batch, n, DIM, generator=generator, dtype=torch.float64).to(self.dtype)
+
+    def memory(self, m: int = 9, batch: int = 2) -> Tensor:
+        generator = torch.Generator().manual_seed(200)
+        return torch.randn(batch, m, self.memory_dim, generator=generator, dtype=torch.float64).to(self.dtype)
+
+    def roles(self, n: int, batch: int = 2) -> Tensor | None:
+        card = self.subject.card
+        if card.sample_context is None:
+            return None
+        rng = torch.Generator().manual_seed(300)
+        return card.sample_context(rng, batch=batch, n=n, m=n, pattern=self.subject.pattern).get("roles")
+
+    def context(self, n: int, roles: Tensor | None = None, **more: Any) -> Context:
+        return Context(grid=self.subject.grid(n), roles=roles, **more)
+
+    def __call__(
+        self, x: Tensor, memory: Tensor | None = None, *, state: Any = None, layer: nn.Module | None = None, **context: Any
+    ) -> Any:
+        module = self.layer if layer is None else layer
+        return module(x, memory, context=self.context(x.shape[1], **context), state=state)
+
+
+def _whole(layer: LayerSubject, n: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    x, roles = layer.x(n), layer.roles(9 if layer.cross else n)
+    memory = layer.memory() if layer.cross else None
+    return x, memory, roles, layer(x, memory, roles=roles).output
+
+
+def _pooled(subject: Subject) -> bool:
+    return subject.output_axis() is None
+
+
+def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
+    """Padded left, right and inside, NaN in the padding, equals each row alone."""
+    if subject.card.length == "grid":
+        raise NotApplicable
+    layer = LayerSubject(subject, dtype)
+    counts, total = (9, 4), 12
+    x = layer.x(9)
+    memory = layer.memory() if layer.cross else None
+    roles = layer.roles(9)
+    errors = []
+    generator = torch.Generator().manual_seed(7)
+    layouts = [
+        torch.stack([torch.arange(total) < c for c in counts]),
+        torch.stack([torch.arange(total) >= total - c for c in counts]),
+        torch.stack([torch.rand(total, generator=generator).argsort().argsort() < c for c in counts]),
+    ]
+    for valid in layouts:
+        padded = torch.full((2, total, DIM), float("nan"), dtype=dtype)
+        padded_roles = None if roles is None or layer.cross else torch.zeros(2, total, dtype=roles.dtype)
+        for row, count in enumerate(counts):
+            padded[row, valid[row]] = x[row, :count]
+            if padded_roles is not None and roles is not None:
+                padded_roles[row, valid[row]] = roles[row, :count]
+        found = layer(padded, memory, mask=Mask(valid=valid), roles=roles if layer.cross else padded_roles).output
+        for row, count in enumerate(counts):
+            own = None if roles is None else roles[row : row + 1, : 9 if layer.cross else count]
+            keys = None if memory is None else memory[row : row + 1]
+            expected = layer(x[row : row + 1, :count], keys, roles=own).output
+            rows = found[row : row + 1]
+            errors.append(relative_error(rows if _pooled(subject) else rows[:, valid[row]], expected))
+    return worst(errors)
+
+
+def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
+    """Prefill, then one token at a time, equals the whole; in cross patterns on memory absorbed once."""
+    layer = LayerSubject(subject, dtype)
+    if not (subject.stateful or subject.absorbs):
+        raise NotApplicable
+    if layer.cross and not hasattr(layer.layer, "encode_memory"):
+        raise NotApplicable
+    n = 11
+    x, memory, roles, expected = _whole(layer, n)
+    outputs = []
+    if layer.cross:
+        state = layer.layer.encode_memory(memory, context=Context(roles=roles))
+        start = 0
+    else:
+        head = None if roles is None else roles[:, :4]
+        first = layer(x[:, :4], roles=head, want=frozenset({"state"}))
+        outputs.append(first.output)
+        state, start = first.state, 4
+    for t in range(start, n):
+        now = None if roles is None or layer.cross else roles[:, t : t + 1]
+        result = layer(x[:, t : t + 1], state=state, roles=now)
+        outputs.append(result.output)
+        state = result.state
+    error = relative_error(torch.cat(outputs, 1), expected)
+    saved = load(save({k: t.contiguous() for k, t in state.tensors().items()}))
+    again = state.with_tensors(saved).select(torch.tensor([1, 1]))
+    exactly(again.nbytes == state.nbytes, "a selected state has another size")
+    return error
+
+
+def layer_packing(subject: Subject, dtype: torch.dtype) -> float:
+    """Packed documents through the layer equal each document alone."""
+    if subject.pattern.cross or subject.card.length == "grid":
+        raise NotApplicable
+    layer = LayerSubject(subject, dtype)
+    x, roles = layer.x(13, batch=1), layer.roles(13, batch=1)
+    borders = torch.tensor([0, 5, 5, 13])
+    found = layer(x, roles=roles, mask=Mask(cu_seqlens=borders, max_length=8)).output
+    errors = []
+    for d, part in enumerate((slice(0, 5), slice(5, 13))):
+        expected = layer(x[:, part], roles=None if roles is None else roles[:, part]).output
+        own = found[2 * d : 2 * d + 1] if _pooled(subject) else found[:, part]
+        errors.append(relative_error(own, expected))
+    return worst(errors)
+
+
+def layer_causality(subject: Subject, dtype: torch.dtype) -> float:
+    if not subject.pattern.causal or _pooled(subject):
+        raise NotApplicable
+    layer = LayerSubject(subject, dtype)
+    x, memory, roles, before = _whole(layer, 12)
+    altered = x.clone()
+    altered[:, 5:] = 10 * layer.x(12, seed=4)[:, 5:]
+    return relative_error(layer(altered, memory, roles=roles).output[:, :5], before[:, :5])
+
+
+def layer_save(subject: Subject, dtype: torch.dtype) -> float:
+    """Weights saved as safetensors and loaded strictly into a fresh layer give the same output."""
+    layer = LayerSubject(subject, dtype)
+    x, memory, roles, expected = _whole(layer, 10)
+    weights = load(save({k: t.contiguous() for k, t in layer.layer.state_dict().items()}))
+    fresh = LayerSubject(Subject(subject.card, subject.pattern, subject.options, seed=subject.seed + 1), dtype)
+    exactly(relative_error(fresh(x, memory, roles=roles).output, expected) > 0, "weights do not change the output")
+    fresh.layer.load_state_dict(weights)
+    return relative_error(fresh(x, memory, roles=roles).output, expected)
+
+
+def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
+    """Every parameter and the input receive finite gradients."""
+    layer = LayerSubject(subject, dtype)
+    layer.layer.train()
+    x = layer.x(10).requires_grad_()
+    memory = layer.memory() if layer.cross else None
+    result = layer(x, memory, roles=layer.roles(9 if layer.cross else 10))
+    loss = result.output.square().sum() + sum(total / count for total, count in result.losses.values())
+    loss.backward()
+    exactly(x.grad is not None and torch.isfinite(x.grad).all(), "the input's gradient is not finite")
+    for name, parameter in layer.layer.named_parameters():
+        if parameter.grad is None:
+            raise Broken(f"parameter {name} receives no gradient")
+        exactly(torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite")
+    return 0.0
+
+
+class _OutputOnly(nn.Module):
+    def __init__(self, layer: LayerSubject, roles: Tensor | None, n: int) -> None:
+        super().__init__()
+        self.layer, self.context = layer.layer, layer.context(n, roles)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        return self.layer(x, memory, context=self.context).output
+
+
+def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
+    layer = LayerSubject(subject, dtype)
+    x, memory, roles, expected = _whole(layer, 10)
+    torch.compiler.reset()
+    compiled = torch.compile(_OutputOnly(layer, roles, 10), fullgraph=True, backend=backend)
+    return relative_error(compiled(x, memory), expected)
+
+
+def layer_export(subject: Subject, dtype: torch.dtype) -> float:
+    layer = LayerSubject(subject, dtype)
+    x, memory, roles, expected = _whole(layer, 10)
+    arguments = (x,) if memory is None else (x, memory)
+    program = torch.export.export(_OutputOnly(layer, roles, 10), arguments)
+    return relative_error(program.module()(*arguments), expected)
+
+
+def layer_low_precision(subject: Subject, dtype: torch.dtype) -> float:
+    """In bfloat16 the layer runs, keeps its dtype and stays finite."""
+    layer = LayerSubject(subject, dtype)
+    _, _, _, output = _whole(layer, 10)
+    exactly(output.dtype == dtype, f"output of {output.dtype} for {dtype}")
+    return exactly(torch.isfinite(output).all(), "output is not finite")
+
+
+DOUBLE_SINGLE = (torch.float64, torch.float32)
+
+LAYER_PROPERTIES = [
+    Property("layer_padding", "the layer on padded rows equals each row alone", layer_padding, DOUBLE_SINGLE, "layer"),
+    Property("layer_decoding", "prefill then steps equals the whole", layer_decoding, DOUBLE_SINGLE, "layer"),
+    Property("layer_packing", "packed documents equal separate ones", layer_packing, (torch.float64,), "layer"),
+    Property("layer_causality", "later tokens have no effect", layer_causality, (torch.float64,), "layer"),
+    Property("layer_save", "weights round-trip through safetensors", layer_save, (torch.float64,), "layer"),
+    Property("layer_gradient", "every parameter receives a finite gradient", layer_gradients, (torch.float64,), "layer"),
+    Property("layer_compile", "compiled without a graph break equals eager", layer_compile, (torch.float64,), "layer"),
+    Property("layer_export", "torch.export gives the same output", layer_export, (torch.float64,), "layer"),
+    Property("layer_dtype", "bfloat16 runs and stays finite", layer_low_precision, (torch.bfloat16,), "layer"),
+]
+
+__all__ = ["LAYER_PROPERTIES", "LayerSubject"]

@@ -1,0 +1,594 @@
+"""The properties of the equality matrix, each a function that measures an error.
+
+A property returns the largest error found, as a fraction of the largest output (or of the largest gradient), or raises:
+:class:`NotApplicable` where the card claims nothing of the kind, any other exception as a failure. Exact properties
+return 0 or 1 through `exactly`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from regard.apply import memory_inputs
+from regard.contract import BlockMask, Kind, Mask, Pattern, State, Tensors, Unsupported, valid_from_lengths
+from regard.workbench.subjects import Subject, axes_of
+
+PRIME = 13
+LENGTHS = (0, 1, 2, PRIME, 63, 64, 65)
+
+
+class NotApplicable(Exception):
+    """The card claims nothing that this property could test."""
+
+
+class Broken(Exception):
+    """A property that is not a matter of degree does not hold."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """One row of the equality matrix.
+
+    Attributes:
+        name: what reports, waivers and tests call it.
+        meaning: one sentence.
+        check: measures the error of a subject.
+        dtypes: dtypes in which it is measured.
+        level: ``function``, ``layer``.
+    """
+
+    name: str
+    meaning: str
+    check: Callable[..., float]
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
+    level: str = "function"
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference as a fraction of the largest expected value."""
+    if found.shape != expected.shape:
+        raise Broken(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    if expected.numel() == 0:
+        return 0.0
+    found, expected = found.detach().double(), expected.detach().double()
+    if not torch.isfinite(found).all():
+        return math.inf
+    largest = float(expected.abs().max())
+    return float((found - expected).abs().max()) / (largest or 1.0)
+
+
+def worst(errors: list[float]) -> float:
+    return max(errors, default=0.0)
+
+
+def exactly(condition: Any, failure: str) -> float:
+    if not bool(condition):
+        raise Broken(failure)
+    return 0.0
+
+
+def _fast_forms(subject: Subject) -> list[str]:
+    if subject.pattern is Pattern.CAUSAL_SELF:
+        return [f for f in ("parallel", "chunked") if f in subject.card.forms]
+    found = ["parallel"] if "parallel" in subject.card.forms else []
+    if subject.absorbs:
+        found.append("absorb+read")
+    if not found and "chunked" in subject.card.forms:
+        found.append("chunked")
+    return found
+
+
+def _sizes(subject: Subject) -> list[tuple[int, int]]:
+    """Problem sizes with lengths 0, 1, prime and around a chunk."""
+    if subject.card.length == "grid":
+        return [(n, n) for n in (1, 6, 12, 35)]
+    if subject.pattern.cross:
+        return [(0, PRIME), (1, PRIME), (PRIME, 1), (PRIME, 17), (17, PRIME), (3, 65)]
+    return [(n, n) for n in LENGTHS]
+
+
+def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
+    errors = []
+    sizes = _sizes(subject) if dtype is torch.float64 else [(37, 37 if not subject.pattern.cross else 29)]
+    if subject.card.length == "grid" and dtype is not torch.float64:
+        sizes = [(35, 35)]
+    for n, m in sizes:
+        inputs = subject.inputs(n, m, dtype=dtype)
+        expected = subject.reference(inputs)
+        for form in _fast_forms(subject):
+            found = subject.run(inputs, form=form).output
+            if found.dtype != dtype:
+                raise Broken(f"{form} returns {found.dtype} for {dtype}")
+            errors.append(relative_error(found, expected))
+    return worst(errors)
+
+
+def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
+    if "chunked" not in subject.card.forms or subject.pattern is not Pattern.CAUSAL_SELF:
+        raise NotApplicable
+    inputs = subject.inputs(37, dtype=dtype)
+    expected = subject.reference(inputs)
+    return worst(
+        [relative_error(subject.run(inputs, form="chunked", chunk_size=c).output, expected) for c in (1, 3, 16, 36, 64)]
+    )
+
+
+def steps_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
+    if not subject.stateful:
+        raise NotApplicable
+    n = 19
+    inputs = subject.inputs(n, dtype=dtype)
+    first = subject.run(subject.cut(inputs, slice(0, 3)), return_state=True)
+    outputs, state = [first.output], first.state
+    for t in range(3, n):
+        result = subject.run(subject.cut(inputs, slice(t, t + 1)), state=state)
+        outputs.append(result.output)
+        state = result.state
+    axis = subject.output_axis() or 0
+    return relative_error(torch.cat(outputs, axis), subject.reference(inputs))
+
+
+def split_and_resume(subject: Subject, dtype: torch.dtype) -> float:
+    """Two rows of unequal length, split at several places; an empty continuation changes nothing."""
+    if not subject.stateful:
+        raise NotApplicable
+    n = 23
+    inputs = subject.inputs(n, dtype=dtype)
+    expected = subject.reference(inputs)
+    errors = []
+    for borders in ((1,), (7,), (7, 7, 16), (22,), (0, 5)):
+        state, outputs, start = None, [], 0
+        for stop in (*borders, n):
+            result = subject.run(subject.cut(inputs, slice(start, stop)), state=state, return_state=True)
+            outputs.append(result.output)
+            state, start = result.state, stop
+        errors.append(relative_error(torch.cat(outputs, subject.output_axis() or 0), expected))
+    errors.append(_ragged_resume(subject, inputs, expected))
+    return worst(errors)
+
+
+def _ragged_resume(subject: Subject, inputs: Tensors, expected: Tensor) -> float:
+    """Rows advance by different numbers of tokens in each call, some by none."""
+    n = expected.shape[subject.output_axis() or 0]
+    batch = 2
+    done = torch.zeros(batch, dtype=torch.long)
+    state, errors = None, []
+    for advance in ((4, 9), (0, 3), (6, 0), (n, n)):
+        counts = torch.minimum(torch.tensor(advance), n - done)
+        width = int(counts.max())
+        parts = []
+        for row in range(batch):
+            piece = subject.rows(subject.cut(inputs, slice(int(done[row]), int(done[row] + counts[row]))), slice(row, row + 1))
+            parts.append(subject.place(piece, valid_from_lengths(counts[row : row + 1], width), width))
+        joined = {
+            name: torch.cat([p[name] for p in parts]) if _batched(subject, name) else parts[0][name] for name in parts[0]
+        }
+        result = subject.run(joined, mask=Mask(lengths=counts), state=state, return_state=True)
+        for row in range(batch):
+            rows = result.output[row : row + 1]
+            found = subject.take_output(rows, slice(0, int(counts[row])))
+            wanted = subject.take_output(expected[row : row + 1], slice(int(done[row]), int(done[row] + counts[row])))
+            if wanted.numel():
+                errors.append(relative_error(found, wanted) * float(wanted.abs().max() / expected.abs().max()))
+        state, done = result.state, done + counts
+    return worst(errors)
+
+
+def _batched(subject: Subject, name: str) -> bool:
+    return name == "roles" or axes_of(subject.card, name).startswith("b")
+
+
+def _layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
+    """Left, right and inside padding for rows with `counts` valid tokens."""
+    places = torch.arange(total)
+    right = places < counts[:, None]
+    left = places >= total - counts[:, None]
+    generator = torch.Generator().manual_seed(5)
+    inside = torch.stack([torch.rand(total, generator=generator).argsort().argsort() < c for c in counts])
+    return {"right": right, "left": left, "inside": inside}
+
+
+def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
+    if subject.card.length == "grid":
+        return _masked_grid(subject, dtype)
+    counts, total = torch.tensor([11, 6, 0]), 14
+    n = int(counts.max())
+    m = n + 3 if subject.pattern.cross else n
+    inputs = subject.inputs(n, m, batch=3, dtype=dtype)
+    errors = []
+    for name, valid in _layouts(counts, total).items():
+        padded = subject.place(inputs, valid, total, "n" if subject.pattern.cross else "nm")
+        masks: dict[str, Any] = {"mask": Mask(valid=valid)}
+        if name == "right":
+            masks["mask"] = Mask(lengths=counts)
+        if subject.pattern.cross:
+            key_counts = torch.tensor([m, 5, 0])
+            key_valid = _layouts(key_counts, total + 3)[name]
+            padded = subject.place(padded, key_valid, total + 3, "m")
+            masks["memory_mask"] = Mask(valid=key_valid)
+        output = subject.run(padded, **masks).output
+        for row in range(3):
+            own = subject.rows(inputs, slice(row, row + 1))
+            keys = slice(0, int(key_counts[row])) if subject.pattern.cross else None
+            expected = subject.reference(subject.cut(own, slice(0, int(counts[row])), keys))
+            found = output[row : row + 1]
+            if subject.output_axis() is not None:
+                if found.isnan().any():
+                    return math.inf
+                exactly((subject.take_output(found, ~valid[row]) == 0).all(), f"{name}: output at padding is not 0")
+                found = subject.take_output(found, valid[row])
+            errors.append(relative_error(found, expected))
+    return worst(errors)
+
+
+def _masked_grid(subject: Subject, dtype: torch.dtype) -> float:
+    """On a grid, masked bottom rows behave like the edge of a smaller grid, whatever they hold."""
+    height, width, kept = 6, 5, 4
+    inputs = subject.inputs(height * width, dtype=dtype)
+    valid = (torch.arange(height * width) < kept * width).expand(2, -1)
+    poisoned = subject.map_tokens(
+        inputs, lambda x, axis, _: x.movedim(axis, -1).masked_fill(~valid[0], float("nan")).movedim(-1, axis)
+    )
+    found = subject.run(poisoned, mask=Mask(valid=valid), grid=(height, width)).output
+    small = subject.cut(inputs, slice(0, kept * width))
+    doubled = {n: t.double() for n, t in small.items()}
+    expected = subject.run(doubled, form="reference", grid=(kept, width)).output
+    exactly((subject.take_output(found, ~valid[0]) == 0).all(), "output at padding is not 0")
+    return relative_error(subject.take_output(found, valid[0]), expected)
+
+
+def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
+    """Documents in one row, an empty one among them; one state a document."""
+    if subject.card.length == "grid" or subject.pattern.cross:
+        raise NotApplicable
+    lengths = [5, 0, 9, 1]
+    inputs = subject.inputs(sum(lengths), batch=1, dtype=dtype)
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    result = subject.run(inputs, mask=Mask(cu_seqlens=borders, max_length=9), return_state=subject.stateful)
+    errors = []
+    for d in range(len(lengths)):
+        part = slice(int(borders[d]), int(borders[d + 1]))
+        expected = subject.reference(subject.cut(inputs, part))
+        found = subject.take_output(result.output, part)
+        if subject.output_axis() is None:
+            found = result.output[d : d + 1]
+        errors.append(relative_error(found, expected))
+    if subject.stateful:
+        more = subject.inputs(4, batch=len(lengths), dtype=dtype, seed=1)
+        found = subject.run(more, state=result.state).output
+        for d in range(len(lengths)):
+            part = slice(int(borders[d]), int(borders[d + 1]))
+            document, tail = subject.cut(inputs, part), subject.rows(more, slice(d, d + 1))
+            whole = _concatenate(subject, document, tail)
+            expected = subject.take_output(subject.reference(whole), slice(lengths[d], None))
+            errors.append(relative_error(found[d : d + 1], expected))
+    return worst(errors)
+
+
+def _concatenate(subject: Subject, first: Tensors, second: Tensors) -> Tensors:
+    joined = {}
+    for name, tensor in first.items():
+        where = subject.positions(name)
+        joined[name] = torch.cat([tensor, second[name]], next(iter(where.values()))) if where else tensor
+    return joined
+
+
+def row_equals_alone(subject: Subject, dtype: torch.dtype) -> float:
+    inputs = subject.inputs(12, batch=3, dtype=dtype)
+    output = subject.run(inputs).output
+    alone = [subject.run(subject.rows(inputs, slice(r, r + 1))).output for r in range(3)]
+    return relative_error(output, torch.cat(alone))
+
+
+def later_tokens_have_no_effect(subject: Subject, dtype: torch.dtype) -> float:
+    """A large finite change from token t on leaves the outputs before t as they were."""
+    if not subject.pattern.causal or subject.output_axis() is None:
+        raise NotApplicable
+    n, errors = 24, []
+    inputs = subject.inputs(n, dtype=dtype)
+    other = subject.inputs(n, dtype=dtype, seed=9)
+    for form in [None, *(f for f in _fast_forms(subject) if f in subject.card.forms)]:
+        before = subject.run(inputs, form=form).output
+        for t in (1, 7, n - 1):
+
+            def change(x: Tensor, axis: int, letter: str, name: str, t: int = t) -> Tensor:
+                if letter == "m" and subject.pattern.cross:
+                    return x
+                later = torch.arange(x.shape[axis]) >= t
+                shape = [1] * x.ndim
+                shape[axis] = -1
+                changed = other[name] if not x.is_floating_point() or subject.card.domains.get(name) else other[name] * 3
+                return torch.where(later.view(shape), changed, x)
+
+            altered = dict(inputs)
+            for name in inputs:
+                for letter, axis in subject.positions(name).items():
+                    altered[name] = change(altered[name], axis, letter, name)
+            after = subject.run(altered, form=form).output
+            errors.append(relative_error(subject.take_output(after, slice(0, t)), subject.take_output(before, slice(0, t))))
+    return worst(errors)
+
+
+def bottom_right_alignment(subject: Subject, dtype: torch.dtype) -> float:
+    """Fewer or more queries than keys, also with unequal valid lengths, align at the end of each row."""
+    if subject.pattern is not Pattern.CAUSAL_SELF or not memory_inputs(subject.card):
+        raise NotApplicable
+    if not subject.card.uneven:
+        try:
+            subject.run(subject.inputs(5, 9, dtype=dtype))
+        except Unsupported:
+            return 0.0
+        raise Broken("the card says N must equal M, but N != M is accepted")
+    errors = []
+    for n, m in ((5, 17), (17, 5), (1, 9), (9, 1), (4, 0), (0, 4)):
+        inputs = subject.inputs(n, m, dtype=dtype)
+        errors.append(relative_error(subject.run(inputs).output, subject.reference(inputs)))
+    n, m = 9, 13
+    inputs = subject.inputs(n, m, dtype=dtype)
+    counts, key_counts = torch.tensor([9, 4]), torch.tensor([6, 13])
+    output = subject.run(inputs, mask=Mask(lengths=counts), memory_mask=Mask(lengths=key_counts)).output
+    for row in range(2):
+        own = subject.rows(inputs, slice(row, row + 1))
+        kept = _cut_pair(subject, own, int(counts[row]), int(key_counts[row]))
+        found = subject.take_output(output[row : row + 1], slice(0, int(counts[row])))
+        errors.append(relative_error(found, subject.reference(kept)))
+    return worst(errors)
+
+
+def _cut_pair(subject: Subject, inputs: Tensors, n: int, m: int) -> Tensors:
+    return subject.map_tokens(inputs, lambda x, axis, letter: x.narrow(axis, 0, n if letter == "n" else m))
+
+
+def hidden_rows_give_zero(subject: Subject, dtype: torch.dtype) -> float:
+    """A row with no valid token gives 0, and gradients stay finite with NaN in the padding."""
+    inputs = subject.inputs(6 if subject.card.length == "grid" else 7, dtype=dtype)
+    n = 6 if subject.card.length == "grid" else 7
+    valid = torch.ones(2, n, dtype=torch.bool)
+    valid[1] = False
+    leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
+    if subject.pattern.cross:
+        m = n + 4
+        key_valid = torch.ones(2, m, dtype=torch.bool)
+        key_valid[1] = False
+        poisoned = _poison(subject, leaves, key_valid, "m")
+        output = subject.run(poisoned, memory_mask=Mask(valid=key_valid)).output
+    else:
+        poisoned = _poison(subject, leaves, valid, "nm")
+        output = subject.run(poisoned, mask=Mask(valid=valid)).output
+    zero = output[1].detach().abs().max() if output[1].numel() else torch.zeros(())
+    exactly(zero == 0, f"a row without visible tokens gives {float(zero):.3g}")
+    exactly(torch.isfinite(output).all(), "NaN or infinity in the output")
+    output.square().sum().backward()
+    for name, leaf in leaves.items():
+        if leaf.is_floating_point() and leaf.grad is not None:
+            exactly(torch.isfinite(leaf.grad).all(), f"gradient of {name} is not finite")
+    return 0.0
+
+
+def _poison(subject: Subject, inputs: Tensors, valid: Tensor, letters: str) -> Tensors:
+    """NaN at invalid places, keeping gradients to the valid ones."""
+    poisoned = {}
+    for name, x in inputs.items():
+        for letter, axis in subject.positions(name).items():
+            if letter in letters and _batched(subject, name):
+                shape = [1] * x.ndim
+                shape[0], shape[axis] = valid.shape
+                fill = float("nan") if x.is_floating_point() else 0
+                x = torch.where(valid.view(shape), x, fill)
+        poisoned[name] = x
+    return poisoned
+
+
+def gradients_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
+    """gradcheck of the usual form, then each fast form's gradients against the reference's."""
+    n, m = (6, 6) if not subject.pattern.cross else (4, 6)
+    errors = []
+    inputs = subject.inputs(n, m, batch=1, dtype=dtype, d=3, k=3, v=2, e=2)
+    names = [k for k, t in inputs.items() if t.is_floating_point()]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return subject.run({**inputs, **dict(zip(names, tensors, strict=True))}).output
+
+    leaves = [inputs[k].clone().requires_grad_() for k in names]
+    torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-6, rtol=1e-4)
+    inputs = subject.inputs(*((20, 20) if not subject.pattern.cross else (12, 20)), dtype=dtype)
+    expected = _gradients(subject, inputs, "reference")
+    for form in _fast_forms(subject):
+        for found, wanted in zip(_gradients(subject, inputs, form), expected, strict=True):
+            errors.append(relative_error(found, wanted))
+    return worst(errors)
+
+
+def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> list[Tensor]:
+    leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
+    output = subject.run(leaves, form=form).output
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    found = torch.autograd.grad((output * weight).sum(), wanted, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+
+def padding_gets_no_gradient(subject: Subject, dtype: torch.dtype) -> float:
+    if subject.card.length == "grid":
+        raise NotApplicable
+    n = 9
+    inputs = subject.inputs(n, dtype=dtype)
+    lengths = torch.tensor([n, 4])
+    leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
+    subject.run(leaves, mask=Mask(lengths=lengths)).output.square().sum().backward()
+    for name, leaf in leaves.items():
+        axes = subject.positions(name)
+        axis = axes.get("n", axes.get("m") if not subject.pattern.cross else None)
+        if axis is None or leaf.grad is None or not _batched(subject, name):
+            continue
+        tail = leaf.grad[1].narrow(axis - 1, 4, n - 4)
+        exactly((tail == 0).all(), f"padding of {name} receives a gradient")
+    return 0.0
+
+
+def state_is_data(subject: Subject, dtype: torch.dtype) -> float:
+    """A state saved and loaded without pickle continues alike; rows are selected, repeated and reset."""
+    if not subject.stateful:
+        raise NotApplicable
+    head, tail = subject.inputs(9, dtype=dtype), subject.inputs(5, dtype=dtype, seed=1)
+    state: State = subject.run(head, return_state=True).state
+    expected = subject.run(tail, state=state).output
+    loaded = state.with_tensors(load(save({k: t.contiguous() for k, t in state.tensors().items()})))
+    errors = [relative_error(subject.run(tail, state=loaded).output, expected)]
+    index = torch.tensor([1, 0, 1])
+    chosen = subject.run(subject.rows(tail, index), state=state.select(index)).output
+    errors.append(relative_error(chosen, expected[index]))
+    emptied = subject.run(tail, state=state.reset(torch.tensor([False, True]))).output
+    fresh = subject.reference(tail)
+    errors.append(relative_error(emptied, torch.stack([expected[0], fresh[1].to(expected.dtype)])))
+    return worst(errors)
+
+
+def state_keeps_precision(subject: Subject, dtype: torch.dtype) -> float:
+    """Whatever the model's dtype, accumulators are at least float32 and the state's dtypes never change."""
+    if not subject.stateful:
+        raise NotApplicable
+    inputs = subject.inputs(8, dtype=dtype)
+    state = subject.run(subject.cut(inputs, slice(0, 4)), return_state=True).state
+    before = {k: t.dtype for k, t in state.tensors().items()}
+    state = subject.run(subject.cut(inputs, slice(4, 8)), state=state).state
+    state = subject.run(subject.inputs(1, dtype=dtype, seed=1), state=state).state
+    after = {k: t.dtype for k, t in state.tensors().items()}
+    exactly(before == after, f"state dtypes change from {before} to {after}")
+    if subject.card.recurrent:
+        size = {k: t.shape for k, t in state.tensors().items()}
+        state = subject.run(subject.inputs(40, dtype=dtype, seed=2), state=state).state
+        exactly(size == {k: t.shape for k, t in state.tensors().items()}, "the state grows though its cost says not")
+    return 0.0
+
+
+def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
+    """Absorbing memory in pieces, then reading queries a few at a time, equals the whole call."""
+    if not subject.absorbs:
+        raise NotApplicable
+    n, m = 7, 16
+    inputs = subject.inputs(n, m, dtype=dtype)
+    expected = subject.reference(inputs)
+    memory = {k: v for k, v in inputs.items() if k in (*memory_inputs(subject.card), "roles")}
+    queries = {k: v for k, v in inputs.items() if k not in memory}
+    state = None
+    for part in (slice(0, 1), slice(1, 9), slice(9, m)):
+        state = subject.absorb(subject.cut(memory, slice(None), part), state=state)
+    outputs = []
+    steps = [slice(t, t + 1) for t in range(n)] if subject.pattern.causal else [slice(0, 3), slice(3, n)]
+    for part in steps:
+        result = subject.run(subject.cut(queries, part, slice(None)), state=state)
+        outputs.append(result.output)
+        state = result.state
+    return relative_error(torch.cat(outputs, subject.output_axis() or 0), expected)
+
+
+def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
+    inputs = subject.inputs(12, dtype=dtype)
+    mask = None if subject.card.length == "grid" else Mask(lengths=torch.tensor([12, 7]))
+
+    def function(tensors: Tensors) -> Tensor:
+        return subject.run(tensors, mask=mask).output
+
+    torch.compiler.reset()
+    return relative_error(torch.compile(function, fullgraph=True, backend=backend)(inputs), function(inputs))
+
+
+def grouped_heads(subject: Subject, dtype: torch.dtype) -> float:
+    """Fewer key/value heads than query heads equal the same with the groups repeated."""
+    axes = subject.card.inputs.values()
+    if not any("g" in a for a in axes):
+        raise NotApplicable
+    inputs = subject.inputs(11, dtype=dtype, h=4, g=2)
+    repeated = {}
+    for name, tensor in inputs.items():
+        letters = "bm" if name == "roles" else axes_of(subject.card, name)
+        repeated[name] = tensor.repeat_interleave(2, letters.index("g")) if "g" in letters else tensor
+    return relative_error(subject.run(inputs).output, subject.reference(repeated))
+
+
+def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
+    """Additive bias and block masks equal the definition, or are refused where the card does not list them."""
+    n, m = 11, 11 if not subject.pattern.cross else 15
+    inputs = subject.inputs(n, m, dtype=dtype)
+    rng = torch.Generator().manual_seed(1)
+    bias = torch.randn(2, 1, n, m, generator=rng, dtype=dtype)
+    bias = bias.masked_fill(torch.rand(2, 1, n, m, generator=rng) < 0.2, -torch.inf)
+    blocks = BlockMask(torch.rand(1, 2, 4, 5, generator=rng) < 0.6, 3)
+    errors = []
+    for what, mask in (("bias", Mask(bias=bias)), ("blocks", Mask(blocks=blocks))):
+        if what not in subject.card.honours:
+            try:
+                subject.run(inputs, mask=mask)
+            except Unsupported:
+                continue
+            raise Broken(f"{what} is neither honoured nor refused")
+        errors.append(relative_error(subject.run(inputs, mask=mask).output, subject.reference(inputs, mask=mask)))
+        if what == "bias":
+            lengths = torch.tensor([n, 6])
+            both = Mask(bias=bias, lengths=lengths)
+            found = subject.run(inputs, mask=both).output[1:2]
+            own = subject.cut(subject.rows(inputs, slice(1, 2)), slice(0, 6), slice(None) if subject.pattern.cross else None)
+            keys = m if subject.pattern.cross else 6
+            expected = subject.reference(own, mask=Mask(bias=bias[1:2, :, :6, :keys]))
+            errors.append(relative_error(subject.take_output(found, slice(0, 6)), expected))
+    return worst(errors)
+
+
+def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
+    """Patterns that the card lacks, wrong shapes and unknown options raise Unsupported."""
+    card = subject.card
+    for pattern in Pattern:
+        if pattern not in card.patterns:
+            exactly(card.refused.get(pattern), f"no reason is given for refusing {pattern}")
+            _expect_refusal(lambda p=pattern: card.require_pattern(p), f"pattern {pattern}")
+    inputs = subject.inputs(6, dtype=dtype)
+    name = next(iter(inputs))
+    _expect_refusal(lambda: subject.run({**inputs, name: inputs[name][0]}), f"{name} without its first axis")
+    _expect_refusal(lambda: card.options(no_such_option=1), "an unknown option")
+    if subject.token_input(inputs):
+        bad = Mask(lengths=torch.tensor([99, 1]))
+        _expect_refusal(lambda: subject.run(inputs, mask=bad), "lengths beyond the sequence")
+    return 0.0
+
+
+def _expect_refusal(action: Callable[[], Any], what: str) -> None:
+    try:
+        action()
+    except Unsupported:
+        return
+    raise Broken(f"{what} is accepted")
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+FUNCTION_PROPERTIES = [
+    Property("reference", "each fast form equals the definition, at lengths 0, 1, prime and around a chunk", forms_equal_reference, FLOATS),
+    Property("chunk_size", "the chunk size changes nothing", any_chunk_size, FLOATS[:2]),
+    Property("step", "token by token equals the definition", steps_equal_reference, FLOATS),
+    Property("split_resume", "split anywhere and resumed equals whole, also when rows advance unequally", split_and_resume, FLOATS[:2]),
+    Property("padding", "padded left, right or inside, with NaN in the padding, equals unpadded", padded_equals_unpadded, FLOATS[:2]),
+    Property("packing", "packed documents equal separate ones, and leave one state each", packed_equals_separate, FLOATS[:2]),
+    Property("row_alone", "a row of a batch equals the row alone", row_equals_alone),
+    Property("causality", "later tokens have no effect", later_tokens_have_no_effect),
+    Property("alignment", "unequal lengths align bottom-right, or are refused", bottom_right_alignment),
+    Property("hidden_row", "rows that see nothing give 0 with finite gradients", hidden_rows_give_zero),
+    Property("gradient", "gradients equal numerical ones and the definition's", gradients_equal_reference),
+    Property("padding_gradient", "padding receives no gradient", padding_gets_no_gradient),
+    Property("state", "a state is saved, loaded, selected and reset as data", state_is_data),
+    Property("state_dtype", "the state's dtypes and, if recurrent, sizes do not change", state_keeps_precision, (torch.float64, torch.bfloat16)),
+    Property("memory", "memory absorbed in pieces and read in steps equals the whole", memory_in_pieces, FLOATS[:2]),
+    Property("compile", "compiled without a graph break equals eager", compiles_whole),
+    Property("grouped_heads", "fewer key/value heads equal repeated ones", grouped_heads),
+    Property("pair_masks", "bias and block masks are honoured or refused", pair_masks),
+    Property("refusals", "what is not supported is refused with a reason", refuses_what_it_lacks),
+]
+
+__all__ = ["FUNCTION_PROPERTIES", "Broken", "Kind", "NotApplicable", "Property", "relative_error"]

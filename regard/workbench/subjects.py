@@ -1,0 +1,191 @@
+"""What `verify` and `profile` run: a mechanism in one pattern with sampled inputs, cut, padded and packed by its card."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.apply import absorb, apply, memory_inputs
+from regard.contract import Call, Kind, Mask, Mechanism, Pattern, Result, Tensors, Unsupported
+
+SIZES = {"h": 2, "g": 2, "d": 8, "k": 8, "v": 6, "e": 6, "c": 8}
+"""Width of each axis letter in sampled inputs; letters not listed get 4."""
+
+DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "log_decay": lambda x: -torch.nn.functional.softplus(2 * x),
+    "unit": torch.sigmoid,
+    "positive": torch.nn.functional.softplus,
+    "negative": lambda x: -torch.nn.functional.softplus(x),
+}
+
+
+def axes_of(card: Mechanism, name: str) -> str:
+    return card.inputs[name] if name in card.inputs else card.inputs[name + "?"]
+
+
+def sample_inputs(
+    card: Mechanism,
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype = torch.float64,
+    sizes: dict[str, int] | None = None,
+) -> Tensors:
+    """Fresh random inputs by the card's axes and domains. `sizes` overrides the width of an axis letter."""
+    widths = {**SIZES, **(sizes or {}), "b": batch, "n": n, "m": m}
+    found = {}
+    for declared, axes in card.inputs.items():
+        name = declared.rstrip("?")
+        shape = [widths.get(axis, 4) for axis in axes]
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found[name] = DOMAINS[card.domains.get(name, "normal")](x).to(dtype)
+    return found
+
+
+@dataclass
+class Subject:
+    """A mechanism in one pattern with given options, ready to be run on sampled inputs."""
+
+    card: Mechanism
+    pattern: Pattern
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def config(self) -> Any:
+        return self.card.options(**self.options)
+
+    def rng(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def grid(self, n: int) -> tuple[int, ...] | None:
+        """The grid of `n` tokens, for mechanisms that need one: as square as n allows."""
+        if self.card.length != "grid":
+            return None
+        height = next(h for h in range(int(n**0.5) or 1, 0, -1) if n % h == 0)
+        return (height, n // height)
+
+    def inputs(
+        self, n: int, m: int | None = None, *, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0, **sizes: int
+    ) -> Tensors:
+        """Sampled inputs; `roles` among them where the mechanism reads roles. In self patterns m = n unless given."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + seed)
+        m = (n if not self.pattern.cross else n + 4) if m is None else m
+        if self.card.sample_inputs is not None:
+            found = self.card.sample_inputs(
+                generator, batch=batch, n=n, m=m, dtype=dtype, pattern=self.pattern, config=self.config, sizes=sizes
+            )
+        else:
+            found = sample_inputs(self.card, generator, batch=batch, n=n, m=m, dtype=dtype, sizes=sizes)
+        if self.card.sample_context is not None:
+            found |= self.card.sample_context(generator, batch=batch, n=n, m=m, pattern=self.pattern)
+        return found
+
+    def run(self, inputs: Tensors, **call: Any) -> Result:
+        """Call the mechanism as a user does."""
+        inputs = dict(inputs)
+        if "roles" in inputs:
+            call["roles"] = inputs.pop("roles")
+        name = self.token_input(inputs)
+        if self.card.length == "grid" and "grid" not in call and name is not None:
+            call["grid"] = self.grid(inputs[name].shape[axes_of(self.card, name).index("n")])
+        return apply(self.card, inputs, pattern=self.pattern, config=self.config, **call)
+
+    def reference(self, inputs: Tensors, **call: Any) -> Tensor:
+        """The definition, in float64, on unpadded inputs."""
+        doubled = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+        return self.run(doubled, form="reference", **call).output
+
+    def absorb(self, inputs: Tensors, **call: Any) -> Any:
+        inputs = dict(inputs)
+        if "roles" in inputs:
+            call["roles"] = inputs.pop("roles")
+        return absorb(self.card, inputs, pattern=self.pattern, config=self.config, **call)
+
+    def token_input(self, inputs: Tensors) -> str | None:
+        """An input with the axis n, if there is one."""
+        return next((n for n in inputs if n != "roles" and "n" in axes_of(self.card, n)), None)
+
+    def positions(self, name: str) -> dict[str, int]:
+        """Where the token axes n and m are in an input."""
+        axes = "bm" if name == "roles" else axes_of(self.card, name)
+        return {letter: axes.index(letter) for letter in "nm" if letter in axes}
+
+    def map_tokens(self, inputs: Tensors, change: Callable[[Tensor, int, str], Tensor]) -> Tensors:
+        """Apply `change(tensor, axis, letter)` to every token axis of every input."""
+        found = {}
+        for name, tensor in inputs.items():
+            for letter, axis in self.positions(name).items():
+                tensor = change(tensor, axis, letter)
+            found[name] = tensor
+        return found
+
+    def cut(self, inputs: Tensors, n: slice, m: slice | None = None) -> Tensors:
+        """The tokens `n` of the queries and `m` of the keys (as `n` in self patterns)."""
+        keys = n if m is None and not self.pattern.cross else m
+        slices = {"n": n, "m": slice(None) if keys is None else keys}
+
+        def change(x: Tensor, axis: int, letter: str) -> Tensor:
+            index = [slice(None)] * x.ndim
+            index[axis] = slices[letter]
+            return x[tuple(index)]
+
+        return self.map_tokens(inputs, change)
+
+    def rows(self, inputs: Tensors, index: Tensor | slice) -> Tensors:
+        """The chosen batch rows."""
+        found = {}
+        for name, tensor in inputs.items():
+            axes = "bm" if name == "roles" else axes_of(self.card, name)
+            found[name] = tensor[index] if axes.startswith("b") else tensor
+        return found
+
+    def place(self, inputs: Tensors, valid: Tensor, total: int, letters: str = "nm") -> Tensors:
+        """Spread each row's tokens over `total` places where `valid`, with NaN in the padding (0 in integer inputs)."""
+        batch = valid.shape[0]
+
+        def change(x: Tensor, axis: int, letter: str) -> Tensor:
+            if letter not in letters:
+                return x
+            moved = x.movedim(axis, 1)
+            fill = float("nan") if x.is_floating_point() else 0
+            spread = torch.full((batch, total, *moved.shape[2:]), fill, dtype=x.dtype)
+            for row in range(batch):
+                count = int(valid[row].sum())
+                spread[row, valid[row]] = moved[row, :count]
+            return spread.movedim(1, axis)
+
+        return self.map_tokens(inputs, change)
+
+    def output_axis(self) -> int | None:
+        """The axis n of the output, if it has one."""
+        return self.card.output.index("n") if "n" in self.card.output else None
+
+    def take_output(self, output: Tensor, index: Any) -> Tensor:
+        """Tokens of the output; the whole output when it has no token axis."""
+        axis = self.output_axis()
+        if axis is None:
+            return output
+        return output[(slice(None),) * axis + (index,)]
+
+    @property
+    def stateful(self) -> bool:
+        return self.card.state is not None and self.pattern is Pattern.CAUSAL_SELF and "chunked" in self.card.forms
+
+    @property
+    def absorbs(self) -> bool:
+        return self.pattern.cross and "absorb" in self.card.forms
+
+    def with_options(self, options: dict[str, Any]) -> Subject:
+        return dataclasses.replace(self, options={**self.options, **options})
+
+
+__all__ = ["Call", "Kind", "Mask", "Result", "Subject", "Unsupported", "axes_of", "memory_inputs", "sample_inputs"]

@@ -1,0 +1,163 @@
+"""`regard verify`: the equality matrix for every mechanism x pattern x property x dtype, with the observed errors."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from regard.catalogue import get_mechanism, list_mechanisms
+from regard.contract import Mechanism, Pattern, Waiver
+from regard.workbench.layer_properties import LAYER_PROPERTIES
+from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
+from regard.workbench.subjects import Subject
+
+PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]
+DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured cell of the matrix.
+
+    Attributes:
+        status: ``pass``, ``fail``, or ``waived`` (with the reason in `detail`; where the card names settings under which
+            the property holds, the cell was measured with them).
+        error: largest error, as a fraction of the largest output; None when the check did not finish.
+        tolerance: largest error allowed.
+    """
+
+    mechanism: str
+    pattern: str
+    property: str
+    dtype: str
+    backend: str
+    status: str
+    error: float | None
+    tolerance: float
+    detail: str
+    seconds: float
+
+    @property
+    def key(self) -> dict[str, str]:
+        return {k: str(v) for k, v in asdict(self).items() if k in ("mechanism", "pattern", "property", "dtype", "backend")}
+
+
+def _waiver(card: Mechanism, property_name: str, pattern: Pattern) -> Waiver | None:
+    for waiver in card.waivers:
+        if waiver.property == property_name and (not waiver.patterns or pattern in waiver.patterns):
+            return waiver
+    return None
+
+
+def check(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype, *, seed: int = 0) -> Cell | None:
+    """Measure one cell; None where the property does not apply."""
+    started = time.perf_counter()
+    tolerance = card.tolerances[dtype]
+    subject = Subject(card, pattern, seed=seed)
+    waiver = _waiver(card, prop.name, pattern)
+    status, detail, error = "pass", "", None
+    if waiver is not None:
+        status, detail = "waived", waiver.reason
+        if waiver.holds_with is None:
+            return Cell(
+                card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], "torch", status, None, tolerance, detail, 0.0
+            )
+        subject = subject.with_options(dict(waiver.holds_with))
+        detail += f" (measured with {', '.join(f'{k}={v}' for k, v in waiver.holds_with.items())})"
+    try:
+        torch.manual_seed(seed)
+        error = prop.check(subject, dtype)
+        if not error <= tolerance:
+            status = "fail"
+            detail = f"error {error:.2e} above {tolerance:.0e}" + (f"; {detail}" if detail else "")
+    except NotApplicable:
+        return None
+    except Broken as broken:
+        status, detail = "fail", str(broken)
+    except Exception as failure:
+        status = "fail"
+        last = traceback.extract_tb(failure.__traceback__)[-1]
+        detail = f"{type(failure).__name__}: {failure} ({last.name}, line {last.lineno})"
+    seconds = time.perf_counter() - started
+    if error is not None and not math.isfinite(error):
+        error = None
+    return Cell(
+        card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], "torch", status, error, tolerance, detail, seconds
+    )
+
+
+def plan(
+    names: Iterable[str] | None = None,
+    *,
+    patterns: Iterable[str | Pattern] | None = None,
+    properties: Iterable[str] | None = None,
+) -> Iterator[tuple[Mechanism, Pattern, Property, torch.dtype]]:
+    """The cells that would be measured."""
+    chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
+    for name in list_mechanisms() if names is None else names:
+        card = get_mechanism(name)
+        for pattern in card.patterns:
+            if chosen is not None and pattern not in chosen:
+                continue
+            for prop in PROPERTIES:
+                if properties is not None and prop.name not in properties:
+                    continue
+                for dtype in prop.dtypes:
+                    yield card, pattern, prop, dtype
+
+
+def verify(
+    names: Iterable[str] | None = None,
+    *,
+    patterns: Iterable[str | Pattern] | None = None,
+    properties: Iterable[str] | None = None,
+    full: bool = False,
+    on_cell: Callable[[Cell], None] | None = None,
+    done: Callable[[dict[str, str]], bool] | None = None,
+) -> list[Cell]:
+    """Measure the equality matrix.
+
+    Args:
+        names: mechanisms; all when None.
+        patterns: only these patterns.
+        properties: only these properties.
+        full: compile with inductor, and repeat each cell with two more seeds.
+        on_cell: called with each cell as it is measured.
+        done: says of a cell's key that it need not be measured again (to resume).
+
+    Returns:
+        The cells measured; all is well when none has status ``fail``.
+    """
+    cells = []
+    for card, pattern, prop, dtype in plan(names, patterns=patterns, properties=properties):
+        identity = {
+            "mechanism": card.name,
+            "pattern": pattern.value,
+            "property": prop.name,
+            "dtype": DTYPE_NAMES[dtype],
+            "backend": "torch",
+        }
+        if done is not None and done(identity):
+            continue
+        cell = check(card, pattern, _inductor(prop) if full else prop, dtype)
+        for seed in (1, 2) if full and cell is not None and prop.name != "compile" else ():
+            again = check(card, pattern, prop, dtype, seed=seed)
+            if again is not None and (again.status == "fail" or (again.error or 0) > (cell.error or 0)):
+                cell = again if cell.status != "fail" else cell
+        if cell is None:
+            continue
+        cells.append(cell)
+        if on_cell is not None:
+            on_cell(cell)
+    return cells
+
+
+def _inductor(prop: Property) -> Property:
+    if prop.name != "compile":
+        return prop
+    return Property(prop.name, prop.meaning, lambda s, d: prop.check(s, d, backend="inductor"), prop.dtypes, prop.level)

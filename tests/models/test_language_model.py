@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from regard.contract import Context, Mask, Unsupported
+from regard.models import LanguageModel, LanguageModelConfig
+from regard.models.language_model import next_tokens, sample
+from torch.nn import functional as F
+
+PLANS = {
+    "softmax": ["softmax"] * 2,
+    "linear": ["linear"] * 2,
+    "hybrid": ["linear", ("softmax", {"positions": "none", "num_heads": 4, "feed_forward": 0})],
+}
+WANT_STATE = Context(want=frozenset({"state"}))
+
+
+def make_model(plan=PLANS["hybrid"], **options) -> LanguageModel:
+    config = LanguageModelConfig(vocab_size=13, dim=16, plan=plan, num_heads=2, **options)
+    return LanguageModel(config).double().eval()
+
+
+def ragged(ids: torch.Tensor) -> torch.Tensor:
+    """Padding left, inside and right; every row keeps a token."""
+    valid = torch.rand(ids.shape) < 0.6
+    valid[:, ids.shape[1] // 2] = True
+    return valid
+
+
+@pytest.fixture(params=PLANS)
+def model(request) -> LanguageModel:
+    return make_model(PLANS[request.param])
+
+
+@pytest.mark.parametrize("positions", ["auto", "none", "rotary", "sinusoidal", "learned"])
+def test_split_and_resume_equals_whole(positions):
+    model = make_model(["linear", "softmax"], positions=positions)
+    ids = torch.randint(13, (3, 11))
+    whole = model(ids).output
+    for cut in (0, 1, 5, 11):
+        first = model(ids[:, :cut], context=WANT_STATE)
+        second = model(ids[:, cut:], state=first.state)
+        torch.testing.assert_close(torch.cat([first.output, second.output], 1), whole)
+        assert second.state.length.tolist() == [11] * 3
+
+
+def test_padding_anywhere_equals_no_padding(model):
+    ids = torch.randint(13, (4, 9))
+    valid = ragged(ids)
+    output = model(ids, context=Context(mask=Mask(valid=valid))).output
+    for row in range(4):
+        alone = model(ids[row][valid[row]][None]).output[0]
+        torch.testing.assert_close(output[row][valid[row]], alone)
+    assert (output[~valid] == 0).all()
+
+
+def test_packed_equals_separate(model):
+    ids = torch.randint(13, (1, 10))
+    borders = [0, 4, 4, 5, 10]
+    mask = Mask(cu_seqlens=torch.tensor(borders))
+    result = model(ids, context=Context(mask=mask, want=frozenset({"state"})))
+    for start, end in zip(borders, borders[1:], strict=False):
+        torch.testing.assert_close(result.output[:, start:end], model(ids[:, start:end]).output)
+    assert result.state.length.tolist() == [4, 0, 1, 5]
+
+
+def test_a_token_does_not_see_later_ones(model):
+    ids = torch.randint(13, (2, 8))
+    changed = ids.clone()
+    changed[:, 5] = (ids[:, 5] + 1) % 13
+    before, after = model(ids).output, model(changed).output
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=0)
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_order_of_tokens_matters_without_layer_positions():
+    model = make_model(["softmax"], positions="sinusoidal")
+    assert model.positions is not None
+    ids = torch.tensor([[1, 2, 3, 4], [3, 2, 1, 4]])
+    first, second = model(ids).output[:, -1]
+    assert not torch.allclose(first, second)
+
+
+def test_auto_positions_come_from_the_cards():
+    model = make_model(["softmax", ("softmax", {"positions": "none"})])
+    schemes = [block.mixer.positions.name for block in model.blocks]
+    assert schemes == ["rotary", "none"]
+    assert model.positions is None
+
+
+def test_generation_equals_recomputing_from_scratch(model):
+    ids = torch.randint(13, (3, 6))
+    valid = ragged(ids)
+    new = model.generate(ids, 7, mask=Mask(valid=valid))
+    again = model.generate(ids, 7, mask=Mask(valid=valid), use_state=False)
+    assert new.tolist() == again.tolist()
+    for row in range(3):
+        sequence = ids[row][valid[row]][None]
+        for token in new[row]:
+            assert int(model(sequence).output[0, -1].argmax()) == int(token)
+            sequence = torch.cat([sequence, token.view(1, 1)], 1)
+
+
+def test_generation_of_a_row_does_not_depend_on_the_others(model):
+    ids = torch.randint(13, (3, 6))
+    together = model.generate(ids, 5)
+    alone = torch.cat([model.generate(row[None], 5) for row in ids])
+    assert together.tolist() == alone.tolist()
+
+
+def test_generation_stops_at_stop_tokens(model):
+    ids = torch.randint(13, (4, 5))
+    free = model.generate(ids, 8)
+    stop = int(free[0, 3])
+    stopped = model.generate(ids, 8, stop_tokens=[stop])
+    for row, unstopped in zip(stopped.tolist(), free.tolist(), strict=True):
+        end = unstopped.index(stop) + 1 if stop in unstopped else 8
+        assert row[:end] == unstopped[: min(end, len(row))]
+        assert all(token == stop for token in row[end:])
+    assert model.generate(ids[:1], 8, stop_tokens=[stop]).shape[1] == free[0].tolist().index(stop) + 1
+
+
+def test_stream_yields_what_generate_returns_without_dropout_or_lasting_change():
+    model = make_model(dropout=0.5).train()
+    ids = torch.randint(13, (2, 5))
+    streamed = torch.stack(list(model.generate_stream(ids, 4)), 1)
+    assert streamed.tolist() == model.generate(ids, 4).tolist()
+    assert model.training and model.blocks[0].training
+
+
+def test_sampling_is_reproducible_and_follows_the_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20_000, -1)
+    draws = sample(logits, temperature=2.0, generator=torch.Generator().manual_seed(1))
+    again = sample(logits, temperature=2.0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(draws, again)
+    frequency = draws.bincount(minlength=4) / len(draws)
+    torch.testing.assert_close(frequency, (logits[0] / 2).softmax(-1), atol=0.02, rtol=0)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    probability = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    logits = probability.log().expand(2_000, -1)
+    assert set(sample(logits, temperature=1.0, top_k=2).tolist()) == {1, 3}
+    assert set(sample(logits, temperature=1.0, top_p=0.6).tolist()) == {1, 3}
+    assert set(sample(logits, temperature=1.0, top_p=0.4).tolist()) == {1}
+    assert set(sample(logits, temperature=1.0, top_k=3, top_p=1.0).tolist()) == {1, 2, 3}
+
+
+def test_loss_is_the_mean_over_valid_next_tokens(model):
+    ids = torch.randint(13, (3, 7))
+    valid = ragged(ids)
+    nats = []
+    for row in range(3):
+        tokens = ids[row][valid[row]][None]
+        logits = model(tokens).output[0, :-1]
+        nats.append(F.cross_entropy(logits, tokens[0, 1:], reduction="none"))
+    expected = torch.cat(nats).mean()
+    torch.testing.assert_close(model.loss(ids, context=Context(mask=Mask(valid=valid))), expected)
+
+
+def test_next_tokens_stop_at_document_borders():
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    assert next_tokens(ids).tolist() == [[6, 7, 8, 9, -100]]
+    packed = next_tokens(ids, Mask(cu_seqlens=torch.tensor([0, 2, 5])))
+    assert packed.tolist() == [[6, -100, 8, 9, -100]]
+
+
+def test_beams_share_a_prefix_through_state_select(model):
+    ids = torch.randint(13, (2, 4))
+    state = model(ids, context=WANT_STATE).state.select(torch.tensor([1, 1, 0]))
+    tail = torch.randint(13, (3, 2))
+    expected = model(torch.cat([ids[[1, 1, 0]], tail], 1)).output[:, 4:]
+    torch.testing.assert_close(model(tail, state=state).output, expected)
+
+
+def test_gradients_reach_every_parameter():
+    model = make_model(tie_embeddings=False, positions="learned", max_length=9).train()
+    model.loss(torch.arange(13)[None, :9]).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_dropout_draws_from_the_calls_generator():
+    model = make_model(dropout=0.4).train()
+    ids = torch.randint(13, (2, 6))
+    first, second, third = (
+        model(ids, context=Context(generator=torch.Generator().manual_seed(seed))).output for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"plan": "sofmax"}, "nearest: softmax"),
+        ({"plan": [("softmax", 3)]}, "plan entry"),
+        ({"plan": []}, "0 layers"),
+        ({"plan": ["softmax"], "num_layers": 2}, "num_layers=1"),
+        ({"positions": "rotry"}, "nearest: rotary"),
+        ({"plan": [("softmax", {"positions": "learned"})]}, "for one layer"),
+        ({"plan": [("softmax", {"windw": 3})]}, "windw"),
+        ({"norm": "batch"}, "norm"),
+        ({"dropout": 1.5}, "dropout"),
+    ],
+)
+def test_bad_configs_are_refused_with_the_nearest(options, words):
+    with pytest.raises(Unsupported, match=words):
+        LanguageModel(LanguageModelConfig(**{"vocab_size": 5, "dim": 8, "num_heads": 2, **options}))
+
+
+def test_bad_calls_are_refused(model):
+    ids = torch.randint(13, (2, 3))
+    for options in ({"top_k": 3}, {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}):
+        with pytest.raises(Unsupported):
+            model.generate(ids, 2, **options)
+    with pytest.raises(Unsupported, match="without tokens"):
+        model.generate(ids, 2, mask=Mask(lengths=torch.tensor([3, 0])))
+    with pytest.raises(Unsupported, match="integers"):
+        model(torch.randn(2, 3))
+    with pytest.raises(Unsupported, match="roles"):
+        model(ids, context=Context(roles=torch.zeros_like(ids)))

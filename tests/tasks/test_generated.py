@@ -1,0 +1,215 @@
+"""Recall, copying and ListOps: labels are right, items are reproducible, held-out items are never trained on."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from regard.contract import Unsupported
+from regard.tasks import IGNORED, check_task, create_task, list_tasks
+from regard.tasks.listops import spell
+
+SMALL = {
+    "recall": {"length": 24, "pairs": 4, "vocab_size": 17},
+    "copying": {"length": 24, "tokens": 4, "alphabet": 5},
+    "listops": {"length": 24},
+}
+
+
+def make(name, **options):
+    return create_task(name, **{"evaluation_items": 64, **SMALL[name], **options})
+
+
+def rows(batches):
+    return [tuple(row.tolist()) for batch in batches for row in batch.inputs]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_batch_is_a_function_of_step_seed_and_size(name):
+    one, other = make(name), make(name)
+    list(other.evaluation_batches(7))
+    other.training_batch(4, 1, 5)
+    first, again = one.training_batch(5, 1, 9), other.training_batch(5, 1, 9)
+    assert torch.equal(first.inputs, again.inputs)
+    assert torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.inputs, one.training_batch(6, 1, 9).inputs)
+    assert not torch.equal(first.inputs, one.training_batch(5, 2, 9).inputs)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_evaluation_items_do_not_depend_on_the_batch_size(name):
+    task = make(name)
+    whole = rows(task.evaluation_batches(64))
+    assert whole == rows(task.evaluation_batches(13)) == rows(make(name).evaluation_batches(1))
+    assert whole != rows(make(name, seed=1).evaluation_batches(64))
+    assert len(set(whole)) == len(whole) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("recall", {"pairs": 1, "length": 3, "vocab_size": 17, "queries": 1}),
+        ("copying", {"tokens": 2, "length": 6, "alphabet": 4}),
+        ("listops", {"length": 8, "depth": 1}),
+    ],
+)
+def test_training_never_shows_a_held_out_item_even_where_few_items_exist(name, options):
+    task = create_task(name, evaluation_items=4, **options)
+    held_out = set(rows(task.evaluation_batches(4)))
+    trained = set(rows(task.training_batch(step, 0, 256) for step in range(8)))
+    assert len(trained) < 2048, "items must repeat for this test to mean something"
+    assert not held_out & trained
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_recall_targets_are_the_last_values_written(overwrite):
+    task = make("recall", overwrite=overwrite, queries=6)
+    batch = task.training_batch(int(torch.randint(1000, ())), 0, 32)
+    rewritten = 0
+    for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        memory, end = {}, 2 * task.writes
+        for key, value in zip(inputs[0:end:2], inputs[1:end:2], strict=True):
+            rewritten += key in memory
+            assert 1 <= key <= task.keys < value < task.vocab_size
+            memory[key] = value
+        assert len(memory) == task.pairs
+        asked = [i for i, token in enumerate(inputs) if i >= end and token]
+        assert len(asked) == 6
+        assert all(targets[i] == (memory[inputs[i]] if i in asked else IGNORED) for i in range(task.length))
+    assert rewritten == (32 * task.pairs if overwrite else 0)
+
+
+def test_recall_asks_every_key_once_when_there_are_as_many_queries():
+    task = make("recall")
+    for inputs in task.training_batch(0, 0, 16).inputs.tolist():
+        assert sorted(token for token in inputs[8:] if token) == sorted(inputs[0:8:2])
+
+
+def test_copying_targets_are_the_data_tokens_in_order():
+    task = make("copying")
+    batch = task.training_batch(int(torch.randint(1000, ())), 0, 32)
+    for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        data = [token for token in inputs[:20] if token != 0]
+        assert len(data) == 4
+        assert min(data) >= 2
+        assert inputs[20:] == [1] * 4
+        assert targets == [IGNORED] * 20 + data
+
+
+def evaluate(words, start=0):
+    """Value and end of the expression at `start`: independent of the generator, which computes values as it grows."""
+    if words[start].isdigit():
+        return int(words[start]), start + 1
+    arguments, place = [], start + 1
+    while words[place] != "]":
+        value, place = evaluate(words, place)
+        arguments.append(value)
+    operator = {
+        "[MAX": max,
+        "[MIN": min,
+        "[MED": lambda values: int(statistics.median(values)),
+        "[SM": lambda values: sum(values) % 10,
+    }[words[start]]
+    return operator(arguments), place + 1
+
+
+def test_listops_labels_equal_an_independent_evaluation():
+    task = create_task("listops", length=64, depth=5, arguments=6, evaluation_items=64)
+    batch = task.training_batch(int(torch.randint(1000, ())), 0, 128)
+    for tokens, label in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        words = spell(tokens).split()
+        assert evaluate(words) == (label, len(words))
+
+
+def test_listops_respects_its_bounds():
+    task = create_task("listops", length=48, depth=3, arguments=4, evaluation_items=64)
+    batch = task.training_batch(0, 0, 128)
+    depths, most = set(), 0
+    for tokens, valid in zip(batch.inputs, batch.valid, strict=True):
+        size = int(valid.sum())
+        assert 12 <= size <= 48
+        assert valid[:size].all()
+        assert (tokens[~valid] == 0).all()
+        stack, deepest = [0], 0
+        for word in spell(tokens.tolist()).split():
+            if word.startswith("["):
+                stack[-1] += 1
+                stack.append(0)
+                deepest = max(deepest, len(stack) - 1)
+            elif word == "]":
+                count = stack.pop()
+                most = max(most, count)
+                assert 2 <= count <= 4
+            else:
+                stack[-1] += 1
+        depths.add(deepest)
+    assert max(depths) == 3
+    assert most == 4
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_perfect_and_a_constant_model_score_one_and_about_chance(name):
+    task = make(name)
+    batch = next(iter(task.evaluation_batches(64)))
+    classes = task.num_classes or task.vocab_size
+    perfect = torch.nn.functional.one_hot(batch.targets.clamp(min=0), classes).double()
+    right, count = task.score(perfect, batch)
+    assert right.shape == count.shape == (64,)
+    assert torch.equal(right, count)
+    guess = torch.zeros_like(perfect)
+    guess[..., torch.bincount(batch.targets[batch.targets >= 0]).argmax()] = 1
+    right, count = task.score(guess, batch)
+    assert float(right.sum() / count.sum()) == pytest.approx(task.chance, abs=0.2)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_tasks_meet_the_protocol_and_describe_themselves(name):
+    task = check_task(make(name))
+    assert name in task.describe()
+    assert "held out: 64 distinct items" in task.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("recal", {}, "nearest: recall"),
+        ("recall", {"pair": 3}, "nearest: pairs"),
+        ("recall", {"length": 10, "pairs": 8}, "nearest: length=24"),
+        ("recall", {"pairs": 99}, "from 1 to 31; nearest: pairs=31"),
+        ("recall", {"pairs": 2.5}, "an integer"),
+        ("recall", {"vocab_size": True}, "an integer"),
+        ("recall", {"overwrite": "yes"}, "True or False"),
+        ("recall", {"data": "x.txt"}, "option 'data' of the task recall"),
+        ("recall", {"tokenizer": "bpe:512"}, "option 'tokenizer' of the task recall"),
+        ("recall", {"seed": -1}, "nearest: seed=0"),
+        ("copying", {"length": 8}, "nearest: length=32"),
+        ("copying", {"alphabet": 1}, "nearest: alphabet=2"),
+        ("copying", {"tokens": 1, "length": 2, "alphabet": 2}, "items"),
+        ("listops", {"length": 200, "depth": 1, "arguments": 2}, "nearest: length=8"),
+        ("listops", {"depth": 0}, "nearest: depth=1"),
+        ("listops", {"evaluation_items": 0}, "nearest: evaluation_items=1"),
+    ],
+)
+def test_nonsense_is_refused_with_what_is_accepted(name, options, told):
+    with pytest.raises(Unsupported) as error:
+        list(create_task(name, **options).evaluation_batches(64))
+    assert told in str(error.value)
+
+
+def test_list_tasks_names_what_create_task_makes():
+    assert list_tasks() == ["text", "recall", "copying", "listops", "images"]
+
+
+def test_batch_size_must_be_positive():
+    with pytest.raises(Unsupported, match="nearest: batch_size=1"):
+        make("recall").training_batch(0, 0, 0)
+
+
+def test_listops_values_use_every_class():
+    task = create_task("listops", length=64, evaluation_items=256)
+    labels = torch.cat([batch.targets for batch in task.evaluation_batches(64)])
+    assert np.bincount(labels.numpy(), minlength=10).min() > 0
+    assert task.chance < 0.25

@@ -1,0 +1,162 @@
+"""Losses, scores, generators and the checks on a user's own task."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from regard.contract import Pattern, Unsupported
+from regard.tasks import (
+    IGNORED,
+    Batch,
+    Task,
+    accuracy,
+    bits_per_byte,
+    check_task,
+    counter_generator,
+    cross_entropy,
+    cross_entropy_by_item,
+)
+
+
+def random_batch(items=3, length=5, classes=7):
+    targets = torch.randint(classes, (items, length))
+    targets[0, 1:] = IGNORED
+    return torch.randn(items, length, classes, dtype=torch.float64), Batch(torch.zeros(items, length).long(), targets)
+
+
+def test_cross_entropy_is_the_mean_over_counted_targets():
+    logits, batch = random_batch()
+    kept = batch.targets != IGNORED
+    expected = -logits.log_softmax(-1)[kept].gather(1, batch.targets[kept][:, None]).mean()
+    torch.testing.assert_close(cross_entropy(logits, batch), expected)
+    sums, counts = cross_entropy_by_item(logits, batch)
+    assert counts.tolist() == [1, 5, 5]
+    torch.testing.assert_close(sums.sum() / 11, expected)
+
+
+def test_cross_entropy_without_targets_is_zero_with_finite_gradient():
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    loss = cross_entropy(logits, Batch(torch.zeros(2, 3).long(), torch.full((2, 3), IGNORED)))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_cross_entropy_of_classes_and_of_half_precision():
+    logits = torch.randn(6, 4, dtype=torch.bfloat16)
+    batch = Batch(torch.zeros(6, 2).long(), torch.randint(4, (6,)))
+    loss = cross_entropy(logits, batch)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), batch.targets))
+
+
+def test_bits_per_byte_counts_the_bytes_of_target_tokens():
+    logits, batch = random_batch()
+    token_bytes = torch.randint(1, 9, (7,))
+    bits, weight = bits_per_byte(logits, batch, token_bytes)
+    sums, _ = cross_entropy_by_item(logits, batch)
+    torch.testing.assert_close(bits, sums / math.log(2))
+    assert weight.tolist() == [sum(int(token_bytes[t]) for t in row if t != IGNORED) for row in batch.targets.tolist()]
+
+
+def test_accuracy_skips_ignored_targets():
+    _, batch = random_batch()
+    logits = torch.nn.functional.one_hot(batch.targets.clamp(min=0), 7).double()
+    right, count = accuracy(logits, batch)
+    assert right.tolist() == count.tolist() == [1, 5, 5]
+
+
+def test_logits_of_another_shape_are_refused():
+    logits, batch = random_batch()
+    for function in (cross_entropy, accuracy):
+        with pytest.raises(Unsupported, match="supported: logits of shape"):
+            function(logits[:, 1:], batch)
+
+
+def test_batch_moves_with_everything_it_has():
+    batch = Batch(torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2).bool(), (1, 2)).to("meta")
+    assert {batch.inputs.device.type, batch.targets.device.type, batch.valid.device.type} == {"meta"}
+    assert batch.grid == (1, 2)
+
+
+def test_generator_streams_differ_in_seed_step_and_stream():
+    drawn = {
+        tuple(counter_generator(*key).integers(0, 1 << 62, 2))
+        for key in [(0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 0, 2), (1, 1)]
+    }
+    assert len(drawn) == 6
+    with pytest.raises(Unsupported, match="non-negative"):
+        counter_generator(-1, 0)
+
+
+def test_items_are_equal_in_another_process(tmp_path):
+    (tmp_path / "a.txt").write_text("the quick brown fox\n\n" * 300 + "jumps over\n\n" * 200)
+    script = f"""
+import hashlib, torch
+from regard.tasks import create_task
+total = hashlib.sha256()
+for name, options in (("recall", {{}}), ("listops", {{}}), ("images", {{}}),
+                      ("text", dict(data={str(tmp_path / "a.txt")!r}, tokenizer="bpe:300", length=8))):
+    task = create_task(name, **options)
+    for batch in [task.training_batch(3, 4, 5), *task.evaluation_batches(16)]:
+        total.update(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes())
+print(total.hexdigest())
+"""
+    found = set()
+    for hash_seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": ""}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found.add(run.stdout)
+    assert len(found) == 1
+
+
+class Parity(Task):
+    name, pattern, objective = "parity", Pattern.NONCAUSAL_SELF, "classification"
+    length, vocab_size, num_classes, chance, solved = 16, 2, 2, 0.5, 0.95
+
+    def describe(self):
+        return "is the number of ones odd?"
+
+    def training_batch(self, step, seed, batch_size):
+        bits = counter_generator(seed, step).integers(0, 2, (batch_size, self.length))
+        return Batch(torch.from_numpy(bits), torch.from_numpy(bits.sum(1) % 2))
+
+    def evaluation_batches(self, batch_size):
+        yield self.training_batch(0, 2**32, batch_size)
+
+
+def test_a_task_of_ones_own_needs_only_a_few_members():
+    task = check_task(Parity())
+    batch = next(iter(task.evaluation_batches(8)))
+    right, count = task.score(torch.nn.functional.one_hot(batch.targets, 2).double(), batch)
+    assert torch.equal(right, count)
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"vocab_size": None}, "vocab_size=None and features=None"),
+        ({"num_classes": None}, "num_classes=None"),
+        ({"objective": "regression"}, "objective='regression'"),
+        ({"pattern": "causal"}, "nearest: causal-self"),
+        ({"vocab_size": None, "features": 3}, "inputs (2, 16, 3)"),
+    ],
+)
+def test_a_wrong_task_of_ones_own_is_refused(members, told):
+    with pytest.raises(Unsupported) as error:
+        check_task(type("Wrong", (Parity,), members)())
+    assert told in str(error.value)
+
+
+def test_a_class_without_members_is_refused_by_name():
+    class Nothing:
+        name = "nothing"
+
+    with pytest.raises(Unsupported, match="'nothing' without pattern, objective"):
+        check_task(Nothing())

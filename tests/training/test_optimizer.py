@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from regard.models import LanguageModel, LanguageModelConfig
+from regard.training import make_optimizer, parameter_groups
+from regard.training.optimizer import scheduled_rate
+from torch import nn
+
+
+def decayed_names(model, **options):
+    groups = parameter_groups(model, 0.1, **options)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
+    return {names[id(p)] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
+
+
+def test_only_matrices_decay():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(4, 4, 3))
+    assert decayed_names(model) == {"1.weight", "3.weight"}
+    assert decayed_names(model, decay_embeddings=True) == {"0.weight", "1.weight", "3.weight"}
+
+
+def test_marked_and_frozen_parameters_do_not_decay():
+    model = nn.Linear(4, 4, bias=False)
+    model.weight._no_weight_decay = True
+    assert decayed_names(model) == set()
+    model.weight.requires_grad_(False)
+    assert parameter_groups(model, 0.1) == []
+
+
+def test_embeddings_and_learned_positions_of_models_do_not_decay():
+    model = LanguageModel(LanguageModelConfig(5, dim=8, num_heads=2, num_layers=1, positions="learned", max_length=4))
+    decayed = decayed_names(model)
+    assert not any("embedding" in name or name.startswith("positions") or "norm" in name for name in decayed)
+    assert {"blocks.0.mixer.query.weight", "blocks.0.feed_forward.up.weight"} <= decayed
+
+
+def test_decay_shrinks_matrices_alone():
+    model = nn.Linear(3, 3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(model.weight, before["weight"] * 0.95)
+    torch.testing.assert_close(model.bias, before["bias"])
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth():
+    rates = [scheduled_rate(s, 100, peak=2.0, warmup=0.1, schedule="cosine") for s in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert rates[99] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    constant = [scheduled_rate(s, 100, peak=2.0, warmup=0.1, schedule="constant") for s in range(100)]
+    assert constant[:10] == rates[:10] and set(constant[10:]) == {2.0}
+    assert scheduled_rate(0, 1, peak=2.0, warmup=0.0, schedule="cosine") == 2.0

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from itertools import chain, pairwise
+
+import pytest
+from report_examples import LENGTHS, RATES, example
+from rich.console import Console
+
+from regard.contract import Unsupported
+from regard.workbench import charts
+from regard.workbench.charts import Axis, Series
+from regard.workbench.report import format_duration, render, write_report
+from regard.workbench.summary_table import terminal_table
+
+VOID = {"meta", "link", "line", "circle", "polygon", "polyline", "path", "br"}
+NO_RECOMMENDATION = {"text": "", "reason": "", "winner": None, "notes": []}
+
+
+class Page(HTMLParser):
+    """Elements of a page as (tag, attributes, tags around), its text, and whether its tags are balanced."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.words, self.open, self.balanced = [], [], [], True
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes), tuple(self.open)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes), tuple(self.open)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.balanced = False
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, name):
+        """Elements of a class, the markers of the legend and of tables apart."""
+        return sum(name in (attributes.get("class") or "").split() for _, attributes, _ in self.elements)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return example(tasks=2, mechanisms=5, seeds=3)
+
+
+def section(page, name):
+    return Page(re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL).group())
+
+
+def test_marks_are_as_many_as_the_data(rows):
+    page = render(**rows)
+    cells = len(rows["summary"]) * 5
+    quality = section(page, "quality")
+    assert quality.count("chart") == len(rows["summary"])
+    assert quality.count("point") == quality.count("label") == quality.count("whisker") == cells
+    assert quality.count("seed") == len(rows["quality"])
+    fronts = [sum(entry["on_front"] for entry in entries) for entries in rows["summary"].values()]
+    assert quality.count("front") == sum(size > 1 for size in fronts)
+    cost = section(page, "cost")
+    assert cost.count("chart") == 3 * len(rows["summary"])
+    assert cost.count("dot") == 3 * len(LENGTHS) * cells
+    assert cost.count("line") == 3 * cells
+    assert cost.count("whisker") == len(LENGTHS) * cells
+    crossings = [row[f"efficiency_length_{of}"] for row in rows["cost"] for of in ("time", "memory")]
+    assert cost.count("ring") == sum(length is not None for length in crossings)
+    assert section(page, "training").count("line") == len(rows["quality"])
+    search = section(page, "search")
+    lost = sum(row["diverged"] for row in rows["search"])
+    assert search.count("cross") == lost
+    assert search.count("dot") == len(rows["search"]) - lost
+
+
+def test_one_task_shows_the_state_too():
+    page = render(**example(tasks=1, mechanisms=3))
+    assert section(page, "cost").count("chart") == 4
+
+
+def test_page_is_whole_and_refers_to_nothing_outside(rows):
+    text = render(**rows)
+    page = Page(text)
+    assert page.balanced
+    assert not page.open
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert not re.search(r"url\((?!data:)", text)
+    references = [a.get(name) for _, a, _ in page.elements for name in ("src", "href", "xlink:href") if a.get(name)]
+    assert all(reference.startswith(("data:", "#")) for reference in references)
+
+
+def test_every_chart_has_a_title_and_a_description_of_its_own(rows):
+    page = Page(render(**rows))
+    drawn = [a for tag, a, _ in page.elements if tag == "svg" and a.get("class") == "chart"]
+    identities = [a["id"] for _, a, _ in page.elements if "id" in a]
+    assert len(identities) == len(set(identities))
+    for attributes in drawn:
+        assert attributes["role"] == "img"
+        assert "viewbox" in attributes
+        assert set(attributes["aria-labelledby"].split()) <= set(identities)
+
+
+def test_no_coordinate_is_lost(rows):
+    text = render(**rows)
+    for attribute in re.findall(r' (?:points|d|x|y|cx|cy|x1|x2|y1|y2)="([^"]*)"', text):
+        assert "nan" not in attribute.lower()
+        assert "inf" not in attribute.lower()
+
+
+def test_marks_stay_inside_their_chart(rows):
+    page = Page(render(**rows))
+    for tag, attributes, around in page.elements:
+        if "svg" in around and attributes.get("class", "").split()[:1] in (["dot"], ["point"], ["label"], ["seed"]):
+            across = attributes.get("cx", attributes.get("x", "0"))
+            down = attributes.get("cy", attributes.get("y", "0"))
+            assert 0 <= float(across) <= charts.WIDTH, tag
+            assert 0 <= float(down) <= charts.HEIGHT, tag
+
+
+def test_figures_and_words_are_on_the_page(rows):
+    page = render(**rows)
+    text = Page(page).text
+    run = rows["run"]
+    for words in (run["title"], run["recommendation"]["text"], run["recommendation"]["reason"], rows["revision"]):
+        assert words in text
+    for note in run["recommendation"]["notes"]:
+        assert note in text
+    for entry in rows["summary"]["recall"]:
+        mean, error = charts.format_with_error(entry["mean"], entry["standard_error"])
+        assert f"{mean} ± {error}" in text
+    for fact in ("cpu", "os", "python", "torch", "numpy", "regard", "machine_id"):
+        assert rows["machine"][fact] in text
+
+
+def test_every_row_has_the_command_that_makes_it_again(rows):
+    page = Page(render(**rows))
+    copied = [a["data-copy"] for tag, a, _ in page.elements if tag == "button" and "data-copy" in a]
+    assert sorted(copied) == sorted([rows["run"]["command"], *(row["reproduce"] for row in rows["quality"])])
+
+
+def test_names_are_escaped(rows):
+    name = "<script>alert('&\"')</script>"
+    hostile = copy.deepcopy(rows)
+    hostile["run"]["mechanisms"][1] = name
+    for row in [*hostile["quality"], *hostile["cost"], *hostile["search"], *chain(*hostile["summary"].values())]:
+        if row["mechanism"] == "gated_linear":
+            row["mechanism"] = name
+    hostile["run"]["recommendation"]["winner"] = name
+    hostile["run"]["title"] = name
+    hostile["summary"][name] = hostile["summary"].pop("recall")
+    for row in [*hostile["quality"], *hostile["cost"], *hostile["search"]]:
+        row["task"] = name if row["task"] == "recall" else row["task"]
+    page = render(**hostile)
+    assert page.count("<script>") == 1
+    assert name in Page(page).text
+    assert Page(page).balanced
+
+
+def spoil(value, bad):
+    """A copy with about a third of all floats replaced."""
+    if isinstance(value, dict):
+        return {key: spoil(item, bad) for key, item in value.items()}
+    if isinstance(value, list):
+        return [spoil(item, bad) for item in value]
+    return bad if isinstance(value, float) and random.random() < 0.35 else value
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, 0.0, -1.0])
+def test_missing_and_strange_numbers_are_drawn_around(rows, bad):
+    spoiled = {**rows, **{name: spoil(rows[name], bad) for name in ("quality", "cost", "summary")}}
+    spoiled["search"] = [{**row, "score": spoil(row["score"], bad)} for row in rows["search"]]
+    page = render(**spoiled)
+    assert Page(page).balanced
+    assert not re.search(r'[ "](nan|inf|-inf)[ ",]', page.lower())
+    assert ">nan<" not in page.lower()
+    assert "None" not in Page(page).text
+
+
+def test_diverged_models_have_no_score_and_say_so(rows):
+    lost = copy.deepcopy(rows)
+    for row in lost["quality"]:
+        if row["mechanism"] == "mamba2":
+            row["score"] = None
+    for entries in lost["summary"].values():
+        next(e for e in entries if e["mechanism"] == "mamba2").update(mean=None, standard_error=None)
+    page = render(**lost)
+    assert section(page, "quality").count("point") == 2 * 4
+    assert "Without a score or a speed: mamba2" in Page(page).text
+    assert "no score" in section(page, "table").text
+
+
+@pytest.mark.parametrize(("tasks", "mechanisms", "seeds"), [(1, 1, 1), (1, 2, 1), (4, 12, 2)])
+def test_small_and_large_comparisons_render(tasks, mechanisms, seeds):
+    page = Page(render(**example(tasks, mechanisms, seeds)))
+    assert page.balanced
+    assert page.count("point") == tasks * mechanisms
+
+
+def test_an_empty_comparison_renders():
+    run = {"title": "Nothing", "tasks": ["recall"], "mechanisms": ["softmax"], "recommendation": NO_RECOMMENDATION}
+    page = Page(render(run=run, quality=[], cost=[], search=[], summary={}, machine={}))
+    assert page.balanced
+    assert page.count("chart") == 0
+    assert "No recommendation was made." in page.text
+    assert page.count("empty") == 4
+
+
+def test_ties_are_named(rows):
+    tied = copy.deepcopy(rows)
+    for entry in tied["summary"]["recall"]:
+        entry["separable_from_best"] = entry["mechanism"] != "softmax"
+    by_score = sorted(tied["summary"]["recall"], key=lambda e: -e["mean"])
+    best = by_score[0] if by_score[0]["mechanism"] != "softmax" else by_score[1]
+    tied["summary"]["recall"] = [e for e in by_score if e is best or e["mean"] <= best["mean"]]
+    softmax = next((e for e in tied["summary"]["recall"] if e["mechanism"] == "softmax"), None)
+    expected = "cannot be told apart from softmax" if softmax else f"{best['mechanism']} is ahead"
+    assert expected in Page(render(**tied)).text
+
+
+def test_rate_at_the_edge_of_its_grid_is_warned_of(rows):
+    edge = copy.deepcopy(rows)
+    for row in edge["quality"]:
+        row["lr"] = RATES[1]
+    assert "Edge of the grid" not in section(render(**edge), "search").text
+    for row in edge["quality"]:
+        row["lr"] = RATES[0] if (row["task"], row["mechanism"]) == ("recall", "sigmoid") else RATES[1]
+    assert "Edge of the grid on recall: sigmoid (3e-4, the lowest)." in section(render(**edge), "search").text
+    for row in edge["quality"]:
+        row["lr"] = RATES[-1] if row["mechanism"] == "mamba2" else RATES[1]
+    text = section(render(**edge), "search").text
+    assert text.count("mamba2 (0.01, the highest)") == 2
+    assert text.count("Edge of the grid") == 2
+
+
+def test_file_is_replaced_in_one_step(rows, tmp_path):
+    path = tmp_path / "new" / "report.html"
+    assert write_report(path, **rows) == path
+    first = path.read_text(encoding="utf-8")
+    assert first == render(**rows)
+    with pytest.raises(KeyError):
+        write_report(path, **{**rows, "quality": [{}]})
+    assert path.read_text(encoding="utf-8") == first
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_a_path_that_cannot_be_written_is_refused(rows, tmp_path):
+    (tmp_path / "plain").touch()
+    with pytest.raises(Unsupported, match="cannot be written"):
+        write_report(tmp_path / "plain" / "report.html", **rows)
+    with pytest.raises(Unsupported, match="cannot be written"):
+        write_report(tmp_path, **rows)
+    assert [file.name for file in tmp_path.iterdir()] == ["plain"]
+
+
+def test_spread_labels_do_not_overlap_and_keep_their_order():
+    for _ in range(50):
+        wanted = [random.uniform(-20, 220) for _ in range(random.randrange(1, 15))]
+        placed = charts.spread(wanted, 14, 0, 200)
+        order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+        ordered = [placed[i] for i in order]
+        assert all(b - a >= 14 - 1e-9 for a, b in pairwise(ordered))
+        assert ordered[0] >= -1e-9
+        assert ordered[-1] <= 200 + 1e-9
+    assert charts.spread([10, 60, 150], 14, 0, 200) == [10, 60, 150]
+    assert charts.spread([], 14, 0, 200) == []
+
+
+def test_labels_of_points_do_not_overlap():
+    frame = (0.0, 0.0, 380.0, 292.0)
+    for _ in range(20):
+        points = [(random.uniform(40, 340), random.uniform(30, 260)) for _ in range(8)]
+        boxes = charts.place_labels(points, [8.0] * 8, [70.0] * 8, [], frame)
+        for i, a in enumerate(boxes):
+            assert frame[0] - 1 <= a[0]
+            assert a[2] <= frame[2] + 1
+            for b in boxes[:i]:
+                assert min(a[2], b[2]) - max(a[0], b[0]) <= 1 or min(a[3], b[3]) - max(a[1], b[1]) <= 1
+
+
+def test_ticks_lie_inside_and_are_few():
+    for _ in range(200):
+        low = 10 ** random.uniform(-6, 9)
+        high = low * 10 ** random.uniform(0, 6)
+        for base in (2, 10):
+            scale = Axis("", log=True, base=base).scale([low, high], 0, 100)
+            assert 2 <= len(scale.ticks) <= 8
+            assert all(0 <= scale(t) <= 100 for t in scale.ticks)
+        scale = Axis("").scale([low, high], 100, 0)
+        assert 2 <= len(scale.ticks) <= 8
+        assert all(-1e-6 <= scale(t) <= 100 + 1e-6 for t in scale.ticks)
+
+
+def test_lines_break_where_a_value_is_missing():
+    series = Series(0, "softmax", [(1, 1.0), (2, 2.0), (3, None), (4, 2.0), (5, math.nan), (6, 1.0), (7, 3.0)])
+    chart = Page(charts.lines("a", "", "", [series], Axis("x"), Axis("y")))
+    assert chart.count("line") == 2
+    assert chart.count("dot") == 5
+    assert charts.lines("a", "", "", [Series(0, "softmax", [(1, None)])], Axis("x"), Axis("y")) is None
+
+
+def test_markers_are_unlike_each_other():
+    looks = [str(charts.marker(i, 0, 0, 5)) for i in range(len(charts.SHAPES) * charts.COLOURS)]
+    assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (charts.format_number, 0.012345, "0.0123"),
+        (charts.format_number, 1234.5, "1,234"),
+        (charts.format_number, 1.84, "1.84"),
+        (charts.format_count, 999_999, "1M"),
+        (charts.format_count, 12_345, "12.3k"),
+        (charts.format_length, 16384, "16k"),
+        (charts.format_length, 1000, "1,000"),
+        (charts.format_bytes, 3 * 2**20, "3 MiB"),
+        (charts.format_bytes, 2**30 - 1, "1 GiB"),
+        (charts.format_milliseconds, 0.25, "250 µs"),
+        (charts.format_milliseconds, 1500, "1.5 s"),
+        (format_duration, 59.7, "1 min 00 s"),
+        (format_duration, 3725, "1 h 02 min"),
+    ],
+)
+def test_numbers_read_as_a_person_writes_them(form, value, text):
+    assert form(value) == text
+
+
+def test_value_and_error_share_their_digits():
+    assert charts.format_with_error(0.98765, 0.0123) == ("0.988", "0.012")
+    assert charts.format_with_error(123.4, 17.0) == ("123", "17")
+
+
+def test_terminal_table_has_every_cell(rows):
+    spoiled = copy.deepcopy(rows["summary"])
+    spoiled["recall"][0].update(mean=None, inference_ms=math.nan, mechanism="[red]odd[/red]")
+    out = io.StringIO()
+    Console(file=out, width=200).print(terminal_table(spoiled))
+    text = out.getvalue()
+    assert "[red]odd[/red]" in text
+    assert "no score" in text
+    assert "nan" not in text
+    assert len(text.strip().splitlines()) >= 1 + 2 * 5
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+def test_browser_shows_the_charts_without_a_complaint(rows, tmp_path):
+    path = write_report(tmp_path / "report.html", **rows)
+    probe = """
+    <script>
+      document.querySelector("#table thead button").click();
+      document.querySelector("[data-highlight]").click();
+      document.getElementById("theme").click();
+      const sizes = [...document.querySelectorAll("svg.chart")].map((c) => c.getBoundingClientRect().width);
+      document.body.dataset.wide = document.documentElement.scrollWidth - innerWidth;
+      document.body.dataset.charts = sizes.filter((w) => w > 200).length;
+      document.body.dataset.first = document.querySelector("#table tbody tr td").dataset.sort;
+      document.body.dataset.dimmed = document.querySelectorAll(".dim").length > 0;
+    </script>"""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("</body>", probe + "</body>"), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
+    flags += "--disable-sync --no-first-run --enable-logging=stderr --v=0 --window-size=500,900 --dump-dom"
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "CONSOLE" not in done.stderr
+    page = Page(done.stdout)
+    body = next(attributes for tag, attributes, _ in page.elements if tag == "body")
+    expected = sum(a.get("class") == "chart" for _, a, _ in Page(text).elements)
+    assert int(body["data-charts"]) == expected > 0
+    assert int(body["data-wide"]) <= 0
+    assert body["data-first"] == min(row["mechanism"] for row in rows["quality"])
+    assert body["data-dimmed"] == "true"
+    html = next(attributes for tag, attributes, _ in page.elements if tag == "html")
+    assert html["data-theme"] in ("light", "dark")
