@@ -29,6 +29,11 @@ def memory_inputs(card: Mechanism) -> list[str]:
     return [n for n in input_names(card) if "m" in _axes(card, n) and "n" not in _axes(card, n)]
 
 
+def shared_inputs(card: Mechanism) -> list[str]:
+    """Inputs that belong to no sequence (they have neither n nor m), such as a learned query: every form gets them."""
+    return [n for n in input_names(card) if not {"n", "m"} & set(_axes(card, n))]
+
+
 def _check_shapes(card: Mechanism, tensors: Mapping[str, Tensor], same_length: bool) -> dict[str, int]:
     """The size of each axis letter; raises Unsupported where tensors disagree with the card or with each other."""
     sizes: dict[str, int] = {}
@@ -83,6 +88,10 @@ def choose_form(
     if pattern.cross:
         if continuing and not has_memory:
             return "read"
+        if stateful and "absorb" not in forms:
+            raise Unsupported(
+                f"a state of {card.name} in {pattern.value}", supported="whole calls, without a state", nearest="softmax"
+            )
         if stateful or "parallel" not in forms:
             return "absorb+read"
         return "parallel"
@@ -149,7 +158,9 @@ def apply(
     sizes = _check_shapes(card, given, wanted is Pattern.CAUSAL_SELF and state is None)
     config = card.options() if config is None else config
     first = next(iter(given.values()))
-    batch, n, m = sizes.get("b", 1), sizes.get("n", 0), sizes.get("m", sizes.get("n", 0))
+    batch = sizes.get("b", 1 if state is None else state.length.shape[0])  # type: ignore[attr-defined]
+    m = sizes.get("m", sizes.get("n", 0))
+    n = sizes.get("n", 1 if wanted.cross else m)  # without queries of its own: one output, or one a key
     if wanted is Pattern.NONCAUSAL_SELF and n != m:
         raise Unsupported(
             f"{card.name} in noncausal-self with N = {n} and M = {m}", supported="N = M", nearest="noncausal-cross"
@@ -205,6 +216,7 @@ def absorb(
     memory_mask: Mask | None = None,
     state: State | None = None,
     config: Any = None,
+    heads: int | None = None,
     **rest: Any,
 ) -> State:
     """The state after absorbing memory (cross patterns); call again with `state` as more of it streams in.
@@ -212,6 +224,7 @@ def absorb(
     Args:
         tensors: the memory's inputs by name; others are ignored by the mechanism's ``absorb`` form.
         memory_mask: of the memory.
+        heads: query heads, when the memory has fewer: a divisor of them.
 
     Raises:
         Unsupported: when the mechanism cannot absorb memory.
@@ -219,17 +232,23 @@ def absorb(
     wanted = card.require_pattern(pattern)
     if "absorb" not in card.forms:
         raise Unsupported(f"absorbing memory with {card.name}", supported="whole calls", nearest="softmax")
-    given = {n: t for n, t in tensors.items() if t is not None and n in memory_inputs(card)}
+    accepted = memory_inputs(card) + shared_inputs(card)
+    given = {n: t for n, t in tensors.items() if t is not None and n in accepted}
     sizes = _check_shapes(card, given, False)
     first = next(iter(given.values()))
     keys = gathering(memory_mask, sizes["b"], sizes["m"], first.device)
+    if heads is not None:
+        given = _expand_heads(card, given, heads)
     laid_out = {name: _lay_out(card, name, tensor, keys, keys) for name, tensor in given.items()}
+    _check_honoured(card, None, memory_mask, rest)
+    roles = rest.pop("roles", None)
     call = Call(
         pattern=wanted,
         config=card.options() if config is None else config,
         scale=_scale(card, laid_out),
         memory_lengths=keys.lengths,
         state=state,
+        roles=None if roles is None else keys.gather(roles, axis=-1),
         **rest,
     )
     return card.forms["absorb"](call, **laid_out)
@@ -246,9 +265,10 @@ def run_form(card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor])
     """Run one form on right-padded tensors."""
     if form == "absorb+read":
         memory = {n: tensors.pop(n) for n in memory_inputs(card) if n in tensors}
+        shared = {n: tensors[n] for n in shared_inputs(card) if n in tensors}
         state = call.state
         if memory:
-            state = card.forms["absorb"](call, **memory)
+            state = card.forms["absorb"](call, **memory, **shared)
         return _as_result(card.forms["read"](call.replace(state=state), **tensors), state)
     if form not in card.forms:
         raise Unsupported(

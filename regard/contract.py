@@ -177,7 +177,7 @@ class Context:
         positions: position of each token; the rank among valid tokens when None.
         memory_positions: likewise for the memory.
         grid: sizes of the image or volume whose tokens are laid out row by row.
-        roles: :class:`Role` of each token.
+        roles: :class:`Role` of each token; in cross patterns of each token of the memory.
         generator: source of every random draw of the call.
         progress: training step or diffusion time, for mechanisms that follow a schedule.
         teacher: tensors of a teacher for distillation losses.
@@ -473,7 +473,8 @@ class Mechanism:
         cost: analytic cost of a problem.
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, or a number.
         default_form: form that computes whole sequences when no state is wanted.
-        honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``roles``: what it takes beside tensors.
+        honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``roles``, ``rotate`` (it rotates queries and keys
+            itself in causal-self): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
         accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
         length: ``any``, ``multiple``, ``max`` or ``grid``.

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from regard.backends import resolve
-from regard.contract import BlockMask, Unsupported
+from regard.contract import BlockMask, Unsupported, one_of
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
+RULES = ("softmax", "sigmoid", "relu", "relu_squared")
 
 
 def attention(
@@ -26,7 +28,7 @@ def attention(
     scale: float,
     rule: str = "softmax",
     shift: float = 0.0,
-    bias: Float[Tensor, "#b #h n m"] | None = None,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
     position_bias: PositionBias | None = None,
     blocks: BlockMask | None = None,
     dropout: float = 0.0,
@@ -38,17 +40,33 @@ def attention(
     """Output, and the weights or the log-sum-exp of the scores when wanted.
 
     Args:
-        rule: ``softmax``, or ``sigmoid`` for weights sigmoid(score + shift).
-        bias: added to the scores, by slot. `position_bias` is the same as a function of ranks.
+        rule: from scores to weights: ``softmax``, or one number at a time: ``sigmoid``, ``relu``, ``relu_squared`` of
+            score + shift.
+        shift: see `rule`; 0 for softmax, which it would not change.
+        bias: added to the scores, by slot (of the cached keys too); axes of size 1 broadcast. `position_bias` is the
+            same as a function of ranks.
         blocks: block-sparse visibility, on ranks.
         dropout: probability of dropping a weight (after normalisation).
+        generator: source of the dropout's draws.
 
-    A query that sees no key gives 0 (log-sum-exp -inf).
+    A query that sees no key gives 0 (log-sum-exp -inf). Weights are those before dropout; the log-sum-exp is in at
+    least float32.
+
+    Raises:
+        Unsupported: for an unknown rule, the log-sum-exp of another rule than softmax, or a bias that does not fit.
     """
-    if rule not in ("softmax", "sigmoid"):
-        raise Unsupported(f"score rule {rule!r}", supported="softmax, sigmoid")
+    one_of("rule", rule, RULES)
+    if rule == "softmax" and shift:
+        raise Unsupported(f"softmax attention with shift={shift}", supported="shift=0", nearest="rule='sigmoid'")
     if want_lse and rule != "softmax":
-        raise Unsupported("the log-sum-exp of sigmoid attention", supported="rule='softmax'")
+        raise Unsupported(f"the log-sum-exp of {rule} attention", supported="rule='softmax'")
+    if bias is not None:
+        pairs = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        if bias.ndim != 4 or any(b not in (1, s) for b, s in zip(bias.shape, pairs, strict=True)):
+            raise Unsupported(
+                f"bias of shape {tuple(bias.shape)}",
+                supported=f"{pairs}, axes of size 1 broadcast; cached keys come first",
+            )
     run = resolve("attention", q.device, backend)
     return run(
         q,
@@ -73,17 +91,19 @@ def attention_reference(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
-    visible: Bool[Tensor, "#b #h n m"],
+    visible: Bool[Tensor, "#b #h #n m"],
     scores_to_weights: Callable[[Tensor], Tensor],
     scale: float,
-    bias: Float[Tensor, "#b #h n m"] | None = None,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole score matrix: hidden scores are -inf before `scores_to_weights`."""
+    """The definition, with the whole score matrix: hidden scores are -inf before `scores_to_weights`, and a query that
+    sees nothing has weights 0."""
     groups = q.shape[1] // k.shape[1]
     scores = scale * q @ k.repeat_interleave(groups, 1).mT
     scores = scores if bias is None else scores + bias
-    weights = scores_to_weights(scores.masked_fill(~visible, -torch.inf))
-    return weights.nan_to_num(0.0) @ v.repeat_interleave(groups, 1)
+    opened = visible | ~visible.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
+    weights = torch.where(visible, scores_to_weights(scores.masked_fill(~opened, -torch.inf)), 0)
+    return weights @ v.repeat_interleave(groups, 1)
 
 
-__all__ = ["Ranks", "Visibility", "attention", "attention_reference", "masked_scores_bias", "ranks"]
+__all__ = ["RULES", "Ranks", "Visibility", "attention", "attention_reference", "masked_scores_bias", "ranks"]

@@ -1,22 +1,43 @@
-"""The running softmax of attention with a fixed query, as a scan over (m, u, w).
+"""The running softmax of attention with queries that do not depend on the position, as a scan over (m, u, w).
 
 For scores s_t and values v_t: m_t the running maximum, u_t = sum_{j<=t} exp(s_j - m_t), w_t = sum_{j<=t} exp(s_j - m_t) v_j;
-the output is w_t / u_t. Pairs merge associatively (Attention as an RNN, arXiv 2405.13956, section 3.2), so prefixes are
-found in chunks with a carried (m, u, w).
+the output is w_t / u_t. Pairs merge associatively (Attention as an RNN, arXiv 2405.13956, section 3.2),
+
+    (m, u, w) + (m', u', w') = (M, u e^(m - M) + u' e^(m' - M), w e^(m - M) + w' e^(m' - M)),   M = max(m, m'),
+
+so prefixes are found in chunks with a carried (m, u, w). Scores keep their gradients; a merged maximum only rescales, so
+it is held constant.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from regard.backends import resolve
-from regard.backends.torch.softmax_scan import Carry
+from regard.backends.torch.gated_recurrence import suffix_sum
+from regard.backends.torch.softmax_scan import Carry, exponentials, prefix_weights
+from regard.contract import State, Unsupported, state_field
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class ScanState(State):
+    """A :class:`Carry` of q queries in each of h groups of heads, and the tokens it has seen."""
+
+    m: Float[Tensor, "b h q"] = state_field(fill=-torch.inf)
+    u: Float[Tensor, "b h q"] = state_field()
+    w: Float[Tensor, "b h q v"] = state_field()
+    length: Int[Tensor, " b"] = state_field()
+
+    @property
+    def carry(self) -> Carry:
+        return Carry(self.m, self.u, self.w)
 
 
 def empty_carry(s: Float[Tensor, "b h n q"], v: Float[Tensor, "b h n v"]) -> Carry:
@@ -34,22 +55,108 @@ def softmax_scan(
     v: Float[Tensor, "b h n v"],
     *,
     state: Carry | None = None,
+    log_decay: Float[Tensor, "#b #h n"] | None = None,
+    mix: Float[Tensor, "b h n q"] | None = None,
     chunk_size: int = 64,
     backend: str | None = None,
-) -> tuple[Float[Tensor, "b h n q v"], Carry]:
+) -> tuple[Float[Tensor, "b h n q v"] | Float[Tensor, "b h n v"], Carry]:
     """Prefix outputs of q fixed queries and the carry after the last token.
 
     Args:
         s: scores of each token for each of the q queries; -inf skips the token.
         v: values, shared by the queries.
         state: carry to continue from.
+        log_decay: <= 0; before token t is added, the weights of all tokens before it are multiplied by its exponential.
+            Zero at tokens that are skipped.
+        mix: weights of the q prefix outputs at each token. The outputs are then their weighted sums (B, H, N, V), and
+            the q outputs of a token are never stored.
         chunk_size: tokens computed together. Changes rounding only.
 
     Returns:
         Outputs in the dtype of v (0 where no token was seen yet); the carry in at least float32.
     """
+    if chunk_size < 1:
+        raise Unsupported(f"chunk_size={chunk_size}", supported="a positive integer")
     carry = empty_carry(s, v) if state is None else state
-    return resolve("softmax_scan", v.device, backend)(s, v, carry, chunk_size)
+    return resolve("softmax_scan", v.device, backend)(s, v, carry, chunk_size, log_decay, mix)
 
 
-__all__ = ["Carry", "empty_carry", "softmax_scan"]
+def softmax_scan_shifted(
+    s: Float[Tensor, "b h n q"], v: Float[Tensor, "b h n v"], *, state: Carry | None = None
+) -> tuple[Float[Tensor, "b h n q v"], Carry]:
+    """The scan as two cumulative sums relative to the largest score of the call.
+
+    Fewer operations than :func:`softmax_scan`, but exp underflows where early scores lie far below the largest one (by
+    87 in float32, 700 in float64): those prefixes lose precision, and in the end give 0.
+    """
+    m, u, w = empty_carry(s, v) if state is None else state
+    scores = s.to(u.dtype)
+    largest = torch.cat([m[:, :, None], scores.detach()], 2).amax(2)
+    weights, carried = exponentials(scores, largest[:, :, None]), exponentials(m, largest)
+    products = weights[..., None] * v.to(u.dtype)[:, :, :, None]
+    denominators = (carried * u)[:, :, None] + weights.cumsum(2)
+    numerators = (carried[..., None] * w)[:, :, None] + products.cumsum(2)
+    outputs = normalized(denominators, numerators).to(v.dtype)
+    after = Carry(largest, carried * u + weights.sum(2), carried[..., None] * w + products.sum(2))
+    return outputs, after
+
+
+def absorb(
+    s: Float[Tensor, "b h n q"],
+    v: Float[Tensor, "b h n v"],
+    *,
+    state: Carry | None = None,
+    log_decay: Float[Tensor, "#b #h n"] | None = None,
+) -> Carry:
+    """The carry of :func:`softmax_scan` without its outputs: one block merged into the carry."""
+    m, u, w = empty_carry(s, v) if state is None else state
+    scores = s.to(u.dtype).mT
+    if log_decay is not None and s.shape[2]:
+        gate = log_decay.to(u.dtype)
+        scores = scores + suffix_sum(gate[..., None]).mT
+        m = m + gate.sum(-1)[..., None]
+    largest = torch.cat([m[..., None], scores], -1).detach().amax(-1)
+    weights = exponentials(scores, largest[..., None])
+    return merge(Carry(m, u, w), Carry(largest, weights.sum(-1), weights @ v.to(u.dtype)))
+
+
+def merge(first: Carry, second: Carry) -> Carry:
+    """The carry of two disjoint sets of tokens (associative; an empty carry is its identity)."""
+    m = torch.maximum(first.m, second.m).detach()
+    a, b = exponentials(first.m, m), exponentials(second.m, m)
+    return Carry(
+        m, a * first.u + b * second.u, a[..., None] * first.w + b[..., None] * second.w
+    )
+
+
+def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tensor, "... v"]:
+    """w / u, and 0 where no token was seen."""
+    seen = u > 0
+    return torch.where(seen[..., None], w / torch.where(seen, u, 1)[..., None], 0)
+
+
+def running_normalizer(
+    s: Float[Tensor, "b h n"], m: Float[Tensor, "b h"], u: Float[Tensor, "b h"], *, chunk_size: int = 64
+) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
+    """m_t and u_t of every prefix, continuing from (m, u): sum_{j<=t} exp(s_j) = u_t exp(m_t) at any range of scores."""
+    maxima, sums = [s[:, :, :0]], [s[:, :, :0]]
+    for part in s.split(chunk_size, 2) if s.shape[2] else ():
+        running, weights, carried = prefix_weights(part[:, :, None], None, m[:, :, None])
+        maxima.append(running[:, :, 0])
+        sums.append((weights.sum(-1) + carried * u[:, :, None, None])[:, :, 0])
+        m, u = maxima[-1][..., -1], sums[-1][..., -1]
+    return torch.cat(maxima, 2), torch.cat(sums, 2)
+
+
+__all__ = [
+    "Carry",
+    "ScanState",
+    "absorb",
+    "empty_carry",
+    "exponentials",
+    "merge",
+    "normalized",
+    "running_normalizer",
+    "softmax_scan",
+    "softmax_scan_shifted",
+]

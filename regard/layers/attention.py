@@ -57,8 +57,10 @@ class AttentionLayer(nn.Module):
         dim: width C of the input and output.
         num_heads: query heads.
         pattern: one of the mechanism's patterns.
-        head_dim: width of a query/key head; dim / num_heads when None.
-        value_dim: width of a value head; `head_dim` when None.
+        head_dim: width of a query/key head; key_expand * dim / num_heads when None.
+        value_dim: width of a value head; value_expand * dim / num_heads when None, or `head_dim` without value_expand.
+        key_expand: width of all query heads together, as a fraction of `dim`. Used when `head_dim` is None.
+        value_expand: width of all value heads together, as a fraction of `dim`. Used when `value_dim` is None.
         num_kv_heads: key/value heads, a divisor of `num_heads`; as many when None.
         memory_dim: width of the memory in cross patterns; `dim` when None.
         positions: name of a position scheme that the mechanism accepts.
@@ -70,6 +72,7 @@ class AttentionLayer(nn.Module):
         output_norm: norm of each output head.
         output_gate: ``swish`` or ``sigmoid`` of a projection of x multiplies the output; None for none.
         short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
+        convolution_activation: ``silu`` or None, after each short convolution.
         linear: kind of the projections (``dense`` or a projection mechanism).
         config: the mechanism's options.
     """
@@ -83,6 +86,8 @@ class AttentionLayer(nn.Module):
         pattern: str | Pattern = Pattern.CAUSAL_SELF,
         head_dim: int | None = None,
         value_dim: int | None = None,
+        key_expand: float = 1.0,
+        value_expand: float | None = None,
         num_kv_heads: int | None = None,
         memory_dim: int | None = None,
         positions: str | None = None,
@@ -94,20 +99,17 @@ class AttentionLayer(nn.Module):
         output_norm: str | None = None,
         output_gate: str | None = None,
         short_convolution: int = 0,
+        convolution_activation: str | None = "silu",
         linear: str = "dense",
         config: Any = None,
     ) -> None:
         super().__init__()
         self.card, self.pattern = card, card.require_pattern(pattern)
+        # Only causal-self caches keys whose places change later; elsewhere the shell rotates.
+        self.places_keys = "rotate" in card.honours and self.pattern is Pattern.CAUSAL_SELF
         self.config = card.options() if config is None else config
         if head_dim is None:
-            if dim % num_heads:
-                raise Unsupported(
-                    f"dim={dim} over num_heads={num_heads}",
-                    supported="a multiple, or head_dim",
-                    nearest=f"head_dim={max(1, dim // num_heads)}",
-                )
-            head_dim = dim // num_heads
+            head_dim = _head_width(dim, num_heads, key_expand, "head_dim")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:
             raise Unsupported(f"num_kv_heads={kv_heads} for num_heads={num_heads}", supported="a divisor of num_heads")
@@ -124,7 +126,8 @@ class AttentionLayer(nn.Module):
             raise Unsupported(
                 f"{scheme} positions with {card.name}", supported=", ".join(card.accepts_positions), nearest="none"
             )
-        value_dim = head_dim if value_dim is None else value_dim
+        if value_dim is None:
+            value_dim = head_dim if value_expand is None else _head_width(dim, num_heads, value_expand, "value_dim")
         memory_dim = dim if memory_dim is None else memory_dim
         self.dim, self.num_heads, self.kv_heads = dim, num_heads, kv_heads
         self.head_dim, self.value_dim, self.dropout = head_dim, value_dim, dropout
@@ -149,7 +152,7 @@ class AttentionLayer(nn.Module):
             (self.value, kv_heads * value_dim),
         ]
         self.convolutions = nn.ModuleList(
-            ShortConvolution(width, short_convolution, activation="silu", causal=causal)
+            ShortConvolution(width, short_convolution, activation=convolution_activation, causal=causal)
             for module, width in widths
             if short_convolution and module is not None
         )
@@ -207,8 +210,9 @@ class AttentionLayer(nn.Module):
         if not self.pattern.cross or memory is not None:
             self._memory_heads(heads, source, source_layout.lengths, caches)
         heads = self._rotate(heads, positions, source_positions)
+        no_keys = self.pattern.cross and memory is None
         if self.projection is not None:
-            heads = self.projection(heads, x, None if memory is None and self.pattern.cross else source, context)
+            heads = self.projection(heads, x, None if no_keys else source, context)
 
         weight_dropout = self.dropout if self.training and "dropout" in self.card.honours else 0.0
         result = apply(
@@ -225,7 +229,7 @@ class AttentionLayer(nn.Module):
             dropout=weight_dropout,
             generator=context.generator,
             grid=context.grid,
-            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
+            roles=None if context.roles is None or no_keys else source_layout.gather(context.roles, axis=1),
             training=self.training,
             progress=context.progress,
             teacher=context.teacher,
@@ -285,6 +289,8 @@ class AttentionLayer(nn.Module):
             memory_mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
             state=None if state is None else state.mechanism,
             config=self.config,
+            heads=self.num_heads,
+            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
         )
         length = torch.zeros(batch, dtype=torch.long, device=memory.device) if state is None else state.length
         return LayerState(absorbed, length)
@@ -319,14 +325,18 @@ class AttentionLayer(nn.Module):
         return rank if layout.lengths is None else torch.where(valid_from_lengths(layout.lengths, x.shape[1]), rank, 0)
 
     def _rotate(self, heads: dict[str, Tensor], queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        if self.positions.rotate is None or "rotate" in self.card.honours:
+        if self.positions.rotate is None or self.places_keys:
             return heads
         where = {"q": queries, "k": keys}
         return {n: self.positions.rotate(t, where[n]) if n in where else t for n, t in heads.items()}
 
     def _position_functions(self, context: Context) -> dict[str, Any]:
         functions: dict[str, Any] = {}
-        if self.positions.rotate is not None and "rotate" in self.card.honours:
+        if self.positions.rotate is not None and self.places_keys:
+            if context.positions is not None:
+                raise Unsupported(
+                    f"explicit positions with {self.card.name}, which places its cached keys itself", supported="ranks"
+                )
             functions["rotate"] = self.positions.rotate
         if self.positions.bias is not None:
             if context.positions is not None or context.memory_positions is not None:
@@ -346,3 +356,14 @@ class AttentionLayer(nn.Module):
         if mask is not None and mask.bias is not None:
             bias = gather_pairs(mask.bias, layout, keys)
         return Mask(lengths=layout.lengths, bias=bias, blocks=None if mask is None else mask.blocks)
+
+
+def _head_width(dim: int, heads: int, expand: float, option: str) -> int:
+    width = expand * dim / heads
+    if width != int(width) or width < 1:
+        raise Unsupported(
+            f"dim={dim} over num_heads={heads}" + (f" with an expansion of {expand}" if expand != 1 else ""),
+            supported=f"heads of equal whole widths, or {option}",
+            nearest=f"{option}={max(1, int(width))}",
+        )
+    return int(width)

@@ -265,9 +265,6 @@ class GateProjection(nn.Module):
             self.key_gate = _low_rank(spec, spec.head_dim)
         elif config.gate == "scalar":
             self.key_gate = _with_zero_bias(make_linear(spec.memory_dim, spec.kv_heads, bias=True))
-        elif config.gate == "fixed":
-            halvings = -5.0 - torch.arange(spec.kv_heads, dtype=torch.float64)
-            self.register_buffer("fixed", torch.log1p(-torch.exp2(halvings)), persistent=False)
         self.value_gate = _low_rank(spec, spec.value_dim) if config.value_gate else None
 
     def forward(
@@ -279,7 +276,9 @@ class GateProjection(nn.Module):
             heads["log_decay"] = self._gate(self.key_gate, source)
         elif self.config.gate == "fixed":
             dtype = torch.promote_types(source.dtype, torch.float32)
-            heads["log_decay"] = self.fixed.to(dtype)[None, :, None, None].expand(*heads["k"].shape[:3], 1)
+            halvings = 5 + torch.arange(self.heads, device=source.device, dtype=dtype)
+            g = torch.log1p(-torch.exp2(-halvings))
+            heads["log_decay"] = g[None, :, None, None].expand(*heads["k"].shape[:3], 1)
         if self.value_gate is not None:
             heads["value_log_decay"] = self._gate(self.value_gate, source)
         return heads

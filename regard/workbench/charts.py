@@ -31,7 +31,7 @@ Formatter = Callable[[float], str]
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a row can be drawn: JSON has null for what could not be measured."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and True
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def format_number(value: float) -> str:

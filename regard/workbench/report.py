@@ -103,7 +103,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": _or_dash(charts.format_number),
+        "score": _or_dash("{:.4g}".format),
         "count": _or_dash(charts.format_count),
         "bytes": _or_dash(charts.format_bytes),
         "milliseconds": _or_dash(charts.format_milliseconds),

@@ -52,7 +52,7 @@ def test_evaluation_items_do_not_depend_on_the_batch_size(name):
     ("name", "options"),
     [
         ("recall", {"pairs": 1, "length": 3, "vocab_size": 17, "queries": 1}),
-        ("copying", {"tokens": 2, "length": 6, "alphabet": 4}),
+        ("copying", {"tokens": 2, "length": 7, "alphabet": 6}),
         ("listops", {"length": 8, "depth": 1}),
     ],
 )

@@ -157,7 +157,7 @@ def test_json_lines_are_documents(tmp_path):
     task = create_task("text", data=path, field="body", length=16)
     assert len(task.training_documents) + len(task.held_out_documents) == 30
     assert all(d.text.startswith(b"mail") and d.text.endswith(b"\n") for d in task.training_documents)
-    with pytest.raises(Unsupported, match="no text in the field 'text'.*body; nearest: field=body"):
+    with pytest.raises(Unsupported, match=r"no text in the field 'text'.*body; nearest: field=body"):
         create_task("text", data=path)
 
 

@@ -52,6 +52,22 @@ def test_training_leaves_the_callers_randomness_and_mode_alone(task, build):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_draws_without_a_generator_follow_the_seed_too():
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.zeros(5, 5))
+
+        def forward(self, inputs, *, context):
+            return Result(self.table[inputs] * torch.rand(()))
+
+    models = [Noisy(), Noisy()]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        train(model, Repeat(), CONFIG)
+    assert_same(*(weights(model) for model in models))
+
+
 @pytest.mark.parametrize("stop_after", [1, 2, 6, 11])
 def test_a_run_interrupted_at_any_step_resumes_to_the_undisturbed_one(task, build, tmp_path, stop_after):
     undisturbed = build()
@@ -234,7 +250,8 @@ def test_evaluation_is_the_same_for_every_batch_size_and_pairs_items(task, build
     found = evaluate(model, task, batch_size)
     whole = next(iter(task.evaluation_batches(40)))
     model.eval()
-    logits = model(whole.inputs, context=batch_context(whole)).output
+    with torch.no_grad():
+        logits = model(whole.inputs, context=batch_context(whole)).output
     sums, counts = task.score(logits, whole)
     nats, targets = cross_entropy_by_item(logits, whole)
     assert found.items == list(zip(sums.tolist(), counts.tolist(), strict=True))

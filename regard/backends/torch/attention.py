@@ -1,11 +1,17 @@
 """Attention with explicit weights in PyTorch.
 
-Softmax goes through `scaled_dot_product_attention`, which tiles on CPUs and GPUs; masks are built for one block of
-queries at a time and keys out of reach are left out, so neither scores nor masks of size N x M are ever stored for long
-sequences. Other rules recompute their scores in the backward pass.
+Softmax goes through `scaled_dot_product_attention`, which never stores the scores; other rules, and what that function
+does not give (weights, log-sum-exp, seeded dropout), compute the weights themselves. Long sequences are taken one block
+of queries at a time, with only the keys in reach, and the backward pass computes a block's mask and scores again, so
+that nothing of size N x M outlives a block. Under a window, many blocks of queries with their overlapping keys are one
+batched product.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +21,66 @@ from torch.utils.checkpoint import checkpoint
 from regard.contract import BlockMask
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 
-QUERY_BLOCK = 512
-PAIRS_AT_ONCE = 1 << 20
-"""Pairs of positions above which queries are taken block by block."""
+PAIRS_AT_ONCE = 1 << 22
+"""Pairs, counted in every row and head for which numbers are stored, that are computed at once."""
+SMALLEST_BLOCK = 64
+LARGEST_BAND = 512
+"""Queries in one block of a window, unless the visibility rule has larger blocks of its own."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
 
 
-def _slice(ranks: Ranks, rows: slice, columns: slice) -> Ranks:
-    return Ranks(ranks.queries[:, rows], ranks.keys[:, columns], ranks.offset, ranks.plain)
+@dataclass(frozen=True)
+class Weighting:
+    """From queries and keys to outputs, for one block of pairs: everything but the tensors."""
 
+    scale: float
+    rule: str
+    shift: float
+    dropout: float
+    explicit: bool
+    """Whether weights are computed here rather than inside `scaled_dot_product_attention`."""
+    want_lse: bool
 
-def _grouped(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, added: Tensor | None, seed: int | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output, and of explicit weightings the weights and the log-sum-exp; 0 for a query that sees nothing."""
+        if self.explicit:
+            return self._explicit(q, k, v, visible, added, seed)
+        some = visible.any(-1, keepdim=True)
+        opened = visible | ~some
+        mask = opened if added is None else torch.where(opened, added, -torch.inf)
+        output = sdpa(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
+        return torch.where(some, output, 0), None, None
+
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, added: Tensor | None, seed: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
+        scores = (self.scale * q.to(dtype)) @ k.to(dtype).mT
+        if added is not None:
+            scores = scores + added
+        lse = None
+        if self.rule == "softmax":
+            some = visible.any(-1, keepdim=True)
+            scores = torch.where(visible | ~some, scores, -torch.inf)
+            weights = torch.where(visible, scores.softmax(-1), 0)
+            if self.want_lse:
+                lse = torch.where(some[..., 0], scores.logsumexp(-1), -torch.inf)
+        else:
+            weights = torch.where(visible, ACTIVATIONS[self.rule](scores + self.shift), 0)
+        kept = weights
+        if self.dropout > 0:
+            generator = None if seed is None else torch.Generator(q.device).manual_seed(seed)
+            keep = torch.rand(weights.shape, generator=generator, device=q.device, dtype=dtype) >= self.dropout
+            kept = weights * keep / (1 - self.dropout)
+        return (kept @ v.to(dtype)).to(v.dtype), weights.to(v.dtype), lse
 
 
 def run(
@@ -46,109 +101,215 @@ def run(
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`regard.engines.attention.attention`."""
-    n, m = q.shape[-2], k.shape[-2]
-    if n == 0 or m == 0:
-        weights = q.new_zeros(*q.shape[:-1], m) if want_weights else None
-        lse = q.new_full(q.shape[:-1], -torch.inf) if want_lse else None
-        return v.new_zeros(*q.shape[:-1], v.shape[-1]), weights, lse
-    explicit = rule != "softmax" or want_weights or want_lse or (dropout > 0 and generator is not None)
-    added = bias is not None or position_bias is not None or blocks is not None
-    if not explicit and not added and ranks.plain:
+    batch, heads, n, _ = q.shape
+    m = k.shape[2]
+    if batch * heads * n == 0 or m == 0:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        weights = v.new_zeros(batch, heads, n, m) if want_weights else None
+        lse = q.new_full((batch, heads, n), -torch.inf, dtype=dtype) if want_lse else None
+        return v.new_zeros(batch, heads, n, v.shape[-1]), weights, lse
+    if ranks.first is not None:
+        visibility = visibility.within(ranks.first, n, m)
+    # the dropout of scaled_dot_product_attention knows no generator, and on a CPU it stores all scores
+    dropped = dropout > 0 and (generator is not None or q.device.type == "cpu")
+    explicit = rule != "softmax" or want_weights or want_lse or dropped
+    by_head = explicit or bias is not None or position_bias is not None
+    if not by_head and blocks is None and ranks.plain:
         square = ranks.offset == 0 and n == m
         if visibility.everything or (visibility == Visibility(causal=True) and square):
-            grouped = k.shape[1] != q.shape[1]
-            causal = visibility.causal
-            return (
-                F.scaled_dot_product_attention(
-                    q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-                ),
-                None,
-                None,
-            )
+            return sdpa(q, k, v, dropout_p=dropout, is_causal=visibility.causal, scale=scale), None, None
 
-    k, v = _grouped(k, q.shape[1]), _grouped(v, q.shape[1])
+    weighting = Weighting(scale, rule, shift, dropout, explicit, want_lse)
+    rows = batch * heads if by_head else max(ranks.queries.shape[0], ranks.keys.shape[0])
+    if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1):
+        band = Band.of(visibility, ranks, n, m)
+        if band is not None:
+            output, lse = _in_bands(
+                band, weighting, q, k, v, ranks, visibility, bias, position_bias, generator, by_head, rows
+            )
+            return output, None, lse
+
     back, ahead = visibility.reach()
-    limited = ranks.offset is not None and (back is not None or ahead is not None)
-    step = n if n * m <= PAIRS_AT_ONCE and not (limited and back is not None and back < m // 2) else QUERY_BLOCK
-    if limited and back is not None:
-        step = min(step, max(64, back + 1))
+    step = max(SMALLEST_BLOCK, PAIRS_AT_ONCE // (rows * m))
+    if visibility.everything and not by_head and blocks is None:
+        step = n  # the mask has one row
     pieces = []
     for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        columns = slice(0, m)
-        if limited and ranks.offset is not None:
-            first = 0 if back is None else max(0, rows.start + ranks.offset - back)
-            last = m if ahead is None else max(0, min(m, rows.stop + ranks.offset + ahead))
-            columns = slice(min(first, last), last)
-        here = _slice(ranks, rows, columns)
-        part = (
-            None
-            if bias is None
-            else bias[..., rows if bias.shape[-2] > 1 else slice(None), columns if bias.shape[-1] > 1 else slice(None)]
-        )
+        stop = min(start + step, n)
+        first, last = 0, m
+        if ranks.offset is not None:
+            # keys in reach, and one where there are none
+            first = 0 if back is None else min(max(0, start + ranks.offset - back), m - 1)
+            last = m if ahead is None else max(first + 1, min(m, stop + ranks.offset + ahead))
+        here = Ranks(ranks.queries[:, start:stop], ranks.keys[:, first:last], None, None, False)
+        part = bias
+        if part is not None:
+            part = part[..., start:stop, :] if part.shape[-2] > 1 else part
+            part = part[..., first:last] if part.shape[-1] > 1 else part
+        seed = _seed(generator, dropout)
 
         def attend(
-            q_: Tensor, k_: Tensor, v_: Tensor, here: Ranks = here, part: Tensor | None = part
-        ) -> tuple[Tensor, ...]:
+            q_: Tensor,
+            k_: Tensor,
+            v_: Tensor,
+            here: Ranks = here,
+            part: Tensor | None = part,
+            seed: int | None = seed,
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
             visible, added = masked_scores_bias(here, visibility, part, position_bias, blocks, q_.dtype)
-            if explicit:
-                return _explicit(q_, k_, v_, visible, added, scale, rule, shift, dropout, generator)
-            return (_softmax(q_, k_, v_, visible, added, scale, dropout),)
+            return weighting(q_, k_, v_, visible, added, seed)
 
-        arguments = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
-        if explicit and not want_weights and step < n and torch.is_grad_enabled():
-            found = checkpoint(attend, *arguments, use_reentrant=False)
-        else:
-            found = attend(*arguments)
-        if want_weights:
-            found = (found[0], F.pad(found[1], (columns.start, m - columns.stop)), *found[2:])
-        pieces.append(found)
-    output = torch.cat([p[0] for p in pieces], 2)
-    weights = torch.cat([p[1] for p in pieces], 2) if want_weights else None
-    lse = torch.cat([p[2] for p in pieces], 2) if want_lse else None
-    return output, weights, lse
+        tensors = (q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last])
+        output, weights, lse = _maybe_again(attend, tensors, step < n and not want_weights)
+        if want_weights and weights is not None:
+            weights = F.pad(weights, (first, m - last))
+        pieces.append((output, weights, lse))
+    return (
+        torch.cat([p[0] for p in pieces], 2),
+        torch.cat([p[1] for p in pieces], 2) if want_weights else None,
+        torch.cat([p[2] for p in pieces], 2) if want_lse else None,
+    )
 
 
-def _softmax(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, added: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    """Softmax attention under a mask; a query that sees nothing gives 0 with finite gradients."""
-    if k.shape[2] == 0:
-        return v.new_zeros(*q.shape[:-1], v.shape[-1])
-    some = visible.any(-1, keepdim=True)
-    opened = visible | ~some
-    mask = opened if added is None else torch.where(opened, added, -torch.inf)
-    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    return torch.where(some, output, 0)
+@dataclass(frozen=True)
+class Band:
+    """Blocks of `size` query slots, each with the key slots from `back` before it to `ahead` after it.
+
+    `lead` empty slots come before the first query, so that blocks start where the visibility rule's own blocks do.
+    """
+
+    size: int
+    back: int
+    ahead: int
+    lead: int
+
+    @classmethod
+    def of(cls, visibility: Visibility, ranks: Ranks, n: int, m: int) -> Band | None:
+        """The blocks for a visibility rule of limited reach; None where they would save nothing."""
+        back, ahead = visibility.reach()
+        if ranks.offset is None or back is None or ahead is None:
+            return None
+        size, lead = min(max(back + ahead, SMALLEST_BLOCK), LARGEST_BAND), 0
+        block = visibility.block
+        if block is not None and ranks.first is not None:
+            size = block * math.ceil(SMALLEST_BLOCK / block)
+            lead = ranks.first % block
+            back = min(back, visibility.lookback * block)
+            ahead = min(ahead, visibility.lookahead * block)
+        return cls(size, back, ahead, lead) if n > size and back + size + ahead < m else None
+
+    @property
+    def extent(self) -> int:
+        return self.back + self.size + self.ahead
+
+    def queries(self, x: Tensor, axis: int) -> Tensor:
+        """Split an axis of query slots into (blocks, size)."""
+        axis %= x.ndim
+        padding = (0, 0) * (x.ndim - 1 - axis) + (self.lead, -(self.lead + x.shape[axis]) % self.size)
+        return F.pad(x, padding).unflatten(axis, (-1, self.size))
+
+    def keys(self, x: Tensor, axis: int, offset: int, count: int, fill: int = 0) -> Tensor:
+        """Overlapping windows of an axis of key slots: a view (..., blocks, ..., extent) with the windows last."""
+        axis %= x.ndim
+        front = self.back + self.lead - offset
+        total = (count - 1) * self.size + self.extent
+        padding = (0, 0) * (x.ndim - 1 - axis) + (front, total - front - x.shape[axis])
+        return F.pad(x, padding, value=fill).contiguous().unfold(axis, self.extent, self.size)
 
 
-def _explicit(
+def _in_bands(
+    band: Band,
+    weighting: Weighting,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor,
-    added: Tensor | None,
-    scale: float,
-    rule: str,
-    shift: float,
-    dropout: float,
+    ranks: Ranks,
+    visibility: Visibility,
+    bias: Tensor | None,
+    position_bias: PositionBias | None,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention by its weights: output, weights, log-sum-exp (the last only means something for softmax)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = scale * (q.to(dtype) @ k.to(dtype).mT)
-    if added is not None:
-        scores = scores + added.to(dtype)
-    lse = scores.new_empty(())
-    if rule == "softmax":
-        some = visible.any(-1, keepdim=True)
-        lse = torch.where(visible | ~some, scores, -torch.inf).logsumexp(-1)
-        weights = torch.where(visible, (scores - lse[..., None]).exp(), 0)
-        lse = torch.where(some[..., 0], lse, -torch.inf)
-    else:
-        weights = torch.where(visible, (scores + shift).sigmoid(), 0)
-    kept = weights
-    if dropout > 0:
-        keep = torch.rand(weights.shape, generator=generator, device=q.device, dtype=dtype) >= dropout
-        kept = weights * keep / (1 - dropout)
-    return (kept @ v.to(dtype)).to(v.dtype), weights.to(v.dtype), lse.to(v.dtype)
+    by_head: bool,
+    rows: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp where `band` holds every visible pair: blocks take the place of heads, (B H, blocks, size)."""
+    batch, heads, n, _ = q.shape
+    assert ranks.offset is not None
+    q = band.queries(q, 2).flatten(0, 1)  # b*h c s d
+    count = q.shape[1]
+    k, v = (
+        band.keys(grouped(x, heads), 2, ranks.offset, count).flatten(0, 1).mT  # b*h c e d
+        for x in (k, v)
+    )
+    shared = max(ranks.queries.shape[0], ranks.keys.shape[0], 1 if bias is None else bias.shape[0])
+    query_ranks = band.queries(ranks.queries, 1).expand(shared, -1, -1)
+    key_ranks = band.keys(ranks.keys, 1, ranks.offset, count, fill=-1).expand(shared, -1, -1)
+    if bias is not None:
+        # (shared, c, h, s, 1): one number a query, or the same for all
+        bias = band.queries(bias, 2) if bias.shape[2] > 1 else bias[:, :, None].expand(-1, -1, count, -1, -1)
+        bias = bias.transpose(1, 2).expand(shared, -1, -1, -1, -1)
+
+    def to_bands(x: Tensor, blocks: int) -> Tensor:
+        x = x.unflatten(0, (-1, blocks)).transpose(1, 2)  # b? h? c s e
+        if x.shape[0] == x.shape[1] == 1:
+            return x[0]
+        return x.expand(batch, heads, -1, -1, -1).flatten(0, 1)
+
+    step = max(1, PAIRS_AT_ONCE // (rows * band.size * band.extent)) if by_head else count
+    pieces = []
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        seed = _seed(generator, weighting.dropout)
+
+        def attend(
+            q_: Tensor, k_: Tensor, v_: Tensor, part: slice = part, seed: int | None = seed
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            here = Ranks(query_ranks[:, part].flatten(0, 1), key_ranks[:, part].flatten(0, 1), None, None, False)
+            by_row = None if bias is None else bias[:, part].flatten(0, 1)
+            visible, added = masked_scores_bias(here, visibility, by_row, position_bias, None, q_.dtype)
+            blocks = part.stop - part.start
+            return weighting(
+                q_, k_, v_, to_bands(visible, blocks), None if added is None else to_bands(added, blocks), seed
+            )
+
+        pieces.append(_maybe_again(attend, (q[:, part], k[:, part], v[:, part]), step < count))
+
+    def back(x: Tensor) -> Tensor:
+        return x.flatten(1, 2).unflatten(0, (batch, heads))[:, :, band.lead : band.lead + n]
+
+    output = back(torch.cat([p[0] for p in pieces], 1))
+    if not weighting.want_lse:
+        return output, None
+    return output, back(torch.cat([p[2] for p in pieces if p[2] is not None], 1))
+
+
+def _maybe_again(
+    attend: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], tensors: tuple[Tensor, ...], again: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Run one block; with `again` its intermediate results are not kept but computed again in the backward pass."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(attend, *tensors, use_reentrant=False)
+    return attend(*tensors)
+
+
+def _seed(generator: torch.Generator | None, dropout: float) -> int | None:
+    """A seed for one block's dropout: a block that is computed again must draw the same numbers again."""
+    if generator is None or dropout == 0:
+        return None
+    return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+
+
+def grouped(x: Tensor, heads: int) -> Tensor:
+    """Each key/value head repeated for the query heads that share it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+    """`scaled_dot_product_attention` for grouped heads and values of any width.
+
+    Its CPU kernel needs values as wide as keys; otherwise the whole score matrix would be stored.
+    """
+    width, wanted = q.shape[-1], v.shape[-1]
+    if q.device.type == "cpu" and width != wanted:
+        q, k, v = (F.pad(x, (0, max(width, wanted) - x.shape[-1])) for x in (q, k, v))
+    output = F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != q.shape[1], **options)  # type: ignore[arg-type]
+    return output[..., :wanted]

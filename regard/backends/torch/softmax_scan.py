@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from regard.backends.torch.gated_recurrence import segment_sum
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Carry(NamedTuple):
@@ -19,25 +24,54 @@ class Carry(NamedTuple):
     """Sum of exponentials times values, (B, H, Q, V)."""
 
 
-def run(s: Tensor, v: Tensor, carry: Carry, chunk_size: int) -> tuple[Tensor, Carry]:
+def exponentials(x: Tensor, maximum: Tensor) -> Tensor:
+    """exp(x - maximum), and 0 where both are -inf."""
+    return (x - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
+
+
+def prefix_weights(
+    scores: Float[Tensor, "b h q c"], log_decay: Float[Tensor, "#b #h c"] | None, m: Float[Tensor, "b h q"]
+) -> tuple[Float[Tensor, "b h q c"], Float[Tensor, "b h q c c"], Float[Tensor, "b h q c"]]:
+    """Running maximum at each token t of a chunk; weights of tokens j <= t, and of what came before, relative to it."""
+    c = scores.shape[-1]
+    exponents, before = scores[..., None, :], m[..., None]
+    if log_decay is not None:
+        exponents = exponents + segment_sum(log_decay[..., None])[:, :, None, :, :, 0]
+        before = before + log_decay.cumsum(-1)[:, :, None]
+    past = torch.ones(c, c, dtype=torch.bool, device=scores.device).tril()
+    exponents = torch.where(past, exponents, -torch.inf)
+    # the maximum only shifts the exponents: its gradient cancels, so it is held constant
+    running = torch.maximum(exponents.detach().amax(-1), before.detach())
+    return running, exponentials(exponents, running[..., None]), exponentials(before, running)
+
+
+def run(
+    s: Tensor, v: Tensor, carry: Carry, chunk_size: int, log_decay: Tensor | None, mix: Tensor | None
+) -> tuple[Tensor, Carry]:
     """See :func:`regard.engines.softmax_scan.softmax_scan`."""
     dtype = carry.u.dtype
     m, u, w = carry
     outputs = []
-    for s_, v_ in zip(s.to(dtype).split(chunk_size, 2), v.to(dtype).split(chunk_size, 2), strict=True):
-        scores = s_.transpose(2, 3)  # b h q c
-        # the maximum only shifts the exponents: its gradient cancels, so it is held constant
-        running = torch.maximum(scores.detach().cummax(-1).values, m[..., None])
-        shift = running.masked_fill(running == -torch.inf, 0.0)
-        causal = torch.ones(*[scores.shape[-1]] * 2, dtype=torch.bool, device=s.device).tril()
-        exponents = torch.where(causal, scores[..., None, :] - shift[..., :, None], -torch.inf)
-        weights = exponents.exp()  # b h q t j
-        carried = (m[..., None] - shift).exp()
+    for start in range(0, s.shape[2], chunk_size):
+        part = slice(start, start + chunk_size)
+        values = v[:, :, part].to(dtype)
+        gate = None if log_decay is None else log_decay[:, :, part].to(dtype)
+        running, weights, carried = prefix_weights(s[:, :, part].to(dtype).mT, gate, m)
         denominators = weights.sum(-1) + carried * u[..., None]
-        numerators = weights @ v_[:, :, None] + carried[..., None] * w[..., None, :]
         seen = denominators > 0
-        outputs.append(torch.where(seen[..., None], numerators / torch.where(seen, denominators, 1)[..., None], 0))
-        m, u, w = running[..., -1], denominators[..., -1], numerators[..., -1, :]
+        inverse = torch.where(seen, 1 / torch.where(seen, denominators, 1), 0)
+        if mix is None:
+            numerators = weights @ values[:, :, None] + carried[..., None] * w[..., None, :]
+            outputs.append((numerators * inverse[..., None]).transpose(2, 3))
+            w = numerators[..., -1, :]
+        else:
+            # queries are mixed before the values are read, so no (.., q, v) tensor exists for each token
+            share = mix[:, :, part].to(dtype).mT * inverse  # b h q t
+            near = torch.einsum("bhqt,bhqtj->bhtj", share, weights)
+            outputs.append(near @ values + (share * carried).mT @ w)
+            w = weights[..., -1, :] @ values + carried[..., -1:] * w
+        m, u = running[..., -1], denominators[..., -1]
     if not outputs:
-        return v.new_zeros(*s.shape[:2], 0, s.shape[-1], v.shape[-1]), carry
-    return torch.cat(outputs, 3).transpose(2, 3).to(v.dtype), Carry(m, u, w)
+        shape = (*v.shape[:2], 0, v.shape[-1]) if mix is not None else (*v.shape[:2], 0, s.shape[-1], v.shape[-1])
+        return v.new_zeros(shape), carry
+    return torch.cat(outputs, 2).to(v.dtype), Carry(m, u, w)

@@ -1,0 +1,339 @@
+r"""Aaren: softmax attention whose query is learned, not computed from the token, which makes it an RNN with a small state.
+
+When to pick it: streams (sensors, events, control), where every token must be taken in at constant time and memory, and
+the question asked of the past is always the same. The state is a vector: 2 + V numbers a head.
+When not: looking something up. The query cannot depend on the token, so associative recall fails; see `softmax`,
+`gated_linear`, `delta_rule`.
+
+Definition (Feng et al., arXiv 2405.13956, sections 3.1-3.3), for one head with query q, scores s_i = tau <q, k_i>:
+
+    m_t = max(m_{t-1}, s_t),   c_t = c_{t-1} e^(m_{t-1} - m_t) + e^(s_t - m_t),   a_t = a_{t-1} e^(m_{t-1} - m_t) + v_t e^(s_t - m_t)
+    o_t = a_t / c_t = sum_{j<=t} e^{s_j} v_j / sum_{j<=t} e^{s_j}
+
+All prefixes come from one associative scan over (m, u, w): :mod:`regard.engines.softmax_scan`.
+
+| paper | here |
+|---|---|
+| q = W_q x_q | `q` (H, D), one for all positions and rows; `projection.query_token` and `projection.query` of the layer |
+| k_i, v_i | `k`, `v` |
+| tau = d^-0.5 | `scale` |
+| (m, c, a), in the scan (m, u, w) | `ScanState.m`, `.u`, `.w`, with G groups of H / G queries |
+
+Layout: q (H, D), k and v (B, G, M, D) with G a divisor of H. No input has the queries' axis, so `slots`, a tensor (B, N)
+whose values are not read, says how many outputs are wanted. Without it: one a key in self patterns, one in all in cross
+patterns. Outputs (B, H, N, V): causal-self has the N last prefixes (bottom-right); the other patterns pool all keys, and
+each of the N outputs is the same.
+Several query tokens that read the same keys and values are heads that share them: `query_tokens=R` in the layer makes
+H = R G queries from R tokens and one W_q, and wants `num_kv_heads` = H / R.
+Deviations: `forget` multiplies the weights of earlier tokens by lambda at each token (order then matters, in memory too);
+`noncausal="bidirectional"` gives each position its prefix and its suffix, which the layer projects back to V features.
+Rotary positions are refused: they are relative to a query that has no position.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    Waiver,
+    at_least,
+    one_of,
+)
+from regard.engines import softmax_scan as scan
+from regard.engines.recurrent_forms import length_after
+from regard.engines.softmax_scan import Carry, ScanState
+from regard.ragged import flip_rows, take_queries
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        forget: lambda in (0, 1], multiplies the weights of all earlier tokens at each token; 1 forgets nothing.
+        query_tokens: learned query tokens a layer, >= 1; more than one needs as many heads to each key/value head.
+        noncausal: what noncausal-self gives each position: ``last`` (the softmax over all tokens, the same everywhere)
+            or ``bidirectional`` (its prefix and its suffix, side by side: 2 V features).
+        scan: ``exact``, or ``global_shift``: two cumulative sums relative to the largest score, which lose early
+            prefixes where scores range over more than 87 (float32) or 700 (float64); without `forget`.
+    """
+
+    forget: float = 1.0
+    query_tokens: int = 1
+    noncausal: str = "last"
+    scan: str = "exact"
+
+    def __post_init__(self) -> None:
+        one_of("noncausal", self.noncausal, ("last", "bidirectional"))
+        one_of("scan", self.scan, ("exact", "global_shift"))
+        at_least("query_tokens", self.query_tokens, 1)
+        if not 0.0 < self.forget <= 1.0:
+            raise Unsupported(f"forget={self.forget}", supported="0 < forget <= 1", nearest="forget=1.0")
+        if self.forget < 1.0 and self.scan != "exact":
+            raise Unsupported(
+                f"forget={self.forget} with scan={self.scan!r}", supported="scan='exact'", nearest="scan='exact'"
+            )
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "h d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    slots: Shaped[Tensor, "b n"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition: softmax over each prefix, one query row for all."""
+    config: Config = call.config
+    groups = q.shape[0] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = call.scale * torch.einsum("hd,bhmd->bhm", q, k)
+    n, m = _outputs(call, slots, k), k.shape[2]
+
+    def attend(scores: Tensor, values: Tensor) -> Tensor:
+        age = torch.arange(scores.shape[-1] - 1, -1, -1, device=q.device)
+        weights = (scores + age * math.log(config.forget)).softmax(-1)
+        return torch.einsum("bhm,bhmv->bhv", weights, values)
+
+    outputs = []
+    for t in range(n):
+        prefix = t + m - n + 1 if call.pattern is Pattern.CAUSAL_SELF or _bidirectional(call) else m
+        o = attend(scores[:, :, : max(prefix, 0)], v[:, :, : max(prefix, 0)])
+        if _bidirectional(call):
+            o = torch.cat([o, attend(scores[:, :, t:].flip(-1), v[:, :, t:].flip(2))], -1)
+        outputs.append(o)
+    width = v.shape[-1] * (2 if _bidirectional(call) else 1)
+    return torch.stack(outputs, 2) if outputs else v.new_zeros(*k.shape[:2], 0, width)
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "h d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    slots: Shaped[Tensor, "b n"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """Whole sequences: prefixes in causal-self, else one softmax over the keys."""
+    if call.pattern is Pattern.CAUSAL_SELF:
+        return chunked(call, q, k, v, slots).output
+    if _bidirectional(call):
+        forward = _prefixes(call, q, k, v)[0]
+        backward = _prefixes(call, q, *(flip_rows(x, call.memory_lengths, axis=2) for x in (k, v)))[0]
+        return torch.cat([forward, flip_rows(backward, call.memory_lengths, axis=2)], -1)
+    state = absorb(call.replace(state=None), k, v, q)
+    return _repeat(state, _outputs(call, slots, k)).to(v.dtype)
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "h d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    slots: Shaped[Tensor, "b n"] | None = None,
+) -> Result:
+    """Causal-self with state in and out: chunks scanned with a carry. Also the step."""
+    output, carry = _prefixes(call, q, k, v)
+    n, m = _outputs(call, slots, k), k.shape[2]
+    if n != m or call.lengths is not call.memory_lengths:
+        output = take_queries(output, n, call.lengths, call.memory_lengths)
+    return Result(output, ScanState(*carry, length_after(call, k)))
+
+
+def absorb(
+    call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], q: Float[Tensor, "h d"]
+) -> ScanState:
+    """Memory into (m, u, w); more may follow."""
+    carry = scan.absorb(_scores(call, q, k), v, state=_carry(call), log_decay=_log_decay(call, k))
+    return ScanState(*carry, length_after(call, k))
+
+
+def read(call: Call, q: Float[Tensor, "h d"], slots: Shaped[Tensor, "b n"] | None = None) -> Result:
+    """The memory's softmax for each query position."""
+    return Result(_repeat(call.state, 1 if slots is None else slots.shape[1]).to(q.dtype), call.state)
+
+
+def _bidirectional(call: Call) -> bool:
+    return call.pattern is Pattern.NONCAUSAL_SELF and call.config.noncausal == "bidirectional"
+
+
+def _outputs(call: Call, slots: Tensor | None, k: Tensor) -> int:
+    if slots is not None:
+        return slots.shape[1]
+    return 1 if call.pattern.cross else k.shape[2]
+
+
+def _carry(call: Call) -> Carry | None:
+    return None if call.state is None else call.state.carry
+
+
+def _prefixes(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Carry]:
+    scores, state = _scores(call, q, k), _carry(call)
+    if call.config.scan == "global_shift":
+        output, carry = scan.softmax_scan_shifted(scores, v, state=state)
+    else:
+        output, carry = scan.softmax_scan(
+            scores,
+            v,
+            state=state,
+            log_decay=_log_decay(call, k),
+            chunk_size=call.chunk_size or 64,
+            backend=call.backend,
+        )
+    return output.transpose(2, 3).flatten(1, 2), carry  # (b, g, m, r, v) -> (b, h, m, v)
+
+
+def _scores(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "b g m r"]:
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    grouped = q.to(dtype).unflatten(0, (k.shape[1], -1))
+    scores = call.scale * torch.einsum("grd,bgmd->bgmr", grouped, k.to(dtype))
+    valid = call.valid_keys(k.shape[2])
+    return scores if valid is None else scores.masked_fill(~valid[:, None, :, None], -torch.inf)
+
+
+def _log_decay(call: Call, k: Tensor) -> Float[Tensor, "#b 1 m"] | None:
+    if call.config.forget == 1.0:
+        return None
+    gate = k.new_full((1, 1, k.shape[2]), math.log(call.config.forget), dtype=torch.promote_types(k.dtype, torch.float32))
+    valid = call.valid_keys(k.shape[2])
+    return gate if valid is None else torch.where(valid[:, None], gate, 0)
+
+
+def _repeat(state: ScanState, n: int) -> Float[Tensor, "b h n v"]:
+    return scan.normalized(state.u, state.w).flatten(1, 2)[:, :, None].expand(-1, -1, n, -1)
+
+
+class LearnedQuery(nn.Module):
+    """Learned query tokens and their projection W_q, the same at all positions.
+
+    Args:
+        spec: of the layer; its config's `query_tokens` R share one W_q (dim -> H / R heads).
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        tokens = spec.config.query_tokens
+        if tokens > 1 and spec.kv_heads * tokens != spec.heads:
+            raise Unsupported(
+                f"query_tokens={tokens} with {spec.heads} heads over {spec.kv_heads} key/value heads",
+                supported="num_heads = query_tokens * num_kv_heads",
+                nearest=f"num_kv_heads={max(1, spec.heads // tokens)}",
+            )
+        self.cross, self.head_dim = spec.pattern.cross, spec.head_dim
+        self.query_token = nn.Parameter(torch.empty(tokens, spec.dim))
+        self.query = spec.linear(spec.dim, spec.heads // tokens * spec.head_dim)
+        nn.init.normal_(self.query_token, std=0.02)
+
+    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
+        queries = self.query(self.query_token).unflatten(-1, (-1, self.head_dim))  # (r, h / r, d)
+        heads = {**heads, "q": queries.transpose(0, 1).flatten(0, 1)}
+        if self.cross and x is not None:
+            heads["slots"] = x.detach()[..., 0]
+        return heads
+
+
+class JoinDirections(nn.Module):
+    """Prefix and suffix of each position, (B, H, N, 2 V), back to (B, H, N, V); nothing to do elsewhere."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        both = spec.pattern is Pattern.NONCAUSAL_SELF and spec.config.noncausal == "bidirectional"
+        width = spec.heads * spec.value_dim
+        self.heads = spec.heads
+        self.join = spec.linear(2 * width, width) if both else None
+
+    def forward(
+        self, output: Tensor, heads: Tensors, x: Tensor, context: Context, lengths: Tensor | None, result: Result
+    ) -> Tensor:
+        if self.join is None:
+            return output
+        joined = self.join(output.transpose(1, 2).flatten(2))
+        return joined.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    config: Config,
+    sizes: dict[str, int] | None = None,
+) -> Tensors:
+    widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
+    shapes = {
+        "q": (widths["h"], widths["d"]),
+        "k": (batch, widths["g"], m, widths["d"]),
+        "v": (batch, widths["g"], m, widths["v"]),
+    }
+    found = {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    found["slots"] = torch.zeros(batch, n, dtype=torch.long)
+    return found
+
+
+def cost(shape: Shape, config: Any) -> Cost:
+    heads = shape.batch * shape.heads
+    width = shape.dim_key + 64 + 2 * shape.dim_value
+    return Cost(
+        flops=2.0 * heads * shape.m * (width + 32 * shape.dim_value),
+        memory=float(heads * shape.m * (64 + shape.dim_value)),
+        state=float(shape.heads * (2 + shape.dim_value)),
+        step_flops=2.0 * heads * (shape.dim_key + shape.dim_value),
+    )
+
+
+MECHANISM = Mechanism(
+    name="aaren",
+    aliases=("attention_as_rnn", "attention_rnn"),
+    kind=Kind.ATTENTION,
+    summary=(
+        "Softmax attention whose query is learned, not computed from the token, which makes it an RNN with a small state."
+    ),
+    paper=Paper("Attention as an RNN", "2405.13956", 2024, 20),
+    inputs={"q": "hd", "k": "bgmd", "v": "bgmv", "slots?": "bn"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    state=ScanState,
+    cost=cost,
+    weights="implicit",
+    accepts_positions=("none", "sinusoidal", "learned"),
+    sample_inputs=sample_inputs,
+    projection=LearnedQuery,
+    merge=JoinDirections,
+    waivers=(
+        Waiver(
+            "layer_gradient",
+            "with a learned query the output of a cross pattern does not depend on the queries' sequence",
+            patterns=(Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
+        ),
+    ),
+)

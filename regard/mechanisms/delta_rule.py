@@ -1,0 +1,398 @@
+r"""Delta rule: a matrix memory that is edited; writing under a key first takes away what is stored there.
+
+When to pick it: associative recall where keys are overwritten, or tracking a state, with linear time and a state of
+fixed size.
+When not: forgetting that depends on age rather than on keys (`gated_linear`, or `gated=True` here); exact recall of more
+items than a key has features (softmax).
+
+Definition (Schlag et al., arXiv 2102.11174, section 4; trained in chunks by Yang et al., arXiv 2406.06484, section 3):
+
+    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,     o_t = S_t^T (K^-1/2 q_t)
+        = S_{t-1} + k_t u_t^T,   u_t = beta_t (v_t - S_{t-1}^T k_t)
+
+which is one step of gradient descent, of size beta_t, on 1/2 |S^T k_t - v_t|^2. With a gate (gated delta rule,
+arXiv 2412.06464, equation 10) exp(g_t) S_{t-1} takes the place of S_{t-1}. In a chunk the u solve a triangular system
+(UT transform): U = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta) (V - K S).
+
+| paper | here |
+|---|---|
+| beta_t | `beta` (B, H, M), 0 to 1, or to 2 for negative eigenvalues; 1 when not given |
+| vector beta | `value_beta` (B, H, M, V), multiplies beta, one for each value feature |
+| log alpha_t | `log_decay` (B, H, M, 1) or (B, H, M, K), natural logarithms <= 0; no decay when not given |
+| S (V x K in papers) | `MatrixState.memory`, (B, H, K, V) |
+
+Layout: (B, H, N, D), heads before time.
+
+Queries and keys: **the function normalises both**, after the feature map, as the layer of the paper does: y / sqrt(sum
+y^2 + eps). Give `normalize_queries=False` or `normalize_keys=False` to keep them as they are. Keys that are not unit
+vectors make I - beta k k^T expand: at N = 64 raw normal keys reach 1e29. The layer convolves and activates q, k and v
+first (`short_convolution=4`); leaving that out costs recall.
+
+Noncausal-self is a forward pass that reads after writing plus a backward pass that reads before. In cross patterns the
+memory is absorbed in order and every query reads the last state: the order of the memory matters.
+
+Deviations: a causal-self call without state is computed in chunks; `chunk_size` = N gives the full parallel form. A
+vector beta costs as much as V heads. With `short_convolution` and a feature map other than SiLU the official layer
+still has SiLU on v; here `convolution_activation` is the same for q, k and v. The layer's norms have eps 1e-6
+(official: 1e-5). The sum norm has eps too, so that a key of zeros stays zero. Several keys a token (products of
+Householder matrices) are not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    one_of,
+)
+from regard.engines import recurrent_forms
+from regard.engines.recurrent_forms import MatrixState
+from regard.mechanisms.linear import FEATURE_MAPS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+NORMS = ("l2", "sum")
+ACTIVATIONS = ("identity", "silu", "relu", "elu")
+NONNEGATIVE = ("relu", "elu")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        feature_map: of queries and keys, before the norm: ``identity``, ``silu``, ``relu`` or ``elu`` (elu + 1).
+        norm: ``l2``, or ``sum`` (features sum to one; needs ``relu`` or ``elu``).
+        normalize_queries, normalize_keys: whether `norm` applies to them.
+        eps: inside the root of the l2 norm, or added to the sum, > 0.
+        use_beta: whether the layer learns beta; otherwise beta is 1 and none may be given.
+        allow_negative_eigenvalues: whether the layer's beta lies in (0, 2) rather than (0, 1).
+        vector_beta: whether the layer learns a beta for each value feature rather than one a head.
+        gated: whether the layer learns one decay a head (gated delta rule).
+    """
+
+    feature_map: str = "identity"
+    norm: str = "l2"
+    normalize_queries: bool = True
+    normalize_keys: bool = True
+    eps: float = 1e-6
+    use_beta: bool = True
+    allow_negative_eigenvalues: bool = False
+    vector_beta: bool = False
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("feature_map", self.feature_map, ACTIVATIONS)
+        one_of("norm", self.norm, NORMS)
+        if not self.eps > 0:
+            raise Unsupported(f"eps={self.eps}", supported="eps > 0", nearest="eps=1e-6")
+        if self.norm == "sum" and self.feature_map not in NONNEGATIVE:
+            raise Unsupported(
+                f"norm='sum' with feature_map={self.feature_map!r}, whose sum may vanish",
+                supported=f"feature_map among {', '.join(NONNEGATIVE)}",
+                nearest="feature_map='elu'",
+            )
+        for option in ("allow_negative_eigenvalues", "vector_beta"):
+            if getattr(self, option) and not self.use_beta:
+                raise Unsupported(f"{option} with use_beta=False", supported="use_beta=True", nearest=f"{option}=False")
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    beta: Float[Tensor, "b h m"] | None = None,
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_beta: Float[Tensor, "b h m v"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The recurrence, token by token: decay, predict, correct."""
+    q, k = (
+        call.scale * _features(call, q, call.config.normalize_queries),
+        _features(call, k, call.config.normalize_keys),
+    )
+    rate = torch.ones_like(v) if value_beta is None else value_beta
+    if beta is not None:
+        rate = rate * beta[..., None]
+    decay = torch.ones_like(k) if log_decay is None else log_decay.exp().expand_as(k)
+    n, m = q.shape[2], k.shape[2]
+    empty = torch.zeros_like(k[..., None] * v[..., None, :]).sum(2)  # (b, h, k, v)
+
+    def write(order: range) -> list[tuple[Tensor, Tensor]]:
+        """S before and after the write of each token."""
+        state, states = empty, []
+        for t in order:
+            before = decay[:, :, t, :, None] * state
+            predicted = (k[:, :, t, None, :] @ before)[:, :, 0]
+            state = before + k[:, :, t, :, None] * (rate[:, :, t] * (v[:, :, t] - predicted))[:, :, None]
+            states.append((before, state))
+        return states
+
+    forward = write(range(m))
+    if call.pattern.cross:
+        return q @ (forward[-1][1] if forward else empty)
+    if call.pattern.causal:
+        seen = [forward[i + m - n][1] if i + m >= n else empty for i in range(n)]
+    else:
+        backward = write(range(m - 1, -1, -1))[::-1]
+        seen = [after + before for (_, after), (before, _) in zip(forward, backward, strict=True)]
+    return torch.stack([q[:, :, i, None] @ seen[i] for i in range(n)], 2)[:, :, :, 0] if n else q @ empty
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    beta: Float[Tensor, "b h m"] | None = None,
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_beta: Float[Tensor, "b h m v"] | None = None,
+) -> Result:
+    """Whole sequences, from an empty state."""
+    call = call.replace(state=None)
+    if call.pattern.cross:
+        return Result(read(call.replace(state=absorb(call, k, v, beta, log_decay, value_beta)), q).output)
+    if call.pattern.causal:
+        return chunked(call, q, k, v, beta, log_decay, value_beta)
+    if value_beta is not None:
+        return _by_columns(parallel, call, (q, k), v, beta, log_decay, value_beta)
+    output = recurrent_forms.bidirectional(call, _queries(call, q), *_writes(call, k, v, beta, log_decay))
+    return Result(output.to(v.dtype))
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    beta: Float[Tensor, "b h m"] | None = None,
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_beta: Float[Tensor, "b h m v"] | None = None,
+) -> Result:
+    if value_beta is not None:
+        return _by_columns(chunked, call, (q, k), v, beta, log_decay, value_beta)
+    output, state = recurrent_forms.chunked(call, _queries(call, q), *_writes(call, k, v, beta, log_decay))
+    return Result(output.to(v.dtype), state)
+
+
+def step(
+    call: Call,
+    q: Float[Tensor, "b h 1 k"],
+    k: Float[Tensor, "b h 1 k"],
+    v: Float[Tensor, "b h 1 v"],
+    beta: Float[Tensor, "b h 1"] | None = None,
+    log_decay: Float[Tensor, "b h 1 #k"] | None = None,
+    value_beta: Float[Tensor, "b h 1 v"] | None = None,
+) -> Result:
+    if value_beta is not None:
+        return _by_columns(step, call, (q, k), v, beta, log_decay, value_beta)
+    output, state = recurrent_forms.step(call, _queries(call, q), *_writes(call, k, v, beta, log_decay))
+    return Result(output.to(v.dtype), state)
+
+
+def absorb(
+    call: Call,
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    beta: Float[Tensor, "b h m"] | None = None,
+    log_decay: Float[Tensor, "b h m #k"] | None = None,
+    value_beta: Float[Tensor, "b h m v"] | None = None,
+) -> MatrixState:
+    """Memory into S, in order; more may follow."""
+    if value_beta is not None:
+
+        def form(call: Call, k: Tensor, v: Tensor, rate: Tensor, g: Tensor | None) -> Result:
+            return Result(v, absorb(call, k, v, rate, g))
+
+        return _by_columns(form, call, (k,), v, beta, log_decay, value_beta).state
+    return recurrent_forms.absorb(call, *_writes(call, k, v, beta, log_decay))
+
+
+def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
+    """Queries on absorbed memory."""
+    return Result(recurrent_forms.read(call, _queries(call, q)).to(q.dtype), call.state)
+
+
+def _features(call: Call, x: Tensor, normalize: bool) -> Tensor:
+    """Activation, then norm, in at least float32."""
+    config: Config = call.config
+    y = FEATURE_MAPS[config.feature_map](x.to(torch.promote_types(x.dtype, torch.float32)))
+    if not normalize:
+        return y
+    if config.norm == "sum":
+        return y / (y.sum(-1, keepdim=True) + config.eps)
+    return y * torch.rsqrt(y.square().sum(-1, keepdim=True) + config.eps)
+
+
+def _queries(call: Call, q: Tensor) -> Tensor:
+    return call.scale * _features(call, q, call.config.normalize_queries)
+
+
+def _writes(
+    call: Call, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Keys, values, gates and rates, in at least float32; keys and rates of padding are zero, so it changes nothing."""
+    if beta is not None and not call.config.use_beta:
+        raise Unsupported("beta with use_beta=False", supported="no beta, which is 1 then", nearest="use_beta=True")
+    if log_decay is not None and log_decay.shape[-1] not in (1, k.shape[-1]):
+        raise Unsupported(
+            f"log_decay with {log_decay.shape[-1]} features for keys with {k.shape[-1]}",
+            supported=f"(B, H, M, 1), or (B, H, M, {k.shape[-1]}) for a gate on each key feature",
+        )
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    k = _features(call, k, call.config.normalize_keys).to(dtype)
+    beta = torch.ones_like(k[..., 0]) if beta is None else beta.to(dtype)
+    valid = call.valid_keys(k.shape[2])
+    if valid is not None:
+        k, beta = torch.where(valid[:, None, :, None], k, 0), torch.where(valid[:, None], beta, 0)
+    return k, v.to(dtype), None if log_decay is None else log_decay.to(dtype), beta
+
+
+def _by_columns(
+    form: Callable[..., Result],
+    call: Call,
+    keys: tuple[Tensor, ...],
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    value_beta: Tensor,
+) -> Result:
+    """A form with a rate for each value feature: every column of S is a head with its own beta."""
+
+    def run(call: Call, *tensors: Tensor) -> Result:
+        *keys, g, v, rate = tensors
+        return form(call, *keys, v, rate[..., 0], g)
+
+    rate = value_beta if beta is None else beta[..., None] * value_beta
+    return recurrent_forms.by_columns(run, call, (*keys, log_decay), (v, rate))
+
+
+class RateProjection(nn.Module):
+    """The layer's beta and decay, from the sequence that is written: adds `beta` (or `value_beta`) and `log_decay`.
+
+    beta = sigmoid(W x), twice that with negative eigenvalues. The decay of ``gated=True`` is that of the gated delta
+    rule and of Mamba-2: g = -exp(A) softplus(W x + b), with exp(A) from 1 to 16 and softplus(b) from 0.001 to 0.1 at
+    the start. Key/value heads have them; the query heads of a group share them.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        config: Config = spec.config
+        self.config, self.heads = config, spec.kv_heads
+        rates = spec.kv_heads * (spec.value_dim if config.vector_beta else 1)
+        self.rate = spec.linear(spec.memory_dim, rates) if config.use_beta else None
+        self.gate = spec.linear(spec.memory_dim, spec.kv_heads) if config.gated else None
+        if config.gated:
+            start = torch.empty(spec.kv_heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            self.log_strength = nn.Parameter(torch.empty(spec.kv_heads).uniform_(1, 16).log())
+            self.gate_bias = nn.Parameter(start + torch.log(-torch.expm1(-start)))
+
+    def forward(
+        self, heads: Tensors, x: Tensor | None, source: Float[Tensor, "b m c"] | None, context: Context
+    ) -> Tensors:
+        if source is None:
+            return heads
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        if self.rate is not None:
+            rate = torch.sigmoid(self.rate(source).to(dtype))
+            if self.config.allow_negative_eigenvalues:
+                rate = 2 * rate
+            rate = rate.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, h, m, 1 | v)
+            heads |= {"value_beta": rate} if self.config.vector_beta else {"beta": rate[..., 0]}
+        if self.gate is not None:
+            step_size = F.softplus(self.gate(source).to(dtype) + self.gate_bias.to(dtype))
+            heads["log_decay"] = (-self.log_strength.to(dtype).exp() * step_size).mT[..., None]
+        return heads
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    key, value, columns = shape.dim_key, shape.dim_value, 1
+    if config.vector_beta:
+        value, columns = 1, shape.dim_value
+    tokens = shape.batch * shape.heads * shape.m * columns
+    return Cost(
+        flops=2.0 * tokens * (3 * key * value + 64 * (2 * key + 2 * value)),
+        memory=float(tokens * (3 * 64 + 3 * key + 2 * value)),
+        state=float(shape.heads * key * value * columns),
+        step_flops=7.0 * shape.batch * shape.heads * key * value * columns,
+    )
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    config: Config,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests: rates where the configuration has them, and gates when `gated`."""
+    size = {"h": 2, "k": 8, "v": 6} | (sizes or {})
+
+    def normal(tokens: int, features: int) -> Tensor:
+        return torch.randn(batch, size["h"], tokens, features, generator=generator, dtype=torch.float64)
+
+    tensors = {"q": normal(n, size["k"]), "k": normal(m, size["k"]), "v": normal(m, size["v"])}
+    if config.use_beta:
+        rate = torch.sigmoid(normal(m, size["v"])) * (2 if config.allow_negative_eigenvalues else 1)
+        tensors |= {"value_beta": rate} if config.vector_beta else {"beta": rate[..., 0]}
+    if config.gated:
+        tensors["log_decay"] = -F.softplus(2 * normal(m, size.get("l", 1)))
+    return {name: x.to(dtype) for name, x in tensors.items()}
+
+
+MECHANISM = Mechanism(
+    name="delta_rule",
+    aliases=("deltanet", "delta_net", "delta", "gated_delta_rule"),
+    kind=Kind.ATTENTION,
+    summary="A matrix memory that is edited; writing under a key first takes away what is stored there.",
+    paper=Paper("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", "2406.06484", 2024, 48),
+    inputs={
+        "q": "bhnk",
+        "k": "bhmk",
+        "v": "bhmv",
+        "beta?": "bhm",
+        "log_decay?": "bhml",
+        "value_beta?": "bhmv",
+    },
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": step,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    state=MatrixState,
+    cost=cost,
+    weights="implicit",
+    domains={"beta": "unit", "log_decay": "log_decay", "value_beta": "unit"},
+    sample_inputs=sample_inputs,
+    projection=RateProjection,
+    layer_defaults={"short_convolution": 4, "output_norm": "rms"},
+)

@@ -1,0 +1,28 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN, so that reading it shows."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args: object, _original: object = original, **kwargs: object) -> torch.Tensor:
+            tensor = _original(*args, **kwargs)  # type: ignore[operator]
+            if tensor.is_floating_point() and not tensor.is_meta and not torch.compiler.is_compiling():
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
+            return tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_seed(request: pytest.FixtureRequest) -> None:
+    """A seed of its own for each test, the same in every run."""
+    torch.manual_seed(sum(ord(c) * 31**i for i, c in enumerate(request.node.nodeid)) % (1 << 31))

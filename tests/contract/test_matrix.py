@@ -1,0 +1,31 @@
+"""The equality matrix for every mechanism in the catalogue: a new mechanism is tested here with no new line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard import get_mechanism, list_mechanisms
+from regard.contract import Kind
+from regard.workbench.verify import PROPERTIES, check
+
+CELLS = [(name, pattern, prop) for name in list_mechanisms() for pattern in get_mechanism(name).patterns for prop in PROPERTIES]
+
+
+@pytest.mark.parametrize(("name", "pattern", "prop"), CELLS, ids=[f"{n}-{p.value}-{q.name}" for n, p, q in CELLS])
+def test_property_holds(name, pattern, prop):
+    card = get_mechanism(name)
+    cells = [cell for dtype in prop.dtypes if (cell := check(card, pattern, prop, dtype)) is not None]
+    failures = [f"{c.dtype}: {c.detail}" for c in cells if c.status == "fail"]
+    assert not failures, "; ".join(failures)
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_card_is_complete(name):
+    card = get_mechanism(name)
+    assert "reference" in card.forms
+    assert set(card.patterns) | set(card.refused) >= set(type(card.patterns[0]))
+    assert all(waiver.reason for waiver in card.waivers)
+    assert all(w.property in {p.name for p in PROPERTIES} for w in card.waivers)
+    assert card.kind is Kind.ATTENTION or card.module is not None
+    assert set(card.tolerances) >= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
