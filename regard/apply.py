@@ -7,13 +7,14 @@ outputs back in their places.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from regard.contract import Call, Mask, Mechanism, Pattern, Result, State, Unsupported, closest
-from regard.ragged import Gathering, gather_pairs, gathering
+from regard.ragged import Gathering, gather_pairs, gathering, gathering_in_place
 
 
 def _axes(card: Mechanism, name: str) -> str:
@@ -30,8 +31,14 @@ def memory_inputs(card: Mechanism) -> list[str]:
 
 
 def shared_inputs(card: Mechanism) -> list[str]:
-    """Inputs that belong to no sequence (they have neither n nor m), such as a learned query: every form gets them."""
+    """Inputs that belong to no sequence (they have neither n nor m), such as a learned query."""
     return [n for n in input_names(card) if not {"n", "m"} & set(_axes(card, n))]
+
+
+def absorbed_inputs(card: Mechanism) -> list[str]:
+    """What the ``absorb`` form is given: the memory's inputs, and those of no sequence that it names as parameters."""
+    named = inspect.signature(card.forms["absorb"]).parameters
+    return memory_inputs(card) + [n for n in shared_inputs(card) if n in named]
 
 
 def _check_shapes(card: Mechanism, tensors: Mapping[str, Tensor], same_length: bool) -> dict[str, int]:
@@ -167,10 +174,15 @@ def apply(
         )
     if not wanted.cross and memory_mask is None and n == m:
         memory_mask = None if mask is None else Mask(mask.valid, mask.lengths, mask.cu_seqlens, mask.max_length)
-    queries = gathering(mask, batch, n, first.device)
+    in_place = card.length == "grid" and wanted is Pattern.NONCAUSAL_SELF and rest.get("grid") is not None
+    queries = (
+        gathering_in_place(mask, batch, n, rest["grid"], first.device)
+        if in_place
+        else gathering(mask, batch, n, first.device)
+    )
     keys = (
         queries
-        if not wanted.cross and n == m and memory_mask is not None and _same(mask, memory_mask)
+        if in_place or (not wanted.cross and n == m and memory_mask is not None and _same(mask, memory_mask))
         else gathering(memory_mask, batch, m, first.device)
     )
     given = _expand_heads(card, given, sizes["h"]) if "h" in sizes else given
@@ -193,6 +205,7 @@ def apply(
         state=state,
         chunk_size=chunk_size,
         backend=backend,
+        valid=queries.valid if in_place else None,
         roles=roles,
         want=want,
         **rest,
@@ -232,7 +245,7 @@ def absorb(
     wanted = card.require_pattern(pattern)
     if "absorb" not in card.forms:
         raise Unsupported(f"absorbing memory with {card.name}", supported="whole calls", nearest="softmax")
-    accepted = memory_inputs(card) + shared_inputs(card)
+    accepted = absorbed_inputs(card)
     given = {n: t for n, t in tensors.items() if t is not None and n in accepted}
     sizes = _check_shapes(card, given, False)
     first = next(iter(given.values()))
@@ -264,12 +277,11 @@ def _scale(card: Mechanism, tensors: Mapping[str, Tensor]) -> float:
 def run_form(card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor]) -> Result:
     """Run one form on right-padded tensors."""
     if form == "absorb+read":
-        memory = {n: tensors.pop(n) for n in memory_inputs(card) if n in tensors}
-        shared = {n: tensors[n] for n in shared_inputs(card) if n in tensors}
+        queries = {n: t for n, t in tensors.items() if n not in memory_inputs(card)}
         state = call.state
-        if memory:
-            state = card.forms["absorb"](call, **memory, **shared)
-        return _as_result(card.forms["read"](call.replace(state=state), **tensors), state)
+        if len(queries) < len(tensors):
+            state = card.forms["absorb"](call, **{n: tensors[n] for n in absorbed_inputs(card) if n in tensors})
+        return _as_result(card.forms["read"](call.replace(state=state), **queries), state)
     if form not in card.forms:
         raise Unsupported(
             f"form {form!r} of {card.name}", supported=", ".join(card.forms), nearest=closest(form, card.forms)

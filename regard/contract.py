@@ -329,6 +329,9 @@ class Call:
         backend: requested by the user; None lets the device decide.
         position_bias: additive scores as a function of query ranks and key ranks, from a position scheme.
         rotate: rotary embedding as a function of (tensor, ranks), for mechanisms that place cached keys themselves.
+        grid: sizes of the image or volume whose tokens are laid out row by row.
+        valid: valid places of the grid; None when all are, or without a grid. On a grid tokens stay in their places,
+            with zeros at invalid ones, and `lengths` is None.
     """
 
     pattern: Pattern
@@ -346,6 +349,7 @@ class Call:
     position_bias: Callable[[Tensor, Tensor], Tensor] | None = None
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     grid: tuple[int, ...] | None = None
+    valid: Bool[Tensor, "b n"] | None = None
     roles: Int[Tensor, "b n"] | None = None
     training: bool = False
     progress: float | None = None

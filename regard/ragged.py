@@ -10,6 +10,7 @@ Values of masks are checked when not compiling; sizes are Python integers, so th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ class Gathering:
     Attributes:
         source_batch, source_length: rows and tokens a row in the caller's layout.
         batch, length: likewise in the dense layout, where each sequence or document has a row.
-        lengths: valid tokens of each dense row (int64); None when every token is valid and the layouts are the same.
+        lengths: valid tokens of each dense row (int64); None when every token is valid and the layouts are the same, and
+            on a grid, where tokens stay in their places.
         dense_index: number (row * source_length + column) of the token that comes to each dense place, and some number
             in range past the end of a sequence; None when the layouts are the same.
         valid: valid tokens in the caller's layout; None when all are.
@@ -92,7 +94,7 @@ class Gathering:
         """To the dense layout: every sequence a row, with zeros in the padding."""
         self._check(x, axis, batch_axis, (self.source_batch, self.source_length), "gather")
         if self.lengths is None:
-            return x
+            return x if self.valid is None else _where(self.valid, x, axis, batch_axis)
         dense_valid = valid_from_lengths(self.lengths, self.length)
         if self.dense_index is None:
             return _where(dense_valid, x, axis, batch_axis)
@@ -158,6 +160,26 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
         dense_index=first + torch.argsort(~valid, dim=-1, stable=True),
         index=first + ranks,
     )
+
+
+def gathering_in_place(
+    mask: Mask | None, batch: int, n: int, grid: tuple[int, ...], device: torch.device | str | None = None
+) -> Gathering:
+    """The :class:`Gathering` that leaves tokens in their places on a grid, with zeros at invalid ones.
+
+    Args:
+        mask: its `valid` or `lengths`.
+        grid: sides of the grid that the `n` tokens fill row by row.
+
+    Raises:
+        Unsupported: for a grid of another size, or packed documents.
+    """
+    if math.prod(grid) != n:
+        raise Unsupported(f"a grid {tuple(grid)} of {n} tokens", supported=f"sides whose product is {n}")
+    if mask is not None and mask.cu_seqlens is not None:
+        raise Unsupported("cu_seqlens on a grid", supported="Mask(valid=...) or Mask(lengths=...)")
+    layout = gathering(mask, batch, n, device)
+    return Gathering(batch, n, batch, n, torch.arange(n, device=device).expand(batch, n), valid=layout.valid)
 
 
 def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | None, batch: int, n: int) -> Gathering:

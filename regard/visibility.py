@@ -102,7 +102,8 @@ class Visibility:
 
 
 def _least(limits: list[int | None]) -> int | None:
-    return min((limit for limit in limits if limit is not None), default=None)
+    given = [limit for limit in limits if limit is not None]
+    return min(given) if given else None
 
 
 def _block(ranks: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ Scale, feature map, normaliser (a column of ones on v) and skip connection are o
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,12 @@ from regard.contract import Unsupported
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps products in the dtype of their tensors: a state rounded to bfloat16 at every token would drift."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def gated_recurrence(
@@ -36,7 +43,8 @@ def gated_recurrence(
 ) -> tuple[Float[Tensor, "b h n v"] | None, Float[Tensor, "b h k v"]]:
     """Outputs and final state, computed chunk by chunk.
 
-    Numerically safe at any length and any gate: no difference of cumulative sums is ever formed.
+    Numerically safe at any length and any gate: no difference of cumulative sums is ever formed, and autocast does not
+    reach in.
 
     Args:
         q: queries; None computes the final state only.
@@ -64,7 +72,8 @@ def gated_recurrence(
         gate = torch.zeros_like(k[..., :1]) if log_decay is None else log_decay
         log_decay = gate.masked_fill(reset[:, None, :, None], -torch.inf)
     run = resolve("gated_recurrence", v.device, backend)
-    return run(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
+    with without_autocast(v.device):
+        return run(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
 
 
 def gated_recurrence_step(
@@ -78,12 +87,13 @@ def gated_recurrence_step(
     """One token of :func:`gated_recurrence` (inclusive). Accumulates in the state's dtype."""
     dtype = state.dtype
     k_, u = k.to(dtype), v.to(dtype)
-    if log_decay is not None:
-        state = state * log_decay.to(dtype).exp()[..., None]
-    if beta is not None:
-        u = beta.to(dtype)[..., None] * (u - torch.einsum("bhkv,bhk->bhv", state, k_))
-    state = state + k_[..., None] * u[..., None, :]
-    return torch.einsum("bhkv,bhk->bhv", state, q.to(dtype)).to(v.dtype), state
+    with without_autocast(v.device):
+        if log_decay is not None:
+            state = state * log_decay.to(dtype).exp()[..., None]
+        if beta is not None:
+            u = beta.to(dtype)[..., None] * (u - torch.einsum("bhkv,bhk->bhv", state, k_))
+        state = state + k_[..., None] * u[..., None, :]
+        return torch.einsum("bhkv,bhk->bhv", state, q.to(dtype)).to(v.dtype), state
 
 
 def gated_recurrence_reference(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Result, State, state_field
-from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
+from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step, without_autocast
 from regard.ragged import flip_rows, place_queries, take_queries
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def absorb(
 
 def read(call: Call, q: Float[Tensor, "b h n k"]) -> Float[Tensor, "b h n v"]:
     """Queries on absorbed memory, in the state's dtype."""
-    return q.to(call.state.memory.dtype) @ call.state.memory
+    with without_autocast(q.device):
+        return q.to(call.state.memory.dtype) @ call.state.memory
 
 
 def length_after(call: Call, k: Float[Tensor, "b h m k"]) -> Int[Tensor, " b"]:

@@ -53,7 +53,13 @@ class LayerSubject:
         return Context(grid=self.subject.grid(n), roles=roles, **more)
 
     def __call__(
-        self, x: Tensor, memory: Tensor | None = None, *, state: Any = None, layer: nn.Module | None = None, **context: Any
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        state: Any = None,
+        layer: nn.Module | None = None,
+        **context: Any,
     ) -> Any:
         module = self.layer if layer is None else layer
         return module(x, memory, context=self.context(x.shape[1], **context), state=state)
@@ -71,7 +77,7 @@ def _pooled(subject: Subject) -> bool:
 
 def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
     """Padded left, right and inside, NaN in the padding, equals each row alone."""
-    if subject.card.length == "grid":
+    if subject.on_grid:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
     counts, total = (9, 4), 12
@@ -134,7 +140,7 @@ def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
 
 def layer_packing(subject: Subject, dtype: torch.dtype) -> float:
     """Packed documents through the layer equal each document alone."""
-    if subject.pattern.cross or subject.card.length == "grid":
+    if subject.pattern.cross or subject.on_grid:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
     x, roles = layer.x(13, batch=1), layer.roles(13, batch=1)
@@ -227,7 +233,9 @@ LAYER_PROPERTIES = [
     Property("layer_packing", "packed documents equal separate ones", layer_packing, (torch.float64,), "layer"),
     Property("layer_causality", "later tokens have no effect", layer_causality, (torch.float64,), "layer"),
     Property("layer_save", "weights round-trip through safetensors", layer_save, (torch.float64,), "layer"),
-    Property("layer_gradient", "every parameter receives a finite gradient", layer_gradients, (torch.float64,), "layer"),
+    Property(
+        "layer_gradient", "every parameter receives a finite gradient", layer_gradients, (torch.float64,), "layer"
+    ),
     Property("layer_compile", "compiled without a graph break equals eager", layer_compile, (torch.float64,), "layer"),
     Property("layer_export", "torch.export gives the same output", layer_export, (torch.float64,), "layer"),
     Property("layer_dtype", "bfloat16 runs and stays finite", layer_low_precision, (torch.bfloat16,), "layer"),

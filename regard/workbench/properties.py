@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from regard.apply import memory_inputs
+from regard.apply import memory_inputs, shared_inputs
 from regard.contract import BlockMask, Kind, Mask, Pattern, State, Tensors, Unsupported, valid_from_lengths
 from regard.workbench.subjects import Subject, axes_of
 
@@ -87,7 +87,7 @@ def _fast_forms(subject: Subject) -> list[str]:
 
 def _sizes(subject: Subject) -> list[tuple[int, int]]:
     """Problem sizes with lengths 0, 1, prime and around a chunk."""
-    if subject.card.length == "grid":
+    if subject.on_grid:
         return [(n, n) for n in (1, 6, 12, 35)]
     if subject.pattern.cross:
         return [(0, PRIME), (1, PRIME), (PRIME, 1), (PRIME, 17), (17, PRIME), (3, 65)]
@@ -97,7 +97,7 @@ def _sizes(subject: Subject) -> list[tuple[int, int]]:
 def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
     errors = []
     sizes = _sizes(subject) if dtype is torch.float64 else [(37, 37 if not subject.pattern.cross else 29)]
-    if subject.card.length == "grid" and dtype is not torch.float64:
+    if subject.on_grid and dtype is not torch.float64:
         sizes = [(35, 35)]
     for n, m in sizes:
         inputs = subject.inputs(n, m, dtype=dtype)
@@ -165,10 +165,13 @@ def _ragged_resume(subject: Subject, inputs: Tensors, expected: Tensor) -> float
         width = int(counts.max())
         parts = []
         for row in range(batch):
-            piece = subject.rows(subject.cut(inputs, slice(int(done[row]), int(done[row] + counts[row]))), slice(row, row + 1))
+            piece = subject.rows(
+                subject.cut(inputs, slice(int(done[row]), int(done[row] + counts[row]))), slice(row, row + 1)
+            )
             parts.append(subject.place(piece, valid_from_lengths(counts[row : row + 1], width), width))
         joined = {
-            name: torch.cat([p[name] for p in parts]) if _batched(subject, name) else parts[0][name] for name in parts[0]
+            name: torch.cat([p[name] for p in parts]) if _batched(subject, name) else parts[0][name]
+            for name in parts[0]
         }
         result = subject.run(joined, mask=Mask(lengths=counts), state=state, return_state=True)
         for row in range(batch):
@@ -196,7 +199,7 @@ def _layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
 
 
 def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
-    if subject.card.length == "grid":
+    if subject.on_grid:
         return _masked_grid(subject, dtype)
     counts, total = torch.tensor([11, 6, 0]), 14
     n = int(counts.max())
@@ -246,7 +249,7 @@ def _masked_grid(subject: Subject, dtype: torch.dtype) -> float:
 
 def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
     """Documents in one row, an empty one among them; one state a document."""
-    if subject.card.length == "grid" or subject.pattern.cross:
+    if subject.on_grid or subject.pattern.cross:
         raise NotApplicable
     lengths = [5, 0, 9, 1]
     inputs = subject.inputs(sum(lengths), batch=1, dtype=dtype)
@@ -262,6 +265,7 @@ def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
         errors.append(relative_error(found, expected))
     if subject.stateful:
         more = subject.inputs(4, batch=len(lengths), dtype=dtype, seed=1)
+        more |= {name: inputs[name] for name in shared_inputs(subject.card) if name in inputs}
         found = subject.run(more, state=result.state).output
         for d in range(len(lengths)):
             part = slice(int(borders[d]), int(borders[d + 1]))
@@ -304,7 +308,9 @@ def later_tokens_have_no_effect(subject: Subject, dtype: torch.dtype) -> float:
                 later = torch.arange(x.shape[axis]) >= t
                 shape = [1] * x.ndim
                 shape[axis] = -1
-                changed = other[name] if not x.is_floating_point() or subject.card.domains.get(name) else other[name] * 3
+                changed = (
+                    other[name] if not x.is_floating_point() or subject.card.domains.get(name) else other[name] * 3
+                )
                 return torch.where(later.view(shape), changed, x)
 
             altered = dict(inputs)
@@ -312,7 +318,9 @@ def later_tokens_have_no_effect(subject: Subject, dtype: torch.dtype) -> float:
                 for letter, axis in subject.positions(name).items():
                     altered[name] = change(altered[name], axis, letter, name)
             after = subject.run(altered, form=form).output
-            errors.append(relative_error(subject.take_output(after, slice(0, t)), subject.take_output(before, slice(0, t))))
+            errors.append(
+                relative_error(subject.take_output(after, slice(0, t)), subject.take_output(before, slice(0, t)))
+            )
     return worst(errors)
 
 
@@ -348,8 +356,8 @@ def _cut_pair(subject: Subject, inputs: Tensors, n: int, m: int) -> Tensors:
 
 def hidden_rows_give_zero(subject: Subject, dtype: torch.dtype) -> float:
     """A row with no valid token gives 0, and gradients stay finite with NaN in the padding."""
-    inputs = subject.inputs(6 if subject.card.length == "grid" else 7, dtype=dtype)
-    n = 6 if subject.card.length == "grid" else 7
+    inputs = subject.inputs(6 if subject.on_grid else 7, dtype=dtype)
+    n = 6 if subject.on_grid else 7
     valid = torch.ones(2, n, dtype=torch.bool)
     valid[1] = False
     leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
@@ -416,7 +424,7 @@ def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> list[Tens
 
 
 def padding_gets_no_gradient(subject: Subject, dtype: torch.dtype) -> float:
-    if subject.card.length == "grid":
+    if subject.on_grid:
         raise NotApplicable
     n = 9
     inputs = subject.inputs(n, dtype=dtype)
@@ -476,8 +484,9 @@ def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
     n, m = 7, 16
     inputs = subject.inputs(n, m, dtype=dtype)
     expected = subject.reference(inputs)
-    memory = {k: v for k, v in inputs.items() if k in (*memory_inputs(subject.card), "roles")}
-    queries = {k: v for k, v in inputs.items() if k not in memory}
+    shared = shared_inputs(subject.card)
+    memory = {k: v for k, v in inputs.items() if k in (*memory_inputs(subject.card), *shared, "roles")}
+    queries = {k: v for k, v in inputs.items() if k not in memory or k in shared}
     state = None
     for part in (slice(0, 1), slice(1, 9), slice(9, m)):
         state = subject.absorb(subject.cut(memory, slice(None), part), state=state)
@@ -492,7 +501,7 @@ def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
 
 def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
     inputs = subject.inputs(12, dtype=dtype)
-    mask = None if subject.card.length == "grid" else Mask(lengths=torch.tensor([12, 7]))
+    mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
 
     def function(tensors: Tensors) -> Tensor:
         return subject.run(tensors, mask=mask).output
@@ -535,7 +544,9 @@ def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
             lengths = torch.tensor([n, 6])
             both = Mask(bias=bias, lengths=lengths)
             found = subject.run(inputs, mask=both).output[1:2]
-            own = subject.cut(subject.rows(inputs, slice(1, 2)), slice(0, 6), slice(None) if subject.pattern.cross else None)
+            own = subject.cut(
+                subject.rows(inputs, slice(1, 2)), slice(0, 6), slice(None) if subject.pattern.cross else None
+            )
             keys = m if subject.pattern.cross else 6
             expected = subject.reference(own, mask=Mask(bias=bias[1:2, :, :6, :keys]))
             errors.append(relative_error(subject.take_output(found, slice(0, 6)), expected))
@@ -570,12 +581,29 @@ def _expect_refusal(action: Callable[[], Any], what: str) -> None:
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 FUNCTION_PROPERTIES = [
-    Property("reference", "each fast form equals the definition, at lengths 0, 1, prime and around a chunk", forms_equal_reference, FLOATS),
+    Property(
+        "reference",
+        "each fast form equals the definition, at lengths 0, 1, prime and around a chunk",
+        forms_equal_reference,
+        FLOATS,
+    ),
     Property("chunk_size", "the chunk size changes nothing", any_chunk_size, FLOATS[:2]),
     Property("step", "token by token equals the definition", steps_equal_reference, FLOATS),
-    Property("split_resume", "split anywhere and resumed equals whole, also when rows advance unequally", split_and_resume, FLOATS[:2]),
-    Property("padding", "padded left, right or inside, with NaN in the padding, equals unpadded", padded_equals_unpadded, FLOATS[:2]),
-    Property("packing", "packed documents equal separate ones, and leave one state each", packed_equals_separate, FLOATS[:2]),
+    Property(
+        "split_resume",
+        "split anywhere and resumed equals whole, also when rows advance unequally",
+        split_and_resume,
+        FLOATS[:2],
+    ),
+    Property(
+        "padding",
+        "padded left, right or inside, with NaN in the padding, equals unpadded",
+        padded_equals_unpadded,
+        FLOATS[:2],
+    ),
+    Property(
+        "packing", "packed documents equal separate ones, and leave one state each", packed_equals_separate, FLOATS[:2]
+    ),
     Property("row_alone", "a row of a batch equals the row alone", row_equals_alone),
     Property("causality", "later tokens have no effect", later_tokens_have_no_effect),
     Property("alignment", "unequal lengths align bottom-right, or are refused", bottom_right_alignment),
@@ -583,7 +611,12 @@ FUNCTION_PROPERTIES = [
     Property("gradient", "gradients equal numerical ones and the definition's", gradients_equal_reference),
     Property("padding_gradient", "padding receives no gradient", padding_gets_no_gradient),
     Property("state", "a state is saved, loaded, selected and reset as data", state_is_data),
-    Property("state_dtype", "the state's dtypes and, if recurrent, sizes do not change", state_keeps_precision, (torch.float64, torch.bfloat16)),
+    Property(
+        "state_dtype",
+        "the state's dtypes and, if recurrent, sizes do not change",
+        state_keeps_precision,
+        (torch.float64, torch.bfloat16),
+    ),
     Property("memory", "memory absorbed in pieces and read in steps equals the whole", memory_in_pieces, FLOATS[:2]),
     Property("compile", "compiled without a graph break equals eager", compiles_whole),
     Property("grouped_heads", "fewer key/value heads equal repeated ones", grouped_heads),

@@ -26,7 +26,7 @@ from regard.contract import Unsupported, closest
 from regard.workbench import provenance
 
 SCHEMA_VERSION = 1
-KINDS = ("search", "quality", "cost", "profile", "run")
+KINDS = ("plan", "search", "quality", "cost", "profile", "verify", "run")
 SECONDS_TO_WAIT = 60.0
 """For another writer to finish its row."""
 

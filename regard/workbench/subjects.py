@@ -66,15 +66,27 @@ class Subject:
     def rng(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether tokens have places on a grid; in other patterns than noncausal-self they have an order instead."""
+        return self.card.length == "grid" and self.pattern is Pattern.NONCAUSAL_SELF
+
     def grid(self, n: int) -> tuple[int, ...] | None:
         """The grid of `n` tokens, for mechanisms that need one: as square as n allows."""
-        if self.card.length != "grid":
+        if not self.on_grid:
             return None
         height = next(h for h in range(int(n**0.5) or 1, 0, -1) if n % h == 0)
         return (height, n // height)
 
     def inputs(
-        self, n: int, m: int | None = None, *, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0, **sizes: int
+        self,
+        n: int,
+        m: int | None = None,
+        *,
+        batch: int = 2,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        **sizes: int,
     ) -> Tensors:
         """Sampled inputs; `roles` among them where the mechanism reads roles. In self patterns m = n unless given."""
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
@@ -95,7 +107,7 @@ class Subject:
         if "roles" in inputs:
             call["roles"] = inputs.pop("roles")
         name = self.token_input(inputs)
-        if self.card.length == "grid" and "grid" not in call and name is not None:
+        if self.on_grid and "grid" not in call and name is not None:
             call["grid"] = self.grid(inputs[name].shape[axes_of(self.card, name).index("n")])
         return apply(self.card, inputs, pattern=self.pattern, config=self.config, **call)
 

@@ -44,7 +44,9 @@ class Cell:
 
     @property
     def key(self) -> dict[str, str]:
-        return {k: str(v) for k, v in asdict(self).items() if k in ("mechanism", "pattern", "property", "dtype", "backend")}
+        return {
+            k: str(v) for k, v in asdict(self).items() if k in ("mechanism", "pattern", "property", "dtype", "backend")
+        }
 
 
 def _waiver(card: Mechanism, property_name: str, pattern: Pattern) -> Waiver | None:

@@ -132,7 +132,7 @@ def test_validation_folder_is_what_is_held_out(folder, tmp_path):
     assert len(set(training)) == 29
     assert not set(held_out) & set(training)
     photo(tmp_path / "valid" / "toad" / "x.png", 7)
-    with pytest.raises(Unsupported, match="classes differ.*toad"):
+    with pytest.raises(Unsupported, match=r"classes differ.*toad"):
         create_task("images", data=folder, validation=tmp_path / "valid")
 
 

@@ -1,0 +1,151 @@
+"""The shell of mixers: padding, patterns and states around a layer whose inside is its own.
+
+A mixer inherits from :class:`MixerLayer` and says what it does with dense tokens (`mix`), and with memory where it has
+cross patterns (`absorb`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Mask, Mechanism, Pattern, Result, Unsupported
+from regard.ragged import Gathering, gathering, gathering_in_place
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence as a mixer sees it: zeros in the padding, which is on the right, or in places of a grid.
+
+    Attributes:
+        x: (B, N, C).
+        lengths: valid tokens of each row; None when all are, and on a grid.
+        valid: valid places of a grid; None when all are, and without a grid.
+    """
+
+    x: Float[Tensor, "b n c"]
+    lengths: Int[Tensor, " b"] | None = None
+    valid: Bool[Tensor, "b n"] | None = None
+
+    @property
+    def mask(self) -> Mask | None:
+        """For :func:`regard.apply.apply`."""
+        if self.lengths is None and self.valid is None:
+            return None
+        return Mask(lengths=self.lengths, valid=self.valid)
+
+    def count(self) -> Int[Tensor, " b"]:
+        """Valid tokens of each row of a sequence."""
+        if self.lengths is not None:
+            return self.lengths
+        return torch.full(self.x.shape[:1], self.x.shape[1], device=self.x.device)
+
+
+class MixerLayer(nn.Module):
+    """A mixer as a layer, (B, N, C) -> (B, N, C).
+
+    Args:
+        card: the mechanism.
+        dim: width C of the input and output.
+        pattern: one of the mechanism's patterns.
+        config: the mechanism's options.
+    """
+
+    def __init__(self, card: Mechanism, dim: int, *, pattern: str | Pattern, config: Any = None) -> None:
+        super().__init__()
+        self.card, self.dim, self.pattern = card, dim, card.require_pattern(pattern)
+        self.config = card.options() if config is None else config
+
+    def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
+        """Output on dense tokens, with the state after them when `state` is given or ``"state"`` is wanted."""
+        raise NotImplementedError
+
+    def absorb(self, memory: Tokens, state: Any) -> Any:
+        """The state after memory, continuing `state`; only mixers with cross patterns have it."""
+        raise Unsupported(f"absorbing memory with {self.card.name}", supported="layer(x)", nearest="softmax")
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c2"] | None = None,
+        *,
+        context: Context | None = None,
+        state: Any = None,
+    ) -> Result:
+        """Mix a sequence.
+
+        Args:
+            x: input; in cross patterns the queries' sequence.
+            memory: the other sequence of cross patterns; None when `state` has absorbed it.
+            context: masks, grid, generator, and what is wanted.
+            state: continue from it; the result then carries the new state.
+
+        Raises:
+            Unsupported: for what the pattern or the mechanism does not have.
+        """
+        context = Context() if context is None else context
+        self._check(memory, context, state)
+        layout = self._layout(x, context)
+        tokens = Tokens(layout.gather(x, axis=1), layout.lengths, layout.valid if layout.lengths is None else None)
+        keys = None if memory is None else _right_padded(memory, context.memory_mask)
+        result = self.mix(tokens, keys, context, state)
+        result.output = layout.scatter(result.output, axis=1)
+        return result
+
+    def step(self, x_t: Float[Tensor, "b c"], state: Any) -> tuple[Float[Tensor, "b c"], Any]:
+        """One token: the output and the state after it."""
+        result = self(x_t[:, None], state=state)
+        return result.output[:, 0], result.state
+
+    def encode_memory(
+        self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: Any = None
+    ) -> Any:
+        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in."""
+        if not self.pattern.cross:
+            raise Unsupported(f"encode_memory in {self.pattern.value}", supported="cross patterns", nearest="layer(x)")
+        return self.absorb(_right_padded(memory, None if context is None else context.memory_mask), state)
+
+    def _layout(self, x: Tensor, context: Context) -> Gathering:
+        batch, n = x.shape[:2]
+        if self.card.length == "grid" and context.grid is not None:
+            if self.pattern is not Pattern.NONCAUSAL_SELF:
+                raise Unsupported(
+                    f"{self.card.name} on a grid in {self.pattern.value}",
+                    supported="grid=None, for a sequence",
+                    nearest=Pattern.NONCAUSAL_SELF.value,
+                )
+            return gathering_in_place(context.mask, batch, n, context.grid, x.device)
+        return gathering(context.mask, batch, n, x.device)
+
+    def _check(self, memory: Tensor | None, context: Context, state: Any) -> None:
+        if memory is None and self.pattern.cross and state is None:
+            raise Unsupported(f"{self.pattern.value} without memory", supported="memory, or a state from encode_memory")
+        if memory is not None and not self.pattern.cross:
+            raise Unsupported(f"memory in {self.pattern.value}", supported="cross patterns")
+        if memory is not None and state is not None:
+            raise Unsupported(
+                "memory beside a state that has absorbed one", supported="encode_memory(memory, state=state)"
+            )
+        for what, given in (
+            ("bias on pairs", context.mask is not None and context.mask.bias is not None),
+            ("a block mask", context.mask is not None and context.mask.blocks is not None),
+            ("attention weights", "weights" in context.want),
+            ("roles", context.roles is not None),
+        ):
+            if given:
+                raise Unsupported(
+                    f"{self.card.name} with {what}",
+                    supported="valid, lengths and cu_seqlens masks",
+                    nearest="softmax",
+                )
+
+
+def _right_padded(memory: Tensor, mask: Mask | None) -> Tokens:
+    layout = gathering(mask, memory.shape[0], memory.shape[1], memory.device)
+    return Tokens(layout.gather(memory, axis=1), layout.lengths)

@@ -1,0 +1,747 @@
+r"""Landmark attention: a landmark token after each block gates attention to the block, and later finds it in a cache.
+
+When to pick it: to use a context far longer than the one trained on, at a bounded number of attended tokens for each
+query, with every past token still reachable.
+When not: short sequences (plain softmax is cheaper: landmarks lengthen the sequence by a token a block), or when the
+state must not grow (`cache_blocks` bounds it by forgetting the oldest blocks).
+
+Definition (Mohtashami and Jaggi, arXiv 2305.16300, sections 3.1-3.3). A landmark belongs to the block that it closes.
+With S = tau Q K^T, for query i in block b, over visible keys:
+
+    t_i   = softmax of S_i over { normal tokens of block b } and { landmarks of the other blocks that hold a token }
+    u_i^c = softmax of S_i over the normal tokens of block c,             for each other block c
+    W_ij  = t_ij                    for normal j in block b
+          = t_i,landmark(c) u_ij^c  for normal j in another block c
+          = 0                       for landmarks,                        O = W V
+
+Rows sum to 1, except for a query without keys, which gives 0. The fast forms use the same thing in one softmax: with
+LSE_ic the log-sum-exp of S_i over the normal tokens of block c, W_i = softmax over normal tokens of S_ij + C_ij, where
+C_ij = S_i,landmark(c) - LSE_ic for j in another block c and 0 in the query's own.
+
+- A query never attends to the landmark of its own block, and a landmark never to itself: a landmark query reads its
+  block's tokens and the earlier blocks.
+- causal-self: other blocks are the earlier ones. noncausal-self: all others. Cross patterns: all blocks of the memory
+  are gated; tokens after its last landmark cannot be reached, so end the memory with a landmark.
+- A block of which the query sees no token (an empty one, or one hidden by a bias) loses its landmark too; a block whose
+  landmark is hidden loses its tokens.
+
+Retrieval (section 3.3; causal-self with a state, `top_k` = k): the state keeps keys before rotation, values, and which
+tokens are landmarks. A call is one chunk, or is read in chunks of `chunk_size`. For each token and head the k blocks of
+highest landmark score, among the complete blocks cached before the chunk, are attended to together with the incomplete
+block and the chunk. With rotary positions blocks take slots of `block` + 1 positions instead of their distant true
+places: to be scored, the k newest blocks have the slots 1 to k and older ones slot 0; the m-th chosen block in order of
+time (from 0) has slot m, or m + 1 if it is one of the k newest; the incomplete block follows at slot k + 1. While no
+more than k blocks are cached, slots are true places. So positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
+
+| paper | here |
+|---|---|
+| block length l_block | `block`: normal tokens before each landmark |
+| k retrieved blocks | `top_k`; None attends to all cached blocks, which is W above |
+| memory size (cache of blocks) | `cache_blocks`; the oldest complete block is dropped first; None keeps all |
+| landmark token | `roles == Role.LANDMARK`; :func:`prepare` inserts them |
+| GroupedSoftmax | `softmax="grouped"`; "ignore" hides landmarks, "plain" treats them as normal tokens |
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). `roles` (B, M) goes with the keys. Blocks
+may have any length in whole calls; with `top_k` a block has exactly `block` tokens (the first of a sequence may have
+fewer), and with `cache_blocks` at most `block`.
+Deviations: noncausal and cross patterns are not in the paper. Blocks without a visible token lose their landmark; the
+original code lets an empty block keep its share, so that rows sum to less than 1. Selection is per token and head only
+(the original also shares it over heads or over the tokens of a chunk), and the context miss token is left out.
+`group_dropout` drops gates (not the own block), `position_jump` adds a random number below it to the positions after
+each landmark; both act in training only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Role,
+    Shape,
+    State,
+    Tensors,
+    Unsupported,
+    Waiver,
+    at_least,
+    one_of,
+    state_field,
+)
+from regard.visibility import Ranks, Visibility, masked_scores_bias, ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+PAIRS_AT_ONCE = 1 << 20
+"""Pairs of positions above which queries are taken block by block."""
+
+NUMBERS_AT_ONCE = 1 << 24
+"""Numbers of retrieved keys above which queries are taken block by block."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        block: normal tokens in a block, >= 1; its landmark comes after them.
+        top_k: blocks that each token and head retrieves from the cache, >= 1; None for all.
+        cache_blocks: complete blocks that are cached, >= 1; None for all.
+        group_dropout: probability in [0, 1) of dropping the gate of a block, in training.
+        softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are tokens like others).
+        position_jump: in training, positions after a landmark grow by a random integer below it; 0 for none.
+    """
+
+    block: int = 50
+    top_k: int | None = None
+    cache_blocks: int | None = None
+    group_dropout: float = 0.0
+    softmax: str = "grouped"
+    position_jump: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("block", self.block, 1)
+        for name in ("top_k", "cache_blocks"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        if not 0.0 <= self.group_dropout < 1.0:
+            raise Unsupported(f"group_dropout={self.group_dropout}", supported="0 <= group_dropout < 1")
+        one_of("softmax", self.softmax, ("grouped", "ignore", "plain"))
+        at_least("position_jump", self.position_jump, 0)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a continued sequence sees less than its whole past."""
+        return self.top_k is not None or self.cache_blocks is not None
+
+
+@dataclass(frozen=True)
+class LandmarkState(State):
+    """Cached tokens of each row: complete blocks, then the incomplete one.
+
+    The last `cached` slots of a row hold tokens, in order; the slots before them are empty. Keys are not rotated.
+    """
+
+    k: Float[Tensor, "b g past d"] = state_field()
+    v: Float[Tensor, "b g past v"] = state_field()
+    landmark: Bool[Tensor, "b past"] = state_field()
+    cached: Int[Tensor, " b"] = state_field()
+    length: Int[Tensor, " b"] = state_field()
+
+    def present(self) -> Bool[Tensor, "b past"]:
+        """Slots that hold a token."""
+        past = self.k.shape[2]
+        return torch.arange(past, device=self.k.device) >= past - self.cached[:, None]
+
+    def ranks(self) -> Int[Tensor, "b past"]:
+        """Rank of each slot's token in its sequence; -1 for an empty slot."""
+        past = self.k.shape[2]
+        rank = torch.arange(past, device=self.k.device) + (self.length[:, None] - past)
+        return torch.where(self.present(), rank, -1)
+
+
+def prepare(
+    ids: Int[Tensor, "b n"],
+    config: Config,
+    *,
+    landmark_id: int = 0,
+    lengths: Int[Tensor, " b"] | None = None,
+    phase: int | Int[Tensor, " b"] = 0,
+) -> tuple[Int[Tensor, "b n2"], Int[Tensor, "b n2"]]:
+    """Insert a landmark after every `config.block` tokens.
+
+    What is inserted after a token is read together with it, so a stream may be cut anywhere.
+
+    Args:
+        ids: tokens, right-padded.
+        config: gives the block length.
+        landmark_id: id of the inserted tokens.
+        lengths: valid tokens of each row; all when None.
+        phase: tokens of the incomplete block that came before, from 0 to block - 1: the number of tokens read so far
+            modulo `config.block`.
+
+    Returns:
+        ids and roles, right-padded with zeros; row r has ``lengths + (phase + lengths) // config.block`` valid ones.
+    """
+    batch, n = ids.shape
+    size = config.block + 1
+    before = torch.as_tensor(phase, device=ids.device).expand(batch)[:, None]
+    if not torch.compiler.is_compiling() and batch and not 0 <= int(before.min()) <= int(before.max()) < config.block:
+        raise Unsupported(
+            f"phase from {int(before.min())} to {int(before.max())}",
+            supported=f"0 to {config.block - 1}",
+            nearest=f"phase % {config.block}",
+        )
+    longest = phase if isinstance(phase, int) else config.block - 1
+    place = torch.arange(n + (longest + n) // config.block, device=ids.device)
+    landmark = (before + place) % size == config.block
+    token = place - (before + place) // size  # normal tokens of this call before each place
+    valid = torch.full((batch, 1), n, device=ids.device) if lengths is None else lengths[:, None]
+    inside = torch.where(landmark, token <= valid, token < valid)
+    taken = F.pad(ids, (0, 1)).gather(1, token.clamp(max=n))
+    prepared = torch.where(landmark, landmark_id, taken)
+    return torch.where(inside, prepared, 0), torch.where(inside & landmark, int(Role.LANDMARK), int(Role.TOKEN))
+
+
+def reference(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the two levels of softmax one block after the other."""
+    _check(call)
+    n, m = q.shape[2], k.shape[2]
+    landmark = _landmarks(call, k)[:, None, None]  # (b, 1, 1, m)
+    where = ranks(call, n, m, q.device)
+    q, k = _rotated(call, q, k, where, landmark[:, 0, 0])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    visible, added = _visible(call, where, call.bias, q.dtype)
+    scores = call.scale * q @ k.mT + (0 if added is None else added)
+    block = landmark.cumsum(-1) - landmark.long()
+    if call.pattern.cross or m == 0:
+        own = torch.zeros_like(visible)
+    else:
+        own = block == block.mT[:, :, (torch.arange(n, device=q.device) + m - n).clamp(0, m - 1)]
+
+    def softmax(members: Tensor) -> Tensor:
+        return scores.masked_fill(~members, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    if call.config.softmax != "grouped":
+        weights = softmax(visible if call.config.softmax == "plain" else visible & ~landmark)
+    else:
+        others = [visible & ~own & (block == c) for c in range(m)]
+        tokens = [other & ~landmark for other in others]
+        gates = [other & landmark & some.any(-1, keepdim=True) for other, some in zip(others, tokens, strict=True)]
+        local = visible & own & ~landmark
+        top = softmax(torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local)
+        weights = top * local
+        kept = _dropped_gates(call, scores.shape, q)
+        top = top if kept is None else top * kept
+        for gate, some in zip(gates, tokens, strict=True):
+            weights = weights + (top * gate).sum(-1, keepdim=True) * softmax(some)
+    return _dropped(call, weights) @ v
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Result:
+    _check(call)
+    landmark = _landmarks(call, k)
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    return _attend(call, *_rotated(call, q, k, where, landmark), v, landmark, where)
+
+
+def chunked(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Result:
+    """Continue a cached sequence by any number of tokens, in chunks of `call.chunk_size`; also the step.
+
+    The chunk size matters only where the past is not seen whole (`top_k`, `cache_blocks`).
+    """
+    _check(call)
+    if call.state is not None and (call.bias is not None or call.blocks is not None):
+        raise Unsupported("landmark with a bias or a block mask beside a state", supported="whole calls")
+    if not call.config.bounded:
+        return _continue(call, q, k, v)
+    n = q.shape[2]
+    if n != k.shape[2] or call.lengths is not call.memory_lengths:
+        raise Unsupported(
+            "landmark with top_k or cache_blocks and other queries than keys", supported="one query for each key"
+        )
+    if call.bias is not None or call.blocks is not None or call.position_bias is not None or "weights" in call.want:
+        raise Unsupported(
+            "landmark with a bias, a block mask, position biases or weights under top_k or cache_blocks",
+            supported="these with top_k=None and cache_blocks=None, or in calls without a state",
+        )
+    size = call.chunk_size or max(n, 1)
+    outputs, state = [], call.state
+    for start in range(0, max(n, 1), size):
+        rows = slice(start, start + size)
+        lengths = None if call.lengths is None else (call.lengths - start).clamp(0, min(size, n - start))
+        part = call.replace(
+            state=state,
+            lengths=lengths,
+            memory_lengths=lengths,
+            roles=None if call.roles is None else call.roles[:, rows],
+        )
+        result = _continue(part, q[:, :, rows], k[:, :, rows], v[:, :, rows])
+        outputs.append(result.output)
+        state = result.state
+    return Result(torch.cat(outputs, 2), state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> LandmarkState:
+    """Memory with its landmarks into a cache; more may follow."""
+    _check(call)
+    return _append(_past(call, k, v), k, v, _landmarks(call, k), call.memory_lengths, call.config)
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+    """Queries on absorbed memory."""
+    state: LandmarkState = call.state
+    where = _ranks(torch.arange(q.shape[2], device=q.device)[None], state.ranks())
+    return _attend(call, q, state.k, state.v, state.landmark, where, state)
+
+
+def _check(call: Call) -> None:
+    config: Config = call.config
+    if call.pattern is not Pattern.CAUSAL_SELF:
+        if config.bounded:
+            raise Unsupported(
+                f"landmark with top_k or cache_blocks in {call.pattern.value}",
+                supported="causal-self",
+                nearest="top_k=None, cache_blocks=None",
+            )
+        if call.rotate is not None and call.pattern.cross:
+            raise Unsupported(
+                f"landmark that rotates in {call.pattern.value}", supported="queries and keys rotated before"
+            )
+    if call.pattern.cross and call.roles is None and config.softmax == "grouped":
+        raise Unsupported(
+            f"landmark in {call.pattern.value} without roles of the keys, of which none could then be reached",
+            supported="roles with a landmark after each block",
+        )
+    if config.position_jump and call.training and call.rotate is None:
+        raise Unsupported("position_jump without rotary positions", supported="causal-self with rotary positions")
+
+
+def _landmarks(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
+    batch, m = k.shape[0], k.shape[2]
+    if call.roles is None:
+        return torch.zeros(batch, m, dtype=torch.bool, device=k.device)
+    if call.roles.shape != (batch, m):
+        raise Unsupported(
+            f"roles of shape {tuple(call.roles.shape)} for {batch} rows of {m} keys", supported=f"({batch}, {m})"
+        )
+    return call.roles == Role.LANDMARK
+
+
+def _ranks(queries: Tensor, keys: Tensor) -> Ranks:
+    return Ranks(queries, keys, offset=None, first=None, plain=False)
+
+
+def _visible(call: Call, where: Ranks, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    visibility = Visibility(causal=call.pattern.causal and not call.pattern.cross)
+    return masked_scores_bias(where, visibility, bias, call.position_bias, call.blocks, dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`.
+
+    Keys are new ones in the slots of their ranks when positions jump.
+    """
+    if call.rotate is None or k.shape[2] == 0 or q.shape[2] == 0:
+        return q, k
+    queries, keys = where.queries.clamp(min=0), where.keys.clamp(min=0)
+    if call.config.position_jump and call.training:
+        jumps = torch.randint(
+            0, call.config.position_jump, landmark.shape, generator=call.generator, device=landmark.device
+        )
+        jumps = torch.where(landmark, jumps, 0)
+        gained = jumps.cumsum(-1) - jumps
+        at = queries.clamp(max=k.shape[2] - 1).expand(k.shape[0], -1)
+        queries, keys = queries + gained.gather(-1, at), keys + gained
+    return call.rotate(_wide(q), queries), call.rotate(_wide(k), keys)
+
+
+def _dropped(call: Call, weights: Tensor) -> Tensor:
+    if call.dropout == 0:
+        return weights
+    kept = torch.rand(weights.shape, generator=call.generator, device=weights.device, dtype=weights.dtype)
+    return weights * (kept >= call.dropout) / (1 - call.dropout)
+
+
+def _dropped_gates(call: Call, shape: torch.Size, like: Tensor) -> Tensor | None:
+    """0 or 1 / (1 - group_dropout) for each gate; None when no gate is dropped."""
+    probability = call.config.group_dropout
+    if probability == 0 or not call.training:
+        return None
+    kept = torch.rand(shape, generator=call.generator, device=like.device, dtype=_wide(like).dtype) >= probability
+    return kept / (1 - probability)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (b, h, n, x) @ b (b, g, x, y), each group of b with its h / g heads of a."""
+    groups = b.shape[1]
+    if a.shape[1] == groups:
+        return a @ b
+    return (a.unflatten(1, (groups, -1)).flatten(2, 3) @ b).unflatten(2, (-1, a.shape[2])).flatten(1, 2)
+
+
+def _logits(
+    call: Call, q: Tensor, k: Tensor, landmark: Tensor, where: Ranks, bias: Tensor | None
+) -> tuple[Float[Tensor, "b h n m"], Float[Tensor, "b h n m"] | None]:
+    """S + C, whose softmax is W, with -inf where W is 0; and factors of the weights when gates are dropped.
+
+    Every key points to the landmark that closes its block; tables over blocks are tables over landmark slots, filled by
+    scattering along these pointers.
+    """
+    scores = call.scale * _product(_wide(q), _wide(k).mT)
+    visible, added = _visible(call, where, bias, scores.dtype)
+    scores = scores if added is None else scores + added
+    marks = landmark[:, None, None]
+    if call.config.softmax != "grouped":
+        members = visible if call.config.softmax == "plain" else visible & ~marks
+        return scores.masked_fill(~members, -torch.inf), None
+    slots = torch.arange(k.shape[2], device=k.device)
+    # Without a landmark after it a key points to the last slot, which does not open a gate unless it is a landmark.
+    closing = torch.where(landmark, slots, k.shape[2] - 1).flip(-1).cummin(-1).values.flip(-1)
+    tokens = visible & ~marks
+    opened = (visible & marks).expand(landmark.shape[0], -1, scores.shape[2], -1)
+    gated = tokens & opened.gather(-1, closing[:, None, None].expand_as(opened))
+    local = torch.zeros_like(gated)
+    if not call.pattern.cross:
+        number = landmark.cumsum(-1) - landmark.long()
+        earlier = landmark[:, None] & (where.keys[:, None] < where.queries[:, :, None])
+        own = (earlier.sum(-1)[:, :, None] == number[:, None])[:, None]
+        gated, local = gated & ~own, tokens & own
+
+    index = closing[:, None, None].expand_as(scores)
+    inner = torch.where(gated, scores, -torch.inf)
+    peak = torch.full_like(scores, -torch.inf).scatter_reduce(-1, index, inner.detach(), "amax").detach()
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    total = torch.zeros_like(scores).scatter_add(-1, index, (inner - peak.gather(-1, index)).exp())
+    gate = scores - peak - torch.where(total > 0, total, 1.0).log()  # C, where the slot is a landmark
+    logits = torch.where(gated, scores + gate.gather(-1, index), torch.where(local, scores, -torch.inf))
+    kept = _dropped_gates(call, scores.shape, q)
+    return logits, None if kept is None else torch.where(gated, kept.gather(-1, index), 1.0)
+
+
+def _normalized(logits: Tensor) -> Tensor:
+    """Softmax; 0 where all logits are -inf."""
+    some = (logits > -torch.inf).any(-1, keepdim=True)
+    return torch.where(some, logits, 0.0).softmax(-1) * some
+
+
+def _attend(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, where: Ranks, state: LandmarkState | None = None
+) -> Result:
+    """Grouped softmax over the given keys, some queries at a time."""
+    n, m = q.shape[2], k.shape[2]
+    want_weights = "weights" in call.want
+    if n == 0 or m == 0:
+        extras = {"weights": q.new_zeros(*q.shape[:3], m)} if want_weights else {}
+        return Result(v.new_zeros(*q.shape[:3], v.shape[-1]), state, extras=extras)
+    size = n if n * m <= PAIRS_AT_ONCE else max(1, PAIRS_AT_ONCE // m)
+    # A second draw from an explicit generator would differ: random weights are kept instead of computed again.
+    random = call.dropout > 0 or (call.config.group_dropout > 0 and call.training)
+    outputs, weights = [], []
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        here = _ranks(where.queries[:, rows], where.keys)
+        bias = call.bias if call.bias is None or call.bias.shape[-2] == 1 else call.bias[..., rows, :]
+
+        def attend(
+            q_: Tensor, k_: Tensor, v_: Tensor, here: Ranks = here, bias: Tensor | None = bias
+        ) -> tuple[Tensor, Tensor]:
+            logits, factors = _logits(call, q_, k_, landmark, here, bias)
+            found = _normalized(logits)
+            found = _dropped(call, found if factors is None else found * factors)
+            return _product(found, _wide(v_)).to(v_.dtype), found
+
+        arguments = (q[:, :, rows], k, v)
+        if size < n and torch.is_grad_enabled() and not random and not want_weights:
+            output, found = checkpoint(attend, *arguments, use_reentrant=False)
+        else:
+            output, found = attend(*arguments)
+        outputs.append(output)
+        if want_weights:
+            weights.append(found.to(v.dtype))
+    extras = {"weights": torch.cat(weights, 2)} if want_weights else {}
+    return Result(torch.cat(outputs, 2), state, extras=extras)
+
+
+def _past(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
+    if call.state is not None:
+        return call.state
+    none = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+    landmark = torch.zeros(k.shape[0], 0, dtype=torch.bool, device=k.device)
+    return LandmarkState(k[:, :, :0], v[:, :, :0], landmark, none, none)
+
+
+def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """One chunk: attend to the cache and the chunk, then cache the chunk."""
+    past, landmark = _past(call, k, v), _landmarks(call, k)
+    state = _append(past, k, v, landmark, call.memory_lengths, call.config)
+    if call.config.top_k is not None and past.k.shape[2] > 0 and q.shape[2] > 0:
+        return Result(_retrieve(call, q, k, v, landmark, past), state)
+    where = ranks(call, q.shape[2], k.shape[2], q.device, past.ranks(), past.length)
+    keys = torch.cat([past.k, k.to(past.k.dtype)], 2)
+    values = torch.cat([past.v, v.to(past.v.dtype)], 2)
+    landmark = torch.cat([past.landmark, landmark], -1)
+    q, keys = _rotated(call, q, keys, where, landmark)
+    return _attend(call, q, keys, values, landmark, where, state)
+
+
+def _append(
+    past: LandmarkState, k: Tensor, v: Tensor, landmark: Tensor, lengths: Tensor | None, config: Config
+) -> LandmarkState:
+    """The cache with new tokens, and without the oldest blocks when it is full."""
+    batch, m = k.shape[0], k.shape[2]
+    new = torch.full((batch,), m, device=k.device) if lengths is None else lengths
+    tokens = [
+        torch.cat([past.k, k.to(past.k.dtype)], 2),
+        torch.cat([past.v, v.to(past.v.dtype)], 2),
+        torch.cat([past.landmark, landmark], -1)[:, None, :, None],
+    ]
+    if lengths is not None:
+        # Move each row to the right over its padding, so that tokens stay next to each other.
+        index = torch.arange(tokens[0].shape[2], device=k.device) - (m - lengths)[:, None]
+        index = index.clamp(min=0)[:, None, :, None]
+        tokens = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) if x.shape[2] else x for x in tokens]
+    state = LandmarkState(tokens[0], tokens[1], tokens[2][:, 0, :, 0], past.cached + new, past.length + new)
+    # Tokens without a slot of their own were copied over empty slots: only real landmarks may be counted.
+    state = dataclasses.replace(state, landmark=state.landmark & state.present())
+    if not config.bounded:
+        return state
+    _check_blocks(state, config)
+    if config.cache_blocks is None:
+        return state
+    kept = _landmarks_from(state) <= config.cache_blocks
+    most = config.cache_blocks * (config.block + 1) + config.block
+    return LandmarkState(
+        state.k[:, :, -most:],
+        state.v[:, :, -most:],
+        (state.landmark & kept)[:, -most:],
+        (state.present() & kept).sum(-1),
+        state.length,
+    )
+
+
+def _landmarks_from(state: LandmarkState) -> Int[Tensor, "b past"]:
+    """Landmarks in or after each slot: 0 in the incomplete block, 1 in the newest complete block, and so on."""
+    return state.landmark.long().flip(-1).cumsum(-1).flip(-1)
+
+
+def _most_blocks(past: int, config: Config) -> int:
+    """Most complete blocks among `past` slots."""
+    return past // (config.block + 1) + 1 if config.cache_blocks is None else min(config.cache_blocks, past)
+
+
+def _check_blocks(state: LandmarkState, config: Config) -> None:
+    past = state.k.shape[2]
+    if torch.compiler.is_compiling() or past == 0:
+        return
+    slots = torch.arange(past, device=state.k.device)
+    ends = torch.where(state.landmark, slots, -1).cummax(-1).values
+    ends = torch.maximum(F.pad(ends[:, :-1], (1, 0), value=-1), (past - 1) - state.cached[:, None])
+    tokens = torch.where(state.present() & ~state.landmark, slots - ends, 0)
+    longest = int(tokens.max())
+    if longest > config.block:
+        raise Unsupported(
+            f"a block of {longest} tokens or more with block={config.block} and top_k or cache_blocks",
+            supported="a landmark after each block",
+            nearest=f"block={longest}",
+        )
+    if config.cache_blocks is None and int(state.landmark.sum(-1).max()) > _most_blocks(past, config):
+        raise Unsupported(
+            f"blocks of fewer than block={config.block} tokens with top_k={config.top_k}",
+            supported="fewer tokens in the first block only, or any number of them with cache_blocks",
+        )
+
+
+def _retrieve(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, past: LandmarkState
+) -> Float[Tensor, "b h t v"]:
+    """Grouped softmax over the blocks that each token and head retrieves, the incomplete block and the chunk."""
+    config: Config = call.config
+    batch, _, t = q.shape[:3]
+    size, slots, top_k = config.block + 1, past.k.shape[2], config.top_k
+    assert top_k is not None
+    from_end = _landmarks_from(past)
+    count = past.landmark.sum(-1)
+    unfinished = past.present() & (from_end == 0)
+    chunk_start = count.clamp(max=top_k + 1) * size + unfinished.sum(-1)
+
+    width = min(slots, config.block)
+    near = torch.arange(width + t, device=q.device)
+    exists = torch.ones(batch, t, dtype=torch.bool, device=q.device)
+    if call.memory_lengths is not None:
+        exists = near[:t] < call.memory_lengths[:, None]
+    exists = torch.cat([unfinished[:, slots - width :], exists], -1)
+    near_keys = torch.cat([past.k[:, :, slots - width :], k.to(past.k.dtype)], 2)
+    near_values = torch.cat([past.v[:, :, slots - width :], v.to(past.v.dtype)], 2)
+    near_landmark = torch.cat([torch.zeros_like(unfinished[:, slots - width :]), landmark], -1)
+    key_ranks = torch.where(exists, near, -1)
+    q = _wide(q)
+    if call.rotate is not None:
+        positions = (chunk_start[:, None] - width + near).clamp(min=0)
+        q, near_keys = call.rotate(q, positions[:, width:]), call.rotate(_wide(near_keys), positions)
+
+    table = _block_table(call, past, from_end, count)
+    retrieved = min(top_k, table.ends.shape[1]) * size
+    numbers = q.shape[0] * q.shape[1] * retrieved * max(q.shape[3], v.shape[3])
+    step = max(1, min(t, NUMBERS_AT_ONCE // max(numbers, 1)))
+    outputs = []
+    for start in range(0, t, step):
+        rows = q[:, :, start : start + step]
+        here = _ranks(near[None, width + start : width + start + rows.shape[2]], key_ranks)
+        logits, factors = _logits(call, rows, near_keys, near_landmark, here, None)
+        far_logits, far_values, far_factors = _retrieved(call, rows, past, from_end, count, table)
+        weights = _normalized(torch.cat([far_logits, logits], -1))
+        if factors is not None and far_factors is not None:
+            weights = weights * torch.cat([far_factors, factors], -1)
+        far, close = _dropped(call, weights).split([far_logits.shape[-1], logits.shape[-1]], -1)
+        output = (far[..., None, :] @ _wide(far_values))[..., 0, :] + _product(close, _wide(near_values))
+        outputs.append(output.to(v.dtype))
+    return torch.cat(outputs, 2)
+
+
+@dataclass(frozen=True)
+class _BlockTable:
+    """The complete blocks of a cache in order of time, the newest last.
+
+    Attributes:
+        ends: slot of each block's landmark.
+        usable: whether there is such a block, and it has a token.
+        keys: landmark keys, rotated for scoring.
+    """
+
+    ends: Int[Tensor, "b blocks"]
+    usable: Bool[Tensor, "b blocks"]
+    keys: Float[Tensor, "b g blocks d"]
+
+
+def _block_table(call: Call, past: LandmarkState, from_end: Tensor, count: Tensor) -> _BlockTable:
+    config: Config = call.config
+    assert config.top_k is not None
+    slots, size = past.k.shape[2], config.block + 1
+    blocks = _most_blocks(slots, config)
+    age = torch.where(past.landmark, from_end, blocks + 1).clamp(max=blocks + 1)  # 1 for the newest block
+    at = (blocks - age) % (blocks + 1)  # slots without a block to name go to the extra, last column
+    where = torch.arange(slots, device=at.device).expand_as(at)
+    ends = at.new_zeros(at.shape[0], blocks + 1).scatter(1, at, where)[:, :blocks]
+    number = torch.arange(blocks, device=at.device)
+    before = (ends - 1).clamp(min=0)
+    token_before = (past.present() & ~past.landmark).gather(1, before) & (ends > 0)
+    usable = (number >= blocks - count[:, None]) & token_before
+    keys = _wide(past.k.gather(2, ends[:, None, :, None].expand(-1, past.k.shape[1], -1, past.k.shape[3])))
+    if call.rotate is not None:
+        slot = (number - blocks + count.clamp(max=config.top_k + 1)[:, None]).clamp(min=0)
+        keys = call.rotate(keys, slot * size + config.block)
+    return _BlockTable(ends, usable, keys)
+
+
+def _retrieved(
+    call: Call, q: Tensor, past: LandmarkState, from_end: Tensor, count: Tensor, table: _BlockTable
+) -> tuple[Float[Tensor, "b h t r"], Float[Tensor, "b h t r v"], Float[Tensor, "b h t r"] | None]:
+    """Logits and values of the tokens of retrieved blocks, for each query and head; factors when gates are dropped."""
+    config: Config = call.config
+    assert config.top_k is not None
+    blocks, size = table.ends.shape[1], config.block + 1
+    chosen = min(config.top_k, blocks)
+    scores = _product(q, table.keys.mT).detach()
+    best = scores.masked_fill(~table.usable[:, None, None], -torch.inf).topk(chosen, -1)
+    block = torch.where(best.values > -torch.inf, best.indices, -1).sort(-1).values  # (b, h, t, k), in order of time
+    found, block = block >= 0, block.clamp(min=0)
+
+    row = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+    within = torch.arange(size, device=q.device)
+    slot = table.ends[row, block][..., None] + (within - config.block)  # (b, h, t, k, size)
+    inside = (slot >= 0) & found[..., None]
+    slot = slot.clamp(min=0)
+    row = row[..., None]
+    inside = inside & past.present()[row, slot] & (from_end[row, slot] == blocks - block[..., None])
+    head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // past.k.shape[1])
+    head = head[None, :, None, None, None]
+    keys, values = _wide(past.k[row, head, slot]), past.v[row, head, slot]  # (b, h, t, k, size, d)
+    if call.rotate is not None:
+        order = config.top_k - chosen + torch.arange(chosen, device=q.device)
+        newest = (block >= blocks - config.top_k).long()
+        few = (count <= config.top_k)[:, None, None, None]
+        place = torch.where(few, block - blocks + count[:, None, None, None], order + newest).clamp(min=0)
+        positions = place[..., None] * size + within
+        flat = call.rotate(keys.flatten(3, 4).flatten(0, 2)[:, None], positions.flatten(3, 4).flatten(0, 2))
+        keys = flat[:, 0].view(keys.shape)
+    scores = call.scale * (keys.flatten(3, 4) @ q[..., None])[..., 0].unflatten(-1, (chosen, size))
+
+    if config.softmax == "plain":
+        return scores.masked_fill(~inside, -torch.inf).flatten(3), values.flatten(3, 4), None
+    tokens, gate, inside, values = scores[..., :-1], scores[..., -1:], inside[..., :-1], values[..., :-1, :]
+    if config.softmax == "ignore":
+        return tokens.masked_fill(~inside, -torch.inf).flatten(3), values.flatten(3, 4), None
+    total = torch.where(inside | ~found[..., None], tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    logits = torch.where(inside, tokens - total + gate, -torch.inf)
+    kept = _dropped_gates(call, gate.shape, q)
+    factors = None if kept is None else kept.expand_as(logits).flatten(3)
+    return logits.flatten(3), values.flatten(3, 4), factors
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    pairs = shape.batch * shape.heads * shape.n * shape.m
+    width = shape.dim_key + shape.dim_value
+    size = config.block + 1
+    past = shape.m if config.cache_blocks is None else min(shape.m, config.cache_blocks * size + config.block)
+    attended, scored = past, 0
+    if config.top_k is not None:
+        scored = past // size
+        attended = min(past, config.top_k * size + config.block)
+    step = shape.batch * shape.heads * (attended * width + scored * shape.dim_key)
+    return Cost(
+        flops=2.0 * pairs * width,
+        memory=float(shape.batch * shape.heads * min(shape.n * shape.m, PAIRS_AT_ONCE)),
+        state=float(shape.heads * past * width),
+        step_flops=2.0 * step,
+    )
+
+
+def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pattern: Pattern) -> Tensors:
+    """Roles (batch, m) with landmarks at random places: blocks of all lengths, empty ones and unfinished ones."""
+    return {"roles": (torch.rand(batch, m, generator=generator) < 0.25).long() * int(Role.LANDMARK)}
+
+
+WHOLE_PAST = {"top_k": None, "cache_blocks": None}
+"""Options under which a continued sequence sees all of its past."""
+
+
+def _waiver(name: str, reason: str) -> Waiver:
+    return Waiver(name, reason, holds_with=WHOLE_PAST, patterns=(Pattern.CAUSAL_SELF,))
+
+
+MECHANISM = Mechanism(
+    name="landmark",
+    aliases=("landmark_attention", "grouped_softmax"),
+    kind=Kind.ATTENTION,
+    summary="A landmark token after each block gates attention to the block, and later finds it in a cache.",
+    paper=Paper("Landmark Attention: Random-Access Infinite Context Length for Transformers", "2305.16300", 2023, 9),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    state=LandmarkState,
+    cost=cost,
+    honours=frozenset({"bias", "blocks", "dropout", "weights", "roles", "rotate"}),
+    weights="exact",
+    sample_context=sample_context,
+    prepare=prepare,
+    waivers=(
+        _waiver("chunk_size", "a chunk sees itself whole, but of the blocks before it only those it retrieves"),
+        _waiver("step", "a step retrieves among all complete blocks, a whole call attends to all of them"),
+        _waiver("split_resume", "what comes after a split retrieves blocks that the whole call attends to"),
+        _waiver("packing", "documents that continue retrieve blocks that a whole call attends to"),
+        _waiver("layer_decoding", "a step retrieves among all complete blocks, a whole call attends to all of them"),
+    ),
+)

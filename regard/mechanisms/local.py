@@ -1,0 +1,189 @@
+r"""Local attention: softmax over the keys near the query only.
+
+When to pick it: long sequences where most of what matters is close by, or most layers of a stack in which a few full
+layers carry information further (MASFormer); time is linear in N and the state has a fixed size.
+When not: recall across more than the layers' joint reach, cross attention (memory has no place near a query).
+
+Definition (MASFormer, arXiv 2310.12442, section 3; the `local` baseline of CAB, arXiv 2210.07661):
+
+    P_i = softmax over visible j of (tau q_i . k_j + bias_ij),   o_i = sum_j P_ij v_j
+
+| form | causal: j <= i and | noncausal |
+|---|---|---|
+| `window` | j > i - w (w keys, the query's own included) | abs(i - j) <= w (2 w + 1 keys) |
+| `block` | floor(j/b) >= floor(i/b) - p | abs(floor(i/b) - floor(j/b)) <= p |
+
+| paper | here |
+|---|---|
+| w (CAB's wsize) | `window` |
+| b, block size | `block` |
+| p, previous blocks | `lookback` |
+| tau | `scale`, D^-0.5 by default |
+
+The two forms differ at block starts: the first query of a block sees p b + 1 keys, the last (p + 1) b. With p = 0
+blocks are independent of each other. Over L causal layers information travels at most L (w - 1) or L p b + b - 1 ranks.
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens, so a window
+covers w valid keys whatever padding lies between.
+State: the keys the next token may reach, w - 1 or (p + 1) b - 1 of them, right-aligned; its size never changes.
+Deviations: which layers of a stack stay full is the plan of a model, not of this mechanism. The CAB code combines
+window and padding with AND, so that padded keys leak; here both must allow a key. A bias tensor of pairs (not
+a position bias) is refused with a state, whose keys its columns could not name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported, at_least, one_of
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines.cache import WindowState, extend_window
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        form: ``window`` or ``block``.
+        window: w of the window form, >= 1.
+        block: b of the block form, >= 1.
+        lookback: p of the block form, >= 0: blocks seen before the query's own (and after it, when noncausal).
+    """
+
+    form: str = "window"
+    window: int = 15
+    block: int = 64
+    lookback: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("form", self.form, ("window", "block"))
+        at_least("window", self.window, 1)
+        at_least("block", self.block, 1)
+        at_least("lookback", self.lookback, 0)
+
+    @property
+    def cached(self) -> int:
+        """Keys that the token after a sequence may reach."""
+        return self.window - 1 if self.form == "window" else (self.lookback + 1) * self.block - 1
+
+
+def reference(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    return attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Result:
+    return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
+
+
+def chunked(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Result:
+    """Continue from the last keys by any number of tokens; also the step."""
+    if call.state is not None and call.bias is not None:
+        raise Unsupported("local attention with a bias of pairs and a state", supported="a position bias, or no state")
+    state, keys, values, where = extend_window(call, k, v, q.shape[2], call.config.cached)
+    return _attend(call, q, keys, values, where, state)
+
+
+def _visibility(call: Call) -> Visibility:
+    config: Config = call.config
+    causal = call.pattern.causal
+    if config.form == "block":
+        ahead = 0 if causal else config.lookback
+        return Visibility(causal=causal, block=config.block, lookback=config.lookback, lookahead=ahead)
+    if causal:
+        return Visibility(causal=True, left=config.window - 1)
+    return Visibility(left=config.window, right=config.window)
+
+
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: WindowState | None = None) -> Result:
+    output, weights, lse = attention(
+        q,
+        k,
+        v,
+        where,
+        visibility=_visibility(call),
+        scale=call.scale,
+        bias=call.bias,
+        position_bias=call.position_bias,
+        blocks=call.blocks,
+        dropout=call.dropout,
+        generator=call.generator,
+        want_weights="weights" in call.want,
+        want_lse="lse" in call.want,
+        backend=call.backend,
+    )
+    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
+    return Result(output, state, extras=extras)
+
+
+def visible_pairs(config: Config, n: int) -> int:
+    """Pairs of query and key that causal local attention computes in a sequence of `n` tokens, exactly.
+
+    Full causal attention has n (n + 1) / 2; their ratio is the saving of a local layer.
+    """
+    if config.form == "window":
+        full = min(config.window, n)
+        return full * (full + 1) // 2 + (n - full) * full
+    pairs = 0
+    blocks, rest = divmod(n, config.block)
+    for size, number in ((config.block, blocks), (rest, 1)):
+        pairs += number * size * (size + 1) // 2
+    # query block beta sees min(beta, p) whole blocks before its own
+    earlier = sum(min(beta, config.lookback) for beta in range(min(blocks, config.lookback)))
+    earlier += max(0, blocks - config.lookback) * config.lookback
+    return pairs + earlier * config.block**2 + min(blocks, config.lookback) * config.block * rest
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern with N = M (n of M queries in proportion)."""
+    width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
+    pairs = visible_pairs(config, shape.m) * shape.n / max(shape.m, 1)
+    return Cost(
+        flops=2.0 * heads * pairs * width,
+        memory=float(heads * shape.n),
+        state=float(shape.heads * config.cached * width),
+        step_flops=2.0 * heads * min(config.cached + 1, shape.m + 1) * width,
+    )
+
+
+MECHANISM = Mechanism(
+    name="local",
+    aliases=("masformer", "sliding_window", "window", "block_local"),
+    kind=Kind.ATTENTION,
+    summary="Softmax over the keys near the query only.",
+    paper=Paper(
+        "Efficient Long-Range Transformers: You Need to Attend More, but Not Necessarily at Every Layer",
+        "2310.12442",
+        2023,
+        27,
+    ),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+    patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    refused={
+        Pattern.NONCAUSAL_CROSS: "tokens of a memory have no place near a query",
+        Pattern.CAUSAL_CROSS: "tokens of a memory have no place near a query",
+    },
+    forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
+    config=Config,
+    state=WindowState,
+    cost=cost,
+    honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
+    weights="exact",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+)

@@ -1,0 +1,340 @@
+r"""Sigmoid attention: every key gets its own weight between 0 and 1, whatever the other keys are.
+
+When to pick it: softmax quality without competition between keys (a head may attend to nothing), simpler kernels, and
+partial outputs that merge by addition.
+When not: long streams (the state grows with every token), or when no training length is known and rows may differ
+widely in length (see `length` and `schedule`).
+
+Definition (Ramapuram et al., arXiv 2409.04431, equations 3-4):
+
+    S = tau Q K^T + bias,   P_ij = sigma(e^t S_ij + b) for visible j and 0 for hidden ones,   O = P V
+
+| paper | here |
+|---|---|
+| sigma | `activation="sigmoid"`; also `relu`, `relu_squared` (prior art: with `norm="seq"` they are relu / n) |
+| b | `sigmoid_bias`, or -ln(`length`); `schedule="position"` for b_i = -ln c_i; plus `head_bias` |
+| n in b = -ln n | `length`: the training length, a constant of the layer |
+| t | `log_temperature` |
+| P_ij / (i + 1), P_ij / sqrt(i + 1) | `norm="seq"`, `norm="sqrt"`: divided by c_i, sqrt(c_i) |
+| tau | `scale`, D^-0.5 by default |
+
+c_i is the number of keys that query i may see by pattern, window and length (i + 1 in causal-self; all valid keys in
+noncausal patterns); keys hidden by a bias of -inf or a block mask count.
+
+Without a bias and with scores near 0 a row of weights sums to n/2 instead of 1 and early training suffers: give
+`length=` the training length, or `schedule="position"`, whenever there are more than a few keys. The bias is never
+taken from the call's N, where decoding and prefill would disagree; at lengths beyond `length`, row sums grow by N/n.
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
+Deviations: `learn_bias` gives a layer one bias a head, trained as the difference from b. The paper's recommendations
+around the mechanism are options of the layer (`query_key_norm="layer"`) or of the block (LayerScale, a norm on the
+attention output), not of this file. Windows do not trim the cache of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+    one_of,
+)
+from regard.engines.attention import Ranks, Visibility, attention, masked_scores_bias, ranks
+from regard.engines.cache import KeyValueState, extend
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "relu_squared": lambda x: torch.relu(x).square()}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        sigmoid_bias: b, one number or one a head; None for -ln(`length`), or 0 without a length.
+        length: the training length n of b = -ln n, >= 1; only without `sigmoid_bias`.
+        schedule: ``constant`` for b as above; ``position`` for b_i = -ln c_i, only without `sigmoid_bias` and `length`.
+        learn_bias: a layer learns one number a head, added to b and 0 at the start.
+        log_temperature: t, any number.
+        norm: ``none``, ``seq`` or ``sqrt``; all but ``none`` need b = 0.
+        activation: ``sigmoid``, ``relu`` or ``relu_squared``.
+        window: most ranks (before, after) the query that it sees; None for no limit. Self patterns only; after a query
+            nothing is seen in causal-self, so None or 0 there.
+    """
+
+    sigmoid_bias: float | tuple[float, ...] | None = None
+    length: int | None = None
+    schedule: str = "constant"
+    learn_bias: bool = False
+    log_temperature: float = 0.0
+    norm: str = "none"
+    activation: str = "sigmoid"
+    window: tuple[int | None, int | None] = (None, None)
+
+    def __post_init__(self) -> None:
+        one_of("schedule", self.schedule, ("constant", "position"))
+        one_of("norm", self.norm, ("none", "seq", "sqrt"))
+        one_of("activation", self.activation, ACTIVATIONS)
+        if self.length is not None:
+            at_least("length", self.length, 1)
+            if self.sigmoid_bias is not None:
+                raise Unsupported("both sigmoid_bias and length", supported="one of them", nearest="length=None")
+        if self.schedule == "position" and (self.length is not None or self.sigmoid_bias is not None):
+            raise Unsupported(
+                "schedule='position' with a constant bias",
+                supported="neither sigmoid_bias nor length",
+                nearest="schedule='constant'",
+            )
+        biased = self.schedule == "position" or self.learn_bias or any(b != 0 for b in self.biases)
+        if self.norm != "none" and biased:
+            raise Unsupported(
+                f"norm={self.norm!r} with a bias", supported="a normalised form without a bias", nearest="norm='none'"
+            )
+        if len(self.window) != 2:
+            raise Unsupported(f"window={self.window}", supported="(before, after)", nearest="window=(None, None)")
+        for side in self.window:
+            if side is not None:
+                at_least("window", side, 0)
+
+    @property
+    def biases(self) -> tuple[float, ...]:
+        """b: one number, or one a head."""
+        if self.sigmoid_bias is None:
+            return (0.0 if self.length is None else -math.log(self.length),)
+        return self.sigmoid_bias if isinstance(self.sigmoid_bias, tuple) else (self.sigmoid_bias,)
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    head_bias: Float[Tensor, " h"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    config: Config = call.config
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    rule = _visibility(call)
+    seen = rule.mask(where.queries, where.keys).expand(-1, q.shape[2], -1)
+    counts = seen.sum(-1)[:, None, :, None].clamp(min=1).to(q.dtype)
+    visible, added = masked_scores_bias(where, rule, call.bias, call.position_bias, call.blocks, q.dtype)
+    groups = q.shape[1] // k.shape[1]
+    scores = call.scale * q @ k.repeat_interleave(groups, 1).mT
+    scores = scores if added is None else scores + added
+    b = torch.tensor(config.biases, dtype=q.dtype, device=q.device)[:, None, None]
+    if config.schedule == "position":
+        b = -counts.log()
+    if head_bias is not None:
+        b = b + head_bias[:, None, None]
+    weights = ACTIVATIONS[config.activation](math.exp(config.log_temperature) * scores + b)
+    weights = torch.where(visible, weights, 0)
+    weights = weights / {"none": 1, "seq": counts, "sqrt": counts.sqrt()}[config.norm]
+    return weights @ v.repeat_interleave(groups, 1)
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    head_bias: Float[Tensor, " h"] | None = None,
+) -> Result:
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    return _attend(call, q, k, v, head_bias, where, _totals(call, k))
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    head_bias: Float[Tensor, " h"] | None = None,
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    state, where = extend(call, k, v, q.shape[2])
+    return _attend(call, q, state.k, state.v, head_bias, where, state.length, state)
+
+
+def absorb(
+    call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], head_bias: Float[Tensor, " h"] | None = None
+) -> KeyValueState:
+    """Memory into a cache; more may follow. `head_bias` plays no part until queries come."""
+    return extend(call, k, v, 0)[0]
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"], head_bias: Float[Tensor, " h"] | None = None) -> Result:
+    """Queries on absorbed memory."""
+    state: KeyValueState = call.state
+    where = ranks(call, q.shape[2], 0, q.device, state.ranks, state.length)
+    return _attend(call, q, state.k, state.v, head_bias, where, state.length, state)
+
+
+def _visibility(call: Call) -> Visibility:
+    config: Config = call.config
+    left, right = config.window
+    _check_window(config, call.pattern)
+    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF, left=left, right=right)
+
+
+def _check_window(config: Config, pattern: Pattern) -> None:
+    if pattern.cross and config.window != (None, None):
+        raise Unsupported(
+            f"sigmoid attention with window={config.window} in {pattern.value} (memory has no place near a query)",
+            supported="self patterns",
+            nearest="window=(None, None)",
+        )
+    if pattern is Pattern.CAUSAL_SELF and config.window[1]:
+        raise Unsupported(
+            f"sigmoid attention with window={config.window} in causal-self",
+            supported="nothing after the query",
+            nearest=f"window=({config.window[0]}, 0)",
+        )
+
+
+def _totals(call: Call, k: Tensor) -> Int[Tensor, " b"]:
+    """Keys of each row."""
+    if call.memory_lengths is not None:
+        return call.memory_lengths
+    return torch.full((k.shape[0],), k.shape[2], device=k.device)
+
+
+def _attend(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_bias: Tensor | None,
+    where: Ranks,
+    totals: Tensor,
+    state: KeyValueState | None = None,
+) -> Result:
+    config: Config = call.config
+    visibility = _visibility(call)
+    temperature = math.exp(config.log_temperature)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    counts = visibility.count(where.queries, totals[:, None]).clamp(min=1)[:, None, :, None].to(dtype)
+
+    bias = None if call.bias is None else temperature * call.bias
+    for term in _bias_terms(config, head_bias, counts, q):
+        bias = term if bias is None else bias + term
+    position_bias = call.position_bias
+    if position_bias is not None and temperature != 1.0:
+        unscaled = position_bias
+        position_bias = lambda i, j: temperature * unscaled(i, j)  # noqa: E731
+    output, weights, _ = attention(
+        q,
+        k,
+        v,
+        where,
+        visibility=visibility,
+        scale=temperature * call.scale,
+        rule=config.activation,
+        shift=config.biases[0] if len(config.biases) == 1 else 0.0,
+        bias=bias,
+        position_bias=position_bias,
+        blocks=call.blocks,
+        dropout=call.dropout,
+        generator=call.generator,
+        want_weights="weights" in call.want,
+        backend=call.backend,
+    )
+    if config.norm != "none":
+        divisor = counts if config.norm == "seq" else counts.sqrt()
+        output = (output / divisor).to(output.dtype)
+        weights = None if weights is None else (weights / divisor).to(weights.dtype)
+    return Result(output, state, extras={} if weights is None else {"weights": weights})
+
+
+def _bias_terms(config: Config, head_bias: Tensor | None, counts: Tensor, q: Tensor) -> list[Tensor]:
+    """The parts of b that are not one constant: by head (1, h, 1, 1) or by query (b, 1, n, 1)."""
+    terms = []
+    if len(config.biases) > 1:
+        if len(config.biases) != q.shape[1]:
+            raise Unsupported(
+                f"sigmoid attention with {len(config.biases)} biases for {q.shape[1]} heads",
+                supported="one number, or one a head",
+            )
+        terms.append(torch.tensor(config.biases, dtype=counts.dtype, device=q.device)[None, :, None, None])
+    if config.schedule == "position":
+        terms.append(-counts.log())
+    if head_bias is not None:
+        terms.append(head_bias.to(counts.dtype)[None, :, None, None])
+    return terms
+
+
+class HeadBias(nn.Module):
+    """Gives a layer's heads their learned bias, when `learn_bias` asks for it."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        _check_window(spec.config, spec.pattern)
+        if len(spec.config.biases) not in (1, spec.heads):
+            raise Unsupported(
+                f"sigmoid attention with {len(spec.config.biases)} biases for {spec.heads} heads",
+                supported="one number, or one a head",
+            )
+        self.head_bias = nn.Parameter(torch.zeros(spec.heads)) if spec.config.learn_bias else None
+
+    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+        return heads if self.head_bias is None else heads | {"head_bias": self.head_bias}
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """As softmax attention's: a window narrows the pairs, not the cache."""
+    left, right = config.window
+    near = math.inf if left is None else left + 1 + (0 if right is None else right)
+    keys = min(shape.m, near)
+    width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
+    return Cost(
+        flops=2.0 * heads * shape.n * keys * width,
+        memory=float(heads * shape.n),
+        state=float(shape.heads * shape.m * width),
+        step_flops=2.0 * heads * keys * width,
+    )
+
+
+MECHANISM = Mechanism(
+    name="sigmoid",
+    aliases=("flash_sigmoid", "sigmoid_self_attention"),
+    kind=Kind.ATTENTION,
+    summary="Every key gets its own weight between 0 and 1, whatever the other keys are.",
+    paper=Paper("Theory, Analysis, and Best Practices for Sigmoid Self-Attention", "2409.04431", 2024, 22),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "head_bias?": "h"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    state=KeyValueState,
+    cost=cost,
+    honours=frozenset({"bias", "blocks", "dropout", "weights"}),
+    weights="exact",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    projection=HeadBias,
+)

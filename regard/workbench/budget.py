@@ -1,0 +1,58 @@
+"""Budgets in words: ``2M tokens``, ``30m``, ``2h``, ``5e13 flops``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from regard.contract import Unsupported
+
+_UNITS = {
+    **dict.fromkeys(("s", "sec", "second", "seconds"), ("seconds", 1.0)),
+    **dict.fromkeys(("m", "min", "minute", "minutes"), ("seconds", 60.0)),
+    **dict.fromkeys(("h", "hour", "hours"), ("seconds", 3600.0)),
+    **dict.fromkeys(("token", "tokens"), ("tokens", 1.0)),
+    **dict.fromkeys(("flop", "flops"), ("flops", 1.0)),
+}
+_FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15}
+_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMGBTP]?)\s*([a-zA-Z]+)\s*")
+ACCEPTED = "a time for the whole comparison (90s, 8m, 2h), or work for each run (2M tokens, 5e13 flops)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work a comparison does.
+
+    Attributes:
+        unit: ``seconds`` of the whole comparison, or ``tokens`` or ``flops`` of each training run.
+        amount: how many.
+    """
+
+    unit: str
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Raises Unsupported for anything that is not a positive amount of time, tokens or FLOPs."""
+        match = _FORM.fullmatch(text)
+        if match is None:
+            raise Unsupported(f"budget {text!r}", supported=ACCEPTED, nearest="8m")
+        number, factor, word = match.groups()
+        if factor == "M" and word.lower() in ("in", "inutes"):  # "5Min"
+            factor, word = "", "m" + word
+        if word.lower() not in _UNITS:
+            raise Unsupported(f"budget {text!r} in {word!r}", supported=ACCEPTED, nearest=f"{number}m")
+        unit, size = _UNITS[word.lower()]
+        if unit == "seconds" and factor:
+            raise Unsupported(f"budget {text!r}", supported=ACCEPTED, nearest=f"{number}h")
+        amount = float(number.replace("_", "")) * _FACTORS[factor] * size
+        if amount <= 0:
+            raise Unsupported(f"budget {text!r} of nothing", supported=ACCEPTED, nearest="8m")
+        return cls(unit, amount)
+
+    def __str__(self) -> str:
+        if self.unit != "seconds":
+            return f"{self.amount:.4g} {self.unit}"
+        if self.amount < 120:
+            return f"{self.amount:.0f}s"
+        return f"{self.amount / 60:.4g}m" if self.amount < 7200 else f"{self.amount / 3600:.3g}h"

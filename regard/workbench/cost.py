@@ -1,0 +1,93 @@
+"""What a model costs against the length of its input: inference time, decoding speed, memory and state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context
+from regard.models import LanguageModel
+from regard.training.memory import peak_memory
+from regard.workbench.timing import Timing, efficiency_length, interleaved
+
+REFERENCE = "softmax"
+DECODE_STEPS = 8
+
+
+def model_costs(
+    models: Mapping[str, nn.Module],
+    lengths: Sequence[int],
+    make_input: Callable[[int], tuple[Tensor, Context]],
+    *,
+    seconds: float = 1.0,
+    on_length: Callable[[int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Costs of several models of one backbone, interleaved at each length. Batch 1, no gradients.
+
+    Args:
+        models: by mechanism; with `softmax` among them efficiency lengths are found.
+        lengths: of the input.
+        make_input: an input of a given length and its context.
+        seconds: of timing at each length.
+        on_length: called after each length.
+
+    Returns:
+        For each model the payload of a ``cost`` row: latency (length, ms, low, high), decode (length, tokens/s), memory
+        and state_bytes (length, bytes), and the efficiency lengths.
+    """
+    found: dict[str, dict[str, Any]] = {
+        name: {"latency": [], "decode": [], "memory": [], "state_bytes": []} for name in models
+    }
+    with torch.no_grad():
+        for model in models.values():
+            model.eval()
+        for length in lengths:
+            inputs, context = make_input(length)
+            forward = {n: functools.partial(m, inputs, context=context) for n, m in models.items()}
+            for name, timing in interleaved(forward, seconds=seconds).items():
+                found[name]["latency"].append([length, *_milliseconds(timing)])
+            for name, action in forward.items():
+                found[name]["memory"].append([length, peak_memory(action).bytes])
+            _decoding(models, length, inputs, context, found, seconds)
+            if on_length is not None:
+                on_length(length)
+    for name, costs in found.items():
+        for source, target in (("latency", "efficiency_length_time"), ("memory", "efficiency_length_memory")):
+            costs[target] = None
+            if REFERENCE in found and name != REFERENCE:
+                own, reference = ({row[0]: row[1] for row in found[n][source]} for n in (name, REFERENCE))
+                costs[target] = efficiency_length(own, reference)
+    return found
+
+
+def _decoding(
+    models: Mapping[str, nn.Module],
+    length: int,
+    inputs: Tensor,
+    context: Context,
+    found: dict[str, dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Tokens per second of one sequence after `length` tokens, and the bytes of its state."""
+    actions = {}
+    for name, model in models.items():
+        if not isinstance(model, LanguageModel):
+            return
+        state = model(inputs, context=context.replace(want=frozenset({"state"}))).state
+        found[name]["state_bytes"].append([length, state.nbytes])
+
+        def steps(model: nn.Module = model, state: Any = state) -> None:
+            for _ in range(DECODE_STEPS):
+                state = model(inputs[:, :1], state=state).state
+
+        actions[name] = steps
+    for name, timing in interleaved(actions, seconds=seconds / 2).items():
+        found[name]["decode"].append([length, DECODE_STEPS / timing.median])
+
+
+def _milliseconds(timing: Timing) -> tuple[float, float, float]:
+    return timing.median * 1e3, timing.low * 1e3, timing.high * 1e3

@@ -1,0 +1,199 @@
+"""`regard profile`: time and memory of mechanisms against length, interleaved with softmax in one run.
+
+What is timed is the function of the mechanism (no projections), on random inputs of the same batch, heads and widths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from regard.catalogue import get_mechanism
+from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
+from regard.training.memory import peak_memory
+from regard.workbench.cost import REFERENCE
+from regard.workbench.subjects import Subject
+from regard.workbench.timing import Timing, efficiency_length, interleaved
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+WHAT = ("forward", "training", "decode")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """What to profile.
+
+    Attributes:
+        mechanisms: names; `softmax` is added, since everything is measured beside it.
+        pattern: one pattern that all of them have.
+        lengths: of queries and keys.
+        what: of ``forward``, ``training`` (forward + backward) and ``decode`` (one token after that many).
+        batch, heads, head_dim: of the inputs.
+        dtype: ``float32``, ``bfloat16`` or ``float64``.
+        seconds: of timing for each length.
+    """
+
+    mechanisms: tuple[str, ...]
+    pattern: Pattern = Pattern.CAUSAL_SELF
+    lengths: tuple[int, ...] = LENGTHS
+    what: tuple[str, ...] = WHAT
+    batch: int = 1
+    heads: int = 8
+    head_dim: int = 64
+    dtype: str = "float32"
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "head_dim"):
+            at_least(name, getattr(self, name), 1)
+        one_of("dtype", self.dtype, DTYPES)
+        for item in self.what:
+            one_of("what", item, WHAT)
+        if not self.lengths or min(self.lengths) < 1:
+            raise Unsupported(f"lengths {self.lengths}", supported="positive lengths", nearest="256,1024,4096")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One mechanism at one length. Times are medians in milliseconds with the middle half of the repeats."""
+
+    mechanism: str
+    what: str
+    length: int
+    milliseconds: float
+    low: float
+    high: float
+    repeats: int
+    memory_bytes: int | None
+    gflops: float | None
+    """Rate of the work that the card's cost counts, forward only."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All measurements, and for each mechanism and kind of work the length from which it beats softmax."""
+
+    settings: ProfileSettings
+    measurements: list[Measurement]
+    efficiency: dict[str, dict[str, int | None]]
+    skipped: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "settings": {**asdict(self.settings), "pattern": self.settings.pattern.value},
+            "measurements": [asdict(m) for m in self.measurements],
+            "efficiency_length": self.efficiency,
+            "skipped": self.skipped,
+        }
+
+
+def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] | None = None) -> Profile:
+    """Measure. Mechanisms that lack a kind of work (no state to decode with) are listed in `skipped`, with the reason.
+
+    Raises:
+        Unsupported: for an unknown mechanism, or one without the pattern.
+    """
+    names = [get_mechanism(n).name for n in settings.mechanisms]
+    subjects = {}
+    for name in dict.fromkeys((REFERENCE, *names)):
+        card = get_mechanism(name)
+        subjects[name] = Subject(card, card.require_pattern(settings.pattern))
+    measurements: list[Measurement] = []
+    skipped: dict[str, str] = {}
+    for what in settings.what:
+        able = {n: s for n, s in subjects.items() if what != "decode" or s.stateful}
+        for name in subjects.keys() - able.keys():
+            skipped[f"{name} {what}"] = f"{name} has no state that decodes in {settings.pattern.value}"
+        for length in settings.lengths:
+            measurements += _at(what, length, able, settings)
+            if on_length is not None:
+                on_length(what, length)
+    return Profile(settings, measurements, _efficiency(measurements, list(subjects)), skipped)
+
+
+def _at(what: str, length: int, subjects: dict[str, Subject], settings: ProfileSettings) -> list[Measurement]:
+    actions = {name: _action(what, length, subject, settings) for name, subject in subjects.items()}
+    timings = interleaved(actions, seconds=settings.seconds)
+    return [
+        Measurement(
+            name,
+            what,
+            length,
+            *_milliseconds(timing),
+            timing.repeats,
+            peak_memory(actions[name]).bytes,
+            _rate(subjects[name], length, settings, timing) if what == "forward" else None,
+        )
+        for name, timing in timings.items()
+    ]
+
+
+def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, torch.Tensor]:
+    width = settings.head_dim
+    sizes = {"h": settings.heads, "g": settings.heads, "d": width, "k": width, "v": width, "e": width, "c": settings.heads * width}
+    if subject.card.kind is Kind.POOLING:
+        sizes["d"] = settings.heads * width
+    dtype = DTYPES[settings.dtype]
+    return subject.inputs(n, n, batch=settings.batch, dtype=dtype, **sizes)
+
+
+def _action(what: str, length: int, subject: Subject, settings: ProfileSettings) -> Callable[[], Any]:
+    inputs = _inputs(subject, length, settings)
+    if what == "forward":
+        return functools.partial(_without_gradients, subject, inputs)
+    if what == "decode":
+        with torch.no_grad():
+            state = subject.run(inputs, return_state=True).state
+        return functools.partial(_without_gradients, subject, _inputs(subject, 1, settings), state=state)
+    leaves = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in inputs.items()}
+    wanted = [t for t in leaves.values() if t.requires_grad]
+
+    def training() -> None:
+        output = subject.run(leaves).output
+        torch.autograd.grad(output.float().sum(), wanted, allow_unused=True)
+
+    return training
+
+
+@torch.no_grad()
+def _without_gradients(subject: Subject, inputs: dict[str, torch.Tensor], **call: Any) -> torch.Tensor:
+    return subject.run(inputs, **call).output
+
+
+def _milliseconds(timing: Timing) -> tuple[float, float, float]:
+    return timing.median * 1e3, timing.low * 1e3, timing.high * 1e3
+
+
+def _rate(subject: Subject, n: int, settings: ProfileSettings, timing: Timing) -> float:
+    shape = Shape(settings.batch, settings.heads, n, n, settings.head_dim, settings.head_dim)
+    return subject.card.cost(shape, subject.config).flops / timing.median / 1e9
+
+
+def _efficiency(measurements: Sequence[Measurement], names: Sequence[str]) -> dict[str, dict[str, int | None]]:
+    """By mechanism: efficiency length for the time of each kind of work, and for memory (forward and training)."""
+    found: dict[str, dict[str, int | None]] = {}
+    kinds = dict.fromkeys(m.what for m in measurements)
+    for name in names:
+        if name == REFERENCE:
+            continue
+        found[name] = {}
+        for what in kinds:
+            own, reference = (
+                {m.length: m for m in measurements if (m.mechanism, m.what) == (n, what)} for n in (name, REFERENCE)
+            )
+            if not own:
+                continue
+            found[name][f"{what} time"] = efficiency_length(
+                {n: m.milliseconds for n, m in own.items()}, {n: m.milliseconds for n, m in reference.items()}
+            )
+            if what != "decode":
+                found[name][f"{what} memory"] = efficiency_length(
+                    {n: float(m.memory_bytes or 0) for n, m in own.items()},
+                    {n: float(m.memory_bytes or 0) for n, m in reference.items()},
+                )
+    return found

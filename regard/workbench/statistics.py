@@ -1,0 +1,135 @@
+"""What a comparison's scores support: means with standard errors, paired differences, and the smallest one resolved.
+
+Every mechanism is trained with the same seeds and scored on the same held-out items, so mechanisms are compared in
+pairs. Two sources of noise are kept apart. *Training* noise is what remains of the scores after an effect for each
+mechanism and one for each seed (a two-way layout without replication), pooled over the mechanisms, since two or three
+seeds alone say little about a single pair. *Item* noise is the scatter of the paired differences over held-out items,
+which are shared by all seeds and so do not average out over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""97.5 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom."""
+
+
+def t_quantile(degrees: int) -> float:
+    """97.5 % quantile of Student's t; that of the normal distribution beyond 30 degrees of freedom."""
+    return T_QUANTILES[degrees - 1] if degrees <= len(T_QUANTILES) else 1.96
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One mechanism's runs on one task: for each seed, the (sum, weight) of every held-out item."""
+
+    items: Mapping[int, np.ndarray]
+
+    def score(self, seed: int) -> float:
+        sums, weights = self.items[seed].sum(0)
+        return float(sums / weights) if weights else math.nan
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([self.score(s) for s in self.items]))
+
+    @property
+    def standard_error(self) -> float:
+        """Over seeds; nan with a single one."""
+        values = [self.score(s) for s in self.items]
+        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of two mechanisms' scores.
+
+    Attributes:
+        mean: first minus second.
+        standard_error: from training and item noise; nan when there are too few seeds to tell.
+        resolved: smallest difference that this data tells apart from 0 at the 5 % level.
+    """
+
+    mean: float
+    standard_error: float
+    resolved: float
+
+    @property
+    def separable(self) -> bool:
+        return abs(self.mean) > self.resolved
+
+
+class Comparison:
+    """The scores of several mechanisms on one task, on the seeds that all of them have."""
+
+    def __init__(self, scores: Mapping[str, Scores]) -> None:
+        self.scores = dict(scores)
+        shared = set.intersection(*(set(s.items) for s in scores.values())) if scores else set()
+        self.seeds = sorted(shared)
+        table = np.array([[s.score(seed) for seed in self.seeds] for s in scores.values()])
+        self.degrees = (table.shape[0] - 1) * (len(self.seeds) - 1) if len(scores) else 0
+        self.training_variance = math.nan
+        if self.degrees > 0:
+            residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+            self.training_variance = float((residual**2).sum() / self.degrees)
+
+    def difference(self, first: str, second: str) -> Difference:
+        """Paired over seeds and items."""
+        a, b = self.scores[first], self.scores[second]
+        mean = float(np.mean([a.score(s) - b.score(s) for s in self.seeds])) if self.seeds else math.nan
+        if self.degrees < 1:
+            return Difference(mean, math.nan, math.inf)
+        error = math.sqrt(2 * self.training_variance / len(self.seeds) + self._item_variance(a, b))
+        return Difference(mean, error, t_quantile(self.degrees) * error)
+
+    def _item_variance(self, a: Scores, b: Scores) -> float:
+        """Variance of the mean difference from the choice of items, with each item's scores averaged over seeds."""
+        first = np.mean([a.items[s] for s in self.seeds], 0)
+        second = np.mean([b.items[s] for s in self.seeds], 0)
+        weights = first[:, 1]
+        count = len(weights)
+        if count < 2 or not weights.sum():
+            return 0.0
+        # linearised ratio estimator: items with more targets count for more
+        difference = first[:, 0] - second[:, 0]
+        ratio = difference.sum() / weights.sum()
+        residual = difference - ratio * weights
+        return float(count / (count - 1) * (residual**2).sum() / weights.sum() ** 2)
+
+    @property
+    def resolution(self) -> float:
+        """Median over pairs of the smallest difference resolved; inf when seeds are too few."""
+        names = list(self.scores)
+        resolved = [self.difference(a, b).resolved for i, a in enumerate(names) for b in names[:i]]
+        return float(np.median(resolved)) if resolved else math.inf
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Names that no other point beats on one coordinate without losing on the other (both higher is better)."""
+    front = set()
+    for name, (x, y) in points.items():
+        beaten = any((u >= x and w >= y) and (u > x or w > y) for other, (u, w) in points.items() if other != name)
+        if not beaten and not (math.isnan(x) or math.isnan(y)):
+            front.add(name)
+    return front
+
+
+def seeds_needed(seeds: int, resolved: float, difference: float) -> int | None:
+    """Seeds with which a difference of this size would be resolved, if noise stays as it is; None beyond 100."""
+    if not math.isfinite(resolved) or difference == 0:
+        return None
+    needed = math.ceil(seeds * (resolved / abs(difference)) ** 2)
+    return needed if needed <= 100 else None
+
+
+def items_array(items: Sequence[Sequence[float]]) -> np.ndarray:
+    """(sum, weight) pairs as an array of shape (items, 2)."""
+    return np.asarray(items, dtype=np.float64).reshape(-1, 2)

@@ -1,0 +1,96 @@
+"""Timings that can be compared: paired and interleaved in one process, medians with spread."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Action = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one action: the median and the middle half of its repeats."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+        return cls(float(median), float(low), float(high), len(seconds))
+
+
+def interleaved(
+    actions: Mapping[str, Action],
+    *,
+    seconds: float = 1.0,
+    least: int = 3,
+    most: int = 50,
+    device: torch.device | None = None,
+) -> dict[str, Timing]:
+    """Time actions in turn, A B C C B A ..., so that a drift of the machine's speed meets them all alike.
+
+    Args:
+        actions: what to time, by name. Each runs once before timing starts.
+        seconds: stop starting new rounds after this time...
+        least: ...but not before this many rounds,
+        most: and after this many in any case.
+        device: synchronised around each action when it is a GPU.
+    """
+    for action in actions.values():
+        action()
+    _synchronise(device)
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    order = list(actions)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for round_number in range(most):
+            if round_number >= least and time.perf_counter() - started > seconds:
+                break
+            for name in order:
+                _synchronise(device)
+                start = time.perf_counter()
+                actions[name]()
+                _synchronise(device)
+                found[name].append(time.perf_counter() - start)
+            order.reverse()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing.of(values) for name, values in found.items()}
+
+
+def _synchronise(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def efficiency_length(own: Mapping[int, float], softmax: Mapping[int, float]) -> int | None:
+    """The shortest length from which a cost stays below softmax's (the CAB's efficiency length, arXiv 2210.07661).
+
+    Between two measured lengths the crossing is interpolated on logarithmic axes. None when softmax is still cheaper
+    at the longest length; the shortest measured length when it never is.
+    """
+    lengths = sorted(set(own) & set(softmax))
+    gaps = [math.log(max(own[n], 1e-12)) - math.log(max(softmax[n], 1e-12)) for n in lengths]
+    if not lengths or gaps[-1] >= 0:
+        return None
+    last = max((i for i, gap in enumerate(gaps) if gap >= 0), default=None)
+    if last is None:
+        return lengths[0]
+    before, after = gaps[last], gaps[last + 1]
+    share = before / (before - after)
+    crossing = math.log(lengths[last]) + share * (math.log(lengths[last + 1]) - math.log(lengths[last]))
+    return round(math.exp(crossing))
