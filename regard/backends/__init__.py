@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import device as Device
 
 from regard.backends.torch import attention, gated_recurrence, softmax_scan
 from regard.contract import Unsupported, closest
@@ -53,7 +53,7 @@ class Choice:
     reason: str
 
 
-def _find(engine: str, device: torch.device, requested: str | None) -> tuple[Backend, str]:
+def _find(engine: str, device: Device, requested: str | None) -> tuple[Backend, str]:
     if requested is not None:
         names = [b.name for b in BACKENDS]
         for backend in BACKENDS:
@@ -77,17 +77,17 @@ def _find(engine: str, device: torch.device, requested: str | None) -> tuple[Bac
     raise Unsupported(f"engine {engine!r}", supported=", ".join(TORCH.engines), nearest=closest(engine, TORCH.engines))
 
 
-def which_backend(engine: str, *, device: str | torch.device = "cpu", backend: str | None = None) -> Choice:
+def which_backend(engine: str, *, device: str | Device = "cpu", backend: str | None = None) -> Choice:
     """The backend that would run `engine` (``attention``, ``gated_recurrence``, ``softmax_scan``) and the reason.
 
     Raises:
         Unsupported: for an unknown engine or backend, or a backend that lacks the engine or the device.
     """
-    found, reason = _find(engine, torch.device(device), backend)
+    found, reason = _find(engine, Device(device), backend)
     return Choice(found.name, reason)
 
 
-def resolve(engine: str, device: torch.device, requested: str | None) -> Callable[..., Any]:
+def resolve(engine: str, device: Device, requested: str | None) -> Callable[..., Any]:
     """The function that runs `engine` for tensors on `device`."""
     backend, _ = _find(engine, device, requested)
     return backend.engines[engine]

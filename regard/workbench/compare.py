@@ -384,6 +384,7 @@ class _Runner:
     ) -> None:
         self.store, self.works, self.settings, self.output = store, works, settings, output
         self.watch, self.say, self.command = watch, say, command
+        self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "cost": [], "search": []}
         self.progress = Progress(total=sum(self._planned(w) for w in works) + _cost_seconds(works, settings))
 
     def _planned(self, work: _Work) -> float:
@@ -423,6 +424,7 @@ class _Runner:
         steps = work.search_steps(name)
         for rate in settings.rates:
             key = self._cell(work, name, lr=rate, seed=0, steps=steps, items=work.search_items)
+            self.cells["search"].append(key)
             row = self.store.get("search", key)
             cost = steps * work.step_seconds[name] + 0.25 * work.evaluation_seconds[name]
             if row is None:
@@ -458,6 +460,7 @@ class _Runner:
         """One full run, scored on the held-out items that did not choose the learning rate."""
         steps = work.steps[name]
         key = self._cell(work, name, lr=rate, seed=seed, steps=steps, items=[work.search_items, work.items])
+        self.cells["quality"].append(key)
         row = self.store.get("quality", key)
         cost = steps * work.step_seconds[name] + work.evaluation_seconds[name]
         if row is None:
@@ -519,6 +522,7 @@ class _Runner:
                 )
                 for name in work.configs
             }
+            self.cells["cost"] += keys.values()
             rows = {name: self.store.get("cost", key) for name, key in keys.items()}
             if any(row is None for row in rows.values()):
                 self._doing(f"{work.task.name}: time and memory against length")
@@ -576,17 +580,8 @@ class _Runner:
             "recommendation": advice.as_dict(),
             "resolution": {t: c.resolution for t, c in comparisons.items() if math.isfinite(c.resolution)},
         }
-        self.store.put("run", {"run": self.store.run}, run)
-        report = write_report(
-            self.output / "report.html",
-            run=run,
-            quality=[row for rows in quality.values() for row in rows],
-            cost=costs,
-            search=searches,
-            summary=summary,
-            machine=provenance.fingerprint(),
-            revision=provenance.git_revision(),
-        )
+        self.store.put("run", {"run": self.store.run}, {**run, "summary": summary, "cells": self.cells})
+        report = render_report(self.store, self.output / "report.html", self.store.run)
         return Outcome(summary, advice, report, self.store.path, models)
 
     def _model_folder(self, work: _Work, name: str) -> Path:
@@ -621,6 +616,36 @@ class _Runner:
             self._advance(work.step_seconds[name])
 
         return on_step
+
+
+def render_report(store: Store, path: Path, run: str | None = None) -> Path:
+    """Write the report of a finished comparison from its rows: the one of id `run`, or the newest.
+
+    Raises:
+        Unsupported: when the store holds no finished comparison, or the file cannot be written.
+    """
+    finished = store.rows("run", run)
+    if not finished:
+        raise Unsupported(
+            f"a report from {store.path}, which holds no finished comparison",
+            supported="the output folder of a comparison that has ended",
+            nearest="regard compare with the same options, which goes on where it stopped",
+        )
+    row = finished[-1]
+    rows = {
+        kind: [found.payload for key in keys if (found := store.get(kind, key)) is not None]
+        for kind, keys in row.payload["cells"].items()
+    }
+    return write_report(
+        path,
+        run=row.payload,
+        quality=rows["quality"],
+        cost=rows["cost"],
+        search=rows["search"],
+        summary=row.payload["summary"],
+        machine=row.machine,
+        revision=row.git_revision,
+    )
 
 
 def _input(task: Task, length: int) -> tuple[Tensor, Context]:

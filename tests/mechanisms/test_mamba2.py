@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from regard.apply import absorb, apply
 from regard.catalogue import get_mechanism
-from regard.contract import Call, Context, Mask, Pattern, Unsupported
+from regard.contract import Context, Mask, Pattern, Unsupported
 from regard.create import create_layer
 from regard.engines.recurrent_forms import MatrixState
 from regard.mechanisms.mamba2 import MECHANISM, GatedRMSNorm, Mamba2Layer, sample_inputs
@@ -71,7 +70,7 @@ def run(inputs, **call):
 
 def close(found, expected, tolerance=1e-12):
     assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    assert float((found - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
 
 
 def test_recurrence_equals_masked_attention_and_chunks_of_any_size():
@@ -275,11 +274,6 @@ def test_parity_of_decoding_after_a_prefix():
         close(output, f["step_out"][:, t], 2e-5)  # observed up to 5e-7
 
 
-def test_fixtures_are_those_described():
-    described = {e["file"] for e in json.loads((FIXTURES / "SOURCES.json").read_text())["fixtures"]}
-    assert {f"{name}.npz" for name in BLOCKS} <= described
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_prefill_and_steps_equal_the_whole_with_every_option(options):
     layer = make_layer(**options)
@@ -382,8 +376,8 @@ def test_initial_values():
     torch.manual_seed(0)
     layer = create_layer("mamba2", 256, 64)
     dt, a = F.softplus(layer.dt_bias), -layer.A_log.exp()
-    assert 1e-3 * 0.99 <= float(dt.min()) and float(dt.max()) <= 0.1 * 1.01
-    assert -16.01 <= float(a.min()) and float(a.max()) <= -0.99
+    assert float(dt.min()) >= 1e-3 * 0.99 and float(dt.max()) <= 0.1 * 1.01
+    assert float(a.min()) >= -16.01 and float(a.max()) <= -0.99
     assert float(dt.max()) > 0.05 and float(a.min()) < -12  # the whole range is used
     assert (layer.D == 1).all() and (layer.norm.weight == 1).all()
 
@@ -477,11 +471,3 @@ def test_empty_memory_gives_zero():
     layer = make_layer("noncausal-cross")
     x, memory = torch.randn(1, 3, 16).double(), torch.randn(1, 0, 16).double()
     assert (layer(x, memory).output == 0).all()
-
-
-def test_forms_do_not_depend_on_the_skip_in_the_state():
-    x = inputs_of(n=6)
-    call = Call(pattern=Pattern.CAUSAL_SELF, config=MECHANISM.config())
-    with_skip = MECHANISM.forms["chunked"](call, **x).state
-    del x["skip"]
-    assert torch.equal(with_skip.memory, MECHANISM.forms["chunked"](call, **x).state.memory)

@@ -1,0 +1,575 @@
+"""The command line. Every command has ``--help`` with examples; commands that a program may read have ``--json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from regard.backends import BACKENDS, which_backend
+from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
+from regard.contract import Kind, Pattern, Unsupported
+from regard.functional import function_name
+
+app = typer.Typer(
+    name="regard",
+    help="The attention workbench: list, verify, profile and compare attention mechanisms on your data and machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+PLUGINS = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="Python file that defines a MECHANISM or a TASK. Repeatable.")
+]
+
+
+def _load(plugins: list[Path] | None) -> list[Any]:
+    return [load_plugin(path) for path in plugins or ()]
+
+
+def _emit(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str | None, typer.Option(help="Only mechanisms that have this pattern.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only this kind: attention, mixer, pooling, projection, wrapper.")] = None,
+    recurrent: Annotated[
+        bool | None, typer.Option("--recurrent/--not-recurrent", help="Whether the decoding state stays the same size.")
+    ] = None,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """List the mechanisms in the catalogue.
+
+    Examples:
+
+    \b
+        regard list
+        regard list --pattern causal-self --recurrent
+        regard list --kind mixer --json
+    """
+    _load(plugin)
+    cards = [get_mechanism(n) for n in list_mechanisms(pattern=pattern, kind=kind, recurrent=recurrent)]
+    if as_json:
+        _emit([_card(card.name) for card in cards])
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("mechanism", "kind", "patterns", "paper", "what it does"):
+        table.add_column(heading, no_wrap=heading != "what it does")
+    for card in cards:
+        marks = " ".join(_SHORT[p] if p in card.patterns else "--" for p in Pattern)
+        table.add_row(card.name, card.kind.value, marks, f"arXiv {card.paper.arxiv}", Text(card.summary))
+    console.print(table)
+    console.print("[dim]patterns: NS noncausal-self, CS causal-self, NC noncausal-cross, CC causal-cross[/dim]")
+
+
+_SHORT = {
+    Pattern.NONCAUSAL_SELF: "NS",
+    Pattern.CAUSAL_SELF: "CS",
+    Pattern.NONCAUSAL_CROSS: "NC",
+    Pattern.CAUSAL_CROSS: "CC",
+}
+
+
+def _card(name: str) -> dict[str, Any]:
+    card = get_mechanism(name)
+    return {
+        "name": card.name,
+        "aliases": list(card.aliases),
+        "kind": card.kind.value,
+        "summary": card.summary,
+        "paper": dataclasses.asdict(card.paper),
+        "inputs": dict(card.inputs),
+        "patterns": [p.value for p in card.patterns],
+        "refused": {p.value: reason for p, reason in card.refused.items()},
+        "forms": list(card.forms),
+        "recurrent": card.recurrent,
+        "options": {f.name: _default(f) for f in dataclasses.fields(card.config)},
+        "honours": sorted(card.honours),
+        "weights": card.weights,
+        "positions": list(card.accepts_positions),
+        "waivers": [
+            {"property": w.property, "reason": w.reason, "holds_with": w.holds_with and dict(w.holds_with)}
+            for w in card.waivers
+        ],
+    }
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else None
+
+
+@app.command()
+def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
+    """Show a mechanism: equations, symbols, options, patterns and how to call it.
+
+    Examples:
+
+    \b
+        regard show gated_linear
+        regard show gla --json
+    """
+    _load(plugin)
+    card = get_mechanism(name)
+    if as_json:
+        _emit(_card(name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
+        return
+    console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, arXiv {card.paper.arxiv} ({card.paper.year})")
+    if card.aliases:
+        console.print(f"[dim]also called {', '.join(card.aliases)}[/dim]")
+    console.print()
+    console.print(Text(inspect.cleandoc(get_module(card.name).__doc__ or "")))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("inputs", Text(", ".join(f"{n} ({', '.join(a)})" for n, a in card.inputs.items())))
+    table.add_row("patterns", ", ".join(card.patterns))
+    for pattern, reason in card.refused.items():
+        table.add_row("refused", Text(f"{pattern.value}: {reason}"))
+    table.add_row("options", Text(", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(card.config)) or "none"))
+    table.add_row("positions", ", ".join(card.accepts_positions))
+    table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
+    table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))
+    console.print()
+    console.print(table)
+
+
+@app.command()
+def verify(
+    mechanisms: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all when none is named.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="Only these patterns.")] = None,
+    prop: Annotated[list[str] | None, typer.Option("--property", help="Only these properties.")] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Inductor and more seeds; resumable.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the store that --full resumes from.")] = Path("runs/verify"),
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Measure the equality matrix: definition = fast forms = steps, padding, packing, causality, gradients and more.
+
+    Ends with exit code 0 when every cell holds, 1 when one fails.
+
+    Examples:
+
+    \b
+        regard verify softmax gated_linear
+        regard verify --plugin my_mechanism.py my_mechanism
+        regard verify --full --output runs/verify
+        regard verify --json > matrix.json
+    """
+    from regard.workbench.store import Store
+    from regard.workbench.verify import PROPERTIES, Cell, plan
+    from regard.workbench.verify import verify as run
+
+    modules = _load(plugin)
+    if not mechanisms and modules:
+        mechanisms = [m.MECHANISM.name for m in modules if hasattr(m, "MECHANISM")]
+    names = [get_mechanism(n).name for n in mechanisms] if mechanisms else list_mechanisms()
+    known = [p.name for p in PROPERTIES]
+    for name in prop or ():
+        if name not in known:
+            raise Unsupported(f"property {name!r}", supported=", ".join(known))
+    total = sum(1 for _ in plan(names, patterns=pattern, properties=prop))
+    store = Store(output / "results.db") if full else None
+    cells: list[Cell] = []
+    with _progress(quiet=as_json) as (bar, line):
+        task = bar.add_task("verify", total=total)
+
+        def on_cell(cell: Cell) -> None:
+            cells.append(cell)
+            if store is not None:
+                store.put("verify", {**cell.key, "full": True}, dataclasses.asdict(cell))
+            bar.update(task, advance=1, description=f"{cell.mechanism} {cell.pattern} {cell.property}")
+            line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
+            if cell.status == "fail" and not as_json:
+                bar.console.print(f"[red]fail[/red] {cell.mechanism} {cell.pattern} {cell.property} {cell.dtype}: {escape(cell.detail)}")
+
+        def done(key: dict[str, str]) -> bool:
+            row = None if store is None else store.get("verify", {**key, "full": True})
+            if row is not None:
+                cells.append(Cell(**row.payload))
+            return row is not None
+
+        run(names, patterns=pattern, properties=prop, full=full, on_cell=on_cell, done=done)
+    failures = [c for c in cells if c.status == "fail"]
+    if as_json:
+        _emit({"cells": [dataclasses.asdict(c) for c in cells], "failures": len(failures)})
+    else:
+        console.print(_matrix(cells))
+        waived = sum(c.status == "waived" for c in cells)
+        console.print(f"{len(cells)} cells: {len(cells) - len(failures) - waived} hold, {waived} waived with a reason, {len(failures)} fail")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _matrix(cells: list[Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    headings = ["mechanism", "cells", "waived", "failed", "float64", "float32", "bfloat16", "float16"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "mechanism" else "right")
+    for name in dict.fromkeys(c.mechanism for c in cells):
+        own = [c for c in cells if c.mechanism == name]
+        worst = {d: [c.error for c in own if c.dtype == d and c.error is not None] for d in headings[4:]}
+        counts = [len(own), sum(c.status == "waived" for c in own), sum(c.status == "fail" for c in own)]
+        table.add_row(name, *map(str, counts), *(f"{max(e):.1e}" if e else "" for e in worst.values()))
+    return table
+
+
+@app.command("profile")
+def profile_command(
+    mechanisms: Annotated[list[str], typer.Argument(help="Mechanisms; softmax is always measured beside them.")],
+    pattern: Annotated[str, typer.Option(help="One pattern that all of them have.")] = Pattern.CAUSAL_SELF.value,
+    lengths: Annotated[str, typer.Option(help="Comma-separated lengths.")] = "256,512,1024,2048,4096",
+    what: Annotated[str, typer.Option(help="Of forward, training, decode.")] = "forward,training,decode",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    seconds: Annotated[float, typer.Option(help="Timing for each length.")] = 1.0,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Time and memory against length, interleaved with softmax; medians, spread and efficiency lengths.
+
+    Examples:
+
+    \b
+        regard profile gated_linear delta_rule
+        regard profile linear --pattern noncausal-self --lengths 1024,4096,16384 --what forward
+        regard profile local --json
+    """
+    from regard.workbench.profile import ProfileSettings, profile
+
+    _load(plugin)
+    settings = ProfileSettings(
+        tuple(mechanisms),
+        Pattern.parse(pattern),
+        _integers("lengths", lengths),
+        tuple(part.strip() for part in what.split(",")),
+        batch,
+        heads,
+        head_dim,
+        dtype,
+        seconds,
+    )
+    with _progress(quiet=as_json) as (bar, line):
+        task = bar.add_task("profile", total=len(settings.lengths) * len(settings.what))
+
+        def on_length(kind: str, length: int) -> None:
+            bar.update(task, advance=1, description=f"{kind} at {length}")
+            line(f"{kind} at {length}")
+
+        found = profile(settings, on_length=on_length)
+    if as_json:
+        _emit(found.as_dict())
+        return
+    for kind in settings.what:
+        rows = [m for m in found.measurements if m.what == kind]
+        table = Table(box=None, pad_edge=False, header_style="dim", title=f"{kind}: milliseconds (middle half) and memory", title_justify="left")
+        names = list(dict.fromkeys(m.mechanism for m in rows))
+        for heading in ("length", *names):
+            table.add_column(heading, justify="right")
+        for length in settings.lengths:
+            at = {m.mechanism: m for m in rows if m.length == length}
+            table.add_row(str(length), *(_measurement(at[n]) for n in names))
+        console.print(table)
+        console.print()
+    for name, crossing in found.efficiency.items():
+        said = ", ".join(f"{k} from {v}" if v else f"{k} not by {max(settings.lengths)}" for k, v in crossing.items())
+        console.print(f"{name} beats softmax: {said}")
+    for reason in found.skipped.values():
+        console.print(f"[dim]{reason}[/dim]")
+
+
+def _measurement(m: Any) -> str:
+    memory = f"  {m.memory_bytes / 2**20:.1f} MiB" if m.memory_bytes is not None else ""
+    return f"{m.milliseconds:.3g} ({m.low:.3g}-{m.high:.3g}){memory}"
+
+
+@app.command()
+def compare(
+    data: Annotated[list[str] | None, typer.Argument(help="Your text files or folders (or an image folder).")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task, as name or name:option=value,option=value. Repeatable. Default: text and recall; text for your data."),
+    ] = None,
+    mechanisms: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "softmax,local,gated_linear,delta_rule",
+    budget: Annotated[str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")] = "8m",
+    seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path("runs/compare"),
+    validation: Annotated[list[str] | None, typer.Option(help="Held-out files; split off by document when not given.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="For text: bytes, bpe:SIZE or a saved .json.")] = "bytes",
+    dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
+    layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
+    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
+    lengths: Annotated[str, typer.Option(help="Lengths at which costs are measured.")] = "256,512,1024,2048,4096",
+    at_length: Annotated[int, typer.Option(help="Length that decides about cost.")] = 2048,
+    prefer: Annotated[
+        str, typer.Option(help="What decides at equal quality: inference, training, decode, memory or state.")
+    ] = "inference",
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of the winner.")] = False,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Train mechanisms on the same work, measure quality and cost on this machine, and say which to take.
+
+    Examples:
+
+    \b
+        regard compare
+        regard compare my_corpus.txt --budget 20m --seeds 3
+        regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
+        regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
+    """
+    from regard.workbench.budget import Budget
+    from regard.workbench.compare import CompareSettings
+    from regard.workbench.compare import compare as run
+    from regard.workbench.summary_table import terminal_table
+
+    modules = _load(plugin)
+    tasks = _tasks(task, data, validation, length, tokenizer, modules)
+    settings = CompareSettings(
+        tuple(_mechanism_names(mechanisms, tasks)),
+        Budget.parse(budget),
+        seeds=seeds,
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        lengths=_integers("lengths", lengths),
+        at_length=at_length,
+        prefer=prefer,
+        keep_models=keep_models,
+    )
+    for one in tasks:
+        if not as_json:
+            console.print(Text(one.describe()))
+            console.print()
+    with _progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("starting", total=None)
+
+        def watch(progress: Any) -> None:
+            loss = f"  loss {progress.loss:.3f}" if progress.loss == progress.loss else ""
+            bar.update(shown, description=progress.doing + loss, completed=progress.done, total=progress.total or None)
+            share = progress.done / progress.total if progress.total else 0.0
+            line(f"{share:4.0%}  {progress.doing}{loss}")
+
+        outcome = run(
+            tasks,
+            settings,
+            output,
+            watch=watch,
+            say=lambda s: None if as_json else bar.console.print(Text(s, style="dim")),
+        )
+    if as_json:
+        _emit(
+            {
+                "summary": outcome.summary,
+                "recommendation": outcome.recommendation.as_dict(),
+                "report": str(outcome.report),
+                "store": str(outcome.store),
+                "models": {k: str(v) for k, v in outcome.models.items()},
+            }
+        )
+        return
+    console.print()
+    console.print(terminal_table(outcome.summary))
+    console.print()
+    console.print(Text(outcome.recommendation.text, style="bold"))
+    console.print(Text(outcome.recommendation.reason))
+    for note in outcome.recommendation.notes:
+        console.print(Text(f"- {note}", style="dim"))
+    console.print()
+    console.print(Text(f"Report: {outcome.report}"))
+
+
+def _tasks(
+    chosen: list[str] | None,
+    data: list[str] | None,
+    validation: list[str] | None,
+    length: int | None,
+    tokenizer: str,
+    modules: list[Any],
+) -> list[Any]:
+    """The tasks of a comparison: named ones, those of plugins, or the default."""
+    from regard.tasks import TASKS, check_task, create_task
+
+    own = [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
+    names = chosen if chosen else ([] if own else ["text"] if data else ["text", "recall"])
+    tasks, reading = [], []
+    for described in names:
+        name, _, rest = described.partition(":")
+        options = {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise Unsupported(f"task option {part!r}", supported="name:option=value,option=value", nearest=f"{name}:{key}=1")
+            options[key.strip()] = _literal(value.strip())
+        if name in TASKS:
+            accepted = inspect.signature(TASKS[name]).parameters
+            if "data" in accepted:
+                reading.append(name)
+                options |= {"data": data, "validation": validation} if data else {}
+            if "tokenizer" in accepted:
+                options["tokenizer"] = tokenizer
+        if length is not None:
+            options["length"] = length
+        tasks.append(create_task(name, **{k: v for k, v in options.items() if v is not None}))
+    if data and names and not reading:
+        raise Unsupported(f"data for {', '.join(names)}", supported="tasks that read data: text, images", nearest="--task text")
+    return [*tasks, *own]
+
+
+def _mechanism_names(text: str, tasks: list[Any]) -> list[str]:
+    if text.strip() == "all":
+        patterns = {t.pattern for t in tasks}
+        return list_mechanisms(where=lambda c: patterns <= set(c.patterns) and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER))
+    return [get_mechanism(part.strip()).name for part in text.split(",") if part.strip()]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise Unsupported(f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096") from None
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")] = Path("runs/compare"),
+    output: Annotated[Path | None, typer.Option(help="Where to write; report.html in the folder when not given.")] = None,
+) -> None:
+    """Write the HTML report of a finished comparison again.
+
+    Examples:
+
+    \b
+        regard report
+        regard report runs/recall --output recall.html
+    """
+    from regard.workbench.compare import render_report
+    from regard.workbench.store import Store
+
+    file = folder / "results.db"
+    if not file.is_file():
+        raise Unsupported(f"a report from {folder}: no results.db there", supported="the output folder of regard compare")
+    with Store(file) as store:
+        console.print(Text(f"Report: {render_report(store, output or folder / 'report.html')}"))
+
+
+@app.command()
+def doctor(as_json: JSON = False) -> None:
+    """Say what this machine has, which backends run, and what is missing.
+
+    Examples:
+
+    \b
+        regard doctor
+        regard doctor --json
+    """
+    from regard.workbench.provenance import fingerprint
+
+    facts = fingerprint()
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    engines = {d: {e: which_backend(e, device=d).name for e in sorted(BACKENDS[-1].engines)} for d in devices}
+    extras = {name: importlib.util.find_spec(name) is not None for name in ("sklearn", "PIL", "transformers", "timm")}
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    advice = []
+    if not extras["sklearn"]:
+        advice.append("scikit-learn is missing: the default images task needs it (pip install 'regard[data]')")
+    if not extras["PIL"]:
+        advice.append("Pillow is missing: image folders need it (pip install 'regard[data]')")
+    if compiler is None:
+        advice.append("no C++ compiler: torch.compile with inductor, and so `verify --full`, needs one")
+    if as_json:
+        _emit({"machine": facts, "backends": engines, "extras": extras, "compiler": compiler, "advice": advice})
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), Text(str(value)))
+    for device, chosen in engines.items():
+        table.add_row(f"engines on {device}", Text(", ".join(f"{e}: {b}" for e, b in chosen.items())))
+    table.add_row("extras", Text(", ".join(f"{n}: {'yes' if there else 'no'}" for n, there in extras.items())))
+    table.add_row("C++ compiler", Text(compiler or "none"))
+    console.print(table)
+    for line in advice:
+        console.print(Text(f"- {line}"))
+    if not advice:
+        console.print("Nothing is missing.")
+
+
+class _Remaining(ProgressColumn):
+    """Elapsed time, and the remaining time at the pace so far."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.elapsed or 0.0
+        if not task.total or task.completed <= 0:
+            return Text(f"{elapsed:.0f}s", style="dim")
+        left = elapsed * max(0.0, task.total - task.completed) / task.completed
+        return Text(f"{_clock(elapsed)} elapsed, about {_clock(left)} left", style="dim")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """A live bar on a terminal; elsewhere a line now and then."""
+    started, last = time.monotonic(), [time.monotonic()]
+    live = errors.is_terminal and not quiet
+
+    def line(text: str) -> None:
+        now = time.monotonic()
+        if not live and not quiet and now - last[0] >= 15:
+            last[0] = now
+            print(f"[{_clock(now - started)}] {text}", file=sys.stderr, flush=True)
+
+    columns = (BarColumn(bar_width=28), TextColumn("{task.description}", markup=False), _Remaining())
+    with Progress(*columns, console=errors, disable=not live, transient=True) as bar:
+        yield bar, line
+
+
+def main() -> None:
+    """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line."""
+    try:
+        app(standalone_mode=True)
+    except Unsupported as error:
+        errors.print(Text(f"regard: {error}"), soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        errors.print("regard: interrupted; the same command goes on where it stopped")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
