@@ -97,7 +97,9 @@ def choose_form(
             return "read"
         if stateful and "absorb" not in forms:
             raise Unsupported(
-                f"a state of {card.name} in {pattern.value}", supported="whole calls, without a state", nearest="softmax"
+                f"a state of {card.name} in {pattern.value}",
+                supported="whole calls, without a state",
+                nearest="softmax",
             )
         if stateful or "parallel" not in forms:
             return "absorb+read"

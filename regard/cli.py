@@ -56,7 +56,9 @@ def _emit(value: Any) -> None:
 @app.command("list")
 def list_command(
     pattern: Annotated[str | None, typer.Option(help="Only mechanisms that have this pattern.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only this kind: attention, mixer, pooling, projection, wrapper.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only this kind: attention, mixer, pooling, projection, wrapper.")
+    ] = None,
     recurrent: Annotated[
         bool | None, typer.Option("--recurrent/--not-recurrent", help="Whether the decoding state stays the same size.")
     ] = None,
@@ -148,7 +150,9 @@ def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
     table.add_row("patterns", ", ".join(card.patterns))
     for pattern, reason in card.refused.items():
         table.add_row("refused", Text(f"{pattern.value}: {reason}"))
-    table.add_row("options", Text(", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(card.config)) or "none"))
+    table.add_row(
+        "options", Text(", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(card.config)) or "none")
+    )
     table.add_row("positions", ", ".join(card.accepts_positions))
     table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
     table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))
@@ -199,11 +203,13 @@ def verify(
         def on_cell(cell: Cell) -> None:
             cells.append(cell)
             if store is not None:
-                store.put("verify", {**cell.key, "full": True}, dataclasses.asdict(cell))
+                store.put("verify", _verify_key(cell), dataclasses.asdict(cell))
             bar.update(task, advance=1, description=f"{cell.mechanism} {cell.pattern} {cell.property}")
             line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
             if cell.status == "fail" and not as_json:
-                bar.console.print(f"[red]fail[/red] {cell.mechanism} {cell.pattern} {cell.property} {cell.dtype}: {escape(cell.detail)}")
+                bar.console.print(
+                    f"[red]fail[/red] {cell.mechanism} {cell.pattern} {cell.property} {cell.dtype}: {escape(cell.detail)}"
+                )
 
         def done(key: dict[str, str]) -> bool:
             row = None if store is None else store.get("verify", {**key, "full": True})
@@ -218,9 +224,16 @@ def verify(
     else:
         console.print(_matrix(cells))
         waived = sum(c.status == "waived" for c in cells)
-        console.print(f"{len(cells)} cells: {len(cells) - len(failures) - waived} hold, {waived} waived with a reason, {len(failures)} fail")
+        console.print(
+            f"{len(cells)} cells: {len(cells) - len(failures) - waived} hold, {waived} waived with a reason, {len(failures)} fail"
+        )
     if failures:
         raise typer.Exit(1)
+
+
+def _verify_key(cell: Any) -> dict[str, Any]:
+    names = ("mechanism", "pattern", "property", "dtype", "backend")
+    return {name: getattr(cell, name) for name in names} | {"full": True}
 
 
 def _matrix(cells: list[Any]) -> Table:
@@ -286,7 +299,13 @@ def profile_command(
         return
     for kind in settings.what:
         rows = [m for m in found.measurements if m.what == kind]
-        table = Table(box=None, pad_edge=False, header_style="dim", title=f"{kind}: milliseconds (middle half) and memory", title_justify="left")
+        table = Table(
+            box=None,
+            pad_edge=False,
+            header_style="dim",
+            title=f"{kind}: milliseconds (middle half) and memory",
+            title_justify="left",
+        )
         names = list(dict.fromkeys(m.mechanism for m in rows))
         for heading in ("length", *names):
             table.add_column(heading, justify="right")
@@ -312,13 +331,23 @@ def compare(
     data: Annotated[list[str] | None, typer.Argument(help="Your text files or folders (or an image folder).")] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Task, as name or name:option=value,option=value. Repeatable. Default: text and recall; text for your data."),
+        typer.Option(
+            help="Task, as name or name:option=value,option=value. Repeatable. Default: text and recall; text for your data."
+        ),
     ] = None,
-    mechanisms: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "softmax,local,gated_linear,delta_rule",
-    budget: Annotated[str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")] = "8m",
+    mechanisms: Annotated[
+        str, typer.Option(help="Comma-separated names, or all.")
+    ] = "softmax,local,gated_linear,delta_rule",
+    budget: Annotated[
+        str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
+    ] = "8m",
     seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path("runs/compare"),
-    validation: Annotated[list[str] | None, typer.Option(help="Held-out files; split off by document when not given.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+        "runs/compare"
+    ),
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Held-out files; split off by document when not given.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
     tokenizer: Annotated[str, typer.Option(help="For text: bytes, bpe:SIZE or a saved .json.")] = "bytes",
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
@@ -424,7 +453,9 @@ def _tasks(
         for part in filter(None, rest.split(",")):
             key, equals, value = part.partition("=")
             if not equals:
-                raise Unsupported(f"task option {part!r}", supported="name:option=value,option=value", nearest=f"{name}:{key}=1")
+                raise Unsupported(
+                    f"task option {part!r}", supported="name:option=value,option=value", nearest=f"{name}:{key}=1"
+                )
             options[key.strip()] = _literal(value.strip())
         if name in TASKS:
             accepted = inspect.signature(TASKS[name]).parameters
@@ -437,14 +468,18 @@ def _tasks(
             options["length"] = length
         tasks.append(create_task(name, **{k: v for k, v in options.items() if v is not None}))
     if data and names and not reading:
-        raise Unsupported(f"data for {', '.join(names)}", supported="tasks that read data: text, images", nearest="--task text")
+        raise Unsupported(
+            f"data for {', '.join(names)}", supported="tasks that read data: text, images", nearest="--task text"
+        )
     return [*tasks, *own]
 
 
 def _mechanism_names(text: str, tasks: list[Any]) -> list[str]:
     if text.strip() == "all":
         patterns = {t.pattern for t in tasks}
-        return list_mechanisms(where=lambda c: patterns <= set(c.patterns) and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER))
+        return list_mechanisms(
+            where=lambda c: patterns <= set(c.patterns) and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
+        )
     return [get_mechanism(part.strip()).name for part in text.split(",") if part.strip()]
 
 
@@ -459,13 +494,17 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
-        raise Unsupported(f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096") from None
+        raise Unsupported(
+            f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096"
+        ) from None
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")] = Path("runs/compare"),
-    output: Annotated[Path | None, typer.Option(help="Where to write; report.html in the folder when not given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; report.html in the folder when not given.")
+    ] = None,
 ) -> None:
     """Write the HTML report of a finished comparison again.
 
@@ -480,7 +519,9 @@ def report(
 
     file = folder / "results.db"
     if not file.is_file():
-        raise Unsupported(f"a report from {folder}: no results.db there", supported="the output folder of regard compare")
+        raise Unsupported(
+            f"a report from {folder}: no results.db there", supported="the output folder of regard compare"
+        )
     with Store(file) as store:
         console.print(Text(f"Report: {render_report(store, output or folder / 'report.html')}"))
 

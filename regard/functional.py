@@ -64,7 +64,7 @@ def _function(card: Mechanism) -> Callable[..., Any]:
     ]
     parameters += [
         inspect.Parameter(n, keyword, default=f.default)
-        for n, f in card.config.__dataclass_fields__.items()
+        for n, f in card.config.__dataclass_fields__.items()  # type: ignore[attr-defined]
         if n not in {p.name for p in parameters}
     ]
     function.__name__ = function.__qualname__ = function_name(card)

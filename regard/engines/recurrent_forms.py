@@ -78,12 +78,9 @@ def bidirectional(
     counts itself once."""
     size = call.chunk_size or 64
     forward, _ = gated_recurrence(q, k, v, log_decay, beta, chunk_size=size, backend=call.backend)
-    q, k, v, log_decay, beta = (
-        None if x is None else flip_rows(x, call.lengths, axis=2) for x in (q, k, v, log_decay, beta)
-    )
-    assert k is not None and v is not None and forward is not None
-    backward, _ = gated_recurrence(q, k, v, log_decay, beta, chunk_size=size, inclusive=False, backend=call.backend)
-    assert backward is not None
+    flipped = [None if x is None else flip_rows(x, call.lengths, axis=2) for x in (q, k, v, log_decay, beta)]
+    backward, _ = gated_recurrence(*flipped, chunk_size=size, inclusive=False, backend=call.backend)  # type: ignore[arg-type]
+    assert forward is not None and backward is not None
     return forward + flip_rows(backward, call.lengths, axis=2)
 
 

@@ -124,9 +124,7 @@ def merge(first: Carry, second: Carry) -> Carry:
     """The carry of two disjoint sets of tokens (associative; an empty carry is its identity)."""
     m = torch.maximum(first.m, second.m).detach()
     a, b = exponentials(first.m, m), exponentials(second.m, m)
-    return Carry(
-        m, a * first.u + b * second.u, a[..., None] * first.w + b[..., None] * second.w
-    )
+    return Carry(m, a * first.u + b * second.u, a[..., None] * first.w + b[..., None] * second.w)
 
 
 def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tensor, "... v"]:

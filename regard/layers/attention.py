@@ -46,7 +46,7 @@ class LayerState(State):
 
     mechanism: Any
     length: Int[Tensor, " b"] = state_field()
-    convolutions: tuple[Tensor, ...] = ()
+    convolutions: tuple[Tensor | None, ...] = ()
 
 
 class AttentionLayer(nn.Module):
@@ -197,10 +197,10 @@ class AttentionLayer(nn.Module):
         if self.positions.embed is not None:
             x = self.positions.embed(x, positions)
         stateful = state is not None or "state" in context.want
-        heads, caches = {}, [None] * 3 if state is None or not state.convolutions else list(state.convolutions)
-        q = None
+        heads: dict[str, Tensor] = {}
+        caches = self._no_caches() if state is None or not state.convolutions else list(state.convolutions)
         if self.query is not None:
-            q, caches[0] = self._heads(self.query, x, 0, self.num_heads, layout.lengths, caches[0])
+            q = self._heads(self.query, x, 0, self.num_heads, layout.lengths, caches)
             heads["q"] = self._norm(self.query_norm, q)
         source, source_layout, source_positions = x, layout, positions
         if self.pattern.cross and memory is not None:
@@ -251,7 +251,7 @@ class AttentionLayer(nn.Module):
         if stateful:
             new = torch.full((x.shape[0],), x.shape[1], device=device) if layout.lengths is None else layout.lengths
             length = new if state is None else state.length + new
-            result.state = LayerState(result.state, length, tuple(c for c in caches if c is not None))
+            result.state = LayerState(result.state, length, tuple(caches))
         return result
 
     def step(self, x_t: Float[Tensor, "b c"], state: LayerState) -> tuple[Float[Tensor, "b c"], LayerState]:
@@ -278,7 +278,7 @@ class AttentionLayer(nn.Module):
         before = None if state is None or state.mechanism is None else state.mechanism.length  # type: ignore[attr-defined]
         positions = self._positions(context.memory_positions, layout, memory, before)
         heads: dict[str, Tensor] = {}
-        self._memory_heads(heads, memory, layout.lengths, [None] * 3)
+        self._memory_heads(heads, memory, layout.lengths, self._no_caches())
         heads = self._rotate(heads, positions, positions)
         if self.projection is not None:
             heads = self.projection(heads, None, memory, context)
@@ -295,22 +295,32 @@ class AttentionLayer(nn.Module):
         length = torch.zeros(batch, dtype=torch.long, device=memory.device) if state is None else state.length
         return LayerState(absorbed, length)
 
+    def _no_caches(self) -> list[Tensor | None]:
+        return [None] * len(self.convolutions)
+
     def _heads(
-        self, module: nn.Module, x: Tensor, index: int, heads: int, lengths: Tensor | None, cache: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        module: nn.Module,
+        x: Tensor,
+        index: int,
+        heads: int,
+        lengths: Tensor | None,
+        caches: list[Tensor | None],
+    ) -> Float[Tensor, "b h n d"]:
+        """Project (index 0 query, 1 key, 2 value), convolve, and split into heads. Updates the convolution's cache."""
         y = module(x)
         if self.convolutions:
-            y, cache = self.convolutions[index - 3 + len(self.convolutions)](y, lengths, cache)
-        return y.unflatten(-1, (heads, -1)).transpose(1, 2), cache  # (b, h, n, d)
+            own = index - 3 + len(self.convolutions)  # without a query there are two
+            y, caches[own] = self.convolutions[own](y, lengths, caches[own])
+        return y.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def _memory_heads(
         self, heads: dict[str, Tensor], source: Tensor, lengths: Tensor | None, caches: list[Tensor | None]
     ) -> None:
         if self.key is not None:
-            k, caches[1] = self._heads(self.key, source, 1, self.kv_heads, lengths, caches[1])
-            heads["k"] = self._norm(self.key_norm, k)
+            heads["k"] = self._norm(self.key_norm, self._heads(self.key, source, 1, self.kv_heads, lengths, caches))
         if self.value is not None:
-            heads["v"], caches[2] = self._heads(self.value, source, 2, self.kv_heads, lengths, caches[2])
+            heads["v"] = self._heads(self.value, source, 2, self.kv_heads, lengths, caches)
 
     @staticmethod
     def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -159,9 +159,7 @@ def chunked(
     return Result(output, ScanState(*carry, length_after(call, k)))
 
 
-def absorb(
-    call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], q: Float[Tensor, "h d"]
-) -> ScanState:
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], q: Float[Tensor, "h d"]) -> ScanState:
     """Memory into (m, u, w); more may follow."""
     carry = scan.absorb(_scores(call, q, k), v, state=_carry(call), log_decay=_log_decay(call, k))
     return ScanState(*carry, length_after(call, k))
@@ -213,7 +211,9 @@ def _scores(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "b g m r"]:
 def _log_decay(call: Call, k: Tensor) -> Float[Tensor, "#b 1 m"] | None:
     if call.config.forget == 1.0:
         return None
-    gate = k.new_full((1, 1, k.shape[2]), math.log(call.config.forget), dtype=torch.promote_types(k.dtype, torch.float32))
+    gate = k.new_full(
+        (1, 1, k.shape[2]), math.log(call.config.forget), dtype=torch.promote_types(k.dtype, torch.float32)
+    )
     valid = call.valid_keys(k.shape[2])
     return gate if valid is None else torch.where(valid[:, None], gate, 0)
 

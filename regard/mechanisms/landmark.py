@@ -325,7 +325,7 @@ def _landmarks(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
         raise Unsupported(
             f"roles of shape {tuple(call.roles.shape)} for {batch} rows of {m} keys", supported=f"({batch}, {m})"
         )
-    return call.roles == Role.LANDMARK
+    return call.roles == int(Role.LANDMARK)
 
 
 def _ranks(queries: Tensor, keys: Tensor) -> Ranks:

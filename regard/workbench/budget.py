@@ -15,7 +15,7 @@ _UNITS = {
     **dict.fromkeys(("flop", "flops"), ("flops", 1.0)),
 }
 _FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15}
-_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMGBTP]?)\s*([a-zA-Z]+)\s*")
+_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMGBTP]?)\s*([a-zA-Z]+)\s*")
 ACCEPTED = "a time for the whole comparison (90s, 8m, 2h), or work for each run (2M tokens, 5e13 flops)"
 
 

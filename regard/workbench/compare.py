@@ -7,6 +7,7 @@ the store the moment it exists, so a comparison that is killed goes on with the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -145,7 +146,7 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
     plan: Any = card.name
     if card.kind is Kind.PROJECTION:
         plan = [("softmax", {"linear": card.name})] * settings.layers
-    shared = {
+    shared: dict[str, Any] = {
         "dim": settings.dim,
         "num_layers": settings.layers if isinstance(plan, str) else None,
         "num_heads": settings.heads,
@@ -527,7 +528,8 @@ class _Runner:
             if any(row is None for row in rows.values()):
                 self._doing(f"{work.task.name}: time and memory against length")
                 models = {name: build(config, 0) for name, config in work.configs.items()}
-                costs = model_costs(models, self.settings.lengths, lambda n, w=work: _input(w.task, n), seconds=0.5)
+                make_input = functools.partial(_input, work.task)
+                costs = model_costs(models, self.settings.lengths, make_input, seconds=0.5)
                 for name, cost in costs.items():
                     self.store.put("cost", keys[name], {"task": work.task.name, "mechanism": name, **cost})
                 rows = {name: self.store.get("cost", key) for name, key in keys.items()}

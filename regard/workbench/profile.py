@@ -135,7 +135,15 @@ def _at(what: str, length: int, subjects: dict[str, Subject], settings: ProfileS
 
 def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, torch.Tensor]:
     width = settings.head_dim
-    sizes = {"h": settings.heads, "g": settings.heads, "d": width, "k": width, "v": width, "e": width, "c": settings.heads * width}
+    sizes = {
+        "h": settings.heads,
+        "g": settings.heads,
+        "d": width,
+        "k": width,
+        "v": width,
+        "e": width,
+        "c": settings.heads * width,
+    }
     if subject.card.kind is Kind.POOLING:
         sizes["d"] = settings.heads * width
     dtype = DTYPES[settings.dtype]

@@ -7,6 +7,7 @@ return 0 or 1 through `exactly`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -559,7 +560,7 @@ def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
     for pattern in Pattern:
         if pattern not in card.patterns:
             exactly(card.refused.get(pattern), f"no reason is given for refusing {pattern}")
-            _expect_refusal(lambda p=pattern: card.require_pattern(p), f"pattern {pattern}")
+            _expect_refusal(functools.partial(card.require_pattern, pattern), f"pattern {pattern}")
     inputs = subject.inputs(6, dtype=dtype)
     name = next(iter(inputs))
     _expect_refusal(lambda: subject.run({**inputs, name: inputs[name][0]}), f"{name} without its first axis")

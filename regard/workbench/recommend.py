@@ -80,7 +80,8 @@ def recommend(
         name, higher = metrics[task]
         best = max(entries, key=lambda e: e["mean"] if higher else -e["mean"])["mechanism"]
         comparison = comparisons[task]
-        tied, behind = [], []
+        tied: list[str] = []
+        behind: list[str] = []
         for mechanism in kept:
             if mechanism != best:
                 difference = comparison.difference(best, mechanism)

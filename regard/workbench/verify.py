@@ -6,7 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -42,11 +42,16 @@ class Cell:
     detail: str
     seconds: float
 
-    @property
-    def key(self) -> dict[str, str]:
-        return {
-            k: str(v) for k, v in asdict(self).items() if k in ("mechanism", "pattern", "property", "dtype", "backend")
-        }
+
+def cell_key(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype) -> dict[str, str]:
+    """What identifies a cell."""
+    return {
+        "mechanism": card.name,
+        "pattern": pattern.value,
+        "property": prop.name,
+        "dtype": DTYPE_NAMES[dtype],
+        "backend": "torch",
+    }
 
 
 def _waiver(card: Mechanism, property_name: str, pattern: Pattern) -> Waiver | None:
@@ -137,22 +142,14 @@ def verify(
     """
     cells = []
     for card, pattern, prop, dtype in plan(names, patterns=patterns, properties=properties):
-        identity = {
-            "mechanism": card.name,
-            "pattern": pattern.value,
-            "property": prop.name,
-            "dtype": DTYPE_NAMES[dtype],
-            "backend": "torch",
-        }
-        if done is not None and done(identity):
+        if done is not None and done(cell_key(card, pattern, prop, dtype)):
             continue
-        cell = check(card, pattern, _inductor(prop) if full else prop, dtype)
-        for seed in (1, 2) if full and cell is not None and prop.name != "compile" else ():
-            again = check(card, pattern, prop, dtype, seed=seed)
-            if again is not None and (again.status == "fail" or (again.error or 0) > (cell.error or 0)):
-                cell = again if cell.status != "fail" else cell
-        if cell is None:
+        seeds = (0, 1, 2) if full and prop.name not in ("compile", "layer_compile", "layer_export") else (0,)
+        found = [check(card, pattern, _inductor(prop) if full else prop, dtype, seed=seed) for seed in seeds]
+        measured = [cell for cell in found if cell is not None]
+        if not measured:
             continue
+        cell = max(measured, key=lambda c: (c.status == "fail", c.error or 0.0))
         cells.append(cell)
         if on_cell is not None:
             on_cell(cell)
@@ -160,6 +157,6 @@ def verify(
 
 
 def _inductor(prop: Property) -> Property:
-    if prop.name != "compile":
+    if prop.name not in ("compile", "layer_compile"):
         return prop
     return Property(prop.name, prop.meaning, lambda s, d: prop.check(s, d, backend="inductor"), prop.dtypes, prop.level)

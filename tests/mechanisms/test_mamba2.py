@@ -203,11 +203,11 @@ def test_parity_with_ssd_minimal(name):
         "a": -torch.ones(2).double(),
     }
     result = run(inputs, state=state, return_state=True)
-    close(result.output, f["out"], 1e-10)  # observed 4e-16 to 9e-16
+    close(result.output, f["out"], 1e-10)  # observed 2e-16
     close(result.state.memory.mT, f["state"], 1e-10)
     loss = (result.output * f["grad_out"]).sum() + (result.state.memory.mT * f["grad_state"]).sum()
     for key, found in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-        close(found, f[f"grad_{key}"], 1e-10)  # observed up to 2e-15
+        close(found, f[f"grad_{key}"], 1e-10)  # observed up to 7e-16
 
 
 def test_parity_of_the_gated_norm():
@@ -219,7 +219,7 @@ def test_parity_of_the_gated_norm():
     ):
         norm = GatedRMSNorm(24, groups, norm_before_gate=first).double()
         norm.weight.data = f["weight"]
-        close(norm(f["y"], f["z"]), f[name], 1e-10)  # observed 3e-16
+        close(norm(f["y"], f["z"]), f[name], 1e-10)  # observed 0
 
 
 BLOCKS = ["mamba2_block", "mamba2_block_one_group_dt_limit", "mamba2_block_left_padded", "mamba2_block_right_padded"]
@@ -255,11 +255,11 @@ def test_parity_of_the_block(name):
     valid = f.get("attention_mask", torch.ones(f["x"].shape[:2], dtype=torch.bool))
     poisoned = torch.where(valid[..., None], f["x"], float("nan")).requires_grad_()
     output = layer(poisoned, context=Context(mask=Mask(valid=valid))).output
-    close(output[valid], f["out"][valid], 2e-5)  # observed 2e-7 to 4e-7
+    close(output[valid], f["out"][valid], 2e-5)  # observed 1e-7 to 2e-7
     assert (output[~valid] == 0).all()
     (output * torch.where(valid[..., None], f["grad_out"], 0)).sum().backward()
     if valid.all():
-        close(poisoned.grad, f["grad_x"], 2e-5)  # observed 3e-7
+        close(poisoned.grad, f["grad_x"], 2e-5)  # observed 2e-7
     assert (poisoned.grad[~valid] == 0).all()
 
 
@@ -267,11 +267,11 @@ def test_parity_of_decoding_after_a_prefix():
     f = load("mamba2_block")
     layer = recorded_block(f)
     state = layer(f["x"], context=WANT_STATE).state
-    close(state.mechanism.memory.mT, f["state"], 2e-5)  # observed 2e-7
+    close(state.mechanism.memory.mT, f["state"], 2e-5)  # observed 1e-7
     close(state.convolutions[0].mT, f["conv_state"][..., 1:], 2e-5)  # exact; the recorded cache has one input more
     for t in range(f["step_x"].shape[1]):
         output, state = layer.step(f["step_x"][:, t], state)
-        close(output, f["step_out"][:, t], 2e-5)  # observed up to 5e-7
+        close(output, f["step_out"][:, t], 2e-5)  # observed up to 1e-7
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -375,7 +375,7 @@ def test_skip_is_added_before_the_gate():
 def test_initial_values():
     torch.manual_seed(0)
     layer = create_layer("mamba2", 256, 64)
-    dt, a = F.softplus(layer.dt_bias), -layer.A_log.exp()
+    dt, a = F.softplus(layer.dt_bias).detach(), -layer.A_log.detach().exp()
     assert float(dt.min()) >= 1e-3 * 0.99 and float(dt.max()) <= 0.1 * 1.01
     assert float(a.min()) >= -16.01 and float(a.max()) <= -0.99
     assert float(dt.max()) > 0.05 and float(a.min()) < -12  # the whole range is used

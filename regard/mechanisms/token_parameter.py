@@ -1,0 +1,297 @@
+r"""Token-parameter attention (Pattention): a linear layer replaced by attention from each token to learned parameter tokens.
+
+When to pick it: models that grow. The number n of parameter tokens is free of the layer's widths, so a trained model gains
+capacity by more rows. Also where a projection should be modular (masked or routed rows).
+When not: for speed. At n = D a projection D -> D has twice the parameters and the time of a linear layer.
+
+Definition (TokenFormer, Wang et al., arXiv 2410.23168), for each token x alone:
+
+    s = K_P x,   y = V_P^T Theta(s)
+    l2_norm_gelu:  Theta(s) = gelu(tau s / ||s||_2)          gelu_l2_norm:  Theta(s) = tau gelu(s) / ||gelu(s)||_2
+    softmax:       Theta(s) = tau^2 exp(s) / sum_j exp(s_j)  identity:      Theta(s) = s
+
+| paper | here |
+|---|---|
+| X (B, N, D_in) | `x` |
+| K_P (n, D_in), V_P (n, D_out) | `keys`, `values`; `key_tokens`, `value_tokens` of the module |
+| tau | `tau`, sqrt(n) by default: then the entries of Theta are of the order of 1 |
+| the scale of the scores in the authors' code, 1 | `scale`; it is not tau |
+
+Tokens do not mix: causal or not is the same, and cross attention uses it on both sides. The GELU is exact (erf).
+A parameter token where `token_mask` is False has its score multiplied by 0, which adds nothing to a GELU or a norm; under
+softmax its score is -inf. A token without parameter tokens gives 0.
+`tau_mode="fixed"` keeps tau in a buffer, so rows with zero keys that are added later change nothing (with softmax, masked
+ones); ``"sqrt_n"`` takes sqrt of the rows used in the call, as the authors' code does: then growing changes the function.
+Deviations: norms are at least eps (a token of zeros gives 0, not NaN) and are taken in at least float32. In terms of tau the
+softmax is multiplied by tau^2, which is n. `identity` makes any linear layer expressible (`TokenParameter.from_linear`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import (
+    Call,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+    one_of,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+TAU_MODES = ("fixed", "sqrt_n")
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        theta: from scores to weights, one of `THETAS`.
+        eps: smallest norm that is divided by, > 0.
+        num_tokens: parameter tokens of the module, >= 1; its out_features when None.
+        tau_mode: ``fixed``, a buffer of the module with sqrt(num_tokens) of its first day, or ``sqrt_n``, of each call.
+        num_layers: depth L of the model, for values drawn with the standard deviation 2 / (L sqrt(out_features));
+            0.02, as the keys, when None.
+    """
+
+    theta: str = "l2_norm_gelu"
+    eps: float = 1e-6
+    num_tokens: int | None = None
+    tau_mode: str = "fixed"
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("theta", self.theta, THETAS)
+        one_of("tau_mode", self.tau_mode, TAU_MODES)
+        if self.eps <= 0:
+            raise Unsupported(f"eps={self.eps}", supported="eps > 0", nearest="eps=1e-6")
+        for name in ("num_tokens", "num_layers"):
+            value = getattr(self, name)
+            if value is not None:
+                at_least(name, value, 1)
+
+
+def _divide_by_norm(s: Tensor, eps: float) -> Tensor:
+    # A squared norm that is clamped has a gradient at s = 0, where that of the norm is not defined.
+    return s * s.square().sum(-1, keepdim=True).clamp(min=eps**2).rsqrt()
+
+
+def _softmax(s: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        return s.softmax(-1)
+    opened = kept | ~kept.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
+    return torch.where(kept, s.masked_fill(~opened, -torch.inf).softmax(-1), 0)
+
+
+def _hide(s: Tensor, kept: Tensor | None) -> Tensor:
+    return s if kept is None else torch.where(kept, s, 0)
+
+
+THETAS: dict[str, Callable[[Tensor, Tensor | float, Tensor | None, float], Tensor]] = {
+    "l2_norm_gelu": lambda s, tau, kept, eps: F.gelu(tau * _divide_by_norm(_hide(s, kept), eps)),
+    "gelu_l2_norm": lambda s, tau, kept, eps: tau * _divide_by_norm(F.gelu(_hide(s, kept)), eps),
+    "softmax": lambda s, tau, kept, eps: tau**2 * _softmax(s, kept),
+    "identity": lambda s, tau, kept, eps: _hide(s, kept),
+}
+
+
+def reference(
+    call: Call,
+    x: Float[Tensor, "b n d"],
+    keys: Float[Tensor, "t d"],
+    values: Float[Tensor, "t e"],
+    tau: Float[Tensor, ""] | None = None,
+    token_mask: Bool[Tensor, "b n t"] | None = None,
+) -> Float[Tensor, "b n e"]:
+    """The definition, token by token and from elementary functions."""
+    config: Config = call.config
+    tau = torch.tensor(keys.shape[0], dtype=x.dtype).sqrt() if tau is None else tau
+
+    def gelu(s: Tensor) -> Tensor:
+        return s * (1 + torch.erf(s / math.sqrt(2))) / 2
+
+    def one_token(row: int, place: int) -> Tensor:
+        s = call.scale * (keys * x[row, place]).sum(-1)
+        kept = torch.ones_like(s) if token_mask is None else token_mask[row, place].to(s.dtype)
+        if config.theta == "softmax":
+            exponentials = kept * torch.exp(s - s.detach().max())
+            weights = tau**2 * exponentials / exponentials.sum().clamp(min=1e-300)
+        elif config.theta == "l2_norm_gelu":
+            weights = gelu(tau * kept * s / (kept * s).norm().clamp(min=config.eps))
+        elif config.theta == "gelu_l2_norm":
+            weights = tau * gelu(kept * s) / gelu(kept * s).norm().clamp(min=config.eps)
+        else:
+            weights = kept * s
+        return (weights[:, None] * values).sum(0)
+
+    batch, n, _ = x.shape
+    outputs = [one_token(row, place) for row in range(batch) for place in range(n)]
+    return torch.stack(outputs).unflatten(0, (batch, n)) if outputs else x.new_zeros(batch, n, values.shape[1])
+
+
+def parallel(
+    call: Call,
+    x: Float[Tensor, "b n d"],
+    keys: Float[Tensor, "t d"],
+    values: Float[Tensor, "t e"],
+    tau: Float[Tensor, ""] | None = None,
+    token_mask: Bool[Tensor, "b n t"] | None = None,
+) -> Float[Tensor, "b n e"]:
+    return attend_to_parameters(x, keys, values, call.config, tau=tau, token_mask=token_mask, scale=call.scale)
+
+
+def attend_to_parameters(
+    x: Float[Tensor, "... d"],
+    keys: Float[Tensor, "t d"],
+    values: Float[Tensor, "t e"],
+    config: Config,
+    *,
+    tau: Float[Tensor, ""] | float | None = None,
+    token_mask: Bool[Tensor, "*#batch t"] | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "... e"]:
+    """The mechanism on any leading axes; `tau` is sqrt(t) when None.
+
+    Raises:
+        Unsupported: for a `token_mask` that is not boolean.
+    """
+    if token_mask is not None and token_mask.dtype != torch.bool:
+        raise Unsupported(f"token_mask of dtype {token_mask.dtype}", supported="booleans, True where a row is used")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    tau = math.sqrt(keys.shape[0]) if tau is None else tau
+    tau = tau.to(dtype) if isinstance(tau, Tensor) else tau
+    scores = scale * F.linear(x.to(dtype), keys.to(dtype))
+    return (THETAS[config.theta](scores, tau, token_mask, config.eps) @ values.to(dtype)).to(x.dtype)
+
+
+class TokenParameter(nn.Module):
+    """A projection (..., in_features) -> (..., out_features) through attention to parameter tokens.
+
+    Keys are drawn from N(0, 0.02^2); for values see `num_layers` of :class:`Config`.
+
+    Args:
+        in_features, out_features: widths.
+        bias: must be False; the mechanism has none.
+        config: the mechanism's options.
+
+    Raises:
+        Unsupported: with a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, config: Config | None = None) -> None:
+        super().__init__()
+        if bias:
+            raise Unsupported("token_parameter with bias=True", supported="bias=False", nearest="dense")
+        self.config = Config() if config is None else config
+        self.in_features, self.out_features = in_features, out_features
+        tokens = out_features if self.config.num_tokens is None else self.config.num_tokens
+        std = INIT_STD if self.config.num_layers is None else 2 / (self.config.num_layers * math.sqrt(out_features))
+        self.key_tokens = nn.Parameter(INIT_STD * torch.randn(tokens, in_features))
+        self.value_tokens = nn.Parameter(std * torch.randn(tokens, out_features))
+        self.tau: Tensor | None
+        self.register_buffer("tau", torch.tensor(math.sqrt(tokens)) if self.config.tau_mode == "fixed" else None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> TokenParameter:
+        """The same map with one parameter token for each input feature: K_P = I, V_P = W^T, Theta the identity."""
+        config = Config(theta="identity", num_tokens=linear.in_features)
+        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, config=config)
+        made = made.to(linear.weight)
+        with torch.no_grad():
+            made.key_tokens.copy_(torch.eye(linear.in_features))
+            made.value_tokens.copy_(linear.weight.T)
+        return made
+
+    def forward(
+        self,
+        x: Float[Tensor, "... c"],
+        *,
+        token_mask: Bool[Tensor, "*#batch t"] | None = None,
+        rows: Int[Tensor, " t"] | None = None,
+    ) -> Float[Tensor, "... out"]:
+        """Project each token.
+
+        Args:
+            x: (..., in_features).
+            token_mask: parameter tokens that each token may use, (t,) or (..., t).
+            rows: numbers of the parameter tokens that the call uses; all when None. `token_mask` then refers to them.
+        """
+        keys, values = self.key_tokens, self.value_tokens
+        if rows is not None:
+            keys, values = keys[rows], values[rows]
+        return attend_to_parameters(x, keys, values, self.config, tau=self.tau, token_mask=token_mask)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, num_tokens={self.key_tokens.shape[0]}, {self.config.theta}"
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    config: Config,
+    sizes: dict[str, int],
+) -> Tensors:
+    """Inputs for tests, with about a quarter of the parameter tokens masked for each token."""
+    tokens, dim, out = 5, sizes.get("d", 8), sizes.get("e", 6)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "x": normal(batch, n, dim),
+        "keys": normal(tokens, dim),
+        "values": normal(tokens, out),
+        "tau": torch.rand((), generator=generator, dtype=torch.float64).add(1).to(dtype),
+        "token_mask": torch.rand(batch, n, tokens, generator=generator) < 0.75,
+    }
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    rows = shape.dim_value if config.num_tokens is None else config.num_tokens
+    token = 2.0 * shape.batch * rows * (shape.dim_key + shape.dim_value)
+    return Cost(flops=token * shape.n, memory=2.0 * shape.batch * shape.n * rows, state=0.0, step_flops=token)
+
+
+_NOTHING_TO_ATTEND_TO = "each token attends to parameters only; use it as the projection of a cross-attention layer"
+
+MECHANISM = Mechanism(
+    name="token_parameter",
+    aliases=("pattention", "tokenformer", "token_parameter_attention"),
+    kind=Kind.PROJECTION,
+    summary="A linear layer replaced by attention from each token to learned parameter tokens, whose number can grow.",
+    paper=Paper("TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters", "2410.23168", 2024, 50),
+    inputs={"x": "bnd", "keys": "td", "values": "te", "tau?": "", "token_mask?": "bnt"},
+    output="bne",
+    patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    refused={Pattern.NONCAUSAL_CROSS: _NOTHING_TO_ATTEND_TO, Pattern.CAUSAL_CROSS: _NOTHING_TO_ATTEND_TO},
+    forms={"reference": reference, "parallel": parallel},
+    config=Config,
+    cost=cost,
+    default_scale=1.0,
+    accepts_positions=("none",),
+    domains={"tau": "positive"},
+    sample_inputs=sample_inputs,
+    module=TokenParameter,
+)

@@ -1,0 +1,75 @@
+import numpy as np
+
+from regard.workbench.recommend import recommend
+from regard.workbench.statistics import Comparison, Scores
+
+
+def case(scores, inference, solved=None, seeds=3, noise=0.001):
+    """One task: mean scores, inference times, whether each mechanism solves it."""
+    rng = np.random.default_rng(0)
+    by_name = {
+        name: Scores(
+            {s: np.array([[mean + noise * rng.standard_normal(), 1.0] for _ in range(20)]) for s in range(seeds)}
+        )
+        for name, mean in scores.items()
+    }
+    summary = [
+        {
+            "mechanism": name,
+            "mean": by_name[name].mean,
+            "inference_ms": inference[name],
+            "solved": None if solved is None else name in solved,
+        }
+        for name in scores
+    ]
+    return summary, Comparison(by_name)
+
+
+def advise(**tasks):
+    summaries, comparisons, metrics = {}, {}, {}
+    for name, ((summary, comparison), metric) in tasks.items():
+        summaries[name], comparisons[name], metrics[name] = summary, comparison, metric
+    return recommend(summaries, comparisons, metrics, budget="8m", at_length=2048)
+
+
+BITS, ACCURACY = ("bits per byte", False), ("accuracy", True)
+TIMES = {"slow": 10.0, "fast": 1.0, "toy": 0.1}
+
+
+def test_the_fastest_toy_cannot_win_without_solving_recall():
+    recall = case({"slow": 0.99, "fast": 0.98, "toy": 0.2}, TIMES, solved={"slow", "fast"})
+    text = case({"slow": 2.0, "fast": 2.0, "toy": 2.0}, TIMES)
+    found = advise(recall=(recall, ACCURACY), text=(text, BITS))
+    assert found.winner == "fast"
+    assert "toy" in found.reason
+
+
+def test_cost_does_not_buy_a_separable_loss_of_quality():
+    found = advise(text=(case({"slow": 1.0, "fast": 2.0}, TIMES), BITS))
+    assert found.winner == "slow"
+    assert "ahead of fast" in found.reason
+
+
+def test_what_cannot_be_separated_is_said_with_what_would():
+    found = advise(text=(case({"slow": 1.0, "fast": 1.02}, TIMES, noise=0.08), BITS))
+    assert found.winner == "fast"
+    assert any("Cannot separate" in note and "--seeds" in note and "--budget" in note for note in found.notes)
+
+
+def test_a_single_seed_ranks_nothing():
+    found = advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS))
+    assert any("single seed" in note for note in found.notes)
+
+
+def test_nobody_solving_is_said_and_does_not_exclude():
+    found = advise(recall=(case({"slow": 0.3, "fast": 0.3}, TIMES, solved=set()), ACCURACY))
+    assert found.winner is not None
+    assert any("No mechanism solved recall" in note for note in found.notes)
+
+
+def test_mechanisms_without_a_score_are_left_out():
+    summary, comparison = case({"slow": 1.0, "fast": 1.0}, TIMES)
+    summary[1]["mean"] = None
+    assert advise(text=((summary, comparison), BITS)).winner == "slow"
+    summary[0]["mean"] = None
+    assert advise(text=((summary, comparison), BITS)).winner is None

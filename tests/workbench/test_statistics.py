@@ -1,0 +1,79 @@
+import math
+
+import numpy as np
+import pytest
+
+from regard.workbench.statistics import Comparison, Scores, pareto_front, seeds_needed, t_quantile
+
+
+def noisy(rng, quality, seeds, items, training_noise, item_noise, shared_items):
+    """Scores of one mechanism: its quality, noise of each training run, noise of items that all mechanisms share."""
+    found = {}
+    for seed in range(seeds):
+        run = training_noise * rng.standard_normal()
+        own = item_noise * rng.standard_normal(items)
+        weights = np.full(items, 4.0)
+        found[seed] = np.stack([weights * (quality + run + shared_items + own), weights], 1)
+    return Scores(found)
+
+
+def test_equal_mechanisms_are_rarely_separated():
+    """Under the null hypothesis about one comparison in twenty is called a difference."""
+    rng = np.random.default_rng(0)
+    called = 0
+    for _ in range(400):
+        shared = 3 * rng.standard_normal(60)
+        scores = {name: noisy(rng, 1.0, 3, 60, 0.05, 0.3, shared) for name in "abc"}
+        called += Comparison(scores).difference("a", "b").separable
+    assert called / 400 < 0.08
+
+
+def test_a_real_difference_is_separated_and_signed():
+    rng = np.random.default_rng(1)
+    shared = 3 * rng.standard_normal(60)
+    scores = {name: noisy(rng, q, 3, 60, 0.02, 0.1, shared) for name, q in (("a", 1.0), ("b", 0.5), ("c", 0.5))}
+    found = Comparison(scores).difference("a", "b")
+    assert found.separable
+    assert found.mean == pytest.approx(0.5, abs=0.1)
+    assert Comparison(scores).difference("b", "a").mean == -found.mean
+
+
+def test_item_noise_counts_even_when_training_noise_is_nil():
+    rng = np.random.default_rng(2)
+    items = rng.standard_normal((40, 1))
+    scores = {
+        name: Scores({seed: np.concatenate([items * sign, np.ones((40, 1))], 1) for seed in range(3)})
+        for name, sign in (("a", 1), ("b", -1))
+    }
+    found = Comparison(scores).difference("a", "b")
+    expected = np.std(2 * items, ddof=1) / math.sqrt(40)
+    assert found.standard_error == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_single_seed_resolves_nothing():
+    scores = {name: Scores({0: np.array([[value, 1.0], [value, 1.0]])}) for name, value in (("a", 1.0), ("b", 9.0))}
+    found = Comparison(scores).difference("a", "b")
+    assert not found.separable
+    assert math.isinf(found.resolved)
+    assert math.isnan(scores["a"].standard_error)
+
+
+def test_scores_weigh_items_by_their_targets():
+    assert Scores({0: np.array([[3.0, 1.0], [0.0, 3.0]])}).score(0) == 0.75
+
+
+def test_pareto_front_keeps_what_nothing_beats():
+    points = {"fast": (3.0, 1.0), "good": (1.0, 3.0), "beaten": (1.0, 1.0), "middle": (2.0, 2.0), "lost": (math.nan, 9.0)}
+    assert pareto_front(points) == {"fast", "good", "middle"}
+
+
+def test_seeds_needed_falls_with_the_square_of_the_difference():
+    assert seeds_needed(2, 0.2, 0.1) == 8
+    assert seeds_needed(2, 0.2, 0.001) is None
+    assert seeds_needed(1, math.inf, 0.1) is None
+
+
+def test_t_quantiles_fall_towards_the_normal_one():
+    values = [t_quantile(d) for d in (1, 2, 5, 30, 31, 1000)]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] == 1.96
