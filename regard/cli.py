@@ -461,7 +461,7 @@ def _tasks(
             accepted = inspect.signature(TASKS[name]).parameters
             if "data" in accepted:
                 reading.append(name)
-                options |= {"data": data, "validation": validation} if data else {}
+                options |= {"data": _one(data), "validation": _one(validation)} if data else {}
             if "tokenizer" in accepted:
                 options["tokenizer"] = tokenizer
         if length is not None:
@@ -472,6 +472,10 @@ def _tasks(
             f"data for {', '.join(names)}", supported="tasks that read data: text, images", nearest="--task text"
         )
     return [*tasks, *own]
+
+
+def _one(paths: list[str] | None) -> str | list[str] | None:
+    return paths[0] if paths and len(paths) == 1 else paths
 
 
 def _mechanism_names(text: str, tasks: list[Any]) -> list[str]:

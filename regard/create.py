@@ -10,8 +10,8 @@ from torch import nn
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest
+from regard.layers import linear
 from regard.layers.attention import AttentionLayer
-from regard.layers.linear import register_linear
 from regard.layers.projection import ProjectionLayer, projection_factory
 
 
@@ -56,7 +56,7 @@ def build_layer(
     if card.module is None:
         return AttentionLayer(card, dim, num_heads, pattern=wanted, config=config, **chosen)
     if card.kind is Kind.PROJECTION:
-        return ProjectionLayer(card, dim, config=config, **chosen)
+        return ProjectionLayer(card, dim, pattern=wanted, config=config, **chosen)
     if card.kind is Kind.WRAPPER:
         chosen["create"] = create_layer
     return card.module(card, dim, num_heads, pattern=wanted, config=config, **chosen)
@@ -74,4 +74,8 @@ def _shell_options(card: Mechanism) -> tuple[str, ...]:
 def register_projections() -> None:
     """Make every projection mechanism a kind of :func:`regard.layers.linear.make_linear`."""
     for name in list_mechanisms(kind=Kind.PROJECTION):
-        register_linear(name, projection_factory(get_mechanism(name)))
+        if name not in linear.FACTORIES:
+            linear.register_linear(name, projection_factory(get_mechanism(name)))
+
+
+linear.SOURCES.append(register_projections)

@@ -22,6 +22,9 @@ def _dense(in_features: int, out_features: int, *, bias: bool) -> nn.Module:
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"dense": _dense}
 
+SOURCES: list[Callable[[], None]] = []
+"""Functions that register more kinds, called when all kinds, or one that is not registered, are asked for."""
+
 
 def register_linear(kind: str, factory: Callable[..., nn.Module]) -> None:
     """Make projections of a kind available to :func:`make_linear`. The same kind and factory may be given again.
@@ -35,7 +38,13 @@ def register_linear(kind: str, factory: Callable[..., nn.Module]) -> None:
 
 def list_linears() -> list[str]:
     """Names of the kinds."""
+    _register_all()
     return list(FACTORIES)
+
+
+def _register_all() -> None:
+    for register in SOURCES:
+        register()
 
 
 def make_linear(
@@ -52,6 +61,8 @@ def make_linear(
     Raises:
         Unsupported: for an unknown kind or options that its factory does not take.
     """
+    if kind not in FACTORIES:
+        _register_all()
     if kind not in FACTORIES:
         raise Unsupported(
             f"linear kind {kind!r}", supported=", ".join(FACTORIES), nearest=closest(str(kind), FACTORIES) or "dense"

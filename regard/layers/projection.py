@@ -5,7 +5,6 @@ A projection mechanism's module is built as ``module(in_features, out_features, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +41,9 @@ class ProjectionLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.card, self.pattern = card, card.require_pattern(pattern)
-        factory = projection_factory(card, config)
-        self.projection = factory(dim, dim if out_features is None else out_features, bias=bias)
+        assert card.module is not None  # a card of this kind always has one; checked by regard verify
+        width = dim if out_features is None else out_features
+        self.projection = card.module(dim, width, bias=bias, config=card.options() if config is None else config)
 
     def forward(
         self, x: Float[Tensor, "b n c"], memory: None = None, *, context: Context | None = None, state: None = None
@@ -55,7 +55,12 @@ class ProjectionLayer(nn.Module):
         return Result(layout.scatter(self.projection(layout.gather(x, axis=1)), axis=1))
 
 
-def projection_factory(card: Mechanism, config: Any = None) -> Callable[..., nn.Module]:
-    """``factory(in_features, out_features, *, bias)`` of a projection mechanism, for `make_linear`."""
+def projection_factory(card: Mechanism) -> Callable[..., nn.Module]:
+    """``factory(in_features, out_features, *, bias, **options)`` of a projection mechanism, for `make_linear`."""
     assert card.module is not None  # a card of this kind always has one; checked by regard verify
-    return functools.partial(card.module, config=card.options() if config is None else config)
+    module = card.module
+
+    def factory(in_features: int, out_features: int, *, bias: bool = False, **options: Any) -> nn.Module:
+        return module(in_features, out_features, bias=bias, config=card.options(**options))
+
+    return factory

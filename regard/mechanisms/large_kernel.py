@@ -207,16 +207,16 @@ def chunked(
     pointwise: Float[Tensor, "o c"] | None = None,
     pointwise_bias: Float[Tensor, " o"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out. Memory is linear in N as it is, so chunks of any size are computed at once."""
+    """Causal-self with state in and out. Memory is linear in N as it is, so chunks of any size are computed at once;
+    padding is on the right, where no valid token looks."""
     config: Config = call.config
     _sides(call, x, depthwise, depthwise_bias, dilated, dilated_bias, pointwise, pointwise_bias)
     dtype, n = torch.promote_types(x.dtype, torch.float32), x.shape[1]
-    valid, state = call.valid_queries(n), _state(call, x, depthwise, dilated)
+    state = _state(call, x, depthwise, dilated)
     inputs = torch.cat([state.inputs, x.to(state.inputs.dtype)], 1)
     a = x.to(dtype)
     if depthwise is not None and n:
         a = _correlate(inputs.to(dtype), depthwise, depthwise_bias, 1)
-        a = a if valid is None else torch.where(valid[..., None], a, 0)
     mixed = torch.cat([state.mixed, a.to(state.mixed.dtype)], 1)
     if dilated is not None and n:
         a = _correlate(mixed.to(dtype), dilated, dilated_bias, config.dilation)

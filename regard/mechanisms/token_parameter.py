@@ -195,7 +195,9 @@ class TokenParameter(nn.Module):
         Unsupported: with a bias.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, config: Config | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, config: Config | None = None
+    ) -> None:
         super().__init__()
         if bias:
             raise Unsupported("token_parameter with bias=True", supported="bias=False", nearest="dense")

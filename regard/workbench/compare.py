@@ -308,9 +308,10 @@ def _plan(
     }
     row = store.get("plan", key)
     if row is None:
-        say(f"calibrating for about {CALIBRATION_SECONDS:.0f} s")
+        seconds = _calibration_seconds(settings.budget)
+        say(f"calibrating for about {seconds:.0f} s")
         for work in works:
-            work.calibrate(CALIBRATION_SECONDS / len(works))
+            work.calibrate(seconds / len(works))
         _count_steps(works, settings, time.monotonic() - started)
         payload = [
             {"steps": w.steps, "step_seconds": w.step_seconds, "evaluation_seconds": w.evaluation_seconds}
@@ -328,6 +329,12 @@ def _plan(
             f"{work.task.name}: {work.target:,} parameters, {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} steps of "
             f"{work.batch_size} x {work.task.length} tokens ({tokens} tokens a run)"
         )
+
+
+def _calibration_seconds(budget: Budget) -> float:
+    """Work that is counted in tokens or FLOPs needs the calibration only to tell the remaining time."""
+    share = CALIBRATION_SECONDS / 4 if budget.unit != "seconds" else 0.1 * budget.amount
+    return min(CALIBRATION_SECONDS, share)
 
 
 def _count_steps(works: Sequence[_Work], settings: CompareSettings, spent: float) -> None:

@@ -111,7 +111,7 @@ def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
 def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
     """Prefill, then one token at a time, equals the whole; in cross patterns on memory absorbed once."""
     layer = LayerSubject(subject, dtype)
-    if not (subject.stateful or subject.absorbs):
+    if not subject.layer_decodes:
         raise NotApplicable
     if layer.cross and not hasattr(layer.layer, "encode_memory"):
         raise NotApplicable

@@ -208,11 +208,11 @@ def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
     inputs = subject.inputs(n, m, batch=3, dtype=dtype)
     errors = []
     for name, valid in _layouts(counts, total).items():
-        padded = subject.place(inputs, valid, total, "n" if subject.pattern.cross else "nm")
+        padded = subject.place(inputs, valid, total, "n" if subject.reads_memory else "nm")
         masks: dict[str, Any] = {"mask": Mask(valid=valid)}
         if name == "right":
             masks["mask"] = Mask(lengths=counts)
-        if subject.pattern.cross:
+        if subject.reads_memory:
             key_counts = torch.tensor([m, 5, 0])
             key_valid = _layouts(key_counts, total + 3)[name]
             padded = subject.place(padded, key_valid, total + 3, "m")
@@ -220,7 +220,7 @@ def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
         output = subject.run(padded, **masks).output
         for row in range(3):
             own = subject.rows(inputs, slice(row, row + 1))
-            keys = slice(0, int(key_counts[row])) if subject.pattern.cross else None
+            keys = slice(0, int(key_counts[row])) if subject.reads_memory else None
             expected = subject.reference(subject.cut(own, slice(0, int(counts[row])), keys))
             found = output[row : row + 1]
             if subject.output_axis() is not None:
@@ -362,7 +362,7 @@ def hidden_rows_give_zero(subject: Subject, dtype: torch.dtype) -> float:
     valid = torch.ones(2, n, dtype=torch.bool)
     valid[1] = False
     leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
-    if subject.pattern.cross:
+    if subject.reads_memory:
         m = n + 4
         key_valid = torch.ones(2, m, dtype=torch.bool)
         key_valid[1] = False
@@ -390,7 +390,7 @@ def _poison(subject: Subject, inputs: Tensors, valid: Tensor, letters: str) -> T
                 shape = [1] * x.ndim
                 shape[0], shape[axis] = valid.shape
                 fill = float("nan") if x.is_floating_point() else 0
-                x = torch.where(valid.view(shape), x, fill)
+                x = torch.where(valid.view(shape), x, x.new_full((), fill))
         poisoned[name] = x
     return poisoned
 

@@ -193,8 +193,19 @@ class Subject:
         return self.card.state is not None and self.pattern is Pattern.CAUSAL_SELF and "chunked" in self.card.forms
 
     @property
+    def reads_memory(self) -> bool:
+        """Whether its functions are given memory; a wrapper's see only what the wrapped mechanism made of it."""
+        return self.pattern.cross and bool(memory_inputs(self.card))
+
+    @property
     def absorbs(self) -> bool:
         return self.pattern.cross and "absorb" in self.card.forms
+
+    @property
+    def layer_decodes(self) -> bool:
+        """Whether its layer continues from a state; a wrapper's state is that of the layer it wraps."""
+        wraps = self.card.kind is Kind.WRAPPER and self.card.state is not None
+        return self.stateful or self.absorbs or (wraps and self.pattern is not Pattern.NONCAUSAL_SELF)
 
     def with_options(self, options: dict[str, Any]) -> Subject:
         return dataclasses.replace(self, options={**self.options, **options})

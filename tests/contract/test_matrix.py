@@ -9,7 +9,12 @@ from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind
 from regard.workbench.verify import PROPERTIES, check
 
-CELLS = [(name, pattern, prop) for name in list_mechanisms() for pattern in get_mechanism(name).patterns for prop in PROPERTIES]
+CELLS = [
+    (name, pattern, prop)
+    for name in list_mechanisms()
+    for pattern in get_mechanism(name).patterns
+    for prop in PROPERTIES
+]
 
 
 @pytest.mark.parametrize(("name", "pattern", "prop"), CELLS, ids=[f"{n}-{p.value}-{q.name}" for n, p, q in CELLS])

@@ -54,7 +54,10 @@ def forgets_between_chunks():
     def chunked(call, q, k, v):
         result = linear.chunked(call, q, k, v)
         size = call.chunk_size or 64
-        pieces = [linear.chunked(call.replace(state=None), a, b, c).output for a, b, c in zip(q.split(size, 2), k.split(size, 2), v.split(size, 2), strict=True)]
+        pieces = [
+            linear.chunked(call.replace(state=None), a, b, c).output
+            for a, b, c in zip(q.split(size, 2), k.split(size, 2), v.split(size, 2), strict=True)
+        ]
         result.output = torch.cat(pieces, 2) if pieces else result.output
         return result
 
@@ -131,7 +134,9 @@ def gradient_that_forgets_the_values():
     def parallel(call, q, k, v):
         return linear.parallel(call, q, k, v.detach() + 0 * v)
 
-    return with_forms(LINEAR, parallel=parallel, chunked=lambda c, q, k, v: linear.chunked(c, q, k, v.detach() + 0 * v)), CAUSAL
+    return with_forms(
+        LINEAR, parallel=parallel, chunked=lambda c, q, k, v: linear.chunked(c, q, k, v.detach() + 0 * v)
+    ), CAUSAL
 
 
 def state_that_is_reset_to_ones():

@@ -296,7 +296,8 @@ def test_rms_norm_of_a_zero_row_has_finite_gradients() -> None:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "FACTORIES", dict(linear.FACTORIES))
+    monkeypatch.setattr(linear, "FACTORIES", {"dense": linear.FACTORIES["dense"]})
+    monkeypatch.setattr(linear, "SOURCES", [])
 
 
 def low_rank(in_features: int, out_features: int, *, bias: bool, rank: int = 2) -> nn.Module:

@@ -227,6 +227,21 @@ def test_causal_form_in_pieces_and_steps_equals_the_definition(kernel):
     assert state.length.tolist() == [45, 45]
 
 
+def test_rows_of_unequal_length_go_on_and_may_rest():
+    x = inputs_of(30, axes=1, pattern="causal-self")
+    expected = run(x, pattern="causal-self", form="reference").output
+    head = {**x, "x": torch.stack([x["x"][0, :6], F.pad(x["x"][1, :2], (0, 0, 0, 4), value=float("nan"))])}
+    state = run(head, pattern="causal-self", mask=Mask(lengths=torch.tensor([6, 2])), return_state=True).state
+    for t in range(2, 6):  # the first row rests
+        token = {**x, "x": torch.stack([torch.full((1, 4), float("nan")).double(), x["x"][1, t : t + 1]])}
+        result = run(token, pattern="causal-self", mask=Mask(lengths=torch.tensor([0, 1])), state=state)
+        close(result.output[1], expected[1, t : t + 1])
+        assert (result.output[0] == 0).all()
+        state = result.state
+    assert state.length.tolist() == [6, 6]
+    close(run({**x, "x": x["x"][:, 6:]}, pattern="causal-self", state=state).output, expected[:, 6:])
+
+
 def test_state_holds_what_the_spec_counts():
     """The last 4 inputs of DW and the last 18 outputs of DW: 22 C numbers, at any length."""
     for n in (1, 3, 40):
@@ -243,7 +258,8 @@ def test_narrow_dtypes_keep_the_products_in_float32():
     x["pointwise_bias"] = torch.full_like(x["pointwise_bias"], 60000)
     x["pointwise"] = x["pointwise"] + 60000
     x["x"] = x["x"].abs() * 1e-3
-    assert run(x, grid=(5, 6)).output.isfinite().all()
+    output = run(x, grid=(5, 6)).output
+    assert output.dtype == torch.float16 and output.isfinite().all()
 
 
 @pytest.mark.parametrize("form", ["parallel", "reference"])

@@ -289,6 +289,27 @@ def test_prefill_and_steps_equal_the_whole_with_every_option(options):
         assert state.length.tolist() == [9, 9]
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_decoding_goes_on_after_padded_prompts(options):
+    """No step is taken in the padding: neither a decay nor the convolution's bias gets into the state."""
+    layer = make_layer(**options)
+    x = torch.randn(2, 8, 16, dtype=torch.float64)
+    prompt = torch.full((2, 7, 16), float("nan"), dtype=torch.float64)
+    valid = torch.tensor([[1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
+    counts = valid.sum(1).tolist()
+    for row, count in enumerate(counts):
+        prompt[row, valid[row]] = x[row, :count]
+    state = layer(prompt, context=Context(mask=Mask(valid=valid), want=frozenset({"state"}))).state
+    assert state.length.tolist() == counts
+    tail = torch.stack([x[row, count : count + 4] for row, count in enumerate(counts)])
+    outputs = []
+    for t in range(4):
+        y, state = layer.step(tail[:, t], state)
+        outputs.append(y)
+    for row, count in enumerate(counts):
+        close(torch.stack(outputs, 1)[row], layer(x[row : row + 1, : count + 4]).output[0, count:])
+
+
 @pytest.mark.parametrize("pattern", list(Pattern))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_padded_rows_equal_rows_alone_with_every_option(options, pattern):
@@ -315,6 +336,7 @@ def test_memory_in_pieces_equals_the_whole(pattern, options):
     state = None
     for part in (memory[:, :1], memory[:, 1:3], memory[:, 3:]):
         state = layer.encode_memory(part, state=state)
+        assert state.length.tolist() == [0, 0]  # counts queries
     outputs = []
     for t in range(4):
         y, state = layer.step(x[:, t], state)

@@ -9,9 +9,13 @@ from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelCo
 from regard.models import pretrained as module
 
 MODELS = {
-    "tied": lambda: LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, plan=["linear", ("softmax", {"feed_forward": 5})])),
+    "tied": lambda: LanguageModel(
+        LanguageModelConfig(7, dim=8, num_heads=2, plan=["linear", ("softmax", {"feed_forward": 5})])
+    ),
     "untied": lambda: LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, num_layers=1, tie_embeddings=False)),
-    "encoder": lambda: Encoder(EncoderConfig(3, vocab_size=7, dim=8, num_heads=2, num_layers=1, positions="learned", max_length=6)),
+    "encoder": lambda: Encoder(
+        EncoderConfig(3, vocab_size=7, dim=8, num_heads=2, num_layers=1, positions="learned", max_length=6)
+    ),
 }
 
 

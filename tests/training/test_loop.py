@@ -262,7 +262,11 @@ def test_evaluation_is_the_same_for_every_batch_size_and_pairs_items(task, build
 def test_slices_of_an_evaluation_make_up_the_whole(task, build):
     model = build().double()
     whole = evaluate(model, task, 7)
-    parts = [evaluate(model, task, 7, last=10), evaluate(model, task, 7, first=10, last=21), evaluate(model, task, 7, first=21)]
+    parts = [
+        evaluate(model, task, 7, last=10),
+        evaluate(model, task, 7, first=10, last=21),
+        evaluate(model, task, 7, first=21),
+    ]
     assert sum((part.items for part in parts), []) == whole.items
     assert [len(part.items) for part in parts] == [10, 11, 19]
     assert math.isnan(evaluate(model, task, 7, first=40).score)

@@ -23,7 +23,9 @@ def test_amounts_are_read(text, unit, amount):
     assert Budget.parse(text) == Budget(unit, amount)
 
 
-@pytest.mark.parametrize("text", ["", "banana", "8", "8 bananas", "-3m", "0m", "0 tokens", "2M m", "nan m", "1e999 h x"])
+@pytest.mark.parametrize(
+    "text", ["", "banana", "8", "8 bananas", "-3m", "0m", "0 tokens", "2M m", "nan m", "1e999 h x"]
+)
 def test_nonsense_is_refused_with_what_is_accepted(text):
     with pytest.raises(Unsupported, match="budget") as caught:
         Budget.parse(text)

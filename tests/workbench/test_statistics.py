@@ -63,7 +63,13 @@ def test_scores_weigh_items_by_their_targets():
 
 
 def test_pareto_front_keeps_what_nothing_beats():
-    points = {"fast": (3.0, 1.0), "good": (1.0, 3.0), "beaten": (1.0, 1.0), "middle": (2.0, 2.0), "lost": (math.nan, 9.0)}
+    points = {
+        "fast": (3.0, 1.0),
+        "good": (1.0, 3.0),
+        "beaten": (1.0, 1.0),
+        "middle": (2.0, 2.0),
+        "lost": (math.nan, 9.0),
+    }
     assert pareto_front(points) == {"fast", "good", "middle"}
 
 

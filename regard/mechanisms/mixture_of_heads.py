@@ -1,0 +1,486 @@
+r"""Mixture of heads (MoH): each token keeps a few of the attention heads, chosen and weighted by routers.
+
+When to pick it: attention whose heads should specialise; a trained model that is to use fewer heads a token.
+When not: for time or memory as computed here. All heads are computed and the unused ones multiplied by 0, and decoding
+caches the keys and values of all heads, since a later token may choose any.
+
+Definition (Jin et al., arXiv 2410.11842), for the head outputs o_i of a token x, H heads of which the first h_s are shared
+and E = H - h_s routed, k of them active:
+
+    (a_1, a_2) = 2 softmax(x W_0),   shared: g_i = a_1 h_s softmax(x W_s)_i
+    p = softmax(x W_r),   T = top-k(p),   routed: g_i = a_2 k p_i / sum_{j in T} p_j for i in T, else 0
+    y = concat_i(g_i o_i) W_o,   L_b = E sum_e mean(p_e) mean(1[e in T]), means over the tokens
+
+| paper | here |
+|---|---|
+| o_i | `o` (B, H, N, V), the head outputs of any attention mechanism |
+| x W_r, x W_s, x W_0 | `routed` (B, N, E), `shared` (B, N, h_s), `balance` (B, N, 2) |
+| h_s, k | `shared_heads`, `active_heads` |
+| L_b, k when balanced and E when collapsed | `losses["load_balance"]`, averaged over layers; the paper's weight is 0.01 |
+
+Gates depend on the token alone, the query token in cross attention, so patterns, caches and states are those of the wrapped
+mechanism; padding counts neither in a gate nor in L_b. With equal logits every active head has gate 1. One shared head has
+no W_s; without shared heads, or without routed ones, there is no W_0. Ties in a top-k go to the first head.
+`router="query_norm"` (continued training of a dense model) has no parameters: the score of a routed head is the norm of its
+query over the (unbiased) standard deviation of the routed heads' norms, and the gates are 0 or 1, so the head outputs keep
+their scale; p gets its gradient as if the gates were p (straight-through).
+`want={"gates"}` gives (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.
+Deviations: L_b is returned in evaluation too, and is of the local batch when training is distributed. The standard deviation
+is at least eps. `rescale_gates=False` leaves out the factors 2, h_s, k and the division by the sum over T: plain softmax
+products, as the paper's formulas have it. `scale` multiplies the logits of the routers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+    one_of,
+)
+from regard.layers.attention import AttentionLayer, LayerState
+from regard.layers.linear import make_linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+ROUTERS = ("input", "query_norm")
+GATES = ("weighted", "binary", "straight_through")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        shared_heads: h_s, the first heads, active for every token; from 0 to H, a quarter of H (rounded down) when None.
+        active_heads: k, routed heads active for a token; from 1 to E, two thirds of E (rounded down, at least 1) when
+            None, and 0 when all heads are shared.
+        router: the routed heads' scores are logits of the ``input`` token, or the ``query_norm``.
+        gates: ``weighted``; ``binary``, 0 or 1 (the router then learns from L_b alone); ``straight_through``, 0 or 1 with
+            the gradient of p. None: weighted with the input router, straight_through with query norms.
+        two_stage: weight the two groups of heads by a_1 and a_2; otherwise by 1.
+        rescale_gates: multiply softmaxes by the number of their entries; see Deviations.
+        noise: standard deviation of normal noise on the routed logits in training, >= 0.
+        z_loss: return the mean squared log-sum-exp of the routed logits as the loss ``router_z``.
+        eps: smallest standard deviation that query norms are divided by, > 0.
+    """
+
+    shared_heads: int | None = None
+    active_heads: int | None = None
+    router: str = "input"
+    gates: str | None = None
+    two_stage: bool = True
+    rescale_gates: bool = True
+    noise: float = 0.0
+    z_loss: bool = False
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        one_of("router", self.router, ROUTERS)
+        one_of("gates", self.gates, (None, *GATES))
+        for name in ("shared_heads", "active_heads"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 0)
+        at_least("noise", self.noise, 0.0)
+        if self.eps <= 0:
+            raise Unsupported(f"eps={self.eps}", supported="eps > 0", nearest="eps=1e-6")
+        if self.router == "query_norm" and self.gates == "weighted":
+            raise Unsupported(
+                'weighted gates with router="query_norm", which has no parameters',
+                supported="binary, straight_through",
+                nearest="straight_through",
+            )
+
+    @property
+    def weighted(self) -> bool:
+        return self.gates == "weighted" or (self.gates is None and self.router == "input")
+
+    def groups(self, heads: int) -> tuple[int, int, int]:
+        """Shared, routed and active routed heads of `heads`.
+
+        Raises:
+            Unsupported: when they do not fit, or some head could never be active.
+        """
+        shared = heads // 4 if self.shared_heads is None else self.shared_heads
+        routed = heads - shared
+        if routed < 0:
+            raise Unsupported(f"shared_heads={shared} of {heads} heads", supported=f"0 to {heads}")
+        active = min(routed, max(1, 2 * routed // 3)) if self.active_heads is None else self.active_heads
+        if not min(routed, 1) <= active <= routed:
+            raise Unsupported(
+                f"active_heads={active} of {routed} routed heads",
+                supported=f"{min(routed, 1)} to {routed}",
+                nearest=f"shared_heads={heads}" if active == 0 else f"active_heads={routed}",
+            )
+        return shared, routed, active
+
+    def routers(self, heads: int) -> dict[str, int]:
+        """Width of each router's logits, by name."""
+        shared, routed, active = self.groups(heads)
+        widths = {"routed": routed}
+        if self.weighted:
+            widths["shared"] = shared if shared > 1 else 0
+            widths["balance"] = 2 if self.two_stage and shared and active else 0
+        return {name: width for name, width in widths.items() if width}
+
+
+def reference(
+    call: Call,
+    o: Float[Tensor, "b h n v"],
+    routed: Float[Tensor, "b n e"] | None = None,
+    shared: Float[Tensor, "b n s"] | None = None,
+    balance: Float[Tensor, "b n t"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, token by token and head by head."""
+    config: Config = call.config
+    batch, heads, n, _ = o.shape
+    _check_logits(config, heads, {"routed": routed, "shared": shared, "balance": balance})
+    h_s, e, k = config.groups(heads)
+    rescale = config.rescale_gates
+    routed = _prepare_logits(call, routed)
+    output = torch.zeros_like(o)
+    for b in range(batch):
+        for t in range(n):
+            gates: list[Any] = [1.0] * h_s + [0.0] * e
+            groups: Any = (1.0, 1.0)
+            if balance is not None:
+                groups = (2 if rescale else 1) * (call.scale * balance[b, t]).softmax(0)
+            if shared is not None:
+                gates[:h_s] = (h_s if rescale else 1) * (call.scale * shared[b, t]).softmax(0)
+            if routed is not None:
+                p = routed[b, t].softmax(0)
+                chosen = sorted(range(e), key=lambda i, s=routed[b, t].tolist(): (-s[i], i))[:k]
+                total = sum(p[i] for i in chosen)
+                for i in range(e):
+                    one = float(i in chosen)
+                    weight = k * p[i] / total if rescale else p[i]
+                    soft = one * weight if config.weighted else one
+                    gates[h_s + i] = soft + p[i] - p[i].detach() if _straight_through(config) else soft
+            for i in range(heads):
+                output[b, i, t] = groups[0 if i < h_s else 1] * gates[i] * o[b, i, t]
+    return output
+
+
+def parallel(
+    call: Call,
+    o: Float[Tensor, "b h n v"],
+    routed: Float[Tensor, "b n e"] | None = None,
+    shared: Float[Tensor, "b n s"] | None = None,
+    balance: Float[Tensor, "b n t"] | None = None,
+) -> Result:
+    """Every head's output times its gate, 0 where it is not active; the losses beside it."""
+    config: Config = call.config
+    batch, heads, n, _ = o.shape
+    _check_logits(config, heads, {"routed": routed, "shared": shared, "balance": balance})
+    h_s, _, k = config.groups(heads)
+    dtype = torch.promote_types(o.dtype, torch.float32)
+    rescale = config.rescale_gates
+    result = Result(o)
+    parts = []
+    if h_s:
+        always = o.new_ones(batch, n, h_s, dtype=dtype)
+        parts.append(
+            always if shared is None else (h_s if rescale else 1) * (call.scale * shared.to(dtype)).softmax(-1)
+        )
+    logits = _prepare_logits(call, routed)
+    if logits is not None:
+        p = logits.softmax(-1)
+        active = _top(logits, k)
+        parts.append(_routed_gates(config, p, active, k))
+        valid = call.valid_queries(n)
+        result.losses["load_balance"] = _load_balance(p, active, valid)
+        if config.z_loss:
+            squares = logits.logsumexp(-1).square()
+            count = torch.tensor(batch * n, device=o.device) if valid is None else valid.sum()
+            result.losses["router_z"] = (squares.sum() if valid is None else squares.where(valid, 0).sum(), count)
+    if balance is not None:
+        weights = (2 if rescale else 1) * (call.scale * balance.to(dtype)).softmax(-1)
+        parts = [weights[..., i : i + 1] * part for i, part in enumerate(parts)]
+    gates = torch.cat(parts, -1)  # (B, N, H)
+    result.output = (o.to(dtype) * gates.transpose(1, 2)[..., None]).to(o.dtype)
+    if "gates" in call.want:
+        result.extras["gates"] = gates
+    return result
+
+
+def _straight_through(config: Config) -> bool:
+    return config.gates == "straight_through" or (config.gates is None and config.router == "query_norm")
+
+
+def _check_logits(config: Config, heads: int, given: Mapping[str, Tensor | None]) -> None:
+    expected = config.routers(heads)
+    widths = {name: logits.shape[-1] for name, logits in given.items() if logits is not None}
+    if widths != expected:
+        raise Unsupported(
+            f"routers of widths {widths} for {heads} heads", supported=f"widths {expected} with these options"
+        )
+
+
+def _prepare_logits(call: Call, routed: Tensor | None) -> Tensor | None:
+    """Scores of the routed heads in at least float32: scaled, noisy in training, query norms standardised."""
+    if routed is None:
+        return None
+    config: Config = call.config
+    logits = routed.to(torch.promote_types(routed.dtype, torch.float32))
+    if config.router == "query_norm":
+        centred = logits - logits.mean(-1, keepdim=True)
+        variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
+        logits = logits * variance.clamp(min=config.eps**2).rsqrt()
+    logits = call.scale * logits
+    if config.noise and call.training:
+        draw = torch.randn(logits.shape, generator=call.generator, dtype=logits.dtype, device=logits.device)
+        logits = logits + config.noise * draw
+    return logits
+
+
+def _top(logits: Tensor, k: int) -> Bool[Tensor, "b n e"]:
+    """True at the k largest of the last axis; the first of equal ones."""
+    order = logits.detach().argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :k], True)
+
+
+def _routed_gates(config: Config, p: Tensor, active: Tensor, k: int) -> Tensor:
+    if not config.weighted:
+        hard = active.to(p.dtype)
+        return hard + (p - p.detach()) if _straight_through(config) else hard
+    chosen = torch.where(active, p, 0)
+    if not config.rescale_gates:
+        return chosen
+    return k * chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
+
+
+def _load_balance(p: Tensor, active: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """E sum_e mean(p_e) mean(active_e) over valid tokens, counted as one layer (none when there is no token)."""
+    routed = p.shape[-1]
+    used = active.to(p.dtype)
+    if valid is None:
+        count = torch.tensor(p.shape[0] * p.shape[1], device=p.device)
+    else:
+        count = valid.sum()
+        p, used = torch.where(valid[..., None], p, 0), torch.where(valid[..., None], used, 0)
+    tokens = count.clamp(min=1)
+    loss = routed * ((p.sum((0, 1)) / tokens) * (used.sum((0, 1)) / tokens)).sum()
+    return loss, (count > 0).to(torch.int64)
+
+
+class HeadRouter(nn.Module):
+    """The routers: a merge of the attention shell, called as ``merge(output, heads, x, context, lengths, result)``.
+
+    Args:
+        config: the mechanism's options.
+        pattern: of the layer.
+        dim: width of the tokens x.
+        heads: H.
+        inner: the wrapped mechanism's own merge, which comes first.
+    """
+
+    def __init__(self, config: Config, pattern: Pattern, dim: int, heads: int, inner: nn.Module | None) -> None:
+        super().__init__()
+        self.config, self.pattern, self.inner = config, pattern, inner
+        self.shared_heads = config.groups(heads)[0]
+        logits = config.routers(heads)
+        if config.router == "query_norm":
+            logits = {}
+        self.logits = nn.ModuleDict({name: make_linear(dim, width) for name, width in logits.items()})
+
+    def forward(
+        self,
+        output: Float[Tensor, "b h n v"],
+        heads: Tensors,
+        x: Float[Tensor, "b n c"],
+        context: Context,
+        lengths: Int[Tensor, " b"] | None,
+        result: Result,
+    ) -> Float[Tensor, "b h n v"]:
+        """Gate the head outputs; losses and wanted gates are added to `result`."""
+        if self.inner is not None:
+            output = self.inner(output, heads, x, context, lengths, result)
+        logits = {name: module(x) for name, module in self.logits.items()}
+        if self.config.router == "query_norm" and self.shared_heads < output.shape[1]:
+            q = heads["q"][:, self.shared_heads :]
+            q = q.to(torch.promote_types(q.dtype, torch.float32))
+            smallest = torch.finfo(q.dtype).tiny  # the norm of a zero query, in padding, has no gradient
+            logits["routed"] = q.square().sum(-1).clamp(min=smallest).sqrt().transpose(1, 2)
+        call = Call(
+            self.pattern,
+            self.config,
+            lengths=lengths,
+            generator=context.generator,
+            training=self.training,
+            want=context.want,
+        )
+        gated = parallel(call, output, **logits)
+        result.losses |= gated.losses
+        result.extras |= gated.extras
+        return gated.output
+
+
+class MixtureOfHeads(nn.Module):
+    """An attention layer whose heads are routed, (B, N, C) -> (B, N, C).
+
+    Args:
+        card: the mechanism.
+        dim: width C of the input and output.
+        num_heads: H, query heads.
+        pattern: one that the wrapped mechanism has too.
+        create: makes a layer from the name of a mechanism.
+        mechanism: name of the attention mechanism whose heads are routed.
+        positions, head_dim, num_kv_heads, memory_dim, dropout: of the wrapped layer, see
+            :class:`regard.layers.attention.AttentionLayer`; its own defaults when None.
+        mechanism_options: any other options of the wrapped layer and mechanism.
+        config: the mechanism's options.
+    """
+
+    def __init__(
+        self,
+        card: Mechanism,
+        dim: int,
+        num_heads: int,
+        *,
+        create: Callable[..., nn.Module],
+        pattern: str | Pattern = Pattern.CAUSAL_SELF,
+        mechanism: str = "softmax",
+        positions: str | None = None,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        memory_dim: int | None = None,
+        dropout: float | None = None,
+        mechanism_options: Mapping[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        super().__init__()
+        self.card, self.pattern = card, card.require_pattern(pattern)
+        self.config: Config = card.options() if config is None else config
+        named = {
+            "positions": positions,
+            "head_dim": head_dim,
+            "num_kv_heads": num_kv_heads,
+            "memory_dim": memory_dim,
+            "dropout": dropout,
+        }
+        options = {name: value for name, value in named.items() if value is not None} | dict(mechanism_options or {})
+        attention = create(mechanism, dim, num_heads, pattern=self.pattern, **options)
+        if not isinstance(attention, AttentionLayer):
+            raise Unsupported(
+                f"{card.name} of {mechanism}, which has no heads to route",
+                supported="mechanisms of kind attention",
+                nearest="softmax",
+            )
+        if self.config.router == "query_norm" and attention.query is None:
+            raise Unsupported(
+                f'router="query_norm" with {mechanism}, whose queries are not made of tokens',
+                supported='router="input"',
+                nearest='router="input"',
+            )
+        attention.merge = HeadRouter(self.config, self.pattern, dim, num_heads, attention.merge)
+        self.attention = attention
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c2"] | None = None,
+        *,
+        context: Context | None = None,
+        state: LayerState | None = None,
+    ) -> Result:
+        """As :meth:`regard.layers.attention.AttentionLayer.forward`; the result has the loss ``load_balance``."""
+        return self.attention(x, memory, context=context, state=state)
+
+    def step(self, x_t: Float[Tensor, "b c"], state: LayerState) -> tuple[Float[Tensor, "b c"], LayerState]:
+        """One token: the output and the state after it."""
+        return self.attention.step(x_t, state)
+
+    def encode_memory(
+        self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: LayerState | None = None
+    ) -> LayerState:
+        """Absorb memory once, for decoding in a cross pattern."""
+        return self.attention.encode_memory(memory, context=context, state=state)
+
+
+def head_usage(gates: Float[Tensor, "b n h"], tokens: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, " h"]:
+    """Share of the tokens for which each head is active; `tokens` picks them (not padding, or those of one class)."""
+    active = (gates != 0).double()
+    if tokens is None:
+        return active.mean((0, 1))
+    return active[tokens].mean(0)
+
+
+def usage_entropy(usage: Float[Tensor, " e"]) -> Float[Tensor, ""]:
+    """Entropy of how the active places spread over routed heads, as a fraction of log E: 1 even, log k / log E collapsed."""
+    share = usage / usage.sum()
+    return torch.special.entr(share).sum() / math.log(len(usage))
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    config: Config,
+    sizes: dict[str, int],
+) -> Tensors:
+    """Inputs for tests: eight heads, and the logits that the options ask for."""
+    heads = 8
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = {"o": normal(batch, heads, n, sizes.get("v", 6))}
+    for name, width in config.routers(heads).items():
+        logits = normal(batch, n, width)
+        inputs[name] = logits.abs() if config.router == "query_norm" else logits
+    return inputs
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Of softmax attention with all heads, and the gates."""
+    heads = shape.batch * shape.heads
+    width = shape.dim_key + shape.dim_value
+    return Cost(
+        flops=heads * (2.0 * shape.n * shape.m * width + shape.n * (shape.dim_value + 8)),
+        memory=float(heads * shape.n * (shape.dim_value + 2)),
+        state=float(shape.heads * shape.m * width),
+        step_flops=heads * (2.0 * shape.m * width + shape.dim_value + 8),
+    )
+
+
+MECHANISM = Mechanism(
+    name="mixture_of_heads",
+    aliases=("moh", "mixture_of_head_attention", "routed_heads"),
+    kind=Kind.WRAPPER,
+    summary="Each token keeps a few of the attention heads, chosen and weighted by routers.",
+    paper=Paper("MoH: Multi-Head Attention as Mixture-of-Head Attention", "2410.11842", 2024, 54),
+    inputs={"o": "bhnv", "routed?": "bne", "shared?": "bns", "balance?": "bnt"},
+    patterns=ALL_PATTERNS,
+    forms={"reference": reference, "parallel": parallel},
+    config=Config,
+    state=LayerState,
+    cost=cost,
+    default_scale=1.0,
+    honours=frozenset(),
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    sample_inputs=sample_inputs,
+    module=MixtureOfHeads,
+)

@@ -1,0 +1,224 @@
+"""Every command as a user meets it, and every kind of bad input: exit code 2 and one clear line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from regard import list_mechanisms
+from regard.cli import main
+
+
+def run(capsys, *arguments):
+    """Exit code and output of `regard` with these arguments, in this process."""
+    before = sys.argv
+    sys.argv = ["regard", *map(str, arguments)]
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_every_command_has_help_with_examples(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("list", "show", "verify", "profile", "compare", "report", "doctor"):
+        assert command in out
+        code, text, _ = run(capsys, command, "--help")
+        assert code == 0
+        assert f"regard {command}" in text.split("Examples:")[1]
+
+
+def test_list_filters_and_prints_json(capsys):
+    code, out, _ = run(capsys, "list", "--json")
+    assert code == 0
+    assert [card["name"] for card in json.loads(out)] == list_mechanisms()
+    _, out, _ = run(capsys, "list", "--pattern", "causal-cross", "--recurrent", "--json")
+    names = [card["name"] for card in json.loads(out)]
+    assert "linear" in names
+    assert "softmax" not in names
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_show_tells_equations_and_options(capsys, name):
+    code, out, _ = run(capsys, "show", name)
+    assert code == 0
+    assert "Deviations" in out
+    assert "| paper | here |" in out
+    code, out, _ = run(capsys, "show", name, "--json")
+    assert json.loads(out)["name"] == name
+
+
+def test_show_knows_aliases(capsys):
+    _, out, _ = run(capsys, "show", "gla", "--json")
+    assert json.loads(out)["name"] == "gated_linear"
+
+
+def test_verify_prints_errors_and_ends_with_zero(capsys):
+    code, out, _ = run(capsys, "verify", "linear", "--pattern", "causal-self", "--property", "step", "--json")
+    assert code == 0
+    cells = json.loads(out)["cells"]
+    assert {c["dtype"] for c in cells} == {"float64", "float32", "bfloat16", "float16"}
+    assert all(c["status"] == "pass" and c["error"] <= c["tolerance"] for c in cells)
+
+
+def test_verify_full_resumes(capsys, tmp_path):
+    arguments = (
+        "verify",
+        "linear",
+        "--pattern",
+        "causal-self",
+        "--property",
+        "row_alone",
+        "--full",
+        "--output",
+        tmp_path,
+    )
+    assert run(capsys, *arguments)[0] == 0
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    assert len(json.loads(out)["cells"]) == 1
+
+
+def test_profile_measures_beside_softmax(capsys):
+    code, out, _ = run(
+        capsys,
+        "profile",
+        "linear",
+        "--lengths",
+        "16,32",
+        "--seconds",
+        "0.01",
+        "--heads",
+        "1",
+        "--head-dim",
+        "8",
+        "--json",
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert {m["mechanism"] for m in found["measurements"]} == {"softmax", "linear"}
+    assert {m["what"] for m in found["measurements"]} == {"forward", "training", "decode"}
+    assert all(m["low"] <= m["milliseconds"] <= m["high"] for m in found["measurements"])
+
+
+def test_doctor_names_the_machine_and_the_backends(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    assert json.loads(out)["backends"]["cpu"]["attention"]
+
+
+def text(folder, name, content):
+    path = folder / name
+    path.write_bytes(content)
+    return str(path)
+
+
+def bad_inputs(folder):
+    """Command lines that cannot be honoured, and words that the message must hold."""
+    good = text(folder, "good.txt", b"a quick brown fox jumps over the lazy dog\n\n" * 400)
+    small = ["--mechanisms", "softmax", "--budget", "10k tokens", "--output", str(folder / "out")]
+    blocked = text(folder, "blocked", b"a file where a folder should be")
+    plugin = text(folder, "raises.py", b"raise ValueError('broken plugin')\n")
+    empty_plugin = text(folder, "nothing.py", b"x = 1\n")
+    (folder / "pictures" / "cats").mkdir(parents=True)
+    (folder / "pictures" / "dogs").mkdir()
+    for kind in ("cats", "dogs"):
+        for i in range(3):
+            text(folder / "pictures" / kind, f"{i}.png", b"not an image")
+    other = folder / "other"
+    other.mkdir()
+    return {
+        "missing file": (["compare", str(folder / "goood.txt"), *small], ("goood.txt", "good.txt")),
+        "empty file": (["compare", text(folder, "empty.txt", b""), *small], ("empty.txt",)),
+        "binary file": (["compare", text(folder, "binary.txt", bytes(range(256)) * 99), *small], ("binary.txt",)),
+        "too short": (["compare", text(folder, "short.txt", b"too short"), *small], ("held-out",)),
+        "length beyond the data": (["compare", good, "--length", "1000000", *small], ("length", "supported")),
+        "unreadable images": (["compare", "--task", "images", str(folder / "pictures"), *small], (".png",)),
+        "no image folders": (["compare", "--task", "images", str(other), *small], ("other",)),
+        "unknown mechanism": (["compare", good, "--mechanisms", "softmxa"], ("softmxa", "nearest: softmax")),
+        "unknown task": (["compare", "--task", "recal", *small], ("recal", "nearest: recall")),
+        "unknown option of a task": (["compare", "--task", "recall:pears=2", *small], ("pears", "pairs")),
+        "option value out of range": (["compare", "--task", "recall:pairs=-2", *small], ("pairs",)),
+        "option without a value": (["compare", "--task", "recall:pairs", *small], ("pairs",)),
+        "pattern a mechanism lacks": (
+            ["compare", "--task", "recall", "--mechanisms", "low_rank_pooling", *small[2:]],
+            ("low_rank_pooling",),
+        ),
+        "nonsense budget": (["compare", good, "--budget", "some"], ("budget", "nearest: 8m")),
+        "budget too small": (
+            ["compare", good, "--mechanisms", "softmax", "--budget", "1 tokens", *small[4:]],
+            ("budget",),
+        ),
+        "output that cannot be written": (["compare", good, *small[:4], "--output", blocked], ("blocked",)),
+        "plugin that raises": (["compare", good, "--plugin", plugin, *small], ("broken plugin", "ValueError")),
+        "plugin of nothing": (["verify", "--plugin", empty_plugin], ("MECHANISM",)),
+        "missing plugin": (["list", "--plugin", str(folder / "raise.py")], ("raise.py", "raises.py")),
+        "unknown pattern": (["list", "--pattern", "causal"], ("causal", "causal-self")),
+        "unknown kind": (["list", "--kind", "mixers"], ("mixer",)),
+        "unknown property": (["verify", "softmax", "--property", "stepp"], ("stepp", "step")),
+        "profile in a pattern it lacks": (["profile", "local", "--pattern", "causal-cross"], ("local", "causal-cross")),
+        "lengths that are no numbers": (["profile", "linear", "--lengths", "1,b"], ("lengths",)),
+        "length nobody measures": (["compare", good, "--at-length", "77", *small], ("77",)),
+        "data for a task that reads none": (["compare", good, "--task", "recall", *small], ("recall",)),
+        "report of nothing": (["report", str(other)], ("results.db",)),
+    }
+
+
+CASES = [
+    "missing file", "empty file", "binary file", "too short", "length beyond the data", "unreadable images",
+    "no image folders", "unknown mechanism", "unknown task", "unknown option of a task", "option value out of range",
+    "option without a value", "pattern a mechanism lacks", "nonsense budget", "budget too small",
+    "output that cannot be written", "plugin that raises", "plugin of nothing", "missing plugin", "unknown pattern",
+    "unknown kind", "unknown property", "profile in a pattern it lacks", "lengths that are no numbers",
+    "length nobody measures", "data for a task that reads none", "report of nothing",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_with_two_and_one_clear_line(capsys, tmp_path, monkeypatch, case):
+    monkeypatch.setattr("regard.workbench.compare.CALIBRATION_SECONDS", 1.0)
+    arguments, words = bad_inputs(tmp_path)[case]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2, err
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("regard: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_every_bad_input_is_tested(tmp_path):
+    assert set(bad_inputs(tmp_path)) == set(CASES)
+
+
+def test_a_store_of_another_schema_is_refused(capsys, tmp_path):
+    import sqlite3
+
+    from regard.workbench.store import Store
+
+    Store(tmp_path / "results.db").close()
+    with sqlite3.connect(tmp_path / "results.db") as connection:
+        connection.execute("UPDATE meta SET value = '999' WHERE name = 'schema_version'")
+    connection.close()
+    arguments = ("compare", "--task", "recall", "--mechanisms", "softmax", "--output", tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert "999" in err
+
+
+def test_it_runs_as_a_module():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, "-m", "regard", "list", "--json"], env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0
+    assert json.loads(found.stdout)

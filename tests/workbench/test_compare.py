@@ -1,0 +1,162 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from regard import Unsupported
+from regard.models import count_parameters, from_pretrained
+from regard.tasks import create_task
+from regard.workbench.budget import Budget
+from regard.workbench.compare import CompareSettings, build, compare, render_report
+from regard.workbench.compare import _Work as Work
+from regard.workbench.store import Store
+
+MECHANISMS = ("softmax", "linear", "gated_linear")
+
+
+@pytest.fixture(autouse=True)
+def _short_calibration(monkeypatch):
+    monkeypatch.setattr("regard.workbench.compare.CALIBRATION_SECONDS", 2.0)
+
+
+def settings(**changes):
+    small = {"dim": 16, "layers": 1, "heads": 2, "seeds": 2, "batch_tokens": 256, "lengths": (16, 32), "at_length": 32}
+    return CompareSettings(**{"mechanisms": MECHANISMS, "budget": Budget.parse("8k tokens"), **small, **changes})
+
+
+def recall():
+    return create_task("recall", length=16, pairs=2, vocab_size=16, evaluation_items=32)
+
+
+def test_models_are_matched_within_two_percent():
+    work = Work(recall(), settings(dim=32, layers=2))
+    counts = [count_parameters(build(config, 0)) for config in work.configs.values()]
+    assert max(counts) <= 1.02 * work.target
+    assert min(counts) >= 0.98 * work.target
+
+
+def test_rates_are_chosen_on_other_items_than_those_that_score(tmp_path):
+    outcome = compare([recall()], settings(mechanisms=("softmax",), rates=(1e-3, 1e-2)), tmp_path)
+    with Store(outcome.store) as store:
+        row = store.rows("quality")[0]
+    first, last = json.loads(row.key)["items"] if isinstance(row.key, str) else row.key["items"]
+    assert len(row.payload["items"]) == last - first == 24
+
+
+def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
+    said, shown = [], []
+    outcome = compare(
+        [recall()], settings(keep_models=True), tmp_path, say=said.append, watch=lambda p: shown.append(p.done)
+    )
+    assert [e["mechanism"] for e in outcome.summary["recall"]]
+    assert outcome.recommendation.winner in MECHANISMS
+    assert outcome.report.read_text().count("<svg")
+    assert shown == sorted(shown)
+    entry = outcome.summary["recall"][0]
+    for measured in (
+        "inference_ms",
+        "decode_tokens_per_second",
+        "state_bytes",
+        "peak_memory_bytes",
+        "tokens_per_second",
+    ):
+        assert entry[measured] > 0
+    model = from_pretrained(outcome.models["recall"])
+    assert count_parameters(model) == entry["parameters"]
+    with Store(outcome.store) as store:
+        render_report(store, tmp_path / "again.html")
+    assert (tmp_path / "again.html").exists()
+
+
+def test_the_same_command_measures_nothing_again(tmp_path):
+    compare([recall()], settings(), tmp_path)
+    started = time.monotonic()
+    outcome = compare([recall()], settings(), tmp_path)
+    with Store(outcome.store) as store:
+        assert len(store.rows("quality")) == 6
+        assert len(store.rows("run")) == 2
+    assert time.monotonic() - started < 60
+
+
+def test_a_time_budget_is_planned_once_so_that_a_resumed_comparison_agrees(tmp_path, monkeypatch):
+    monkeypatch.setattr("regard.workbench.compare.FEWEST_STEPS", 1)
+    chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("12s"), seeds=1, rates=(1e-3,))
+    compare([recall()], chosen, tmp_path)
+    outcome = compare([recall()], chosen, tmp_path)
+    with Store(outcome.store) as store:
+        assert len(store.rows("plan")) == 1
+        assert len({row.payload["steps"] for row in store.rows("quality")}) == 1
+        assert len(store.rows("quality")) == 2
+
+
+def test_equal_flops_give_the_dearer_mechanism_fewer_steps(tmp_path):
+    outcome = compare(
+        [recall()],
+        settings(mechanisms=("softmax", "gated_linear"), budget=Budget.parse("1e9 flops"), seeds=1, rates=(1e-3,)),
+        tmp_path,
+    )
+    with Store(outcome.store) as store:
+        steps = {row.payload["mechanism"]: row.payload["steps"] for row in store.rows("quality")}
+    assert steps["softmax"] != steps["gated_linear"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": Budget.parse("10 tokens")}, "budget"),
+        ({"mechanisms": ("softmax", "softmax")}, "twice"),
+        ({"mechanisms": ("softmax", "nosuch")}, "nosuch"),
+        ({"at_length": 99}, "at_length"),
+        ({"prefer": "beauty"}, "beauty"),
+        ({"seeds": 0}, "seeds"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_trained(tmp_path, changes, words):
+    with pytest.raises(Unsupported, match=words) as caught:
+        compare([recall()], settings(**changes), tmp_path)
+    assert caught.value.supported
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_mechanism_without_the_pattern_is_refused_with_the_task(tmp_path):
+    with pytest.raises(Unsupported, match="low_rank_pooling"):
+        compare([recall()], settings(mechanisms=("softmax", "low_rank_pooling")), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+COMMAND = [
+    *(sys.executable, "-m", "regard", "compare", "--task", "recall:pairs=2,vocab_size=16,evaluation_items=32"),
+    *("--length", "16", "--mechanisms", "softmax,linear,gated_linear", "--budget", "100k tokens", "--seeds", "2"),
+    *("--dim", "16", "--layers", "1", "--heads", "2", "--lengths", "16,32", "--at-length", "32", "--json"),
+]
+
+
+def quality(folder):
+    with Store(folder / "results.db") as store:
+        rows = store.rows("quality")
+    kept = ("score", "items", "curve", "parameters", "tokens", "steps", "lr")
+    return {(r.payload["mechanism"], r.payload["seed"]): {k: r.payload[k] for k in kept} for r in rows}
+
+
+def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for wanted in (1, 3):
+        process = subprocess.Popen([*COMMAND, "--output", str(killed)], env=environment, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (killed / "results.db").exists() and len(quality(killed)) >= wanted:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = quality(killed)
+    subprocess.run([*COMMAND, "--output", str(killed)], env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*COMMAND, "--output", str(whole)], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert 1 <= len(before) <= 6
+    assert quality(killed) == quality(whole)
+    assert before.items() <= quality(killed).items()
