@@ -111,7 +111,7 @@ def reference(
     n, m = _outputs(call, slots, k), k.shape[2]
 
     def attend(scores: Tensor, values: Tensor) -> Tensor:
-        age = torch.arange(scores.shape[-1] - 1, -1, -1, device=q.device)
+        age = torch.arange(scores.shape[-1] - 1, -1, -1, device=q.device, dtype=q.dtype)
         weights = (scores + age * math.log(config.forget)).softmax(-1)
         return torch.einsum("bhm,bhmv->bhv", weights, values)
 

@@ -11,7 +11,7 @@ Definition (Schlag et al., arXiv 2102.11174, section 4; trained in chunks by Yan
         = S_{t-1} + k_t u_t^T,   u_t = beta_t (v_t - S_{t-1}^T k_t)
 
 which is one step of gradient descent, of size beta_t, on 1/2 |S^T k_t - v_t|^2. With a gate (gated delta rule,
-arXiv 2412.06464, equation 10) exp(g_t) S_{t-1} takes the place of S_{t-1}. In a chunk the u solve a triangular system
+arXiv 2412.06464, section 3) exp(g_t) S_{t-1} takes the place of S_{t-1}. In a chunk the u solve a triangular system
 (UT transform): U = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta) (V - K S).
 
 | paper | here |

@@ -253,6 +253,8 @@ def chunked(
     _check(call)
     if call.state is not None and (call.bias is not None or call.blocks is not None):
         raise Unsupported("landmark with a bias or a block mask beside a state", supported="whole calls")
+    if call.config.position_jump and call.training:
+        raise Unsupported("position_jump in training with a state", supported="whole calls")
     if not call.config.bounded:
         return _continue(call, q, k, v)
     n = q.shape[2]
@@ -321,10 +323,6 @@ def _landmarks(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
     batch, m = k.shape[0], k.shape[2]
     if call.roles is None:
         return torch.zeros(batch, m, dtype=torch.bool, device=k.device)
-    if call.roles.shape != (batch, m):
-        raise Unsupported(
-            f"roles of shape {tuple(call.roles.shape)} for {batch} rows of {m} keys", supported=f"({batch}, {m})"
-        )
     return call.roles == int(Role.LANDMARK)
 
 
@@ -342,10 +340,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`.
-
-    Keys are new ones in the slots of their ranks when positions jump.
-    """
+    """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`."""
     if call.rotate is None or k.shape[2] == 0 or q.shape[2] == 0:
         return q, k
     queries, keys = where.queries.clamp(min=0), where.keys.clamp(min=0)
@@ -506,14 +501,14 @@ def _append(
         index = index.clamp(min=0)[:, None, :, None]
         tokens = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) if x.shape[2] else x for x in tokens]
     state = LandmarkState(tokens[0], tokens[1], tokens[2][:, 0, :, 0], past.cached + new, past.length + new)
-    # Tokens without a slot of their own were copied over empty slots: only real landmarks may be counted.
+    # The first slot was copied over the slots that became empty: a landmark there must not count again.
     state = dataclasses.replace(state, landmark=state.landmark & state.present())
     if not config.bounded:
         return state
     _check_blocks(state, config)
     if config.cache_blocks is None:
         return state
-    kept = _landmarks_from(state) <= config.cache_blocks
+    kept = _from_end(state.landmark) <= config.cache_blocks
     most = config.cache_blocks * (config.block + 1) + config.block
     return LandmarkState(
         state.k[:, :, -most:],
@@ -524,9 +519,9 @@ def _append(
     )
 
 
-def _landmarks_from(state: LandmarkState) -> Int[Tensor, "b past"]:
-    """Landmarks in or after each slot: 0 in the incomplete block, 1 in the newest complete block, and so on."""
-    return state.landmark.long().flip(-1).cumsum(-1).flip(-1)
+def _from_end(ends: Bool[Tensor, "b past"]) -> Int[Tensor, "b past"]:
+    """Ends of blocks in or after each slot: 0 in the incomplete block, 1 in the newest complete block, and so on."""
+    return ends.long().flip(-1).cumsum(-1).flip(-1)
 
 
 def _most_blocks(past: int, config: Config) -> int:
@@ -564,10 +559,9 @@ def _retrieve(
     batch, _, t = q.shape[:3]
     size, slots, top_k = config.block + 1, past.k.shape[2], config.top_k
     assert top_k is not None
-    from_end = _landmarks_from(past)
-    count = past.landmark.sum(-1)
-    unfinished = past.present() & (from_end == 0)
-    chunk_start = count.clamp(max=top_k + 1) * size + unfinished.sum(-1)
+    blocks = _cached_blocks(call, past)
+    unfinished = past.present() & (_from_end(past.landmark) == 0)
+    chunk_start = blocks.count.clamp(max=top_k + 1) * size + unfinished.sum(-1)
 
     width = min(slots, config.block)
     near = torch.arange(width + t, device=q.device)
@@ -584,8 +578,7 @@ def _retrieve(
         positions = (chunk_start[:, None] - width + near).clamp(min=0)
         q, near_keys = call.rotate(q, positions[:, width:]), call.rotate(_wide(near_keys), positions)
 
-    table = _block_table(call, past, from_end, count)
-    retrieved = min(top_k, table.ends.shape[1]) * size
+    retrieved = min(top_k, blocks.ends.shape[1]) * size
     numbers = q.shape[0] * q.shape[1] * retrieved * max(q.shape[3], v.shape[3])
     step = max(1, min(t, NUMBERS_AT_ONCE // max(numbers, 1)))
     outputs = []
@@ -593,7 +586,7 @@ def _retrieve(
         rows = q[:, :, start : start + step]
         here = _ranks(near[None, width + start : width + start + rows.shape[2]], key_ranks)
         logits, factors = _logits(call, rows, near_keys, near_landmark, here, None)
-        far_logits, far_values, far_factors = _retrieved(call, rows, past, from_end, count, table)
+        far_logits, far_values, far_factors = _retrieved(call, rows, past, blocks)
         weights = _normalized(torch.cat([far_logits, logits], -1))
         if factors is not None and far_factors is not None:
             weights = weights * torch.cat([far_factors, factors], -1)
@@ -604,68 +597,74 @@ def _retrieve(
 
 
 @dataclass(frozen=True)
-class _BlockTable:
-    """The complete blocks of a cache in order of time, the newest last.
+class _CachedBlocks:
+    """The complete blocks of a cache that hold a token, in order of time: the newest is the last column.
 
     Attributes:
-        ends: slot of each block's landmark.
-        usable: whether there is such a block, and it has a token.
+        count: how many there are.
+        ends: slot of each one's landmark.
+        exists: whether a column is a block; there may be fewer blocks than columns.
         keys: landmark keys, rotated for scoring.
+        column: column of each slot's block.
+        member: whether a slot holds a token of its block, or its landmark.
     """
 
+    count: Int[Tensor, " b"]
     ends: Int[Tensor, "b blocks"]
-    usable: Bool[Tensor, "b blocks"]
+    exists: Bool[Tensor, "b blocks"]
     keys: Float[Tensor, "b g blocks d"]
+    column: Int[Tensor, "b past"]
+    member: Bool[Tensor, "b past"]
 
 
-def _block_table(call: Call, past: LandmarkState, from_end: Tensor, count: Tensor) -> _BlockTable:
+def _cached_blocks(call: Call, past: LandmarkState) -> _CachedBlocks:
     config: Config = call.config
     assert config.top_k is not None
     slots, size = past.k.shape[2], config.block + 1
     blocks = _most_blocks(slots, config)
-    age = torch.where(past.landmark, from_end, blocks + 1).clamp(max=blocks + 1)  # 1 for the newest block
-    at = (blocks - age) % (blocks + 1)  # slots without a block to name go to the extra, last column
-    where = torch.arange(slots, device=at.device).expand_as(at)
-    ends = at.new_zeros(at.shape[0], blocks + 1).scatter(1, at, where)[:, :blocks]
-    number = torch.arange(blocks, device=at.device)
-    before = (ends - 1).clamp(min=0)
-    token_before = (past.present() & ~past.landmark).gather(1, before) & (ends > 0)
-    usable = (number >= blocks - count[:, None]) & token_before
+    token = past.present() & ~past.landmark
+    # A landmark right after another, or before any token, closes nothing that could be retrieved.
+    closes = past.landmark & F.pad(token[:, :-1], (1, 0))
+    count, column = closes.sum(-1), blocks - _from_end(closes)
+    named = torch.where(closes & (column >= 0), column, blocks)  # slots that end no block go to an extra column
+    where = torch.arange(slots, device=named.device).expand_as(named)
+    ends = named.new_zeros(named.shape[0], blocks + 1).scatter(1, named, where)[:, :blocks]
+    number = torch.arange(blocks, device=named.device)
     keys = _wide(past.k.gather(2, ends[:, None, :, None].expand(-1, past.k.shape[1], -1, past.k.shape[3])))
     if call.rotate is not None:
-        slot = (number - blocks + count.clamp(max=config.top_k + 1)[:, None]).clamp(min=0)
-        keys = call.rotate(keys, slot * size + config.block)
-    return _BlockTable(ends, usable, keys)
+        place = (number - blocks + count.clamp(max=config.top_k + 1)[:, None]).clamp(min=0)
+        keys = call.rotate(keys, place * size + config.block)
+    return _CachedBlocks(count, ends, number >= blocks - count[:, None], keys, column, token | closes)
 
 
 def _retrieved(
-    call: Call, q: Tensor, past: LandmarkState, from_end: Tensor, count: Tensor, table: _BlockTable
+    call: Call, q: Tensor, past: LandmarkState, cached: _CachedBlocks
 ) -> tuple[Float[Tensor, "b h t r"], Float[Tensor, "b h t r v"], Float[Tensor, "b h t r"] | None]:
     """Logits and values of the tokens of retrieved blocks, for each query and head; factors when gates are dropped."""
     config: Config = call.config
     assert config.top_k is not None
-    blocks, size = table.ends.shape[1], config.block + 1
+    blocks, size = cached.ends.shape[1], config.block + 1
     chosen = min(config.top_k, blocks)
-    scores = _product(q, table.keys.mT).detach()
-    best = scores.masked_fill(~table.usable[:, None, None], -torch.inf).topk(chosen, -1)
+    scores = call.scale * _product(q, cached.keys.mT).detach()
+    best = scores.masked_fill(~cached.exists[:, None, None], -torch.inf).topk(chosen, -1)
     block = torch.where(best.values > -torch.inf, best.indices, -1).sort(-1).values  # (b, h, t, k), in order of time
     found, block = block >= 0, block.clamp(min=0)
 
     row = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
     within = torch.arange(size, device=q.device)
-    slot = table.ends[row, block][..., None] + (within - config.block)  # (b, h, t, k, size)
+    slot = cached.ends[row, block][..., None] + (within - config.block)  # (b, h, t, k, size)
     inside = (slot >= 0) & found[..., None]
     slot = slot.clamp(min=0)
     row = row[..., None]
-    inside = inside & past.present()[row, slot] & (from_end[row, slot] == blocks - block[..., None])
+    inside = inside & cached.member[row, slot] & (cached.column[row, slot] == block[..., None])
     head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // past.k.shape[1])
     head = head[None, :, None, None, None]
     keys, values = _wide(past.k[row, head, slot]), past.v[row, head, slot]  # (b, h, t, k, size, d)
     if call.rotate is not None:
         order = config.top_k - chosen + torch.arange(chosen, device=q.device)
         newest = (block >= blocks - config.top_k).long()
-        few = (count <= config.top_k)[:, None, None, None]
-        place = torch.where(few, block - blocks + count[:, None, None, None], order + newest).clamp(min=0)
+        count = cached.count[:, None, None, None]
+        place = torch.where(count <= config.top_k, block - blocks + count, order + newest).clamp(min=0)
         positions = place[..., None] * size + within
         flat = call.rotate(keys.flatten(3, 4).flatten(0, 2)[:, None], positions.flatten(3, 4).flatten(0, 2))
         keys = flat[:, 0].view(keys.shape)

@@ -70,6 +70,7 @@ GATINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda a, x: a + x,
     "none": lambda a, x: a,
 }
+NAMES = ("depthwise", "dilated", "pointwise")
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -82,7 +83,7 @@ class Config:
         dilation: d, >= 1; d (ceil(K / d) - 1) must be even, so that the dilated filter can be centred.
         gating: what A does to the input: ``multiply``, ``add``, or ``none`` (A is the output).
         sigmoid: whether A goes through a sigmoid first.
-        depthwise, dilated, pointwise: whether the layer has DW, DWD and PW; one of the first two at least.
+        without: of ``depthwise``, ``dilated``, ``pointwise``: those that the layer does not have; not both of the first.
         residual: whether the layer adds its input to its output.
     """
 
@@ -90,23 +91,23 @@ class Config:
     dilation: int = 3
     gating: str = "multiply"
     sigmoid: bool = False
-    depthwise: bool = True
-    dilated: bool = True
-    pointwise: bool = True
+    without: tuple[str, ...] = ()
     residual: bool = True
 
     def __post_init__(self) -> None:
         at_least("kernel", self.kernel, 1)
         at_least("dilation", self.dilation, 1)
         one_of("gating", self.gating, GATINGS)
-        if self.dilation * (self.dilated_side - 1) % 2:
+        if self.dilated_span % 2 == 0:
             raise Unsupported(
                 f"kernel={self.kernel} with dilation={self.dilation}, whose dilated filter has no centre",
                 supported="dilation * (ceil(kernel / dilation) - 1) even",
                 nearest=f"kernel={self.kernel + self.dilation}",
             )
-        if not (self.depthwise or self.dilated):
-            raise Unsupported("depthwise=False and dilated=False, where no tokens mix", supported="one of them")
+        for name in self.without:
+            one_of("without", name, NAMES)
+        if {"depthwise", "dilated"} <= set(self.without):
+            raise Unsupported(f"without={self.without}, where no tokens mix", supported="depthwise or dilated kept")
 
     @property
     def depthwise_side(self) -> int:
@@ -119,9 +120,14 @@ class Config:
         return -(-self.kernel // self.dilation)
 
     @property
+    def dilated_span(self) -> int:
+        """Side of the neighbourhood of the dilated filter, d (k2 - 1) + 1; even spans cannot be centred."""
+        return self.dilation * (self.dilated_side - 1) + 1
+
+    @property
     def receptive_field(self) -> int:
         """Side of the neighbourhood that A sees with both convolutions."""
-        return self.depthwise_side + self.dilation * (self.dilated_side - 1)
+        return self.depthwise_side + self.dilated_span - 1
 
 
 @dataclass(frozen=True)
@@ -301,7 +307,7 @@ def _state(call: Call, x: Tensor, depthwise: Tensor | None, dilated: Tensor | No
     config: Config = call.config
     batch, channels = x.shape[0], x.shape[2]
     kept = 0 if depthwise is None else config.depthwise_side - 1
-    reach = 0 if dilated is None else config.dilation * (config.dilated_side - 1)
+    reach = 0 if dilated is None else config.dilated_span - 1
     return ConvolutionState(
         x.new_zeros(batch, kept, channels),
         x.new_zeros(batch, reach, channels, dtype=torch.promote_types(x.dtype, torch.float32)),
@@ -353,20 +359,18 @@ def _sides(call: Call, x: Tensor, *weights: Tensor | None) -> tuple[int, ...]:
 def cost(shape: Shape, config: Config) -> Cost:
     """For a grid of two axes; a step is one of a sequence."""
     channels = shape.heads * shape.dim_value
-    sides = [
-        side
-        for side, used in ((config.depthwise_side, config.depthwise), (config.dilated_side, config.dilated))
-        if used
-    ]
-    mixed = channels * config.pointwise
+    spatial = {
+        "depthwise": (config.depthwise_side, config.depthwise_side - 1),
+        "dilated": (config.dilated_side, config.dilated_span - 1),
+    }
+    spatial = {name: both for name, both in spatial.items() if name not in config.without}
+    mixed = 0 if "pointwise" in config.without else channels
     tokens = shape.batch * shape.n * channels
-    kept = (config.depthwise_side - 1) * config.depthwise
-    kept += config.dilation * (config.dilated_side - 1) * config.dilated
     return Cost(
-        flops=2.0 * tokens * (sum(side**2 for side in sides) + mixed),
+        flops=2.0 * tokens * (sum(side**2 for side, _ in spatial.values()) + mixed),
         memory=2.0 * tokens,
-        state=float(channels * kept),
-        step_flops=2.0 * shape.batch * channels * (sum(sides) + mixed),
+        state=float(channels * sum(kept for _, kept in spatial.values())),
+        step_flops=2.0 * shape.batch * channels * (sum(side for side, _ in spatial.values()) + mixed),
     )
 
 
@@ -407,7 +411,7 @@ class LargeKernelLayer(MixerLayer):
         }
         self.weights = nn.ParameterDict()  # by the name of the mechanism's input
         for name, shape in shapes.items():
-            if getattr(config, name):
+            if name not in config.without:
                 self.weights[name] = nn.Parameter(torch.empty(shape))
                 self.weights[f"{name}_bias"] = nn.Parameter(torch.empty(dim))
         self.reset_parameters()

@@ -46,6 +46,7 @@ from regard.contract import (
     Pattern,
     Result,
     Shape,
+    Tensors,
     Unsupported,
     at_least,
     one_of,
@@ -328,6 +329,30 @@ def slot_logits(pooled: Float[Tensor, "b s d"], head: nn.Linear) -> Float[Tensor
     return torch.einsum("bsd,csd->bsc", pooled, weight)
 
 
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    config: Config,
+    sizes: dict[str, int],
+) -> Tensors:
+    """Inputs for tests: three slots of rank 2, and a context where the options want one."""
+    dim, slots, rank = sizes.get("d", 8), 3, 2
+    width = dim if config.context != "learned" else dim + 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = {"x": normal(batch, n, dim), "p": normal(width, slots, rank), "q": normal(dim, slots, rank)}
+    if config.context == "learned":
+        inputs["c"] = normal(width)
+    return inputs | {"temperature": normal(slots).abs() + 0.5}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     work = shape.batch * shape.heads * shape.dim_value
     return Cost(
@@ -363,5 +388,6 @@ MECHANISM = Mechanism(
     weights="exact",
     accepts_positions=("none",),
     domains={"temperature": "positive"},
+    sample_inputs=sample_inputs,
     module=LowRankPooling,
 )

@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SELECTIONS = ("dt", "B", "C")
-SKIPS = ("head", "channel", "none")
+SKIP_KINDS = ("head", "channel", "none")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Config:
         d_ssm: features of E that go through the recurrence, 1 to E; the rest is a gated MLP. None for all.
         conv_width: taps of the convolution over x, B and C, >= 1; 0 for none.
         gate: whether silu(z) multiplies the output.
-        skip: D for each ``head``, each ``channel``, or ``none``.
+        skip_kind: D for each ``head``, each ``channel``, or ``none``.
         norm: whether there is an RMSNorm before the output projection.
         norm_before_gate: the norm first, then the gate.
         norm_eps: added to the mean square, > 0.
@@ -109,7 +109,7 @@ class Config:
     d_ssm: int | None = None
     conv_width: int = 4
     gate: bool = True
-    skip: str = "head"
+    skip_kind: str = "head"
     norm: bool = True
     norm_before_gate: bool = False
     norm_eps: float = 1e-5
@@ -127,7 +127,7 @@ class Config:
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         at_least("conv_width", self.conv_width, 0)
-        one_of("skip", self.skip, SKIPS)
+        one_of("skip_kind", self.skip_kind, SKIP_KINDS)
         for selection in self.constant:
             one_of("constant", selection, SELECTIONS)
         for name in ("expand", "norm_eps"):
@@ -385,8 +385,8 @@ class Mamba2Layer(MixerLayer):
         self.conv = ShortConvolution(width, config.conv_width, bias=True, causal=causal) if config.conv_width else None
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
-        skip = (self.heads,) if config.skip == "head" else (self.heads, self.head_dim)
-        self.D = None if config.skip == "none" or cross else nn.Parameter(torch.empty(skip))
+        skip = (self.heads,) if config.skip_kind == "head" else (self.heads, self.head_dim)
+        self.D = None if config.skip_kind == "none" or cross else nn.Parameter(torch.empty(skip))
         matrix = (self.heads, config.d_state, self.head_dim)
         self.initial_states = nn.Parameter(torch.empty(matrix)) if config.initial_states else None
         self.constants = nn.ParameterDict(

@@ -168,7 +168,7 @@ def reference(
                 gates[:h_s] = (h_s if rescale else 1) * (call.scale * shared[b, t]).softmax(0)
             if routed is not None:
                 p = routed[b, t].softmax(0)
-                chosen = sorted(range(e), key=lambda i, s=routed[b, t].tolist(): (-s[i], i))[:k]
+                chosen = sorted(range(e), key=routed[b, t].tolist().__getitem__, reverse=True)[:k]
                 total = sum(p[i] for i in chosen)
                 for i in range(e):
                     one = float(i in chosen)

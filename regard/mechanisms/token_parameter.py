@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -215,9 +215,9 @@ class TokenParameter(nn.Module):
         """The same map with one parameter token for each input feature: K_P = I, V_P = W^T, Theta the identity."""
         config = Config(theta="identity", num_tokens=linear.in_features)
         made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, config=config)
-        made = made.to(linear.weight)
+        made.to(linear.weight)
         with torch.no_grad():
-            made.key_tokens.copy_(torch.eye(linear.in_features))
+            nn.init.eye_(made.key_tokens)
             made.value_tokens.copy_(linear.weight.T)
         return made
 

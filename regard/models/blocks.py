@@ -26,6 +26,9 @@ Plan = tuple[tuple[str, Mapping[str, Any]], ...]
 EMBEDDED_POSITIONS = ("sinusoidal", "learned")
 """Schemes that act on the model's input rather than inside a layer."""
 
+LOSS_WEIGHT = 0.01
+"""Weight of an auxiliary loss that a config does not name, as is usual for the balance of routers (arXiv 2101.03961)."""
+
 GATES = {"log_decay", "beta"}
 """Inputs through which a recurrence knows the order of its tokens."""
 
@@ -50,7 +53,17 @@ def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
     layers = []
     for entry in entries:
         name, options = (entry, {}) if isinstance(entry, str) else _read_entry(entry)
-        get_mechanism(name)
+        kind = get_mechanism(name).kind
+        if kind in (Kind.POOLING, Kind.PROJECTION):
+            elsewhere = {
+                Kind.PROJECTION: f'("softmax", {{"linear": "{name}"}})',
+                Kind.POOLING: f'EncoderConfig(pool="{name}")',
+            }
+            raise Unsupported(
+                f"{name}, a {kind.value}, as a layer of a model",
+                supported="kinds attention, mixer and wrapper",
+                nearest=elsewhere[kind],
+            )
         layers.append((name, dict(options)))
     return tuple(layers)
 
@@ -78,6 +91,12 @@ def layer_positions(card: Mechanism, asked: str) -> str:
     return "rotary" if rotates else "none"
 
 
+def _mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
+    """The card that decides about positions: that of the wrapped mechanism, where a wrapper's options name one."""
+    card = get_mechanism(name)
+    return get_mechanism(options["mechanism"]) if card.kind is Kind.WRAPPER and "mechanism" in options else card
+
+
 def layer_accepts(card: Mechanism, option: str) -> bool:
     """Whether the mechanism's layer has an option of the attention shell (kinds of their own structure may not)."""
     return card.module is None or option in inspect.signature(card.module).parameters
@@ -95,7 +114,7 @@ def input_positions(plan: Plan, asked: str) -> str:
     if asked not in ("auto", *list_positions()):
         supported = ("auto", *list_positions())
         raise Unsupported(f"positions {asked!r}", supported=", ".join(supported), nearest=closest(asked, supported))
-    cards = [(get_mechanism(name), options.get("positions", asked)) for name, options in plan]
+    cards = [(_mixing_card(name, options), options.get("positions", asked)) for name, options in plan]
     for card, own in cards:
         if own in EMBEDDED_POSITIONS and own != asked:
             raise Unsupported(
@@ -146,7 +165,7 @@ class Block(nn.Module):
         num_heads = options.pop("num_heads", config.num_heads)
         positions = options.pop("positions", None)
         if positions is not None or layer_accepts(card, "positions"):
-            options["positions"] = layer_positions(card, positions or config.positions)
+            options["positions"] = layer_positions(_mixing_card(name, options), positions or config.positions)
         for option in ("head_dim", "num_kv_heads"):
             value = getattr(config, option)
             if value is not None and layer_accepts(card, option):
@@ -211,8 +230,8 @@ def right_padded_mask(mask: Mask | None, layout: Gathering) -> Mask | None:
 
 
 def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> Tensor | float:
-    """The layers' auxiliary losses (each a mean, sum / count), weighted by name; a weight is 1 when not given."""
-    return sum(weights.get(name, 1.0) * total / count.clamp(min=1) for name, (total, count) in losses.items())
+    """The layers' auxiliary losses (each a mean, sum / count), weighted by name."""
+    return sum(weights.get(name, LOSS_WEIGHT) * total / count.clamp(min=1) for name, (total, count) in losses.items())
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class LanguageModelConfig:
         dropout: of the embedding and of each residual branch.
         tie_embeddings: whether the output projection is the embedding's table.
         norm: of :func:`regard.layers.norms.make_norm`.
-        loss_weights: weight of each auxiliary loss by name; 1 when not given.
+        loss_weights: weight of each auxiliary loss by name; 0.01 when not given.
     """
 
     vocab_size: int

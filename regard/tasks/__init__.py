@@ -60,7 +60,7 @@ def create_task(
         Unsupported: an unknown name or option, a value out of range, or data that cannot be used.
     """
     if name not in TASKS:
-        raise Unsupported(f"task {name!r}", supported=", ".join(TASKS), nearest=closest(name, TASKS))
+        raise Unsupported(f"task {name!r}", supported=", ".join(TASKS), nearest=closest(str(name), TASKS))
     accepted = [parameter for parameter in inspect.signature(TASKS[name]).parameters]
     given = {"length": length, "data": data, "validation": validation}
     given = {option: value for option, value in given.items() if value is not None} | options | {"seed": seed}

@@ -71,7 +71,10 @@ def read_documents(data: Paths, field: str) -> tuple[list[Document], list[str]]:
     Raises:
         Unsupported: for what is missing, empty, binary or unreadable.
     """
-    paths = [data] if isinstance(data, str | Path) else list(data)
+    paths = [data] if isinstance(data, str | Path) else list(data) if isinstance(data, Sequence) else [data]
+    for path in paths:
+        if not isinstance(path, str | Path) or not str(path):
+            raise Unsupported(f"data={path!r}", supported="a text file, a folder, or a list of them")
     if not paths:
         raise Unsupported("no data at all", supported="a text file, a folder, or a list of them")
     documents: list[Document] = []

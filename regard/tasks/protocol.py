@@ -160,8 +160,8 @@ def counter_generator(seed: int, step: int, stream: int = 0) -> np.random.Genera
     Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) keyed by seed and step; `stream`
     separates uses of the same pair.
     """
-    if seed < 0 or step < 0:
-        raise Unsupported(f"seed={seed}, step={step}", supported="non-negative integers", nearest="0")
+    check_integer("seed", seed, 0, (1 << 64) - 1)
+    check_integer("step", step, 0, (1 << 64) - 1)
     key = np.array([seed, step], dtype=np.uint64)
     counter = np.array([0, 0, 0, stream], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

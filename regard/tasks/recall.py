@@ -31,7 +31,7 @@ class RecallTask(GeneratedTask):
     Args:
         length: tokens of an item, from 2 * writes + queries to 65536.
         pairs: distinct keys of an item, from 1 to the number of keys, (vocab_size - 1) // 2.
-        queries: questions of an item, 1 or more; `pairs` when None. Keys repeat when there are more than pairs.
+        queries: questions of an item, 1 or more; keys repeat when there are more than `pairs`.
         vocab_size: 5 to 65536.
         overwrite: write each key twice.
         evaluation_items: held-out items, 1 to 65536.
@@ -46,10 +46,10 @@ class RecallTask(GeneratedTask):
     def __init__(
         self,
         *,
-        length: int = 64,
+        length: int = 48,
         pairs: int = 8,
-        queries: int | None = None,
-        vocab_size: int = 64,
+        queries: int = 24,
+        vocab_size: int = 32,
         overwrite: bool = False,
         evaluation_items: int = 512,
         seed: int = 0,
@@ -59,7 +59,7 @@ class RecallTask(GeneratedTask):
         self.keys = (vocab_size - 1) // 2
         self.chance = 1 / (vocab_size - 1 - self.keys)
         self.pairs = check_integer("pairs", pairs, 1, self.keys)
-        self.queries = check_integer("queries", pairs if queries is None else queries, 1, MAX_LENGTH)
+        self.queries = check_integer("queries", queries, 1, MAX_LENGTH)
         if not isinstance(overwrite, bool):
             raise Unsupported(f"overwrite={overwrite!r}", supported="True or False")
         self.overwrite = overwrite

@@ -24,9 +24,9 @@ OPTIONS = [
     {"gating": "add"},
     {"gating": "none"},
     {"sigmoid": True},
-    {"depthwise": False},
-    {"dilated": False},
-    {"pointwise": False},
+    {"without": ("depthwise",)},
+    {"without": ("dilated",)},
+    {"without": ("pointwise",)},
     {"residual": False},
 ]
 
@@ -400,12 +400,15 @@ def test_cost_is_linear_in_the_pixels():
     assert MECHANISM.recurrent
 
 
-@pytest.mark.parametrize("options", [{"kernel": 10, "dilation": 3}, {"gating": "dot"}, {"kernel": 0}, {"dilation": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel": 10, "dilation": 3}, {"gating": "dot"}, {"kernel": 0}, {"dilation": 0}, {"without": ("gate",)}],
+)
 def test_wrong_options_are_refused(options):
     with pytest.raises(Unsupported):
         MECHANISM.options(**options)
     with pytest.raises(Unsupported, match="no tokens mix"):
-        MECHANISM.options(depthwise=False, dilated=False)
+        MECHANISM.options(without=("depthwise", "dilated"))
 
 
 def test_calls_that_do_not_fit_are_refused():

@@ -24,8 +24,8 @@ OPTIONS = [
     {"conv_width": 0},
     {"conv_width": 1},
     {"gate": False},
-    {"skip": "none"},
-    {"skip": "channel"},
+    {"skip_kind": "none"},
+    {"skip_kind": "channel"},
     {"norm": False},
     {"norm_before_gate": True},
     {"groups": 2},
@@ -414,7 +414,7 @@ def test_parameter_count():
 
 
 def test_time_constants_keep_float32_and_have_no_weight_decay():
-    layer = create_layer("mamba2", 16, 2, d_state=8, skip="channel")
+    layer = create_layer("mamba2", 16, 2, d_state=8, skip_kind="channel")
     before = {name: getattr(layer, name).detach().clone() for name in layer.FLOAT32}
     layer = layer.to(torch.bfloat16)
     for name, value in before.items():
@@ -451,7 +451,7 @@ def test_causal_self_with_other_numbers_of_queries_aligns_at_the_end():
 @pytest.mark.parametrize(
     "options",
     [
-        {"skip": "all"},
+        {"skip_kind": "all"},
         {"constant": ("x",)},
         {"d_state": 0},
         {"dt_limit": (1.0, 0.5)},

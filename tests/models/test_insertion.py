@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+
 from regard.catalogue import get_mechanism, register, unregister
 from regard.contract import Context, Mask, Role, Unsupported
 from regard.models import LanguageModel, LanguageModelConfig
@@ -76,6 +77,15 @@ def test_generation_inserts_on_the_way(model):
     ids = torch.randint(9, (3, 4))
     mask = Mask(lengths=torch.tensor([4, 1, 3]))
     assert model.generate(ids, 8, mask=mask).tolist() == model.generate(ids, 8, mask=mask, use_state=False).tolist()
+
+
+def test_landmark_attention_runs_in_a_hybrid_whose_other_layers_do_not_know_roles():
+    plan = [("landmark", {"block": 3}), "linear"]
+    model = LanguageModel(LanguageModelConfig(vocab_size=9, dim=16, num_heads=2, plan=plan)).double().eval()
+    ids = torch.randint(9, (3, 8))
+    mask = Mask(lengths=torch.tensor([8, 1, 5]))
+    assert model.generate(ids, 7, mask=mask).tolist() == model.generate(ids, 7, mask=mask, use_state=False).tolist()
+    torch.testing.assert_close(model(ids, context=Context(mask=mask)).output[2, :5], model(ids[2:, :5]).output[0])
 
 
 def test_what_cannot_go_with_inserted_tokens_is_refused(model):

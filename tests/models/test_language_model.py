@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from torch.nn import functional as F
+
 from regard.contract import Context, Mask, Unsupported
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.language_model import next_tokens, sample
-from torch.nn import functional as F
 
 PLANS = {
     "softmax": ["softmax"] * 2,
     "linear": ["linear"] * 2,
+    "mixer": ["mamba2", "gated_linear"],
     "hybrid": ["linear", ("softmax", {"positions": "none", "num_heads": 4, "feed_forward": 0})],
 }
 WANT_STATE = Context(want=frozenset({"state"}))
@@ -59,7 +63,7 @@ def test_packed_equals_separate(model):
     borders = [0, 4, 4, 5, 10]
     mask = Mask(cu_seqlens=torch.tensor(borders))
     result = model(ids, context=Context(mask=mask, want=frozenset({"state"})))
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         torch.testing.assert_close(result.output[:, start:end], model(ids[:, start:end]).output)
     assert result.state.length.tolist() == [4, 0, 1, 5]
 
@@ -86,6 +90,8 @@ def test_auto_positions_come_from_the_cards():
     schemes = [block.mixer.positions.name for block in model.blocks]
     assert schemes == ["rotary", "none"]
     assert model.positions is None
+    gated, wrapped = make_model(["gated_linear", ("mixture_of_heads", {"mechanism": "gated_linear"})]).blocks
+    assert gated.mixer.positions.name == wrapped.mixer.attention.positions.name == "none"
 
 
 def test_generation_equals_recomputing_from_scratch(model):
@@ -194,6 +200,8 @@ def test_dropout_draws_from_the_calls_generator():
     [
         ({"plan": "sofmax"}, "nearest: softmax"),
         ({"plan": [("softmax", 3)]}, "plan entry"),
+        ({"plan": "token_parameter"}, "softmax.*linear.*token_parameter"),
+        ({"plan": "low_rank_pooling"}, "pool="),
         ({"plan": []}, "0 layers"),
         ({"plan": ["softmax"], "num_layers": 2}, "num_layers=1"),
         ({"positions": "rotry"}, "nearest: rotary"),

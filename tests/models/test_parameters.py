@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from regard.contract import Unsupported
 from regard.models import (
     EncoderConfig,
@@ -12,6 +13,7 @@ from regard.models import (
 
 CONFIGS = {
     "softmax": LanguageModelConfig(50, dim=32, num_heads=2, plan="softmax", num_layers=2),
+    "mixer": LanguageModelConfig(50, dim=16, num_heads=2, plan="mamba2", num_layers=2),
     "hybrid": LanguageModelConfig(50, dim=32, num_heads=2, plan=["linear", ("softmax", {"feed_forward": 40})]),
     "encoder": EncoderConfig(3, features=2, dim=32, num_heads=2, plan="linear", num_layers=2),
 }

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from regard.contract import Unsupported
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
 from regard.models import pretrained as module
@@ -74,6 +75,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         module.write_atomically(target, fail)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with target.open() as reader:
+        module.write_atomically(target, lambda path: path.write_text("new"))
+        assert (reader.read(), target.read_text()) == ("old", "new")
 
 
 def _edit(folder, change):

@@ -13,7 +13,7 @@ from regard.tasks import IGNORED, check_task, create_task, list_tasks
 from regard.tasks.listops import spell
 
 SMALL = {
-    "recall": {"length": 24, "pairs": 4, "vocab_size": 17},
+    "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5},
     "listops": {"length": 24},
 }
@@ -176,9 +176,10 @@ def test_tasks_meet_the_protocol_and_describe_themselves(name):
     ("name", "options", "told"),
     [
         ("recal", {}, "nearest: recall"),
+        (None, {}, "supported: text, recall"),
         ("recall", {"pair": 3}, "nearest: pairs"),
-        ("recall", {"length": 10, "pairs": 8}, "nearest: length=24"),
-        ("recall", {"pairs": 99}, "from 1 to 31; nearest: pairs=31"),
+        ("recall", {"length": 10, "pairs": 8}, "nearest: length=40"),
+        ("recall", {"pairs": 99}, "from 1 to 15; nearest: pairs=15"),
         ("recall", {"pairs": 2.5}, "an integer"),
         ("recall", {"vocab_size": True}, "an integer"),
         ("recall", {"overwrite": "yes"}, "True or False"),

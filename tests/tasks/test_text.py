@@ -242,6 +242,8 @@ WRONG = {
     "empty folder": (lambda t: folder(t / "f"), "holds no text"),
     "folder of others": (lambda t: write(folder(t / "f") / "a.bin", b"x").parent, "other files: .bin: 1"),
     "binary in folder": (lambda t: write(folder(t / "f") / "a.txt", b"\0").parent, "a.txt, which is not UTF-8"),
+    "number": (lambda t: 3, "data=3"),
+    "no name": (lambda t: "", "data=''"),
     "nothing": (lambda t: [], "no data at all"),
     "device": (lambda t: pipe(t / "pipe"), "neither a file nor a folder"),
     "json": (lambda t: write(t / "j.jsonl", b'{"text": "a"}\n{oops\n'), "line 2 is not JSON"),

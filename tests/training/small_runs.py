@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from regard.contract import Pattern
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 from regard.tasks.protocol import Batch, Task, counter_generator

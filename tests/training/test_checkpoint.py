@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from regard.contract import Unsupported
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from regard.training.optimizer import make_optimizer
-from safetensors.torch import save_file
-from torch import nn
 
 
 def trained(width=3, steps=3):

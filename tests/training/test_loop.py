@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import Repeat, build_model
+
 from regard.contract import Result, Unsupported
 from regard.tasks.protocol import cross_entropy_by_item
 from regard.training import History, TrainConfig, evaluate, train
 from regard.training.loop import batch_context
-from small_runs import Repeat, build_model
 
 CONFIG = TrainConfig(steps=12, batch_size=4, learning_rate=3e-3, checkpoint_every=4)
 
@@ -59,7 +60,8 @@ def test_draws_without_a_generator_follow_the_seed_too():
             self.table = torch.nn.Parameter(torch.zeros(5, 5))
 
         def forward(self, inputs, *, context):
-            return Result(self.table[inputs] * torch.rand(()))
+            assert context.generator is not None
+            return Result(self.table[inputs] * torch.rand(()) * torch.rand((), generator=context.generator))
 
     models = [Noisy(), Noisy()]
     for seed, model in enumerate(models):
@@ -267,7 +269,7 @@ def test_slices_of_an_evaluation_make_up_the_whole(task, build):
         evaluate(model, task, 7, first=10, last=21),
         evaluate(model, task, 7, first=21),
     ]
-    assert sum((part.items for part in parts), []) == whole.items
+    assert [item for part in parts for item in part.items] == whole.items
     assert [len(part.items) for part in parts] == [10, 11, 19]
     assert math.isnan(evaluate(model, task, 7, first=40).score)
 

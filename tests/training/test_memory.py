@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+
 from regard.training import TensorMemory, peak_memory
 
 MEGABYTE = 1 << 20

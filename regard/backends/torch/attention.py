@@ -55,6 +55,8 @@ class Weighting:
         some = visible.any(-1, keepdim=True)
         opened = visible | ~some
         mask = opened if added is None else torch.where(opened, added, -torch.inf)
+        if added is not None and q.device.type != "cpu":
+            mask = mask.to(q.dtype)  # a wider mask would rule out the kernels that do not store the scores
         output = sdpa(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
         return torch.where(some, output, 0), None, None
 

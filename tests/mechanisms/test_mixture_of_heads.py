@@ -1,0 +1,377 @@
+"""What is peculiar to mixture of heads: gates, the load-balance loss, the wrapped layer, and parity with official code."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import regard
+from regard import Context, Mask, Unsupported
+from regard.apply import apply
+from regard.contract import ALL_PATTERNS, Pattern
+from regard.mechanisms.mixture_of_heads import MECHANISM, Config, head_usage, usage_entropy
+from regard.models import LanguageModel, LanguageModelConfig
+from regard.workbench import layer_properties
+from regard.workbench.layer_properties import LAYER_PROPERTIES
+from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
+from regard.workbench.subjects import Subject
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+WANT_GATES = frozenset({"gates"})
+VARIANTS = [
+    {"shared_heads": 0, "active_heads": 3},
+    {"shared_heads": 1, "active_heads": 7},
+    {"shared_heads": 8},
+    {"two_stage": False},
+    {"rescale_gates": False},
+    {"gates": "binary"},
+    {"router": "query_norm", "shared_heads": 4, "gates": "binary"},
+    {"z_loss": True, "noise": 0.5},
+]
+
+
+def load(name: str) -> dict[str, torch.Tensor]:
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def inputs_of(n: int = 9, seed: int = 0, **options) -> dict[str, torch.Tensor]:
+    return Subject(MECHANISM, Pattern.CAUSAL_SELF, options).inputs(n, seed=seed)
+
+
+def gate(inputs, mask=None, scale=None, **options):
+    """Result of the function; its extras hold the gates."""
+    return apply(MECHANISM, inputs, mask=mask, scale=scale, config=Config(**options), want=WANT_GATES)
+
+
+def make_layer(dim: int = 16, heads: int = 8, **options) -> torch.nn.Module:
+    layer = regard.create_layer("moh", dim, heads, **options).double().eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5)
+    return layer
+
+
+def close(found, expected, atol=1e-12):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_every_option_has_the_properties_of_the_matrix(options, monkeypatch):
+    monkeypatch.setattr(layer_properties, "HEADS", 8)
+    for prop in FUNCTION_PROPERTIES:
+        if prop.name in ("reference", "padding", "hidden_row", "gradient"):
+            assert prop.check(Subject(MECHANISM, Pattern.CAUSAL_SELF, options), torch.float64) <= 1e-12, prop.name
+    for prop in LAYER_PROPERTIES:
+        if prop.name in ("layer_padding", "layer_decoding", "layer_gradient"):
+            assert prop.check(Subject(MECHANISM, Pattern.CAUSAL_CROSS, options), torch.float64) <= 1e-12, prop.name
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+def test_a_layer_of_eight_heads_has_every_property(pattern, monkeypatch):
+    monkeypatch.setattr(layer_properties, "HEADS", 8)
+    for prop in LAYER_PROPERTIES:
+        if prop.name not in ("layer_compile", "layer_export"):
+            try:
+                assert prop.check(Subject(MECHANISM, pattern), prop.dtypes[0]) <= 1e-12, prop.name
+            except NotApplicable:
+                continue
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("", {"shared_heads": 2, "active_heads": 2}),
+        ("_all_shared", {"shared_heads": 4}),
+        ("_no_shared", {"shared_heads": 0, "active_heads": 3}),
+    ],
+)
+def test_a_layer_equals_the_official_code(name, options):
+    data = load(f"mixture_of_heads{name}")
+    heads, width = data["q"].shape[1], data["q"].shape[3]
+    bias = {"bias": True}
+    layer = regard.create_layer(
+        "moh", 12, heads, pattern="noncausal-self", head_dim=width, mechanism_options=bias, **options
+    ).double()
+    weights = {"attention.output.weight": data["weight_proj_weight"], "attention.output.bias": data["weight_proj_bias"]}
+    for i, part in enumerate(("query", "key", "value")):
+        for what in ("weight", "bias"):
+            weights[f"attention.{part}.{what}"] = data[f"weight_qkv_{what}"].chunk(3)[i]
+    for router, theirs in (("routed", "wg"), ("shared", "wg_1"), ("balance", "wg_0")):
+        if f"weight_{theirs}_weight" in data:
+            weights[f"attention.merge.logits.{router}.weight"] = data[f"weight_{theirs}_weight"]
+    layer.load_state_dict(weights)
+    x = data["x"].requires_grad_()
+    result = layer(x, context=Context(want=WANT_GATES))
+    close(result.extras["gates"], data["gates"], 1e-10)  # observed 9e-16
+    close(result.output, data["out"], 1e-10)  # observed 4e-16
+    (gradient,) = torch.autograd.grad(result.output, x, data["grad_out"])
+    close(gradient, data["grad_x"], 1e-10)  # observed 2e-15
+    if "balance_loss" in data:
+        total, count = result.losses["load_balance"]
+        close(total / count, data["balance_loss"], 1e-10)
+    else:
+        assert result.losses == {}
+
+
+def test_gates_with_one_shared_head_equal_the_official_code():
+    data = load("mixture_of_heads_gates_one_shared")
+    inputs = {"o": data["heads_out"].transpose(1, 2)}
+    inputs |= {"routed": data["x"] @ data["weight_wg_weight"].T, "balance": data["x"] @ data["weight_wg_0_weight"].T}
+    result = gate(inputs, shared_heads=1, active_heads=2)
+    close(result.extras["gates"], data["gates"], 1e-10)
+    close(result.output.transpose(1, 2).flatten(2), data["core_out"], 1e-10)
+    close(result.losses["load_balance"][0], data["balance_loss"], 1e-10)
+
+
+def test_query_norm_routing_equals_the_official_code():
+    data = load("mixture_of_heads_query_norm")
+    layer = regard.create_layer(
+        "moh", 32, 8, num_kv_heads=4, positions="rotary", router="query_norm", shared_heads=4, active_heads=2
+    )
+    names = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    layer.load_state_dict({f"attention.{n}.weight": data[f"weight_{t}_proj_weight"] for n, t in names.items()})
+    result = layer(data["x"], context=Context(want=WANT_GATES))
+    assert torch.equal(result.extras["gates"], data["gates"])
+    torch.testing.assert_close(result.output, data["out"], rtol=2e-5, atol=2e-6)
+
+
+def test_uniform_routers_with_all_heads_active_are_ordinary_attention():
+    layer, x = make_layer(shared_heads=3, active_heads=5), torch.randn(2, 7, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in layer.attention.merge.parameters():
+            parameter.zero_()
+    merge, layer.attention.merge = layer.attention.merge, None
+    expected = layer(x).output
+    layer.attention.merge = merge
+    close(layer(x).output, expected)
+    close(layer(x, context=Context(want=WANT_GATES)).extras["gates"], torch.ones(2, 7, 8, dtype=torch.float64))
+
+
+def test_the_output_is_a_sum_over_heads():
+    layer, x = make_layer(), torch.randn(2, 7, 16, dtype=torch.float64)
+    gates = layer(x, context=Context(want=WANT_GATES)).extras["gates"]
+    caught = []
+    layer.attention.merge.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    output = layer(x).output
+    parts = layer.attention.output.weight.unflatten(1, (8, 2))  # (C, H, d)
+    close(torch.einsum("bnh,bhnd,chd->bnc", gates, caught[0], parts), output)
+
+
+@pytest.mark.parametrize(("shared", "active"), [(2, 4), (1, 1), (0, 3), (8, 0), (3, 5)])
+def test_gates_of_each_token_add_up(shared, active):
+    options = {"shared_heads": shared, "active_heads": active}
+    inputs = inputs_of(**options)
+    gates = gate(inputs, **options).extras["gates"]
+    assert ((gates != 0).sum(-1) == shared + active).all()
+    ones = torch.ones(2, 9, dtype=torch.float64)
+    groups = 2 * inputs["balance"].softmax(-1) if "balance" in inputs else torch.stack([ones, ones], -1)
+    close(gates[..., :shared].sum(-1), groups[..., 0] * shared)
+    close(gates[..., shared:].sum(-1), groups[..., 1] * active)
+
+
+def test_plain_gates_are_products_of_softmaxes():
+    inputs = inputs_of(rescale_gates=False, shared_heads=2, active_heads=2)
+    gates = gate(inputs, rescale_gates=False, shared_heads=2, active_heads=2).extras["gates"]
+    groups, p = inputs["balance"].softmax(-1), inputs["routed"].softmax(-1)
+    close(gates[..., :2], groups[..., :1] * inputs["shared"].softmax(-1))
+    expected = groups[..., 1:] * torch.where(p >= p.topk(2).values[..., -1:], p, 0)
+    close(gates[..., 2:], expected)
+
+
+def test_load_balance_is_k_when_even_and_e_when_collapsed():
+    inputs = inputs_of(shared_heads=2, active_heads=2) | {"routed": torch.zeros(2, 9, 6, dtype=torch.float64)}
+    close(
+        gate(inputs, shared_heads=2, active_heads=2).losses["load_balance"][0], torch.tensor(2.0, dtype=torch.float64)
+    )
+    inputs["routed"][..., :2] = 50
+    close(
+        gate(inputs, shared_heads=2, active_heads=2).losses["load_balance"][0], torch.tensor(6.0, dtype=torch.float64)
+    )
+    random = inputs_of(shared_heads=2, active_heads=2)
+    p = random["routed"].softmax(-1)
+    chosen = (p >= p.topk(2).values[..., -1:]).double()
+    expected = 36 * (p.mean((0, 1)) * chosen.mean((0, 1))).mean()
+    close(gate(random, shared_heads=2, active_heads=2).losses["load_balance"][0], expected)
+
+
+def test_load_balance_lowers_the_logits_of_overused_heads():
+    inputs = inputs_of(n=200, shared_heads=2, active_heads=2)
+    inputs["routed"][..., 3] += 2
+    leaf = inputs["routed"].requires_grad_()
+    (gradient,) = torch.autograd.grad(gate(inputs, shared_heads=2, active_heads=2).losses["load_balance"][0], leaf)
+    assert gradient[..., 3].sum() > 0
+    assert gradient[..., [0, 1, 2, 4, 5]].sum() < 0
+
+
+def test_padding_counts_in_no_loss():
+    options = {"z_loss": True}
+    inputs, lengths = inputs_of(), torch.tensor([9, 4])
+    found = gate(inputs, mask=Mask(lengths=lengths), **options).losses
+    parts = [
+        {k: t[i : i + 1].narrow(2 if k == "o" else 1, 0, int(lengths[i])) for k, t in inputs.items()} for i in range(2)
+    ]
+    packed = {k: torch.cat([p[k] for p in parts], 2 if k == "o" else 1) for k in inputs}
+    expected = gate(packed, **options).losses
+    assert set(found) == {"load_balance", "router_z"}
+    for name, (total, count) in expected.items():
+        close(found[name][0], total)
+        assert found[name][1] == count
+    empty = gate(inputs, mask=Mask(lengths=torch.tensor([0, 0]))).losses["load_balance"]
+    assert empty[0] == 0 and empty[1] == 0
+    layer, x = make_layer(), torch.randn(2, 9, 16, dtype=torch.float64)
+    valid = torch.rand(2, 9) < 0.6
+    clean = layer(x, context=Context(mask=Mask(valid=valid))).losses["load_balance"]
+    poisoned = layer(torch.where(valid[..., None], x, torch.nan), context=Context(mask=Mask(valid=valid)))
+    close(poisoned.losses["load_balance"][0], clean[0])
+
+
+def test_z_loss_is_the_mean_squared_log_sum_exp():
+    inputs = inputs_of()
+    total, count = gate(inputs, z_loss=True).losses["router_z"]
+    close(total / count, inputs["routed"].logsumexp(-1).square().mean())
+
+
+def test_routers_that_are_not_needed_do_not_exist():
+    def routers(**options):
+        return set(make_layer(**options).attention.merge.logits)
+
+    assert routers(shared_heads=2) == {"routed", "shared", "balance"}
+    assert routers(shared_heads=1) == {"routed", "balance"}
+    assert routers(shared_heads=0) == {"routed"}
+    assert routers(shared_heads=8) == {"shared"}
+    assert routers(shared_heads=2, two_stage=False) == {"routed", "shared"}
+    assert routers(shared_heads=2, gates="binary") == {"routed"}
+    assert routers(router="query_norm") == set()
+
+
+@pytest.mark.parametrize("options", [{}, {"gates": "binary"}], ids=str)
+def test_an_inactive_head_gets_no_gradient_from_that_token(options):
+    inputs = inputs_of(**options)
+    leaf = inputs["o"].requires_grad_()
+    result = gate(inputs, **options)
+    (gradient,) = torch.autograd.grad(result.output.sum(), leaf)
+    assert torch.equal((gradient != 0).all(-1), (result.extras["gates"] != 0).transpose(1, 2))
+    layer, x = make_layer(**options), torch.randn(2, 40, 16, dtype=torch.float64)
+    layer(x).output.square().sum().backward()
+    assert layer.attention.key.weight.grad.unflatten(0, (8, 2)).abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize("router", ["input", "query_norm"])
+def test_straight_through_gates_are_0_or_1_with_the_gradient_of_p(router):
+    options = {"router": router, "gates": "straight_through", "shared_heads": 2}
+    inputs = inputs_of(**options)
+    leaf = inputs["routed"].requires_grad_()
+    gates = gate(inputs, **options).extras["gates"]
+    assert set(gates.unique().tolist()) == {0.0, 1.0}
+    weight = torch.randn(2, 9, 6, dtype=torch.float64)
+    scores = leaf if router == "input" else leaf / leaf.std(-1, keepdim=True)
+    (expected,) = torch.autograd.grad((scores.softmax(-1) * weight).sum(), leaf)
+    (found,) = torch.autograd.grad((gates[..., 2:] * weight).sum(), leaf)
+    close(found, expected)
+
+
+def test_a_dense_layer_is_the_mixture_with_all_heads_active():
+    dense = regard.create_layer("softmax", 16, 8, num_kv_heads=4, positions="rotary").double()
+    layer = make_layer(num_kv_heads=4, positions="rotary", router="query_norm", shared_heads=4, active_heads=4)
+    layer.attention.load_state_dict(dense.state_dict())
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    assert torch.equal(layer(x).output, dense(x).output)
+
+
+def test_query_norm_routing_does_not_see_positions():
+    layer = make_layer(positions="rotary", router="query_norm", shared_heads=4, active_heads=2, head_dim=4)
+    x, far = torch.randn(1, 7, 16, dtype=torch.float64), torch.arange(7)[None] + 1000
+    near_gates = layer(x, context=Context(want=WANT_GATES)).extras["gates"]
+    assert torch.equal(layer(x, context=Context(want=WANT_GATES, positions=far)).extras["gates"], near_gates)
+    layer.attention.positions.rotate = None
+    assert torch.equal(layer(x, context=Context(want=WANT_GATES)).extras["gates"], near_gates)
+
+
+@pytest.mark.parametrize("routed", [1, 3])
+def test_equal_query_norms_give_finite_gradients(routed):
+    options = {"router": "query_norm", "shared_heads": 8 - routed, "active_heads": 1}
+    inputs = inputs_of(**options)
+    leaf = torch.ones(2, 9, routed, dtype=torch.float64, requires_grad=True)
+    result = gate(inputs | {"routed": leaf}, **options)
+    result.output.square().sum().backward()
+    assert leaf.grad.isfinite().all() and result.extras["gates"].isfinite().all()
+
+
+@pytest.mark.parametrize("mechanism", ["gated_linear", "aaren", "local"])
+def test_any_attention_mechanism_can_be_wrapped(mechanism):
+    layer = make_layer(mechanism=mechanism, shared_heads=2)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    expected = layer(x)
+    assert expected.losses["load_balance"][1] == 1
+    result = layer(x[:, :4], context=Context(want=frozenset({"state"})))
+    outputs, state = [result.output], result.state
+    for t in range(4, 9):
+        y, state = layer.step(x[:, t], state)
+        outputs.append(y[:, None])
+    close(torch.cat(outputs, 1), expected.output)
+
+
+def test_noise_is_drawn_in_training_only_from_the_generator():
+    layer, x = make_layer(noise=5.0), torch.randn(2, 30, 16, dtype=torch.float64)
+
+    def gates(seed):
+        return layer(x, context=Context(want=WANT_GATES, generator=torch.Generator().manual_seed(seed))).extras["gates"]
+
+    assert torch.equal(gates(0), gates(1))
+    layer.train()
+    assert torch.equal(gates(0), gates(0)) and not torch.equal(gates(0), gates(1))
+
+
+def test_head_usage_counts_active_heads_of_the_chosen_tokens():
+    gates = torch.tensor([[[1.0, 0, 2, 0], [1, 3, 0, 0]], [[1, 0, 1, 0], [9, 9, 9, 9]]])
+    close(head_usage(gates), torch.tensor([1, 0.5, 0.75, 0.25], dtype=torch.float64))
+    tokens = torch.tensor([[True, True], [True, False]])
+    close(head_usage(gates, tokens), torch.tensor([1, 1 / 3, 2 / 3, 0], dtype=torch.float64))
+    even, collapsed = torch.full((4,), 0.5), torch.tensor([1.0, 1, 0, 0])
+    assert usage_entropy(even).item() == pytest.approx(1)
+    assert usage_entropy(collapsed).item() == pytest.approx(math.log(2) / math.log(4))
+
+
+def test_a_language_model_averages_the_loss_and_generates():
+    plan = [("moh", {"active_heads": k}) for k in (1, 2)] + ["softmax"]
+    model = LanguageModel(LanguageModelConfig(vocab_size=11, dim=32, plan=plan, num_heads=4))
+    ids = torch.randint(11, (2, 6))
+    result = model(ids)
+    total, count = result.losses["load_balance"]
+    assert count == 2 and 1 < float(total.detach()) < 8
+    assert torch.equal(model.generate(ids, 4), model.generate(ids, 4, use_state=False))
+
+
+def test_the_scale_multiplies_router_logits():
+    inputs = inputs_of()
+    scaled = {k: t if k == "o" else 3 * t for k, t in inputs.items()}
+    close(gate(inputs, scale=3.0).output, gate(scaled).output)
+
+
+def test_mistakes_are_refused():
+    for options in (
+        {"shared_heads": 9},
+        {"shared_heads": 2, "active_heads": 7},
+        {"shared_heads": 2, "active_heads": 0},
+        {"mechanism": "mamba2"},
+        {"mechanism": "aaren", "router": "query_norm"},
+        {"router": "norm"},
+        {"gates": "soft"},
+        {"router": "query_norm", "gates": "weighted"},
+        {"noise": -1.0},
+        {"eps": 0.0},
+        {"shared_heads": -1},
+    ):
+        with pytest.raises(Unsupported):
+            make_layer(**options)
+    inputs = inputs_of()
+    for changed in ({"balance": None}, {"routed": inputs["routed"][..., :3]}):
+        with pytest.raises(Unsupported, match="widths"):
+            gate(inputs | changed)
+    with pytest.raises(Unsupported, match="widths"):
+        gate(inputs, gates="binary")

@@ -1,0 +1,306 @@
+"""What is peculiar to token-parameter attention: Theta, tau, masks, growth, and parity with the official code."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import regard
+from regard import Unsupported
+from regard.apply import apply
+from regard.layers.linear import list_linears, make_linear
+from regard.mechanisms.token_parameter import MECHANISM, THETAS, Config, TokenParameter, attend_to_parameters
+from regard.models import LanguageModel, LanguageModelConfig
+from regard.workbench.layer_properties import LAYER_PROPERTIES
+from regard.workbench.properties import FUNCTION_PROPERTIES
+from regard.workbench.subjects import Subject
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+GELUS = ["l2_norm_gelu", "gelu_l2_norm"]
+
+
+def load(name: str) -> dict[str, torch.Tensor]:
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def make(in_features: int = 6, out_features: int = 5, tokens: int = 8, **options) -> TokenParameter:
+    module = TokenParameter(in_features, out_features, config=Config(num_tokens=tokens, **options)).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def grown(module: TokenParameter, more: int, *, keys: float = 0.0) -> TokenParameter:
+    """The module with `more` parameter tokens appended, tau as it was."""
+    larger = make(module.in_features, module.out_features, len(module.key_tokens) + more, **options_of(module))
+    with torch.no_grad():
+        larger.key_tokens.mul_(keys)
+        larger.key_tokens[: -more or None] = module.key_tokens
+        larger.value_tokens[: -more or None] = module.value_tokens
+        if module.tau is not None:
+            larger.tau.copy_(module.tau)
+    return larger
+
+
+def options_of(module: TokenParameter) -> dict[str, str]:
+    return {"theta": module.config.theta, "tau_mode": module.config.tau_mode}
+
+
+@pytest.mark.parametrize("theta", THETAS)
+def test_every_theta_has_the_properties_of_the_matrix(theta):
+    subject = Subject(MECHANISM, MECHANISM.patterns[1], {"theta": theta})
+    checked = ("reference", "padding", "hidden_row", "gradient", "layer_padding", "layer_gradient", "layer_save")
+    for prop in (*FUNCTION_PROPERTIES, *LAYER_PROPERTIES):
+        if prop.name in checked:
+            assert prop.check(subject, torch.float64) <= 1e-12, prop.name
+
+
+@pytest.mark.parametrize(
+    ("name", "theta"),
+    [
+        ("l2_norm_gelu", "l2_norm_gelu"),
+        ("gelu_l2_norm", "gelu_l2_norm"),
+        ("softmax", "softmax"),
+        ("masked", "l2_norm_gelu"),
+        ("masked_gelu_l2_norm", "gelu_l2_norm"),
+        ("routed", "l2_norm_gelu"),
+    ],
+)
+def test_equals_the_official_code(name, theta):
+    data = load(f"token_parameter_{name}")
+    tokens, dim = data["weight_key"].shape
+    module = TokenParameter(dim, 10, config=Config(theta=theta, num_tokens=tokens, tau_mode="sqrt_n")).double()
+    module.load_state_dict({"key_tokens": data["weight_key"], "value_tokens": data["weight_value"]})
+    x = data["x"].requires_grad_()
+    output = module(x, token_mask=data.get("token_mask"), rows=data.get("router_index"))
+    torch.testing.assert_close(output, data["out"], rtol=0, atol=1e-10)  # observed 4e-15
+    output.backward(data["grad_out"])
+    for found, expected in (
+        (x.grad, "grad_x"),
+        (module.key_tokens.grad, "grad_weight_key"),
+        (module.value_tokens.grad, "grad_weight_value"),
+    ):
+        torch.testing.assert_close(found, data[expected], rtol=0, atol=1e-10)  # observed 2e-14
+
+
+def test_theta_is_a_gelu_of_normalised_scores():
+    module, x = make(), torch.randn(6, dtype=torch.float64)
+    s = [sum(a * b for a, b in zip(x.tolist(), row, strict=True)) for row in module.key_tokens.tolist()]
+    norm = math.sqrt(sum(v * v for v in s))
+    u = [math.sqrt(8) * v / norm for v in s]
+    weights = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in u]
+    expected = [sum(w * row[j] for w, row in zip(weights, module.value_tokens.tolist(), strict=True)) for j in range(5)]
+    torch.testing.assert_close(module(x), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_l2_norm_gelu_ignores_the_size_of_tokens_and_keys():
+    module, x = make(), torch.randn(2, 3, 6, dtype=torch.float64)
+    before = module(x)
+    torch.testing.assert_close(module(7 * x), before)
+    with torch.no_grad():
+        module.key_tokens.mul_(0.1)
+    torch.testing.assert_close(module(x), before)
+
+
+def test_gelu_l2_norm_has_weights_of_norm_tau():
+    module = make(6, 8, 8, theta="gelu_l2_norm")
+    nn.init.eye_(module.value_tokens)  # the output is then Theta
+    weights = module(torch.randn(4, 6, dtype=torch.float64))
+    torch.testing.assert_close(weights.norm(dim=-1), torch.full((4,), math.sqrt(8), dtype=torch.float64))
+
+
+def test_softmax_is_n_times_attention_of_scale_one():
+    module, x = make(theta="softmax"), torch.randn(2, 3, 6, dtype=torch.float64)
+    keys, values = (t.expand(2, -1, -1) for t in (module.key_tokens, module.value_tokens))
+    expected = 8 * F.scaled_dot_product_attention(x, keys, values, scale=1.0)
+    torch.testing.assert_close(module(x), expected)
+    with torch.no_grad():
+        module.value_tokens.fill_(1.0)
+    torch.testing.assert_close(module(x), torch.full((2, 3, 5), 8.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("theta", GELUS)
+def test_tokens_with_zero_keys_change_nothing_while_tau_is_fixed(theta):
+    module, x = make(theta=theta), torch.randn(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(grown(module, 4)(x), module(x), rtol=0, atol=1e-13)
+
+
+def test_masked_tokens_change_nothing_under_softmax_while_tau_is_fixed():
+    module, x = make(theta="softmax"), torch.randn(4, 6, dtype=torch.float64)
+    larger, kept = grown(module, 4), torch.arange(12) < 8
+    torch.testing.assert_close(larger(x, token_mask=kept), module(x), rtol=0, atol=1e-13)
+    assert not torch.allclose(larger(x), module(x), rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("theta", "change"), [("l2_norm_gelu", 0.26), ("gelu_l2_norm", 1.5**0.5 - 1), ("softmax", 0.3)]
+)
+def test_tokens_with_zero_keys_change_the_function_with_sqrt_n(theta, change):
+    module, x = make(64, 64, 256, theta=theta, tau_mode="sqrt_n"), torch.randn(50, 64, dtype=torch.float64) / 8
+    before = module(x)
+    found = (grown(module, 128)(x) - before).norm() / before.norm()
+    if theta == "gelu_l2_norm":
+        torch.testing.assert_close(found.item(), change, rtol=0, atol=1e-10)
+    elif theta == "softmax":
+        assert found > change  # how much depends on the mass that exp(0) takes
+    else:
+        assert abs(found - change) < 0.03
+
+
+@pytest.mark.parametrize("theta", GELUS)
+def test_new_keys_learn_and_new_values_do_not_yet(theta):
+    larger, x = grown(make(theta=theta), 4), torch.randn(9, 6, dtype=torch.float64)
+    before = larger(x)
+    before.square().sum().backward()
+    assert larger.key_tokens.grad[8:].abs().amax(-1).min() > 1e-3
+    assert larger.value_tokens.grad[8:].abs().max() < 1e-12
+    with torch.no_grad():
+        larger.key_tokens[8:] -= 0.1 * larger.key_tokens.grad[8:]
+    assert not torch.allclose(larger(x), before)
+
+
+def test_order_of_parameter_tokens_does_not_matter():
+    module, x, order = make(), torch.randn(4, 6, dtype=torch.float64), torch.randperm(8)
+    torch.testing.assert_close(module(x, rows=order), module(x))
+
+
+def test_doubled_tokens_with_halved_values_need_tau_times_the_root_of_two():
+    module, x = make(), torch.randn(4, 6, dtype=torch.float64)
+    keys, values = module.key_tokens.repeat(2, 1), module.value_tokens.repeat(2, 1) / 2
+    tau = math.sqrt(8)
+    twice = attend_to_parameters(x, keys, values, module.config, tau=tau * math.sqrt(2))
+    torch.testing.assert_close(twice, module(x))
+    torch.testing.assert_close(attend_to_parameters(x, keys, values, module.config), module(x))  # sqrt(16)
+    assert not torch.allclose(attend_to_parameters(x, keys, values, module.config, tau=tau), module(x), rtol=0.05)
+
+
+@pytest.mark.parametrize("theta", THETAS)
+def test_masked_rows_are_as_if_removed(theta):
+    module, x = make(theta=theta), torch.randn(4, 6, dtype=torch.float64)
+    kept = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
+    rows = kept.nonzero()[:, 0]
+    torch.testing.assert_close(module(x, token_mask=kept), module(x, rows=rows))
+    each = torch.rand(4, 8) < 0.5
+    one = torch.stack([module(x[i], token_mask=each[i]) for i in range(4)])
+    torch.testing.assert_close(module(x, token_mask=each), one)
+    none = module(x, token_mask=torch.zeros(8, dtype=torch.bool))
+    assert (none == 0).all()
+
+
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_zero_token_gives_a_finite_output_and_gradient(theta, masked):
+    module, x = make(theta=theta), torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
+    output = module(x, token_mask=torch.zeros(8, dtype=torch.bool) if masked else None)
+    output.sum().backward()
+    assert output.isfinite().all() and x.grad.isfinite().all() and module.key_tokens.grad.isfinite().all()
+    if theta != "softmax" or masked:
+        assert (output == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_many_scores_do_not_overflow(dtype):
+    module = make(64, 8, 6144).to(dtype)
+    x = 100 * torch.randn(3, 64, dtype=dtype)
+    expected = attend_to_parameters(
+        x.double(), module.key_tokens.double(), module.value_tokens.double(), module.config, tau=float(module.tau)
+    )
+    assert float(((module(x) - expected).abs().max() / expected.abs().max()).detach()) < 4e-3
+
+
+def test_parameters_are_n_times_both_widths_and_tau_is_saved():
+    layer = regard.create_layer("pattention", 6, out_features=5, num_tokens=8)
+    assert sum(p.numel() for p in layer.parameters()) == 8 * (6 + 5)
+    assert set(layer.state_dict()) == {"projection.key_tokens", "projection.value_tokens", "projection.tau"}
+    assert float(layer.projection.tau) == pytest.approx(math.sqrt(8))
+    free = regard.create_layer("pattention", 6, tau_mode="sqrt_n", pattern="noncausal-self")
+    assert "projection.tau" not in free.state_dict() and free.pattern == "noncausal-self"
+    assert free.projection.key_tokens.shape == (6, 6)
+
+
+def test_values_are_drawn_by_the_depth_of_the_model():
+    module = TokenParameter(64, 64, config=Config(num_tokens=1000, num_layers=4))
+    assert module.key_tokens.std().item() == pytest.approx(0.02, rel=0.05)
+    assert module.value_tokens.std().item() == pytest.approx(2 / (4 * 8), rel=0.05)
+    assert TokenParameter(64, 64).value_tokens.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_linear_layer_is_a_special_case():
+    linear, x = nn.Linear(6, 5, bias=False).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    torch.testing.assert_close(TokenParameter.from_linear(linear)(x), linear(x))
+    with pytest.raises(Unsupported):
+        TokenParameter.from_linear(nn.Linear(6, 5))
+
+
+def test_it_is_a_kind_of_linear_layer():
+    assert "token_parameter" in list_linears()
+    made = make_linear(6, 5, kind="token_parameter", num_tokens=3, theta="softmax")
+    assert made.key_tokens.shape == (3, 6) and made.config.theta == "softmax"
+    with pytest.raises(Unsupported, match="nearest: num_tokens"):
+        make_linear(6, 5, kind="token_parameter", num_token=3)
+    with pytest.raises(Unsupported, match="bias"):
+        make_linear(6, 5, bias=True, kind="token_parameter")
+
+
+@pytest.mark.parametrize("name", ["softmax", "gated_linear"])
+@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-cross"])
+def test_an_attention_layer_made_of_it_decodes_as_it_computes_the_whole(name, pattern):
+    layer = regard.create_layer(name, 16, 2, pattern=pattern, linear="token_parameter").double().eval()
+    assert isinstance(layer.query, TokenParameter) and isinstance(layer.output, TokenParameter)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    x, memory = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    if pattern == "causal-self":
+        expected = layer(x).output
+        result = layer(x[:, :4], context=regard.Context(want=frozenset({"state"})))
+        outputs, state, start = [result.output], result.state, 4
+    else:
+        expected = layer(x, memory).output
+        outputs, state, start = [], layer.encode_memory(memory), 0
+    for t in range(start, 9):
+        y, state = layer.step(x[:, t], state)
+        outputs.append(y[:, None])
+    found = torch.cat(outputs, 1)
+    assert float(((found - expected).abs().max() / expected.abs().max()).detach()) < 1e-12
+
+
+def test_a_language_model_made_of_it_trains_and_generates():
+    plan = [("softmax", {"linear": "token_parameter", "positions": "rotary", "position_options": {"fraction": 0.25}})]
+    config = LanguageModelConfig(vocab_size=11, dim=32, plan=plan, num_heads=2, norm="layer_nonparametric")
+    model = LanguageModel(config)
+    assert not any("norm" in name for name in model.state_dict())
+    ids = torch.randint(11, (2, 6))
+    model(ids).output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert torch.equal(model.generate(ids, 4), model.generate(ids, 4, use_state=False))
+
+
+def test_mistakes_are_refused():
+    module, x = make(), torch.randn(2, 6, dtype=torch.float64)
+    with pytest.raises(Unsupported, match="booleans"):
+        module(x, token_mask=torch.ones(8))
+    for options in ({"theta": "gelu"}, {"tau_mode": "fix"}, {"num_tokens": 0}, {"num_layers": 0}, {"eps": 0.0}):
+        with pytest.raises(Unsupported):
+            Config(**options)
+    with pytest.raises(Unsupported, match="parameters only"):
+        regard.create_layer("pattention", 6, pattern="causal-cross")
+    with pytest.raises(Unsupported, match="keys"):
+        apply(MECHANISM, {"x": x[None], "values": module.value_tokens})
+
+
+def test_default_tau_of_the_function_is_the_root_of_the_tokens():
+    module, x = make(), torch.randn(2, 3, 6, dtype=torch.float64)
+    inputs = {"x": x, "keys": module.key_tokens, "values": module.value_tokens}
+    for form in ("reference", "parallel"):
+        torch.testing.assert_close(apply(MECHANISM, inputs, form=form).output, module(x))
+    doubled = apply(MECHANISM, inputs, config=Config(theta="identity"), scale=2.0).output
+    torch.testing.assert_close(doubled, 2 * x @ module.key_tokens.T @ module.value_tokens)
