@@ -25,7 +25,7 @@ Layout: (B, H, N, D), heads before time.
 
 Queries and keys: **the function normalises both**, after the feature map, as the layer of the paper does: y / sqrt(sum
 y^2 + eps). Give `normalize_queries=False` or `normalize_keys=False` to keep them as they are. Keys that are not unit
-vectors make I - beta k k^T expand: at N = 64 raw normal keys reach 1e29. The layer convolves and activates q, k and v
+vectors make I - beta k k^T expand: 64 raw normal keys of width 64 overflow float32. The layer convolves and activates q, k and v
 first (`short_convolution=4`); leaving that out costs recall.
 
 Noncausal-self is a forward pass that reads after writing plus a backward pass that reads before. In cross patterns the

@@ -86,7 +86,7 @@ from regard.visibility import Ranks, Visibility, masked_scores_bias, ranks
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-PAIRS_AT_ONCE = 1 << 20
+PAIRS_AT_ONCE = 1 << 18
 """Pairs of positions above which queries are taken block by block."""
 
 NUMBERS_AT_ONCE = 1 << 24
@@ -436,28 +436,38 @@ def _attend(
     size = n if n * m <= PAIRS_AT_ONCE else max(1, PAIRS_AT_ONCE // m)
     # A second draw from an explicit generator would differ: random weights are kept instead of computed again.
     random = call.dropout > 0 or (call.config.group_dropout > 0 and call.training)
+    offset = where.offset if call.pattern is Pattern.CAUSAL_SELF else None
     outputs, weights = [], []
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        here = _ranks(where.queries[:, rows], where.keys)
-        bias = call.bias if call.bias is None or call.bias.shape[-2] == 1 else call.bias[..., rows, :]
+        columns = slice(0, m if offset is None else max(1, min(m, start + size + offset)))
+        here = _ranks(where.queries[:, rows], where.keys[:, columns])
+        bias = call.bias
+        if bias is not None:
+            every = slice(None)
+            bias = bias[..., rows if bias.shape[-2] > 1 else every, columns if bias.shape[-1] > 1 else every]
 
         def attend(
-            q_: Tensor, k_: Tensor, v_: Tensor, here: Ranks = here, bias: Tensor | None = bias
+            q_: Tensor,
+            k_: Tensor,
+            v_: Tensor,
+            marks: Tensor = landmark[:, columns],
+            here: Ranks = here,
+            bias: Tensor | None = bias,
         ) -> tuple[Tensor, Tensor]:
-            logits, factors = _logits(call, q_, k_, landmark, here, bias)
+            logits, factors = _logits(call, q_, k_, marks, here, bias)
             found = _normalized(logits)
             found = _dropped(call, found if factors is None else found * factors)
             return _product(found, _wide(v_)).to(v_.dtype), found
 
-        arguments = (q[:, :, rows], k, v)
+        arguments = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
         if size < n and torch.is_grad_enabled() and not random and not want_weights:
             output, found = checkpoint(attend, *arguments, use_reentrant=False)
         else:
             output, found = attend(*arguments)
         outputs.append(output)
         if want_weights:
-            weights.append(found.to(v.dtype))
+            weights.append(F.pad(found.to(v.dtype), (0, m - columns.stop)))
     extras = {"weights": torch.cat(weights, 2)} if want_weights else {}
     return Result(torch.cat(outputs, 2), state, extras=extras)
 

@@ -234,13 +234,15 @@ def _attend(
     dtype = torch.promote_types(q.dtype, torch.float32)
     counts = visibility.count(where.queries, totals[:, None]).clamp(min=1)[:, None, :, None].to(dtype)
 
-    bias = None if call.bias is None else temperature * call.bias
+    bias = None if call.bias is None else temperature * call.bias.to(dtype)
     for term in _bias_terms(config, head_bias, counts, q):
         bias = term if bias is None else bias + term
-    position_bias = call.position_bias
-    if position_bias is not None and temperature != 1.0:
-        unscaled = position_bias
-        position_bias = lambda i, j: temperature * unscaled(i, j)  # noqa: E731
+    by_rank = call.position_bias
+
+    def position_bias(i: Tensor, j: Tensor) -> Tensor:
+        assert by_rank is not None
+        return temperature * by_rank(i, j).to(dtype)
+
     output, weights, _ = attention(
         q,
         k,
@@ -251,7 +253,7 @@ def _attend(
         rule=config.activation,
         shift=config.biases[0] if len(config.biases) == 1 else 0.0,
         bias=bias,
-        position_bias=position_bias,
+        position_bias=None if by_rank is None else position_bias,
         blocks=call.blocks,
         dropout=call.dropout,
         generator=call.generator,

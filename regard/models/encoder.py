@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         self.embedding: nn.Module
         if config.vocab_size is not None:
             self.embedding = nn.Embedding(config.vocab_size, config.dim)
-            nn.init.normal_(self.embedding.weight, std=0.02)
+            nn.init.normal_(self.embedding.weight)
         else:
             self.embedding = FeatureEmbedding(config.features or 0, config.dim)
         scheme = input_positions(config.plan, config.positions)

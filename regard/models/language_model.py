@@ -57,7 +57,7 @@ class LanguageModelConfig:
             recurrences with gates, sinusoidal at the input when no layer would know the order of its tokens.
         max_length: number of learned positions.
         dropout: of the embedding and of each residual branch.
-        tie_embeddings: whether the output projection is the embedding's table.
+        tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
         norm: of :func:`regard.layers.norms.make_norm`.
         loss_weights: weight of each auxiliary loss by name; 0.01 when not given.
     """
@@ -73,7 +73,7 @@ class LanguageModelConfig:
     positions: str = "auto"
     max_length: int = 2048
     dropout: float = 0.0
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     norm: str = "rms"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -102,7 +102,9 @@ class LanguageModel(nn.Module):
         self.config = config
         self.insertion = Insertion.of_plan(config.plan, config.vocab_size)
         self.embedding = nn.Embedding(config.vocab_size + self.insertion.extra_tokens, config.dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # Entries of size 1, as large as what the branches add: with 0.02 the first layers drown the tokens, and a small
+        # model does not learn to copy or recall in thousands of steps.
+        nn.init.normal_(self.embedding.weight)
         scheme = input_positions(config.plan, config.positions)
         self.positions = make_input_positions(
             scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length
@@ -133,7 +135,7 @@ class LanguageModel(nn.Module):
         """The output projection."""
         if self.head is not None:
             return self.head(features)
-        return F.linear(features, self.embedding.weight[: self.config.vocab_size])
+        return F.linear(features, self.embedding.weight[: self.config.vocab_size]) * self.config.dim**-0.5
 
     def features(
         self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None

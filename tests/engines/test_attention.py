@@ -379,13 +379,14 @@ def test_counts_and_idle_limits_agree_with_the_mask(seed):
 
 
 def test_blocked_work_compiles_whole(monkeypatch):
-    cut_small(monkeypatch, 1 << 8, 4, 8)
-    tensors = [torch.randn(1, 2, 32, 4, requires_grad=True) for _ in "qkv"]
-    for name, options in (("sigmoid", {}), ("local", {"window": 5}), ("sigmoid", {"window": (4, None)})):
+    cut_small(monkeypatch, 1 << 7, 4, 4)
+    tensors = [torch.randn(1, 1, 16, 4, requires_grad=True) for _ in "qkv"]
+    for name, options in (("softmax", {}), ("sigmoid", {"window": (3, None)})):
         card = get_mechanism(name)
 
         def run(q: Tensor, k: Tensor, v: Tensor, card=card, options=options) -> Tensor:
-            return apply(card, {"q": q, "k": k, "v": v}, config=card.options(**options)).output
+            found = apply(card, {"q": q, "k": k, "v": v}, config=card.options(**options), dropout=1e-9)
+            return found.output
 
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         for a, b in zip(

@@ -40,12 +40,16 @@ def marked():
 
 @pytest.fixture
 def model(marked):
-    config = LanguageModelConfig(vocab_size=9, dim=16, num_heads=2, plan=["marked", "softmax"])
+    config = LanguageModelConfig(vocab_size=9, dim=16, num_heads=2, plan=["marked", "softmax"], tie_embeddings=True)
     return LanguageModel(config).double().eval()
 
 
 def test_output_is_that_of_the_prepared_sequence_without_the_inserted_tokens(model):
-    plain = LanguageModel(LanguageModelConfig(vocab_size=9 + EXTRA, dim=16, num_heads=2, num_layers=2)).double().eval()
+    plain = (
+        LanguageModel(LanguageModelConfig(vocab_size=9 + EXTRA, dim=16, num_heads=2, num_layers=2, tie_embeddings=True))
+        .double()
+        .eval()
+    )
     plain.load_state_dict(model.state_dict())
     ids = torch.randint(9, (2, 8))
     prepared, roles = insert_landmarks(ids, None)

@@ -13,7 +13,7 @@ MODELS = {
     "tied": lambda: LanguageModel(
         LanguageModelConfig(7, dim=8, num_heads=2, plan=["linear", ("softmax", {"feed_forward": 5})])
     ),
-    "untied": lambda: LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, num_layers=1, tie_embeddings=False)),
+    "tied": lambda: LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, num_layers=1, tie_embeddings=True)),
     "encoder": lambda: Encoder(
         EncoderConfig(3, vocab_size=7, dim=8, num_heads=2, num_layers=1, positions="learned", max_length=6)
     ),
@@ -104,7 +104,8 @@ def _edit(folder, change):
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, words, tmp_path):
-    save_pretrained(LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, plan=["softmax"])), tmp_path)
+    config = LanguageModelConfig(7, dim=8, num_heads=2, plan=["softmax"], tie_embeddings=True)
+    save_pretrained(LanguageModel(config), tmp_path)
     _edit(tmp_path, change)
     with pytest.raises(Unsupported, match=words):
         from_pretrained(tmp_path)

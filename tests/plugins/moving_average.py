@@ -101,7 +101,13 @@ class MovingAverage(MixerLayer):
         inputs = {"x": F.silu(self.input(tokens.x)), "log_decay": -F.softplus(self.decay)}
         wanted = state is not None or "state" in context.want
         result = apply(
-            self.card, inputs, pattern=self.pattern, mask=tokens.mask, state=state, return_state=wanted, config=self.config
+            self.card,
+            inputs,
+            pattern=self.pattern,
+            mask=tokens.mask,
+            state=state,
+            return_state=wanted,
+            config=self.config,
         )
         result.output = self.output(result.output)
         return result

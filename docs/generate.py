@@ -1,0 +1,470 @@
+"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, and parity with other code.
+
+    python docs/generate.py                          # into docs/
+    python docs/generate.py --plugin mine.py --output pages
+
+The cards and docstrings are the only source of the mechanism pages. The two tables come from docs/data, which
+``make matrix`` measures. mkdocs imports this file as a hook, to list the pages in its navigation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
+from regard.contract import Kind, Mechanism, Pattern, Shape
+from regard.functional import function_name
+from regard.workbench.subjects import Subject, axes_of
+from regard.workbench.verify import PROPERTIES
+
+DOCS = Path(__file__).parent
+DATA = DOCS / "data"
+SOURCES = DOCS.parent / "tests" / "parity" / "fixtures" / "SOURCES.json"
+LENGTHS = (1024, 4096, 16384)
+HEADS, WIDTH = 8, 64
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+AXES = {
+    "b": "batch",
+    "h": "heads",
+    "g": "key/value heads (groups)",
+    "n": "queries (or tokens)",
+    "m": "keys",
+    "d": "features of a query or key",
+    "k": "features of a query or key",
+    "v": "features of a value",
+    "c": "features of a token",
+}
+
+Cells = list[dict[str, Any]]
+
+
+def mechanism_page(card: Mechanism, cells: Cells) -> str:
+    """The page of one mechanism, in Markdown."""
+    also = f" Also called {_codes(card.aliases)}." if card.aliases else ""
+    parts = [
+        f"# {card.name}",
+        f"{card.kind.value.capitalize()}: {card.paper.title} ({card.paper.year}), "
+        f"[arXiv {card.paper.arxiv}](https://arxiv.org/abs/{card.paper.arxiv}).{also}",
+        docstring_to_markdown(get_module(card.name).__doc__ or ""),
+        "## How to call it",
+        _python(function_snippet(card)),
+        _python(layer_snippet(card)),
+        "## Patterns",
+        _table(("pattern", "", "why not"), [_pattern_row(card, p) for p in Pattern]),
+        "## Inputs",
+        _inputs(card),
+        "## Options",
+        _options(card),
+        "## Cost",
+        _cost(card),
+        "## What it takes and gives",
+        _facts(card),
+        "## Verified",
+        _verified(card, cells),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def docstring_to_markdown(text: str) -> str:
+    """A module docstring as Markdown: equations are code, tables stay, roles lose their markup."""
+    lines = []
+    for line in inspect.cleandoc(text).splitlines():
+        if not line.startswith(("    ", "|")):
+            line = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", line)
+            line = re.sub(r"^(When to pick it|When not|Definition|Layout|Patterns|Deviations)(?=[ :])", r"**\1**", line)
+            if line.startswith("**") and lines and lines[-1] and not lines[-1].startswith(("    ", "|")):
+                lines.append("")
+        elif line.startswith("|") and lines and lines[-1] and not lines[-1].startswith("|"):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def function_snippet(card: Mechanism) -> str:
+    """Code that calls the mechanism's function on inputs of the right shapes."""
+    pattern = _pattern(card)
+    subject = Subject(card, pattern)
+    inputs = subject.inputs(12)
+    name = function_name(card)
+    lines = ["import torch", f"from regard.functional import {name}", ""]
+    lines += [f"{n} = {_sample(card, n, t)}" for n, t in inputs.items()]
+    arguments = [n if n != "roles" else "roles=roles" for n in inputs if n != "roles"]
+    required = [n for n in arguments if n in card.inputs]
+    optional = [f"{n}={n}" for n in arguments if n not in card.inputs]
+    options = [*required, *optional, f'pattern="{pattern}"']
+    options += ["roles=roles"] if "roles" in inputs else []
+    options += [f"grid={subject.grid(12)}"] if subject.on_grid else []
+    call = f"output = {name}({', '.join(options)})"
+    shape = tuple(subject.run(inputs).output.shape)
+    return "\n".join([*lines, f"{call}  # {', '.join(card.output)}: {shape}"])
+
+
+def layer_snippet(card: Mechanism) -> str:
+    """Code that makes the mechanism's layer, and decodes with it where it can."""
+    pattern = _pattern(card)
+    context = ", context=Context(grid=(3, 4))" if Subject(card, pattern).on_grid else ""
+    subject = Subject(card, pattern)
+    decodes = subject.layer_decodes and pattern is Pattern.CAUSAL_SELF
+    lines = [
+        "import torch",
+        f"from regard import {'Context, ' if decodes or context else ''}create_layer",
+        "",
+        f'layer = create_layer("{card.name}", dim=64, num_heads=4, pattern="{pattern}")',
+        "x = torch.randn(2, 12, 64)",
+        f"output = layer(x{context}).output",
+    ]
+    if decodes:
+        lines += [
+            "",
+            'state = layer(x[:, :8], context=Context(want=frozenset({"state"}))).state',
+            "for t in range(8, 12):",
+            "    y, state = layer.step(x[:, t], state)  # equals output[:, t]",
+        ]
+    if card.kind is Kind.PROJECTION:
+        lines += [
+            "",
+            "from regard.layers.linear import make_linear",
+            "",
+            f'linear = make_linear(64, 32, kind="{card.name}")',
+            f'attention = create_layer("softmax", 64, 4, linear="{card.name}")',
+        ]
+    if card.kind is Kind.POOLING:
+        lines += [
+            "",
+            "from regard.models import Encoder, EncoderConfig",
+            "",
+            f'classifier = Encoder(EncoderConfig(num_classes=10, features=4, dim=64, pool="{card.name}"))',
+            "logits = classifier(torch.randn(2, 12, 4)).output",
+        ]
+    return "\n".join(lines)
+
+
+def _pattern(card: Mechanism) -> Pattern:
+    if card.length == "grid" and Pattern.NONCAUSAL_SELF in card.patterns:
+        return Pattern.NONCAUSAL_SELF
+    return next(p for p in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF, *Pattern) if p in card.patterns)
+
+
+def _sample(card: Mechanism, name: str, tensor: torch.Tensor) -> str:
+    shape = ", ".join(map(str, tensor.shape))
+    if tensor.dtype is torch.bool:
+        return f"torch.rand({shape}) < 0.8"
+    if not tensor.is_floating_point():
+        return f"torch.tensor({tensor.tolist()})"
+    domain = card.domains.get(name, "normal")
+    size = f"({shape})" if tensor.ndim == 0 else shape
+    return {
+        "normal": f"torch.randn({size})",
+        "log_decay": f"-torch.rand({size})",
+        "negative": f"-torch.rand({size})",
+        "unit": f"torch.rand({size})",
+        "positive": f"torch.rand({size}) + 0.5",
+    }.get(domain, f"torch.randn({size})")
+
+
+def _pattern_row(card: Mechanism, pattern: Pattern) -> tuple[str, str, str]:
+    has = pattern in card.patterns
+    return pattern.value, "yes" if has else "no", "" if has else card.refused.get(pattern, "")
+
+
+def _inputs(card: Mechanism) -> str:
+    rows = []
+    for declared in card.inputs:
+        name = declared.rstrip("?")
+        axes = axes_of(card, name)
+        kind = card.domains.get(name, "")
+        rows.append((f"`{name}`", f"({', '.join(axes)})", "optional" if declared.endswith("?") else "", kind))
+    rows.append(("output", f"({', '.join(card.output)})", "", ""))
+    letters = dict.fromkeys("".join(card.inputs.values()) + card.output)
+    legend = ", ".join(f"{letter} {AXES[letter]}" for letter in letters if letter in AXES)
+    return _table(("tensor", "axes", "", "values"), rows) + f"\n\nAxes: {legend}."
+
+
+def _options(card: Mechanism) -> str:
+    meanings = attributes_of(inspect.getdoc(card.config) or "")
+    rows = []
+    for field in dataclasses.fields(card.config):
+        default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+        rows.append((f"`{field.name}`", default, meanings.get(field.name, "")))
+    if not rows:
+        return (inspect.getdoc(card.config) or "No options.").splitlines()[0]
+    return _table(("option", "default", "meaning"), rows)
+
+
+def attributes_of(docstring: str) -> dict[str, str]:
+    """Meaning of each name in the ``Attributes:`` section of a docstring."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    inside = False
+    for line in docstring.splitlines():
+        if line.strip() == "Attributes:":
+            inside = True
+        elif inside and line and not line.startswith("    "):
+            break
+        elif inside and (entry := re.match(r"    (\w[\w, ]*): (.*)", line)):
+            names = [name.strip() for name in entry[1].split(",")]
+            found |= dict.fromkeys(names, entry[2])
+        elif inside and line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return {name: text.replace("``", "`") for name, text in found.items()}
+
+
+def _cost(card: Mechanism) -> str:
+    config, softmax = card.options(), get_mechanism("softmax")
+    rows = []
+    for n in LENGTHS:
+        shape = Shape(1, HEADS, n, n, WIDTH, WIDTH)
+        own, reference = card.cost(shape, config), softmax.cost(shape, softmax.options())
+        rows.append(
+            (
+                f"{n:,}",
+                _number(own.flops),
+                f"{own.flops / reference.flops:.2g}",
+                _number(own.memory),
+                _number(own.state) if card.state is not None else "none",
+                _number(own.step_flops) if card.state is not None else "",
+            )
+        )
+    headings = ("N", "operations", "of softmax's", "temporary numbers", "numbers of state", "operations a step")
+    growth = ""
+    if card.state is not None:
+        growth = " The state keeps its size." if card.recurrent else " The state grows with the sequence."
+    return (
+        f"By the card, for one sequence with {HEADS} heads of {WIDTH} features, forward, without projections; "
+        f"a multiply-add is two operations.{growth}\n\n" + _table(headings, rows)
+    )
+
+
+def _number(value: float) -> str:
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _facts(card: Mechanism) -> str:
+    weights = {"exact": "exact, with `want={\"weights\"}`", "implicit": "implicit", "none": "none"}[card.weights]
+    if card.weights == "exact" and "weights" not in card.honours:
+        weights = "exact, not returned"
+    rows = [
+        ("forms", _codes(card.forms)),
+        ("masks and extras beside padding and packing", _codes(sorted(card.honours)) or "none"),
+        ("attention weights", weights),
+        ("positions", _codes(card.accepts_positions)),
+        ("default scale", "D^-0.5" if card.default_scale == "rsqrt" else f"{card.default_scale:g}"),
+        ("queries and keys of unequal number", "yes" if card.uneven else "refused in causal-self"),
+        ("state", f"`{card.state.__name__}`" if card.state is not None else "none"),
+    ]
+    return _table(("", ""), rows)
+
+
+def _verified(card: Mechanism, cells: Cells) -> str:
+    own = [c for c in cells if c["mechanism"] == card.name]
+    if not own:
+        return f"Not measured in this build of the pages: `regard verify {card.name}` measures it here."
+    failing = sum(c["status"] == "fail" for c in own)
+    said = f"{len(own)} cells: {'all hold' if not failing else f'{failing} fail'}. "
+    said += "Largest error over the patterns, as a fraction of the largest output; 0 where a property is exact."
+    rows = []
+    for prop in PROPERTIES:
+        of = [c for c in own if c["property"] == prop.name]
+        if of:
+            rows.append((f"`{prop.name}`", prop.meaning, *(_worst([c for c in of if c["dtype"] == d]) for d in DTYPES)))
+    waived = [f"- `{c['property']}` in {c['pattern']} ({c['dtype']}): {c['detail']}" for c in own if c["status"] == "waived"]
+    waivers = "\n\nWaived, with the reason:\n\n" + "\n".join(dict.fromkeys(waived)) if waived else ""
+    return f"{said}\n\n" + _table(("property", "", *DTYPES), rows) + waivers
+
+
+def _worst(cells: Cells) -> str:
+    if not cells:
+        return ""
+    if any(c["status"] == "fail" for c in cells):
+        return "**fails**"
+    errors = [c["error"] for c in cells if c["error"] is not None]
+    mark = " (waived)" if any(c["status"] == "waived" for c in cells) else ""
+    return (f"{max(errors):.1e}".replace("0.0e+00", "0") if errors else "") + mark
+
+
+def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+    """The verified matrix of all mechanisms."""
+    head = [
+        "# The verified matrix",
+        "Every property that the contract promises is measured for every mechanism, pattern and dtype, on the function "
+        "and on the layer. An error is the largest difference as a fraction of the largest output. A property that does "
+        "not apply to a mechanism (a state in noncausal attention) has no cell; one that cannot hold is waived on the "
+        "card, with the reason and, where there are some, the settings under which it holds and was measured.",
+        "Largest errors allowed: float64 1e-12, float32 2e-6, bfloat16 4e-3, float16 1e-3, unless a card has its own. "
+        "`regard verify` measures the same on your machine.",
+    ]
+    if data is None:
+        return "\n\n".join([*head, "Not measured in this build of the pages: `make matrix` does it."]) + "\n"
+    cells: Cells = data["cells"]
+    shown = [name for name in names if any(c["mechanism"] == name for c in cells)]
+    measured = data.get("measured")
+    overview = []
+    for name in shown:
+        own = [c for c in cells if c["mechanism"] == name]
+        counts = [len(own), sum(c["status"] == "waived" for c in own), sum(c["status"] == "fail" for c in own)]
+        worst = [_worst([c for c in own if c["dtype"] == d and c["status"] != "waived"]) for d in DTYPES]
+        overview.append((_link(name), *map(str, counts), *worst))
+    marks = [
+        (f"`{p.name}`", *(_mark([c for c in cells if c["mechanism"] == n and c["property"] == p.name]) for n in shown))
+        for p in PROPERTIES
+    ]
+    waived = [
+        (_link(c["mechanism"]), c["pattern"], f"`{c['property']}`", c["dtype"], c["detail"])
+        for c in cells
+        if c["status"] == "waived"
+    ]
+    parts = [
+        *head,
+        *([f"Measured with {measured}."] if measured else []),
+        "## By mechanism",
+        _table(("mechanism", "cells", "waived", "failed", *DTYPES), overview),
+        "## By property",
+        "Largest float64 error over the patterns (of the narrowest dtype where float64 is not measured); "
+        "w: waived with a reason in some pattern; -: does not apply. The page of a mechanism has all dtypes.",
+        _table(("property", *map(_link, shown)), marks),
+        "## What the properties say",
+        _table(("property", "meaning", "of"), [(f"`{p.name}`", p.meaning, p.level) for p in PROPERTIES]),
+        "## Waivers",
+        _table(("mechanism", "pattern", "property", "dtype", "reason"), list(dict.fromkeys(waived)))
+        if waived
+        else "None.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _mark(cells: Cells) -> str:
+    if not cells:
+        return "-"
+    if any(c["status"] == "fail" for c in cells):
+        return "**fails**"
+    dtype = next(d for d in DTYPES if any(c["dtype"] == d for c in cells))
+    errors = [c["error"] for c in cells if c["error"] is not None and c["dtype"] == dtype]
+    waived = any(c["status"] == "waived" for c in cells)
+    return " ".join(filter(None, [f"{max(errors):.0e}".replace("0e+00", "0") if errors else "", "w" if waived else ""]))
+
+
+def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+    """What was compared with code written elsewhere, and how large the differences are."""
+    parts = [
+        "# Parity with other code",
+        "Inputs and outputs (and gradients, where recorded) of other implementations were stored once; the tests run "
+        "this project's code on the same inputs. Only numbers are stored, none of the code. The error is the largest "
+        "difference that a test of the recording sees, as a fraction of the largest expected value"
+        + (f", measured with {measured['measured']}." if measured else "; not measured in this build (`make matrix`)."),
+    ]
+    errors = measured["fixtures"] if measured else {}
+    recordings: dict[str, list[dict[str, Any]]] = {}
+    for entry in sources["fixtures"]:
+        stem = entry["file"].removesuffix(".npz")
+        owner = max((n for n in names if stem == n or stem.startswith(n + "_")), key=len, default="other")
+        recordings.setdefault(owner, []).append(entry)
+    for owner in sorted(recordings):
+        rows = []
+        for entry in recordings[owner]:
+            found = errors.get(entry["file"])
+            shown = "" if not measured else "not tested" if found is None else f"{found['error']:.1e}"
+            dtypes = sorted({a["dtype"] for a in entry["arrays"].values() if a["dtype"].startswith("float")})
+            rows.append(
+                (f"`{entry['file'].removesuffix('.npz')}`", _source(entry), f"`{entry['call']}`", ", ".join(dtypes), shown)
+            )
+        parts += [f"## {owner}", _table(("recording", "code", "call", "dtype", "error"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _source(entry: Mapping[str, Any]) -> str:
+    commit = entry["commit"]
+    name = f"{entry['repository']}: {entry['object']}"
+    path = entry["path"].split(",")[0]
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        name = f"[{name}](https://github.com/{entry['repository']}/blob/{commit}/{path})"
+        commit = commit[:10]
+    return f"{name} ({commit}; {entry['licence']})"
+
+
+def index_page(names: Iterable[str]) -> str:
+    """The list of mechanisms by kind."""
+    parts = ["# Mechanisms", "One page each, generated from the module that defines the mechanism."]
+    cards = [get_mechanism(name) for name in names]
+    for kind in Kind:
+        rows = [
+            (f"[{c.name}]({c.name}.md)", c.summary, ", ".join(p.value for p in c.patterns)) for c in cards if c.kind is kind
+        ]
+        if rows:
+            parts += [f"## {kind.value.capitalize()}", _table(("mechanism", "", "patterns"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _link(name: str) -> str:
+    return f"[{name}](mechanisms/{name}.md)"
+
+
+def _codes(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code}\n```"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(headings), "|" + " --- |" * len(headings), *map(line, rows)])
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write(output: Path, names: Sequence[str]) -> list[Path]:
+    """All generated pages for the mechanisms `names`, below `output`."""
+    verified = _read(DATA / "verify.json")
+    cells = verified["cells"] if verified else []
+    pages = {f"mechanisms/{name}.md": mechanism_page(get_mechanism(name), cells) for name in names}
+    pages |= {
+        "mechanisms/index.md": index_page(names),
+        "matrix.md": matrix_page(verified, names),
+        "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
+    }
+    (output / "mechanisms").mkdir(parents=True, exist_ok=True)
+    for path, text in pages.items():
+        (output / path).write_text(text)
+    return [output / path for path in pages]
+
+
+def on_config(config: Any) -> Any:
+    """mkdocs hook: fill the navigation's list of mechanisms."""
+    for entry in config["nav"]:
+        if "Mechanisms" in entry:
+            names = sorted(path.stem for path in (DOCS / "mechanisms").glob("*.md") if path.stem != "index")
+            entry["Mechanisms"] = ["mechanisms/index.md", *(f"mechanisms/{name}.md" for name in names)]
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the generated pages of the documentation.")
+    parser.add_argument("--plugin", action="append", default=[], help="also write the page of this mechanism's file")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder of the pages")
+    arguments = parser.parse_args()
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
+    written = write(arguments.output, list_mechanisms())
+    print(f"{len(written)} pages in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Measures what the documentation's two tables show, into docs/data: `make matrix`.
+
+    python docs/measure.py            # both
+    python docs/measure.py matrix     # regard verify --json -> verify.json
+    python docs/measure.py parity     # the parity tests     -> parity.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import regard
+
+DATA = Path(__file__).parent / "data"
+TESTS = Path(__file__).parents[1] / "tests" / "mechanisms"
+RECORDINGS = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
+COMPARISONS = ("close", "assert_close", "relative_error")
+"""What the tests of mechanisms call the function that compares (found, expected)."""
+
+MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
+
+
+class Recorder:
+    """A pytest plugin that keeps, for each recording, the largest error of the comparisons made after it was loaded."""
+
+    def __init__(self) -> None:
+        self.fixtures: dict[str, dict[str, Any]] = {}
+        self._loaded: str | None = None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self._loaded = None
+        module = getattr(item, "module", None)
+        watched = {name: self._watch(getattr(module, name), item) for name in COMPARISONS if hasattr(module, name)}
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(np, "load", self._noting(np.load)))
+            torch_compares = self._watch(torch.testing.assert_close, item)
+            patches.enter_context(mock.patch.object(torch.testing, "assert_close", torch_compares))
+            for name, function in watched.items():
+                patches.enter_context(mock.patch.object(module, name, function))
+            return (yield)
+
+    def _noting(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(file: Any, *args: Any, **options: Any) -> Any:
+            if Path(file).parent == RECORDINGS:
+                self._loaded = Path(file).name
+            return load(file, *args, **options)
+
+        return noting
+
+    def _watch(self, compare: Callable[..., Any], item: pytest.Item) -> Callable[..., Any]:
+        def watching(found: Any, expected: Any, *args: Any, **options: Any) -> Any:
+            result = compare(found, expected, *args, **options)
+            if self._loaded is not None and isinstance(found, Tensor) and isinstance(expected, Tensor):
+                self._note(found.detach().double(), expected.detach().double(), item)
+            return result
+
+        return watching
+
+    def _note(self, found: Tensor, expected: Tensor, item: pytest.Item) -> None:
+        if self._loaded is None or not expected.numel() or not expected.isfinite().all():
+            return
+        error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+        entry = self.fixtures.setdefault(self._loaded, {"error": 0.0, "tests": []})
+        entry["error"] = max(entry["error"], error)
+        name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+        if name not in entry["tests"]:
+            entry["tests"].append(name)
+
+
+def measure_parity() -> None:
+    recorder = Recorder()
+    code = pytest.main([str(TESTS), "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], plugins=[recorder])
+    if code:
+        raise SystemExit(f"the tests of {TESTS.name} fail: parity.json is left as it was")
+    fixtures = dict(sorted(recorder.fixtures.items()))
+    _write("parity.json", {"measured": MEASURED, "fixtures": fixtures}, "fixtures")
+
+
+def measure_matrix() -> None:
+    found = subprocess.run([sys.executable, "-m", "regard", "verify", "--json"], stdout=subprocess.PIPE, text=True)
+    if not found.stdout:
+        raise SystemExit("regard verify printed nothing: verify.json is left as it was")
+    result = json.loads(found.stdout)
+    cells = [{name: value for name, value in cell.items() if name != "seconds"} for cell in result["cells"]]
+    _write("verify.json", {"measured": MEASURED, "failures": result["failures"], "cells": cells}, "cells")
+    if result["failures"]:
+        raise SystemExit(f"{result['failures']} cells fail")
+
+
+def _write(name: str, data: dict[str, Any], rows: str) -> None:
+    """One line an entry of `rows`, so that a change of one is a change of one line."""
+    many = data[rows]
+    if isinstance(many, dict):
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in many.items()]
+        body = "{\n" + ",\n".join(lines) + "\n}"
+    else:
+        body = "[\n" + ",\n".join(map(json.dumps, many)) + "\n]"
+    head = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items() if key != rows]
+    DATA.mkdir(exist_ok=True)
+    (DATA / name).write_text("{\n" + ",\n".join([*head, f"{json.dumps(rows)}: {body}"]) + "\n}\n")
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or ["parity", "matrix"]
+    measures = {"parity": measure_parity, "matrix": measure_matrix}
+    for name in chosen:
+        if name not in measures:
+            raise SystemExit(f"measure {name!r}; supported: {', '.join(measures)}")
+    for name in chosen:
+        measures[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The softmax scan: prefixes of a softmax with fixed queries, their merging, and its numerical safety."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard.contract import Unsupported
+from regard.engines.softmax_scan import (
+    Carry,
+    absorb,
+    empty_carry,
+    merge,
+    normalized,
+    running_normalizer,
+    softmax_scan,
+    softmax_scan_shifted,
+)
+
+
+def sample(n=23, q=3, v=5, *, scale=1.0, dtype=torch.float64):
+    return (scale * torch.randn(2, 2, n, q)).to(dtype), torch.randn(2, 2, n, v).to(dtype)
+
+
+def prefixes(s, v, log_decay=None):
+    """Softmax over each prefix, with the whole matrix."""
+    n = s.shape[2]
+    exponents = s.mT[..., None, :]
+    if log_decay is not None:
+        total = log_decay.cumsum(-1)
+        exponents = exponents + (total[..., :, None] - total[..., None, :])[:, :, None]
+    past = torch.ones(n, n, dtype=torch.bool).tril()
+    weights = exponents.masked_fill(~past, -torch.inf).softmax(-1)
+    return torch.einsum("bhqtj,bhjv->bhtqv", weights, v)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 23, 64])
+def test_prefixes_equal_the_masked_softmax_at_any_chunk_size(chunk_size):
+    s, v = sample(scale=300.0)
+    output, _ = softmax_scan(s, v, chunk_size=chunk_size)
+    torch.testing.assert_close(output, prefixes(s, v), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_decay_multiplies_the_weights_of_earlier_tokens(chunk_size):
+    s, v = sample()
+    decay = -torch.rand(2, 1, 23, dtype=torch.float64)
+    output, _ = softmax_scan(s, v, log_decay=decay, chunk_size=chunk_size)
+    torch.testing.assert_close(output, prefixes(s, v, decay), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+def test_mixed_outputs_equal_the_sum_of_outputs(decayed):
+    s, v = sample()
+    mix = torch.randn(2, 2, 23, 3, dtype=torch.float64)
+    decay = -torch.rand(2, 1, 23, dtype=torch.float64) if decayed else None
+    separate, carry = softmax_scan(s, v, log_decay=decay, chunk_size=4)
+    mixed, mixed_carry = softmax_scan(s, v, log_decay=decay, mix=mix, chunk_size=4)
+    torch.testing.assert_close(mixed, torch.einsum("bhtq,bhtqv->bhtv", mix, separate), rtol=0, atol=1e-13)
+    torch.testing.assert_close(mixed_carry, carry, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+def test_absorbing_in_pieces_gives_the_carry_of_the_scan(decayed):
+    s, v = sample(scale=30.0)
+    decay = -torch.rand(2, 1, 23, dtype=torch.float64) if decayed else None
+    output, carry = softmax_scan(s, v, log_decay=decay)
+    state = None
+    for part in (slice(0, 0), slice(0, 1), slice(1, 9), slice(9, 23)):
+        gate = None if decay is None else decay[:, :, part]
+        state = absorb(s[:, :, part], v[:, :, part], state=state, log_decay=gate)
+    torch.testing.assert_close(state, carry, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(normalized(state.u, state.w), output[:, :, -1], rtol=0, atol=1e-13)
+
+
+def leaf(score):
+    return Carry(score, torch.ones_like(score), torch.randn(*score.shape, 4, dtype=torch.float64))
+
+
+def test_merging_is_associative_and_commutative_with_an_identity():
+    x, y, z = (leaf(200 * torch.randn(2, 3, 2, dtype=torch.float64)) for _ in range(3))
+    torch.testing.assert_close(merge(merge(x, y), z), merge(x, merge(y, z)), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(merge(x, y), merge(y, x), rtol=1e-12, atol=1e-13)
+    empty = Carry(torch.full_like(x.m, -torch.inf), torch.zeros_like(x.u), torch.zeros_like(x.w))
+    torch.testing.assert_close(merge(x, empty), x, rtol=0, atol=0)
+    torch.testing.assert_close(merge(empty, empty), empty, rtol=0, atol=0)
+
+
+def test_a_scan_by_doubling_distances_equals_the_chunked_scan():
+    s, v = sample(n=13, q=1)
+    by_time = (s.movedim(2, 0), torch.ones_like(s).movedim(2, 0), v.movedim(2, 0)[:, :, :, None])
+    elements = [Carry(*(x[t] for x in by_time)) for t in range(13)]
+    distance = 1
+    while distance < 13:
+        elements = [e if t < distance else merge(elements[t - distance], e) for t, e in enumerate(elements)]
+        distance *= 2
+    found = torch.stack([normalized(e.u, e.w) for e in elements], 2)
+    torch.testing.assert_close(found, softmax_scan(s, v, chunk_size=4)[0], rtol=0, atol=1e-13)
+
+
+def test_skipped_tokens_leave_no_trace_and_an_empty_prefix_gives_zero():
+    s, v = sample(n=6)
+    s[:, :, [0, 3]] = -torch.inf
+    output, carry = softmax_scan(s, v, chunk_size=2)
+    assert (output[:, :, 0] == 0).all()
+    torch.testing.assert_close(output[:, :, 3], output[:, :, 2], rtol=0, atol=1e-15)
+    kept = [1, 2, 4, 5]
+    torch.testing.assert_close(carry, softmax_scan(s[:, :, kept], v[:, :, kept])[1], rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_reach_scores_values_and_carry():
+    s, v = sample(n=5, q=2, v=2)
+    decay = -torch.rand(2, 1, 5, dtype=torch.float64)
+    mix = torch.randn(2, 2, 5, 2, dtype=torch.float64)
+
+    def whole(s, v, decay, mix):
+        _, carry = softmax_scan(s[:, :, :2], v[:, :, :2], log_decay=decay[:, :, :2], chunk_size=2)
+        return softmax_scan(
+            s[:, :, 2:], v[:, :, 2:], state=carry, log_decay=decay[:, :, 2:], mix=mix[:, :, 2:], chunk_size=2
+        )[0]
+
+    assert torch.autograd.gradcheck(whole, [x.requires_grad_() for x in (s, v, decay, mix)])
+
+
+def test_gradients_are_finite_where_nothing_was_seen():
+    s, v = sample(n=4)
+    s[:, :, :2] = -torch.inf
+    s.requires_grad_()
+    v.requires_grad_()
+    softmax_scan(s, v, chunk_size=3)[0].sum().backward()
+    assert torch.isfinite(s.grad).all()
+    assert torch.isfinite(v.grad).all()
+    assert s.grad[:, :, 3].abs().max() > 0
+
+
+def test_equal_scores_share_the_gradient_evenly():
+    """A gradient through the maximum itself would fall on the ties."""
+    s = torch.zeros(1, 1, 4, 1, dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64).view(1, 1, 4, 1)
+    softmax_scan(s, v)[0][:, :, -1].sum().backward()
+    torch.testing.assert_close(s.grad.flatten(), (v.flatten() - 3.0) / 4)
+
+
+def test_the_globally_shifted_scan_is_equal_at_moderate_scores_and_loses_early_prefixes_at_extreme_ones():
+    s, v = sample()
+    output, carry = softmax_scan_shifted(s[:, :, :9], v[:, :, :9])
+    rest, last = softmax_scan_shifted(s[:, :, 9:], v[:, :, 9:], state=carry)
+    expected, scanned = softmax_scan(s, v)
+    torch.testing.assert_close(torch.cat([output, rest], 2), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(last, scanned, rtol=1e-12, atol=1e-13)
+    s[:, :, -1] = 2000.0
+    assert (softmax_scan_shifted(s, v)[0][:, :, 0] == 0).all()
+    assert (softmax_scan(s, v)[0][:, :, 0] - expected[:, :, 0]).abs().max() < 1e-15
+
+
+def test_running_normalizer_is_the_running_log_sum_exp_in_parts():
+    s = 400 * torch.randn(2, 3, 19, dtype=torch.float64)
+    empty = torch.full((2, 3), -torch.inf, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    m, u = running_normalizer(s[:, :, :8], *empty, chunk_size=3)
+    rest = running_normalizer(s[:, :, 8:], m[..., -1], u[..., -1], chunk_size=4)
+    found = torch.cat([m + u.log(), rest[0] + rest[1].log()], 2)
+    torch.testing.assert_close(found, s.logcumsumexp(-1), rtol=1e-13, atol=0)
+    assert running_normalizer(s[:, :, :0], *empty)[0].shape == (2, 3, 0)
+
+
+def test_bfloat16_scans_in_float32():
+    s, v = sample(dtype=torch.bfloat16)
+    output, carry = softmax_scan(s, v)
+    assert output.dtype == torch.bfloat16
+    assert {x.dtype for x in carry} == {torch.float32}
+    expected = prefixes(s.double(), v.double())
+    assert (output.double() - expected).abs().max() <= 4e-3 * expected.abs().max()
+
+
+def test_no_tokens_give_no_output_and_keep_the_carry():
+    s, v = sample(n=0)
+    output, carry = softmax_scan(s, v)
+    assert output.shape == (2, 2, 0, 3, 5)
+    torch.testing.assert_close(carry, empty_carry(s, v))
+    assert softmax_scan(s, v, mix=s)[0].shape == (2, 2, 0, 5)
+
+
+def test_a_chunk_of_no_tokens_is_refused():
+    with pytest.raises(Unsupported, match="chunk_size=0"):
+        softmax_scan(*sample(), chunk_size=0)
