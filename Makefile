@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test lint docs clean
+.PHONY: compare test docs matrix clean
 
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
 	$(BIN)/regard compare --budget 7m --output runs/compare
@@ -15,9 +15,12 @@ test: $(VENV)/.dev  ## Lint, check types and import order, and run the tests (un
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 
-docs: $(VENV)/.docs  ## Build the documentation into docs/site
+docs: $(VENV)/.docs  ## Build the documentation into build/site
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict
+
+matrix: $(VENV)/.dev  ## Measure the verified matrix and the parity table of the documentation into docs/data
+	$(BIN)/python docs/measure.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +38,4 @@ $(VENV)/.docs: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/site *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -540,7 +540,7 @@ class Mechanism:
 
     def options(self, **options: Any) -> Any:
         """The mechanism's `Config` from options; unknown names and bad values raise Unsupported."""
-        names = list(self.config.__dataclass_fields__)
+        names = list(self.config.__dataclass_fields__)  # type: ignore[attr-defined]
         for name in options:
             if name not in names:
                 raise Unsupported(

@@ -65,8 +65,8 @@ from regard.contract import (
     one_of,
 )
 from regard.engines import recurrent_forms
+from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
-from regard.mechanisms.linear import FEATURE_MAPS
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -21,7 +21,6 @@ Noncausal patterns sum over all keys; in cross patterns the order of the memory 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,21 +41,11 @@ from regard.contract import (
     one_of,
 )
 from regard.engines import recurrent_forms
+from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.recurrent_forms import MatrixState
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-    "exp": torch.exp,
-    "silu": F.silu,
-    "identity": lambda x: x,
-}
-NONNEGATIVE = ("elu", "relu", "relu_squared", "sigmoid", "exp")
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,8 @@ def reference(
         b = b + head_bias[:, None, None]
     weights = ACTIVATIONS[config.activation](math.exp(config.log_temperature) * scores + b)
     weights = torch.where(visible, weights, 0)
-    weights = weights / {"none": 1, "seq": counts, "sqrt": counts.sqrt()}[config.norm]
+    if config.norm != "none":
+        weights = weights / (counts if config.norm == "seq" else counts.sqrt())
     return weights @ v.repeat_interleave(groups, 1)
 
 

@@ -235,9 +235,8 @@ class TokenParameter(nn.Module):
             token_mask: parameter tokens that each token may use, (t,) or (..., t).
             rows: numbers of the parameter tokens that the call uses; all when None. `token_mask` then refers to them.
         """
-        keys, values = self.key_tokens, self.value_tokens
-        if rows is not None:
-            keys, values = keys[rows], values[rows]
+        keys = self.key_tokens if rows is None else self.key_tokens[rows]
+        values = self.value_tokens if rows is None else self.value_tokens[rows]
         return attend_to_parameters(x, keys, values, self.config, tau=self.tau, token_mask=token_mask)
 
     def extra_repr(self) -> str:

@@ -105,8 +105,8 @@ class Insertion:
         whole = ids.new_zeros((rows, total + 1)).scatter(1, whole_rank, ids)[:, :total]
         prepared, roles = self.prepare(whole)
         roles = roles.expand_as(prepared)
-        prepared = torch.where(roles == Role.TOKEN, prepared, self.vocab_size - 1 + roles)
-        places = (roles == Role.TOKEN).nonzero()[:, 1].view(rows, total)
+        prepared = torch.where(roles == int(Role.TOKEN), prepared, self.vocab_size - 1 + roles)
+        places = (roles == int(Role.TOKEN)).nonzero()[:, 1].view(rows, total)
         # Reading r tokens of a row reads its prepared tokens before borders[r].
         borders = F.pad(places[:, 1:], (1, 0))
         borders = F.pad(borders, (0, 1), value=prepared.shape[1])
@@ -119,7 +119,7 @@ class Insertion:
         return Inserted(
             ids=torch.where(inside, prepared.gather(1, index), 0),
             context=context.replace(
-                mask=Mask(lengths=lengths), roles=torch.where(inside, roles.gather(1, index), Role.TOKEN)
+                mask=Mask(lengths=lengths), roles=torch.where(inside, roles.gather(1, index), int(Role.TOKEN))
             ),
             places=kept_places,
         )

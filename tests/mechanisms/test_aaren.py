@@ -21,9 +21,7 @@ PATTERNS = ["noncausal-self", "causal-self", "noncausal-cross", "causal-cross"]
 
 
 def sample(n=19, *, batch=2, heads=2, d=4, v=3, dtype=torch.float64):
-    return tuple(
-        torch.randn(*s, dtype=dtype) for s in ((heads, d), (batch, heads, n, d), (batch, heads, n, v))
-    )
+    return tuple(torch.randn(*s, dtype=dtype) for s in ((heads, d), (batch, heads, n, d), (batch, heads, n, v)))
 
 
 def load(name):
@@ -147,14 +145,14 @@ def test_values_of_slots_are_not_read():
 def test_forgetting_multiplies_earlier_weights_at_each_token(pattern):
     q, k, v = sample()
     n = 19 if "self" in pattern else 1
-    age = torch.arange(19)[:, None] - torch.arange(19)[None, :] if pattern == "causal-self" else 18 - torch.arange(19)
+    age = 18.0 - torch.arange(19, dtype=torch.float64)
+    if pattern == "causal-self":
+        age = torch.arange(19.0, dtype=torch.float64)[:, None] - torch.arange(19)
     scores = torch.einsum("hd,bhmd->bhm", q, k)[:, :, None] / 2 + age * np.log(0.8)
     if pattern == "causal-self":
         scores = scores.masked_fill(age < 0, -torch.inf)
     expected = (scores.softmax(-1) @ v).expand(-1, -1, n, -1)
-    torch.testing.assert_close(
-        aaren_attention(q, k, v, pattern=pattern, forget=0.8), expected, rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(aaren_attention(q, k, v, pattern=pattern, forget=0.8), expected, rtol=0, atol=1e-13)
 
 
 def test_padding_does_not_forget():
@@ -178,7 +176,10 @@ def test_the_globally_shifted_scan_equals_the_exact_one_at_moderate_scores():
     q, k, v = sample()
     mask = Mask(lengths=torch.tensor([19, 5]))
     torch.testing.assert_close(
-        aaren_attention(q, k, v, mask=mask, scan="global_shift"), aaren_attention(q, k, v, mask=mask), rtol=0, atol=1e-13
+        aaren_attention(q, k, v, mask=mask, scan="global_shift"),
+        aaren_attention(q, k, v, mask=mask),
+        rtol=0,
+        atol=1e-13,
     )
 
 
@@ -242,30 +243,38 @@ def test_decoding_a_layer_token_by_token_equals_the_whole():
         torch.testing.assert_close(output, expected[:, t], rtol=0, atol=1e-13)
 
 
+def recall_accuracy(name, steps=80, pairs=4, symbols=8):
+    """Share of right answers after training to give the value that was paired with the key asked for."""
+    keys, values = torch.nn.Embedding(symbols, 32), torch.nn.Embedding(symbols, 32)
+    layer, head = create_layer(name, 32, 2), torch.nn.Linear(32, symbols)
+    parameters = [p for m in (keys, values, layer, head) for p in m.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for step in range(steps + 1):
+        batch = 64 if step < steps else 512
+        key, value = (torch.rand(batch, symbols).argsort(-1)[:, :pairs] for _ in range(2))
+        asked = torch.randint(pairs, (batch, 1))
+        x = torch.cat([keys(key) + values(value), keys(key.gather(1, asked))], 1)
+        logits, answer = head(layer(x).output[:, -1]), value.gather(1, asked)[:, 0]
+        optimizer.zero_grad()
+        F.cross_entropy(logits, answer).backward()
+        optimizer.step()
+    return float((logits.argmax(-1) == answer).float().mean())
+
+
+@pytest.fixture
+def _one_thread():
+    """Tensors this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_associative_recall_is_out_of_reach():
-    """Which of two earlier values is wanted stands only in the last token, which the query cannot see.
-
-    For each pair of sequences that differ in the question alone, the prefix before it gives the same state; so what the
-    last output says about the stored values is the same, up to the weight of the last token itself.
-    """
-    layer, softmax = create_layer("aaren", 8, 2).double(), create_layer("softmax", 8, 2).double()
-    x = torch.randn(1, 6, 8, dtype=torch.float64)
-    other = x.clone()
-    other[:, -1] = torch.randn(8, dtype=torch.float64)
-    probe = torch.zeros_like(x)
-    probe[:, 1] = 1.0
-
-    def relative_response(layer, x):
-        """How much of the answer comes from token 1, as a share of all earlier tokens."""
-        x = x.clone().requires_grad_()
-        heads = {}
-        layer.value.register_forward_hook(lambda m, i, o: heads.setdefault("v", o.retain_grad() or o))
-        layer(x).output[:, -1].sum().backward()
-        return heads["v"].grad[0, :5, 0] / heads["v"].grad[0, 0, 0]
-
-    torch.testing.assert_close(relative_response(layer, x), relative_response(layer, other), rtol=1e-10, atol=0)
-    first, second = relative_response(softmax, x), relative_response(softmax, other)
-    assert (first - second).abs().max() > 1e-3
+    """The price of a query that cannot see the token: it guesses among the four values it has seen."""
+    assert recall_accuracy("softmax") > 0.9  # observed 1.00
+    assert recall_accuracy("aaren") < 0.4  # observed 0.25
 
 
 @pytest.mark.parametrize("name", ["aaren_prefix", "aaren_large_scores", "aaren_right_padded"])

@@ -88,6 +88,18 @@ def test_a_reach_of_the_whole_sequence_takes_the_same_kernel_as_softmax(options)
     assert torch.equal(run(tensors, options=options), apply(get_mechanism("softmax"), tensors).output)
 
 
+@pytest.mark.parametrize("m", [201, 203, 140])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_uneven_calls_equal_masked_dense_attention(options, m):
+    """The last query is aligned with the last key, wherever that puts the first query in its block."""
+    n = 150
+    tensors = inputs(n, m)
+    seen = allowed(options, "causal-self", max(n, m))[m - n :, :m] if m >= n else allowed(options, "causal-self", m)
+    seen = torch.cat([torch.zeros(max(n - m, 0), m, dtype=torch.bool), seen])
+    expected = (tensors["q"] @ tensors["k"].mT / 2).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    close(run(tensors, options=options), expected @ tensors["v"])
+
+
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
 def test_blocks_without_lookback_are_independent(pattern):
     options = {"form": "block", "block": 5, "lookback": 0}

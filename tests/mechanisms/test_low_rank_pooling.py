@@ -80,8 +80,8 @@ def test_equals_the_known_implementation(name):
         for row in range(len(valid)):
             spread[row][:, valid[row]] = weights[row][:, : int(valid[row].sum())]
         weights = spread
-    torch.testing.assert_close(weights, data["attn"], rtol=0, atol=1e-10)  # observed 5e-16
-    torch.testing.assert_close(result.output, data["pooled"], rtol=0, atol=1e-10)  # observed 8e-16
+    torch.testing.assert_close(weights, data["attn"], rtol=0, atol=1e-10)  # observed 6e-17
+    torch.testing.assert_close(result.output, data["pooled"], rtol=0, atol=1e-10)  # observed 2e-16
     if valid is None:
         torch.testing.assert_close(data["scores"].softmax(-1), weights, rtol=0, atol=1e-10)
     if "out" in data:

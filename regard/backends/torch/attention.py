@@ -168,8 +168,8 @@ def run(
         pieces.append((output, weights, lse))
     return (
         torch.cat([p[0] for p in pieces], 2),
-        torch.cat([p[1] for p in pieces], 2) if want_weights else None,
-        torch.cat([p[2] for p in pieces], 2) if want_lse else None,
+        torch.cat([p[1] for p in pieces if p[1] is not None], 2) if want_weights else None,
+        torch.cat([p[2] for p in pieces if p[2] is not None], 2) if want_lse else None,
     )
 
 
