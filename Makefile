@@ -17,7 +17,7 @@ test: $(VENV)/.dev  ## Lint, check types and import order, and run the tests (un
 
 docs: $(VENV)/.docs  ## Build the documentation into build/site
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 matrix: $(VENV)/.dev  ## Measure the verified matrix and the parity table of the documentation into docs/data
 	$(BIN)/python docs/measure.py

@@ -79,8 +79,9 @@ def docstring_to_markdown(text: str) -> str:
     """A module docstring as Markdown: equations are code, tables stay, roles lose their markup."""
     lines = []
     for line in inspect.cleandoc(text).splitlines():
+        if not line.startswith("    "):
+            line = _without_roles(line)
         if not line.startswith(("    ", "|")):
-            line = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", line)
             line = re.sub(r"^(When to pick it|When not|Definition|Layout|Patterns|Deviations)(?=[ :])", r"**\1**", line)
             if line.startswith("**") and lines and lines[-1] and not lines[-1].startswith(("    ", "|")):
                 lines.append("")
@@ -88,6 +89,10 @@ def docstring_to_markdown(text: str) -> str:
             lines.append("")
         lines.append(line)
     return "\n".join(lines)
+
+
+def _without_roles(text: str) -> str:
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
 
 
 def function_snippet(card: Mechanism) -> str:
@@ -216,7 +221,7 @@ def attributes_of(docstring: str) -> dict[str, str]:
             found |= dict.fromkeys(names, entry[2])
         elif inside and line.strip():
             found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return {name: text.replace("``", "`") for name, text in found.items()}
+    return {name: _without_roles(text.replace("``", "`")) for name, text in found.items()}
 
 
 def _cost(card: Mechanism) -> str:
@@ -253,7 +258,7 @@ def _number(value: float) -> str:
 
 
 def _facts(card: Mechanism) -> str:
-    weights = {"exact": "exact, with `want={\"weights\"}`", "implicit": "implicit", "none": "none"}[card.weights]
+    weights = {"exact": 'exact, with `want={"weights"}`', "implicit": "implicit", "none": "none"}[card.weights]
     if card.weights == "exact" and "weights" not in card.honours:
         weights = "exact, not returned"
     rows = [
@@ -280,7 +285,9 @@ def _verified(card: Mechanism, cells: Cells) -> str:
         of = [c for c in own if c["property"] == prop.name]
         if of:
             rows.append((f"`{prop.name}`", prop.meaning, *(_worst([c for c in of if c["dtype"] == d]) for d in DTYPES)))
-    waived = [f"- `{c['property']}` in {c['pattern']} ({c['dtype']}): {c['detail']}" for c in own if c["status"] == "waived"]
+    waived = [
+        f"- `{c['property']}` in {c['pattern']} ({c['dtype']}): {c['detail']}" for c in own if c["status"] == "waived"
+    ]
     waivers = "\n\nWaived, with the reason:\n\n" + "\n".join(dict.fromkeys(waived)) if waived else ""
     return f"{said}\n\n" + _table(("property", "", *DTYPES), rows) + waivers
 
@@ -292,7 +299,11 @@ def _worst(cells: Cells) -> str:
         return "**fails**"
     errors = [c["error"] for c in cells if c["error"] is not None]
     mark = " (waived)" if any(c["status"] == "waived" for c in cells) else ""
-    return (f"{max(errors):.1e}".replace("0.0e+00", "0") if errors else "") + mark
+    return (_error(max(errors), 1) if errors else "") + mark
+
+
+def _error(value: float, digits: int) -> str:
+    return f"{value:.{digits}e}" if value else "0"
 
 
 def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
@@ -353,7 +364,7 @@ def _mark(cells: Cells) -> str:
     dtype = next(d for d in DTYPES if any(c["dtype"] == d for c in cells))
     errors = [c["error"] for c in cells if c["error"] is not None and c["dtype"] == dtype]
     waived = any(c["status"] == "waived" for c in cells)
-    return " ".join(filter(None, [f"{max(errors):.0e}".replace("0e+00", "0") if errors else "", "w" if waived else ""]))
+    return " ".join(filter(None, [_error(max(errors), 0) if errors else "", "w" if waived else ""]))
 
 
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
@@ -363,7 +374,8 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
         "Inputs and outputs (and gradients, where recorded) of other implementations were stored once; the tests run "
         "this project's code on the same inputs. Only numbers are stored, none of the code. The error is the largest "
         "difference that a test of the recording sees, as a fraction of the largest expected value"
-        + (f", measured with {measured['measured']}." if measured else "; not measured in this build (`make matrix`)."),
+        + (f", measured with {measured['measured']}." if measured else "; not measured in this build (`make matrix`).")
+        + " *tested*: a test compares with the recording in a way of its own, within 1e-10 or its stated tolerance.",
     ]
     errors = measured["fixtures"] if measured else {}
     recordings: dict[str, list[dict[str, Any]]] = {}
@@ -375,13 +387,17 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
         rows = []
         for entry in recordings[owner]:
             found = errors.get(entry["file"])
-            shown = "" if not measured else "not tested" if found is None else f"{found['error']:.1e}"
+            shown = "" if not measured else "not tested" if found is None else _parity(found["error"])
             dtypes = sorted({a["dtype"] for a in entry["arrays"].values() if a["dtype"].startswith("float")})
             rows.append(
-                (f"`{entry['file'].removesuffix('.npz')}`", _source(entry), f"`{entry['call']}`", ", ".join(dtypes), shown)
+                (f"`{entry['file'].removesuffix('.npz')}`", _source(entry), entry["call"], ", ".join(dtypes), shown)
             )
         parts += [f"## {owner}", _table(("recording", "code", "call", "dtype", "error"), rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _parity(error: float | None) -> str:
+    return "tested" if error is None else _error(error, 1)
 
 
 def _source(entry: Mapping[str, Any]) -> str:
@@ -400,7 +416,9 @@ def index_page(names: Iterable[str]) -> str:
     cards = [get_mechanism(name) for name in names]
     for kind in Kind:
         rows = [
-            (f"[{c.name}]({c.name}.md)", c.summary, ", ".join(p.value for p in c.patterns)) for c in cards if c.kind is kind
+            (f"[{c.name}]({c.name}.md)", c.summary, ", ".join(p.value for p in c.patterns))
+            for c in cards
+            if c.kind is kind
         ]
         if rows:
             parts += [f"## {kind.value.capitalize()}", _table(("mechanism", "", "patterns"), rows)]

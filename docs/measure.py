@@ -1,8 +1,8 @@
 """Measures what the documentation's two tables show, into docs/data: `make matrix`.
 
-    python docs/measure.py            # both
-    python docs/measure.py matrix     # regard verify --json -> verify.json
-    python docs/measure.py parity     # the parity tests     -> parity.json
+python docs/measure.py            # both
+python docs/measure.py matrix     # regard verify --json -> verify.json
+python docs/measure.py parity     # the parity tests     -> parity.json
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.s
 
 
 class Recorder:
-    """A pytest plugin that keeps, for each recording, the largest error of the comparisons made after it was loaded."""
+    """A pytest plugin that keeps, for each recording, the largest error of the comparisons made after it was loaded.
+
+    It sees comparisons through `COMPARISONS` and torch.testing.assert_close; the error of others stays None.
+    """
 
     def __init__(self) -> None:
         self.fixtures: dict[str, dict[str, Any]] = {}
@@ -44,41 +47,42 @@ class Recorder:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._loaded = None
         module = getattr(item, "module", None)
-        watched = {name: self._watch(getattr(module, name), item) for name in COMPARISONS if hasattr(module, name)}
+        watched = {name: self._watch(getattr(module, name)) for name in COMPARISONS if hasattr(module, name)}
         with contextlib.ExitStack() as patches:
-            patches.enter_context(mock.patch.object(np, "load", self._noting(np.load)))
-            torch_compares = self._watch(torch.testing.assert_close, item)
+            patches.enter_context(mock.patch.object(np, "load", self._noting(np.load, item)))
+            torch_compares = self._watch(torch.testing.assert_close)
             patches.enter_context(mock.patch.object(torch.testing, "assert_close", torch_compares))
             for name, function in watched.items():
                 patches.enter_context(mock.patch.object(module, name, function))
             return (yield)
 
-    def _noting(self, load: Callable[..., Any]) -> Callable[..., Any]:
+    def _noting(self, load: Callable[..., Any], item: pytest.Item) -> Callable[..., Any]:
         def noting(file: Any, *args: Any, **options: Any) -> Any:
             if Path(file).parent == RECORDINGS:
                 self._loaded = Path(file).name
+                tests = self.fixtures.setdefault(self._loaded, {"error": None, "tests": []})["tests"]
+                name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+                if name not in tests:
+                    tests.append(name)
             return load(file, *args, **options)
 
         return noting
 
-    def _watch(self, compare: Callable[..., Any], item: pytest.Item) -> Callable[..., Any]:
+    def _watch(self, compare: Callable[..., Any]) -> Callable[..., Any]:
         def watching(found: Any, expected: Any, *args: Any, **options: Any) -> Any:
             result = compare(found, expected, *args, **options)
             if self._loaded is not None and isinstance(found, Tensor) and isinstance(expected, Tensor):
-                self._note(found.detach().double(), expected.detach().double(), item)
+                self._note(found.detach().double(), expected.detach().double())
             return result
 
         return watching
 
-    def _note(self, found: Tensor, expected: Tensor, item: pytest.Item) -> None:
+    def _note(self, found: Tensor, expected: Tensor) -> None:
         if self._loaded is None or not expected.numel() or not expected.isfinite().all():
             return
         error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
-        entry = self.fixtures.setdefault(self._loaded, {"error": 0.0, "tests": []})
-        entry["error"] = max(entry["error"], error)
-        name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
-        if name not in entry["tests"]:
-            entry["tests"].append(name)
+        entry = self.fixtures[self._loaded]
+        entry["error"] = max(entry["error"] or 0.0, error)
 
 
 def measure_parity() -> None:

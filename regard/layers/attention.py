@@ -234,7 +234,7 @@ class AttentionLayer(nn.Module):
             progress=context.progress,
             teacher=context.teacher,
             want=context.want - {"state"},
-            **self._position_functions(context),
+            **self._position_functions(context, state),
         )
         y = result.output
         if self.merge is not None:
@@ -340,7 +340,7 @@ class AttentionLayer(nn.Module):
         where = {"q": queries, "k": keys}
         return {n: self.positions.rotate(t, where[n]) if n in where else t for n, t in heads.items()}
 
-    def _position_functions(self, context: Context) -> dict[str, Any]:
+    def _position_functions(self, context: Context, state: LayerState | None) -> dict[str, Any]:
         functions: dict[str, Any] = {}
         if self.positions.rotate is not None and self.places_keys:
             if context.positions is not None:
@@ -354,7 +354,9 @@ class AttentionLayer(nn.Module):
                     f"explicit positions with {self.positions.name}", supported="ranks", nearest="rotary positions"
                 )
             causal, bias = self.pattern is Pattern.CAUSAL_SELF, self.positions.bias
-            functions["position_bias"] = lambda i, j: bias(i, j, causal)
+            # in cross patterns the mechanism's state counts the memory, so what queries came before is told here
+            before = state.length[:, None] if state is not None and self.pattern.cross else 0
+            functions["position_bias"] = lambda i, j: bias(i + before, j, causal)
         return functions
 
     def _inner_mask(self, context: Context, layout: Gathering, keys: Gathering) -> Mask | None:

@@ -144,6 +144,8 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
             f"task {task.name} of pattern {task.pattern}", supported="causal-self and noncausal-self tasks"
         )
     plan: Any = card.name
+    if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
+        plan = [(card.name, {"length": task.length})] * settings.layers  # a constant that follows the training length
     if card.kind is Kind.PROJECTION:
         plan = [("softmax", {"linear": card.name})] * settings.layers
     shared: dict[str, Any] = {

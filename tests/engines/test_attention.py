@@ -203,6 +203,27 @@ def test_a_row_that_sees_nothing_gives_zero_and_finite_gradients(rule, want_lse)
     close(torch.autograd.grad(output[:, :, 2].sum(), q)[0], torch.zeros_like(q))
 
 
+def test_no_kernel_is_given_a_row_that_sees_nothing(monkeypatch):
+    """Some kernels answer such rows with NaN, which no selection afterwards removes from the gradients."""
+    masks = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if attn_mask is not None:
+            masks.append(attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf)
+        return original(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    bias = torch.zeros(1, 1, 9, 9)
+    bias[..., 4, :] = -torch.inf
+    tensors = {x: torch.randn(2, 1, 9, 4) for x in "qkv"}
+    apply(get_mechanism("softmax"), tensors, mask=Mask(bias=bias))
+    lengths = Mask(lengths=torch.tensor([0, 9]))
+    apply(get_mechanism("softmax"), tensors, pattern="noncausal-self", mask=lengths)
+    apply(get_mechanism("local"), tensors, pattern="noncausal-self", mask=lengths)
+    assert len(masks) == 3 and all(mask.any(-1).all() for mask in masks)
+
+
 def test_large_hidden_scores_leave_gradients_finite():
     q, k, v = (Problem.normal(1, 1, 5, 2) for _ in range(3))
     k.data[..., 4, :] = 1e6 * q.data[..., 0, :]

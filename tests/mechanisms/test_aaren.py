@@ -305,8 +305,14 @@ def test_equals_the_recorded_scan_of_a_third_party():
 
 @pytest.mark.parametrize(
     "options",
-    [{"forget": 0.0}, {"forget": 1.5}, {"query_tokens": 0}, {"noncausal": "first"}, {"scan": "fast"}]
-    + [{"forget": 0.9, "scan": "global_shift"}],
+    [
+        {"forget": 0.0},
+        {"forget": 1.5},
+        {"forget": 0.9, "scan": "global_shift"},
+        {"query_tokens": 0},
+        {"noncausal": "first"},
+        {"scan": "fast"},
+    ],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(Unsupported):

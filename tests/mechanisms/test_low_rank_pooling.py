@@ -107,6 +107,8 @@ def test_weights_are_distributions_over_valid_tokens():
     weights = pool(inputs, mask=Mask(lengths=torch.tensor([9, 4]))).extras["weights"]
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     assert (weights[1, :, 4:] == 0).all() and (weights[1, :, :4] > 0).all()
+    empty = pool(inputs, mask=Mask(lengths=torch.tensor([9, 0]))).extras["weights"]
+    assert (empty[1] == 0).all() and torch.equal(empty[0], pool(inputs).extras["weights"][0])
     altered = inputs | {"x": torch.where(valid[..., None], inputs["x"], 1e6)}
     for context in ("learned", *POOLED):
         found = pool(altered, context=context, mask=Mask(valid=valid)).output

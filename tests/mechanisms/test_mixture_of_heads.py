@@ -183,6 +183,12 @@ def test_plain_gates_are_products_of_softmaxes():
     close(gates[..., 2:], expected)
 
 
+def test_ties_go_to_the_first_heads():
+    inputs = {"o": torch.randn(1, 64, 3, 2), "routed": torch.zeros(1, 3, 64)}
+    gates = gate(inputs, shared_heads=0, active_heads=20).extras["gates"]
+    assert (gates[..., :20] == 1).all() and (gates[..., 20:] == 0).all()
+
+
 def test_load_balance_is_k_when_even_and_e_when_collapsed():
     inputs = inputs_of(shared_heads=2, active_heads=2) | {"routed": torch.zeros(2, 9, 6, dtype=torch.float64)}
     close(
@@ -300,6 +306,14 @@ def test_equal_query_norms_give_finite_gradients(routed):
     result = gate(inputs | {"routed": leaf}, **options)
     result.output.square().sum().backward()
     assert leaf.grad.isfinite().all() and result.extras["gates"].isfinite().all()
+
+
+def test_padding_gives_query_norms_finite_gradients():
+    layer, x = make_layer(router="query_norm", shared_heads=4), torch.randn(2, 7, 16, dtype=torch.float64)
+    valid = torch.arange(7) < torch.tensor([[7], [3]])
+    result = layer(torch.where(valid[..., None], x, torch.nan), context=Context(mask=Mask(valid=valid)))
+    (result.output.square().sum() + result.losses["load_balance"][0]).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("mechanism", ["gated_linear", "aaren", "local"])

@@ -1,0 +1,211 @@
+"""What README, CONTRIBUTING and the documentation show is true: snippets run, tables agree with the catalogue."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regard import catalogue, get_mechanism, list_mechanisms
+from regard.cli import app, main
+from regard.contract import Pattern
+from regard.workbench.verify import PROPERTIES
+
+ROOT = Path(__file__).parents[2]
+GENERATED = {"matrix.md", "parity.md"}
+DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
+SHORT = {"NS": "noncausal-self", "CS": "causal-self", "NC": "noncausal-cross", "CC": "causal-cross"}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load("generate")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+SNIPPETS = [
+    pytest.param(code, id=f"{path.stem}-{i}")
+    for path in DOCUMENTS
+    for i, code in enumerate(blocks(path.read_text(), "python"))
+]
+COMMANDS = [
+    pytest.param(line.split("#")[0].strip(), id=f"{path.stem}-{i}")
+    for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+    for i, line in enumerate("\n".join(blocks(path.read_text(), "sh")).splitlines())
+    if line.startswith("regard ")
+]
+
+
+def execute(code, folder):
+    file = folder / "snippet.py"
+    file.write_text(code)
+    runpy.run_path(str(file))
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_snippet_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    execute(code, tmp_path)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_exists_with_these_options(line):
+    import typer
+
+    words = shlex.split(line.split(">")[0])
+    command = typer.main.get_command(app).commands[words[1]]
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    asked = [word for word in words[2:] if word.startswith("--")]
+    assert set(asked) <= options
+    for i, word in enumerate(words):
+        if word == "--mechanisms" and words[i + 1] != "all":
+            known = {*list_mechanisms(), "mine", "uniform"}
+            assert set(words[i + 1].split(",")) <= known
+
+
+def test_the_readme_lists_the_catalogue():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\w+) \| ([A-Z ]+) \| .* \| \[([\d.]+)\]", (ROOT / "README.md").read_text(), re.M
+    )
+    assert [row[0] for row in rows] == list_mechanisms()
+    for name, kind, patterns, arxiv in rows:
+        card = get_mechanism(name)
+        assert kind == card.kind
+        assert {SHORT[p] for p in patterns.split()} == set(card.patterns)
+        assert arxiv == card.paper.arxiv
+
+
+@pytest.mark.parametrize(
+    "path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"], ids=lambda p: p.name
+)
+def test_links_to_files_lead_somewhere(path):
+    made = {"mechanisms/index.md", *GENERATED}
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+        assert target in made or (path.parent / target).exists(), target
+
+
+@pytest.fixture
+def minimal(tmp_path, monkeypatch):
+    """The complete mechanism that CONTRIBUTING shows, as a plugin."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")
+    (tmp_path / "uniform.py").write_text(code)
+    yield tmp_path / "uniform.py"
+    catalogue.unregister("uniform")
+
+
+def test_the_minimal_mechanism_verifies(minimal, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["regard", "verify", "--plugin", str(minimal), "--json"])
+    with contextlib.suppress(SystemExit):
+        main()
+    found = json.loads(capsys.readouterr().out)
+    assert [c for c in found["cells"] if c["status"] != "pass"] == []
+    assert {c["pattern"] for c in found["cells"]} == {"noncausal-self", "causal-self"}
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_a_mechanisms_page_is_complete_and_its_snippets_run(name, tmp_path):
+    card = get_mechanism(name)
+    page = generate.mechanism_page(card, [])
+    for code in blocks(page, "python"):
+        execute(code, tmp_path)
+    assert f"arxiv.org/abs/{card.paper.arxiv}" in page
+    assert "| paper | here |" in page
+    for pattern in Pattern:
+        assert pattern.value in page
+    for reason in card.refused.values():
+        assert reason.replace("|", "\\|") in page
+    for line in page.splitlines():
+        assert not re.search(r":(class|func|mod|data|meth):`", line)
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_every_option_has_its_meaning(name):
+    config = get_mechanism(name).config
+    meanings = generate.attributes_of(inspect.getdoc(config))
+    assert set(config.__dataclass_fields__) <= set(meanings)
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_tables_have_equally_many_cells_in_each_row(name):
+    width = None
+    for line in generate.mechanism_page(get_mechanism(name), []).splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        bare = re.sub(r"`[^`]*`", "", line).replace("\\|", "")
+        cells = bare.count("|")
+        width = width or cells
+        assert cells == width, line
+
+
+CELL = {"mechanism": "softmax", "pattern": "causal-self", "property": "step", "dtype": "float64", "backend": "torch"}
+
+
+def test_the_matrix_shows_errors_failures_and_waivers():
+    cells = [
+        CELL | {"status": "pass", "error": 2e-16, "tolerance": 1e-12, "detail": ""},
+        CELL | {"property": "packing", "status": "fail", "error": 1.0, "tolerance": 1e-12, "detail": "error 1"},
+        CELL | {"property": "causality", "status": "waived", "error": None, "tolerance": 1e-12, "detail": "the reason"},
+    ]
+    page = generate.matrix_page({"measured": "this", "cells": cells}, ["linear", "softmax"])
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert "2e-16" in page
+    assert all(prop.name in rows and prop.meaning in page for prop in PROPERTIES)
+    assert "| softmax](mechanisms" not in page
+    assert "[softmax](mechanisms/softmax.md) | 3 | 1 | 1 |" in page
+    assert "[linear]" not in page
+    assert "the reason" in page
+    assert "**fails**" in page
+    own = generate.mechanism_page(get_mechanism("softmax"), cells)
+    assert "1 fail" in own
+    assert "2.0e-16" in own
+    assert "the reason" in own
+
+
+def test_the_parity_page_names_every_recording_with_its_error():
+    sources = json.loads(generate.SOURCES.read_text())
+    first = sources["fixtures"][0]["file"]
+    measured = {"measured": "this", "fixtures": {first: {"error": 3e-16, "tests": ["a"]}}}
+    page = generate.parity_page(sources, measured, list_mechanisms())
+    for entry in sources["fixtures"]:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{entry['file'].removesuffix('.npz')}` |")]
+        assert ("3.0e-16" in row) == (entry["file"] == first)
+        assert entry["repository"] in row
+    assert "## other" not in page
+
+
+def test_measured_errors_are_those_of_comparisons_with_a_recording():
+    measure = load("measure")
+    recorder = measure.Recorder()
+    item = pytest.Item.__new__(pytest.Function)
+    item.path, item.name, item.originalname = Path("test_x.py"), "test_a[1]", "test_a"
+    compare = recorder._watch(torch.testing.assert_close)
+    one = torch.ones(3)
+    compare(one, one)
+    assert recorder.fixtures == {}
+    name = json.loads(generate.SOURCES.read_text())["fixtures"][0]["file"]
+    recorder._noting(np.load, item)(measure.RECORDINGS / name).close()
+    assert recorder.fixtures[name] == {"error": None, "tests": ["test_x.py::test_a"]}
+    compare(2 * one + 1e-6, 2 * one)
+    with pytest.raises(AssertionError):
+        compare(one, 2 * one)
+    assert 1e-7 < recorder.fixtures[name]["error"] < 1e-6

@@ -1,0 +1,180 @@
+"""The shell of attention mechanisms: its options, the four patterns, caches and refusals."""
+
+import itertools
+
+import pytest
+import torch
+
+from regard import Context, Mask, Unsupported, create_layer
+from regard.contract import Pattern
+
+DIM = 24
+
+
+def double(name, pattern=Pattern.CAUSAL_SELF, heads=4, **options):
+    layer = create_layer(name, DIM, heads, pattern=pattern, **options).double().eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer
+
+
+def x(n=11, batch=2, dim=DIM):
+    return torch.randn(batch, n, dim, dtype=torch.float64)
+
+
+OPTIONS = [
+    {},
+    {"head_dim": 5},
+    {"head_dim": 6, "value_dim": 3},
+    {"num_kv_heads": 2},
+    {"num_kv_heads": 1, "positions": "rotary"},
+    {"positions": "rotary", "position_options": {"fraction": 0.5, "base": 100.0}},
+    {"positions": "alibi"},
+    {"positions": "relative"},
+    {"positions": "sinusoidal"},
+    {"positions": "learned", "max_length": 11},
+    {"output_gate": "swish", "output_norm": "rms"},
+    {"output_gate": "sigmoid", "query_key_norm": "layer"},
+    {"short_convolution": 3, "bias": True},
+    {"short_convolution": 4, "positions": "rotary", "num_kv_heads": 2, "output_norm": "layer"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_prefill_then_steps_equals_whole_under_every_option(options):
+    layer = double("softmax", **options)
+    sequence = x()
+    expected = layer(sequence).output
+    result = layer(sequence[:, :5], context=Context(want=frozenset({"state"})))
+    outputs, state = [result.output], result.state
+    for t in range(5, 11):
+        output, state = layer.step(sequence[:, t], state)
+        outputs.append(output[:, None])
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_padding_anywhere_equals_none_under_every_option(options):
+    layer = double("softmax", **options)
+    valid = torch.stack([torch.rand(11).argsort() < 7, torch.rand(11).argsort() < 4])
+    sequence = x().masked_fill(~valid[..., None], float("nan"))
+    output = layer(sequence, context=Context(mask=Mask(valid=valid))).output
+    for row in range(2):
+        alone = layer(sequence[row : row + 1, valid[row]]).output
+        torch.testing.assert_close(output[row : row + 1, valid[row]], alone, rtol=0, atol=1e-12)
+    assert (output[~valid] == 0).all()
+
+
+CROSS = [o for o in OPTIONS if "max_length" not in o]
+
+
+@pytest.mark.parametrize(("pattern", "options"), [*itertools.product(["noncausal-cross", "causal-cross"], CROSS)], ids=str)
+def test_memory_absorbed_once_then_steps_equals_whole(pattern, options):
+    layer = double("softmax", pattern, memory_dim=10, **options)
+    sequence, memory = x(), x(7, dim=10)
+    memory_mask = Mask(valid=torch.tensor([[True] * 7, [False, True, True, False, True, True, False]]))
+    expected = layer(sequence, memory, context=Context(memory_mask=memory_mask)).output
+    state = layer.encode_memory(memory, context=Context(memory_mask=memory_mask))
+    outputs = []
+    for t in range(11):
+        output, state = layer.step(sequence[:, t], state)
+        outputs.append(output)
+    torch.testing.assert_close(torch.stack(outputs, 1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear", "gated_linear", "delta_rule"])
+def test_memory_may_stream_in_pieces(name):
+    layer = double(name, "causal-cross", short_convolution=0)
+    sequence, memory = x(), x(9)
+    state = layer.encode_memory(memory[:, :4])
+    state = layer.encode_memory(memory[:, 4:], state=state)
+    torch.testing.assert_close(layer(sequence, state=state).output, layer(sequence, memory).output, rtol=0, atol=1e-12)
+
+
+def test_a_bias_reaches_the_scores_wherever_the_padding_is():
+    layer = double("softmax", "noncausal-self")
+    bias = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    bias[..., 2] = -torch.inf
+    sequence = x(6)
+    expected = layer(sequence, context=Context(mask=Mask(bias=bias))).output
+    valid = torch.tensor([[False, True, True, False, True, True, True, True]])
+    padded = torch.full((2, 8, DIM), float("nan"), dtype=torch.float64)
+    padded[:, valid[0]] = sequence
+    wide = torch.zeros(1, 4, 8, 8, dtype=torch.float64)
+    places = valid[0].nonzero()[:, 0]
+    wide[..., places[:, None], places] = bias
+    found = layer(padded, context=Context(mask=Mask(valid=valid.expand(2, -1), bias=wide))).output
+    torch.testing.assert_close(found[:, valid[0]], expected, rtol=0, atol=1e-12)
+
+
+def test_explicit_positions_shift_rotary_scores_only_by_differences():
+    layer = double("softmax", positions="rotary")
+    sequence = x()
+    where = torch.arange(11)[None].expand(2, -1)
+    moved = layer(sequence, context=Context(positions=where + 100)).output
+    torch.testing.assert_close(moved, layer(sequence).output, rtol=0, atol=1e-10)
+    stretched = layer(sequence, context=Context(positions=3 * where)).output
+    assert (stretched - layer(sequence).output).abs().max() > 1e-3
+
+
+def test_dropout_acts_in_training_only_and_follows_the_generator():
+    for name in ("softmax", "linear"):
+        layer = double(name, dropout=0.5)
+        sequence = x()
+        still = layer(sequence).output
+        torch.testing.assert_close(layer(sequence).output, still)
+        layer.train()
+        torch.manual_seed(0)
+        first = layer(sequence).output
+        assert (first - still).abs().max() > 1e-3
+        torch.manual_seed(0)
+        torch.testing.assert_close(layer(sequence).output, first)
+
+
+def test_weights_are_returned_where_they_are_exact():
+    layer = double("softmax")
+    result = layer(x(), context=Context(want=frozenset({"weights"})))
+    torch.testing.assert_close(result.extras["weights"].sum(-1), torch.ones(2, 4, 11, dtype=torch.float64))
+    with pytest.raises(Unsupported, match="weights"):
+        double("linear")(x(), context=Context(want=frozenset({"weights"})))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"heads": 5}, "head_dim"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"positions": "rotery"}, "rotery"),
+        ({"output_gate": "swich"}, "swich"),
+        ({"memory_dim": 8}, "memory_dim"),
+        ({"nosuch": 1}, "nosuch"),
+        ({"query_key_norm": "rmss"}, "rmss"),
+        ({"linear": "dens"}, "dens"),
+    ],
+)
+def test_bad_options_are_refused_with_what_is_accepted(arguments, words):
+    with pytest.raises(Unsupported, match=words) as caught:
+        double("softmax", **arguments)
+    assert caught.value.supported
+
+
+def test_positions_that_a_mechanism_cannot_take_are_refused():
+    with pytest.raises(Unsupported, match="alibi"):
+        double("linear", positions="alibi")
+
+
+def test_calls_that_make_no_sense_are_refused():
+    cross, own = double("softmax", "causal-cross"), double("softmax")
+    with pytest.raises(Unsupported, match="without memory"):
+        cross(x())
+    with pytest.raises(Unsupported, match="memory in causal-self"):
+        own(x(), x())
+    with pytest.raises(Unsupported, match="encode_memory"):
+        own.encode_memory(x())
+    state = cross.encode_memory(x())
+    with pytest.raises(Unsupported, match="beside a state"):
+        cross(x(), x(), state=state)
+    with pytest.raises(Unsupported, match="explicit positions"):
+        double("softmax", positions="alibi")(x(), context=Context(positions=torch.zeros(2, 11, dtype=torch.long)))
