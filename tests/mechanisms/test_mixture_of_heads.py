@@ -330,6 +330,18 @@ def test_any_attention_mechanism_can_be_wrapped(mechanism):
     close(torch.cat(outputs, 1), expected.output)
 
 
+def test_the_wrapped_mechanisms_own_merge_comes_first():
+    options = {"noncausal": "bidirectional"}
+    plain = regard.create_layer("aaren", 16, 8, pattern="noncausal-self", **options).double()
+    layer = make_layer(
+        mechanism="aaren", mechanism_options=options, pattern="noncausal-self", gates="binary", shared_heads=8
+    )
+    renamed = {k.replace("merge.", "merge.inner."): v for k, v in plain.state_dict().items()}
+    layer.attention.load_state_dict(renamed)
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    close(layer(x).output, plain(x).output)
+
+
 def test_noise_is_drawn_in_training_only_from_the_generator():
     layer, x = make_layer(noise=5.0), torch.randn(2, 30, 16, dtype=torch.float64)
 
