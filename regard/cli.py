@@ -373,8 +373,8 @@ def compare(
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
     """
     from regard.workbench.budget import Budget
-    from regard.workbench.compare import CompareSettings
     from regard.workbench.compare import compare as run
+    from regard.workbench.settings import CompareSettings
     from regard.workbench.summary_table import terminal_table
 
     modules = _load(plugin)

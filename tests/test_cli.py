@@ -184,7 +184,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_ends_with_two_and_one_clear_line(capsys, tmp_path, monkeypatch, case):
-    monkeypatch.setattr("regard.workbench.compare.CALIBRATION_SECONDS", 1.0)
+    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
     arguments, words = bad_inputs(tmp_path)[case]
     code, _, err = run(capsys, *arguments)
     assert code == 2, err

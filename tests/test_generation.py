@@ -9,9 +9,7 @@ from regard.models import LanguageModel, LanguageModelConfig
 from regard.tasks import create_task
 from regard.training import TrainConfig, train
 
-CAUSAL = [
-    n for n in list_mechanisms(pattern=Pattern.CAUSAL_SELF) if get_mechanism(n).kind is not Kind.PROJECTION
-]
+CAUSAL = [n for n in list_mechanisms(pattern=Pattern.CAUSAL_SELF) if get_mechanism(n).kind is not Kind.PROJECTION]
 PLANS = {name: [name] * 2 for name in CAUSAL}
 PLANS |= {
     "token_parameter projections": [("softmax", {"linear": "token_parameter"})] * 2,

@@ -397,7 +397,7 @@ class DepthwiseConvolution(nn.Module):
         n = x.shape[1]
         roles = context.roles
         if roles is not None:
-            roles = gathering(context.mask, *roles.shape, roles.device).gather(roles, axis=1)
+            roles = gathering(context.mask, roles.shape[0], roles.shape[1], roles.device).gather(roles, axis=1)
         tokens = _tokens(None if lengths is None else valid_from_lengths(lengths, n), roles)
         layout = gathering(None if tokens is None else Mask(valid=tokens), x.shape[0], n, x.device)
         on_grid = layout.gather(source, axis=1)
@@ -430,7 +430,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, "a": 5, **(sizes or {})}
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "q": (batch, widths["h"], n, widths["d"]),
         "k": (batch, widths["g"], m, widths["d"]),
         "v": (batch, widths["g"], m, widths["v"]),

@@ -133,11 +133,13 @@ def test_gradients_are_finite_where_nothing_was_seen():
     assert s.grad[:, :, 3].abs().max() > 0
 
 
-def test_equal_scores_share_the_gradient_evenly():
-    """A gradient through the maximum itself would fall on the ties."""
+def test_the_maximum_is_held_constant_and_equal_scores_share_the_gradient_evenly():
     s = torch.zeros(1, 1, 4, 1, dtype=torch.float64, requires_grad=True)
     v = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64).view(1, 1, 4, 1)
-    softmax_scan(s, v)[0][:, :, -1].sum().backward()
+    output, carry = softmax_scan(s, v)
+    assert not carry.m.requires_grad
+    assert not absorb(s, v).m.requires_grad
+    output[:, :, -1].sum().backward()
     torch.testing.assert_close(s.grad.flatten(), (v.flatten() - 3.0) / 4)
 
 

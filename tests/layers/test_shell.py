@@ -69,7 +69,9 @@ def test_padding_anywhere_equals_none_under_every_option(options):
 CROSS = [o for o in OPTIONS if "max_length" not in o]
 
 
-@pytest.mark.parametrize(("pattern", "options"), [*itertools.product(["noncausal-cross", "causal-cross"], CROSS)], ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "options"), [*itertools.product(["noncausal-cross", "causal-cross"], CROSS)], ids=str
+)
 def test_memory_absorbed_once_then_steps_equals_whole(pattern, options):
     layer = double("softmax", pattern, memory_dim=10, **options)
     sequence, memory = x(), x(7, dim=10)

@@ -212,7 +212,7 @@ def test_float32_stays_accurate_over_long_sequences():
     q, k, v = sample(2000, batch=1, d=8, v=8)
     expected = flow_attention(q, k, v)
     found = flow_attention(q.float(), k.float(), v.float())
-    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()  # observed 1e-7
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()  # observed 1.4e-7
 
 
 def test_the_state_has_a_matrix_and_four_vectors_and_two_numbers_a_head():
@@ -297,7 +297,7 @@ def test_function_equals_the_official_code(name):
     bound = float(a["clamp"])
     found = flow_attention(a["q"], a["k"], a["v"], pattern=RECORDED[name], clamp=(-bound, bound))
     error = (found.transpose(1, 2).flatten(2) - a["core_out"]).abs().max()
-    assert error < 1e-10 * a["core_out"].abs().max()  # observed 2e-15
+    assert error < 1e-10 * a["core_out"].abs().max()  # observed 6.3e-16
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -307,8 +307,8 @@ def test_layer_and_gradients_equal_the_official_code(name):
     x = a["x"].requires_grad_()
     memory = a["memory"].requires_grad_() if "memory" in a else None
     found = layer(x, memory).output
-    assert (found - a["out"]).abs().max() < 1e-10  # observed 1e-15
+    assert (found - a["out"]).abs().max() < 1e-10  # observed 5.3e-15
     (found * a["grad_out"]).sum().backward()
-    assert (x.grad - a["grad_x"]).abs().max() < 1e-10  # observed 1e-15
+    assert (x.grad - a["grad_x"]).abs().max() < 1e-10  # observed 8.0e-15
     if memory is not None:
-        assert (memory.grad - a["grad_memory"]).abs().max() < 1e-10  # observed 1e-15
+        assert (memory.grad - a["grad_memory"]).abs().max() < 1e-10  # observed 8.9e-16

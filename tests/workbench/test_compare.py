@@ -11,16 +11,17 @@ from regard import Unsupported
 from regard.models import count_parameters, from_pretrained
 from regard.tasks import create_task
 from regard.workbench.budget import Budget
-from regard.workbench.compare import CompareSettings, build, compare, render_report
-from regard.workbench.compare import _Work as Work
+from regard.workbench.compare import compare, render_report
+from regard.workbench.settings import CompareSettings
 from regard.workbench.store import Store
+from regard.workbench.work import Work, build
 
 MECHANISMS = ("softmax", "linear", "gated_linear")
 
 
 @pytest.fixture(autouse=True)
 def _short_calibration(monkeypatch):
-    monkeypatch.setattr("regard.workbench.compare.CALIBRATION_SECONDS", 2.0)
+    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 2.0)
 
 
 def settings(**changes):
@@ -29,7 +30,7 @@ def settings(**changes):
 
 
 def recall():
-    return create_task("recall", length=16, pairs=2, vocab_size=16, evaluation_items=32)
+    return create_task("recall", length=16, pairs=2, queries=4, vocab_size=16, evaluation_items=32)
 
 
 def test_models_are_matched_within_two_percent():
@@ -56,7 +57,7 @@ def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
     assert outcome.recommendation.winner in MECHANISMS
     assert outcome.report.read_text().count("<svg")
     assert shown == sorted(shown)
-    entry = outcome.summary["recall"][0]
+    entry = next(e for e in outcome.summary["recall"] if e["mechanism"] == outcome.recommendation.winner)
     for measured in (
         "inference_ms",
         "decode_tokens_per_second",
@@ -83,7 +84,7 @@ def test_the_same_command_measures_nothing_again(tmp_path):
 
 
 def test_a_time_budget_is_planned_once_so_that_a_resumed_comparison_agrees(tmp_path, monkeypatch):
-    monkeypatch.setattr("regard.workbench.compare.FEWEST_STEPS", 1)
+    monkeypatch.setattr("regard.workbench.work.FEWEST_STEPS", 1)
     chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("12s"), seeds=1, rates=(1e-3,))
     compare([recall()], chosen, tmp_path)
     outcome = compare([recall()], chosen, tmp_path)
@@ -129,7 +130,14 @@ def test_a_mechanism_without_the_pattern_is_refused_with_the_task(tmp_path):
 
 
 COMMAND = [
-    *(sys.executable, "-m", "regard", "compare", "--task", "recall:pairs=2,vocab_size=16,evaluation_items=32"),
+    *(
+        sys.executable,
+        "-m",
+        "regard",
+        "compare",
+        "--task",
+        "recall:pairs=2,queries=4,vocab_size=16,evaluation_items=32",
+    ),
     *("--length", "16", "--mechanisms", "softmax,linear,gated_linear", "--budget", "100k tokens", "--seeds", "2"),
     *("--dim", "16", "--layers", "1", "--heads", "2", "--lengths", "16,32", "--at-length", "32", "--json"),
 ]

@@ -1,0 +1,265 @@
+"""The work of a comparison: matched models, and how many steps each run takes within the budget."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from regard.catalogue import get_mechanism
+from regard.contract import Context, Kind, Mechanism, Pattern, Unsupported
+from regard.models import (
+    Encoder,
+    EncoderConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    count_parameters,
+    match_parameters,
+)
+from regard.tasks import Task, cross_entropy
+from regard.training import TrainConfig, evaluate, train
+from regard.workbench import provenance
+from regard.workbench.budget import Budget
+from regard.workbench.settings import CompareSettings
+from regard.workbench.store import Store
+
+SEARCH_SHARE = 0.2
+CALIBRATION_SECONDS = 20.0
+FEWEST_STEPS = 20
+SAFETY = 0.85
+"""Part of a time budget that is planned; the rest absorbs a machine that slows down."""
+
+
+def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
+    """The backbone of a task with `card` in its place: in every layer, as the pool, or as the projections."""
+    if task.pattern not in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
+        raise Unsupported(
+            f"task {task.name} of pattern {task.pattern}", supported="causal-self and noncausal-self tasks"
+        )
+    plan: Any = card.name
+    if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
+        plan = [(card.name, {"length": task.length})] * settings.layers  # a constant that follows the training length
+    if card.kind is Kind.PROJECTION:
+        plan = [("softmax", {"linear": card.name})] * settings.layers
+    shared: dict[str, Any] = {
+        "dim": settings.dim,
+        "num_layers": settings.layers if isinstance(plan, str) else None,
+        "num_heads": settings.heads,
+        "max_length": max(task.length, *settings.lengths),
+    }
+    if card.kind is Kind.POOLING:
+        if task.objective != "classification":
+            raise Unsupported(
+                f"{card.name}, which pools a sequence, on the task {task.name}",
+                supported="classification tasks: listops, images",
+            )
+        return EncoderConfig(
+            task.num_classes or 0, task.vocab_size, task.features, plan="softmax", pool=card.name, **shared
+        )
+    card.require_pattern(task.pattern)
+    if task.objective == "next-token":
+        return LanguageModelConfig(task.vocab_size or 0, plan=plan, **shared)
+    return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **shared)
+
+
+def build(config: Any, seed: int) -> nn.Module:
+    """A model with the initial weights of a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LanguageModel(config) if isinstance(config, LanguageModelConfig) else Encoder(config)
+
+
+class Work:
+    """One task's share of a comparison: matched models, step counts and the cells to measure."""
+
+    def __init__(self, task: Task, settings: CompareSettings) -> None:
+        self.task, self.settings = task, settings
+        cards = [get_mechanism(name) for name in settings.mechanisms]
+        configs = {card.name: model_config(card, task, settings) for card in cards}
+        self.target = count_parameters(configs.get("softmax", next(iter(configs.values()))))
+        self.configs = {name: match_parameters(config, self.target) for name, config in configs.items()}
+        self.batch_size = max(1, settings.batch_tokens // task.length)
+        self.items = sum(batch.size for batch in task.evaluation_batches(64))
+        self.search_items = max(1, self.items // 4) if self.items > 1 and len(settings.rates) > 1 else 0
+        self.identity = {
+            "task": task.name,
+            "data": _digest(task),
+            "length": task.length,
+            "dim": settings.dim,
+            "layers": settings.layers,
+            "heads": settings.heads,
+            "parameters": self.target,
+            "batch_size": self.batch_size,
+        }
+        self.steps: dict[str, int] = {}
+        self.step_seconds: dict[str, float] = {}
+        self.evaluation_seconds: dict[str, float] = {}
+
+    def calibrate(self, seconds: float) -> None:
+        """Time training steps and an evaluation of each model."""
+        share = seconds / len(self.configs)
+        for name, config in self.configs.items():
+            model = build(config, 0)
+            timed = TrainConfig(steps=1_000_000, batch_size=self.batch_size, measure_memory=False)
+            started = time.monotonic()
+            train(model, self.task, TrainConfig(steps=2, batch_size=self.batch_size, measure_memory=False))
+            history = train(model, self.task, timed, deadline=max(time.monotonic() + 0.2, started + 0.7 * share))
+            steps = max(1, len(history.curve))
+            self.step_seconds[name] = history.seconds / steps * 1.15 if history.curve else share
+            started = time.monotonic()
+            evaluate(model, self.task, self.batch_size, last=min(self.items, self.batch_size))
+            self.evaluation_seconds[name] = (time.monotonic() - started) * max(1.0, self.items / self.batch_size)
+
+    def seconds_a_step(self) -> float:
+        """Seconds of all cells of the task for each step of a full run."""
+        runs = self.settings.seeds + self.search_runs * SEARCH_SHARE
+        return runs * sum(self.step_seconds.values())
+
+    def seconds_besides(self) -> float:
+        """Seconds of all evaluations."""
+        return sum(self.evaluation_seconds.values()) * (self.settings.seeds + self.search_runs * 0.25)
+
+    @property
+    def search_runs(self) -> int:
+        return len(self.settings.rates) if len(self.settings.rates) > 1 else 0
+
+    def search_steps(self, name: str) -> int:
+        return max(1, round(self.steps[name] * SEARCH_SHARE))
+
+    def train_config(self, name: str, rate: float, seed: int, steps: int) -> TrainConfig:
+        return TrainConfig(
+            steps=steps,
+            batch_size=self.batch_size,
+            learning_rate=rate,
+            seed=seed,
+            measure_memory=steps == self.steps[name],
+        )
+
+    def flops_a_step(self, name: str) -> float:
+        model = build(self.configs[name], 0)
+        batch = self.task.training_batch(0, 0, self.batch_size)
+        with FlopCounterMode(display=False) as counter:
+            cross_entropy(model(batch.inputs, context=Context(grid=batch.grid)).output, batch).backward()
+        return float(counter.get_total_flops())
+
+
+def _digest(task: Task) -> str:
+    """What the task's data are, however they were made: a hash of training and held-out batches."""
+    digest = hashlib.blake2b(digest_size=12)
+    batches = [task.training_batch(step, seed, 4) for step, seed in ((0, 0), (1, 0), (0, 1))]
+    for batch in [*batches, *task.evaluation_batches(64)]:
+        for tensor in (batch.inputs, batch.targets):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def plan(
+    store: Store, works: Sequence[Work], settings: CompareSettings, started: float, say: Callable[[str], None]
+) -> None:
+    """Decide how many steps each run takes; with a time budget this is stored, so that a resumed comparison agrees."""
+    key = {
+        "works": [w.identity for w in works],
+        "mechanisms": list(settings.mechanisms),
+        "budget": str(settings.budget),
+        "seeds": settings.seeds,
+        "rates": list(settings.rates),
+        "machine": provenance.fingerprint()["machine_id"],
+    }
+    row = store.get("plan", key)
+    if row is None:
+        seconds = _calibration_seconds(settings.budget)
+        say(f"calibrating for about {seconds:.0f} s")
+        threads = _best_threads(works[0])
+        torch.set_num_threads(threads)
+        for work in works:
+            work.calibrate(seconds / len(works))
+        _count_steps(works, settings, time.monotonic() - started)
+        planned = [
+            {"steps": w.steps, "step_seconds": w.step_seconds, "evaluation_seconds": w.evaluation_seconds}
+            for w in works
+        ]
+        store.put("plan", key, {"threads": threads, "works": planned})
+        row = store.get("plan", key)
+        assert row is not None
+    torch.set_num_threads(row.payload["threads"])
+    for work, planned in zip(works, row.payload["works"], strict=True):
+        work.steps = planned["steps"]
+        work.step_seconds, work.evaluation_seconds = planned["step_seconds"], planned["evaluation_seconds"]
+        counts = sorted(set(work.steps.values()))
+        tokens = " to ".join(f"{n * work.batch_size * work.task.length:,}" for n in counts[:1] + counts[1:][-1:])
+        say(
+            f"{work.task.name}: {work.target:,} parameters, {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} steps of "
+            f"{work.batch_size} x {work.task.length} tokens ({tokens} tokens a run)"
+        )
+
+
+def _best_threads(work: Work) -> int:
+    """The number of threads that trains the first model fastest, right now.
+
+    More threads than idle cores can be many times slower than one, since they wait for each other in every operator.
+    The number is part of the plan: sums are split over threads, so scores depend on it in their last digits.
+    """
+    counts = sorted({1, torch.get_num_threads()})
+    if len(counts) == 1:
+        return counts[0]
+    config = next(iter(work.configs.values()))
+    seconds = {}
+    for count in counts:
+        torch.set_num_threads(count)
+        few = TrainConfig(steps=6, batch_size=work.batch_size, measure_memory=False)
+        history = train(build(config, 0), work.task, few, deadline=time.monotonic() + 5.0)
+        seconds[count] = statistics.median(point.seconds for point in history.curve)
+    return min(seconds, key=lambda count: seconds[count])
+
+
+def _calibration_seconds(budget: Budget) -> float:
+    """Work that is counted in tokens or FLOPs needs the calibration only to tell the remaining time."""
+    share = CALIBRATION_SECONDS / 4 if budget.unit != "seconds" else 0.1 * budget.amount
+    return min(CALIBRATION_SECONDS, share)
+
+
+def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float) -> None:
+    unit, amount = settings.budget.unit, settings.budget.amount
+    for work in works:
+        for name in work.configs:
+            if unit == "tokens":
+                work.steps[name] = round(amount / (work.batch_size * work.task.length))
+            elif unit == "flops":
+                work.steps[name] = round(amount / work.flops_a_step(name))
+    if unit == "seconds":
+        available = SAFETY * amount - spent - cost_seconds(works, settings)
+        for work in works:
+            share = available / len(works) - work.seconds_besides()
+            steps = int(share / work.seconds_a_step())
+            work.steps = dict.fromkeys(work.configs, steps)
+    for work in works:
+        if min(work.steps.values()) < FEWEST_STEPS:
+            least = _least_budget(works, settings, spent)
+            raise Unsupported(
+                f"budget {settings.budget}, which leaves fewer than {FEWEST_STEPS} steps a run on {work.task.name}",
+                supported="a larger budget, fewer mechanisms, tasks or seeds",
+                nearest=f"--budget {least}",
+            )
+
+
+def cost_seconds(works: Sequence[Work], settings: CompareSettings) -> float:
+    """A generous estimate of the time that measuring costs takes: it is bounded by its own settings."""
+    objectives = {work.task.objective for work in works}
+    return len(objectives) * len(settings.lengths) * 0.5 * len(settings.mechanisms) + 5.0
+
+
+def _least_budget(works: Sequence[Work], settings: CompareSettings, spent: float) -> Budget:
+    if settings.budget.unit == "tokens":
+        return Budget("tokens", float(max(2 * FEWEST_STEPS * w.batch_size * w.task.length for w in works)))
+    if settings.budget.unit == "flops":
+        return Budget("flops", max(2 * FEWEST_STEPS * w.flops_a_step(n) for w in works for n in w.configs))
+    work = max(w.seconds_besides() + 2 * FEWEST_STEPS * w.seconds_a_step() for w in works)
+    minutes = math.ceil((work * len(works) + cost_seconds(works, settings) + spent) / SAFETY / 60)
+    return Budget("seconds", 60.0 * minutes)
