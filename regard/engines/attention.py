@@ -28,6 +28,8 @@ def attention(
     scale: float,
     rule: str = "softmax",
     shift: float = 0.0,
+    softcap: float | None = None,
+    sink: Float[Tensor, " h"] | None = None,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     position_bias: PositionBias | None = None,
     blocks: BlockMask | None = None,
@@ -43,23 +45,30 @@ def attention(
         rule: from scores to weights: ``softmax``, or one number at a time: ``sigmoid``, ``relu``, ``relu_squared`` of
             score + shift.
         shift: see `rule`; 0 for softmax, which it would not change.
+        softcap: c > 0 replaces each score s = scale q . k by c tanh(s / c), before biases.
+        sink: of softmax: one more logit a head in the denominator, that of a key with the value 0.
         bias: added to the scores, by slot (of the cached keys too); axes of size 1 broadcast. `position_bias` is the
             same as a function of ranks.
         blocks: block-sparse visibility, on ranks.
         dropout: probability of dropping a weight (after normalisation).
         generator: source of the dropout's draws.
 
-    A query that sees no key gives 0 (log-sum-exp -inf). Weights are those before dropout; the log-sum-exp is in at
-    least float32.
+    A query that sees no key gives 0 (log-sum-exp -inf). Weights are those before dropout; the log-sum-exp is that of
+    the keys without the sink, in at least float32.
 
     Raises:
-        Unsupported: for an unknown rule, the log-sum-exp of another rule than softmax, or a bias that does not fit.
+        Unsupported: for an unknown rule, a softcap that is not positive, the log-sum-exp or a sink of another rule than
+            softmax, or a bias that does not fit.
     """
     one_of("rule", rule, RULES)
     if rule == "softmax" and shift:
         raise Unsupported(f"softmax attention with shift={shift}", supported="shift=0", nearest="rule='sigmoid'")
     if want_lse and rule != "softmax":
         raise Unsupported(f"the log-sum-exp of {rule} attention", supported="rule='softmax'")
+    if sink is not None and rule != "softmax":
+        raise Unsupported(f"{rule} attention with a sink", supported="rule='softmax'", nearest="shift")
+    if softcap is not None and not softcap > 0:
+        raise Unsupported(f"softcap={softcap}", supported="softcap > 0", nearest="softcap=None")
     if bias is not None:
         pairs = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         if bias.ndim != 4 or any(b not in (1, s) for b, s in zip(bias.shape, pairs, strict=True)):
@@ -77,6 +86,8 @@ def attention(
         scale,
         rule,
         shift,
+        softcap,
+        sink,
         bias,
         position_bias,
         blocks,
@@ -95,11 +106,13 @@ def attention_reference(
     scores_to_weights: Callable[[Tensor], Tensor],
     scale: float,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the whole score matrix: hidden scores are -inf before `scores_to_weights`, and a query that
     sees nothing has weights 0."""
     groups = q.shape[1] // k.shape[1]
     scores = scale * q @ k.repeat_interleave(groups, 1).mT
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     opened = visible | ~visible.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
     weights = torch.where(visible, scores_to_weights(scores.masked_fill(~opened, -torch.inf)), 0)

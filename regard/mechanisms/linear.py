@@ -10,10 +10,11 @@ Definition (Katharopoulos et al., arXiv 2006.16236, equations 4-7, 18-20; survey
 | paper | here |
 |---|---|
 | phi(x) = elu(x) + 1 | `feature_map="elu"` (also `relu`, `silu`, `identity`, `exp`, `sigmoid`, `relu_squared`) |
-| S, z | `MatrixState.memory`: S with z as its last column |
+| S, z | `MatrixState.memory`: S with z as its last column when normalized; in at least float32 |
 | eps | `eps`, 1e-6 |
 
-Layout: (B, H, N, D). The default scale is 1: elu + 1 is not homogeneous, so a scale would change the kernel.
+Layout: (B, H, N, D). The scale multiplies q before phi and is 1 by default: elu + 1 is not homogeneous, so a scale
+changes the kernel. Padded keys are left out after phi, since phi(0) is not 0. A query that sees no key gives 0.
 Deviations: `normalize=False` leaves out the denominator (then o_i = phi(q_i) S_i). With feature maps that take both
 signs (silu, identity) the denominator may vanish; they are accepted only without it.
 Noncausal patterns sum over all keys; in cross patterns the order of the memory does not matter.
@@ -21,6 +22,7 @@ Noncausal patterns sum over all keys; in cross patterns the order of the memory 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,7 @@ from regard.contract import (
 )
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
+from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import MatrixState
 
 if TYPE_CHECKING:
@@ -53,9 +56,10 @@ class Config:
     """Options.
 
     Attributes:
-        feature_map: phi, one of `FEATURE_MAPS`.
+        feature_map: phi: ``elu`` (elu(x) + 1), ``relu``, ``relu_squared``, ``sigmoid``, ``exp`` (sums overflow where
+            features near 88), ``silu`` or ``identity``.
         normalize: divide by phi(q) . z + eps; needs a feature map that is never negative.
-        eps: added to the denominator, > 0.
+        eps: added to the denominator, > 0 and finite.
     """
 
     feature_map: str = "elu"
@@ -64,8 +68,8 @@ class Config:
 
     def __post_init__(self) -> None:
         one_of("feature_map", self.feature_map, FEATURE_MAPS)
-        if self.eps <= 0:
-            raise Unsupported(f"eps={self.eps}", supported="eps > 0", nearest="eps=1e-6")
+        if not 0 < self.eps < math.inf:
+            raise Unsupported(f"eps={self.eps}", supported="a finite eps > 0", nearest="eps=1e-6")
         if self.normalize and self.feature_map not in NONNEGATIVE:
             raise Unsupported(
                 f"feature_map={self.feature_map!r} with normalize=True, whose denominator may vanish",
@@ -111,7 +115,8 @@ def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v
 def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]) -> MatrixState:
     """Memory into S and z; more may follow."""
     keys, values = _write(call, k, v)
-    memory = keys.mT @ values
+    with without_autocast(k.device):
+        memory = keys.mT @ values
     if call.state is not None:
         memory = memory + call.state.memory
     return MatrixState(memory, recurrent_forms.length_after(call, k))

@@ -5,29 +5,58 @@ When not: long sequences (time grows with N M) and streams (the state grows with
 
 Definition (Vaswani et al., arXiv 1706.03762; computed by blocks as in FlashAttention, arXiv 2205.14135):
 
-    S = tau Q K^T + bias,   P_ij = exp(S_ij) / sum_l exp(S_il) over visible keys l,   O = P V,   LSE_i = log sum_l exp(S_il)
+    S = cap(tau Q K^T) + bias,   LSE_i = log sum_l exp(S_il) over visible keys l
+    P_ij = exp(S_ij) / (exp(a) + exp(LSE_i)),   O = P V
 
-In causal-self key j is visible to query i iff j <= i + M - N (bottom-right). A query that sees no key gives 0.
+with cap(s) = c tanh(s / c) where there is a softcap c, else s; and exp(a) only where there is a sink a, one number a
+head: with it the weights of a query sum to sigmoid(LSE_i - a) instead of 1, so that a head may attend to little.
+In causal-self key j is visible to query i iff j <= i + M - N (bottom-right). A query that sees no key gives 0, and its
+LSE is -inf.
 
 | paper | here |
 |---|---|
 | Q, K, V | `q`, `k`, `v` |
 | tau | `scale`, D^-0.5 by default |
-| block mask (block-sparse FlashAttention, section 3.3) | `mask.blocks` |
-| LSE | `extras["lse"]` with `want={"lse"}` |
+| c, softcap of the scores | `softcap` |
+| a, logit of an attention sink | `sink`; a layer has it with `learn_sink` |
+| (left, right) of a sliding window | `window` |
+| block mask (block-sparse FlashAttention, section 3.3) | `mask.blocks`; patterns in `regard.engines.block_patterns` |
+| LSE | `extras["lse"]` with `want={"lse"}`: (B, H, N), in at least float32, of the keys alone without the sink |
+
+With LSE, outputs over separate parts of the keys merge: O = sum_p exp(LSE_p) O_p / sum_p exp(LSE_p) (without a sink).
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries).
-Deviations: the paper applies the block mask only without causality; here both combine.
+Deviations: the paper applies the block mask only without causality; here both combine, and a block mask hides pairs
+but saves no time. The tiles are those of PyTorch's `scaled_dot_product_attention`; a softcap, LSE, weights and dropout
+on a CPU or with a generator take blocks of queries instead, with memory still linear in N. Windows do not trim the
+cache of keys (`local` does). Gradients of gradients are not promised: PyTorch's kernels refuse them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Result, Shape
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+)
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
 
@@ -37,30 +66,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Softmax attention has no options of its own."""
+    """Options.
+
+    Attributes:
+        window: most ranks (left, right) of the query that it sees, each >= 0 or None for no limit; None for no window.
+            Self patterns only; after a query nothing is seen in causal-self, so right is None or 0 there.
+        softcap: c > 0 bounds the scores to (-c, c) before biases; None for no bound.
+        learn_sink: a layer learns the sink, 0 at the start; functions are given it as the tensor `sink`.
+    """
+
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    learn_sink: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            if len(self.window) != 2:
+                raise Unsupported(f"window={self.window}", supported="(left, right), or None", nearest="window=None")
+            for side in self.window:
+                if side is not None:
+                    at_least("window", side, 0)
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise Unsupported(f"softcap={self.softcap}", supported="a finite softcap > 0", nearest="softcap=None")
 
 
 def reference(
-    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    sink: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the whole weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
-    return attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
+
+    def weights(scores: Tensor) -> Tensor:
+        if sink is None:
+            return scores.softmax(-1)
+        column = sink[None, :, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+    return attention_reference(q, k, v, visible, weights, call.scale, bias, call.config.softcap)
 
 
 def parallel(
-    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
+    return _attend(call, q, k, v, sink, ranks(call, q.shape[2], k.shape[2], q.device))
 
 
 def chunked(
-    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
     """Continue a cached sequence by any number of tokens; also the step."""
     state, where = extend(call, k, v, q.shape[2])
-    return _attend(call, q, state.k, state.v, where, state)
+    return _attend(call, q, state.k, state.v, sink, where, state)
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
@@ -68,18 +137,45 @@ def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"])
     return extend(call, k, v, 0)[0]
 
 
-def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
     """Queries on absorbed memory."""
     state: KeyValueState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks)
-    return _attend(call, q, state.k, state.v, where, state)
+    return _attend(call, q, state.k, state.v, sink, where, state)
 
 
 def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern.causal and not call.pattern.cross)
+    _check_window(call.config, call.pattern)
+    left, right = call.config.window or (None, None)
+    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF, left=left, right=right)
 
 
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: KeyValueState | None = None) -> Result:
+def _check_window(config: Config, pattern: Pattern) -> None:
+    if config.window is None:
+        return
+    if pattern.cross:
+        raise Unsupported(
+            f"softmax attention with window={config.window} in {pattern.value} (memory has no place near a query)",
+            supported="self patterns",
+            nearest="window=None",
+        )
+    if pattern is Pattern.CAUSAL_SELF and config.window[1]:
+        raise Unsupported(
+            f"softmax attention with window={config.window} in causal-self",
+            supported="nothing after the query",
+            nearest=f"window=({config.window[0]}, 0)",
+        )
+
+
+def _attend(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    where: Ranks,
+    state: KeyValueState | None = None,
+) -> Result:
     output, weights, lse = attention(
         q,
         k,
@@ -87,6 +183,8 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: Ke
         where,
         visibility=_visibility(call),
         scale=call.scale,
+        softcap=call.config.softcap,
+        sink=sink,
         bias=call.bias,
         position_bias=call.position_bias,
         blocks=call.blocks,
@@ -100,14 +198,53 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: Ke
     return Result(output, state, extras=extras)
 
 
+class Sink(nn.Module):
+    """Gives a layer's heads their learned sinks, when `learn_sink` asks for them."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        _check_window(spec.config, spec.pattern)
+        self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.config.learn_sink else None
+
+    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+        return heads if self.sink is None else heads | {"sink": self.sink}
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    config: Config,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests and timings; a sink only where the options have one, since plain attention is the yardstick."""
+    size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
+    shapes = {
+        "q": (batch, size["h"], n, size["d"]),
+        "k": (batch, size["g"], m, size["d"]),
+        "v": (batch, size["g"], m, size["v"]),
+    }
+    if config.learn_sink:
+        shapes["sink"] = (size["h"],)
+    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
-    pairs = shape.batch * shape.heads * shape.n * shape.m
+    """Two products with each pair; a window narrows the pairs (counted as in causal-self), not the cache."""
+    left, right = config.window or (None, None)
+    near = math.inf if left is None else left + 1 + (0 if right is None else right)
+    keys = min(shape.m, near)
     width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
     return Cost(
-        flops=2.0 * pairs * width,
-        memory=float(shape.batch * shape.heads * shape.n),
+        flops=2.0 * heads * shape.n * keys * width,
+        memory=float(heads * shape.n),
         state=float(shape.heads * shape.m * width),
-        step_flops=2.0 * shape.batch * shape.heads * shape.m * width,
+        step_flops=2.0 * heads * keys * width,
     )
 
 
@@ -117,7 +254,7 @@ MECHANISM = Mechanism(
     kind=Kind.ATTENTION,
     summary="Every query looks at every key; weights are positive and sum to one.",
     paper=Paper("FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", "2205.14135", 2022, 11),
-    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "sink?": "h"},
     patterns=ALL_PATTERNS,
     forms={
         "reference": reference,
@@ -133,4 +270,6 @@ MECHANISM = Mechanism(
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    projection=Sink,
+    sample_inputs=sample_inputs,
 )

@@ -284,23 +284,26 @@ def test_equals_recorded_torch_attention(name):
     mask = Mask(lengths=a["key_mask"].sum(-1)) if "key_mask" in a else None
     found = aaren_attention(*inputs, mask=mask, scale=float(a["scale"]))
     valid = a["key_mask"][:, None, :, None] if "key_mask" in a else torch.ones(1, dtype=torch.bool)
-    assert (torch.where(valid, found - a["out"], 0)).abs().max() < 1e-10  # observed 1.5e-14
+    torch.testing.assert_close(
+        torch.where(valid, found, 0), torch.where(valid, a["out"], 0), rtol=0, atol=1e-10
+    )  # observed 1.5e-14
     # the recording also reads outputs at padding, whose gradients this library does not have
     gradients = torch.autograd.grad((found * torch.where(valid, a["grad_out"], 0)).sum(), inputs)
     if "key_mask" not in a:
         for gradient, n in zip(gradients, ("query", "k", "v"), strict=True):
             expected = a[f"grad_{n}"]
-            assert (gradient - expected).abs().max() < 1e-10 * max(1.0, float(expected.abs().max()))  # observed 1.1e-14
+            tolerance = 1e-10 * max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=tolerance)  # observed 1.1e-14
 
 
 def test_equals_the_recorded_scan_of_a_third_party():
     a = load("aaren_scan_thirdparty")
     result = aaren_attention(a["query"], a["k"], a["v"], scale=float(a["scale"]), return_state=True)
-    assert (result.output - a["out"]).abs().max() < 1e-10  # observed 3.6e-15
+    torch.testing.assert_close(result.output, a["out"], rtol=0, atol=1e-10)  # observed 3.6e-15
     state = result.state
-    assert (state.m[..., 0] - a["run_max"][..., -1]).abs().max() < 1e-10
-    assert (state.u[..., 0] - a["denominator"][..., -1]).abs().max() < 1e-10
-    assert (state.w[:, :, 0] - a["numerator"][:, :, -1]).abs().max() < 1e-10
+    torch.testing.assert_close(state.m[..., 0], a["run_max"][..., -1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(state.u[..., 0], a["denominator"][..., -1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(state.w[:, :, 0], a["numerator"][:, :, -1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

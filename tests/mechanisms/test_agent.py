@@ -387,12 +387,12 @@ def test_layer_and_gradients_equal_the_official_code(name):
     a = load(name)
     grid, number = tuple(a["grid"].tolist()), a["agents"].shape[2]
     found = agent_attention(a["q"], a["k"], a["v"], pattern="noncausal-self", num_agents=number, grid=grid)
-    assert (found.transpose(1, 2).flatten(2) - a["attn_out"]).abs().max() < 1e-10  # observed 3.3e-16
+    torch.testing.assert_close(found.transpose(1, 2).flatten(2), a["attn_out"], rtol=0, atol=1e-10)  # observed 3.3e-16
     layer, x = recorded_layer(a, number), a["x"].requires_grad_()
     output = layer(x, context=Context(grid=grid)).output
-    assert (output - a["out"]).abs().max() < 1e-10  # observed 5.3e-15
+    torch.testing.assert_close(output, a["out"], rtol=0, atol=1e-10)  # observed 5.3e-15
     (output * a["grad_out"]).sum().backward()
-    assert (x.grad - a["grad_x"]).abs().max() < 1e-10  # observed 3.6e-15
+    torch.testing.assert_close(x.grad, a["grad_x"], rtol=0, atol=1e-10)  # observed 3.6e-15
 
 
 def test_cross_attention_equals_the_official_code_with_spatial_reduction():
@@ -401,7 +401,7 @@ def test_cross_attention_equals_the_official_code_with_spatial_reduction():
     found = agent_attention(
         a["q"], a["k"], a["v"], pattern="noncausal-cross", num_agents=4, agent_source="pool_q", grid=(6, 6)
     )
-    assert (found.transpose(1, 2).flatten(2) - a["attn_out"]).abs().max() < 1e-10  # observed 1.3e-15
+    torch.testing.assert_close(found.transpose(1, 2).flatten(2), a["attn_out"], rtol=0, atol=1e-10)  # observed 1.3e-15
 
 
 @pytest.mark.parametrize("name", ["agent_bias_dwc", "agent_bias_class_token"])
@@ -412,11 +412,11 @@ def test_pooling_and_convolution_equal_the_official_code_where_it_has_a_bias(nam
     roles = torch.zeros(batch, n, dtype=torch.long)
     roles[:, : n - 36] = Role.CLS
     agents, _ = pooled(a["q"], 4, grid=(6, 6), roles=roles)
-    assert (agents - a["agents"]).abs().max() < 1e-10  # observed 2.2e-16
+    torch.testing.assert_close(agents, a["agents"], rtol=0, atol=1e-10)  # observed 2.2e-16
     merge = create_layer("agent", 8, 2, pattern="noncausal-self").double().merge
     with torch.no_grad():
         merge.convolution.weight.copy_(a["weight_dwc_weight"])
         merge.convolution.bias.copy_(a["weight_dwc_bias"])
     heads = a["attn_out"].unflatten(-1, (2, 4)).transpose(1, 2)
     found = merge(heads, {"v": a["v"]}, a["x"], Context(grid=(6, 6), roles=roles), None, None)
-    assert (found.transpose(1, 2).flatten(2) - a["core_out"]).abs().max() < 1e-10  # observed 1.8e-15
+    torch.testing.assert_close(found.transpose(1, 2).flatten(2), a["core_out"], rtol=0, atol=1e-10)  # observed 1.8e-15

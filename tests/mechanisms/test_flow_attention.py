@@ -296,8 +296,10 @@ def test_function_equals_the_official_code(name):
     a = load(name)
     bound = float(a["clamp"])
     found = flow_attention(a["q"], a["k"], a["v"], pattern=RECORDED[name], clamp=(-bound, bound))
-    error = (found.transpose(1, 2).flatten(2) - a["core_out"]).abs().max()
-    assert error < 1e-10 * a["core_out"].abs().max()  # observed 6.3e-16
+    tolerance = 1e-10 * float(a["core_out"].abs().max())
+    torch.testing.assert_close(
+        found.transpose(1, 2).flatten(2), a["core_out"], rtol=0, atol=tolerance
+    )  # observed 6.3e-16
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -307,8 +309,8 @@ def test_layer_and_gradients_equal_the_official_code(name):
     x = a["x"].requires_grad_()
     memory = a["memory"].requires_grad_() if "memory" in a else None
     found = layer(x, memory).output
-    assert (found - a["out"]).abs().max() < 1e-10  # observed 5.3e-15
+    torch.testing.assert_close(found, a["out"], rtol=0, atol=1e-10)  # observed 5.3e-15
     (found * a["grad_out"]).sum().backward()
-    assert (x.grad - a["grad_x"]).abs().max() < 1e-10  # observed 8.0e-15
+    torch.testing.assert_close(x.grad, a["grad_x"], rtol=0, atol=1e-10)  # observed 8.0e-15
     if memory is not None:
-        assert (memory.grad - a["grad_memory"]).abs().max() < 1e-10  # observed 8.9e-16
+        torch.testing.assert_close(memory.grad, a["grad_memory"], rtol=0, atol=1e-10)  # observed 8.9e-16

@@ -1,10 +1,10 @@
 """Attention with explicit weights in PyTorch.
 
 Softmax goes through `scaled_dot_product_attention`, which never stores the scores; other rules, and what that function
-does not give (weights, log-sum-exp, seeded dropout), compute the weights themselves. Long sequences are taken one block
-of queries at a time, with only the keys in reach, and the backward pass computes a block's mask and scores again, so
-that nothing of size N x M outlives a block. Under a window, many blocks of queries with their overlapping keys are one
-batched product.
+does not give (weights, log-sum-exp, softcap, seeded dropout), compute the weights themselves. Long sequences are taken
+one block of queries at a time, with only the keys in reach, and the backward pass computes a block's mask and scores
+again, so that nothing of size N x M outlives a block. Under a window, many blocks of queries with their overlapping
+keys are one batched product.
 """
 
 from __future__ import annotations
@@ -41,38 +41,61 @@ class Weighting:
     scale: float
     rule: str
     shift: float
+    softcap: float | None
     dropout: float
     explicit: bool
     """Whether weights are computed here rather than inside `scaled_dot_product_attention`."""
     want_lse: bool
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, added: Tensor | None, seed: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor,
+        added: Tensor | None,
+        sink: Tensor | None,
+        seed: int | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output, and of explicit weightings the weights and the log-sum-exp; 0 for a query that sees nothing."""
         if self.explicit:
-            return self._explicit(q, k, v, visible, added, seed)
+            return self._explicit(q, k, v, visible, added, sink, seed)
         some = visible.any(-1, keepdim=True)
         opened = visible | ~some
         mask = opened if added is None else torch.where(opened, added, -torch.inf)
         if added is not None and q.device.type != "cpu":
             mask = mask.to(q.dtype)  # a wider mask would rule out the kernels that do not store the scores
+        if sink is not None:
+            q, k, v = with_sink(q, k, v, sink, self.scale)
+            mask = F.pad(mask, (1, 0), value=float(added is None))
         output = sdpa(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
         return torch.where(some, output, 0), None, None
 
     def _explicit(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, added: Tensor | None, seed: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor,
+        added: Tensor | None,
+        sink: Tensor | None,
+        seed: int | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         dtype = torch.promote_types(q.dtype, torch.float32)
         k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
         scores = (self.scale * q.to(dtype)) @ k.to(dtype).mT
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if added is not None:
             scores = scores + added
         lse = None
         if self.rule == "softmax":
             some = visible.any(-1, keepdim=True)
             scores = torch.where(visible | ~some, scores, -torch.inf)
-            weights = torch.where(visible, scores.softmax(-1), 0)
+            logits = scores
+            if sink is not None:
+                logits = torch.cat([scores, _finite(sink.to(dtype)).expand(*scores.shape[:-1], 1)], -1)
+            weights = torch.where(visible, logits.softmax(-1)[..., : k.shape[-2]], 0)
             if self.want_lse:
                 lse = torch.where(some[..., 0], scores.logsumexp(-1), -torch.inf)
         else:
@@ -94,6 +117,8 @@ def run(
     scale: float,
     rule: str,
     shift: float,
+    softcap: float | None,
+    sink: Tensor | None,
     bias: Tensor | None,
     position_bias: PositionBias | None,
     blocks: BlockMask | None,
@@ -114,20 +139,22 @@ def run(
         visibility = visibility.within(ranks.first, n, m)
     # the dropout of scaled_dot_product_attention knows no generator, and on a CPU it stores all scores
     dropped = dropout > 0 and (generator is not None or q.device.type == "cpu")
-    explicit = rule != "softmax" or want_weights or want_lse or dropped
+    explicit = rule != "softmax" or want_weights or want_lse or dropped or softcap is not None
+    explicit = explicit or (sink is not None and scale == 0)  # `with_sink` divides by the scale
+    sink = None if sink is None else sink[None, :, None, None]
     by_head = explicit or bias is not None or position_bias is not None
     if not by_head and blocks is None and ranks.plain:
         square = ranks.offset == 0 and n == m
         if visibility.everything or (visibility == Visibility(causal=True) and square):
-            return sdpa(q, k, v, dropout_p=dropout, is_causal=visibility.causal, scale=scale), None, None
+            return _plain(q, k, v, sink, visibility.causal, dropout, scale), None, None
 
-    weighting = Weighting(scale, rule, shift, dropout, explicit, want_lse)
+    weighting = Weighting(scale, rule, shift, softcap, dropout, explicit, want_lse)
     rows = batch * heads if by_head else max(ranks.queries.shape[0], ranks.keys.shape[0])
     if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1):
         band = Band.of(visibility, ranks, n, m)
         if band is not None:
             output, lse = _in_bands(
-                band, weighting, q, k, v, ranks, visibility, bias, position_bias, generator, by_head, rows
+                band, weighting, q, k, v, ranks, visibility, bias, position_bias, sink, generator, by_head, rows
             )
             return output, None, lse
 
@@ -159,7 +186,7 @@ def run(
             seed: int | None = seed,
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:
             visible, added = masked_scores_bias(here, visibility, part, position_bias, blocks, q_.dtype)
-            return weighting(q_, k_, v_, visible, added, seed)
+            return weighting(q_, k_, v_, visible, added, sink, seed)
 
         tensors = (q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last])
         output, weights, lse = _maybe_again(attend, tensors, step < n and not want_weights)
@@ -229,6 +256,7 @@ def _in_bands(
     visibility: Visibility,
     bias: Tensor | None,
     position_bias: PositionBias | None,
+    sink: Tensor | None,
     generator: torch.Generator | None,
     by_head: bool,
     rows: int,
@@ -249,6 +277,7 @@ def _in_bands(
         # (shared, c, h, s, 1): one number a query, or the same for all
         bias = band.queries(bias, 2) if bias.shape[2] > 1 else bias[:, :, None].expand(-1, -1, count, -1, -1)
         bias = bias.transpose(1, 2).expand(shared, -1, -1, -1, -1)
+    by_row_sink = None if sink is None else sink.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
 
     def to_bands(x: Tensor, blocks: int) -> Tensor:
         x = x.unflatten(0, (-1, blocks)).transpose(1, 2)  # b? h? c s e
@@ -269,9 +298,8 @@ def _in_bands(
             by_row = None if bias is None else bias[:, part].flatten(0, 1)
             visible, added = masked_scores_bias(here, visibility, by_row, position_bias, None, q_.dtype)
             blocks = part.stop - part.start
-            return weighting(
-                q_, k_, v_, to_bands(visible, blocks), None if added is None else to_bands(added, blocks), seed
-            )
+            added = None if added is None else to_bands(added, blocks)
+            return weighting(q_, k_, v_, to_bands(visible, blocks), added, by_row_sink, seed)
 
         pieces.append(_maybe_again(attend, (q[:, part], k[:, part], v[:, part]), step < count))
 
@@ -282,6 +310,35 @@ def _in_bands(
     if not weighting.want_lse:
         return output, None
     return output, back(torch.cat([p[2] for p in pieces if p[2] is not None], 1))
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
+    """Softmax attention to all keys, or to those at or before the query."""
+    if sink is not None:
+        q, k, v = with_sink(q, k, v, sink, scale)
+        if causal:
+            q = F.pad(q, (0, 0, 1, 0))  # a first query for the sink's place, so that all others see the sink
+    output = sdpa(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
+    return output[:, :, 1:] if causal and sink is not None else output
+
+
+def with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with a first key whose score is the sink (broadcast over queries) and whose value is 0.
+
+    The score comes from a feature that only this key has, so that heads may go on sharing keys.
+    """
+    width = q.shape[-1]
+    extra = 8 - width % 8  # kernels want widths that are multiples of 8
+    feature = _finite((sink / scale).to(q.dtype))  # an infinite one times the other keys' 0 is NaN
+    q = F.pad(torch.cat([q, feature.expand(*q.shape[:-1], 1)], -1), (0, extra - 1))
+    unit = (torch.arange(width + extra, device=k.device) == width).to(k.dtype)
+    k = torch.cat([unit.expand(*k.shape[:-2], 1, -1), F.pad(k, (0, extra))], -2)
+    return q, k, F.pad(v, (0, 0, 1, 0))
+
+
+def _finite(x: Tensor) -> Tensor:
+    largest = torch.finfo(x.dtype).max / 2
+    return x.clamp(-largest, largest)
 
 
 def _maybe_again(

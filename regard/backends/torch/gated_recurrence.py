@@ -21,12 +21,22 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def segment_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... n n d"]:
-    """Sums of g over (j, i] for i >= j (0 on the diagonal, -inf above), without a subtraction."""
+FORGET = -1e4
+"""Stands for -inf in log decays: its exponential is exactly 0 in every dtype, and 0 * FORGET is 0, not NaN."""
+
+
+def segment_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... d n n"]:
+    """Sums of finite g over (j, i], 0 where i <= j: a product with constant zeros and ones, so nothing is subtracted.
+
+    Features come before the pair of tokens, so that what is done with the result runs along memory for any width.
+    """
     n = g.shape[-2]
-    below = torch.ones(n, n, dtype=torch.bool, device=g.device).tril(-1)[:, :, None]
-    summed = torch.where(below, g[..., :, None, :], 0).cumsum(-3)
-    return summed.masked_fill(~(below | torch.eye(n, dtype=torch.bool, device=g.device)[:, :, None]), -torch.inf)
+    place = torch.arange(n, device=g.device)
+    upto, after = (place <= place[:, None]).to(g.dtype), (place > place[:, None]).to(g.dtype)  # r <= i, r > j
+    if g.shape[-1] == 1:
+        return (g.mT * upto)[..., None, :, :] @ after.mT
+    inside = (upto[:, None] * after[None]).flatten(0, 1)  # (i j, r)
+    return (g.mT @ inside.mT).unflatten(-1, (n, n))
 
 
 def suffix_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
@@ -42,14 +52,15 @@ def decayed_product(
     if g is None:
         return (x @ y.mT).tril()
     if g.shape[-1] == 1:
-        return (x @ y.mT).tril() * segment_sum(g)[..., 0].exp()
+        return (x @ y.mT * segment_sum(g)[..., 0, :, :].exp()).tril()
     rows = []
     past: Tensor | None = None
     length = x.shape[-2]
     for start in range(0, length, sub_chunk):
         part = slice(start, min(start + sub_chunk, length))
         x_here, y_here, g_here = x[..., part, :], y[..., part, :], g[..., part, :]
-        near = torch.einsum("...ik,...jk,...ijk->...ij", x_here, y_here, segment_sum(g_here).exp())
+        pairs = x_here.mT[..., :, None] * y_here.mT[..., None, :]  # (..., k, i, j)
+        near = (pairs * segment_sum(g_here).exp()).sum(-3).tril()
         row = [near]
         if past is not None:
             row.insert(0, (x_here * g_here.cumsum(-2).exp()) @ past.mT)
@@ -85,7 +96,8 @@ def run(
         # (b, h, n, d) -> (b, h, chunks, size, d); padding with zeros neither writes nor decays
         return None if x is None else F.pad(x.to(dtype), (0, 0, 0, padding)).unflatten(2, (-1, size))
 
-    q_, k_, v_, g = chunks(q), chunks(k), chunks(v), chunks(log_decay)
+    q_, k_, v_ = chunks(q), chunks(k), chunks(v)
+    g = chunks(None if log_decay is None else log_decay.clamp(min=FORGET))
     beta_ = None if beta is None else chunks(beta[..., None])
     assert k_ is not None and v_ is not None
     k_out, k_in, q_in, total = k_, k_, q_, None
@@ -97,9 +109,8 @@ def run(
     if beta_ is not None:
         # (I + L) u = beta (v - k_in S): solved for v and k_in at once, before the states are known
         lower = beta_ * decayed_product(k_, k_, g, sub_chunk).tril(-1)
-        identity = torch.eye(size, dtype=dtype, device=k.device)
         right = beta_ * torch.cat([v_, k_in], -1)
-        solved = torch.linalg.solve_triangular(identity + lower, right, upper=False, unitriangular=True)
+        solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
         v_, k_in = solved.split([v.shape[-1], width], -1)
     near = None
     if q_ is not None:

@@ -36,7 +36,7 @@ def prefix_weights(
     c = scores.shape[-1]
     exponents, before = scores[..., None, :], m[..., None]
     if log_decay is not None:
-        exponents = exponents + segment_sum(log_decay[..., None])[:, :, None, :, :, 0]
+        exponents = exponents + segment_sum(log_decay[..., None])
         before = before + log_decay.cumsum(-1)[:, :, None]
     past = torch.ones(c, c, dtype=torch.bool, device=scores.device).tril()
     exponents = torch.where(past, exponents, -torch.inf)
