@@ -352,7 +352,10 @@ def compare(
     tokenizer: Annotated[str, typer.Option(help="For text: bytes, bpe:SIZE or a saved .json.")] = "bytes",
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
-    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
+    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
+    rates: Annotated[
+        str, typer.Option(help="Learning rates tried, each in a full run of the first seed.")
+    ] = "0.003,0.01",
     lengths: Annotated[str, typer.Option(help="Lengths at which costs are measured.")] = "256,512,1024,2048,4096",
     at_length: Annotated[int, typer.Option(help="Length that decides about cost.")] = 2048,
     prefer: Annotated[
@@ -386,6 +389,7 @@ def compare(
         dim=dim,
         layers=layers,
         heads=heads,
+        rates=_numbers("rates", rates),
         lengths=_integers("lengths", lengths),
         at_length=at_length,
         prefer=prefer,
@@ -501,6 +505,13 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
         raise Unsupported(
             f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096"
         ) from None
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise Unsupported(f"{name} {text!r}", supported="comma-separated numbers", nearest="0.003,0.01") from None
 
 
 @app.command()

@@ -29,7 +29,7 @@ from regard.workbench.report import write_report
 from regard.workbench.settings import CompareSettings
 from regard.workbench.store import Store
 from regard.workbench.summary import by_tokens, comparison_of, rates_on_edge, summarise, thin
-from regard.workbench.work import SEARCH_SHARE, Work, build, cost_seconds, plan
+from regard.workbench.work import Work, build, cost_seconds, plan
 
 
 @dataclass
@@ -122,28 +122,26 @@ class _Runner:
         self.store, self.works, self.settings, self.output = store, works, settings, output
         self.watch, self.say, self.command = watch, say, command
         self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "cost": [], "search": []}
+        self.rates: dict[str, dict[str, float]] = {}
         self.progress = Progress(total=sum(self._planned(w) for w in works) + cost_seconds(works, settings))
 
     def _planned(self, work: Work) -> float:
-        return (
-            sum(work.steps[n] * s for n, s in work.step_seconds.items())
-            * (self.settings.seeds + work.search_runs * SEARCH_SHARE)
-            + work.seconds_besides()
-        )
+        return work.runs * sum(work.steps[n] * s for n, s in work.step_seconds.items()) + work.seconds_besides()
 
     def run(self, started: str) -> Outcome:
         quality: dict[str, list[dict[str, Any]]] = {}
         searches: list[dict[str, Any]] = []
         for work in self.works:
-            rates = {}
+            best = {}
             for name in work.configs:
-                rates[name], trials = self._search(work, name)
+                best[name], trials = self._best_of_rates(work, name)
                 searches += trials
-            quality[work.task.name] = [
-                self._train(work, name, rates[name], seed)
-                for seed in range(self.settings.seeds)
-                for name in work.configs
-            ]
+            self.rates[work.task.name] = {name: row["lr"] for name, row in best.items()}
+            rows = list(best.values())
+            for seed in range(1, self.settings.seeds):
+                rows += [self._train(work, name, row["lr"], seed) for name, row in best.items()]
+            self.cells["quality"] += [self._quality_key(work, r["mechanism"], r["lr"], r["seed"]) for r in rows]
+            quality[work.task.name] = rows
         costs = self._costs()
         self.progress.done = self.progress.total
         self.watch(self.progress)
@@ -152,94 +150,74 @@ class _Runner:
     def _cell(self, work: Work, name: str, **settings: Any) -> dict[str, Any]:
         return {**work.identity, "mechanism": name, "feed_forward": work.configs[name].feed_forward, **settings}
 
-    def _search(self, work: Work, name: str) -> tuple[float, list[dict[str, Any]]]:
-        """The learning rate with the lowest held-out loss after short runs, from rows where there are some."""
-        settings = self.settings
-        if len(settings.rates) == 1:
-            return settings.rates[0], []
-        trials = []
-        steps = work.search_steps(name)
-        for rate in settings.rates:
-            key = self._cell(work, name, lr=rate, seed=0, steps=steps, items=work.search_items)
+    def _best_of_rates(self, work: Work, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The full run of seed 0 with the lowest loss on the items kept for the choice, and all trials."""
+        runs, trials = [], []
+        for rate in self.settings.rates:
+            run = self._train(work, name, rate, 0)
+            trial = {k: run[k] for k in ("task", "mechanism", "lr", "seed")} | run["search"]
+            key = self._cell(work, name, lr=rate, seed=0, steps=work.steps[name], items=work.search_items)
+            self.store.put("search", key, trial)
             self.cells["search"].append(key)
-            row = self.store.get("search", key)
-            cost = steps * work.step_seconds[name] + 0.25 * work.evaluation_seconds[name]
-            if row is None:
-                self._doing(f"{work.task.name}: learning rate {rate:g} of {name}")
-                model = build(work.configs[name], 0)
-                history = train(
-                    model, work.task, work.train_config(name, rate, 0, steps), on_step=self._on_step(work, name)
-                )
-                loss = score = math.nan
-                if not history.diverged:
-                    found = evaluate(model, work.task, work.batch_size, last=work.search_items)
-                    loss, score = found.loss, found.score
-                payload = {
-                    "task": work.task.name,
-                    "mechanism": name,
-                    "lr": rate,
-                    "seed": 0,
-                    "score": score,
-                    "loss": loss,
-                    "diverged": history.diverged or not math.isfinite(loss),
-                }
-                self.store.put("search", key, payload)
-                row = self.store.get("search", key)
-                assert row is not None
-                cost -= steps * work.step_seconds[name]
-            self._advance(cost)
-            trials.append(row.payload)
-        sound = [t for t in trials if t["loss"] is not None]
-        best = min(sound, key=lambda t: t["loss"])["lr"] if sound else min(settings.rates)
-        return best, trials
+            runs.append(run)
+            trials.append(trial)
+        return min(runs, key=lambda r: math.inf if r["search"]["loss"] is None else r["search"]["loss"]), trials
+
+    def _quality_key(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
+        items = [work.search_items, work.items]
+        return self._cell(work, name, lr=rate, seed=seed, steps=work.steps[name], items=items)
 
     def _train(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
-        """One full run, scored on the held-out items that did not choose the learning rate."""
+        """One full run, from its row where there is one."""
         steps = work.steps[name]
-        key = self._cell(work, name, lr=rate, seed=seed, steps=steps, items=[work.search_items, work.items])
-        self.cells["quality"].append(key)
+        key = self._quality_key(work, name, rate, seed)
         row = self.store.get("quality", key)
-        cost = steps * work.step_seconds[name] + work.evaluation_seconds[name]
+        planned = steps * work.step_seconds[name]
         if row is None:
-            self._doing(f"{work.task.name}: {name}, seed {seed}")
-            model = build(work.configs[name], seed)
-            history = train(
-                model, work.task, work.train_config(name, rate, seed, steps), on_step=self._on_step(work, name)
-            )
-            items: list[tuple[float, float]] = []
-            score = math.nan
-            if not history.diverged:
-                found = evaluate(model, work.task, work.batch_size, first=work.search_items)
-                items, score = found.items, found.score
-            if self.settings.keep_models and seed == 0:
-                save_pretrained(model, self._model_folder(work, name))
-            solved = None if work.task.solved is None else _reaches(work.task, score)
-            payload = {
-                "task": work.task.name,
-                "mechanism": name,
-                "seed": seed,
-                "lr": rate,
-                "metric": work.task.metric,
-                "higher_is_better": work.task.higher_is_better,
-                "score": score,
-                "solved": solved,
-                "items": items,
-                "curve": thin([[sum_, p.loss] for sum_, p in by_tokens(history)]),
-                "parameters": count_parameters(model),
-                "feed_forward": work.configs[name].feed_forward,
-                "tokens": history.tokens,
-                "steps": len(history.curve),
-                "seconds": history.seconds,
-                "tokens_per_second": history.tokens_per_second,
-                "peak_memory_bytes": history.peak_memory,
-                "reproduce": self.command,
-            }
-            self.store.put("quality", key, payload)
+            self._doing(f"{work.task.name}: {name}, learning rate {rate:g}, seed {seed}")
+            self.store.put("quality", key, self._measure(work, name, rate, seed))
             row = self.store.get("quality", key)
             assert row is not None
-            cost -= steps * work.step_seconds[name]
-        self._advance(cost)
+            planned = 0.0  # its steps have advanced the progress one by one
+        self._advance(planned + work.evaluation_seconds[name])
         return row.payload
+
+    def _measure(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
+        """Train and score: the first held-out items choose the learning rate, the others are the result."""
+        task = work.task
+        model = build(work.configs[name], seed)
+        config = work.train_config(rate, seed, work.steps[name])
+        history = train(model, task, config, on_step=self._on_step(work, name))
+        items: list[tuple[float, float]] = []
+        score, choice = math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
+        if not history.diverged:
+            found = evaluate(model, task, work.batch_size, first=work.search_items)
+            items, score = found.items, found.score
+            sliced = evaluate(model, task, work.batch_size, last=work.search_items) if work.search_items else found
+            choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
+        if self.settings.keep_models and seed == 0:
+            save_pretrained(model, self._model_folder(work, name, rate))
+        return {
+            "task": task.name,
+            "mechanism": name,
+            "seed": seed,
+            "lr": rate,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "score": score,
+            "solved": None if task.solved is None else _reaches(task, score),
+            "items": items,
+            "search": choice,
+            "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
+            "parameters": count_parameters(model),
+            "feed_forward": work.configs[name].feed_forward,
+            "tokens": history.tokens,
+            "steps": len(history.curve),
+            "seconds": history.seconds,
+            "tokens_per_second": history.tokens_per_second,
+            "peak_memory_bytes": history.peak_memory,
+            "reproduce": self.command,
+        }
 
     def _costs(self) -> list[dict[str, Any]]:
         """Inference, decoding, memory and state, once for each kind of backbone, all mechanisms interleaved."""
@@ -302,7 +280,7 @@ class _Runner:
             at_length=settings.at_length,
         )
         models = self._kept_models(advice)
-        edges = rates_on_edge(searches, settings.rates)
+        edges = rates_on_edge(searches, settings.rates) if len(settings.rates) > 2 else []
         if edges:
             advice.notes.append(f"The best learning rate lay on the edge of the grid for {', '.join(edges)}.")
         run = {
@@ -322,8 +300,8 @@ class _Runner:
         report = render_report(self.store, self.output / "report.html", self.store.run)
         return Outcome(summary, advice, report, self.store.path, models)
 
-    def _model_folder(self, work: Work, name: str) -> Path:
-        return self.output / "models" / f"{work.task.name}-{name}"
+    def _model_folder(self, work: Work, name: str, rate: float) -> Path:
+        return self.output / "models" / f"{work.task.name}-{name}-{rate:g}"
 
     def _kept_models(self, advice: Recommendation) -> dict[str, Path]:
         """The winner's model of each task; the lines that load it go into the notes."""
@@ -331,7 +309,7 @@ class _Runner:
             return {}
         found = {}
         for work in self.works:
-            folder = self._model_folder(work, advice.winner)
+            folder = self._model_folder(work, advice.winner, self.rates[work.task.name][advice.winner])
             if folder.exists():
                 found[work.task.name] = folder
                 advice.notes.append(

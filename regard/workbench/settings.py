@@ -8,7 +8,7 @@ from regard.contract import Unsupported, at_least, one_of
 from regard.workbench.budget import Budget
 from regard.workbench.recommend import PREFERENCES
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CompareSettings:
         seeds: runs of each mechanism on each task; two or more let differences be judged.
         dim, layers, heads: of the backbone.
         batch_tokens: tokens of a training step; the batch size follows from the task's length.
-        rates: learning rates tried, in runs of a fifth of the steps.
+        rates: learning rates tried, in full runs of the first seed; the best one trains the other seeds.
         lengths: at which inference, decoding, memory and state are measured.
         at_length: the one of them that the table and the recommendation use.
         prefer: what decides among mechanisms of equal quality; one of `PREFERENCES`.
@@ -33,7 +33,7 @@ class CompareSettings:
     seeds: int = 2
     dim: int = 64
     layers: int = 2
-    heads: int = 4
+    heads: int = 2
     batch_tokens: int = 2048
     rates: tuple[float, ...] = RATES
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)

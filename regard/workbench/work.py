@@ -30,7 +30,6 @@ from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
 from regard.workbench.store import Store
 
-SEARCH_SHARE = 0.2
 CALIBRATION_SECONDS = 20.0
 FEWEST_STEPS = 20
 SAFETY = 0.85
@@ -117,30 +116,21 @@ class Work:
             evaluate(model, self.task, self.batch_size, last=min(self.items, self.batch_size))
             self.evaluation_seconds[name] = (time.monotonic() - started) * max(1.0, self.items / self.batch_size)
 
+    @property
+    def runs(self) -> int:
+        """Full runs of each mechanism: one a rate with seed 0, then the other seeds at the best rate."""
+        return len(self.settings.rates) + self.settings.seeds - 1
+
     def seconds_a_step(self) -> float:
-        """Seconds of all cells of the task for each step of a full run."""
-        runs = self.settings.seeds + self.search_runs * SEARCH_SHARE
-        return runs * sum(self.step_seconds.values())
+        """Seconds of all runs of the task for each of their steps."""
+        return self.runs * sum(self.step_seconds.values())
 
     def seconds_besides(self) -> float:
         """Seconds of all evaluations."""
-        return sum(self.evaluation_seconds.values()) * (self.settings.seeds + self.search_runs * 0.25)
+        return self.runs * sum(self.evaluation_seconds.values())
 
-    @property
-    def search_runs(self) -> int:
-        return len(self.settings.rates) if len(self.settings.rates) > 1 else 0
-
-    def search_steps(self, name: str) -> int:
-        return max(1, round(self.steps[name] * SEARCH_SHARE))
-
-    def train_config(self, name: str, rate: float, seed: int, steps: int) -> TrainConfig:
-        return TrainConfig(
-            steps=steps,
-            batch_size=self.batch_size,
-            learning_rate=rate,
-            seed=seed,
-            measure_memory=steps == self.steps[name],
-        )
+    def train_config(self, rate: float, seed: int, steps: int) -> TrainConfig:
+        return TrainConfig(steps=steps, batch_size=self.batch_size, learning_rate=rate, seed=seed)
 
     def flops_a_step(self, name: str) -> float:
         model = build(self.configs[name], 0)
