@@ -11,9 +11,24 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from regard.contract import Call, Mask, Mechanism, Pattern, Result, State, Unsupported, closest
+from regard.backends import which_backend
+from regard.contract import (
+    WANTS,
+    BlockMask,
+    Call,
+    Mask,
+    Mechanism,
+    Pattern,
+    Result,
+    State,
+    Unsupported,
+    at_least,
+    closest,
+    one_of,
+)
 from regard.ragged import Gathering, gather_pairs, gathering, gathering_in_place
 
 
@@ -88,7 +103,7 @@ def _expand_heads(card: Mechanism, tensors: dict[str, Tensor], heads: int) -> di
 
 
 def choose_form(
-    card: Mechanism, pattern: Pattern, n: int, *, has_memory: bool, stateful: bool, continuing: bool
+    card: Mechanism, pattern: Pattern, n: int, m: int, *, has_memory: bool, stateful: bool, continuing: bool
 ) -> str:
     """The form that `apply` runs when none is asked for."""
     forms = card.forms
@@ -111,7 +126,7 @@ def choose_form(
                 supported="causal-self, and cross patterns where the memory can be absorbed",
                 nearest="softmax" if pattern.causal else "causal-self",
             )
-        return "step" if continuing and n == 1 and "step" in forms else "chunked"
+        return "step" if continuing and n == m == 1 and "step" in forms else "chunked"
     if card.default_form in forms:
         return card.default_form
     return "parallel" if "parallel" in forms else "chunked"
@@ -143,6 +158,9 @@ def apply(
         form: ``reference``, ``parallel``, ``chunked``, ``step`` or ``read`` instead of the usual choice.
         rest: other fields of :class:`regard.contract.Call` (roles, grid, dropout, generator, want, ...).
 
+    Returns:
+        The output where the queries are; extras in the right-padded layout, one row a sequence or document.
+
     Raises:
         Unsupported: for anything the card does not claim.
     """
@@ -165,9 +183,15 @@ def apply(
         raise Unsupported(f"{card.name} with a state", supported="whole sequences only")
     _check_honoured(card, mask, memory_mask, rest)
     sizes = _check_shapes(card, given, wanted is Pattern.CAUSAL_SELF and state is None)
+    if chunk_size is not None:
+        at_least("chunk_size", chunk_size, 1)
     config = card.options() if config is None else config
     first = next(iter(given.values()))
+    if backend is not None:
+        which_backend(card.engine, device=first.device, backend=backend)  # also where a form would not ask
     batch = sizes.get("b", 1 if state is None else state.length.shape[0])  # type: ignore[attr-defined]
+    if not has_memory and memory_mask is not None:
+        raise Unsupported(f"{card.name} with a memory mask but no memory", supported="memory_mask=None")
     m = sizes.get("m", sizes.get("n", 0))
     n = sizes.get("n", 1 if wanted.cross else m)  # without queries of its own: one output, or one a key
     if wanted is Pattern.NONCAUSAL_SELF and n != m:
@@ -189,7 +213,15 @@ def apply(
     )
     given = _expand_heads(card, given, sizes["h"]) if "h" in sizes else given
     laid_out = {name: _lay_out(card, name, tensor, queries, keys) for name, tensor in given.items()}
-    bias = None if mask is None or mask.bias is None else gather_pairs(mask.bias, queries, keys)
+    if state is not None:
+        _check_rows(card, state, queries.batch)
+        _check_alignment(card, wanted, queries, keys)
+    if mask is not None and mask.blocks is not None:
+        _check_blocks(mask.blocks, queries.batch, sizes.get("h", 1))
+    bias = None if mask is None else mask.bias
+    if bias is not None:
+        columns = keys if has_memory else gathering(None, queries.batch, bias.shape[-1], first.device)
+        bias = gather_pairs(bias, queries, columns)
     roles = rest.pop("roles", None)
     if roles is not None:
         roles = keys.gather(roles, axis=-1)
@@ -213,10 +245,12 @@ def apply(
         **rest,
     )
     stateful = return_state or state is not None or "state" in want
-    chosen = form or choose_form(
-        card, wanted, n, has_memory=has_memory, stateful=stateful, continuing=state is not None
-    )
-    result = run_form(card, chosen, call, laid_out)
+    if form is None:
+        continuing = state is not None
+        form = choose_form(card, wanted, n, m, has_memory=has_memory, stateful=stateful, continuing=continuing)
+    else:
+        _check_form(card, form, call, n, m, stateful)
+    result = run_form(card, form, call, laid_out)
     result.output = _put_back(card, result.output, queries)
     if not stateful:
         result.state = None
@@ -249,9 +283,14 @@ def absorb(
         raise Unsupported(f"absorbing memory with {card.name}", supported="whole calls", nearest="softmax")
     accepted = absorbed_inputs(card)
     given = {n: t for n, t in tensors.items() if t is not None and n in accepted}
+    missing = [n for n in memory_inputs(card) if n in card.inputs and n not in given]
+    if missing:
+        raise Unsupported(f"absorbing memory with {card.name} without {', '.join(missing)}", supported=", ".join(accepted))
     sizes = _check_shapes(card, given, False)
     first = next(iter(given.values()))
     keys = gathering(memory_mask, sizes["b"], sizes["m"], first.device)
+    if state is not None:
+        _check_rows(card, state, keys.batch)
     if heads is not None:
         given = _expand_heads(card, given, heads)
     laid_out = {name: _lay_out(card, name, tensor, keys, keys) for name, tensor in given.items()}
@@ -318,19 +357,83 @@ def _put_back(card: Mechanism, output: Tensor, queries: Gathering) -> Tensor:
     return queries.scatter(output, axis=card.output.index("n"), batch_axis=card.output.index("b"))
 
 
+def _check_form(card: Mechanism, form: str, call: Call, n: int, m: int, stateful: bool) -> None:
+    """Refuse a form that was asked for by name where it would compute something else."""
+    name = f"form {form!r} of {card.name}"
+    if form in ("reference", "parallel") and stateful:
+        raise Unsupported(f"{name} with a state", supported="whole sequences", nearest="form='chunked'")
+    if form == "reference" and not (call.lengths is None and call.memory_lengths is None):
+        raise Unsupported(f"{name} on padded or packed tokens", supported="rows of equal length", nearest="form=None")
+    if form in ("chunked", "step") and call.pattern is not Pattern.CAUSAL_SELF:
+        raise Unsupported(f"{name} in {call.pattern.value}", supported="causal-self", nearest="form='parallel'")
+    if form == "step" and not (call.state is not None and n == m == 1):
+        raise Unsupported(f"{name} on {n} queries and {m} keys", supported="one token and a state to continue from")
+
+
+def _check_rows(card: Mechanism, state: State, batch: int) -> None:
+    rows = state.length.shape[0]  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling() and rows != batch:
+        raise Unsupported(
+            f"{card.name} with a state of {rows} rows for {batch} sequences",
+            supported="a row of the state for each",
+            nearest="state.select(rows)",
+        )
+
+
+def _check_alignment(card: Mechanism, pattern: Pattern, queries: Gathering, keys: Gathering) -> None:
+    """Refuse what a state of constant size cannot answer: queries before its last token."""
+    if pattern is Pattern.CAUSAL_SELF and _more_queries(queries, keys) and card.recurrent:
+        raise Unsupported(
+            f"{card.name} continuing with more queries than keys, of which the first precede the state's end",
+            supported="at most as many queries as new keys",
+            nearest="softmax, whose state has every key",
+        )
+
+
+def _more_queries(queries: Gathering, keys: Gathering) -> bool:
+    """Whether some row has more valid queries than valid keys (of unequal lengths only known outside a graph)."""
+    if queries.lengths is keys.lengths or torch.compiler.is_compiling():
+        return queries.length > keys.length
+    valid_queries = queries.length if queries.lengths is None else queries.lengths
+    valid_keys = keys.length if keys.lengths is None else keys.lengths
+    return bool(torch.as_tensor(valid_queries > valid_keys).any())
+
+
+def _check_blocks(blocks: BlockMask, batch: int, heads: int) -> None:
+    rows, columns = blocks.visible.shape[:2]
+    if rows not in (1, batch) or columns not in (1, heads):
+        raise Unsupported(
+            f"visible blocks of shape {tuple(blocks.visible.shape)} for {batch} rows and {heads} heads",
+            supported=f"({batch} or 1, {heads} or 1, query blocks, key blocks)",
+        )
+
+
 def _check_honoured(card: Mechanism, mask: Mask | None, memory_mask: Mask | None, rest: dict[str, Any]) -> None:
+    dropout, want = rest.get("dropout", 0.0), rest.get("want", ())
+    if not 0.0 <= dropout < 1.0:
+        raise Unsupported(f"dropout={dropout}", supported="0 <= dropout < 1", nearest="dropout=0.0")
+    for word in want:
+        one_of("want", word, WANTS)
     asked = {
         "bias": (mask is not None and mask.bias is not None) or rest.get("position_bias") is not None,
         "blocks": mask is not None and mask.blocks is not None,
-        "dropout": rest.get("dropout", 0.0) > 0,
-        "weights": "weights" in rest.get("want", ()),
+        "dropout": dropout > 0,
+        "weights": "weights" in want,
+        "lse": "lse" in want,
         "roles": rest.get("roles") is not None,
+        "rotate": rest.get("rotate") is not None,
     }
     if memory_mask is not None and (memory_mask.bias is not None or memory_mask.blocks is not None):
         raise Unsupported("a memory mask with bias or blocks", supported="bias and blocks on mask, which has the pairs")
     for what, wanted in asked.items():
         if wanted and what not in card.honours:
-            words = {"bias": "additive scores", "blocks": "a block mask", "dropout": "dropout of attention weights"}
+            words = {
+                "bias": "additive scores",
+                "blocks": "a block mask",
+                "dropout": "dropout of attention weights",
+                "lse": "the log-sum-exp of scores",
+                "rotate": "a rotation of its queries and keys",
+            }
             raise Unsupported(
                 f"{card.name} with {words.get(what, what)}",
                 supported=", ".join(sorted(card.honours)) or "valid, lengths and cu_seqlens masks",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -108,6 +109,15 @@ class BlockMask:
     visible: Bool[Tensor, "#b #h q_blocks k_blocks"]
     block_size: int
 
+    def __post_init__(self) -> None:
+        at_least("block_size", self.block_size, 1)
+        if self.visible.dtype != torch.bool or self.visible.ndim != 4:
+            raise Unsupported(
+                f"visible blocks of dtype {self.visible.dtype} and {self.visible.ndim} axes",
+                supported="a boolean (B or 1, H or 1, query blocks, key blocks) tensor, True where blocks may attend",
+                nearest="visible.bool()" if self.visible.ndim == 4 else "",
+            )
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -150,6 +160,14 @@ class Mask:
             raise Unsupported(
                 "mask.cu_seqlens that is not an integer (documents + 1,) tensor", supported="0, end of document 1, ..."
             )
+        if self.max_length is not None and self.cu_seqlens is None:
+            raise Unsupported(f"max_length={self.max_length} without cu_seqlens", supported="max_length=None")
+        if self.bias is not None and (not self.bias.is_floating_point() or self.bias.ndim != 4):
+            raise Unsupported(
+                f"mask.bias of dtype {self.bias.dtype} and {self.bias.ndim} axes",
+                supported="scores to add, (B or 1, H or 1, N or 1, M or 1)",
+                nearest="torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf), for booleans",
+            )
 
     @property
     def ragged(self) -> bool:
@@ -167,6 +185,10 @@ class Role(enum.IntEnum):
     REFERENCE = 4
 
 
+WANTS = ("state", "weights", "lse", "gates")
+"""What a call may be asked for beside its output."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What accompanies the tensors of one call.
@@ -181,7 +203,8 @@ class Context:
         generator: source of every random draw of the call.
         progress: training step or diffusion time, for mechanisms that follow a schedule.
         teacher: tensors of a teacher for distillation losses.
-        want: extras to compute: ``"state"`` (continue later), ``"weights"`` (attention weights).
+        want: extras to compute, of `WANTS`: ``"state"`` (continue later), ``"weights"`` (attention weights), ``"lse"``
+            (their log-sum-exp), ``"gates"`` (of a wrapper's routers).
     """
 
     mask: Mask | None = None
@@ -199,9 +222,9 @@ class Context:
         return dataclasses.replace(self, **changes)
 
 
-def state_field(fill: float = 0.0, dim: int = 0) -> Any:
-    """A field of a :class:`State`: `fill` is its value in an empty state, `dim` the batch axis."""
-    return field(metadata={"fill": fill, "dim": dim})
+def state_field(fill: float = 0.0) -> Any:
+    """A field of a :class:`State`: `fill` is its value in an empty state."""
+    return field(metadata={"fill": fill})
 
 
 @dataclass(frozen=True)
@@ -209,7 +232,18 @@ class State:
     """What a sequence leaves behind for its continuation: a typed tuple of tensors, one row a sequence.
 
     Subclasses are frozen dataclasses whose fields are tensors (batch first), other states, tuples of states, or None.
+    All are pytrees, so that `torch.export` takes and returns them.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_pytree_node(
+            cls,
+            _flatten_state,
+            _unflatten_state,
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=_flatten_state_with_keys,
+        )
 
     def _map(self, function: Callable[[Tensor, float], Tensor]) -> Self:
         def visit(value: Any, fill: float) -> Any:
@@ -235,9 +269,10 @@ class State:
     def detach(self) -> Self:
         return self._map(lambda t, _: t.detach())
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move to another device. Floating dtypes are kept, since accumulators must not lose precision."""
-        return self._map(lambda t, _: t.to(*args, **kwargs))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Move to another device. Dtypes are kept, since accumulators must not lose precision."""
+        where = torch.device(device)
+        return self._map(lambda t, _: t.to(where, non_blocking=non_blocking))
 
     def tensors(self, prefix: str = "") -> Tensors:
         """All tensors by dotted name: what `safetensors` saves."""
@@ -281,12 +316,20 @@ class State:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
-def _flatten_state(state: State) -> tuple[list[Any], tuple[type, tuple[str, ...]]]:
+StateStructure = tuple[type[State], tuple[str, ...]]
+
+
+def _flatten_state(state: State) -> tuple[list[Any], StateStructure]:
     names = tuple(f.name for f in dataclasses.fields(state))
     return [getattr(state, name) for name in names], (type(state), names)
 
 
-def _unflatten_state(values: Iterable[Any], structure: tuple[type, tuple[str, ...]]) -> State:
+def _flatten_state_with_keys(state: State) -> tuple[list[tuple[Any, Any]], StateStructure]:
+    values, structure = _flatten_state(state)
+    return [(GetAttrKey(name), value) for name, value in zip(structure[1], values, strict=True)], structure
+
+
+def _unflatten_state(values: Iterable[Any], structure: StateStructure) -> State:
     kind, names = structure
     return kind(**dict(zip(names, values, strict=True)))
 
@@ -477,8 +520,8 @@ class Mechanism:
         cost: analytic cost of a problem.
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, or a number.
         default_form: form that computes whole sequences when no state is wanted.
-        honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``roles``, ``rotate`` (it rotates queries and keys
-            itself in causal-self): what it takes beside tensors.
+        honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
+            keys itself in causal-self): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
         accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
         length: ``any``, ``multiple``, ``max`` or ``grid``.
@@ -491,6 +534,7 @@ class Mechanism:
         module: the whole layer, for mixers, poolings, projections and wrappers.
         prepare: inserts the tokens it needs: ids -> (ids, roles).
         layer_defaults: options of the shell that belong to the mechanism.
+        engine: what computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.
         waivers: properties that do not hold, with reasons.
         tolerances: largest error by dtype, relative to the largest output.
     """
@@ -523,6 +567,7 @@ class Mechanism:
     module: type[nn.Module] | None = None
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     layer_defaults: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = ""
     waivers: tuple[Waiver, ...] = ()
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
 
@@ -573,5 +618,5 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 def at_least(name: str, value: float, low: float) -> None:
     """Check an option in a Config's ``__post_init__``."""
-    if value < low:
+    if not value >= low:  # NaN is neither
         raise Unsupported(f"{name}={value}", supported=f"{name} >= {low}", nearest=f"{name}={low}")

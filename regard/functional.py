@@ -31,18 +31,24 @@ def function_name(card: Mechanism) -> str:
 
 def _function(card: Mechanism) -> Callable[..., Any]:
     names = input_names(card)
+    own = set(card.config.__dataclass_fields__)  # type: ignore[attr-defined]
 
     def function(*tensors: Tensor | None, **options: Any) -> Any:
         if len(tensors) > len(names):
             raise Unsupported(f"{len(tensors)} tensors for {card.name}", supported=", ".join(card.inputs))
         inputs = dict(zip(names, tensors, strict=False))
-        inputs |= {n: options.pop(n) for n in names if n in options}
-        call = {n: options.pop(n) for n in _CALL_OPTIONS if n in options}
+        for name in [n for n in names if n in options]:
+            if name in inputs:
+                raise Unsupported(f"{card.name} with {name} given twice", supported="by place or by name")
+            inputs[name] = options.pop(name)
+        call = {n: options.pop(n) for n in _CALL_OPTIONS if n in options and n not in own}
         call.setdefault("pattern", next(p for p in (Pattern.CAUSAL_SELF, *card.patterns) if p in card.patterns))
-        context = {n: options.pop(n) for n in _CONTEXT_OPTIONS if n in options}
+        context = {n: options.pop(n) for n in _CONTEXT_OPTIONS if n in options and n not in own}
         bias = options.pop("bias", None)
         if bias is not None:
             mask = call.get("mask") or Mask()
+            if mask.bias is not None:
+                raise Unsupported(f"{card.name} with bias and mask.bias", supported="one of them, or their sum")
             call["mask"] = Mask(mask.valid, mask.lengths, mask.cu_seqlens, mask.max_length, bias, mask.blocks)
         result = apply(card, inputs, config=card.options(**options), **call, **context)
         full = call.get("return_state") or call.get("state") is not None or result.losses or result.extras
@@ -58,7 +64,7 @@ def _function(card: Mechanism) -> Callable[..., Any]:
         )
         for n in names
     ]
-    parameters += [inspect.Parameter(n, keyword, default=d) for n, d in _CALL_OPTIONS.items()]
+    parameters += [inspect.Parameter(n, keyword, default=d) for n, d in _CALL_OPTIONS.items() if n not in own]
     parameters += [
         inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("bias", *_CONTEXT_OPTIONS)
     ]

@@ -237,6 +237,11 @@ def gather_pairs(
     """Numbers of pairs of tokens, such as a bias on scores, moved to dense ranks; zeros where a token is not valid."""
     if queries.lengths is None and keys.lengths is None:
         return bias
+    if bias.shape[-2] not in (1, queries.source_length) or bias.shape[-1] not in (1, keys.source_length):
+        raise Unsupported(
+            f"pairs of shape {tuple(bias.shape)} beside padding or packing",
+            supported=f"(B or 1, H or 1, {queries.source_length} or 1, {keys.source_length} or 1)",
+        )
     if not torch.compiler.is_compiling() and queries.batch != keys.batch:
         raise Unsupported(
             f"pairs of {queries.batch} query sequences and {keys.batch} key sequences", supported="equal numbers"

@@ -94,7 +94,7 @@ class Visibility:
         last = first + n - 1
         return dataclasses.replace(
             self,
-            causal=self.causal and m - 1 > first,
+            causal=self.causal and bool(m - 1 > first),
             left=None if self.left is not None and self.left >= last else self.left,
             right=None if self.right is not None and self.right >= m - 1 - first else self.right,
             block=None if self.block is not None and first >= 0 and self.block > max(last, m - 1) else self.block,

@@ -54,14 +54,17 @@ class Choice:
 
 
 def _find(engine: str, device: Device, requested: str | None) -> tuple[Backend, str]:
+    known = sorted({name for backend in BACKENDS for name in backend.engines})
+    if engine and engine not in known:
+        raise Unsupported(f"engine {engine!r}", supported=", ".join(known), nearest=closest(engine, known))
     if requested is not None:
         names = [b.name for b in BACKENDS]
         for backend in BACKENDS:
             if backend.name == requested:
-                if engine not in backend.engines:
+                if not (engine in backend.engines or (not engine and backend is TORCH)):
                     raise Unsupported(
-                        f"backend {requested!r} for the engine {engine}",
-                        supported=", ".join(b.name for b in BACKENDS if engine in b.engines),
+                        f"backend {requested!r} for " + (f"the engine {engine}" if engine else "a plain function"),
+                        supported=", ".join(b.name for b in BACKENDS if engine in b.engines) or TORCH.name,
                     )
                 if backend.devices and device.type not in backend.devices:
                     raise Unsupported(
@@ -71,19 +74,27 @@ def _find(engine: str, device: Device, requested: str | None) -> tuple[Backend, 
                     )
                 return backend, "requested"
         raise Unsupported(f"backend {requested!r}", supported=", ".join(names), nearest=closest(requested, names))
+    if not engine:
+        return TORCH, "plain PyTorch, without an engine"
     for backend in BACKENDS:
         if engine in backend.engines and (not backend.devices or device.type in backend.devices):
             return backend, f"the first of {', '.join(b.name for b in BACKENDS)} with {engine} on {device.type}"
-    raise Unsupported(f"engine {engine!r}", supported=", ".join(TORCH.engines), nearest=closest(engine, TORCH.engines))
+    raise Unsupported(f"the engine {engine} on {device.type}", supported="a device that some backend has")
 
 
 def which_backend(engine: str, *, device: str | Device = "cpu", backend: str | None = None) -> Choice:
     """The backend that would run `engine` (``attention``, ``gated_recurrence``, ``softmax_scan``) and the reason.
 
+    An empty name stands for what no engine computes; only torch runs it.
+
     Raises:
-        Unsupported: for an unknown engine or backend, or a backend that lacks the engine or the device.
+        Unsupported: for an unknown engine, device or backend, or a backend that lacks the engine or the device.
     """
-    found, reason = _find(engine, Device(device), backend)
+    try:
+        where = Device(device)
+    except RuntimeError as error:
+        raise Unsupported(f"device {device!r}", supported="a device of torch", nearest="cpu") from error
+    found, reason = _find(engine, where, backend)
     return Choice(found.name, reason)
 
 

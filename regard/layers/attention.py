@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +25,14 @@ from regard.contract import (
     Result,
     State,
     Unsupported,
+    at_least,
     one_of,
     state_field,
     valid_from_lengths,
 )
+from regard.layers.checks import check_memory, check_memory_mask, check_tokens
 from regard.layers.convolution import ShortConvolution
+from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.positions import create_positions
@@ -108,13 +112,13 @@ class AttentionLayer(nn.Module):
         # Only causal-self caches keys whose places change later; elsewhere the shell rotates.
         self.places_keys = "rotate" in card.honours and self.pattern is Pattern.CAUSAL_SELF
         self.config = card.options() if config is None else config
+        at_least("num_heads", num_heads, 1)
         if head_dim is None:
             head_dim = _head_width(dim, num_heads, key_expand, "head_dim")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:
             raise Unsupported(f"num_kv_heads={kv_heads} for num_heads={num_heads}", supported="a divisor of num_heads")
-        if not 0.0 <= dropout < 1.0:
-            raise Unsupported(f"dropout={dropout}", supported="0 <= dropout < 1", nearest="dropout=0.0")
+        check_dropout(dropout)
         if output_gate is not None:
             one_of("output_gate", output_gate, GATES)
         if memory_dim is not None and not self.pattern.cross:
@@ -135,9 +139,7 @@ class AttentionLayer(nn.Module):
             scheme, dim=dim, heads=num_heads, head_dim=head_dim, max_length=max_length, **(position_options or {})
         )
 
-        def project(source: int, width: int) -> nn.Module:
-            return make_linear(source, width, bias=bias, kind=linear)
-
+        project = partial(make_linear, bias=bias, kind=linear)
         self.spec = LayerSpec(
             dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
         )
@@ -182,14 +184,8 @@ class AttentionLayer(nn.Module):
             state: continue from it; the result then carries the new state.
         """
         context = Context() if context is None else context
-        if memory is None and self.pattern.cross and state is None:
-            raise Unsupported(f"{self.pattern.value} without memory", supported="memory, or a state from encode_memory")
-        if memory is not None and not self.pattern.cross:
-            raise Unsupported(f"memory in {self.pattern.value}", supported="cross patterns")
-        if memory is not None and state is not None:
-            raise Unsupported(
-                "memory beside a state that has absorbed one", supported="encode_memory(memory, state=state)"
-            )
+        check_memory(self.pattern, memory, context, state)
+        check_tokens(x, self.dim)
         batch, n, device = x.shape[0], x.shape[1], x.device
         layout = gathering(context.mask, batch, n, device)
         x = layout.gather(x, axis=1)
@@ -204,7 +200,8 @@ class AttentionLayer(nn.Module):
             heads["q"] = self._norm(self.query_norm, q)
         source, source_layout, source_positions = x, layout, positions
         if self.pattern.cross and memory is not None:
-            source_layout = gathering(context.memory_mask, batch, memory.shape[1], device)
+            check_tokens(memory, self.spec.memory_dim, "memory")
+            source_layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], device)
             source = source_layout.gather(memory, axis=1)
             source_positions = self._positions(context.memory_positions, source_layout, source, None)
         if not self.pattern.cross or memory is not None:
@@ -219,10 +216,10 @@ class AttentionLayer(nn.Module):
             self.card,
             heads,
             pattern=self.pattern,
-            mask=self._inner_mask(context, layout, source_layout),
-            memory_mask=Mask(lengths=source_layout.lengths)
-            if source_layout.lengths is not None and self.pattern.cross
-            else None,
+            mask=self._inner_mask(context, layout, None if no_keys else source_layout),
+            memory_mask=None
+            if memory is None or source_layout.lengths is None
+            else Mask(lengths=source_layout.lengths),
             state=None if state is None else state.mechanism,
             return_state=stateful,
             config=self.config,
@@ -246,7 +243,7 @@ class AttentionLayer(nn.Module):
             y = y * GATES[self.gate_activation](self.gate(x))
         y = self.output(y)
         if self.training and self.dropout and "dropout" not in self.card.honours:
-            y = F.dropout(y, self.dropout)
+            y = dropout(y, self.dropout, training=True, generator=context.generator)
         result.output = layout.scatter(y, axis=1)
         if stateful:
             new = torch.full((x.shape[0],), x.shape[1], device=device) if layout.lengths is None else layout.lengths
@@ -254,9 +251,11 @@ class AttentionLayer(nn.Module):
             result.state = LayerState(result.state, length, tuple(caches))
         return result
 
-    def step(self, x_t: Float[Tensor, "b c"], state: LayerState) -> tuple[Float[Tensor, "b c"], LayerState]:
-        """One token: the output and the state after it."""
-        result = self(x_t[:, None], state=state)
+    def step(
+        self, x_t: Float[Tensor, "b c"], state: LayerState | None = None
+    ) -> tuple[Float[Tensor, "b c"], LayerState]:
+        """One token: the output and the state after it. Without a state it is the first of its sequence."""
+        result = self(x_t[:, None], context=Context(want=frozenset({"state"})), state=state)
         return result.output[:, 0], result.state
 
     def encode_memory(
@@ -272,6 +271,9 @@ class AttentionLayer(nn.Module):
         if self.convolutions and state is not None:
             raise Unsupported("memory in pieces with short convolutions", supported="the whole memory at once")
         context = Context() if context is None else context
+        check_tokens(memory, self.spec.memory_dim, "memory")
+        check_memory_mask(context)
+        self._check_memory_positions(context)
         batch, m = memory.shape[:2]
         layout = gathering(context.memory_mask, batch, m, memory.device)
         memory = layout.gather(memory, axis=1)
@@ -342,6 +344,7 @@ class AttentionLayer(nn.Module):
 
     def _position_functions(self, context: Context, state: LayerState | None) -> dict[str, Any]:
         functions: dict[str, Any] = {}
+        self._check_memory_positions(context)
         if self.positions.rotate is not None and self.places_keys:
             if context.positions is not None:
                 raise Unsupported(
@@ -349,7 +352,7 @@ class AttentionLayer(nn.Module):
                 )
             functions["rotate"] = self.positions.rotate
         if self.positions.bias is not None:
-            if context.positions is not None or context.memory_positions is not None:
+            if context.positions is not None:
                 raise Unsupported(
                     f"explicit positions with {self.positions.name}", supported="ranks", nearest="rotary positions"
                 )
@@ -359,13 +362,24 @@ class AttentionLayer(nn.Module):
             functions["position_bias"] = lambda i, j: bias(i + before, j, causal)
         return functions
 
-    def _inner_mask(self, context: Context, layout: Gathering, keys: Gathering) -> Mask | None:
+    def _check_memory_positions(self, context: Context) -> None:
+        elsewhere = self.positions.bias is not None or self.positions.embed is not None
+        if context.memory_positions is not None and elsewhere:
+            raise Unsupported(
+                f"explicit positions of the memory with {self.positions.name}",
+                supported="memory_positions=None",
+                nearest="rotary positions",
+            )
+
+    def _inner_mask(self, context: Context, layout: Gathering, keys: Gathering | None) -> Mask | None:
         mask = context.mask
         pairs = mask is not None and (mask.bias is not None or mask.blocks is not None)
         if layout.lengths is None and not pairs:
             return None
         bias = None
         if mask is not None and mask.bias is not None:
+            if keys is None:  # absorbed before, in the dense layout
+                keys = gathering(None, layout.batch, mask.bias.shape[-1], mask.bias.device)
             bias = gather_pairs(mask.bias, layout, keys)
         return Mask(lengths=layout.lengths, bias=bias, blocks=None if mask is None else mask.blocks)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Mechanism, Pattern, Result, Unsupported
+from regard.layers.checks import check_memory, check_memory_mask, check_tokens
 from regard.ragged import Gathering, gathering, gathering_in_place
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class MixerLayer(nn.Module):
             Unsupported: for what the pattern or the mechanism does not have.
         """
         context = Context() if context is None else context
-        self._check(memory, context, state)
+        check_memory(self.pattern, memory, context, state)
+        check_tokens(x, self.dim)
+        self._check_wanted(context)
         layout = self._layout(x, context)
         tokens = Tokens(layout.gather(x, axis=1), layout.lengths, layout.valid if layout.lengths is None else None)
         keys = None if memory is None else _right_padded(memory, context.memory_mask)
@@ -98,9 +101,9 @@ class MixerLayer(nn.Module):
         result.output = layout.scatter(result.output, axis=1)
         return result
 
-    def step(self, x_t: Float[Tensor, "b c"], state: Any) -> tuple[Float[Tensor, "b c"], Any]:
-        """One token: the output and the state after it."""
-        result = self(x_t[:, None], state=state)
+    def step(self, x_t: Float[Tensor, "b c"], state: Any = None) -> tuple[Float[Tensor, "b c"], Any]:
+        """One token: the output and the state after it. Without a state it is the first of its sequence."""
+        result = self(x_t[:, None], context=Context(want=frozenset({"state"})), state=state)
         return result.output[:, 0], result.state
 
     def encode_memory(
@@ -109,7 +112,9 @@ class MixerLayer(nn.Module):
         """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in."""
         if not self.pattern.cross:
             raise Unsupported(f"encode_memory in {self.pattern.value}", supported="cross patterns", nearest="layer(x)")
-        return self.absorb(_right_padded(memory, None if context is None else context.memory_mask), state)
+        context = Context() if context is None else context
+        check_memory_mask(context)
+        return self.absorb(_right_padded(memory, context.memory_mask), state)
 
     def _layout(self, x: Tensor, context: Context) -> Gathering:
         batch, n = x.shape[:2]
@@ -123,19 +128,11 @@ class MixerLayer(nn.Module):
             return gathering_in_place(context.mask, batch, n, context.grid, x.device)
         return gathering(context.mask, batch, n, x.device)
 
-    def _check(self, memory: Tensor | None, context: Context, state: Any) -> None:
-        if memory is None and self.pattern.cross and state is None:
-            raise Unsupported(f"{self.pattern.value} without memory", supported="memory, or a state from encode_memory")
-        if memory is not None and not self.pattern.cross:
-            raise Unsupported(f"memory in {self.pattern.value}", supported="cross patterns")
-        if memory is not None and state is not None:
-            raise Unsupported(
-                "memory beside a state that has absorbed one", supported="encode_memory(memory, state=state)"
-            )
+    def _check_wanted(self, context: Context) -> None:
         for what, given in (
             ("bias on pairs", context.mask is not None and context.mask.bias is not None),
             ("a block mask", context.mask is not None and context.mask.blocks is not None),
-            ("attention weights", "weights" in context.want),
+            ("attention weights", not {"weights", "lse"}.isdisjoint(context.want)),
             ("roles", context.roles is not None),
         ):
             if given:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from regard.contract import Context, Mechanism, Pattern, Result, Unsupported
+from regard.layers.checks import check_tokens
 from regard.ragged import gathering
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ProjectionLayer(nn.Module):
         super().__init__()
         self.card, self.pattern = card, card.require_pattern(pattern)
         assert card.module is not None  # a card of this kind always has one; checked by regard verify
+        self.dim = dim
         width = dim if out_features is None else out_features
         self.projection = card.module(dim, width, bias=bias, config=card.options() if config is None else config)
 
@@ -51,7 +53,11 @@ class ProjectionLayer(nn.Module):
         """Project each valid token; padding gives 0."""
         if memory is not None or state is not None:
             raise Unsupported(f"{self.card.name} with memory or state", supported="layer(x): tokens do not mix")
-        layout = gathering(None if context is None else context.mask, x.shape[0], x.shape[1], x.device)
+        check_tokens(x, self.dim)
+        mask = None if context is None else context.mask
+        if mask is not None and (mask.bias is not None or mask.blocks is not None):
+            raise Unsupported(f"{self.card.name} with bias or blocks on pairs", supported="valid, lengths, cu_seqlens")
+        layout = gathering(mask, x.shape[0], x.shape[1], x.device)
         return Result(layout.scatter(self.projection(layout.gather(x, axis=1)), axis=1))
 
 

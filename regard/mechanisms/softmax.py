@@ -223,7 +223,7 @@ def sample_inputs(
 ) -> Tensors:
     """Inputs for tests and timings; a sink only where the options have one, since plain attention is the yardstick."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "q": (batch, size["h"], n, size["d"]),
         "k": (batch, size["g"], m, size["d"]),
         "v": (batch, size["g"], m, size["v"]),

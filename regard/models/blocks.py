@@ -237,9 +237,10 @@ def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model without dropout inside the block, and as it was after it."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

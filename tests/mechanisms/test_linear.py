@@ -255,8 +255,12 @@ def test_the_state_accumulates_in_float32(dtype):
     tensors = {name: x.to(dtype) for name, x in inputs(600).items()}
     tensors["k"] = torch.zeros_like(tensors["k"])
     result = run(tensors, return_state=True)
-    assert result.output.dtype == dtype and result.state.memory.dtype == torch.float32
-    assert (result.state.memory[..., -1] == 600).all()  # a bfloat16 count stops at 256
+    assert result.output.dtype == dtype
+    memory = {"k": tensors["k"], "v": tensors["v"]}
+    absorbed = absorb(MECHANISM, memory, pattern="noncausal-cross")
+    for state in (result.state, absorbed):
+        assert state.memory.dtype == torch.float32
+        assert (state.memory[..., -1] == 600).all()  # a bfloat16 count stops at 256
     expected = run({name: x.double() for name, x in tensors.items()}, form="reference").output
     assert (result.output - expected).abs().max() <= MECHANISM.tolerances[dtype] * expected.abs().max()
 
@@ -312,7 +316,7 @@ def test_four_thousand_tokens_stay_precise_in_float32(options):
     expected = (q[..., None] * sums).sum(-2)
     if options.get("normalize", True):
         expected = expected[..., :-1] / (expected[..., -1:] + 1e-6)
-    assert (result.output - expected).abs().max() <= 2e-6 * expected.abs().max()  # observed 4e-7
+    assert (result.output - expected).abs().max() <= 2e-6 * expected.abs().max()  # observed 3e-7
     assert (result.state.memory - sums[:, :, -1]).abs().max() <= 2e-6 * sums[:, :, -1].abs().max()
 
 
@@ -397,19 +401,24 @@ def test_what_needs_a_weight_for_each_pair_is_refused():
 # parity
 
 
-@pytest.mark.parametrize("name", ["linear_noncausal_self", "linear_noncausal_masked"])
-@pytest.mark.parametrize("form", ["reference", "parallel", "absorb+read"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("linear_noncausal_self", "reference"),
+        ("linear_noncausal_self", "parallel"),
+        ("linear_noncausal_masked", "parallel"),
+        ("linear_noncausal_masked", "absorb+read"),
+    ],
+)
 def test_parity_with_the_authors_noncausal_layer(name, form):
     arrays = load(name)
     tensors = {x: arrays[x].requires_grad_() for x in "qkv"}
-    mask = arrays["key_mask"]
-    if form == "reference" and not mask.all():
-        pytest.skip("the definition is for unpadded tokens")
-    output = run(tensors, "noncausal-cross", form=form, memory_mask=Mask(valid=mask)).output
-    close(output, arrays["out"], 1e-10)  # observed 7e-16
+    mask = None if arrays["key_mask"].all() else Mask(valid=arrays["key_mask"])
+    output = run(tensors, "noncausal-cross", form=form, memory_mask=mask).output
+    close(output, arrays["out"], 1e-10)  # observed 3e-16
     found = torch.autograd.grad(output, list(tensors.values()), arrays["grad_out"])
     for x, gradient in zip("qkv", found, strict=True):
-        close(gradient, arrays[f"grad_{x}"], 1e-10)  # observed 2e-15
+        close(gradient, arrays[f"grad_{x}"], 1e-10)  # observed 4e-16
 
 
 @pytest.mark.parametrize("form", ["chunked", "step"])
@@ -426,7 +435,7 @@ def test_parity_with_the_authors_recurrent_layer(form):
             state = result.state
             outputs.append(result.output)
         output = torch.cat(outputs, 2)
-    close(output, arrays["out"], 1e-10)  # observed 7e-16
+    close(output, arrays["out"], 1e-10)  # observed 4e-16
     close(result.state.memory[..., :-1], arrays["state"], 1e-10)
     close(result.state.memory[..., -1], arrays["norm_state"], 1e-10)
 
@@ -437,7 +446,7 @@ def test_parity_with_a_third_partys_normalised_code(name):
     arrays = load(name)
     options = {"feature_map": "relu", "eps": 1e-10}
     result = run({x: arrays[x] for x in "qkv"}, options=options, return_state=True)
-    close(result.output, arrays["out"], 2e-5)  # observed 6e-7
+    close(result.output, arrays["out"], 2e-5)  # observed 4e-7
     if "state" in arrays:
         close(result.state.memory[..., :-1], arrays["state"], 2e-5)
         close(result.state.memory[..., -1], arrays["norm_state"], 2e-5)
@@ -448,7 +457,7 @@ def test_parity_with_a_third_partys_unnormalised_code_from_a_state():
     options = {"feature_map": "identity", "normalize": False}
     start = MatrixState(arrays["initial_state"], torch.zeros(2, dtype=torch.long))
     result = run({x: arrays[x] for x in "qkv"}, options=options, scale=8**-0.5, state=start)
-    close(result.output, arrays["out"], 2e-5)  # observed 5e-7
+    close(result.output, arrays["out"], 2e-5)  # observed 1e-5 for outputs of size 50
     close(result.state.memory, arrays["state"], 2e-5)
 
 
