@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from regard.backends import which_backend
-from regard.catalogue import get_mechanism, list_mechanisms, load_plugin, register
+from regard.catalogue import get_mechanism, list_mechanisms, load_plugin, register, which_backend
 from regard.contract import (
     BlockMask,
     Context,

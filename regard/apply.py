@@ -285,7 +285,9 @@ def absorb(
     given = {n: t for n, t in tensors.items() if t is not None and n in accepted}
     missing = [n for n in memory_inputs(card) if n in card.inputs and n not in given]
     if missing:
-        raise Unsupported(f"absorbing memory with {card.name} without {', '.join(missing)}", supported=", ".join(accepted))
+        raise Unsupported(
+            f"absorbing memory with {card.name} without {', '.join(missing)}", supported=", ".join(accepted)
+        )
     sizes = _check_shapes(card, given, False)
     first = next(iter(given.values()))
     keys = gathering(memory_mask, sizes["b"], sizes["m"], first.device)

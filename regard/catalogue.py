@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from regard import mechanisms
+import torch
+
+from regard import backends, mechanisms
 from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest
 
 ENTRY_POINTS = "regard.mechanisms"
@@ -32,12 +34,25 @@ def _installed() -> dict[str, tuple[Mechanism, ModuleType]]:
         module = importlib.import_module(f"regard.mechanisms.{name}")
         found[module.MECHANISM.name] = (module.MECHANISM, module)
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        module = importlib.import_module(point.module)
-        card = point.load()
+        try:
+            module, card = importlib.import_module(point.module), point.load()
+        except Exception as error:
+            raise Unsupported(
+                f"entry point {point.value!r} raised {type(error).__name__}: {error}",
+                supported="an installed package that imports without error",
+            ) from error
         if not isinstance(card, Mechanism):
             raise Unsupported(f"entry point {point.value!r} of type {type(card).__name__}", supported="a Mechanism")
+        _refuse_clash(card, found)
         found[card.name] = (card, module)
     return found
+
+
+def _refuse_clash(card: Mechanism, entries: dict[str, tuple[Mechanism, ModuleType]]) -> None:
+    for other, _ in entries.values():
+        clash = {card.name, *card.aliases} & {other.name, *other.aliases}
+        if clash:
+            raise Unsupported(f"a second mechanism called {sorted(clash)[0]!r}", supported="names not in regard list")
 
 
 def _catalogue() -> dict[str, tuple[Mechanism, ModuleType]]:
@@ -46,12 +61,10 @@ def _catalogue() -> dict[str, tuple[Mechanism, ModuleType]]:
 
 def register(card: Mechanism, module: ModuleType) -> Mechanism:
     """Add a mechanism for this process. A name or alias that is taken raises Unsupported."""
-    for other, _ in _catalogue().values():
-        if other is card:
-            return card
-        clash = {card.name, *card.aliases} & {other.name, *other.aliases}
-        if clash:
-            raise Unsupported(f"a second mechanism called {sorted(clash)[0]!r}", supported="names not in regard list")
+    entries = _catalogue()
+    if any(other is card for other, _ in entries.values()):
+        return card
+    _refuse_clash(card, entries)
     _plugins[card.name] = (card, module)
     return card
 
@@ -125,6 +138,22 @@ def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
             return card, module
     words = [w for card, _ in entries.values() for w in (card.name, *card.aliases)]
     raise Unsupported(f"mechanism {name!r}", supported=", ".join(sorted(entries)), nearest=closest(name, words))
+
+
+def which_backend(name: str, *, device: str | torch.device = "cpu", backend: str | None = None) -> backends.Choice:
+    """The backend that would run a mechanism, and why.
+
+    Args:
+        name: name or alias of a mechanism, or the name of an engine (see :mod:`regard.backends`). Of a mechanism it is
+            the card's engine that counts; a form that needs no engine is plain PyTorch on every device.
+        device: where the tensors are.
+        backend: asked for by name; it never falls back to another.
+
+    Raises:
+        Unsupported: for an unknown name, device or backend, or a backend that lacks the engine or the device.
+    """
+    engine = name if name in backends.engine_names() else get_mechanism(name).engine
+    return backends.which_backend(engine, device=device, backend=backend)
 
 
 def list_mechanisms(

@@ -30,7 +30,7 @@ SMALL += ["--lengths", "16,32", "--at-length", "32"]
 @pytest.fixture(params=PLUGINS)
 def plugin(request, tmp_path, monkeypatch):
     """Name and file of a mechanism that lies alone in a temporary folder."""
-    monkeypatch.setattr("regard.workbench.compare.CALIBRATION_SECONDS", 1.0)
+    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
     monkeypatch.chdir(tmp_path)
     return request.param, shutil.copy(HERE / "plugins" / f"{request.param}.py", tmp_path)
 

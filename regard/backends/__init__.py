@@ -53,8 +53,13 @@ class Choice:
     reason: str
 
 
+def engine_names() -> list[str]:
+    """Engines that some backend has."""
+    return sorted({name for backend in BACKENDS for name in backend.engines})
+
+
 def _find(engine: str, device: Device, requested: str | None) -> tuple[Backend, str]:
-    known = sorted({name for backend in BACKENDS for name in backend.engines})
+    known = engine_names()
     if engine and engine not in known:
         raise Unsupported(f"engine {engine!r}", supported=", ".join(known), nearest=closest(engine, known))
     if requested is not None:
@@ -83,7 +88,7 @@ def _find(engine: str, device: Device, requested: str | None) -> tuple[Backend, 
 
 
 def which_backend(engine: str, *, device: str | Device = "cpu", backend: str | None = None) -> Choice:
-    """The backend that would run `engine` (``attention``, ``gated_recurrence``, ``softmax_scan``) and the reason.
+    """The backend that would run `engine`, one of :func:`engine_names`, and the reason.
 
     An empty name stands for what no engine computes; only torch runs it.
 

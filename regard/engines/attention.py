@@ -79,8 +79,8 @@ def attention(
     run = resolve("attention", q.device, backend)
     return run(
         q,
-        k,
-        v,
+        k.to(q.dtype),  # a cache keeps the dtype that it was begun in
+        v.to(q.dtype),
         ranks,
         visibility,
         scale,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),  # elu(x) + 1 without its cancellation
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,

@@ -21,6 +21,7 @@ from regard.backends import resolve
 from regard.backends.torch.gated_recurrence import suffix_sum
 from regard.backends.torch.softmax_scan import Carry, exponentials, prefix_weights
 from regard.contract import State, Unsupported, state_field
+from regard.engines.gated_recurrence import without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -60,7 +61,7 @@ def softmax_scan(
     chunk_size: int = 64,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n q v"] | Float[Tensor, "b h n v"], Carry]:
-    """Prefix outputs of q fixed queries and the carry after the last token.
+    """Prefix outputs of q fixed queries and the carry after the last token. Autocast does not reach in.
 
     Args:
         s: scores of each token for each of the q queries; -inf skips the token.
@@ -78,7 +79,9 @@ def softmax_scan(
     if chunk_size < 1:
         raise Unsupported(f"chunk_size={chunk_size}", supported="a positive integer")
     carry = empty_carry(s, v) if state is None else state
-    return resolve("softmax_scan", v.device, backend)(s, v, carry, chunk_size, log_decay, mix)
+    run = resolve("softmax_scan", v.device, backend)
+    with without_autocast(v.device):
+        return run(s, v, carry, chunk_size, log_decay, mix)
 
 
 def softmax_scan_shifted(
@@ -117,7 +120,9 @@ def absorb(
         m = m + gate.sum(-1)[..., None]
     largest = torch.cat([m[..., None], scores], -1).detach().amax(-1)
     weights = exponentials(scores, largest[..., None])
-    return merge(Carry(m, u, w), Carry(largest, weights.sum(-1), weights @ v.to(u.dtype)))
+    with without_autocast(v.device):
+        added = weights @ v.to(u.dtype)
+    return merge(Carry(m, u, w), Carry(largest, weights.sum(-1), added))
 
 
 def merge(first: Carry, second: Carry) -> Carry:

@@ -78,6 +78,7 @@ class AttentionLayer(nn.Module):
         short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
         convolution_activation: ``silu`` or None, after each short convolution.
         linear: kind of the projections (``dense`` or a projection mechanism).
+        linear_options: options of that kind.
         config: the mechanism's options.
     """
 
@@ -105,6 +106,7 @@ class AttentionLayer(nn.Module):
         short_convolution: int = 0,
         convolution_activation: str | None = "silu",
         linear: str = "dense",
+        linear_options: dict[str, Any] | None = None,
         config: Any = None,
     ) -> None:
         super().__init__()
@@ -139,7 +141,7 @@ class AttentionLayer(nn.Module):
             scheme, dim=dim, heads=num_heads, head_dim=head_dim, max_length=max_length, **(position_options or {})
         )
 
-        project = partial(make_linear, bias=bias, kind=linear)
+        project: Callable[..., nn.Module] = partial(make_linear, bias=bias, kind=linear, **(linear_options or {}))
         self.spec = LayerSpec(
             dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
         )
@@ -277,7 +279,7 @@ class AttentionLayer(nn.Module):
         batch, m = memory.shape[:2]
         layout = gathering(context.memory_mask, batch, m, memory.device)
         memory = layout.gather(memory, axis=1)
-        before = None if state is None or state.mechanism is None else state.mechanism.length  # type: ignore[attr-defined]
+        before = None if state is None or state.mechanism is None else state.mechanism.length
         positions = self._positions(context.memory_positions, layout, memory, before)
         heads: dict[str, Tensor] = {}
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())

@@ -53,7 +53,6 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
-    Waiver,
     at_least,
     one_of,
 )
@@ -322,6 +321,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="softmax_scan",
     state=ScanState,
     cost=cost,
     weights="implicit",
@@ -329,11 +329,4 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     projection=LearnedQuery,
     merge=JoinDirections,
-    waivers=(
-        Waiver(
-            "layer_gradient",
-            "with a learned query the output of a cross pattern does not depend on the queries' sequence",
-            patterns=(Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
-        ),
-    ),
 )

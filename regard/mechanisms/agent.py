@@ -467,6 +467,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="softmax_scan",
     state=ScanState,
     cost=cost,
     honours=frozenset({"roles"}),

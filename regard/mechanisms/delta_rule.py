@@ -388,6 +388,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="gated_recurrence",
     state=MatrixState,
     cost=cost,
     weights="implicit",

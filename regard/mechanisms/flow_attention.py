@@ -318,6 +318,7 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    engine="gated_recurrence",
     state=FlowState,
     cost=cost,
     default_scale=1.0,

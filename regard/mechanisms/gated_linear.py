@@ -354,6 +354,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="gated_recurrence",
     state=MatrixState,
     cost=cost,
     weights="implicit",

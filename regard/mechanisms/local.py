@@ -181,6 +181,7 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    engine="attention",
     state=WindowState,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),

@@ -599,6 +599,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="gated_recurrence",
     state=MatrixState,
     cost=cost,
     default_scale=1.0,

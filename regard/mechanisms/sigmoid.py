@@ -334,6 +334,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="attention",
     state=KeyValueState,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights"}),

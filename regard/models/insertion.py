@@ -44,11 +44,13 @@ class Insertion:
     sequence may be split anywhere.
 
     Attributes:
-        prepare: inserts tokens into ids; None when no mechanism of the plan does.
+        prepare: the card's; None when no mechanism of the plan inserts tokens.
+        config: of the mechanism that does.
         vocab_size: an inserted token of role r has the embedding ``vocab_size + r - 1``.
     """
 
-    prepare: Callable[[Tensor], tuple[Tensor, Tensor]] | None
+    prepare: Callable[..., tuple[Tensor, Tensor]] | None
+    config: Any
     vocab_size: int
 
     @classmethod
@@ -64,10 +66,8 @@ class Insertion:
                     found.append(needed)
         if len(found) > 1:
             raise Unsupported("a plan with layers that insert different tokens", supported="the same options in each")
-        if not found:
-            return cls(None, vocab_size)
-        prepare, config = found[0]
-        return cls(lambda ids: prepare(ids, config), vocab_size)
+        prepare, config = found[0] if found else (None, None)
+        return cls(prepare, config, vocab_size)
 
     @property
     def extra_tokens(self) -> int:
@@ -103,7 +103,7 @@ class Insertion:
         valid = rank < new[:, None]
         whole_rank = torch.where(valid, past[:, None] + rank, total)  # column `total` takes the padding
         whole = ids.new_zeros((rows, total + 1)).scatter(1, whole_rank, ids)[:, :total]
-        prepared, roles = self.prepare(whole)
+        prepared, roles = self.prepare(whole, self.config)
         roles = roles.expand_as(prepared)
         prepared = torch.where(roles == int(Role.TOKEN), prepared, self.vocab_size - 1 + roles)
         places = (roles == int(Role.TOKEN)).nonzero()[:, 1].view(rows, total)

@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
     ) -> Result:
         """As :meth:`forward`, before the output projection: (B, N, dim)."""
         context = Context() if context is None else context
-        if ids.ndim != 2 or ids.is_floating_point():
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise Unsupported(f"ids of dtype {ids.dtype} and shape {tuple(ids.shape)}", supported="integers (B, N)")
         layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
         ids = layout.gather(ids, axis=1)  # right-padded, a row for each sequence
@@ -186,6 +186,11 @@ class LanguageModel(nn.Module):
         """
         if targets is None:
             targets = next_tokens(ids, None if context is None else context.mask)
+        if targets.shape != ids.shape:
+            raise Unsupported(
+                f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
+                supported="a target for each token, -100 for none",
+            )
         result = self(ids, context=context)
         logits = result.output.to(torch.promote_types(result.output.dtype, torch.float32))
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -262,7 +267,7 @@ def next_tokens(ids: Int[Tensor, "b n"], mask: Mask | None = None) -> Int[Tensor
     """The target at each place: the next valid token of its sequence, -100 at the last one and at padding."""
     layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
     dense = layout.gather(ids, axis=1)
-    following = F.pad(dense[:, 1:], (0, 1), value=IGNORED)
+    following = F.pad(dense, (0, 1), value=IGNORED)[:, 1:]
     if layout.lengths is not None:
         rank = torch.arange(dense.shape[1], device=ids.device)
         following = following.where(rank < layout.lengths[:, None] - 1, IGNORED)

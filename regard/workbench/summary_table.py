@@ -11,36 +11,42 @@ from rich.text import Text
 from regard.workbench import charts
 from regard.workbench.charts import is_number
 
+COSTS = (
+    ("inference", "inference_ms", charts.format_milliseconds),
+    ("train tok/s", "tokens_per_second", charts.format_count),
+    ("decode tok/s", "decode_tokens_per_second", charts.format_count),
+    ("state", "state_bytes", charts.format_bytes),
+    ("peak memory", "peak_memory_bytes", charts.format_bytes),
+)
+FITS_80_COLUMNS = 3
+"""Costs shown on a narrow terminal; the report has all of them."""
 
-def terminal_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """One row for each mechanism and task, in the order given.
+
+def terminal_table(summary: Mapping[str, Sequence[Mapping[str, Any]]], *, width: int = 80) -> Table:
+    """One row for each mechanism under the name of its task, in the order given.
 
     Args:
         summary: of each task, one entry a mechanism, as the report receives it.
+        width: columns of the terminal; a narrow one shows fewer costs.
 
     Returns:
         The table. A star marks the Pareto front; what was not measured is a dash.
     """
+    costs = COSTS if width >= 104 else COSTS[:FITS_80_COLUMNS]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("task", "mechanism", "score"):
+    for heading in ("", "score", "standing"):
         table.add_column(heading, justify="right" if heading == "score" else "left", no_wrap=True)
-    table.add_column("standing", no_wrap=True)
-    for heading in ("train tok/s", "inference", "decode tok/s", "peak memory", "state"):
+    for heading, _, _ in costs:
         table.add_column(heading, justify="right", no_wrap=True)
     for task, entries in summary.items():
+        table.add_row(Text(task, style="bold"))
         for position, entry in enumerate(entries):
-            last = position == len(entries) - 1
             table.add_row(
-                Text(task if position == 0 else ""),
                 Text(("★ " if entry.get("on_front") else "  ") + entry["mechanism"]),
                 Text(_score(entry)),
                 _standing(entry),
-                _value(entry, "tokens_per_second", charts.format_count),
-                _value(entry, "inference_ms", charts.format_milliseconds),
-                _value(entry, "decode_tokens_per_second", charts.format_count),
-                _value(entry, "peak_memory_bytes", charts.format_bytes),
-                _value(entry, "state_bytes", charts.format_bytes),
-                end_section=last,
+                *(_value(entry, name, form) for _, name, form in costs),
+                end_section=position == len(entries) - 1,
             )
     return table
 
@@ -58,7 +64,7 @@ def _standing(entry: Mapping[str, Any]) -> Text:
     separable = entry.get("separable_from_best")
     if separable is None:
         return Text("—", style="dim")
-    return Text("behind", style="dim") if separable else Text("among the best", style="green")
+    return Text("behind", style="dim") if separable else Text("top", style="green")
 
 
 def _value(entry: Mapping[str, Any], name: str, form: charts.Formatter) -> Text:

@@ -185,3 +185,16 @@ def test_no_tokens_give_no_output_and_keep_the_carry():
 def test_a_chunk_of_no_tokens_is_refused():
     with pytest.raises(Unsupported, match="chunk_size=0"):
         softmax_scan(*sample(), chunk_size=0)
+
+
+def test_autocast_does_not_reach_in():
+    s, v = sample(70, dtype=torch.float32)
+    mix = torch.rand(2, 2, 70, 3)
+    expected, carry = softmax_scan(s, v, mix=mix, chunk_size=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, carry_found = softmax_scan(s, v, mix=mix, chunk_size=16)
+        absorbed = absorb(s, v)
+    assert torch.equal(found, expected)
+    for one, two, other in zip(carry_found, absorbed, carry, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(two, other, rtol=1e-5, atol=1e-5)

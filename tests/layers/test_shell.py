@@ -1,6 +1,8 @@
 """The shell of attention mechanisms: its options, the four patterns, caches and refusals."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ OPTIONS = [
     {"output_gate": "swish", "output_norm": "rms"},
     {"output_gate": "sigmoid", "query_key_norm": "layer"},
     {"short_convolution": 3, "bias": True},
+    {"linear": "token_parameter", "linear_options": {"theta": "gelu_l2_norm", "num_tokens": 7}},
     {"short_convolution": 4, "positions": "rotary", "num_kv_heads": 2, "output_norm": "layer"},
 ]
 
@@ -180,3 +183,147 @@ def test_calls_that_make_no_sense_are_refused():
         cross(x(), x(), state=state)
     with pytest.raises(Unsupported, match="explicit positions"):
         double("softmax", positions="alibi")(x(), context=Context(positions=torch.zeros(2, 11, dtype=torch.long)))
+
+
+def test_a_first_step_without_a_state_starts_one():
+    for name in ("softmax", "gated_linear", "mamba2"):
+        layer, sequence = double(name), x(4)
+        outputs, state = [], None
+        for t in range(4):
+            output, state = layer.step(sequence[:, t], state)
+            outputs.append(output)
+        torch.testing.assert_close(torch.stack(outputs, 1), layer(sequence).output, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gated_linear", "softmax"])
+def test_every_dropout_follows_the_generator(name):
+    layer = double(name, dropout=0.5).train()
+    sequence = x()
+
+    def run(seed):
+        return layer(sequence, context=Context(generator=torch.Generator().manual_seed(seed))).output
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_a_bias_on_absorbed_memory_reaches_its_pairs_wherever_queries_are_padded():
+    layer = double("softmax", "noncausal-cross")
+    queries, memory = x(7), x(7)
+    valid = torch.stack([torch.arange(7) >= 3, torch.arange(7) != 2])
+    mask = Mask(valid=valid, bias=torch.randn(1, 4, 7, 7, dtype=torch.float64))
+    expected = layer(queries, memory, context=Context(mask=mask)).output
+    found = layer(queries, context=Context(mask=mask), state=layer.encode_memory(memory)).output
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_prompt_read_under_autocast_goes_on_without_it():
+    layer = create_layer("softmax", DIM, 4).eval()
+    sequence = torch.randn(2, 6, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        state = layer(sequence[:, :5], context=Context(want=frozenset({"state"}))).state
+    found, _ = layer.step(sequence[:, 5], state)
+    torch.testing.assert_close(found, layer(sequence).output[:, 5], rtol=0, atol=0.02)
+
+
+def test_a_layer_can_be_pickled_and_copied():
+    layer, sequence = double("delta_rule"), x()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(sequence).output, layer(sequence).output)
+
+
+class Step(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_t, state):
+        return self.layer.step(x_t, state)
+
+
+@pytest.mark.parametrize("name", ["softmax", "gated_linear"])
+def test_a_step_with_its_state_can_be_exported(name):
+    layer, sequence = double(name), x()
+    state = layer(sequence[:, :5], context=Context(want=frozenset({"state"}))).state.detach()
+    program = torch.export.export(Step(layer), (sequence[:, 5], state)).module()
+    found, after = program(sequence[:, 5], state)
+    expected, expected_after = layer.step(sequence[:, 5], state)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert type(after) is type(expected_after)
+    for name, tensor in after.tensors().items():
+        torch.testing.assert_close(tensor, expected_after.tensors()[name], rtol=0, atol=1e-12)
+
+
+class Output(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x).output
+
+
+@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
+def test_softmax_is_exported_for_any_length(pattern):
+    layer = double("softmax", pattern, positions="rotary")
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Output(layer), (x(11),), dynamic_shapes=(sizes,)).module()
+    other = x(29, batch=3)
+    torch.testing.assert_close(program(other), layer(other).output, rtol=0, atol=1e-12)
+
+
+def test_a_state_keeps_its_dtypes_when_it_moves():
+    layer = double("softmax")
+    state = layer(x(), context=Context(want=frozenset({"state"}))).state
+    moved = state.to("meta")
+    assert {n: t.dtype for n, t in moved.tensors().items()} == {n: t.dtype for n, t in state.tensors().items()}
+    with pytest.raises(TypeError):
+        state.to(torch.bfloat16)
+
+
+LENGTHS = Mask(lengths=torch.tensor([3, 5]))
+IGNORED = {
+    "a mask of no memory": ({"memory_mask": LENGTHS}, "memory_mask without memory"),
+    "positions of no memory": ({"memory_positions": torch.zeros(2, 11, dtype=torch.long)}, "without memory"),
+    "an unknown extra": ({"want": frozenset({"weight"})}, "nearest: weights"),
+}
+
+
+@pytest.mark.parametrize("name", ["softmax", "gated_linear"])
+@pytest.mark.parametrize("case", IGNORED.values(), ids=IGNORED)
+def test_a_context_that_would_be_ignored_is_refused(name, case):
+    context, words = case
+    with pytest.raises(Unsupported, match=words):
+        double(name)(x(), context=Context(**context))
+
+
+def test_pairs_on_the_side_of_the_memory_are_refused():
+    layer, bias = double("softmax", "noncausal-cross"), torch.zeros(1, 1, 11, 11, dtype=torch.float64)
+    context = Context(memory_mask=Mask(bias=bias))
+    with pytest.raises(Unsupported, match="bias and blocks on mask"):
+        layer(x(), x(), context=context)
+    with pytest.raises(Unsupported, match="bias and blocks on mask"):
+        layer.encode_memory(x(), context=context)
+
+
+def test_positions_of_the_memory_that_a_scheme_cannot_use_are_refused():
+    for scheme in ("alibi", "sinusoidal"):
+        layer = double("softmax", "noncausal-cross", positions=scheme)
+        context = Context(memory_positions=torch.arange(11).expand(2, -1))
+        with pytest.raises(Unsupported, match="positions of the memory"):
+            layer(x(), x(), context=context)
+        with pytest.raises(Unsupported, match="positions of the memory"):
+            layer.encode_memory(x(), context=context)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mamba2", "token_parameter"])
+def test_inputs_that_are_no_tokens_of_the_layer_are_refused(name):
+    layer = create_layer(name, DIM, 4)
+    for wrong in (torch.zeros(2, 5, DIM + 1), torch.zeros(5, DIM), torch.zeros(2, 5, DIM, dtype=torch.long)):
+        with pytest.raises(Unsupported, match=rf"floats \(B, N, {DIM}\)"):
+            layer(wrong)
+
+
+def test_a_projection_refuses_pairs():
+    with pytest.raises(Unsupported, match="on pairs"):
+        create_layer("token_parameter", DIM)(x().float(), context=Context(mask=Mask(bias=torch.zeros(1, 1, 11, 11))))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import types
 
 import pytest
@@ -98,3 +99,9 @@ def test_what_cannot_go_with_inserted_tokens_is_refused(model):
         model(ids, context=Context(positions=torch.arange(4)[None]))
     with pytest.raises(Unsupported, match="inserted"):
         model(ids, context=Context(mask=Mask(bias=torch.zeros(1, 1, 4, 4))))
+
+
+def test_a_model_that_inserts_tokens_can_be_pickled():
+    model = LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, plan="landmark", num_layers=1)).eval()
+    ids = torch.randint(7, (1, 12))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).output, model(ids).output)

@@ -227,3 +227,20 @@ def test_bad_calls_are_refused(model):
         model(torch.randn(2, 3))
     with pytest.raises(Unsupported, match="roles"):
         model(ids, context=Context(roles=torch.zeros_like(ids)))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_generation_leaves_every_module_in_its_mode(mode):
+    model = LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, num_layers=2)).train(mode)
+    model.blocks[0].train(not mode)  # a frozen part, for example
+    before = [module.training for module in model.modules()]
+    model.generate(torch.zeros(1, 3, dtype=torch.long), 2)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_loss_needs_a_target_for_each_token():
+    model = LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, num_layers=1))
+    assert model.loss(torch.zeros(2, 0, dtype=torch.long)) == 0
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(Unsupported, match="a target for each token"):
+        model.loss(ids, ids[:, 1:])

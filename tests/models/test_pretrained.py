@@ -10,7 +10,7 @@ from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelCo
 from regard.models import pretrained as module
 
 MODELS = {
-    "tied": lambda: LanguageModel(
+    "mixed": lambda: LanguageModel(
         LanguageModelConfig(7, dim=8, num_heads=2, plan=["linear", ("softmax", {"feed_forward": 5})])
     ),
     "tied": lambda: LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, num_layers=1, tie_embeddings=True)),

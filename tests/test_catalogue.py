@@ -1,0 +1,77 @@
+"""The catalogue: who runs a mechanism, and packages that bring their own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import pytest
+
+import regard
+from regard import catalogue
+from regard.backends import engine_names
+
+
+@pytest.mark.parametrize("name", regard.list_mechanisms())
+def test_the_backend_of_every_mechanism_is_told(name):
+    engine = regard.get_mechanism(name).engine
+    assert engine in ("", *engine_names())
+    choice = regard.which_backend(name, device="cpu")
+    assert choice.name == "torch"
+    assert (engine or "without an engine") in choice.reason
+
+
+def test_engines_and_aliases_have_backends_too():
+    assert regard.which_backend("gla") == regard.which_backend("gated_recurrence")
+    assert regard.which_backend("softmax", backend="torch").reason == "requested"
+
+
+def test_a_backend_of_nothing_is_refused():
+    for asked, words in (
+        ({"name": "gated_linaer"}, "nearest: gated_linear"),
+        ({"name": "softmax", "backend": "torhc"}, "nearest: torch"),
+        ({"name": "landmark", "backend": "native"}, "supported: torch"),
+        ({"name": "softmax", "device": "gpu"}, "device 'gpu'"),
+    ):
+        with pytest.raises(regard.Unsupported, match=words):
+            regard.which_backend(**asked)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Makes the entry point of an installed package whose module has the given source."""
+
+    def make(source):
+        (tmp_path / "someones_attention.py").write_text(source, encoding="utf-8")
+        point = importlib.metadata.EntryPoint("someones", "someones_attention:MECHANISM", catalogue.ENTRY_POINTS)
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
+        catalogue._installed.cache_clear()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    yield make
+    monkeypatch.undo()
+    sys.modules.pop("someones_attention", None)
+    catalogue._installed.cache_clear()
+
+
+CARD = "from dataclasses import replace\nfrom regard.mechanisms import softmax\n"
+
+
+def test_a_package_adds_its_mechanism(package):
+    package(CARD + "MECHANISM = replace(softmax.MECHANISM, name='someones', aliases=())\n")
+    assert "someones" in regard.list_mechanisms()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (CARD + "MECHANISM = softmax.MECHANISM\n", "a second mechanism called"),
+        ("raise RuntimeError('no licence')\n", "RuntimeError: no licence"),
+        ("MECHANISM = 3\n", "of type int"),
+    ],
+    ids=["clash", "raises", "no card"],
+)
+def test_a_package_that_cannot_be_used_is_named(package, source, words):
+    package(source)
+    with pytest.raises(regard.Unsupported, match=words):
+        regard.list_mechanisms()
