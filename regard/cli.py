@@ -429,7 +429,11 @@ def compare(
     console.print()
     console.print(terminal_table(outcome.summary, width=console.width))
     console.print()
-    console.print(Text(f"★ no other is both better and faster at {at_length} tokens; top: not separable from the best", style="dim"))
+    console.print(
+        Text(
+            f"★ no other is both better and faster at {at_length} tokens; top: not separable from the best", style="dim"
+        )
+    )
     console.print()
     console.print(Text(outcome.recommendation.text, style="bold"))
     console.print(Text(outcome.recommendation.reason))
