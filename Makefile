@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: compare test docs matrix clean
 
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
-	$(BIN)/regard compare --budget 7m --output runs/compare
+	$(BIN)/regard compare --budget 8m --output runs/compare
 
 test: $(VENV)/.dev  ## Lint, check types and import order, and run the tests (under 15 minutes on 2 cores)
 	$(BIN)/ruff check regard tests docs benchmarks
