@@ -431,7 +431,7 @@ def compare(
     console.print()
     console.print(
         Text(
-            f"★ no other is both better and faster at {at_length} tokens; top: not separable from the best", style="dim"
+            f"★ no other is better and faster ({at_length} tokens); top: not separable from the best", style="dim"
         )
     )
     console.print()

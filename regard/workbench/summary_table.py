@@ -13,8 +13,8 @@ from regard.workbench.charts import is_number
 
 COSTS = (
     ("inference", "inference_ms", charts.format_milliseconds),
-    ("train tok/s", "tokens_per_second", charts.format_count),
-    ("decode tok/s", "decode_tokens_per_second", charts.format_count),
+    ("train/s", "tokens_per_second", charts.format_count),
+    ("decode/s", "decode_tokens_per_second", charts.format_count),
     ("state", "state_bytes", charts.format_bytes),
     ("peak memory", "peak_memory_bytes", charts.format_bytes),
 )
