@@ -273,6 +273,12 @@ class _View:
         scores = [row["score"] for row in rows if is_number(row["score"])]
         return scores if len(scores) > 1 else []
 
+    @property
+    def costed(self) -> list[str]:
+        """Tasks whose backbone was measured; all of them when none was."""
+        measured = {row["task"] for row in self.cost}
+        return [task for task in self.tasks if task in measured] or self.tasks
+
     def costs(self, task: str) -> list[dict[str, Any]]:
         """Charts of what grows with the length, each with the sentence below it."""
         latency = Axis("less is better ↓", charts.format_milliseconds, log=True)
@@ -284,7 +290,7 @@ class _View:
             ("Decoding speed", "decode", decode, None),
             ("State kept to decode the next token", "state_bytes", memory, None),
         ]
-        if len(self.tasks) > 1:
+        if len(self.costed) > 1:
             wanted = wanted[:3]  # one row of the page a task; the table has the state
         drawn = []
         for name, source, axis, crossing in wanted:
