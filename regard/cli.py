@@ -430,9 +430,7 @@ def compare(
     console.print(terminal_table(outcome.summary, width=console.width))
     console.print()
     console.print(
-        Text(
-            f"★ no other is better and faster ({at_length} tokens); top: not separable from the best", style="dim"
-        )
+        Text(f"★ no other is better and faster ({at_length} tokens); top: not separable from the best", style="dim")
     )
     console.print()
     console.print(Text(outcome.recommendation.text, style="bold"))
