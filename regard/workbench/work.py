@@ -52,6 +52,8 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
         "num_layers": settings.layers if isinstance(plan, str) else None,
         "num_heads": settings.heads,
         "max_length": max(task.length, *settings.lengths),
+        # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
+        "positions": "sinusoidal" if task.grid is not None else "auto",
     }
     if card.kind is Kind.POOLING:
         if task.objective != "classification":
