@@ -89,8 +89,8 @@ def recommend(
         if behind:
             score = _entry(summary, task, best)["mean"]
             steps.append(f"on {task} {best} reaches {score:.4g} {name}, ahead of {_list(behind)}")
-        for mechanism in tied:
-            notes.append(_inseparable(task, best, mechanism, comparison, budget))
+        if tied:
+            notes.append(_inseparable(task, best, tied, comparison, budget))
         kept = [m for m in kept if m not in behind]
     column, more, wording = PREFERENCES[prefer]
     winner = _cheapest(summary, kept, column, more)
@@ -149,17 +149,23 @@ def _cheapest(summary: Mapping[str, Sequence[Mapping[str, Any]]], names: list[st
     return min(names, key=rank)
 
 
-def _inseparable(task: str, best: str, other: str, comparison: Comparison, budget: str) -> str:
-    difference = comparison.difference(best, other)
-    said = f"Cannot separate {best} and {other} on {task} at this budget"
+def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:
+    """What the scores of a task leave open, and what would separate the most distant of those tied."""
+    said = f"Cannot separate {best} and {_list(tied)} on {task} at this budget"
+    far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
+    difference = comparison.difference(best, far)
     if not math.isfinite(difference.resolved):
         return said + ": with a single seed nothing can be separated; use --seeds 2 or more."
-    said += f" (difference {abs(difference.mean):.2g}, smallest resolved {difference.resolved:.2g})"
+    size = f"difference {'up to ' if len(tied) > 1 else ''}{abs(difference.mean):.2g}"
+    said += f" ({size}, smallest resolved {difference.resolved:.2g})"
     seeds = len(comparison.seeds)
     needed = seeds_needed(seeds, difference.resolved, difference.mean)
     if needed is None:
         return said + "; the difference is too small to matter or to measure."
-    return said + f"; --seeds {max(needed, seeds + 1)}{_longer(budget, max(needed, seeds + 1) / seeds)} would."
+    wanted = max(needed, seeds + 1)
+    return (
+        said + f"; --seeds {wanted}{_longer(budget, wanted / seeds)} would" + (f" for {far}." if len(tied) > 1 else ".")
+    )
 
 
 def _longer(budget: str, factor: float) -> str:
