@@ -1,0 +1,112 @@
+// Which instruction set runs, and the exported kernels, each forwarding to its version for that set.
+
+#include "regard.h"
+
+#include <atomic>
+#include <string>
+
+#include <string.h>
+
+namespace regard {
+namespace {
+
+#if defined(REGARD_X86)
+constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr int SETS = 4;
+
+bool has(int set) {
+  __builtin_cpu_init();
+  switch (set) {
+    case 0:
+      return true;
+    case 1:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case 2:
+      return has(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    default:
+      return has(2) && __builtin_cpu_supports("avx512bf16");
+  }
+}
+#else
+constexpr const char* NAMES[] = {"baseline"};
+constexpr int SETS = 1;
+
+bool has(int) { return true; }
+#endif
+
+int best() {
+  int found = 0;
+  for (int set = 0; set < SETS; ++set)
+    if (has(set)) found = set;
+  return found;
+}
+
+std::atomic<int> chosen{best()};
+
+}  // namespace
+}  // namespace regard
+
+extern "C" int regard_abi_version(void) { return REGARD_ABI_VERSION; }
+
+extern "C" const char* regard_instruction_set(void) { return regard::NAMES[regard::chosen.load()]; }
+
+extern "C" const char* regard_instruction_sets(void) {
+  static const std::string* all = [] {
+    auto* names = new std::string();
+    for (int set = 0; set < regard::SETS; ++set)
+      if (regard::has(set)) *names += (names->empty() ? "" : ",") + std::string(regard::NAMES[set]);
+    return names;
+  }();
+  return all->c_str();
+}
+
+extern "C" int regard_set_instruction_set(const char* name) {
+  for (int set = 0; set < regard::SETS; ++set)
+    if (strcmp(name, regard::NAMES[set]) == 0 && regard::has(set)) {
+      regard::chosen.store(set);
+      return REGARD_OK;
+    }
+  return REGARD_BAD_ARGUMENT;
+}
+
+// REGARD_KERNEL(name, Args): regard_name(const Args*) runs name of the chosen set. Sources that gain nothing from
+// bfloat16 instructions are not compiled for them and run their AVX-512 version there.
+#if defined(REGARD_X86)
+#define REGARD_DECLARE(isa, name, Args) \
+  namespace isa {                       \
+  int name(const Args*);                \
+  }
+#define REGARD_FORWARD(name, Args, last)                                   \
+  REGARD_DECLARE(isa_baseline, name, Args)                                 \
+  REGARD_DECLARE(isa_avx2, name, Args)                                     \
+  REGARD_DECLARE(isa_avx512, name, Args)                                   \
+  REGARD_DECLARE(last, name, Args)                                         \
+  extern "C" REGARD_API int regard_##name(const Args* args) {              \
+    if (args->size != static_cast<int64_t>(sizeof(Args))) return REGARD_WRONG_SIZE; \
+    switch (regard::chosen.load(std::memory_order_relaxed)) {              \
+      case 0:                                                              \
+        return isa_baseline::name(args);                                   \
+      case 1:                                                              \
+        return isa_avx2::name(args);                                       \
+      case 2:                                                              \
+        return isa_avx512::name(args);                                     \
+      default:                                                             \
+        return last::name(args);                                           \
+    }                                                                      \
+  }
+#define REGARD_KERNEL(name, Args) REGARD_FORWARD(name, Args, isa_avx512)
+#define REGARD_KERNEL_BF16(name, Args) REGARD_FORWARD(name, Args, isa_avx512_bf16)
+#else
+#define REGARD_KERNEL(name, Args)                                          \
+  namespace isa_baseline {                                                 \
+  int name(const Args*);                                                   \
+  }                                                                        \
+  extern "C" REGARD_API int regard_##name(const Args* args) {              \
+    if (args->size != static_cast<int64_t>(sizeof(Args))) return REGARD_WRONG_SIZE; \
+    return isa_baseline::name(args);                                       \
+  }
+#define REGARD_KERNEL_BF16(name, Args) REGARD_KERNEL(name, Args)
+#endif
+
+#include "kernels.inc"

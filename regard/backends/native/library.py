@@ -1,0 +1,168 @@
+"""The shared library of native kernels: found, loaded, told which threads to use, and called.
+
+Kernels take one C struct each. A :class:`Arguments` subclass is that struct; :func:`call` runs a kernel on it. Tensors'
+shapes, dtypes and strides are checked by the callers before a pointer is passed: a bad call must never crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from regard.contract import one_of
+
+ABI_VERSION = 1
+NAMES = ("libregard_native.so", "libregard_native.dylib", "regard_native.dll")
+STATUS = {1: "library and package do not belong together: install regard again", 2: "bad argument", 3: "out of memory"}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that kernels read and write, with their numbers in the C interface."""
+
+
+class Arguments(ctypes.Structure):
+    """Arguments of a kernel, in the order of its C struct after `size`; what is not given is 0."""
+
+    kernel: ClassVar[str]
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (("size", ctypes.c_int64),)
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__(ctypes.sizeof(self), *values, **named)
+
+
+class Missing(RuntimeError):
+    """Why there is no library."""
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    """The library.
+
+    The environment variable REGARD_NATIVE_LIBRARY names another file, or with ``off`` none; REGARD_INSTRUCTION_SET
+    takes another instruction set than the processor's best.
+
+    Raises:
+        Missing: when there is none, or it is another version's.
+    """
+    given = os.environ.get("REGARD_NATIVE_LIBRARY", "")
+    if given.lower() in ("off", "0", "none"):
+        raise Missing("switched off by REGARD_NATIVE_LIBRARY")
+    paths = [Path(given)] if given else _candidates()
+    if not paths:
+        raise Missing("not built: there was no C++ compiler when regard was installed")
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+    except OSError as error:
+        raise Missing(f"{paths[0].name} does not load: {error}") from error
+    try:
+        right = library.regard_abi_version() == ABI_VERSION
+        library.regard_instruction_set.restype = ctypes.c_char_p
+        library.regard_instruction_sets.restype = ctypes.c_char_p
+        library.regard_workspace_peak.restype = ctypes.c_int64
+    except AttributeError:
+        right = False
+    if not right:
+        raise Missing(f"{paths[0].name} is another version's: install regard again")
+    runtime = ctypes.CDLL(None)
+    # PyTorch loads its OpenMP runtime for everybody to see. GOMP_parallel is GNU's entry, which LLVM's and Intel's have too.
+    if hasattr(runtime, "GOMP_parallel") and hasattr(runtime, "omp_get_thread_num"):
+        library.regard_set_thread_pool(runtime.GOMP_parallel, runtime.omp_get_thread_num)
+    forced = os.environ.get("REGARD_INSTRUCTION_SET")
+    if forced:
+        _set(library, forced)
+    return library
+
+
+def _candidates() -> list[Path]:
+    # an editable installation has the library in another folder of the package's path than its Python files
+    spec = importlib.util.find_spec("regard.backends.native")
+    folders = [Path(root) for root in (spec.submodule_search_locations if spec else None) or ()]
+    return [folder / name for folder in folders for name in NAMES if (folder / name).exists()]
+
+
+def why_missing() -> str | None:
+    """None when the library is there; otherwise the reason."""
+    try:
+        load()
+    except Missing as error:
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    return load().regard_instruction_set().decode()
+
+
+def instruction_sets() -> list[str]:
+    """Those that work here, the best last."""
+    return load().regard_instruction_sets().decode().split(",")
+
+
+@contextmanager
+def using_instruction_set(name: str) -> Iterator[None]:
+    """Another instruction set for a while, in the whole process.
+
+    Raises:
+        Unsupported: for one that the library or the processor lacks.
+    """
+    before = instruction_set()
+    _set(load(), name)
+    try:
+        yield
+    finally:
+        _set(load(), before)
+
+
+def _set(library: ctypes.CDLL, name: str) -> None:
+    one_of("instruction set", name, library.regard_instruction_sets().decode().split(","))
+    library.regard_set_instruction_set(name.encode())
+
+
+@contextmanager
+def poisoned_workspaces() -> Iterator[None]:
+    """Kernels' workspaces are filled with NaN before use, for tests."""
+    load().regard_set_poison(1)
+    try:
+        yield
+    finally:
+        load().regard_set_poison(0)
+
+
+def workspace_peak(*, reset: bool = False) -> int:
+    """The most bytes that kernels' workspaces held at one time since the last call with `reset`; 0 without a library."""
+    return 0 if why_missing() else load().regard_workspace_peak(int(reset))
+
+
+@cache
+def _function(kernel: str) -> Any:
+    return getattr(load(), f"regard_{kernel}")
+
+
+def call(arguments: Arguments) -> None:
+    """Run the kernel of these arguments. Releases the interpreter lock while it runs.
+
+    Raises:
+        RuntimeError: when the kernel refuses, which callers' checks should have prevented, or is out of memory.
+    """
+    status = _function(arguments.kernel)(ctypes.byref(arguments))
+    if status:
+        reason = STATUS.get(status, f"status {status}")
+        raise RuntimeError(f"native kernel {arguments.kernel}: {reason}")
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """The address of a tensor's data for a field of type `c_void_p`; None for no tensor."""
+    return None if x is None else x.data_ptr()
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` itself when its last axis is contiguous, otherwise one copy: kernels take any other strides."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
