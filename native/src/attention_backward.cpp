@@ -1,0 +1,714 @@
+// Gradients of blocked attention.
+//
+// A task is one key/value head of one row of the batch with all query heads that share it; with fewer heads than
+// threads, a share of its key blocks. For each query head it walks over key blocks and, inside, over query blocks. The
+// gradients of a key block stay in cache; those of the queries are summed in a buffer of the head, and the shares'
+// buffers are added in a fixed order at the end. Scores are computed again from the log-sum-exp, five products a tile:
+//   S = Q K^T,  W = weight(S),  dV += W^T dO,  dW = dO V^T,  dS = weight'(S) dW,  dK += dS^T Q,  dQ += dS K.
+//
+// For softmax with a sink, whose share of the denominator leaves the fraction f_i to the keys of query i, the weights
+// are f_i R_ij with R = exp(s - lse). With dO scaled by f_i beforehand, dV = R^T dO and
+// dS = R (dW - f_i delta_i + grad_lse_i), delta_i = grad_out_i . out_i, hold whatever the sink is, and f_i may vanish.
+
+#include "regard_attention.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "vector.h"
+
+#include "attention_pairs.h"
+#include "parallel.h"
+#include "product.h"
+#include "workspace.h"
+
+namespace REGARD_ISA {
+namespace {
+
+constexpr int QUERIES = 64;  // in a tile
+constexpr int KEYS = Pairs::STEP;
+constexpr int PARTS = 4;  // of the queries of a tile that is partly hidden
+
+// Rows of features as float32 in panels of columns: rows of a panel follow each other without a gap, so that a tile of
+// them does not fall into few sets of the cache whatever the strides of the tensors are. Columns are padded with zeros
+// to whole vectors.
+struct Panels {
+  int features, width, count;
+
+  explicit Panels(int64_t all)
+      : features(static_cast<int>(all)),
+        width(all <= 96 ? static_cast<int>(most<int64_t>(LANES, round_up(all, LANES))) : 64),
+        count(static_cast<int>(most<int64_t>(1, ceil_div(all, width)))) {}
+
+  int used(int panel) const { return least(width, features - panel * width); }
+  int padded(int panel) const { return static_cast<int>(round_up(used(panel), LANES)); }
+  size_t floats(int64_t rows) const { return static_cast<size_t>(rows * width * count); }
+};
+
+// to = scale_i from_i; `scales` nullptr for ones.
+template <class T>
+void pack(const Panels& panels, int64_t rows, const T* from, int64_t stride, const float* scales, float* to) {
+  for (int panel = 0; panel < panels.count; ++panel)
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* row = from + i * stride + panel * panels.width;
+      float* place = to + (panel * rows + i) * panels.width;
+      const float scale = scales == nullptr ? 1.f : scales[i];
+      const int used = panels.used(panel);
+      int j = 0;
+      for (; j + LANES <= used; j += LANES) store(place + j, load(row + j) * scale);
+      if (j < used) store(place + j, load(row + j, used - j) * scale);
+    }
+}
+
+// to = scale from, the first `rows` of `from_rows`.
+template <class T>
+void unpack(const Panels& panels, int64_t rows, int64_t from_rows, const float* from, float scale, T* to,
+            int64_t stride) {
+  for (int panel = 0; panel < panels.count; ++panel)
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = from + (panel * from_rows + i) * panels.width;
+      T* place = to + i * stride + panel * panels.width;
+      const int used = panels.used(panel);
+      int j = 0;
+      for (; j + LANES <= used; j += LANES) store(place + j, load(row + j) * scale);
+      if (j < used) store(place + j, load(row + j) * scale, used - j);
+    }
+}
+
+// Transposes LANES vectors. In stage `step` elements whose row and column differ in that bit change places.
+#if defined(__AVX512F__)
+template <int STEP>
+REGARD_INLINE void transpose_stage(Vec (&block)[LANES]) {
+  alignas(64) int32_t below[LANES], above[LANES];
+#pragma GCC unroll 16
+  for (int lane = 0; lane < LANES; ++lane) {
+    below[lane] = (lane & STEP) ? LANES + lane - STEP : lane;
+    above[lane] = (lane & STEP) ? LANES + lane : lane + STEP;
+  }
+  const __m512i first = _mm512_load_si512(below), second = _mm512_load_si512(above);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if ((i & STEP) == 0) {
+      const __m512 a = reinterpret_cast<__m512>(block[i]), b = reinterpret_cast<__m512>(block[i + STEP]);
+      block[i] = reinterpret_cast<Vec>(_mm512_permutex2var_ps(a, first, b));
+      block[i + STEP] = reinterpret_cast<Vec>(_mm512_permutex2var_ps(a, second, b));
+    }
+}
+REGARD_INLINE void transpose_lanes(Vec (&block)[LANES]) {
+  transpose_stage<8>(block);
+  transpose_stage<4>(block);
+  transpose_stage<2>(block);
+  transpose_stage<1>(block);
+}
+#else
+REGARD_INLINE void transpose_lanes(Vec (&block)[LANES]) {
+  for (int i = 0; i < LANES; ++i)
+    for (int j = i + 1; j < LANES; ++j) {
+      const float x = block[i][j];
+      block[i][j] = block[j][i];
+      block[j][i] = x;
+    }
+}
+#endif
+
+// Of a key block in panels, the transpose of each panel: (width, KEYS) with zeros for keys that the block lacks.
+void transpose_block(const Panels& panels, int keys, const float* from, float* to) {
+  for (int panel = 0; panel < panels.count; ++panel) {
+    const float* source = from + static_cast<int64_t>(panel) * keys * panels.width;
+    float* target = to + static_cast<int64_t>(panel) * panels.width * KEYS;
+    for (int row = 0; row < KEYS; row += LANES)
+      for (int column = 0; column < panels.padded(panel); column += LANES) {
+        Vec block[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i)
+          block[i] = row + i < keys ? load(source + (row + i) * panels.width + column) : zero();
+        transpose_lanes(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) store(target + (column + i) * KEYS + row, block[i]);
+      }
+  }
+}
+
+// tanh to about 1e-7 of itself: a polynomial where 1 - 2 / (e^2x + 1) would cancel.
+REGARD_INLINE Vec tanh(Vec x) {
+  const Vec z = x * x;
+  Vec p = broadcast(-0.005895155481994152f);
+  p = fma(p, z, broadcast(0.020795969292521477f));
+  p = fma(p, z, broadcast(-0.053783830255270004f));
+  p = fma(p, z, broadcast(0.13331924378871918f));
+  p = fma(p, z, broadcast(-0.33333298563957214f));
+  const Vec size = select(reinterpret_cast<IntVec>(x < 0.f), -x, x);
+  const Vec grown = exp(minimum(broadcast(20.f), size + size));
+  const Vec far = 1.f - 2.f * reciprocal(grown + 1.f);
+  const Vec signed_far = select(reinterpret_cast<IntVec>(x < 0.f), -far, far);
+  return select(reinterpret_cast<IntVec>(z < 0.36f), fma(p * z, x, x), signed_far);
+}
+
+// 1 / (1 + e^-x), never less than 2^-126.
+REGARD_INLINE Vec sigmoid(Vec x) { return reciprocal(1.f + exp2(minimum(broadcast(125.f), x * -LOG2_E))); }
+
+REGARD_INLINE Vec square_root(Vec x) {
+  float lanes[LANES];
+  store(lanes, x);
+  for (int i = 0; i < LANES; ++i) lanes[i] = __builtin_sqrtf(lanes[i]);
+  return load(lanes);
+}
+
+struct Scratch {
+  float* weights;  // (QUERIES, KEYS), of softmax relative to the log-sum-exp
+  float* scores;   // (QUERIES, KEYS): their gradient
+  float* slopes;   // (QUERIES, KEYS): derivative of the softcap; nullptr without one
+};
+
+// What the scores of a tile depend on besides q and k.
+struct Scores {
+  const regard_attention_args* call;
+  Pairs pairs;
+  const float* bias;      // this row's and head's, or nullptr
+  const float* distance;  // this head's, or nullptr
+  const float* lse;       // (n,) of softmax
+  int64_t columns[KEYS];  // of the block mask for the keys of this block, -1 outside it
+  int32_t ranks[KEYS];    // of the keys of this block, -1 where there is none
+  int64_t first, keys;    // slots of this block
+  bool consecutive;       // whether the ranks of its slots count up by one
+
+  void begin_block(int64_t step) {
+    const regard_visibility* rule = pairs.rule;
+    first = step * KEYS;
+    keys = least<int64_t>(KEYS, call->m - first);
+    consecutive = !pairs.gaps[step];
+    for (int64_t j = 0; j < KEYS; ++j) ranks[j] = j < keys ? pairs.keys[first + j] : Pairs::ABSENT;
+    if (pairs.blocks == nullptr) return;
+    for (int64_t j = 0; j < KEYS; ++j) {
+      const int64_t column = ranks[j] < 0 ? -1 : ranks[j] / rule->block_size;
+      columns[j] = column < rule->blocks_columns ? column : -1;
+    }
+  }
+
+  // All visibility rules but the block mask leave an interval of key ranks to a query.
+  void interval(int64_t i, int32_t* low, int32_t* high) const {
+    const regard_visibility* rule = pairs.rule;
+    const int64_t rank = pairs.queries[i];
+    int64_t from = 0, to = INT32_MAX;
+    if (rule->causal) to = rank;
+    if (rule->left >= 0) from = most(from, rank - rule->left);
+    if (rule->right >= 0) to = least(to, rank + rule->right);
+    if (rule->block > 0) {
+      const int64_t block = Pairs::floor_div(static_cast<int32_t>(rank), static_cast<int32_t>(rule->block));
+      from = most(from, (block - rule->lookback) * rule->block);
+      to = least(to, (block + rule->lookahead + 1) * rule->block - 1);
+    }
+    *low = static_cast<int32_t>(least<int64_t>(from, INT32_MAX));
+    *high = static_cast<int32_t>(most<int64_t>(to, -1));
+  }
+
+  // Keys of this block up to the last one that any of these queries may see.
+  int reach(int64_t i, int64_t i_end) const {
+    if (!consecutive) return static_cast<int>(keys);
+    int64_t last = -1;
+    for (; i < i_end; ++i) {
+      int32_t low, high;
+      interval(i, &low, &high);
+      last = most<int64_t>(last, high);
+    }
+    return static_cast<int>(most<int64_t>(0, least<int64_t>(keys, last - ranks[0] + 1)));
+  }
+
+  // -1 for keys of this block that query i sees, 0 for others.
+  void visible(int64_t i, int32_t* mask) const {
+    int32_t low, high;
+    interval(i, &low, &high);
+    const IntVec from = low - IntVec{}, to = high - IntVec{};
+#pragma GCC unroll 16
+    for (int j = 0; j < KEYS; j += LANES) {
+      IntVec rank;
+      __builtin_memcpy(&rank, ranks + j, sizeof rank);
+      const IntVec seen = (rank >= from) & (rank <= to);
+      __builtin_memcpy(mask + j, &seen, sizeof seen);
+    }
+    if (pairs.blocks == nullptr) return;
+    const regard_visibility* rule = pairs.rule;
+    const int32_t row = Pairs::floor_div(pairs.queries[i], static_cast<int32_t>(rule->block_size));
+    const bool inside = row >= 0 && row < rule->blocks_rows;
+    const uint8_t* blocks = inside ? pairs.blocks + row * rule->blocks_strides[2] : nullptr;
+    for (int j = 0; j < KEYS; ++j)
+      if (!inside || columns[j] < 0 || blocks[columns[j]] == 0) mask[j] = 0;
+  }
+
+  // What is added to the scores of query i; a pair to which -inf (or NaN, as in torch) is added is hidden.
+  void add_biases(int64_t i, int32_t* mask, float* added) const {
+    for (int j = 0; j < KEYS; ++j) added[j] = 0;
+    if (bias != nullptr) {
+      const int64_t* strides = call->biases.bias_strides;
+      const float* row = bias + i * strides[2] + first * strides[3];
+      for (int64_t j = 0; j < keys; ++j) added[j] = row[j * strides[3]];
+    }
+    if (distance != nullptr) {
+      const int64_t zero_at = call->biases.distance_zero - pairs.queries[i];
+      if (consecutive) {
+        // only hidden pairs' places may lie outside the table
+        const int64_t at = zero_at + ranks[0];
+        const int64_t from = most<int64_t>(0, -at), to = least(keys, call->biases.distances - at);
+        for (int64_t j = from; j < to; ++j) added[j] += distance[at + j];
+      } else {
+        for (int64_t j = 0; j < keys; ++j)
+          if (mask[j]) added[j] += distance[zero_at + ranks[j]];
+      }
+    }
+    for (int j = 0; j < KEYS; ++j) mask[j] &= added[j] > -INFINITY ? -1 : 0;
+  }
+};
+
+// W from S = Q K^T in place, softmax without anything added.
+template <bool MASKED>
+void plain_weights(const Scores& scores, int64_t i0, int queries, int padded, float* weights) {
+  const Vec scale = broadcast(scores.call->scale);
+  alignas(64) int32_t mask[KEYS];
+  for (int i = 0; i < queries; ++i) {
+    // subtracted before it is turned to base 2: large numbers that are exact stay so
+    const Vec lse = broadcast(-scores.lse[i0 + i]);
+    float* row = weights + i * KEYS;
+    if (MASKED) scores.visible(i0 + i, mask);
+    for (int j = 0; j < padded; j += LANES) {
+      Vec w = exp(fma(load(row + j), scale, lse));
+      if (MASKED) {
+        IntVec seen;
+        __builtin_memcpy(&seen, mask + j, sizeof seen);
+        w = select(seen, w, zero());
+      }
+      store(row + j, w);
+    }
+  }
+}
+
+// The same for any rule, with softcap and biases.
+void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool masked, const Scratch& tile) {
+  const regard_attention_args& call = *scores.call;
+  const bool biased = scores.bias != nullptr || scores.distance != nullptr;
+  alignas(64) int32_t mask[KEYS];
+  alignas(64) float added[KEYS];
+  for (int j = 0; j < KEYS; ++j) mask[j] = -1;
+  for (int i = 0; i < queries; ++i) {
+    float* row = tile.weights + i * KEYS;
+    if (masked)
+      scores.visible(i0 + i, mask);
+    else if (biased)
+      for (int j = 0; j < KEYS; ++j) mask[j] = -1;
+    if (biased) scores.add_biases(i0 + i, mask, added);
+    const Vec lse = broadcast(call.rule == REGARD_SOFTMAX ? -scores.lse[i0 + i] : 0.f);
+    for (int j = 0; j < padded; j += LANES) {
+      Vec s = load(row + j) * call.scale;
+      if (call.softcap > 0) {
+        const Vec u = tanh(s / call.softcap);
+        store(tile.slopes + i * KEYS + j, 1.f - u * u);
+        s = u * call.softcap;
+      }
+      if (biased) s += load(added + j);
+      Vec w;
+      if (call.rule == REGARD_SOFTMAX) {
+        w = exp(s + lse);
+      } else if (call.rule == REGARD_SIGMOID) {
+        w = sigmoid(s + call.shift);
+      } else {
+        w = maximum(zero(), s + call.shift);
+        if (call.rule == REGARD_RELU_SQUARED) w *= w;
+      }
+      IntVec seen;
+      __builtin_memcpy(&seen, mask + j, sizeof seen);
+      store(row + j, select(seen, w, zero()));
+    }
+  }
+}
+
+// dS from dW in place, softmax without softcap; `offsets` (n,) as in the head of this file. With `hide`, what has no
+// weight has no gradient even where dW is not finite.
+template <bool HIDE>
+void plain_gradients(const float* offsets, int64_t i0, int queries, int padded, const Scratch& tile) {
+  for (int i = 0; i < queries; ++i) {
+    const Vec offset = broadcast(offsets[i0 + i]);
+    for (int j = 0; j < padded; j += LANES) {
+      const Vec w = load(tile.weights + i * KEYS + j);
+      Vec ds = w * (load(tile.scores + i * KEYS + j) + offset);
+      if (HIDE) ds = select(reinterpret_cast<IntVec>(w == 0.f), zero(), ds);
+      store(tile.scores + i * KEYS + j, ds);
+    }
+  }
+}
+
+void any_gradients(int32_t rule, const float* offsets, int64_t i0, int queries, int padded, const Scratch& tile) {
+  for (int i = 0; i < queries; ++i) {
+    const Vec offset = broadcast(rule == REGARD_SOFTMAX ? offsets[i0 + i] : 0.f);
+    for (int j = 0; j < padded; j += LANES) {
+      const Vec w = load(tile.weights + i * KEYS + j);
+      Vec ds = load(tile.scores + i * KEYS + j);
+      if (rule == REGARD_SOFTMAX)
+        ds = w * (ds + offset);
+      else if (rule == REGARD_SIGMOID)
+        ds *= w * (1.f - w);
+      else if (rule == REGARD_RELU_SQUARED)
+        ds *= 2.f * square_root(w);
+      ds = select(reinterpret_cast<IntVec>(w == 0.f), zero(), ds);
+      store(tile.scores + i * KEYS + j, ds);
+    }
+  }
+}
+
+// A call with what all tasks share.
+struct Backward {
+  const regard_attention_backward_args* args;
+  const regard_attention_args* call;
+  Panels width, value_width;
+  int64_t group, splits, blocks;  // query heads a key head; shares of its key blocks; key blocks
+  float* shares;                  // (splits, batch, heads) gradients of the queries; nullptr with one share
+  float* sinks;                   // (batch, heads)
+  float* distances;               // (batch * splits, heads, distances)
+
+  static int64_t offset(const int64_t* strides, int64_t row, int64_t head, int64_t token = 0) {
+    return row * strides[0] + head * strides[1] + token * strides[2];
+  }
+};
+
+// Buffers of a task.
+struct Buffers {
+  float *q, *grad_out, *grad_q;           // of a head, in panels
+  float *offsets, *fractions;             // of a head, (n,)
+  float *k, *k_turned, *v, *v_turned;     // of a key block
+  float *grad_k, *grad_v;                 // of a key block, or with grouped heads of all of the task
+  Scratch tile;
+  void* pairs;
+
+  // Lays the buffers out in `space`, or with nullptr only counts.
+  size_t lay_out(const Backward& b, char* space) {
+    size_t used = 0;
+    const auto take = [&](auto** place, size_t count) {
+      using T = typename RemoveReference<decltype(**place)>::type;
+      *place = space == nullptr ? nullptr : reinterpret_cast<T*>(space + used);
+      used += (count * sizeof(T) + 63) / 64 * 64;
+    };
+    const regard_attention_args& call = *b.call;
+    const int64_t kept = b.group > 1 ? ceil_div(b.blocks, b.splits) : 1;
+    take(&q, b.width.floats(call.n));
+    take(&grad_out, b.value_width.floats(call.n));
+    take(&grad_q, b.splits > 1 ? 0 : b.width.floats(call.n));
+    take(&offsets, static_cast<size_t>(call.n));
+    take(&fractions, static_cast<size_t>(call.n));
+    take(&k, b.width.floats(KEYS));
+    take(&k_turned, b.width.floats(KEYS));
+    take(&v, b.value_width.floats(KEYS));
+    take(&v_turned, b.value_width.floats(KEYS));
+    take(&grad_k, b.width.floats(KEYS * kept));
+    take(&grad_v, b.value_width.floats(KEYS * kept));
+    take(&tile.weights, QUERIES * KEYS);
+    take(&tile.scores, QUERIES * KEYS);
+    take(&tile.slopes, call.softcap > 0 ? QUERIES * KEYS : 0);
+    char* place = nullptr;
+    take(&place, Pairs::bytes(call.n, call.m));
+    pairs = place;
+    return used;
+  }
+};
+
+// What depends on one query alone: the keys' fraction of softmax's denominator, and what is added to dW.
+// Returns the gradient of the head's sink.
+template <class T>
+float prepare_queries(const Backward& b, int64_t row, int64_t head, const Buffers& to) {
+  const regard_attention_args& call = *b.call;
+  const bool softmax = call.rule == REGARD_SOFTMAX;
+  const T* q = static_cast<const T*>(call.q) + Backward::offset(call.q_strides, row, head);
+  const T* grad_out = static_cast<const T*>(b.args->grad_out) + Backward::offset(b.args->grad_out_strides, row, head);
+  pack(b.width, call.n, q, call.q_strides[2], nullptr, to.q);
+  double sink_total = 0;
+  if (softmax) {
+    const T* out = static_cast<const T*>(call.out) + Backward::offset(call.out_strides, row, head);
+    const int64_t at = (row * call.heads + head) * call.n;
+    // as large as it may be while the log-sum-exp is still finite, as in the torch backend
+    const float sink = call.sink == nullptr ? 0.f : least(FLT_MAX / 2, most(-FLT_MAX / 2, call.sink[head]));
+    for (int64_t i = 0; i < call.n; ++i) {
+      const T* x = out + i * call.out_strides[2];
+      const T* y = grad_out + i * b.args->grad_out_strides[2];
+      Vec sums = zero();
+      int64_t j = 0;
+      for (; j + LANES <= call.value_width; j += LANES) sums = fma(load(x + j), load(y + j), sums);
+      const int rest = static_cast<int>(call.value_width - j);
+      if (rest > 0) sums = fma(load(x + j, rest), load(y + j, rest), sums);
+      const float delta = sum(sums), lse = call.lse[at + i];
+      float fraction = 1;
+      if (call.sink != nullptr) {
+        // both are 1 / (1 + e^x); the head's sink has the score `sink` and the value 0
+        fraction = 1.f / (1.f + expf(sink - lse));
+        if (lse != -INFINITY) sink_total -= 1.f / (1.f + expf(lse - sink)) * static_cast<double>(delta);
+      }
+      to.fractions[i] = fraction;
+      to.offsets[i] = -fraction * delta + (b.args->grad_lse == nullptr ? 0.f : b.args->grad_lse[at + i]);
+    }
+  }
+  pack(b.value_width, call.n, grad_out, b.args->grad_out_strides[2],
+       softmax && call.sink != nullptr ? to.fractions : nullptr, to.grad_out);
+  return static_cast<float>(sink_total);
+}
+
+// Adds a tile's score gradients to those of the biases.
+void bias_gradients(const Scores& scores, int64_t i0, int queries, int keys, const Scratch& tile, float* grad_bias,
+                    float* grad_distance) {
+  const regard_attention_args& call = *scores.call;
+  for (int i = 0; i < queries; ++i) {
+    const float* row = tile.scores + i * KEYS;
+    if (grad_bias != nullptr) {
+      float* place = grad_bias + (i0 + i) * call.m + scores.first;
+      memcpy(place, row, static_cast<size_t>(keys) * sizeof(float));
+      memset(place + keys, 0, static_cast<size_t>(scores.keys - keys) * sizeof(float));
+    }
+    if (grad_distance != nullptr) {
+      // gradients of hidden pairs are 0, and their places may lie outside the table
+      const int64_t zero_at = call.biases.distance_zero - scores.pairs.queries[i0 + i];
+      if (scores.consecutive) {
+        const int64_t at = zero_at + scores.ranks[0];
+        const int64_t from = most<int64_t>(0, -at), to = least<int64_t>(keys, call.biases.distances - at);
+        for (int64_t j = from; j < to; ++j) grad_distance[at + j] += row[j];
+      } else {
+        for (int j = 0; j < keys; ++j)
+          if (row[j] != 0) grad_distance[zero_at + scores.ranks[j]] += row[j];
+      }
+    }
+  }
+}
+
+// to (rows x columns of a panel) += A from, where A (rows x inner) is a tile or its transpose and `from` has the same
+// panels as `to`.
+void add_product(const Panels& panels, int rows, int inner, const float* a, int64_t ai, int64_t ap, const float* from,
+                 int64_t from_rows, float* to, int64_t to_rows) {
+  for (int panel = 0; panel < panels.count; ++panel)
+    product<Into::SUM>(rows, panels.padded(panel), inner, a, ai, ap, from + panel * from_rows * panels.width,
+                       panels.width, to + panel * to_rows * panels.width, panels.width);
+}
+
+// to (queries x padded) = rows of `x` times the turned key block `y`.
+void tile_product(const Panels& panels, int queries, int padded, const float* x, int64_t x_rows, const float* y,
+                  float* to) {
+  product<Into::ZERO>(queries, padded, panels.used(0), x, panels.width, 1, y, KEYS, to, KEYS);
+  for (int panel = 1; panel < panels.count; ++panel)
+    product<Into::SUM>(queries, padded, panels.used(panel), x + panel * x_rows * panels.width, panels.width, 1,
+                       y + static_cast<int64_t>(panel) * panels.width * KEYS, KEYS, to, KEYS);
+}
+
+// One tile: `queries` from slot i0 on against the first `keys` of the key block in `of`, of which they see no others.
+void run_tile(const Backward& b, const Scores& scores, bool plain, bool masked, int64_t i0, int queries, int keys,
+              const Buffers& of, float* grad_q, float* grad_k, float* grad_v, float* grad_bias, float* grad_distance) {
+  const regard_attention_args& call = *b.call;
+  const int padded = static_cast<int>(round_up(keys, LANES)), kept = static_cast<int>(scores.keys);
+  const float* q = of.q + i0 * b.width.width;
+  const float* grad_out = of.grad_out + i0 * b.value_width.width;
+  const Scratch& tile = of.tile;
+  tile_product(b.width, queries, padded, q, call.n, of.k_turned, tile.weights);
+  if (!plain)
+    any_weights(scores, i0, queries, padded, masked, tile);
+  else if (masked)
+    plain_weights<true>(scores, i0, queries, padded, tile.weights);
+  else
+    plain_weights<false>(scores, i0, queries, padded, tile.weights);
+  add_product(b.value_width, keys, queries, tile.weights, 1, KEYS, grad_out, call.n, grad_v, KEYS);
+
+  tile_product(b.value_width, queries, padded, grad_out, call.n, of.v_turned, tile.scores);
+  if (!plain)
+    any_gradients(call.rule, of.offsets, i0, queries, padded, tile);
+  else if (masked)
+    plain_gradients<true>(of.offsets, i0, queries, padded, tile);
+  else
+    plain_gradients<false>(of.offsets, i0, queries, padded, tile);
+  if (grad_bias != nullptr || grad_distance != nullptr)
+    bias_gradients(scores, i0, queries, keys, tile, grad_bias, grad_distance);
+  if (call.softcap > 0)
+    for (int at = 0; at < queries * KEYS; at += LANES)
+      store(tile.scores + at, load(tile.scores + at) * load(tile.slopes + at));
+  add_product(b.width, keys, queries, tile.scores, 1, KEYS, q, call.n, grad_k, KEYS);
+  add_product(b.width, queries, keys, tile.scores, KEYS, 1, of.k, kept, grad_q + i0 * b.width.width, call.n);
+}
+
+template <class T>
+void run_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, Buffers& to) {
+  const regard_attention_args& call = *b.call;
+  const regard_attention_backward_args& args = *b.args;
+  const bool plain = call.rule == REGARD_SOFTMAX && !(call.softcap > 0) && call.biases.bias == nullptr &&
+                     call.biases.distance == nullptr;
+  const Pairs pairs = Pairs::of_row(&call.visibility, row, call.n, call.m, to.pairs);
+  const T* k = static_cast<const T*>(call.k) + Backward::offset(call.k_strides, row, kv_head);
+  const T* v = static_cast<const T*>(call.v) + Backward::offset(call.v_strides, row, kv_head);
+  for (int64_t member = 0; member < b.group; ++member) {
+    const int64_t head = kv_head * b.group + member, place = row * call.heads + head;
+    const float sink = prepare_queries<T>(b, row, head, to);
+    if (split == 0 && b.sinks != nullptr) b.sinks[place] = sink;
+    const size_t floats = b.width.floats(call.n);
+    float* grad_q = b.splits > 1 ? b.shares + (split * call.batch * call.heads + place) * floats : to.grad_q;
+    memset(grad_q, 0, floats * sizeof(float));
+    float* grad_bias = args.grad_bias == nullptr ? nullptr : args.grad_bias + place * call.n * call.m;
+    float* grad_distance = nullptr;
+    if (b.distances != nullptr) {
+      grad_distance = b.distances + ((row * b.splits + split) * call.heads + head) * call.biases.distances;
+      memset(grad_distance, 0, static_cast<size_t>(call.biases.distances) * sizeof(float));
+    }
+    Scores scores;
+    scores.call = &call;
+    scores.pairs = pairs.of_head(row, head);
+    scores.lse = call.lse + place * call.n;
+    scores.bias = call.biases.bias == nullptr ? nullptr
+                                              : call.biases.bias + row * call.biases.bias_strides[0] +
+                                                    head * call.biases.bias_strides[1];
+    scores.distance =
+        call.biases.distance == nullptr ? nullptr : call.biases.distance + head * call.biases.distance_stride;
+
+    for (int64_t block = split, kept = 0; block < b.blocks; block += b.splits, kept += b.group > 1) {
+      float* grad_k = to.grad_k + static_cast<size_t>(kept) * b.width.floats(KEYS);
+      float* grad_v = to.grad_v + static_cast<size_t>(kept) * b.value_width.floats(KEYS);
+      if (member == 0) {
+        memset(grad_k, 0, b.width.floats(KEYS) * sizeof(float));
+        memset(grad_v, 0, b.value_width.floats(KEYS) * sizeof(float));
+      }
+      scores.begin_block(block);
+      const int keys = static_cast<int>(scores.keys);
+      bool begun = false;
+      for (int64_t i0 = 0; i0 < call.n; i0 += QUERIES) {
+        const int queries = static_cast<int>(least<int64_t>(QUERIES, call.n - i0));
+        const Tile found = scores.pairs.classify(i0, i0 + queries, block);
+        if (found == Tile::EMPTY) {
+          if (grad_bias != nullptr)
+            for (int i = 0; i < queries; ++i)
+              memset(grad_bias + (i0 + i) * call.m + scores.first, 0, static_cast<size_t>(keys) * sizeof(float));
+          continue;
+        }
+        const bool masked = found == Tile::PARTIAL;
+        if (!begun) {
+          begun = true;
+          pack(b.width, keys, k + scores.first * call.k_strides[2], call.k_strides[2], nullptr, to.k);
+          pack(b.value_width, keys, v + scores.first * call.v_strides[2], call.v_strides[2], nullptr, to.v);
+          transpose_block(b.width, keys, to.k, to.k_turned);
+          transpose_block(b.value_width, keys, to.v, to.v_turned);
+        }
+        // a tile across the diagonal goes in parts, the first of which need fewer keys
+        const int part = masked ? QUERIES / PARTS : QUERIES;
+        for (int64_t i = i0; i < i0 + queries; i += part) {
+          const int rows = static_cast<int>(least<int64_t>(part, i0 + queries - i));
+          const int reach = masked ? scores.reach(i, i + rows) : keys;
+          run_tile(b, scores, plain, masked, i, rows, reach, to, grad_q, grad_k, grad_v, grad_bias, grad_distance);
+        }
+      }
+      if (member + 1 < b.group) continue;
+      T* grad = static_cast<T*>(args.grad_k) + Backward::offset(args.grad_k_strides, row, kv_head, scores.first);
+      unpack(b.width, keys, KEYS, grad_k, call.scale, grad, args.grad_k_strides[2]);
+      grad = static_cast<T*>(args.grad_v) + Backward::offset(args.grad_v_strides, row, kv_head, scores.first);
+      unpack(b.value_width, keys, KEYS, grad_v, 1.f, grad, args.grad_v_strides[2]);
+    }
+    if (b.splits > 1) continue;
+    T* grad = static_cast<T*>(args.grad_q) + Backward::offset(args.grad_q_strides, row, head);
+    unpack(b.width, call.n, call.n, grad_q, call.scale, grad, args.grad_q_strides[2]);
+  }
+}
+
+// Adds the shares of some queries' gradients in order.
+template <class T>
+void add_shares(const Backward& b, int64_t place, int64_t i0, int64_t rows) {
+  const regard_attention_args& call = *b.call;
+  const Panels& panels = b.width;
+  const size_t floats = panels.floats(call.n), apart = floats * static_cast<size_t>(call.batch * call.heads);
+  float* first = b.shares + place * floats;
+  for (int panel = 0; panel < panels.count; ++panel) {
+    float* to = first + (panel * call.n + i0) * panels.width;
+    for (int64_t split = 1; split < b.splits; ++split) {
+      const float* from = to + split * apart;
+      for (int64_t at = 0; at < rows * panels.width; at += LANES) store(to + at, load(to + at) + load(from + at));
+    }
+  }
+  T* grad = static_cast<T*>(b.args->grad_q) +
+            Backward::offset(b.args->grad_q_strides, place / call.heads, place % call.heads, i0);
+  unpack(panels, rows, call.n, first + i0 * panels.width, call.scale, grad, b.args->grad_q_strides[2]);
+}
+
+// Shares that keep all threads busy: the fewest that leave few of them idle at the end, or else the best.
+int64_t shares_of(int64_t tasks, int64_t blocks, int64_t threads) {
+  int64_t best = 1;
+  double most_busy = 0;
+  for (int64_t shares = 1; shares <= least(blocks, threads); ++shares) {
+    const double busy = static_cast<double>(tasks * shares) / (ceil_div(tasks * shares, threads) * threads);
+    if (busy > most_busy) {
+      most_busy = busy;
+      best = shares;
+    }
+    if (most_busy > 0.85) break;
+  }
+  return best;
+}
+
+template <class T>
+int backward(Backward& b) {
+  const regard_attention_args& call = *b.call;
+  const int threads = static_cast<int>(call.threads);
+  const int64_t heads = call.batch * call.heads, key_heads = call.batch * call.kv_heads;
+  b.splits = shares_of(key_heads, b.blocks, threads);
+  const bool sinks = call.rule == REGARD_SOFTMAX && call.sink != nullptr && b.args->grad_sink != nullptr;
+  const int64_t distances = b.args->grad_distance == nullptr ? 0 : call.heads * call.biases.distances;
+  const size_t shares = b.splits > 1 ? static_cast<size_t>(b.splits * heads) * b.width.floats(call.n) : 0;
+  using regard::Workspace;
+  Workspace shared(Workspace::bytes_of<float>(shares) + Workspace::bytes_of<float>(static_cast<size_t>(heads)) +
+                   Workspace::bytes_of<float>(static_cast<size_t>(call.batch * b.splits * distances)));
+  if (!shared) return REGARD_OUT_OF_MEMORY;
+  b.shares = shared.take<float>(shares);
+  b.sinks = sinks ? shared.take<float>(static_cast<size_t>(heads)) : nullptr;
+  b.distances = distances == 0 ? nullptr : shared.take<float>(static_cast<size_t>(call.batch * b.splits * distances));
+
+  int status = REGARD_OK;
+  parallel_tasks(threads, static_cast<long>(key_heads * b.splits), [&](long task) {
+    Buffers buffers;
+    Workspace space(buffers.lay_out(b, nullptr));
+    if (!space) {
+      __atomic_store_n(&status, static_cast<int>(REGARD_OUT_OF_MEMORY), __ATOMIC_RELAXED);
+      return;
+    }
+    buffers.lay_out(b, static_cast<char*>(space.memory));
+    const int64_t place = task / b.splits;
+    run_task<T>(b, place / call.kv_heads, place % call.kv_heads, task % b.splits, buffers);
+  });
+  if (status != REGARD_OK) return status;
+
+  if (b.splits > 1) {
+    const int64_t pieces = ceil_div(call.n, QUERIES);
+    parallel_tasks(threads, static_cast<long>(heads * pieces), [&](long task) {
+      const int64_t i0 = task % pieces * QUERIES;
+      add_shares<T>(b, task / pieces, i0, least<int64_t>(QUERIES, call.n - i0));
+    });
+  }
+  if (b.args->grad_sink != nullptr)
+    for (int64_t head = 0; head < call.heads; ++head) {
+      double total = 0;
+      for (int64_t row = 0; sinks && row < call.batch; ++row) total += b.sinks[row * call.heads + head];
+      b.args->grad_sink[head] = static_cast<float>(total);
+    }
+  for (int64_t at = 0; at < distances; ++at) {
+    double total = 0;
+    for (int64_t part = 0; part < call.batch * b.splits; ++part) total += b.distances[part * distances + at];
+    b.args->grad_distance[at] = static_cast<float>(total);
+  }
+  return REGARD_OK;
+}
+
+}  // namespace
+
+int attention_backward(const regard_attention_backward_args* args) {
+  const regard_attention_args* call = args->forward;
+  if (call->size != static_cast<int64_t>(sizeof(regard_attention_args))) return REGARD_WRONG_SIZE;
+  if (call->threads < 1 || call->rule < REGARD_SOFTMAX || call->rule > REGARD_RELU_SQUARED) return REGARD_BAD_ARGUMENT;
+  if (call->kv_heads < 1 || call->heads % call->kv_heads != 0) return REGARD_BAD_ARGUMENT;
+  const bool needs_output = call->rule == REGARD_SOFTMAX && call->batch * call->heads * call->n > 0;
+  if (needs_output && (call->lse == nullptr || call->out == nullptr)) return REGARD_BAD_ARGUMENT;
+  if (args->grad_distance != nullptr && call->biases.distance == nullptr) return REGARD_BAD_ARGUMENT;
+  Backward b{args, call, Panels(call->width), Panels(call->value_width), call->heads / call->kv_heads, 1,
+             ceil_div(call->m, KEYS), nullptr, nullptr, nullptr};
+  switch (call->dtype) {
+    case REGARD_FLOAT32:
+      return backward<float>(b);
+    case REGARD_BFLOAT16:
+      return backward<bfloat16>(b);
+    default:
+      return REGARD_BAD_ARGUMENT;
+  }
+}
+
+}  // namespace REGARD_ISA

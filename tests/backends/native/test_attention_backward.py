@@ -1,0 +1,346 @@
+"""Gradients of the native attention kernel against the torch engine in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from regard.backends.native import attention as native
+from regard.backends.native import library
+from regard.backends.torch import attention as eager
+from regard.contract import BlockMask, Unsupported
+from regard.visibility import DistanceBias, Ranks, Visibility
+
+# of the largest gradient of the tensor; in bfloat16 the output was rounded too, of which softmax's gradients are a
+# difference; observed 1.6e-6 and 1.1e-2
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
+SETS = library.instruction_sets() if library.why_missing() is None else []
+CAUSAL = Visibility(causal=True)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Workspaces and new tensors are full of NaN."""
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    with library.poisoned_workspaces():
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Problem:
+    """Inputs of one call, and the options given to the engine."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ranks: Ranks
+    scale: float
+    visibility: Visibility = field(default_factory=Visibility)
+    rule: str = "softmax"
+    shift: float = 0.0
+    softcap: float | None = None
+    sink: Tensor | None = None
+    bias: Tensor | None = None
+    distance: Tensor | None = None
+    blocks: BlockMask | None = None
+
+    def run(self, engine: Any, dtype: torch.dtype, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Tensor]:
+        """Gradients by name."""
+        side = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = {"q": self.q.to(dtype), "k": self.k.to(dtype), "v": self.v.to(dtype)}
+        tensors |= {n: x.to(side) for n in ("sink", "bias", "distance") if (x := getattr(self, n)) is not None}
+        leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+        position_bias = None
+        if self.distance is not None:
+            middle = self.distance.shape[1] // 2
+            position_bias = DistanceBias(lambda distances: leaves["distance"][:, distances + middle])
+        out, _, lse = engine.run(
+            leaves["q"], leaves["k"], leaves["v"], self.ranks, self.visibility, self.scale, self.rule, self.shift,
+            self.softcap, leaves.get("sink"), leaves.get("bias"), position_bias, self.blocks, 0.0, None, False,
+            grad_lse is not None,
+        )  # fmt: skip
+        total = (out * grad_out.to(dtype)).sum()
+        if grad_lse is not None:
+            total = total + (torch.where(lse > -math.inf, lse, 0) * grad_lse.to(side)).sum()
+        if not total.requires_grad:  # no queries or no keys
+            return {name: torch.zeros_like(x) for name, x in leaves.items()}
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+
+
+def problem(
+    n: int,
+    m: int | None = None,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    width: int = 16,
+    value_width: int | None = None,
+    lengths: list[int] | None = None,
+    sink: bool = False,
+    bias: bool = False,
+    distance: bool = False,
+    tokens_first: bool = False,
+    **options: Any,
+) -> Problem:
+    m = n if m is None else m
+
+    def heads_of(count: int, tokens: int, features: int) -> Tensor:
+        if tokens_first:
+            return torch.randn(batch, tokens, count, features, dtype=torch.float64).transpose(1, 2)
+        return torch.randn(batch, count, tokens, features, dtype=torch.float64)
+
+    kv_heads = kv_heads or heads
+    options.setdefault("scale", 1.5 * width**-0.5)
+    queries, keys = torch.arange(n)[None] + (m - n), torch.arange(m)[None]
+    ranks = Ranks(queries, keys, m - n, m - n, True)
+    if lengths is not None:
+        valid = torch.tensor(lengths)[:, None]
+        ranks = Ranks(torch.arange(n) + valid - n, torch.where(keys < valid, keys, -1), None, None, False)
+    if bias:
+        options["bias"] = torch.randn(batch, heads, n, m, dtype=torch.float64)
+        options["bias"][torch.rand(batch, heads, n, m) < 0.2] = -math.inf
+    if sink:
+        options["sink"] = torch.randn(heads, dtype=torch.float64)
+    if distance:
+        options["distance"] = torch.randn(heads, 2 * (n + m) + 1, dtype=torch.float64)
+    return Problem(
+        heads_of(heads, n, width), heads_of(kv_heads, m, width), heads_of(kv_heads, m, value_width or width), ranks, **options
+    )  # fmt: skip
+
+
+def check(given: Problem, dtype: torch.dtype = torch.float32, with_lse: bool = False) -> None:
+    """Native gradients equal those in float64 of the same, rounded, inputs."""
+    rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    for name in ("q", "k", "v"):
+        setattr(given, name, getattr(given, name).to(rounded).double())
+    for name in ("sink", "bias", "distance"):
+        if getattr(given, name) is not None:
+            setattr(given, name, getattr(given, name).float().double())
+    shape = (*given.q.shape[:3], given.v.shape[-1])
+    grad_out = torch.randn(shape, dtype=torch.float64).to(rounded).double()
+    grad_lse = torch.randn(shape[:3]).double() if with_lse else None
+    wanted = given.run(eager, torch.float64, grad_out, grad_lse)
+    found = given.run(native, dtype, grad_out, grad_lse)
+    for name, gradient in wanted.items():
+        assert found[name].shape == gradient.shape
+        if gradient.numel() == 0:
+            continue
+        error = (found[name].double() - gradient).abs().max().item()
+        # where a gradient vanishes (one key) what it is made of does not
+        size = max(gradient.abs().max().item(), 1.0)
+        # a distance's gradient is a sum over the whole diagonal
+        limit = TOLERANCE[dtype] * (3 if name == "distance" else 1)
+        assert error <= limit * size, (name, error / size)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_gradients_equal_float64_at_any_length(instruction_set: str, causal: bool) -> None:
+    with library.using_instruction_set(instruction_set):
+        for n, m in [(0, 3), (3, 0), (1, 1), (2, 2), (63, 63), (64, 64), (65, 65), (127, 131), (50, 170), (170, 50)]:
+            for dtype in TOLERANCE:
+                check(problem(n, m, visibility=Visibility(causal=causal)), dtype)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_gradients_equal_float64_at_any_width(instruction_set: str) -> None:
+    with library.using_instruction_set(instruction_set):
+        for width, value_width in [
+            (1, 1),
+            (3, 17),
+            (8, 8),
+            (64, 64),
+            (80, 96),
+            (97, 5),
+            (128, 100),
+            (5, 256),
+            (256, 64),
+        ]:
+            for dtype in TOLERANCE:
+                check(problem(70, width=width, value_width=value_width, visibility=CAUSAL), dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_gradients_equal_float64_with_grouped_heads_and_any_number_of_threads(kv_heads: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    check(problem(150, 201, heads=6, kv_heads=kv_heads, sink=True, distance=True, visibility=CAUSAL), with_lse=True)
+    check(problem(200, heads=1, tokens_first=True, visibility=CAUSAL))
+
+
+MASKS = {
+    "window": Visibility(causal=True, left=40),
+    "both sides": Visibility(left=20, right=9),
+    "itself and the next": Visibility(left=0, right=1),
+    "blocks": Visibility(block=24, lookback=1, lookahead=1),
+    "causal blocks": Visibility(causal=True, block=70, lookback=1),
+}
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients_equal_float64_under_masks(mask: str, instruction_set: str) -> None:
+    with library.using_instruction_set(instruction_set):
+        check(problem(200, batch=2, visibility=MASKS[mask], distance=True))
+        check(problem(90, 160, batch=3, visibility=MASKS[mask], lengths=[160, 95, 0]))
+
+
+@pytest.mark.parametrize("block_size", [16, 30, 64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_equal_float64_under_block_masks(block_size: int, shared: bool) -> None:
+    blocks = math.ceil(180 / block_size)
+    visible = torch.rand(*((1, 1) if shared else (2, 2)), blocks, blocks) < 0.4
+    check(problem(180, batch=2, blocks=BlockMask(visible, block_size)))
+    check(problem(180, batch=2, blocks=BlockMask(visible[..., :-1], block_size)))  # the last keys lie beyond the mask
+    check(problem(180, batch=2, blocks=BlockMask(visible, block_size), visibility=CAUSAL, lengths=[180, 77]))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_equal_float64_with_biases_sink_and_softcap(softcap: float | None, instruction_set: str) -> None:
+    with library.using_instruction_set(instruction_set):
+        for dtype in TOLERANCE:
+            for options in (
+                {"bias": True},
+                {"distance": True},
+                {"sink": True},
+                {"bias": True, "distance": True, "sink": True},
+            ):
+                check(problem(100, 130, batch=2, softcap=softcap, visibility=CAUSAL, **options), dtype, with_lse=True)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("rule", native.RULES[1:])
+def test_gradients_equal_float64_for_other_rules(rule: str, instruction_set: str) -> None:
+    with library.using_instruction_set(instruction_set):
+        for dtype in TOLERANCE:
+            check(problem(100, rule=rule, shift=-0.5, visibility=CAUSAL), dtype)
+            check(problem(70, 130, batch=2, rule=rule, shift=0.3, softcap=1.5, bias=True, distance=True), dtype)
+
+
+def test_gradients_equal_float64_for_a_long_sequence() -> None:
+    check(problem(10_000, heads=1, width=8, visibility=Visibility(causal=True, left=100)))
+
+
+def test_shared_keys_and_expanded_gradients_need_no_copies() -> None:
+    given = problem(70, heads=3, kv_heads=1, visibility=CAUSAL)
+    given.k = given.k.expand(1, 3, -1, -1)
+    given.v = given.v.expand(1, 3, -1, -1)
+    check(given)
+    q = torch.randn(1, 2, 40, 8, requires_grad=True)
+    ranks = Ranks(torch.arange(40)[None], torch.arange(40)[None], 0, 0, True)
+    out = native.run(
+        q, q, q, ranks, CAUSAL, 1.0, "softmax", 0.0, None, None, None, None, None, 0.0, None, False, False
+    )[0]
+    (by_sum,) = torch.autograd.grad(out.sum(), q, retain_graph=True)  # a gradient of strides 0
+    (by_ones,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    torch.testing.assert_close(by_sum, by_ones)
+
+
+def test_queries_that_see_nothing_have_no_gradient() -> None:
+    given = problem(90, 40, visibility=CAUSAL, sink=True)
+    grad_out = torch.randn(1, 2, 90, 16)
+    found = given.run(native, torch.float32, grad_out, None)
+    assert (found["q"][:, :, :50] == 0).all()
+    assert all(torch.isfinite(x).all() for x in found.values())
+    nothing = problem(20, 30, visibility=Visibility(left=0), lengths=[0], batch=1)
+    for gradient in nothing.run(native, torch.float32, grad_out[:, :, :20], None).values():
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_gradients_are_right_for_scores_of_ten_thousand(instruction_set: str) -> None:
+    # scores are exact in float32: 0 or +-1e4, and the log-sum-exp of a single largest one too
+    n = 80
+    sign = torch.where(torch.rand(n) < 0.5, 1.0, -1.0).double()
+    given = problem(n, width=128, scale=1.0, visibility=CAUSAL)
+    given.q = (torch.eye(n, 128).double() * 100 * sign[:, None]).expand(1, 2, -1, -1)
+    given.k = (torch.eye(n, 128).double() * 100).expand(1, 2, -1, -1)
+    grad_out = torch.randn(1, 2, n, 128, dtype=torch.float64)
+    wanted = given.run(eager, torch.float64, grad_out, None)
+    with library.using_instruction_set(instruction_set):
+        found = given.run(native, torch.float32, grad_out, None)
+    for name, gradient in wanted.items():
+        size = gradient.abs().max()
+        assert (found[name] - gradient).abs().max() <= 3e-6 * size, name
+
+
+def test_sinks_of_any_size_leave_finite_gradients() -> None:
+    for value in (-math.inf, -1e4, 1e4, math.inf):
+        given = problem(70, visibility=CAUSAL, sink=True)
+        given.sink = torch.full((2,), value, dtype=torch.float64)
+        grads = [torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70)]
+        found = given.run(native, torch.float32, *grads)
+        assert all(torch.isfinite(x).all() for x in found.values()), value
+        given.sink = given.sink.clamp(-1e30, 1e30)
+        wanted = given.run(eager, torch.float64, *grads)
+        torch.testing.assert_close(found["k"].double(), wanted["k"], atol=1e-5, rtol=1e-5)
+
+
+def test_nan_reaches_what_depends_on_it_and_nothing_else() -> None:
+    given = problem(140, heads=1, visibility=CAUSAL)
+    given.q[0, 0, 70, 3] = math.nan
+    found = given.run(native, torch.float32, torch.randn(1, 1, 140, 16), None)
+    assert found["q"][0, 0, 70].isnan().all() and found["k"][0, 0, :71].isnan().all()
+    assert found["v"][0, 0, :71].isnan().all()
+    assert not found["q"][0, 0, :70].isnan().any() and not found["q"][0, 0, 71:].isnan().any()
+    assert not found["k"][0, 0, 128:].isnan().any()
+    given = problem(140, heads=1, visibility=CAUSAL)
+    given.v[0, 0, 100] = 3e38  # its product with a gradient overflows, also for queries that do not see it
+    found = given.run(native, torch.float32, torch.randn(1, 1, 140, 16), None)
+    assert found["q"][0, 0, :100].isfinite().all() and not found["q"][0, 0, 100:].isfinite().any()
+    given = problem(9, visibility=CAUSAL, sink=True)
+    given.sink = torch.tensor([math.nan, 0.0])
+    found = given.run(native, torch.float32, torch.randn(1, 2, 9, 16), None)
+    for name, gradient in found.items():
+        assert gradient.movedim(-1 if name == "sink" else 1, 0)[0].isnan().all()
+        assert not gradient.movedim(-1 if name == "sink" else 1, 0)[1].isnan().any()
+
+
+def test_the_same_gradients_every_time() -> None:
+    torch.set_num_threads(3)
+    given = problem(300, heads=2, visibility=CAUSAL, distance=True, sink=True)
+    grad_out = torch.randn(1, 2, 300, 16)
+    first = given.run(native, torch.float32, grad_out, None)
+    for _ in range(5):
+        again = given.run(native, torch.float32, grad_out, None)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    q = torch.randn(1, 1, 5, 4, requires_grad=True)
+    ranks = Ranks(torch.arange(5)[None], torch.arange(5)[None], 0, 0, True)
+    out = native.run(
+        q, q, q, ranks, CAUSAL, 1.0, "softmax", 0.0, None, None, None, None, None, 0.0, None, False, False
+    )[0]
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(Unsupported, match="gradients of gradients"):
+        gradient.sum().backward()
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps the arguments of the backward op."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if op is torch.ops.regard.attention_backward.default:
+            self.arguments = arguments
+        return op(*arguments, **(options or {}))
+
+
+def test_the_backward_op_passes_opcheck() -> None:
+    given = problem(9, batch=2, sink=True, bias=True, distance=True, lengths=[9, 5], visibility=CAUSAL)
+    with Recorded() as recorded:
+        given.run(native, torch.float32, torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9))
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in recorded.arguments]
+    torch.library.opcheck(torch.ops.regard.attention_backward.default, detached)
