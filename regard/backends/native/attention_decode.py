@@ -1,0 +1,158 @@
+"""Few queries against a cache in pages, in C++ (see `native/src/attention_decode.cpp`): softmax, without gradients.
+
+The same kernel answers few queries on keys in one tensor: :mod:`regard.backends.native.attention` calls it there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.backends.native import library
+from regard.backends.native.attention import Attention, AttentionDecode, Strides, VisibilityArguments
+from regard.contract import Unsupported
+
+
+@torch.library.custom_op("regard::attention_decode", mutates_args=())
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    lengths: Tensor,
+    query_ranks: Tensor,
+    limits: Sequence[int],
+    scale: float,
+    softcap: float,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries (B, H, n, D) on pages of keys (P, G, page size, D) and values (P, G, page size, V).
+
+    Args:
+        pages: (B, most pages) int64: where the first, second, ... `page size` keys of each row lie. Those beyond the
+            last key of a row may be any number.
+        lengths: (B,) int64 keys of each row, whose ranks are 0, 1, ...
+        query_ranks: (B or 1, n) int64.
+        limits: causal (0 or 1), left, right (-1 for no limit), block (0 for no limit), lookback, lookahead, as in
+            :class:`regard.visibility.Visibility`.
+        softcap: 0 for none.
+        sink: (H,) float32.
+
+    Raises:
+        Unsupported: for tensors that do not fit, and for pages that do not exist.
+    """
+    _check(q, k, v, pages, lengths, query_ranks, limits, sink)
+    out, lse = _empty_results(q, v)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v, pages, query_ranks = map(library.rows_contiguous, (q, k, v, pages, query_ranks))
+    lengths = lengths.contiguous()
+    sink = None if sink is None else sink.contiguous()
+    batch, heads, n, width = q.shape
+    page_size = k.shape[2]
+    visibility = VisibilityArguments(query_ranks.data_ptr(), None, query_ranks.stride(0), 0, *limits)
+    if query_ranks.shape[0] == 1:
+        visibility.query_ranks_stride = 0
+    arguments = Attention(
+        threads=torch.get_num_threads(),
+        dtype=library.DTYPES[q.dtype],
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        batch=batch,
+        heads=heads,
+        kv_heads=k.shape[1],
+        n=n,
+        m=page_size * pages.shape[1],
+        width=width,
+        value_width=v.shape[3],
+        q_strides=Strides(*q.stride()[:3]),
+        k_strides=Strides(*k.stride()[:3]),
+        v_strides=Strides(*v.stride()[:3]),
+        out_strides=Strides(*out.stride()[:3]),
+        scale=scale,
+        softcap=softcap,
+        sink=library.pointer(sink),
+        visibility=visibility,
+    )
+    library.call(
+        AttentionDecode(
+            forward=ctypes.addressof(arguments),
+            pages=pages.data_ptr(),
+            pages_stride=pages.stride(0),
+            page_size=page_size,
+            lengths=lengths.data_ptr(),
+        )
+    )
+    return out, lse
+
+
+@attention_decode.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty_results(q, v)
+
+
+def _no_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise Unsupported(
+        "the gradient of attention to a paged cache",
+        supported="calls without gradients",
+        nearest="regard.functional.softmax_attention on keys and values in one tensor",
+    )
+
+
+attention_decode.register_autograd(_no_gradient)
+
+
+def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    lengths: Tensor,
+    query_ranks: Tensor,
+    limits: Sequence[int],
+    sink: Tensor | None,
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or x.dtype != q.dtype or x.dtype not in library.DTYPES:
+            raise Unsupported(
+                f"{name} with {x.ndim} axes in {str(x.dtype)[6:]}",
+                supported="4 axes, all in float32 or all in bfloat16",
+            )
+    batch, heads, n, width = q.shape
+    held, kv_heads, page_size = v.shape[:3]
+    if k.shape != (held, kv_heads, page_size, width) or min(kv_heads, page_size, width) < 1 or heads % kv_heads:
+        raise Unsupported(
+            f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)}",
+            supported="(B, H, n, D), (P, G, page size, D) and (P, G, page size, V), H a multiple of G",
+        )
+    for name, x, shapes in (
+        ("pages", pages, [(batch, pages.shape[-1])]),
+        ("lengths", lengths, [(batch,)]),
+        ("query_ranks", query_ranks, [(1, n), (batch, n)]),
+    ):
+        if tuple(x.shape) not in shapes or x.dtype != torch.int64:
+            raise Unsupported(f"{name} {tuple(x.shape)} {str(x.dtype)[6:]}", supported=f"{shapes[-1]} int64")
+    if sink is not None and (sink.shape != (heads,) or sink.dtype != torch.float32):
+        raise Unsupported(f"sink {tuple(sink.shape)} {str(sink.dtype)[6:]}", supported=f"({heads},) float32")
+    if any(x is not None and x.device.type != "cpu" for x in (q, k, v, pages, lengths, query_ranks, sink)):
+        raise Unsupported("decoding attention on another device", supported="cpu")
+    if len(limits) != 6:
+        raise Unsupported(f"limits {list(limits)}", supported="six")
+    if batch == 0:
+        return
+    if not 0 <= int(lengths.min()) <= int(lengths.max()) <= page_size * pages.shape[1]:
+        raise Unsupported(f"lengths {lengths.tolist()}", supported=f"0 to {page_size * pages.shape[1]}")
+    used = pages[torch.arange(pages.shape[1]) * page_size < lengths[:, None]]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < held:
+        raise Unsupported("pages that do not exist", supported=f"0 to {held - 1}")

@@ -1,0 +1,261 @@
+"""Keys and values of many sequences in pages of one pool, as in PagedAttention (arXiv 2309.06180), and attention to them.
+
+A sequence holds pages for the tokens that it has and no more, whatever the lengths of the others, and gives them back
+when it ends. Unlike a :class:`regard.contract.State`, which is data, a pool is written in place: a server owns one for
+each layer::
+
+    cache = PagedCache(rows=8, kv_heads=8, width=64, pages=512)
+    cache.append(k, v, lengths)             # prompts, right-padded
+    y = paged_attention(q, cache)           # q (rows, heads, n, width): the last n tokens of each row
+    cache.reset(finished)                   # rows whose sequence has ended
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.backends.native import library
+from regard.backends.native.attention import DECODED_LONG
+from regard.backends.native.attention_decode import attention_decode
+from regard.contract import Unsupported, at_least, one_of
+from regard.engines.attention import attention
+from regard.visibility import Ranks, Visibility
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+class PagedCache:
+    """Pages of keys and values, and which of them each row has.
+
+    Args:
+        rows: sequences at one time.
+        kv_heads: heads of keys and values.
+        width: features of a key.
+        value_width: features of a value; those of a key when None.
+        pages: pages in the pool, for all rows together.
+        page_size: tokens a page.
+
+    Attributes:
+        k, v: the pool, (pages, kv_heads, page_size, width) and (..., value_width).
+        table: (rows, most pages a row has had) int64, on the CPU: the pages of each row in order; -1 where it has none.
+        lengths: (rows,) int64, on the CPU: tokens of each row.
+        free: pages that no row has.
+
+    Raises:
+        Unsupported: for sizes below 1.
+    """
+
+    k: Float[Tensor, "pages g page_size d"]
+    v: Float[Tensor, "pages g page_size v"]
+    table: Int[Tensor, "rows most"]
+    lengths: Int[Tensor, " rows"]
+    free: list[int]
+
+    def __init__(
+        self,
+        rows: int,
+        kv_heads: int,
+        width: int,
+        value_width: int | None = None,
+        *,
+        pages: int,
+        page_size: int = 64,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        value_width = width if value_width is None else value_width
+        sizes = {"rows": rows, "kv_heads": kv_heads, "width": width, "value_width": value_width, "pages": pages}
+        for name, size in (sizes | {"page_size": page_size}).items():
+            at_least(name, size, 1)
+        self.k = torch.zeros(pages, kv_heads, page_size, width, dtype=dtype, device=device)
+        self.v = torch.zeros(pages, kv_heads, page_size, value_width, dtype=dtype, device=device)
+        self.table = torch.full((rows, 0), -1)
+        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.free = list(range(pages - 1, -1, -1))
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    def append(
+        self,
+        k: Float[Tensor, "rows g n d"],
+        v: Float[Tensor, "rows g n v"],
+        lengths: Int[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Add new tokens to each row: its first `lengths` of the n given (all when None; 0 for rows that wait).
+
+        Raises:
+            Unsupported: for tensors that do not fit the pool, or when the pool has too few pages left; then no row has
+                changed.
+        """
+        rows, n = self.lengths.shape[0], k.shape[2] if k.ndim == 4 else 0
+        for name, x, pool in (("k", k, self.k), ("v", v, self.v)):
+            wanted = (rows, pool.shape[1], n, pool.shape[3])
+            if tuple(x.shape) != wanted or x.device != pool.device:
+                raise Unsupported(
+                    f"{name} of shape {tuple(x.shape)} on {x.device}", supported=f"{wanted} on {pool.device}"
+                )
+        added = torch.full((rows,), n) if lengths is None else lengths.to("cpu", torch.int64)
+        if added.shape != (rows,) or bool(((added < 0) | (added > n)).any()):
+            raise Unsupported(f"lengths {added.tolist()} for {rows} rows", supported=f"0 to {n} for each")
+        total = self.lengths + added
+        self._take_pages(total)
+        slots = torch.arange(n)
+        new = slots < added[:, None]
+        at = (self.lengths[:, None] + slots)[new]
+        row = torch.arange(rows)[:, None].expand(-1, n)[new]
+        device = self.k.device
+        page, slot, new = (x.to(device) for x in (self.table[row, at // self.page_size], at % self.page_size, new))
+        with torch.no_grad():
+            self.k[page, :, slot] = k.transpose(1, 2)[new].to(self.k.dtype)
+            self.v[page, :, slot] = v.transpose(1, 2)[new].to(self.v.dtype)
+        self.lengths = total
+
+    def reset(self, rows: Bool[Tensor, " rows"]) -> None:
+        """Empty the marked rows; their pages are free again."""
+        if rows.shape != self.lengths.shape or rows.dtype != torch.bool:
+            raise Unsupported(
+                f"rows of shape {tuple(rows.shape)}", supported=f"a boolean for each of {len(self.lengths)}"
+            )
+        rows = rows.cpu()
+        pages = self.table[rows]
+        self.free.extend(pages[pages >= 0].tolist())
+        # not in place: calls that were given the tables before keep theirs
+        self.table = self.table.masked_fill(rows[:, None], -1)
+        self.lengths = self.lengths.masked_fill(rows, 0)
+
+    def gather(self) -> tuple[Float[Tensor, "rows g m d"], Float[Tensor, "rows g m v"], Int[Tensor, "rows m"]]:
+        """Keys and values of all rows right-padded to the longest with zeros, and their ranks, -1 in padding."""
+        longest = int(self.lengths.max())
+        slots = torch.arange(longest)
+        there = (slots < self.lengths[:, None]).to(self.k.device)
+        pages = self.table[:, : -(-longest // self.page_size)].clamp(min=0).to(self.k.device)
+        k, v = (
+            x[pages].transpose(1, 2).flatten(2, 3)[:, :, :longest].masked_fill(~there[:, None, :, None], 0)
+            for x in (self.k, self.v)
+        )
+        return k, v, torch.where(there, slots.to(there.device), -1)
+
+    def _take_pages(self, lengths: Tensor) -> None:
+        """Give each row the pages for so many tokens."""
+        size = self.page_size
+        had, needed = -(-self.lengths // size), -(-lengths // size)
+        missing = int((needed - had).sum())
+        if missing > len(self.free):
+            raise Unsupported(
+                f"{missing} more pages where {len(self.free)} are free",
+                supported=f"{self.k.shape[0]} pages for all rows together",
+                nearest="reset of finished rows, or a larger pool",
+            )
+        table = self.table
+        if int(needed.max()) > table.shape[1]:
+            # room for more, so that the table is not copied at each page
+            table = torch.nn.functional.pad(table, (0, 2 * int(needed.max()) - table.shape[1]), value=-1)
+        table = table.clone() if missing and table is self.table else table
+        for row in (needed > had).nonzero()[:, 0].tolist():
+            for index in range(int(had[row]), int(needed[row])):
+                table[row, index] = self.free.pop()
+        self.table = table
+
+
+def paged_attention(
+    q: Float[Tensor, "rows h n d"],
+    cache: PagedCache,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Float[Tensor, " h"] | None = None,
+    want_lse: bool = False,
+    backend: str | None = None,
+) -> Float[Tensor, "rows h n v"] | tuple[Float[Tensor, "rows h n v"], Float[Tensor, "rows h n"]]:
+    """Softmax attention of the last n tokens of each row, whose keys the cache already has, to the row's tokens.
+
+    The native kernel reads the pages where they lie. Elsewhere, with gradients, or with many queries (a prompt), pages
+    are gathered into one tensor first.
+
+    Args:
+        causal: a query sees the tokens up to its own; otherwise all of the row.
+        window: most tokens before itself that a query sees; None for no limit.
+        scale: multiplies the scores; D^-0.5 when None.
+        softcap, sink: as in :func:`regard.engines.attention.attention`.
+        want_lse: also return the log-sum-exp of the scores, in at least float32, without the sink.
+        backend: ``native`` or ``torch``; the fastest that can when None.
+
+    A row with fewer than n tokens gives 0 for the queries before its first.
+
+    Raises:
+        Unsupported: for queries that do not fit the cache, or a backend that cannot answer the call.
+    """
+    pool = cache.k
+    rows, width = cache.lengths.shape[0], pool.shape[3]
+    if q.ndim != 4 or q.shape[0] != rows or q.shape[3] != width or q.shape[1] % pool.shape[1]:
+        raise Unsupported(
+            f"queries of shape {tuple(q.shape)}",
+            supported=f"({rows}, a multiple of {pool.shape[1]}, n, {width})",
+        )
+    if q.device != pool.device:
+        raise Unsupported(f"queries on {q.device}", supported=str(pool.device))
+    if softcap is not None and not softcap > 0:
+        raise Unsupported(f"softcap={softcap}", supported="softcap > 0", nearest="softcap=None")
+    if window is not None:
+        at_least("window", window, 0)
+    n = q.shape[2]
+    scale = width**-0.5 if scale is None else scale
+    visibility = Visibility(causal=causal, left=window)
+    queries = cache.lengths[:, None] - n + torch.arange(n)
+    reason = None if backend != "torch" else "asked for torch"
+    if backend is not None:
+        one_of("backend", backend, ("native", "torch"))
+    if reason is None:
+        reason = _refusal(q, cache, sink)
+    if reason is None:
+        limits = [int(causal), -1 if window is None else window, -1, 0, 0, 0]
+        sink = None if sink is None else sink.float()
+        output, lse = attention_decode(
+            q, pool, cache.v, cache.table, cache.lengths, queries, limits, scale, softcap or 0.0, sink
+        )
+    elif backend == "native":
+        raise Unsupported(f"native attention to a paged cache: {reason}", supported="torch", nearest="backend='torch'")
+    else:
+        k, v, keys = cache.gather()
+        where = Ranks(queries.to(q.device), keys, None, None, plain=False)
+        output, _, found = attention(
+            q,
+            k,
+            v,
+            where,
+            visibility=visibility,
+            scale=scale,
+            softcap=softcap,
+            sink=sink,
+            want_lse=want_lse,
+            backend=backend,
+        )
+        if not want_lse:
+            return output
+        assert found is not None
+        lse = found
+    return (output, lse) if want_lse else output
+
+
+def _refusal(q: Tensor, cache: PagedCache, sink: Tensor | None) -> str | None:
+    """Why the native kernel does not answer these queries; None when it does."""
+    missing = library.why_missing()
+    if missing is not None:
+        return missing
+    if q.device.type != "cpu":
+        return f"it runs on cpu, and q is on {q.device.type}"
+    if not q.dtype == cache.k.dtype == cache.v.dtype or q.dtype not in library.DTYPES:
+        return "it computes where all is float32, or all is bfloat16"
+    if torch.is_grad_enabled() and (q.requires_grad or (sink is not None and sink.requires_grad)):
+        return "it has no gradient"
+    if q.shape[2] > DECODED_LONG:
+        return f"it answers at most {DECODED_LONG} queries a row"
+    return None
