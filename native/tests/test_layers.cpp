@@ -1,0 +1,284 @@
+// Convolution, norm, rotation and gate against plain loops in double, in buffers of exactly their size.
+
+#include "regard_layers.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+int failures = 0;
+unsigned seed = 1;
+
+Floats numbers(int64_t count) {
+  Floats x(static_cast<size_t>(count));
+  for (float& value : x) {
+    seed = seed * 1664525u + 1013904223u;
+    value = static_cast<float>(static_cast<double>(seed >> 8) / (1 << 23) - 1);
+  }
+  return x;
+}
+
+Floats unwritten(size_t count) { return Floats(count, NAN); }
+
+void compare(const char* what, const Floats& found, const Doubles& expected, double tolerance = 1e-5) {
+  double largest = 0.1, error = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    largest = std::fmax(largest, std::fabs(expected[i]));
+    const double difference = std::fabs(found[i] - expected[i]);
+    if (!(difference <= error)) error = difference;
+  }
+  if (!(error <= tolerance * largest)) {
+    std::printf("%s: error %g of %g (%s)\n", what, error, largest, regard_instruction_set());
+    ++failures;
+  }
+}
+
+void must(const char* what, int status) {
+  if (status == REGARD_OK) return;
+  std::printf("%s: status %d\n", what, status);
+  ++failures;
+}
+
+// Gradients by central differences of the definition in double.
+Doubles slope(const std::function<double(const Doubles&)>& loss, const Floats& at) {
+  Doubles x(at.begin(), at.end()), found(at.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double here = x[i], h = 1e-5;
+    x[i] = here + h;
+    const double above = loss(x);
+    x[i] = here - h;
+    found[i] = (above - loss(x)) / (2 * h);
+    x[i] = here;
+  }
+  return found;
+}
+
+double dot(const Doubles& y, const Floats& grad) {
+  double total = 0;
+  for (size_t i = 0; i < y.size(); ++i) total += y[i] * grad[i];
+  return total;
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+template <class T>
+Doubles wide(const T& x) {
+  return Doubles(x.begin(), x.end());
+}
+
+struct Shape {
+  int64_t batch, n, channels, width, after;
+  bool lengths, cache;
+  int threads;
+};
+
+// y, and behind it the last inputs in causal form.
+Doubles convolution(const Shape& s, const std::vector<int64_t>& lengths, const Doubles& x, const Doubles& w,
+                    const Doubles& bias, const Doubles& cache) {
+  const int64_t kept = s.width - 1;
+  const auto token = [&](int64_t b, int64_t t, int64_t c) {
+    if (t >= 0 && t < lengths[static_cast<size_t>(b)]) return x[static_cast<size_t>((b * s.n + t) * s.channels + c)];
+    return t < 0 && s.cache ? cache[static_cast<size_t>((b * kept + t + kept) * s.channels + c)] : 0.0;
+  };
+  Doubles y;
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t t = 0; t < s.n; ++t)
+      for (int64_t c = 0; c < s.channels; ++c) {
+        double sum = bias[static_cast<size_t>(c)];
+        for (int64_t j = 0; j < s.width; ++j)
+          sum += w[static_cast<size_t>(c * s.width + j)] * token(b, t - (kept - s.after) + j, c);
+        y.push_back(t < lengths[static_cast<size_t>(b)] ? sum * sigmoid(sum) : 0);
+      }
+  if (s.after == 0)
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t i = 0; i < kept; ++i)
+        for (int64_t c = 0; c < s.channels; ++c) y.push_back(token(b, lengths[static_cast<size_t>(b)] - kept + i, c));
+  return y;
+}
+
+void check_convolution(const Shape& s) {
+  const int64_t kept = s.width - 1, count = s.batch * s.n * s.channels, last = s.after ? 0 : s.batch * kept * s.channels;
+  const Floats x = numbers(count), w = numbers(s.channels * s.width), bias = numbers(s.channels);
+  const Floats cache = numbers(s.cache ? s.batch * kept * s.channels : 0);
+  std::vector<int64_t> lengths(static_cast<size_t>(s.batch), s.n);
+  if (s.lengths) lengths[0] = s.n / 2, lengths.back() = s.n > 1 ? 1 : 0;
+  Floats y = unwritten(x.size()), kept_inputs = unwritten(static_cast<size_t>(last));
+  regard_short_convolution_args a = {};
+  a.size = sizeof a;
+  a.threads = s.threads;
+  a.batch = s.batch, a.n = s.n, a.channels = s.channels, a.width = s.width, a.after = s.after, a.silu = 1;
+  a.x = x.data(), a.x_strides[0] = s.n * s.channels, a.x_strides[1] = s.channels;
+  a.weight = w.data(), a.bias = bias.data(), a.cache = s.cache ? cache.data() : nullptr, a.lengths = lengths.data();
+  a.y = y.data(), a.last = s.after ? nullptr : kept_inputs.data();
+  must("convolution", regard_short_convolution(&a));
+  y.insert(y.end(), kept_inputs.begin(), kept_inputs.end());
+  compare("convolution", y, convolution(s, lengths, wide(x), wide(w), wide(bias), wide(cache)));
+
+  const Floats grad = numbers(count + last), grad_y(grad.begin(), grad.begin() + count), grad_last(grad.begin() + count, grad.end());
+  Floats dx = unwritten(x.size()), dw = unwritten(w.size()), db = unwritten(bias.size()), dc = unwritten(cache.size());
+  regard_short_convolution_backward_args back = {};
+  back.size = sizeof back;
+  back.forward = &a;
+  back.grad_y = grad_y.data(), back.grad_y_strides[0] = s.n * s.channels, back.grad_y_strides[1] = s.channels;
+  back.grad_last = s.after ? nullptr : grad_last.data();
+  back.grad_x = dx.data(), back.grad_weight = dw.data(), back.grad_bias = db.data();
+  back.grad_cache = s.cache ? dc.data() : nullptr;
+  must("convolution backward", regard_short_convolution_backward(&back));
+  const Doubles X = wide(x), W = wide(w), B = wide(bias), C = wide(cache);
+  compare("grad x", dx, slope([&](const Doubles& v) { return dot(convolution(s, lengths, v, W, B, C), grad); }, x));
+  compare("grad weight", dw, slope([&](const Doubles& v) { return dot(convolution(s, lengths, X, v, B, C), grad); }, w));
+  compare("grad bias", db, slope([&](const Doubles& v) { return dot(convolution(s, lengths, X, W, v, C), grad); }, bias));
+  compare("grad cache", dc, slope([&](const Doubles& v) { return dot(convolution(s, lengths, X, W, B, v), grad); }, cache));
+}
+
+Doubles norm(int64_t rows, int64_t groups, int64_t width, int gate, const Doubles& x, const Doubles& z, const Doubles& w) {
+  Doubles y;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t g = 0; g < groups; ++g) {
+      const size_t at = static_cast<size_t>((r * groups + g) * width), first = static_cast<size_t>(g * width);
+      Doubles u(x.begin() + static_cast<int64_t>(at), x.begin() + static_cast<int64_t>(at) + width);
+      double squares = 0;
+      for (size_t i = 0; i < u.size(); ++i) {
+        if (gate == REGARD_GATE_BEFORE) u[i] *= z[at + i] * sigmoid(z[at + i]);
+        squares += u[i] * u[i];
+      }
+      for (size_t i = 0; i < u.size(); ++i) {
+        const double n = u[i] / std::sqrt(squares / static_cast<double>(width) + 1e-3) * w[first + i];
+        y.push_back(gate == REGARD_GATE_AFTER ? n * z[at + i] * sigmoid(z[at + i]) : n);
+      }
+    }
+  return y;
+}
+
+void check_norm(int64_t rows, int64_t groups, int64_t width, int gate, int threads) {
+  const int64_t features = groups * width;
+  const Floats x = numbers(rows * features), z = numbers(rows * features), w = numbers(features), grad = numbers(rows * features);
+  Floats y = unwritten(x.size()), dx = y, dz = y, dw = unwritten(w.size());
+  regard_rms_norm_args a = {};
+  a.size = sizeof a;
+  a.threads = threads;
+  a.rows[0] = 1, a.rows[1] = rows, a.rows[2] = 1;
+  a.groups = groups, a.width = width, a.gate = gate, a.eps = 1e-3f;
+  a.x = x.data(), a.z = z.data(), a.weight = w.data(), a.y = y.data();
+  a.x_strides[1] = a.z_strides[1] = features;
+  must("norm", regard_rms_norm(&a));
+  compare("norm", y, norm(rows, groups, width, gate, wide(x), wide(z), wide(w)));
+  regard_rms_norm_backward_args back = {};
+  back.size = sizeof back;
+  back.forward = &a;
+  back.grad_y = grad.data(), back.grad_y_strides[1] = features;
+  back.grad_x = dx.data(), back.grad_weight = dw.data(), back.grad_z = gate == REGARD_NO_GATE ? nullptr : dz.data();
+  must("norm backward", regard_rms_norm_backward(&back));
+  const Doubles X = wide(x), Z = wide(z), W = wide(w);
+  const auto loss = [&](const Doubles& p, const Doubles& q, const Doubles& r) {
+    return dot(norm(rows, groups, width, gate, p, q, r), grad);
+  };
+  compare("norm grad x", dx, slope([&](const Doubles& v) { return loss(v, Z, W); }, x));
+  compare("norm grad weight", dw, slope([&](const Doubles& v) { return loss(X, Z, v); }, w));
+  if (gate != REGARD_NO_GATE) compare("norm grad z", dz, slope([&](const Doubles& v) { return loss(X, v, W); }, z));
+}
+
+void check_rotary(int64_t batch, int64_t heads, int64_t n, int64_t width, int64_t rotated, int threads) {
+  const Floats x = numbers(batch * heads * n * width);
+  Floats y = unwritten(x.size()), again = y;
+  std::vector<int64_t> positions;
+  for (int64_t i = 0; i < batch * n; ++i) positions.push_back(i * 7919 % 1000003);
+  Doubles frequencies, expected(x.size());
+  for (int64_t i = 0; i < rotated; i += 2)
+    frequencies.push_back(std::pow(1e4, -static_cast<double>(i) / static_cast<double>(rotated)) / (2 * M_PI));
+  regard_rotary_args a = {};
+  a.size = sizeof a;
+  a.threads = threads;
+  a.batch = batch, a.heads = heads, a.n = n, a.width = width, a.rotated = rotated;
+  a.x = x.data(), a.positions = positions.data(), a.frequencies = frequencies.data(), a.y = y.data();
+  a.positions_strides[0] = n, a.positions_strides[1] = 1;
+  const int64_t strides[3] = {heads * n * width, n * width, width};
+  for (int i = 0; i < 3; ++i) a.x_strides[i] = a.y_strides[i] = strides[i];
+  must("rotary", regard_rotary(&a));
+  for (int64_t row = 0; row < batch * heads * n; ++row) {
+    const double position = static_cast<double>(positions[static_cast<size_t>(row / (heads * n) * n + row % n)]);
+    const size_t at = static_cast<size_t>(row * width), half = static_cast<size_t>(rotated / 2);
+    for (int64_t i = rotated; i < width; ++i) expected[at + static_cast<size_t>(i)] = x[at + static_cast<size_t>(i)];
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = 2 * M_PI * std::fmod(position * frequencies[i], 1), c = std::cos(angle), s = std::sin(angle);
+      expected[at + i] = x[at + i] * c - x[at + half + i] * s;
+      expected[at + half + i] = x[at + i] * s + x[at + half + i] * c;
+    }
+  }
+  compare("rotary", y, expected, 1e-6);
+  a.x = y.data(), a.y = again.data(), a.reverse = 1;
+  must("rotary back", regard_rotary(&a));
+  compare("rotary there and back", again, wide(x), 1e-6);
+}
+
+void check_product(int64_t rows, int64_t width, int function, int threads) {
+  const Floats x = numbers(rows * width), z = numbers(rows * width), grad = numbers(rows * width);
+  Floats y = unwritten(x.size()), dx = y, dz = y;
+  regard_gated_product_args a = {};
+  a.size = sizeof a;
+  a.threads = threads;
+  a.rows = rows, a.width = width, a.function = function;
+  a.x = x.data(), a.gate = z.data(), a.x_stride = a.gate_stride = a.grad_y_stride = width;
+  a.y = y.data();
+  must("product", regard_gated_product(&a));
+  a.grad_y = grad.data(), a.grad_x = dx.data(), a.grad_gate = dz.data();
+  must("product backward", regard_gated_product(&a));
+  const auto product = [&](const Doubles& p, const Doubles& q) {
+    Doubles found;
+    for (size_t i = 0; i < p.size(); ++i)
+      found.push_back(p[i] * sigmoid(q[i]) * (function == REGARD_GATE_BY_SILU ? q[i] : 1));
+    return found;
+  };
+  const Doubles X = wide(x), Z = wide(z);
+  compare("product", y, product(X, Z));
+  compare("product grad x", dx, slope([&](const Doubles& v) { return dot(product(v, Z), grad); }, x));
+  compare("product grad gate", dz, slope([&](const Doubles& v) { return dot(product(X, v), grad); }, z));
+}
+
+void refuse() {
+  regard_short_convolution_args a = {};
+  a.size = sizeof a;
+  a.threads = 1, a.batch = 1, a.n = 1, a.channels = 1, a.width = REGARD_SHORT_CONVOLUTION_WIDEST + 1;
+  if (regard_short_convolution(&a) != REGARD_BAD_ARGUMENT) std::printf("a wide filter is taken\n"), ++failures;
+  a.size = 8;
+  if (regard_short_convolution(&a) != REGARD_WRONG_SIZE) std::printf("another struct is taken\n"), ++failures;
+}
+
+}  // namespace
+
+int main() {
+  const std::string sets = regard_instruction_sets();
+  for (size_t begin = 0; begin < sets.size();) {
+    size_t end = sets.find(',', begin);
+    end = end == std::string::npos ? sets.size() : end;
+    regard_set_instruction_set(sets.substr(begin, end - begin).c_str());
+    begin = end + 1;
+    regard_set_poison(1);
+    for (int threads : {1, 2}) {
+      check_convolution({2, 5, 3, 4, 0, true, true, threads});
+      check_convolution({2, 9, 17, 4, 0, false, false, threads});
+      check_convolution({1, 6, 35, 3, 1, true, false, threads});
+      check_convolution({3, 2, 5, 7, 0, true, true, threads});
+      check_convolution({1, 1, 1, 1, 0, false, false, threads});
+      for (int gate : {REGARD_NO_GATE, REGARD_GATE_BEFORE, REGARD_GATE_AFTER}) {
+        check_norm(3, 1, 33, gate, threads);
+        check_norm(2, 3, 7, gate, threads);
+      }
+      check_rotary(2, 3, 5, 33, 20, threads);
+      check_rotary(1, 2, 70, 64, 64, threads);
+      check_product(3, 37, REGARD_GATE_BY_SILU, threads);
+      check_product(1, 16, REGARD_GATE_BY_SIGMOID, threads);
+    }
+  }
+  refuse();
+  if (failures == 0) std::printf("ok\n");
+  return failures == 0 ? 0 : 1;
+}

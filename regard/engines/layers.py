@@ -1,0 +1,136 @@
+"""What surrounds the products of a layer, each in one pass over memory where there is a kernel for it.
+
+In plain operators these passes are bound by memory: a norm with its gate reads and writes its tensors eight times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.backends import execute
+from regard.contract import Unsupported, one_of
+from regard.engines.gated_recurrence import without_autocast
+from regard.ragged import check_lengths
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+GATE_FUNCTIONS = ("silu", "sigmoid")
+
+
+def short_convolution(
+    x: Float[Tensor, "b n c"],
+    weight: Float[Tensor, "c w"],
+    bias: Float[Tensor, " c"] | None = None,
+    *,
+    cache: Float[Tensor, "b w-1 c"] | None = None,
+    lengths: Int[Tensor, " b"] | None = None,
+    silu: bool = True,
+    causal: bool = True,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b w-1 c"] | None]:
+    """``y_t = act(bias + sum_j weight_j x_{t - left + j})`` for each channel alone, over the valid tokens of a row.
+
+    Autocast does not reach in.
+
+    Args:
+        x: inputs; those past a row's length may hold anything.
+        weight: w taps for each channel, cast to the dtype of x as `bias` and `cache` are.
+        cache: the inputs before the first; zeros when None. Only in causal form.
+        lengths: valid tokens of each right-padded row; None when all are.
+        silu: whether act is SiLU; otherwise it is nothing.
+        causal: left = w - 1; otherwise the filter is centred, left = w - 1 - (w - 1) // 2.
+        backend: see :func:`regard.which_backend`.
+
+    Returns:
+        Outputs in the dtype of x, zero past a row's length, and the last w - 1 inputs (None in noncausal form).
+
+    Raises:
+        Unsupported: for shapes that do not fit, or a cache in noncausal form.
+    """
+    batch, n, channels = x.shape
+    if weight.shape[0] != channels:
+        raise Unsupported(f"a convolution over {channels} channels", supported=f"{weight.shape[0]} channels")
+    if lengths is not None:
+        check_lengths(lengths, batch, n)
+    if cache is not None:
+        if not causal:
+            raise Unsupported("a cache for a noncausal convolution", supported="causal=True", nearest="cache=None")
+        expected = (batch, weight.shape[1] - 1, channels)
+        if cache.shape != expected:
+            raise Unsupported(f"a convolution cache of shape {tuple(cache.shape)}", supported=f"{expected}")
+        cache = cache.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    arguments = (x, weight, bias, cache, lengths, silu, causal)
+    with without_autocast(x.device):
+        return execute("short_convolution", backend, x.device, x.dtype, *arguments)
+
+
+def rms_norm(
+    x: Float[Tensor, "... c"],
+    weight: Float[Tensor, " c"] | None = None,
+    *,
+    z: Float[Tensor, "... c"] | None = None,
+    groups: int = 1,
+    eps: float = 1e-6,
+    norm_before_gate: bool = False,
+    backend: str | None = None,
+) -> Float[Tensor, "... c"]:
+    """``u / sqrt(mean(u^2) + eps) * weight`` of each group of the last axis, computed in at least float32.
+
+    Zhang & Sennrich, arXiv 1910.07467, equation 4; with a gate as in Mamba-2, arXiv 2405.21060: u = x silu(z), or u = x
+    and the norm times silu(z) with `norm_before_gate`.
+
+    Args:
+        x: any leading axes.
+        weight: ones when None.
+        z: gate; none when None.
+        groups: a divisor of the last axis.
+        eps: positive.
+        backend: see :func:`regard.which_backend`.
+
+    Returns:
+        The norm in the dtype of x.
+
+    Raises:
+        Unsupported: for groups that do not divide the last axis.
+    """
+    if groups < 1 or x.shape[-1] % groups:
+        raise Unsupported(
+            f"a norm over {groups} groups of {x.shape[-1]} features", supported="a divisor of the features"
+        )
+    if weight is not None:
+        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+    return execute("rms_norm", backend, x.device, x.dtype, x, weight, z, groups, eps, norm_before_gate)
+
+
+def rotary(
+    x: Float[Tensor, "b h n d"],
+    positions: Int[Tensor, "#b n"],
+    *,
+    rotated: int,
+    base: float,
+    stretch: float = 1.0,
+    backend: str | None = None,
+) -> Float[Tensor, "b h n d"]:
+    """Features i and i + rotated / 2 of each head turned by position / stretch * base^(-2 i / rotated).
+
+    Su et al., arXiv 2104.09864, equation 34. Computed in at least float32, angles modulo one turn in float64; returned
+    in the dtype of x. Features from `rotated` (even) on pass unchanged.
+    """
+    return execute("rotary", backend, x.device, x.dtype, x, positions, rotated, base, stretch)
+
+
+def gated_product(
+    x: Float[Tensor, "... c"], gate: Float[Tensor, "... c"], function: str = "silu", *, backend: str | None = None
+) -> Float[Tensor, "... c"]:
+    """``x * f(gate)`` with f ``silu`` or ``sigmoid``.
+
+    Raises:
+        Unsupported: for another function.
+    """
+    one_of("function", function, GATE_FUNCTIONS)
+    return execute("gated_product", backend, x.device, x.dtype, x, gate, function)
