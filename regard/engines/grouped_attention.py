@@ -1,0 +1,87 @@
+"""Softmax in two levels over groups of keys: a landmark's weight is shared out among the tokens of its group.
+
+The key slots of a row fall in groups: each landmark closes one, and what follows the last landmark is a group too. With
+S = scale Q K^T + biases over visible keys, for query i (Mohtashami and Jaggi, arXiv 2305.16300, section 3.2):
+
+    t_i   = softmax of S_i over { tokens of its own group } and { landmarks of the other groups that hold a token }
+    u_i^c = softmax of S_i over the tokens of group c,            for each other group c
+    W_ij  = t_ij for tokens of the own group, t_i,landmark(c) u_ij^c for tokens of another group c, 0 for landmarks
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.backends import execute
+from regard.backends.torch.grouped_attention import PAIRS_AT_ONCE, Dropout, logits, normalized, product, wide
+from regard.contract import BlockMask
+from regard.visibility import PositionBias, Ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+def own_groups(ranks: Ranks, landmark: Bool[Tensor, "b m"]) -> Int[Tensor, "b n"]:
+    """The group that each query lies in: the landmarks before it are counted. A landmark lies in the group it closes."""
+    last = torch.iinfo(torch.long).max
+    places = torch.where(landmark, ranks.keys, last).sort(-1).values
+    return torch.searchsorted(places, ranks.queries.expand(landmark.shape[0], -1).contiguous())
+
+
+def grouped_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    ranks: Ranks,
+    landmark: Bool[Tensor, "b m"],
+    own: Int[Tensor, "#b n"] | None,
+    *,
+    causal: bool,
+    scale: float,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    position_bias: PositionBias | None = None,
+    blocks: BlockMask | None = None,
+    dropout: Dropout | None = None,
+    want_weights: bool = False,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None]:
+    """Output in the dtype of v, and the weights when wanted.
+
+    Args:
+        landmark: key slots that close a group.
+        own: number of each query's own group, counted from 0 along the slots; None where queries have none, so that all
+            groups are gated.
+        causal: only keys at or before the query are visible.
+        bias: added to the scores, by slot; axes of size 1 broadcast; -inf hides. `position_bias` is the same as a
+            function of ranks.
+        blocks: block-sparse visibility, on ranks.
+        dropout: what is dropped at random; None for nothing.
+
+    A query that sees no key gives 0. A group of which the query sees no token loses its landmark too; tokens of another
+    group whose landmark is hidden, or is missing, have no weight.
+    """
+    return execute(
+        "grouped_attention",
+        backend,
+        q.device,
+        q.dtype,
+        q,
+        k,
+        v,
+        ranks,
+        landmark,
+        own,
+        causal,
+        scale,
+        bias,
+        position_bias,
+        blocks,
+        dropout or Dropout(),
+        want_weights,
+    )
+
+
+__all__ = ["PAIRS_AT_ONCE", "Dropout", "grouped_attention", "logits", "normalized", "own_groups", "product", "wide"]
