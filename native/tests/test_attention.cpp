@@ -1,0 +1,246 @@
+// Blocked attention against plain loops in double.
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "regard_attention.h"
+
+namespace {
+
+// Exactly as many elements as given, so that a sanitizer sees what is touched beyond them.
+template <class T>
+struct Array {
+  explicit Array(size_t count) : count(count), data(new T[count]()) {}
+  T* get() const { return count == 0 ? nullptr : data.get(); }
+  T& operator[](size_t i) const { return data[i]; }
+  size_t count;
+  std::unique_ptr<T[]> data;
+};
+
+unsigned state = 1;
+float uniform() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / (1 << 23) - 1.f;
+}
+Array<float> random_array(size_t count) {
+  Array<float> x(count);
+  for (size_t i = 0; i < count; ++i) x[i] = uniform();
+  return x;
+}
+
+float from_bits(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+// Rounds to bfloat16 in place, and gives the bits.
+Array<uint16_t> to_bits(const Array<float>& x) {
+  Array<uint16_t> y(x.count);
+  for (size_t i = 0; i < x.count; ++i) {
+    uint32_t bits;
+    memcpy(&bits, &x[i], 4);
+    y[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
+    x[i] = from_bits(y[i]);
+  }
+  return y;
+}
+
+struct Case {
+  const char* name;
+  int64_t batch, heads, kv_heads, n, m, width, value_width;
+  int32_t rule;
+  int64_t causal, left, right, block, block_size, threads;
+  float softcap;
+  bool sink, bias, distance, gaps, by_token, half;
+};
+
+double weight(int32_t rule, double x) {
+  switch (rule) {
+    case REGARD_SIGMOID:
+      return 1 / (1 + exp(-x));
+    case REGARD_RELU:
+      return x > 0 ? x : 0;
+    default:
+      return x > 0 ? x * x : 0;
+  }
+}
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+bool run(const Case& c) {
+  const size_t B = c.batch, H = c.heads, G = c.kv_heads, n = c.n, m = c.m, D = c.width, V = c.value_width;
+  const Array<float> q = random_array(B * H * n * D), k = random_array(B * G * m * D), v = random_array(B * G * m * V);
+  const Array<float> sink = random_array(H), bias = random_array(H * n * m);
+  const int64_t zero = c.n + c.m, distances = 2 * zero + 1;
+  const Array<float> distance = random_array(H * distances);
+  for (size_t i = 0; i < bias.count; i += 5) bias[i] = -INFINITY;
+  const Array<uint16_t> q_bits = to_bits(q), k_bits = to_bits(k), v_bits = to_bits(v);
+  Array<int64_t> query_ranks(B * n), key_ranks(B * m);
+  for (size_t b = 0; b < B; ++b) {
+    for (size_t i = 0; i < n; ++i) query_ranks[b * n + i] = static_cast<int64_t>(i + m - n + b);
+    for (size_t j = 0, rank = 0; j < m; ++j) {
+      const bool absent = c.gaps && (j % 7 == 3 || j + 10 * b > m);
+      key_ranks[b * m + j] = absent ? -1 : static_cast<int64_t>(rank++);
+    }
+  }
+  const int64_t side = c.block_size ? (c.n + c.m) / c.block_size + 1 : 1;
+  Array<uint8_t> blocks(H * side * side);
+  for (size_t i = 0; i < blocks.count; ++i) blocks[i] = uniform() > 0;
+
+  Array<float> out(B * H * n * V), lse(B * H * n);
+  Array<uint16_t> out_bits(B * H * n * V);
+  for (size_t i = 0; i < out.count; ++i) out[i] = NAN;
+  const auto strides = [&](int64_t* to, size_t heads, size_t tokens, size_t features) {
+    to[0] = static_cast<int64_t>(heads * tokens * features);
+    to[1] = static_cast<int64_t>(c.by_token ? features : tokens * features);
+    to[2] = static_cast<int64_t>(c.by_token ? heads * features : features);
+  };
+  regard_attention_args a{};
+  a.size = sizeof a;
+  a.threads = c.threads;
+  a.dtype = c.half ? REGARD_BFLOAT16 : REGARD_FLOAT32;
+  a.q = c.half ? static_cast<const void*>(q_bits.get()) : q.get();
+  a.k = c.half ? static_cast<const void*>(k_bits.get()) : k.get();
+  a.v = c.half ? static_cast<const void*>(v_bits.get()) : v.get();
+  a.out = c.half ? static_cast<void*>(out_bits.get()) : out.get();
+  a.lse = c.rule == REGARD_SOFTMAX ? lse.get() : nullptr;
+  a.batch = c.batch, a.heads = c.heads, a.kv_heads = c.kv_heads, a.n = c.n, a.m = c.m;
+  a.width = c.width, a.value_width = c.value_width;
+  strides(a.q_strides, H, n, D), strides(a.k_strides, G, m, D);
+  strides(a.v_strides, G, m, V), strides(a.out_strides, H, n, V);
+  a.scale = 1.3f;
+  a.shift = c.rule == REGARD_SOFTMAX ? 0.f : -0.2f;
+  a.softcap = c.softcap;
+  a.rule = c.rule;
+  a.sink = c.sink ? sink.get() : nullptr;
+  regard_visibility& see = a.visibility;
+  see.query_ranks = query_ranks.get(), see.key_ranks = key_ranks.get();
+  see.query_ranks_stride = c.n, see.key_ranks_stride = c.m;
+  see.causal = c.causal, see.left = c.left, see.right = c.right;
+  see.block = c.block, see.lookback = 1, see.lookahead = 0;
+  if (c.block_size) {
+    see.blocks = blocks.get();
+    see.blocks_strides[1] = side * side, see.blocks_strides[2] = side;
+    see.blocks_rows = see.blocks_columns = side, see.block_size = c.block_size;
+  }
+  if (c.bias) {
+    a.biases.bias = bias.get();
+    a.biases.bias_strides[1] = c.n * c.m, a.biases.bias_strides[2] = c.m, a.biases.bias_strides[3] = 1;
+  }
+  if (c.distance) {
+    a.biases.distance = distance.get();
+    a.biases.distance_stride = distances, a.biases.distance_zero = zero, a.biases.distances = distances;
+  }
+  if (regard_attention(&a) != REGARD_OK) {
+    printf("%s: refused\n", c.name);
+    return false;
+  }
+
+  double worst = 0, largest = 1e-3, worst_lse = 0;
+  std::vector<double> scores(m), expected(V);
+  for (size_t b = 0; b < B; ++b)
+    for (size_t h = 0; h < H; ++h)
+      for (size_t i = 0; i < n; ++i) {
+        const size_t g = h / (H / G);
+        const int64_t rank = query_ranks[b * n + i];
+        double top = -INFINITY;
+        for (size_t j = 0; j < m; ++j) {
+          const int64_t key = key_ranks[b * m + j];
+          double s = 0;
+          for (size_t p = 0; p < D; ++p)
+            s += static_cast<double>(q[b * a.q_strides[0] + h * a.q_strides[1] + i * a.q_strides[2] + p]) *
+                 k[b * a.k_strides[0] + g * a.k_strides[1] + j * a.k_strides[2] + p];
+          s *= a.scale;
+          if (c.softcap > 0) s = c.softcap * tanh(s / c.softcap);
+          bool seen = key >= 0 && (!c.causal || key <= rank) && (c.left < 0 || rank - key <= c.left) &&
+                      (c.right < 0 || key - rank <= c.right);
+          if (seen && c.block) {
+            const int64_t apart = floor_div(rank, c.block) - key / c.block;
+            seen = apart <= 1 && apart >= 0;
+          }
+          if (seen && c.block_size) {
+            const int64_t row = floor_div(rank, c.block_size), column = key / c.block_size;
+            seen = row >= 0 && row < side && column < side && blocks[h * side * side + row * side + column];
+          }
+          if (c.bias) s += bias[(h * n + i) * m + j];
+          if (c.distance && seen) s += distance[h * distances + key - rank + zero];
+          scores[j] = seen ? s : -INFINITY;
+          top = scores[j] > top ? scores[j] : top;
+        }
+        double total = 0;
+        for (size_t j = 0; j < m; ++j) {
+          const bool seen = scores[j] > -INFINITY;
+          scores[j] = !seen ? 0 : c.rule == REGARD_SOFTMAX ? exp(scores[j] - top) : weight(c.rule, scores[j] + a.shift);
+          total += scores[j];
+        }
+        double norm = 1;
+        if (c.rule == REGARD_SOFTMAX && top > -INFINITY) {
+          norm = 1 / (total + (c.sink ? exp(sink[h] - top) : 0));
+          const double error = fabs(lse[(b * H + h) * n + i] - (top + log(total)));
+          worst_lse = error <= worst_lse ? worst_lse : error;
+        } else if (c.rule == REGARD_SOFTMAX && lse[(b * H + h) * n + i] != -INFINITY) {
+          worst_lse = INFINITY;
+        }
+        for (size_t p = 0; p < V; ++p) {
+          double sum = 0;
+          for (size_t j = 0; j < m; ++j)
+            sum += scores[j] * norm * v[b * a.v_strides[0] + g * a.v_strides[1] + j * a.v_strides[2] + p];
+          const size_t at = b * a.out_strides[0] + h * a.out_strides[1] + i * a.out_strides[2] + p;
+          const double error = fabs((c.half ? from_bits(out_bits[at]) : out[at]) - sum);
+          worst = error <= worst ? worst : error;  // NaN becomes the worst
+          largest = fabs(sum) > largest ? fabs(sum) : largest;
+        }
+      }
+  const bool good = worst <= (c.half ? 4e-3 : 2e-6) * largest && worst_lse <= 1e-5;
+  if (!good) printf("%s (%s): error %g of %g, lse %g\n", c.name, regard_instruction_set(), worst, largest, worst_lse);
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  // batch heads kv n m width value rule | causal left right block block_size threads | softcap sink bias distance gaps
+  // by_token half
+  const Case cases[] = {
+      {"causal", 1, 2, 2, 130, 130, 16, 16, 0, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, false, false},
+      {"odd", 2, 2, 1, 53, 71, 7, 13, 0, 0, -1, -1, 0, 0, 1, 0, true, false, false, false, false, false},
+      {"bfloat16", 1, 4, 2, 67, 67, 17, 24, 0, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, true, true},
+      {"many bfloat16", 1, 2, 1, 50, 301, 19, 33, 0, 0, -1, -1, 0, 0, 2, 0, true, false, false, false, true, true},
+      {"window", 1, 1, 1, 300, 300, 8, 8, 0, 1, 40, -1, 0, 0, 2, 0, false, false, false, false, false, false},
+      {"two-sided", 1, 1, 1, 200, 200, 8, 5, 1, 0, 20, 30, 0, 0, 1, 0, false, false, false, false, true, false},
+      {"local blocks", 1, 2, 1, 150, 150, 8, 8, 0, 1, -1, -1, 48, 0, 1, 0, false, false, false, false, false, false},
+      {"block mask", 1, 2, 2, 200, 200, 8, 8, 0, 0, -1, -1, 0, 64, 2, 0, false, false, false, false, false, false},
+      {"small blocks", 1, 2, 2, 90, 90, 8, 8, 1, 1, -1, -1, 0, 5, 2, 0, false, false, false, false, false, false},
+      {"gaps", 3, 2, 2, 40, 150, 8, 8, 0, 1, -1, -1, 0, 0, 2, 0, true, false, true, true, false, false},
+      {"biases", 2, 2, 2, 66, 90, 8, 8, 0, 1, -1, -1, 0, 0, 1, 2.f, true, true, true, false, false, false},
+      {"sigmoid", 2, 2, 1, 100, 100, 16, 8, 1, 1, -1, -1, 0, 0, 2, 0, false, true, false, true, false, false},
+      {"distances", 1, 2, 2, 100, 130, 16, 8, 1, 0, -1, -1, 0, 0, 2, 0, false, false, true, false, false, false},
+      {"relu", 1, 2, 2, 70, 70, 9, 8, 2, 1, -1, -1, 0, 0, 1, 3.f, false, true, false, false, false, true},
+      {"relu squared", 1, 2, 2, 70, 70, 9, 8, 3, 1, -1, -1, 0, 0, 1, 0, false, false, true, false, false, false},
+      {"one of each", 1, 1, 1, 1, 1, 1, 1, 0, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, false, false},
+      {"no keys", 2, 2, 1, 5, 0, 8, 8, 0, 1, -1, -1, 0, 0, 2, 0, true, false, false, false, false, false},
+      {"no queries", 1, 1, 1, 0, 9, 8, 8, 0, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, false, false},
+  };
+  regard_set_poison(1);
+  int failures = 0;
+  std::string names = regard_instruction_sets();
+  for (size_t begin = 0; begin < names.size();) {
+    size_t end = names.find(',', begin);
+    end = end == std::string::npos ? names.size() : end;
+    regard_set_instruction_set(names.substr(begin, end - begin).c_str());
+    begin = end + 1;
+    for (const Case& c : cases) failures += !run(c);
+  }
+  regard_attention_args wrong{};
+  wrong.size = 8;
+  failures += regard_attention(&wrong) != REGARD_WRONG_SIZE;
+  printf(failures ? "%d failed\n" : "all passed\n", failures);
+  return failures != 0;
+}

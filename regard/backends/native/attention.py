@@ -1,0 +1,609 @@
+"""Blocked attention in C++ (see `native/src/attention.cpp` and `native/src/attention_backward.cpp`).
+
+Scores are computed a tile at a time and never stored; tiles that hide all their pairs are not computed. Everything is
+read where it lies: grouped heads, any strides with contiguous features, broadcast biases.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.backends.native import library
+from regard.contract import BlockMask, Unsupported
+from regard.visibility import DistanceBias, PositionBias, Ranks, Visibility
+
+RULES = ("softmax", "sigmoid", "relu", "relu_squared")
+"""In the order of the C interface's numbers."""
+
+MOST_SLOTS = 1 << 30
+"""Ranks are 32-bit numbers in the kernels."""
+
+DECODED, DECODED_LONG, LONG = 8, 16, 4096
+"""Queries of a head up to which softmax runs on the kernel for decoding, which reads keys once for all heads that share
+them and divides them among threads: any number of keys, and from so many keys on."""
+
+Strides = ctypes.c_int64 * 3
+
+
+class VisibilityArguments(ctypes.Structure):
+    _fields_ = (
+        ("query_ranks", ctypes.c_void_p),
+        ("key_ranks", ctypes.c_void_p),
+        ("query_ranks_stride", ctypes.c_int64),
+        ("key_ranks_stride", ctypes.c_int64),
+        ("causal", ctypes.c_int64),
+        ("left", ctypes.c_int64),
+        ("right", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("lookback", ctypes.c_int64),
+        ("lookahead", ctypes.c_int64),
+        ("blocks", ctypes.c_void_p),
+        ("blocks_strides", Strides),
+        ("blocks_rows", ctypes.c_int64),
+        ("blocks_columns", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+    )
+
+
+class BiasArguments(ctypes.Structure):
+    _fields_ = (
+        ("bias", ctypes.c_void_p),
+        ("bias_strides", ctypes.c_int64 * 4),
+        ("distance", ctypes.c_void_p),
+        ("distance_stride", ctypes.c_int64),
+        ("distance_zero", ctypes.c_int64),
+        ("distances", ctypes.c_int64),
+    )
+
+
+class Attention(library.Arguments):
+    kernel = "attention"
+    _fields_ = (
+        ("threads", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("value_width", ctypes.c_int64),
+        ("q_strides", Strides),
+        ("k_strides", Strides),
+        ("v_strides", Strides),
+        ("out_strides", Strides),
+        ("scale", ctypes.c_float),
+        ("shift", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("rule", ctypes.c_int32),
+        ("sink", ctypes.c_void_p),
+        ("visibility", VisibilityArguments),
+        ("biases", BiasArguments),
+    )
+
+
+class AttentionBackward(library.Arguments):
+    kernel = "attention_backward"
+    _fields_ = (
+        ("forward", ctypes.POINTER(Attention)),
+        ("grad_out", ctypes.c_void_p),
+        ("grad_out_strides", Strides),
+        ("grad_lse", ctypes.c_void_p),
+        ("grad_q", ctypes.c_void_p),
+        ("grad_k", ctypes.c_void_p),
+        ("grad_v", ctypes.c_void_p),
+        ("grad_q_strides", Strides),
+        ("grad_k_strides", Strides),
+        ("grad_v_strides", Strides),
+        ("grad_sink", ctypes.c_void_p),
+        ("grad_bias", ctypes.c_void_p),
+        ("grad_distance", ctypes.c_void_p),
+    )
+
+
+class AttentionDecode(library.Arguments):
+    kernel = "attention_decode"
+    _fields_ = (
+        ("forward", ctypes.c_void_p),
+        ("pages", ctypes.c_void_p),
+        ("pages_stride", ctypes.c_int64),
+        ("page_size", ctypes.c_int64),
+        ("lengths", ctypes.c_void_p),
+    )
+
+
+def refuses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranks: Ranks,
+    visibility: Visibility,
+    scale: float,
+    rule: str,
+    shift: float,
+    softcap: float | None,
+    sink: Tensor | None,
+    bias: Tensor | None,
+    position_bias: PositionBias | None,
+    blocks: BlockMask | None,
+    dropout: float,
+    generator: torch.Generator | None,
+    want_weights: bool,
+    want_lse: bool,
+) -> str | None:
+    """Why the kernel does not take such a call; None when it does."""
+    if dropout > 0:
+        return "it has no dropout"
+    if want_weights:
+        return "it does not store the weights"
+    if position_bias is not None and not isinstance(position_bias, DistanceBias):
+        return "it takes position biases by distance alone (regard.visibility.DistanceBias)"
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads < 1 or heads % kv_heads or v.shape[1] != kv_heads:
+        return f"{heads} query heads do not share {kv_heads} key heads"
+    if q.shape[3] < 1 or v.shape[3] < 1 or k.shape[3] != q.shape[3]:
+        return "heads without features, or queries and keys of different widths"
+    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0] or v.shape[2] != k.shape[2]:
+        return "q, k and v do not have the same rows and tokens"
+    if max(q.shape[2], k.shape[2]) > MOST_SLOTS:
+        return f"it takes at most {MOST_SLOTS} tokens"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return "q, k and v have different dtypes"
+    masks = None if blocks is None else blocks.visible
+    for name, x in (("k", k), ("v", v), ("sink", sink), ("bias", bias), ("blocks", masks), ("ranks", ranks.keys)):
+        if x is not None and x.device.type != "cpu":
+            return f"it runs on cpu, and {name} is on {x.device.type}"
+    if masks is not None and masks.numel() == 0:
+        return "the block mask has no blocks"
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        full = (q.shape[0], heads, q.shape[2], k.shape[2])
+        if tuple(bias.shape) != full:
+            return f"it has the gradient of a bias of shape {full} only, not of one that broadcasts"
+    return None
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranks: Ranks,
+    visibility: Visibility,
+    scale: float,
+    rule: str,
+    shift: float,
+    softcap: float | None,
+    sink: Tensor | None,
+    bias: Tensor | None,
+    position_bias: PositionBias | None,
+    blocks: BlockMask | None,
+    dropout: float,
+    generator: torch.Generator | None,
+    want_weights: bool,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See :func:`regard.engines.attention.attention`."""
+    batch, heads, n, _ = q.shape
+    m = k.shape[2]
+    if batch * heads * n == 0 or m == 0:
+        lse = q.new_full((batch, heads, n), -torch.inf, dtype=torch.float32) if want_lse else None
+        return v.new_zeros(batch, heads, n, v.shape[-1]), None, lse
+    # then ranks need not be kept for the backward pass: what padding sees in causal attention does not matter
+    counting = ranks.plain and ranks.first is not None and (visibility.causal or visibility.everything)
+    if ranks.first is not None:
+        visibility = visibility.within(ranks.first, n, m)
+    distance, zero = None, 0
+    if position_bias is not None:
+        assert isinstance(position_bias, DistanceBias)
+        low, high = _distances(ranks, visibility, n, m)
+        distance, zero = position_bias.table(low, high).float(), -low
+    out, lse = _attention(
+        q,
+        k,
+        v,
+        None if counting else ranks.queries,
+        None if counting else ranks.keys,
+        ranks.first if counting and ranks.first is not None else 0,
+        _limits(visibility),
+        None if blocks is None else blocks.visible,
+        0 if blocks is None else blocks.block_size,
+        float(scale),
+        RULES.index(rule),
+        float(shift),
+        0.0 if softcap is None else float(softcap),
+        None if sink is None else sink.float(),
+        None if bias is None else bias.float(),
+        distance,
+        zero,
+    )
+    return out, None, lse if want_lse else None
+
+
+def _limits(visibility: Visibility) -> list[int]:
+    """Visibility as numbers, in the order of the C struct; -1 for no limit."""
+    left, right, block = visibility.left, visibility.right, visibility.block
+    return [
+        int(visibility.causal),
+        -1 if left is None else left,
+        -1 if right is None else right,
+        0 if block is None else block,
+        visibility.lookback,
+        visibility.lookahead,
+    ]
+
+
+def _distances(ranks: Ranks, visibility: Visibility, n: int, m: int) -> tuple[int, int]:
+    """The least and the largest key rank minus query rank of visible pairs, without looking at the ranks' values."""
+    if ranks.offset is not None:
+        low, high = -(ranks.offset + n - 1), m - 1 - ranks.offset
+    else:
+        low, high = -(m + n), m + n  # rows count their tokens, of which there are no more than slots
+    back, ahead = visibility.reach()
+    low = low if back is None else max(low, -back)
+    high = high if ahead is None else min(high, ahead)
+    return min(low, 0), max(high, 0)
+
+
+def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """(B, H, N, V) with the heads of a token side by side, as the output projection wants them."""
+    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3]
+
+
+def _by_row(x: Tensor) -> int:
+    return x.stride(0) if x.shape[0] > 1 else 0
+
+
+def _broadcast_strides(x: Tensor) -> list[int]:
+    return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ranks: Tensor,
+    key_ranks: Tensor,
+    limits: Sequence[int],
+    blocks: Tensor | None,
+    block_size: int,
+    rule: int,
+    sink: Tensor | None,
+    bias: Tensor | None,
+    distance: Tensor | None,
+    distance_zero: int,
+) -> None:
+    """Raise Unsupported for tensors that the kernel must not be given."""
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise _misfit("q, k and v", q, k, v)
+    batch, heads, n, width = q.shape
+    _, kv_heads, m, value_width = v.shape
+    if k.shape != (batch, kv_heads, m, width) or v.shape[0] != batch or min(kv_heads, width, value_width) < 1:
+        raise _misfit("q, k and v", q, k, v)
+    if heads % kv_heads or max(n, m) > MOST_SLOTS:
+        raise _misfit("q, k and v", q, k, v)
+    if q.dtype not in library.DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise _misfit("q, k and v", q, k, v)
+    for ranks, slots in ((query_ranks, n), (key_ranks, m)):
+        if not _fits(ranks, (batch, slots), torch.int64) or ranks.shape[1] != slots:
+            raise _misfit("ranks", query_ranks, key_ranks)
+    if sink is not None and (sink.shape != (heads,) or sink.dtype != torch.float32):
+        raise _misfit("sink", sink)
+    if bias is not None and not _fits(bias, (batch, heads, n, m), torch.float32):
+        raise _misfit("bias", bias)
+    if distance is not None:
+        table = distance.shape[-1] if distance.ndim else 0
+        if not _fits(distance, (heads, table), torch.float32) or not 0 <= distance_zero < table:
+            raise _misfit("table of distances", distance)
+    if blocks is not None:
+        fits = blocks.ndim == 4 and _fits(blocks, (batch, heads, *blocks.shape[2:]), torch.bool)
+        if not fits or block_size < 1 or blocks.numel() == 0:
+            raise _misfit("block mask", blocks)
+    if len(limits) != 6 or not 0 <= rule < len(RULES):
+        raise Unsupported(f"native attention with limits {list(limits)} and rule {rule}", supported="six limits")
+
+
+def _fits(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether x has this shape, axes of size 1 broadcast, and this dtype."""
+    return x.dtype == dtype and x.ndim == len(shape) and all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))
+
+
+def _misfit(what: str, *tensors: Tensor) -> Unsupported:
+    described = ", ".join(f"{tuple(x.shape)} {str(x.dtype)[6:]}" for x in tensors)
+    return Unsupported(f"native attention with {what} {described}", supported="what regard.engines.attention makes")
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ranks: Tensor | None,
+    key_ranks: Tensor | None,
+    first_rank: int,
+    limits: Sequence[int],
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+    rule: int,
+    shift: float,
+    softcap: float,
+    sink: Tensor | None,
+    bias: Tensor | None,
+    distance: Tensor | None,
+    distance_zero: int,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Attention, tuple[Any, ...]]:
+    """The forward struct, and the tensors whose memory it points at."""
+    if query_ranks is None or key_ranks is None:
+        query_ranks = torch.arange(first_rank, first_rank + q.shape[2])[None]
+        key_ranks = torch.arange(k.shape[2])[None]
+    _check(q, k, v, query_ranks, key_ranks, limits, blocks, block_size, rule, sink, bias, distance, distance_zero)
+    q, k, v, query_ranks, key_ranks = map(library.rows_contiguous, (q, k, v, query_ranks, key_ranks))
+    sink = None if sink is None else sink.contiguous()
+    distance = None if distance is None else library.rows_contiguous(distance)
+    visibility = VisibilityArguments(
+        query_ranks.data_ptr(),
+        key_ranks.data_ptr(),
+        _by_row(query_ranks),
+        _by_row(key_ranks),
+        *limits,
+    )
+    if blocks is not None:
+        blocks = library.rows_contiguous(blocks)
+        visibility.blocks = blocks.data_ptr()
+        strides = _broadcast_strides(blocks)
+        visibility.blocks_strides = Strides(strides[0], strides[1], blocks.stride(2))
+        visibility.blocks_rows, visibility.blocks_columns = blocks.shape[2], blocks.shape[3]
+        visibility.block_size = block_size
+    biases = BiasArguments()
+    if bias is not None:
+        biases.bias = bias.data_ptr()
+        biases.bias_strides = (ctypes.c_int64 * 4)(*_broadcast_strides(bias))
+    if distance is not None:
+        biases.distance = distance.data_ptr()
+        biases.distance_stride = _by_row(distance)
+        biases.distance_zero, biases.distances = distance_zero, distance.shape[-1]
+    arguments = Attention(
+        threads=torch.get_num_threads(),
+        dtype=library.DTYPES[q.dtype],
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr() if lse.numel() else None,
+        batch=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        n=q.shape[2],
+        m=k.shape[2],
+        width=q.shape[3],
+        value_width=v.shape[3],
+        q_strides=_strides(q),
+        k_strides=_strides(k),
+        v_strides=_strides(v),
+        out_strides=_strides(out),
+        scale=scale,
+        shift=shift,
+        softcap=softcap,
+        rule=rule,
+        sink=library.pointer(sink),
+        visibility=visibility,
+        biases=biases,
+    )
+    return arguments, (q, k, v, query_ranks, key_ranks, sink, bias, distance, blocks, out, lse)
+
+
+def _empty_lse(q: Tensor, rule: int) -> Tensor:
+    return q.new_empty(q.shape[:3] if rule == 0 else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("regard::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ranks: Tensor | None,
+    key_ranks: Tensor | None,
+    first_rank: int,
+    limits: Sequence[int],
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+    rule: int,
+    shift: float,
+    softcap: float,
+    sink: Tensor | None,
+    bias: Tensor | None,
+    distance: Tensor | None,
+    distance_zero: int,
+) -> tuple[Tensor, Tensor]:
+    """Output, and of softmax the log-sum-exp (of other rules an empty tensor)."""
+    out, lse = _empty_output(q, v), _empty_lse(q, rule)
+    arguments, kept = _arguments(
+        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
+        distance, distance_zero, out, lse,
+    )  # fmt: skip
+    n, m = q.shape[2], k.shape[2]
+    if rule == 0 and blocks is None and n <= (DECODED if m < LONG else DECODED_LONG):
+        library.call(AttentionDecode(forward=ctypes.addressof(arguments)))
+    else:
+        library.call(arguments)
+    del kept
+    return out, lse
+
+
+@_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ranks: Tensor | None,
+    key_ranks: Tensor | None,
+    first_rank: int,
+    limits: Sequence[int],
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+    rule: int,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    return _empty_output(q, v), _empty_lse(q, rule)
+
+
+@torch.library.custom_op("regard::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ranks: Tensor | None,
+    key_ranks: Tensor | None,
+    first_rank: int,
+    limits: Sequence[int],
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+    rule: int,
+    shift: float,
+    softcap: float,
+    sink: Tensor | None,
+    bias: Tensor | None,
+    distance: Tensor | None,
+    distance_zero: int,
+    out: Tensor,
+    lse: Tensor,
+    want_sink: bool,
+    want_bias: bool,
+    want_distance: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, sink, bias (B, H, N, M) and distances (H, distances); empty tensors for those not wanted."""
+    grads = _empty_gradients(q, k, v, distance, want_sink, want_bias, want_distance)
+    grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_distance = grads
+    forward, kept = _arguments(
+        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
+        distance, distance_zero, out, lse,
+    )  # fmt: skip
+    grad_out = library.rows_contiguous(grad_out)
+    grad_lse = None if grad_lse is None or rule != 0 else grad_lse.contiguous()
+    library.call(
+        AttentionBackward(
+            forward=ctypes.pointer(forward),
+            grad_out=grad_out.data_ptr(),
+            grad_out_strides=_strides(grad_out),
+            grad_lse=library.pointer(grad_lse),
+            grad_q=grad_q.data_ptr(),
+            grad_k=grad_k.data_ptr(),
+            grad_v=grad_v.data_ptr(),
+            grad_q_strides=_strides(grad_q),
+            grad_k_strides=_strides(grad_k),
+            grad_v_strides=_strides(grad_v),
+            grad_sink=grad_sink.data_ptr() if want_sink else None,
+            grad_bias=grad_bias.data_ptr() if want_bias else None,
+            grad_distance=grad_distance.data_ptr() if want_distance else None,
+        )
+    )
+    del kept
+    return grads
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, distance: Tensor | None, want_sink: bool, want_bias: bool, want_distance: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads = q.shape[1]
+    distances = 0 if distance is None else distance.shape[-1]
+    return (
+        _empty_gradient(q),
+        _empty_gradient(k),
+        _empty_gradient(v),
+        q.new_empty(heads if want_sink else 0, dtype=torch.float32),
+        q.new_empty((*q.shape[:3], k.shape[2]) if want_bias else (0,), dtype=torch.float32),
+        q.new_empty((heads, distances) if want_distance else (0,), dtype=torch.float32),
+    )
+
+
+def _empty_gradient(x: Tensor) -> Tensor:
+    """Like x, with the heads of a token side by side where they are in x, and contiguous features."""
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ranks: Tensor | None,
+    key_ranks: Tensor | None,
+    first_rank: int,
+    limits: Sequence[int],
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+    rule: int,
+    shift: float,
+    softcap: float,
+    sink: Tensor | None,
+    bias: Tensor | None,
+    distance: Tensor | None,
+    distance_zero: int,
+    out: Tensor,
+    lse: Tensor,
+    want_sink: bool,
+    want_bias: bool,
+    want_distance: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(q, k, v, distance, want_sink, want_bias, want_distance)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    (q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
+     distance, distance_zero) = inputs  # fmt: skip
+    ctx.save_for_backward(q, k, v, query_ranks, key_ranks, blocks, sink, bias, distance, *output)
+    ctx.numbers = (first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, query_ranks, key_ranks, blocks, sink, bias, distance, out, lse = ctx.saved_tensors
+    first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero = ctx.numbers
+    grads: list[Tensor | None] = [None] * 17
+    if grad_out is None and grad_lse is None:
+        return tuple(grads)
+    wants = [ctx.needs_input_grad[at] for at in (13, 14, 15)]
+    found = _attention_backward(
+        torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, query_ranks, key_ranks,
+        first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias, distance, distance_zero, out,
+        lse, *wants,
+    )  # fmt: skip
+    for at, grad in zip((0, 1, 2, 13, 14, 15), found, strict=True):
+        grads[at] = grad if ctx.needs_input_grad[at] else None
+    if wants[2] and distance.shape[0] == 1:
+        grads[15] = found[5].sum(0, keepdim=True)
+    return tuple(grads)
+
+
+def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise Unsupported(
+        "gradients of gradients of native attention", supported="first gradients", nearest="backend='torch'"
+    )
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
+_attention_backward.register_autograd(_no_second_gradient)
