@@ -1,0 +1,483 @@
+"""x W^T + b in float32 on a CPU by the fastest of several libraries, as one differentiable operator.
+
+A *route* computes the product; which one is fastest depends on the machine (MKL keeps part of its code from processors of
+other makers) and on the sizes, so a route is chosen by measuring. Sizes are rounded down to powers of two, a *class*; the
+first product of a class is measured once (under a second, usually a tenth of it), and the choice is kept in memory and in
+``$XDG_CACHE_HOME/regard/linear_routes.json`` (``~/.cache`` when the variable is not set) for this processor, version of
+torch, number of threads and list of routes. Within a process the choice for a class never changes.
+
+The environment variable ``REGARD_LINEAR_ROUTE``, or :func:`use_route`, forces a route by name: ``torch`` is then plain
+``torch.nn.functional.linear``.
+
+The operator is ``regard::linear(x, weight, bias)`` on matrices. Its gradients are products of the same kind,
+dX = dY (W^T)^T and dW = dY^T (X^T)^T, with transposed views, so they take routes of their own and can be differentiated
+again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from regard.contract import Unsupported, closest
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    Matrix = Float[Tensor, "n k"]
+
+SMALLEST_WORK = 1 << 23
+"""Products with fewer operations are torch's: the time they take is mostly that of a call."""
+
+TRACED_WEIGHT = 1 << 16
+"""Entries of the smallest weight for which a traced graph has the operator; row counts may be symbols there."""
+
+CALL_OVERHEAD = 100e-6
+FROZEN_CALL_OVERHEAD = 50e-6
+"""Seconds that a product takes beyond its route when Python is not in the cache, because large products were there before;
+half of it is the recording for gradients. A route has to make up for them."""
+
+MARGIN = 0.95
+"""A route is chosen when its time is below this fraction of torch's."""
+
+PACKED_ROWS = 64
+"""Rows of the largest product that takes a packed weight."""
+
+PROBED_WORK = 1 << 30
+"""Operations of the largest product that is measured; of larger ones a smaller one speaks for."""
+
+
+class Product(NamedTuple):
+    """(m, k) times the transpose of (n, k): what a choice depends on. True where an operand is a transposed view."""
+
+    m: int
+    n: int
+    k: int
+    x_transposed: bool
+    weight_transposed: bool
+    frozen: bool
+
+    @property
+    def work(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    def size_class(self) -> tuple[int, ...]:
+        m, n, k, *marks = self
+        return (m.bit_length(), n.bit_length(), k.bit_length(), *marks)
+
+    def representative(self) -> Product:
+        """The product that is measured for all of its class."""
+        m, n, k = (1 << (size.bit_length() - 1) for size in (self.m, self.n, self.k))
+        while 2 * m * n * k > PROBED_WORK:
+            m, n, k = (size // 2 if size == max(m, n, k) else size for size in (m, n, k))
+        return self._replace(m=m, n=n, k=k)
+
+    def __str__(self) -> str:
+        marks = ("^T" if self.x_transposed else "", "^T" if self.weight_transposed else "")
+        return f"{self.m}x{self.k}{marks[0]} {self.n}x{self.k}{marks[1]}" + (" frozen" if self.frozen else "")
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way to compute the product.
+
+    Attributes:
+        run: (x (m, k), weight (n, k), bias (n,) or None) -> (m, n) row by row, a new tensor; any strides.
+        available: whether this build of torch and this processor have it.
+        applies: whether it computes a product.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    available: Callable[[], bool] = lambda: True
+    applies: Callable[[Product], bool] = lambda product: True
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def _onednn_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    packs = _LOCAL.frozen
+    return _onednn(x, weight if packs is None else packs.packed(weight), bias)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+ROUTES: dict[str, Route] = {
+    "torch": Route(F.linear),
+    "onednn": Route(_onednn, _has_onednn),
+    # Packing pays where few rows meet a large weight again and again, in decoding: up to twice as fast at 8 rows,
+    # 5% at 1024.
+    "onednn_packed": Route(
+        _onednn_packed,
+        _has_onednn,
+        lambda product: product.frozen and product.m <= PACKED_ROWS and not product.weight_transposed,
+    ),
+}
+"""By name, torch first: it is what the others have to beat."""
+
+
+class FrozenWeights:
+    """Keeps copies of weights in the layout that a library wants, while the weights do not change.
+
+    ``with packs:`` lets products inside take packed routes, in this thread. The copies live as long as this object,
+    and cost the memory of the weights once more; a weight that was changed by an operation of torch is packed again. What
+    torch does not see (``weight.data`` and shared memory written to) must not happen while it is in use.
+    """
+
+    def __init__(self) -> None:
+        self._packs: dict[tuple[Any, ...], tuple[int, Tensor, Tensor]] = {}
+        self._outer: list[FrozenWeights | None] = []
+
+    def __enter__(self) -> FrozenWeights:
+        self._outer.append(_LOCAL.frozen)
+        _LOCAL.frozen = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _LOCAL.frozen = self._outer.pop()
+
+    def packed(self, weight: Tensor) -> Tensor:
+        """The packed copy of a weight that :func:`_lasting` is true of."""
+        where = (weight.data_ptr(), tuple(weight.shape), weight.stride())
+        # the weight is kept beside its copy, so that its address stays its own
+        known = self._packs.get(where)
+        if known is not None and known[0] == weight._version:
+            return known[2]
+        copy = torch.ops.mkldnn._reorder_linear_weight.default(weight.detach().contiguous(), PACKED_ROWS)
+        self._packs[where] = (weight._version, weight, copy)
+        return copy
+
+
+class _Local(threading.local):
+    frozen: FrozenWeights | None = None
+
+
+_LOCAL = _Local()
+
+
+def _lasting(weight: Tensor) -> bool:
+    """Whether it is a parameter or a part of one, whose changes torch counts: what is computed anew is not worth a copy."""
+    owner = weight._base if weight._is_view() else weight
+    return isinstance(owner, nn.Parameter) and not weight.is_inference()
+
+
+def _checked(name: str | None) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in ROUTES:
+        raise Unsupported(
+            f"linear route {name!r}",
+            supported="auto, " + ", ".join(ROUTES),
+            nearest=closest(str(name), ROUTES) or "auto",
+        )
+    if not ROUTES[name].available():
+        raise Unsupported(f"linear route {name!r} on this machine", supported=", ".join(_available()), nearest="torch")
+    return name
+
+
+def _available() -> tuple[str, ...]:
+    return tuple(name for name, route in ROUTES.items() if route.available())
+
+
+@contextmanager
+def use_route(name: str | None) -> Iterator[None]:
+    """Force a route in all threads, wherever it applies, whatever the size; ``auto`` or None to choose by measuring.
+
+    Raises:
+        Unsupported: for an unknown route, or one that this machine lacks.
+    """
+    choices, before = CHOICES, CHOICES.forced
+    choices.force(_checked(name))
+    try:
+        yield
+    finally:
+        choices.force(before)
+
+
+def cache_file() -> Path:
+    """Where choices are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard" / "linear_routes.json"
+
+
+@functools.cache
+def _processor() -> str:
+    described = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            described[name.strip()] = value.strip()
+    parts = [described.get(name, "") for name in ("model name", "cpu family", "model", "stepping")]
+    return " ".join(filter(None, parts)) or platform.processor() or platform.machine()
+
+
+def machine(threads: int) -> str:
+    """What choices are valid for."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{_processor()} | {capability} | torch {torch.__version__} | threads {threads} | {', '.join(_available())}"
+
+
+@dataclass
+class Choices:
+    """The route of each class, by number of threads and class."""
+
+    forced: str | None = None
+    known: dict[tuple[int, ...], str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.force(self.forced)
+
+    def force(self, name: str | None) -> None:
+        self.forced = name
+        self.smallest_work = SMALLEST_WORK if name is None else 1
+
+    def find(self, x: Matrix, weight: Matrix) -> str:
+        """The name of the route that x W^T takes."""
+        (m, k), n = x.shape, weight.shape[0]
+        frozen = _LOCAL.frozen is not None and _lasting(weight)
+        return self.route(Product(m, n, k, x.stride(1) != 1, weight.stride(1) != 1, frozen))
+
+    def route(self, product: Product) -> str:
+        """The name of the route that a product takes; measures when it is the first of its class."""
+        if product.work < self.smallest_work:
+            return "torch"
+        if self.forced is not None:
+            return self.forced if ROUTES[self.forced].applies(product) else "torch"
+        threads = torch.get_num_threads()
+        key = threads, *product.size_class()
+        if key not in self.known:
+            with self.lock:
+                if key not in self.known:
+                    measured = product.representative()
+                    self.known[key] = self._recalled(threads, measured) or self._measured(threads, measured)
+        return self.known[key]
+
+    def _recalled(self, threads: int, product: Product) -> str | None:
+        name = _read_cache().get(machine(threads), {}).get(str(product))
+        return name if name in _available() and ROUTES[name].applies(product) else None
+
+    def _measured(self, threads: int, product: Product) -> str:
+        name = fastest(probe(product), FROZEN_CALL_OVERHEAD if product.frozen else CALL_OVERHEAD)
+        stored = _read_cache()
+        stored.setdefault(machine(threads), {})[str(product)] = name
+        _write_cache(stored)
+        return name
+
+
+def _read_cache() -> dict[str, dict[str, str]]:
+    try:
+        stored = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    well_formed = isinstance(stored, dict) and all(isinstance(choices, dict) for choices in stored.values())
+    return stored if well_formed else {}
+
+
+def _write_cache(stored: dict[str, dict[str, str]]) -> None:
+    """Whole or not at all; where nothing can be written, choices last as long as the process."""
+    with suppress(OSError):
+        file = cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as made:
+            made.write(json.dumps(stored, indent=1, sort_keys=True))
+        os.replace(made.name, file)
+
+
+CHOICES = Choices(_checked(os.environ.get("REGARD_LINEAR_ROUTE")))
+
+
+def fastest(seconds: dict[str, float], overhead: float = CALL_OVERHEAD) -> str:
+    """The route to take, given the time of each, and what taking another than torch's costs."""
+    needed = {name: spent if name == "torch" else spent + overhead for name, spent in seconds.items()}
+    best = min(needed, key=needed.__getitem__)
+    return best if needed[best] < MARGIN * needed["torch"] else "torch"
+
+
+def probe(product: Product) -> dict[str, float]:
+    """Seconds that each route takes for a product: the least of several interleaved runs.
+
+    It is measured in a thread of its own, which no mode of the caller (tracing, counting, transforms, autocast) reaches.
+    """
+    measured: dict[str, float] = {}
+    errors: list[BaseException] = []
+
+    def measure() -> None:
+        try:
+            measured.update(_time_routes(product))
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=measure, name="regard linear probe")
+    worker.start()
+    worker.join()
+    if errors:
+        raise errors[0]
+    return measured
+
+
+def _time_routes(product: Product) -> dict[str, float]:
+    def operand(rows: int, transposed: bool) -> Tensor:
+        shape = (product.k, rows) if transposed else (rows, product.k)
+        made = torch.full(shape, 0.5)
+        return made.t() if transposed else made
+
+    x, weight = operand(product.m, product.x_transposed), operand(product.n, product.weight_transposed)
+    # Time of the thread does not count interruptions, but counts one thread only.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    names = [name for name in _available() if ROUTES[name].applies(product)]
+    least = dict.fromkeys(names, float("inf"))
+    with torch.no_grad(), FrozenWeights():
+        for name in names:
+            ROUTES[name].run(x, weight, None)
+        begin = time.perf_counter()
+        rounds = 0
+        while rounds < 5 or (rounds < 50 and time.perf_counter() - begin < 0.05):
+            for name in names:
+                start = clock()
+                ROUTES[name].run(x, weight, None)
+                least[name] = min(least[name], clock() - start)
+            rounds += 1
+            if time.perf_counter() - begin > 0.5:
+                break
+    return least
+
+
+def _run(x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
+    return ROUTES[CHOICES.find(x, weight)].run(x, weight, bias)
+
+
+_LIBRARY = torch.library.Library("regard", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("linear", _run, "CPU")
+_operator = torch.ops.regard.linear.default
+
+
+@torch.library.register_fake("regard::linear", lib=_LIBRARY)
+def _shape(x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.regard.linear)
+def _flops(x_shape: tuple[int, int], weight_shape: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    x_needed, weight_needed = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if weight_needed else None, weight if x_needed else None)
+
+
+def _gradients(ctx: Any, grad: Matrix) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    x_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+    return (
+        _multiply(grad, weight.t(), None) if x_needed else None,
+        _multiply(grad.t(), x.t(), None) if weight_needed else None,
+        grad.sum(0) if bias_needed else None,
+    )
+
+
+torch.library.register_autograd("regard::linear", _gradients, setup_context=_save, lib=_LIBRARY)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher, whose Python costs 5% of a layer of 64 rows of 2048."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
+        _save(ctx, (x, weight, bias), x)
+        return _run(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Matrix) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad)
+
+
+def _multiply(x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
+    if (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    ):  # traced, or a mode is to see the operator
+        return _operator(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _Eager.apply(x, weight, bias)
+    return _run(x, weight, bias)
+
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def linear(
+    x: Float[Tensor, "*b k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "*b n"]:
+    """`torch.nn.functional.linear`, by a route of its own where that is faster: plain float32 tensors on a CPU."""
+    if _large(x, weight) and _fits(x, weight, bias) and _has_own_route(x, weight) and _unmodified():
+        return _multiply(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
+
+
+def _large(x: Tensor, weight: Tensor) -> bool:
+    """Whether routes are worth a thought. Asked first, because most layers of small models end here."""
+    if torch.compiler.is_compiling():  # how many rows there are may not be known
+        return weight.numel() >= TRACED_WEIGHT
+    return type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether routes are for such tensors; also False for what `F.linear` refuses, so that it says why."""
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
+        return False
+    return (
+        x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and x.layout is weight.layout is torch.strided
+        and x.dim() > 0
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (
+            bias is None
+            or (type(bias) in PLAIN and bias.dtype is torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1])
+        )
+    )
+
+
+def _has_own_route(x: Tensor, weight: Tensor) -> bool:
+    """Whether another route than torch's computes the product."""
+    if torch.compiler.is_compiling():  # nothing is measured here: the operator does that when it runs
+        return True
+    return CHOICES.find(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), weight) != "torch"
+
+
+def _unmodified() -> bool:
+    """Whether nothing (autocast, export, transforms of functions, forward derivatives) changes what operators do."""
+    return not (
+        torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def which_route(rows: int, in_features: int, out_features: int) -> str:
+    """The name of the route that a linear layer's forward takes for so many rows; measures if that is not known yet."""
+    return CHOICES.route(Product(rows, out_features, in_features, False, False, False))

@@ -1,0 +1,11 @@
+"""Linear maps at the speed of the machine: the product x W^T + b by the route that is fastest here.
+
+A route is chosen by a short measurement that is remembered; the environment variable ``REGARD_LINEAR_ROUTE`` or
+:func:`use_route` forces one. See :mod:`regard.backends.linear`.
+"""
+
+from __future__ import annotations
+
+from regard.backends.linear import FrozenWeights, linear, use_route, which_route
+
+__all__ = ["FrozenWeights", "linear", "use_route", "which_route"]
