@@ -1,0 +1,143 @@
+"""Chunked selective scan in PyTorch.
+
+A chunk is cut into strides of a few tokens. All strides of the chunk advance together, first from an empty state to find
+what each leaves behind, then from the true state before each: twice the additions, but every operator works on many
+tokens. Decays over a stride are exponentials of sums of steps, all of one sign.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regard.contract import valid_from_lengths
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+STRIDE = 8
+"""Tokens that follow each other one by one."""
+
+
+def _recur(
+    x: Float[Tensor, "b q c"],
+    dt: Float[Tensor, "b q c"],
+    a: Float[Tensor, "c k"],
+    b: Float[Tensor, "b q g k"],
+    c: Float[Tensor, "b q g k"] | None,
+    state: Float[Tensor, "b c k"],
+    inclusive: bool,
+) -> tuple[Float[Tensor, "b q c"] | None, Float[Tensor, "b c k"]]:
+    """The bare recurrence over a chunk, all in the dtype of the state."""
+    n, groups = x.shape[1], b.shape[2]
+    stride = min(STRIDE, n)
+    padding = -n % stride
+
+    def strides(t: Tensor) -> Tensor:
+        # (b, q, ...) -> (stride, b, strides, ...); steps of 0 neither write nor decay
+        return F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)).unflatten(1, (-1, stride)).movedim(2, 0)
+
+    def channels(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (groups, -1))[..., None]  # (..., g, c / g, 1)
+
+    steps, rates = channels(strides(dt)), a.unflatten(0, (groups, -1))
+    # unbind rather than indexing: its gradient is one stack, not a tensor of zeros for each token
+    keep = (steps * rates).exp().unbind()  # by place in the stride: (b, strides, g, c / g, k)
+    write = (channels(strides(dt * x)) * strides(b)[..., None, :]).unbind()
+    start = state.unflatten(1, (groups, -1))
+    several = n > stride
+    starts = start[:, None]
+    if several:
+        left = write[0]
+        for j in range(1, stride):
+            left = keep[j] * left + write[j]
+        total = (steps.sum(0) * rates).exp()
+        found = []
+        for kept, added in zip(total.unbind(1), left.unbind(1), strict=True):
+            found.append(start)
+            start = kept * start + added
+        if c is None:
+            return None, start.flatten(1, 2)
+        starts = torch.stack(found, 1)
+    h, reads = starts, []
+    for j in range(stride):
+        before = keep[j] * h
+        h = before + write[j]
+        reads.append(h if inclusive else before)
+    # the last row of several strides would keep them all in memory
+    last = (start if several else h[:, 0]).flatten(1, 2)
+    if c is None:
+        return None, last
+    y = (torch.stack(reads) @ strides(c)[..., None])[..., 0]  # (stride, b, strides, g, c / g)
+    return y.flatten(-2).movedim(0, 2).flatten(1, 2)[:, :n], last
+
+
+def _chunk(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    skip: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    state: Tensor,
+    valid: Bool[Tensor, "b q"] | None,
+    inclusive: bool,
+) -> tuple[Tensor | None, Tensor]:
+    dtype = state.dtype
+    wide, steps = x.to(dtype), dt.to(dtype)
+    if dt_bias is not None:
+        steps = F.softplus(steps + dt_bias)
+    if valid is not None:
+        steps = torch.where(valid[..., None], steps, 0)
+    y, state = _recur(wide, steps, a, b.to(dtype), None if c is None else c.to(dtype), state, inclusive)
+    if y is None:
+        return None, state
+    if skip is not None:
+        y = y + skip * wide
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    if valid is not None:
+        y = torch.where(valid[..., None], y, 0)
+    return y.to(x.dtype), state
+
+
+def run(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    skip: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    chunk_size: int,
+    inclusive: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """See :func:`regard.engines.selective_scan.selective_scan`; `a`, `skip`, `dt_bias` and `state` are wide already."""
+    n = x.shape[1]
+    if state is None:
+        state = a.new_zeros(x.shape[0], *a.shape)
+    if n == 0:
+        return (None if c is None else x), state
+    valid = None if lengths is None else valid_from_lengths(lengths, n)
+    tensors = (x, dt, a, b, c, skip, dt_bias, z, state)
+    recompute = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    outputs = []
+    for begin in range(0, n, chunk_size):
+        part = slice(begin, begin + chunk_size)
+        c_, z_, valid_ = (None if t is None else t[:, part] for t in (c, z, valid))
+        arguments = (x[:, part], dt[:, part], a, b[:, part], c_, skip, dt_bias, z_, state, valid_, inclusive)
+        if recompute:
+            y, state = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = _chunk(*arguments)
+        outputs.append(y)
+    return (None if c is None else torch.cat(outputs, 1)), state

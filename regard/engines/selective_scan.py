@@ -1,0 +1,119 @@
+"""The selective scan (S6) behind Mamba: a diagonal recurrence for each channel, whose decays differ between states.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,     y_t = h_t C_t        (h is C x K; dt_t and x_t scale its rows)
+
+Mamba, arXiv 2312.00752, equation 2 with the discretisation of its code: exact for A, Euler for B. What surrounds the
+recurrence at every token is part of the engine, because it costs a pass over the (B, N, C) tensors where a fused kernel
+gets it for nothing: softplus(dt + dt_bias), the skip D x_t and the gate silu(z_t), in the order (y_t + D x_t) silu(z_t).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.backends import execute
+from regard.contract import State, Unsupported, at_least, state_field
+from regard.engines.gated_recurrence import without_autocast
+from regard.ragged import check_lengths
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class SelectiveState(State):
+    """h of each channel, in at least float32, and the tokens written into it."""
+
+    memory: Float[Tensor, "b c k"] = state_field()
+    length: Int[Tensor, " b"] = state_field()
+
+
+def selective_scan(
+    x: Float[Tensor, "b n c"],
+    dt: Float[Tensor, "b n c"],
+    a: Float[Tensor, "c k"],
+    b: Float[Tensor, "b n g k"],
+    c: Float[Tensor, "b n g k"] | None,
+    *,
+    skip: Float[Tensor, " c"] | None = None,
+    dt_bias: Float[Tensor, " c"] | None = None,
+    z: Float[Tensor, "b n c"] | None = None,
+    state: Float[Tensor, "b c k"] | None = None,
+    lengths: Int[Tensor, " b"] | None = None,
+    chunk_size: int = 64,
+    inclusive: bool = True,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b n c"] | None, Float[Tensor, "b c k"]]:
+    """Outputs and final state, computed chunk by chunk; backward recomputes a chunk from the state before it.
+
+    Numerically safe at any length and any step: exponents are products of steps with A, no difference of cumulative
+    sums is ever formed, and autocast does not reach in.
+
+    Args:
+        x: what is written.
+        dt: steps >= 0, or any numbers when `dt_bias` is given.
+        a: A < 0, natural-logarithmic decay of each state for a step of 1.
+        b, c: what writes and reads, each of their G groups (a divisor of C) for C / G consecutive channels. Without `c`
+            only the final state is computed.
+        skip: D; adds D x_t to y_t.
+        dt_bias: when given, the steps are softplus(dt + dt_bias) (zeros for softplus alone).
+        z: gate; multiplies y_t + D x_t by silu(z_t).
+        state: h_0, zero when None; kept in at least float32.
+        lengths: valid tokens of each right-padded row. Tokens beyond neither decay nor write, and give 0.
+        chunk_size: tokens computed together. Changes rounding only.
+        inclusive: whether y_t sees x_t through h_t; otherwise it reads exp(dt_t A) h_{t-1}, before the write.
+        backend: see :func:`regard.which_backend`.
+
+    Returns:
+        y in the dtype of x (None without c) and h_N in at least float32.
+
+    Raises:
+        Unsupported: for a chunk of no tokens, groups that do not divide the channels, or lengths out of range.
+    """
+    at_least("chunk_size", chunk_size, 1)
+    channels, groups = x.shape[-1], b.shape[2]
+    if groups < 1 or channels % groups:
+        raise Unsupported(f"b with {groups} groups for {channels} channels", supported=f"a divisor of {channels}")
+    if lengths is not None:
+        check_lengths(lengths, x.shape[0], x.shape[1])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a_, skip_, dt_bias_, state_ = (None if t is None else t.to(wide) for t in (a, skip, dt_bias, state))
+    arguments = (x, dt, a_, b, c, skip_, dt_bias_, z, state_, lengths, chunk_size, inclusive)
+    with without_autocast(x.device):
+        return execute("selective_scan", backend, x.device, x.dtype, *arguments)
+
+
+def selective_read(state: Float[Tensor, "b c k"], c: Float[Tensor, "b n g k"]) -> Float[Tensor, "b n c"]:
+    """y_t = h C_t for any number of readers of one state, in the state's dtype."""
+    groups = c.shape[2]
+    with without_autocast(c.device):
+        rows = state.unflatten(1, (groups, -1))  # (b, g, c / g, k)
+        return (c.to(state.dtype).transpose(1, 2) @ rows.mT).transpose(1, 2).flatten(2)
+
+
+def selective_scan_reference(
+    x: Float[Tensor, "b n c"],
+    dt: Float[Tensor, "b n c"],
+    a: Float[Tensor, "c k"],
+    b: Float[Tensor, "b n g k"],
+    c: Float[Tensor, "b n g k"],
+    *,
+    state: Float[Tensor, "b c k"] | None = None,
+    inclusive: bool = True,
+) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b c k"]]:
+    """The recurrence, token by token, without what surrounds it."""
+    b, c = (t.repeat_interleave(x.shape[-1] // t.shape[2], 2) for t in (b, c))  # (b, n, c, k)
+    h = x.new_zeros(x.shape[0], *a.shape) if state is None else state
+    outputs = [x[:, :0]]
+    for t in range(x.shape[1]):
+        before = (dt[:, t, :, None] * a).exp() * h
+        h = before + (dt[:, t] * x[:, t])[..., None] * b[:, t]
+        outputs.append(((h if inclusive else before) * c[:, t]).sum(-1)[:, None])
+    return torch.cat(outputs, 1), h
+
+
+__all__ = ["SelectiveState", "selective_read", "selective_scan", "selective_scan_reference"]
