@@ -1,0 +1,496 @@
+r"""Softmax attention within a layout of blocks: a block of queries sees some blocks of keys.
+
+When to pick it: long sequences for which you know which blocks matter, or want every pair connected within a few layers
+at a small share of the pairs (butterfly); time is in proportion to the visible blocks where the backend skips the rest.
+When not: exact recall from anywhere in one layer (`softmax`), a plain window (`local`, whose state has a fixed size),
+or streams without end, since the state keeps every key.
+
+Definition (block-sparse FlashAttention, arXiv 2205.14135, section 3.3):
+
+    S = cap(tau Q K^T) + bias, -inf where M[floor(i/b), floor(j/b)] = 0 or the pattern hides (i, j)
+    P_ij = exp(S_ij) / (exp(a) + exp(LSE_i)),   LSE_i = log sum_l exp(S_il),   O = P V
+
+with cap(s) = c tanh(s / c) where there is a softcap c, else s; and exp(a) only where there is a sink a, one number a
+head. With beta = floor(i/b) and gamma = floor(j/b), and g the global blocks, the layouts are:
+
+| `layout` | M[beta, gamma] = 1 where beta < g or gamma < g, or |
+|---|---|
+| `butterfly` | beta = gamma, or beta and gamma differ in one bit; in causal-self beta - gamma is 0 or a power of two |
+| `local_global` | abs(beta - gamma) <= `neighbours` |
+| `random` | beta = gamma, or with probability `density`, drawn for each head and pair of blocks from `seed` |
+| `user` | exactly where `visible` says so (no global blocks), or else where the call's `mask.blocks` does |
+
+None of them depends on the length of the sequence, so that decoding, padding and packing see the same layout. ceil(log2
+n) layers of a butterfly connect all of its n blocks; the noncausal form would not under causality, where it only clears
+bits of beta.
+
+| paper | here |
+|---|---|
+| M, the block mask | `layout` and `visible`, both AND the call's `mask.blocks` |
+| B_r = B_c, rows and columns of a block | b, `block_size` |
+| Q, K, V | `q`, `k`, `v` |
+| tau | `scale`, D^-0.5 by default |
+| c, softcap of the scores | `softcap` |
+| a, logit of an attention sink | `sink`; a layer has it with `learn_sink` |
+| LSE | `extras["lse"]` with `want={"lse"}`: (B, H, N), in at least float32, of the keys alone without the sink |
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). i and j are ranks: they count the valid
+tokens of a row or document, cached ones included; in causal-self queries count from M - N. In cross patterns both
+sides count from 0, so that the layouts suit memories whose blocks stand beside those of the queries; the global blocks
+are what every query sees of a shorter memory. A query that sees no key gives 0, and its LSE is -inf.
+State: every key and value, and the number of queries that have read a memory, from which the next ones count on.
+Deviations: the official kernel has no causal form, and blocks of 16 queries by 256 keys; blocks here are square, and
+unequal ones are written with the smaller size, repeating the entries along the longer side. The random layout draws
+each pair by itself rather than a fixed number a row, which could not be the same at every length. A `mask.blocks` of
+another block size is combined on blocks of the greatest common divisor, so keep one a multiple of the other. PyTorch's
+backend computes hidden blocks too, a block of queries at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    BlockMask,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+    one_of,
+    state_field,
+)
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines.cache import KeyValueState, extend
+from regard.visibility import block_visibility
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+LAYOUTS = ("butterfly", "local_global", "random", "user")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        layout: ``butterfly``, ``local_global``, ``random`` or ``user``.
+        block_size: b, tokens a block, >= 1.
+        global_blocks: g, >= 0: the first so many blocks see and are seen by every block; not of ``user``.
+        neighbours: blocks seen on either side in ``local_global``, >= 0.
+        density: probability of a block in ``random``, 0 to 1; its own is always seen.
+        seed: of the draws of ``random``.
+        visible: the layout of ``user``: booleans (or 0 and 1) by query block and key block, or by head before them, as
+            nested sequences or a tensor; kept as nested tuples by head (one for all, or one a head). Sequences must fit
+            in it. Without it, calls of ``user`` must give `mask.blocks`.
+        softcap: c > 0 bounds the scores to (-c, c) before biases; None for no bound.
+        learn_sink: a layer learns the sink, 0 at the start; functions are given it as the tensor `sink`.
+    """
+
+    layout: str = "butterfly"
+    block_size: int = 64
+    global_blocks: int = 1
+    neighbours: int = 1
+    density: float = 0.125
+    seed: int = 0
+    visible: Any = None
+    softcap: float | None = None
+    learn_sink: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("layout", self.layout, LAYOUTS)
+        at_least("block_size", self.block_size, 1)
+        at_least("global_blocks", self.global_blocks, 0)
+        at_least("neighbours", self.neighbours, 0)
+        if not 0 <= self.density <= 1:
+            raise Unsupported(f"density={self.density}", supported="0 <= density <= 1")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise Unsupported(f"softcap={self.softcap}", supported="a finite softcap > 0", nearest="softcap=None")
+        if self.visible is not None:
+            if self.layout != "user":
+                raise Unsupported(f"visible blocks with layout={self.layout!r}", supported="layout='user'")
+            object.__setattr__(self, "visible", _nested(self.visible))
+
+
+def _nested(visible: Any) -> tuple[tuple[tuple[bool, ...], ...], ...]:
+    """Booleans by head, query block and key block from what a user writes."""
+    table = visible.tolist() if hasattr(visible, "tolist") else visible
+    try:
+        heads = table if isinstance(table[0][0], (list, tuple)) else (table,)
+        found = tuple(tuple(tuple(row) for row in head) for head in heads)
+    except (TypeError, IndexError):
+        found = ()
+    sizes = {(len(head), len(row)) for head in found for row in head}
+    if len(sizes) != 1 or any(entry not in (0, 1) for head in found for row in head for entry in row):
+        raise Unsupported(
+            "visible blocks that are not a table of booleans",
+            supported="booleans by (query block, key block) or (head, query block, key block), at least one",
+            nearest="butterfly_blocks(length, block_size).visible[0] of regard.engines.block_patterns",
+        )
+    return tuple(tuple(tuple(map(bool, row)) for row in head) for head in found)
+
+
+@dataclass(frozen=True)
+class BlockSparseState(KeyValueState):
+    """Every key and value so far, and the queries that have read them in cross patterns (0 in self patterns)."""
+
+    queries: Int[Tensor, " b"] = state_field()
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    sink: Float[Tensor, " h"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    n, m = q.shape[2], k.shape[2]
+    _check_extent(call, n, m)
+    where = ranks(call, n, m, q.device)
+    blocks = _block_mask(call, n if call.pattern.cross else m, m, q.shape[1], q.device)
+    rule = Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
+    visible, bias = masked_scores_bias(where, rule, call.bias, call.position_bias, blocks, q.dtype)
+
+    def weights(scores: Tensor) -> Tensor:
+        if sink is None:
+            return scores.softmax(-1)
+        column = sink[None, :, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+    return attention_reference(q, k, v, visible, weights, call.scale, bias, call.config.softcap)
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    sink: Float[Tensor, " h"] | None = None,
+) -> Result:
+    n, m = q.shape[2], k.shape[2]
+    _check_extent(
+        call, n if call.lengths is None else call.lengths, m if call.memory_lengths is None else call.memory_lengths
+    )
+    blocks = _block_mask(call, n if call.pattern.cross else m, m, q.shape[1], q.device)
+    where, causal = ranks(call, n, m, q.device), call.pattern is Pattern.CAUSAL_SELF
+    return _attend(call, q, k, v, sink, where, blocks, causal=causal)
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    sink: Float[Tensor, " h"] | None = None,
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    n, heads = q.shape[2], q.shape[1]
+    state, where = _extend(call, k, v, n)
+    _check_extent(call, state.length, state.length)
+    slots = state.k.shape[2]  # at least as many as any row has tokens
+    if n != 1:
+        blocks = _block_mask(call, slots, slots, heads, q.device)
+        return _attend(call, q, state.k, state.v, sink, where, blocks, state, causal=True)
+    # no key is later than the last token: one row of blocks will do, instead of the square of all
+    last = (state.length - 1).clamp(min=0)
+    blocks = _block_mask(call, 1, slots, heads, q.device, last)
+    call, where = _from_row(call, where, last)
+    return _attend(call, q, state.k, state.v, sink, where, blocks, state, causal=False)
+
+
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> BlockSparseState:
+    """Memory into a cache; more may follow."""
+    return _extend(call, k, v, 0)[0]
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
+    """Queries on absorbed memory, counted on from those that have read it before."""
+    state: BlockSparseState = call.state
+    n, slots = q.shape[2], state.k.shape[2]
+    before, after = state.queries, state.queries + (n if call.lengths is None else call.lengths)
+    _check_extent(call, after, state.length)
+    blocks = _block_mask(call, n + _common_size(call) - 1, slots, q.shape[1], q.device, before)
+    where = ranks(call, n, 0, q.device, state.ranks, state.length)
+    where = Ranks(where.queries + before[:, None], where.keys, None, None, plain=False)
+    if call.position_bias is not None:
+        told = call.position_bias  # of earlier queries, by the layer
+        call = call.replace(position_bias=lambda i, j: told(i - before[:, None], j))
+    call, where = _from_row(call, where, before)
+    state = BlockSparseState(state.k, state.v, state.ranks, state.length, after)
+    return _attend(call, q, state.k, state.v, sink, where, blocks, state, causal=False)
+
+
+def _from_row(call: Call, where: Ranks, before: Int[Tensor, " b"]) -> tuple[Call, Ranks]:
+    """The call and its ranks with queries that count from the block of rank `before`, as a mask of blocks does whose
+    first row is that block; position biases are still given the ranks as they were."""
+    start = (before - before % _common_size(call))[:, None]
+    if call.position_bias is not None:
+        by_rank = call.position_bias
+        call = call.replace(position_bias=lambda i, j: by_rank(i + start, j))
+    return call, Ranks(where.queries - start, where.keys, None, None, plain=False)
+
+
+def _extend(call: Call, k: Tensor, v: Tensor, n: int) -> tuple[BlockSparseState, Ranks]:
+    cache, where = extend(call, k, v, n)
+    queries = torch.zeros_like(cache.length) if call.state is None else call.state.queries
+    return BlockSparseState(cache.k, cache.v, cache.ranks, cache.length, queries), where
+
+
+def _common_size(call: Call) -> int:
+    """Tokens a block of the mask that combines the layout with the call's own blocks."""
+    config: Config = call.config
+    if call.blocks is None:
+        return config.block_size
+    if config.layout == "user" and config.visible is None:
+        return call.blocks.block_size
+    return math.gcd(config.block_size, call.blocks.block_size)
+
+
+def _block_mask(
+    call: Call,
+    queries: int,
+    keys: int,
+    heads: int,
+    device: torch.device,
+    before: Int[Tensor, " b"] | None = None,
+) -> BlockMask:
+    """The layout and the call's own blocks as one mask for `queries` ranks of queries and `keys` ranks of keys.
+
+    Row 0 is the block of rank 0, or that of rank `before` where queries go on from there.
+    """
+    config: Config = call.config
+    size = _common_size(call)
+    i = torch.arange(math.ceil(queries / size), device=device)[None] * size
+    if before is not None:
+        i = i + before[:, None]  # any rank of a block stands for it
+    j = torch.arange(math.ceil(keys / size), device=device)[None] * size
+    visible = None if call.blocks is None else block_visibility(call.blocks, Ranks(i, j, None, None, False))
+    if config.layout != "user" or config.visible is not None:
+        causal = call.pattern is Pattern.CAUSAL_SELF
+        layout = visible_blocks(config, i // config.block_size, j // config.block_size, heads=heads, causal=causal)
+        visible = layout if visible is None else visible & layout
+    if visible is None:
+        raise Unsupported(
+            "block_sparse with layout='user' but no layout",
+            supported="the option `visible`, or mask.blocks with each call",
+            nearest="layout='butterfly'",
+        )
+    return BlockMask(visible, size)
+
+
+def visible_blocks(
+    config: Config, i: Int[Tensor, "#b q_blocks"], j: Int[Tensor, "#b k_blocks"], *, heads: int, causal: bool
+) -> Bool[Tensor, "#b #h q_blocks k_blocks"]:
+    """The layout M at query blocks `i` and key blocks `j`; of a causal one, what is before the query's block.
+
+    Raises:
+        Unsupported: for a user's layout of another number of heads.
+    """
+    if config.visible is not None:
+        _check_heads(config, heads)
+        table = torch.tensor(config.visible, device=i.device)[None]
+        return block_visibility(BlockMask(table, 1), Ranks(i, j, None, None, False))
+    i, j = i[:, None, :, None], j[:, None, None, :]
+    if config.layout == "butterfly":
+        apart = i - j if causal else i ^ j
+        visible = (apart & (apart - 1)) == 0  # 0 and powers of two: no negative number
+    elif config.layout == "local_global":
+        visible = (i - j).abs() <= config.neighbours
+    else:
+        head = torch.arange(heads, device=i.device)[None, :, None, None]
+        drawn = _hash(_hash(_hash(head + (config.seed & 0xFFFFFFFF)) + i) + j)
+        visible = (drawn < int(config.density * 2**32)) | (i == j)
+    return visible | (i < config.global_blocks) | (j < config.global_blocks)
+
+
+def _hash(x: Int[Tensor, "*axes"]) -> Int[Tensor, "*axes"]:
+    """32 random-looking bits of an integer >= 0: draws that depend on nothing but their place."""
+    x = (x + 0x9E3779B9) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _check_heads(config: Config, heads: int) -> None:
+    if config.visible is not None and len(config.visible) not in (1, heads):
+        raise Unsupported(
+            f"block_sparse with visible blocks of {len(config.visible)} heads for {heads} heads",
+            supported="one layout for all heads, or one a head",
+        )
+
+
+def _check_extent(call: Call, queries: Int[Tensor, " b"] | int, keys: Int[Tensor, " b"] | int) -> None:
+    """Refuse sequences that a user's layout has no blocks for (of unequal lengths only known outside a graph)."""
+    config: Config = call.config
+    if config.visible is None:
+        return
+    rows, columns = (count * config.block_size for count in (len(config.visible[0]), len(config.visible[0][0])))
+    needed = [("queries", queries, rows), ("keys", keys, columns)]
+    if not call.pattern.cross:
+        needed = [("tokens", keys, min(rows, columns))]
+    for what, counts, room in needed:
+        if isinstance(counts, Tensor) and torch.compiler.is_compiling():
+            continue
+        longest = max(counts.tolist(), default=0) if isinstance(counts, Tensor) else counts
+        if longest > room:
+            raise Unsupported(
+                f"block_sparse on {longest} {what} with visible blocks for {room}",
+                supported="sequences that the layout covers",
+                nearest="layout='butterfly', or mask.blocks, beyond whose last block nothing is seen",
+            )
+
+
+def _attend(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    where: Ranks,
+    blocks: BlockMask,
+    state: BlockSparseState | None = None,
+    *,
+    causal: bool,
+) -> Result:
+    output, weights, lse = attention(
+        q,
+        k,
+        v,
+        where,
+        visibility=Visibility(causal=causal),
+        scale=call.scale,
+        softcap=call.config.softcap,
+        sink=sink,
+        bias=call.bias,
+        position_bias=call.position_bias,
+        blocks=blocks,
+        dropout=call.dropout,
+        generator=call.generator,
+        want_weights="weights" in call.want,
+        want_lse="lse" in call.want,
+        backend=call.backend,
+    )
+    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
+    return Result(output, state, extras=extras)
+
+
+class Sink(nn.Module):
+    """Gives a layer's heads their learned sinks, when `learn_sink` asks for them."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        _check_heads(spec.config, spec.heads)
+        self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.config.learn_sink else None
+
+    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+        return heads if self.sink is None else heads | {"sink": self.sink}
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    config: Config,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests and timings; a sink only where the options have one."""
+    size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (batch, size["h"], n, size["d"]),
+        "k": (batch, size["g"], m, size["d"]),
+        "v": (batch, size["g"], m, size["v"]),
+    }
+    if config.learn_sink:
+        shapes["sink"] = (size["h"],)
+    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+
+
+def _row(config: Config, beta: int) -> tuple[float, float]:
+    """Blocks before block `beta` that it sees in causal-self, and whether it sees itself; means over heads."""
+    if config.visible is not None:
+        rows = [head[beta] for head in config.visible if beta < len(head)]
+        before, own = sum(sum(row[:beta]) for row in rows), sum(sum(row[beta : beta + 1]) for row in rows)
+        return before / len(config.visible), own / len(config.visible)
+    later = beta - config.global_blocks  # blocks between the global ones and this one
+    if config.layout == "user" or later < 0:
+        return float(beta), 1.0
+    near = {
+        "butterfly": later.bit_length(),
+        "local_global": min(later, config.neighbours),
+        "random": config.density * later,
+    }
+    return config.global_blocks + near[config.layout], 1.0
+
+
+def visible_pairs(config: Config, n: int) -> float:
+    """Pairs of query and key that causal-self computes in a sequence of `n` tokens: their mean over the heads, and over
+    the draws of a random layout. Full causal attention has n (n + 1) / 2."""
+    size, pairs = config.block_size, 0.0
+    for beta in range(math.ceil(n / size)):
+        tokens = min(size, n - beta * size)
+        before, own = _row(config, beta)
+        pairs += before * size * tokens + own * tokens * (tokens + 1) / 2
+    return pairs
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern with N = M (n of M queries in proportion), with empty blocks skipped."""
+    size = config.block_size
+    width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
+    pairs = visible_pairs(config, shape.m) * shape.n / max(shape.m, 1)
+    before, own = _row(config, shape.m // size)
+    return Cost(
+        flops=2.0 * heads * pairs * width,
+        memory=float(heads * shape.n + math.ceil(shape.m / size) ** 2),
+        state=float(shape.heads * shape.m * width),
+        step_flops=2.0 * heads * (before * size + own * (shape.m % size + 1)) * width,
+    )
+
+
+MECHANISM = Mechanism(
+    name="block_sparse",
+    aliases=("blocksparse", "block_sparse_flash", "block_sparse_flash_attention", "butterfly"),
+    kind=Kind.ATTENTION,
+    summary="Softmax attention within a layout of blocks: a block of queries sees some blocks of keys.",
+    paper=Paper("FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", "2205.14135", 2022, 11),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "sink?": "h"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    engine="attention",
+    state=BlockSparseState,
+    cost=cost,
+    honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
+    weights="exact",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    projection=Sink,
+    sample_inputs=sample_inputs,
+)
