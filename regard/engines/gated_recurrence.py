@@ -3,7 +3,8 @@
     S_t = exp(g_t) S_{t-1} + k_t u_t^T,     o_t = S_t^T q_t,
     u_t = v_t,  or  u_t = beta_t (v_t - (exp(g_t) S_{t-1})^T k_t)      (delta rule)
 
-Scale, feature map, normaliser (a column of ones on v) and skip connection are outside.
+Scale, feature map, normaliser and skip connection are outside (without decay, :mod:`regard.engines.linear_attention` has
+the first three).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import resolve
+from regard.backends import execute
 from regard.contract import Unsupported
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Keeps products in the dtype of their tensors: a state rounded to bfloat16 at every token would drift."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 def gated_recurrence(
-    q: Float[Tensor, "b h n k"] | None,
-    k: Float[Tensor, "b h n k"],
+    q: Float[Tensor, "b g n k"] | None,
+    k: Float[Tensor, "b g n k"],
     v: Float[Tensor, "b h n v"],
     log_decay: Float[Tensor, "b h n #k"] | None = None,
     beta: Float[Tensor, "b h n"] | None = None,
@@ -47,7 +48,8 @@ def gated_recurrence(
     reach in.
 
     Args:
-        q: queries; None computes the final state only.
+        q: queries; None computes the final state only. Queries and keys may be shared: with G of them for H heads of
+            values, each serves H / G consecutive heads.
         log_decay: g, natural logarithms <= 0, one for each key feature or one for all (last axis 1); -inf forgets
             everything, exactly as `reset` does. None for no decay.
         beta: step of the delta rule; None for plain writes.
@@ -68,32 +70,35 @@ def gated_recurrence(
             f"log_decay with {log_decay.shape[-1]} features for keys with {k.shape[-1]}",
             supported=f"(B, H, N, 1) or (B, H, N, {k.shape[-1]})",
         )
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and (x.shape[1] == 0 or v.shape[1] % x.shape[1]):
+            raise Unsupported(
+                f"{name} with {x.shape[1]} heads for v with {v.shape[1]}", supported="a divisor of the heads of v"
+            )
     if reset is not None:
-        gate = torch.zeros_like(k[..., :1]) if log_decay is None else log_decay
+        gate = torch.zeros_like(v[..., :1]) if log_decay is None else log_decay
         log_decay = gate.masked_fill(reset[:, None, :, None], -torch.inf)
-    run = resolve("gated_recurrence", v.device, backend)
+    arguments = (q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
     with without_autocast(v.device):
-        return run(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
+        return execute("gated_recurrence", backend, v.device, v.dtype, *arguments)
 
 
 def gated_recurrence_step(
-    q: Float[Tensor, "b h k"],
-    k: Float[Tensor, "b h k"],
+    q: Float[Tensor, "b g k"],
+    k: Float[Tensor, "b g k"],
     v: Float[Tensor, "b h v"],
     log_decay: Float[Tensor, "b h #k"] | None,
     beta: Float[Tensor, "b h"] | None,
     state: Float[Tensor, "b h k v"],
+    *,
+    backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h v"], Float[Tensor, "b h k v"]]:
-    """One token of :func:`gated_recurrence` (inclusive). Accumulates in the state's dtype."""
-    dtype = state.dtype
-    k_, u = k.to(dtype), v.to(dtype)
+    """One token of :func:`gated_recurrence` (inclusive): the output and the next state.
+
+    Accumulates in the state's dtype; the output has the dtype of v.
+    """
     with without_autocast(v.device):
-        if log_decay is not None:
-            state = state * log_decay.to(dtype).exp()[..., None]
-        if beta is not None:
-            u = beta.to(dtype)[..., None] * (u - torch.einsum("bhkv,bhk->bhv", state, k_))
-        state = state + k_[..., None] * u[..., None, :]
-        return torch.einsum("bhkv,bhk->bhv", state, q.to(dtype)).to(v.dtype), state
+        return execute("gated_recurrence_step", backend, v.device, v.dtype, q, k, v, log_decay, beta, state)
 
 
 def gated_recurrence_reference(

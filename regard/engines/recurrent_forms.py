@@ -38,13 +38,26 @@ def chunked(
     beta: Float[Tensor, "b h m"] | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], MatrixState]:
     """Causal-self with state in and out; queries align bottom-right when there are fewer or more than keys."""
+    state, size = memory_of(call), call.chunk_size or 64
+
+    def run(q: Tensor) -> tuple[Tensor | None, Tensor]:
+        return gated_recurrence(q, k, v, log_decay, beta, state=state, chunk_size=size, backend=call.backend)
+
+    return at_keys(call, q, k, run)
+
+
+def at_keys(
+    call: Call,
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    run: Callable[[Tensor], tuple[Tensor | None, Tensor]],
+) -> tuple[Float[Tensor, "b h n v"], MatrixState]:
+    """Outputs and state of `run`, which gets the queries one beside each key: N of them aligned bottom-right."""
     n, m = q.shape[2], k.shape[2]
     aligned = n == m and call.lengths is call.memory_lengths
     if not aligned:
         q = place_queries(q, m, call.lengths, call.memory_lengths)
-    o, memory = gated_recurrence(
-        q, k, v, log_decay, beta, state=_memory(call), chunk_size=call.chunk_size or 64, backend=call.backend
-    )
+    o, memory = run(q)
     assert o is not None
     if not aligned:
         o = take_queries(o, n, call.lengths, call.memory_lengths)
@@ -62,7 +75,9 @@ def step(
     """One token of :func:`chunked` by the recurrence itself."""
     decay = None if log_decay is None else log_decay[:, :, 0]
     rate = None if beta is None else beta[:, :, 0]
-    o, memory = gated_recurrence_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, rate, call.state.memory)
+    o, memory = gated_recurrence_step(
+        q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, rate, call.state.memory, backend=call.backend
+    )
     return o[:, :, None], MatrixState(memory, length_after(call, k))
 
 
@@ -93,7 +108,7 @@ def absorb(
 ) -> MatrixState:
     """Memory into S, in order; more may follow."""
     _, memory = gated_recurrence(
-        None, k, v, log_decay, beta, state=_memory(call), chunk_size=call.chunk_size or 64, backend=call.backend
+        None, k, v, log_decay, beta, state=memory_of(call), chunk_size=call.chunk_size or 64, backend=call.backend
     )
     return MatrixState(memory, length_after(call, k))
 
@@ -111,7 +126,8 @@ def length_after(call: Call, k: Float[Tensor, "b h m k"]) -> Int[Tensor, " b"]:
     return new if call.state is None else call.state.length + new
 
 
-def _memory(call: Call) -> Tensor | None:
+def memory_of(call: Call) -> Tensor | None:
+    """S that a call continues from."""
     return None if call.state is None else call.state.memory
 
 

@@ -26,8 +26,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regard.contract import (
@@ -45,6 +43,7 @@ from regard.contract import (
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.gated_recurrence import without_autocast
+from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
 from regard.engines.recurrent_forms import MatrixState
 
 if TYPE_CHECKING:
@@ -103,18 +102,24 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    output, state = recurrent_forms.chunked(call, _map_queries(call, q), *_write(call, k, v))
-    return Result(_divide(call, output, v), state)
+    state, size = recurrent_forms.memory_of(call), call.chunk_size or 64
+    rule, valid = _rule(call), call.memory_lengths
+
+    def run(q: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_attention(q, k, v, rule, state=state, valid=valid, chunk_size=size, backend=call.backend)
+
+    return Result(*recurrent_forms.at_keys(call, q, k, run))
 
 
 def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
-    output, state = recurrent_forms.step(call, _map_queries(call, q), *_write(call, k, v))
-    return Result(_divide(call, output, v), state)
+    rule = _rule(call)
+    output, state = recurrent_forms.step(call, map_queries(q, rule), *map_memory(k, v, rule, call.memory_lengths))
+    return Result(divide(output, rule).to(v.dtype), state)
 
 
 def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]) -> MatrixState:
     """Memory into S and z; more may follow."""
-    keys, values = _write(call, k, v)
+    keys, values = map_memory(k, v, _rule(call), call.memory_lengths)
     with without_autocast(k.device):
         memory = keys.mT @ values
     if call.state is not None:
@@ -124,30 +129,13 @@ def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"])
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
     """Queries on absorbed memory."""
-    return Result(_divide(call, recurrent_forms.read(call, _map_queries(call, q)), q), call.state)
+    rule = _rule(call)
+    return Result(divide(recurrent_forms.read(call, map_queries(q, rule)), rule).to(q.dtype), call.state)
 
 
-def _map_queries(call: Call, q: Tensor) -> Tensor:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return FEATURE_MAPS[call.config.feature_map](call.scale * q.to(dtype))
-
-
-def _write(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Mapped keys (zero at padding, where phi(0) is not) and values with a column of ones for the denominator."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    keys, values = FEATURE_MAPS[call.config.feature_map](k.to(dtype)), v.to(dtype)
-    valid = call.valid_keys(k.shape[2])
-    if valid is not None:
-        keys = torch.where(valid[:, None, :, None], keys, 0)
-    if call.config.normalize:
-        values = F.pad(values, (0, 1), value=1.0)
-    return keys, values
-
-
-def _divide(call: Call, read_out: Tensor, like: Tensor) -> Tensor:
-    if not call.config.normalize:
-        return read_out.to(like.dtype)
-    return (read_out[..., :-1] / (read_out[..., -1:] + call.config.eps)).to(like.dtype)
+def _rule(call: Call) -> Rule:
+    config: Config = call.config
+    return Rule(config.feature_map, call.scale, config.eps if config.normalize else None)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
@@ -181,7 +169,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
-    engine="gated_recurrence",
+    engine="linear_attention",
     state=MatrixState,
     cost=cost,
     default_scale=1.0,

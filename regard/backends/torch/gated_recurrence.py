@@ -70,6 +70,11 @@ def decayed_product(
     return torch.cat(rows, -2)
 
 
+def for_each_head(x: Float[Tensor, "b g *n k"], v: Float[Tensor, "b h *n v"]) -> Float[Tensor, "b h *n k"]:
+    """Queries or keys that H / G consecutive heads of values share, once for each."""
+    return x if x.shape[1] == v.shape[1] else x.repeat_interleave(v.shape[1] // x.shape[1], 1)
+
+
 def run(
     q: Tensor | None,
     k: Tensor,
@@ -83,6 +88,7 @@ def run(
 ) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.gated_recurrence.gated_recurrence`."""
     dtype = torch.promote_types(v.dtype, torch.float32)
+    q, k = (None if q is None else for_each_head(q, v)), for_each_head(k, v)
     batch, heads, n, width = k.shape
     if state is None:
         state = k.new_zeros(batch, heads, width, v.shape[-1], dtype=dtype)
@@ -132,3 +138,17 @@ def run(
     if not outputs:
         return None, state
     return torch.cat(outputs, 2)[:, :, :n].to(v.dtype), state
+
+
+def run_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`regard.engines.gated_recurrence.gated_recurrence_step`."""
+    dtype = state.dtype
+    q, k, u = for_each_head(q, v).to(dtype), for_each_head(k, v).to(dtype), v.to(dtype)
+    if log_decay is not None:
+        state = state * log_decay.to(dtype).exp()[..., None]
+    if beta is not None:
+        u = beta.to(dtype)[..., None] * (u - torch.einsum("bhkv,bhk->bhv", state, k))
+    state = state + k[..., None] * u[..., None, :]
+    return torch.einsum("bhkv,bhk->bhv", state, q).to(v.dtype), state

@@ -1,0 +1,1051 @@
+// The gated recurrence, 16 tokens at a time: what they read of the state before them, what they read of each other, and
+// what they leave in the state.
+//
+// Decays between tokens of a block are products of at most 16 factors exp(g) in [0, 1], built up one factor at a time,
+// so no exponent is ever positive and nothing is subtracted. A block's decay of the state is the exponential of a sum,
+// applied as S + S (exp(G) - 1) where it is near 1: rounding it to a float at every block would add up over a long past.
+//
+// Linear attention is the same without decay, on blocks of queries and keys mapped as they are loaded. Its normaliser z is
+// one more value feature that is 1 at every token, kept as a vector beside S rather than as a column of it.
+//
+// The backward pass walks the blocks in reverse with R = dL/dS. States at the starts of blocks come from checkpoints of
+// the forward pass, recomputed a segment at a time. S and R are kept transposed there (V x K), so that what belongs to a
+// token comes out along its key features.
+
+#include "regard_recurrence.h"
+
+#include "feature_maps.h"
+#include "token_blocks.h"
+
+#include "parallel.h"
+#include "workspace.h"
+
+namespace REGARD_ISA {
+namespace {
+
+using regard::Workspace;
+
+// A sixteen by sixteen matrix between the tokens of a block, row i for the reader, column j for the writer.
+constexpr int SQUARE = TOKENS * TOKENS;
+
+// exp(x) - 1 for -1/3 < x <= 0, to full precision relative to x.
+REGARD_INLINE Vec exp_minus_1(Vec x) {
+  const Vec r = x * LOG2_E;
+  Vec p = broadcast(EXP2_5);
+  p = fma(p, r, broadcast(EXP2_4));
+  p = fma(p, r, broadcast(EXP2_3));
+  p = fma(p, r, broadcast(EXP2_2));
+  p = fma(p, r, broadcast(EXP2_1));
+  return p * r;
+}
+
+// The decay exp(G) as two numbers, S becomes S whole + S rest: (1, exp(G) - 1) or (0, exp(G)).
+REGARD_INLINE void split_decay(Vec total, float* whole, float* rest) {
+  const IntVec near = reinterpret_cast<IntVec>(total > -0.33f);
+  store(whole, select(near, broadcast(1.f), zero()));
+  store(rest, select(near, exp_minus_1(total), exp(total)));
+}
+
+// Lanes of token vector t that write no later than token i (j <= i), or before it.
+REGARD_INLINE IntVec seen(int i, int t, bool inclusive) {
+  return reinterpret_cast<IntVec>(lane_numbers() + t * LANES < i + (inclusive ? 1 : 0));
+}
+
+// Decays of a block. For one decay a token: those from the start through each token, from each token to the end, and
+// between tokens (j, i]. For one a feature: exp(g), row by row.
+struct Decays {
+  int64_t kind;
+  float* each;      // (16 x K) for VECTOR
+  float* whole;     // (K) the decay of the state over the block, as split_decay gives it
+  float* rest;      // (K)
+  float* sums;      // (K) G, its logarithm
+  float between[SQUARE];
+  float from_start[TOKENS], to_end[TOKENS];
+  bool dead[TOKENS];  // SCALAR: exp(g) = 0
+};
+
+void take_decays(Decays& decays, const Rows& g, int64_t first, int rows, int width, int64_t ld) {
+  if (decays.kind == REGARD_DECAY_NONE) return;
+  if (decays.kind == REGARD_DECAY_VECTOR) {
+    const float* gates = load_tokens(g, first, rows, width, decays.each, ld);
+    for (int64_t d = 0; d < ld; d += LANES) {
+      Vec total = zero();
+      for (int i = 0; i < TOKENS; ++i) {
+        const Vec x = load(gates + i * ld + d);
+        total += x;
+        store(decays.each + i * ld + d, exp(x));
+      }
+      store(decays.sums + d, total);
+      split_decay(total, decays.whole + d, decays.rest + d);
+    }
+    return;
+  }
+  alignas(64) float each[TOKENS];
+  float total = 0;
+  for (int i = 0; i < TOKENS; ++i) {
+    each[i] = i < rows ? load_number(g, first + i) : 0.f;
+    total += each[i];
+  }
+  for (int i = 0; i < TOKENS; i += LANES) store(each + i, exp(load(each + i)));
+  Vec through[TOKEN_VECTORS];
+  for (int t = 0; t < TOKEN_VECTORS; ++t) through[t] = broadcast(1.f);
+  float running = 1;
+  for (int i = 0; i < TOKENS; ++i) {
+    running *= each[i];
+    decays.from_start[i] = running;
+    decays.dead[i] = each[i] == 0.f;
+    for (int t = 0; t < TOKEN_VECTORS; ++t) {
+      through[t] = select(seen(i, t, false), through[t] * each[i], through[t]);
+      store(decays.between + i * TOKENS + t * LANES, through[t]);
+    }
+  }
+  for (int t = 0; t < TOKEN_VECTORS; ++t) store(decays.to_end + t * LANES, through[t]);
+  for (int64_t d = 0; d < ld; d += LANES) {
+    store(decays.sums + d, broadcast(total));
+    split_decay(broadcast(total), decays.whole + d, decays.rest + d);
+  }
+}
+
+// rows_i times the decay from the block's start through token i: in `to`, or with no decay the rows themselves.
+const float* decay_from_start(const Decays& decays, const float* rows, float* to, int64_t ld) {
+  if (decays.kind == REGARD_DECAY_NONE) return rows;
+  for (int64_t d = 0; d < ld; d += LANES) {
+    Vec running = broadcast(1.f);
+    for (int i = 0; i < TOKENS; ++i) {
+      running = decays.kind == REGARD_DECAY_VECTOR ? running * load(decays.each + i * ld + d)
+                                                   : broadcast(decays.from_start[i]);
+      store(to + i * ld + d, load(rows + i * ld + d) * running);
+    }
+  }
+  return to;
+}
+
+// rows_j times the decay from after token j to the block's end, likewise.
+const float* decay_to_end(const Decays& decays, const float* rows, float* to, int64_t ld) {
+  if (decays.kind == REGARD_DECAY_NONE) return rows;
+  for (int64_t d = 0; d < ld; d += LANES) {
+    Vec running = broadcast(1.f);
+    for (int j = TOKENS - 1; j >= 0; --j) {
+      if (decays.kind == REGARD_DECAY_SCALAR) running = broadcast(decays.to_end[j]);
+      store(to + j * ld + d, load(rows + j * ld + d) * running);
+      if (decays.kind == REGARD_DECAY_VECTOR) running = running * load(decays.each + j * ld + d);
+    }
+  }
+  return to;
+}
+
+// What each token reads of each other: reads_ij = sum over d of q_id k_jd decay_d(j, i], 0 for what is not seen.
+// keys (K x 16) becomes keys times the decay from after each token to the block's end.
+#if defined(__AVX512F__)
+inline void decayed_reads(int width, const float* q, const float* each, int64_t ld, float* keys, float* reads) {
+  constexpr int AT_ONCE = 4;
+  Vec sums[TOKENS];
+#pragma GCC unroll 16
+  for (int i = 0; i < TOKENS; ++i) sums[i] = zero();
+  // the width is padded: features beyond it are zero
+  for (int d = 0; d < width; d += AT_ONCE) {
+    __m512 x[AT_ONCE];
+#pragma GCC unroll 4
+    for (int c = 0; c < AT_ONCE; ++c) x[c] = _mm512_loadu_ps(keys + (d + c) * TOKENS);
+#pragma GCC unroll 16
+    for (int i = 0; i < TOKENS; ++i) {
+      const __mmask16 before = static_cast<__mmask16>((1u << i) - 1);
+#pragma GCC unroll 4
+      for (int c = 0; c < AT_ONCE; ++c) {
+        if (i > 0) x[c] = _mm512_mask_mul_ps(x[c], before, x[c], _mm512_set1_ps(each[i * ld + d + c]));
+        sums[i] = fma(broadcast(q[i * ld + d + c]), reinterpret_cast<Vec>(x[c]), sums[i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < AT_ONCE; ++c) _mm512_storeu_ps(keys + (d + c) * TOKENS, x[c]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < TOKENS; ++i) store(reads + i * TOKENS, sums[i]);
+}
+#else
+inline void decayed_reads(int width, const float* q, const float* each, int64_t ld, float* keys, float* reads) {
+  constexpr int ROWS = LANES >= 8 ? 4 : 2;
+  for (int first = 0; first < TOKENS; first += ROWS) {
+    Vec sums[ROWS][TOKEN_VECTORS];
+    clear(sums);
+    for (int d = 0; d < width; ++d) {
+      Vec x[TOKEN_VECTORS];
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKEN_VECTORS; ++t) x[t] = load(keys + d * TOKENS + t * LANES);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const Vec decay = broadcast(each[(first + r) * ld + d]), query = broadcast(q[(first + r) * ld + d]);
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKEN_VECTORS; ++t) {
+          x[t] = select(seen(first + r, t, false), x[t] * decay, x[t]);
+          sums[r][t] = fma(query, x[t], sums[r][t]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKEN_VECTORS; ++t) store(keys + d * TOKENS + t * LANES, x[t]);
+    }
+    put(sums, reads + first * TOKENS, TOKENS);
+  }
+}
+#endif
+
+// c (rows x vectors) = A B.
+void multiply(int rows, int vectors, int depth, const float* a, int64_t ai, int64_t ap, const float* b, int64_t ldb,
+              float* c, int64_t ldc) {
+  tiles(rows, vectors, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
+    Vec sums[decltype(r)::value][decltype(w)::value];
+    clear(sums);
+    accumulate(sums, depth, a + i * ai, ai, ap, b + j * LANES, ldb);
+    put(sums, c + i * ldc + j * LANES, ldc);
+  });
+}
+
+// Reads between the tokens of a block, decayed and masked, from queries (16 x K) and keys (K x 16), which become those
+// decayed to the block's end.
+void reads_inside(const Decays& decays, int padded_keys, const float* q, float* keys, bool inclusive, float* reads) {
+  if (decays.kind == REGARD_DECAY_VECTOR)
+    decayed_reads(padded_keys, q, decays.each, padded_keys, keys, reads);
+  else
+    multiply(TOKENS, TOKEN_VECTORS, padded_keys, q, padded_keys, 1, keys, TOKENS, reads, TOKENS);
+  for (int i = 0; i < TOKENS; ++i)
+    for (int t = 0; t < TOKEN_VECTORS; ++t) {
+      float* at = reads + i * TOKENS + t * LANES;
+      Vec x = load(at);
+      if (decays.kind == REGARD_DECAY_SCALAR) x *= load(decays.between + i * TOKENS + t * LANES);
+      store(at, select(seen(i, t, inclusive), x, zero()));
+    }
+  if (decays.kind == REGARD_DECAY_SCALAR)
+    for (int d = 0; d < padded_keys; ++d)
+      for (int t = 0; t < TOKEN_VECTORS; ++t) {
+        float* at = keys + d * TOKENS + t * LANES;
+        store(at, load(at) * load(decays.to_end + t * LANES));
+      }
+}
+
+// S (K x V), rows over the key features: S = decay S + keys^T values; key feature d of token j at keys[d * kd + j * kj].
+// The block's writes are summed first: rounding S at every token would lose digits over a long past.
+void write_state(const Decays& decays, int rows, int vectors, const float* keys, int64_t kd, int64_t kj,
+                 const float* values, float* state, int64_t ld) {
+  tiles(rows, vectors, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
+    constexpr int R = decltype(r)::value, W = decltype(w)::value;
+    Vec sums[R][W];
+    clear(sums);
+    accumulate(sums, TOKENS, keys + i * kd, kd, kj, values + j * LANES, ld);
+#pragma GCC unroll 16
+    for (int a = 0; a < R; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < W; ++b) {
+        float* at = state + (i + a) * ld + (j + b) * LANES;
+        const Vec x = load(at);
+        if (decays.kind == REGARD_DECAY_NONE)
+          store(at, x + sums[a][b]);
+        else
+          store(at, fma(x, broadcast(decays.whole[i + a]), fma(x, broadcast(decays.rest[i + a]), sums[a][b])));
+      }
+  });
+}
+
+// S or R transposed (V x K), columns over the key features: to = decay S + values^T keys, rows of values `ldv` apart.
+void write_transposed(const Decays& decays, int rows, int vectors, const float* values, int64_t ldv, const float* keys,
+                      const float* state, float* to, int64_t ld) {
+  tiles(rows, vectors, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
+    constexpr int R = decltype(r)::value, W = decltype(w)::value;
+    Vec sums[R][W];
+    clear(sums);
+    accumulate(sums, TOKENS, values + i, 1, ldv, keys + j * LANES, ld);
+#pragma GCC unroll 16
+    for (int a = 0; a < R; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < W; ++b) {
+        const int64_t at = (i + a) * ld + (j + b) * LANES;
+        const Vec x = load(state + at);
+        if (decays.kind == REGARD_DECAY_NONE)
+          store(to + at, x + sums[a][b]);
+        else
+          store(to + at, fma(x, load(decays.whole + (j + b) * LANES),
+                             fma(x, load(decays.rest + (j + b) * LANES), sums[a][b])));
+      }
+  });
+}
+
+float dot(const float* a, const float* b, int64_t width) {
+  Vec total = zero();
+  for (int64_t d = 0; d < width; d += LANES) total = fma(load(a + d), load(b + d), total);
+  return sum(total);
+}
+
+// sums (ld) += the rows of a block.
+void add_rows(const float* rows, float* sums, int64_t ld) {
+  for (int64_t d = 0; d < ld; d += LANES) {
+    Vec total = zero();
+    for (int i = 0; i < TOKENS; ++i) total += load(rows + i * ld + d);
+    store(sums + d, load(sums + d) + total);
+  }
+}
+
+// 1 / (z . q_i + eps) for the tokens of a block, where z is the sum of keys before it and reads_ij = q_i . k_j.
+void normalizers(const float* q, const float* z, const float* reads, float eps, int64_t ld, float* inverse) {
+  for (int i = 0; i < TOKENS; ++i) {
+    Vec total = load(reads + i * TOKENS);
+    for (int t = 1; t < TOKEN_VECTORS; ++t) total += load(reads + i * TOKENS + t * LANES);
+    for (int64_t d = 0; d < ld; d += LANES) total = fma(load(q + i * ld + d), load(z + d), total);
+    inverse[i] = sum(total);
+  }
+  for (int i = 0; i < TOKENS; i += LANES) store(inverse + i, 1.f / (load(inverse + i) + eps));
+}
+
+template <int R, int V>
+REGARD_INLINE void scale_rows(Vec (&sums)[R][V], const float* by) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) sums[i][j] *= by[i];
+}
+
+// Work split over heads and, where they are too few for the threads, over ranges of value features.
+struct Split {
+  int64_t parts, width;
+};
+
+Split split_values(int64_t heads, int64_t threads, int64_t value_width) {
+  int64_t parts = 1;
+  while (heads * parts < 4 * threads && heads * parts % threads != 0 && ceil_div(value_width, parts + 1) >= 32) ++parts;
+  const int64_t width = round_up(ceil_div(value_width, parts), LANES);
+  return {value_width == 0 ? 1 : ceil_div(value_width, width), width};
+}
+
+// What both passes share.
+struct Problem {
+  Problem(int64_t threads, int64_t batch, int64_t heads, int64_t tokens, int64_t keys, int64_t values,
+          const regard_linear_attention_options& options)
+      : options(options),
+        heads(heads),
+        tokens(tokens),
+        keys(static_cast<int>(keys)),
+        values(static_cast<int>(values)),
+        columns(values + (options.normalize != 0 ? 1 : 0)),
+        padded_keys(static_cast<int>(round_up(keys, LANES))),
+        split(split_values(batch * heads, threads, values)),
+        padded_values(static_cast<int>(split.width)) {}
+
+  int valid_keys(int64_t batch, int64_t first, int count) const {
+    if (options.valid == nullptr) return count;
+    return static_cast<int>(most<int64_t>(0, least<int64_t>(count, options.valid[batch] - first)));
+  }
+
+  // z between a state of the caller's, NULL for zero, and its place in the workspace.
+  void take_normalizer(const float* state, float* z) const {
+    for (int d = 0; d < padded_keys; ++d) z[d] = d < keys && state != nullptr ? state[d * columns + values] : 0.f;
+  }
+  void give_normalizer(const float* z, float* state) const {
+    for (int d = 0; d < keys; ++d) state[d * columns + values] = z[d];
+  }
+
+  const regard_linear_attention_options options;
+  int64_t heads, tokens;
+  int keys, values;
+  int64_t columns;  // of a state
+  int padded_keys;
+  Split split;
+  int padded_values;  // of one part
+};
+
+struct Task {
+  Task(const Problem& problem, int64_t task)
+      : part(task % problem.split.parts),
+        head(task / problem.split.parts % problem.heads),
+        batch(task / problem.split.parts / problem.heads),
+        first(static_cast<int>(part * problem.split.width)),
+        width(static_cast<int>(least(problem.split.width, problem.values - part * problem.split.width))) {}
+
+  int64_t part, head, batch;
+  int first, width;  // value features
+};
+
+void forward(const regard_gated_recurrence_args& args, const Problem& problem, int64_t number, Workspace& memory) {
+  const Task task(problem, number);
+  const int64_t index = task.batch * args.heads + task.head;
+  const int kp = problem.padded_keys, vp = problem.padded_values;
+  const bool reading = args.q.data != nullptr, inclusive = args.inclusive != 0;
+  const regard_linear_attention_options& options = problem.options;
+  const bool normalize = options.normalize != 0, first_part = task.part == 0;
+  const Rows q(args.q, task.batch, task.head, args.heads), k(args.k, task.batch, task.head, args.heads),
+      v(args.v, task.batch, task.head, args.heads, task.first), g(args.g, task.batch, task.head, args.heads),
+      o(args.o, task.batch, task.head, args.heads, task.first);
+
+  float* state = memory.take<float>(static_cast<size_t>(kp) * vp);
+  float* query_rows = memory.take<float>(TOKENS * kp);
+  float* key_rows = memory.take<float>(TOKENS * kp);
+  float* keys_across = memory.take<float>(TOKENS * kp);
+  float* value_rows = memory.take<float>(TOKENS * vp);
+  float* reads = memory.take<float>(SQUARE);
+  float* outputs = memory.take<float>(TOKENS * vp);
+  float* z = memory.take<float>(kp);
+  alignas(64) float inverse[TOKENS];
+  Decays decays;
+  decays.kind = args.decay;
+  decays.each = memory.take<float>(TOKENS * kp);
+  decays.whole = memory.take<float>(kp);
+  decays.rest = memory.take<float>(kp);
+  decays.sums = memory.take<float>(kp);
+
+  for (int64_t i = 0; i < static_cast<int64_t>(kp) * vp; i += LANES) store(state + i, zero());
+  const int64_t columns = problem.columns, matrix = problem.keys * columns;
+  if (args.state != nullptr)
+    load_rows(args.state + index * matrix + task.first, columns, problem.keys, task.width, state, vp);
+  if (normalize) problem.take_normalizer(args.state == nullptr ? nullptr : args.state + index * matrix, z);
+  auto give_state = [&](float* to) {
+    store_rows(to + task.first, columns, problem.keys, task.width, state, vp);
+    if (normalize && first_part) problem.give_normalizer(z, to);
+  };
+
+  const int64_t checkpoints = ceil_div(args.tokens, args.checkpoint_every) - 1;
+  for (int64_t first = 0; first < args.tokens; first += TOKENS) {
+    const int count = static_cast<int>(least<int64_t>(TOKENS, args.tokens - first));
+    if (args.checkpoints != nullptr && first > 0 && first % args.checkpoint_every == 0)
+      give_state(args.checkpoints + (index * checkpoints + first / args.checkpoint_every - 1) * matrix);
+    take_decays(decays, g, first, count, problem.keys, kp);
+    const float* keys = load_tokens(k, first, count, problem.keys, key_rows, kp);
+    keys = map_features(options.feature_map, 1.f, keys, problem.valid_keys(task.batch, first, count), problem.keys,
+                        key_rows, kp);
+    const float* values = load_tokens(v, first, count, task.width, value_rows, vp);
+    if (!reading) {
+      keys = decay_to_end(decays, keys, key_rows, kp);
+      write_state(decays, kp, vp / LANES, keys, 1, kp, values, state, vp);
+      if (normalize) add_rows(keys, z, kp);
+      continue;
+    }
+    transpose_padded(TOKENS, kp, keys, kp, keys_across, TOKENS);
+    const float* queries = load_tokens(q, first, count, problem.keys, query_rows, kp);
+    queries = map_features(options.feature_map, options.scale, queries, count, problem.keys, query_rows, kp);
+    reads_inside(decays, kp, queries, keys_across, inclusive, reads);
+    if (normalize) {
+      normalizers(queries, z, reads, options.eps, kp, inverse);
+      if (options.inverse != nullptr && first_part)
+        for (int i = 0; i < count; ++i) options.inverse[index * args.tokens + first + i] = inverse[i];
+      add_rows(keys, z, kp);
+    }
+    queries = decay_from_start(decays, queries, query_rows, kp);
+    float* read = room_for_tokens(o, first, count, task.width, outputs, vp);
+    tiles(TOKENS, vp / LANES, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
+      constexpr int R = decltype(r)::value, W = decltype(w)::value;
+      Vec sums[R][W];
+      clear(sums);
+      accumulate(sums, problem.keys, queries + i * kp, kp, 1, state + j * LANES, vp);
+      accumulate(sums, i + R, reads + i * TOKENS, TOKENS, 1, values + j * LANES, vp);
+      if (normalize) scale_rows(sums, inverse + i);
+      put(sums, read + i * vp + j * LANES, vp);
+    });
+    if (read == outputs) store_tokens(o, first, count, task.width, outputs, vp);
+    write_state(decays, kp, vp / LANES, keys_across, TOKENS, 1, values, state, vp);
+  }
+  give_state(args.final_state + index * matrix);
+}
+
+size_t forward_bytes(const Problem& problem) {
+  const size_t kp = problem.padded_keys, vp = problem.padded_values;
+  return 4 * (kp * vp + TOKENS * (4 * kp + 2 * vp) + SQUARE + 4 * kp) + 64 * 13;
+}
+
+bool good(int64_t threads, int64_t batch, int64_t heads, int64_t tokens, int64_t keys, int64_t values, int64_t decay) {
+  return threads >= 1 && batch >= 0 && heads >= 0 && tokens >= 0 && keys >= 0 && values >= 0 && keys < (1 << 20) &&
+         values < (1 << 20) && decay >= REGARD_DECAY_NONE && decay <= REGARD_DECAY_VECTOR;
+}
+
+bool shared_by(const regard_sequence& sequence, int64_t heads) {
+  return sequence.data == nullptr || (sequence.heads >= 1 && heads % sequence.heads == 0);
+}
+
+constexpr regard_linear_attention_options AS_THEY_ARE{};
+
+bool good(const regard_linear_attention_options& options, int64_t decay, int64_t inclusive) {
+  return decay == REGARD_DECAY_NONE && inclusive != 0 && options.feature_map >= REGARD_FEATURES_IDENTITY &&
+         options.feature_map <= REGARD_FEATURES_SILU;
+}
+
+int run_forward(const regard_gated_recurrence_args* args, const regard_linear_attention_options& options) {
+  if (!good(args->threads, args->batch, args->heads, args->tokens, args->key_width, args->value_width, args->decay) ||
+      !shared_by(args->q, args->heads) || !shared_by(args->k, args->heads) || args->checkpoint_every < TOKENS ||
+      args->checkpoint_every % TOKENS != 0)
+    return REGARD_BAD_ARGUMENT;
+  const Problem problem(args->threads, args->batch, args->heads, args->tokens, args->key_width, args->value_width,
+                        options);
+  const long tasks = static_cast<long>(args->batch * args->heads * problem.split.parts);
+  int failed = 0;
+  parallel_tasks(static_cast<int>(args->threads), tasks, [&](long number) {
+    const FlushDenormals flush;
+    Workspace memory(forward_bytes(problem));
+    if (memory)
+      forward(*args, problem, number, memory);
+    else
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+  });
+  return failed ? REGARD_OUT_OF_MEMORY : REGARD_OK;
+}
+
+// The gradients of reads between the tokens of a block with a decay for each feature, all of 16 rows: with
+// b_ij = do_i . v_j, 0 for what is not seen,
+//     queries_i = sum over j < i of b_ij k_j decay(j, i],     keys_j = sum over i > j of b_ij q_i decay(j, i].
+void decayed_gradients(const float* b, const float* q, const float* k, const float* each, int64_t ld, float* queries,
+                       float* keys) {
+  for (int64_t d = 0; d < ld; d += LANES) {
+    for (int i = 0; i < TOKENS; ++i) store(queries + i * ld + d, zero());
+    for (int j = 0; j < TOKENS; ++j) {
+      const Vec key = load(k + j * ld + d);
+      Vec decay = broadcast(1.f), total = zero();
+      for (int i = j + 1; i < TOKENS; ++i) {
+        decay = decay * load(each + i * ld + d);
+        const Vec weight = decay * b[i * TOKENS + j];
+        float* at = queries + i * ld + d;
+        store(at, fma(weight, key, load(at)));
+        total = fma(weight, load(q + i * ld + d), total);
+      }
+      store(keys + j * ld + d, total);
+    }
+  }
+}
+
+// sum over the value features of (decay S) R, for each key feature; both transposed.
+void carried_products(const Decays& decays, int values, const float* state, const float* later, int64_t ld,
+                      float* carried) {
+  for (int64_t d = 0; d < ld; d += LANES) {
+    Vec even = zero(), odd = zero();
+    for (int i = 0; i < values; i += 2) {
+      even = fma(load(state + i * ld + d), load(later + i * ld + d), even);
+      odd = fma(load(state + (i + 1) * ld + d), load(later + (i + 1) * ld + d), odd);
+    }
+    store(carried + d, exp(load(decays.sums + d)) * (even + odd));
+  }
+}
+
+// What the backward pass has in hand of a block. Rows of 16 tokens unless said.
+struct Block {
+  const float *q, *k, *v, *grad_o;
+  const float* queries;    // q decayed from the start
+  float *grad_q, *grad_k;  // from the states, not yet decayed; then whole
+  float *near_q, *near_k;  // from inside, VECTOR
+  float* grad_g;           // in the place of near_q
+  float* carried;          // (K)
+  float *reads, *weights;  // (16 x 16): q k decayed; do v masked
+};
+
+// VECTOR. A gate stands between writers before it and readers from it on. Those in other blocks are sums; those inside
+// are a reverse sum of q dq - k dk over pairs of different tokens, which cancels where it should to rounding.
+void finish_vector(const Decays& decays, const Block& x, bool inclusive, int64_t ld) {
+  decayed_gradients(x.weights, x.q, x.k, decays.each, ld, x.near_q, x.near_k);
+  for (int64_t d = 0; d < ld; d += LANES) {
+    Vec decay = broadcast(1.f), inside = zero(), readers = zero(), writers = zero();
+    Vec from_start[TOKENS];
+    for (int i = 0; i < TOKENS; ++i) {
+      decay = decay * load(decays.each + i * ld + d);
+      from_start[i] = decay;
+    }
+    Vec to_end = broadcast(1.f);
+    for (int i = TOKENS - 1; i >= 0; --i) {
+      const int64_t at = i * ld + d;
+      const Vec q = load(x.q + at), k = load(x.k + at), near_q = load(x.near_q + at), near_k = load(x.near_k + at),
+                far_q = load(x.grad_q + at) * from_start[i], far_k = load(x.grad_k + at) * to_end;
+      inside += q * near_q - k * near_k;
+      readers = fma(q, far_q, readers);
+      store(x.grad_g + at, inside + readers);
+      const float self = inclusive ? x.weights[i * TOKENS + i] : 0.f;
+      store(x.grad_q + at, far_q + fma(k, broadcast(self), near_q));
+      store(x.grad_k + at, far_k + fma(q, broadcast(self), near_k));
+      store(x.near_k + at, k * far_k);
+      to_end = to_end * load(decays.each + at);
+    }
+    const Vec carried = load(x.carried + d);
+    for (int i = 0; i < TOKENS; ++i) {
+      const int64_t at = i * ld + d;
+      const Vec all = load(x.grad_g + at) + writers + carried;
+      store(x.grad_g + at, select(reinterpret_cast<IntVec>(load(decays.each + at) == 0.f), zero(), all));
+      writers += load(x.near_k + at);
+    }
+  }
+}
+
+// NONE and SCALAR: gradients inside the block are matrix products.
+void finish_scalar(const Decays& decays, const Block& x, int64_t ld) {
+  alignas(64) float weights[SQUARE];
+  float readers[TOKENS], writers[TOKENS];
+  const bool decaying = decays.kind == REGARD_DECAY_SCALAR;
+  for (int i = 0; i < SQUARE; i += LANES)
+    store(weights + i, decaying ? load(x.weights + i) * load(decays.between + i) : load(x.weights + i));
+  if (decaying)
+    for (int i = 0; i < TOKENS; ++i) {
+      readers[i] = dot(x.queries + i * ld, x.grad_q + i * ld, ld);
+      writers[i] = dot(x.k + i * ld, x.grad_k + i * ld, ld) * decays.to_end[i];
+    }
+  tiles(TOKENS, static_cast<int>(ld) / LANES, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
+    constexpr int R = decltype(r)::value, W = decltype(w)::value;
+    Vec sums[R][W];
+#pragma GCC unroll 16
+    for (int a = 0; a < R; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < W; ++b)
+        sums[a][b] = load(x.grad_q + (i + a) * ld + (j + b) * LANES) * (decaying ? decays.from_start[i + a] : 1.f);
+    accumulate(sums, i + R, weights + i * TOKENS, TOKENS, 1, x.k + j * LANES, ld);
+    put(sums, x.grad_q + i * ld + j * LANES, ld);
+#pragma GCC unroll 16
+    for (int a = 0; a < R; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < W; ++b)
+        sums[a][b] = load(x.grad_k + (i + a) * ld + (j + b) * LANES) * (decaying ? decays.to_end[i + a] : 1.f);
+    accumulate(sums, TOKENS - i, weights + i * TOKENS + i, 1, TOKENS, x.q + i * ld + j * LANES, ld);
+    put(sums, x.grad_k + i * ld + j * LANES, ld);
+  });
+  if (!decaying) return;
+  // Pairs of tokens on both sides of gate t: writers before it, summed up to there for each reader, readers from it on.
+  float total = 0;
+  for (int64_t d = 0; d < ld; ++d) total += x.carried[d];
+  float before[TOKENS] = {};
+  float writers_before = 0;
+  for (int t = 0; t < TOKENS; ++t) {
+    float found = total + writers_before;
+    if (t > 0)
+      for (int i = t; i < TOKENS; ++i) {
+        before[i] += x.reads[i * TOKENS + t - 1] * x.weights[i * TOKENS + t - 1];
+        found += before[i];
+      }
+    float from_here = 0;
+    for (int i = t; i < TOKENS; ++i) from_here += readers[i];
+    x.grad_g[t * LANES] = decays.dead[t] ? 0.f : found + from_here;
+    writers_before += writers[t];
+  }
+}
+
+// The rows of a block times one number each, in `to`; zero after the last token.
+const float* divide_rows(const float* inverse, const float* rows, int count, float* to, int64_t ld) {
+  for (int i = 0; i < TOKENS; ++i)
+    for (int64_t d = 0; d < ld; d += LANES)
+      store(to + i * ld + d, i < count ? load(rows + i * ld + d) * inverse[i] : zero());
+  return to;
+}
+
+// What the denominators of the first `count` tokens add: with x.grad_o divided by them and with what that gave, the
+// gradient of token i's denominator is minus its inverse times (its gradient . its output), which is
+// q_i . grad_q_i + sum of reads_ij weights_ij. The normaliser is one more value feature, 1 at every token.
+void differentiate_normalizer(const Block& x, const float* inverse, int count, const float* z, float* later, int64_t ld) {
+  for (int j = 0; j < TOKENS; ++j)
+    for (int64_t d = 0; d < ld; d += LANES)
+      store(x.grad_k + j * ld + d, load(x.grad_k + j * ld + d) + load(later + d));
+  for (int i = 0; i < count; ++i) {
+    const float* reads = x.reads + i * TOKENS;
+    float *weights = x.weights + i * TOKENS, *grad_q = x.grad_q + i * ld;
+    const float change = -inverse[i] * (dot(x.q + i * ld, grad_q, ld) + dot(reads, weights, TOKENS));
+    for (int t = 0; t < TOKEN_VECTORS; ++t) {
+      const Vec before = load(weights + t * LANES);
+      store(weights + t * LANES, select(seen(i, t, true), before + change, before));
+    }
+    for (int64_t d = 0; d < ld; d += LANES) {
+      store(grad_q + d, fma(broadcast(change), load(z + d), load(grad_q + d)));
+      store(later + d, fma(broadcast(change), load(x.q + i * ld + d), load(later + d)));
+    }
+  }
+}
+
+// Where the gradients of a task go: into the tensors themselves, or each into a part of its own that is summed later.
+struct Gradients {
+  Rows q, k, v, g;
+  float* normalizer;  // (K) of the z before the first token; NULL: not wanted
+};
+
+struct BackwardMemory {
+  BackwardMemory(Workspace& memory, const Problem& problem, int64_t blocks) {
+    const size_t kp = problem.padded_keys, vp = problem.padded_values;
+    states = memory.take<float>(static_cast<size_t>(blocks) * kp * vp);
+    later = memory.take<float>(kp * vp);
+    matrix = memory.take<float>(kp * vp);
+    keys_across = memory.take<float>(kp * TOKENS);
+    values_across = memory.take<float>(vp * TOKENS);
+    grad_values_across = memory.take<float>(vp * TOKENS);
+    v = memory.take<float>(vp * TOKENS);
+    grad_o = memory.take<float>(vp * TOKENS);
+    float** const rows[] = {&q, &k, &raw, &queries, &block.grad_q, &block.grad_k, &block.near_q, &block.near_k, &decays.each};
+    for (float** each : rows) *each = memory.take<float>(kp * TOKENS);
+    block.grad_g = block.near_q;
+    normalizers = memory.take<float>(static_cast<size_t>(blocks) * kp);
+    float** const single[] = {&later_normalizer, &block.carried, &decays.whole, &decays.rest, &decays.sums};
+    for (float** each : single) *each = memory.take<float>(kp);
+    block.reads = memory.take<float>(SQUARE);
+    block.weights = memory.take<float>(SQUARE);
+  }
+
+  static size_t bytes(const Problem& problem, int64_t blocks) {
+    const size_t kp = problem.padded_keys, vp = problem.padded_values;
+    return 4 * ((blocks + 2) * kp * vp + TOKENS * (10 * kp + 4 * vp) + (blocks + 5) * kp + 2 * SQUARE) + 64 * 35;
+  }
+
+  float *states, *later, *matrix;
+  float *normalizers, *later_normalizer;  // z before each block; the gradient of z after it
+  float *keys_across, *values_across, *grad_values_across;
+  float *q, *k, *v, *grad_o, *queries, *raw;
+  Block block;
+  Decays decays;
+};
+
+void backward(const regard_gated_recurrence_backward_args& args, const Problem& problem, int64_t number,
+              const Gradients& to, Workspace& workspace) {
+  const Task task(problem, number);
+  const int64_t index = task.batch * args.heads + task.head;
+  const int kp = problem.padded_keys, vp = problem.padded_values;
+  const int64_t columns = problem.columns, matrix = problem.keys * columns, size = static_cast<int64_t>(kp) * vp;
+  const regard_linear_attention_options& options = problem.options;
+  const bool normalize = options.normalize != 0;
+  const bool reading = args.grad_o.data != nullptr, inclusive = args.inclusive != 0;
+  const Rows q(args.q, task.batch, task.head, args.heads), k(args.k, task.batch, task.head, args.heads),
+      v(args.v, task.batch, task.head, args.heads, task.first), g(args.g, task.batch, task.head, args.heads),
+      grad_o(args.grad_o, task.batch, task.head, args.heads, task.first);
+  const int64_t blocks = least(args.checkpoint_every, round_up(args.tokens, TOKENS)) / TOKENS;
+  BackwardMemory memory(workspace, problem, blocks);
+  Block& x = memory.block;
+  Decays& decays = memory.decays;
+  decays.kind = args.decay;
+
+  // (K x V) of the caller's to (V x K)
+  auto take_matrix = [&](const float* from, float* transposed) {
+    for (int64_t i = 0; i < size; i += LANES) store(memory.matrix + i, zero());
+    if (from != nullptr)
+      load_rows(from + task.first, columns, problem.keys, task.width, memory.matrix, vp);
+    transpose_padded(kp, vp, memory.matrix, vp, transposed, kp);
+  };
+  const float* grad_final = args.grad_final_state == nullptr ? nullptr : args.grad_final_state + index * matrix;
+  take_matrix(grad_final, memory.later);
+  // parts of the value features add up, so that one of them alone begins with it
+  if (normalize) problem.take_normalizer(task.part == 0 ? grad_final : nullptr, memory.later_normalizer);
+  auto take_keys = [&](int64_t first, int count) {
+    return map_features(options.feature_map, 1.f, load_tokens(k, first, count, problem.keys, memory.k, kp),
+                        problem.valid_keys(task.batch, first, count), problem.keys, memory.k, kp);
+  };
+
+  if (!reading) {
+    for (int i = 0; i < TOKENS * kp; i += LANES) store(memory.q + i, zero());
+    for (int i = 0; i < TOKENS * vp; i += LANES) store(memory.grad_o + i, zero());
+    x.q = memory.q;
+    x.grad_o = memory.grad_o;
+  }
+  const int64_t segments = ceil_div(args.tokens, args.checkpoint_every);
+  for (int64_t segment = segments - 1; segment >= 0; --segment) {
+    const int64_t start = segment * args.checkpoint_every, end = least(start + args.checkpoint_every, args.tokens);
+    const float* checkpoint = args.state == nullptr ? nullptr : args.state + index * matrix;
+    if (segment > 0) checkpoint = args.checkpoints + (index * (segments - 1) + segment - 1) * matrix;
+    take_matrix(checkpoint, memory.states);
+    if (normalize) problem.take_normalizer(checkpoint, memory.normalizers);
+    for (int64_t first = start; first + TOKENS < end; first += TOKENS) {
+      float* state = memory.states + (first - start) / TOKENS * size;
+      take_decays(decays, g, first, TOKENS, problem.keys, kp);
+      const float* keys = take_keys(first, TOKENS);
+      if (normalize) {
+        float* z = memory.normalizers + (first - start) / TOKENS * kp;
+        memcpy(z + kp, z, sizeof(float) * kp);
+        add_rows(keys, z + kp, kp);
+      }
+      const float* values = load_tokens(v, first, TOKENS, task.width, memory.v, vp);
+      keys = decay_to_end(decays, keys, memory.k, kp);
+      write_transposed(decays, vp, kp / LANES, values, vp, keys, state, state + size, kp);
+    }
+    for (int64_t first = start + (end - start - 1) / TOKENS * TOKENS; first >= start; first -= TOKENS) {
+      const float* state = memory.states + (first - start) / TOKENS * size;
+      const int count = static_cast<int>(least<int64_t>(TOKENS, end - first));
+      take_decays(decays, g, first, count, problem.keys, kp);
+      x.k = take_keys(first, count);
+      x.v = load_tokens(v, first, count, task.width, memory.v, vp);
+      transpose_padded(TOKENS, kp, x.k, kp, memory.keys_across, TOKENS);
+      if (reading) {
+        x.q = map_features(options.feature_map, options.scale,
+                           load_tokens(q, first, count, problem.keys, memory.q, kp), count, problem.keys, memory.q, kp);
+        x.grad_o = load_tokens(grad_o, first, count, task.width, memory.grad_o, vp);
+        if (normalize)
+          x.grad_o = divide_rows(options.inverse + index * args.tokens + first, x.grad_o, count, memory.grad_o, vp);
+      }
+      transpose_padded(TOKENS, vp, x.v, vp, memory.values_across, TOKENS);
+      x.queries = decay_from_start(decays, x.q, memory.queries, kp);
+      multiply(TOKENS, TOKEN_VECTORS, vp, x.grad_o, vp, 1, memory.values_across, TOKENS, x.weights, TOKENS);
+      for (int i = 0; i < TOKENS; ++i)
+        for (int t = 0; t < TOKEN_VECTORS; ++t) {
+          float* at = x.weights + i * TOKENS + t * LANES;
+          store(at, select(seen(i, t, inclusive), load(at), zero()));
+        }
+      reads_inside(decays, kp, x.q, memory.keys_across, inclusive, x.reads);
+
+      multiply(TOKENS, kp / LANES, vp, x.grad_o, vp, 1, state, kp, x.grad_q, kp);
+      multiply(TOKENS, kp / LANES, vp, x.v, vp, 1, memory.later, kp, x.grad_k, kp);
+      if (normalize)
+        differentiate_normalizer(x, options.inverse + index * args.tokens + first, reading ? count : 0,
+                                 memory.normalizers + (first - start) / TOKENS * kp, memory.later_normalizer, kp);
+      if (to.v.data != nullptr) {
+        tiles(vp, TOKEN_VECTORS, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
+          constexpr int R = decltype(r)::value, W = decltype(w)::value;
+          Vec sums[R][W];
+          clear(sums);
+          accumulate(sums, problem.keys, memory.later + i * kp, kp, 1, memory.keys_across + j * LANES, TOKENS);
+          accumulate(sums, TOKENS, x.grad_o + i, 1, vp, x.reads + j * LANES, TOKENS);
+          put(sums, memory.grad_values_across + i * TOKENS + j * LANES, TOKENS);
+        });
+        transpose_padded(vp, TOKENS, memory.grad_values_across, TOKENS, memory.values_across, vp);
+        store_tokens(to.v, first, count, task.width, memory.values_across, vp);
+      }
+      if (args.decay != REGARD_DECAY_NONE)
+        carried_products(decays, vp, state, memory.later, kp, x.carried);
+      if (args.decay == REGARD_DECAY_VECTOR)
+        finish_vector(decays, x, inclusive, kp);
+      else
+        finish_scalar(decays, x, kp);
+      if (to.q.data != nullptr) {
+        if (options.feature_map != REGARD_FEATURES_AS_THEY_ARE && reading)
+          differentiate_features(options.feature_map, options.scale,
+                                 load_tokens(q, first, count, problem.keys, memory.raw, kp), count, x.grad_q, kp);
+        store_tokens(to.q, first, count, problem.keys, x.grad_q, kp);
+      }
+      if (to.k.data != nullptr) {
+        if (options.feature_map != REGARD_FEATURES_AS_THEY_ARE)
+          differentiate_features(options.feature_map, 1.f,
+                                 load_tokens(k, first, count, problem.keys, memory.raw, kp),
+                                 problem.valid_keys(task.batch, first, count), x.grad_k, kp);
+        store_tokens(to.k, first, count, problem.keys, x.grad_k, kp);
+      }
+      if (to.g.data != nullptr)
+        store_tokens(to.g, first, count, args.decay == REGARD_DECAY_VECTOR ? problem.keys : 1, x.grad_g,
+                     args.decay == REGARD_DECAY_VECTOR ? kp : LANES);
+      write_transposed(decays, vp, kp / LANES, x.grad_o, vp, x.queries, memory.later, memory.later, kp);
+    }
+  }
+  if (args.grad_state != nullptr) {
+    transpose_padded(vp, kp, memory.later, kp, memory.matrix, vp);
+    store_rows(args.grad_state + index * matrix + task.first, columns, problem.keys, task.width, memory.matrix, vp);
+    if (to.normalizer != nullptr) memcpy(to.normalizer, memory.later_normalizer, sizeof(float) * problem.keys);
+  }
+}
+
+// Gradients in parts, one for every task, (tasks, N, width).
+struct Parts {
+  Parts(const regard_sequence& to, int64_t heads, int64_t parts, int64_t tokens, int64_t width)
+      : each(to.data == nullptr ? 1 : heads / to.heads * parts), tokens(tokens), width(width) {}
+
+  bool needed() const { return each > 1; }
+  size_t count(int64_t tasks) const { return needed() ? static_cast<size_t>(tasks * tokens * width) : 0; }
+
+  Rows rows(const regard_sequence& to, const Problem& problem, int64_t number) const {
+    const Task task(problem, number);
+    if (!needed()) return Rows(to, task.batch, task.head, problem.heads);
+    regard_sequence own{memory, REGARD_FLOAT32, 1, 0, 0, width};
+    own.data = memory + number * tokens * width;
+    return Rows(own, 0, 0, 1);
+  }
+
+  // The sum of the parts of one head over a range of tokens, in the order of the tasks.
+  void merge(const regard_sequence& to, int64_t batch, int64_t head, int64_t first, int64_t last) const {
+    const Rows out(to, batch, head, to.heads);
+    const float* from = memory + (batch * to.heads + head) * each * tokens * width;
+    for (int64_t token = first; token < last; ++token)
+      for (int64_t j = 0; j < width; j += LANES) {
+        const int wide = static_cast<int>(least<int64_t>(LANES, width - j));
+        Vec total = zero();
+        for (int64_t part = 0; part < each; ++part) total += load(from + (part * tokens + token) * width + j, wide);
+        alignas(64) float row[LANES];
+        store(row, total);
+        Rows here = out;
+        here.data = static_cast<char*>(here.data) + j * (here.dtype == REGARD_BFLOAT16 ? 2 : 4);
+        store_tokens(here, token, 1, wide, row, LANES);
+      }
+  }
+
+  int64_t each, tokens, width;
+  float* memory = nullptr;
+};
+
+int run_backward(const regard_gated_recurrence_backward_args* args, const regard_linear_attention_options& options) {
+  if (!good(args->threads, args->batch, args->heads, args->tokens, args->key_width, args->value_width, args->decay) ||
+      !shared_by(args->q, args->heads) || !shared_by(args->k, args->heads) || !shared_by(args->grad_q, args->heads) ||
+      !shared_by(args->grad_k, args->heads) || args->checkpoint_every < TOKENS || args->checkpoint_every % TOKENS != 0)
+    return REGARD_BAD_ARGUMENT;
+  const Problem problem(args->threads, args->batch, args->heads, args->tokens, args->key_width, args->value_width,
+                        options);
+  const int64_t split = problem.split.parts, tokens = args->tokens;
+  const long tasks = static_cast<long>(args->batch * args->heads * split);
+  const int64_t gates = args->decay == REGARD_DECAY_VECTOR ? args->key_width : 1;
+  Parts q(args->grad_q, args->heads, split, tokens, args->key_width),
+      k(args->grad_k, args->heads, split, tokens, args->key_width), g(args->grad_g, args->heads, split, tokens, gates);
+  const bool of_normalizer = options.normalize != 0 && args->grad_state != nullptr;
+  const int64_t normalizer_width = of_normalizer ? args->key_width : 0;
+  Workspace parts(4 * (q.count(tasks) + k.count(tasks) + g.count(tasks) + tasks * normalizer_width) + 4 * 64);
+  if (!parts) return REGARD_OUT_OF_MEMORY;
+  Parts* const all[] = {&q, &k, &g};
+  for (Parts* each : all) each->memory = parts.take<float>(each->count(tasks));
+  float* const normalizers = parts.take<float>(tasks * normalizer_width);
+  const int64_t blocks = least(args->checkpoint_every, round_up(tokens, TOKENS)) / TOKENS;
+  int failed = 0;
+  parallel_tasks(static_cast<int>(args->threads), tasks, [&](long number) {
+    const FlushDenormals flush;
+    Workspace memory(BackwardMemory::bytes(problem, blocks));
+    if (!memory) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    const Task task(problem, number);
+    const Gradients to{q.rows(args->grad_q, problem, number), k.rows(args->grad_k, problem, number),
+                       Rows(args->grad_v, task.batch, task.head, args->heads, task.first),
+                       g.rows(args->grad_g, problem, number),
+                       of_normalizer ? normalizers + number * normalizer_width : nullptr};
+    backward(*args, problem, number, to, memory);
+  });
+  if (failed) return REGARD_OUT_OF_MEMORY;
+  constexpr int64_t RANGE = 256;
+  const int64_t ranges = ceil_div(tokens, RANGE);
+  const regard_sequence* const outputs[] = {&args->grad_q, &args->grad_k, &args->grad_g};
+  for (int i = 0; i < 3; ++i) {
+    const regard_sequence& to = *outputs[i];
+    if (!all[i]->needed()) continue;
+    parallel_tasks(static_cast<int>(args->threads), static_cast<long>(args->batch * to.heads * ranges), [&](long number) {
+      const int64_t first = number % ranges * RANGE, head = number / ranges % to.heads,
+                    batch = number / ranges / to.heads;
+      all[i]->merge(to, batch, head, first, least(first + RANGE, tokens));
+    });
+  }
+  if (of_normalizer)
+    for (int64_t head = 0; head < args->batch * args->heads; ++head) {
+      float *const total = normalizers + head * split * normalizer_width;
+      for (int64_t i = normalizer_width; i < split * normalizer_width; ++i) total[i % normalizer_width] += total[i];
+      problem.give_normalizer(total, args->grad_state + head * normalizer_width * problem.columns);
+    }
+  return REGARD_OK;
+}
+
+}  // namespace
+
+int gated_recurrence(const regard_gated_recurrence_args* args) { return run_forward(args, AS_THEY_ARE); }
+
+int gated_recurrence_backward(const regard_gated_recurrence_backward_args* args) {
+  return run_backward(args, AS_THEY_ARE);
+}
+
+int linear_attention(const regard_linear_attention_args* args) {
+  if (!good(args->options, args->recurrence.decay, args->recurrence.inclusive)) return REGARD_BAD_ARGUMENT;
+  return run_forward(&args->recurrence, args->options);
+}
+
+int linear_attention_backward(const regard_linear_attention_backward_args* args) {
+  const bool reads = args->options.normalize != 0 && args->recurrence.grad_o.data != nullptr;
+  if (!good(args->options, args->recurrence.decay, args->recurrence.inclusive) ||
+      (reads && args->options.inverse == nullptr))
+    return REGARD_BAD_ARGUMENT;
+  return run_backward(&args->recurrence, args->options);
+}
+
+namespace {
+
+// One state, read once and written once; `streaming` past the caches.
+template <bool STREAMING>
+void step_state(const Rows& q, const Rows& k, const Rows& v, const Rows& g, int64_t decay, bool correcting, float beta,
+                int keys, int values, int64_t vp, const float* state, const Rows& o, float* to, float* memory) {
+  float *u = memory, *outputs = memory + vp, *query = memory + 2 * vp, *key = query + round_up(keys, LANES),
+        *decays = key + round_up(keys, LANES);
+  load_token(v, values, u);
+  load_token(k, keys, key);
+  load_token(q, keys, query);
+  if (decay == REGARD_DECAY_VECTOR) {
+    load_token(g, keys, decays);
+    for (int d = 0; d < keys; d += LANES) store(decays + d, exp(load(decays + d)));
+  } else {
+    const Vec all = decay == REGARD_DECAY_SCALAR ? exp(broadcast(load_number(g, 0))) : broadcast(1.f);
+    for (int d = 0; d < keys; d += LANES) store(decays + d, all);
+  }
+  constexpr int WIDE = 4;
+  int j = 0;
+  auto columns = [&](auto w, int tail) __attribute__((always_inline)) {
+    constexpr int W = decltype(w)::value;
+    auto row = [&](int d, int c) __attribute__((always_inline)) {
+      const float* from = state + static_cast<int64_t>(d) * values + j + c * LANES;
+      return c + 1 < W || tail == LANES ? load(from) : load(from, tail);
+    };
+    Vec value[W], output[W];
+#pragma GCC unroll 4
+    for (int c = 0; c < W; ++c) {
+      value[c] = load(u + j + c * LANES);
+      output[c] = zero();
+    }
+    if (correcting) {
+      for (int d = 0; d < keys; ++d) {
+        const Vec x = broadcast(decays[d] * key[d]);
+#pragma GCC unroll 4
+        for (int c = 0; c < W; ++c) output[c] = fma(x, row(d, c), output[c]);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < W; ++c) {
+        value[c] = beta * (value[c] - output[c]);
+        output[c] = zero();
+      }
+    }
+    for (int d = 0; d < keys; ++d) {
+      const Vec a = broadcast(decays[d]), b = broadcast(key[d]), y = broadcast(query[d]);
+#pragma GCC unroll 4
+      for (int c = 0; c < W; ++c) {
+        const Vec x = fma(b, value[c], a * row(d, c));
+        output[c] = fma(y, x, output[c]);
+        float* at = to + static_cast<int64_t>(d) * values + j + c * LANES;
+        if (c + 1 < W || tail == LANES) {
+#if defined(__AVX512F__)
+          if (STREAMING)
+            _mm512_stream_ps(at, reinterpret_cast<__m512>(x));
+          else
+            store(at, x);
+#elif defined(__AVX__)
+          if (STREAMING)
+            _mm256_stream_ps(at, reinterpret_cast<__m256>(x));
+          else
+            store(at, x);
+#else
+          store(at, x);
+#endif
+        } else {
+          store(at, x, tail);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < W; ++c) store(outputs + j + c * LANES, output[c]);
+  };
+  for (; j + WIDE * LANES <= values; j += WIDE * LANES) columns(Constant<WIDE>{}, LANES);
+  for (; j < values; j += LANES) columns(Constant<1>{}, least(LANES, values - j));
+  store_tokens(o, 0, 1, values, outputs, vp);
+}
+
+}  // namespace
+
+int gated_recurrence_step(const regard_gated_recurrence_step_args* args) {
+  if (!good(args->threads, args->batch, args->heads, 1, args->key_width, args->value_width, args->decay) ||
+      !shared_by(args->q, args->heads) || !shared_by(args->k, args->heads))
+    return REGARD_BAD_ARGUMENT;
+  const int keys = static_cast<int>(args->key_width), values = static_cast<int>(args->value_width);
+  const int64_t heads = args->heads, states = args->batch * heads, matrix = static_cast<int64_t>(keys) * values;
+  const int64_t kp = round_up(keys, LANES), vp = round_up(values, LANES);
+  // Written past the caches once old and new states do not fit in them anyway; such stores need whole aligned vectors.
+  const bool streaming = 2 * 4 * states * matrix > (int64_t{32} << 20) && values % LANES == 0 &&
+                         reinterpret_cast<uintptr_t>(args->new_state) % (LANES * 4) == 0;
+  const int64_t run = most<int64_t>(1, least<int64_t>(ceil_div(states, args->threads), (1 << 16) / most<int64_t>(1, matrix)));
+  int failed = 0;
+  parallel_tasks(static_cast<int>(args->threads), static_cast<long>(ceil_div(states, run)), [&](long number) {
+    const FlushDenormals flush;
+    Workspace memory(4 * (2 * vp + 3 * kp));
+    if (!memory) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t i = number * run; i < least((number + 1) * run, states); ++i) {
+      const int64_t batch = i / heads, head = i % heads;
+      const Rows q(args->q, batch, head, heads), k(args->k, batch, head, heads), v(args->v, batch, head, heads),
+          g(args->g, batch, head, heads), b(args->beta, batch, head, heads), o(args->o, batch, head, heads);
+      const bool correcting = args->beta.data != nullptr;
+      const float beta = correcting ? load_number(b, 0) : 0.f;
+      (streaming ? step_state<true> : step_state<false>)(q, k, v, g, args->decay, correcting, beta, keys, values, vp,
+                                                         args->state + i * matrix, o, args->new_state + i * matrix,
+                                                         static_cast<float*>(memory.memory));
+    }
+#if defined(__SSE2__)
+    if (streaming) _mm_sfence();
+#endif
+  });
+  return failed ? REGARD_OUT_OF_MEMORY : REGARD_OK;
+}
+
+}  // namespace REGARD_ISA

@@ -1,0 +1,474 @@
+"""The gated recurrence in C++ (see `native/src/recurrence.cpp`), and one token of it. With a beta: `delta_rule`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.backends.native import delta_rule, library, recycled
+from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.torch.gated_recurrence import for_each_head
+from regard.contract import Unsupported
+
+CHECKPOINT_EVERY = 256
+"""Tokens between two states that a forward call keeps for its backward call: a quarter of the size of v when K = V = 64."""
+
+
+class Sequence(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("batch_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+    )
+
+
+_SIZES = (
+    ("threads", ctypes.c_int64),
+    ("batch", ctypes.c_int64),
+    ("heads", ctypes.c_int64),
+    ("tokens", ctypes.c_int64),
+    ("key_width", ctypes.c_int64),
+    ("value_width", ctypes.c_int64),
+    ("decay", ctypes.c_int64),
+    ("inclusive", ctypes.c_int64),
+    ("checkpoint_every", ctypes.c_int64),
+)
+
+
+class GatedRecurrence(library.Arguments):
+    kernel = "gated_recurrence"
+    _fields_ = (
+        *_SIZES,
+        ("q", Sequence),
+        ("k", Sequence),
+        ("v", Sequence),
+        ("g", Sequence),
+        ("state", ctypes.c_void_p),
+        ("o", Sequence),
+        ("final_state", ctypes.c_void_p),
+        ("checkpoints", ctypes.c_void_p),
+    )
+
+
+class GatedRecurrenceBackward(library.Arguments):
+    kernel = "gated_recurrence_backward"
+    _fields_ = (
+        *_SIZES,
+        ("q", Sequence),
+        ("k", Sequence),
+        ("v", Sequence),
+        ("g", Sequence),
+        ("state", ctypes.c_void_p),
+        ("checkpoints", ctypes.c_void_p),
+        ("grad_o", Sequence),
+        ("grad_final_state", ctypes.c_void_p),
+        ("grad_q", Sequence),
+        ("grad_k", Sequence),
+        ("grad_v", Sequence),
+        ("grad_g", Sequence),
+        ("grad_state", ctypes.c_void_p),
+    )
+
+
+class GatedRecurrenceStep(library.Arguments):
+    kernel = "gated_recurrence_step"
+    _fields_ = (
+        ("threads", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("key_width", ctypes.c_int64),
+        ("value_width", ctypes.c_int64),
+        ("decay", ctypes.c_int64),
+        ("q", Sequence),
+        ("k", Sequence),
+        ("v", Sequence),
+        ("g", Sequence),
+        ("beta", Sequence),
+        ("state", ctypes.c_void_p),
+        ("o", Sequence),
+        ("new_state", ctypes.c_void_p),
+    )
+
+
+def run(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    chunk_size: int,
+    sub_chunk: int,
+    inclusive: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """See :func:`regard.engines.gated_recurrence.gated_recurrence`.
+
+    Inputs are read where they lie, float32 or bfloat16 each. The kernel has blocks of its own: `chunk_size` and
+    `sub_chunk` would change rounding only.
+    """
+    if beta is not None:
+        q = None if q is None else for_each_head(q, v)
+        k = for_each_head(k, v)
+        return delta_rule.run(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
+    state = None if state is None else state.float()
+    keep = needs_gradient(q, k, v, log_decay, state)
+    o, final_state, _ = _gated_recurrence(q, k, v, log_decay, state, inclusive, keep)
+    return (None if q is None else o), final_state
+
+
+def refuses(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    chunk_size: int,
+    sub_chunk: int,
+    inclusive: bool,
+) -> str | None:
+    """Why the kernel does not take such a call; None when it does."""
+    if v.ndim != 4:
+        return f"v has {v.ndim} axes, not 4"
+    reason = refusal(v.shape[:3], q, k, v, log_decay, state)
+    if reason is None and beta is not None:
+        q = None if q is None else for_each_head(q, v)
+        k = for_each_head(k, v)
+        return delta_rule.refuses(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
+    return reason
+
+
+def run_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`regard.engines.gated_recurrence.gated_recurrence_step`."""
+    return _gated_recurrence_step(q, k, v, log_decay, beta, state)
+
+
+def refuses_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
+) -> str | None:
+    """Why the kernel does not take such a step; None when it does."""
+    if v.ndim != 3:
+        return f"v has {v.ndim} axes, not 3"
+    if state.dtype != torch.float32:
+        return f"the state is {str(state.dtype)[6:]}, not float32"
+    if beta is not None and (beta.shape != v.shape[:2] or beta.dtype not in library.DTYPES or not beta.is_cpu):
+        return f"beta has shape {tuple(beta.shape)} in {str(beta.dtype)[6:]} on {beta.device.type}"
+    return refusal(v.shape[:2], q, k, v, log_decay, state)
+
+
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def refusal(
+    lead: torch.Size,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    more_columns: int = 0,
+) -> str | None:
+    """`lead`: (B, H, N), or (B, H) for one token. `more_columns`: of states than value features."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", g), ("state", state)):
+        if x is None:
+            continue
+        if x.dtype not in library.DTYPES:
+            return f"it computes in float32 and bfloat16, and {name} is {str(x.dtype)[6:]}"
+        if not x.is_cpu:
+            return f"it runs on cpu, and {name} is on {x.device.type}"
+    width, value_width = k.shape[-1], v.shape[-1]
+    if width < 1 or value_width < 1:
+        return "keys or values without features"
+    batch, heads, *tokens = lead
+    for name, x in (("q", q), ("k", k)):
+        if x is None:
+            continue
+        shared = x.ndim == v.ndim and x.shape[1] > 0 and heads % x.shape[1] == 0
+        if not shared or x.shape != (batch, x.shape[1], *tokens, width):
+            return f"{name} has shape {tuple(x.shape)} for v of shape {tuple(v.shape)} and {width} key features"
+    if g is not None and g.shape not in ((*lead, 1), (*lead, width)):
+        return f"log_decay has shape {tuple(g.shape)}, not {tuple(lead)} and 1 or {width}"
+    matrix = (width, value_width + more_columns)
+    if state is not None and state.shape != (batch, heads, *matrix):
+        return f"state has shape {tuple(state.shape)}, not {(batch, heads, *matrix)}"
+    return None
+
+
+def _check(lead: torch.Size, q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None) -> None:
+    reason = refusal(lead, q, k, v, g, state)
+    if reason is None and state is not None and state.dtype != torch.float32:
+        reason = f"the state is {str(state.dtype)[6:]}, not float32"
+    if reason is not None:
+        raise Unsupported(f"the native gated recurrence with such tensors: {reason}", nearest="backend='torch'")
+
+
+def sequence(x: Tensor | None) -> Sequence:
+    """A tensor (B, heads, N, width) with a contiguous last axis; the caller keeps it alive."""
+    if x is None:
+        return Sequence()
+    batch, head, token, _ = x.stride()
+    return Sequence(x.data_ptr(), library.DTYPES[x.dtype], x.shape[1], batch, head, token)
+
+
+def _row(x: Tensor | None) -> Sequence:
+    """A tensor (B, heads, width) with a contiguous last axis, or (B, heads)."""
+    if x is None:
+        return Sequence()
+    batch, head = x.stride()[:2]
+    return Sequence(x.data_ptr(), library.DTYPES[x.dtype], x.shape[1], batch, head, 0)
+
+
+def sizes(k: Tensor, v: Tensor, g: Tensor | None, inclusive: bool) -> tuple[int, ...]:
+    batch, heads, tokens, value_width = v.shape
+    decay = _decay(g)
+    every = CHECKPOINT_EVERY
+    return torch.get_num_threads(), batch, heads, tokens, k.shape[-1], value_width, decay, int(inclusive), every
+
+
+def _decay(g: Tensor | None) -> int:
+    return 0 if g is None else 1 if g.shape[-1] == 1 else 2
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else rows_contiguous(x)
+
+
+def _empty_results(q: Tensor | None, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, value_width = v.shape
+    matrix = (k.shape[-1], value_width)
+    o = v.new_empty(v.shape if q is not None else (0,))
+    kept = checkpoint_count(tokens) if keep else 0
+    return (
+        o,
+        v.new_empty((batch, heads, *matrix), dtype=torch.float32),
+        v.new_empty((batch, heads, kept, *matrix), dtype=torch.float32),
+    )
+
+
+def checkpoint_count(tokens: int) -> int:
+    return max(0, (tokens - 1) // CHECKPOINT_EVERY)
+
+
+@torch.library.custom_op("regard::gated_recurrence", mutates_args=())
+def _gated_recurrence(
+    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, inclusive: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (empty when q is None), the final state, and with `keep` the states that backward starts from."""
+    _check(v.shape[:3], q, k, v, g, state)
+    q, k, v, g = rows(q), rows_contiguous(k), rows_contiguous(v), rows(g)
+    state = None if state is None else state.contiguous()
+    o, final_state, checkpoints = _empty_results(q, k, v, keep)
+    library.call(
+        GatedRecurrence(
+            *sizes(k, v, g, inclusive),
+            sequence(q),
+            sequence(k),
+            sequence(v),
+            sequence(g),
+            pointer(state),
+            Sequence() if q is None else sequence(o),
+            final_state.data_ptr(),
+            checkpoints.data_ptr() if keep and checkpoints.numel() else None,
+        )
+    )
+    return o, final_state, checkpoints
+
+
+@_gated_recurrence.register_fake
+def _(
+    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, inclusive: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_results(q, k, v, keep)
+
+
+@torch.library.custom_op("regard::gated_recurrence_backward", mutates_args=())
+def _gated_recurrence_backward(
+    grad_o: Tensor | None,
+    grad_final_state: Tensor | None,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    checkpoints: Tensor,
+    inclusive: bool,
+    needed: list[bool],
+) -> list[Tensor]:
+    """Gradients of q, k, v, g and state, empty where not needed."""
+    _check(v.shape[:3], q, k, v, g, state)
+    batch, heads, tokens, value_width = v.shape
+    matrix = (k.shape[-1], value_width)
+    same("checkpoints", checkpoints, (batch, heads, checkpoint_count(tokens), *matrix), torch.float32)
+    if grad_o is not None:
+        same("grad_o", grad_o, tuple(v.shape) if q is not None else (0,), v.dtype)
+    if grad_final_state is not None:
+        same("grad_final_state", grad_final_state, (batch, heads, *matrix), torch.float32)
+    grads = _empty_gradients(q, k, v, g, state, needed)
+    reading = q is not None and grad_o is not None
+    grad_o = rows(grad_o) if reading else None
+    q, k, v, g = rows(q), rows_contiguous(k), rows_contiguous(v), rows(g)
+    state = None if state is None else state.contiguous()
+    grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
+    checkpoints = checkpoints.contiguous()
+    to = [grad if want else None for grad, want in zip(grads, needed, strict=True)]
+    library.call(
+        GatedRecurrenceBackward(
+            *sizes(k, v, g, inclusive),
+            sequence(q),
+            sequence(k),
+            sequence(v),
+            sequence(g),
+            pointer(state),
+            pointer(checkpoints),
+            sequence(grad_o),
+            pointer(grad_final_state),
+            *map(sequence, to[:4]),
+            pointer(to[4]),
+        )
+    )
+    return grads
+
+
+@_gated_recurrence_backward.register_fake
+def _(
+    grad_o: Tensor | None,
+    grad_final_state: Tensor | None,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    checkpoints: Tensor,
+    inclusive: bool,
+    needed: list[bool],
+) -> list[Tensor]:
+    return _empty_gradients(q, k, v, g, state, needed)
+
+
+def _empty_gradients(
+    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, needed: list[bool]
+) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape) if want and x is not None else v.new_empty(0)
+        for x, want in zip((q, k, v, g, state), needed, strict=True)
+    ]
+
+
+def same(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if x.shape != shape or x.dtype != dtype or not x.is_cpu:
+        raise Unsupported(
+            f"{name} of shape {tuple(x.shape)} in {str(x.dtype)[6:]} on {x.device.type}",
+            supported=f"shape {shape} in {str(dtype)[6:]} on cpu",
+        )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.inclusive, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, grad_checkpoints: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_o is None and grad_final_state is None:
+        return (None,) * 7
+    *inputs, checkpoints = ctx.saved_tensors
+    if not ctx.keep:
+        raise Unsupported("the gradient of a gated recurrence called with keep=False", supported="keep=True")
+    needed = [x is not None and want for x, want in zip(inputs, ctx.needs_input_grad[:5], strict=True)]
+    grads = _gated_recurrence_backward(grad_o, grad_final_state, *inputs, checkpoints, ctx.inclusive, needed)
+    return (*(grad if want else None for grad, want in zip(grads, needed, strict=True)), None, None)
+
+
+_gated_recurrence.register_autograd(_differentiate, setup_context=_save)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    raise Unsupported(
+        "a second derivative of the native gated recurrence", supported="first derivatives", nearest="backend='torch'"
+    )
+
+
+_gated_recurrence_backward.register_autograd(_no_second_derivative)
+
+
+@torch.library.custom_op("regard::gated_recurrence_step", mutates_args=())
+def _gated_recurrence_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The output and the next state."""
+    reason = refuses_step(q, k, v, g, beta, state)
+    if reason is not None:
+        raise Unsupported(f"a native step with such tensors: {reason}", nearest="backend='torch'")
+    q, k, v, g, state = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows(g), state.contiguous()
+    o, new_state = v.new_empty(v.shape), recycled.empty(state.shape)
+    library.call(
+        GatedRecurrenceStep(
+            torch.get_num_threads(),
+            *v.shape[:2],
+            *state.shape[2:],
+            _decay(g),
+            _row(q),
+            _row(k),
+            _row(v),
+            _row(g),
+            _row(beta),
+            state.data_ptr(),
+            _row(o),
+            new_state.data_ptr(),
+        )
+    )
+    return o, new_state
+
+
+@_gated_recurrence_step.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_step(ctx: Any, grad_o: Tensor, grad_new_state: Tensor) -> tuple[Tensor | None, ...]:
+    """One step back, with the states' products in torch: training does not go token by token."""
+    inputs = q, k, v, g, beta, state = ctx.saved_tensors
+    decay = None if g is None else g.float().exp()[..., None]
+    decayed = state if decay is None else decay * state
+    keys, queries = for_each_head(k, v).float(), for_each_head(q, v).float()
+    values = v.float()
+    if beta is not None:
+        errors = values - torch.einsum("bhkv,bhk->bhv", decayed, keys)
+        values = beta.float()[..., None] * errors
+    new_state = decayed + keys[..., None] * values[..., None, :]
+    grad_o = grad_o.float()
+    later = grad_new_state + queries[..., None] * grad_o[..., None, :]
+    grad_q, grad_k = (torch.einsum("bhkv,bhv->bhk", x, y) for x, y in ((new_state, grad_o), (later, values)))
+    grad_v, grad_beta = torch.einsum("bhkv,bhk->bhv", later, keys), None
+    if beta is not None:
+        grad_beta = (grad_v * errors).sum(-1)
+        grad_v = beta.float()[..., None] * grad_v
+        grad_k = grad_k - torch.einsum("bhkv,bhv->bhk", decayed, grad_v)
+        later = later - keys[..., None] * grad_v[..., None, :]
+    grad_g = None if g is None else (later * decayed).sum(-1).sum_to_size(g.shape)
+    grad_state = later if decay is None else decay * later
+    grads = [_by_head(grad_q, q), _by_head(grad_k, k), grad_v, grad_g, grad_beta, grad_state]
+    return tuple(None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+def _by_head(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of heads that others shared."""
+    return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
+_gated_recurrence_step.register_autograd(_differentiate_step, setup_context=_save_step)

@@ -1,0 +1,45 @@
+"""Large results in memory that is used again.
+
+The system's allocator gives blocks above 32 MiB back to the kernel as soon as they are freed, and faults and clears
+their pages anew at the next allocation, which takes several times as long as writing them. A recurrent step that
+returns a new state each time would spend most of its time there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+THRESHOLD = 1 << 25
+"""Bytes above which memory is kept: the largest threshold of glibc for blocks that it maps."""
+
+_kept: list[mmap.mmap] = []
+
+
+def empty(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised float32 tensor.
+
+    A large one lies in a block of its own, which serves the next tensor of the same size once no tensor or view uses
+    it any more. At most one unused block is kept.
+    """
+    size = 4 * math.prod(shape)
+    if size <= THRESHOLD or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape)
+    block = next((block for block in _kept if len(block) == size), None)
+    if block is None:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    _kept.clear()
+    view = (ctypes.c_char * size).from_buffer(block)
+    weakref.finalize(view, _keep, block).atexit = False
+    return torch.frombuffer(view, dtype=torch.float32).view(shape)
+
+
+def _keep(block: mmap.mmap) -> None:
+    _kept[:] = [block]

@@ -1,0 +1,44 @@
+"""Causal linear attention: the gated recurrence without decay on mapped queries and keys, divided by its normaliser.
+
+S_t = S_{t-1} + phi(k_t) v_t^T,   z_t = z_{t-1} + phi(k_t),
+o_t = S_t^T phi(scale q_t) / (z_t . phi(scale q_t) + eps)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from regard.backends import execute
+from regard.backends.torch.linear_attention import Rule, divide, map_memory, map_queries
+from regard.engines.gated_recurrence import without_autocast
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["Rule", "divide", "linear_attention", "map_memory", "map_queries"]
+
+
+def linear_attention(
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h n k"],
+    v: Float[Tensor, "b h n v"],
+    rule: Rule,
+    *,
+    state: Float[Tensor, "b h k c"] | None = None,
+    valid: Int[Tensor, " b"] | None = None,
+    chunk_size: int = 64,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h k c"]]:
+    """Outputs in the dtype of v, and the final state in at least float32.
+
+    Args:
+        rule: the feature map and whether and how the outputs are divided.
+        state: S before the first token, with z as one more column where normalized; zero when None.
+        valid: keys of each row that exist, the first ones; the others write nothing. None: all.
+        chunk_size: tokens computed together. Changes rounding only.
+        backend: see :func:`regard.which_backend`.
+    """
+    with without_autocast(v.device):
+        return execute("linear_attention", backend, v.device, v.dtype, q, k, v, rule, state, valid, chunk_size)
