@@ -3,17 +3,37 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test docs matrix clean
+.PHONY: compare test native native-test bench wheel docs matrix clean
+
+# What a change of must install the package again: the library of kernels is built by the installation.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
 
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
 	$(BIN)/regard compare --budget 8m --output runs/compare
 
-test: $(VENV)/.dev  ## Lint, check types and import order, and run the tests (under 15 minutes on 2 cores)
+test: $(VENV)/.dev native-test  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
 	$(BIN)/ruff check regard tests docs benchmarks
 	$(BIN)/ruff format --check regard tests docs benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+
+native: $(VENV)/.dev  ## Build the kernels again after a change; only what changed is compiled
+	$(BIN)/pip install --quiet --no-deps -e .
+
+native-test: $(VENV)/.dev  ## The kernels' own tests, under the address, undefined-behaviour and thread sanitizers
+	for kind in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DREGARD_TESTS=ON -DREGARD_SANITIZE=$$kind && \
+	  $(BIN)/cmake --build build/$$kind && \
+	  $(BIN)/ctest --test-dir build/$$kind --output-on-failure --no-tests=ignore || exit 1; \
+	done
+
+bench: $(VENV)/.bench  ## Measure the table of benchmarks/RESULTS.md on this machine, which should be idle
+	$(BIN)/python benchmarks/kernels.py
+
+wheel: $(VENV)/bin/python  ## Build one wheel for this platform, for every Python and torch, into dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 docs: $(VENV)/.docs  ## Build the documentation into build/site
 	$(BIN)/python docs/generate.py
@@ -25,15 +45,19 @@ matrix: $(VENV)/.dev  ## Measure the verified matrix and the parity table of the
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.data: $(VENV)/bin/python pyproject.toml
+$(VENV)/.data: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/pip install --quiet -e '.[data]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
+$(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-$(VENV)/.docs: $(VENV)/bin/python pyproject.toml
+$(VENV)/.bench: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install --quiet -e '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/pip install --quiet -e '.[docs]'
 	touch $@
 

@@ -33,6 +33,13 @@ LENGTHS = (1024, 4096, 16384)
 HEADS, WIDTH = 8, 64
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+COLUMNS = {
+    **{dtype: (dtype, "torch") for dtype in DTYPES},
+    "native float32": ("float32", "native"),
+    "native bfloat16": ("bfloat16", "native"),
+}
+"""Columns of the matrix: dtype and backend. Native kernels hand float64 and float16 to torch."""
+
 AXES = {
     "b": "batch",
     "h": "heads",
@@ -284,12 +291,17 @@ def _verified(card: Mechanism, cells: Cells) -> str:
     for prop in PROPERTIES:
         of = [c for c in own if c["property"] == prop.name]
         if of:
-            rows.append((f"`{prop.name}`", prop.meaning, *(_worst([c for c in of if c["dtype"] == d]) for d in DTYPES)))
+            rows.append((f"`{prop.name}`", prop.meaning, *(_worst(_column(of, name)) for name in COLUMNS)))
     waived = [
         f"- `{c['property']}` in {c['pattern']} ({c['dtype']}): {c['detail']}" for c in own if c["status"] == "waived"
     ]
     waivers = "\n\nWaived, with the reason:\n\n" + "\n".join(dict.fromkeys(waived)) if waived else ""
-    return f"{said}\n\n" + _table(("property", "", *DTYPES), rows) + waivers
+    return f"{said}\n\n" + _table(("property", "", *COLUMNS), rows) + waivers
+
+
+def _column(cells: Cells, name: str) -> Cells:
+    dtype, backend = COLUMNS[name]
+    return [c for c in cells if c["dtype"] == dtype and c["backend"] == backend]
 
 
 def _worst(cells: Cells) -> str:
@@ -310,11 +322,12 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     """The verified matrix of all mechanisms."""
     head = [
         "# The verified matrix",
-        "Every property that the contract promises is measured for every mechanism, pattern and dtype, on the function "
+        "Every property that the contract promises is measured for every mechanism, pattern, dtype and backend, on the function "
         "and on the layer. An error is the largest difference as a fraction of the largest output. A property that does "
         "not apply to a mechanism (a state in noncausal attention) has no cell; one that cannot hold is waived on the "
         "card, with the reason and, where there are some, the settings under which it holds and was measured.",
         "Largest errors allowed: float64 1e-12, float32 2e-6, bfloat16 4e-3, float16 1e-3, unless a card has its own. "
+        "On native, what its kernels do not have is left to torch; a property in which none of them ran has no cell. "
         "`regard verify` measures the same on your machine.",
     ]
     if data is None:
@@ -323,11 +336,11 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     shown = [name for name in names if any(c["mechanism"] == name for c in cells)]
     measured = data.get("measured")
     overview = []
-    for name in shown:
-        own = [c for c in cells if c["mechanism"] == name]
+    for mechanism in shown:
+        own = [c for c in cells if c["mechanism"] == mechanism]
         counts = [len(own), sum(c["status"] == "waived" for c in own), sum(c["status"] == "fail" for c in own)]
-        worst = [_worst([c for c in own if c["dtype"] == d and c["status"] != "waived"]) for d in DTYPES]
-        overview.append((_link(name), *map(str, counts), *worst))
+        worst = [_worst([c for c in _column(own, name) if c["status"] != "waived"]) for name in COLUMNS]
+        overview.append((_link(mechanism), *map(str, counts), *worst))
     marks = [
         (f"`{p.name}`", *(_mark([c for c in cells if c["mechanism"] == n and c["property"] == p.name]) for n in shown))
         for p in PROPERTIES
@@ -341,7 +354,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         *head,
         *([f"Measured with {measured}."] if measured else []),
         "## By mechanism",
-        _table(("mechanism", "cells", "waived", "failed", *DTYPES), overview),
+        _table(("mechanism", "cells", "waived", "failed", *COLUMNS), overview),
         "## By property",
         "Largest float64 error over the patterns (of the narrowest dtype where float64 is not measured); "
         "w: waived with a reason in some pattern; -: does not apply. The page of a mechanism has all dtypes.",

@@ -27,6 +27,7 @@ from regard.create import create_layer
 __version__ = "0.1.0"
 
 _LAZY = {
+    "accelerate": "regard.layers.linear",
     "compare": "regard.workbench.compare",
     "functional": "regard.functional",
     "models": "regard.models",

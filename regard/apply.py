@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends import which_backend
+from regard.backends import recording, which_backend
 from regard.contract import (
     WANTS,
     BlockMask,
@@ -250,7 +250,7 @@ def apply(
         form = choose_form(card, wanted, n, m, has_memory=has_memory, stateful=stateful, continuing=continuing)
     else:
         _check_form(card, form, call, n, m, stateful)
-    result = run_form(card, form, call, laid_out)
+    result = _run_on(backend, card, form, call, laid_out)
     result.output = _put_back(card, result.output, queries)
     if not stateful:
         result.state = None
@@ -315,6 +315,21 @@ def _scale(card: Mechanism, tensors: Mapping[str, Tensor]) -> float:
         return float(card.default_scale)
     width = next((tensors[n].shape[-1] for n in ("k", "q") if n in tensors), 1)
     return max(width, 1) ** -0.5
+
+
+def _run_on(backend: str | None, card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor]) -> Result:
+    """:func:`run_form`; a backend that was asked for but had nothing to run is refused: torch computed the form."""
+    if backend is None or torch.compiler.is_compiling():
+        return run_form(card, form, call, tensors)
+    with recording() as used:
+        result = run_form(card, form, call, tensors)
+    if backend not in used and backend != "torch":
+        raise Unsupported(
+            f"backend {backend!r} for the {form} form of {card.name} in {call.pattern.value}",
+            supported="torch: no engine computes it",
+            nearest="torch",
+        )
+    return result
 
 
 def run_form(card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor]) -> Result:

@@ -22,10 +22,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from regard.backends import BACKENDS, which_backend
+from regard.backends import NATIVE, engine_names, which_backend
+from regard.backends.native import library
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
 from regard.contract import Kind, Pattern, Unsupported
 from regard.functional import function_name
+from regard.training.memory import keep_freed_memory
 
 app = typer.Typer(
     name="regard",
@@ -238,14 +240,20 @@ def _verify_key(cell: Any) -> dict[str, Any]:
 
 def _matrix(cells: list[Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    headings = ["mechanism", "cells", "waived", "failed", "float64", "float32", "bfloat16", "float16"]
+    short = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+    columns = {name: (dtype, "torch") for name, dtype in short.items()}
+    columns |= {f"native\n{name}": (short[name], "native") for name in ("f32", "bf16")}
+    headings = ["mechanism", "cells", "waived", "failed", *columns]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "mechanism" else "right")
     for name in dict.fromkeys(c.mechanism for c in cells):
         own = [c for c in cells if c.mechanism == name]
-        worst = {d: [c.error for c in own if c.dtype == d and c.error is not None] for d in headings[4:]}
+        worst = {
+            column: [c.error for c in own if (c.dtype, c.backend) == kind and c.error is not None]
+            for column, kind in columns.items()
+        }
         counts = [len(own), sum(c.status == "waived" for c in own), sum(c.status == "fail" for c in own)]
-        table.add_row(name, *map(str, counts), *(f"{max(e):.1e}" if e else "" for e in worst.values()))
+        table.add_row(name, *map(str, counts), *(f"{max(e):.0e}" if e else "" for e in worst.values()))
     return table
 
 
@@ -314,11 +322,28 @@ def profile_command(
             table.add_row(str(length), *(_measurement(at[n]) for n in names))
         console.print(table)
         console.print()
+    for line_ in _speeds(found):
+        console.print(line_)
     for name, crossing in found.efficiency.items():
         said = ", ".join(f"{k} from {v}" if v else f"{k} not by {max(settings.lengths)}" for k, v in crossing.items())
         console.print(f"{name} beats softmax: {said}")
     for reason in found.skipped.values():
         console.print(f"[dim]{reason}[/dim]")
+
+
+def _speeds(found: Any) -> list[str]:
+    """What ran each mechanism, and at what share of the machine's peak at the longest length."""
+    peak = "" if found.peak_gflops is None else f"; the machine's multiply-adds peak at {found.peak_gflops:.0f} GFLOP/s"
+    lines = []
+    for name in dict.fromkeys(m.mechanism for m in found.measurements):
+        own = [m for m in found.measurements if m.mechanism == name]
+        rated = max((m for m in own if m.gflops is not None), key=lambda m: m.length, default=None)
+        line = f"{name}: backend {', '.join(dict.fromkeys(m.backend for m in own))}"
+        if rated is not None:
+            line += f"; forward at {rated.length}: {rated.gflops:.0f} GFLOP/s"
+            line += "" if rated.peak_share is None else f", {rated.peak_share:.0%} of the peak"
+        lines.append(line)
+    return [*lines, f"(operations as the cards count them{peak})"]
 
 
 def _measurement(m: Any) -> str:
@@ -559,10 +584,23 @@ def doctor(as_json: JSON = False) -> None:
 
     facts = fingerprint()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    engines = {d: {e: which_backend(e, device=d).name for e in sorted(BACKENDS[-1].engines)} for d in devices}
+    engines = {d: {e: which_backend(e, device=d).name for e in engine_names()} for d in devices}
     extras = {name: importlib.util.find_spec(name) is not None for name in ("sklearn", "PIL", "transformers", "timm")}
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    missing = library.why_missing()
+    kernels: dict[str, Any] = {
+        "missing": missing,
+        "engines": sorted(NATIVE.engines),
+        "instruction_sets": [] if missing else library.instruction_sets(),
+        "instruction_set": None if missing else library.instruction_set(),
+    }
     advice = []
+    if missing:
+        advice.append(
+            f"native kernels are missing ({missing}). Everything works through torch, but on a CPU "
+            f"{', '.join(kernels['engines'])} run several times slower, some tens of times on long inputs. "
+            "With a C++ compiler (g++ or clang++): pip install --force-reinstall --no-deps regard, or install a wheel"
+        )
     if not extras["sklearn"]:
         advice.append("scikit-learn is missing: the default images task needs it (pip install 'regard[data]')")
     if not extras["PIL"]:
@@ -570,13 +608,26 @@ def doctor(as_json: JSON = False) -> None:
     if compiler is None:
         advice.append("no C++ compiler: torch.compile with inductor, and so `verify --full`, needs one")
     if as_json:
-        _emit({"machine": facts, "backends": engines, "extras": extras, "compiler": compiler, "advice": advice})
+        _emit(
+            {
+                "machine": facts,
+                "backends": engines,
+                "native_kernels": kernels,
+                "extras": extras,
+                "compiler": compiler,
+                "advice": advice,
+            }
+        )
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), Text(str(value)))
     for device, chosen in engines.items():
         table.add_row(f"engines on {device}", Text(", ".join(f"{e}: {b}" for e, b in chosen.items())))
+    sets = ", ".join(kernels["instruction_sets"])
+    table.add_row(
+        "native kernels", Text(f"missing: {missing}" if missing else f"{kernels['instruction_set']} (of {sets})")
+    )
     table.add_row("extras", Text(", ".join(f"{n}: {'yes' if there else 'no'}" for n, there in extras.items())))
     table.add_row("C++ compiler", Text(compiler or "none"))
     console.print(table)
@@ -621,6 +672,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Progress, Callable[[str], None]]
 
 def main() -> None:
     """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line."""
+    keep_freed_memory()
     try:
         app(standalone_mode=True)
     except Unsupported as error:

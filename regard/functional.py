@@ -104,13 +104,22 @@ _CONTEXT_OPTIONS = (
 )
 
 
+_MADE: dict[str, tuple[Mechanism, Callable[..., Any]]] = {}
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
-    for entry in list_mechanisms():
-        card = get_mechanism(entry)
+    for mechanism in (name, name.removesuffix("_attention")):
+        try:
+            card = get_mechanism(mechanism)
+        except Unsupported:
+            continue
         if function_name(card) == name:
-            return _function(card)
+            made = _MADE.get(name)
+            if made is None or made[0] is not card:  # a plugin may take the place of an earlier one
+                made = _MADE[name] = (card, _function(card))
+            return made[1]
     raise AttributeError(f"module 'regard.functional' has no function {name!r}; see dir(regard.functional)")
 
 

@@ -24,6 +24,28 @@ PositionBias = Callable[["Int[Tensor, 'b n']", "Int[Tensor, 'b m']"], "Float[Ten
 
 
 @dataclass(frozen=True)
+class DistanceBias:
+    """A position bias that depends on the distance, key rank minus query rank, alone: a table tells all of it.
+
+    Attributes:
+        by_distance: biases (H, ...) of a tensor of distances (...).
+    """
+
+    by_distance: Callable[[Int[Tensor, "..."]], Float[Tensor, "h ..."]]
+
+    def __call__(self, queries: Int[Tensor, "b n"], keys: Int[Tensor, "b m"]) -> Float[Tensor, "b h n m"]:
+        return self.by_distance(keys[:, None, :] - queries[:, :, None]).transpose(0, 1)
+
+    def table(self, low: int, high: int, device: torch.device | None = None) -> Float[Tensor, "h distances"]:
+        """Biases of the distances low ... high."""
+        return self.by_distance(torch.arange(low, high + 1, device=device))
+
+    def scaled(self, factor: float, dtype: torch.dtype) -> DistanceBias:
+        """Each bias times `factor`, in `dtype`."""
+        return DistanceBias(lambda distances: factor * self.by_distance(distances).to(dtype))
+
+
+@dataclass(frozen=True)
 class Visibility:
     """Which key ranks a query rank may attend to. All given limits hold at once.
 

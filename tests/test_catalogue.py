@@ -16,9 +16,8 @@ from regard.backends import engine_names
 def test_the_backend_of_every_mechanism_is_told(name):
     engine = regard.get_mechanism(name).engine
     assert engine in ("", *engine_names())
-    choice = regard.which_backend(name, device="cpu")
-    assert choice.name == "torch"
-    assert (engine or "without an engine") in choice.reason
+    assert regard.which_backend(name, device="meta").name == "torch"
+    assert regard.which_backend(name, device="cpu").reason
 
 
 def test_engines_and_aliases_have_backends_too():
@@ -30,7 +29,7 @@ def test_a_backend_of_nothing_is_refused():
     for asked, words in (
         ({"name": "gated_linaer"}, "nearest: gated_linear"),
         ({"name": "softmax", "backend": "torhc"}, "nearest: torch"),
-        ({"name": "landmark", "backend": "native"}, "supported: torch"),
+        ({"name": "large_kernel", "backend": "native"}, "supported: torch"),
         ({"name": "softmax", "device": "gpu"}, "device 'gpu'"),
     ):
         with pytest.raises(regard.Unsupported, match=words):

@@ -1,19 +1,52 @@
 """How an engine runs: PyTorch everywhere, faster code where there is some for the tensor's device.
 
-Dispatch looks at the device of the tensors and at what was asked for, never at what happens to be importable. A backend
-that was asked for by name never falls back to another.
+Dispatch looks at the tensors' device and dtype, at what the call needs and at what was asked for, never at what happens
+to be importable. A backend that was asked for by name never falls back to another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import device as Device
+import torch as pytorch
 
-from regard.backends.torch import attention, gated_recurrence, softmax_scan
+from regard.backends.native import attention as native_attention
+from regard.backends.native import conserved_flows as native_flows
+from regard.backends.native import gated_recurrence as native_recurrence
+from regard.backends.native import grouped_attention as native_grouped_attention
+from regard.backends.native import layers as native_layers
+from regard.backends.native import library
+from regard.backends.native import linear_attention as native_linear
+from regard.backends.native import selective_scan as native_selective_scan
+from regard.backends.native import softmax_scan as native_scan
+from regard.backends.torch import (
+    attention,
+    conserved_flows,
+    gated_recurrence,
+    grouped_attention,
+    layers,
+    linear_attention,
+    selective_scan,
+    softmax_scan,
+)
 from regard.contract import Unsupported, closest
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One backend's way to run an engine.
+
+    Attributes:
+        run: the engine.
+        refuses: called with the arguments of `run`, why this backend cannot run such a call; None when it can. What it
+            looks at must not depend on the tensors' values.
+    """
+
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None] = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -22,27 +55,73 @@ class Backend:
 
     Attributes:
         name: what users ask for.
+        engines: those that it has.
         devices: device types it runs on; every device when empty.
-        engines: function that runs each engine that it has.
+        dtypes: dtypes of the first tensor that it takes; every dtype when empty.
+        missing: why it cannot run at all here; None when it can.
     """
 
     name: str
-    devices: frozenset[str]
-    engines: dict[str, Callable[..., Any]]
+    engines: dict[str, Engine]
+    devices: frozenset[str] = field(default=frozenset())
+    dtypes: frozenset[pytorch.dtype] = field(default=frozenset())
+    missing: str | None = None
 
+    def lacks(self, engine: str, device: pytorch.device, dtype: pytorch.dtype | None) -> str | None:
+        """Why it cannot run an engine on such tensors, whatever the call; None when it can."""
+        if engine not in self.engines:
+            return f"it does not have the engine {engine}" if engine else "plain functions run on torch"
+        if self.missing is not None:
+            return self.missing
+        if self.devices and device.type not in self.devices:
+            return f"it runs on {', '.join(sorted(self.devices))}, not on {device.type}"
+        if dtype is not None and self.dtypes and dtype not in self.dtypes:
+            return f"it computes in {', '.join(sorted(str(d)[6:] for d in self.dtypes))}, not in {str(dtype)[6:]}"
+        return None
+
+
+NATIVE = Backend(
+    "native",
+    {
+        "attention": Engine(native_attention.run, native_attention.refuses),
+        "conserved_flows": Engine(native_flows.run, native_flows.refuses),
+        "gated_product": Engine(native_layers.gated_product, native_layers.refuses_gated_product),
+        "gated_recurrence": Engine(native_recurrence.run, native_recurrence.refuses),
+        "gated_recurrence_step": Engine(native_recurrence.run_step, native_recurrence.refuses_step),
+        "grouped_attention": Engine(native_grouped_attention.run, native_grouped_attention.refuses),
+        "rms_norm": Engine(native_layers.rms_norm, native_layers.refuses_rms_norm),
+        "rotary": Engine(native_layers.rotary, native_layers.refuses_rotary),
+        "linear_attention": Engine(native_linear.run, native_linear.refuses),
+        "selective_scan": Engine(native_selective_scan.run, native_selective_scan.refuses),
+        "short_convolution": Engine(native_layers.short_convolution, native_layers.refuses_short_convolution),
+        "softmax_scan": Engine(native_scan.run, native_scan.refuses),
+    },
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset(library.DTYPES),
+    missing=library.why_missing(),
+)
 
 TORCH = Backend(
     "torch",
-    frozenset(),
     {
-        "attention": attention.run,
-        "gated_recurrence": gated_recurrence.run,
-        "softmax_scan": softmax_scan.run,
+        "": Engine(lambda: None),
+        "attention": Engine(attention.run),
+        "conserved_flows": Engine(conserved_flows.run),
+        "gated_product": Engine(layers.gated_product),
+        "gated_recurrence": Engine(gated_recurrence.run),
+        "gated_recurrence_step": Engine(gated_recurrence.run_step),
+        "grouped_attention": Engine(grouped_attention.run),
+        "linear_attention": Engine(linear_attention.run),
+        "rms_norm": Engine(layers.rms_norm),
+        "rotary": Engine(layers.rotary),
+        "selective_scan": Engine(selective_scan.run),
+        "short_convolution": Engine(layers.short_convolution),
+        "softmax_scan": Engine(softmax_scan.run),
     },
 )
 
-BACKENDS = [TORCH]
-"""In order of preference: the first that has the engine for the device runs it."""
+BACKENDS = [NATIVE, TORCH]
+"""In order of preference: the first that can run a call runs it."""
 
 
 @dataclass(frozen=True)
@@ -55,55 +134,102 @@ class Choice:
 
 def engine_names() -> list[str]:
     """Engines that some backend has."""
-    return sorted({name for backend in BACKENDS for name in backend.engines})
+    return sorted({name for backend in BACKENDS for name in backend.engines if name})
 
 
-def _find(engine: str, device: Device, requested: str | None) -> tuple[Backend, str]:
+def _candidates(engine: str, requested: str | None) -> list[Backend]:
     known = engine_names()
     if engine and engine not in known:
         raise Unsupported(f"engine {engine!r}", supported=", ".join(known), nearest=closest(engine, known))
-    if requested is not None:
-        names = [b.name for b in BACKENDS]
-        for backend in BACKENDS:
-            if backend.name == requested:
-                if not (engine in backend.engines or (not engine and backend is TORCH)):
-                    raise Unsupported(
-                        f"backend {requested!r} for " + (f"the engine {engine}" if engine else "a plain function"),
-                        supported=", ".join(b.name for b in BACKENDS if engine in b.engines) or TORCH.name,
-                    )
-                if backend.devices and device.type not in backend.devices:
-                    raise Unsupported(
-                        f"backend {requested!r} on {device.type}",
-                        supported=", ".join(sorted(backend.devices)),
-                        nearest=_find(engine, device, None)[0].name,
-                    )
-                return backend, "requested"
+    if requested is None:
+        return BACKENDS
+    names = [b.name for b in BACKENDS]
+    if requested not in names:
         raise Unsupported(f"backend {requested!r}", supported=", ".join(names), nearest=closest(requested, names))
-    if not engine:
-        return TORCH, "plain PyTorch, without an engine"
-    for backend in BACKENDS:
-        if engine in backend.engines and (not backend.devices or device.type in backend.devices):
-            return backend, f"the first of {', '.join(b.name for b in BACKENDS)} with {engine} on {device.type}"
-    raise Unsupported(f"the engine {engine} on {device.type}", supported="a device that some backend has")
+    return [b for b in BACKENDS if b.name == requested]
 
 
-def which_backend(engine: str, *, device: str | Device = "cpu", backend: str | None = None) -> Choice:
+def _refusal(engine: str, requested: str, reason: str) -> Unsupported:
+    what = f"the engine {engine}" if engine else "a plain function"
+    others = [b.name for b in BACKENDS if b.name != requested and engine in b.engines and b.missing is None]
+    return Unsupported(
+        f"backend {requested!r} for {what}: {reason}",
+        supported=", ".join(others) or "other calls",
+        nearest=others[0] if others else "",
+    )
+
+
+def which_backend(
+    engine: str,
+    *,
+    device: str | pytorch.device = "cpu",
+    dtype: pytorch.dtype | None = None,
+    backend: str | None = None,
+) -> Choice:
     """The backend that would run `engine`, one of :func:`engine_names`, and the reason.
 
+    A call may still need something that this backend lacks; then the next one runs it, unless it was asked for by name.
     An empty name stands for what no engine computes; only torch runs it.
 
     Raises:
-        Unsupported: for an unknown engine, device or backend, or a backend that lacks the engine or the device.
+        Unsupported: for an unknown engine, device or backend, or a backend that lacks the engine, device or dtype.
     """
     try:
-        where = Device(device)
+        where = pytorch.device(device)
     except RuntimeError as error:
         raise Unsupported(f"device {device!r}", supported="a device of torch", nearest="cpu") from error
-    found, reason = _find(engine, where, backend)
-    return Choice(found.name, reason)
+    passed: list[str] = []
+    for candidate in _candidates(engine, backend):
+        reason = candidate.lacks(engine, where, dtype)
+        if reason is None:
+            because = "; ".join(passed) or f"the first of {', '.join(b.name for b in BACKENDS)}"
+            return Choice(candidate.name, "requested" if backend else because)
+        if backend is not None:
+            raise _refusal(engine, backend, reason)
+        passed.append(f"{candidate.name}: {reason}")
+    raise Unsupported(f"the engine {engine} on {where.type}", supported="a device that some backend has")
 
 
-def resolve(engine: str, device: Device, requested: str | None) -> Callable[..., Any]:
-    """The function that runs `engine` for tensors on `device`."""
-    backend, _ = _find(engine, device, requested)
-    return backend.engines[engine]
+@contextmanager
+def only(*names: str) -> Iterator[None]:
+    """No other backends than these for a while, in the whole process: to measure one beside another."""
+    kept = list(BACKENDS)
+    BACKENDS[:] = [b for b in kept if b.name in names]
+    try:
+        yield
+    finally:
+        BACKENDS[:] = kept
+
+
+_RECORDS: list[set[str]] = []
+
+
+@contextmanager
+def recording() -> Iterator[set[str]]:
+    """The names of the backends that run engines inside the block, in a set that fills as they do."""
+    used: set[str] = set()
+    _RECORDS.append(used)
+    try:
+        yield used
+    finally:
+        _RECORDS.pop()
+
+
+def execute(engine: str, requested: str | None, device: pytorch.device, dtype: pytorch.dtype, *arguments: Any) -> Any:
+    """Run `engine` on the backend asked for, or on the first that can run this very call.
+
+    Raises:
+        Unsupported: when the backend asked for cannot run it.
+    """
+    for candidate in _candidates(engine, requested):
+        reason = candidate.lacks(engine, device, dtype)
+        if reason is None:
+            reason = candidate.engines[engine].refuses(*arguments)
+        if reason is None:
+            if not pytorch.compiler.is_compiling():
+                for used in _RECORDS:
+                    used.add(candidate.name)
+            return candidate.engines[engine].run(*arguments)
+        if requested is not None:
+            raise _refusal(engine, requested, reason)
+    raise Unsupported(f"the engine {engine} on {device.type}", supported="a device that some backend has")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import resolve
+from regard.backends import execute
 from regard.contract import BlockMask, Unsupported, one_of
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 
@@ -76,8 +76,11 @@ def attention(
                 f"bias of shape {tuple(bias.shape)}",
                 supported=f"{pairs}, axes of size 1 broadcast; cached keys come first",
             )
-    run = resolve("attention", q.device, backend)
-    return run(
+    return execute(
+        "attention",
+        backend,
+        q.device,
+        q.dtype,
         q,
         k.to(q.dtype),  # a cache keeps the dtype that it was begun in
         v.to(q.dtype),

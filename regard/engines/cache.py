@@ -1,24 +1,35 @@
-"""Caches of keys and values as states."""
+"""Caches of keys and values as states.
+
+A state is data: whoever continues it leaves it as it was. Copying a whole cache for each new token would however cost
+more than to attend to it, so without gradients a cache grows inside memory that has room (:func:`append`).
+"""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from regard.contract import Call, State, state_field
 from regard.engines.attention import Ranks, ranks
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, Shaped
+
+ROOM = 4
+"""A cache that is copied gets room for a part of its length: one in so many."""
 
 
 @dataclass(frozen=True)
 class KeyValueState(State):
-    """Every key and value so far. A row with fewer tokens than others has empty slots, whose rank is -1."""
+    """Every key and value so far. A row with fewer tokens than others has empty slots, whose rank is -1.
+
+    Keys and values may be parts of longer memory (:func:`append`), and then they are not contiguous."""
 
     k: Float[Tensor, "b g past d"] = state_field()
     v: Float[Tensor, "b g past v"] = state_field()
@@ -47,8 +58,65 @@ def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"],
         where = ranks(call, n, k.shape[2], k.device)
         return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), lengths), where
     where = ranks(call, n, k.shape[2], k.device, past.ranks, past.length)
-    k, v = torch.cat([past.k, k.to(past.k.dtype)], 2), torch.cat([past.v, v.to(past.v.dtype)], 2)
+    k, v = append(past.k, k.to(past.k.dtype), 2), append(past.v, v.to(past.v.dtype), 2)
     return KeyValueState(k, v, where.keys, past.length + lengths), where
+
+
+@dataclass
+class _Memory:
+    """Where a cache lies. Slots from `used` on belong to nobody yet."""
+
+    slots: Tensor
+    used: int
+
+
+_MEMORIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def append(past: Shaped[Tensor, "..."], new: Shaped[Tensor, "..."], axis: int) -> Shaped[Tensor, "..."]:
+    """`past` followed by `new` along an axis, as `torch.cat`, in time that does not grow with `past` most times.
+
+    A result that this function returned lies in memory with room behind it. The first to continue it writes there and
+    gets a longer view of the same memory; whoever continues it after that, or a tensor from elsewhere, gets a copy with
+    new room. So what was returned never changes. Gradients and compiled graphs take `torch.cat`. `axis` is not negative.
+    """
+    if not _grows_in_place(past, new, axis):
+        return torch.cat([past, new], axis)
+    length, count = past.shape[axis], new.shape[axis]
+    end = length + count
+    memory = _room(past, length, end, axis)
+    if memory is None:
+        shape = list(past.shape)
+        shape[axis] = end + end // ROOM
+        memory = _Memory(past.new_empty(shape), end)
+        memory.slots.narrow(axis, 0, length).copy_(past)
+    # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
+    memory.slots.data.narrow(axis, length, count).copy_(new)
+    grown = memory.slots.narrow(axis, 0, end)
+    _MEMORIES[grown] = memory
+    return grown
+
+
+def _grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_grad_enabled() and (past.requires_grad or new.requires_grad):
+        return False
+    fits = past.ndim == new.ndim and past.dtype == new.dtype and past.device == new.device
+    return fits and all(i == axis or a == b for i, (a, b) in enumerate(zip(past.shape, new.shape, strict=True)))
+
+
+def _room(past: Tensor, length: int, end: int, axis: int) -> _Memory | None:
+    """The memory behind `past`, with the slots up to `end` taken for the caller; None when they are not to be had."""
+    with _LOCK:
+        memory: _Memory | None = _MEMORIES.get(past)
+        if memory is None or memory.used != length or end > memory.slots.shape[axis]:
+            return None
+        if memory.slots.is_inference() and not torch.is_inference_mode_enabled():
+            return None  # such tensors refuse to be written elsewhere
+        memory.used = end
+        return memory
 
 
 def extend_window(

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import resolve
+from regard.backends import execute
 from regard.backends.torch.gated_recurrence import suffix_sum
-from regard.backends.torch.softmax_scan import Carry, exponentials, prefix_weights
+from regard.backends.torch.softmax_scan import Carry, exponentials, running_normalizer
 from regard.contract import State, Unsupported, state_field
 from regard.engines.gated_recurrence import without_autocast
 
@@ -79,9 +79,8 @@ def softmax_scan(
     if chunk_size < 1:
         raise Unsupported(f"chunk_size={chunk_size}", supported="a positive integer")
     carry = empty_carry(s, v) if state is None else state
-    run = resolve("softmax_scan", v.device, backend)
     with without_autocast(v.device):
-        return run(s, v, carry, chunk_size, log_decay, mix)
+        return execute("softmax_scan", backend, v.device, v.dtype, s, v, carry, chunk_size, log_decay, mix)
 
 
 def softmax_scan_shifted(
@@ -136,19 +135,6 @@ def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tens
     """w / u, and 0 where no token was seen."""
     seen = u > 0
     return torch.where(seen[..., None], w / torch.where(seen, u, 1)[..., None], 0)
-
-
-def running_normalizer(
-    s: Float[Tensor, "b h n"], m: Float[Tensor, "b h"], u: Float[Tensor, "b h"], *, chunk_size: int = 64
-) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
-    """m_t and u_t of every prefix, continuing from (m, u): sum_{j<=t} exp(s_j) = u_t exp(m_t) at any range of scores."""
-    maxima, sums = [s[:, :, :0]], [s[:, :, :0]]
-    for part in s.split(chunk_size, 2) if s.shape[2] else ():
-        running, weights, carried = prefix_weights(part[:, :, None], None, m[:, :, None])
-        maxima.append(running[:, :, 0])
-        sums.append((weights.sum(-1) + carried * u[:, :, None, None])[:, :, 0])
-        m, u = maxima[-1][..., -1], sums[-1][..., -1]
-    return torch.cat(maxima, 2), torch.cat(sums, 2)
 
 
 __all__ = [

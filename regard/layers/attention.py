@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.apply import absorb, apply, input_names
@@ -30,18 +29,21 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.engines.layers import gated_product
 from regard.layers.checks import check_memory, check_memory_mask, check_tokens
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
-from regard.layers.norms import make_norm
+from regard.layers.norms import RMSNorm, make_norm
 from regard.positions import create_positions
 from regard.ragged import Gathering, gather_pairs, gathering
+from regard.visibility import DistanceBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "sigmoid": torch.sigmoid}
+GATES = {"swish": "silu", "sigmoid": "sigmoid"}
+"""Output gates, with their functions' names in :func:`regard.engines.layers.gated_product`."""
 
 
 @dataclass(frozen=True)
@@ -238,12 +240,7 @@ class AttentionLayer(nn.Module):
         y = result.output
         if self.merge is not None:
             y = self.merge(y, heads, x, context, layout.lengths, result)
-        if self.output_norm is not None:
-            y = self.output_norm(y)
-        y = y.transpose(1, 2).flatten(2)  # (b, n, h * v)
-        if self.gate is not None and self.gate_activation is not None:
-            y = y * GATES[self.gate_activation](self.gate(x))
-        y = self.output(y)
+        y = self.output(self._gated(y.transpose(1, 2), x))
         if self.training and self.dropout and "dropout" not in self.card.honours:
             y = dropout(y, self.dropout, training=True, generator=context.generator)
         result.output = layout.scatter(y, axis=1)
@@ -298,6 +295,16 @@ class AttentionLayer(nn.Module):
         )
         length = torch.zeros(batch, dtype=torch.long, device=memory.device) if state is None else state.length
         return LayerState(absorbed, length)
+
+    def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
+        """The output norm and the output gate."""
+        if self.gate is None or self.gate_activation is None:
+            return (y if self.output_norm is None else self.output_norm(y)).flatten(2)
+        gate = self.gate(x)
+        if isinstance(self.output_norm, RMSNorm) and self.gate_activation == "swish":
+            return self.output_norm(y, gate.unflatten(-1, y.shape[2:])).flatten(2)
+        y = y if self.output_norm is None else self.output_norm(y)
+        return gated_product(y.flatten(2), gate, GATES[self.gate_activation])
 
     def _no_caches(self) -> list[Tensor | None]:
         return [None] * len(self.convolutions)
@@ -359,9 +366,14 @@ class AttentionLayer(nn.Module):
                     f"explicit positions with {self.positions.name}", supported="ranks", nearest="rotary positions"
                 )
             causal, bias = self.pattern is Pattern.CAUSAL_SELF, self.positions.bias
-            # in cross patterns the mechanism's state counts the memory, so what queries came before is told here
-            before = state.length[:, None] if state is not None and self.pattern.cross else 0
-            functions["position_bias"] = lambda i, j: bias(i + before, j, causal)
+            if state is not None and self.pattern.cross:
+                # the mechanism's state counts the memory, so what queries came before is told here
+                before = state.length[:, None]
+                functions["position_bias"] = lambda i, j: bias(i + before, j, causal)
+            elif self.positions.by_distance is not None:
+                functions["position_bias"] = DistanceBias(partial(self.positions.by_distance, causal=causal))
+            else:
+                functions["position_bias"] = lambda i, j: bias(i, j, causal)
         return functions
 
     def _check_memory_positions(self, context: Context) -> None:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from regard.contract import Unsupported, at_least, one_of, valid_from_lengths
-from regard.ragged import check_lengths
+from regard.contract import Unsupported, at_least, one_of
+from regard.engines.layers import short_convolution
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -68,46 +67,17 @@ class ShortConvolution(nn.Module):
         Raises:
             Unsupported: for shapes that do not fit, or a cache in noncausal form.
         """
-        batch, n, channels = x.shape
-        if channels != self.channels:
-            raise Unsupported(f"a convolution over {channels} channels", supported=f"{self.channels} channels")
-        if lengths is not None:
-            check_lengths(lengths, batch, n)
-            valid = valid_from_lengths(lengths, n)[..., None]
-            x = torch.where(valid, x, x.new_zeros(()))
-        extended = torch.cat([self._before(x, cache), x, x.new_zeros(batch, self._after, channels)], dim=1)
-        # conv1d refuses inputs shorter than its filter, which is how a sequence without tokens looks to it.
-        y = F.conv1d(extended.mT, self.weight[:, None], self.bias, groups=channels).mT if n else x
-        if self.activation == "silu":
-            y = F.silu(y)
-        if lengths is not None:
-            y = torch.where(valid, y, y.new_zeros(()))
-        return y, self._last_inputs(extended, lengths) if self.causal else None
-
-    @property
-    def _after(self) -> int:
-        return 0 if self.causal else (self.width - 1) // 2
-
-    def _before(self, x: Tensor, cache: Tensor | None) -> Tensor:
-        """Inputs that precede the sequence: those kept, or zeros."""
-        if cache is None:
-            return x.new_zeros(x.shape[0], self.width - 1 - self._after, self.channels)
-        if not self.causal:
-            raise Unsupported("a cache for a noncausal convolution", supported="causal=True", nearest="cache=None")
-        if cache.shape != (x.shape[0], self.width - 1, self.channels):
-            raise Unsupported(
-                f"a convolution cache of shape {tuple(cache.shape)}",
-                supported=f"({x.shape[0]}, {self.width - 1}, {self.channels})",
-            )
-        return cache.to(x.dtype)
-
-    def _last_inputs(self, extended: Tensor, lengths: Tensor | None) -> Tensor:
-        """The last width - 1 valid inputs of each row; they reach into the tokens before when the row is short."""
-        kept = self.width - 1
-        if lengths is None:
-            return extended[:, extended.shape[1] - kept :]
-        index = lengths[:, None] + torch.arange(kept, device=lengths.device)
-        return extended.gather(1, index[..., None].expand(-1, -1, self.channels))
+        if x.shape[-1] != self.channels:
+            raise Unsupported(f"a convolution over {x.shape[-1]} channels", supported=f"{self.channels} channels")
+        return short_convolution(
+            x,
+            self.weight,
+            self.bias,
+            cache=cache,
+            lengths=lengths,
+            silu=self.activation == "silu",
+            causal=self.causal,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.channels}, width={self.width}, activation={self.activation}, causal={self.causal}"

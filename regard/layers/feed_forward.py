@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Unsupported, at_least, closest
+from regard.engines.layers import gated_product
 from regard.layers.linear import make_linear
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class SwiGLU(nn.Module):
         self.down = linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "... c"], *, generator: torch.Generator | None = None) -> Float[Tensor, "... c"]:
-        hidden = F.silu(self.gate(x)) * self.up(x)
+        hidden = gated_product(self.up(x), self.gate(x))
         return self.down(dropout(hidden, self.dropout, training=self.training, generator=generator))
 
 

@@ -1,23 +1,103 @@
 """The one place through which every projection is built.
 
 A *kind* names a factory ``factory(in_features, out_features, *, bias, **options) -> nn.Module`` that maps the last axis
-from `in_features` to `out_features`. ``dense`` is torch's own linear layer; whoever has other kinds registers them
+from `in_features` to `out_features`. ``dense`` is :class:`Linear`; whoever has other kinds registers them
 (the catalogue its projection mechanisms), so that layers need not know them.
+
+:func:`accelerate` gives the linear layers of any other model the same speed.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from regard.contract import Unsupported, at_least, closest
+from regard.engines.linear import linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` with its product computed by the route that is fastest on this machine.
+
+    Parameters, their names and their initialisation are those of `torch.nn.Linear`. Other routes than torch's are for
+    plain float32 tensors on a CPU, without autocast, in products that are large enough; everything else is torch's own.
+    See :mod:`regard.engines.linear`.
+    """
+
+    def forward(self, input: Float[Tensor, "*b c"]) -> Float[Tensor, "*b out"]:
+        return linear(input, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What :func:`accelerate` did.
+
+    Attributes:
+        changed: names of the modules that became :class:`Linear`; ``""`` is the model itself.
+        kept: the reason for each linear layer that was left as it was, by name.
+        modules: the changed modules.
+    """
+
+    changed: tuple[str, ...]
+    kept: dict[str, str]
+    modules: tuple[nn.Module, ...]
+
+    def undo(self) -> None:
+        """Make the changed modules `torch.nn.Linear` again."""
+        for module in self.modules:
+            if type(module) is Linear:
+                module.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} linear layers changed, {len(self.kept)} kept"]
+        return "\n".join(lines + [f"  kept {name or 'the model'}: {reason}" for name, reason in self.kept.items()])
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Make every `torch.nn.Linear` in a model a :class:`Linear`, in place.
+
+    The modules stay the objects they are, with their parameters, hooks and names; only their class changes. So optimizers,
+    tied weights, checkpoints and references from elsewhere stay valid. Layers that compute something of their own
+    (subclasses, parametrized layers, a replaced `forward`) are kept and reported. Tools that look for the exact class
+    `torch.nn.Linear`, as torch's quantization does, want :meth:`Acceleration.undo` first.
+
+    Returns:
+        What was changed and what was not; its `undo` reverses.
+    """
+    changed: dict[str, nn.Module] = {}
+    kept: dict[str, str] = {}
+    for name, module in model.named_modules():
+        reason = _reason_to_keep(module)
+        if reason:
+            kept[name] = reason
+        elif type(module) is nn.Linear:
+            module.__class__ = Linear
+            changed[name] = module
+    return Acceleration(tuple(changed), kept, tuple(changed.values()))
+
+
+def _reason_to_keep(module: nn.Module) -> str:
+    if isinstance(module, nn.MultiheadAttention):
+        return "its projections are inside torch's own function; regard.create_layer has attention with routes"
+    if not isinstance(module, nn.Linear) or type(module) is Linear:
+        return ""
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__qualname__} may compute something else"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return ""
 
 
 def _dense(in_features: int, out_features: int, *, bias: bool) -> nn.Module:
-    return nn.Linear(in_features, out_features, bias=bias)
+    return Linear(in_features, out_features, bias=bias)
 
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"dense": _dense}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Unsupported, at_least, closest
+from regard.engines.layers import rms_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,9 +42,11 @@ class RMSNorm(nn.Module):
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim)) if parametric else None
 
-    def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(dtype), (self.dim,), _in_float32(self.weight, dtype), self.eps).to(x.dtype)
+    def forward(self, x: Float[Tensor, "... c"], z: Float[Tensor, "... c"] | None = None) -> Float[Tensor, "... c"]:
+        """The norm, times silu(z) when there is a gate z."""
+        if x.shape[-1] != self.dim:
+            raise Unsupported(f"a norm over {x.shape[-1]} features", supported=f"{self.dim} features")
+        return rms_norm(x, self.weight, z=z, eps=self.eps, norm_before_gate=True)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, parametric={self.weight is not None}"

@@ -57,9 +57,9 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.engines.conserved_flows import Rule, Sums, conserved_flows, empty_sums
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.engines.recurrent_forms import length_after
-from regard.engines.softmax_scan import exponentials, running_normalizer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -118,6 +118,11 @@ class FlowState(State):
     normalizer: Float[Tensor, "b h"] = state_field()
     memory: Float[Tensor, "b h d v"] = state_field()
     length: Int[Tensor, " b"] = state_field()
+
+    @property
+    def sums(self) -> Sums:
+        totals = torch.stack([self.keys, self.queries, self.conserved_keys, self.conserved_queries])
+        return Sums(totals, self.maximum, self.normalizer, self.length)
 
 
 def reference(
@@ -196,56 +201,44 @@ def chunked(
             "flow_attention in causal-self with queries that are not the keys' own", supported="N = M and one mask"
         )
     sinks, sources, values = _mapped(call, q, k, v)
-    valid = call.valid_keys(n)
-    before = _empty_state(sinks, values) if call.state is None else call.state
-    count = before.length[:, None, None] + torch.arange(1, n + 1, device=q.device)
-    count = count.to(sinks.dtype)
-
-    def running(x: Tensor, start: Tensor) -> Tensor:
-        return start[:, :, None] + x.cumsum(2)
-
-    all_sources, all_sinks = running(sources, before.keys), running(sinks, before.queries)
-    incoming, outgoing = _flow(config, sinks, all_sources), _flow(config, sources, all_sinks)
-    conserved_keys = running(sources * (count / outgoing)[..., None], before.conserved_keys)
-    conserved_queries = running(sinks * (count / incoming)[..., None], before.conserved_queries)
-    maximum, normalizer = before.maximum, before.normalizer
-    if config.competition:
-        logits = _competition_logits(config, _flow(config, sources, conserved_queries) / count)
-        if valid is not None:
-            logits = logits.masked_fill(~valid[:, None], -torch.inf)
-        maxima, sums = running_normalizer(logits, maximum, normalizer, chunk_size=call.chunk_size or 64)
-        share = exponentials(logits, maxima) / torch.where(sums > 0, sums, 1)
-        values = values * (count * share)[..., None]
-        maximum, normalizer = _last(maxima, maximum), _last(sums, normalizer)
-    output, memory = gated_recurrence(
-        sinks / incoming[..., None],
+    competition, acceptance, sums = conserved_flows(
+        sinks,
         sources,
-        values,
-        state=before.memory,
+        empty_sums(sinks) if call.state is None else call.state.sums,
+        Rule(config.competition, config.allocation, config.clamp, config.temperature, config.eps),
+        valid=call.memory_lengths,
+        backend=call.backend,
+    )
+    output, memory = gated_recurrence(
+        sinks,
+        sources,
+        values * competition[..., None] if config.competition else values,
+        state=None if call.state is None else call.state.memory,
         chunk_size=call.chunk_size or 64,
         backend=call.backend,
     )
     assert output is not None
-    if config.allocation:
-        output = output * (_flow(config, sinks, conserved_keys) / count).sigmoid()[..., None]
+    keys, queries, conserved_keys, conserved_queries = sums.totals.unbind(0)
     state = FlowState(
-        _last(all_sources, before.keys),
-        _last(all_sinks, before.queries),
-        _last(conserved_keys, before.conserved_keys),
-        _last(conserved_queries, before.conserved_queries),
-        maximum,
-        normalizer,
-        memory,
-        length_after(call, k),
+        keys=keys,
+        queries=queries,
+        conserved_keys=conserved_keys,
+        conserved_queries=conserved_queries,
+        maximum=sums.maximum,
+        normalizer=sums.normalizer,
+        memory=memory,
+        length=length_after(call, k),
     )
-    return Result(output.to(v.dtype), state)
+    # acceptance holds all that multiplies a query's output: 1 / incoming, and the allocation
+    return Result((output * acceptance[..., None]).to(v.dtype), state)
 
 
 def _mapped(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """phi of queries and keys, zero at padding (where phi(0) is not), and values, in at least float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     phi = PHI[call.config.phi]
-    sinks, sources = phi(call.scale * q.to(dtype)), phi(k.to(dtype))
+    q, k = q.to(dtype), k.to(dtype)
+    sinks, sources = phi(q if call.scale == 1 else call.scale * q), phi(k)
     return _zero(sinks, call.valid_queries(q.shape[2])), _zero(sources, call.valid_keys(k.shape[2])), v.to(dtype)
 
 
@@ -269,25 +262,6 @@ def _softmax(logits: Float[Tensor, "b h m"], valid: Bool[Tensor, "b m"] | None) 
         return logits.softmax(-1)
     weights = logits.masked_fill(~valid[:, None], torch.finfo(logits.dtype).min).softmax(-1)
     return torch.where(valid[:, None], weights, 0)
-
-
-def _last(prefixes: Tensor, start: Tensor) -> Tensor:
-    return prefixes[:, :, -1] if prefixes.shape[2] else start
-
-
-def _empty_state(sinks: Tensor, values: Tensor) -> FlowState:
-    batch, heads, _, width = sinks.shape
-    zero, one = sinks.new_zeros(batch, heads, width), sinks.new_zeros(batch, heads)
-    return FlowState(
-        keys=zero,
-        queries=zero,
-        conserved_keys=zero,
-        conserved_queries=zero,
-        maximum=torch.full_like(one, -torch.inf),
-        normalizer=one,
-        memory=sinks.new_zeros(batch, heads, width, values.shape[-1]),
-        length=torch.zeros(batch, dtype=torch.long, device=sinks.device),
-    )
 
 
 def cost(shape: Shape, config: Any) -> Cost:

@@ -60,7 +60,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from regard.contract import (
     ALL_PATTERNS,
@@ -81,13 +80,20 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.engines.grouped_attention import (
+    PAIRS_AT_ONCE,
+    Dropout,
+    grouped_attention,
+    logits,
+    normalized,
+    own_groups,
+    product,
+    wide,
+)
 from regard.visibility import Ranks, Visibility, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-
-PAIRS_AT_ONCE = 1 << 18
-"""Pairs of positions above which queries are taken block by block."""
 
 NUMBERS_AT_ONCE = 1 << 24
 """Numbers of retrieved keys above which queries are taken block by block."""
@@ -207,7 +213,8 @@ def reference(
     where = ranks(call, n, m, q.device)
     q, k = _rotated(call, q, k, where, landmark[:, 0, 0])
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    visible, added = _visible(call, where, call.bias, q.dtype)
+    visibility = Visibility(causal=call.pattern.causal and not call.pattern.cross)
+    visible, added = masked_scores_bias(where, visibility, call.bias, call.position_bias, call.blocks, q.dtype)
     scores = call.scale * q @ k.mT + (0 if added is None else added)
     block = landmark.cumsum(-1) - landmark.long()
     if call.pattern.cross or m == 0:
@@ -227,11 +234,11 @@ def reference(
         local = visible & own & ~landmark
         top = softmax(torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local)
         weights = top * local
-        kept = _dropped_gates(call, scores.shape, q)
+        kept = _dropout(call).of_gates(scores.shape, q)
         top = top if kept is None else top * kept
         for gate, some in zip(gates, tokens, strict=True):
             weights = weights + (top * gate).sum(-1, keepdim=True) * softmax(some)
-    return _dropped(call, weights) @ v
+    return _dropout(call).of_weights(weights) @ v
 
 
 def parallel(
@@ -330,15 +337,6 @@ def _ranks(queries: Tensor, keys: Tensor) -> Ranks:
     return Ranks(queries, keys, offset=None, first=None, plain=False)
 
 
-def _visible(call: Call, where: Ranks, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    visibility = Visibility(causal=call.pattern.causal and not call.pattern.cross)
-    return masked_scores_bias(where, visibility, bias, call.position_bias, call.blocks, dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`."""
     if call.rotate is None or k.shape[2] == 0 or q.shape[2] == 0:
@@ -352,124 +350,42 @@ def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -
         gained = jumps.cumsum(-1) - jumps
         at = queries.clamp(max=k.shape[2] - 1).expand(k.shape[0], -1)
         queries, keys = queries + gained.gather(-1, at), keys + gained
-    return call.rotate(_wide(q), queries), call.rotate(_wide(k), keys)
+    return call.rotate(wide(q), queries), call.rotate(wide(k), keys)
 
 
-def _dropped(call: Call, weights: Tensor) -> Tensor:
-    if call.dropout == 0:
-        return weights
-    kept = torch.rand(weights.shape, generator=call.generator, device=weights.device, dtype=weights.dtype)
-    return weights * (kept >= call.dropout) / (1 - call.dropout)
+def _dropout(call: Call) -> Dropout:
+    gates = call.config.group_dropout if call.training and call.config.softmax == "grouped" else 0.0
+    return Dropout(call.dropout, gates, call.generator)
 
 
-def _dropped_gates(call: Call, shape: torch.Size, like: Tensor) -> Tensor | None:
-    """0 or 1 / (1 - group_dropout) for each gate; None when no gate is dropped."""
-    probability = call.config.group_dropout
-    if probability == 0 or not call.training:
-        return None
-    kept = torch.rand(shape, generator=call.generator, device=like.device, dtype=_wide(like).dtype) >= probability
-    return kept / (1 - probability)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (b, h, n, x) @ b (b, g, x, y), each group of b with its h / g heads of a."""
-    groups = b.shape[1]
-    if a.shape[1] == groups:
-        return a @ b
-    return (a.unflatten(1, (groups, -1)).flatten(2, 3) @ b).unflatten(2, (-1, a.shape[2])).flatten(1, 2)
-
-
-def _logits(
-    call: Call, q: Tensor, k: Tensor, landmark: Tensor, where: Ranks, bias: Tensor | None
-) -> tuple[Float[Tensor, "b h n m"], Float[Tensor, "b h n m"] | None]:
-    """S + C, whose softmax is W, with -inf where W is 0; and factors of the weights when gates are dropped.
-
-    Every key points to the landmark that closes its block; tables over blocks are tables over landmark slots, filled by
-    scattering along these pointers.
-    """
-    scores = call.scale * _product(_wide(q), _wide(k).mT)
-    visible, added = _visible(call, where, bias, scores.dtype)
-    scores = scores if added is None else scores + added
-    marks = landmark[:, None, None]
-    if call.config.softmax != "grouped":
-        members = visible if call.config.softmax == "plain" else visible & ~marks
-        return scores.masked_fill(~members, -torch.inf), None
-    slots = torch.arange(k.shape[2], device=k.device)
-    # Without a landmark after it a key points to the last slot, which does not open a gate unless it is a landmark.
-    closing = torch.where(landmark, slots, k.shape[2] - 1).flip(-1).cummin(-1).values.flip(-1)
-    tokens = visible & ~marks
-    opened = (visible & marks).expand(landmark.shape[0], -1, scores.shape[2], -1)
-    gated = tokens & opened.gather(-1, closing[:, None, None].expand_as(opened))
-    local = torch.zeros_like(gated)
-    if not call.pattern.cross:
-        number = landmark.cumsum(-1) - landmark.long()
-        earlier = landmark[:, None] & (where.keys[:, None] < where.queries[:, :, None])
-        own = (earlier.sum(-1)[:, :, None] == number[:, None])[:, None]
-        gated, local = gated & ~own, tokens & own
-
-    index = closing[:, None, None].expand_as(scores)
-    inner = torch.where(gated, scores, -torch.inf)
-    peak = torch.full_like(scores, -torch.inf).scatter_reduce(-1, index, inner.detach(), "amax").detach()
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    total = torch.zeros_like(scores).scatter_add(-1, index, (inner - peak.gather(-1, index)).exp())
-    gate = scores - peak - torch.where(total > 0, total, 1.0).log()  # C, where the slot is a landmark
-    logits = torch.where(gated, scores + gate.gather(-1, index), torch.where(local, scores, -torch.inf))
-    kept = _dropped_gates(call, scores.shape, q)
-    return logits, None if kept is None else torch.where(gated, kept.gather(-1, index), 1.0)
-
-
-def _normalized(logits: Tensor) -> Tensor:
-    """Softmax; 0 where all logits are -inf."""
-    some = (logits > -torch.inf).any(-1, keepdim=True)
-    return torch.where(some, logits, 0.0).softmax(-1) * some
+def _groups(call: Call, landmark: Tensor, where: Ranks) -> tuple[Ranks, Tensor, Tensor | None]:
+    """Ranks, landmarks and own groups that the engine is given: without a second level, one group that is everyone's."""
+    if call.config.softmax == "grouped":
+        return where, landmark, None if call.pattern.cross else own_groups(where, landmark)
+    if call.config.softmax == "ignore":
+        where = dataclasses.replace(where, keys=torch.where(landmark, -1, where.keys), plain=False)
+    return where, torch.zeros_like(landmark), torch.zeros_like(where.queries)
 
 
 def _attend(
     call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, where: Ranks, state: LandmarkState | None = None
 ) -> Result:
-    """Grouped softmax over the given keys, some queries at a time."""
-    n, m = q.shape[2], k.shape[2]
-    want_weights = "weights" in call.want
-    if n == 0 or m == 0:
-        extras = {"weights": q.new_zeros(*q.shape[:3], m)} if want_weights else {}
-        return Result(v.new_zeros(*q.shape[:3], v.shape[-1]), state, extras=extras)
-    size = n if n * m <= PAIRS_AT_ONCE else max(1, PAIRS_AT_ONCE // m)
-    # A second draw from an explicit generator would differ: random weights are kept instead of computed again.
-    random = call.dropout > 0 or (call.config.group_dropout > 0 and call.training)
-    offset = where.offset if call.pattern is Pattern.CAUSAL_SELF else None
-    outputs, weights = [], []
-    for start in range(0, n, size):
-        rows = slice(start, start + size)
-        columns = slice(0, m if offset is None else max(1, min(m, start + size + offset)))
-        here = _ranks(where.queries[:, rows], where.keys[:, columns])
-        bias = call.bias
-        if bias is not None:
-            every = slice(None)
-            bias = bias[..., rows if bias.shape[-2] > 1 else every, columns if bias.shape[-1] > 1 else every]
-
-        def attend(
-            q_: Tensor,
-            k_: Tensor,
-            v_: Tensor,
-            marks: Tensor = landmark[:, columns],
-            here: Ranks = here,
-            bias: Tensor | None = bias,
-        ) -> tuple[Tensor, Tensor]:
-            logits, factors = _logits(call, q_, k_, marks, here, bias)
-            found = _normalized(logits)
-            found = _dropped(call, found if factors is None else found * factors)
-            return _product(found, _wide(v_)).to(v_.dtype), found
-
-        arguments = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
-        if size < n and torch.is_grad_enabled() and not random and not want_weights:
-            output, found = checkpoint(attend, *arguments, use_reentrant=False)
-        else:
-            output, found = attend(*arguments)
-        outputs.append(output)
-        if want_weights:
-            weights.append(F.pad(found.to(v.dtype), (0, m - columns.stop)))
-    extras = {"weights": torch.cat(weights, 2)} if want_weights else {}
-    return Result(torch.cat(outputs, 2), state, extras=extras)
+    """Grouped softmax over the given keys."""
+    output, weights = grouped_attention(
+        q,
+        k,
+        v,
+        *_groups(call, landmark, where),
+        causal=call.pattern.causal and not call.pattern.cross,
+        scale=call.scale,
+        bias=call.bias,
+        position_bias=call.position_bias,
+        blocks=call.blocks,
+        dropout=_dropout(call),
+        want_weights="weights" in call.want,
+        backend=call.backend,
+    )
+    return Result(output, state, extras={} if weights is None else {"weights": weights})
 
 
 def _past(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
@@ -583,10 +499,10 @@ def _retrieve(
     near_values = torch.cat([past.v[:, :, slots - width :], v.to(past.v.dtype)], 2)
     near_landmark = torch.cat([torch.zeros_like(unfinished[:, slots - width :]), landmark], -1)
     key_ranks = torch.where(exists, near, -1)
-    q = _wide(q)
+    q = wide(q)
     if call.rotate is not None:
         positions = (chunk_start[:, None] - width + near).clamp(min=0)
-        q, near_keys = call.rotate(q, positions[:, width:]), call.rotate(_wide(near_keys), positions)
+        q, near_keys = call.rotate(q, positions[:, width:]), call.rotate(wide(near_keys), positions)
 
     retrieved = min(top_k, blocks.ends.shape[1]) * size
     numbers = q.shape[0] * q.shape[1] * retrieved * max(q.shape[3], v.shape[3])
@@ -595,13 +511,24 @@ def _retrieve(
     for start in range(0, t, step):
         rows = q[:, :, start : start + step]
         here = _ranks(near[None, width + start : width + start + rows.shape[2]], key_ranks)
-        logits, factors = _logits(call, rows, near_keys, near_landmark, here, None)
+        close_logits, factors = logits(
+            rows,
+            near_keys,
+            *_groups(call, near_landmark, here),
+            causal=True,
+            scale=call.scale,
+            bias=None,
+            position_bias=None,
+            blocks=None,
+            dropout=_dropout(call),
+        )
         far_logits, far_values, far_factors = _retrieved(call, rows, past, blocks)
-        weights = _normalized(torch.cat([far_logits, logits], -1))
+        weights = normalized(torch.cat([far_logits, close_logits], -1))
         if factors is not None and far_factors is not None:
             weights = weights * torch.cat([far_factors, factors], -1)
-        far, close = _dropped(call, weights).split([far_logits.shape[-1], logits.shape[-1]], -1)
-        output = (far[..., None, :] @ _wide(far_values))[..., 0, :] + _product(close, _wide(near_values))
+        weights = _dropout(call).of_weights(weights)
+        far, close = weights.split([far_logits.shape[-1], close_logits.shape[-1]], -1)
+        output = (far[..., None, :] @ wide(far_values))[..., 0, :] + product(close, wide(near_values))
         outputs.append(output.to(v.dtype))
     return torch.cat(outputs, 2)
 
@@ -640,7 +567,7 @@ def _cached_blocks(call: Call, past: LandmarkState) -> _CachedBlocks:
     where = torch.arange(slots, device=named.device).expand_as(named)
     ends = named.new_zeros(named.shape[0], blocks + 1).scatter(1, named, where)[:, :blocks]
     number = torch.arange(blocks, device=named.device)
-    keys = _wide(past.k.gather(2, ends[:, None, :, None].expand(-1, past.k.shape[1], -1, past.k.shape[3])))
+    keys = wide(past.k.gather(2, ends[:, None, :, None].expand(-1, past.k.shape[1], -1, past.k.shape[3])))
     if call.rotate is not None:
         place = (number - blocks + count.clamp(max=config.top_k + 1)[:, None]).clamp(min=0)
         keys = call.rotate(keys, place * size + config.block)
@@ -655,7 +582,7 @@ def _retrieved(
     assert config.top_k is not None
     blocks, size = cached.ends.shape[1], config.block + 1
     chosen = min(config.top_k, blocks)
-    scores = call.scale * _product(q, cached.keys.mT).detach()
+    scores = call.scale * product(q, cached.keys.mT).detach()
     best = scores.masked_fill(~cached.exists[:, None, None], -torch.inf).topk(chosen, -1)
     block = torch.where(best.values > -torch.inf, best.indices, -1).sort(-1).values  # (b, h, t, k), in order of time
     found, block = block >= 0, block.clamp(min=0)
@@ -669,7 +596,7 @@ def _retrieved(
     inside = inside & cached.member[row, slot] & (cached.column[row, slot] == block[..., None])
     head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // past.k.shape[1])
     head = head[None, :, None, None, None]
-    keys, values = _wide(past.k[row, head, slot]), past.v[row, head, slot]  # (b, h, t, k, size, d)
+    keys, values = wide(past.k[row, head, slot]), past.v[row, head, slot]  # (b, h, t, k, size, d)
     if call.rotate is not None:
         order = config.top_k - chosen + torch.arange(chosen, device=q.device)
         newest = (block >= blocks - config.top_k).long()
@@ -687,7 +614,7 @@ def _retrieved(
         return tokens.masked_fill(~inside, -torch.inf).flatten(3), values.flatten(3, 4), None
     total = torch.where(inside | ~found[..., None], tokens, -torch.inf).logsumexp(-1, keepdim=True)
     logits = torch.where(inside, tokens - total + gate, -torch.inf)
-    kept = _dropped_gates(call, gate.shape, q)
+    kept = _dropout(call).of_gates(gate.shape, q)
     factors = None if kept is None else kept.expand_as(logits).flatten(3)
     return logits.flatten(3), values.flatten(3, 4), factors
 
@@ -740,6 +667,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="grouped_attention",
     state=LandmarkState,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "roles", "rotate"}),

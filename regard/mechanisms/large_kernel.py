@@ -59,6 +59,7 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.engines.linear import linear
 from regard.layers.linear import make_linear
 from regard.layers.mixer import MixerLayer, Tokens
 
@@ -295,7 +296,7 @@ def _gated(
 ) -> Float[Tensor, "b n c"]:
     """PW, then the gate, in at least float32: the product of two unbounded numbers is what overflows first."""
     if pointwise is not None:
-        a = F.linear(a, pointwise.to(a.dtype), None if pointwise_bias is None else pointwise_bias.to(a.dtype))
+        a = linear(a, pointwise.to(a.dtype), None if pointwise_bias is None else pointwise_bias.to(a.dtype))
     a = a.sigmoid() if call.config.sigmoid else a
     return GATINGS[call.config.gating](a, x.to(a.dtype)).to(x.dtype)
 

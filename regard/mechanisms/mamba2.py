@@ -36,7 +36,6 @@ step is taken there, where ports that zero the input still decay by softplus(dt_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,17 +62,26 @@ from regard.contract import (
     one_of,
 )
 from regard.engines import recurrent_forms
+from regard.engines.layers import gated_product
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.attention import LayerState
 from regard.layers.convolution import ShortConvolution
 from regard.layers.linear import make_linear
-from regard.layers.mixer import MixerLayer, Tokens
+from regard.layers.mixer import Tokens
+from regard.layers.state_space import (
+    SELECTIONS,
+    GatedRMSNorm,
+    StateSpaceLayer,
+    check_range,
+    draw_dt_bias,
+    split,
+    without_weight_decay,
+)
 from regard.ragged import take_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-SELECTIONS = ("dt", "B", "C")
 SKIP_KINDS = ("head", "channel", "none")
 
 
@@ -133,13 +141,9 @@ class Config:
         for name in ("expand", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise Unsupported(f"{name}={getattr(self, name)}", supported=f"{name} > 0")
-        for name in ("dt_limit", "dt_init", "a_init"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high or (name != "dt_limit" and low == 0):
-                default = Config.__dataclass_fields__[name].default
-                raise Unsupported(
-                    f"{name}={(low, high)}", supported="numbers from low to high", nearest=f"{name}={default}"
-                )
+        check_range(self, "dt_limit", zero=True)
+        check_range(self, "dt_init")
+        check_range(self, "a_init")
         if self.norm_before_gate and not (self.norm and self.gate):
             raise Unsupported("norm_before_gate without a norm or a gate", supported="norm=True, gate=True")
 
@@ -196,7 +200,7 @@ def parallel(
         return chunked(call, q, k, v, dt, a, skip).output
     if call.pattern.cross:
         return read(call.replace(state=absorb(call.replace(state=None), k, v, dt, a, skip)), q).output.to(v.dtype)
-    y = recurrent_forms.bidirectional(_chunk(call), _queries(call, q, v), *_writes(k, v, dt, a))
+    y = recurrent_forms.bidirectional(_chunk(call), _queries(call, q), *_writes(k, v, dt, a))
     return _skip(call, y, v, skip)
 
 
@@ -210,7 +214,7 @@ def chunked(
     skip: Float[Tensor, "h v"] | None = None,
 ) -> Result:
     """Causal-self with state in and out; no cumulative sums are subtracted, and masked entries are -inf before exp."""
-    y, state = recurrent_forms.chunked(_chunk(call), _queries(call, q, v), *_writes(k, v, dt, a))
+    y, state = recurrent_forms.chunked(_chunk(call), _queries(call, q), *_writes(k, v, dt, a))
     return Result(_skip(call, y, v, skip), state)
 
 
@@ -223,7 +227,7 @@ def step(
     a: Float[Tensor, " h"],
     skip: Float[Tensor, "h v"] | None = None,
 ) -> Result:
-    y, state = recurrent_forms.step(call, _queries(call, q, v), *_writes(k, v, dt, a))
+    y, state = recurrent_forms.step(call, _queries(call, q), *_writes(k, v, dt, a))
     return Result(_skip(call, y, v, skip), state)
 
 
@@ -243,7 +247,7 @@ def absorb(
 def read(call: Call, q: Float[Tensor, "b g n k"], a: Tensor | None = None, skip: Tensor | None = None) -> Result:
     """Queries on absorbed memory; `a` has done its work in the state."""
     _check_skip(call, skip)
-    y = recurrent_forms.read(call, _queries(call, q, call.state.memory))
+    y = recurrent_forms.read(call, _repeat(_queries(call, q), call.state.memory))
     return Result(y.to(q.dtype), call.state)
 
 
@@ -252,15 +256,15 @@ def _repeat(x: Float[Tensor, "b g n k"], heads_of: Float[Tensor, "b h ..."]) -> 
     return x.repeat_interleave(heads_of.shape[1] // x.shape[1], 1)
 
 
-def _queries(call: Call, q: Tensor, heads_of: Tensor) -> Tensor:
-    return call.scale * _repeat(q.to(torch.promote_types(q.dtype, torch.float32)), heads_of)
+def _queries(call: Call, q: Tensor) -> Tensor:
+    return call.scale * q.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def _writes(k: Tensor, v: Tensor, dt: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values times dt, and log decays dt a of the recurrence. dt is 0 in the padding: no write and no decay."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     dt = dt.to(dtype)[..., None]
-    return _repeat(k.to(dtype), v), dt * v.to(dtype), dt * a.to(dtype)[:, None, None]
+    return k.to(dtype), dt * v.to(dtype), dt * a.to(dtype)[:, None, None]
 
 
 def _skip(call: Call, y: Tensor, v: Tensor, skip: Tensor | None) -> Tensor:
@@ -297,36 +301,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
-class GatedRMSNorm(nn.Module):
-    """RMSNorm of each group of features, and the gate silu(z) before or after it.
-
-    Args:
-        dim: width of the last axis, a multiple of `groups`.
-        groups: groups with a root mean square of their own.
-        eps: added to the mean square.
-        norm_before_gate: norm(y) silu(z) instead of norm(y silu(z)).
-    """
-
-    def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, norm_before_gate: bool = False) -> None:
-        super().__init__()
-        if dim % groups:
-            raise Unsupported(f"a norm over {groups} groups of {dim} features", supported="a divisor of the features")
-        self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, y: Float[Tensor, "... c"], z: Float[Tensor, "... c"] | None) -> Float[Tensor, "... c"]:
-        """In at least float32."""
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        y = y.to(dtype)
-        gate = None if z is None else F.silu(z.to(dtype))
-        if gate is not None and not self.norm_before_gate:
-            y = y * gate
-        parts = y.unflatten(-1, (self.groups, -1))
-        y = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(dtype)
-        return y * gate if gate is not None and self.norm_before_gate else y
-
-
-class Mamba2Layer(MixerLayer):
+class Mamba2Layer(StateSpaceLayer):
     """The Mamba-2 block, (B, N, C) -> (B, N, C), without its outer norm and residual.
 
     A_log, D and dt_bias stay in float32 when the layer is cast to a narrower dtype, and have no weight decay.
@@ -340,8 +315,6 @@ class Mamba2Layer(MixerLayer):
         linear: kind of the projections (``dense`` or a projection mechanism).
         config: see :class:`Config`.
     """
-
-    FLOAT32 = ("A_log", "D", "dt_bias")
 
     def __init__(
         self,
@@ -398,17 +371,13 @@ class Mamba2Layer(MixerLayer):
                 self.d_ssm, config.groups, eps=config.norm_eps, norm_before_gate=config.norm_before_gate
             )
         self.out_proj = make_linear(inner, dim, kind=linear)
-        for parameter in (self.A_log, self.dt_bias, self.D, self.initial_states, *self.constants.values()):
-            if parameter is not None:
-                parameter._no_weight_decay = True
+        without_weight_decay(self.A_log, self.dt_bias, self.D, self.initial_states, *self.constants.values())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A, D, dt, initial states and constants; projections, convolution and norm have their own."""
-        low, high = (math.log(bound) for bound in self.config.dt_init)
+        draw_dt_bias(self.dt_bias, *self.config.dt_init)
         with torch.no_grad():
-            dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
             self.A_log.uniform_(*self.config.a_init).log_()
             if self.D is not None:
                 self.D.fill_(1.0)
@@ -417,19 +386,9 @@ class Mamba2Layer(MixerLayer):
             for constant in self.constants.values():
                 constant.normal_(std=self.config.d_state**-0.5)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mamba2Layer:
-        """Casts and moves, but never narrows the parameters of `FLOAT32`."""
-        before = {name: getattr(self, name).data for name in self.FLOAT32 if getattr(self, name) is not None}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            parameter = getattr(self, name)
-            if torch.finfo(parameter.dtype).bits < 32:
-                parameter.data = value.to(parameter.device)
-        return self
-
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: LayerState | None) -> Result:
         widths = self.query_widths if self.pattern.cross else self.query_widths | self.memory_widths
-        parts = _split(self.in_proj, widths, tokens.x)
+        parts = split(self.in_proj, widths, tokens.x)
         stateful = state is not None or "state" in context.want
         if self.pattern.cross:
             known = state if memory is None else self.absorb(memory, None)
@@ -444,15 +403,15 @@ class Mamba2Layer(MixerLayer):
         if self.norm is not None:
             y = self.norm(y, z)
         elif z is not None:
-            y = y * F.silu(z)
+            y = gated_product(y, z)
         y = y.to(tokens.x.dtype)
         if widths["mlp"]:
-            y = torch.cat([F.silu(parts["mlp_gate"]) * parts["mlp"], y], -1)
+            y = torch.cat([gated_product(parts["mlp"], parts["mlp_gate"]), y], -1)
         result.output = self.out_proj(y)
         return result
 
     def absorb(self, memory: Tokens, state: LayerState | None) -> LayerState:
-        parts = _split(self.memory_proj, self.memory_widths, memory.x)
+        parts = split(self.memory_proj, self.memory_widths, memory.x)
         inputs, caches = self._writes(parts, memory, state)
         absorbed = absorb_memory(
             self.card,
@@ -495,13 +454,7 @@ class Mamba2Layer(MixerLayer):
     def _writes(self, parts: Tensors, tokens: Tokens, state: LayerState | None) -> tuple[Tensors, tuple[Tensor, ...]]:
         """What tokens bring to the recurrence (q too, in self patterns), and the convolution's cache after them."""
         widths = {name: width for name, width in self.memory_widths.items() if name != "dt"}
-        y = torch.cat([parts[name] for name in widths], -1)
-        caches: tuple[Tensor, ...] = ()
-        if self.conv is None:
-            y = F.silu(y)
-        else:
-            y, cache = self.conv(y, tokens.lengths, state.convolutions[0] if state is not None else None)
-            caches = () if cache is None else (cache,)
+        y, caches = self.convolve(torch.cat([parts[name] for name in widths], -1), tokens, state)
         convolved = dict(zip(widths, y.split(list(widths.values()), -1), strict=True))
         bias = self.dt_bias.to(torch.promote_types(self.dt_bias.dtype, torch.float32))
         dt = bias.expand(*tokens.x.shape[:2], -1) if "dt" in self.config.constant else parts["dt"].to(bias.dtype) + bias
@@ -545,12 +498,6 @@ def _heads(config: Config, inner: int, d_ssm: int, num_heads: int) -> tuple[int,
     if heads % config.groups:
         raise Unsupported(f"groups={config.groups} for {heads} heads", supported=f"a divisor of {heads}")
     return heads, d_ssm // heads
-
-
-def _split(projection: nn.Module | None, widths: dict[str, int], x: Tensor) -> Tensors:
-    """The parts of a projection by name."""
-    y = x[..., :0] if projection is None else projection(x)
-    return dict(zip(widths, y.split(list(widths.values()), -1), strict=True))
 
 
 def sample_inputs(

@@ -59,6 +59,7 @@ from regard.contract import (
 )
 from regard.engines.attention import Ranks, Visibility, attention, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
+from regard.visibility import DistanceBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -238,11 +239,12 @@ def _attend(
     bias = None if call.bias is None else temperature * call.bias.to(dtype)
     for term in _bias_terms(config, head_bias, counts, q):
         bias = term if bias is None else bias + term
-    by_rank = call.position_bias
-
-    def position_bias(i: Tensor, j: Tensor) -> Tensor:
-        assert by_rank is not None
-        return temperature * by_rank(i, j).to(dtype)
+    position_bias = call.position_bias
+    if isinstance(position_bias, DistanceBias):
+        position_bias = position_bias.scaled(temperature, dtype)
+    elif position_bias is not None:
+        by_rank = position_bias
+        position_bias = lambda i, j: temperature * by_rank(i, j).to(dtype)  # noqa: E731
 
     output, weights, _ = attention(
         q,
@@ -254,7 +256,7 @@ def _attend(
         rule=config.activation,
         shift=config.biases[0] if len(config.biases) == 1 else 0.0,
         bias=bias,
-        position_bias=None if by_rank is None else position_bias,
+        position_bias=position_bias,
         blocks=call.blocks,
         dropout=call.dropout,
         generator=call.generator,

@@ -50,6 +50,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.engines.linear import linear
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -177,8 +178,8 @@ def attend_to_parameters(
     dtype = torch.promote_types(x.dtype, torch.float32)
     tau = math.sqrt(keys.shape[0]) if tau is None else tau
     tau = tau.to(dtype) if isinstance(tau, Tensor) else tau
-    scores = scale * F.linear(x.to(dtype), keys.to(dtype))
-    return (THETAS[config.theta](scores, tau, token_mask, config.eps) @ values.to(dtype)).to(x.dtype)
+    scores = scale * linear(x.to(dtype), keys.to(dtype))
+    return linear(THETAS[config.theta](scores, tau, token_mask, config.eps), values.to(dtype).mT).to(x.dtype)
 
 
 class TokenParameter(nn.Module):

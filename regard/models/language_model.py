@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Mask, Pattern, Result, State, Unsupported, at_least, state_field
+from regard.engines.linear import FrozenWeights, linear
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -135,7 +136,7 @@ class LanguageModel(nn.Module):
         """The output projection."""
         if self.head is not None:
             return self.head(features)
-        return F.linear(features, self.embedding.weight[: self.config.vocab_size]) * self.config.dim**-0.5
+        return linear(features, self.embedding.weight[: self.config.vocab_size]) * self.config.dim**-0.5
 
     def features(
         self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None
@@ -243,10 +244,11 @@ class LanguageModel(nn.Module):
         rows = torch.arange(ids.shape[0], device=ids.device)
         ragged = layout.lengths is not None
         whole, state, unread, last = ids, None, ids, lengths - 1
+        weights = FrozenWeights()
         for _ in range(max_new_tokens):
             mask = Mask(lengths=last + 1) if ragged else None
             context = Context(mask=mask, want=frozenset({"state"} if use_state else ()))
-            with evaluation_mode(self):
+            with evaluation_mode(self), weights:
                 result = self.features(unread, context=context, state=state)
                 logits = self.logits(result.output[rows, last])  # (B, vocab)
             chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)

@@ -45,8 +45,12 @@ class Alibi(Positions):
     ) -> Float[Tensor, "b h n m"]:
         """Scores to add, in float32. `causal` changes nothing, since what it hides is hidden by the mask."""
         check_pair(query_positions, key_positions)
-        distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
-        return -self.slopes(query_positions.device)[:, None, None] * distance
+        return self.by_distance(key_positions[:, None, :] - query_positions[:, :, None], causal).transpose(0, 1)
+
+    def by_distance(self, distances: Int[Tensor, "..."], causal: bool) -> Float[Tensor, "h ..."]:
+        """The bias of key position minus query position."""
+        slopes = self.slopes(distances.device)
+        return -slopes.view(-1, *[1] * distances.ndim) * distances.abs()
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"

@@ -36,12 +36,15 @@ class Positions(nn.Module):
 
     Attributes:
         name: what :func:`regard.positions.create_positions` knows it by.
+        by_distance: of schemes whose bias depends on key position minus query position alone:
+            ``by_distance(distances (...), causal)``, biases (H, ...).
     """
 
     name: ClassVar[str]
     embed: ClassVar[Callable[..., Tensor] | None] = None
     rotate: ClassVar[Callable[..., Tensor] | None] = None
     bias: ClassVar[Callable[..., Tensor] | None] = None
+    by_distance: ClassVar[Callable[..., Tensor] | None] = None
 
 
 def check_positions(positions: Int[Tensor, "#b n"], batch: int, n: int) -> None:

@@ -71,7 +71,9 @@ class Relative(Positions):
         self, query_positions: Int[Tensor, "#b n"], key_positions: Int[Tensor, "#b m"], causal: bool
     ) -> Int[Tensor, "b n m"]:
         """Row of the table for each pair. In causal patterns a key after its query counts as distance 0."""
-        ahead = key_positions[:, None, :] - query_positions[:, :, None]
+        return self._buckets(key_positions[:, None, :] - query_positions[:, :, None], causal)
+
+    def _buckets(self, ahead: Int[Tensor, "..."], causal: bool) -> Int[Tensor, "..."]:
         if causal:
             return torch.bucketize((-ahead).clamp(min=0), self.causal_starts, right=True)
         return torch.bucketize(ahead.abs(), self.noncausal_starts, right=True) + (ahead > 0) * (self.num_buckets // 2)
@@ -81,8 +83,11 @@ class Relative(Positions):
     ) -> Float[Tensor, "b h n m"]:
         """Scores to add, in the dtype of the table."""
         check_pair(query_positions, key_positions)
-        rows = self.buckets(query_positions, key_positions, causal)
-        return nn.functional.embedding(rows, self.table).permute(0, 3, 1, 2)
+        return self.by_distance(key_positions[:, None, :] - query_positions[:, :, None], causal).transpose(0, 1)
+
+    def by_distance(self, distances: Int[Tensor, "..."], causal: bool) -> Float[Tensor, "h ..."]:
+        """The bias of key position minus query position."""
+        return nn.functional.embedding(self._buckets(distances, causal), self.table).movedim(-1, 0)
 
     def extra_repr(self) -> str:
         return f"heads={self.table.shape[1]}, num_buckets={self.num_buckets}, max_distance={self.max_distance}"

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from regard.contract import Unsupported, at_least
-from regard.positions.angles import angles
+from regard.engines.layers import rotary
 from regard.positions.protocol import Positions, check_positions
 
 if TYPE_CHECKING:
@@ -71,13 +70,7 @@ class Rotary(Positions):
         check_positions(positions, x.shape[0], x.shape[2])
         if x.shape[-1] != self.head_dim:
             raise Unsupported(f"rotary positions on heads of {x.shape[-1]}", supported=f"head_dim={self.head_dim}")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        turn = angles(positions, self.rotated, base=self.base, stretch=self.interpolation, dtype=dtype)[:, None]
-        cos, sin = turn.cos(), turn.sin()
-        turning, still = x.split([self.rotated, self.head_dim - self.rotated], dim=-1)
-        first, second = turning.to(dtype).chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
-        return torch.cat([turned, still], dim=-1) if self.rotated < self.head_dim else turned
+        return rotary(x, positions, rotated=self.rotated, base=self.base, stretch=self.interpolation)
 
     def extra_repr(self) -> str:
         scaling = f"base={self.base:g}, interpolation={self.interpolation:g}"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from regard.angles import angles
 from regard.contract import Unsupported, at_least
-from regard.positions.angles import angles
 from regard.positions.protocol import Positions, check_positions
 
 if TYPE_CHECKING:

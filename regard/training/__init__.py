@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regard.training.learning_rate import Search, Trial, search
 from regard.training.loop import Evaluation, History, Point, TrainConfig, evaluate, train
-from regard.training.memory import Peak, TensorMemory, peak_memory
+from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
 from regard.training.optimizer import make_optimizer, parameter_groups
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TrainConfig",
     "Trial",
     "evaluate",
+    "keep_freed_memory",
     "make_optimizer",
     "parameter_groups",
     "peak_memory",

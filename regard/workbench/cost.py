@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.backends import recording
+from regard.backends.native import library
 from regard.contract import Context
 from regard.models import LanguageModel
 from regard.training.memory import peak_memory
@@ -37,10 +39,10 @@ def model_costs(
 
     Returns:
         For each model the payload of a ``cost`` row: latency (length, ms, low, high), decode (length, tokens/s), memory
-        and state_bytes (length, bytes), and the efficiency lengths.
+        and state_bytes (length, bytes), the efficiency lengths, and the backends that ran its engines.
     """
     found: dict[str, dict[str, Any]] = {
-        name: {"latency": [], "decode": [], "memory": [], "state_bytes": []} for name in models
+        name: {"latency": [], "decode": [], "memory": [], "state_bytes": [], "backends": []} for name in models
     }
     with torch.no_grad():
         for model in models.values():
@@ -51,7 +53,11 @@ def model_costs(
             for name, timing in interleaved(forward, seconds=seconds).items():
                 found[name]["latency"].append([length, *_milliseconds(timing)])
             for name, action in forward.items():
-                found[name]["memory"].append([length, peak_memory(action).bytes])
+                library.workspace_peak(reset=True)
+                with recording() as used:
+                    memory = peak_memory(action).bytes + library.workspace_peak()
+                found[name]["memory"].append([length, memory])
+                found[name]["backends"] = sorted(used.union(found[name]["backends"]))
             _decoding(models, length, inputs, context, found, seconds)
             if on_length is not None:
                 on_length(length)

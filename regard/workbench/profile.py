@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from regard.backends import recording
+from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
 from regard.training.memory import peak_memory
@@ -70,8 +72,13 @@ class Measurement:
     high: float
     repeats: int
     memory_bytes: int | None
+    """Most that tensors held at one time, and kernels' workspaces: an upper bound of both together."""
     gflops: float | None
     """Rate of the work that the card's cost counts, forward only."""
+    peak_share: float | None
+    """That rate as a share of `Profile.peak_gflops`."""
+    backend: str
+    """What ran its engines; ``"torch"`` too where it has none."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class Profile:
     measurements: list[Measurement]
     efficiency: dict[str, dict[str, int | None]]
     skipped: dict[str, str]
+    peak_gflops: float | None
+    """Fused multiply-adds in registers on the threads in use, float32; None without the native library."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -89,6 +98,7 @@ class Profile:
             "measurements": [asdict(m) for m in self.measurements],
             "efficiency_length": self.efficiency,
             "skipped": self.skipped,
+            "peak_gflops": self.peak_gflops,
         }
 
 
@@ -104,33 +114,36 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
         card = get_mechanism(name)
         subjects[name] = Subject(card, card.require_pattern(settings.pattern))
     measurements: list[Measurement] = []
+    peak = None if library.why_missing() else machine.fma_peak()
     skipped: dict[str, str] = {}
     for what in settings.what:
         able = {n: s for n, s in subjects.items() if what != "decode" or s.stateful}
         for name in subjects.keys() - able.keys():
             skipped[f"{name} {what}"] = f"{name} has no state that decodes in {settings.pattern.value}"
         for length in settings.lengths:
-            measurements += _at(what, length, able, settings)
+            measurements += _at(what, length, able, settings, peak)
             if on_length is not None:
                 on_length(what, length)
-    return Profile(settings, measurements, _efficiency(measurements, list(subjects)), skipped)
+    return Profile(settings, measurements, _efficiency(measurements, list(subjects)), skipped, peak)
 
 
-def _at(what: str, length: int, subjects: dict[str, Subject], settings: ProfileSettings) -> list[Measurement]:
+def _at(
+    what: str, length: int, subjects: dict[str, Subject], settings: ProfileSettings, peak: float | None
+) -> list[Measurement]:
     actions = {name: _action(what, length, subject, settings) for name, subject in subjects.items()}
     timings = interleaved(actions, seconds=settings.seconds)
-    return [
-        Measurement(
-            name,
-            what,
-            length,
-            *_milliseconds(timing),
-            timing.repeats,
-            peak_memory(actions[name]).bytes,
-            _rate(subjects[name], length, settings, timing) if what == "forward" else None,
+    found = []
+    for name, timing in timings.items():
+        library.workspace_peak(reset=True)
+        with recording() as used:
+            memory = peak_memory(actions[name]).bytes + library.workspace_peak()
+        rate = _rate(subjects[name], length, settings, timing) if what == "forward" else None
+        share = None if rate is None or peak is None else rate / peak
+        backend = "+".join(sorted(used)) or "torch"
+        found.append(
+            Measurement(name, what, length, *_milliseconds(timing), timing.repeats, memory, rate, share, backend)
         )
-        for name, timing in timings.items()
-    ]
+    return found
 
 
 def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, torch.Tensor]:

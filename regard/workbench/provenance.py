@@ -120,8 +120,12 @@ def _cpu_records() -> list[dict[str, str]]:
 def _cpu_model() -> str | None:
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string")
-    named = (record["model name"] for record in _cpu_records() if "model name" in record)
-    return next(named, None) or platform.processor() or None
+    record = next((r for r in _cpu_records() if "model name" in r), None)
+    if record is None:
+        return platform.processor() or None
+    # rented machines often say no more than the maker, and generations differ by half in speed
+    number = [f"{part} {record[key]}" for part, key in (("family", "cpu family"), ("model", "model")) if key in record]
+    return record["model name"] + (f" ({', '.join(number)})" if number else "")
 
 
 def _physical_cores() -> int | None:

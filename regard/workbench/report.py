@@ -305,6 +305,8 @@ class _View:
             )
             if chart is not None:
                 note = self._crossing_sentence(name, series) if crossing else ""
+                if source == "latency":
+                    note = ". ".join(filter(None, (note, self._backend_sentence(task))))
                 drawn.append({"caption": name, "chart": chart, "note": note})
         return drawn
 
@@ -328,6 +330,15 @@ class _View:
         return f"{adjective} than {REFERENCE} from " + "; ".join(
             f"{charts.format_length(length)}: {', '.join(names)}" for length, names in by_length.items()
         )
+
+    def _backend_sentence(self, task: str) -> str:
+        by_backend: dict[str, list[str]] = {}
+        for row in self.cost:
+            if row["task"] == task and row.get("backends"):
+                by_backend.setdefault(" and ".join(row["backends"]), []).append(row["mechanism"])
+        if not by_backend:
+            return ""
+        return "Engines ran on " + "; ".join(f"{name}: {', '.join(who)}" for name, who in by_backend.items())
 
     def curves(self, task: str) -> Markup | None:
         """Training loss against tokens, a line a seed."""

@@ -1,7 +1,8 @@
-"""`regard verify`: the equality matrix for every mechanism x pattern x property x dtype, with the observed errors."""
+"""`regard verify`: the equality matrix for every mechanism x pattern x property x dtype x backend, with the observed errors."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import traceback
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from regard.backends import BACKENDS, only, recording
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Mechanism, Pattern, Waiver
 from regard.workbench.layer_properties import LAYER_PROPERTIES
@@ -43,14 +45,14 @@ class Cell:
     seconds: float
 
 
-def cell_key(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype) -> dict[str, str]:
+def cell_key(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype, backend: str) -> dict[str, str]:
     """What identifies a cell."""
     return {
         "mechanism": card.name,
         "pattern": pattern.value,
         "property": prop.name,
         "dtype": DTYPE_NAMES[dtype],
-        "backend": "torch",
+        "backend": backend,
     }
 
 
@@ -61,8 +63,13 @@ def _waiver(card: Mechanism, property_name: str, pattern: Pattern) -> Waiver | N
     return None
 
 
-def check(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype, *, seed: int = 0) -> Cell | None:
-    """Measure one cell; None where the property does not apply."""
+def check(
+    card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype, *, backend: str = "torch", seed: int = 0
+) -> Cell | None:
+    """Measure one cell; None where the property does not apply, or nothing in it runs on the backend.
+
+    On ``torch`` nothing else runs; on another backend, what it cannot run is left to torch.
+    """
     started = time.perf_counter()
     tolerance = card.tolerances[dtype]
     subject = Subject(card, pattern, seed=seed)
@@ -71,14 +78,18 @@ def check(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype,
     if waiver is not None:
         status, detail = "waived", waiver.reason
         if waiver.holds_with is None:
+            if backend != "torch":
+                return None
             return Cell(
-                card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], "torch", status, None, tolerance, detail, 0.0
+                card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], backend, status, None, tolerance, detail, 0.0
             )
         subject = subject.with_options(dict(waiver.holds_with))
         detail += f" (measured with {', '.join(f'{k}={v}' for k, v in waiver.holds_with.items())})"
+    used: set[str] = set()
     try:
         torch.manual_seed(seed)
-        error = prop.check(subject, dtype)
+        with only(backend, "torch"), recording() as used:
+            error = prop.check(subject, dtype)
         if not error <= tolerance:
             status = "fail"
             detail = f"error {error:.2e} above {tolerance:.0e}" + (f"; {detail}" if detail else "")
@@ -90,12 +101,19 @@ def check(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype,
         status = "fail"
         last = traceback.extract_tb(failure.__traceback__)[-1]
         detail = f"{type(failure).__name__}: {failure} ({last.name}, line {last.lineno})"
+    if backend not in used and backend != "torch":
+        return None
     seconds = time.perf_counter() - started
     if error is not None and not math.isfinite(error):
         error = None
     return Cell(
-        card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], "torch", status, error, tolerance, detail, seconds
+        card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], backend, status, error, tolerance, detail, seconds
     )
+
+
+def verified_backends() -> list[str]:
+    """Backends that have cells here: torch, and others that are not missing."""
+    return ["torch", *(b.name for b in BACKENDS if b.name != "torch" and b.missing is None)]
 
 
 def plan(
@@ -103,8 +121,8 @@ def plan(
     *,
     patterns: Iterable[str | Pattern] | None = None,
     properties: Iterable[str] | None = None,
-) -> Iterator[tuple[Mechanism, Pattern, Property, torch.dtype]]:
-    """The cells that would be measured."""
+) -> Iterator[tuple[Mechanism, Pattern, Property, torch.dtype, str]]:
+    """The cells that would be measured: mechanism, pattern, property, dtype, backend."""
     chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
     for name in list_mechanisms() if names is None else names:
         card = get_mechanism(name)
@@ -114,8 +132,9 @@ def plan(
             for prop in PROPERTIES:
                 if properties is not None and prop.name not in properties:
                     continue
-                for dtype in prop.dtypes:
-                    yield card, pattern, prop, dtype
+                for backend in verified_backends():
+                    for dtype in prop.dtypes_on(backend):
+                        yield card, pattern, prop, dtype, backend
 
 
 def verify(
@@ -141,11 +160,12 @@ def verify(
         The cells measured; all is well when none has status ``fail``.
     """
     cells = []
-    for card, pattern, prop, dtype in plan(names, patterns=patterns, properties=properties):
-        if done is not None and done(cell_key(card, pattern, prop, dtype)):
+    for card, pattern, prop, dtype, backend in plan(names, patterns=patterns, properties=properties):
+        if done is not None and done(cell_key(card, pattern, prop, dtype, backend)):
             continue
         seeds = (0, 1, 2) if full and prop.name not in ("compile", "layer_compile", "layer_export") else (0,)
-        found = [check(card, pattern, _inductor(prop) if full else prop, dtype, seed=seed) for seed in seeds]
+        chosen = _inductor(prop) if full else prop
+        found = [check(card, pattern, chosen, dtype, backend=backend, seed=seed) for seed in seeds]
         measured = [cell for cell in found if cell is not None]
         if not measured:
             continue
@@ -159,4 +179,4 @@ def verify(
 def _inductor(prop: Property) -> Property:
     if prop.name not in ("compile", "layer_compile"):
         return prop
-    return Property(prop.name, prop.meaning, lambda s, d: prop.check(s, d, backend="inductor"), prop.dtypes, prop.level)
+    return dataclasses.replace(prop, check=lambda s, d: prop.check(s, d, backend="inductor"))

@@ -83,7 +83,7 @@ REFUSED = {
     "the log-sum-exp of no softmax": ("sigmoid", {"want": {"lse"}}, "log-sum-exp"),
     "a rotation that is not made": ("linear", {"rotate": lambda x, ranks: x}, "rotation"),
     "an unknown backend of a plain form": ("linear", {"backend": "native", "pattern": "noncausal-self"}, "torch"),
-    "an unknown backend without an engine": ("landmark", {"backend": "native"}, "torch"),
+    "a backend that lacks the dtype": ("landmark", {"backend": "native"}, "torch"),
     "the reference with a state": ("softmax", {"form": "reference", "state": STATE}, "whole sequences"),
     "the parallel form with a state": ("softmax", {"form": "parallel", "return_state": True}, "whole sequences"),
     "the reference on padding": (

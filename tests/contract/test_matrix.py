@@ -7,7 +7,7 @@ import torch
 
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind
-from regard.workbench.verify import PROPERTIES, check
+from regard.workbench.verify import PROPERTIES, check, verified_backends
 
 CELLS = [
     (name, pattern, prop)
@@ -20,8 +20,12 @@ CELLS = [
 @pytest.mark.parametrize(("name", "pattern", "prop"), CELLS, ids=[f"{n}-{p.value}-{q.name}" for n, p, q in CELLS])
 def test_property_holds(name, pattern, prop):
     card = get_mechanism(name)
-    cells = [cell for dtype in prop.dtypes if (cell := check(card, pattern, prop, dtype)) is not None]
-    failures = [f"{c.dtype}: {c.detail}" for c in cells if c.status == "fail"]
+    cells = [
+        check(card, pattern, prop, dtype, backend=backend)
+        for backend in verified_backends()
+        for dtype in prop.dtypes_on(backend)
+    ]
+    failures = [f"{c.dtype} on {c.backend}: {c.detail}" for c in cells if c is not None and c.status == "fail"]
     assert not failures, "; ".join(failures)
 
 

@@ -217,10 +217,10 @@ def test_no_kernel_is_given_a_row_that_sees_nothing(monkeypatch):
     bias = torch.zeros(1, 1, 9, 9)
     bias[..., 4, :] = -torch.inf
     tensors = {x: torch.randn(2, 1, 9, 4) for x in "qkv"}
-    apply(get_mechanism("softmax"), tensors, mask=Mask(bias=bias))
+    apply(get_mechanism("softmax"), tensors, mask=Mask(bias=bias), backend="torch")
     lengths = Mask(lengths=torch.tensor([0, 9]))
-    apply(get_mechanism("softmax"), tensors, pattern="noncausal-self", mask=lengths)
-    apply(get_mechanism("local"), tensors, pattern="noncausal-self", mask=lengths)
+    apply(get_mechanism("softmax"), tensors, pattern="noncausal-self", mask=lengths, backend="torch")
+    apply(get_mechanism("local"), tensors, pattern="noncausal-self", mask=lengths, backend="torch")
     assert len(masks) == 3 and all(mask.any(-1).all() for mask in masks)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import regard.mechanisms.landmark as landmark_module
 from regard.apply import absorb, apply
+from regard.backends.torch import grouped_attention as torch_backend
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Role, Shape, Unsupported
 from regard.create import create_layer
@@ -218,7 +219,7 @@ def test_queries_taken_block_by_block_equal_the_whole(pattern: str, monkeypatch:
         return [output, *torch.autograd.grad(output.square().sum(), list(leaves.values()))]
 
     expected, weights = gradients(), weights_of(inputs, roles, pattern=pattern)
-    monkeypatch.setattr(landmark_module, "PAIRS_AT_ONCE", 100)
+    monkeypatch.setattr(torch_backend, "PAIRS_AT_ONCE", 100)
     for found, wanted in zip(gradients(), expected, strict=True):
         close(found, wanted)
     close(weights_of(inputs, roles, pattern=pattern), weights)

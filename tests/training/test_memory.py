@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import torch
 
 from regard.training import TensorMemory, peak_memory
@@ -76,3 +80,21 @@ def test_a_storage_that_grows_counts_at_its_new_size():
         a.resize_(FLOATS)
 
     assert peak_memory(work).bytes == 3 * MEGABYTE
+
+
+def test_freed_memory_is_kept_where_the_c_library_is_the_gnu_one():
+    """In a process of its own, since the setting is the whole process's."""
+    code = (
+        "import resource, torch\n"
+        "from regard.training import keep_freed_memory\n"
+        "kept = keep_freed_memory()\n"
+        "for _ in range(3): torch.ones(1 << 22)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(5): torch.ones(1 << 22)\n"
+        "print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
+    if kept == "True":
+        assert int(faults) < 1000  # five tensors of 4,096 pages

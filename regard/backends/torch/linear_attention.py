@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.backends.torch import gated_recurrence
+from regard.backends.torch.feature_maps import FEATURE_MAPS
 from regard.contract import valid_from_lengths
-from regard.engines.feature_maps import FEATURE_MAPS
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -75,3 +75,16 @@ def run(
         shape = (*v.shape[:2], 0, v.shape[-1]) if mix is not None else (*v.shape[:2], 0, s.shape[-1], v.shape[-1])
         return v.new_zeros(shape), carry
     return torch.cat(outputs, 2).to(v.dtype), Carry(m, u, w)
+
+
+def running_normalizer(
+    s: Float[Tensor, "b h n"], m: Float[Tensor, "b h"], u: Float[Tensor, "b h"], *, chunk_size: int = 64
+) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
+    """m_t and u_t of every prefix, continuing from (m, u): sum_{j<=t} exp(s_j) = u_t exp(m_t) at any range of scores."""
+    maxima, sums = [s[:, :, :0]], [s[:, :, :0]]
+    for part in s.split(chunk_size, 2) if s.shape[2] else ():
+        running, weights, carried = prefix_weights(part[:, :, None], None, m[:, :, None])
+        maxima.append(running[:, :, 0])
+        sums.append((weights.sum(-1) + carried * u[:, :, None, None])[:, :, 0])
+        m, u = maxima[-1][..., -1], sums[-1][..., -1]
+    return torch.cat(maxima, 2), torch.cat(sums, 2)

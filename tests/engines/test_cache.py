@@ -1,0 +1,112 @@
+"""The growing memory behind caches: what was returned never changes, and most tokens copy nothing."""
+
+import copy
+
+import pytest
+import torch
+
+from regard.engines.cache import append
+from regard.functional import softmax_attention
+
+
+def sequence(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def grown(steps=6, first=10):
+    x = sequence(2, 3, first, 4)
+    parts, views = [x], []
+    for _ in range(steps):
+        new = sequence(2, 3, 1, 4)
+        parts.append(new)
+        x = append(x, new, 2)
+        views.append(x)
+    return x, parts, views
+
+
+def test_append_is_concatenation_and_earlier_results_stay():
+    x, parts, views = grown()
+    assert torch.equal(x, torch.cat(parts, 2))
+    for i, view in enumerate(views):
+        assert torch.equal(view, torch.cat(parts[: i + 2], 2))
+
+
+def test_most_steps_copy_nothing():
+    _, _, views = grown(steps=100, first=200)
+    assert len({view.untyped_storage().data_ptr() for view in views}) <= 3
+
+
+def test_two_continuations_do_not_overwrite_each_other():
+    x, _, _ = grown()
+    a, b = sequence(2, 3, 2, 4), sequence(2, 3, 1, 4)
+    one, other = append(x, a, 2), append(x, b, 2)
+    again = append(one, b, 2)
+    assert torch.equal(one, torch.cat([x, a], 2))
+    assert torch.equal(other, torch.cat([x, b], 2))
+    assert torch.equal(again, torch.cat([x, a, b], 2))
+
+
+def test_copies_grow_on_their_own():
+    x, _, _ = grown()
+    new = sequence(2, 3, 1, 4)
+    for other in (copy.deepcopy(x), x.clone(), x.index_select(0, torch.tensor([1, 0])), x[:1].expand(2, -1, -1, -1)):
+        assert torch.equal(append(other, new, 2), torch.cat([other, new], 2))
+    assert torch.equal(append(x, new, 2), torch.cat([x, new], 2))
+
+
+def test_gradients_pass_and_saved_tensors_stay_valid():
+    x, _, _ = grown()
+    q, new = sequence(2, 3, 1, 4).requires_grad_(), sequence(2, 3, 1, 4)
+    score = (q * x).square().sum()  # saves x
+    append(x, new, 2)
+    score.backward()
+    assert torch.allclose(q.grad, (2 * q * x * x).sum(2, keepdim=True))
+    new.requires_grad_()
+    append(x, new, 2).sum().backward()
+    assert torch.equal(new.grad, torch.ones_like(new))
+
+
+def test_inference_mode_and_other_modes_mix():
+    with torch.inference_mode():
+        x, _, _ = grown()
+    new = sequence(2, 3, 1, 4)
+    with torch.no_grad():
+        assert torch.equal(append(x, new, 2), torch.cat([x, new], 2))
+    x, _, _ = grown()
+    with torch.inference_mode():
+        assert torch.equal(append(x, new, 2), torch.cat([x, new], 2))
+
+
+def test_what_does_not_fit_is_refused_as_by_concatenation():
+    x, _, _ = grown()
+    with pytest.raises(RuntimeError):
+        append(x, sequence(1, 3, 1, 4), 2)
+    assert torch.equal(append(x, x[:, :, :0], 2), x)
+
+
+def test_decoding_equals_whole_with_branches_reset_and_saved_state():
+    q, k, v = (sequence(2, 2, 12, 4) for _ in range(3))
+
+    def steps(state, first, last):
+        outputs = []
+        for i in range(first, last):
+            result = softmax_attention(*(x[:, :, i : i + 1] for x in (q, k, v)), state=state, form="step")
+            state = result.state
+            outputs.append(result.output)
+        return torch.cat(outputs, 2), state
+
+    whole = softmax_attention(q, k, v)
+    start = softmax_attention(*(x[:, :, :3] for x in (q, k, v)), return_state=True).state
+    output, middle = steps(start, 3, 7)
+    torch.testing.assert_close(output, whole[:, :, 3:7], rtol=0, atol=1e-12)
+    first, _ = steps(middle, 7, 12)
+    saved = middle.with_tensors({name: x.clone() for name, x in middle.tensors().items()})
+    for state in (middle, middle.detach(), saved):
+        torch.testing.assert_close(steps(state, 7, 12)[0], first, rtol=0, atol=0)
+    swapped = middle.select(torch.tensor([1, 0]))
+    one = softmax_attention(*(x[:, :, 7:8].flip(0) for x in (q, k, v)), state=swapped, form="step").output
+    torch.testing.assert_close(one, first[:, :, :1].flip(0), rtol=0, atol=1e-15)
+    emptied = middle.reset(torch.tensor([True, False]))
+    result = softmax_attention(*(x[:, :, 7:8] for x in (q, k, v)), state=emptied, form="step")
+    torch.testing.assert_close(result.output[0], v[0, :, 7:8], rtol=0, atol=1e-15)
+    torch.testing.assert_close(result.output[1], first[1, :, :1], rtol=0, atol=1e-15)
