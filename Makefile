@@ -23,10 +23,11 @@ native: $(VENV)/.dev  ## Build the kernels again after a change; only what chang
 
 native-test: $(VENV)/.dev  ## The kernels' own tests, under the address, undefined-behaviour and thread sanitizers
 	for kind in address,undefined thread; do \
-	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  folder=build/sanitize-$${kind%%,*} && \
+	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DREGARD_TESTS=ON -DREGARD_SANITIZE=$$kind && \
-	  $(BIN)/cmake --build build/$$kind && \
-	  $(BIN)/ctest --test-dir build/$$kind --output-on-failure --no-tests=ignore || exit 1; \
+	  $(BIN)/cmake --build $$folder && \
+	  $(BIN)/ctest --test-dir $$folder --output-on-failure --no-tests=ignore || exit 1; \
 	done
 
 bench: $(VENV)/.bench  ## Measure the table of benchmarks/RESULTS.md on this machine, which should be idle
