@@ -56,6 +56,7 @@ $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.bench: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/pip install --quiet -e '.[bench]'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/peers fla-core einops
 	touch $@
 
 $(VENV)/.docs: $(VENV)/bin/python $(SOURCES)

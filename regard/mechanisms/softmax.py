@@ -26,10 +26,10 @@ LSE is -inf.
 With LSE, outputs over separate parts of the keys merge: O = sum_p exp(LSE_p) O_p / sum_p exp(LSE_p) (without a sink).
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries).
-Deviations: the paper applies the block mask only without causality; here both combine, and a block mask hides pairs
-but saves no time. The tiles are those of PyTorch's `scaled_dot_product_attention`; a softcap, LSE, weights and dropout
-on a CPU or with a generator take blocks of queries instead, with memory still linear in N. Windows do not trim the
-cache of keys (`local` does). Gradients of gradients are not promised: PyTorch's kernels refuse them.
+Deviations: the paper applies the block mask only without causality; here both combine. The native kernel skips blocks
+that the mask hides; torch computes and hides them, in the tiles of PyTorch's `scaled_dot_product_attention`, or in
+blocks of queries for a softcap, LSE, weights and dropout on a CPU or with a generator, with memory still linear in N.
+Windows do not trim the cache of keys (`local` does). Gradients of gradients are not promised: the kernels refuse them.
 """
 
 from __future__ import annotations
