@@ -14,12 +14,14 @@ from regard.tasks.protocol import (
     IGNORED,
     Batch,
     Task,
+    absolute_error,
     accuracy,
     bits_per_byte,
     check_task,
     counter_generator,
-    cross_entropy,
     cross_entropy_by_item,
+    mean_loss,
+    squared_error_by_item,
 )
 from regard.tasks.recall import RecallTask
 from regard.tasks.text import TextTask
@@ -81,12 +83,14 @@ __all__ = [
     "TASKS",
     "Batch",
     "Task",
+    "absolute_error",
     "accuracy",
     "bits_per_byte",
     "check_task",
     "counter_generator",
     "create_task",
-    "cross_entropy",
     "cross_entropy_by_item",
     "list_tasks",
+    "mean_loss",
+    "squared_error_by_item",
 ]

@@ -8,8 +8,8 @@ the same each time, so the scores of two mechanisms are paired item by item.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -31,16 +31,22 @@ class Batch:
     """Some items of a task.
 
     Attributes:
-        inputs: tokens, or float32 features.
-        targets: a token for each position (:data:`IGNORED` where there is none), or a class for each item.
+        inputs: tokens, or float32 features. With a memory: what the decoder reads, beginning with a start token, or
+            what is known of each point to predict.
+        targets: a token for each position (:data:`IGNORED` where there is none), a class for each item, or numbers for
+            each position (nan where there is none).
         valid: key padding, True where a token exists; None when all tokens are valid.
         grid: sizes of the image whose tokens are laid out row by row.
+        memory: what a cross pattern reads: source tokens, or float32 features of the past.
+        memory_valid: True where a token of the memory exists; None when all are valid.
     """
 
     inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"]
-    targets: Int[Tensor, "b n"] | Int[Tensor, " b"]
+    targets: Int[Tensor, "b n"] | Int[Tensor, " b"] | Float[Tensor, "b n t"]
     valid: Bool[Tensor, "b n"] | None = None
     grid: tuple[int, ...] | None = None
+    memory: Int[Tensor, "b m"] | Float[Tensor, "b m g"] | None = None
+    memory_valid: Bool[Tensor, "b m"] | None = None
 
     @property
     def size(self) -> int:
@@ -49,8 +55,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        valid = None if self.valid is None else self.valid.to(device)
-        return Batch(self.inputs.to(device), self.targets.to(device), valid, self.grid)
+        return self._each(lambda x: x.to(device))
+
+    def items(self, begin: int, end: int) -> Batch:
+        """The items from number `begin` up to but not including `end`."""
+        return self if (begin, end) == (0, self.size) else self._each(lambda x: x[begin:end])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(x) for name, x in tensors.items()})
 
 
 class Task(Protocol):
@@ -75,11 +88,18 @@ class Task(Protocol):
     Attributes:
         name: of the task, as shown.
         pattern: the attention pattern that its model needs.
-        objective: ``next-token`` (a prediction at each position) or ``classification`` (one for each item).
+        objective: ``next-token`` (a prediction at each position), ``classification`` (one for each item) or
+            ``regression`` (numbers at each position).
         length: tokens of an item, padding included.
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens.
         num_classes: in classification.
+        num_targets: numbers for each position in regression.
+        memory_length: tokens of the memory, padding included, in a cross pattern; None in a self pattern.
+        memory_vocab_size, memory_features: as `vocab_size` and `features`, of the memory.
+        generates: tokens to generate for each held-out item, which :meth:`score_generated` then judges in the place of
+            :meth:`score`; None when logits are scored.
+        stop_tokens: what ends a generated sequence.
         grid: sizes of an image's token grid.
         metric: what :meth:`score` measures.
         higher_is_better: of that metric.
@@ -89,11 +109,17 @@ class Task(Protocol):
 
     name: str
     pattern: Pattern
-    objective: Literal["next-token", "classification"]
+    objective: Literal["next-token", "classification", "regression"]
     length: int
     vocab_size: int | None = None
     features: int | None = None
     num_classes: int | None = None
+    num_targets: int | None = None
+    memory_length: int | None = None
+    memory_vocab_size: int | None = None
+    memory_features: int | None = None
+    generates: int | None = None
+    stop_tokens: tuple[int, ...] = ()
     grid: tuple[int, ...] | None = None
     metric: str = "accuracy"
     higher_is_better: bool = True
@@ -116,15 +142,28 @@ class Task(Protocol):
         """Sum and weight of each item, in float64: the score of many items is total sum / total weight."""
         return accuracy(logits, batch)
 
+    def score_generated(
+        self, tokens: Int[Tensor, "b n"], batch: Batch
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """As :meth:`score`, for tasks with `generates`: of generated tokens, which end at the first of `stop_tokens`."""
+        raise NotImplementedError
 
-OBJECTIVES = ("next-token", "classification")
+    def loss(self, output: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Sum and weight of each item of what training minimises: cross entropy (nats), or squared error."""
+        if self.objective == "regression":
+            return squared_error_by_item(output, batch)
+        return cross_entropy_by_item(output, batch)
+
+
+OBJECTIVES = ("next-token", "classification", "regression")
 
 
 def check_task(task: Any) -> Task:
     """A user's task after a look at its members and its first batch; raises Unsupported with what is wrong."""
     told = f"the task {getattr(task, 'name', type(task).__name__)!r}"
     required = ["name", "pattern", "objective", "length", "vocab_size", "features", "num_classes", "grid", "metric"]
-    required += ["higher_is_better", "solved", "chance"]
+    required += ["higher_is_better", "solved", "chance", "num_targets", "memory_length", "memory_vocab_size"]
+    required += ["memory_features", "generates", "stop_tokens", "loss"]
     required += ["describe", "training_batch", "evaluation_batches", "score"]
     missing = [name for name in required if not hasattr(task, name)]
     if missing:
@@ -133,23 +172,45 @@ def check_task(task: Any) -> Task:
             supported="a class with the members of regard.tasks.Task",
             nearest="derive from regard.tasks.Task, which gives most of them a value",
         )
-    Pattern.parse(task.pattern)
+    pattern = Pattern.parse(task.pattern)
     one_of("objective", task.objective, OBJECTIVES)
     if (task.vocab_size is None) == (task.features is None):
         raise Unsupported(
             f"{told} with vocab_size={task.vocab_size} and features={task.features}",
             supported="vocab_size for tokens, or features for floats, and None for the other",
         )
+    if pattern.cross == (task.memory_length is None):
+        raise Unsupported(
+            f"{told} of pattern {pattern} with memory_length={task.memory_length}",
+            supported="memory_length in the cross patterns, and None in the self patterns",
+        )
+    if pattern.cross and (task.memory_vocab_size is None) == (task.memory_features is None):
+        raise Unsupported(
+            f"{told} with memory_vocab_size={task.memory_vocab_size} and memory_features={task.memory_features}",
+            supported="memory_vocab_size for tokens, or memory_features for floats, and None for the other",
+        )
     if task.objective == "classification" and not task.num_classes:
         raise Unsupported(f"{told} with num_classes={task.num_classes}", supported="the number of classes, 2 or more")
-    batch = task.training_batch(0, 0, 2)
-    inputs = (2, task.length) if task.features is None else (2, task.length, task.features)
-    targets = (2, task.length) if task.objective == "next-token" else (2,)
-    found = (tuple(batch.inputs.shape), tuple(batch.targets.shape))
-    if found != (inputs, targets):
+    if task.objective == "regression" and not task.num_targets:
         raise Unsupported(
-            f"{told} whose batch of 2 has inputs of shape {found[0]} and targets of shape {found[1]}",
-            supported=f"inputs {inputs} and targets {targets}, from its length, features and objective",
+            f"{told} with num_targets={task.num_targets}", supported="how many numbers to predict a token"
+        )
+    batch = task.training_batch(0, 0, 2)
+    expected = {
+        "inputs": (2, task.length) if task.features is None else (2, task.length, task.features),
+        "targets": {"next-token": (2, task.length), "classification": (2,)}.get(
+            task.objective, (2, task.length, task.num_targets)
+        ),
+    }
+    if pattern.cross:
+        width = () if task.memory_features is None else (task.memory_features,)
+        expected["memory"] = (2, task.memory_length, *width)
+    found = {name: None if (x := getattr(batch, name)) is None else tuple(x.shape) for name in expected}
+    if found != expected:
+        raise Unsupported(
+            f"{told} whose batch of 2 has " + ", ".join(f"{name} of shape {shape}" for name, shape in found.items()),
+            supported=", ".join(f"{name} {shape}" for name, shape in expected.items())
+            + ", from its lengths, features and objective",
         )
     return task
 
@@ -171,10 +232,10 @@ TRAINING, EVALUATION, SPLIT = range(3)
 """Streams of :func:`counter_generator`."""
 
 
-def cross_entropy(logits: Float[Tensor, "b *n c"], batch: Batch) -> Float[Tensor, ""]:
-    """Mean cross entropy over the targets that count, in nats: the training loss of every task. 0 without targets."""
-    sums, counts = cross_entropy_by_item(logits, batch)
-    return sums.sum() / counts.sum().clamp(min=1)
+def mean_loss(task: Task, output: Float[Tensor, "b *n c"], batch: Batch) -> Float[Tensor, ""]:
+    """What training minimises: the task's loss over all targets of the batch that count. 0 without targets."""
+    sums, weights = task.loss(output, batch)
+    return sums.sum() / weights.sum().clamp(min=1)
 
 
 def cross_entropy_by_item(
@@ -186,6 +247,32 @@ def cross_entropy_by_item(
     nats = F.cross_entropy(precise.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
     nats = nats.view(batch.size, -1)
     return nats.sum(1), (targets != IGNORED).view(batch.size, -1).sum(1).to(nats.dtype)
+
+
+def squared_error_by_item(
+    output: Float[Tensor, "b n t"], batch: Batch
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Sum of the squared errors and number of targets of each item, in at least float32; nan targets do not count."""
+    error, counted = _errors(output, batch)
+    return error.square().flatten(1).sum(1), counted.flatten(1).sum(1).to(error.dtype)
+
+
+def absolute_error(output: Float[Tensor, "b n t"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Sum of the absolute errors and number of targets of each item, in float64; nan targets do not count."""
+    error, counted = _errors(output.double(), batch)
+    return error.abs().flatten(1).sum(1), counted.flatten(1).sum(1).double()
+
+
+def _errors(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Difference from the targets, 0 where there is none, and where there is one."""
+    if output.shape != batch.targets.shape:
+        raise Unsupported(
+            f"outputs of shape {tuple(output.shape)} for targets of shape {tuple(batch.targets.shape)}",
+            supported="one number for each target",
+        )
+    precise = output.to(torch.promote_types(output.dtype, torch.float32))
+    counted = ~batch.targets.isnan()
+    return torch.where(counted, precise - batch.targets.to(precise.dtype), 0), counted
 
 
 def bits_per_byte(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
 from regard.models.blocks import auxiliary_loss, evaluation_mode
-from regard.tasks.protocol import Batch, Task, cross_entropy, cross_entropy_by_item
+from regard.tasks.protocol import Batch, Task, mean_loss
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from regard.training.memory import peak_memory
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
@@ -85,7 +85,7 @@ class Point:
 
     Attributes:
         step: counted from 0.
-        loss: of the task, in nats a target.
+        loss: of the task, a target: nats, or squared error.
         auxiliary: weighted auxiliary losses of the layers.
         gradient_norm: before clipping.
         learning_rate: of the step.
@@ -147,14 +147,24 @@ class History:
 
 def batch_context(batch: Batch, **more: Any) -> Context:
     """The context of a task's batch."""
-    return Context(mask=None if batch.valid is None else Mask(valid=batch.valid), grid=batch.grid, **more)
+    mask = None if batch.valid is None else Mask(valid=batch.valid)
+    memory_mask = None if batch.memory_valid is None else Mask(valid=batch.memory_valid)
+    return Context(mask=mask, memory_mask=memory_mask, grid=batch.grid, **more)
+
+
+def run_model(model: nn.Module, batch: Batch, context: Context) -> Result:
+    """`model` on a batch, with its memory where it has one."""
+    if batch.memory is None:
+        return model(batch.inputs, context=context)
+    return model(batch.inputs, batch.memory, context=context)
 
 
 def count_tokens(batch: Batch) -> int:
-    """Valid input tokens of a batch."""
-    if batch.valid is not None:
-        return int(batch.valid.sum())
-    return batch.inputs.shape[0] * batch.inputs.shape[1]
+    """Valid tokens of a batch: of its inputs, and of its memory where it has one."""
+    counted = [(batch.inputs, batch.valid)]
+    if batch.memory is not None:
+        counted.append((batch.memory, batch.memory_valid))
+    return sum(x.shape[0] * x.shape[1] if valid is None else int(valid.sum()) for x, valid in counted)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -214,7 +224,9 @@ def train(
                 )
                 measured = config.measure_memory and step == min(1, config.steps - 1)
                 start = time.perf_counter()
-                loss, auxiliary, norm = _gradients(model, optimizer, batch, config, step, history if measured else None)
+                loss, auxiliary, norm = _gradients(
+                    model, task, optimizer, batch, config, step, history if measured else None
+                )
                 if not (math.isfinite(loss) and math.isfinite(auxiliary) and math.isfinite(norm)):
                     history.diverged = True
                     break
@@ -245,6 +257,7 @@ def train(
 
 def _gradients(
     model: nn.Module,
+    task: Task,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     config: TrainConfig,
@@ -260,8 +273,8 @@ def _gradients(
 
     def run() -> tuple[Tensor, Tensor | float, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            result: Result = model(batch.inputs, context=context)
-        loss = cross_entropy(result.output, batch)
+            result = run_model(model, batch, context)
+        loss = mean_loss(task, result.output, batch)
         auxiliary = auxiliary_loss(result.losses, getattr(getattr(model, "config", None), "loss_weights", {}))
         (loss + auxiliary).backward()
         limit = math.inf if config.clip is None else config.clip
@@ -307,7 +320,7 @@ class Evaluation:
     Attributes:
         items: (sum, weight) of each item, in the task's order, so that two models are paired item by item.
         score: total sum / total weight.
-        loss: mean cross entropy of the targets, in nats.
+        loss: mean of the task's loss over the targets: cross entropy in nats, or squared error.
     """
 
     items: list[tuple[float, float]]
@@ -323,7 +336,7 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
     """
     device = next(model.parameters()).device
     items: list[tuple[float, float]] = []
-    nats, targets, seen = 0.0, 0.0, 0
+    loss, targets, seen = 0.0, 0.0, 0
     with evaluation_mode(model):
         for batch in task.evaluation_batches(batch_size):
             if last is not None and seen >= last:
@@ -332,18 +345,22 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
             seen += batch.size
             if begin >= end:
                 continue
-            chosen = _items(batch, begin, end).to(device)
-            logits = model(chosen.inputs, context=batch_context(chosen)).output
-            sums, weights = task.score(logits, chosen)
+            chosen = batch.items(begin, end).to(device)
+            context = batch_context(chosen)
+            output = run_model(model, chosen, context).output
+            if task.generates is None:
+                sums, weights = task.score(output, chosen)
+            else:
+                tokens = model.generate(  # type: ignore[operator]
+                    chosen.inputs[:, :1],
+                    task.generates,
+                    memory=chosen.memory,
+                    memory_mask=context.memory_mask,
+                    stop_tokens=task.stop_tokens,
+                )
+                sums, weights = task.score_generated(tokens, chosen)
             items += list(zip(sums.tolist(), weights.tolist(), strict=True))
-            losses, counts = cross_entropy_by_item(logits, chosen)
-            nats, targets = nats + float(losses.sum()), targets + float(counts.sum())
+            losses, counts = task.loss(output, chosen)
+            loss, targets = loss + float(losses.sum()), targets + float(counts.sum())
     total, weight = sum(s for s, _ in items), sum(w for _, w in items)
-    return Evaluation(items, total / weight if weight else math.nan, nats / targets if targets else math.nan)
-
-
-def _items(batch: Batch, begin: int, end: int) -> Batch:
-    if (begin, end) == (0, batch.size):
-        return batch
-    valid = None if batch.valid is None else batch.valid[begin:end]
-    return Batch(batch.inputs[begin:end], batch.targets[begin:end], valid, batch.grid)
+    return Evaluation(items, total / weight if weight else math.nan, loss / targets if targets else math.nan)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regard import backends
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Kind, Mechanism, Pattern, Unsupported
+from regard.contract import Kind, Mechanism, Pattern, Unsupported
 from regard.models import (
     Encoder,
     EncoderConfig,
@@ -24,8 +24,9 @@ from regard.models import (
     count_parameters,
     match_parameters,
 )
-from regard.tasks import Task, cross_entropy
+from regard.tasks import Task, mean_loss
 from regard.training import TrainConfig, evaluate, train
+from regard.training.loop import batch_context, run_model
 from regard.workbench import provenance
 from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
@@ -140,7 +141,7 @@ class Work:
         batch = self.task.training_batch(0, 0, self.batch_size)
         # of the same operators on every machine: torch does not look into a native kernel
         with backends.only("torch"), FlopCounterMode(display=False) as counter:
-            cross_entropy(model(batch.inputs, context=Context(grid=batch.grid)).output, batch).backward()
+            mean_loss(self.task, run_model(model, batch, batch_context(batch)).output, batch).backward()
         return float(counter.get_total_flops())
 
 
@@ -149,8 +150,9 @@ def _digest(task: Task) -> str:
     digest = hashlib.blake2b(digest_size=12)
     batches = [task.training_batch(step, seed, 4) for step, seed in ((0, 0), (1, 0), (0, 1))]
     for batch in [*batches, *task.evaluation_batches(64)]:
-        for tensor in (batch.inputs, batch.targets):
-            digest.update(tensor.contiguous().numpy().tobytes())
+        for tensor in (batch.inputs, batch.targets, batch.memory):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

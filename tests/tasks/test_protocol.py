@@ -17,14 +17,24 @@ from regard.tasks import (
     IGNORED,
     Batch,
     Task,
+    absolute_error,
     accuracy,
     bits_per_byte,
     check_task,
     counter_generator,
     create_task,
-    cross_entropy,
     cross_entropy_by_item,
+    mean_loss,
+    squared_error_by_item,
 )
+
+
+class Words(Task):
+    objective = "next-token"
+
+
+class Numbers(Task):
+    objective = "regression"
 
 
 def random_batch(items=3, length=5, classes=7):
@@ -37,7 +47,7 @@ def test_cross_entropy_is_the_mean_over_counted_targets():
     logits, batch = random_batch()
     kept = batch.targets != IGNORED
     expected = -logits.log_softmax(-1)[kept].gather(1, batch.targets[kept][:, None]).mean()
-    torch.testing.assert_close(cross_entropy(logits, batch), expected)
+    torch.testing.assert_close(mean_loss(Words(), logits, batch), expected)
     sums, counts = cross_entropy_by_item(logits, batch)
     assert counts.tolist() == [1, 5, 5]
     torch.testing.assert_close(sums.sum() / 11, expected)
@@ -45,16 +55,44 @@ def test_cross_entropy_is_the_mean_over_counted_targets():
 
 def test_cross_entropy_without_targets_is_zero_with_finite_gradient():
     logits = torch.randn(2, 3, 4, requires_grad=True)
-    loss = cross_entropy(logits, Batch(torch.zeros(2, 3).long(), torch.full((2, 3), IGNORED)))
+    loss = mean_loss(Words(), logits, Batch(torch.zeros(2, 3).long(), torch.full((2, 3), IGNORED)))
     loss.backward()
     assert loss == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+def test_squared_error_counts_the_targets_that_exist():
+    output, targets = torch.randn(2, 3, 2, dtype=torch.float64), torch.randn(2, 3, 2, dtype=torch.float64)
+    targets[0, 1:] = math.nan
+    batch = Batch(torch.zeros(2, 3).long(), targets)
+    sums, counts = squared_error_by_item(output, batch)
+    assert counts.tolist() == [2, 6]
+    torch.testing.assert_close(sums[0], (output[0, 0] - targets[0, 0]).square().sum())
+    torch.testing.assert_close(mean_loss(Numbers(), output, batch), sums.sum() / 8)
+    absolute, _ = absolute_error(output, batch)
+    torch.testing.assert_close(absolute[1], (output[1] - targets[1]).abs().sum())
+
+
+def test_regression_without_targets_is_zero_with_finite_gradient():
+    output = torch.randn(2, 3, 4, requires_grad=True)
+    loss = mean_loss(Numbers(), output, Batch(torch.zeros(2, 3).long(), torch.full((2, 3, 4), math.nan)))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(output.grad, torch.zeros_like(output))
+
+
+def test_a_batch_is_cut_by_items_with_all_that_belongs_to_it():
+    batch = Batch(torch.arange(8).view(4, 2), torch.arange(4), None, None, torch.arange(12).view(4, 3))
+    cut = batch.items(1, 3)
+    assert cut.inputs.tolist() == [[2, 3], [4, 5]]
+    assert cut.memory.tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert cut.valid is None
+
+
 def test_cross_entropy_of_classes_and_of_half_precision():
     logits = torch.randn(6, 4, dtype=torch.bfloat16)
     batch = Batch(torch.zeros(6, 2).long(), torch.randint(4, (6,)))
-    loss = cross_entropy(logits, batch)
+    loss = mean_loss(Words(), logits, batch)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), batch.targets))
 
@@ -77,7 +115,7 @@ def test_accuracy_skips_ignored_targets():
 
 def test_logits_of_another_shape_are_refused():
     logits, batch = random_batch()
-    for function in (cross_entropy, accuracy):
+    for function in (cross_entropy_by_item, accuracy):
         with pytest.raises(Unsupported, match="supported: logits of shape"):
             function(logits[:, 1:], batch)
 
@@ -145,7 +183,7 @@ def test_a_task_of_ones_own_needs_only_a_few_members():
     [
         ({"vocab_size": None}, "vocab_size=None and features=None"),
         ({"num_classes": None}, "num_classes=None"),
-        ({"objective": "regression"}, "objective='regression'"),
+        ({"objective": "ranking"}, "objective='ranking'"),
         ({"pattern": "causal"}, "nearest: causal-self"),
         ({"vocab_size": None, "features": 3}, "inputs (2, 16, 3)"),
     ],
