@@ -62,8 +62,9 @@ class Batch:
         return self if (begin, end) == (0, self.size) else self._each(lambda x: x[begin:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors: dict[str, Any] = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(x) for name, x in tensors.items()})
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: change(x) for name, x in tensors.items()}
+        return replace(self, **changed)
 
 
 class Task(Protocol):
