@@ -514,8 +514,13 @@ def _one(paths: list[str] | None) -> str | list[str] | None:
 def _mechanism_names(text: str, tasks: list[Any]) -> list[str]:
     if text.strip() == "all":
         patterns = {t.pattern for t in tasks}
+        inserting = patterns == {Pattern.CAUSAL_SELF}  # only language models have room for inserted tokens
         return list_mechanisms(
-            where=lambda c: patterns <= set(c.patterns) and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
+            where=lambda c: (
+                patterns <= set(c.patterns)
+                and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
+                and (inserting or c.prepare is None)
+            )
         )
     return [get_mechanism(part.strip()).name for part in text.split(",") if part.strip()]
 

@@ -229,7 +229,7 @@ class Forecaster(nn.Module):
                 points = torch.where(valid_from_lengths(lengths, points.shape[1])[..., None], points, 0)
             if lengths is not None or m * patch > points.shape[1]:
                 points = place_queries(points, m * patch, lengths, None, axis=1)  # the last point ends a patch
-            memory = points.reshape(rows, m, -1)
+            memory = points.reshape(rows, m, patch * points.shape[2])
             if lengths is not None:
                 lengths = (lengths + patch - 1) // patch
                 memory = take_queries(memory, m, lengths, None, axis=1)

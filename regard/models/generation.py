@@ -188,7 +188,8 @@ def beam_search(
     if score is None:
         return new[:, 0]
     winner = (score / length**length_penalty).argmax(1)
-    return new[torch.arange(rows, device=device), winner]
+    each = torch.arange(rows, device=device)
+    return new[each, winner, : int(length[each, winner].max())]
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -98,6 +98,8 @@ class Task(Protocol):
         num_targets: numbers for each position in regression.
         memory_length: tokens of the memory, padding included, in a cross pattern; None in a self pattern.
         memory_vocab_size, memory_features: as `vocab_size` and `features`, of the memory.
+        target_features: columns of a memory of floats that hold the past of the targets, in their order; the first
+            `num_targets` columns when None.
         generates: tokens to generate for each held-out item, which :meth:`score_generated` then judges in the place of
             :meth:`score`; None when logits are scored.
         stop_tokens: what ends a generated sequence.
@@ -119,6 +121,7 @@ class Task(Protocol):
     memory_length: int | None = None
     memory_vocab_size: int | None = None
     memory_features: int | None = None
+    target_features: tuple[int, ...] | None = None
     generates: int | None = None
     stop_tokens: tuple[int, ...] = ()
     grid: tuple[int, ...] | None = None
@@ -164,7 +167,7 @@ def check_task(task: Any) -> Task:
     told = f"the task {getattr(task, 'name', type(task).__name__)!r}"
     required = ["name", "pattern", "objective", "length", "vocab_size", "features", "num_classes", "grid", "metric"]
     required += ["higher_is_better", "solved", "chance", "num_targets", "memory_length", "memory_vocab_size"]
-    required += ["memory_features", "generates", "stop_tokens", "loss"]
+    required += ["memory_features", "target_features", "generates", "stop_tokens", "loss"]
     required += ["describe", "training_batch", "evaluation_batches", "score"]
     missing = [name for name in required if not hasattr(task, name)]
     if missing:
