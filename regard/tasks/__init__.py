@@ -8,6 +8,7 @@ from typing import Any
 from regard.contract import Unsupported, closest
 from regard.tasks.copying import CopyingTask
 from regard.tasks.documents import Paths
+from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.listops import ListOpsTask
 from regard.tasks.protocol import (
@@ -27,7 +28,7 @@ from regard.tasks.recall import RecallTask
 from regard.tasks.text import TextTask
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TextTask, RecallTask, CopyingTask, ListOpsTask, ImagesTask)
+    task.name: task for task in (TextTask, RecallTask, CopyingTask, ListOpsTask, ImagesTask, ForecastTask)
 }
 """The tasks by name; a class's docstring says what its options mean and their ranges."""
 

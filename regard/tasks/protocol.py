@@ -62,8 +62,10 @@ class Batch:
         return self if (begin, end) == (0, self.size) else self._each(lambda x: x[begin:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors: dict[str, Any] = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(x) for name, x in tensors.items()})
+        changed: dict[str, Any] = {
+            f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **changed)
 
 
 class Task(Protocol):
@@ -105,6 +107,7 @@ class Task(Protocol):
         higher_is_better: of that metric.
         solved: the score from which the task counts as solved; None when it is open-ended.
         chance: the score of a model that ignores the input.
+        baseline: name and score, on the same held-out items, of a simple rule that a model should beat.
     """
 
     name: str
@@ -125,6 +128,7 @@ class Task(Protocol):
     higher_is_better: bool = True
     solved: float | None = None
     chance: float | None = None
+    baseline: tuple[str, float] | None = None
 
     def describe(self) -> str:
         """Sizes, splits and a sample, shown before training. Plain text: print it without markup."""
