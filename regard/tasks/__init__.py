@@ -11,6 +11,7 @@ from regard.tasks.documents import Paths
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.listops import ListOpsTask
+from regard.tasks.paraphrase import ParaphraseTask
 from regard.tasks.protocol import (
     IGNORED,
     Batch,
@@ -25,10 +26,21 @@ from regard.tasks.protocol import (
     squared_error_by_item,
 )
 from regard.tasks.recall import RecallTask
+from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TextTask, RecallTask, CopyingTask, ListOpsTask, ImagesTask, ForecastTask)
+    task.name: task
+    for task in (
+        TextTask,
+        RecallTask,
+        CopyingTask,
+        ListOpsTask,
+        ImagesTask,
+        ForecastTask,
+        ParaphraseTask,
+        SummarizeTask,
+    )
 }
 """The tasks by name; a class's docstring says what its options mean and their ranges."""
 
