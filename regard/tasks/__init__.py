@@ -7,10 +7,12 @@ from typing import Any
 
 from regard.contract import Unsupported, closest
 from regard.tasks.copying import CopyingTask
+from regard.tasks.document_classes import DocumentsTask
 from regard.tasks.documents import Paths
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.listops import ListOpsTask
+from regard.tasks.matching import MatchingTask
 from regard.tasks.paraphrase import ParaphraseTask
 from regard.tasks.protocol import (
     IGNORED,
@@ -29,19 +31,19 @@ from regard.tasks.recall import RecallTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (
-        TextTask,
-        RecallTask,
-        CopyingTask,
-        ListOpsTask,
-        ImagesTask,
-        ForecastTask,
-        ParaphraseTask,
-        SummarizeTask,
-    )
-}
+_TASKS = (
+    TextTask,
+    RecallTask,
+    CopyingTask,
+    ListOpsTask,
+    ImagesTask,
+    DocumentsTask,
+    MatchingTask,
+    ParaphraseTask,
+    SummarizeTask,
+    ForecastTask,
+)
+TASKS: dict[str, type[Task]] = {task.name: task for task in _TASKS}
 """The tasks by name; a class's docstring says what its options mean and their ranges."""
 
 
