@@ -7,6 +7,7 @@ from typing import Any
 
 from regard.contract import Unsupported, closest
 from regard.tasks.copying import CopyingTask
+from regard.tasks.dataset import DatasetTask
 from regard.tasks.document_classes import DocumentsTask
 from regard.tasks.documents import Paths
 from regard.tasks.forecast import ForecastTask
@@ -97,6 +98,7 @@ __all__ = [
     "IGNORED",
     "TASKS",
     "Batch",
+    "DatasetTask",
     "Task",
     "absolute_error",
     "accuracy",
