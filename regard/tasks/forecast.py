@@ -106,6 +106,8 @@ class ForecastTask(Task):
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         check_fraction("held_out", held_out, 0.02, 0.5)
         one_of("metric", metric, ("mae", "mse"))
+        if validation is not None and data is None:
+            raise Unsupported("validation for forecast without data", supported="both, or neither")
         self._mean_absolute = metric == "mae"
         self.metric = f"standardised {metric.upper()}"
         table, self._named, given = _read(

@@ -62,9 +62,8 @@ class Batch:
         return self if (begin, end) == (0, self.size) else self._each(lambda x: x[begin:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {
-            f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
-        }
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: change(x) for name, x in tensors.items()}
         return replace(self, **changed)
 
 

@@ -188,3 +188,7 @@ def test_the_example_in_the_documentation_is_compared(tmp_path, capsys, monkeypa
     assert scores.keys() == {"softmax", "linear"}
     assert scores["softmax"] > 0.6  # a guess is right in 0.34 of the cases
     assert len(EXAMPLE.read_text().splitlines()) < 40
+
+
+def test_the_documentation_shows_the_example_as_it_is():
+    assert EXAMPLE.read_text() in (EXAMPLE.parents[1] / "tasks.md").read_text()
