@@ -40,7 +40,7 @@ def one_of_each_in_turn(chosen: Int[np.ndarray, " m"], labels: Int[np.ndarray, "
 def held_out_groups(sizes: Mapping[str, int], share: float, seed: int) -> set[str]:
     """Groups to hold out: in an order drawn from `seed`, while that brings their size closer to the share.
 
-    At least one group, and never all of two or more.
+    At least one group and, with a share of up to a half, never all of two or more.
     """
     groups = list(sizes)
     wanted = share * sum(sizes.values())
@@ -48,7 +48,7 @@ def held_out_groups(sizes: Mapping[str, int], share: float, seed: int) -> set[st
     size = 0
     for i in counter_generator(seed, 0, SPLIT).permutation(len(groups)):
         group = groups[i]
-        if len(held_out) + 1 < len(groups) and abs(size + sizes[group] - wanted) < abs(size - wanted):
+        if abs(size + sizes[group] - wanted) < abs(size - wanted):
             held_out.add(group)
             size += sizes[group]
     return held_out or {min(groups, key=lambda group: sizes[group])}

@@ -22,7 +22,12 @@ def rows_of(count, *, hours=1, seed=0, start=START, name=None):
     rows = []
     for i in range(count):
         load = 5 * np.sin(2 * np.pi * i / 24) + generator.normal()
-        row = [str(start + timedelta(hours=hours * i)), f"{load:.6f}", f"{generator.normal():.6f}", str(i % 2)]
+        row = [
+            str(start + timedelta(hours=hours * i)),
+            f"{load:.6f}",
+            f"{generator.normal():.6f}",
+            str(generator.integers(2)),
+        ]
         rows.append(row if name is None else [*row, name])
     return rows
 
@@ -184,6 +189,7 @@ def test_each_series_is_standardised_by_its_own_training_rows(tmp_path):
     task = make(path, groups="site", history=24)
     for row in task.training_batch(0, 0, 64).memory[..., 0]:
         assert row.abs().max() < 4
+        assert row.std() > 0.5
 
 
 @pytest.mark.parametrize(
