@@ -353,11 +353,14 @@ def _measurement(m: Any) -> str:
 
 @app.command()
 def compare(
-    data: Annotated[list[str] | None, typer.Argument(help="Your text files or folders (or an image folder).")] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task, as name or name:option=value,option=value. Repeatable. Default: text and recall; text for your data."
+            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, images, documents, "
+            "matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; text for your data."
         ),
     ] = None,
     mechanisms: Annotated[
@@ -371,10 +374,12 @@ def compare(
         "runs/compare"
     ),
     validation: Annotated[
-        list[str] | None, typer.Option(help="Held-out files; split off by document when not given.")
+        list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="For text: bytes, bpe:SIZE or a saved .json.")] = "bytes",
+    tokenizer: Annotated[
+        str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")
+    ] = "bytes",
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
@@ -398,6 +403,7 @@ def compare(
         regard compare
         regard compare my_corpus.txt --budget 20m --seeds 3
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
+        regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
     """
     from regard.workbench.budget import Budget
@@ -494,15 +500,19 @@ def _tasks(
             accepted = inspect.signature(TASKS[name]).parameters
             if "data" in accepted:
                 reading.append(name)
-                options |= {"data": _one(data), "validation": _one(validation)} if data else {}
+                given = {"data": _one(data), "validation": _one(validation)}
+                options |= {option: paths for option, paths in given.items() if paths}
             if "tokenizer" in accepted:
                 options["tokenizer"] = tokenizer
         if length is not None:
             options["length"] = length
         tasks.append(create_task(name, **{k: v for k, v in options.items() if v is not None}))
-    if data and names and not reading:
+    if (data or validation) and names and not reading:
+        readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
         raise Unsupported(
-            f"data for {', '.join(names)}", supported="tasks that read data: text, images", nearest="--task text"
+            f"data for {', '.join(names)}",
+            supported="tasks that read data: " + ", ".join(readers),
+            nearest="--task text",
         )
     return [*tasks, *own]
 

@@ -108,6 +108,7 @@ class Task(Protocol):
         higher_is_better: of that metric.
         solved: the score from which the task counts as solved; None when it is open-ended.
         chance: the score of a model that ignores the input.
+        baseline: name and score, on the same held-out items, of a simple rule that a model should beat.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Task(Protocol):
     higher_is_better: bool = True
     solved: float | None = None
     chance: float | None = None
+    baseline: tuple[str, float] | None = None
 
     def describe(self) -> str:
         """Sizes, splits and a sample, shown before training. Plain text: print it without markup."""
