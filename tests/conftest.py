@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+_device_constructors()  # remembers the constructors that a device context steers, before any test replaces some
 
 
 @pytest.fixture(autouse=True, scope="session")
