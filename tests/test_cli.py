@@ -205,7 +205,7 @@ def test_every_bad_input_is_tested(tmp_path):
 def test_a_store_of_another_schema_is_refused(capsys, tmp_path):
     import sqlite3
 
-    from regard.workbench.store import Store
+    from regard.measurement.store import Store
 
     Store(tmp_path / "results.db").close()
     with sqlite3.connect(tmp_path / "results.db") as connection:
