@@ -159,7 +159,7 @@ BELOW = Check("a - b below 0.1", minus("a", "b"), below=0.1)
         (scores((0.9, 0.5), (0.6, 0.5), (0.5, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
         (scores((0.9, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
         (scores((math.nan, 0.5), (0.9, 0.5), (0.9, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
-        ({}, Outcome.UNDECIDED, Outcome.UNDECIDED),
+        ({}, Outcome.NOT_RUN, Outcome.NOT_RUN),
     ],
 )
 def test_a_verdict_from_mean_and_standard_error(cells, above, below):

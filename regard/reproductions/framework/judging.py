@@ -36,6 +36,7 @@ class Outcome(enum.StrEnum):
     HELD = "held"
     DID_NOT_HOLD = "did not hold"
     UNDECIDED = "undecided at this size"
+    NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Check:
 
     def judge(self, seeds: Sequence[Seed]) -> Finding:
         """The finding on the seeds that have all the cells it needs."""
-        found = []
+        found: list[float | Mapping[str, float]] = []
         for seed in seeds:
             try:
                 found.append(self.value(seed))
@@ -120,6 +121,8 @@ def judge(checks: Sequence[Check], cells: Mapping[tuple[str, int], Measurements]
     seeds = sorted({seed for _, seed in cells})
     by_seed = [{name: measured for (name, own), measured in cells.items() if own == seed} for seed in seeds]
     findings = tuple(check.judge(by_seed) for check in checks)
+    if not any(finding.seeds for finding in findings):
+        return Verdict(Outcome.NOT_RUN, findings)
     outcomes = {finding.outcome for finding in findings}
     if Outcome.DID_NOT_HOLD in outcomes:
         return Verdict(Outcome.DID_NOT_HOLD, findings)
