@@ -9,52 +9,30 @@ that the model generalises to is 1024, eight times that of training: the same he
 in eight pieces. Two layers of width 64, 400 and 700 steps.
 """
 
-import functools
-
-import torch
-from torch.nn import functional as F
-
-from regard.models import LanguageModel
 from regard.reproductions.framework.judging import Check, Seed, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import language_model, trained_score
-from regard.tasks import Task, create_task
+from regard.reproductions.framework.training import cached_task, language_model, loss_in_pieces, trained_score
 
 TEXT = {"task": "text", "steps": 400, "batch_size": 32, "learning_rate": 3e-3, "items": 64}
 COPYING = {"task": "copying", "steps": 700, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
 
 
-@functools.cache
-def text(length: int, items: int) -> Task:
-    return create_task("text", length=length, evaluation_items=items)
-
-
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     reads = setting["task"] == "text"
     task = (
-        text(128, setting["items"])
+        cached_task("text", length=128, evaluation_items=setting["items"])
         if reads
-        else create_task("copying", length=80, tokens=8, alphabet=8, evaluation_items=setting["items"])
+        else cached_task("copying", length=80, tokens=8, alphabet=8, evaluation_items=setting["items"])
     )
     model = language_model(task, [("gated_linear", {"gate": setting["gate"]})] * 2, dim=64, num_heads=4)
     measured = trained_score(model, task, setting, seed)
     if reads:
-        windows = text(8 * 128, max(setting["items"] // 4, 1))
+        windows = cached_task("text", length=8 * 128, evaluation_items=max(setting["items"] // 4, 1))
         measured |= {
             "loss of whole": loss_in_pieces(model, windows, 1),
             "loss in pieces": loss_in_pieces(model, windows, 8),
         }
     return measured
-
-
-@torch.no_grad()
-def loss_in_pieces(model: LanguageModel, task: Task, pieces: int) -> float:
-    """Mean loss on the held-out windows, each read in so many pieces that know nothing of each other."""
-    losses = []
-    for batch in task.evaluation_batches(1):
-        logits = model(batch.inputs.view(pieces, -1)).output
-        losses.append(float(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())))
-    return sum(losses) / len(losses)
 
 
 def longer(seed: Seed) -> float:

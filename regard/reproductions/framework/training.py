@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
-from regard.tasks import Task
+from regard.tasks import Task, create_task
 from regard.training import TrainConfig, evaluate, train
+
+
+@functools.cache
+def cached_task(name: str, **options: Any) -> Task:
+    """A task by name, read once a process."""
+    return create_task(name, **options)
 
 
 def language_model(task: Task, plan: Any, **options: Any) -> LanguageModel:
@@ -55,3 +64,16 @@ def trained_score(model: nn.Module, task: Task, setting: Mapping[str, Any], seed
 def state_bytes(state: Any) -> int:
     """Bytes of all tensors of a state."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+@torch.no_grad()
+def loss_in_pieces(model: nn.Module, task: Task, pieces: int) -> float:
+    """Mean loss of a language model on held-out windows, each read in so many pieces that know nothing of each other.
+
+    So contexts of different lengths are compared on the same predictions.
+    """
+    losses = []
+    for batch in task.evaluation_batches(1):
+        logits = model(batch.inputs.view(pieces, -1)).output
+        losses.append(float(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())))
+    return sum(losses) / len(losses)
