@@ -7,6 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+with torch.device("meta"):
+    torch.empty(
+        0
+    )  # torch lists the constructors that follow a device at their first use: before some are replaced below
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
