@@ -8,9 +8,7 @@ import pytest
 import torch
 
 with torch.device("meta"):
-    torch.empty(
-        0
-    )  # torch lists the constructors that follow a device at their first use: before some are replaced below
+    torch.empty(0)  # at the first use torch lists what follows a device, which must not be the replacements below
 
 
 @pytest.fixture(autouse=True, scope="session")
