@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from regard.measurement.timing import interleaved
 from regard.training import keep_freed_memory
-from regard.workbench.timing import interleaved
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -184,7 +184,7 @@ def verify(
         regard verify --full --output runs/verify
         regard verify --json > matrix.json
     """
-    from regard.workbench.store import Store
+    from regard.measurement.store import Store
     from regard.workbench.verify import PROPERTIES, Cell, plan
     from regard.workbench.verify import verify as run
 
@@ -573,8 +573,8 @@ def report(
         regard report
         regard report runs/recall --output recall.html
     """
+    from regard.measurement.store import Store
     from regard.workbench.compare import render_report
-    from regard.workbench.store import Store
 
     file = folder / "results.db"
     if not file.is_file():
@@ -583,6 +583,101 @@ def report(
         )
     with Store(file) as store:
         console.print(Text(f"Report: {render_report(store, output or folder / 'report.html')}"))
+
+
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Reproductions, or mechanisms they are about; all when none is named.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each setting; each reproduction's own when not given.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
+    ] = None,
+    timings: Annotated[
+        bool | None,
+        typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+        "runs/reproduce"
+    ),
+    listing: Annotated[bool, typer.Option("--list", help="Say what there is and what is done; run nothing.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Judge what is done; run nothing.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Try the claims of papers at a small size, and say of each whether it held.
+
+    Every run is stored the moment it ends, so the command may be stopped and given again; processes with different
+    shards may share an output folder. A claim that does not hold is a result, not an error.
+
+    Examples:
+
+    \b
+        regard reproduce --list
+        regard reproduce delta_rule
+        regard reproduce all --no-timings --shard 1/2
+        regard reproduce all --table --json
+    """
+    from regard.measurement.store import Store
+    from regard.reproductions import collect, get_reproduction, list_reproductions, plan, shard
+    from regard.reproductions import run as run_cells
+
+    wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
+    chosen = shard(plan(wanted, seeds, timings=timings), only)
+    file = output / "results.db"
+    if not (listing or table):
+        with Store(file) as store, _progress(quiet=as_json) as (bar, line):
+            shown = bar.add_task("starting", total=None)
+
+            def on_cell(cell: Any, left: int, seconds: float) -> None:
+                said = (
+                    f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {_clock(seconds)} left"
+                )
+                bar.update(shown, description=said, completed=len(chosen) - left, total=len(chosen))
+                line(said)
+
+            run_cells(chosen, store, on_cell=on_cell)
+    if file.is_file():
+        with Store(file) as store:
+            found = collect(wanted, store, seeds)
+    else:
+        found = collect(wanted, None, seeds)
+    if as_json:
+        _emit({"reproductions": found})
+    elif listing:
+        _reproductions_listed(found)
+    else:
+        _reproductions_judged(found)
+
+
+def _reproductions_listed(found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("reproduction", "paper", "cells", "done", "claim"):
+        table.add_column(heading, no_wrap=heading != "claim")
+    for one in found:
+        arxiv = f"arXiv {one['paper']['arxiv']}"
+        table.add_row(one["name"], arxiv, str(one["planned"]), str(one["done"]), Text(one["claim"]))
+    console.print(table)
+
+
+def _reproductions_judged(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        missing = f"  ({one['done']} of {one['planned']} cells)" if one["missing"] else ""
+        console.print(Text.assemble((f"{one['name']}: {one['outcome']}", "bold"), (missing, "dim")))
+        console.print(Text(one["claim"]))
+        for finding in one["findings"]:
+            console.print(Text(f"- {finding['says']}: {_finding(finding)}: {finding['outcome']}"))
+        console.print()
+
+
+def _finding(finding: dict[str, Any]) -> str:
+    if finding["mean"] is None:
+        return "not measured"
+    error = "" if finding["standard_error"] is None else f" ± {finding['standard_error']:.2g}"
+    interval = "" if finding["low"] is None else f" ({finding['low']:.3g} to {finding['high']:.3g})"
+    return f"{finding['mean']:.3g}{error}{interval}"
 
 
 @app.command()
@@ -595,7 +690,7 @@ def doctor(as_json: JSON = False) -> None:
         regard doctor
         regard doctor --json
     """
-    from regard.workbench.provenance import fingerprint
+    from regard.measurement.provenance import fingerprint
 
     facts = fingerprint()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -10,6 +10,9 @@ from torch.utils._device import _device_constructors
 
 _device_constructors()  # remembers the constructors that a device context steers, before any test replaces some
 
+with torch.device("meta"):
+    torch.empty(0)  # at the first use torch lists what follows a device, which must not be the replacements below
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

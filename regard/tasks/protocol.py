@@ -152,7 +152,7 @@ class Task(Protocol):
         self, tokens: Int[Tensor, "b n"], batch: Batch
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """As :meth:`score`, for tasks with `generates`: of generated tokens, which end at the first of `stop_tokens`."""
-        raise NotImplementedError
+        raise Unsupported(f"generated answers to {self.name}", supported="tasks with `generates`, which define this")
 
     def loss(self, output: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Sum and weight of each item of what training minimises: cross entropy (nats), or squared error."""

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from regard.contract import Context, Unsupported
+from regard.measurement import provenance
+from regard.measurement.store import Store
 from regard.models import count_parameters, save_pretrained
 from regard.tasks import Task
 from regard.training import evaluate, train
-from regard.workbench import provenance
 from regard.workbench.cost import model_costs
 from regard.workbench.recommend import Recommendation, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import CompareSettings
-from regard.workbench.store import Store
 from regard.workbench.summary import by_tokens, comparison_of, rates_on_edge, summarise, thin
 from regard.workbench.work import Work, build, cost_seconds, plan
 

@@ -53,7 +53,7 @@ def write_report(
         path: the HTML file. Its folder is created when missing.
         run, quality, cost, search: payloads of the rows of those kinds.
         summary: of each task, one entry a mechanism.
-        machine: :func:`regard.workbench.provenance.fingerprint` of where it was measured.
+        machine: :func:`regard.measurement.provenance.fingerprint` of where it was measured.
         revision: of the code that measured; None when it was not recorded.
 
     Returns:

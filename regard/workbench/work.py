@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from regard import backends
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Unsupported
+from regard.measurement import provenance
+from regard.measurement.store import Store
 from regard.models import (
     EncoderConfig,
     EncoderDecoderConfig,
@@ -28,10 +30,8 @@ from regard.models import (
 from regard.tasks import Task, mean_loss
 from regard.training import TrainConfig, evaluate, train
 from regard.training.loop import batch_context, run_model
-from regard.workbench import provenance
 from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
-from regard.workbench.store import Store
 
 CALIBRATION_SECONDS = 20.0
 FEWEST_STEPS = 20
