@@ -188,6 +188,8 @@ class Block(nn.Module):
                 options.setdefault(option, value)
         check_dropout(config.dropout)
         self.cross = pattern.cross
+        #: whether a sequence can go on from a state
+        self.continues = _mixing_card(name, entry[1]).state is not None
         self.takes_roles = "roles" in card.honours
         self.dropout = config.dropout
         self.mixer_norm = make_norm(config.norm, config.dim)

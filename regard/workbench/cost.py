@@ -83,6 +83,8 @@ def _decoding(
     for name, model in models.items():
         if not isinstance(model, LanguageModel | EncoderDecoder):
             return
+        if not all(block.continues for block in model.blocks):
+            continue  # nothing to decode from
         state = model(*inputs, context=context.replace(want=frozenset({"state"}))).state
         found[name]["state_bytes"].append([length, state.nbytes])
 
@@ -91,7 +93,7 @@ def _decoding(
                 state = model(inputs[0][:, :1], state=state).state
 
         actions[name] = steps
-    for name, timing in interleaved(actions, seconds=seconds / 2).items():
+    for name, timing in interleaved(actions, seconds=seconds / 2).items() if actions else ():
         found[name]["decode"].append([length, DECODE_STEPS / timing.median])
 
 
