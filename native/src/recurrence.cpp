@@ -56,7 +56,6 @@ struct Decays {
   float* each;      // (16 x K) for VECTOR
   float* whole;     // (K) the decay of the state over the block, as split_decay gives it
   float* rest;      // (K)
-  float* sums;      // (K) G, its logarithm
   float between[SQUARE];
   float from_start[TOKENS], to_end[TOKENS];
   bool dead[TOKENS];  // SCALAR: exp(g) = 0
@@ -73,7 +72,6 @@ void take_decays(Decays& decays, const Rows& g, int64_t first, int rows, int wid
         total += x;
         store(decays.each + i * ld + d, exp(x));
       }
-      store(decays.sums + d, total);
       split_decay(total, decays.whole + d, decays.rest + d);
     }
     return;
@@ -96,10 +94,7 @@ void take_decays(Decays& decays, const Rows& g, int64_t first, int rows, int wid
     running *= each[j];
   }
   for (int t = 0; t < TOKEN_VECTORS; ++t) store(decays.from_start + t * LANES, through[t]);
-  for (int64_t d = 0; d < ld; d += LANES) {
-    store(decays.sums + d, broadcast(total));
-    split_decay(broadcast(total), decays.whole + d, decays.rest + d);
-  }
+  for (int64_t d = 0; d < ld; d += LANES) split_decay(broadcast(total), decays.whole + d, decays.rest + d);
 }
 
 // Rows times one number each, in `to`.
@@ -497,7 +492,6 @@ void forward(const regard_gated_recurrence_args& args, const Problem& problem, i
   decays.each = memory.take<float>(TOKENS * kp);
   decays.whole = memory.take<float>(kp);
   decays.rest = memory.take<float>(kp);
-  decays.sums = memory.take<float>(kp);
   const QuadRows quads{memory.take<float>(QUADS * kp), memory.take<float>(TOKENS * kp)};
 
   for (int64_t i = 0; i < static_cast<int64_t>(kp) * vp; i += LANES) store(state + i, zero());
@@ -553,7 +547,7 @@ void forward(const regard_gated_recurrence_args& args, const Problem& problem, i
 
 size_t forward_bytes(const Problem& problem) {
   const size_t kp = problem.padded_keys, vp = problem.padded_values;
-  return 4 * (kp * vp + TOKENS * (4 * kp + 2 * vp) + SQUARE + (4 + QUADS) * kp) + 64 * 14;
+  return 4 * (kp * vp + TOKENS * (4 * kp + 2 * vp) + SQUARE + (3 + QUADS) * kp) + 64 * 13;
 }
 
 bool good(int64_t threads, int64_t batch, int64_t heads, int64_t tokens, int64_t keys, int64_t values, int64_t decay) {
@@ -592,39 +586,28 @@ int run_forward(const regard_gated_recurrence_args* args, const regard_linear_at
   return failed ? REGARD_OUT_OF_MEMORY : REGARD_OK;
 }
 
-// The gradients of reads between the tokens of a block with a decay for each feature, all of 16 rows: with
-// b_ij = do_i . v_j, 0 for what is not seen,
-//     queries_i = sum over j < i of b_ij k_j decay(j, i],     keys_j = sum over i > j of b_ij q_i decay(j, i].
-void decayed_gradients(const float* b, const float* q, const float* k, const float* each, int64_t ld, float* queries,
-                       float* keys) {
-  for (int64_t d = 0; d < ld; d += LANES) {
-    for (int i = 0; i < TOKENS; ++i) store(queries + i * ld + d, zero());
-    for (int j = 0; j < TOKENS; ++j) {
-      const Vec key = load(k + j * ld + d);
-      Vec decay = broadcast(1.f), total = zero();
-      for (int i = j + 1; i < TOKENS; ++i) {
-        decay = decay * load(each + i * ld + d);
-        const Vec weight = decay * b[j * TOKENS + i];
-        float* at = queries + i * ld + d;
-        store(at, fma(weight, key, load(at)));
-        total = fma(weight, load(q + i * ld + d), total);
-      }
-      store(keys + j * ld + d, total);
-    }
-  }
-}
-
 // sum over the value features of (decay S) R, for each key feature; both transposed.
 void carried_products(const Decays& decays, int values, const float* state, const float* later, int64_t ld,
                       float* carried) {
-  for (int64_t d = 0; d < ld; d += LANES) {
-    Vec even = zero(), odd = zero();
-    for (int i = 0; i < values; i += 2) {
-      even = fma(load(state + i * ld + d), load(later + i * ld + d), even);
-      odd = fma(load(state + (i + 1) * ld + d), load(later + (i + 1) * ld + d), odd);
+  auto columns = [&](auto v, int64_t d) __attribute__((always_inline)) {
+    constexpr int V = decltype(v)::value;
+    Vec sums[2][V];
+    clear(sums);
+    for (int64_t at = d; at < values * ld; at += 2 * ld)
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < V; ++c)
+          sums[r][c] = fma(load(state + at + r * ld + c * LANES), load(later + at + r * ld + c * LANES), sums[r][c]);
+#pragma GCC unroll 4
+    for (int c = 0; c < V; ++c) {
+      const int64_t at = d + c * LANES;
+      store(carried + at, (load(decays.whole + at) + load(decays.rest + at)) * (sums[0][c] + sums[1][c]));
     }
-    store(carried + d, exp(load(decays.sums + d)) * (even + odd));
-  }
+  };
+  int64_t d = 0;
+  for (; d + 4 * LANES <= ld; d += 4 * LANES) columns(Constant<4>{}, d);
+  for (; d < ld; d += LANES) columns(Constant<1>{}, d);
 }
 
 // What the backward pass has in hand of a block. Rows of 16 tokens unless said.
@@ -632,51 +615,110 @@ struct Block {
   const float *q, *k, *v, *grad_o;
   const float* queries;    // q decayed from the start
   float *grad_q, *grad_k;  // from the states, not yet decayed; then whole
-  float *near_q, *near_k;  // from inside, VECTOR
-  float* grad_g;           // in the place of near_q
+  float* grad_g;
   float* carried;          // (K)
   float *reads, *weights;  // (16 x 16), row j for the writer: q k decayed; do v masked
 };
 
-// VECTOR. A gate stands between writers before it and readers from it on. Those in other blocks are sums; those inside
-// are a reverse sum of q dq - k dk over pairs of different tokens, which cancels where it should to rounding.
-void finish_vector(const Decays& decays, const Block& x, bool inclusive, int64_t ld) {
-  decayed_gradients(x.weights, x.q, x.k, decays.each, ld, x.near_q, x.near_k);
+// VECTOR. With b_ij = do_i . v_j, 0 for what is not seen, reads inside the block give
+//     q_i: sum over j < i of b_ij k_j decay(j, i],     k_j: sum over i > j of b_ij q_i decay(j, i],
+// by quads as the reads themselves. A gate stands between writers before it and readers from it on. Those in other blocks
+// are sums; those inside are a reverse sum of q dq - k dk over pairs of different tokens, which cancels where it should to
+// rounding.
+void finish_vector(const Decays& decays, const Block& x, const QuadRows& quads, int64_t ld) {
   for (int64_t d = 0; d < ld; d += LANES) {
-    Vec decay = broadcast(1.f), inside = zero(), readers = zero(), writers = zero();
-    Vec from_start[TOKENS];
-    for (int i = 0; i < TOKENS; ++i) {
-      decay = decay * load(decays.each + i * ld + d);
-      from_start[i] = decay;
+    Vec across[TOKENS];  // of q, from the quads before its own, at its quad's start
+    Vec inside[TOKENS], readers[TOKENS], writers[TOKENS];  // what the gates sum
+    for (int i = 0; i < TOKENS; ++i) across[i] = zero();
+    Vec before = broadcast(1.f), writers_before = load(x.carried + d);
+    for (int quad = 0; quad < TOKENS; quad += QUAD) {
+      Vec q[QUAD], k[QUAD], each[QUAD], key[QUAD], near_q[QUAD], near_k[QUAD];
+#pragma GCC unroll 4
+      for (int r = 0; r < QUAD; ++r) {
+        const int64_t at = (quad + r) * ld + d;
+        q[r] = load(x.q + at);
+        k[r] = load(x.k + at);
+        each[r] = load(decays.each + at);
+        near_q[r] = zero();
+      }
+#pragma GCC unroll 4
+      for (int w = 0; w < QUAD; ++w) {
+        const float* b = x.weights + (quad + w) * TOKENS + quad;
+        key[w] = k[w];
+        near_k[w] = zero();
+#pragma GCC unroll 4
+        for (int r = w + 1; r < QUAD; ++r) {
+          key[w] *= each[r];
+          near_q[r] = fma(broadcast(b[r]), key[w], near_q[r]);
+        }
+#pragma GCC unroll 4
+        for (int r = QUAD - 1; r > w; --r) near_k[w] = fma(broadcast(b[r]), q[r], near_k[w]) * each[r];
+      }
+      Vec between = broadcast(1.f), later[QUAD];  // of keys, at their quad's end
+#pragma GCC unroll 4
+      for (int w = 0; w < QUAD; ++w) later[w] = zero();
+      for (int i = quad + QUAD; i < TOKENS; i += QUAD) {
+        Vec decayed[QUAD], total[QUAD];
+#pragma GCC unroll 4
+        for (int w = 0; w < QUAD; ++w) {
+          decayed[w] = key[w] * between;
+          total[w] = zero();
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < QUAD; ++r) {
+          const Vec query = load(quads.queries + (i + r) * ld + d);
+          Vec sum = across[i + r];
+#pragma GCC unroll 4
+          for (int w = 0; w < QUAD; ++w) {
+            const Vec b = broadcast(x.weights[(quad + w) * TOKENS + i + r]);
+            sum = fma(b, decayed[w], sum);
+            total[w] = fma(b, query, total[w]);
+          }
+          across[i + r] = sum;
+        }
+#pragma GCC unroll 4
+        for (int w = 0; w < QUAD; ++w) later[w] = fma(between, total[w], later[w]);
+        between *= load(quads.decays + i / QUAD * ld + d);
+      }
+      Vec after = broadcast(1.f);
+#pragma GCC unroll 4
+      for (int w = QUAD - 1; w >= 0; --w) {
+        near_k[w] = fma(after, later[w], near_k[w]);
+        later[w] = load(x.grad_k + (quad + w) * ld + d) * (after * between);
+        after *= each[w];
+      }
+      Vec running = broadcast(1.f);
+#pragma GCC unroll 4
+      for (int r = 0; r < QUAD; ++r) {
+        const int i = quad + r;
+        const int64_t at = i * ld + d;
+        running *= each[r];
+        const Vec self = broadcast(x.weights[i * TOKENS + i]), far_q = load(x.grad_q + at) * (running * before);
+        near_q[r] = fma(running, across[i], near_q[r]);
+        inside[i] = q[r] * near_q[r] - k[r] * near_k[r];
+        readers[i] = q[r] * far_q;
+        writers[i] = writers_before;
+        writers_before = fma(k[r], later[r], writers_before);
+        store(x.grad_q + at, far_q + fma(k[r], self, near_q[r]));
+        store(x.grad_k + at, later[r] + fma(q[r], self, near_k[r]));
+      }
+      before *= running;
     }
-    Vec to_end = broadcast(1.f);
+    Vec inside_sum = zero(), readers_sum = zero();
     for (int i = TOKENS - 1; i >= 0; --i) {
       const int64_t at = i * ld + d;
-      const Vec q = load(x.q + at), k = load(x.k + at), near_q = load(x.near_q + at), near_k = load(x.near_k + at),
-                far_q = load(x.grad_q + at) * from_start[i], far_k = load(x.grad_k + at) * to_end;
-      inside += q * near_q - k * near_k;
-      readers = fma(q, far_q, readers);
-      store(x.grad_g + at, inside + readers);
-      const float self = inclusive ? x.weights[i * TOKENS + i] : 0.f;
-      store(x.grad_q + at, far_q + fma(k, broadcast(self), near_q));
-      store(x.grad_k + at, far_k + fma(q, broadcast(self), near_k));
-      store(x.near_k + at, k * far_k);
-      to_end = to_end * load(decays.each + at);
-    }
-    const Vec carried = load(x.carried + d);
-    for (int i = 0; i < TOKENS; ++i) {
-      const int64_t at = i * ld + d;
-      const Vec all = load(x.grad_g + at) + writers + carried;
+      inside_sum += inside[i];
+      readers_sum += readers[i];
+      const Vec all = (inside_sum + readers_sum) + writers[i];
       store(x.grad_g + at, select(reinterpret_cast<IntVec>(load(decays.each + at) == 0.f), zero(), all));
-      writers += load(x.near_k + at);
     }
   }
 }
 
 // NONE and SCALAR: gradients inside the block are matrix products.
 void finish_scalar(const Decays& decays, const Block& x, int64_t ld) {
-  alignas(64) float weights[SQUARE];
-  float readers[TOKENS], writers[TOKENS];
+  alignas(64) float weights[SQUARE], readers[TOKENS];
+  float writers[TOKENS];
   const bool decaying = decays.kind == REGARD_DECAY_SCALAR;
   for (int i = 0; i < SQUARE; i += LANES)
     store(weights + i, decaying ? load(x.weights + i) * load(decays.between + i) : load(x.weights + i));
@@ -705,20 +747,21 @@ void finish_scalar(const Decays& decays, const Block& x, int64_t ld) {
   });
   if (!decaying) return;
   // Pairs of tokens on both sides of gate t: writers before it, summed up to there for each reader, readers from it on.
-  float total = 0;
-  for (int64_t d = 0; d < ld; ++d) total += x.carried[d];
-  float before[TOKENS] = {};
   float writers_before = 0;
+  for (int64_t d = 0; d < ld; ++d) writers_before += x.carried[d];
+  alignas(64) float rows[TOKENS * LANES], found[TOKENS];
+  Vec before[TOKEN_VECTORS];
+  for (int s = 0; s < TOKEN_VECTORS; ++s) before[s] = load(readers + s * LANES);
   for (int t = 0; t < TOKENS; ++t) {
-    float found = total + writers_before;
-    if (t > 0)
-      for (int i = t; i < TOKENS; ++i) {
-        before[i] += x.reads[(t - 1) * TOKENS + i] * x.weights[(t - 1) * TOKENS + i];
-        found += before[i];
-      }
-    float from_here = 0;
-    for (int i = t; i < TOKENS; ++i) from_here += readers[i];
-    x.grad_g[t * LANES] = decays.dead[t] ? 0.f : found + from_here;
+    Vec total = zero();
+    for (int s = 0; s < TOKEN_VECTORS; ++s) total += select(after(t, s), before[s], zero());
+    store(rows + t * LANES, total);
+    for (int s = 0; s < TOKEN_VECTORS; ++s)
+      before[s] = fma(load(x.reads + t * TOKENS + s * LANES), load(x.weights + t * TOKENS + s * LANES), before[s]);
+  }
+  add_lanes(rows, found);
+  for (int t = 0; t < TOKENS; ++t) {
+    x.grad_g[t * LANES] = decays.dead[t] ? 0.f : found[t] + writers_before;
     writers_before += writers[t];
   }
 }
@@ -770,7 +813,7 @@ struct Gradients {
 };
 
 struct BackwardMemory {
-  BackwardMemory(Workspace& memory, const Problem& problem, int64_t blocks) {
+  BackwardMemory(Workspace& memory, const Problem& problem, int64_t blocks, int64_t kind) {
     const size_t kp = problem.padded_keys, vp = problem.padded_values;
     states = memory.take<float>(static_cast<size_t>(blocks) * kp * vp);
     later = memory.take<float>(kp * vp);
@@ -780,29 +823,37 @@ struct BackwardMemory {
     grad_values_across = memory.take<float>(vp * TOKENS);
     v = memory.take<float>(vp * TOKENS);
     grad_o = memory.take<float>(vp * TOKENS);
-    float** const rows[] = {&q, &k, &raw, &queries, &keys, &quads.queries, &block.grad_q, &block.grad_k, &block.near_q, &block.near_k, &decays.each};
+    float** const rows[] = {&q, &k, &raw, &queries, &keys, &quads.queries, &grad_q, &grad_k};
     for (float** each : rows) *each = memory.take<float>(kp * TOKENS);
-    block.grad_g = block.near_q;
+    grad_g = memory.take<float>(most<size_t>(kp, LANES) * TOKENS);
     quads.decays = memory.take<float>(QUADS * kp);
     normalizers = memory.take<float>(static_cast<size_t>(blocks) * kp);
-    float** const single[] = {&later_normalizer, &block.carried, &decays.whole, &decays.rest, &decays.sums};
+    float** const single[] = {&later_normalizer, &block.carried};
     for (float** each : single) *each = memory.take<float>(kp);
+    decays = memory.take<Decays>(blocks);
+    for (int64_t i = 0; i < blocks; ++i) {
+      decays[i].kind = kind;
+      decays[i].each = memory.take<float>(TOKENS * kp);
+      decays[i].whole = memory.take<float>(kp);
+      decays[i].rest = memory.take<float>(kp);
+    }
     block.reads = memory.take<float>(SQUARE);
     block.weights = memory.take<float>(SQUARE);
   }
 
   static size_t bytes(const Problem& problem, int64_t blocks) {
     const size_t kp = problem.padded_keys, vp = problem.padded_values;
-    return 4 * ((blocks + 2) * kp * vp + TOKENS * (12 * kp + 4 * vp) + (blocks + 5 + QUADS) * kp + 2 * SQUARE) + 64 * 38;
+    return 4 * ((blocks + 2) * kp * vp + TOKENS * ((10 + blocks) * kp + 4 * vp + LANES) + (3 * blocks + 2 + QUADS) * kp + 2 * SQUARE) + sizeof(Decays) * blocks + 64 * (24 + 3 * blocks);
   }
 
   float *states, *later, *matrix;
   float *normalizers, *later_normalizer;  // z before each block; the gradient of z after it
   float *keys_across, *grad_v, *grad_values_across;
   float *q, *k, *v, *grad_o, *queries, *keys, *raw;
+  float *grad_q, *grad_k, *grad_g;
   QuadRows quads;
   Block block;
-  Decays decays;
+  Decays* decays;  // of each block
 };
 
 void backward(const regard_gated_recurrence_backward_args& args, const Problem& problem, int64_t number,
@@ -818,10 +869,8 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
       v(args.v, task.batch, task.head, args.heads, task.first), g(args.g, task.batch, task.head, args.heads),
       grad_o(args.grad_o, task.batch, task.head, args.heads, task.first);
   const int64_t blocks = least(args.checkpoint_every, round_up(args.tokens, TOKENS)) / TOKENS;
-  BackwardMemory memory(workspace, problem, blocks);
+  BackwardMemory memory(workspace, problem, blocks, args.decay);
   Block& x = memory.block;
-  Decays& decays = memory.decays;
-  decays.kind = args.decay;
 
   // (K x V) of the caller's to (V x K)
   auto take_matrix = [&](const float* from, float* transposed) {
@@ -854,6 +903,7 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
     if (normalize) problem.take_normalizer(checkpoint, memory.normalizers);
     for (int64_t first = start; first + TOKENS < end; first += TOKENS) {
       float* state = memory.states + (first - start) / TOKENS * size;
+      Decays& decays = memory.decays[(first - start) / TOKENS];
       take_decays(decays, g, first, TOKENS, problem.keys, kp);
       const float* keys = take_keys(first, TOKENS);
       if (normalize) {
@@ -868,7 +918,8 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
     for (int64_t first = start + (end - start - 1) / TOKENS * TOKENS; first >= start; first -= TOKENS) {
       const float* state = memory.states + (first - start) / TOKENS * size;
       const int count = static_cast<int>(least<int64_t>(TOKENS, end - first));
-      take_decays(decays, g, first, count, problem.keys, kp);
+      Decays& decays = memory.decays[(first - start) / TOKENS];
+      if (first + TOKENS >= end) take_decays(decays, g, first, count, problem.keys, kp);
       x.k = take_keys(first, count);
       x.v = load_tokens(v, first, count, task.width, memory.v, vp);
       if (reading) {
@@ -883,6 +934,12 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
       x.queries = x.q;
       read_inside(decays, kp, inclusive, memory.quads, x.queries, memory.queries, keys, memory.keys, x.reads);
 
+      auto room = [&](const Rows& rows, float* buffer) {
+        return rows.data == nullptr ? buffer : room_for_tokens(rows, first, count, problem.keys, buffer, kp);
+      };
+      x.grad_q = room(to.q, memory.grad_q);
+      x.grad_k = room(to.k, memory.grad_k);
+      x.grad_g = args.decay == REGARD_DECAY_VECTOR ? room(to.g, memory.grad_g) : memory.grad_g;
       multiply(TOKENS, kp / LANES, vp, x.grad_o, vp, 1, state, kp, x.grad_q, kp);
       multiply(TOKENS, kp / LANES, vp, x.v, vp, 1, memory.later, kp, x.grad_k, kp);
       if (normalize)
@@ -892,37 +949,38 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
         transpose_padded(TOKENS, kp, keys, kp, memory.keys_across, TOKENS);
         multiply(vp, TOKEN_VECTORS, problem.keys, memory.later, kp, 1, memory.keys_across, TOKENS,
                  memory.grad_values_across, TOKENS);
-        transpose_padded(vp, TOKENS, memory.grad_values_across, TOKENS, memory.grad_v, vp);
+        float* grad_v = room_for_tokens(to.v, first, count, task.width, memory.grad_v, vp);
+        transpose_padded(vp, TOKENS, memory.grad_values_across, TOKENS, grad_v, vp);
         tiles(TOKENS, vp / LANES, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
           constexpr int R = decltype(r)::value, W = decltype(w)::value;
           Vec sums[R][W];
-          float* at = memory.grad_v + i * vp + j * LANES;
+          float* at = grad_v + i * vp + j * LANES;
           take(sums, at, vp);
           accumulate(sums, TOKENS - i, x.reads + i * TOKENS + i, TOKENS, 1, x.grad_o + i * vp + j * LANES, vp);
           put(sums, at, vp);
         });
-        store_tokens(to.v, first, count, task.width, memory.grad_v, vp);
+        if (grad_v == memory.grad_v) store_tokens(to.v, first, count, task.width, grad_v, vp);
       }
       if (args.decay != REGARD_DECAY_NONE)
         carried_products(decays, vp, state, memory.later, kp, x.carried);
       if (args.decay == REGARD_DECAY_VECTOR)
-        finish_vector(decays, x, inclusive, kp);
+        finish_vector(decays, x, memory.quads, kp);
       else
         finish_scalar(decays, x, kp);
       if (to.q.data != nullptr) {
         if (options.feature_map != REGARD_FEATURES_AS_THEY_ARE && reading)
           differentiate_features(options.feature_map, options.scale,
                                  load_tokens(q, first, count, problem.keys, memory.raw, kp), count, x.grad_q, kp);
-        store_tokens(to.q, first, count, problem.keys, x.grad_q, kp);
+        if (x.grad_q == memory.grad_q) store_tokens(to.q, first, count, problem.keys, x.grad_q, kp);
       }
       if (to.k.data != nullptr) {
         if (options.feature_map != REGARD_FEATURES_AS_THEY_ARE)
           differentiate_features(options.feature_map, 1.f,
                                  load_tokens(k, first, count, problem.keys, memory.raw, kp),
                                  problem.valid_keys(task.batch, first, count), x.grad_k, kp);
-        store_tokens(to.k, first, count, problem.keys, x.grad_k, kp);
+        if (x.grad_k == memory.grad_k) store_tokens(to.k, first, count, problem.keys, x.grad_k, kp);
       }
-      if (to.g.data != nullptr)
+      if (to.g.data != nullptr && x.grad_g == memory.grad_g)
         store_tokens(to.g, first, count, args.decay == REGARD_DECAY_VECTOR ? problem.keys : 1, x.grad_g,
                      args.decay == REGARD_DECAY_VECTOR ? kp : LANES);
       write_transposed(decays, vp, kp / LANES, x.grad_o, vp, x.queries, memory.later, memory.later, kp);
