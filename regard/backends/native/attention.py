@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
+from regard.backends.operators import operator
 from regard.contract import BlockMask, Unsupported
 from regard.visibility import DistanceBias, PositionBias, Ranks, Visibility
 
@@ -410,7 +411,7 @@ def _empty_lse(q: Tensor, rule: int) -> Tensor:
     return q.new_empty(q.shape[:3] if rule == 0 else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("regard::attention", mutates_args=())
+@operator("attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -463,7 +464,7 @@ def _(
     return _empty_output(q, v), _empty_lse(q, rule)
 
 
-@torch.library.custom_op("regard::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -599,11 +600,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return tuple(grads)
 
 
-def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise Unsupported(
-        "gradients of gradients of native attention", supported="first gradients", nearest="backend='torch'"
-    )
-
-
 _attention.register_autograd(_backward, setup_context=_keep)
-_attention_backward.register_autograd(_no_second_gradient)
+_attention_backward.refuse_gradient("gradients of gradients of native attention", supported="first gradients")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.backends.native import delta_rule, library, recycled
 from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
 from regard.backends.torch.gated_recurrence import for_each_head
 from regard.contract import Unsupported
 
@@ -258,7 +259,7 @@ def checkpoint_count(tokens: int) -> int:
     return max(0, (tokens - 1) // CHECKPOINT_EVERY)
 
 
-@torch.library.custom_op("regard::gated_recurrence", mutates_args=())
+@operator("gated_recurrence")
 def _gated_recurrence(
     q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, inclusive: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,7 +291,7 @@ def _(
     return _empty_results(q, k, v, keep)
 
 
-@torch.library.custom_op("regard::gated_recurrence_backward", mutates_args=())
+@operator("gated_recurrence_backward")
 def _gated_recurrence_backward(
     grad_o: Tensor | None,
     grad_final_state: Tensor | None,
@@ -391,18 +392,12 @@ def _differentiate(
 
 
 _gated_recurrence.register_autograd(_differentiate, setup_context=_save)
+_gated_recurrence_backward.refuse_gradient(
+    "a second derivative of the native gated recurrence", supported="first derivatives"
+)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise Unsupported(
-        "a second derivative of the native gated recurrence", supported="first derivatives", nearest="backend='torch'"
-    )
-
-
-_gated_recurrence_backward.register_autograd(_no_second_derivative)
-
-
-@torch.library.custom_op("regard::gated_recurrence_step", mutates_args=())
+@operator("gated_recurrence_step")
 def _gated_recurrence_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
