@@ -41,6 +41,8 @@ class Operator:
             return self.overload(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return self._apply(*arguments)
+        if forward_ad._current_level >= 0:
+            return self._apply(*arguments)  # which refuses tangents; the dispatcher would drop them
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*arguments)
 
@@ -69,12 +71,10 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 
 def _observed() -> bool:
-    """Whether something is to see the operator before its gradient is recorded: modes, transforms, forward derivatives,
-    `torch.jit.trace`."""
+    """Whether something is to see the operator before its gradient is recorded: a mode, a transform, `torch.jit.trace`."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 

@@ -94,8 +94,9 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_transforms_and_forward_derivatives_are_followed_or_refused():
     x, by = leaves()
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
-        rows(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)), by)
+    for other in (by, by.detach()):
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+            rows(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)), other)
     torch.testing.assert_close(torch.func.vmap(rows)(x.detach(), by.detach()), 3 * (x * by).detach())
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda y: rows(y, by.detach()).sum())(x.detach())
