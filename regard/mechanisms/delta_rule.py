@@ -169,7 +169,7 @@ def parallel(
     value_beta: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
     """Whole sequences, from an empty state."""
-    call = call.replace(state=None)
+    call = call if call.state is None else call.replace(state=None)
     if call.pattern.cross:
         return Result(read(call.replace(state=absorb(call, k, v, beta, log_decay, value_beta)), q).output)
     if call.pattern.causal:

@@ -156,7 +156,7 @@ def parallel(
     value_log_decay: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
     """Whole sequences, from an empty state."""
-    call = call.replace(state=None)
+    call = call if call.state is None else call.replace(state=None)
     if call.pattern.cross:
         return Result(read(call.replace(state=absorb(call, k, v, log_decay, value_log_decay)), q).output)
     if call.pattern.causal:

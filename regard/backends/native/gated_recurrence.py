@@ -180,23 +180,23 @@ def refusal(
 ) -> str | None:
     """`lead`: (B, H, N), or (B, H) for one token. `more_columns`: of states than value features."""
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", g), ("state", state)):
-        if x is None:
+        if x is None or (x.is_cpu and x.dtype in library.DTYPES):
             continue
         if x.dtype not in library.DTYPES:
             return f"it computes in float32 and bfloat16, and {name} is {str(x.dtype)[6:]}"
-        if not x.is_cpu:
-            return f"it runs on cpu, and {name} is on {x.device.type}"
-    width, value_width = k.shape[-1], v.shape[-1]
+        return f"it runs on cpu, and {name} is on {x.device.type}"
+    batch, heads, *tokens = lead
+    shape, value_width = k.shape, v.shape[-1]
+    width = shape[-1]
     if width < 1 or value_width < 1:
         return "keys or values without features"
-    batch, heads, *tokens = lead
-    for name, x in (("q", q), ("k", k)):
-        if x is None:
+    for name, x in (("k", k), ("q", q)):
+        if x is None or (name == "q" and x.shape == shape):
             continue
-        shared = x.ndim == v.ndim and x.shape[1] > 0 and heads % x.shape[1] == 0
-        if not shared or x.shape != (batch, x.shape[1], *tokens, width):
+        groups = x.shape[1] if x.ndim == v.ndim else 0
+        if groups < 1 or heads % groups or x.shape != (batch, groups, *tokens, width):
             return f"{name} has shape {tuple(x.shape)} for v of shape {tuple(v.shape)} and {width} key features"
-    if g is not None and g.shape not in ((*lead, 1), (*lead, width)):
+    if g is not None and g.shape != (*lead, width) and g.shape != (*lead, 1):
         return f"log_decay has shape {tuple(g.shape)}, not {tuple(lead)} and 1 or {width}"
     matrix = (width, value_width + more_columns)
     if state is not None and state.shape != (batch, heads, *matrix):
@@ -246,7 +246,7 @@ def rows(x: Tensor | None) -> Tensor | None:
 def _empty_results(q: Tensor | None, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, tokens, value_width = v.shape
     matrix = (k.shape[-1], value_width)
-    o = v.new_empty(v.shape if q is not None else (0,))
+    o = v.new_empty((batch, heads, tokens, value_width) if q is not None else (0,))
     kept = checkpoint_count(tokens) if keep else 0
     return (
         o,
