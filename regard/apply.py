@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,22 +34,18 @@ from regard.contract import (
 from regard.ragged import Gathering, gather_pairs, gathering, gathering_in_place
 
 
-def _axes(card: Mechanism, name: str) -> str:
-    return card.inputs[name] if name in card.inputs else card.inputs[name + "?"]
-
-
 def input_names(card: Mechanism) -> list[str]:
-    return [n.rstrip("?") for n in card.inputs]
+    return list(card.axes)
 
 
 def memory_inputs(card: Mechanism) -> list[str]:
     """Inputs that belong to the memory (they have the axis m and not n)."""
-    return [n for n in input_names(card) if "m" in _axes(card, n) and "n" not in _axes(card, n)]
+    return [name for name, axes in card.axes.items() if "m" in axes and "n" not in axes]
 
 
 def shared_inputs(card: Mechanism) -> list[str]:
     """Inputs that belong to no sequence (they have neither n nor m), such as a learned query."""
-    return [n for n in input_names(card) if not {"n", "m"} & set(_axes(card, n))]
+    return [name for name, axes in card.axes.items() if "m" not in axes and "n" not in axes]
 
 
 def absorbed_inputs(card: Mechanism) -> list[str]:
@@ -56,37 +54,108 @@ def absorbed_inputs(card: Mechanism) -> list[str]:
     return memory_inputs(card) + [n for n in shared_inputs(card) if n in named]
 
 
-def _check_shapes(card: Mechanism, tensors: Mapping[str, Tensor], same_length: bool) -> dict[str, int]:
-    """The size of each axis letter; raises Unsupported where tensors disagree with the card or with each other."""
-    sizes: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        axes = _axes(card, name)
-        if tensor.ndim != len(axes):
+@dataclass(frozen=True)
+class _Sizes:
+    """What the shapes of a call's inputs say, once they are found to be those of the card.
+
+    Attributes:
+        has_memory: whether there is memory beside what a state has absorbed.
+        batch: rows; None where only a state knows.
+        n, m: queries and keys.
+        heads: of all inputs with heads, the most; None without heads.
+        fewer_heads: whether some input has fewer.
+        scale: the card's.
+    """
+
+    has_memory: bool
+    batch: int | None
+    n: int
+    m: int
+    heads: int | None
+    fewer_heads: bool
+    scale: float
+
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of the inputs of a call."""
+
+
+def _measure(card: Mechanism, shapes: Shapes, pattern: Pattern, continuing: bool) -> _Sizes:
+    """The sizes of a call; raises Unsupported where inputs disagree with the card or with each other."""
+    names = [name for name, _ in shapes]
+    for name in names:
+        if name not in card.axes:
             raise Unsupported(
-                f"{card.name}: {name} of shape {tuple(tensor.shape)}", supported=f"axes ({', '.join(axes)})"
+                f"{card.name}: input {name!r}",
+                supported=", ".join(input_names(card)),
+                nearest=closest(name, input_names(card)),
             )
-        for axis, size in zip(axes, tensor.shape, strict=True):
-            if axis == "h" and "h" in sizes and size != sizes["h"]:
-                big, small = max(size, sizes["h"]), min(size, sizes["h"])
-                if small == 0 or big % small:
-                    raise Unsupported(
-                        f"{card.name}: {name} with {size} heads beside {sizes['h']}", supported="a divisor"
-                    )
-                sizes["h"] = big
-            elif sizes.setdefault(axis, size) != size:
+    of_memory = memory_inputs(card)
+    has_memory = not of_memory or any(name in names for name in of_memory)
+    missing = [n for n in card.inputs if not n.endswith("?") and n not in names]
+    if missing and not (pattern.cross and continuing and not has_memory):
+        raise Unsupported(f"{card.name} without {', '.join(missing)}", supported=", ".join(card.inputs))
+    sizes = _axis_sizes(card, shapes)
+    m = sizes.get("m", sizes.get("n", 0))
+    n = sizes.get("n", 1 if pattern.cross else m)  # without queries of its own: one output, or one a key
+    if n != m and pattern is Pattern.NONCAUSAL_SELF:
+        raise Unsupported(
+            f"{card.name} in noncausal-self with N = {n} and M = {m}", supported="N = M", nearest="noncausal-cross"
+        )
+    if n != m and pattern is Pattern.CAUSAL_SELF and not continuing and not card.uneven:
+        raise Unsupported(
+            f"{card.name} in causal-self with N = {n} queries and M = {m} keys", supported="N = M", nearest="softmax"
+        )
+    heads = sizes.get("h")
+    with_heads = [shape[card.axes[name].index("h")] for name, shape in shapes if "h" in card.axes[name]]
+    return _Sizes(
+        has_memory=has_memory,
+        batch=sizes.get("b"),
+        n=n,
+        m=m,
+        heads=heads,
+        fewer_heads=any(found != heads for found in with_heads),
+        scale=_scale(card, shapes),
+    )
+
+
+_measured = lru_cache(maxsize=1024)(_measure)
+
+
+def _sizes(card: Mechanism, tensors: Mapping[str, Tensor], pattern: Pattern, continuing: bool) -> _Sizes:
+    """:func:`_measure`, remembered for the shapes of calls before."""
+    shapes = tuple((name, tensor.shape) for name, tensor in tensors.items())
+    if torch.compiler.is_compiling():
+        return _measure(card, shapes, pattern, continuing)
+    try:
+        return _measured(card, shapes, pattern, continuing)
+    except TypeError:  # sizes may be symbols, which have no hash
+        return _measure(card, shapes, pattern, continuing)
+
+
+def _axis_sizes(card: Mechanism, shapes: Shapes) -> dict[str, int]:
+    """The size of each axis letter; of heads the most."""
+    sizes: dict[str, int] = {}
+    for name, shape in shapes:
+        axes = card.axes[name]
+        if len(shape) != len(axes):
+            raise Unsupported(f"{card.name}: {name} of shape {tuple(shape)}", supported=f"axes ({', '.join(axes)})")
+        for axis, size in zip(axes, shape, strict=True):
+            known = sizes.setdefault(axis, size)
+            if known == size:
+                continue
+            if axis != "h":
                 raise Unsupported(
-                    f"{card.name}: {name} of shape {tuple(tensor.shape)} has {axis} = {size}, another input {sizes[axis]}",
-                    supported=", ".join(f"{n}: ({', '.join(_axes(card, n))})" for n in tensors),
+                    f"{card.name}: {name} of shape {tuple(shape)} has {axis} = {size}, another input {known}",
+                    supported=", ".join(f"{n}: ({', '.join(card.axes[n])})" for n, _ in shapes),
                 )
+            big, small = max(size, known), min(size, known)
+            if small == 0 or big % small:
+                raise Unsupported(f"{card.name}: {name} with {size} heads beside {known}", supported="a divisor")
+            sizes["h"] = big
     if "g" in sizes and sizes.get("h", sizes["g"]) % max(sizes["g"], 1):
         raise Unsupported(
             f"{card.name}: {sizes['h']} heads over {sizes['g']} groups", supported="a multiple of the groups"
-        )
-    if same_length and "n" in sizes and "m" in sizes and sizes["n"] != sizes["m"] and not card.uneven:
-        raise Unsupported(
-            f"{card.name} in causal-self with N = {sizes['n']} queries and M = {sizes['m']} keys",
-            supported="N = M",
-            nearest="softmax",
         )
     return sizes
 
@@ -94,9 +163,8 @@ def _check_shapes(card: Mechanism, tensors: Mapping[str, Tensor], same_length: b
 def _expand_heads(card: Mechanism, tensors: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
     expanded = {}
     for name, tensor in tensors.items():
-        axes = _axes(card, name)
-        if "h" in axes and tensor.shape[axes.index("h")] != heads:
-            at = axes.index("h")
+        at = card.axes[name].find("h")
+        if at >= 0 and tensor.shape[at] != heads:
             tensor = tensor.repeat_interleave(heads // tensor.shape[at], at)
         expanded[name] = tensor
     return expanded
@@ -166,38 +234,24 @@ def apply(
     """
     wanted = card.require_pattern(pattern)
     given = {n: t for n, t in tensors.items() if t is not None}
-    for name in given:
-        if name not in input_names(card):
-            raise Unsupported(
-                f"{card.name}: input {name!r}",
-                supported=", ".join(input_names(card)),
-                nearest=closest(name, input_names(card)),
-            )
-    has_memory = not memory_inputs(card) or any(n in given for n in memory_inputs(card))
-    missing = [n for n in card.inputs if not n.endswith("?") and n not in given]
-    if missing and not (wanted.cross and state is not None and not has_memory):
-        raise Unsupported(f"{card.name} without {', '.join(missing)}", supported=", ".join(card.inputs))
     if state is not None and card.state is not None and not isinstance(state, card.state):
         raise Unsupported(f"{card.name} with a state of {type(state).__name__}", supported=card.state.__name__)
     if state is not None and card.state is None:
         raise Unsupported(f"{card.name} with a state", supported="whole sequences only")
     _check_honoured(card, mask, memory_mask, rest)
-    sizes = _check_shapes(card, given, wanted is Pattern.CAUSAL_SELF and state is None)
+    sizes = _sizes(card, given, wanted, state is not None)
+    has_memory, n, m = sizes.has_memory, sizes.n, sizes.m
     if chunk_size is not None:
         at_least("chunk_size", chunk_size, 1)
     config = card.options() if config is None else config
     first = next(iter(given.values()))
     if backend is not None:
         which_backend(card.engine, device=first.device, backend=backend)  # also where a form would not ask
-    batch = sizes.get("b", 1 if state is None else state.length.shape[0])  # type: ignore[attr-defined]
+    batch = sizes.batch
+    if batch is None:
+        batch = 1 if state is None else state.length.shape[0]  # type: ignore[attr-defined]
     if not has_memory and memory_mask is not None:
         raise Unsupported(f"{card.name} with a memory mask but no memory", supported="memory_mask=None")
-    m = sizes.get("m", sizes.get("n", 0))
-    n = sizes.get("n", 1 if wanted.cross else m)  # without queries of its own: one output, or one a key
-    if wanted is Pattern.NONCAUSAL_SELF and n != m:
-        raise Unsupported(
-            f"{card.name} in noncausal-self with N = {n} and M = {m}", supported="N = M", nearest="noncausal-cross"
-        )
     if not wanted.cross and memory_mask is None and n == m:
         memory_mask = None if mask is None else Mask(mask.valid, mask.lengths, mask.cu_seqlens, mask.max_length)
     in_place = card.length == "grid" and wanted is Pattern.NONCAUSAL_SELF and rest.get("grid") is not None
@@ -208,16 +262,18 @@ def apply(
     )
     keys = (
         queries
-        if in_place or (not wanted.cross and n == m and memory_mask is not None and _same(mask, memory_mask))
+        if in_place or (not wanted.cross and n == m and _same(mask, memory_mask))
         else gathering(memory_mask, batch, m, first.device)
     )
-    given = _expand_heads(card, given, sizes["h"]) if "h" in sizes else given
-    laid_out = {name: _lay_out(card, name, tensor, queries, keys) for name, tensor in given.items()}
+    if sizes.fewer_heads and sizes.heads is not None:
+        given = _expand_heads(card, given, sizes.heads)
+    if not (queries.whole and keys.whole):
+        given = {name: _lay_out(card, name, tensor, queries, keys) for name, tensor in given.items()}
     if state is not None:
         _check_rows(card, state, queries.batch)
         _check_alignment(card, wanted, queries, keys)
     if mask is not None and mask.blocks is not None:
-        _check_blocks(mask.blocks, queries.batch, sizes.get("h", 1))
+        _check_blocks(mask.blocks, queries.batch, 1 if sizes.heads is None else sizes.heads)
     bias = None if mask is None else mask.bias
     if bias is not None:
         columns = keys if has_memory else gathering(None, queries.batch, bias.shape[-1], first.device)
@@ -225,13 +281,11 @@ def apply(
     roles = rest.pop("roles", None)
     if roles is not None:
         roles = keys.gather(roles, axis=-1)
-    if scale is None:
-        scale = _scale(card, laid_out)
     want = frozenset(rest.pop("want", ()))
     call = Call(
         pattern=wanted,
         config=config,
-        scale=scale,
+        scale=sizes.scale if scale is None else scale,
         lengths=queries.lengths,
         memory_lengths=keys.lengths,
         bias=bias,
@@ -250,7 +304,7 @@ def apply(
         form = choose_form(card, wanted, n, m, has_memory=has_memory, stateful=stateful, continuing=continuing)
     else:
         _check_form(card, form, call, n, m, stateful)
-    result = _run_on(backend, card, form, call, laid_out)
+    result = _run_on(backend, card, form, call, given)
     result.output = _put_back(card, result.output, queries)
     if not stateful:
         result.state = None
@@ -288,7 +342,8 @@ def absorb(
         raise Unsupported(
             f"absorbing memory with {card.name} without {', '.join(missing)}", supported=", ".join(accepted)
         )
-    sizes = _check_shapes(card, given, False)
+    shapes = tuple((name, tensor.shape) for name, tensor in given.items())
+    sizes = _axis_sizes(card, shapes)
     first = next(iter(given.values()))
     keys = gathering(memory_mask, sizes["b"], sizes["m"], first.device)
     if state is not None:
@@ -301,7 +356,7 @@ def absorb(
     call = Call(
         pattern=wanted,
         config=card.options() if config is None else config,
-        scale=_scale(card, laid_out),
+        scale=_scale(card, shapes),
         memory_lengths=keys.lengths,
         state=state,
         roles=None if roles is None else keys.gather(roles, axis=-1),
@@ -310,11 +365,11 @@ def absorb(
     return card.forms["absorb"](call, **laid_out)
 
 
-def _scale(card: Mechanism, tensors: Mapping[str, Tensor]) -> float:
+def _scale(card: Mechanism, shapes: Shapes) -> float:
     if card.default_scale != "rsqrt":
         return float(card.default_scale)
-    width = next((tensors[n].shape[-1] for n in ("k", "q") if n in tensors), 1)
-    return max(width, 1) ** -0.5
+    widths = {name: shape[-1] for name, shape in shapes}
+    return max(widths.get("k", widths.get("q", 1)), 1) ** -0.5
 
 
 def _run_on(backend: str | None, card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor]) -> Result:
@@ -361,7 +416,7 @@ def _same(a: Mask | None, b: Mask | None) -> bool:
 
 
 def _lay_out(card: Mechanism, name: str, tensor: Tensor, queries: Gathering, keys: Gathering) -> Tensor:
-    axes = _axes(card, name)
+    axes = card.axes[name]
     for letter, layout in (("n", queries), ("m", keys)):
         if letter in axes:
             tensor = layout.gather(tensor, axis=axes.index(letter), batch_axis=axes.index("b"))
@@ -431,19 +486,18 @@ def _check_honoured(card: Mechanism, mask: Mask | None, memory_mask: Mask | None
         raise Unsupported(f"dropout={dropout}", supported="0 <= dropout < 1", nearest="dropout=0.0")
     for word in want:
         one_of("want", word, WANTS)
-    asked = {
-        "bias": (mask is not None and mask.bias is not None) or rest.get("position_bias") is not None,
-        "blocks": mask is not None and mask.blocks is not None,
-        "dropout": dropout > 0,
-        "weights": "weights" in want,
-        "lse": "lse" in want,
-        "roles": rest.get("roles") is not None,
-        "rotate": rest.get("rotate") is not None,
-    }
+    asked = [word for word in ("weights", "lse") if word in want]
+    asked += [word for word in ("roles", "rotate") if rest.get(word) is not None]
+    if dropout > 0:
+        asked.append("dropout")
+    if rest.get("position_bias") is not None:
+        asked.append("bias")
+    if mask is not None:
+        asked += [word for word in ("bias", "blocks") if getattr(mask, word) is not None]
     if memory_mask is not None and (memory_mask.bias is not None or memory_mask.blocks is not None):
         raise Unsupported("a memory mask with bias or blocks", supported="bias and blocks on mask, which has the pairs")
-    for what, wanted in asked.items():
-        if wanted and what not in card.honours:
+    for what in asked:
+        if what not in card.honours:
             words = {
                 "bias": "additive scores",
                 "blocks": "a block mask",

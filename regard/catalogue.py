@@ -119,12 +119,27 @@ def get_mechanism(name: str) -> Mechanism:
     return _lookup(name)[0]
 
 
+def find_mechanism(name: str) -> Mechanism | None:
+    """As :func:`get_mechanism`, with None for an unknown name."""
+    found = _find(name)
+    return None if found is None else found[0]
+
+
 def get_module(name: str) -> ModuleType:
     """The module that defines a mechanism, for its docstring."""
     return _lookup(name)[1]
 
 
 def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
+    found = _find(name)
+    if found is None:
+        entries = _catalogue()
+        words = [w for card, _ in entries.values() for w in (card.name, *card.aliases)]
+        raise Unsupported(f"mechanism {name!r}", supported=", ".join(sorted(entries)), nearest=closest(name, words))
+    return found
+
+
+def _find(name: str) -> tuple[Mechanism, ModuleType] | None:
     if name in _plugins:
         return _plugins[name]
     if name in _module_names():  # without importing the others
@@ -133,11 +148,7 @@ def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
     entries = _catalogue()
     if name in entries:
         return entries[name]
-    for card, module in entries.values():
-        if name in card.aliases:
-            return card, module
-    words = [w for card, _ in entries.values() for w in (card.name, *card.aliases)]
-    raise Unsupported(f"mechanism {name!r}", supported=", ".join(sorted(entries)), nearest=closest(name, words))
+    return next((entry for entry in entries.values() if name in entry[0].aliases), None)
 
 
 def which_backend(name: str, *, device: str | torch.device = "cpu", backend: str | None = None) -> backends.Choice:

@@ -500,9 +500,9 @@ class LayerSpec:
     linear: Callable[..., nn.Module] = nn.Linear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mechanism:
-    """The card of a mechanism: all that is claimed of it, and nothing else is claimed anywhere.
+    """The card of a mechanism: all that is claimed of it, and nothing else is claimed anywhere. Equal only to itself.
 
     Attributes:
         name: catalogue name.
@@ -570,10 +570,15 @@ class Mechanism:
     engine: str = ""
     waivers: tuple[Waiver, ...] = ()
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
+    axes: Mapping[str, str] = field(init=False, repr=False)
+    """Of each input by name, whether it may be left out or not. Made from `inputs`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
         """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""
-        wanted = Pattern.parse(pattern)
+        wanted = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
         if wanted not in self.patterns:
             reason = self.refused.get(wanted, "")
             raise Unsupported(

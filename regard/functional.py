@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from regard.apply import apply, input_names
-from regard.catalogue import get_mechanism, get_module, list_mechanisms
+from regard.catalogue import find_mechanism, get_mechanism, get_module, list_mechanisms
 from regard.contract import Kind, Mask, Mechanism, Pattern, Unsupported
 
 
@@ -32,25 +32,28 @@ def function_name(card: Mechanism) -> str:
 def _function(card: Mechanism) -> Callable[..., Any]:
     names = input_names(card)
     own = set(card.config.__dataclass_fields__)  # type: ignore[attr-defined]
+    passed = {*_CALL_OPTIONS, *_CONTEXT_OPTIONS} - own
+    usual_pattern = next(p for p in (Pattern.CAUSAL_SELF, *card.patterns) if p in card.patterns)
+    usual_config = card.options()
 
     def function(*tensors: Tensor | None, **options: Any) -> Any:
         if len(tensors) > len(names):
             raise Unsupported(f"{len(tensors)} tensors for {card.name}", supported=", ".join(card.inputs))
         inputs = dict(zip(names, tensors, strict=False))
-        for name in [n for n in names if n in options]:
+        call: dict[str, Any] = {"pattern": usual_pattern}
+        bias = options.pop("bias", None)
+        config: dict[str, Any] = {}
+        for name, value in options.items():
             if name in inputs:
                 raise Unsupported(f"{card.name} with {name} given twice", supported="by place or by name")
-            inputs[name] = options.pop(name)
-        call = {n: options.pop(n) for n in _CALL_OPTIONS if n in options and n not in own}
-        call.setdefault("pattern", next(p for p in (Pattern.CAUSAL_SELF, *card.patterns) if p in card.patterns))
-        context = {n: options.pop(n) for n in _CONTEXT_OPTIONS if n in options and n not in own}
-        bias = options.pop("bias", None)
+            place = inputs if name in names else call if name in passed else config
+            place[name] = value
         if bias is not None:
             mask = call.get("mask") or Mask()
             if mask.bias is not None:
                 raise Unsupported(f"{card.name} with bias and mask.bias", supported="one of them, or their sum")
             call["mask"] = Mask(mask.valid, mask.lengths, mask.cu_seqlens, mask.max_length, bias, mask.blocks)
-        result = apply(card, inputs, config=card.options(**options), **call, **context)
+        result = apply(card, inputs, config=card.options(**config) if config else usual_config, **call)
         full = call.get("return_state") or call.get("state") is not None or result.losses or result.extras
         return result if full else result.output
 
@@ -111,11 +114,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
     for mechanism in (name, name.removesuffix("_attention")):
-        try:
-            card = get_mechanism(mechanism)
-        except Unsupported:
-            continue
-        if function_name(card) == name:
+        card = find_mechanism(mechanism)
+        if card is not None and function_name(card) == name:
             made = _MADE.get(name)
             if made is None or made[0] is not card:  # a plugin may take the place of an earlier one
                 made = _MADE[name] = (card, _function(card))

@@ -77,18 +77,31 @@ class Gathering:
         valid: valid tokens in the caller's layout; None when all are.
         index: place of each token in the dense layout (row * length + rank), in range for invalid tokens too;
             None when the layouts are the same.
-        ranks: rank of each token among the valid tokens of its sequence; 0 for invalid tokens.
+        device: where the tensors are.
     """
 
     source_batch: int
     source_length: int
     batch: int
     length: int
-    ranks: Int[Tensor, "source_batch source_length"]
+    device: torch.device | str | None
     lengths: Int[Tensor, " batch"] | None = None
     valid: Bool[Tensor, "source_batch source_length"] | None = None
     dense_index: Int[Tensor, "batch length"] | None = None
     index: Int[Tensor, "source_batch source_length"] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layouts are the same and every token is valid, so that tensors pass as they are."""
+        return self.lengths is None and self.valid is None
+
+    @property
+    def ranks(self) -> Int[Tensor, "source_batch source_length"]:
+        """Rank of each token among the valid tokens of its sequence; 0 for invalid tokens, but for those of a grid."""
+        if self.index is not None:
+            return self.index % max(self.length, 1)
+        ranks = torch.arange(self.source_length, device=self.device).expand(self.source_batch, -1)
+        return ranks if self.lengths is None else ranks.where(valid_from_lengths(self.lengths, self.length), 0)
 
     def gather(self, x: Shaped[Tensor, ...], axis: int = -2, batch_axis: int = 0) -> Shaped[Tensor, ...]:
         """To the dense layout: every sequence a row, with zeros in the padding."""
@@ -111,7 +124,7 @@ class Gathering:
         """`dense_index`, also where the layouts are the same."""
         if self.dense_index is not None:
             return self.dense_index
-        return torch.arange(self.batch * self.length, device=self.ranks.device).view(self.batch, self.length)
+        return torch.arange(self.batch * self.length, device=self.device).view(self.batch, self.length)
 
     def _check(self, x: Tensor, axis: int, batch_axis: int, expected: tuple[int, int], verb: str) -> None:
         if not torch.compiler.is_compiling() and (x.shape[batch_axis], x.shape[axis]) != expected:
@@ -133,16 +146,14 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
     Raises:
         Unsupported: for a mask that does not fit, unless a graph is being compiled.
     """
-    column = torch.arange(n, device=device)
     if mask is None or not mask.ragged:
-        return Gathering(batch, n, batch, n, column.expand(batch, n))
+        return Gathering(batch, n, batch, n, device)
     if mask.cu_seqlens is not None:
         return _gathering_of_documents(mask.cu_seqlens.to(device, torch.int64), mask.max_length, batch, n)
     if mask.lengths is not None:
         lengths = mask.lengths.to(device, torch.int64)
         check_lengths(lengths, batch, n)
-        valid = valid_from_lengths(lengths, n)
-        return Gathering(batch, n, batch, n, torch.where(valid, column, 0), lengths, valid)
+        return Gathering(batch, n, batch, n, device, lengths, valid_from_lengths(lengths, n))
     assert mask.valid is not None  # `ragged` says that one of the three is given
     valid = mask.valid.to(device)
     if not torch.compiler.is_compiling() and valid.shape != (batch, n):
@@ -154,7 +165,7 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
         source_length=n,
         batch=batch,
         length=n,
-        ranks=ranks,
+        device=device,
         lengths=lengths_from_valid(valid),
         valid=valid,
         dense_index=first + torch.argsort(~valid, dim=-1, stable=True),
@@ -179,7 +190,7 @@ def gathering_in_place(
     if mask is not None and mask.cu_seqlens is not None:
         raise Unsupported("cu_seqlens on a grid", supported="Mask(valid=...) or Mask(lengths=...)")
     layout = gathering(mask, batch, n, device)
-    return Gathering(batch, n, batch, n, torch.arange(n, device=device).expand(batch, n), valid=layout.valid)
+    return Gathering(batch, n, batch, n, device, valid=layout.valid)
 
 
 def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | None, batch: int, n: int) -> Gathering:
@@ -200,7 +211,7 @@ def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | 
         source_length=n,
         batch=documents,
         length=longest,
-        ranks=ranks[None],
+        device=cu_seqlens.device,
         lengths=lengths,
         dense_index=(cu_seqlens[:-1, None] + place).clamp(max=max(n - 1, 0)),
         index=(document * longest + ranks)[None],

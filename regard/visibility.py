@@ -7,7 +7,6 @@ of their own.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,13 +113,13 @@ class Visibility:
         """The same rule for query ranks first ... first + n - 1 and key ranks 0 ... m - 1, without the limits that
         hide none of their pairs."""
         last = first + n - 1
-        return dataclasses.replace(
-            self,
-            causal=self.causal and bool(m - 1 > first),
-            left=None if self.left is not None and self.left >= last else self.left,
-            right=None if self.right is not None and self.right >= m - 1 - first else self.right,
-            block=None if self.block is not None and first >= 0 and self.block > max(last, m - 1) else self.block,
-        )
+        causal = self.causal and bool(m - 1 > first)
+        left = None if self.left is not None and self.left >= last else self.left
+        right = None if self.right is not None and self.right >= m - 1 - first else self.right
+        block = None if self.block is not None and first >= 0 and self.block > max(last, m - 1) else self.block
+        if (causal, left, right, block) == (self.causal, self.left, self.right, self.block):
+            return self
+        return Visibility(causal, left, right, block, self.lookback, self.lookahead)
 
 
 def _least(limits: list[int | None]) -> int | None:
@@ -150,6 +149,28 @@ class Ranks:
     plain: bool
 
 
+@dataclass(frozen=True, init=False)
+class CountedRanks(Ranks):
+    """Ranks of `n` queries that count up from `first` and of `m` keys from 0, tensors only when they are asked for."""
+
+    first: int
+    n: int
+    m: int
+    device: torch.device
+
+    def __init__(self, n: int, m: int, first: int, plain: bool, device: torch.device) -> None:
+        for name, value in {"n": n, "m": m, "offset": first, "first": first, "plain": plain, "device": device}.items():
+            object.__setattr__(self, name, value)
+
+    @property  # type: ignore[misc]
+    def queries(self) -> Int[Tensor, "1 n"]:
+        return torch.arange(self.n, device=self.device)[None] + self.first
+
+    @property  # type: ignore[misc]
+    def keys(self) -> Int[Tensor, "1 m"]:
+        return torch.arange(self.m, device=self.device)[None]
+
+
 def ranks(
     call: Call,
     n: int,
@@ -167,10 +188,12 @@ def ranks(
         cached: ranks of the cached key slots, negative where a slot is empty.
         before: tokens of each row before the new keys; one more than the largest cached rank when None.
     """
+    together = call.lengths is call.memory_lengths
+    if together and call.lengths is None and cached is None and not call.pattern.cross:
+        return CountedRanks(n, m, m - n, True, device)
     slots = torch.arange(m, device=device)[None]
     keys = slots if call.memory_lengths is None else torch.where(slots < call.memory_lengths[:, None], slots, -1)
     queries = torch.arange(n, device=device)[None]
-    together = call.lengths is call.memory_lengths
     if not call.pattern.cross:
         if together:
             # all tokens, or equal lengths of n == m slots
@@ -193,8 +216,7 @@ def ranks(
         return Ranks(queries, keys, None, None, plain=call.memory_lengths is None)
     if not together:
         return Ranks(queries, keys, None, None, plain=False)
-    plain = call.lengths is None or call.pattern.causal
-    return Ranks(queries, keys, m - n, m - n, plain)
+    return Ranks(queries, keys, m - n, m - n, plain=call.pattern.causal)
 
 
 def block_visibility(blocks: BlockMask, ranks: Ranks) -> Bool[Tensor, "b #h n m"]:

@@ -221,15 +221,16 @@ def execute(engine: str, requested: str | None, device: pytorch.device, dtype: p
     Raises:
         Unsupported: when the backend asked for cannot run it.
     """
-    for candidate in _candidates(engine, requested):
+    for candidate in BACKENDS if requested is None else _candidates(engine, requested):
         reason = candidate.lacks(engine, device, dtype)
         if reason is None:
             reason = candidate.engines[engine].refuses(*arguments)
         if reason is None:
-            if not pytorch.compiler.is_compiling():
+            if _RECORDS and not pytorch.compiler.is_compiling():
                 for used in _RECORDS:
                     used.add(candidate.name)
             return candidate.engines[engine].run(*arguments)
         if requested is not None:
             raise _refusal(engine, requested, reason)
+    _candidates(engine, requested)  # refuses an engine that nobody has
     raise Unsupported(f"the engine {engine} on {device.type}", supported="a device that some backend has")

@@ -35,6 +35,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from regard.backends.operators import operator
 from regard.contract import Unsupported, closest
 
 if TYPE_CHECKING:
@@ -361,18 +362,14 @@ def _time_routes(product: Product) -> dict[str, float]:
     return least
 
 
-def _run(x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
+@operator("linear")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of matrices."""
     return ROUTES[CHOICES.find(x, weight)].run(x, weight, bias)
 
 
-_LIBRARY = torch.library.Library("regard", "FRAGMENT")
-_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_LIBRARY.impl("linear", _run, "CPU")
-_operator = torch.ops.regard.linear.default
-
-
-@torch.library.register_fake("regard::linear", lib=_LIBRARY)
-def _shape(x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
+@_product.register_fake
+def _(x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -391,36 +388,13 @@ def _gradients(ctx: Any, grad: Matrix) -> tuple[Tensor | None, Tensor | None, Te
     x, weight = ctx.saved_tensors
     x_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
     return (
-        _multiply(grad, weight.t(), None) if x_needed else None,
-        _multiply(grad.t(), x.t(), None) if weight_needed else None,
+        _product(grad, weight.t(), None) if x_needed else None,
+        _product(grad.t(), x.t(), None) if weight_needed else None,
         grad.sum(0) if bias_needed else None,
     )
 
 
-torch.library.register_autograd("regard::linear", _gradients, setup_context=_save, lib=_LIBRARY)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without the dispatcher, whose Python costs 5% of a layer of 64 rows of 2048."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
-        _save(ctx, (x, weight, bias), x)
-        return _run(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Matrix) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad)
-
-
-def _multiply(x: Matrix, weight: Matrix, bias: Tensor | None) -> Matrix:
-    if (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    ):  # traced, or a mode is to see the operator
-        return _operator(x, weight, bias)
-    if torch.is_grad_enabled():
-        return _Eager.apply(x, weight, bias)
-    return _run(x, weight, bias)
+_product.register_autograd(_gradients, setup_context=_save)
 
 
 PLAIN = (Tensor, nn.Parameter)
@@ -431,7 +405,7 @@ def linear(
 ) -> Float[Tensor, "*b n"]:
     """`torch.nn.functional.linear`, by a route of its own where that is faster: plain float32 tensors on a CPU."""
     if _large(x, weight) and _fits(x, weight, bias) and _has_own_route(x, weight) and _unmodified():
-        return _multiply(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
 

@@ -6,6 +6,7 @@ own, and keys of padding must be zero, their decay and beta too) and calls these
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,19 @@ class MatrixState(State):
 
     memory: Float[Tensor, "b h k v"] = state_field()
     length: Int[Tensor, " b"] = state_field()
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` in a dtype that engines read without loss: bfloat16, which they widen themselves, or at least float32."""
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def scaled(q: Tensor, scale: float) -> Tensor:
+    """`scale` q for an engine; in bfloat16 where that rounds nothing, which a power of two does not."""
+    if scale == 1:
+        return readable(q)
+    exact = math.frexp(scale)[0] == 0.5
+    return scale * (readable(q) if exact else q.to(torch.promote_types(q.dtype, torch.float32)))
 
 
 def chunked(
@@ -90,7 +104,8 @@ def bidirectional(
     beta: Float[Tensor, "b h n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """Noncausal-self: a forward pass that reads after writing plus a backward pass that reads before, so that a token
-    counts itself once."""
+    counts itself once. In at least float32, since the two are added."""
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
     size = call.chunk_size or 64
     forward, _ = gated_recurrence(q, k, v, log_decay, beta, chunk_size=size, backend=call.backend)
     flipped = [None if x is None else flip_rows(x, call.lengths, axis=2) for x in (q, k, v, log_decay, beta)]

@@ -169,7 +169,7 @@ def parallel(
     value_beta: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
     """Whole sequences, from an empty state."""
-    call = call.replace(state=None)
+    call = call if call.state is None else call.replace(state=None)
     if call.pattern.cross:
         return Result(read(call.replace(state=absorb(call, k, v, beta, log_decay, value_beta)), q).output)
     if call.pattern.causal:
@@ -233,25 +233,27 @@ def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
     return Result(recurrent_forms.read(call, _queries(call, q)).to(q.dtype), call.state)
 
 
-def _features(call: Call, x: Tensor, normalize: bool) -> Tensor:
-    """Activation, then norm, in at least float32."""
+def _features(call: Call, x: Tensor, normalize: bool, scale: float = 1.0) -> Tensor:
+    """Activation, norm and scale, in at least float32 unless none of them computes."""
     config: Config = call.config
+    if not normalize and config.feature_map == "identity":
+        return recurrent_forms.scaled(x, scale)
     y = FEATURE_MAPS[config.feature_map](x.to(torch.promote_types(x.dtype, torch.float32)))
     if not normalize:
-        return y
+        return recurrent_forms.scaled(y, scale)
     if config.norm == "sum":
-        return y / (y.sum(-1, keepdim=True) + config.eps)
-    return y * torch.rsqrt(y.square().sum(-1, keepdim=True) + config.eps)
+        return y * (scale / (y.sum(-1, keepdim=True) + config.eps))
+    return y * (scale * torch.rsqrt(y.square().sum(-1, keepdim=True) + config.eps))
 
 
 def _queries(call: Call, q: Tensor) -> Tensor:
-    return call.scale * _features(call, q, call.config.normalize_queries)
+    return _features(call, q, call.config.normalize_queries, call.scale)
 
 
 def _writes(
     call: Call, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Keys, values, gates and rates, in at least float32; keys and rates of padding are zero, so it changes nothing."""
+    """Keys, values, gates and rates; keys and rates of padding are zero, so it changes nothing."""
     if beta is not None and not call.config.use_beta:
         raise Unsupported("beta with use_beta=False", supported="no beta, which is 1 then", nearest="use_beta=True")
     if log_decay is not None and log_decay.shape[-1] not in (1, k.shape[-1]):
@@ -260,12 +262,12 @@ def _writes(
             supported=f"(B, H, M, 1), or (B, H, M, {k.shape[-1]}) for a gate on each key feature",
         )
     dtype = torch.promote_types(v.dtype, torch.float32)
-    k = _features(call, k, call.config.normalize_keys).to(dtype)
+    k = _features(call, k, call.config.normalize_keys)
     beta = torch.ones_like(k[..., 0]) if beta is None else beta.to(dtype)
     valid = call.valid_keys(k.shape[2])
     if valid is not None:
         k, beta = torch.where(valid[:, None, :, None], k, 0), torch.where(valid[:, None], beta, 0)
-    return k, v.to(dtype), None if log_decay is None else log_decay.to(dtype), beta
+    return k, recurrent_forms.readable(v), None if log_decay is None else log_decay.to(dtype), beta
 
 
 def _by_columns(

@@ -156,7 +156,7 @@ def parallel(
     value_log_decay: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
     """Whole sequences, from an empty state."""
-    call = call.replace(state=None)
+    call = call if call.state is None else call.replace(state=None)
     if call.pattern.cross:
         return Result(read(call.replace(state=absorb(call, k, v, log_decay, value_log_decay)), q).output)
     if call.pattern.causal:
@@ -218,18 +218,23 @@ def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
 
 
 def _queries(call: Call, q: Tensor) -> Tensor:
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
-    return call.scale * FEATURE_MAPS[call.config.feature_map](q)
+    return recurrent_forms.scaled(_mapped(call, q), call.scale)
 
 
 def _writes(call: Call, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Mapped keys (zero at padding, where phi(0) may not be), values and gates, in at least float32."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    k = FEATURE_MAPS[call.config.feature_map](k.to(dtype))
+    """Mapped keys (zero at padding, where phi(0) may not be), values and gates."""
+    k = recurrent_forms.readable(_mapped(call, k))
     valid = call.valid_keys(k.shape[2])
     if valid is not None:
         k = torch.where(valid[:, None, :, None], k, 0)
-    return k, v.to(dtype), None if log_decay is None else _bounded(call, log_decay.to(dtype))
+    g = None if log_decay is None else _bounded(call, recurrent_forms.readable(log_decay))
+    return k, recurrent_forms.readable(v), g
+
+
+def _mapped(call: Call, x: Tensor) -> Tensor:
+    """phi(x), in at least float32 where phi computes."""
+    name = call.config.feature_map
+    return x if name == "identity" else FEATURE_MAPS[name](x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 def _bounded(call: Call, g: Tensor) -> Tensor:

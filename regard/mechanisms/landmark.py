@@ -363,7 +363,7 @@ def _groups(call: Call, landmark: Tensor, where: Ranks) -> tuple[Ranks, Tensor, 
     if call.config.softmax == "grouped":
         return where, landmark, None if call.pattern.cross else own_groups(where, landmark)
     if call.config.softmax == "ignore":
-        where = dataclasses.replace(where, keys=torch.where(landmark, -1, where.keys), plain=False)
+        where = Ranks(where.queries, torch.where(landmark, -1, where.keys), where.offset, where.first, plain=False)
     return where, torch.zeros_like(landmark), torch.zeros_like(where.queries)
 
 

@@ -257,14 +257,14 @@ def _repeat(x: Float[Tensor, "b g n k"], heads_of: Float[Tensor, "b h ..."]) -> 
 
 
 def _queries(call: Call, q: Tensor) -> Tensor:
-    return call.scale * q.to(torch.promote_types(q.dtype, torch.float32))
+    return recurrent_forms.scaled(q, call.scale)
 
 
 def _writes(k: Tensor, v: Tensor, dt: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values times dt, and log decays dt a of the recurrence. dt is 0 in the padding: no write and no decay."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     dt = dt.to(dtype)[..., None]
-    return k.to(dtype), dt * v.to(dtype), dt * a.to(dtype)[:, None, None]
+    return recurrent_forms.readable(k), dt * v, dt * a.to(dtype)[:, None, None]
 
 
 def _skip(call: Call, y: Tensor, v: Tensor, skip: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def axes_of(card: Mechanism, name: str) -> str:
-    return card.inputs[name] if name in card.inputs else card.inputs[name + "?"]
+    return card.axes[name]
 
 
 def sample_inputs(

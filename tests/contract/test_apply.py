@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from regard import BlockMask, Mask, Unsupported, functional, get_mechanism, list_mechanisms
 from regard.apply import absorb, apply
@@ -177,3 +178,20 @@ def test_an_argument_given_twice_is_refused():
         functional.softmax_attention(**inputs, bias=bias, mask=Mask(bias=bias))
     with pytest.raises(Unsupported, match="q given twice"):
         functional.softmax_attention(inputs["q"], q=inputs["q"], k=inputs["k"], v=inputs["v"])
+
+
+def test_shapes_that_are_symbols_are_measured_each_time():
+    inputs = [torch.randn(2, 3, 7, 4) for _ in range(3)]
+    traced = make_fx(lambda q, k, v: functional.linear_attention(q, k, v), tracing_mode="symbolic")(*inputs)
+    longer = [torch.randn(5, 2, 11, 6) for _ in range(3)]
+    torch.testing.assert_close(traced(*longer), functional.linear_attention(*longer))
+
+
+def test_a_call_that_was_refused_is_refused_again_and_a_mended_one_runs():
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="has d = 3, another input 4"):
+            functional.linear_attention(q, k[..., :3], v)
+        with pytest.raises(Unsupported, match="axes"):
+            functional.linear_attention(q[0], k, v)
+        assert functional.linear_attention(q, k, v).shape == v.shape

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.backends.native import library
+from regard.backends.operators import operator
 from regard.contract import BlockMask, Unsupported
-from regard.visibility import DistanceBias, PositionBias, Ranks, Visibility
+from regard.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, Visibility
 
 RULES = ("softmax", "sigmoid", "relu", "relu_squared")
 """In the order of the C interface's numbers."""
 
 MOST_SLOTS = 1 << 30
 """Ranks are 32-bit numbers in the kernels."""
+
+KEPT_RANKS = 1 << 14
+"""Ranks that are counted once."""
 
 DECODED, DECODED_LONG, LONG = 8, 16, 4096
 """Queries of a head up to which softmax runs on the kernel for decoding, which reads keys once for all heads that share
@@ -160,8 +165,9 @@ def refuses(
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "q, k and v have different dtypes"
     masks = None if blocks is None else blocks.visible
-    for name, x in (("k", k), ("v", v), ("sink", sink), ("bias", bias), ("blocks", masks), ("ranks", ranks.keys)):
-        if x is not None and x.device.type != "cpu":
+    places = None if isinstance(ranks, CountedRanks) else ranks.keys
+    for name, x in (("k", k), ("v", v), ("sink", sink), ("bias", bias), ("blocks", masks), ("ranks", places)):
+        if x is not None and not x.is_cpu:
             return f"it runs on cpu, and {name} is on {x.device.type}"
     if masks is not None and masks.numel() == 0:
         return "the block mask has no blocks"
@@ -255,7 +261,9 @@ def _distances(ranks: Ranks, visibility: Visibility, n: int, m: int) -> tuple[in
 
 def _empty_output(q: Tensor, v: Tensor) -> Tensor:
     """(B, H, N, V) with the heads of a token side by side, as the output projection wants them."""
-    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    batch, heads, n, _ = q.shape
+    width = v.shape[3]
+    return v.new_empty_strided((batch, heads, n, width), (heads * n * width, width, heads * width, 1))
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -274,8 +282,9 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_ranks: Tensor,
-    key_ranks: Tensor,
+    query_ranks: Tensor | None,
+    key_ranks: Tensor | None,
+    first_rank: int,
     limits: Sequence[int],
     blocks: Tensor | None,
     block_size: int,
@@ -286,6 +295,10 @@ def _check(
     distance_zero: int,
 ) -> None:
     """Raise Unsupported for tensors that the kernel must not be given."""
+    if len(limits) != 6 or not 0 <= rule < len(RULES):
+        raise Unsupported(f"native attention with limits {list(limits)} and rule {rule}", supported="six limits")
+    if (query_ranks is None) != (key_ranks is None) or abs(first_rank) > MOST_SLOTS:
+        raise Unsupported(f"native attention with ranks of one side, or {first_rank} as the first")
     if not q.ndim == k.ndim == v.ndim == 4:
         raise _misfit("q, k and v", q, k, v)
     batch, heads, n, width = q.shape
@@ -297,8 +310,8 @@ def _check(
     if q.dtype not in library.DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise _misfit("q, k and v", q, k, v)
     for ranks, slots in ((query_ranks, n), (key_ranks, m)):
-        if not _fits(ranks, (batch, slots), torch.int64) or ranks.shape[1] != slots:
-            raise _misfit("ranks", query_ranks, key_ranks)
+        if ranks is not None and (not _fits(ranks, (batch, slots), torch.int64) or ranks.shape[1] != slots):
+            raise _misfit("ranks", ranks)
     if sink is not None and (sink.shape != (heads,) or sink.dtype != torch.float32):
         raise _misfit("sink", sink)
     if bias is not None and not _fits(bias, (batch, heads, n, m), torch.float32):
@@ -307,22 +320,80 @@ def _check(
         table = distance.shape[-1] if distance.ndim else 0
         if not _fits(distance, (heads, table), torch.float32) or not 0 <= distance_zero < table:
             raise _misfit("table of distances", distance)
+        if not _reaches(distance_zero, table, query_ranks, key_ranks, first_rank, n, m, limits):
+            raise Unsupported("native attention with a table of distances that some pair is beyond")
     if blocks is not None:
         fits = blocks.ndim == 4 and _fits(blocks, (batch, heads, *blocks.shape[2:]), torch.bool)
         if not fits or block_size < 1 or blocks.numel() == 0:
             raise _misfit("block mask", blocks)
-    if len(limits) != 6 or not 0 <= rule < len(RULES):
-        raise Unsupported(f"native attention with limits {list(limits)} and rule {rule}", supported="six limits")
+
+
+def _reaches(
+    zero: int,
+    table: int,
+    query_ranks: Tensor | None,
+    key_ranks: Tensor | None,
+    first_rank: int,
+    n: int,
+    m: int,
+    limits: Sequence[int],
+) -> bool:
+    """Whether the table has the distance of every pair that is seen."""
+    if n == 0 or m == 0:
+        return True
+    first, last, highest = first_rank, first_rank + n - 1, m - 1
+    if query_ranks is not None and key_ranks is not None:
+        first, last, highest = int(query_ranks.min()), int(query_ranks.max()), int(key_ranks.max())
+    causal, left, right, block, lookback, lookahead = limits
+    sides = [None if side < 0 else side for side in (left, right)]
+    rule = Visibility(bool(causal), sides[0], sides[1], block or None, lookback, lookahead)
+    back, ahead = rule.reach()
+    low, high = -last if back is None else max(-last, -back), highest - first
+    high = high if ahead is None else min(high, ahead)
+    return zero + low >= 0 and zero + high < table
+
+
+def _check_results(
+    q: Tensor, v: Tensor, rule: int, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> None:
+    """Raise Unsupported for results and gradients that are not those of a call that :func:`_check` accepts."""
+    by_query = tuple(q.shape[:3])
+    by_feature = (*by_query, v.shape[3])
+    kept = by_query if rule == 0 else (0,)
+    for name, x, shape, dtype in (
+        ("grad_out", grad_out, by_feature, q.dtype),
+        ("out", out, by_feature, q.dtype),
+        ("lse", lse, kept, torch.float32),
+        ("grad_lse", grad_lse, kept, torch.float32),
+    ):
+        if x is not None and (x.shape != shape or x.dtype != dtype or not x.is_cpu):
+            raise _misfit(name, x)
 
 
 def _fits(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether x has this shape, axes of size 1 broadcast, and this dtype."""
-    return x.dtype == dtype and x.ndim == len(shape) and all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))
+    if x.dtype != dtype or not x.is_cpu or x.ndim != len(shape):
+        return False
+    return all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))
 
 
 def _misfit(what: str, *tensors: Tensor) -> Unsupported:
     described = ", ".join(f"{tuple(x.shape)} {str(x.dtype)[6:]}" for x in tensors)
     return Unsupported(f"native attention with {what} {described}", supported="what regard.engines.attention makes")
+
+
+@lru_cache(maxsize=1)
+def _first_ranks() -> Tensor:
+    return torch.arange(KEPT_RANKS)
+
+
+def _counted(first: int, count: int) -> tuple[Tensor, int]:
+    """Memory with the ranks first, first + 1, ..., and where they begin."""
+    if first >= 0 and first + count <= KEPT_RANKS:
+        ranks = _first_ranks()
+        return ranks, ranks.data_ptr() + ranks.element_size() * first
+    ranks = torch.arange(first, first + count)
+    return ranks, ranks.data_ptr()
 
 
 def _arguments(
@@ -346,21 +417,18 @@ def _arguments(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Attention, tuple[Any, ...]]:
-    """The forward struct, and the tensors whose memory it points at."""
-    if query_ranks is None or key_ranks is None:
-        query_ranks = torch.arange(first_rank, first_rank + q.shape[2])[None]
-        key_ranks = torch.arange(k.shape[2])[None]
-    _check(q, k, v, query_ranks, key_ranks, limits, blocks, block_size, rule, sink, bias, distance, distance_zero)
-    q, k, v, query_ranks, key_ranks = map(library.rows_contiguous, (q, k, v, query_ranks, key_ranks))
+    """The forward struct, and the tensors whose memory it points at. All are checked before."""
+    q, k, v = library.rows_contiguous(q), library.rows_contiguous(k), library.rows_contiguous(v)
     sink = None if sink is None else sink.contiguous()
     distance = None if distance is None else library.rows_contiguous(distance)
-    visibility = VisibilityArguments(
-        query_ranks.data_ptr(),
-        key_ranks.data_ptr(),
-        _by_row(query_ranks),
-        _by_row(key_ranks),
-        *limits,
-    )
+    if query_ranks is None or key_ranks is None:
+        query_ranks, first_query = _counted(first_rank, q.shape[2])
+        key_ranks, first_key = _counted(0, k.shape[2])
+        visibility = VisibilityArguments(first_query, first_key, 0, 0, *limits)
+    else:
+        query_ranks, key_ranks = library.rows_contiguous(query_ranks), library.rows_contiguous(key_ranks)
+        places = query_ranks.data_ptr(), key_ranks.data_ptr()
+        visibility = VisibilityArguments(*places, _by_row(query_ranks), _by_row(key_ranks), *limits)
     if blocks is not None:
         blocks = library.rows_contiguous(blocks)
         visibility.blocks = blocks.data_ptr()
@@ -407,10 +475,11 @@ def _arguments(
 
 
 def _empty_lse(q: Tensor, rule: int) -> Tensor:
-    return q.new_empty(q.shape[:3] if rule == 0 else (0,), dtype=torch.float32)
+    batch, heads, n, _ = q.shape
+    return q.new_empty((batch, heads, n) if rule == 0 else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("regard::attention", mutates_args=())
+@operator("attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -431,6 +500,10 @@ def _attention(
     distance_zero: int,
 ) -> tuple[Tensor, Tensor]:
     """Output, and of softmax the log-sum-exp (of other rules an empty tensor)."""
+    _check(
+        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, rule, sink, bias, distance,
+        distance_zero,
+    )  # fmt: skip
     out, lse = _empty_output(q, v), _empty_lse(q, rule)
     arguments, kept = _arguments(
         q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
@@ -463,7 +536,7 @@ def _(
     return _empty_output(q, v), _empty_lse(q, rule)
 
 
-@torch.library.custom_op("regard::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -491,6 +564,19 @@ def _attention_backward(
     want_distance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sink, bias (B, H, N, M) and distances (H, distances); empty tensors for those not wanted."""
+    _check(
+        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, rule, sink, bias, distance,
+        distance_zero,
+    )  # fmt: skip
+    _check_results(q, v, rule, grad_out, grad_lse, out, lse)
+    for name, x, wanted in (
+        ("sink", sink, want_sink),
+        ("bias", bias, want_bias),
+        ("distances", distance, want_distance),
+    ):
+        if wanted and x is None:
+            raise Unsupported(f"the gradient of {name} in native attention without {name}", supported="those given")
+    out, lse = library.rows_contiguous(out), lse.contiguous()
     grads = _empty_gradients(q, k, v, distance, want_sink, want_bias, want_distance)
     grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_distance = grads
     forward, kept = _arguments(
@@ -599,11 +685,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return tuple(grads)
 
 
-def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise Unsupported(
-        "gradients of gradients of native attention", supported="first gradients", nearest="backend='torch'"
-    )
-
-
 _attention.register_autograd(_backward, setup_context=_keep)
-_attention_backward.register_autograd(_no_second_gradient)
+_attention_backward.refuse_gradient("gradients of gradients of native attention", supported="first gradients")

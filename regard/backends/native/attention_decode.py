@@ -14,10 +14,11 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.native.attention import Attention, AttentionDecode, Strides, VisibilityArguments
+from regard.backends.operators import operator
 from regard.contract import Unsupported
 
 
-@torch.library.custom_op("regard::attention_decode", mutates_args=())
+@operator("attention_decode")
 def attention_decode(
     q: Tensor,
     k: Tensor,
@@ -98,15 +99,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty_results(q, v)
 
 
-def _no_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise Unsupported(
-        "the gradient of attention to a paged cache",
-        supported="calls without gradients",
-        nearest="regard.functional.softmax_attention on keys and values in one tensor",
-    )
-
-
-attention_decode.register_autograd(_no_gradient)
+attention_decode.refuse_gradient(
+    "the gradient of attention to a paged cache",
+    supported="calls without gradients",
+    nearest="regard.functional.softmax_attention on keys and values in one tensor",
+)
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

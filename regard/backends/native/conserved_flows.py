@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
 from regard.backends.torch.conserved_flows import Rule, Sums
 from regard.contract import Unsupported
 
@@ -150,7 +151,7 @@ def _empty_outputs(
     )
 
 
-@torch.library.custom_op("regard::conserved_flows", mutates_args=())
+@operator("conserved_flows")
 def _flows(
     sinks: Tensor,
     sources: Tensor,
@@ -198,7 +199,7 @@ def _empty_gradients(
     )
 
 
-@torch.library.custom_op("regard::conserved_flows_backward", mutates_args=())
+@operator("conserved_flows_backward")
 def _flows_backward(
     grad_competition: Tensor,
     grad_acceptance: Tensor,
@@ -267,10 +268,4 @@ def _differentiate(ctx, grad_competition, grad_acceptance, grad_flows, grad_tota
 
 
 _flows.register_autograd(_differentiate, setup_context=_save)
-
-
-def _refuse_second_derivative(ctx, *gradients):
-    raise Unsupported("second derivatives of the native conserved flows", nearest="backend='torch'")
-
-
-_flows_backward.register_autograd(_refuse_second_derivative)
+_flows_backward.refuse_gradient("second derivatives of the native conserved flows")

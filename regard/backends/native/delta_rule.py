@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
+from regard.backends.operators import operator
 from regard.contract import Unsupported
 
 SEGMENT = 256
@@ -141,7 +142,7 @@ def run(
     return (None if q is None else out.to(dtype)), final_state
 
 
-@torch.library.custom_op("regard::delta_rule", mutates_args=())
+@operator("delta_rule")
 def _delta_rule(
     q: Tensor | None,
     k: Tensor,
@@ -192,7 +193,7 @@ def _kept_states(n: int) -> int:
     return max((n - 1) // SEGMENT, 0)
 
 
-@torch.library.custom_op("regard::delta_rule_backward", mutates_args=())
+@operator("delta_rule_backward")
 def _delta_rule_backward(
     grad_out: Tensor | None,
     grad_final_state: Tensor | None,
@@ -293,15 +294,7 @@ def _backward(
 
 
 _delta_rule.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise Unsupported(
-        "a second derivative of the native delta rule", supported="first derivatives", nearest="backend='torch'"
-    )
-
-
-_delta_rule_backward.register_autograd(_no_second_derivative)
+_delta_rule_backward.refuse_gradient("a second derivative of the native delta rule", supported="first derivatives")
 
 
 def _same(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.backends.native import delta_rule, library, recycled
 from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
 from regard.backends.torch.gated_recurrence import for_each_head
 from regard.contract import Unsupported
 
@@ -179,23 +180,23 @@ def refusal(
 ) -> str | None:
     """`lead`: (B, H, N), or (B, H) for one token. `more_columns`: of states than value features."""
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", g), ("state", state)):
-        if x is None:
+        if x is None or (x.is_cpu and x.dtype in library.DTYPES):
             continue
         if x.dtype not in library.DTYPES:
             return f"it computes in float32 and bfloat16, and {name} is {str(x.dtype)[6:]}"
-        if not x.is_cpu:
-            return f"it runs on cpu, and {name} is on {x.device.type}"
-    width, value_width = k.shape[-1], v.shape[-1]
+        return f"it runs on cpu, and {name} is on {x.device.type}"
+    batch, heads, *tokens = lead
+    shape, value_width = k.shape, v.shape[-1]
+    width = shape[-1]
     if width < 1 or value_width < 1:
         return "keys or values without features"
-    batch, heads, *tokens = lead
-    for name, x in (("q", q), ("k", k)):
-        if x is None:
+    for name, x in (("k", k), ("q", q)):
+        if x is None or (name == "q" and x.shape == shape):
             continue
-        shared = x.ndim == v.ndim and x.shape[1] > 0 and heads % x.shape[1] == 0
-        if not shared or x.shape != (batch, x.shape[1], *tokens, width):
+        groups = x.shape[1] if x.ndim == v.ndim else 0
+        if groups < 1 or heads % groups or x.shape != (batch, groups, *tokens, width):
             return f"{name} has shape {tuple(x.shape)} for v of shape {tuple(v.shape)} and {width} key features"
-    if g is not None and g.shape not in ((*lead, 1), (*lead, width)):
+    if g is not None and g.shape != (*lead, width) and g.shape != (*lead, 1):
         return f"log_decay has shape {tuple(g.shape)}, not {tuple(lead)} and 1 or {width}"
     matrix = (width, value_width + more_columns)
     if state is not None and state.shape != (batch, heads, *matrix):
@@ -245,7 +246,7 @@ def rows(x: Tensor | None) -> Tensor | None:
 def _empty_results(q: Tensor | None, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, tokens, value_width = v.shape
     matrix = (k.shape[-1], value_width)
-    o = v.new_empty(v.shape if q is not None else (0,))
+    o = v.new_empty((batch, heads, tokens, value_width) if q is not None else (0,))
     kept = checkpoint_count(tokens) if keep else 0
     return (
         o,
@@ -258,7 +259,7 @@ def checkpoint_count(tokens: int) -> int:
     return max(0, (tokens - 1) // CHECKPOINT_EVERY)
 
 
-@torch.library.custom_op("regard::gated_recurrence", mutates_args=())
+@operator("gated_recurrence")
 def _gated_recurrence(
     q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, inclusive: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,7 +291,7 @@ def _(
     return _empty_results(q, k, v, keep)
 
 
-@torch.library.custom_op("regard::gated_recurrence_backward", mutates_args=())
+@operator("gated_recurrence_backward")
 def _gated_recurrence_backward(
     grad_o: Tensor | None,
     grad_final_state: Tensor | None,
@@ -391,18 +392,12 @@ def _differentiate(
 
 
 _gated_recurrence.register_autograd(_differentiate, setup_context=_save)
+_gated_recurrence_backward.refuse_gradient(
+    "a second derivative of the native gated recurrence", supported="first derivatives"
+)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise Unsupported(
-        "a second derivative of the native gated recurrence", supported="first derivatives", nearest="backend='torch'"
-    )
-
-
-_gated_recurrence_backward.register_autograd(_no_second_derivative)
-
-
-@torch.library.custom_op("regard::gated_recurrence_step", mutates_args=())
+@operator("gated_recurrence_step")
 def _gated_recurrence_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
+from regard.backends.operators import operator
 from regard.backends.torch.grouped_attention import Dropout
 from regard.contract import BlockMask, Unsupported
 from regard.visibility import PositionBias, Ranks
@@ -216,7 +217,7 @@ def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("regard::grouped_attention", mutates_args=())
+@operator("grouped_attention")
 def _grouped_attention(
     q: Tensor,
     k: Tensor,
@@ -250,7 +251,7 @@ def _empty_gradient(x: Tensor, wanted: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("regard::grouped_attention_backward", mutates_args=())
+@operator("grouped_attention_backward")
 def _grouped_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -314,10 +315,4 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
 
 
 _grouped_attention.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _refuse_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise Unsupported("gradients of gradients of native grouped attention", nearest="backend='torch'")
-
-
-_grouped_attention_backward.register_autograd(_refuse_second_gradient)
+_grouped_attention_backward.refuse_gradient("gradients of gradients of native grouped attention")

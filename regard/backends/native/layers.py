@@ -16,6 +16,7 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
 from regard.contract import Unsupported
 
 WIDEST = 16
@@ -159,13 +160,6 @@ def _refuse(reason: str | None, what: str) -> None:
         raise Unsupported(f"the native {what} with {reason}", nearest="backend='torch'")
 
 
-def _without_second_derivative(op: Any, what: str) -> None:
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise Unsupported(f"second derivatives of the native {what}", nearest="backend='torch'")
-
-    op.register_autograd(refuse)
-
-
 def _like(x: Tensor | None, needed: bool) -> Tensor | None:
     """Contiguous memory for a gradient."""
     return x.new_empty(x.shape) if needed and x is not None else None
@@ -276,7 +270,7 @@ def _empty_convolution(x: Tensor, weight: Tensor, after: int) -> tuple[Tensor, T
     return x.new_empty(x.shape), x.new_empty((batch, weight.shape[1] - 1, channels) if after == 0 else 0)
 
 
-@torch.library.custom_op("regard::short_convolution", mutates_args=())
+@operator("short_convolution")
 def _convolution(
     x: Tensor,
     weight: Tensor,
@@ -301,7 +295,7 @@ def _(x, weight, bias, cache, lengths, after, silu):
     return _empty_convolution(x, weight, after)
 
 
-@torch.library.custom_op("regard::short_convolution_backward", mutates_args=())
+@operator("short_convolution_backward")
 def _convolution_backward(
     grad_y: Tensor,
     grad_last: Tensor,
@@ -352,7 +346,7 @@ def _differentiate_convolution(ctx, grad_y, grad_last):
 
 
 _convolution.register_autograd(_differentiate_convolution, setup_context=_save_convolution)
-_without_second_derivative(_convolution_backward, "short convolution")
+_convolution_backward.refuse_gradient("second derivatives of the native short convolution")
 
 
 # RMSNorm.
@@ -413,7 +407,7 @@ def _norm_arguments(
     return arguments, (x, weight, z)
 
 
-@torch.library.custom_op("regard::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _norm(
     x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float, norm_before_gate: bool
 ) -> Tensor:
@@ -431,7 +425,7 @@ def _(x, weight, z, groups, eps, norm_before_gate):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("regard::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _norm_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -475,7 +469,7 @@ def _differentiate_norm(ctx, grad_y):
 
 
 _norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
-_without_second_derivative(_norm_backward, "RMSNorm")
+_norm_backward.refuse_gradient("second derivatives of the native RMSNorm")
 
 
 # Rotary positions.
@@ -516,7 +510,7 @@ def _empty_rotated(x: Tensor, reverse: bool) -> Tensor:
     return x.new_empty(batch, n, heads, width).transpose(1, 2) if reverse else x.new_empty(x.shape)
 
 
-@torch.library.custom_op("regard::rotary", mutates_args=())
+@operator("rotary")
 def _rotary(x: Tensor, positions: Tensor, rotated: int, base: float, stretch: float, reverse: bool) -> Tensor:
     """Its gradient is the same with `reverse` negated, so it may be differentiated again and again."""
     _refuse(_misfit_rotary(x, positions, rotated), "rotary positions")
@@ -604,7 +598,7 @@ def _run_product(x: Tensor, gate: Tensor, function: int, **more: Any) -> None:
     )
 
 
-@torch.library.custom_op("regard::gated_product", mutates_args=())
+@operator("gated_product")
 def _product(x: Tensor, gate: Tensor, function: int) -> Tensor:
     _refuse(_misfit_product(x, gate), "product with a gate")
     y = x.new_empty(x.shape)
@@ -617,7 +611,7 @@ def _(x, gate, function):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("regard::gated_product_backward", mutates_args=())
+@operator("gated_product_backward")
 def _product_backward(grad_y: Tensor, x: Tensor, gate: Tensor, function: int, needed: list[bool]) -> list[Tensor]:
     """Gradients of x and the gate, empty where not needed."""
     _refuse(_misfit_product(x, gate) or _misfit_product(x, grad_y), "product with a gate")
@@ -652,4 +646,4 @@ def _differentiate_product(ctx, grad_y):
 
 
 _product.register_autograd(_differentiate_product, setup_context=_save_product)
-_without_second_derivative(_product_backward, "product with a gate")
+_product_backward.refuse_gradient("second derivatives of the native product with a gate")

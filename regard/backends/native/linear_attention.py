@@ -23,6 +23,7 @@ from regard.backends.native.gated_recurrence import (
     sizes,
 )
 from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
 from regard.backends.torch.linear_attention import Rule
 from regard.contract import Unsupported
 
@@ -107,7 +108,7 @@ def _empty_results(k: Tensor, v: Tensor, eps: float | None, keep: bool) -> tuple
     )
 
 
-@torch.library.custom_op("regard::linear_attention", mutates_args=())
+@operator("linear_attention")
 def _linear_attention(
     q: Tensor,
     k: Tensor,
@@ -154,7 +155,7 @@ def _(
     return _empty_results(k, v, eps, keep)
 
 
-@torch.library.custom_op("regard::linear_attention_backward", mutates_args=())
+@operator("linear_attention_backward")
 def _linear_attention_backward(
     grad_o: Tensor | None,
     grad_final_state: Tensor | None,
@@ -253,12 +254,6 @@ def _differentiate(
 
 
 _linear_attention.register_autograd(_differentiate, setup_context=_save)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise Unsupported(
-        "a second derivative of native linear attention", supported="first derivatives", nearest="backend='torch'"
-    )
-
-
-_linear_attention_backward.register_autograd(_no_second_derivative)
+_linear_attention_backward.refuse_gradient(
+    "a second derivative of native linear attention", supported="first derivatives"
+)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
 from regard.contract import Unsupported
 
 EVERY = 64
@@ -213,7 +214,7 @@ def _empty_outputs(x: Tensor, a: Tensor, c: Tensor | None, keep: bool) -> tuple[
     return y, a.new_empty(batch, *a.shape), a.new_empty((batch, -(-n // EVERY), *a.shape) if keep else 0)
 
 
-@torch.library.custom_op("regard::selective_scan", mutates_args=())
+@operator("selective_scan")
 def _scan(
     x: Tensor,
     dt: Tensor,
@@ -252,7 +253,7 @@ def _empty_gradients(inputs: list[Tensor | None], needed: list[bool]) -> list[Te
     ]
 
 
-@torch.library.custom_op("regard::selective_scan_backward", mutates_args=())
+@operator("selective_scan_backward")
 def _scan_backward(
     grad_y: Tensor,
     grad_last: Tensor,
@@ -314,10 +315,4 @@ def _differentiate(ctx, grad_y, grad_last, grad_kept):
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
-
-
-def _refuse_second_derivative(ctx, *gradients):
-    raise Unsupported("second derivatives of the native selective scan", nearest="backend='torch'")
-
-
-_scan_backward.register_autograd(_refuse_second_derivative)
+_scan_backward.refuse_gradient("second derivatives of the native selective scan")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
 from regard.backends.torch.softmax_scan import Carry
 from regard.contract import Unsupported
 
@@ -150,7 +151,7 @@ def _empty_outputs(s: Tensor, v: Tensor, mix: Tensor | None, w: Tensor) -> tuple
     return v.new_empty(shape), m, torch.empty_like(m), w.new_empty(w.shape)
 
 
-@torch.library.custom_op("regard::softmax_scan", mutates_args=())
+@operator("softmax_scan")
 def _scan(
     s: Tensor, v: Tensor, log_decay: Tensor | None, mix: Tensor | None, m: Tensor, u: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,7 +184,7 @@ def _empty_gradients(
     )
 
 
-@torch.library.custom_op("regard::softmax_scan_backward", mutates_args=())
+@operator("softmax_scan_backward")
 def _scan_backward(
     grad_out: Tensor,
     grad_u: Tensor,
@@ -265,10 +266,4 @@ def _differentiate_scan(ctx, grad_out, grad_m, grad_u, grad_w):
 
 
 _scan.register_autograd(_differentiate_scan, setup_context=_save_scan)
-
-
-def _refuse_second_derivative(ctx, *gradients):
-    raise Unsupported("second derivatives of the native softmax scan", nearest="backend='torch'")
-
-
-_scan_backward.register_autograd(_refuse_second_derivative)
+_scan_backward.refuse_gradient("second derivatives of the native softmax scan")

@@ -235,7 +235,7 @@ def test_paged_op(dtype):
 
 
 def test_paged_op_follows_the_rules_of_ops():
-    torch.library.opcheck(attention_decode, paged())
+    torch.library.opcheck(attention_decode.overload, paged())
     compiled = torch.compile(lambda *a: attention_decode(*a)[0], fullgraph=True, backend="aot_eager")
     arguments = paged()
     assert torch.equal(compiled(*arguments), attention_decode(*arguments)[0])

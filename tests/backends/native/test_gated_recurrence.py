@@ -300,9 +300,9 @@ def test_a_step_in_bfloat16_keeps_its_state_in_float32():
 def test_the_operators_pass_opcheck(decay):
     x = inputs(1, 2, 20, 8, 8, decay)
     tensors = [None if y is None else y.requires_grad_() for y in x.values()]
-    torch.library.opcheck(native._gated_recurrence, (*tensors, True, True))
+    torch.library.opcheck(native._gated_recurrence.overload, (*tensors, True, True))
     tokens = [None if y is None else y[:, :, 0].detach().requires_grad_() for y in tensors[:4]]
-    torch.library.opcheck(native._gated_recurrence_step, (*tokens, None, tensors[4].detach()))
+    torch.library.opcheck(native._gated_recurrence_step.overload, (*tokens, None, tensors[4].detach()))
 
 
 def test_compiles_whole():

@@ -292,7 +292,7 @@ def test_operators_are_registered_properly():
     for inputs in (make((2, 20, 8, 2, 4)), make((1, 9, 8, 1, 4), read=False, surrounded=False)):
         for wanted in (False, True):
             leaves = [None if t is None else t.clone().requires_grad_(wanted) for t in inputs]
-            torch.library.opcheck(native._scan, (*leaves, None, True, True))
+            torch.library.opcheck(native._scan.overload, (*leaves, None, True, True))
 
 
 def test_compiled_with_gradients_equals_eager():

@@ -1,0 +1,94 @@
+"""Functions of tensors as operators of torch, at a cost of microseconds.
+
+An operator is what graphs, exports, profilers and modes of dispatch see of a kernel. `torch.library.custom_op` is one too,
+but spends on a call, and on its gradient more so, what a kernel takes for a short sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from regard.contract import Unsupported
+
+_LIBRARY = torch.library.Library("regard", "FRAGMENT")
+
+
+class Operator:
+    """``torch.ops.regard.<name>``, and the quick way to call it.
+
+    Args:
+        name: of the operator.
+        run: computes it on the CPU. Its annotations are the schema; it neither changes its inputs nor returns them, has no
+            defaults, and answers every bad call with an exception.
+
+    Every operator wants :meth:`register_fake` and a gradient: :meth:`register_autograd` or :meth:`refuse_gradient`.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Any]) -> None:
+        self.name = name
+        _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, run, "CPU")
+        self.overload = getattr(torch.ops.regard, name).default
+        self._apply: Callable[..., Any] = self.overload
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _observed():
+            return self.overload(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return self._apply(*arguments)
+        if forward_ad._current_level >= 0:
+            return self._apply(*arguments)  # which refuses tangents; the dispatcher would drop them
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*arguments)
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorates what makes empty results of the right shapes, dtypes and strides."""
+        torch.library.register_fake(f"regard::{self.name}", function, lib=_LIBRARY)
+        return function
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """The gradient, as in `torch.library.register_autograd`; to be differentiated again, it calls operators."""
+        torch.library.register_autograd(f"regard::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        self._apply = _function(self.name, self.overload, backward, setup_context)
+
+    def refuse_gradient(self, asked: str, *, supported: str = "", nearest: str = "backend='torch'") -> None:
+        """Raise Unsupported, with these words, where a gradient through the operator is computed."""
+
+        def refuse(ctx: Any, *grads: Any) -> None:
+            raise Unsupported(asked, supported=supported, nearest=nearest)
+
+        self.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorates the function that computes an :class:`Operator`."""
+    return lambda run: Operator(name, run)
+
+
+def _observed() -> bool:
+    """Whether something is to see the operator before its gradient is recorded: a mode, a transform, `torch.jit.trace`."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _function(
+    name: str, overload: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Calls the operator and records its gradient, as the dispatcher would after several layers of Python."""
+
+    def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*arguments)
+        setup_context(ctx, arguments, output)
+        return tuple(output) if isinstance(output, list) else output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"regard_{name}", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
