@@ -268,6 +268,9 @@ def profile_command(
     head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Timing for each length.")] = 1.0,
+    layer: Annotated[bool, typer.Option("--layer", help="Measure layers with projections, not functions.")] = False,
+    dim: Annotated[int | None, typer.Option(help="Width of the layers; heads times head-dim by default.")] = None,
+    device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -278,6 +281,7 @@ def profile_command(
     \b
         regard profile gated_linear delta_rule
         regard profile linear --pattern noncausal-self --lengths 1024,4096,16384 --what forward
+        regard profile mamba2 large_kernel --layer --dim 512
         regard profile local --json
     """
     from regard.workbench.profile import ProfileSettings, profile
@@ -293,6 +297,9 @@ def profile_command(
         head_dim,
         dtype,
         seconds,
+        layer,
+        dim,
+        device,
     )
     with _progress(quiet=as_json) as (bar, line):
         task = bar.add_task("profile", total=len(settings.lengths) * len(settings.what))
@@ -343,7 +350,8 @@ def _speeds(found: Any) -> list[str]:
             line += f"; forward at {rated.length}: {rated.gflops:.0f} GFLOP/s"
             line += "" if rated.peak_share is None else f", {rated.peak_share:.0%} of the peak"
         lines.append(line)
-    return [*lines, f"(operations as the cards count them{peak})"]
+    rated_any = any(m.gflops is not None for m in found.measurements)
+    return [*lines, f"(operations as the cards count them{peak})"] if rated_any else lines
 
 
 def _measurement(m: Any) -> str:
