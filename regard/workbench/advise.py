@@ -266,6 +266,30 @@ def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
     return chosen, rejected
 
 
+def able_mechanisms(settings: AdviseSettings) -> tuple[dict[str, list[str]], dict[str, str], LayerMeasure]:
+    """The candidates that can do each kind of work (what decides first, should the time not suffice for the rest), why
+    others cannot, and their layers."""
+    names, rejected = candidates_of(settings)
+    layers = LayerMeasure(settings.layer)
+    built, decoding = [], []
+    for name in names:
+        try:
+            work = layers.work(name)
+        except Unsupported as error:
+            rejected[name] = f"its layer cannot have this size: {error}"
+            continue
+        built.append(name)
+        if work.decodes:
+            decoding.append(name)
+    if not built:
+        raise Unsupported(
+            f"layers of dim={settings.dim}, heads={settings.heads}, head_dim={settings.head_dim}",
+            supported="; ".join(f"{name}: {reason}" for name, reason in rejected.items()),
+        )
+    order = sorted(settings.what, key=lambda what: what != settings.deciding)
+    return {what: decoding if what == "decode" else built for what in order}, rejected, layers
+
+
 def advise(
     settings: AdviseSettings | None = None,
     *,
@@ -291,23 +315,7 @@ def advise(
     """
     settings = AdviseSettings(**options) if settings is None else settings
     quality = Quality() if results is None else read_quality(results)
-    names, rejected = candidates_of(settings)
-    layers = LayerMeasure(settings.layer)
-    built, decoding = [], []
-    for name in names:
-        try:
-            work = (
-                LayerMeasure(settings.layer).work(name) if not isinstance(measure, LayerMeasure) else measure.work(name)
-            )
-        except Unsupported as error:
-            rejected[name] = f"its layer cannot have this size: {error}"
-            continue
-        built.append(name)
-        if work.decodes:
-            decoding.append(name)
-    # what decides is measured first, should the time not suffice for the rest
-    order = sorted(settings.what, key=lambda what: what != settings.deciding)
-    able = {what: decoding if what == "decode" else built for what in order}
+    able, rejected, layers = able_mechanisms(settings)
     known = probe(
         settings.layer,
         able,

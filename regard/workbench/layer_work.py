@@ -34,7 +34,8 @@ class LayerSettings:
         pattern: of the layer; in cross patterns the memory is as long as the queries and as wide.
         dim: width of the input and output.
         heads: of mechanisms that have heads.
-        head_dim: width of a head; what the mechanism's layer makes of `dim` and `heads` when None.
+        head_dim: width of a head; what the mechanism's layer makes of `dim` and `heads` when None, or when it is
+            dim / heads.
         batch: sequences.
         dtype: ``float32``, ``bfloat16`` or ``float64``, of weights and input.
         device: a device of torch.
@@ -56,6 +57,8 @@ class LayerSettings:
         check_device(self.device)
         if self.head_dim is not None:
             at_least("head_dim", self.head_dim, 1)
+            if self.head_dim * self.heads == self.dim:
+                object.__setattr__(self, "head_dim", None)
         elif self.dim % self.heads:
             raise Unsupported(
                 f"dim={self.dim} for heads={self.heads}",

@@ -39,7 +39,7 @@ class ProfileSettings:
         dtype: ``float32``, ``bfloat16`` or ``float64``.
         seconds: of timing for each length.
         layer: measure layers (:func:`regard.create_layer`) rather than functions.
-        dim: width of the layers; heads * head_dim when None. A head is as wide as the mechanism's layer makes it.
+        dim: width of the layers; heads * head_dim when None, and a head is then as wide as the mechanism's layer makes it.
         device: a device of torch.
     """
 
@@ -140,8 +140,8 @@ def _subject(name: str, settings: ProfileSettings) -> Subject | LayerWork:
     if not settings.layer:
         return Subject(card, card.require_pattern(settings.pattern))
     dim = settings.heads * settings.head_dim if settings.dim is None else settings.dim
-    sizes = LayerSettings(settings.pattern, dim, settings.heads, None, settings.batch, settings.dtype, settings.device)
-    return LayerWork(card, sizes)
+    sizes = (dim, settings.heads, settings.head_dim, settings.batch)
+    return LayerWork(card, LayerSettings(settings.pattern, *sizes, settings.dtype, settings.device))
 
 
 def _decodes(subject: Subject | LayerWork) -> bool:
