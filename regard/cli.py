@@ -265,7 +265,7 @@ def profile_command(
     what: Annotated[str, typer.Option(help="Of forward, training, decode.")] = "forward,training,decode",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head; 64, or dim / heads with --dim.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Timing for each length.")] = 1.0,
     layer: Annotated[bool, typer.Option("--layer", help="Measure layers with projections, not functions.")] = False,

@@ -57,7 +57,7 @@ def profiled(
                 (what,),
                 settings.batch,
                 settings.heads,
-                settings.head_dim or settings.dim // settings.heads,
+                settings.head_dim,
                 settings.dtype,
                 seconds,
                 layer=True,

@@ -28,13 +28,21 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         "import regard",
         "",
         f"layer = regard.create_layer({_quoted(name)}, {settings.dim}, {settings.heads}{listed}){moved}",
-        f"x = torch.randn({settings.batch}, {length}, {settings.dim}{where}{kind})",
     ]
-    arguments = ["x"]
+    arguments, context, with_inserted = ["x"], [], str(length)
+    if card.prepare is not None:
+        ids = f"torch.zeros({settings.batch}, {length}, dtype=torch.long{where})"
+        lines += [
+            f"card = regard.get_mechanism({_quoted(name)})",
+            f"roles = card.prepare({ids}, card.options())[1]  # where its own tokens are inserted; a model does it by itself",
+        ]
+        context.append("roles=roles")
+        with_inserted = "roles.shape[1]"
+    own = length if pattern.cross else with_inserted
+    lines.append(f"x = torch.randn({settings.batch}, {own}, {settings.dim}{where}{kind})")
     if pattern.cross:
-        lines.append(f"memory = torch.randn({settings.batch}, {length}, {settings.dim}{where}{kind})")
+        lines.append(f"memory = torch.randn({settings.batch}, {with_inserted}, {settings.dim}{where}{kind})")
         arguments.append("memory")
-    context = []
     grid = Subject(card, pattern).grid(length)
     if grid is not None:
         context.append(f"grid={grid}")
@@ -44,7 +52,7 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         arguments.append(f"context=regard.Context({', '.join(context)})")
     if use == "serve":
         if pattern.cross:
-            lines.append("state = layer.encode_memory(memory)")
+            lines.append(f"state = layer.encode_memory({', '.join(arguments[1:])})")
         else:
             lines.append(f"state = layer({', '.join(arguments)}).state")
         lines.append("result = layer(x[:, :1], state=state)  # one token; result.state continues")
@@ -52,15 +60,13 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         lines.append(f"y = layer({', '.join(arguments)}).output")
     if use == "train":
         lines.append("y.sum().backward()")
-    if card.prepare is not None:
-        lines.append("# a model inserts this mechanism's own tokens; for a layer they come with context.roles")
     return "\n".join([*lines, *_model(name, settings, length, moved, where, grid)]) + "\n"
 
 
 def _model(
     name: str, settings: LayerSettings, length: int, moved: str, where: str, grid: tuple[int, ...] | None
 ) -> list[str]:
-    """Lines for the model of a self pattern; no model has cross attention alone."""
+    """Lines for the model of a self pattern; no model has cross attention alone, and encoders insert no tokens."""
     sizes = f"dim={settings.dim}, plan={_quoted(name)}, num_heads={settings.heads}"
     if settings.head_dim is not None:
         sizes += f", head_dim={settings.head_dim}"
@@ -73,7 +79,7 @@ def _model(
             f"model = LanguageModel(LanguageModelConfig(vocab_size={VOCABULARY}, {sizes})){moved}",
             f"logits = model({ids}).output",
         ]
-    if settings.pattern is Pattern.NONCAUSAL_SELF:
+    if settings.pattern is Pattern.NONCAUSAL_SELF and get_mechanism(name).prepare is None:
         context = "" if grid is None else f", context=regard.Context(grid={grid})"
         return [
             "",

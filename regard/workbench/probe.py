@@ -29,7 +29,7 @@ from regard.workbench.prediction import Curve
 from regard.workbench.profile import measure_memory
 from regard.workbench.timing import interleaved
 
-LENGTHS = (32, 128, 512, 2048, 8192)
+LENGTHS = (32, 64, 128, 512, 2048, 8192)
 FEWEST = 2
 """Measured lengths without which nothing is predicted."""
 
@@ -278,10 +278,10 @@ def probe(
         spent = time.monotonic() - started
         for name in names:
             expected = _expected(found, what, name, length)
-            if expected > min(seconds - spent, seconds * LARGEST_SHARE):
+            if expected is not None and expected > min(seconds - spent, seconds * LARGEST_SHARE):
                 found.left.append((what, name, length))
             else:
-                spent += expected
+                spent += expected or 0.0
                 chosen.append(name)
         if chosen:
             samples = measure(what, length, chosen)
@@ -296,11 +296,11 @@ def probe(
     return found
 
 
-def _expected(found: Probe, what: str, name: str, length: int) -> float:
-    """Seconds that a measurement will take, 0 when nothing is known of it."""
+def _expected(found: Probe, what: str, name: str, length: int) -> float | None:
+    """Seconds that a measurement will take; None when too little is known to tell."""
     samples = found.samples[what][name]
     if len(samples) < FEWEST:
-        return 0.0
+        return None
     growth = found._growth(what, name, "seconds")
     curve = Curve({n: s.seconds for n, s in samples.items()}, growth)
     return RUNS * curve(length)

@@ -35,11 +35,12 @@ class ProfileSettings:
         pattern: one pattern that all of them have.
         lengths: of queries and keys.
         what: of ``forward``, ``training`` (forward + backward) and ``decode`` (one token after that many).
-        batch, heads, head_dim: of the inputs.
+        batch, heads: of the inputs.
+        head_dim: width of a head; dim / heads when None, or 64 without `dim`.
         dtype: ``float32``, ``bfloat16`` or ``float64``.
         seconds: of timing for each length.
         layer: measure layers (:func:`regard.create_layer`) rather than functions.
-        dim: width of the layers; heads * head_dim when None, and a head is then as wide as the mechanism's layer makes it.
+        dim: width of the layers; heads * head_dim when None.
         device: a device of torch.
     """
 
@@ -49,7 +50,7 @@ class ProfileSettings:
     what: tuple[str, ...] = WHAT
     batch: int = 1
     heads: int = 8
-    head_dim: int = 64
+    head_dim: int | None = None
     dtype: str = "float32"
     seconds: float = 1.0
     layer: bool = False
@@ -60,13 +61,20 @@ class ProfileSettings:
         check_device(self.device)
         if self.dim is not None and not self.layer:
             raise Unsupported(f"dim={self.dim} for functions, which have heads", supported="layer=True, or no dim")
-        for name in ("batch", "heads", "head_dim"):
-            at_least(name, getattr(self, name), 1)
+        for name in ("batch", "heads", "head_width"):
+            at_least(name.replace("width", "dim"), getattr(self, name), 1)
         one_of("dtype", self.dtype, DTYPES)
         for item in self.what:
             one_of("what", item, WHAT)
         if not self.lengths or min(self.lengths) < 1:
             raise Unsupported(f"lengths {self.lengths}", supported="positive lengths", nearest="256,1024,4096")
+
+    @property
+    def head_width(self) -> int:
+        """Of inputs of functions, and in the cards' costs."""
+        if self.head_dim is not None:
+            return self.head_dim
+        return 64 if self.dim is None else max(1, self.dim // max(1, self.heads))
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def _subject(name: str, settings: ProfileSettings) -> Subject | LayerWork:
     card = get_mechanism(name)
     if not settings.layer:
         return Subject(card, card.require_pattern(settings.pattern))
-    dim = settings.heads * settings.head_dim if settings.dim is None else settings.dim
+    dim = settings.heads * settings.head_width if settings.dim is None else settings.dim
     sizes = (dim, settings.heads, settings.head_dim, settings.batch)
     return LayerWork(card, LayerSettings(settings.pattern, *sizes, settings.dtype, settings.device))
 
@@ -179,7 +187,7 @@ def measure_memory(action: Callable[[], Any], device: str = "cpu") -> tuple[int,
 
 
 def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, torch.Tensor]:
-    width = settings.head_dim
+    width = settings.head_width
     sizes = {
         "h": settings.heads,
         "g": settings.heads,
@@ -231,7 +239,7 @@ def _milliseconds(timing: Timing) -> tuple[float, float, float]:
 
 
 def _rate(subject: Subject, n: int, settings: ProfileSettings, timing: Timing) -> float:
-    shape = Shape(settings.batch, settings.heads, n, n, settings.head_dim, settings.head_dim)
+    shape = Shape(settings.batch, settings.heads, n, n, settings.head_width, settings.head_width)
     return subject.card.cost(shape, subject.config).flops / timing.median / 1e9
 
 
