@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test native native-test bench wheel docs matrix clean
+.PHONY: compare test native native-test bench wheel docs matrix reproductions clean
 
 # What a change of must install the package again: the library of kernels is built by the installation.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -42,6 +42,10 @@ docs: $(VENV)/.docs  ## Build the documentation into build/site
 
 matrix: $(VENV)/.dev  ## Measure the verified matrix and the parity table of the documentation into docs/data
 	$(BIN)/python docs/measure.py
+
+reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hours, on an idle machine; goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/regard reproduce all
+	$(BIN)/python docs/measure.py reproductions
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

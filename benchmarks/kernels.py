@@ -46,9 +46,9 @@ from regard.functional import (
     sigmoid_attention,
     softmax_attention,
 )
+from regard.measurement.provenance import fingerprint
+from regard.measurement.timing import efficiency_length, interleaved
 from regard.training import keep_freed_memory
-from regard.workbench.provenance import fingerprint
-from regard.workbench.timing import efficiency_length, interleaved
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / "build" / "peers"

@@ -1,10 +1,11 @@
-"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, and parity with other code.
+"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, parity with other code, and the
+verdicts of the reproductions.
 
     python docs/generate.py                          # into docs/
     python docs/generate.py --plugin mine.py --output pages
 
-The cards and docstrings are the only source of the mechanism pages. The two tables come from docs/data, which
-``make matrix`` measures. mkdocs imports this file as a hook, to list the pages in its navigation.
+The cards and docstrings are the only source of the mechanism pages. The tables come from docs/data, which ``make matrix``
+and ``make reproductions`` measure. mkdocs imports this file as a hook, to list the pages in its navigation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
 from regard.contract import Kind, Mechanism, Pattern, Shape
 from regard.functional import function_name
+from regard.reproductions import Outcome, collect, list_reproductions
 from regard.workbench.subjects import Subject, axes_of
 from regard.workbench.verify import PROPERTIES
 
@@ -55,7 +57,7 @@ AXES = {
 Cells = list[dict[str, Any]]
 
 
-def mechanism_page(card: Mechanism, cells: Cells) -> str:
+def mechanism_page(card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of one mechanism, in Markdown."""
     also = f" Also called {_codes(card.aliases)}." if card.aliases else ""
     parts = [
@@ -78,6 +80,7 @@ def mechanism_page(card: Mechanism, cells: Cells) -> str:
         _facts(card),
         "## Verified",
         _verified(card, cells),
+        *(part for one in reproduced if card.name in one["mechanisms"] for part in _reproduced(one)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -318,6 +321,69 @@ def _error(value: float, digits: int) -> str:
     return f"{value:.{digits}e}" if value else "0"
 
 
+def _reproduced(one: Mapping[str, Any]) -> list[str]:
+    """The section of a mechanism's page about a reproduction."""
+    return ["## The paper's claim", f"{one['claim']} At a small size: **{one['outcome']}**.", *_tried(one)]
+
+
+def _tried(one: Mapping[str, Any]) -> list[str]:
+    """What was done for a claim, and what came of each expectation."""
+    rows = [(f["says"], _found(f), f["outcome"]) for f in one["findings"]]
+    missing = f", missing: {', '.join(one['missing'])}" if one["missing"] and one["done"] else ""
+    return [
+        one["instead"],
+        _table(("expected", "measured ± standard error (what decides)", ""), rows),
+        f"`regard reproduce {one['name']}`; {one['done']} of {one['planned']} cells{missing}.",
+    ]
+
+
+def _found(finding: Mapping[str, Any]) -> str:
+    if finding["mean"] is None:
+        return "not measured"
+    error = "" if finding["standard_error"] is None else f" ± {finding['standard_error']:.2g}"
+    interval = "" if finding["low"] is None else f" ({finding['low']:.3g} to {finding['high']:.3g})"
+    return f"{finding['mean']:.3g}{error}{interval}"
+
+
+ORDER = (Outcome.DID_NOT_HOLD, Outcome.UNDECIDED, Outcome.HELD, Outcome.NOT_RUN)
+
+
+def reproductions(data: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What docs/data holds of every reproduction, what did not hold first; those that it lacks were not run."""
+    measured = {one["name"]: one for one in data["reproductions"]} if data else {}
+    every = {one["name"]: one for one in collect(list_reproductions(), None)}
+    return sorted((every | measured).values(), key=lambda one: (ORDER.index(one["outcome"]), one["name"]))
+
+
+def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None) -> str:
+    """The verdicts of all reproductions, what did not hold first."""
+    parts = [
+        "# Verdicts",
+        "What papers claim, tried at a size that a laptop can run: how is told in [Reproductions](reproductions.md). What "
+        "did not hold comes first. A verdict is about the small experiment; it does not refute or confirm the paper.",
+        f"Measured with {measured}."
+        if measured
+        else "Not run in this build of the pages: `make reproductions` does it.",
+        _table(
+            ("claim", "", "paper", "verdict", "cells"),
+            [
+                (
+                    f"[{one['name']}](#{one['name']})",
+                    one["claim"],
+                    f"[{one['paper']['arxiv']}](https://arxiv.org/abs/{one['paper']['arxiv']})",
+                    f"**{one['outcome']}**" if one["outcome"] == Outcome.DID_NOT_HOLD else one["outcome"],
+                    f"{one['done']} of {one['planned']}",
+                )
+                for one in reproduced
+            ],
+        ),
+    ]
+    for one in reproduced:
+        about = ", ".join(map(_link, one["mechanisms"]))
+        parts += [f"## {one['name']}", f"{about}: **{one['outcome']}**. {one['claim']}", *_tried(one)]
+    return "\n\n".join(parts) + "\n"
+
+
 def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     """The verified matrix of all mechanisms."""
     head = [
@@ -465,10 +531,13 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
     """All generated pages for the mechanisms `names`, below `output`."""
     verified = _read(DATA / "verify.json")
     cells = verified["cells"] if verified else []
-    pages = {f"mechanisms/{name}.md": mechanism_page(get_mechanism(name), cells) for name in names}
+    judged = _read(DATA / "reproductions.json")
+    reproduced = reproductions(judged)
+    pages = {f"mechanisms/{name}.md": mechanism_page(get_mechanism(name), cells, reproduced) for name in names}
     pages |= {
         "mechanisms/index.md": index_page(names),
         "matrix.md": matrix_page(verified, names),
+        "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
     }
     (output / "mechanisms").mkdir(parents=True, exist_ok=True)

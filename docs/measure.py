@@ -1,8 +1,9 @@
-"""Measures what the documentation's two tables show, into docs/data: `make matrix`.
+"""Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`.
 
-python docs/measure.py            # both
-python docs/measure.py matrix     # regard verify --json -> verify.json
-python docs/measure.py parity     # the parity tests     -> parity.json
+python docs/measure.py                # matrix and parity
+python docs/measure.py matrix         # regard verify --json             -> verify.json
+python docs/measure.py parity         # the parity tests                 -> parity.json
+python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 """
 
 from __future__ import annotations
@@ -105,6 +106,13 @@ def measure_matrix() -> None:
         raise SystemExit(f"{result['failures']} cells fail")
 
 
+def measure_reproductions() -> None:
+    """Judge what `regard reproduce` has left in runs/reproduce; nothing is run here, since all of it takes hours."""
+    command = [sys.executable, "-m", "regard", "reproduce", "all", "--table", "--json"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    _write("reproductions.json", {"measured": MEASURED, **json.loads(found.stdout)}, "reproductions")
+
+
 def _write(name: str, data: dict[str, Any], rows: str) -> None:
     """One line an entry of `rows`, so that a change of one is a change of one line."""
     many = data[rows]
@@ -120,7 +128,7 @@ def _write(name: str, data: dict[str, Any], rows: str) -> None:
 
 def main() -> None:
     chosen = sys.argv[1:] or ["parity", "matrix"]
-    measures = {"parity": measure_parity, "matrix": measure_matrix}
+    measures = {"parity": measure_parity, "matrix": measure_matrix, "reproductions": measure_reproductions}
     for name in chosen:
         if name not in measures:
             raise SystemExit(f"measure {name!r}; supported: {', '.join(measures)}")

@@ -33,6 +33,7 @@ _LAZY = {
     "functional": "regard.functional",
     "models": "regard.models",
     "profile": "regard.workbench.profile",
+    "swap": "regard.integrations",
     "verify": "regard.workbench.verify",
 }
 

@@ -184,7 +184,7 @@ def verify(
         regard verify --full --output runs/verify
         regard verify --json > matrix.json
     """
-    from regard.workbench.store import Store
+    from regard.measurement.store import Store
     from regard.workbench.verify import PROPERTIES, Cell, plan
     from regard.workbench.verify import verify as run
 
@@ -465,11 +465,14 @@ def _names(text: str) -> tuple[str, ...]:
 
 @app.command()
 def compare(
-    data: Annotated[list[str] | None, typer.Argument(help="Your text files or folders (or an image folder).")] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task, as name or name:option=value,option=value. Repeatable. Default: text and recall; text for your data."
+            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, images, documents, "
+            "matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; text for your data."
         ),
     ] = None,
     mechanisms: Annotated[
@@ -483,10 +486,12 @@ def compare(
         "runs/compare"
     ),
     validation: Annotated[
-        list[str] | None, typer.Option(help="Held-out files; split off by document when not given.")
+        list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="For text: bytes, bpe:SIZE or a saved .json.")] = "bytes",
+    tokenizer: Annotated[
+        str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")
+    ] = "bytes",
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
@@ -510,6 +515,7 @@ def compare(
         regard compare
         regard compare my_corpus.txt --budget 20m --seeds 3
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
+        regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
     """
     from regard.workbench.budget import Budget
@@ -606,15 +612,19 @@ def _tasks(
             accepted = inspect.signature(TASKS[name]).parameters
             if "data" in accepted:
                 reading.append(name)
-                options |= {"data": _one(data), "validation": _one(validation)} if data else {}
+                given = {"data": _one(data), "validation": _one(validation)}
+                options |= {option: paths for option, paths in given.items() if paths}
             if "tokenizer" in accepted:
                 options["tokenizer"] = tokenizer
         if length is not None:
             options["length"] = length
         tasks.append(create_task(name, **{k: v for k, v in options.items() if v is not None}))
-    if data and names and not reading:
+    if (data or validation) and names and not reading:
+        readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
         raise Unsupported(
-            f"data for {', '.join(names)}", supported="tasks that read data: text, images", nearest="--task text"
+            f"data for {', '.join(names)}",
+            supported="tasks that read data: " + ", ".join(readers),
+            nearest="--task text",
         )
     return [*tasks, *own]
 
@@ -626,8 +636,13 @@ def _one(paths: list[str] | None) -> str | list[str] | None:
 def _mechanism_names(text: str, tasks: list[Any]) -> list[str]:
     if text.strip() == "all":
         patterns = {t.pattern for t in tasks}
+        inserting = patterns == {Pattern.CAUSAL_SELF}  # only language models have room for inserted tokens
         return list_mechanisms(
-            where=lambda c: patterns <= set(c.patterns) and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
+            where=lambda c: (
+                patterns <= set(c.patterns)
+                and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
+                and (inserting or c.prepare is None)
+            )
         )
     return [get_mechanism(part.strip()).name for part in text.split(",") if part.strip()]
 
@@ -670,8 +685,8 @@ def report(
         regard report
         regard report runs/recall --output recall.html
     """
+    from regard.measurement.store import Store
     from regard.workbench.compare import render_report
-    from regard.workbench.store import Store
 
     file = folder / "results.db"
     if not file.is_file():
@@ -680,6 +695,101 @@ def report(
         )
     with Store(file) as store:
         console.print(Text(f"Report: {render_report(store, output or folder / 'report.html')}"))
+
+
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Reproductions, or mechanisms they are about; all when none is named.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each setting; each reproduction's own when not given.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
+    ] = None,
+    timings: Annotated[
+        bool | None,
+        typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+        "runs/reproduce"
+    ),
+    listing: Annotated[bool, typer.Option("--list", help="Say what there is and what is done; run nothing.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Judge what is done; run nothing.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Try the claims of papers at a small size, and say of each whether it held.
+
+    Every run is stored the moment it ends, so the command may be stopped and given again; processes with different
+    shards may share an output folder. A claim that does not hold is a result, not an error.
+
+    Examples:
+
+    \b
+        regard reproduce --list
+        regard reproduce delta_rule
+        regard reproduce all --no-timings --shard 1/2
+        regard reproduce all --table --json
+    """
+    from regard.measurement.store import Store
+    from regard.reproductions import collect, get_reproduction, list_reproductions, plan, shard
+    from regard.reproductions import run as run_cells
+
+    wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
+    chosen = shard(plan(wanted, seeds, timings=timings), only)
+    file = output / "results.db"
+    if not (listing or table):
+        with Store(file) as store, _progress(quiet=as_json) as (bar, line):
+            shown = bar.add_task("starting", total=None)
+
+            def on_cell(cell: Any, left: int, seconds: float) -> None:
+                said = (
+                    f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {_clock(seconds)} left"
+                )
+                bar.update(shown, description=said, completed=len(chosen) - left, total=len(chosen))
+                line(said)
+
+            run_cells(chosen, store, on_cell=on_cell)
+    if file.is_file():
+        with Store(file) as store:
+            found = collect(wanted, store, seeds)
+    else:
+        found = collect(wanted, None, seeds)
+    if as_json:
+        _emit({"reproductions": found})
+    elif listing:
+        _reproductions_listed(found)
+    else:
+        _reproductions_judged(found)
+
+
+def _reproductions_listed(found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("reproduction", "paper", "cells", "done", "claim"):
+        table.add_column(heading, no_wrap=heading != "claim")
+    for one in found:
+        arxiv = f"arXiv {one['paper']['arxiv']}"
+        table.add_row(one["name"], arxiv, str(one["planned"]), str(one["done"]), Text(one["claim"]))
+    console.print(table)
+
+
+def _reproductions_judged(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        missing = f"  ({one['done']} of {one['planned']} cells)" if one["missing"] else ""
+        console.print(Text.assemble((f"{one['name']}: {one['outcome']}", "bold"), (missing, "dim")))
+        console.print(Text(one["claim"]))
+        for finding in one["findings"]:
+            console.print(Text(f"- {finding['says']}: {_finding(finding)}: {finding['outcome']}"))
+        console.print()
+
+
+def _finding(finding: dict[str, Any]) -> str:
+    if finding["mean"] is None:
+        return "not measured"
+    error = "" if finding["standard_error"] is None else f" ± {finding['standard_error']:.2g}"
+    interval = "" if finding["low"] is None else f" ({finding['low']:.3g} to {finding['high']:.3g})"
+    return f"{finding['mean']:.3g}{error}{interval}"
 
 
 @app.command()
@@ -692,7 +802,7 @@ def doctor(as_json: JSON = False) -> None:
         regard doctor
         regard doctor --json
     """
-    from regard.workbench.provenance import fingerprint
+    from regard.measurement.provenance import fingerprint
 
     facts = fingerprint()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

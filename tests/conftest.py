@@ -6,6 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+_device_constructors()  # remembers the constructors that a device context steers, before any test replaces some
+
+with torch.device("meta"):
+    torch.empty(0)  # at the first use torch lists what follows a device, which must not be the replacements below
 
 
 @pytest.fixture(autouse=True, scope="session")

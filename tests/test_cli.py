@@ -30,7 +30,7 @@ def run(capsys, *arguments):
 def test_every_command_has_help_with_examples(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("list", "show", "verify", "profile", "advise", "compare", "report", "doctor"):
+    for command in ("list", "show", "verify", "profile", "advise", "compare", "report", "reproduce", "doctor"):
         assert command in out
         code, text, _ = run(capsys, command, "--help")
         assert code == 0
@@ -245,7 +245,7 @@ def test_every_bad_input_is_tested(tmp_path):
 def test_a_store_of_another_schema_is_refused(capsys, tmp_path):
     import sqlite3
 
-    from regard.workbench.store import Store
+    from regard.measurement.store import Store
 
     Store(tmp_path / "results.db").close()
     with sqlite3.connect(tmp_path / "results.db") as connection:
@@ -264,3 +264,40 @@ def test_it_runs_as_a_module():
     )
     assert found.returncode == 0
     assert json.loads(found.stdout)
+
+
+def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):
+    from regard.reproductions import get_reproduction
+
+    reproduction, folder = get_reproduction("mamba"), ("--output", tmp_path / "runs")
+    before = reproduction.settings
+    object.__setattr__(reproduction, "settings", reproduction.smoke_settings())
+    try:
+        code, out, _ = run(capsys, "reproduce", "s6", "--seeds", 2, "--shard", "1/2", *folder, "--json")
+        assert code == 0
+        (found,) = json.loads(out)["reproductions"]
+        assert (found["done"], found["planned"], len(found["missing"])) == (3, 6, 3)
+        code, out, _ = run(capsys, "reproduce", "mamba", "--seeds", 2, *folder, "--json")
+        (found,) = json.loads(out)["reproductions"]
+        assert found["missing"] == []
+        assert found["outcome"] == "did not hold", "two steps solve nothing"
+        code, out, _ = run(capsys, "reproduce", "mamba", "--seeds", 2, *folder, "--table")
+        assert "mamba: did not hold" in out
+        assert found["claim"][:40] in out
+    finally:
+        object.__setattr__(reproduction, "settings", before)
+
+
+def test_reproduce_lists_without_running(capsys, tmp_path):
+    code, out, _ = run(capsys, "reproduce", "--list", "--output", tmp_path / "runs")
+    assert code == 0
+    assert "token_parameter" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["mamba", "--shard", "3/2"], ["mamba", "--seeds", "0"]])
+def test_reproduce_refuses_what_there_is_not(capsys, tmp_path, arguments):
+    code, _, err = run(capsys, "reproduce", *arguments, "--output", tmp_path / "runs")
+    assert code == 2
+    assert "supported" in err
+    assert not (tmp_path / "runs").exists()

@@ -110,26 +110,6 @@ REGARD_INLINE void prefetch_rows(int rows, int64_t width, const T* from, int64_t
 
 // A square of LANES x LANES is transposed by exchanging its off-diagonal quarters, then theirs, and so on.
 template <int S>
-REGARD_INLINE void exchange(Vec& a, Vec& b) {
-#define REGARD_FIRST(l) (((l) & S) == 0 ? (l) : LANES + (l)-S)
-#define REGARD_SECOND(l) (((l) & S) == 0 ? (l) + S : LANES + (l))
-#if defined(__AVX512F__)
-#define REGARD_ALL(m) \
-  m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7), m(8), m(9), m(10), m(11), m(12), m(13), m(14), m(15)
-#elif defined(__AVX__)
-#define REGARD_ALL(m) m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7)
-#else
-#define REGARD_ALL(m) m(0), m(1), m(2), m(3)
-#endif
-  const Vec first = __builtin_shufflevector(a, b, REGARD_ALL(REGARD_FIRST));
-  b = __builtin_shufflevector(a, b, REGARD_ALL(REGARD_SECOND));
-  a = first;
-#undef REGARD_FIRST
-#undef REGARD_SECOND
-#undef REGARD_ALL
-}
-
-template <int S>
 REGARD_INLINE void exchange_all(Vec (&x)[LANES]) {
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i)

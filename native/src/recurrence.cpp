@@ -25,7 +25,7 @@ namespace {
 
 using regard::Workspace;
 
-// A sixteen by sixteen matrix between the tokens of a block, row i for the reader, column j for the writer.
+// A sixteen by sixteen matrix between the tokens of a block, row j for the writer, column i for the reader.
 constexpr int SQUARE = TOKENS * TOKENS;
 
 // exp(x) - 1 for -1/3 < x <= 0, to full precision relative to x.
@@ -46,10 +46,8 @@ REGARD_INLINE void split_decay(Vec total, float* whole, float* rest) {
   store(rest, select(near, exp_minus_1(total), exp(total)));
 }
 
-// Lanes of token vector t that write no later than token i (j <= i), or before it.
-REGARD_INLINE IntVec seen(int i, int t, bool inclusive) {
-  return reinterpret_cast<IntVec>(lane_numbers() + t * LANES < i + (inclusive ? 1 : 0));
-}
+// Lanes of token vector t that read token j: j <= i.
+REGARD_INLINE IntVec after(int j, int t) { return reinterpret_cast<IntVec>(lane_numbers() + t * LANES >= j); }
 
 // Decays of a block. For one decay a token: those from the start through each token, from each token to the end, and
 // between tokens (j, i]. For one a feature: exp(g), row by row.
@@ -87,107 +85,199 @@ void take_decays(Decays& decays, const Rows& g, int64_t first, int rows, int wid
     total += each[i];
   }
   for (int i = 0; i < TOKENS; i += LANES) store(each + i, exp(load(each + i)));
+  for (int i = 0; i < TOKENS; ++i) decays.dead[i] = each[i] == 0.f;
   Vec through[TOKEN_VECTORS];
   for (int t = 0; t < TOKEN_VECTORS; ++t) through[t] = broadcast(1.f);
   float running = 1;
-  for (int i = 0; i < TOKENS; ++i) {
-    running *= each[i];
-    decays.from_start[i] = running;
-    decays.dead[i] = each[i] == 0.f;
-    for (int t = 0; t < TOKEN_VECTORS; ++t) {
-      through[t] = select(seen(i, t, false), through[t] * each[i], through[t]);
-      store(decays.between + i * TOKENS + t * LANES, through[t]);
-    }
+  for (int j = TOKENS - 1; j >= 0; --j) {
+    for (int t = 0; t < TOKEN_VECTORS; ++t) store(decays.between + j * TOKENS + t * LANES, through[t]);
+    for (int t = 0; t < TOKEN_VECTORS; ++t) through[t] = select(after(j, t), through[t] * each[j], through[t]);
+    decays.to_end[j] = running;
+    running *= each[j];
   }
-  for (int t = 0; t < TOKEN_VECTORS; ++t) store(decays.to_end + t * LANES, through[t]);
+  for (int t = 0; t < TOKEN_VECTORS; ++t) store(decays.from_start + t * LANES, through[t]);
   for (int64_t d = 0; d < ld; d += LANES) {
     store(decays.sums + d, broadcast(total));
     split_decay(broadcast(total), decays.whole + d, decays.rest + d);
   }
 }
 
-// rows_i times the decay from the block's start through token i: in `to`, or with no decay the rows themselves.
-const float* decay_from_start(const Decays& decays, const float* rows, float* to, int64_t ld) {
-  if (decays.kind == REGARD_DECAY_NONE) return rows;
-  for (int64_t d = 0; d < ld; d += LANES) {
-    Vec running = broadcast(1.f);
-    for (int i = 0; i < TOKENS; ++i) {
-      running = decays.kind == REGARD_DECAY_VECTOR ? running * load(decays.each + i * ld + d)
-                                                   : broadcast(decays.from_start[i]);
-      store(to + i * ld + d, load(rows + i * ld + d) * running);
-    }
-  }
+// Rows times one number each, in `to`.
+const float* scaled(const float* by, const float* rows, float* to, int64_t ld) {
+  for (int i = 0; i < TOKENS; ++i)
+    for (int64_t d = 0; d < ld; d += LANES) store(to + i * ld + d, by[i] * load(rows + i * ld + d));
   return to;
 }
 
-// rows_j times the decay from after token j to the block's end, likewise.
+// rows_j times the decay from after token j to the block's end: in `to`, or with no decay the rows themselves.
 const float* decay_to_end(const Decays& decays, const float* rows, float* to, int64_t ld) {
   if (decays.kind == REGARD_DECAY_NONE) return rows;
+  if (decays.kind == REGARD_DECAY_SCALAR) return scaled(decays.to_end, rows, to, ld);
   for (int64_t d = 0; d < ld; d += LANES) {
     Vec running = broadcast(1.f);
     for (int j = TOKENS - 1; j >= 0; --j) {
-      if (decays.kind == REGARD_DECAY_SCALAR) running = broadcast(decays.to_end[j]);
       store(to + j * ld + d, load(rows + j * ld + d) * running);
-      if (decays.kind == REGARD_DECAY_VECTOR) running = running * load(decays.each + j * ld + d);
+      running = running * load(decays.each + j * ld + d);
     }
   }
   return to;
 }
 
-// What each token reads of each other: reads_ij = sum over d of q_id k_jd decay_d(j, i], 0 for what is not seen.
-// keys (K x 16) becomes keys times the decay from after each token to the block's end.
-#if defined(__AVX512F__)
-inline void decayed_reads(int width, const float* q, const float* each, int64_t ld, float* keys, float* reads) {
-  constexpr int AT_ONCE = 4;
-  Vec sums[TOKENS];
+// Lane l of the result: the sum over the lanes of vector l.
+template <int S = 1>
+REGARD_INLINE Vec sums_of_lanes(Vec (&x)[LANES]) {
+  if constexpr (S == LANES) {
+    return x[0];
+  } else {
 #pragma GCC unroll 16
-  for (int i = 0; i < TOKENS; ++i) sums[i] = zero();
-  // the width is padded: features beyond it are zero
-  for (int d = 0; d < width; d += AT_ONCE) {
-    __m512 x[AT_ONCE];
-#pragma GCC unroll 4
-    for (int c = 0; c < AT_ONCE; ++c) x[c] = _mm512_loadu_ps(keys + (d + c) * TOKENS);
-#pragma GCC unroll 16
-    for (int i = 0; i < TOKENS; ++i) {
-      const __mmask16 before = static_cast<__mmask16>((1u << i) - 1);
-#pragma GCC unroll 4
-      for (int c = 0; c < AT_ONCE; ++c) {
-        if (i > 0) x[c] = _mm512_mask_mul_ps(x[c], before, x[c], _mm512_set1_ps(each[i * ld + d + c]));
-        sums[i] = fma(broadcast(q[i * ld + d + c]), reinterpret_cast<Vec>(x[c]), sums[i]);
-      }
+    for (int l = 0; l < LANES; l += 2 * S) {
+      exchange<S>(x[l], x[l + S]);
+      x[l] += x[l + S];
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < AT_ONCE; ++c) _mm512_storeu_ps(keys + (d + c) * TOKENS, x[c]);
+    return sums_of_lanes<2 * S>(x);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < TOKENS; ++i) store(reads + i * TOKENS, sums[i]);
 }
-#else
-inline void decayed_reads(int width, const float* q, const float* each, int64_t ld, float* keys, float* reads) {
-  constexpr int ROWS = LANES >= 8 ? 4 : 2;
-  for (int first = 0; first < TOKENS; first += ROWS) {
-    Vec sums[ROWS][TOKEN_VECTORS];
-    clear(sums);
-    for (int d = 0; d < width; ++d) {
-      Vec x[TOKEN_VECTORS];
+
+// The same of 16 rows of one vector each.
+REGARD_INLINE void add_lanes(const float* rows, float* sums) {
+  for (int t = 0; t < TOKENS; t += LANES) {
+    Vec x[LANES];
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) x[l] = load(rows + (t + l) * LANES);
+    store(sums + t, sums_of_lanes(x));
+  }
+}
+
+// Tokens of a block read each other by quads of 4 readers and 4 writers, with features along the lanes: nothing is
+// transposed, and sums over the lanes of all pairs of a quad are found at once, on narrower vectors a few writers at a
+// time. A read of an earlier quad is a product of the query decayed from its own quad's start and the key decayed up to
+// there, so that only pairs inside a quad multiply decays one by one.
+constexpr int QUAD = 4, QUADS = TOKENS / QUAD, WRITERS = LANES / QUAD;
+
+// Of writers from `writer` on and a quad of readers, sums number 4 w + r but for their lanes: to reads.
+REGARD_INLINE void put_reads(Vec (&sums)[LANES], int writer, int readers, float* reads) {
+  alignas(64) float found[LANES];
+  store(found, sums_of_lanes(sums));
+  for (int w = 0; w < WRITERS; ++w) memcpy(reads + (writer + w) * TOKENS + readers, found + QUAD * w, 4 * QUAD);
+}
+
+// reads_ij = sum over d of q_id k_jd, 0 for what is not seen.
+void read_each_other(const float* q, const float* k, int64_t ld, bool inclusive, float* reads) {
+  for (int writer = 0; writer < TOKENS; writer += WRITERS)
+    for (int readers = writer / QUAD * QUAD; readers < TOKENS; readers += QUAD) {
+      Vec sums[LANES];
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) sums[l] = zero();
+      for (int64_t d = 0; d < ld; d += LANES) {
+        Vec key[WRITERS];
 #pragma GCC unroll 4
-      for (int t = 0; t < TOKEN_VECTORS; ++t) x[t] = load(keys + d * TOKENS + t * LANES);
+        for (int w = 0; w < WRITERS; ++w) key[w] = load(k + (writer + w) * ld + d);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        const Vec decay = broadcast(each[(first + r) * ld + d]), query = broadcast(q[(first + r) * ld + d]);
+        for (int r = 0; r < QUAD; ++r) {
+          const Vec query = load(q + (readers + r) * ld + d);
 #pragma GCC unroll 4
-        for (int t = 0; t < TOKEN_VECTORS; ++t) {
-          x[t] = select(seen(first + r, t, false), x[t] * decay, x[t]);
-          sums[r][t] = fma(query, x[t], sums[r][t]);
+          for (int w = 0; w < WRITERS; ++w) sums[QUAD * w + r] = fma(query, key[w], sums[QUAD * w + r]);
         }
       }
-#pragma GCC unroll 4
-      for (int t = 0; t < TOKEN_VECTORS; ++t) store(keys + d * TOKENS + t * LANES, x[t]);
+      put_reads(sums, writer, readers, reads);
     }
-    put(sums, reads + first * TOKENS, TOKENS);
+  for (int j = 0; j < TOKENS; ++j)
+    for (int t = 0; t < TOKEN_VECTORS; ++t) {
+      float* at = reads + j * TOKENS + t * LANES;
+      store(at, select(after(inclusive ? j : j + 1, t), load(at), zero()));
+    }
+}
+
+// What lies between: decays over each quad (4 x K), and queries decayed from their quad's start (16 x K).
+struct QuadRows {
+  float *decays, *queries;
+};
+
+void decay_inside_quads(const float* q, const float* each, int64_t ld, const QuadRows& quads) {
+  for (int64_t d = 0; d < ld; d += LANES)
+    for (int i = 0; i < TOKENS; i += QUAD) {
+      Vec running = broadcast(1.f);
+#pragma GCC unroll 4
+      for (int64_t at = i * ld + d; at < (i + QUAD) * ld; at += ld) {
+        running *= load(each + at);
+        store(quads.queries + at, load(q + at) * running);
+      }
+      store(quads.decays + i / QUAD * ld + d, running);
+    }
+}
+
+// Queries decayed from the block's start in `to`, which may be where they lie.
+const float* decay_over_quads(const QuadRows& quads, float* to, int64_t ld) {
+  for (int64_t d = 0; d < ld; d += LANES) {
+    Vec before = broadcast(1.f);
+    for (int i = 0; i < TOKENS; i += QUAD) {
+#pragma GCC unroll 4
+      for (int64_t at = i * ld + d; at < (i + QUAD) * ld; at += ld) store(to + at, load(quads.queries + at) * before);
+      before *= load(quads.decays + i / QUAD * ld + d);
+    }
+  }
+  return to;
+}
+
+// Writers [FIRST, FIRST + WRITERS) of a quad and its own readers; keys decayed to the quad's end go to to_end.
+template <int FIRST>
+REGARD_INLINE void read_own_quad(int quad, const float* q, const float* k, const float* each, int64_t ld, bool inclusive,
+                                 float* to_end, float* reads) {
+  Vec sums[LANES];
+#pragma GCC unroll 16
+  for (int l = 0; l < LANES; ++l) sums[l] = zero();
+  for (int64_t d = 0; d < ld; d += LANES) {
+#pragma GCC unroll 4
+    for (int w = 0; w < WRITERS; ++w) {
+      const int64_t row = (quad + FIRST + w) * ld + d;
+      Vec key = load(k + row);
+      sums[QUAD * w + FIRST + w] = fma(load(q + row), key, sums[QUAD * w + FIRST + w]);
+#pragma GCC unroll 4
+      for (int r = FIRST + w + 1; r < QUAD; ++r) {
+        key *= load(each + (quad + r) * ld + d);
+        sums[QUAD * w + r] = fma(load(q + (quad + r) * ld + d), key, sums[QUAD * w + r]);
+      }
+      store(to_end + row, key);
+    }
+  }
+  if (!inclusive)
+#pragma GCC unroll 4
+    for (int w = 0; w < WRITERS; ++w) sums[QUAD * w + FIRST + w] = zero();
+  put_reads(sums, quad + FIRST, quad, reads);
+  if constexpr (FIRST + WRITERS < QUAD)
+    read_own_quad<FIRST + WRITERS>(quad, q, k, each, ld, inclusive, to_end, reads);
+}
+
+// reads_ij = sum over d of q_id k_jd decay_d(j, i], 0 for what is not seen. Keys decayed to the block's end go to to_end,
+// which may be where the keys are.
+void read_each_other_decayed(const float* q, const float* k, const float* each, int64_t ld, bool inclusive,
+                             const QuadRows& quads, float* to_end, float* reads) {
+  for (int i = 0; i < SQUARE; i += LANES) store(reads + i, zero());
+  for (int quad = 0; quad < TOKENS; quad += QUAD) {
+    read_own_quad<0>(quad, q, k, each, ld, inclusive, to_end, reads);
+    for (int readers = quad + QUAD; readers < TOKENS; readers += QUAD)
+      for (int writer = quad; writer < quad + QUAD; writer += WRITERS) {
+        Vec sums[LANES];
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; ++l) sums[l] = zero();
+        for (int64_t d = 0; d < ld; d += LANES) {
+          const Vec decay = load(quads.decays + readers / QUAD * ld + d);
+          Vec key[WRITERS];
+#pragma GCC unroll 4
+          for (int w = 0; w < WRITERS; ++w) key[w] = load(to_end + (writer + w) * ld + d);
+#pragma GCC unroll 4
+          for (int r = 0; r < QUAD; ++r) {
+            const Vec query = load(quads.queries + (readers + r) * ld + d);
+#pragma GCC unroll 4
+            for (int w = 0; w < WRITERS; ++w) sums[QUAD * w + r] = fma(query, key[w], sums[QUAD * w + r]);
+          }
+#pragma GCC unroll 4
+          for (int w = 0; w < WRITERS; ++w) store(to_end + (writer + w) * ld + d, key[w] * decay);
+        }
+        put_reads(sums, writer, readers, reads);
+      }
   }
 }
-#endif
 
 // c (rows x vectors) = A B.
 void multiply(int rows, int vectors, int depth, const float* a, int64_t ai, int64_t ap, const float* b, int64_t ldb,
@@ -200,52 +290,56 @@ void multiply(int rows, int vectors, int depth, const float* a, int64_t ai, int6
   });
 }
 
-// Reads between the tokens of a block, decayed and masked, from queries (16 x K) and keys (K x 16), which become those
-// decayed to the block's end.
-void reads_inside(const Decays& decays, int padded_keys, const float* q, float* keys, bool inclusive, float* reads) {
-  if (decays.kind == REGARD_DECAY_VECTOR)
-    decayed_reads(padded_keys, q, decays.each, padded_keys, keys, reads);
-  else
-    multiply(TOKENS, TOKEN_VECTORS, padded_keys, q, padded_keys, 1, keys, TOKENS, reads, TOKENS);
-  for (int i = 0; i < TOKENS; ++i)
-    for (int t = 0; t < TOKEN_VECTORS; ++t) {
-      float* at = reads + i * TOKENS + t * LANES;
-      Vec x = load(at);
-      if (decays.kind == REGARD_DECAY_SCALAR) x *= load(decays.between + i * TOKENS + t * LANES);
-      store(at, select(seen(i, t, inclusive), x, zero()));
-    }
-  if (decays.kind == REGARD_DECAY_SCALAR)
-    for (int d = 0; d < padded_keys; ++d)
-      for (int t = 0; t < TOKEN_VECTORS; ++t) {
-        float* at = keys + d * TOKENS + t * LANES;
-        store(at, load(at) * load(decays.to_end + t * LANES));
-      }
+// Reads between the tokens of a block, decayed and masked. On return q are queries decayed from the block's start, in
+// `queries` or where they were, and k keys decayed to its end, likewise.
+void read_inside(const Decays& decays, int64_t ld, bool inclusive, const QuadRows& quads, const float*& q, float* queries,
+                 const float*& k, float* keys, float* reads) {
+  if (decays.kind == REGARD_DECAY_VECTOR) {
+    decay_inside_quads(q, decays.each, ld, quads);
+    read_each_other_decayed(q, k, decays.each, ld, inclusive, quads, keys, reads);
+    q = decay_over_quads(quads, queries, ld);
+    k = keys;
+    return;
+  }
+  read_each_other(q, k, ld, inclusive, reads);
+  if (decays.kind == REGARD_DECAY_NONE) return;
+  for (int i = 0; i < SQUARE; i += LANES) store(reads + i, load(reads + i) * load(decays.between + i));
+  q = scaled(decays.from_start, q, queries, ld);
+  k = scaled(decays.to_end, k, keys, ld);
 }
 
-// S (K x V), rows over the key features: S = decay S + keys^T values; key feature d of token j at keys[d * kd + j * kj].
-// The block's writes are summed first: rounding S at every token would lose digits over a long past.
-void write_state(const Decays& decays, int rows, int vectors, const float* keys, int64_t kd, int64_t kj,
-                 const float* values, float* state, int64_t ld) {
+// S (K x V), rows over the key features: S = decay S + keys^T values. The block's writes are summed first: rounding S at
+// every token would lose digits over a long past.
+template <bool DECAYING>
+void write_state(const Decays& decays, int rows, int vectors, const float* keys, int64_t ldk, const float* values,
+                 float* state, int64_t ld) {
   tiles(rows, vectors, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
     constexpr int R = decltype(r)::value, W = decltype(w)::value;
     Vec sums[R][W];
     clear(sums);
-    accumulate(sums, TOKENS, keys + i * kd, kd, kj, values + j * LANES, ld);
+    accumulate(sums, TOKENS, keys + i, 1, ldk, values + j * LANES, ld);
 #pragma GCC unroll 16
-    for (int a = 0; a < R; ++a)
+    for (int a = 0; a < R; ++a) {
+      float* at = state + (i + a) * ld + j * LANES;
+      const Vec whole = broadcast(DECAYING ? decays.whole[i + a] : 1.f), rest = broadcast(DECAYING ? decays.rest[i + a] : 0.f);
 #pragma GCC unroll 4
       for (int b = 0; b < W; ++b) {
-        float* at = state + (i + a) * ld + (j + b) * LANES;
-        const Vec x = load(at);
-        if (decays.kind == REGARD_DECAY_NONE)
-          store(at, x + sums[a][b]);
-        else
-          store(at, fma(x, broadcast(decays.whole[i + a]), fma(x, broadcast(decays.rest[i + a]), sums[a][b])));
+        const Vec x = load(at + b * LANES);
+        sums[a][b] = DECAYING ? fma(x, whole, fma(x, rest, sums[a][b])) : x + sums[a][b];
       }
+#pragma GCC unroll 4
+      for (int b = 0; b < W; ++b) store(at + b * LANES, sums[a][b]);
+    }
   });
+}
+void write_state(const Decays& decays, int rows, int vectors, const float* keys, int64_t ldk, const float* values,
+                 float* state, int64_t ld) {
+  (decays.kind == REGARD_DECAY_NONE ? write_state<false> : write_state<true>)(decays, rows, vectors, keys, ldk, values,
+                                                                             state, ld);
 }
 
 // S or R transposed (V x K), columns over the key features: to = decay S + values^T keys, rows of values `ldv` apart.
+template <bool DECAYING>
 void write_transposed(const Decays& decays, int rows, int vectors, const float* values, int64_t ldv, const float* keys,
                       const float* state, float* to, int64_t ld) {
   tiles(rows, vectors, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
@@ -253,19 +347,23 @@ void write_transposed(const Decays& decays, int rows, int vectors, const float* 
     Vec sums[R][W];
     clear(sums);
     accumulate(sums, TOKENS, values + i, 1, ldv, keys + j * LANES, ld);
-#pragma GCC unroll 16
-    for (int a = 0; a < R; ++a)
 #pragma GCC unroll 4
-      for (int b = 0; b < W; ++b) {
-        const int64_t at = (i + a) * ld + (j + b) * LANES;
-        const Vec x = load(state + at);
-        if (decays.kind == REGARD_DECAY_NONE)
-          store(to + at, x + sums[a][b]);
-        else
-          store(to + at, fma(x, load(decays.whole + (j + b) * LANES),
-                             fma(x, load(decays.rest + (j + b) * LANES), sums[a][b])));
+    for (int b = 0; b < W; ++b) {
+      const Vec whole = DECAYING ? load(decays.whole + (j + b) * LANES) : broadcast(1.f),
+                rest = DECAYING ? load(decays.rest + (j + b) * LANES) : zero();
+#pragma GCC unroll 16
+      for (int a = 0; a < R; ++a) {
+        const Vec x = load(state + (i + a) * ld + (j + b) * LANES);
+        sums[a][b] = DECAYING ? fma(x, whole, fma(x, rest, sums[a][b])) : x + sums[a][b];
       }
+    }
+    put(sums, to + i * ld + j * LANES, ld);
   });
+}
+void write_transposed(const Decays& decays, int rows, int vectors, const float* values, int64_t ldv, const float* keys,
+                      const float* state, float* to, int64_t ld) {
+  (decays.kind == REGARD_DECAY_NONE ? write_transposed<false> : write_transposed<true>)(decays, rows, vectors, values, ldv,
+                                                                                       keys, state, to, ld);
 }
 
 float dot(const float* a, const float* b, int64_t width) {
@@ -285,13 +383,26 @@ void add_rows(const float* rows, float* sums, int64_t ld) {
 
 // 1 / (z . q_i + eps) for the tokens of a block, where z is the sum of keys before it and reads_ij = q_i . k_j.
 void normalizers(const float* q, const float* z, const float* reads, float eps, int64_t ld, float* inverse) {
+  alignas(64) float rows[TOKENS * LANES];
   for (int i = 0; i < TOKENS; ++i) {
-    Vec total = load(reads + i * TOKENS);
-    for (int t = 1; t < TOKEN_VECTORS; ++t) total += load(reads + i * TOKENS + t * LANES);
+    Vec total = zero();
     for (int64_t d = 0; d < ld; d += LANES) total = fma(load(q + i * ld + d), load(z + d), total);
-    inverse[i] = sum(total);
+    store(rows + i * LANES, total);
   }
-  for (int i = 0; i < TOKENS; i += LANES) store(inverse + i, 1.f / (load(inverse + i) + eps));
+  add_lanes(rows, inverse);
+  for (int i = 0; i < TOKENS; i += LANES) {
+    Vec total = load(inverse + i);
+    for (int j = 0; j < i + LANES; ++j) total += load(reads + j * TOKENS + i);
+    store(inverse + i, 1.f / (total + eps));
+  }
+}
+
+template <int R, int V>
+REGARD_INLINE void take(Vec (&sums)[R][V], const float* c, int64_t ldc) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) sums[i][j] = load(c + i * ldc + j * LANES);
 }
 
 template <int R, int V>
@@ -376,7 +487,6 @@ void forward(const regard_gated_recurrence_args& args, const Problem& problem, i
   float* state = memory.take<float>(static_cast<size_t>(kp) * vp);
   float* query_rows = memory.take<float>(TOKENS * kp);
   float* key_rows = memory.take<float>(TOKENS * kp);
-  float* keys_across = memory.take<float>(TOKENS * kp);
   float* value_rows = memory.take<float>(TOKENS * vp);
   float* reads = memory.take<float>(SQUARE);
   float* outputs = memory.take<float>(TOKENS * vp);
@@ -388,6 +498,7 @@ void forward(const regard_gated_recurrence_args& args, const Problem& problem, i
   decays.whole = memory.take<float>(kp);
   decays.rest = memory.take<float>(kp);
   decays.sums = memory.take<float>(kp);
+  const QuadRows quads{memory.take<float>(QUADS * kp), memory.take<float>(TOKENS * kp)};
 
   for (int64_t i = 0; i < static_cast<int64_t>(kp) * vp; i += LANES) store(state + i, zero());
   const int64_t columns = problem.columns, matrix = problem.keys * columns;
@@ -411,40 +522,38 @@ void forward(const regard_gated_recurrence_args& args, const Problem& problem, i
     const float* values = load_tokens(v, first, count, task.width, value_rows, vp);
     if (!reading) {
       keys = decay_to_end(decays, keys, key_rows, kp);
-      write_state(decays, kp, vp / LANES, keys, 1, kp, values, state, vp);
+      write_state(decays, kp, vp / LANES, keys, kp, values, state, vp);
       if (normalize) add_rows(keys, z, kp);
       continue;
     }
-    transpose_padded(TOKENS, kp, keys, kp, keys_across, TOKENS);
     const float* queries = load_tokens(q, first, count, problem.keys, query_rows, kp);
     queries = map_features(options.feature_map, options.scale, queries, count, problem.keys, query_rows, kp);
-    reads_inside(decays, kp, queries, keys_across, inclusive, reads);
+    read_inside(decays, kp, inclusive, quads, queries, query_rows, keys, key_rows, reads);
     if (normalize) {
       normalizers(queries, z, reads, options.eps, kp, inverse);
       if (options.inverse != nullptr && first_part)
         for (int i = 0; i < count; ++i) options.inverse[index * args.tokens + first + i] = inverse[i];
       add_rows(keys, z, kp);
     }
-    queries = decay_from_start(decays, queries, query_rows, kp);
     float* read = room_for_tokens(o, first, count, task.width, outputs, vp);
     tiles(TOKENS, vp / LANES, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
       constexpr int R = decltype(r)::value, W = decltype(w)::value;
       Vec sums[R][W];
       clear(sums);
       accumulate(sums, problem.keys, queries + i * kp, kp, 1, state + j * LANES, vp);
-      accumulate(sums, i + R, reads + i * TOKENS, TOKENS, 1, values + j * LANES, vp);
+      accumulate(sums, i + R, reads + i, 1, TOKENS, values + j * LANES, vp);
       if (normalize) scale_rows(sums, inverse + i);
       put(sums, read + i * vp + j * LANES, vp);
     });
     if (read == outputs) store_tokens(o, first, count, task.width, outputs, vp);
-    write_state(decays, kp, vp / LANES, keys_across, TOKENS, 1, values, state, vp);
+    write_state(decays, kp, vp / LANES, keys, kp, values, state, vp);
   }
   give_state(args.final_state + index * matrix);
 }
 
 size_t forward_bytes(const Problem& problem) {
   const size_t kp = problem.padded_keys, vp = problem.padded_values;
-  return 4 * (kp * vp + TOKENS * (4 * kp + 2 * vp) + SQUARE + 4 * kp) + 64 * 13;
+  return 4 * (kp * vp + TOKENS * (4 * kp + 2 * vp) + SQUARE + (4 + QUADS) * kp) + 64 * 14;
 }
 
 bool good(int64_t threads, int64_t batch, int64_t heads, int64_t tokens, int64_t keys, int64_t values, int64_t decay) {
@@ -495,7 +604,7 @@ void decayed_gradients(const float* b, const float* q, const float* k, const flo
       Vec decay = broadcast(1.f), total = zero();
       for (int i = j + 1; i < TOKENS; ++i) {
         decay = decay * load(each + i * ld + d);
-        const Vec weight = decay * b[i * TOKENS + j];
+        const Vec weight = decay * b[j * TOKENS + i];
         float* at = queries + i * ld + d;
         store(at, fma(weight, key, load(at)));
         total = fma(weight, load(q + i * ld + d), total);
@@ -526,7 +635,7 @@ struct Block {
   float *near_q, *near_k;  // from inside, VECTOR
   float* grad_g;           // in the place of near_q
   float* carried;          // (K)
-  float *reads, *weights;  // (16 x 16): q k decayed; do v masked
+  float *reads, *weights;  // (16 x 16), row j for the writer: q k decayed; do v masked
 };
 
 // VECTOR. A gate stands between writers before it and readers from it on. Those in other blocks are sums; those inside
@@ -584,14 +693,14 @@ void finish_scalar(const Decays& decays, const Block& x, int64_t ld) {
 #pragma GCC unroll 4
       for (int b = 0; b < W; ++b)
         sums[a][b] = load(x.grad_q + (i + a) * ld + (j + b) * LANES) * (decaying ? decays.from_start[i + a] : 1.f);
-    accumulate(sums, i + R, weights + i * TOKENS, TOKENS, 1, x.k + j * LANES, ld);
+    accumulate(sums, i + R, weights + i, 1, TOKENS, x.k + j * LANES, ld);
     put(sums, x.grad_q + i * ld + j * LANES, ld);
 #pragma GCC unroll 16
     for (int a = 0; a < R; ++a)
 #pragma GCC unroll 4
       for (int b = 0; b < W; ++b)
         sums[a][b] = load(x.grad_k + (i + a) * ld + (j + b) * LANES) * (decaying ? decays.to_end[i + a] : 1.f);
-    accumulate(sums, TOKENS - i, weights + i * TOKENS + i, 1, TOKENS, x.q + i * ld + j * LANES, ld);
+    accumulate(sums, TOKENS - i, weights + i * TOKENS + i, TOKENS, 1, x.q + i * ld + j * LANES, ld);
     put(sums, x.grad_k + i * ld + j * LANES, ld);
   });
   if (!decaying) return;
@@ -604,7 +713,7 @@ void finish_scalar(const Decays& decays, const Block& x, int64_t ld) {
     float found = total + writers_before;
     if (t > 0)
       for (int i = t; i < TOKENS; ++i) {
-        before[i] += x.reads[i * TOKENS + t - 1] * x.weights[i * TOKENS + t - 1];
+        before[i] += x.reads[(t - 1) * TOKENS + i] * x.weights[(t - 1) * TOKENS + i];
         found += before[i];
       }
     float from_here = 0;
@@ -629,18 +738,28 @@ void differentiate_normalizer(const Block& x, const float* inverse, int count, c
   for (int j = 0; j < TOKENS; ++j)
     for (int64_t d = 0; d < ld; d += LANES)
       store(x.grad_k + j * ld + d, load(x.grad_k + j * ld + d) + load(later + d));
-  for (int i = 0; i < count; ++i) {
-    const float* reads = x.reads + i * TOKENS;
-    float *weights = x.weights + i * TOKENS, *grad_q = x.grad_q + i * ld;
-    const float change = -inverse[i] * (dot(x.q + i * ld, grad_q, ld) + dot(reads, weights, TOKENS));
+  alignas(64) float changes[TOKENS] = {};
+  for (int t = 0; t < TOKENS; t += LANES) {
+    Vec total = zero();
+    for (int j = 0; j < TOKENS; ++j)
+      total = fma(load(x.reads + j * TOKENS + t), load(x.weights + j * TOKENS + t), total);
+    store(changes + t, total);
+  }
+  for (int i = 0; i < TOKENS; ++i)
+    changes[i] = i < count ? -inverse[i] * (changes[i] + dot(x.q + i * ld, x.grad_q + i * ld, ld)) : 0.f;
+  for (int j = 0; j < TOKENS; ++j)
     for (int t = 0; t < TOKEN_VECTORS; ++t) {
-      const Vec before = load(weights + t * LANES);
-      store(weights + t * LANES, select(seen(i, t, true), before + change, before));
+      float* at = x.weights + j * TOKENS + t * LANES;
+      store(at, load(at) + select(after(j, t), load(changes + t * LANES), zero()));
     }
-    for (int64_t d = 0; d < ld; d += LANES) {
-      store(grad_q + d, fma(broadcast(change), load(z + d), load(grad_q + d)));
-      store(later + d, fma(broadcast(change), load(x.q + i * ld + d), load(later + d)));
+  for (int64_t d = 0; d < ld; d += LANES) {
+    Vec total = load(later + d);
+    for (int i = 0; i < TOKENS; ++i) {
+      float* at = x.grad_q + i * ld + d;
+      store(at, fma(broadcast(changes[i]), load(z + d), load(at)));
+      total = fma(broadcast(changes[i]), load(x.q + i * ld + d), total);
     }
+    store(later + d, total);
   }
 }
 
@@ -657,13 +776,14 @@ struct BackwardMemory {
     later = memory.take<float>(kp * vp);
     matrix = memory.take<float>(kp * vp);
     keys_across = memory.take<float>(kp * TOKENS);
-    values_across = memory.take<float>(vp * TOKENS);
+    grad_v = memory.take<float>(vp * TOKENS);
     grad_values_across = memory.take<float>(vp * TOKENS);
     v = memory.take<float>(vp * TOKENS);
     grad_o = memory.take<float>(vp * TOKENS);
-    float** const rows[] = {&q, &k, &raw, &queries, &block.grad_q, &block.grad_k, &block.near_q, &block.near_k, &decays.each};
+    float** const rows[] = {&q, &k, &raw, &queries, &keys, &quads.queries, &block.grad_q, &block.grad_k, &block.near_q, &block.near_k, &decays.each};
     for (float** each : rows) *each = memory.take<float>(kp * TOKENS);
     block.grad_g = block.near_q;
+    quads.decays = memory.take<float>(QUADS * kp);
     normalizers = memory.take<float>(static_cast<size_t>(blocks) * kp);
     float** const single[] = {&later_normalizer, &block.carried, &decays.whole, &decays.rest, &decays.sums};
     for (float** each : single) *each = memory.take<float>(kp);
@@ -673,13 +793,14 @@ struct BackwardMemory {
 
   static size_t bytes(const Problem& problem, int64_t blocks) {
     const size_t kp = problem.padded_keys, vp = problem.padded_values;
-    return 4 * ((blocks + 2) * kp * vp + TOKENS * (10 * kp + 4 * vp) + (blocks + 5) * kp + 2 * SQUARE) + 64 * 35;
+    return 4 * ((blocks + 2) * kp * vp + TOKENS * (12 * kp + 4 * vp) + (blocks + 5 + QUADS) * kp + 2 * SQUARE) + 64 * 38;
   }
 
   float *states, *later, *matrix;
   float *normalizers, *later_normalizer;  // z before each block; the gradient of z after it
-  float *keys_across, *values_across, *grad_values_across;
-  float *q, *k, *v, *grad_o, *queries, *raw;
+  float *keys_across, *grad_v, *grad_values_across;
+  float *q, *k, *v, *grad_o, *queries, *keys, *raw;
+  QuadRows quads;
   Block block;
   Decays decays;
 };
@@ -750,7 +871,6 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
       take_decays(decays, g, first, count, problem.keys, kp);
       x.k = take_keys(first, count);
       x.v = load_tokens(v, first, count, task.width, memory.v, vp);
-      transpose_padded(TOKENS, kp, x.k, kp, memory.keys_across, TOKENS);
       if (reading) {
         x.q = map_features(options.feature_map, options.scale,
                            load_tokens(q, first, count, problem.keys, memory.q, kp), count, problem.keys, memory.q, kp);
@@ -758,15 +878,10 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
         if (normalize)
           x.grad_o = divide_rows(options.inverse + index * args.tokens + first, x.grad_o, count, memory.grad_o, vp);
       }
-      transpose_padded(TOKENS, vp, x.v, vp, memory.values_across, TOKENS);
-      x.queries = decay_from_start(decays, x.q, memory.queries, kp);
-      multiply(TOKENS, TOKEN_VECTORS, vp, x.grad_o, vp, 1, memory.values_across, TOKENS, x.weights, TOKENS);
-      for (int i = 0; i < TOKENS; ++i)
-        for (int t = 0; t < TOKEN_VECTORS; ++t) {
-          float* at = x.weights + i * TOKENS + t * LANES;
-          store(at, select(seen(i, t, inclusive), load(at), zero()));
-        }
-      reads_inside(decays, kp, x.q, memory.keys_across, inclusive, x.reads);
+      read_each_other(x.grad_o, x.v, vp, inclusive, x.weights);
+      const float* keys = x.k;
+      x.queries = x.q;
+      read_inside(decays, kp, inclusive, memory.quads, x.queries, memory.queries, keys, memory.keys, x.reads);
 
       multiply(TOKENS, kp / LANES, vp, x.grad_o, vp, 1, state, kp, x.grad_q, kp);
       multiply(TOKENS, kp / LANES, vp, x.v, vp, 1, memory.later, kp, x.grad_k, kp);
@@ -774,16 +889,19 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
         differentiate_normalizer(x, options.inverse + index * args.tokens + first, reading ? count : 0,
                                  memory.normalizers + (first - start) / TOKENS * kp, memory.later_normalizer, kp);
       if (to.v.data != nullptr) {
-        tiles(vp, TOKEN_VECTORS, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
+        transpose_padded(TOKENS, kp, keys, kp, memory.keys_across, TOKENS);
+        multiply(vp, TOKEN_VECTORS, problem.keys, memory.later, kp, 1, memory.keys_across, TOKENS,
+                 memory.grad_values_across, TOKENS);
+        transpose_padded(vp, TOKENS, memory.grad_values_across, TOKENS, memory.grad_v, vp);
+        tiles(TOKENS, vp / LANES, [&](auto r, auto w, int i, int j) __attribute__((always_inline)) {
           constexpr int R = decltype(r)::value, W = decltype(w)::value;
           Vec sums[R][W];
-          clear(sums);
-          accumulate(sums, problem.keys, memory.later + i * kp, kp, 1, memory.keys_across + j * LANES, TOKENS);
-          accumulate(sums, TOKENS, x.grad_o + i, 1, vp, x.reads + j * LANES, TOKENS);
-          put(sums, memory.grad_values_across + i * TOKENS + j * LANES, TOKENS);
+          float* at = memory.grad_v + i * vp + j * LANES;
+          take(sums, at, vp);
+          accumulate(sums, TOKENS - i, x.reads + i * TOKENS + i, TOKENS, 1, x.grad_o + i * vp + j * LANES, vp);
+          put(sums, at, vp);
         });
-        transpose_padded(vp, TOKENS, memory.grad_values_across, TOKENS, memory.values_across, vp);
-        store_tokens(to.v, first, count, task.width, memory.values_across, vp);
+        store_tokens(to.v, first, count, task.width, memory.grad_v, vp);
       }
       if (args.decay != REGARD_DECAY_NONE)
         carried_products(decays, vp, state, memory.later, kp, x.carried);

@@ -191,11 +191,11 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 // 2^x: 0 below -150 (so for -inf), inf from 128 on, NaN for NaN. The rounding is a conversion, since adding and
 // subtracting a large number is what -ffast-math of a careless build would remove.
 REGARD_INLINE Vec exp2(Vec x) {
-#if defined(__AVX512F__)
-  const __m512 limited = _mm512_min_ps(_mm512_set1_ps(160.f),
-                                       _mm512_max_ps(_mm512_set1_ps(-160.f), reinterpret_cast<__m512>(x)));
-  const __m512 whole = _mm512_roundscale_ps(limited, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec r = reinterpret_cast<Vec>(_mm512_sub_ps(limited, whole));
+#if defined(__AVX512DQ__)
+  // what reducing leaves of an infinity is 0, and scaling by 2^whole saturates: nothing is out of range
+  const Vec r = reinterpret_cast<Vec>(
+      _mm512_reduce_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const Vec whole = x - r;
 #else
   // maximum and minimum give their second argument for NaN
   const Vec limited = minimum(broadcast(160.f), maximum(broadcast(-160.f), x));
@@ -209,8 +209,8 @@ REGARD_INLINE Vec exp2(Vec x) {
   p = fma(p, r, broadcast(EXP2_2));
   p = fma(p, r, broadcast(EXP2_1));
   p = fma(p, r, broadcast(1.f));
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), whole));
+#if defined(__AVX512DQ__)
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
 #else
   // in two factors, since 2^n alone may be out of range where the product is not; NaN times anything stays NaN
   const IntVec half = n >> 1, rest = n - half;
@@ -230,6 +230,27 @@ REGARD_INLINE Vec reciprocal(Vec x) {
 #else
   return 1.f / x;
 #endif
+}
+
+// Of two vectors: a gets the lanes without bit S of both, b those with it, the first vector's in their place or S below.
+template <int S>
+REGARD_INLINE void exchange(Vec& a, Vec& b) {
+#define REGARD_FIRST(l) (((l) & S) == 0 ? (l) : LANES + (l)-S)
+#define REGARD_SECOND(l) (((l) & S) == 0 ? (l) + S : LANES + (l))
+#if defined(__AVX512F__)
+#define REGARD_ALL(m) \
+  m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7), m(8), m(9), m(10), m(11), m(12), m(13), m(14), m(15)
+#elif defined(__AVX__)
+#define REGARD_ALL(m) m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7)
+#else
+#define REGARD_ALL(m) m(0), m(1), m(2), m(3)
+#endif
+  const Vec first = __builtin_shufflevector(a, b, REGARD_ALL(REGARD_FIRST));
+  b = __builtin_shufflevector(a, b, REGARD_ALL(REGARD_SECOND));
+  a = first;
+#undef REGARD_FIRST
+#undef REGARD_SECOND
+#undef REGARD_ALL
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from regard.models.encoder import Encoder, EncoderConfig
+from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
 from regard.models.pretrained import from_pretrained, save_pretrained
@@ -11,6 +13,10 @@ from regard.models.registry import build_model
 __all__ = [
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "Forecaster",
+    "ForecasterConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",

@@ -91,6 +91,15 @@ def layer_positions(card: Mechanism, asked: str) -> str:
     return "rotary" if rotates else "none"
 
 
+def check_plan(plan: Plan, pattern: Pattern, where: str) -> None:
+    """Raise Unsupported for a mechanism of the plan that lacks the pattern or inserts tokens; `where` names the place."""
+    for name, options in plan:
+        for card in (get_mechanism(name), _mixing_card(name, options)):
+            card.require_pattern(pattern)
+            if card.prepare is not None:
+                raise Unsupported(f"{card.name}, which inserts tokens, in {where}", supported="language models")
+
+
 def _mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
     """The card that decides about positions: that of the wrapped mechanism, where a wrapper's options name one."""
     card = get_mechanism(name)
@@ -149,28 +158,38 @@ def make_input_positions(name: str, *, dim: int, heads: int, max_length: int) ->
 class Block(nn.Module):
     """A pre-norm residual block: x + mix(norm(x)), then x + feed_forward(norm(x)).
 
+    In a cross pattern the mixer reads the memory as it is given, without a norm and without positions unless the plan
+    names a scheme.
+
     Args:
         entry: mechanism and options from the plan. The options ``positions``, ``feed_forward``, ``num_heads``,
             ``head_dim`` and ``num_kv_heads`` override the model's; the others belong to the layer. The model's
             positions, head_dim and num_kv_heads apply to layers that have such an option.
         config: the model's, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout and norm.
         pattern: of the mechanism.
+        feed_forward: hidden width where the plan names none; the model's when None.
     """
 
-    def __init__(self, entry: tuple[str, Mapping[str, Any]], config: Any, pattern: Pattern) -> None:
+    def __init__(
+        self, entry: tuple[str, Mapping[str, Any]], config: Any, pattern: Pattern, *, feed_forward: int | None = None
+    ) -> None:
         super().__init__()
         name, options = entry[0], dict(entry[1])
         card = get_mechanism(name)
-        width = options.pop("feed_forward", config.feed_forward)
+        width = options.pop("feed_forward", config.feed_forward if feed_forward is None else feed_forward)
         num_heads = options.pop("num_heads", config.num_heads)
         positions = options.pop("positions", None)
         if positions is not None or layer_accepts(card, "positions"):
-            options["positions"] = layer_positions(_mixing_card(name, options), positions or config.positions)
+            default = "none" if pattern.cross else config.positions
+            options["positions"] = layer_positions(_mixing_card(name, options), positions or default)
         for option in ("head_dim", "num_kv_heads"):
             value = getattr(config, option)
             if value is not None and layer_accepts(card, option):
                 options.setdefault(option, value)
         check_dropout(config.dropout)
+        self.cross = pattern.cross
+        #: whether a sequence can go on from a state
+        self.continues = _mixing_card(name, entry[1]).state is not None
         self.takes_roles = "roles" in card.honours
         self.dropout = config.dropout
         self.mixer_norm = make_norm(config.norm, config.dim)
@@ -178,11 +197,18 @@ class Block(nn.Module):
         self.feed_forward_norm = None if width == 0 else make_norm(config.norm, config.dim)
         self.feed_forward = None if width == 0 else SwiGLU(config.dim, width)
 
-    def forward(self, x: Float[Tensor, "b n c"], *, context: Context, state: Any = None) -> Result:
-        """Right-padded `x`; the result's output is (B, N, C)."""
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c"] | None = None,
+        *,
+        context: Context,
+        state: Any = None,
+    ) -> Result:
+        """Right-padded `x` (and memory, in a cross pattern whose state has not absorbed it); the output is (B, N, C)."""
         if not self.takes_roles:
             context = context.replace(roles=None)
-        mixed = self.mixer(self.mixer_norm(x), context=context, state=state)
+        mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
         x = x + dropout(mixed.output, self.dropout, training=self.training, generator=context.generator)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             update = self.feed_forward(self.feed_forward_norm(x))
@@ -191,28 +217,40 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: Sequence[Block] | nn.ModuleList, x: Float[Tensor, "b n c"], context: Context, states: Sequence[Any]
+    blocks: Sequence[Block] | nn.ModuleList,
+    x: Float[Tensor, "b n c"],
+    context: Context,
+    states: Sequence[Any],
+    memory: Float[Tensor, "b m c"] | None = None,
 ) -> Result:
     """All blocks in turn: states as a tuple, losses added by name, extras as one list by name.
 
-    Roles go to the layers that honour them; the others see tokens with a role as ordinary tokens.
+    Memory, with its mask and positions, goes to the blocks of a cross pattern. Roles go to the layers that honour them; the others see tokens with a role as ordinary tokens.
     """
     after: list[Any] = []
     losses: dict[str, Loss] = {}
     extras: dict[str, Any] = {}
     if context.roles is not None and not any(block.takes_roles for block in blocks):
         raise Unsupported("roles of tokens in a model without a layer that honours them", supported="roles=None")
+    alone = context if memory is None else context.replace(memory_mask=None, memory_positions=None)
     for block, state in zip(blocks, states, strict=True):
-        result = block(x, context=context, state=state)
+        if block.cross:
+            result = block(x, memory, context=context, state=state)
+        else:
+            result = block(x, context=alone, state=state)
         x = result.output
         after.append(result.state)
-        for name, (total, count) in result.losses.items():
-            if name in losses:
-                total, count = losses[name][0] + total, losses[name][1] + count
-            losses[name] = (total, count)
+        add_losses(losses, result.losses)
         for name, value in result.extras.items():
             extras.setdefault(name, []).append(value)
     return Result(x, tuple(after), losses, extras)
+
+
+def add_losses(losses: dict[str, Loss], more: Mapping[str, Loss]) -> None:
+    """Add auxiliary losses, each (sum, count), to those of the same name."""
+    for name, (total, count) in more.items():
+        before = losses.get(name)
+        losses[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
 
 
 def right_padded_mask(mask: Mask | None, layout: Gathering) -> Mask | None:

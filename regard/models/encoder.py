@@ -24,6 +24,7 @@ from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
 from regard.models.blocks import (
     Block,
+    check_plan,
     evaluation_mode,
     input_positions,
     make_input_positions,
@@ -91,9 +92,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        for name, _ in config.plan:
-            if get_mechanism(name).prepare is not None:
-                raise Unsupported(f"{name}, which inserts tokens, in an encoder", supported="language models")
+        check_plan(config.plan, Pattern.NONCAUSAL_SELF, "an encoder")
         self.embedding: nn.Module
         if config.vocab_size is not None:
             self.embedding = nn.Embedding(config.vocab_size, config.dim)

@@ -32,6 +32,7 @@ from regard.models.blocks import (
     right_padded_mask,
     run_blocks,
 )
+from regard.models.generation import generate_stream
 from regard.models.insertion import Insertion
 from regard.ragged import gathering
 
@@ -203,7 +204,6 @@ class LanguageModel(nn.Module):
         tokens = list(self.generate_stream(ids, max_new_tokens, **options))
         return torch.stack(tokens, dim=1) if tokens else ids.new_zeros((ids.shape[0], 0))
 
-    @torch.no_grad()
     def generate_stream(
         self,
         ids: Int[Tensor, "b n"],
@@ -231,38 +231,26 @@ class LanguageModel(nn.Module):
             generator: source of the samples.
             use_state: False reads the whole sequence again for each token, for mechanisms without a state.
         """
-        _check_sampling(temperature, top_k, top_p)
-        layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
-        ids = layout.gather(ids, axis=1)  # right-padded, a row for each prompt
-        lengths = (
-            torch.full((ids.shape[0],), ids.shape[1], device=ids.device) if layout.lengths is None else layout.lengths
-        )
-        if not lengths.numel() or int(lengths.min()) < 1:
-            raise Unsupported("a prompt without tokens", supported="at least one token in each row")
-        stop = torch.tensor(list(stop_tokens), dtype=ids.dtype, device=ids.device)
-        stopped = torch.zeros_like(lengths, dtype=torch.bool)
-        rows = torch.arange(ids.shape[0], device=ids.device)
-        ragged = layout.lengths is not None
-        whole, state, unread, last = ids, None, ids, lengths - 1
         weights = FrozenWeights()
-        for _ in range(max_new_tokens):
-            mask = Mask(lengths=last + 1) if ragged else None
-            context = Context(mask=mask, want=frozenset({"state"} if use_state else ()))
+        want = frozenset({"state"} if use_state else ())
+
+        def read(ids: Tensor, last: Tensor, mask: Mask | None, state: Any) -> tuple[Tensor, Any]:
             with evaluation_mode(self), weights:
-                result = self.features(unread, context=context, state=state)
-                logits = self.logits(result.output[rows, last])  # (B, vocab)
-            chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            token = torch.where(stopped, whole[rows, lengths - 1], chosen)
-            yield token
-            stopped = stopped | torch.isin(token, stop)
-            if bool(stopped.all()):
-                return
-            whole = F.pad(whole, (0, 1)).scatter(1, lengths[:, None], token[:, None])
-            lengths = lengths + 1
-            if use_state:
-                state, unread, last, ragged = result.state, token[:, None], torch.zeros_like(lengths), False
-            else:
-                unread, last = whole, lengths - 1
+                result = self.features(ids, context=Context(mask=mask, want=want), state=state)
+                return self.logits(result.output[torch.arange(len(last), device=last.device), last]), result.state
+
+        return generate_stream(
+            read,
+            ids,
+            max_new_tokens,
+            mask=mask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            generator=generator,
+            use_state=use_state,
+        )
 
 
 def next_tokens(ids: Int[Tensor, "b n"], mask: Mask | None = None) -> Int[Tensor, "b n"]:
@@ -275,41 +263,3 @@ def next_tokens(ids: Int[Tensor, "b n"], mask: Mask | None = None) -> Int[Tensor
         following = following.where(rank < layout.lengths[:, None] - 1, IGNORED)
     # Scattering fills padding with 0, which is a token: shift the ignored value there for the way back.
     return layout.scatter(following - IGNORED, axis=1) + IGNORED
-
-
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    at_least("temperature", temperature, 0.0)
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise Unsupported(
-            "top_k or top_p with temperature=0, which takes the likeliest token", supported="temperature > 0"
-        )
-    if top_k is not None:
-        at_least("top_k", top_k, 1)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise Unsupported(f"top_p={top_p}", supported="0 < top_p <= 1", nearest="top_p=0.9")
-
-
-def sample(
-    logits: Float[Tensor, "b vocab"],
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Int[Tensor, " b"]:
-    """A token from each row of logits; see :meth:`LanguageModel.generate_stream`."""
-    _check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        return logits.argmax(-1)
-    ordered, tokens = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).sort(
-        -1, descending=True
-    )
-    kept = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k is not None:
-        kept[:, top_k:] = False
-    if top_p is not None:
-        # A token stays when the likelier ones together have less than top_p, so the likeliest always stays.
-        probability = ordered.softmax(-1)
-        kept &= probability.cumsum(-1) - probability < top_p
-    probability = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-    return tokens.gather(-1, torch.multinomial(probability, 1, generator=generator)).squeeze(-1)

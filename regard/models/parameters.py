@@ -48,7 +48,7 @@ def match_parameters(config: AnyConfig, target: int) -> AnyConfig:
     width = aligned if abs(count(aligned) - target) <= 0.005 * target else nearest
     if abs(count(width) - target) > 0.02 * target:
         raise Unsupported(
-            f"{target:,} parameters with dim={config.dim} and {len(config.plan)} layers",
+            f"{target:,} parameters with dim={config.dim} and {config.num_layers} layers",
             supported=f"from {smallest:,} parameters, in steps of {slope:,}",
             nearest=f"{count(width):,} parameters",
         )

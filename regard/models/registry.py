@@ -8,13 +8,17 @@ from torch import nn
 
 from regard.contract import Unsupported, closest
 from regard.models.encoder import Encoder, EncoderConfig
+from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 
-Config = LanguageModelConfig | EncoderConfig
+Config = LanguageModelConfig | EncoderConfig | EncoderDecoderConfig | ForecasterConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
     "LanguageModel": (LanguageModel, LanguageModelConfig),
     "Encoder": (Encoder, EncoderConfig),
+    "EncoderDecoder": (EncoderDecoder, EncoderDecoderConfig),
+    "Forecaster": (Forecaster, ForecasterConfig),
 }
 
 

@@ -7,9 +7,14 @@ from typing import Any
 
 from regard.contract import Unsupported, closest
 from regard.tasks.copying import CopyingTask
+from regard.tasks.dataset import DatasetTask
+from regard.tasks.document_classes import DocumentsTask
 from regard.tasks.documents import Paths
+from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.listops import ListOpsTask
+from regard.tasks.matching import MatchingTask
+from regard.tasks.paraphrase import ParaphraseTask
 from regard.tasks.protocol import (
     IGNORED,
     Batch,
@@ -24,11 +29,22 @@ from regard.tasks.protocol import (
     squared_error_by_item,
 )
 from regard.tasks.recall import RecallTask
+from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TextTask, RecallTask, CopyingTask, ListOpsTask, ImagesTask)
-}
+_TASKS = (
+    TextTask,
+    RecallTask,
+    CopyingTask,
+    ListOpsTask,
+    ImagesTask,
+    DocumentsTask,
+    MatchingTask,
+    ParaphraseTask,
+    SummarizeTask,
+    ForecastTask,
+)
+TASKS: dict[str, type[Task]] = {task.name: task for task in _TASKS}
 """The tasks by name; a class's docstring says what its options mean and their ranges."""
 
 
@@ -82,6 +98,7 @@ __all__ = [
     "IGNORED",
     "TASKS",
     "Batch",
+    "DatasetTask",
     "Task",
     "absolute_error",
     "accuracy",

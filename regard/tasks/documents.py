@@ -116,6 +116,17 @@ def read_standard_library() -> tuple[list[Document], list[str]]:
     return documents, [f"{skipped} files that are not UTF-8 left out"] if skipped else []
 
 
+def names_of(data: Paths) -> str:
+    """The names of some files, without their folders."""
+    names = [Path(path).name or str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def printable(text: str) -> str:
+    """Text on one line that is safe on a terminal: newlines as a mark, other control characters as dots."""
+    return "".join("\u23ce" if c == "\n" else c if c.isprintable() else "\u00b7" for c in text)
+
+
 def nearest_path(path: Path) -> str:
     """An existing path spelled like `path`: in its folder, or in the nearest folder above that exists."""
     missing, parent = path, path.parent

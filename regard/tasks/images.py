@@ -20,7 +20,6 @@ from regard.contract import Pattern, Unsupported, closest
 from regard.tasks.documents import nearest_path
 from regard.tasks.protocol import (
     SPLIT,
-    TRAINING,
     Batch,
     Task,
     check_fraction,
@@ -28,6 +27,7 @@ from regard.tasks.protocol import (
     counter_generator,
     in_batches,
 )
+from regard.tasks.sampling import in_epochs, one_of_each_in_turn
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
@@ -109,23 +109,14 @@ class ImagesTask(Task):
         self.features: int = self.patch**2 * depth
 
         self._training, self._held_out = _split(images, held_out, seed)
-        self._scored = _balanced(self._held_out, images.labels)[:evaluation_items]
+        self._scored = one_of_each_in_turn(self._held_out, images.labels)[:evaluation_items]
         training = images.pixels[self._training].reshape(-1, depth)
         self._mean = training.mean(0, dtype=np.float64)
         self._deviation = np.maximum(training.std(0, dtype=np.float64), 1.0)
         self.chance = float(np.bincount(images.labels[self._scored]).max() / len(self._scored))
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
-        check_integer("batch_size", batch_size, 1, 1 << 20)
-        count = len(self._training)
-        places = step * batch_size + np.arange(batch_size)
-        epochs = places // count
-        chosen = np.empty(batch_size, dtype=np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            order = counter_generator(seed, epoch, TRAINING).permutation(self._training)
-            here = epochs == epoch
-            chosen[here] = order[places[here] % count]
-        return self._batch(chosen)
+        return self._batch(in_epochs(self._training, step, seed, batch_size))
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         for rows in in_batches(len(self._scored), batch_size):
@@ -378,16 +369,6 @@ def _split(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n
         held_out.append(order[: max(1, round(share * len(members)))])
     chosen = np.sort(np.concatenate(held_out))
     return np.setdiff1d(everything, chosen), chosen
-
-
-def _balanced(chosen: Int[np.ndarray, " m"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """The same images, one of each class in turn, so that any first few are balanced."""
-    rank: Counter[int] = Counter()
-    ranks = []
-    for label in labels[chosen].tolist():
-        ranks.append(rank[label])
-        rank[label] += 1
-    return chosen[np.argsort(ranks, kind="stable")]
 
 
 def _choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:

@@ -62,8 +62,9 @@ class Batch:
         return self if (begin, end) == (0, self.size) else self._each(lambda x: x[begin:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors: dict[str, Any] = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(x) for name, x in tensors.items()})
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: change(x) for name, x in tensors.items()}
+        return replace(self, **changed)
 
 
 class Task(Protocol):
@@ -97,6 +98,8 @@ class Task(Protocol):
         num_targets: numbers for each position in regression.
         memory_length: tokens of the memory, padding included, in a cross pattern; None in a self pattern.
         memory_vocab_size, memory_features: as `vocab_size` and `features`, of the memory.
+        target_features: columns of a memory of floats that hold the past of the targets, in their order; the first
+            `num_targets` columns when None.
         generates: tokens to generate for each held-out item, which :meth:`score_generated` then judges in the place of
             :meth:`score`; None when logits are scored.
         stop_tokens: what ends a generated sequence.
@@ -105,6 +108,7 @@ class Task(Protocol):
         higher_is_better: of that metric.
         solved: the score from which the task counts as solved; None when it is open-ended.
         chance: the score of a model that ignores the input.
+        baseline: name and score, on the same held-out items, of a simple rule that a model should beat.
     """
 
     name: str
@@ -118,6 +122,7 @@ class Task(Protocol):
     memory_length: int | None = None
     memory_vocab_size: int | None = None
     memory_features: int | None = None
+    target_features: tuple[int, ...] | None = None
     generates: int | None = None
     stop_tokens: tuple[int, ...] = ()
     grid: tuple[int, ...] | None = None
@@ -125,6 +130,7 @@ class Task(Protocol):
     higher_is_better: bool = True
     solved: float | None = None
     chance: float | None = None
+    baseline: tuple[str, float] | None = None
 
     def describe(self) -> str:
         """Sizes, splits and a sample, shown before training. Plain text: print it without markup."""
@@ -146,7 +152,7 @@ class Task(Protocol):
         self, tokens: Int[Tensor, "b n"], batch: Batch
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """As :meth:`score`, for tasks with `generates`: of generated tokens, which end at the first of `stop_tokens`."""
-        raise NotImplementedError
+        raise Unsupported(f"generated answers to {self.name}", supported="tasks with `generates`, which define this")
 
     def loss(self, output: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Sum and weight of each item of what training minimises: cross entropy (nats), or squared error."""
@@ -163,7 +169,7 @@ def check_task(task: Any) -> Task:
     told = f"the task {getattr(task, 'name', type(task).__name__)!r}"
     required = ["name", "pattern", "objective", "length", "vocab_size", "features", "num_classes", "grid", "metric"]
     required += ["higher_is_better", "solved", "chance", "num_targets", "memory_length", "memory_vocab_size"]
-    required += ["memory_features", "generates", "stop_tokens", "loss"]
+    required += ["memory_features", "target_features", "generates", "stop_tokens", "loss"]
     required += ["describe", "training_batch", "evaluation_batches", "score"]
     missing = [name for name in required if not hasattr(task, name)]
     if missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported
-from regard.tasks.documents import Document, Paths, read_documents, read_standard_library
+from regard.tasks.documents import Document, Paths, names_of, printable, read_documents, read_standard_library
 from regard.tasks.protocol import (
     SPLIT,
     TRAINING,
@@ -88,7 +87,7 @@ class TextTask(Task):
         texts = [document.text for document in self.training_documents]
         self.tokenizer = create_tokenizer(tokenizer, texts)
         self.vocab_size: int = self.tokenizer.vocab_size
-        self._source = "Python's standard library" if data is None else _names(data)
+        self._source = "Python's standard library" if data is None else names_of(data)
         self._training = self.tokenizer.encode(texts)
         self._held_out = self.tokenizer.encode([document.text for document in self.held_out_documents])
         self._check_length()
@@ -123,7 +122,7 @@ class TextTask(Task):
         lines.append(f"split: {self._split}")
         lines.append(f"scored on {len(self._starts)} held-out windows that predict no token twice, in bits per byte")
         lines += [f"note: {note}" for note in self._notes]
-        lines.append("sample: " + _printable(self.tokenizer.decode(self._training[: self.length])[:200]))
+        lines.append("sample: " + printable(self.tokenizer.decode(self._training[: self.length])[:200]))
         return "\n".join(lines)
 
     def _windows(self, tokens: Int[np.ndarray, " n"], starts: Int[np.ndarray, " b"]) -> Batch:
@@ -210,13 +209,3 @@ def _border(text: bytes, near: int) -> int:
 def _distinct(documents: list[Document]) -> tuple[list[Document], int]:
     unique = list({document.digest: document for document in reversed(documents)}.values())[::-1]
     return unique, len(documents) - len(unique)
-
-
-def _names(data: Paths) -> str:
-    names = [Path(path).name or str(path) for path in ([data] if isinstance(data, str | Path) else data)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _printable(text: str) -> str:
-    """Text on one line that is safe on a terminal: newlines as a mark, other control characters as dots."""
-    return "".join("\u23ce" if c == "\n" else c if c.isprintable() else "\u00b7" for c in text)

@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """Tokens of the texts, one after another, in the smallest dtype that holds them."""
         ...
 
+    def encode_each(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
+        """Tokens of each text."""
+        ...
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of some tokens; bytes that are not UTF-8 become replacement characters."""
         ...
@@ -57,6 +61,9 @@ class ByteTokenizer:
     def encode(self, texts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
         return np.frombuffer(b"".join(texts), dtype=np.uint8)
 
+    def encode_each(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
+        return [np.frombuffer(text, dtype=np.uint8) for text in texts]
+
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(int(token) for token in tokens).decode(errors="replace")
 
@@ -68,6 +75,7 @@ class BpeTokenizer:
         self._tokenizer = tokenizer
         self.name = name
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         # In the byte-level alphabet each character of a token is one byte.
         lengths = [len(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
         self.token_bytes: Int[Tensor, " v"] = torch.tensor(lengths, dtype=torch.int64)
@@ -120,9 +128,11 @@ class BpeTokenizer:
         self._tokenizer.save(str(path))
 
     def encode(self, texts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+        return np.concatenate(self.encode_each(texts) or [np.empty(0, self._dtype)])
+
+    def encode_each(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
         encodings = self._tokenizer.encode_batch([text.decode() for text in texts], add_special_tokens=False)
-        return np.concatenate([np.asarray(e.ids, dtype=dtype) for e in encodings] or [np.empty(0, dtype)])
+        return [np.asarray(e.ids, dtype=self._dtype) for e in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)

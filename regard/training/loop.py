@@ -351,12 +351,9 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
             if task.generates is None:
                 sums, weights = task.score(output, chosen)
             else:
+                memory = {} if chosen.memory is None else {"memory": chosen.memory, "memory_mask": context.memory_mask}
                 tokens = model.generate(  # type: ignore[operator]
-                    chosen.inputs[:, :1],
-                    task.generates,
-                    memory=chosen.memory,
-                    memory_mask=context.memory_mask,
-                    stop_tokens=task.stop_tokens,
+                    chosen.inputs[:, :1], task.generates, stop_tokens=task.stop_tokens, **memory
                 )
                 sums, weights = task.score_generated(tokens, chosen)
             items += list(zip(sums.tolist(), weights.tolist(), strict=True))

@@ -16,12 +16,12 @@ from typing import Any
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported, one_of
+from regard.measurement.store import Store
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import MIXING, WHAT, LayerSettings
 from regard.workbench.needs import NEEDS, find, parse_needs
 from regard.workbench.pasted import code_for
 from regard.workbench.probe import LENGTHS, LayerMeasure, Measure, Probe, probe
-from regard.workbench.store import Store
 
 USES = {"train": "training", "infer": "forward", "serve": "decode"}
 """What a mechanism is for, and the kind of work whose time then decides."""

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from regard.contract import Context, Unsupported
+from regard.measurement import provenance
+from regard.measurement.store import Store
 from regard.models import count_parameters, save_pretrained
 from regard.tasks import Task
 from regard.training import evaluate, train
-from regard.workbench import provenance
 from regard.workbench.cost import model_costs
 from regard.workbench.recommend import Recommendation, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import CompareSettings
-from regard.workbench.store import Store
 from regard.workbench.summary import by_tokens, comparison_of, rates_on_edge, summarise, thin
 from regard.workbench.work import Work, build, cost_seconds, plan
 
@@ -224,9 +224,9 @@ class _Runner:
         found = []
         measured = set()
         for work in self.works:
-            if work.task.objective in measured:
+            if work.kind in measured:
                 continue
-            measured.add(work.task.objective)
+            measured.add(work.kind)
             keys = {
                 name: self._cell(
                     work,
@@ -245,7 +245,8 @@ class _Runner:
                 make_input = functools.partial(_input, work.task)
                 costs = model_costs(models, self.settings.lengths, make_input, seconds=0.5)
                 for name, cost in costs.items():
-                    self.store.put("cost", keys[name], {"task": work.task.name, "mechanism": name, **cost})
+                    named = {"task": work.task.name, "mechanism": name, "pattern": str(work.task.pattern)}
+                    self.store.put("cost", keys[name], named | cost)
                 rows = {name: self.store.get("cost", key) for name, key in keys.items()}
             found += [row.payload for row in rows.values() if row is not None]
         return found
@@ -259,13 +260,13 @@ class _Runner:
     ) -> Outcome:
         settings = self.settings
         comparisons = {task: comparison_of(rows) for task, rows in quality.items()}
-        objective = {w.task.name: w.task.objective for w in self.works}
-        cost_of = {(objective[row["task"]], row["mechanism"]): row for row in costs}
+        kind = {w.task.name: w.kind for w in self.works}
+        cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
         summary = {
             task: summarise(
                 rows,
                 comparisons[task],
-                {m: cost_of.get((objective[task], m), {}) for m in settings.mechanisms},
+                {m: cost_of.get((kind[task], m), {}) for m in settings.mechanisms},
                 settings,
             )
             for task, rows in quality.items()
@@ -364,14 +365,22 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
     )
 
 
-def _input(task: Task, length: int) -> tuple[Tensor, Context]:
+def _input(task: Task, length: int) -> tuple[tuple[Tensor, ...], Context]:
+    """Inputs of `length` tokens; in a cross pattern the task's own, and a memory of `length`."""
     generator = torch.Generator().manual_seed(0)
-    if task.vocab_size is not None:
-        return torch.randint(task.vocab_size, (1, length), generator=generator), Context()
+
+    def tokens(count: int, vocab_size: int | None, features: int | None) -> Tensor:
+        if vocab_size is not None:
+            return torch.randint(vocab_size, (1, count), generator=generator)
+        return torch.randn(1, count, features or 0, generator=generator)
+
+    if task.pattern.cross:
+        memory = tokens(length, task.memory_vocab_size, task.memory_features)
+        return (tokens(task.length, task.vocab_size, task.features), memory), Context()
+    if task.grid is None or task.vocab_size is not None:
+        return (tokens(length, task.vocab_size, task.features),), Context()
     width = math.isqrt(length)
-    grid = (width, width) if task.grid is not None else None
-    tokens = width * width if grid is not None else length
-    return torch.randn(1, tokens, task.features or 1, generator=generator), Context(grid=grid)
+    return (tokens(width * width, None, task.features),), Context(grid=(width, width))
 
 
 def _reaches(task: Task, score: float) -> bool:
@@ -380,17 +389,18 @@ def _reaches(task: Task, score: float) -> bool:
 
 
 def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, Any]:
+    cross = " (of the memory, in cross patterns)" if any(work.task.pattern.cross for work in works) else ""
     described: dict[str, Any] = {
         "backbone": f"{settings.layers} layers, width {settings.dim}, {settings.heads} heads",
         "learning rates tried": ", ".join(f"{r:g}" for r in settings.rates),
-        "table and picture at": f"{settings.at_length} tokens, batch 1",
+        "table and picture at": f"{settings.at_length} tokens{cross}, batch 1",
         "threads": torch.get_num_threads(),
     }
     for work in works:
         steps = sorted(set(work.steps.values()))
         described[f"{work.task.name}: run"] = (
             f"{work.target:,} parameters, {' to '.join(map(str, steps[:1] + steps[1:][-1:]))} steps of "
-            f"{work.batch_size} x {work.task.length} tokens; {work.items - work.search_items} held-out items "
+            f"{work.batch}; {work.items - work.search_items} held-out items "
             f"({work.search_items} others chose the learning rate)"
         )
     return described

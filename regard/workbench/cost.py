@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from regard.backends import recording
 from regard.backends.native import library
 from regard.contract import Context
-from regard.models import LanguageModel
+from regard.measurement.timing import Timing, efficiency_length, interleaved
+from regard.models import EncoderDecoder, LanguageModel
 from regard.training.memory import peak_memory
-from regard.workbench.timing import Timing, efficiency_length, interleaved
 
 REFERENCE = "softmax"
 DECODE_STEPS = 8
@@ -23,7 +23,7 @@ DECODE_STEPS = 8
 def model_costs(
     models: Mapping[str, nn.Module],
     lengths: Sequence[int],
-    make_input: Callable[[int], tuple[Tensor, Context]],
+    make_input: Callable[[int], tuple[tuple[Tensor, ...], Context]],
     *,
     seconds: float = 1.0,
     on_length: Callable[[int], None] | None = None,
@@ -32,8 +32,8 @@ def model_costs(
 
     Args:
         models: by mechanism; with `softmax` among them efficiency lengths are found.
-        lengths: of the input.
-        make_input: an input of a given length and its context.
+        lengths: of the input, or of the memory.
+        make_input: an input of a given length (or an input, and a memory of that length) and its context.
         seconds: of timing at each length.
         on_length: called after each length.
 
@@ -49,7 +49,7 @@ def model_costs(
             model.eval()
         for length in lengths:
             inputs, context = make_input(length)
-            forward = {n: functools.partial(m, inputs, context=context) for n, m in models.items()}
+            forward = {n: functools.partial(m, *inputs, context=context) for n, m in models.items()}
             for name, timing in interleaved(forward, seconds=seconds).items():
                 found[name]["latency"].append([length, *_milliseconds(timing)])
             for name, action in forward.items():
@@ -73,25 +73,27 @@ def model_costs(
 def _decoding(
     models: Mapping[str, nn.Module],
     length: int,
-    inputs: Tensor,
+    inputs: tuple[Tensor, ...],
     context: Context,
     found: dict[str, dict[str, Any]],
     seconds: float,
 ) -> None:
-    """Tokens per second of one sequence after `length` tokens, and the bytes of its state."""
+    """Tokens per second of one sequence after `inputs`, and the bytes of its state, which has absorbed any memory."""
     actions = {}
     for name, model in models.items():
-        if not isinstance(model, LanguageModel):
+        if not isinstance(model, LanguageModel | EncoderDecoder):
             return
-        state = model(inputs, context=context.replace(want=frozenset({"state"}))).state
+        if not all(block.continues for block in model.blocks):
+            continue  # nothing to decode from
+        state = model(*inputs, context=context.replace(want=frozenset({"state"}))).state
         found[name]["state_bytes"].append([length, state.nbytes])
 
         def steps(model: nn.Module = model, state: Any = state) -> None:
             for _ in range(DECODE_STEPS):
-                state = model(inputs[:, :1], state=state).state
+                state = model(inputs[0][:, :1], state=state).state
 
         actions[name] = steps
-    for name, timing in interleaved(actions, seconds=seconds / 2).items():
+    for name, timing in interleaved(actions, seconds=seconds / 2).items() if actions else ():
         found[name]["decode"].append([length, DECODE_STEPS / timing.median])
 
 

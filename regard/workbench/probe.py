@@ -23,11 +23,11 @@ import torch
 
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
-from regard.workbench import provenance
+from regard.measurement import provenance
+from regard.measurement.timing import interleaved
 from regard.workbench.layer_work import Decoding, LayerSettings, LayerWork
 from regard.workbench.prediction import Curve
 from regard.workbench.profile import measure_memory
-from regard.workbench.timing import interleaved
 
 LENGTHS = (32, 64, 128, 512, 2048, 8192)
 FEWEST = 2

@@ -17,11 +17,11 @@ from regard.backends import recording
 from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
+from regard.measurement.timing import Timing, efficiency_length, interleaved
 from regard.training.memory import peak_memory
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
 from regard.workbench.subjects import Subject
-from regard.workbench.timing import Timing, efficiency_length, interleaved
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from regard.measurement.statistics import Comparison, seeds_needed
 from regard.workbench.budget import Budget
-from regard.workbench.statistics import Comparison, seeds_needed
 
 PREFERENCES = {
     "inference": ("inference_ms", False, "{:.3g} ms of inference"),

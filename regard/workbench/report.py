@@ -21,7 +21,6 @@ from regard.workbench.charts import Axis, ScatterPoint, Series, is_number
 Payload = Mapping[str, Any]
 REFERENCE = "softmax"
 """What efficiency lengths are counted against."""
-LENGTH = Axis("length of the input, tokens →", charts.format_length, log=True, base=2)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def write_report(
         path: the HTML file. Its folder is created when missing.
         run, quality, cost, search: payloads of the rows of those kinds.
         summary: of each task, one entry a mechanism.
-        machine: :func:`regard.workbench.provenance.fingerprint` of where it was measured.
+        machine: :func:`regard.measurement.provenance.fingerprint` of where it was measured.
         revision: of the code that measured; None when it was not recorded.
 
     Returns:
@@ -290,6 +289,9 @@ class _View:
             ("Decoding speed", "decode", decode, None),
             ("State kept to decode the next token", "state_bytes", memory, None),
         ]
+        cross = any(row["task"] == task and str(row.get("pattern", "")).endswith("cross") for row in self.cost)
+        what = "memory" if cross else "input"
+        length = Axis(f"length of the {what}, tokens →", charts.format_length, log=True, base=2)
         if len(self.costed) > 1:
             wanted = wanted[:3]  # one row of the page a task; the table has the state
         drawn = []
@@ -300,7 +302,7 @@ class _View:
                 f"{task}: {name.lower()} against length",
                 f"One line for each of {len(series)} mechanisms, both axes logarithmic.",
                 series,
-                LENGTH,
+                length,
                 axis,
             )
             if chart is not None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from regard.measurement.statistics import Comparison, Scores, items_array, pareto_front
 from regard.training.loop import History, Point
 from regard.workbench.settings import CompareSettings
-from regard.workbench.statistics import Comparison, Scores, items_array, pareto_front
 
 CURVE_POINTS = 100
 

@@ -16,67 +16,89 @@ from torch.utils.flop_counter import FlopCounterMode
 from regard import backends
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Unsupported
+from regard.measurement import provenance
+from regard.measurement.store import Store
 from regard.models import (
-    Encoder,
     EncoderConfig,
-    LanguageModel,
+    EncoderDecoderConfig,
+    ForecasterConfig,
     LanguageModelConfig,
+    build_model,
     count_parameters,
     match_parameters,
 )
 from regard.tasks import Task, mean_loss
 from regard.training import TrainConfig, evaluate, train
 from regard.training.loop import batch_context, run_model
-from regard.workbench import provenance
 from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
-from regard.workbench.store import Store
 
 CALIBRATION_SECONDS = 20.0
 FEWEST_STEPS = 20
 SAFETY = 0.85
 """Part of a time budget that is planned; the rest absorbs a machine that slows down."""
+BACKBONES = (
+    (Pattern.CAUSAL_SELF, "next-token"),
+    (Pattern.NONCAUSAL_SELF, "classification"),
+    (Pattern.NONCAUSAL_SELF, "regression"),
+    (Pattern.CAUSAL_CROSS, "next-token"),
+    (Pattern.NONCAUSAL_CROSS, "regression"),
+)
+"""Patterns and objectives of tasks that there is a model for."""
 
 
 def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
-    """The backbone of a task with `card` in its place: in every layer, as the pool, or as the projections."""
-    if task.pattern not in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
+    """The backbone of a task with `card` in its place: in every layer, as the pool, or as the projections.
+
+    In a cross pattern it is between the two sequences, and softmax stays within each: one pattern is replaced at a
+    time, as in the Comprehensive Attention Benchmark (arXiv 2210.07661).
+    """
+    kind = (task.pattern, task.objective)
+    if kind not in BACKBONES:
         raise Unsupported(
-            f"task {task.name} of pattern {task.pattern}", supported="causal-self and noncausal-self tasks"
+            f"task {task.name} of pattern {task.pattern} and objective {task.objective}",
+            supported="; ".join(f"{pattern} with {objective}" for pattern, objective in BACKBONES),
         )
     plan: Any = card.name
     if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
-        plan = [(card.name, {"length": task.length})] * settings.layers  # a constant that follows the training length
+        keys = task.memory_length if task.pattern.cross else task.length
+        plan = [(card.name, {"length": keys})] * settings.layers  # a constant that follows the training length
     if card.kind is Kind.PROJECTION:
         plan = [("softmax", {"linear": card.name})] * settings.layers
-    shared: dict[str, Any] = {
-        "dim": settings.dim,
-        "num_layers": settings.layers if isinstance(plan, str) else None,
-        "num_heads": settings.heads,
-        "max_length": max(task.length, *settings.lengths),
-        # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
-        "positions": "sinusoidal" if task.grid is not None else "auto",
-    }
-    if card.kind is Kind.POOLING:
-        if task.objective != "classification":
-            raise Unsupported(
-                f"{card.name}, which pools a sequence, on the task {task.name}",
-                supported="classification tasks: listops, images",
-            )
-        return EncoderConfig(
-            task.num_classes or 0, task.vocab_size, task.features, plan="softmax", pool=card.name, **shared
+    elif card.kind is not Kind.POOLING:
+        card.require_pattern(task.pattern)
+    elif task.objective != "classification":
+        raise Unsupported(
+            f"{card.name}, which pools a sequence, on the task {task.name}",
+            supported="classification tasks: listops, images",
         )
-    card.require_pattern(task.pattern)
-    if task.objective == "next-token":
-        return LanguageModelConfig(task.vocab_size or 0, plan=plan, **shared)
-    return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **shared)
+    sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
+    if kind == (Pattern.NONCAUSAL_CROSS, "regression"):
+        targets = task.target_features or tuple(range(task.num_targets or 0))
+        return ForecasterConfig(
+            task.features or 0, task.memory_features or 0, target_features=targets, cross_plan=plan, **sizes
+        )
+    sizes["max_length"] = max(task.length, task.memory_length or 0, *settings.lengths)
+    if kind == (Pattern.CAUSAL_CROSS, "next-token"):
+        return EncoderDecoderConfig(
+            task.vocab_size or 0, task.memory_vocab_size, task.memory_features, cross_plan=plan, **sizes
+        )
+    # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
+    sizes["positions"] = "sinusoidal" if task.grid is not None else "auto"
+    if kind == (Pattern.CAUSAL_SELF, "next-token"):
+        return LanguageModelConfig(task.vocab_size or 0, plan=plan, **sizes)
+    if task.objective == "regression":
+        return EncoderConfig(task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
+    if card.kind is Kind.POOLING:
+        sizes["pool"], plan = card.name, "softmax"
+    return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
 
 
 def build(config: Any, seed: int) -> nn.Module:
     """A model with the initial weights of a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LanguageModel(config) if isinstance(config, LanguageModelConfig) else Encoder(config)
+        return build_model(config)
 
 
 class Work:
@@ -88,7 +110,8 @@ class Work:
         configs = {card.name: model_config(card, task, settings) for card in cards}
         self.target = count_parameters(configs.get("softmax", next(iter(configs.values()))))
         self.configs = {name: match_parameters(config, self.target) for name, config in configs.items()}
-        self.batch_size = max(1, settings.batch_tokens // task.length)
+        self.item_tokens = task.length + (task.memory_length or 0)
+        self.batch_size = max(1, settings.batch_tokens // self.item_tokens)
         self.items = sum(batch.size for batch in task.evaluation_batches(64))
         self.search_items = max(1, self.items // 4) if self.items > 1 and len(settings.rates) > 1 else 0
         self.identity = {
@@ -101,6 +124,8 @@ class Work:
             "parameters": self.target,
             "batch_size": self.batch_size,
         }
+        if task.memory_length is not None:
+            self.identity |= {"pattern": str(task.pattern), "memory_length": task.memory_length}
         self.steps: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
         self.evaluation_seconds: dict[str, float] = {}
@@ -119,6 +144,17 @@ class Work:
             started = time.monotonic()
             evaluate(model, self.task, self.batch_size, last=min(self.items, self.batch_size))
             self.evaluation_seconds[name] = (time.monotonic() - started) * max(1.0, self.items / self.batch_size)
+
+    @property
+    def kind(self) -> tuple[str, Pattern]:
+        """Tasks of one kind share a backbone, whose costs are measured once."""
+        return self.task.objective, self.task.pattern
+
+    @property
+    def batch(self) -> str:
+        """The size of a training step, in words."""
+        memory = "" if self.task.memory_length is None else f"{self.task.memory_length} + "
+        return f"{self.batch_size} x {memory}{self.task.length} tokens"
 
     @property
     def runs(self) -> int:
@@ -189,10 +225,10 @@ def plan(
         work.steps = planned["steps"]
         work.step_seconds, work.evaluation_seconds = planned["step_seconds"], planned["evaluation_seconds"]
         counts = sorted(set(work.steps.values()))
-        tokens = " to ".join(f"{n * work.batch_size * work.task.length:,}" for n in counts[:1] + counts[1:][-1:])
+        tokens = " to ".join(f"{n * work.batch_size * work.item_tokens:,}" for n in counts[:1] + counts[1:][-1:])
         say(
             f"{work.task.name}: {work.target:,} parameters, {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} steps of "
-            f"{work.batch_size} x {work.task.length} tokens ({tokens} tokens a run)"
+            f"{work.batch} ({tokens} tokens a run)"
         )
 
 
@@ -226,7 +262,7 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
     for work in works:
         for name in work.configs:
             if unit == "tokens":
-                work.steps[name] = round(amount / (work.batch_size * work.task.length))
+                work.steps[name] = round(amount / (work.batch_size * work.item_tokens))
             elif unit == "flops":
                 work.steps[name] = round(amount / work.flops_a_step(name))
     if unit == "seconds":
@@ -247,13 +283,13 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
 
 def cost_seconds(works: Sequence[Work], settings: CompareSettings) -> float:
     """A generous estimate of the time that measuring costs takes: it is bounded by its own settings."""
-    objectives = {work.task.objective for work in works}
-    return len(objectives) * len(settings.lengths) * 0.5 * len(settings.mechanisms) + 5.0
+    kinds = {work.kind for work in works}
+    return len(kinds) * len(settings.lengths) * 0.5 * len(settings.mechanisms) + 5.0
 
 
 def _least_budget(works: Sequence[Work], settings: CompareSettings, spent: float) -> Budget:
     if settings.budget.unit == "tokens":
-        return Budget("tokens", float(max(2 * FEWEST_STEPS * w.batch_size * w.task.length for w in works)))
+        return Budget("tokens", float(max(2 * FEWEST_STEPS * w.batch_size * w.item_tokens for w in works)))
     if settings.budget.unit == "flops":
         return Budget("flops", max(2 * FEWEST_STEPS * w.flops_a_step(n) for w in works for n in w.configs))
     work = max(w.seconds_besides() + 2 * FEWEST_STEPS * w.seconds_a_step() for w in works)

@@ -19,10 +19,11 @@ import torch
 from regard import catalogue, get_mechanism, list_mechanisms
 from regard.cli import app, main
 from regard.contract import Pattern
+from regard.reproductions import list_reproductions
 from regard.workbench.verify import PROPERTIES
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"matrix.md", "parity.md"}
+GENERATED = {"matrix.md", "parity.md", "verdicts.md"}
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 SHORT = {"NS": "noncausal-self", "CS": "causal-self", "NC": "noncausal-cross", "CC": "causal-cross"}
 
@@ -179,6 +180,47 @@ def test_the_matrix_shows_errors_failures_and_waivers():
     assert "1 fail" in own
     assert "2.0e-16" in own
     assert "the reason" in own
+
+
+def reproduced(name, outcome, *, mean=None):
+    measured = {"mean": mean, "standard_error": 0.0125, "low": 0.1, "high": 0.2, "seeds": 3, "outcome": outcome}
+    absent = dict.fromkeys(("mean", "standard_error", "low", "high"))
+    return {
+        "name": name,
+        "mechanisms": [name],
+        "paper": {"title": "", "arxiv": "1234.56789", "year": 2024, "number": 1},
+        "claim": f"The claim of {name}.",
+        "instead": "A small one.",
+        "outcome": outcome,
+        "findings": [{"says": "more", **(measured if mean is not None else absent | {"seeds": 0, "outcome": outcome})}],
+        "done": 5,
+        "planned": 6,
+        "missing": ["b 2"],
+        "cells": [],
+    }
+
+
+def test_verdicts_show_failures_first_with_what_was_measured():
+    data = {
+        "measured": "this",
+        "reproductions": [
+            reproduced("delta_rule", "held", mean=0.15),
+            reproduced("sigmoid", "undecided at this size", mean=0.25),
+            reproduced("linear", "did not hold", mean=-0.35),
+        ],
+    }
+    found = generate.reproductions(data)
+    assert [one["name"] for one in found][:3] == ["linear", "sigmoid", "delta_rule"]
+    assert {one["name"] for one in found} == set(list_reproductions())
+    assert all(one["outcome"] == "not run" for one in found[3:])
+    page = generate.verdicts_page(found, "this")
+    assert page.index("## linear") < page.index("## sigmoid") < page.index("## delta_rule") < page.index("## mamba")
+    assert "-0.35 ± 0.013 (0.1 to 0.2)" in page
+    assert "**did not hold**" in page
+    assert "5 of 6 cells, missing: b 2" in page
+    own = generate.mechanism_page(get_mechanism("linear"), [], found)
+    assert "At a small size: **did not hold**." in own
+    assert "The claim of sigmoid." not in own
 
 
 def test_the_parity_page_names_every_recording_with_its_error():

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from regard.contract import Context, Mask, Unsupported
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.models.language_model import next_tokens, sample
+from regard.models.generation import sample
+from regard.models.language_model import next_tokens
 
 PLANS = {
     "softmax": ["softmax"] * 2,

@@ -201,7 +201,8 @@ def test_nonsense_is_refused_with_what_is_accepted(name, options, told):
 
 
 def test_list_tasks_names_what_create_task_makes():
-    assert list_tasks() == ["text", "recall", "copying", "listops", "images"]
+    generated_or_read = ["text", "recall", "copying", "listops", "images", "documents", "matching"]
+    assert list_tasks() == [*generated_or_read, "paraphrase", "summarize", "forecast"]
 
 
 def test_batch_size_must_be_positive():

@@ -7,13 +7,13 @@ import torch
 
 import regard
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
+from regard.measurement.store import Store
 from regard.workbench.advise import AdviseSettings, advise, duration, parse_memory, read_quality, size
 from regard.workbench.advise_check import Errors, check, errors_of
 from regard.workbench.advise_text import advice_text, errors_table
 from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.pasted import code_for
 from regard.workbench.probe import Sample, probe
-from regard.workbench.store import Store
 
 SMALL = {"dim": 32, "heads": 2}
 

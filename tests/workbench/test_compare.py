@@ -8,12 +8,12 @@ import time
 import pytest
 
 from regard import Unsupported
+from regard.measurement.store import Store
 from regard.models import count_parameters, from_pretrained
 from regard.tasks import create_task
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare, render_report
 from regard.workbench.settings import CompareSettings
-from regard.workbench.store import Store
 from regard.workbench.work import Work, build
 
 MECHANISMS = ("softmax", "linear", "gated_linear")

@@ -1,7 +1,7 @@
 import numpy as np
 
+from regard.measurement.statistics import Comparison, Scores
 from regard.workbench.recommend import recommend
-from regard.workbench.statistics import Comparison, Scores
 
 
 def case(scores, inference, solved=None, seeds=3, noise=0.001):

@@ -23,10 +23,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from regard.contract import Unsupported, closest
-from regard.workbench import provenance
+from regard.measurement import provenance
 
 SCHEMA_VERSION = 1
-KINDS = ("plan", "search", "quality", "cost", "profile", "verify", "run")
+KINDS = ("plan", "search", "quality", "cost", "profile", "verify", "run", "reproduction")
 SECONDS_TO_WAIT = 60.0
 """For another writer to finish its row."""
 
@@ -61,7 +61,7 @@ class Row:
         run: id of the run that made it.
         regard_version: of the code that made it.
         git_revision: of the code that made it; None for an installed package.
-        machine: :func:`regard.workbench.provenance.fingerprint` of where it was made.
+        machine: :func:`regard.measurement.provenance.fingerprint` of where it was made.
         command: the command line that made it.
         payload: what was measured.
     """

@@ -1,6 +1,6 @@
 import pytest
 
-from regard.workbench.timing import Timing, efficiency_length, interleaved
+from regard.measurement.timing import Timing, efficiency_length, interleaved
 
 
 def test_actions_alternate_in_both_orders():

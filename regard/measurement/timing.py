@@ -47,6 +47,24 @@ def interleaved(
         most: and after this many in any case.
         device: synchronised around each action when it is a GPU.
     """
+    found = rounds(actions, seconds=seconds, least=least, most=most, device=device)
+    return {name: Timing.of(values) for name, values in found.items()}
+
+
+def rounds(
+    actions: Mapping[str, Action],
+    *,
+    seconds: float = 1.0,
+    least: int = 3,
+    most: int = 50,
+    device: torch.device | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """The seconds of each round of :func:`interleaved`, so that actions can be compared within rounds.
+
+    Args:
+        clock: what times an action; `time.thread_time` for work on a single thread of a shared machine.
+    """
     for action in actions.values():
         action()
     _synchronise(device)
@@ -61,15 +79,15 @@ def interleaved(
                 break
             for name in order:
                 _synchronise(device)
-                start = time.perf_counter()
+                start = clock()
                 actions[name]()
                 _synchronise(device)
-                found[name].append(time.perf_counter() - start)
+                found[name].append(clock() - start)
             order.reverse()
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing.of(values) for name, values in found.items()}
+    return found
 
 
 def _synchronise(device: torch.device | None) -> None:

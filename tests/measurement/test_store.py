@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from regard.contract import Unsupported
-from regard.workbench import provenance
-from regard.workbench.store import SCHEMA_VERSION, Store, canonical_key
+from regard.measurement import provenance
+from regard.measurement.store import SCHEMA_VERSION, Store, canonical_key
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -166,7 +166,7 @@ def test_an_unwritable_folder_is_refused(tmp_path):
 
 WRITE_FOREVER = """
     import itertools, sys
-    from regard.workbench.store import Store
+    from regard.measurement.store import Store
     with Store(sys.argv[1]) as store:
         for index in itertools.count():
             store.put("quality", {"writer": sys.argv[2], "index": index}, {"items": [[index, 1.0]] * 200})
@@ -196,7 +196,7 @@ def test_killed_writer_leaves_every_completed_row(path):
 
 WRITE_MANY = """
     import sys
-    from regard.workbench.store import Store
+    from regard.measurement.store import Store
     with Store(sys.argv[1]) as store:
         written = [store.put("search", {"index": index}, sys.argv[2]) for index in range(60)]
         own = [store.put("cost", {"writer": sys.argv[2], "index": index}, index) for index in range(60)]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from regard.workbench.statistics import Comparison, Scores, pareto_front, seeds_needed, t_quantile
+from regard.measurement.statistics import Comparison, Scores, pareto_front, seeds_needed, t_quantile
 
 
 def noisy(rng, quality, seeds, items, training_noise, item_noise, shared_items):

@@ -1,0 +1,10 @@
+"""regard inside other libraries: PyTorch's and timm's attention modules, Hugging Face transformers.
+
+`transformers` is imported by :mod:`regard.integrations.transformers` alone, and only when a user asks for it.
+"""
+
+from __future__ import annotations
+
+from regard.integrations.swap import SwapReport, swap
+
+__all__ = ["SwapReport", "swap"]

@@ -1,0 +1,237 @@
+"""A mechanism between the projections of another library's attention module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.apply import apply
+from regard.contract import Context, Kind, LayerSpec, Mask, Mechanism, Pattern, Result, Unsupported
+from regard.layers.linear import make_linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+def check_swappable(card: Mechanism) -> None:
+    """Raise Unsupported, with the reason, for a mechanism that cannot take the queries, keys and values of others."""
+    reason = None
+    if card.kind is not Kind.ATTENTION:
+        reason = f"is a {card.kind.value}, which has no queries, keys and values of a head"
+    elif card.prepare is not None:
+        reason = "inserts tokens into its input"
+    elif "n" not in card.inputs.get("q", "") or not {"k", "v"} <= set(card.inputs):
+        reason = "learns its own query and would drop the model's"
+    if reason is not None:
+        raise Unsupported(
+            f"swapping to {card.name}, which {reason}",
+            supported="attention mechanisms of queries, keys and values",
+            nearest="softmax, linear, gated_linear, delta_rule, sigmoid, local",
+        )
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What a mask says, in the words of the contract.
+
+    Attributes:
+        causal: whether a query sees nothing after itself (bottom-right).
+        keys: keys that exist; None for all.
+        bias: scores to add that say the rest, -inf hides a pair; None when there is no rest.
+    """
+
+    causal: bool
+    keys: Bool[Tensor, "b m"] | None = None
+    bias: Float[Tensor, "#b #h n m"] | None = None
+
+
+def read_mask(
+    mask: Tensor | None,
+    causal: bool,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    own_queries: bool,
+    prefer_causal: bool = False,
+) -> Visible:
+    """Understand a mask of pairs: causality and missing keys where that is all it says, a bias otherwise.
+
+    Args:
+        mask: True = may attend, or scores to add; broadcasts to (B, H, N, M).
+        causal: whether causality comes on top of it.
+        own_queries: whether queries and keys are the same tokens, so that a query whose key is missing is padding and
+            may see anything.
+        prefer_causal: whether a mask that is both (a single query that sees all) counts as causal.
+    """
+    if mask is None:
+        return Visible(causal)
+    visible = mask if mask.dtype == torch.bool else _hides_only(mask)
+    if visible is not None and not torch.compiler.is_compiling():
+        shared = visible[:, :1]
+        if bool((visible == shared).all()):
+            pairs = shared[:, 0].expand(-1, n, m)  # (B or 1, n, m)
+            below = torch.ones(n, m, dtype=torch.bool, device=mask.device).tril(m - n)
+            keys = pairs.any(1)  # (B or 1, m)
+            padding = ~keys[:, m - n :, None] if own_queries and m >= n else torch.zeros_like(pairs[:, :, :1])
+            for order in sorted((True, False), reverse=prefer_causal):
+                expected = keys[:, None, :] & below if order or causal else keys[:, None, :].expand_as(pairs)
+                found = pairs & below if causal else pairs
+                if bool(((found == expected) | padding).all()):
+                    every = None if bool(keys.all()) else keys.expand(batch, m)
+                    return Visible(order or causal, every)
+    if mask.dtype == torch.bool:
+        bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    else:
+        bias = mask.to(dtype)
+    return Visible(causal, None, bias)
+
+
+def _hides_only(scores: Tensor) -> Tensor | None:
+    """Visibility behind scores that are 0 or hide a pair (-inf, or the lowest number); None for other scores."""
+    if torch.compiler.is_compiling():
+        return None
+    hidden = scores <= torch.finfo(scores.dtype).min
+    return ~hidden if bool((hidden | (scores == 0)).all()) else None
+
+
+def check_causality(pattern: Pattern, visible: Visible, n: int) -> None:
+    """Raise Unsupported when a module that is causal is called without a causal mask, which would change its meaning."""
+    if pattern is Pattern.CAUSAL_SELF and not visible.causal and visible.bias is None and n > 1:
+        raise Unsupported(
+            "a call without a causal mask of a module swapped in causal-self",
+            supported="calls with the causal mask",
+            nearest='regard.swap(..., pattern="noncausal-self")',
+        )
+
+
+class HeadAttention(nn.Module):
+    """Queries, keys and values of heads -> output of heads, by a mechanism; learns what else the mechanism takes.
+
+    Args:
+        card: see :func:`check_swappable`.
+        dim, memory_dim: widths of the tokens that gates and the like are learned from.
+        heads, kv_heads, head_dim, value_dim: of the tensors it is called with.
+        pattern: of its calls, as far as its learned parts depend on it.
+        options: of the mechanism.
+    """
+
+    def __init__(
+        self,
+        card: Mechanism,
+        *,
+        dim: int,
+        memory_dim: int | None = None,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int,
+        value_dim: int | None = None,
+        pattern: Pattern = Pattern.NONCAUSAL_SELF,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        check_swappable(card)
+        self.card, self.config = card, card.options(**options)
+        spec = LayerSpec(
+            dim,
+            dim if memory_dim is None else memory_dim,
+            heads,
+            heads if kv_heads is None else kv_heads,
+            head_dim,
+            head_dim if value_dim is None else value_dim,
+            card.require_pattern(pattern),
+            self.config,
+            make_linear,
+        )
+        self.projection = None if card.projection is None else card.projection(spec)
+        self.merge = None if card.merge is None else card.merge(spec)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has parameters of its own."""
+        return next(self.parameters(), None) is not None
+
+    def forward(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b g m d"],
+        v: Float[Tensor, "b g m v"],
+        x: Float[Tensor, "b n c"] | None = None,
+        source: Float[Tensor, "b m c2"] | None = None,
+        *,
+        pattern: Pattern,
+        visible: Visible,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        want: frozenset[str] = frozenset(),
+        **inputs: Tensor,
+    ) -> Result:
+        """Attend.
+
+        Args:
+            x, source: the tokens of queries and keys, which learned gates read.
+            pattern: the call's; causality of `visible` must agree with it where the mechanism takes no bias.
+            visible: what :func:`read_mask` found.
+            inputs: other inputs of the mechanism.
+
+        Raises:
+            Unsupported: for a mask that the mechanism cannot honour.
+        """
+        heads: dict[str, Tensor] = {"q": q, "k": k, "v": v, **inputs}
+        if self.projection is not None:
+            if self.learns and (source is None or source.shape[1] != k.shape[2]):
+                raise Unsupported(
+                    f"{self.card.name}, whose gates are learned from the tokens, with a cache of keys and values",
+                    supported="whole sequences",
+                    nearest="use_cache=False",
+                )
+            heads = self.projection(heads, x, source, Context())
+        causal, bias = visible.causal, visible.bias
+        if pattern is not Pattern.CAUSAL_SELF and causal:
+            if pattern is Pattern.NONCAUSAL_SELF:
+                pattern = self.card.require_pattern(Pattern.CAUSAL_SELF)
+            else:
+                raise Unsupported(
+                    f"{self.card.name} with a causal mask across sequences",
+                    supported="a mask of keys",
+                    nearest="no mask",
+                )
+        if bias is not None and "bias" not in self.card.honours:
+            raise Unsupported(
+                f"{self.card.name} with a mask of pairs that is neither causality nor missing keys",
+                supported="causality, and keys that are missing for all queries",
+                nearest="softmax",
+            )
+        n, m = q.shape[2], k.shape[2]
+        keys = None if visible.keys is None else Mask(valid=visible.keys)
+        together = not pattern.cross and n == m
+        mask = keys if together else None
+        if bias is not None:
+            mask = Mask(valid=None if mask is None else mask.valid, bias=bias.expand(-1, -1, n, m))
+        options: dict[str, Any] = {}
+        if "dropout" in self.card.honours and dropout:
+            options = {"dropout": dropout, "training": True}
+        result = apply(
+            self.card,
+            heads,
+            pattern=pattern,
+            mask=mask,
+            memory_mask=None if together else keys,
+            scale=scale if self.card.default_scale == "rsqrt" else None,
+            config=self.config,
+            want=want,
+            **options,
+        )
+        if self.merge is not None:
+            if keys is not None:
+                raise Unsupported(
+                    f"{self.card.name} with missing keys, whose output mixes neighbours",
+                    supported="sequences without padding",
+                    nearest="softmax",
+                )
+            result.output = self.merge(result.output, heads, x, Context(), None, result)
+        return result

@@ -1,0 +1,426 @@
+"""An encoder-decoder with any mechanism in the encoder, the decoder and between them.
+
+Pre-norm blocks in the order of the Transformer (Vaswani et al., arXiv 1706.03762): the encoder mixes the memory, each
+layer of the decoder mixes the tokens so far, then reads the memory, then applies its feed-forward network::
+
+    model = EncoderDecoder(EncoderDecoderConfig(vocab_size=96, memory_vocab_size=96, cross_plan="linear"))
+    logits = model(ids, memory).output                      # (B, N, vocab); ids begin with a start token
+    answer = model.generate(start, 40, memory=memory, stop_tokens=[2], beams=4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least
+from regard.engines.linear import FrozenWeights, linear
+from regard.layers.checks import check_memory_mask
+from regard.layers.feed_forward import dropout
+from regard.layers.linear import make_linear
+from regard.layers.norms import make_norm
+from regard.layers.patches import FeatureEmbedding
+from regard.models.blocks import (
+    Block,
+    Plan,
+    add_losses,
+    auxiliary_loss,
+    check_plan,
+    evaluation_mode,
+    input_positions,
+    make_input_positions,
+    read_plan,
+    run_blocks,
+)
+from regard.models.generation import beam_search, generate_stream
+from regard.models.language_model import IGNORED, ModelState, next_tokens
+from regard.ragged import Gathering, gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """What an :class:`EncoderDecoder` is built from.
+
+    Attributes:
+        vocab_size: number of tokens of the decoder.
+        memory_vocab_size: number of tokens of the memory; None when it is floats.
+        memory_features: width of a memory of floats; None when it is tokens. Exactly one of the two is given.
+        dim: width of the residual streams.
+        encoder_plan: noncausal-self mechanisms, as `plan` of :class:`regard.models.LanguageModelConfig`.
+        decoder_plan: causal-self mechanisms of the decoder's layers.
+        cross_plan: causal-cross mechanisms of the decoder's layers. Its option ``feed_forward`` is that of the layer.
+        num_layers: of the decoder; 4 where neither it nor a list says.
+        encoder_layers: of the encoder; as many as the decoder where neither it nor a list says.
+        positions: a scheme of :mod:`regard.positions`, for both sequences and the self layers, or ``auto``: sinusoidal
+            at both inputs, by which the decoder finds its place in the memory, and in the self layers as in
+            :class:`regard.models.LanguageModelConfig`. Cross layers have none unless their plan names one.
+        max_length: number of learned positions.
+        num_heads, head_dim, num_kv_heads, feed_forward, dropout, tie_embeddings, norm, loss_weights: as in
+            :class:`regard.models.LanguageModelConfig`; the tied embedding is that of the decoder.
+    """
+
+    vocab_size: int
+    memory_vocab_size: int | None = None
+    memory_features: int | None = None
+    dim: int = 256
+    encoder_plan: Any = "softmax"
+    decoder_plan: Any = "softmax"
+    cross_plan: Any = "softmax"
+    num_layers: int | None = None
+    encoder_layers: int | None = None
+    num_heads: int = 4
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    feed_forward: int | None = None
+    positions: str = "auto"
+    max_length: int = 2048
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    norm: str = "rms"
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least("vocab_size", self.vocab_size, 1)
+        if (self.memory_vocab_size is None) == (self.memory_features is None):
+            raise Unsupported(
+                f"memory_vocab_size={self.memory_vocab_size} and memory_features={self.memory_features}",
+                supported="memory_vocab_size for tokens or memory_features for floats, and None for the other",
+            )
+        layers = count_layers(self.num_layers, self.decoder_plan, self.cross_plan)
+        encoder_layers = count_layers(self.encoder_layers, self.encoder_plan, default=layers)
+        for name, count, pattern, where in (
+            ("encoder_plan", encoder_layers, Pattern.NONCAUSAL_SELF, "an encoder"),
+            ("decoder_plan", layers, Pattern.CAUSAL_SELF, "the decoder of an encoder-decoder"),
+            ("cross_plan", layers, Pattern.CAUSAL_CROSS, "the cross layers of an encoder-decoder"),
+        ):
+            plan = read_plan(getattr(self, name), count)
+            check_plan(plan, pattern, where)
+            object.__setattr__(self, name, plan)
+        object.__setattr__(self, "num_layers", layers)
+        object.__setattr__(self, "encoder_layers", encoder_layers)
+
+
+def count_layers(given: int | None, *plans: Any, default: int = 4) -> int:
+    """How many layers plans of one depth have: as given, else as long as the first list among them, else `default`."""
+    if given is not None:
+        return given
+    return next((len(plan) for plan in plans if not isinstance(plan, str)), default)
+
+
+@dataclass(frozen=True)
+class EncodedMemory(State):
+    """What the encoder makes of a memory: right-padded tokens, and the valid ones of each row (None when all are)."""
+
+    tokens: Float[Tensor, "b m c"]
+    lengths: Int[Tensor, " b"] | None = None
+    positions: Int[Tensor, "b m"] | None = None
+
+    @property
+    def mask(self) -> Mask | None:
+        return None if self.lengths is None else Mask(lengths=self.lengths)
+
+
+class EncoderDecoder(nn.Module):
+    """Embeddings, encoder blocks, decoder blocks, norms, output projection; see :class:`EncoderDecoderConfig`."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memory_embedding: nn.Module
+        if config.memory_vocab_size is not None:
+            self.memory_embedding = nn.Embedding(config.memory_vocab_size, config.dim)
+            nn.init.normal_(self.memory_embedding.weight)
+        else:
+            self.memory_embedding = FeatureEmbedding(config.memory_features or 0, config.dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(self.embedding.weight)
+        self.memory_positions = self._input_positions(config.encoder_plan)
+        self.positions = self._input_positions(config.decoder_plan)
+        self.encoder_blocks = nn.ModuleList(
+            Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan
+        )
+        self.encoder_norm = make_norm(config.norm, config.dim)
+        blocks: list[Block] = []
+        for own, cross in zip(config.decoder_plan, config.cross_plan, strict=True):
+            blocks.append(Block(own, config, Pattern.CAUSAL_SELF, feed_forward=0))
+            blocks.append(Block(cross, config, Pattern.CAUSAL_CROSS))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = make_norm(config.norm, config.dim)
+        self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
+
+    def _input_positions(self, plan: Plan) -> Any:
+        config = self.config
+        scheme = input_positions(plan, "sinusoidal" if config.positions == "auto" else config.positions)
+        return make_input_positions(scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "b n"],
+        memory: Int[Tensor, "b m"] | Float[Tensor, "b m f"] | None = None,
+        *,
+        context: Context | None = None,
+        state: ModelState | None = None,
+    ) -> Result:
+        """Logits of each next token.
+
+        Args:
+            ids: tokens of the decoder, padded anywhere or packed, as `context.mask` says.
+            memory: tokens or features, padded anywhere or packed, as `context.memory_mask` says; None when `state` has
+                absorbed it. With packed ids it has one sequence for each of their documents.
+            context: its masks, positions of both sequences, generator, progress; ``want={"state"}`` starts a state.
+            state: continue from it; the result then has the new state.
+
+        Returns:
+            output (B, N, vocab_size), zero at padding; state; auxiliary losses summed over the layers of encoder and
+            decoder; extras of the decoder as lists with one entry for each layer that has them.
+        """
+        result = self.features(ids, memory, context=context, state=state)
+        result.output = self.logits(result.output)
+        return result
+
+    def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
+        """The output projection."""
+        if self.head is not None:
+            return self.head(features)
+        return linear(features, self.embedding.weight) * self.config.dim**-0.5
+
+    def features(
+        self,
+        ids: Int[Tensor, "b n"],
+        memory: Tensor | None = None,
+        *,
+        context: Context | None = None,
+        state: ModelState | None = None,
+    ) -> Result:
+        """As :meth:`forward`, before the output projection: (B, N, dim)."""
+        context = Context() if context is None else context
+        if (memory is None) == (state is None):
+            raise Unsupported(
+                f"{'no' if memory is None else 'a'} memory {'without' if state is None else 'beside'} a state",
+                supported="memory, or a state that has absorbed it",
+                nearest="state=model.encode_memory(memory)",
+            )
+        if memory is None:
+            if context.memory_mask is not None or context.memory_positions is not None:
+                raise Unsupported("a mask or positions of a memory that is not given", supported="memory_mask=None")
+            return self._decode(ids, context, state)
+        losses: dict[str, Loss] = {}
+        encoded = self._encode(memory, context, losses)
+        result = self._decode(ids, context, encoded)
+        add_losses(losses, result.losses)
+        result.losses = losses
+        return result
+
+    def encode_memory(self, memory: Tensor, *, context: Context | None = None) -> ModelState:
+        """Encode memory and let every cross layer absorb it, once, to decode from.
+
+        Args:
+            memory: as in :meth:`forward`, with `context.memory_mask`.
+        """
+        encoded = self._encode(memory, Context() if context is None else context, {})
+        inner = Context(memory_mask=encoded.mask, memory_positions=encoded.positions)
+        states = [
+            block.mixer.encode_memory(encoded.tokens, context=inner) if block.cross else None  # type: ignore[union-attr, operator]
+            for block in self.blocks
+        ]
+        length = torch.zeros(encoded.tokens.shape[0], dtype=torch.int64, device=memory.device)
+        return ModelState(tuple(states), length)
+
+    def _encode(self, memory: Tensor, context: Context, losses: dict[str, Loss]) -> EncodedMemory:
+        axes = 2 if self.config.memory_features is None else 3
+        if memory.ndim != axes or memory.is_floating_point() != (axes == 3) or memory.dtype == torch.bool:
+            expected = "integers (B, M)" if axes == 2 else f"floats (B, M, {self.config.memory_features})"
+            raise Unsupported(f"memory of dtype {memory.dtype} and shape {tuple(memory.shape)}", supported=expected)
+        check_memory_mask(context)
+        layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], memory.device)
+        where = None if context.memory_positions is None else layout.gather(context.memory_positions, axis=1)
+        x = self.memory_embedding(layout.gather(memory, axis=1))  # right-padded, a row for each sequence
+        x = self._placed(self.memory_positions, x, where, layout, None)
+        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+        mask = None if layout.lengths is None else Mask(lengths=layout.lengths)
+        inner = Context(mask=mask, positions=where, generator=context.generator, progress=context.progress)
+        result = run_blocks(self.encoder_blocks, x, inner, [None] * len(self.encoder_blocks))
+        add_losses(losses, result.losses)
+        return EncodedMemory(self.encoder_norm(result.output), layout.lengths, where)
+
+    def _decode(self, ids: Int[Tensor, "b n"], context: Context, source: EncodedMemory | ModelState | None) -> Result:
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise Unsupported(f"ids of dtype {ids.dtype} and shape {tuple(ids.shape)}", supported="integers (B, N)")
+        _check_context(context)
+        layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
+        ids = layout.gather(ids, axis=1)  # right-padded, a row for each sequence
+        rows, n = ids.shape
+        encoded = source if isinstance(source, EncodedMemory) else None
+        state = source if isinstance(source, ModelState) else None
+        others = encoded.tokens.shape[0] if encoded is not None else rows if state is None else state.length.shape[0]
+        if others != rows:
+            raise Unsupported(
+                f"{rows} sequences of ids with {others} of the memory", supported="one memory for each sequence"
+            )
+        new = torch.full((rows,), n, device=ids.device) if layout.lengths is None else layout.lengths
+        past = torch.zeros_like(new) if state is None else state.length
+        where = None if context.positions is None else layout.gather(context.positions, axis=1)
+        x = self._placed(self.positions, self.embedding(ids), where, layout, past)
+        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+        wanted = state is not None or "state" in context.want
+        inner = context.replace(
+            mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
+            memory_mask=None if encoded is None else encoded.mask,
+            positions=where,
+            memory_positions=None if encoded is None else encoded.positions,
+            want=context.want | ({"state"} if wanted else set()),
+        )
+        states = [None] * len(self.blocks) if state is None else state.layers
+        result = run_blocks(self.blocks, x, inner, states, None if encoded is None else encoded.tokens)
+        result.output = layout.scatter(self.norm(result.output), axis=1)
+        result.state = ModelState(result.state, past + new) if wanted else None
+        return result
+
+    @staticmethod
+    def _placed(scheme: Any, x: Tensor, where: Tensor | None, layout: Gathering, past: Tensor | None) -> Tensor:
+        """Right-padded embeddings with their positions: ranks after `past` tokens, unless given."""
+        if scheme is None:
+            return x
+        if where is None:
+            where = torch.arange(x.shape[1], device=x.device)[None]
+            where = where if past is None else where + past[:, None]
+        if layout.lengths is not None:
+            where = torch.where(torch.arange(x.shape[1], device=x.device) < layout.lengths[:, None], where, 0)
+        return scheme.embed(x, where)
+
+    def loss(
+        self,
+        ids: Int[Tensor, "b n"],
+        memory: Tensor,
+        targets: Int[Tensor, "b n"] | None = None,
+        *,
+        context: Context | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean cross entropy of the targets in nats, plus the weighted auxiliary losses.
+
+        Args:
+            targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
+        """
+        if targets is None:
+            targets = next_tokens(ids, None if context is None else context.mask)
+        if targets.shape != ids.shape:
+            raise Unsupported(
+                f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
+                supported="a target for each token, -100 for none",
+            )
+        result = self(ids, memory, context=context)
+        logits = result.output.to(torch.promote_types(result.output.dtype, torch.float32))
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        mean = nats / (targets != IGNORED).sum().clamp(min=1)
+        return mean + auxiliary_loss(result.losses, self.config.loss_weights)
+
+    def generate(
+        self,
+        ids: Int[Tensor, "b n"],
+        max_new_tokens: int,
+        *,
+        memory: Tensor,
+        memory_mask: Mask | None = None,
+        beams: int = 1,
+        length_penalty: float | None = None,
+        **options: Any,
+    ) -> Int[Tensor, "b new"]:
+        """The tokens of :meth:`generate_stream` (with its options), side by side, or those that a beam search finds.
+
+        Args:
+            beams: hypotheses that a beam search keeps; 1 for none. It does not sample.
+            length_penalty: of a beam search, which ranks hypotheses by the sum of their log-probabilities over
+                ``new tokens ** length_penalty``; 1 when None.
+        """
+        at_least("beams", beams, 1)
+        if beams == 1:
+            if length_penalty is not None:
+                raise Unsupported(f"length_penalty={length_penalty} without a beam search", supported="beams > 1")
+            stream = self.generate_stream(ids, max_new_tokens, memory=memory, memory_mask=memory_mask, **options)
+            tokens = list(stream)
+            return torch.stack(tokens, dim=1) if tokens else ids.new_zeros((ids.shape[0], 0))
+        accepted = ("mask", "stop_tokens", "use_state")
+        for option in options:
+            if option not in accepted:
+                raise Unsupported(f"{option} in a beam search", supported=", ".join(accepted), nearest="beams=1")
+        reader = _Reader(self, memory, memory_mask, options.get("use_state", True))
+        penalty = 1.0 if length_penalty is None else length_penalty
+        return beam_search(
+            reader, ids, max_new_tokens, beams=beams, length_penalty=penalty, state=reader.start, **options
+        )
+
+    def generate_stream(
+        self,
+        ids: Int[Tensor, "b n"],
+        max_new_tokens: int,
+        *,
+        memory: Tensor,
+        memory_mask: Mask | None = None,
+        mask: Mask | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+        use_state: bool = True,
+    ) -> Iterator[Int[Tensor, " b"]]:
+        """Continue prompts (a start token each, usually); yields the next token of every row until all have stopped.
+
+        The memory is encoded and absorbed once, the prompt is read once, then each token is one step through the
+        state, without dropout.
+
+        Args:
+            ids: prompts, at least one token each; padded anywhere or packed, as `mask` says.
+            memory: of each prompt, with `memory_mask`.
+            temperature, top_k, top_p, stop_tokens, generator: as in
+                :meth:`regard.models.LanguageModel.generate_stream`.
+            use_state: False reads the encoded memory and the whole sequence again for each token.
+        """
+        reader = _Reader(self, memory, memory_mask, use_state)
+        return generate_stream(
+            reader,
+            ids,
+            max_new_tokens,
+            state=reader.start,
+            mask=mask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            generator=generator,
+            use_state=use_state,
+        )
+
+
+class _Reader:
+    """Reads tokens for :mod:`regard.models.generation`, starting from what the memory leaves."""
+
+    def __init__(self, model: EncoderDecoder, memory: Tensor, memory_mask: Mask | None, use_state: bool) -> None:
+        self.model, self.weights = model, FrozenWeights()
+        context = Context(memory_mask=memory_mask)
+        self.start: ModelState | EncodedMemory
+        with torch.no_grad(), evaluation_mode(model), self.weights:
+            self.start = (
+                model.encode_memory(memory, context=context) if use_state else model._encode(memory, context, {})
+            )
+
+    def __call__(self, ids: Tensor, last: Tensor, mask: Mask | None, state: Any) -> tuple[Tensor, Any]:
+        with evaluation_mode(self.model), self.weights:
+            result = self.model._decode(ids, Context(mask=mask), state)
+            return self.model.logits(result.output[torch.arange(len(last), device=last.device), last]), result.state
+
+
+def _check_context(context: Context) -> None:
+    mask = context.mask
+    pairs = mask is not None and (mask.bias is not None or mask.blocks is not None)
+    for what, given in (("a grid", context.grid is not None), ("a bias or a block mask", pairs)):
+        if given:
+            raise Unsupported(f"{what} in an encoder-decoder", supported="padding, packing and positions")

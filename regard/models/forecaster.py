@@ -1,0 +1,293 @@
+"""A forecaster with any mechanism between what is to be predicted and what has been seen.
+
+The past of a series is embedded point by point or in patches (as in PatchTST, arXiv 2211.14730) and encoded; each point
+of the horizon asks the encoded past through cross attention, knowing its time and what is known of it in advance, so
+that all points are predicted at once::
+
+    config = ForecasterConfig(features=4, memory_features=5, target_features=(0,), patch=8, quantiles=(0.1, 0.5, 0.9))
+    forecast = Forecaster(config)(calendar, past).output      # (B, H, targets, quantiles)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import Context, Loss, Mask, Pattern, Result, Unsupported, at_least, one_of, valid_from_lengths
+from regard.layers.checks import check_memory_mask, check_tokens
+from regard.layers.feed_forward import dropout
+from regard.layers.linear import make_linear
+from regard.layers.norms import make_norm
+from regard.layers.patches import FeatureEmbedding
+from regard.models.blocks import Block, add_losses, auxiliary_loss, check_plan, input_positions, read_plan, run_blocks
+from regard.models.encoder_decoder import count_layers
+from regard.positions import Sinusoidal
+from regard.ragged import gathering, place_queries, take_queries
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+LEVELS = ("mean", "last", "none")
+SMALLEST_SCALE = 1e-5
+"""A window whose targets deviate less than this is constant: it is centred, not scaled."""
+
+
+@dataclass(frozen=True)
+class ForecasterConfig:
+    """What a :class:`Forecaster` is built from.
+
+    Attributes:
+        features: numbers known in advance of each point of the horizon, 0 for none.
+        memory_features: numbers seen at each point of the past.
+        target_features: which of them are predicted, in the order of the output.
+        patch: points of the past that make up a token. Patches end with the last point; the first may be incomplete.
+        quantiles: levels between 0 and 1 that are predicted, rising, which never cross; a single number when empty.
+        normalize: the targets' past is seen, and the forecast made, relative to the window's ``mean`` or its ``last``
+            value, in units of its standard deviation; ``none`` takes numbers as they are (reversible instance
+            normalisation, Kim et al., ICLR 2022, without its learned scale).
+        dim: width of the residual streams.
+        encoder_plan: noncausal-self mechanisms that encode the past, as `plan` of
+            :class:`regard.models.LanguageModelConfig`.
+        cross_plan: noncausal-cross mechanisms through which the horizon reads the past.
+        num_layers: cross layers; 4 where neither it nor a list says.
+        encoder_layers: layers of the encoder; as many as cross layers where neither it nor a list says.
+        positions: of the encoder's layers: a scheme of :mod:`regard.positions` or ``auto``, as in
+            :class:`regard.models.LanguageModelConfig`. Sinusoids of the time, which is 0 at the first point of the
+            horizon and negative in the past, are added to both inputs in any case. Cross layers have no positions unless
+            their plan names a scheme.
+        num_heads, head_dim, num_kv_heads, feed_forward, dropout, norm, loss_weights: as in
+            :class:`regard.models.LanguageModelConfig`.
+    """
+
+    features: int
+    memory_features: int
+    target_features: tuple[int, ...] = (0,)
+    patch: int = 1
+    quantiles: tuple[float, ...] = ()
+    normalize: str = "mean"
+    dim: int = 128
+    encoder_plan: Any = "softmax"
+    cross_plan: Any = "softmax"
+    num_layers: int | None = None
+    encoder_layers: int | None = None
+    num_heads: int = 4
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    feed_forward: int | None = None
+    positions: str = "auto"
+    dropout: float = 0.0
+    norm: str = "rms"
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, low in (("features", 0), ("memory_features", 1), ("patch", 1)):
+            at_least(name, getattr(self, name), low)
+        targets, quantiles = tuple(self.target_features), tuple(self.quantiles)
+        in_range = all(0 <= index < self.memory_features for index in targets)
+        if not targets or not in_range or len(set(targets)) < len(targets):
+            raise Unsupported(
+                f"target_features={targets} of {self.memory_features} memory features",
+                supported=f"different numbers from 0 to {self.memory_features - 1}, at least one",
+            )
+        if not all(0 < q < 1 for q in quantiles) or list(quantiles) != sorted(set(quantiles)):
+            raise Unsupported(
+                f"quantiles={quantiles}",
+                supported="rising levels between 0 and 1, or none",
+                nearest="quantiles=(0.1, 0.5, 0.9)",
+            )
+        one_of("normalize", self.normalize, LEVELS)
+        if self.positions == "learned":
+            raise Unsupported("learned positions in a forecaster", supported="positions of its encoder's layers")
+        layers = count_layers(self.num_layers, self.cross_plan)
+        encoder_layers = count_layers(self.encoder_layers, self.encoder_plan, default=layers)
+        for name, count, pattern, where in (
+            ("encoder_plan", encoder_layers, Pattern.NONCAUSAL_SELF, "the encoder of a forecaster"),
+            ("cross_plan", layers, Pattern.NONCAUSAL_CROSS, "the cross layers of a forecaster"),
+        ):
+            plan = read_plan(getattr(self, name), count)
+            check_plan(plan, pattern, where)
+            object.__setattr__(self, name, plan)
+        input_positions(self.encoder_plan, self.positions)  # refuses an unknown scheme
+        object.__setattr__(self, "target_features", targets)
+        object.__setattr__(self, "quantiles", quantiles)
+        object.__setattr__(self, "num_layers", layers)
+        object.__setattr__(self, "encoder_layers", encoder_layers)
+
+
+class Forecaster(nn.Module):
+    """Embeddings, encoder blocks, cross blocks, norms, head; see :class:`ForecasterConfig`."""
+
+    targets: Tensor
+
+    def __init__(self, config: ForecasterConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.memory_features if config.patch == 1 else (config.memory_features + 1) * config.patch
+        self.memory_embedding = FeatureEmbedding(width, config.dim)
+        self.embedding = FeatureEmbedding(config.features, config.dim) if config.features else None
+        self.positions = Sinusoidal(dim=config.dim)
+        self.register_buffer("targets", torch.tensor(config.target_features), persistent=False)
+        self.encoder_blocks = nn.ModuleList(
+            Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan
+        )
+        self.encoder_norm = make_norm(config.norm, config.dim)
+        self.blocks = nn.ModuleList(Block(entry, config, Pattern.NONCAUSAL_CROSS) for entry in config.cross_plan)
+        self.norm = make_norm(config.norm, config.dim)
+        self.head = make_linear(config.dim, len(config.target_features) * max(1, len(config.quantiles)), bias=True)
+
+    def forward(
+        self, inputs: Float[Tensor, "b h f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None
+    ) -> Result:
+        """Forecasts of a horizon.
+
+        Args:
+            inputs: what is known of each of its points, padded anywhere or packed, as `context.mask` says; (B, H, 0)
+                without features.
+            memory: the past, oldest point first, padded anywhere or packed, as `context.memory_mask` says. The time of a
+                point is its rank among the valid ones, so that a short past is left-padded; mark single missing numbers
+                by a feature.
+            context: its masks, generator, progress.
+
+        Returns:
+            output (B, H, targets), or (B, H, targets, quantiles) in rising order, zero at padding, in at least float32;
+            auxiliary losses summed over the layers; extras of the cross layers as lists.
+        """
+        context = Context() if context is None else context
+        check_tokens(inputs, self.config.features, "inputs")
+        check_tokens(memory, self.config.memory_features, "memory")
+        check_memory_mask(context)
+        _check_context(context)
+        layout = gathering(context.mask, inputs.shape[0], inputs.shape[1], inputs.device)
+        past = gathering(context.memory_mask, memory.shape[0], memory.shape[1], memory.device)
+        inputs, memory = layout.gather(inputs, axis=1), past.gather(memory, axis=1)
+        if inputs.shape[0] != memory.shape[0]:
+            raise Unsupported(
+                f"{inputs.shape[0]} horizons with {memory.shape[0]} pasts", supported="a past for each horizon"
+            )
+        losses: dict[str, Loss] = {}
+        level, scale = self._level_and_scale(memory, past.lengths)  # (rows, 1, targets)
+        seen = (memory.index_select(-1, self.targets).to(level.dtype) - level) / scale
+        memory = memory.index_copy(-1, self.targets, seen.to(memory.dtype))
+        keys, lengths, time = self._tokens(memory, past.lengths)  # (rows, tokens, dim)
+        keys = self._dropout(keys, context)
+        mask = None if lengths is None else Mask(lengths=lengths)
+        shared = Context(generator=context.generator, progress=context.progress)
+        encoded = run_blocks(self.encoder_blocks, keys, shared.replace(mask=mask), [None] * len(self.encoder_blocks))
+        add_losses(losses, encoded.losses)
+        horizon = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        x = inputs.new_zeros(*inputs.shape[:2], self.config.dim) if self.embedding is None else self.embedding(inputs)
+        x = self._dropout(self.positions.embed(x, horizon), context)
+        inner = shared.replace(
+            mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
+            memory_mask=mask,
+            positions=horizon.expand(inputs.shape[0], -1),
+            memory_positions=time,
+            want=context.want,
+        )
+        result = run_blocks(self.blocks, x, inner, [None] * len(self.blocks), self.encoder_norm(encoded.output))
+        add_losses(losses, result.losses)
+        y = self.head(self.norm(result.output)).to(level.dtype)  # (rows, H, targets * quantiles)
+        if self.config.quantiles:
+            y = _rising(y.unflatten(-1, (len(self.config.target_features), -1)))
+            level, scale = level[..., None], scale[..., None]
+        return Result(layout.scatter(y * scale + level, axis=1), None, losses, result.extras)
+
+    def _dropout(self, x: Tensor, context: Context) -> Tensor:
+        return dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+
+    def _level_and_scale(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the targets of each row are relative to, and in what units; (rows, 1, targets)."""
+        x = memory.index_select(-1, self.targets)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows, m, width = x.shape
+        if self.config.normalize == "none" or m == 0:
+            return x.new_zeros(rows, 1, width), x.new_ones(rows, 1, width)
+        if lengths is None:
+            lengths = torch.full((rows,), m, device=x.device)
+        count = lengths.clamp(min=1)[:, None, None]
+        mean = x.sum(1, keepdim=True) / count  # padding is zero
+        deviation = torch.where(valid_from_lengths(lengths, m)[..., None], x - mean, 0)
+        spread = (deviation.square().sum(1, keepdim=True) / count).sqrt()
+        level = mean
+        if self.config.normalize == "last":
+            level = x.gather(1, (count - 1).expand(-1, 1, width))
+        return level, torch.where(spread > SMALLEST_SCALE, spread, 1.0)
+
+    def _tokens(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The past as right-padded tokens, how many are valid (None for all), and the time of each one's last point."""
+        rows, m, _ = memory.shape
+        patch = self.config.patch
+        if patch > 1:
+            m = -(-m // patch)
+            points = torch.cat([memory, memory.new_ones(rows, memory.shape[1], 1)], -1)
+            if lengths is not None:
+                points = torch.where(valid_from_lengths(lengths, points.shape[1])[..., None], points, 0)
+            if lengths is not None or m * patch > points.shape[1]:
+                points = place_queries(points, m * patch, lengths, None, axis=1)  # the last point ends a patch
+            memory = points.reshape(rows, m, patch * points.shape[2])
+            if lengths is not None:
+                lengths = (lengths + patch - 1) // patch
+                memory = take_queries(memory, m, lengths, None, axis=1)
+        count = m if lengths is None else lengths[:, None]
+        rank = torch.arange(m, device=memory.device)
+        time = ((rank - count) * patch + patch - 1).expand(rows, -1)
+        if lengths is not None:
+            time = torch.where(valid_from_lengths(lengths, m), time, 0)
+        x = self.positions.embed(self.memory_embedding(memory), time)
+        return x, lengths, time
+
+    def loss(
+        self,
+        inputs: Float[Tensor, "b h f"],
+        memory: Float[Tensor, "b m g"],
+        targets: Float[Tensor, "b h t"],
+        *,
+        context: Context | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean squared error, or mean pinball loss of the quantiles, plus the weighted auxiliary losses.
+
+        Args:
+            targets: numbers to predict, nan for none.
+        """
+        result = self(inputs, memory, context=context)
+        expected = result.output.shape[:3]
+        if targets.shape != expected:
+            raise Unsupported(f"targets of shape {tuple(targets.shape)}", supported=str(tuple(expected)))
+        counted = ~targets.isnan()
+        if self.config.quantiles:
+            error = quantile_loss(result.output, targets, self.config.quantiles)
+        else:
+            error = (result.output - targets.to(result.output.dtype)).square()
+        mean = torch.where(counted, error, 0).sum() / counted.sum().clamp(min=1)
+        return mean + auxiliary_loss(result.losses, self.config.loss_weights)
+
+
+def quantile_loss(
+    output: Float[Tensor, "*b quantiles"], targets: Float[Tensor, "*b"], quantiles: tuple[float, ...]
+) -> Float[Tensor, "*b"]:
+    """The pinball loss, averaged over the quantiles (Koenker and Bassett, 1978): least where a share q is below."""
+    levels = torch.tensor(quantiles, dtype=output.dtype, device=output.device)
+    above = targets.to(output.dtype)[..., None] - output
+    return torch.maximum(levels * above, (levels - 1) * above).mean(-1)
+
+
+def _rising(x: Float[Tensor, "*b quantiles"]) -> Float[Tensor, "*b quantiles"]:
+    """The first number, and each next one above it by the softplus of its own."""
+    return torch.cat([x[..., :1], x[..., :1] + F.softplus(x[..., 1:]).cumsum(-1)], -1)
+
+
+def _check_context(context: Context) -> None:
+    mask = context.mask
+    for what, given in (
+        ("a grid", context.grid is not None),
+        ("roles", context.roles is not None),
+        ("explicit positions", context.positions is not None or context.memory_positions is not None),
+        ("a bias or a block mask", mask is not None and (mask.bias is not None or mask.blocks is not None)),
+    ):
+        if given:
+            raise Unsupported(f"{what} in a forecaster", supported="padding and packing")

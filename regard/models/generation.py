@@ -1,0 +1,231 @@
+"""Text from logits: sampling, one token after another, and beam search, for every model that continues a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Mask, Unsupported, at_least
+from regard.ragged import gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+Read = Callable[[Tensor, Tensor, Mask | None, Any], tuple[Tensor, Any]]
+"""``read(ids (B, N), last (B), mask, state) -> (logits (B, vocab) at place `last` of each row, state after the ids)``."""
+
+
+@dataclass
+class Prompts:
+    """Right-padded sequences that grow by one token at a time, and what of them is still to be read.
+
+    Attributes:
+        whole: (B, N) all tokens so far.
+        lengths: (B) how many of a row are valid.
+        ragged: whether some are not, in the tokens to be read next.
+        unread: (B, n) those tokens.
+        last: (B) the last valid place in them.
+    """
+
+    whole: Int[Tensor, "b n"]
+    lengths: Int[Tensor, " b"]
+    ragged: bool
+    unread: Int[Tensor, "b n2"]
+    last: Int[Tensor, " b"]
+
+    @classmethod
+    def of(cls, ids: Int[Tensor, "b n"], mask: Mask | None) -> Prompts:
+        """From ids padded anywhere or packed; raises Unsupported for a row without a token."""
+        layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
+        whole = layout.gather(ids, axis=1)
+        lengths = layout.lengths
+        if lengths is None:
+            lengths = torch.full((whole.shape[0],), whole.shape[1], device=ids.device)
+        if not lengths.numel() or int(lengths.min()) < 1:
+            raise Unsupported("a prompt without tokens", supported="at least one token in each row")
+        return cls(whole, lengths, layout.lengths is not None, whole, lengths - 1)
+
+    @property
+    def mask(self) -> Mask | None:
+        """Of the unread tokens."""
+        return Mask(lengths=self.last + 1) if self.ragged else None
+
+    def repeat(self, times: int) -> Prompts:
+        """Each row so often, side by side."""
+        whole, lengths = (x.repeat_interleave(times, 0) for x in (self.whole, self.lengths))
+        return Prompts(whole, lengths, self.ragged, whole, lengths - 1)
+
+    def select(self, rows: Int[Tensor, " rows"]) -> Prompts:
+        """The chosen rows, in that order."""
+        return Prompts(self.whole[rows], self.lengths[rows], self.ragged, self.unread[rows], self.last[rows])
+
+    def append(self, token: Int[Tensor, " b"], *, reread: bool) -> Prompts:
+        """With one more token in each row; `reread` makes the whole sequence unread again."""
+        whole = F.pad(self.whole, (0, 1)).scatter(1, self.lengths[:, None], token[:, None])
+        if reread:
+            return Prompts(whole, self.lengths + 1, self.ragged, whole, self.lengths)
+        return Prompts(whole, self.lengths + 1, False, token[:, None], torch.zeros_like(self.lengths))
+
+
+@torch.no_grad()
+def generate_stream(
+    read: Read,
+    ids: Int[Tensor, "b n"],
+    max_new_tokens: int,
+    *,
+    state: Any = None,
+    mask: Mask | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    use_state: bool = True,
+) -> Iterator[Int[Tensor, " b"]]:
+    """Continue prompts; yields the next token of every row until all have stopped.
+
+    Args:
+        read: the model.
+        ids: prompts, at least one token each; padded anywhere or packed, as `mask` says.
+        state: what `read` is given first; each time when not `use_state`, else its last state from then on.
+        temperature: 0 for the likeliest token, else logits are divided by it before sampling.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together have this probability (nucleus sampling,
+            arXiv 1904.09751).
+        stop_tokens: a row stops after one of them, and repeats it until the others have stopped too.
+        generator: source of the samples.
+        use_state: False reads the whole sequence again for each token.
+    """
+    check_sampling(temperature, top_k, top_p)
+    prompts = Prompts.of(ids, mask)
+    stop = torch.tensor(list(stop_tokens), dtype=ids.dtype, device=ids.device)
+    stopped = torch.zeros_like(prompts.lengths, dtype=torch.bool)
+    rows = torch.arange(len(stopped), device=ids.device)
+    for _ in range(max_new_tokens):
+        logits, after = read(prompts.unread, prompts.last, prompts.mask, state)
+        chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        token = torch.where(stopped, prompts.whole[rows, prompts.lengths - 1], chosen)
+        yield token
+        stopped = stopped | torch.isin(token, stop)
+        if bool(stopped.all()):
+            return
+        prompts = prompts.append(token, reread=not use_state)
+        state = after if use_state else state
+
+
+@torch.no_grad()
+def beam_search(
+    read: Read,
+    ids: Int[Tensor, "b n"],
+    max_new_tokens: int,
+    *,
+    beams: int,
+    length_penalty: float = 1.0,
+    state: Any = None,
+    mask: Mask | None = None,
+    stop_tokens: Sequence[int] = (),
+    use_state: bool = True,
+) -> Int[Tensor, "b new"]:
+    """The best continuation of each row that a search over `beams` hypotheses finds.
+
+    A hypothesis of n new tokens is worth the sum of their log-probabilities over ``n ** length_penalty``; the `beams`
+    best are kept after each token, finished ones among them. The search ends when no unfinished one can overtake.
+
+    Args:
+        beams: hypotheses of each row; 1 takes the likeliest token each time.
+        length_penalty: 0 for the likelihood of the whole, which favours short answers; 1 for the mean of a token.
+        others: as in :func:`generate_stream`; a state is a :class:`regard.contract.State`.
+
+    Returns:
+        The new tokens; a row that ended repeats its stop token.
+    """
+    at_least("beams", beams, 1)
+    at_least("length_penalty", length_penalty, 0.0)
+    prompts = Prompts.of(ids, mask)
+    rows, device = len(prompts.lengths), ids.device
+    first = torch.arange(rows, device=device)[:, None] * beams
+    prompts = prompts.repeat(beams)
+    if state is not None:
+        state = state.select(torch.arange(rows, device=device).repeat_interleave(beams))
+    stop = torch.tensor(list(stop_tokens), dtype=ids.dtype, device=device)
+    new = ids.new_zeros((rows, beams, 0))
+    finished = torch.zeros((rows, beams), dtype=torch.bool, device=device)
+    length = torch.zeros((rows, beams), device=device)
+    score: Tensor | None = None
+    for step in range(1, max_new_tokens + 1):
+        logits, after = read(prompts.unread, prompts.last, prompts.mask, state)
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nats = precise.log_softmax(-1).view(rows, beams, -1)
+        if score is None:  # hypotheses of a row are still the same: only the first counts
+            score = nats.new_full((rows, beams), -torch.inf)
+            score[:, 0] = 0
+        else:  # a finished hypothesis goes on in one way, at no cost
+            frozen = torch.full_like(nats, -torch.inf).scatter(-1, new[..., -1:], 0)
+            nats = torch.where(finished[..., None], frozen, nats)
+        length = torch.where(finished, length, step)
+        total = score[..., None] + nats  # (B, beams, vocab)
+        worth = total / (length**length_penalty)[..., None]
+        best = worth.flatten(1).topk(beams).indices
+        parent, token = best // nats.shape[-1], best % nats.shape[-1]
+        score = total.flatten(1).gather(1, best)
+        finished, length = finished.gather(1, parent), length.gather(1, parent)
+        new = torch.cat([new.gather(1, parent[..., None].expand(-1, -1, step - 1)), token[..., None]], -1)
+        finished = finished | torch.isin(token, stop)
+        # What an unfinished hypothesis may still be worth: its score only falls, its length only grows.
+        hope = torch.where(finished, -torch.inf, score / max_new_tokens**length_penalty).amax(1)
+        leader = torch.where(finished, score / length**length_penalty, -torch.inf).amax(1)
+        if bool((leader >= hope).all()):
+            break
+        chosen = (first + parent).flatten()
+        prompts = prompts.select(chosen).append(token.flatten(), reread=not use_state)
+        state = after if use_state else state
+        state = None if state is None else state.select(chosen)
+    if score is None:
+        return new[:, 0]
+    winner = (score / length**length_penalty).argmax(1)
+    each = torch.arange(rows, device=device)
+    return new[each, winner, : int(length[each, winner].max())]
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise Unsupported for options of :func:`sample` that do not go together."""
+    at_least("temperature", temperature, 0.0)
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise Unsupported(
+            "top_k or top_p with temperature=0, which takes the likeliest token", supported="temperature > 0"
+        )
+    if top_k is not None:
+        at_least("top_k", top_k, 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise Unsupported(f"top_p={top_p}", supported="0 < top_p <= 1", nearest="top_p=0.9")
+
+
+def sample(
+    logits: Float[Tensor, "b vocab"],
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " b"]:
+    """A token from each row of logits; options as in :func:`generate_stream`."""
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, tokens = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).sort(
+        -1, descending=True
+    )
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k is not None:
+        kept[:, top_k:] = False
+    if top_p is not None:
+        # A token stays when the likelier ones together have less than top_p, so the likeliest always stays.
+        probability = ordered.softmax(-1)
+        kept &= probability.cumsum(-1) - probability < top_p
+    probability = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+    return tokens.gather(-1, torch.multinomial(probability, 1, generator=generator)).squeeze(-1)

@@ -1,0 +1,23 @@
+"""Reproductions: what papers claim, tried at a size that a laptop can run. One module a claim, found by a folder scan."""
+
+from __future__ import annotations
+
+from regard.reproductions.framework.catalogue import get_reproduction, list_reproductions
+from regard.reproductions.framework.judging import Check, Finding, Outcome, Verdict
+from regard.reproductions.framework.protocol import Cell, Reproduction
+from regard.reproductions.framework.runs import collect, plan, run, shard
+
+__all__ = [
+    "Cell",
+    "Check",
+    "Finding",
+    "Outcome",
+    "Reproduction",
+    "Verdict",
+    "collect",
+    "get_reproduction",
+    "list_reproductions",
+    "plan",
+    "run",
+    "shard",
+]

@@ -1,0 +1,1 @@
+"""What the reproductions share: how they are written, found, run and judged."""

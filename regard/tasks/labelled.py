@@ -1,0 +1,184 @@
+"""Classes of token sequences: what the tasks documents and matching share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from regard.contract import Pattern, Unsupported
+from regard.tasks.documents import printable
+from regard.tasks.protocol import SPLIT, Batch, Task, check_fraction, check_integer, counter_generator, in_batches
+from regard.tasks.sampling import in_epochs, one_of_each_in_turn
+from regard.tasks.tokenizer import BYTES, create_tokenizer
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One item: a text, or two that are laid side by side, and its class."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+class LabelledTask(Task):
+    """Classify sequences of tokens; texts of an item are separated by a token of their own.
+
+    Each text is cut after its share of `length`; shorter sequences are padded. An epoch shows each training item once,
+    or, balanced, each class as often as the largest. Balanced, the held-out items that are scored are the same number
+    of each class.
+
+    Subclasses set `name`, read training and held-out items, and call :meth:`_prepare`.
+    """
+
+    pattern = Pattern.NONCAUSAL_SELF
+    objective = "classification"
+
+    def __init__(self, *, length: int, held_out: float, evaluation_items: int, seed: int) -> None:
+        self.length = check_integer("length", length, 3, 1 << 20)
+        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        self._most_scored = check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
+        self._share = check_fraction("held_out", held_out, 0.01, 0.5)
+        self._notes: list[str] = []
+
+    def _split(self, items: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+        """The same share of each class; repeated texts count once."""
+        distinct = self._distinct(items)
+        held_out: set[int] = set()
+        for number, label in enumerate(sorted({item.label for item in distinct})):
+            members = [i for i, item in enumerate(distinct) if item.label == label]
+            if len(members) < 2:
+                raise Unsupported(
+                    f"the class {label} with {len(members)} different item",
+                    supported="2 or more in each class, to train on and to hold out",
+                )
+            order = counter_generator(self.seed, number, SPLIT).permutation(members)
+            held_out.update(order[: max(1, round(self._share * len(members)))].tolist())
+        self._rule = f"by item, the same share of each class (seed {self.seed})"
+        training = [item for i, item in enumerate(distinct) if i not in held_out]
+        return training, [distinct[i] for i in sorted(held_out)]
+
+    def _use_validation(
+        self, training: list[Labelled], held_out: list[Labelled]
+    ) -> tuple[list[Labelled], list[Labelled]]:
+        """What the held-out items share with the training items is not trained on."""
+        scored = self._distinct(held_out)
+        taken = {item.texts for item in scored}
+        kept = [item for item in self._distinct(training) if item.texts not in taken]
+        shared = len({item.texts for item in training}) - len(kept)
+        if shared and not kept:
+            raise Unsupported(
+                "validation that holds all of the training data",
+                supported="held-out items of its own",
+                nearest="no validation",
+            )
+        if shared:
+            self._notes.append(f"{shared} items of the held-out data are also in the training data: not trained on")
+        unknown = sorted({item.label for item in scored} - {item.label for item in kept})
+        if unknown:
+            raise Unsupported(
+                f"held-out items of the class {unknown[0]}, which training lacks",
+                supported="the classes " + ", ".join(sorted({item.label for item in kept})),
+            )
+        return kept, scored
+
+    def _distinct(self, items: list[Labelled]) -> list[Labelled]:
+        first: dict[tuple[str, ...], Labelled] = {}
+        conflicts = 0
+        for item in items:
+            conflicts += first.setdefault(item.texts, item).label != item.label
+        if repeated := len(items) - len(first):
+            told = f"{repeated} repeated items left out"
+            self._notes.append(told + (f", {conflicts} of them with another class" if conflicts else ""))
+        return list(first.values())
+
+    def _prepare(
+        self, training: list[Labelled], held_out: list[Labelled], *, tokenizer: str, balance: bool, named: str
+    ) -> None:
+        self._named = named
+        self.classes = tuple(sorted({item.label for item in training}))
+        if len(self.classes) < 2:
+            raise Unsupported(f"{named} with {len(self.classes)} class", supported="2 or more classes")
+        if not held_out:
+            raise Unsupported(f"{named} without held-out items", supported="some items to score")
+        self.num_classes: int = len(self.classes)
+        self.tokenizer = create_tokenizer(tokenizer, [text.encode() for item in training for text in item.texts])
+        parts = len(training[0].texts)
+        self._separator = self.tokenizer.vocab_size
+        self.vocab_size: int = self.tokenizer.vocab_size + (parts > 1)
+        self._share_of_text = (self.length - (parts - 1)) // parts
+        self._balance = balance
+        self._training, self._training_labels = self._encode("training", training)
+        self._held_out, self._held_out_labels = self._encode("held-out", held_out)
+
+        members = [np.flatnonzero(self._training_labels == label) for label in range(self.num_classes)]
+        most = max(map(len, members))
+        repeated = [np.resize(one, most) for one in members]
+        self._order = np.concatenate(repeated) if balance else np.arange(len(self._training))
+        scored = counter_generator(self.seed, self.num_classes, SPLIT).permutation(len(self._held_out))
+        if balance:
+            present = np.bincount(self._held_out_labels)
+            present = present[present > 0]
+            scored = one_of_each_in_turn(scored, self._held_out_labels)[: present.min() * len(present)]
+        self._scored = scored[: self._most_scored]
+        self.chance = float(np.bincount(self._held_out_labels[self._scored]).max() / len(self._scored))
+        self._sample = training[0]
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        chosen = in_epochs(self._order, step, seed, batch_size)
+        return self._batch([self._training[i] for i in chosen], self._training_labels[chosen])
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for rows in in_batches(len(self._scored), batch_size):
+            chosen = self._scored[rows]
+            yield self._batch([self._held_out[i] for i in chosen], self._held_out_labels[chosen])
+
+    def describe(self) -> str:
+        tokens = f" ({self.tokenizer.vocab_size} tokens)" if self.tokenizer.vocab_size != BYTES else ""
+        counts = Counter(self._training_labels.tolist())
+        named = ", ".join(f"{name} {counts[i]}" for i, name in enumerate(self.classes[:20]))
+        lines = [
+            f"{self.name}: {self._named}, up to {self.length} tokens, tokenizer {self.tokenizer.name}{tokens}",
+            f"training: {len(self._training):,} items of {self.num_classes} classes ({printable(named)}"
+            + (", ...)" if self.num_classes > 20 else ")")
+            + ("; each class is shown as often as the largest" if self._balance else ""),
+            f"held out: {len(self._held_out):,} items, {len(self._scored):,} of them scored"
+            + (", the same number of each class" if self._balance else "")
+            + f"; chance {self.chance:.3f}",
+            f"split: {self._rule}",
+        ]
+        lines += [f"note: {note}" for note in self._notes]
+        lines.append(f"sample: {printable(self._sample.label)}")
+        lines += [f"  {printable(text[:200])}" for text in self._sample.texts]
+        return "\n".join(lines)
+
+    def _encode(self, part: str, items: list[Labelled]) -> tuple[list[np.ndarray], Int[np.ndarray, " n"]]:
+        columns = [
+            self.tokenizer.encode_each([item.texts[i].encode() for item in items]) for i in range(len(items[0].texts))
+        ]
+        dtype = np.uint8 if self.vocab_size <= BYTES else np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+        sequences = []
+        for texts in zip(*columns, strict=True):
+            pieces: list[Sequence[int] | np.ndarray] = []
+            for text in texts:
+                pieces += [[self._separator], text[: self._share_of_text]] if pieces else [text[: self._share_of_text]]
+            sequences.append(np.concatenate([np.asarray(piece, dtype=dtype) for piece in pieces]))
+        if cut := sum(any(len(text) > self._share_of_text for text in texts) for texts in zip(*columns, strict=True)):
+            self._notes.append(f"{cut} {part} items cut: texts after {self._share_of_text} tokens")
+        number = {label: i for i, label in enumerate(self.classes)}
+        return sequences, np.array([number[item.label] for item in items], dtype=np.int64)
+
+    def _batch(self, sequences: list[np.ndarray], labels: Int[np.ndarray, " b"]) -> Batch:
+        inputs = np.zeros((len(sequences), self.length), dtype=np.int64)
+        for row, tokens in enumerate(sequences):
+            inputs[row, : len(tokens)] = tokens
+        lengths = np.array([[len(tokens)] for tokens in sequences])
+        valid = torch.from_numpy(np.arange(self.length) < lengths)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), valid)

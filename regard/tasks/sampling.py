@@ -1,0 +1,60 @@
+"""Which items come when: splits by group, epochs, balance over classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from regard.tasks.protocol import SPLIT, TRAINING, check_integer, counter_generator
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+
+def in_epochs(items: Int[np.ndarray, " n"], step: int, seed: int, batch_size: int) -> Int[np.ndarray, " b"]:
+    """Items of a step's batch: each epoch shows each item once, in an order drawn from `seed`."""
+    check_integer("batch_size", batch_size, 1, 1 << 20)
+    places = step * batch_size + np.arange(batch_size)
+    epochs = places // len(items)
+    chosen = np.empty(batch_size, dtype=np.int64)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        order = counter_generator(seed, epoch, TRAINING).permutation(items)
+        here = epochs == epoch
+        chosen[here] = order[places[here] % len(items)]
+    return chosen
+
+
+def one_of_each_in_turn(chosen: Int[np.ndarray, " m"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """The same items, one of each class in turn, so that any first few are balanced."""
+    rank: Counter[int] = Counter()
+    ranks = []
+    for label in labels[chosen].tolist():
+        ranks.append(rank[label])
+        rank[label] += 1
+    return chosen[np.argsort(ranks, kind="stable")]
+
+
+def held_out_groups(sizes: Mapping[str, int], share: float, seed: int) -> set[str]:
+    """Groups to hold out: in an order drawn from `seed`, while that brings their size closer to the share.
+
+    At least one group and, with a share of up to a half, never all of two or more.
+    """
+    groups = list(sizes)
+    wanted = share * sum(sizes.values())
+    held_out: set[str] = set()
+    size = 0
+    for i in counter_generator(seed, 0, SPLIT).permutation(len(groups)):
+        group = groups[i]
+        if abs(size + sizes[group] - wanted) < abs(size - wanted):
+            held_out.add(group)
+            size += sizes[group]
+    return held_out or {min(groups, key=lambda group: sizes[group])}
+
+
+def spread(count: int, kept: int) -> Int[np.ndarray, " k"]:
+    """At most `kept` of `count` numbers, evenly spread."""
+    kept = min(count, kept)
+    return np.arange(kept) * count // max(kept, 1)

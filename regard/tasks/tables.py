@@ -1,0 +1,418 @@
+"""Reading a user's table (CSV, TSV, JSON lines, Parquet), and saying plainly what is wrong with it and on which line."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from regard.contract import Unsupported, closest
+from regard.tasks.documents import JSON_LINES, Paths, nearest_path
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+PARQUET = (".parquet", ".pq")
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab", *JSON_LINES, *PARQUET)
+_KINDS = "CSV, TSV, JSON lines or Parquet"
+_OTHERS = {
+    ".xlsx": "save the sheet as CSV",
+    ".xls": "save the sheet as CSV",
+    ".ods": "save the sheet as CSV",
+    ".json": "one object on each line, as .jsonl",
+    ".gz": "decompress it",
+    ".zip": "decompress it",
+    ".xz": "decompress it",
+    ".zst": "decompress it",
+}
+_EMPTY = frozenset({"", "na", "n/a", "nan", "null", "none"})
+_DELIMITERS = ",\t;|"
+_SNIFFED = 1 << 16
+_LONGEST_FIELD = 1 << 30
+_FIRST_SECONDS, _FIRST_MILLISECONDS, _LAST_MILLISECONDS = 10**8, 10**11, 10**14
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of named columns.
+
+    Attributes:
+        columns: cells of each column: text from a delimited file; whatever the file holds from the others; None where a
+            record has no such field.
+        places: where each row is, as in ``demand.csv, line 5``.
+        notes: what was left out or assumed.
+    """
+
+    columns: dict[str, Sequence[Any]]
+    places: Sequence[str]
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def column(self, name: Any, option: str) -> Sequence[Any]:
+        """Cells of a column; refuses a name that is not there with the nearest one.
+
+        Args:
+            option: of the task that named the column.
+        """
+        if str(name) not in self.columns:
+            near = closest(str(name), self.columns)
+            raise Unsupported(
+                f"{option}={name}, which is no column of the table",
+                supported=", ".join(self.columns),
+                nearest=f"{option}={near}" if near else "",
+            )
+        return self.columns[str(name)]
+
+    def numbers(self, name: Any, option: str) -> Float[np.ndarray, " n"]:
+        """A column of numbers, nan where a cell is empty; refuses text and infinities with their line."""
+        cells = self.column(name, option)
+        found = np.empty(len(cells))
+        for i, cell in enumerate(cells):
+            number = _number(cell)
+            if number is None:
+                comma = isinstance(cell, str) and _number(cell.replace(",", ".")) is not None
+                raise Unsupported(
+                    f"{self.places[i]}, where the column {name} has {_shown(cell)}",
+                    supported="numbers, or empty cells",
+                    nearest=f"a decimal point: {cell.strip().replace(',', '.')}" if comma else "",
+                )
+            found[i] = number
+        return found
+
+    def texts(self, name: Any, option: str) -> list[str]:
+        """A column of text, "" where a cell is empty; numbers as they are written; refuses anything else."""
+        cells = self.column(name, option)
+        found = []
+        for i, cell in enumerate(cells):
+            if isinstance(cell, dict | list | tuple | bytes):
+                raise Unsupported(f"{self.places[i]}, where the column {name} has {_shown(cell)}", supported="text")
+            text = "" if cell is None or cell != cell else str(cell)
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise Unsupported(
+                    f"{self.places[i]}, where the column {name} has half of a surrogate pair",
+                    supported="text that UTF-8 can write",
+                ) from None
+            found.append(text)
+        return found
+
+    def times(self, name: Any, option: str) -> np.ndarray:
+        """A column of times as ``datetime64[s]``; those with a zone are converted to UTC.
+
+        Accepts ISO 8601 (with ``/`` between year, month and day too) and seconds or milliseconds since 1970.
+        """
+        cells = self.column(name, option)
+        found = np.empty(len(cells), dtype="datetime64[s]")
+        zoned = set()
+        for i, cell in enumerate(cells):
+            time = _time(cell)
+            if time is None:
+                raise Unsupported(
+                    f"{self.places[i]}, where the column {name} has {_shown(cell)}",
+                    supported="times as 2024-01-31 18:30:00 (ISO 8601), or seconds since 1970",
+                )
+            zoned.add(time.tzinfo is not None)
+            if len(zoned) == 2:
+                raise Unsupported(
+                    f"{self.places[i]}, where the column {name} begins to mix times with and without a zone",
+                    supported="a zone on each time, or on none",
+                )
+            found[i] = time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
+        return found
+
+    def numeric_columns(self) -> list[str]:
+        """Names of the columns that hold numbers and perhaps empty cells."""
+        return [
+            name
+            for name, cells in self.columns.items()
+            if all(_number(c) is not None for c in cells) and any(_number(c) == _number(c) for c in cells)
+        ]
+
+    def time_columns(self) -> list[str]:
+        """Names of the columns whose cells are mostly dates and times, seconds since 1970 aside."""
+        return [
+            name
+            for name, cells in self.columns.items()
+            if 2 * sum(_number(c) is None and _time(c) is not None for c in cells) > len(cells)
+        ]
+
+
+def read_table(data: Paths, *, names: tuple[str, ...] = ()) -> Table:
+    """The table of a file, or of several with the same columns, one after another.
+
+    Delimited text is UTF-8, with or without a byte order mark, and its first line names the columns; the delimiter
+    (comma, tab, semicolon or bar) is found. Blank lines are skipped.
+
+    Args:
+        data: a file or a list of files; what ends in .jsonl, .ndjson, .parquet or .pq is read as such, the rest as
+            delimited text.
+        names: columns of delimited text without a first line of names: used when it has as many columns as these and
+            none of these names in its first line.
+
+    Raises:
+        Unsupported: for what is missing, empty, broken or not a table, with the line where there is one.
+    """
+    paths = [data] if isinstance(data, str | Path) else list(data) if isinstance(data, Sequence) else [data]
+    for path in paths:
+        if not isinstance(path, str | Path) or not str(path):
+            raise Unsupported(f"data={path!r}", supported=f"a table ({_KINDS}), or a list of them")
+    if not paths:
+        raise Unsupported("no data at all", supported=f"a table ({_KINDS}), or a list of them")
+    tables = [_read(Path(path), names) for path in paths]
+    first = tables[0]
+    if len(tables) == 1:
+        return first
+    for path, table in zip(paths, tables, strict=True):
+        if set(table.columns) != set(first.columns):
+            odd = sorted(set(table.columns) ^ set(first.columns))
+            raise Unsupported(
+                f"{path}, whose columns differ from those of {paths[0]} ({', '.join(odd[:5])})",
+                supported="tables with the same columns: " + ", ".join(first.columns),
+            )
+    return Table(
+        {name: [cell for table in tables for cell in table.columns[name]] for name in first.columns},
+        [place for table in tables for place in table.places],
+        [note for table in tables for note in table.notes],
+    )
+
+
+def _read(path: Path, names: tuple[str, ...]) -> Table:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in TABLE_SUFFIXES)
+        raise Unsupported(
+            f"the folder {path} as a table",
+            supported=f"a file ({_KINDS}), or several",
+            nearest=str(path / inside[0]) if inside else "",
+        )
+    if not path.exists():
+        raise Unsupported(f"{path}, which does not exist", supported=f"a file ({_KINDS})", nearest=nearest_path(path))
+    if not path.is_file():
+        raise Unsupported(f"{path}, which is no file", supported=f"a file ({_KINDS})")
+    if suffix in _OTHERS:
+        raise Unsupported(f"{path} as a table", supported=f"{_KINDS}", nearest=_OTHERS[suffix])
+    if suffix in PARQUET:
+        table = _read_parquet(path)
+    else:
+        text = _decode(path)
+        table = _read_json_lines(path, text) if suffix in JSON_LINES else _read_delimited(path, text, names)
+    if not len(table):
+        raise Unsupported(f"{path}, which holds no rows", supported="a table with some rows in it")
+    return table
+
+
+def _decode(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise Unsupported(f"{path}, which cannot be read ({error.strerror})", supported="a readable file") from None
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Unsupported(
+            f"{path}, which is UTF-16", supported="UTF-8", nearest=f"iconv -f UTF-16 -t UTF-8 {path.name}"
+        )
+    if (zero := raw.find(b"\0")) >= 0:
+        raise Unsupported(f"{path}, which is not text (a zero byte at offset {zero})", supported=_KINDS)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        told = f"{path}, whose line {line} is not UTF-8 (byte 0x{raw[error.start]:02x})"
+    other = next((n for n, part in enumerate(raw.split(b"\n"), 1) if not part.isascii() and _is_utf8(part)), None)
+    raise Unsupported(
+        told + ("" if other is None else f", while line {other} is: it mixes encodings"),
+        supported="UTF-8 throughout",
+        nearest=f"iconv -f LATIN1 -t UTF-8 {path.name}" if other is None else f"repair line {line}",
+    )
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _read_delimited(path: Path, text: str, names: tuple[str, ...]) -> Table:
+    delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _find_delimiter(text)
+    notes = []
+    try:
+        rows = list(_rows(path, text, delimiter, csv.QUOTE_MINIMAL))
+    except Unsupported:
+        # Parallel text is often tab-separated with quotation marks that mean themselves.
+        if delimiter != "\t":
+            raise
+        rows = list(_rows(path, text, delimiter, csv.QUOTE_NONE))
+        notes.append(f"{path.name}: quotation marks read as plain characters")
+    if not rows:
+        return Table({}, [])
+    header = [cell.strip() or f"column {i + 1}" for i, cell in enumerate(rows[0][1])]
+    if names and len(header) == len(names) and not set(names) & set(header):
+        header = list(names)
+        notes.append(f"{path.name}: no column is named {' or '.join(names)}, so its first line is data too")
+    else:
+        rows = rows[1:]
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise Unsupported(f"{path}, which names the column {repeated[0]} twice", supported="a name for each column")
+    cells = zip(*(row for _, row in rows), strict=True) if rows else ([] for _ in header)
+    columns: dict[str, Sequence[Any]] = dict(zip(header, cells, strict=True))
+    return Table(columns, [f"{path.name}, line {line}" for line, _ in rows], notes)
+
+
+def _rows(path: Path, text: str, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+    """Number of its first line and cells of each row, all as wide as the first."""
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    line, width = 1, 0
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                width = width or len(row)
+                if len(row) != width:
+                    raise Unsupported(
+                        f"{path}, whose line {line} has {len(row)} cells", supported=f"{width}, as the first line has"
+                    )
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise Unsupported(
+            f"{path}, whose line {line} cannot be read ({error})", supported="quotation marks in pairs"
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _find_delimiter(text: str) -> str:
+    """The delimiter with which the first lines have the most columns, the same number on each."""
+    sample = text[:_SNIFFED]
+    if len(text) > _SNIFFED:
+        sample = sample[: sample.rfind("\n") + 1] or sample
+    found = {}
+    for delimiter in _DELIMITERS:
+        widths = {len(row) for row in csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter) if row}
+        if len(widths) == 1:
+            found[delimiter] = widths.pop()
+    if found and max(found.values()) > 1:
+        return max(found, key=lambda delimiter: found[delimiter])
+    first = sample.partition("\n")[0]
+    return max(_DELIMITERS, key=first.count)
+
+
+def _read_json_lines(path: Path, text: str) -> Table:
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise Unsupported(
+                f"{path}, whose line {number} is not JSON ({error})", supported="one JSON object on each line"
+            ) from None
+        if not isinstance(record, dict):
+            raise Unsupported(f"{path}, whose line {number} is not a JSON object", supported="one on each line")
+        records.append((number, record))
+    fields = list(dict.fromkeys(name for _, record in records for name in record))
+    columns: dict[str, Sequence[Any]] = {name: [record.get(name) for _, record in records] for name in fields}
+    return Table(columns, [f"{path.name}, line {number}" for number, _ in records])
+
+
+def _read_parquet(path: Path) -> Table:
+    read = _parquet_reader(path)
+    try:
+        columns = read()
+    except Exception as error:  # the libraries raise many classes
+        raise Unsupported(f"{path}, which cannot be read as Parquet ({error})", supported=_KINDS) from None
+    count = len(next(iter(columns.values()), ()))
+    return Table(columns, [f"{path.name}, row {i + 1}" for i in range(count)])
+
+
+def _parquet_reader(path: Path) -> Callable[[], dict[str, Sequence[Any]]]:
+    if pyarrow := _import("pyarrow"):
+        parquet = importlib.import_module("pyarrow.parquet")
+
+        def with_pyarrow() -> dict[str, Sequence[Any]]:
+            table = parquet.read_table(path)
+            columns = {str(name): column for name, column in zip(table.column_names, table.columns, strict=True)}
+            for name, column in columns.items():
+                if pyarrow.types.is_timestamp(column.type):  # nanoseconds would need pandas
+                    columns[name] = column.cast(pyarrow.timestamp("us", tz=column.type.tz), safe=False)
+            return {name: column.to_pylist() for name, column in columns.items()}
+
+        return with_pyarrow
+    if pandas := _import("pandas"):
+
+        def with_pandas() -> dict[str, Sequence[Any]]:
+            frame = pandas.read_parquet(path)
+            return {str(name): frame[name].astype(object).where(frame[name].notna(), None).tolist() for name in frame}
+
+        return with_pandas
+    raise Unsupported(
+        f"{path} without pyarrow, which reads Parquet",
+        supported="CSV, TSV or JSON lines, or the extra",
+        nearest="pip install 'regard[tables]'",
+    )
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _number(cell: Any) -> float | None:
+    """nan for an empty cell, None for what is no finite number."""
+    if cell is None:
+        return np.nan
+    if isinstance(cell, str):
+        if cell.strip().lower() in _EMPTY:
+            return np.nan
+        if "_" in cell:  # float() would read 1_000
+            return None
+    elif isinstance(cell, date) or not hasattr(cell, "__float__"):
+        return None
+    try:
+        number = float(cell)
+    except (ValueError, OverflowError):
+        return None
+    return None if np.isinf(number) else number
+
+
+def _time(cell: Any) -> datetime | None:
+    if isinstance(cell, datetime):
+        return cell.replace(microsecond=0)
+    if isinstance(cell, date):
+        return datetime(cell.year, cell.month, cell.day)
+    if isinstance(cell, str):
+        text = re.sub(r"^(\d{4})/(\d\d?)/(\d\d?)", lambda m: f"{m[1]}-{m[2]:0>2}-{m[3]:0>2}", cell.strip())
+        if "-" in text:
+            try:
+                return datetime.fromisoformat(text).replace(microsecond=0)
+            except ValueError:
+                return None
+    number = _number(cell)
+    if number is None or not _FIRST_SECONDS <= number < _LAST_MILLISECONDS:
+        return None
+    seconds = number / 1000 if number >= _FIRST_MILLISECONDS else number
+    return datetime.fromtimestamp(int(seconds), UTC).replace(tzinfo=None)
+
+
+def _shown(cell: Any) -> str:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return "nothing"
+    text = repr(cell)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,52 @@
+"""The tutorials run as they stand: files are written, snippets and commands executed, in the order of the page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from regard import catalogue
+from regard.cli import main
+
+TUTORIALS = sorted((Path(__file__).parents[2] / "docs" / "tutorials").glob("*.md"))
+BLOCK = re.compile(r'^```(python|sh)(?: title="([\w.]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
+NEEDS = {"swap": ("timm", "transformers")}
+PLUGINS = ("relu",)
+SHOWN_ONLY = {"report"}
+"""Pages whose commands are about an output folder that another page makes."""
+
+
+@pytest.mark.parametrize("page", [p for p in TUTORIALS if p.stem not in SHOWN_ONLY], ids=lambda p: p.stem)
+def test_a_tutorial_runs_as_it_stands(page, tmp_path, monkeypatch, capsys):
+    for module in NEEDS.get(page.stem, ()):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for language, title, code in BLOCK.findall(page.read_text()):
+        if title:
+            Path(title).write_text(code)
+        elif language == "python":
+            with warnings.catch_warnings():
+                exec(compile(code, page.name, "exec"), names)
+        else:
+            for line in code.splitlines():
+                run(line.split("  #")[0], monkeypatch)
+    capsys.readouterr()
+
+
+def run(line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        for name in PLUGINS:
+            catalogue.unregister(name)  # each command is a process of its own for whoever follows the page
+    assert code in (None, 0), line

@@ -1,0 +1,265 @@
+"""`regard.swap` on PyTorch's and timm's modules: equal with softmax, trainable with others, unsafe swaps refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import regard
+from regard import Unsupported
+from regard.integrations.transformers import attention_names
+
+CAUSAL = torch.ones(9, 9, dtype=torch.bool).triu(1)
+
+
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dtype=torch.float64, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+def padding():
+    missing = torch.zeros(3, 9, dtype=torch.bool)
+    missing[1, 6:] = True
+    missing[2, [0, 4]] = True
+    return missing
+
+
+def random_pairs():
+    hidden = torch.rand(9, 9) > 0.6
+    hidden.fill_diagonal_(False)
+    return hidden
+
+
+MASKS = {
+    "none": dict,
+    "causal": lambda: {"mask": CAUSAL},
+    "causal in scores": lambda: {"mask": nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)},
+    "causal with its hint": lambda: {"mask": CAUSAL, "is_causal": True},
+    "padding": lambda: {"src_key_padding_mask": padding()},
+    "pairs": lambda: {"mask": random_pairs()},
+    "scores": lambda: {"mask": torch.randn(9, 9, dtype=torch.float64)},
+    "scores for each head": lambda: {"mask": torch.randn(12, 9, 9, dtype=torch.float64)},
+    "causal and padding": lambda: {"mask": CAUSAL, "src_key_padding_mask": padding()},
+    "scores and padding": lambda: {
+        "mask": torch.randn(9, 9, dtype=torch.float64),
+        "src_key_padding_mask": padding(),
+    },
+}
+
+
+def quietly(function, *args, **options):
+    """torch deprecates masks of two dtypes, which it is then given itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_an_encoder_swapped_to_softmax_stays_equal(mask, norm_first):
+    model = encoder(norm_first=norm_first)
+    swapped = copy.deepcopy(model)
+    report = regard.swap(swapped, "softmax")
+    assert list(report.changed) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert report.learned == []
+    x, given = torch.randn(3, 9, 16, dtype=torch.float64), MASKS[mask]()
+    with torch.no_grad():
+        found, expected = quietly(swapped, x, **given), quietly(model, x, **given)
+    seen = torch.ones(3, 9, dtype=torch.bool)
+    if "padding" in mask:
+        seen = ~padding()
+    seen &= ~expected.isnan().any(-1)  # torch gives nan where a query sees nothing
+    torch.testing.assert_close(found[seen], expected[seen], atol=1e-12, rtol=1e-10)
+
+
+def test_the_fused_and_packed_paths_of_an_encoder_are_left():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    swapped = copy.deepcopy(model)
+    regard.swap(swapped, "linear")
+    x = torch.randn(3, 9, 16)
+    with torch.no_grad():
+        found = quietly(swapped, x, src_key_padding_mask=padding())
+        assert not torch.allclose(found[0], quietly(model, x, src_key_padding_mask=padding())[0], atol=1e-4)
+        torch.testing.assert_close(found[0], swapped(x[:1])[0])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_a_single_module_gives_what_torch_gives(batch_first, average):
+    holder = nn.ModuleDict({"attend": nn.MultiheadAttention(16, 4, batch_first=batch_first, kdim=6, vdim=6).double()})
+    swapped = copy.deepcopy(holder)
+    regard.swap(swapped, "softmax", pattern="noncausal-cross")
+    q, m = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(2, 7, 6, dtype=torch.float64)
+    if not batch_first:
+        q, m = q.transpose(0, 1), m.transpose(0, 1)
+    missing = torch.zeros(2, 7, dtype=torch.bool)
+    missing[0, 5:] = True
+    options = {"key_padding_mask": missing, "average_attn_weights": average}
+    found = swapped["attend"](q, m, m, **options)
+    expected = holder["attend"](q, m, m, **options)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    one = [x[0] if batch_first else x[:, 0] for x in (q, m, m)]
+    torch.testing.assert_close(swapped["attend"](*one)[0], holder["attend"](*one)[0])
+
+
+def test_state_dicts_keep_their_names():
+    model = encoder()
+    swapped = copy.deepcopy(model)
+    regard.swap(swapped, "softmax")
+    assert swapped.state_dict().keys() == model.state_dict().keys()
+    report = regard.swap(model, "gated_linear")
+    assert set(report.learned) == set(model.state_dict()) - set(swapped.state_dict())
+    assert "new, untrained parameters: layers.0.self_attn.attend" in str(report)
+
+
+def test_a_decoder_is_swapped_by_the_place_of_each_module():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), 1).double().eval()
+    swapped = copy.deepcopy(model)
+    report = regard.swap(swapped, "softmax")
+    assert report.changed == {
+        "layers.0.self_attn": "MultiheadAttention, causal-self",
+        "layers.0.multihead_attn": "MultiheadAttention, noncausal-cross",
+    }
+    x, memory = torch.randn(3, 9, 16, dtype=torch.float64), torch.randn(3, 5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            swapped(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True), model(x, memory, tgt_mask=CAUSAL)
+        )
+
+
+def test_a_noncausal_call_of_a_causal_module_is_refused():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), 1).eval()
+    regard.swap(model, "gated_linear")
+    with pytest.raises(Unsupported, match="without a causal mask"):
+        model(torch.randn(1, 9, 16), torch.randn(1, 5, 16))
+
+
+@pytest.mark.parametrize("name", attention_names())
+def test_swapped_to_any_mechanism_an_encoder_trains(name):
+    model = encoder(dropout=0.0).float().train()
+    regard.swap(model, name)
+    x = torch.randn(2, 12, 16)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(8):
+        loss = (model(x) - x.flip(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_padding_has_no_effect_after_a_swap():
+    for name in ("gated_linear", "linear", "sigmoid", "delta_rule", "flow_attention"):
+        model = encoder()
+        regard.swap(model, name)
+        x = torch.randn(3, 9, 16, dtype=torch.float64)
+        with torch.no_grad():
+            found = quietly(model, x, src_key_padding_mask=padding())
+            torch.testing.assert_close(found[1, :6], model(x[1:2, :6])[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("mamba", "is a mixer"),
+        ("aaren", "learns its own query"),
+        ("landmark", "inserts tokens"),
+        ("low_rank_pooling", "is a pooling"),
+        ("mixture_of_heads", "is a wrapper"),
+        ("softmx", "did you mean|nearest: softmax"),
+    ],
+)
+def test_what_cannot_be_swapped_to_is_refused_with_the_reason(name, told):
+    model = encoder()
+    with pytest.raises(Unsupported, match=told):
+        regard.swap(model, name)
+    assert isinstance(model.layers[0].self_attn, nn.MultiheadAttention)
+
+
+def test_nothing_is_changed_when_one_module_is_unsafe():
+    model = nn.ModuleList([nn.MultiheadAttention(16, 4), nn.MultiheadAttention(16, 4, add_zero_attn=True)])
+    with pytest.raises(Unsupported, match="1: MultiheadAttention with learned or zero keys"):
+        regard.swap(model, "softmax")
+    assert isinstance(model[0], nn.MultiheadAttention)
+    report = regard.swap(model, "softmax", only="0")
+    assert (list(report.changed), report.kept) == (["0"], ["1"])
+
+
+def test_a_mask_that_a_mechanism_cannot_honour_is_refused_when_it_comes():
+    model = encoder()
+    regard.swap(model, "linear")
+    with pytest.raises(Unsupported, match="a mask of pairs"):
+        model(torch.randn(3, 9, 16, dtype=torch.float64), mask=random_pairs())
+
+
+def test_models_without_attention_are_refused():
+    with pytest.raises(Unsupported, match="without attention modules that are known"):
+        regard.swap(nn.Linear(3, 3), "softmax")
+    with pytest.raises(Unsupported, match="itself the attention module"):
+        regard.swap(nn.MultiheadAttention(16, 4), "softmax")
+
+
+def test_bad_options_are_refused_before_any_change():
+    model = encoder()
+    with pytest.raises(Unsupported, match="option 'widow'"):
+        regard.swap(model, "local", widow=3)
+    with pytest.raises(Unsupported, match="noncausal-cross"):
+        regard.swap(model, "local", pattern="noncausal-cross")
+
+
+def test_a_swapped_encoder_compiles_whole():
+    model = encoder()
+    regard.swap(model, "softmax")
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+class TestVision:
+    """timm's ViT."""
+
+    def model(self, **options):
+        timm = pytest.importorskip("timm")
+        return timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=32,
+            depth=2,
+            num_heads=4,
+            num_classes=3,
+            **options,
+        ).eval()
+
+    def test_swapped_to_softmax_it_stays_equal(self):
+        model = self.model(qk_norm=True)
+        swapped = copy.deepcopy(model)
+        report = regard.swap(swapped, "softmax")
+        assert list(report.changed) == ["blocks.0.attn", "blocks.1.attn"]
+        x = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(swapped(x), model(x), atol=1e-5, rtol=1e-5)
+        assert swapped.state_dict().keys() == model.state_dict().keys()
+
+    @pytest.mark.parametrize("name", ["linear", "gated_linear", "agent", "sigmoid"])
+    def test_swapped_to_another_it_trains(self, name):
+        model = self.model().train()
+        regard.swap(model, name)
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+    def test_attention_that_does_more_is_refused(self):
+        timm = pytest.importorskip("timm")
+        model = nn.ModuleList([timm.layers.AttentionRope(16, 4)])
+        with pytest.raises(Unsupported, match="computes more than attention"):
+            regard.swap(model, "softmax")

@@ -1,0 +1,233 @@
+"""The frame of the reproductions: cells, shards, resumption, verdicts. None of the experiments is run here."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from regard import Unsupported, get_mechanism, list_mechanisms
+from regard.measurement.store import Store
+from regard.reproductions import Check, Outcome, collect, get_reproduction, list_reproductions, plan, run, shard
+from regard.reproductions.framework import catalogue, runs
+from regard.reproductions.framework.judging import judge, measured, minus, over
+from regard.reproductions.framework.protocol import Cell, Reproduction
+
+WITHOUT_REPRODUCTION: dict[str, str] = {}
+"""Mechanisms of the catalogue that have none, with the reason."""
+
+
+def counted(calls):
+    def run_cell(setting, seed):
+        calls.append((setting["name"], seed))
+        return {"score": setting["score"] + 0.01 * seed + 0.001 * float(torch.rand(())), "loss": math.nan}
+
+    return run_cell
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """A reproduction with two settings whose calls are counted."""
+    calls = []
+    made = Reproduction(
+        name="example",
+        mechanisms=("softmax",),
+        claim="better",
+        instead="smaller",
+        settings={
+            "good": {"name": "good", "score": 0.9},
+            "bad": {"name": "bad", "score": 0.5},
+            "time": {"name": "t", "score": 1.0},
+        },
+        run_cell=counted(calls),
+        checks=(Check("good above bad", minus("good", "bad"), above=0.1),),
+        timings=frozenset({"time"}),
+    )
+    monkeypatch.setattr(catalogue, "_load", lambda name: made)
+    monkeypatch.setattr(catalogue, "list_reproductions", lambda: ("example",))
+    return calls
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shards_partition_the_cells(count):
+    cells = plan(list_reproductions())
+    shards = [shard(cells, f"{i + 1}/{count}") for i in range(count)]
+    assert sorted(itertools.chain(*shards), key=str) == sorted(cells, key=str)
+    assert len(set(cells)) == len(cells)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])
+def test_a_shard_that_is_none_is_refused(text):
+    with pytest.raises(Unsupported, match="shard"):
+        shard([], text)
+
+
+def test_timings_and_the_rest_are_all_cells(example):
+    both = plan(["example"], 2, timings=True) + plan(["example"], 2, timings=False)
+    assert sorted(both, key=str) == sorted(plan(["example"], 2), key=str)
+    assert {cell.setting for cell in plan(["example"], 2, timings=True)} == {"time"}
+
+
+def test_a_second_run_makes_only_what_is_missing(example, tmp_path):
+    cells = plan(["example"], 2)
+    with Store(tmp_path / "results.db") as store:
+        run(cells[:3], store)
+        assert len(example) == 3
+        run(cells, store)
+    assert sorted(example) == sorted({(c.setting if c.setting != "time" else "t", c.seed) for c in cells})
+    with Store(tmp_path / "results.db") as store:
+        assert run(cells, store) == {}
+
+
+def test_an_interrupted_run_keeps_all_but_the_cell_in_flight(example, tmp_path):
+    cells = plan(["example"], 2)
+
+    def stop(cell, left, seconds):
+        if left == 2:
+            raise KeyboardInterrupt
+
+    with Store(tmp_path / "results.db") as store:
+        with pytest.raises(KeyboardInterrupt):
+            run(cells, store, on_cell=stop)
+        assert len(store.rows("reproduction")) == len(cells) - 2
+
+
+def test_rows_of_another_protocol_do_not_count(example, tmp_path, monkeypatch):
+    cells = plan(["example"], 2)
+    with Store(tmp_path / "results.db") as store:
+        run(cells, store)
+        assert collect(["example"], store, 2)[0]["done"] == len(cells)
+        object.__setattr__(get_reproduction("example"), "protocol", 2)
+        assert collect(["example"], store, 2)[0]["done"] == 0
+        object.__setattr__(get_reproduction("example"), "protocol", 1)
+        changed = {**get_reproduction("example").settings, "bad": {"name": "bad", "score": 0.6}}
+        object.__setattr__(get_reproduction("example"), "settings", changed)
+        assert collect(["example"], store, 2)[0]["missing"] == ["bad 0", "bad 1"]
+
+
+def test_a_cell_is_a_function_of_setting_and_seed_and_leaves_the_random_state(example):
+    reproduction = get_reproduction("example")
+    setting = reproduction.settings["good"]
+    before = torch.get_rng_state()
+    first = runs.run_cell(reproduction, setting, 5)
+    torch.rand(3)
+    assert runs.run_cell(reproduction, setting, 5) == first
+    assert runs.run_cell(reproduction, setting, 6) != first
+    torch.set_rng_state(before)
+    runs.run_cell(reproduction, setting, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first["loss"] is None
+
+
+def test_the_remaining_time_follows_the_pace(example, tmp_path):
+    said = []
+    with Store(tmp_path / "results.db") as store:
+        run(plan(["example"], 2), store, on_cell=lambda cell, left, seconds: said.append((left, seconds)))
+    assert [left for left, _ in said] == [6, 5, 4, 3, 2, 1]
+    assert said[0][1] == 6 * 30
+    assert all(seconds < 30 for _, seconds in said[1:])
+
+
+def test_collected_results_have_findings_and_extra_seeds(example, tmp_path):
+    with Store(tmp_path / "results.db") as store:
+        run(plan(["example"], 4), store)
+        (found,) = collect(["example"], store, 3)
+    assert found["outcome"] == "held"
+    assert found["findings"][0]["seeds"] == 4
+    assert found["findings"][0]["mean"] == pytest.approx(0.4, abs=2e-3)
+    assert (found["done"], found["planned"], found["missing"]) == (9, 9, [])
+
+
+def scores(*pairs):
+    return {
+        (name, seed): {"score": value}
+        for seed, pair in enumerate(pairs)
+        for name, value in zip("ab", pair, strict=True)
+    }
+
+
+ABOVE = Check("a above b by 0.1", minus("a", "b"), above=0.1)
+BELOW = Check("a - b below 0.1", minus("a", "b"), below=0.1)
+
+
+@pytest.mark.parametrize(
+    ("cells", "above", "below"),
+    [
+        (scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52)), Outcome.HELD, Outcome.DID_NOT_HOLD),
+        (scores((0.5, 0.5), (0.51, 0.5), (0.5, 0.52)), Outcome.DID_NOT_HOLD, Outcome.HELD),
+        (scores((0.9, 0.5), (0.6, 0.5), (0.5, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
+        (scores((0.9, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
+        (scores((math.nan, 0.5), (0.9, 0.5), (0.9, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
+        ({}, Outcome.NOT_RUN, Outcome.NOT_RUN),
+    ],
+)
+def test_a_verdict_from_mean_and_standard_error(cells, above, below):
+    assert judge([ABOVE], cells).outcome is above
+    assert judge([BELOW], cells).outcome is below
+
+
+def test_the_interval_is_students():
+    (finding,) = judge([ABOVE], scores((1.0, 0.0), (1.1, 0.0), (1.2, 0.0))).findings
+    error = 0.1 / math.sqrt(3)
+    assert finding.mean == pytest.approx(1.1)
+    assert finding.standard_error == pytest.approx(error)
+    assert (finding.low, finding.high) == pytest.approx((1.1 - 4.303 * error, 1.1 + 4.303 * error))
+
+
+def test_a_claim_holds_only_as_a_whole():
+    sure = scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52))
+    unsure = Check("a above 0.9", measured("a", "score"), above=0.9)
+    assert judge([ABOVE, unsure], sure).outcome is Outcome.UNDECIDED
+    assert judge([ABOVE, unsure, BELOW], sure).outcome is Outcome.DID_NOT_HOLD
+
+
+def test_seeds_without_all_cells_are_left_out():
+    cells = scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52))
+    del cells["b", 1]
+    (finding,) = judge([ABOVE], cells).findings
+    assert finding.seeds == 2
+
+
+def test_a_timing_is_judged_by_its_spread():
+    def timed(*spreads):
+        return {
+            ("t", i): {"ratio": dict(zip(("low", "median", "high"), s, strict=True))} for i, s in enumerate(spreads)
+        }
+
+    faster = Check("faster", measured("t", "ratio"), above=1.0)
+    assert judge([faster], timed((1.2, 1.3, 1.5), (1.1, 1.3, 1.4))).outcome is Outcome.HELD
+    assert judge([faster], timed((1.2, 1.3, 1.5), (0.9, 1.3, 1.4))).outcome is Outcome.UNDECIDED
+    assert judge([faster], timed((0.7, 0.8, 0.9), (0.7, 0.8, 0.95))).outcome is Outcome.DID_NOT_HOLD
+
+
+def test_ratios_and_values_of_none_are_undecided():
+    cells = {("a", s): {"score": None} for s in range(3)} | {("b", s): {"score": 1.0} for s in range(3)}
+    assert judge([Check("", over("a", "b", "score"), above=0.0)], cells).outcome is Outcome.UNDECIDED
+    assert judge([Check("", measured("a", "score"), above=0.0)], cells).outcome is Outcome.UNDECIDED
+
+
+def test_a_check_has_one_bound():
+    with pytest.raises(Unsupported):
+        Check("", measured("a", "score"))
+    with pytest.raises(Unsupported):
+        Check("", measured("a", "score"), above=0.0, below=1.0)
+
+
+@pytest.mark.parametrize("mechanism", list_mechanisms())
+def test_every_mechanism_has_a_reproduction(mechanism):
+    about = [n for n in list_reproductions() if mechanism in get_reproduction(n).mechanisms]
+    assert bool(about) != (mechanism in WITHOUT_REPRODUCTION), "none, and no reason given"
+
+
+def test_a_reproduction_is_found_by_its_mechanism_and_its_aliases():
+    assert get_reproduction("deltanet").name == "delta_rule"
+    with pytest.raises(Unsupported, match="delta_rule"):
+        get_reproduction("delta_rul")
+
+
+def test_cells_are_ordered_by_seed():
+    cells = get_reproduction("delta_rule").cells(2)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert Cell("delta_rule", "softmax", 1) in cells
+    assert get_mechanism("delta_rule").paper == get_reproduction("delta_rule").paper

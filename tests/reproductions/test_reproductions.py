@@ -1,0 +1,55 @@
+"""Every reproduction runs, in seconds, and can be judged by what its cells measure."""
+
+import pytest
+
+from regard.reproductions import get_reproduction, list_reproductions
+from regard.reproductions.framework.protocol import Reproduction
+from regard.reproductions.framework.runs import run_cell
+
+SMALL: dict[str, dict[tuple[str, int], dict]] = {}
+
+
+def small_cells(name):
+    """What the shrunk settings measure with one seed; run once."""
+    if name not in SMALL:
+        reproduction = get_reproduction(name)
+        SMALL[name] = {(s, 0): run_cell(reproduction, o, 0) for s, o in reproduction.smoke_settings().items()}
+    return SMALL[name]
+
+
+@pytest.mark.parametrize("name", list_reproductions())
+def test_small_settings_run_and_measure_what_the_checks_ask_for(name):
+    reproduction = get_reproduction(name)
+    cells = small_cells(name)
+    for measured in cells.values():
+        assert measured
+        for value in measured.values():
+            assert value is None or isinstance(value, float | int) or set(value) == {"median", "low", "high"}
+    again = {(setting, seed): measured for (setting, _), measured in cells.items() for seed in (0, 1)}
+    for finding in reproduction.judge(again).findings:
+        assert finding.seeds == 2
+        assert finding.mean == finding.mean
+
+
+@pytest.mark.parametrize("name", list_reproductions())
+def test_it_says_what_it_is(name):
+    reproduction = get_reproduction(name)
+    assert isinstance(reproduction, Reproduction)
+    assert reproduction.name == name
+    assert reproduction.checks
+    assert reproduction.claim.strip()
+    assert reproduction.instead.strip()
+    assert reproduction.timings <= set(reproduction.settings)
+    assert reproduction.seeds >= (3 if reproduction.seconds < 120 else 2)
+    for setting in reproduction.smoke_settings().values():
+        assert set(reproduction.smoke) & set(setting), "a setting that is not shrunk"
+
+
+@pytest.mark.parametrize("name", list_reproductions())
+def test_a_cell_without_timings_repeats(name):
+    reproduction = get_reproduction(name)
+    setting = next((s for s in reproduction.settings if s not in reproduction.timings), None)
+    if setting is None:
+        pytest.skip("nothing but timings")
+    again = run_cell(reproduction, reproduction.smoke_settings()[setting], 0)
+    assert again == small_cells(name)[setting, 0]

@@ -1,0 +1,194 @@
+"""A user's own data sets: epochs, padding, metrics of one's own, and items that do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from regard.cli import main
+from regard.contract import Pattern, Unsupported
+from regard.tasks import IGNORED, DatasetTask, check_task
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my_task.py"
+
+
+class Growing(Dataset):
+    """Item i has i + 1 tokens, all of them i, and is even or odd."""
+
+    def __init__(self, count=6):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return np.full(i + 1, i), i % 2
+
+
+def numbers(count=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(count, 5, 3, generator=generator), torch.arange(count) % 4)
+
+
+def growing(**options):
+    given = {"name": "growing", "objective": "classification", "length": 6, "vocab_size": 6, "num_classes": 2}
+    return DatasetTask(Growing(), Growing(), **(given | options))
+
+
+def test_shorter_items_are_padded_and_the_padding_is_not_valid():
+    task = check_task(growing())
+    batch = task.training_batch(0, 0, 6)
+    for inputs, valid, target in zip(batch.inputs, batch.valid, batch.targets, strict=True):
+        i = int(inputs[0])
+        assert inputs.tolist() == [i] * (i + 1) + [0] * (5 - i)
+        assert valid.tolist() == [True] * (i + 1) + [False] * (5 - i)
+        assert target == i % 2
+
+
+def test_an_epoch_shows_each_item_once_and_held_out_items_come_in_order():
+    task = check_task(DatasetTask(numbers(), numbers(9, 1), name="n", objective="classification", num_classes=4))
+    assert (task.length, task.features, task.vocab_size) == (5, 3, None)
+    rows = [tuple(x.flatten().tolist()) for step in range(2) for x in task.training_batch(step, 4, 5).inputs]
+    assert sorted(rows) == sorted(tuple(x.flatten().tolist()) for x, _ in numbers())
+    held_out = torch.cat([b.inputs for b in task.evaluation_batches(4)])
+    assert torch.equal(held_out, numbers(9, 1).tensors[0])
+    assert task.training_batch(0, 0, 2).valid is None
+
+
+def test_fewer_held_out_items_are_evenly_spread():
+    task = DatasetTask(
+        numbers(), numbers(9, 1), name="n", objective="classification", num_classes=4, evaluation_items=3
+    )
+    (batch,) = task.evaluation_batches(8)
+    assert torch.equal(batch.inputs, numbers(9, 1).tensors[0][[0, 3, 6]])
+
+
+class Noisy(Growing):
+    def __getitem__(self, i):
+        return torch.randn(4, 1), i % 2
+
+
+def test_random_items_depend_on_step_and_seed_alone_and_leave_the_generator_as_it_was():
+    task = DatasetTask(Noisy(), Noisy(), name="n", objective="classification", num_classes=2)
+    before = torch.random.get_rng_state()
+    one = task.training_batch(3, 1, 4).inputs
+    torch.manual_seed(5)
+    assert torch.equal(one, task.training_batch(3, 1, 4).inputs)
+    assert not torch.equal(one, task.training_batch(4, 1, 4).inputs)
+    assert not torch.equal(one, task.training_batch(3, 2, 4).inputs)
+    held_out = [b.inputs for b in task.evaluation_batches(4)]
+    assert all(torch.equal(a, b.inputs) for a, b in zip(held_out, task.evaluation_batches(4), strict=True))
+    torch.random.set_rng_state(before)
+    task.training_batch(0, 0, 2)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_metric_of_ones_own_is_used_and_needs_its_name():
+    def score(output, batch):
+        return output[..., 0].double(), torch.ones(batch.size, dtype=torch.float64)
+
+    task = growing(score=score, metric="first", higher_is_better=False)
+    batch = task.training_batch(0, 0, 3)
+    output = torch.randn(3, 2)
+    assert torch.equal(task.score(output, batch)[0], output[:, 0].double())
+    assert (task.metric, task.higher_is_better) == ("first", False)
+    right, count = growing().score(torch.nn.functional.one_hot(batch.targets, 2).double(), batch)
+    assert torch.equal(right, count)
+    with pytest.raises(Unsupported, match="with a score but metric=None"):
+        growing(score=score)
+
+
+def test_regression_and_memory_from_mappings():
+    items = [{"inputs": np.ones((n, 2)), "targets": np.arange(n), "memory": np.full((n + 1, 1), n)} for n in (3, 4, 2)]
+    task = DatasetTask(
+        items, items, name="r", objective="regression", pattern="noncausal-cross", length=4, memory_length=6
+    )
+    check_task(task)
+    assert (task.features, task.num_targets, task.memory_features) == (2, 1, 1)
+    assert (task.metric, task.higher_is_better) == ("squared error", False)
+    (batch,) = task.evaluation_batches(8)
+    assert batch.targets[2, :, 0].tolist()[:2] == [0, 1]
+    assert all(math.isnan(x) for x in batch.targets[2, 2:, 0].tolist())
+    assert batch.memory_valid.sum(1).tolist() == [4, 5, 3]
+    assert batch.valid.sum(1).tolist() == [3, 4, 2]
+    sums, weights = task.score(torch.zeros(3, 4, 1), batch)
+    assert sums.tolist() == [5, 14, 1]
+    assert weights.tolist() == [3, 4, 2]
+    assert sums.dtype == torch.float64
+
+
+def test_next_token_padding_has_no_target():
+    items = [(torch.arange(3), torch.arange(1, 4)), (torch.arange(2), torch.tensor([1, IGNORED]))]
+    task = DatasetTask(
+        items, items, name="t", objective="next-token", pattern=Pattern.CAUSAL_SELF, vocab_size=4, length=3
+    )
+    (batch,) = check_task(task).evaluation_batches(2)
+    assert batch.targets.tolist() == [[1, 2, 3], [1, IGNORED, IGNORED]]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def items_with(second):
+    return [(torch.arange(3), 0), second]
+
+
+CLASSES = {"name": "c", "objective": "classification", "num_classes": 2}
+TOKENS = CLASSES | {"vocab_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "told"),
+    [
+        (Stream(), TOKENS, "of type Stream; supported: map-style data sets"),
+        (3, TOKENS, "of type int"),
+        ([], TOKENS, "without training items"),
+        ([5], TOKENS, "training item 0 is of type int"),
+        ([{"inputs": [1], "label": 3}], TOKENS, "training item 0 has 'label'"),
+        ([{"inputs": [1]}], TOKENS, "training item 0 has no targets"),
+        ([("abc", 1)], TOKENS, "has inputs of type str"),
+        (items_with((torch.arange(3), 1)), CLASSES, "nearest: vocab_size=3 or more"),
+        ([(torch.rand(3), 1)], CLASSES, "numbers (n, features)"),
+        ([(torch.rand(3, 2), 1)], TOKENS, "vocab_size=5 and inputs of shape (3, 2)"),
+        (items_with((torch.arange(4), 1)), TOKENS, "item 1 has inputs of length 4; supported: length up to 3"),
+        (items_with((torch.arange(3), 2)), TOKENS, "item 1 has targets from 2 to 2; supported: 0 to 1"),
+        (items_with((torch.tensor([1, 5]), 1)), TOKENS, "item 1 has inputs from 1 to 5; supported: 0 to 4"),
+        (items_with((torch.tensor([1]), torch.tensor([1]))), TOKENS, "targets of shape (1,); supported: ()"),
+        (items_with((torch.rand(3, 1), 1)), TOKENS, "item 1 has inputs of shape (3, 1)"),
+        ([{"inputs": [1], "targets": 1, "memory": [1]}], TOKENS, "a memory in the pattern noncausal-self"),
+        ([([1], 1)], TOKENS | {"pattern": "noncausal-cross"}, "without a memory"),
+        ([([1], 1)], TOKENS | {"pattern": "causal"}, "nearest: causal-self"),
+        ([([1], 1)], TOKENS | {"objective": "ranking"}, "objective='ranking'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_number(data, options, told):
+    with pytest.raises(Unsupported) as error:
+        DatasetTask(data, data, **options).training_batch(0, 0, len(data))
+    assert told in str(error.value), str(error.value)
+
+
+def test_the_example_in_the_documentation_is_compared(tmp_path, capsys, monkeypatch):
+    words = ["compare", "--plugin", str(EXAMPLE), "--mechanisms", "softmax,linear", "--budget", "300k tokens"]
+    words += ["--seeds", "1", "--dim", "16", "--layers", "1", "--rates", "0.01", "--lengths", "16,32"]
+    words += ["--at-length", "32", "--output", str(tmp_path / "run"), "--json"]
+    monkeypatch.setattr("sys.argv", ["regard", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    summary = json.loads(capsys.readouterr().out)["summary"]
+    scores = {row["mechanism"]: row["mean"] for row in summary["waves"]}
+    assert scores.keys() == {"softmax", "linear"}
+    assert scores["softmax"] > 0.6  # a guess is right in 0.34 of the cases
+    assert len(EXAMPLE.read_text().splitlines()) < 40
+
+
+def test_the_documentation_shows_the_example_as_it_is():
+    assert EXAMPLE.read_text() in (EXAMPLE.parents[1] / "tasks.md").read_text()

@@ -1,0 +1,219 @@
+"""Tables: every form reads the same, and what is wrong is named with its line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from regard.contract import Unsupported
+from regard.tasks import tables
+from regard.tasks.tables import read_table
+
+HEADER = ["when", "load", "place"]
+ROWS = [
+    ["2024-01-01 00:00", "1.5", "Bern, old town"],
+    ["2024-01-01 01:00", "", 'the "Bund"'],
+    ["2024-01-01 02:00", "-2e3", "é 中"],
+]
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def delimited(path, delimiter, **options):
+    with path.open("w", newline="", **options) as file:
+        csv.writer(file, delimiter=delimiter).writerows([HEADER, *ROWS])
+    return path
+
+
+def check(table):
+    assert list(table.columns) == HEADER
+    assert np.array_equal(table.numbers("load", "target"), [1.5, np.nan, -2000], equal_nan=True)
+    assert table.times("when", "time").astype(str).tolist()[1] == "2024-01-01T01:00:00"
+    assert table.texts("place", "text") == [row[2] for row in ROWS]
+    assert table.numeric_columns() == ["load"]
+    assert table.time_columns() == ["when"]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_delimiters_and_byte_order_marks_are_found(tmp_path, delimiter, encoding):
+    check(read_table(delimited(tmp_path / "a.txt", delimiter, encoding=encoding)))
+
+
+def test_suffix_tsv_means_tabs(tmp_path):
+    table = read_table(write(tmp_path / "a.tsv", "a,b\tc,d\n1,2\t3,4\n"))
+    assert list(table.columns) == ["a,b", "c,d"]
+
+
+def test_json_lines_are_rows_and_missing_fields_empty(tmp_path):
+    records = [{"when": r[0], "place": r[2], **({"load": float(r[1])} if r[1] else {})} for r in ROWS]
+    path = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, records)))
+    table = read_table(path)
+    assert np.array_equal(table.numbers("load", "target"), [1.5, np.nan, -2000], equal_nan=True)
+    assert table.places[1] == "a.jsonl, line 3"
+
+
+@pytest.mark.parametrize("library", ["pyarrow", "pandas"])
+def test_parquet_is_read_by_either_library(tmp_path, monkeypatch, library):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow writes the file")
+    import pyarrow.parquet
+
+    pytest.importorskip(library, reason="reads the file")
+    times = np.array([row[0].replace(" ", "T") for row in ROWS], dtype="datetime64[ns]")
+    columns = {"when": pa.array(times), "load": pa.array([1.5, None, -2000]), "place": [row[2] for row in ROWS]}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.table(columns), path)
+    if library == "pandas":
+        find = tables._import
+        monkeypatch.setattr(tables, "_import", lambda name: None if name == "pyarrow" else find(name))
+    check(read_table(path))
+
+
+def test_parquet_without_a_library_names_the_extra(tmp_path, monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("pyarrow", "pandas")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(Unsupported, match=r"nearest: pip install 'regard\[tables\]'"):
+        read_table(write(tmp_path / "a.parquet", b"PAR1"))
+
+
+def test_a_broken_parquet_file_is_refused(tmp_path):
+    pytest.importorskip("pyarrow", reason="reads the file")
+    with pytest.raises(Unsupported, match="cannot be read as Parquet"):
+        read_table(write(tmp_path / "a.parquet", b"PAR1 broken"))
+
+
+def test_tables_with_the_same_columns_are_laid_end_to_end(tmp_path):
+    one, two = write(tmp_path / "a.csv", "x,y\n1,2\n"), write(tmp_path / "b.csv", "y,x\n4,3\n")
+    table = read_table([one, two])
+    assert table.numbers("x", "target").tolist() == [1, 3]
+    assert list(table.places) == ["a.csv, line 2", "b.csv, line 2"]
+    with pytest.raises(Unsupported, match=r"columns differ.*\(y, z\)"):
+        read_table([one, write(tmp_path / "c.csv", "x,z\n1,2\n")])
+
+
+def test_a_file_without_names_gets_those_it_is_given(tmp_path):
+    path = write(tmp_path / "a.tsv", "bonjour\thello\nmerci\tthanks\n")
+    table = read_table(path, names=("source", "target"))
+    assert table.columns == {"source": ("bonjour", "merci"), "target": ("hello", "thanks")}
+    assert "its first line is data too" in table.notes[0]
+    named = read_table(write(tmp_path / "b.tsv", "source\ttarget\na\tb\n"), names=("source", "target"))
+    assert len(named) == 1
+
+
+def test_quotation_marks_that_mean_themselves_are_kept_in_tabbed_text(tmp_path):
+    path = write(tmp_path / "a.tsv", 'source\ttarget\nsay "a\tsay b\n"c" d\te\n')
+    table = read_table(path)
+    assert table.columns["source"] == ('say "a', '"c" d')
+    assert "quotation marks read as plain characters" in table.notes[0]
+
+
+def test_a_quoted_cell_may_hold_line_breaks_and_lines_are_counted_with_them(tmp_path):
+    table = read_table(write(tmp_path / "a.csv", 'text,n\n"one\ntwo",1\n\nthree,x\n'))
+    assert table.columns["text"][0] == "one\ntwo"
+    with pytest.raises(Unsupported, match=r"a.csv, line 5, where the column n has 'x'"):
+        table.numbers("n", "target")
+
+
+def test_long_cells_are_read_and_the_limit_of_the_csv_module_is_left_alone(tmp_path):
+    before = csv.field_size_limit(100_000)
+    table = read_table(write(tmp_path / "a.csv", "text,label\n" + "x" * 200_000 + ",1\n"))
+    assert len(table.columns["text"][0]) == 200_000
+    assert csv.field_size_limit(before) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("cell", "time"),
+    [
+        ("2024-02-29", "2024-02-29T00:00:00"),
+        ("2024/2/9 05:06", "2024-02-09T05:06:00"),
+        ("2024-01-01T02:00:00.5", "2024-01-01T02:00:00"),
+        ("2024-01-01T02:00:00+02:00", "2024-01-01T00:00:00"),
+        ("2024-01-01T02:00:00Z", "2024-01-01T02:00:00"),
+        ("1704067200", "2024-01-01T00:00:00"),
+        ("1704067200000", "2024-01-01T00:00:00"),
+    ],
+)
+def test_forms_of_time(tmp_path, cell, time):
+    table = read_table(write(tmp_path / "a.csv", f"t,x\n{cell},1\n"))
+    assert str(table.times("t", "time")[0]) == time
+
+
+def test_columns_of_times_are_found_though_a_cell_is_broken_and_numbers_are_none(tmp_path):
+    table = read_table(write(tmp_path / "a.csv", "a,b,c\n1704067200,2024-01-01,x\n1704067201,2024-01-02,y\n3,?,z\n"))
+    assert table.time_columns() == ["b"]
+    assert table.numeric_columns() == ["a"]
+
+
+@pytest.mark.parametrize("cell", ["2024-02-30", "31.12.2024", "12", "monday", "", "20240101"])
+def test_what_is_no_time_is_refused_with_its_line(tmp_path, cell):
+    table = read_table(write(tmp_path / "a.csv", f"t,x\n2024-01-01,0\n{cell},1\n"))
+    with pytest.raises(Unsupported, match=r"a.csv, line 3, where the column t has .*ISO 8601"):
+        table.times("t", "time")
+
+
+def test_times_with_and_without_a_zone_do_not_mix(tmp_path):
+    table = read_table(write(tmp_path / "a.csv", "t\n2024-01-01T00:00\n2024-01-01T00:00Z\n"))
+    with pytest.raises(Unsupported, match="line 3, where the column t begins to mix"):
+        table.times("t", "time")
+
+
+@pytest.mark.parametrize("cell", ["abc", "1_000", "inf", "1,5", "1 000", "0x10"])
+def test_what_is_no_number_is_refused_with_its_line_and_value(tmp_path, cell):
+    table = read_table(write(tmp_path / "a.tsv", f"x\ty\n1\t2\n{cell}\t2\n"))
+    with pytest.raises(Unsupported) as error:
+        table.numbers("x", "target")
+    assert f"a.tsv, line 3, where the column x has {cell!r}" in str(error.value)
+    assert ("nearest: a decimal point: 1.5" in str(error.value)) == (cell == "1,5")
+
+
+def test_a_missing_column_is_refused_with_the_nearest(tmp_path):
+    table = read_table(write(tmp_path / "a.csv", "demand,price\n1,2\n"))
+    with pytest.raises(Unsupported, match=r"target=demnd, .*supported: demand, price; nearest: target=demand"):
+        table.column("demnd", "target")
+
+
+def test_nested_json_and_surrogates_are_no_text(tmp_path):
+    table = read_table(write(tmp_path / "a.jsonl", '{"a": [1], "b": "\\ud800"}\n'))
+    with pytest.raises(Unsupported, match="line 1, where the column a has \\[1\\]"):
+        table.texts("a", "text")
+    with pytest.raises(Unsupported, match="surrogate"):
+        table.texts("b", "text")
+
+
+WRONG = {
+    "missing": (lambda t: t / "a.cvs", "does not exist", "nearest: ", "a.csv"),
+    "folder": (lambda t: t, "as a table", "nearest: ", "a.csv"),
+    "empty": (lambda t: write(t / "e.csv", ""), "holds no rows"),
+    "only names": (lambda t: write(t / "e.csv", "a,b\n"), "holds no rows"),
+    "blank json": (lambda t: write(t / "e.jsonl", "\n\n"), "holds no rows"),
+    "binary": (lambda t: write(t / "e.csv", b"a,b\n1,\0\n"), "a zero byte at offset 6"),
+    "latin": (lambda t: write(t / "e.csv", b"a\nx\ncaf\xe9\n"), "line 3 is not UTF-8 (byte 0xe9)", "iconv -f LATIN1"),
+    "mixed": (lambda t: write(t / "e.csv", b"a\n\xc3\xa9\n\xe9\n"), "line 3 is not UTF-8", "while line 2 is", "repair"),
+    "utf-16": (lambda t: write(t / "e.csv", "a\n1\n".encode("utf-16")), "UTF-16", "iconv -f UTF-16"),
+    "ragged": (lambda t: write(t / "e.csv", "a,b\n1,2\n\n1,2,3\n"), "line 4 has 3 cells", "supported: 2"),
+    "quote": (lambda t: write(t / "e.csv", 'a,b\n"1,2\n'), "line 2 cannot be read"),
+    "twice": (lambda t: write(t / "e.csv", "a,a\n1,2\n"), "names the column a twice"),
+    "sheet": (lambda t: write(t / "e.xlsx", "x"), "nearest: save the sheet as CSV"),
+    "json": (lambda t: write(t / "e.jsonl", '{"a": 1}\n{oops\n'), "line 2 is not JSON"),
+    "json list": (lambda t: write(t / "e.jsonl", "[1]\n"), "line 1 is not a JSON object"),
+    "number": (lambda t: 3, "data=3"),
+    "nothing": (lambda t: [], "no data at all"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_unusable_tables_are_refused_with_what_is_wrong(case, tmp_path):
+    make, *told = WRONG[case]
+    write(tmp_path / "a.csv", "a\n1\n")
+    with pytest.raises(Unsupported) as error:
+        read_table(make(tmp_path))
+    assert all(part in str(error.value) for part in told), str(error.value)

@@ -1,0 +1,141 @@
+"""Comparisons on tasks with a memory, end to end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard.catalogue import get_mechanism
+from regard.contract import Pattern, Unsupported
+from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
+from regard.models import count_parameters as count
+from regard.tasks.protocol import Batch, Task, absolute_error, counter_generator
+from regard.workbench.budget import Budget
+from regard.workbench.compare import compare
+from regard.workbench.settings import CompareSettings
+from regard.workbench.work import Work, build, model_config
+
+MECHANISMS = ("softmax", "linear")
+
+
+class Recite(Task):
+    """The tokens of the memory, in order."""
+
+    name, pattern, objective = "recite", Pattern.CAUSAL_CROSS, "next-token"
+    length, memory_length, vocab_size, memory_vocab_size = 4, 4, 6, 5
+    generates, metric = 4, "tokens right"
+
+    def training_batch(self, step, seed, batch_size):
+        memory = torch.from_numpy(counter_generator(seed, step).integers(0, 5, (batch_size, 4)))
+        inputs = torch.cat([torch.full((batch_size, 1), 5), memory[:, :-1]], 1)
+        return Batch(inputs, memory, memory=memory)
+
+    def evaluation_batches(self, batch_size):
+        yield self.training_batch(0, 99, 16)
+
+    def score_generated(self, tokens, batch):
+        right = (tokens == batch.targets).sum(1)
+        return right.double(), torch.full((len(right),), 4.0).double()
+
+    def describe(self):
+        return "made up"
+
+
+class Carry(Task):
+    """The last level of the past, at each point of the horizon, in thousands."""
+
+    name, pattern, objective = "carry", Pattern.NONCAUSAL_CROSS, "regression"
+    length, memory_length, features, memory_features, num_targets = 3, 6, 1, 2, 1
+    target_features, metric, higher_is_better = (1,), "MAE", False
+
+    def training_batch(self, step, seed, batch_size):
+        rng = counter_generator(seed, step)
+        past = torch.from_numpy(rng.normal(3000, 500, (batch_size, 6, 2))).float()
+        known = torch.from_numpy(rng.normal(size=(batch_size, 3, 1))).float()
+        return Batch(known, past[:, -1:, 1:].expand(-1, 3, -1).contiguous(), memory=past)
+
+    def evaluation_batches(self, batch_size):
+        yield self.training_batch(0, 99, 16)
+
+    def score(self, output, batch):
+        return absolute_error(output, batch)
+
+    def describe(self):
+        return "made up"
+
+
+@pytest.fixture(autouse=True)
+def _short_calibration(monkeypatch):
+    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
+
+
+def settings(**changes):
+    small = {"dim": 16, "layers": 1, "heads": 2, "seeds": 2, "batch_tokens": 64, "lengths": (16, 32), "at_length": 32}
+    small |= {"rates": (1e-2,), "budget": Budget.parse("2k tokens")}
+    return CompareSettings(**{"mechanisms": MECHANISMS, **small, **changes})
+
+
+def test_the_mechanism_is_put_between_the_sequences_alone():
+    translation = model_config(get_mechanism("linear"), Recite(), settings())
+    assert isinstance(translation, EncoderDecoderConfig)
+    plans = (translation.encoder_plan, translation.decoder_plan, translation.cross_plan)
+    assert [plan[0][0] for plan in plans] == ["softmax", "softmax", "linear"]
+    forecast = model_config(get_mechanism("sigmoid"), Carry(), settings())
+    assert isinstance(forecast, ForecasterConfig)
+    assert forecast.encoder_plan[0][0] == "softmax"
+    assert forecast.cross_plan == (("sigmoid", {"length": 6}),)
+    assert forecast.target_features == (1,)
+    projected = model_config(get_mechanism("token_parameter"), Recite(), settings())
+    assert projected.cross_plan == (("softmax", {"linear": "token_parameter"}),)
+
+
+@pytest.mark.parametrize("task", [Recite(), Carry()], ids=["recite", "carry"])
+def test_models_are_matched_and_a_step_counts_the_tokens_of_both_sequences(task):
+    work = Work(task, settings(mechanisms=("softmax", "linear", "gated_linear", "mamba2"), dim=32, heads=4))
+    counts = [count(build(config, 0)) for config in work.configs.values()]
+    assert max(counts) <= 1.02 * work.target and min(counts) >= 0.98 * work.target
+    assert work.batch_size == 64 // (task.length + task.memory_length)
+
+
+def test_a_comparison_of_both_kinds_measures_each_and_keeps_models(tmp_path):
+    said: list[str] = []
+    outcome = compare([Recite(), Carry()], settings(keep_models=True), tmp_path, say=said.append)
+    assert any("4 + 4 tokens" in line for line in said) and any("6 + 3 tokens" in line for line in said)
+    for task, decodes in (("recite", True), ("carry", False)):
+        for entry in outcome.summary[task]:
+            assert entry["mean"] is not None and entry["inference_ms"] > 0
+            assert (entry["decode_tokens_per_second"] is not None) == decodes
+            assert (entry["state_bytes"] is not None) == decodes
+    means = [entry["mean"] for entry in outcome.summary["carry"]]
+    assert means == sorted(means) and means[0] > 1
+    assert outcome.recommendation.winner in MECHANISMS
+    page = outcome.report.read_text()
+    assert "length of the memory" in page and "low is up" in page
+    models = {name: type(from_pretrained(folder)) for name, folder in outcome.models.items()}
+    assert models == {"recite": EncoderDecoder, "carry": Forecaster}
+    again = compare([Recite(), Carry()], settings(keep_models=True), tmp_path)
+    assert {task: [e["mean"] for e in entries] for task, entries in again.summary.items()} == {
+        task: [e["mean"] for e in entries] for task, entries in outcome.summary.items()
+    }
+
+
+def test_costs_grow_with_the_memory_and_not_with_the_state_of_a_recurrence(tmp_path):
+    outcome = compare([Recite()], settings(seeds=1, lengths=(32, 256), at_length=256), tmp_path)
+    state = {e["mechanism"]: e["state_bytes"] for e in outcome.summary["recite"]}
+    assert state["softmax"] > 256 * 2 * 16 * 4
+    assert state["linear"] < state["softmax"] / 4
+
+
+def test_tasks_without_a_model_and_mechanisms_without_the_pattern_are_refused(tmp_path):
+    class Backwards(Carry):
+        pattern = Pattern.CAUSAL_CROSS
+
+    for task, mechanism, words in (
+        (Backwards(), "softmax", "causal-cross and objective regression"),
+        (Recite(), "flow_attention", "flow_attention in the pattern causal-cross"),
+        (Recite(), "landmark", "inserts tokens"),
+        (Recite(), "low_rank_pooling", "classification tasks"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            compare([task], settings(mechanisms=(mechanism,)), tmp_path)
+    assert not list(tmp_path.iterdir())
