@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "accelerate": "regard.layers.linear",
+    "advise": "regard.workbench.advise",
     "compare": "regard.workbench.compare",
     "functional": "regard.functional",
     "models": "regard.models",

@@ -31,7 +31,7 @@ from regard.training.memory import keep_freed_memory
 
 app = typer.Typer(
     name="regard",
-    help="The attention workbench: list, verify, profile and compare attention mechanisms on your data and machine.",
+    help="The attention workbench: list, verify, profile, advise on and compare attention mechanisms on your data and machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -265,9 +265,12 @@ def profile_command(
     what: Annotated[str, typer.Option(help="Of forward, training, decode.")] = "forward,training,decode",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head; 64, or dim / heads with --dim.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Timing for each length.")] = 1.0,
+    layer: Annotated[bool, typer.Option("--layer", help="Measure layers with projections, not functions.")] = False,
+    dim: Annotated[int | None, typer.Option(help="Width of the layers; heads times head-dim by default.")] = None,
+    device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -278,6 +281,7 @@ def profile_command(
     \b
         regard profile gated_linear delta_rule
         regard profile linear --pattern noncausal-self --lengths 1024,4096,16384 --what forward
+        regard profile mamba2 large_kernel --layer --dim 512
         regard profile local --json
     """
     from regard.workbench.profile import ProfileSettings, profile
@@ -293,6 +297,9 @@ def profile_command(
         head_dim,
         dtype,
         seconds,
+        layer,
+        dim,
+        device,
     )
     with _progress(quiet=as_json) as (bar, line):
         task = bar.add_task("profile", total=len(settings.lengths) * len(settings.what))
@@ -343,12 +350,117 @@ def _speeds(found: Any) -> list[str]:
             line += f"; forward at {rated.length}: {rated.gflops:.0f} GFLOP/s"
             line += "" if rated.peak_share is None else f", {rated.peak_share:.0%} of the peak"
         lines.append(line)
-    return [*lines, f"(operations as the cards count them{peak})"]
+    rated_any = any(m.gflops is not None for m in found.measurements)
+    return [*lines, f"(operations as the cards count them{peak})"] if rated_any else lines
 
 
 def _measurement(m: Any) -> str:
     memory = f"  {m.memory_bytes / 2**20:.1f} MiB" if m.memory_bytes is not None else ""
     return f"{m.milliseconds:.3g} ({m.low:.3g}-{m.high:.3g}){memory}"
+
+
+@app.command("advise")
+def advise_command(
+    lengths: Annotated[str, typer.Option(help="Length, or comma-separated lengths.")] = "1024",
+    use: Annotated[str, typer.Option(help="train, infer or serve (token after token, from a state).")] = "infer",
+    needs: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated, of exact, recall, order, any-length, constant-state, weights, bias; --show-needs."
+        ),
+    ] = "",
+    memory: Annotated[
+        str | None, typer.Option(help="Most that one layer may hold beside weights and input: 512MiB, 2GB.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="Pattern of the layer.")] = Pattern.CAUSAL_SELF.value,
+    dim: Annotated[int, typer.Option(help="Width of the layer.")] = 512,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 8,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head; dim / heads by default.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
+    mechanisms: Annotated[str, typer.Option(help="Candidates: comma-separated names, or all.")] = "all",
+    exclude: Annotated[str, typer.Option(help="Comma-separated names that are no candidates.")] = "",
+    results: Annotated[
+        Path | None, typer.Option(help="Output folder of regard compare: what it measured informs quality.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Most time to measure, once for a machine and size.")] = 120.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure how wrong the predictions are, at five other lengths.")
+    ] = False,
+    show_needs: Annotated[bool, typer.Option("--show-needs", help="Say what each need means, and end.")] = False,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Say which mechanism is fastest and smallest for a length, a use and what is needed, before anything is trained.
+
+    Examples:
+
+    \b
+        regard advise --lengths 4096 --use train
+        regard advise --lengths 512,8192 --use serve --needs recall --memory 64MiB
+        regard advise --lengths 2048 --results runs/compare --json
+        regard advise --check
+    """
+    from regard.workbench.advise import AdviseSettings, advise, parse_memory
+    from regard.workbench.advise_check import check as run_check
+    from regard.workbench.advise_text import advice_text, errors_table
+    from regard.workbench.needs import NEEDS, parse_needs
+
+    _load(plugin)
+    if show_needs:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, meaning in NEEDS.items():
+            table.add_row(name, Text(meaning))
+        _emit(NEEDS) if as_json else console.print(table)
+        return
+    settings = AdviseSettings(
+        lengths=_integers("lengths", lengths),
+        use=use,
+        needs=parse_needs(needs),
+        memory=None if memory is None else parse_memory(memory),
+        pattern=Pattern.parse(pattern),
+        dim=dim,
+        heads=heads,
+        head_dim=head_dim,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        mechanisms=None if mechanisms.strip() == "all" else _names(mechanisms),
+        exclude=_names(exclude),
+        seconds=seconds,
+    )
+    with _progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("advise", total=None)
+
+        def say(text: str) -> None:
+            if not as_json:
+                bar.console.print(Text(text, style="dim"))
+
+        def on_sample(what: str, length: int, done: int, total: int) -> None:
+            bar.update(shown, description=f"{what} at {length}", completed=done, total=total)
+            line(f"{what} at {length}: {done} of {total}")
+
+        def on_step(doing: str, done: int, total: int) -> None:
+            bar.update(shown, description=doing, completed=done, total=total)
+            line(f"{doing}: {done} of {total}")
+
+        if check:
+            errors_found = run_check(settings, fresh=fresh, say=say, on_step=on_step)
+        else:
+            advice = advise(settings, results=results, fresh=fresh, say=say, on_sample=on_sample)
+    if check:
+        _emit([e.as_dict() for e in errors_found]) if as_json else console.print(errors_table(errors_found))
+    elif as_json:
+        _emit(advice.as_dict())
+    else:
+        for part in advice_text(advice):
+            console.print(part)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(get_mechanism(part.strip()).name for part in text.split(",") if part.strip())
 
 
 @app.command()

@@ -30,7 +30,7 @@ def run(capsys, *arguments):
 def test_every_command_has_help_with_examples(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("list", "show", "verify", "profile", "compare", "report", "reproduce", "doctor"):
+    for command in ("list", "show", "verify", "profile", "advise", "compare", "report", "reproduce", "doctor"):
         assert command in out
         code, text, _ = run(capsys, command, "--help")
         assert code == 0
@@ -111,6 +111,36 @@ def test_profile_measures_beside_softmax(capsys):
     assert all(m["low"] <= m["milliseconds"] <= m["high"] for m in found["measurements"])
 
 
+ADVISE = ("advise", "--dim", "16", "--heads", "2", "--mechanisms", "softmax,linear", "--seconds", "0.2")
+
+
+def test_advise_answers_in_text_and_json(capsys):
+    code, out, _ = run(capsys, *ADVISE, "--lengths", "40,90", "--needs", "constant-state", "--memory", "1GB", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["pick"] == "linear" and "softmax" in found["rejected"]
+    code, out, _ = run(capsys, *ADVISE, "--lengths", "90")
+    assert code == 0
+    assert out.startswith(("Use ", "Measuring ")) and "What would change the answer" in out and "create_layer" in out
+
+
+def test_advise_tells_its_needs_and_its_errors(capsys):
+    code, out, _ = run(capsys, "advise", "--show-needs", "--json")
+    assert code == 0 and "recall" in json.loads(out)
+    code, out, _ = run(capsys, *ADVISE, "--check", "--json")
+    assert code == 0
+    assert {(e["what"], e["of"]) for e in json.loads(out)} == {
+        (what, of) for what in ("forward", "training", "decode") for of in ("seconds", "memory")
+    }
+
+
+def test_profile_measures_layers(capsys):
+    arguments = ("mamba2", "--layer", "--dim", "16", "--heads", "2", "--lengths", "16", "--seconds", "0.01", "--json")
+    code, out, _ = run(capsys, "profile", *arguments)
+    assert code == 0
+    assert {m["mechanism"] for m in json.loads(out)["measurements"]} == {"softmax", "mamba2"}
+
+
 def test_doctor_names_the_machine_and_the_backends(capsys):
     code, out, _ = run(capsys, "doctor", "--json")
     assert code == 0
@@ -146,6 +176,14 @@ def bad_inputs(folder):
         "unreadable images": (["compare", "--task", "images", str(folder / "pictures"), *small], (".png",)),
         "no image folders": (["compare", "--task", "images", str(other), *small], ("other",)),
         "unknown mechanism": (["compare", good, "--mechanisms", "softmxa"], ("softmxa", "nearest: softmax")),
+        "use of advice": (["advise", "--use", "training"], ("training", "nearest: train")),
+        "need of advice": (["advise", "--needs", "recall,speed"], ("speed", "any-length")),
+        "memory of advice": (["advise", "--memory", "much"], ("much", "512MiB")),
+        "length of advice": (["advise", "--lengths", "long"], ("long", "whole numbers")),
+        "results of advice": (["advise", "--results", str(other)], ("results.db",)),
+        "mechanism of advice": (["advise", "--mechanisms", "softmxa"], ("softmxa", "nearest: softmax")),
+        "device of advice": (["advise", "--device", "gpu"], ("gpu", "cpu")),
+        "layer width of functions": (["profile", "linear", "--dim", "64"], ("layer",)),
         "unknown task": (["compare", "--task", "recal", *small], ("recal", "nearest: recall")),
         "unknown option of a task": (["compare", "--task", "recall:pears=2", *small], ("pears", "pairs")),
         "option value out of range": (["compare", "--task", "recall:pairs=-2", *small], ("pairs",)),
@@ -181,6 +219,8 @@ CASES = [
     "output that cannot be written", "plugin that raises", "plugin of nothing", "missing plugin", "unknown pattern",
     "unknown kind", "unknown property", "profile in a pattern it lacks", "lengths that are no numbers",
     "length nobody measures", "data for a task that reads none", "report of nothing",
+    "use of advice", "need of advice", "memory of advice", "length of advice", "results of advice",
+    "mechanism of advice", "device of advice", "layer width of functions",
 ]  # fmt: skip
 
 

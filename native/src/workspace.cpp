@@ -21,7 +21,7 @@ struct Kept {
   std::mutex mutex;
   std::vector<void*> blocks;
   size_t bytes = 0;
-  size_t used = 0, peak = 0;  // in the hands of kernels
+  size_t used = 0, peak = 0;  // asked for by kernels: a kept block may be larger, after what else ran
 };
 
 Kept& kept() {
@@ -32,6 +32,7 @@ Kept& kept() {
 std::atomic<int> poison{0};
 
 size_t& size_of(void* block) { return *static_cast<size_t*>(block); }
+size_t& asked_of(void* block) { return static_cast<size_t*>(block)[1]; }
 
 }  // namespace
 
@@ -61,7 +62,8 @@ void* take_memory(size_t bytes) {
   {
     Kept& all = kept();
     std::lock_guard<std::mutex> lock(all.mutex);
-    all.used += size_of(block);
+    asked_of(block) = bytes;
+    all.used += bytes;
     if (all.used > all.peak) all.peak = all.used;
   }
   char* memory = static_cast<char*>(block) + HEADER;
@@ -78,7 +80,7 @@ void give_memory(void* memory) {
     std::lock_guard<std::mutex> lock(all.mutex);
     all.blocks.push_back(block);
     all.bytes += size_of(block);
-    all.used -= size_of(block);
+    all.used -= asked_of(block);
     while (all.bytes > MOST_KEPT) {
       void* oldest = all.blocks.front();
       all.blocks.erase(all.blocks.begin());

@@ -1,12 +1,13 @@
 """`regard profile`: time and memory of mechanisms against length, interleaved with softmax in one run.
 
-What is timed is the function of the mechanism (no projections), on random inputs of the same batch, heads and widths.
+What is timed is the function of the mechanism (no projections), on random inputs of the same batch, heads and widths;
+or, on request, its layer, which is what attention and mixers have in common.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,11 +20,10 @@ from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
 from regard.measurement.timing import Timing, efficiency_length, interleaved
 from regard.training.memory import peak_memory
 from regard.workbench.cost import REFERENCE
+from regard.workbench.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
 from regard.workbench.subjects import Subject
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
-WHAT = ("forward", "training", "decode")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,13 @@ class ProfileSettings:
         pattern: one pattern that all of them have.
         lengths: of queries and keys.
         what: of ``forward``, ``training`` (forward + backward) and ``decode`` (one token after that many).
-        batch, heads, head_dim: of the inputs.
+        batch, heads: of the inputs.
+        head_dim: width of a head; dim / heads when None, or 64 without `dim`.
         dtype: ``float32``, ``bfloat16`` or ``float64``.
         seconds: of timing for each length.
+        layer: measure layers (:func:`regard.create_layer`) rather than functions.
+        dim: width of the layers; heads * head_dim when None.
+        device: a device of torch.
     """
 
     mechanisms: tuple[str, ...]
@@ -46,18 +50,31 @@ class ProfileSettings:
     what: tuple[str, ...] = WHAT
     batch: int = 1
     heads: int = 8
-    head_dim: int = 64
+    head_dim: int | None = None
     dtype: str = "float32"
     seconds: float = 1.0
+    layer: bool = False
+    dim: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "heads", "head_dim"):
-            at_least(name, getattr(self, name), 1)
+        check_device(self.device)
+        if self.dim is not None and not self.layer:
+            raise Unsupported(f"dim={self.dim} for functions, which have heads", supported="layer=True, or no dim")
+        for name in ("batch", "heads", "head_width"):
+            at_least(name.replace("width", "dim"), getattr(self, name), 1)
         one_of("dtype", self.dtype, DTYPES)
         for item in self.what:
             one_of("what", item, WHAT)
         if not self.lengths or min(self.lengths) < 1:
             raise Unsupported(f"lengths {self.lengths}", supported="positive lengths", nearest="256,1024,4096")
+
+    @property
+    def head_width(self) -> int:
+        """Of inputs of functions, and in the cards' costs."""
+        if self.head_dim is not None:
+            return self.head_dim
+        return 64 if self.dim is None else max(1, self.dim // max(1, self.heads))
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,8 @@ class Measurement:
     """That rate as a share of `Profile.peak_gflops`."""
     backend: str
     """What ran its engines; ``"torch"`` too where it has none."""
+    state_bytes: int | None = None
+    """Of the state that decoding continues from, which `memory_bytes` does not include."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +128,12 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
         Unsupported: for an unknown mechanism, or one without the pattern.
     """
     names = [get_mechanism(n).name for n in settings.mechanisms]
-    subjects = {}
-    for name in dict.fromkeys((REFERENCE, *names)):
-        card = get_mechanism(name)
-        subjects[name] = Subject(card, card.require_pattern(settings.pattern))
+    subjects = {name: _subject(name, settings) for name in dict.fromkeys((REFERENCE, *names))}
     measurements: list[Measurement] = []
     peak = None if library.why_missing() else machine.fma_peak()
     skipped: dict[str, str] = {}
     for what in settings.what:
-        able = {n: s for n, s in subjects.items() if what != "decode" or s.stateful}
+        able = {n: s for n, s in subjects.items() if what != "decode" or _decodes(s)}
         for name in subjects.keys() - able.keys():
             skipped[f"{name} {what}"] = f"{name} has no state that decodes in {settings.pattern.value}"
         for length in settings.lengths:
@@ -127,27 +143,51 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
     return Profile(settings, measurements, _efficiency(measurements, list(subjects)), skipped, peak)
 
 
+def _subject(name: str, settings: ProfileSettings) -> Subject | LayerWork:
+    card = get_mechanism(name)
+    if not settings.layer:
+        return Subject(card, card.require_pattern(settings.pattern))
+    dim = settings.heads * settings.head_width if settings.dim is None else settings.dim
+    sizes = (dim, settings.heads, settings.head_dim, settings.batch)
+    return LayerWork(card, LayerSettings(settings.pattern, *sizes, settings.dtype, settings.device))
+
+
+def _decodes(subject: Subject | LayerWork) -> bool:
+    return subject.decodes if isinstance(subject, LayerWork) else subject.stateful
+
+
 def _at(
-    what: str, length: int, subjects: dict[str, Subject], settings: ProfileSettings, peak: float | None
+    what: str, length: int, subjects: Mapping[str, Subject | LayerWork], settings: ProfileSettings, peak: float | None
 ) -> list[Measurement]:
     actions = {name: _action(what, length, subject, settings) for name, subject in subjects.items()}
-    timings = interleaved(actions, seconds=settings.seconds)
+    measured = {name: measure_memory(action, settings.device) for name, action in actions.items()}
+    timings = interleaved(actions, seconds=settings.seconds, device=torch.device(settings.device))
     found = []
     for name, timing in timings.items():
-        library.workspace_peak(reset=True)
-        with recording() as used:
-            memory = peak_memory(actions[name]).bytes + library.workspace_peak()
-        rate = _rate(subjects[name], length, settings, timing) if what == "forward" else None
+        subject, (memory, backend) = subjects[name], measured[name]
+        rate = None
+        if what == "forward" and isinstance(subject, Subject):
+            rate = _rate(subject, length, settings, timing)
         share = None if rate is None or peak is None else rate / peak
-        backend = "+".join(sorted(used)) or "torch"
+        action = actions[name]
+        state = action.state_bytes if isinstance(action, Decoding) else None
         found.append(
-            Measurement(name, what, length, *_milliseconds(timing), timing.repeats, memory, rate, share, backend)
+            Measurement(name, what, length, *_milliseconds(timing), timing.repeats, memory, rate, share, backend, state)
         )
     return found
 
 
+def measure_memory(action: Callable[[], Any], device: str = "cpu") -> tuple[int, str]:
+    """Peak bytes of an action, after a first call, and the backends that ran its engines."""
+    action()
+    library.workspace_peak(reset=True)
+    with recording() as used:
+        memory = peak_memory(action, device=device).bytes + library.workspace_peak()
+    return memory, "+".join(sorted(used)) or "torch"
+
+
 def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, torch.Tensor]:
-    width = settings.head_dim
+    width = settings.head_width
     sizes = {
         "h": settings.heads,
         "g": settings.heads,
@@ -160,17 +200,20 @@ def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, to
     if subject.card.kind is Kind.POOLING:
         sizes["d"] = settings.heads * width
     dtype = DTYPES[settings.dtype]
-    return subject.inputs(n, n, batch=settings.batch, dtype=dtype, **sizes)
+    found = subject.inputs(n, n, batch=settings.batch, dtype=dtype, **sizes)
+    return {name: tensor.to(settings.device) for name, tensor in found.items()}
 
 
-def _action(what: str, length: int, subject: Subject, settings: ProfileSettings) -> Callable[[], Any]:
+def _action(what: str, length: int, subject: Subject | LayerWork, settings: ProfileSettings) -> Callable[[], Any]:
+    if isinstance(subject, LayerWork):
+        return subject.action(what, length)
     inputs = _inputs(subject, length, settings)
     if what == "forward":
         return functools.partial(_without_gradients, subject, inputs)
     if what == "decode":
         with torch.no_grad():
             state = subject.run(inputs, return_state=True).state
-        return functools.partial(_without_gradients, subject, _inputs(subject, 1, settings), state=state)
+        return Decoding(functools.partial(_next_state, subject, _inputs(subject, 1, settings)), state)
     leaves = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in inputs.items()}
     wanted = [t for t in leaves.values() if t.requires_grad]
 
@@ -182,8 +225,13 @@ def _action(what: str, length: int, subject: Subject, settings: ProfileSettings)
 
 
 @torch.no_grad()
-def _without_gradients(subject: Subject, inputs: dict[str, torch.Tensor], **call: Any) -> torch.Tensor:
-    return subject.run(inputs, **call).output
+def _without_gradients(subject: Subject, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return subject.run(inputs).output
+
+
+@torch.no_grad()
+def _next_state(subject: Subject, inputs: dict[str, torch.Tensor], state: Any) -> Any:
+    return subject.run(inputs, state=state, return_state=True).state
 
 
 def _milliseconds(timing: Timing) -> tuple[float, float, float]:
@@ -191,7 +239,7 @@ def _milliseconds(timing: Timing) -> tuple[float, float, float]:
 
 
 def _rate(subject: Subject, n: int, settings: ProfileSettings, timing: Timing) -> float:
-    shape = Shape(settings.batch, settings.heads, n, n, settings.head_dim, settings.head_dim)
+    shape = Shape(settings.batch, settings.heads, n, n, settings.head_width, settings.head_width)
     return subject.card.cost(shape, subject.config).flops / timing.median / 1e9
 
 

@@ -1,0 +1,157 @@
+"""How good the advice of `regard advise` is on this machine, which should be idle.
+
+    python benchmarks/advise.py                # both parts, at most 15 minutes; the same command goes on where it stopped
+    python benchmarks/advise.py errors         # predictions against `regard profile --layer` at five other lengths
+    python benchmarks/advise.py questions      # the 50 questions of benchmarks/advise_questions.json
+    python benchmarks/advise.py generate       # write the questions again from their seed
+
+A question counts as answered well when the mechanism that advice takes qualifies and, by `regard profile --layer` at the
+lengths asked for, costs at most a tenth more than the best that qualifies; or when nothing qualifies and advice says that.
+The goals: time within 15 % (median) and 40 % (worst), memory within 10 %, 90 % of the questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regard.contract import Pattern
+from regard.training.memory import keep_freed_memory
+from regard.workbench.advise import USES, AdviseSettings, able_mechanisms, advise
+from regard.workbench.advise_check import check, profiled
+from regard.workbench.needs import find
+
+QUESTIONS = Path(__file__).parent / "advise_questions.json"
+SEED, COUNT = 20260101, 50
+PROBE_SECONDS = 15.0
+NEAR = 1.10
+
+
+def generate() -> list[dict[str, Any]]:
+    """The questions, the same for the same seed."""
+    rng = np.random.default_rng(SEED)
+
+    def one_of(choices: list[Any], weights: list[float] | None = None) -> Any:
+        chances = None if weights is None else np.array(weights) / sum(weights)
+        return choices[int(rng.choice(len(choices), p=chances))]
+
+    found = []
+    while len(found) < COUNT:
+        pattern = one_of([p.value for p in Pattern], [2, 4, 1, 1])
+        use = one_of(list(USES))
+        if use == "serve" and pattern == "noncausal-self":
+            continue
+        dim, heads = one_of([(256, 4), (256, 8), (512, 8)])
+        count = one_of([1, 2], [3, 1])
+        lengths = sorted(round(2**x) for x in rng.uniform(5.5, 12, count))
+        needs = one_of(
+            [[], ["recall"], ["order"], ["constant-state"], ["exact"], ["weights"], ["bias"]], [6, 3, 2, 2, 1, 1, 1]
+        )
+        # in training or inference a few numbers for each token and feature, in serving part of a full cache
+        unit = 4 * lengths[-1] * dim * (1 if use == "serve" else 8)
+        memory = one_of([None, int(unit * 2 ** rng.uniform(-2, 2))], [2, 1])
+        question = {"pattern": pattern, "lengths": lengths, "use": use, "needs": needs, "memory": memory}
+        found.append({**question, "dim": dim, "heads": heads})
+    return found
+
+
+@dataclass
+class Answered:
+    """One question: what advice took, what was best, and how much longer the one takes than the other."""
+
+    question: dict[str, Any]
+    pick: str | None
+    best: str | None
+    ratio: float | None
+
+    @property
+    def good(self) -> bool:
+        if self.pick is None or self.best is None:
+            return self.pick == self.best
+        return self.ratio is not None and self.ratio <= NEAR
+
+
+def answer(question: dict[str, Any]) -> Answered:
+    """Ask, then measure every mechanism that has what is needed."""
+    asked = dict(question)
+    settings = AdviseSettings(
+        lengths=tuple(asked.pop("lengths")),
+        needs=tuple(asked.pop("needs")),
+        pattern=Pattern(asked.pop("pattern")),
+        what=(),
+        seconds=PROBE_SECONDS,
+        **asked,
+    )
+    pick = advise(settings).pick
+    what, lengths = settings.deciding, settings.lengths
+    able, _, _ = able_mechanisms(settings)
+    names = [
+        name
+        for name in able[what]
+        if all(find(need, name, settings.pattern, lengths[-1]).holds for need in settings.needs)
+    ]
+    times: dict[str, float] = {}
+    samples = {n: profiled(settings.layer, what, n, names, seconds=0.3) for n in lengths} if names else {}
+    for name in names:
+        own = [samples[n][name] for n in lengths]
+        if settings.memory is None or max(s.memory + s.state for s in own) <= settings.memory:
+            times[name] = float(np.exp(np.mean([np.log(s.seconds) for s in own])))
+    best = min(times, key=times.__getitem__, default=None)
+    ratio = times[pick] / times[best] if pick in times and best is not None else None
+    return Answered(question, pick, best, ratio)
+
+
+def ask_all(deadline: float) -> bool:
+    """Answer the questions, print each and the share that was answered well; False when the time did not suffice."""
+    questions = json.loads(QUESTIONS.read_text())
+    answered = []
+    for i, question in enumerate(questions):
+        if time.monotonic() > deadline:
+            print(f"The time is over after {i} of {len(questions)} questions; the same command goes on.")
+            break
+        found = answer(question)
+        answered.append(found)
+        ratio = "" if found.ratio is None else f", {found.ratio:.2f} times the best"
+        mark = "good" if found.good else "BAD "
+        print(f"{mark} {i + 1:2d} {json.dumps(question)}: {found.pick}; best {found.best}{ratio}", flush=True)
+    good = sum(a.good for a in answered)
+    share = f" ({good / len(answered):.0%})" if answered else ""
+    print(f"{good} of {len(answered)} questions answered well{share}")
+    return len(answered) == len(questions)
+
+
+def show_errors(deadline: float) -> None:
+    """Print the errors of the predictions in the default setting of advice."""
+    settings = AdviseSettings(use="train", seconds=min(150.0, max(1.0, deadline - time.monotonic())))
+    for e in check(settings, say=print):
+        of = "time" if e.of == "seconds" else "memory"
+        print(
+            f"{e.what:9} {of:7} median {e.median:6.1%}  worst {e.worst:6.1%}  ({e.where}; {e.count} predictions)",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", default="all", choices=("all", "errors", "questions", "generate"))
+    parser.add_argument("--minutes", type=float, default=15.0, help="start nothing new after this time")
+    arguments = parser.parse_args()
+    if arguments.part == "generate":
+        QUESTIONS.write_text("[\n" + ",\n".join(f"  {json.dumps(q)}" for q in generate()) + "\n]\n")
+        return
+    keep_freed_memory()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    if arguments.part in ("all", "errors"):
+        show_errors(deadline)
+    if arguments.part in ("all", "questions") and not ask_all(deadline):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""How right the predictions of `regard advise` are on this machine: against `regard profile --layer` at other lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regard.workbench.advise import AdviseSettings, able_mechanisms
+from regard.workbench.layer_work import LayerSettings
+from regard.workbench.probe import Cache, Probe, Sample, probe
+from regard.workbench.profile import ProfileSettings, profile
+
+UNSEEN = (96, 320, 768, 1536, 3072)
+"""Lengths at which nothing is measured for predicting."""
+
+SECONDS = 0.5
+"""Of timing for each kind of work and length."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of the predictions of one quantity. `where` is the mechanism and length of the worst."""
+
+    what: str
+    of: str
+    count: int
+    median: float
+    worst: float
+    where: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+def profiled(
+    settings: LayerSettings,
+    what: str,
+    length: int,
+    names: Sequence[str],
+    *,
+    fresh: bool = False,
+    seconds: float = SECONDS,
+) -> dict[str, Sample]:
+    """What `regard profile --layer` measures of some mechanisms, kept on disk so that a check goes on where it stopped."""
+    cache = Cache(settings, section="profiled", fresh=fresh)
+    kept = cache.read().get(what, {})
+    missing = [name for name in names if length not in kept.get(name, {})]
+    if missing:
+        found = profile(
+            ProfileSettings(
+                tuple(missing),
+                settings.pattern,
+                (length,),
+                (what,),
+                settings.batch,
+                settings.heads,
+                settings.head_dim,
+                settings.dtype,
+                seconds,
+                layer=True,
+                dim=settings.dim,
+                device=settings.device,
+            )
+        )
+        samples = {
+            m.mechanism: Sample(m.milliseconds / 1e3, m.memory_bytes or 0, m.state_bytes or 0, m.backend)
+            for m in found.measurements
+        }
+        cache.add(what, length, samples)
+        for name, sample in samples.items():
+            kept.setdefault(name, {})[length] = sample
+    return {name: kept[name][length] for name in names}
+
+
+def errors_of(known: Probe, measured: dict[tuple[str, str, int], Sample]) -> list[Errors]:
+    """Errors of time and memory, for each kind of work.
+
+    Args:
+        measured: by kind of work, mechanism and length.
+    """
+    found = []
+    for what in dict.fromkeys(key[0] for key in measured):
+        for of in ("seconds", "memory"):
+            errors = {}
+            for (kind, name, length), sample in measured.items():
+                curve = known.curve(what, name, of)
+                if kind != what or curve is None:
+                    continue
+                value = sample.seconds if of == "seconds" else float(sample.memory + sample.state)
+                errors[f"{name} at {length}"] = abs(curve(length) / value - 1)
+            if errors:
+                worst = max(errors, key=errors.__getitem__)
+                median = float(np.median(list(errors.values())))
+                found.append(Errors(what, of, len(errors), median, errors[worst], worst))
+    return found
+
+
+def check(
+    settings: AdviseSettings,
+    *,
+    lengths: Sequence[int] = UNSEEN,
+    fresh: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> list[Errors]:
+    """Predict and measure all candidates at lengths that were not probed.
+
+    Args:
+        settings: sizes, candidates and the time for probing; its own lengths do not matter.
+        fresh: measure everything again. Otherwise a check that was interrupted goes on.
+        say: told before anything is measured.
+        on_step: called with what was done, and how many steps of how many.
+    """
+    able, _, layers = able_mechanisms(settings)
+    known = probe(settings.layer, able, seconds=settings.seconds, measure=layers, fresh=fresh, say=say)
+    total = len(lengths) * len(able)
+    say(f"Profiling all of them at {', '.join(map(str, lengths))} tokens, {total} steps.")
+    measured = {}
+    for i, (what, names) in enumerate(able.items()):
+        for j, length in enumerate(lengths):
+            again = fresh and i == j == 0  # forgets the whole section once
+            for name, sample in profiled(settings.layer, what, length, names, fresh=again).items():
+                measured[what, name, length] = sample
+            if on_step is not None:
+                on_step(f"{what} at {length}", i * len(lengths) + j + 1, total)
+    return errors_of(known, measured)

@@ -1,0 +1,82 @@
+"""Advice, and the errors of its predictions, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from regard.workbench.advise import Advice, Candidate, Estimate, duration, size
+from regard.workbench.advise_check import Errors
+
+MARKS = {"measured": "", "interpolated": "~", "extrapolated": "≈"}
+
+
+def advice_text(advice: Advice) -> Iterator[Any]:
+    """What to print, in order: the answer, a table for each length, the reasons, what would change it, lines to paste."""
+    yield Text(advice.text, style="bold")
+    yield ""
+    for length in advice.settings.lengths:
+        if advice.candidates:
+            yield _table(advice, length)
+            yield ""
+    if advice.candidates:
+        yield Text(
+            "time of one layer, and memory beside weights and input; ~ interpolated, ≈ extrapolated", style="dim"
+        )
+        yield ""
+    for candidate in advice.candidates:
+        quality = "" if candidate.quality == "not measured" else f" Quality: {candidate.quality}."
+        yield Text(f"{candidate.place}. {candidate.mechanism}: {candidate.reason}.{quality}")
+    if advice.rejected:
+        yield ""
+        yield Text("Not in question:")
+        for name, reason in advice.rejected.items():
+            yield Text(f"- {name}: {reason}", style="dim")
+    yield ""
+    yield Text("What would change the answer:")
+    for change in advice.changes:
+        yield Text(f"- {change}")
+    yield ""
+    for note in advice.notes:
+        yield Text(note, style="dim")
+    if advice.candidates:
+        yield ""
+        yield Text(advice.candidates[0].code)
+
+
+def _table(advice: Advice, length: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", title=f"at {length} tokens", title_justify="left")
+    table.add_column("mechanism", no_wrap=True)
+    for what in advice.settings.what:
+        table.add_column(what, justify="right", no_wrap=True)
+        table.add_column("memory", justify="right", no_wrap=True)
+    for candidate in advice.candidates:
+        cells = []
+        for what in advice.settings.what:
+            cells += _cells(_estimate(candidate, what, length))
+        table.add_row(candidate.mechanism, *cells)
+    return table
+
+
+def _estimate(candidate: Candidate, what: str, length: int) -> Estimate | None:
+    return next((e for e in candidate.estimates if (e.what, e.length) == (what, length)), None)
+
+
+def _cells(estimate: Estimate | None) -> list[str]:
+    if estimate is None:
+        return ["", ""]
+    return [MARKS[estimate.basis] + duration(estimate.milliseconds / 1e3), size(estimate.memory_bytes)]
+
+
+def errors_table(errors: Sequence[Errors]) -> Table:
+    """Median and worst relative error of each kind of prediction."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("", "", "predictions", "median error", "worst error", "worst at"):
+        table.add_column(heading, justify="right" if "error" in heading or heading == "predictions" else "left")
+    names = {"seconds": "time", "memory": "memory"}
+    for e in errors:
+        table.add_row(e.what, names[e.of], str(e.count), f"{e.median:.1%}", f"{e.worst:.1%}", e.where)
+    return table

@@ -1,0 +1,183 @@
+"""What an application may need of a mechanism, and how it is known whether a mechanism has it.
+
+Nothing here is an opinion: each need is read off the card, or measured on a small layer with random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.catalogue import get_mechanism
+from regard.contract import Kind, Mechanism, Pattern, Role, Unsupported, closest
+from regard.workbench.layer_work import LayerSettings, LayerWork
+from regard.workbench.subjects import Subject
+
+NEEDS = {
+    "exact": "computes the same function of queries, keys and values as softmax attention (measured)",
+    "recall": "can find any earlier token, however many there are: it sees every token (measured) and keeps all of them, "
+    "not a summary of fixed size (card); or it solved a recall task in your results",
+    "order": "tells the order of its tokens without positions added to the input (measured)",
+    "any-length": "takes sequences of every length, and of different lengths in a batch, without a grid (card)",
+    "constant-state": "decodes from a state that does not grow with the sequence (card)",
+    "weights": "its attention weights can be looked at (card)",
+    "bias": "takes an additive score, or a mask, for each pair of tokens (card)",
+}
+"""The closed list of needs with their meanings."""
+
+LONGEST = 1024
+"""Tokens at which reach and equality are measured at most."""
+
+SMALL = {"dim": 32, "heads": 2, "dtype": "float64"}
+EQUAL = 1e-9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a mechanism has what is needed, why, and where that comes from: ``card``, ``measured`` or ``results``."""
+
+    holds: bool
+    reason: str
+    source: str
+
+
+def parse_needs(needs: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """Needs from names or comma-separated names; an unknown one raises Unsupported."""
+    parts = needs.split(",") if isinstance(needs, str) else list(needs)
+    names = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    for name in names:
+        if name not in NEEDS:
+            raise Unsupported(f"need {name!r}", supported=", ".join(NEEDS), nearest=closest(name, NEEDS))
+    return names
+
+
+def find(need: str, name: str, pattern: Pattern, length: int, solved: Mapping[str, bool] | None = None) -> Finding:
+    """Whether a mechanism has what is needed at a length.
+
+    Args:
+        need: one of `NEEDS`.
+        solved: of a recall task in stored results, whether each mechanism that was trained on it solved it.
+    """
+    card, measured_at = get_mechanism(name), min(length, LONGEST)
+    if need == "exact":
+        error = difference_from_softmax(name, pattern, measured_at)
+        if error is None:
+            return Finding(False, "it is not a function of the queries, keys and values of softmax attention", "card")
+        if error < EQUAL:
+            return Finding(True, f"equals softmax attention at {measured_at} tokens", "measured")
+        return Finding(False, f"differs from softmax attention by {error:.0%} of the largest output", "measured")
+    if need == "recall":
+        return _recall(card, pattern, measured_at, solved or {})
+    if need == "order":
+        told = tells_order(name, pattern)
+        said = "tells the order of its tokens" if told else "gives the same output when tokens change places"
+        return Finding(told, said, "measured")
+    if need == "any-length":
+        free = card.length == "any" or (card.length == "grid" and pattern is not Pattern.NONCAUSAL_SELF)
+        said = "takes any length" if free else f"takes lengths of the kind {card.length!r} only"
+        return Finding(free, said, "card")
+    if need == "constant-state":
+        said = "its state keeps its size" if card.recurrent else "its state grows with every token"
+        return Finding(card.recurrent, said, "card")
+    if need == "weights":
+        shown = card.weights == "exact" and "weights" in card.honours
+        return Finding(shown, "it returns its weights" if shown else f"its weights are {card.weights}", "card")
+    assert need == "bias"  # parse_needs knows no other
+    taken = "bias" in card.honours
+    return Finding(taken, "takes a bias on pairs" if taken else "takes no bias on pairs", "card")
+
+
+def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str, bool]) -> Finding:
+    if card.name in solved:
+        won = solved[card.name]
+        return Finding(won, f"{'solved' if won else 'did not solve'} the recall task of your results", "results")
+    seen, total = reach(card.name, pattern, length)
+    if seen < total:
+        return Finding(False, f"a token sees {seen} of {total} tokens", "measured")
+    if card.recurrent:
+        return Finding(False, "its state has a fixed size, which bounds what it can recall", "card")
+    return Finding(True, f"sees all of {total} tokens (measured) and keeps every one", "card")
+
+
+@functools.cache
+def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float | None:
+    """Largest difference from softmax attention on the same random q, k, v, relative to its largest output, in float64.
+
+    None for a mechanism that is not a function of queries, keys and values for every head.
+    """
+    card = get_mechanism(name)
+    taken = {n: card.inputs.get(n, "") for n in ("q", "k", "v")}
+    shaped = all(len(axes) == 4 and axes[0] == "b" for axes in taken.values())
+    required = {n for n in card.inputs if not n.endswith("?")}
+    if card.kind is not Kind.ATTENTION or not shaped or required != set(taken):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    inputs = {n: torch.randn(1, 2, length, 16, generator=generator, dtype=torch.float64) for n in taken}
+    if card.prepare is not None:
+        roles = card.prepare(torch.zeros(1, length, dtype=torch.long), card.options())[1]
+        inputs["roles"] = roles.expand(1, -1)[:, :length]
+    with torch.no_grad():
+        try:
+            found = Subject(card, pattern).run(inputs).output
+        except Unsupported:  # it needs more than q, k and v here
+            return None
+        inputs.pop("roles", None)
+        expected = Subject(get_mechanism("softmax"), pattern).run(inputs).output
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _small(name: str, pattern: Pattern) -> LayerWork:
+    work = LayerWork(get_mechanism(name), LayerSettings(pattern, **SMALL))  # type: ignore[arg-type]
+    work.layer.eval()
+    return work
+
+
+def _query(pattern: Pattern, count: int) -> int:
+    """The token that is looked at: the last, or the middle one where tokens see both ways."""
+    return count // 2 if pattern is Pattern.NONCAUSAL_SELF else count - 1
+
+
+@functools.cache
+def reach(name: str, pattern: Pattern, length: int) -> tuple[int, int]:
+    """How many tokens (of the memory, in cross patterns) one output depends on in a layer, and how many there are.
+
+    Counted by gradients that are not zero, of the sequence's own tokens. The output is that of the last token, or of the
+    middle one in noncausal-self.
+    """
+    work = _small(name, pattern)
+    x, memory, context = work.inputs(length)
+    source = x if memory is None else memory
+    source.requires_grad_()
+    output = work.layer(x, memory, context=context).output
+    at = _query(pattern, output.shape[1])
+    (gradient,) = torch.autograd.grad(output[0, at].sum(), source)
+    own = (
+        torch.ones(source.shape[1], dtype=torch.bool) if context.roles is None else context.roles[0] == int(Role.TOKEN)
+    )
+    return int(((gradient[0].abs().sum(-1) > 0) & own).sum()), int(own.sum())
+
+
+@functools.cache
+def tells_order(name: str, pattern: Pattern) -> bool:
+    """Whether a layer's output changes when two tokens near the one that is looked at change places."""
+    work = _small(name, pattern)
+    x, memory, context = work.inputs(12)
+
+    def output(first: Tensor, second: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            found = work.layer(first, second, context=context).output
+        return found[0, _query(pattern, found.shape[1])]
+
+    def swapped(source: Tensor) -> Tensor:
+        at = _query(pattern, source.shape[1])
+        order = torch.arange(source.shape[1])
+        order[[at - 2, at - 1]] = order[[at - 1, at - 2]]
+        return source[:, order]
+
+    before = output(x, memory)
+    after = output(swapped(x), None) if memory is None else output(x, swapped(memory))
+    return float((after - before).abs().max()) > EQUAL * float(before.abs().max())

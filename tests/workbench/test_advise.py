@@ -1,0 +1,339 @@
+"""Advice: the order respects needs, memory and results, says why, and what it says to paste runs."""
+
+import json
+
+import pytest
+import torch
+
+import regard
+from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
+from regard.measurement.store import Store
+from regard.workbench.advise import AdviseSettings, advise, duration, parse_memory, read_quality, size
+from regard.workbench.advise_check import Errors, check, errors_of
+from regard.workbench.advise_text import advice_text, errors_table
+from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
+from regard.workbench.pasted import code_for
+from regard.workbench.probe import Sample, probe
+
+SMALL = {"dim": 32, "heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+TIMES = {
+    "softmax": lambda n: 1e-4 + 1e-6 * n + 1e-9 * n * n,
+    "sigmoid": lambda n: 2e-4 + 1e-6 * n + 1e-9 * n * n,
+    "linear": lambda n: 3e-4 + 1.1e-6 * n,
+    "local": lambda n: 1.5e-4 + 1.05e-6 * n,
+    "mamba2": lambda n: 5e-4 + 3e-6 * n,
+}
+NAMES = tuple(TIMES)
+
+
+def fake(what, length, names):
+    """Quadratic and linear costs with a crossing; memory that is largest for mamba2."""
+    factor = {"forward": 1, "training": 3, "decode": 0.1}[what]
+    return {
+        name: Sample(factor * TIMES[name](length), (4000 if name == "mamba2" else 1000) * length, 10 * length, "native")
+        for name in names
+    }
+
+
+def ask(lengths=(4096,), **options):
+    return advise(measure=fake, mechanisms=options.pop("mechanisms", NAMES), lengths=lengths, **SMALL, **options)
+
+
+def order(advice):
+    return [c.mechanism for c in advice.candidates]
+
+
+def test_softmax_is_advised_at_short_lengths_and_something_linear_at_long_ones():
+    short, long = ask(64), ask(8192)
+    assert short.pick == "softmax" and short.text.startswith("Use softmax")
+    assert long.pick == "local"
+    assert order(long) == sorted(order(long), key=lambda name: TIMES[name](8192))
+
+
+def test_the_order_follows_the_time_of_the_use():
+    for use, factor in (("infer", 1), ("train", 3), ("serve", 0.1)):
+        found = ask(8192, use=use)
+        top = found.candidates[0]
+        assert top.milliseconds == pytest.approx(factor * 1e3 * TIMES[top.mechanism](8192), rel=1e-6)
+
+
+def test_softmax_is_taken_when_nothing_is_clearly_faster(monkeypatch):
+    monkeypatch.setitem(TIMES, "linear", lambda n: 0.96 * TIMES["softmax"](n))
+    assert ask(64, mechanisms=("linear", "softmax")).pick == "softmax"
+    monkeypatch.setitem(TIMES, "linear", lambda n: 0.94 * TIMES["softmax"](n))
+    assert ask(64, mechanisms=("linear", "softmax"), fresh=True).pick == "linear"
+
+
+def test_with_several_lengths_the_geometric_mean_decides():
+    found = ask((64, 8192))
+    expected = {n: (TIMES[n](64) * TIMES[n](8192)) ** 0.5 for n in NAMES}
+    assert found.candidates[0].milliseconds == pytest.approx(1e3 * expected[found.pick], rel=1e-6)
+    assert {e.length for e in found.candidates[0].estimates} == {64, 8192}
+
+
+def test_needs_rule_out_and_say_why():
+    found = ask(needs="recall")
+    assert order(found) == ["softmax", "sigmoid"]
+    assert "fixed size" in found.rejected["linear"] and "card" in found.rejected["linear"]
+    assert "15 of 1024" in found.rejected["local"] and "measured" in found.rejected["local"]
+    assert any(change.startswith("Without the need 'recall': local") for change in found.changes)
+    assert order(ask(needs=("exact",))) == ["softmax"]
+    assert order(ask(needs=("constant-state", "order"))) == ["local", "linear", "mamba2"]
+
+
+def test_a_memory_cap_rules_out_and_says_what_it_would_take():
+    cap = 2000 * 4096
+    found = ask(memory=cap)
+    assert "mamba2" not in order(found) and "of memory, more than" in found.rejected["mamba2"]
+    tight = ask(memory=100)
+    assert tight.pick is None and tight.text.startswith("No mechanism qualifies")
+    assert any("of memory: local" in change for change in tight.changes)
+
+
+def test_the_cap_of_serving_counts_the_state():
+    assert "softmax" in order(ask(use="serve", memory=1011 * 4096))
+    assert ask(use="serve", memory=1009 * 4096).pick is None
+
+
+def test_the_length_from_which_another_wins_is_named():
+    change = next(c for c in ask(64).changes if c.startswith("The length"))
+    assert "softmax up to " in change and ", then local" in change
+    crossing = int(change.split("softmax up to ")[1].split(",")[0])
+    # softmax is preferred while it costs at most 5 % more; lengths are tried on a grid of quarter octaves
+    assert TIMES["softmax"](crossing * 2**0.25) > TIMES["local"](crossing * 2**0.25)
+    assert TIMES["softmax"](crossing) <= 1.1 * TIMES["local"](crossing)
+    assert any(c.startswith("Not the length: softmax") for c in ask(64, mechanisms=("softmax", "sigmoid")).changes)
+
+
+def test_every_figure_says_whether_it_was_measured():
+    found = ask((16, 512, 700, 1 << 15))
+    assert {e.length: e.basis for e in found.candidates[0].estimates if e.what == "forward"} == {
+        16: "extrapolated",
+        512: "measured",
+        700: "interpolated",
+        1 << 15: "extrapolated",
+    }
+    assert any("beyond what was measured" in note for note in found.notes)
+
+
+def test_candidates_and_exclusions_are_honoured():
+    assert order(ask(mechanisms=("linear_transformer", "local"))) == ["local", "linear"]
+    found = ask(exclude=("local", "sdpa"))
+    assert "local" not in order(found) and found.rejected["softmax"] == "excluded by you"
+
+
+def test_a_mechanism_that_lacks_the_pattern_or_the_size_is_listed_with_the_reason():
+    found = ask(pattern="causal-cross")
+    assert "near a query" in found.rejected["local"]
+    found = ask(64, head_dim=7)
+    assert "cannot have this size" in found.rejected["mamba2"] and "mamba2" not in order(found) and found.pick
+    with pytest.raises(Unsupported, match="mamba2: its layer"):
+        ask(64, head_dim=7, mechanisms=("mamba2",))
+
+
+def test_what_does_not_decode_is_not_advised_for_serving(monkeypatch):
+    monkeypatch.setattr(LayerWork, "decodes", property(lambda work: work.card.name != "local"))
+    assert "no state" in ask(use="serve").rejected["local"]
+
+
+def summary_entry(name, mean, solved=None, behind=False):
+    return {
+        "mechanism": name,
+        "mean": mean,
+        "standard_error": 0.01,
+        "solved": solved,
+        "separable_from_best": behind,
+    }
+
+
+def results(folder, summary):
+    with Store(folder / "results.db") as store:
+        store.put("run", {"run": store.run}, {"summary": summary})
+    return folder
+
+
+def test_results_put_what_is_behind_out_and_what_is_unknown_last(tmp_path):
+    folder = results(
+        tmp_path,
+        {
+            "text": [
+                summary_entry("softmax", 1.5),
+                summary_entry("linear", 1.6),
+                summary_entry("local", 2.0, behind=True),
+            ]
+        },
+    )
+    found = ask(results=folder)
+    assert order(found) == ["linear", "softmax", "mamba2", "sigmoid"] or order(found)[:2] == ["linear", "softmax"]
+    assert "behind the best on text" in found.rejected["local"]
+    quality = {c.mechanism: c.quality for c in found.candidates}
+    assert quality["linear"] == "text 1.6 ± 0.01" and quality["mamba2"] == "not measured"
+    assert any(change.startswith("Without your results: local") for change in found.changes)
+    assert "quality was not measured" not in " ".join(found.changes)
+
+
+def test_results_of_recall_decide_the_need_for_it(tmp_path):
+    folder = results(tmp_path, {"recall": [summary_entry("softmax", 0.99, True), summary_entry("linear", 0.98, True)]})
+    found = ask(needs="recall", results=folder)
+    assert set(order(found)) == {"softmax", "linear", "sigmoid"} and order(found)[0] == "linear"
+    assert not any("no recall result" in note for note in found.notes)
+    folder = results(
+        tmp_path / "b", {"recall": [summary_entry("softmax", 0.99, True), summary_entry("sigmoid", 0.2, False)]}
+    )
+    assert "did not solve" in ask(needs="recall", results=folder / "results.db").rejected["sigmoid"]
+
+
+def test_without_results_no_quality_is_claimed():
+    found = ask()
+    assert all(c.quality == "not measured" for c in found.candidates)
+    assert any("quality was not measured" in change for change in found.changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use": "inference"}, "nearest: infer"),
+        ({"lengths": ()}, "lengths"),
+        ({"lengths": 0}, "lengths from 1"),
+        ({"lengths": 1 << 21}, "lengths from 1"),
+        ({"memory": 0}, "positive number of bytes"),
+        ({"seconds": 0}, "seconds=0"),
+        ({"seconds": float("nan")}, "seconds=nan"),
+        ({"needs": "speed"}, "need 'speed'"),
+        ({"pattern": "causal"}, "pattern 'causal'"),
+        ({"what": ("forwards",)}, "nearest: forward"),
+        ({"use": "serve", "pattern": "noncausal-self"}, "nearest: --use infer"),
+        ({"mechanisms": ("softmxa",)}, "nearest: softmax"),
+        ({"mechanisms": ("low_rank_pooling",)}, "pool of an encoder"),
+        ({"mechanisms": ("token_parameter",)}, "a linear layer"),
+        ({"mechanisms": ("softmax",), "exclude": ("softmax",)}, "no candidate"),
+        ({"mechanisms": ("local",), "pattern": "causal-cross"}, "no candidate"),
+        ({"exclude": ("softmxa",)}, "nearest: softmax"),
+        ({"heads": 3}, "dim=32"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"device": "tpu9"}, "device"),
+        ({"results": "/nowhere"}, "results.db"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_before_anything_is_measured(options, message):
+    def measure(*_):
+        raise AssertionError("measured")
+
+    with pytest.raises(Unsupported, match=message):
+        advise(measure=measure, **{**SMALL, **options})
+
+
+def test_results_that_are_no_finished_comparison_are_refused(tmp_path):
+    Store(tmp_path / "results.db").close()
+    with pytest.raises(Unsupported, match="no finished comparison"):
+        read_quality(tmp_path)
+    (tmp_path / "other.db").write_text("text")
+    with pytest.raises(Unsupported, match="not a store"):
+        read_quality(tmp_path / "other.db")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("512MiB", 512 << 20), ("2 GB", 2 * 10**9), ("300000", 300000), ("1.5kib", 1536), ("8B", 8)]
+)
+def test_memory_is_read(text, count):
+    assert parse_memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-3MB", "0", "3 parsecs", "1e9", "2GB/s"])
+def test_memory_that_is_no_size_is_refused(text):
+    with pytest.raises(Unsupported, match="nearest: 512MiB"):
+        parse_memory(text)
+
+
+def test_durations_and_sizes_are_written_for_people():
+    assert [duration(x) for x in (2.0, 0.0123, 4.56e-5)] == ["2 s", "12.3 ms", "45.6 µs"]
+    assert [size(x) for x in (3 << 30, 1536, 12)] == ["3 GiB", "1.5 KiB", "12 bytes"]
+
+
+def test_advice_is_json_and_text():
+    found = ask((64, 4096), needs="recall", memory=10**9)
+    again = json.loads(json.dumps(found.as_dict()))
+    assert again["pick"] == found.pick and again["settings"]["pattern"] == "causal-self"
+    text = "\n".join(str(part) for part in advice_text(found))
+    for word in (found.text, "What would change", "Not in question", "create_layer"):
+        assert word in text
+    assert list(advice_text(ask(memory=1)))
+
+
+def mixing(pattern):
+    return list_mechanisms(pattern=pattern, where=lambda card: card.kind in MIXING)
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+@pytest.mark.parametrize("use", ["train", "infer", "serve"])
+def test_what_is_to_be_pasted_runs(pattern, use):
+    if use == "serve" and pattern is Pattern.NONCAUSAL_SELF:
+        pytest.skip("not served")
+    for settings in (LayerSettings(pattern, **SMALL), LayerSettings(pattern, 32, 2, 8, 2, "float64")):
+        for name in mixing(pattern):
+            if use == "serve" and not LayerWork(get_mechanism(name), settings).decodes:
+                continue
+            scope = {}
+            exec(code_for(name, settings, use, 20), scope)
+            assert scope["layer"].card is get_mechanism(name)
+            found = scope["result"].output if use == "serve" else scope["y"]
+            assert found.shape == (settings.batch, 1 if use == "serve" else scope["x"].shape[1], 32)
+            assert found.dtype == (torch.float64 if settings.dtype == "float64" else torch.float32)
+            modelled = pattern is Pattern.CAUSAL_SELF or get_mechanism(name).prepare is None
+            assert ("model" in scope) == (modelled and not pattern.cross)
+
+
+def test_the_pasted_layer_is_the_measured_one():
+    for name in mixing(Pattern.CAUSAL_SELF):
+        settings = LayerSettings(**SMALL)
+        scope = {}
+        exec(code_for(name, settings, "infer", 12), scope)
+        measured = LayerWork(get_mechanism(name), settings).layer
+        assert str(measured) == str(scope["layer"])
+
+
+def test_the_check_finds_the_errors_of_predictions():
+    settings = LayerSettings(**SMALL)
+    known = probe(settings, {"forward": ["linear"]}, seconds=9, measure=fake)
+    measured = {
+        ("forward", "linear", n): Sample(TIMES["linear"](n) / factor, round(1000 * n / factor), round(10 * n / factor))
+        for n, factor in ((96, 1.0), (320, 1.1), (768, 0.8))
+    }
+    time, memory = errors_of(known, measured)
+    assert time.count == 3 and time.where == "linear at 768" and time.of == "seconds"
+    assert time.median == pytest.approx(0.1, abs=0.01) and time.worst == pytest.approx(0.2, abs=0.01)
+    assert memory.median == pytest.approx(0.1, abs=0.01)
+    assert errors_table([time, memory]).row_count == 2
+    assert isinstance(time, Errors)
+
+
+def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
+    import regard.workbench.advise_check as module
+
+    settings = AdviseSettings(mechanisms=("linear", "mamba2"), **SMALL, what=("forward",), seconds=0.2)
+    calls = []
+    original = module.profile
+    monkeypatch.setattr(module, "profile", lambda s: calls.append(s) or original(s))
+    monkeypatch.setattr(module, "SECONDS", 0.01)
+    first = check(settings, lengths=(40, 80))
+    assert len(first) == 2 and {e.count for e in first} == {4} and len(calls) == 2
+    assert first[1].median < 0.2  # memory does not depend on the load of the machine
+    assert len(check(settings, lengths=(40, 80))) == 2 and len(calls) == 2
+    check(settings, lengths=(40, 80), fresh=True)
+    assert len(calls) == 4
+
+
+def test_a_real_question_is_answered_from_real_layers():
+    found = regard.advise(
+        lengths=200, needs="constant-state", mechanisms=("softmax", "linear", "mamba2"), seconds=1, what=(), **SMALL
+    )
+    assert found.pick in ("linear", "mamba2") and list(found.rejected) == ["softmax"]
+    assert all(e.milliseconds > 0 and e.memory_bytes > 0 for c in found.candidates for e in c.estimates)
+    exec(found.candidates[0].code, {})

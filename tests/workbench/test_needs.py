@@ -1,0 +1,83 @@
+"""What a mechanism has of what may be needed: from cards and measurements, not from opinions."""
+
+import pytest
+
+from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
+from regard.contract import Kind
+from regard.workbench.layer_work import MIXING
+from regard.workbench.needs import NEEDS, difference_from_softmax, find, parse_needs, reach, tells_order
+
+CAUSAL = Pattern.CAUSAL_SELF
+
+
+def mixing(pattern):
+    return list_mechanisms(pattern=pattern, where=lambda card: card.kind in MIXING)
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+def test_only_softmax_is_softmax(pattern):
+    names = [n for n in mixing(pattern) if find("exact", n, pattern, 300).holds]
+    assert names == ["softmax"]
+
+
+def test_a_window_as_wide_as_the_sequence_is_exact_and_a_narrower_one_is_not():
+    assert find("exact", "local", CAUSAL, 15).holds
+    assert not find("exact", "local", CAUSAL, 16).holds
+
+
+def test_reach_of_a_window_is_its_width():
+    window = get_mechanism("local").options().window
+    assert reach("local", CAUSAL, 100) == (window, 100)
+    assert reach("softmax", CAUSAL, 100) == (100, 100)
+    assert reach("softmax", Pattern.NONCAUSAL_CROSS, 100) == (100, 100)
+    assert reach("mamba", CAUSAL, 100) == (100, 100)
+
+
+def test_inserted_tokens_are_not_counted():
+    assert reach("landmark", CAUSAL, 120) == (120, 120)
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+def test_recall_needs_reach_and_a_state_that_grows(pattern):
+    for name in mixing(pattern):
+        finding = find("recall", name, pattern, 200)
+        seen, total = reach(name, pattern, 200)
+        assert finding.holds == (seen == total and not get_mechanism(name).recurrent), name
+        assert finding.reason and finding.source in ("card", "measured")
+
+
+def test_results_of_a_recall_task_decide_where_there_are_some():
+    solved = {"linear": True, "softmax": False}
+    assert find("recall", "linear", CAUSAL, 100, solved).holds
+    assert not find("recall", "softmax", CAUSAL, 100, solved).holds
+    assert find("recall", "linear", CAUSAL, 100, solved).source == "results"
+    assert find("recall", "sigmoid", CAUSAL, 100, solved).source == "card"
+
+
+def test_order_is_told_by_rotary_positions_windows_and_gates_and_not_by_a_learned_query():
+    assert all(tells_order(n, CAUSAL) for n in ("softmax", "linear", "gated_linear", "mamba2", "large_kernel"))
+    assert not tells_order("aaren", CAUSAL)
+    assert not tells_order("softmax", Pattern.NONCAUSAL_CROSS)
+    assert tells_order("gated_linear", Pattern.NONCAUSAL_CROSS)
+
+
+def test_the_rest_is_read_off_the_card():
+    assert find("constant-state", "mamba", CAUSAL, 8).holds and not find("constant-state", "softmax", CAUSAL, 8).holds
+    assert find("weights", "softmax", CAUSAL, 8).holds and not find("weights", "linear", CAUSAL, 8).holds
+    assert find("bias", "softmax", CAUSAL, 8).holds and not find("bias", "linear", CAUSAL, 8).holds
+    assert find("any-length", "large_kernel", CAUSAL, 8).holds
+    assert not find("any-length", "large_kernel", Pattern.NONCAUSAL_SELF, 8).holds
+
+
+def test_mechanisms_that_are_no_function_of_queries_keys_and_values_are_not_compared():
+    for name in mixing(CAUSAL):
+        if get_mechanism(name).kind is not Kind.ATTENTION:
+            assert difference_from_softmax(name, CAUSAL, 30) is None
+
+
+def test_needs_are_parsed_and_unknown_ones_refused():
+    assert parse_needs("recall, order,recall,") == ("recall", "order")
+    assert parse_needs(()) == ()
+    with pytest.raises(Unsupported, match="nearest: recall"):
+        parse_needs("recal")
+    assert set(NEEDS) == {"exact", "recall", "order", "any-length", "constant-state", "weights", "bias"}
