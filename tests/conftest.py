@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -41,4 +42,6 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _fresh_seed(request: pytest.FixtureRequest) -> None:
     """A seed of its own for each test, the same in every run."""
-    torch.manual_seed(sum(ord(c) * 31**i for i, c in enumerate(request.node.nodeid)) % (1 << 31))
+    seed = sum(ord(c) * 31**i for i, c in enumerate(request.node.nodeid)) % (1 << 31)
+    torch.manual_seed(seed)
+    random.seed(seed)

@@ -214,7 +214,7 @@ def place_labels(
         obstacles = [*taken, *boxes.values()]
         boxes[i] = min(
             candidates,
-            key=lambda c: 20 * _outside(c[1], frame) + 3 * sum(_overlap(c[1], other) for other in obstacles) + c[0],
+            key=lambda c: 200 * _outside(c[1], frame) + sum(_collision(c[1], other) for other in obstacles) + c[0],
         )[1]
     return [boxes[i] for i in range(len(points))]
 
@@ -233,8 +233,10 @@ def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[f
             yield cost, (centre_x - width / 2, centre_y - LINE / 2, centre_x + width / 2, centre_y + LINE / 2)
 
 
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _collision(a: Box, b: Box) -> float:
+    """What it costs that two boxes overlap: more than any place without, and the more the larger the overlap."""
+    area = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return 300 + 3 * area if area else 0.0
 
 
 def _outside(box: Box, frame: Box) -> float:
