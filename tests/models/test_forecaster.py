@@ -148,6 +148,18 @@ def test_the_last_points_make_up_whole_patches():
     assert patches[..., 3].tolist() == [[[0, 0, 1], [1, 1, 1], [1, 1, 1]], [[0, 0, 1], [1, 1, 1], [0, 0, 0]]]
 
 
+@pytest.mark.parametrize(("patch", "times"), [(1, [[-4, -3, -2, -1], [-2, -1, 0, 0]]), (2, [[-3, -1], [-1, 0]])])
+def test_the_past_is_placed_by_its_distance_to_the_horizon(patch, times):
+    model = make_model(patch=patch, num_layers=1)
+    seen = []
+    model.blocks[0].mixer.register_forward_pre_hook(
+        lambda module, given, named: seen.append(named["context"]), with_kwargs=True
+    )
+    model(*batch(rows=2, horizon=3, past=4), context=Context(memory_mask=Mask(lengths=torch.tensor([4, 2]))))
+    assert seen[0].positions.tolist() == [[0, 1, 2]] * 2
+    assert seen[0].memory_positions.tolist() == times  # 0 in the padding
+
+
 def test_quantiles_rise_and_are_learned_by_the_pinball_loss():
     model = make_model(quantiles=(0.1, 0.5, 0.9))
     output = model(*batch()).output

@@ -7,8 +7,10 @@ import torch
 
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern, Unsupported
+from regard.measurement.store import Store
 from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
 from regard.models import count_parameters as count
+from regard.tasks import create_task
 from regard.tasks.protocol import Batch, Task, absolute_error, counter_generator
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare
@@ -124,6 +126,16 @@ def test_costs_grow_with_the_memory_and_not_with_the_state_of_a_recurrence(tmp_p
     state = {e["mechanism"]: e["state_bytes"] for e in outcome.summary["recite"]}
     assert state["softmax"] > 256 * 2 * 16 * 4
     assert state["linear"] < state["softmax"] / 4
+
+
+def test_the_same_objective_in_another_pattern_has_costs_of_its_own(tmp_path):
+    recall = create_task("recall", length=16, pairs=2, queries=4, vocab_size=16, evaluation_items=16)
+    outcome = compare([recall, Recite()], settings(seeds=1), tmp_path)
+    with Store(outcome.store) as store:
+        patterns = [row.payload["pattern"] for row in store.rows("cost")]
+    assert sorted(patterns) == ["causal-cross"] * 2 + ["causal-self"] * 2
+    for entries in outcome.summary.values():
+        assert all(entry["inference_ms"] > 0 and entry["state_bytes"] > 0 for entry in entries)
 
 
 def test_tasks_without_a_model_and_mechanisms_without_the_pattern_are_refused(tmp_path):
