@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import regard
+from regard.measurement.provenance import fingerprint
 
 DATA = Path(__file__).parent / "data"
 TESTS = Path(__file__).parents[1] / "tests" / "mechanisms"
@@ -110,7 +111,11 @@ def measure_reproductions() -> None:
     """Judge what `regard reproduce` has left in runs/reproduce; nothing is run here, since all of it takes hours."""
     command = [sys.executable, "-m", "regard", "reproduce", "all", "--table", "--json"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    _write("reproductions.json", {"measured": MEASURED, **json.loads(found.stdout)}, "reproductions")
+    _write(
+        "reproductions.json",
+        {"measured": f"{MEASURED}, {fingerprint()['cpu']}", **json.loads(found.stdout)},
+        "reproductions",
+    )
 
 
 def _write(name: str, data: dict[str, Any], rows: str) -> None:

@@ -1,12 +1,14 @@
 """Gated linear attention (Yang et al., arXiv 2312.06635): gates that depend on the data beat fixed decay and none.
 
-The paper (abstract): competitive with a LLaMA-architecture Transformer and with Mamba at 340M and 1.3B parameters, data-dependent gates
-better than a global decay or none, and trained on 2K tokens it is usable beyond 20K without large loss of perplexity.
+The paper (abstract): competitive with a LLaMA-architecture Transformer and with Mamba at 340M and 1.3B parameters,
+data-dependent gates better than a global decay or none, and trained on 2K tokens it is usable beyond 20K without large loss
+of perplexity.
 
 Here: one layer, three gates (one for each key feature; a fixed one a head, as in retention; none), on bytes of Python's
 standard library in windows of 128, and on selective copying, where most tokens are noise to be forgotten. The length
 that the model generalises to is 1024, eight times that of training: the same held-out bytes are read in whole windows and
-in eight pieces. Two layers of width 64, 400 and 700 steps.
+in eight pieces. Two layers of width 64, 400 and 2000 steps. A first protocol had 700 steps of copying rather than the 2000
+planned; with gates the accuracy was 0.61 and 0.52, far from learned.
 """
 
 from regard.reproductions.framework.judging import Check, Seed, minus, number
@@ -14,7 +16,7 @@ from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import cached_task, language_model, loss_in_pieces, trained_score
 
 TEXT = {"task": "text", "steps": 400, "batch_size": 32, "learning_rate": 3e-3, "items": 64}
-COPYING = {"task": "copying", "steps": 700, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
+COPYING = {"task": "copying", "steps": 2000, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
@@ -48,7 +50,7 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "The same layer with gates for each feature, a fixed decay, and none: loss in nats on code bytes in windows of 128, "
-        "accuracy of selective copying, and the loss on windows of 8 times the length, read whole and in pieces. Two layers of width 64, 400 and 700 steps."
+        "accuracy of selective copying, and the loss on windows of 8 times the length, read whole and in pieces. Two layers of width 64, 400 and 2000 steps."
     ),
     settings={
         f"{base['task']} {gate}": base | {"gate": gate}

@@ -4,7 +4,7 @@ The paper: quality similar to softmax (images: 0.64 against 0.62 bits a dimensio
 length, and autoregressive prediction up to 4000 times faster on very long sequences (abstract).
 
 Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: accuracy within 5 points of softmax (the
-bound of survey arXiv 2103.14636 as this project's spec has it). On one core, growth of forward time over lengths from 512
+bound was set beforehand). On one core, growth of forward time over lengths from 512
 to 4096, and of the time of a decoding step over contexts from 512 to 8192. Images are classified, not generated.
 """
 

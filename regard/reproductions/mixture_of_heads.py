@@ -5,7 +5,7 @@ LLaMA3-8B continue-tuned to 75 % of its heads gains 2.4 points on 14 benchmarks.
 
 Here: from scratch on bytes of Python's standard library, windows of 128, 2 layers of width 64 with 8 heads of 8, 400 steps:
 all heads, 75 % (2 shared, 4 of 6 routed) and 50 % (2 shared, 2 of 6), and 6 heads of the same width as the control of equal
-active heads. "Better" is judged as not more than 0.02 nats worse (this project's spec expects a tie at this size).
+active heads. "Better" is judged as not more than 0.02 nats worse (a tie is what to expect at this size).
 Continued tuning of a pretrained model is not tried.
 """
 

@@ -76,7 +76,9 @@ class Check:
             timings = [v for v in found if isinstance(v, Mapping)]
             if timings:
                 low, high = min(v["low"] for v in timings), max(v["high"] for v in timings)
-        return Finding(self.says, mean, error, low, high, len(values), self._outcome(low, high))
+        return Finding(
+            self.says, mean, error, low, high, len(values), self._outcome(low, high) if values else Outcome.NOT_RUN
+        )
 
     def _outcome(self, low: float, high: float) -> Outcome:
         if self.above is not None:
