@@ -15,6 +15,7 @@
 
 #include "regard_delta_rule.h"
 
+#include "token_pairs.h"
 #include "vector.h"
 
 #include "parallel.h"
@@ -384,10 +385,11 @@ struct Chunk {
     q = k;
     ldq = ldk;
     if (read) q = as_float(count, head.width, head.q + start * head.ldq, head.ldq, own_q, &ldq);
-    transpose_rows(C, ld, k, ldk, k_transposed, C);
-    if constexpr (GATE != Gate::VECTOR) {
-      combine(C, C, pairs, C, Nothing{}, Term<Part::ALL>{head.width, k, ldk, 1, k_transposed, C});
-      if (read) combine(C, C, reads, C, Nothing{}, Term<Part::ALL>{head.width, q, ldq, 1, k_transposed, C});
+    if constexpr (GATE == Gate::VECTOR) {
+      transpose_rows(C, ld, k, ldk, k_transposed, C);
+    } else {
+      pair_products<Triangle::LOWER>(head.width, k, ldk, k, ldk, pairs);
+      if (read) pair_products<Triangle::LOWER>(head.width, q, ldq, k, ldk, reads);
     }
     if constexpr (GATE == Gate::NONE) {
       k_in = k_out = k;
@@ -626,7 +628,7 @@ struct Backward {
   float *states, *ys, *us;         // before each chunk of the segment; Y and U of all its tokens
   float *grad_state;               // dS
   float *transposed, *grad_transposed;  // S^T and dS^T
-  float *own_v, *own_grad_o, *w, *g, *u_transposed, *grad_pairs, *grad_reads;
+  float *own_v, *own_grad_o, *w, *g, *grad_pairs, *grad_reads;
   const float* grad_o;
   int64_t ldo;
   float *grad_q, *grad_k, *grad_q_in, *grad_k_in, *grad_k_out, *grad_gate;  // of the chunk
@@ -635,7 +637,7 @@ struct Backward {
   static size_t bytes(int64_t width, int64_t columns) {
     const int64_t ldk = padded(width), lds = padded(columns);
     return Chunk<T, GATE>::bytes(width) + Memory::bytes(CHUNKS * ldk * lds) + 2 * Memory::bytes(SEGMENT * lds) +
-           3 * Memory::bytes(ldk * lds) + 5 * Memory::bytes(C * lds) + 2 * Memory::bytes(C * C) +
+           3 * Memory::bytes(ldk * lds) + 4 * Memory::bytes(C * lds) + 2 * Memory::bytes(C * C) +
            6 * Memory::bytes(C * ldk) + Memory::bytes(C);
   }
 
@@ -651,7 +653,6 @@ struct Backward {
     own_grad_o = memory.take(C * lds);
     w = memory.take(C * lds);
     g = memory.take(C * lds);
-    u_transposed = memory.take(C * lds);
     grad_pairs = memory.take(C * C);
     grad_reads = memory.take(C * C);
     grad_q = memory.take(C * ldk);
@@ -703,11 +704,10 @@ struct Backward {
       grad_beta[i] = sum(total);
     }
 
-    transpose_rows(C, lds, u, lds, u_transposed, C);
-    combine(C, C, grad_pairs, C, Nothing{}, Term<Part::ALL>{columns, g, lds, 1, u_transposed, C});  // -dA
+    pair_products<Triangle::LOWER>(columns, g, lds, u, lds, grad_pairs);  // -dA
     chunk.mask(grad_pairs, false);
     if (read) {
-      combine(C, C, grad_reads, C, Nothing{}, Term<Part::ALL>{columns, grad_o, ldo, 1, u_transposed, C});
+      pair_products<Triangle::LOWER>(columns, grad_o, ldo, u, lds, grad_reads);
       chunk.mask(grad_reads, head.inclusive);
     }
 

@@ -1,8 +1,8 @@
 // The gated recurrence, 16 tokens at a time: what they read of the state before them, what they read of each other, and
 // what they leave in the state.
 //
-// Decays between tokens of a block are products of at most 16 factors exp(g) in [0, 1], built up one factor at a time,
-// so no exponent is ever positive and nothing is subtracted. A block's decay of the state is the exponential of a sum,
+// Decays between tokens of a block are products of at most 16 factors exp(g) in [0, 1], taken one or four at a time, so
+// no exponent is ever positive and nothing is subtracted. A block's decay of the state is the exponential of a sum,
 // applied as S + S (exp(G) - 1) where it is near 1: rounding it to a float at every block would add up over a long past.
 //
 // Linear attention is the same without decay, on blocks of queries and keys mapped as they are loaded. Its normaliser z is
@@ -16,6 +16,7 @@
 
 #include "feature_maps.h"
 #include "token_blocks.h"
+#include "token_pairs.h"
 
 #include "parallel.h"
 #include "workspace.h"
@@ -118,22 +119,7 @@ const float* decay_to_end(const Decays& decays, const float* rows, float* to, in
   return to;
 }
 
-// Lane l of the result: the sum over the lanes of vector l.
-template <int S = 1>
-REGARD_INLINE Vec sums_of_lanes(Vec (&x)[LANES]) {
-  if constexpr (S == LANES) {
-    return x[0];
-  } else {
-#pragma GCC unroll 16
-    for (int l = 0; l < LANES; l += 2 * S) {
-      exchange<S>(x[l], x[l + S]);
-      x[l] += x[l + S];
-    }
-    return sums_of_lanes<2 * S>(x);
-  }
-}
-
-// The same of 16 rows of one vector each.
+// Sums over the lanes of 16 rows of one vector each.
 REGARD_INLINE void add_lanes(const float* rows, float* sums) {
   for (int t = 0; t < TOKENS; t += LANES) {
     Vec x[LANES];
@@ -143,39 +129,15 @@ REGARD_INLINE void add_lanes(const float* rows, float* sums) {
   }
 }
 
-// Tokens of a block read each other by quads of 4 readers and 4 writers, with features along the lanes: nothing is
-// transposed, and sums over the lanes of all pairs of a quad are found at once, on narrower vectors a few writers at a
-// time. A read of an earlier quad is a product of the query decayed from its own quad's start and the key decayed up to
-// there, so that only pairs inside a quad multiply decays one by one.
-constexpr int QUAD = 4, QUADS = TOKENS / QUAD, WRITERS = LANES / QUAD;
-
-// Of writers from `writer` on and a quad of readers, sums number 4 w + r but for their lanes: to reads.
-REGARD_INLINE void put_reads(Vec (&sums)[LANES], int writer, int readers, float* reads) {
-  alignas(64) float found[LANES];
-  store(found, sums_of_lanes(sums));
-  for (int w = 0; w < WRITERS; ++w) memcpy(reads + (writer + w) * TOKENS + readers, found + QUAD * w, 4 * QUAD);
-}
+// Tokens of a block read each other by quads of 4 readers and 4 writers (token_pairs.h), decays or not. A read of an
+// earlier quad is a product of the query decayed from its own quad's start and the key decayed up to there, so that only
+// pairs inside a quad multiply decays one by one.
+constexpr int QUADS = TOKENS / QUAD, WRITERS = QUAD_ROWS;
+static_assert(TOKENS == PAIR_TOKENS);
 
 // reads_ij = sum over d of q_id k_jd, 0 for what is not seen.
 void read_each_other(const float* q, const float* k, int64_t ld, bool inclusive, float* reads) {
-  for (int writer = 0; writer < TOKENS; writer += WRITERS)
-    for (int readers = writer / QUAD * QUAD; readers < TOKENS; readers += QUAD) {
-      Vec sums[LANES];
-#pragma GCC unroll 16
-      for (int l = 0; l < LANES; ++l) sums[l] = zero();
-      for (int64_t d = 0; d < ld; d += LANES) {
-        Vec key[WRITERS];
-#pragma GCC unroll 4
-        for (int w = 0; w < WRITERS; ++w) key[w] = load(k + (writer + w) * ld + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < QUAD; ++r) {
-          const Vec query = load(q + (readers + r) * ld + d);
-#pragma GCC unroll 4
-          for (int w = 0; w < WRITERS; ++w) sums[QUAD * w + r] = fma(query, key[w], sums[QUAD * w + r]);
-        }
-      }
-      put_reads(sums, writer, readers, reads);
-    }
+  pair_products<Triangle::UPPER>(ld, k, ld, q, ld, reads);
   for (int j = 0; j < TOKENS; ++j)
     for (int t = 0; t < TOKEN_VECTORS; ++t) {
       float* at = reads + j * TOKENS + t * LANES;
@@ -238,7 +200,7 @@ REGARD_INLINE void read_own_quad(int quad, const float* q, const float* k, const
   if (!inclusive)
 #pragma GCC unroll 4
     for (int w = 0; w < WRITERS; ++w) sums[QUAD * w + FIRST + w] = zero();
-  put_reads(sums, quad + FIRST, quad, reads);
+  put_quad(sums, quad + FIRST, quad, reads);
   if constexpr (FIRST + WRITERS < QUAD)
     read_own_quad<FIRST + WRITERS>(quad, q, k, each, ld, inclusive, to_end, reads);
 }
@@ -269,7 +231,7 @@ void read_each_other_decayed(const float* q, const float* k, const float* each, 
 #pragma GCC unroll 4
           for (int w = 0; w < WRITERS; ++w) store(to_end + (writer + w) * ld + d, key[w] * decay);
         }
-        put_reads(sums, writer, readers, reads);
+        put_quad(sums, writer, readers, reads);
       }
   }
 }
