@@ -22,10 +22,10 @@ namespace REGARD_ISA {
 namespace {
 
 constexpr int QUERIES = 32, GROUP = 32;   // a block's queries; a group's keys
-constexpr int GROUPS = 8;                 // whose weights meet their values at once
+constexpr int BATCH = 8;                  // groups whose weights meet their values at once
 constexpr int TILE = 512, FLOATS = 256;   // bfloat16 and float32 numbers of a tile: 16 rows of 64 bytes
-constexpr int FEATURES = 32;              // of queries and keys in a tile; values take two tiles for as many
-constexpr float HEADROOM = 20.f;          // how far a score may exceed the reference before the reference moves
+constexpr int FEATURES = 32;              // of queries and keys in a tile
+constexpr float MOST_WEIGHT = 4.85e8f;    // a group's sum of weights, e^20, above which the reference moves
 constexpr int FEW_KEYS = 128;             // weights of fewer are rounded to the sum of two bfloat16
 static_assert(Pairs::STEP % GROUP == 0, "a group lies in one step");
 
@@ -93,24 +93,19 @@ REGARD_INLINE void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Two vectors of weights as pairs of bfloat16, a in the first places.
+// Two vectors of weights as pairs of bfloat16, a in the first places: half of a last place is added, and the rest cut off.
 REGARD_INLINE __m512i round_pairs(Vec a, Vec b) {
-  alignas(64) static constexpr uint16_t ORDER[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(m512(b), m512(a)));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), rounded);
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i upper = _mm512_set4_epi32(0x80800f0e, 0x80800b0a, 0x80800706, 0x80800302);
+  const __m512i first = _mm512_shuffle_epi8(_mm512_add_epi32(reinterpret_cast<__m512i>(a), half), upper);
+  const __m512i second = _mm512_add_epi32(reinterpret_cast<__m512i>(b), half);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
 }
 
 // What rounding left of x; nothing of infinity and NaN.
 REGARD_INLINE Vec remainder(Vec x, __m512i rounded) {
   const Vec rest = x - reinterpret_cast<Vec>(rounded);
   return select(reinterpret_cast<IntVec>(rest == rest), rest, zero());
-}
-
-// The sum of the two numbers of each pair, plus c.
-REGARD_INLINE Vec add_pairs(__m512i pairs, Vec c) {
-  return vec(_mm512_dpbf16_ps(m512(c), reinterpret_cast<__m512bh>(pairs),
-                              reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80))));
 }
 
 // Up to 32 numbers at p, zeros in the other places.
@@ -126,20 +121,22 @@ void pack_keys(const bfloat16* from, int64_t stride, int64_t keys, int64_t width
       _mm512_store_si512(to, j < keys ? load_row(from + j * stride + p, width - p) : _mm512_setzero_si512());
 }
 
-// Tiles of the values of a group of keys, [16 features]: rows of a tile are features. `blocks` times 32 features.
-void pack_values(const bfloat16* from, int64_t stride, int64_t keys, int64_t width, int64_t blocks, bfloat16* to) {
-  const __m512i low = _mm512_set1_epi32(0xffff);
-  for (int64_t p = 0; p < blocks * FEATURES; p += 16, to += TILE) {
+// Tiles of the values of a group of keys, [16 features]: rows of a tile are features. A feature of ones follows the last:
+// its outputs are the sums of weights as they were rounded.
+void pack_values(const bfloat16* from, int64_t stride, int64_t keys, int64_t width, bfloat16* to) {
+  for (int64_t p = 0; p <= width; p += 16, to += TILE) {
+    const int64_t count = least(width - p, int64_t{16});
+    const __mmask16 ones = static_cast<__mmask16>(count < 16 ? 1 << count : 0);
     __m512i rows[16];
 #pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
       const bfloat16* at = from + 2 * j * stride + p;
-      const int64_t count = least(width - p, int64_t{16});
       const __m512i a = 2 * j < keys ? load_row(at, count) : _mm512_setzero_si512();
       const __m512i b = 2 * j + 1 < keys ? load_row(at + stride, count) : _mm512_setzero_si512();
       const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(a));
       const __m512i second = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(b));
-      rows[j] = _mm512_or_si512(_mm512_and_si512(first, low), _mm512_slli_epi32(second, 16));
+      const __m512i pairs = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+      rows[j] = _mm512_mask_mov_epi32(pairs, ones, _mm512_set1_epi32(0x3f803f80));
     }
     transpose(rows);
 #pragma GCC unroll 16
@@ -170,22 +167,25 @@ struct Row {
 
 struct Problem {
   const regard_attention_args* args;
+  float factor;                             // of products, which makes scores in units of ln 2
   Row* rows;
   bool one_row;                             // all rows of the batch share their ranks
-  int64_t groups, key_blocks, value_blocks; // of keys; of 32 features
+  int64_t groups, key_blocks, value_tiles;  // of keys; of 32 features; of 16 features
   bfloat16 *keys, *values;                  // (pairs of row and kv head, groups) packed
 };
 
 // A block of queries at work. All memory belongs to one thread.
 struct alignas(64) Block {
-  float scores[2][4 * FLOATS];               // of two groups: [16 keys][16 queries]
-  bfloat16 weights[2][GROUPS * 2 * TILE];    // rounded, and what the rounding left: [group][16 queries]
-  float limit[QUERIES];                      // of a score minus the reference; -inf before anything was seen
-  float start[QUERIES];                      // minus the reference
-  float sums[QUERIES], rounded[QUERIES];     // of weights, and of what they were rounded to
+  float scores[2][4 * FLOATS];               // of a group and the next: [16 keys][16 queries]
+  bfloat16 weights[2][BATCH][2 * TILE];      // rounded, and what rounding left: [16 queries]
+  int64_t groups[BATCH];                     // of the batch at work
+  bool all[BATCH];                           // whether every query sees every key of a group
+  int batch;                                 // groups in it
+  float limit[QUERIES];                      // of a group's sum of weights; -inf before anything was seen
+  float start[QUERIES];                      // minus the reference, of scores in units of ln 2
+  float sums[QUERIES];                       // of weights
   int32_t low[QUERIES], high[QUERIES];       // ranks seen
   int32_t line[QUERIES];                     // row of the block mask
-  int64_t pending[GROUPS];                   // groups whose values are to be added
   const Problem* problem;
   Pairs pairs;
   const Row* row;
@@ -193,7 +193,7 @@ struct alignas(64) Block {
   bfloat16* queries;                         // [features][16 queries]
   float* output;                             // [16 features][16 queries]
   int64_t b, h, begin;
-  int count, waiting;                        // queries; pending groups
+  int count;
   bool exact;                                // whether what rounding left is multiplied, too
   int32_t least_low, most_low, least_high, most_high;
 };
@@ -227,11 +227,12 @@ Seen visible(const Block& block, int64_t group) {
   return all ? Seen::ALL : Seen::SOME;
 }
 
-// Products of a group's keys and the block's queries.
-__attribute__((noinline)) void multiply_keys(const Block& block, int64_t group, float* scores) {
+// Products of the keys of a batch's group and the block's queries.
+void multiply_keys(Block& block, int place) {
   const int64_t blocks = block.problem->key_blocks;
-  const bfloat16* k = block.keys + group * blocks * 2 * TILE;
+  const bfloat16* k = block.keys + block.groups[place] * blocks * 2 * TILE;
   const bfloat16* q = block.queries;
+  float* scores = block.scores[place % 2];
   settle();
   _tile_zero(0);
   _tile_zero(1);
@@ -253,35 +254,42 @@ __attribute__((noinline)) void multiply_keys(const Block& block, int64_t group, 
   _tile_stored(3, scores + 3 * FLOATS, 64);
 }
 
-// Adds the pending groups' weights times values to the output.
-__attribute__((noinline)) void add_values(Block& block) {
-  const int64_t blocks = block.problem->value_blocks;
+// Adds weights times values of the groups of a batch from place to end.
+__attribute__((noinline)) void add_values(const Block& block, int place, int end) {
+  if (place == end) return;
+  const int64_t tiles = block.problem->value_tiles;
+  float* output = block.output;
   settle();
-  for (int64_t p = 0; p < blocks; ++p) {
-    float* output = block.output + p * 4 * FLOATS;
+  for (int64_t p = 0; p < tiles; p += 2, output += 4 * FLOATS) {
+    const bool two = p + 1 < tiles;
     _tile_loadd(0, output, 64);
     _tile_loadd(1, output + FLOATS, 64);
-    _tile_loadd(2, output + 2 * FLOATS, 64);
-    _tile_loadd(3, output + 3 * FLOATS, 64);
+    if (two) {
+      _tile_loadd(2, output + 2 * FLOATS, 64);
+      _tile_loadd(3, output + 3 * FLOATS, 64);
+    }
     for (int part = 0; part <= static_cast<int>(block.exact); ++part)
-      for (int i = 0; i < block.waiting; ++i) {
-        const bfloat16* v = block.values + (block.pending[i] * blocks + p) * 2 * TILE;
-        const bfloat16* w = block.weights[part] + i * 2 * TILE;
+      for (int i = place; i < end; ++i) {
+        const bfloat16* v = block.values + (block.groups[i] * tiles + p) * TILE;
+        const bfloat16* w = block.weights[part][i];
         _tile_loadd(4, v, 64);
         _tile_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, w + TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, v + TILE, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (two) {
+          _tile_loadd(5, v + TILE, 64);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
       }
     _tile_stored(0, output, 64);
     _tile_stored(1, output + FLOATS, 64);
-    _tile_stored(2, output + 2 * FLOATS, 64);
-    _tile_stored(3, output + 3 * FLOATS, 64);
+    if (two) {
+      _tile_stored(2, output + 2 * FLOATS, 64);
+      _tile_stored(3, output + 3 * FLOATS, 64);
+    }
   }
-  block.waiting = 0;
 }
 
 // Which of 16 queries from c on see keys, one key after the other.
@@ -291,6 +299,7 @@ struct Sight {
   const int c;
   int32_t column = -1;  // of the block mask, whose bits are `bits`
   __mmask16 bits = 0xffff;
+  __mmask16 some = 0;  // queries that have seen a key
 
   Sight(const Block& block, int c)
       : block(block), low(load_ints(block.low + c)), high(load_ints(block.high + c)), c(c) {}
@@ -306,92 +315,99 @@ struct Sight {
         bits = static_cast<__mmask16>(bits | (c + i < block.count && pairs.block(block.line[c + i], column)) << i);
     }
     const __m512i ranks = _mm512_set1_epi32(rank);
-    return bits & _mm512_cmple_epi32_mask(reinterpret_cast<__m512i>(low), ranks) &
-           _mm512_cmpge_epi32_mask(reinterpret_cast<__m512i>(high), ranks);
+    const __mmask16 seen = bits & _mm512_cmple_epi32_mask(reinterpret_cast<__m512i>(low), ranks) &
+                           _mm512_cmpge_epi32_mask(reinterpret_cast<__m512i>(high), ranks);
+    some |= seen;
+    return seen;
   }
 };
 
-// Moves the references of 16 queries from c on that a score of a group exceeds: what was summed against the old ones is
-// brought to the new.
-__attribute__((noinline)) void move_reference(Block& block, int64_t group, bool masked, const float* scores, int c) {
-  const Vec factor = broadcast(block.problem->args->scale);
+// Moves the references of 16 queries from c on to their highest scores of a group, where these are higher: what was
+// summed against the old ones is brought to the new.
+__attribute__((noinline)) void move_reference(Block& block, int place, int c) {
+  const float* scores = block.scores[place % 2] + c / 16 * FLOATS;
+  const Vec factor = broadcast(block.problem->factor);
   Sight sight(block, c);
   Vec top = broadcast(-infinity());
   for (int j = 0; j < GROUP; ++j) {
-    const __mmask16 seen = masked ? sight.of(group * GROUP + j) : static_cast<__mmask16>(0xffff);
+    const __mmask16 seen = block.all[place] ? __mmask16{0xffff} : sight.of(block.groups[place] * GROUP + j);
     const Vec x = load(scores + j / 16 * 2 * FLOATS + j % 16 * 16) * factor;
     top = vec(_mm512_mask_max_ps(m512(top), seen, m512(x), m512(top)));
   }
   const Vec limit = load(block.limit + c), start = load(block.start + c);
-  const IntVec over = reinterpret_cast<IntVec>(top + start > limit);
-  const IntVec before = over & reinterpret_cast<IntVec>(limit > -infinity());
-  const Vec shrink = select(before, exp2((-top - start) * LOG2_E), broadcast(1.f));
+  const IntVec before = reinterpret_cast<IntVec>(limit > -infinity());
+  const IntVec over = reinterpret_cast<IntVec>(top > select(before, -start, broadcast(-infinity())));
+  const Vec shrink = select(before & over, exp2(-top - start), broadcast(1.f));
   store(block.start + c, select(over, -top, start));
-  store(block.limit + c, select(over, broadcast(HEADROOM), limit));
+  store(block.limit + c, select(over, broadcast(MOST_WEIGHT), limit));
   store(block.sums + c, load(block.sums + c) * shrink);
-  store(block.rounded + c, load(block.rounded + c) * shrink);
   float* output = block.output + c / 16 * FLOATS;
-  for (int64_t p = 0; p < 2 * block.problem->value_blocks; ++p, output += 2 * FLOATS)
+  for (int64_t p = 0; p < block.problem->value_tiles; ++p, output += 2 * FLOATS)
     for (int r = 0; r < FLOATS; r += 16) store(output + r, load(output + r) * shrink);
 }
 
-// Weights of a group from its scores, for 16 queries from c on, and their sums. False when a score exceeds a reference.
+// Weights of a group from its scores, for 16 queries from c on; adds to their sum. Which queries exceed their limit.
 template <bool MASKED, bool EXACT>
-REGARD_INLINE bool weigh(Block& block, int64_t group, const float* scores, int c, Vec& total, Vec& rounded) {
-  const Vec factor = broadcast(block.problem->args->scale), start = load(block.start + c);
+REGARD_INLINE __mmask16 weigh(Block& block, int place, int c, Vec& sum) {
+  const Vec factor = broadcast(block.problem->factor), start = load(block.start + c);
+  const float* scores = block.scores[place % 2] + c / 16 * FLOATS;
+  bfloat16* to = block.weights[0][place] + c / 16 * TILE;
   Sight sight(block, c);
-  int64_t key = group * GROUP;
-  Vec top = broadcast(-infinity());
-  bfloat16* to = block.weights[0] + (block.waiting * 2 + c / 16) * TILE;
+  int64_t key = block.groups[place] * GROUP;
   const auto weight = [&](const float* at) {
-    const Vec s = fma(load(at), factor, start);
-    const Vec w = power(s * LOG2_E);
-    if (!MASKED) {
-      top = maximum(s, top);
-      return w;
-    }
-    const __mmask16 seen = sight.of(key++);
-    top = vec(_mm512_mask_max_ps(m512(top), seen, m512(s), m512(top)));
-    return vec(_mm512_maskz_mov_ps(seen, m512(w)));
+    const Vec w = power(fma(load(at), factor, start));
+    return MASKED ? vec(_mm512_maskz_mov_ps(sight.of(key++), m512(w))) : w;
   };
-  total = rounded = zero();
+  Vec total = zero();
   for (int tile = 0; tile < 2; ++tile, scores += 2 * FLOATS)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < FLOATS; j += 32, to += 32) {
       const Vec a = weight(scores + j), b = weight(scores + j + 16);
       const __m512i pairs = round_pairs(a, b);
       total += a + b;
-      rounded = add_pairs(pairs, rounded);
       _mm512_store_si512(to, pairs);
-      if (EXACT) {
-        const __m512i rest = round_pairs(remainder(a, _mm512_slli_epi32(pairs, 16)),
-                                         remainder(b, _mm512_and_si512(pairs, _mm512_set1_epi32(-65536))));
-        rounded = add_pairs(rest, rounded);
-        _mm512_store_si512(to + GROUPS * 2 * TILE, rest);
-      }
+      if (EXACT)
+        _mm512_store_si512(to + BATCH * 2 * TILE,
+                           round_pairs(remainder(a, _mm512_slli_epi32(pairs, 16)),
+                                       remainder(b, _mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))));
     }
-  return _mm512_cmp_ps_mask(m512(top), m512(load(block.limit + c)), _CMP_GT_OQ) == 0;
+  sum = load(block.sums + c) + total;
+  const __mmask16 over = _mm512_cmp_ps_mask(m512(total), m512(load(block.limit + c)), _CMP_GT_OQ);
+  return MASKED ? over & sight.some : over;
 }
 
+// Weights of a group of a batch, whose groups from `added` on wait for their values.
 template <bool MASKED, bool EXACT>
-__attribute__((noinline)) void weigh(Block& block, int64_t group, const float* scores) {
-  Vec total[2], rounded[2];
-  const auto weigh_all = [&] {
-    const bool low = weigh<MASKED, EXACT>(block, group, scores, 0, total[0], rounded[0]);
-    return weigh<MASKED, EXACT>(block, group, scores + FLOATS, 16, total[1], rounded[1]) && low;
-  };
-  if (__builtin_expect(!weigh_all(), 0)) {
-    add_values(block);  // whose weights are against the old references
-    move_reference(block, group, MASKED, scores, 0);
-    move_reference(block, group, MASKED, scores + FLOATS, 16);
-    weigh_all();
+__attribute__((noinline)) void weigh(Block& block, int place, int& added) {
+  Vec sums[2];
+  __mmask16 over = weigh<MASKED, EXACT>(block, place, 0, sums[0]);
+  over |= weigh<MASKED, EXACT>(block, place, 16, sums[1]);
+  if (__builtin_expect(over != 0, 0)) {
+    add_values(block, added, place);
+    added = place;
+    for (int half = 0; half < 2; ++half) {
+      move_reference(block, place, 16 * half);
+      weigh<MASKED, EXACT>(block, place, 16 * half, sums[half]);
+    }
   }
-  for (int c = 0; c < 2; ++c) {
-    store(block.sums + 16 * c, load(block.sums + 16 * c) + total[c]);
-    store(block.rounded + 16 * c, load(block.rounded + 16 * c) + rounded[c]);
+  store(block.sums, sums[0]);
+  store(block.sums + 16, sums[1]);
+}
+
+// The block's queries against a batch of groups.
+void attend_batch(Block& block) {
+  if (block.batch == 0) return;
+  multiply_keys(block, 0);
+  int added = 0;
+  for (int i = 0; i < block.batch; ++i) {
+    if (i + 1 < block.batch) multiply_keys(block, i + 1);
+    if (block.exact)
+      block.all[i] ? weigh<false, true>(block, i, added) : weigh<true, true>(block, i, added);
+    else
+      block.all[i] ? weigh<false, false>(block, i, added) : weigh<true, false>(block, i, added);
   }
-  block.pending[block.waiting++] = group;
-  if (block.waiting == GROUPS) add_values(block);
+  add_values(block, added, block.batch);
+  block.batch = 0;
 }
 
 // The first place in [begin, end) where `holds`, which holds from there on, is true.
@@ -433,12 +449,12 @@ void begin_block(Block& block) {
   block.least_low = block.least_high = INT32_MAX;
   block.most_low = block.most_high = -1;
   block.exact = false;
-  block.waiting = 0;
+  block.batch = 0;
   for (int i = 0; i < QUERIES; ++i) {
     block.low[i] = INT32_MAX;
     block.high[i] = -1;
     block.limit[i] = infinity();
-    block.start[i] = block.sums[i] = block.rounded[i] = 0;
+    block.start[i] = block.sums[i] = 0;
     if (i >= block.count) continue;
     const int32_t rank = block.pairs.queries[block.begin + i];
     reach(args.visibility, rank, &block.low[i], &block.high[i]);
@@ -451,13 +467,15 @@ void begin_block(Block& block) {
     if (block.pairs.blocks != nullptr)
       block.line[i] = Pairs::floor_div(rank, static_cast<int32_t>(args.visibility.block_size));
   }
-  for (int64_t i = 0; i < problem.value_blocks * 4 * FLOATS; i += LANES) store(block.output + i, zero());
+  for (int64_t i = 0; i < problem.value_tiles * 2 * FLOATS; i += LANES) store(block.output + i, zero());
 }
 
 void end_block(Block& block) {
   const regard_attention_args& args = *block.problem->args;
   bfloat16* out = static_cast<bfloat16*>(args.out) + block.b * args.out_strides[0] + block.h * args.out_strides[1] +
                   block.begin * args.out_strides[2];
+  const int64_t width = args.value_width;
+  const float* rounded = block.output + width / 16 * 2 * FLOATS + width % 16 * 16;  // sums of weights as rounded
   alignas(64) float factors[QUERIES] = {};
   for (int i = 0; i < block.count; ++i) {
     const float reference = -block.start[i];
@@ -465,24 +483,24 @@ void end_block(Block& block) {
     const bool empty = block.limit[i] == -infinity() && total == total;
     if (args.lse != nullptr)
       args.lse[(block.b * args.heads + block.h) * args.n + block.begin + i] =
-          empty ? -infinity() : reference + __builtin_logf(total);
+          empty ? -infinity() : reference * LN_2 + __builtin_logf(total);
     if (empty) continue;
-    if (args.sink != nullptr) total += exp(args.sink[block.h] - reference);
+    if (args.sink != nullptr) total += exp2(args.sink[block.h] * LOG2_E - reference);
     // as if the rounded weights had the sum of those before rounding: an only key is not rounded
-    factors[i] = block.sums[i] / block.rounded[i] / total;
+    factors[i] = block.sums[i] / total / rounded[i / 16 * FLOATS + i % 16];
   }
   for (int c = 0; c < block.count; c += 16) {
     const Vec factor = load(factors + c);
     const __mmask16 some = _mm512_cmp_ps_mask(m512(factor), _mm512_setzero_ps(), _CMP_NEQ_UQ);
     const int count = least(16, block.count - c);
-    for (int64_t p = 0; p < args.value_width; p += 16) {
+    for (int64_t p = 0; p < width; p += 16) {
       const float* from = block.output + (p / 16 * 2 + c / 16) * FLOATS;
       __m512i rows[16];
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r)
         rows[r] = _mm512_castps_si512(_mm512_maskz_mul_ps(some, m512(load(from + r * 16)), m512(factor)));
       transpose(rows);
-      const int64_t here = least(args.value_width - p, int64_t{16});
+      const int64_t here = least(width - p, int64_t{16});
       const __mmask16 there = static_cast<__mmask16>((1u << here) - 1);
       bfloat16* to = out + c * args.out_strides[2] + p;
       alignas(64) float lines[FLOATS];
@@ -501,23 +519,14 @@ void attend(Block& block) {
   const int64_t first = first_place(0, steps, [&](int64_t step) { return row.before[step] >= block.least_low; });
   const int64_t last = first_place(first, steps, [&](int64_t step) { return row.after[step] > block.most_high; });
   const int64_t end = least(last * (Pairs::STEP / GROUP), groups);
-  Seen seen = Seen::NONE;
-  const auto next = [&](int64_t group) {
-    while (group < end && (seen = visible(block, group)) == Seen::NONE) ++group;
-    if (group < end) multiply_keys(block, group, block.scores[group % 2]);
-    return group;
-  };
-  for (int64_t group = next(first * (Pairs::STEP / GROUP)); group < end;) {
-    const bool masked = seen == Seen::SOME;
-    const float* scores = block.scores[group % 2];
-    const int64_t following = next(group + 1);
-    if (block.exact)
-      masked ? weigh<true, true>(block, group, scores) : weigh<false, true>(block, group, scores);
-    else
-      masked ? weigh<true, false>(block, group, scores) : weigh<false, false>(block, group, scores);
-    group = following;
+  for (int64_t group = first * (Pairs::STEP / GROUP); group < end; ++group) {
+    const Seen seen = visible(block, group);
+    if (seen == Seen::NONE) continue;
+    block.all[block.batch] = seen == Seen::ALL;
+    block.groups[block.batch++] = group;
+    if (block.batch == BATCH) attend_batch(block);
   }
-  add_values(block);
+  attend_batch(block);
   end_block(block);
 }
 
@@ -545,16 +554,17 @@ int run(const regard_attention_args& args) {
   problem.one_row = args.visibility.query_ranks_stride == 0 && args.visibility.key_ranks_stride == 0;
   problem.groups = ceil_div(m, int64_t{GROUP});
   problem.key_blocks = ceil_div(args.width, int64_t{FEATURES});
-  problem.value_blocks = ceil_div(args.value_width, int64_t{FEATURES});
+  problem.value_tiles = args.value_width / 16 + 1;
+  problem.factor = args.scale * LOG2_E;
 
   const size_t rows = static_cast<size_t>(problem.one_row ? 1 : args.batch), more = static_cast<size_t>(2 * steps);
   const size_t pair_bytes = Pairs::bytes(n, m), parts = static_cast<size_t>(threads);
   const size_t key_line = static_cast<size_t>(problem.key_blocks * 2 * TILE);
-  const size_t value_line = static_cast<size_t>(problem.value_blocks * 2 * TILE);
+  const size_t value_line = static_cast<size_t>(problem.value_tiles * TILE);
   const size_t all_groups = static_cast<size_t>(pairs_of_kv * problem.groups);
   Workspace space(rows * (pair_bytes + Workspace::bytes_of<int32_t>(more)) + Workspace::bytes_of<Row>(rows) +
                   all_groups * 2 * (key_line + value_line) +
-                  parts * (sizeof(Block) + 2 * key_line + 4 * value_line));
+                  parts * (sizeof(Block) + 2 * key_line + 2 * 2 * value_line));
   if (!space) return REGARD_OUT_OF_MEMORY;
   problem.rows = space.take<Row>(rows);
   for (size_t b = 0; b < rows; ++b) {
@@ -572,7 +582,7 @@ int run(const regard_attention_args& args) {
               args.k_strides[2], count, args.width, problem.keys + static_cast<size_t>(task) * key_line);
     pack_values(static_cast<const bfloat16*>(args.v) + b * args.v_strides[0] + g * args.v_strides[1] +
                     first * args.v_strides[2],
-                args.v_strides[2], count, args.value_width, problem.value_blocks,
+                args.v_strides[2], count, args.value_width,
                 problem.values + static_cast<size_t>(task) * value_line);
   });
 
