@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -161,3 +163,24 @@ def test_a_thread_of_the_program_has_tiles_of_its_own():
     for thread in threads:
         thread.join()
     assert len(found) == 60 and all(torch.equal(x, expected) for x in found)
+
+
+SMALL_SIGNAL_STACK = """
+import ctypes, sys
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 4096)), None) == 0
+library = ctypes.CDLL(sys.argv[1])
+library.regard_instruction_sets.restype = ctypes.c_char_p
+library.regard_instruction_set.restype = ctypes.c_char_p
+refused = library.regard_set_instruction_set(b"amx_bf16")
+print(library.regard_instruction_sets().decode(), library.regard_instruction_set().decode(), refused)
+"""
+
+
+def test_where_the_system_refuses_tiles_there_is_no_such_set():
+    """Linux does not permit tiles to a process with a signal stack that cannot hold them."""
+    command = [sys.executable, "-c", SMALL_SIGNAL_STACK, library.load()._name]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["baseline,avx2,avx512,avx512_bf16", "avx512_bf16", "2"]
