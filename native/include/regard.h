@@ -34,9 +34,10 @@ enum regard_dtype { REGARD_FLOAT32 = 0, REGARD_BFLOAT16 = 1 };
 
 REGARD_API int regard_abi_version(void);
 
-/* Instruction sets: "baseline", "avx2", "avx512", "avx512_bf16". The best one that the processor has is taken at load.
- * `regard_set_instruction_set` forces another; it returns REGARD_BAD_ARGUMENT for one that the library or the processor
- * lacks. `regard_instruction_sets` names all that work here, separated by commas, the best last. */
+/* Instruction sets: "baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16". The best one that the processor has is taken
+ * at load, where Linux is also asked to permit AMX. `regard_set_instruction_set` forces another; it returns
+ * REGARD_BAD_ARGUMENT for one that the library, the processor or the system lacks. `regard_instruction_sets` names all
+ * that work here, separated by commas, the best last. */
 REGARD_API const char *regard_instruction_set(void);
 REGARD_API const char *regard_instruction_sets(void);
 REGARD_API int regard_set_instruction_set(const char *name);

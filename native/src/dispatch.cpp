@@ -7,12 +7,33 @@
 
 #include <string.h>
 
+#if defined(REGARD_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace regard {
 namespace {
 
 #if defined(REGARD_X86)
-constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+#if defined(REGARD_AMX)
+constexpr int SETS = 5;
+
+// Whether the processor has tiles with bfloat16 products and the system lets this process use them.
+bool grant_tiles() {
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;  // the system keeps their state
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#else
 constexpr int SETS = 4;
+#endif
 
 bool has(int set) {
   __builtin_cpu_init();
@@ -24,8 +45,16 @@ bool has(int set) {
     case 2:
       return has(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    default:
+    case 3:
       return has(2) && __builtin_cpu_supports("avx512bf16");
+    default: {
+#if defined(REGARD_AMX)
+      static const bool granted = has(3) && grant_tiles();
+      return granted;
+#else
+      return false;
+#endif
+    }
   }
 }
 #else
@@ -77,11 +106,12 @@ extern "C" int regard_set_instruction_set(const char* name) {
   namespace isa {                       \
   int name(const Args*);                \
   }
-#define REGARD_FORWARD(name, Args, last)                                   \
+#define REGARD_FORWARD(name, Args, pairs, tiles)                           \
   REGARD_DECLARE(isa_baseline, name, Args)                                 \
   REGARD_DECLARE(isa_avx2, name, Args)                                     \
   REGARD_DECLARE(isa_avx512, name, Args)                                   \
-  REGARD_DECLARE(last, name, Args)                                         \
+  REGARD_DECLARE(pairs, name, Args)                                        \
+  REGARD_DECLARE(tiles, name, Args)                                        \
   extern "C" REGARD_API int regard_##name(const Args* args) {              \
     if (args->size != static_cast<int64_t>(sizeof(Args))) return REGARD_WRONG_SIZE; \
     switch (regard::chosen.load(std::memory_order_relaxed)) {              \
@@ -91,12 +121,18 @@ extern "C" int regard_set_instruction_set(const char* name) {
         return isa_avx2::name(args);                                       \
       case 2:                                                              \
         return isa_avx512::name(args);                                     \
+      case 3:                                                              \
+        return pairs::name(args);                                          \
       default:                                                             \
-        return last::name(args);                                           \
+        return tiles::name(args);                                          \
     }                                                                      \
   }
-#define REGARD_KERNEL(name, Args) REGARD_FORWARD(name, Args, isa_avx512)
-#define REGARD_KERNEL_BF16(name, Args) REGARD_FORWARD(name, Args, isa_avx512_bf16)
+#define REGARD_KERNEL(name, Args) REGARD_FORWARD(name, Args, isa_avx512, isa_avx512)
+#if defined(REGARD_AMX)
+#define REGARD_KERNEL_BF16(name, Args) REGARD_FORWARD(name, Args, isa_avx512_bf16, isa_amx_bf16)
+#else
+#define REGARD_KERNEL_BF16(name, Args) REGARD_FORWARD(name, Args, isa_avx512_bf16, isa_avx512_bf16)
+#endif
 #else
 #define REGARD_KERNEL(name, Args)                                          \
   namespace isa_baseline {                                                 \

@@ -143,6 +143,9 @@ bool run(const Case& c) {
     return false;
   }
 
+  // Rounding the output takes half of a last place. Of many keys weights are rounded to bfloat16, too, where processors
+  // multiply it: that is measured apart, and is up to 3e-3 of the largest output (docs/kernels.md).
+  const bool rounded = c.half && c.rule == REGARD_SOFTMAX && c.m >= 128;
   double worst = 0, largest = 1e-3, worst_lse = 0;
   std::vector<double> scores(m), expected(V);
   for (size_t b = 0; b < B; ++b)
@@ -193,12 +196,13 @@ bool run(const Case& c) {
           for (size_t j = 0; j < m; ++j)
             sum += scores[j] * norm * v[b * a.v_strides[0] + g * a.v_strides[1] + j * a.v_strides[2] + p];
           const size_t at = b * a.out_strides[0] + h * a.out_strides[1] + i * a.out_strides[2] + p;
-          const double error = fabs((c.half ? from_bits(out_bits[at]) : out[at]) - sum);
+          const double half = rounded && sum != 0 ? ldexp(1, ilogb(sum) - 8) : 0;
+          const double error = fabs((c.half ? from_bits(out_bits[at]) : out[at]) - sum) - half;
           worst = error <= worst ? worst : error;  // NaN becomes the worst
           largest = fabs(sum) > largest ? fabs(sum) : largest;
         }
       }
-  const bool good = worst <= (c.half ? 4e-3 : 2e-6) * largest && worst_lse <= 1e-5;
+  const bool good = worst <= (rounded ? 3e-3 : c.half ? 4e-3 : 2e-6) * largest && worst_lse <= 1e-5;
   if (!good) printf("%s (%s): error %g of %g, lse %g\n", c.name, regard_instruction_set(), worst, largest, worst_lse);
   return good;
 }
@@ -213,6 +217,9 @@ int main() {
       {"odd", 2, 2, 1, 53, 71, 7, 13, 0, 0, -1, -1, 0, 0, 1, 0, true, false, false, false, false, false},
       {"bfloat16", 1, 4, 2, 67, 67, 17, 24, 0, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, true, true},
       {"many bfloat16", 1, 2, 1, 50, 301, 19, 33, 0, 0, -1, -1, 0, 0, 2, 0, true, false, false, false, true, true},
+      {"bfloat16 window", 1, 2, 2, 400, 400, 40, 48, 0, 1, 300, -1, 0, 0, 2, 0, false, false, false, false, true, true},
+      {"bfloat16 blocks", 1, 2, 2, 300, 300, 64, 64, 0, 0, -1, -1, 0, 48, 2, 0, false, false, false, false, false, true},
+      {"bfloat16 gaps", 2, 2, 1, 70, 310, 33, 31, 0, 1, -1, -1, 0, 0, 2, 0, true, false, false, true, false, true},
       {"window", 1, 1, 1, 300, 300, 8, 8, 0, 1, 40, -1, 0, 0, 2, 0, false, false, false, false, false, false},
       {"two-sided", 1, 1, 1, 200, 200, 8, 5, 1, 0, 20, 30, 0, 0, 1, 0, false, false, false, false, true, false},
       {"local blocks", 1, 2, 1, 150, 150, 8, 8, 0, 1, -1, -1, 48, 0, 1, 0, false, false, false, false, false, false},

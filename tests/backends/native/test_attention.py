@@ -391,7 +391,7 @@ def test_nan_reaches_what_sees_it_and_nothing_else(instructions, rule, dtype):
             # values of hidden keys are multiplied by 0 where they share a tile with visible ones, as in torch
             near = torch.zeros_like(hit)
             if name == "v":
-                near[0, 1, 66:70, 3] = True
+                near[0, 1, 64 if instructions == "amx_bf16" else 66 : 70, 3] = True
             assert torch.equal(found[~hit & ~near], clean[~hit & ~near])
 
 

@@ -85,7 +85,7 @@ def tokens(batch, m, kind):
     return torch.where(there, there.cumsum(-1) - 1, -1), there.sum(-1)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def instruction_set(request):
     if request.param not in library.instruction_sets():
         pytest.skip(f"the processor has no {request.param}")

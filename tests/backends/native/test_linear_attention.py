@@ -15,7 +15,7 @@ from regard.contract import Unsupported
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.linear_attention import Rule, linear_attention
 
-SETS = [name for name in library.instruction_sets() if name != "avx512_bf16"] if library.why_missing() is None else []
+SETS = [name for name in library.instruction_sets() if "bf16" not in name] if library.why_missing() is None else []
 ELU = Rule("elu", 1.0, 1e-6)
 RULES = [Rule(name, 1.3, None) for name in FEATURE_MAPS] + [Rule(name, 0.7, 1e-6) for name in NONNEGATIVE]
 SHAPES = (
