@@ -150,11 +150,13 @@ class LanguageModel(nn.Module):
         rows, n = ids.shape
         new = torch.full((rows,), n, device=ids.device) if layout.lengths is None else layout.lengths
         past = torch.zeros_like(new) if state is None else state.length
-        inner = context.replace(
-            mask=right_padded_mask(context.mask, layout),
-            positions=None if context.positions is None else layout.gather(context.positions, axis=1),
-            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
-        )
+        inner = context
+        if not (context.mask is None and context.positions is None and context.roles is None):
+            inner = context.replace(
+                mask=right_padded_mask(context.mask, layout),
+                positions=None if context.positions is None else layout.gather(context.positions, axis=1),
+                roles=None if context.roles is None else layout.gather(context.roles, axis=1),
+            )
         inserted = self.insertion.insert(ids, past, new, inner)
         x = self._embed(inserted.ids, past, inserted.context)  # (rows, n + inserted, dim)
         states = [None] * len(self.blocks) if state is None else state.layers
@@ -244,24 +246,28 @@ class LanguageModel(nn.Module):
         rows = torch.arange(ids.shape[0], device=ids.device)
         ragged = layout.lengths is not None
         whole, state, unread, last = ids, None, ids, lengths - 1
-        weights = FrozenWeights()
+        before, first, stops = ids[rows, last], torch.zeros_like(lengths), stop.numel() > 0
+        weights, modules = FrozenWeights(), list(self.modules())
         for _ in range(max_new_tokens):
             mask = Mask(lengths=last + 1) if ragged else None
             context = Context(mask=mask, want=frozenset({"state"} if use_state else ()))
-            with evaluation_mode(self), weights:
+            with evaluation_mode(self, modules), weights:
                 result = self.features(unread, context=context, state=state)
-                logits = self.logits(result.output[rows, last])  # (B, vocab)
+                features = result.output[:, 0] if result.output.shape[1] == 1 else result.output[rows, last]
+                logits = self.logits(features)  # (B, vocab)
             chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            token = torch.where(stopped, whole[rows, lengths - 1], chosen)
+            token = torch.where(stopped, before, chosen) if stops else chosen
             yield token
-            stopped = stopped | torch.isin(token, stop)
-            if bool(stopped.all()):
-                return
-            whole = F.pad(whole, (0, 1)).scatter(1, lengths[:, None], token[:, None])
-            lengths = lengths + 1
+            if stops:
+                stopped = stopped | torch.isin(token, stop)
+                if bool(stopped.all()):
+                    return
+            before = token
             if use_state:
-                state, unread, last, ragged = result.state, token[:, None], torch.zeros_like(lengths), False
+                state, unread, last, ragged = result.state, token[:, None], first, False
             else:
+                whole = F.pad(whole, (0, 1)).scatter(1, lengths[:, None], token[:, None])
+                lengths = lengths + 1
                 unread, last = whole, lengths - 1
 
 
