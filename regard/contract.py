@@ -411,6 +411,15 @@ class Call:
         return None if self.memory_lengths is None else valid_from_lengths(self.memory_lengths, m)
 
 
+def lengths_after(
+    before: Int[Tensor, " b"] | None, lengths: Int[Tensor, " b"] | None, batch: int, n: int, device: torch.device
+) -> Int[Tensor, " b"]:
+    """Tokens of each row after `lengths` new ones (all n when None) behind those `before` (none when None)."""
+    if before is not None:
+        return before + (n if lengths is None else lengths)
+    return torch.full((batch,), n, device=device) if lengths is None else lengths
+
+
 def valid_from_lengths(lengths: Int[Tensor, " b"], n: int) -> Bool[Tensor, "b n"]:
     return torch.arange(n, device=lengths.device) < lengths[:, None]
 

@@ -189,8 +189,12 @@ def ranks(
         before: tokens of each row before the new keys; one more than the largest cached rank when None.
     """
     together = call.lengths is call.memory_lengths
-    if together and call.lengths is None and cached is None and not call.pattern.cross:
+    plain = together and call.lengths is None and not call.pattern.cross
+    if plain and cached is None:
         return CountedRanks(n, m, m - n, True, device)
+    if plain and cached is not None and before is not None and n == m:
+        new = torch.arange(n, device=device) + before[:, None]
+        return Ranks(new, torch.cat([cached, new], -1), None, None, plain=False)
     slots = torch.arange(m, device=device)[None]
     keys = slots if call.memory_lengths is None else torch.where(slots < call.memory_lengths[:, None], slots, -1)
     queries = torch.arange(n, device=device)[None]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from regard.contract import Call, State, state_field
+from regard.contract import Call, State, lengths_after, state_field
 from regard.engines.attention import Ranks, ranks
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"],
     In self patterns the last query is aligned with the last of the new keys.
     """
     past: KeyValueState | None = call.state
-    lengths = _new_lengths(call, k)
+    length = lengths_after(None if past is None else past.length, call.memory_lengths, k.shape[0], k.shape[2], k.device)
     if past is None:
         where = ranks(call, n, k.shape[2], k.device)
-        return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), lengths), where
+        return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), length), where
     where = ranks(call, n, k.shape[2], k.device, past.ranks, past.length)
     k, v = append(past.k, k.to(past.k.dtype), 2), append(past.v, v.to(past.v.dtype), 2)
-    return KeyValueState(k, v, where.keys, past.length + lengths), where
+    return KeyValueState(k, v, where.keys, length), where
 
 
 @dataclass
@@ -128,7 +128,7 @@ def extend_window(
     The last query is aligned with the last of the new keys.
     """
     past: WindowState | None = call.state
-    lengths = _new_lengths(call, k)
+    lengths = lengths_after(None, call.memory_lengths, k.shape[0], k.shape[2], k.device)
     if past is None:
         keys, values, where = k, v, ranks(call, n, k.shape[2], k.device)
         total = lengths
@@ -148,9 +148,3 @@ def extend_window(
 
 def _take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _new_lengths(call: Call, k: Tensor) -> Int[Tensor, " b"]:
-    if call.memory_lengths is not None:
-        return call.memory_lengths
-    return torch.full((k.shape[0],), k.shape[2], device=k.device)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import Call, Result, State, state_field
+from regard.contract import Call, Result, State, lengths_after, state_field
 from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step, without_autocast
 from regard.ragged import flip_rows, place_queries, take_queries
 
@@ -87,12 +87,11 @@ def step(
     beta: Float[Tensor, "b h 1"] | None = None,
 ) -> tuple[Float[Tensor, "b h 1 v"], MatrixState]:
     """One token of :func:`chunked` by the recurrence itself."""
-    decay = None if log_decay is None else log_decay[:, :, 0]
-    rate = None if beta is None else beta[:, :, 0]
-    o, memory = gated_recurrence_step(
-        q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, rate, call.state.memory, backend=call.backend
-    )
-    return o[:, :, None], MatrixState(memory, length_after(call, k))
+    decay = None if log_decay is None else log_decay.select(2, 0)
+    rate = None if beta is None else beta.select(2, 0)
+    token = q.select(2, 0), k.select(2, 0), v.select(2, 0)
+    o, memory = gated_recurrence_step(*token, decay, rate, call.state.memory, backend=call.backend)
+    return o.unsqueeze(2), MatrixState(memory, length_after(call, k))
 
 
 def bidirectional(
@@ -136,9 +135,8 @@ def read(call: Call, q: Float[Tensor, "b h n k"]) -> Float[Tensor, "b h n v"]:
 
 def length_after(call: Call, k: Float[Tensor, "b h m k"]) -> Int[Tensor, " b"]:
     """Tokens of each row once the keys of this call are written."""
-    lengths = call.memory_lengths
-    new = torch.full((k.shape[0],), k.shape[2], device=k.device) if lengths is None else lengths
-    return new if call.state is None else call.state.length + new
+    before = None if call.state is None else call.state.length
+    return lengths_after(before, call.memory_lengths, k.shape[0], k.shape[2], k.device)
 
 
 def memory_of(call: Call) -> Tensor | None:

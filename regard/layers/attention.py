@@ -25,6 +25,7 @@ from regard.contract import (
     State,
     Unsupported,
     at_least,
+    lengths_after,
     one_of,
     state_field,
     valid_from_lengths,
@@ -41,6 +42,8 @@ from regard.visibility import DistanceBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+STEP = Context(want=frozenset({"state"}))
 
 GATES = {"swish": "silu", "sigmoid": "sigmoid"}
 """Output gates, with their functions' names in :func:`regard.engines.layers.gated_product`."""
@@ -245,8 +248,8 @@ class AttentionLayer(nn.Module):
             y = dropout(y, self.dropout, training=True, generator=context.generator)
         result.output = layout.scatter(y, axis=1)
         if stateful:
-            new = torch.full((x.shape[0],), x.shape[1], device=device) if layout.lengths is None else layout.lengths
-            length = new if state is None else state.length + new
+            before = None if state is None else state.length
+            length = lengths_after(before, layout.lengths, batch, x.shape[1], device)
             result.state = LayerState(result.state, length, tuple(caches))
         return result
 
@@ -254,7 +257,7 @@ class AttentionLayer(nn.Module):
         self, x_t: Float[Tensor, "b c"], state: LayerState | None = None
     ) -> tuple[Float[Tensor, "b c"], LayerState]:
         """One token: the output and the state after it. Without a state it is the first of its sequence."""
-        result = self(x_t[:, None], context=Context(want=frozenset({"state"})), state=state)
+        result = self(x_t[:, None], context=STEP, state=state)
         return result.output[:, 0], result.state
 
     def encode_memory(
@@ -323,7 +326,7 @@ class AttentionLayer(nn.Module):
         if self.convolutions:
             own = index - 3 + len(self.convolutions)  # without a query there are two
             y, caches[own] = self.convolutions[own](y, lengths, caches[own])
-        return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return y.view(*y.shape[:-1], heads, y.shape[-1] // heads).transpose(1, 2)
 
     def _memory_heads(
         self, heads: dict[str, Tensor], source: Tensor, lengths: Tensor | None, caches: list[Tensor | None]
@@ -337,15 +340,17 @@ class AttentionLayer(nn.Module):
     def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
         return x if norm is None else norm(x)
 
-    def _positions(self, given: Tensor | None, layout: Gathering, x: Tensor, before: Tensor | None) -> Tensor:
-        """Positions of the dense layout: ranks unless given; 0 in the padding."""
+    def _positions(self, given: Tensor | None, layout: Gathering, x: Tensor, before: Tensor | None) -> Tensor | None:
+        """Positions of the dense layout: ranks unless given; 0 in the padding. None where nobody asks for them."""
         if given is not None:
             return layout.gather(given, axis=1)
+        if self.positions.embed is None and self.positions.rotate is None:
+            return None
         rank = torch.arange(x.shape[1], device=x.device)[None]
         rank = rank if before is None else rank + before[:, None]
         return rank if layout.lengths is None else torch.where(valid_from_lengths(layout.lengths, x.shape[1]), rank, 0)
 
-    def _rotate(self, heads: dict[str, Tensor], queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
+    def _rotate(self, heads: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
         if self.positions.rotate is None or self.places_keys:
             return heads
         where = {"q": queries, "k": keys}

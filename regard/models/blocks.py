@@ -206,7 +206,7 @@ class Block(nn.Module):
         state: Any = None,
     ) -> Result:
         """Right-padded `x` (and memory, in a cross pattern whose state has not absorbed it); the output is (B, N, C)."""
-        if not self.takes_roles:
+        if context.roles is not None and not self.takes_roles:
             context = context.replace(roles=None)
         mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
         x = x + dropout(mixed.output, self.dropout, training=self.training, generator=context.generator)
@@ -273,10 +273,11 @@ def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> 
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model without dropout inside the block, and as it was after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """The model without dropout inside the block, and as it was after it. `modules`: all of them, if they are known."""
+    training = [module for module in (model.modules() if modules is None else modules) if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:

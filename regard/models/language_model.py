@@ -151,11 +151,13 @@ class LanguageModel(nn.Module):
         rows, n = ids.shape
         new = torch.full((rows,), n, device=ids.device) if layout.lengths is None else layout.lengths
         past = torch.zeros_like(new) if state is None else state.length
-        inner = context.replace(
-            mask=right_padded_mask(context.mask, layout),
-            positions=None if context.positions is None else layout.gather(context.positions, axis=1),
-            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
-        )
+        inner = context
+        if not (context.mask is None and context.positions is None and context.roles is None):
+            inner = context.replace(
+                mask=right_padded_mask(context.mask, layout),
+                positions=None if context.positions is None else layout.gather(context.positions, axis=1),
+                roles=None if context.roles is None else layout.gather(context.roles, axis=1),
+            )
         inserted = self.insertion.insert(ids, past, new, inner)
         x = self._embed(inserted.ids, past, inserted.context)  # (rows, n + inserted, dim)
         states = [None] * len(self.blocks) if state is None else state.layers
@@ -231,13 +233,15 @@ class LanguageModel(nn.Module):
             generator: source of the samples.
             use_state: False reads the whole sequence again for each token, for mechanisms without a state.
         """
-        weights = FrozenWeights()
+        weights, modules = FrozenWeights(), list(self.modules())
         want = frozenset({"state"} if use_state else ())
 
         def read(ids: Tensor, last: Tensor, mask: Mask | None, state: Any) -> tuple[Tensor, Any]:
-            with evaluation_mode(self), weights:
+            with evaluation_mode(self, modules), weights:
                 result = self.features(ids, context=Context(mask=mask, want=want), state=state)
-                return self.logits(result.output[torch.arange(len(last), device=last.device), last]), result.state
+                x = result.output  # (B, N, C)
+                x = x[:, 0] if x.shape[1] == 1 else x[torch.arange(len(last), device=last.device), last]
+                return self.logits(x), result.state
 
         return generate_stream(
             read,

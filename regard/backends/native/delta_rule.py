@@ -211,8 +211,7 @@ def _delta_rule_backward(
     _check(q, k, v, log_decay, beta, state)
     batch, heads, n, width = k.shape
     _same("kept", kept, (batch, heads, _kept_states(n), width, v.shape[-1]), torch.float32)
-    if not kept.is_contiguous():
-        raise Unsupported("kept states that are not contiguous", supported="those of the forward call")
+    kept = kept.contiguous()
     if grad_out is not None:
         _same("grad_out", grad_out, (batch, heads, n, 0 if q is None else v.shape[-1]), v.dtype)
     if grad_final_state is not None:

@@ -185,6 +185,8 @@ def refusal(
         if x.dtype not in library.DTYPES:
             return f"it computes in float32 and bfloat16, and {name} is {str(x.dtype)[6:]}"
         return f"it runs on cpu, and {name} is on {x.device.type}"
+    if v.ndim != len(lead) + 1 or k.ndim != v.ndim:
+        return f"k has {k.ndim} axes and v {v.ndim}, not {len(lead) + 1}"
     batch, heads, *tokens = lead
     shape, value_width = k.shape, v.shape[-1]
     width = shape[-1]
@@ -204,8 +206,8 @@ def refusal(
     return None
 
 
-def _check(lead: torch.Size, q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None) -> None:
-    reason = refusal(lead, q, k, v, g, state)
+def _check(q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None) -> None:
+    reason = refusal(v.shape[:3], q, k, v, g, state) if v.ndim == 4 else f"v has {v.ndim} axes, not 4"
     if reason is None and state is not None and state.dtype != torch.float32:
         reason = f"the state is {str(state.dtype)[6:]}, not float32"
     if reason is not None:
@@ -264,7 +266,7 @@ def _gated_recurrence(
     q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, inclusive: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (empty when q is None), the final state, and with `keep` the states that backward starts from."""
-    _check(v.shape[:3], q, k, v, g, state)
+    _check(q, k, v, g, state)
     q, k, v, g = rows(q), rows_contiguous(k), rows_contiguous(v), rows(g)
     state = None if state is None else state.contiguous()
     o, final_state, checkpoints = _empty_results(q, k, v, keep)
@@ -305,7 +307,7 @@ def _gated_recurrence_backward(
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of q, k, v, g and state, empty where not needed."""
-    _check(v.shape[:3], q, k, v, g, state)
+    _check(q, k, v, g, state)
     batch, heads, tokens, value_width = v.shape
     matrix = (k.shape[-1], value_width)
     same("checkpoints", checkpoints, (batch, heads, checkpoint_count(tokens), *matrix), torch.float32)
@@ -314,13 +316,13 @@ def _gated_recurrence_backward(
     if grad_final_state is not None:
         same("grad_final_state", grad_final_state, (batch, heads, *matrix), torch.float32)
     grads = _empty_gradients(q, k, v, g, state, needed)
+    to = [grad if grad.numel() else None for grad in grads]
     reading = q is not None and grad_o is not None
     grad_o = rows(grad_o) if reading else None
     q, k, v, g = rows(q), rows_contiguous(k), rows_contiguous(v), rows(g)
     state = None if state is None else state.contiguous()
     grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
     checkpoints = checkpoints.contiguous()
-    to = [grad if want else None for grad, want in zip(grads, needed, strict=True)]
     library.call(
         GatedRecurrenceBackward(
             *sizes(k, v, g, inclusive),

@@ -363,7 +363,7 @@ def refuses_rms_norm(
     x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float, norm_before_gate: bool
 ) -> str | None:
     """Why a call is left to another backend."""
-    return _misfit_norm(x, weight, z, groups) or _small("rms_norm", x)
+    return _small("rms_norm", x) or _misfit_norm(x, weight, z, groups)
 
 
 def _misfit_norm(x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int) -> str | None:
@@ -567,7 +567,7 @@ def gated_product(x: Tensor, gate: Tensor, function: str) -> Tensor:
 
 def refuses_gated_product(x: Tensor, gate: Tensor, function: str) -> str | None:
     """Why a call is left to another backend."""
-    return _misfit_product(x, gate) or _small("gated_product", x)
+    return _small("gated_product", x) or _misfit_product(x, gate)
 
 
 def _misfit_product(x: Tensor, gate: Tensor) -> str | None:

@@ -186,7 +186,7 @@ def _linear_attention_backward(
     q, k, v, grad_o = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows(grad_o)
     state, valid, grad_final_state = (None if x is None else x.contiguous() for x in (state, valid, grad_final_state))
     checkpoints, inverse = checkpoints.contiguous(), inverse.contiguous()
-    to = [grad if want else None for grad, want in zip(grads, needed, strict=True)]
+    to = [grad if grad.numel() else None for grad in grads]
     recurrence = GatedRecurrenceBackward(
         *sizes(k, v, None, True),
         sequence(q),
