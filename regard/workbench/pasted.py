@@ -66,29 +66,31 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
 def _model(
     name: str, settings: LayerSettings, length: int, moved: str, where: str, grid: tuple[int, ...] | None
 ) -> list[str]:
-    """Lines for the model of a self pattern; no model has cross attention alone, and encoders insert no tokens."""
-    sizes = f"dim={settings.dim}, plan={_quoted(name)}, num_heads={settings.heads}"
+    """Lines for a model; there is none of noncausal cross attention, and only language models insert tokens."""
+    causal, cross = settings.pattern.causal, settings.pattern.cross
+    if settings.pattern is not Pattern.CAUSAL_SELF and (
+        get_mechanism(name).prepare is not None or (cross and not causal)
+    ):
+        return []
+    model = "EncoderDecoder" if cross else "LanguageModel" if causal else "Encoder"
+    vocabulary = f"vocab_size={VOCABULARY}"
+    if cross:
+        vocabulary += f", memory_vocab_size={VOCABULARY}"
+    elif not causal:
+        vocabulary = f"num_classes=2, {vocabulary}"
+    sizes = f"{vocabulary}, dim={settings.dim}, {'cross_plan' if cross else 'plan'}={_quoted(name)}"
+    sizes += f", num_heads={settings.heads}"
     if settings.head_dim is not None:
         sizes += f", head_dim={settings.head_dim}"
     ids = f"torch.randint({VOCABULARY}, ({settings.batch}, {length}){where})"
-    if settings.pattern is Pattern.CAUSAL_SELF:
-        return [
-            "",
-            "from regard.models import LanguageModel, LanguageModelConfig",
-            "",
-            f"model = LanguageModel(LanguageModelConfig(vocab_size={VOCABULARY}, {sizes})){moved}",
-            f"logits = model({ids}).output",
-        ]
-    if settings.pattern is Pattern.NONCAUSAL_SELF and get_mechanism(name).prepare is None:
-        context = "" if grid is None else f", context=regard.Context(grid={grid})"
-        return [
-            "",
-            "from regard.models import Encoder, EncoderConfig",
-            "",
-            f"model = Encoder(EncoderConfig(num_classes=2, vocab_size={VOCABULARY}, {sizes})){moved}",
-            f"logits = model({ids}{context}).output",
-        ]
-    return []
+    arguments = [ids, *([ids] if cross else []), *([] if grid is None else [f"context=regard.Context(grid={grid})"])]
+    return [
+        "",
+        f"from regard.models import {model}, {model}Config",
+        "",
+        f"model = {model}({model}Config({sizes})){moved}",
+        f"logits = model({', '.join(arguments)}).output",
+    ]
 
 
 def _quoted(value: object) -> str:

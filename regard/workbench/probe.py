@@ -29,7 +29,7 @@ from regard.workbench.layer_work import Decoding, LayerSettings, LayerWork
 from regard.workbench.prediction import Curve
 from regard.workbench.profile import measure_memory
 
-LENGTHS = (32, 64, 128, 512, 2048, 8192)
+LENGTHS = (32, 64, 128, 256, 512, 2048, 8192)
 FEWEST = 2
 """Measured lengths without which nothing is predicted."""
 

@@ -287,7 +287,7 @@ def test_what_is_to_be_pasted_runs(pattern, use):
             assert found.shape == (settings.batch, 1 if use == "serve" else scope["x"].shape[1], 32)
             assert found.dtype == (torch.float64 if settings.dtype == "float64" else torch.float32)
             modelled = pattern is Pattern.CAUSAL_SELF or get_mechanism(name).prepare is None
-            assert ("model" in scope) == (modelled and not pattern.cross)
+            assert ("model" in scope) == (modelled and pattern is not Pattern.NONCAUSAL_CROSS)
 
 
 def test_the_pasted_layer_is_the_measured_one():
