@@ -43,10 +43,11 @@ def make(shape, gates=0, *, dtype=torch.float32, read=True, state=True):
     return [*tensors, torch.sigmoid(torch.randn(b, h, n)), torch.randn(b, h, width, values) if state else None]
 
 
-def error(found, expected):
+def error(found, expected, scale=1e-30):
+    """Relative to the largest number expected, or to `scale` where that is larger."""
     if expected.numel() == 0:
         return 0.0
-    return float(((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).detach())
+    return float(((found.double() - expected).abs().max() / expected.abs().max().clamp(min=scale)).detach())
 
 
 def both(inputs, inclusive=True, run=delta_rule.run):
@@ -76,7 +77,8 @@ def assert_close(inputs, inclusive=True):
     for name, result in found.items():
         assert result.dtype == (inputs[2].dtype if name in ("out", "grad q", "grad k", "grad v") else torch.float32)
         most = BFLOAT16 if half and result.dtype == torch.bfloat16 else FLOAT32
-        assert error(result, expected[name]) <= most, name
+        # what comes back to the first state is left of gradients of size 1, which the rule may shrink to nothing
+        assert error(result, expected[name], 1.0 if name == "grad state" else 1e-30) <= most, name
 
 
 @pytest.mark.parametrize("instruction_set", library.instruction_sets() if library.why_missing() is None else [])
