@@ -70,8 +70,9 @@ typedef struct {
   void *grad_q, *grad_k, *grad_v; /* of the dtype */
   int64_t grad_q_strides[3], grad_k_strides[3], grad_v_strides[3];
   float *grad_sink;     /* (H,); NULL when not wanted */
-  float *grad_bias;     /* (B, H, n, m) contiguous; NULL when not wanted */
+  float *grad_bias;     /* (B, H, n|1, m|1) contiguous, summed over axes of 1; NULL when not wanted */
   float *grad_distance; /* (H, distances) contiguous; NULL when not wanted */
+  int64_t grad_bias_queries, grad_bias_keys; /* n or 1, m or 1 */
 } regard_attention_backward_args;
 REGARD_API int regard_attention_backward(const regard_attention_backward_args *args);
 

@@ -353,6 +353,17 @@ void any_gradients(int32_t rule, const float* offsets, int64_t i0, int queries, 
   }
 }
 
+// Where a task adds the gradients of a head's biases, each nullptr when not wanted. A bias that all keys share has the
+// task's sums over keys in `sums`.
+struct BiasGradients {
+  float* pairs;     // (n|1, m)
+  double* sums;     // (n|1,)
+  float* distance;  // (distances,)
+  bool by_query;    // whether queries have biases of their own
+
+  bool wanted() const { return pairs != nullptr || sums != nullptr || distance != nullptr; }
+};
+
 // A call with what all tasks share.
 struct Backward {
   const regard_attention_backward_args* args;
@@ -362,6 +373,7 @@ struct Backward {
   float* shares;                  // (splits, batch, heads) gradients of the queries; nullptr with one share
   float* sinks;                   // (batch, heads)
   float* distances;               // (batch * splits, heads, distances)
+  double* bias_sums;              // (batch * splits, heads, n|1) of a bias that all keys share
 
   static int64_t offset(const int64_t* strides, int64_t row, int64_t head, int64_t token = 0) {
     return row * strides[0] + head * strides[1] + token * strides[2];
@@ -448,26 +460,30 @@ float prepare_queries(const Backward& b, int64_t row, int64_t head, const Buffer
 }
 
 // Adds a tile's score gradients to those of the biases.
-void bias_gradients(const Scores& scores, int64_t i0, int queries, int keys, const Scratch& tile, float* grad_bias,
-                    float* grad_distance) {
+void add_bias_gradients(const Scores& scores, int64_t i0, int queries, int keys, const Scratch& tile,
+                        const BiasGradients& to) {
   const regard_attention_args& call = *scores.call;
   for (int i = 0; i < queries; ++i) {
     const float* row = tile.scores + i * KEYS;
-    if (grad_bias != nullptr) {
-      float* place = grad_bias + (i0 + i) * call.m + scores.first;
-      memcpy(place, row, static_cast<size_t>(keys) * sizeof(float));
-      memset(place + keys, 0, static_cast<size_t>(scores.keys - keys) * sizeof(float));
+    if (to.pairs != nullptr) {
+      float* place = to.pairs + (to.by_query ? (i0 + i) * call.m : 0) + scores.first;
+      for (int j = 0; j < keys; ++j) place[j] += row[j];
     }
-    if (grad_distance != nullptr) {
+    if (to.sums != nullptr) {
+      float total = 0;
+      for (int j = 0; j < keys; ++j) total += row[j];
+      to.sums[to.by_query ? i0 + i : 0] += static_cast<double>(total);
+    }
+    if (to.distance != nullptr) {
       // gradients of hidden pairs are 0, and their places may lie outside the table
       const int64_t zero_at = call.biases.distance_zero - scores.pairs.queries[i0 + i];
       if (scores.consecutive) {
         const int64_t at = zero_at + scores.ranks[0];
-        const int64_t from = most<int64_t>(0, -at), to = least<int64_t>(keys, call.biases.distances - at);
-        for (int64_t j = from; j < to; ++j) grad_distance[at + j] += row[j];
+        const int64_t from = most<int64_t>(0, -at), end = least<int64_t>(keys, call.biases.distances - at);
+        for (int64_t j = from; j < end; ++j) to.distance[at + j] += row[j];
       } else {
         for (int j = 0; j < keys; ++j)
-          if (row[j] != 0) grad_distance[zero_at + scores.ranks[j]] += row[j];
+          if (row[j] != 0) to.distance[zero_at + scores.ranks[j]] += row[j];
       }
     }
   }
@@ -493,7 +509,7 @@ void tile_product(const Panels& panels, int queries, int padded, const float* x,
 
 // One tile: `queries` from slot i0 on against the first `keys` of the key block in `of`, of which they see no others.
 void run_tile(const Backward& b, const Scores& scores, bool plain, bool masked, int64_t i0, int queries, int keys,
-              const Buffers& of, float* grad_q, float* grad_k, float* grad_v, float* grad_bias, float* grad_distance) {
+              const Buffers& of, float* grad_q, float* grad_k, float* grad_v, const BiasGradients& biases) {
   const regard_attention_args& call = *b.call;
   const int padded = static_cast<int>(round_up(keys, LANES)), kept = static_cast<int>(scores.keys);
   const float* q = of.q + i0 * b.width.width;
@@ -515,8 +531,7 @@ void run_tile(const Backward& b, const Scores& scores, bool plain, bool masked, 
     plain_gradients<true>(of.offsets, i0, queries, padded, tile);
   else
     plain_gradients<false>(of.offsets, i0, queries, padded, tile);
-  if (grad_bias != nullptr || grad_distance != nullptr)
-    bias_gradients(scores, i0, queries, keys, tile, grad_bias, grad_distance);
+  if (biases.wanted()) add_bias_gradients(scores, i0, queries, keys, tile, biases);
   if (call.softcap > 0)
     for (int at = 0; at < queries * KEYS; at += LANES)
       store(tile.scores + at, load(tile.scores + at) * load(tile.slopes + at));
@@ -540,11 +555,17 @@ void run_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, Bu
     const size_t floats = b.width.floats(call.n);
     float* grad_q = b.splits > 1 ? b.shares + (split * call.batch * call.heads + place) * floats : to.grad_q;
     memset(grad_q, 0, floats * sizeof(float));
-    float* grad_bias = args.grad_bias == nullptr ? nullptr : args.grad_bias + place * call.n * call.m;
-    float* grad_distance = nullptr;
+    const int64_t share = (row * b.splits + split) * call.heads + head, bias_rows = args.grad_bias_queries;
+    BiasGradients biases{nullptr, nullptr, nullptr, bias_rows > 1};
+    if (b.bias_sums != nullptr) {
+      biases.sums = b.bias_sums + share * bias_rows;
+      memset(biases.sums, 0, static_cast<size_t>(bias_rows) * sizeof(double));
+    } else if (args.grad_bias != nullptr) {
+      biases.pairs = args.grad_bias + place * bias_rows * call.m;
+    }
     if (b.distances != nullptr) {
-      grad_distance = b.distances + ((row * b.splits + split) * call.heads + head) * call.biases.distances;
-      memset(grad_distance, 0, static_cast<size_t>(call.biases.distances) * sizeof(float));
+      biases.distance = b.distances + share * call.biases.distances;
+      memset(biases.distance, 0, static_cast<size_t>(call.biases.distances) * sizeof(float));
     }
     Scores scores;
     scores.call = &call;
@@ -565,16 +586,14 @@ void run_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, Bu
       }
       scores.begin_block(block);
       const int keys = static_cast<int>(scores.keys);
+      if (biases.pairs != nullptr)
+        for (int64_t i = 0; i < bias_rows; ++i)
+          memset(biases.pairs + i * call.m + scores.first, 0, static_cast<size_t>(keys) * sizeof(float));
       bool begun = false;
       for (int64_t i0 = 0; i0 < call.n; i0 += QUERIES) {
         const int queries = static_cast<int>(least<int64_t>(QUERIES, call.n - i0));
         const Tile found = scores.pairs.classify(i0, i0 + queries, block);
-        if (found == Tile::EMPTY) {
-          if (grad_bias != nullptr)
-            for (int i = 0; i < queries; ++i)
-              memset(grad_bias + (i0 + i) * call.m + scores.first, 0, static_cast<size_t>(keys) * sizeof(float));
-          continue;
-        }
+        if (found == Tile::EMPTY) continue;
         const bool masked = found == Tile::PARTIAL;
         if (!begun) {
           begun = true;
@@ -588,7 +607,7 @@ void run_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, Bu
         for (int64_t i = i0; i < i0 + queries; i += part) {
           const int rows = static_cast<int>(least<int64_t>(part, i0 + queries - i));
           const int reach = masked ? scores.reach(i, i + rows) : keys;
-          run_tile(b, scores, plain, masked, i, rows, reach, to, grad_q, grad_k, grad_v, grad_bias, grad_distance);
+          run_tile(b, scores, plain, masked, i, rows, reach, to, grad_q, grad_k, grad_v, biases);
         }
       }
       if (member + 1 < b.group) continue;
@@ -645,14 +664,18 @@ int backward(Backward& b) {
   b.splits = shares_of(key_heads, b.blocks, threads);
   const bool sinks = call.rule == REGARD_SOFTMAX && call.sink != nullptr && b.args->grad_sink != nullptr;
   const int64_t distances = b.args->grad_distance == nullptr ? 0 : call.heads * call.biases.distances;
+  const bool summed = b.args->grad_bias != nullptr && b.args->grad_bias_keys < call.m;
+  const int64_t bias_sums = summed ? call.heads * b.args->grad_bias_queries : 0, parts = call.batch * b.splits;
   const size_t shares = b.splits > 1 ? static_cast<size_t>(b.splits * heads) * b.width.floats(call.n) : 0;
   using regard::Workspace;
   Workspace shared(Workspace::bytes_of<float>(shares) + Workspace::bytes_of<float>(static_cast<size_t>(heads)) +
-                   Workspace::bytes_of<float>(static_cast<size_t>(call.batch * b.splits * distances)));
+                   Workspace::bytes_of<float>(static_cast<size_t>(parts * distances)) +
+                   Workspace::bytes_of<double>(static_cast<size_t>(parts * bias_sums)));
   if (!shared) return REGARD_OUT_OF_MEMORY;
   b.shares = shared.take<float>(shares);
   b.sinks = sinks ? shared.take<float>(static_cast<size_t>(heads)) : nullptr;
-  b.distances = distances == 0 ? nullptr : shared.take<float>(static_cast<size_t>(call.batch * b.splits * distances));
+  b.distances = distances == 0 ? nullptr : shared.take<float>(static_cast<size_t>(parts * distances));
+  b.bias_sums = bias_sums == 0 ? nullptr : shared.take<double>(static_cast<size_t>(parts * bias_sums));
 
   int status = REGARD_OK;
   parallel_tasks(threads, static_cast<long>(key_heads * b.splits), [&](long task) {
@@ -683,9 +706,15 @@ int backward(Backward& b) {
     }
   for (int64_t at = 0; at < distances; ++at) {
     double total = 0;
-    for (int64_t part = 0; part < call.batch * b.splits; ++part) total += b.distances[part * distances + at];
+    for (int64_t part = 0; part < parts; ++part) total += b.distances[part * distances + at];
     b.args->grad_distance[at] = static_cast<float>(total);
   }
+  for (int64_t row = 0; row < call.batch; ++row)
+    for (int64_t at = 0; at < bias_sums; ++at) {
+      double total = 0;
+      for (int64_t split = 0; split < b.splits; ++split) total += b.bias_sums[(row * b.splits + split) * bias_sums + at];
+      b.args->grad_bias[row * bias_sums + at] = static_cast<float>(total);
+    }
   return REGARD_OK;
 }
 
@@ -699,8 +728,11 @@ int attention_backward(const regard_attention_backward_args* args) {
   const bool needs_output = call->rule == REGARD_SOFTMAX && call->batch * call->heads * call->n > 0;
   if (needs_output && (call->lse == nullptr || call->out == nullptr)) return REGARD_BAD_ARGUMENT;
   if (args->grad_distance != nullptr && call->biases.distance == nullptr) return REGARD_BAD_ARGUMENT;
+  if (args->grad_bias != nullptr && ((args->grad_bias_queries != 1 && args->grad_bias_queries != call->n) ||
+                                     (args->grad_bias_keys != 1 && args->grad_bias_keys != call->m)))
+    return REGARD_BAD_ARGUMENT;
   Backward b{args, call, Panels(call->width), Panels(call->value_width), call->heads / call->kv_heads, 1,
-             ceil_div(call->m, KEYS), nullptr, nullptr, nullptr};
+             ceil_div(call->m, KEYS), nullptr, nullptr, nullptr, nullptr};
   switch (call->dtype) {
     case REGARD_FLOAT32:
       return backward<float>(b);

@@ -219,6 +219,7 @@ bool run(const Case& c) {
   memcpy(a.grad_v_strides, f.v_strides, sizeof a.grad_v_strides);
   a.grad_sink = c.sink ? grad_sink.get() : nullptr;
   a.grad_bias = c.bias ? grad_bias.get() : nullptr;
+  a.grad_bias_queries = N, a.grad_bias_keys = M;
   a.grad_distance = c.distance ? grad_distance.get() : nullptr;
   if (regard_attention_backward(&a) != REGARD_OK) {
     printf("%s: refused\n", c.name);
@@ -227,6 +228,20 @@ bool run(const Case& c) {
   double error = fmax(worst(grad_q, want_q), fmax(worst(grad_k, want_k), worst(grad_v, want_v)));
   if (c.sink) error = fmax(error, worst(grad_sink, want_sink));
   if (c.bias) error = fmax(error, worst(grad_bias, want_bias));
+  for (int axes = 0; c.bias && axes < 3; ++axes) {  // of a bias that queries, keys or both share
+    const int64_t rows = axes == 1 ? N : 1, columns = axes == 0 ? M : 1;
+    Array<float> found(B * H * rows * columns);
+    for (size_t i = 0; i < found.count; ++i) found[i] = NAN;
+    std::vector<double> wanted(found.count);
+    for (int64_t at = 0; at < B * H; ++at)
+      for (int64_t i = 0; i < N; ++i)
+        for (int64_t j = 0; j < M; ++j)
+          wanted[(at * rows + (rows > 1 ? i : 0)) * columns + (columns > 1 ? j : 0)] += want_bias[(at * N + i) * M + j];
+    regard_attention_backward_args shared = a;
+    shared.grad_bias = found.get(), shared.grad_bias_queries = rows, shared.grad_bias_keys = columns;
+    if (regard_attention_backward(&shared) != REGARD_OK) error = INFINITY;
+    error = fmax(error, worst(found, wanted));
+  }
   if (c.distance) error = fmax(error, worst(grad_distance, want_distance));
 
   Array<float> again(q.count);  // the same on a second run, whoever ran what

@@ -113,6 +113,8 @@ class AttentionBackward(library.Arguments):
         ("grad_sink", ctypes.c_void_p),
         ("grad_bias", ctypes.c_void_p),
         ("grad_distance", ctypes.c_void_p),
+        ("grad_bias_queries", ctypes.c_int64),
+        ("grad_bias_keys", ctypes.c_int64),
     )
 
 
@@ -171,10 +173,6 @@ def refuses(
             return f"it runs on cpu, and {name} is on {x.device.type}"
     if masks is not None and masks.numel() == 0:
         return "the block mask has no blocks"
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        full = (q.shape[0], heads, q.shape[2], k.shape[2])
-        if tuple(bias.shape) != full:
-            return f"it has the gradient of a bias of shape {full} only, not of one that broadcasts"
     return None
 
 
@@ -563,7 +561,7 @@ def _attention_backward(
     want_bias: bool,
     want_distance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, sink, bias (B, H, N, M) and distances (H, distances); empty tensors for those not wanted."""
+    """Gradients of q, k, v, sink, bias (B, H, N|1, M|1) and distances (H, distances); empty tensors for those not wanted."""
     _check(
         q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, rule, sink, bias, distance,
         distance_zero,
@@ -577,7 +575,7 @@ def _attention_backward(
         if wanted and x is None:
             raise Unsupported(f"the gradient of {name} in native attention without {name}", supported="those given")
     out, lse = library.rows_contiguous(out), lse.contiguous()
-    grads = _empty_gradients(q, k, v, distance, want_sink, want_bias, want_distance)
+    grads = _empty_gradients(q, k, v, bias if want_bias else None, distance, want_sink, want_distance)
     grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_distance = grads
     forward, kept = _arguments(
         q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
@@ -600,6 +598,8 @@ def _attention_backward(
             grad_sink=grad_sink.data_ptr() if want_sink else None,
             grad_bias=grad_bias.data_ptr() if want_bias else None,
             grad_distance=grad_distance.data_ptr() if want_distance else None,
+            grad_bias_queries=grad_bias.shape[2] if want_bias else 0,
+            grad_bias_keys=grad_bias.shape[3] if want_bias else 0,
         )
     )
     del kept
@@ -607,7 +607,13 @@ def _attention_backward(
 
 
 def _empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, distance: Tensor | None, want_sink: bool, want_bias: bool, want_distance: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    distance: Tensor | None,
+    want_sink: bool,
+    want_distance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads = q.shape[1]
     distances = 0 if distance is None else distance.shape[-1]
@@ -616,7 +622,7 @@ def _empty_gradients(
         _empty_gradient(k),
         _empty_gradient(v),
         q.new_empty(heads if want_sink else 0, dtype=torch.float32),
-        q.new_empty((*q.shape[:3], k.shape[2]) if want_bias else (0,), dtype=torch.float32),
+        q.new_empty((0,) if bias is None else (*q.shape[:2], *bias.shape[2:]), dtype=torch.float32),
         q.new_empty((heads, distances) if want_distance else (0,), dtype=torch.float32),
     )
 
@@ -655,7 +661,7 @@ def _(
     want_bias: bool,
     want_distance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, k, v, distance, want_sink, want_bias, want_distance)
+    return _empty_gradients(q, k, v, bias if want_bias else None, distance, want_sink, want_distance)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -680,6 +686,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     )  # fmt: skip
     for at, grad in zip((0, 1, 2, 13, 14, 15), found, strict=True):
         grads[at] = grad if ctx.needs_input_grad[at] else None
+    if wants[1]:
+        grads[14] = found[4].sum_to_size(bias.shape)
     if wants[2] and distance.shape[0] == 1:
         grads[15] = found[5].sum(0, keepdim=True)
     return tuple(grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from regard.backends.native import attention as native
 from regard.backends.native import library
 from regard.backends.torch import attention as eager
 from regard.contract import BlockMask, Unsupported
+from regard.training.memory import TensorMemory
 from regard.visibility import DistanceBias, Ranks, Visibility
 
 # of the largest gradient of the tensor; in bfloat16 the output was rounded too, of which softmax's gradients are a
@@ -88,7 +89,7 @@ def problem(
     value_width: int | None = None,
     lengths: list[int] | None = None,
     sink: bool = False,
-    bias: bool = False,
+    bias: bool | Tensor = False,
     distance: bool = False,
     tokens_first: bool = False,
     **options: Any,
@@ -107,7 +108,9 @@ def problem(
     if lengths is not None:
         valid = torch.tensor(lengths)[:, None]
         ranks = Ranks(torch.arange(n) + valid - n, torch.where(keys < valid, keys, -1), None, None, False)
-    if bias:
+    if isinstance(bias, Tensor):
+        options["bias"] = bias
+    elif bias:
         options["bias"] = torch.randn(batch, heads, n, m, dtype=torch.float64)
         options["bias"][torch.rand(batch, heads, n, m) < 0.2] = -math.inf
     if sink:
@@ -227,6 +230,37 @@ def test_gradients_equal_float64_for_other_rules(rule: str, instruction_set: str
         for dtype in TOLERANCE:
             check(problem(100, rule=rule, shift=-0.5, visibility=CAUSAL), dtype)
             check(problem(70, 130, batch=2, rule=rule, shift=0.3, softcap=1.5, bias=True, distance=True), dtype)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 1, 1), (2, 1, 100, 1), (2, 3, 1, 130), (1, 3, 100, 130)])
+def test_a_bias_that_broadcasts_has_the_sum_of_its_pairs_gradients(
+    shape: tuple[int, ...], instruction_set: str
+) -> None:
+    with library.using_instruction_set(instruction_set):
+        for rule in ("softmax", "sigmoid"):
+            bias, grad_out, grad_lse = torch.randn(shape), torch.randn(2, 3, 100, 16), torch.randn(2, 3, 100)
+            for lengths in (None, [130, 31]):
+                given = problem(
+                    100, 130, batch=2, heads=3, kv_heads=1, rule=rule, bias=bias, visibility=CAUSAL, lengths=lengths
+                )
+                wanted = replace(given, bias=bias.expand(2, 3, 100, 130))
+                grads = (grad_out, grad_lse if rule == "softmax" else None)
+                by_pair = wanted.run(eager, torch.float64, *grads)["bias"]
+                found = given.run(native, torch.float32, *grads)["bias"]
+                assert found.shape == shape
+                # softmax's gradients sum to almost nothing over keys: the error is measured by what is summed
+                size = by_pair.abs().sum_to_size(shape).max()
+                error = (found.double() - by_pair.sum_to_size(shape)).abs().max()
+                assert error <= TOLERANCE[torch.float32] * size
+
+
+def test_a_bias_a_head_needs_no_gradient_a_pair() -> None:
+    n = 600
+    given = problem(n, rule="sigmoid", bias=torch.randn(1, 2, 1, 1), visibility=CAUSAL)
+    with TensorMemory() as memory:
+        given.run(native, torch.float32, torch.randn(1, 2, n, 16), None)
+    assert memory.peak < 4 * n * n
 
 
 def test_gradients_equal_float64_for_a_long_sequence() -> None:
