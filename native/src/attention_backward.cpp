@@ -467,12 +467,16 @@ void add_bias_gradients(const Scores& scores, int64_t i0, int queries, int keys,
     const float* row = tile.scores + i * KEYS;
     if (to.pairs != nullptr) {
       float* place = to.pairs + (to.by_query ? (i0 + i) * call.m : 0) + scores.first;
-      for (int j = 0; j < keys; ++j) place[j] += row[j];
+      int j = 0;
+      for (; j + LANES <= keys; j += LANES) store(place + j, load(place + j) + load(row + j));
+      for (; j < keys; ++j) place[j] += row[j];
     }
     if (to.sums != nullptr) {
-      float total = 0;
-      for (int j = 0; j < keys; ++j) total += row[j];
-      to.sums[to.by_query ? i0 + i : 0] += static_cast<double>(total);
+      Vec total = zero();
+      int j = 0;
+      for (; j + LANES <= keys; j += LANES) total += load(row + j);
+      if (j < keys) total += load(row + j, keys - j);
+      to.sums[to.by_query ? i0 + i : 0] += static_cast<double>(sum(total));
     }
     if (to.distance != nullptr) {
       // gradients of hidden pairs are 0, and their places may lie outside the table
