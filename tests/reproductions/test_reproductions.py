@@ -2,9 +2,10 @@
 
 import pytest
 
-from regard.reproductions import get_reproduction, list_reproductions
+from regard.reproductions import get_reproduction, landmark, list_reproductions
 from regard.reproductions.framework.protocol import Reproduction
 from regard.reproductions.framework.runs import run_cell
+from regard.tasks.protocol import IGNORED
 
 SMALL: dict[str, dict[tuple[str, int], dict]] = {}
 
@@ -53,3 +54,15 @@ def test_a_cell_without_timings_repeats(name):
         pytest.skip("nothing but timings")
     again = run_cell(reproduction, reproduction.smoke_settings()[setting], 0)
     assert again == small_cells(name)[setting, 0]
+
+
+def test_a_fact_of_the_landmark_lookup_is_a_key_and_then_its_value():
+    task = landmark.Lookup(128, 16)
+    (batch,) = task.evaluation_batches(16)
+    for ids, targets in zip(batch.inputs, batch.targets, strict=True):
+        asked = (targets != IGNORED).nonzero().flatten()
+        assert len(asked) == landmark.FACTS
+        for place in asked:
+            (key,) = (ids[: -landmark.ENDING] == ids[place]).nonzero().flatten()
+            assert ids[key + 1] == targets[place]
+        assert (ids < landmark.VALUES).sum() == landmark.FACTS
