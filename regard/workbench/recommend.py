@@ -105,7 +105,12 @@ def recommend(
         text += ": it is the only mechanism with a score on every task."
     else:
         text += ": no other mechanism matches its quality here."
-    reason = "; ".join(steps) or "every mechanism reached the same quality within the noise"
+    judged = all(comparison.degrees > 0 for comparison in comparisons.values())
+    reason = "; ".join(steps) or (
+        "every mechanism reached the same quality within the noise"
+        if judged or len(remaining) == 1
+        else "with a single seed no difference in quality counts, so cost alone decides"
+    )
     reason = reason[0].upper() + reason[1:]
     if solved:
         reason += f"; it solves {_list(solved)}"

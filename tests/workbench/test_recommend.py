@@ -59,6 +59,9 @@ def test_what_cannot_be_separated_is_said_with_what_would():
 def test_a_single_seed_ranks_nothing():
     found = advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS))
     assert any("single seed" in note for note in found.notes)
+    assert "within the noise" not in found.reason
+    assert "single seed" in found.reason
+    assert "within the noise" in advise(text=(case({"slow": 1.0, "fast": 1.0}, TIMES), BITS)).reason
 
 
 def test_nobody_solving_is_said_and_does_not_exclude():
