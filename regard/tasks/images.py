@@ -20,6 +20,7 @@ from regard.contract import Pattern, Unsupported, closest
 from regard.tasks.documents import nearest_path
 from regard.tasks.protocol import (
     SPLIT,
+    Baseline,
     Batch,
     Task,
     check_fraction,
@@ -113,7 +114,9 @@ class ImagesTask(Task):
         training = images.pixels[self._training].reshape(-1, depth)
         self._mean = training.mean(0, dtype=np.float64)
         self._deviation = np.maximum(training.std(0, dtype=np.float64), 1.0)
-        self.chance = float(np.bincount(images.labels[self._scored]).max() / len(self._scored))
+        scored_labels = images.labels[self._scored]
+        self.chance = float(np.bincount(scored_labels).max() / len(scored_labels))
+        self.baseline: Baseline | None = Baseline.majority_class(images.labels[self._training], scored_labels)
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         return self._batch(in_epochs(self._training, step, seed, batch_size))

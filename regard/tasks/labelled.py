@@ -12,7 +12,16 @@ import torch
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks.documents import printable
-from regard.tasks.protocol import SPLIT, Batch, Task, check_fraction, check_integer, counter_generator, in_batches
+from regard.tasks.protocol import (
+    SPLIT,
+    Baseline,
+    Batch,
+    Task,
+    check_fraction,
+    check_integer,
+    counter_generator,
+    in_batches,
+)
 from regard.tasks.sampling import in_epochs, one_of_each_in_turn
 from regard.tasks.tokenizer import BYTES, create_tokenizer
 
@@ -128,7 +137,9 @@ class LabelledTask(Task):
             present = present[present > 0]
             scored = one_of_each_in_turn(scored, self._held_out_labels)[: present.min() * len(present)]
         self._scored = scored[: self._most_scored]
-        self.chance = float(np.bincount(self._held_out_labels[self._scored]).max() / len(self._scored))
+        scored_labels = self._held_out_labels[self._scored]
+        self.chance = float(np.bincount(scored_labels).max() / len(scored_labels))
+        self.baseline: Baseline | None = Baseline.majority_class(self._training_labels, scored_labels)
         self._sample = training[0]
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:

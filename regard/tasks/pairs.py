@@ -15,6 +15,7 @@ from regard.tasks.documents import Paths, names_of, printable
 from regard.tasks.protocol import (
     EVALUATION,
     IGNORED,
+    Baseline,
     Batch,
     Task,
     check_fraction,
@@ -105,8 +106,8 @@ class TextPairsTask(Task):
             np.mean([self.judge(self._training[i][0].target, t) for i, t in zip(others, targets, strict=True)])
         )
         copies = [self.simple(self._held_out[i][0].source) for i in self._scored]
-        score = float(np.mean([self.judge(copy, t) for copy, t in zip(copies, targets, strict=True)]))
-        self.baseline: tuple[str, float] | None = (self.simple_name, score)
+        scores = [(self.judge(copy, t), 1.0) for copy, t in zip(copies, targets, strict=True)]
+        self.baseline: Baseline | None = Baseline(self.simple_name, np.array(scores))
 
     def read(self) -> tuple[str, list[Pair]]:
         """The data when none is given, and what to call it."""
@@ -152,8 +153,8 @@ class TextPairsTask(Task):
             f"training: {len(self._training):,} pairs; held out: {len(self._held_out):,}, {len(self._scored)} of them "
             "scored",
             f"split: {self._rule}",
-            f"scored in {self.metric} (0 to 100, mean of the texts) on what is generated; {self.baseline[0]}: "
-            f"{self.baseline[1]:.1f}; a target drawn from training: {self.chance:.1f}",
+            f"scored in {self.metric} (0 to 100, mean of the texts) on what is generated; {self.baseline.name}: "
+            f"{self.baseline.score:.1f}; a target drawn from training: {self.chance:.1f}",
         ]
         lines += [f"note: {note}" for note in self._notes]
         first = self._training[0][0]

@@ -80,5 +80,8 @@ def test_documents_are_compared_from_the_command_line(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
-    (row,) = json.loads(capsys.readouterr().out)["summary"]["documents"]
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["summary"]["documents"]
     assert row["mean"] > 0.8
+    assert found["baselines"]["documents"]["name"] == "majority class"
+    assert row["beside_baseline"] == "ahead"

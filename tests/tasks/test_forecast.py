@@ -127,10 +127,10 @@ def test_baseline_and_chance_are_scores_of_simple_rules_on_the_same_items(table,
             naive.append(standard[start + ahead] - standard[start + ahead - back])
             zero.append(standard[start + ahead])
     measure = (lambda x: np.abs(x).mean()) if metric == "mae" else (lambda x: np.square(x).mean())
-    assert task.baseline[1] == pytest.approx(measure(np.array(naive)), rel=1e-4)
+    assert task.baseline.score == pytest.approx(measure(np.array(naive)), rel=1e-4)
     assert task.chance == pytest.approx(measure(np.array(zero)), rel=1e-4)
     assert f"standardised {metric.upper()}" in task.describe()
-    assert f"{task.baseline[1]:.3f}" in task.describe()
+    assert f"{task.baseline.score:.3f}" in task.describe()
 
 
 def test_gaps_are_counted_named_filled_from_before_and_not_scored(tmp_path):
@@ -353,4 +353,4 @@ def test_a_missing_package_names_the_command(packages):
 def test_on_real_data_the_season_is_worth_something(source, series):
     task = check_task(create_task("forecast", source=source))
     assert f"{series} series" in task.describe()
-    assert task.baseline[1] < 0.6 * task.chance
+    assert task.baseline.score < 0.6 * task.chance

@@ -152,7 +152,7 @@ def test_generated_text_is_scored_up_to_its_end(file):
 def test_baseline_is_the_score_of_the_source_itself(tmp_path):
     pairs = [(f"{words(5, i)}", f"{words(5, i)}") for i in range(40)]
     task = create_task("summarize", data=save(tmp_path / "a.tsv", pairs))
-    assert task.baseline == ("the source itself", 100.0)
+    assert (task.baseline.name, task.baseline.score) == ("the source itself", 100.0)
     assert task.chance < 20
     assert "the source itself: 100.0" in task.describe()
 
@@ -222,8 +222,8 @@ def test_the_standard_library_is_the_default_and_split_by_module():
     assert len(task._training) > 2000
     assert len(held_out(task)) == 64
     assert not {p.source for p, _, _ in task._training} & {p.source for p, _, _ in task._held_out}
-    assert task.baseline[0] == "the words of the function's name"
-    assert task.baseline[1] > 1.5 * task.chance
+    assert task.baseline.name == "the words of the function's name"
+    assert task.baseline.score > 1.5 * task.chance
     assert "split: by module" in task.describe()
 
 
@@ -268,7 +268,7 @@ def test_paraphrase_without_the_bibles_names_the_command(packages):
 def test_real_verses_resemble_their_paraphrase():
     task = check_task(create_task("paraphrase"))
     assert len(task._training) + len(task._held_out) > 29_000
-    assert task.baseline[1] > task.chance + 15
+    assert task.baseline.score > task.chance + 15
 
 
 def test_validation_that_shares_pairs_is_not_trained_on(tmp_path, file):
