@@ -1,7 +1,8 @@
 """Which mechanism to take, in two sentences, without ranking noise.
 
-First quality decides: where a task can be solved, only mechanisms that solve it stay; then those remain that cannot be
-told apart from the best score of the other tasks. Only among what remains does cost decide.
+First quality decides: where a task can be solved, only mechanisms that solve it stay; where some beat the simple rule of
+a task, only these; then those remain that cannot be told apart from the best score of the other tasks. Only among what
+remains does cost decide.
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ def recommend(
             notes.append(f"No remaining mechanism solves {task}.")
         else:
             notes.append(f"No mechanism solved {task} at this budget; a larger --budget may.")
+    for task in summary:
+        ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
+        if ahead and len(ahead) < len(kept):
+            steps.append(
+                f"on {task} a rule without training is not beaten by {_list([m for m in kept if m not in ahead])}"
+            )
+            kept = ahead
     for task in summary:
         entries = [_entry(summary, task, m) for m in kept]
         if any(e.get("solved") for e in entries):
