@@ -560,6 +560,7 @@ def compare(
     if as_json:
         _emit(
             {
+                "tasks": {one.name: one.describe() for one in tasks},
                 "summary": outcome.summary,
                 "baselines": outcome.baselines,
                 "recommendation": outcome.recommendation.as_dict(),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCES = ("electricity", "weather")
+TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 LARGEST = 1 << 14
 
 
@@ -151,7 +152,7 @@ class ForecastTask(Task):
                 raise Unsupported(
                     f"validation at an interval of {interval}", supported=f"{self._interval}, as the training data"
                 )
-            training = self._without(series, scored)
+            training = self._without(series, scored, validation)
             self._split = "held-out series as given"
         self._prepare(training, scored)
         self._check_lengths(training, scored)
@@ -248,7 +249,7 @@ class ForecastTask(Task):
 
         self._training, self._held_out = [part(one) for one in training], [part(one) for one in scored]
 
-    def _without(self, series: list[Series], scored: list[Series]) -> list[Series]:
+    def _without(self, series: list[Series], scored: list[Series], validation: Paths) -> list[Series]:
         """Training rows before the held-out ones of the same series."""
         starts = {one.name: one.times[0] for one in scored}
         kept, dropped = [], 0
@@ -261,12 +262,16 @@ class ForecastTask(Task):
                 kept.append(Series(one.name, one.times[:count], one.values[:count], one.known[:count]))
         if not kept:
             raise Unsupported(
-                "validation that begins before all of the training data",
+                f"validation that begins before all of the training data: {names_of(validation)}",
                 supported="held-out rows after those of training, or of other series",
                 nearest="no validation",
             )
         if dropped:
-            self._notes.append(f"{dropped} rows from the first time of the held-out data on: not trained on")
+            first = min(starts.values())
+            self._notes.append(
+                f"{dropped} rows from the first time of the held-out data ({names_of(validation)}, {first}) on: not "
+                "trained on"
+            )
         return kept
 
     def _check_lengths(self, training: list[Series], scored: list[Series]) -> None:
@@ -344,8 +349,11 @@ def _choose(
     time, target, groups = said["time"], said["target"], said["groups"]
     if time is None:
         found = table.time_columns()
-        usual = [name for name in found if name.lower() in ("time", "date", "datetime", "timestamp", "ds")]
+        usual = [name for name in found if name.lower() in TIME_NAMES]
         found = usual if len(usual) == 1 else found
+        named = [name for name in table.columns if name.lower() in TIME_NAMES]
+        if not found and len(named) == 1:
+            table.times(named[0], "time")  # says which cell is no time
         if len(found) != 1:
             raise Unsupported(
                 f"a table with {len(found) or 'no'} columns of times" + (f" ({', '.join(found)})" if found else ""),

@@ -337,15 +337,21 @@ def _distinct(images: Images) -> Images:
     order = np.arange(len(images.pixels))
     if images.held_out is not None:
         order = np.concatenate([images.held_out, np.setdiff1d(order, images.held_out)])
+    digests = [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.pixels]
     first: dict[bytes, int] = {}
     for i in order:
-        first.setdefault(hashlib.blake2b(images.pixels[i].tobytes(), digest_size=16).digest(), int(i))
+        first.setdefault(digests[i], int(i))
     kept = np.array(sorted(first.values()))
     repeated = len(images.pixels) - len(kept)
     if not repeated:
         return images
     held_out = None if images.held_out is None else np.flatnonzero(np.isin(kept, images.held_out))
     notes = [*images.notes, f"{repeated} exact repetitions left out"]
+    if images.held_out is not None:
+        taken = {digests[i] for i in images.held_out}
+        shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
+        if shared:
+            notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
     return Images(images.source, images.pixels[kept], images.labels[kept], images.classes, held_out, notes)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported
-from regard.tasks.documents import printable
+from regard.tasks.documents import Paths, names_of, overlap_note, printable
 from regard.tasks.protocol import (
     SPLIT,
     Baseline,
@@ -57,7 +57,7 @@ class LabelledTask(Task):
         self._share = check_fraction("held_out", held_out, 0.01, 0.5)
         self._notes: list[str] = []
 
-    def _split(self, items: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+    def _split(self, items: list[Labelled], named: str) -> tuple[list[Labelled], list[Labelled]]:
         """The same share of each class; repeated texts count once."""
         distinct = self._distinct(items)
         held_out: set[int] = set()
@@ -65,7 +65,7 @@ class LabelledTask(Task):
             members = [i for i, item in enumerate(distinct) if item.label == label]
             if len(members) < 2:
                 raise Unsupported(
-                    f"the class {label} with {len(members)} different item",
+                    f"the class {label} of {named} with {len(members)} different item",
                     supported="2 or more in each class, to train on and to hold out",
                 )
             order = counter_generator(self.seed, number, SPLIT).permutation(members)
@@ -75,21 +75,24 @@ class LabelledTask(Task):
         return training, [distinct[i] for i in sorted(held_out)]
 
     def _use_validation(
-        self, training: list[Labelled], held_out: list[Labelled]
+        self, training: list[Labelled], held_out: list[Labelled], validation: Paths | None = None
     ) -> tuple[list[Labelled], list[Labelled]]:
         """What the held-out items share with the training items is not trained on."""
+        if validation is not None and not held_out:
+            raise Unsupported(f"{names_of(validation)}, which holds no items", supported="held-out items")
         scored = self._distinct(held_out)
         taken = {item.texts for item in scored}
         kept = [item for item in self._distinct(training) if item.texts not in taken]
         shared = len({item.texts for item in training}) - len(kept)
         if shared and not kept:
             raise Unsupported(
-                "validation that holds all of the training data",
+                "validation that holds all of the training data" + (f": {names_of(validation)}" if validation else ""),
                 supported="held-out items of its own",
                 nearest="no validation",
             )
         if shared:
-            self._notes.append(f"{shared} items of the held-out data are also in the training data: not trained on")
+            first = next(item for item in training if item.texts in taken)
+            self._notes.append(overlap_note(shared, "items", validation, first.texts[0]))
         unknown = sorted({item.label for item in scored} - {item.label for item in kept})
         if unknown:
             raise Unsupported(

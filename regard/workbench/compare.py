@@ -298,6 +298,7 @@ class _Runner:
             "seeds": list(range(settings.seeds)),
             "budget": str(settings.budget),
             "settings": _described(self.works, settings),
+            "descriptions": {work.task.name: work.task.describe() for work in self.works},
             "started": started,
             "finished": provenance.now(),
             "recommendation": advice.as_dict(),

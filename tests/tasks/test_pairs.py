@@ -149,6 +149,14 @@ def test_generated_text_is_scored_up_to_its_end(file):
     assert task.score_generated(shifted, batch)[0].tolist() == [100.0] * 4
 
 
+def test_baseline_is_the_better_of_two_rules(tmp_path):
+    pairs = [(words(5, i), f"always the same words {i % 3}") for i in range(40)]
+    task = create_task("summarize", data=save(tmp_path / "a.tsv", pairs))
+    assert task.baseline.name == "a target drawn from training"
+    assert task.baseline.score == task.chance > 70
+    assert "the source itself: 0.0; a target drawn from training" in task.describe()
+
+
 def test_baseline_is_the_score_of_the_source_itself(tmp_path):
     pairs = [(f"{words(5, i)}", f"{words(5, i)}") for i in range(40)]
     task = create_task("summarize", data=save(tmp_path / "a.tsv", pairs))
@@ -274,7 +282,10 @@ def test_real_verses_resemble_their_paraphrase():
 def test_validation_that_shares_pairs_is_not_trained_on(tmp_path, file):
     path = save(tmp_path / "b.tsv", [*example_pairs()[:9], ("new source", "new target")])
     task = create_task("summarize", data=file, validation=path)
-    assert "9 pairs of the held-out data are also in the training data: not trained on" in task.describe()
+    assert (
+        "9 pairs of the held-out data (b.tsv) are also in the training data: not trained on; the first: '"
+        in task.describe()
+    )
     assert len(task._training) == 51
     assert len(held_out(task)) == 10
     with pytest.raises(Unsupported, match="holds all of the training data"):
@@ -285,7 +296,10 @@ def test_validation_that_shares_pairs_is_not_trained_on(tmp_path, file):
 
 def test_empty_rows_are_left_out_with_a_note(tmp_path):
     path = save(tmp_path / "a.tsv", [*example_pairs(), ("", "x"), ("y", " ")])
-    assert "a.tsv: 2 rows without a source or a target left out" in create_task("summarize", data=path).describe()
+    assert (
+        "a.tsv: 2 rows without a source or a target left out, the first: a.tsv, line 62"
+        in create_task("summarize", data=path).describe()
+    )
 
 
 def test_sample_is_safe_on_a_terminal(tmp_path):
