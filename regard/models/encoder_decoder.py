@@ -37,7 +37,7 @@ from regard.models.blocks import (
     read_plan,
     run_blocks,
 )
-from regard.models.generation import beam_search, generate_stream
+from regard.models.generation import generate, generate_stream
 from regard.models.language_model import IGNORED, ModelState, next_tokens
 from regard.ragged import Gathering, gathering
 
@@ -340,22 +340,9 @@ class EncoderDecoder(nn.Module):
             length_penalty: of a beam search, which ranks hypotheses by the sum of their log-probabilities over
                 ``new tokens ** length_penalty``; 1 when None.
         """
-        at_least("beams", beams, 1)
-        if beams == 1:
-            if length_penalty is not None:
-                raise Unsupported(f"length_penalty={length_penalty} without a beam search", supported="beams > 1")
-            stream = self.generate_stream(ids, max_new_tokens, memory=memory, memory_mask=memory_mask, **options)
-            tokens = list(stream)
-            return torch.stack(tokens, dim=1) if tokens else ids.new_zeros((ids.shape[0], 0))
-        accepted = ("mask", "stop_tokens", "use_state")
-        for option in options:
-            if option not in accepted:
-                raise Unsupported(f"{option} in a beam search", supported=", ".join(accepted), nearest="beams=1")
         reader = _Reader(self, memory, memory_mask, options.get("use_state", True))
-        penalty = 1.0 if length_penalty is None else length_penalty
-        return beam_search(
-            reader, ids, max_new_tokens, beams=beams, length_penalty=penalty, state=reader.start, **options
-        )
+        options |= {"beams": beams, "length_penalty": length_penalty, "state": reader.start}
+        return generate(reader, ids, max_new_tokens, **options)
 
     def generate_stream(
         self,

@@ -72,6 +72,35 @@ class Prompts:
         return Prompts(whole, self.lengths + 1, False, token[:, None], torch.zeros_like(self.lengths))
 
 
+def generate(
+    read: Read,
+    ids: Int[Tensor, "b n"],
+    max_new_tokens: int,
+    *,
+    beams: int = 1,
+    length_penalty: float | None = None,
+    **options: Any,
+) -> Int[Tensor, "b new"]:
+    """The tokens of :func:`generate_stream` side by side, or with more than one beam those of :func:`beam_search`.
+
+    Args:
+        length_penalty: of a beam search; 1 when None.
+        options: of :func:`generate_stream`; a beam search does not sample.
+    """
+    at_least("beams", beams, 1)
+    if beams == 1:
+        if length_penalty is not None:
+            raise Unsupported(f"length_penalty={length_penalty} without a beam search", supported="beams > 1")
+        tokens = list(generate_stream(read, ids, max_new_tokens, **options))
+        return torch.stack(tokens, dim=1) if tokens else ids.new_zeros((ids.shape[0], 0))
+    accepted = ("mask", "stop_tokens", "use_state")
+    for option in options:
+        if option not in (*accepted, "state"):
+            raise Unsupported(f"{option} in a beam search", supported=", ".join(accepted), nearest="beams=1")
+    penalty = 1.0 if length_penalty is None else length_penalty
+    return beam_search(read, ids, max_new_tokens, beams=beams, length_penalty=penalty, **options)
+
+
 @torch.no_grad()
 def generate_stream(
     read: Read,

@@ -32,7 +32,7 @@ from regard.models.blocks import (
     right_padded_mask,
     run_blocks,
 )
-from regard.models.generation import generate_stream
+from regard.models.generation import Read, generate, generate_stream
 from regard.models.insertion import Insertion
 from regard.ragged import gathering
 
@@ -201,10 +201,24 @@ class LanguageModel(nn.Module):
         mean = nats / (targets != IGNORED).sum().clamp(min=1)
         return mean + auxiliary_loss(result.losses, self.config.loss_weights)
 
-    def generate(self, ids: Int[Tensor, "b n"], max_new_tokens: int, **options: Any) -> Int[Tensor, "b new"]:
-        """The tokens of :meth:`generate_stream` (with its options), side by side."""
-        tokens = list(self.generate_stream(ids, max_new_tokens, **options))
-        return torch.stack(tokens, dim=1) if tokens else ids.new_zeros((ids.shape[0], 0))
+    def generate(
+        self,
+        ids: Int[Tensor, "b n"],
+        max_new_tokens: int,
+        *,
+        beams: int = 1,
+        length_penalty: float | None = None,
+        **options: Any,
+    ) -> Int[Tensor, "b new"]:
+        """The tokens of :meth:`generate_stream` (with its options), side by side, or those that a beam search finds.
+
+        Args:
+            beams: hypotheses that a beam search keeps; 1 for none. It does not sample.
+            length_penalty: of a beam search, which ranks hypotheses by the sum of their log-probabilities over
+                ``new tokens ** length_penalty``; 1 when None.
+        """
+        read = self._reader(options.get("use_state", True))
+        return generate(read, ids, max_new_tokens, beams=beams, length_penalty=length_penalty, **options)
 
     def generate_stream(
         self,
@@ -233,18 +247,8 @@ class LanguageModel(nn.Module):
             generator: source of the samples.
             use_state: False reads the whole sequence again for each token, for mechanisms without a state.
         """
-        weights, modules = FrozenWeights(), list(self.modules())
-        want = frozenset({"state"} if use_state else ())
-
-        def read(ids: Tensor, last: Tensor, mask: Mask | None, state: Any) -> tuple[Tensor, Any]:
-            with evaluation_mode(self, modules), weights:
-                result = self.features(ids, context=Context(mask=mask, want=want), state=state)
-                x = result.output  # (B, N, C)
-                x = x[:, 0] if x.shape[1] == 1 else x[torch.arange(len(last), device=last.device), last]
-                return self.logits(x), result.state
-
         return generate_stream(
-            read,
+            self._reader(use_state),
             ids,
             max_new_tokens,
             mask=mask,
@@ -255,6 +259,20 @@ class LanguageModel(nn.Module):
             generator=generator,
             use_state=use_state,
         )
+
+    def _reader(self, use_state: bool) -> Read:
+        """Reads tokens for :mod:`regard.models.generation`."""
+        weights, modules = FrozenWeights(), list(self.modules())
+        want = frozenset({"state"} if use_state else ())
+
+        def read(ids: Tensor, last: Tensor, mask: Mask | None, state: Any) -> tuple[Tensor, Any]:
+            with evaluation_mode(self, modules), weights:
+                result = self.features(ids, context=Context(mask=mask, want=want), state=state)
+                x = result.output  # (B, N, C)
+                x = x[:, 0] if x.shape[1] == 1 else x[torch.arange(len(last), device=last.device), last]
+                return self.logits(x), result.state
+
+        return read
 
 
 def next_tokens(ids: Int[Tensor, "b n"], mask: Mask | None = None) -> Int[Tensor, "b n"]:

@@ -17,6 +17,7 @@ from regard.tasks.matching import MatchingTask
 from regard.tasks.paraphrase import ParaphraseTask
 from regard.tasks.protocol import (
     IGNORED,
+    Baseline,
     Batch,
     Task,
     absolute_error,
@@ -97,6 +98,7 @@ def create_task(
 __all__ = [
     "IGNORED",
     "TASKS",
+    "Baseline",
     "Batch",
     "DatasetTask",
     "Task",

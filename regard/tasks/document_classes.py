@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import compress
 from pathlib import Path
 
 from regard.contract import Unsupported
@@ -64,9 +65,9 @@ class DocumentsTask(LabelledTask):
             named = names_of(data)
             items = self._read(data, text, label, field)
             if validation is None:
-                training, held = self._split(items)
+                training, held = self._split(items, named)
             else:
-                training, held = self._use_validation(items, self._read(validation, text, label, field))
+                training, held = self._use_validation(items, self._read(validation, text, label, field), validation)
                 self._rule = "held-out documents as given"
         balanced = data is None if balance is None else bool(balance)
         self._prepare(training, held, tokenizer=tokenizer, balance=balanced, named=named)
@@ -86,10 +87,9 @@ class DocumentsTask(LabelledTask):
             raise Unsupported(f"text={text} and label={label}", supported="two columns")
         self._notes += table.notes
         items = [Labelled((words,), name.strip()) for words, name in zip(texts, labels, strict=True)]
-        kept = [item for item in items if item.texts[0].strip() and item.label]
-        if empty := len(items) - len(kept):
-            self._notes.append(f"{names_of(data)}: {empty} rows without a text or a label left out")
-        return kept
+        whole = [bool(item.texts[0].strip() and item.label) for item in items]
+        self._notes += table.left_out(whole, "a text or a label")
+        return list(compress(items, whole))
 
     def _read_folder(self, folder: Path, field: str) -> list[Labelled]:
         try:

@@ -127,6 +127,24 @@ def printable(text: str) -> str:
     return "".join("\u23ce" if c == "\n" else c if c.isprintable() else "\u00b7" for c in text)
 
 
+def shortened(text: str) -> str:
+    """The beginning of a text in quotation marks, on one line."""
+    return repr(printable(text if len(text) <= 40 else text[:39] + "…"))
+
+
+def overlap_note(count: int, what: str, validation: Paths | None, first: str) -> str:
+    """What is said when training data are also held out.
+
+    Args:
+        count: of training items that are.
+        what: they are, in the plural.
+        validation: the held-out data, None for those of a packaged data set.
+        first: the first of them.
+    """
+    named = "the held-out data" if validation is None else f"the held-out data ({names_of(validation)})"
+    return f"{count} {what} of {named} are also in the training data: not trained on; the first: {shortened(first)}"
+
+
 def nearest_path(path: Path) -> str:
     """An existing path spelled like `path`: in its folder, or in the nearest folder above that exists."""
     missing, parent = path, path.parent

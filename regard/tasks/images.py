@@ -20,6 +20,7 @@ from regard.contract import Pattern, Unsupported, closest
 from regard.tasks.documents import nearest_path
 from regard.tasks.protocol import (
     SPLIT,
+    Baseline,
     Batch,
     Task,
     check_fraction,
@@ -113,7 +114,9 @@ class ImagesTask(Task):
         training = images.pixels[self._training].reshape(-1, depth)
         self._mean = training.mean(0, dtype=np.float64)
         self._deviation = np.maximum(training.std(0, dtype=np.float64), 1.0)
-        self.chance = float(np.bincount(images.labels[self._scored]).max() / len(self._scored))
+        scored_labels = images.labels[self._scored]
+        self.chance = float(np.bincount(scored_labels).max() / len(scored_labels))
+        self.baseline: Baseline | None = Baseline.majority_class(images.labels[self._training], scored_labels)
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         return self._batch(in_epochs(self._training, step, seed, batch_size))
@@ -334,15 +337,21 @@ def _distinct(images: Images) -> Images:
     order = np.arange(len(images.pixels))
     if images.held_out is not None:
         order = np.concatenate([images.held_out, np.setdiff1d(order, images.held_out)])
+    digests = [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.pixels]
     first: dict[bytes, int] = {}
     for i in order:
-        first.setdefault(hashlib.blake2b(images.pixels[i].tobytes(), digest_size=16).digest(), int(i))
+        first.setdefault(digests[i], int(i))
     kept = np.array(sorted(first.values()))
     repeated = len(images.pixels) - len(kept)
     if not repeated:
         return images
     held_out = None if images.held_out is None else np.flatnonzero(np.isin(kept, images.held_out))
     notes = [*images.notes, f"{repeated} exact repetitions left out"]
+    if images.held_out is not None:
+        taken = {digests[i] for i in images.held_out}
+        shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
+        if shared:
+            notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
     return Images(images.source, images.pixels[kept], images.labels[kept], images.classes, held_out, notes)
 
 

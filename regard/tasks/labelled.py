@@ -11,8 +11,17 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported
-from regard.tasks.documents import printable
-from regard.tasks.protocol import SPLIT, Batch, Task, check_fraction, check_integer, counter_generator, in_batches
+from regard.tasks.documents import Paths, names_of, overlap_note, printable
+from regard.tasks.protocol import (
+    SPLIT,
+    Baseline,
+    Batch,
+    Task,
+    check_fraction,
+    check_integer,
+    counter_generator,
+    in_batches,
+)
 from regard.tasks.sampling import in_epochs, one_of_each_in_turn
 from regard.tasks.tokenizer import BYTES, create_tokenizer
 
@@ -48,7 +57,7 @@ class LabelledTask(Task):
         self._share = check_fraction("held_out", held_out, 0.01, 0.5)
         self._notes: list[str] = []
 
-    def _split(self, items: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+    def _split(self, items: list[Labelled], named: str) -> tuple[list[Labelled], list[Labelled]]:
         """The same share of each class; repeated texts count once."""
         distinct = self._distinct(items)
         held_out: set[int] = set()
@@ -56,7 +65,7 @@ class LabelledTask(Task):
             members = [i for i, item in enumerate(distinct) if item.label == label]
             if len(members) < 2:
                 raise Unsupported(
-                    f"the class {label} with {len(members)} different item",
+                    f"the class {label} of {named} with {len(members)} different item",
                     supported="2 or more in each class, to train on and to hold out",
                 )
             order = counter_generator(self.seed, number, SPLIT).permutation(members)
@@ -66,21 +75,24 @@ class LabelledTask(Task):
         return training, [distinct[i] for i in sorted(held_out)]
 
     def _use_validation(
-        self, training: list[Labelled], held_out: list[Labelled]
+        self, training: list[Labelled], held_out: list[Labelled], validation: Paths | None = None
     ) -> tuple[list[Labelled], list[Labelled]]:
         """What the held-out items share with the training items is not trained on."""
+        if validation is not None and not held_out:
+            raise Unsupported(f"{names_of(validation)}, which holds no items", supported="held-out items")
         scored = self._distinct(held_out)
         taken = {item.texts for item in scored}
         kept = [item for item in self._distinct(training) if item.texts not in taken]
         shared = len({item.texts for item in training}) - len(kept)
         if shared and not kept:
             raise Unsupported(
-                "validation that holds all of the training data",
+                "validation that holds all of the training data" + (f": {names_of(validation)}" if validation else ""),
                 supported="held-out items of its own",
                 nearest="no validation",
             )
         if shared:
-            self._notes.append(f"{shared} items of the held-out data are also in the training data: not trained on")
+            first = next(item for item in training if item.texts in taken)
+            self._notes.append(overlap_note(shared, "items", validation, first.texts[0]))
         unknown = sorted({item.label for item in scored} - {item.label for item in kept})
         if unknown:
             raise Unsupported(
@@ -128,7 +140,9 @@ class LabelledTask(Task):
             present = present[present > 0]
             scored = one_of_each_in_turn(scored, self._held_out_labels)[: present.min() * len(present)]
         self._scored = scored[: self._most_scored]
-        self.chance = float(np.bincount(self._held_out_labels[self._scored]).max() / len(self._scored))
+        scored_labels = self._held_out_labels[self._scored]
+        self.chance = float(np.bincount(scored_labels).max() / len(scored_labels))
+        self.baseline: Baseline | None = Baseline.majority_class(self._training_labels, scored_labels)
         self._sample = training[0]
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:

@@ -10,7 +10,7 @@ import torch
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks.generated import MAX_LENGTH, GeneratedTask
-from regard.tasks.protocol import Batch, check_integer
+from regard.tasks.protocol import Baseline, Batch, check_integer
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -75,7 +75,8 @@ class ListOpsTask(GeneratedTask):
                 nearest=f"length={max(8, reach)}",
             )
         _, labels = self._held_out
-        self.chance = float(np.bincount(labels, minlength=10).max() / len(labels))
+        self.baseline: Baseline | None = Baseline.majority_class(labels, labels)
+        self.chance = self.baseline.score
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, " b"]]:
         inputs = np.full((count, self.length), PADDING, dtype=np.int64)

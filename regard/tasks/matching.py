@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import compress
 
 from regard.contract import Unsupported
 from regard.tasks.documents import Paths, names_of
@@ -61,9 +62,9 @@ class MatchingTask(LabelledTask):
             named = names_of(data)
             items = self._read(data, first, second, label)
             if validation is None:
-                training, held = self._split(items)
+                training, held = self._split(items, named)
             else:
-                training, held = self._use_validation(items, self._read(validation, first, second, label))
+                training, held = self._use_validation(items, self._read(validation, first, second, label), validation)
                 self._rule = "held-out pairs as given"
         self._prepare(training, held, tokenizer=tokenizer, balance=data is None, named=named)
 
@@ -75,10 +76,10 @@ class MatchingTask(LabelledTask):
         options = ("first", "second", "label")
         columns = [table.texts(name, option) for name, option in zip(chosen, options, strict=True)]
         self._notes += table.notes
-        rows = [row for row in zip(*columns, strict=True) if all(cell.strip() for cell in row)]
-        if empty := len(table) - len(rows):
-            self._notes.append(f"{names_of(data)}: {empty} rows with an empty passage or label left out")
-        return [Labelled((one, other), name.strip()) for one, other, name in rows]
+        rows = list(zip(*columns, strict=True))
+        whole = [all(cell.strip() for cell in row) for row in rows]
+        self._notes += table.left_out(whole, "a passage or a label")
+        return [Labelled((one, other), name.strip()) for one, other, name in compress(rows, whole)]
 
     def _verses(self) -> tuple[list[Labelled], list[Labelled]]:
         verses = read_verse_pairs("the task matching")

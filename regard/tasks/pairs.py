@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported
-from regard.tasks.documents import Paths, names_of, printable
+from regard.tasks.documents import Paths, names_of, overlap_note, printable
 from regard.tasks.protocol import (
     EVALUATION,
     IGNORED,
+    Baseline,
     Batch,
     Task,
     check_fraction,
@@ -101,12 +103,14 @@ class TextPairsTask(Task):
         self._scored = spread(len(self._held_out), evaluation_items)
         targets = [self._held_out[i][0].target for i in self._scored]
         others = counter_generator(self.seed, 0, EVALUATION).integers(0, len(self._training), len(targets))
-        self.chance = float(
-            np.mean([self.judge(self._training[i][0].target, t) for i, t in zip(others, targets, strict=True)])
-        )
+        drawn = [self._training[i][0].target for i in others]
         copies = [self.simple(self._held_out[i][0].source) for i in self._scored]
-        score = float(np.mean([self.judge(copy, t) for copy, t in zip(copies, targets, strict=True)]))
-        self.baseline: tuple[str, float] | None = (self.simple_name, score)
+        self._rules = [
+            Baseline(name, np.array([(self.judge(text, t), 1.0) for text, t in zip(texts, targets, strict=True)]))
+            for name, texts in ((self.simple_name, copies), ("a target drawn from training", drawn))
+        ]
+        self.chance = self._rules[1].score
+        self.baseline: Baseline | None = max(self._rules, key=lambda rule: rule.score)
 
     def read(self) -> tuple[str, list[Pair]]:
         """The data when none is given, and what to call it."""
@@ -144,7 +148,7 @@ class TextPairsTask(Task):
         return torch.tensor(scores, dtype=torch.float64), torch.ones(len(scores), dtype=torch.float64)
 
     def describe(self) -> str:
-        assert self.baseline is not None
+        rules = "; ".join(f"{rule.name}: {rule.score:.1f}" for rule in self._rules)
         tokens = f" ({self.memory_vocab_size} tokens)" if self.memory_vocab_size != BYTES else ""
         lines = [
             f"{self.name}: {self._named}, tokenizer {self.tokenizer.name}{tokens}",
@@ -152,8 +156,7 @@ class TextPairsTask(Task):
             f"training: {len(self._training):,} pairs; held out: {len(self._held_out):,}, {len(self._scored)} of them "
             "scored",
             f"split: {self._rule}",
-            f"scored in {self.metric} (0 to 100, mean of the texts) on what is generated; {self.baseline[0]}: "
-            f"{self.baseline[1]:.1f}; a target drawn from training: {self.chance:.1f}",
+            f"scored in {self.metric} (0 to 100, mean of the texts) on what is generated; {rules}",
         ]
         lines += [f"note: {note}" for note in self._notes]
         first = self._training[0][0]
@@ -167,11 +170,10 @@ class TextPairsTask(Task):
         if source == target:
             raise Unsupported(f"source={source} and target={target}", supported="two columns")
         texts = zip(table.texts(source, "source"), table.texts(target, "target"), strict=True)
-        pairs = [Pair(one, other, one) for one, other in texts if one.strip() and other.strip()]
-        self._notes += table.notes
-        if empty := len(table) - len(pairs):
-            self._notes.append(f"{names_of(data)}: {empty} rows without a source or a target left out")
-        return pairs
+        pairs = [Pair(one, other, one) for one, other in texts]
+        whole = [bool(pair.source.strip() and pair.target.strip()) for pair in pairs]
+        self._notes += [*table.notes, *table.left_out(whole, "a source or a target")]
+        return list(compress(pairs, whole))
 
     def _split(
         self, pairs: list[Pair], validation: Paths | None, source: str, target: str, share: float
@@ -188,12 +190,12 @@ class TextPairsTask(Task):
                 raise Unsupported(f"{names_of(validation)}, which holds no pairs", supported="held-out pairs")
             if not training:
                 raise Unsupported(
-                    "validation that holds all of the training data",
+                    f"validation that holds all of the training data: {names_of(validation)}",
                     supported="held-out pairs of its own",
                     nearest="no validation",
                 )
-            if shared := len(distinct) - len(training):
-                self._notes.append(f"{shared} pairs of the held-out data are also in the training data: not trained on")
+            if overlap := [pair for pair in distinct if pair.source in sources]:
+                self._notes.append(overlap_note(len(overlap), "pairs", validation, overlap[0].source))
             return training, scored
         sizes = Counter(pair.group for pair in distinct)
         if len(sizes) < 2:

@@ -67,6 +67,38 @@ class Batch:
         return replace(self, **changed)
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """A simple rule without training that a model should beat.
+
+    Attributes:
+        name: of the rule, in words.
+        items: (n, 2) sum and weight of each held-out item, as :meth:`Task.score` has them, in the order of
+            :meth:`Task.evaluation_batches`.
+    """
+
+    name: str
+    items: Float[np.ndarray, "n 2"]
+
+    @property
+    def score(self) -> float:
+        """Of all held-out items."""
+        total, weight = self.items.sum(0)
+        return float(total / weight)
+
+    @classmethod
+    def of(cls, name: str, task: Task, predict: Callable[[Batch], Tensor]) -> Baseline:
+        """Of a rule that gives for a batch what a model of `task` would."""
+        scores = [torch.stack(task.score(predict(batch), batch), -1) for batch in task.evaluation_batches(256)]
+        return cls(name, torch.cat(scores).double().numpy())
+
+    @classmethod
+    def majority_class(cls, training: Int[np.ndarray, " n"], held_out: Int[np.ndarray, " m"]) -> Baseline:
+        """Always the commonest class of the training items, in accuracy on the classes of the held-out items."""
+        right = held_out == np.bincount(training).argmax()
+        return cls("majority class", np.stack([right, np.ones_like(right)], -1).astype(np.float64))
+
+
 class Task(Protocol):
     """What a model is trained on and measured by.
 
@@ -108,7 +140,7 @@ class Task(Protocol):
         higher_is_better: of that metric.
         solved: the score from which the task counts as solved; None when it is open-ended.
         chance: the score of a model that ignores the input.
-        baseline: name and score, on the same held-out items, of a simple rule that a model should beat.
+        baseline: a simple rule that a model should beat, and its score on each held-out item.
     """
 
     name: str
@@ -130,7 +162,7 @@ class Task(Protocol):
     higher_is_better: bool = True
     solved: float | None = None
     chance: float | None = None
-    baseline: tuple[str, float] | None = None
+    baseline: Baseline | None = None
 
     def describe(self) -> str:
         """Sizes, splits and a sample, shown before training. Plain text: print it without markup."""
@@ -194,6 +226,11 @@ def check_task(task: Any) -> Task:
         raise Unsupported(
             f"{told} with memory_vocab_size={task.memory_vocab_size} and memory_features={task.memory_features}",
             supported="memory_vocab_size for tokens, or memory_features for floats, and None for the other",
+        )
+    baseline = getattr(task, "baseline", None)
+    if not (baseline is None or isinstance(baseline, Baseline)):
+        raise Unsupported(
+            f"{told} with baseline={baseline!r}", supported="a regard.tasks.Baseline, which has a score for each item"
         )
     if task.objective == "classification" and not task.num_classes:
         raise Unsupported(f"{told} with num_classes={task.num_classes}", supported="the number of classes, 2 or more")

@@ -90,7 +90,8 @@ def read_series(
         _refuse_twice(table, times, order, name, time, groups)
         if len(order) < FEWEST:
             raise Unsupported(
-                f"{_called(name)} of {len(order)} rows", supported=f"{FEWEST} or more, for training and held-out data"
+                f"{_called(table, name)} of {len(order)} rows",
+                supported=f"{FEWEST} or more, for training and held-out data",
             )
         rows_of[name] = order
     if unsorted:
@@ -98,7 +99,7 @@ def read_series(
 
     interval = _interval(np.concatenate([np.diff(times[rows]) for rows in rows_of.values()]), times)
     series = []
-    missing_rows, cells, first_gap = 0, np.zeros(len(columns), dtype=int), ""
+    missing_rows, first_gap = 0, ""
     for name, rows in rows_of.items():
         grid, places = _grid(times[rows], interval, table, rows)
         full = np.full((len(grid), len(columns)), np.nan)
@@ -106,28 +107,29 @@ def read_series(
         gaps = np.setdiff1d(np.arange(len(grid)), places)
         if len(gaps):
             missing_rows += len(gaps)
-            first_gap = first_gap or f"{_called(name)} at {grid[gaps[0]]}"
+            first_gap = first_gap or f"{_called(table, name)} at {grid[gaps[0]]}"
         if len(gaps) > MOST_MISSING * len(grid):
             raise Unsupported(
-                f"{_called(name)} without {len(gaps)} of {len(grid)} rows, the first at {grid[gaps[0]]} "
+                f"{_called(table, name)} without {len(gaps)} of {len(grid)} rows, the first at {grid[gaps[0]]} "
                 f"(the interval is {interval})",
                 supported=f"up to {MOST_MISSING:.0%} missing, which are filled with the value before",
             )
         empty = np.isnan(full)
-        cells += empty.sum(0) - len(gaps)
         for i, column in enumerate(columns):
             if empty[:, i].sum() - len(gaps) > MOST_MISSING * len(grid):
                 raise Unsupported(
-                    f"{_called(name)} whose column {column} is empty in {empty[:, i].sum() - len(gaps)} of "
+                    f"{_called(table, name)} whose column {column} is empty in {empty[:, i].sum() - len(gaps)} of "
                     f"{len(rows)} rows",
                     supported=f"up to {MOST_MISSING:.0%} empty, which are filled with the value before",
                 )
         series.append(Series(name, grid, _fill(full), ~empty[:, 0]))
     if missing_rows:
         notes.append(f"{missing_rows} missing rows, the first in {first_gap}: filled with the value before, not scored")
-    for column, count in zip(columns, cells.tolist(), strict=True):
-        if count:
-            notes.append(f"{count} empty cells of {column} filled with the value before")
+    for column, cells in zip(columns, values.T, strict=True):
+        rows = np.flatnonzero(np.isnan(cells))
+        if len(rows):
+            first = table.places[rows[0]]
+            notes.append(f"{len(rows)} empty cells of {column} filled with the value before, the first: {first}")
     return series, interval, notes
 
 
@@ -150,8 +152,8 @@ def calendar(times: np.ndarray, interval: Interval, *, years: bool) -> tuple[Flo
     return np.concatenate([np.sin(turns), np.cos(turns)], axis=1), names
 
 
-def _called(name: str) -> str:
-    return f"the series {name!r}" if name else "the series"
+def _called(table: Table, name: str) -> str:
+    return f"the series {name!r} of {table.name}" if name else f"the series of {table.name}"
 
 
 def _refuse_twice(table: Table, times: Any, order: Any, name: str, time: str, groups: str | None) -> None:
@@ -159,7 +161,7 @@ def _refuse_twice(table: Table, times: Any, order: Any, name: str, time: str, gr
     if len(twice):
         i = order[twice[0] + 1]
         raise Unsupported(
-            f"{table.places[i]}, where {time} is {times[i]} again" + (f" in {_called(name)}" if name else ""),
+            f"{table.places[i]}, where {time} is {times[i]} again" + (f" in the series {name!r}" if name else ""),
             supported="each time once in a series",
             nearest="groups=COLUMN that tells the series apart" if groups is None else "",
         )

@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported, closest
-from regard.tasks.documents import JSON_LINES, Paths, nearest_path
+from regard.tasks.documents import JSON_LINES, Paths, names_of, nearest_path
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,11 +51,13 @@ class Table:
             record has no such field.
         places: where each row is, as in ``demand.csv, line 5``.
         notes: what was left out or assumed.
+        name: of the file or files.
     """
 
     columns: dict[str, Sequence[Any]]
     places: Sequence[str]
     notes: list[str] = field(default_factory=list)
+    name: str = "the table"
 
     def __len__(self) -> int:
         return len(self.places)
@@ -68,12 +70,20 @@ class Table:
         """
         if str(name) not in self.columns:
             near = closest(str(name), self.columns)
+            unnamed = any(_number(column) is not None or _time(column) is not None for column in self.columns)
             raise Unsupported(
-                f"{option}={name}, which is no column of the table",
+                f"{option}={name}, which is no column of {self.name}",
                 supported=", ".join(self.columns),
-                nearest=f"{option}={near}" if near else "",
+                nearest=f"{option}={near}" if near else "a first line that names the columns" if unnamed else "",
             )
         return self.columns[str(name)]
+
+    def left_out(self, kept: Sequence[bool], lacking: str) -> list[str]:
+        """A note on the rows that are not kept, if any, for lack of something."""
+        if all(kept):
+            return []
+        count, first = len(kept) - sum(kept), self.places[list(kept).index(False)]
+        return [f"{self.name}: {count} rows without {lacking} left out, the first: {first}"]
 
     def numbers(self, name: Any, option: str) -> Float[np.ndarray, " n"]:
         """A column of numbers, nan where a cell is empty; refuses text and infinities with their line."""
@@ -174,7 +184,7 @@ def read_table(data: Paths, *, names: tuple[str, ...] = ()) -> Table:
     tables = [_read(Path(path), names) for path in paths]
     first = tables[0]
     if len(tables) == 1:
-        return first
+        return replace(first, name=names_of(data))
     for path, table in zip(paths, tables, strict=True):
         if set(table.columns) != set(first.columns):
             odd = sorted(set(table.columns) ^ set(first.columns))
@@ -186,6 +196,7 @@ def read_table(data: Paths, *, names: tuple[str, ...] = ()) -> Table:
         {name: [cell for table in tables for cell in table.columns[name]] for name in first.columns},
         [place for table in tables for place in table.places],
         [note for table in tables for note in table.notes],
+        names_of(data),
     )
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported
-from regard.tasks.documents import Document, Paths, names_of, printable, read_documents, read_standard_library
+from regard.tasks.documents import (
+    Document,
+    Paths,
+    names_of,
+    overlap_note,
+    printable,
+    read_documents,
+    read_standard_library,
+)
 from regard.tasks.protocol import (
     SPLIT,
     TRAINING,
@@ -82,7 +90,7 @@ class TextTask(Task):
         else:
             given, notes = read_documents(validation, field)
             self._notes += notes
-            self._use_validation(documents, _distinct(given)[0])
+            self._use_validation(documents, _distinct(given)[0], validation)
 
         texts = [document.text for document in self.training_documents]
         self.tokenizer = create_tokenizer(tokenizer, texts)
@@ -129,20 +137,20 @@ class TextTask(Task):
         window = torch.from_numpy(tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64))
         return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
 
-    def _use_validation(self, training: list[Document], held_out: list[Document]) -> None:
+    def _use_validation(self, training: list[Document], held_out: list[Document], validation: Paths) -> None:
         taken = {document.digest for document in held_out}
         self.training_documents = [document for document in training if document.digest not in taken]
         self.held_out_documents = held_out
         self._split = "held-out documents as given"
-        shared = len(training) - len(self.training_documents)
+        shared = [document for document in training if document.digest in taken]
         if not self.training_documents:
             raise Unsupported(
-                "validation that holds all of the training data",
+                f"validation that holds all of the training data: {names_of(validation)}",
                 supported="held-out text of its own",
                 nearest="no validation",
             )
         if shared:
-            self._notes.append(f"{shared} documents of the held-out data are also in the training data: not trained on")
+            self._notes.append(overlap_note(len(shared), "documents", validation, shared[0].name))
 
     def _check_length(self) -> None:
         shorter = min(("training", self._training), ("held-out", self._held_out), key=lambda part: len(part[1]))

@@ -51,6 +51,11 @@ class Budget:
         return cls(unit, amount)
 
     def __str__(self) -> str:
+        if self.unit == "tokens":
+            size, factor = next(
+                ((s, f) for s, f in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if self.amount >= s), (1.0, "")
+            )
+            return f"{self.amount / size:.6g}{factor} tokens"
         if self.unit != "seconds":
             return f"{self.amount:.4g} {self.unit}"
         if self.amount < 120:

@@ -21,7 +21,7 @@ CHARACTER = 7.0
 """Mean width of a character of a label."""
 LINE = 14.0
 """Height of a line of labels."""
-LONGEST_LABEL = 18
+LONGEST_LABEL, LONGEST_RULE = 18, 32
 COLOURS = 8
 
 Point = tuple[float, float]
@@ -384,8 +384,8 @@ class ScatterPoint:
     detail: str = ""
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+def _short(name: str, longest: int = LONGEST_LABEL) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def _figure(identity: str, title: str, description: str, body: Iterable[Markup]) -> Markup:
@@ -422,13 +422,26 @@ def _text(x: float, y: float, text: str, name: str) -> Markup:
 
 
 def scatter(
-    identity: str, title: str, description: str, points: Sequence[ScatterPoint], x_axis: Axis, y_axis: Axis
+    identity: str,
+    title: str,
+    description: str,
+    points: Sequence[ScatterPoint],
+    x_axis: Axis,
+    y_axis: Axis,
+    *,
+    rule: tuple[str, float] | None = None,
 ) -> Markup:
-    """Quality against speed: error bars, the single seeds, the Pareto front and a label beside each point."""
+    """Quality against speed: error bars, the single seeds, the Pareto front and a label beside each point.
+
+    Args:
+        rule: name and quality of something without a speed: a dashed line, or a name at the edge when it is far off.
+    """
     right, bottom = WIDTH - 14, HEIGHT - BOTTOM
     x = x_axis.scale([p.x for p in points], LEFT + 16, right - 16)
     heights = [h for p in points for h in (*p.seeds, p.y - (p.error or 0), p.y + (p.error or 0))]
-    y = y_axis.scale(heights, bottom - 8, TOP + 4)
+    reach = max(heights) - min(heights)
+    near = rule is not None and min(heights) - reach <= rule[1] <= max(heights) + reach
+    y = y_axis.scale([*heights, rule[1]] if rule is not None and near else heights, bottom - 8, TOP + 4)
     body: list[Markup] = list(_axes(x, y, x_axis, y_axis, right))
     front = sorted((p for p in points if p.front), key=lambda p: p.x)
     if len(front) > 1:
@@ -440,6 +453,10 @@ def scatter(
         if p.error:
             top, foot = sorted((y(p.y - p.error), y(p.y + p.error)))
             taken.append((x(p.x) - 2, top, x(p.x) + 2, foot))
+    if rule is not None:
+        parts, box = _rule(*rule, y, right, near, taken)
+        body.extend(parts)
+        taken.append(box)
     for a, b in itertools.pairwise(front):
         taken.extend(_along((x(a.x), y(a.y)), (x(b.x), y(b.y))))
     labels = [_short(p.name) for p in points]
@@ -465,6 +482,28 @@ def scatter(
         parts.append(_text(side, (box[1] + box[3]) / 2 + 4, label, name))
         body.append(_of_mechanism(p.number, parts))
     return _figure(identity, title, description, body)
+
+
+def _rule(
+    name: str, value: float, y: Scale, right: float, near: bool, taken: Sequence[Box]
+) -> tuple[list[Markup], Box]:
+    """A dashed line with its name at one of its ends, or only the name and an arrow; and the room of the name."""
+    at = y.inside(value)
+    text = f"{_short(name, LONGEST_RULE)} {format_number(value)}"
+    if not near:
+        text += " ↑" if at < (TOP + HEIGHT - BOTTOM) / 2 else " ↓"
+    width = len(text) * CHARACTER
+    boxes = [
+        (left, foot - LINE + 3, left + width, foot + 3)
+        for foot in (at - 5, at + LINE)
+        for left in (LEFT + 4, right - width)
+        if foot - LINE + 3 > TOP - LINE and foot + 3 < HEIGHT - BOTTOM
+    ]
+    box = min(boxes, key=lambda box: sum(_collision(box, other) for other in taken))
+    body = [_line("rule", LEFT, at, right, at)] if near else []
+    # narrower letters than reckoned stay at their end of the line
+    left, end = (box[0], "") if box[0] == LEFT + 4 else (box[2], " end")
+    return [*body, _text(left, box[3] - 3, text, "note" + end)], box
 
 
 def _along(a: Point, b: Point) -> Iterable[Box]:

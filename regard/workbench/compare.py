@@ -28,7 +28,7 @@ from regard.workbench.cost import model_costs
 from regard.workbench.recommend import Recommendation, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import CompareSettings
-from regard.workbench.summary import by_tokens, comparison_of, rates_on_edge, summarise, thin
+from regard.workbench.summary import beside_baseline, by_tokens, comparison_of, rates_on_edge, summarise, thin
 from regard.workbench.work import Work, build, cost_seconds, plan
 
 
@@ -58,6 +58,8 @@ class Outcome:
         recommendation: which to take, why, and what could not be separated.
         report: the HTML file.
         store: the rows behind it.
+        models: the winner's model of each task, where models are kept.
+        baselines: name and score of the simple rule of each task that has one, and whether higher is better.
     """
 
     summary: dict[str, list[dict[str, Any]]]
@@ -65,6 +67,7 @@ class Outcome:
     report: Path
     store: Path
     models: dict[str, Path] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 Watch = Callable[[Progress], None]
@@ -191,9 +194,9 @@ class _Runner:
         items: list[tuple[float, float]] = []
         score, choice = math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
         if not history.diverged:
-            found = evaluate(model, task, work.batch_size, first=work.search_items)
+            found = evaluate(model, task, work.scored_at_once, first=work.search_items)
             items, score = found.items, found.score
-            sliced = evaluate(model, task, work.batch_size, last=work.search_items) if work.search_items else found
+            sliced = evaluate(model, task, work.scored_at_once, last=work.search_items) if work.search_items else found
             choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
         if self.settings.keep_models and seed == 0:
             save_pretrained(model, self._model_folder(work, name, rate))
@@ -261,6 +264,7 @@ class _Runner:
         settings = self.settings
         comparisons = {task: comparison_of(rows) for task, rows in quality.items()}
         kind = {w.task.name: w.kind for w in self.works}
+        rules = {w.task.name: w.baseline for w in self.works if w.baseline is not None}
         cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
         summary = {
             task: summarise(
@@ -268,6 +272,7 @@ class _Runner:
                 comparisons[task],
                 {m: cost_of.get((kind[task], m), {}) for m in settings.mechanisms},
                 settings,
+                rules.get(task),
             )
             for task, rows in quality.items()
         }
@@ -280,11 +285,12 @@ class _Runner:
             budget=str(settings.budget),
             at_length=settings.at_length,
         )
+        advice.notes[:0] = [beside_baseline(task, summary[task], rule, advice.winner) for task, rule in rules.items()]
         models = self._kept_models(advice)
         edges = rates_on_edge(searches, settings.rates) if len(settings.rates) > 2 else []
         if edges:
             advice.notes.append(f"The best learning rate lay on the edge of the grid for {', '.join(edges)}.")
-        run = {
+        run: dict[str, Any] = {
             "title": "Which attention mechanism? " + ", ".join(quality),
             "command": self.command,
             "tasks": list(quality),
@@ -292,14 +298,19 @@ class _Runner:
             "seeds": list(range(settings.seeds)),
             "budget": str(settings.budget),
             "settings": _described(self.works, settings),
+            "descriptions": {work.task.name: work.task.describe() for work in self.works},
             "started": started,
             "finished": provenance.now(),
             "recommendation": advice.as_dict(),
             "resolution": {t: c.resolution for t, c in comparisons.items() if math.isfinite(c.resolution)},
+            "baselines": {
+                task: {"name": rule.name, "score": rule.score, "higher_is_better": metrics[task][1]}
+                for task, rule in rules.items()
+            },
         }
         self.store.put("run", {"run": self.store.run}, {**run, "summary": summary, "cells": self.cells})
         report = render_report(self.store, self.output / "report.html", self.store.run)
-        return Outcome(summary, advice, report, self.store.path, models)
+        return Outcome(summary, advice, report, self.store.path, models, run["baselines"])
 
     def _model_folder(self, work: Work, name: str, rate: float) -> Path:
         return self.output / "models" / f"{work.task.name}-{name}-{rate:g}"

@@ -1,7 +1,8 @@
 """Which mechanism to take, in two sentences, without ranking noise.
 
-First quality decides: where a task can be solved, only mechanisms that solve it stay; then those remain that cannot be
-told apart from the best score of the other tasks. Only among what remains does cost decide.
+First quality decides: where a task can be solved, only mechanisms that solve it stay; where some beat the simple rule of
+a task, only these; then those remain that cannot be told apart from the best score of the other tasks. Only among what
+remains does cost decide.
 """
 
 from __future__ import annotations
@@ -74,6 +75,13 @@ def recommend(
         else:
             notes.append(f"No mechanism solved {task} at this budget; a larger --budget may.")
     for task in summary:
+        ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
+        if ahead and len(ahead) < len(kept):
+            steps.append(
+                f"on {task} a rule without training is not beaten by {_list([m for m in kept if m not in ahead])}"
+            )
+            kept = ahead
+    for task in summary:
         entries = [_entry(summary, task, m) for m in kept]
         if any(e.get("solved") for e in entries):
             continue
@@ -105,7 +113,12 @@ def recommend(
         text += ": it is the only mechanism with a score on every task."
     else:
         text += ": no other mechanism matches its quality here."
-    reason = "; ".join(steps) or "every mechanism reached the same quality within the noise"
+    judged = all(comparison.degrees > 0 for comparison in comparisons.values())
+    reason = "; ".join(steps) or (
+        "every mechanism reached the same quality within the noise"
+        if judged or len(remaining) == 1
+        else "with a single seed no difference in quality counts, so cost alone decides"
+    )
     reason = reason[0].upper() + reason[1:]
     if solved:
         reason += f"; it solves {_list(solved)}"

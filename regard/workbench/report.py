@@ -172,6 +172,20 @@ class _View:
         entries = self.summary.get(task, ())
         return sorted(entries, key=lambda e: (0, sign * e["mean"]) if is_number(e["mean"]) else (1, 0.0))
 
+    def rule(self, task: str) -> Payload | None:
+        """Name and score of the simple rule of a task."""
+        found = (self.run.get("baselines") or {}).get(task)
+        return found if found is not None and is_number(found["score"]) else None
+
+    def ranked_with_rule(self, task: str) -> list[Payload]:
+        """As :meth:`ranked`, with the rule, which has no mechanism, in its place."""
+        rule, entries = self.rule(task), self.ranked(task)
+        if rule is None:
+            return entries
+        sign = 1 if rule["higher_is_better"] else -1
+        better = [e for e in entries if is_number(e["mean"]) and sign * e["mean"] >= sign * rule["score"]]
+        return [*better, {"rule": rule["name"], "mean": rule["score"]}, *entries[len(better) :]]
+
     def standing(self, task: str, entry: Payload) -> str:
         """What can be said about a mechanism beside the best one of the task."""
         if not is_number(entry["mean"]):
@@ -246,7 +260,13 @@ class _View:
             "The figures are in the table below."
         )
         return charts.scatter(
-            self._id("picture", task), f"{task}: quality against speed", description, points, axis, metric.axis
+            self._id("picture", task),
+            f"{task}: quality against speed",
+            description,
+            points,
+            axis,
+            metric.axis,
+            rule=None if (rule := self.rule(task)) is None else (rule["name"], rule["score"]),
         )
 
     def undrawn(self, task: str) -> str:

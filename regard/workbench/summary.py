@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regard.measurement.statistics import Comparison, Scores, items_array, pareto_front
+from regard.tasks import Baseline
 from regard.training.loop import History, Point
 from regard.workbench.settings import CompareSettings
 
@@ -42,6 +43,7 @@ def summarise(
     comparison: Comparison,
     costs: Mapping[str, Mapping[str, Any]],
     settings: CompareSettings,
+    baseline: Baseline | None = None,
 ) -> list[dict[str, Any]]:
     """One entry a mechanism, best first."""
     higher = rows[0]["higher_is_better"]
@@ -68,6 +70,7 @@ def summarise(
                 "solved": all(solved) if solved else None,
                 "on_front": False,
                 "separable_from_best": None,
+                "beside_baseline": None,
             }
         )
     scored = [e for e in entries if e["mean"] is not None and math.isfinite(e["mean"])]
@@ -80,7 +83,24 @@ def summarise(
         if best is not None and entry in scored and comparison.degrees > 0:
             difference = comparison.difference(best, entry["mechanism"])
             entry["separable_from_best"] = entry["mechanism"] != best and difference.separable
+        if baseline is not None and entry in scored:
+            ahead = comparison.against(entry["mechanism"], baseline.items)
+            entry["beside_baseline"] = (
+                "level" if not ahead.separable else "ahead" if sign * ahead.mean > 0 else "behind"
+            )
     return sorted(entries, key=lambda e: -sign * e["mean"] if e["mean"] is not None else math.inf)
+
+
+def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: Baseline, winner: str | None) -> str:
+    """Which mechanisms are better than the rule of a task and which are not, the recommended one above all."""
+    said = f"On {task} a rule without training, {baseline.name}, scores {baseline.score:.4g}."
+    for standing, words in (("ahead", "Better"), ("level", "Not told apart from it"), ("behind", "Worse")):
+        names = [entry["mechanism"] for entry in entries if entry["beside_baseline"] == standing]
+        if names or standing == "ahead":
+            said += f" {words}: {', '.join(names) or 'none'}."
+        if winner in names and standing != "ahead":
+            said += f" So {winner} is no use here as it is: a larger --budget may help."
+    return said
 
 
 def rates_on_edge(searches: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> list[str]:

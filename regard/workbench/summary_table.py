@@ -22,11 +22,17 @@ FITS_80_COLUMNS = 3
 """Costs shown on a narrow terminal; the report has all of them."""
 
 
-def terminal_table(summary: Mapping[str, Sequence[Mapping[str, Any]]], *, width: int = 80) -> Table:
-    """One row for each mechanism under the name of its task, in the order given.
+def terminal_table(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    width: int = 80,
+) -> Table:
+    """One row for each mechanism under the name of its task, in the order given, the simple rule of the task in its place.
 
     Args:
         summary: of each task, one entry a mechanism, as the report receives it.
+        baselines: of each task with a rule its name, its score and whether higher is better.
         width: columns of the terminal; a narrow one shows fewer costs.
 
     Returns:
@@ -40,15 +46,32 @@ def terminal_table(summary: Mapping[str, Sequence[Mapping[str, Any]]], *, width:
         table.add_column(heading, justify="right", no_wrap=True)
     for task, entries in summary.items():
         table.add_row(Text(task, style="bold"))
-        for position, entry in enumerate(entries):
+        rule = (baselines or {}).get(task)
+        for entry in entries:
+            if rule is not None and _is_better(rule, entry):
+                table.add_row(*_rule(rule))
+                rule = None
             table.add_row(
                 Text(("★ " if entry.get("on_front") else "  ") + entry["mechanism"]),
                 Text(_score(entry)),
                 _standing(entry),
                 *(_value(entry, name, form) for _, name, form in costs),
-                end_section=position == len(entries) - 1,
             )
+        if rule is not None:
+            table.add_row(*_rule(rule))
+        table.add_section()
     return table
+
+
+def _is_better(rule: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    if not is_number(entry.get("mean")):
+        return True
+    return (rule["score"] > entry["mean"]) == rule["higher_is_better"]
+
+
+def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
+    name = Text(f"  {rule['name']}", style="italic")
+    return name, Text(charts.format_number(rule["score"])), Text("rule", style="dim")
 
 
 def _score(entry: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from regard.models import (
     count_parameters,
     match_parameters,
 )
-from regard.tasks import Task, mean_loss
+from regard.tasks import Baseline, Task, mean_loss
 from regard.training import TrainConfig, evaluate, train
 from regard.training.loop import batch_context, run_model
 from regard.workbench.budget import Budget
@@ -35,6 +35,7 @@ from regard.workbench.settings import CompareSettings
 
 CALIBRATION_SECONDS = 20.0
 FEWEST_STEPS = 20
+GENERATED_AT_ONCE = 32
 SAFETY = 0.85
 """Part of a time budget that is planned; the rest absorbs a machine that slows down."""
 BACKBONES = (
@@ -112,10 +113,14 @@ class Work:
         self.configs = {name: match_parameters(config, self.target) for name, config in configs.items()}
         self.item_tokens = task.length + (task.memory_length or 0)
         self.batch_size = max(1, settings.batch_tokens // self.item_tokens)
+        # generating token by token takes about as long for many items as for few
+        self.scored_at_once = max(self.batch_size, GENERATED_AT_ONCE) if task.generates else self.batch_size
         self.items = sum(batch.size for batch in task.evaluation_batches(64))
         self.search_items = max(1, self.items // 4) if self.items > 1 and len(settings.rates) > 1 else 0
+        self.baseline = self._baseline()
         self.identity = {
             "task": task.name,
+            "metric": task.metric,
             "data": _digest(task),
             "length": task.length,
             "dim": settings.dim,
@@ -142,8 +147,20 @@ class Work:
             steps = max(1, len(history.curve))
             self.step_seconds[name] = history.seconds / steps * 1.15 if history.curve else share
             started = time.monotonic()
-            evaluate(model, self.task, self.batch_size, last=min(self.items, self.batch_size))
-            self.evaluation_seconds[name] = (time.monotonic() - started) * max(1.0, self.items / self.batch_size)
+            evaluate(model, self.task, self.scored_at_once, last=min(self.items, self.scored_at_once))
+            self.evaluation_seconds[name] = (time.monotonic() - started) * max(1.0, self.items / self.scored_at_once)
+
+    def _baseline(self) -> Baseline | None:
+        """The task's rule, on the held-out items that are the result."""
+        found: Baseline | None = getattr(self.task, "baseline", None)
+        if found is None:
+            return None
+        if len(found.items) != self.items:
+            raise Unsupported(
+                f"the task {self.task.name} with {len(found.items)} scores of its baseline for {self.items} held-out items",
+                supported="a score of each held-out item, in their order",
+            )
+        return Baseline(found.name, found.items[self.search_items :])
 
     @property
     def kind(self) -> tuple[str, Pattern]:

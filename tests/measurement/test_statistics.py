@@ -83,3 +83,36 @@ def test_t_quantiles_fall_towards_the_normal_one():
     values = [t_quantile(d) for d in (1, 2, 5, 30, 31, 1000)]
     assert values == sorted(values, reverse=True)
     assert values[-1] == 1.96
+
+
+def test_against_a_rule_item_noise_counts_with_one_seed_and_training_noise_with_more():
+    rng = np.random.default_rng(3)
+    rule = np.stack([rng.standard_normal(50), np.ones(50)], 1)
+    away = rng.standard_normal(50)
+    shifted = np.stack([rule[:, 0] + away, np.ones(50)], 1)
+    found = Comparison({"a": Scores({0: shifted})}).against("a", rule)
+    assert found.mean == pytest.approx(away.mean(), rel=1e-9)
+    assert found.standard_error == pytest.approx(np.std(away, ddof=1) / math.sqrt(50), rel=1e-9)
+    assert found.separable == (abs(away.mean()) > 1.96 * found.standard_error)
+    steady = {seed: shifted + np.array([0.5 * seed, 0]) for seed in range(3)}
+    restless = {seed: shifted + np.array([0.5 * (-1) ** seed, 0]) for seed in range(3)}
+    several = Comparison({"a": Scores(steady), "b": Scores(restless)})
+    assert several.against("a", rule).standard_error > 2 * found.standard_error
+
+
+def test_a_model_as_good_as_a_rule_is_rarely_called_better_or_worse():
+    rng = np.random.default_rng(4)
+    called = 0
+    for _ in range(400):
+        shared = 3 * rng.standard_normal(60)
+        scores = {name: noisy(rng, 1.0, 3, 60, 0.05, 0.3, shared) for name in "abc"}
+        rule = noisy(rng, 1.0, 1, 60, 0.0, 0.3, shared).items[0]
+        called += Comparison(scores).against("a", rule).separable
+    assert called / 400 < 0.08
+
+
+def test_a_rule_on_a_single_item_or_seed_is_never_told_apart_without_noise_to_judge_by():
+    one = np.array([[5.0, 1.0]])
+    found = Comparison({"a": Scores({0: one})}).against("a", one - [[3.0, 0.0]])
+    assert found.mean == 3.0
+    assert not found.separable

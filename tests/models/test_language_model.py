@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from regard.contract import Context, Mask, Unsupported
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.models.generation import sample
+from regard.models.generation import beam_search, sample
 from regard.models.language_model import next_tokens
 
 PLANS = {
@@ -178,6 +178,53 @@ def test_beams_share_a_prefix_through_state_select(model):
     tail = torch.randint(13, (3, 2))
     expected = model(torch.cat([ids[[1, 1, 0]], tail], 1)).output[:, 4:]
     torch.testing.assert_close(model(tail, state=state).output, expected)
+
+
+def likelihood(model, ids, new):
+    logits = model(torch.cat([ids, new[:, :-1]], 1)).output[:, ids.shape[1] - 1 :]
+    return -F.cross_entropy(logits.transpose(1, 2), new, reduction="none").sum(1)
+
+
+def test_one_beam_takes_the_likeliest_token_each_time(model):
+    ids = torch.randint(13, (3, 5))
+    greedy = model.generate(ids, 9)
+    assert torch.equal(model.generate(ids, 9, beams=1), greedy)
+    assert torch.equal(beam_search(model._reader(True), ids, 9, beams=1), greedy)
+
+
+def test_beams_for_all_hypotheses_find_the_likeliest_continuation(model):
+    ids = torch.randint(13, (1, 4))
+    every = torch.cartesian_prod(*[torch.arange(13)] * 3)
+    best = every[likelihood(model, ids.expand(len(every), -1), every).argmax()]
+    found = model.generate(ids, 3, beams=13 * 13)
+    assert torch.equal(found[0], best)
+    assert likelihood(model, ids, found) >= likelihood(model, ids, model.generate(ids, 3))
+
+
+def test_beams_read_padding_nowhere_and_go_on_from_states_as_from_the_whole(model):
+    ids = torch.randint(13, (5, 8))
+    valid = ragged(ids)
+    found = model.generate(ids, 6, beams=3, mask=Mask(valid=valid))
+    alone = [model.generate(row[kept][None], 6, beams=3)[0] for row, kept in zip(ids, valid, strict=True)]
+    assert torch.equal(found, torch.stack(alone))
+    assert torch.equal(found, model.generate(ids, 6, beams=3, mask=Mask(valid=valid), use_state=False))
+
+
+def test_beams_go_on_from_the_state_of_inserted_tokens():
+    model = make_model([("landmark", {"block": 3})] * 2)
+    ids = torch.randint(13, (4, 7))
+    assert torch.equal(model.generate(ids, 7, beams=3), model.generate(ids, 7, beams=3, use_state=False))
+
+
+def test_a_beam_search_refuses_what_it_cannot_honour(model):
+    ids = torch.randint(13, (1, 4))
+    for options, words in (
+        ({"beams": 2, "temperature": 1.0}, "temperature in a beam search"),
+        ({"beams": 0}, "beams"),
+        ({"length_penalty": 0.5}, "without a beam search"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            model.generate(ids, 3, **options)
 
 
 def test_gradients_reach_every_parameter():

@@ -74,11 +74,18 @@ def test_validation_without_data_is_not_ignored(tmp_path):
 
 def test_documents_are_compared_from_the_command_line(tmp_path, capsys, monkeypatch):
     words = ["compare", reviews(tmp_path / "a.jsonl", 200), "--task", "documents:text=body,label=stars"]
+    words += ["--validation", reviews(tmp_path / "b.jsonl", 40, first=190)]
     words += ["--length", "32", "--mechanisms", "softmax", "--budget", "60k tokens", "--seeds", "1", "--dim", "16"]
     words += ["--layers", "1", "--rates", "0.01", "--lengths", "16,32", "--at-length", "32"]
     monkeypatch.setattr("sys.argv", ["regard", *words, "--output", str(tmp_path / "run"), "--json"])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
-    (row,) = json.loads(capsys.readouterr().out)["summary"]["documents"]
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["summary"]["documents"]
     assert row["mean"] > 0.8
+    assert found["baselines"]["documents"]["name"] == "majority class"
+    assert row["beside_baseline"] == "ahead"
+    warned = "10 items of the held-out data (b.jsonl) are also in the training data: not trained on"
+    assert warned in found["tasks"]["documents"]
+    assert warned in (tmp_path / "run" / "report.html").read_text()

@@ -127,10 +127,10 @@ def test_baseline_and_chance_are_scores_of_simple_rules_on_the_same_items(table,
             naive.append(standard[start + ahead] - standard[start + ahead - back])
             zero.append(standard[start + ahead])
     measure = (lambda x: np.abs(x).mean()) if metric == "mae" else (lambda x: np.square(x).mean())
-    assert task.baseline[1] == pytest.approx(measure(np.array(naive)), rel=1e-4)
+    assert task.baseline.score == pytest.approx(measure(np.array(naive)), rel=1e-4)
     assert task.chance == pytest.approx(measure(np.array(zero)), rel=1e-4)
     assert f"standardised {metric.upper()}" in task.describe()
-    assert f"{task.baseline[1]:.3f}" in task.describe()
+    assert f"{task.baseline.score:.3f}" in task.describe()
 
 
 def test_gaps_are_counted_named_filled_from_before_and_not_scored(tmp_path):
@@ -139,8 +139,11 @@ def test_gaps_are_counted_named_filled_from_before_and_not_scored(tmp_path):
     path = save(tmp_path / "a.csv", rows[:870] + rows[873:])
     task = make(path)
     told = task.describe()
-    assert "note: 3 missing rows, the first in the series at 2024-02-06T06:00:00: filled with the value before" in told
-    assert "note: 1 empty cells of wind filled with the value before" in told
+    assert (
+        "note: 3 missing rows, the first in the series of a.csv at 2024-02-06T06:00:00: filled with the value before"
+        in told
+    )
+    assert "note: 1 empty cells of wind filled with the value before, the first: a.csv, line 32" in told
     targets = torch.cat([b.targets for b in task.evaluation_batches(64)]).flatten()
     assert targets.isnan().nonzero().flatten().tolist() == [22, 23, 24]
     memory = torch.cat([b.memory for b in task.evaluation_batches(64)])
@@ -215,7 +218,7 @@ def test_months_are_an_interval(tmp_path):
     task = create_task("forecast", data=save(tmp_path / "a.csv", rows), target="load", history=12, length=6)
     assert (task.season, task.features) == (12, 3)
     assert "a month apart, 1 series, 200 points" in task.describe()
-    assert "1 missing rows, the first in the series at 1994-03-01T00:00:00" in task.describe()
+    assert "1 missing rows, the first in the series of a.csv at 1994-03-01T00:00:00" in task.describe()
 
 
 def test_time_and_target_are_found_when_there_is_only_one(tmp_path):
@@ -228,7 +231,10 @@ def test_validation_file_is_what_is_held_out_and_what_it_shares_is_not_trained_o
     rows = rows_of(1000)
     training, later = save(tmp_path / "a.csv", rows[:900]), save(tmp_path / "b.csv", rows[700:])
     task = make(training, validation=later)
-    assert "200 rows from the first time of the held-out data on: not trained on" in task.describe()
+    assert (
+        "200 rows from the first time of the held-out data (b.csv, 2024-01-30T04:00:00) on: not trained on"
+        in task.describe()
+    )
     apart = make(save(tmp_path / "c.csv", rows[:700]), validation=later)
     assert "not trained on" not in apart.describe()
     assert torch.equal(task.training_batch(0, 0, 32).memory, apart.training_batch(0, 0, 32).memory)
@@ -287,6 +293,12 @@ def test_nonsense_options_are_refused(table, options, told):
     with pytest.raises(Unsupported) as error:
         make(table, **options)
     assert told in str(error.value)
+
+
+def test_times_in_a_form_that_is_not_read_are_shown(tmp_path):
+    rows = [["01/02/2024 10:00", *row[1:]] for row in rows_of(50)]
+    with pytest.raises(Unsupported, match=r"a\.csv, line 2, where the column time has '01/02/2024 10:00'"):
+        make(save(tmp_path / "a.csv", rows))
 
 
 def test_a_table_without_times_is_refused(tmp_path):
@@ -353,4 +365,4 @@ def test_a_missing_package_names_the_command(packages):
 def test_on_real_data_the_season_is_worth_something(source, series):
     task = check_task(create_task("forecast", source=source))
     assert f"{series} series" in task.describe()
-    assert task.baseline[1] < 0.6 * task.chance
+    assert task.baseline.score < 0.6 * task.chance

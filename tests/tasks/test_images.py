@@ -129,6 +129,7 @@ def test_validation_folder_is_what_is_held_out(folder, tmp_path):
     held_out = rows(task.evaluation_batches(64))
     training = rows([task.training_batch(0, 0, 29)])
     assert len(held_out) == 7
+    assert "1 images of the held-out data are also in the training data: not trained on" in task.describe()
     assert len(set(training)) == 29
     assert not set(held_out) & set(training)
     photo(tmp_path / "valid" / "toad" / "x.png", 7)

@@ -126,19 +126,28 @@ def test_repeated_documents_count_once_and_validation_is_not_trained_on(tmp_path
     assert "2 repeated items left out, 1 of them with another class" in told
     other = save(tmp_path / "other.tsv", [*rows[:5], *rows[45:48], ("a new one", "ham")])
     task = create_task("documents", data=file, validation=other, length=64)
-    assert "8 items of the held-out data are also in the training data: not trained on" in task.describe()
+    assert (
+        "8 items of the held-out data (other.tsv) are also in the training data: not trained on; the first: 'ham 0 "
+        in task.describe()
+    )
     assert len(held_out(task)) == 9
     assert not {text for text, _ in held_out(task)} & {text for text, _ in seen(task, task.training_batch(0, 0, 52))}
     with pytest.raises(Unsupported, match="holds all of the training data"):
         create_task("documents", data=file, validation=file)
     unknown = save(tmp_path / "unknown.tsv", [("text", "eggs")])
+    nothing = save(tmp_path / "nothing.tsv", [("", "ham")])
+    with pytest.raises(Unsupported, match=r"nothing\.tsv, which holds no items"):
+        create_task("documents", data=file, validation=nothing)
     with pytest.raises(Unsupported, match="held-out items of the class eggs, which training lacks"):
         create_task("documents", data=file, validation=unknown)
 
 
 def test_empty_rows_are_left_out_with_a_note(tmp_path):
     path = save(tmp_path / "a.tsv", [*letters({"a": 9, "b": 9}), ("", "a"), ("x", " ")])
-    assert "a.tsv: 2 rows without a text or a label left out" in create_task("documents", data=path).describe()
+    assert (
+        "a.tsv: 2 rows without a text or a label left out, the first: a.tsv, line 20"
+        in create_task("documents", data=path).describe()
+    )
 
 
 def test_sample_and_labels_are_safe_on_a_terminal(tmp_path):
@@ -169,7 +178,7 @@ def all_empty(tmp_path):
     ("make", "told"),
     [
         (one_class, "x.tsv with 1 class"),
-        (alone, "the class spam with 1 different item"),
+        (alone, "the class spam of x.tsv with 1 different item"),
         (folder_without_classes, "with 0 sub-folders"),
         (all_empty, "x.tsv with 0 class"),
         (lambda t: t / "mail.tvs", "mail.tvs, which does not exist"),

@@ -149,10 +149,18 @@ def test_generated_text_is_scored_up_to_its_end(file):
     assert task.score_generated(shifted, batch)[0].tolist() == [100.0] * 4
 
 
+def test_baseline_is_the_better_of_two_rules(tmp_path):
+    pairs = [(words(5, i), f"always the same words {i % 3}") for i in range(40)]
+    task = create_task("summarize", data=save(tmp_path / "a.tsv", pairs))
+    assert task.baseline.name == "a target drawn from training"
+    assert task.baseline.score == task.chance > 70
+    assert "the source itself: 0.0; a target drawn from training" in task.describe()
+
+
 def test_baseline_is_the_score_of_the_source_itself(tmp_path):
     pairs = [(f"{words(5, i)}", f"{words(5, i)}") for i in range(40)]
     task = create_task("summarize", data=save(tmp_path / "a.tsv", pairs))
-    assert task.baseline == ("the source itself", 100.0)
+    assert (task.baseline.name, task.baseline.score) == ("the source itself", 100.0)
     assert task.chance < 20
     assert "the source itself: 100.0" in task.describe()
 
@@ -222,8 +230,8 @@ def test_the_standard_library_is_the_default_and_split_by_module():
     assert len(task._training) > 2000
     assert len(held_out(task)) == 64
     assert not {p.source for p, _, _ in task._training} & {p.source for p, _, _ in task._held_out}
-    assert task.baseline[0] == "the words of the function's name"
-    assert task.baseline[1] > 1.5 * task.chance
+    assert task.baseline.name == "the words of the function's name"
+    assert task.baseline.score > 1.5 * task.chance
     assert "split: by module" in task.describe()
 
 
@@ -268,13 +276,16 @@ def test_paraphrase_without_the_bibles_names_the_command(packages):
 def test_real_verses_resemble_their_paraphrase():
     task = check_task(create_task("paraphrase"))
     assert len(task._training) + len(task._held_out) > 29_000
-    assert task.baseline[1] > task.chance + 15
+    assert task.baseline.score > task.chance + 15
 
 
 def test_validation_that_shares_pairs_is_not_trained_on(tmp_path, file):
     path = save(tmp_path / "b.tsv", [*example_pairs()[:9], ("new source", "new target")])
     task = create_task("summarize", data=file, validation=path)
-    assert "9 pairs of the held-out data are also in the training data: not trained on" in task.describe()
+    assert (
+        "9 pairs of the held-out data (b.tsv) are also in the training data: not trained on; the first: '"
+        in task.describe()
+    )
     assert len(task._training) == 51
     assert len(held_out(task)) == 10
     with pytest.raises(Unsupported, match="holds all of the training data"):
@@ -285,7 +296,10 @@ def test_validation_that_shares_pairs_is_not_trained_on(tmp_path, file):
 
 def test_empty_rows_are_left_out_with_a_note(tmp_path):
     path = save(tmp_path / "a.tsv", [*example_pairs(), ("", "x"), ("y", " ")])
-    assert "a.tsv: 2 rows without a source or a target left out" in create_task("summarize", data=path).describe()
+    assert (
+        "a.tsv: 2 rows without a source or a target left out, the first: a.tsv, line 62"
+        in create_task("summarize", data=path).describe()
+    )
 
 
 def test_sample_is_safe_on_a_terminal(tmp_path):

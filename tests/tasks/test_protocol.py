@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks import (
     IGNORED,
+    Baseline,
     Batch,
     Task,
     absolute_error,
@@ -178,6 +180,33 @@ def test_a_task_of_ones_own_needs_only_a_few_members():
     assert torch.equal(right, count)
 
 
+def test_a_baseline_is_scored_item_by_item_as_a_model_is():
+    task = Parity()
+    (batch,) = task.evaluation_batches(256)
+    always_odd = Baseline.of("odd", task, lambda batch: torch.tensor([0.0, 1.0]).expand(batch.size, 2))
+    assert always_odd.items[:, 0].tolist() == batch.targets.tolist()
+    assert always_odd.score == pytest.approx(batch.targets.double().mean().item())
+
+
+def test_the_majority_class_is_that_of_training():
+    training, held_out = np.array([0, 2, 2, 1, 2]), np.array([1, 2, 1, 1])
+    rule = Baseline.majority_class(training, held_out)
+    assert rule.items.tolist() == [[0, 1], [1, 1], [0, 1], [0, 1]]
+    assert (rule.name, rule.score) == ("majority class", 0.25)
+
+
+@pytest.mark.parametrize("name", ["documents", "matching", "images", "listops"])
+def test_classes_have_a_baseline_in_the_order_of_the_held_out_items(name, tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("text\tfirst\tsecond\tlabel\n" + "".join(f"{i}\t{i}\t{i}\t{i % 5 > 1}\n" for i in range(60)))
+    options = {"data": path} if name in ("documents", "matching") else {}
+    task = create_task(name, evaluation_items=40, **options)
+    targets = torch.cat([batch.targets for batch in task.evaluation_batches(7)])
+    right = torch.from_numpy(task.baseline.items[:, 0]).bool()
+    assert len(right) == len(targets)
+    assert len(targets[right].unique()) == 1 and not torch.isin(targets[~right], targets[right]).any()
+
+
 @pytest.mark.parametrize(
     ("members", "told"),
     [
@@ -186,6 +215,7 @@ def test_a_task_of_ones_own_needs_only_a_few_members():
         ({"objective": "ranking"}, "objective='ranking'"),
         ({"pattern": "causal"}, "nearest: causal-self"),
         ({"vocab_size": None, "features": 3}, "inputs (2, 16, 3)"),
+        ({"baseline": ("coin", 0.5)}, "baseline=('coin', 0.5)"),
     ],
 )
 def test_a_wrong_task_of_ones_own_is_refused(members, told):

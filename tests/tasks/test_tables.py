@@ -181,6 +181,13 @@ def test_a_missing_column_is_refused_with_the_nearest(tmp_path):
         table.column("demnd", "target")
 
 
+def test_a_first_line_of_data_is_not_taken_for_names(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("2024-01-01,0.5\n2024-01-02,0.7\n")
+    with pytest.raises(Unsupported, match=r"no column of a\.csv.* nearest: a first line that names the columns"):
+        read_table(path).column("load", "target")
+
+
 def test_nested_json_and_surrogates_are_no_text(tmp_path):
     table = read_table(write(tmp_path / "a.jsonl", '{"a": [1], "b": "\\ud800"}\n'))
     with pytest.raises(Unsupported, match="line 1, where the column a has \\[1\\]"):

@@ -150,6 +150,7 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
                 sign * other["mean"] > sign * entry["mean"] and other["inference_ms"] < entry["inference_ms"]
                 for other in entries
             )
+            entry["beside_baseline"] = "ahead" if sign * entry["mean"] > sign * (0.7 if higher else 1.6) else "behind"
             gap = abs(entry["mean"] - best["mean"])
             entry["separable_from_best"] = None if error is None else entry is not best and gap > 0.04
         summary[task] = entries
@@ -175,6 +176,10 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
             ],
         },
         "resolution": {task: 0.021 for task in chosen_tasks},
+        "baselines": {
+            task: {"name": f"rule of {task}", "score": 0.7 if higher else 1.6, "higher_is_better": higher}
+            for task, (_, higher) in list(TASKS.items())[:tasks]
+        },
     }
     return {
         "run": run,

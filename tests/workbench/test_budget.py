@@ -33,6 +33,13 @@ def test_nonsense_is_refused_with_what_is_accepted(text):
     assert Budget.parse(caught.value.nearest)
 
 
-@pytest.mark.parametrize("text", ["90s", "8m", "20m", "3h", "2e+06 tokens"])
+@pytest.mark.parametrize(
+    "text", ["90s", "8m", "20m", "3h", "2e+06 tokens", "60k tokens", "123 tokens", "1.5G tokens", "5e13 flops"]
+)
 def test_what_is_printed_is_read_again(text):
     assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", ["60k tokens", "123 tokens", "122.88k tokens", "2M tokens", "90s", "8m"])
+def test_it_is_printed_as_a_person_writes_it(text):
+    assert str(Budget.parse(text)) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +11,16 @@ from regard.contract import Pattern, Unsupported
 from regard.measurement.store import Store
 from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
 from regard.models import count_parameters as count
-from regard.tasks import create_task
-from regard.tasks.protocol import Batch, Task, absolute_error, counter_generator
+from regard.tasks import (
+    Baseline,
+    Batch,
+    Task,
+    absolute_error,
+    counter_generator,
+    create_task,
+    squared_error_by_item,
+)
+from regard.training import evaluate
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare
 from regard.workbench.settings import CompareSettings
@@ -136,6 +145,68 @@ def test_the_same_objective_in_another_pattern_has_costs_of_its_own(tmp_path):
     assert sorted(patterns) == ["causal-cross"] * 2 + ["causal-self"] * 2
     for entries in outcome.summary.values():
         assert all(entry["inference_ms"] > 0 and entry["state_bytes"] > 0 for entry in entries)
+
+
+def carry_with_a_rule(errors):
+    """Carry whose rule has these errors at each point of the items that choose the rate, and of the others."""
+    task = Carry()
+    first, others = errors
+    task.baseline = Baseline("a rule", np.array([[3.0 * first, 3.0]] * 4 + [[3.0 * others, 3.0]] * 12))
+    return task
+
+
+@pytest.mark.parametrize(("error", "standing"), [(1e-3, "behind"), (1e6, "ahead")])
+def test_a_rule_is_compared_on_the_items_that_are_the_result(tmp_path, error, standing):
+    outcome = compare([carry_with_a_rule((12345.0, error))], settings(rates=(1e-3, 1e-2), seeds=1), tmp_path)
+    assert outcome.baselines == {"carry": {"name": "a rule", "score": pytest.approx(error), "higher_is_better": False}}
+    assert [entry["beside_baseline"] for entry in outcome.summary["carry"]] == [standing] * 2
+    note = outcome.recommendation.notes[0]
+    assert note.startswith(f"On carry a rule without training, a rule, scores {error:.4g}.")
+    names = ", ".join(entry["mechanism"] for entry in outcome.summary["carry"])
+    assert ("Better: " + (names if standing == "ahead" else "none")) in note
+    assert (f"Worse: {names}. So {outcome.recommendation.winner} is no use" in note) == (standing == "behind")
+    assert "a rule without training" in outcome.report.read_text()
+
+
+def test_a_rule_near_the_models_is_not_told_apart(tmp_path):
+    task = carry_with_a_rule((0.0, 0.0))
+    outcome = compare([task], settings(mechanisms=("softmax",), rates=(1e-3, 1e-2)), tmp_path / "a")
+    with Store(outcome.store) as store:
+        items = np.array(store.rows("quality")[0].payload["items"])
+    task.baseline = Baseline("a rule", np.concatenate([np.ones((4, 2)), items * [1, 1] + [[3, 0], [-3, 0]] * 6]))
+    outcome = compare([task], settings(mechanisms=("softmax",), rates=(1e-3, 1e-2), seeds=1), tmp_path / "b")
+    assert [entry["beside_baseline"] for entry in outcome.summary["carry"]] == ["level"]
+    assert "Not told apart from it: softmax" in outcome.recommendation.notes[0]
+
+
+def test_a_rule_scored_on_other_items_is_refused(tmp_path):
+    task = Carry()
+    task.baseline = Baseline("a rule", np.ones((15, 2)))
+    with pytest.raises(Unsupported, match="15 scores of its baseline for 16 held-out items"):
+        compare([task], settings(), tmp_path)
+
+
+def test_scores_in_another_metric_are_measured_again(tmp_path):
+    class Squared(Carry):
+        metric = "MSE"
+
+        def score(self, output, batch):
+            return squared_error_by_item(output.double(), batch)
+
+    means = [
+        compare([task], settings(mechanisms=("softmax",), seeds=1), tmp_path).summary["carry"][0]["mean"]
+        for task in (Carry(), Squared())
+    ]
+    assert means[1] > 100 * means[0]
+
+
+def test_generated_answers_are_scored_many_at_once_and_the_same(tmp_path):
+    work = Work(Recite(), settings())
+    assert (work.batch_size, work.scored_at_once) == (8, 32)
+    assert Work(Carry(), settings()).scored_at_once == 7
+    model = build(work.configs["linear"], 0)
+    scores = [evaluate(model, work.task, size).items for size in (work.batch_size, work.scored_at_once)]
+    assert scores[0] == scores[1]
 
 
 def test_tasks_without_a_model_and_mechanisms_without_the_pattern_are_refused(tmp_path):

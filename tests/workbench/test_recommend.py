@@ -56,9 +56,25 @@ def test_what_cannot_be_separated_is_said_with_what_would():
     assert any("Cannot separate" in note and "--seeds" in note and "--budget" in note for note in found.notes)
 
 
+def test_what_does_not_beat_the_rule_is_not_taken_where_others_do():
+    summary, comparison = case({"slow": 1.0, "fast": 1.0, "toy": 1.0}, TIMES)
+    standings = {"slow": "ahead", "fast": "ahead", "toy": "level"}
+    for entry in summary:
+        entry["beside_baseline"] = standings[entry["mechanism"]]
+    found = advise(text=((summary, comparison), BITS))
+    assert found.winner == "fast"
+    assert "a rule without training is not beaten by toy" in found.reason
+    for entry in summary:
+        entry["beside_baseline"] = "level"
+    assert advise(text=((summary, comparison), BITS)).winner == "toy"
+
+
 def test_a_single_seed_ranks_nothing():
     found = advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS))
     assert any("single seed" in note for note in found.notes)
+    assert "within the noise" not in found.reason
+    assert "single seed" in found.reason
+    assert "within the noise" in advise(text=(case({"slow": 1.0, "fast": 1.0}, TIMES), BITS)).reason
 
 
 def test_nobody_solving_is_said_and_does_not_exclude():

@@ -135,6 +135,35 @@ def test_marks_stay_inside_their_chart(rows):
             assert 0 <= float(down) <= charts.HEIGHT, tag
 
 
+def test_the_rule_of_a_task_is_a_line_and_a_row_in_its_place(rows):
+    page = render(**rows)
+    assert section(page, "quality").count("rule") == 2
+    text = section(page, "table").text
+    for task, entries in rows["summary"].items():
+        rule = rows["run"]["baselines"][task]
+        assert f"{rule['name']} {task} {charts.format_number(rule['score'])} a rule without training" in text
+        place = text.index(rule["name"])
+        for entry in entries:
+            better = (entry["mean"] > rule["score"]) == rule["higher_is_better"]
+            assert entry["beside_baseline"] == ("ahead" if better else "behind")
+            own = re.search(rf"{entry['mechanism']} {task} .*?(better|worse) than the rule", text)
+            assert own[1] == ("better" if better else "worse")
+            assert (own.start() < place) == better
+    bare = copy.deepcopy(rows)
+    del bare["run"]["baselines"]
+    assert section(render(**bare), "quality").count("rule") == 0
+
+
+@pytest.mark.parametrize(("score", "arrow"), [(9.0, "↑"), (-9.0, "↓")])
+def test_a_rule_that_is_far_off_does_not_flatten_the_picture(score, arrow):
+    far = example(tasks=2, mechanisms=4)
+    near = section(render(**far), "quality")
+    far["run"]["baselines"]["recall"]["score"] = score
+    page = section(render(**far), "quality")
+    assert page.count("rule") == near.count("rule") - 1
+    assert f"rule of recall {score:.2f} {arrow}" in page.text
+
+
 def test_figures_and_words_are_on_the_page(rows):
     page = render(**rows)
     text = Page(page).text
@@ -358,6 +387,21 @@ def test_terminal_table_has_every_cell(rows):
     assert "no score" in text
     assert "nan" not in text
     assert len(text.strip().splitlines()) >= 1 + 2 * 5
+
+
+def test_terminal_table_has_the_rule_in_its_place(rows):
+    out = io.StringIO()
+    summary = {
+        task: sorted(entries, key=lambda e: e["mean"] if task == "language_model" else -e["mean"])
+        for task, entries in rows["summary"].items()
+    }
+    summary["recall"][-1]["mean"] = None
+    Console(file=out, width=200).print(terminal_table(summary, rows["run"]["baselines"]))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    for task, entries in summary.items():
+        own = lines[lines.index([task]) + 1 :][: len(entries) + 1]
+        place = next(i for i, line in enumerate(own) if line[:3] == ["rule", "of", task])
+        assert place == sum(e["mean"] is not None and e["beside_baseline"] == "ahead" for e in entries)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

