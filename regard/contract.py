@@ -533,6 +533,8 @@ class Mechanism:
             keys itself in causal-self): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
         accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
+        maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
+            too, after its feature map; in cross patterns nothing rotates them.
         length: ``any``, ``multiple``, ``max`` or ``grid``.
         uneven: whether the causal-self form is defined for N != M.
         domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
@@ -566,6 +568,7 @@ class Mechanism:
     honours: frozenset[str] = frozenset()
     weights: str = "none"
     accepts_positions: tuple[str, ...] = ("none", "sinusoidal", "learned", "rotary")
+    maps_before_rotation: bool = False
     length: str = "any"
     uneven: bool = True
     domains: Mapping[str, str] = field(default_factory=dict)

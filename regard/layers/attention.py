@@ -116,8 +116,10 @@ class AttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.card, self.pattern = card, card.require_pattern(pattern)
-        # Only causal-self caches keys whose places change later; elsewhere the shell rotates.
-        self.places_keys = "rotate" in card.honours and self.pattern is Pattern.CAUSAL_SELF
+        # Only causal-self caches keys whose places change later; elsewhere the shell rotates what needs no map before.
+        self.places_keys = "rotate" in card.honours and (
+            self.pattern is Pattern.CAUSAL_SELF or (card.maps_before_rotation and not self.pattern.cross)
+        )
         self.config = card.options() if config is None else config
         at_least("num_heads", num_heads, 1)
         if head_dim is None:
@@ -145,6 +147,12 @@ class AttentionLayer(nn.Module):
         self.positions = create_positions(
             scheme, dim=dim, heads=num_heads, head_dim=head_dim, max_length=max_length, **(position_options or {})
         )
+        if card.maps_before_rotation and self.pattern.cross and self.positions.rotate is not None:
+            raise Unsupported(
+                f"{scheme} positions with {card.name} in {self.pattern.value}",
+                supported="self patterns, in which it rotates after its feature map",
+                nearest="positions=None",
+            )
 
         project: Callable[..., nn.Module] = partial(make_linear, bias=bias, kind=linear, **(linear_options or {}))
         self.spec = LayerSpec(

@@ -7,6 +7,7 @@ from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
+from regard.models.plans import attention_share, masformer_plan, transnormer_plan
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model
 
@@ -20,9 +21,12 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",
+    "attention_share",
     "build_model",
     "count_parameters",
     "from_pretrained",
+    "masformer_plan",
     "match_parameters",
     "save_pretrained",
+    "transnormer_plan",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 from regard.contract import Unsupported, closest
 from regard.positions.alibi import Alibi
 from regard.positions.learned import Learned
+from regard.positions.lrpe import Lrpe
 from regard.positions.none import NoPositions
 from regard.positions.protocol import Positions
 from regard.positions.relative import Relative
@@ -17,6 +18,7 @@ from regard.positions.sinusoidal import Sinusoidal
 __all__ = [
     "Alibi",
     "Learned",
+    "Lrpe",
     "NoPositions",
     "Positions",
     "Relative",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 SCHEMES: dict[str, type[Positions]] = {
-    scheme.name: scheme for scheme in (NoPositions, Sinusoidal, Learned, Rotary, Alibi, Relative)
+    scheme.name: scheme for scheme in (NoPositions, Sinusoidal, Learned, Rotary, Lrpe, Alibi, Relative)
 }
 
 

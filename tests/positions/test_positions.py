@@ -12,6 +12,7 @@ from regard.contract import Unsupported
 from regard.positions import (
     Alibi,
     Learned,
+    Lrpe,
     Positions,
     Relative,
     Rotary,
@@ -26,6 +27,7 @@ PLACES = {
     "sinusoidal": "embed",
     "learned": "embed",
     "rotary": "rotate",
+    "lrpe": "rotate",
     "alibi": "bias",
     "relative": "bias",
 }
@@ -238,3 +240,55 @@ def test_positions_that_do_not_fit_are_refused() -> None:
         Rotary(head_dim=8).rotate(x[..., :4], torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(Unsupported):
         Alibi(heads=2).bias(torch.zeros(2, 3, dtype=torch.long), torch.zeros(3, 3, dtype=torch.long), True)
+
+
+def test_lrpe_equals_a_reflection_and_a_complex_rotation_of_neighbouring_features() -> None:
+    scheme = Lrpe(head_dim=8).double()
+    x, positions = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randint(0, 300, (2, 5))
+    u = scheme.reflection
+    mirror = torch.eye(8, dtype=torch.float64) - 2 * torch.outer(u, u) / (u @ u)
+    torch.testing.assert_close(mirror @ mirror.T, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-14)
+    turn = torch.polar(
+        torch.ones(2, 1, 5, 4, dtype=torch.float64), positions[:, None, :, None] * scheme.angles.detach()
+    )
+    turned = torch.view_as_complex((x @ mirror).unflatten(-1, (4, 2))) * turn
+    found = scheme.rotate(x, positions)
+    torch.testing.assert_close(found, torch.view_as_real(turned).flatten(-2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), rtol=1e-14, atol=0)
+
+
+def test_lrpe_products_depend_on_the_difference_of_positions_alone() -> None:
+    scheme = Lrpe(head_dim=8)
+    q, k = torch.randn(2, 1, 2, 7, 8, dtype=torch.float64)
+    i, j = torch.randint(0, 100, (2, 1, 7))
+    product = scheme.rotate(q, i) @ scheme.rotate(k, j).mT
+    torch.testing.assert_close(
+        scheme.rotate(q, i + 12345) @ scheme.rotate(k, j + 12345).mT, product, rtol=0, atol=1e-10
+    )
+    assert (scheme.rotate(q, i + 1) @ scheme.rotate(k, j).mT - product).abs().max() > 1e-2
+
+
+def test_lrpe_learns_its_angles_and_keeps_its_reflection() -> None:
+    scheme = Lrpe(head_dim=6).double()
+    torch.testing.assert_close(
+        scheme.angles.detach(), 10_000.0 ** (-torch.arange(0, 6, 2).double() / 6), rtol=1e-6, atol=0
+    )
+    assert [name for name, _ in scheme.named_parameters()] == ["angles"]
+    assert "reflection" in scheme.state_dict()  # a saved model turns as it did
+    x, positions = torch.randn(1, 2, 3, 6, dtype=torch.float64), torch.randint(0, 9, (1, 3))
+
+    def turned(x: Tensor, angles: Tensor) -> Tensor:
+        return torch.func.functional_call(scheme, {"angles": angles}, (x, positions))
+
+    scheme.forward = scheme.rotate  # type: ignore[method-assign]
+    assert torch.autograd.gradcheck(turned, (x.requires_grad_(), scheme.angles.detach().clone().requires_grad_()))
+
+
+def test_lrpe_is_as_exact_far_away_as_near() -> None:
+    scheme = Lrpe(head_dim=8)
+    x, positions = torch.randn(1, 2, 5, 8), torch.randint(1_000_000, 2_000_000, (1, 5))
+    found = scheme.rotate(x, positions)
+    torch.testing.assert_close(found.double(), scheme.rotate(x.double(), positions), rtol=0, atol=4e-6)
+    for width in (0, 5):
+        with pytest.raises(Unsupported, match="even head_dim"):
+            Lrpe(head_dim=width)

@@ -1,0 +1,40 @@
+"""Softmax attention over keys in several parts, put together from the parts' outputs and log-sum-exps.
+
+LSE = log sum_p exp(LSE_p),   O = sum_p exp(LSE_p - LSE) O_p
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+def merge(
+    outputs: Sequence[Float[Tensor, "b h n v"]], lses: Sequence[Float[Tensor, "b h n"]]
+) -> Float[Tensor, "b h n v"]:
+    """The output over all keys, of which each is in one part; 0 for a query that sees none, with finite gradients.
+
+    Without gradients it is written over the first of `outputs`.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    lse = torch.stack(list(lses))
+    empty = lse == -torch.inf
+    nothing = empty.all(0)
+    # the gradient of a softmax over -inf alone is NaN
+    shares = torch.where(empty, 0, torch.where(nothing, 0, lse).softmax(0)).to(outputs[0].dtype)[..., None]
+    if any(output.requires_grad for output in outputs):
+        total = shares[0] * outputs[0]
+        for share, output in zip(shares[1:], outputs[1:], strict=True):
+            total = torch.addcmul(total, share, output)
+        return total
+    total = outputs[0].mul_(shares[0])
+    for share, output in zip(shares[1:], outputs[1:], strict=True):
+        total.addcmul_(share, output)
+    return total

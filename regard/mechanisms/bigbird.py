@@ -1,0 +1,217 @@
+r"""BigBird: blocks of queries see their neighbours, the first and the last block, and a few blocks at random.
+
+When to pick it: encoders of long documents, above all where a trained softmax model is to be carried over; any two
+tokens are connected within two layers, and time is linear in N.
+When not: generation (it looks ahead), cross attention, exact recall from anywhere in one layer (`softmax`), sequences
+shorter than a dozen blocks, on which it is full attention.
+
+Definition (Zaheer et al., arXiv 2007.14062, section 2 and appendix D; survey arXiv 2103.14636, B3). Let beta and gamma
+be the blocks of query and key, of b tokens each, n of them in a row, the last one of what is left. Softmax attention over
+the pairs with
+
+    beta or gamma among the first g_1 or the last g_2 blocks, or |beta - gamma| <= w, or gamma in R(beta),
+
+R(beta) being r blocks drawn without replacement from those that beta does not see otherwise. A row of fewer than
+(1 + 2w + g_1 + g_2 + 2r) b tokens has full attention.
+
+| paper | here |
+|---|---|
+| b, block size | `block`, 64 |
+| r, random blocks | `random_blocks`, 3 |
+| w, window (3 blocks in all) | `neighbours`, 1: blocks on either side |
+| g, global blocks of the internal construction (ITC) | `first_blocks` and `last_blocks`, 1 and 1 |
+| extra global tokens (ETC) | tokens of the user's at the front, `first_blocks` to hold them, `last_blocks=0` |
+| 1 / sqrt(d) | `scale` |
+
+R is drawn for each head from `seed` and the number of blocks of the row, so that a padded row has the blocks that it has
+alone. Layers of a stack should have different seeds.
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Blocks count valid tokens. A query that sees
+no key gives 0.
+Deviations: in transformers' code (5.24) R is the first block, r times over, whenever the model does not train, and a
+block seen twice counts twice; here a block counts once, and R is the same in training and after. A causal form does not
+exist: the last block and random later ones are seen by all. PyTorch's backend computes hidden blocks too, a block of
+queries at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import (
+    BlockMask,
+    Call,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    at_least,
+)
+from regard.engines.attention import Visibility, attention, attention_reference, masked_scores_bias, ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        block: b, tokens a block, >= 1.
+        neighbours: w, blocks seen on either side, >= 0.
+        random_blocks: r, blocks drawn for each head and block of queries, >= 0.
+        first_blocks: g_1, >= 0: the first so many blocks see and are seen by all.
+        last_blocks: g_2, >= 0: likewise the last.
+        seed: of the draws.
+    """
+
+    block: int = 64
+    neighbours: int = 1
+    random_blocks: int = 3
+    first_blocks: int = 1
+    last_blocks: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("block", self.block, 1)
+        for name in ("neighbours", "random_blocks", "first_blocks", "last_blocks"):
+            at_least(name, getattr(self, name), 0)
+
+    @property
+    def shortest(self) -> int:
+        """Tokens from which on a row has fewer than all pairs."""
+        seen = 1 + 2 * self.neighbours + self.first_blocks + self.last_blocks
+        return (seen + 2 * self.random_blocks) * self.block
+
+
+def reference(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    blocks = _blocks(call, q)
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    visible, bias = masked_scores_bias(where, Visibility(), call.bias, call.position_bias, blocks, q.dtype)
+    return attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
+) -> Result:
+    output, weights, lse = attention(
+        q,
+        k,
+        v,
+        ranks(call, q.shape[2], k.shape[2], q.device),
+        visibility=Visibility(),
+        scale=call.scale,
+        bias=call.bias,
+        position_bias=call.position_bias,
+        blocks=_blocks(call, q),
+        dropout=call.dropout,
+        generator=call.generator,
+        want_weights="weights" in call.want,
+        want_lse="lse" in call.want,
+        backend=call.backend,
+    )
+    return Result(output, extras={n: x for n, x in (("weights", weights), ("lse", lse)) if x is not None})
+
+
+def _blocks(call: Call, q: Tensor) -> BlockMask | None:
+    """The layout of each row; None where no row can have fewer than all pairs."""
+    _, heads, n, _ = q.shape
+    config: Config = call.config
+    if n < config.shortest:
+        return None
+    lengths = torch.full((1,), n, device=q.device) if call.lengths is None else call.lengths
+    return BlockMask(visible_blocks(config, lengths, math.ceil(n / config.block), heads), config.block)
+
+
+def visible_blocks(
+    config: Config, lengths: Int[Tensor, " b"], count: int, heads: int
+) -> Bool[Tensor, "b #h blocks blocks"]:
+    """Blocks of keys that each block of queries sees, in rows of `lengths` tokens on an axis of `count` blocks."""
+    blocks = (-(-lengths // config.block))[:, None, None]
+    beta = torch.arange(count, device=lengths.device)[:, None]
+    gamma = beta.T
+
+    def is_global(index: Tensor) -> Tensor:
+        return (index < config.first_blocks) | (index >= blocks - config.last_blocks)
+
+    seen = is_global(beta) | is_global(gamma) | ((beta - gamma).abs() <= config.neighbours)  # (b, blocks, blocks)
+    seen = (seen | (lengths < config.shortest)[:, None, None])[:, None]
+    if config.random_blocks == 0:
+        return seen
+    head = torch.arange(heads, device=lengths.device)[:, None, None]
+    # a second round with the number of blocks, so that rows of different lengths are drawn differently
+    draws = _hash(_hash(_hash(_hash(head + (config.seed & 0xFFFFFFFF)) + beta) + gamma) + blocks[:, None])
+    draws = draws.masked_fill(seen | (gamma >= blocks)[:, None], 1 << 32)
+    chosen = draws.argsort(dim=-1, stable=True)[..., : config.random_blocks]
+    drawn = torch.zeros_like(draws, dtype=torch.bool).scatter(-1, chosen, True)
+    return seen | (drawn & (draws < 1 << 32))
+
+
+def _hash(x: Int[Tensor, "*axes"]) -> Int[Tensor, "*axes"]:
+    """32 random-looking bits of an integer >= 0: draws that depend on nothing but their place."""
+    x = (x + 0x9E3779B9) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def visible_pairs(config: Config, n: int) -> int:
+    """Pairs of query and key in a row of `n` tokens; with no global block at the end, up to the part of a block by which
+    the last one is short."""
+    if n < config.shortest:
+        return n * n
+    size, count = config.block, math.ceil(n / config.block)
+
+    def tokens(first: int, last: int) -> int:
+        """In the blocks first ... last - 1."""
+        return max(0, min(last * size, n) - max(first, 0) * size)
+
+    begin, end = config.first_blocks, count - config.last_blocks
+    ends = tokens(0, begin) + tokens(end, count)
+    pairs = ends * n
+    for beta in range(begin, end):
+        near = tokens(max(beta - config.neighbours, begin), min(beta + config.neighbours + 1, end))
+        pairs += tokens(beta, beta + 1) * (ends + near + config.random_blocks * size)
+    return pairs
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Hidden blocks are skipped. A step is not defined: its operations are those of a whole call."""
+    heads = shape.batch * shape.heads
+    flops = 2.0 * heads * visible_pairs(config, shape.m) * shape.n / max(shape.m, 1) * (shape.dim_key + shape.dim_value)
+    blocks = math.ceil(shape.m / config.block)
+    return Cost(flops=flops, memory=float(heads * (shape.n + blocks**2)), state=0.0, step_flops=flops)
+
+
+AHEAD = "the last block and random ones are seen by earlier queries"
+NO_PLACE = "blocks of a memory have no place beside those of the queries"
+
+MECHANISM = Mechanism(
+    name="bigbird",
+    aliases=("big_bird",),
+    kind=Kind.ATTENTION,
+    summary="Blocks of queries see their neighbours, the first and the last block, and a few blocks at random.",
+    paper=Paper("Big Bird: Transformers for Longer Sequences", "2007.14062", 2020),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+    patterns=(Pattern.NONCAUSAL_SELF,),
+    refused={Pattern.CAUSAL_SELF: AHEAD, Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
+    forms={"reference": reference, "parallel": parallel},
+    config=Config,
+    engine="attention",
+    cost=cost,
+    honours=frozenset({"bias", "dropout", "weights", "lse"}),
+    weights="exact",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+)

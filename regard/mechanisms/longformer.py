@@ -1,0 +1,472 @@
+r"""Longformer: softmax over a window around each token, beside a few global tokens that see and are seen by all.
+
+When to pick it: long documents of which a few tokens must gather the rest (a class token, a question), or a window that
+should not forget the first tokens of a stream; time is linear in N, and the causal state has a fixed size.
+When not: recall of single tokens beyond the layers' joint reach, cross attention (memory has no place near a query).
+
+Definition (Beltagy et al., arXiv 2004.05150, section 3; survey arXiv 2103.14636, B2). With the set Gl of global tokens,
+a token i outside it has the weights of one softmax over
+
+    keys near it:    |i - j| <= w/2 g and g divides i - j, in causal-self 0 <= i - j <= (w - 1) g
+    and all of Gl,   in causal-self those with j <= i,
+
+in which a global token that is also near counts once. A global token sees all tokens (in causal-self those with j <= i),
+by queries, keys and values of its own: softmax(tau q^g_i . k^g_j) v^g_j.
+
+| paper | here |
+|---|---|
+| w, attention window, half of it on each side | `window`; in causal-self w keys, the query's own included |
+| dilation of a head | g, `dilation` |
+| global attention on chosen tokens | roles `Role.CLS` (noncausal-self), and the first `global_tokens` tokens |
+| Q_g, K_g, V_g | `q_global`, `k_global`, `v_global`; a layer has them unless `separate_projections=False` |
+| 1 / sqrt(d) | `scale` |
+
+Layout: (B, H, N, D). Ranks count valid tokens, so windows and first tokens do not move with padding. A query that sees no
+key gives 0. Without `q_global` and its kin, global tokens use q, k and v.
+State: the last (w - 1) g keys, and two keys of each global token; its size never changes.
+Deviations: no sequence is padded to a multiple of the window. The projections of global tokens begin with weights of their
+own; the paper copies the others from a trained model: `layer.projection.query.load_state_dict(layer.query.state_dict())`
+and likewise. Positions that rotate turn q and k, but not what global tokens use. In causal-self only first tokens can be
+global, as a state could not go back to what came before another. Windows of a compiled graph with roles are computed
+beside all tokens, since a graph cannot know how many are global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Role,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+    state_field,
+)
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
+from regard.engines.cache import WindowState, extend_window
+from regard.engines.merging import merge
+from regard.ragged import place_queries, take_queries
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        window: w, even and >= 2: half of it on each side, or w keys in causal-self.
+        dilation: g, >= 1, one number or one a head: keys of a window are so many ranks apart.
+        global_tokens: the first so many tokens are global, >= 0.
+        separate_projections: whether a layer has projections for global tokens.
+    """
+
+    window: int = 32
+    dilation: int | tuple[int, ...] = 1
+    global_tokens: int = 1
+    separate_projections: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window < 2 or self.window % 2:
+            raise Unsupported(
+                f"window={self.window}",
+                supported="an even number >= 2, half of it on each side",
+                nearest=f"window={max(2, self.window + self.window % 2)}",
+            )
+        if not isinstance(self.dilation, int):
+            object.__setattr__(self, "dilation", tuple(self.dilation))
+        if not self.dilations:
+            raise Unsupported("no dilation", supported="one number, or one a head", nearest="dilation=1")
+        for dilation in self.dilations:
+            at_least("dilation", dilation, 1)
+        at_least("global_tokens", self.global_tokens, 0)
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """g: one number, or one a head."""
+        return (self.dilation,) if isinstance(self.dilation, int) else self.dilation
+
+    @property
+    def cached(self) -> int:
+        """Keys that the token after a sequence may reach by its window."""
+        return (self.window - 1) * max(self.dilations)
+
+
+@dataclass(frozen=True)
+class LongformerState(WindowState):
+    """The last keys and values of each row, and those of its first tokens: as others see them, and as they see others.
+
+    Slot r of the first tokens is that of rank r; slots of tokens to come are zero.
+    """
+
+    first_k: Float[Tensor, "b h first d"] = state_field()
+    first_v: Float[Tensor, "b h first v"] = state_field()
+    first_k_global: Float[Tensor, "b h first d"] = state_field()
+    first_v_global: Float[Tensor, "b h first v"] = state_field()
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m v"],
+    q_global: Float[Tensor, "b h n d"] | None = None,
+    k_global: Float[Tensor, "b h m d"] | None = None,
+    v_global: Float[Tensor, "b h m v"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrices."""
+    config, n, m = _checked(call, q), q.shape[2], k.shape[2]
+    where = ranks(call, n, m, q.device)
+    i, j = where.queries[0, :, None], where.keys[0, None]
+    chosen = _global_keys(call, k)  # (b, m)
+    dilation = torch.tensor(config.dilations, device=q.device)[:, None, None]
+    apart = i - j
+    if call.pattern.causal:
+        past = (apart >= 0)[None]
+        near = past & (apart <= (config.window - 1) * dilation)
+    else:
+        past = torch.ones_like(apart, dtype=torch.bool)[None]
+        near = apart.abs() <= config.window // 2 * dilation
+    near = near & (apart % dilation == 0)
+    visible = near[None] | (past[None] & chosen[:, None, None])
+    local = attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale)
+    own = _own(q, k, v, q_global, k_global, v_global)
+    far = attention_reference(*own, past[None], lambda scores: scores.softmax(-1), call.scale)
+    return torch.where(_global_queries(call, chosen, i[None, :, 0])[:, None, :, None], far, local)
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m v"],
+    q_global: Float[Tensor, "b h n d"] | None = None,
+    k_global: Float[Tensor, "b h m d"] | None = None,
+    v_global: Float[Tensor, "b h m v"] | None = None,
+) -> Result:
+    config, n, m = _checked(call, q), q.shape[2], k.shape[2]
+    if n != m or call.lengths is not call.memory_lengths:
+        return _beside_keys(parallel, call, q, k, v, q_global, k_global, v_global)
+    own = _own(q, k, v, q_global, k_global, v_global)
+    where = ranks(call, n, m, q.device)
+    if call.roles is None:
+        count = min(config.global_tokens, m)
+        first = slice(0, count)
+        chosen = None
+        places = where.keys[:, first]
+        picked = [x[:, :, first] for x in (k, v, *own)]
+    else:
+        chosen = _global_keys(call, k)
+        slots, exists = _gather_slots(chosen)
+        places = torch.where(exists, slots, -1)
+        picked = [x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v, *own)]
+    near = where if chosen is None and config.global_tokens == 0 else _without(where, chosen, config.global_tokens)
+    local = _local(call, q, k, v, near, picked[:2], places)
+    if places.shape[1] == 0:
+        return Result(local)
+    # a global token that does not exist has rank -1: it sees nothing, and is put nowhere
+    there = Ranks(places, where.keys, None, None, plain=False)
+    seen_by, far_k, far_v = picked[2], own[1], own[2]
+    far = _softmax(call, seen_by, far_k, far_v, there, Visibility(causal=call.pattern.causal))[0]
+    if call.roles is None:
+        valid = (places >= 0)[:, None, :, None]
+        local[:, :, :count] = torch.where(valid, far.to(local.dtype), local[:, :, :count])
+        return Result(local)
+    index = torch.where(places >= 0, places, m)[:, None, :, None].expand(-1, q.shape[1], -1, v.shape[3])
+    room = torch.cat([local, local[:, :, :1]], 2)  # one more slot takes the tokens that do not exist
+    return Result(room.scatter(2, index, far.to(local.dtype))[:, :, :m])
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m v"],
+    q_global: Float[Tensor, "b h n d"] | None = None,
+    k_global: Float[Tensor, "b h m d"] | None = None,
+    v_global: Float[Tensor, "b h m v"] | None = None,
+) -> Result:
+    """Continue from the last keys and the first ones by any number of tokens; also the step."""
+    config, n, m = _checked(call, q), q.shape[2], k.shape[2]
+    if n != m or call.lengths is not call.memory_lengths:
+        return _beside_keys(chunked, call, q, k, v, q_global, k_global, v_global)
+    own = _own(q, k, v, q_global, k_global, v_global)
+    past: LongformerState | None = call.state
+    window, keys, values, where = extend_window(call, k, v, n, config.cached)
+    before = torch.zeros_like(window.length) if past is None else past.length
+    known = (None,) * 4 if past is None else (past.first_k, past.first_v, past.first_k_global, past.first_v_global)
+    kept = [_first(config, before, call.memory_lengths, *x) for x in zip((k, v, *own[1:]), known, strict=True)]
+    state = LongformerState(window.k, window.v, window.length, *kept)
+    count = config.global_tokens
+    if count == 0:
+        return Result(_local(call, q, keys, values, where, [], where.keys[:, :0]), state)
+    places = torch.arange(count, device=q.device)[None]
+    local = _local(call, q, keys, values, _without(where, None, count), kept[:2], places)
+    # of a row that has its first tokens behind it none is left; how many rows have is not known without looking
+    among = Ranks(where.queries, places, None, None, plain=False)
+    far = _softmax(call, own[0], kept[2], kept[3], among, Visibility(causal=True))[0]
+    is_global = (where.queries >= 0) & (where.queries < count)
+    return Result(torch.where(is_global[:, None, :, None], far.to(local.dtype), local), state)
+
+
+def _checked(call: Call, q: Tensor) -> Config:
+    config: Config = call.config
+    if len(config.dilations) not in (1, q.shape[1]):
+        raise _other_heads(config, q.shape[1])
+    if call.roles is not None and call.pattern.causal:
+        raise Unsupported(
+            "longformer with roles in causal-self", supported="global_tokens, the first tokens", nearest="roles=None"
+        )
+    return config
+
+
+def _other_heads(config: Config, heads: int) -> Unsupported:
+    return Unsupported(
+        f"longformer with {len(config.dilations)} dilations for {heads} heads", supported="one number, or one a head"
+    )
+
+
+def _own(
+    q: Tensor, k: Tensor, v: Tensor, q_global: Tensor | None, k_global: Tensor | None, v_global: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of global tokens."""
+    return (
+        q if q_global is None else q_global,
+        k if k_global is None else k_global,
+        v if v_global is None else v_global,
+    )
+
+
+def _beside_keys(form: object, call: Call, q: Tensor, *rest: Tensor | None) -> Result:
+    """A form with one query beside each key, where the call has fewer, more or others."""
+    k, v, q_global, k_global, v_global = rest
+    assert k is not None and v is not None and callable(form)
+    n, m = q.shape[2], k.shape[2]
+
+    def place(x: Tensor | None) -> Tensor | None:
+        return None if x is None else place_queries(x, m, call.lengths, call.memory_lengths)
+
+    inner = call.replace(lengths=call.memory_lengths)
+    result = form(inner, place(q), k, v, place(q_global), k_global, v_global)
+    return Result(take_queries(result.output, n, call.lengths, call.memory_lengths), result.state)
+
+
+def _global_keys(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
+    """Which keys are global tokens."""
+    m = k.shape[2]
+    chosen = (torch.arange(m, device=k.device) < call.config.global_tokens).expand(k.shape[0], -1)
+    if call.roles is not None:
+        chosen = chosen | (call.roles == int(Role.CLS))
+    valid = call.valid_keys(m)
+    return chosen if valid is None else chosen & valid
+
+
+def _global_queries(call: Call, chosen: Bool[Tensor, "b m"], i: Int[Tensor, "1 n"]) -> Bool[Tensor, "b n"]:
+    """Which queries are global tokens; those before the first key are none."""
+    if call.pattern.causal:
+        return ((i >= 0) & (i < call.config.global_tokens)).expand(chosen.shape[0], -1)
+    return chosen
+
+
+def _gather_slots(chosen: Bool[Tensor, "b m"]) -> tuple[Int[Tensor, "b count"], Bool[Tensor, "b count"]]:
+    """Slots of each row's global tokens, in order, and which of them there are."""
+    most = chosen.shape[1]
+    if not torch.compiler.is_compiling():
+        most = int(chosen.sum(-1).max()) if chosen.numel() else 0
+    slots = (~chosen).long().argsort(dim=-1, stable=True)[:, :most]
+    return slots, chosen.gather(1, slots)
+
+
+def _without(where: Ranks, chosen: Tensor | None, first: int) -> Ranks:
+    """The ranks, with global keys as slots that hold no token."""
+    keys = where.keys
+    keys = torch.where(keys < first if chosen is None else chosen, -1, keys)
+    return Ranks(where.queries, keys, where.offset, where.first, plain=False)
+
+
+def _local(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, first: list[Tensor], places: Int[Tensor, "#b count"]
+) -> Tensor:
+    """Outputs of queries that are not global: their window, and the global keys `first` at the ranks `places`."""
+    config, heads, dtype = call.config, q.shape[1], v.dtype
+    if places.shape[1]:  # parts that are rounded before they are put together would be rounded twice
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        first = [x.to(wide) for x in first]
+    groups: dict[int, list[int]] = {}
+    for head, dilation in enumerate(config.dilations * (heads if len(config.dilations) == 1 else 1)):
+        groups.setdefault(dilation, []).append(head)
+    if len(groups) == 1:
+        output, lse = _windows(call, q, k, v, where, next(iter(groups)))
+    else:
+        found = [_windows(call, q[:, g], k[:, g], v[:, g], where, dilation) for dilation, g in groups.items()]
+        order = torch.tensor([head for group in groups.values() for head in group], device=q.device).argsort()
+        output, lse = (torch.cat(parts, 1)[:, order] for parts in zip(*found, strict=True))
+    if places.shape[1] == 0:
+        return output
+    there = Ranks(where.queries, places, None, None, plain=False)
+    seen = _softmax(call, q, first[0], first[1], there, Visibility(causal=call.pattern.causal))
+    return merge([output, seen[0]], [lse, seen[1]]).to(dtype)
+
+
+def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation: int) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exps over the window, in which query slot t is key slot m - n + t."""
+    config: Config = call.config
+    side = config.window // 2
+    rule = Visibility(causal=True, left=config.window - 1) if call.pattern.causal else Visibility(left=side, right=side)
+    if dilation == 1:
+        return _softmax(call, q, k, v, where, rule)
+    n, m = q.shape[2], k.shape[2]
+    output = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for residue in range(min(dilation, n)):
+        # among slots of one residue a dilated window is a plain one, on their own count
+        start = (m - n + residue) % dilation
+        part, keys = slice(residue, None, dilation), slice(start, None, dilation)
+        offset = (m - n + residue - start) // dilation
+        count = torch.arange(len(range(start, m, dilation)), device=q.device)
+        exists = torch.where(where.keys[:, keys] >= 0, count, -1)
+        queries = torch.arange(len(range(residue, n, dilation)), device=q.device)[None] + offset
+        there = Ranks(queries, exists, offset, None, plain=False)
+        found = _softmax(call, q[:, :, part], k[:, :, keys], v[:, :, keys], there, rule)
+        output[:, :, part], lse[:, :, part] = found
+    return output, lse
+
+
+def _softmax(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, rule: Visibility) -> tuple[Tensor, Tensor]:
+    output, _, lse = attention(
+        q,
+        k,
+        v,
+        where,
+        visibility=rule,
+        scale=call.scale,
+        dropout=call.dropout,
+        generator=call.generator,
+        want_lse=True,
+        backend=call.backend,
+    )
+    assert lse is not None
+    return output, lse
+
+
+def _first(
+    config: Config, before: Int[Tensor, " b"], lengths: Int[Tensor, " b"] | None, new: Tensor, known: Tensor | None
+) -> Tensor:
+    """The first tokens' keys, or values, once `new` ones have come to the tokens `before` them."""
+    m = new.shape[2]
+    if known is None:
+        known = new.new_zeros(*new.shape[:2], config.global_tokens, new.shape[3])
+    if m == 0:
+        return known
+    slots = torch.arange(config.global_tokens, device=before.device) - before[:, None]
+    inside = (slots >= 0) & (slots < (m if lengths is None else lengths[:, None]))
+    index = slots.clamp(0, m - 1)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    return torch.where(inside[:, None, :, None], new.gather(2, index).to(known.dtype), known)
+
+
+class GlobalProjections(nn.Module):
+    """Queries, keys and values of the global tokens, from the layer's input."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        config: Config = spec.config
+        if len(config.dilations) not in (1, spec.heads):
+            raise _other_heads(config, spec.heads)
+        self.heads = (spec.heads, spec.kv_heads, spec.kv_heads)
+        some = config.global_tokens > 0 or spec.pattern is Pattern.NONCAUSAL_SELF
+        self.used = config.separate_projections and some
+        if self.used:
+            self.query = spec.linear(spec.dim, spec.heads * spec.head_dim)
+            self.key = spec.linear(spec.dim, spec.kv_heads * spec.head_dim)
+            self.value = spec.linear(spec.dim, spec.kv_heads * spec.value_dim)
+
+    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
+        if not self.used or x is None:
+            return heads
+        modules = {"q_global": self.query, "k_global": self.key, "v_global": self.value}
+        found = {
+            name: module(x).unflatten(-1, (count, -1)).transpose(1, 2)
+            for (name, module), count in zip(modules.items(), self.heads, strict=True)
+        }
+        return heads | found
+
+
+def visible_pairs(config: Config, n: int) -> float:
+    """Pairs of query and key in a causal sequence of `n` tokens, exactly, as a mean over the heads."""
+    first, window = min(config.global_tokens, n), config.window
+    local, near = n - first, 0
+    for dilation in config.dilations:
+        # token t after the first ones sees t // g + 1 of them by its window, but no more than w
+        rounds, rest = divmod(local, dilation)
+        growing = min(rounds, window)
+        near += dilation * (growing * (growing + 1) // 2 + (rounds - growing) * window)
+        near += rest * min(window, rounds + 1)
+    return near / len(config.dilations) + local * first + first * (first + 1) // 2
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern with N = M (n of M queries in proportion)."""
+    width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
+    first = min(config.global_tokens, shape.m)
+    pairs = visible_pairs(config, shape.m) * shape.n / max(shape.m, 1)
+    near = [min(config.window, max(shape.m - first, 0) // g + 1) for g in config.dilations]
+    return Cost(
+        flops=2.0 * heads * pairs * width,
+        memory=float(heads * shape.n * (shape.dim_value + 2)),
+        state=float(shape.heads * (config.cached + 2 * config.global_tokens) * width),
+        step_flops=2.0 * heads * (sum(near) / len(near) + first) * width,
+    )
+
+
+def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pattern: Pattern) -> Tensors:
+    """Roles (batch, m) with global tokens at random places, where there may be any."""
+    if pattern is not Pattern.NONCAUSAL_SELF:
+        return {}
+    return {"roles": (torch.rand(batch, m, generator=generator) < 0.15).long() * int(Role.CLS)}
+
+
+NO_PLACE = "tokens of a memory have no place near a query"
+
+MECHANISM = Mechanism(
+    name="longformer",
+    aliases=("global_window",),
+    kind=Kind.ATTENTION,
+    summary="Softmax over a window around each token, beside a few global tokens that see and are seen by all.",
+    paper=Paper("Longformer: The Long-Document Transformer", "2004.05150", 2020),
+    inputs={
+        "q": "bhnd",
+        "k": "bhmd",
+        "v": "bhmv",
+        "q_global?": "bhnd",
+        "k_global?": "bhmd",
+        "v_global?": "bhmv",
+    },
+    patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
+    forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
+    config=Config,
+    engine="attention",
+    state=LongformerState,
+    cost=cost,
+    honours=frozenset({"dropout", "roles"}),
+    weights="exact",
+    projection=GlobalProjections,
+    sample_context=sample_context,
+)

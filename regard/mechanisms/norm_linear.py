@@ -1,0 +1,258 @@
+r"""NormAttention: linear attention whose output is normalised instead of being divided by a sum of weights.
+
+When to pick it: in place of `linear` wherever that trains unsteadily, in the later layers of a stack whose first layers
+look at what is near (`diagonal`; :func:`regard.models.transnormer_plan`).
+When not: exact recall of single tokens (nothing is ever forgotten or overwritten: `gated_linear`, `delta_rule`).
+
+Definition (TransNormer, Qin et al., arXiv 2210.10340, section 4.1):
+
+    S_i = sum_{j<=i} k'_j v_j^T,   o_i = Norm(q'_i S_i),   q'_i = R_i f(q_i),   k'_j = R_j f(k_j)
+
+with Norm over all heads of a token together, and noncausal patterns summing over all keys. Dividing by the sum of the
+scores (`linear`) puts a factor 1 / score into the derivative of a weight, which has no bound; without the denominator it
+is not there (section 3.1). The norm brings it back where all scores of a query shrink together, since the output then
+stays as it is; its bound there is that of the norm's eps.
+
+| paper | here |
+|---|---|
+| f: elu (variant T1), 1 + elu (T2) | `feature_map="plain_elu"`, `"elu"`: named as in `linear`; and others |
+| SimpleRMSNorm, x / (norm(x) D^-1/2 + 1e-8) | `output_norm="simple_rms"`; also `rms` and `layer` with learned weights |
+| LRPE, R | `positions="lrpe"` of the layer, after f; `rotary` too |
+| S | `MatrixState.memory`, in at least float32 |
+
+Layout: (B, H, N, D), all heads in one call, since the norm is over all of them. The scale multiplies q before f and is 1
+by default. Padded keys are left out after f, since 1 + elu(0) is not 0. A query that sees no key gives 0.
+Deviations: `denominator=True` is the ablation: weights divided by their sum before the norm; it needs f >= 0 and takes
+no rotation, under which sums may vanish. Projections are initialised as in other layers (the paper: Xavier with gain
+2^-1/2 for q, k and v, of nearly the same width). In cross patterns there are no positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Result,
+    Shape,
+    Unsupported,
+    one_of,
+)
+from regard.engines import recurrent_forms
+from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
+from regard.engines.gated_recurrence import without_autocast
+from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
+from regard.engines.recurrent_forms import MatrixState
+from regard.layers.head_norm import HEAD_NORMS, HeadNormWeights, norm_over_heads
+from regard.visibility import ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+MAPS = {**FEATURE_MAPS, "plain_elu": F.elu}
+
+EPS = 1e-6
+"""Added to denominators, where there are any."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        feature_map: f: ``elu`` (1 + elu), ``plain_elu`` (elu), ``relu``, ``relu_squared``, ``sigmoid``, ``silu``,
+            ``identity`` or ``exp`` (sums overflow where features near 88).
+        output_norm: of all heads together: ``simple_rms``, or ``rms`` and ``layer``, whose learned weights a layer has,
+            or ``none``.
+        denominator: divide by the sum of the weights before the norm; needs a feature map that is never negative.
+    """
+
+    feature_map: str = "elu"
+    output_norm: str = "simple_rms"
+    denominator: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("feature_map", self.feature_map, MAPS)
+        one_of("output_norm", self.output_norm, HEAD_NORMS)
+        if self.denominator and self.feature_map not in NONNEGATIVE:
+            raise Unsupported(
+                f"feature_map={self.feature_map!r} with a denominator, which may vanish",
+                supported=f"{', '.join(NONNEGATIVE)} with a denominator",
+                nearest="denominator=False",
+            )
+
+
+def reference(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    config: Config = call.config
+    _check(call)
+    f = MAPS[config.feature_map]
+    q, k = f(call.scale * q), f(k)
+    if call.rotate is not None:
+        where = ranks(call, q.shape[2], k.shape[2], q.device)
+        q, k = call.rotate(q, where.queries), call.rotate(k, where.keys)
+    weights = q @ k.mT
+    if call.pattern.causal and not call.pattern.cross:
+        weights = weights.tril(k.shape[2] - q.shape[2])
+    if config.denominator:
+        weights = weights / (weights.sum(-1, keepdim=True) + EPS)
+    return norm_over_heads(weights @ v, config.output_norm)
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
+) -> Result:
+    """Noncausal: sums over all keys first. Causal: the chunked form."""
+    if call.pattern.causal and not call.pattern.cross:
+        return chunked(call, q, k, v)
+    q, k = _mapped(call, q, k)
+    memory = _written(call, k, v)
+    with without_autocast(k.device):
+        o = map_queries(q, _rule(call)) @ memory
+    return Result(_normalized(call, o, v.dtype))
+
+
+def chunked(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
+) -> Result:
+    state, size, valid = recurrent_forms.memory_of(call), call.chunk_size or 64, call.memory_lengths
+    q, k = _mapped(call, q, k)
+    rule, values = _rule(call), _wide(v)
+
+    def run(q: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_attention(q, k, values, rule, state=state, valid=valid, chunk_size=size, backend=call.backend)
+
+    o, after = recurrent_forms.at_keys(call, q, k, run)
+    return Result(norm_over_heads(o, call.config.output_norm).to(v.dtype), after)
+
+
+def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
+    q, k = _mapped(call, q, k)
+    rule = _rule(call)
+    o, state = recurrent_forms.step(call, map_queries(q, rule), *map_memory(k, _wide(v), rule, call.memory_lengths))
+    return Result(_normalized(call, o, v.dtype), state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]) -> MatrixState:
+    """Memory into S; more may follow, in any order."""
+    memory = _written(call, _mapped_keys(call, k), v)
+    if call.state is not None:
+        memory = memory + call.state.memory
+    return MatrixState(memory, recurrent_forms.length_after(call, k))
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+    """Queries on absorbed memory."""
+    o = recurrent_forms.read(call, map_queries(_mapped_queries(call, q), _rule(call)))
+    return Result(_normalized(call, o, q.dtype), call.state)
+
+
+def _check(call: Call) -> None:
+    if call.config.denominator and call.rotate is not None:
+        raise Unsupported(
+            "norm_linear with a denominator and positions that rotate, under which it may vanish",
+            supported="one of them",
+            nearest='positions="none"',
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In at least float32: sums over a sequence are beyond float16, and are rounded once, after the norm."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _engine_maps(call: Call) -> bool:
+    """Whether the engine applies f; otherwise it is given what is mapped, and rotated."""
+    return call.rotate is None and call.config.feature_map in FEATURE_MAPS
+
+
+def _rule(call: Call) -> Rule:
+    eps = EPS if call.config.denominator else None
+    return Rule(call.config.feature_map, call.scale, eps) if _engine_maps(call) else Rule("identity", 1.0, eps)
+
+
+def _mapped_queries(call: Call, q: Tensor) -> Tensor:
+    return _wide(q) if _engine_maps(call) else MAPS[call.config.feature_map](call.scale * _wide(q))
+
+
+def _mapped_keys(call: Call, k: Tensor) -> Tensor:
+    return _wide(k) if _engine_maps(call) else MAPS[call.config.feature_map](_wide(k))
+
+
+def _mapped(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys as the engine is given them: rotated by their ranks, if they are."""
+    _check(call)
+    queries, keys = _mapped_queries(call, q), _mapped_keys(call, k)
+    if call.rotate is None:
+        return queries, keys
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    before = 0 if call.state is None else call.state.length[:, None]
+    # padding has rank -1, and is left out by the engine
+    return call.rotate(queries, where.queries + before), call.rotate(keys, where.keys.clamp(min=0) + before)
+
+
+def _written(call: Call, keys: Tensor, v: Tensor) -> Tensor:
+    """S of all keys."""
+    keys, values = map_memory(keys, _wide(v), _rule(call), call.memory_lengths)
+    with without_autocast(v.device):
+        return keys.mT @ values
+
+
+def _normalized(call: Call, o: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of what queries read, after the denominator where there is one."""
+    return norm_over_heads(divide(o, _rule(call)), call.config.output_norm).to(dtype)
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """As linear attention's; the norm is a few operations for each number of the output."""
+    width = shape.dim_value + config.denominator
+    matrix = shape.dim_key * width
+    tokens = shape.batch * shape.heads * shape.m
+    return Cost(
+        flops=4.0 * tokens * (matrix + 32 * (shape.dim_key + width)),
+        memory=float(tokens * (64 + shape.dim_key + width)),
+        state=float(shape.heads * matrix),
+        step_flops=4.0 * shape.batch * shape.heads * matrix,
+    )
+
+
+MECHANISM = Mechanism(
+    name="norm_linear",
+    aliases=("norm_attention", "transnormer"),
+    kind=Kind.ATTENTION,
+    summary="Linear attention whose output is normalised over all heads instead of being divided by a sum of weights.",
+    paper=Paper("The Devil in Linear Transformer", "2210.10340", 2022, 46),
+    inputs={"q": "bhnd", "k": "bhmd", "v": "bhmv"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": step,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    engine="linear_attention",
+    state=MatrixState,
+    cost=cost,
+    honours=frozenset({"rotate"}),
+    default_scale=1.0,
+    weights="implicit",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "lrpe"),
+    maps_before_rotation=True,
+    merge=HeadNormWeights,
+    layer_defaults={"bias": True},
+)

@@ -1,0 +1,139 @@
+"""Plans of layers from papers, for the `plan` of a model's config::
+
+    config = LanguageModelConfig(
+        vocab_size=256, plan=transnormer_plan(6, "T2"), norm="rms_nonparametric", tie_embeddings=True
+    )
+    config = LanguageModelConfig(vocab_size=256, plan=masformer_plan(12, "bottom:3", block=512))
+
+A plan is a list with (name, options) for each layer, to be changed as any list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from regard.catalogue import get_mechanism
+from regard.contract import Unsupported, at_least, one_of
+from regard.mechanisms import local
+from regard.models.blocks import read_plan
+
+TRANSNORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "T1": ({"activation": "relu"}, {"feature_map": "plain_elu"}),
+    "T2": ({"activation": "softmax"}, {"feature_map": "elu"}),
+}
+"""Options of `diagonal` and of `norm_linear` in the two variants."""
+
+PLACES = ("bottom", "top", "middle", "spread")
+
+
+def transnormer_plan(
+    num_layers: int, variant: str = "T2", *, block: int = 64, order: str = "diagonal_first", positions: str = "lrpe"
+) -> list[tuple[str, dict[str, Any]]]:
+    """TransNormer (Qin et al., arXiv 2210.10340): floor(L / 2) layers of `diagonal`, the others of `norm_linear`.
+
+    The paper's models have norms without parameters (``norm="rms_nonparametric"``) and, as language models, tied
+    embeddings; its base size is dim=512, num_heads=8 and 6 layers. What differs here: the feed-forward layers have no
+    biases and a SiLU, which the authors' configs name (their code has no such entry and uses none), and embeddings are
+    not normalised.
+
+    Args:
+        num_layers: L, >= 1.
+        variant: ``T1`` (relu and elu) or ``T2`` (softmax and 1 + elu).
+        block: tokens a block of `diagonal`.
+        order: ``diagonal_first``, ``norm_first`` or ``interleaved``, which begins with `diagonal`.
+        positions: of every layer: ``lrpe``, ``rotary`` or ``none``.
+
+    Raises:
+        Unsupported: for another variant or order, or no layers.
+    """
+    at_least("num_layers", num_layers, 1)
+    one_of("variant", variant, TRANSNORMERS)
+    one_of("order", order, ("diagonal_first", "norm_first", "interleaved"))
+    near, far = TRANSNORMERS[variant]
+    half = num_layers // 2
+    diagonal = {
+        "diagonal_first": range(half),
+        "norm_first": range(num_layers - half, num_layers),
+        "interleaved": range(0, 2 * half, 2),
+    }[order]
+    return [
+        ("diagonal", {**near, "block": block, "positions": positions})
+        if layer in diagonal
+        else ("norm_linear", {**far, "positions": positions})
+        for layer in range(num_layers)
+    ]
+
+
+def masformer_plan(
+    num_layers: int,
+    full_layers: str | Sequence[int],
+    *,
+    form: str = "block",
+    block: int = 512,
+    lookback: int = 1,
+    window: int = 512,
+) -> list[tuple[str, dict[str, Any]]]:
+    """MASFormer (Zhang et al., arXiv 2310.12442): full attention in a few layers, `local` attention in the others.
+
+    The weights are those of a model with `softmax` in every layer, so a trained one loads into the mixed one;
+    ``regard.swap(model, "local", only="...", form="block", block=512)`` does it to models from elsewhere. The paper puts
+    the full layers at the bottom and has 4 to 8 of 24.
+
+    Args:
+        num_layers: layers, >= 1.
+        full_layers: indices, or a place and a number: ``bottom:2`` (the first), ``top:2``, ``middle:2`` or ``spread:2``
+            (evenly, the first layer among them).
+        form, block, lookback, window: of `local`.
+
+    Raises:
+        Unsupported: for layers that do not exist or another place.
+    """
+    at_least("num_layers", num_layers, 1)
+    full = _full_layers(num_layers, full_layers)
+    span = (
+        {"form": form, "window": window} if form == "window" else {"form": form, "block": block, "lookback": lookback}
+    )
+    get_mechanism("local").options(**span)
+    return [("softmax", {}) if layer in full else ("local", dict(span)) for layer in range(num_layers)]
+
+
+def _full_layers(num_layers: int, wanted: str | Sequence[int]) -> set[int]:
+    if isinstance(wanted, str):
+        place, _, digits = wanted.partition(":")
+        count = int(digits) if digits.isdecimal() else -1
+        if place not in PLACES or not 0 <= count <= num_layers:
+            raise Unsupported(
+                f"full_layers={wanted!r} of {num_layers}",
+                supported=f"{', '.join(PLACES)} with a number of layers, or indices",
+                nearest=f"full_layers='bottom:{max(1, num_layers // 4)}'",
+            )
+        start = {"bottom": 0, "top": num_layers - count, "middle": (num_layers - count) // 2, "spread": 0}[place]
+        return {i * num_layers // count if place == "spread" else start + i for i in range(count)}
+    outside = [layer for layer in wanted if not 0 <= layer < num_layers]
+    if outside:
+        raise Unsupported(f"full layers {outside} of {num_layers}", supported=f"indices from 0 to {num_layers - 1}")
+    return set(wanted)
+
+
+def attention_share(plan: Any, length: int) -> float:
+    """Pairs of query and key that a plan of `softmax` and `local` layers computes on causal sequences of `length` tokens,
+    as a share of those of as many `softmax` layers.
+
+    Raises:
+        Unsupported: for other mechanisms, which do not count pairs, or no tokens.
+    """
+    at_least("length", length, 1)
+    layers = read_plan(plan, None)
+    everything = length * (length + 1) // 2
+    computed = 0
+    for name, options in layers:
+        card = get_mechanism(name)
+        if card.name not in ("softmax", "local"):
+            raise Unsupported(f"the pairs of {card.name}", supported="plans of softmax and local")
+        own = {option: value for option, value in options.items() if option in card.config.__dataclass_fields__}  # type: ignore[attr-defined]
+        config = card.options(**own)
+        if card.name == "softmax" and config.window is not None:
+            raise Unsupported("the pairs of softmax with a window", supported="plans of softmax and local")
+        computed += local.visible_pairs(config, length) if card.name == "local" else everything
+    return computed / (len(layers) * everything)

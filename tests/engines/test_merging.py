@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard.engines.attention import Visibility, attention
+from regard.engines.merging import merge
+from regard.visibility import CountedRanks
+
+
+def parts(sizes: list[int], **options) -> tuple[list, list, list]:
+    tensors = [torch.randn(2, 2, n, 4, dtype=torch.float64, **options) for n in (5, *sizes, *sizes)]
+    q, keys, values = tensors[0], tensors[1 : 1 + len(sizes)], tensors[1 + len(sizes) :]
+    found = []
+    for k, v in zip(keys, values, strict=True):
+        where = CountedRanks(5, k.shape[2], 0, True, q.device)
+        found.append(attention(q, k, v, where, visibility=Visibility(), scale=0.5, want_lse=True))
+    whole = (0.5 * q @ torch.cat(keys, 2).mT).softmax(-1) @ torch.cat(values, 2)
+    return [o for o, _, _ in found], [lse for _, _, lse in found], [whole, tensors]
+
+
+@pytest.mark.parametrize("sizes", [[3], [3, 4], [1, 0, 6], [2, 2, 2, 2]])
+def test_merged_parts_equal_attention_to_all_keys(sizes):
+    outputs, lses, (whole, _) = parts(sizes)
+    torch.testing.assert_close(merge(outputs, lses), whole)
+
+
+def test_gradients_pass_through_outputs_and_sums():
+    outputs, lses, (whole, tensors) = parts([3, 4], requires_grad=True)
+    weight = torch.randn_like(whole)
+    found = torch.autograd.grad((merge(outputs, lses) * weight).sum(), tensors)
+    for one, other in zip(found, torch.autograd.grad((whole * weight).sum(), tensors), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_query_without_keys_gives_zero_with_finite_gradients():
+    outputs, lses, (_, tensors) = parts([0, 3], requires_grad=True)
+    hidden = torch.tensor([True, False, True, False, False])
+    lses = [lse.masked_fill(hidden, -torch.inf) for lse in lses]
+    merged = merge([o.masked_fill(hidden[:, None], 0) for o in outputs], lses)
+    assert (merged[:, :, hidden] == 0).all() and (merged[:, :, ~hidden] != 0).all()
+    assert all(g is None or g.isfinite().all() for g in torch.autograd.grad(merged.sum(), tensors, allow_unused=True))
+
+
+def test_large_scores_do_not_overflow():
+    outputs, lses, _ = parts([3, 4])
+    shifted = merge([o.clone() for o in outputs], [lse + 2000 for lse in lses])
+    torch.testing.assert_close(shifted, merge(outputs, lses))
