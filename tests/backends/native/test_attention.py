@@ -468,6 +468,7 @@ def test_what_the_kernel_lacks_is_refused_with_a_reason():
     with torch.no_grad():
         assert native.refuses(*problem.arguments(bias=broadcast)) is None
     assert native.refuses(*problem.arguments(bias=torch.zeros(1, 2, 8, 8, requires_grad=True))) is None
+    assert "clip" in native.refuses(*problem.arguments(), (-0.1, 1.0))
     nothing = BlockMask(torch.zeros(1, 1, 0, 3, dtype=torch.bool), 4)
     assert "no blocks" in native.refuses(*problem.arguments(blocks=nothing))
     assert "features" in native.refuses(*problem.arguments(v=torch.zeros(1, 2, 8, 0)))
