@@ -30,6 +30,7 @@ def attention(
     shift: float = 0.0,
     softcap: float | None = None,
     sink: Float[Tensor, " h"] | None = None,
+    stretch: tuple[float, float] | None = None,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     position_bias: PositionBias | None = None,
     blocks: BlockMask | None = None,
@@ -47,6 +48,8 @@ def attention(
         shift: see `rule`; 0 for softmax, which it would not change.
         softcap: c > 0 replaces each score s = scale q . k by c tanh(s / c), before biases.
         sink: of softmax: one more logit a head in the denominator, that of a key with the value 0.
+        stretch: of softmax: (low, high), low <= 0 and high >= 1, to which the range of the weights is stretched before
+            they are clipped to [0, 1]. A weight of 0 stays 0.
         bias: added to the scores, by slot (of the cached keys too); axes of size 1 broadcast. `position_bias` is the
             same as a function of ranks.
         blocks: block-sparse visibility, on ranks.
@@ -57,8 +60,8 @@ def attention(
     the keys without the sink, in at least float32.
 
     Raises:
-        Unsupported: for an unknown rule, a softcap that is not positive, the log-sum-exp or a sink of another rule than
-            softmax, or a bias that does not fit.
+        Unsupported: for an unknown rule, a softcap that is not positive, a stretch that is none, the log-sum-exp, a sink
+            or a stretch of another rule than softmax, or a bias that does not fit.
     """
     one_of("rule", rule, RULES)
     if rule == "softmax" and shift:
@@ -67,6 +70,12 @@ def attention(
         raise Unsupported(f"the log-sum-exp of {rule} attention", supported="rule='softmax'")
     if sink is not None and rule != "softmax":
         raise Unsupported(f"{rule} attention with a sink", supported="rule='softmax'", nearest="shift")
+    if stretch is not None and (rule != "softmax" or not stretch[0] <= 0 < 1 <= stretch[1]):
+        raise Unsupported(
+            f"{rule} attention with stretch={stretch}",
+            supported="rule='softmax', low <= 0 and high >= 1",
+            nearest="None",
+        )
     if softcap is not None and not softcap > 0:
         raise Unsupported(f"softcap={softcap}", supported="softcap > 0", nearest="softcap=None")
     if bias is not None:
@@ -98,6 +107,7 @@ def attention(
         generator,
         want_weights,
         want_lse,
+        stretch,
     )
 
 

@@ -221,10 +221,10 @@ class AttentionLayer(nn.Module):
             source_positions = self._positions(context.memory_positions, source_layout, source, None)
         if not self.pattern.cross or memory is not None:
             self._memory_heads(heads, source, source_layout.lengths, caches)
-        heads = self._rotate(heads, positions, source_positions)
         no_keys = self.pattern.cross and memory is None
         if self.projection is not None:
             heads = self.projection(heads, x, None if no_keys else source, context)
+        heads = self._rotate(heads, positions, source_positions)
 
         weight_dropout = self.dropout if self.training and "dropout" in self.card.honours else 0.0
         result = apply(
@@ -291,9 +291,9 @@ class AttentionLayer(nn.Module):
         positions = self._positions(context.memory_positions, layout, memory, before)
         heads: dict[str, Tensor] = {}
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())
-        heads = self._rotate(heads, positions, positions)
         if self.projection is not None:
             heads = self.projection(heads, None, memory, context)
+        heads = self._rotate(heads, positions, positions)
         absorbed = absorb(
             self.card,
             heads,

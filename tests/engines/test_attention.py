@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "sigmoid": lambda s: (s - 0.5).sigmoid(),
     "relu": lambda s: (s - 0.5).relu(),
     "relu_squared": lambda s: (s - 0.5).relu() ** 2,
+    "clipped": lambda s: (1.4 * s.softmax(-1) - 0.2).clamp(0, 1),
 }
 
 
@@ -60,7 +61,7 @@ class Problem:
         self.blocks = None
         if pick.random() < 0.3:
             self.blocks = BlockMask(torch.rand(pick.choice([1, self.batch]), pick.choice([1, 4]), 3, 4) > 0.4, 5)
-        self.rule = pick.choice(["softmax", "softmax", "sigmoid", "relu", "relu_squared"])
+        self.rule = pick.choice(["softmax", "softmax", "clipped", "sigmoid", "relu", "relu_squared"])
         self.want_weights = pick.random() < 0.2
         self.want_lse = self.rule == "softmax" and pick.random() < 0.3
 
@@ -101,8 +102,9 @@ class Problem:
             self.ranks,
             visibility=self.visibility,
             scale=0.7,
-            rule=self.rule,
-            shift=0.0 if self.rule == "softmax" else -0.5,
+            rule="softmax" if self.rule == "clipped" else self.rule,
+            shift=0.0 if self.rule in ("softmax", "clipped") else -0.5,
+            stretch=(-0.2, 1.2) if self.rule == "clipped" else None,
             bias=self.bias,
             position_bias=None if self.scheme is None else self.position_bias,
             blocks=self.blocks,
@@ -430,3 +432,6 @@ def test_what_does_not_fit_is_refused():
         attention(q, q, q, where, shift=1.0, **common)
     with pytest.raises(Unsupported, match="bias of shape"):
         attention(q, q, q, where, bias=torch.zeros(1, 1, 3, 4), **common)
+    for rule, stretch in (("sigmoid", (-0.1, 1.0)), ("softmax", (0.1, 1.0)), ("softmax", (-0.1, 0.9))):
+        with pytest.raises(Unsupported, match="stretch"):
+            attention(q, q, q, where, rule=rule, stretch=stretch, **common)

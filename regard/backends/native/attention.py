@@ -147,12 +147,15 @@ def refuses(
     generator: torch.Generator | None,
     want_weights: bool,
     want_lse: bool,
+    stretch: tuple[float, float] | None = None,
 ) -> str | None:
     """Why the kernel does not take such a call; None when it does."""
     if dropout > 0:
         return "it has no dropout"
     if want_weights:
         return "it does not store the weights"
+    if stretch is not None:
+        return "it does not clip weights, which needs the normaliser first"
     if position_bias is not None and not isinstance(position_bias, DistanceBias):
         return "it takes position biases by distance alone (regard.visibility.DistanceBias)"
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -194,6 +197,7 @@ def run(
     generator: torch.Generator | None,
     want_weights: bool,
     want_lse: bool,
+    stretch: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`regard.engines.attention.attention`."""
     batch, heads, n, _ = q.shape

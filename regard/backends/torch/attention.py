@@ -1,7 +1,7 @@
 """Attention with explicit weights in PyTorch.
 
 Softmax goes through `scaled_dot_product_attention`, which never stores the scores; other rules, and what that function
-does not give (weights, log-sum-exp, softcap, seeded dropout), compute the weights themselves. Long sequences are taken
+does not give (weights, log-sum-exp, softcap, clipped weights, seeded dropout), compute the weights themselves. Long sequences are taken
 one block of queries at a time, with only the keys in reach, and the backward pass computes a block's mask and scores
 again, so that nothing of size N x M outlives a block. Under a window, many blocks of queries with their overlapping
 keys are one batched product.
@@ -46,6 +46,7 @@ class Weighting:
     explicit: bool
     """Whether weights are computed here rather than inside `scaled_dot_product_attention`."""
     want_lse: bool
+    stretch: tuple[float, float] | None
 
     def __call__(
         self,
@@ -96,6 +97,9 @@ class Weighting:
             if sink is not None:
                 logits = torch.cat([scores, _finite(sink.to(dtype)).expand(*scores.shape[:-1], 1)], -1)
             weights = torch.where(visible, logits.softmax(-1)[..., : k.shape[-2]], 0)
+            if self.stretch is not None:
+                low, high = self.stretch
+                weights = ((high - low) * weights + low).clamp(0, 1)
             if self.want_lse:
                 lse = torch.where(some[..., 0], scores.logsumexp(-1), -torch.inf)
         else:
@@ -126,6 +130,7 @@ def run(
     generator: torch.Generator | None,
     want_weights: bool,
     want_lse: bool,
+    stretch: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`regard.engines.attention.attention`."""
     batch, heads, n, _ = q.shape
@@ -139,7 +144,7 @@ def run(
         visibility = visibility.within(ranks.first, n, m)
     # the dropout of scaled_dot_product_attention knows no generator, and on a CPU it stores all scores
     dropped = dropout > 0 and (generator is not None or q.device.type == "cpu")
-    explicit = rule != "softmax" or want_weights or want_lse or dropped or softcap is not None
+    explicit = rule != "softmax" or want_weights or want_lse or dropped or softcap is not None or stretch is not None
     explicit = explicit or (sink is not None and scale == 0)  # `with_sink` divides by the scale
     sink = None if sink is None else sink[None, :, None, None]
     by_head = explicit or bias is not None or position_bias is not None
@@ -148,7 +153,7 @@ def run(
         if visibility.everything or (visibility == Visibility(causal=True) and square):
             return _plain(q, k, v, sink, visibility.causal, dropout, scale), None, None
 
-    weighting = Weighting(scale, rule, shift, softcap, dropout, explicit, want_lse)
+    weighting = Weighting(scale, rule, shift, softcap, dropout, explicit, want_lse, stretch)
     rows = batch * heads if by_head else max(ranks.queries.shape[0], ranks.keys.shape[0])
     if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1):
         band = Band.of(visibility, ranks, n, m)

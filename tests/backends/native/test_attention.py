@@ -464,6 +464,7 @@ def test_what_the_kernel_lacks_is_refused_with_a_reason():
     told = native.refuses(*problem.arguments(position_bias=lambda i, j: torch.zeros(1, 1, 8, 8)))
     assert "DistanceBias" in told
     assert native.refuses(*problem.arguments(bias=torch.zeros(1, 1, 8, 1, requires_grad=True))) is None
+    assert "clip" in native.refuses(*problem.arguments(), (-0.1, 1.0))
     nothing = BlockMask(torch.zeros(1, 1, 0, 3, dtype=torch.bool), 4)
     assert "no blocks" in native.refuses(*problem.arguments(blocks=nothing))
     assert "features" in native.refuses(*problem.arguments(v=torch.zeros(1, 2, 8, 0)))

@@ -1,0 +1,227 @@
+r"""Clipped softmax: attention weights are stretched past [0, 1] and clipped, so that they can be exactly 0 and 1.
+
+When to pick it: a model that is trained to be quantized afterwards. A head that should do nothing can do so at finite
+scores, and so it has no reason to grow the outliers that ruin 8-bit activations (`gated_softmax` is the other remedy).
+When not: quality alone (plain `softmax`), speed (no fused kernel: the normaliser must be known before the clip), or
+fine-tuning a model that was trained with softmax (the paper only trains from scratch).
+
+Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equation 4):
+
+    P = softmax(tau Q K^T + bias),   C_ij = clip((zeta - gamma) P_ij + gamma, 0, 1),   O = C V
+
+| paper | here |
+|---|---|
+| gamma <= 0 | `gamma`, or -`alpha` / `length` |
+| zeta >= 1 | `zeta`, 1 by default: then only zeros are made exact |
+| alpha, T (the training length) | `alpha`, `length` |
+| 1 / sqrt(d_head) | `scale` |
+
+C_ij is 0 where P_ij <= -gamma / (zeta - gamma), and 1 where P_ij >= (1 - gamma) / (zeta - gamma). A row of C sums to at
+most 1 when zeta = 1. Gradients are (zeta - gamma) times those of softmax where nothing is clipped and 0 elsewhere.
+gamma is a constant of the layer and never follows the keys of a call: early rows of a causal model, decoding and padding
+have the same one. A good alpha at one length is good at others: give `alpha` and `length` rather than `gamma`.
+
+A row of equal weights over M keys is clipped to 0 when 1 / M <= -gamma / (1 - gamma), that is when alpha >= M / (M - 1)
+at M = `length`, and then no gradient reaches q, k or v. With the paper's alphas (2 to 12) a fresh head with scores near 0
+is dead in most rows until some scores spread. :func:`silent_rows` counts such rows; `warmup` avoids them.
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0. The
+softmax, the stretch and the clip are in at least float32. Dropout comes after the clip.
+Deviations: the default gamma, -0.001, is milder than the paper's, since no length is known: rows of up to 1000 equal
+weights survive. `warmup`, which is not in the paper, lets gamma grow from 0 with the call's `progress`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines.cache import KeyValueState, extend
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+MILD_GAMMA = -0.001
+USUAL_ALPHA = 3.2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        gamma: the lower end of the stretched range, finite and <= 0; -0.001 when None and there is no `length`.
+        alpha: gamma = -alpha / length, finite and >= 0; only with `length`, and then 3.2 when None.
+        length: the training length T, >= 1, a constant of the layer; only without `gamma`.
+        zeta: the upper end, finite and >= 1.
+        warmup: progress at which gamma is reached, >= 0: before it gamma is multiplied by progress / warmup. Calls that
+            tell no progress have the whole gamma.
+    """
+
+    gamma: float | None = None
+    alpha: float | None = None
+    length: int | None = None
+    zeta: float = 1.0
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.gamma is not None and not -math.inf < self.gamma <= 0:
+            raise Unsupported(f"gamma={self.gamma}", supported="a finite gamma <= 0", nearest="gamma=0.0")
+        if self.alpha is not None and not 0 <= self.alpha < math.inf:
+            raise Unsupported(f"alpha={self.alpha}", supported="a finite alpha >= 0", nearest="alpha=0.0")
+        if self.length is not None and not self.length >= 1:
+            raise Unsupported(f"length={self.length}", supported="length >= 1", nearest="length=1")
+        if not 1 <= self.zeta < math.inf:
+            raise Unsupported(f"zeta={self.zeta}", supported="a finite zeta >= 1", nearest="zeta=1.0")
+        if not 0 <= self.warmup < math.inf:
+            raise Unsupported(f"warmup={self.warmup}", supported="a finite warmup >= 0", nearest="warmup=0.0")
+        if self.gamma is not None and (self.alpha is not None or self.length is not None):
+            raise Unsupported(
+                "gamma beside alpha or length", supported="gamma, or alpha and length", nearest="gamma=None"
+            )
+        if self.alpha is not None and self.length is None:
+            raise Unsupported(
+                f"alpha={self.alpha} without length", supported="alpha with the training length", nearest="gamma"
+            )
+
+    def stretch(self, progress: float | None = None) -> tuple[float, float]:
+        """(gamma, zeta) at a progress; those after the warm-up when None."""
+        gamma = MILD_GAMMA if self.gamma is None else self.gamma
+        if self.length is not None:
+            gamma = -(USUAL_ALPHA if self.alpha is None else self.alpha) / self.length
+        if progress is not None and progress < self.warmup:
+            gamma *= max(progress, 0.0) / self.warmup
+        return gamma, self.zeta
+
+
+def reference(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    gamma, zeta = call.config.stretch(call.progress)
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+
+    def weights(scores: Tensor) -> Tensor:
+        return ((zeta - gamma) * scores.softmax(-1) + gamma).clip(0, 1)
+
+    return attention_reference(q, k, v, visible, weights, call.scale, bias)
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Result:
+    return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
+
+
+def chunked(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    state, where = extend(call, k, v, q.shape[2])
+    return _attend(call, q, state.k, state.v, where, state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
+    """Memory into a cache; more may follow."""
+    return extend(call, k, v, 0)[0]
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+    """Queries on absorbed memory."""
+    state: KeyValueState = call.state
+    return _attend(call, q, state.k, state.v, ranks(call, q.shape[2], 0, q.device, state.ranks), state)
+
+
+def silent_rows(weights: Float[Tensor, "b h n m"]) -> Int[Tensor, " h"]:
+    """Of each head, the rows of wanted weights that are 0 throughout: heads that do nothing there, and learn nothing.
+
+    Early in training they are dead; later they may be meant. Padded queries and those that see no key count too.
+    """
+    return (weights == 0).all(-1).sum((0, 2))
+
+
+def _visibility(call: Call) -> Visibility:
+    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
+
+
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: KeyValueState | None = None) -> Result:
+    stretch = call.config.stretch(call.progress)
+    output, weights, _ = attention(
+        q,
+        k,
+        v,
+        where,
+        visibility=_visibility(call),
+        scale=call.scale,
+        stretch=None if stretch == (0, 1) else stretch,
+        bias=call.bias,
+        position_bias=call.position_bias,
+        blocks=call.blocks,
+        dropout=call.dropout,
+        generator=call.generator,
+        want_weights="weights" in call.want,
+        backend=call.backend,
+    )
+    return Result(output, state, extras={} if weights is None else {"weights": weights})
+
+
+def sample_inputs(
+    generator: torch.Generator, *, batch: int, n: int, m: int, dtype: torch.dtype, sizes: dict[str, int], **_: object
+) -> dict[str, Tensor]:
+    """Inputs for tests and timings, with scores so far apart that many weights are clipped."""
+    size = {"h": 2, "g": 2, "d": 8, "v": 6} | sizes
+    shapes = {
+        "q": (batch, size["h"], n, size["d"]),
+        "k": (batch, size["g"], m, size["d"]),
+        "v": (batch, size["g"], m, size["v"]),
+    }
+    found = {name: torch.randn(s, generator=generator, dtype=torch.float64) for name, s in shapes.items()}
+    found["q"] *= 3
+    return {name: x.to(dtype) for name, x in found.items()}
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Two products with each pair."""
+    width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
+    return Cost(
+        flops=2.0 * heads * shape.n * shape.m * width,
+        memory=float(heads * shape.n),
+        state=float(shape.heads * shape.m * width),
+        step_flops=2.0 * heads * shape.m * width,
+    )
+
+
+MECHANISM = Mechanism(
+    name="clipped_softmax",
+    aliases=("clipped_attention", "outlier_free"),
+    kind=Kind.ATTENTION,
+    summary="Softmax weights are stretched and clipped, so that a head can ignore tokens exactly.",
+    paper=Paper(
+        "Quantizable Transformers: Removing Outliers by Helping Attention Heads Do Nothing", "2306.12929", 2023, 8
+    ),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    state=KeyValueState,
+    cost=cost,
+    honours=frozenset({"bias", "blocks", "dropout", "weights"}),
+    weights="exact",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    sample_inputs=sample_inputs,
+)

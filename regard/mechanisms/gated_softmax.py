@@ -1,0 +1,338 @@
+r"""Gated softmax attention: a gate, learned from the query's token, decides how much of a head's output to keep.
+
+When to pick it: a model that is trained, or fine-tuned, to be quantized afterwards. A head that should do nothing closes
+its gate, and so it has no reason to grow the outliers that ruin 8-bit activations. Any softmax kernel runs it.
+When not: exact zeros in the weights (`clipped_softmax`); a plain yardstick (`softmax`).
+
+Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equations 5-6), for each head h and query i:
+
+    o_i = s pi_i sum_j softmax_j(tau q_i . k_j + bias_ij) v_j,   pi_i = sigmoid(G_h(x_i))
+
+| paper | here |
+|---|---|
+| log pi_i | `log_gate` (B, H, N), natural logarithms <= 0; without it every gate is open |
+| G_h | `predictor`: `linear`, `mlp`, `mlp2`, `all_features`, `head` or `head_mean`; the module :class:`GatePredictor` |
+| b_init, pi_init (the gate at the start) | `initial_gate`: the last bias is its logit |
+| 1 / pi_init, for fine-tuning (appendix B) | s: 1 / `initial_gate` with `fine_tune`, else 1 |
+
+x is the layer's input (after the block's norm where it has one), and gates read it, not the attention's output. The
+predictor of head h reads features h D/H ... (h + 1) D/H - 1 of x: a slice, mixed arbitrarily, as in the authors' code.
+A gate depends on its own token only, so decoding caches keys and values and nothing else. In cross patterns gates are
+those of the queries. Extra parameters of a layer: H (D/H + 1) for `linear`, H (D + 1) for `all_features`.
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
+Deviations: gates are natural logarithms, as everywhere in regard. Weights are given with the gate and s on them. The
+authors' code sets the first bias for `linear` only; here all predictors have it. `head_mean` averages over the valid
+tokens of a call, where theirs counts padding too; it looks ahead and is refused in causal patterns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    one_of,
+    valid_from_lengths,
+)
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines.cache import KeyValueState, extend
+from regard.layers.linear import make_linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+PREDICTORS = ("linear", "mlp", "mlp2", "all_features", "head", "head_mean")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        predictor: a layer's G: ``linear`` (one map a head, from its slice of x), ``mlp`` (the same with one hidden layer
+            of a quarter of the slice's features, at least 1), ``mlp2`` (as many as the slice), ``all_features`` (one map
+            from the whole x), ``head`` (one number a head, whatever x is), ``head_mean`` (``linear``, averaged over
+            tokens before the sigmoid; noncausal patterns only). Functions take the gates that they are given.
+        initial_gate: pi at the start, between 0 and 1; where None, biases start as torch's linear layers do, and at a gate
+            of one half for ``head``.
+        fine_tune: multiply gates by 1 / `initial_gate`, which must be given, so that a layer with the weights of softmax
+            attention starts as that.
+        initial_std: standard deviation of the weights that give the logits, >= 0; where None, 0.01 with `fine_tune` (the
+            paper's for BERT; 0.001 for OPT), else torch's own start. 0 makes the start of `fine_tune` exact.
+    """
+
+    predictor: str = "linear"
+    initial_gate: float | None = None
+    fine_tune: bool = False
+    initial_std: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("predictor", self.predictor, PREDICTORS)
+        if self.initial_gate is not None and not 0 < self.initial_gate < 1:
+            raise Unsupported(
+                f"initial_gate={self.initial_gate}", supported="0 < initial_gate < 1", nearest="initial_gate=None"
+            )
+        if self.fine_tune and self.initial_gate is None:
+            raise Unsupported(
+                "fine_tune without initial_gate", supported="0 < initial_gate < 1", nearest="initial_gate=0.5"
+            )
+        if self.initial_std is not None and not 0 <= self.initial_std < math.inf:
+            raise Unsupported(
+                f"initial_std={self.initial_std}", supported="a finite initial_std >= 0", nearest="initial_std=0.01"
+            )
+
+    @property
+    def gate_scale(self) -> float:
+        """s."""
+        return 1 / self.initial_gate if self.fine_tune and self.initial_gate is not None else 1.0
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    log_gate: Float[Tensor, "b h n"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    output = attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
+    gate = torch.ones_like(q[..., 0]) if log_gate is None else log_gate.exp()
+    return call.config.gate_scale * gate[..., None] * output
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    log_gate: Float[Tensor, "b h n"] | None = None,
+) -> Result:
+    return _attend(call, q, k, v, log_gate, ranks(call, q.shape[2], k.shape[2], q.device))
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    log_gate: Float[Tensor, "b h n"] | None = None,
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    state, where = extend(call, k, v, q.shape[2])
+    return _attend(call, q, state.k, state.v, log_gate, where, state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
+    """Memory into a cache; more may follow."""
+    return extend(call, k, v, 0)[0]
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"], log_gate: Float[Tensor, "b h n"] | None = None) -> Result:
+    """Queries on absorbed memory."""
+    state: KeyValueState = call.state
+    where = ranks(call, q.shape[2], 0, q.device, state.ranks)
+    return _attend(call, q, state.k, state.v, log_gate, where, state)
+
+
+def _visibility(call: Call) -> Visibility:
+    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
+
+
+def _attend(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor | None,
+    where: Ranks,
+    state: KeyValueState | None = None,
+) -> Result:
+    output, weights, lse = attention(
+        q,
+        k,
+        v,
+        where,
+        visibility=_visibility(call),
+        scale=call.scale,
+        bias=call.bias,
+        position_bias=call.position_bias,
+        blocks=call.blocks,
+        dropout=call.dropout,
+        generator=call.generator,
+        want_weights="weights" in call.want,
+        want_lse="lse" in call.want,
+        backend=call.backend,
+    )
+    if log_gate is not None:
+        gate = (call.config.gate_scale * log_gate.to(torch.promote_types(q.dtype, torch.float32)).exp())[..., None]
+        output = (gate * output).to(output.dtype)
+        weights = None if weights is None else (gate * weights).to(weights.dtype)
+    elif call.config.gate_scale != 1:
+        output = call.config.gate_scale * output
+        weights = None if weights is None else call.config.gate_scale * weights
+    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
+    return Result(output, state, extras=extras)
+
+
+class GatePredictor(nn.Module):
+    """A layer's gates, from the tokens of its queries: adds `log_gate` (B, H, N) to the heads.
+
+    The maps of all heads are one tensor each, with the head in front; they start as separate linear layers would.
+
+    Raises:
+        Unsupported: for `dim` that the heads do not divide, where each has its slice; for ``head_mean`` in a causal pattern.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        config: Config = spec.config
+        self.predictor, self.heads = config.predictor, spec.heads
+        if config.predictor == "head_mean" and spec.pattern.causal:
+            raise Unsupported(
+                f"predictor='head_mean' in {spec.pattern.value} (the mean looks at later tokens)",
+                supported="noncausal patterns",
+                nearest="predictor='linear'",
+            )
+        if config.predictor not in ("all_features", "head") and spec.dim % spec.heads:
+            raise Unsupported(
+                f"predictor={config.predictor!r} with dim={spec.dim} and num_heads={spec.heads}",
+                supported="a slice of dim / num_heads features for each head",
+                nearest="predictor='all_features'",
+            )
+        bias = None if config.initial_gate is None else math.log(config.initial_gate / (1 - config.initial_gate))
+        self.maps = nn.ModuleList()
+        self.logit: nn.Parameter | None = None
+        if config.predictor == "head":
+            self.logit = nn.Parameter(torch.full((spec.heads,), 0.0 if bias is None else bias))
+            return
+        width = spec.dim // spec.heads
+        last: nn.Module
+        if config.predictor == "all_features":
+            last = make_linear(spec.dim, spec.heads, bias=True)
+        else:
+            hidden = {"mlp": max(width // 4, 1), "mlp2": width}.get(config.predictor)
+            if hidden is not None:
+                self.maps.append(HeadLinear(spec.heads, width, hidden))
+            last = HeadLinear(spec.heads, width if hidden is None else hidden, 1)
+        std = 0.01 if config.initial_std is None and config.fine_tune else config.initial_std
+        with torch.no_grad():
+            if bias is not None:
+                last.bias.fill_(bias)  # type: ignore[operator]
+            if std is not None:
+                last.weight.normal_(std=std)  # type: ignore[operator]
+        self.maps.append(last)
+
+    def forward(
+        self, heads: Tensors, x: Float[Tensor, "b n c"] | None, source: Tensor | None, context: Context
+    ) -> Tensors:
+        if x is None:
+            return heads
+        logits = self._logits(x)
+        if self.predictor == "head_mean":
+            logits = _mean_over_tokens(logits, context)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return heads | {"log_gate": F.logsigmoid(logits.to(dtype))}
+
+    def _logits(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n"]:
+        if self.logit is not None:
+            return self.logit[None, :, None].expand(x.shape[0], -1, x.shape[1])
+        if self.predictor == "all_features":
+            return self.maps[0](x).mT
+        y = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, h, n, dim / h)
+        for i, linear in enumerate(self.maps):
+            y = linear(y if i == 0 else F.relu(y))
+        return y[..., 0]
+
+
+class HeadLinear(nn.Module):
+    """A linear map of its own for each head: (B, H, N, in) -> (B, H, N, out), begun as torch's linear layers are."""
+
+    def __init__(self, heads: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        bound = in_features**-0.5
+        self.weight = nn.Parameter(torch.empty(heads, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(heads, 1, out_features).uniform_(-bound, bound))
+        self.bias._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Float[Tensor, "b h n i"]) -> Float[Tensor, "b h n o"]:
+        return x @ self.weight + self.bias
+
+
+def _mean_over_tokens(logits: Float[Tensor, "b h n"], context: Context) -> Float[Tensor, "b h n"]:
+    """The mean over each row's valid tokens, which come first, in the place of every token."""
+    n, mask = logits.shape[-1], context.mask
+    if mask is None or not mask.ragged or n == 0:
+        return logits.mean(-1, keepdim=True).expand_as(logits)
+    if mask.cu_seqlens is not None:
+        lengths = mask.cu_seqlens.diff()
+    elif mask.lengths is not None:
+        lengths = mask.lengths
+    else:
+        assert mask.valid is not None  # `ragged` says that one of the three is given
+        lengths = mask.valid.sum(-1)
+    lengths = lengths.to(logits.device)
+    total = torch.where(valid_from_lengths(lengths, n)[:, None], logits, 0).sum(-1, keepdim=True)
+    return (total / lengths[:, None, None].clamp(min=1)).expand_as(logits)
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Softmax attention's, and a product for each output number."""
+    width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
+    return Cost(
+        flops=heads * shape.n * (2.0 * shape.m * width + shape.dim_value),
+        memory=float(heads * shape.n),
+        state=float(shape.heads * shape.m * width),
+        step_flops=heads * (2.0 * shape.m * width + shape.dim_value),
+    )
+
+
+MECHANISM = Mechanism(
+    name="gated_softmax",
+    aliases=("gated_attention",),
+    kind=Kind.ATTENTION,
+    summary="A gate, learned from the query's token, decides how much of a head's output to keep.",
+    paper=Paper(
+        "Quantizable Transformers: Removing Outliers by Helping Attention Heads Do Nothing", "2306.12929", 2023, 8
+    ),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "log_gate?": "bhn"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    engine="attention",
+    state=KeyValueState,
+    cost=cost,
+    honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
+    weights="exact",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    domains={"log_gate": "log_decay"},
+    projection=GatePredictor,
+)
