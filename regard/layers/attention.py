@@ -319,9 +319,7 @@ class AttentionLayer(nn.Module):
         if not getattr(self.projection, "keeps_state", False):
             return self.projection(heads, x, memory, context), None
         before = None if state is None else state.projection
-        return self.projection(
-            heads, x, memory, context, lengths=lengths, memory_lengths=memory_lengths, state=before
-        )
+        return self.projection(heads, x, memory, context, lengths=lengths, memory_lengths=memory_lengths, state=before)
 
     def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
         """The output norm and the output gate."""

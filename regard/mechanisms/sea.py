@@ -101,7 +101,7 @@ if TYPE_CHECKING:
 NUMBERS_AT_ONCE = 1 << 22
 """Scores or gathered features above which queries are taken block by block."""
 
-DENSE_ADVANTAGE = 8
+DENSE_ADVANTAGE = 32
 """How much cheaper a masked product over all keys is than the gathering of one key, a pair."""
 
 GROUPINGS = ("row", "query", "head", "batch")
@@ -758,7 +758,7 @@ class NoncausalMap(nn.Module):
         count = torch.full((1,), n, device=x.device) if lengths is None else lengths
         count = count.clamp(min=1)[:, None]
         source = count + count % 2
-        at = (torch.arange(n, device=x.device) + 0.5) * source / count - 0.5
+        at = (torch.arange(n, dtype=torch.float64, device=x.device) + 0.5) * source / count - 0.5
         at = torch.minimum(at.clamp(min=0), source - 1)
         low = at.floor().long()
         high = torch.minimum(low + 1, source - 1)
@@ -918,8 +918,10 @@ class Estimator(nn.Module):
             return torch.cat([x.relu() * turn.cos(), x.relu() * turn.sin()], -1)
         return (x.shape[-1] ** -0.25 * x @ self.random_features.to(x.dtype).mT).relu() + 1e-3
 
-    def _turn(self, places: Int[Tensor, "#b n"], longest: int | Tensor) -> Float[Tensor, "#b 1 n 1"]:
-        return (math.pi / 2 * places / longest)[:, None, :, None]
+    def _turn(
+        self, places: Int[Tensor, "#b n"], longest: int | Tensor, dtype: torch.dtype
+    ) -> Float[Tensor, "#b 1 n 1"]:
+        return (math.pi / 2 * places.to(dtype) / longest)[:, None, :, None]
 
     def _keys(
         self, heads: Tensors, state: EstimatorState | None
@@ -933,7 +935,7 @@ class Estimator(nn.Module):
         table = self.positions.to(v.dtype)
         codes = table[places.clamp(max=table.shape[0] - 1)][:, None]
         values = torch.cat([codes.expand(*v.shape[:3], -1), v], -1)
-        return self._map(k, self._turn(places, table.shape[0])), values, places
+        return self._map(k, self._turn(places, table.shape[0], k.dtype)), values, places
 
     def _after(self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None) -> Int[Tensor, " b"]:
         """Keys of each row with those of this call; refused beyond the table of positions."""
@@ -966,7 +968,7 @@ class Estimator(nn.Module):
         length = self._after(heads, lengths, state)
         k, values, places = self._keys(heads, state)
         assert self.positions is not None
-        q = self._map(_wide(heads["q"]), self._turn(places, self.positions.shape[0]))
+        q = self._map(_wide(heads["q"]), self._turn(places, self.positions.shape[0], values.dtype))
         before = None if state is None else state.memory
         c, memory = linear_attention(q, k, values, self.RULE, state=before, valid=lengths)
         rows = self.map.start(heads["v"]) if state is None else state.rows
@@ -978,12 +980,12 @@ class Estimator(nn.Module):
         n, d = q.shape[2:]
         count = torch.full((1,), n, device=q.device) if lengths is None else lengths
         places = torch.arange(n, device=q.device)[None]
-        at = (places / (count[:, None] - 1).clamp(min=1) * (d - 1))[..., None]
+        at = (places.to(q.dtype) / (count[:, None] - 1).clamp(min=1) * (d - 1))[..., None]
         codes = (1 - (at - torch.arange(d, device=q.device)).abs()).clamp(min=0)[:, None]
         valid = (places < count[:, None])[:, None, :, None]
-        values = torch.cat([codes.to(v.dtype).expand(*v.shape[:3], -1), v], -1)
+        values = torch.cat([codes.expand(*v.shape[:3], -1), v], -1)
         if self.random_features is None:
-            turn = self._turn(places, count.clamp(min=1)[:, None])
+            turn = self._turn(places, count.clamp(min=1)[:, None], q.dtype)
             q, k = self._map(q, turn), self._map(k, turn)
         else:
             q, k = _softmax_features(q, k, self.random_features.to(q.dtype), valid)
@@ -1052,7 +1054,7 @@ MECHANISM = Mechanism(
     config=Config,
     state=SeaState,
     cost=cost,
-    honours=frozenset({"weights"}),
+    honours=frozenset({"weights", "teacher"}),
     weights="exact",
     projection=Estimator,
 )
