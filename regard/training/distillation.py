@@ -139,8 +139,9 @@ def distillation_loss(
         (a[dense] - b[dense]).square().mean() for a, b in zip(own.hidden, known.hidden, strict=True) if dense.any()
     ]
     counted = targets != IGNORED
-    logits = result.output[counted].float().log_softmax(-1)
-    expected = told.output[counted].float().log_softmax(-1)
+    logits, expected = (
+        x.output[counted].to(torch.promote_types(x.output.dtype, torch.float32)).log_softmax(-1) for x in (result, told)
+    )
     count = counted.sum().clamp(min=1)
     loss = parts.task * F.nll_loss(logits, targets[counted], reduction="sum") / count
     loss = loss + parts.logits * (expected.exp() * (expected - logits)).sum() / count
