@@ -25,7 +25,8 @@ K / 4 pixels, a 1 x 1 convolution, and norms before and after. Noncausal-self: p
 over the row; phi is the softmax kernel; three convolutions of which the first halves the queries, on K / 2 pixels.
 
 Distillation (`losses["distillation"]`, the mean over layers), A the teacher's weights, c* its head outputs, R(e) the map of
-scores e_{pixel(t, j)}, KL the mean over heads and queries and MSE that over pairs or features:
+scores e_{pixel(t, j)}, KL the mean over heads and queries (in noncausal-self the sum over heads) and MSE the mean over pairs or
+features:
 
     0.1 KL(A, softmax R(e)) + MSE + 0.1 KL(A, softmax of all exact scores) + MSE + MSE(c*, o)
 
@@ -49,10 +50,10 @@ block of queries; neither keeps an N x M matrix. In training all exact scores ar
 pixel that is kept grows with n_t.
 State: every key and value and the sum of the values; of a layer also the sums of the linear attention and the last four
 rows of each convolution.
-Deviations: m_t is rounded after the multiplication by H, in the code before. Cross patterns are not in the paper: their
-estimator is the causal one over the whole memory, with q in place of v beside c, and their mean is that of the memory. Rows of
-an odd number of queries are stretched by one row in the noncausal CNN, as in the code. Reading one estimate for several
-queries (query skip) and LoRA are left out.
+Deviations: cross patterns are not in the paper: their estimator is the causal one over the whole memory, with q in place of v
+beside c, and their mean is that of the memory. Keys of padding take no part in the linear attention, nor padded queries in the
+CNN; in the code they do. Equal probabilities, frequent in the causal map, go to the first pixel. Reading one estimate for several
+queries and LoRA are left out.
 """
 
 from __future__ import annotations
@@ -465,9 +466,11 @@ def _read_regularly(config: Config, tokens: Tensor, totals: Tensor) -> Bool[Tens
     """With oversampling, which of the tokens of kept pixels are read: about one in `oversample`, evenly."""
     if config.oversample == 1:
         return torch.ones_like(tokens, dtype=torch.bool)
-    step = totals.double().clamp(config.top_k, config.top_k * config.oversample) / config.top_k
-    scaled = tokens / step
-    return (scaled - scaled.round()).abs() < 0.5 / step
+    total = totals.double()
+    parts = (total / config.oversample).round().clamp(min=1)
+    scaled = (tokens + 1) / total.clamp(min=1) * parts
+    step = total.clamp(config.top_k, config.top_k * config.oversample) / config.top_k
+    return (scaled - scaled.round()).abs() <= 0.5 / step + 1e-4
 
 
 def _fewest_keys(call: Call, n: int, m: int) -> int:
@@ -606,7 +609,8 @@ def _distillation(
     kl, squares = _by_rows(compute, batch * heads * k.shape[2], totals, (k,), by_query)
     rows, counted_heads = counted.sum(), counted[:, None].expand(-1, heads, -1)
     pairs = (counted.sum(-1) * (slots >= 0).sum(-1)).sum()
-    loss = 0.1 * torch.where(counted_heads, kl, 0).sum() / (heads * rows).clamp(min=1)
+    averaged = rows if call.pattern is Pattern.NONCAUSAL_SELF else heads * rows
+    loss = 0.1 * torch.where(counted_heads, kl, 0).sum() / averaged.clamp(min=1)
     loss = loss + torch.where(counted_heads, squares, 0).sum() / (heads * pairs).clamp(min=1)
     if "output" in given:
         difference = (output - _wide(given["output"])).square().mean(-1)
@@ -997,15 +1001,18 @@ def _softmax_features(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], w: Float[Tensor, "r d"], valid: Bool[Tensor, "#b 1 n 1"]
 ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n r"]]:
     """Positive features whose product is in expectation exp(q . k d^-1/2), up to factors that the normaliser cancels."""
-    logits = []
-    for x in (q, k):
-        x = x.shape[-1] ** -0.25 * x
-        logits.append(x @ w.mT - x.square().sum(-1, keepdim=True) / 2)
+    scaled = [x.shape[-1] ** -0.25 * x for x in (q, k)]
+    products = [x @ w.mT for x in scaled]
+    norms = [x.square().sum(-1, keepdim=True) / 2 for x in scaled]
     lowest = torch.finfo(q.dtype).min
-    top_q = logits[0].detach().amax(-1, keepdim=True)
-    top_k = logits[1].detach().masked_fill(~valid, lowest).amax((-1, -2), keepdim=True)
-    k_logits = torch.where(valid, logits[1], top_k)
-    return (logits[0] - top_q).exp() + 1e-4, (k_logits - top_k).exp() + 1e-4
+    tops = (
+        products[0].detach().amax(-1, keepdim=True),
+        products[1].detach().masked_fill(~valid, lowest).amax((-1, -2), keepdim=True),
+    )
+    phi_q, phi_k = (
+        torch.where(valid, x - norm - top, 0).exp() + 1e-4 for x, norm, top in zip(products, norms, tops, strict=True)
+    )
+    return phi_q, phi_k
 
 
 def cost(shape: Shape, config: Config) -> Cost:

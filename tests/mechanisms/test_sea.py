@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from regard.functional import sea_attention
 from regard.mechanisms.sea import CausalMap, Config, NoncausalMap, orthogonal_features
 from regard.training import peak_memory
 
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 PATTERNS = ["noncausal-self", "causal-self", "noncausal-cross", "causal-cross"]
 WANT_STATE = Context(want=frozenset({"state"}))
 WEIGHTS = frozenset({"weights"})
@@ -222,7 +225,7 @@ def test_the_loss_is_that_of_the_paper(pattern, numbers, monkeypatch):
     found, count = result.losses["distillation"]
     kl, squares = dense_sums(teacher["weights"][0], q[0], k[0], e[0], pattern, True)
     apart = (result.output - teacher["output"]).square().mean()
-    expected = 0.1 * kl / (3 * 13) + squares / (3 * 13 * 13) + apart
+    expected = 0.1 * kl / (13 if pattern == "noncausal-self" else 3 * 13) + squares / (3 * 13 * 13) + apart
     assert int(count) == 1
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, [k, e], retain_graph=True) for loss in (found, expected)]
@@ -243,7 +246,7 @@ def test_the_loss_counts_neither_padding_nor_queries_without_keys():
         own = [x[row, :, :n] for x in (q, k, e)]
         more = dense_sums(teacher["weights"][row, :, :n, :n], *own, "noncausal-self", True)
         kl, squares = kl + more[0], squares + more[1]
-    torch.testing.assert_close(found, 0.1 * kl / (3 * 17) + squares / (3 * (121 + 36)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, 0.1 * kl / 17 + squares / (3 * (121 + 36)), rtol=1e-12, atol=0)
     empty = sea_attention(q, k, v, e, a, b, mask=Mask(lengths=torch.tensor([0, 0])), **call).losses["distillation"]
     assert [float(x) for x in empty] == [0.0, 0.0]
 
@@ -450,8 +453,9 @@ def test_the_noncausal_context_reads_values_and_smooth_positions_by_the_softmax_
     phi = []
     for name, axes in (("q", (-1,)), ("k", (-1, -2))):
         scaled = heads[name] * 8**-0.25
-        logits = scaled @ w.mT - scaled.square().sum(-1, keepdim=True) / 2
-        phi.append((logits - logits.amax(axes, keepdim=True)).exp() + 1e-4)
+        products = scaled @ w.mT
+        norms = scaled.square().sum(-1, keepdim=True) / 2
+        phi.append((products - products.amax(axes, keepdim=True) - norms).exp() + 1e-4)
     codes = F.interpolate(torch.eye(8).double()[None, None], size=(15, 8), mode="bilinear", align_corners=True)[0]
     values = torch.cat([codes.expand(1, 2, 15, 8), heads["v"]], -1)
     weights = phi[0] @ phi[1].mT
@@ -550,3 +554,101 @@ def test_the_estimate_of_a_layer_finds_the_keys_that_its_scores_prefer():
         module(x).losses["distillation"][0].backward()
         optimizer.step()
     assert covered() > before + 0.05
+
+
+def load(name):
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def close(found, expected, atol):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_context_equals_the_recorded_performer(causal):
+    a = load("sea_performer_causal" if causal else "sea_performer_noncausal")
+    leaves = [a[name].clone().requires_grad_() for name in "qkv"]
+    if causal:
+        phi = [(x * 8**-0.25 @ a["projection"].mT).relu() + 1e-3 for x in leaves[:2]]
+        found = sea.linear_attention(*phi, leaves[2], sea.Estimator.RULE)[0]
+    else:
+        everything = torch.ones(1, 1, 13, 1, dtype=torch.bool)
+        phi = sea._softmax_features(leaves[0], leaves[1], a["projection"], everything)
+        found = phi[0] @ (phi[1].mT @ leaves[2]) / (phi[0] @ phi[1].sum(2)[..., None])
+    # the code adds 1e-6 to each sum of features rather than to the denominator
+    close(found, a["out"], 1e-5 if causal else 1e-12)
+    for gradient, name in zip(torch.autograd.grad((found * a["grad_out"]).sum(), leaves), "qkv", strict=True):
+        close(gradient, a[f"grad_{name}"], 1e-5 if causal else 1e-12)
+
+
+def official(name, causal):
+    """A layer with the recorded weights, and what its estimator makes of the recorded heads."""
+    a = load(name)
+    pattern = "causal-self" if causal else "noncausal-self"
+    over = 2.0 if "oversampled" in name else 1.0
+    module = create_layer(
+        "sea", 16, 2, pattern=pattern, top_k=5, estimate_length=32, oversample=over, max_positions=64
+    ).eval()
+    given = {n.removeprefix("weight_"): x for n, x in a.items() if n.startswith("weight_")}
+    names = {"encode.0": "enc_0", "encode.1": "enc_1", "map.expand": "dec_row_0", "gates": "dec_scaler_0"}
+    if causal:
+        names |= {
+            "map.first_norm": "cnn_0_module",
+            "map.convolutions.0": "cnn_1_module_net_0_module",
+            "map.convolutions.1": "cnn_1_module_net_2_module",
+            "map.merge": "cnn_1_module_net_5_module",
+            "map.last_norm": "cnn_2_module",
+        }
+    else:
+        names |= {"map.shrink": "cnn_0_net_0", "map.mix": "cnn_0_net_2", "map.merge": "cnn_0_net_5"}
+    weights = {
+        f"{own}.{part}": given[f"{theirs}_{part}"] for own, theirs in names.items() for part in ("weight", "bias")
+    }
+    for part in ("weight", "bias"):
+        weights[f"gates.{part}"] = weights[f"gates.{part}"].flip(0)
+        if causal:
+            for i in range(2):  # the rows of the kernel that would see later queries are masked
+                weights[f"map.convolutions.{i}.weight"] = weights[f"map.convolutions.{i}.weight"][:, :, :3]
+    weights["random_features"] = a["projection"]
+    if causal:
+        weights["positions"] = a["positions"]
+    module.projection.load_state_dict(weights)
+    heads = {n: a[n] for n in "qkv"}
+    with torch.no_grad():
+        inputs, _ = module.projection(heads, None, None, Context(), lengths=None, memory_lengths=None, state=None)
+    return a, module.config, pattern, inputs
+
+
+@pytest.mark.parametrize("name", ["sea_causal", "sea_causal_oversampled", "sea_noncausal"])
+def test_the_whole_mechanism_equals_the_recorded_code(name):
+    a, config, pattern, inputs = official(name, "noncausal" not in name)
+    close(inputs["estimate"], a["estimate"], 1e-4)  # the norm magnifies what the placement of an epsilon makes
+    close(inputs["row_logit"], a["scales"][..., 0], 1e-4)
+    close(inputs["mix_logit"], a["scales"][..., 1], 1e-4)
+    inputs |= {"estimate": a["estimate"], "row_logit": a["scales"][..., 0], "mix_logit": a["scales"][..., 1]}
+    scores = a["teacher_scores"]
+    if pattern == "causal-self":
+        scores = scores.masked_fill(~torch.ones(29, 29, dtype=torch.bool).tril(), -torch.inf)
+    told = a["teacher_output"].unflatten(-1, (2, 8)).transpose(1, 2)
+    teacher = {"weights": scores.softmax(-1), "output": told}
+    call = {"pattern": pattern, "top_k": config.top_k, "oversample": config.oversample}
+    result = sea_attention(**inputs, teacher=teacher, **call)
+    without_mean = {n: x for n, x in inputs.items() if n != "mix_logit"}
+    weights = sea_attention(**without_mean, want=WEIGHTS, **call).extras["weights"]
+    rows = untied(a["estimate"], config, pattern)  # of equal probabilities the code keeps any
+    assert rows.double().mean() > 0.4
+    close(weights.transpose(1, 2)[rows], a["weights"].transpose(1, 2)[rows], 1e-6)
+    output = result.output.transpose(1, 2).flatten(2)
+    close(output[rows], a["out"][rows], 1e-5)
+    apart, recorded_apart = ((x - a["teacher_output"]).square().mean() for x in (output, a["out"]))
+    close(result.losses["distillation"][0] - apart, a["loss"] - recorded_apart, 1e-5)
+
+
+def untied(estimate, config, pattern):
+    """Queries whose last kept pixel and first lost one have different probabilities."""
+    p = estimate.double().softmax(-1).transpose(1, 2).flatten(2).sort(descending=True).values
+    seen = torch.arange(1, 30) if pattern == "causal-self" else torch.full((29,), 29)
+    kept = (2 * config.top_k * config.oversample * 32 / seen).round().long().clamp(max=64)
+    borders = F.pad(p, (0, 1), value=-1).gather(-1, (kept[None, :, None] + torch.tensor([-1, 0])).expand(2, -1, -1))
+    return borders[..., 0] - borders[..., 1] > 1e-7
