@@ -530,7 +530,7 @@ class Mechanism:
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, or a number.
         default_form: form that computes whole sequences when no state is wanted.
         honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
-            keys itself in causal-self): what it takes beside tensors.
+            keys itself in causal-self), ``teacher`` (weights and outputs to learn from): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
         accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
         maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self

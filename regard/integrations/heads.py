@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regard.apply import apply
 from regard.contract import Context, Kind, LayerSpec, Mask, Mechanism, Pattern, Result, Unsupported
 from regard.layers.linear import make_linear
+from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -147,6 +148,7 @@ class HeadAttention(nn.Module):
             self.config,
             make_linear,
         )
+        self.pattern = spec.pattern
         self.projection = None if card.projection is None else card.projection(spec)
         self.merge = None if card.merge is None else card.merge(spec)
 
@@ -189,6 +191,8 @@ class HeadAttention(nn.Module):
                     supported="whole sequences",
                     nearest="use_cache=False",
                 )
+            if getattr(self.projection, "keeps_state", False):
+                return self._with_mixing(heads, x, source, pattern, visible, scale, want)
             heads = self.projection(heads, x, source, Context())
         causal, bias = visible.causal, visible.bias
         if pattern is not Pattern.CAUSAL_SELF and causal:
@@ -234,4 +238,47 @@ class HeadAttention(nn.Module):
                     nearest="softmax",
                 )
             result.output = self.merge(result.output, heads, x, Context(), None, result)
+        return result
+
+    def _with_mixing(
+        self,
+        heads: dict[str, Tensor],
+        x: Tensor | None,
+        source: Tensor | None,
+        pattern: Pattern,
+        visible: Visible,
+        scale: float | None,
+        want: frozenset[str],
+    ) -> Result:
+        """Attend with a projection that mixes tokens, which are therefore gathered first."""
+        if visible.causal and pattern is Pattern.NONCAUSAL_SELF:
+            pattern = Pattern.CAUSAL_SELF
+        if pattern is not self.pattern or visible.bias is not None or (visible.causal and pattern.cross):
+            raise Unsupported(
+                f"{self.card.name}, made for {self.pattern.value}, with a mask that says otherwise",
+                supported="missing keys",
+                nearest=f'regard.swap(..., pattern="{pattern.value}")',
+            )
+        batch, n, m = heads["q"].shape[0], heads["q"].shape[2], heads["k"].shape[2]
+        if n != m and not pattern.cross:
+            raise Unsupported(f"{self.card.name} with {n} queries and {m} keys of one sequence", supported="as many")
+        keys = gathering(None if visible.keys is None else Mask(valid=visible.keys), batch, m, heads["k"].device)
+        queries = gathering(None, batch, n, heads["q"].device) if pattern.cross else keys
+        heads = {name: (queries if name == "q" else keys).gather(t, axis=2) for name, t in heads.items()}
+        x, source = (None if t is None else layout.gather(t, axis=1) for t, layout in ((x, queries), (source, keys)))
+        assert self.projection is not None
+        inputs, _ = self.projection(
+            heads, x, source, Context(), lengths=queries.lengths, memory_lengths=keys.lengths, state=None
+        )
+        result = apply(
+            self.card,
+            inputs,
+            pattern=pattern,
+            mask=None if queries.lengths is None else Mask(lengths=queries.lengths),
+            memory_mask=None if keys.lengths is None else Mask(lengths=keys.lengths),
+            scale=scale if self.card.default_scale == "rsqrt" else None,
+            config=self.config,
+            want=want,
+        )
+        result.output = queries.scatter(result.output, axis=2)
         return result

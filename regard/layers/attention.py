@@ -2,6 +2,8 @@
 
 A mechanism adds what is its own through two optional modules on its card: `projection` turns the shell's q, k, v into
 the mechanism's inputs (gates, agents, a learned query), `merge` changes the head outputs before the output projection.
+A projection that mixes tokens says ``keeps_state = True``: it is then given the lengths and its own state, and returns
+the inputs and the state after them.
 """
 
 from __future__ import annotations
@@ -51,11 +53,13 @@ GATES = {"swish": "silu", "sigmoid": "sigmoid"}
 
 @dataclass(frozen=True)
 class LayerState(State):
-    """What a layer keeps of each sequence: the mechanism's state, the count of queries, and convolution caches."""
+    """What a layer keeps of each sequence: the mechanism's state, the count of queries, convolution caches, and the
+    projection's state, if it keeps one."""
 
     mechanism: Any
     length: Int[Tensor, " b"] = state_field()
     convolutions: tuple[Tensor | None, ...] = ()
+    projection: State | None = None
 
 
 class AttentionLayer(nn.Module):
@@ -222,8 +226,9 @@ class AttentionLayer(nn.Module):
         if not self.pattern.cross or memory is not None:
             self._memory_heads(heads, source, source_layout.lengths, caches)
         no_keys = self.pattern.cross and memory is None
-        if self.projection is not None:
-            heads = self.projection(heads, x, None if no_keys else source, context)
+        heads, projected = self._project(
+            heads, x, None if no_keys else source, context, layout.lengths, source_layout.lengths, state
+        )
         heads = self._rotate(heads, positions, source_positions)
 
         weight_dropout = self.dropout if self.training and "dropout" in self.card.honours else 0.0
@@ -258,7 +263,7 @@ class AttentionLayer(nn.Module):
         if stateful:
             before = None if state is None else state.length
             length = lengths_after(before, layout.lengths, batch, x.shape[1], device)
-            result.state = LayerState(result.state, length, tuple(caches))
+            result.state = LayerState(result.state, length, tuple(caches), projected)
         return result
 
     def step(
@@ -291,8 +296,7 @@ class AttentionLayer(nn.Module):
         positions = self._positions(context.memory_positions, layout, memory, before)
         heads: dict[str, Tensor] = {}
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())
-        if self.projection is not None:
-            heads = self.projection(heads, None, memory, context)
+        heads, projected = self._project(heads, None, memory, context, None, layout.lengths, state)
         heads = self._rotate(heads, positions, positions)
         absorbed = absorb(
             self.card,
@@ -305,7 +309,25 @@ class AttentionLayer(nn.Module):
             roles=None if context.roles is None else layout.gather(context.roles, axis=1),
         )
         length = torch.zeros(batch, dtype=torch.long, device=memory.device) if state is None else state.length
-        return LayerState(absorbed, length)
+        return LayerState(absorbed, length, projection=projected)
+
+    def _project(
+        self,
+        heads: dict[str, Tensor],
+        x: Tensor | None,
+        memory: Tensor | None,
+        context: Context,
+        lengths: Tensor | None,
+        memory_lengths: Tensor | None,
+        state: LayerState | None,
+    ) -> tuple[dict[str, Tensor], State | None]:
+        """The mechanism's inputs, and the state of a projection that keeps one."""
+        if self.projection is None:
+            return heads, None
+        if not getattr(self.projection, "keeps_state", False):
+            return self.projection(heads, x, memory, context), None
+        before = None if state is None else state.projection
+        return self.projection(heads, x, memory, context, lengths=lengths, memory_lengths=memory_lengths, state=before)
 
     def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
         """The output norm and the output gate."""

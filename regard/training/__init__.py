@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from regard.training.distillation import (
+    BeginReport,
+    DistillationWeights,
+    begin_as,
+    distillation_groups,
+    distillation_loss,
+)
 from regard.training.learning_rate import Search, Trial, search
 from regard.training.loop import Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
 from regard.training.optimizer import make_optimizer, parameter_groups
 
 __all__ = [
+    "BeginReport",
+    "DistillationWeights",
     "Evaluation",
     "History",
     "Peak",
@@ -16,6 +25,9 @@ __all__ = [
     "TensorMemory",
     "TrainConfig",
     "Trial",
+    "begin_as",
+    "distillation_groups",
+    "distillation_loss",
     "evaluate",
     "keep_freed_memory",
     "make_optimizer",
