@@ -79,8 +79,8 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
-from regard.engines.attention import Ranks, Visibility, attention
-from regard.engines.cache import append
+from regard.engines.attention import Ranks, Visibility, attention, joined
+from regard.engines.cache import append, append_rows
 from regard.engines.grouped_attention import Dropout, normalized, wide
 
 if TYPE_CHECKING:
@@ -510,9 +510,7 @@ def _near_and_far(
     )
     summed, _, summed_sum = attention(q, *far, visibility=Visibility(causal=causal), blocks=blocks, **shared)
     assert direct_sum is not None and summed_sum is not None
-    some = (direct_sum > -torch.inf) | (summed_sum > -torch.inf)
-    share = torch.sigmoid(torch.where(some, direct_sum - summed_sum, 0))[..., None].to(q.dtype)
-    return (share * direct + (1 - share) * summed).to(dtype)
+    return joined(direct, direct_sum, summed, summed_sum).to(dtype)
 
 
 def _far_only(call: Call, q: Tensor, keys: Tensor, values: Tensor, exists: Tensor) -> Float[Tensor, "b h n v"]:
@@ -534,9 +532,6 @@ class _Extended:
     k: Tensor
     v: Tensor
     open: Int[Tensor, " b"]
-    keys: Tensor
-    values: Tensor
-    ranks: Int[Tensor, "b rows"]
 
 
 def _extend(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> _Extended:
@@ -557,18 +552,9 @@ def _extend(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> _Exte
     rows_q, rows_k, rows_v = (_in_rows(wide(x), s) for x in (q, k, v))
     keys, values, _ = _summaries(call, rows_q, rows_k, rows_v, _in_rows(exists, s, 1), maps)
 
-    width = past.keys.shape[2] + keys.shape[2]
-    if not torch.compiler.is_compiling() and batch:
-        width = int((finished + closed).max())
-    row = torch.arange(width, device=device)
-    before = past.keys.shape[2]
-    place = torch.where(row < finished[:, None], row, before + row - finished[:, None])
-    place = place.clamp(max=before + keys.shape[2] - 1)
-    keys, values = (torch.cat([old[:, :, :, 0], x], 2) for old, x in ((past.keys, keys), (past.values, values)))
-    number = torch.arange(keys.shape[2], device=device)
-    ranks = torch.where(number < before, number, number - before + finished[:, None])
-    ranks = torch.where((number >= finished[:, None]) & (number < before), -1, ranks)
-
+    keys, values = (
+        append_rows(old[:, :, :, 0], finished, x, closed) for old, x in ((past.keys, keys), (past.values, values))
+    )
     left = closed[:, None] * s + torch.arange(s, device=device)
     remain = (left < total[:, None])[:, None, :, None]
     q, open_k, open_v = (torch.where(remain, _take(x, left.clamp(max=s + m - 1)), 0) for x in (q, k, v))
@@ -578,13 +564,13 @@ def _extend(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> _Exte
         open_k,
         open_v,
         None,
-        _take(keys, place)[:, :, :, None],
-        _take(values, place)[:, :, :, None],
+        keys[:, :, :, None],
+        values[:, :, :, None],
         None,
         None,
         None,
     )
-    return _Extended(state, k, v, open_, keys, values, ranks)
+    return _Extended(state, k, v, open_)
 
 
 def _fixed_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> Result:
@@ -594,9 +580,12 @@ def _fixed_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> 
     places = found.open[:, None] + torch.arange(n, device=device)
     near = Ranks(places, torch.arange(s + n, device=device)[None], None, None, plain=False)
     finished = (found.state.length - _new(call, k)) // s
-    far = Ranks(places // s + finished[:, None] - 1, found.ranks, None, None, plain=False)
-    output = _near_and_far(call, q, (found.k, found.v, near), (found.keys, found.values, far))
-    return Result(output, found.state)
+    keys, values = found.state.keys[:, :, :, 0], found.state.values[:, :, :, 0]
+    rows = torch.arange(keys.shape[2], device=device)[
+        None
+    ]  # those that a row of the batch lacks come after its queries
+    far = Ranks(places // s + finished[:, None] - 1, rows, None, None, plain=False)
+    return Result(_near_and_far(call, q, (found.k, found.v, near), (keys, values, far)), found.state)
 
 
 def _new(call: Call, k: Tensor) -> Int[Tensor, " b"]:
