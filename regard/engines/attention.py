@@ -132,4 +132,16 @@ def attention_reference(
     return weights @ v.repeat_interleave(groups, 1)
 
 
-__all__ = ["RULES", "Ranks", "Visibility", "attention", "attention_reference", "masked_scores_bias", "ranks"]
+def joined(
+    first: Float[Tensor, "b h n v"],
+    first_lse: Float[Tensor, "b h n"],
+    second: Float[Tensor, "b h n v"],
+    second_lse: Float[Tensor, "b h n"],
+) -> Float[Tensor, "b h n v"]:
+    """Softmax over the keys of two softmax attentions of the same queries, from their outputs and log-sum-exps."""
+    some = (first_lse > -torch.inf) | (second_lse > -torch.inf)
+    share = torch.sigmoid(torch.where(some, first_lse - second_lse, 0))[..., None].to(first.dtype)
+    return share * first + (1 - share) * second
+
+
+__all__ = ["RULES", "Ranks", "Visibility", "attention", "attention_reference", "joined", "masked_scores_bias", "ranks"]

@@ -148,3 +148,21 @@ def extend_window(
 
 def _take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def append_rows(
+    past: Shaped[Tensor, "b h past d"],
+    counts: Int[Tensor, " b"],
+    new: Shaped[Tensor, "b h new d"],
+    new_counts: Int[Tensor, " b"],
+) -> Shaped[Tensor, "b h both d"]:
+    """The first `counts` slots of each row of `past`, then the first `new_counts` of `new`.
+
+    As many slots as the longest row needs; as `past` and `new` have together where a graph is being compiled.
+    """
+    width = past.shape[2] + new.shape[2]
+    if not torch.compiler.is_compiling():
+        width = int((counts + new_counts).max()) if past.shape[0] else 0
+    slots = torch.arange(width, device=past.device)
+    source = torch.where(slots < counts[:, None], slots, past.shape[2] + slots - counts[:, None])
+    return _take(torch.cat([past, new], 2), source.clamp(max=past.shape[2] + new.shape[2] - 1))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from regard.engines.cache import append
+from regard.engines.cache import append, append_rows
 from regard.functional import softmax_attention
 
 
@@ -110,3 +110,14 @@ def test_decoding_equals_whole_with_branches_reset_and_saved_state():
     result = softmax_attention(*(x[:, :, 7:8] for x in (q, k, v)), state=emptied, form="step")
     torch.testing.assert_close(result.output[0], v[0, :, 7:8], rtol=0, atol=1e-15)
     torch.testing.assert_close(result.output[1], first[1, :, :1], rtol=0, atol=1e-15)
+
+
+def test_rows_that_hold_unequal_numbers_are_continued_each_from_its_end():
+    past, new = sequence(3, 2, 4, 5), sequence(3, 2, 3, 5)
+    counts, more = torch.tensor([4, 1, 0]), torch.tensor([2, 3, 0])
+    found = append_rows(past, counts, new, more)
+    assert found.shape[2] == 6
+    for row in range(3):
+        expected = torch.cat([past[row, :, : counts[row]], new[row, :, : more[row]]], 1)
+        assert torch.equal(found[row, :, : expected.shape[1]], expected)
+    assert append_rows(past[:, :, :0], counts * 0, new, more * 0).shape == (3, 2, 0, 5)
