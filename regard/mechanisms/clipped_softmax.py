@@ -26,7 +26,8 @@ at M = `length`, and then no gradient reaches q, k or v. With the paper's alphas
 is dead in most rows until some scores spread. :func:`silent_rows` counts such rows; `warmup` avoids them.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0. The
-softmax, the stretch and the clip are in at least float32. Dropout comes after the clip.
+softmax, the stretch and the clip are in at least float32. Dropout comes after the clip. PyTorch computes it, block by block:
+on a CPU an order of magnitude slower than the native kernel for softmax.
 Deviations: the default gamma, -0.001, is milder than the paper's, since no length is known: rows of up to 1000 equal
 weights survive. `warmup`, which is not in the paper, lets gamma grow from 0 with the call's `progress`.
 """

@@ -23,7 +23,8 @@ those of the queries. Extra parameters of a layer: H (D/H + 1) for `linear`, H (
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
 Deviations: gates are natural logarithms, as everywhere in regard. Weights are given with the gate and s on them. The
 authors' code sets the first bias for `linear` only; here all predictors have it. `head_mean` averages over the valid
-tokens of a call, where theirs counts padding too; it looks ahead and is refused in causal patterns.
+tokens of a call, where theirs counts padding too (as it does after `regard.swap`, which tells layers of no padding); it
+looks ahead and is refused in causal patterns.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import regard
 import regard.mechanisms.sea as sea
 from regard.contract import Call, Context, Mask, Pattern, Unsupported
 from regard.create import create_layer
 from regard.functional import sea_attention
-from regard.mechanisms.sea import CausalMap, Config, NoncausalMap, orthogonal_features
+from regard.layers.attention_map import CausalMap, NoncausalMap, orthogonal_features, softmax_features
+from regard.mechanisms.sea import Config
 from regard.training import peak_memory
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -466,7 +468,7 @@ def test_the_noncausal_context_reads_values_and_smooth_positions_by_the_softmax_
 def test_the_softmax_kernel_approaches_softmax():
     q, k = (0.5 * torch.randn(1, 2, 15, 8, dtype=torch.float64) for _ in range(2))
     everything = torch.ones(1, 1, 15, 1, dtype=torch.bool)
-    phi_q, phi_k = sea._softmax_features(q, k, orthogonal_features(8000, 8).double(), everything)
+    phi_q, phi_k = softmax_features(q, k, orthogonal_features(8000, 8).double(), everything)
     weights = phi_q @ phi_k.mT
     weights, exact = weights / weights.sum(-1, keepdim=True), (q @ k.mT * 8**-0.5).softmax(-1)
     assert float((weights - exact).square().mean()) < 0.3 * float((exact - 1 / 15).square().mean())
@@ -574,7 +576,7 @@ def test_the_context_equals_the_recorded_performer(causal):
         found = sea.linear_attention(*phi, leaves[2], sea.Estimator.RULE)[0]
     else:
         everything = torch.ones(1, 1, 13, 1, dtype=torch.bool)
-        phi = sea._softmax_features(leaves[0], leaves[1], a["projection"], everything)
+        phi = softmax_features(leaves[0], leaves[1], a["projection"], everything)
         found = phi[0] @ (phi[1].mT @ leaves[2]) / (phi[0] @ phi[1].sum(2)[..., None])
     # the code adds 1e-6 to each sum of features rather than to the denominator
     close(found, a["out"], 1e-5 if causal else 1e-12)
@@ -652,3 +654,20 @@ def untied(estimate, config, pattern):
     kept = (2 * config.top_k * config.oversample * 32 / seen).round().long().clamp(max=64)
     borders = F.pad(p, (0, 1), value=-1).gather(-1, (kept[None, :, None] + torch.tensor([-1, 0])).expand(2, -1, -1))
     return borders[..., 0] - borders[..., 1] > 1e-7
+
+
+def test_put_into_an_encoder_of_torch_it_gathers_the_valid_tokens_first():
+    encoder = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+    ).double()
+    report = regard.swap(encoder, "sea", top_k=3, estimate_length=32)
+    assert any("attention.projection.map" in name or ".map." in name for name in report.learned)
+    encoder.eval()
+    x = torch.randn(2, 13, 16, dtype=torch.float64)
+    missing = torch.zeros(2, 13, dtype=torch.bool)
+    missing[1, :5] = True
+    found = encoder(x, src_key_padding_mask=missing)
+    close(found[0], encoder(x[:1])[0], 1e-12)
+    close(found[1, 5:], encoder(x[1:, 5:])[0], 1e-12)
+    with pytest.raises(Unsupported, match="noncausal-self"):
+        encoder(x, mask=torch.nn.Transformer.generate_square_subsequent_mask(13, dtype=torch.float64), is_causal=True)

@@ -1,0 +1,177 @@
+"""Estimates of an attention map: from features of the queries to scores of pixels, as SEA makes them (arXiv 2310.01777).
+
+A map has a row for each query and head, and a fixed number of pixels in it, each of which stands for a part of the keys. Also
+the random features of the linear attention that the estimate begins with (arXiv 2009.14794).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import valid_from_lengths
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+class CausalRows(nn.Conv2d):
+    """3 x 3 convolution, dilated by 2, that sees the rows t, t - 2 and t - 4, zeros before the first row."""
+
+    PAST = 4
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=(0, 2), dilation=2)
+
+    def advance(
+        self, x: Float[Tensor, "b c n w"], past: Float[Tensor, "b c 4 w"], lengths: Int[Tensor, " b"] | None
+    ) -> tuple[Float[Tensor, "b c n w"], Float[Tensor, "b c 4 w"]]:
+        """The rows after `past`, and what those that follow need; `lengths` rows are valid, all when None."""
+        n = x.shape[2]
+        x = torch.cat([past.to(x.dtype), x], 2)
+        if lengths is None:
+            return self(x), x[:, :, n:]
+        last = lengths[:, None] + torch.arange(self.PAST, device=x.device)
+        return self(x), x.gather(2, last[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+class CausalMap(nn.Module):
+    """From features of the queries to scores of pixels; row t sees the queries t - 8, t - 6, ... t."""
+
+    CHANNELS, SHRINK = 2, 4
+
+    def __init__(self, features: int, heads: int, pixels: int) -> None:
+        super().__init__()
+        width, channels = pixels // self.SHRINK, self.CHANNELS * heads
+        self.expand = nn.Linear(features, self.CHANNELS * width)
+        self.first_norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(pixels)
+        self.convolutions = nn.ModuleList(CausalRows(channels) for _ in range(2))
+        self.merge = nn.Conv2d(channels, heads, 1, padding=(0, 1))
+        self.pixels = pixels
+
+    def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
+        """What comes before the first query: zeros."""
+        shape = like.shape[0], self.merge.in_channels, CausalRows.PAST, self.pixels // self.SHRINK
+        return (like.new_zeros(shape),) * len(self.convolutions)
+
+    def forward(
+        self, z: Float[Tensor, "b h n z"], lengths: Int[Tensor, " b"] | None, past: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "b h n c"], tuple[Tensor, ...]]:
+        """Scores, and the rows that the next queries need."""
+        x = self.expand(z).unflatten(-1, (self.CHANNELS, -1)).transpose(2, 3).flatten(1, 2)  # (b, 2 h, n, w)
+        x, rows = self.first_norm(x), []
+        for i, convolution in enumerate(self.convolutions):
+            x, kept = convolution.advance(x, past[i], lengths)  # type: ignore[operator]
+            x = x.relu()
+            rows.append(kept)
+        x = self.merge(x.repeat_interleave(self.SHRINK, -1))
+        x = F.interpolate(x, size=(x.shape[2], self.pixels), mode="area")
+        return self.last_norm(x), tuple(rows)
+
+
+class NoncausalMap(nn.Module):
+    """From features of the queries to scores of pixels, through a map of half the queries and half the pixels."""
+
+    CHANNELS, SHRINK = 4, 2
+
+    def __init__(self, features: int, heads: int, pixels: int) -> None:
+        super().__init__()
+        channels = self.CHANNELS * heads
+        self.expand = nn.Linear(features, self.CHANNELS * pixels // self.SHRINK)
+        self.shrink = nn.Conv2d(channels, channels, 3, padding=1, stride=(2, 1))
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1)
+        self.merge = nn.Conv2d(channels, heads, 3, padding=1)
+        self.pixels = pixels
+
+    def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
+        """Nothing: no query sees rows of another call."""
+        return ()
+
+    def forward(
+        self, z: Float[Tensor, "b h n z"], lengths: Int[Tensor, " b"] | None, past: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "b h n c"], tuple[Tensor, ...]]:
+        """Scores. Rows beyond a sequence are zeros to every convolution, as beyond the edge."""
+        n = z.shape[2]
+        halves = None if lengths is None else (lengths + 1).div(2, rounding_mode="floor")
+        x = self.expand(z).unflatten(-1, (self.CHANNELS, -1)).transpose(2, 3).flatten(1, 2)
+        x = _only(self.shrink(_only(x, lengths)).relu(), halves)
+        x = self.mix(x).relu().repeat_interleave(2, 2)
+        x = self.merge(_only(x, None if halves is None else 2 * halves))
+        x = F.interpolate(x, size=(x.shape[2], self.pixels), mode="bilinear")
+        return self._stretch(x, n, lengths), ()
+
+    @staticmethod
+    def _stretch(x: Float[Tensor, "b h n1 c"], n: int, lengths: Int[Tensor, " b"] | None) -> Float[Tensor, "b h n c"]:
+        """The first 2 ceil(length / 2) rows as `length` rows, by bilinear interpolation."""
+        count = torch.full((1,), n, device=x.device) if lengths is None else lengths
+        count = count.clamp(min=1)[:, None]
+        source = count + count % 2
+        at = (torch.arange(n, dtype=torch.float64, device=x.device) + 0.5) * source / count - 0.5
+        at = torch.minimum(at.clamp(min=0), source - 1)
+        low = at.floor().long()
+        high = torch.minimum(low + 1, source - 1)
+        rows = [
+            x.gather(2, index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3])) for index in (low, high)
+        ]
+        share = (at - low).to(x.dtype)[:, None, :, None]
+        return rows[0] + share * (rows[1] - rows[0])
+
+
+def _only(x: Float[Tensor, "b c n w"], lengths: Int[Tensor, " b"] | None) -> Float[Tensor, "b c n w"]:
+    """The valid rows, zeros elsewhere."""
+    return x if lengths is None else torch.where(valid_from_lengths(lengths, x.shape[2])[:, None, :, None], x, 0)
+
+
+class CodebookMap(nn.Module):
+    """Each patch of pixels is a mixture of learned patches."""
+
+    BOOK, PATCH = 8, 16
+
+    def __init__(self, features: int, heads: int, pixels: int) -> None:
+        super().__init__()
+        self.choose = nn.Linear(features, self.BOOK * pixels // self.PATCH)
+        self.patches = nn.Parameter(torch.randn(self.BOOK, self.PATCH))
+
+    def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
+        """Nothing: no query sees rows of another call."""
+        return ()
+
+    def forward(
+        self, z: Float[Tensor, "b h n z"], lengths: Int[Tensor, " b"] | None, past: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "b h n c"], tuple[Tensor, ...]]:
+        shares = self.choose(z).unflatten(-1, (-1, self.BOOK)).softmax(-1)
+        return (shares @ self.patches).flatten(-2), ()
+
+
+def orthogonal_features(
+    number: int, width: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "number width"]:
+    """Rows of random directions, orthogonal in blocks of `width`, with the norms of normal vectors (arXiv 2009.14794)."""
+
+    def normal(rows: int) -> Tensor:
+        device = None if generator is None else generator.device
+        return torch.randn(rows, width, generator=generator, device=device)
+
+    blocks = [torch.linalg.qr(normal(width))[0].mT for _ in range(-(-number // width))]
+    return normal(number).norm(dim=1, keepdim=True) * torch.cat(blocks)[:number]
+
+
+def softmax_features(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], w: Float[Tensor, "r d"], valid: Bool[Tensor, "#b 1 n 1"]
+) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n r"]]:
+    """Positive features whose product is in expectation exp(q . k d^-1/2), up to factors that the normaliser cancels."""
+    scaled = [x.shape[-1] ** -0.25 * x for x in (q, k)]
+    products = [x @ w.mT for x in scaled]
+    norms = [x.square().sum(-1, keepdim=True) / 2 for x in scaled]
+    lowest = torch.finfo(q.dtype).min
+    tops = (
+        products[0].detach().amax(-1, keepdim=True),
+        products[1].detach().masked_fill(~valid, lowest).amax((-1, -2), keepdim=True),
+    )
+    phi_q, phi_k = (
+        torch.where(valid, x - norm - top, 0).exp() + 1e-4 for x, norm, top in zip(products, norms, tops, strict=True)
+    )
+    return phi_q, phi_k
