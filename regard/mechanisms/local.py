@@ -26,9 +26,9 @@ blocks are independent of each other. Over L causal layers information travels a
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens, so a window
 covers w valid keys whatever padding lies between.
 State: the keys the next token may reach, w - 1 or (p + 1) b - 1 of them, right-aligned; its size never changes.
-Deviations: which layers of a stack stay full is the plan of a model, not of this mechanism. The CAB code combines
-window and padding with AND, so that padded keys leak; here both must allow a key. A bias tensor of pairs (not
-a position bias) is refused with a state, whose keys its columns could not name.
+Deviations: which layers of a stack stay full is the plan of a model (:func:`regard.models.masformer_plan`), not of this
+mechanism. The CAB code combines window and padding with AND, so that padded keys leak; here both must allow a key. A
+bias tensor of pairs (not a position bias) is refused with a state, whose keys its columns could not name.
 """
 
 from __future__ import annotations

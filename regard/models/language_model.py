@@ -52,6 +52,7 @@ class LanguageModelConfig:
         dim: width of the residual stream.
         plan: a mechanism for all layers, or a list with a name or (name, options) for each layer. The options
             ``positions``, ``feed_forward``, ``num_heads``, ``head_dim`` and ``num_kv_heads`` override those below.
+            :mod:`regard.models.plans` has the plans of some papers.
         num_layers: how often to repeat a single name (4 when None); the length of a list.
         num_heads, head_dim, num_kv_heads: heads of every layer; as in :func:`regard.create_layer`.
         feed_forward: hidden width of the SwiGLU; 8/3 of `dim` when None, 0 for blocks without one.

@@ -127,6 +127,9 @@ def test_a_state_carries_the_sums_and_no_normaliser():
     close(state.memory, MAP["elu"](tensors["k"]).mT @ tensors["v"])
     assert cost(Shape(1, 2, 1, 9, 4, 3), Config()).state == state.memory[0].numel()
     assert MECHANISM.recurrent
+    mask, config = Mask(lengths=torch.tensor([9, 4])), Config(denominator=True)
+    padded = apply(MECHANISM, tensors, mask=mask, return_state=True, config=config).state
+    close(padded.memory[1, ..., -1], MAP["elu"](tensors["k"][1, :, :4]).sum(1))
 
 
 @pytest.mark.parametrize("positions", ["lrpe", "rotary"])

@@ -16,7 +16,8 @@ def mixing(pattern):
 
 @pytest.mark.parametrize("pattern", Pattern)
 def test_only_softmax_is_softmax(pattern):
-    names = [n for n in mixing(pattern) if find("exact", n, pattern, 300).holds]
+    """On as many tokens as none takes whole: BigBird does up to 703."""
+    names = [n for n in mixing(pattern) if find("exact", n, pattern, 720).holds]
     assert names == ["softmax"]
 
 
