@@ -4,7 +4,7 @@ When to pick it: a sparse pattern (blocks, log-sparse, axial) is affordable, but
 layer.
 When not: exact recall of far tokens (a group of any size weighs as much as one token and has one key), short inputs.
 
-Definition (Ren et al., arXiv 2107.05768, section 3, equations 4-7). With q scaled by tau, token i attends directly to
+Definition (Ren et al., arXiv 2107.05768, section 3, and the authors' code). With q scaled by tau, token i attends directly to
 D_i and through summaries to groups G, which together hold every token that it may see:
 
     kappa_G = pool over j in G of k_j,    rho_G = pool over j in G of q_j
