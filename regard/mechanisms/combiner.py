@@ -4,7 +4,7 @@ When to pick it: a sparse pattern (blocks, log-sparse, axial) is affordable, but
 layer.
 When not: exact recall of far tokens (a group of any size weighs as much as one token and has one key), short inputs.
 
-Definition (Ren et al., arXiv 2107.05768, section 3, equations 4-7). With q scaled by tau, token i attends directly to
+Definition (Ren et al., arXiv 2107.05768, section 3, and the authors' code). With q scaled by tau, token i attends directly to
 D_i and through summaries to groups G, which together hold every token that it may see:
 
     kappa_G = pool over j in G of k_j,    rho_G = pool over j in G of q_j
@@ -894,32 +894,42 @@ def _logn(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[F
     """Whole sequences, and the state after them."""
     config, n, device = call.config, q.shape[2], q.device
     length, rank = _new(call, k), torch.arange(n, device=device)
-    queries, keys, values = call.scale * wide(q), wide(k), wide(v)
+    after = -n % (1 << max(n.bit_length() - 4, 0))  # so that most levels part whole blocks
+    queries, keys, values = (F.pad(x, (0, 0, 0, after)) for x in (call.scale * wide(q), wide(k), wide(v)))
     asking, telling = _activated(config, queries, maps.pool_q), _activated(config, keys, maps.pool_k)
-    scores, seen, last = [(queries * keys).sum(-1)], [], []
+    scores, blocks, last = [(queries * keys).sum(-1)], [], []
     for level in range(n.bit_length()):
         size = 1 << level
-        asked, told, k_blocks, v_blocks = (
-            x[:, :, : n // size * size].unflatten(2, (-1, size))[:, :, ::2] for x in (asking, telling, keys, values)
-        )
-        whole = torch.ones(size, dtype=torch.bool, device=device)
-        asked, told = _reduced(config, asked, whole), _reduced(config, told, whole)
-        pooled = _finished(config, asked, torch.tensor(size, device=device))
-        weights = _softmax((pooled[..., None, :] @ k_blocks.mT)[..., 0, :], whole)
-        block = (_drop(call, weights)[..., None, :] @ v_blocks)[..., 0, :]
-        before = ((rank >> level) - 1).clamp(min=0) >> 1
-        key = _finished(config, told, torch.tensor(size, device=device))[:, :, before.clamp(max=told.shape[2] - 1)]
-        scores.append(torch.where((rank >> level & 1).bool(), (queries * key).sum(-1), -torch.inf))
-        seen.append((block, before.clamp(max=told.shape[2] - 1)))
-        at = (((length >> level) - 1).clamp(min=0) >> 1)[:, None]
-        last.append([_take(x, at.clamp(max=told.shape[2] - 1)) for x in (asked, told, block)])
+        # Of each two blocks the tokens of the second read the summary of the first.
+        asked, told, k_first, v_first = (_halves(x, size)[:, :, :, 0] for x in (asking, telling, keys, values))
+        asked, told = (x.amax(3) if config.reduce == "max" else x.sum(3) for x in (asked, told))
+        count = torch.tensor(size, device=device)
+        weights = _products(k_first, _finished(config, asked, count)).softmax(-1)
+        block = (_drop(call, weights)[..., None, :] @ v_first)[..., 0, :]
+        read = _products(_halves(queries, size)[:, :, :, 1], _finished(config, told, count))
+        scores.append(F.pad(read[:, :, :, None], (0, 0, 1, 0), value=-torch.inf).flatten(2)[:, :, : n + after])
+        blocks.append(block)
+        latest = (((length >> level) - 1).clamp(min=0) >> 1)[:, None]
+        last.append([_take(x, latest) for x in (asked, told, block)])
     shares = torch.stack(scores, -1).softmax(-1)
     output = _drop(call, shares[..., :1]) * values
-    for level, (block, index) in enumerate(seen):
-        output = output + shares[..., level + 1, None] * block[:, :, index]
+    for level, block in enumerate(blocks):
+        share, sums = (_halves(x, 1 << level) for x in (shares[..., level + 1, None], output))  # 0 in first halves
+        output = torch.addcmul(sums, share, block[:, :, :, None, None]).flatten(2, 4)[:, :, : n + after]
     slots = torch.where(_valid(call.lengths, n, device), rank, -1).expand(k.shape[0], -1)
     levels = [torch.cat(x, 2) for x in zip(*last, strict=True)] if last else [queries, keys, values]
-    return output.to(v.dtype), BlockState(length, k, v, slots, *levels)
+    return output[:, :, :n].to(v.dtype), BlockState(length, k, v, slots, *levels)
+
+
+def _halves(x: Float[Tensor, "b h n d"], size: int) -> Float[Tensor, "b h pairs 2 size d"]:
+    """Tokens by pairs of blocks, with zeros after the last one."""
+    after = -x.shape[2] % (2 * size)
+    return (F.pad(x, (0, 0, 0, after)) if after else x).unflatten(2, (-1, 2, size))
+
+
+def _products(x: Float[Tensor, "... size d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "... size"]:
+    """x_i . y; many small matrix products would cost more than the numbers between."""
+    return (x @ y[..., None])[..., 0] if x.shape[-2] >= 16 else (x * y[..., None, :]).sum(-1)
 
 
 def _logn_step(

@@ -4,7 +4,7 @@ When to pick it: long contexts in a pretrained decoder, whose cache and attentio
 new parameter, after a short fine-tuning.
 When not: exact recall of far tokens (a group has one key, weighed by its last token before the question is known).
 
-Definition (Chen et al., arXiv 2412.12465, section 3), ranks from 1, g = `group`, s = `window`, tau the scale:
+Definition (Chen et al., arXiv 2412.12465, and the authors' code), ranks from 1, g = `group`, s = `window`, tau the scale:
 
     I_r   = { (r - 1) g + 1, ..., r g }
     w_r   = softmax over j in I_r of (tau q_rg . k_j)          the query is that of the group's last token
