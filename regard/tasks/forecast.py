@@ -390,9 +390,9 @@ def _cut(one: Series, share: float) -> tuple[Series, Series]:
 
 
 def _drawn(line: Float[np.ndarray, " n"], predicted: int) -> list[str]:
-    """The line as blocks of eight heights; the points to predict after a bar."""
+    """The line as blocks of eight heights, up to 38 on each side of a bar; the points to predict are after it."""
     line = np.nan_to_num(line)
     low, high = line.min(), line.max()
     heights = ((line - low) / (high - low if high > low else 1) * 7.99).astype(int)
     blocks = "".join("▁▂▃▄▅▆▇█"[h] for h in heights)
-    return [f"  {blocks[:-predicted][-60:]}|{blocks[-predicted:][:60]}"]
+    return [f"  {blocks[:-predicted][-38:]}|{blocks[-predicted:][:38]}"]

@@ -66,7 +66,8 @@ def terminal_table(
 def _is_better(rule: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     if not is_number(entry.get("mean")):
         return True
-    return (rule["score"] > entry["mean"]) == rule["higher_is_better"]
+    ahead = rule["score"] - entry["mean"]
+    return (ahead if rule["higher_is_better"] else -ahead) > 0
 
 
 def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import statistics
 import time
@@ -60,10 +61,13 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
             f"task {task.name} of pattern {task.pattern} and objective {task.objective}",
             supported="; ".join(f"{pattern} with {objective}" for pattern, objective in BACKBONES),
         )
-    plan: Any = card.name
+    options: dict[str, Any] = {}
     if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
-        keys = task.memory_length if task.pattern.cross else task.length
-        plan = [(card.name, {"length": keys})] * settings.layers  # a constant that follows the training length
+        # a constant that follows the training length
+        options["length"] = task.memory_length if task.pattern.cross else task.length
+    if card.module is not None and "axes" in inspect.signature(card.module).parameters:
+        options["axes"] = len(task.grid) if task.grid else 1
+    plan: Any = [(card.name, options)] * settings.layers if options else card.name
     if card.kind is Kind.PROJECTION:
         plan = [("softmax", {"linear": card.name})] * settings.layers
     elif card.kind is not Kind.POOLING:
@@ -71,7 +75,7 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
     elif task.objective != "classification":
         raise Unsupported(
             f"{card.name}, which pools a sequence, on the task {task.name}",
-            supported="classification tasks: listops, images",
+            supported="classification tasks: listops, images, documents, matching",
         )
     sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
     if kind == (Pattern.NONCAUSAL_CROSS, "regression"):
@@ -110,7 +114,7 @@ class Work:
         cards = [get_mechanism(name) for name in settings.mechanisms]
         configs = {card.name: model_config(card, task, settings) for card in cards}
         self.target = count_parameters(configs.get("softmax", next(iter(configs.values()))))
-        self.configs = {name: match_parameters(config, self.target) for name, config in configs.items()}
+        self.configs = {name: self._matched(name, config) for name, config in configs.items()}
         self.item_tokens = task.length + (task.memory_length or 0)
         self.batch_size = max(1, settings.batch_tokens // self.item_tokens)
         # generating token by token takes about as long for many items as for few
@@ -134,6 +138,16 @@ class Work:
         self.steps: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
         self.evaluation_seconds: dict[str, float] = {}
+
+    def _matched(self, name: str, config: Any) -> Any:
+        try:
+            return match_parameters(config, self.target)
+        except Unsupported as error:
+            raise Unsupported(
+                f"{name} with {error.asked}, as the others have",
+                supported=error.supported,
+                nearest=f"a larger --dim, or --mechanisms without {name}",
+            ) from None
 
     def calibrate(self, seconds: float) -> None:
         """Time training steps and an evaluation of each model."""

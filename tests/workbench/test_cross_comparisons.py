@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from regard.catalogue import get_mechanism
+from regard.cli import _mechanism_names
 from regard.contract import Pattern, Unsupported
 from regard.measurement.store import Store
 from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
@@ -20,7 +21,7 @@ from regard.tasks import (
     create_task,
     squared_error_by_item,
 )
-from regard.training import evaluate
+from regard.training import TrainConfig, evaluate, train
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare
 from regard.workbench.settings import CompareSettings
@@ -164,7 +165,9 @@ def test_a_rule_is_compared_on_the_items_that_are_the_result(tmp_path, error, st
     assert note.startswith(f"On carry a rule without training, a rule, scores {error:.4g}.")
     names = ", ".join(entry["mechanism"] for entry in outcome.summary["carry"])
     assert ("Better: " + (names if standing == "ahead" else "none")) in note
-    assert (f"Worse: {names}. So {outcome.recommendation.winner} is no use" in note) == (standing == "behind")
+    assert (f"Worse: {names}. So {outcome.recommendation.winner} is not shown to be of use" in note) == (
+        standing == "behind"
+    )
     assert "a rule without training" in outcome.report.read_text()
 
 
@@ -222,3 +225,25 @@ def test_tasks_without_a_model_and_mechanisms_without_the_pattern_are_refused(tm
         with pytest.raises(Unsupported, match=words):
             compare([task], settings(mechanisms=(mechanism,)), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["listops", "images", "recall", "recite", "carry"])
+def test_all_mechanisms_of_a_pattern_train_and_are_scored(name):
+    given = {"listops": {"length": 32}, "images": {}, "recall": {"length": 16, "pairs": 2, "queries": 4}}
+    if name == "images":
+        pytest.importorskip("sklearn")
+    made = {"recite": Recite, "carry": Carry}
+    task = made[name]() if name in made else create_task(name, evaluation_items=8, **given[name])
+    names = _mechanism_names("all", [task])
+    assert len(names) > 8
+    work = Work(task, settings(mechanisms=tuple(names), dim=64, heads=4))
+    for mechanism, config in work.configs.items():
+        model = build(config, 0)
+        train(model, task, TrainConfig(steps=1, batch_size=2, learning_rate=1e-3, measure_memory=False))
+        assert torch.isfinite(torch.tensor(evaluate(model, task, work.scored_at_once).loss)), mechanism
+
+
+def test_a_mechanism_that_is_too_large_to_match_the_others_is_named():
+    task = create_task("listops", length=32, evaluation_items=8)
+    with pytest.raises(Unsupported, match=r"mamba2 with 7,\d+ parameters with dim=16.*without mamba2"):
+        Work(task, settings(mechanisms=("softmax", "mamba2"), dim=16, layers=2))

@@ -146,8 +146,8 @@ def test_the_rule_of_a_task_is_a_line_and_a_row_in_its_place(rows):
         for entry in entries:
             better = (entry["mean"] > rule["score"]) == rule["higher_is_better"]
             assert entry["beside_baseline"] == ("ahead" if better else "behind")
-            own = re.search(rf"{entry['mechanism']} {task} .*?(better|worse) than the rule", text)
-            assert own[1] == ("better" if better else "worse")
+            own = re.search(rf"{entry['mechanism']} {task} .*?(beats|behind) rule", text)
+            assert own[1] == ("beats" if better else "behind")
             assert (own.start() < place) == better
     bare = copy.deepcopy(rows)
     del bare["run"]["baselines"]
