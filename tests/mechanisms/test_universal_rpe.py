@@ -165,6 +165,18 @@ def test_biases_of_schemes_and_of_the_call_are_inside_the_softmax(monkeypatch):
     close(run(tensors, mask=Mask(bias=bias), position_bias=by_rank).output, expected)
 
 
+def test_a_query_hidden_from_every_key_gives_zero_with_finite_gradients():
+    tensors = {name: x.requires_grad_() for name, x in inputs(6).items()}
+    bias = torch.zeros(1, 1, 6, 6, dtype=torch.float64)
+    bias[..., 4, :] = -torch.inf
+    for pattern in ("noncausal-self", "causal-self"):
+        result = run(tensors, pattern, mask=Mask(bias=bias), want={"weights"})
+        for x in (result.output, result.extras["weights"], result.extras["softmax_weights"]):
+            assert (x[:, :, 4] == 0).all() and (x[:, :, 5] != 0).any()
+        for gradient in torch.autograd.grad(result.output.square().sum(), list(tensors.values())):
+            assert gradient.isfinite().all()
+
+
 def test_dropout_comes_after_the_factors_and_draws_from_the_generator(monkeypatch):
     tensors = inputs(40)
     tensors["v"] = torch.eye(40, dtype=torch.float64).expand(2, 2, -1, -1)  # outputs are weights
