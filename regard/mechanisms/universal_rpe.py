@@ -60,10 +60,9 @@ from regard.contract import (
     Unsupported,
     at_least,
     one_of,
-    state_field,
 )
 from regard.engines.attention import Ranks, Visibility, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import KeyValueState, extend
+from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import Toeplitz, at_offsets
 from regard.visibility import DistanceBias, PositionBias
@@ -120,13 +119,6 @@ class Config:
             Relative(heads=1, num_buckets=self.num_buckets, max_distance=sides[0])  # refuses what it lacks
 
 
-@dataclass(frozen=True)
-class CountedState(KeyValueState):
-    """Every key and value so far, and the queries that have read them in cross patterns (0 in self patterns)."""
-
-    queries: Int[Tensor, " b"] = state_field()
-
-
 def reference(
     call: Call,
     q: Float[Tensor, "b h n d"],
@@ -172,13 +164,13 @@ def chunked(
 ) -> Result:
     """Continue a cached sequence by any number of tokens; also the step."""
     table = _only_one(call, factors, grid_factors, pair_factors, stateful=True)
-    state, where = _extend(call, k, v, q.shape[2])
+    state, where = extend_counted(call, k, v, q.shape[2])
     return _attend(call, q, state.k, state.v, table, where, state)
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> CountedState:
     """Memory into a cache; more may follow."""
-    return _extend(call, k, v, 0)[0]
+    return extend_counted(call, k, v, 0)[0]
 
 
 def read(
@@ -190,22 +182,8 @@ def read(
 ) -> Result:
     """Queries on absorbed memory, counted on from those that have read it before."""
     table = _only_one(call, factors, grid_factors, pair_factors, stateful=True)
-    state: CountedState = call.state
-    n, before = q.shape[2], state.queries
-    where = ranks(call, n, 0, q.device, state.ranks, state.length)
-    where = Ranks(where.queries + before[:, None], where.keys, None, None, plain=False)
-    if call.position_bias is not None:
-        told = call.position_bias  # of earlier queries, by the layer
-        call = call.replace(position_bias=lambda i, j: told(i - before[:, None], j))
-    after = before + (n if call.lengths is None else call.lengths)
-    state = CountedState(state.k, state.v, state.ranks, state.length, after)
+    call, state, where = read_on(call, q.shape[2], q.device)
     return _attend(call, q, state.k, state.v, table, where, state)
-
-
-def _extend(call: Call, k: Tensor, v: Tensor, n: int) -> tuple[CountedState, Ranks]:
-    cache, where = extend(call, k, v, n)
-    queries = torch.zeros_like(cache.length) if call.state is None else call.state.queries
-    return CountedState(cache.k, cache.v, cache.ranks, cache.length, queries), where
 
 
 def _visibility(call: Call) -> Visibility:
