@@ -47,6 +47,14 @@ class WindowState(State):
     length: Int[Tensor, " b"] = state_field()
 
 
+@dataclass(frozen=True)
+class CountedState(KeyValueState):
+    """Every key and value so far, and the queries that have read them in cross patterns (0 in self patterns): for
+    mechanisms to which the place of a query matters."""
+
+    queries: Int[Tensor, " b"] = state_field()
+
+
 def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int) -> tuple[KeyValueState, Ranks]:
     """The cache of `call.state` followed by new keys and values, and the ranks of `n` queries that come with them.
 
@@ -60,6 +68,32 @@ def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"],
     where = ranks(call, n, k.shape[2], k.device, past.ranks, past.length)
     k, v = append(past.k, k.to(past.k.dtype), 2), append(past.v, v.to(past.v.dtype), 2)
     return KeyValueState(k, v, where.keys, length), where
+
+
+def extend_counted(
+    call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int
+) -> tuple[CountedState, Ranks]:
+    """:func:`extend` for a state that counts its queries, which stay as many."""
+    cache, where = extend(call, k, v, n)
+    queries = torch.zeros_like(cache.length) if call.state is None else call.state.queries
+    return CountedState(cache.k, cache.v, cache.ranks, cache.length, queries), where
+
+
+def read_on(call: Call, n: int, device: torch.device) -> tuple[Call, CountedState, Ranks]:
+    """`n` queries of a cross pattern, counted on from those that have read the memory of `call.state` before.
+
+    Returns:
+        The call, whose position bias takes these ranks; the state after the queries; and the ranks.
+    """
+    state: CountedState = call.state
+    before = state.queries[:, None]
+    where = ranks(call, n, 0, device, state.ranks, state.length)
+    where = Ranks(where.queries + before, where.keys, None, None, plain=False)
+    if call.position_bias is not None:
+        told = call.position_bias  # of earlier queries, by the layer
+        call = call.replace(position_bias=lambda i, j: told(i - before, j))
+    after = state.queries + (n if call.lengths is None else call.lengths)
+    return call, CountedState(state.k, state.v, state.ranks, state.length, after), where
 
 
 @dataclass

@@ -186,5 +186,5 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
-    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
 )

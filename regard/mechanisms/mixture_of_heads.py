@@ -480,7 +480,7 @@ MECHANISM = Mechanism(
     cost=cost,
     default_scale=1.0,
     honours=frozenset(),
-    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     sample_inputs=sample_inputs,
     module=MixtureOfHeads,
 )

@@ -341,6 +341,6 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights"}),
     weights="exact",
-    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     projection=HeadBias,
 )

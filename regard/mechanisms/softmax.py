@@ -270,7 +270,7 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
-    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     projection=Sink,
     sample_inputs=sample_inputs,
 )

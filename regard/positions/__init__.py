@@ -14,6 +14,7 @@ from regard.positions.protocol import Positions
 from regard.positions.relative import Relative
 from regard.positions.rotary import Rotary
 from regard.positions.sinusoidal import Sinusoidal
+from regard.positions.toeplitz import Toeplitz
 
 __all__ = [
     "Alibi",
@@ -24,12 +25,13 @@ __all__ = [
     "Relative",
     "Rotary",
     "Sinusoidal",
+    "Toeplitz",
     "create_positions",
     "list_positions",
 ]
 
 SCHEMES: dict[str, type[Positions]] = {
-    scheme.name: scheme for scheme in (NoPositions, Sinusoidal, Learned, Rotary, Lrpe, Alibi, Relative)
+    scheme.name: scheme for scheme in (NoPositions, Sinusoidal, Learned, Rotary, Lrpe, Alibi, Relative, Toeplitz)
 }
 
 

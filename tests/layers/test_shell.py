@@ -34,6 +34,7 @@ OPTIONS = [
     {"positions": "rotary", "position_options": {"fraction": 0.5, "base": 100.0}},
     {"positions": "alibi"},
     {"positions": "relative"},
+    {"positions": "toeplitz", "position_options": {"max_distance": 3}},
     {"positions": "sinusoidal"},
     {"positions": "learned", "max_length": 11},
     {"output_gate": "swish", "output_norm": "rms"},

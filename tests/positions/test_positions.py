@@ -17,6 +17,7 @@ from regard.positions import (
     Relative,
     Rotary,
     Sinusoidal,
+    Toeplitz,
     create_positions,
     list_positions,
 )
@@ -30,6 +31,7 @@ PLACES = {
     "lrpe": "rotate",
     "alibi": "bias",
     "relative": "bias",
+    "toeplitz": "bias",
 }
 
 
@@ -203,6 +205,22 @@ def test_relative_bias_has_exact_gradients() -> None:
     assert torch.autograd.gradcheck(loss, scheme.table.detach().clone().requires_grad_())
 
 
+def test_toeplitz_has_one_number_an_offset_whose_gradient_sums_over_the_diagonal() -> None:
+    scheme = Toeplitz(heads=3, max_distance=4, std=1.0).double()
+    i, j = torch.arange(7)[None], torch.randint(0, 12, (2, 9))
+    found = scheme.bias(i, j, False)
+    assert found.shape == (2, 3, 7, 9)
+    for row, query, key in ((0, 0, 0), (1, 6, 8), (1, 3, 2)):
+        offset = max(-4, min(4, int(j[row, key]) - query))
+        assert torch.equal(found[row, :, query, key], scheme.table[:, offset + 4])
+    square = scheme.bias(i, i, True)[0]
+    weights = torch.randn(3, 7, 7, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((square * weights).sum(), scheme.table)
+    diagonals = [weights.diagonal(k, 1, 2).sum(-1) for k in range(-6, 7)]
+    expected = [sum(diagonals[:3]), *diagonals[3:10], sum(diagonals[10:])]
+    torch.testing.assert_close(gradient, torch.stack(expected, -1), rtol=0, atol=1e-13)
+
+
 def test_rotary_and_sinusoidal_have_exact_gradients() -> None:
     positions = torch.randint(0, 99, (2, 3))
     heads = torch.randn(2, 1, 3, 8, dtype=torch.float64, requires_grad=True)
@@ -223,6 +241,7 @@ def test_rotary_and_sinusoidal_have_exact_gradients() -> None:
         ("rotary", {"fraction": 0.25, "ntk": 2.0}, "at least 4"),
         ("relative", {"num_buckets": 7}, "even"),
         ("relative", {"max_distance": 16}, "max_distance >= 17"),
+        ("toeplitz", {"max_distance": 0}, "max_distance >= 1"),
         ("sinusoidal", {"base": 0.0}, "base > 1"),
     ],
 )
