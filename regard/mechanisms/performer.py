@@ -407,6 +407,27 @@ class RandomFeatures(nn.Module):
         return {**heads, "w": self.features}
 
 
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    config: Config,
+    sizes: dict[str, int] | None = None,
+) -> Tensors:
+    widths = {"h": 2, "d": 8, "v": 6, **(sizes or {})}
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (batch, widths["h"], n, widths["d"]),
+        "k": (batch, widths["h"], m, widths["d"]),
+        "v": (batch, widths["h"], m, widths["v"]),
+        "w": (config.features(widths["d"]), widths["d"]),
+    }
+    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     features, width = config.features(shape.dim_key), shape.dim_value + 1
     heads = shape.batch * shape.heads
@@ -440,5 +461,6 @@ MECHANISM = Mechanism(
     state=PerformerState,
     cost=cost,
     weights="implicit",
+    sample_inputs=sample_inputs,
     projection=RandomFeatures,
 )
