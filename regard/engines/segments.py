@@ -29,7 +29,11 @@ def segment_means(
         min(most, n) segments without `lengths`, else `most`, of which those that a row lacks are zero.
     """
     if lengths is None:
-        return _of_whole_rows(x, min(most, x.shape[2])) if x.shape[2] else x
+        most = min(most, x.shape[2])
+    if most == 0:
+        return x[:, :, :0]
+    if lengths is None:
+        return _of_whole_rows(x, most)
     count = (lengths if segments is None else segments).clamp(1, most)[:, None]
     length, rank = lengths[:, None], torch.arange(x.shape[2], device=x.device)
     size = (length // count).clamp(min=1)
