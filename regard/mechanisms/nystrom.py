@@ -1,0 +1,284 @@
+r"""Nystrom attention: a few mean queries and keys stand for all, and the softmax matrix is rebuilt from its rows and columns
+there.
+
+When to pick it: long noncausal inputs, with softmax weights that vary smoothly along the sequence; a trained softmax
+encoder that should become linear with little fine-tuning.
+When not: causal models (a mean holds later tokens), or lookups of single tokens, which a mean blurs.
+
+Definition (Xiong et al., arXiv 2102.03902, equations 9-15; survey arXiv 2103.14636, C2). With segment means Q~ and K~ of
+c segments of queries and keys, and the scale s:
+
+    O = softmax(s Q K~^T) Z softmax(s Q~ K^T) V (+ DWC(V)),      A = softmax(s Q~ K~^T),   Z ~ A^+
+    Z_0 = A^T / (max_j sum_i |A_ij| max_i sum_j |A_ij|),   Z <- Z / 4 (13 I - A Z (15 I - A Z (7 I - A Z))),  six times
+
+With c tokens or fewer it is softmax attention itself. The second factor of Z_0 is 1, since rows of A sum to 1.
+
+| paper | here |
+|---|---|
+| m landmarks | `landmarks` (c) |
+| segment means | segments of a row's valid tokens that differ by one token at most, the shorter ones first |
+| Z^* after 6 iterations | `iterations`; None for the exact pseudoinverse |
+| skip connection, depthwise convolution of V | `convolution` (H, W), one odd kernel a head; `projection.convolution` of the layer |
+
+Layout: q (B, H, N, D), k and v (B, G, M, D). Noncausal patterns: in noncausal-cross (not in the paper) queries and keys
+have segments of their own, of a row each. Padding enters neither means nor Z. Whether a row has c tokens or fewer is asked
+of each row. The convolution exists in noncausal-self only.
+Deviations: Z_0 of each matrix has its own factor; the original code shares the largest one over the batch and the heads,
+which lets rows of a batch change each other. The benchmark's code scales scores by 1 / D instead of s. Dropout is applied
+to the layer's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import (
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+)
+from regard.engines.attention import Visibility, attention, ranks
+from regard.engines.gated_recurrence import without_autocast
+from regard.engines.segments import segment_means
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        landmarks: c, segments of the queries and of the keys, >= 1; the paper has 32 to 64.
+        iterations: of the pseudoinverse, >= 1; None for the exact one, which is slower and has unstable gradients.
+        convolution: width of a layer's convolution of the values, odd, or 0 for none; None for 33 in noncausal-self
+            and none elsewhere.
+    """
+
+    landmarks: int = 16
+    iterations: int | None = 6
+    convolution: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("landmarks", self.landmarks, 1)
+        if self.iterations is not None:
+            at_least("iterations", self.iterations, 1)
+        if self.convolution is not None and (self.convolution < 0 or (self.convolution and self.convolution % 2 == 0)):
+            raise Unsupported(
+                f"convolution={self.convolution}",
+                supported="an odd width, or 0",
+                nearest=f"convolution={max(self.convolution, -1) + 1}",
+            )
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    convolution: Float[Tensor, "h w"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition."""
+    config: Config = call.config
+    _check(call, convolution)
+    k, v = _repeat_groups(k, q.shape[1]), _repeat_groups(v, q.shape[1])
+    n, m, c = q.shape[2], k.shape[2], config.landmarks
+
+    def softmax(queries: Tensor, keys: Tensor) -> Tensor:
+        return (call.scale * queries @ keys.mT).softmax(-1)
+
+    def means(x: Tensor) -> Tensor:
+        size, longer = divmod(x.shape[2], c)
+        parts = x.split([size] * (c - longer) + [size + 1] * longer, 2)
+        return torch.stack([part.mean(2) for part in parts], 2)
+
+    if n <= c or m <= c:
+        output = softmax(q, k) @ v
+    else:
+        queries, keys = means(q), means(k)
+        inverse = pseudoinverse(softmax(queries, keys), config.iterations)
+        output = softmax(q, keys) @ inverse @ softmax(queries, k) @ v
+    if convolution is not None:
+        half = convolution.shape[1] // 2
+        padded = F.pad(v, (0, 0, half, half))
+        for place in range(convolution.shape[1]):
+            output = output + convolution[:, place, None, None] * padded[:, :, place : place + n]
+    return output
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    convolution: Float[Tensor, "h w"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """Two products of softmax attention with c keys, or c queries, around the pseudoinverse."""
+    _check(call, convolution)
+    dtype, heads = torch.promote_types(q.dtype, torch.float32), q.shape[1]
+    out_dtype, q, k, v = v.dtype, q.to(dtype), k.to(dtype), v.to(dtype)
+    if min(q.shape[2], k.shape[2]) <= call.config.landmarks:
+        output = _attend(call, q, k, v, call.memory_lengths)
+    else:
+        output = _rebuilt(call, q, k, v)
+    if convolution is not None and q.shape[2]:
+        kernel = convolution.to(dtype)[:, None, :, None]
+        output = output + F.conv2d(_repeat_groups(v, heads), kernel, padding=(kernel.shape[2] // 2, 0), groups=heads)
+    return output.to(out_dtype)
+
+
+def _rebuilt(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b h n v"]:
+    """With more than c queries and keys, though a padded row may have fewer, and then its softmax attention.
+
+    A row of c keys or fewer has a landmark for each: what the queries read of the landmarks is then softmax attention,
+    with the values in place of Z softmax(s Q~ K^T) V. A row of c queries or fewer is what its landmarks read.
+    """
+    config: Config = call.config
+    c, heads = config.landmarks, q.shape[1]
+    queries = segment_means(q, c, call.lengths)
+    keys = _repeat_groups(segment_means(k, c, call.memory_lengths), heads)
+    read = _attend(call, queries, k, v, call.memory_lengths)
+    present = None if call.memory_lengths is None else call.memory_lengths.clamp(max=c)
+    with without_autocast(q.device):
+        scores = call.scale * queries @ keys.mT
+        if present is not None:
+            missing = torch.arange(c, device=q.device) >= present[:, None, None, None]
+            scores = scores.masked_fill(missing, torch.finfo(scores.dtype).min)
+        values = pseudoinverse(scores.softmax(-1), config.iterations) @ read
+    if call.memory_lengths is not None:
+        few = (call.memory_lengths <= c)[:, None, None, None]
+        values = torch.where(few, _repeat_groups(v[:, :, :c], heads), values)
+    output = _attend(call, q, keys, values, present)
+    if call.lengths is not None:
+        few = (call.lengths <= c)[:, None, None, None]
+        output = torch.where(few, F.pad(read, (0, 0, 0, q.shape[2] - c)), output)
+    return output
+
+
+def pseudoinverse(a: Float[Tensor, "b h c c"], iterations: int | None) -> Float[Tensor, "b h c c"]:
+    """Z of stochastic matrices, by a third-order iteration from A^T over its largest column sum."""
+    if iterations is None:
+        return torch.linalg.pinv(a)
+    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    z = a.mT / a.sum(-2, keepdim=True).amax(-1, keepdim=True)
+    for _ in range(iterations):
+        product = a @ z
+        z = z / 4 @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
+    return z
+
+
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Float[Tensor, "b h n v"]:
+    """Softmax attention to the first `lengths` keys of each row."""
+    cross = call.replace(pattern=Pattern.NONCAUSAL_CROSS, memory_lengths=lengths)
+    where = ranks(cross, q.shape[2], k.shape[2], q.device)
+    return attention(q, k, v, where, visibility=Visibility(), scale=call.scale, backend=call.backend)[0]
+
+
+def _repeat_groups(x: Float[Tensor, "b g m d"], heads: int) -> Float[Tensor, "b h m d"]:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _check(call: Call, convolution: Tensor | None) -> None:
+    if convolution is None:
+        return
+    if call.pattern is not Pattern.NONCAUSAL_SELF:
+        raise Unsupported(f"nystrom with a convolution in {call.pattern.value}", supported="noncausal-self")
+    if convolution.shape[1] % 2 == 0:
+        raise Unsupported(f"a convolution of width {convolution.shape[1]}", supported="an odd width")
+
+
+class ValueConvolution(nn.Module):
+    """Gives the heads of a layer the kernels of their convolution, where it has one.
+
+    Args:
+        spec: of the layer.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        width, noncausal_self = spec.config.convolution, spec.pattern is Pattern.NONCAUSAL_SELF
+        if width is None:
+            width = 33 if noncausal_self else 0
+        if width and not noncausal_self:
+            raise Unsupported(
+                f"convolution={width} in {spec.pattern.value}", supported="noncausal-self", nearest="convolution=0"
+            )
+        self.convolution = None
+        if width:
+            bound = width**-0.5
+            self.convolution = nn.Parameter(torch.empty(spec.heads, width).uniform_(-bound, bound))
+
+    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+        return heads if self.convolution is None else {**heads, "convolution": self.convolution}
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    config: Config,
+    sizes: dict[str, int] | None = None,
+) -> Tensors:
+    widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (batch, widths["h"], n, widths["d"]),
+        "k": (batch, widths["g"], m, widths["d"]),
+        "v": (batch, widths["g"], m, widths["v"]),
+    }
+    if pattern is Pattern.NONCAUSAL_SELF and config.convolution != 0:
+        shapes["convolution"] = (widths["h"], 3)
+    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+
+
+def cost(shape: Shape, config: Any) -> Cost:
+    heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
+    c = min(config.landmarks, shape.n, shape.m)
+    steps = 6 if config.iterations is None else config.iterations
+    return Cost(
+        flops=heads * (2.0 * c * (shape.n + shape.m) * width + 8.0 * steps * c**3),
+        memory=float(heads * (c * (2 * width + 4 * c) + shape.n)),
+        state=0.0,
+        step_flops=0.0,
+    )
+
+
+LATER = "a mean of queries or keys holds later tokens"
+
+MECHANISM = Mechanism(
+    name="nystrom",
+    aliases=("nystromformer", "nystrom_attention"),
+    kind=Kind.ATTENTION,
+    summary=(
+        "A few mean queries and keys stand for all, and the softmax matrix is rebuilt from its rows and columns there."
+    ),
+    paper=Paper("Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention", "2102.03902", 2021, 18),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "convolution?": "hw"},
+    patterns=(Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
+    refused={Pattern.CAUSAL_SELF: LATER, Pattern.CAUSAL_CROSS: LATER},
+    forms={"reference": reference, "parallel": parallel},
+    config=Config,
+    engine="attention",
+    cost=cost,
+    weights="implicit",
+    sample_inputs=sample_inputs,
+    projection=ValueConvolution,
+)

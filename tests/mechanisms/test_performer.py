@@ -1,0 +1,322 @@
+"""What is peculiar to FAVOR+: its features, what their offset must not carry, its redraws, and recorded outputs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from regard.apply import absorb, apply
+from regard.contract import ALL_PATTERNS, Call, Context, Mask, Pattern, Shape, Unsupported
+from regard.create import create_layer
+from regard.functional import performer_attention, softmax_attention
+from regard.mechanisms.performer import MECHANISM, Config, cost, draw_features, exponents
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+OPTIONS = [{}, {"feature_eps": 0.1, "eps": 0.3}, {"kernel": "relu"}, {"feature_eps": 0.0, "least_denominator": 0.1}]
+
+
+def inputs(n: int, m: int | None = None, batch: int = 2, features: int = 5) -> dict[str, Tensor]:
+    m = n if m is None else m
+    shapes = {"q": (n, 4), "k": (m, 4), "v": (m, 3)}
+    tensors = {name: torch.randn(batch, 2, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    return tensors | {"w": torch.randn(features, 4, dtype=torch.float64)}
+
+
+def run(tensors: dict[str, Tensor], pattern: str = "causal-self", options: dict | None = None, **call: Any) -> Any:
+    return apply(MECHANISM, tensors, pattern=pattern, config=Config(**(options or {})), **call)
+
+
+def cut(tensors: dict[str, Tensor], part: slice | Tensor) -> dict[str, Tensor]:
+    return {name: x if name == "w" else x[:, :, part] for name, x in tensors.items()}
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def phi(x: np.ndarray, w: np.ndarray, config: Config, seen: np.ndarray) -> np.ndarray:
+    """Features of one token; `seen` are the tokens whose exponents share its maximum."""
+    if config.kernel == "relu":
+        return np.maximum(w @ x, 0) + config.offset
+    largest = max((w @ y).max() - y @ y / 2 for y in seen)
+    return (np.exp(w @ x - x @ x / 2 - largest) + config.offset) / math.sqrt(len(w))
+
+
+def paired(tensors: dict[str, Tensor], pattern: str, options: dict) -> Tensor:
+    """The definition of the docstring, one pair of tokens after the other."""
+    config = Config(**options)
+    q, k, v, w = (tensors[name].numpy() for name in ("q", "k", "v", "w"))
+    q, k = q * 4**-0.25, k * 4**-0.25
+    found = np.zeros((*q.shape[:3], v.shape[3]))
+    n, m = q.shape[2], k.shape[2]
+    for b, h, i in np.ndindex(*q.shape[:3]):
+        keys = k[b, h, : max(i + m - n + 1, 0)] if pattern == "causal-self" else k[b, h]
+        query = phi(q[b, h, i], w, config, q[b, h, i : i + 1])
+        weights = np.array([query @ phi(key, w, config, keys) for key in keys])
+        if len(keys):
+            found[b, h, i] = weights @ v[b, h, : len(keys)] / max(weights.sum() + config.eps, config.least_denominator)
+    return torch.from_numpy(found)
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_form_equals_the_definition_over_pairs(options, pattern):
+    tensors = inputs(9, 6 if pattern.cross else None)
+    expected = paired(tensors, pattern, options)
+    forms = {"causal-self": ("reference", "parallel", "chunked"), "noncausal-self": ("reference", "parallel")}
+    for form in forms.get(pattern, ("reference", "parallel", "absorb+read")):
+        close(run(tensors, pattern, options, form=form, chunk_size=4).output, expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 8), (8, 3), (1, 6), (5, 0)])
+def test_uneven_calls_align_bottom_right(n, m):
+    tensors = inputs(n, m)
+    for form in ("reference", "parallel"):
+        close(run(tensors, options=OPTIONS[1], form=form).output, paired(tensors, "causal-self", OPTIONS[1]))
+
+
+# what the estimate is worth
+
+
+def test_without_an_offset_the_features_estimate_the_softmax_kernel_without_bias():
+    q, k = (torch.randn(6, 4, dtype=torch.float64) * 0.7 for _ in range(2))
+    call = Call(Pattern.NONCAUSAL_SELF, Config(), scale=0.5)
+    for orthogonal in (True, False):
+        w = torch.cat([draw_features(8, 4, orthogonal=orthogonal, dtype=torch.float64) for _ in range(4000)])
+        drawn = (exponents(call, q, w)[:, None] + exponents(call, k, w)[None]).exp().unflatten(-1, (4000, 8)).mean(-1)
+        error = (drawn.mean(-1) - (0.5 * q @ k.mT).exp()).abs() / (drawn.std(-1) / 4000**0.5)
+        assert error.max() < 5  # standard errors
+
+
+def error_to_softmax(features: int, orthogonal: bool, repeats: int = 30) -> float:
+    generator = torch.Generator().manual_seed(features)
+    q, k, v = (torch.randn(1, 1, 64, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    q, k = q / 2, k / 2  # the variance grows with exp(|q + k|^2)
+    expected = softmax_attention(q, k, v, pattern="noncausal-self")
+    errors = []
+    for _ in range(repeats):
+        w = draw_features(features, 16, orthogonal=orthogonal, generator=generator, dtype=torch.float64)
+        found = performer_attention(q, k, v, w, pattern="noncausal-self", feature_eps=0.0, eps=0.0)
+        errors.append(float((found - expected).square().mean()))
+    return (sum(errors) / repeats) ** 0.5
+
+
+def test_the_error_falls_as_the_root_of_the_features_and_orthogonal_ones_err_less():
+    few, many = error_to_softmax(64, False), error_to_softmax(1024, False)
+    assert 0.15 < many / few < 0.4  # 1/4 for 16 times as many
+    for features in (16, 64):
+        assert error_to_softmax(features, True) < error_to_softmax(features, False)
+
+
+def test_blocks_of_features_are_orthogonal_with_the_norms_of_gaussian_vectors():
+    w = draw_features(20, 8, dtype=torch.float64)
+    for block in w.split(8):
+        gram = block @ block.mT
+        close(gram - torch.diag(gram.diagonal()), torch.zeros_like(gram))
+    many = draw_features(40000, 4, dtype=torch.float64)
+    assert abs(float(many.square().sum(-1).mean()) - 4) < 0.1
+    assert abs(float(many.square().sum(-1).var()) - 8) < 0.6
+    assert (many.mean(0).abs() < 0.05).all()
+
+
+# what the offset must not carry
+
+
+@pytest.mark.parametrize("large", [3.0, 30.0])
+def test_a_later_key_changes_nothing_through_the_maximum(large):
+    """A maximum over all positions would shrink the features of earlier keys beside their offset."""
+    options = {"feature_eps": 0.1}
+    tensors = inputs(12)
+    later = tensors | {"k": tensors["k"].clone()}
+    later["k"][:, :, 8:] = large * tensors["w"][0]
+    for form in ("reference", "parallel"):
+        before, after = (run(x, options=options, form=form).output for x in (tensors, later))
+        assert torch.equal(before[:, :, :8], after[:, :, :8])
+        assert (before[:, :, 8:] - after[:, :, 8:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self", "noncausal-cross"])
+def test_padding_changes_nothing_through_the_maximum(pattern):
+    options = {"feature_eps": 0.1}
+    tensors, lengths = inputs(10), torch.tensor([10, 6])
+    padded = {name: x.clone() for name, x in tensors.items()}
+    padded["k"][1, :, 6:] = 30 * tensors["w"][0]
+    mask = {"memory_mask" if "cross" in pattern else "mask": Mask(lengths=lengths)}
+    found = run(padded, pattern, options, **mask).output[1:, :, :6]
+    close(
+        found, run(cut({n: x if n == "w" else x[1:] for n, x in tensors.items()}, slice(0, 6)), pattern, options).output
+    )
+
+
+def test_scores_of_any_size_stay_finite_in_float32():
+    tensors = {name: x.float() for name, x in inputs(50).items()}
+    tensors |= {"q": 300 * tensors["q"], "k": 300 * tensors["k"]}
+    for pattern in ("causal-self", "noncausal-self"):
+        leaves = {name: x.clone().requires_grad_(name != "w") for name, x in tensors.items()}
+        output = run(leaves, pattern).output
+        output.square().sum().backward()
+        assert output.isfinite().all()
+        assert all(leaves[name].grad.isfinite().all() for name in "qkv")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_four_thousand_tokens_stay_precise_in_float32(options):
+    tensors = inputs(4000, batch=1)
+    single = run({name: x.float() for name, x in tensors.items()}, options=options).output
+    expected = run(tensors, options=options).output
+    assert (single - expected).abs().max() <= MECHANISM.tolerances[torch.float32] * expected.abs().max()
+
+
+# state
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("sizes", [[1] * 11, [4, 0, 6, 1]])
+def test_split_and_resume_equals_whole_while_the_maximum_rises(options, sizes):
+    tensors = inputs(11)
+    tensors["k"] = tensors["k"] * torch.arange(1, 12)[:, None] / 4
+    whole = run(tensors, options=options, return_state=True)
+    state, outputs = None, []
+    for part in torch.arange(11).split(sizes):
+        result = run(cut(tensors, part), options=options, state=state, return_state=True)
+        state = result.state
+        outputs.append(result.output)
+    close(torch.cat(outputs, 2), whole.output)
+    for name, x in whole.state.tensors().items():
+        close(state.tensors()[name], x)
+
+
+def test_memory_may_come_in_any_order_and_in_pieces():
+    tensors, order = inputs(4, 15), torch.randperm(15)
+    whole = run(tensors, "noncausal-cross", OPTIONS[1]).output
+    state = None
+    for part in order.split([2, 9, 4]):
+        memory = {name: tensors[name][:, :, part] for name in "kv"} | {"w": tensors["w"]}
+        state = absorb(MECHANISM, memory, pattern="noncausal-cross", state=state, config=Config(**OPTIONS[1]))
+    close(run({n: tensors[n] for n in "qw"}, "noncausal-cross", OPTIONS[1], state=state).output, whole)
+
+
+def test_the_state_has_the_size_that_the_card_says():
+    tensors = inputs(30, batch=1)
+    state = run(tensors, return_state=True).state
+    numbers = sum(x.numel() for name, x in state.tensors().items() if name != "length")
+    assert numbers == cost(Shape(1, 2, 1, 1000, 4, 3), Config(num_features=5)).state
+    assert MECHANISM.recurrent
+
+
+# layers
+
+
+def test_a_layer_has_the_paper_s_number_of_features_unless_told():
+    assert create_layer("performer", 32, 2).projection.features.shape == (int(16 * math.log(16)), 16)
+    assert create_layer("performer", 32, 2, num_features=7).projection.features.shape == (7, 16)
+    assert create_layer("performer", 2, 2).projection.features.shape == (1, 1)
+
+
+def test_features_are_drawn_anew_in_training_only_and_saved():
+    layer = create_layer("performer", 8, 2, redraw=3)
+    x, first = torch.randn(2, 5, 8), layer.projection.features
+    output = layer(x).output
+    for _ in range(2):
+        layer(x)
+    assert not torch.equal(layer.projection.features, first)
+    output.sum().backward()  # a graph keeps the features that it was made with
+    layer.eval()
+    kept = layer.projection.features
+    for _ in range(7):
+        layer(x)
+    assert torch.equal(layer.projection.features, kept)
+    again = create_layer("performer", 8, 2, redraw=3)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.eval()(x).output, layer(x).output)
+
+
+def test_the_generator_of_the_call_draws_the_features():
+    x = torch.randn(2, 5, 8)
+    for options in ({"redraw": 1}, {"fresh": True}):
+        layer = create_layer("performer", 8, 2, **options)
+        first, second, third = (
+            layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output for seed in (0, 0, 1)
+        )
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)
+
+
+def test_fresh_features_are_used_once_and_evaluation_has_fixed_ones():
+    layer = create_layer("performer", 8, 2, fresh=True)
+    x, kept = torch.randn(2, 5, 8), layer.projection.features
+    assert not torch.equal(layer(x).output, layer(x).output)
+    assert torch.equal(layer.projection.features, kept)
+    layer.eval()
+    assert torch.equal(layer(x).output, layer(x).output)
+
+
+def test_weights_of_a_softmax_layer_give_nearly_its_outputs():
+    torch.manual_seed(0)
+    softmax = create_layer("softmax", 32, 2, pattern="noncausal-self")
+    performer = create_layer("performer", 32, 2, pattern="noncausal-self", num_features=4096, feature_eps=0.0).eval()
+    performer.load_state_dict(softmax.state_dict(), strict=False)
+    x = 0.5 * torch.randn(1, 20, 32)
+    expected = softmax(x).output
+    assert (performer(x).output - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": "cosine"},
+        {"num_features": 0},
+        {"feature_eps": -1e-4},
+        {"eps": math.nan},
+        {"least_denominator": math.inf},
+        {"redraw": -1},
+    ],
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(Unsupported):
+        Config(**options)
+
+
+def test_what_needs_a_weight_for_each_pair_or_a_negative_scale_is_refused():
+    tensors = inputs(5)
+    for call in (
+        {"mask": Mask(bias=torch.zeros(1, 1, 5, 5))},
+        {"dropout": 0.1},
+        {"want": {"weights"}},
+        {"scale": -1.0},
+    ):
+        with pytest.raises(Unsupported, match="performer"):
+            run(tensors, **call)
+
+
+# parity
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("performer_softmax_cross", "noncausal-cross"),
+        ("performer_softmax_causal", "causal-self"),
+        ("performer_relu_noncausal", "noncausal-self"),
+    ],
+)
+def test_parity_with_a_third_partys_code(name, pattern):
+    """Recorded without the offset of the softmax kernel, beside which its maxima (of w.x alone) would not cancel."""
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    tensors = {x: recorded[x].requires_grad_(x != "w") for x in "qkvw"}
+    options = {"eps": 0.0} | ({"kernel": "relu"} if "relu" in name else {"feature_eps": 0.0})
+    output = run(tensors, pattern, options).output
+    close(output, recorded["out"], 1e-10)
+    found = torch.autograd.grad(output, [tensors[x] for x in "qkv"], recorded["grad_out"])
+    for x, gradient in zip("qkv", found, strict=True):
+        close(gradient, recorded[f"grad_{x}"], 1e-10)
