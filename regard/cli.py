@@ -81,14 +81,22 @@ def list_command(
         _emit([_card(card.name) for card in cards])
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("mechanism", "kind", "patterns", "paper", "what it does"):
+    headings = ["mechanism", "patterns", "what it does"]
+    if console.width >= WIDE:
+        headings[1:1] = ["kind", "paper"]
+    for heading in headings:
         table.add_column(heading, no_wrap=heading != "what it does")
     for card in cards:
         marks = " ".join(_SHORT[p] if p in card.patterns else "--" for p in Pattern)
-        table.add_row(card.name, card.kind.value, marks, f"arXiv {card.paper.arxiv}", Text(card.summary))
+        cells = {"mechanism": card.name, "kind": card.kind.value, "paper": f"arXiv {card.paper.arxiv}"}
+        cells |= {"patterns": marks, "what it does": card.summary}
+        table.add_row(*(Text(cells[heading]) for heading in headings))
     console.print(table)
     console.print("[dim]patterns: NS noncausal-self, CS causal-self, NC noncausal-cross, CC causal-cross[/dim]")
 
+
+WIDE = 110
+"""Columns of a terminal that has room for a mechanism's kind and paper too."""
 
 _SHORT = {
     Pattern.NONCAUSAL_SELF: "NS",
