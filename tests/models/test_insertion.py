@@ -93,6 +93,22 @@ def test_landmark_attention_runs_in_a_hybrid_whose_other_layers_do_not_know_role
     torch.testing.assert_close(model(ids, context=Context(mask=mask)).output[2, :5], model(ids[2:, :5]).output[0])
 
 
+def test_reading_in_pieces_that_retrieve_all_blocks_equals_reading_whole():
+    def build(top_k):
+        plan = [("landmark", {"block": 3, "top_k": top_k})] * 2
+        return LanguageModel(LanguageModelConfig(vocab_size=9, dim=16, num_heads=2, plan=plan)).double().eval()
+
+    whole, retrieving = build(None), build(9)
+    retrieving.load_state_dict(whole.state_dict())
+    ids = torch.randint(9, (2, 29))
+    for size in (1, 5, 12):
+        state, outputs = None, []
+        for piece in ids.split(size, 1):
+            result = retrieving(piece, context=Context(want=frozenset({"state"})), state=state)
+            state, outputs = result.state, [*outputs, result.output]
+        torch.testing.assert_close(torch.cat(outputs, 1), whole(ids).output)
+
+
 def test_what_cannot_go_with_inserted_tokens_is_refused(model):
     ids = torch.randint(9, (1, 4))
     with pytest.raises(Unsupported, match="inserted"):
