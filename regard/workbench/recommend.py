@@ -61,6 +61,7 @@ def recommend(
     if not remaining:
         return Recommendation("No mechanism can be recommended.", "None has a score on every task.", None)
     kept, notes, steps = remaining, [], []
+    beating: list[str] = []
     for task, entries in summary.items():
         if all(e.get("solved") is None for e in entries):
             continue
@@ -77,10 +78,9 @@ def recommend(
     for task in summary:
         ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
         if ahead and len(ahead) < len(kept):
-            steps.append(
-                f"on {task} a rule without training is not beaten by {_list([m for m in kept if m not in ahead])}"
-            )
-            kept = ahead
+            lost = [m for m in kept if m not in ahead]
+            steps.append(f"on {task} not shown to beat a rule without training: {_list(lost)}")
+            kept = beating = ahead
     for task in summary:
         entries = [_entry(summary, task, m) for m in kept]
         if any(e.get("solved") for e in entries):
@@ -109,6 +109,8 @@ def recommend(
         text += (
             f": of {_list(kept)}, which this comparison cannot tell apart in quality, it is the cheapest in {prefer}."
         )
+    elif kept == beating:
+        text += ": it alone is shown to beat a rule without training."
     elif len(remaining) == 1:
         text += ": it is the only mechanism with a score on every task."
     else:

@@ -63,7 +63,9 @@ def test_what_does_not_beat_the_rule_is_not_taken_where_others_do():
         entry["beside_baseline"] = standings[entry["mechanism"]]
     found = advise(text=((summary, comparison), BITS))
     assert found.winner == "fast"
-    assert "a rule without training is not beaten by toy" in found.reason
+    assert "not shown to beat a rule without training: toy" in found.reason
+    summary[1]["beside_baseline"] = "level"
+    assert "Take slow: it alone is shown to beat a rule" in advise(text=((summary, comparison), BITS)).text
     for entry in summary:
         entry["beside_baseline"] = "level"
     assert advise(text=((summary, comparison), BITS)).winner == "toy"
