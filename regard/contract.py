@@ -533,7 +533,7 @@ class Mechanism:
             keys itself in causal-self): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
         accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
-        length: ``any``, ``multiple``, ``max`` or ``grid``.
+        length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
         uneven: whether the causal-self form is defined for N != M.
         domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
         sample_inputs: makes inputs for tests, when `domains` is not enough.
