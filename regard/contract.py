@@ -535,7 +535,7 @@ class Mechanism:
         accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
         maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
             too, after its feature map; in cross patterns nothing rotates them.
-        length: ``any``, ``multiple``, ``max`` or ``grid``.
+        length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
         uneven: whether the causal-self form is defined for N != M.
         domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
         sample_inputs: makes inputs for tests, when `domains` is not enough.

@@ -103,10 +103,15 @@ class LayerWork:
         self.card, self.settings = card, settings
         self.subject = Subject(card, card.require_pattern(settings.pattern))
         self.device, self.dtype = torch.device(settings.device), DTYPES[settings.dtype]
+        self.longest: int | None = getattr(self.subject.config, "length", None) if card.length == "max" else None
+        self.layer = self._built()
+
+    def _built(self, **options: Any) -> nn.Module:
+        settings, options = self.settings, {**self.settings.options(self.card), **options}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = build_layer(card, settings.dim, settings.heads, pattern=settings.pattern, **settings.options(card))
-        self.layer: nn.Module = layer.to(self.device, self.dtype)
+            layer = build_layer(self.card, settings.dim, settings.heads, pattern=settings.pattern, **options)
+        return layer.to(self.device, self.dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -136,7 +141,12 @@ class LayerWork:
         return x, memory, Context(grid=self.subject.grid(n), roles=roles)
 
     def action(self, what: str, length: int) -> Callable[[], Any]:
-        """Work to be timed: a forward call, a training step (no optimizer), or one more token after `length`."""
+        """Work to be timed: a forward call, a training step (no optimizer), or one more token after `length`.
+
+        A layer with a greatest length is built anew when it is asked for more.
+        """
+        if self.longest is not None and length > self.longest:
+            self.longest, self.layer = length, self._built(length=length)
         x, memory, context = self.inputs(length)
         self.layer.train(what == "training")
         if what == "decode":

@@ -39,6 +39,14 @@ def test_a_head_width_is_passed_on_only_where_it_says_something():
     assert LayerWork(get_mechanism("softmax"), wide).layer.head_dim == 64
 
 
+def test_a_greatest_length_is_no_obstacle_to_timing():
+    work = LayerWork(get_mechanism("linformer"), small(Pattern.NONCAUSAL_SELF))
+    most = get_mechanism("linformer").options().length
+    for length in (10, most + 5, 20):
+        work.action("forward", length)()
+    assert work.layer.config.length == most + 5
+
+
 def test_inserted_tokens_come_on_top():
     card = get_mechanism("landmark")
     x, _, context = LayerWork(card, small()).inputs(100)
