@@ -119,7 +119,7 @@ def reference(
     delta = 1 if angle_scale is None else _by_head(angle_scale, heads)[:, None, None]
     b = 0 if phase is None else phase[:, None, None]
     k, v = (_by_head(x, heads, 1) for x in (k, v))
-    phases = [Phase.apply(imaginary, real) for real, imaginary in (x.chunk(2, -1) for x in (q, k))]
+    phases = [phase_of(imaginary, real) for real, imaginary in (x.chunk(2, -1) for x in (q, k))]
     apart = (where.queries[:, :, None] - where.keys[:, None, :])[:, None, :, :, None]
     angle = delta * (phases[0][:, :, :, None] - phases[1][:, :, None]) + b + apart * g  # (b, h, n, m, f)
     magnitudes = ((_square(q) + EPS).sqrt(), (_square(k) + EPS).sqrt())
@@ -214,24 +214,15 @@ def _check(x: Tensor, *angles: Tensor | None) -> None:
             )
 
 
-class Phase(torch.autograd.Function):
+def phase_of(imaginary: Tensor, real: Tensor) -> Tensor:
     """atan2 whose slope at u is that of a number of the magnitude sqrt(|u|^2 + EPS)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(imaginary: Tensor, real: Tensor) -> Tensor:
-        return torch.atan2(imaginary, real)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        imaginary, real = ctx.saved_tensors
-        slope = gradient / (real.square() + imaginary.square() + EPS)
-        return slope * real, -slope * imaginary
+    with torch.no_grad():
+        square = real.square() + imaginary.square()
+        gone = square == 0
+        value = torch.atan2(imaginary, real)
+        share = torch.where(square > 1, 1.0, square / (square + EPS))  # squares may overflow
+    angle = torch.atan2(imaginary.masked_fill(gone, 0), real.masked_fill(gone, 1))
+    return value + share * (angle - angle.detach())
 
 
 def _turned(
@@ -247,7 +238,7 @@ def _turned(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if angle_scale is not None or phase is not None:
         real, imaginary = x.chunk(2, -1)
-        angle = Phase.apply(imaginary, real)
+        angle = phase_of(imaginary, real)
         if angle_scale is not None:
             angle = _by_head(angle_scale, x.shape[1])[:, None].to(x.dtype) * angle
         angle = angle if phase is None else angle + phase[:, None].to(x.dtype)

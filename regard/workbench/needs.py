@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Role, Unsupported, closest
+from regard.integrations.heads import HeadAttention
 from regard.workbench.layer_work import LayerSettings, LayerWork
 from regard.workbench.subjects import Subject
 
@@ -107,13 +108,14 @@ def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str,
 def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float | None:
     """Largest difference from softmax attention on the same random q, k, v, relative to its largest output, in float64.
 
-    None for a mechanism that is not a function of queries, keys and values for every head.
+    In training too, where a mechanism may be another function. None for one that is not a function of queries, keys and
+    values for every head, or whose layer learns more than these.
     """
     card = get_mechanism(name)
     taken = {n: card.inputs.get(n, "") for n in ("q", "k", "v")}
     shaped = all(len(axes) == 4 and axes[0] == "b" for axes in taken.values())
     required = {n for n in card.inputs if not n.endswith("?")}
-    if card.kind is not Kind.ATTENTION or not shaped or required != set(taken):
+    if card.kind is not Kind.ATTENTION or not shaped or required != set(taken) or _learns_more(card, pattern):
         return None
     generator = torch.Generator().manual_seed(0)
     inputs = {n: torch.randn(1, 2, length, 16, generator=generator, dtype=torch.float64) for n in taken}
@@ -122,12 +124,21 @@ def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float |
         inputs["roles"] = roles.expand(1, -1)[:, :length]
     with torch.no_grad():
         try:
-            found = Subject(card, pattern).run(inputs).output
+            found = [Subject(card, pattern).run(inputs, training=training).output for training in (False, True)]
         except Unsupported:  # it needs more than q, k and v here
             return None
         inputs.pop("roles", None)
         expected = Subject(get_mechanism("softmax"), pattern).run(inputs).output
-    return float((found - expected).abs().max() / expected.abs().max())
+    return max(float((output - expected).abs().max() / expected.abs().max()) for output in found)
+
+
+def _learns_more(card: Mechanism, pattern: Pattern) -> bool:
+    """Whether a layer has parameters of this mechanism beside its projections."""
+    try:
+        heads = HeadAttention(card, dim=32, heads=2, head_dim=16, pattern=pattern)
+    except Unsupported:  # what a layer alone can give it
+        return card.projection is not None
+    return heads.learns or heads.merge is not None
 
 
 def _small(name: str, pattern: Pattern) -> LayerWork:

@@ -14,7 +14,7 @@ from regard.apply import absorb, apply
 from regard.contract import ALL_PATTERNS, Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import softmax_attention
-from regard.mechanisms.complex_rotary import MECHANISM, Config, Phase, cost
+from regard.mechanisms.complex_rotary import MECHANISM, Config, cost, phase_of
 from regard.positions import Rotary
 from regard.training.optimizer import parameter_groups
 
@@ -185,7 +185,7 @@ def test_gradients_stay_bounded_for_vanishing_queries_and_keys(size):
 
 def test_the_slope_of_a_phase_is_that_of_its_magnitude():
     u = torch.tensor([3e-5, -2e-5], dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(Phase.apply(u[1], u[0]), u)
+    (slope,) = torch.autograd.grad(phase_of(u[1], u[0]), u)
     close(slope, torch.tensor([2e-5, 3e-5], dtype=torch.float64) / (1.3e-9 + 1e-9))
 
 

@@ -236,7 +236,7 @@ def test_all_mechanisms_of_a_pattern_train_and_are_scored(name):
     task = made[name]() if name in made else create_task(name, evaluation_items=8, **given[name])
     names = _mechanism_names("all", [task])
     assert len(names) > 8
-    work = Work(task, settings(mechanisms=tuple(names), dim=64, heads=4))
+    work = Work(task, settings(mechanisms=tuple(names), dim=96, heads=4))
     for mechanism, config in work.configs.items():
         model = build(config, 0)
         train(model, task, TrainConfig(steps=1, batch_size=2, learning_rate=1e-3, measure_memory=False))
