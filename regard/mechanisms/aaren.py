@@ -60,6 +60,7 @@ from regard.engines import softmax_scan as scan
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry, ScanState
 from regard.ragged import flip_rows, take_queries
+from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -286,7 +287,7 @@ def sample_inputs(
         "k": (batch, widths["g"], m, widths["d"]),
         "v": (batch, widths["g"], m, widths["v"]),
     }
-    found = {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    found = normals(generator, shapes, dtype)
     found["slots"] = torch.zeros(batch, n, dtype=torch.long)
     return found
 

@@ -56,6 +56,7 @@ from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry
 from regard.ragged import place_queries, take_queries
+from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -260,14 +261,11 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (batch, widths["h"], n, widths["d"]),
-        "k": (batch, widths["g"], m, widths["d"]),
-        "v": (batch, widths["g"], m, widths["v"]),
+    shapes = attention_shapes(batch, n, m, widths) | {
         "slots_k": (widths["d"], config.slots),
         "slots_v": (widths["v"], config.slots),
     }
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

@@ -59,6 +59,7 @@ from regard.engines import softmax_scan as scan
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import ScanState
 from regard.ragged import gathering, place_queries, take_queries
+from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -430,14 +431,10 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, "a": 5, **(sizes or {})}
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (batch, widths["h"], n, widths["d"]),
-        "k": (batch, widths["g"], m, widths["d"]),
-        "v": (batch, widths["g"], m, widths["v"]),
-    }
+    shapes = attention_shapes(batch, n, m, widths)
     if config.agent_source == "learned" or (config.agent_source == "auto" and pattern is not Pattern.NONCAUSAL_SELF):
         shapes["agents"] = (widths["h"], widths["a"], widths["d"])
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Any) -> Cost:

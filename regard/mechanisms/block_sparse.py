@@ -76,6 +76,7 @@ from regard.contract import (
 )
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
+from regard.sampling import attention_shapes, normals
 from regard.visibility import block_visibility
 
 if TYPE_CHECKING:
@@ -415,14 +416,10 @@ def sample_inputs(
 ) -> Tensors:
     """Inputs for tests and timings; a sink only where the options have one."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (batch, size["h"], n, size["d"]),
-        "k": (batch, size["g"], m, size["d"]),
-        "v": (batch, size["g"], m, size["v"]),
-    }
+    shapes = attention_shapes(batch, n, m, size)
     if config.learn_sink:
         shapes["sink"] = (size["h"],)
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def _row(config: Config, beta: int) -> tuple[float, float]:

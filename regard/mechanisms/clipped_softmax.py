@@ -44,6 +44,7 @@ from torch import Tensor
 from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
+from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -178,12 +179,8 @@ def sample_inputs(
 ) -> dict[str, Tensor]:
     """Inputs for tests and timings, with scores so far apart that many weights are clipped."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6} | sizes
-    shapes = {
-        "q": (batch, size["h"], n, size["d"]),
-        "k": (batch, size["g"], m, size["d"]),
-        "v": (batch, size["g"], m, size["v"]),
-    }
-    found = {name: torch.randn(s, generator=generator, dtype=torch.float64) for name, s in shapes.items()}
+    shapes = attention_shapes(batch, n, m, size)
+    found = normals(generator, shapes, torch.float64)
     found["q"] *= 3
     return {name: x.to(dtype) for name, x in found.items()}
 

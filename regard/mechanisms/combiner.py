@@ -82,6 +82,7 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention, joined
 from regard.engines.cache import append, append_rows
 from regard.engines.grouped_attention import Dropout, normalized, wide
+from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -1039,7 +1040,7 @@ def sample_inputs(
         told = d if config.row_keys == "wsum_proj" else value
         shapes |= {"residual": (batch, m, c), "row_in": (heads, told, c), "row_out": (heads, c, d)}
         shapes |= {"norm_weight": (c,), "norm_bias": (c,)}
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

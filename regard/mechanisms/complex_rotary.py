@@ -64,6 +64,7 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention, masked_scores_bias, ranks
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.layers import rotary
+from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -362,7 +363,7 @@ def sample_inputs(
     }
     if config.position == "learned":
         shapes["frequencies"] = (groups, width // 2)
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

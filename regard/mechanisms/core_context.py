@@ -67,6 +67,7 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention, joined
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import normalized, wide
+from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -491,14 +492,10 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (batch, widths["h"], n, widths["d"]),
-        "k": (batch, widths["g"], m, widths["d"]),
-        "v": (batch, widths["g"], m, widths["v"]),
-    }
+    shapes = attention_shapes(batch, n, m, widths)
     if config.fusion == "gated":
         shapes["gate"] = (widths["h"],)
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Any) -> Cost:

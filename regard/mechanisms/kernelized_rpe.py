@@ -77,6 +77,7 @@ from regard.positions.alibi import Alibi
 from regard.positions.protocol import Positions
 from regard.positions.relative import Relative
 from regard.ragged import gathering, place_queries, take_queries
+from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -712,7 +713,7 @@ def sample_inputs(
         shapes["random_features"] = (heads, config.features or width, width)
     if config.learn_temperature:
         shapes["log_temperature"] = (heads,)
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

@@ -55,6 +55,7 @@ from regard.contract import (
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import length_after
+from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -210,15 +211,12 @@ def sample_inputs(
 ) -> Tensors:
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     matrix = (1, m + 3, min(config.projected, m + 1))
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (batch, widths["h"], n, widths["d"]),
-        "k": (batch, widths["g"], m, widths["d"]),
-        "v": (batch, widths["g"], m, widths["v"]),
+    shapes = attention_shapes(batch, n, m, widths) | {
         "e": matrix,
     }
     if config.sharing != "key-value":
         shapes["f"] = matrix
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

@@ -54,6 +54,7 @@ from regard.contract import (
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.gated_recurrence import without_autocast
 from regard.engines.segments import segment_means
+from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -239,14 +240,10 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (batch, widths["h"], n, widths["d"]),
-        "k": (batch, widths["g"], m, widths["d"]),
-        "v": (batch, widths["g"], m, widths["v"]),
-    }
+    shapes = attention_shapes(batch, n, m, widths)
     if pattern is Pattern.NONCAUSAL_SELF and config.convolution != 0:
         shapes["convolution"] = (widths["h"], 3)
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Any) -> Cost:

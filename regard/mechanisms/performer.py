@@ -67,6 +67,7 @@ from regard.contract import (
 )
 from regard.engines import recurrent_forms
 from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step, without_autocast
+from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -425,7 +426,7 @@ def sample_inputs(
         "v": (batch, widths["h"], m, widths["v"]),
         "w": (config.features(widths["d"]), widths["d"]),
     }
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

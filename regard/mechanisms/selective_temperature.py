@@ -69,6 +69,7 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, append, extend
 from regard.layers.linear import make_linear
+from regard.sampling import attention_shapes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -417,11 +418,7 @@ def sample_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    shapes = {
-        "q": (batch, size["h"], n, size["d"]),
-        "k": (batch, size["g"], m, size["d"]),
-        "v": (batch, size["g"], m, size["v"]),
-    }
+    shapes = attention_shapes(batch, n, m, size)
     found = {name: normal(*shape) for name, shape in shapes.items()}
     found["q"] /= 4  # temperatures reach about 4: scores are then no further apart than other mechanisms'
     for name, terms in config.terms.items():

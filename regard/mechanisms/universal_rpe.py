@@ -65,6 +65,7 @@ from regard.engines.attention import Ranks, Visibility, attention_reference, mas
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import Toeplitz, at_offsets
+from regard.sampling import attention_shapes, normals
 from regard.visibility import DistanceBias, PositionBias
 
 if TYPE_CHECKING:
@@ -402,13 +403,10 @@ def sample_inputs(
 ) -> Tensors:
     """Inputs for tests and timings: factors of both signs for 11 offsets, fewer than the tests' sequences have."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6, "o": 11} | (sizes or {})
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (batch, size["h"], n, size["d"]),
-        "k": (batch, size["g"], m, size["d"]),
-        "v": (batch, size["g"], m, size["v"]),
+    shapes = attention_shapes(batch, n, m, size) | {
         "factors": (size["h"], size["o"]),
     }
-    return {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return normals(generator, shapes, dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
