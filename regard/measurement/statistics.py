@@ -22,6 +22,10 @@ T_QUANTILES = (
 """97.5 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom."""
 
 
+FEWEST_ITEMS = 6
+"""Items that all differ in one direction do so by chance with probability 2 / 2^n: below 5 % from six on."""
+
+
 def t_quantile(degrees: int) -> float:
     """97.5 % quantile of Student's t; that of the normal distribution beyond 30 degrees of freedom."""
     return T_QUANTILES[degrees - 1] if degrees <= len(T_QUANTILES) else 1.96
@@ -94,11 +98,13 @@ class Comparison:
         """A mechanism's score minus that of a rule without training, whose (sum, weight) of each item is given.
 
         Paired over items. Where seeds or mechanisms are too few to tell the training noise, item noise alone counts.
+        Fewer than FEWEST_ITEMS items on which the two differ tell nothing.
         """
         own, fixed = self.scores[name], Scores(dict.fromkeys(self.seeds, rule))
         mean = float(np.mean([own.score(s) - fixed.score(s) for s in self.seeds])) if self.seeds else math.nan
         degrees = self.degrees if self.degrees > 0 else len(rule) - 1
-        if not self.seeds or degrees < 1:
+        differ = sum(any(own.items[s][i, 0] != rule[i, 0] for s in self.seeds) for i in range(len(rule)))
+        if degrees < 1 or differ < FEWEST_ITEMS:
             return Difference(mean, math.nan, math.inf)
         training = self.training_variance / len(self.seeds) if self.degrees > 0 else 0.0
         error = math.sqrt(training + self._item_variance(own, fixed))

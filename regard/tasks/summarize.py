@@ -44,7 +44,7 @@ class SummarizeTask(TextPairsTask):
 
     @property
     def simple_name(self) -> str:
-        return "the source itself" if self._own else "the words of the function's name"
+        return "the source itself" if self._own else "the function's name"
 
     def simple(self, source: str) -> str:
         name = None if self._own else re.search(r"\bdef (\w+)", source)

@@ -384,7 +384,8 @@ class ScatterPoint:
     detail: str = ""
 
 
-def _short(name: str, longest: int = LONGEST_LABEL) -> str:
+def short(name: str, longest: int = LONGEST_LABEL) -> str:
+    """A name that fits beside a mark."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
@@ -459,7 +460,7 @@ def scatter(
         taken.append(box)
     for a, b in itertools.pairwise(front):
         taken.extend(_along((x(a.x), y(a.y)), (x(b.x), y(b.y))))
-    labels = [_short(p.name) for p in points]
+    labels = [short(p.name) for p in points]
     centres = [(x(p.x), y(p.y)) for p in points]
     widths = [len(label) * CHARACTER + 2 for label in labels]
     boxes = place_labels(centres, radii, widths, taken, (LEFT, TOP - 12, WIDTH - 2, bottom - 2))
@@ -489,7 +490,7 @@ def _rule(
 ) -> tuple[list[Markup], Box]:
     """A dashed line with its name at one of its ends, or only the name and an arrow; and the room of the name."""
     at = y.inside(value)
-    text = f"{_short(name, LONGEST_RULE)} {format_number(value)}"
+    text = f"{short(name, LONGEST_RULE)} {format_number(value)}"
     if not near:
         text += " ↑" if at < (TOP + HEIGHT - BOTTOM) / 2 else " ↓"
     width = len(text) * CHARACTER
@@ -551,7 +552,7 @@ def lines(
     lost = [px for _, points in kept for px, py in points if not y_axis.usable(py)] if missing else []
     if not values and not lost:
         return None
-    named = [_short(s.name) for s, points in kept if s.label and points]
+    named = [short(s.name) for s, points in kept if s.label and points]
     room = max((len(name) for name in named), default=0) * CHARACTER + 24
     right, bottom = WIDTH - room, HEIGHT - BOTTOM
     x = x_axis.scale([px for _, points in kept for px, py in points if missing or y_axis.usable(py)], LEFT + 6, right)
@@ -569,7 +570,7 @@ def lines(
     heights = spread([at for _, (_, at) in ends], LINE, TOP - 6, bottom - 2)
     for (s, (end_x, end_y)), height in zip(ends, heights, strict=True):
         parts = [_line(f"lead k{s.number % COLOURS}", end_x + 5, end_y, right + 14, height)]
-        parts.append(_text(right + 17, height + 4, _short(s.name), "label"))
+        parts.append(_text(right + 17, height + 4, short(s.name), "label"))
         body.append(_of_mechanism(s.number, parts))
     return _figure(identity, title, description, body)
 

@@ -1,7 +1,7 @@
 """Which mechanism to take, in two sentences, without ranking noise.
 
-First quality decides: where a task can be solved, only mechanisms that solve it stay; where some beat the simple rule of
-a task, only these; then those remain that cannot be told apart from the best score of the other tasks. Only among what
+First quality decides: where a task can be solved, only mechanisms that solve it stay; where some surely beat the simple
+rule of a task, only those with a better score than it; then those remain that cannot be told apart from the best score of the other tasks. Only among what
 remains does cost decide.
 """
 
@@ -76,11 +76,12 @@ def recommend(
         else:
             notes.append(f"No mechanism solved {task} at this budget; a larger --budget may.")
     for task in summary:
-        ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
-        if ahead and len(ahead) < len(kept):
-            lost = [m for m in kept if m not in ahead]
-            steps.append(f"on {task} not shown to beat a rule without training: {_list(lost)}")
-            kept = beating = ahead
+        entries = [_entry(summary, task, m) for m in kept]
+        better = [e["mechanism"] for e in entries if (e.get("over_baseline") or 0) > 0]
+        if any(e.get("beside_baseline") == "ahead" for e in entries) and len(better) < len(kept):
+            lost = [m for m in kept if m not in better]
+            steps.append(f"on {task} no better than a rule without training: {_list(lost)}")
+            kept = beating = better
     for task in summary:
         entries = [_entry(summary, task, m) for m in kept]
         if any(e.get("solved") for e in entries):
@@ -110,7 +111,7 @@ def recommend(
             f": of {_list(kept)}, which this comparison cannot tell apart in quality, it is the cheapest in {prefer}."
         )
     elif kept == beating:
-        text += ": it alone is shown to beat a rule without training."
+        text += ": it alone beats a rule without training."
     elif len(remaining) == 1:
         text += ": it is the only mechanism with a score on every task."
     else:

@@ -71,6 +71,7 @@ def summarise(
                 "on_front": False,
                 "separable_from_best": None,
                 "beside_baseline": None,
+                "over_baseline": None,
             }
         )
     scored = [e for e in entries if e["mean"] is not None and math.isfinite(e["mean"])]
@@ -84,10 +85,9 @@ def summarise(
             difference = comparison.difference(best, entry["mechanism"])
             entry["separable_from_best"] = entry["mechanism"] != best and difference.separable
         if baseline is not None and entry in scored:
-            ahead = comparison.against(entry["mechanism"], baseline.items)
-            entry["beside_baseline"] = (
-                "level" if not ahead.separable else "ahead" if sign * ahead.mean > 0 else "behind"
-            )
+            difference = comparison.against(entry["mechanism"], baseline.items)
+            entry["over_baseline"] = over = sign * difference.mean
+            entry["beside_baseline"] = "level" if not difference.separable else "ahead" if over > 0 else "behind"
     return sorted(entries, key=lambda e: -sign * e["mean"] if e["mean"] is not None else math.inf)
 
 
@@ -99,7 +99,7 @@ def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: B
         if names or standing == "ahead":
             said += f" {words}: {', '.join(names) or 'none'}."
         if winner in names and standing != "ahead":
-            said += f" So {winner} is not shown to be of use here: a larger --budget may help."
+            said += f" So {winner} is not shown to beat it: a larger --budget may help."
     return said
 
 

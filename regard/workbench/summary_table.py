@@ -18,6 +18,7 @@ COSTS = (
     ("state", "state_bytes", charts.format_bytes),
     ("peak memory", "peak_memory_bytes", charts.format_bytes),
 )
+LONGEST_RULE = 26
 FITS_80_COLUMNS = 3
 """Costs shown on a narrow terminal; the report has all of them."""
 
@@ -71,7 +72,7 @@ def _is_better(rule: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
 
 
 def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    name = Text(f"  {rule['name']}", style="italic")
+    name = Text(f"  {charts.short(rule['name'], LONGEST_RULE)}", style="italic")
     return name, Text(charts.format_number(rule["score"])), Text("rule", style="dim")
 
 

@@ -116,3 +116,11 @@ def test_a_rule_on_a_single_item_or_seed_is_never_told_apart_without_noise_to_ju
     found = Comparison({"a": Scores({0: one})}).against("a", one - [[3.0, 0.0]])
     assert found.mean == 3.0
     assert not found.separable
+
+
+def test_a_few_items_more_than_a_rule_are_told_apart_from_six_on():
+    rule = np.stack([np.zeros(1000), np.ones(1000)], 1)
+    for count, told in ((5, False), (6, True)):
+        better = rule.copy()
+        better[:count, 0] = 1
+        assert Comparison({"a": Scores({0: better})}).against("a", rule).separable == told

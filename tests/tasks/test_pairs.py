@@ -230,7 +230,7 @@ def test_the_standard_library_is_the_default_and_split_by_module():
     assert len(task._training) > 2000
     assert len(held_out(task)) == 64
     assert not {p.source for p, _, _ in task._training} & {p.source for p, _, _ in task._held_out}
-    assert task.baseline.name == "the words of the function's name"
+    assert task.baseline.name == "the function's name"
     assert task.baseline.score > 1.5 * task.chance
     assert "split: by module" in task.describe()
 

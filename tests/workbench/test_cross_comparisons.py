@@ -165,7 +165,7 @@ def test_a_rule_is_compared_on_the_items_that_are_the_result(tmp_path, error, st
     assert note.startswith(f"On carry a rule without training, a rule, scores {error:.4g}.")
     names = ", ".join(entry["mechanism"] for entry in outcome.summary["carry"])
     assert ("Better: " + (names if standing == "ahead" else "none")) in note
-    assert (f"Worse: {names}. So {outcome.recommendation.winner} is not shown to be of use" in note) == (
+    assert (f"Worse: {names}. So {outcome.recommendation.winner} is not shown to beat it" in note) == (
         standing == "behind"
     )
     assert "a rule without training" in outcome.report.read_text()

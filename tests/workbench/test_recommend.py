@@ -58,14 +58,13 @@ def test_what_cannot_be_separated_is_said_with_what_would():
 
 def test_what_does_not_beat_the_rule_is_not_taken_where_others_do():
     summary, comparison = case({"slow": 1.0, "fast": 1.0, "toy": 1.0}, TIMES)
-    standings = {"slow": "ahead", "fast": "ahead", "toy": "level"}
-    for entry in summary:
-        entry["beside_baseline"] = standings[entry["mechanism"]]
+    for entry, standing, over in zip(summary, ("ahead", "level", "level"), (0.2, 0.1, 0.0), strict=True):
+        entry |= {"beside_baseline": standing, "over_baseline": over}
     found = advise(text=((summary, comparison), BITS))
     assert found.winner == "fast"
-    assert "not shown to beat a rule without training: toy" in found.reason
-    summary[1]["beside_baseline"] = "level"
-    assert "Take slow: it alone is shown to beat a rule" in advise(text=((summary, comparison), BITS)).text
+    assert "no better than a rule without training: toy" in found.reason
+    summary[1]["over_baseline"] = -0.1
+    assert "Take slow: it alone beats a rule" in advise(text=((summary, comparison), BITS)).text
     for entry in summary:
         entry["beside_baseline"] = "level"
     assert advise(text=((summary, comparison), BITS)).winner == "toy"

@@ -389,6 +389,14 @@ def test_terminal_table_has_every_cell(rows):
     assert len(text.strip().splitlines()) >= 1 + 2 * 5
 
 
+def test_a_rule_with_a_long_name_leaves_room_for_the_costs(rows):
+    out = io.StringIO()
+    rules = {"recall": {"name": "a rule with many words to say what it does", "score": 0.5, "higher_is_better": True}}
+    Console(file=out, width=100).print(terminal_table(rows["summary"], rules, width=100))
+    assert "a rule with many words to…" in out.getvalue()
+    assert "decode/s" in out.getvalue()
+
+
 def test_terminal_table_has_the_rule_in_its_place(rows):
     out = io.StringIO()
     summary = {
