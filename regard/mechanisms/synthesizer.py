@@ -253,12 +253,12 @@ def _attend(
             scores = products if scores is None else scores + products
         assert scores is not None
         visible = Visibility(causal=call.pattern is Pattern.CAUSAL_SELF).mask(where.queries, where.keys)[:, None]
-        hidden = scores.masked_fill(~visible, torch.finfo(dtype).min)
-        weights = torch.where(visible, hidden.softmax(-1), 0)
-        output = weights @ v.to(dtype).repeat_interleave(heads // v.shape[1], 1)
+        seeing = visible.any(-1, keepdim=True)
+        weights = scores.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1)
+        output = torch.where(seeing, weights @ v.to(dtype).repeat_interleave(heads // v.shape[1], 1), 0)
     extras = {}
     if "weights" in call.want:
-        extras["weights"] = weights.expand(v.shape[0], -1, -1, -1).to(out_dtype)
+        extras["weights"] = torch.where(seeing, weights, 0).expand(v.shape[0], -1, -1, -1).to(out_dtype)
     return Result(output.to(out_dtype), extras=extras)
 
 
@@ -404,7 +404,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     heads, width = shape.batch * shape.heads, shape.dim_value + ("dot" in config.kinds) * shape.dim_key
     return Cost(
         flops=2.0 * heads * shape.n * shape.m * width,
-        memory=3.0 * heads * shape.n * shape.m,
+        memory=2.0 * heads * shape.n * shape.m,
         state=float(shape.heads * shape.m * width),
         step_flops=2.0 * heads * shape.m * width,
     )
