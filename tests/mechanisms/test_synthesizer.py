@@ -113,6 +113,20 @@ def test_split_and_resume_equals_whole(given, sizes):
     close(torch.cat(outputs, 2), definition(tensors, True))
 
 
+@pytest.mark.parametrize("given", GIVEN, ids="+".join)
+def test_rows_that_continue_from_unequal_lengths_keep_their_places(given):
+    """A cache has empty slots then, so that slots are not places."""
+    tensors, first, second = inputs(given, 10), torch.tensor([4, 1]), torch.tensor([3, 6])
+    state = run(tensors, mask=Mask(lengths=first), return_state=True, scale=0.5).state
+    names = [name for name in tensors if name in ("v", "dense", "query", "key")]
+    rest = {x: torch.stack([tensors[x][b].roll(-int(first[b]), 1) for b in range(2)]) for x in names}
+    found = run(tensors | rest, mask=Mask(lengths=second), state=state, scale=0.5).output
+    for b in range(2):
+        start, stop = int(first[b]), int(first[b] + second[b])
+        whole = definition(cut(tensors, slice(stop), slice(stop)), True)[b, :, start:]
+        close(found[b, :, : stop - start], whole)
+
+
 @pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
 @pytest.mark.parametrize("given", GIVEN, ids="+".join)
 def test_queries_and_memory_of_cross_patterns_count_on_through_a_state(given, pattern):
