@@ -48,7 +48,7 @@ class AlgorithmicNetwork(nn.Module):
         super().__init__()
         nodes = numbers + 1
         self.positional, self.nodes = positional, nodes
-        name, options = "positional_attention", {"max_length": nodes}
+        name, options = "positional_attention", {"encoding": "one_hot", "max_length": nodes}
         if not positional:
             name, options = "softmax", {"head_dim": dim, "value_dim": dim // heads}
         self.embedding = nn.Linear(1 if positional else 1 + nodes, dim, bias=bias)

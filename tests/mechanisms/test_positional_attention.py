@@ -23,7 +23,13 @@ from regard.workbench.subjects import Subject
 
 
 def inputs(n: int, m: int | None = None, rows: int = 20, heads: int = 2) -> dict[str, Tensor]:
-    shapes = {"query_table": (heads, rows, 4), "key_table": (heads, rows, 4), "v": (3, heads, n if m is None else m, 5)}
+    shapes = {
+        "query_map": (heads, 6, 4),
+        "key_map": (heads, 6, 4),
+        "v": (3, heads, n if m is None else m, 5),
+        "query_bias": (heads, 4),
+        "encodings": (rows, 6),
+    }
     found = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     return found | ({} if m is None else {"slots": torch.zeros(3, n, dtype=torch.long)})
 
@@ -37,14 +43,16 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def content(tensors: dict[str, Tensor], n: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The same rows as queries and keys of softmax attention; query i has the position first + i."""
-    q, k, v = (tensors[name] for name in ("query_table", "key_table", "v"))
-    queries, keys = q[:, first : first + n], k[:, : v.shape[2]]
+    """Encodings as queries and keys of softmax attention; query i has the position first + i."""
+    encodings, v = tensors["encodings"], tensors["v"]
+    queries = encodings[first : first + n] @ tensors["query_map"] + tensors["query_bias"][:, None]
+    bias = torch.randn(2, 1, 4, dtype=torch.float64)  # of keys: it changes nothing
+    keys = encodings[: v.shape[2]] @ tensors["key_map"] + bias
     return queries.expand(3, -1, -1, -1), keys.expand(3, -1, -1, -1), v
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_it_is_softmax_attention_with_rows_of_the_tables_as_queries_and_keys(pattern):
+def test_it_is_softmax_attention_with_encodings_in_place_of_content(pattern):
     for n, m in ((9, None), (6, 13)) if pattern != "noncausal-self" else ((9, None),):
         tensors = inputs(n, m)
         first = 0 if m is None or pattern.cross else m - n
@@ -64,9 +72,9 @@ def test_a_weight_depends_on_no_value_and_an_output_is_linear_in_them(pattern):
     close(mixed, 2 * run(tensors, pattern).output - 3 * run(tensors | {"v": other}, pattern).output)
 
 
-def test_tables_of_zero_give_the_mean_and_running_sums_after_counting():
+def test_maps_of_zero_give_the_mean_and_running_sums_after_counting():
     tensors = inputs(9)
-    tensors["query_table"] = torch.zeros_like(tensors["query_table"])
+    tensors |= {name: torch.zeros_like(tensors[name]) for name in ("query_map", "query_bias")}
     mean = tensors["v"].mean(2, keepdim=True).expand(-1, -1, 9, -1)
     close(run(tensors).output, mean)
     count = torch.arange(1.0, 10, dtype=torch.float64)[:, None]
@@ -76,7 +84,7 @@ def test_tables_of_zero_give_the_mean_and_running_sums_after_counting():
 def test_tokens_move_with_their_rows_and_not_without():
     tensors, order = inputs(8, rows=8), torch.randperm(8)
     moved = {"v": tensors["v"][:, :, order]}
-    rows = {name: tensors[name][:, order] for name in ("query_table", "key_table")}
+    rows = {"encodings": tensors["encodings"][order]}
     expected = run(tensors).output[:, :, order]
     close(run(tensors | moved | rows).output, expected)
     assert (run(tensors | moved).output - expected).abs().max() > 1e-2
@@ -112,14 +120,14 @@ def test_positions_are_ranks_of_valid_tokens(pattern):
     for row in range(3):
         own = tensors | {"v": tensors["v"][row : row + 1, :, valid[row]]}
         close(found[row : row + 1, :, valid[row]], run(own, pattern).output)
-    # rows of the tables are taken by rank even where the first row is the shortest
+    # the weights that all rows share are not those of the first, which may be the shortest
     short_first = Mask(lengths=torch.tensor([2, 12, 7]))
     close(run(tensors, pattern, mask=short_first).output[1], run(tensors, pattern).output[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"content_heads": 1}])
+@pytest.mark.parametrize("options", [{}, {"encoding": "learned"}, {"content_heads": 1}])
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_gradients_reach_the_tables_even_from_one_row(pattern, options):
+def test_gradients_reach_the_maps_even_from_one_row(pattern, options):
     subject = Subject(MECHANISM, pattern, options)
     tensors = subject.inputs(4, batch=1, d=3, v=2)
     leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
@@ -129,7 +137,7 @@ def test_gradients_reach_the_tables_even_from_one_row(pattern, options):
 
     for gradient in torch.autograd.grad(function(*leaves.values()).square().sum(), list(leaves.values())):
         assert (gradient != 0).any()
-    small = {name: x[:, :8].detach().requires_grad_() if "table" in name else x for name, x in leaves.items()}
+    small = {name: x[:8].detach().requires_grad_() if name == "encodings" else x for name, x in leaves.items()}
     assert torch.autograd.gradcheck(function, list(small.values()))
 
 
@@ -147,7 +155,7 @@ def test_a_memory_may_stream_and_its_queries_are_counted_on():
         state = absorb(MECHANISM, {"v": tensors["v"][:, :, part]}, pattern="causal-cross", state=state)
     outputs = []
     for part in torch.arange(9).split([1, 1, 5, 2]):
-        queries = {name: tensors[name] for name in ("query_table", "key_table")} | {"slots": tensors["slots"][:, part]}
+        queries = tensors | {"v": None, "slots": tensors["slots"][:, part]}
         result = run(queries, "causal-cross", state=state)
         state = result.state
         outputs.append(result.output)
@@ -173,7 +181,8 @@ def test_the_matrix_holds_with_content_heads(pattern):
 
 def test_content_heads_come_last_and_see_their_own_biases():
     tensors = inputs(8, heads=3)
-    alone = {name: x[:2] if "table" in name else x[:, :2] for name, x in tensors.items()}
+    alone = {name: x[:2] if name.startswith("query") or name == "key_map" else x for name, x in tensors.items()}
+    alone["v"] = tensors["v"][:, :2]
     q, k = torch.randn(2, 3, 1, 8, 6, dtype=torch.float64)
     hybrid = alone | {"v": tensors["v"], "content_query": q, "content_key": k}
     bias = torch.randn(1, 3, 8, 8, dtype=torch.float64)
@@ -199,17 +208,18 @@ def layer(pattern: str = "noncausal-self", **options: Any) -> Any:
 
 
 def test_encodings_are_what_they_are_called():
-    one_hot = layer().projection
-    close(one_hot.encodings(), torch.eye(10, dtype=torch.float64))
-    nn.init.normal_(one_hot.tables.bias)
-    heads = one_hot({}, None, None, Context())
-    by_product = one_hot.tables(one_hot.encodings()).view(10, 4, 20).transpose(0, 1)
-    close(torch.cat([heads["query_table"], heads["key_table"]], -1), by_product)
-    bits = layer(encoding="binary").projection.encodings()
+    made = {
+        name: layer(encoding=name, encoding_dim=6).projection for name in ("one_hot", "binary", "sinusoidal", "learned")
+    }
+    close(made["one_hot"].encodings(), torch.eye(10, dtype=torch.float64))
+    bits = made["binary"].encodings()
     assert bits.shape == (10, 4) and bits.unique(dim=0).shape[0] == 10
     assert bits[6].tolist() == [-1.0, 1.0, 1.0, -1.0]
-    waves = layer(encoding="sinusoidal", encoding_dim=6).projection.encodings()
-    close(waves, Sinusoidal(dim=6).embed(torch.zeros(1, 10, 6, dtype=torch.float64), torch.arange(10)[None])[0])
+    assert made["sinusoidal"].encodings() is None
+    tensors = inputs(9)
+    waves = Sinusoidal(dim=6).embed(torch.zeros(1, 9, 6, dtype=torch.float64), torch.arange(9)[None])[0]
+    for pattern in ("noncausal-self", "causal-self"):
+        close(run(tensors | {"encodings": None}, pattern).output, run(tensors | {"encodings": waves}, pattern).output)
     learned = layer(encoding="learned", encoding_dim=6)
     learned(torch.randn(2, 5, 16, dtype=torch.float64)).output.square().sum().backward()
     gradient = learned.projection.encoding.grad
@@ -217,16 +227,28 @@ def test_encodings_are_what_they_are_called():
 
 
 def test_widths_of_keys_and_parameters():
-    def tables(**options: Any) -> tuple[int, int]:
+    def maps(**options: Any) -> tuple[int, int]:
         made = layer(**options).projection
         return made.width, sum(p.numel() for p in made.parameters())
 
-    assert tables() == (10, 10 * 80 + 80)
-    assert tables(encoding="sinusoidal", encoding_dim=12, key_width="split") == (3, 12 * 24 + 24)
-    assert tables(encoding="binary", content_heads=2) == (4, 4 * 16 + 16 + 2 * (16 * 8 + 8))
-    start = layer(bias=True).projection.tables
+    assert maps(encoding="one_hot") == (10, 10 * 80 + 80)
+    assert maps(encoding_dim=12, key_width="split") == (3, 12 * 24 + 24)
+    assert maps(encoding="binary", content_heads=2) == (4, 4 * 16 + 16 + 2 * (16 * 8 + 8))
+    start = layer(encoding="one_hot").projection
     bound = math.sqrt(6 / (10 + 80))
     assert not start.bias.any() and 0.9 * bound < start.weight.abs().max() <= bound
+
+
+def test_a_layers_maps_are_those_of_one_linear_for_queries_and_keys():
+    made = layer(encoding="one_hot").projection
+    nn.init.normal_(made.bias)
+    product = nn.functional.linear(made.encodings(), made.weight, made.bias).view(10, 4, 20).transpose(0, 1)
+    heads = made({}, None, None, Context())
+    close(heads["query_map"] + heads["query_bias"][:, None], product[..., :10])
+    queries, keys = product.split(10, -1)
+    a = (queries @ keys.mT / math.sqrt(10)).softmax(-1)
+    v = torch.randn(1, 4, 10, 3, dtype=torch.float64)
+    close(run(heads | {"v": v}).output, a @ v)
 
 
 def test_no_input_reaches_the_weights_of_a_layer():
@@ -241,14 +263,15 @@ def test_no_input_reaches_the_weights_of_a_layer():
     assert gradient.any()
 
 
-def test_positions_beyond_the_table_are_refused_with_the_length_that_is_needed():
-    made = layer("causal-self")
+def test_positions_without_an_encoding_are_refused_and_sinusoids_have_all():
+    made = layer("causal-self", encoding="one_hot")
     x = torch.randn(1, 11, 16, dtype=torch.float64)
     with pytest.raises(Unsupported, match="nearest: max_length=11"):
         made(x)
     state = made(x[:, :10], context=Context(want=frozenset({"state"}))).state
     with pytest.raises(Unsupported, match="position 10"):
         made.step(x[:, 10], state)
+    assert layer("causal-self")(torch.randn(1, 300, 16, dtype=torch.float64)).output.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -264,15 +287,14 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(Unsupported, match="content_heads=4 of 4"):
         layer(content_heads=4)
     with pytest.raises(Unsupported, match="split"):
-        layer(key_width="split")
+        layer(encoding="one_hot", key_width="split")
     tensors = inputs(5)
-    with pytest.raises(Unsupported, match="2 heads of tables, 1 of content and 2 of values"):
+    with pytest.raises(Unsupported, match="2 positional heads, 1 of content and 2 of values"):
         run(tensors | {"content_query": torch.zeros(3, 1, 5, 4), "content_key": torch.zeros(3, 1, 5, 4)})
     with pytest.raises(Unsupported, match="rotary positions"):
         layer(positions="rotary")
-    small = {name: x[:, :4] if "table" in name else x for name, x in tensors.items()}
     with pytest.raises(Unsupported, match="max_length=5"):
-        positional_attention(**small)
+        positional_attention(**tensors | {"encodings": tensors["encodings"][:4]})
 
 
 # the paper's network
