@@ -106,7 +106,8 @@ def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str,
 
 @functools.cache
 def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float | None:
-    """Largest difference from softmax attention on the same random q, k, v, relative to its largest output, in float64.
+    """Largest difference from softmax attention on the same random q, k, v, relative to its largest output, in float64,
+    with the optional inputs that its card samples.
 
     In training too, where a mechanism may be another function. None for one that is not a function of queries, keys and
     values for every head, or whose layer learns more than these.
@@ -119,6 +120,8 @@ def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float |
         return None
     generator = torch.Generator().manual_seed(0)
     inputs = {n: torch.randn(1, 2, length, 16, generator=generator, dtype=torch.float64) for n in taken}
+    optional = Subject(card, pattern).inputs(length, batch=1, d=16, k=16, v=16)  # what makes it more than softmax
+    inputs |= {n: x for n, x in optional.items() if n in card.axes and n not in taken}
     if card.prepare is not None:
         roles = card.prepare(torch.zeros(1, length, dtype=torch.long), card.options())[1]
         inputs["roles"] = roles.expand(1, -1)[:, :length]
@@ -127,8 +130,7 @@ def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float |
             found = [Subject(card, pattern).run(inputs, training=training).output for training in (False, True)]
         except Unsupported:  # it needs more than q, k and v here
             return None
-        inputs.pop("roles", None)
-        expected = Subject(get_mechanism("softmax"), pattern).run(inputs).output
+        expected = Subject(get_mechanism("softmax"), pattern).run({n: inputs[n] for n in taken}).output
     return max(float((output - expected).abs().max() / expected.abs().max()) for output in found)
 
 

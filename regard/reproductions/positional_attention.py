@@ -1,0 +1,138 @@
+"""Positional attention (Back de Luca et al., arXiv 2410.01686): routes by position alone carry over to larger values.
+
+The paper: with weights that depend on positions only, transformers learn parallel algorithms as well as others and, where
+the algorithm's routes are positional, do far better on values outside of the training range. The medians of the authors'
+result files, 10 runs of 60,000 steps each, at 10 times the training range: running minimum 0.043 against 19.7 of a standard
+transformer, running sum 0.059 against 87.6, sorting 0.146 against 54.5 (mean squared errors).
+
+Here: 1500 steps of 256 on the same data: 8 numbers, uniform between two bounds that are uniform in [-2, 2], and up to
+[-20, 20] in tests, where bounds that both lie in the training range are drawn again. The authors' networks: width 64, 2
+heads, 4 layers, in which an MLP of (x, attention of x) takes the place of residuals and norms, and a further node; the
+standard one has positions beside its input. The expectation for sorting, which learns slowly, was set lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.create import create_layer
+from regard.reproductions.framework.judging import Check, over
+from regard.reproductions.framework.protocol import Reproduction, Setting
+
+TRAINED_RANGE = 2.0
+TASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "min": lambda x: x.cummin(-1).values,
+    "sum": lambda x: x.cumsum(-1),
+    "sort": lambda x: x.sort(-1).values,
+}
+TRAINING = {"steps": 1500, "batch_size": 256, "learning_rate": 1e-3, "items": 1000, "samples": 30_000, "numbers": 8}
+
+
+class AlgorithmicNetwork(nn.Module):
+    """(B, n) numbers to (B, n) numbers, by layers x = MLP([x ; attention(x)]) over n nodes after a further one, whose
+    input is 0.
+
+    Args:
+        numbers: n, at most; fewer take the first rows of the encodings.
+        positional: whether attention is positional; otherwise softmax attention with one-hot positions beside the input.
+        bias: whether projections and MLPs have biases; without any the positional network is positively homogeneous.
+    """
+
+    def __init__(
+        self, numbers: int, *, positional: bool, dim: int = 64, heads: int = 2, layers: int = 4, bias: bool = True
+    ) -> None:
+        super().__init__()
+        nodes = numbers + 1
+        self.positional, self.nodes = positional, nodes
+        name, options = "positional_attention", {"encoding": "one_hot", "max_length": nodes}
+        if not positional:
+            name, options = "softmax", {"head_dim": dim, "value_dim": dim // heads}
+        self.embedding = nn.Linear(1 if positional else 1 + nodes, dim, bias=bias)
+        self.mixers = nn.ModuleList(
+            create_layer(name, dim, heads, pattern="noncausal-self", bias=bias, **options) for _ in range(layers)
+        )
+        for mixer in self.mixers:
+            for parameter in mixer.parameters():
+                nn.init.xavier_uniform_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+        self.forwards = nn.ModuleList(
+            nn.Sequential(nn.Linear(2 * dim, dim, bias=bias), nn.ReLU(), nn.Linear(dim, dim, bias=bias))
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(dim, 1, bias=bias)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        x = F.pad(numbers, (1, 0))[..., None]
+        if not self.positional:
+            positions = torch.eye(self.nodes, dtype=x.dtype)[: x.shape[1]]
+            x = torch.cat([x, positions.expand(len(x), -1, -1)], -1)
+        x = self.embedding(x)
+        for mixer, feed_forward in zip(self.mixers, self.forwards, strict=True):
+            x = feed_forward(torch.cat([x, mixer(x).output], -1))
+        return self.head(x)[:, 1:, 0]
+
+
+def draw(items: int, numbers: int, factor: float, rng: torch.Generator) -> Tensor:
+    """Rows of numbers within bounds that are uniform in [-factor, factor], not both in the training range if it is less."""
+    bounds = torch.empty(0, 2)
+    while len(bounds) < items:
+        drawn = (2 * torch.rand(items, 2, generator=rng) - 1) * factor
+        if factor > TRAINED_RANGE:
+            drawn = drawn[(drawn.abs() > TRAINED_RANGE).any(-1)]
+        bounds = torch.cat([bounds, drawn])[:items]
+    low, high = bounds.amin(-1, keepdim=True), bounds.amax(-1, keepdim=True)
+    return low + (high - low) * torch.rand(items, numbers, generator=rng)
+
+
+def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(1000 + seed)
+    target, numbers, steps = TASKS[setting["task"]], setting["numbers"], setting["steps"]
+    model = AlgorithmicNetwork(numbers, positional=setting["positional"])
+    data = draw(setting["samples"], numbers, TRAINED_RANGE, rng)
+    optimizer = torch.optim.Adam(model.parameters(), lr=setting["learning_rate"])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.6 * steps), int(0.85 * steps)], gamma=0.3)
+    for _ in range(steps):
+        x = data[torch.randint(len(data), (setting["batch_size"],), generator=rng)]
+        loss = F.mse_loss(model(x), target(x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    errors = {}
+    with torch.no_grad():
+        for factor in (2, 6, 10, 20):
+            x = draw(setting["items"], numbers, float(factor), rng)
+            errors[f"c = {factor}"] = float(F.mse_loss(model(x), target(x)))
+    return errors
+
+
+REPRODUCTION = Reproduction(
+    name="positional_attention",
+    mechanisms=("positional_attention",),
+    claim=(
+        "Weights that depend on positions alone generalise to values outside of the training range where the algorithm's "
+        "routes are positional: errors 370 to 1500 times smaller on running minima, running sums and sorting at 10 times the "
+        "range (the authors' result files)."
+    ),
+    instead=(
+        "The authors' networks and data, 8 numbers, after 1500 steps instead of 60,000: error of the standard network over "
+        "that of the positional one at 10 times the training range."
+    ),
+    settings={
+        f"{task}, {name}": TRAINING | {"task": task, "positional": name == "positional"}
+        for task in TASKS
+        for name in ("positional", "standard")
+    },
+    run_cell=run_cell,
+    checks=(
+        Check("minimum: 20 times the error", over("min, standard", "min, positional", "c = 20"), above=20.0),
+        Check("sum: 20 times the error", over("sum, standard", "sum, positional", "c = 20"), above=20.0),
+        Check("sort: a larger error", over("sort, standard", "sort, positional", "c = 20"), above=1.0),
+    ),
+    smoke={"steps": 2, "batch_size": 2, "items": 4, "samples": 8},
+    seconds=60,
+)
