@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.backends import execute
-from regard.contract import BlockMask, Unsupported, one_of
+from regard.contract import BlockMask, Cost, Shape, Unsupported, one_of
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
@@ -132,16 +132,26 @@ def attention_reference(
     return weights @ v.repeat_interleave(groups, 1)
 
 
-def joined(
-    first: Float[Tensor, "b h n v"],
-    first_lse: Float[Tensor, "b h n"],
-    second: Float[Tensor, "b h n v"],
-    second_lse: Float[Tensor, "b h n"],
-) -> Float[Tensor, "b h n v"]:
-    """Softmax over the keys of two softmax attentions of the same queries, from their outputs and log-sum-exps."""
-    some = (first_lse > -torch.inf) | (second_lse > -torch.inf)
-    share = torch.sigmoid(torch.where(some, first_lse - second_lse, 0))[..., None].to(first.dtype)
-    return share * first + (1 - share) * second
+def attention_cost(shape: Shape, keys: float | None = None) -> Cost:
+    """Two products of each query with `keys` keys (None: with all), and a cache of all keys and values."""
+    keys = shape.m if keys is None else min(shape.m, keys)
+    width = shape.dim_key + shape.dim_value
+    heads = shape.batch * shape.heads
+    return Cost(
+        flops=2.0 * heads * shape.n * keys * width,
+        memory=float(heads * shape.n),
+        state=float(shape.heads * shape.m * width),
+        step_flops=2.0 * heads * keys * width,
+    )
 
 
-__all__ = ["RULES", "Ranks", "Visibility", "attention", "attention_reference", "joined", "masked_scores_bias", "ranks"]
+__all__ = [
+    "RULES",
+    "Ranks",
+    "Visibility",
+    "attention",
+    "attention_cost",
+    "attention_reference",
+    "masked_scores_bias",
+    "ranks",
+]

@@ -70,6 +70,11 @@ def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"],
     return KeyValueState(k, v, where.keys, length), where
 
 
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
+    """Memory into a cache; more may follow."""
+    return extend(call, k, v, 0)[0]
+
+
 def extend_counted(
     call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int
 ) -> tuple[CountedState, Ranks]:

@@ -29,7 +29,7 @@ def merge(
     nothing = empty.all(0)
     # the gradient of a softmax over -inf alone is NaN
     shares = torch.where(empty, 0, torch.where(nothing, 0, lse).softmax(0)).to(outputs[0].dtype)[..., None]
-    if any(output.requires_grad for output in outputs):
+    if any(part.requires_grad for part in (*outputs, *lses)):
         total = shares[0] * outputs[0]
         for share, output in zip(shares[1:], outputs[1:], strict=True):
             total = torch.addcmul(total, share, output)

@@ -42,8 +42,16 @@ import torch
 from torch import Tensor
 
 from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import KeyValueState, extend
+from regard.engines.attention import (
+    Ranks,
+    Visibility,
+    attention,
+    attention_cost,
+    attention_reference,
+    masked_scores_bias,
+    ranks,
+)
+from regard.engines.cache import KeyValueState, absorb, extend
 from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
@@ -130,11 +138,6 @@ def chunked(
     return _attend(call, q, state.k, state.v, where, state)
 
 
-def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
-    """Memory into a cache; more may follow."""
-    return extend(call, k, v, 0)[0]
-
-
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
     """Queries on absorbed memory."""
     state: KeyValueState = call.state
@@ -187,14 +190,7 @@ def sample_inputs(
 
 def cost(shape: Shape, config: Config) -> Cost:
     """Two products with each pair."""
-    width = shape.dim_key + shape.dim_value
-    heads = shape.batch * shape.heads
-    return Cost(
-        flops=2.0 * heads * shape.n * shape.m * width,
-        memory=float(heads * shape.n),
-        state=float(shape.heads * shape.m * width),
-        step_flops=2.0 * heads * shape.m * width,
-    )
+    return attention_cost(shape)
 
 
 MECHANISM = Mechanism(

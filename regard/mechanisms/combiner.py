@@ -79,9 +79,10 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
-from regard.engines.attention import Ranks, Visibility, attention, joined
+from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import append, append_rows
 from regard.engines.grouped_attention import Dropout, normalized, wide
+from regard.engines.merging import merge
 from regard.sampling import normals
 
 if TYPE_CHECKING:
@@ -511,7 +512,7 @@ def _near_and_far(
     )
     summed, _, summed_sum = attention(q, *far, visibility=Visibility(causal=causal), blocks=blocks, **shared)
     assert direct_sum is not None and summed_sum is not None
-    return joined(direct, direct_sum, summed, summed_sum).to(dtype)
+    return merge([direct, summed], [direct_sum, summed_sum]).to(dtype)
 
 
 def _far_only(call: Call, q: Tensor, keys: Tensor, values: Tensor, exists: Tensor) -> Float[Tensor, "b h n v"]:

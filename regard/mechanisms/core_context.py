@@ -64,9 +64,10 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
-from regard.engines.attention import Ranks, Visibility, attention, joined
+from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import normalized, wide
+from regard.engines.merging import merge
 from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
@@ -364,7 +365,8 @@ def _attend(
 def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n v"]:
     """What is read from tokens and from cores, in one softmax or under a gate."""
     if gate is None:
-        return joined(*near, *far)
+        outputs, lses = zip(near, far, strict=True)
+        return merge(outputs, lses)
     share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
     return torch.where((far[1] > -torch.inf)[..., None], share * near[0] + (1 - share) * far[0], near[0])
 

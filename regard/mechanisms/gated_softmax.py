@@ -55,7 +55,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import KeyValueState, extend
+from regard.engines.cache import KeyValueState, absorb, extend
 from regard.layers.linear import make_linear
 
 if TYPE_CHECKING:
@@ -142,11 +142,6 @@ def chunked(
     """Continue a cached sequence by any number of tokens; also the step."""
     state, where = extend(call, k, v, q.shape[2])
     return _attend(call, q, state.k, state.v, log_gate, where, state)
-
-
-def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
-    """Memory into a cache; more may follow."""
-    return extend(call, k, v, 0)[0]
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], log_gate: Float[Tensor, "b h n"] | None = None) -> Result:

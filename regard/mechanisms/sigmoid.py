@@ -57,7 +57,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
-from regard.engines.attention import Ranks, Visibility, attention, masked_scores_bias, ranks
+from regard.engines.attention import Ranks, Visibility, attention, attention_cost, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
 from regard.visibility import DistanceBias
 
@@ -308,15 +308,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     """As softmax attention's: a window narrows the pairs, not the cache."""
     left, right = config.window
     near = math.inf if left is None else left + 1 + (0 if right is None else right)
-    keys = min(shape.m, near)
-    width = shape.dim_key + shape.dim_value
-    heads = shape.batch * shape.heads
-    return Cost(
-        flops=2.0 * heads * shape.n * keys * width,
-        memory=float(heads * shape.n),
-        state=float(shape.heads * shape.m * width),
-        step_flops=2.0 * heads * keys * width,
-    )
+    return attention_cost(shape, near)
 
 
 MECHANISM = Mechanism(

@@ -57,8 +57,16 @@ from regard.contract import (
     Unsupported,
     at_least,
 )
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import KeyValueState, extend
+from regard.engines.attention import (
+    Ranks,
+    Visibility,
+    attention,
+    attention_cost,
+    attention_reference,
+    masked_scores_bias,
+    ranks,
+)
+from regard.engines.cache import KeyValueState, absorb, extend
 from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
@@ -131,11 +139,6 @@ def chunked(
     """Continue a cached sequence by any number of tokens; also the step."""
     state, where = extend(call, k, v, q.shape[2])
     return _attend(call, q, state.k, state.v, sink, where, state)
-
-
-def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
-    """Memory into a cache; more may follow."""
-    return extend(call, k, v, 0)[0]
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
@@ -234,15 +237,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     """Two products with each pair; a window narrows the pairs (counted as in causal-self), not the cache."""
     left, right = config.window or (None, None)
     near = math.inf if left is None else left + 1 + (0 if right is None else right)
-    keys = min(shape.m, near)
-    width = shape.dim_key + shape.dim_value
-    heads = shape.batch * shape.heads
-    return Cost(
-        flops=2.0 * heads * shape.n * keys * width,
-        memory=float(heads * shape.n),
-        state=float(shape.heads * shape.m * width),
-        step_flops=2.0 * heads * keys * width,
-    )
+    return attention_cost(shape, near)
 
 
 MECHANISM = Mechanism(

@@ -65,8 +65,16 @@ from regard.contract import (
     at_least,
     one_of,
 )
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import KeyValueState, extend
+from regard.engines.attention import (
+    Ranks,
+    Visibility,
+    attention,
+    attention_cost,
+    attention_reference,
+    masked_scores_bias,
+    ranks,
+)
+from regard.engines.cache import KeyValueState, absorb, extend
 from regard.layers.attention import AttentionLayer
 from regard.ragged import take_queries
 from regard.visibility import DistanceBias, PositionBias
@@ -180,11 +188,6 @@ def chunked(
     """Continue a cached sequence by any number of tokens; also the step."""
     state, where = extend(call, k, v, q.shape[2])
     return _attend(call, q, state.k, state.v, where, k, v, state)
-
-
-def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
-    """Memory into a cache; more may follow."""
-    return extend(call, k, v, 0)[0]
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
@@ -640,15 +643,7 @@ def ensemble_predict(
 
 def cost(shape: Shape, config: Config) -> Cost:
     """Of the dense form; in training `ratio` of the pairs are computed, except in bernoulli mode."""
-    keys = shape.m if config.host_window is None else min(shape.m, config.host_window)
-    width = shape.dim_key + shape.dim_value
-    heads = shape.batch * shape.heads
-    return Cost(
-        flops=2.0 * heads * shape.n * keys * width,
-        memory=float(heads * shape.n),
-        state=float(shape.heads * shape.m * width),
-        step_flops=2.0 * heads * keys * width,
-    )
+    return attention_cost(shape, config.host_window)
 
 
 MECHANISM = Mechanism(

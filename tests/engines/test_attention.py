@@ -15,11 +15,9 @@ from regard.apply import apply
 from regard.catalogue import get_mechanism
 from regard.contract import BlockMask, Call, Mask, Pattern, Unsupported
 from regard.engines.attention import (
-    Ranks,
     Visibility,
     attention,
     attention_reference,
-    joined,
     masked_scores_bias,
     ranks,
 )
@@ -443,30 +441,3 @@ def test_what_does_not_fit_is_refused():
     for rule, stretch in (("sigmoid", (-0.1, 1.0)), ("softmax", (0.1, 1.0)), ("softmax", (-0.1, 0.9))):
         with pytest.raises(Unsupported, match="stretch"):
             attention(q, q, q, where, rule=rule, stretch=stretch, **common)
-
-
-def test_attentions_to_parts_of_the_keys_join_to_attention_to_all():
-    q, k, v = torch.randn(3, 2, 2, 7, 8, dtype=torch.float64).requires_grad_()
-    whole = ranks(Call(Pattern.CAUSAL_SELF), 7, 7, q.device)
-    rule = Visibility(causal=True)
-    parts = []
-    for own in (slice(0, 3), slice(3, 7)):  # the first queries see no key of the second part
-        where = Ranks(whole.queries, whole.keys[:, own], None, None, plain=False)
-        output, _, lse = attention(q, k[:, :, own], v[:, :, own], where, visibility=rule, scale=0.3, want_lse=True)
-        parts += [output, lse]
-    expected = attention(q, k, v, whole, visibility=rule, scale=0.3)[0]
-    found = joined(*parts)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    weight = torch.randn_like(expected)
-    for one, other in zip(
-        *(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, expected)), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_a_query_that_neither_part_shows_a_key_gives_zero():
-    zero, hidden = torch.zeros(1, 1, 2, 3), torch.full((1, 1, 2), -torch.inf).requires_grad_()
-    output = joined(zero, hidden, zero, hidden)
-    output.sum().backward()
-    assert (output == 0).all()
-    assert (hidden.grad == 0).all()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.engines.attention import Visibility, attention
+from regard.contract import Call, Pattern
+from regard.engines.attention import Ranks, Visibility, attention, ranks
 from regard.engines.merging import merge
 from regard.visibility import CountedRanks
 
@@ -47,3 +48,31 @@ def test_large_scores_do_not_overflow():
     outputs, lses, _ = parts([3, 4])
     shifted = merge([o.clone() for o in outputs], [lse + 2000 for lse in lses])
     torch.testing.assert_close(shifted, merge(outputs, lses))
+
+
+def test_attentions_to_parts_of_the_keys_join_to_attention_to_all():
+    q, k, v = torch.randn(3, 2, 2, 7, 8, dtype=torch.float64).requires_grad_()
+    whole = ranks(Call(Pattern.CAUSAL_SELF), 7, 7, q.device)
+    rule = Visibility(causal=True)
+    outputs, lses = [], []
+    for own in (slice(0, 3), slice(3, 7)):  # the first queries see no key of the second part
+        where = Ranks(whole.queries, whole.keys[:, own], None, None, plain=False)
+        output, _, lse = attention(q, k[:, :, own], v[:, :, own], where, visibility=rule, scale=0.3, want_lse=True)
+        outputs.append(output)
+        lses.append(lse)
+    expected = attention(q, k, v, whole, visibility=rule, scale=0.3)[0]
+    found = merge(outputs, lses)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(expected)
+    for one, other in zip(
+        *(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_query_that_neither_part_shows_a_key_gives_zero():
+    zero, hidden = torch.zeros(1, 1, 2, 3), torch.full((1, 1, 2), -torch.inf).requires_grad_()
+    output = merge([zero, zero], [hidden, hidden])
+    output.sum().backward()
+    assert (output == 0).all()
+    assert (hidden.grad == 0).all()
