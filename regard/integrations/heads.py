@@ -157,6 +157,11 @@ class HeadAttention(nn.Module):
         """Whether it has parameters of its own."""
         return next(self.parameters(), None) is not None
 
+    @property
+    def adds(self) -> bool:
+        """Whether it is more than its mechanism of queries, keys and values: it learns, or changes heads that are merged."""
+        return self.learns or self.merge is not None
+
     def forward(
         self,
         q: Float[Tensor, "b h n d"],

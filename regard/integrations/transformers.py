@@ -142,7 +142,7 @@ def _without_weights(mechanism: str, options: tuple[tuple[str, Any], ...]) -> He
     if not selves:
         raise Unsupported(f"{mechanism} in self attention", supported="a mechanism with a self pattern")
     attend = HeadAttention(card, dim=1, heads=1, head_dim=1, pattern=selves[0], **dict(options))
-    if attend.learns or attend.merge is not None:
+    if attend.adds:
         raise Unsupported(
             f'attn_implementation="{PREFIX}{mechanism}" alone, since {mechanism} learns more than the model has',
             supported="mechanisms of queries, keys and values alone",

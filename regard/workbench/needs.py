@@ -140,7 +140,7 @@ def _learns_more(card: Mechanism, pattern: Pattern) -> bool:
         heads = HeadAttention(card, dim=32, heads=2, head_dim=16, pattern=pattern)
     except Unsupported:  # what a layer alone can give it
         return card.projection is not None
-    return heads.learns or heads.merge is not None
+    return heads.adds
 
 
 def _small(name: str, pattern: Pattern) -> LayerWork:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from regard.contract import Unsupported
 from regard.workbench import charts
 from regard.workbench.charts import Axis, ScatterPoint, Series, is_number
+from regard.workbench.summary import with_rule
 
 Payload = Mapping[str, Any]
 REFERENCE = "softmax"
@@ -177,14 +178,9 @@ class _View:
         found = (self.run.get("baselines") or {}).get(task)
         return found if found is not None and is_number(found["score"]) else None
 
-    def ranked_with_rule(self, task: str) -> list[Payload]:
+    def ranked_with_rule(self, task: str) -> list[Mapping[str, Any]]:
         """As :meth:`ranked`, with the rule, which has no mechanism, in its place."""
-        rule, entries = self.rule(task), self.ranked(task)
-        if rule is None:
-            return entries
-        sign = 1 if rule["higher_is_better"] else -1
-        better = [e for e in entries if is_number(e["mean"]) and sign * e["mean"] >= sign * rule["score"]]
-        return [*better, {"rule": rule["name"], "mean": rule["score"]}, *entries[len(better) :]]
+        return with_rule(self.ranked(task), self.rule(task))
 
     def standing(self, task: str, entry: Payload) -> str:
         """What can be said about a mechanism beside the best one of the task."""

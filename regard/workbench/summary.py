@@ -9,6 +9,7 @@ from typing import Any
 from regard.measurement.statistics import Comparison, Scores, items_array, pareto_front
 from regard.tasks import Baseline
 from regard.training.loop import History, Point
+from regard.workbench.charts import is_number
 from regard.workbench.settings import CompareSettings
 
 CURVE_POINTS = 100
@@ -89,6 +90,15 @@ def summarise(
             entry["over_baseline"] = over = sign * difference.mean
             entry["beside_baseline"] = "level" if not difference.separable else "ahead" if over > 0 else "behind"
     return sorted(entries, key=lambda e: -sign * e["mean"] if e["mean"] is not None else math.inf)
+
+
+def with_rule(entries: Sequence[Mapping[str, Any]], rule: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Entries of a task, best first, with its rule in its place: ``{"rule": name, "mean": score}``, after its equals."""
+    if rule is None:
+        return list(entries)
+    sign = 1 if rule["higher_is_better"] else -1
+    ahead = [e for e in entries if is_number(e.get("mean")) and sign * e["mean"] >= sign * rule["score"]]
+    return [*ahead, {"rule": rule["name"], "mean": rule["score"]}, *entries[len(ahead) :]]
 
 
 def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: Baseline, winner: str | None) -> str:

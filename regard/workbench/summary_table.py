@@ -10,6 +10,7 @@ from rich.text import Text
 
 from regard.workbench import charts
 from regard.workbench.charts import is_number
+from regard.workbench.summary import with_rule
 
 COSTS = (
     ("inference", "inference_ms", charts.format_milliseconds),
@@ -47,33 +48,23 @@ def terminal_table(
         table.add_column(heading, justify="right", no_wrap=True)
     for task, entries in summary.items():
         table.add_row(Text(task, style="bold"))
-        rule = (baselines or {}).get(task)
-        for entry in entries:
-            if rule is not None and _is_better(rule, entry):
-                table.add_row(*_rule(rule))
-                rule = None
+        for entry in with_rule(entries, (baselines or {}).get(task)):
+            if "rule" in entry:
+                table.add_row(*_rule(entry))
+                continue
             table.add_row(
                 Text(("★ " if entry.get("on_front") else "  ") + entry["mechanism"]),
                 Text(_score(entry)),
                 _standing(entry),
                 *(_value(entry, name, form) for _, name, form in costs),
             )
-        if rule is not None:
-            table.add_row(*_rule(rule))
         table.add_section()
     return table
 
 
-def _is_better(rule: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    if not is_number(entry.get("mean")):
-        return True
-    ahead = rule["score"] - entry["mean"]
-    return (ahead if rule["higher_is_better"] else -ahead) > 0
-
-
 def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    name = Text(f"  {charts.short(rule['name'], LONGEST_RULE)}", style="italic")
-    return name, Text(charts.format_number(rule["score"])), Text("rule", style="dim")
+    name = Text(f"  {charts.short(rule['rule'], LONGEST_RULE)}", style="italic")
+    return name, Text(charts.format_number(rule["mean"])), Text("rule", style="dim")
 
 
 def _score(entry: Mapping[str, Any]) -> str:
