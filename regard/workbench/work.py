@@ -89,7 +89,8 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
             task.vocab_size or 0, task.memory_vocab_size, task.memory_features, cross_plan=plan, **sizes
         )
     # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
-    sizes["positions"] = "sinusoidal" if task.grid is not None else "auto"
+    placed = task.grid is not None and "sinusoidal" in card.accepts_positions
+    sizes["positions"] = "sinusoidal" if placed else "auto"
     if kind == (Pattern.CAUSAL_SELF, "next-token"):
         return LanguageModelConfig(task.vocab_size or 0, plan=plan, **sizes)
     if task.objective == "regression":
