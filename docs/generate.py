@@ -381,6 +381,11 @@ def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None)
     for one in reproduced:
         about = ", ".join(map(_link, one["mechanisms"]))
         parts += [f"## {one['name']}", f"{about}: **{one['outcome']}**. {one['claim']}", *_tried(one)]
+        if one.get("table"):
+            rows = [
+                [v if isinstance(v, str) else "" if v is None else f"{v:.3g}" for v in r.values()] for r in one["table"]
+            ]
+            parts.append(_table(tuple(one["table"][0]), rows))
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from rich.text import Text
 from regard.backends import NATIVE, engine_names, which_backend
 from regard.backends.native import library
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
-from regard.contract import Kind, Pattern, Unsupported
+from regard.contract import Kind, Pattern, Unsupported, closest
 from regard.functional import function_name
 from regard.training.memory import keep_freed_memory
 
@@ -741,15 +741,93 @@ def reproduce(
         regard reproduce all --no-timings --shard 1/2
         regard reproduce all --table --json
     """
-    from regard.measurement.store import Store
-    from regard.reproductions import collect, get_reproduction, list_reproductions, plan, shard
-    from regard.reproductions import run as run_cells
+    from regard.reproductions import get_reproduction, list_reproductions
 
     wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
+    found = _reproduced(wanted, seeds, timings, only, output, quiet=as_json, run=not (listing or table))
+    if as_json:
+        _emit({"reproductions": found})
+    elif listing:
+        _reproductions_listed(found)
+    else:
+        _reproductions_judged(found)
+
+
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="A study; all are listed when none is named.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each setting; the study's own when not given.")] = None,
+    only: Annotated[
+        str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
+    ] = None,
+    timings: Annotated[
+        bool | None,
+        typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+        "runs/reproduce"
+    ),
+    table: Annotated[bool, typer.Option("--table", help="Show what is done; run nothing.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Put a question to many mechanisms at once: a reproduction with a table of its own.
+
+    Runs, stores and goes on as `regard reproduce` does, in the same folder.
+
+    Examples:
+
+    \b
+        regard study
+        regard study wide-attention --no-timings --shard 1/2
+        regard study wide-attention --table --json
+    """
+    from regard.reproductions import get_reproduction, list_reproductions
+
+    studies = [n for n in list_reproductions() if get_reproduction(n).table is not None]
+    if name is None:
+        found = _reproduced(studies, seeds, timings, only, output, quiet=as_json, run=False)
+        _emit({"studies": found}) if as_json else _reproductions_listed(found)
+        return
+    module = name.replace("-", "_")
+    if module not in studies:
+        names = [n.replace("_", "-") for n in studies]
+        raise Unsupported(f"study {name!r}", supported=", ".join(names), nearest=closest(name, names))
+    found = _reproduced([module], seeds, timings, only, output, quiet=as_json, run=not table)
+    if as_json:
+        _emit(found[0])
+        return
+    _reproductions_judged(found)
+    console.print(_rows(found[0]["table"]))
+
+
+def _rows(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in rows[0]:
+        shown.add_column(heading, justify="left" if isinstance(rows[0][heading], str) else "right")
+    for row in rows:
+        shown.add_row(*(v if isinstance(v, str) else "—" if v is None else f"{v:.3g}" for v in row.values()))
+    return shown
+
+
+def _reproduced(
+    wanted: Sequence[str],
+    seeds: int | None,
+    timings: bool | None,
+    only: str | None,
+    output: Path,
+    *,
+    quiet: bool,
+    run: bool,
+) -> list[dict[str, Any]]:
+    """What the folder holds of reproductions, once the cells that it lacks have been run if they are to be."""
+    from regard.measurement.store import Store
+    from regard.reproductions import collect, plan, shard
+    from regard.reproductions import run as run_cells
+
     chosen = shard(plan(wanted, seeds, timings=timings), only)
     file = output / "results.db"
-    if not (listing or table):
-        with Store(file) as store, _progress(quiet=as_json) as (bar, line):
+    if run:
+        with Store(file) as store, _progress(quiet=quiet) as (bar, line):
             shown = bar.add_task("starting", total=None)
 
             def on_cell(cell: Any, left: int, seconds: float) -> None:
@@ -760,17 +838,10 @@ def reproduce(
                 line(said)
 
             run_cells(chosen, store, on_cell=on_cell)
-    if file.is_file():
-        with Store(file) as store:
-            found = collect(wanted, store, seeds)
-    else:
-        found = collect(wanted, None, seeds)
-    if as_json:
-        _emit({"reproductions": found})
-    elif listing:
-        _reproductions_listed(found)
-    else:
-        _reproductions_judged(found)
+    if not file.is_file():
+        return collect(wanted, None, seeds)
+    with Store(file) as store:
+        return collect(wanted, store, seeds)
 
 
 def _reproductions_listed(found: list[dict[str, Any]]) -> None:

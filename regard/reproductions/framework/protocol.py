@@ -29,7 +29,7 @@ class Reproduction:
 
     Attributes:
         name: that of its module.
-        mechanisms: those of the catalogue that it is about; the first one's card names the paper.
+        mechanisms: those of the catalogue that it is about; the first one's card names the paper, unless `source` does.
         claim: what the paper claims, in our own words, with its figure where there is one.
         instead: what is done here instead, and what differs.
         settings: by name, everything that is run.
@@ -39,6 +39,9 @@ class Reproduction:
         smoke: options that shrink every setting to seconds, for tests.
         seeds: how many by default.
         seconds: roughly what a cell takes on one core, until some have been run.
+        source: the paper, where it is none of a mechanism.
+        table: rows of what the cells measured, given by (setting, seed), for a claim that is about many mechanisms at once:
+            ``regard study`` shows it.
         protocol: raised when `run_cell` changes what it does, so that older rows no longer count.
     """
 
@@ -53,11 +56,13 @@ class Reproduction:
     smoke: Setting = field(default_factory=dict)
     seeds: int = 3
     seconds: float = 30.0
+    source: Paper | None = None
+    table: Callable[[Mapping[tuple[str, int], Measurements]], list[dict[str, Any]]] | None = None
     protocol: int = 1
 
     @property
     def paper(self) -> Paper:
-        return get_mechanism(self.mechanisms[0]).paper
+        return get_mechanism(self.mechanisms[0]).paper if self.source is None else self.source
 
     def cells(self, seeds: int | None = None, *, timings: bool | None = None) -> list[Cell]:
         """All cells, seed by seed, so that an interrupted run leaves whole seeds behind.

@@ -100,8 +100,8 @@ def run(
 def collect(names: Sequence[str], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:
     """What a store holds of reproductions, with verdicts, as JSON could say it; nothing is run.
 
-    Of each: name, mechanisms, paper, claim, instead, outcome, findings, cells (done, planned, missing) and the
-    measurements of its cells. Seeds beyond the plan count too where the store has them.
+    Of each: name, mechanisms, paper, claim, instead, outcome, findings, cells (done, planned, missing), the measurements
+    of its cells and the rows of its table, where it has one. Seeds beyond the plan count too where the store has them.
     """
     rows = [] if store is None else store.rows(KIND)
     found = []
@@ -140,4 +140,5 @@ def _record(
         "planned": planned,
         "missing": [f"{cell.setting} {cell.seed}" for cell in missing],
         "cells": [{"setting": s, "seed": n, **m} for (s, n), m in measured.items()],
+        "table": [] if reproduction.table is None else reproduction.table(measured),
     }

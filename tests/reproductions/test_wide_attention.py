@@ -1,0 +1,93 @@
+"""The study of wide attention: what the division of heads changes, and what it does not."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import regard
+from regard.cli import app
+from regard.contract import Unsupported
+from regard.reproductions import wide_attention as study
+
+DIM, WIDTH = 64, 16
+
+
+def layer(heads):
+    return regard.create_layer(
+        "softmax", DIM, heads, head_dim=WIDTH, pattern="noncausal-self", positions="none"
+    ).double()
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_attention_has_as_many_weights_however_the_heads_are_divided():
+    for layers, heads in (study.DEEP, *study.BETWEEN, study.WIDE):
+        assert layers * heads == study.HEADS
+        assert layers * count(layer(heads)) == 4 * DIM * WIDTH * study.HEADS
+
+
+def groups(wide, size):
+    """Narrow layers that together have the heads of a wide one."""
+    found = []
+    for start in range(0, study.HEADS, size):
+        rows = slice(start * WIDTH, (start + size) * WIDTH)
+        narrow = layer(size)
+        weights = dict(wide.named_parameters())
+        with torch.no_grad():
+            for name, weight in narrow.named_parameters():
+                weight.copy_(weights[name][:, rows] if weight.shape[1] == size * WIDTH else weights[name][rows])
+        found.append(narrow)
+    return found
+
+
+def test_a_wide_layer_is_the_sum_of_narrow_ones_on_the_same_input():
+    wide, x = layer(study.HEADS), torch.randn(2, 7, DIM, dtype=torch.float64)
+    total = sum(narrow(x).output for narrow in groups(wide, 2))
+    torch.testing.assert_close(total, wide(x).output, rtol=1e-12, atol=1e-12)
+
+
+def test_without_its_share_of_the_output_weights_a_head_adds_nothing():
+    wide, x = layer(study.HEADS), torch.randn(2, 7, DIM, dtype=torch.float64)
+    rest = sum(narrow(x).output for narrow in groups(wide, 2)[1:])
+    out = next(w for name, w in wide.named_parameters() if name.startswith("out"))
+    with torch.no_grad():
+        out[:, : 2 * WIDTH] = 0
+    torch.testing.assert_close(wide(x).output, rest, rtol=1e-12, atol=1e-12)
+
+
+def test_the_table_has_means_over_seeds_and_nothing_where_nothing_was_measured():
+    deep, wide = (f"documents: linear {study.shape(*ratio)}" for ratio in (study.DEEP, study.WIDE))
+    cells = {
+        (deep, 0): {"score": 0.6, "parameters": 30.0},
+        (deep, 1): {"score": 0.8, "parameters": 30.0},
+        (wide, 0): {"score": None, "parameters": 10.0},
+        ("time: linear", 0): {"speedup": {"median": 3.0, "low": 2.0, "high": 4.0}},
+    }
+    row = next(r for r in study.table(cells) if (r["task"], r["attention"]) == ("documents", "linear"))
+    assert row == {
+        "task": "documents",
+        "attention": "linear",
+        "6x2": pytest.approx(0.7),
+        "3x4": None,
+        "2x6": None,
+        "1x12": None,
+        "smaller": 3.0,
+        "faster": 3.0,
+    }
+
+
+def test_the_command_lists_studies_and_shows_what_is_done(tmp_path):
+    run = CliRunner().invoke
+    listed = json.loads(run(app, ["study", "--json"]).stdout)["studies"]
+    assert [one["name"] for one in listed] == ["wide_attention"]
+    shown = run(app, ["study", "wide-attention", "--table", "--output", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert "sparse_strided" in shown.stdout
+    refused = run(app, ["study", "wide-atention", "--output", str(tmp_path)])
+    assert isinstance(refused.exception, Unsupported)
+    assert "nearest: wide-attention" in str(refused.exception)
+    assert not list(tmp_path.iterdir())
