@@ -67,6 +67,7 @@ from regard.contract import (
 from regard.engines.attention import Visibility, attention, attention_reference
 from regard.engines.cache import append
 from regard.engines.merging import merge
+from regard.ragged import take_tokens
 from regard.visibility import CountedRanks
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def _sort(call: Call, q: Tensor, rotations: Tensor) -> _Sorted:
     if valid is not None:
         bucket = bucket.masked_fill(~valid[:, None, None], 2 * rotations.shape[-1])
     ordered, order = bucket.sort(dim=-1, stable=True)
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(q.shape[2], device=q.device).expand_as(order))
+    place = torch.zeros_like(order).scatter_(-1, order, torch.arange(q.shape[2], device=q.device).expand_as(order))
     first = torch.searchsorted(ordered, ordered)
     return _Sorted(2 * rotations.shape[-1], bucket, place - first.gather(-1, place), order, place)
 
@@ -259,7 +260,7 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
 
     def rows(x: Tensor, chosen: Tensor) -> Tensor:
         """Tokens (b, h, chunks, slots) of x (b, h, n, d), each chunk a row."""
-        return _take(x, chosen.flatten(2)).view(-1, 1, chosen.shape[-1], x.shape[-1])
+        return take_tokens(x, chosen.flatten(2)).view(-1, 1, chosen.shape[-1], x.shape[-1])
 
     outputs, lses = [], []
     for this in range(tokens.order.shape[2]):
@@ -280,7 +281,7 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
         )
         assert lse is not None
         back = tokens.place[:, :, this]
-        outputs.append(_take(output.view(batch, heads, count * size, -1), back))
+        outputs.append(take_tokens(output.view(batch, heads, count * size, -1), back))
         lses.append(lse.view(batch, heads, -1).gather(2, back))
     alone = torch.stack(lses).amax(0) == -torch.inf
     return torch.where(alone[..., None], values, merge(outputs, lses)).to(v.dtype)
@@ -407,7 +408,7 @@ def _look_up(
     if n == 1:
         most = min(slots, rounds * (config.lookback + 1) * config.chunk)
         times, chosen = times.topk(most, sorted=False)
-        keys, values = _take(keys, chosen[:, :, 0]), _take(values, chosen[:, :, 0])
+        keys, values = take_tokens(keys, chosen[:, :, 0]), take_tokens(values, chosen[:, :, 0])
     bias = times.clamp(min=1).to(dtype).log() if config.count_duplicates else q.new_zeros((), dtype=dtype)
     output = attention(
         q.to(dtype),
@@ -422,14 +423,6 @@ def _look_up(
         backend=call.backend,
     )[0]
     return torch.where((times > 0).any(-1, keepdim=True), output.to(v.dtype), v)
-
-
-def _take(x: Float[Tensor, "b h n d"], index: Int[Tensor, "b h slots"]) -> Float[Tensor, "b h slots d"]:
-    """Tokens of each head. Whole rows are copied at once, which `gather` does not do."""
-    batch, heads, n, width = x.shape
-    start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * n
-    taken = x.reshape(-1, width).index_select(0, (index + start).flatten())
-    return taken.view(batch, heads, index.shape[2], width)
 
 
 def _keys(call: Call, q: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
