@@ -343,3 +343,11 @@ def _shift(x: Tensor, size: int, lengths: Tensor | None, new_lengths: Tensor | N
     column = torch.arange(size, device=x.device) + (end - new_end)
     valid = (column >= 0) & (column < end)
     return _take(x, _row_starts(x, axis) + column.clamp(0, max(old_size - 1, 0)), valid, axis, 0)
+
+
+def take_tokens(x: Shaped[Tensor, "b h n d"], index: Int[Tensor, "b h slots"]) -> Shaped[Tensor, "b h slots d"]:
+    """The tokens of each head at their places. Whole rows are copied at once, which `gather` does not do."""
+    batch, heads, n, width = x.shape
+    start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * n
+    taken = x.reshape(-1, width).index_select(0, (index + start).flatten())
+    return taken.view(batch, heads, index.shape[2], width)
