@@ -1,13 +1,15 @@
-"""Discrete Fourier transforms along a sequence: their sizes, and convolutions as long as the sequence."""
+"""Discrete Fourier transforms along a sequence: their sizes, convolutions as long as it, and rows of unequal length."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Complex, Float, Int
     from torch import Tensor
 
 
@@ -39,3 +41,25 @@ def long_convolution(
             [forward, forward.new_zeros(len(forward), size - 2 * n + 1), backward[:, : n - 1].flip(1)], 1
         )
     return torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(filters, size), size)[..., :n]
+
+
+def transform_rows(x: Complex[Tensor, "b c n"], lengths: Int[Tensor, " b"]) -> Complex[Tensor, "b c n"]:
+    """sum_{t<L} exp(-2 pi i j t / L) x_t for j < L, the transform of each row at its own length L.
+
+    By Bluestein's identity j t = (j^2 + t^2 - (j - t)^2) / 2 it is a convolution with a chirp, whose size is the same for
+    all rows, so that nothing in the graph depends on a length. What is returned beyond L means nothing.
+
+    Args:
+        x: zero beyond each row's length; n >= 1.
+        lengths: 0 to n.
+    """
+    n = x.shape[-1]
+    size = fast_size(2 * n - 1)
+    row = lengths.clamp(min=1)[:, None]
+    t = torch.arange(n, device=x.device)
+    # the phase of a square is known exactly in integers, and is not in floating point where n is large
+    angle = ((t * t) % (2 * row)).to(x.real.dtype) / row * math.pi
+    chirp = torch.polar(torch.ones_like(angle), angle)[:, None]  # (b, 1, n)
+    around = torch.cat([chirp, F.pad(chirp[..., 1:].flip(-1), (size - 2 * n + 1, 0))], -1)
+    mixed = torch.fft.ifft(torch.fft.fft(x * chirp.conj(), size) * torch.fft.fft(around, size))
+    return mixed[..., :n] * chirp.conj()
