@@ -83,7 +83,7 @@ class StateSpaceLayer(MixerLayer):
     Subclasses set `A_log`, `dt_bias`, `D` (None without a skip) and `conv` (None without a convolution).
     """
 
-    FLOAT32 = ("A_log", "D", "dt_bias")
+    FLOAT32: tuple[str, ...] = ("A_log", "D", "dt_bias")
     conv: ShortConvolution | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -72,6 +72,7 @@ from regard.contract import (
 )
 from regard.engines.cache import KeyValueState, WindowState, extend, extend_window
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
+from regard.engines.fourier import fast_size
 from regard.engines.gated_recurrence import gated_recurrence, without_autocast
 from regard.positions.alibi import Alibi
 from regard.positions.protocol import Positions
@@ -537,7 +538,7 @@ def _by_fft(
     n, places = q.shape[2], math.prod(grid)
     if n == 0 or k.shape[2] == 0:
         return v.new_zeros(*q.shape[:3], v.shape[-1])
-    sizes = [_fast_size(2 * side - 1) for side in grid]
+    sizes = [fast_size(2 * side - 1) for side in grid]
     # an error of a transform is as large for a query that sees few keys as for one that sees all
     dtype = v.dtype if v.device.type == "mps" else torch.float64
     kernel = c.to(dtype)
@@ -561,16 +562,6 @@ def _by_fft(
     width = max(1, NUMBERS_AT_ONCE // max(1, math.prod(q.shape[:3]) * math.prod(sizes)))
     pieces = [_mixed(mix, width < v.shape[2], part, q, k, spectrum) for part in v.split(width, 2)]
     return torch.cat(pieces, 2).flatten(3).mT[:, :, :n]
-
-
-def _fast_size(least: int) -> int:
-    """The smallest size from `least` on that is a power of two, or that times 3, 5, 9 or 15."""
-    found = []
-    for size in (1, 3, 5, 9, 15):
-        while size < least:
-            size *= 2
-        found.append(size)
-    return min(found)
 
 
 def _on_grid(
