@@ -171,7 +171,6 @@ def extend_window(
     if past is None:
         keys, values, where = k, v, ranks(call, n, k.shape[2], k.device)
         total = lengths
-        wide_k, wide_v = F.pad(k, (0, 0, width, 0)), F.pad(v, (0, 0, width, 0))
     else:
         cached = past.length[:, None] + torch.arange(-width, 0, device=k.device)
         where = ranks(call, n, k.shape[2], k.device, cached, past.length)
@@ -180,12 +179,24 @@ def extend_window(
             where = Ranks(where.queries, where.keys, width + k.shape[2] - n, None, plain=False)
         keys, values = torch.cat([past.k, k.to(past.k.dtype)], 2), torch.cat([past.v, v.to(past.v.dtype)], 2)
         total = past.length + lengths
-        wide_k, wide_v = keys, values
-    last = lengths[:, None] + torch.arange(width, device=k.device)
-    return WindowState(_take(wide_k, last), _take(wide_v, last), total), keys, values, where
+    kept = [last_slots(x, lengths, width, past is not None) for x in (keys, values)]
+    return WindowState(kept[0], kept[1], total), keys, values, where
 
 
-def _take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:
+def last_slots(
+    x: Float[Tensor, "b g m d"], lengths: Int[Tensor, " b"], width: int, cached: bool
+) -> Float[Tensor, "b g width d"]:
+    """The last `width` tokens of each row, right-aligned, zero where there are fewer.
+
+    Args:
+        x: `lengths` valid tokens a row, after `width` right-aligned ones that were `cached`, if they were.
+    """
+    x = x if cached else F.pad(x, (0, 0, width, 0))
+    return take(x, lengths[:, None] + torch.arange(width, device=x.device))
+
+
+def take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:
+    """Slots of each row, the same in all its heads."""
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
@@ -204,4 +215,4 @@ def append_rows(
         width = int((counts + new_counts).max()) if past.shape[0] else 0
     slots = torch.arange(width, device=past.device)
     source = torch.where(slots < counts[:, None], slots, past.shape[2] + slots - counts[:, None])
-    return _take(torch.cat([past, new], 2), source.clamp(max=past.shape[2] + new.shape[2] - 1))
+    return take(torch.cat([past, new], 2), source.clamp(max=past.shape[2] + new.shape[2] - 1))

@@ -1,0 +1,99 @@
+"""The shell of mechanisms whose memory holds layer inputs of earlier segments, through which no gradient flows in training.
+
+Keys and values of the memory are projections of those inputs. Their gradient reaches the projections and stops there:
+inside a call as across calls. A state holds keys and values, which decode fastest; in training it holds layer inputs too,
+so that the next call projects them with the weights of then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regard.contract import Context, Result, State, Unsupported, lengths_after, state_field
+from regard.engines.cache import last_slots
+from regard.layers.attention import AttentionLayer, LayerState
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class InputState(State):
+    """The last layer inputs of each row, right-aligned."""
+
+    inputs: Float[Tensor, "b width c"] = state_field()
+    length: Int[Tensor, " b"] = state_field()
+
+
+class SegmentLayer(AttentionLayer):
+    """An attention layer with a memory of its inputs; its config says in `cached` how many the next token may see.
+
+    What a state carries has no gradient. In training mode a state also holds inputs, and one that was begun in evaluation
+    mode is refused. In evaluation mode gradients within a call are those of its outputs, with nothing stopped.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c2"] | None = None,
+        *,
+        context: Context | None = None,
+        state: LayerState | None = None,
+    ) -> Result:
+        if state is not None and self.training:
+            state = self._projected_again(state)
+        result = super().forward(x, memory, context=context, state=state)
+        if isinstance(result.state, LayerState):
+            result.state = result.state.detach()
+        return result
+
+    def _project(
+        self,
+        heads: dict[str, Tensor],
+        x: Tensor | None,
+        memory: Tensor | None,
+        context: Context,
+        lengths: Tensor | None,
+        memory_lengths: Tensor | None,
+        state: LayerState | None,
+    ) -> tuple[dict[str, Tensor], State | None]:
+        heads, _ = super()._project(heads, x, memory, context, lengths, memory_lengths, state)
+        assert x is not None
+        if not self.training:
+            return heads, None
+        stopped = x.detach()
+        if torch.is_grad_enabled():
+            caches = self._no_caches() if state is None or not state.convolutions else list(state.convolutions)
+            past: dict[str, Tensor] = {}
+            self._memory_heads(past, stopped, lengths, caches)
+            heads = heads | {f"{name}_past": tensor for name, tensor in past.items()}
+        return heads, self._remember(stopped, lengths, None if state is None else state.projection)
+
+    def _remember(self, x: Float[Tensor, "b n c"], lengths: Tensor | None, old: Any) -> InputState:
+        counts = lengths_after(None, lengths, x.shape[0], x.shape[1], x.device)
+        x = x if old is None else torch.cat([old.inputs, x.to(old.inputs.dtype)], 1)
+        inputs = last_slots(x[:, None], counts, self.config.cached, old is not None)[:, 0]
+        return InputState(inputs, counts if old is None else old.length + counts)
+
+    def _projected_again(self, state: LayerState) -> LayerState:
+        """The state with keys and values of the inputs that it holds, by the weights of now."""
+        if not isinstance(state.projection, InputState):
+            raise Unsupported(
+                f"{self.card.name} in training with a state that was begun in evaluation mode",
+                supported="a state whose calls were all in training mode, which holds layer inputs",
+                nearest="layer.eval()",
+            )
+        if self.convolutions:
+            raise Unsupported(
+                f"{self.card.name} in training with a state and short convolutions",
+                supported="whole sequences",
+                nearest="short_convolution=0",
+            )
+        past: dict[str, Tensor] = {}
+        self._memory_heads(past, state.projection.inputs, None, [])
+        return dataclasses.replace(state, mechanism=dataclasses.replace(state.mechanism, **past))

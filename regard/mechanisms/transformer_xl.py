@@ -1,0 +1,289 @@
+r"""Transformer-XL: segments that read a memory of the one before them, with scores that know distances.
+
+When to pick it: language models over texts longer than the training window, where a state of fixed size should pass on what
+earlier segments said: over l layers information travels about l M tokens. Relative scores need no positions and hold for
+lengths that were never trained.
+When not: exact recall beyond the layers' joint reach; on a CPU `local` with rotary positions reaches as far and is faster,
+since its scores need no second product.
+
+Definition (Dai et al., arXiv 1901.02860, section 3), for a segment of L tokens with inputs h, after the segments before it:
+
+    m    = SG(the last M inputs of this layer before the segment)
+    q    = h W_q^T,     k, v = [m; h] W_k^T, [m; h] W_v^T
+    A_ij = tau ((q_i + u) . k_j + (q_i + w) . W_r r_{i-j}),     r_d = [sin, cos](d 10000^(-2 c / C)), c = 0 ... C/2 - 1
+    o_i  = softmax over j of A_ij, j <= i, times v_j
+
+SG stops gradients. So token i sees the tokens from M before its segment's first to itself, at most M + L of them, and a
+whole sequence read at once is what its segments give one after the other: a layer's memory is made of that layer's inputs,
+so all segments of a call are computed side by side.
+
+| paper | here |
+|---|---|
+| L, segment length | `segment` |
+| M, memory length | `memory` |
+| SG(h) W_k^T, SG(h) W_v^T | `k_past`, `v_past`: what later segments read in place of `k` and `v` (of equal values) |
+| u, v (biases of the two parts) | `u`, `w`: (H, D) |
+| W_{k,R} | `relative`: (H, C, D), a matrix of each head from sinusoids of width C |
+| clamp_len (of the authors' code) | `clamp` |
+| tau | `scale`, D^-0.5 by default |
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens. Segments begin at
+ranks 0, L, 2 L, ..., whatever calls a sequence is cut into. Function calls leave gradients alone: give `k_past` and
+`v_past` to stop them. In noncausal-self a token sees all of its segment (the two-way attention of XLNet, arXiv 1906.08237,
+of which this is the content stream).
+State: keys and values of the last M + L - 1 tokens, so that any number of tokens may follow; no gradient passes through a
+layer's state. In training it holds the layer's inputs too, as the paper's does, and the next call projects them by its own
+weights. A layer stops gradients in training mode only: in evaluation mode they tell what an output depends on.
+Deviations: the memory of a layer in a model is the input of its mixer, after the norm. The authors' models share u and w
+among layers: :func:`share_biases` does. Sinusoids have no dropout. Relative scores are computed in at least float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+)
+from regard.engines.cache import WindowState
+from regard.engines.segment_attention import Distances, Reach, segment_attention
+from regard.layers.segment_recurrence import SegmentLayer
+from regard.sampling import attention_shapes, normals
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+STD = 0.02
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        segment: L >= 1.
+        memory: M >= 0.
+        clamp: >= 0, farther keys count as if at this distance; None for all as they are.
+    """
+
+    segment: int = 32
+    memory: int = 64
+    clamp: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("segment", self.segment, 1)
+        at_least("memory", self.memory, 0)
+        if self.clamp is not None:
+            at_least("clamp", self.clamp, 0)
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the one after a sequence may see."""
+        return self.reach.cached
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.segment, self.memory)
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    u: Float[Tensor, "h d"] | None = None,
+    w: Float[Tensor, "h d"] | None = None,
+    relative: Float[Tensor, "h c d"] | None = None,
+    k_past: Float[Tensor, "b g m d"] | None = None,
+    v_past: Float[Tensor, "b g m v"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, one segment after the other."""
+    config: Config = call.config
+    groups = q.shape[1] // k.shape[1]
+    k_past, v_past = k if k_past is None else k_past, v if v_past is None else v_past
+    k, v, k_past, v_past = (x.repeat_interleave(groups, 1) for x in (k, v, k_past, v_past))
+    outputs = []
+    for start in range(0, q.shape[2], config.segment):
+        own, past = slice(start, start + config.segment), slice(max(0, start - config.memory), start)
+        keys, values = (
+            torch.cat([k_past[:, :, past], k[:, :, own]], 2),
+            torch.cat([v_past[:, :, past], v[:, :, own]], 2),
+        )
+        queries = q[:, :, own]
+        content = queries if u is None else queries + u[:, None]
+        scores = content @ keys.mT
+        size, seen = queries.shape[2], keys.shape[2]
+        distance = torch.arange(size, device=q.device)[:, None] - torch.arange(seen, device=q.device) + seen - size
+        if relative is not None:
+            rows = relative_rows(distance, relative, config.clamp)  # h i j d
+            asking = queries if w is None else queries + w[:, None]
+            scores = scores + torch.einsum("bhid,hijd->bhij", asking, rows)
+        if call.pattern.causal:
+            scores = scores.masked_fill(distance < 0, -torch.inf)
+        outputs.append((call.scale * scores).softmax(-1) @ values)
+    return torch.cat(outputs, 2) if outputs else v.new_zeros(*q.shape[:3], v.shape[-1])
+
+
+def relative_rows(
+    distance: Tensor, relative: Float[Tensor, "h c d"], clamp: int | None = None
+) -> Float[Tensor, "h *distance d"]:
+    """W_r r of each head at distances of any shape."""
+    width = relative.shape[1]
+    distance = distance if clamp is None else distance.clamp(-clamp, clamp)
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=relative.device, dtype=relative.dtype) / width)
+    turns = distance[..., None] * frequency
+    r = torch.cat([turns.sin(), turns.cos()], -1)[..., :width]
+    return torch.einsum("...c,hcd->h...d", r, relative)
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    u: Float[Tensor, "h d"] | None = None,
+    w: Float[Tensor, "h d"] | None = None,
+    relative: Float[Tensor, "h c d"] | None = None,
+    k_past: Float[Tensor, "b g m d"] | None = None,
+    v_past: Float[Tensor, "b g m v"] | None = None,
+) -> Result:
+    """All segments side by side; in causal-self from a state and to the state after it, by any number of tokens."""
+    config: Config = call.config
+    if q.shape[2] != k.shape[2]:
+        raise Unsupported(
+            f"transformer_xl with {q.shape[2]} queries and {k.shape[2]} keys", supported="a query for each key"
+        )
+    if (k_past is None) != (v_past is None):
+        raise Unsupported("transformer_xl with k_past or v_past alone", supported="both or none")
+    if w is not None and relative is None:
+        raise Unsupported("transformer_xl with w but without relative", supported="both, or relative alone")
+    past = None if k_past is None or v_past is None else (k_past, v_past)
+    distances = None if relative is None else Distances(relative, w, config.clamp)
+    return segment_attention(call, q, k, v, config.reach, u=u, distances=distances, past=past)
+
+
+class RelativeScores(nn.Module):
+    """A layer's u, w and W_r. Sinusoids are as wide as the layer."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.empty(spec.heads, spec.head_dim))
+        self.w = nn.Parameter(torch.empty(spec.heads, spec.head_dim))
+        self.relative = nn.Parameter(torch.empty(spec.heads, spec.dim, spec.head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for bias in (self.u, self.w):
+            nn.init.normal_(bias, std=STD)
+        bound = self.relative.shape[1] ** -0.5
+        nn.init.uniform_(self.relative, -bound, bound)  # as a linear layer of sinusoids
+
+    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+        return heads | {"u": self.u, "w": self.w, "relative": self.relative}
+
+
+def share_biases(model: nn.Module) -> nn.Module:
+    """Give all layers of a model that have them the u and w of the first, as the authors' models do.
+
+    Returns:
+        The model, changed in place.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RelativeScores)]
+    for layer in layers[1:]:
+        if layer.u.shape != layers[0].u.shape:
+            raise Unsupported(
+                f"biases shared by layers of {tuple(layers[0].u.shape)} and {tuple(layer.u.shape)}",
+                supported="equal heads and head widths",
+            )
+        layer.u, layer.w = layers[0].u, layers[0].w
+    return model
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    sizes: dict[str, int] | None = None,
+    **_: object,
+) -> Tensors:
+    """Inputs for tests and timings, without `k_past` and `v_past`, which equal k and v."""
+    size = {"h": 2, "g": 2, "d": 8, "v": 6, "c": 12} | (sizes or {})
+    heads, width = size["h"], size["d"]
+    shapes = attention_shapes(batch, n, m, size) | {"u": (heads, width), "w": (heads, width)}
+    found = normals(generator, shapes | {"relative": (heads, size["c"], width)}, dtype)
+    return found | {"relative": found["relative"] / size["c"] ** 0.5}
+
+
+def visible_pairs(config: Config, n: int) -> int:
+    """Pairs of query and key in a causal sequence of `n` tokens, exactly."""
+    whole, rest = divmod(n, config.segment)
+    sizes = [config.segment] * whole + [rest]
+    own = sum(size * (size + 1) // 2 for size in sizes)
+    return own + sum(size * min(config.memory, s * config.segment) for s, size in enumerate(sizes))
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern with N = M (n of M queries in proportion); W_r r counts as a projection."""
+    width, heads = 2 * shape.dim_key + shape.dim_value, shape.batch * shape.heads
+    pairs = visible_pairs(config, shape.m) * shape.n / max(shape.m, 1)
+    start = shape.m // config.segment * config.segment
+    return Cost(
+        flops=2.0 * heads * pairs * width,
+        memory=float(heads * shape.n * (config.memory + config.segment)),
+        state=float(shape.heads * config.cached * (shape.dim_key + shape.dim_value)),
+        step_flops=2.0 * heads * width * (shape.m + 1 - start + min(config.memory, start)),
+    )
+
+
+NO_PLACE = "tokens of a memory lie at no distance from a query, and in no segment"
+
+MECHANISM = Mechanism(
+    name="transformer_xl",
+    aliases=("segment_recurrence", "txl", "xlnet"),
+    kind=Kind.ATTENTION,
+    summary="Segments that read a memory of the one before them, with scores that know distances.",
+    paper=Paper("Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context", "1901.02860", 2019),
+    inputs={
+        "q": "bhnd",
+        "k": "bgmd",
+        "v": "bgmv",
+        "u?": "hd",
+        "w?": "hd",
+        "relative?": "hcd",
+        "k_past?": "bgmd",
+        "v_past?": "bgmv",
+    },
+    patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
+    forms={"reference": reference, "parallel": parallel, "chunked": parallel, "step": parallel},
+    config=Config,
+    engine="attention",
+    state=WindowState,
+    cost=cost,
+    uneven=False,
+    honours=frozenset({"dropout", "weights"}),
+    weights="exact",
+    accepts_positions=("none",),
+    module=SegmentLayer,
+    projection=RelativeScores,
+    sample_inputs=sample_inputs,
+)
