@@ -254,7 +254,7 @@ def apply(
         raise Unsupported(f"{card.name} with a memory mask but no memory", supported="memory_mask=None")
     if not wanted.cross and memory_mask is None and n == m:
         memory_mask = None if mask is None else Mask(mask.valid, mask.lengths, mask.cu_seqlens, mask.max_length)
-    in_place = card.length == "grid" and wanted is Pattern.NONCAUSAL_SELF and rest.get("grid") is not None
+    in_place = card.keeps_places and wanted is Pattern.NONCAUSAL_SELF and rest.get("grid") is not None
     queries = (
         gathering_in_place(mask, batch, n, rest["grid"], first.device)
         if in_place

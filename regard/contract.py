@@ -530,7 +530,8 @@ class Mechanism:
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, or a number.
         default_form: form that computes whole sequences when no state is wanted.
         honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
-            keys itself in causal-self), ``teacher`` (weights and outputs to learn from): what it takes beside tensors.
+            keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
+            places on a grid, where there is one): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
         accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
         maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
@@ -611,6 +612,11 @@ class Mechanism:
                     nearest=closest(name, names),
                 )
         return self.config(**options)
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether tokens on a grid stay in their places, with padding among them, instead of being gathered."""
+        return self.length == "grid" or "grid" in self.honours
 
     @property
     def recurrent(self) -> bool:

@@ -118,7 +118,7 @@ class MixerLayer(nn.Module):
 
     def _layout(self, x: Tensor, context: Context) -> Gathering:
         batch, n = x.shape[:2]
-        if self.card.length == "grid" and context.grid is not None:
+        if self.card.keeps_places and context.grid is not None:
             if self.pattern is not Pattern.NONCAUSAL_SELF:
                 raise Unsupported(
                     f"{self.card.name} on a grid in {self.pattern.value}",
