@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 SHARES = ("none", "all", "mixer", "feed_forward")
 
+KINDS: dict[str, tuple[type, ...]] = {
+    "share_groups": (int,),
+    "reversible": (bool,),
+    "checkpoint_layers": (int,),
+    "stochastic_depth": (float, int),
+    "exits": (tuple, list),
+    "exit_threshold": (float, int, type(None)),
+}
+"""Of options that may come from a file or a command line."""
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -90,9 +100,12 @@ class StackConfig:
         if isinstance(given, StackConfig):
             return given
         names = [f.name for f in dataclasses.fields(cls)]
-        for name in given:
+        for name, value in given.items():
             if name not in names:
                 raise Unsupported(f"option {name!r} of stack", supported=", ".join(names), nearest=closest(name, names))
+            expected = KINDS.get(name, (type(value),))
+            if type(value) not in expected:
+                raise Unsupported(f"{name}={value!r} of stack", supported=" or ".join(k.__name__ for k in expected))
         return cls(**given)
 
 

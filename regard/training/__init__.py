@@ -10,11 +10,12 @@ from regard.training.distillation import (
     distillation_loss,
 )
 from regard.training.learning_rate import Search, Trial, search
-from regard.training.loop import Evaluation, History, Point, TrainConfig, evaluate, train
+from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
 from regard.training.optimizer import make_optimizer, parameter_groups
 
 __all__ = [
+    "PRECISIONS",
     "BeginReport",
     "DistillationWeights",
     "Evaluation",

@@ -406,6 +406,9 @@ def test_under_autocast_weights_and_gradients_stay_float32_and_agree(kind):
         {"exit_threshold": 0.5},
         {"exits": (1,), "exit_threshold": 1.5},
         {"depth": 3},
+        {"reversible": "yes"},
+        {"checkpoint_layers": 1.5},
+        {"exits": 1},
     ],
 )
 def test_bad_options_are_refused(stack):
