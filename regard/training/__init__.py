@@ -9,6 +9,7 @@ from regard.training.distillation import (
     distillation_groups,
     distillation_loss,
 )
+from regard.training.growth import grow
 from regard.training.learning_rate import Search, Trial, search
 from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
@@ -30,6 +31,7 @@ __all__ = [
     "distillation_groups",
     "distillation_loss",
     "evaluate",
+    "grow",
     "keep_freed_memory",
     "make_optimizer",
     "parameter_groups",
