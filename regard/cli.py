@@ -511,6 +511,14 @@ def compare(
         str, typer.Option(help="What decides at equal quality: inference, training, decode, memory or state.")
     ] = "inference",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of the winner.")] = False,
+    stack: Annotated[
+        str,
+        typer.Option(
+            help="How the backbone's layers are stacked, as option=value,option=value: share, share_groups, reversible, "
+            "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold."
+        ),
+    ] = "",
+    precision: Annotated[str, typer.Option(help="Of training: float32, or bfloat16 (mixed).")] = "float32",
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -544,6 +552,8 @@ def compare(
         at_length=at_length,
         prefer=prefer,
         keep_models=keep_models,
+        stack=_stack(stack),
+        precision=precision,
     )
     for one in tasks:
         if not as_json:
@@ -609,14 +619,7 @@ def _tasks(
     tasks, reading = [], []
     for described in names:
         name, _, rest = described.partition(":")
-        options = {}
-        for part in filter(None, rest.split(",")):
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise Unsupported(
-                    f"task option {part!r}", supported="name:option=value,option=value", nearest=f"{name}:{key}=1"
-                )
-            options[key.strip()] = _literal(value.strip())
+        options = _options("task", rest, f"{name}:")
         if name in TASKS:
             accepted = inspect.signature(TASKS[name]).parameters
             if "data" in accepted:
@@ -636,6 +639,28 @@ def _tasks(
             nearest="--task text",
         )
     return [*tasks, *own]
+
+
+def _options(what: str, text: str, before: str = "") -> dict[str, Any]:
+    """From ``option=value,option=value``."""
+    options = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            supported = f"{'name:' if before else ''}option=value,option=value"
+            raise Unsupported(f"{what} option {part!r}", supported=supported, nearest=f"{before}{key}=1")
+        options[key.strip()] = _literal(value.strip())
+    return options
+
+
+def _stack(text: str) -> Any:
+    """The stack of a comparison's backbones; layers of exits are joined by a plus sign."""
+    from regard.models import StackConfig
+
+    options = _options("stack", text)
+    if "exits" in options:
+        options["exits"] = _integers("exits", str(options["exits"]).replace("+", ","))
+    return StackConfig.read(options)
 
 
 def _one(paths: list[str] | None) -> str | list[str] | None:

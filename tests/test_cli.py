@@ -245,6 +245,10 @@ def bad_inputs(folder):
         "unknown task": (["compare", "--task", "recal", *small], ("recal", "nearest: recall")),
         "unknown option of a task": (["compare", "--task", "recall:pears=2", *small], ("pears", "pairs")),
         "option value out of range": (["compare", "--task", "recall:pairs=-2", *small], ("pairs",)),
+        "unknown option of the stack": (["compare", good, "--stack", "share_all=1", *small], ("share_all", "share_groups")),
+        "stack option of another kind": (["compare", good, "--stack", "reversible=often", *small], ("often", "bool")),
+        "exits above the layers": (["compare", good, "--stack", "exits=1+9", *small], ("exits=(1, 9)",)),
+        "precision nobody has": (["compare", good, "--precision", "int3", *small], ("int3", "bfloat16")),
         "option without a value": (["compare", "--task", "recall:pairs", *small], ("pairs",)),
         "pattern a mechanism lacks": (
             ["compare", "--task", "recall", "--mechanisms", "low_rank_pooling", *small[2:]],

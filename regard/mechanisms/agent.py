@@ -6,12 +6,14 @@ When not: exact recall through few agents (the weight matrix has at most the ran
 
 Definition (Han et al., arXiv 2312.08874, equations 4-7), s the scale, A the n agents:
 
-    V_A = softmax(s A K^T) V,     O = softmax(s^p Q A^T) V_A + k_shortcut V,     layer: W_o (O + DWC(V))
+    V_A = softmax(s A K^T + B1) V,   O = softmax(s^p Q A^T + B2) V_A + k_shortcut V,   layer: W_o (O + DWC(V))
 
 | paper | here |
 |---|---|
 | A: average pooling of Q | `agent_source="pool_q"`: adaptive pooling over valid ranks, or over `grid`, per row |
 | n (agent_num) | `num_agents`; on a grid of two sides a square |
+| B1, B2 (agent bias) | `gather_bias` (B, H, n, M), `share_bias` (B, H, N, n); `agent_bias` of the layer makes them |
+| their 7 x 7 tables, row and column terms, class token's | `projection.gather_bias`, `projection.share_bias`: `block`, `rows`, `columns`, `other` |
 | DWC, 3 x 3 depthwise | `dwc` of the layer: `merge.convolution`; without `grid` a sequence is a grid of one row |
 | k2 = 0.3, k_shortcut = 0.075 (AgentSD) | `second_scale_exponent` (p), `k_shortcut`; 1 and 0 by default |
 
@@ -21,7 +23,10 @@ each agent, with a state of n (m, u) and n vectors a head; in cross patterns mem
 agents look at all queries, so they exist in noncausal patterns only, and cannot absorb memory before the queries come.
 With a grid the valid tokens of a row fill it row by row; tokens whose role is not TOKEN (a class token) are keys and
 queries but are neither pooled nor convolved. Places of a grid without a token belong to no agent.
-Deviations: no agent bias yet (B1, B2 = 0). Pooling is done after the head split, which is the same, since it is linear in
+The bias of a token is the 7 x 7 table of each agent, read bilinearly (pixel centres, borders repeated) at its place on the
+grid, plus a term of its row and one of its column; a token off the grid has one number. The row and column terms are
+stored for `bias_grid` and read linearly on other grids; a sequence without `grid` is a grid of one row, of its own length.
+Deviations: the agent bias is off unless `agent_bias` says so. Pooling is done after the head split, which is the same, since it is linear in
 every channel. Dropout is applied to the layer's output, not to the two weight matrices. DWC exists in noncausal-self only.
 """
 
@@ -76,6 +81,9 @@ class Config:
             in a layer pooled in noncausal-self, learned elsewhere (where they keep a state).
         second_scale_exponent: p, the power of the scale that multiplies the queries; > 0.
         k_shortcut: weight of each token's own value added to its output; 0 in cross patterns.
+        agent_bias: of the layer, in noncausal-self: ``none``, ``block`` (the 7 x 7 tables), ``lines`` (rows and columns) or
+            ``all``.
+        bias_grid: rows and columns that ``lines`` and ``all`` have a number for.
         dwc: of the layer: depthwise convolution on ``value`` or ``input``, ``none``, or ``auto``: on the values in
             noncausal-self, none elsewhere.
     """
@@ -85,11 +93,25 @@ class Config:
     second_scale_exponent: float = 1.0
     k_shortcut: float = 0.0
     dwc: str = "auto"
+    agent_bias: str = "none"
+    bias_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         at_least("num_agents", self.num_agents, 1)
         one_of("agent_source", self.agent_source, ("auto", "pool_q", "learned"))
         one_of("dwc", self.dwc, ("auto", "value", "input", "none"))
+        one_of("agent_bias", self.agent_bias, ("none", "block", "lines", "all"))
+        if self.bias_grid is not None:
+            object.__setattr__(self, "bias_grid", tuple(self.bias_grid))
+        lines = self.agent_bias in ("lines", "all")
+        if lines != (self.bias_grid is not None) or (
+            lines and (len(self.bias_grid or ()) != 2 or min(self.bias_grid or (0,)) < 1)
+        ):
+            raise Unsupported(
+                f"bias_grid={self.bias_grid} with agent_bias={self.agent_bias!r}",
+                supported="(rows, columns) with agent_bias lines or all, None without",
+                nearest="bias_grid=(14, 14)" if lines else "bias_grid=None",
+            )
         if not self.second_scale_exponent > 0:
             raise Unsupported(
                 f"second_scale_exponent={self.second_scale_exponent}",
@@ -104,6 +126,8 @@ def reference(
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
     agents: Float[Tensor, "h a d"] | None = None,
+    gather_bias: Float[Tensor, "b h a m"] | None = None,
+    share_bias: Float[Tensor, "b h n a"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The definition; in causal-self every query reads agents that have gathered from its own prefix."""
     _check(call, agents)
@@ -111,6 +135,8 @@ def reference(
     a = _pool_reference(call, q) if agents is None else agents
     first = (call.scale * a) @ k.mT
     second = (call.scale**call.config.second_scale_exponent * q) @ a.mT
+    first = first if gather_bias is None else first + gather_bias
+    second = second if share_bias is None else second + share_bias
     outputs = []
     for t in range(n):
         seen = max(t + m - n + 1, 0) if call.pattern is Pattern.CAUSAL_SELF else m
@@ -143,16 +169,18 @@ def parallel(
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
     agents: Float[Tensor, "h a d"] | None = None,
+    gather_bias: Float[Tensor, "b h a m"] | None = None,
+    share_bias: Float[Tensor, "b h n a"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """Two softmax products; causal-self: the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
-        return chunked(call, q, k, v, agents).output
+        return chunked(call, q, k, v, agents, gather_bias, share_bias).output
     _check(call, agents)
     a, exists = _pool(call, q) if agents is None else (_float(agents), None)
     valid = call.valid_keys(k.shape[2])
-    weights = _softmax(_gather_scores(call, a, k), None if valid is None else valid[:, None, None])
+    weights = _softmax(_gather_scores(call, a, k, gather_bias), None if valid is None else valid[:, None, None])
     values = _repeat_groups(_float(v), q.shape[1])
-    output = _shares(call, q, a, exists) @ (weights @ values)
+    output = _shares(call, q, a, exists, share_bias) @ (weights @ values)
     if call.config.k_shortcut:
         output = output + call.config.k_shortcut * values
     return output.to(v.dtype)
@@ -164,18 +192,20 @@ def chunked(
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
     agents: Float[Tensor, "h a d"] | None = None,
+    gather_bias: Float[Tensor, "b h a m"] | None = None,
+    share_bias: Float[Tensor, "b h n a"] | None = None,
 ) -> Result:
     """Causal-self with state in and out, for learned agents: a running softmax for each agent. Also the step."""
     _check(call, agents)
     assert agents is not None
     n, m = q.shape[2], k.shape[2]
     aligned = n == m and call.lengths is call.memory_lengths
-    mix = _shares(call, q, _float(agents), None)
+    mix = _shares(call, q, _float(agents), None, share_bias)
     if not aligned:
         mix = place_queries(mix, m, call.lengths, call.memory_lengths)
     values = _repeat_groups(_float(v), q.shape[1])
     output, carry = scan.softmax_scan(
-        _hide_padding(call, _gather_scores(call, _float(agents), k)).mT,
+        _hide_padding(call, _gather_scores(call, _float(agents), k, gather_bias)).mT,
         values,
         state=None if call.state is None else call.state.carry,
         mix=mix,
@@ -194,6 +224,7 @@ def absorb(
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
     agents: Float[Tensor, "h a d"] | None = None,
+    gather_bias: Float[Tensor, "b h a m"] | None = None,
 ) -> ScanState:
     """Memory into the running softmax of each learned agent; more may follow."""
     if agents is None:
@@ -204,19 +235,24 @@ def absorb(
         )
     _check(call, agents)
     carry = scan.absorb(
-        _hide_padding(call, _gather_scores(call, _float(agents), k)).mT,
+        _hide_padding(call, _gather_scores(call, _float(agents), k, gather_bias)).mT,
         _repeat_groups(v, agents.shape[0]),
         state=None if call.state is None else call.state.carry,
     )
     return ScanState(*carry, length_after(call, k))
 
 
-def read(call: Call, q: Float[Tensor, "b h n d"], agents: Float[Tensor, "h a d"] | None = None) -> Result:
+def read(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    agents: Float[Tensor, "h a d"] | None = None,
+    share_bias: Float[Tensor, "b h n a"] | None = None,
+) -> Result:
     """Queries on what the agents have gathered."""
     _check(call, agents)
     assert agents is not None
     gathered = scan.normalized(call.state.u, call.state.w)
-    return Result((_shares(call, q, _float(agents), None) @ gathered).to(q.dtype), call.state)
+    return Result((_shares(call, q, _float(agents), None, share_bias) @ gathered).to(q.dtype), call.state)
 
 
 def _check(call: Call, agents: Tensor | None) -> None:
@@ -261,8 +297,9 @@ def _softmax(scores: Tensor, visible: Bool[Tensor, "..."] | None) -> Tensor:
     return torch.where(visible, weights, 0)
 
 
-def _gather_scores(call: Call, agents: Tensor, k: Tensor) -> Float[Tensor, "b h a m"]:
-    return (call.scale * agents) @ _repeat_groups(_float(k), agents.shape[-3]).mT
+def _gather_scores(call: Call, agents: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "b h a m"]:
+    scores = (call.scale * agents) @ _repeat_groups(_float(k), agents.shape[-3]).mT
+    return scores if bias is None else scores + bias
 
 
 def _hide_padding(call: Call, scores: Float[Tensor, "b h a m"]) -> Float[Tensor, "b h a m"]:
@@ -270,9 +307,12 @@ def _hide_padding(call: Call, scores: Float[Tensor, "b h a m"]) -> Float[Tensor,
     return scores if valid is None else scores.masked_fill(~valid[:, None, None], -torch.inf)
 
 
-def _shares(call: Call, q: Tensor, agents: Tensor, exists: Bool[Tensor, "b a"] | None) -> Float[Tensor, "b h n a"]:
+def _shares(
+    call: Call, q: Tensor, agents: Tensor, exists: Bool[Tensor, "b a"] | None, bias: Tensor | None
+) -> Float[Tensor, "b h n a"]:
     """Weights of the agents in each query's output."""
     scores = (call.scale**call.config.second_scale_exponent * _float(q)) @ agents.mT
+    scores = scores if bias is None else scores + bias
     return _softmax(scores, None if exists is None else exists[:, None, None])
 
 
@@ -302,19 +342,8 @@ def _pool(call: Call, q: Float[Tensor, "b h n d"]) -> tuple[Float[Tensor, "b h a
 def _bins(call: Call, n: int, device: torch.device) -> tuple[Bool[Tensor, "#b a n"], bool]:
     """Which tokens each agent averages: bin i of c holds ranks floor(i L / c) to ceil((i + 1) L / c) - 1 of a side L."""
     tokens = _tokens(call.valid_queries(n), call.roles)
-    if tokens is None:
-        rank = torch.arange(n, device=device)[None]
-        total = torch.full((1, 1), n, device=device)
-    else:
-        rank, total = tokens.cumsum(-1) - 1, tokens.sum(-1, keepdim=True)
-    if call.grid is None:
-        sides: tuple[int, ...] = (call.config.num_agents,)
-        places, extents = [rank], [total]
-    else:
-        _check_grid(call.grid, total, padded=call.lengths is not None)
-        sides = _agent_sides(call)
-        places = [rank // math.prod(call.grid[axis + 1 :]) % side for axis, side in enumerate(call.grid)]
-        extents = [torch.full_like(total, side) for side in call.grid]
+    sides: tuple[int, ...] = (call.config.num_agents,) if call.grid is None else _agent_sides(call)
+    places, extents = _places(tokens, n, call.grid, device, padded=call.lengths is not None)
     inside = None
     for count, place, extent in zip(sides, places, extents, strict=True):
         i = torch.arange(count, device=device)
@@ -323,6 +352,22 @@ def _bins(call: Call, n: int, device: torch.device) -> tuple[Bool[Tensor, "#b a 
         inside = member if inside is None else (inside[:, :, None] & member[:, None]).flatten(1, 2)
     assert inside is not None
     return (inside if tokens is None else inside & tokens[:, None]), tokens is not None
+
+
+def _places(
+    tokens: Bool[Tensor, "b n"] | None, n: int, grid: tuple[int, ...] | None, device: torch.device, *, padded: bool
+) -> tuple[list[Int[Tensor, "#b n"]], list[Int[Tensor, "#b 1"]]]:
+    """Where each token lies along each side of its grid, and how long the sides are; a sequence is a grid of one side."""
+    if tokens is None:
+        rank = torch.arange(n, device=device)[None]
+        total = torch.full((1, 1), n, device=device)
+    else:
+        rank, total = tokens.cumsum(-1) - 1, tokens.sum(-1, keepdim=True)
+    if grid is None:
+        return [rank], [total]
+    _check_grid(grid, total, padded=padded)
+    places = [rank // math.prod(grid[axis + 1 :]) % side for axis, side in enumerate(grid)]
+    return places, [torch.full_like(total, side) for side in grid]
 
 
 def _tokens(valid: Bool[Tensor, "b n"] | None, roles: Int[Tensor, "b n"] | None) -> Bool[Tensor, "b n"] | None:
@@ -343,16 +388,75 @@ def _check_grid(grid: tuple[int, ...], total: Int[Tensor, "#b 1"], *, padded: bo
         )
 
 
-class LearnedAgents(nn.Module):
-    """Learned agents where the layer has them; pooled agents need nothing.
+BLOCK = 7
+"""Rows and columns of an agent's table of biases."""
+
+
+class BiasTables(nn.Module):
+    """Numbers of each head and agent, from which the bias of a place on the grid is read.
 
     Args:
-        spec: of the layer; its config's `agent_source` may ask for pooled agents in noncausal patterns only.
+        heads, agents: how many.
+        kind: ``block``, ``lines`` or ``all``.
+        grid: rows and columns of ``lines``.
     """
+
+    def __init__(self, heads: int, agents: int, kind: str, grid: tuple[int, int] | None) -> None:
+        super().__init__()
+
+        def table(*shape: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, agents, *shape), std=0.02))
+
+        self.block = None if kind == "lines" else table(BLOCK, BLOCK)
+        self.rows = None if grid is None else table(grid[0])
+        self.columns = None if grid is None else table(grid[1])
+        self.other = table()
+
+    def forward(
+        self, places: list[Int[Tensor, "#b n"]], extents: list[Int[Tensor, "#b 1"]], off: Bool[Tensor, "#b n"]
+    ) -> Float[Tensor, "b h a n"]:
+        """The bias of each token: at its place, and for one off the grid its own number."""
+        if len(places) == 1:
+            places, extents = [torch.zeros_like(places[0]), *places], [torch.ones_like(extents[0]), *extents]
+        tables, shares = [self.other[..., None]], [off[..., None].to(self.other.dtype)]
+        on = (~off[..., None]).to(self.other.dtype)
+        if self.block is not None:
+            down, across = (_interpolation(*axis, BLOCK, on) for axis in zip(places, extents, strict=True))
+            tables.append(self.block.flatten(2))
+            shares.append((down[..., None] * across[..., None, :]).flatten(2))
+        for line, place, extent in zip((self.rows, self.columns), places, extents, strict=True):
+            if line is not None:
+                tables.append(line)
+                shares.append(_interpolation(place, extent, line.shape[-1], on))
+        return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), torch.cat(shares, -1))
+
+
+def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
+    """Shares of `size` numbers, spread evenly over `extent` places, in the one at `place`; 0 off the grid.
+
+    As `torch.nn.functional.interpolate` resizes in its linear modes, without aligned corners.
+    """
+    at = ((place.to(on.dtype) + 0.5) * size / extent.clamp(min=1) - 0.5).clamp(min=0, max=size - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=size - 1)
+    above = (at - low)[..., None]
+    return on * (F.one_hot(low, size) * (1 - above) + F.one_hot(high, size) * above)
+
+
+class AgentInputs(nn.Module):
+    """Learned agents where the layer has them (pooled ones need nothing), and its agent bias.
+
+    Args:
+        spec: of the layer; its config's `agent_source` may ask for pooled agents in noncausal patterns only, its
+            `agent_bias` for one in noncausal-self only.
+    """
+
+    keeps_state = True  # it keeps none: so it is told the lengths
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        source = spec.config.agent_source
+        config: Config = spec.config
+        source = config.agent_source
         if source == "auto":
             source = "pool_q" if spec.pattern is Pattern.NONCAUSAL_SELF else "learned"
         if source == "pool_q" and spec.pattern.causal:
@@ -361,10 +465,56 @@ class LearnedAgents(nn.Module):
             )
         self.agents = None
         if source == "learned":
-            self.agents = nn.Parameter(torch.randn(spec.heads, spec.config.num_agents, spec.head_dim))
+            self.agents = nn.Parameter(torch.randn(spec.heads, config.num_agents, spec.head_dim))
+        self.gather_bias, self.share_bias = None, None
+        if config.agent_bias != "none":
+            if spec.pattern is not Pattern.NONCAUSAL_SELF:
+                raise Unsupported(
+                    f"agent_bias={config.agent_bias!r} in {spec.pattern.value}",
+                    supported="noncausal-self",
+                    nearest="agent_bias='none'",
+                )
+            sizes = (spec.heads, config.num_agents, config.agent_bias, config.bias_grid)
+            self.gather_bias, self.share_bias = BiasTables(*sizes), BiasTables(*sizes)
 
-    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
-        return heads if self.agents is None else {**heads, "agents": self.agents}
+    def forward(
+        self,
+        heads: Tensors,
+        x: Tensor | None,
+        source: Tensor | None,
+        context: Context,
+        *,
+        lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        state: None = None,
+    ) -> tuple[Tensors, None]:
+        if self.agents is not None:
+            heads = {**heads, "agents": self.agents}
+        if self.gather_bias is None or self.share_bias is None or x is None:
+            return heads, None
+        batch, n = x.shape[:2]
+        tokens = _grid_tokens(context, x, lengths)
+        places = _places(tokens, n, _two_sides(context.grid), x.device, padded=lengths is not None)
+        off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens
+        gather = self.gather_bias(*places, off).expand(batch, -1, -1, -1)
+        share = self.share_bias(*places, off).mT.expand(batch, -1, -1, -1)
+        return {**heads, "gather_bias": gather, "share_bias": share}, None
+
+
+def _two_sides(grid: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if grid is not None and len(grid) > 2:
+        raise Unsupported(
+            f"agent_bias on a grid {tuple(grid)}", supported="one or two sides", nearest="agent_bias='none'"
+        )
+    return grid
+
+
+def _grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Tensor, "b n"] | None:
+    """Tokens of a layer's right-padded `x` that lie on the grid; None when all do."""
+    roles = context.roles
+    if roles is not None:
+        roles = gathering(context.mask, roles.shape[0], roles.shape[1], roles.device).gather(roles, axis=1)
+    return _tokens(None if lengths is None else valid_from_lengths(lengths, x.shape[1]), roles)
 
 
 class DepthwiseConvolution(nn.Module):
@@ -396,10 +546,7 @@ class DepthwiseConvolution(nn.Module):
             return output
         source = x if self.of == "input" else _repeat_groups(heads["v"], self.heads).transpose(1, 2).flatten(2)
         n = x.shape[1]
-        roles = context.roles
-        if roles is not None:
-            roles = gathering(context.mask, roles.shape[0], roles.shape[1], roles.device).gather(roles, axis=1)
-        tokens = _tokens(None if lengths is None else valid_from_lengths(lengths, n), roles)
+        tokens = _grid_tokens(context, x, lengths)
         layout = gathering(None if tokens is None else Mask(valid=tokens), x.shape[0], n, x.device)
         on_grid = layout.gather(source, axis=1)
         total = torch.full((1, 1), n, device=x.device) if layout.lengths is None else layout.lengths[:, None]
@@ -434,6 +581,10 @@ def sample_inputs(
     shapes = attention_shapes(batch, n, m, widths)
     if config.agent_source == "learned" or (config.agent_source == "auto" and pattern is not Pattern.NONCAUSAL_SELF):
         shapes["agents"] = (widths["h"], widths["a"], widths["d"])
+    else:
+        widths["a"] = config.num_agents
+    shapes["gather_bias"] = (batch, widths["h"], widths["a"], m)
+    shapes["share_bias"] = (batch, widths["h"], n, widths["a"])
     return normals(generator, shapes, dtype)
 
 
@@ -453,7 +604,7 @@ MECHANISM = Mechanism(
     kind=Kind.ATTENTION,
     summary=("A few agent tokens gather from all keys by softmax, and every query reads from the agents by softmax."),
     paper=Paper("Agent Attention: On the Integration of Softmax and Linear Attention", "2312.08874", 2023, 19),
-    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "agents?": "had"},
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "agents?": "had", "gather_bias?": "bham", "share_bias?": "bhna"},
     patterns=ALL_PATTERNS,
     forms={
         "reference": reference,
@@ -470,6 +621,6 @@ MECHANISM = Mechanism(
     honours=frozenset({"roles"}),
     weights="implicit",
     sample_inputs=sample_inputs,
-    projection=LearnedAgents,
+    projection=AgentInputs,
     merge=DepthwiseConvolution,
 )

@@ -22,6 +22,7 @@ A parameter token where `token_mask` is False has its score multiplied by 0, whi
 softmax its score is -inf. A token without parameter tokens gives 0.
 `tau_mode="fixed"` keeps tau in a buffer, so rows with zero keys that are added later change nothing (with softmax, masked
 ones); ``"sqrt_n"`` takes sqrt of the rows used in the call, as the authors' code does: then growing changes the function.
+:meth:`TokenParameter.grow` appends rows, and :func:`regard.training.grow` does so in a whole model.
 Deviations: norms are at least eps (a token of zeros gives 0, not NaN) and are taken in at least float32. In terms of tau the
 softmax is multiplied by tau^2, which is n. `identity` makes any linear layer expressible (`TokenParameter.from_linear`).
 """
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,6 +71,7 @@ class Config:
         tau_mode: ``fixed``, a buffer of the module with sqrt(num_tokens) of its first day, or ``sqrt_n``, of each call.
         num_layers: depth L of the model, for values drawn with the standard deviation 2 / (L sqrt(out_features));
             0.02, as the keys, when None.
+        frozen_tokens: parameter tokens of the module, the first ones, that do not learn; fewer than `num_tokens`.
     """
 
     theta: str = "l2_norm_gelu"
@@ -77,6 +79,7 @@ class Config:
     num_tokens: int | None = None
     tau_mode: str = "fixed"
     num_layers: int | None = None
+    frozen_tokens: int = 0
 
     def __post_init__(self) -> None:
         one_of("theta", self.theta, THETAS)
@@ -87,6 +90,7 @@ class Config:
             value = getattr(self, name)
             if value is not None:
                 at_least(name, value, 1)
+        at_least("frozen_tokens", self.frozen_tokens, 0)
 
 
 def _divide_by_norm(s: Tensor, eps: float) -> Tensor:
@@ -205,11 +209,81 @@ class TokenParameter(nn.Module):
         self.config = Config() if config is None else config
         self.in_features, self.out_features = in_features, out_features
         tokens = out_features if self.config.num_tokens is None else self.config.num_tokens
-        std = INIT_STD if self.config.num_layers is None else 2 / (self.config.num_layers * math.sqrt(out_features))
-        self.key_tokens = nn.Parameter(INIT_STD * torch.randn(tokens, in_features))
-        self.value_tokens = nn.Parameter(std * torch.randn(tokens, out_features))
+        frozen = self.config.frozen_tokens
+        if frozen >= tokens:
+            raise Unsupported(
+                f"frozen_tokens={frozen} of {tokens}", supported="fewer than all", nearest=f"frozen_tokens={tokens - 1}"
+            )
+        self.frozen_keys: Tensor | None
+        self.frozen_values: Tensor | None
         self.tau: Tensor | None
+        self._set_rows(INIT_STD * torch.randn(tokens, in_features), self._draw_values(tokens), frozen)
         self.register_buffer("tau", torch.tensor(math.sqrt(tokens)) if self.config.tau_mode == "fixed" else None)
+
+    def _draw_values(self, count: int) -> Float[Tensor, "t out"]:
+        layers, width = self.config.num_layers, self.out_features
+        return (INIT_STD if layers is None else 2 / (layers * math.sqrt(width))) * torch.randn(count, width)
+
+    def _set_rows(self, keys: Float[Tensor, "t c"], values: Float[Tensor, "t out"], frozen: int) -> None:
+        self.key_tokens, self.value_tokens = nn.Parameter(keys[frozen:]), nn.Parameter(values[frozen:])
+        self.register_buffer("frozen_keys", keys[:frozen] if frozen else None)
+        self.register_buffer("frozen_values", values[:frozen] if frozen else None)
+
+    @property
+    def keys(self) -> Float[Tensor, "t c"]:
+        """K_P: the frozen rows, then those that learn."""
+        return self.key_tokens if self.frozen_keys is None else torch.cat([self.frozen_keys, self.key_tokens])
+
+    @property
+    def values(self) -> Float[Tensor, "t out"]:
+        """V_P, as :attr:`keys`."""
+        return self.value_tokens if self.frozen_values is None else torch.cat([self.frozen_values, self.value_tokens])
+
+    @torch.no_grad()
+    def grow(self, num_tokens: int, *, preserve: bool = True, freeze: bool = False) -> None:
+        """Append parameter tokens until there are `num_tokens`, in place.
+
+        The parameters are new objects: build the optimizer again. Values are drawn as at first, keys are zero: the
+        output stays what it was, the gradient of a new key is not zero, and that of a new value becomes so with its key.
+
+        Args:
+            num_tokens: more than there are.
+            preserve: keep the function. Possible with a fixed tau, or where the weights are proportional to tau
+                (gelu_l2_norm, whose old values are then scaled); not with softmax. False draws the new keys as well.
+            freeze: let only the new rows learn; otherwise all rows do, those frozen before too.
+
+        Raises:
+            Unsupported: where the function cannot be kept, or for no more tokens than there are.
+        """
+        self.check_growth(num_tokens, preserve=preserve)
+        keys, values, config = self.keys, self.values, self.config
+        count = keys.shape[0]
+        if preserve and config.theta == "gelu_l2_norm" and config.tau_mode == "sqrt_n":
+            values = values * math.sqrt(count / num_tokens)
+        new_values = self._draw_values(num_tokens - count).to(values)
+        new_keys = torch.zeros(num_tokens - count, self.in_features).to(keys)
+        if not preserve:
+            new_keys.normal_(std=INIT_STD)
+        self._set_rows(torch.cat([keys, new_keys]), torch.cat([values, new_values]), count if freeze else 0)
+        self.config = replace(config, num_tokens=num_tokens, frozen_tokens=count if freeze else 0)
+
+    def check_growth(self, num_tokens: int, *, preserve: bool = True) -> None:
+        """Raise Unsupported where :meth:`grow` does."""
+        count, config = self.keys.shape[0], self.config
+        if num_tokens <= count:
+            raise Unsupported(f"growing {count} tokens to {num_tokens}", supported=f"more than {count}")
+        if preserve and config.theta == "softmax":
+            raise Unsupported(
+                "growing softmax weights without changing the function, of which a score of 0 takes a share",
+                supported="preserve=False, or the other thetas",
+                nearest="preserve=False",
+            )
+        if preserve and config.theta == "l2_norm_gelu" and config.tau_mode == "sqrt_n":
+            raise Unsupported(
+                'growing l2_norm_gelu with tau_mode="sqrt_n" without changing the function',
+                supported='preserve=False, or tau_mode="fixed"',
+                nearest='tau_mode="fixed"',
+            )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> TokenParameter:
@@ -236,12 +310,13 @@ class TokenParameter(nn.Module):
             token_mask: parameter tokens that each token may use, (t,) or (..., t).
             rows: numbers of the parameter tokens that the call uses; all when None. `token_mask` then refers to them.
         """
-        keys = self.key_tokens if rows is None else self.key_tokens[rows]
-        values = self.value_tokens if rows is None else self.value_tokens[rows]
+        keys, values = self.keys, self.values
+        if rows is not None:
+            keys, values = keys[rows], values[rows]
         return attend_to_parameters(x, keys, values, self.config, tau=self.tau, token_mask=token_mask)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, num_tokens={self.key_tokens.shape[0]}, {self.config.theta}"
+        return f"{self.in_features}, {self.out_features}, num_tokens={self.keys.shape[0]}, {self.config.theta}"
 
 
 def sample_inputs(

@@ -10,6 +10,7 @@ from regard.models.parameters import count_parameters, match_parameters
 from regard.models.plans import attention_share, masformer_plan, transnormer_plan
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model
+from regard.models.stack import Stack, StackConfig, set_exit_threshold
 
 __all__ = [
     "Encoder",
@@ -21,6 +22,8 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",
+    "Stack",
+    "StackConfig",
     "attention_share",
     "build_model",
     "count_parameters",
@@ -28,5 +31,6 @@ __all__ = [
     "masformer_plan",
     "match_parameters",
     "save_pretrained",
+    "set_exit_threshold",
     "transnormer_plan",
 ]

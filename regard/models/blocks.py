@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,7 @@ class Block(nn.Module):
             if value is not None and layer_accepts(card, option):
                 options.setdefault(option, value)
         check_dropout(config.dropout)
+        self.entry = entry
         self.cross = pattern.cross
         #: whether a sequence can go on from a state
         self.continues = _mixing_card(name, entry[1]).state is not None
@@ -206,14 +207,32 @@ class Block(nn.Module):
         state: Any = None,
     ) -> Result:
         """Right-padded `x` (and memory, in a cross pattern whose state has not absorbed it); the output is (B, N, C)."""
+        mixed = self.mix(x, memory, context=context, state=state)
+        x = x + mixed.output
+        if self.feed_forward is not None:
+            x = x + self.feed(x, context=context)
+        return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+    def mix(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c"] | None = None,
+        *,
+        context: Context,
+        state: Any = None,
+    ) -> Result:
+        """What the mixer adds to `x`, as its output."""
         if context.roles is not None and not self.takes_roles:
             context = context.replace(roles=None)
         mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
-        x = x + dropout(mixed.output, self.dropout, training=self.training, generator=context.generator)
-        if self.feed_forward is not None and self.feed_forward_norm is not None:
-            update = self.feed_forward(self.feed_forward_norm(x))
-            x = x + dropout(update, self.dropout, training=self.training, generator=context.generator)
-        return Result(x, mixed.state, mixed.losses, mixed.extras)
+        mixed.output = dropout(mixed.output, self.dropout, training=self.training, generator=context.generator)
+        return mixed
+
+    def feed(self, x: Float[Tensor, "b n c"], *, context: Context) -> Float[Tensor, "b n c"]:
+        """What the feed-forward network, of a block that has one, adds to `x`; each token alone."""
+        assert self.feed_forward is not None and self.feed_forward_norm is not None
+        update = self.feed_forward(self.feed_forward_norm(x))
+        return dropout(update, self.dropout, training=self.training, generator=context.generator)
 
 
 def run_blocks(
@@ -230,8 +249,7 @@ def run_blocks(
     after: list[Any] = []
     losses: dict[str, Loss] = {}
     extras: dict[str, Any] = {}
-    if context.roles is not None and not any(block.takes_roles for block in blocks):
-        raise Unsupported("roles of tokens in a model without a layer that honours them", supported="roles=None")
+    check_roles(blocks, context)
     alone = context if memory is None else context.replace(memory_mask=None, memory_positions=None)
     for block, state in zip(blocks, states, strict=True):
         if block.cross:
@@ -244,6 +262,12 @@ def run_blocks(
         for name, value in result.extras.items():
             extras.setdefault(name, []).append(value)
     return Result(x, tuple(after), losses, extras)
+
+
+def check_roles(blocks: Iterable[Any], context: Context) -> None:
+    """Raise Unsupported for roles that no block honours."""
+    if context.roles is not None and not any(block.takes_roles for block in blocks):
+        raise Unsupported("roles of tokens in a model without a layer that honours them", supported="roles=None")
 
 
 def add_losses(losses: dict[str, Loss], more: Mapping[str, Loss]) -> None:

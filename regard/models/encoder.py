@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Context, Kind, Mask, Pattern, Result, Unsupported, closest
+from regard.contract import Context, Kind, Loss, Mask, Pattern, Result, Unsupported, closest
 from regard.create import create_layer
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
@@ -24,14 +24,15 @@ from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
 from regard.models.blocks import (
     Block,
+    add_losses,
     check_plan,
     evaluation_mode,
     input_positions,
     make_input_positions,
     read_plan,
     right_padded_mask,
-    run_blocks,
 )
+from regard.models.stack import Pass, Stack, StackConfig, apply_head, is_sure, run_with_exits
 from regard.ragged import gathering
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class EncoderConfig:
             a pooling mechanism, whose slots are laid side by side.
         pool_options: of the pooling mechanism.
         dim, plan, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, max_length, dropout, norm,
-            loss_weights: as in :class:`regard.models.LanguageModelConfig`.
+            loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
     """
 
     num_classes: int
@@ -72,8 +73,10 @@ class EncoderConfig:
     pool: str = "mean"
     pool_options: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+    stack: Any = StackConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stack", StackConfig.read(self.stack))
         if (self.vocab_size is None) == (self.features is None):
             raise Unsupported(
                 f"vocab_size={self.vocab_size} and features={self.features}",
@@ -103,8 +106,9 @@ class Encoder(nn.Module):
         self.positions = make_input_positions(
             scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length
         )
-        self.blocks = nn.ModuleList(Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan)
+        self.blocks = Stack([Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan], config.stack)
         self.norm = make_norm(config.norm, config.dim)
+        self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
         self.pooling, slots = None, 1
         if config.pool not in POOLS:
             card = get_mechanism(config.pool)
@@ -124,7 +128,9 @@ class Encoder(nn.Module):
 
         Returns:
             output (B, num_classes), a row a document when packed; (B, N, num_classes) without a pool, zero at padding.
-            Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has them.
+            Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has them. In
+            training with exits ``extras["exits"]`` has the share of the layers and the logits of each; where sequences
+            (without a pool, tokens) leave early, ``extras["exit_layer"]`` the number of layers that each has passed.
         """
         context = Context() if context is None else context
         axes = 2 if self.config.features is None else 3
@@ -145,18 +151,57 @@ class Encoder(nn.Module):
             where = inner.positions
             x = self.positions.embed(x, torch.arange(x.shape[1], device=x.device)[None] if where is None else where)
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
-        result = run_blocks(self.blocks, x, inner, [None] * len(self.blocks))
-        x = self.norm(result.output)
-        if self.config.pool == "none":
-            x = layout.scatter(x, axis=1)
-        elif self.pooling is None:
-            x = pool_tokens(x, layout.lengths, self.config.pool)
-        else:
-            pooled = self.pooling(x, context=Context(mask=inner.mask and Mask(lengths=inner.mask.lengths)))
-            x = pooled.output.flatten(1)  # (B, slots * dim)
-            result.losses |= pooled.losses
-        result.output, result.state = self.head(x), None
-        return result
+        states = [None] * len(self.blocks)
+        threshold = self.config.stack.exit_threshold
+        if self.config.pool != "none" and threshold is not None and not self.training:
+            return self._leave_early(Pass(self.blocks, x, inner, states), threshold)
+        pooled = self.config.pool != "none"
+        result = run_with_exits(
+            self.blocks,
+            self.exit_norms,
+            self.norm,
+            self.head,
+            x,
+            inner,
+            states,
+            place=(lambda x: x) if pooled else (lambda x: layout.scatter(x, axis=1)),
+        )
+        result.state = None
+        return apply_head(result, lambda x: self.head(self._pool(x, inner, result.losses) if pooled else x))
+
+    def _pool(self, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]) -> Float[Tensor, "b c2"]:
+        """What the head reads of right-padded sequences; the pool's losses are added to `losses`."""
+        lengths = None if context.mask is None else context.mask.lengths
+        if self.pooling is None:
+            return pool_tokens(x, lengths, self.config.pool)
+        pooled = self.pooling(x, context=Context(mask=None if lengths is None else Mask(lengths=lengths)))
+        add_losses(losses, pooled.losses)
+        return pooled.output.flatten(1)  # (B, slots * dim)
+
+    def _leave_early(self, work: Pass, threshold: float) -> Result:
+        """Each sequence leaves at the exit where its class is sure; the others go on without it."""
+        if work.context.want:
+            raise Unsupported(
+                f"want={set(work.context.want)} of sequences that leave early",
+                supported="exit_threshold=None",
+                nearest="regard.models.set_exit_threshold(model, None)",
+            )
+        x = work.hidden
+        rows = torch.arange(x.shape[0], device=x.device)  # those that go on
+        output = x.new_zeros(x.shape[0], self.config.num_classes)
+        passed = torch.full_like(rows, self.blocks.layers)
+        norms = (*self.exit_norms, self.norm)
+        for layer, norm in zip((*self.config.stack.exits, self.blocks.layers), norms, strict=True):
+            work.advance(layer)
+            logits = self.head(self._pool(norm(work.hidden), work.context, work.losses))
+            done = is_sure(logits, threshold) if layer < self.blocks.layers else torch.ones_like(rows, dtype=torch.bool)
+            output[rows[done]] = logits[done].to(output.dtype)
+            passed[rows[done]] = layer
+            rows = rows[~done]
+            if not rows.numel():
+                break
+            work.keep_rows(~done)
+        return Result(output, None, work.losses, {"exit_layer": passed})
 
 
 def pool_tokens(x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, how: str) -> Float[Tensor, "b c"]:

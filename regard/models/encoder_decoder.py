@@ -11,12 +11,12 @@ layer of the decoder mixes the tokens so far, then reads the memory, then applie
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least
 from regard.engines.linear import FrozenWeights, linear
@@ -35,10 +35,10 @@ from regard.models.blocks import (
     input_positions,
     make_input_positions,
     read_plan,
-    run_blocks,
 )
 from regard.models.generation import generate, generate_stream
-from regard.models.language_model import IGNORED, ModelState, next_tokens
+from regard.models.language_model import ModelState, mean_nats, next_tokens
+from regard.models.stack import Stack, StackConfig, apply_head, joint_loss, run_with_exits
 from regard.ragged import Gathering, gathering
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ class EncoderDecoderConfig:
             at both inputs, by which the decoder finds its place in the memory, and in the self layers as in
             :class:`regard.models.LanguageModelConfig`. Cross layers have none unless their plan names one.
         max_length: number of learned positions.
-        num_heads, head_dim, num_kv_heads, feed_forward, dropout, tie_embeddings, norm, loss_weights: as in
-            :class:`regard.models.LanguageModelConfig`; the tied embedding is that of the decoder.
+        num_heads, head_dim, num_kv_heads, feed_forward, dropout, tie_embeddings, norm, loss_weights, stack: as in
+            :class:`regard.models.LanguageModelConfig`; the tied embedding is that of the decoder, `stack` is of both
+            stacks, its exits of the decoder alone.
     """
 
     vocab_size: int
@@ -86,9 +87,11 @@ class EncoderDecoderConfig:
     tie_embeddings: bool = False
     norm: str = "rms"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+    stack: Any = StackConfig()
 
     def __post_init__(self) -> None:
         at_least("vocab_size", self.vocab_size, 1)
+        object.__setattr__(self, "stack", StackConfig.read(self.stack))
         if (self.memory_vocab_size is None) == (self.memory_features is None):
             raise Unsupported(
                 f"memory_vocab_size={self.memory_vocab_size} and memory_features={self.memory_features}",
@@ -144,16 +147,16 @@ class EncoderDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight)
         self.memory_positions = self._input_positions(config.encoder_plan)
         self.positions = self._input_positions(config.decoder_plan)
-        self.encoder_blocks = nn.ModuleList(
-            Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan
-        )
+        encoder_blocks = [Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
+        self.encoder_blocks = Stack(encoder_blocks, replace(config.stack, exits=(), exit_threshold=None))
         self.encoder_norm = make_norm(config.norm, config.dim)
         blocks: list[Block] = []
         for own, cross in zip(config.decoder_plan, config.cross_plan, strict=True):
             blocks.append(Block(own, config, Pattern.CAUSAL_SELF, feed_forward=0))
             blocks.append(Block(cross, config, Pattern.CAUSAL_CROSS))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Stack(blocks, config.stack, blocks_in_layer=2)
         self.norm = make_norm(config.norm, config.dim)
+        self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
         self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
 
     def _input_positions(self, plan: Plan) -> Any:
@@ -180,11 +183,10 @@ class EncoderDecoder(nn.Module):
 
         Returns:
             output (B, N, vocab_size), zero at padding; state; auxiliary losses summed over the layers of encoder and
-            decoder; extras of the decoder as lists with one entry for each layer that has them.
+            decoder; extras of the decoder as lists with one entry for each layer that has them, those of exits as in
+            :meth:`regard.models.LanguageModel.forward`.
         """
-        result = self.features(ids, memory, context=context, state=state)
-        result.output = self.logits(result.output)
-        return result
+        return apply_head(self.features(ids, memory, context=context, state=state), self.logits)
 
     def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
         """The output projection."""
@@ -247,7 +249,7 @@ class EncoderDecoder(nn.Module):
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         mask = None if layout.lengths is None else Mask(lengths=layout.lengths)
         inner = Context(mask=mask, positions=where, generator=context.generator, progress=context.progress)
-        result = run_blocks(self.encoder_blocks, x, inner, [None] * len(self.encoder_blocks))
+        result = self.encoder_blocks.run(x, inner, [None] * len(self.encoder_blocks))
         add_losses(losses, result.losses)
         return EncodedMemory(self.encoder_norm(result.output), layout.lengths, where)
 
@@ -279,8 +281,18 @@ class EncoderDecoder(nn.Module):
             want=context.want | ({"state"} if wanted else set()),
         )
         states = [None] * len(self.blocks) if state is None else state.layers
-        result = run_blocks(self.blocks, x, inner, states, None if encoded is None else encoded.tokens)
-        result.output = layout.scatter(self.norm(result.output), axis=1)
+        tokens = None if encoded is None else encoded.tokens
+        result = run_with_exits(
+            self.blocks,
+            self.exit_norms,
+            self.norm,
+            self.logits,
+            x,
+            inner,
+            states,
+            tokens,
+            place=lambda x: layout.scatter(x, axis=1),
+        )
         result.state = ModelState(result.state, past + new) if wanted else None
         return result
 
@@ -304,7 +316,7 @@ class EncoderDecoder(nn.Module):
         *,
         context: Context | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean cross entropy of the targets in nats, plus the weighted auxiliary losses.
+        """Mean cross entropy of the targets in nats (with exits, of theirs too), plus the weighted auxiliary losses.
 
         Args:
             targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
@@ -317,10 +329,9 @@ class EncoderDecoder(nn.Module):
                 supported="a target for each token, -100 for none",
             )
         result = self(ids, memory, context=context)
-        logits = result.output.to(torch.promote_types(result.output.dtype, torch.float32))
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        mean = nats / (targets != IGNORED).sum().clamp(min=1)
-        return mean + auxiliary_loss(result.losses, self.config.loss_weights)
+        return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(
+            result.losses, self.config.loss_weights
+        )
 
     def generate(
         self,

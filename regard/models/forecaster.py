@@ -24,8 +24,9 @@ from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
-from regard.models.blocks import Block, add_losses, auxiliary_loss, check_plan, input_positions, read_plan, run_blocks
+from regard.models.blocks import Block, add_losses, auxiliary_loss, check_plan, input_positions, read_plan
 from regard.models.encoder_decoder import count_layers
+from regard.models.stack import Stack, StackConfig
 from regard.positions import Sinusoidal
 from regard.ragged import gathering, place_queries, take_queries
 
@@ -60,8 +61,8 @@ class ForecasterConfig:
             :class:`regard.models.LanguageModelConfig`. Sinusoids of the time, which is 0 at the first point of the
             horizon and negative in the past, are added to both inputs in any case. Cross layers have no positions unless
             their plan names a scheme.
-        num_heads, head_dim, num_kv_heads, feed_forward, dropout, norm, loss_weights: as in
-            :class:`regard.models.LanguageModelConfig`.
+        num_heads, head_dim, num_kv_heads, feed_forward, dropout, norm, loss_weights, stack: as in
+            :class:`regard.models.LanguageModelConfig`; `stack` is of both stacks, without exits.
     """
 
     features: int
@@ -83,8 +84,12 @@ class ForecasterConfig:
     dropout: float = 0.0
     norm: str = "rms"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+    stack: Any = StackConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stack", StackConfig.read(self.stack))
+        if self.stack.exits:
+            raise Unsupported(f"exits={self.stack.exits} of a forecaster", supported="exits of models with classes")
         for name, low in (("features", 0), ("memory_features", 1), ("patch", 1)):
             at_least(name, getattr(self, name), low)
         targets, quantiles = tuple(self.target_features), tuple(self.quantiles)
@@ -132,11 +137,12 @@ class Forecaster(nn.Module):
         self.embedding = FeatureEmbedding(config.features, config.dim) if config.features else None
         self.positions = Sinusoidal(dim=config.dim)
         self.register_buffer("targets", torch.tensor(config.target_features), persistent=False)
-        self.encoder_blocks = nn.ModuleList(
-            Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan
-        )
+        encoder_blocks = [Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
+        self.encoder_blocks = Stack(encoder_blocks, config.stack)
         self.encoder_norm = make_norm(config.norm, config.dim)
-        self.blocks = nn.ModuleList(Block(entry, config, Pattern.NONCAUSAL_CROSS) for entry in config.cross_plan)
+        self.blocks = Stack(
+            [Block(entry, config, Pattern.NONCAUSAL_CROSS) for entry in config.cross_plan], config.stack
+        )
         self.norm = make_norm(config.norm, config.dim)
         self.head = make_linear(config.dim, len(config.target_features) * max(1, len(config.quantiles)), bias=True)
 
@@ -177,7 +183,7 @@ class Forecaster(nn.Module):
         keys = self._dropout(keys, context)
         mask = None if lengths is None else Mask(lengths=lengths)
         shared = Context(generator=context.generator, progress=context.progress)
-        encoded = run_blocks(self.encoder_blocks, keys, shared.replace(mask=mask), [None] * len(self.encoder_blocks))
+        encoded = self.encoder_blocks.run(keys, shared.replace(mask=mask), [None] * len(self.encoder_blocks))
         add_losses(losses, encoded.losses)
         horizon = torch.arange(inputs.shape[1], device=inputs.device)[None]
         x = inputs.new_zeros(*inputs.shape[:2], self.config.dim) if self.embedding is None else self.embedding(inputs)
@@ -189,7 +195,7 @@ class Forecaster(nn.Module):
             memory_positions=time,
             want=context.want,
         )
-        result = run_blocks(self.blocks, x, inner, [None] * len(self.blocks), self.encoder_norm(encoded.output))
+        result = self.blocks.run(x, inner, [None] * len(self.blocks), self.encoder_norm(encoded.output))
         add_losses(losses, result.losses)
         y = self.head(self.norm(result.output)).to(level.dtype)  # (rows, H, targets * quantiles)
         if self.config.quantiles:

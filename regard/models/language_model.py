@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +31,10 @@ from regard.models.blocks import (
     make_input_positions,
     read_plan,
     right_padded_mask,
-    run_blocks,
 )
 from regard.models.generation import Read, generate, generate_stream
 from regard.models.insertion import Insertion
+from regard.models.stack import Stack, StackConfig, apply_head, joint_loss, run_with_exits
 from regard.ragged import gathering
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class LanguageModelConfig:
         tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
         norm: of :func:`regard.layers.norms.make_norm`.
         loss_weights: weight of each auxiliary loss by name; 0.01 when not given.
+        stack: how the blocks are stacked: a :class:`regard.models.stack.StackConfig`, or a mapping of its options.
     """
 
     vocab_size: int
@@ -79,9 +81,11 @@ class LanguageModelConfig:
     tie_embeddings: bool = False
     norm: str = "rms"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+    stack: Any = StackConfig()
 
     def __post_init__(self) -> None:
         at_least("vocab_size", self.vocab_size, 1)
+        object.__setattr__(self, "stack", StackConfig.read(self.stack))
         object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
         object.__setattr__(self, "num_layers", len(self.plan))
 
@@ -112,8 +116,9 @@ class LanguageModel(nn.Module):
         self.positions = make_input_positions(
             scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length
         )
-        self.blocks = nn.ModuleList(Block(entry, config, Pattern.CAUSAL_SELF) for entry in config.plan)
+        self.blocks = Stack([Block(entry, config, Pattern.CAUSAL_SELF) for entry in config.plan], config.stack)
         self.norm = make_norm(config.norm, config.dim)
+        self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
         self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
 
     def forward(
@@ -128,11 +133,10 @@ class LanguageModel(nn.Module):
 
         Returns:
             output (B, N, vocab_size), zero at padding; state; auxiliary losses summed over the layers; extras as lists
-            with one entry for each layer that has them, in the layers' right-padded layout.
+            with one entry for each layer that has them, in the layers' right-padded layout; those of exits, in the
+            layout of `ids`, as :func:`regard.models.stack.run_with_exits` says (in training logits).
         """
-        result = self.features(ids, context=context, state=state)
-        result.output = self.logits(result.output)
-        return result
+        return apply_head(self.features(ids, context=context, state=state), self.logits)
 
     def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
         """The output projection."""
@@ -162,8 +166,16 @@ class LanguageModel(nn.Module):
         inserted = self.insertion.insert(ids, past, new, inner)
         x = self._embed(inserted.ids, past, inserted.context)  # (rows, n + inserted, dim)
         states = [None] * len(self.blocks) if state is None else state.layers
-        result = run_blocks(self.blocks, x, inserted.context, states)
-        result.output = layout.scatter(self.norm(inserted.drop(result.output)), axis=1)
+        result = run_with_exits(
+            self.blocks,
+            self.exit_norms,
+            self.norm,
+            self.logits,
+            x,
+            inserted.context,
+            states,
+            place=lambda x: layout.scatter(inserted.drop(x), axis=1),
+        )
         wanted = state is not None or "state" in context.want
         result.state = ModelState(result.state, past + new) if wanted else None
         return result
@@ -184,7 +196,7 @@ class LanguageModel(nn.Module):
     def loss(
         self, ids: Int[Tensor, "b n"], targets: Int[Tensor, "b n"] | None = None, *, context: Context | None = None
     ) -> Float[Tensor, ""]:
-        """Mean cross entropy of the targets in nats, plus the weighted auxiliary losses.
+        """Mean cross entropy of the targets in nats (with exits, of theirs too), plus the weighted auxiliary losses.
 
         Args:
             targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
@@ -197,10 +209,9 @@ class LanguageModel(nn.Module):
                 supported="a target for each token, -100 for none",
             )
         result = self(ids, context=context)
-        logits = result.output.to(torch.promote_types(result.output.dtype, torch.float32))
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        mean = nats / (targets != IGNORED).sum().clamp(min=1)
-        return mean + auxiliary_loss(result.losses, self.config.loss_weights)
+        return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(
+            result.losses, self.config.loss_weights
+        )
 
     def generate(
         self,
@@ -274,6 +285,13 @@ class LanguageModel(nn.Module):
                 return self.logits(x), result.state
 
         return read
+
+
+def mean_nats(logits: Float[Tensor, "b n vocab"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+    """Mean cross entropy of the targets that are not -100, in at least float32; 0 when there are none."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return nats / (targets != IGNORED).sum().clamp(min=1)
 
 
 def next_tokens(ids: Int[Tensor, "b n"], mask: Mask | None = None) -> Int[Tensor, "b n"]:

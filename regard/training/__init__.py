@@ -9,12 +9,14 @@ from regard.training.distillation import (
     distillation_groups,
     distillation_loss,
 )
+from regard.training.growth import grow
 from regard.training.learning_rate import Search, Trial, search
-from regard.training.loop import Evaluation, History, Point, TrainConfig, evaluate, train
+from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
 from regard.training.optimizer import make_optimizer, parameter_groups
 
 __all__ = [
+    "PRECISIONS",
     "BeginReport",
     "DistillationWeights",
     "Evaluation",
@@ -29,6 +31,7 @@ __all__ = [
     "distillation_groups",
     "distillation_loss",
     "evaluate",
+    "grow",
     "keep_freed_memory",
     "make_optimizer",
     "parameter_groups",

@@ -23,6 +23,7 @@ from regard.layers.attention import AttentionLayer
 from regard.models import LanguageModel
 from regard.models.blocks import evaluation_mode
 from regard.models.language_model import IGNORED, next_tokens
+from regard.models.stack import StackConfig
 from regard.ragged import gathering
 
 if TYPE_CHECKING:
@@ -111,8 +112,14 @@ def distillation_loss(
         context: as of a call of the models.
 
     Raises:
-        Unsupported: for a teacher without weights in every layer, or of another number of layers.
+        Unsupported: for a teacher without weights in every layer, or of another number of layers, and for models whose
+            layers are not simply one after the other (`stack`).
     """
+    for model in (student, teacher):
+        if model.config.stack != StackConfig():
+            raise Unsupported(
+                f"distillation between models with {model.config.stack}", supported="the default stack of both"
+            )
     parts = DistillationWeights() if weights is None else weights
     context = Context() if context is None else context
     if targets is None:

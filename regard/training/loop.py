@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
 from regard.models.blocks import auxiliary_loss, evaluation_mode
+from regard.models.stack import joint_loss
 from regard.tasks.protocol import Batch, Task, mean_loss
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from regard.training.memory import peak_memory
@@ -86,7 +88,8 @@ class Point:
     Attributes:
         step: counted from 0.
         loss: of the task, a target: nats, or squared error.
-        auxiliary: weighted auxiliary losses of the layers.
+        auxiliary: what is added to it: weighted auxiliary losses of the layers, and how much more the mean over a model's
+            exits is than the loss of its output.
         gradient_norm: before clipping.
         learning_rate: of the step.
         seconds: forward, backward and update, without making the batch.
@@ -276,6 +279,8 @@ def _gradients(
             result = run_model(model, batch, context)
         loss = mean_loss(task, result.output, batch)
         auxiliary = auxiliary_loss(result.losses, getattr(getattr(model, "config", None), "loss_weights", {}))
+        if "exits" in result.extras:
+            auxiliary = auxiliary + joint_loss(result, partial(mean_loss, task, batch=batch)) - loss
         (loss + auxiliary).backward()
         limit = math.inf if config.clip is None else config.clip
         return loss, auxiliary, nn.utils.clip_grad_norm_(model.parameters(), limit)

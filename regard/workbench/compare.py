@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from regard.contract import Context, Unsupported
 from regard.measurement import provenance
 from regard.measurement.store import Store
-from regard.models import count_parameters, save_pretrained
+from regard.models import StackConfig, count_parameters, save_pretrained
 from regard.tasks import Task
 from regard.training import evaluate, train
 from regard.workbench.cost import model_costs
@@ -407,6 +407,12 @@ def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, An
         "table and picture at": f"{settings.at_length} tokens{cross}, batch 1",
         "threads": torch.get_num_threads(),
     }
+    if settings.precision != "float32":
+        described["training"] = f"mixed precision, {settings.precision} products and float32 weights"
+    if settings.stack != StackConfig():
+        plain = asdict(StackConfig())
+        changed = {name: value for name, value in asdict(settings.stack).items() if value != plain[name]}
+        described["stack"] = ", ".join(f"{name}={value}" for name, value in changed.items())
     for work in works:
         steps = sorted(set(work.steps.values()))
         described[f"{work.task.name}: run"] = (

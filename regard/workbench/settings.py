@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from regard.contract import Unsupported, at_least, one_of
+from regard.models import StackConfig
+from regard.training import PRECISIONS
 from regard.workbench.budget import Budget
 from regard.workbench.recommend import PREFERENCES
 
@@ -26,6 +28,8 @@ class CompareSettings:
         at_length: the one of them that the table and the recommendation use.
         prefer: what decides among mechanisms of equal quality; one of `PREFERENCES`.
         keep_models: keep the winner's weights of the first seed.
+        stack: how the backbone's blocks are stacked, as in the models' configs.
+        precision: of training, as in :class:`regard.training.TrainConfig`.
     """
 
     mechanisms: tuple[str, ...]
@@ -40,6 +44,8 @@ class CompareSettings:
     at_length: int = 2048
     prefer: str = "inference"
     keep_models: bool = False
+    stack: StackConfig = StackConfig()
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if not self.mechanisms:
@@ -50,6 +56,7 @@ class CompareSettings:
         for name in ("seeds", "dim", "layers", "heads", "batch_tokens"):
             at_least(name, getattr(self, name), 1)
         one_of("prefer", self.prefer, PREFERENCES)
+        one_of("precision", self.precision, PRECISIONS)
         if not self.rates or min(self.rates) <= 0:
             raise Unsupported(f"rates={self.rates}", supported="positive learning rates", nearest=f"rates={RATES}")
         if self.at_length not in self.lengths:

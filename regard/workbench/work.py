@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from regard.models import (
     EncoderDecoderConfig,
     ForecasterConfig,
     LanguageModelConfig,
+    StackConfig,
     build_model,
     count_parameters,
     match_parameters,
@@ -78,6 +80,7 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
             supported="classification tasks: listops, images, documents, matching",
         )
     sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
+    sizes["stack"] = settings.stack
     if kind == (Pattern.NONCAUSAL_CROSS, "regression"):
         targets = task.target_features or tuple(range(task.num_targets or 0))
         return ForecasterConfig(
@@ -136,6 +139,10 @@ class Work:
         }
         if task.memory_length is not None:
             self.identity |= {"pattern": str(task.pattern), "memory_length": task.memory_length}
+        if settings.stack != StackConfig():
+            self.identity["stack"] = asdict(settings.stack)
+        if settings.precision != "float32":
+            self.identity["precision"] = settings.precision
         self.steps: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
         self.evaluation_seconds: dict[str, float] = {}
@@ -155,9 +162,9 @@ class Work:
         share = seconds / len(self.configs)
         for name, config in self.configs.items():
             model = build(config, 0)
-            timed = TrainConfig(steps=1_000_000, batch_size=self.batch_size, measure_memory=False)
+            timed = replace(self.train_config(TrainConfig.learning_rate, 0, 1_000_000), measure_memory=False)
             started = time.monotonic()
-            train(model, self.task, TrainConfig(steps=2, batch_size=self.batch_size, measure_memory=False))
+            train(model, self.task, replace(timed, steps=2))
             history = train(model, self.task, timed, deadline=max(time.monotonic() + 0.2, started + 0.7 * share))
             steps = max(1, len(history.curve))
             self.step_seconds[name] = history.seconds / steps * 1.15 if history.curve else share
@@ -202,7 +209,8 @@ class Work:
         return self.runs * sum(self.evaluation_seconds.values())
 
     def train_config(self, rate: float, seed: int, steps: int) -> TrainConfig:
-        return TrainConfig(steps=steps, batch_size=self.batch_size, learning_rate=rate, seed=seed)
+        precision = self.settings.precision
+        return TrainConfig(steps=steps, batch_size=self.batch_size, learning_rate=rate, seed=seed, precision=precision)
 
     def flops_a_step(self, name: str) -> float:
         model = build(self.configs[name], 0)

@@ -404,9 +404,141 @@ def test_cross_attention_equals_the_official_code_with_spatial_reduction():
     torch.testing.assert_close(found.transpose(1, 2).flatten(2), a["attn_out"], rtol=0, atol=1e-10)  # observed 1.3e-15
 
 
+def set_bias(layer, a):
+    """The official code's tables, in whose names the first letter is what the bias is added for."""
+    with torch.no_grad():
+        for table, (block, rows, columns, other) in (
+            (layer.projection.gather_bias, ("an", "ah", "aw", "ac")),
+            (layer.projection.share_bias, ("na", "ha", "wa", "ca")),
+        ):
+            table.block.copy_(a[f"weight_{block}_bias"])
+            for line, name in ((table.rows, rows), (table.columns, columns)):
+                given = a[f"weight_{name}_bias"][0]
+                line.copy_(given.flatten(2) if name[0] == "a" else given.flatten(1, 2).mT)
+            if f"weight_{other}_bias" in a:
+                table.other.copy_(a[f"weight_{other}_bias"].flatten().view(2, -1))
+
+
+@pytest.mark.parametrize("name", ["agent_bias_dwc", "agent_bias_class_token"])
+def test_agent_bias_and_convolution_equal_the_official_code(name):
+    a = load(name)
+    batch, n = a["x"].shape[:2]
+    roles = torch.zeros(batch, n, dtype=torch.long)
+    roles[:, : n - 36] = Role.CLS
+    found = agent_attention(
+        a["q"],
+        a["k"],
+        a["v"],
+        gather_bias=a["bias1"].expand(batch, -1, -1, -1),
+        share_bias=a["bias2"].expand(batch, -1, -1, -1),
+        pattern="noncausal-self",
+        num_agents=4,
+        grid=(6, 6),
+        roles=roles,
+    )
+    torch.testing.assert_close(found.transpose(1, 2).flatten(2), a["attn_out"], rtol=0, atol=1e-10)  # observed 6.7e-16
+    options = {"num_agents": 4, "agent_bias": "all", "bias_grid": (6, 6)}
+    layer = create_layer("agent", 8, 2, pattern="noncausal-self", **options).double()
+    set_bias(layer, a)
+    layer.output.register_parameter("bias", torch.nn.Parameter(a["weight_proj_bias"]))
+    qkv = (
+        a["weight_qkv_weight"] if "weight_qkv_weight" in a else torch.cat([a["weight_q_weight"], a["weight_kv_weight"]])
+    )
+    with torch.no_grad():
+        for module, weight in zip((layer.query, layer.key, layer.value), qkv.chunk(3), strict=True):
+            module.weight.copy_(weight)
+        layer.output.weight.copy_(a["weight_proj_weight"])
+        layer.merge.convolution.weight.copy_(a["weight_dwc_weight"])
+        layer.merge.convolution.bias.copy_(a["weight_dwc_bias"])
+    x = a["x"].requires_grad_()
+    output = layer(x, context=Context(grid=(6, 6), roles=roles)).output
+    torch.testing.assert_close(output, a["out"], rtol=0, atol=1e-10)  # observed 7.1e-15
+    (output * a["grad_out"]).sum().backward()
+    torch.testing.assert_close(x.grad, a["grad_x"], rtol=0, atol=1e-10)  # observed 5.3e-15
+
+
+def biased_layer(**options):
+    options = {"num_agents": 4, "agent_bias": "all", "bias_grid": (3, 5), "dwc": "none", **options}
+    layer = create_layer("agent", 8, 2, pattern="noncausal-self", **options).double()
+    with torch.no_grad():
+        for table in layer.projection.parameters():
+            table.normal_()
+    return layer
+
+
+def biases(layer, n, **context):
+    heads, _ = layer.projection({}, torch.zeros(1, n, 8, dtype=torch.float64), None, Context(**context))
+    return heads["gather_bias"], heads["share_bias"]
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (4, 6), (9, 2), (1, 30)])
+def test_tables_are_read_as_images_are_resized(grid):
+    layer = biased_layer()
+    for bias, table, flat in zip(
+        biases(layer, grid[0] * grid[1], grid=grid),
+        (layer.projection.gather_bias, layer.projection.share_bias),
+        (lambda b: b[0], lambda b: b[0].mT),
+        strict=True,
+    ):
+        expected = F.interpolate(table.block, grid, mode="bilinear", align_corners=False)
+        expected = expected + F.interpolate(table.rows, grid[0], mode="linear")[..., None]
+        expected = expected + F.interpolate(table.columns, grid[1], mode="linear")[..., None, :]
+        torch.testing.assert_close(flat(bias), expected.flatten(2))
+
+
+def test_a_row_term_moves_whole_rows_of_a_grid_that_is_not_square():
+    layer = biased_layer(agent_bias="lines")
+    with torch.no_grad():
+        for table in (layer.projection.gather_bias, layer.projection.share_bias):
+            table.columns.zero_()
+            table.rows.copy_(torch.arange(3.0))
+    gather, share = biases(layer, 15, grid=(3, 5))
+    expected = torch.arange(3.0, dtype=torch.float64).repeat_interleave(5)
+    torch.testing.assert_close(gather, expected.expand(1, 2, 4, 15))
+    torch.testing.assert_close(share, expected[:, None].expand(1, 2, 15, 4))
+
+
+def test_the_bias_of_a_padded_sequence_or_grid_is_that_of_each_row_alone():
+    layer, x = biased_layer(), torch.randn(3, 15, 8, dtype=torch.float64)
+    lengths = torch.tensor([15, 6, 1])
+    found = layer(x, context=Context(mask=Mask(lengths=lengths))).output
+    for row, length in enumerate(lengths.tolist()):
+        alone = layer(x[row : row + 1, :length]).output
+        torch.testing.assert_close(found[row, :length], alone[0])
+    valid = torch.ones(2, 17, dtype=torch.bool)
+    valid[0, :2], valid[1, [3, 9]] = False, False
+    wide = torch.randn(2, 17, 8, dtype=torch.float64)
+    found = layer(wide, context=Context(mask=Mask(valid=valid), grid=(3, 5))).output
+    for row in range(2):
+        alone = layer(wide[row][valid[row]][None], context=Context(grid=(3, 5))).output[0]
+        torch.testing.assert_close(found[row][valid[row]], alone)
+
+
+def test_agents_and_their_bias_learn_and_are_saved():
+    layer = biased_layer(agent_source="learned")
+    again = biased_layer(agent_source="learned")
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 15, 8, dtype=torch.float64)
+    output = layer(x, context=Context(grid=(3, 5))).output
+    torch.testing.assert_close(again(x, context=Context(grid=(3, 5))).output, output)
+    output.square().sum().backward()
+    for name, table in layer.projection.named_parameters():
+        assert table.grad is not None, name
+        assert float(table.grad.abs().max()) > 0 or name.endswith("other"), name
+
+
+def test_an_agent_bias_that_cannot_be_is_refused():
+    for options in ({"agent_bias": "all"}, {"agent_bias": "block", "bias_grid": (3, 3)}, {"bias_grid": (3, 3)}):
+        with pytest.raises(Unsupported, match="bias_grid"):
+            Config(**options)
+    with pytest.raises(Unsupported, match="agent_bias"):
+        create_layer("agent", 8, 2, pattern="causal-self", agent_bias="block")
+    with pytest.raises(Unsupported, match="one or two sides"):
+        biased_layer()(torch.randn(1, 8, 8, dtype=torch.float64), context=Context(grid=(2, 2, 2)))
+
+
 @pytest.mark.parametrize("name", ["agent_bias_dwc", "agent_bias_class_token"])
 def test_pooling_and_convolution_equal_the_official_code_where_it_has_a_bias(name):
-    """The agent bias is not offered, so the recorded attention itself is not compared."""
     a = load(name)
     batch, n = a["x"].shape[:2]
     roles = torch.zeros(batch, n, dtype=torch.long)

@@ -16,7 +16,8 @@ from regard import Unsupported
 from regard.apply import apply
 from regard.layers.linear import list_linears, make_linear
 from regard.mechanisms.token_parameter import MECHANISM, THETAS, Config, TokenParameter, attend_to_parameters
-from regard.models import LanguageModel, LanguageModelConfig
+from regard.models import LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
+from regard.training import grow
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES
 from regard.workbench.subjects import Subject
@@ -304,3 +305,85 @@ def test_default_tau_of_the_function_is_the_root_of_the_tokens():
         torch.testing.assert_close(apply(MECHANISM, inputs, form=form).output, module(x))
     doubled = apply(MECHANISM, inputs, config=Config(theta="identity"), scale=2.0).output
     torch.testing.assert_close(doubled, 2 * x @ module.key_tokens.T @ module.value_tokens)
+
+
+PRESERVING = [("l2_norm_gelu", "fixed"), ("gelu_l2_norm", "fixed"), ("gelu_l2_norm", "sqrt_n"), ("identity", "sqrt_n")]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(("theta", "tau_mode"), PRESERVING)
+def test_a_grown_module_has_its_old_function_and_learns_with_its_new_rows(theta, tau_mode, freeze):
+    module, x = make(theta=theta, tau_mode=tau_mode), torch.randn(9, 6, dtype=torch.float64)
+    before, old = module(x), (module.keys.clone(), module.values.clone())
+    module.grow(13, freeze=freeze)
+    torch.testing.assert_close(module(x), before, rtol=0, atol=1e-13)
+    assert module.keys.shape[0] == module.config.num_tokens == 13
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+    assert not torch.allclose(module(x), before)
+    assert (module.keys[8:] != 0).all()
+    if freeze:
+        torch.testing.assert_close(module.keys[:8], old[0], rtol=0, atol=0)
+        assert module.key_tokens.shape[0] == 5
+    else:
+        assert not torch.allclose(module.keys[:8], old[0])
+
+
+def test_without_preserving_new_keys_are_drawn_and_the_function_changes():
+    for options in ({"theta": "softmax"}, {"tau_mode": "sqrt_n"}):
+        module, x = make(**options), torch.randn(9, 6, dtype=torch.float64)
+        before = module(x)
+        module.grow(16, preserve=False)
+        assert (module.keys[8:] != 0).all()
+        assert not torch.allclose(module(x), before, rtol=0.01)
+
+
+def test_frozen_rows_learn_again_after_another_growth():
+    module = make()
+    module.grow(10, freeze=True)
+    module.grow(12)
+    assert module.config.frozen_tokens == 0
+    assert module.key_tokens.shape[0] == 12
+    assert module.frozen_keys is None
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_grown_model_goes_on_from_where_it_stood_and_is_saved(freeze, tmp_path):
+    own = {"linear": "token_parameter", "linear_options": {"num_tokens": 12}}
+    plan = [("softmax", own), ("mixture_of_heads", {"mechanism_options": own})]
+    model = LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, plan=plan, num_heads=4)).double().eval()
+    ids = torch.randint(11, (2, 7))
+    before = model(ids).output
+    names = grow(model, 20, freeze=freeze)
+    assert "blocks.0.mixer.query" in names
+    assert "blocks.1.mixer.attention.output" in names
+    torch.testing.assert_close(model(ids).output, before, rtol=0, atol=1e-12)
+    model.loss(ids).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).output, model(ids).output)
+    assert not torch.allclose(again(ids).output, before)
+
+
+def test_growth_that_cannot_be_is_refused_before_anything_changes():
+    with pytest.raises(Unsupported, match="nearest: preserve=False"):
+        make(theta="softmax").grow(20)
+    with pytest.raises(Unsupported, match='nearest: tau_mode="fixed"'):
+        make(tau_mode="sqrt_n").grow(20)
+    with pytest.raises(Unsupported, match="more than 8"):
+        make().grow(8)
+    with pytest.raises(Unsupported, match="frozen_tokens=8 of 8"):
+        make(frozen_tokens=8)
+    with pytest.raises(Unsupported, match="without parameter tokens"):
+        grow(torch.nn.Linear(2, 2), 5)
+    pair = torch.nn.ModuleList([make(), make(6, 5, 12)])
+    for options in ({"num_tokens": 10}, {"num_tokens": 14, "freeze": True}):
+        with pytest.raises(Unsupported):
+            grow(pair, **options)
+    assert [module.keys.shape[0] for module in pair] == [8, 12]

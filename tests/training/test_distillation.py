@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -53,6 +54,9 @@ def test_a_teacher_that_does_not_fit_is_refused():
         distillation_loss(student(), model("linear"), ids())
     with pytest.raises(Unsupported, match="student of 1"):
         distillation_loss(student(layers=1), model(), ids())
+    shared = LanguageModel(dataclasses.replace(model().config, stack={"share": "all"})).double()
+    with pytest.raises(Unsupported, match="share='all'"):
+        distillation_loss(student(), shared, ids())
 
 
 def test_new_parameters_learn_faster():

@@ -13,7 +13,7 @@ import torch
 from small_runs import Repeat, build_model
 
 from regard.contract import Result, Unsupported
-from regard.tasks.protocol import cross_entropy_by_item
+from regard.tasks.protocol import cross_entropy_by_item, mean_loss
 from regard.training import History, TrainConfig, evaluate, train
 from regard.training.loop import batch_context
 
@@ -219,6 +219,38 @@ def test_auxiliary_losses_are_weighted_and_reach_the_gradient(task):
     assert history.curve[0].auxiliary == pytest.approx(0.5 * 4 * 2.0 / 2)
     assert history.curve[0].gradient_norm == pytest.approx(0.5 * 4 / 2)
     assert history.curve[0].loss == pytest.approx(math.log(5))
+
+
+def test_exits_learn_and_what_they_add_to_the_loss_is_told_apart(task, build):
+    config = dataclasses.replace(build().config, dropout=0.0, stack={"exits": (1,)})
+    model = type(build())(config).train()
+    batch = task.training_batch(0, CONFIG.seed, CONFIG.batch_size)
+    result = model(batch.inputs, context=batch_context(batch))
+    final, early = (mean_loss(task, x, batch).item() for x in (result.output, result.extras["exits"][0][1]))
+    before = model.exit_norms[0].weight.detach().clone()
+    first = train(model, task, CONFIG).curve[0]
+    assert first.loss == pytest.approx(final, rel=1e-5)
+    assert first.loss + first.auxiliary == pytest.approx((2 * final + early) / 3, rel=1e-5)
+    assert not torch.equal(before, model.exit_norms[0].weight)
+
+
+@pytest.mark.parametrize("stack", [{"reversible": True}, {"checkpoint_layers": 1}])
+def test_stacks_that_compute_twice_train_as_those_that_do_not(task, build, stack):
+    """Dropout drawn from the step's generator, in a run of several steps."""
+    models = []
+    for _ in range(2):
+        model = type(build())(dataclasses.replace(build().config, stack=stack)).double()
+        model.load_state_dict(build().state_dict())
+        models.append(model)
+    if "checkpoint_layers" in stack:
+        models[0].blocks.config = type(models[0].blocks.config)()
+    else:  # a wish for extras has the same function differentiated as usual
+        run = models[0].blocks.run
+        models[0].blocks.run = lambda x, context, *rest: run(x, context.replace(want=frozenset({"gates"})), *rest)
+    for model in models:
+        train(model, task, CONFIG)
+    for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(first, second)
 
 
 def test_gradients_are_clipped_by_their_whole_norm(task, build, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from regard import Unsupported
 from regard.measurement.store import Store
-from regard.models import count_parameters, from_pretrained
+from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare, render_report
@@ -38,6 +38,21 @@ def test_models_are_matched_within_two_percent():
     counts = [count_parameters(build(config, 0)) for config in work.configs.values()]
     assert max(counts) <= 1.02 * work.target
     assert min(counts) >= 0.98 * work.target
+
+
+def test_a_stack_and_a_precision_reach_models_training_and_rows(tmp_path):
+    stack = StackConfig(reversible=True, share="all")
+    chosen = settings(mechanisms=("softmax", "linear"), rates=(1e-3,), stack=stack, precision="bfloat16", layers=2)
+    work = Work(recall(), chosen)
+    assert all(build(config, 0).blocks.config == stack for config in work.configs.values())
+    assert work.train_config(1e-3, 0, 1).precision == "bfloat16"
+    assert Work(recall(), settings(mechanisms=("softmax",))).identity.keys() == work.identity.keys() - {
+        "stack",
+        "precision",
+    }
+    outcome = compare([recall()], chosen, tmp_path)
+    with Store(outcome.store) as store:
+        assert store.rows("run")[-1].payload["settings"]["stack"] == "share=all, reversible=True"
 
 
 def test_rates_are_chosen_on_other_items_than_those_that_score(tmp_path):

@@ -1,0 +1,604 @@
+"""How a model's blocks are stacked: shared, recomputed or inverted in the backward pass, skipped, left early.
+
+Every model has a config field ``stack``, a :class:`StackConfig` or a mapping of its options::
+
+    config = LanguageModelConfig(vocab_size=256, plan="mamba2", num_layers=12, stack={"checkpoint_layers": 3})
+    config = EncoderConfig(num_classes=10, features=1, stack={"share": "all", "reversible": True})
+
+The options go together, except that a reversible stack has nothing to checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from regard.contract import Context, Loss, Result, Unsupported, at_least, closest, one_of
+from regard.models.blocks import Block, add_losses, check_roles, run_blocks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+SHARES = ("none", "all", "mixer", "feed_forward")
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "share_groups": (int,),
+    "reversible": (bool,),
+    "checkpoint_layers": (int,),
+    "stochastic_depth": (float, int),
+    "exits": (tuple, list),
+    "exit_threshold": (float, int, type(None)),
+}
+"""Of options that may come from a file or a command line."""
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """Options of a stack of L layers.
+
+    Attributes:
+        share: what layers have in common: ``none``, ``all``, the ``mixer`` or the ``feed_forward`` network, each with
+            its norm (ALBERT, Lan et al., arXiv 1909.11942). Layers that share a mixer have equal entries in the plan.
+        share_groups: groups of neighbouring layers that share, a divisor of L.
+        reversible: two streams, both x at first; each branch reads the second, adds to the first and changes places
+            with it, so that a layer is y1 = x1 + mix(x2), y2 = x2 + feed_forward(y1), and their mean is read (RevNet,
+            Gomez et al., arXiv 1707.04585; Reformer, arXiv 2001.04451). The backward pass computes each branch's input
+            from its output, so that activations need memory for one branch, whatever the depth. With a state, wanted
+            extras or a bias that learns the same function is differentiated as usual.
+        checkpoint_layers: layers in a segment of which only the input is kept for the backward pass, which computes the
+            rest again (Chen et al., arXiv 1604.06174); about sqrt(L) needs the least memory. 0 keeps all.
+        stochastic_depth: probability with which a step of training leaves out the last layer, for all of the batch;
+            layer l of L is left out with l / L of it, and its branches are scaled by the inverse of their chance to stay
+            (Huang et al., arXiv 1603.09382, scaled in training instead of afterwards).
+        exits: numbers of layers, from 1 to L - 1, after which the output may be read, through a norm of the exit's own
+            and the model's head. Training weighs the loss of each exit by its number of layers, as PABEE does (Zhou et
+            al., arXiv 2006.04152).
+        exit_threshold: in evaluation, a token (in a pooled encoder a sequence) whose likeliest class has this
+            probability at an exit is done there; see :func:`run_with_exits`. None evaluates all layers.
+    """
+
+    share: str = "none"
+    share_groups: int = 1
+    reversible: bool = False
+    checkpoint_layers: int = 0
+    stochastic_depth: float = 0.0
+    exits: tuple[int, ...] = ()
+    exit_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("share", self.share, SHARES)
+        at_least("share_groups", self.share_groups, 1)
+        at_least("checkpoint_layers", self.checkpoint_layers, 0)
+        object.__setattr__(self, "exits", tuple(self.exits))
+        if not 0 <= self.stochastic_depth < 1:
+            raise Unsupported(f"stochastic_depth={self.stochastic_depth}", supported="0 <= stochastic_depth < 1")
+        if self.reversible and self.checkpoint_layers:
+            raise Unsupported(
+                "checkpoint_layers with reversible=True",
+                supported="one of them: a reversible stack keeps no layer's activations",
+                nearest="checkpoint_layers=0",
+            )
+        if list(self.exits) != sorted(set(self.exits)):
+            raise Unsupported(f"exits={self.exits}", supported="rising numbers of layers", nearest="exits=(1, 2)")
+        if self.exit_threshold is not None and not self.exits:
+            raise Unsupported(f"exit_threshold={self.exit_threshold} without exits", supported="exits=(1, ...)")
+        if self.exit_threshold is not None and not 0 <= self.exit_threshold <= 1:
+            raise Unsupported(f"exit_threshold={self.exit_threshold}", supported="a probability, or None")
+
+    @classmethod
+    def read(cls, given: StackConfig | Mapping[str, Any]) -> StackConfig:
+        """From a mapping of options; raises Unsupported for an unknown one."""
+        if isinstance(given, StackConfig):
+            return given
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name, value in given.items():
+            if name not in names:
+                raise Unsupported(f"option {name!r} of stack", supported=", ".join(names), nearest=closest(name, names))
+            expected = KINDS.get(name, (type(value),))
+            if type(value) not in expected:
+                raise Unsupported(f"{name}={value!r} of stack", supported=" or ".join(k.__name__ for k in expected))
+        return cls(**given)
+
+
+class Stack(nn.ModuleList):
+    """The blocks of a model, which run as its :class:`StackConfig` says.
+
+    Args:
+        blocks: in order.
+        config: see :class:`StackConfig`.
+        blocks_in_layer: blocks that make up a layer.
+
+    Raises:
+        Unsupported: for options that do not fit the number of layers, layers that cannot share, and layers that draw
+            new random features every so many calls in a stack that runs some calls twice.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block] = (), config: StackConfig | None = None, *, blocks_in_layer: int = 1
+    ) -> None:
+        super().__init__(blocks)
+        self.config = StackConfig() if config is None else config
+        self.blocks_in_layer = blocks_in_layer
+        self.layers = len(self) // blocks_in_layer
+        if self.config.exits and not 1 <= self.config.exits[0] <= self.config.exits[-1] < self.layers:
+            raise Unsupported(
+                f"exits={self.config.exits} of {self.layers} layers", supported=f"from 1 to {self.layers - 1}"
+            )
+        if self.config.share != "none":
+            self._share()
+        if self.config.reversible or self.config.checkpoint_layers:
+            self._check_repeatable()
+
+    def _share(self) -> None:
+        groups = self.config.share_groups
+        if self.layers % groups:
+            raise Unsupported(f"share_groups={groups} of {self.layers} layers", supported="a divisor of the layers")
+        period = len(self) // groups
+        for i, block in enumerate(self):
+            first = self[i - i % period + i % self.blocks_in_layer]
+            if block is first:
+                continue
+            if self.config.share != "feed_forward":
+                if block.entry != first.entry:
+                    raise Unsupported(
+                        f"layers of {first.entry} and {block.entry} that share their {self.config.share}",
+                        supported="equal entries of the plan in a group",
+                        nearest="share='feed_forward', or more share_groups",
+                    )
+                block.mixer, block.mixer_norm = first.mixer, first.mixer_norm
+            if self.config.share != "mixer":
+                if _shapes(block.feed_forward) != _shapes(first.feed_forward):
+                    raise Unsupported(
+                        "feed-forward networks of different widths that are shared", supported="one width"
+                    )
+                block.feed_forward, block.feed_forward_norm = first.feed_forward, first.feed_forward_norm
+
+    def _check_repeatable(self) -> None:
+        for module in self.modules():
+            options = getattr(module, "config", None)
+            for name in ("redraw", "redraw_every"):
+                if getattr(options, name, 0):
+                    raise Unsupported(
+                        f"{name}={getattr(options, name)} in a stack that computes layers again in the backward pass",
+                        supported="layers that do not change themselves from call to call",
+                        nearest=f"{name}=0",
+                    )
+
+    def run(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Context,
+        states: Sequence[Any],
+        memory: Float[Tensor, "b m c"] | None = None,
+    ) -> Result:
+        """All blocks in turn; arguments and result as of :func:`regard.models.blocks.run_blocks`."""
+        config = self.config
+        skips = self.training and config.stochastic_depth > 0
+        if not (config.reversible or skips or (config.checkpoint_layers and torch.is_grad_enabled())):
+            return run_blocks(self, x, context, states, memory)
+        work = Pass(self, x, context, states, memory)
+        work.advance(self.layers)
+        return work.result()
+
+
+def _shapes(module: Any) -> list[torch.Size]:
+    return [] if module is None else [parameter.shape for parameter in module.parameters()]
+
+
+Streams = tuple[Tensor, ...]
+"""The residual stream, or the two of a reversible stack: the one to be added to, then the one to be read."""
+
+
+class Pass:
+    """One pass through a stack, which may pause between layers.
+
+    Args:
+        stack, x, context, states, memory: as of :meth:`Stack.run`.
+
+    Attributes:
+        active: (B, N) tokens that are not done; None when all are not. The others keep their hidden states: mixers see
+            them, so that states go on, but feed-forward networks do not compute them.
+    """
+
+    def __init__(
+        self, stack: Stack, x: Tensor, context: Context, states: Sequence[Any], memory: Tensor | None = None
+    ) -> None:
+        check_roles(stack, context)
+        self.stack, self.context, self.states, self.memory = stack, context, list(states), memory
+        self.streams: Streams = (x, x) if stack.config.reversible else (x,)
+        self.active: Bool[Tensor, "b n"] | None = None
+        self.layer = 0
+        self.scales = [self._scale((layer + 1) / stack.layers) for layer in range(stack.layers)]
+        self.after: list[Any] = []
+        self.losses: dict[str, Loss] = {}
+        self.extras: dict[str, Any] = {}
+
+    @property
+    def hidden(self) -> Float[Tensor, "b n c"]:
+        """What there is to read after the layers so far."""
+        return self.streams[0] if len(self.streams) == 1 else (self.streams[0] + self.streams[1]) / 2
+
+    def result(self) -> Result:
+        return Result(self.hidden, tuple(self.after), self.losses, self.extras)
+
+    def advance(self, layer: int) -> None:
+        """Run the layers that are left up to number `layer`."""
+        config = self.stack.config
+        mask = self.context.mask
+        as_usual = (
+            bool(self.context.want)
+            or self.active is not None
+            or any(state is not None for state in self.states)
+            or (mask is not None and mask.bias is not None and mask.bias.requires_grad)
+        )
+        if not torch.is_grad_enabled() or (config.reversible and as_usual):
+            self._keep(self._run(self._branches(self.layer, layer), self.streams, self.memory))
+        elif config.reversible:
+            self._invert(self._branches(self.layer, layer))
+        else:
+            size = config.checkpoint_layers or max(layer - self.layer, 1)
+            for start in range(self.layer, layer, size):
+                branches = self._branches(start, min(start + size, layer))
+                if config.checkpoint_layers:
+                    draws = Draws(self.context.generator, self.streams[0].device)
+                    done = checkpoint(
+                        self._run,
+                        branches,
+                        self.streams,
+                        self.memory,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=partial(_nothing_then_again, draws),
+                    )
+                else:
+                    done = self._run(branches, self.streams, self.memory)
+                self._keep(done)
+        self.layer = layer
+
+    def keep_rows(self, rows: Bool[Tensor, " b"]) -> None:
+        """Go on with the marked rows only. Not with memory or states."""
+        self.streams = tuple(stream[rows] for stream in self.streams)
+        mask, changes = self.context.mask, {}
+        if mask is not None:
+            bias, blocks = mask.bias, mask.blocks
+            if bias is not None and bias.shape[0] > 1:
+                bias = bias[rows]
+            if blocks is not None and blocks.visible.shape[0] > 1:
+                blocks = dataclasses.replace(blocks, visible=blocks.visible[rows])
+            lengths = None if mask.lengths is None else mask.lengths[rows]
+            changes["mask"] = dataclasses.replace(mask, lengths=lengths, bias=bias, blocks=blocks)
+        for name in ("positions", "roles"):
+            value = getattr(self.context, name)
+            if value is not None and value.shape[0] > 1:
+                changes[name] = value[rows]
+        self.context = self.context.replace(**changes)
+
+    def _branches(self, start: int, stop: int) -> list[Branch]:
+        """The residual branches of some layers."""
+        stack, found = self.stack, []
+        for layer in range(start, stop):
+            scale = self.scales[layer]
+            for i in range(layer * stack.blocks_in_layer, (layer + 1) * stack.blocks_in_layer):
+                block: Any = stack[i]
+                found.append(Branch(block, True, scale, self.states[i]))
+                if block.feed_forward is not None:
+                    found.append(Branch(block, False, scale))
+        return found
+
+    def _scale(self, share: float) -> float:
+        """What a layer's branches are multiplied by; 0 leaves it out."""
+        chance = self.stack.config.stochastic_depth * share
+        if not self.stack.training or chance == 0:
+            return 1.0
+        generator = self.context.generator
+        draw = torch.rand((), generator=generator, device=None if generator is None else generator.device)
+        return 0.0 if float(draw) < chance else 1 / (1 - chance)
+
+    def _run(self, branches: Sequence[Branch], streams: Streams, memory: Tensor | None) -> Done:
+        done = Done(streams)
+        for branch in branches:
+            result = branch.run(done.streams[-1], memory, self.context, self.active)
+            done.streams = (*done.streams[1:], done.streams[0] + result.output)
+            done.add(branch, result)
+        return done
+
+    def _keep(self, done: Done) -> None:
+        self.streams = done.streams
+        self.after += done.states
+        add_losses(self.losses, done.losses)
+        for name, values in done.extras.items():
+            self.extras.setdefault(name, []).extend(values)
+
+    def _invert(self, branches: list[Branch]) -> None:
+        work = Inversion(branches, self.context, self.streams[0].device)
+        parameters = [p for p in _distinct(branches) if p.requires_grad]
+        first, second, *sums = _Invertible.apply(work, *self.streams, self.memory, *parameters)
+        self.streams = (first, second)
+        self.after += work.done.states
+        for (name, count), total in zip(work.counts, sums, strict=True):
+            add_losses(self.losses, {name: (total, count)})
+        for name, values in work.done.extras.items():
+            self.extras.setdefault(name, []).extend(values)
+
+
+def _nothing_then_again(draws: Draws) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a checkpoint's forward and repeated calls run in."""
+    return nullcontext(), draws.again()
+
+
+@dataclass
+class Branch:
+    """The mixer of a block, or its feed-forward network, in one pass.
+
+    Attributes:
+        mixes: whether it is the mixer.
+        scale: of what it adds; 0 when it is left out.
+        state: that the mixer continues.
+    """
+
+    block: Block
+    mixes: bool
+    scale: float = 1.0
+    state: Any = None
+
+    def run(self, x: Tensor, memory: Tensor | None, context: Context, active: Tensor | None = None) -> Result:
+        """What it adds to the stream, as the output."""
+        continues = self.mixes and (self.state is not None or "state" in context.want)
+        if self.scale == 0 and not continues:
+            return Result(torch.zeros_like(x))
+        if not self.mixes:
+            if active is None:
+                result = Result(self.block.feed(x, context=context))
+            else:
+                result = Result(torch.zeros_like(x))
+                if bool(active.any()):
+                    result.output[active] = self.block.feed(x[active][None], context=context)[0].to(x.dtype)
+        else:
+            own = self.block.cross
+            if memory is not None and not own:
+                context = context.replace(memory_mask=None, memory_positions=None)
+            result = self.block.mix(x, memory if own else None, context=context, state=self.state)
+            if active is not None:
+                result.output = result.output.where(active[..., None], 0)
+        if self.scale != 1:
+            result.output = self.scale * result.output
+        return result
+
+
+@dataclass
+class Done:
+    """What some branches leave behind: the streams, and the states, losses and extras of their mixers."""
+
+    streams: Streams
+    states: list[Any] = field(default_factory=list)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, branch: Branch, result: Result) -> None:
+        if branch.mixes:
+            self.states.append(result.state)
+        add_losses(self.losses, result.losses)
+        for name, value in result.extras.items():
+            self.extras.setdefault(name, []).append(value)
+
+
+class Draws:
+    """The random state at a point of a pass, to be drawn from again: torch's own, and a generator's."""
+
+    def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
+        self.generator, self.device = generator, device
+        self.states = self._read()
+
+    def _read(self) -> tuple[Tensor | None, ...]:
+        return (
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            None if self.generator is None else self.generator.get_state(),
+        )
+
+    def _write(self, states: tuple[Tensor | None, ...]) -> None:
+        cpu, cuda, own = states
+        assert cpu is not None
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.device)
+        if self.generator is not None and own is not None:
+            self.generator.set_state(own)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, draws are those that followed the point; afterwards all is as before."""
+        now = self._read()
+        self._write(self.states)
+        try:
+            yield
+        finally:
+            self._write(now)
+
+
+def _distinct(branches: Sequence[Branch]) -> list[nn.Parameter]:
+    found = {id(p): p for branch in branches for p in branch.block.parameters()}
+    return list(found.values())
+
+
+class Inversion:
+    """What the backward pass of a reversible stack needs beside the last streams."""
+
+    def __init__(self, branches: Sequence[Branch], context: Context, device: torch.device) -> None:
+        self.branches, self.context, self.device = branches, context, device
+        self.done = Done(())
+        self.draws: list[Draws] = []
+        self.counts: list[tuple[str, Tensor]] = []  # of the losses, in the order of their sums
+        self.losses_of: list[int] = []  # how many losses each branch has
+        kind = device.type
+        self.autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if self.autocast else None
+
+    def precision(self) -> Any:
+        """The forward pass's autocast, without its cache: weights cast without gradients must not be used with them."""
+        if not self.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
+
+
+class _Invertible(torch.autograd.Function):
+    """Branches of a reversible stack as one operation: (first, second, memory) -> (first, second, sums of losses)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, work: Inversion, first: Tensor, second: Tensor, memory: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        streams, sums = (first.clone(), second.clone()), []
+        with work.precision():
+            for branch in work.branches:
+                work.draws.append(Draws(work.context.generator, work.device))
+                result = branch.run(streams[1], memory, work.context)
+                streams = (streams[1], streams[0] + result.output)
+                work.counts += [(name, count) for name, (_, count) in result.losses.items()]
+                work.losses_of.append(len(result.losses))
+                sums += [total for total, _ in result.losses.values()]
+                work.done.add(branch, result)
+        ctx.work, ctx.parameters = work, parameters
+        ctx.save_for_backward(*streams, memory)
+        return (*streams, *sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        work: Inversion = ctx.work
+        first, second, memory = ctx.saved_tensors
+        to_first, to_second, *to_sums = gradients
+        found: dict[int, Tensor] = {}
+        leaf_memory = memory
+        if memory is not None and ctx.needs_input_grad[3]:
+            leaf_memory = memory.detach().requires_grad_()
+        steps = zip(reversed(work.branches), reversed(work.draws), reversed(work.losses_of), strict=True)
+        for branch, draws, losses in steps:
+            own, to_sums = to_sums[len(to_sums) - losses :], to_sums[: len(to_sums) - losses]
+            read = first.detach().requires_grad_()
+            with torch.enable_grad(), work.precision(), draws.again():
+                result = branch.run(read, leaf_memory, work.context)
+            outputs = [result.output, *(total for total, _ in result.losses.values())]
+            pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, (to_second, *own), strict=True) if o.requires_grad]
+            leaves = [read, *(p for p in _distinct([branch]) if p.requires_grad)]
+            if leaf_memory is not None and leaf_memory.requires_grad:
+                leaves.append(leaf_memory)
+            to_read = None
+            if pairs:
+                roots, to_roots = [o for o, _ in pairs], [g for _, g in pairs]
+                to_read, *made = torch.autograd.grad(roots, leaves, to_roots, allow_unused=True)
+                for leaf, gradient in zip(leaves[1:], made, strict=True):
+                    if gradient is not None:
+                        found[id(leaf)] = found[id(leaf)] + gradient if id(leaf) in found else gradient
+            first, second = second - result.output.detach(), first
+            to_first, to_second = to_second, to_first if to_read is None else to_first + to_read
+        rest = [found.get(id(leaf)) for leaf in (leaf_memory, *ctx.parameters)]
+        return (None, to_first, to_second, *rest)
+
+
+def run_with_exits(
+    stack: Stack,
+    exit_norms: nn.ModuleList,
+    norm: nn.Module,
+    logits: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "b n c"],
+    context: Context,
+    states: Sequence[Any],
+    memory: Float[Tensor, "b m c"] | None = None,
+    *,
+    place: Callable[[Tensor], Tensor],
+) -> Result:
+    """A stack and the norm behind it, each token leaving at the exit where it is sure.
+
+    A token that has left keeps its hidden state: the mixers of the layers above go on to see it, and their states go on
+    (Confident Adaptive Language Modeling, Schuster et al., arXiv 2207.07061), but their feed-forward networks and the
+    output do not. So decoding with states equals reading the sequence whole. Without a state the layers end when all
+    tokens have left.
+
+    Args:
+        stack: with its exits; in training none is taken.
+        exit_norms: the norm of each exit.
+        norm: that of the last layer.
+        logits: from normed hidden states (..., C) to those of the classes.
+        x, context, states, memory: as of :meth:`Stack.run`.
+        place: from the layers' layout (B, N, ...) to the one that is returned.
+
+    Returns:
+        As :meth:`Stack.run`, with the output normed: by the norm of the place where each token left. In training
+        ``extras["exits"]`` has the share of the layers and the normed hidden states (B, N, C) of each exit; where tokens
+        leave, ``extras["exit_layer"]`` the number of layers (B, N) that each has passed.
+    """
+    config = stack.config
+    leaves = bool(config.exits) and config.exit_threshold is not None and not stack.training
+    if not (leaves or (config.exits and stack.training)):
+        result = stack.run(x, context, states, memory)
+        result.output = place(norm(result.output))
+        return result
+    work = Pass(stack, x, context, states, memory)
+    exits: list[tuple[float, Tensor]] = []
+    output, active = torch.zeros_like(x), x.new_ones(x.shape[:2], dtype=torch.bool)
+    passed = torch.full(x.shape[:2], stack.layers, device=x.device)
+    goes_on = "state" in context.want or any(state is not None for state in states)
+    for layer, exit_norm in zip(config.exits, exit_norms, strict=True):
+        work.advance(layer)
+        normed = exit_norm(work.hidden)
+        if not leaves:
+            exits.append((layer / stack.layers, place(normed)))
+            continue
+        done = active.clone()
+        done[active] = is_sure(logits(normed[active]), config.exit_threshold)
+        output, passed = normed.where(done[..., None], output), torch.where(done, layer, passed)
+        active = active & ~done
+        work.active = active
+        if not goes_on and not bool(active.any()):
+            break
+    else:
+        work.advance(stack.layers)
+        output = norm(work.hidden) if not leaves else norm(work.hidden).where(active[..., None], output)
+    result = work.result()
+    result.output = place(output)
+    result.extras |= {"exit_layer": place(passed[..., None])[..., 0]} if leaves else {"exits": exits}
+    return result
+
+
+def apply_head(result: Result, head: Callable[[Tensor], Tensor]) -> Result:
+    """`result` of :func:`run_with_exits` with its hidden states, and those of its exits, turned into outputs."""
+    result.output = head(result.output)
+    if "exits" in result.extras:
+        result.extras["exits"] = [(share, head(x)) for share, x in result.extras["exits"]]
+    return result
+
+
+def is_sure(logits: Float[Tensor, "*b classes"], threshold: float | None) -> Bool[Tensor, "*b"]:
+    """Whether the likeliest class has at least the probability `threshold`."""
+    assert threshold is not None
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return precise.softmax(-1).amax(-1) >= threshold
+
+
+def joint_loss(result: Result, loss: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
+    """Mean of the `loss` of a model's output and of its exits' outputs, weighted by how many layers each has passed."""
+    total, weights = loss(result.output), 1.0
+    for share, output in result.extras.get("exits", ()):
+        total, weights = total + share * loss(output), weights + share
+    return total / weights
+
+
+def set_exit_threshold(model: nn.Module, threshold: float | None) -> None:
+    """Let a trained model leave at its exits with another confidence; None evaluates all layers.
+
+    Raises:
+        Unsupported: for a model without exits, or a threshold that is no probability.
+    """
+    config: Any = model.config
+    stack = dataclasses.replace(config.stack, exit_threshold=threshold)
+    model.config, model.blocks.config = dataclasses.replace(config, stack=stack), stack  # type: ignore[union-attr]
