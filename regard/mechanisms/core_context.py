@@ -365,8 +365,7 @@ def _attend(
 def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n v"]:
     """What is read from tokens and from cores, in one softmax or under a gate."""
     if gate is None:
-        outputs, lses = zip(near, far, strict=True)
-        return merge(outputs, lses)
+        return merge(*zip(near, far, strict=True))
     share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
     return torch.where((far[1] > -torch.inf)[..., None], share * near[0] + (1 - share) * far[0], near[0])
 

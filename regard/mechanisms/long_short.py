@@ -60,9 +60,10 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, joined
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import wide
+from regard.engines.merging import merge
 from regard.sampling import normals
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def parallel(
     exists = torch.where((lengths > 0)[:, None], slots, -1)
     where = Ranks(torch.arange(n, device=q.device)[None], exists, None, None, plain=False)
     far = _attend(call, wide(q), keys, values, where, Visibility())
-    return joined(*near, *far).to(q.dtype)
+    return merge(*zip(near, far, strict=True)).to(q.dtype)
 
 
 def chunked(
@@ -223,7 +224,7 @@ def chunked(
     opened = (slots // config.rank + 1) * config.segment  # the first rank that reads each landmark
     there = Ranks(where.queries, opened, None, None, plain=False)
     far = _attend(call, wide(q), state.keys, state.values, there, Visibility(causal=True))
-    return Result(joined(*near, *far).to(q.dtype), state)
+    return Result(merge(*zip(near, far, strict=True)).to(q.dtype), state)
 
 
 def _checked(call: Call, v: Tensor, p: Tensor, weight: Tensor | None, bias: Tensor | None) -> Config:
