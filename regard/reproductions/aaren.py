@@ -26,7 +26,13 @@ from regard.models.blocks import Block, run_blocks
 from regard.reproductions.framework.judging import Check, measured, minus, over
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_slopes
-from regard.reproductions.framework.training import cached_task, language_model, state_bytes, trained_score
+from regard.reproductions.framework.training import (
+    cached_task,
+    digit_pixels,
+    language_model,
+    state_bytes,
+    trained_score,
+)
 from regard.tasks import Batch, Task
 
 ROWS = {"task": "rows", "steps": 280, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
@@ -80,7 +86,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if setting["task"] == "recall":
         task = cached_task("recall", evaluation_items=setting["items"])
         return {**trained_score(language_model(task, [mixer] * 2, dim=64, num_heads=4), task, setting, seed)}
-    images = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    images = digit_pixels(setting["items"])
     task = Rows(images)
     measured = trained_score(Stream(mixer, task), task, setting, seed)
     return {**measured, "bytes at 256": bytes_at(mixer, 256), "bytes at 2048": bytes_at(mixer, 2048)}

@@ -19,8 +19,8 @@ import torch
 from regard.functional import cosformer_attention, softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus, over
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, language_model, trained_score
+from regard.reproductions.framework.timing import growth_and_speedup
+from regard.reproductions.framework.training import cached_task, classifier, digit_pixels, language_model, trained_score
 
 DIGITS = {"task": "digits", "steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 TEXT = {"task": "text", "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "items": 64}
@@ -43,7 +43,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
         task = cached_task("text", length=128, evaluation_items=setting["items"])
         text_model = language_model(task, plan, dim=64, num_heads=4, positions="learned", max_length=128)
         return {**trained_score(text_model, task, setting, seed)}
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, plan, dim=64, num_heads=4, positions="learned", max_length=task.length)
     return {**trained_score(model, task, setting, seed)}
 
@@ -54,9 +54,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
         "cosformer": {n: partial(cosformer_attention, *x, length=n) for n, x in inputs.items()},
         "softmax": {n: partial(softmax_attention, *x) for n, x in inputs.items()},
     }
-    longest = max(inputs)
-    ratio = timed_ratio(actions["softmax"][longest], actions["cosformer"][longest], seconds=setting["seconds"])
-    return {**timed_slopes(actions, seconds=setting["seconds"]), "speedup": ratio}
+    return growth_and_speedup(actions, seconds=setting["seconds"])
 
 
 REPRODUCTION = Reproduction(

@@ -21,7 +21,7 @@ from regard.models import Encoder
 from regard.models.blocks import Block
 from regard.reproductions.framework.judging import Check, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 from regard.tasks import Batch, Task, counter_generator
 
 TRAINING = {"steps": 450, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
@@ -55,7 +55,7 @@ class Distracted(Task):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    images = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    images = digit_pixels(setting["items"])
     task = Distracted(images)
     plan = [("flow_attention", setting["options"])] * 2
     model = classifier(task, plan, dim=64, num_heads=4, positions="learned", max_length=task.length)

@@ -18,7 +18,7 @@ from regard.models import Encoder, EncoderConfig
 from regard.reproductions.framework.judging import Check, Seed, measured
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 
@@ -27,7 +27,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "length" in setting:
         softmax, fnet = (training_step(mixer, setting["length"]) for mixer in ("softmax", "fnet"))
         return {"speedup": timed_ratio(softmax, fnet, seconds=setting["seconds"])}
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     return {**trained_score(model, task, setting, seed)}
 

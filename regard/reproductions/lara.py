@@ -17,8 +17,8 @@ import torch
 from regard.functional import lara_attention, softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.timing import growth_and_speedup
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 PERFORMER = {"num_features": 16, "fresh": True, "least_denominator": 0.1}
@@ -28,7 +28,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     return {**trained_score(model, task, setting, seed)}
 
@@ -39,9 +39,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
     actions = {
         name: {n: partial(f, *x, pattern="noncausal-self") for n, x in inputs.items()} for name, f in functions.items()
     }
-    longest = max(inputs)
-    ratio = timed_ratio(actions["softmax"][longest], actions["lara"][longest], seconds=setting["seconds"])
-    return {**timed_slopes(actions, seconds=setting["seconds"]), "speedup": ratio}
+    return growth_and_speedup(actions, seconds=setting["seconds"])
 
 
 REPRODUCTION = Reproduction(

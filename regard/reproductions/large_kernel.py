@@ -18,7 +18,7 @@ from regard import Context, create_layer
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 450, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 FIELD = {"kernel": 10, "dilation": 2}
@@ -28,7 +28,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "pixels" in setting:
         with torch.no_grad():
             return {**time_forward(setting)}
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 4, dim=48, num_heads=4)
     return {**trained_score(model, task, setting, seed)}
 

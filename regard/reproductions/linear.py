@@ -18,14 +18,14 @@ from regard.functional import linear_attention, softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "mixer" in setting:
-        task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+        task = digit_pixels(setting["items"])
         return {**trained_score(classifier(task, [setting["mixer"]] * 2, dim=64, num_heads=4), task, setting, seed)}
     with torch.no_grad():
         return time_steps(setting) if setting["what"] == "step" else time_forward(setting)

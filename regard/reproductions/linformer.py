@@ -16,8 +16,8 @@ import torch
 from regard.functional import linformer_attention, softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.timing import growth_and_speedup
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 FEW = {"length": 64, "projected": 16}
@@ -27,7 +27,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     return {**trained_score(model, task, setting, seed)}
 
@@ -38,9 +38,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
     mixing = {n: torch.rand(2, 1, n, 256) / 8 - 1 / 16 for n in lengths}
     softmax = {n: partial(softmax_attention, *inputs[n], pattern="noncausal-self") for n in lengths}
     linformer = {n: partial(linformer_attention, *inputs[n], *mixing[n], pattern="noncausal-self") for n in lengths}
-    found = timed_slopes({"linformer": linformer, "softmax": softmax}, seconds=setting["seconds"])
-    ratio = timed_ratio(softmax[max(lengths)], linformer[max(lengths)], seconds=setting["seconds"])
-    return {**found, "speedup": ratio}
+    return growth_and_speedup({"linformer": linformer, "softmax": softmax}, seconds=setting["seconds"])
 
 
 REPRODUCTION = Reproduction(

@@ -21,7 +21,7 @@ from regard.apply import apply
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 450, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 TIMED: dict[str, dict[str, Any]] = {"longformer": {"window": 256}, "bigbird": {}, "softmax": {}}
@@ -31,7 +31,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     plan = [(setting["mixer"], setting["options"])] * 2
     return {**trained_score(classifier(task, plan, dim=64, num_heads=4, pool="first"), task, setting, seed)}
 

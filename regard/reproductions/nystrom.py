@@ -16,8 +16,8 @@ import torch
 from regard.functional import nystrom_attention, softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, fit, score, trained_score
+from regard.reproductions.framework.timing import growth_and_speedup
+from regard.reproductions.framework.training import classifier, digit_pixels, fit, score, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 LANDMARKS = {"landmarks": 16, "convolution": 0}
@@ -27,7 +27,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     found = trained_score(model, task, setting, seed)
     if "more_steps" not in setting:
@@ -43,9 +43,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     softmax = {n: partial(softmax_attention, *x, pattern="noncausal-self") for n, x in inputs.items()}
     nystrom = {n: partial(nystrom_attention, *x, pattern="noncausal-self", landmarks=64) for n, x in inputs.items()}
-    longest = max(inputs)
-    found = timed_slopes({"nystrom": nystrom, "softmax": softmax}, seconds=setting["seconds"])
-    return {**found, "speedup": timed_ratio(softmax[longest], nystrom[longest], seconds=setting["seconds"])}
+    return growth_and_speedup({"nystrom": nystrom, "softmax": softmax}, seconds=setting["seconds"])
 
 
 REPRODUCTION = Reproduction(

@@ -20,8 +20,8 @@ from regard.functional import performer_attention, softmax_attention
 from regard.mechanisms.performer import draw_features
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, fit, score, trained_score
+from regard.reproductions.framework.timing import growth_and_speedup
+from regard.reproductions.framework.training import classifier, digit_pixels, fit, score, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 
@@ -32,7 +32,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, [setting["mixer"]] * 2, dim=64, num_heads=4)
     found = trained_score(model, task, setting, seed)
     if "more_steps" not in setting:
@@ -70,9 +70,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
         "performer": {n: partial(performer_attention, *x, w) for n, x in inputs.items()},
         "softmax": {n: partial(softmax_attention, *x) for n, x in inputs.items()},
     }
-    longest = max(inputs)
-    ratio = timed_ratio(actions["softmax"][longest], actions["performer"][longest], seconds=setting["seconds"])
-    return {**timed_slopes(actions, seconds=setting["seconds"]), "speedup": ratio}
+    return growth_and_speedup(actions, seconds=setting["seconds"])
 
 
 REPRODUCTION = Reproduction(

@@ -20,8 +20,8 @@ from regard.apply import apply
 from regard.mechanisms.reformer import Rotations
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, classifier, fit, score
+from regard.reproductions.framework.timing import growth_and_speedup
+from regard.reproductions.framework.training import classifier, digit_pixels, fit, score
 
 TRAINING = {"steps": 450, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 
@@ -30,7 +30,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     if not fit(model, task, setting, seed):
         return {"score": float("nan"), "fewer": float("nan")}
@@ -51,12 +51,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
         actions["softmax"][n] = partial(
             apply, get_mechanism("softmax"), {"q": q, "k": k, "v": v}, pattern="noncausal-self"
         )
-    found: dict[str, Any] = {**timed_slopes(actions, seconds=setting["seconds"])}
-    longest = setting["lengths"][-1]
-    found["speedup"] = timed_ratio(
-        actions["softmax"][longest], actions["reformer"][longest], seconds=setting["seconds"]
-    )
-    return found
+    return growth_and_speedup(actions, seconds=setting["seconds"])
 
 
 REPRODUCTION = Reproduction(

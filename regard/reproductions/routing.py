@@ -19,7 +19,7 @@ from regard import get_mechanism
 from regard.apply import apply
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import timed_ratio, timed_slopes
+from regard.reproductions.framework.timing import growth_and_speedup
 from regard.reproductions.framework.training import language_model, trained_score
 from regard.tasks import create_task
 
@@ -43,10 +43,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
         routed = {**inputs, "centroids": torch.randn(4, max(1, n // 64), 64)}
         actions["routing"][n] = partial(apply, get_mechanism("routing"), routed, pattern="noncausal-self")
         actions["softmax"][n] = partial(apply, get_mechanism("softmax"), inputs, pattern="noncausal-self")
-    found: dict[str, Any] = {**timed_slopes(actions, seconds=setting["seconds"])}
-    longest = setting["lengths"][-1]
-    found["speedup"] = timed_ratio(actions["softmax"][longest], actions["routing"][longest], seconds=setting["seconds"])
-    return found
+    return growth_and_speedup(actions, seconds=setting["seconds"])
 
 
 REPRODUCTION = Reproduction(

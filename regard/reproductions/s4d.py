@@ -14,7 +14,7 @@ import torch
 from regard.mechanisms.s4d import S4DLayer
 from regard.reproductions.framework.judging import Check, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, classifier, language_model, trained_score
+from regard.reproductions.framework.training import cached_task, classifier, digit_pixels, language_model, trained_score
 
 TEXT = {"task": "text", "steps": 400, "batch_size": 24, "learning_rate": 3e-3, "items": 64}
 IMAGES = {"task": "images", "steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000, "mixer": "s4d"}
@@ -26,7 +26,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     if setting["task"] == "text":
         task = cached_task("text", length=256, evaluation_items=setting["items"])
         return trained_score(language_model(task, layers, dim=64, num_heads=4), task, setting, seed)
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     model = classifier(task, layers, dim=32, num_heads=2)
     if setting["real"]:
         for layer in model.modules():

@@ -12,13 +12,13 @@ from typing import Any
 
 from regard.reproductions.framework.judging import Check, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    task = cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=setting["items"])
+    task = digit_pixels(setting["items"])
     options = {**setting["options"], **({"length": task.length} if setting["mixer"] == "synthesizer" else {})}
     plan = [(setting["mixer"], options)] * 2
     model = classifier(task, plan, dim=64, num_heads=4, positions="learned", max_length=task.length)

@@ -34,5 +34,13 @@ def timed_slopes(actions: Mapping[str, Mapping[float, Action]], *, seconds: floa
     }
 
 
+def growth_and_speedup(actions: Mapping[str, Mapping[float, Action]], *, seconds: float) -> dict[str, dict[str, float]]:
+    """:func:`timed_slopes` of two, and as ``speedup`` how many times as long the second takes at the largest size."""
+    first, second = actions.values()
+    largest = max(first)
+    ratio = timed_ratio(second[largest], first[largest], seconds=seconds)
+    return {**timed_slopes(actions, seconds=seconds), "speedup": ratio}
+
+
 def _slopes(sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[float]:
     return [float(np.polyfit(np.log(sizes), np.log(row), 1)[0]) for row in zip(*seconds, strict=True)]

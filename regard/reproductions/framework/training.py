@@ -23,6 +23,11 @@ def cached_task(name: str, **options: Any) -> Task:
     return create_task(name, **options)
 
 
+def digit_pixels(items: int) -> Task:
+    """Scikit-learn's digits as 64 pixel tokens, half of them held out, of which `items` are scored."""
+    return cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=items)
+
+
 def language_model(task: Task, plan: Any, **options: Any) -> LanguageModel:
     """A model of the task's vocabulary; `plan` is a list with a name or (name, options) for each layer."""
     return LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size or 0, plan=plan, **options))
