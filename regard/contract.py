@@ -543,7 +543,8 @@ class Mechanism:
         sample_context: makes what else a call needs in tests (roles), as tensors by name.
         projection: module that turns the shell's q, k, v (and x) into the mechanism's inputs.
         merge: module that turns the head outputs (and inputs, x) into what the output projection sees.
-        module: the whole layer, for mixers, poolings, projections and wrappers.
+        module: the whole layer, for mixers, poolings, projections and wrappers; of attention a class derived from the
+            shell, where it must see layer inputs again.
         prepare: inserts the tokens it needs: ids -> (ids, roles).
         layer_defaults: options of the shell that belong to the mechanism.
         engine: what computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.

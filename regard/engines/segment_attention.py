@@ -261,12 +261,12 @@ class _Sequence:
         parts = []
         if self.queue is not None:
             step = reach.segment // reach.ratio
-            parts.append(self.queue.map(lambda x: _windows(x[:, :, step - 1 :], reach.groups, step, count)))
+            parts.append(self.queue.map(lambda x: windows(x[:, :, step - 1 :], reach.groups, step, count)))
         if self.new is None:
-            parts.append(padded.map(lambda x: _windows(x, reach.memory + size, size, count)))
+            parts.append(padded.map(lambda x: windows(x, reach.memory + size, size, count)))
         else:
             if reach.memory:
-                parts.append(padded.map(lambda x: _windows(x, reach.memory, size, count)))
+                parts.append(padded.map(lambda x: windows(x, reach.memory, size, count)))
             parts.append(self.new.map(lambda x: F.pad(x, (0, 0, 0, count * size - n)).unflatten(2, (count, size))))
         return reduce(lambda before, part: before.followed_by(part, 3), parts)
 
@@ -282,7 +282,7 @@ class _Sequence:
         if self.call.pattern is not Pattern.CAUSAL_SELF:
             lengths = self.call.memory_lengths
             exists = exists & (token < (self.read.k.shape[2] if lengths is None else lengths[:, None, None]))
-        return torch.cat([group >= 0, exists.expand(exists.shape[0], -1, -1)], -1) if reach.groups else exists
+        return torch.cat([(group >= 0).expand(exists.shape[0], -1, -1), exists], -1) if reach.groups else exists
 
     def _mix_segments(
         self, causal: bool, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, table: Tensor | None
@@ -368,7 +368,7 @@ class _Sequence:
         return output, weights
 
 
-def _windows(x: Float[Tensor, "b g m d"], width: int, step: int, count: int) -> Float[Tensor, "b g count width d"]:
+def windows(x: Float[Tensor, "b g m d"], width: int, step: int, count: int) -> Float[Tensor, "b g count width d"]:
     """`count` windows of slots, each `step` after the one before."""
     return x[:, :, : (count - 1) * step + width].unfold(2, width, step).mT
 

@@ -26,6 +26,8 @@ def check_swappable(card: Mechanism) -> None:
         reason = "inserts tokens into its input"
     elif "n" not in card.inputs.get("q", "") or not {"k", "v"} <= set(card.inputs):
         reason = "learns its own query and would drop the model's"
+    elif card.module is not None:
+        reason = "is a layer of its own, which makes keys of its earlier inputs"
     if reason is not None:
         raise Unsupported(
             f"swapping to {card.name}, which {reason}",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from regard.apply import absorb, apply, input_names
 from regard.contract import (
     Context,
     LayerSpec,
+    Loss,
     Mask,
     Mechanism,
     Pattern,
@@ -91,6 +92,8 @@ class AttentionLayer(nn.Module):
         config: the mechanism's options.
     """
 
+    takes_convolutions: ClassVar[bool] = True
+
     def __init__(
         self,
         card: Mechanism,
@@ -134,6 +137,12 @@ class AttentionLayer(nn.Module):
         check_dropout(dropout)
         if output_gate is not None:
             one_of("output_gate", output_gate, GATES)
+        if short_convolution and not self.takes_convolutions:
+            raise Unsupported(
+                f"short_convolution={short_convolution} with {card.name}",
+                supported="keys and values of single tokens",
+                nearest="short_convolution=0",
+            )
         if memory_dim is not None and not self.pattern.cross:
             raise Unsupported(
                 f"memory_dim in {self.pattern.value}", supported="cross patterns", nearest="memory_dim=None"
@@ -226,7 +235,7 @@ class AttentionLayer(nn.Module):
         if not self.pattern.cross or memory is not None:
             self._memory_heads(heads, source, source_layout.lengths, caches)
         no_keys = self.pattern.cross and memory is None
-        heads, projected = self._project(
+        heads, projected, losses = self._project(
             heads, x, None if no_keys else source, context, layout.lengths, source_layout.lengths, state
         )
         heads = self._rotate(heads, positions, source_positions)
@@ -253,6 +262,7 @@ class AttentionLayer(nn.Module):
             want=context.want - {"state"},
             **self._position_functions(context, state),
         )
+        result.losses |= losses
         y = result.output
         if self.merge is not None:
             y = self.merge(y, heads, x, context, layout.lengths, result)
@@ -296,7 +306,7 @@ class AttentionLayer(nn.Module):
         positions = self._positions(context.memory_positions, layout, memory, before)
         heads: dict[str, Tensor] = {}
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())
-        heads, projected = self._project(heads, None, memory, context, None, layout.lengths, state)
+        heads, projected, _ = self._project(heads, None, memory, context, None, layout.lengths, state)
         heads = self._rotate(heads, positions, positions)
         absorbed = absorb(
             self.card,
@@ -320,14 +330,15 @@ class AttentionLayer(nn.Module):
         lengths: Tensor | None,
         memory_lengths: Tensor | None,
         state: LayerState | None,
-    ) -> tuple[dict[str, Tensor], State | None]:
-        """The mechanism's inputs, and the state of a projection that keeps one."""
+    ) -> tuple[dict[str, Tensor], State | None, dict[str, Loss]]:
+        """The mechanism's inputs, the state of a projection that keeps one, and losses."""
         if self.projection is None:
-            return heads, None
+            return heads, None, {}
         if not getattr(self.projection, "keeps_state", False):
-            return self.projection(heads, x, memory, context), None
+            return self.projection(heads, x, memory, context), None, {}
         before = None if state is None else state.projection
-        return self.projection(heads, x, memory, context, lengths=lengths, memory_lengths=memory_lengths, state=before)
+        lengths_of = {"lengths": lengths, "memory_lengths": memory_lengths}
+        return *self.projection(heads, x, memory, context, **lengths_of, state=before), {}
 
     def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
         """The output norm and the output gate."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard.contract import Context, Result, State, Unsupported, lengths_after, state_field
+from regard.contract import Context, Loss, Result, State, Unsupported, lengths_after, state_field
 from regard.engines.cache import last_slots
 from regard.layers.attention import AttentionLayer, LayerState
 
@@ -28,6 +28,15 @@ class InputState(State):
 
     inputs: Float[Tensor, "b width c"] = state_field()
     length: Int[Tensor, " b"] = state_field()
+
+
+def last_inputs(old: Any, x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, width: int) -> InputState:
+    """The last `width` inputs after new ones; `old`, if there is one, has no fewer."""
+    counts = lengths_after(None, lengths, x.shape[0], x.shape[1], x.device)
+    if old is not None:
+        x = torch.cat([old.inputs[:, old.inputs.shape[1] - width :], x.to(old.inputs.dtype)], 1)
+    inputs = last_slots(x[:, None], counts, width, old is not None)[:, 0]
+    return InputState(inputs, counts if old is None else old.length + counts)
 
 
 class SegmentLayer(AttentionLayer):
@@ -61,24 +70,18 @@ class SegmentLayer(AttentionLayer):
         lengths: Tensor | None,
         memory_lengths: Tensor | None,
         state: LayerState | None,
-    ) -> tuple[dict[str, Tensor], State | None]:
-        heads, _ = super()._project(heads, x, memory, context, lengths, memory_lengths, state)
-        assert x is not None
-        if not self.training:
-            return heads, None
+    ) -> tuple[dict[str, Tensor], State | None, dict[str, Loss]]:
+        heads, _, losses = super()._project(heads, x, memory, context, lengths, memory_lengths, state)
+        if not self.training or x is None:
+            return heads, None, losses
         stopped = x.detach()
         if torch.is_grad_enabled():
             caches = self._no_caches() if state is None or not state.convolutions else list(state.convolutions)
             past: dict[str, Tensor] = {}
             self._memory_heads(past, stopped, lengths, caches)
             heads = heads | {f"{name}_past": tensor for name, tensor in past.items()}
-        return heads, self._remember(stopped, lengths, None if state is None else state.projection)
-
-    def _remember(self, x: Float[Tensor, "b n c"], lengths: Tensor | None, old: Any) -> InputState:
-        counts = lengths_after(None, lengths, x.shape[0], x.shape[1], x.device)
-        x = x if old is None else torch.cat([old.inputs, x.to(old.inputs.dtype)], 1)
-        inputs = last_slots(x[:, None], counts, self.config.cached, old is not None)[:, 0]
-        return InputState(inputs, counts if old is None else old.length + counts)
+        old = None if state is None else state.projection
+        return heads, last_inputs(old, stopped, lengths, self.config.cached), losses
 
     def _projected_again(self, state: LayerState) -> LayerState:
         """The state with keys and values of the inputs that it holds, by the weights of now."""

@@ -1,0 +1,479 @@
+r"""Compressive Transformer: what leaves the memory of earlier segments is compressed, not forgotten.
+
+When to pick it: as `transformer_xl`, where something should be kept of c times as many tokens for each slot of state.
+When not: where exact recall of far tokens matters (a group of c tokens has one key), or where there is nothing far.
+
+Definition (Rae et al., arXiv 1911.05507, section 3), for a segment of L tokens with inputs h:
+
+    m    = SG(the last M inputs of this layer before the segment)
+    z    = SG of the last C of f_c(groups of c inputs, one after the other, that lie before the memory)
+    q    = h W_q^T,     k, v = [z; m; h] W_k^T, [z; m; h] W_v^T
+    A_ij = tau ((q_i + u) . k_j + (q_i + w) . W_r r_{i-j})
+    o_i  = softmax over j of A_ij, j <= i, times v_j
+
+SG stops gradients; i - j counts slots of [z; m; h], and r is the sinusoid of `transformer_xl`. At the end of each segment
+the L oldest inputs o of the memory are compressed into L / c slots. f_c is a convolution of width and stride c, a mean, or a
+maximum. The convolution learns from the reconstruction of what attention would have read there, and from nothing else
+(`losses["reconstruction"]`, in training):
+
+    mean over queries and features of (a(q, o W_k^T, o W_v^T) - a(q, f_c(o) W_k^T, f_c(o) W_v^T))^2,
+    a(q, k, v) = softmax(tau q k^T) v,     with q, o, W_k and W_v detached
+
+| paper | here |
+|---|---|
+| n_s | `segment` |
+| n_m | `memory`, at least `segment` |
+| n_cm | `compressed`: slots |
+| c | `ratio`, a divisor of `segment` and `memory` |
+| f_c | `compression`: ``conv``, ``mean`` or ``max`` |
+| cm W_k^T, cm W_v^T | `k_compressed`, `v_compressed`: at each token the slot of the c tokens that end there, read where they are a group |
+| SG(h) W_k^T, SG(h) W_v^T | `k_past`, `v_past`: what later segments read in place of `k` and `v` (of equal values) |
+| tau | `scale`, D^-0.5 by default |
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Groups are of ranks 0 to c - 1, c to 2 c - 1,
+..., which borders of segments and of the memory never cut. In noncausal-self a token sees all of its segment.
+State: keys and values of the last M + L - 1 tokens, and of the groups that may yet be read, C + (M + L) / c - 1; the layer
+adds the inputs of the unfinished group. In training it adds the inputs behind all of these, as `transformer_xl` does.
+Deviations: each group is compressed when it is complete; it is read, and its reconstruction is learned, when it leaves
+the memory. The memory of a layer in a model is the input of its mixer, after the norm. Queries whose segment pushes
+nothing out have no part in the loss, nor has a call in training that begins inside a segment. The paper adds the loss with the weight 1 (``loss_weights`` of a model; nothing but
+f_c sees it). Dilated convolutions and most-used tokens as f_c, and its reconstruction of inputs, are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from regard.contract import (
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Loss,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    State,
+    Tensors,
+    Unsupported,
+    at_least,
+    one_of,
+    state_field,
+)
+from regard.engines.attention import Ranks, Visibility, attention
+from regard.engines.cache import take
+from regard.engines.grouped_attention import wide
+from regard.engines.segment_attention import Distances, GroupState, Reach, segment_attention, windows
+from regard.layers.attention import LayerState
+from regard.layers.segment_recurrence import InputState, SegmentLayer, last_inputs
+from regard.mechanisms.transformer_xl import NO_PLACE, RelativeScores, relative_rows
+from regard.mechanisms.transformer_xl import sample_inputs as sample_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        segment: L >= 1, a multiple of `ratio`.
+        memory: M >= L, a multiple of `ratio`.
+        compressed: C >= 1, slots of the compressed memory.
+        ratio: c >= 1, tokens a slot.
+        compression: f_c of a layer: ``conv``, ``mean`` or ``max``.
+        clamp: >= 0, farther slots count as if at this distance; None for all as they are.
+    """
+
+    segment: int = 32
+    memory: int = 32
+    compressed: int = 16
+    ratio: int = 4
+    compression: str = "conv"
+    clamp: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("segment", "compressed", "ratio"):
+            at_least(name, getattr(self, name), 1)
+        at_least("memory", self.memory, self.segment)
+        for name in ("segment", "memory"):
+            if getattr(self, name) % self.ratio:
+                raise Unsupported(
+                    f"{name}={getattr(self, name)} with ratio={self.ratio}",
+                    supported="a multiple of the ratio",
+                    nearest=f"{name}={-(-getattr(self, name) // self.ratio) * self.ratio}",
+                )
+        one_of("compression", self.compression, ("conv", "mean", "max"))
+        if self.clamp is not None:
+            at_least("clamp", self.clamp, 0)
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the one after a sequence may see."""
+        return self.reach.cached
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.segment, self.memory, self.compressed, self.ratio)
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    k_compressed: Float[Tensor, "b g m d"],
+    v_compressed: Float[Tensor, "b g m v"],
+    u: Float[Tensor, "h d"] | None = None,
+    w: Float[Tensor, "h d"] | None = None,
+    relative: Float[Tensor, "h c d"] | None = None,
+    k_past: Float[Tensor, "b g m d"] | None = None,
+    v_past: Float[Tensor, "b g m v"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, one segment after the other."""
+    config: Config = call.config
+    heads = q.shape[1] // k.shape[1]
+    sources = [(k_compressed, v_compressed), (k if k_past is None else k_past, v if v_past is None else v_past), (k, v)]
+    outputs = []
+    for start in range(0, q.shape[2], config.segment):
+        first = max(0, start - config.memory)
+        ends = range(config.ratio - 1, first, config.ratio)[-config.compressed :]
+        parts = [
+            torch.tensor(ends),
+            torch.arange(first, start),
+            torch.arange(start, min(start + config.segment, k.shape[2])),
+        ]
+        taken = [(a[:, :, part.long()], b[:, :, part.long()]) for (a, b), part in zip(sources, parts, strict=True)]
+        keys, values = (torch.cat(x, 2).repeat_interleave(heads, 1) for x in zip(*taken, strict=True))
+        queries = q[:, :, start : start + config.segment]
+        size, seen = queries.shape[2], keys.shape[2]
+        distance = torch.arange(size, device=q.device)[:, None] - torch.arange(seen, device=q.device) + seen - size
+        scores = (queries if u is None else queries + u[:, None]) @ keys.mT
+        if relative is not None:
+            asking = queries if w is None else queries + w[:, None]
+            rows = relative_rows(distance, relative, config.clamp)
+            scores = scores + torch.einsum("bhid,hijd->bhij", asking, rows)
+        if call.pattern.causal:
+            scores = scores.masked_fill(distance < 0, -torch.inf)
+        outputs.append((call.scale * scores).softmax(-1) @ values)
+    return torch.cat(outputs, 2) if outputs else v.new_zeros(*q.shape[:3], v.shape[-1])
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    k_compressed: Float[Tensor, "b g m d"],
+    v_compressed: Float[Tensor, "b g m v"],
+    u: Float[Tensor, "h d"] | None = None,
+    w: Float[Tensor, "h d"] | None = None,
+    relative: Float[Tensor, "h c d"] | None = None,
+    k_past: Float[Tensor, "b g m d"] | None = None,
+    v_past: Float[Tensor, "b g m v"] | None = None,
+) -> Result:
+    """All segments side by side; in causal-self from a state and to the state after it, by any number of tokens."""
+    config: Config = call.config
+    if q.shape[2] != k.shape[2]:
+        raise Unsupported(
+            f"compressive with {q.shape[2]} queries and {k.shape[2]} keys", supported="a query for each key"
+        )
+    if (k_past is None) != (v_past is None):
+        raise Unsupported("compressive with k_past or v_past alone", supported="both or none")
+    if w is not None and relative is None:
+        raise Unsupported("compressive with w but without relative", supported="both, or relative alone")
+    return segment_attention(
+        call,
+        q,
+        k,
+        v,
+        config.reach,
+        u=u,
+        distances=None if relative is None else Distances(relative, w, config.clamp),
+        past=None if k_past is None or v_past is None else (k_past, v_past),
+        groups=(k_compressed, v_compressed),
+    )
+
+
+class Compression(RelativeScores):
+    """A layer's u, w, W_r, and f_c."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        config: Config = spec.config
+        self.compression, width = config.compression, config.ratio * spec.dim
+        # inputs of a group side by side: a convolution as wide as its stride
+        self.convolution = spec.linear(width, spec.dim, bias=True) if config.compression == "conv" else None
+
+    def compress(self, groups: Float[Tensor, "b e c d"]) -> Float[Tensor, "b e d"]:
+        """f_c of groups of inputs."""
+        if self.convolution is not None:
+            return self.convolution(groups.flatten(2))
+        return groups.mean(2) if self.compression == "mean" else groups.amax(2)
+
+
+@dataclass(frozen=True)
+class TrainingState(InputState):
+    """The last M + L - 1 inputs, and the last compressed groups of inputs, as many as the mechanism's state has."""
+
+    compressed: Float[Tensor, "b groups c"] = state_field()
+
+
+class CompressiveLayer(SegmentLayer):
+    """A layer that compresses its inputs. In training, a call that begins inside a segment has no part in the loss."""
+
+    takes_convolutions = False
+    projection: Compression
+
+    def _project(
+        self,
+        heads: dict[str, Tensor],
+        x: Tensor | None,
+        memory: Tensor | None,
+        context: Context,
+        lengths: Tensor | None,
+        memory_lengths: Tensor | None,
+        state: LayerState | None,
+    ) -> tuple[dict[str, Tensor], State | None, dict[str, Loss]]:
+        heads, kept, losses = super()._project(heads, x, memory, context, lengths, memory_lengths, state)
+        assert x is not None
+        old: InputState | None = None if state is None else state.projection  # type: ignore[assignment]
+        if not self.training:
+            heads = heads | self._compressed_heads(self._at_ends(self._new_groups(x, old), x.shape[1], old))
+            return heads, last_inputs(old, x, lengths, self.config.ratio - 1), losses
+        assert isinstance(kept, InputState)
+        if self._begins_with_a_segment(old):
+            seen = x.detach() if old is None else torch.cat([self._memory(old), x.detach()], 1)
+            compressed = self.projection.compress(_groups(seen, self.config.ratio))
+            first = (seen.shape[1] - x.shape[1]) // self.config.ratio
+            if self.projection.convolution is not None:
+                groups = self._compressed_heads(compressed, frozen=True)
+                losses = losses | {"reconstruction": self._reconstruction(heads, groups, first, lengths, state)}
+            in_memory, new = compressed.detach().tensor_split([first], 1)
+        else:
+            in_memory, new = None, self._new_groups(x.detach(), old).detach()
+        queue = torch.cat([self._queue(x, old, in_memory), new], 1)
+        before = 0 if old is None else old.length // self.config.ratio
+        last = (kept.length // self.config.ratio - before)[:, None]
+        last = last + torch.arange(self.config.reach.queued, device=x.device)
+        kept = TrainingState(kept.inputs, kept.length, take(queue[:, None], last)[:, 0])
+        return heads | self._compressed_heads(self._at_ends(new, x.shape[1], old)), kept, losses
+
+    def _begins_with_a_segment(self, old: InputState | None) -> bool:
+        if old is None:
+            return True
+        if torch.compiler.is_compiling():
+            raise Unsupported(
+                "compressive in training, compiled, with a state", supported="whole sequences, or eager calls"
+            )
+        return bool((old.length % self.config.segment == 0).all())
+
+    def _new_groups(self, x: Float[Tensor, "b n c"], old: InputState | None) -> Float[Tensor, "b e c"]:
+        """Compressed groups that end within a call; what comes after a row's last one is of no use."""
+        ratio, n = self.config.ratio, x.shape[1]
+        if old is None:
+            return self.projection.compress(_groups(x, ratio))
+        x = torch.cat([old.inputs[:, old.inputs.shape[1] - (ratio - 1) :], x.to(old.inputs.dtype)], 1)
+        begin = ratio - 1 - old.length % ratio  # of the unfinished group
+        place = begin[:, None] + torch.arange(-(-n // ratio) * ratio, device=x.device)
+        return self.projection.compress(_groups(take(x[:, None], place.clamp(max=max(x.shape[1] - 1, 0)))[:, 0], ratio))
+
+    def _at_ends(self, compressed: Float[Tensor, "b e c"], n: int, old: InputState | None) -> Float[Tensor, "b n c"]:
+        """Each of the groups that end within a call at all of its tokens there."""
+        ratio, device = self.config.ratio, compressed.device
+        if compressed.shape[1] == 0:
+            return compressed.new_zeros(compressed.shape[0], n, compressed.shape[2])
+        token = torch.arange(n, device=device)[None]
+        group = token // ratio if old is None else (old.length[:, None] % ratio + token) // ratio
+        index = group.expand(compressed.shape[0], -1).clamp(max=compressed.shape[1] - 1)
+        return take(compressed[:, None], index)[:, 0]
+
+    def _compressed_heads(self, compressed: Float[Tensor, "b e c"], *, frozen: bool = False) -> dict[str, Tensor]:
+        """Keys and values of compressed inputs; `frozen` lets no gradient reach the projections."""
+        found = {}
+        for name, module, norm in (("k", self.key, self.key_norm), ("v", self.value, None)):
+            assert module is not None
+            y = _frozen(module, compressed) if frozen else module(compressed)
+            y = y.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+            if norm is not None:
+                y = _frozen(norm, y) if frozen else norm(y)
+            found[f"{name}_compressed"] = y
+        return found
+
+    def _memory(self, old: InputState) -> Float[Tensor, "b memory c"]:
+        return old.inputs[:, old.inputs.shape[1] - self.config.memory :]
+
+    def _queue(
+        self, x: Tensor, old: InputState | None, in_memory: Float[Tensor, "b e c"] | None
+    ) -> Float[Tensor, "b groups c"]:
+        """The groups of a state, those in the memory as they are compressed now."""
+        queued = self.config.reach.queued
+        if old is None:
+            return x.new_zeros(x.shape[0], queued, x.shape[2])
+        assert isinstance(old, TrainingState)
+        if in_memory is None:
+            return old.compressed
+        return torch.cat([old.compressed[:, : queued - in_memory.shape[1]], in_memory], 1)
+
+    def _projected_again(self, state: LayerState) -> LayerState:
+        old = state.projection
+        if not isinstance(old, TrainingState):
+            return super()._projected_again(dataclasses.replace(state, projection=None))  # refuses it
+        state = super()._projected_again(state)
+        in_memory = None
+        if self._begins_with_a_segment(old):
+            with torch.no_grad():
+                in_memory = self.projection.compress(_groups(self._memory(old), self.config.ratio))
+        groups = self._compressed_heads(self._queue(old.inputs, old, in_memory))
+        mechanism = dataclasses.replace(state.mechanism, group_k=groups["k_compressed"], group_v=groups["v_compressed"])
+        return dataclasses.replace(state, mechanism=mechanism)
+
+    def _reconstruction(
+        self,
+        heads: Tensors,
+        groups: Tensors,
+        first: int,
+        lengths: Int[Tensor, " b"] | None,
+        state: LayerState | None,
+    ) -> Loss:
+        """Queries on what leaves the memory at the end of their segment, against the same on its groups.
+
+        Args:
+            groups: keys and values of the groups in the memory, `first` of them, and of the call's.
+        """
+        config: Config = self.config
+        reach, ratio, size = config.reach, config.ratio, config.segment
+        q, memory = heads["q"].detach(), config.memory
+        n = q.shape[2]
+        count = -(-n // size)
+        missing = memory // ratio - first
+        pairs = []
+        for name in ("k", "v"):
+            old = heads[name].detach()
+            if state is not None:
+                old = torch.cat([getattr(state.mechanism, name)[:, :, reach.cached - memory :].detach(), old], 2)
+            old = F.pad(old, (0, 0, memory + n - old.shape[2], count * size - n))
+            new = groups[f"{name}_compressed"]
+            new = F.pad(new, (0, 0, missing, max(0, count * size // ratio - (new.shape[2] - first))))
+            pairs.append((windows(old, size, size, count), windows(new, size // ratio, size // ratio, count)))
+        start = q.new_zeros(q.shape[0], dtype=torch.long) if state is None else state.length
+        begin = start[:, None] + torch.arange(0, count * size, size, device=q.device) - memory  # b count
+        queries = F.pad(q, (0, 0, 0, count * size - n)).unflatten(2, (count, size))
+        exact, summary = (
+            _content(queries, keys, values, begin[..., None] + step * torch.arange(keys.shape[3], device=q.device) >= 0)
+            for (keys, values), step in zip(zip(*pairs, strict=True), (1, ratio), strict=True)
+        )
+        token = torch.arange(count * size, device=q.device).view(1, count, size)
+        valid = token < (n if lengths is None else lengths[:, None, None])
+        counted = (valid & (begin + size > 0)[..., None])[:, None, ..., None]
+        squares = (exact - summary).square().masked_fill(~counted, 0)
+        return squares.sum(), counted.sum() * q.shape[1] * exact.shape[-1]
+
+
+def _groups(x: Float[Tensor, "b n d"], ratio: int) -> Float[Tensor, "b e c d"]:
+    """The whole groups of tokens."""
+    return x[:, : x.shape[1] // ratio * ratio].unflatten(1, (x.shape[1] // ratio, ratio))
+
+
+def _frozen(module: nn.Module, x: Tensor) -> Tensor:
+    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (x,))
+
+
+def _content(
+    q: Float[Tensor, "b h s n d"],
+    k: Float[Tensor, "b g s m d"],
+    v: Float[Tensor, "b g s m v"],
+    exists: Bool[Tensor, "b s m"],
+) -> Float[Tensor, "b h s n v"]:
+    """softmax(tau q k^T) v of each segment, over the slots that exist."""
+    queries, keys, values = (wide(x).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    slots = torch.arange(k.shape[3], device=k.device)
+    present = torch.where(exists, slots, -1).flatten(0, 1)
+    where = Ranks(torch.arange(q.shape[3], device=q.device)[None], present, None, None, plain=False)
+    output = attention(queries, keys, values, where, visibility=Visibility(), scale=q.shape[-1] ** -0.5)[0]
+    return output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+
+
+def sample_inputs(
+    generator: torch.Generator, *, batch: int, n: int, m: int, dtype: torch.dtype, **more: object
+) -> Tensors:
+    """Inputs for tests and timings, without `k_past` and `v_past`, which equal k and v."""
+    found = sample_tokens(generator, batch=batch, n=n, m=m, dtype=dtype, **more)  # type: ignore[arg-type]
+    for name in ("k", "v"):
+        shape = found[name].shape
+        found[f"{name}_compressed"] = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return found
+
+
+def visible_slots(config: Config, i: int) -> int:
+    """Slots that token i of a causal sequence sees."""
+    start = i // config.segment * config.segment
+    return i + 1 - max(0, start - config.memory) + min(config.compressed, max(0, start - config.memory) // config.ratio)
+
+
+def visible_pairs(config: Config, n: int) -> int:
+    """Pairs of query and slot in a causal sequence of `n` tokens, exactly."""
+    pairs = 0
+    for start in range(0, n, config.segment):
+        size = min(config.segment, n - start)
+        pairs += size * (visible_slots(config, start) - 1) + size * (size + 1) // 2
+    return pairs
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern with N = M (n of M queries in proportion); W_r r and f_c count as projections."""
+    width, heads = 2 * shape.dim_key + shape.dim_value, shape.batch * shape.heads
+    pairs = visible_pairs(config, shape.m) * shape.n / max(shape.m, 1)
+    reach = config.reach
+    return Cost(
+        flops=2.0 * heads * pairs * width,
+        memory=float(heads * shape.n * (config.compressed + config.memory + config.segment)),
+        state=float(shape.heads * (reach.cached + reach.queued) * (shape.dim_key + shape.dim_value)),
+        step_flops=2.0 * heads * width * visible_slots(config, shape.m),
+    )
+
+
+MECHANISM = Mechanism(
+    name="compressive",
+    aliases=("compressive_transformer", "compressive_memory"),
+    kind=Kind.ATTENTION,
+    summary="What leaves the memory of earlier segments is compressed, not forgotten.",
+    paper=Paper("Compressive Transformers for Long-Range Sequence Modelling", "1911.05507", 2019),
+    inputs={
+        "q": "bhnd",
+        "k": "bgmd",
+        "v": "bgmv",
+        "k_compressed": "bgmd",
+        "v_compressed": "bgmv",
+        "u?": "hd",
+        "w?": "hd",
+        "relative?": "hcd",
+        "k_past?": "bgmd",
+        "v_past?": "bgmv",
+    },
+    patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
+    forms={"reference": reference, "parallel": parallel, "chunked": parallel, "step": parallel},
+    config=Config,
+    engine="attention",
+    state=GroupState,
+    cost=cost,
+    uneven=False,
+    honours=frozenset({"dropout"}),
+    weights="implicit",
+    accepts_positions=("none",),
+    module=CompressiveLayer,
+    projection=Compression,
+    sample_inputs=sample_inputs,
+)
