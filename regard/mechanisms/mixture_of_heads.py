@@ -1,8 +1,8 @@
 r"""Mixture of heads (MoH): each token keeps a few of the attention heads, chosen and weighted by routers.
 
-When to pick it: attention whose heads should specialise; a trained model that is to use fewer heads a token.
-When not: for time or memory as computed here. All heads are computed and the unused ones multiplied by 0, and decoding
-caches the keys and values of all heads, since a later token may choose any.
+When to pick it: attention whose heads should specialise; a trained model that is to use fewer heads a token; with
+`compute="gather"` long sequences read whole, of which a query is computed only in the heads that its token chose.
+When not: for memory, or for time in decoding, which computes and caches all heads, since a later token may choose any.
 
 Definition (Jin et al., arXiv 2410.11842), for the head outputs o_i of a token x, H heads of which the first h_s are shared
 and E = H - h_s routed, k of them active:
@@ -15,7 +15,7 @@ and E = H - h_s routed, k of them active:
 |---|---|
 | o_i | `o` (B, H, N, V), the head outputs of any attention mechanism |
 | x W_r, x W_s, x W_0 | `routed` (B, N, E), `shared` (B, N, h_s), `balance` (B, N, 2) |
-| h_s, k | `shared_heads`, `active_heads` |
+| h_s, k | `shared_heads`, `active_heads`; which heads are shared: the first, or those that `shared_heads` names |
 | L_b, k when balanced and E when collapsed | `losses["load_balance"]`, averaged over layers; the paper's weight is 0.01 |
 
 Gates depend on the token alone, the query token in cross attention, so patterns, caches and states are those of the wrapped
@@ -24,6 +24,12 @@ no W_s; without shared heads, or without routed ones, there is no W_0. Ties in a
 `router="query_norm"` (continued training of a dense model) has no parameters: the score of a routed head is the norm of its
 query over the (unbiased) standard deviation of the routed heads' norms, and the gates are 0 or 1, so the head outputs keep
 their scale; p gets its gradient as if the gates were p (straight-through).
+`compute="gather"`, of a layer of softmax attention, takes for each routed head the tokens that chose it as queries: their
+projection, scores, weights and share of the output projection are all that is computed. Keys and values are of all tokens,
+since any may be read. It is the same function; with a state, for wanted weights, and for straight-through gates in training (whose
+gradient asks for the heads that were not chosen) all heads are computed as usual. Saved are 1 - (h_s + k) / H of the work of queries, scores and outputs; a batch pads each head to its row of most tokens.
+It pays from about 2000 tokens on: with 2 shared and 4 of 14 routed heads of 32, forward on one thread takes 1.3 to 1.4 times
+as long as all heads at 512 tokens, 0.8 to 0.9 at 2048, 0.5 to 0.6 at 8192 (`benchmarks/mixture_of_heads.py`).
 `want={"gates"}` gives (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.
 Deviations: L_b is returned in evaluation too, and is of the local batch when training is distributed. The standard deviation
 is at least eps. `rescale_gates=False` leaves out the factors 2, h_s, k and the division by the sum over T: plain softmax
@@ -57,6 +63,7 @@ from regard.contract import (
     one_of,
 )
 from regard.layers.attention import AttentionLayer, LayerState
+from regard.layers.chosen_heads import attend_in_chosen_heads, check_choosable
 from regard.layers.linear import make_linear
 
 if TYPE_CHECKING:
@@ -72,6 +79,8 @@ class Config:
 
     Attributes:
         shared_heads: h_s, the first heads, active for every token; from 0 to H, a quarter of H (rounded down) when None.
+            Or the numbers of the shared heads, as those of most importance in a trained model
+            (:func:`regard.training.mix_heads`).
         active_heads: k, routed heads active for a token; from 1 to E, two thirds of E (rounded down, at least 1) when
             None, and 0 when all heads are shared.
         router: the routed heads' scores are logits of the ``input`` token, or the ``query_norm``.
@@ -82,9 +91,10 @@ class Config:
         noise: standard deviation of normal noise on the routed logits in training, >= 0.
         z_loss: return the mean squared log-sum-exp of the routed logits as the loss ``router_z``.
         eps: smallest standard deviation that query norms are divided by, > 0.
+        compute: of the layer: ``dense``, all heads and then the gates, or ``gather``, chosen heads alone.
     """
 
-    shared_heads: int | None = None
+    shared_heads: int | tuple[int, ...] | None = None
     active_heads: int | None = None
     router: str = "input"
     gates: str | None = None
@@ -93,13 +103,21 @@ class Config:
     noise: float = 0.0
     z_loss: bool = False
     eps: float = 1e-6
+    compute: str = "dense"
 
     def __post_init__(self) -> None:
         one_of("router", self.router, ROUTERS)
         one_of("gates", self.gates, (None, *GATES))
-        for name in ("shared_heads", "active_heads"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 0)
+        one_of("compute", self.compute, ("dense", "gather"))
+        if isinstance(self.shared_heads, (tuple, list)):
+            named = tuple(sorted(self.shared_heads))
+            if len(set(named)) < len(named) or (named and named[0] < 0):
+                raise Unsupported(f"shared_heads={self.shared_heads}", supported="different numbers of heads, from 0")
+            object.__setattr__(self, "shared_heads", named)
+        elif self.shared_heads is not None:
+            at_least("shared_heads", self.shared_heads, 0)
+        if self.active_heads is not None:
+            at_least("active_heads", self.active_heads, 0)
         at_least("noise", self.noise, 0.0)
         if self.eps <= 0:
             raise Unsupported(f"eps={self.eps}", supported="eps > 0", nearest="eps=1e-6")
@@ -120,7 +138,12 @@ class Config:
         Raises:
             Unsupported: when they do not fit, or some head could never be active.
         """
-        shared = heads // 4 if self.shared_heads is None else self.shared_heads
+        if isinstance(self.shared_heads, tuple):
+            if self.shared_heads and self.shared_heads[-1] >= heads:
+                raise Unsupported(f"shared_heads={self.shared_heads}", supported=f"heads 0 to {heads - 1}")
+            shared = len(self.shared_heads)
+        else:
+            shared = heads // 4 if self.shared_heads is None else self.shared_heads
         routed = heads - shared
         if routed < 0:
             raise Unsupported(f"shared_heads={shared} of {heads} heads", supported=f"0 to {heads}")
@@ -132,6 +155,11 @@ class Config:
                 nearest=f"shared_heads={heads}" if active == 0 else f"active_heads={routed}",
             )
         return shared, routed, active
+
+    def order(self, heads: int) -> list[int]:
+        """The shared heads, then the routed ones."""
+        shared = self.shared_heads if isinstance(self.shared_heads, tuple) else range(self.groups(heads)[0])
+        return [*shared, *(head for head in range(heads) if head not in shared)]
 
     def routers(self, heads: int) -> dict[str, int]:
         """Width of each router's logits, by name."""
@@ -175,8 +203,8 @@ def reference(
                     weight = k * p[i] / total if rescale else p[i]
                     soft = one * weight if config.weighted else one
                     gates[h_s + i] = soft + p[i] - p[i].detach() if _straight_through(config) else soft
-            for i in range(heads):
-                output[b, i, t] = groups[0 if i < h_s else 1] * gates[i] * o[b, i, t]
+            for i, head in enumerate(config.order(heads)):
+                output[b, head, t] = groups[0 if i < h_s else 1] * gates[i] * o[b, head, t]
     return output
 
 
@@ -188,38 +216,56 @@ def parallel(
     balance: Float[Tensor, "b n t"] | None = None,
 ) -> Result:
     """Every head's output times its gate, 0 where it is not active; the losses beside it."""
-    config: Config = call.config
-    batch, heads, n, _ = o.shape
-    _check_logits(config, heads, {"routed": routed, "shared": shared, "balance": balance})
-    h_s, _, k = config.groups(heads)
-    dtype = torch.promote_types(o.dtype, torch.float32)
-    rescale = config.rescale_gates
     result = Result(o)
+    gates = gates_of(call, o.shape[1], {"routed": routed, "shared": shared, "balance": balance}, o[:, 0, :, :0], result)
+    result.output = (o.to(gates.dtype) * gates.transpose(1, 2)[..., None]).to(o.dtype)
+    return result
+
+
+def gates_of(
+    call: Call, heads: int, logits: Mapping[str, Tensor | None], tokens: Float[Tensor, "b n c"], result: Result
+) -> Float[Tensor, "b n h"]:
+    """Gates of all heads in at least float32, 0 where one is not active; losses and wanted gates are added to `result`.
+
+    Args:
+        heads: H.
+        logits: of the routers, by name.
+        tokens: for their number, dtype and device.
+    """
+    config: Config = call.config
+    batch, n, _ = tokens.shape
+    _check_logits(config, heads, logits)
+    routed, shared, balance = (logits.get(name) for name in ("routed", "shared", "balance"))
+    h_s, _, k = config.groups(heads)
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    rescale = config.rescale_gates
     parts = []
     if h_s:
-        always = o.new_ones(batch, n, h_s, dtype=dtype)
+        always = tokens.new_ones(batch, n, h_s, dtype=dtype)
         parts.append(
             always if shared is None else (h_s if rescale else 1) * (call.scale * shared.to(dtype)).softmax(-1)
         )
-    logits = _prepare_logits(call, routed)
-    if logits is not None:
-        p = logits.softmax(-1)
-        active = _top(logits, k)
+    scores = _prepare_logits(call, routed)
+    if scores is not None:
+        p = scores.softmax(-1)
+        active = _top(scores, k)
         parts.append(_routed_gates(config, p, active, k))
         valid = call.valid_queries(n)
         result.losses["load_balance"] = _load_balance(p, active, valid)
         if config.z_loss:
-            squares = logits.logsumexp(-1).square()
-            count = torch.tensor(batch * n, device=o.device) if valid is None else valid.sum()
+            squares = scores.logsumexp(-1).square()
+            count = torch.tensor(batch * n, device=tokens.device) if valid is None else valid.sum()
             result.losses["router_z"] = (squares.sum() if valid is None else squares.where(valid, 0).sum(), count)
     if balance is not None:
         weights = (2 if rescale else 1) * (call.scale * balance.to(dtype)).softmax(-1)
         parts = [weights[..., i : i + 1] * part for i, part in enumerate(parts)]
-    gates = torch.cat(parts, -1)  # (B, N, H)
-    result.output = (o.to(dtype) * gates.transpose(1, 2)[..., None]).to(o.dtype)
+    gates = torch.cat(parts, -1)  # (B, N, H), shared heads first
+    order = config.order(heads)
+    if order != sorted(order):
+        gates = gates[..., torch.tensor(order, device=gates.device).argsort()]
     if "gates" in call.want:
         result.extras["gates"] = gates
-    return result
+    return gates
 
 
 def _straight_through(config: Config) -> bool:
@@ -296,7 +342,7 @@ class HeadRouter(nn.Module):
     def __init__(self, config: Config, pattern: Pattern, dim: int, heads: int, inner: nn.Module | None) -> None:
         super().__init__()
         self.config, self.pattern, self.inner = config, pattern, inner
-        self.shared_heads = config.groups(heads)[0]
+        self.routed = config.order(heads)[config.groups(heads)[0] :]
         logits = config.routers(heads)
         if config.router == "query_norm":
             logits = {}
@@ -314,9 +360,23 @@ class HeadRouter(nn.Module):
         """Gate the head outputs; losses and wanted gates are added to `result`."""
         if self.inner is not None:
             output = self.inner(output, heads, x, context, lengths, result)
-        logits = {name: module(x) for name, module in self.logits.items()}
-        if self.config.router == "query_norm" and self.shared_heads < output.shape[1]:
-            q = heads["q"][:, self.shared_heads :]
+        gates = self.gates(heads.get("q"), output.shape[1], x, context, lengths, result)
+        return (output.to(gates.dtype) * gates.transpose(1, 2)[..., None]).to(output.dtype)
+
+    def gates(
+        self,
+        q: Float[Tensor, "b h n d"] | None,
+        heads: int,
+        x: Float[Tensor, "b n c"],
+        context: Context,
+        lengths: Int[Tensor, " b"] | None,
+        result: Result,
+    ) -> Float[Tensor, "b n h"]:
+        """See :func:`gates_of`; `q` is asked for by query norms alone."""
+        logits: dict[str, Tensor | None] = {name: module(x) for name, module in self.logits.items()}
+        if self.config.router == "query_norm" and self.routed:
+            assert q is not None
+            q = q[:, self.routed]
             q = q.to(torch.promote_types(q.dtype, torch.float32))
             smallest = torch.finfo(q.dtype).tiny  # the norm of a zero query, in padding, has no gradient
             logits["routed"] = q.square().sum(-1).clamp(min=smallest).sqrt().transpose(1, 2)
@@ -328,10 +388,7 @@ class HeadRouter(nn.Module):
             training=self.training,
             want=context.want,
         )
-        gated = parallel(call, output, **logits)
-        result.losses |= gated.losses
-        result.extras |= gated.extras
-        return gated.output
+        return gates_of(call, heads, logits, x, result)
 
 
 class MixtureOfHeads(nn.Module):
@@ -391,6 +448,8 @@ class MixtureOfHeads(nn.Module):
                 supported='router="input"',
                 nearest='router="input"',
             )
+        if self.config.compute == "gather":
+            check_choosable(attention)
         attention.merge = HeadRouter(self.config, self.pattern, dim, num_heads, attention.merge)
         self.attention = attention
 
@@ -403,7 +462,19 @@ class MixtureOfHeads(nn.Module):
         state: LayerState | None = None,
     ) -> Result:
         """As :meth:`regard.layers.attention.AttentionLayer.forward`; the result has the loss ``load_balance``."""
-        return self.attention(x, memory, context=context, state=state)
+        context = Context() if context is None else context
+        gathers = self.config.compute == "gather" and state is None and context.want <= {"gates"}
+        if _straight_through(self.config) and torch.is_grad_enabled():
+            gathers = False  # the gradient of a score that was not chosen asks for its head's output
+        if not gathers:
+            return self.attention(x, memory, context=context, state=state)
+        router: HeadRouter = self.attention.merge  # type: ignore[assignment]
+
+        def gates_of(q: Tensor | None, x: Tensor, lengths: Tensor | None, result: Result) -> Tensor:
+            return router.gates(q, self.attention.num_heads, x, context, lengths, result)
+
+        by_query = self.config.router == "query_norm" and bool(router.routed)
+        return attend_in_chosen_heads(self.attention, x, memory, context, gates_of, needs_queries=by_query)
 
     def step(self, x_t: Float[Tensor, "b c"], state: LayerState) -> tuple[Float[Tensor, "b c"], LayerState]:
         """One token: the output and the state after it."""
@@ -455,11 +526,15 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of softmax attention with all heads, and the gates."""
+    """Of softmax attention with all heads (whole sequences: with the chosen ones, if they are gathered), and the gates."""
     heads = shape.batch * shape.heads
     width = shape.dim_key + shape.dim_value
+    used = 1.0
+    if config.compute == "gather":
+        shared, _, active = config.groups(shape.heads)
+        used = (shared + active) / shape.heads
     return Cost(
-        flops=heads * (2.0 * shape.n * shape.m * width + shape.n * (shape.dim_value + 8)),
+        flops=heads * (2.0 * used * shape.n * shape.m * width + shape.n * (shape.dim_value + 8)),
         memory=float(heads * shape.n * (shape.dim_value + 2)),
         state=float(shape.heads * shape.m * width),
         step_flops=heads * (2.0 * shape.m * width + shape.dim_value + 8),

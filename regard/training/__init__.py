@@ -10,6 +10,7 @@ from regard.training.distillation import (
     distillation_loss,
 )
 from regard.training.growth import grow
+from regard.training.heads import head_importance, mix_heads
 from regard.training.learning_rate import Search, Trial, search
 from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
@@ -32,8 +33,10 @@ __all__ = [
     "distillation_loss",
     "evaluate",
     "grow",
+    "head_importance",
     "keep_freed_memory",
     "make_optimizer",
+    "mix_heads",
     "parameter_groups",
     "peak_memory",
     "search",

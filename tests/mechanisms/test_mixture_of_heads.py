@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import regard
-from regard import Context, Mask, Unsupported
+from regard import Context, Mask, Unsupported, backends
 from regard.apply import apply
 from regard.contract import ALL_PATTERNS, Pattern
+from regard.engines.attention import attention
+from regard.layers import chosen_heads
+from regard.mechanisms import softmax
 from regard.mechanisms.mixture_of_heads import MECHANISM, Config, head_usage, usage_entropy
-from regard.models import LanguageModel, LanguageModelConfig
+from regard.models import LanguageModel, LanguageModelConfig, count_parameters, from_pretrained, save_pretrained
+from regard.training import head_importance, mix_heads
 from regard.workbench import layer_properties
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
@@ -31,6 +36,9 @@ VARIANTS = [
     {"gates": "binary"},
     {"router": "query_norm", "shared_heads": 4, "gates": "binary"},
     {"z_loss": True, "noise": 0.5},
+    {"shared_heads": (1, 6), "active_heads": 2},
+    {"router": "query_norm", "shared_heads": (0, 3, 7), "gates": "binary"},
+    {"compute": "gather", "shared_heads": (5,), "active_heads": 3},
 ]
 
 
@@ -71,13 +79,14 @@ def test_every_option_has_the_properties_of_the_matrix(options, monkeypatch):
             assert prop.check(Subject(MECHANISM, Pattern.CAUSAL_CROSS, options), torch.float64) <= 1e-12, prop.name
 
 
+@pytest.mark.parametrize("compute", ["dense", "gather"])
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_a_layer_of_eight_heads_has_every_property(pattern, monkeypatch):
+def test_a_layer_of_eight_heads_has_every_property(pattern, compute, monkeypatch):
     monkeypatch.setattr(layer_properties, "HEADS", 8)
     for prop in LAYER_PROPERTIES:
         if prop.name not in ("layer_compile", "layer_export"):
             try:
-                assert prop.check(Subject(MECHANISM, pattern), prop.dtypes[0]) <= 1e-12, prop.name
+                assert prop.check(Subject(MECHANISM, pattern, {"compute": compute}), prop.dtypes[0]) <= 1e-12, prop.name
             except NotApplicable:
                 continue
 
@@ -401,3 +410,153 @@ def test_mistakes_are_refused():
             gate(inputs | changed)
     with pytest.raises(Unsupported, match="widths"):
         gate(inputs, gates="binary")
+
+
+GATHERED = [
+    {},
+    {"shared_heads": 0, "active_heads": 1, "positions": "rotary"},
+    {"shared_heads": (2, 7), "active_heads": 2, "num_kv_heads": 2, "positions": "rotary"},
+    {"gates": "binary", "active_heads": 6},
+    {"mechanism_options": {"query_key_norm": "rms", "bias": True}},
+]
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+@pytest.mark.parametrize("options", GATHERED, ids=str)
+def test_gathered_heads_equal_computed_and_masked_ones(options, pattern):
+    dense, gathered = (make_layer(pattern=pattern, compute=compute, **options) for compute in ("dense", "gather"))
+    gathered.load_state_dict(dense.state_dict())
+    x, memory = torch.randn(3, 9, 16, dtype=torch.float64), torch.randn(3, 5, 16, dtype=torch.float64)
+    context = Context(mask=Mask(lengths=torch.tensor([9, 0, 4])), want=WANT_GATES)
+    found = []
+    for layer in (dense, gathered):
+        own, other = x.clone().requires_grad_(), memory.clone().requires_grad_()
+        given = (own, other) if Pattern.parse(pattern).cross else (own,)
+        result = layer(*given, context=context)
+        total = (result.output * torch.arange(16.0)).sum() + result.losses["load_balance"][0]
+        gradients = torch.autograd.grad(total, [*given, *layer.parameters()], allow_unused=True)
+        found.append([result.output, result.extras["gates"], *gradients])
+    for first, second in zip(*found, strict=True):
+        assert (first is None) == (second is None)
+        if first is not None:
+            close(second, first, atol=1e-11)
+
+
+def test_all_tokens_on_one_head_and_heads_of_no_token_are_gathered():
+    layers = [make_layer(shared_heads=0, active_heads=1, compute=compute) for compute in ("dense", "gather")]
+    with torch.no_grad():
+        layers[0].attention.merge.logits["routed"].weight.zero_()
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    gates = layers[1](x, context=Context(want=WANT_GATES)).extras["gates"]
+    assert (gates[..., 0] == 1).all()
+    assert (gates[..., 1:] == 0).all()
+    close(layers[1](x).output, layers[0](x).output)
+
+
+def test_gathered_heads_do_the_work_of_the_chosen_ones_alone(monkeypatch):
+    """A query does nothing in a head that it has not chosen; keys, values and routers are as before."""
+    heads, width, n, dim, pairs = 8, 4, 64, 32, []
+
+    def counted(q, k, *rest, **options):
+        pairs.append(q.shape[1] * q.shape[2] * k.shape[2])
+        return attention(q, k, *rest, **options)
+
+    monkeypatch.setattr(softmax, "attention", counted)
+    monkeypatch.setattr(chosen_heads, "attention", counted)
+    queries = {}
+    for compute in ("dense", "gather"):
+        options = {"shared_heads": 1, "active_heads": 2, "head_dim": width, "compute": compute}
+        layer = regard.create_layer("moh", dim, heads, pattern="noncausal-self", **options)
+        pairs.clear()
+        with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
+            layer(torch.randn(1, n, dim))
+        projected = counter.get_total_flops() - sum(
+            2 * n * dim * outputs for outputs in (7, 2, heads * width, heads * width)
+        )
+        queries[compute] = sum(pairs) / n**2, projected / (2 * n * dim * width)
+    assert queries == {"dense": (heads, 2 * heads), "gather": (3, 6)}
+
+
+def test_straight_through_gates_learn_as_if_computed_whole():
+    layers = [make_layer(router="query_norm", compute=compute) for compute in ("dense", "gather")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    with torch.no_grad():
+        close(layers[1](x).output, layers[0](x).output)
+    gradients = [torch.autograd.grad(layer(x).output.square().sum(), list(layer.parameters())) for layer in layers]
+    for first, second in zip(*gradients, strict=True):
+        close(second, first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mechanism": "linear"},
+        {"positions": "alibi"},
+        {"dropout": 0.1},
+        {"mechanism_options": {"softcap": 5.0}},
+        {"mechanism_options": {"output_gate": "swish"}},
+        {"mechanism_options": {"linear": "token_parameter"}},
+        {"mechanism_options": {"short_convolution": 3}},
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(options):
+    with pytest.raises(Unsupported, match='nearest: compute="dense"'):
+        make_layer(compute="gather", **options)
+    bias = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    with pytest.raises(Unsupported, match="bias"):
+        make_layer(compute="gather")(torch.randn(1, 5, 16, dtype=torch.float64), context=Context(mask=Mask(bias=bias)))
+
+
+def trained_by_hand(plan, heads=4):
+    return LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, plan=plan, num_heads=heads)).double()
+
+
+def test_importance_is_the_derivative_of_a_gate_on_the_head():
+    model = trained_by_hand(["softmax", "mamba2", ("gated_linear", {"num_heads": 2})])
+    ids = torch.randint(11, (3, 8))
+    found = head_importance(model, [ids[:2], ids[2:]], lambda m, batch: m(batch).output.square().sum())
+    assert [None if x is None else len(x) for x in found] == [4, None, 2]
+    assert all(p.grad is None for p in model.parameters())
+    for head in range(4):
+        expected = []
+        for row in ids:
+            xi = torch.ones(4, dtype=torch.float64, requires_grad=True)
+            hook = model.blocks[0].mixer.output.register_forward_pre_hook(
+                lambda _, given, xi=xi: (given[0] * xi.repeat_interleave(4),)
+            )
+            model(row[None]).output.square().sum().backward()
+            hook.remove()
+            expected.append(xi.grad[head].abs())
+        close(found[0][head], torch.stack(expected).mean(), atol=1e-9)
+
+
+def test_a_trained_model_becomes_a_mixture_whose_important_heads_are_shared(tmp_path):
+    plan = [("softmax", {"query_key_norm": "rms", "feed_forward": 24}), "mamba2", "softmax"]
+    model, ids = trained_by_hand(plan), torch.randint(11, (2, 8))
+    importance = head_importance(model, [ids])
+    whole = mix_heads(model, shared_heads=2, active_heads=2, importance=importance)
+    close(whole(ids).output, model(ids).output)
+    assert count_parameters(whole) == count_parameters(model)
+    for block, scores in zip((whole.blocks[0], whole.blocks[2]), (importance[0], importance[2]), strict=True):
+        kept = block.mixer.config.shared_heads
+        assert min(scores[list(kept)]) >= max(scores[[h for h in range(4) if h not in kept]])
+    fewer = mix_heads(model, shared_heads=1, active_heads=1, importance=importance)
+    gates = fewer(ids, context=Context(want=WANT_GATES)).extras["gates"]
+    assert all((g.detach().round() != 0).sum(-1).eq(2).all() for g in gates)
+    shared = [fewer.blocks[i].mixer.config.shared_heads for i in (0, 2)]
+    assert all((g[..., list(s)] == 1).all() for g, s in zip(gates, shared, strict=True))
+    fewer.loss(ids).backward()
+    save_pretrained(fewer, tmp_path)
+    close(from_pretrained(tmp_path)(ids).output, fewer.eval()(ids).output)
+    with pytest.raises(Unsupported):
+        mix_heads(model, shared_heads=5, active_heads=0, importance=importance)
+    with pytest.raises(Unsupported, match="without a sequence"):
+        head_importance(model, [])
+
+
+def test_shared_heads_by_number_are_checked():
+    for heads in ((1, 1), (-1,), (8,)):
+        with pytest.raises(Unsupported, match="shared_heads"):
+            make_layer(shared_heads=heads)

@@ -1,0 +1,143 @@
+"""Softmax attention of which each token is a query only in the heads that it chose.
+
+Of a head's work what belongs to a query (its projection, scores and weights, the head's share of the output projection) is
+done for the tokens that chose it. Keys and values are of all tokens, since any query may read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Pattern, Result, Unsupported
+from regard.engines.attention import Ranks, Visibility, attention
+from regard.engines.linear import linear
+from regard.layers.attention import AttentionLayer
+from regard.layers.checks import check_memory, check_tokens
+from regard.ragged import gathering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+Gates = Callable[["Tensor | None", "Tensor", "Tensor | None", Result], Tensor]
+"""``gates(q, x, lengths, result) -> (B, N, H)``, 0 where a head is not chosen; q (B, H, N, D) when it asks for queries."""
+
+
+def check_choosable(layer: AttentionLayer) -> None:
+    """Raise Unsupported for a layer whose heads cannot be computed for some of the tokens alone."""
+    dense = isinstance(layer.query, nn.Linear) and isinstance(layer.output, nn.Linear)
+    for what, found in (
+        (layer.card.name, layer.card.name != "softmax"),
+        ("options of softmax", layer.config != layer.card.options()),
+        ("positions that bias scores", layer.positions.bias is not None),
+        ("short convolutions", bool(layer.convolutions)),
+        ("an output norm or gate", layer.output_norm is not None or layer.gate is not None),
+        ("projections that are not dense", not dense),
+        ("dropout of weights", layer.dropout > 0),
+    ):
+        if found:
+            raise Unsupported(
+                f'compute="gather" with {what}', supported="plain softmax attention", nearest='compute="dense"'
+            )
+
+
+def attend_in_chosen_heads(
+    layer: AttentionLayer, x: Tensor, memory: Tensor | None, context: Context, gates_of: Gates, *, needs_queries: bool
+) -> Result:
+    """As `layer` with its head outputs times gates; arguments as of its call without a state.
+
+    Args:
+        gates_of: makes the gates, and adds losses and extras to the result.
+        needs_queries: whether it is given the queries of all heads.
+
+    Raises:
+        Unsupported: for a bias or a block mask.
+    """
+    check_memory(layer.pattern, memory, context, None)
+    check_tokens(x, layer.dim)
+    mask = context.mask
+    if mask is not None and (mask.bias is not None or mask.blocks is not None):
+        raise Unsupported('a bias or a block mask with compute="gather"', supported='compute="dense"')
+    layout = gathering(mask, x.shape[0], x.shape[1], x.device)
+    x = layout.gather(x, axis=1)
+    where = layer._positions(context.positions, layout, x, None)
+    if layer.positions.embed is not None:
+        x = layer.positions.embed(x, where)
+    source, source_layout, source_where = x, layout, where
+    if memory is not None:
+        check_tokens(memory, layer.spec.memory_dim, "memory")
+        source_layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], memory.device)
+        source = source_layout.gather(memory, axis=1)
+        source_where = layer._positions(context.memory_positions, source_layout, source, None)
+    heads: dict[str, Tensor] = {}
+    layer._memory_heads(heads, source, source_layout.lengths, [])
+    heads = layer._rotate(heads, where, source_where)
+    queries = None
+    if needs_queries:
+        assert layer.query is not None
+        queries = layer._norm(layer.query_norm, layer._heads(layer.query, x, 0, layer.num_heads, None, []))
+    result = Result(x)
+    gates = gates_of(queries, x, layout.lengths, result)  # (B, N, H)
+    chosen = gates != 0
+    if layout.lengths is not None:
+        chosen = chosen & (torch.arange(x.shape[1], device=x.device) < layout.lengths[:, None])[..., None]
+    query, output = layer.query, layer.output
+    assert isinstance(query, nn.Linear) and isinstance(output, nn.Linear)
+    slots = torch.arange(source.shape[1], device=x.device)[None]
+    keys = slots if source_layout.lengths is None else torch.where(slots < source_layout.lengths[:, None], slots, -1)
+    batch, n, width = x.shape
+    flat, shares = x.flatten(0, 1), gates.flatten(0, 1)  # all tokens of the batch in one row
+    y = torch.zeros_like(flat) if output.bias is None else output.bias.expand_as(flat).clone()
+    counts = chosen.sum(1)  # (B, H)
+    places = chosen.flatten(0, 1).mT.nonzero()[:, 1].split(counts.sum(0).tolist())
+    for head, place in enumerate(places):
+        if not len(place):
+            continue
+        everyone = len(place) == batch * n
+        rows = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
+        if queries is None:
+            own = flat if everyone else flat[place]
+            q = layer._norm(
+                layer.query_norm, linear(own, query.weight[rows], None if query.bias is None else query.bias[rows])
+            )
+        else:
+            q = queries[:, head].flatten(0, 1)[place]
+        q, tokens, slot = _in_rows(q, place, counts[:, head], n)
+        q = q[:, None]
+        if where is not None and layer.positions.rotate is not None:
+            q = layer.positions.rotate(q, where.expand(batch, -1).gather(1, tokens))
+        group = head // (layer.num_heads // layer.kv_heads)
+        found, _, _ = attention(
+            q,
+            heads["k"][:, group, None],
+            heads["v"][:, group, None],
+            Ranks(tokens, keys, None, None, plain=False),
+            visibility=Visibility(causal=layer.pattern is Pattern.CAUSAL_SELF),
+            scale=layer.head_dim**-0.5,
+        )
+        found = found[:, 0].flatten(0, 1)
+        found = found if slot is None else found[slot]
+        found = found * shares[place, head, None].to(found.dtype)
+        columns = slice(head * layer.value_dim, (head + 1) * layer.value_dim)
+        part = linear(found, output.weight[:, columns]).to(y.dtype)
+        y = y.add_(part) if everyone else y.index_add_(0, place, part)
+    result.output = layout.scatter(y.view(batch, n, width), axis=1)
+    return result
+
+
+def _in_rows(
+    q: Float[Tensor, "chosen d"], place: Int[Tensor, " chosen"], counts: Int[Tensor, " b"], n: int
+) -> tuple[Float[Tensor, "b most d"], Int[Tensor, "b most"], Int[Tensor, " chosen"] | None]:
+    """Queries of a batch in a row each, right-padded; their tokens' numbers; and where each is in the flat result, None
+    where there is no padding."""
+    batch, most = len(counts), int(counts.max())
+    if batch * most == len(place):
+        return q.view(batch, most, -1), (place % n).view(batch, most), None
+    row = place // n
+    slot = row * most + torch.arange(len(place), device=place.device) - (counts.cumsum(0) - counts)[row]
+    padded = q.new_zeros(batch * most, q.shape[-1]).index_copy(0, slot, q)
+    tokens = place.new_zeros(batch * most).index_copy(0, slot, place % n)
+    return padded.view(batch, most, -1), tokens.view(batch, most), slot

@@ -1,0 +1,140 @@
+"""A trained model as a mixture of heads (MoH, Jin et al., arXiv 2410.11842, section 3.3), to be trained on with fewer heads.
+
+::
+
+    importance = head_importance(model, batches)           # of every head, from the gradients of a few batches
+    sparse = mix_heads(model, shared_heads=4, active_heads=2, importance=importance)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism
+from regard.contract import Kind, Unsupported
+from regard.layers.attention import AttentionLayer
+from regard.models.blocks import evaluation_mode
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+OF_THE_BLOCK = ("positions", "feed_forward", "num_heads", "head_dim", "num_kv_heads")
+"""Options of a plan's entry that are not the wrapped layer's."""
+
+
+def head_importance(
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None
+) -> list[Float[Tensor, " h"] | None]:
+    """How much the loss would change, to first order, if a head were scaled: E |d loss / d gate|.
+
+    As Michel et al. (arXiv 1905.10650, equation 2): the mean over sequences of the absolute value of the sum over tokens
+    of <head output, gradient of it>. In evaluation mode; parameters keep their gradients.
+
+    Args:
+        model: one of :mod:`regard.models` with `blocks`.
+        batches: what `loss` is given, one after the other.
+        loss: of (model, batch); ``model.loss(batch)`` when None.
+
+    Returns:
+        For each block the importance of its heads; None where its mixer has none.
+
+    Raises:
+        Unsupported: without a batch.
+    """
+    layers = [block.mixer if isinstance(block.mixer, AttentionLayer) else None for block in _blocks(model)]
+    totals: list[Tensor | None] = [None] * len(layers)
+    sequences = 0
+    for batch in batches:
+        outputs: dict[int, Tensor] = {}
+        hooks = [
+            layer.output.register_forward_pre_hook(partial(_keep, outputs, i))
+            for i, layer in enumerate(layers)
+            if layer is not None
+        ]
+        try:
+            with evaluation_mode(model), torch.enable_grad():
+                value = model.loss(batch) if loss is None else loss(model, batch)  # type: ignore[operator]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        gradients = torch.autograd.grad(value, list(outputs.values()))
+        for (i, output), gradient in zip(outputs.items(), gradients, strict=True):
+            layer = layers[i]
+            assert layer is not None
+            found = (output.detach() * gradient).unflatten(-1, (layer.num_heads, -1)).sum((1, 3)).abs()  # (B, H)
+            sequences += found.shape[0] if i == next(iter(outputs)) else 0
+            before = totals[i]
+            totals[i] = found.sum(0) if before is None else before + found.sum(0)
+    if not sequences:
+        raise Unsupported("the importance of heads without a sequence", supported="a batch or more")
+    return [None if total is None else total / sequences for total in totals]
+
+
+def mix_heads(
+    model: nn.Module,
+    *,
+    shared_heads: int,
+    active_heads: int,
+    importance: Sequence[Float[Tensor, " h"] | None] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A model with the weights of `model`, whose attention layers are `mixture_of_heads` routed by query norms.
+
+    It has no new parameters; with all heads active it is the same function. Layers that are not attention stay.
+
+    Args:
+        model: a language model or an encoder.
+        shared_heads, active_heads: of each layer; see :class:`regard.mechanisms.mixture_of_heads.Config`.
+        importance: of :func:`head_importance`; the most important heads of each layer are shared, or the first ones
+            without it.
+        options: any others of `mixture_of_heads`.
+
+    Raises:
+        Unsupported: for a model of another kind, or numbers of heads that do not fit.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "plan"):
+        raise Unsupported(f"mixing the heads of a {type(model).__name__}", supported="LanguageModel, Encoder")
+    plan, wrapped = [], set()
+    for i, (name, given) in enumerate(config.plan):
+        if get_mechanism(name).kind is not Kind.ATTENTION:
+            plan.append((name, given))
+            continue
+        scores = None if importance is None else importance[i]
+        shared: Any = shared_heads
+        if scores is not None:
+            if not 0 <= shared_heads <= len(scores):
+                raise Unsupported(f"shared_heads={shared_heads}", supported=f"0 to {len(scores)}")
+            shared = tuple(sorted(scores.topk(shared_heads).indices.tolist()))
+        own = {option: value for option, value in given.items() if option in OF_THE_BLOCK}
+        inner = {option: value for option, value in given.items() if option not in OF_THE_BLOCK}
+        mixed = {"router": "query_norm", **options, "shared_heads": shared, "active_heads": active_heads}
+        plan.append(("mixture_of_heads", {**own, **mixed, "mechanism": name, "mechanism_options": inner}))
+        wrapped.add(i)
+    made = type(model)(dataclasses.replace(config, plan=plan))
+    made.to(next(model.parameters()))
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "blocks" and int(parts[1]) in wrapped and parts[2] == "mixer":
+            parts.insert(3, "attention")
+        weights[".".join(parts)] = tensor
+    made.load_state_dict(weights, strict=options.get("router", "query_norm") == "query_norm")
+    return made.train(model.training)
+
+
+def _keep(outputs: dict[int, Tensor], layer: int, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+    outputs[layer] = given[0]
+
+
+def _blocks(model: nn.Module) -> Sequence[Any]:
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise Unsupported(f"heads of a {type(model).__name__}", supported="models with blocks")
+    return list(blocks)
