@@ -37,6 +37,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "longformer": {"window": 16, "global_tokens": 2},
     "bigbird": {"block": 16},
     "sparse_strided": {"stride": 16},
+    "sinkhorn": {"block": 16},
     "linformer": {"length": 256, "projected": 32},
     "linear": {},
     "performer": {"num_features": 32},
