@@ -273,6 +273,7 @@ def _facts(card: Mechanism) -> str:
         weights = "exact, not returned"
     rows = [
         ("forms", _codes(card.forms)),
+        ("engine", f"[`{card.engine}`](../kernels.md)" if card.engine else "none: torch operators"),
         ("masks and extras beside padding and packing", _codes(sorted(card.honours)) or "none"),
         ("attention weights", weights),
         ("positions", _codes(card.accepts_positions)),

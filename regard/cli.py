@@ -163,6 +163,7 @@ def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
         "options", Text(", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(card.config)) or "none")
     )
     table.add_row("positions", ", ".join(card.accepts_positions))
+    table.add_row("engine", card.engine or "none: torch operators")
     table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
     table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))
     console.print()
