@@ -1,0 +1,244 @@
+"""What is peculiar to funnel pooling: pairs, the first token apart, distances between lengths, and parity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import regard
+from regard import Context, Mask, Unsupported
+from regard.apply import apply
+from regard.contract import Pattern
+from regard.mechanisms.funnel import MECHANISM, Config, sample_inputs, weight_shapes
+from regard.models import Encoder, EncoderConfig
+from regard.workbench.layer_properties import LAYER_PROPERTIES
+from regard.workbench.properties import FUNCTION_PROPERTIES
+from regard.workbench.subjects import Subject
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+OPTIONS = [
+    {"blocks": 3, "truncate": True},
+    {"blocks": 1, "layers": 2, "pool": "max"},
+    {"separate_first": False, "norm_eps": 1e-5},
+    {"query_only": False, "positions": False},
+]
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "even": (12, {"truncate": True}),
+    "odd": (13, {"truncate": True}),
+    "factorized": (13, {"truncate": True}),
+    "even_whole": (12, {}),
+    "odd_whole_max": (13, {"pool": "max"}),
+    "even_joint": (12, {"separate_first": False}),
+    "odd_joint": (13, {"separate_first": False}),
+    "odd_keys_too": (13, {"query_only": False}),
+}
+"""Of the recording: tokens, and options that are its."""
+
+
+def load(name: str) -> dict[str, Tensor]:
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def sample(n: int = 9, batch: int = 2, **options: Any) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(n)
+    pattern, config = Pattern.NONCAUSAL_SELF, Config(**options)
+    return sample_inputs(rng, batch=batch, n=n, m=n, dtype=torch.float64, pattern=pattern, config=config)
+
+
+def run(tensors: dict[str, Tensor], **options: Any) -> Tensor:
+    call = {name: options.pop(name) for name in ("mask", "form") if name in options}
+    return apply(MECHANISM, tensors, pattern="noncausal-self", config=Config(**options), **call).output
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def make_layer(dim: int = 8, heads: int = 2, **options: Any) -> torch.nn.Module:
+    return regard.create_layer("funnel", dim, heads, pattern="noncausal-self", **options).double()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_has_the_properties_of_the_matrix(options):
+    subject = Subject(MECHANISM, Pattern.NONCAUSAL_SELF, options)
+    checked = {"reference", "padding", "packing", "hidden_row", "padding_gradient", "layer_padding"}
+    checked |= {"gradient"} if options.get("layers") == 2 else set()  # slow
+    for prop in (*FUNCTION_PROPERTIES, *LAYER_PROPERTIES):
+        if prop.name in checked:
+            assert prop.check(subject, torch.float64) <= 1e-12, prop.name
+
+
+def recorded_weights(f: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the mechanism takes them; the bias of keys has no effect, and is left out."""
+
+    def stack(name: str, change=lambda w: w) -> Tensor:
+        return torch.stack([change(f[f"weight_blocks_{layer}_{name}"]) for layer in ("1_0", "1_1", "2_0", "2_1")])
+
+    found = {n: stack(f"attention_{n}_head_weight", lambda w: w.view(2, 3, 8).mT) for n in "qkv"}
+    found["v_bias"] = stack("attention_v_head_bias", lambda w: w.view(2, 3))
+    found["content_bias"], found["distance_bias"] = stack("attention_r_w_bias"), stack("attention_r_r_bias")
+    found["r"] = stack("attention_r_kernel", lambda w: w.transpose(0, 1))
+    found["o"] = stack("attention_post_proj_weight", lambda w: w.mT.reshape(2, 3, 8))
+    found["o_bias"] = stack("attention_post_proj_bias")
+    for own, other in (("up", "linear_1"), ("down", "linear_2")):
+        found[own], found[f"{own}_bias"] = stack(f"ffn_{other}_weight", lambda w: w.mT), stack(f"ffn_{other}_bias")
+    for name in ("weight", "bias"):
+        norms = [stack(f"{part}_layer_norm_{name}") for part in ("attention", "ffn")]
+        found[f"norm_{name}"] = torch.stack(norms, 1)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parity_of_two_blocks_of_two_layers(case):
+    f = load("funnel_transformers")
+    n, options = CASES[case]
+    x, hidden = f[f"x_{n}"].requires_grad_(), f[f"out_{case}"]
+    expected = hidden[:, :1] if Config(**options).separate_first else hidden.mean(1, keepdim=True)
+    found = run({"x": x} | recorded_weights(f), layers=2, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)  # observed 7e-16
+    if case == "odd":
+        (found[:, 0] * f["grad_out"]).sum().backward()
+        torch.testing.assert_close(x.grad, f["grad_x"], rtol=0, atol=1e-12)
+
+
+def test_weights_of_attention_zero_leave_the_first_token_alone():
+    x = sample(positions=False)
+    for name in ("o", "o_bias", "down", "down_bias", "norm_bias"):
+        x[name].zero_()
+    x["norm_weight"].fill_(1)
+    close(run(x, positions=False), F.layer_norm(x["x"][:, :1], (8,), eps=1e-9), 1e-7)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_pairs_begin_after_the_first_token(pool):
+    """Where keys are pooled too and places do not matter, the order within a pair does not either."""
+    options = {"pool": pool, "positions": False, "query_only": False, "blocks": 1}
+    x = sample(n=6, **options)  # pairs (1, 2), (3, 4) and the token 5 alone
+    expected = run(x, **options)
+
+    def swapped(i: int, j: int) -> Tensor:
+        order = list(range(6))
+        order[i], order[j] = j, i
+        return run(x | {"x": x["x"][:, order]}, **options)
+
+    for pair in ((1, 2), (3, 4)):
+        close(swapped(*pair), expected)
+    for pair in ((0, 1), (2, 3), (4, 5)):
+        assert not torch.allclose(swapped(*pair), expected)
+
+
+def test_order_within_a_pair_matters_with_positions():
+    x = sample(n=6)
+    swapped = x | {"x": x["x"][:, [0, 2, 1, 3, 4, 5]]}
+    assert not torch.allclose(run(swapped), run(x))
+
+
+@pytest.mark.parametrize(("query_only", "seen"), [(True, True), (False, False)])
+def test_a_truncated_token_is_still_read_by_pooled_queries(query_only, seen):
+    options = {"blocks": 1, "truncate": True, "query_only": query_only}
+    x = sample(n=8, **options)
+    x["x"].requires_grad_()
+    (gradient,) = torch.autograd.grad(run(x, **options).sum(), x["x"])
+    assert bool((gradient[:, 7] != 0).any()) == seen
+    assert (gradient[:, 6] != 0).any()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_of_every_length_are_pooled_as_if_alone(options):
+    x = sample(n=9, batch=10, **options)
+    lengths = torch.arange(10)
+    found = run(x, mask=Mask(lengths=lengths), **options)
+    for row in range(10):
+        alone = run(x | {"x": x["x"][row : row + 1, :row]}, form="reference", **options)
+        close(found[row : row + 1], alone)
+    assert (found[0] == 0).all()
+
+
+def test_far_places_keep_their_digits_in_single_precision():
+    x = sample(n=3001)
+    narrow = {name: t.float() for name, t in x.items()}
+    exact = run({name: t.double() for name, t in narrow.items()})
+    close(run(narrow).double(), exact, 2e-6)
+
+
+def test_an_encoder_pools_with_it():
+    torch.manual_seed(0)
+    config = EncoderConfig(
+        num_classes=3, vocab_size=11, dim=8, num_heads=2, num_layers=1, pool="funnel", pool_options={"blocks": 2}
+    )
+    model = Encoder(config).double()
+    ids = torch.randint(0, 11, (2, 9))
+    context = Context(mask=Mask(lengths=torch.tensor([9, 5])))
+    logits = model(ids, context=context).output
+    assert logits.shape == (2, 3)
+    close(logits[1:], model(ids[1:, :5]).output)
+    F.cross_entropy(logits, torch.tensor([0, 2])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_packed_documents_give_one_row_each():
+    layer, x = make_layer(), torch.randn(1, 9, 8, dtype=torch.float64)
+    found = layer(x, context=Context(mask=Mask(cu_seqlens=torch.tensor([0, 4, 4, 9])))).output
+    assert found.shape == (3, 1, 8)
+    close(found[[0, 2]], torch.cat([layer(x[:, :4]).output, layer(x[:, 4:]).output]))
+    assert (found[1] == 0).all()
+
+
+def test_parameter_count():
+    layer = make_layer(dim=8, heads=2, head_dim=3, feed_forward=5, blocks=2, layers=3)
+    one = 5 * 2 * 8 * 3 + 3 * 2 * 3 + 8 + 2 * 8 * 5 + 5 + 8 + 4 * 8
+    assert sum(p.numel() for p in layer.parameters()) == 6 * one
+    assert set(make_layer(positions=False).weights) == set(layer.weights) - {"r", "distance_bias"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": 0},
+        {"layers": 0},
+        {"pool": "min"},
+        {"norm_eps": 0.0},
+        {"truncate": True, "separate_first": False},
+        {"heads": 3},
+        {"heads": 0},
+        {"head_dim": 0},
+        {"feed_forward": 0},
+        {"dim": 9, "heads": 1},
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused(options):
+    with pytest.raises(Unsupported):
+        make_layer(**options)
+
+
+def test_calls_that_cannot_be_honoured_are_refused():
+    layer, x = make_layer(), torch.randn(1, 4, 8, dtype=torch.float64)
+    with pytest.raises(Unsupported, match="memory"):
+        layer(x, x)
+    for context in (
+        Context(roles=torch.zeros(1, 4, dtype=torch.long)),
+        Context(want=frozenset({"state"})),
+        Context(mask=Mask(bias=torch.zeros(1, 1, 4, 4))),
+    ):
+        with pytest.raises(Unsupported):
+            layer(x, context=context)
+    for pattern in ("causal-self", "noncausal-cross", "causal-cross"):
+        with pytest.raises(Unsupported, match=pattern):
+            regard.create_layer("funnel", 8, 2, pattern=pattern)
+    with pytest.raises(Unsupported, match="2 layers"):
+        run(sample(blocks=2), blocks=3)
+    for positions, left_out in ((True, "r"), (True, "distance_bias"), (False, "x")):
+        tensors = {name: t for name, t in sample().items() if name != left_out or name == "x"}
+        with pytest.raises(Unsupported, match="distance_bias"):
+            run(tensors, positions=positions)
+    odd = {name: torch.randn(shape) for name, shape in weight_shapes(Config(), 9, 2, 4, 6).items()}
+    with pytest.raises(Unsupported, match="9 features"):
+        run(odd | {"x": torch.randn(1, 4, 9)})
