@@ -277,6 +277,7 @@ def _facts(card: Mechanism) -> str:
         ("masks and extras beside padding and packing", _codes(sorted(card.honours)) or "none"),
         ("attention weights", weights),
         ("positions", _codes(card.accepts_positions)),
+        *([("no other positions", card.refused_positions)] if card.refused_positions else []),
         ("default scale", "D^-0.5" if card.default_scale == "rsqrt" else f"{card.default_scale:g}"),
         ("queries and keys of unequal number", "yes" if card.uneven else "refused in causal-self"),
         ("state", f"`{card.state.__name__}`" if card.state is not None else "none"),

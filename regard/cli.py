@@ -123,6 +123,7 @@ def _card(name: str) -> dict[str, Any]:
         "honours": sorted(card.honours),
         "weights": card.weights,
         "positions": list(card.accepts_positions),
+        "refused_positions": card.refused_positions,
         "waivers": [
             {"property": w.property, "reason": w.reason, "holds_with": w.holds_with and dict(w.holds_with)}
             for w in card.waivers
@@ -163,6 +164,8 @@ def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
         "options", Text(", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(card.config)) or "none")
     )
     table.add_row("positions", ", ".join(card.accepts_positions))
+    if card.refused_positions:
+        table.add_row("no others", card.refused_positions)
     table.add_row("engine", card.engine or "none: torch operators")
     table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
     table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))

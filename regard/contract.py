@@ -509,6 +509,10 @@ class LayerSpec:
     linear: Callable[..., nn.Module] = nn.Linear
 
 
+ACTS_LIKE: Mapping[str, tuple[str, ...]] = {"lrpe": ("rotary",), "toeplitz": ("alibi",)}
+"""Position schemes that act where others do: a mechanism that accepts these accepts them too."""
+
+
 @dataclass(frozen=True, eq=False)
 class Mechanism:
     """The card of a mechanism: all that is claimed of it, and nothing else is claimed anywhere. Equal only to itself.
@@ -533,7 +537,10 @@ class Mechanism:
             keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
             places on a grid, where there is one): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
-        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
+        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores; those of
+            `ACTS_LIKE` are added.
+        refused_positions: why it accepts no other scheme, where it could be thought to. (Schemes that add to scores need
+            ``bias`` in `honours`.)
         maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
             too, after its feature map; in cross patterns nothing rotates them.
         length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
@@ -570,6 +577,7 @@ class Mechanism:
     honours: frozenset[str] = frozenset()
     weights: str = "none"
     accepts_positions: tuple[str, ...] = ("none", "sinusoidal", "learned", "rotary")
+    refused_positions: str = ""
     maps_before_rotation: bool = False
     length: str = "any"
     uneven: bool = True
@@ -589,6 +597,9 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
+        accepted = self.accepts_positions
+        alike = [name for name, others in ACTS_LIKE.items() if name not in accepted and set(others) <= set(accepted)]
+        object.__setattr__(self, "accepts_positions", (*accepted, *alike))
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
         """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""

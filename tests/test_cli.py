@@ -296,6 +296,7 @@ CASES = [
     "length nobody measures", "data for a task that reads none", "report of nothing",
     "use of advice", "need of advice", "memory of advice", "length of advice", "results of advice",
     "mechanism of advice", "device of advice", "layer width of functions",
+    "unknown option of the stack", "stack option of another kind", "exits above the layers", "precision nobody has",
     *BAD_TABLES, "validation without the columns", "validation that is the training data",
 ]  # fmt: skip
 

@@ -39,7 +39,7 @@ from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import RMSNorm, make_norm
-from regard.positions import create_positions
+from regard.positions import SCHEMES, create_positions
 from regard.ragged import Gathering, gather_pairs, gathering
 from regard.visibility import DistanceBias
 
@@ -150,7 +150,9 @@ class AttentionLayer(nn.Module):
         scheme = "none" if positions is None else positions
         if scheme not in card.accepts_positions:
             raise Unsupported(
-                f"{scheme} positions with {card.name}", supported=", ".join(card.accepts_positions), nearest="none"
+                f"{scheme} positions with {card.name}{_why_not(card, scheme)}",
+                supported=", ".join(card.accepts_positions),
+                nearest="none",
             )
         if value_dim is None:
             value_dim = head_dim if value_expand is None else _head_width(dim, num_heads, value_expand, "value_dim")
@@ -235,7 +237,7 @@ class AttentionLayer(nn.Module):
         if not self.pattern.cross or memory is not None:
             self._memory_heads(heads, source, source_layout.lengths, caches)
         no_keys = self.pattern.cross and memory is None
-        heads, projected, losses = self._project(
+        heads, projected, learned = self._project(
             heads, x, None if no_keys else source, context, layout.lengths, source_layout.lengths, state
         )
         heads = self._rotate(heads, positions, source_positions)
@@ -262,7 +264,7 @@ class AttentionLayer(nn.Module):
             want=context.want - {"state"},
             **self._position_functions(context, state),
         )
-        result.losses |= losses
+        result.losses |= learned
         y = result.output
         if self.merge is not None:
             y = self.merge(y, heads, x, context, layout.lengths, result)
@@ -442,6 +444,15 @@ class AttentionLayer(nn.Module):
                 keys = gathering(None, layout.batch, mask.bias.shape[-1], mask.bias.device)
             bias = gather_pairs(mask.bias, layout, keys)
         return Mask(lengths=layout.lengths, bias=bias, blocks=None if mask is None else mask.blocks)
+
+
+def _why_not(card: Mechanism, scheme: str) -> str:
+    """Why a mechanism does not accept a scheme, in parentheses; nothing for an unknown one."""
+    if scheme not in SCHEMES:
+        return ""
+    if SCHEMES[scheme].bias is not None and "bias" not in card.honours:
+        return " (it has no scores of pairs to add to)"
+    return f" ({card.refused_positions})" if card.refused_positions else ""
 
 
 def _head_width(dim: int, heads: int, expand: float, option: str) -> int:

@@ -327,6 +327,7 @@ MECHANISM = Mechanism(
     cost=cost,
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),
+    refused_positions="its query is the same at all positions",
     sample_inputs=sample_inputs,
     projection=LearnedQuery,
     merge=JoinDirections,

@@ -414,6 +414,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned", "alibi", "relative", "toeplitz"),
+    refused_positions="it rotates queries and keys itself",
     projection=Angles,
     sample_inputs=sample_inputs,
 )

@@ -473,6 +473,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="implicit",
     accepts_positions=("none",),
+    refused_positions="its scores know distances already, and its memory is read by distance",
     module=CompressiveLayer,
     projection=Compression,
     sample_inputs=sample_inputs,

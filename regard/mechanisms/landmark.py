@@ -671,6 +671,7 @@ MECHANISM = Mechanism(
     state=LandmarkState,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "roles", "rotate"}),
+    refused_positions="retrieved blocks take places that a bias on ranks does not know",
     weights="exact",
     sample_context=sample_context,
     prepare=prepare,

@@ -283,6 +283,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout", "weights"}),
     weights="exact",
     accepts_positions=("none",),
+    refused_positions="its scores know distances already, and its memory is read by distance",
     module=SegmentLayer,
     projection=RelativeScores,
     sample_inputs=sample_inputs,

@@ -5,15 +5,26 @@ and Llama; the paper pairs 2i with 2i + 1, which is the same up to an order of t
 ``p * base^(-2i/R)``, so a product of a rotated query and a rotated key depends on the difference of positions alone.
 The other features pass unchanged.
 
-Longer contexts than those trained on: `interpolation` divides positions (Chen et al., arXiv 2306.15595, equation 4);
-`ntk` multiplies the base by ``ntk^(R/(R-2))``, which slows the slowest plane by `ntk` and leaves the fastest alone
-(the "NTK-aware" rule, Peng et al., arXiv 2309.00071, section 3.1).
+Longer contexts than those trained on:
+
+- `interpolation` divides positions (Chen et al., arXiv 2306.15595, equation 4).
+- `ntk` = s multiplies the base by ``s^(R/(R-2))``, which slows the slowest plane by s and leaves the fastest alone (the
+  "NTK-aware" rule, Peng et al., arXiv 2309.00071, section 3.1).
+- `trained_length` = T with it makes the rule dynamic (section 3.3 there): nothing changes before position T, and from there
+  on the base grows with the length l = p + 1 that a decoder has reached, ``s l / T - (s - 1)`` in place of s.
+
+A dynamic base at all tokens of a sequence would depend on how long the sequence will become: earlier outputs would change
+with later tokens, and cached keys would be wrong. So here each token turns by the base of its own length, as its key is
+cached by decoders that rotate before they cache. Beyond T products then depend on more than the difference of positions.
+Where the length is known, `ntk` alone keeps that property.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from regard.contract import Unsupported, at_least
@@ -33,6 +44,7 @@ class Rotary(Positions):
         fraction: part of the features that turn, in (0, 1]; R is rounded down to an even number.
         interpolation: positions are divided by it; 1 for none.
         ntk: factor by which the context grows under NTK-aware scaling of the base; 1 for none.
+        trained_length: T >= 1 of dynamic NTK-aware scaling; None for the same base at all positions.
     """
 
     name = "rotary"
@@ -45,6 +57,7 @@ class Rotary(Positions):
         fraction: float = 1.0,
         interpolation: float = 1.0,
         ntk: float = 1.0,
+        trained_length: int | None = None,
     ) -> None:
         super().__init__()
         if base <= 1:
@@ -53,25 +66,52 @@ class Rotary(Positions):
             raise Unsupported(f"fraction={fraction} of a head", supported="0 < fraction <= 1", nearest="fraction=1.0")
         at_least("interpolation", interpolation, 1.0)
         at_least("ntk", ntk, 1.0)
+        if trained_length is not None:
+            at_least("trained_length", trained_length, 1)
         # A product such as 0.7 * 20 falls just short of the integer it means.
         self.rotated = int(fraction * head_dim + 1e-9) // 2 * 2
-        fewest = 2 if ntk == 1 else 4
+        scaled = ntk != 1 or trained_length is not None
+        fewest = 4 if scaled else 2
         if self.rotated < fewest:
             raise Unsupported(
-                f"{self.rotated} rotated features (fraction={fraction} of head_dim={head_dim}, ntk={ntk})",
+                f"{self.rotated} rotated features (fraction={fraction} of head_dim={head_dim}"
+                + (", with NTK-aware scaling)" if scaled else ")"),
                 supported=f"at least {fewest}",
                 nearest=f"head_dim={fewest}, fraction=1.0",
             )
         self.head_dim, self.interpolation = head_dim, interpolation
-        self.base = base if ntk == 1 else base * ntk ** (self.rotated / (self.rotated - 2))
+        self.ntk, self.trained_length = ntk, trained_length
+        static = ntk != 1 and trained_length is None
+        self.base = base * ntk ** (self.rotated / (self.rotated - 2)) if static else base
 
     def rotate(self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b h n d"]:
         """Queries or keys turned by their positions; computed in at least float32, returned in the dtype of `x`."""
         check_positions(positions, x.shape[0], x.shape[2])
         if x.shape[-1] != self.head_dim:
             raise Unsupported(f"rotary positions on heads of {x.shape[-1]}", supported=f"head_dim={self.head_dim}")
-        return rotary(x, positions, rotated=self.rotated, base=self.base, stretch=self.interpolation)
+        if self.trained_length is None:
+            return rotary(x, positions, rotated=self.rotated, base=self.base, stretch=self.interpolation)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        turn = self._dynamic_angles(positions).to(dtype)[:, None]
+        turning, still = x.split([self.rotated, self.head_dim - self.rotated], -1)
+        first, second = turning.to(dtype).chunk(2, -1)
+        cos, sin = turn.cos(), turn.sin()
+        return torch.cat([first * cos - second * sin, first * sin + second * cos, still], -1).to(x.dtype)
+
+    def _dynamic_angles(self, positions: Int[Tensor, "#b n"]) -> Float[Tensor, "#b n planes"]:
+        """Angles of tokens whose base depends on their position, modulo one turn."""
+        wide = torch.float32 if positions.device.type == "mps" else torch.float64
+        length = (positions.to(wide) + 1) / (self.trained_length or 1)
+        growth = (self.ntk * length - (self.ntk - 1)).clamp(min=1)
+        plane = torch.arange(0, self.rotated, 2, dtype=wide, device=positions.device)
+        # the base is raised to -2 i / R, and its growth to R / (R - 2) before
+        slowing = growth[..., None] ** (-plane / (self.rotated - 2))
+        turns = positions.to(wide)[..., None] * slowing * (self.base ** (-plane / self.rotated))
+        turns = turns / (2 * math.pi * self.interpolation)
+        return (turns - turns.round()) * (2 * math.pi)
 
     def extra_repr(self) -> str:
         scaling = f"base={self.base:g}, interpolation={self.interpolation:g}"
+        if self.trained_length is not None:
+            scaling += f", ntk={self.ntk:g}, trained_length={self.trained_length}"
         return f"head_dim={self.head_dim}, rotated={self.rotated}, {scaling}"

@@ -140,6 +140,85 @@ def test_ntk_slows_the_slowest_plane_by_the_factor_and_keeps_the_fastest() -> No
     torch.testing.assert_close(plain.rotate(fastest, at), scaled.rotate(fastest, at))
 
 
+def turned_by_base(x: Tensor, position: int, base: float) -> Tensor:
+    """One token, plane by plane."""
+    half, found = x.shape[-1] // 2, x.clone()
+    for i in range(half):
+        angle = position * base ** (-2 * i / (2 * half))
+        found[..., i] = x[..., i] * math.cos(angle) - x[..., i + half] * math.sin(angle)
+        found[..., i + half] = x[..., i] * math.sin(angle) + x[..., i + half] * math.cos(angle)
+    return found
+
+
+@pytest.mark.parametrize("ntk", [1.0, 2.5])
+def test_dynamic_ntk_turns_each_token_by_the_base_of_its_own_length(ntk: float) -> None:
+    scheme, plain = Rotary(head_dim=8, ntk=ntk, trained_length=20), Rotary(head_dim=8)
+    x, positions = torch.randn(2, 3, 60, 8, dtype=torch.float64), torch.arange(60)[None]
+    found = scheme.rotate(x, positions)
+    torch.testing.assert_close(found[:, :, :20], plain.rotate(x[:, :, :20], positions[:, :20]), rtol=0, atol=1e-13)
+    for p in (20, 21, 59):
+        base = 10_000.0 * (ntk * (p + 1) / 20 - (ntk - 1)) ** (8 / 6)
+        torch.testing.assert_close(found[:, :, p], turned_by_base(x[:, :, p], p, base), rtol=0, atol=1e-12)
+    steps = [scheme.rotate(x[:, :, t : t + 1], torch.full((2, 1), t)) for t in range(60)]
+    torch.testing.assert_close(torch.cat(steps, 2), found, rtol=0, atol=1e-14)
+    halves = scheme.rotate(x.bfloat16(), positions)
+    torch.testing.assert_close(halves.double(), scheme.rotate(x.bfloat16().double(), positions), rtol=0, atol=2e-2)
+
+
+def test_dynamic_ntk_takes_parts_of_heads_and_has_exact_gradients() -> None:
+    whole, part = Rotary(head_dim=8, trained_length=3), Rotary(head_dim=16, fraction=0.5, trained_length=3)
+    x, positions = torch.randn(2, 1, 5, 16, dtype=torch.float64), torch.randint(0, 99, (2, 5))
+    found = part.rotate(x, positions)
+    torch.testing.assert_close(found[..., :8], whole.rotate(x[..., :8], positions), rtol=0, atol=1e-14)
+    assert torch.equal(found[..., 8:], x[..., 8:])
+    leaf = x[..., :8].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: whole.rotate(y, positions), leaf)
+    torch._dynamo.reset()
+    compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(part, x, positions), found, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_scaled_rotary_turns_as_that_of_transformers(kind: str, fraction: float) -> None:
+    """Their inverse frequencies at each length, which a decoder asks for token by token."""
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    factor, trained, width = 4.0, 16, 12
+    options = {"rope_type": kind, "factor": factor, "rope_theta": 500.0, "partial_rotary_factor": fraction}
+    config = LlamaConfig(
+        hidden_size=2 * width, num_attention_heads=2, max_position_embeddings=trained, rope_parameters=options
+    )
+    scale = {"interpolation": factor} if kind == "linear" else {"ntk": factor, "trained_length": trained}
+    scheme = Rotary(head_dim=width, base=500.0, fraction=fraction, **scale)
+    half = int(width * fraction) // 2
+    x = torch.zeros(1, 1, 1, width, dtype=torch.float64)
+    x[..., :half] = 1
+    for p in (0, 3, 15, 16, 40, 100):
+        frequencies, factor_of_attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=p + 1)
+        turn = p * frequencies.double()
+        expected = torch.cat([turn.cos(), turn.sin(), x[0, 0, 0, 2 * half :]])
+        found = scheme.rotate(x, torch.tensor([[p]]))[0, 0, 0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # their frequencies are of float32
+        assert factor_of_attention == 1.0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("num_buckets", "max_distance"), [(32, 128), (16, 64), (64, 256), (8, 20), (32, 100), (12, 50), (64, 1000)]
+)
+def test_relative_buckets_are_those_of_t5_in_transformers(num_buckets: int, max_distance: int, causal: bool) -> None:
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    scheme = Relative(heads=2, num_buckets=num_buckets, max_distance=max_distance)
+    queries, keys = torch.tensor([[1500]]), torch.arange(3001)[None]
+    expected = t5.T5Attention._relative_position_bucket(
+        keys - 1500, bidirectional=not causal, num_buckets=num_buckets, max_distance=max_distance
+    )
+    assert torch.equal(scheme.buckets(queries, keys, causal)[0], expected)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_far_positions_are_as_exact_as_near_ones(dtype: torch.dtype, tolerance: float) -> None:
     scheme = Rotary(head_dim=8)
@@ -239,6 +318,8 @@ def test_rotary_and_sinusoidal_have_exact_gradients() -> None:
         ("rotary", {"fraction": 1.5}, "fraction <= 1"),
         ("rotary", {"interpolation": 0.5}, "interpolation >= 1"),
         ("rotary", {"fraction": 0.25, "ntk": 2.0}, "at least 4"),
+        ("rotary", {"fraction": 0.25, "trained_length": 9}, "at least 4"),
+        ("rotary", {"trained_length": 0}, "trained_length >= 1"),
         ("relative", {"num_buckets": 7}, "even"),
         ("relative", {"max_distance": 16}, "max_distance >= 17"),
         ("toeplitz", {"max_distance": 0}, "max_distance >= 1"),
