@@ -198,6 +198,7 @@ class Context:
         memory_mask: of the memory, in cross patterns.
         positions: position of each token; the rank among valid tokens when None.
         memory_positions: likewise for the memory.
+        position_vectors: of a model whose position scheme encodes positions once for all layers: what it made of them.
         grid: sizes of the image or volume whose tokens are laid out row by row.
         roles: :class:`Role` of each token; in cross patterns of each token of the memory.
         generator: source of every random draw of the call.
@@ -211,6 +212,7 @@ class Context:
     memory_mask: Mask | None = None
     positions: Int[Tensor, "b n"] | None = None
     memory_positions: Int[Tensor, "b m"] | None = None
+    position_vectors: Float[Tensor, "#b n c"] | None = None
     grid: tuple[int, ...] | None = None
     roles: Int[Tensor, "b n"] | None = None
     generator: torch.Generator | None = None
@@ -509,8 +511,18 @@ class LayerSpec:
     linear: Callable[..., nn.Module] = nn.Linear
 
 
-ACTS_LIKE: Mapping[str, tuple[str, ...]] = {"lrpe": ("rotary",), "toeplitz": ("alibi",)}
+ACTS_LIKE: Mapping[str, tuple[str, ...]] = {
+    "lrpe": ("rotary",),
+    "seqpe": ("learned",),
+    "seqpe_mul": ("rotary",),
+    "seqpe_add": ("rotary",),
+    "seqpe_scalar": ("rotary", "alibi"),
+    "toeplitz": ("alibi",),
+}
 """Position schemes that act where others do: a mechanism that accepts these accepts them too."""
+
+TURNED_BEFORE = ("seqpe_mul", "seqpe_add", "seqpe_scalar")
+"""Those of them that change queries and keys before the call, so not of a mechanism that rotates them itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -598,7 +610,13 @@ class Mechanism:
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
         accepted = self.accepts_positions
-        alike = [name for name, others in ACTS_LIKE.items() if name not in accepted and set(others) <= set(accepted)]
+        alike = [
+            scheme
+            for scheme, others in ACTS_LIKE.items()
+            if scheme not in accepted
+            and set(others) <= set(accepted)
+            and not (scheme in TURNED_BEFORE and "rotate" in self.honours)
+        ]
         object.__setattr__(self, "accepts_positions", (*accepted, *alike))
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
