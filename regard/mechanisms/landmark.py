@@ -28,7 +28,9 @@ C_ij = S_i,landmark(c) - LSE_ic for j in another block c and 0 in the query's ow
 Retrieval (section 3.3; causal-self with a state, `top_k` = k): the state keeps keys before rotation, values, and which
 tokens are landmarks. A call is one chunk, or is read in chunks of `chunk_size`. For each token and head the k blocks of
 highest landmark score, among the complete blocks cached before the chunk, are attended to together with the incomplete
-block and the chunk. With rotary positions blocks take slots of `block` + 1 positions instead of their distant true
+block and the chunk. `selection` shares the choice: with the softmax of a token's and head's scores over the landmarks,
+the k blocks of the largest maximum over the heads, or over the tokens of the chunk. The latter lets later tokens of a
+chunk influence which blocks an earlier one sees; it is what `offload` needs, so that few blocks are moved for a chunk. With rotary positions blocks take slots of `block` + 1 positions instead of their distant true
 places: to be scored, the k newest blocks have the slots 1 to k and older ones slot 0; the m-th chosen block in order of
 time (from 0) has slot m, or m + 1 if it is one of the k newest; the incomplete block follows at slot k + 1. While no
 more than k blocks are cached, slots are true places. So positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
@@ -45,8 +47,7 @@ Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). `r
 may have any length in whole calls; with `top_k` a block has exactly `block` tokens (the first of a sequence may have
 fewer), and with `cache_blocks` at most `block`.
 Deviations: noncausal and cross patterns are not in the paper. Blocks without a visible token lose their landmark; the
-original code lets an empty block keep its share, so that rows sum to less than 1. Selection is per token and head only
-(the original also shares it over heads or over the tokens of a chunk), and the context miss token is left out.
+original code lets an empty block keep its share, so that rows sum to less than 1. The context miss token is left out.
 `group_dropout` drops gates (not the own block), `position_jump` adds a random number below it to the positions after
 each landmark; both act in training only.
 """
@@ -95,6 +96,8 @@ from regard.visibility import Ranks, Visibility, masked_scores_bias, ranks
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
+
 NUMBERS_AT_ONCE = 1 << 24
 """Numbers of retrieved keys above which queries are taken block by block."""
 
@@ -110,6 +113,11 @@ class Config:
         group_dropout: probability in [0, 1) of dropping the gate of a block, in training.
         softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are tokens like others).
         position_jump: in training, positions after a landmark grow by a random integer below it; 0 for none.
+        selection: how the retrieved blocks are chosen: ``per_token_and_head``, ``max_over_heads`` (one set for all heads
+            of a token) or ``max_over_tokens`` (one set for all tokens of a chunk, for each head), by the largest share
+            that a block's landmark has among the landmarks.
+        offload: device that holds the cached keys and values, as ``"cpu"``, with ``selection="max_over_tokens"``; only
+            landmark keys, the incomplete block and the retrieved blocks are on the call's device. None for that device.
     """
 
     block: int = 50
@@ -118,6 +126,8 @@ class Config:
     group_dropout: float = 0.0
     softmax: str = "grouped"
     position_jump: int = 0
+    selection: str = "per_token_and_head"
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         at_least("block", self.block, 1)
@@ -128,6 +138,17 @@ class Config:
             raise Unsupported(f"group_dropout={self.group_dropout}", supported="0 <= group_dropout < 1")
         one_of("softmax", self.softmax, ("grouped", "ignore", "plain"))
         at_least("position_jump", self.position_jump, 0)
+        one_of("selection", self.selection, SELECTIONS)
+        if self.selection != SELECTIONS[0] and self.top_k is None:
+            raise Unsupported(
+                f"selection={self.selection!r} with top_k=None", supported="top_k >= 1", nearest="top_k=4"
+            )
+        if self.offload is not None and self.selection != "max_over_tokens":
+            raise Unsupported(
+                f"offload={self.offload!r} with selection={self.selection!r}, which needs other blocks for each token",
+                supported="selection='max_over_tokens'",
+                nearest="selection='max_over_tokens'",
+            )
 
     @property
     def bounded(self) -> bool:
@@ -147,16 +168,28 @@ class LandmarkState(State):
     landmark: Bool[Tensor, "b past"] = state_field()
     cached: Int[Tensor, " b"] = state_field()
     length: Int[Tensor, " b"] = state_field()
+    marks: Float[Tensor, "b g blocks d"] | None = None
+    """With `offload` the landmarks' keys of the complete blocks that hold a token, the newest last; k and v are there."""
+
+    def select(self, indices: Int[Tensor, " rows"]) -> LandmarkState:
+        return self._map(lambda t, _: t.index_select(0, indices.to(t.device)))
+
+    def reset(self, rows: Bool[Tensor, " b"]) -> LandmarkState:
+        def emptied(t: Tensor, fill: float) -> Tensor:
+            marked = rows.to(t.device).view(-1, *[1] * (t.ndim - 1))
+            return torch.where(marked, torch.full_like(t, fill), t)
+
+        return self._map(emptied)
 
     def present(self) -> Bool[Tensor, "b past"]:
         """Slots that hold a token."""
         past = self.k.shape[2]
-        return torch.arange(past, device=self.k.device) >= past - self.cached[:, None]
+        return torch.arange(past, device=self.cached.device) >= past - self.cached[:, None]
 
     def ranks(self) -> Int[Tensor, "b past"]:
         """Rank of each slot's token in its sequence; -1 for an empty slot."""
         past = self.k.shape[2]
-        rank = torch.arange(past, device=self.k.device) + (self.length[:, None] - past)
+        rank = torch.arange(past, device=self.length.device) + (self.length[:, None] - past)
         return torch.where(self.present(), rank, -1)
 
 
@@ -393,7 +426,13 @@ def _past(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
         return call.state
     none = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
     landmark = torch.zeros(k.shape[0], 0, dtype=torch.bool, device=k.device)
-    return LandmarkState(k[:, :, :0], v[:, :, :0], landmark, none, none)
+    marks = None if call.config.offload is None else k[:, :, :0]
+    return LandmarkState(_moved(k[:, :, :0], call), _moved(v[:, :, :0], call), landmark, none, none, marks)
+
+
+def _moved(x: Tensor, call: Call) -> Tensor:
+    """Where the cache is."""
+    return x if call.config.offload is None else x.to(call.config.offload)
 
 
 def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Result:
@@ -416,21 +455,26 @@ def _append(
     """The cache with new tokens, and without the oldest blocks when it is full."""
     batch, m = k.shape[0], k.shape[2]
     new = torch.full((batch,), m, device=k.device) if lengths is None else lengths
+    flags = torch.cat([past.landmark, landmark], -1)
     tokens = [
-        torch.cat([past.k, k.to(past.k.dtype)], 2),
-        torch.cat([past.v, v.to(past.v.dtype)], 2),
-        torch.cat([past.landmark, landmark], -1)[:, None, :, None],
+        torch.cat([past.k, k.to(past.k)], 2),
+        torch.cat([past.v, v.to(past.v)], 2),
+        flags[:, None, :, None],
     ]
     if lengths is not None:
         # Move each row to the right over its padding, so that tokens stay next to each other.
         index = torch.arange(tokens[0].shape[2], device=k.device) - (m - lengths)[:, None]
         index = index.clamp(min=0)[:, None, :, None]
-        tokens = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) if x.shape[2] else x for x in tokens]
+        tokens = [
+            x.gather(2, index.to(x.device).expand(-1, x.shape[1], -1, x.shape[3])) if x.shape[2] else x for x in tokens
+        ]
     state = LandmarkState(tokens[0], tokens[1], tokens[2][:, 0, :, 0], past.cached + new, past.length + new)
     # The first slot was copied over the slots that became empty: a landmark there must not count again.
     state = dataclasses.replace(state, landmark=state.landmark & state.present())
     if not config.bounded:
         return state
+    if past.marks is not None:
+        state = dataclasses.replace(state, marks=_marked(past, k, state, new, config))
     _check_blocks(state, config)
     if config.cache_blocks is None:
         return state
@@ -442,7 +486,37 @@ def _append(
         (state.landmark & kept)[:, -most:],
         (state.present() & kept).sum(-1),
         state.length,
+        state.marks,
     )
+
+
+def _closes(state: LandmarkState) -> Bool[Tensor, "b past"]:
+    """Landmarks that close a block with a token; one right after another, or before any token, closes nothing."""
+    token = state.present() & ~state.landmark
+    return state.landmark & F.pad(token[:, :-1], (1, 0))
+
+
+def _marked(
+    past: LandmarkState, k: Tensor, state: LandmarkState, new: Tensor, config: Config
+) -> Float[Tensor, "b g blocks d"]:
+    """Keys of the landmarks that close a block, with those of the `new` tokens, which are the last ones of `state`."""
+    assert past.marks is not None
+    m, slots = k.shape[2], state.k.shape[2]
+    if m == 0:
+        return past.marks
+    blocks = min(past.marks.shape[2] + (m + 1) // 2, _most_blocks(slots, config))
+    closes = _closes(state)
+    fresh = closes & (torch.arange(slots, device=k.device) >= slots - new[:, None])
+    added = fresh.sum(-1)  # of each row
+    column = torch.arange(blocks, device=k.device) - (
+        blocks - added[:, None]
+    )  # among the new ones; negative: an old one
+    order = fresh.int().argsort(dim=-1, descending=True, stable=True)  # slots of the new ones first
+    slot = order.gather(1, column.clamp(min=0).clamp(max=slots - 1)) - (slots - new[:, None])  # place in k
+    old = past.marks.shape[2] + column  # place among the old ones
+    both = torch.cat([past.marks, k.to(past.marks.dtype)], 2)
+    index = torch.where(column >= 0, past.marks.shape[2] + slot.clamp(min=0, max=m - 1), old.clamp(min=0))
+    return both.gather(2, index[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3]))
 
 
 def _from_end(ends: Bool[Tensor, "b past"]) -> Int[Tensor, "b past"]:
@@ -459,7 +533,7 @@ def _check_blocks(state: LandmarkState, config: Config) -> None:
     past = state.k.shape[2]
     if torch.compiler.is_compiling() or past == 0:
         return
-    slots = torch.arange(past, device=state.k.device)
+    slots = torch.arange(past, device=state.landmark.device)
     ends = torch.where(state.landmark, slots, -1).cummax(-1).values
     ends = torch.maximum(F.pad(ends[:, :-1], (1, 0), value=-1), (past - 1) - state.cached[:, None])
     tokens = torch.where(state.present() & ~state.landmark, slots - ends, 0)
@@ -495,8 +569,8 @@ def _retrieve(
     if call.memory_lengths is not None:
         exists = near[:t] < call.memory_lengths[:, None]
     exists = torch.cat([unfinished[:, slots - width :], exists], -1)
-    near_keys = torch.cat([past.k[:, :, slots - width :], k.to(past.k.dtype)], 2)
-    near_values = torch.cat([past.v[:, :, slots - width :], v.to(past.v.dtype)], 2)
+    near_keys = torch.cat([past.k[:, :, slots - width :].to(q.device), k.to(past.k.dtype)], 2)
+    near_values = torch.cat([past.v[:, :, slots - width :].to(q.device), v.to(past.v.dtype)], 2)
     near_landmark = torch.cat([torch.zeros_like(unfinished[:, slots - width :]), landmark], -1)
     key_ranks = torch.where(exists, near, -1)
     q = wide(q)
@@ -504,9 +578,11 @@ def _retrieve(
         positions = (chunk_start[:, None] - width + near).clamp(min=0)
         q, near_keys = call.rotate(q, positions[:, width:]), call.rotate(wide(near_keys), positions)
 
-    retrieved = min(top_k, blocks.ends.shape[1]) * size
-    numbers = q.shape[0] * q.shape[1] * retrieved * max(q.shape[3], v.shape[3])
-    step = max(1, min(t, NUMBERS_AT_ONCE // max(numbers, 1)))
+    chosen = _chosen(call, q, blocks)
+    together = config.selection == "max_over_tokens"
+    far = _gathered(call, chosen, past, blocks) if together else None
+    numbers = q.shape[0] * q.shape[1] * chosen.shape[-1] * size * max(q.shape[3], v.shape[3])
+    step = t if together else max(1, min(t, NUMBERS_AT_ONCE // max(numbers, 1)))
     outputs = []
     for start in range(0, t, step):
         rows = q[:, :, start : start + step]
@@ -522,13 +598,14 @@ def _retrieve(
             blocks=None,
             dropout=_dropout(call),
         )
-        far_logits, far_values, far_factors = _retrieved(call, rows, past, blocks)
+        taken = _gathered(call, chosen[:, :, start : start + step], past, blocks) if far is None else far
+        far_logits, far_factors = _far_logits(call, rows, taken)
         weights = normalized(torch.cat([far_logits, close_logits], -1))
         if factors is not None and far_factors is not None:
             weights = weights * torch.cat([far_factors, factors], -1)
         weights = _dropout(call).of_weights(weights)
-        far, close = weights.split([far_logits.shape[-1], close_logits.shape[-1]], -1)
-        output = (far[..., None, :] @ wide(far_values))[..., 0, :] + product(close, wide(near_values))
+        distant, close = weights.split([far_logits.shape[-1], close_logits.shape[-1]], -1)
+        output = taken.read(distant) + product(close, wide(near_values))
         outputs.append(output.to(v.dtype))
     return torch.cat(outputs, 2)
 
@@ -559,64 +636,112 @@ def _cached_blocks(call: Call, past: LandmarkState) -> _CachedBlocks:
     assert config.top_k is not None
     slots, size = past.k.shape[2], config.block + 1
     blocks = _most_blocks(slots, config)
-    token = past.present() & ~past.landmark
-    # A landmark right after another, or before any token, closes nothing that could be retrieved.
-    closes = past.landmark & F.pad(token[:, :-1], (1, 0))
+    closes = _closes(past)
     count, column = closes.sum(-1), blocks - _from_end(closes)
     named = torch.where(closes & (column >= 0), column, blocks)  # slots that end no block go to an extra column
     where = torch.arange(slots, device=named.device).expand_as(named)
     ends = named.new_zeros(named.shape[0], blocks + 1).scatter(1, named, where)[:, :blocks]
     number = torch.arange(blocks, device=named.device)
-    keys = wide(past.k.gather(2, ends[:, None, :, None].expand(-1, past.k.shape[1], -1, past.k.shape[3])))
+    if past.marks is None:
+        keys = wide(past.k.gather(2, ends[:, None, :, None].expand(-1, past.k.shape[1], -1, past.k.shape[3])))
+    else:
+        keys = wide(F.pad(past.marks, (0, 0, blocks - past.marks.shape[2], 0)))  # a negative pad cuts the oldest
     if call.rotate is not None:
         place = (number - blocks + count.clamp(max=config.top_k + 1)[:, None]).clamp(min=0)
         keys = call.rotate(keys, place * size + config.block)
-    return _CachedBlocks(count, ends, number >= blocks - count[:, None], keys, column, token | closes)
+    return _CachedBlocks(
+        count, ends, number >= blocks - count[:, None], keys, column, (past.present() & ~past.landmark) | closes
+    )
 
 
-def _retrieved(
-    call: Call, q: Tensor, past: LandmarkState, cached: _CachedBlocks
-) -> tuple[Float[Tensor, "b h t r"], Float[Tensor, "b h t r v"], Float[Tensor, "b h t r"] | None]:
-    """Logits and values of the tokens of retrieved blocks, for each query and head; factors when gates are dropped."""
+def _chosen(call: Call, q: Float[Tensor, "b h t d"], cached: _CachedBlocks) -> Int[Tensor, "b h #t k"]:
+    """Columns of the blocks that are retrieved, in order of time; -1 where there are fewer."""
     config: Config = call.config
     assert config.top_k is not None
-    blocks, size = cached.ends.shape[1], config.block + 1
-    chosen = min(config.top_k, blocks)
-    scores = call.scale * product(q, cached.keys.mT).detach()
-    best = scores.masked_fill(~cached.exists[:, None, None], -torch.inf).topk(chosen, -1)
-    block = torch.where(best.values > -torch.inf, best.indices, -1).sort(-1).values  # (b, h, t, k), in order of time
-    found, block = block >= 0, block.clamp(min=0)
+    scores = (call.scale * product(q, cached.keys.mT)).detach()
+    scores = scores.masked_fill(~cached.exists[:, None, None], -torch.inf)
+    if config.selection != "per_token_and_head":
+        scores = torch.where(cached.exists[:, None, None], normalized(scores), -torch.inf)
+        if config.selection == "max_over_heads":
+            scores = scores.amax(1, keepdim=True).expand(-1, q.shape[1], -1, -1)
+        else:
+            valid = call.valid_keys(q.shape[2])
+            seen = scores if valid is None else scores.masked_fill(~valid[:, None, :, None], 0.0)
+            scores = torch.where(cached.exists[:, None, None], seen, -torch.inf).amax(2, keepdim=True)
+    best = scores.topk(min(config.top_k, scores.shape[-1]), -1)
+    return torch.where(best.values > -torch.inf, best.indices, -1).sort(-1).values
 
-    row = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
-    within = torch.arange(size, device=q.device)
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Tokens of retrieved blocks, on the device of the call.
+
+    Attributes:
+        keys, values: placed keys, and values; the axis of queries has size 1 where all retrieve the same.
+        inside: whether a place holds a token of its block, or its landmark, which is the last.
+        found: whether there is a block.
+    """
+
+    keys: Float[Tensor, "b h #t k size d"]
+    values: Float[Tensor, "b h #t k size v"]
+    inside: Bool[Tensor, "b h #t k size"]
+    found: Bool[Tensor, "b h #t k"]
+
+    def scores(self, q: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h t k size"]:
+        keys = self.keys.flatten(3, 4)
+        found = q @ keys[:, :, 0].mT if keys.shape[2] == 1 else (keys @ q[..., None])[..., 0]
+        return found.unflatten(-1, self.keys.shape[3:5])
+
+    def read(self, weights: Float[Tensor, "b h t r"]) -> Float[Tensor, "b h t v"]:
+        values = self.values.flatten(3, 4)
+        if values.shape[2] == 1:
+            return weights @ wide(values[:, :, 0])
+        return (weights[..., None, :] @ wide(values))[..., 0, :]
+
+
+def _gathered(call: Call, block: Int[Tensor, "b h #t k"], past: LandmarkState, cached: _CachedBlocks) -> _Gathered:
+    """The tokens of the chosen blocks, in the places that they take."""
+    config: Config = call.config
+    assert config.top_k is not None
+    blocks, size, chosen = cached.ends.shape[1], config.block + 1, block.shape[-1]
+    found, block = block >= 0, block.clamp(min=0)
+    row = torch.arange(block.shape[0], device=block.device)[:, None, None, None]
+    within = torch.arange(size, device=block.device)
     slot = cached.ends[row, block][..., None] + (within - config.block)  # (b, h, t, k, size)
     inside = (slot >= 0) & found[..., None]
     slot = slot.clamp(min=0)
     row = row[..., None]
     inside = inside & cached.member[row, slot] & (cached.column[row, slot] == block[..., None])
-    head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // past.k.shape[1])
-    head = head[None, :, None, None, None]
-    keys, values = wide(past.k[row, head, slot]), past.v[row, head, slot]  # (b, h, t, k, size, d)
+    head = torch.arange(block.shape[1], device=block.device) // (block.shape[1] // past.k.shape[1])
+    place = [index.to(past.k.device) for index in (row, head[None, :, None, None, None], slot)]
+    keys, values = (x[tuple(place)].to(block.device) for x in (past.k, past.v))  # (b, h, t, k, size, d)
+    keys = wide(keys)
     if call.rotate is not None:
-        order = config.top_k - chosen + torch.arange(chosen, device=q.device)
+        order = config.top_k - chosen + torch.arange(chosen, device=block.device)
         newest = (block >= blocks - config.top_k).long()
         count = cached.count[:, None, None, None]
-        place = torch.where(count <= config.top_k, block - blocks + count, order + newest).clamp(min=0)
-        positions = place[..., None] * size + within
+        at = torch.where(count <= config.top_k, block - blocks + count, order + newest).clamp(min=0)
+        positions = at[..., None] * size + within
         flat = call.rotate(keys.flatten(3, 4).flatten(0, 2)[:, None], positions.flatten(3, 4).flatten(0, 2))
         keys = flat[:, 0].view(keys.shape)
-    scores = call.scale * (keys.flatten(3, 4) @ q[..., None])[..., 0].unflatten(-1, (chosen, size))
+    if config.softmax != "plain":
+        inside = torch.cat([inside[..., :-1], torch.zeros_like(inside[..., -1:])], -1)
+    return _Gathered(keys, values, inside, found)
 
-    if config.softmax == "plain":
-        return scores.masked_fill(~inside, -torch.inf).flatten(3), values.flatten(3, 4), None
-    tokens, gate, inside, values = scores[..., :-1], scores[..., -1:], inside[..., :-1], values[..., :-1, :]
-    if config.softmax == "ignore":
-        return tokens.masked_fill(~inside, -torch.inf).flatten(3), values.flatten(3, 4), None
-    total = torch.where(inside | ~found[..., None], tokens, -torch.inf).logsumexp(-1, keepdim=True)
-    logits = torch.where(inside, tokens - total + gate, -torch.inf)
+
+def _far_logits(
+    call: Call, q: Float[Tensor, "b h t d"], taken: _Gathered
+) -> tuple[Float[Tensor, "b h t r"], Float[Tensor, "b h t r"] | None]:
+    """Logits of the tokens of retrieved blocks, for each query and head; factors when gates are dropped."""
+    config: Config = call.config
+    scores, inside = call.scale * taken.scores(q), taken.inside
+    if config.softmax != "grouped":
+        return scores.masked_fill(~inside, -torch.inf).flatten(3), None
+    gate = scores[..., -1:]
+    total = torch.where(inside | ~taken.found[..., None], scores, -torch.inf).logsumexp(-1, keepdim=True)
+    found = torch.where(inside, scores - total + gate, -torch.inf)
     kept = _dropout(call).of_gates(gate.shape, q)
-    factors = None if kept is None else kept.expand_as(logits).flatten(3)
-    return logits.flatten(3), values.flatten(3, 4), factors
+    return found.flatten(3), None if kept is None else kept.expand_as(found).flatten(3)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

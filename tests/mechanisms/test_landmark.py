@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import regard.mechanisms.landmark as landmark_module
@@ -304,16 +306,24 @@ def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=Non
         blocks = [members for members in blocks if len(members) > 1]
         count = len(blocks)
         base = min(count, top_k + 1)
+        queries, shares = {}, torch.zeros(heads, length, count, dtype=q.dtype)
+        for h in range(heads):
+            group = h * k.shape[0] // heads
+            for i in range(length):
+                at = base * size + len(unfinished) + i
+                queries[h, start + i] = turned(q[h, start + i], at)
+                for b, members in enumerate(blocks):
+                    slot = b if count <= top_k else max(0, b - (count - top_k) + 1)
+                    shares[h, i, b] = queries[h, start + i] @ turned(k[group, members[-1]], slot * size + config.block)
+        if config.selection != "per_token_and_head" and shares.numel():
+            shares = (shares * q.shape[-1] ** -0.5).softmax(-1)
+            axis = 0 if config.selection == "max_over_heads" else 1
+            shares = shares.amax(axis, keepdim=True).expand(heads, length, count)
         for h in range(heads):
             group = h * k.shape[0] // heads
             for i in range(start, start + length):
-                at = base * size + len(unfinished) + i - start
-                query = turned(q[h, i], at)
-                score = {}
-                for b, members in enumerate(blocks):
-                    slot = b if count <= top_k else max(0, b - (count - top_k) + 1)
-                    score[b] = query @ turned(k[group, members[-1]], slot * size + config.block)
-                chosen = sorted(sorted(score, key=lambda b: -score[b])[:top_k])
+                query = queries[h, i]
+                chosen = sorted(shares[h, i - start].argsort(descending=True)[:top_k].tolist())
                 groups, now = [], [(j, base * size + place) for place, j in enumerate(unfinished)]
                 for order, b in enumerate(chosen):
                     slot = b if count <= top_k else order + (b >= count - top_k)
@@ -361,6 +371,67 @@ def test_retrieval_equals_its_definition_token_by_token(rotated, top_k, cache_bl
     chunks = [min(chunk, n - s) for s in range(0, n, chunk)]
     close(found, naive_retrieval(inputs, roles, chunks, config, rotate))
     assert (found - run(inputs, roles, rotate=rotate)).abs().max() > 1e-3
+
+
+SHARED = ["max_over_heads", "max_over_tokens"]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("selection", SHARED)
+@pytest.mark.parametrize(("top_k", "cache_blocks", "phase", "chunk"), [(1, None, 0, 6), (2, 4, 1, 5), (3, 4, 3, 1)])
+def test_shared_choices_equal_their_definition(selection, rotated, top_k, cache_blocks, phase, chunk) -> None:
+    n, config = 34, Config(block=3, top_k=top_k, cache_blocks=cache_blocks, selection=selection)
+    inputs = sample(n, batch=1, heads=4)
+    roles, rotate = regular(n, 3, phase=phase, batch=1), rotary() if rotated else None
+    found = run(inputs, roles, config=config, form="chunked", chunk_size=chunk, rotate=rotate)
+    chunks = [min(chunk, n - s) for s in range(0, n, chunk)]
+    close(found, naive_retrieval(inputs, roles, chunks, config, rotate))
+    alone = dataclasses.replace(config, selection="per_token_and_head")
+    if chunk > 1 or selection == "max_over_heads":
+        other = run(inputs, roles, config=alone, form="chunked", chunk_size=chunk, rotate=rotate)
+        assert (found - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cache_blocks", [None, 3])
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_rows_share_choices_among_their_own_tokens_wherever_blocks_are_kept(offload, cache_blocks) -> None:
+    """Unequal rows, empty blocks and rows that wait; offloaded landmarks are those of the cache."""
+    config = Config(block=3, top_k=2, cache_blocks=cache_blocks, selection="max_over_tokens", offload=offload)
+    if cache_blocks is None:
+        roles = torch.cat([regular(30, 3, batch=1), regular(30, 3, phase=1, batch=1)])
+    else:
+        roles = torch.cat([regular(30, 3, batch=1), marks([0, 3, 4, 5, 9, 12, 15, 16, 20, 24], 30, 1)])
+    inputs, total, rotate = sample(30), (30, 26), rotary()
+    advances = [(5, 2), (0, 7), (9, 0), (3, 3), (1, 1), (12, 13)]
+    state, done, outputs = None, [0, 0], [[], []]
+    for counts in advances:
+        width = max(counts)
+        index = torch.stack([done[r] + torch.arange(width) for r in range(2)]).clamp(max=29)
+        part = {n: x.gather(2, index[:, None, :, None].expand(-1, 2, -1, x.shape[3])) for n, x in inputs.items()}
+        call = {"roles": roles.gather(1, index), "mask": Mask(lengths=torch.tensor(counts)), "state": state}
+        result = apply(MECHANISM, part, **call, return_state=True, config=config, rotate=rotate)
+        state = result.state
+        if offload is not None:
+            check_marks(state)
+        for r, count in enumerate(counts):
+            outputs[r].append(result.output[r, :, :count])
+            done[r] += count
+    for r in range(2):
+        row = {n: x[r : r + 1, :, : total[r]] for n, x in inputs.items()}
+        expected = naive_retrieval(row, roles[r : r + 1], [a[r] for a in advances], config, rotate)
+        close(torch.cat(outputs[r], 1), expected[0])
+    if offload is not None:
+        twice = state.select(torch.tensor([1, 1])).reset(torch.tensor([True, False]))
+        assert twice.cached.tolist() == [0, int(state.cached[1])]
+        check_marks(twice)
+
+
+def check_marks(state) -> None:
+    token = state.present() & ~state.landmark
+    closes = state.landmark & F.pad(token[:, :-1], (1, 0))
+    for row in range(len(closes)):
+        keys = state.k[row][:, closes[row]]
+        assert torch.equal(state.marks[row, :, state.marks.shape[2] - keys.shape[1] :], keys)
 
 
 def test_retrieval_with_irregular_blocks_in_a_bounded_cache_equals_its_definition() -> None:
@@ -633,6 +704,10 @@ def test_ragged_rows_are_prepared_as_alone() -> None:
         {"group_dropout": 1.0},
         {"softmax": "soft"},
         {"position_jump": -1},
+        {"selection": "max_over_blocks", "top_k": 2},
+        {"selection": "max_over_heads"},
+        {"offload": "cpu", "top_k": 2},
+        {"offload": "cpu", "top_k": 2, "selection": "max_over_heads"},
     ],
 )
 def test_options_out_of_range_are_refused(options) -> None:
