@@ -31,10 +31,10 @@ Layout: q (B, H, N, D), v (B, H, N, V). State: every query and value so far, the
 has, so that a step attends to R (`lookback` + 1) m keys at most. Bucket and chunk never change once a token is read.
 Deviations: the paper sorts the whole row in causal attention too. Then later tokens move the borders of earlier chunks, and
 so decide what earlier queries see; here nothing of them does, and another chunk of keys is looked at (and hidden) instead.
-transformers' code (5.24) counts a pair for every round that has it, lets the first chunk of a round look into another round,
-and hides a token from itself by a large number. Rounds are drawn for each head. Where two projections of a token are equal but
-for rounding, forms may hash it differently. In training a layer draws new rotations at each call (`fresh`); a call whose activations are computed
-anew in the backward pass must see the same random numbers, or have ``fresh=False``.
+transformers' code (5.24) counts a pair for every round that has it, lets the first chunk of a round look into another
+round, and hides a token from itself by a large number. Rounds are drawn for each head. Where two projections of a token
+are equal but for rounding, forms may hash it differently. In training a layer draws new rotations at each call (`fresh`);
+a call whose activations are computed anew in the backward pass must see the same random numbers, or have ``fresh=False``.
 """
 
 from __future__ import annotations
