@@ -2,8 +2,8 @@ r"""Reformer attention: tokens whose directions hash alike attend to each other,
 
 When to pick it: long sequences where a query needs a few similar tokens from anywhere; more rounds come closer to full
 attention at a time in proportion.
-When not: short sequences (`softmax` is cheaper below a few chunks), cross attention (queries and keys are the same
-vectors), or states of fixed size.
+When not: sequences of less than several thousand tokens (`softmax` is faster, above all than many rounds), cross attention
+(queries and keys are the same vectors), or states of fixed size.
 
 Definition (Kitaev et al., arXiv 2001.04451, section 2; survey arXiv 2103.14636, B8). Queries are keys, of unit length as
 keys: k_j = q_j / (|q_j|^2 + D e)^1/2. In round r the bucket of a token is h_r(x) = argmax [x R_r; -x R_r]. P_i^r are the
@@ -31,10 +31,10 @@ Layout: q (B, H, N, D), v (B, H, N, V). State: every query and value so far, the
 has, so that a step attends to R (`lookback` + 1) m keys at most. Bucket and chunk never change once a token is read.
 Deviations: the paper sorts the whole row in causal attention too. Then later tokens move the borders of earlier chunks, and
 so decide what earlier queries see; here nothing of them does, and another chunk of keys is looked at (and hidden) instead.
-Public code (trax, transformers 5.24) counts a pair for every round that has it, lets the first chunk of a round look into
-another round, and hides a token from itself by a large number; some divides scores by sqrt(D) too. Rounds are
-drawn for each head. In training a layer draws new rotations at each call (`fresh`); a call whose activations are computed
-anew in the backward pass must see the same random numbers, or have ``fresh=False``.
+transformers' code (5.24) counts a pair for every round that has it, lets the first chunk of a round look into another
+round, and hides a token from itself by a large number. Rounds are drawn for each head. Where two projections of a token
+are equal but for rounding, forms may hash it differently. In training a layer draws new rotations at each call (`fresh`);
+a call whose activations are computed anew in the backward pass must see the same random numbers, or have ``fresh=False``.
 """
 
 from __future__ import annotations

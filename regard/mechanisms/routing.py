@@ -191,7 +191,7 @@ def chunked(
     null_k: Float[Tensor, "h c d"] | None = None,
     null_v: Float[Tensor, "h c v"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, by any number of tokens; also the step."""
+    """Causal-self with state in and out, by any number of tokens."""
     _check(call, q.shape[1])
     tokens = _own(call, k, v, centroids)
     past: RoutingState | None = call.state
@@ -208,6 +208,39 @@ def chunked(
     before = None if past is None else past.length
     length = lengths_after(before, call.memory_lengths, k.shape[0], k.shape[2], k.device)
     return Result(output, _last_of_each(call.config.window, centroids.shape[1], tokens, length))
+
+
+def step(
+    call: Call,
+    q: Float[Tensor, "b h 1 d"],
+    k: Float[Tensor, "b h 1 d"],
+    v: Float[Tensor, "b h 1 v"],
+    centroids: Float[Tensor, "h c d"],
+    null_k: Float[Tensor, "h c d"] | None = None,
+    null_v: Float[Tensor, "h c v"] | None = None,
+) -> Result:
+    """One token: its key takes the place of the oldest of its cluster."""
+    _check(call, q.shape[1])
+    past: RoutingState = call.state
+    token, clusters = _own(call, k, v, centroids), centroids.shape[1]
+    exists = (token.cluster < clusters)[..., None, None]
+    into = token.cluster.clamp(max=clusters - 1)  # (b, h, 1)
+    rows = torch.arange(into.numel(), device=q.device) * clusters + into.flatten()
+
+    def put(table: Float[Tensor, "b h c w x"], new: Float[Tensor, "b h 1 x"]) -> Float[Tensor, "b h c w x"]:
+        old = take_tokens(table.flatten(3), into).unflatten(3, table.shape[3:])
+        shifted = torch.cat([old[:, :, :, 1:], new[:, :, :, None].to(table.dtype)], 3)
+        shifted = torch.where(exists, shifted, old).flatten(0, 2)
+        return table.flatten(0, 2).index_copy(0, rows, shifted).view(table.shape)
+
+    score = put(past.score[..., None], token.score[..., None])[..., 0]
+    length = lengths_after(past.length, call.memory_lengths, k.shape[0], 1, k.device)
+    state = RoutingState(put(past.k, k), put(past.v, v), score, length)
+    asked = _local(call, _scores(q, centroids).argmax(2))
+    keys, values = (take_tokens(x.flatten(3), asked).unflatten(3, x.shape[3:]) for x in (state.k, state.v))
+    seen = take_tokens(state.score, asked)[:, :, :, None] > -torch.inf
+    output = _attend(call, q, keys, values, seen, _null(null_k, null_v), asked)
+    return Result(output.to(v.dtype), state)
 
 
 def absorb(
@@ -561,7 +594,7 @@ def cost(shape: Shape, config: Config) -> Cost:
         flops=heads * ((shape.n + shape.m) * routing + 2.0 * blocks * size * 2 * window * width),
         memory=float(heads * blocks * (2 * window * (width + size) + size * width)),
         state=float(shape.heads * kept * (width + 1)),
-        step_flops=heads * (2 * routing + 2.0 * 2 * window * width),
+        step_flops=heads * (2 * routing + 2.0 * window * width),
     )
 
 
@@ -577,7 +610,7 @@ MECHANISM = Mechanism(
         "reference": reference,
         "parallel": parallel,
         "chunked": chunked,
-        "step": chunked,
+        "step": step,
         "absorb": absorb,
         "read": read,
     },

@@ -13,8 +13,8 @@ summaries of block i of the queries and block j of the keys, s the scale:
     O_i  = softmax(s Q_i [K'_i; K_i]^T) [V'_i; V_i]
 
 - noncausal-self: summaries are means over blocks.
-- causal-self: P_ij = 0 unless j < i, and the tokens of block i see those of their own block before them. p_i is the mean of all
-  queries up to the first of block i, r_j that of all keys up to the last of block j; the sum of a column goes over rows up to
+- causal-self: P_ij = 0 unless j < i, and in its own block a token sees those up to itself. p_i is the mean of all queries
+  up to the first of block i, r_j that of all keys up to the last of block j; the sum of a column goes over rows up to
   i. So all that block i uses is known when its first token comes. Block 0 sees itself only.
 - noncausal-cross: O_i = softmax(s Q_i K'_i^T) V'_i; P has a row for each block of queries and a column for each of the memory.
 - with `sortcut`, in noncausal patterns, every query sees [K'_1; ...; K'_c] of the first c sorted blocks instead.

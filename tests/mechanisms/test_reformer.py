@@ -117,6 +117,13 @@ def test_small_chunks_have_all_properties(options, pattern):
                 assert prop.check(subject, torch.float64) <= 1e-12, prop.name
 
 
+@pytest.mark.parametrize("options", [{"chunk": 1}, {"chunk": 1, "same_bucket": True}])
+@pytest.mark.parametrize("pattern", SELF)
+def test_more_buckets_and_chunks_than_a_short_integer_counts(options, pattern):
+    tensors = inputs(200, batch=1, buckets=100)
+    close(run(tensors, pattern, options), run(tensors, pattern, options, form="reference"))
+
+
 @pytest.mark.parametrize("pattern", SELF)
 def test_one_bucket_and_one_chunk_is_dense_attention_without_oneself(pattern):
     tensors = inputs(11)
