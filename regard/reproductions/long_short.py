@@ -67,5 +67,5 @@ REPRODUCTION = Reproduction(
     ),
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 4, "lengths": [64, 128], "seconds": 0.01},
-    seconds=60,
+    seconds=80,
 )
