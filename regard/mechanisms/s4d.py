@@ -363,7 +363,7 @@ class S4DLayer(StateSpaceLayer):
             # the integral of a kernel is 2 Re sum_k -C_k / A_k
             for c in (self.c, self.c_back):
                 if c is not None:
-                    c.normal_(std=float(0.5 / (a.abs() ** -2).sum().sqrt()))
+                    c.normal_().mul_(0.5 / (a.abs() ** -2).sum().sqrt())
             self.D.normal_()
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
