@@ -4,7 +4,7 @@ When to pick it: as the cheapest mixing there is in an encoder, O(N log N) and n
 shows how much of a score attention brings.
 When not: decoding (each output holds all tokens), or finding single tokens: nothing that it does depends on contents.
 
-Definition (Lee-Thorp et al., arXiv 2105.03824, equation 3; survey arXiv 2103.14636, C7), for a sequence of L tokens
+Definition (Lee-Thorp et al., arXiv 2105.03824, section 3; survey arXiv 2103.14636, C7), for a sequence of L tokens
 
     y = Re(F_seq(F_hidden(x))),   y[j, e] = sum_{t<L} sum_{f<D} cos(2 pi (j t / L + e f / D)) x[t, f]
 

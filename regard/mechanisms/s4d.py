@@ -4,7 +4,7 @@ When to pick it: signals and long sequences in which what matters is how long ag
 trained in O(N log N) and decoded with a constant state; as the control without selection beside `mamba`.
 When not: recall of what was said (a kernel knows distances, not contents), and cross attention.
 
-Definition (Gu et al., arXiv 2206.11893, equations 2-5; the causal part of CAB, arXiv 2210.07661). For channel e and state k
+Definition (Gu et al., arXiv 2206.11893, section 3; the S4D of CAB, arXiv 2210.07661). For channel e and state k
 
     h_t[e,k] = exp(dt_e A_ek) h_{t-1}[e,k] + (exp(dt_e A_ek) - 1) / A_ek x_t[e],   y_t[e] = 2 Re sum_k C_ek h_t[e,k] + D_e x_t[e]
 
