@@ -431,7 +431,7 @@ SAME_READING = "nothing of a query enters the kernel, so that all queries would 
 
 MECHANISM = Mechanism(
     name="s4d",
-    aliases=("s4", "diagonal_state_space", "s4d_lin", "s4d_inv"),
+    aliases=("diagonal_state_space",),
     kind=Kind.MIXER,
     summary="A diagonal state space with fixed complex rates for each channel: a convolution as long as the sequence.",
     paper=Paper("On the Parameterization and Initialization of Diagonal State Space Models", "2206.11893", 2022, 34),
