@@ -4,7 +4,7 @@ When to pick it: as the cheapest mixing there is in an encoder, O(N log N) and n
 shows how much of a score attention brings.
 When not: decoding (each output holds all tokens), or finding single tokens: nothing that it does depends on contents.
 
-Definition (Lee-Thorp et al., arXiv 2105.03824, equation 3; survey arXiv 2103.14636, C7), for a sequence of L tokens
+Definition (Lee-Thorp et al., arXiv 2105.03824, section 3; survey arXiv 2103.14636, C7), for a sequence of L tokens
 
     y = Re(F_seq(F_hidden(x))),   y[j, e] = sum_{t<L} sum_{f<D} cos(2 pi (j t / L + e f / D)) x[t, f]
 
@@ -18,8 +18,8 @@ Padding: valid tokens are gathered, and each row or document is transformed at i
 Known implementations transform the padding as well, so that there a row's output depends on how far it is padded.
 Scale: y grows as sqrt(L D), which the paper's norm after each residual takes out. `orthonormal=True` divides by that, for
 blocks with the norm before. The call's scale multiplies y and is 1.
-Deviations: rows of unequal length go through a chirp of one size (Bluestein), at the price of three transforms of twice
-the length. Half the features are transformed over places, since x is real.
+Deviations: rows of unequal length are convolved with a chirp (Bluestein), at the price of two transforms of twice the
+length, of half the features since x is real.
 """
 
 from __future__ import annotations
@@ -68,19 +68,17 @@ def parallel(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     batch, n, width = x.shape
     if x.numel() == 0:
         return x
-    half = torch.fft.rfft(x.to(torch.promote_types(x.dtype, torch.float32)))
-    places = torch.arange(n, device=x.device)
+    tokens = x.to(torch.promote_types(x.dtype, torch.float32))
     if call.lengths is None:
-        y = torch.fft.fft(half, dim=1).real
-        opposite, count = ((n - places) % n).expand(batch, -1), torch.full((batch,), n, device=x.device)
+        y, count = torch.fft.fft2(tokens).real, torch.full((batch,), n, device=x.device)
     else:
         count = call.lengths.clamp(min=1)
-        y = transform_rows(half.mT, call.lengths).real.mT
+        y = transform_rows(torch.fft.rfft(tokens).mT, call.lengths).real.mT
+        # x is real: feature D - e at place -j is the conjugate of feature e at place j
+        places = torch.arange(n, device=x.device)
         opposite = torch.where(places < count[:, None], (count[:, None] - places) % count[:, None], places)
-    # x is real: feature D - e at place -j is the conjugate of feature e at place j
-    rest = y[..., 1 : (width + 1) // 2].flip(-1)
-    rest = rest.gather(1, opposite[..., None].expand(rest.shape))
-    y = torch.cat([y, rest], -1)
+        rest = y[..., 1 : (width + 1) // 2].flip(-1)
+        y = torch.cat([y, rest.gather(1, opposite[..., None].expand(rest.shape))], -1)
     if call.config.orthonormal:
         y = y * (count * width).to(y.dtype).rsqrt()[:, None, None]
     return (call.scale * y).to(x.dtype)

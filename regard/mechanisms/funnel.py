@@ -4,7 +4,7 @@ When to pick it: classifying long texts, where the pool should still mix tokens 
 of the one before.
 When not: an output for each token; or a pool that should cost next to nothing (`low_rank_pooling`, the mean).
 
-Definition (Dai et al., arXiv 2006.03236, section 2.2; survey arXiv 2103.14636, D3). Each block begins with
+Definition (Dai et al., arXiv 2006.03236, section 2; survey arXiv 2103.14636, D3). Each block begins with
 
     h' = pool(h) by pairs of tokens, the first token (cls) apart:  h'_0 = h_0,  h'_j = mean(h_{2j-1}, h_{2j})
     h  = FF(LN(h' + Attention(Q = h', K = V = h)))                 ("pool query only"; the residual is the pooled h')

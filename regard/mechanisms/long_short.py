@@ -4,7 +4,7 @@ When to pick it: long texts whose detail is near and whose rest can be told in a
 (noncausal), or N times the few landmarks of the past (causal).
 When not: exact recall of far tokens (a landmark is a mean, weighed before the question is known), cross attention.
 
-Definition (Zhu et al., arXiv 2107.02192, equations 3-6; the `LongShort` of CAB, arXiv 2210.07661). With scores p_j of r
+Definition (Zhu et al., arXiv 2107.02192, section 3; the `LongShort` of CAB, arXiv 2210.07661). With scores p_j of r
 landmarks a head, a linear map of token j,
 
     K~ = sum_j softmax_j(p_j) k_j,   V~ = sum_j softmax_j(p_j) v_j             over all j, or over the j of each segment

@@ -4,7 +4,7 @@ When to pick it: signals and long sequences in which what matters is how long ag
 trained in O(N log N) and decoded with a constant state; as the control without selection beside `mamba`.
 When not: recall of what was said (a kernel knows distances, not contents), and cross attention.
 
-Definition (Gu et al., arXiv 2206.11893, equations 2-5; the causal part of CAB, arXiv 2210.07661). For channel e and state k
+Definition (Gu et al., arXiv 2206.11893, section 3; the S4D of CAB, arXiv 2210.07661). For channel e and state k
 
     h_t[e,k] = exp(dt_e A_ek) h_{t-1}[e,k] + (exp(dt_e A_ek) - 1) / A_ek x_t[e],   y_t[e] = 2 Re sum_k C_ek h_t[e,k] + D_e x_t[e]
 
@@ -363,7 +363,7 @@ class S4DLayer(StateSpaceLayer):
             # the integral of a kernel is 2 Re sum_k -C_k / A_k
             for c in (self.c, self.c_back):
                 if c is not None:
-                    c.normal_(std=float(0.5 / (a.abs() ** -2).sum().sqrt()))
+                    c.normal_().mul_(0.5 / (a.abs() ** -2).sum().sqrt())
             self.D.normal_()
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
@@ -431,7 +431,7 @@ SAME_READING = "nothing of a query enters the kernel, so that all queries would 
 
 MECHANISM = Mechanism(
     name="s4d",
-    aliases=("s4", "diagonal_state_space", "s4d_lin", "s4d_inv"),
+    aliases=("diagonal_state_space",),
     kind=Kind.MIXER,
     summary="A diagonal state space with fixed complex rates for each channel: a convolution as long as the sequence.",
     paper=Paper("On the Parameterization and Initialization of Diagonal State Space Models", "2206.11893", 2022, 34),

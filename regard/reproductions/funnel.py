@@ -1,8 +1,7 @@
 """Funnel-Transformer (Dai et al., arXiv 2006.03236): layers on a shorter and shorter sequence are as good, and cheaper.
 
 The paper (abstract): with comparable or fewer operations it outperforms the standard Transformer on many tasks that predict
-for a whole sequence. In its ablations (section 3.3) pooling only the queries is better than pooling all, and the mean is at
-least as good as the maximum.
+for a whole sequence. In its ablations pooling only the queries is better than pooling all.
 
 Here: scikit-learn's digits as 64 pixel tokens, width 48, 600 steps: one softmax layer, then three layers of a funnel on 33, 17 and 9
 tokens, against four softmax layers and the mean; and the funnel with pooled keys. As good means within 2 points. The forward
@@ -45,7 +44,7 @@ REPRODUCTION = Reproduction(
     mechanisms=("funnel",),
     claim=(
         "Halving the sequence block by block is as good as the standard Transformer at fewer operations (abstract); pooling the "
-        "queries alone is better than pooling all (section 3.3)."
+        "queries alone is better than pooling all (ablations)."
     ),
     instead=(
         "Accuracy on digits as 64 pixel tokens, width 48, four layers of which three are a funnel's; as good meaning within 2 "
