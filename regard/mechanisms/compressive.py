@@ -356,7 +356,7 @@ class CompressiveLayer(SegmentLayer):
         reach, ratio, size = config.reach, config.ratio, config.segment
         q, memory = heads["q"].detach(), config.memory
         n = q.shape[2]
-        count = -(-n // size)
+        count = max(1, -(-n // size))
         missing = memory // ratio - first
         pairs = []
         for name in ("k", "v"):
