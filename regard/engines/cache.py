@@ -167,10 +167,8 @@ def extend_window(
     The last query is aligned with the last of the new keys.
     """
     past: WindowState | None = call.state
-    lengths = lengths_after(None, call.memory_lengths, k.shape[0], k.shape[2], k.device)
     if past is None:
         keys, values, where = k, v, ranks(call, n, k.shape[2], k.device)
-        total = lengths
     else:
         cached = past.length[:, None] + torch.arange(-width, 0, device=k.device)
         where = ranks(call, n, k.shape[2], k.device, cached, past.length)
@@ -178,21 +176,28 @@ def extend_window(
             # every row's query slot 0 comes right after its cached slots (n = m, or bottom-right of them)
             where = Ranks(where.queries, where.keys, width + k.shape[2] - n, None, plain=False)
         keys, values = torch.cat([past.k, k.to(past.k.dtype)], 2), torch.cat([past.v, v.to(past.v.dtype)], 2)
-        total = past.length + lengths
-    kept = [last_slots(x, lengths, width, past is not None) for x in (keys, values)]
+    before = None if past is None else past.length
+    total = lengths_after(before, call.memory_lengths, k.shape[0], k.shape[2], k.device)
+    kept = [last_slots(x, call.memory_lengths, width, past is not None) for x in (keys, values)]
     return WindowState(kept[0], kept[1], total), keys, values, where
 
 
 def last_slots(
-    x: Float[Tensor, "b g m d"], lengths: Int[Tensor, " b"], width: int, cached: bool
+    x: Float[Tensor, "b g m d"], lengths: Int[Tensor, " b"] | None, width: int, cached: bool
 ) -> Float[Tensor, "b g width d"]:
     """The last `width` tokens of each row, right-aligned, zero where there are fewer.
 
     Args:
-        x: `lengths` valid tokens a row, after `width` right-aligned ones that were `cached`, if they were.
+        x: new tokens, after `width` right-aligned ones that were `cached`, if they were.
+        lengths: valid new tokens of each row; all when None.
     """
-    x = x if cached else F.pad(x, (0, 0, width, 0))
-    return take(x, lengths[:, None] + torch.arange(width, device=x.device))
+    if lengths is not None:
+        x = x if cached else F.pad(x, (0, 0, width, 0))
+        return take(x, lengths[:, None] + torch.arange(width, device=x.device))
+    kept = x[:, :, max(0, x.shape[2] - width) :]
+    if kept.shape[2] < width:
+        return F.pad(kept, (0, 0, width - kept.shape[2], 0))
+    return kept if x.shape[2] <= width + 1 else kept.clone()  # the state of a long sequence must not hold all of it
 
 
 def take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:

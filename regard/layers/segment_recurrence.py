@@ -32,11 +32,10 @@ class InputState(State):
 
 def last_inputs(old: Any, x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, width: int) -> InputState:
     """The last `width` inputs after new ones; `old`, if there is one, has no fewer."""
-    counts = lengths_after(None, lengths, x.shape[0], x.shape[1], x.device)
+    total = lengths_after(None if old is None else old.length, lengths, x.shape[0], x.shape[1], x.device)
     if old is not None:
         x = torch.cat([old.inputs[:, old.inputs.shape[1] - width :], x.to(old.inputs.dtype)], 1)
-    inputs = last_slots(x[:, None], counts, width, old is not None)[:, 0]
-    return InputState(inputs, counts if old is None else old.length + counts)
+    return InputState(last_slots(x[:, None], lengths, width, old is not None)[:, 0], total)
 
 
 class SegmentLayer(AttentionLayer):

@@ -250,7 +250,7 @@ class CompressiveLayer(SegmentLayer):
         assert x is not None
         old: InputState | None = None if state is None else state.projection  # type: ignore[assignment]
         if not self.training:
-            heads = heads | self._compressed_heads(self._at_ends(self._new_groups(x, old), x.shape[1], old))
+            heads = heads | self._new_heads(heads, x, old)
             return heads, last_inputs(old, x, lengths, self.config.ratio - 1), losses
         assert isinstance(kept, InputState)
         if self._begins_with_a_segment(old):
@@ -278,6 +278,14 @@ class CompressiveLayer(SegmentLayer):
                 "compressive in training, compiled, with a state", supported="whole sequences, or eager calls"
             )
         return bool((old.length % self.config.segment == 0).all())
+
+    def _new_heads(self, heads: dict[str, Tensor], x: Tensor, old: InputState | None) -> dict[str, Tensor]:
+        """Keys and values of the groups that end within a call; zeros where none does, as in most steps."""
+        if old is not None and not torch.compiler.is_compiling():
+            ratio = self.config.ratio
+            if not bool((old.length % ratio + x.shape[1] >= ratio).any()):
+                return {f"{name}_compressed": torch.zeros_like(heads[name]) for name in ("k", "v")}
+        return self._compressed_heads(self._at_ends(self._new_groups(x, old), x.shape[1], old))
 
     def _new_groups(self, x: Float[Tensor, "b n c"], old: InputState | None) -> Float[Tensor, "b e c"]:
         """Compressed groups that end within a call; what comes after a row's last one is of no use."""
@@ -356,7 +364,7 @@ class CompressiveLayer(SegmentLayer):
         reach, ratio, size = config.reach, config.ratio, config.segment
         q, memory = heads["q"].detach(), config.memory
         n = q.shape[2]
-        count = -(-n // size)
+        count = max(1, -(-n // size))
         missing = memory // ratio - first
         pairs = []
         for name in ("k", "v"):

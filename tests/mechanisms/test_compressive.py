@@ -376,6 +376,18 @@ def test_parity_with_public_code():
     close(convolution.bias.grad, arrays["grad_bias_conv"])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_calls_leave_the_state_as_it_was(training):
+    module = create_layer("compressive", 8, 2, **OPTIONS[0]).double().train(training)
+    x = torch.randn(2, 8, 8, dtype=torch.float64)
+    state = module(x, context=STATE).state
+    for before in (None, state):
+        result = module(x[:, :0], context=STATE, state=before)
+        assert result.output.shape == (2, 0, 8)
+        close(module(x, state=result.state).output, module(x, state=before).output)
+    assert module(x[:0]).output.shape == (0, 8, 8)
+
+
 def test_what_it_lacks_is_refused_with_the_reason():
     for pattern in (Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS):
         with pytest.raises(Unsupported, match="no distance from a query"):
