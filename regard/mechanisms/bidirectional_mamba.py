@@ -660,7 +660,9 @@ def sample_inputs(
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
-SELF_ONLY = "a path reads the tokens that it writes; a memory is absorbed by `mamba`"
+SELF_ONLY = (
+    "a path reads the tokens that it writes, and no source defines one for another sequence's queries; `mamba` does"
+)
 
 MECHANISM = Mechanism(
     name="bidirectional_mamba",

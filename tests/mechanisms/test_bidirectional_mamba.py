@@ -305,6 +305,19 @@ def test_masked_places_neither_write_nor_decay(scan):
     assert (found[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("scan", ["cross", "strided"])
+def test_gradients_on_a_masked_grid_are_those_of_the_definition(scan):
+    options = {"scan": scan, "combine": "sum"}
+    mask = Mask(valid=torch.rand(2, 12, generator=torch.Generator().manual_seed(4)) < 0.7)
+    x = {name: t.requires_grad_() for name, t in inputs_of(12, 2, options).items()}
+    found, expected = (
+        torch.autograd.grad(run(x, options, grid=(3, 4), mask=mask, form=form).sin().sum(), list(x.values()))
+        for form in ("parallel", "reference")
+    )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
 def test_a_cascade_scans_every_row_and_then_every_column():
     options = {"scan": "cascade", "convolution": "once", "conv_width": 0, "combine": "sum", "gate": False}
     layer = make_layer(**options)

@@ -499,6 +499,13 @@ def test_every_parameter_learns_from_the_loss_of_a_model(positions):
     assert float(torch.as_tensor(auxiliary_loss(none(ids).losses, none.config.loss_weights)).detach()) == 0
 
 
+@pytest.mark.parametrize("positions", ALL)
+def test_routed_heads_share_the_positions_of_their_model(positions):
+    model = language_model(positions, plan=["mixture_of_heads", "softmax"]).train()
+    assert set(model(torch.randint(0, 11, (2, 9))).losses) >= {"position_contrast", "position_transfer"}
+    assert (model.blocks[0].mixer.attention.positions.name == positions) == (positions in INSIDE)
+
+
 def test_a_layer_alone_learns_its_own_positions():
     layer = create_layer("softmax", 12, 3, positions="seqpe_scalar", position_options=SMALL).train()
     result = layer(torch.randn(2, 9, 12))
