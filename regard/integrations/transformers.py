@@ -229,6 +229,13 @@ class RegardConfig(PreTrainedConfig):
         if not isinstance(chosen.get("plan", ""), str):  # JSON has no tuples
             chosen["plan"] = [entry if isinstance(entry, str) else tuple(entry) for entry in chosen["plan"]]
         config = LanguageModelConfig(vocab_size, **chosen)
+        for name, given, plain in (("share", config.stack.share, "none"), ("exits", config.stack.exits, ())):
+            if given != plain:
+                raise Unsupported(
+                    f"{name}={given!r} of stack in transformers, which stores each layer apart and trains one output",
+                    supported="regard.models.LanguageModel",
+                    nearest=f"{name}={plain!r}",
+                )
         self.vocab_size = vocab_size
         self.settings = {name: value for name, value in asdict(config).items() if name in own}
         self.hidden_size, self.num_attention_heads = config.dim, config.num_heads

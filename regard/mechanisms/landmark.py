@@ -35,8 +35,18 @@ places: to be scored, the k newest blocks have the slots 1 to k and older ones s
 time (from 0) has slot m, or m + 1 if it is one of the k newest; the incomplete block follows at slot k + 1. While no
 more than k blocks are cached, slots are true places. So positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
 
+Miss token (of the authors' code, after the paper): a key, the same for all queries and rotated as at position -1, has the
+score r_i. The landmarks C that it controls leave the softmax t_i for one of their own,
+
+    z_i = softmax of { r_i } and S_i over C,     the gate of c in C: z_i,miss z_ic,
+
+so that a query which wants none of them lets z_i,miss fall. Rows then sum to 1 + z_i,miss (1 - z_i,miss). Controlled are
+the landmarks of retrieved blocks, and in training each landmark with the probability `miss_share`; a z_i,miss below
+`miss_cutoff` is 0 outside training.
+
 | paper | here |
 |---|---|
+| context miss token | `miss` (G, D), one key a head; the layer learns it with `miss=True` |
 | block length l_block | `block`: normal tokens before each landmark |
 | k retrieved blocks | `top_k`; None attends to all cached blocks, which is W above |
 | memory size (cache of blocks) | `cache_blocks`; the oldest complete block is dropped first; None keeps all |
@@ -47,7 +57,8 @@ Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). `r
 may have any length in whole calls; with `top_k` a block has exactly `block` tokens (the first of a sequence may have
 fewer), and with `cache_blocks` at most `block`.
 Deviations: noncausal and cross patterns are not in the paper. Blocks without a visible token lose their landmark; the
-original code lets an empty block keep its share, so that rows sum to less than 1. The context miss token is left out.
+original code lets an empty block keep its share, so that rows sum to less than 1. The miss token's key is a parameter of the
+layer; there it is the key of a token that no layer lets attend, which is a constant too.
 `group_dropout` drops gates (not the own block), `position_jump` adds a random number below it to the positions after
 each landmark; both act in training only.
 """
@@ -56,17 +67,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.contract import (
     ALL_PATTERNS,
     Call,
+    Context,
     Cost,
     Kind,
+    LayerSpec,
     Mechanism,
     Paper,
     Pattern,
@@ -91,6 +104,7 @@ from regard.engines.grouped_attention import (
     product,
     wide,
 )
+from regard.sampling import attention_shapes, normals
 from regard.visibility import Ranks, Visibility, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
@@ -118,6 +132,9 @@ class Config:
             that a block's landmark has among the landmarks.
         offload: device that holds the cached keys and values, as ``"cpu"``, with ``selection="max_over_tokens"``; only
             landmark keys, the incomplete block and the retrieved blocks are on the call's device. None for that device.
+        miss: whether the layer learns a miss key, in causal-self.
+        miss_share: share of the landmarks that a miss key controls in training, from 0 to 1.
+        miss_cutoff: see Miss token; 0 for none.
     """
 
     block: int = 50
@@ -128,6 +145,9 @@ class Config:
     position_jump: int = 0
     selection: str = "per_token_and_head"
     offload: str | None = None
+    miss: bool = False
+    miss_share: float = 0.5
+    miss_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("block", self.block, 1)
@@ -139,6 +159,9 @@ class Config:
         one_of("softmax", self.softmax, ("grouped", "ignore", "plain"))
         at_least("position_jump", self.position_jump, 0)
         one_of("selection", self.selection, SELECTIONS)
+        for name in ("miss_share", "miss_cutoff"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise Unsupported(f"{name}={getattr(self, name)}", supported=f"0 <= {name} <= 1")
         if self.selection != SELECTIONS[0] and self.top_k is None:
             raise Unsupported(
                 f"selection={self.selection!r} with top_k=None", supported="top_k >= 1", nearest="top_k=4"
@@ -237,14 +260,19 @@ def prepare(
 
 
 def reference(
-    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    miss: Float[Tensor, "g d"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the two levels of softmax one block after the other."""
-    _check(call)
+    _check(call, miss)
     n, m = q.shape[2], k.shape[2]
     landmark = _landmarks(call, k)[:, None, None]  # (b, 1, 1, m)
     where = ranks(call, n, m, q.device)
     q, k = _rotated(call, q, k, where, landmark[:, 0, 0])
+    controlled = _controlled(call, landmark, miss)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     visibility = Visibility(causal=call.pattern.causal and not call.pattern.cross)
     visible, added = masked_scores_bias(where, visibility, call.bias, call.position_bias, call.blocks, q.dtype)
@@ -265,7 +293,12 @@ def reference(
         tokens = [other & ~landmark for other in others]
         gates = [other & landmark & some.any(-1, keepdim=True) for other, some in zip(others, tokens, strict=True)]
         local = visible & own & ~landmark
-        top = softmax(torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local)
+        every = torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local
+        top = softmax(every & ~controlled)
+        if miss is not None:
+            column = _miss_scores(call, q, miss)[..., None]
+            apart = torch.cat([scores.masked_fill(~(every & controlled), -torch.inf), column], -1).softmax(-1)
+            top = top + apart[..., :-1] * apart[..., -1:]
         weights = top * local
         kept = _dropout(call).of_gates(scores.shape, q)
         top = top if kept is None else top * kept
@@ -275,28 +308,41 @@ def reference(
 
 
 def parallel(
-    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    miss: Float[Tensor, "g d"] | None = None,
 ) -> Result:
-    _check(call)
+    _check(call, miss)
     landmark = _landmarks(call, k)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    return _attend(call, *_rotated(call, q, k, where, landmark), v, landmark, where)
+    q, k = _rotated(call, q, k, where, landmark)
+    if miss is not None and call.training and q.shape[2] and k.shape[2]:
+        return _attend_missing(call, q, k, v, landmark, where, miss)
+    return _attend(call, q, k, v, landmark, where)
 
 
 def chunked(
-    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    miss: Float[Tensor, "g d"] | None = None,
 ) -> Result:
     """Continue a cached sequence by any number of tokens, in chunks of `call.chunk_size`; also the step.
 
     The chunk size matters only where the past is not seen whole (`top_k`, `cache_blocks`).
     """
-    _check(call)
+    _check(call, miss)
     if call.state is not None and (call.bias is not None or call.blocks is not None):
         raise Unsupported("landmark with a bias or a block mask beside a state", supported="whole calls")
     if call.config.position_jump and call.training:
         raise Unsupported("position_jump in training with a state", supported="whole calls")
+    if miss is not None and call.training:
+        raise Unsupported("a miss key in training with a state", supported="whole calls")
     if not call.config.bounded:
-        return _continue(call, q, k, v)
+        return _continue(call, q, k, v, miss)
     n = q.shape[2]
     if n != k.shape[2] or call.lengths is not call.memory_lengths:
         raise Unsupported(
@@ -318,27 +364,42 @@ def chunked(
             memory_lengths=lengths,
             roles=None if call.roles is None else call.roles[:, rows],
         )
-        result = _continue(part, q[:, :, rows], k[:, :, rows], v[:, :, rows])
+        result = _continue(part, q[:, :, rows], k[:, :, rows], v[:, :, rows], miss)
         outputs.append(result.output)
         state = result.state
     return Result(torch.cat(outputs, 2), state)
 
 
-def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> LandmarkState:
+def absorb(
+    call: Call,
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    miss: Float[Tensor, "g d"] | None = None,
+) -> LandmarkState:
     """Memory with its landmarks into a cache; more may follow."""
-    _check(call)
+    _check(call, miss)
     return _append(_past(call, k, v), k, v, _landmarks(call, k), call.memory_lengths, call.config)
 
 
-def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+def read(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g d"] | None = None) -> Result:
     """Queries on absorbed memory."""
+    _check_miss(call, miss)
     state: LandmarkState = call.state
     where = _ranks(torch.arange(q.shape[2], device=q.device)[None], state.ranks())
     return _attend(call, q, state.k, state.v, state.landmark, where, state)
 
 
-def _check(call: Call) -> None:
+def _check_miss(call: Call, miss: Tensor | None) -> None:
+    if miss is not None and (call.pattern is not Pattern.CAUSAL_SELF or call.config.softmax != "grouped"):
+        raise Unsupported(
+            f"a miss key in {call.pattern.value} with softmax={call.config.softmax!r}",
+            supported="causal-self with softmax='grouped'",
+        )
+
+
+def _check(call: Call, miss: Tensor | None) -> None:
     config: Config = call.config
+    _check_miss(call, miss)
     if call.pattern is not Pattern.CAUSAL_SELF:
         if config.bounded:
             raise Unsupported(
@@ -421,6 +482,98 @@ def _attend(
     return Result(output, state, extras={} if weights is None else {"weights": weights})
 
 
+def _controlled(call: Call, landmark: Bool[Tensor, "..."], miss: Tensor | None) -> Bool[Tensor, "..."]:
+    """Landmarks of a whole call that the miss key controls: in training, at random."""
+    if miss is None or not call.training:
+        return torch.zeros_like(landmark)
+    draw = torch.rand(landmark.shape, generator=call.generator, device=landmark.device)
+    return landmark & (draw < call.config.miss_share)
+
+
+def _miss_scores(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g d"]) -> Float[Tensor, "b h n"]:
+    """Scores of the miss key, for rotated queries."""
+    key = wide(miss)[None, :, None]  # (1, g, 1, d)
+    if call.rotate is not None:
+        key = call.rotate(key, torch.full((1, 1), -1, device=q.device))
+    return (call.scale * product(wide(q), key.mT.expand(q.shape[0], -1, -1, -1)))[..., 0]
+
+
+def _with_miss(call: Call, found: Float[Tensor, "b h n m"], scores: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n m"]:
+    """Weights of the tokens of controlled blocks, from their logits and the scores of the miss key."""
+    total = torch.logaddexp(found.logsumexp(-1), scores)
+    kept = (scores - total).exp()
+    if call.config.miss_cutoff and not call.training:
+        kept = torch.where(kept < call.config.miss_cutoff, 0.0, kept)
+    return (found - total[..., None]).exp() * kept[..., None]
+
+
+def _attend_missing(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, where: Ranks, miss: Tensor
+) -> Result:
+    """Grouped softmax in which the miss key controls some landmarks, in training."""
+    controlled = _controlled(call, landmark[:, None, None], miss)[:, 0, 0]
+    slots = torch.arange(k.shape[2], device=k.device)
+    closing = torch.where(landmark, slots, k.shape[2] - 1).flip(-1).cummin(-1).values.flip(-1)
+    group = landmark.cumsum(-1) - landmark.long()
+    own = own_groups(where, landmark)
+    step = max(1, PAIRS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    outputs, all_weights = [], []
+    for start in range(0, q.shape[2], step):
+        rows, mine = q[:, :, start : start + step], own[:, start : start + step]
+        here = _ranks(where.queries[:, start : start + step], where.keys)
+        found, factors = logits(
+            rows,
+            k,
+            here,
+            landmark,
+            mine,
+            causal=True,
+            scale=call.scale,
+            bias=None if call.bias is None else _rows(call.bias, start, step),
+            position_bias=call.position_bias,
+            blocks=call.blocks,
+            dropout=_dropout(call),
+        )
+        apart = (controlled.gather(-1, closing)[:, None] & (group[:, None] != mine[..., None]))[:, None]
+        weights = normalized(found.masked_fill(apart, -torch.inf))
+        weights = weights + _with_miss(call, found.masked_fill(~apart, -torch.inf), _miss_scores(call, rows, miss))
+        all_weights.append(weights if factors is None else weights * factors)
+        outputs.append(product(_dropout(call).of_weights(all_weights[-1]), wide(v)).to(v.dtype))
+    extras = {"weights": torch.cat(all_weights, 2)} if "weights" in call.want else {}
+    return Result(torch.cat(outputs, 2), extras=extras)
+
+
+def _rows(bias: Float[Tensor, "#b #h #n #m"], start: int, step: int) -> Float[Tensor, "#b #h #n #m"]:
+    return bias if bias.shape[2] == 1 else bias[:, :, start : start + step]
+
+
+class MissKey(nn.Module):
+    """Gives a layer's heads their learned miss keys, when `miss` asks for them."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        if spec.config.miss and spec.pattern is not Pattern.CAUSAL_SELF:
+            raise Unsupported(f"miss=True in {spec.pattern.value}", supported="causal-self", nearest="miss=False")
+        self.miss = nn.Parameter(0.02 * torch.randn(spec.kv_heads, spec.head_dim)) if spec.config.miss else None
+
+    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+        return heads if self.miss is None else heads | {"miss": self.miss}
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests, without a miss key, which whole calls do not read outside training."""
+    return normals(generator, attention_shapes(batch, n, m, {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})), dtype)
+
+
 def _past(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
     if call.state is not None:
         return call.state
@@ -435,12 +588,12 @@ def _moved(x: Tensor, call: Call) -> Tensor:
     return x if call.config.offload is None else x.to(call.config.offload)
 
 
-def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Result:
+def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor, miss: Tensor | None) -> Result:
     """One chunk: attend to the cache and the chunk, then cache the chunk."""
     past, landmark = _past(call, k, v), _landmarks(call, k)
     state = _append(past, k, v, landmark, call.memory_lengths, call.config)
     if call.config.top_k is not None and past.k.shape[2] > 0 and q.shape[2] > 0:
-        return Result(_retrieve(call, q, k, v, landmark, past), state)
+        return Result(_retrieve(call, q, k, v, landmark, past, miss), state)
     where = ranks(call, q.shape[2], k.shape[2], q.device, past.ranks(), past.length)
     keys = torch.cat([past.k, k.to(past.k.dtype)], 2)
     values = torch.cat([past.v, v.to(past.v.dtype)], 2)
@@ -552,7 +705,7 @@ def _check_blocks(state: LandmarkState, config: Config) -> None:
 
 
 def _retrieve(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, past: LandmarkState
+    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, past: LandmarkState, miss: Tensor | None
 ) -> Float[Tensor, "b h t v"]:
     """Grouped softmax over the blocks that each token and head retrieves, the incomplete block and the chunk."""
     config: Config = call.config
@@ -600,7 +753,11 @@ def _retrieve(
         )
         taken = _gathered(call, chosen[:, :, start : start + step], past, blocks) if far is None else far
         far_logits, far_factors = _far_logits(call, rows, taken)
-        weights = normalized(torch.cat([far_logits, close_logits], -1))
+        if miss is None:
+            weights = normalized(torch.cat([far_logits, close_logits], -1))
+        else:
+            apart = _with_miss(call, far_logits, _miss_scores(call, rows, miss))
+            weights = torch.cat([apart, normalized(close_logits)], -1)
         if factors is not None and far_factors is not None:
             weights = weights * torch.cat([far_factors, factors], -1)
         weights = _dropout(call).of_weights(weights)
@@ -781,7 +938,7 @@ MECHANISM = Mechanism(
     kind=Kind.ATTENTION,
     summary="A landmark token after each block gates attention to the block, and later finds it in a cache.",
     paper=Paper("Landmark Attention: Random-Access Infinite Context Length for Transformers", "2305.16300", 2023, 9),
-    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "miss?": "gd"},
     patterns=ALL_PATTERNS,
     forms={
         "reference": reference,
@@ -798,7 +955,9 @@ MECHANISM = Mechanism(
     honours=frozenset({"bias", "blocks", "dropout", "weights", "roles", "rotate"}),
     refused_positions="retrieved blocks take places that a bias on ranks does not know",
     weights="exact",
+    sample_inputs=sample_inputs,
     sample_context=sample_context,
+    projection=MissKey,
     prepare=prepare,
     waivers=(
         _waiver("chunk_size", "a chunk sees itself whole, but of the blocks before it only those it retrieves"),

@@ -241,7 +241,7 @@ class Pass:
             or (mask is not None and mask.bias is not None and mask.bias.requires_grad)
         )
         if not torch.is_grad_enabled() or (config.reversible and as_usual):
-            self._keep(self._run(self._branches(self.layer, layer), self.streams, self.memory))
+            self._keep(_run(self._branches(self.layer, layer), *self._given()))
         elif config.reversible:
             self._invert(self._branches(self.layer, layer))
         else:
@@ -251,16 +251,15 @@ class Pass:
                 if config.checkpoint_layers:
                     draws = Draws(self.context.generator, self.streams[0].device)
                     done = checkpoint(
-                        self._run,
+                        _run,
                         branches,
-                        self.streams,
-                        self.memory,
+                        *self._given(),
                         use_reentrant=False,
                         preserve_rng_state=False,
                         context_fn=partial(_nothing_then_again, draws),
                     )
                 else:
-                    done = self._run(branches, self.streams, self.memory)
+                    done = _run(branches, *self._given())
                 self._keep(done)
         self.layer = layer
 
@@ -303,13 +302,9 @@ class Pass:
         draw = torch.rand((), generator=generator, device=None if generator is None else generator.device)
         return 0.0 if float(draw) < chance else 1 / (1 - chance)
 
-    def _run(self, branches: Sequence[Branch], streams: Streams, memory: Tensor | None) -> Done:
-        done = Done(streams)
-        for branch in branches:
-            result = branch.run(done.streams[-1], memory, self.context, self.active)
-            done.streams = (*done.streams[1:], done.streams[0] + result.output)
-            done.add(branch, result)
-        return done
+    def _given(self) -> tuple[Streams, Tensor | None, Context, Tensor | None]:
+        """What the next layers are given, as it is now: a checkpoint calls them again later."""
+        return self.streams, self.memory, self.context, self.active
 
     def _keep(self, done: Done) -> None:
         self.streams = done.streams
@@ -328,6 +323,17 @@ class Pass:
             add_losses(self.losses, {name: (total, count)})
         for name, values in work.done.extras.items():
             self.extras.setdefault(name, []).extend(values)
+
+
+def _run(
+    branches: Sequence[Branch], streams: Streams, memory: Tensor | None, context: Context, active: Tensor | None
+) -> Done:
+    done = Done(streams)
+    for branch in branches:
+        result = branch.run(done.streams[-1], memory, context, active)
+        done.streams = (*done.streams[1:], done.streams[0] + result.output)
+        done.add(branch, result)
+    return done
 
 
 def _nothing_then_again(draws: Draws) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

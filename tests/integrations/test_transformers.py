@@ -222,3 +222,16 @@ def test_importing_regard_does_not_import_transformers():
         "import sys, regard, regard.models, regard.integrations; regard.swap; assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_stacks_that_transformers_cannot_hold_are_refused_and_others_are_saved(tmp_path):
+    sizes = {"vocab_size": 20, "dim": 16, "num_heads": 2, "num_layers": 2}
+    for stack in ({"share": "all"}, {"exits": [1]}):
+        with pytest.raises(Unsupported, match="in transformers"):
+            bridge.RegardConfig(**sizes, stack=stack)
+    model = bridge.RegardForCausalLM(bridge.RegardConfig(**sizes, stack={"reversible": True})).eval()
+    model.save_pretrained(tmp_path)
+    again = bridge.RegardForCausalLM.from_pretrained(tmp_path)
+    assert again.config.language_model().stack.reversible
+    tokens = torch.randint(20, (2, 6))
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)

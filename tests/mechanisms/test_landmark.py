@@ -18,7 +18,7 @@ from regard.backends.torch import grouped_attention as torch_backend
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Role, Shape, Unsupported
 from regard.create import create_layer
-from regard.mechanisms.landmark import MECHANISM, Config, cost, prepare, sample_context
+from regard.mechanisms.landmark import MECHANISM, SELECTIONS, Config, cost, prepare, sample_context
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.positions import create_positions
 
@@ -284,7 +284,7 @@ def test_position_jump_moves_what_follows_a_landmark_in_training_only() -> None:
 # Retrieval
 
 
-def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=None) -> Tensor:
+def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=None, miss=None) -> Tensor:
     """One row, token by token and head by head, as written in the definition of retrieval."""
     q, k, v = (inputs[n][0] for n in "qkv")
     heads, n, size, top_k = q.shape[0], q.shape[1], config.block + 1, config.top_k
@@ -334,13 +334,25 @@ def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=Non
                     if roles[0, j] and j < i:
                         groups.append(now)
                         now = []
-                output[h, i] = _grouped(query, groups, now, roles, k[group], v[group], turned)
+                key = None if miss is None else turned(miss[group], -1)
+                output[h, i] = _grouped(query, groups, now, roles, k[group], v[group], turned, key, len(chosen), config)
         start += length
     return output[None]
 
 
-def _grouped(query, groups, now, roles, k, v, turned) -> Tensor:
+def _grouped(query, groups, now, roles, k, v, turned, miss=None, retrieved=0, config=None) -> Tensor:
+    """With a miss key the first `retrieved` groups are under its control."""
     scale = query.shape[-1] ** -0.5
+    apart = torch.zeros_like(v[0])
+    if miss is not None and retrieved:
+        held = [members for members in groups[:retrieved] if len(members) > 1]
+        groups = groups[retrieved:]
+        marks_of = [scale * (query @ turned(k[members[-1][0]], members[-1][1])) for members in held]
+        shares = torch.stack([scale * (query @ miss), *marks_of]).softmax(0)
+        if shares[0] >= config.miss_cutoff:
+            for share, members in zip(shares[1:], held, strict=True):
+                inner = torch.stack([scale * (query @ turned(k[j], p)) for j, p in members[:-1]]).softmax(0)
+                apart = apart + shares[0] * share * sum(u * v[j] for u, (j, _) in zip(inner, members[:-1], strict=True))
 
     def scored(members):
         return torch.stack([scale * (query @ turned(k[j], position)) for j, position in members])
@@ -349,9 +361,9 @@ def _grouped(query, groups, now, roles, k, v, turned) -> Tensor:
     gates = [members for members in groups if len(members) > 1]
     top = torch.cat([scored(local) if local else query[:0], *(scored(members[-1:]) for members in gates)])
     if not len(top):
-        return torch.zeros_like(v[0])
+        return apart
     top = top.softmax(0)
-    found = sum((t * v[j] for t, (j, _) in zip(top, local, strict=False)), torch.zeros_like(v[0]))
+    found = sum((t * v[j] for t, (j, _) in zip(top, local, strict=False)), apart)
     for t, members in zip(top[len(local) :], gates, strict=True):
         inner = scored(members[:-1]).softmax(0)
         found = found + t * sum(u * v[j] for u, (j, _) in zip(inner, members[:-1], strict=True))
@@ -371,6 +383,95 @@ def test_retrieval_equals_its_definition_token_by_token(rotated, top_k, cache_bl
     chunks = [min(chunk, n - s) for s in range(0, n, chunk)]
     close(found, naive_retrieval(inputs, roles, chunks, config, rotate))
     assert (found - run(inputs, roles, rotate=rotate)).abs().max() > 1e-3
+
+
+# The miss token
+
+
+def trained(inputs, roles, *, form="parallel", seed=0, **call):
+    return apply(
+        MECHANISM, inputs, roles=roles, form=form, training=True, generator=torch.Generator().manual_seed(seed), **call
+    )
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("options", [{}, {"miss_share": 1.0}, {"position_jump": 5}, {"group_dropout": 0.3}])
+def test_a_miss_key_in_training_equals_the_definition(options, rotated, monkeypatch) -> None:
+    inputs = sample(23, heads=4) | {"miss": torch.randn(2, 8, dtype=torch.float64)}
+    roles = torch.cat([regular(23, 3, batch=1), regular(23, 3, phase=1, batch=1)])
+    if options.get("position_jump") and not rotated:
+        return
+    call = {"config": Config(block=3, **options), "rotate": rotary() if rotated else None}
+    seed = int(torch.randint(1000, ()))
+    expected = trained(inputs, roles, form="reference", seed=seed, **call).output
+    close(trained(inputs, roles, seed=seed, **call).output, expected)
+    if not options.get("group_dropout"):
+        monkeypatch.setattr(landmark_module, "PAIRS_AT_ONCE", 400)
+        close(trained(inputs, roles, seed=seed, **call).output, expected)
+    without = {name: x for name, x in inputs.items() if name != "miss"}
+    assert (trained(without, roles, seed=seed, **call).output - expected).abs().max() > 1e-3
+
+
+def test_a_miss_key_lets_a_query_close_the_blocks_that_it_controls() -> None:
+    inputs, roles = sample(16), regular(16, 3)
+    inputs["miss"] = torch.randn(2, 8, dtype=torch.float64)
+    config = Config(block=3, miss_share=1.0)
+    weights = trained(inputs, roles, config=config, want={"weights"}).extras["weights"]
+    local = trained(inputs, torch.zeros_like(roles), config=config, want={"weights"}).extras["weights"]
+    assert local.sum(-1).sub(1).abs().max() < 1e-12, "without landmarks it is softmax"
+    scores = (
+        8**-0.5
+        * inputs["q"]
+        @ torch.cat([inputs["miss"][None, :, None].expand(2, -1, -1, -1), inputs["k"][:, :, 3:12:4]], 2).mT
+    )
+    share = scores[:, :, 13].softmax(-1)[..., 0]  # token 13 lies in the fourth block
+    close(weights[:, :, 13].sum(-1), 1 + share * (1 - share))
+    close(weights[:, :, 13, 12:14].sum(-1), torch.ones(2, 2, dtype=torch.float64))
+
+
+def test_a_miss_key_does_nothing_in_whole_calls_outside_training_and_with_no_share() -> None:
+    inputs, roles = sample(20), regular(20, 3)
+    expected = run(inputs, roles)
+    inputs["miss"] = torch.randn(2, 8, dtype=torch.float64)
+    close(run(inputs, roles), expected)
+    close(trained(inputs, roles, config=Config(miss_share=0.0)).output, expected)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("cutoff", [0.0, 0.4])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_retrieved_blocks_are_controlled_by_a_miss_key(rotated, cutoff, selection) -> None:
+    n, config = 34, Config(block=3, top_k=2, miss_cutoff=cutoff, selection=selection)
+    inputs, roles, rotate = sample(n, batch=1, heads=4), regular(n, 3, batch=1), rotary() if rotated else None
+    miss = torch.randn(2, 8, dtype=torch.float64)
+    found = run(inputs | {"miss": miss}, roles, config=config, form="chunked", chunk_size=6, rotate=rotate)
+    chunks = [min(6, n - s) for s in range(0, n, 6)]
+    close(found, naive_retrieval(inputs, roles, chunks, config, rotate, miss))
+
+
+def test_a_layer_learns_its_miss_key_and_decodes_with_it() -> None:
+    plan = [("landmark", {"block": 3, "top_k": 2, "miss": True, "miss_share": 1.0})] * 2
+    model = LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, plan=plan, num_heads=2)).double().train()
+    model.loss(torch.randint(11, (2, 14))).backward()
+    keys = [p for name, p in model.named_parameters() if name.endswith("miss")]
+    assert len(keys) == 2
+    assert all(float(p.grad.abs().max()) > 0 for p in keys)
+    assert model.eval().generate(torch.randint(11, (2, 14)), 5).shape == (2, 5)
+    with pytest.raises(Unsupported, match="miss=True"):
+        create_layer("landmark", 16, 2, pattern="noncausal-self", miss=True)
+
+
+def test_a_miss_key_where_it_means_nothing_is_refused() -> None:
+    inputs, roles = sample(8), regular(8, 3)
+    inputs["miss"] = torch.randn(2, 8, dtype=torch.float64)
+    for call in ({"pattern": "noncausal-self"}, {"config": Config(softmax="plain")}):
+        with pytest.raises(Unsupported, match="miss key"):
+            run(inputs, roles, **call)
+    with pytest.raises(Unsupported, match="with a state"):
+        trained(inputs, roles, form=None, return_state=True)
+    for options in ({"miss_share": 1.5}, {"miss_cutoff": -0.1}):
+        with pytest.raises(Unsupported, match="miss_"):
+            Config(**options)
 
 
 SHARED = ["max_over_heads", "max_over_tokens"]

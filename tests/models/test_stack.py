@@ -428,3 +428,14 @@ def test_layers_that_cannot_share_or_be_repeated_are_refused():
         ForecasterConfig(2, 3, stack={"exits": (1,)})
     with pytest.raises(Unsupported, match="leave early"):
         encoder(stack=LEAVING).eval()(random_ids(2, 5), context=Context(want=frozenset({"weights"})))
+
+
+def test_tokens_that_leave_have_the_gradients_of_kept_layers_when_checkpointed():
+    ids, found = random_ids(2, 10), []
+    model = let_half_leave(language_model("gated_linear", dropout=0.0, stack={"exits": (1, 2)}), ids)
+    stack = dataclasses.asdict(model.config.stack)
+    for layers in (0, 1):
+        twin = like(model, **stack | {"checkpoint_layers": layers}).eval()
+        twin(ids).output.square().sum().backward()
+        found.append({name: p.grad for name, p in twin.named_parameters()})
+    assert_same(*found)
