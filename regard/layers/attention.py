@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from regard.apply import absorb, apply, input_names
 from regard.contract import (
+    ACTS_LIKE,
+    TURNED_BEFORE,
     Context,
     LayerSpec,
     Loss,
@@ -472,7 +474,10 @@ def _why_not(card: Mechanism, scheme: str) -> str:
     """Why a mechanism does not accept a scheme, in parentheses; nothing for an unknown one."""
     if scheme not in SCHEMES:
         return ""
-    if SCHEMES[scheme].bias is not None and "bias" not in card.honours:
+    if scheme in TURNED_BEFORE and "rotate" in card.honours:
+        return " (it rotates queries and keys itself)"
+    adds = SCHEMES[scheme].bias is not None or "alibi" in ACTS_LIKE.get(scheme, ())
+    if adds and "bias" not in card.honours:
         return " (it has no scores of pairs to add to)"
     return f" ({card.refused_positions})" if card.refused_positions else ""
 

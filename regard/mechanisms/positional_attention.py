@@ -486,6 +486,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"bias", "blocks", "dropout", "weights"}),
     weights="exact",
     accepts_positions=("none", "alibi", "relative", "toeplitz"),
+    refused_positions="its weights come of positions already, and its values carry content alone",
     projection=Maps,
     sample_inputs=sample_inputs,
     layer_defaults={"bias": True},

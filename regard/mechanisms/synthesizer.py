@@ -440,6 +440,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"weights"}),
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned"),
+    refused_positions="its scores are of places, not of queries and keys",
     length="max",
     sample_inputs=sample_inputs,
     projection=Scores,

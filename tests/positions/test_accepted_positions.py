@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Context, Kind, Pattern, Unsupported
+from regard.contract import ACTS_LIKE, TURNED_BEFORE, Context, Kind, Pattern, Unsupported
 from regard.create import create_layer
 from regard.positions import SCHEMES, list_positions
 
@@ -70,7 +70,15 @@ def test_schemes_that_act_at_the_same_place_are_accepted_alike(name):
     card = get_mechanism(name)
     accepted = set(card.accepts_positions)
     for place in ("rotate", "bias"):
-        alike = {scheme for scheme in INSIDE if getattr(SCHEMES[scheme], place) is not None}
+        alike = {s for s in INSIDE if getattr(SCHEMES[s], place) is not None and s not in TURNED_BEFORE}
         if place == "bias" and accepted & alike:
             assert "bias" in card.honours
         assert accepted >= alike or not accepted & alike
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("scheme", TURNED_BEFORE)
+def test_what_turns_queries_and_keys_before_the_call_is_not_accepted_where_they_are_rotated_again(name, scheme):
+    card = get_mechanism(name)
+    fits = set(ACTS_LIKE[scheme]) <= set(card.accepts_positions)
+    assert (scheme in card.accepts_positions) == (fits and "rotate" not in card.honours)
