@@ -24,6 +24,7 @@ import torch
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
 from regard.contract import Kind, Mechanism, Pattern, Shape
 from regard.functional import function_name
+from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
 from regard.workbench.subjects import Subject, axes_of
 from regard.workbench.verify import PROPERTIES
@@ -457,10 +458,11 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
         + " *tested*: a test compares with the recording in a way of its own, within 1e-10 or its stated tolerance.",
     ]
     errors = measured["fixtures"] if measured else {}
+    owners = (*names, *list_positions())
     recordings: dict[str, list[dict[str, Any]]] = {}
     for entry in sources["fixtures"]:
         stem = entry["file"].removesuffix(".npz")
-        owner = max((n for n in names if stem == n or stem.startswith(n + "_")), key=len, default="other")
+        owner = max((n for n in owners if stem == n or stem.startswith(n + "_")), key=len, default="other")
         recordings.setdefault(owner, []).append(entry)
     for owner in sorted(recordings):
         rows = []

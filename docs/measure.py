@@ -27,10 +27,10 @@ import regard
 from regard.measurement.provenance import fingerprint
 
 DATA = Path(__file__).parent / "data"
-TESTS = Path(__file__).parents[1] / "tests" / "mechanisms"
+TESTS = tuple(Path(__file__).parents[1] / "tests" / folder for folder in ("mechanisms", "positions"))
 RECORDINGS = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
 COMPARISONS = ("close", "assert_close", "relative_error")
-"""What the tests of mechanisms call the function that compares (found, expected)."""
+"""What these tests call the function that compares (found, expected)."""
 
 MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
 
@@ -89,9 +89,9 @@ class Recorder:
 
 def measure_parity() -> None:
     recorder = Recorder()
-    code = pytest.main([str(TESTS), "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], plugins=[recorder])
+    code = pytest.main([*map(str, TESTS), "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], plugins=[recorder])
     if code:
-        raise SystemExit(f"the tests of {TESTS.name} fail: parity.json is left as it was")
+        raise SystemExit("tests of mechanisms or positions fail: parity.json is left as it was")
     fixtures = dict(sorted(recorder.fixtures.items()))
     _write("parity.json", {"measured": MEASURED, "fixtures": fixtures}, "fixtures")
 

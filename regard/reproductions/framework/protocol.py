@@ -29,7 +29,8 @@ class Reproduction:
 
     Attributes:
         name: that of its module.
-        mechanisms: those of the catalogue that it is about; the first one's card names the paper.
+        mechanisms: those of the catalogue that it is about.
+        source: the paper; that of the first mechanism's card when None.
         claim: what the paper claims, in our own words, with its figure where there is one.
         instead: what is done here instead, and what differs.
         settings: by name, everything that is run.
@@ -54,10 +55,11 @@ class Reproduction:
     seeds: int = 3
     seconds: float = 30.0
     protocol: int = 1
+    source: Paper | None = None
 
     @property
     def paper(self) -> Paper:
-        return get_mechanism(self.mechanisms[0]).paper
+        return get_mechanism(self.mechanisms[0]).paper if self.source is None else self.source
 
     def cells(self, seeds: int | None = None, *, timings: bool | None = None) -> list[Cell]:
         """All cells, seed by seed, so that an interrupted run leaves whole seeds behind.
