@@ -198,6 +198,7 @@ class Context:
         memory_mask: of the memory, in cross patterns.
         positions: position of each token; the rank among valid tokens when None.
         memory_positions: likewise for the memory.
+        position_vectors: of a model whose position scheme encodes positions once for all layers: what it made of them.
         grid: sizes of the image or volume whose tokens are laid out row by row.
         roles: :class:`Role` of each token; in cross patterns of each token of the memory.
         generator: source of every random draw of the call.
@@ -211,6 +212,7 @@ class Context:
     memory_mask: Mask | None = None
     positions: Int[Tensor, "b n"] | None = None
     memory_positions: Int[Tensor, "b m"] | None = None
+    position_vectors: Float[Tensor, "#b n c"] | None = None
     grid: tuple[int, ...] | None = None
     roles: Int[Tensor, "b n"] | None = None
     generator: torch.Generator | None = None
@@ -509,6 +511,15 @@ class LayerSpec:
     linear: Callable[..., nn.Module] = nn.Linear
 
 
+ACTS_LIKE: Mapping[str, tuple[str, ...]] = {
+    "seqpe": ("learned",),
+    "seqpe_mul": ("rotary",),
+    "seqpe_add": ("rotary",),
+    "seqpe_scalar": ("rotary", "alibi"),
+}
+"""Position schemes that act where others do: a mechanism that accepts these accepts them too."""
+
+
 @dataclass(frozen=True, eq=False)
 class Mechanism:
     """The card of a mechanism: all that is claimed of it, and nothing else is claimed anywhere. Equal only to itself.
@@ -533,7 +544,8 @@ class Mechanism:
             keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
             places on a grid, where there is one): what it takes beside tensors.
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
-        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores.
+        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores; those of
+            `ACTS_LIKE` are added, unless it rotates queries and keys itself.
         maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
             too, after its feature map; in cross patterns nothing rotates them.
         length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
@@ -588,6 +600,14 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
+        alike = [
+            scheme
+            for scheme, others in ACTS_LIKE.items()
+            if set(others) <= set(self.accepts_positions)
+            and scheme not in self.accepts_positions
+            and not ("rotary" in others and "rotate" in self.honours)
+        ]
+        object.__setattr__(self, "accepts_positions", (*self.accepts_positions, *alike))
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
         """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""

@@ -20,6 +20,7 @@ from regard.apply import absorb, apply, input_names
 from regard.contract import (
     Context,
     LayerSpec,
+    Loss,
     Mask,
     Mechanism,
     Pattern,
@@ -149,7 +150,13 @@ class AttentionLayer(nn.Module):
         self.dim, self.num_heads, self.kv_heads = dim, num_heads, kv_heads
         self.head_dim, self.value_dim, self.dropout = head_dim, value_dim, dropout
         self.positions = create_positions(
-            scheme, dim=dim, heads=num_heads, head_dim=head_dim, max_length=max_length, **(position_options or {})
+            scheme,
+            dim=dim,
+            heads=num_heads,
+            head_dim=head_dim,
+            kv_heads=kv_heads,
+            max_length=max_length,
+            **(position_options or {}),
         )
         if card.maps_before_rotation and self.pattern.cross and self.positions.rotate is not None:
             raise Unsupported(
@@ -209,6 +216,8 @@ class AttentionLayer(nn.Module):
         layout = gathering(context.mask, batch, n, device)
         x = layout.gather(x, axis=1)
         positions = self._positions(context.positions, layout, x, None if state is None else state.length)
+        movable = context.positions is None and state is None and not self.pattern.cross
+        positions, losses = self._prepare(positions, context, movable=movable)
         if self.positions.embed is not None:
             x = self.positions.embed(x, positions)
         stateful = state is not None or "state" in context.want
@@ -223,6 +232,7 @@ class AttentionLayer(nn.Module):
             source_layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], device)
             source = source_layout.gather(memory, axis=1)
             source_positions = self._positions(context.memory_positions, source_layout, source, None)
+            source_positions, _ = self._prepare(source_positions, context, movable=False)
         if not self.pattern.cross or memory is not None:
             self._memory_heads(heads, source, source_layout.lengths, caches)
         no_keys = self.pattern.cross and memory is None
@@ -260,6 +270,7 @@ class AttentionLayer(nn.Module):
         if self.training and self.dropout and "dropout" not in self.card.honours:
             y = dropout(y, self.dropout, training=True, generator=context.generator)
         result.output = layout.scatter(y, axis=1)
+        result.losses |= losses
         if stateful:
             before = None if state is None else state.length
             length = lengths_after(before, layout.lengths, batch, x.shape[1], device)
@@ -294,6 +305,7 @@ class AttentionLayer(nn.Module):
         memory = layout.gather(memory, axis=1)
         before = None if state is None or state.mechanism is None else state.mechanism.length
         positions = self._positions(context.memory_positions, layout, memory, before)
+        positions, _ = self._prepare(positions, context, movable=False)
         heads: dict[str, Tensor] = {}
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())
         heads, projected = self._project(heads, None, memory, context, None, layout.lengths, state)
@@ -380,11 +392,22 @@ class AttentionLayer(nn.Module):
         rank = rank if before is None else rank + before[:, None]
         return rank if layout.lengths is None else torch.where(valid_from_lengths(layout.lengths, x.shape[1]), rank, 0)
 
+    def _prepare(
+        self, positions: Tensor | None, context: Context, *, movable: bool
+    ) -> tuple[Tensor | None, dict[str, Loss]]:
+        """Vectors of positions, where the scheme makes them, and its losses."""
+        if self.positions.prepare is None or positions is None:
+            return positions, {}
+        if self.positions.shared and context.position_vectors is not None:
+            return context.position_vectors, {}
+        return self.positions.prepare(positions, context.grid, context.generator, movable=movable)
+
     def _rotate(self, heads: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
         if self.positions.rotate is None or self.places_keys:
             return heads
-        where = {"q": queries, "k": keys}
-        return {n: self.positions.rotate(t, where[n]) if n in where else t for n, t in heads.items()}
+        rotate_keys = self.positions.rotate if self.positions.rotate_keys is None else self.positions.rotate_keys
+        where = {"q": (self.positions.rotate, queries), "k": (rotate_keys, keys)}
+        return {n: where[n][0](t, where[n][1]) if n in where else t for n, t in heads.items()}
 
     def _position_functions(self, context: Context, state: LayerState | None) -> dict[str, Any]:
         functions: dict[str, Any] = {}

@@ -344,7 +344,7 @@ class MixtureOfHeads(nn.Module):
         pattern: one that the wrapped mechanism has too.
         create: makes a layer from the name of a mechanism.
         mechanism: name of the attention mechanism whose heads are routed.
-        positions, head_dim, num_kv_heads, memory_dim, dropout: of the wrapped layer, see
+        positions, position_options, head_dim, num_kv_heads, memory_dim, dropout: of the wrapped layer, see
             :class:`regard.layers.attention.AttentionLayer`; its own defaults when None.
         mechanism_options: any other options of the wrapped layer and mechanism.
         config: the mechanism's options.
@@ -360,6 +360,7 @@ class MixtureOfHeads(nn.Module):
         pattern: str | Pattern = Pattern.CAUSAL_SELF,
         mechanism: str = "softmax",
         positions: str | None = None,
+        position_options: dict[str, Any] | None = None,
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
         memory_dim: int | None = None,
@@ -372,6 +373,7 @@ class MixtureOfHeads(nn.Module):
         self.config: Config = card.options() if config is None else config
         named = {
             "positions": positions,
+            "position_options": position_options,
             "head_dim": head_dim,
             "num_kv_heads": num_kv_heads,
             "memory_dim": memory_dim,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
@@ -18,16 +19,22 @@ from regard.positions import Positions, create_positions, list_positions
 from regard.ragged import Gathering
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 Plan = tuple[tuple[str, Mapping[str, Any]], ...]
 """Mechanism and options of each layer."""
 
-EMBEDDED_POSITIONS = ("sinusoidal", "learned")
+EMBEDDED_POSITIONS = ("sinusoidal", "learned", "seqpe")
 """Schemes that act on the model's input rather than inside a layer."""
+
+SHARED_POSITIONS = ("seqpe_mul", "seqpe_add", "seqpe_scalar")
+"""Schemes that act inside the layers, by vectors which the model makes of positions once for all of them."""
 
 LOSS_WEIGHT = 0.01
 """Weight of an auxiliary loss that a config does not name, as is usual for the balance of routers (arXiv 2101.03961)."""
+
+LOSS_WEIGHTS = {"position_contrast": 0.1, "position_transfer": 0.1}
+"""Other weights of losses that a config does not name: of sequential position encoding (arXiv 2506.13277)."""
 
 GATES = {"log_decay", "beta"}
 """Inputs through which a recurrence knows the order of its tokens."""
@@ -137,6 +144,9 @@ def input_positions(plan: Plan, asked: str) -> str:
             )
     if asked in EMBEDDED_POSITIONS:
         return asked
+    if asked in SHARED_POSITIONS:
+        used = [layer_accepts(get_mechanism(name), "positions") and "positions" not in own for name, own in plan]
+        return asked if any(used) else "none"
     if asked != "auto":
         return "none"
     blind = all(not _knows_order(card) and layer_positions(card, own) == "none" for card, own in cards)
@@ -145,14 +155,44 @@ def input_positions(plan: Plan, asked: str) -> str:
     return "sinusoidal" if blind and accepted and not explicit else "none"
 
 
-def make_input_positions(name: str, *, dim: int, heads: int, max_length: int) -> Positions | None:
-    """The module that adds positions to a model's input; None when nothing is added."""
-    if name not in EMBEDDED_POSITIONS:
+def make_input_positions(name: str, config: Any) -> Positions | None:
+    """The module that adds positions to a model's input, or encodes them for all layers; None where neither is done."""
+    if name not in (*EMBEDDED_POSITIONS, *SHARED_POSITIONS):
         return None
-    positions = create_positions(name, dim=dim, heads=heads, head_dim=dim // heads, max_length=max_length)
-    for table in positions.parameters():
-        table._no_weight_decay = True  # type: ignore[attr-defined]
+    options = dict(config.position_options) if name == config.positions else {}
+    positions = create_positions(
+        name,
+        dim=config.dim,
+        heads=config.num_heads,
+        head_dim=config.head_dim or config.dim // config.num_heads,
+        kv_heads=config.num_kv_heads,
+        max_length=config.max_length,
+        **options,
+        **({"part": "encoder"} if name in SHARED_POSITIONS else {}),
+    )
+    if name == "learned":
+        for table in positions.parameters():
+            table._no_weight_decay = True  # type: ignore[attr-defined]
     return positions
+
+
+def place_input(
+    scheme: Positions | None, x: Float[Tensor, "b n c"], where: Int[Tensor, "#b n"], context: Context, *, movable: bool
+) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
+    """A model's right-padded input with its positions, the context of its layers, and the losses of its scheme.
+
+    Args:
+        movable: whether `where` are the ranks of whole sequences, which a scheme may move in training.
+    """
+    losses: dict[str, Loss] = {}
+    if scheme is None:
+        return x, context, losses
+    if scheme.prepare is not None:
+        where = torch.arange(x.shape[1], device=x.device)[None] if movable else where  # one row for all
+        where, losses = scheme.prepare(where, context.grid, context.generator, movable=movable)
+    if scheme.embed is None:
+        return x, context.replace(position_vectors=where), losses
+    return scheme.embed(x, where), context, losses
 
 
 class Block(nn.Module):
@@ -181,7 +221,16 @@ class Block(nn.Module):
         positions = options.pop("positions", None)
         if positions is not None or layer_accepts(card, "positions"):
             default = "none" if pattern.cross else config.positions
-            options["positions"] = layer_positions(_mixing_card(name, options), positions or default)
+            scheme = options["positions"] = layer_positions(_mixing_card(name, options), positions or default)
+            shared = getattr(config, "position_options", {})
+            if shared and config.positions == "auto":
+                raise Unsupported(
+                    "position_options of positions='auto'", supported="a scheme by name", nearest="positions='rotary'"
+                )
+            if positions is None and scheme == config.positions:
+                own = {"part": "layer"} if scheme in SHARED_POSITIONS else {}
+                if shared or own:
+                    options["position_options"] = {**shared, **options.get("position_options", {}), **own}
         for option in ("head_dim", "num_kv_heads"):
             value = getattr(config, option)
             if value is not None and layer_accepts(card, option):
@@ -269,7 +318,8 @@ def right_padded_mask(mask: Mask | None, layout: Gathering) -> Mask | None:
 
 def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> Tensor | float:
     """The layers' auxiliary losses (each a mean, sum / count), weighted by name."""
-    return sum(weights.get(name, LOSS_WEIGHT) * total / count.clamp(min=1) for name, (total, count) in losses.items())
+    known = {**LOSS_WEIGHTS, **weights}
+    return sum(known.get(name, LOSS_WEIGHT) * total / count.clamp(min=1) for name, (total, count) in losses.items())
 
 
 @contextmanager

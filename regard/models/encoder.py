@@ -24,10 +24,12 @@ from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
 from regard.models.blocks import (
     Block,
+    add_losses,
     check_plan,
     evaluation_mode,
     input_positions,
     make_input_positions,
+    place_input,
     read_plan,
     right_padded_mask,
     run_blocks,
@@ -51,8 +53,8 @@ class EncoderConfig:
         pool: ``mean`` or ``max`` over the valid tokens, the ``first`` of them, ``none`` (an output for each token), or
             a pooling mechanism, whose slots are laid side by side.
         pool_options: of the pooling mechanism.
-        dim, plan, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, max_length, dropout, norm,
-            loss_weights: as in :class:`regard.models.LanguageModelConfig`.
+        dim, plan, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
+            norm, loss_weights: as in :class:`regard.models.LanguageModelConfig`.
     """
 
     num_classes: int
@@ -66,6 +68,7 @@ class EncoderConfig:
     num_kv_heads: int | None = None
     feed_forward: int | None = None
     positions: str = "auto"
+    position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
     dropout: float = 0.0
     norm: str = "rms"
@@ -100,9 +103,7 @@ class Encoder(nn.Module):
         else:
             self.embedding = FeatureEmbedding(config.features or 0, config.dim)
         scheme = input_positions(config.plan, config.positions)
-        self.positions = make_input_positions(
-            scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length
-        )
+        self.positions = make_input_positions(scheme, config)
         self.blocks = nn.ModuleList(Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan)
         self.norm = make_norm(config.norm, config.dim)
         self.pooling, slots = None, 1
@@ -141,11 +142,11 @@ class Encoder(nn.Module):
             roles=None if context.roles is None else layout.gather(context.roles, axis=1),
         )
         x = self.embedding(inputs)  # (B, N, dim)
-        if self.positions is not None and self.positions.embed is not None:
-            where = inner.positions
-            x = self.positions.embed(x, torch.arange(x.shape[1], device=x.device)[None] if where is None else where)
+        where = torch.arange(x.shape[1], device=x.device)[None] if inner.positions is None else inner.positions
+        x, inner, losses = place_input(self.positions, x, where, inner, movable=inner.positions is None)
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         result = run_blocks(self.blocks, x, inner, [None] * len(self.blocks))
+        add_losses(result.losses, losses)
         x = self.norm(result.output)
         if self.config.pool == "none":
             x = layout.scatter(x, axis=1)

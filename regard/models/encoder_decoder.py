@@ -34,6 +34,7 @@ from regard.models.blocks import (
     evaluation_mode,
     input_positions,
     make_input_positions,
+    place_input,
     read_plan,
     run_blocks,
 )
@@ -62,7 +63,7 @@ class EncoderDecoderConfig:
         positions: a scheme of :mod:`regard.positions`, for both sequences and the self layers, or ``auto``: sinusoidal
             at both inputs, by which the decoder finds its place in the memory, and in the self layers as in
             :class:`regard.models.LanguageModelConfig`. Cross layers have none unless their plan names one.
-        max_length: number of learned positions.
+        position_options, max_length: as in :class:`regard.models.LanguageModelConfig`; each side encodes its own positions.
         num_heads, head_dim, num_kv_heads, feed_forward, dropout, tie_embeddings, norm, loss_weights: as in
             :class:`regard.models.LanguageModelConfig`; the tied embedding is that of the decoder.
     """
@@ -81,6 +82,7 @@ class EncoderDecoderConfig:
     num_kv_heads: int | None = None
     feed_forward: int | None = None
     positions: str = "auto"
+    position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
     dropout: float = 0.0
     tie_embeddings: bool = False
@@ -159,7 +161,7 @@ class EncoderDecoder(nn.Module):
     def _input_positions(self, plan: Plan) -> Any:
         config = self.config
         scheme = input_positions(plan, "sinusoidal" if config.positions == "auto" else config.positions)
-        return make_input_positions(scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length)
+        return make_input_positions(scheme, config)
 
     def forward(
         self,
@@ -243,11 +245,12 @@ class EncoderDecoder(nn.Module):
         layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], memory.device)
         where = None if context.memory_positions is None else layout.gather(context.memory_positions, axis=1)
         x = self.memory_embedding(layout.gather(memory, axis=1))  # right-padded, a row for each sequence
-        x = self._placed(self.memory_positions, x, where, layout, None)
-        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         mask = None if layout.lengths is None else Mask(lengths=layout.lengths)
         inner = Context(mask=mask, positions=where, generator=context.generator, progress=context.progress)
+        x, inner, placed = self._placed(self.memory_positions, x, layout, None, inner)
+        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         result = run_blocks(self.encoder_blocks, x, inner, [None] * len(self.encoder_blocks))
+        add_losses(losses, placed)
         add_losses(losses, result.losses)
         return EncodedMemory(self.encoder_norm(result.output), layout.lengths, where)
 
@@ -268,8 +271,6 @@ class EncoderDecoder(nn.Module):
         new = torch.full((rows,), n, device=ids.device) if layout.lengths is None else layout.lengths
         past = torch.zeros_like(new) if state is None else state.length
         where = None if context.positions is None else layout.gather(context.positions, axis=1)
-        x = self._placed(self.positions, self.embedding(ids), where, layout, past)
-        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         wanted = state is not None or "state" in context.want
         inner = context.replace(
             mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
@@ -278,23 +279,30 @@ class EncoderDecoder(nn.Module):
             memory_positions=None if encoded is None else encoded.positions,
             want=context.want | ({"state"} if wanted else set()),
         )
+        x, inner, losses = self._placed(
+            self.positions, self.embedding(ids), layout, None if state is None else past, inner
+        )
+        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         states = [None] * len(self.blocks) if state is None else state.layers
         result = run_blocks(self.blocks, x, inner, states, None if encoded is None else encoded.tokens)
+        add_losses(result.losses, losses)
         result.output = layout.scatter(self.norm(result.output), axis=1)
         result.state = ModelState(result.state, past + new) if wanted else None
         return result
 
     @staticmethod
-    def _placed(scheme: Any, x: Tensor, where: Tensor | None, layout: Gathering, past: Tensor | None) -> Tensor:
-        """Right-padded embeddings with their positions: ranks after `past` tokens, unless given."""
+    def _placed(
+        scheme: Any, x: Tensor, layout: Gathering, past: Tensor | None, context: Context
+    ) -> tuple[Tensor, Context, dict[str, Loss]]:
+        """Right-padded embeddings with their positions: ranks after `past` tokens, unless given. As `place_input`."""
         if scheme is None:
-            return x
+            return x, context, {}
+        rank, where = torch.arange(x.shape[1], device=x.device)[None], context.positions
         if where is None:
-            where = torch.arange(x.shape[1], device=x.device)[None]
-            where = where if past is None else where + past[:, None]
+            where = rank if past is None else rank + past[:, None]
         if layout.lengths is not None:
-            where = torch.where(torch.arange(x.shape[1], device=x.device) < layout.lengths[:, None], where, 0)
-        return scheme.embed(x, where)
+            where = torch.where(rank < layout.lengths[:, None], where, 0)
+        return place_input(scheme, x, where, context, movable=past is None and context.positions is None)
 
     def loss(
         self,

@@ -24,7 +24,16 @@ from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
-from regard.models.blocks import Block, add_losses, auxiliary_loss, check_plan, input_positions, read_plan, run_blocks
+from regard.models.blocks import (
+    SHARED_POSITIONS,
+    Block,
+    add_losses,
+    auxiliary_loss,
+    check_plan,
+    input_positions,
+    read_plan,
+    run_blocks,
+)
 from regard.models.encoder_decoder import count_layers
 from regard.positions import Sinusoidal
 from regard.ragged import gathering, place_queries, take_queries
@@ -101,8 +110,10 @@ class ForecasterConfig:
                 nearest="quantiles=(0.1, 0.5, 0.9)",
             )
         one_of("normalize", self.normalize, LEVELS)
-        if self.positions == "learned":
-            raise Unsupported("learned positions in a forecaster", supported="positions of its encoder's layers")
+        if self.positions in ("learned", "seqpe", *SHARED_POSITIONS):
+            raise Unsupported(
+                f"{self.positions} positions in a forecaster", supported="positions of its encoder's layers"
+            )
         layers = count_layers(self.num_layers, self.cross_plan)
         encoder_layers = count_layers(self.encoder_layers, self.encoder_plan, default=layers)
         for name, count, pattern, where in (

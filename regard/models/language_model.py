@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Context, Mask, Pattern, Result, State, Unsupported, at_least, state_field
+from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, state_field
 from regard.engines.linear import FrozenWeights, linear
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.models.blocks import (
     Block,
+    add_losses,
     auxiliary_loss,
     evaluation_mode,
     input_positions,
     make_input_positions,
+    place_input,
     read_plan,
     right_padded_mask,
     run_blocks,
@@ -58,7 +60,8 @@ class LanguageModelConfig:
         feed_forward: hidden width of the SwiGLU; 8/3 of `dim` when None, 0 for blocks without one.
         positions: a scheme of :mod:`regard.positions`, or ``auto``: rotary where a mechanism accepts it, none for
             recurrences with gates, sinusoidal at the input when no layer would know the order of its tokens.
-        max_length: number of learned positions.
+        position_options: of that scheme.
+        max_length: number of learned positions, and of those that sequential encodings can write.
         dropout: of the embedding and of each residual branch.
         tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
         norm: of :func:`regard.layers.norms.make_norm`.
@@ -74,6 +77,7 @@ class LanguageModelConfig:
     num_kv_heads: int | None = None
     feed_forward: int | None = None
     positions: str = "auto"
+    position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
     dropout: float = 0.0
     tie_embeddings: bool = False
@@ -109,9 +113,7 @@ class LanguageModel(nn.Module):
         # model does not learn to copy or recall in thousands of steps.
         nn.init.normal_(self.embedding.weight)
         scheme = input_positions(config.plan, config.positions)
-        self.positions = make_input_positions(
-            scheme, dim=config.dim, heads=config.num_heads, max_length=config.max_length
-        )
+        self.positions = make_input_positions(scheme, config)
         self.blocks = nn.ModuleList(Block(entry, config, Pattern.CAUSAL_SELF) for entry in config.plan)
         self.norm = make_norm(config.norm, config.dim)
         self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
@@ -160,26 +162,32 @@ class LanguageModel(nn.Module):
                 roles=None if context.roles is None else layout.gather(context.roles, axis=1),
             )
         inserted = self.insertion.insert(ids, past, new, inner)
-        x = self._embed(inserted.ids, past, inserted.context)  # (rows, n + inserted, dim)
+        x, inner, losses = self._embed(inserted.ids, None if state is None else past, inserted.context)
         states = [None] * len(self.blocks) if state is None else state.layers
-        result = run_blocks(self.blocks, x, inserted.context, states)
+        result = run_blocks(self.blocks, x, inner, states)  # (rows, n + inserted, dim)
+        add_losses(result.losses, losses)
         result.output = layout.scatter(self.norm(inserted.drop(result.output)), axis=1)
         wanted = state is not None or "state" in context.want
         result.state = ModelState(result.state, past + new) if wanted else None
         return result
 
-    def _embed(self, ids: Int[Tensor, "b n"], past: Int[Tensor, " b"], context: Context) -> Float[Tensor, "b n c"]:
+    def _embed(
+        self, ids: Int[Tensor, "b n"], past: Int[Tensor, " b"] | None, context: Context
+    ) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
+        """Tokens with their positions after `past` ones, the layers' context, and losses of the positions."""
         x = self.embedding(ids)
-        if self.positions is not None and self.positions.embed is not None:
+        losses: dict[str, Loss] = {}
+        if self.positions is not None:
+            rank = torch.arange(ids.shape[1], device=ids.device)[None]
             where = context.positions
             if where is None:
-                where = past[:, None] + torch.arange(ids.shape[1], device=ids.device)
+                where = rank if past is None else rank + past[:, None]
             if context.mask is not None and context.mask.lengths is not None:
-                where = torch.where(
-                    torch.arange(ids.shape[1], device=ids.device) < context.mask.lengths[:, None], where, 0
-                )
-            x = self.positions.embed(x, where)
-        return dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+                where = torch.where(rank < context.mask.lengths[:, None], where, 0)
+            movable = past is None and context.positions is None
+            x, context, losses = place_input(self.positions, x, where, context, movable=movable)
+        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+        return x, context, losses
 
     def loss(
         self, ids: Int[Tensor, "b n"], targets: Int[Tensor, "b n"] | None = None, *, context: Context | None = None

@@ -13,6 +13,7 @@ from regard.positions.none import NoPositions
 from regard.positions.protocol import Positions
 from regard.positions.relative import Relative
 from regard.positions.rotary import Rotary
+from regard.positions.seqpe import Seqpe, SeqpeAdd, SeqpeMul, SeqpeScalar
 from regard.positions.sinusoidal import Sinusoidal
 from regard.positions.toeplitz import Toeplitz
 
@@ -24,15 +25,31 @@ __all__ = [
     "Positions",
     "Relative",
     "Rotary",
+    "Seqpe",
+    "SeqpeAdd",
+    "SeqpeMul",
+    "SeqpeScalar",
     "Sinusoidal",
     "Toeplitz",
     "create_positions",
     "list_positions",
 ]
 
-SCHEMES: dict[str, type[Positions]] = {
-    scheme.name: scheme for scheme in (NoPositions, Sinusoidal, Learned, Rotary, Lrpe, Alibi, Relative, Toeplitz)
-}
+ALL = (
+    NoPositions,
+    Sinusoidal,
+    Learned,
+    Rotary,
+    Lrpe,
+    Alibi,
+    Relative,
+    Toeplitz,
+    Seqpe,
+    SeqpeMul,
+    SeqpeAdd,
+    SeqpeScalar,
+)
+SCHEMES: dict[str, type[Positions]] = {scheme.name: scheme for scheme in ALL}
 
 
 def list_positions() -> list[str]:
@@ -41,7 +58,14 @@ def list_positions() -> list[str]:
 
 
 def create_positions(
-    name: str, *, dim: int, heads: int, head_dim: int, max_length: int | None = None, **options: Any
+    name: str,
+    *,
+    dim: int,
+    heads: int,
+    head_dim: int,
+    kv_heads: int | None = None,
+    max_length: int | None = None,
+    **options: Any,
 ) -> Positions:
     """A position scheme by name.
 
@@ -50,7 +74,8 @@ def create_positions(
         dim: width of the model, for schemes that act on the input.
         heads: number of query heads, for schemes that act on scores.
         head_dim: width of a head, for schemes that rotate.
-        max_length: longest sequence; needed by ``learned`` alone.
+        kv_heads: number of key heads, when they are fewer.
+        max_length: longest sequence; needed by ``learned`` alone. One more than the last position of ``seqpe``.
         options: the scheme's own.
 
     Raises:
@@ -61,8 +86,8 @@ def create_positions(
             f"positions {name!r}", supported=", ".join(SCHEMES), nearest=closest(str(name), SCHEMES) or "rotary"
         )
     scheme = SCHEMES[name]
-    sizes = {"dim": dim, "heads": heads, "head_dim": head_dim, "max_length": max_length}
-    accepted = [p.name for p in inspect.signature(scheme).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    sizes = {"dim": dim, "heads": heads, "head_dim": head_dim, "kv_heads": kv_heads, "max_length": max_length}
+    accepted = _accepted(scheme)
     own = [option for option in accepted if option not in sizes]
     for option in options:
         if option not in own:
@@ -72,3 +97,16 @@ def create_positions(
                 nearest=closest(option, own),
             )
     return scheme(**{size: value for size, value in sizes.items() if size in accepted}, **options)
+
+
+def _accepted(scheme: type[Positions]) -> list[str]:
+    """Names of a scheme's arguments, with those that it hands on to its base class."""
+    found: dict[str, None] = {}
+    for base in scheme.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base).parameters.values()
+        found |= {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(found)

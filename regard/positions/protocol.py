@@ -20,7 +20,7 @@ does not matter, as long as the scheme has it (0 always does).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ class Positions(nn.Module):
         name: what :func:`regard.positions.create_positions` knows it by.
         by_distance: of schemes whose bias depends on key position minus query position alone:
             ``by_distance(distances (...), causal)``, biases (H, ...).
+        rotate_keys: of schemes that put something else into keys than into queries; as ``rotate``.
+        prepare: of schemes that make vectors of positions first, once for all layers:
+            ``prepare(positions (B, N), grid, generator, movable=)``, what ``embed`` and ``rotate`` are given in the place
+            of positions, (B or 1, N, width), and auxiliary losses.
+        shared: whether the model makes these vectors for its layers.
     """
 
     name: ClassVar[str]
@@ -45,6 +50,9 @@ class Positions(nn.Module):
     rotate: ClassVar[Callable[..., Tensor] | None] = None
     bias: ClassVar[Callable[..., Tensor] | None] = None
     by_distance: ClassVar[Callable[..., Tensor] | None] = None
+    rotate_keys: ClassVar[Callable[..., Tensor] | None] = None
+    shared: bool = False
+    prepare: ClassVar[Callable[..., tuple[Tensor, dict[str, Any]]] | None] = None
 
 
 def check_positions(positions: Int[Tensor, "#b n"], batch: int, n: int) -> None:

@@ -91,7 +91,7 @@ def test_the_decoder_tells_the_order_of_the_memory(model):
     assert not torch.allclose(model(ids, memory).output, model(ids, memory.flip(1)).output)
 
 
-@pytest.mark.parametrize("positions", ["auto", "none", "rotary", "sinusoidal", "learned"])
+@pytest.mark.parametrize("positions", ["auto", "none", "rotary", "sinusoidal", "learned", "seqpe", "seqpe_scalar"])
 def test_absorbing_the_memory_and_splitting_the_tokens_equals_the_whole(positions):
     model = make_model(["linear", ("softmax", {"positions": "rotary"})], positions=positions)
     ids, memory = batch()

@@ -37,7 +37,7 @@ def model(request) -> LanguageModel:
     return make_model(PLANS[request.param])
 
 
-@pytest.mark.parametrize("positions", ["auto", "none", "rotary", "sinusoidal", "learned"])
+@pytest.mark.parametrize("positions", ["auto", "none", "rotary", "sinusoidal", "learned", "seqpe", "seqpe_mul"])
 def test_split_and_resume_equals_whole(positions):
     model = make_model(["linear", "softmax"], positions=positions)
     ids = torch.randint(13, (3, 11))

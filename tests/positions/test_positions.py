@@ -32,6 +32,10 @@ PLACES = {
     "alibi": "bias",
     "relative": "bias",
     "toeplitz": "bias",
+    "seqpe": "embed",
+    "seqpe_mul": "rotate",
+    "seqpe_add": "rotate",
+    "seqpe_scalar": "rotate",
 }
 
 
@@ -54,7 +58,7 @@ def test_every_scheme_acts_at_its_place_alone() -> None:
 
 @pytest.mark.parametrize("name", [n for n, place in PLACES.items() if place])
 def test_each_token_depends_on_its_position_alone(name: str) -> None:
-    scheme = create_positions(name, **SIZES).double()
+    scheme = create_positions(name, **SIZES).double().eval()
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     positions = torch.randint(0, 50, (2, 9))
     order = torch.randperm(9)
@@ -70,7 +74,7 @@ def test_each_token_depends_on_its_position_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n, place in PLACES.items() if place])
 def test_compiled_equals_eager(name: str) -> None:
-    scheme = create_positions(name, **SIZES).double()
+    scheme = create_positions(name, **SIZES).double().eval()
     x, positions = torch.randn(2, 6, 9, 8, dtype=torch.float64), torch.randint(0, 50, (2, 9))
     torch._dynamo.reset()
     compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
