@@ -39,7 +39,8 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         context.append("roles=roles")
         with_inserted = "roles.shape[1]"
     own = length if pattern.cross else with_inserted
-    lines.append(f"x = torch.randn({settings.batch}, {own}, {settings.dim}{where}{kind})")
+    graph = ", requires_grad=True" if use == "train" else ""  # as inside a model; a layer may have no parameters
+    lines.append(f"x = torch.randn({settings.batch}, {own}, {settings.dim}{where}{kind}{graph})")
     if pattern.cross:
         lines.append(f"memory = torch.randn({settings.batch}, {with_inserted}, {settings.dim}{where}{kind})")
         arguments.append("memory")
