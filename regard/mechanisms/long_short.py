@@ -472,6 +472,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),
+    refused_positions="its landmarks are mixtures of keys at many places",
     projection=DualNorm,
     sample_inputs=sample_inputs,
 )
