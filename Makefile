@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test native native-test bench wheel docs matrix reproductions clean
+.PHONY: compare test native native-test bench wheel docs matrix reproductions scaling clean
 
 # What a change of must install the package again: the library of kernels is built by the installation.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -46,6 +46,9 @@ matrix: $(VENV)/.dev  ## Measure the verified matrix and the parity table of the
 reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hours, on an idle machine; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/regard reproduce all
 	$(BIN)/python docs/measure.py reproductions
+
+scaling: $(VENV)/.dev  ## Measure growth with length and efficiency lengths into docs/data: half an hour, on an idle machine
+	$(BIN)/python docs/measure.py scaling
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -415,10 +415,14 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         counts = [len(own), sum(c["status"] == "waived" for c in own), sum(c["status"] == "fail" for c in own)]
         worst = [_worst([c for c in _column(own, name) if c["status"] != "waived"]) for name in COLUMNS]
         overview.append((_link(mechanism), *map(str, counts), *worst))
-    marks = [
-        (f"`{p.name}`", *(_mark([c for c in cells if c["mechanism"] == n and c["property"] == p.name]) for n in shown))
-        for p in PROPERTIES
-    ]
+    marks = []
+    for level in dict.fromkeys(p.level for p in PROPERTIES):
+        names = [p.name for p in PROPERTIES if p.level == level]
+        rows = [
+            (_link(m), *(_mark([c for c in cells if (c["mechanism"], c["property"]) == (m, n)]) for n in names))
+            for m in shown
+        ]
+        marks += [f"### Of the {level}", _table(("mechanism", *(f"`{n}`" for n in names)), rows)]
     waived = [
         (_link(c["mechanism"]), c["pattern"], f"`{c['property']}`", c["dtype"], c["detail"])
         for c in cells
@@ -432,7 +436,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         "## By property",
         "Largest float64 error over the patterns (of the narrowest dtype where float64 is not measured); "
         "w: waived with a reason in some pattern; -: does not apply. The page of a mechanism has all dtypes.",
-        _table(("property", *map(_link, shown)), marks),
+        *marks,
         "## What the properties say",
         _table(("property", "meaning", "of"), [(f"`{p.name}`", p.meaning, p.level) for p in PROPERTIES]),
         "## Waivers",
@@ -452,6 +456,36 @@ def _mark(cells: Cells) -> str:
     errors = [c["error"] for c in cells if c["error"] is not None and c["dtype"] == dtype]
     waived = any(c["status"] == "waived" for c in cells)
     return " ".join(filter(None, [_error(max(errors), 0) if errors else "", "w" if waived else ""]))
+
+
+def scaling_page(data: Mapping[str, Any] | None) -> str:
+    """How time and memory grow with the length, and from which length each mechanism beats softmax."""
+    parts = [
+        "# Growth with length",
+        "Forward passes of the functions on one sequence with 4 heads of 64. The exponent p of time or memory ~ length^p is "
+        "fitted from 1024 tokens to the longest that was measured; beside it the same for the operations and the storage "
+        "that the card counts (memory with the output). The efficiency length is the number of tokens from which a "
+        "mechanism takes less than softmax, whose kernel is a fast one; a dash: at none that was measured. Measured "
+        "lengths go from 256 to 16,384, or to the longest whose storage by the card stays below 2 GiB.",
+    ]
+    if data is None:
+        return "\n\n".join([*parts, "Not measured in this build of the pages: `make scaling` does it."]) + "\n"
+    rows, refused = [], []
+    for name, found in data["mechanisms"].items():
+        if "refused" in found:
+            refused.append(f"- {_link(name)}: {found['refused']}")
+            continue
+        lengths = found["efficiency"]
+        shown = (lengths.get(kind) for kind in ("forward time", "training time", "forward memory"))
+        growth = (f"{found[kind]:.2f} / {found[f'{kind} by cost']:.2f}" for kind in ("time", "memory"))
+        longest = str(found["longest"])
+        rows.append((_link(name), found["pattern"], longest, *growth, *("—" if n is None else str(n) for n in shown)))
+    headings = ("mechanism", "pattern", "longest", "time, measured / card", "memory, measured / card")
+    headings += ("faster than softmax from", "in training from", "less memory from")
+    parts += [f"Measured with {data['measured']}.", _table(headings, rows)]
+    if refused:
+        parts += ["## Not measured", "\n".join(refused)]
+    return "\n\n".join(parts) + "\n"
 
 
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
@@ -546,6 +580,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
     pages |= {
         "mechanisms/index.md": index_page(names),
         "matrix.md": matrix_page(verified, names),
+        "scaling.md": scaling_page(_read(DATA / "scaling.json")),
         "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
     }

@@ -1,9 +1,10 @@
-"""Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`.
+"""Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`, `make scaling`.
 
 python docs/measure.py                # matrix and parity
 python docs/measure.py matrix         # regard verify --json             -> verify.json
 python docs/measure.py parity         # the parity tests                 -> parity.json
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
+python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ import torch
 from torch import Tensor
 
 import regard
+from regard.contract import Mechanism, Pattern, Shape, Unsupported
 from regard.measurement.provenance import fingerprint
+from regard.training.memory import keep_freed_memory
+from regard.workbench.profile import ProfileSettings, profile
 
 DATA = Path(__file__).parent / "data"
 TESTS = tuple(Path(__file__).parents[1] / "tests" / folder for folder in ("mechanisms", "positions"))
 RECORDINGS = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
 COMPARISONS = ("close", "assert_close", "relative_error")
 """What these tests call the function that compares (found, expected)."""
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+HEADS, WIDTH = 4, 64
+MOST_BYTES = 2 << 30
 
 MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
 
@@ -118,6 +126,51 @@ def measure_reproductions() -> None:
     )
 
 
+def measure_scaling() -> None:
+    """Growth with length and efficiency lengths of every mechanism that scaling.json does not have from this machine."""
+    measured = f"{MEASURED}, {fingerprint()['cpu']}, {torch.get_num_threads()} threads"
+    path = DATA / "scaling.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    rows = known["mechanisms"] if known.get("measured") == measured else {}
+    keep_freed_memory()
+    for name in regard.list_mechanisms():
+        if name not in rows:
+            rows[name] = scaling(regard.get_mechanism(name))
+            print(name, rows[name], flush=True)
+            _write("scaling.json", {"measured": measured, "mechanisms": rows}, "mechanisms")
+
+
+def scaling(card: Mechanism) -> dict[str, Any]:
+    """Efficiency lengths, and exponents of growth from 1024 tokens on, measured and by the card's cost.
+
+    Lengths whose temporary storage would pass `MOST_BYTES` are left out.
+    """
+    pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else card.patterns[0]
+    costs = {n: card.cost(Shape(1, HEADS, n, n, WIDTH, WIDTH), card.options()) for n in LENGTHS}
+    lengths = tuple(n for n in LENGTHS if 4 * costs[n].memory < MOST_BYTES)
+    found: dict[str, Any] = {"pattern": pattern.value, "longest": max(lengths)}
+    settings = ProfileSettings((card.name,), pattern, lengths, ("forward", "training"), heads=HEADS, head_dim=WIDTH)
+    try:
+        result = profile(settings)
+    except Unsupported as error:
+        return found | {"refused": str(error)}
+    own = [m for m in result.measurements if m.mechanism == card.name and m.what == "forward" and m.length >= 1024]
+    at = [m.length for m in own]
+    # the output is no temporary storage to the card, and counts in what is measured
+    numbers = [costs[n].memory + HEADS * n * WIDTH for n in at]
+    return found | {
+        "efficiency": result.efficiency.get(card.name, {}),
+        "time": _exponent(at, [m.milliseconds for m in own]),
+        "time by cost": _exponent(at, [costs[n].flops for n in at]),
+        "memory": _exponent(at, [float(m.memory_bytes or 0) for m in own]),
+        "memory by cost": _exponent(at, numbers),
+    }
+
+
+def _exponent(lengths: list[int], values: list[float]) -> float:
+    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
+
+
 def _write(name: str, data: dict[str, Any], rows: str) -> None:
     """One line an entry of `rows`, so that a change of one is a change of one line."""
     many = data[rows]
@@ -133,7 +186,12 @@ def _write(name: str, data: dict[str, Any], rows: str) -> None:
 
 def main() -> None:
     chosen = sys.argv[1:] or ["parity", "matrix"]
-    measures = {"parity": measure_parity, "matrix": measure_matrix, "reproductions": measure_reproductions}
+    measures = {
+        "parity": measure_parity,
+        "matrix": measure_matrix,
+        "reproductions": measure_reproductions,
+        "scaling": measure_scaling,
+    }
     for name in chosen:
         if name not in measures:
             raise SystemExit(f"measure {name!r}; supported: {', '.join(measures)}")

@@ -23,7 +23,7 @@ from regard.reproductions import list_reproductions
 from regard.workbench.verify import PROPERTIES
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"matrix.md", "parity.md", "verdicts.md"}
+GENERATED = {"matrix.md", "parity.md", "scaling.md", "verdicts.md"}
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 SHORT = {"NS": "noncausal-self", "CS": "causal-self", "NC": "noncausal-cross", "CC": "causal-cross"}
 
@@ -180,6 +180,17 @@ def test_the_matrix_shows_errors_failures_and_waivers():
     assert "1 fail" in own
     assert "2.0e-16" in own
     assert "the reason" in own
+
+
+def test_growth_is_shown_beside_what_the_card_says_and_what_was_refused_is_named():
+    found = {"pattern": "causal-self", "longest": 4096, "efficiency": {"forward time": 512, "training time": None}}
+    found |= {"time": 1.07, "time by cost": 1.0, "memory": 0.98, "memory by cost": 1.0}
+    refused = {"pattern": "noncausal-self", "longest": 64, "refused": "too long"}
+    page = generate.scaling_page({"measured": "this", "mechanisms": {"linear": found, "linformer": refused}})
+    row = next(line for line in page.splitlines() if line.startswith("| [linear]"))
+    assert "| 1.07 / 1.00 | 0.98 / 1.00 | 512 | — | — |" in row
+    assert "linformer.md): too long" in page
+    assert "Not measured" in generate.scaling_page(None)
 
 
 def reproduced(name, outcome, *, mean=None):
