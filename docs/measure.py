@@ -27,6 +27,7 @@ from torch import Tensor
 import regard
 from regard.contract import Mechanism, Pattern, Shape, Unsupported
 from regard.measurement.provenance import fingerprint
+from regard.measurement.statistics import growth_exponent
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, profile
 
@@ -160,15 +161,11 @@ def scaling(card: Mechanism) -> dict[str, Any]:
     numbers = [costs[n].memory + HEADS * n * WIDTH for n in at]
     return found | {
         "efficiency": result.efficiency.get(card.name, {}),
-        "time": _exponent(at, [m.milliseconds for m in own]),
-        "time by cost": _exponent(at, [costs[n].flops for n in at]),
-        "memory": _exponent(at, [float(m.memory_bytes or 0) for m in own]),
-        "memory by cost": _exponent(at, numbers),
+        "time": growth_exponent(at, [m.milliseconds for m in own]),
+        "time by cost": growth_exponent(at, [costs[n].flops for n in at]),
+        "memory": growth_exponent(at, [float(m.memory_bytes or 0) for m in own]),
+        "memory by cost": growth_exponent(at, numbers),
     }
-
-
-def _exponent(lengths: list[int], values: list[float]) -> float:
-    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
 def _write(name: str, data: dict[str, Any], rows: str) -> None:

@@ -153,3 +153,8 @@ def seeds_needed(seeds: int, resolved: float, difference: float) -> int | None:
 def items_array(items: Sequence[Sequence[float]]) -> np.ndarray:
     """(sum, weight) pairs as an array of shape (items, 2)."""
     return np.asarray(items, dtype=np.float64).reshape(-1, 2)
+
+
+def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent p of value ~ size^p, by least squares of logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

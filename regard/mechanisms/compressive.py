@@ -73,10 +73,10 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import take
 from regard.engines.grouped_attention import wide
-from regard.engines.segment_attention import Distances, GroupState, Reach, segment_attention, windows
+from regard.engines.segment_attention import GroupState, Reach, segment_attention, windows
 from regard.layers.attention import LayerState
 from regard.layers.segment_recurrence import InputState, SegmentLayer, last_inputs
-from regard.mechanisms.transformer_xl import NO_PLACE, RelativeScores, relative_rows
+from regard.mechanisms.transformer_xl import NO_PLACE, RelativeScores, read_optional, relative_rows
 from regard.mechanisms.transformer_xl import sample_inputs as sample_tokens
 
 if TYPE_CHECKING:
@@ -185,25 +185,9 @@ def parallel(
 ) -> Result:
     """All segments side by side; in causal-self from a state and to the state after it, by any number of tokens."""
     config: Config = call.config
-    if q.shape[2] != k.shape[2]:
-        raise Unsupported(
-            f"compressive with {q.shape[2]} queries and {k.shape[2]} keys", supported="a query for each key"
-        )
-    if (k_past is None) != (v_past is None):
-        raise Unsupported("compressive with k_past or v_past alone", supported="both or none")
-    if w is not None and relative is None:
-        raise Unsupported("compressive with w but without relative", supported="both, or relative alone")
-    return segment_attention(
-        call,
-        q,
-        k,
-        v,
-        config.reach,
-        u=u,
-        distances=None if relative is None else Distances(relative, w, config.clamp),
-        past=None if k_past is None or v_past is None else (k_past, v_past),
-        groups=(k_compressed, v_compressed),
-    )
+    distances, past = read_optional("compressive", q, k, w, relative, k_past, v_past, config.clamp)
+    groups = (k_compressed, v_compressed)
+    return segment_attention(call, q, k, v, config.reach, u=u, distances=distances, past=past, groups=groups)
 
 
 class Compression(RelativeScores):

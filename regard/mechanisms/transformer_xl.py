@@ -165,17 +165,33 @@ def parallel(
 ) -> Result:
     """All segments side by side; in causal-self from a state and to the state after it, by any number of tokens."""
     config: Config = call.config
-    if q.shape[2] != k.shape[2]:
-        raise Unsupported(
-            f"transformer_xl with {q.shape[2]} queries and {k.shape[2]} keys", supported="a query for each key"
-        )
-    if (k_past is None) != (v_past is None):
-        raise Unsupported("transformer_xl with k_past or v_past alone", supported="both or none")
-    if w is not None and relative is None:
-        raise Unsupported("transformer_xl with w but without relative", supported="both, or relative alone")
-    past = None if k_past is None or v_past is None else (k_past, v_past)
-    distances = None if relative is None else Distances(relative, w, config.clamp)
+    distances, past = read_optional("transformer_xl", q, k, w, relative, k_past, v_past, config.clamp)
     return segment_attention(call, q, k, v, config.reach, u=u, distances=distances, past=past)
+
+
+def read_optional(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor | None,
+    relative: Tensor | None,
+    k_past: Tensor | None,
+    v_past: Tensor | None,
+    clamp: int | None,
+) -> tuple[Distances | None, tuple[Tensor, Tensor] | None]:
+    """How scores depend on distances, and what later segments read, of the inputs of the mechanism `name`.
+
+    Raises:
+        Unsupported: for inputs that do not go together.
+    """
+    if q.shape[2] != k.shape[2]:
+        raise Unsupported(f"{name} with {q.shape[2]} queries and {k.shape[2]} keys", supported="a query for each key")
+    if (k_past is None) != (v_past is None):
+        raise Unsupported(f"{name} with k_past or v_past alone", supported="both or none")
+    if w is not None and relative is None:
+        raise Unsupported(f"{name} with w but without relative", supported="both, or relative alone")
+    distances = None if relative is None else Distances(relative, w, clamp)
+    return distances, None if k_past is None or v_past is None else (k_past, v_past)
 
 
 class RelativeScores(nn.Module):

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from regard.backends.native import library
 from regard.functional import softmax_attention
+from regard.measurement.statistics import growth_exponent
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio
@@ -75,7 +75,7 @@ def memory(lengths: list[int]) -> dict[str, float]:
                 library.workspace_peak(reset=True)
             peak = peak_memory(partial(forward_backward, function, q, k, v)).bytes
             peaks.append(peak + (0 if library.why_missing() else library.workspace_peak()))
-        growth[f"memory {name}"] = float(np.polyfit(np.log(lengths), np.log(peaks), 1)[0])
+        growth[f"memory {name}"] = growth_exponent(lengths, peaks)
     return growth
 
 

