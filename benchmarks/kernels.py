@@ -18,12 +18,12 @@ import argparse
 import gc
 import importlib.util
 import json
-import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -591,10 +591,12 @@ def main() -> None:
     facts = fingerprint()
     now = machine.fma_peak(0.5)
     lines = [
-        *(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()),
-        f"- instruction set: {library.instruction_set()}; threads: {torch.get_num_threads()}",
-        f"- FMA peak, register only: {peak:.0f} GFLOP/s before, {now:.0f} after the run",
-        f"- Python {platform.python_version()}; command: `make bench`",
+        f"- machine: {facts['cpu']}, {facts['physical_cores']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB; "
+        f"{facts['threads']} threads",
+        f"- versions: regard {facts['regard']}, torch {facts['torch']}, numpy {facts['numpy']}, Python {facts['python']}",
+        f"- instruction set: {library.instruction_set()}; FMA peak, register only: {peak:.0f} GFLOP/s before, {now:.0f} "
+        "after the run",
+        f"- {date.today()}; command: `make bench`",
         "",
         *table(found),
         "",

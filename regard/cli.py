@@ -523,6 +523,14 @@ def compare(
         ),
     ] = "",
     precision: Annotated[str, typer.Option(help="Of training: float32, or bfloat16 (mixed).")] = "float32",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="i/n: only the training runs of share i of n of the mechanisms, beside other processes with the same "
+            "output folder; the same command without it then measures costs and writes the report.",
+        ),
+    ] = None,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -536,9 +544,11 @@ def compare(
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
+        regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
     """
     from regard.workbench.budget import Budget
     from regard.workbench.compare import compare as run
+    from regard.workbench.compare import train_share
     from regard.workbench.settings import CompareSettings
     from regard.workbench.summary_table import terminal_table
 
@@ -572,13 +582,21 @@ def compare(
             share = progress.done / progress.total if progress.total else 0.0
             line(f"{share:4.0%}  {progress.doing}{loss}")
 
-        outcome = run(
-            tasks,
-            settings,
-            output,
-            watch=watch,
-            say=lambda s: None if as_json else bar.console.print(Text(s, style="dim")),
-        )
+        def say(sentence: str) -> None:
+            if not as_json:
+                bar.console.print(Text(sentence, style="dim"))
+
+        if only is not None:
+            trained = train_share(tasks, settings, output, only, watch=watch, say=say)
+        else:
+            outcome = run(tasks, settings, output, watch=watch, say=say)
+    if only is not None:
+        if as_json:
+            _emit({"shard": only, "trained": trained, "store": str(output / "results.db")})
+        else:
+            console.print(Text(f"Trained here: {', '.join(trained) or 'nothing'}."))
+            console.print(Text("When all shares are done, give the same command without --shard."))
+        return
     if as_json:
         _emit(
             {
@@ -849,8 +867,9 @@ def _reproduced(
     run: bool,
 ) -> list[dict[str, Any]]:
     """What the folder holds of reproductions, once the cells that it lacks have been run if they are to be."""
+    from regard.measurement.sharding import shard
     from regard.measurement.store import Store
-    from regard.reproductions import collect, plan, shard
+    from regard.reproductions import collect, plan
     from regard.reproductions import run as run_cells
 
     chosen = shard(plan(wanted, seeds, timings=timings), only)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from regard.reproductions.framework.catalogue import get_reproduction, list_reproductions
 from regard.reproductions.framework.judging import Check, Finding, Outcome, Verdict
 from regard.reproductions.framework.protocol import Cell, Reproduction
-from regard.reproductions.framework.runs import collect, plan, run, shard
+from regard.reproductions.framework.runs import collect, plan, run
 
 __all__ = [
     "Cell",
@@ -19,5 +19,4 @@ __all__ = [
     "list_reproductions",
     "plan",
     "run",
-    "shard",
 ]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regard.contract import Context, Unsupported
 from regard.measurement import provenance
+from regard.measurement.sharding import shard
 from regard.measurement.store import Store
 from regard.models import StackConfig, count_parameters, save_pretrained
 from regard.tasks import Task
@@ -109,6 +110,42 @@ def compare(
         return runner.run(beginning)
 
 
+def train_share(
+    tasks: Sequence[Task],
+    settings: CompareSettings,
+    output: str | Path,
+    share: str,
+    *,
+    watch: Watch | None = None,
+    say: Callable[[str], None] | None = None,
+    command: str | None = None,
+) -> list[str]:
+    """Only the training runs of some of a comparison's mechanisms, beside processes that do the others'.
+
+    :func:`compare` with the same tasks, settings and folder then finds their rows, and measures costs, which such
+    processes would disturb for each other.
+
+    Args:
+        share: ``"i/n"`` for share i of n of the mechanisms.
+
+    Returns:
+        The mechanisms of the share.
+
+    Raises:
+        Unsupported: as :func:`compare`, and for a share of another form.
+    """
+    say = say or (lambda _: None)
+    names = shard(settings.mechanisms, share)
+    started = time.monotonic()
+    works = [Work(task, settings) for task in tasks]
+    output = Path(output)
+    with Store(output / "results.db", command=command) as store:
+        plan(store, works, settings, started, say)
+        runner = _Runner(store, works, settings, output, watch or (lambda _: None), say, command or store.command)
+        runner.train_all(names)
+    return names
+
+
 class _Runner:
     """Measures the cells that are missing from the store, then summarises."""
 
@@ -126,17 +163,38 @@ class _Runner:
         self.watch, self.say, self.command = watch, say, command
         self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "cost": [], "search": []}
         self.rates: dict[str, dict[str, float]] = {}
-        self.progress = Progress(total=sum(self._planned(w) for w in works) + cost_seconds(works, settings))
+        self.progress = Progress()
 
-    def _planned(self, work: Work) -> float:
-        return work.runs * sum(work.steps[n] * s for n, s in work.step_seconds.items()) + work.seconds_besides()
+    def _planned(self, names: Sequence[str]) -> float:
+        return sum(
+            work.runs * (work.steps[name] * work.step_seconds[name] + work.evaluation_seconds[name])
+            for work in self.works
+            for name in names
+        )
 
     def run(self, started: str) -> Outcome:
+        names = self.settings.mechanisms
+        after = cost_seconds(self.works, self.settings)
+        quality, searches = self.train_all(names, after)
+        costs = self._costs()
+        self.progress.done = self.progress.total
+        self.watch(self.progress)
+        return self._conclude(started, quality, searches, costs)
+
+    def train_all(
+        self, names: Sequence[str], after: float = 0.0
+    ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+        """All runs of these mechanisms: of each task its rows, and the trials of learning rates.
+
+        Args:
+            after: planned seconds of what follows, for the progress.
+        """
+        self.progress.total = self._planned(names) + after
         quality: dict[str, list[dict[str, Any]]] = {}
         searches: list[dict[str, Any]] = []
         for work in self.works:
             best = {}
-            for name in work.configs:
+            for name in names:
                 best[name], trials = self._best_of_rates(work, name)
                 searches += trials
             self.rates[work.task.name] = {name: row["lr"] for name, row in best.items()}
@@ -145,10 +203,7 @@ class _Runner:
                 rows += [self._train(work, name, row["lr"], seed) for name, row in best.items()]
             self.cells["quality"] += [self._quality_key(work, r["mechanism"], r["lr"], r["seed"]) for r in rows]
             quality[work.task.name] = rows
-        costs = self._costs()
-        self.progress.done = self.progress.total
-        self.watch(self.progress)
-        return self._conclude(started, quality, searches, costs)
+        return quality, searches
 
     def _cell(self, work: Work, name: str, **settings: Any) -> dict[str, Any]:
         return {**work.identity, "mechanism": name, "feed_forward": work.configs[name].feed_forward, **settings}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from regard import Unsupported, get_mechanism, list_mechanisms
+from regard.measurement.sharding import shard
 from regard.measurement.store import Store
-from regard.reproductions import Check, Outcome, collect, get_reproduction, list_reproductions, plan, run, shard
+from regard.reproductions import Check, Outcome, collect, get_reproduction, list_reproductions, plan, run
 from regard.reproductions.framework import catalogue, runs
 from regard.reproductions.framework.judging import judge, measured, minus, over
 from regard.reproductions.framework.protocol import Cell, Reproduction

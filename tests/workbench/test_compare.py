@@ -12,7 +12,7 @@ from regard.measurement.store import Store
 from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
 from regard.workbench.budget import Budget
-from regard.workbench.compare import compare, render_report
+from regard.workbench.compare import compare, render_report, train_share
 from regard.workbench.settings import CompareSettings
 from regard.workbench.work import Work, build
 
@@ -96,6 +96,22 @@ def test_the_same_command_measures_nothing_again(tmp_path):
         assert len(store.rows("quality")) == 3 * (2 + 1)  # two rates with the first seed, one with the second
         assert len(store.rows("run")) == 2
     assert time.monotonic() - started < 60
+
+
+def test_shares_train_what_the_whole_then_finds(tmp_path, monkeypatch):
+    chosen = settings()
+    second, first = (train_share([recall()], chosen, tmp_path / "shared", f"{i}/2") for i in (2, 1))
+    assert sorted(first + second) == sorted(MECHANISMS)
+    undisturbed = compare([recall()], chosen, tmp_path / "alone").summary["recall"]
+
+    def trained_again(*_, **__):
+        raise AssertionError("a run of a share is made again")
+
+    monkeypatch.setattr("regard.workbench.compare.train", trained_again)
+    shared = compare([recall()], chosen, tmp_path / "shared").summary["recall"]
+    assert {e["mechanism"]: e["mean"] for e in shared} == {e["mechanism"]: e["mean"] for e in undisturbed}
+    with pytest.raises(Unsupported, match="shard '3/2'"):
+        train_share([recall()], chosen, tmp_path, "3/2")
 
 
 def test_a_time_budget_is_planned_once_so_that_a_resumed_comparison_agrees(tmp_path, monkeypatch):

@@ -26,16 +26,6 @@ def plan(names: Sequence[str], seeds: int | None = None, *, timings: bool | None
     return [cell for name in names for cell in get_reproduction(name).cells(seeds, timings=timings)]
 
 
-def shard(cells: Sequence[Cell], text: str | None) -> list[Cell]:
-    """Share i of n of the cells, by ``"i/n"`` with i from 1 to n; all of them when None."""
-    if text is None:
-        return list(cells)
-    first, slash, second = text.partition("/")
-    if not (slash and first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
-        raise Unsupported(f"shard {text!r}", supported="i/n with i from 1 to n", nearest="1/2")
-    return list(cells[int(first) - 1 :: int(second)])
-
-
 def key(cell: Cell) -> dict[str, Any]:
     """The row of a cell: its setting is part of it, so that rows of another protocol do not count."""
     reproduction = get_reproduction(cell.reproduction)
