@@ -215,6 +215,14 @@ def recording() -> Iterator[set[str]]:
         _RECORDS.pop()
 
 
+def decode_attention(q: pytorch.Tensor, k: pytorch.Tensor, v: pytorch.Tensor, scale: float) -> pytorch.Tensor | None:
+    """The engine ``attention`` for few queries that see every key, where the first backend has a shorter way than
+    :func:`execute` for such a call; None where it has not."""
+    if BACKENDS[0] is not NATIVE or NATIVE.missing is not None or _RECORDS:
+        return None
+    return native_attention.decode(q, k, v, scale)
+
+
 def execute(engine: str, requested: str | None, device: pytorch.device, dtype: pytorch.dtype, *arguments: Any) -> Any:
     """Run `engine` on the backend asked for, or on the first that can run this very call.
 

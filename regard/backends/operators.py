@@ -51,6 +51,16 @@ class Operator:
                 return self.overload(*arguments)
         return self._run(*arguments)  # what the dispatcher would come to
 
+    def runs_plainly(self, *arguments: Any) -> bool:
+        """Whether a call with these arguments comes to nothing but the function: nobody sees it or wants its gradient."""
+        return not (
+            _observed()
+            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+            or forward_ad._current_level >= 0
+            or torch.autograd._profiler_enabled()
+            or not all(map(_plain, arguments))
+        )
+
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorates what makes empty results of the right shapes, dtypes and strides."""
         torch.library.register_fake(f"regard::{self.name}", function, lib=_LIBRARY)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import execute
+from regard.backends import decode_attention, execute
 from regard.contract import BlockMask, Cost, Shape, Unsupported, one_of
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 
@@ -109,6 +109,14 @@ def attention(
         want_lse,
         stretch,
     )
+
+
+def decode(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], scale: float
+) -> Float[Tensor, "b h n v"] | None:
+    """:func:`attention` by softmax of few queries that see every key, where there is a shorter way to it than the
+    general one, which takes longer than the work; None where there is not."""
+    return decode_attention(q, k, v, scale)
 
 
 def attention_reference(

@@ -47,6 +47,7 @@ except ImportError as error:
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Kind, Mask, Pattern, Unsupported
+from regard.engines.attention import decode
 from regard.engines.cache import append
 from regard.integrations.heads import HeadAttention, check_swappable, read_mask
 from regard.models import LanguageModel, LanguageModelConfig, ModelState
@@ -89,8 +90,14 @@ def attention_forward(
     Raises:
         Unsupported: for a mask, bias, softcap or sink that the mechanism cannot honour.
     """
-    attend, x, source = _attend_of(module, mechanism, softcap, query)
     n, m = query.shape[2], key.shape[2]
+    if mechanism == "softmax" and n == 1 and "regard" not in module._modules:
+        others = (attention_mask, position_bias, softcap, s_aux)
+        if not dropout and all(other is None for other in others):
+            output = decode(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling)
+            if output is not None:
+                return output.transpose(1, 2), None
+    attend, x, source = _attend_of(module, mechanism, softcap, query)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     crossing = source is not x
     mask = attention_mask

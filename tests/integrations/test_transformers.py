@@ -89,6 +89,19 @@ def test_a_growing_cache_gives_the_same_tokens(make, options):
     assert torch.equal(found, model.generate(tokens, **settings))
 
 
+def test_decoding_goes_the_short_way_where_there_is_one(monkeypatch):
+    model = llama(attn_implementation="regard:softmax").eval()
+    lengths = []
+
+    def watched(query, key, value, scale):
+        lengths.append(key.shape[2])
+
+    monkeypatch.setattr("regard.integrations.transformers.decode", watched)
+    model.generate(ids(1, 9), max_new_tokens=4, do_sample=False)
+    layers = model.config.num_hidden_layers
+    assert lengths == [m for m in (10, 11, 12) for _ in range(layers)]
+
+
 def test_a_growing_cache_does_not_copy_what_it_holds():
     model, cache, places = llama(), bridge.GrowingCache(), []
     with torch.no_grad():

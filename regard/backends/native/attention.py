@@ -520,6 +520,63 @@ def _attention(
     return out, lse
 
 
+@lru_cache(maxsize=64)
+def _template(
+    batch: int, heads: int, kv_heads: int, n: int, width: int, value_width: int, dtype: torch.dtype, threads: int
+) -> bytes:
+    """The forward struct of a call whose queries see every key, but for what changes from call to call."""
+    where = _first_ranks().data_ptr()
+    return bytes(
+        Attention(
+            threads=threads,
+            dtype=library.DTYPES[dtype],
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            n=n,
+            width=width,
+            value_width=value_width,
+            out_strides=Strides(heads * n * value_width, value_width, heads * value_width),
+            visibility=VisibilityArguments(where, where, 0, 0, 0, -1, -1, 0, 0, 0),
+        )
+    )
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+    """Softmax attention of few queries that see every key, by the shortest way to the kernel; None for other calls.
+
+    In decoding, the general way through Python takes longer than the kernel.
+    """
+    if torch.compiler.is_compiling() or not _attention.runs_plainly(q, k, v):
+        return None
+    batch, heads, n, width = q.shape
+    _, kv_heads, m, value_width = v.shape
+    dtype = q.dtype
+    if (
+        not 0 < n <= DECODED
+        or not 0 < m <= KEPT_RANKS
+        or k.shape != (batch, kv_heads, m, width)
+        or v.shape[0] != batch
+        or min(batch, kv_heads, width, value_width) < 1
+        or heads < 1
+        or heads % kv_heads
+        or dtype not in library.DTYPES
+        or k.dtype != dtype
+        or v.dtype != dtype
+        or not q.stride(3) == k.stride(3) == v.stride(3) == 1
+    ):
+        return None
+    template = _template(batch, heads, kv_heads, n, width, value_width, dtype, torch.get_num_threads())
+    arguments = Attention.from_buffer_copy(template)
+    out, lse = _empty_output(q, v), q.new_empty((batch, heads, n), dtype=torch.float32)
+    arguments.q, arguments.k, arguments.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
+    arguments.m, arguments.scale = m, scale
+    arguments.q_strides, arguments.k_strides, arguments.v_strides = _strides(q), _strides(k), _strides(v)
+    library.call(AttentionDecode(forward=ctypes.addressof(arguments)))
+    return out
+
+
 @_attention.register_fake
 def _(
     q: Tensor,

@@ -6,11 +6,13 @@ import itertools
 import pytest
 import torch
 
+from regard import backends
 from regard.backends.native import attention, library
 from regard.backends.native.attention_decode import attention_decode
 from regard.contract import Unsupported
 from regard.engines.attention import Ranks
 from regard.engines.attention import attention as engine
+from regard.engines.attention import decode as short_way
 from regard.visibility import Visibility
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -291,3 +293,47 @@ def test_the_engine_takes_it_for_few_queries_with_gradients(monkeypatch, n, m, k
     wanted_output, _, _ = engine(*inputs, where, visibility=causal, scale=0.3, backend="torch")
     for gradient, wanted in zip(found, torch.autograd.grad((wanted_output * weight).sum(), inputs), strict=True):
         assert (gradient - wanted).abs().max() <= 3e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "n", "m", "width"), [(1, 9, 3, 1, 531, 64), (3, 4, 4, 1, 1, 17), (2, 6, 2, 3, 97, 8)]
+)
+def test_the_short_way_of_decoding_is_the_definition(dtype, batch, heads, groups, n, m, width):
+    room = m + 7  # keys and values are views of memory with room behind them, as a growing cache has
+    q = random(batch, n, heads, width, dtype=dtype).transpose(1, 2)
+    k = random(batch, groups, room, width, dtype=dtype)[:, :, :m]
+    v = random(batch, groups, room, width + 1, dtype=dtype)[:, :, :m]
+    with library.poisoned_workspaces(), torch.no_grad():
+        output = short_way(q, k, v, 0.3)
+    places = torch.arange(n)[None] + m - n, torch.arange(m)[None]
+    wanted, _ = definition(q, k, v, *places, scale=0.3)
+    assert output.dtype == dtype
+    assert (output - wanted).abs().max() <= TOLERANCES[dtype] * wanted.abs().max()
+
+
+def test_the_short_way_leaves_to_the_general_one_what_it_does_not_do():
+    q, k, v = random(1, 4, 1, 8), random(1, 2, 5, 8), random(1, 2, 5, 8)
+    assert short_way(q, k, v, 1.0) is not None
+    wide = random(1, 2, 8, 5).mT
+    other_calls = {
+        "float64": (q.double(), k.double(), v.double()),
+        "mixed dtypes": (q, k.bfloat16(), v),
+        "features apart": (q, wide, v),
+        "many queries": (random(1, 4, 9, 8), k, v),
+        "no keys": (q, k[:, :, :0], v[:, :, :0]),
+        "heads that do not divide": (random(1, 3, 1, 8), k, v),
+        "another width": (random(1, 4, 1, 7), k, v),
+        "other rows": (q, random(2, 2, 5, 8), v),
+        "other values": (q, k, random(1, 2, 4, 8)),
+        "a gradient": (q.clone().requires_grad_(), k, v),
+        "another device": (q.to("meta"), k.to("meta"), v.to("meta")),
+    }
+    for what, (a, b, c) in other_calls.items():
+        assert short_way(a, b, c, 1.0) is None, what
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert short_way(q, k, v, 1.0) is None
+    with backends.only("torch"):
+        assert short_way(q, k, v, 1.0) is None
+    with backends.recording():
+        assert short_way(q, k, v, 1.0) is None
