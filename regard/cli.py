@@ -551,6 +551,7 @@ def compare(
     from regard.workbench.compare import train_share
     from regard.workbench.settings import CompareSettings
     from regard.workbench.summary_table import terminal_table
+    from regard.workbench.work import fitting
 
     modules = _load(plugin)
     tasks = _tasks(task, data, validation, length, tokenizer, modules)
@@ -569,10 +570,16 @@ def compare(
         stack=_stack(stack),
         precision=precision,
     )
-    for one in tasks:
-        if not as_json:
+    left_out: dict[str, str] = {}
+    if mechanisms.strip() == "all":
+        names, left_out = fitting(tasks, settings)
+        settings = dataclasses.replace(settings, mechanisms=names)
+    if not as_json:
+        for one in tasks:
             console.print(Text(one.describe()))
             console.print()
+        for name, reason in left_out.items():
+            console.print(Text(f"Left out: {name} with {reason}", style="dim"))
     with _progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("starting", total=None)
 
@@ -604,6 +611,7 @@ def compare(
                 "summary": outcome.summary,
                 "baselines": outcome.baselines,
                 "recommendation": outcome.recommendation.as_dict(),
+                "left_out": left_out,
                 "report": str(outcome.report),
                 "store": str(outcome.store),
                 "models": {k: str(v) for k, v in outcome.models.items()},

@@ -125,7 +125,7 @@ class Config:
             2202.08791; self patterns only).
         feature_divisor: f > 0.
         redraw_every: a layer draws new random features after so many calls in training; 0 for never.
-        max_positions: rows of the table of positions, >= 1; longer sequences are refused (not in noncausal-self).
+        length: the most keys that a sequence may have, >= 1: rows of the table of positions (no limit in noncausal-self).
         jitter: probability in [0, 1] that a call in training moves token ranks by up to 3/4 before the pixels.
         self_teacher: in training without a teacher, learn the map from the layer's own exact scores.
     """
@@ -140,14 +140,14 @@ class Config:
     kernel: str = "performer"
     feature_divisor: float = 1.0
     redraw_every: int = 1000
-    max_positions: int = 2048
+    length: int = 2048
     jitter: float = 0.1
     self_teacher: bool = True
 
     def __post_init__(self) -> None:
         at_least("top_k", self.top_k, 1)
         at_least("estimate_length", self.estimate_length, 1)
-        at_least("max_positions", self.max_positions, 1)
+        at_least("length", self.length, 1)
         at_least("redraw_every", self.redraw_every, 0)
         one_of("grouping", self.grouping, GROUPINGS)
         one_of("estimator", self.estimator, ("cnn", "codebook"))
@@ -687,7 +687,7 @@ class Estimator(nn.Module):
         self.check(config, spec.pattern)
         features = max(1, int(d * math.log(d) / config.feature_divisor)) if config.kernel == "performer" else 0
         self.register_buffer("random_features", orthogonal_features(features, d) if features else None)
-        self.positions = None if self.whole else nn.Parameter(torch.randn(config.max_positions, d))
+        self.positions = None if self.whole else nn.Parameter(torch.randn(config.length, d))
         if self.positions is not None:
             self.positions._no_weight_decay = True  # type: ignore[attr-defined]
         wide = d + v + (d if spec.pattern.cross else v)
@@ -811,8 +811,8 @@ class Estimator(nn.Module):
         if longest > most:
             raise Unsupported(
                 f"sea with a sequence of {longest} keys",
-                supported=f"up to max_positions={most}",
-                nearest=f"max_positions={longest}",
+                supported=f"up to length={most}",
+                nearest=f"length={longest}",
             )
         return length
 
@@ -903,6 +903,7 @@ MECHANISM = Mechanism(
     state=SeaState,
     cost=cost,
     honours=frozenset({"weights", "teacher"}),
+    length="max",
     weights="exact",
     projection=Estimator,
 )

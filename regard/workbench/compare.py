@@ -299,7 +299,7 @@ class _Runner:
             rows = {name: self.store.get("cost", key) for name, key in keys.items()}
             if any(row is None for row in rows.values()):
                 self._doing(f"{work.task.name}: time and memory against length")
-                models = {name: build(config, 0) for name, config in work.configs.items()}
+                models = {name: build(work.cost_config(name), 0) for name in work.configs}
                 make_input = functools.partial(_input, work.task)
                 costs = model_costs(models, self.settings.lengths, make_input, seconds=0.5)
                 for name, cost in costs.items():

@@ -92,6 +92,10 @@ def check_device(device: str) -> None:
         raise Unsupported(f"device {device!r}", supported=", ".join(found), nearest="cpu") from error
 
 
+ROOM = 1 << 14
+"""Tokens that timing may decode after a prompt, in a layer with a greatest length."""
+
+
 class LayerWork:
     """The layer of a mechanism, and the actions that are timed.
 
@@ -145,8 +149,9 @@ class LayerWork:
 
         A layer with a greatest length is built anew when it is asked for more.
         """
-        if self.longest is not None and length > self.longest:
-            self.longest, self.layer = length, self._built(length=length)
+        most = length + ROOM if what == "decode" else length
+        if self.longest is not None and most > self.longest:
+            self.longest, self.layer = most, self._built(length=most)
         x, memory, context = self.inputs(length)
         self.layer.train(what == "training")
         if what == "decode":

@@ -34,6 +34,7 @@ from regard.tasks import Baseline, Task, mean_loss
 from regard.training import TrainConfig, evaluate, train
 from regard.training.loop import batch_context, run_model
 from regard.workbench.budget import Budget
+from regard.workbench.cost import DECODE_STEPS
 from regard.workbench.settings import CompareSettings
 
 CALIBRATION_SECONDS = 20.0
@@ -51,8 +52,10 @@ BACKBONES = (
 """Patterns and objectives of tasks that there is a model for."""
 
 
-def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
+def model_config(card: Mechanism, task: Task, settings: CompareSettings, longest: int | None = None) -> Any:
     """The backbone of a task with `card` in its place: in every layer, as the pool, or as the projections.
+
+    A mechanism with a constant that follows the training length gets the task's, or `longest`.
 
     In a cross pattern it is between the two sequences, and softmax stays within each: one pattern is replaced at a
     time, as in the Comprehensive Attention Benchmark (arXiv 2210.07661).
@@ -65,8 +68,7 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
         )
     options: dict[str, Any] = {}
     if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
-        # a constant that follows the training length
-        options["length"] = task.memory_length if task.pattern.cross else task.length
+        options["length"] = longest or (task.memory_length if task.pattern.cross else task.length)
     if card.module is not None and "axes" in inspect.signature(card.module).parameters:
         options["axes"] = len(task.grid) if task.grid else 1
     plan: Any = [(card.name, options)] * settings.layers if options else card.name
@@ -101,6 +103,22 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings) -> Any:
     if card.kind is Kind.POOLING:
         sizes["pool"], plan = card.name, "softmax"
     return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
+
+
+def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The settings' mechanisms that every task has a matched model for, and why not of the others."""
+    measure = "softmax" if "softmax" in settings.mechanisms else settings.mechanisms[0]
+    targets = [count_parameters(model_config(get_mechanism(measure), task, settings)) for task in tasks]
+    kept, refused = [], {}
+    for name in settings.mechanisms:
+        try:
+            for task, target in zip(tasks, targets, strict=True):
+                match_parameters(model_config(get_mechanism(name), task, settings), target)
+        except Unsupported as error:
+            refused[name] = f"{error.asked}; supported: {error.supported}"
+        else:
+            kept.append(name)
+    return tuple(kept), refused
 
 
 def build(config: Any, seed: int) -> nn.Module:
@@ -156,6 +174,14 @@ class Work:
                 supported=error.supported,
                 nearest=f"a larger --dim, or --mechanisms without {name}",
             ) from None
+
+    def cost_config(self, name: str) -> Any:
+        """The backbone whose costs are measured: a mechanism with a greatest length, made for the lengths measured."""
+        card, config = get_mechanism(name), self.configs[name]
+        if card.length != "max":
+            return config
+        longest = max(self.settings.lengths) + DECODE_STEPS
+        return replace(model_config(card, self.task, self.settings, longest), feed_forward=config.feed_forward)
 
     def calibrate(self, seconds: float) -> None:
         """Time training steps and an evaluation of each model."""

@@ -323,7 +323,7 @@ def test_states_of_unequal_rows_read_the_right_keys(gathering):
         ({"feature_divisor": 0.0}, "feature_divisor"),
         ({"jitter": 1.5}, "jitter"),
         ({"redraw_every": -1}, "redraw_every"),
-        ({"max_positions": 0}, "max_positions"),
+        ({"length": 0}, "length"),
         ({"estimate_length": 0}, "estimate_length"),
     ],
 )
@@ -510,14 +510,14 @@ def test_the_number_of_keys_may_change_after_training():
 
 
 def test_sequences_beyond_the_table_of_positions_are_refused():
-    module, x = layer(max_positions=8), torch.randn(1, 9, 16, dtype=torch.float64)
-    with pytest.raises(Unsupported, match="max_positions=8"):
+    module, x = layer(length=8), torch.randn(1, 9, 16, dtype=torch.float64)
+    with pytest.raises(Unsupported, match="length=8"):
         module(x)
     state = module(x[:, :6], context=WANT_STATE).state
     state = module(x[:, :2], state=state).state
-    with pytest.raises(Unsupported, match="max_positions=8"):
+    with pytest.raises(Unsupported, match="length=8"):
         module.step(x[:, 0], state)
-    layer("noncausal-self", max_positions=8)(x)
+    layer("noncausal-self", length=8)(x)
 
 
 def test_every_part_of_the_estimator_learns_from_the_loss():
@@ -589,9 +589,7 @@ def official(name, causal):
     a = load(name)
     pattern = "causal-self" if causal else "noncausal-self"
     over = 2.0 if "oversampled" in name else 1.0
-    module = create_layer(
-        "sea", 16, 2, pattern=pattern, top_k=5, estimate_length=32, oversample=over, max_positions=64
-    ).eval()
+    module = create_layer("sea", 16, 2, pattern=pattern, top_k=5, estimate_length=32, oversample=over, length=64).eval()
     given = {n.removeprefix("weight_"): x for n, x in a.items() if n.startswith("weight_")}
     names = {"encode.0": "enc_0", "encode.1": "enc_1", "map.expand": "dec_row_0", "gates": "dec_scaler_0"}
     if causal:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from regard.tasks import create_task
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare, render_report, train_share
 from regard.workbench.settings import CompareSettings
-from regard.workbench.work import Work, build
+from regard.workbench.work import Work, build, fitting
 
 MECHANISMS = ("softmax", "linear", "gated_linear")
 
@@ -112,6 +113,19 @@ def test_shares_train_what_the_whole_then_finds(tmp_path, monkeypatch):
     assert {e["mechanism"]: e["mean"] for e in shared} == {e["mechanism"]: e["mean"] for e in undisturbed}
     with pytest.raises(Unsupported, match="shard '3/2'"):
         train_share([recall()], chosen, tmp_path, "3/2")
+
+
+def test_costs_are_measured_beyond_a_mechanism_s_training_length(tmp_path):
+    chosen = settings(mechanisms=("softmax", "cosformer", "synthesizer"), seeds=1, rates=(3e-3,), lengths=(32, 80))
+    outcome = compare([recall()], replace(chosen, at_length=80), tmp_path)
+    assert all(entry["inference_ms"] > 0 for entry in outcome.summary["recall"])
+
+
+def test_what_cannot_be_matched_is_left_out_of_all_with_the_reason():
+    task = create_task("listops", length=64, evaluation_items=16)
+    names, left_out = fitting([task], settings(mechanisms=("linear", "linformer", "softmax")))
+    assert names == ("linear", "softmax")
+    assert "parameters" in left_out["linformer"]
 
 
 def test_a_time_budget_is_planned_once_so_that_a_resumed_comparison_agrees(tmp_path, monkeypatch):

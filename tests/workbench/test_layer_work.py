@@ -47,6 +47,16 @@ def test_a_greatest_length_is_no_obstacle_to_timing():
     assert work.layer.config.length == most + 5
 
 
+def test_decoding_goes_on_beyond_a_greatest_length():
+    card = get_mechanism("sea")
+    work = LayerWork(card, small())
+    work.longest, work.layer = 40, work._built(length=40)
+    action = work.action("decode", 40)
+    for _ in range(3):
+        action()
+    assert int(action.state.length.max()) == 44
+
+
 def test_inserted_tokens_come_on_top():
     card = get_mechanism("landmark")
     x, _, context = LayerWork(card, small()).inputs(100)
