@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.contract import Context, Unsupported
 from regard.measurement import provenance
@@ -299,9 +299,8 @@ class _Runner:
             rows = {name: self.store.get("cost", key) for name, key in keys.items()}
             if any(row is None for row in rows.values()):
                 self._doing(f"{work.task.name}: time and memory against length")
-                models = {name: build(work.cost_config(name), 0) for name in work.configs}
                 make_input = functools.partial(_input, work.task)
-                costs = model_costs(models, self.settings.lengths, make_input, seconds=0.5)
+                costs = model_costs(_models_for(work), self.settings.lengths, make_input, seconds=0.5)
                 for name, cost in costs.items():
                     named = {"task": work.task.name, "mechanism": name, "pattern": str(work.task.pattern)}
                     self.store.put("cost", keys[name], named | cost)
@@ -429,6 +428,17 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
         machine=row.machine,
         revision=row.git_revision,
     )
+
+
+def _models_for(work: Work) -> Callable[[int], dict[str, nn.Module]]:
+    """A comparison's models for inputs of a length: the same for all, but for mechanisms with a greatest length."""
+    kept = {name: build(config, 0) for name, config in work.configs.items()}
+
+    def models(length: int) -> dict[str, nn.Module]:
+        made = {name: work.config_for(name, length) for name in kept}
+        return {n: kept[n] if config is work.configs[n] else build(config, 0) for n, config in made.items()}
+
+    return models
 
 
 def _input(task: Task, length: int) -> tuple[tuple[Tensor, ...], Context]:

@@ -21,7 +21,7 @@ DECODE_STEPS = 8
 
 
 def model_costs(
-    models: Mapping[str, nn.Module],
+    models_for: Callable[[int], Mapping[str, nn.Module]],
     lengths: Sequence[int],
     make_input: Callable[[int], tuple[tuple[Tensor, ...], Context]],
     *,
@@ -31,7 +31,8 @@ def model_costs(
     """Costs of several models of one backbone, interleaved at each length. Batch 1, no gradients.
 
     Args:
-        models: by mechanism; with `softmax` among them efficiency lengths are found.
+        models_for: the models for inputs of a length, by mechanism; with `softmax` among them efficiency lengths are
+            found.
         lengths: of the input, or of the memory.
         make_input: an input of a given length (or an input, and a memory of that length) and its context.
         seconds: of timing at each length.
@@ -41,13 +42,14 @@ def model_costs(
         For each model the payload of a ``cost`` row: latency (length, ms, low, high), decode (length, tokens/s), memory
         and state_bytes (length, bytes), the efficiency lengths, and the backends that ran its engines.
     """
-    found: dict[str, dict[str, Any]] = {
-        name: {"latency": [], "decode": [], "memory": [], "state_bytes": [], "backends": []} for name in models
-    }
+    found: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
-        for model in models.values():
-            model.eval()
         for length in lengths:
+            models = models_for(length)
+            for name, model in models.items():
+                model.eval()
+                lists = ("latency", "decode", "memory", "state_bytes", "backends")
+                found.setdefault(name, {key: [] for key in lists})
             inputs, context = make_input(length)
             forward = {n: functools.partial(m, *inputs, context=context) for n, m in models.items()}
             for name, timing in interleaved(forward, seconds=seconds).items():

@@ -147,10 +147,10 @@ class LayerWork:
     def action(self, what: str, length: int) -> Callable[[], Any]:
         """Work to be timed: a forward call, a training step (no optimizer), or one more token after `length`.
 
-        A layer with a greatest length is built anew when it is asked for more.
+        A layer with a greatest length, which may decide about its cost, is built for the length asked for.
         """
         most = length + ROOM if what == "decode" else length
-        if self.longest is not None and most > self.longest:
+        if self.longest is not None and most != self.longest:
             self.longest, self.layer = most, self._built(length=most)
         x, memory, context = self.inputs(length)
         self.layer.train(what == "training")

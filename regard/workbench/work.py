@@ -175,13 +175,14 @@ class Work:
                 nearest=f"a larger --dim, or --mechanisms without {name}",
             ) from None
 
-    def cost_config(self, name: str) -> Any:
-        """The backbone whose costs are measured: a mechanism with a greatest length, made for the lengths measured."""
+    def config_for(self, name: str, length: int) -> Any:
+        """The backbone whose costs are measured at a length: where the mechanism has a greatest length, made for this
+        one."""
         card, config = get_mechanism(name), self.configs[name]
         if card.length != "max":
             return config
-        longest = max(self.settings.lengths) + DECODE_STEPS
-        return replace(model_config(card, self.task, self.settings, longest), feed_forward=config.feed_forward)
+        made = model_config(card, self.task, self.settings, length + DECODE_STEPS)
+        return replace(made, feed_forward=config.feed_forward)
 
     def calibrate(self, seconds: float) -> None:
         """Time training steps and an evaluation of each model."""

@@ -39,22 +39,22 @@ def test_a_head_width_is_passed_on_only_where_it_says_something():
     assert LayerWork(get_mechanism("softmax"), wide).layer.head_dim == 64
 
 
-def test_a_greatest_length_is_no_obstacle_to_timing():
+def test_a_layer_with_a_greatest_length_is_timed_as_made_for_the_length():
     work = LayerWork(get_mechanism("linformer"), small(Pattern.NONCAUSAL_SELF))
     most = get_mechanism("linformer").options().length
     for length in (10, most + 5, 20):
         work.action("forward", length)()
-    assert work.layer.config.length == most + 5
+        assert work.layer.config.length == length
 
 
 def test_decoding_goes_on_beyond_a_greatest_length():
     card = get_mechanism("sea")
     work = LayerWork(card, small())
-    work.longest, work.layer = 40, work._built(length=40)
-    action = work.action("decode", 40)
+    longest = card.options().length
+    action = work.action("decode", longest)
     for _ in range(3):
         action()
-    assert int(action.state.length.max()) == 44
+    assert int(action.state.length.max()) == longest + 4
 
 
 def test_inserted_tokens_come_on_top():
