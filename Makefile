@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test native native-test bench wheel docs matrix reproductions scaling clean
+.PHONY: compare test native native-test bench wheel docs matrix reproductions scaling ranking clean
 
 # What a change of must install the package again: the library of kernels is built by the installation.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -49,6 +49,10 @@ reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hou
 
 scaling: $(VENV)/.dev  ## Measure growth with length and efficiency lengths into docs/data: half an hour, on an idle machine
 	$(BIN)/python docs/measure.py scaling
+
+ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: two hours on one core; goes on where it stopped
+	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --output runs/all
+	$(BIN)/python docs/measure.py ranking
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """How good the advice of `regard advise` is on this machine, which should be idle.
 
-    python benchmarks/advise.py                # both parts, at most 15 minutes; the same command goes on where it stopped
+    python benchmarks/advise.py                # both parts, 20 minutes; the same command goes on where it stopped
     python benchmarks/advise.py errors         # predictions against `regard profile --layer` at five other lengths
     python benchmarks/advise.py questions      # the 50 questions of benchmarks/advise_questions.json
     python benchmarks/advise.py generate       # write the questions again from their seed
@@ -140,7 +140,7 @@ def show_errors(deadline: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=("all", "errors", "questions", "generate"))
-    parser.add_argument("--minutes", type=float, default=15.0, help="start nothing new after this time")
+    parser.add_argument("--minutes", type=float, default=30.0, help="start nothing new after this time")
     arguments = parser.parse_args()
     if arguments.part == "generate":
         QUESTIONS.write_text("[\n" + ",\n".join(f"  {json.dumps(q)}" for q in generate()) + "\n]\n")

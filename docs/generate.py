@@ -1,5 +1,5 @@
-"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, parity with other code, and the
-verdicts of the reproductions.
+"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, growth with length, the ranking,
+parity with other code, and the verdicts of the reproductions.
 
     python docs/generate.py                          # into docs/
     python docs/generate.py --plugin mine.py --output pages
@@ -488,6 +488,62 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def ranking_page(data: Mapping[str, Any] | None) -> str:
+    """All mechanisms on the same work, best first."""
+    parts = [
+        "# All mechanisms on the same work",
+        "`regard compare --mechanisms all` gives every mechanism the same backbone at the same number of parameters, the "
+        "same batches and the same search of learning rates. It says how much each learns of so much data at this size, "
+        "not how well it can do. Scores are means over seeds ± the standard error over held-out items and seeds; *top* is "
+        "what the paired comparison cannot separate from the best.",
+    ]
+    if data is None:
+        return "\n\n".join([*parts, "Not measured in this build of the pages: `make ranking` does it."]) + "\n"
+    facts = [f"- {key}: {value}" for key, value in data["settings"].items()]
+    parts += [f"Measured with {data['measured']}.", "\n".join([f"- budget of a run: {data['budget']}", *facts])]
+    at = data["settings"]["table and picture at"]
+    for task in data["tasks"]:
+        own = [entry for entry in data["entries"] if entry["task"] == task]
+        done = sum(entry["seeds"] for entry in own)
+        rows = [_ranked(place, entry) for place, entry in enumerate(own, 1)]
+        headings = (
+            "",
+            "mechanism",
+            "score",
+            "",
+            "trains, tokens/s",
+            "inference, ms",
+            "decodes, tokens/s",
+            "state, KiB",
+        )
+        parts += [
+            f"## {task}",
+            data["descriptions"][task].replace("\n", "; "),
+            f"{len(own)} mechanisms, {done} scored runs. Costs at {at}.",
+            _table(headings, rows),
+        ]
+        rule = data["baselines"].get(task)
+        if rule:
+            parts.append(f"Without training, {rule['name']} scores {rule['score']:.4g}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _ranked(place: int, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    def shown(key: str, digits: str, scale: float = 1.0) -> str:
+        return "—" if entry[key] is None else format(entry[key] / scale, digits)
+
+    score = "diverged" if entry["mean"] is None else f"{entry['mean']:.4g} ± {entry['standard_error']:.2g}"
+    marks = ["top"] if entry["separable_from_best"] is False else []
+    marks += ["solved"] if entry["solved"] else []
+    costs = (
+        shown("tokens_per_second", ",.0f"),
+        shown("inference_ms", ".3g"),
+        shown("decode_tokens_per_second", ",.0f"),
+    )
+    state = shown("state_bytes", ",.3g", 1024.0)
+    return str(place), _link(entry["mechanism"]), score, ", ".join(marks), *costs, state
+
+
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     """What was compared with code written elsewhere, and how large the differences are."""
     parts = [
@@ -581,6 +637,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
         "mechanisms/index.md": index_page(names),
         "matrix.md": matrix_page(verified, names),
         "scaling.md": scaling_page(_read(DATA / "scaling.json")),
+        "ranking.md": ranking_page(_read(DATA / "ranking.json")),
         "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
     }

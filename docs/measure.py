@@ -5,6 +5,7 @@ python docs/measure.py matrix         # regard verify --json             -> veri
 python docs/measure.py parity         # the parity tests                 -> parity.json
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
+python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import regard
 from regard.contract import Mechanism, Pattern, Shape, Unsupported
 from regard.measurement.provenance import fingerprint
 from regard.measurement.statistics import growth_exponent
+from regard.measurement.store import Store
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, profile
 
@@ -127,6 +129,19 @@ def measure_reproductions() -> None:
     )
 
 
+def measure_ranking() -> None:
+    """The newest finished comparison of all mechanisms; nothing is run here, since all of it takes hours."""
+    with Store(Path("runs/all/results.db")) as store:
+        finished = store.rows("run")
+    if not finished:
+        raise SystemExit("runs/all holds no finished comparison: make ranking runs it")
+    found = finished[-1].payload
+    kept = ("tasks", "mechanisms", "seeds", "budget", "settings", "descriptions", "baselines", "resolution", "summary")
+    data = {"measured": f"{MEASURED}, {finished[-1].machine['cpu']}", **{key: found[key] for key in kept}}
+    entries = [{"task": task, **entry} for task, rows in data.pop("summary").items() for entry in rows]
+    _write("ranking.json", {**data, "entries": entries}, "entries")
+
+
 def measure_scaling() -> None:
     """Growth with length and efficiency lengths of every mechanism that scaling.json does not have from this machine."""
     measured = f"{MEASURED}, {fingerprint()['cpu']}, {torch.get_num_threads()} threads"
@@ -188,6 +203,7 @@ def main() -> None:
         "matrix": measure_matrix,
         "reproductions": measure_reproductions,
         "scaling": measure_scaling,
+        "ranking": measure_ranking,
     }
     for name in chosen:
         if name not in measures:

@@ -20,8 +20,9 @@ from regard.workbench.subjects import Subject
 
 NEEDS = {
     "exact": "computes the same function of queries, keys and values as softmax attention (measured)",
-    "recall": "can find any earlier token, however many there are: it sees every token (measured) and keeps all of them, "
-    "not a summary of fixed size (card); or it solved a recall task in your results",
+    "recall": "can find any earlier token, however many there are: it sees every token (measured), looks tokens up by what "
+    "they hold (measured) and keeps all of them, not a summary of fixed size (card); or it solved a recall task in your "
+    "results",
     "order": "tells the order of its tokens without positions added to the input (measured)",
     "any-length": "takes sequences of every length, and of different lengths in a batch, without a grid (card)",
     "constant-state": "decodes from a state that does not grow with the sequence (card)",
@@ -99,6 +100,8 @@ def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str,
     seen, total = reach(card.name, pattern, length)
     if seen < total:
         return Finding(False, f"a token sees {seen} of {total} tokens", "measured")
+    if not looks_up(card.name, pattern):
+        return Finding(False, "how much it takes of a token does not depend on what both tokens hold", "measured")
     if card.recurrent:
         return Finding(False, "its state has a fixed size, which bounds what it can recall", "card")
     return Finding(True, f"sees all of {total} tokens (measured) and keeps every one", "card")
@@ -172,6 +175,41 @@ def reach(name: str, pattern: Pattern, length: int) -> tuple[int, int]:
         torch.ones(source.shape[1], dtype=torch.bool) if context.roles is None else context.roles[0] == int(Role.TOKEN)
     )
     return int(((gradient[0].abs().sum(-1) > 0) & own).sum()), int(own.sum())
+
+
+@functools.cache
+def looks_up(name: str, pattern: Pattern) -> bool:
+    """Whether what a token takes of the others depends on what it holds and on what they hold together.
+
+    The output's change when both change, beyond what each change does alone, must be there, and must not be linear in the
+    others' change: weights that only places or only the reader decide take twice as much of a token twice as large.
+    That is necessary, not sufficient: a fixed mixture inside an activation passes, and a normaliser that both share.
+    """
+    work = _small(name, pattern)
+    x, memory, context = work.inputs(12)
+    at = _query(pattern, x.shape[1])
+    reader = torch.zeros_like(x)
+    others = torch.randn(x.shape if memory is None else memory.shape, generator=torch.Generator().manual_seed(1))
+    others = others.to(x)
+    reader[:, at] = x[:, at].flip(-1)
+    if memory is None:
+        others[:, at] = 0
+
+    def output(read: float, written: float) -> Tensor:
+        first, second = x + read * reader, memory
+        if memory is None:
+            first = first + written * others
+        else:
+            second = memory + written * others
+        with torch.no_grad():
+            return work.layer(first, second, context=context).output[0, at]
+
+    def together(written: float) -> Tensor:
+        return output(1, written) - output(1, 0) - output(0, written) + output(0, 0)
+
+    once, twice = together(1), together(2)
+    least = EQUAL * float(output(0, 0).abs().max())
+    return float(once.abs().max()) > least and float((twice - 2 * once).abs().max()) > least
 
 
 @functools.cache

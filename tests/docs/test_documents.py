@@ -23,7 +23,7 @@ from regard.reproductions import list_reproductions
 from regard.workbench.verify import PROPERTIES
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"matrix.md", "parity.md", "scaling.md", "verdicts.md"}
+GENERATED = {"matrix.md", "parity.md", "ranking.md", "scaling.md", "verdicts.md"}
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 SHORT = {"NS": "noncausal-self", "CS": "causal-self", "NC": "noncausal-cross", "CC": "causal-cross"}
 

@@ -5,7 +5,7 @@ import pytest
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.contract import Kind
 from regard.workbench.layer_work import MIXING
-from regard.workbench.needs import NEEDS, difference_from_softmax, find, parse_needs, reach, tells_order
+from regard.workbench.needs import NEEDS, difference_from_softmax, find, looks_up, parse_needs, reach, tells_order
 
 CAUSAL = Pattern.CAUSAL_SELF
 
@@ -43,8 +43,18 @@ def test_recall_needs_reach_and_a_state_that_grows(pattern):
     for name in mixing(pattern):
         finding = find("recall", name, pattern, 200)
         seen, total = reach(name, pattern, 200)
-        assert finding.holds == (seen == total and not get_mechanism(name).recurrent), name
+        kept = seen == total and not get_mechanism(name).recurrent
+        assert finding.holds == (kept and looks_up(name, pattern)), name
         assert finding.reason and finding.source in ("card", "measured")
+
+
+def test_looking_up_needs_weights_that_both_tokens_decide():
+    for pattern in Pattern:
+        assert looks_up("softmax", pattern)
+        assert not looks_up("positional_attention", pattern)  # places decide
+        assert not looks_up("synthesizer", pattern)  # places and the reader
+    assert all(looks_up(n, CAUSAL) for n in ("linear", "gated_linear", "delta_rule", "mamba2", "reformer", "combiner"))
+    assert not looks_up("fnet", Pattern.NONCAUSAL_SELF)
 
 
 def test_results_of_a_recall_task_decide_where_there_are_some():
