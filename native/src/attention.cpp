@@ -379,7 +379,7 @@ __attribute__((noinline)) void scores(Block& block, const Number* k, int64_t ldk
       Vec w = sums[i][j];
       if (PAIRED && FINISH == Finish::SIGMOID && !BIASED)
         w = score(w, factor, load(block.lanes->start + (c + j) * LANES));
-      if (FINISH == Finish::SIGMOID) w = 1.f / (1.f + power(w));  // 2^inf gives 0
+      if (FINISH == Finish::SIGMOID) w = reciprocal_or_zero(1.f + power(w));
       store(to + i * QUERIES + j * LANES, w);
     }
 }
@@ -559,7 +559,7 @@ __attribute__((noinline)) void finish_scores(Block& block, float* weights, int64
       float* at = weights + i * QUERIES + v * LANES;
       Vec x = load(at);
       if (sigmoid) {
-        x = select(reinterpret_cast<IntVec>(x == hidden), zero(), 1.f / (1.f + power(x)));
+        x = select(reinterpret_cast<IntVec>(x == hidden), zero(), reciprocal_or_zero(1.f + power(x)));
       } else {
         x = maximum(zero(), x);
         if (squared) x *= x;

@@ -232,6 +232,16 @@ REGARD_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
+// The same, and 0 for infinity.
+REGARD_INLINE Vec reciprocal_or_zero(Vec x) {
+#if defined(__AVX512F__)
+  const Vec y = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  return fma(y, minimum(fma(-x, y, broadcast(1.f)), broadcast(1.f)), y);  // the minimum of infinity times 0 is 1
+#else
+  return 1.f / x;
+#endif
+}
+
 // Of two vectors: a gets the lanes without bit S of both, b those with it, the first vector's in their place or S below.
 template <int S>
 REGARD_INLINE void exchange(Vec& a, Vec& b) {
