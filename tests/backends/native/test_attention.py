@@ -464,7 +464,8 @@ def test_what_the_kernel_lacks_is_refused_with_a_reason():
     told = native.refuses(*problem.arguments(position_bias=lambda i, j: torch.zeros(1, 1, 8, 8)))
     assert "DistanceBias" in told
     assert native.refuses(*problem.arguments(bias=torch.zeros(1, 1, 8, 1, requires_grad=True))) is None
-    assert "clip" in native.refuses(*problem.arguments(), (-0.1, 1.0))
+    assert native.refuses(*problem.arguments(), (-0.1, 1.0)) is None
+    assert "sink" in native.refuses(*problem.arguments(sink=torch.zeros(2)), (-0.1, 1.0))
     nothing = BlockMask(torch.zeros(1, 1, 0, 3, dtype=torch.bool), 4)
     assert "no blocks" in native.refuses(*problem.arguments(blocks=nothing))
     assert "features" in native.refuses(*problem.arguments(v=torch.zeros(1, 2, 8, 0)))
@@ -477,6 +478,7 @@ def good_call(**changes: Any) -> tuple[Any, ...]:
         "q": q, "k": k, "v": v, "query_ranks": torch.arange(9)[None], "key_ranks": torch.arange(12)[None],
         "first_rank": 0, "limits": [1, -1, -1, 0, 0, 0], "blocks": None, "block_size": 0, "scale": 0.5, "rule": 0,
         "shift": 0.0, "softcap": 0.0, "sink": None, "bias": None, "distance": None, "distance_zero": 0,
+        "stretch": [],
     }  # fmt: skip
     return tuple({**given, **changes}.values())
 
@@ -502,7 +504,11 @@ def good_call(**changes: Any) -> tuple[Any, ...]:
         {"blocks": torch.ones(1, 1, 2, 2, dtype=torch.bool), "block_size": 0},
         {"blocks": torch.ones(1, 1, 2, 2, dtype=torch.uint8), "block_size": 4},
         {"limits": [1, -1]},
+        {"rule": 5},
         {"rule": 4},
+        {"rule": 4, "stretch": [0.1, 1.0]},
+        {"rule": 4, "stretch": [-0.1, 1.0], "sink": torch.zeros(2)},
+        {"rule": 0, "stretch": [-0.1, 1.0]},
     ],
 )
 def test_a_bad_call_of_the_operator_is_refused_before_the_kernel(changes):
@@ -549,7 +555,7 @@ def test_compiled_calls_equal_eager_ones():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "local"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "local", "clipped_softmax"])
 def test_mechanisms_run_on_it_by_name(name):
     inputs = dict(zip("qkv", tensors(2, 2, 2, 40, 40, 8, 8), strict=True))
     found = apply(get_mechanism(name), inputs, backend="native").output
