@@ -161,8 +161,6 @@ def refuses(
         return "it does not store the weights"
     if stretch is not None and sink is not None:
         return "it does not clip weights beside a sink"
-    if stretch is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "it has no gradient of clipped weights yet"
     if position_bias is not None and not isinstance(position_bias, DistanceBias):
         return "it takes position biases by distance alone (regard.visibility.DistanceBias)"
     heads, kv_heads = q.shape[1], k.shape[1]
