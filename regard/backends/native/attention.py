@@ -1,7 +1,8 @@
 """Blocked attention in C++ (see `native/src/attention.cpp` and `native/src/attention_backward.cpp`).
 
-Scores are computed a tile at a time and never stored; tiles that hide all their pairs are not computed. Everything is
-read where it lies: grouped heads, any strides with contiguous features, broadcast biases.
+Scores are computed a tile at a time and never stored; tiles that hide all their pairs are not computed. Softmax weights
+that are stretched and clipped take a pass more, for the normalisers. Everything is read where it lies: grouped heads, any
+strides with contiguous features, broadcast biases.
 """
 
 from __future__ import annotations
