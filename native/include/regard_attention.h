@@ -12,7 +12,8 @@ enum regard_attention_rule {
   REGARD_SOFTMAX = 0,
   REGARD_SIGMOID = 1,      /* sigmoid(s + shift) */
   REGARD_RELU = 2,         /* max(0, s + shift) */
-  REGARD_RELU_SQUARED = 3  /* max(0, s + shift)^2 */
+  REGARD_RELU_SQUARED = 3, /* max(0, s + shift)^2 */
+  REGARD_CLIPPED = 4       /* min(1, max(0, (high - low) softmax(s) + low)), no sink */
 };
 
 /* Which key a query may see is a rule on ranks (regard/visibility.py); a key of negative rank does not exist. All limits
@@ -39,7 +40,7 @@ typedef struct {
   int64_t distances;
 } regard_score_biases;
 
-/* Softmax has a log-sum-exp: of s (natural logarithm) over visible keys, without the sink; -inf where nothing is seen. */
+/* Softmax, clipped or not, has a log-sum-exp: of s (natural logarithm) over visible keys, without the sink; -inf where nothing is seen. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -53,6 +54,7 @@ typedef struct {
   float shift;
   float softcap; /* c > 0: s becomes c tanh(s / c) before biases; 0 for none */
   int32_t rule;
+  float low, high; /* of REGARD_CLIPPED: low <= 0, high >= 1 */
   const float *sink; /* (H,) one more logit a head in the softmax's denominator; NULL for none */
   regard_visibility visibility;
   regard_score_biases biases;

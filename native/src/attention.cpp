@@ -4,7 +4,8 @@
 // all queries of the block, with queries in the lanes of vectors: what belongs to a query (its reference, its sum, the
 // ranks that it sees) is then a lane, softmax needs no sums across lanes, keys are read where they lie, and the weights
 // come out as the second product wants them. Softmax is computed against a reference score for each query, which moves
-// only when a score exceeds it by a lot (`HEADROOM`), since any reference cancels.
+// only when a score exceeds it by a lot (`HEADROOM`), since any reference cancels. Clipped softmax takes a block through
+// the keys twice: for the sums of its queries, and with their references and sums at rest for the weights.
 //
 // With instructions for bfloat16 (`PAIRED`), which multiply two pairs of neighbours and add both products to a float32
 // sum, both products run through them: scores on pairs of features, as the numbers lie in memory, and values on pairs of
@@ -218,6 +219,7 @@ struct Lanes {
   float sums[QUERIES];       // of weights
   float step_sums[QUERIES];  // of this step's weights
   float rounded[QUERIES];    // sums of weights as they were rounded for products
+  float stretch[QUERIES];    // of clipped softmax: of the range of weights, over the sum; 0 where nothing is seen
   int32_t low[QUERIES], high[QUERIES];  // ranks seen
   int32_t block[QUERIES];               // row of the block mask
   int32_t column[QUERIES];              // whether the block in the column looked at is visible
@@ -267,13 +269,17 @@ struct Block {
   int64_t output_line;
   float* added;  // (STEP, QUERIES) biases by pair
   Number* tail;  // (KEYS, key_line) the last keys
+  bool summing;  // only sums of softmax weights are wanted
   int step_begin;  // first row of weights that this step wrote
   // extremes of `low` and `high`, also for each vector
   int32_t least_low, most_low, least_high, most_high;
   int32_t vector_low[QUERIES / LANES], vector_high[QUERIES / LANES];
 };
 
-enum class Finish { RAW, SOFTMAX, SIGMOID };
+// Whether weights are those of softmax against a reference that may move.
+inline bool running(const Block& block) { return block.summing || block.problem->args->rule == REGARD_SOFTMAX; }
+
+enum class Finish { RAW, SOFTMAX, SIGMOID, CLIPPED };
 
 // Biases of pairs of one step: those of its key i and the block's queries begin at first + i * line.
 struct Added {
@@ -285,6 +291,11 @@ void move_reference(Block& block, float* weights, int c, int vectors);
 
 // The score of a product of a query and a key, plus a number.
 REGARD_INLINE Vec score(Vec x, Vec factor, Vec added) { return PAIRED ? fma(x, factor, added) : x + added; }
+
+// A clipped weight of a score less the reference.
+REGARD_INLINE Vec clipped(Vec x, Vec stretch, Vec low) {
+  return minimum(broadcast(1.f), maximum(zero(), fma(power(x * LOG2_E), stretch, low)));
+}
 
 // A score with its bias; the bias and the reference may be large and cancel. A bias of -inf hides the pair.
 REGARD_INLINE Vec biased_score(Vec x, Vec added, Vec unit, Vec start, Vec hidden) {
@@ -379,6 +390,9 @@ __attribute__((noinline)) void scores(Block& block, const Number* k, int64_t ldk
       Vec w = sums[i][j];
       if (PAIRED && FINISH == Finish::SIGMOID && !BIASED)
         w = score(w, factor, load(block.lanes->start + (c + j) * LANES));
+      if (FINISH == Finish::CLIPPED && !BIASED) w = score(w, factor, load(block.lanes->start + (c + j) * LANES));
+      if (FINISH == Finish::CLIPPED)
+        w = clipped(w, load(block.lanes->stretch + (c + j) * LANES), broadcast(block.problem->args->low));
       if (FINISH == Finish::SIGMOID) w = reciprocal_or_zero(1.f + power(w));
       store(to + i * QUERIES + j * LANES, w);
     }
@@ -512,7 +526,7 @@ __attribute__((noinline)) void finish_scores(Block& block, float* weights, int64
   const Problem& problem = *block.problem;
   const regard_attention_args& args = *problem.args;
   Lanes& lanes = *block.lanes;
-  const bool softmax = args.rule == REGARD_SOFTMAX, sigmoid = args.rule == REGARD_SIGMOID;
+  const bool softmax = running(block), sigmoid = args.rule == REGARD_SIGMOID;
   const Vec hidden = broadcast(sigmoid ? infinity() : -infinity());
   const float cap = args.softcap * problem.unit;
   int64_t column = -1;
@@ -558,7 +572,9 @@ __attribute__((noinline)) void finish_scores(Block& block, float* weights, int64
     for (int v = c; v < end; ++v) {
       float* at = weights + i * QUERIES + v * LANES;
       Vec x = load(at);
-      if (sigmoid) {
+      if (args.rule == REGARD_CLIPPED) {
+        x = clipped(x, load(lanes.stretch + v * LANES), broadcast(args.low));
+      } else if (sigmoid) {
         x = select(reinterpret_cast<IntVec>(x == hidden), zero(), reciprocal_or_zero(1.f + power(x)));
       } else {
         x = maximum(zero(), x);
@@ -725,9 +741,9 @@ void attend_step(Block& block, const Memory& memory, int64_t step) {
   to = static_cast<int>(least(round_up(to, KEYS), static_cast<int64_t>(count)));
 
   Lanes& lanes = *block.lanes;
-  const bool softmax = args.rule == REGARD_SOFTMAX;
+  const bool softmax = running(block), sigmoid = args.rule == REGARD_SIGMOID;
   const bool biased = problem.pair_bias || args.biases.distance != nullptr;
-  const bool plain = !problem.softcap && (softmax || args.rule == REGARD_SIGMOID);
+  const bool plain = !problem.softcap && (softmax || sigmoid || args.rule == REGARD_CLIPPED);
   Added added{nullptr, 0};
   if (biased) added = add_biases(block, first, from, to, counting);
   block.step_begin = from;
@@ -763,18 +779,23 @@ void attend_step(Block& block, const Memory& memory, int64_t step) {
     } else if (biased) {
       if (softmax)
         scores_from<Finish::SOFTMAX, true>(block, k, ldk, c, end, here, weights);
-      else
+      else if (sigmoid)
         scores_from<Finish::SIGMOID, true>(block, k, ldk, c, end, here, weights);
+      else
+        scores_from<Finish::CLIPPED, true>(block, k, ldk, c, end, here, weights);
     } else {
       if (softmax)
         scores_from<Finish::SOFTMAX, false>(block, k, ldk, c, end, here, weights);
-      else
+      else if (sigmoid)
         scores_from<Finish::SIGMOID, false>(block, k, ldk, c, end, here, weights);
+      else
+        scores_from<Finish::CLIPPED, false>(block, k, ldk, c, end, here, weights);
     }
   }
   if (softmax)
     for (int v = 0; v < block.vectors; ++v)
       store(lanes.sums + v * LANES, load(lanes.sums + v * LANES) + load(lanes.step_sums + v * LANES));
+  if (block.summing) return;
 
   int ranges[QUERIES / TILE_ROWS][2];
   const bool inside = counting && (low + from < block.most_low || low + to - 1 > block.least_high);
@@ -860,16 +881,32 @@ void begin_block(Block& block) {
     lanes.start[i] = ((softmax ? 0 : args.shift) + lanes.bias[i]) * problem.unit;
     lanes.sums[i] = 0;
     lanes.rounded[i] = 0;
+    lanes.stretch[i] = 0;
     lanes.column[i] = 0;
   }
   if (PAIRED) {
     const int64_t steps = ceil_div(args.m, static_cast<int64_t>(STEP));
     const int32_t highest = steps == 0 ? -1 : block.row->before[steps - 1];
-    block.exact = !softmax;
+    block.exact = args.rule != REGARD_SOFTMAX;
     for (int i = 0; i < block.count; ++i)
       block.exact = block.exact || least(lanes.high[i], highest) - FEW_KEYS < lanes.low[i];
   }
   for (int64_t p = 0; p < block.vectors * LANES * block.output_line; p += LANES) store(block.output + p, zero());
+}
+
+// Whether query i of the block has seen nothing.
+inline bool empty(const Lanes& lanes, int i) {
+  return lanes.limit[i] == -infinity() && !(lanes.sums[i] != lanes.sums[i]);
+}
+
+// The log-sum-exps of the block.
+void store_sums(const Block& block) {
+  const regard_attention_args& args = *block.problem->args;
+  const Lanes& lanes = *block.lanes;
+  if (args.lse == nullptr) return;
+  float* to = args.lse + (block.b * args.heads + block.h) * args.n + block.begin;
+  for (int i = 0; i < block.count; ++i)
+    to[i] = empty(lanes, i) ? -infinity() : lanes.bias[i] - lanes.start[i] + __builtin_logf(lanes.sums[i]);
 }
 
 template <class T>
@@ -883,16 +920,14 @@ void end_block(const Block& block) {
   for (int i = 0; i < block.count; ++i) {
     float factor = lanes.bias[i] == -infinity() ? 0.f : 1.f;
     if (softmax) {
-      const bool empty = lanes.limit[i] == -infinity() && !(lanes.sums[i] != lanes.sums[i]);
-      const float reference = lanes.bias[i] - lanes.start[i];
+      const bool seen = !empty(lanes, i);
       float total = lanes.sums[i];
-      if (args.lse != nullptr)
-        args.lse[(block.b * args.heads + block.h) * args.n + block.begin + i] =
-            empty ? -infinity() : reference + __builtin_logf(total);
-      if (args.sink != nullptr && !empty) total += exp(args.sink[block.h] - reference);
-      factor = empty ? 0.f : 1.f / total;
+      if (args.sink != nullptr && seen) total += exp(args.sink[block.h] - (lanes.bias[i] - lanes.start[i]));
+      factor = seen ? 1.f / total : 0.f;
       // as if the rounded weights had the sum of those before rounding: an only key is not rounded
-      if (PAIRED && !empty) factor *= lanes.sums[i] / lanes.rounded[i];
+      if (PAIRED && seen) factor *= lanes.sums[i] / lanes.rounded[i];
+    } else if (args.rule == REGARD_CLIPPED && empty(lanes, i)) {
+      factor = 0;
     }
     const float* from = block.output + i * block.output_line;
     T* to = out + i * args.out_strides[2];
@@ -927,7 +962,17 @@ void attend(Block& block, const Memory& memory) {
       size = half;
     }
   }
+  const regard_attention_args& args = *block.problem->args;
+  block.summing = args.rule == REGARD_CLIPPED;
   for (int64_t step = first; step < last; ++step) attend_step(block, memory, step);
+  if (running(block)) store_sums(block);
+  if (block.summing) {
+    Lanes& lanes = *block.lanes;
+    for (int i = 0; i < block.count; ++i)
+      lanes.stretch[i] = empty(lanes, i) ? 0.f : (args.high - args.low) / lanes.sums[i];
+    block.summing = false;
+    for (int64_t step = first; step < last; ++step) attend_step(block, memory, step);
+  }
   end_block<T>(block);
 }
 
@@ -1155,7 +1200,8 @@ int run(const regard_attention_args& args) {
 }  // namespace
 
 int attention(const regard_attention_args* args) {
-  if (args->rule < REGARD_SOFTMAX || args->rule > REGARD_RELU_SQUARED) return REGARD_BAD_ARGUMENT;
+  if (args->rule < REGARD_SOFTMAX || args->rule > REGARD_CLIPPED) return REGARD_BAD_ARGUMENT;
+  if (args->rule == REGARD_CLIPPED && args->sink != nullptr) return REGARD_BAD_ARGUMENT;
   if (args->kv_heads < 1 || args->heads % args->kv_heads != 0 || args->width < 1) return REGARD_BAD_ARGUMENT;
   if (args->batch * args->heads * args->n == 0 || args->value_width == 0) return REGARD_OK;
 #if defined(__AVX512BF16__)

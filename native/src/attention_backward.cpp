@@ -9,6 +9,10 @@
 // For softmax with a sink, whose share of the denominator leaves the fraction f_i to the keys of query i, the weights
 // are f_i R_ij with R = exp(s - lse). With dO scaled by f_i beforehand, dV = R^T dO and
 // dS = R (dW - f_i delta_i + grad_lse_i), delta_i = grad_out_i . out_i, hold whatever the sink is, and f_i may vanish.
+//
+// For clipped softmax, W = clip(c R + low) with c = high - low, dS = R (c a dW - delta_i + grad_lse_i) where a is 1 for
+// weights that are not clipped, bounds included, and 0 for others, and delta_i = sum over j of c a R dW. The output does
+// not tell that sum: tasks first go over their tiles for it, and count as clipped what they count so again later.
 
 #include "regard_attention.h"
 
@@ -155,7 +159,7 @@ REGARD_INLINE Vec square_root(Vec x) {
 }
 
 struct Scratch {
-  float* weights;  // (QUERIES, KEYS), of softmax relative to the log-sum-exp
+  float* weights;  // (QUERIES, KEYS), of softmax relative to the log-sum-exp; before a clip, and negative if it changes them
   float* scores;   // (QUERIES, KEYS): their gradient
   float* slopes;   // (QUERIES, KEYS): derivative of the softcap; nullptr without one
 };
@@ -281,6 +285,11 @@ void plain_weights(const Scores& scores, int64_t i0, int queries, int padded, fl
   }
 }
 
+// Whether weights are relative to a log-sum-exp.
+inline bool normalised(const regard_attention_args& call) {
+  return call.rule == REGARD_SOFTMAX || call.rule == REGARD_CLIPPED;
+}
+
 // The same for any rule, with softcap and biases.
 void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool masked, const Scratch& tile) {
   const regard_attention_args& call = *scores.call;
@@ -295,7 +304,7 @@ void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool
     else if (biased)
       for (int j = 0; j < KEYS; ++j) mask[j] = -1;
     if (biased) scores.add_biases(i0 + i, mask, added);
-    const Vec lse = broadcast(call.rule == REGARD_SOFTMAX ? -scores.lse[i0 + i] : 0.f);
+    const Vec lse = broadcast(normalised(call) ? -scores.lse[i0 + i] : 0.f);
     for (int j = 0; j < padded; j += LANES) {
       Vec s = load(row + j) * call.scale;
       if (call.softcap > 0) {
@@ -305,7 +314,7 @@ void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool
       }
       if (biased) s += load(added + j);
       Vec w;
-      if (call.rule == REGARD_SOFTMAX) {
+      if (normalised(call)) {
         w = exp(s + lse);
       } else if (call.rule == REGARD_SIGMOID) {
         w = sigmoid(s + call.shift);
@@ -315,7 +324,12 @@ void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool
       }
       IntVec seen;
       __builtin_memcpy(&seen, mask + j, sizeof seen);
-      store(row + j, select(seen, w, zero()));
+      w = select(seen, w, zero());
+      if (call.rule == REGARD_CLIPPED) {
+        const Vec stretched = fma(w, broadcast(call.high - call.low), broadcast(call.low));
+        w = select(reinterpret_cast<IntVec>(stretched >= 0.f) & reinterpret_cast<IntVec>(stretched <= 1.f), w, -w);
+      }
+      store(row + j, w);
     }
   }
 }
@@ -353,6 +367,35 @@ void any_gradients(int32_t rule, const float* offsets, int64_t i0, int queries, 
   }
 }
 
+// dS from dW in place for clipped softmax, and the clipped weights.
+void clipped_gradients(const regard_attention_args& call, const float* offsets, int64_t i0, int queries, int padded,
+                       const Scratch& tile) {
+  const Vec range = broadcast(call.high - call.low), low = broadcast(call.low);
+  for (int i = 0; i < queries; ++i) {
+    const Vec offset = broadcast(offsets[i0 + i]);
+    for (int j = 0; j < padded; j += LANES) {
+      float *weights = tile.weights + i * KEYS + j, *scores = tile.scores + i * KEYS + j;
+      const Vec kept = load(weights), w = select(reinterpret_cast<IntVec>(kept < 0.f), -kept, kept);
+      const Vec dw = select(reinterpret_cast<IntVec>(kept > 0.f), load(scores) * range, zero());
+      store(scores, select(reinterpret_cast<IntVec>(w == 0.f), zero(), w * (dw + offset)));
+      store(weights, minimum(broadcast(1.f), maximum(zero(), fma(w, range, low))));
+    }
+  }
+}
+
+// Adds to `sums` (n,) those of clipped softmax over the keys of a tile.
+void add_clipped_sums(const regard_attention_args& call, int64_t i0, int queries, int padded, const Scratch& tile,
+                      float* sums) {
+  for (int i = 0; i < queries; ++i) {
+    Vec total = zero();
+    for (int j = 0; j < padded; j += LANES) {
+      const Vec kept = load(tile.weights + i * KEYS + j);
+      total += select(reinterpret_cast<IntVec>(kept > 0.f), kept * load(tile.scores + i * KEYS + j), zero());
+    }
+    sums[i0 + i] += (call.high - call.low) * sum(total);
+  }
+}
+
 // Where a task adds the gradients of a head's biases, each nullptr when not wanted. A bias that all keys share has the
 // task's sums over keys in `sums`.
 struct BiasGradients {
@@ -374,6 +417,7 @@ struct Backward {
   float* sinks;                   // (batch, heads)
   float* distances;               // (batch * splits, heads, distances)
   double* bias_sums;              // (batch * splits, heads, n|1) of a bias that all keys share
+  float* clipped_sums;            // (splits, batch, heads, n) of clipped softmax
 
   static int64_t offset(const int64_t* strides, int64_t row, int64_t head, int64_t token = 0) {
     return row * strides[0] + head * strides[1] + token * strides[2];
@@ -454,6 +498,14 @@ float prepare_queries(const Backward& b, int64_t row, int64_t head, const Buffer
       to.offsets[i] = -fraction * delta + (b.args->grad_lse == nullptr ? 0.f : b.args->grad_lse[at + i]);
     }
   }
+  if (call.rule == REGARD_CLIPPED) {
+    const int64_t at = (row * call.heads + head) * call.n, apart = call.batch * call.heads * call.n;
+    for (int64_t i = 0; i < call.n; ++i) {
+      float total = 0;
+      for (int64_t split = 0; split < b.splits; ++split) total += b.clipped_sums[split * apart + at + i];
+      to.offsets[i] = (b.args->grad_lse == nullptr ? 0.f : b.args->grad_lse[at + i]) - total;
+    }
+  }
   pack(b.value_width, call.n, grad_out, b.args->grad_out_strides[2],
        softmax && call.sink != nullptr ? to.fractions : nullptr, to.grad_out);
   return static_cast<float>(sink_total);
@@ -526,10 +578,14 @@ void run_tile(const Backward& b, const Scores& scores, bool plain, bool masked, 
     plain_weights<true>(scores, i0, queries, padded, tile.weights);
   else
     plain_weights<false>(scores, i0, queries, padded, tile.weights);
-  add_product(b.value_width, keys, queries, tile.weights, 1, KEYS, grad_out, call.n, grad_v, KEYS);
+  const bool clipped = call.rule == REGARD_CLIPPED;
+  if (!clipped) add_product(b.value_width, keys, queries, tile.weights, 1, KEYS, grad_out, call.n, grad_v, KEYS);
 
   tile_product(b.value_width, queries, padded, grad_out, call.n, of.v_turned, tile.scores);
-  if (!plain)
+  if (clipped) {
+    clipped_gradients(call, of.offsets, i0, queries, padded, tile);
+    add_product(b.value_width, keys, queries, tile.weights, 1, KEYS, grad_out, call.n, grad_v, KEYS);
+  } else if (!plain)
     any_gradients(call.rule, of.offsets, i0, queries, padded, tile);
   else if (masked)
     plain_gradients<true>(of.offsets, i0, queries, padded, tile);
@@ -541,6 +597,77 @@ void run_tile(const Backward& b, const Scores& scores, bool plain, bool masked, 
       store(tile.scores + at, load(tile.scores + at) * load(tile.slopes + at));
   add_product(b.width, keys, queries, tile.scores, 1, KEYS, q, call.n, grad_k, KEYS);
   add_product(b.width, queries, keys, tile.scores, KEYS, 1, of.k, kept, grad_q + i0 * b.width.width, call.n);
+}
+
+// visit(i0, queries, keys, masked) for all tiles of a key block that are not empty: `queries` from slot i0 on see none of
+// its keys but the first `keys`. The block is in `to` by then.
+template <class T, class F>
+void visit_tiles(const Backward& b, const Scores& scores, int64_t block, const T* k, const T* v, const Buffers& to,
+                 F&& visit) {
+  const regard_attention_args& call = *b.call;
+  const int keys = static_cast<int>(scores.keys);
+  bool begun = false;
+  for (int64_t i0 = 0; i0 < call.n; i0 += QUERIES) {
+    const int queries = static_cast<int>(least<int64_t>(QUERIES, call.n - i0));
+    const Tile found = scores.pairs.classify(i0, i0 + queries, block);
+    if (found == Tile::EMPTY) continue;
+    const bool masked = found == Tile::PARTIAL;
+    if (!begun) {
+      begun = true;
+      pack(b.width, keys, k + scores.first * call.k_strides[2], call.k_strides[2], nullptr, to.k);
+      pack(b.value_width, keys, v + scores.first * call.v_strides[2], call.v_strides[2], nullptr, to.v);
+      transpose_block(b.width, keys, to.k, to.k_turned);
+      transpose_block(b.value_width, keys, to.v, to.v_turned);
+    }
+    // a tile across the diagonal goes in parts, the first of which need fewer keys
+    const int part = masked ? QUERIES / PARTS : QUERIES;
+    for (int64_t i = i0; i < i0 + queries; i += part) {
+      const int rows = static_cast<int>(least<int64_t>(part, i0 + queries - i));
+      visit(i, rows, masked ? scores.reach(i, i + rows) : keys, masked);
+    }
+  }
+}
+
+// The scores of a head of a row; a key block is still to begin.
+Scores scores_of(const regard_attention_args& call, const Pairs& pairs, int64_t row, int64_t head) {
+  Scores scores;
+  scores.call = &call;
+  scores.pairs = pairs.of_head(row, head);
+  scores.lse = call.lse + (row * call.heads + head) * call.n;
+  const regard_score_biases& biases = call.biases;
+  scores.bias =
+      biases.bias == nullptr ? nullptr : biases.bias + row * biases.bias_strides[0] + head * biases.bias_strides[1];
+  scores.distance = biases.distance == nullptr ? nullptr : biases.distance + head * biases.distance_stride;
+  return scores;
+}
+
+// The sums of clipped softmax over a task's keys.
+template <class T>
+void sum_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, const Buffers& to) {
+  const regard_attention_args& call = *b.call;
+  const Pairs pairs = Pairs::of_row(&call.visibility, row, call.n, call.m, to.pairs);
+  const T* k = static_cast<const T*>(call.k) + Backward::offset(call.k_strides, row, kv_head);
+  const T* v = static_cast<const T*>(call.v) + Backward::offset(call.v_strides, row, kv_head);
+  for (int64_t head = kv_head * b.group; head < (kv_head + 1) * b.group; ++head) {
+    const T* q = static_cast<const T*>(call.q) + Backward::offset(call.q_strides, row, head);
+    const T* grad_out = static_cast<const T*>(b.args->grad_out) + Backward::offset(b.args->grad_out_strides, row, head);
+    pack(b.width, call.n, q, call.q_strides[2], nullptr, to.q);
+    pack(b.value_width, call.n, grad_out, b.args->grad_out_strides[2], nullptr, to.grad_out);
+    float* sums = b.clipped_sums + ((split * call.batch + row) * call.heads + head) * call.n;
+    memset(sums, 0, static_cast<size_t>(call.n) * sizeof(float));
+    Scores scores = scores_of(call, pairs, row, head);
+    for (int64_t block = split; block < b.blocks; block += b.splits) {
+      scores.begin_block(block);
+      visit_tiles<T>(b, scores, block, k, v, to, [&](int64_t i0, int queries, int keys, bool masked) {
+        const int padded = static_cast<int>(round_up(keys, LANES));
+        tile_product(b.width, queries, padded, to.q + i0 * b.width.width, call.n, to.k_turned, to.tile.weights);
+        any_weights(scores, i0, queries, padded, masked, to.tile);
+        const float* grads = to.grad_out + i0 * b.value_width.width;
+        tile_product(b.value_width, queries, padded, grads, call.n, to.v_turned, to.tile.scores);
+        add_clipped_sums(call, i0, queries, padded, to.tile, sums);
+      });
+    }
+  }
 }
 
 template <class T>
@@ -571,16 +698,7 @@ void run_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, Bu
       biases.distance = b.distances + share * call.biases.distances;
       memset(biases.distance, 0, static_cast<size_t>(call.biases.distances) * sizeof(float));
     }
-    Scores scores;
-    scores.call = &call;
-    scores.pairs = pairs.of_head(row, head);
-    scores.lse = call.lse + place * call.n;
-    scores.bias = call.biases.bias == nullptr ? nullptr
-                                              : call.biases.bias + row * call.biases.bias_strides[0] +
-                                                    head * call.biases.bias_strides[1];
-    scores.distance =
-        call.biases.distance == nullptr ? nullptr : call.biases.distance + head * call.biases.distance_stride;
-
+    Scores scores = scores_of(call, pairs, row, head);
     for (int64_t block = split, kept = 0; block < b.blocks; block += b.splits, kept += b.group > 1) {
       float* grad_k = to.grad_k + static_cast<size_t>(kept) * b.width.floats(KEYS);
       float* grad_v = to.grad_v + static_cast<size_t>(kept) * b.value_width.floats(KEYS);
@@ -593,27 +711,9 @@ void run_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, Bu
       if (biases.pairs != nullptr)
         for (int64_t i = 0; i < bias_rows; ++i)
           memset(biases.pairs + i * call.m + scores.first, 0, static_cast<size_t>(keys) * sizeof(float));
-      bool begun = false;
-      for (int64_t i0 = 0; i0 < call.n; i0 += QUERIES) {
-        const int queries = static_cast<int>(least<int64_t>(QUERIES, call.n - i0));
-        const Tile found = scores.pairs.classify(i0, i0 + queries, block);
-        if (found == Tile::EMPTY) continue;
-        const bool masked = found == Tile::PARTIAL;
-        if (!begun) {
-          begun = true;
-          pack(b.width, keys, k + scores.first * call.k_strides[2], call.k_strides[2], nullptr, to.k);
-          pack(b.value_width, keys, v + scores.first * call.v_strides[2], call.v_strides[2], nullptr, to.v);
-          transpose_block(b.width, keys, to.k, to.k_turned);
-          transpose_block(b.value_width, keys, to.v, to.v_turned);
-        }
-        // a tile across the diagonal goes in parts, the first of which need fewer keys
-        const int part = masked ? QUERIES / PARTS : QUERIES;
-        for (int64_t i = i0; i < i0 + queries; i += part) {
-          const int rows = static_cast<int>(least<int64_t>(part, i0 + queries - i));
-          const int reach = masked ? scores.reach(i, i + rows) : keys;
-          run_tile(b, scores, plain, masked, i, rows, reach, to, grad_q, grad_k, grad_v, biases);
-        }
-      }
+      visit_tiles<T>(b, scores, block, k, v, to, [&](int64_t i0, int queries, int reach, bool masked) {
+        run_tile(b, scores, plain, masked, i0, queries, reach, to, grad_q, grad_k, grad_v, biases);
+      });
       if (member + 1 < b.group) continue;
       T* grad = static_cast<T*>(args.grad_k) + Backward::offset(args.grad_k_strides, row, kv_head, scores.first);
       unpack(b.width, keys, KEYS, grad_k, call.scale, grad, args.grad_k_strides[2]);
@@ -671,9 +771,12 @@ int backward(Backward& b) {
   const bool summed = b.args->grad_bias != nullptr && b.args->grad_bias_keys < call.m;
   const int64_t bias_sums = summed ? call.heads * b.args->grad_bias_queries : 0, parts = call.batch * b.splits;
   const size_t shares = b.splits > 1 ? static_cast<size_t>(b.splits * heads) * b.width.floats(call.n) : 0;
+  const bool clipped = call.rule == REGARD_CLIPPED;
+  const size_t sums = clipped ? static_cast<size_t>(b.splits * heads * call.n) : 0;
   using regard::Workspace;
   Workspace shared(Workspace::bytes_of<float>(shares) + Workspace::bytes_of<float>(static_cast<size_t>(heads)) +
                    Workspace::bytes_of<float>(static_cast<size_t>(parts * distances)) +
+                   Workspace::bytes_of<float>(sums) +
                    Workspace::bytes_of<double>(static_cast<size_t>(parts * bias_sums)));
   if (!shared) return REGARD_OUT_OF_MEMORY;
   b.shares = shared.take<float>(shares);
@@ -681,18 +784,23 @@ int backward(Backward& b) {
   b.distances = distances == 0 ? nullptr : shared.take<float>(static_cast<size_t>(parts * distances));
   b.bias_sums = bias_sums == 0 ? nullptr : shared.take<double>(static_cast<size_t>(parts * bias_sums));
 
+  b.clipped_sums = shared.take<float>(sums);
   int status = REGARD_OK;
-  parallel_tasks(threads, static_cast<long>(key_heads * b.splits), [&](long task) {
-    Buffers buffers;
-    Workspace space(buffers.lay_out(b, nullptr));
-    if (!space) {
-      __atomic_store_n(&status, static_cast<int>(REGARD_OUT_OF_MEMORY), __ATOMIC_RELAXED);
-      return;
-    }
-    buffers.lay_out(b, static_cast<char*>(space.memory));
-    const int64_t place = task / b.splits;
-    run_task<T>(b, place / call.kv_heads, place % call.kv_heads, task % b.splits, buffers);
-  });
+  const auto each_task = [&](auto task_of) {
+    parallel_tasks(threads, static_cast<long>(key_heads * b.splits), [&](long task) {
+      Buffers buffers;
+      Workspace space(buffers.lay_out(b, nullptr));
+      if (!space) {
+        __atomic_store_n(&status, static_cast<int>(REGARD_OUT_OF_MEMORY), __ATOMIC_RELAXED);
+        return;
+      }
+      buffers.lay_out(b, static_cast<char*>(space.memory));
+      const int64_t place = task / b.splits;
+      task_of(b, place / call.kv_heads, place % call.kv_heads, task % b.splits, buffers);
+    });
+  };
+  if (clipped) each_task(sum_task<T>);
+  if (status == REGARD_OK) each_task(run_task<T>);
   if (status != REGARD_OK) return status;
 
   if (b.splits > 1) {
@@ -727,16 +835,19 @@ int backward(Backward& b) {
 int attention_backward(const regard_attention_backward_args* args) {
   const regard_attention_args* call = args->forward;
   if (call->size != static_cast<int64_t>(sizeof(regard_attention_args))) return REGARD_WRONG_SIZE;
-  if (call->threads < 1 || call->rule < REGARD_SOFTMAX || call->rule > REGARD_RELU_SQUARED) return REGARD_BAD_ARGUMENT;
+  if (call->threads < 1 || call->rule < REGARD_SOFTMAX || call->rule > REGARD_CLIPPED) return REGARD_BAD_ARGUMENT;
   if (call->kv_heads < 1 || call->heads % call->kv_heads != 0) return REGARD_BAD_ARGUMENT;
-  const bool needs_output = call->rule == REGARD_SOFTMAX && call->batch * call->heads * call->n > 0;
-  if (needs_output && (call->lse == nullptr || call->out == nullptr)) return REGARD_BAD_ARGUMENT;
+  const bool softmax = call->rule == REGARD_SOFTMAX, clipped = call->rule == REGARD_CLIPPED;
+  if (call->batch * call->heads * call->n > 0 &&
+      (((softmax || clipped) && call->lse == nullptr) || (softmax && call->out == nullptr)))
+    return REGARD_BAD_ARGUMENT;
+  if (clipped && call->sink != nullptr) return REGARD_BAD_ARGUMENT;
   if (args->grad_distance != nullptr && call->biases.distance == nullptr) return REGARD_BAD_ARGUMENT;
   if (args->grad_bias != nullptr && ((args->grad_bias_queries != 1 && args->grad_bias_queries != call->n) ||
                                      (args->grad_bias_keys != 1 && args->grad_bias_keys != call->m)))
     return REGARD_BAD_ARGUMENT;
   Backward b{args, call, Panels(call->width), Panels(call->value_width), call->heads / call->kv_heads, 1,
-             ceil_div(call->m, KEYS), nullptr, nullptr, nullptr, nullptr};
+             ceil_div(call->m, KEYS), nullptr, nullptr, nullptr, nullptr, nullptr};
   switch (call->dtype) {
     case REGARD_FLOAT32:
       return backward<float>(b);

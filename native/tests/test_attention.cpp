@@ -110,13 +110,15 @@ bool run(const Case& c) {
   a.k = c.half ? static_cast<const void*>(k_bits.get()) : k.get();
   a.v = c.half ? static_cast<const void*>(v_bits.get()) : v.get();
   a.out = c.half ? static_cast<void*>(out_bits.get()) : out.get();
-  a.lse = c.rule == REGARD_SOFTMAX ? lse.get() : nullptr;
+  const bool clipped = c.rule == REGARD_CLIPPED, softmax = c.rule == REGARD_SOFTMAX || clipped;
+  a.lse = softmax ? lse.get() : nullptr;
   a.batch = c.batch, a.heads = c.heads, a.kv_heads = c.kv_heads, a.n = c.n, a.m = c.m;
   a.width = c.width, a.value_width = c.value_width;
   strides(a.q_strides, H, n, D), strides(a.k_strides, G, m, D);
   strides(a.v_strides, G, m, V), strides(a.out_strides, H, n, V);
   a.scale = 1.3f;
-  a.shift = c.rule == REGARD_SOFTMAX ? 0.f : -0.2f;
+  a.shift = softmax ? 0.f : -0.2f;
+  a.low = -0.02f, a.high = 4.f;
   a.softcap = c.softcap;
   a.rule = c.rule;
   a.sink = c.sink ? sink.get() : nullptr;
@@ -180,17 +182,20 @@ bool run(const Case& c) {
         double total = 0;
         for (size_t j = 0; j < m; ++j) {
           const bool seen = scores[j] > -INFINITY;
-          scores[j] = !seen ? 0 : c.rule == REGARD_SOFTMAX ? exp(scores[j] - top) : weight(c.rule, scores[j] + a.shift);
+          scores[j] = !seen ? 0 : softmax ? exp(scores[j] - top) : weight(c.rule, scores[j] + a.shift);
           total += scores[j];
         }
         double norm = 1;
-        if (c.rule == REGARD_SOFTMAX && top > -INFINITY) {
+        if (softmax && top > -INFINITY) {
           norm = 1 / (total + (c.sink ? exp(sink[h] - top) : 0));
           const double error = fabs(lse[(b * H + h) * n + i] - (top + log(total)));
           worst_lse = error <= worst_lse ? worst_lse : error;
-        } else if (c.rule == REGARD_SOFTMAX && lse[(b * H + h) * n + i] != -INFINITY) {
+        } else if (softmax && lse[(b * H + h) * n + i] != -INFINITY) {
           worst_lse = INFINITY;
         }
+        if (clipped && top > -INFINITY)
+          for (size_t j = 0; j < m; ++j)
+            scores[j] = fmin(1, fmax(0, (a.high - a.low) * scores[j] * norm + a.low)) / norm;
         for (size_t p = 0; p < V; ++p) {
           double sum = 0;
           for (size_t j = 0; j < m; ++j)
@@ -231,6 +236,9 @@ int main() {
       {"distances", 1, 2, 2, 100, 130, 16, 8, 1, 0, -1, -1, 0, 0, 2, 0, false, false, true, false, false, false},
       {"relu", 1, 2, 2, 70, 70, 9, 8, 2, 1, -1, -1, 0, 0, 1, 3.f, false, true, false, false, false, true},
       {"relu squared", 1, 2, 2, 70, 70, 9, 8, 3, 1, -1, -1, 0, 0, 1, 0, false, false, true, false, false, false},
+      {"clipped", 1, 4, 2, 130, 130, 16, 24, 4, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, true, false},
+      {"clipped biases", 2, 2, 1, 53, 171, 7, 13, 4, 1, 90, -1, 0, 0, 2, 2.f, false, true, true, true, false, false},
+      {"clipped bfloat16", 2, 2, 2, 67, 210, 17, 33, 4, 0, -1, -1, 0, 64, 1, 0, false, false, false, true, true, true},
       {"one of each", 1, 1, 1, 1, 1, 1, 1, 0, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, false, false},
       {"no keys", 2, 2, 1, 5, 0, 8, 8, 0, 1, -1, -1, 0, 0, 2, 0, true, false, false, false, false, false},
       {"no queries", 1, 1, 1, 0, 9, 8, 8, 0, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, false, false},

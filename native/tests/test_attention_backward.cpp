@@ -91,8 +91,8 @@ bool run(const Case& c) {
   Array<uint8_t> blocks(rows * columns);
   for (size_t i = 0; i < blocks.count; ++i) blocks[i] = uniform() > 0;
   Array<float> out(B * H * N * E), lse(B * H * N);
-  const float scale = 0.4f, shift = c.rule == REGARD_SOFTMAX ? 0.f : 0.2f;
-  const bool softmax = c.rule == REGARD_SOFTMAX;
+  const bool clipped = c.rule == REGARD_CLIPPED, softmax = c.rule == REGARD_SOFTMAX || clipped;
+  const float scale = 0.4f, shift = softmax ? 0.f : 0.2f, low = -0.02f, high = 6.f;
 
   std::vector<double> want_q(q.count), want_k(k.count), want_v(v.count), want_sink(H), want_bias(bias.count),
       want_distance(distance.count);
@@ -147,12 +147,21 @@ bool run(const Case& c) {
         } else {
           for (int64_t j = 0; j < M; ++j) weights[j] = seen[j] ? weight(c.rule, score[j] + shift) : 0;
         }
+        std::vector<double> shares = weights, clip_slope(M, 1.0);
+        for (int64_t j = 0; clipped && j < M; ++j) {
+          const double stretched = seen[j] ? (static_cast<double>(high) - low) * shares[j] + low : -1;
+          clip_slope[j] = stretched >= 0 && stretched <= 1 ? static_cast<double>(high) - low : 0;
+          weights[j] = fmin(1, fmax(0, stretched));
+        }
         double delta = 0;
         for (int64_t e = 0; e < E; ++e) {
-          double sum = 0;
-          for (int64_t j = 0; j < M; ++j) sum += weights[j] * v[(group * M + j) * E + e];
+          double sum = 0, slope = 0;
+          for (int64_t j = 0; j < M; ++j) {
+            sum += weights[j] * v[(group * M + j) * E + e];
+            slope += shares[j] * clip_slope[j] * v[(group * M + j) * E + e];
+          }
           out[at * E + e] = static_cast<float>(sum);
-          delta += sum * grad_out[at * E + e];
+          delta += slope * grad_out[at * E + e];
         }
         want_sink[h] -= sink_weight * delta;
         for (int64_t j = 0; j < M; ++j) {
@@ -162,7 +171,7 @@ bool run(const Case& c) {
             dw += static_cast<double>(grad_out[at * E + e]) * v[(group * M + j) * E + e];
             want_v[(group * M + j) * E + e] += weights[j] * grad_out[at * E + e];
           }
-          double ds = softmax ? weights[j] * (dw - delta) : weight_slope(c.rule, score[j] + shift) * dw;
+          double ds = softmax ? shares[j] * (clip_slope[j] * dw - delta) : weight_slope(c.rule, score[j] + shift) * dw;
           if (c.grad_lse) ds += exp(score[j] - top) / total * grad_lse[at];
           want_bias[at * M + j] = ds;
           if (c.distance) want_distance[h * distances + key_ranks[b * M + j] - rank + zero] += ds;
@@ -186,6 +195,7 @@ bool run(const Case& c) {
   strides(f.q_strides, H, N, D), strides(f.k_strides, G, M, D), strides(f.v_strides, G, M, E);
   strides(f.out_strides, H, N, E);
   f.scale = scale, f.shift = shift, f.softcap = c.softcap, f.rule = c.rule;
+  f.low = low, f.high = high;
   f.sink = c.sink ? sink.get() : nullptr;
   f.visibility.query_ranks = query_ranks.get(), f.visibility.query_ranks_stride = N;
   f.visibility.key_ranks = key_ranks.get(), f.visibility.key_ranks_stride = M;
@@ -272,6 +282,10 @@ int main() {
       {"sigmoid", 1, 2, 2, 70, 80, 16, 16, 1, 1, -1, -1, 0, 0, 2, 0, false, false, false, false, true},
       {"relu", 1, 2, 1, 70, 80, 16, 16, 2, 1, -1, -1, 0, 0, 2, 2.f, false, true, false, false, false},
       {"relu squared", 1, 2, 2, 70, 80, 16, 16, 3, 0, -1, -1, 0, 0, 1, 0, false, false, true, false, false},
+      {"clipped", 1, 2, 2, 130, 130, 16, 24, 4, 1, -1, -1, 0, 0, 1, 0, false, false, false, true, false},
+      {"clipped biases", 2, 4, 2, 65, 71, 9, 7, 4, 1, -1, -1, 0, 0, 2, 1.5f, false, true, true, true, true},
+      {"shares of a clipped head", 1, 1, 1, 150, 200, 13, 7, 4, 1, 90, -1, 0, 0, 4, 0, false, false, false, false, false},
+      {"clipped blocks", 1, 2, 2, 140, 130, 8, 8, 4, 0, -1, -1, 0, 16, 2, 0, false, false, false, false, false},
       {"no queries", 1, 2, 2, 0, 70, 16, 16, 0, 0, -1, -1, 0, 0, 2, 0, true, false, false, false, false},
       {"no keys", 1, 2, 2, 70, 0, 16, 16, 0, 0, -1, -1, 0, 0, 2, 0, true, false, false, false, false},
       {"one pair", 1, 1, 1, 1, 1, 1, 1, 0, 0, -1, -1, 0, 0, 2, 0, true, false, false, false, false},

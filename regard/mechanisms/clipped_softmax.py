@@ -2,8 +2,9 @@ r"""Clipped softmax: attention weights are stretched past [0, 1] and clipped, so
 
 When to pick it: a model that is trained to be quantized afterwards. A head that should do nothing can do so at finite
 scores, and so it has no reason to grow the outliers that ruin 8-bit activations (`gated_softmax` is the other remedy).
-When not: quality alone (plain `softmax`), speed (no fused kernel: the normaliser must be known before the clip), or
-fine-tuning a model that was trained with softmax (the paper only trains from scratch).
+When not: quality alone (plain `softmax`), speed (the normaliser must be known before the clip: half as much work again as
+softmax where there is a fused kernel, on CPUs, and far more elsewhere), or fine-tuning a model that was trained with
+softmax (the paper only trains from scratch).
 
 Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equation 4):
 
@@ -26,8 +27,8 @@ at M = `length`, and then no gradient reaches q, k or v. With the paper's alphas
 is dead in most rows until some scores spread. :func:`silent_rows` counts such rows; `warmup` avoids them.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0. The
-softmax, the stretch and the clip are in at least float32. Dropout comes after the clip. PyTorch computes it, block by block:
-on a CPU an order of magnitude slower than the native kernel for softmax.
+softmax, the stretch and the clip are in at least float32. Dropout comes after the clip. The native kernel goes over the
+keys twice, for the normalisers and for the output; PyTorch computes whole blocks of weights, an order of magnitude slower.
 Deviations: the default gamma, -0.001, is milder than the paper's, since no length is known: rows of up to 1000 equal
 weights survive. `warmup`, which is not in the paper, lets gamma grow from 0 with the call's `progress`.
 """
@@ -212,6 +213,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="attention",
     state=KeyValueState,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights"}),

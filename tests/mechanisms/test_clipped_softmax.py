@@ -269,8 +269,3 @@ def test_parity_with_the_authors_layer(name, pattern):
 def test_bad_options_are_refused(options):
     with pytest.raises(Unsupported):
         Config(**options)
-
-
-def test_a_kernel_that_cannot_clip_is_not_pretended():
-    with pytest.raises(Unsupported, match="native"):
-        apply(MECHANISM, {name: x.float() for name, x in inputs(4).items()}, backend="native")

@@ -1,7 +1,8 @@
 """Blocked attention in C++ (see `native/src/attention.cpp` and `native/src/attention_backward.cpp`).
 
-Scores are computed a tile at a time and never stored; tiles that hide all their pairs are not computed. Everything is
-read where it lies: grouped heads, any strides with contiguous features, broadcast biases.
+Scores are computed a tile at a time and never stored; tiles that hide all their pairs are not computed. Softmax weights
+that are stretched and clipped take a pass more, for the normalisers. Everything is read where it lies: grouped heads, any
+strides with contiguous features, broadcast biases.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from regard.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, V
 
 RULES = ("softmax", "sigmoid", "relu", "relu_squared")
 """In the order of the C interface's numbers."""
+
+CLIPPED = len(RULES)
+"""The number of softmax with stretched and clipped weights."""
 
 MOST_SLOTS = 1 << 30
 """Ranks are 32-bit numbers in the kernels."""
@@ -91,6 +95,8 @@ class Attention(library.Arguments):
         ("shift", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("rule", ctypes.c_int32),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
         ("sink", ctypes.c_void_p),
         ("visibility", VisibilityArguments),
         ("biases", BiasArguments),
@@ -154,8 +160,8 @@ def refuses(
         return "it has no dropout"
     if want_weights:
         return "it does not store the weights"
-    if stretch is not None:
-        return "it does not clip weights, which needs the normaliser first"
+    if stretch is not None and sink is not None:
+        return "it does not clip weights beside a sink"
     if position_bias is not None and not isinstance(position_bias, DistanceBias):
         return "it takes position biases by distance alone (regard.visibility.DistanceBias)"
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -225,13 +231,14 @@ def run(
         None if blocks is None else blocks.visible,
         0 if blocks is None else blocks.block_size,
         float(scale),
-        RULES.index(rule),
+        RULES.index(rule) if stretch is None else CLIPPED,
         float(shift),
         0.0 if softcap is None else float(softcap),
         None if sink is None else sink.float(),
         None if bias is None else bias.float(),
         distance,
         zero,
+        [] if stretch is None else [float(x) for x in stretch],
     )
     return out, None, lse if want_lse else None
 
@@ -295,10 +302,15 @@ def _check(
     bias: Tensor | None,
     distance: Tensor | None,
     distance_zero: int,
+    stretch: Sequence[float],
 ) -> None:
     """Raise Unsupported for tensors that the kernel must not be given."""
-    if len(limits) != 6 or not 0 <= rule < len(RULES):
+    if len(limits) != 6 or not 0 <= rule <= CLIPPED:
         raise Unsupported(f"native attention with limits {list(limits)} and rule {rule}", supported="six limits")
+    if (rule != CLIPPED and len(stretch)) or (rule == CLIPPED and (sink is not None or not _is_stretch(stretch))):
+        raise Unsupported(
+            f"native attention by rule {rule} with stretch {list(stretch)}", supported="low <= 0, high >= 1"
+        )
     if (query_ranks is None) != (key_ranks is None) or abs(first_rank) > MOST_SLOTS:
         raise Unsupported(f"native attention with ranks of one side, or {first_rank} as the first")
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -328,6 +340,10 @@ def _check(
         fits = blocks.ndim == 4 and _fits(blocks, (batch, heads, *blocks.shape[2:]), torch.bool)
         if not fits or block_size < 1 or blocks.numel() == 0:
             raise _misfit("block mask", blocks)
+
+
+def _is_stretch(stretch: Sequence[float]) -> bool:
+    return len(stretch) == 2 and stretch[0] <= 0 < 1 <= stretch[1]
 
 
 def _reaches(
@@ -361,7 +377,7 @@ def _check_results(
     """Raise Unsupported for results and gradients that are not those of a call that :func:`_check` accepts."""
     by_query = tuple(q.shape[:3])
     by_feature = (*by_query, v.shape[3])
-    kept = by_query if rule == 0 else (0,)
+    kept = by_query if rule in (0, CLIPPED) else (0,)
     for name, x, shape, dtype in (
         ("grad_out", grad_out, by_feature, q.dtype),
         ("out", out, by_feature, q.dtype),
@@ -416,6 +432,7 @@ def _arguments(
     bias: Tensor | None,
     distance: Tensor | None,
     distance_zero: int,
+    stretch: Sequence[float],
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Attention, tuple[Any, ...]]:
@@ -469,6 +486,8 @@ def _arguments(
         shift=shift,
         softcap=softcap,
         rule=rule,
+        low=stretch[0] if stretch else 0.0,
+        high=stretch[1] if stretch else 1.0,
         sink=library.pointer(sink),
         visibility=visibility,
         biases=biases,
@@ -478,7 +497,7 @@ def _arguments(
 
 def _empty_lse(q: Tensor, rule: int) -> Tensor:
     batch, heads, n, _ = q.shape
-    return q.new_empty((batch, heads, n) if rule == 0 else (0,), dtype=torch.float32)
+    return q.new_empty((batch, heads, n) if rule in (0, CLIPPED) else (0,), dtype=torch.float32)
 
 
 @operator("attention")
@@ -500,16 +519,17 @@ def _attention(
     bias: Tensor | None,
     distance: Tensor | None,
     distance_zero: int,
+    stretch: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Output, and of softmax the log-sum-exp (of other rules an empty tensor)."""
+    """Output, and of softmax, clipped or not, the log-sum-exp (of other rules an empty tensor)."""
     _check(
         q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, rule, sink, bias, distance,
-        distance_zero,
+        distance_zero, stretch,
     )  # fmt: skip
     out, lse = _empty_output(q, v), _empty_lse(q, rule)
     arguments, kept = _arguments(
         q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
-        distance, distance_zero, out, lse,
+        distance, distance_zero, stretch, out, lse,
     )  # fmt: skip
     n, m = q.shape[2], k.shape[2]
     if rule == 0 and blocks is None and n <= (DECODED if m < LONG else DECODED_LONG):
@@ -616,6 +636,7 @@ def _attention_backward(
     bias: Tensor | None,
     distance: Tensor | None,
     distance_zero: int,
+    stretch: Sequence[float],
     out: Tensor,
     lse: Tensor,
     want_sink: bool,
@@ -625,7 +646,7 @@ def _attention_backward(
     """Gradients of q, k, v, sink, bias (B, H, N|1, M|1) and distances (H, distances); empty tensors for those not wanted."""
     _check(
         q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, rule, sink, bias, distance,
-        distance_zero,
+        distance_zero, stretch,
     )  # fmt: skip
     _check_results(q, v, rule, grad_out, grad_lse, out, lse)
     for name, x, wanted in (
@@ -640,10 +661,10 @@ def _attention_backward(
     grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_distance = grads
     forward, kept = _arguments(
         q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
-        distance, distance_zero, out, lse,
+        distance, distance_zero, stretch, out, lse,
     )  # fmt: skip
     grad_out = library.rows_contiguous(grad_out)
-    grad_lse = None if grad_lse is None or rule != 0 else grad_lse.contiguous()
+    grad_lse = None if grad_lse is None or rule not in (0, CLIPPED) else grad_lse.contiguous()
     library.call(
         AttentionBackward(
             forward=ctypes.pointer(forward),
@@ -716,6 +737,7 @@ def _(
     bias: Tensor | None,
     distance: Tensor | None,
     distance_zero: int,
+    stretch: Sequence[float],
     out: Tensor,
     lse: Tensor,
     want_sink: bool,
@@ -727,23 +749,23 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     (q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
-     distance, distance_zero) = inputs  # fmt: skip
+     distance, distance_zero, stretch) = inputs  # fmt: skip
     ctx.save_for_backward(q, k, v, query_ranks, key_ranks, blocks, sink, bias, distance, *output)
-    ctx.numbers = (first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero)
+    ctx.numbers = (first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero, stretch)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, query_ranks, key_ranks, blocks, sink, bias, distance, out, lse = ctx.saved_tensors
-    first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero = ctx.numbers
-    grads: list[Tensor | None] = [None] * 17
+    first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero, stretch = ctx.numbers
+    grads: list[Tensor | None] = [None] * 18
     if grad_out is None and grad_lse is None:
         return tuple(grads)
     wants = [ctx.needs_input_grad[at] for at in (13, 14, 15)]
     found = _attention_backward(
         torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, query_ranks, key_ranks,
-        first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias, distance, distance_zero, out,
-        lse, *wants,
+        first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias, distance, distance_zero,
+        stretch, out, lse, *wants,
     )  # fmt: skip
     for at, grad in zip((0, 1, 2, 13, 14, 15), found, strict=True):
         grads[at] = grad if ctx.needs_input_grad[at] else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "relu_squared": lambda s: torch.relu(s) ** 2,
 }
+STRETCHES = [(-0.1, 1.0), (-0.03, 1.2), (0.0, 1.5), (-0.2, 2.0), (-0.02, 6.0)]
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +64,23 @@ class Problem:
     bias: Tensor | None = None
     position_bias: Any = None
     blocks: BlockMask | None = None
+    stretch: tuple[float, float] | None = None
 
     def arguments(self, **changes: Any) -> tuple[Any, ...]:
         last = {"dropout": 0.0, "generator": None, "want_weights": False, "want_lse": self.rule == "softmax"}
         given = {**self.__dict__, **last, **changes}
-        return tuple(given.values())
+        stretch = given.pop("stretch")
+        return (*given.values(), stretch)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """The definition, of scores that are -inf where hidden."""
+        if self.stretch is not None:
+            low, high = self.stretch
+            return ((high - low) * scores.softmax(-1) + low).clip(0, 1)
+        if self.sink is None:
+            return ACTIVATIONS[self.rule](scores + self.shift)
+        column = self.sink.double()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         assert native.refuses(*self.arguments()) is None
@@ -85,22 +98,24 @@ class Problem:
         )
         visible = visible.expand(q.shape[0], heads, q.shape[2], m)
         some = visible.any(-1)
-
-        def weights(scores: Tensor) -> Tensor:
-            if self.sink is None:
-                return ACTIVATIONS[self.rule](scores + self.shift)
-            column = self.sink.double()[None, :, None, None].expand(*scores.shape[:-1], 1)
-            return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-
-        out = attention_reference(q, k, v, visible, weights, self.scale, added, self.softcap)
         found: list[Tensor] = []
 
-        def keep(scores: Tensor) -> Tensor:
+        def weights(scores: Tensor) -> Tensor:
             found.append(scores.logsumexp(-1))
-            return scores
+            return self.weights(scores)
 
-        attention_reference(q, k, v, visible, keep, self.scale, added, self.softcap)
+        out = attention_reference(q, k, v, visible, weights, self.scale, added, self.softcap)
         return out, torch.where(some, found[0], -math.inf), some
+
+    def clipped(self) -> Tensor:
+        """How many weights of visible pairs are 0, are 1, and are between."""
+        kept = replace(self, v=torch.eye(self.k.shape[2]).expand(*self.k.shape[:2], -1, -1))
+        weights, _, _ = kept.expected()
+        visible, _ = masked_scores_bias(
+            self.ranks, self.visibility, self.bias, self.position_bias, self.blocks, torch.float64
+        )
+        weights = weights[visible.expand_as(weights)]
+        return torch.stack([(weights == 0).sum(), (weights == 1).sum(), ((weights > 0) & (weights < 1)).sum()])
 
     def check(self) -> None:
         out, lse = self.run()
@@ -108,8 +123,12 @@ class Problem:
         assert out.dtype == self.v.dtype and out.shape == expected.shape
         assert (out[~some] == 0).all()
         if out.numel():
+            size = expected.abs().max()
+            if self.stretch is not None:  # clipping leaves little of numbers that rounded when there was more of them
+                unclipped = replace(self, v=self.v.abs(), stretch=None).expected()[0]
+                size = torch.maximum(size, (self.stretch[1] - self.stretch[0]) * unclipped.max())
             error = (out.double() - expected).abs().max()
-            assert error <= TOLERANCE[out.dtype] * expected.abs().max(), self
+            assert error <= TOLERANCE[out.dtype] * size, self
         if lse is not None:
             assert lse.dtype == torch.float32
             assert torch.equal(lse == -math.inf, ~some)
@@ -192,6 +211,57 @@ def test_every_mask_and_option_equals_the_definition(instructions, dtype):
     with library.using_instruction_set(instructions):
         for seed in range(60):
             random_problem(seed, dtype).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instructions", SETS)
+def test_clipped_weights_equal_the_definition_under_every_mask_and_option(instructions, dtype):
+    clipped = torch.zeros(3, dtype=torch.int64)
+    with library.using_instruction_set(instructions):
+        for seed in range(60):
+            problem = random_problem(seed, dtype)
+            problem.rule, problem.shift, problem.sink = "softmax", 0.0, None
+            problem.stretch = random.Random(seed).choice(STRETCHES)
+            problem.check()
+            clipped += problem.clipped()
+    assert (clipped > 5_000).all()  # at 0, at 1 and between
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("stretch", STRETCHES)
+def test_clipped_weights_of_every_length_and_width_equal_the_definition(instructions, stretch):
+    pick = random.Random(str(stretch))
+    with library.using_instruction_set(instructions):
+        for n in (0, 1, 2, 7, 47, 48, 49, 63, 64, 65, 127, 193):
+            for visibility in (Visibility(), CAUSAL):
+                problem = plain(n, pick.choice([8, 15, 64, 100, 256]), visibility=visibility, stretch=stretch)
+                problem.v = torch.randn(1, 2, n, pick.choice([8, 13, 64, 72, 256]))
+                problem.check()
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipped_weights_are_exactly_zero_and_one(instructions, dtype):
+    """Values tell: those of keys that should weigh 0 are huge, and the output is that of the one key that weighs 1."""
+    n = 70
+    problem = plain(n, 64, visibility=Visibility(), stretch=(-0.01, 1.01))
+    problem.q, problem.k = 20 * torch.eye(n, 64).expand(1, 2, -1, -1), torch.eye(n, 64).expand(1, 2, -1, -1)
+    problem.q, problem.k, problem.scale = problem.q[:, :, :64].to(dtype), problem.k.to(dtype), 1.0
+    problem.ranks = counted(64, n, Pattern.NONCAUSAL_CROSS)
+    problem.v = torch.randn(1, 2, n, 16).to(dtype)
+    problem.v[:, :, 64:] = 1e30
+    with library.using_instruction_set(instructions):
+        assert torch.equal(problem.run()[0], problem.v[:, :, :64])
+
+
+def test_clipped_weights_without_a_stretch_are_those_of_softmax():
+    for n in (20, 50, 200):
+        problem = plain(n)
+        expected, expected_lse = problem.run()
+        problem.stretch = (0.0, 1.0)
+        found, lse = problem.run()
+        assert torch.equal(lse, expected_lse)
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("instructions", SETS)
@@ -331,9 +401,10 @@ def test_the_heads_of_a_token_lie_side_by_side():
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_do_not_depend_on_threads(instructions, dtype):
+@pytest.mark.parametrize("stretch", [None, (-0.02, 1.5)])
+def test_results_do_not_depend_on_threads(instructions, dtype, stretch):
     q, k, v = tensors(2, 4, 2, 150, 150, 24, 24, dtype)
-    problem = Problem(q, k, v, counted(150, 150), CAUSAL)
+    problem = Problem(q, k, v, counted(150, 150), CAUSAL, stretch=stretch)
     found = []
     with library.using_instruction_set(instructions):
         for threads in (1, 2, 2, 3):
@@ -357,6 +428,7 @@ def test_scores_that_grow_or_fall_by_thousands_equal_the_definition(instructions
     with library.using_instruction_set(instructions):
         problem.check()
         problem.k[0, 1] = problem.k[0, 1, torch.randperm(n)]
+        replace(problem, stretch=(-0.01, 1.2)).check()
         problem.sink = torch.tensor([slope / 2, -slope])
         problem.check()
 
@@ -371,11 +443,11 @@ def test_large_scores_keep_weights_finite(rule):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("rule", native.RULES)
+@pytest.mark.parametrize("rule", [*native.RULES, "clipped"])
 def test_nan_reaches_what_sees_it_and_nothing_else(instructions, rule, dtype):
     with library.using_instruction_set(instructions):
         for name in "qkv":
-            problem = plain(130, rule=rule)
+            problem = plain(130, rule=rule) if rule != "clipped" else plain(130, stretch=(-0.02, 1.5))
             problem.q, problem.k, problem.v = (x.to(dtype) for x in (problem.q, problem.k, problem.v))
             clean, _ = problem.run()
             getattr(problem, name)[0, 1, 70, 3] = math.nan
@@ -464,7 +536,8 @@ def test_what_the_kernel_lacks_is_refused_with_a_reason():
     told = native.refuses(*problem.arguments(position_bias=lambda i, j: torch.zeros(1, 1, 8, 8)))
     assert "DistanceBias" in told
     assert native.refuses(*problem.arguments(bias=torch.zeros(1, 1, 8, 1, requires_grad=True))) is None
-    assert "clip" in native.refuses(*problem.arguments(), (-0.1, 1.0))
+    assert native.refuses(*problem.arguments(stretch=(-0.1, 1.0))) is None
+    assert "sink" in native.refuses(*problem.arguments(stretch=(-0.1, 1.0), sink=torch.zeros(2)))
     nothing = BlockMask(torch.zeros(1, 1, 0, 3, dtype=torch.bool), 4)
     assert "no blocks" in native.refuses(*problem.arguments(blocks=nothing))
     assert "features" in native.refuses(*problem.arguments(v=torch.zeros(1, 2, 8, 0)))
@@ -477,6 +550,7 @@ def good_call(**changes: Any) -> tuple[Any, ...]:
         "q": q, "k": k, "v": v, "query_ranks": torch.arange(9)[None], "key_ranks": torch.arange(12)[None],
         "first_rank": 0, "limits": [1, -1, -1, 0, 0, 0], "blocks": None, "block_size": 0, "scale": 0.5, "rule": 0,
         "shift": 0.0, "softcap": 0.0, "sink": None, "bias": None, "distance": None, "distance_zero": 0,
+        "stretch": [],
     }  # fmt: skip
     return tuple({**given, **changes}.values())
 
@@ -502,7 +576,11 @@ def good_call(**changes: Any) -> tuple[Any, ...]:
         {"blocks": torch.ones(1, 1, 2, 2, dtype=torch.bool), "block_size": 0},
         {"blocks": torch.ones(1, 1, 2, 2, dtype=torch.uint8), "block_size": 4},
         {"limits": [1, -1]},
+        {"rule": 5},
         {"rule": 4},
+        {"rule": 4, "stretch": [0.1, 1.0]},
+        {"rule": 4, "stretch": [-0.1, 1.0], "sink": torch.zeros(2)},
+        {"rule": 0, "stretch": [-0.1, 1.0]},
     ],
 )
 def test_a_bad_call_of_the_operator_is_refused_before_the_kernel(changes):
@@ -517,6 +595,7 @@ def test_a_bad_call_of_the_operator_is_refused_before_the_kernel(changes):
         {},
         {"rule": 1, "bias": torch.randn(1, 2, 1, 12)},
         {"sink": torch.randn(2), "distance": torch.randn(2, 40), "distance_zero": 20, "softcap": 3.0},
+        {"rule": 4, "stretch": [-0.05, 1.5]},
         {"blocks": torch.rand(1, 2, 3, 3) > 0.3, "block_size": 4},
         {"query_ranks": None, "key_ranks": None, "first_rank": 3},
     ],
@@ -549,7 +628,7 @@ def test_compiled_calls_equal_eager_ones():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "local"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "local", "clipped_softmax"])
 def test_mechanisms_run_on_it_by_name(name):
     inputs = dict(zip("qkv", tensors(2, 2, 2, 40, 40, 8, 8), strict=True))
     found = apply(get_mechanism(name), inputs, backend="native").output

@@ -53,6 +53,7 @@ class Problem:
     bias: Tensor | None = None
     distance: Tensor | None = None
     blocks: BlockMask | None = None
+    stretch: tuple[float, float] | None = None
 
     def run(self, engine: Any, dtype: torch.dtype, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Tensor]:
         """Gradients by name."""
@@ -67,7 +68,7 @@ class Problem:
         out, _, lse = engine.run(
             leaves["q"], leaves["k"], leaves["v"], self.ranks, self.visibility, self.scale, self.rule, self.shift,
             self.softcap, leaves.get("sink"), leaves.get("bias"), position_bias, self.blocks, 0.0, None, False,
-            grad_lse is not None,
+            grad_lse is not None, self.stretch,
         )  # fmt: skip
         total = (out * grad_out.to(dtype)).sum()
         if grad_lse is not None:
@@ -122,6 +123,23 @@ def problem(
     )  # fmt: skip
 
 
+def near_a_bound(given: Problem) -> bool:
+    """Whether rounding might decide which weights are clipped."""
+    if given.stretch is None or given.q.numel() * given.k.numel() == 0:
+        return False
+    (low, high), position_bias = given.stretch, None
+    if given.distance is not None:
+        middle = given.distance.shape[1] // 2
+        position_bias = DistanceBias(lambda distances: given.distance[:, distances + middle])
+    _, weights, _ = eager.run(
+        given.q, given.k, given.v, given.ranks, given.visibility, given.scale, given.rule, given.shift, given.softcap,
+        given.sink, given.bias, position_bias, given.blocks, 0.0, None, True, False,
+    )  # fmt: skip
+    stretched = (high - low) * weights + low
+    # weights of 0 have no gradient on either side, nor have the only ones of their queries
+    return bool(low < 0 and (stretched.abs() < 1e-6).any()) or bool(high > 1 and ((stretched - 1).abs() < 1e-6).any())
+
+
 def check(given: Problem, dtype: torch.dtype = torch.float32, with_lse: bool = False) -> None:
     """Native gradients equal those in float64 of the same, rounded, inputs."""
     rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -133,15 +151,20 @@ def check(given: Problem, dtype: torch.dtype = torch.float32, with_lse: bool = F
     shape = (*given.q.shape[:3], given.v.shape[-1])
     grad_out = torch.randn(shape, dtype=torch.float64).to(rounded).double()
     grad_lse = torch.randn(shape[:3]).double() if with_lse else None
+    while near_a_bound(given):
+        given.q = torch.randn_like(given.q).to(rounded).double()
     wanted = given.run(eager, torch.float64, grad_out, grad_lse)
     found = given.run(native, dtype, grad_out, grad_lse)
+    # clipping leaves little of numbers that rounded when there was more of them
+    whole = replace(given, stretch=None).run(eager, torch.float64, grad_out, grad_lse) if given.stretch else wanted
+    stretched = 1.0 if given.stretch is None else given.stretch[1] - given.stretch[0]
     for name, gradient in wanted.items():
         assert found[name].shape == gradient.shape
         if gradient.numel() == 0:
             continue
         error = (found[name].double() - gradient).abs().max().item()
         # where a gradient vanishes (one key) what it is made of does not
-        size = max(gradient.abs().max().item(), 1.0)
+        size = max(gradient.abs().max().item(), stretched * whole[name].abs().max().item(), stretched)
         # a distance's gradient is a sum over the whole diagonal
         limit = TOLERANCE[dtype] * (3 if name == "distance" else 1)
         assert error <= limit * size, (name, error / size)
@@ -233,6 +256,67 @@ def test_gradients_equal_float64_for_other_rules(rule: str, instruction_set: str
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("stretch", [(-0.1, 1.0), (-0.03, 1.2), (0.0, 1.5), (-0.01, 6.0)])
+def test_gradients_equal_float64_through_clipped_weights(stretch: tuple[float, float], instruction_set: str) -> None:
+    with library.using_instruction_set(instruction_set):
+        for dtype in TOLERANCE:
+            for n, m in [(1, 1), (2, 2), (65, 65), (127, 131), (50, 170), (170, 50)]:
+                check(problem(n, m, visibility=CAUSAL, stretch=stretch), dtype)
+            check(problem(70, 90, heads=6, kv_heads=2, width=17, value_width=70, stretch=stretch), dtype)
+            check(
+                problem(100, 130, batch=2, softcap=2.0, bias=True, distance=True, visibility=CAUSAL, stretch=stretch),
+                dtype,
+                with_lse=True,
+            )
+            check(problem(90, 160, batch=3, visibility=MASKS["window"], lengths=[160, 95, 0], stretch=stretch), dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_gradients_equal_float64_through_clipped_weights_with_any_number_of_threads(
+    kv_heads: int, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    check(problem(150, 201, kv_heads=kv_heads, stretch=(-0.01, 3.0), visibility=CAUSAL), with_lse=True)
+
+
+def test_gradients_at_a_bound_of_the_clip_are_those_of_one_side() -> None:
+    # weights of 1 / 4: within the bounds, beyond the lower one and beyond the upper one, and at them, where rounding
+    # chooses the side for all of a query's weights
+    given = problem(1, 4, heads=1)
+    given.k[:] = given.k[:, :, :1]
+    grad_out = torch.randn(1, 1, 1, 16).double()
+
+    def gradient(engine: Any, dtype: torch.dtype, *stretch: float) -> Tensor:
+        return replace(given, stretch=stretch).run(engine, dtype, grad_out, None)["k"].double()
+
+    for at, inside, outside in (((-1.0, 3.0), (-0.99, 3.0), (-1.01, 3.0)), ((0.0, 4.0), (0.0, 3.99), (0.0, 4.01))):
+        sides = [gradient(eager, torch.float64, *stretch) for stretch in (inside, outside)]
+        assert sides[0].abs().max() > 0.1 and (sides[1] == 0).all()
+        for side, stretch in zip(sides, (inside, outside), strict=True):
+            torch.testing.assert_close(gradient(native, torch.float32, *stretch), side, atol=1e-5, rtol=1e-5)
+        found = gradient(native, torch.float32, *at)
+        assert min((found - side).abs().max() / sides[0].abs().max() for side in sides) < 0.01
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_a_weight_of_almost_one_has_almost_no_gradient(instruction_set: str) -> None:
+    # rounding decides whether its stretched weight exceeds 1, and must decide it the same way throughout
+    n = 64
+    given = problem(n, width=n, heads=1, scale=1.0, stretch=(-0.1, 1.0))
+    given.k[:] = torch.eye(n).double()
+    given.q[:] = torch.eye(n).double() * torch.linspace(15, 25, n).double()[:, None]
+    grad_out = torch.randn(1, 1, n, n, dtype=torch.float64)
+    wanted = given.run(eager, torch.float64, grad_out, None)
+    with library.using_instruction_set(instruction_set):
+        found = given.run(native, torch.float32, grad_out, None)
+    # a weight has an error of 1e-6 here, half of a last place of its score
+    made_of = 25 * 1.1 * (grad_out @ given.v.mT).abs().max()
+    for name in "qk":
+        assert (found[name] - wanted[name]).abs().max() <= 3e-6 * made_of, name
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 1, 1), (2, 1, 100, 1), (2, 3, 1, 130), (1, 3, 100, 130)])
 def test_a_bias_that_broadcasts_has_the_sum_of_its_pairs_gradients(
     shape: tuple[int, ...], instruction_set: str
@@ -288,9 +372,13 @@ def test_queries_that_see_nothing_have_no_gradient() -> None:
     found = given.run(native, torch.float32, grad_out, None)
     assert (found["q"][:, :, :50] == 0).all()
     assert all(torch.isfinite(x).all() for x in found.values())
-    nothing = problem(20, 30, visibility=Visibility(left=0), lengths=[0], batch=1)
-    for gradient in nothing.run(native, torch.float32, grad_out[:, :, :20], None).values():
-        assert (gradient == 0).all()
+    clipped = problem(90, 40, visibility=CAUSAL, stretch=(-0.01, 1.5)).run(native, torch.float32, grad_out, None)
+    assert (clipped["q"][:, :, :50] == 0).all()
+    assert all(torch.isfinite(x).all() for x in clipped.values())
+    for stretch in (None, (-0.01, 1.5)):
+        nothing = problem(20, 30, visibility=Visibility(left=0), lengths=[0], batch=1, stretch=stretch)
+        for gradient in nothing.run(native, torch.float32, grad_out[:, :, :20], None).values():
+            assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -344,12 +432,13 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else() -> None:
 
 def test_the_same_gradients_every_time() -> None:
     torch.set_num_threads(3)
-    given = problem(300, heads=2, visibility=CAUSAL, distance=True, sink=True)
-    grad_out = torch.randn(1, 2, 300, 16)
-    first = given.run(native, torch.float32, grad_out, None)
-    for _ in range(5):
-        again = given.run(native, torch.float32, grad_out, None)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    for options in ({"sink": True}, {"stretch": (-0.01, 1.5)}):
+        given = problem(300, heads=2, visibility=CAUSAL, distance=True, **options)
+        grad_out = torch.randn(1, 2, 300, 16)
+        first = given.run(native, torch.float32, grad_out, None)
+        for _ in range(5):
+            again = given.run(native, torch.float32, grad_out, None)
+            assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_gradients_of_gradients_are_refused() -> None:
@@ -372,8 +461,9 @@ class Recorded(TorchDispatchMode):
         return op(*arguments, **(options or {}))
 
 
-def test_the_backward_op_passes_opcheck() -> None:
-    given = problem(9, batch=2, sink=True, bias=True, distance=True, lengths=[9, 5], visibility=CAUSAL)
+@pytest.mark.parametrize("options", [{"sink": True}, {"stretch": (-0.05, 1.5)}])
+def test_the_backward_op_passes_opcheck(options: dict[str, Any]) -> None:
+    given = problem(9, batch=2, bias=True, distance=True, lengths=[9, 5], visibility=CAUSAL, **options)
     with Recorded() as recorded:
         given.run(native, torch.float32, torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9))
     detached = [x.detach() if isinstance(x, Tensor) else x for x in recorded.arguments]

@@ -35,7 +35,7 @@ def decode(
     limits = attention._limits(visibility or Visibility())
     arguments, kept = attention._arguments(
         q, k, v, queries, keys, 0, limits, None, 0, scale or q.shape[3] ** -0.5, 0, 0.0, softcap, sink, bias, distance,
-        zero, out, lse,
+        zero, [], out, lse,
     )  # fmt: skip
     library.call(attention.AttentionDecode(forward=ctypes.addressof(arguments)))
     del kept
