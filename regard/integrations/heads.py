@@ -24,7 +24,11 @@ def check_swappable(card: Mechanism) -> None:
         reason = f"is a {card.kind.value}, which has no queries, keys and values of a head"
     elif card.prepare is not None:
         reason = "inserts tokens into its input"
-    elif "n" not in card.inputs.get("q", "") or not {"k", "v"} <= set(card.inputs):
+    elif lacking := [
+        what for name, what in (("q", "queries"), ("k", "keys"), ("v", "values")) if name not in card.inputs
+    ]:
+        reason = f"takes no {' and no '.join(lacking)} and would drop the model's"
+    elif "n" not in card.inputs["q"]:
         reason = "learns its own query and would drop the model's"
     elif card.module is not None:
         reason = "is a layer of its own, which makes keys of its earlier inputs"

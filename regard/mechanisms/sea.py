@@ -504,16 +504,17 @@ def _by_rows(
     """
     n = totals.shape[1]
     size = max(1, NUMBERS_AT_ONCE // max(numbers, 1))
-    if size >= n:
-        return compute(totals, *whole, *by_query)
-    parts = []
-    for start in range(0, n, size):
-        rows = slice(start, start + size)
-        inputs = (totals[:, rows], *whole, *(x[:, :, rows] for x in by_query))
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(compute(*inputs))
+    with without_autocast(totals.device):  # all of it is in float32 at least
+        if size >= n:
+            return compute(totals, *whole, *by_query)
+        parts = []
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            inputs = (totals[:, rows], *whole, *(x[:, :, rows] for x in by_query))
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(compute(*inputs))
     return tuple(torch.cat(found, 2) for found in zip(*parts, strict=True))
 
 

@@ -217,10 +217,12 @@ def _read_file(path: Path, name: str, field: str) -> list[Document]:
     text = text.removeprefix(b"\xef\xbb\xbf")
     reason = _why_not_text(text)
     if reason:
+        wide = text.startswith((b"\xff\xfe", b"\xfe\xff"))
+        encoding = "UTF-16" if wide else "LATIN1"
         raise Unsupported(
             f"{path}, which is not UTF-8 text ({reason})",
             supported="UTF-8 text; decompress or convert it first",
-            nearest=f"iconv -t UTF-8 {path.name}" if b"\0" not in text else "",
+            nearest=f"iconv -f {encoding} -t UTF-8 {path.name}" if wide or b"\0" not in text else "",
         )
     if path.suffix.lower() in JSON_LINES:
         return _parse_json_lines(text, path, name, field)

@@ -361,9 +361,16 @@ def _choose(
                 nearest=f"time={found[0]}" if found else "",
             )
         time = found[0]
+    if not table.is_named(time):
+        raise Unsupported(
+            f"{table.name}, whose first line holds the time {time!r}", supported="a first line that names the columns"
+        )
     if target is None:
         taken = {time, groups, *known, *past}
         found = [name for name in table.numeric_columns() if name not in taken]
+        others = [name for name in table.columns if name not in taken]
+        if not found and len(others) == 1:
+            found = others  # reading its numbers says which cell is none
         if len(found) != 1:
             raise Unsupported(
                 f"a table with {len(found) or 'no'} columns that could be the target",

@@ -174,7 +174,7 @@ def _load(data: Any, validation: Any, size: int | None, channels: int | None) ->
         return _load_fashion_mnist()
     if not folder.is_dir():
         wrong = "is not a folder" if folder.exists() else "does not exist"
-        near = closest(str(data), NAMED) or nearest_path(folder)
+        near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))
         raise Unsupported(f"data={data} for images, which {wrong}", supported=_SUPPORTED, nearest=near)
     if not is_classes:
         return _load_idx(folder, folder.name, tuple("0123456789"))
@@ -261,7 +261,7 @@ def _load_folders(folder: Path, validation: Path | None, size: int, channels: in
             raise Unsupported(
                 f"validation={validation}, which is not a folder",
                 supported="a folder like data",
-                nearest=nearest_path(validation),
+                nearest="" if validation.exists() else nearest_path(validation),
             )
         others, more, their_labels, more_notes = _list_folders(validation)
         if others != classes:

@@ -39,6 +39,7 @@ _EMPTY = frozenset({"", "na", "n/a", "nan", "null", "none"})
 _DELIMITERS = ",\t;|"
 _SNIFFED = 1 << 16
 _LONGEST_FIELD = 1 << 30
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 _FIRST_SECONDS, _FIRST_MILLISECONDS, _LAST_MILLISECONDS = 10**8, 10**11, 10**14
 
 
@@ -70,13 +71,17 @@ class Table:
         """
         if str(name) not in self.columns:
             near = closest(str(name), self.columns)
-            unnamed = any(_number(column) is not None or _time(column) is not None for column in self.columns)
+            unnamed = not all(map(self.is_named, self.columns))
             raise Unsupported(
                 f"{option}={name}, which is no column of {self.name}",
                 supported=", ".join(self.columns),
                 nearest=f"{option}={near}" if near else "a first line that names the columns" if unnamed else "",
             )
         return self.columns[str(name)]
+
+    def is_named(self, column: str) -> bool:
+        """Whether a column's name is no number or time, as a cell would be where the first line is data."""
+        return _number(column) is None and _time(column) is None
 
     def left_out(self, kept: Sequence[bool], lacking: str) -> list[str]:
         """A note on the rows that are not kept, if any, for lack of something."""
@@ -144,12 +149,13 @@ class Table:
         return found
 
     def numeric_columns(self) -> list[str]:
-        """Names of the columns that hold numbers and perhaps empty cells."""
-        return [
-            name
-            for name, cells in self.columns.items()
-            if all(_number(c) is not None for c in cells) and any(_number(c) == _number(c) for c in cells)
-        ]
+        """Names of the columns whose cells are mostly numbers, empty ones aside: :meth:`numbers` says which are not."""
+        found = []
+        for name, cells in self.columns.items():
+            numbers = [number for number in map(_number, cells) if number is None or number == number]
+            if 2 * sum(number is not None for number in numbers) > len(numbers):
+                found.append(name)
+        return found
 
     def time_columns(self) -> list[str]:
         """Names of the columns whose cells are mostly dates and times, seconds since 1970 aside."""
@@ -386,7 +392,7 @@ def _import(name: str) -> Any:
 
 
 def _number(cell: Any) -> float | None:
-    """nan for an empty cell, None for what is no finite number."""
+    """nan for an empty cell, None for what is no finite number in float32."""
     if cell is None:
         return np.nan
     if isinstance(cell, str):
@@ -400,7 +406,7 @@ def _number(cell: Any) -> float | None:
         number = float(cell)
     except (ValueError, OverflowError):
         return None
-    return None if np.isinf(number) else number
+    return None if abs(number) > _LARGEST_NUMBER else number
 
 
 def _time(cell: Any) -> datetime | None:

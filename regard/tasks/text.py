@@ -18,6 +18,7 @@ from regard.tasks.documents import (
     printable,
     read_documents,
     read_standard_library,
+    shortened,
 )
 from regard.tasks.protocol import (
     SPLIT,
@@ -30,10 +31,15 @@ from regard.tasks.protocol import (
     counter_generator,
     in_batches,
 )
+from regard.tasks.sampling import spread
 from regard.tasks.tokenizer import BYTES, create_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+PART = 128
+LOOKED_UP = 64
+"""Parts of that many bytes of a validation file that are looked up in the training text."""
 
 
 class TextTask(Task):
@@ -46,7 +52,8 @@ class TextTask(Task):
     Args:
         data: a text file, a folder, JSON lines or a list of them (see :mod:`regard.tasks.documents`); the sources of
             Python's standard library when None.
-        validation: held-out data, given explicitly in the same ways; what it shares with `data` is not trained on.
+        validation: held-out data, given explicitly in the same ways; documents that it shares with `data` are not trained
+            on, and of shared parts of documents there is a note.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training documents) or a saved ``.json``.
         length: tokens of a window, 1 to 1048576.
         field: of JSON lines that holds the text.
@@ -151,6 +158,23 @@ class TextTask(Task):
             )
         if shared:
             self._notes.append(overlap_note(len(shared), "documents", validation, shared[0].name))
+        self._note_known_parts(validation)
+
+    def _note_known_parts(self, validation: Paths) -> None:
+        """Say how much of the held-out text stands in a training document too, though the documents differ."""
+        parts = [
+            document.text[start : start + PART]
+            for document in self.held_out_documents
+            for start in range(0, len(document.text) - PART + 1, PART)
+        ]
+        looked_up = [parts[i] for i in spread(len(parts), LOOKED_UP)]
+        known = [part for part in looked_up if any(part in document.text for document in self.training_documents)]
+        if known:
+            self._notes.append(
+                f"{len(known)} of {len(looked_up)} parts of the held-out data ({names_of(validation)}) stand word for "
+                "word in the training data and are trained on: the score is not that of new text; the first: "
+                + shortened(known[0].decode(errors="replace"))
+            )
 
     def _check_length(self) -> None:
         shorter = min(("training", self._training), ("held-out", self._held_out), key=lambda part: len(part[1]))

@@ -93,7 +93,7 @@ def check_device(device: str) -> None:
 
 
 ROOM = 1 << 14
-"""Tokens that timing may decode after a prompt, in a layer with a greatest length."""
+"""Tokens that may be decoded after a prompt, in a layer that has a greatest length and is made for the prompt."""
 
 
 class LayerWork:

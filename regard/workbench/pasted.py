@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern
-from regard.workbench.layer_work import LayerSettings
+from regard.workbench.layer_work import ROOM, LayerSettings
 from regard.workbench.subjects import Subject
 
 VOCABULARY = 256
@@ -18,7 +18,8 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         length: of the input in the example.
     """
     card, pattern = get_mechanism(name), settings.pattern
-    options = {"pattern": pattern.value, **settings.options(card)}
+    longest = {"length": length + ROOM * (use == "serve")} if card.length == "max" else {}
+    options = {"pattern": pattern.value, **settings.options(card), **longest}
     listed = "".join(f", {key}={_quoted(value)}" for key, value in options.items())
     where = "" if settings.device == "cpu" else f", device={_quoted(settings.device)}"
     kind = "" if settings.dtype == "float32" else f", dtype=torch.{settings.dtype}"
@@ -61,11 +62,17 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         lines.append(f"y = layer({', '.join(arguments)}).output")
     if use == "train":
         lines.append("y.sum().backward()")
-    return "\n".join([*lines, *_model(name, settings, length, moved, where, grid)]) + "\n"
+    return "\n".join([*lines, *_model(name, settings, length, longest, moved, where, grid)]) + "\n"
 
 
 def _model(
-    name: str, settings: LayerSettings, length: int, moved: str, where: str, grid: tuple[int, ...] | None
+    name: str,
+    settings: LayerSettings,
+    length: int,
+    longest: dict[str, int],
+    moved: str,
+    where: str,
+    grid: tuple[int, ...] | None,
 ) -> list[str]:
     """Lines for a model; there is none of noncausal cross attention, and only language models insert tokens."""
     causal, cross = settings.pattern.causal, settings.pattern.cross
@@ -79,7 +86,8 @@ def _model(
         vocabulary += f", memory_vocab_size={VOCABULARY}"
     elif not causal:
         vocabulary = f"num_classes=2, {vocabulary}"
-    sizes = f"{vocabulary}, dim={settings.dim}, {'cross_plan' if cross else 'plan'}={_quoted(name)}"
+    plan = f"[({_quoted(name)}, {longest})] * 4" if longest else _quoted(name)
+    sizes = f"{vocabulary}, dim={settings.dim}, {'cross_plan' if cross else 'plan'}={plan}"
     sizes += f", num_heads={settings.heads}"
     if settings.head_dim is not None:
         sizes += f", head_dim={settings.head_dim}"

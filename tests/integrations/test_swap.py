@@ -172,6 +172,8 @@ def test_padding_has_no_effect_after_a_swap():
     [
         ("mamba", "is a mixer"),
         ("aaren", "learns its own query"),
+        ("reformer", "takes no keys and would drop"),
+        ("synthesizer", "takes no queries and no keys and would drop"),
         ("landmark", "inserts tokens"),
         ("low_rank_pooling", "is a pooling"),
         ("mixture_of_heads", "is a wrapper"),

@@ -275,6 +275,27 @@ def test_without_a_teacher_the_map_learns_from_the_exact_scores():
         assert not sea_attention(q, k, v, e, return_state=True, **call).losses
 
 
+@pytest.mark.parametrize("numbers", [1, 1 << 30])
+@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
+def test_it_trains_under_autocast(pattern, numbers, monkeypatch):
+    monkeypatch.setattr(sea, "NUMBERS_AT_ONCE", numbers)
+    torch.manual_seed(0)
+    layer = create_layer("sea", 32, 2, pattern=pattern)
+    x = torch.randn(2, 20, 32)
+
+    def run():
+        total, count = layer(x).losses["distillation"]
+        loss = total / count
+        return loss, torch.autograd.grad(loss, [p for p in layer.parameters() if p.requires_grad], allow_unused=True)
+
+    exact, gradients = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, found = run()
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0)
+    assert all(bool(g.isfinite().all()) for g in found if g is not None)
+    assert [g is None for g in found] == [g is None for g in gradients]
+
+
 def test_jitter_moves_tokens_in_training_only_and_repeats_with_the_generator():
     inputs = sample(40, pixels=8)
     plain = sea_attention(*inputs, top_k=2)

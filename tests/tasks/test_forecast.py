@@ -227,6 +227,27 @@ def test_time_and_target_are_found_when_there_is_only_one(tmp_path):
     assert "forecast: load of a.csv, an hour apart, 1 series, 300 points" in task.describe()
 
 
+@pytest.mark.parametrize(
+    ("cell", "told"), [("12 MW", r"the column load has '12 MW'"), ("1,5", r"a decimal point: 1\.5")]
+)
+def test_a_word_in_the_only_column_of_numbers_is_said_with_its_line(tmp_path, cell, told):
+    rows = [[row[0], f'"{cell}"' if i == 40 or "," in cell else row[1]] for i, row in enumerate(rows_of(300))]
+    with pytest.raises(Unsupported, match=r"a\.csv, line \d+, where .*" + told):
+        create_task("forecast", data=save(tmp_path / "a.csv", rows, ("when", "load")), history=24, length=6)
+
+
+def test_a_column_of_numbers_with_a_word_stays_a_candidate_for_the_target(tmp_path):
+    rows = [[row[0], "?" if i == 40 else row[1], row[2]] for i, row in enumerate(rows_of(300))]
+    with pytest.raises(Unsupported, match=r"2 columns that could be the target.*load, wind"):
+        create_task("forecast", data=save(tmp_path / "a.csv", rows, ("when", "load", "wind")))
+
+
+def test_a_first_line_of_data_is_not_taken_for_names(tmp_path):
+    first, *rows = [[row[0], row[1]] for row in rows_of(300)]
+    with pytest.raises(Unsupported, match=r"a\.csv, whose first line holds the time '2024-01-01 00:00:00'"):
+        create_task("forecast", data=save(tmp_path / "a.csv", rows, first))
+
+
 def test_validation_file_is_what_is_held_out_and_what_it_shares_is_not_trained_on(tmp_path):
     rows = rows_of(1000)
     training, later = save(tmp_path / "a.csv", rows[:900]), save(tmp_path / "b.csv", rows[700:])

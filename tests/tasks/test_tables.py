@@ -153,6 +153,13 @@ def test_columns_of_times_are_found_though_a_cell_is_broken_and_numbers_are_none
     assert table.numeric_columns() == ["a"]
 
 
+@pytest.mark.parametrize("cell", ["inf", "-1e39", "1e400"])
+def test_a_number_beyond_float32_is_refused_with_its_line(tmp_path, cell):
+    table = read_table(write(tmp_path / "a.csv", f"t,x\n2024-01-01,0\n2024-01-02,{cell}\n"))
+    with pytest.raises(Unsupported, match=r"a.csv, line 3, where the column x has"):
+        table.numbers("x", "target")
+
+
 @pytest.mark.parametrize("cell", ["2024-02-30", "31.12.2024", "12", "monday", "", "20240101"])
 def test_what_is_no_time_is_refused_with_its_line(tmp_path, cell):
     table = read_table(write(tmp_path / "a.csv", f"t,x\n2024-01-01,0\n{cell},1\n"))

@@ -140,6 +140,18 @@ def test_repeated_documents_count_once(corpus):
     assert "1 repeated documents left out" in task.describe()
 
 
+def test_held_out_text_that_stands_in_a_training_document_is_noted(tmp_path):
+    book, new = words(2000, 0), words(2000, 1)
+    training = write(tmp_path / "book.txt", book.encode())
+    told = "parts of the held-out data (held.txt) stand word for word in the training data"
+    half = create_task("text", data=training, validation=write(tmp_path / "held.txt", (book[3000:8000] + new).encode()))
+    (note,) = [line for line in half.describe().splitlines() if told in line]
+    known, looked_up = (int(word) for word in note.split() if word.isdecimal() and int(word) <= 64)
+    assert known / looked_up == pytest.approx(5000 / (5000 + len(new)), abs=0.1)
+    apart = create_task("text", data=training, validation=write(tmp_path / "held.txt", new.encode()))
+    assert told not in apart.describe()
+
+
 def test_validation_inside_the_training_folder_is_not_trained_on(corpus):
     task = create_task("text", data=corpus, validation=corpus / "part1", length=16)
     held_out = {d.text for d in task.held_out_documents}
@@ -241,7 +253,12 @@ WRONG = {
     "empty": (lambda t: write(t / "e.txt", b""), "holds no text"),
     "blank": (lambda t: write(t / "e.txt", b" \n\n"), "holds no text"),
     "binary": (lambda t: write(t / "b.txt", b"ab\0cd"), "a zero byte at offset 2"),
-    "latin": (lambda t: write(t / "l.txt", "caf\xe9 au lait".encode("latin-1")), "byte 0xe9 at offset 3", "iconv"),
+    "latin": (
+        lambda t: write(t / "l.txt", "caf\xe9 au lait".encode("latin-1")),
+        "byte 0xe9 at offset 3",
+        "iconv -f LATIN1",
+    ),
+    "utf-16": (lambda t: write(t / "u.txt", "hello".encode("utf-16")), "not UTF-8", "iconv -f UTF-16"),
     "empty folder": (lambda t: folder(t / "f"), "holds no text"),
     "folder of others": (lambda t: write(folder(t / "f") / "a.bin", b"x").parent, "other files: .bin: 1"),
     "binary in folder": (lambda t: write(folder(t / "f") / "a.txt", b"\0").parent, "a.txt, which is not UTF-8"),

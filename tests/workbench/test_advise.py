@@ -295,8 +295,22 @@ def test_the_pasted_layer_is_the_measured_one():
         settings = LayerSettings(**SMALL)
         scope = {}
         exec(code_for(name, settings, "infer", 12), scope)
-        measured = LayerWork(get_mechanism(name), settings).layer
-        assert str(measured) == str(scope["layer"])
+        measured = LayerWork(get_mechanism(name), settings)
+        measured.action("forward", 12)
+        assert str(measured.layer) == str(scope["layer"])
+        shapes = [[p.shape for p in layer.parameters()] for layer in (measured.layer, scope["layer"])]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("use", ["infer", "serve"])
+@pytest.mark.parametrize("pattern", [p for p in Pattern if p is not Pattern.NONCAUSAL_CROSS])
+def test_what_is_to_be_pasted_runs_beyond_the_default_of_a_greatest_length(pattern, use):
+    limited = [name for name in mixing(pattern) if get_mechanism(name).length == "max"]
+    assert limited
+    for name in limited:
+        settings, card = LayerSettings(pattern, **SMALL), get_mechanism(name)
+        if use == "infer" or LayerWork(card, settings).decodes:
+            exec(code_for(name, settings, use, (card.options().length or 0) + 6), {})
 
 
 def test_the_check_finds_the_errors_of_predictions():
