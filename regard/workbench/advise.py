@@ -262,7 +262,12 @@ def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
         else:
             chosen.append(name)
     if not chosen:
-        raise Unsupported("no candidate is left", supported="other mechanisms, fewer exclusions", nearest=REFERENCE)
+        why = "; ".join(f"{name} {reason}" for name, reason in rejected.items())
+        raise Unsupported(
+            f"advice with no candidate left ({why or 'none was named'})",
+            supported="other mechanisms, fewer exclusions",
+            nearest=REFERENCE,
+        )
     return chosen, rejected
 
 
