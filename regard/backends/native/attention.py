@@ -162,6 +162,8 @@ def refuses(
         return "it does not store the weights"
     if stretch is not None and sink is not None:
         return "it does not clip weights beside a sink"
+    if stretch is not None and q.shape[2] < DECODED and k.shape[2] >= LONG:
+        return f"its kernel for few queries on {LONG} keys or more does not clip weights"
     if position_bias is not None and not isinstance(position_bias, DistanceBias):
         return "it takes position biases by distance alone (regard.visibility.DistanceBias)"
     heads, kv_heads = q.shape[1], k.shape[1]
