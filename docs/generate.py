@@ -83,7 +83,7 @@ def mechanism_page(card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[s
         _verified(card, cells),
         *(part for one in reproduced if card.name in one["mechanisms"] for part in _reproduced(one)),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _page(part for part in parts if part)
 
 
 def docstring_to_markdown(text: str) -> str:
@@ -389,7 +389,7 @@ def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None)
                 [v if isinstance(v, str) else "" if v is None else f"{v:.3g}" for v in r.values()] for r in one["table"]
             ]
             parts.append(_table(tuple(one["table"][0]), rows))
-    return "\n\n".join(parts) + "\n"
+    return _page(parts)
 
 
 def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
@@ -405,7 +405,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         "`regard verify` measures the same on your machine.",
     ]
     if data is None:
-        return "\n\n".join([*head, "Not measured in this build of the pages: `make matrix` does it."]) + "\n"
+        return _page([*head, "Not measured in this build of the pages: `make matrix` does it."])
     cells: Cells = data["cells"]
     shown = [name for name in names if any(c["mechanism"] == name for c in cells)]
     measured = data.get("measured")
@@ -444,7 +444,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         if waived
         else "None.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return _page(parts)
 
 
 def _mark(cells: Cells) -> str:
@@ -469,7 +469,7 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
         "lengths go from 256 to 16,384, or to the longest whose storage by the card stays below 2 GiB.",
     ]
     if data is None:
-        return "\n\n".join([*parts, "Not measured in this build of the pages: `make scaling` does it."]) + "\n"
+        return _page([*parts, "Not measured in this build of the pages: `make scaling` does it."])
     rows, refused = [], []
     for name, found in data["mechanisms"].items():
         if "refused" in found:
@@ -485,7 +485,7 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
     parts += [f"Measured with {data['measured']}.", _table(headings, rows)]
     if refused:
         parts += ["## Not measured", "\n".join(refused)]
-    return "\n\n".join(parts) + "\n"
+    return _page(parts)
 
 
 def ranking_page(data: Mapping[str, Any] | None) -> str:
@@ -498,7 +498,7 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
         "what the paired comparison cannot separate from the best.",
     ]
     if data is None:
-        return "\n\n".join([*parts, "Not measured in this build of the pages: `make ranking` does it."]) + "\n"
+        return _page([*parts, "Not measured in this build of the pages: `make ranking` does it."])
     facts = [f"- {key}: {value}" for key, value in data["settings"].items()]
     parts += [f"Measured with {data['measured']}.", "\n".join([f"- budget of a run: {data['budget']}", *facts])]
     at = data["settings"]["table and picture at"]
@@ -525,7 +525,7 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
         rule = data["baselines"].get(task)
         if rule:
             parts.append(f"Without training, {rule['name']} scores {rule['score']:.4g}.")
-    return "\n\n".join(parts) + "\n"
+    return _page(parts)
 
 
 def _ranked(place: int, entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -571,7 +571,7 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
                 (f"`{entry['file'].removesuffix('.npz')}`", _source(entry), entry["call"], ", ".join(dtypes), shown)
             )
         parts += [f"## {owner}", _table(("recording", "code", "call", "dtype", "error"), rows)]
-    return "\n\n".join(parts) + "\n"
+    return _page(parts)
 
 
 def _parity(error: float | None) -> str:
@@ -600,6 +600,10 @@ def index_page(names: Iterable[str]) -> str:
         ]
         if rows:
             parts += [f"## {kind.value.capitalize()}", _table(("mechanism", "", "patterns"), rows)]
+    return _page(parts)
+
+
+def _page(parts: Iterable[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 

@@ -40,7 +40,8 @@ typedef struct {
   int64_t distances;
 } regard_score_biases;
 
-/* Softmax, clipped or not, has a log-sum-exp: of s (natural logarithm) over visible keys, without the sink; -inf where nothing is seen. */
+/* Softmax, clipped or not, has a log-sum-exp: of s (natural logarithm) over visible keys, without the sink; -inf where
+   nothing is seen. */
 typedef struct {
   int64_t size;
   int64_t threads;

@@ -40,26 +40,14 @@ class Operator:
         self._apply: Callable[..., Any] = self.overload
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _observed():
+        if _observed():
             return self.overload(*arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if _differentiated(arguments):
             return self._apply(*arguments)
-        if forward_ad._current_level >= 0:
-            return self._apply(*arguments)  # which refuses tangents; the dispatcher would drop them
-        if torch.autograd._profiler_enabled() or not all(map(_plain, arguments)):
+        if not _direct(arguments):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload(*arguments)
         return self._run(*arguments)  # what the dispatcher would come to
-
-    def runs_plainly(self, *arguments: Any) -> bool:
-        """Whether a call with these arguments comes to nothing but the function: nobody sees it or wants its gradient."""
-        return not (
-            _observed()
-            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
-            or forward_ad._current_level >= 0
-            or torch.autograd._profiler_enabled()
-            or not all(map(_plain, arguments))
-        )
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorates what makes empty results of the right shapes, dtypes and strides."""
@@ -85,13 +73,31 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda run: Operator(name, run)
 
 
+def runs_plainly(*arguments: Any) -> bool:
+    """Whether an operator's call comes to nothing but its function: nobody sees it or wants its gradient."""
+    return not _observed() and not _differentiated(arguments) and _direct(arguments)
+
+
+def _differentiated(arguments: tuple[Any, ...]) -> bool:
+    """Whether a gradient is recorded, or tangents may come, which operators refuse and the dispatcher would drop."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return True
+    return forward_ad._current_level >= 0
+
+
+def _direct(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would come to the function on the CPU, and no profiler wants to know of it."""
+    return not torch.autograd._profiler_enabled() and all(map(_plain, arguments))
+
+
 def _plain(argument: Any) -> bool:
     return not isinstance(argument, Tensor) or (type(argument) in PLAIN and argument.is_cpu)
 
 
 def _observed() -> bool:
-    """Whether something is to see the operator before its gradient is recorded: a mode, a transform, `torch.jit.trace`."""
-    return bool(
+    """Whether something is to see the operator before its gradient is recorded: a compiler, a mode, a transform,
+    `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None

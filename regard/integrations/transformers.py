@@ -91,12 +91,11 @@ def attention_forward(
         Unsupported: for a mask, bias, softcap or sink that the mechanism cannot honour.
     """
     n, m = query.shape[2], key.shape[2]
-    if mechanism == "softmax" and n == 1 and "regard" not in module._modules:
-        others = (attention_mask, position_bias, softcap, s_aux)
-        if not dropout and all(other is None for other in others):
-            output = decode(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling)
-            if output is not None:
-                return output.transpose(1, 2), None
+    plain = not dropout and all(x is None for x in (attention_mask, position_bias, softcap, s_aux))
+    if plain and n == 1 and mechanism == "softmax" and "regard" not in module._modules:
+        output = decode(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling)
+        if output is not None:
+            return output.transpose(1, 2), None
     attend, x, source = _attend_of(module, mechanism, softcap, query)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     crossing = source is not x

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,17 +98,8 @@ def compare(
         Unsupported: before any training, for a mechanism that a task's pattern or size rules out, a budget that is too
             small, or an output folder that cannot be written.
     """
-    say = say or (lambda _: None)
-    if not tasks:
-        raise Unsupported("a comparison on no tasks", supported="one task or more")
-    started = time.monotonic()
-    works = [Work(task, settings) for task in tasks]
-    output = Path(output)
-    with Store(output / "results.db", command=command) as store:
-        beginning = provenance.now()
-        plan(store, works, settings, started, say)
-        runner = _Runner(store, works, settings, output, watch or (lambda _: None), say, command or store.command)
-        return runner.run(beginning)
+    with _begun(tasks, settings, output, watch, say, command) as runner:
+        return runner.run()
 
 
 def train_share(
@@ -134,16 +126,33 @@ def train_share(
     Raises:
         Unsupported: as :func:`compare`, and for a share of another form.
     """
-    say = say or (lambda _: None)
     names = shard(settings.mechanisms, share)
+    with _begun(tasks, settings, output, watch, say, command) as runner:
+        runner.train_all(names)
+    return names
+
+
+@contextmanager
+def _begun(
+    tasks: Sequence[Task],
+    settings: CompareSettings,
+    output: str | Path,
+    watch: Watch | None,
+    say: Callable[[str], None] | None,
+    command: str | None,
+) -> Iterator[_Runner]:
+    """A comparison whose work is planned and whose store is open."""
+    if not tasks:
+        raise Unsupported("a comparison on no tasks", supported="one task or more")
+    say = say or (lambda _: None)
     started = time.monotonic()
     works = [Work(task, settings) for task in tasks]
     output = Path(output)
     with Store(output / "results.db", command=command) as store:
+        beginning = provenance.now()
         plan(store, works, settings, started, say)
-        runner = _Runner(store, works, settings, output, watch or (lambda _: None), say, command or store.command)
-        runner.train_all(names)
-    return names
+        watch = watch or (lambda _: None)
+        yield _Runner(store, works, settings, output, watch, say, command or store.command, beginning)
 
 
 class _Runner:
@@ -158,7 +167,9 @@ class _Runner:
         watch: Watch,
         say: Callable[[str], None],
         command: str,
+        started: str,
     ) -> None:
+        self.started = started
         self.store, self.works, self.settings, self.output = store, works, settings, output
         self.watch, self.say, self.command = watch, say, command
         self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "cost": [], "search": []}
@@ -172,14 +183,14 @@ class _Runner:
             for name in names
         )
 
-    def run(self, started: str) -> Outcome:
+    def run(self) -> Outcome:
         names = self.settings.mechanisms
         after = cost_seconds(self.works, self.settings)
         quality, searches = self.train_all(names, after)
         costs = self._costs()
         self.progress.done = self.progress.total
         self.watch(self.progress)
-        return self._conclude(started, quality, searches, costs)
+        return self._conclude(quality, searches, costs)
 
     def train_all(
         self, names: Sequence[str], after: float = 0.0
@@ -310,7 +321,6 @@ class _Runner:
 
     def _conclude(
         self,
-        started: str,
         quality: Mapping[str, list[dict[str, Any]]],
         searches: list[dict[str, Any]],
         costs: list[dict[str, Any]],
@@ -353,7 +363,7 @@ class _Runner:
             "budget": str(settings.budget),
             "settings": _described(self.works, settings),
             "descriptions": {work.task.name: work.task.describe() for work in self.works},
-            "started": started,
+            "started": self.started,
             "finished": provenance.now(),
             "recommendation": advice.as_dict(),
             "resolution": {t: c.resolution for t, c in comparisons.items() if math.isfinite(c.resolution)},

@@ -105,10 +105,15 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings, longest
     return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
 
 
+def _target(task: Task, settings: CompareSettings) -> int:
+    """The number of parameters of every model: that of softmax, or else of the first mechanism."""
+    measure = "softmax" if "softmax" in settings.mechanisms else settings.mechanisms[0]
+    return count_parameters(model_config(get_mechanism(measure), task, settings))
+
+
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
     """The settings' mechanisms that every task has a matched model for, and why not of the others."""
-    measure = "softmax" if "softmax" in settings.mechanisms else settings.mechanisms[0]
-    targets = [count_parameters(model_config(get_mechanism(measure), task, settings)) for task in tasks]
+    targets = [_target(task, settings) for task in tasks]
     kept, refused = [], {}
     for name in settings.mechanisms:
         try:
@@ -135,7 +140,7 @@ class Work:
         self.task, self.settings = task, settings
         cards = [get_mechanism(name) for name in settings.mechanisms]
         configs = {card.name: model_config(card, task, settings) for card in cards}
-        self.target = count_parameters(configs.get("softmax", next(iter(configs.values()))))
+        self.target = _target(task, settings)
         self.configs = {name: self._matched(name, config) for name, config in configs.items()}
         self.item_tokens = task.length + (task.memory_length or 0)
         self.batch_size = max(1, settings.batch_tokens // self.item_tokens)

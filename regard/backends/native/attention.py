@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.operators import operator
+from regard.backends.operators import operator, runs_plainly
 from regard.contract import BlockMask, Unsupported
 from regard.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, Visibility
 
@@ -25,6 +25,9 @@ RULES = ("softmax", "sigmoid", "relu", "relu_squared")
 
 CLIPPED = len(RULES)
 """The number of softmax with stretched and clipped weights."""
+
+WITH_LSE = (RULES.index("softmax"), CLIPPED)
+"""Numbers of the rules that have a log-sum-exp."""
 
 MOST_SLOTS = 1 << 30
 """Ranks are 32-bit numbers in the kernels."""
@@ -379,7 +382,7 @@ def _check_results(
     """Raise Unsupported for results and gradients that are not those of a call that :func:`_check` accepts."""
     by_query = tuple(q.shape[:3])
     by_feature = (*by_query, v.shape[3])
-    kept = by_query if rule in (0, CLIPPED) else (0,)
+    kept = by_query if rule in WITH_LSE else (0,)
     for name, x, shape, dtype in (
         ("grad_out", grad_out, by_feature, q.dtype),
         ("out", out, by_feature, q.dtype),
@@ -499,7 +502,7 @@ def _arguments(
 
 def _empty_lse(q: Tensor, rule: int) -> Tensor:
     batch, heads, n, _ = q.shape
-    return q.new_empty((batch, heads, n) if rule in (0, CLIPPED) else (0,), dtype=torch.float32)
+    return q.new_empty((batch, heads, n) if rule in WITH_LSE else (0,), dtype=torch.float32)
 
 
 @operator("attention")
@@ -569,7 +572,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
 
     In decoding, the general way through Python takes longer than the kernel.
     """
-    if torch.compiler.is_compiling() or not _attention.runs_plainly(q, k, v):
+    if not runs_plainly(q, k, v):
         return None
     batch, heads, n, width = q.shape
     _, kv_heads, m, value_width = v.shape
@@ -666,7 +669,7 @@ def _attention_backward(
         distance, distance_zero, stretch, out, lse,
     )  # fmt: skip
     grad_out = library.rows_contiguous(grad_out)
-    grad_lse = None if grad_lse is None or rule not in (0, CLIPPED) else grad_lse.contiguous()
+    grad_lse = None if grad_lse is None or rule not in WITH_LSE else grad_lse.contiguous()
     library.call(
         AttentionBackward(
             forward=ctypes.pointer(forward),

@@ -227,16 +227,19 @@ def test_clipped_weights_equal_the_definition_under_every_mask_and_option(instru
     assert (clipped > 5_000).all()  # at 0, at 1 and between
 
 
-@pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("stretch", STRETCHES)
-def test_clipped_weights_of_every_length_and_width_equal_the_definition(instructions, stretch):
-    pick = random.Random(str(stretch))
+def check_lengths_and_widths(instructions, pick, **options):
     with library.using_instruction_set(instructions):
         for n in (0, 1, 2, 7, 47, 48, 49, 63, 64, 65, 127, 193):
             for visibility in (Visibility(), CAUSAL):
-                problem = plain(n, pick.choice([8, 15, 64, 100, 256]), visibility=visibility, stretch=stretch)
+                problem = plain(n, pick.choice([8, 15, 64, 100, 256]), visibility=visibility, **options)
                 problem.v = torch.randn(1, 2, n, pick.choice([8, 13, 64, 72, 256]))
                 problem.check()
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("stretch", STRETCHES)
+def test_clipped_weights_of_every_length_and_width_equal_the_definition(instructions, stretch):
+    check_lengths_and_widths(instructions, random.Random(str(stretch)), stretch=stretch)
 
 
 @pytest.mark.parametrize("instructions", SETS)
@@ -267,13 +270,7 @@ def test_clipped_weights_without_a_stretch_are_those_of_softmax():
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("rule", native.RULES)
 def test_every_length_and_width_equals_the_definition(instructions, rule):
-    pick = random.Random(rule)
-    with library.using_instruction_set(instructions):
-        for n in (0, 1, 2, 7, 47, 48, 49, 63, 64, 65, 127, 193):
-            for visibility in (Visibility(), CAUSAL):
-                problem = plain(n, pick.choice([8, 15, 64, 100, 256]), visibility=visibility, rule=rule)
-                problem.v = torch.randn(1, 2, n, pick.choice([8, 13, 64, 72, 256]))
-                problem.check()
+    check_lengths_and_widths(instructions, random.Random(rule), rule=rule)
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (1, 300), (300, 1), (70, 130), (130, 70)])
