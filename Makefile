@@ -44,6 +44,7 @@ matrix: $(VENV)/.dev  ## Measure the verified matrix and the parity table of the
 	$(BIN)/python docs/measure.py
 
 reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hours, on an idle machine; goes on where it stopped
+	$(BIN)/python docs/measure.py restore
 	OMP_NUM_THREADS=1 $(BIN)/regard reproduce all
 	$(BIN)/python docs/measure.py reproductions
 

@@ -3,6 +3,7 @@
 python docs/measure.py                # matrix and parity
 python docs/measure.py matrix         # regard verify --json             -> verify.json
 python docs/measure.py parity         # the parity tests                 -> parity.json
+python docs/measure.py restore        # reproductions.json       -> runs/reproduce, so that its cells are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
 python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
@@ -30,6 +31,7 @@ from regard.contract import Mechanism, Pattern, Shape, Unsupported
 from regard.measurement.provenance import fingerprint
 from regard.measurement.statistics import growth_exponent
 from regard.measurement.store import Store
+from regard.reproductions import restore
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, profile
 
@@ -42,6 +44,7 @@ COMPARISONS = ("close", "assert_close", "relative_error")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 HEADS, WIDTH = 4, 64
 MOST_BYTES = 2 << 30
+REPRODUCED = Path("runs/reproduce/results.db")
 
 MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
 
@@ -118,15 +121,20 @@ def measure_matrix() -> None:
         raise SystemExit(f"{result['failures']} cells fail")
 
 
+def restore_reproductions() -> None:
+    """Cells that docs/data holds, into runs/reproduce: they need not be run again."""
+    published = json.loads((DATA / "reproductions.json").read_text())["reproductions"]
+    with Store(REPRODUCED) as store:
+        print(f"{restore(published, store)} published cells restored into {REPRODUCED}")
+
+
 def measure_reproductions() -> None:
     """Judge what `regard reproduce` has left in runs/reproduce; nothing is run here, since all of it takes hours."""
     command = [sys.executable, "-m", "regard", "reproduce", "all", "--table", "--json"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    _write(
-        "reproductions.json",
-        {"measured": f"{MEASURED}, {fingerprint()['cpu']}", **json.loads(found.stdout)},
-        "reproductions",
-    )
+    result = json.loads(found.stdout)
+    machines = sorted({cell["machine"] for one in result["reproductions"] for cell in one["cells"]})
+    _write("reproductions.json", {"measured": f"{MEASURED}; {' and '.join(machines)}", **result}, "reproductions")
 
 
 def measure_ranking() -> None:
@@ -201,6 +209,7 @@ def main() -> None:
     measures = {
         "parity": measure_parity,
         "matrix": measure_matrix,
+        "restore": restore_reproductions,
         "reproductions": measure_reproductions,
         "scaling": measure_scaling,
         "ranking": measure_ranking,

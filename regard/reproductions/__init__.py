@@ -5,7 +5,7 @@ from __future__ import annotations
 from regard.reproductions.framework.catalogue import get_reproduction, list_reproductions
 from regard.reproductions.framework.judging import Check, Finding, Outcome, Verdict
 from regard.reproductions.framework.protocol import Cell, Reproduction
-from regard.reproductions.framework.runs import collect, plan, run
+from regard.reproductions.framework.runs import collect, plan, restore, run
 
 __all__ = [
     "Cell",
@@ -18,5 +18,6 @@ __all__ = [
     "get_reproduction",
     "list_reproductions",
     "plan",
+    "restore",
     "run",
 ]

@@ -1,6 +1,7 @@
 """The frame of the reproductions: cells, shards, resumption, verdicts. None of the experiments is run here."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -105,6 +106,24 @@ def test_rows_of_another_protocol_do_not_count(example, tmp_path, monkeypatch):
         changed = {**get_reproduction("example").settings, "bad": {"name": "bad", "score": 0.6}}
         object.__setattr__(get_reproduction("example"), "settings", changed)
         assert collect(["example"], store, 2)[0]["missing"] == ["bad 0", "bad 1"]
+
+
+def test_published_cells_are_not_run_again(example, tmp_path):
+    cells = plan(["example"], 2)
+    with Store(tmp_path / "here.db") as store:
+        run(cells, store)
+        published = json.loads(json.dumps(collect(["example"], store, 2)))
+    published[0]["cells"][0]["machine"] = "another"
+    gone = {**published[0]["cells"][0], "setting": "gone"}
+    published[0]["cells"].append(gone)
+    older = {**published[0], "protocol": 0}
+    with Store(tmp_path / "there.db") as store:
+        assert runs.restore([older, {"name": "no more", "protocol": 1}], store) == 0
+        assert runs.restore(published, store) == len(cells)
+        assert runs.restore(published, store) == 0
+        assert run(cells, store) == {}
+        published[0]["cells"].remove(gone)
+        assert collect(["example"], store, 2) == published
 
 
 def test_a_cell_is_a_function_of_setting_and_seed_and_leaves_the_random_state(example):

@@ -13,10 +13,12 @@ import torch
 from regard.contract import Unsupported
 from regard.measurement.store import Store
 from regard.reproductions.framework.catalogue import get_reproduction
-from regard.reproductions.framework.judging import Measurements, Verdict
+from regard.reproductions.framework.judging import Measurements
 from regard.reproductions.framework.protocol import Cell, Reproduction, Setting
 
 KIND = "reproduction"
+_OF_A_CELL = ("setting", "seed", "machine")
+"""What `collect` says of a cell besides its measurements."""
 
 
 def plan(names: Sequence[str], seeds: int | None = None, *, timings: bool | None = None) -> list[Cell]:
@@ -90,8 +92,9 @@ def run(
 def collect(names: Sequence[str], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:
     """What a store holds of reproductions, with verdicts, as JSON could say it; nothing is run.
 
-    Of each: name, mechanisms, paper, claim, instead, outcome, findings, cells (done, planned, missing), the measurements
-    of its cells and the rows of its table, where it has one. Seeds beyond the plan count too where the store has them.
+    Of each: name, mechanisms, paper, claim, instead, outcome, findings, cells (done, planned, missing), its protocol, the
+    measurements and the machine of each of its cells and the rows of its table, where it has one. Seeds beyond the plan
+    count too where the store has them.
     """
     rows = [] if store is None else store.rows(KIND)
     found = []
@@ -101,22 +104,50 @@ def collect(names: Sequence[str], store: Store | None, seeds: int | None = None)
         own = {row.key["seed"] for row in rows if row.key["reproduction"] == name}
         cells = [Cell(name, setting, seed) for seed in sorted(own) for setting in reproduction.settings]
         measured: dict[tuple[str, int], Measurements] = {}
+        machines: dict[tuple[str, int], str] = {}
         for cell in dict.fromkeys([*planned, *cells]):
             row = None if store is None else store.get(KIND, key(cell))
             if row is not None:
                 measured[cell.setting, cell.seed] = row.payload["measured"]
+                machines[cell.setting, cell.seed] = row.payload.get("machine") or row.machine["cpu"]
         missing = [cell for cell in planned if (cell.setting, cell.seed) not in measured]
-        found.append(_record(reproduction, reproduction.judge(measured), measured, len(planned), missing))
+        found.append(_record(reproduction, measured, machines, len(planned), missing))
     return found
+
+
+def restore(records: Sequence[Mapping[str, Any]], store: Store) -> int:
+    """Put the cells of what `collect` told back into a store, with the machine that each was measured on.
+
+    Cells of another protocol, and settings or reproductions that are no more, are left out; cells that the store has
+    stay as they are.
+
+    Returns:
+        How many cells were put.
+    """
+    put = 0
+    for record in records:
+        try:
+            reproduction = get_reproduction(record["name"])
+        except Unsupported:
+            continue
+        if (reproduction.name, reproduction.protocol) != (record["name"], record["protocol"]):
+            continue
+        for told in record["cells"]:
+            measured = {name: value for name, value in told.items() if name not in _OF_A_CELL}
+            if told["setting"] in reproduction.settings:
+                cell = Cell(reproduction.name, told["setting"], told["seed"])
+                put += store.put(KIND, key(cell), {"measured": measured, "machine": told["machine"]})
+    return put
 
 
 def _record(
     reproduction: Reproduction,
-    verdict: Verdict,
     measured: Mapping[tuple[str, int], Measurements],
+    machines: Mapping[tuple[str, int], str],
     planned: int,
     missing: Sequence[Cell],
 ) -> dict[str, Any]:
+    verdict = reproduction.judge(measured)
     findings = [dataclasses.asdict(f) for f in verdict.findings]
     return {
         "name": reproduction.name,
@@ -129,6 +160,7 @@ def _record(
         "done": planned - len(missing),
         "planned": planned,
         "missing": [f"{cell.setting} {cell.seed}" for cell in missing],
-        "cells": [{"setting": s, "seed": n, **m} for (s, n), m in measured.items()],
+        "protocol": reproduction.protocol,
+        "cells": [{"setting": s, "seed": n, "machine": machines[s, n], **m} for (s, n), m in measured.items()],
         "table": [] if reproduction.table is None else reproduction.table(measured),
     }
