@@ -463,8 +463,8 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
     parts = [
         "# Growth with length",
         "Forward passes of the functions on one sequence with 4 heads of 64. The exponent p of time or memory ~ length^p is "
-        "fitted from 1024 tokens to the longest that was measured; beside it the same for the operations and the storage "
-        "that the card counts (memory with the output). The efficiency length is the number of tokens from which a "
+        "fitted from 1024 tokens to the longest that was measured, on one thread and by its clock (`regard profile NAME "
+        "--growth`); beside it the same for the operations and the storage that the card counts (memory with the output). The efficiency length is the number of tokens from which a "
         "mechanism takes less than softmax, whose kernel is a fast one; a dash: at none that was measured. Measured "
         "lengths go from 256 to 16,384, or to the longest whose storage by the card stays below 2 GiB.",
     ]
@@ -477,11 +477,20 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
             continue
         lengths = found["efficiency"]
         shown = (lengths.get(kind) for kind in ("forward time", "training time", "forward memory"))
-        growth = (f"{found[kind]:.2f} / {found[f'{kind} by cost']:.2f}" for kind in ("time", "memory"))
-        longest = str(found["longest"])
-        rows.append((_link(name), found["pattern"], longest, *growth, *("—" if n is None else str(n) for n in shown)))
-    headings = ("mechanism", "pattern", "longest", "time, measured / card", "memory, measured / card")
-    headings += ("faster than softmax from", "in training from", "less memory from")
+        growth = (
+            f"{found['growth'][kind]:.2f} / {found['growth'][f'{kind}_by_cost']:.2f}" for kind in ("time", "memory")
+        )
+        longest, share = str(found["longest"]), f"{found['time over softmax']:.3g}"
+        crossings = ("—" if n is None else str(n) for n in shown)
+        rows.append((_link(name), found["pattern"], *growth, *crossings, longest, share))
+    headings = ("mechanism", "pattern", "time, measured / card", "memory, measured / card")
+    headings += (
+        "faster than softmax from",
+        "in training from",
+        "less memory from",
+        "longest",
+        "time there / softmax's",
+    )
     parts += [f"Measured with {data['measured']}.", _table(headings, rows)]
     if refused:
         parts += ["## Not measured", "\n".join(refused)]

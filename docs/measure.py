@@ -12,6 +12,7 @@ python docs/measure.py ranking        # the comparison in runs/all       -> rank
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
 import subprocess
@@ -29,11 +30,10 @@ from torch import Tensor
 import regard
 from regard.contract import Mechanism, Pattern, Shape, Unsupported
 from regard.measurement.provenance import fingerprint
-from regard.measurement.statistics import growth_exponent
 from regard.measurement.store import Store
 from regard.reproductions import restore
 from regard.training.memory import keep_freed_memory
-from regard.workbench.profile import ProfileSettings, profile
+from regard.workbench.profile import ProfileSettings, growth, profile
 
 DATA = Path(__file__).parent / "data"
 TESTS = tuple(Path(__file__).parents[1] / "tests" / folder for folder in ("mechanisms", "positions"))
@@ -42,6 +42,7 @@ COMPARISONS = ("close", "assert_close", "relative_error")
 """What these tests call the function that compares (found, expected)."""
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+GROWS_FROM = 1024
 HEADS, WIDTH = 4, 64
 MOST_BYTES = 2 << 30
 REPRODUCED = Path("runs/reproduce/results.db")
@@ -170,24 +171,22 @@ def scaling(card: Mechanism) -> dict[str, Any]:
     Lengths whose temporary storage would pass `MOST_BYTES` are left out.
     """
     pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else card.patterns[0]
-    costs = {n: card.cost(Shape(1, HEADS, n, n, WIDTH, WIDTH), card.options()) for n in LENGTHS}
-    lengths = tuple(n for n in LENGTHS if 4 * costs[n].memory < MOST_BYTES)
+    storage = {n: 4 * card.cost(Shape(1, HEADS, n, n, WIDTH, WIDTH), card.options()).memory for n in LENGTHS}
+    lengths = tuple(n for n in LENGTHS if storage[n] < MOST_BYTES)
     found: dict[str, Any] = {"pattern": pattern.value, "longest": max(lengths)}
     settings = ProfileSettings((card.name,), pattern, lengths, ("forward", "training"), heads=HEADS, head_dim=WIDTH)
+    fitted = dataclasses.replace(settings, lengths=tuple(n for n in lengths if n >= GROWS_FROM), seconds=2.0)
     try:
         result = profile(settings)
+        grown = growth(fitted)[card.name]
     except Unsupported as error:
         return found | {"refused": str(error)}
-    own = [m for m in result.measurements if m.mechanism == card.name and m.what == "forward" and m.length >= 1024]
-    at = [m.length for m in own]
-    # the output is no temporary storage to the card, and counts in what is measured
-    numbers = [costs[n].memory + HEADS * n * WIDTH for n in at]
+    by_name = {m.mechanism: m for m in result.measurements if (m.what, m.length) == ("forward", max(lengths))}
+    times = {name: measurement.milliseconds for name, measurement in by_name.items()}
     return found | {
         "efficiency": result.efficiency.get(card.name, {}),
-        "time": growth_exponent(at, [m.milliseconds for m in own]),
-        "time by cost": growth_exponent(at, [costs[n].flops for n in at]),
-        "memory": growth_exponent(at, [float(m.memory_bytes or 0) for m in own]),
-        "memory by cost": growth_exponent(at, numbers),
+        "growth": dataclasses.asdict(grown),
+        "time over softmax": times[card.name] / times["softmax"],
     }
 
 

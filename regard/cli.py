@@ -282,6 +282,10 @@ def profile_command(
     layer: Annotated[bool, typer.Option("--layer", help="Measure layers with projections, not functions.")] = False,
     dim: Annotated[int | None, typer.Option(help="Width of the layers; heads times head-dim by default.")] = None,
     device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
+    growing: Annotated[
+        bool,
+        typer.Option("--growth", help="Also fit how time and memory grow with the length, beside the card's cost."),
+    ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -292,10 +296,11 @@ def profile_command(
     \b
         regard profile gated_linear delta_rule
         regard profile linear --pattern noncausal-self --lengths 1024,4096,16384 --what forward
+        regard profile linear delta_rule --growth --lengths 1024,2048,4096,8192,16384
         regard profile mamba2 large_kernel --layer --dim 512
         regard profile local --json
     """
-    from regard.workbench.profile import ProfileSettings, profile
+    from regard.workbench.profile import ProfileSettings, growth, profile
 
     _load(plugin)
     settings = ProfileSettings(
@@ -319,9 +324,13 @@ def profile_command(
             bar.update(task, advance=1, description=f"{kind} at {length}")
             line(f"{kind} at {length}")
 
+        grown = {}
+        if growing:
+            line("growth")
+            grown = growth(settings)
         found = profile(settings, on_length=on_length)
     if as_json:
-        _emit(found.as_dict())
+        _emit({**found.as_dict(), "growth": {name: dataclasses.asdict(exponents) for name, exponents in grown.items()}})
         return
     for kind in settings.what:
         rows = [m for m in found.measurements if m.what == kind]
@@ -345,6 +354,11 @@ def profile_command(
     for name, crossing in found.efficiency.items():
         said = ", ".join(f"{k} from {v}" if v else f"{k} not by {max(settings.lengths)}" for k, v in crossing.items())
         console.print(f"{name} beats softmax: {said}")
+    for name, p in grown.items():
+        console.print(
+            f"{name} grows: time ~ length^{p.time:.2f} ({p.low:.2f} to {p.high:.2f}; by its card {p.time_by_cost:.2f}), "
+            f"memory ~ length^{p.memory:.2f} (by its card {p.memory_by_cost:.2f})"
+        )
     for reason in found.skipped.values():
         console.print(f"[dim]{reason}[/dim]")
 

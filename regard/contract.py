@@ -558,6 +558,8 @@ class Mechanism:
         length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
         uneven: whether the causal-self form is defined for N != M.
         domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
+        axis_sizes: widths of axes of `inputs` that options or the shape decide, in a problem as `cost` counts it; tests
+            have smaller ones.
         sample_inputs: makes inputs for tests, when `domains` is not enough.
         sample_context: makes what else a call needs in tests (roles), as tensors by name.
         projection: module that turns the shell's q, k, v (and x) into the mechanism's inputs.
@@ -594,6 +596,7 @@ class Mechanism:
     length: str = "any"
     uneven: bool = True
     domains: Mapping[str, str] = field(default_factory=dict)
+    axis_sizes: Callable[[Shape, Any], Mapping[str, int]] | None = None
     sample_inputs: Callable[..., Tensors] | None = None
     sample_context: Callable[..., Tensors] | None = None
     projection: type[nn.Module] | None = None

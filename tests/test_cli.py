@@ -108,10 +108,12 @@ def test_profile_measures_beside_softmax(capsys):
         "1",
         "--head-dim",
         "8",
+        "--growth",
         "--json",
     )
     assert code == 0
     found = json.loads(out)
+    assert found["growth"]["linear"]["time_by_cost"] == pytest.approx(1)
     assert {m["mechanism"] for m in found["measurements"]} == {"softmax", "linear"}
     assert {m["what"] for m in found["measurements"]} == {"forward", "training", "decode"}
     assert all(m["low"] <= m["milliseconds"] <= m["high"] for m in found["measurements"])
@@ -241,6 +243,7 @@ def bad_inputs(folder):
         "results of advice": (["advise", "--results", str(other)], ("results.db",)),
         "mechanism of advice": (["advise", "--mechanisms", "softmxa"], ("softmxa", "nearest: softmax")),
         "device of advice": (["advise", "--device", "gpu"], ("gpu", "cpu")),
+        "growth of layers": (["profile", "linear", "--layer", "--growth"], ("layer=False",)),
         "layer width of functions": (["profile", "linear", "--dim", "64"], ("layer",)),
         "unknown task": (["compare", "--task", "recal", *small], ("recal", "nearest: recall")),
         "unknown option of a task": (["compare", "--task", "recall:pears=2", *small], ("pears", "pairs")),
@@ -295,7 +298,7 @@ CASES = [
     "unknown kind", "unknown property", "profile in a pattern it lacks", "lengths that are no numbers",
     "length nobody measures", "data for a task that reads none", "report of nothing",
     "use of advice", "need of advice", "memory of advice", "length of advice", "results of advice",
-    "mechanism of advice", "device of advice", "layer width of functions",
+    "mechanism of advice", "device of advice", "layer width of functions", "growth of layers",
     "unknown option of the stack", "stack option of another kind", "exits above the layers", "precision nobody has",
     *BAD_TABLES, "validation without the columns", "validation that is the training data",
 ]  # fmt: skip

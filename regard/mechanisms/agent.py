@@ -588,6 +588,10 @@ def sample_inputs(
     return normals(generator, shapes, dtype)
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"a": config.num_agents}
+
+
 def cost(shape: Shape, config: Any) -> Cost:
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     return Cost(
@@ -618,6 +622,7 @@ MECHANISM = Mechanism(
     engine="softmax_scan",
     state=ScanState,
     cost=cost,
+    axis_sizes=axis_sizes,
     honours=frozenset({"roles"}),
     weights="implicit",
     sample_inputs=sample_inputs,

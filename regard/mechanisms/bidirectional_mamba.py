@@ -399,6 +399,10 @@ def _check_paths(call: Call, paths: int, *tensors: Tensor | None) -> None:
         )
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"e": shape.heads * shape.dim_value, "g": 1, "k": config.d_state}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """The channels are H heads of dim_value features; grids have two axes."""
     channels, paths = shape.heads * shape.dim_value, count_paths(config, 2)
@@ -697,6 +701,7 @@ MECHANISM = Mechanism(
     config=Config,
     engine="selective_scan",
     cost=cost,
+    axis_sizes=axis_sizes,
     default_scale=1.0,
     honours=frozenset({"grid"}),
     weights="implicit",

@@ -382,6 +382,10 @@ def sample_inputs(
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"f": 4 * shape.heads * shape.dim_value}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """Of all layers with their projections; heads are as wide as values, and the feed-forward part 4 times as wide as x."""
     heads, dim = shape.heads, shape.heads * shape.dim_value
@@ -440,6 +444,7 @@ MECHANISM = Mechanism(
     config=Config,
     engine="attention",
     cost=cost,
+    axis_sizes=axis_sizes,
     weights="implicit",
     accepts_positions=("none",),
     sample_inputs=sample_inputs,

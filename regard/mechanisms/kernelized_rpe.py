@@ -707,9 +707,18 @@ def sample_inputs(
     return normals(generator, shapes, dtype)
 
 
+def _farthest(config: Config) -> int:
+    """Largest offset with a number of its own, on any side of a grid."""
+    return config.max_offset if isinstance(config.max_offset, int) else max(config.max_offset)
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"o": 2 * _farthest(config) + 1}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """Cost of causal-self by the method that is chosen."""
-    reach = config.max_offset if isinstance(config.max_offset, int) else max(config.max_offset)
+    reach = _farthest(config)
     features = config.features if config.features and config.feature_map == POSITIVE_RANDOM else shape.dim_key
     width = shape.dim_value + 1
     heads = shape.batch * shape.heads
@@ -760,6 +769,7 @@ MECHANISM = Mechanism(
     engine="gated_recurrence",
     state=KernelizedState,
     cost=cost,
+    axis_sizes=axis_sizes,
     default_scale=1.0,
     honours=frozenset({"roles"}),
     weights="implicit",

@@ -341,7 +341,7 @@ def sample_inputs(
     sizes: dict[str, int],
 ) -> Tensors:
     """Inputs for tests: three slots of rank 2, and a context where the options want one."""
-    dim, slots, rank = sizes.get("d", 8), 3, 2
+    dim, slots, rank = sizes.get("d", 8), sizes.get("s", 3), sizes.get("r", 2)
     width = dim if config.context != "learned" else dim + 1
 
     def normal(*shape: int) -> Tensor:
@@ -351,6 +351,10 @@ def sample_inputs(
     if config.context == "learned":
         inputs["c"] = normal(width)
     return inputs | {"temperature": normal(slots).abs() + 0.5}
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"s": shape.heads, "r": 1}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
@@ -383,6 +387,7 @@ MECHANISM = Mechanism(
     forms={"reference": reference, "parallel": parallel},
     config=Config,
     cost=cost,
+    axis_sizes=axis_sizes,
     default_scale=1.0,
     honours=frozenset({"weights"}),
     weights="exact",

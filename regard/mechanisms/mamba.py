@@ -328,6 +328,10 @@ def _check_skip(call: Call, skip: Tensor | None) -> None:
         )
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"e": shape.heads * shape.dim_value, "g": config.groups, "k": config.d_state}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """The channels are H heads of dim_value features; the states of a channel are the config's."""
     channels = shape.heads * shape.dim_value
@@ -569,6 +573,7 @@ MECHANISM = Mechanism(
     engine="selective_scan",
     state=SelectiveState,
     cost=cost,
+    axis_sizes=axis_sizes,
     default_scale=1.0,
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),

@@ -423,21 +423,25 @@ def sample_inputs(
     **_: Any,
 ) -> Tensors:
     """Inputs for tests and timings: encodings with room for sequences that go on, content where the options have heads for it."""
-    size = {"h": 2, "d": 8, "v": 6} | (sizes or {})
+    size = {"h": 2, "d": 8, "v": 6, "f": 5} | (sizes or {})
     heads, content, rows = size["h"], min(config.content_heads, size["h"] - 1), max(80, n, m)
     shapes: dict[str, tuple[int, ...]] = {
-        "query_map": (heads - content, 5, size["d"]),
-        "key_map": (heads - content, 5, size["d"]),
+        "query_map": (heads - content, size["f"], size["d"]),
+        "key_map": (heads - content, size["f"], size["d"]),
         "query_bias": (heads - content, size["d"]),
         "v": (batch, heads, m, size["v"]),
     }
     if config.encoding == "learned":
-        shapes["encodings"] = (rows, 5)
+        shapes["encodings"] = (rows, size["f"])
     if content:
         shapes |= {"content_query": (batch, content, n, 4), "content_key": (batch, content, m, 4)}
     found = {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
     found["slots"] = torch.zeros(batch, n, dtype=torch.long)
     return found
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"f": config.features}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
@@ -482,6 +486,7 @@ MECHANISM = Mechanism(
     engine="attention",
     state=CountedState,
     cost=cost,
+    axis_sizes=axis_sizes,
     default_scale=1.0,
     honours=frozenset({"bias", "blocks", "dropout", "weights"}),
     weights="exact",

@@ -582,6 +582,10 @@ def _lengths(mask: Mask | None) -> Int[Tensor, " b"] | None:
     return mask.lengths if mask.valid is None else mask.valid.sum(-1)
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"c": config.clusters}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """Cost of the causal pattern, whose blocks of queries are on the keys of two chunks."""
     width, window = shape.dim_key + shape.dim_value, config.window
@@ -618,6 +622,7 @@ MECHANISM = Mechanism(
     engine="attention",
     state=RoutingState,
     cost=cost,
+    axis_sizes=axis_sizes,
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Centroids,

@@ -300,6 +300,10 @@ def _convolved(
     return y.mT.to(x.dtype)
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"k": config.d_state // 2}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """The channels are H heads of dim_value features, all of them with kernels of their own, as many as in causal-self."""
     channels, pairs = shape.heads * shape.dim_value, config.d_state // 2
@@ -443,6 +447,7 @@ MECHANISM = Mechanism(
     config=Config,
     state=DiagonalState,
     cost=cost,
+    axis_sizes=axis_sizes,
     default_scale=1.0,
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),

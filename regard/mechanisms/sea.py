@@ -857,6 +857,10 @@ class Estimator(nn.Module):
         return (q @ (k.mT @ values)) / (q @ k.sum(2)[..., None] + self.EPS)
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"c": config.estimate_length}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """With the estimator of a causal layer."""
     d, v, pixels = shape.dim_key, shape.dim_value, config.estimate_length
@@ -903,6 +907,7 @@ MECHANISM = Mechanism(
     config=Config,
     state=SeaState,
     cost=cost,
+    axis_sizes=axis_sizes,
     honours=frozenset({"weights", "teacher"}),
     length="max",
     weights="exact",

@@ -331,7 +331,7 @@ def sample_inputs(
     sizes: dict[str, int],
 ) -> Tensors:
     """Inputs for tests, with about a quarter of the parameter tokens masked for each token."""
-    tokens, dim, out = 5, sizes.get("d", 8), sizes.get("e", 6)
+    tokens, dim, out = sizes.get("t", 5), sizes.get("d", 8), sizes.get("e", 6)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -343,6 +343,10 @@ def sample_inputs(
         "tau": torch.rand((), generator=generator, dtype=torch.float64).add(1).to(dtype),
         "token_mask": torch.rand(batch, n, tokens, generator=generator) < 0.75,
     }
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"t": shape.dim_value if config.num_tokens is None else config.num_tokens}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
@@ -366,6 +370,7 @@ MECHANISM = Mechanism(
     forms={"reference": reference, "parallel": parallel},
     config=Config,
     cost=cost,
+    axis_sizes=axis_sizes,
     default_scale=1.0,
     accepts_positions=("none",),
     domains={"tau": "positive"},

@@ -409,6 +409,11 @@ def sample_inputs(
     return normals(generator, shapes, dtype)
 
 
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    distance = config.max_distance
+    return {"o": 2 * (distance if isinstance(distance, int) else max(distance)) + 1}
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """As softmax attention, and a product for each pair."""
     width = shape.dim_key + shape.dim_value
@@ -447,6 +452,7 @@ MECHANISM = Mechanism(
     config=Config,
     state=CountedState,
     cost=cost,
+    axis_sizes=axis_sizes,
     honours=frozenset({"bias", "blocks", "dropout", "weights"}),
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),

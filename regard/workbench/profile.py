@@ -7,6 +7,7 @@ or, on request, its layer, which is what attention and mixers have in common.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from regard.backends import recording
 from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
-from regard.measurement.timing import Timing, efficiency_length, interleaved
+from regard.measurement.statistics import growth_exponent
+from regard.measurement.timing import Timing, efficiency_length, interleaved, rounds
 from regard.training.memory import peak_memory
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
@@ -143,13 +145,83 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
     return Profile(settings, measurements, _efficiency(measurements, list(subjects)), skipped, peak)
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How the forward pass of a mechanism grows with the length: exponents p of what it takes ~ length^p.
+
+    Attributes:
+        time: measured: the median over rounds...
+        low, high: ...and their middle half.
+        time_by_cost: of the operations that the card counts.
+        memory: of the most that tensors and kernels' workspaces held at one time.
+        memory_by_cost: of the temporary numbers that the card counts, and the output, which is none to the card.
+    """
+
+    time: float
+    low: float
+    high: float
+    time_by_cost: float
+    memory: float
+    memory_by_cost: float
+
+
+def growth(settings: ProfileSettings) -> dict[str, Growth]:
+    """Measure the growth of each mechanism, fitted over `settings.lengths`.
+
+    On one thread and by its clock, all lengths in turn in each round, so that neither a drift of the machine's speed nor
+    the start of threads is taken for growth.
+
+    Raises:
+        Unsupported: as :func:`profile`; for layers, whose projections the cards do not count; for a single length.
+    """
+    if settings.layer:
+        raise Unsupported("growth of layers", supported="growth of functions", nearest="layer=False")
+    lengths = settings.lengths
+    if len(set(lengths)) < 2:
+        raise Unsupported(f"growth over lengths {lengths}", supported="two lengths or more", nearest="1024,4096,16384")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        names = dict.fromkeys(get_mechanism(name).name for name in settings.mechanisms)
+        return {name: _growth(_functions(name, settings), settings) for name in names}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _growth(subject: Subject, settings: ProfileSettings) -> Growth:
+    lengths = settings.lengths
+    actions = {str(n): _action("forward", n, subject, settings) for n in lengths}
+    memory = [float(measure_memory(action, settings.device)[0]) for action in actions.values()]
+    times = rounds(actions, seconds=settings.seconds, least=5, clock=time.thread_time)
+    exponents = Timing.of([growth_exponent(lengths, row) for row in zip(*times.values(), strict=True)])
+    costs = [subject.card.cost(_shape(n, settings), subject.config) for n in lengths]
+    outputs = [settings.batch * settings.heads * n * settings.head_width for n in lengths]
+    return Growth(
+        exponents.median,
+        exponents.low,
+        exponents.high,
+        growth_exponent(lengths, [cost.flops for cost in costs]),
+        growth_exponent(lengths, memory),
+        growth_exponent(lengths, [cost.memory + size for cost, size in zip(costs, outputs, strict=True)]),
+    )
+
+
 def _subject(name: str, settings: ProfileSettings) -> Subject | LayerWork:
-    card = get_mechanism(name)
     if not settings.layer:
-        return Subject(card, card.require_pattern(settings.pattern))
+        return _functions(name, settings)
+    card = get_mechanism(name)
     dim = settings.heads * settings.head_width if settings.dim is None else settings.dim
     sizes = (dim, settings.heads, settings.head_dim, settings.batch)
     return LayerWork(card, LayerSettings(settings.pattern, *sizes, settings.dtype, settings.device))
+
+
+def _functions(name: str, settings: ProfileSettings) -> Subject:
+    card = get_mechanism(name)
+    return Subject(card, card.require_pattern(settings.pattern))
+
+
+def _shape(n: int, settings: ProfileSettings) -> Shape:
+    return Shape(settings.batch, settings.heads, n, n, settings.head_width, settings.head_width)
 
 
 def _decodes(subject: Subject | LayerWork) -> bool:
@@ -199,6 +271,8 @@ def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, to
     }
     if subject.card.kind is Kind.POOLING:
         sizes["d"] = settings.heads * width
+    if subject.card.axis_sizes is not None:
+        sizes |= subject.card.axis_sizes(_shape(n, settings), subject.config)
     dtype = DTYPES[settings.dtype]
     found = subject.inputs(n, n, batch=settings.batch, dtype=dtype, **sizes)
     return {name: tensor.to(settings.device) for name, tensor in found.items()}
@@ -239,8 +313,7 @@ def _milliseconds(timing: Timing) -> tuple[float, float, float]:
 
 
 def _rate(subject: Subject, n: int, settings: ProfileSettings, timing: Timing) -> float:
-    shape = Shape(settings.batch, settings.heads, n, n, settings.head_width, settings.head_width)
-    return subject.card.cost(shape, subject.config).flops / timing.median / 1e9
+    return subject.card.cost(_shape(n, settings), subject.config).flops / timing.median / 1e9
 
 
 def _efficiency(measurements: Sequence[Measurement], names: Sequence[str]) -> dict[str, dict[str, int | None]]:

@@ -1,0 +1,79 @@
+"""Profiles of functions: how their growth with the length is fitted."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from regard import Pattern, Unsupported, create_layer, get_mechanism, list_mechanisms
+from regard.contract import Kind, Shape
+from regard.workbench.profile import ProfileSettings, growth
+
+CARDS = map(get_mechanism, list_mechanisms())
+TOLD = [card.name for card in CARDS if card.axis_sizes is not None and card.kind is not Kind.PROJECTION]
+INNER_WIDTH = {"mamba": {"expand": 1.0}, "bidirectional_mamba": {"expand": 1.0}}
+"""Options under which a layer's inner width is its own, as a function's is."""
+
+SMALL = ProfileSettings(("linear", "softmax"), lengths=(64, 128, 256), heads=2, head_dim=8, seconds=0.01)
+
+
+def test_growth_has_the_cards_exponents_beside_the_measured_ones():
+    found = growth(SMALL)
+    assert list(found) == ["linear", "softmax"]
+    assert found["linear"].time_by_cost == pytest.approx(1, abs=1e-9)
+    assert found["softmax"].time_by_cost == pytest.approx(2, abs=1e-9)
+    assert all(p.low <= p.time <= p.high for p in found.values())
+
+
+def test_memory_grows_as_what_is_stored():
+    long = dataclasses.replace(SMALL, mechanisms=("linear", "synthesizer"), lengths=(1024, 2048, 4096))
+    found = growth(long)
+    assert found["linear"].memory == pytest.approx(1, abs=0.1)
+    assert found["synthesizer"].memory == pytest.approx(2, abs=0.1)
+
+
+def test_growth_is_measured_on_one_thread_and_leaves_the_number_of_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        growth(SMALL)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"layer": True}, "growth of layers"), ({"lengths": (512,)}, "two lengths or more")],
+)
+def test_growth_of_what_has_none_is_refused(change, message):
+    with pytest.raises(Unsupported, match=message):
+        growth(dataclasses.replace(SMALL, **change))
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_is_timed_has_the_sizes_of_a_layer_with_the_same_options(name, monkeypatch):
+    card = get_mechanism(name)
+    heads, width, n = 4, 16, 32
+    seen = {}
+
+    def recorded(form):
+        def run(call, *args, **inputs):
+            seen.update(inputs)
+            return form(call, *args, **inputs)
+
+        return run
+
+    for form, function in card.forms.items():
+        monkeypatch.setitem(card.forms, form, recorded(function))
+    pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else Pattern.NONCAUSAL_SELF
+    layer = create_layer(name, dim=heads * width, num_heads=heads, pattern=pattern, **INNER_WIDTH.get(name, {}))
+    layer(torch.randn(1, n, heads * width))
+    told = card.axis_sizes(Shape(1, heads, n, n, width, width), card.options(**INNER_WIDTH.get(name, {})))
+    found = {
+        letter: size
+        for key, tensor in seen.items()
+        for letter, size in zip(card.axes[key], tensor.shape, strict=True)
+        if letter in told
+    }
+    assert found == dict(told)
