@@ -110,6 +110,19 @@ def test_one_weight_matrix_serves_all_rows(monkeypatch):
     assert cost(more, Config()).flops <= 6 * cost(shape, Config()).flops
 
 
+@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self", "noncausal-cross"])
+def test_weights_that_are_stored_and_weights_that_are_made_again_agree(pattern, monkeypatch):
+    tensors = inputs(9, 9)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
+    found = []
+    for most in (0, 81):
+        monkeypatch.setattr(module, "SHARED_PAIRS", most)
+        output = run(tensors, pattern).output
+        found.append((output, *torch.autograd.grad(output.square().sum(), list(leaves.values()))))
+    for made, stored in zip(*found, strict=True):
+        close(made, stored)
+
+
 @pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
 def test_positions_are_ranks_of_valid_tokens(pattern):
     tensors = inputs(12)
