@@ -458,6 +458,43 @@ def _mark(cells: Cells) -> str:
     return " ".join(filter(None, [_error(max(errors), 0) if errors else "", "w" if waived else ""]))
 
 
+AGREES_WITHIN = 0.15
+OF_TWO_PARTS = (
+    "what is near, making summaries and joining both parts cost the same for each token at every length; up to 16,384 tokens "
+    "they take half of the time or more, so that what grows faster has not caught up"
+)
+GROWS_OTHERWISE = {
+    "aaren": "the whole call takes a quarter of a millisecond at 1024 tokens, which is mostly its start",
+    "combiner": OF_TWO_PARTS,
+    "complex_rotary": "turning queries and keys, which is linear, is a good part of the time at short lengths",
+    "core_context": OF_TWO_PARTS,
+    "long_short": OF_TWO_PARTS,
+    "mixture_of_heads": "the function puts the outputs of heads together; the card counts the attention of the heads too",
+    "sparse_strided": OF_TWO_PARTS,
+}
+"""Why time or memory grow otherwise than the card says."""
+
+SLOWER_THAN_SOFTMAX = {
+    "clipped_softmax": "a weight is clipped after its row's sum is known, so the scores are computed twice",
+    "complex_rotary": "softmax attention, after queries and keys are turned by angles of their own",
+    "funnel": "it is a whole pool: projections, feed-forward networks, and scores that know distances, three times as wide",
+    "gated_softmax": "softmax attention and a gate",
+    "landmark": "whole sequences read all pairs, by a softmax of two levels; it saves in decoding, where few blocks are read",
+    "positional_attention": "the attention of softmax, on encodings instead of content",
+    "sea": "it gathers keys one by one and sorts the pixels of each query: memory traffic, while softmax computes",
+    "selective_temperature": "softmax attention, after queries, keys and values are scaled",
+    "sigmoid": "all pairs, as softmax; only the sums of rows are saved",
+    "stochastic_subsampling": "softmax attention of all keys: only training reads fewer",
+    "synthesizer": "its scores are its input, a number for each pair, which must be read from memory",
+    "universal_rpe": "softmax attention with a factor for each offset, in parts that are put together",
+}
+"""Why a mechanism is slower than softmax at the longest length that was measured."""
+
+
+def _why(names: Sequence[str], reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"- {_link(name)}: {reasons.get(name, 'not explained yet')}." for name in names) or "None."
+
+
 def scaling_page(data: Mapping[str, Any] | None) -> str:
     """How time and memory grow with the length, and from which length each mechanism beats softmax."""
     parts = [
@@ -491,7 +528,22 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
         "longest",
         "time there / softmax's",
     )
-    parts += [f"Measured with {data['measured']}.", _table(headings, rows)]
+    measured = {name: found for name, found in data["mechanisms"].items() if "refused" not in found}
+    exponents = {name: found["growth"] for name, found in measured.items()}
+    otherwise = [
+        name
+        for name, p in exponents.items()
+        if any(abs(p[kind] - p[f"{kind}_by_cost"]) > AGREES_WITHIN for kind in ("time", "memory"))
+    ]
+    slower = [name for name, found in measured.items() if name != "softmax" and found["time over softmax"] > 1]
+    parts += [
+        f"Measured with {data['measured']}.",
+        _table(headings, rows),
+        f"## Growth that differs from the card's by more than {AGREES_WITHIN}",
+        _why(otherwise, GROWS_OTHERWISE),
+        "## Slower than softmax at the longest length",
+        _why(slower, SLOWER_THAN_SOFTMAX),
+    ]
     if refused:
         parts += ["## Not measured", "\n".join(refused)]
     return _page(parts)

@@ -913,7 +913,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     step = shape.batch * shape.heads * (attended * width + scored * shape.dim_key)
     return Cost(
         flops=2.0 * pairs * width,
-        memory=float(shape.batch * shape.heads * min(shape.n * shape.m, PAIRS_AT_ONCE)),
+        memory=3.0 * shape.batch * shape.heads * (shape.n + shape.m),
         state=float(shape.heads * past * width),
         step_flops=2.0 * step,
     )
