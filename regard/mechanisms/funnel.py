@@ -2,7 +2,8 @@ r"""Funnel pooling: attention layers that halve the sequence, of which the first
 
 When to pick it: classifying long texts, where the pool should still mix tokens while it thins them out: each block costs half
 of the one before.
-When not: an output for each token; or a pool that should cost next to nothing (`low_rank_pooling`, the mean).
+When not: a pool that should cost next to nothing (`low_rank_pooling`, the mean). For an output for each token,
+`regard.models.FunnelEncoder` has the decoder that goes back to the full length.
 
 Definition (Dai et al., arXiv 2006.03236, section 2; survey arXiv 2103.14636, D3). Each block begins with
 
@@ -31,8 +32,8 @@ Distances are between sequences of any length at a cost of O(N D): sin and cos o
 widen queries and keys by D.
 Deviations: the paper's first block, before any pooling, is the encoder's. `truncate=True` leaves out the last token of each
 sequence that is pooled, as the authors' code does where the first is apart; here it is kept. There are no segment
-embeddings, and no decoder that goes back to the full length, since a pool has no token axis; nor a bias of keys, which
-would add the same to all scores of a query. Without `separate_first` the output is the mean of what is left.
+embeddings, nor a bias of keys, which would add the same to all scores of a query. Without `separate_first` the output is
+the mean of what is left.
 """
 
 from __future__ import annotations
@@ -149,13 +150,28 @@ def reference(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float
 
 
 def parallel(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float[Tensor, "b 1 d"]:
+    h, lengths = _shortened(call, x, weights)
+    if h.shape[1] == 0:
+        return x.new_zeros(x.shape[0], 1, x.shape[2])
+    if call.config.separate_first:
+        pooled = h[:, :1]
+    else:
+        valid = valid_from_lengths(lengths, h.shape[1])[..., None]
+        pooled = torch.where(valid, h, 0).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None, None]
+    return torch.where(lengths[:, None, None] > 0, pooled, 0).to(x.dtype)
+
+
+def _shortened(
+    call: Call, x: Float[Tensor, "b n d"], weights: Tensors
+) -> tuple[Float[Tensor, "b s d"], Int[Tensor, " b"]]:
+    """What all layers leave of right-padded sequences, in at least float32, and how many tokens of each row."""
     config, wide = _checked(call, x, weights), torch.promote_types(x.dtype, torch.float32)
-    batch, n, width = x.shape
-    if x.numel() == 0:
-        return x.new_zeros(batch, 1, width)
-    weights = {name: tensor.to(wide) for name, tensor in weights.items()}
+    batch, n, _ = x.shape
     lengths = torch.full((batch,), n, device=x.device) if call.lengths is None else call.lengths
-    some, h, place = lengths > 0, x.to(wide), torch.arange(n, device=x.device)
+    h, place = x.to(wide), torch.arange(n, device=x.device)
+    if x.numel() == 0:
+        return h, lengths
+    weights = {name: tensor.to(wide) for name, tensor in weights.items()}
     for index in range(config.blocks * config.layers):
         w = {name: tensor[index] for name, tensor in weights.items()}
         source, known, sources = h, place, lengths
@@ -166,12 +182,25 @@ def parallel(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float[
         h = _layer_norm(config, h + y, w, 0)
         inner = F.gelu(h @ w["up"] + w["up_bias"], approximate="tanh")
         h = _layer_norm(config, h + inner @ w["down"] + w["down_bias"], w, 1)
-    if config.separate_first:
-        pooled = h[:, :1]
-    else:
-        valid = valid_from_lengths(lengths, h.shape[1])[..., None]
-        pooled = torch.where(valid, h, 0).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None, None]
-    return torch.where(some[:, None, None], pooled, 0).to(x.dtype)
+    return h, lengths
+
+
+def upsample(h: Float[Tensor, "b s d"], lengths: Int[Tensor, " b"], n: int, config: Config) -> Float[Tensor, "b n d"]:
+    """What is left of sequences, at their full length again.
+
+    Args:
+        h: right-padded tokens that all blocks leave.
+        lengths: how many of them each row has.
+        n: tokens before the first block.
+        config: of the funnel, with its `blocks`, and `separate_first`.
+
+    Returns:
+        Each token 2^blocks times, at the places that it was pooled from; the first once where it is apart. Zero at the
+        last places where `truncate` has left nothing of them, and anything in the padding.
+    """
+    apart = int(config.separate_first)
+    source = apart + (torch.arange(n, device=h.device) - apart) // 2**config.blocks
+    return torch.where((source < lengths[:, None])[..., None], h[:, source], 0)
 
 
 def _checked(call: Call, x: Tensor, weights: Tensors) -> Config:
@@ -331,6 +360,18 @@ class FunnelPooling(nn.Module):
             roles=context.roles,
             want=context.want - {"state"},
         )
+
+    def round_trip(self, x: Float[Tensor, "b n d"], lengths: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b n d"]:
+        """Through all blocks and back to the full length by :func:`upsample`: what a decoder adds to `x`.
+
+        Args:
+            x: right-padded tokens.
+            lengths: how many each row has; None when all are valid.
+        """
+        scale = self.weights["k"].shape[-1] ** -0.5
+        call = Call(self.pattern, self.config, scale=scale, lengths=lengths)
+        h, left = _shortened(call, x, {**self.weights})
+        return upsample(h, left, x.shape[1], self.config).to(x.dtype)
 
 
 def weight_shapes(config: Config, dim: int, heads: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
+from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
 from regard.models.plans import attention_share, masformer_plan, transnormer_plan
@@ -19,6 +20,8 @@ __all__ = [
     "EncoderDecoderConfig",
     "Forecaster",
     "ForecasterConfig",
+    "FunnelEncoder",
+    "FunnelEncoderConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",

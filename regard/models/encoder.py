@@ -24,6 +24,7 @@ from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
 from regard.models.blocks import (
     Block,
+    Plan,
     add_losses,
     check_plan,
     evaluation_mode,
@@ -34,7 +35,7 @@ from regard.models.blocks import (
     right_padded_mask,
 )
 from regard.models.stack import Pass, Stack, StackConfig, apply_head, is_sure, run_with_exits
-from regard.ragged import gathering
+from regard.ragged import Gathering, gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -79,11 +80,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
-        if (self.vocab_size is None) == (self.features is None):
-            raise Unsupported(
-                f"vocab_size={self.vocab_size} and features={self.features}",
-                supported="vocab_size for tokens or features for floats, and None for the other",
-            )
+        check_input_kind(self.vocab_size, self.features)
         check_pool(self.pool)
         if self.pool in POOLS and self.pool_options:
             raise Unsupported(f"pool_options with pool={self.pool!r}", supported="pool_options of a pooling mechanism")
@@ -91,21 +88,58 @@ class EncoderConfig:
         object.__setattr__(self, "num_layers", len(self.plan))
 
 
-class Encoder(nn.Module):
-    """Embedding, blocks, norm, pool, head; see :class:`EncoderConfig`."""
+class EncoderBase(nn.Module):
+    """What every encoder begins with: tokens or features become vectors, with positions.
 
-    def __init__(self, config: EncoderConfig) -> None:
+    Args:
+        config: with vocab_size, features, dim, positions and dropout.
+        plan: all layers that read the positions.
+    """
+
+    def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__()
         self.config = config
-        check_plan(config.plan, Pattern.NONCAUSAL_SELF, "an encoder")
+        check_plan(plan, Pattern.NONCAUSAL_SELF, "an encoder")
         self.embedding: nn.Module
         if config.vocab_size is not None:
             self.embedding = nn.Embedding(config.vocab_size, config.dim)
             nn.init.normal_(self.embedding.weight)
         else:
             self.embedding = FeatureEmbedding(config.features or 0, config.dim)
-        scheme = input_positions(config.plan, config.positions)
-        self.positions = make_input_positions(scheme, config)
+        self.positions = make_input_positions(input_positions(plan, config.positions), config)
+
+    def embed(self, inputs: Tensor, context: Context) -> tuple[Tensor, Context, Gathering, dict[str, Loss]]:
+        """The right-padded input of the first layer (B, N, dim), the context of all layers, and the losses of positions.
+
+        The layout says where the tokens came from. Raises Unsupported for inputs of another kind or shape.
+        """
+        axes = 2 if self.config.features is None else 3
+        if inputs.ndim != axes or inputs.is_floating_point() != (axes == 3):
+            expected = "integers (B, N)" if axes == 2 else f"floats (B, N, {self.config.features})"
+            raise Unsupported(f"inputs of dtype {inputs.dtype} and shape {tuple(inputs.shape)}", supported=expected)
+        layout = gathering(context.mask, inputs.shape[0], inputs.shape[1], inputs.device)
+        if context.grid is not None and layout.dense_index is not None:
+            raise Unsupported("padding left or inside, or packing, of a grid", supported="whole or right-padded grids")
+        inputs = layout.gather(inputs, axis=1)  # right-padded, a row for each sequence
+        inner = context.replace(
+            mask=right_padded_mask(context.mask, layout),
+            positions=None if context.positions is None else layout.gather(context.positions, axis=1),
+            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
+        )
+        x = self.embedding(inputs)  # (B, N, dim)
+        where = torch.arange(x.shape[1], device=x.device)[None] if inner.positions is None else inner.positions
+        x, inner, losses = place_input(self.positions, x, where, inner, movable=inner.positions is None)
+        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+        return x, inner, layout, losses
+
+
+class Encoder(EncoderBase):
+    """Embedding, blocks, norm, pool, head; see :class:`EncoderConfig`."""
+
+    config: EncoderConfig
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config, config.plan)
         self.blocks = Stack([Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan], config.stack)
         self.norm = make_norm(config.norm, config.dim)
         self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
@@ -132,24 +166,7 @@ class Encoder(nn.Module):
             training with exits ``extras["exits"]`` has the share of the layers and the logits of each; where sequences
             (without a pool, tokens) leave early, ``extras["exit_layer"]`` the number of layers that each has passed.
         """
-        context = Context() if context is None else context
-        axes = 2 if self.config.features is None else 3
-        if inputs.ndim != axes or inputs.is_floating_point() != (axes == 3):
-            expected = "integers (B, N)" if axes == 2 else f"floats (B, N, {self.config.features})"
-            raise Unsupported(f"inputs of dtype {inputs.dtype} and shape {tuple(inputs.shape)}", supported=expected)
-        layout = gathering(context.mask, inputs.shape[0], inputs.shape[1], inputs.device)
-        if context.grid is not None and layout.dense_index is not None:
-            raise Unsupported("padding left or inside, or packing, of a grid", supported="whole or right-padded grids")
-        inputs = layout.gather(inputs, axis=1)  # right-padded, a row for each sequence
-        inner = context.replace(
-            mask=right_padded_mask(context.mask, layout),
-            positions=None if context.positions is None else layout.gather(context.positions, axis=1),
-            roles=None if context.roles is None else layout.gather(context.roles, axis=1),
-        )
-        x = self.embedding(inputs)  # (B, N, dim)
-        where = torch.arange(x.shape[1], device=x.device)[None] if inner.positions is None else inner.positions
-        x, inner, losses = place_input(self.positions, x, where, inner, movable=inner.positions is None)
-        x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
+        x, inner, layout, losses = self.embed(inputs, Context() if context is None else context)
         states = [None] * len(self.blocks)
         threshold = self.config.stack.exit_threshold
         if self.config.pool != "none" and threshold is not None and not self.training:
@@ -216,6 +233,15 @@ def pool_tokens(x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, ho
         return x.sum(1)
     picked = x[:, 0] if how == "first" else x.where(valid, torch.finfo(x.dtype).min).amax(1)
     return picked.where(some, 0)
+
+
+def check_input_kind(vocab_size: int | None, features: int | None) -> None:
+    """Raise Unsupported unless exactly one of the two is given."""
+    if (vocab_size is None) == (features is None):
+        raise Unsupported(
+            f"vocab_size={vocab_size} and features={features}",
+            supported="vocab_size for tokens or features for floats, and None for the other",
+        )
 
 
 def check_pool(name: str) -> None:

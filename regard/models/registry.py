@@ -10,15 +10,17 @@ from regard.contract import Unsupported, closest
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
+from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 
-Config = LanguageModelConfig | EncoderConfig | EncoderDecoderConfig | ForecasterConfig
+Config = LanguageModelConfig | EncoderConfig | EncoderDecoderConfig | ForecasterConfig | FunnelEncoderConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
     "LanguageModel": (LanguageModel, LanguageModelConfig),
     "Encoder": (Encoder, EncoderConfig),
     "EncoderDecoder": (EncoderDecoder, EncoderDecoderConfig),
     "Forecaster": (Forecaster, ForecasterConfig),
+    "FunnelEncoder": (FunnelEncoder, FunnelEncoderConfig),
 }
 
 

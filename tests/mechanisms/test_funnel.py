@@ -15,7 +15,7 @@ import regard
 from regard import Context, Mask, Unsupported
 from regard.apply import apply
 from regard.contract import Pattern
-from regard.mechanisms.funnel import MECHANISM, Config, sample_inputs, weight_shapes
+from regard.mechanisms.funnel import MECHANISM, Config, sample_inputs, upsample, weight_shapes
 from regard.models import Encoder, EncoderConfig
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES
@@ -39,6 +39,18 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "odd_keys_too": (13, {"query_only": False}),
 }
 """Of the recording: tokens, and options that are its."""
+
+ROUND_TRIPS: dict[str, dict[str, Any]] = {
+    "truncated_even": {"truncate": True},
+    "truncated_odd": {"truncate": True},
+    "truncated_short": {"truncate": True},
+    "whole_even": {},
+    "whole_odd": {},
+    "whole_padded": {},
+    "joint_even": {"separate_first": False},
+    "joint_odd": {"separate_first": False, "pool": "max"},
+}
+"""Of the recording of whole models."""
 
 
 def load(name: str) -> dict[str, Tensor]:
@@ -106,6 +118,44 @@ def test_parity_of_two_blocks_of_two_layers(case):
     if case == "odd":
         (found[:, 0] * f["grad_out"]).sum().backward()
         torch.testing.assert_close(x.grad, f["grad_x"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ROUND_TRIPS)
+def test_parity_from_the_first_block_to_the_decoder(case):
+    f = load("funnel_upsampled_transformers")
+    layer = make_layer(head_dim=3, feed_forward=6, layers=2, **ROUND_TRIPS[case])
+    layer.weights.update(recorded_weights(f))
+    first = f[f"first_{case}"].requires_grad_()
+    lengths = torch.tensor([first.shape[1], 9]) if case == "whole_padded" else None
+    found, expected = first + layer.round_trip(first, lengths), f[f"out_{case}"]
+    if lengths is not None:  # the places after them hold what padding gave there
+        found, expected = (torch.cat([t[0], t[1, :9]]) for t in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)  # observed 4e-15
+    if case == "truncated_odd":
+        (found * f["grad_out"]).sum().backward()
+        torch.testing.assert_close(first.grad, f["grad_first"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate": True}, {"separate_first": False}], ids=str)
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_each_place_gets_back_the_token_that_it_was_pooled_into(blocks, options):
+    config = Config(blocks=blocks, **options)
+    apart = int(config.separate_first)
+    for n in range(20):
+        groups = [{place} for place in range(n)]
+        for _ in range(blocks):
+            rest = groups[apart : len(groups) - int(config.truncate and len(groups) > 2)]
+            groups = groups[:apart] + [set().union(*rest[i : i + 2]) for i in range(0, len(rest), 2)]
+        # a token that was left out belongs to the one whose pair or group it would have completed
+        span = 2**blocks
+        expected = [0.0] * n
+        for number, group in enumerate(groups):
+            places = group if number < apart else range(min(group), min(min(group) + span, n))
+            for place in places:
+                expected[place] = number + 1.0
+        h = torch.arange(1.0, n + 3)[None, :, None]
+        found = upsample(h, torch.tensor([len(groups)]), n, config)
+        assert found.flatten().tolist() == expected
 
 
 def test_weights_of_attention_zero_leave_the_first_token_alone():

@@ -5,6 +5,7 @@ import pytest
 from regard.contract import Unsupported
 from regard.models import (
     EncoderConfig,
+    FunnelEncoderConfig,
     LanguageModelConfig,
     build_model,
     count_parameters,
@@ -16,6 +17,7 @@ CONFIGS = {
     "mixer": LanguageModelConfig(50, dim=16, num_heads=2, plan="mamba2", num_layers=2),
     "hybrid": LanguageModelConfig(50, dim=32, num_heads=2, plan=["linear", ("softmax", {"feed_forward": 40})]),
     "encoder": EncoderConfig(3, features=2, dim=32, num_heads=2, plan="linear", num_layers=2),
+    "funnel": FunnelEncoderConfig(3, features=2, dim=16, num_heads=2, num_layers=1, funnel={"blocks": 1}),
 }
 
 

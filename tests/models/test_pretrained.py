@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from regard.contract import Unsupported
-from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
+from regard.models import (
+    Encoder,
+    EncoderConfig,
+    FunnelEncoder,
+    FunnelEncoderConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    from_pretrained,
+    save_pretrained,
+)
 from regard.models import pretrained as module
 
 MODELS = {
@@ -16,6 +25,17 @@ MODELS = {
     "tied": lambda: LanguageModel(LanguageModelConfig(7, dim=8, num_heads=2, num_layers=1, tie_embeddings=True)),
     "encoder": lambda: Encoder(
         EncoderConfig(3, vocab_size=7, dim=8, num_heads=2, num_layers=1, positions="learned", max_length=6)
+    ),
+    "funnel": lambda: FunnelEncoder(
+        FunnelEncoderConfig(
+            3,
+            vocab_size=7,
+            dim=8,
+            num_heads=2,
+            plan=["linear"],
+            funnel={"blocks": 1, "pool": "max", "feed_forward": 5},
+            decoder_plan=[("softmax", {"feed_forward": 5})],
+        )
     ),
 }
 
