@@ -487,7 +487,7 @@ def _head_width(dim: int, heads: int, expand: float, option: str) -> int:
     if width != int(width) or width < 1:
         raise Unsupported(
             f"dim={dim} over num_heads={heads}" + (f" with an expansion of {expand}" if expand != 1 else ""),
-            supported=f"heads of equal whole widths, or {option}",
+            supported="heads of equal whole widths",
             nearest=f"{option}={max(1, int(width))}",
         )
     return int(width)

@@ -105,10 +105,41 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings, longest
     return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
 
 
+def _parameters(card: Mechanism, task: Task, settings: CompareSettings) -> int:
+    """Parameters of the backbone before it is matched.
+
+    Raises:
+        Unsupported: for a width or a number of heads that the mechanism cannot have, with others that it can.
+    """
+    config = model_config(card, task, settings)
+    try:
+        return count_parameters(config)
+    except Unsupported as error:
+        raise Unsupported(
+            f"{card.name} with --dim {settings.dim} and --heads {settings.heads} ({error.asked})",
+            supported=error.supported,
+            nearest=_nearest_size(card, task, settings),
+        ) from None
+
+
+def _nearest_size(card: Mechanism, task: Task, settings: CompareSettings) -> str:
+    """What to ask for instead of a size that a mechanism refuses: heads for its width, or a width for its heads."""
+    found = []
+    for name, asked, reach in (("heads", settings.heads, settings.heads), ("dim", settings.dim, 2 * settings.heads)):
+        for value in sorted(range(max(1, asked - reach), asked + reach + 1), key=lambda value: abs(value - asked)):
+            try:
+                count_parameters(model_config(card, task, replace(settings, **{name: value})))  # type: ignore[arg-type]
+            except Unsupported:
+                continue
+            found.append(f"--{name} {value}")
+            break
+    return ", or ".join([*found, f"--mechanisms without {card.name}"][:2])
+
+
 def _target(task: Task, settings: CompareSettings) -> int:
     """The number of parameters of every model: that of softmax, or else of the first mechanism."""
     measure = "softmax" if "softmax" in settings.mechanisms else settings.mechanisms[0]
-    return count_parameters(model_config(get_mechanism(measure), task, settings))
+    return _parameters(get_mechanism(measure), task, settings)
 
 
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -171,6 +202,7 @@ class Work:
         self.evaluation_seconds: dict[str, float] = {}
 
     def _matched(self, name: str, config: Any) -> Any:
+        _parameters(get_mechanism(name), self.task, self.settings)
         try:
             return match_parameters(config, self.target)
         except Unsupported as error:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,19 @@ def test_bad_settings_are_refused_before_anything_is_trained(tmp_path, changes, 
         compare([recall()], settings(**changes), tmp_path)
     assert caught.value.supported
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "sizes"),
+    [(("softmax",), {"dim": 32, "heads": 3}), (("softmax", "complex_rotary"), {"dim": 10, "heads": 2})],
+)
+def test_a_size_that_a_mechanism_refuses_is_refused_with_sizes_it_takes(mechanisms, sizes):
+    with pytest.raises(Unsupported, match=rf"--dim {sizes['dim']} and --heads {sizes['heads']}") as caught:
+        Work(recall(), settings(mechanisms=mechanisms, **sizes))
+    proposed = re.findall(r"--(\w+) (\d+)", caught.value.nearest)
+    assert [name for name, _ in proposed] == ["heads", "dim"]
+    for name, value in proposed:
+        Work(recall(), settings(mechanisms=mechanisms, **{**sizes, name: int(value)}))
 
 
 def test_a_mechanism_without_the_pattern_is_refused_with_the_task(tmp_path):
