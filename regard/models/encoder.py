@@ -26,7 +26,9 @@ from regard.models.blocks import (
     Block,
     add_losses,
     check_plan,
+    check_sequences,
     evaluation_mode,
+    grid_axes,
     input_positions,
     make_input_positions,
     place_input,
@@ -53,7 +55,9 @@ class EncoderConfig:
         pool: ``mean`` or ``max`` over the valid tokens, the ``first`` of them, ``none`` (an output for each token), or
             a pooling mechanism, whose slots are laid side by side.
         pool_options: of the pooling mechanism.
-        dim, plan, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
+        plan: as in :class:`regard.models.LanguageModelConfig`. Layers for grids alone (``large_kernel`` unless
+            ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
+        dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
             norm, loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
     """
 
@@ -107,6 +111,7 @@ class Encoder(nn.Module):
         scheme = input_positions(config.plan, config.positions)
         self.positions = make_input_positions(scheme, config)
         self.blocks = Stack([Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan], config.stack)
+        grid_axes(self.blocks)
         self.norm = make_norm(config.norm, config.dim)
         self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
         self.pooling, slots = None, 1
@@ -137,6 +142,10 @@ class Encoder(nn.Module):
         if inputs.ndim != axes or inputs.is_floating_point() != (axes == 3):
             expected = "integers (B, N)" if axes == 2 else f"floats (B, N, {self.config.features})"
             raise Unsupported(f"inputs of dtype {inputs.dtype} and shape {tuple(inputs.shape)}", supported=expected)
+        if context.grid is None:
+            check_sequences(
+                self.blocks, "an encoder that is called without a grid", supported="context=Context(grid=sides)"
+            )
         layout = gathering(context.mask, inputs.shape[0], inputs.shape[1], inputs.device)
         if context.grid is not None and layout.dense_index is not None:
             raise Unsupported("padding left or inside, or packing, of a grid", supported="whole or right-padded grids")
