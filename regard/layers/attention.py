@@ -152,7 +152,7 @@ class AttentionLayer(nn.Module):
         scheme = "none" if positions is None else positions
         if scheme not in card.accepts_positions:
             raise Unsupported(
-                f"{scheme} positions with {card.name}{_why_not(card, scheme)}",
+                f"{scheme} positions with {card.name}{why_refused(card, scheme)}",
                 supported=", ".join(card.accepts_positions),
                 nearest="none",
             )
@@ -470,8 +470,8 @@ class AttentionLayer(nn.Module):
         return Mask(lengths=layout.lengths, bias=bias, blocks=None if mask is None else mask.blocks)
 
 
-def _why_not(card: Mechanism, scheme: str) -> str:
-    """Why a mechanism does not accept a scheme, in parentheses; nothing for an unknown one."""
+def why_refused(card: Mechanism, scheme: str) -> str:
+    """Why a mechanism does not accept a position scheme, in parentheses; nothing for an unknown one."""
     if scheme not in SCHEMES:
         return ""
     if scheme in TURNED_BEFORE and "rotate" in card.honours:

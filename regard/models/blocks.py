@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Result, Unsupported, closest
 from regard.create import create_layer
+from regard.layers.attention import why_refused
 from regard.layers.feed_forward import SwiGLU, check_dropout, dropout
 from regard.layers.norms import make_norm
 from regard.positions import Positions, create_positions, list_positions
@@ -182,7 +183,9 @@ def input_positions(plan: Plan, asked: str) -> str:
             )
         if own in EMBEDDED_POSITIONS and own not in card.accepts_positions:
             raise Unsupported(
-                f"{card.name} with {own} positions", supported=", ".join(card.accepts_positions), nearest="auto"
+                f"{own} positions with {card.name}{why_refused(card, own)}",
+                supported=", ".join(card.accepts_positions),
+                nearest="auto",
             )
     if asked in EMBEDDED_POSITIONS:
         return asked
