@@ -147,6 +147,9 @@ def _begun(
     say = say or (lambda _: None)
     started = time.monotonic()
     works = [Work(task, settings) for task in tasks]
+    for work in works:
+        if work.few_items:
+            say(work.few_items)
     output = Path(output)
     with Store(output / "results.db", command=command) as store:
         beginning = provenance.now()
@@ -350,6 +353,7 @@ class _Runner:
             at_length=settings.at_length,
         )
         advice.notes[:0] = [beside_baseline(task, summary[task], rule, advice.winner) for task, rule in rules.items()]
+        advice.notes[:0] = [work.few_items for work in self.works if work.few_items]
         models = self._kept_models(advice)
         edges = rates_on_edge(searches, settings.rates) if len(settings.rates) > 2 else []
         if edges:
@@ -492,7 +496,7 @@ def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, An
         steps = sorted(set(work.steps.values()))
         described[f"{work.task.name}: run"] = (
             f"{work.target:,} parameters, {' to '.join(map(str, steps[:1] + steps[1:][-1:]))} steps of "
-            f"{work.batch}; {work.items - work.search_items} held-out items "
+            f"{work.batch}; {work.items - work.search_items} held-out {'item' if work.items - work.search_items == 1 else 'items'} "
             f"({work.search_items} others chose the learning rate)"
         )
     return described

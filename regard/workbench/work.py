@@ -19,6 +19,7 @@ from regard import backends
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Unsupported
 from regard.measurement import provenance
+from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import (
     EncoderConfig,
@@ -258,6 +259,20 @@ class Work:
         """The size of a training step, in words."""
         memory = "" if self.task.memory_length is None else f"{self.task.memory_length} + "
         return f"{self.batch_size} x {memory}{self.task.length} tokens"
+
+    @property
+    def few_items(self) -> str:
+        """What the scores are worth where few held-out items decide; empty where enough do."""
+        count = self.items - self.search_items
+        if count >= FEWEST_ITEMS:
+            return ""
+        said = "a single held-out item decides" if count == 1 else f"only {count} held-out items decide"
+        if not self.search_items and len(self.settings.rates) > 1:
+            said += ", and the learning rate is chosen on the same"
+        return (
+            f"On {self.task.name} {said}: that a score is better there says little about other data. "
+            "More data (also as --validation) or a shorter --length gives more items."
+        )
 
     @property
     def runs(self) -> int:
