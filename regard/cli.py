@@ -522,7 +522,9 @@ def compare(
             "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold."
         ),
     ] = "",
-    precision: Annotated[str, typer.Option(help="Of training: float32, or bfloat16 (mixed).")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
+    ] = "float32",
     only: Annotated[
         str | None,
         typer.Option(
