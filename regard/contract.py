@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -46,9 +47,20 @@ class Unsupported(ValueError):
 
 
 def closest(word: str, choices: Iterable[str]) -> str:
-    """The choice spelled most like `word`, or ``""`` when none is close."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    """The choice spelled most like `word`, or ``""`` when none is close.
+
+    Close are spellings that share three fifths of their letters, in order, and names that begin with the same word or
+    hold all words of `word`. Fewer letters in common are common by chance.
+    """
+    names, words = list(choices), _words(word)
+    alike = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    kin = [name for name in names if words and (_words(name)[:1] == words[:1] or set(words) <= set(_words(name)))]
+    found = alike or difflib.get_close_matches(word, kin, n=1, cutoff=0.0)
     return found[0] if found else ""
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())
 
 
 class Pattern(enum.StrEnum):

@@ -25,6 +25,23 @@ def test_engines_and_aliases_have_backends_too():
     assert regard.which_backend("softmax", backend="torch").reason == "requested"
 
 
+@pytest.mark.parametrize(
+    ("word", "choices", "nearest"),
+    [
+        ("softmxa", ("linear", "softmax"), "softmax"),
+        ("gated", ("gated_linear", "gated_softmax", "linear"), "gated_linear"),
+        ("state", ("exact", "constant-state"), "constant-state"),
+        ("any", ("exact", "any-length"), "any-length"),
+        ("share_all", ("exits", "share_groups"), "share_groups"),
+        ("missing.txt", ("good.txt", "other.csv"), ""),
+        ("nonsense", ("constant-state", "any-length", "exact"), ""),
+        ("", ("exact",), ""),
+    ],
+)
+def test_only_what_is_spelled_alike_or_shares_its_words_is_near(word, choices, nearest):
+    assert regard.contract.closest(word, choices) == nearest
+
+
 def test_a_backend_of_nothing_is_refused():
     for asked, words in (
         ({"name": "gated_linaer"}, "nearest: gated_linear"),

@@ -251,6 +251,7 @@ def bad_inputs(folder):
         "unknown option of the stack": (["compare", good, "--stack", "share_all=1", *small], ("share_all", "share_groups")),
         "stack option of another kind": (["compare", good, "--stack", "reversible=often", *small], ("often", "bool")),
         "exits above the layers": (["compare", good, "--stack", "exits=1+9", *small], ("exits=(1, 9)",)),
+        "heads of no whole width": (["compare", good, "--heads", "3", "--dim", "32", *small], ("--heads 2, or --dim 33",)),
         "precision nobody has": (["compare", good, "--precision", "int3", *small], ("int3", "bfloat16")),
         "option without a value": (["compare", "--task", "recall:pairs", *small], ("pairs",)),
         "pattern a mechanism lacks": (
@@ -298,8 +299,8 @@ CASES = [
     "unknown kind", "unknown property", "profile in a pattern it lacks", "lengths that are no numbers",
     "length nobody measures", "data for a task that reads none", "report of nothing",
     "use of advice", "need of advice", "memory of advice", "length of advice", "results of advice",
-    "mechanism of advice", "device of advice", "layer width of functions", "growth of layers",
-    "unknown option of the stack", "stack option of another kind", "exits above the layers", "precision nobody has",
+    "mechanism of advice", "device of advice", "layer width of functions", "growth of layers", "precision nobody has",
+    "unknown option of the stack", "stack option of another kind", "exits above the layers", "heads of no whole width",
     *BAD_TABLES, "validation without the columns", "validation that is the training data",
 ]  # fmt: skip
 

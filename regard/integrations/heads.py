@@ -194,16 +194,13 @@ class HeadAttention(nn.Module):
             Unsupported: for a mask that the mechanism cannot honour.
         """
         heads: dict[str, Tensor] = {"q": q, "k": k, "v": v, **inputs}
-        if self.projection is not None:
-            if self.learns and (source is None or source.shape[1] != k.shape[2]):
-                raise Unsupported(
-                    f"{self.card.name}, whose gates are learned from the tokens, with a cache of keys and values",
-                    supported="whole sequences",
-                    nearest="use_cache=False",
-                )
-            if getattr(self.projection, "keeps_state", False):
-                return self._with_mixing(heads, x, source, pattern, visible, scale, want)
-            heads = self.projection(heads, x, source, Context())
+        if self.projection is not None and self.learns and (source is None or source.shape[1] != k.shape[2]):
+            raise Unsupported(
+                f"{self.card.name}, whose gates are learned from the tokens, with a cache of keys and values",
+                supported="whole sequences",
+                nearest="use_cache=False",
+            )
+        mixing = getattr(self.projection, "keeps_state", False)
         causal, bias = visible.causal, visible.bias
         if pattern is not Pattern.CAUSAL_SELF and causal:
             if pattern is Pattern.NONCAUSAL_SELF:
@@ -220,6 +217,17 @@ class HeadAttention(nn.Module):
                 supported="causality, and keys that are missing for all queries",
                 nearest="softmax",
             )
+        if pattern is not self.pattern and (mixing or getattr(self.projection, "for_one_pattern", False)):
+            raise Unsupported(
+                f"{self.card.name}, whose learned parts are made for {self.pattern.value}, in a call that its mask makes "
+                f"{pattern.value}",
+                supported=f"calls in {self.pattern.value}",
+                nearest=f'regard.swap(..., pattern="{pattern.value}")',
+            )
+        if mixing:
+            return self._with_mixing(heads, x, source, pattern, visible, scale, want)
+        if self.projection is not None:
+            heads = self.projection(heads, x, source, Context())
         n, m = q.shape[2], k.shape[2]
         keys = None if visible.keys is None else Mask(valid=visible.keys)
         together = not pattern.cross and n == m
@@ -241,7 +249,7 @@ class HeadAttention(nn.Module):
             **options,
         )
         if self.merge is not None:
-            if keys is not None:
+            if keys is not None and not getattr(self.merge, "each_token_alone", False):
                 raise Unsupported(
                     f"{self.card.name} with missing keys, whose output mixes neighbours",
                     supported="sequences without padding",
@@ -260,15 +268,7 @@ class HeadAttention(nn.Module):
         scale: float | None,
         want: frozenset[str],
     ) -> Result:
-        """Attend with a projection that mixes tokens, which are therefore gathered first."""
-        if visible.causal and pattern is Pattern.NONCAUSAL_SELF:
-            pattern = Pattern.CAUSAL_SELF
-        if pattern is not self.pattern or visible.bias is not None or (visible.causal and pattern.cross):
-            raise Unsupported(
-                f"{self.card.name}, made for {self.pattern.value}, with a mask that says otherwise",
-                supported="missing keys",
-                nearest=f'regard.swap(..., pattern="{pattern.value}")',
-            )
+        """Attend with a projection that mixes tokens, which are therefore gathered first, and with the merge, which may too."""
         batch, n, m = heads["q"].shape[0], heads["q"].shape[2], heads["k"].shape[2]
         if n != m and not pattern.cross:
             raise Unsupported(f"{self.card.name} with {n} queries and {m} keys of one sequence", supported="as many")
@@ -290,5 +290,7 @@ class HeadAttention(nn.Module):
             config=self.config,
             want=want,
         )
+        if self.merge is not None:
+            result.output = self.merge(result.output, inputs, x, Context(), queries.lengths, result)
         result.output = queries.scatter(result.output, axis=2)
         return result

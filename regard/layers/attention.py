@@ -152,7 +152,7 @@ class AttentionLayer(nn.Module):
         scheme = "none" if positions is None else positions
         if scheme not in card.accepts_positions:
             raise Unsupported(
-                f"{scheme} positions with {card.name}{_why_not(card, scheme)}",
+                f"{scheme} positions with {card.name}{why_refused(card, scheme)}",
                 supported=", ".join(card.accepts_positions),
                 nearest="none",
             )
@@ -470,8 +470,8 @@ class AttentionLayer(nn.Module):
         return Mask(lengths=layout.lengths, bias=bias, blocks=None if mask is None else mask.blocks)
 
 
-def _why_not(card: Mechanism, scheme: str) -> str:
-    """Why a mechanism does not accept a scheme, in parentheses; nothing for an unknown one."""
+def why_refused(card: Mechanism, scheme: str) -> str:
+    """Why a mechanism does not accept a position scheme, in parentheses; nothing for an unknown one."""
     if scheme not in SCHEMES:
         return ""
     if scheme in TURNED_BEFORE and "rotate" in card.honours:
@@ -487,7 +487,7 @@ def _head_width(dim: int, heads: int, expand: float, option: str) -> int:
     if width != int(width) or width < 1:
         raise Unsupported(
             f"dim={dim} over num_heads={heads}" + (f" with an expansion of {expand}" if expand != 1 else ""),
-            supported=f"heads of equal whole widths, or {option}",
+            supported="heads of equal whole widths",
             nearest=f"{option}={max(1, int(width))}",
         )
     return int(width)

@@ -40,6 +40,8 @@ def norm_over_heads(o: Float[Tensor, "b h n v"], name: str) -> Float[Tensor, "b 
 class HeadNormWeights(nn.Module):
     """The learned part of a norm over heads (`spec.config.output_norm`): a merge of the attention shell."""
 
+    each_token_alone = True  # so padding may lie anywhere
+
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         name, shape = spec.config.output_norm, (spec.heads, 1, spec.value_dim)

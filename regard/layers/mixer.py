@@ -6,7 +6,9 @@ cross patterns (`absorb`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +58,14 @@ class MixerLayer(nn.Module):
         dim: width C of the input and output.
         pattern: one of the mechanism's patterns.
         config: the mechanism's options.
+
+    Attributes:
+        grid_axes: axes of the only inputs that it takes, 1 for sequences and 2 or 3 for grids; None where it takes any.
+        for_sequences: options by which a layer for grids alone would take sequences.
     """
+
+    grid_axes: int | None = None
+    for_sequences: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, card: Mechanism, dim: int, *, pattern: str | Pattern, config: Any = None) -> None:
         super().__init__()

@@ -450,6 +450,9 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         plain = config.scan in ("forward", "bidirectional")
         self.axes = (1 if plain else 2) if axes is None else axes
         one_of("axes", self.axes, (2,) if config.scan in TWO_AXES else (1, 2, 3) if plain else (2, 3))
+        if not plain or (config.conv_width and config.convolution == "grid"):
+            self.grid_axes = self.axes
+            self.for_sequences = {"axes": 1} if plain else {"scan": "bidirectional", "axes": 1}
         self.paths = count_paths(config, self.axes)
         self.inner = inner = round(config.expand * dim)
         at_least("expand * dim", inner, 1)
@@ -587,9 +590,8 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         return y
 
     def _check_grid(self, grid: tuple[int, ...] | None) -> None:
-        fixed = self.grid_conv is not None or self.config.scan not in ("forward", "bidirectional")
         axes = 1 if grid is None else len(grid)
-        if fixed and axes != self.axes:
+        if self.grid_axes not in (None, axes):
             raise Unsupported(
                 f"bidirectional_mamba for {self.axes} axes on "
                 + ("a sequence" if grid is None else f"a grid {tuple(grid)}"),

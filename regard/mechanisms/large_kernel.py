@@ -402,6 +402,7 @@ class LargeKernelLayer(MixerLayer):
         super().__init__(card, dim, pattern=pattern, config=config)
         self.axes = (1 if self.pattern.causal else 2) if axes is None else axes
         one_of("axes", self.axes, (1,) if self.pattern.causal else CONVOLUTIONS)
+        self.grid_axes, self.for_sequences = self.axes, {"axes": 1}
         config = self.config
         self.input_proj = make_linear(dim, dim, bias=True, kind=linear)
         self.output_proj = make_linear(dim, dim, bias=True, kind=linear)

@@ -361,6 +361,8 @@ class DualNorm(nn.Module):
         spec: of the layer.
     """
 
+    for_one_pattern = True  # which decides how many landmarks there are
+
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         config: Config = spec.config

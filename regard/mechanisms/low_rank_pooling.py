@@ -186,7 +186,7 @@ def _scores(call: Call, x: Tensor, p: Tensor, q: Tensor, c: Tensor | None, tempe
     x, p, q = x.to(dtype), p.to(dtype), q.to(dtype)
     context = _pool_context(call, x) if c is None else c.to(dtype).expand(x.shape[0], -1)
     projected = torch.einsum("be,esr->bsr", context, p)
-    f = torch.einsum("bsr,dsr,bnd->bsn", projected, q, x)
+    f = torch.einsum("bsr,dsr,bnd->bsn", projected, q, x).to(dtype)  # narrow under autocast
     if config.activation == "tanh":
         f = f.tanh()
     # A squared norm that is clamped has gradient 0 at f = 0, where that of the norm is not defined.

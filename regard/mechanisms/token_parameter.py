@@ -94,7 +94,9 @@ class Config:
 
 
 def _divide_by_norm(s: Tensor, eps: float) -> Tensor:
-    # A squared norm that is clamped has a gradient at s = 0, where that of the norm is not defined.
+    # A squared norm that is clamped has a gradient at s = 0, where that of the norm is not defined. Under autocast scores
+    # are narrow whatever they are made of, and squares below 6e-8 are 0 in float16.
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
     return s * s.square().sum(-1, keepdim=True).clamp(min=eps**2).rsqrt()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Result, Unsupported, closest
 from regard.create import create_layer
+from regard.layers.attention import why_refused
 from regard.layers.feed_forward import SwiGLU, check_dropout, dropout
 from regard.layers.norms import make_norm
 from regard.positions import Positions, create_positions, list_positions
@@ -107,6 +108,48 @@ def check_plan(plan: Plan, pattern: Pattern, where: str) -> None:
                 raise Unsupported(f"{card.name}, which inserts tokens, in {where}", supported="language models")
 
 
+def grid_axes(blocks: Iterable[Any]) -> int | None:
+    """Axes of the inputs that the layers take: 1 for sequences, 2 or 3 for grids; None where they take any.
+
+    Raises:
+        Unsupported: where no input suits all of them.
+    """
+    first = None
+    for block in blocks:
+        axes = getattr(block.mixer, "grid_axes", None)
+        if first is None or axes is None:
+            first = first if axes is None else block
+        elif axes != first.mixer.grid_axes:
+            raise Unsupported(
+                f"a layer of {block.entry[0]} for {_inputs(axes)} beside one of {first.entry[0]} for "
+                f"{_inputs(first.mixer.grid_axes)}",
+                supported="layers that take the same inputs",
+                nearest=f"{_sequence_entry(block if axes > 1 else first)} in the plan",
+            )
+    return None if first is None else first.mixer.grid_axes
+
+
+def check_sequences(blocks: Iterable[Any], where: str, *, supported: str) -> None:
+    """Raise Unsupported for a layer that takes grids alone; `where` names the model and what it lacks."""
+    for block in blocks:
+        axes = getattr(block.mixer, "grid_axes", None) or 1
+        if axes > 1:
+            raise Unsupported(
+                f"a layer of {block.entry[0]} for {_inputs(axes)} in {where}",
+                supported=supported,
+                nearest=f"{_sequence_entry(block)} in the plan, for sequences",
+            )
+
+
+def _inputs(axes: int) -> str:
+    return "sequences" if axes == 1 else f"grids of {axes} axes"
+
+
+def _sequence_entry(block: Any) -> tuple[str, dict[str, Any]]:
+    """The plan's entry for the same mechanism on sequences."""
+    return block.entry[0], {**block.entry[1], **block.mixer.for_sequences}
+
+
 def _mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
     """The card that decides about positions: that of the wrapped mechanism, where a wrapper's options name one."""
     card = get_mechanism(name)
@@ -140,7 +183,9 @@ def input_positions(plan: Plan, asked: str) -> str:
             )
         if own in EMBEDDED_POSITIONS and own not in card.accepts_positions:
             raise Unsupported(
-                f"{card.name} with {own} positions", supported=", ".join(card.accepts_positions), nearest="auto"
+                f"{own} positions with {card.name}{why_refused(card, own)}",
+                supported=", ".join(card.accepts_positions),
+                nearest="auto",
             )
     if asked in EMBEDDED_POSITIONS:
         return asked

@@ -27,7 +27,9 @@ from regard.models.blocks import (
     Plan,
     add_losses,
     check_plan,
+    check_sequences,
     evaluation_mode,
+    grid_axes,
     input_positions,
     make_input_positions,
     place_input,
@@ -54,7 +56,9 @@ class EncoderConfig:
         pool: ``mean`` or ``max`` over the valid tokens, the ``first`` of them, ``none`` (an output for each token), or
             a pooling mechanism, whose slots are laid side by side.
         pool_options: of the pooling mechanism.
-        dim, plan, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
+        plan: as in :class:`regard.models.LanguageModelConfig`. Layers for grids alone (``large_kernel`` unless
+            ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
+        dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
             norm, loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
     """
 
@@ -141,6 +145,7 @@ class Encoder(EncoderBase):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, config.plan)
         self.blocks = Stack([Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan], config.stack)
+        grid_axes(self.blocks)
         self.norm = make_norm(config.norm, config.dim)
         self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
         self.pooling, slots = None, 1
@@ -166,7 +171,12 @@ class Encoder(EncoderBase):
             training with exits ``extras["exits"]`` has the share of the layers and the logits of each; where sequences
             (without a pool, tokens) leave early, ``extras["exit_layer"]`` the number of layers that each has passed.
         """
-        x, inner, layout, losses = self.embed(inputs, Context() if context is None else context)
+        context = Context() if context is None else context
+        if context.grid is None:
+            check_sequences(
+                self.blocks, "an encoder that is called without a grid", supported="context=Context(grid=sides)"
+            )
+        x, inner, layout, losses = self.embed(inputs, context)
         states = [None] * len(self.blocks)
         threshold = self.config.stack.exit_threshold
         if self.config.pool != "none" and threshold is not None and not self.training:

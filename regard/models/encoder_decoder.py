@@ -31,6 +31,7 @@ from regard.models.blocks import (
     add_losses,
     auxiliary_loss,
     check_plan,
+    check_sequences,
     evaluation_mode,
     input_positions,
     make_input_positions,
@@ -151,6 +152,7 @@ class EncoderDecoder(nn.Module):
         self.positions = self._input_positions(config.decoder_plan)
         encoder_blocks = [Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
         self.encoder_blocks = Stack(encoder_blocks, replace(config.stack, exits=(), exit_threshold=None))
+        check_sequences(encoder_blocks, "an encoder-decoder, which has no grids", supported="layers for sequences")
         self.encoder_norm = make_norm(config.norm, config.dim)
         blocks: list[Block] = []
         for own, cross in zip(config.decoder_plan, config.cross_plan, strict=True):

@@ -30,6 +30,7 @@ from regard.models.blocks import (
     add_losses,
     auxiliary_loss,
     check_plan,
+    check_sequences,
     input_positions,
     read_plan,
 )
@@ -149,6 +150,7 @@ class Forecaster(nn.Module):
         self.register_buffer("targets", torch.tensor(config.target_features), persistent=False)
         encoder_blocks = [Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
         self.encoder_blocks = Stack(encoder_blocks, config.stack)
+        check_sequences(encoder_blocks, "a forecaster, which has no grids", supported="layers for sequences")
         self.encoder_norm = make_norm(config.norm, config.dim)
         self.blocks = Stack(
             [Block(entry, config, Pattern.NONCAUSAL_CROSS) for entry in config.cross_plan], config.stack

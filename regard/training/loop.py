@@ -30,7 +30,11 @@ from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from regard.training.memory import peak_memory
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+LEAST_SCALE = 1.0
+"""Scale of the loss in float16 below which an overflow is the model's own: its gradients do not fit in float16 as they
+are."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class TrainConfig:
         schedule: ``cosine`` or ``constant``.
         clip: largest norm of the whole gradient; None for no limit.
         seed: of batches, dropout and layers' draws. The model's initial weights are the caller's.
-        precision: ``float32`` computes in the parameters' own dtype, ``bfloat16`` under torch's autocast.
+        precision: ``float32`` computes in the parameters' own dtype, ``bfloat16`` under torch's autocast. ``float16`` too,
+            with the loss scaled so that small gradients are not lost (mixed precision training, arXiv 1710.03740): the
+            scale is halved and the step skipped where gradients overflow, and doubled after 2000 steps without. The
+            parameters must be wider.
         checkpoint_every: steps between checkpoints, where there is a path for them.
         measure_memory: whether to measure the second step's peak memory, which makes that step slower.
     """
@@ -93,6 +100,7 @@ class Point:
         gradient_norm: before clipping.
         learning_rate: of the step.
         seconds: forward, backward and update, without making the batch.
+        skipped: whether its gradients, of the scaled loss in float16, overflowed, so that the weights stayed as they were.
     """
 
     step: int
@@ -101,6 +109,7 @@ class Point:
     gradient_norm: float
     learning_rate: float
     seconds: float
+    skipped: bool = False
 
 
 @dataclass
@@ -108,7 +117,7 @@ class History:
     """What a run leaves behind beside the weights.
 
     Attributes:
-        curve: a point for each step that updated the weights.
+        curve: a point for each step that was done, skipped ones too.
         tokens: valid input tokens read by those steps.
         peak_memory: bytes of a training step above the model, the optimizer and everything else that was there before
             it: activations, gradients, temporaries. None when not measured.
@@ -123,6 +132,11 @@ class History:
     memory_counted: str | None = None
     finished: bool = False
     diverged: bool = False
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose gradients overflowed in float16."""
+        return sum(point.skipped for point in self.curve)
 
     @property
     def seconds(self) -> float:
@@ -199,22 +213,25 @@ def train(
         deadline: a time of `time.monotonic` after which no new step is started.
 
     Raises:
-        Unsupported: for a checkpoint of another model, task or config.
+        Unsupported: for a checkpoint of another model, task or config, and for parameters in float16, whose updates would
+            be lost, with ``precision="float16"``.
     """
     history = History()
+    device = next(model.parameters()).device
+    scaler = _loss_scaler(model, config, device)
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     path = None if checkpoint is None else Path(checkpoint)
     identity = _identity(task, config)
     if path is not None and resume and path.exists():
-        history = _resume(path, identity, model, optimizer)
+        history = _resume(path, identity, model, optimizer, scaler)
         if history.finished or history.diverged:
             return history
 
     def save() -> None:
         if path is not None:
-            save_checkpoint(path, model, optimizer, {"run": identity, "history": asdict(history)})
+            record = {"run": identity, "history": asdict(history), "scaler": scaler.state_dict()}
+            save_checkpoint(path, model, optimizer, record)
 
-    device = next(model.parameters()).device
     was_training, updating = model.training, False
     model.train()
     try:
@@ -228,17 +245,19 @@ def train(
                 measured = config.measure_memory and step == min(1, config.steps - 1)
                 start = time.perf_counter()
                 loss, auxiliary, norm = _gradients(
-                    model, task, optimizer, batch, config, step, history if measured else None
+                    model, task, optimizer, scaler, batch, config, step, history if measured else None
                 )
-                if not (math.isfinite(loss) and math.isfinite(auxiliary) and math.isfinite(norm)):
+                overflown = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > LEAST_SCALE
+                if not (math.isfinite(loss) and math.isfinite(auxiliary) and (math.isfinite(norm) or overflown)):
                     history.diverged = True
                     break
                 updating = True
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                optimizer.step()
+                scaler.step(optimizer)  # skipped by it where unscaling found an overflow
+                scaler.update()
                 _synchronise(device)
-                point = Point(step, loss, auxiliary, norm, rate, time.perf_counter() - start)
+                point = Point(step, loss, auxiliary, norm, rate, time.perf_counter() - start, overflown)
                 history.curve.append(point)
                 history.tokens += count_tokens(batch)
                 updating = False
@@ -258,10 +277,23 @@ def train(
     return history
 
 
+def _loss_scaler(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
+    """The scaler of a run's loss, which does nothing unless the precision is float16."""
+    narrow = config.precision == "float16" and any(p.dtype == torch.float16 for p in model.parameters())
+    if narrow:
+        raise Unsupported(
+            "precision='float16' of a model whose parameters are float16, in which updates are lost",
+            supported="wider parameters: products alone are float16",
+            nearest="model.float()",
+        )
+    return torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+
+
 def _gradients(
     model: nn.Module,
     task: Task,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     batch: Batch,
     config: TrainConfig,
     step: int,
@@ -275,13 +307,16 @@ def _gradients(
     optimizer.zero_grad(set_to_none=True)
 
     def run() -> tuple[Tensor, Tensor | float, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        narrow = torch.float16 if config.precision == "float16" else torch.bfloat16
+        with torch.autocast(device.type, narrow, enabled=config.precision != "float32"):
             result = run_model(model, batch, context)
         loss = mean_loss(task, result.output, batch)
         auxiliary = auxiliary_loss(result.losses, getattr(getattr(model, "config", None), "loss_weights", {}))
         if "exits" in result.extras:
             auxiliary = auxiliary + joint_loss(result, partial(mean_loss, task, batch=batch)) - loss
-        (loss + auxiliary).backward()
+        scaler.scale(loss + auxiliary).backward()
+        if scaler.is_enabled():
+            scaler.unscale_(optimizer)
         limit = math.inf if config.clip is None else config.clip
         return loss, auxiliary, nn.utils.clip_grad_norm_(model.parameters(), limit)
 
@@ -304,7 +339,13 @@ def _identity(task: Task, config: TrainConfig) -> dict[str, Any]:
     return {"task": task.name, **settings}
 
 
-def _resume(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+def _resume(
+    path: Path,
+    identity: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> History:
     found = load_checkpoint(path)
     for name, value in identity.items():
         before = found.record["run"].get(name)
@@ -315,6 +356,8 @@ def _resume(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: t
                 nearest=f"{name}={before!r}, another path, or resume=False",
             )
     restore(found, model, optimizer)
+    if scaler.is_enabled():
+        scaler.load_state_dict(found.record["scaler"])
     return History.from_record(found.record["history"])
 
 

@@ -30,7 +30,15 @@ from regard.workbench.cost import model_costs
 from regard.workbench.recommend import Recommendation, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import CompareSettings
-from regard.workbench.summary import beside_baseline, by_tokens, comparison_of, rates_on_edge, summarise, thin
+from regard.workbench.summary import (
+    beside_baseline,
+    by_tokens,
+    comparison_of,
+    rates_on_edge,
+    skipped_steps,
+    summarise,
+    thin,
+)
 from regard.workbench.work import Work, build, cost_seconds, plan
 
 
@@ -147,6 +155,9 @@ def _begun(
     say = say or (lambda _: None)
     started = time.monotonic()
     works = [Work(task, settings) for task in tasks]
+    for work in works:
+        if work.few_items:
+            say(work.few_items)
     output = Path(output)
     with Store(output / "results.db", command=command) as store:
         beginning = provenance.now()
@@ -282,6 +293,7 @@ class _Runner:
             "feed_forward": work.configs[name].feed_forward,
             "tokens": history.tokens,
             "steps": len(history.curve),
+            "skipped": history.skipped,
             "seconds": history.seconds,
             "tokens_per_second": history.tokens_per_second,
             "peak_memory_bytes": history.peak_memory,
@@ -350,6 +362,8 @@ class _Runner:
             at_length=settings.at_length,
         )
         advice.notes[:0] = [beside_baseline(task, summary[task], rule, advice.winner) for task, rule in rules.items()]
+        advice.notes[:0] = [work.few_items for work in self.works if work.few_items]
+        advice.notes += [said for task, rows in quality.items() if (said := skipped_steps(task, rows))]
         models = self._kept_models(advice)
         edges = rates_on_edge(searches, settings.rates) if len(settings.rates) > 2 else []
         if edges:
@@ -492,7 +506,7 @@ def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, An
         steps = sorted(set(work.steps.values()))
         described[f"{work.task.name}: run"] = (
             f"{work.target:,} parameters, {' to '.join(map(str, steps[:1] + steps[1:][-1:]))} steps of "
-            f"{work.batch}; {work.items - work.search_items} held-out items "
+            f"{work.batch}; {work.items - work.search_items} held-out {'item' if work.items - work.search_items == 1 else 'items'} "
             f"({work.search_items} others chose the learning rate)"
         )
     return described

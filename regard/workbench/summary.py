@@ -113,6 +113,15 @@ def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: B
     return said
 
 
+def skipped_steps(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many steps of the runs of a task were skipped, since their gradients overflowed; empty for none."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["mechanism"]] = counts.get(row["mechanism"], 0) + row.get("skipped", 0)
+    told = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+    return f"Steps on {task} that were skipped, since gradients overflowed in float16: {told}." if told else ""
+
+
 def rates_on_edge(searches: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> list[str]:
     """Mechanisms (and tasks) whose best rate is the first or last of the grid."""
     found = []

@@ -19,6 +19,7 @@ from regard import backends
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Unsupported
 from regard.measurement import provenance
+from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import (
     EncoderConfig,
@@ -105,10 +106,41 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings, longest
     return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
 
 
+def _parameters(card: Mechanism, task: Task, settings: CompareSettings) -> int:
+    """Parameters of the backbone before it is matched.
+
+    Raises:
+        Unsupported: for a width or a number of heads that the mechanism cannot have, with others that it can.
+    """
+    config = model_config(card, task, settings)
+    try:
+        return count_parameters(config)
+    except Unsupported as error:
+        raise Unsupported(
+            f"{card.name} with --dim {settings.dim} and --heads {settings.heads} ({error.asked})",
+            supported=error.supported,
+            nearest=_nearest_size(card, task, settings),
+        ) from None
+
+
+def _nearest_size(card: Mechanism, task: Task, settings: CompareSettings) -> str:
+    """What to ask for instead of a size that a mechanism refuses: heads for its width, or a width for its heads."""
+    found = []
+    for name, asked, reach in (("heads", settings.heads, settings.heads), ("dim", settings.dim, 2 * settings.heads)):
+        for value in sorted(range(max(1, asked - reach), asked + reach + 1), key=lambda value: abs(value - asked)):
+            try:
+                count_parameters(model_config(card, task, replace(settings, **{name: value})))  # type: ignore[arg-type]
+            except Unsupported:
+                continue
+            found.append(f"--{name} {value}")
+            break
+    return ", or ".join([*found, f"--mechanisms without {card.name}"][:2])
+
+
 def _target(task: Task, settings: CompareSettings) -> int:
     """The number of parameters of every model: that of softmax, or else of the first mechanism."""
     measure = "softmax" if "softmax" in settings.mechanisms else settings.mechanisms[0]
-    return count_parameters(model_config(get_mechanism(measure), task, settings))
+    return _parameters(get_mechanism(measure), task, settings)
 
 
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -171,6 +203,7 @@ class Work:
         self.evaluation_seconds: dict[str, float] = {}
 
     def _matched(self, name: str, config: Any) -> Any:
+        _parameters(get_mechanism(name), self.task, self.settings)
         try:
             return match_parameters(config, self.target)
         except Unsupported as error:
@@ -226,6 +259,20 @@ class Work:
         """The size of a training step, in words."""
         memory = "" if self.task.memory_length is None else f"{self.task.memory_length} + "
         return f"{self.batch_size} x {memory}{self.task.length} tokens"
+
+    @property
+    def few_items(self) -> str:
+        """What the scores are worth where few held-out items decide; empty where enough do."""
+        count = self.items - self.search_items
+        if count >= FEWEST_ITEMS:
+            return ""
+        said = "a single held-out item decides" if count == 1 else f"only {count} held-out items decide"
+        if not self.search_items and len(self.settings.rates) > 1:
+            said += ", and the learning rate is chosen on the same"
+        return (
+            f"On {self.task.name} {said}: that a score is better there says little about other data. "
+            "More data (also as --validation) or a shorter --length gives more items."
+        )
 
     @property
     def runs(self) -> int:

@@ -157,14 +157,39 @@ def test_swapped_to_any_mechanism_an_encoder_trains(name):
     assert losses[-1] < losses[0]
 
 
-def test_padding_has_no_effect_after_a_swap():
-    for name in ("gated_linear", "linear", "sigmoid", "delta_rule", "flow_attention"):
-        model = encoder()
-        regard.swap(model, name)
-        x = torch.randn(3, 9, 16, dtype=torch.float64)
-        with torch.no_grad():
-            found = quietly(model, x, src_key_padding_mask=padding())
-            torch.testing.assert_close(found[1, :6], model(x[1:2, :6])[0])
+@pytest.mark.parametrize("name", attention_names())
+def test_padding_has_no_effect_after_a_swap(name):
+    model = encoder()
+    regard.swap(model, name)
+    x, there = torch.randn(3, 9, 16, dtype=torch.float64), ~padding()
+    with torch.no_grad():
+        found = quietly(model, x, src_key_padding_mask=padding())
+        for row in (1, 2):
+            torch.testing.assert_close(found[row][there[row]], model(x[row][there[row]][None])[0])
+
+
+@pytest.mark.parametrize("name", attention_names())
+def test_all_that_a_mechanism_learns_is_trained_after_a_swap(name):
+    model = encoder(dropout=0.0).train()
+    learned = regard.swap(model, name).learned
+    model(torch.randn(2, 12, 16, dtype=torch.float64)).square().sum().backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert [n for n in learned if n not in reached] == []
+
+
+@pytest.mark.parametrize("name", ["agent", "sea", "long_short"])
+def test_what_is_learned_for_one_pattern_refuses_a_mask_of_another_with_the_swap_that_takes_it(name):
+    model = encoder()
+    regard.swap(model, name)
+    x = torch.randn(3, 9, 16, dtype=torch.float64)
+    with pytest.raises(Unsupported, match="learned parts are made for noncausal-self") as caught:
+        model(x, mask=CAUSAL)
+    assert caught.value.nearest == 'regard.swap(..., pattern="causal-self")'
+    with pytest.raises(Unsupported, match="a mask of pairs that is neither causality nor missing keys"):
+        model(x, mask=random_pairs())
+    again = encoder()
+    regard.swap(again, name, pattern="causal-self")
+    assert again(x, mask=CAUSAL).isfinite().all()
 
 
 @pytest.mark.parametrize(

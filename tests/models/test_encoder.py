@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from ast import literal_eval
+
 import pytest
 import torch
 
@@ -73,6 +75,34 @@ def test_gradients_reach_every_parameter():
 def test_bad_configs_are_refused(options, words):
     with pytest.raises(Unsupported, match=words):
         make_encoder(**options)
+
+
+GRID_LAYERS = [
+    ("large_kernel", {"kernel": 9}),
+    ("bidirectional_mamba", {"scan": "snake"}),
+    ("bidirectional_mamba", {"axes": 2, "convolution": "grid", "conv_width": 3}),
+]
+
+
+@pytest.mark.parametrize("entry", GRID_LAYERS)
+def test_a_layer_for_grids_is_refused_without_one_with_an_entry_for_sequences(entry):
+    model = make_encoder(plan=["softmax", entry])
+    x = torch.randn(2, 6, 2, dtype=torch.float64)
+    assert model(x, context=Context(grid=(2, 3))).output.isfinite().all()
+    with pytest.raises(Unsupported, match=f"{entry[0]} for grids of 2 axes .* without a grid") as caught:
+        model(x)
+    proposed = literal_eval(caught.value.nearest.partition(" in the plan")[0])
+    assert make_encoder(plan=["softmax", proposed])(x).output.isfinite().all()
+
+
+@pytest.mark.parametrize("entry", GRID_LAYERS)
+def test_layers_that_no_input_suits_are_refused_when_the_encoder_is_built(entry):
+    alone = ("large_kernel", {"axes": 1})
+    for plan in ([entry, alone], [alone, entry], [("large_kernel", {"axes": 3}), entry]):
+        with pytest.raises(Unsupported, match="beside one of") as caught:
+            make_encoder(plan=plan)
+        assert "'axes': 1" in caught.value.nearest
+    make_encoder(plan=[entry, "linear", entry])
 
 
 def test_inputs_of_the_wrong_kind_are_refused():

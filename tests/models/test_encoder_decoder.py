@@ -356,6 +356,13 @@ def test_what_cannot_be_built_is_refused_by_the_config(options, words):
         EncoderDecoderConfig(5, **{"memory_vocab_size": 5, **options})
 
 
+def test_an_encoder_layer_for_grids_is_refused_when_the_model_is_built():
+    with pytest.raises(Unsupported, match=r"large_kernel for grids of 2 axes .* which has no grids") as caught:
+        make_model(encoder_plan=["softmax", "large_kernel"], encoder_layers=2)
+    assert caught.value.nearest.startswith("('large_kernel', {'axes': 1})")
+    make_model(encoder_plan=["softmax", ("large_kernel", {"axes": 1})], encoder_layers=2)
+
+
 def test_bad_calls_are_refused():
     model = make_model()
     ids, memory = batch()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Mask, Unsupported
 from regard.models import LanguageModel, LanguageModelConfig
+from regard.models.blocks import input_positions, read_plan
 from regard.models.generation import beam_search, sample
 from regard.models.language_model import next_tokens
 
@@ -262,6 +264,17 @@ def test_dropout_draws_from_the_calls_generator():
 def test_bad_configs_are_refused_with_the_nearest(options, words):
     with pytest.raises(Unsupported, match=words):
         LanguageModel(LanguageModelConfig(**{"vocab_size": 5, "dim": 8, "num_heads": 2, **options}))
+
+
+@pytest.mark.parametrize("scheme", ["sinusoidal", "learned", "seqpe"])
+def test_positions_at_the_input_that_a_mechanism_does_not_take_are_refused_with_its_reason(scheme):
+    layers = list_mechanisms(where=lambda c: c.kind in ("attention", "mixer", "wrapper"))
+    refusing = [get_mechanism(name) for name in layers if scheme not in get_mechanism(name).accepts_positions]
+    assert {card.name for card in refusing} >= {"compressive", "transformer_xl", "positional_attention"}
+    for card in refusing:
+        with pytest.raises(Unsupported) as caught:
+            input_positions(read_plan(card.name, 1), scheme)
+        assert card.refused_positions and card.refused_positions in caught.value.asked
 
 
 def test_bad_calls_are_refused(model):

@@ -14,7 +14,7 @@ from small_runs import Repeat, build_model
 
 from regard.contract import Result, Unsupported
 from regard.tasks.protocol import cross_entropy_by_item, mean_loss
-from regard.training import History, TrainConfig, evaluate, train
+from regard.training import PRECISIONS, History, TrainConfig, evaluate, train
 from regard.training.loop import batch_context
 
 CONFIG = TrainConfig(steps=12, batch_size=4, learning_rate=3e-3, checkpoint_every=4)
@@ -192,8 +192,8 @@ def test_another_run_is_not_resumed(task, build, tmp_path):
         train(build(), other, dataclasses.replace(CONFIG, steps=2), checkpoint=path)
 
 
-def test_training_learns_in_either_precision(task, build):
-    for precision in ("float32", "bfloat16"):
+def test_training_learns_in_every_precision(task, build):
+    for precision in PRECISIONS:
         model = build()
         config = TrainConfig(steps=60, batch_size=16, learning_rate=1e-2, precision=precision, measure_memory=False)
         before = evaluate(model, task, 16)
@@ -314,7 +314,7 @@ def test_slices_of_an_evaluation_make_up_the_whole(task, build):
         ({"warmup": 2}, "share"),
         ({"clip": 0.0}, "clip=None"),
         ({"schedule": "cosin"}, "cosine"),
-        ({"precision": "float16"}, "bfloat16"),
+        ({"precision": "int8"}, "bfloat16"),
     ],
 )
 def test_bad_settings_are_refused(options, words):

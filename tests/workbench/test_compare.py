@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from regard import Unsupported
+from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
@@ -54,6 +56,21 @@ def test_a_stack_and_a_precision_reach_models_training_and_rows(tmp_path):
     outcome = compare([recall()], chosen, tmp_path)
     with Store(outcome.store) as store:
         assert store.rows("run")[-1].payload["settings"]["stack"] == "share=all, reversible=True"
+
+
+@pytest.mark.parametrize(("items", "deciding"), [(1, 1), (6, 5), (9, 7)])
+def test_few_held_out_items_are_said_when_it_begins_and_in_the_report(tmp_path, items, deciding):
+    task = create_task("recall", length=16, pairs=2, queries=4, vocab_size=16, evaluation_items=items)
+    said = []
+    outcome = compare([task], settings(mechanisms=("softmax", "linear")), tmp_path, say=said.append)
+    warned = [sentence for sentence in said if "held-out item" in sentence]
+    if deciding >= FEWEST_ITEMS:
+        assert not warned and not any("held-out item" in note for note in outcome.recommendation.notes)
+        return
+    number = "a single held-out item decides" if deciding == 1 else f"only {deciding} held-out items decide"
+    assert number in warned[0] and said[0] == warned[0] == outcome.recommendation.notes[0]
+    assert ("chosen on the same" in warned[0]) == (items == 1)
+    assert number in outcome.report.read_text()
 
 
 def test_rates_are_chosen_on_other_items_than_those_that_score(tmp_path):
@@ -166,6 +183,19 @@ def test_bad_settings_are_refused_before_anything_is_trained(tmp_path, changes, 
         compare([recall()], settings(**changes), tmp_path)
     assert caught.value.supported
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "sizes"),
+    [(("softmax",), {"dim": 32, "heads": 3}), (("softmax", "complex_rotary"), {"dim": 10, "heads": 2})],
+)
+def test_a_size_that_a_mechanism_refuses_is_refused_with_sizes_it_takes(mechanisms, sizes):
+    with pytest.raises(Unsupported, match=rf"--dim {sizes['dim']} and --heads {sizes['heads']}") as caught:
+        Work(recall(), settings(mechanisms=mechanisms, **sizes))
+    proposed = re.findall(r"--(\w+) (\d+)", caught.value.nearest)
+    assert [name for name, _ in proposed] == ["heads", "dim"]
+    for name, value in proposed:
+        Work(recall(), settings(mechanisms=mechanisms, **{**sizes, name: int(value)}))
 
 
 def test_a_mechanism_without_the_pattern_is_refused_with_the_task(tmp_path):

@@ -86,6 +86,14 @@ def test_mechanisms_that_are_no_function_of_queries_keys_and_values_are_not_comp
             assert difference_from_softmax(name, CAUSAL, 30) is None
 
 
+def test_a_need_that_is_near_none_is_answered_with_all_and_no_nearest():
+    with pytest.raises(Unsupported) as caught:
+        parse_needs("exact,nonsense")
+    assert "nonsense" in caught.value.asked
+    assert caught.value.supported == ", ".join(NEEDS)
+    assert not caught.value.nearest
+
+
 def test_needs_are_parsed_and_unknown_ones_refused():
     assert parse_needs("recall, order,recall,") == ("recall", "order")
     assert parse_needs(()) == ()
