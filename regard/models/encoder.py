@@ -194,7 +194,14 @@ class Encoder(EncoderBase):
         )
         add_losses(result.losses, losses)
         result.state = None
-        return apply_head(result, lambda x: self.head(self._pool(x, inner, result.losses) if pooled else x))
+
+        def read(x: Tensor) -> Tensor:
+            if pooled:
+                return self.head(self._pool(x, inner, result.losses))
+            logits = self.head(x)  # at padding its bias
+            return logits if layout.valid is None else logits.where(layout.valid[..., None], 0)
+
+        return apply_head(result, read)
 
     def _pool(self, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]) -> Float[Tensor, "b c2"]:
         """What the head reads of right-padded sequences; the pool's losses are added to `losses`."""

@@ -23,7 +23,7 @@ from regard.create import create_layer
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.mechanisms.funnel import FunnelPooling
-from regard.models.blocks import Block, add_losses, read_plan
+from regard.models.blocks import Block, add_losses, check_sequences, read_plan
 from regard.models.encoder import EncoderBase, check_input_kind
 from regard.models.encoder_decoder import count_layers
 from regard.models.stack import Stack, StackConfig
@@ -98,6 +98,8 @@ class FunnelEncoder(EncoderBase):
         layer = create_layer("funnel", config.dim, config.num_heads, pattern=pattern, **options)
         self.funnel = cast(FunnelPooling, layer)
         self.decoder_blocks = Stack([Block(entry, config, pattern) for entry in config.decoder_plan], config.stack)
+        for blocks in (self.blocks, self.decoder_blocks):
+            check_sequences(blocks, "a funnel encoder, which has no grids", supported="layers for sequences")
         self.decoder_norm = make_norm(config.norm, config.dim)
         self.head = make_linear(config.dim, config.num_classes, bias=True)
 

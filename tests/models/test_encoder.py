@@ -47,6 +47,7 @@ def test_without_a_pool_every_token_has_an_output():
     assert model(x).output.shape == (2, 5, 3)
     masked = model(x, context=Context(mask=Mask(lengths=torch.tensor([5, 3])))).output
     torch.testing.assert_close(masked[1, :3], model(x[1:, :3]).output[0])
+    assert not masked[1, 3:].any()
 
 
 def test_a_token_sees_later_ones():
