@@ -395,7 +395,13 @@ def advise_command(
     results: Annotated[
         Path | None, typer.Option(help="Output folder of regard compare: what it measured informs quality.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Most time to measure, once for a machine and size.")] = 120.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="Time to measure, once for a machine and size. What decides is measured at the two shortest lengths in "
+            "any case; starting and building the layers are not counted."
+        ),
+    ] = 120.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Measure how wrong the predictions are, at five other lengths.")

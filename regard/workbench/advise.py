@@ -51,7 +51,8 @@ class AdviseSettings:
         mechanisms: candidates; all that mix tokens and have the pattern when None.
         exclude: no candidates.
         what: kinds of work that are predicted; that of `use` is among them in any case.
-        seconds: most time to measure.
+        seconds: time to measure. What decides is measured at the two shortest lengths however long it takes, since nothing
+            can be predicted without.
     """
 
     lengths: tuple[int, ...] = (1024,)
@@ -305,7 +306,7 @@ def advise(
     measure: Measure | None = None,
     **options: Any,
 ) -> Advice:
-    """Answer a question; measures what is not known yet, for at most about ``settings.seconds``.
+    """Answer a question; measures what is not known yet, for about ``settings.seconds``.
 
     Args:
         settings: the question, or its fields as keywords: ``advise(lengths=4096, use="train", needs="recall")``.
@@ -567,7 +568,10 @@ class _Answer:
         if known.left:
             cut = sorted({f"{name} {what} at {n}" for what, name, n in known.left})
             shown = "; ".join(cut[:4]) + (f" and {len(cut) - 4} more" if len(cut) > 4 else "")
-            notes.append(f"Not measured for lack of time, so extrapolated: {shown}. More --seconds would measure them.")
+            notes.append(
+                f"Not measured for lack of time, so extrapolated, or not told where nothing was measured: {shown}. More "
+                "--seconds would measure them."
+            )
         outside = [n for n in settings.lengths if n < LENGTHS[0] or n > LENGTHS[-1]]
         if outside:
             notes.append(f"{_lengths(outside)}: beyond what was measured; the card's cost extrapolates.")

@@ -115,7 +115,9 @@ def check(
         on_step: called with what was done, and how many steps of how many.
     """
     able, _, layers = able_mechanisms(settings)
-    known = probe(settings.layer, able, seconds=settings.seconds, measure=layers, fresh=fresh, say=say)
+    known = probe(
+        settings.layer, able, seconds=settings.seconds, always=tuple(able), measure=layers, fresh=fresh, say=say
+    )
     total = len(lengths) * len(able)
     say(f"Profiling all of them at {', '.join(map(str, lengths))} tokens, {total} steps.")
     measured = {}

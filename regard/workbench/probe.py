@@ -232,19 +232,22 @@ def probe(
     *,
     seconds: float,
     lengths: Sequence[int] = LENGTHS,
+    always: Sequence[str] = (),
     measure: Measure | None = None,
     fresh: bool = False,
     say: Callable[[str], None] = lambda _: None,
     on_sample: Callable[[str, int, int, int], None] | None = None,
 ) -> Probe:
-    """Measure what is not known yet, the shortest lengths first, for about `seconds` at most.
+    """Measure what is not known yet, what nothing can be predicted without first, then the shortest lengths.
 
     Args:
         settings: sizes of the layers.
         able: the mechanisms that can do each kind of work.
         seconds: no measurement starts that would end later, by what the shorter lengths took; nor one that would take more
-            than a twentieth of this. At the first two lengths nothing is known, and all are measured.
+            than a twentieth of this. Without the first two lengths nothing can be predicted: see `always`.
         lengths: at which to measure.
+        always: the kinds of work that are measured at the first two lengths however long it takes; when empty the first
+            kind of `able`.
         measure: what measures; the layers themselves when None.
         fresh: measure again what is known.
         say: told once, before anything is measured, how much there is to do and how long it may take.
@@ -265,23 +268,28 @@ def probe(
                 if length not in known:
                     missing.setdefault((length, what), []).append(name)
     total = sum(map(len, missing.values()))
+    first = [(length, what) for length in sorted(lengths)[:FEWEST] for what in always or list(able)[:1]]
     if total:
         said = f", {found.recalled} are known" if found.recalled else ""
+        needed = sorted({n for n, what in first if (n, what) in missing})
+        said += f"; {' and '.join(map(str, needed))} tokens in any case, then" if needed else ";"
         say(
             f"Measuring layers at lengths {', '.join(map(str, sorted({n for n, _ in missing})))}: {total} short "
-            f"measurements{said}; at most about {seconds:.0f} seconds, once for this machine and size."
+            f"measurements{said} until about {seconds:.0f} seconds have passed, once for this machine and size."
         )
     started = time.monotonic()
     done = 0
-    for (length, what), names in sorted(missing.items(), key=lambda item: (item[0][0], list(able).index(item[0][1]))):
+    order = list(able)
+    for key in sorted(missing, key=lambda key: (key not in first, key[0], order.index(key[1]))):
+        (length, what), names = key, missing[key]
         chosen = []
         spent = time.monotonic() - started
         for name in names:
-            expected = _expected(found, what, name, length)
-            if expected is not None and expected > min(seconds - spent, seconds * LARGEST_SHARE):
+            expected = 0.0 if key in first else _expected(found, what, name, length)
+            if key not in first and expected > min(seconds - spent, seconds * LARGEST_SHARE):
                 found.left.append((what, name, length))
             else:
-                spent += expected or 0.0
+                spent += expected
                 chosen.append(name)
         if chosen:
             samples = measure(what, length, chosen)
@@ -296,11 +304,12 @@ def probe(
     return found
 
 
-def _expected(found: Probe, what: str, name: str, length: int) -> float | None:
-    """Seconds that a measurement will take; None when too little is known to tell."""
+def _expected(found: Probe, what: str, name: str, length: int) -> float:
+    """Seconds that a measurement will take; where too little is known, those of a shorter length or of other work."""
     samples = found.samples[what][name]
     if len(samples) < FEWEST:
-        return None
+        known = samples or {n: s for names in found.samples.values() for n, s in names.get(name, {}).items()}
+        return RUNS * max((s.seconds for s in known.values()), default=0.0)
     growth = found._growth(what, name, "seconds")
     curve = Curve({n: s.seconds for n, s in samples.items()}, growth)
     return RUNS * curve(length)

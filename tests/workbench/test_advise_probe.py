@@ -45,14 +45,16 @@ def test_everything_is_measured_once_and_then_read():
     assert again.curve("forward", "linear", "seconds")(64) == pytest.approx(64e-6)
 
 
-def test_short_lengths_come_first_and_what_decides_before_the_rest():
+def test_what_decides_comes_first_at_two_lengths_and_then_short_lengths():
     fake = Fake()
-    run(fake, lengths=(64, 16))
+    run(fake, lengths=(64, 256, 16))
     assert [(n, what) for what, n, name in fake.asked if name == "linear"] == [
         (16, "forward"),
-        (16, "decode"),
         (64, "forward"),
+        (16, "decode"),
         (64, "decode"),
+        (256, "forward"),
+        (256, "decode"),
     ]
 
 
@@ -72,9 +74,9 @@ def test_an_interrupted_probe_goes_on_where_it_stopped():
 
 def test_fresh_measures_again():
     run(Fake(), lengths=(16, 64))
-    fake = Fake(lambda what, name, n: 5.0)
+    fake = Fake(lambda what, name, n: 0.3)
     found = run(fake, lengths=(16, 64), fresh=True)
-    assert len(fake.asked) == 8 and found.samples["forward"]["linear"][16].seconds == 5.0
+    assert len(fake.asked) == 8 and found.samples["forward"]["linear"][16].seconds == 0.3
 
 
 def test_another_size_thread_count_kernel_or_version_is_another_file(monkeypatch):
@@ -190,6 +192,33 @@ def test_no_measurement_starts_when_the_time_is_over(monkeypatch):
     found = probe(SMALL, {"forward": NAMES}, seconds=60, lengths=(16, 32, 64, 128, 256), measure=fake)
     assert {n for _, n, _ in fake.asked} == {16, 32, 64}
     assert {n for _, _, n in found.left} == {128, 256}
+
+
+def test_only_what_decides_is_measured_in_any_case_when_there_is_no_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    class Slow(Fake):
+        def __call__(self, what, length, names):
+            now[0] += 2
+            return super().__call__(what, length, names)
+
+    fake, every = Slow(), Slow()
+    able = {"forward": NAMES, "training": NAMES, "decode": NAMES}
+    found = probe(SMALL, able, seconds=3, lengths=(16, 32, 64), measure=fake)
+    assert [(what, n) for what, n, name in fake.asked if name == "linear"] == [("forward", 16), ("forward", 32)]
+    assert found.curve("forward", "linear", "seconds") is not None
+    assert len(found.left) == 7 * len(NAMES)
+    probe(SMALL, able, seconds=3, lengths=(16, 32, 64), always=tuple(able), measure=every, fresh=True)
+    assert {(what, n) for what, n, _ in every.asked} == {(what, n) for what in able for n in (16, 32)}
+
+
+def test_what_another_kind_of_work_took_tells_what_there_is_time_for():
+    """No training of a layer starts whose forward call alone is beyond the time."""
+    fake = Fake(lambda what, name, n: 1.0 if name == "softmax" else 1e-6)
+    found = probe(SMALL, {"forward": NAMES, "training": NAMES}, seconds=60, lengths=(16, 32), measure=fake)
+    assert [(what, n) for what, name, n in found.left if name == "softmax"] == [("training", 16), ("training", 32)]
+    assert ("training", 16, "linear") in fake.asked
 
 
 def test_how_long_it_may_take_is_said_before_it_starts_and_nothing_when_all_is_known():
