@@ -36,8 +36,9 @@ State: keys and values of the last M + L - 1 tokens, and of the groups that may 
 adds the inputs of the unfinished group. In training it adds the inputs behind all of these, as `transformer_xl` does.
 Deviations: each group is compressed when it is complete; it is read, and its reconstruction is learned, when it leaves
 the memory. The memory of a layer in a model is the input of its mixer, after the norm. Queries whose segment pushes
-nothing out have no part in the loss, nor has a call in training that begins inside a segment. The paper adds the loss with the weight 1 (``loss_weights`` of a model; nothing but
-f_c sees it). Dilated convolutions and most-used tokens as f_c, and its reconstruction of inputs, are left out.
+nothing out have no part in the loss, nor has a call in training that begins inside a segment. Models add the loss with the
+weight 1, as the paper does; nothing but f_c sees it. Dilated convolutions and most-used tokens as f_c, and its
+reconstruction of inputs, are left out.
 """
 
 from __future__ import annotations

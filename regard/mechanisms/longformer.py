@@ -25,8 +25,7 @@ Layout: (B, H, N, D). Ranks count valid tokens, so windows and first tokens do n
 key gives 0. Without `q_global` and its kin, global tokens use q, k and v.
 State: the last (w - 1) g keys, and two keys of each global token; its size never changes.
 Deviations: no sequence is padded to a multiple of the window. The projections of global tokens begin with weights of their
-own; the paper copies the others from a trained model: `layer.projection.query.load_state_dict(layer.query.state_dict())`
-and likewise. Positions that rotate turn q and k, but not what global tokens use. In causal-self only first tokens can be
+own; the paper copies those of the other tokens, from a trained model: :func:`copy_projections` does. Positions that rotate turn q and k, but not what global tokens use. In causal-self only first tokens can be
 global, as a state could not go back to what came before another. Windows of a compiled graph with roles are computed
 beside all tokens, since a graph cannot know how many are global.
 """
@@ -405,6 +404,30 @@ class GlobalProjections(nn.Module):
             for (name, module), count in zip(modules.items(), self.heads, strict=True)
         }
         return heads | found
+
+
+def copy_projections(model: nn.Module) -> nn.Module:
+    """Begin the projections of global tokens with a copy of their layers' own ones, as the paper does with a trained model.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        Unsupported: for modules of another library, whose own projections have no common names.
+    """
+    for layer in model.modules():
+        projection = getattr(layer, "projection", None)
+        if not isinstance(projection, GlobalProjections) or not projection.used:
+            continue
+        if not hasattr(layer, "query"):
+            raise Unsupported(
+                "copying projections of a swapped module",
+                supported="layers of regard",
+                nearest="swap(..., separate_projections=False)",
+            )
+        for name in ("query", "key", "value"):
+            getattr(projection, name).load_state_dict(getattr(layer, name).state_dict())
+    return model
 
 
 def visible_pairs(config: Config, n: int) -> float:

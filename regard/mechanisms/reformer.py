@@ -22,7 +22,7 @@ rounds are put together exactly by their log-sum-exps.
 | paper | here |
 |---|---|
 | R, size (d, b / 2) for each round | `rotations` (H, R, D, P): 2 P buckets; a layer draws `rounds` of them with `buckets` |
-| n_rounds | `rounds` |
+| n_rounds | `rounds`; :func:`draw_rounds` gives a trained model more of them for evaluation |
 | m, chunk length | `chunk` |
 | N_ij, rounds that have a pair | a pair counts once, or N_ij times with `count_duplicates` |
 | s | `scale`, 1 by default |
@@ -453,6 +453,31 @@ class Rotations(nn.Module):
                 rotations.shape, generator=context.generator, device=rotations.device, dtype=rotations.dtype
             )
         return {**heads, "rotations": rotations}
+
+
+def draw_rounds(model: nn.Module, rounds: int, generator: torch.Generator | None = None) -> nn.Module:
+    """Give the layers of a trained model another number of rounds, as the paper evaluates with more than it trains with.
+
+    Layers keep the rotations that they have, as many as are wanted, and draw the others. Configs stay as they are: a model
+    that is saved afterwards loads into one of so many rounds.
+
+    Args:
+        rounds: of each layer, >= 1.
+        generator: of the draws, on the device of the model.
+
+    Returns:
+        The model, changed in place.
+    """
+    at_least("rounds", rounds, 1)
+    for module in model.modules():
+        if isinstance(module, Rotations):
+            old = module.rotations
+            heads, before, *sizes = old.shape
+            more = torch.randn(
+                heads, max(rounds - before, 0), *sizes, generator=generator, device=old.device, dtype=old.dtype
+            )
+            module.rotations = torch.cat([old[:, :rounds], more], 1)
+    return model
 
 
 def cost(shape: Shape, config: Config) -> Cost:

@@ -21,7 +21,7 @@ A query without a key gives 0.
 | mu | `centroids` (H, C, D); the buffer `projection.centroids` of a layer, `clusters` of them |
 | w | `window` |
 | moving average of the centroids | `decay`; in training, from the mean of the unit tokens that are nearest, made a unit vector |
-| spherical k-means loss | `losses["commitment"]`, mean squared distance of a unit token to its centroid; to be weighed by 1e-4 |
+| spherical k-means loss | `losses["commitment"]`, mean squared distance of a unit token to its centroid; its weight in a model is 1e-4 |
 | null memory (public code) | `null_k` (H, C, D), `null_v` (H, C, V); `null_memory` of a layer |
 | half of the heads local | `local_heads`: so many first heads attend to the last w keys, or to w around the query |
 

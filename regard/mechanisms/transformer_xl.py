@@ -33,7 +33,9 @@ ranks 0, L, 2 L, ..., whatever calls a sequence is cut into. Function calls leav
 of which this is the content stream).
 State: keys and values of the last M + L - 1 tokens, so that any number of tokens may follow; no gradient passes through a
 layer's state. In training it holds the layer's inputs too, as the paper's does, and the next call projects them by its own
-weights. A layer stops gradients in training mode only: in evaluation mode they tell what an output depends on.
+weights. No weight depends on L, M or `clamp`: as in the paper, a model may be built anew with a longer memory for evaluation
+and take those of the trained one. A layer stops gradients in training mode only: in evaluation mode they tell what an output
+depends on.
 Deviations: the memory of a layer in a model is the input of its mixer, after the norm. The authors' models share u and w
 among layers: :func:`share_biases` does. Sinusoids have no dropout. Relative scores are computed in at least float32.
 """

@@ -34,8 +34,9 @@ SHARED_POSITIONS = ("seqpe_mul", "seqpe_add", "seqpe_scalar")
 LOSS_WEIGHT = 0.01
 """Weight of an auxiliary loss that a config does not name, as is usual for the balance of routers (arXiv 2101.03961)."""
 
-LOSS_WEIGHTS = {"position_contrast": 0.1, "position_transfer": 0.1}
-"""Other weights of losses that a config does not name: of sequential position encoding (arXiv 2506.13277)."""
+LOSS_WEIGHTS = {"position_contrast": 0.1, "position_transfer": 0.1, "commitment": 1e-4, "reconstruction": 1.0}
+"""Other weights of losses that a config does not name: of sequential position encoding (arXiv 2506.13277), of routing (public
+code), and of compressive memory (arXiv 1911.05507), whose loss reaches the compression alone."""
 
 GATES = {"log_decay", "beta"}
 """Inputs through which a recurrence knows the order of its tokens."""

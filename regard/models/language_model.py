@@ -66,7 +66,8 @@ class LanguageModelConfig:
         dropout: of the embedding and of each residual branch.
         tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
         norm: of :func:`regard.layers.norms.make_norm`.
-        loss_weights: weight of each auxiliary loss by name; 0.01 when not given.
+        loss_weights: weight of each auxiliary loss by name; when not given, that of its paper or public code for sequential
+            positions (0.1), ``commitment`` (1e-4) and ``reconstruction`` (1), and 0.01 for all others.
         stack: how the blocks are stacked: a :class:`regard.models.stack.StackConfig`, or a mapping of its options.
     """
 

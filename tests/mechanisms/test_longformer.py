@@ -16,7 +16,8 @@ from regard.backends import only
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Role, Shape, Unsupported
 from regard.create import create_layer
-from regard.mechanisms.longformer import MECHANISM, Config, cost, visible_pairs
+from regard.integrations import swap
+from regard.mechanisms.longformer import MECHANISM, Config, copy_projections, cost, visible_pairs
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.properties import NotApplicable
 from regard.workbench.subjects import Subject
@@ -216,9 +217,28 @@ def test_a_layer_has_projections_of_its_own_for_global_tokens():
     first, second = layer(x).output, shared(x).output
     close(first[:, 1:], second[:, 1:])
     assert not torch.allclose(first[:, 0], second[:, 0])
-    for name in ("query", "key", "value"):  # as the paper begins
-        getattr(layer.projection, name).load_state_dict(getattr(layer, name).state_dict())
+    assert copy_projections(layer) is layer  # as the paper begins
     close(layer(x).output, second)
+
+
+def test_a_trained_softmax_model_becomes_one_with_copied_projections():
+    softmax, model = (
+        LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, positions="none", plan=[entry] * 2))
+        for entry in ("softmax", ("longformer", {"window": 40, "global_tokens": 2}))
+    )
+    missing = model.load_state_dict(softmax.state_dict(), strict=False).missing_keys
+    assert missing and all("projection" in name for name in missing)
+    ids = torch.randint(11, (2, 20))
+    expected = softmax.double()(ids).output
+    assert not torch.allclose(model.double()(ids).output, expected)
+    close(copy_projections(model)(ids).output, expected)
+
+
+def test_projections_of_a_swapped_module_are_not_copied():
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    swap(model, "longformer", window=2)
+    with pytest.raises(Unsupported, match="swapped module"):
+        copy_projections(model)
 
 
 def test_a_model_decodes_past_its_window():

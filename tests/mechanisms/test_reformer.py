@@ -17,7 +17,7 @@ from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms import reformer
-from regard.mechanisms.reformer import MECHANISM, Config, cost, hash_tokens
+from regard.mechanisms.reformer import MECHANISM, Config, cost, draw_rounds, hash_tokens
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.properties import NotApplicable
 from regard.workbench.subjects import Subject
@@ -234,6 +234,30 @@ def test_rotations_are_drawn_in_training_only_and_saved():
     assert "projection.rotations" in layer.state_dict()
     fixed = create_layer("reformer", 8, 2, chunk=4, fresh=False).double().train()
     assert torch.equal(fixed(x).output, fixed(x).output)
+
+
+def test_a_trained_model_is_read_with_more_rounds_or_fewer():
+    plans = {rounds: [("reformer", {"chunk": 2, "buckets": 4, "rounds": rounds})] * 2 for rounds in (2, 7, 1)}
+    models = {
+        rounds: LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, plan=plan)).double()
+        for rounds, plan in plans.items()
+    }
+    ids = torch.randint(11, (2, 20))
+    trained = models[2].eval()
+    first = trained.blocks[0].mixer.projection.rotations
+    once = trained(ids).output
+    assert draw_rounds(trained, 7, torch.Generator().manual_seed(0)) is trained
+    more = trained.blocks[0].mixer.projection.rotations
+    assert more.shape == (2, 7, 8, 2)
+    assert torch.equal(more[:, :2], first)
+    assert len(more.flatten().unique()) == more.numel()
+    assert not torch.allclose(trained(ids).output, once)
+    assert torch.equal(trained.generate(ids, 8), trained.generate(ids, 8, use_state=False))
+    for rounds in (7, 1):
+        models[rounds].load_state_dict(draw_rounds(trained, rounds).state_dict())
+        assert torch.equal(models[rounds].eval()(ids).output, trained(ids).output)
+    with pytest.raises(Unsupported, match="rounds=0"):
+        draw_rounds(trained, 0)
 
 
 def test_a_model_decodes_as_it_reads():

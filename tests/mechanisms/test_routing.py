@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
 
 from regard.apply import absorb, apply
 from regard.backends import only
@@ -222,6 +222,15 @@ def test_the_commitment_loss_is_the_squared_distance_to_the_nearest_centroid():
     close(total / count, torch.cat(expected).mean())
     assert int(count) == 2 * 2 * 13
     assert not apply(MECHANISM, tensors, pattern="noncausal-self").losses
+
+
+def test_a_model_weighs_the_commitment_as_public_code_does():
+    config = LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, plan=[("routing", {"window": 3, "decay": 1.0})])
+    model, ids = LanguageModel(config).double().train(), torch.randint(11, (2, 20))
+    result = model(ids)
+    total, count = result.losses["commitment"]
+    task = cross_entropy(result.output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    close(model.loss(ids), task + 1e-4 * total / count)
 
 
 def test_a_model_decodes_as_it_reads():

@@ -300,6 +300,18 @@ def test_a_model_decodes_past_its_memory_and_shares_biases():
         share_biases(LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, plan=plan)))
 
 
+def test_weights_trained_with_a_short_memory_serve_a_longer_one():
+    plans = ([("transformer_xl", {"segment": 4, "memory": memory})] * 2 for memory in (4, 12))
+    short, long = (
+        LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, plan=plan)).double() for plan in plans
+    )
+    long.load_state_dict(short.state_dict())
+    ids = torch.randint(11, (2, 12))
+    first, second = short.eval()(ids).output, long.eval()(ids).output
+    close(first[:, :8], second[:, :8])
+    assert not torch.allclose(first[:, 8:], second[:, 8:])
+
+
 def test_information_travels_a_memory_further_with_each_layer():
     layers = [create_layer("transformer_xl", 8, 2, segment=4, memory=4).double().eval() for _ in range(3)]
     x = torch.randn(1, 20, 8, dtype=torch.float64)

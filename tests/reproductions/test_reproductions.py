@@ -1,11 +1,13 @@
 """Every reproduction runs, in seconds, and can be judged by what its cells measure."""
 
 import pytest
+import torch
 
-from regard.contract import Unsupported
-from regard.reproductions import get_reproduction, landmark, list_reproductions
+from regard.contract import Context, Unsupported
+from regard.reproductions import get_reproduction, landmark, list_reproductions, seqpe
 from regard.reproductions.framework.protocol import Reproduction
 from regard.reproductions.framework.runs import run_cell
+from regard.reproductions.framework.training import digit_pixels
 from regard.tasks.protocol import IGNORED
 
 SMALL: dict[str, dict[tuple[str, int], dict]] = {}
@@ -76,3 +78,33 @@ def test_a_fact_of_the_landmark_lookup_is_a_key_and_then_its_value():
             (key,) = (ids[: -landmark.ENDING] == ids[place]).nonzero().flatten()
             assert ids[key + 1] == targets[place]
         assert (ids < landmark.VALUES).sum() == landmark.FACTS
+
+
+def test_windows_of_seqpe_are_parts_of_their_images_in_all_places():
+    images = digit_pixels(16)
+    windows = seqpe.Windows(images, 6)
+    corners = set()
+    for step in range(8):
+        batch, whole = (task.training_batch(step, 3, 16) for task in (windows, images))
+        assert batch.grid == (6, 6)
+        assert torch.equal(batch.targets, whole.targets)
+        for small, large in zip(batch.inputs.view(-1, 6, 6), whole.inputs.view(-1, 8, 8), strict=True):
+            found = [(i, j) for i in range(3) for j in range(3) if torch.equal(large[i : i + 6, j : j + 6], small)]
+            assert found
+            corners |= set(found)
+    assert len(corners) == 9
+    for batch, whole in zip(windows.evaluation_batches(5), images.evaluation_batches(5), strict=True):
+        assert torch.equal(batch.inputs.view(-1, 6, 6), whole.inputs.view(-1, 8, 8)[:, 1:7, 1:7])
+
+
+def test_a_pixel_of_seqpe_has_one_number_in_windows_of_any_size():
+    seen = {}
+
+    def encoder(inputs, *, context):
+        seen[context.grid] = context.positions.view(-1, *context.grid)
+
+    for side in (6, 8):
+        inputs = torch.randn(2, side**2, 1)
+        seqpe.NumberedByPlace(encoder)(inputs, context=Context(grid=(side, side)))
+    assert torch.equal(seen[8, 8], torch.arange(64).view(1, 8, 8).expand(2, -1, -1))
+    assert torch.equal(seen[6, 6], seen[8, 8][:, :6, :6])
