@@ -468,9 +468,15 @@ GROWS_OTHERWISE = {
     "combiner": OF_TWO_PARTS,
     "complex_rotary": "turning queries and keys, which is linear, is a good part of the time at short lengths",
     "core_context": OF_TWO_PARTS,
+    "funnel": "projections and feed-forward networks, which are linear, run at a higher rate than attention",
     "long_short": OF_TWO_PARTS,
+    "low_rank_pooling": "the whole call takes less than a tenth of a millisecond at 1024 tokens, which is mostly its start",
     "mixture_of_heads": "the function puts the outputs of heads together; the card counts the attention of the heads too",
+    "positional_attention": "making encodings and their products, which is linear, is a part of the time at short lengths",
+    "probsparse": "choosing queries reads as many pairs as the card says, at a rate that rises with the length",
+    "s4d": "transforms of long rows run at a higher rate",
     "sparse_strided": OF_TWO_PARTS,
+    "token_parameter": "the whole call takes a fraction of a millisecond at 1024 tokens, which is mostly its start",
 }
 """Why time or memory grow otherwise than the card says."""
 
@@ -556,7 +562,8 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
         "`regard compare --mechanisms all` gives every mechanism the same backbone at the same number of parameters, the "
         "same batches and the same search of learning rates. It says how much each learns of so much data at this size, "
         "not how well it can do. Scores are means over seeds ± the standard error over held-out items and seeds; *top* is "
-        "what the paired comparison cannot separate from the best.",
+        "what the paired comparison cannot separate from the best. Mechanisms without a causal-self pattern have no part in "
+        "it. The training runs shared the machine with other work, so their speed is not told.",
     ]
     if data is None:
         return _page([*parts, "Not measured in this build of the pages: `make ranking` does it."])
@@ -572,7 +579,6 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
             "mechanism",
             "score",
             "",
-            "trains, tokens/s",
             "inference, ms",
             "decodes, tokens/s",
             "state, KiB",
@@ -597,7 +603,6 @@ def _ranked(place: int, entry: Mapping[str, Any]) -> tuple[str, ...]:
     marks = ["top"] if entry["separable_from_best"] is False else []
     marks += ["solved"] if entry["solved"] else []
     costs = (
-        shown("tokens_per_second", ",.0f"),
         shown("inference_ms", ".3g"),
         shown("decode_tokens_per_second", ",.0f"),
     )
