@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import decode_attention, execute
+from regard.backends import decode_attention, execute, which_backend
 from regard.contract import BlockMask, Cost, Shape, Unsupported, one_of
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 
@@ -119,6 +119,16 @@ def decode(
     return decode_attention(q, k, v, scale)
 
 
+def has_kernel(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
+    """Whether code of its own computes :func:`attention` of such queries, and not PyTorch's operators, whose log-sum-exp
+    takes explicit weights: for mechanisms that could as well make weights themselves.
+
+    Raises:
+        Unsupported: when the backend asked for cannot run here, or not in this dtype.
+    """
+    return which_backend("attention", device=q.device, dtype=q.dtype, backend=backend).name != "torch"
+
+
 def attention_reference(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b g m d"],
@@ -160,6 +170,7 @@ __all__ = [
     "attention",
     "attention_cost",
     "attention_reference",
+    "has_kernel",
     "masked_scores_bias",
     "ranks",
 ]

@@ -1,6 +1,6 @@
 """Softmax attention over keys in several parts, put together from the parts' outputs and log-sum-exps.
 
-LSE = log sum_p exp(LSE_p),   O = sum_p exp(LSE_p - LSE) O_p
+LSE = log sum_p exp(LSE_p),   O = sum_p c_p exp(LSE_p - LSE) O_p,   c_p = 1 for softmax attention to all keys
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ if TYPE_CHECKING:
 
 
 def merge(
-    outputs: Sequence[Float[Tensor, "b h n v"]], lses: Sequence[Float[Tensor, "b h n"]]
+    outputs: Sequence[Float[Tensor, "b h n v"]],
+    lses: Sequence[Float[Tensor, "b h n"]],
+    factors: Sequence[Float[Tensor, "#b #h #n"]] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The output over all keys, of which each is in one part; 0 for a query that sees none, with finite gradients.
 
     Without gradients it is written over the first of `outputs`.
+
+    Args:
+        factors: c of each part; 1 without.
     """
-    if len(outputs) == 1:
+    if len(outputs) == 1 and factors is None:
         return outputs[0]
     lse = torch.stack(list(lses))
     empty = lse == -torch.inf
     nothing = empty.all(0)
     # the gradient of a softmax over -inf alone is NaN
     shares = torch.where(empty, 0, torch.where(nothing, 0, lse).softmax(0)).to(outputs[0].dtype)[..., None]
-    if any(part.requires_grad for part in (*outputs, *lses)):
+    if factors is not None:
+        shares = torch.stack([share * c[..., None] for share, c in zip(shares, factors, strict=True)])
+    if any(part.requires_grad for part in (shares, *outputs)):
         total = shares[0] * outputs[0]
         for share, output in zip(shares[1:], outputs[1:], strict=True):
             total = torch.addcmul(total, share, output)

@@ -2,7 +2,8 @@ r"""Universal relative positions (URPE): softmax weights times a learned number 
 
 When to pick it: a noncausal transformer with relative positions only that must know where its tokens are (positions in
 language, graphs, images), at 2 R + 1 numbers a head.
-When not: causal models, whose mask tells positions already; long sequences on a CPU, where `softmax` has a kernel.
+When not: causal models, whose mask tells positions already; long sequences where no kernel runs (:func:`regard.which_backend`),
+whose weights are computed one by one.
 
 Definition (Luo et al., arXiv 2205.13401, section 3), with B and C constant along diagonals:
 
@@ -24,8 +25,17 @@ Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ra
 both sides count from 0, which suits a memory that runs beside the queries. With ``want={"weights"}`` the extras are A'
 as ``weights`` and A as ``softmax_weights``. A query that sees no key gives 0.
 
-Nothing is normalised after C, and C cannot be a bias, since its logarithm would enter the normaliser. So no kernel of
-softmax attention gives O; it is computed for some queries at a time, and the backward pass computes their weights again.
+Nothing is normalised after C, and C cannot be a bias, since its logarithm would enter the normaliser. But with `factors` O is
+a sum over parts of the keys, of what softmax attention gives of each, an output and a log-sum-exp:
+
+    O = sum over parts P of c_P e^{L_P - L} O_P,    L = log sum_P e^{L_P}
+
+Keys R or more before the query are one part, with the c of -R, and those R or more after it another, with that of R. Nearer
+keys are in two parts, whose factors are kappa and -kappa, by the shares p and 1 - p of their weights, so that kappa (2 p - 1) is
+their c; kappa > |c|, and log p and log(1 - p) are biases by offset. So it takes softmax attention and a window once more, for B
+by distance, and where a kernel has enough pairs to run (`FEWEST_WEIGHTS`). All else (`grid_factors`, `pair_factors`, dropout,
+wanted weights, `mask.bias`, blocks) is computed with explicit weights, for some queries at a time, and the backward pass
+computes their weights again.
 
 Deviations: the official network has one C for all its layers; here each layer has its own until :func:`share_tables`. A
 layer learns C - 1, so that weight decay pulls to plain attention, not to none. Unused bucket rows are left out, and
@@ -37,6 +47,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +72,17 @@ from regard.contract import (
     at_least,
     one_of,
 )
-from regard.engines.attention import Ranks, Visibility, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention import (
+    Ranks,
+    Visibility,
+    attention,
+    attention_reference,
+    has_kernel,
+    masked_scores_bias,
+    ranks,
+)
 from regard.engines.cache import CountedState, extend_counted, read_on
+from regard.engines.merging import merge
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import Toeplitz, at_offsets
 from regard.sampling import attention_shapes, normals
@@ -80,6 +100,12 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 STD = 0.02
 NUMBERS_AT_ONCE = 1 << 18
 """Weights that are computed at once: few enough to stay near a core."""
+ABOVE_LARGEST = 1.25
+"""kappa, in units of the largest |c| of a head: the closer to 1 the fewer digits differences lose, but the less of log p."""
+FEWEST_WEIGHTS = 1 << 19
+"""Weights, counted in every row and head, from which on O is put together from attention calls. With 8 heads of 64, R of 5 and
+128 and one thread that was 1.1 to 3.4 times as fast from 2^19 weights (256 tokens) on, forward and training; 0.6 to 1.6 times
+at 2^18."""
 
 
 @dataclass(frozen=True)
@@ -245,14 +271,108 @@ def _attend(
     where: Ranks,
     state: CountedState | None = None,
 ) -> Result:
-    """Blocks of queries, each with the keys that it may see."""
     batch, heads, n, _ = q.shape
-    m, groups, dtype = k.shape[2], k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    m, dtype = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0 or m == 0:
         empty = {"weights": v.new_zeros(batch, heads, n, m), "softmax_weights": v.new_zeros(batch, heads, n, m)}
         return Result(v.new_zeros(batch, heads, n, v.shape[-1]), state, extras=empty if "weights" in call.want else {})
-    queries = call.scale * q.to(dtype)
-    keys, values = (x.to(dtype).repeat_interleave(heads // groups, 1) for x in (k, v))
+    wide = q.to(dtype)
+    if _has_parts(call, wide, m, table):
+        return Result(_in_parts(call, wide, k, v, table, where).to(v.dtype), state)
+    return _explicitly(call, wide, k, v, table, where, state)
+
+
+def _has_parts(call: Call, q: Tensor, m: int, table: Tensor | None) -> bool:
+    """Whether O is put together from attention calls: where a kernel runs them, and from `FEWEST_WEIGHTS` on, or when its
+    backend was asked for."""
+    by_offset = table is None or table.ndim == 2
+    by_distance = call.position_bias is None or isinstance(call.position_bias, DistanceBias)
+    by_pair = call.bias is not None or call.blocks is not None or call.dropout > 0 or "weights" in call.want
+    enough = q.shape[0] * q.shape[1] * q.shape[2] * m >= FEWEST_WEIGHTS or call.backend is not None
+    return by_offset and by_distance and not by_pair and enough and has_kernel(q, call.backend)
+
+
+def _in_parts(call: Call, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, where: Ranks) -> Tensor:
+    """Keys left of the band, right of it and in it, each by the attention engine: see the module."""
+    n, m, causal = q.shape[2], k.shape[2], call.pattern is Pattern.CAUSAL_SELF
+    told = call.position_bias
+    assert told is None or isinstance(told, DistanceBias)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, where: Ranks, visibility: Visibility, bias: DistanceBias | None
+    ) -> tuple[Tensor, Tensor]:
+        output, _, lse = attention(
+            q,
+            k,
+            v,
+            where,
+            visibility=visibility,
+            scale=call.scale,
+            position_bias=bias,
+            want_lse=True,
+            backend=call.backend,
+        )
+        assert lse is not None
+        return output, lse
+
+    if table is None:
+        return attend(q, k, v, where, _visibility(call), told)[0]
+    table, reach = table.to(q.dtype), table.shape[1] // 2
+    parts = []
+    most = table.detach().abs().amax(1, keepdim=True)
+    kappa = ABOVE_LARGEST * torch.where(most > 0, most, 1)  # without gradient: O is the same for all
+    for sign in (1, -1):
+        shares = (sign * table / kappa).log1p() - math.log(2)
+        biased = DistanceBias(partial(_sum_by_distance, shares, told))
+        output, lse = attend(q, k, v, where, Visibility(causal, reach - 1, reach - 1), biased)
+        parts.append((output, lse, sign * kappa))
+    far = Visibility(causal=True)
+    if where.first is None or where.first + n > reach:
+        # what is at or before a query whose rank is moved back by R is R or more before the query
+        bias = None if told is None else DistanceBias(partial(_by_distance, told, 1, -reach))
+        output, lse = attend(q, k, v, _moved_back(where, reach), far, bias)
+        parts.append((output, lse, table[:, :1]))
+    if not causal and m > reach:
+        # the same, seen from the other end
+        bias = None if told is None else DistanceBias(partial(_by_distance, told, -1, reach))
+        output, lse = attend(q.flip(2), k.flip(2), v.flip(2), _moved_back(_from_the_end(where, n, m), reach), far, bias)
+        parts.append((output.flip(2), lse.flip(2), table[:, -1:]))
+    return merge(*zip(*parts, strict=True))
+
+
+def _sum_by_distance(
+    table: Float[Tensor, "#h offsets"], told: DistanceBias | None, distances: Int[Tensor, "..."]
+) -> Float[Tensor, "h ..."]:
+    found = at_offsets(table, distances)
+    return found if told is None else found + told.by_distance(distances)
+
+
+def _by_distance(told: DistanceBias, sign: int, first: int, distances: Int[Tensor, "..."]) -> Float[Tensor, "h ..."]:
+    return told.by_distance(first + sign * distances)
+
+
+def _moved_back(where: Ranks, by: int) -> Ranks:
+    """Query ranks less `by`."""
+    offset, first = (None if x is None else x - by for x in (where.offset, where.first))
+    return Ranks(where.queries - by, where.keys, offset, first, where.plain)
+
+
+def _from_the_end(where: Ranks, n: int, m: int) -> Ranks:
+    """Ranks of reversed slots, counted down to 0 at rank m - 1, for `n` queries and `m` keys."""
+    keys = torch.where(where.keys < 0, where.keys, m - 1 - where.keys)
+    offset, first = (None if x is None else m - n - x for x in (where.offset, where.first))
+    return Ranks((m - 1 - where.queries).flip(1), keys.flip(1), offset, first, where.plain)
+
+
+def _explicitly(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, where: Ranks, state: CountedState | None
+) -> Result:
+    """Blocks of queries, each with the keys that it may see."""
+    batch, heads, n, _ = q.shape
+    m, groups = k.shape[2], k.shape[1]
+    queries, keys, values = call.scale * q, k.to(q.dtype), v.to(q.dtype)
+    if groups < heads:
+        keys, values = (x.repeat_interleave(heads // groups, 1) for x in (keys, values))
     step = min(n, max(1, NUMBERS_AT_ONCE // (batch * heads * m)))
     pieces = []
     for start in range(0, n, step):
@@ -415,12 +535,22 @@ def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """As softmax attention, and a product for each pair."""
+    """As softmax attention and a window once more; of few pairs, or on a grid, as softmax attention and a product for each
+    pair. With a kernel, and the factors of a layer."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
+    pairs = heads * shape.n * shape.m
+    flops, memory = pairs * (2.0 * width + 1), float(min(pairs, NUMBERS_AT_ONCE))
+    if pairs >= FEWEST_WEIGHTS and isinstance(config.max_distance, int):
+        again = 0 if config.factors == "none" else min(shape.m, 2 * config.max_distance - 1)
+        parts = 1 if config.factors == "none" else 4
+        flops, memory = (
+            heads * shape.n * (shape.m + again) * 2.0 * width,
+            float(parts * heads * shape.n * shape.dim_value),
+        )
     return Cost(
-        flops=heads * shape.n * shape.m * (2.0 * width + 1),
-        memory=float(heads * (shape.n + shape.m) + min(heads * shape.n * shape.m, NUMBERS_AT_ONCE)),
+        flops=flops,
+        memory=float(heads * (shape.n + shape.m)) + memory,
         state=float(shape.heads * shape.m * width),
         step_flops=heads * shape.m * (2.0 * width + 1),
     )
@@ -450,6 +580,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    engine="attention",
     state=CountedState,
     cost=cost,
     axis_sizes=axis_sizes,

@@ -76,3 +76,21 @@ def test_a_query_that_neither_part_shows_a_key_gives_zero():
     output.sum().backward()
     assert (output == 0).all()
     assert (hidden.grad == 0).all()
+
+
+def test_factors_multiply_the_weights_of_their_parts_and_not_the_normaliser():
+    outputs = [torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    lses = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    factors = [torch.randn(3, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    shares = torch.stack(lses).exp() / torch.stack(lses).exp().sum(0)
+    expected = sum(c[..., None] * s[..., None] * o for c, s, o in zip(factors, shares, outputs, strict=True))
+    found = merge(outputs, lses, factors)
+    torch.testing.assert_close(found, expected)
+    leaves = [*outputs, *lses, *factors]
+    weight = torch.randn_like(expected)
+    of = [torch.autograd.grad((x * weight).sum(), leaves, retain_graph=True) for x in (found, expected)]
+    for a, b in zip(*of, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(merge([o.clone() for o in outputs], lses, factors), expected)
+        torch.testing.assert_close(merge(outputs[:1], lses[:1], factors[:1]), factors[0][..., None] * outputs[0])

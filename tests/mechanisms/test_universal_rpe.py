@@ -3,6 +3,7 @@ and that nothing is normalised after it. The authors' code is no package, so the
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from regard.apply import absorb, apply
-from regard.contract import ALL_PATTERNS, Context, Mask, Shape, Unsupported
+from regard.backends import NATIVE, recording
+from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import softmax_attention
 from regard.mechanisms import universal_rpe
@@ -19,7 +21,9 @@ from regard.mechanisms.universal_rpe import MECHANISM, Config, cost, share_table
 from regard.models import Encoder, EncoderConfig
 from regard.positions import Relative
 from regard.positions.relative import bucket_starts
+from regard.positions.toeplitz import at_offsets
 from regard.visibility import DistanceBias
+from regard.workbench.verify import PROPERTIES, check
 
 
 def inputs(n: int, m: int | None = None, reach: int = 4, heads: int = 2, groups: int = 2) -> dict[str, Tensor]:
@@ -248,6 +252,192 @@ def test_the_cache_is_one_of_keys_and_values():
     one = state.k[:1].numel() + state.v[:1].numel()
     assert one == cost(Shape(1, 2, 1, 50, 4, 3), Config()).state
     assert not MECHANISM.recurrent
+
+
+# the two ways to O
+
+
+@pytest.fixture
+def way(monkeypatch):
+    """Takes one of the ways whatever the size and the dtype: "parts", from attention calls, or "explicit"."""
+
+    def take(name: str) -> None:
+        monkeypatch.setattr(universal_rpe, "FEWEST_WEIGHTS", 0 if name == "parts" else math.inf)
+        monkeypatch.setattr(universal_rpe, "has_kernel", lambda *_: True)
+
+    return take
+
+
+def mixed_factors(heads: int, reach: int) -> Tensor:
+    """Of both signs, some of them 0; those of the first head far larger."""
+    table = torch.randn(heads, 2 * reach + 1, dtype=torch.float64)
+    table[0] *= 1e3
+    table[:, ::3] = 0.0
+    return table
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+@pytest.mark.parametrize("reach", [1, 4, 30])
+@pytest.mark.parametrize("biased", ["none", "toeplitz", "alibi"])
+def test_attention_in_parts_equals_explicit_weights_with_its_gradients(biased, reach, pattern, way):
+    uneven = pattern != "noncausal-self"
+    for n, m in ((19, 19), (7, 23), (23, 7)) if uneven else ((19, 19),):
+        tensors = inputs(n, m, reach=reach, heads=4) | {"factors": mixed_factors(4, reach)}
+        numbers = torch.randn(4, 13, dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in (*tensors.values(), numbers)]
+        bias = {
+            "none": None,
+            "toeplitz": DistanceBias(lambda d, numbers=numbers: at_offsets(numbers, d)),
+            "alibi": DistanceBias(lambda d, numbers=numbers: numbers[:, 0].view(-1, *[1] * d.ndim) * d.abs()),
+        }[biased]
+        mask = Mask(lengths=torch.tensor([n, 5]))
+        memory_mask = Mask(lengths=torch.tensor([m - 1, 3])) if uneven else None
+        for masks in ({}, {"mask": mask, "memory_mask": memory_mask}):
+            found = {}
+            for name in ("parts", "explicit"):
+                way(name)
+                output = run(tensors, pattern, position_bias=bias, **masks).output
+                weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+                gradients = torch.autograd.grad((output * weight).sum(), leaves, allow_unused=biased == "none")
+                found[name] = [output, *(x for x in gradients if x is not None)]
+            for a, b in zip(found["parts"], found["explicit"], strict=True):
+                close(a, b, 1e-12 * float(b.detach().abs().max().clamp(min=1)))
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+def test_no_offset_is_left_out_in_parts(pattern, way):
+    way("parts")
+    for n in range(1, 8):
+        tensors = inputs(n, reach=4)
+        close(run(tensors, pattern).output, explicit(tensors, pattern))
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+def test_gradcheck_of_attention_in_parts(pattern, way):
+    way("parts")
+    tensors = {name: x[:1].requires_grad_() if x.ndim == 4 else x for name, x in inputs(5, reach=2).items()}
+    factors = mixed_factors(2, 2).requires_grad_()
+    numbers = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, factors: Tensor, numbers: Tensor) -> Tensor:
+        bias = DistanceBias(lambda d: at_offsets(numbers, d))
+        return run({"q": q, "k": k, "v": v, "factors": factors}, pattern, position_bias=bias).output
+
+    assert torch.autograd.gradcheck(function, (*(tensors[name] for name in "qkv"), factors, numbers))
+
+
+def test_queries_that_see_no_key_give_zero_with_finite_gradients_in_parts(way):
+    way("parts")
+    tensors = {name: x.requires_grad_() for name, x in inputs(12, 5, reach=2).items()}
+    output = run(tensors, "causal-self").output
+    assert (output[:, :, :7] == 0).all() and (output[:, :, 7:] != 0).all()
+    masks = {"mask": Mask(lengths=torch.tensor([12, 12])), "memory_mask": Mask(lengths=torch.tensor([0, 4]))}
+    for pattern, kept in (("noncausal-cross", masks), ("causal-self", {})):
+        output = run(tensors, pattern, **kept).output
+        assert pattern == "causal-self" or ((output[0] == 0).all() and (output[1] != 0).all())
+        for gradient in torch.autograd.grad(output.square().sum(), list(tensors.values())):
+            assert gradient.isfinite().all()
+
+
+def test_factors_of_zero_give_zero_and_still_learn_in_parts(way):
+    way("parts")
+    tensors = {name: x.requires_grad_() for name, x in inputs(17).items()}
+    tensors["factors"].data.zero_()
+    output = run(tensors).output
+    close(output, torch.zeros_like(output))
+    (gradient,) = torch.autograd.grad(output.sum(), [tensors["factors"]])
+    tensors["factors"].data.normal_()
+    (elsewhere,) = torch.autograd.grad(run(tensors).output.sum(), [tensors["factors"]])
+    assert (gradient != 0).all()
+    close(gradient, elsewhere)  # O is linear in the factors
+
+
+@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
+def test_packed_documents_in_parts_are_those_alone(pattern, way):
+    way("parts")
+    tensors, borders = inputs(31), [0, 3, 3, 20, 31]
+    one = {name: x[:1] if name in "qkv" else x for name, x in tensors.items()}
+    found = run(one, pattern, mask=Mask(cu_seqlens=torch.tensor(borders))).output
+    for start, end in itertools.pairwise(borders):
+        alone = {name: x[:, :, start:end] if name in "qkv" else x for name, x in one.items()}
+        if end > start:
+            close(found[:, :, start:end], explicit(alone, pattern))
+
+
+def test_decoding_in_parts_equals_the_whole(way):
+    tensors = inputs(24, reach=3)
+    for pattern in ("causal-self", "causal-cross"):
+        expected, outputs = explicit(tensors, pattern), []
+        way("parts")
+        state = None
+        if pattern == "causal-cross":
+            state = absorb(MECHANISM, {name: tensors[name] for name in "kv"}, pattern=pattern)
+        for part in torch.arange(24).split([9, 1, 1, 13]):
+            names = "qkv" if pattern == "causal-self" else "q"
+            given = {name: tensors[name][:, :, part] for name in names} | {"factors": tensors["factors"]}
+            result = run(given, pattern, state=state, return_state=True)
+            state = result.state
+            outputs.append(result.output)
+        close(torch.cat(outputs, 2), expected)
+
+
+def backends(tensors: dict[str, Tensor], **call: Any) -> set[str]:
+    """Those that ran an engine; none for explicit weights."""
+    with recording() as used:
+        run(tensors, **call)
+    return used
+
+
+@pytest.mark.skipif(NATIVE.missing is not None, reason="needs the native library")
+def test_long_calls_run_in_parts_where_a_kernel_can_answer_them():
+    long = {name: x.float() for name, x in inputs(400).items()}
+    short = {name: x[:, :, :9] if name in "qkv" else x for name, x in long.items()}
+    assert 2 * 2 * 400 * 400 >= universal_rpe.FEWEST_WEIGHTS > 2 * 2 * 9 * 9
+    by_distance = DistanceBias(lambda d: d.abs() * torch.ones(2, *[1] * d.ndim))
+    in_parts: list[dict[str, Any]] = [{}, {"position_bias": by_distance}, {"backend": "native"}]
+    for call in in_parts:
+        assert backends(long, **call) == {"native"}
+    assert backends({name: x for name, x in long.items() if name != "factors"}) == {"native"}
+    assert backends(short, backend="native") == {"native"}
+    explicitly: list[dict[str, Any]] = [
+        {"backend": "torch"},
+        {"dropout": 0.1},
+        {"want": {"weights"}},
+        {"mask": Mask(bias=torch.zeros(1, 1, 400, 400))},
+        {"mask": Mask(blocks=BlockMask(torch.ones(1, 1, 4, 4, dtype=torch.bool), 100))},
+        {"position_bias": lambda i, j: by_distance(i, j)},
+    ]
+    for call in explicitly:
+        assert backends(long, **call) == set()
+    assert backends(short) == backends(inputs(400)) == set()
+    with pytest.raises(Unsupported, match="native"):
+        run(short, backend="native", dropout=0.1)
+
+
+@pytest.mark.skipif(NATIVE.missing is not None, reason="needs the native library")
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+def test_attention_in_parts_on_the_kernel_has_every_property_of_the_matrix(pattern, monkeypatch):
+    monkeypatch.setattr(universal_rpe, "FEWEST_WEIGHTS", 0)
+    cells = [
+        check(MECHANISM, pattern, prop, dtype, backend="native")
+        for prop in PROPERTIES
+        if prop.level == "function"
+        for dtype in prop.dtypes_on("native")
+    ]
+    ran = [cell for cell in cells if cell is not None]
+    assert len(ran) >= 10
+    assert not [(cell.property, cell.dtype, cell.detail) for cell in ran if cell.status == "fail"]
+
+
+@pytest.mark.skipif(NATIVE.missing is not None, reason="needs the native library")
+def test_a_long_call_compiles_whole():
+    long = {name: x.float() for name, x in inputs(400).items()}
+
+    def function(q: Tensor, k: Tensor, v: Tensor, factors: Tensor) -> Tensor:
+        return run({"q": q, "k": k, "v": v, "factors": factors}).output
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    close(compiled(*long.values()), function(*long.values()), 1e-5)
 
 
 # grids and graphs
