@@ -463,20 +463,23 @@ OF_TWO_PARTS = (
     "what is near, making summaries and joining both parts cost the same for each token at every length; up to 16,384 tokens "
     "they take half of the time or more, so that what grows faster has not caught up"
 )
+START = "the start of a call, which is the same for 16 tokens, is a good part of the time at 1024"
 GROWS_OTHERWISE = {
-    "aaren": "the whole call takes a quarter of a millisecond at 1024 tokens, which is mostly its start",
+    "aaren": START,
     "combiner": OF_TWO_PARTS,
     "complex_rotary": "turning queries and keys, which is linear, is a good part of the time at short lengths",
     "core_context": OF_TWO_PARTS,
-    "funnel": "projections and feed-forward networks, which are linear, run at a higher rate than attention",
+    "funnel": "projections and feed-forward networks, which are linear, take more of the time than of the operations",
     "long_short": OF_TWO_PARTS,
-    "low_rank_pooling": "the whole call takes less than a tenth of a millisecond at 1024 tokens, which is mostly its start",
+    "low_rank_pooling": START,
     "mixture_of_heads": "the function puts the outputs of heads together; the card counts the attention of the heads too",
-    "positional_attention": "making encodings and their products, which is linear, is a part of the time at short lengths",
-    "probsparse": "choosing queries reads as many pairs as the card says, at a rate that rises with the length",
-    "s4d": "transforms of long rows run at a higher rate",
+    "positional_attention": "encodings and their products, which are linear, take more of the time than of the operations",
+    "probsparse": START,
+    "s4d": "making the kernels from powers, which is linear, takes more of the time than the transforms do",
     "sparse_strided": OF_TWO_PARTS,
-    "token_parameter": "the whole call takes a fraction of a millisecond at 1024 tokens, which is mostly its start",
+    "token_parameter": START,
+    "universal_rpe": "keys near a query, which have factors of their own and are linear, take more of the time than of the "
+    "operations",
 }
 """Why time or memory grow otherwise than the card says."""
 
