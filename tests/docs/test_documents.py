@@ -183,14 +183,26 @@ def test_the_matrix_shows_errors_failures_and_waivers():
 
 
 def test_growth_is_shown_beside_what_the_card_says_and_what_was_refused_is_named():
+    growth = {"time": 1.07, "time_by_cost": 1.0, "memory": 0.98, "memory_by_cost": 1.0}
     found = {"pattern": "causal-self", "longest": 4096, "efficiency": {"forward time": 512, "training time": None}}
-    found |= {"time": 1.07, "time by cost": 1.0, "memory": 0.98, "memory by cost": 1.0}
+    found |= {"growth": growth, "time over softmax": 0.5}
+    other = {**found, "growth": growth | {"time": 1.2}, "time over softmax": 1.5}
     refused = {"pattern": "noncausal-self", "longest": 64, "refused": "too long"}
-    page = generate.scaling_page({"measured": "this", "mechanisms": {"linear": found, "linformer": refused}})
+    rows = {"linear": found, "sigmoid": other, "performer": other, "linformer": refused}
+    page = generate.scaling_page({"measured": "this", "mechanisms": rows})
     row = next(line for line in page.splitlines() if line.startswith("| [linear]"))
-    assert "| 1.07 / 1.00 | 0.98 / 1.00 | 512 | — | — |" in row
+    assert "| 1.07 / 1.00 | 0.98 / 1.00 | 512 | — | — | 4096 | 0.5 |" in row
     assert "linformer.md): too long" in page
+    otherwise, slower = page.split("## ")[1:3]
+    assert "linear.md" not in otherwise + slower
+    assert "performer.md): not explained yet" in otherwise
+    assert generate.SLOWER_THAN_SOFTMAX["sigmoid"] in slower
     assert "Not measured" in generate.scaling_page(None)
+
+
+@pytest.mark.parametrize("reasons", [generate.GROWS_OTHERWISE, generate.SLOWER_THAN_SOFTMAX])
+def test_reasons_are_about_mechanisms(reasons):
+    assert set(reasons) <= set(list_mechanisms())
 
 
 def reproduced(name, outcome, *, mean=None):
