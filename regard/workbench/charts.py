@@ -310,7 +310,7 @@ class Series:
         points: (x, y), y None where nothing could be measured: the line breaks there.
         ranges: (low, high) at an x, drawn as a whisker.
         rings: x of points to mark.
-        crossing: x where it crosses the reference, marked on the line and on the axis.
+        crossing: x where it crosses the reference, marked on the line and, where the line is named, on the axis.
         label: whether to write the name at its end; a mechanism with one line a seed is named once.
     """
 
@@ -371,6 +371,7 @@ class ScatterPoint:
         front: whether it lies on the Pareto front.
         winner: whether it is the recommended one.
         detail: text of its tooltip.
+        label: whether to write its name beside it.
     """
 
     number: int
@@ -382,6 +383,7 @@ class ScatterPoint:
     front: bool = False
     winner: bool = False
     detail: str = ""
+    label: bool = True
 
 
 def short(name: str, longest: int = LONGEST_LABEL) -> str:
@@ -432,7 +434,7 @@ def scatter(
     *,
     rule: tuple[str, float] | None = None,
 ) -> Markup:
-    """Quality against speed: error bars, the single seeds, the Pareto front and a label beside each point.
+    """Quality against speed: error bars, the single seeds, the Pareto front and labels beside the points.
 
     Args:
         rule: name and quality of something without a speed: a dashed line, or a name at the edge when it is far off.
@@ -460,27 +462,32 @@ def scatter(
         taken.append(box)
     for a, b in itertools.pairwise(front):
         taken.extend(_along((x(a.x), y(a.y)), (x(b.x), y(b.y))))
-    labels = [short(p.name) for p in points]
+    named = [i for i, p in enumerate(points) if p.label]
     centres = [(x(p.x), y(p.y)) for p in points]
-    widths = [len(label) * CHARACTER + 2 for label in labels]
-    boxes = place_labels(centres, radii, widths, taken, (LEFT, TOP - 12, WIDTH - 2, bottom - 2))
-    for p, label, radius, box, (at, height) in zip(points, labels, radii, boxes, centres, strict=True):
+    widths = [len(short(points[i].name)) * CHARACTER + 2 for i in named]
+    frame = (LEFT, TOP - 12, WIDTH - 2, bottom - 2)
+    placed = place_labels([centres[i] for i in named], [radii[i] for i in named], widths, taken, frame)
+    boxes = dict(zip(named, placed, strict=True))
+    for i, (p, radius, (at, height)) in enumerate(zip(points, radii, centres, strict=True)):
         parts = [Markup("<title>{}</title>").format(p.detail or p.name)]
-        edge = (min(max(at, box[0]), box[2]), min(max(height, box[1]), box[3]))
-        if math.dist(edge, (at, height)) > radius + 8:
-            parts.append(_line("leader", at, height, *edge))
+        beside = boxes.get(i)
+        if beside is not None:
+            edge = (min(max(at, beside[0]), beside[2]), min(max(height, beside[1]), beside[3]))
+            if math.dist(edge, (at, height)) > radius + 8:
+                parts.append(_line("leader", at, height, *edge))
         parts += [_seed(p.number, at, y(seed)) for seed in p.seeds]
         if p.error:
             parts.append(_line(f"whisker k{p.number % COLOURS}", at, y(p.y - p.error), at, y(p.y + p.error)))
         if p.winner:
             parts.append(Markup('<circle class="halo" cx="{:.1f}" cy="{:.1f}" r="12"/>').format(at, height))
         parts.append(marker(p.number, at, height, 6 if p.front else 4.8, "point"))
-        # Anchored at the side of the point, so that narrower letters stay beside it.
-        side, anchor = min((abs(box[0] - at), box[0], ""), (abs(box[2] - at), box[2], " end"))[1:]
-        if box[0] < at < box[2]:
-            side, anchor = (box[0] + box[2]) / 2, " middle"
-        name = "label" + anchor + (" winner" if p.winner else "")
-        parts.append(_text(side, (box[1] + box[3]) / 2 + 4, label, name))
+        if beside is not None:
+            # Anchored at the side of the point, so that narrower letters stay beside it.
+            side, anchor = min((abs(beside[0] - at), beside[0], ""), (abs(beside[2] - at), beside[2], " end"))[1:]
+            if beside[0] < at < beside[2]:
+                side, anchor = (beside[0] + beside[2]) / 2, " middle"
+            name = "label" + anchor + (" winner" if p.winner else "")
+            parts.append(_text(side, (beside[1] + beside[3]) / 2 + 4, short(p.name), name))
         body.append(_of_mechanism(p.number, parts))
     return _figure(identity, title, description, body)
 
@@ -635,8 +642,8 @@ def _height_at(at: float, runs: Sequence[Sequence[Point]]) -> float | None:
 
 
 def _crossings(series: Sequence[Series], x: Scale, bottom: float) -> Iterable[Markup]:
-    """A dashed line and its length on the axis wherever lines cross the reference."""
-    shown = sorted({s.crossing for s in series if s.crossing is not None and x.low <= s.crossing <= x.high})
+    """A dashed line and its length on the axis wherever lines with a name cross the reference."""
+    shown = sorted({s.crossing for s in series if s.label and s.crossing is not None and x.low <= s.crossing <= x.high})
     gap = max((len(format_length(c)) for c in shown), default=0) * CHARACTER + 4
     places = spread([x(c) for c in shown], gap, LEFT, x.end)
     for crossing, place in zip(shown, places, strict=True):

@@ -23,6 +23,9 @@ Payload = Mapping[str, Any]
 REFERENCE = "softmax"
 """What efficiency lengths are counted against."""
 
+MOST_NAMED = 14
+"""Mechanisms whose names have room in a chart; of more, only what matters most is named."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -157,6 +160,10 @@ class _View:
         )
         recommendation = run.get("recommendation") or {}
         self.winner = recommendation.get("winner")
+        self.named = set(self.mechanisms)
+        if len(self.mechanisms) > MOST_NAMED:
+            self.named = {e["mechanism"] for task in self.tasks for e in summary.get(task, ()) if e.get("on_front")}
+            self.named |= {REFERENCE, self.winner}
         self.any_tie = any(self.tied(task) for task in self.tasks)
 
     def number(self, mechanism: str) -> int:
@@ -244,6 +251,7 @@ class _View:
                 winner=entry["mechanism"] == self.winner,
                 detail=f"{entry['mechanism']}: {metric.name} {charts.format_number(entry['mean'])}, "
                 f"{axis.format(speed(entry))}",
+                label=entry["mechanism"] in self.named,
             )
             for entry in self.summary.get(task, ())
             if is_number(entry["mean"]) and axis.usable(speed(entry))
@@ -336,6 +344,7 @@ class _View:
             points=[(entry[0], entry[1]) for entry in measured],
             ranges={entry[0]: (entry[2], entry[3]) for entry in measured if len(entry) == 4},
             crossing=row.get(crossing) if crossing else None,
+            label=row["mechanism"] in self.named,
         )
 
     def _crossing_sentence(self, name: str, series: Sequence[Series]) -> str:
@@ -377,7 +386,7 @@ class _View:
                     number=self.number(row["mechanism"]),
                     name=row["mechanism"],
                     points=[(tokens, loss) for tokens, loss in row["curve"]],
-                    label=row["mechanism"] not in named,
+                    label=row["mechanism"] in self.named - named,
                 )
             )
             named.add(row["mechanism"])
@@ -411,7 +420,7 @@ class _View:
                         for row in sorted(rows, key=lambda row: row["lr"])
                     ],
                     rings=() if chosen is None else (chosen,),
-                    label=mechanism not in named,
+                    label=mechanism in self.named - named,
                 )
             )
             named.add(mechanism)

@@ -15,7 +15,7 @@ from report_examples import LENGTHS, RATES, example
 from rich.console import Console
 
 from regard.contract import Unsupported
-from regard.workbench import charts
+from regard.workbench import charts, report
 from regard.workbench.charts import Axis, Series
 from regard.workbench.report import format_duration, render, write_report
 from regard.workbench.summary_table import terminal_table
@@ -241,6 +241,18 @@ def test_small_and_large_comparisons_render(tasks, mechanisms, seeds):
     page = Page(render(**example(tasks, mechanisms, seeds)))
     assert page.balanced
     assert page.count("point") == tasks * mechanisms
+
+
+def test_of_many_mechanisms_all_are_marked_and_the_important_ones_named(monkeypatch):
+    many = example(2, 12, 2)
+    assert section(render(**many), "quality").count("label") == 2 * 12
+    monkeypatch.setattr(report, "MOST_NAMED", 11)
+    page = render(**many)
+    front = {entry["mechanism"] for entries in many["summary"].values() for entry in entries if entry["on_front"]}
+    important = front | {"softmax", many["run"]["recommendation"]["winner"]}
+    assert section(page, "quality").count("point") == 2 * 12
+    assert section(page, "quality").count("label") == 2 * len(important) < 2 * 12
+    assert "Of so many mechanisms" in Page(page).text
 
 
 def test_an_empty_comparison_renders():
