@@ -7,7 +7,8 @@ import torch
 
 from regard import Pattern, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.contract import Kind, Shape
-from regard.workbench.profile import ProfileSettings, growth
+from regard.workbench.profile import ProfileSettings, _inputs, growth
+from regard.workbench.subjects import Subject
 
 CARDS = map(get_mechanism, list_mechanisms())
 TOLD = [card.name for card in CARDS if card.axis_sizes is not None and card.kind is not Kind.PROJECTION]
@@ -70,10 +71,12 @@ def test_what_is_timed_has_the_sizes_of_a_layer_with_the_same_options(name, monk
     layer = create_layer(name, dim=heads * width, num_heads=heads, pattern=pattern, **INNER_WIDTH.get(name, {}))
     layer(torch.randn(1, n, heads * width))
     told = card.axis_sizes(Shape(1, heads, n, n, width, width), card.options(**INNER_WIDTH.get(name, {})))
-    found = {
-        letter: size
-        for key, tensor in seen.items()
-        for letter, size in zip(card.axes[key], tensor.shape, strict=True)
-        if letter in told
-    }
-    assert found == dict(told)
+    timed = _inputs(Subject(card, pattern), n, ProfileSettings((name,), pattern, heads=heads, head_dim=width))
+    for tensors in (seen, timed):
+        found = {
+            letter: size
+            for key, tensor in tensors.items()
+            for letter, size in zip(card.axes[key], tensor.shape, strict=True)
+            if letter in told
+        }
+        assert found == dict(told)
