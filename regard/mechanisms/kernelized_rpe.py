@@ -677,7 +677,8 @@ class Offsets(nn.Module):
             assert self.scheme.by_distance is not None
             return self.scheme.by_distance(offsets, self.causal)
         assert self.exponent is not None
-        return -self.exponent.clamp(min=0)[:, None] * offsets.abs().log1p()
+        wide = torch.promote_types(self.exponent.dtype, torch.float32)
+        return -self.exponent.clamp(min=0)[:, None] * offsets.abs().to(wide).log1p()
 
 
 def sample_inputs(

@@ -233,6 +233,8 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Random inputs for tests, with matrices whose mixtures are as large as what they mix: larger scores than a model's would
+    cost digits."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     matrix = (1, m + 3, min(config.projected, m + 1))
     shapes = attention_shapes(batch, n, m, widths) | {
@@ -240,7 +242,11 @@ def sample_inputs(
     }
     if config.sharing != "key-value":
         shapes["f"] = matrix
-    return normals(generator, shapes, dtype)
+    found = normals(generator, shapes, torch.float64)
+    for name in ("e", "f"):
+        if name in found:
+            found[name] = found[name] * max(m, 1) ** -0.5
+    return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
 def cost(shape: Shape, config: Config) -> Cost:

@@ -420,7 +420,7 @@ def test_offsets_of_other_schemes_are_their_tables():
                 table = scheme.by_distance(offsets, causal)
             else:
                 made.projection.exponent.data = torch.tensor([0.0, 0.5, 1.0, -3.0], dtype=torch.float64)
-                table = -torch.tensor([[0.0], [0.5], [1.0], [0.0]]) * (1 + offsets.abs()).log()
+                table = -torch.tensor([[0.0], [0.5], [1.0], [0.0]]) * offsets.double().abs().log1p()
             free = layer(pattern, max_offset=20)
             free.load_state_dict(made.state_dict(), strict=False)
             free.projection.offset_bias.data = table.double()
