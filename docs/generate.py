@@ -510,25 +510,27 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
         "# Growth with length",
         "Forward passes of the functions on one sequence with 4 heads of 64. The exponent p of time or memory ~ length^p is "
         "fitted from 1024 tokens to the longest that was measured, on one thread and by its clock (`regard profile NAME "
-        "--growth`); beside it the same for the operations and the storage that the card counts (memory with the output). The efficiency length is the number of tokens from which a "
-        "mechanism takes less than softmax, whose kernel is a fast one; a dash: at none that was measured. Measured "
-        "lengths go from 256 to 16,384, or to the longest whose storage by the card stays below 2 GiB.",
+        "--growth`); beside it the same for the operations and the storage that the card counts (memory with the output). "
+        "The efficiency length is the number of tokens from which a mechanism takes less than softmax, whose kernel is a "
+        "fast one; a dash: at none that was measured. Measured lengths go from 256 to 16,384, or to the longest whose storage by the card stays below 2 GiB.",
     ]
     if data is None:
         return _page([*parts, "Not measured in this build of the pages: `make scaling` does it."])
-    rows, refused = [], []
-    for name, found in data["mechanisms"].items():
-        if "refused" in found:
-            refused.append(f"- {_link(name)}: {found['refused']}")
-            continue
-        lengths = found["efficiency"]
+    refused = [
+        f"- {_link(name)}: {found['refused']}" for name, found in data["mechanisms"].items() if "refused" in found
+    ]
+    measured = {name: found for name, found in data["mechanisms"].items() if "refused" not in found}
+    rows, otherwise = [], []
+    for name, found in measured.items():
+        p, lengths = found["growth"], found["efficiency"]
         shown = (lengths.get(kind) for kind in ("forward time", "training time", "forward memory"))
-        growth = (
-            f"{found['growth'][kind]:.2f} / {found['growth'][f'{kind}_by_cost']:.2f}" for kind in ("time", "memory")
-        )
+        growth = [(p[kind], p[f"{kind}_by_cost"]) for kind in ("time", "memory")]
+        if any(abs(own - card) > AGREES_WITHIN for own, card in growth):
+            otherwise.append(name)
+        exponents = (f"{own:.2f} / {card:.2f}" for own, card in growth)
         longest, share = str(found["longest"]), f"{found['time over softmax']:.3g}"
         crossings = ("—" if n is None else str(n) for n in shown)
-        rows.append((_link(name), found["pattern"], *growth, *crossings, longest, share))
+        rows.append((_link(name), found["pattern"], *exponents, *crossings, longest, share))
     headings = ("mechanism", "pattern", "time, measured / card", "memory, measured / card")
     headings += (
         "faster than softmax from",
@@ -537,13 +539,6 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
         "longest",
         "time there / softmax's",
     )
-    measured = {name: found for name, found in data["mechanisms"].items() if "refused" not in found}
-    exponents = {name: found["growth"] for name, found in measured.items()}
-    otherwise = [
-        name
-        for name, p in exponents.items()
-        if any(abs(p[kind] - p[f"{kind}_by_cost"]) > AGREES_WITHIN for kind in ("time", "memory"))
-    ]
     slower = [name for name, found in measured.items() if name != "softmax" and found["time over softmax"] > 1]
     parts += [
         f"Measured with {data['measured']}.",
@@ -566,7 +561,7 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
         "same batches and the same search of learning rates. It says how much each learns of so much data at this size, "
         "not how well it can do. Scores are means over seeds ± the standard error over held-out items and seeds; *top* is "
         "what the paired comparison cannot separate from the best. Mechanisms without a causal-self pattern have no part in "
-        "it. The training runs shared the machine with other work, so their speed is not told.",
+        "it. Training runs may share the machine with each other (`--shard`), so their speed is not told.",
     ]
     if data is None:
         return _page([*parts, "Not measured in this build of the pages: `make ranking` does it."])
