@@ -333,7 +333,7 @@ def test_all_leave_at_a_threshold_of_zero_and_layers_above_are_not_run():
     assert "exit_layer" not in twin(ids).extras
 
 
-@pytest.mark.parametrize("pool", ["mean", "first", "low_rank_pooling"])
+@pytest.mark.parametrize("pool", ["mean", "last", "structured", "low_rank_pooling"])
 def test_sequences_of_an_encoder_leave_alone_as_in_a_batch(pool):
     ids, lengths = random_ids(24, 8), torch.randint(1, 9, (24,))
     model = encoder("softmax", pool=pool, dropout=0.0, stack={"exits": (1, 2)})
