@@ -34,19 +34,23 @@ chunk influence which blocks an earlier one sees; it is what `offload` needs, so
 places: to be scored, the k newest blocks have the slots 1 to k and older ones slot 0; the m-th chosen block in order of
 time (from 0) has slot m, or m + 1 if it is one of the k newest; the incomplete block follows at slot k + 1. While no
 more than k blocks are cached, slots are true places. So positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
+In cross patterns each query and head chooses k blocks of the memory (of its newest `cache_blocks`), in whole calls and from a
+state alike, by keys at their true places; not by `max_over_tokens`, with which queries that are read one by one would see
+other blocks than together.
+noncausal-self has nothing to choose from: each call sees its sequence whole, and no state goes on from it.
 
-Miss token (of the authors' code, after the paper): a key, the same for all queries and rotated as at position -1, has the
-score r_i. The landmarks C that it controls leave the softmax t_i for one of their own,
+Miss token (of the authors' code, after the paper): a key, the same for all queries and rotated as at position -1, whose
+score r_i joins the softmax t_i. The landmarks C that it controls leave t_i for a softmax of their own,
 
-    z_i = softmax of { r_i } and S_i over C,     the gate of c in C: z_i,miss z_ic,
+    z_i = softmax of S_i over C,     the gate of c in C: t_i,miss z_ic,
 
-so that a query which wants none of them lets z_i,miss fall. Rows then sum to 1 + z_i,miss (1 - z_i,miss). Controlled are
-the landmarks of retrieved blocks, and in training each landmark with the probability `miss_share`; a z_i,miss below
-`miss_cutoff` is 0 outside training.
+so that a query which wants none of them lets t_i,miss fall. Rows sum to 1, or without a landmark in C to 1 - t_i,miss.
+Controlled are the landmarks of retrieved blocks, and in training each landmark with the probability `miss_share`; outside
+training a t_i,miss below `miss_cutoff` opens no gate.
 
 | paper | here |
 |---|---|
-| context miss token | `miss` (G, D), one key a head; the layer learns it with `miss=True` |
+| context miss token; t_i,miss | `miss` (G, D), one key a head, which the layer learns with `miss=True`; its weight |
 | block length l_block | `block`: normal tokens before each landmark |
 | k retrieved blocks | `top_k`; None attends to all cached blocks, which is W above |
 | memory size (cache of blocks) | `cache_blocks`; the oldest complete block is dropped first; None keeps all |
@@ -54,11 +58,14 @@ the landmarks of retrieved blocks, and in training each landmark with the probab
 | GroupedSoftmax | `softmax="grouped"`; "ignore" hides landmarks, "plain" treats them as normal tokens |
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). `roles` (B, M) goes with the keys. Blocks
-may have any length in whole calls; with `top_k` a block has exactly `block` tokens (the first of a sequence may have
-fewer), and with `cache_blocks` at most `block`.
+may have any length in whole calls that attend to all of them; with `top_k` a block has exactly `block` tokens (the first
+of a sequence may have fewer), and with `cache_blocks` at most `block`.
 Deviations: noncausal and cross patterns are not in the paper. Blocks without a visible token lose their landmark; the
 original code lets an empty block keep its share, so that rows sum to less than 1. The miss token's key is a parameter of the
-layer; there it is the key of a token that no layer lets attend, which is a constant too.
+layer; there it is the key of a token that no layer lets attend, which is a constant too. There landmarks of the chunk may be
+controlled outside training as well. Models always leave inserted tokens out of the loss, where there an option decides. They
+draw the embedding of a landmark like any other; the new token that the authors add to a pretrained vocabulary starts as the
+mean of the existing embeddings, but no pretrained model is given landmarks here.
 `group_dropout` drops gates (not the own block), `position_jump` adds a random number below it to the positions after
 each landmark; both act in training only.
 """
@@ -276,6 +283,8 @@ def reference(
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     visibility = Visibility(causal=call.pattern.causal and not call.pattern.cross)
     visible, added = masked_scores_bias(where, visibility, call.bias, call.position_bias, call.blocks, q.dtype)
+    if call.pattern.cross and call.config.cache_blocks is not None:
+        visible = visible & (_from_end(visible & landmark) <= call.config.cache_blocks)
     scores = call.scale * q @ k.mT + (0 if added is None else added)
     block = landmark.cumsum(-1) - landmark.long()
     if call.pattern.cross or m == 0:
@@ -294,11 +303,19 @@ def reference(
         gates = [other & landmark & some.any(-1, keepdim=True) for other, some in zip(others, tokens, strict=True)]
         local = visible & own & ~landmark
         every = torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local
+        if call.pattern.cross and call.config.top_k is not None and m:
+            share = softmax(every)
+            share = share.amax(1, keepdim=True) if call.config.selection == "max_over_heads" else share
+            best = share.masked_fill(~every, -1.0).topk(min(call.config.top_k, m), -1).indices
+            every = every & torch.zeros_like(scores, dtype=torch.bool).scatter(
+                -1, best.expand(-1, q.shape[1], -1, -1), True
+            )
         top = softmax(every & ~controlled)
         if miss is not None:
             column = _miss_scores(call, q, miss)[..., None]
-            apart = torch.cat([scores.masked_fill(~(every & controlled), -torch.inf), column], -1).softmax(-1)
-            top = top + apart[..., :-1] * apart[..., -1:]
+            beside = torch.cat([scores.masked_fill(~(every & ~controlled), -torch.inf), column], -1).softmax(-1)
+            top, share = beside[..., :-1], beside[..., -1:]
+            top = top + _opened(call, share) * softmax(every & controlled)
         weights = top * local
         kept = _dropout(call).of_gates(scores.shape, q)
         top = top if kept is None else top * kept
@@ -315,12 +332,12 @@ def parallel(
     miss: Float[Tensor, "g d"] | None = None,
 ) -> Result:
     _check(call, miss)
+    if call.pattern.cross and call.config.bounded:
+        return read(call.replace(state=absorb(call, k, v)), q)
     landmark = _landmarks(call, k)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     q, k = _rotated(call, q, k, where, landmark)
-    if miss is not None and call.training and q.shape[2] and k.shape[2]:
-        return _attend_missing(call, q, k, v, landmark, where, miss)
-    return _attend(call, q, k, v, landmark, where)
+    return _attend(call, q, k, v, landmark, where, miss)
 
 
 def chunked(
@@ -348,11 +365,7 @@ def chunked(
         raise Unsupported(
             "landmark with top_k or cache_blocks and other queries than keys", supported="one query for each key"
         )
-    if call.bias is not None or call.blocks is not None or call.position_bias is not None or "weights" in call.want:
-        raise Unsupported(
-            "landmark with a bias, a block mask, position biases or weights under top_k or cache_blocks",
-            supported="these with top_k=None and cache_blocks=None, or in calls without a state",
-        )
+    _check_plain(call)
     size = call.chunk_size or max(n, 1)
     outputs, state = [], call.state
     for start in range(0, max(n, 1), size):
@@ -382,11 +395,16 @@ def absorb(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g d"] | None = None) -> Result:
-    """Queries on absorbed memory."""
+    """Queries on absorbed memory; with `top_k` each on the blocks that it chooses."""
     _check_miss(call, miss)
+    _check_choice(call)
     state: LandmarkState = call.state
+    if call.config.bounded:
+        _check_plain(call)
+    if call.config.top_k is not None and q.shape[2] and state.k.shape[2]:
+        return Result(_read_blocks(call, q, state), state)
     where = _ranks(torch.arange(q.shape[2], device=q.device)[None], state.ranks())
-    return _attend(call, q, state.k, state.v, state.landmark, where, state)
+    return _attend(call, q, state.k, state.v, state.landmark, where, miss, state)
 
 
 def _check_miss(call: Call, miss: Tensor | None) -> None:
@@ -397,20 +415,35 @@ def _check_miss(call: Call, miss: Tensor | None) -> None:
         )
 
 
+def _check_choice(call: Call) -> None:
+    """Refuse patterns and options in which no blocks can be chosen or dropped."""
+    config: Config = call.config
+    if call.pattern is Pattern.NONCAUSAL_SELF and config.bounded:
+        raise Unsupported(
+            "landmark with top_k or cache_blocks in noncausal-self, where nothing is cached",
+            supported="causal-self and cross patterns",
+            nearest="top_k=None, cache_blocks=None",
+        )
+    if call.pattern.cross and config.selection == "max_over_tokens":
+        raise Unsupported(
+            f"landmark with selection='max_over_tokens' in {call.pattern.value}",
+            supported=" or ".join(SELECTIONS[:2]),
+            nearest="selection='per_token_and_head'",
+        )
+    if call.pattern.cross and config.top_k is not None and config.softmax != "grouped":
+        raise Unsupported(
+            f"landmark with top_k and softmax={config.softmax!r} in {call.pattern.value}",
+            supported="softmax='grouped'",
+            nearest="top_k=None",
+        )
+
+
 def _check(call: Call, miss: Tensor | None) -> None:
     config: Config = call.config
     _check_miss(call, miss)
-    if call.pattern is not Pattern.CAUSAL_SELF:
-        if config.bounded:
-            raise Unsupported(
-                f"landmark with top_k or cache_blocks in {call.pattern.value}",
-                supported="causal-self",
-                nearest="top_k=None, cache_blocks=None",
-            )
-        if call.rotate is not None and call.pattern.cross:
-            raise Unsupported(
-                f"landmark that rotates in {call.pattern.value}", supported="queries and keys rotated before"
-            )
+    _check_choice(call)
+    if call.rotate is not None and call.pattern.cross:
+        raise Unsupported(f"landmark that rotates in {call.pattern.value}", supported="queries and keys rotated before")
     if call.pattern.cross and call.roles is None and config.softmax == "grouped":
         raise Unsupported(
             f"landmark in {call.pattern.value} without roles of the keys, of which none could then be reached",
@@ -418,6 +451,15 @@ def _check(call: Call, miss: Tensor | None) -> None:
         )
     if config.position_jump and call.training and call.rotate is None:
         raise Unsupported("position_jump without rotary positions", supported="causal-self with rotary positions")
+
+
+def _check_plain(call: Call) -> None:
+    """Refuse what choosing among blocks, or dropping them, does not honour."""
+    if call.bias is not None or call.blocks is not None or call.position_bias is not None or "weights" in call.want:
+        raise Unsupported(
+            "landmark with a bias, a block mask, position biases or weights under top_k or cache_blocks",
+            supported="these with top_k=None and cache_blocks=None, or in causal-self without a state",
+        )
 
 
 def _landmarks(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
@@ -462,9 +504,18 @@ def _groups(call: Call, landmark: Tensor, where: Ranks) -> tuple[Ranks, Tensor, 
 
 
 def _attend(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, where: Ranks, state: LandmarkState | None = None
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmark: Tensor,
+    where: Ranks,
+    miss: Tensor | None,
+    state: LandmarkState | None = None,
 ) -> Result:
     """Grouped softmax over the given keys."""
+    if miss is not None and q.shape[2] and k.shape[2]:
+        return _attend_missing(call, q, k, v, landmark, where, miss, state)
     output, weights = grouped_attention(
         q,
         k,
@@ -498,19 +549,32 @@ def _miss_scores(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g
     return (call.scale * product(wide(q), key.mT.expand(q.shape[0], -1, -1, -1)))[..., 0]
 
 
-def _with_miss(call: Call, found: Float[Tensor, "b h n m"], scores: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n m"]:
-    """Weights of the tokens of controlled blocks, from their logits and the scores of the miss key."""
-    total = torch.logaddexp(found.logsumexp(-1), scores)
-    kept = (scores - total).exp()
-    if call.config.miss_cutoff and not call.training:
-        kept = torch.where(kept < call.config.miss_cutoff, 0.0, kept)
-    return (found - total[..., None]).exp() * kept[..., None]
+def _opened(call: Call, share: Float[Tensor, "b h n 1"]) -> Float[Tensor, "b h n 1"]:
+    """What the weight of the miss key leaves to the blocks that it controls."""
+    if call.training:
+        return share
+    return share.masked_fill(share < call.config.miss_cutoff, 0.0)
+
+
+def _with_miss(
+    call: Call, near: Float[Tensor, "b h n m"], apart: Float[Tensor, "b h n r"], scores: Float[Tensor, "b h n"]
+) -> tuple[Float[Tensor, "b h n m"], Float[Tensor, "b h n r"]]:
+    """Weights of the tokens beside the miss key and of those that it controls, from their logits and its scores."""
+    weights = normalized(torch.cat([near, scores[..., None]], -1))
+    return weights[..., :-1], _opened(call, weights[..., -1:]) * normalized(apart)
 
 
 def _attend_missing(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, where: Ranks, miss: Tensor
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmark: Tensor,
+    where: Ranks,
+    miss: Tensor,
+    state: LandmarkState | None,
 ) -> Result:
-    """Grouped softmax in which the miss key controls some landmarks, in training."""
+    """Grouped softmax beside a miss key, which in training controls some landmarks."""
     controlled = _controlled(call, landmark[:, None, None], miss)[:, 0, 0]
     slots = torch.arange(k.shape[2], device=k.device)
     closing = torch.where(landmark, slots, k.shape[2] - 1).flip(-1).cummin(-1).values.flip(-1)
@@ -535,12 +599,13 @@ def _attend_missing(
             dropout=_dropout(call),
         )
         apart = (controlled.gather(-1, closing)[:, None] & (group[:, None] != mine[..., None]))[:, None]
-        weights = normalized(found.masked_fill(apart, -torch.inf))
-        weights = weights + _with_miss(call, found.masked_fill(~apart, -torch.inf), _miss_scores(call, rows, miss))
+        near, far = (found.masked_fill(hidden, -torch.inf) for hidden in (apart, ~apart))
+        weights, opened = _with_miss(call, near, far, _miss_scores(call, rows, miss))
+        weights = weights + opened
         all_weights.append(weights if factors is None else weights * factors)
         outputs.append(product(_dropout(call).of_weights(all_weights[-1]), wide(v)).to(v.dtype))
     extras = {"weights": torch.cat(all_weights, 2)} if "weights" in call.want else {}
-    return Result(torch.cat(outputs, 2), extras=extras)
+    return Result(torch.cat(outputs, 2), state, extras=extras)
 
 
 def _rows(bias: Float[Tensor, "#b #h #n #m"], start: int, step: int) -> Float[Tensor, "#b #h #n #m"]:
@@ -570,7 +635,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests, without a miss key, which whole calls do not read outside training."""
+    """Inputs for tests, without a miss key."""
     return normals(generator, attention_shapes(batch, n, m, {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})), dtype)
 
 
@@ -599,7 +664,7 @@ def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor, miss: Tensor | None) 
     values = torch.cat([past.v, v.to(past.v.dtype)], 2)
     landmark = torch.cat([past.landmark, landmark], -1)
     q, keys = _rotated(call, q, keys, where, landmark)
-    return _attend(call, q, keys, values, landmark, where, state)
+    return _attend(call, q, keys, values, landmark, where, miss, state)
 
 
 def _append(
@@ -734,8 +799,7 @@ def _retrieve(
     chosen = _chosen(call, q, blocks)
     together = config.selection == "max_over_tokens"
     far = _gathered(call, chosen, past, blocks) if together else None
-    numbers = q.shape[0] * q.shape[1] * chosen.shape[-1] * size * max(q.shape[3], v.shape[3])
-    step = t if together else max(1, min(t, NUMBERS_AT_ONCE // max(numbers, 1)))
+    step = t if together else _at_once(call, q, v, chosen)
     outputs = []
     for start in range(0, t, step):
         rows = q[:, :, start : start + step]
@@ -756,8 +820,8 @@ def _retrieve(
         if miss is None:
             weights = normalized(torch.cat([far_logits, close_logits], -1))
         else:
-            apart = _with_miss(call, far_logits, _miss_scores(call, rows, miss))
-            weights = torch.cat([apart, normalized(close_logits)], -1)
+            beside, apart = _with_miss(call, close_logits, far_logits, _miss_scores(call, rows, miss))
+            weights = torch.cat([apart, beside], -1)
         if factors is not None and far_factors is not None:
             weights = weights * torch.cat([far_factors, factors], -1)
         weights = _dropout(call).of_weights(weights)
@@ -765,6 +829,26 @@ def _retrieve(
         output = taken.read(distant) + product(close, wide(near_values))
         outputs.append(output.to(v.dtype))
     return torch.cat(outputs, 2)
+
+
+def _read_blocks(call: Call, q: Tensor, memory: LandmarkState) -> Float[Tensor, "b h n v"]:
+    """Grouped softmax over the blocks of a memory that each query and head chooses."""
+    blocks = _cached_blocks(call, memory)
+    q = wide(q)
+    chosen = _chosen(call, q, blocks)
+    outputs = []
+    for rows, block in zip(*(x.split(_at_once(call, q, memory.v, chosen), 2) for x in (q, chosen)), strict=True):
+        taken = _gathered(call, block, memory, blocks)
+        found, factors = _far_logits(call, rows, taken)
+        weights = normalized(found) if factors is None else normalized(found) * factors
+        outputs.append(taken.read(_dropout(call).of_weights(weights)).to(memory.v.dtype))
+    return torch.cat(outputs, 2)
+
+
+def _at_once(call: Call, q: Tensor, v: Tensor, chosen: Tensor) -> int:
+    """Queries whose retrieved keys and values are gathered at once."""
+    numbers = q.shape[0] * q.shape[1] * chosen.shape[-1] * (call.config.block + 1) * max(q.shape[3], v.shape[3])
+    return max(1, min(q.shape[2], NUMBERS_AT_ONCE // max(numbers, 1)))
 
 
 @dataclass(frozen=True)

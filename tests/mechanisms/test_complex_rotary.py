@@ -1,23 +1,27 @@
-"""What is peculiar to complex rotary attention: its factorised form, what it is at special angles, its phase near zero and at
-the negative real axis, and the layer's start. The authors' code is no package, so there is no recording of it."""
+"""What is peculiar to complex rotary attention: parity with the authors' layer, its factorised form, what it is at special
+angles, its phase near zero and at the negative real axis, and the layer's start."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from regard.apply import absorb, apply
-from regard.contract import ALL_PATTERNS, Mask, Shape, Unsupported
+from regard.contract import ALL_PATTERNS, Context, Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import softmax_attention
+from regard.mechanisms import complex_rotary as module
 from regard.mechanisms.complex_rotary import MECHANISM, Config, cost, phase_of
 from regard.positions import Rotary
 from regard.training.optimizer import parameter_groups
 
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 ROTARY = Config(score_scale="rsqrt")
 NO_POSITION = Config(position="none")
 
@@ -72,6 +76,53 @@ def test_the_factorised_form_equals_cosines_of_pairs(config, groups, pattern):
     for form in ("parallel", "reference"):
         close(run(tensors, pattern, config, form=form).output, expected, 1e-7)  # 1e-9 inside the magnitudes
     close(run(tensors, pattern, config).output, run(tensors, pattern, config, form="reference").output)
+
+
+# parity
+
+NAMES = {
+    "query.weight": "weight_W_q",
+    "key.weight": "weight_W_k",
+    "value.weight": "weight_W_v",
+    "output.weight": "weight_W_o",
+    "projection.delta": "delta",
+    "projection.phase": "b",
+}
+
+
+def recorded(name: str) -> tuple[dict[str, Tensor], Any]:
+    """A recording, and a layer with its weights."""
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        fixture = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    layer = create_layer("complex_rotary", 16, 2, pattern="causal-self").double()
+    layer.load_state_dict({own: fixture[theirs] for own, theirs in NAMES.items()})
+    return fixture, layer
+
+
+@pytest.mark.parametrize(("slope", "tolerance"), [(phase_of, 1e-7), (torch.atan2, 1e-12)])
+def test_a_layer_equals_the_authors_under_a_causal_mask_with_gradients(slope, tolerance, monkeypatch) -> None:
+    """The slope of a phase has 1e-9 here; with theirs, gradients are equal too."""
+    monkeypatch.setattr(module, "phase_of", slope)
+    fixture, layer = recorded("complex_rotary_causal")
+    x = fixture["x"].requires_grad_()
+    result = layer(x, context=Context(want=frozenset({"weights"})))
+    close(result.output, fixture["out"])
+    close(result.extras["weights"], fixture["attn"])
+    result.output.backward(fixture["grad_out"])
+    close(x.grad, fixture["grad_x"], tolerance)
+    for own, parameter in layer.named_parameters():
+        close(parameter.grad, fixture["grad_" + NAMES[own].removeprefix("weight_")], tolerance)
+
+
+def test_a_layer_decodes_as_the_authors_do_from_a_cache() -> None:
+    fixture, layer = recorded("complex_rotary_cached")
+    x = fixture["x"]
+    result = layer(x[:, :7], context=Context(want=frozenset({"state"})))
+    close(result.output, fixture["out_prefill"])
+    state = result.state
+    for t in (7, 8):
+        output, state = layer.step(x[:, t], state)
+        close(output, fixture["out_steps"][:, t - 7])
 
 
 # special angles

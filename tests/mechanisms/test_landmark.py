@@ -21,6 +21,8 @@ from regard.create import create_layer
 from regard.mechanisms.landmark import MECHANISM, SELECTIONS, Config, cost, prepare, sample_context
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.positions import create_positions
+from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
+from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 PATTERNS = [p.value for p in Pattern]
@@ -343,30 +345,31 @@ def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=Non
 def _grouped(query, groups, now, roles, k, v, turned, miss=None, retrieved=0, config=None) -> Tensor:
     """With a miss key the first `retrieved` groups are under its control."""
     scale = query.shape[-1] ** -0.5
-    apart = torch.zeros_like(v[0])
-    if miss is not None and retrieved:
-        held = [members for members in groups[:retrieved] if len(members) > 1]
-        groups = groups[retrieved:]
-        marks_of = [scale * (query @ turned(k[members[-1][0]], members[-1][1])) for members in held]
-        shares = torch.stack([scale * (query @ miss), *marks_of]).softmax(0)
-        if shares[0] >= config.miss_cutoff:
-            for share, members in zip(shares[1:], held, strict=True):
-                inner = torch.stack([scale * (query @ turned(k[j], p)) for j, p in members[:-1]]).softmax(0)
-                apart = apart + shares[0] * share * sum(u * v[j] for u, (j, _) in zip(inner, members[:-1], strict=True))
 
     def scored(members):
         return torch.stack([scale * (query @ turned(k[j], position)) for j, position in members])
 
+    def read(members):
+        return scored(members[:-1]).softmax(0) @ torch.stack([v[j] for j, _ in members[:-1]])
+
+    held = [members for members in groups[:retrieved] if len(members) > 1] if miss is not None else []
     local = [(j, position) for j, position in now if not roles[0, j]]
-    gates = [members for members in groups if len(members) > 1]
+    gates = [members for members in groups[retrieved if miss is not None else 0 :] if len(members) > 1]
     top = torch.cat([scored(local) if local else query[:0], *(scored(members[-1:]) for members in gates)])
+    if miss is not None:
+        top = torch.cat([top, scale * (query @ miss)[None]])
+    found = torch.zeros_like(v[0])
     if not len(top):
-        return apart
+        return found
     top = top.softmax(0)
-    found = sum((t * v[j] for t, (j, _) in zip(top, local, strict=False)), apart)
-    for t, members in zip(top[len(local) :], gates, strict=True):
-        inner = scored(members[:-1]).softmax(0)
-        found = found + t * sum(u * v[j] for u, (j, _) in zip(inner, members[:-1], strict=True))
+    for t, (j, _) in zip(top, local, strict=False):
+        found = found + t * v[j]
+    for t, members in zip(top[len(local) :], gates, strict=False):
+        found = found + t * read(members)
+    if held and top[-1] >= config.miss_cutoff:
+        shares = torch.cat([scored(members[-1:]) for members in held]).softmax(0)
+        for share, members in zip(shares, held, strict=True):
+            found = found + top[-1] * share * read(members)
     return found
 
 
@@ -417,24 +420,29 @@ def test_a_miss_key_lets_a_query_close_the_blocks_that_it_controls() -> None:
     inputs["miss"] = torch.randn(2, 8, dtype=torch.float64)
     config = Config(block=3, miss_share=1.0)
     weights = trained(inputs, roles, config=config, want={"weights"}).extras["weights"]
-    local = trained(inputs, torch.zeros_like(roles), config=config, want={"weights"}).extras["weights"]
-    assert local.sum(-1).sub(1).abs().max() < 1e-12, "without landmarks it is softmax"
-    scores = (
-        8**-0.5
-        * inputs["q"]
-        @ torch.cat([inputs["miss"][None, :, None].expand(2, -1, -1, -1), inputs["k"][:, :, 3:12:4]], 2).mT
-    )
-    share = scores[:, :, 13].softmax(-1)[..., 0]  # token 13 lies in the fourth block
-    close(weights[:, :, 13].sum(-1), 1 + share * (1 - share))
-    close(weights[:, :, 13, 12:14].sum(-1), torch.ones(2, 2, dtype=torch.float64))
+    seen = torch.cat([inputs["miss"][None, :, None].expand(2, -1, -1, -1), inputs["k"][:, :, 12:14]], 2)
+    beside = (8**-0.5 * inputs["q"] @ seen.mT)[:, :, 13].softmax(-1)  # token 13 lies in the fourth block
+    close(weights[:, :, 13, 12:14], beside[..., 1:])
+    close(weights[:, :, 13, :12].sum(-1), beside[..., 0])
+    gates = (8**-0.5 * inputs["q"] @ inputs["k"][:, :, 3:12:4].mT)[:, :, 13].softmax(-1)
+    close(weights[:, :, 13, :12].unflatten(-1, (3, 4)).sum(-1), beside[..., :1] * gates)
 
 
-def test_a_miss_key_does_nothing_in_whole_calls_outside_training_and_with_no_share() -> None:
+def test_a_miss_key_that_controls_nothing_is_a_token_without_a_value() -> None:
     inputs, roles = sample(20), regular(20, 3)
-    expected = run(inputs, roles)
-    inputs["miss"] = torch.randn(2, 8, dtype=torch.float64)
-    close(run(inputs, roles), expected)
-    close(trained(inputs, roles, config=Config(miss_share=0.0)).output, expected)
+    miss = {"miss": torch.randn(2, 8, dtype=torch.float64)}
+    found = weights_of(inputs | miss, roles)
+    without = weights_of(inputs, roles)
+    first = found[:, :, 0, 0]  # which sees itself and the key
+    close(first, torch.sigmoid(8**-0.5 * ((inputs["q"][:, :, 0] * (inputs["k"][:, :, 0] - miss["miss"])).sum(-1))))
+    total = found.sum(-1, keepdim=True)
+    assert (total < 1).all()
+    close(found / total, without)
+    close(run(inputs | miss, roles), found @ inputs["v"])
+    close(run(inputs | miss, roles, form="reference"), found @ inputs["v"])
+    for size in (1, 7):
+        close(run(inputs | miss, roles, form="chunked", chunk_size=size), found @ inputs["v"])
+    close(trained(inputs | miss, roles, config=Config(miss_share=0.0)).output, found @ inputs["v"])
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -472,6 +480,79 @@ def test_a_miss_key_where_it_means_nothing_is_refused() -> None:
     for options in ({"miss_share": 1.5}, {"miss_cutoff": -0.1}):
         with pytest.raises(Unsupported, match="miss_"):
             Config(**options)
+
+
+def pairs(scheme):
+    """Rotates planes of features 2i and 2i + 1, as the official code does, by positions of planes of halves."""
+    halves = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def rotate(x: Tensor, positions: Tensor) -> Tensor:
+        return scheme(x[..., halves], positions)[..., halves.argsort()]
+
+    return rotate
+
+
+def retrieved(fixture: dict[str, Tensor], config: Config, monkeypatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The recording's chunks read one by one: output, blocks chosen (from the oldest cached) and their slots."""
+    chosen, slots = [], []
+    choose, gather = landmark_module._chosen, landmark_module._gathered
+
+    def choosing(call, q, cached):
+        columns = choose(call, q, cached)
+        oldest = cached.ends.shape[1] - cached.count[:, None, None, None]
+        chosen.append((columns - oldest).expand(-1, -1, q.shape[2], -1))
+        return columns
+
+    def gathering(call, block, past, cached):
+        def placing(x: Tensor, positions: Tensor) -> Tensor:
+            slots.append(positions[:, ::4] // 4)
+            return call.rotate(x, positions)
+
+        return gather(call.replace(rotate=placing), block, past, cached)
+
+    monkeypatch.setattr(landmark_module, "_chosen", choosing)
+    monkeypatch.setattr(landmark_module, "_gathered", gathering)
+    names = [name for name in ("q", "k", "v", "miss") if name in fixture]
+    roles, state, outputs, start = fixture["is_landmark"].long(), None, [], 0
+    for length in fixture["chunks"].tolist():
+        chunk = slice(start, start + length)
+        part = {name: fixture[name] if name == "miss" else fixture[name][:, :, chunk] for name in names}
+        call = {"roles": roles[:, chunk], "config": config, "rotate": pairs(rotary()), "state": state}
+        result = apply(MECHANISM, part, **call, return_state=True)
+        outputs.append(result.output)
+        state = result.state
+        start += length
+    places = [x.view(2, 2, -1, 2).expand(-1, -1, c.shape[2], -1) for x, c in zip(slots, chosen, strict=True)]
+    return torch.cat(outputs, 2).transpose(1, 2).flatten(2), torch.cat(chosen, 2), torch.cat(places, 2)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_retrieval_equals_the_official_code(selection: str, monkeypatch) -> None:
+    fixture = load(f"landmark_retrieval_{selection}")
+    config = Config(block=3, top_k=2, cache_blocks=4, selection=selection)
+    output, chosen, slots = retrieved(fixture, config, monkeypatch)
+    assert torch.equal(chosen, fixture["chosen"]) and torch.equal(slots, fixture["slot"])
+    close(output, fixture["core_out"], 1e-12)
+
+
+def test_a_miss_key_controls_retrieved_blocks_as_in_the_official_code(monkeypatch) -> None:
+    fixture = load("landmark_miss_token")
+    config = Config(block=3, top_k=2, cache_blocks=4, miss_cutoff=0.3)
+    output, chosen, slots = retrieved(fixture, config, monkeypatch)
+    assert torch.equal(chosen, fixture["chosen"]) and torch.equal(slots, fixture["slot"])
+    close(output, fixture["core_out"], 1e-12)
+
+
+@pytest.mark.parametrize("form", ["reference", "parallel"])
+def test_a_miss_key_in_training_equals_the_official_code(form: str) -> None:
+    fixture = load("landmark_miss_token_training")
+    inputs = {n: fixture[n].clone().requires_grad_() for n in ("q", "k", "v", "miss")}
+    call = {"config": Config(miss_share=1.0), "rotate": pairs(rotary())}
+    output = trained(inputs, fixture["is_landmark"].long(), form=form, **call).output
+    close(output.transpose(1, 2).flatten(2), fixture["core_out"], 1e-12)
+    output.backward(fixture["grad_core_out"].unflatten(-1, (2, 8)).transpose(1, 2))
+    for n, x in inputs.items():
+        close(x.grad, fixture[f"grad_{n}"], 1e-12)
 
 
 SHARED = ["max_over_heads", "max_over_tokens"]
@@ -712,6 +793,73 @@ def test_cost_of_a_step_is_bounded_by_retrieval() -> None:
     assert cost(Shape(1, 1, 1, 50_000, 64, 64), Config(top_k=4)).step_flops < 2 * 128 * 2_000
 
 
+# Retrieval from a memory
+
+MEMORIES = [
+    {"top_k": 1, "block": 3},
+    {"top_k": 2, "block": 3, "selection": "max_over_heads"},
+    {"top_k": 2, "block": 9, "cache_blocks": 3},
+    {"block": 9, "cache_blocks": 2},
+]
+
+
+@pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
+@pytest.mark.parametrize("options", MEMORIES)
+def test_each_query_reads_the_blocks_of_a_memory_whose_landmarks_it_scores_highest(options, pattern) -> None:
+    config = Config(**options)
+    inputs = sample(5, 30, heads=4)
+    places = [3, 7, 11, 15, 19, 23, 27] if config.block == 3 else [0, 4, 8, 9, 18, 22, 28]
+    roles, scores = marks(places, 30), inputs["q"] @ inputs["k"].repeat_interleave(2, 1).mT * 8**-0.5
+    starts = [0, *(p + 1 for p in places[:-1])]
+    held = [(a, b) for a, b in zip(starts, places, strict=True)][-(config.cache_blocks or 9) :]
+    held = [(a, b) for a, b in held if a < b]
+    share = torch.stack([scores[..., b] for _, b in held], -1).softmax(-1)
+    if config.selection == "max_over_heads":
+        share = share.amax(1, keepdim=True).expand(-1, 4, -1, -1)
+    hidden = torch.full((2, 4, 5, 30), -torch.inf, dtype=torch.float64)
+    for index in share.topk(config.top_k or len(held)).indices.unbind(-1):
+        for c, (a, b) in enumerate(held):
+            hidden[..., a : b + 1] = torch.where((index == c)[..., None], 0.0, hidden[..., a : b + 1])
+    expected = run(inputs, roles, pattern=pattern, mask=Mask(bias=hidden))
+    assert (expected - run(inputs, roles, pattern=pattern)).abs().max() > 1e-3
+    for form in ("reference", "parallel", "absorb+read"):
+        close(run(inputs, roles, pattern=pattern, config=config, form=form), expected)
+
+
+def test_a_memory_that_streams_is_chosen_from_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in MEMORIES:
+        config, inputs, roles = Config(**options), sample(6, 30), regular(30, 3)
+        expected = run(inputs, roles, pattern="causal-cross", config=config, form="reference")
+        state = None
+        for part in torch.arange(30).split([2, 11, 1, 16]):
+            piece = {n: inputs[n][:, :, part] for n in "kv"}
+            call = {"pattern": "causal-cross", "state": state, "roles": roles[:, part], "config": config}
+            state = absorb(MECHANISM, piece, **call)
+        with monkeypatch.context() as patch:
+            patch.setattr(landmark_module, "NUMBERS_AT_ONCE", 600)
+            for part in torch.arange(6).split([1, 3, 2]):
+                queries = {"q": inputs["q"][:, :, part]}
+                found = apply(MECHANISM, queries, pattern="causal-cross", state=state, config=config).output
+                close(found, expected[:, :, part])
+
+
+@pytest.mark.parametrize("pattern", [Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS])
+def test_the_matrix_holds_for_chosen_blocks_of_a_memory(pattern: Pattern) -> None:
+    options = {"top_k": 2, "cache_blocks": 4, "block": 100}
+    checked = []
+    for prop in FUNCTION_PROPERTIES:
+        if prop.name in ("compile", "pair_masks", "refusals"):  # a bias or a block mask is refused
+            continue
+        for dtype in prop.dtypes:
+            try:
+                error = prop.check(Subject(MECHANISM, pattern, options, seed=2), dtype)
+            except NotApplicable:
+                continue
+            checked.append(prop.name)
+            assert error <= MECHANISM.tolerances[dtype], prop.name
+    assert {"reference", "padding", "row_alone", "memory", "gradient"} <= set(checked)
+
+
 # Layers and models
 
 
@@ -730,8 +878,9 @@ def test_a_layer_with_rotary_positions_decodes_as_it_reads() -> None:
             layer(x, context=Context(roles=roles, positions=torch.arange(17).expand(2, -1)))
 
 
-def test_a_cross_layer_takes_the_roles_of_the_memory() -> None:
-    layer = create_layer("landmark", 16, 2, pattern="noncausal-cross", positions="rotary").double()
+@pytest.mark.parametrize("options", [{}, {"block": 3, "top_k": 1}])
+def test_a_cross_layer_takes_the_roles_of_the_memory(options) -> None:
+    layer = create_layer("landmark", 16, 2, pattern="noncausal-cross", positions="rotary", **options).double()
     x, memory = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(2, 11, 16, dtype=torch.float64)
     roles, lengths = marks([3, 6, 10], 11), torch.tensor([11, 7])
     context = Context(roles=roles, memory_mask=Mask(lengths=lengths))
@@ -822,7 +971,15 @@ def test_what_cannot_be_honoured_is_refused() -> None:
     state = apply(MECHANISM, inputs, roles=roles, return_state=True).state
     refused = {
         "2 rows of 9 tokens": lambda: run(inputs, roles[:1]),
-        "top_k or cache_blocks in noncausal-self": lambda: run(inputs, roles, pattern="noncausal-self", config=bounded),
+        "noncausal-self, where nothing is cached": lambda: run(inputs, roles, pattern="noncausal-self", config=bounded),
+        "'max_over_tokens' in causal-cross": lambda: run(
+            inputs, roles, pattern="causal-cross", config=dataclasses.replace(bounded, selection="max_over_tokens")
+        ),
+        "top_k and softmax='plain' in causal-cross": lambda: run(
+            inputs, roles, pattern="causal-cross", config=dataclasses.replace(bounded, softmax="plain")
+        ),
+        "a bias.* under top_k": lambda: run(inputs, roles, pattern="causal-cross", config=bounded, mask=bias),
+        "a block of 4 tokens": lambda: run(inputs, marks([4], 9), pattern="causal-cross", config=bounded),
         "without roles": lambda: run(inputs, None, pattern="noncausal-cross"),
         "rotates in causal-cross": lambda: run(inputs, roles, pattern="causal-cross", rotate=rotary()),
         "beside a state": lambda: run(inputs, roles, mask=bias, state=state),

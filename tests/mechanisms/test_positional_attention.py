@@ -1,11 +1,13 @@
 """What is peculiar to positional attention: weights that no content reaches, closed forms, tables and encodings, hybrid heads,
-and the paper's network. The authors' code is no package, so there is no recording of it."""
+the paper's network, and parity with the authors' layer and networks."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,13 @@ from regard.positions import Sinusoidal
 from regard.reproductions.positional_attention import TASKS, AlgorithmicNetwork, draw
 from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+
+
+def load(name: str) -> dict[str, Tensor]:
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
 def inputs(n: int, m: int | None = None, rows: int = 20, heads: int = 2) -> dict[str, Tensor]:
@@ -318,12 +327,61 @@ def test_the_network_has_the_parameters_of_the_papers():
     assert counts == [84_577, 150_273]
 
 
-def test_without_biases_the_positional_network_scales_with_its_input_and_the_standard_one_does_not():
+@torch.no_grad()
+def growth_error(model: nn.Module) -> float:
+    """How far f(10 x) is from 10 f(x)."""
     x = torch.randn(4, 8)
+    return float((model(10 * x) - 10 * model(x)).abs().max() / model(x).abs().max())
+
+
+def test_without_biases_the_positional_network_scales_with_its_input_and_the_standard_one_does_not():
     for positional in (True, False):
-        model = AlgorithmicNetwork(8, positional=positional, bias=False)
-        error = (model(10 * x) - 10 * model(x)).abs().max() / model(x).abs().max()
+        error = growth_error(AlgorithmicNetwork(8, positional=positional, bias=False))
         assert (error < 1e-4) == positional
+
+
+class WithPositionsInValues(nn.Module):
+    """An attention layer that reads x + P, of which only its values see anything."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.mixer(x + torch.eye(*x.shape[1:], dtype=x.dtype))
+
+
+class ResidualWithNorm(nn.Module):
+    """x + LN(y) in place of MLP([x ; y])."""
+
+    def __init__(self, _: nn.Module) -> None:
+        super().__init__()
+
+    def forward(self, both: Tensor) -> Tensor:
+        x, y = both.chunk(2, -1)
+        return x + nn.functional.layer_norm(y, y.shape[-1:])
+
+
+class Residual(ResidualWithNorm):
+    """x + y."""
+
+    def forward(self, both: Tensor) -> Tensor:
+        return sum(both.chunk(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "scales"),
+    [
+        ("mixers", WithPositionsInValues, False),
+        ("forwards", ResidualWithNorm, False),
+        ("forwards", Residual, True),  # so that it is the norm
+    ],
+)
+def test_positions_in_the_values_and_a_norm_each_destroy_the_scaling_of_the_positional_network(part, changed, scales):
+    model = AlgorithmicNetwork(8, positional=True, bias=False)
+    setattr(model, part, nn.ModuleList(changed(module) for module in getattr(model, part)))
+    error = growth_error(model)
+    assert error < 1e-4 if scales else error > 1e-2
 
 
 def test_shorter_inputs_take_the_first_rows():
@@ -342,3 +400,65 @@ def test_targets_and_test_ranges_are_those_of_the_paper():
     # bounds inside [-2, 2] would give rows inside; rows with a bound outside are inside only by chance
     inside = (draw(4000, 8, 2.5, torch.Generator().manual_seed(2)).abs() <= 2.0).all(-1).double().mean()
     assert inside < 0.4
+
+
+# parity
+
+
+def test_a_layer_equals_the_authors_with_gradients():
+    fixture = load("positional_attention_layer")
+    made = create_layer(
+        "positional_attention", 8, 2, pattern="noncausal-self", encoding="one_hot", max_length=7, bias=True
+    ).double()
+    names = {"projection": "qk_proj", "value": "v_proj", "output": "o_proj"}
+    theirs = {name: "_".join((names[name.split(".")[0]], name.split(".")[1])) for name, _ in made.named_parameters()}
+    made.load_state_dict({own: fixture[f"weight_{name}"] for own, name in theirs.items()})
+    x = fixture["x"].requires_grad_()
+    output = made(x).output
+    close(output, fixture["out"])
+    output.backward(fixture["grad_out"])
+    close(x.grad, fixture["grad_x"])
+    for own, parameter in made.named_parameters():
+        close(parameter.grad, fixture[f"grad_{theirs[own]}"])
+
+
+def network_of(fixture: dict[str, Tensor], positional: bool) -> AlgorithmicNetwork:
+    """The network with the authors' weights: their additional node is the last one, here it is the first."""
+    weights = {name.removeprefix("weight_"): x for name, x in fixture.items() if name.startswith("weight_")}
+    model = AlgorithmicNetwork(5, positional=positional, dim=8, heads=2, layers=2).double()
+    parts = {"embedding": "encoding", "head": "decoding", "value": "attn_v_proj", "output": "attn_o_proj"}
+    found = {}
+    for own in model.state_dict():
+        *path, kind = own.split(".")
+        if len(path) == 1:
+            found[own] = weights[f"{parts[path[0]]}_{kind}"]
+            continue
+        layer = f"transformer_layers_{path[1]}_"
+        if path[0] == "forwards":
+            found[own] = weights[f"{layer}mlp_mlp_{path[2]}_{kind}"]
+        elif path[2] in parts:
+            found[own] = weights[f"{layer}{parts[path[2]]}_{kind}"]
+        else:
+            both = weights[f"{layer}attn_qk_proj_{kind}"]  # of each head, first for queries and then for keys
+            apart = both.unflatten(0, (2, 2, -1))
+            found[own] = both if positional else apart[:, int(path[2] == "key")].flatten(0, 1)
+    read_positions = (
+        [name for name in found if name.endswith("projection.weight")] if positional else ["embedding.weight"]
+    )
+    for own in read_positions:
+        rest, columns = found[own][:, :-6], found[own][:, -6:]
+        found[own] = torch.cat([rest, columns.roll(1, -1)], -1)
+    model.load_state_dict(found)
+    return model
+
+
+@pytest.mark.parametrize("name", ["positional", "standard"])
+def test_the_networks_equal_the_authors_at_full_and_shorter_lengths(name):
+    fixture = load(f"positional_attention_network_{name}")
+    model = network_of(fixture, name == "positional")
+    x = fixture["x"].requires_grad_()
+    output = model(x)
+    close(output, fixture["out"])
+    output.backward(fixture["grad_out"])
+    close(x.grad, fixture["grad_x"])
+    close(model(fixture["x_short"]), fixture["out_short"])
