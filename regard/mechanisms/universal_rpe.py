@@ -37,9 +37,9 @@ by distance, and where a kernel has enough pairs to run (`FEWEST_WEIGHTS`). All 
 wanted weights, `mask.bias`, blocks) is computed with explicit weights, for some queries at a time, and the backward pass
 computes their weights again.
 
-Deviations: the official network has one C for all its layers; here each layer has its own until :func:`share_tables`. A
-layer learns C - 1, so that weight decay pulls to plain attention, not to none. Unused bucket rows are left out, and
-buckets grow as those of `relative`. Computed in at least float32.
+Deviations: the official network has one B and one C for all its layers; here each layer has its own without
+``stack={"share": "tables"}`` in the model. A layer learns C - 1, so that weight decay pulls to plain attention, not to none.
+Unused bucket rows are left out, and buckets grow as those of `relative`. Computed in at least float32.
 """
 
 from __future__ import annotations
@@ -493,22 +493,6 @@ class Factors(nn.Module):
             offsets = torch.arange(-reach, reach + 1, device=next(self.parameters()).device)
             table = self.table.by_distance(offsets, self.causal)  # type: ignore[operator]
         return heads | {"factors": activation(table + one)}
-
-
-def share_tables(model: nn.Module) -> nn.Module:
-    """Give all universal_rpe layers of a model the tables B and C of the first, as the official network has them.
-
-    Returns:
-        The model, changed in place.
-    """
-    layers = [m for m in model.modules() if isinstance(getattr(m, "projection", None), Factors)]
-    for layer in layers[1:]:
-        for name in ("projection", "positions"):
-            own, first = getattr(layer, name), getattr(layers[0], name)
-            if {n: p.shape for n, p in own.named_parameters()} != {n: p.shape for n, p in first.named_parameters()}:
-                raise Unsupported("tables shared by layers of different heads or distances", supported="equal layers")
-            setattr(layer, name, first)
-    return model
 
 
 def sample_inputs(

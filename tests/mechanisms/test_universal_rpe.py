@@ -17,8 +17,8 @@ from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsup
 from regard.create import create_layer
 from regard.functional import softmax_attention
 from regard.mechanisms import universal_rpe
-from regard.mechanisms.universal_rpe import MECHANISM, Config, cost, share_tables
-from regard.models import Encoder, EncoderConfig
+from regard.mechanisms.universal_rpe import MECHANISM, Config, cost
+from regard.models import Encoder, EncoderConfig, count_parameters, from_pretrained, save_pretrained
 from regard.positions import Relative
 from regard.positions.relative import bucket_starts
 from regard.positions.toeplitz import at_offsets
@@ -538,19 +538,24 @@ def test_a_layer_on_a_grid():
         layer("causal-self", max_distance=(2, 3))
 
 
-def test_layers_share_tables_as_the_official_network_does(tmp_path):
-    config = EncoderConfig(num_classes=3, vocab_size=9, plan="universal_rpe", num_layers=3, dim=16, num_heads=4)
-    model = Encoder(config)
-    before = sum(p.numel() for p in model.parameters())
-    assert share_tables(model) is model
-    assert before - sum(p.numel() for p in model.parameters()) == 2 * 2 * 4 * 257
-    model(torch.randint(0, 9, (2, 7))).output.sum().backward()
+def test_a_model_whose_layers_share_both_tables_is_saved_and_loaded(tmp_path):
+    options = {"num_classes": 3, "vocab_size": 9, "plan": "universal_rpe", "num_layers": 3, "dim": 16, "num_heads": 4}
+    apart, model = (Encoder(EncoderConfig(**options, stack={"share": share})) for share in ("none", "tables"))
+    assert count_parameters(apart) - count_parameters(model) == 2 * 2 * 4 * 257
+    ids = torch.randint(0, 9, (2, 7))
+    model(ids).output.sum().backward()
     first = model.blocks[0].mixer
-    assert all(block.mixer.projection is first.projection for block in model.blocks)
     assert first.projection.table.table.grad.abs().sum() > 0
-    mixed = torch.nn.ModuleList([layer(), layer(max_distance=5)])
-    with pytest.raises(Unsupported, match="shared"):
-        share_tables(mixed)
+    with torch.no_grad():
+        first.projection.table.table.normal_()
+        first.positions.table.normal_()
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    for other in again.blocks[1:]:
+        assert other.mixer.projection is again.blocks[0].mixer.projection
+        assert other.mixer.positions is again.blocks[0].mixer.positions
+        assert other.mixer.query is not again.blocks[0].mixer.query
+    assert torch.equal(again(ids).output, model.eval()(ids).output)
 
 
 @pytest.mark.parametrize(

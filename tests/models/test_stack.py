@@ -229,6 +229,26 @@ def test_shared_layers_equal_separate_ones_of_equal_weights(share):
         assert (getattr(shared.blocks[2], part) is getattr(shared.blocks[3], part)) == (part in parts)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layers_that_share_tables_have_the_rest_for_themselves(groups):
+    options = {"positions": "relative", "max_distance": 5}
+    plan, stack = [("universal_rpe", options)] * 4, {"share": "tables", "share_groups": groups}
+    shared = language_model(plan, stack=stack, dropout=0.0)
+    apart = like(shared)
+    for block in shared.blocks:
+        for table in (*block.mixer.projection.parameters(), *block.mixer.positions.parameters()):
+            nn.init.normal_(table)
+    for block, twin in zip(shared.blocks, apart.blocks, strict=True):
+        twin.load_state_dict(block.state_dict())
+    ids = random_ids(2, 7)
+    torch.testing.assert_close(shared(ids).output, apart(ids).output)
+    tables = 2 * 11 + 2 * 32  # C of both heads, and the relative bias
+    assert count_parameters(apart) - count_parameters(shared) == (4 - groups) * tables
+    mixers = [block.mixer for block in shared.blocks]
+    assert mixers[0].positions is mixers[1].positions and mixers[2].projection is mixers[3].projection
+    assert (mixers[0].positions is mixers[2].positions) == (groups == 1)
+
+
 def test_a_shared_reversible_model_with_exits_is_saved_and_loaded(tmp_path):
     model = language_model("mamba", stack={"share": "all", "reversible": True, **LEAVING}).eval()
     save_pretrained(model, tmp_path)
@@ -419,6 +439,8 @@ def test_bad_options_are_refused(stack):
 def test_layers_that_cannot_share_or_be_repeated_are_refused():
     with pytest.raises(Unsupported, match="share their all"):
         language_model(["softmax", "linear"], stack={"share": "all"})
+    with pytest.raises(Unsupported, match="share their tables"):
+        language_model(["softmax", "linear"], stack={"share": "tables"})
     with pytest.raises(Unsupported, match="different widths"):
         language_model([("softmax", {"feed_forward": 8}), "softmax"], stack={"share": "feed_forward"})
     with pytest.raises(Unsupported, match="redraw"):
