@@ -148,7 +148,7 @@ class Stack(nn.ModuleList):
             raise Unsupported(f"share_groups={groups} of {self.layers} layers", supported="a divisor of the layers")
         period = len(self) // groups
         for i, block in enumerate(self):
-            first = self[i - i % period + i % self.blocks_in_layer]
+            first: Any = self[i - i % period + i % self.blocks_in_layer]
             if block is first:
                 continue
             if self.config.share != "feed_forward" and block.entry != first.entry:
