@@ -458,6 +458,33 @@ def test_factors_on_a_grid_are_those_of_both_offsets(numbers, monkeypatch):
 
 
 @pytest.mark.parametrize("numbers", [50, 1 << 20])
+@pytest.mark.parametrize("lengths", [[12, 12], [12, 5]])
+def test_causal_factors_on_a_grid_are_those_of_both_offsets_row_by_row(lengths, numbers, monkeypatch):
+    monkeypatch.setattr(universal_rpe, "NUMBERS_AT_ONCE", numbers)
+    tensors, width = inputs(12), 4
+    table = torch.randn(2, 3, 5, dtype=torch.float64)
+    tensors["grid_factors"] = table
+    del tensors["factors"]
+    q, k, v = (tensors[name] for name in "qkv")
+    call: dict[str, Any] = {"grid": (3, width), "mask": Mask(lengths=torch.tensor(lengths))}
+    found = [run(tensors, "causal-self", **call).output]
+    if lengths == [12, 12]:
+        found.append(run(tensors, "causal-self", grid=(3, width), form="reference").output)
+    for output, b, h, i in itertools.product(found, range(2), range(2), range(12)):
+        if i < lengths[b]:
+            weights = (q[b, h, i] @ k[b, h, : i + 1].mT / 2).softmax(-1)
+            expected = torch.zeros(3, dtype=torch.float64)
+            for j in range(i + 1):
+                down, along = j // width - i // width, j % width - i % width
+                c = table[h, max(down, -1) + 1, min(max(along, -2), 2) + 2]
+                expected += weights[j] * c * v[b, h, j]
+            close(output[b, h, i], expected)
+    later = {name: x.clone() for name, x in tensors.items()}
+    later["v"][:, :, 7] += 1
+    assert torch.equal(run(later, "causal-self", **call).output[:, :, :7], found[0][:, :, :7])
+
+
+@pytest.mark.parametrize("numbers", [50, 1 << 20])
 def test_factors_of_a_graph_are_learned_by_distance(numbers, monkeypatch):
     monkeypatch.setattr(universal_rpe, "NUMBERS_AT_ONCE", numbers)
     tensors, distance = inputs(7), torch.randint(0, 4, (2, 7, 7))
@@ -534,8 +561,14 @@ def test_a_layer_on_a_grid():
     assert (wide - tall).abs().max() > 1e-3
     with pytest.raises(Unsupported, match="grid"):
         made(x)
-    with pytest.raises(Unsupported, match="noncausal-self"):
-        layer("causal-self", max_distance=(2, 3))
+    causal = layer("causal-self", max_distance=(2, 3))
+    causal.load_state_dict(made.state_dict())
+    image = Context(grid=(3, 4))
+    close(causal(x, context=image).output[:, -1], made(x, context=image).output[:, -1])  # which sees all tokens
+    with pytest.raises(Unsupported, match="does not keep the width"):
+        causal(x, context=image.replace(want=frozenset({"state"})))
+    with pytest.raises(Unsupported, match="self patterns"):
+        layer("causal-cross", max_distance=(2, 3))
 
 
 def test_a_model_whose_layers_share_both_tables_is_saved_and_loaded(tmp_path):
@@ -588,6 +621,8 @@ def test_calls_that_cannot_be_honoured_are_refused():
     with pytest.raises(Unsupported, match="R >= 1"):
         run(alone | {"factors": torch.ones(2, 4, dtype=torch.float64)})
     grid = {"grid_factors": torch.ones(2, 3, 3, dtype=torch.float64)}
-    for call in ({}, {"grid": (6,)}, {"grid": (2, 3), "pattern": "causal-self"}):
-        with pytest.raises(Unsupported, match="noncausal-self with grid"):
+    for call in ({}, {"grid": (6,)}, {"grid": (2, 3), "pattern": "causal-cross"}):
+        with pytest.raises(Unsupported, match="self patterns with grid"):
             run(alone | grid, **call)
+    with pytest.raises(Unsupported, match="width of a grid"):
+        run(alone | grid, "causal-self", grid=(2, 3), return_state=True)
