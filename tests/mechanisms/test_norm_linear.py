@@ -1,13 +1,12 @@
-"""What is peculiar to NormAttention: its sums, its norm over all heads, rotation after the map, bounded gradients.
-
-No parity: the authors' code is in repositories that no package index has.
-"""
+"""What is peculiar to NormAttention: its sums, its norm over all heads, rotation after the map, bounded gradients."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,12 @@ from regard.layers.head_norm import HEAD_NORMS
 from regard.mechanisms.norm_linear import MAPS, MECHANISM, Config, cost
 from regard.positions import create_positions
 
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+RECORDED = {
+    "norm_linear_t1": {"feature_map": "plain_elu"},
+    "norm_linear_t2": {"feature_map": "elu"},
+    "norm_linear_t2_causal": {"feature_map": "elu"},
+}
 MAP = {
     "elu": lambda x: 1 + F.elu(x),
     "plain_elu": F.elu,
@@ -259,3 +264,25 @@ def test_bad_options_are_refused_with_what_is_supported():
         run(inputs(3), options={"denominator": True}, rotate=scheme.rotate)
     with pytest.raises(Unsupported, match="self patterns"):
         create_layer("norm_linear", 8, 2, pattern="causal-cross", positions="lrpe")
+
+
+# parity
+
+
+@pytest.mark.parametrize(("name", "options"), RECORDED.items())
+def test_equals_the_authors_layer(name, options):
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    pattern = "causal-self" if "causal" in name else "noncausal-self"
+    layer = create_layer("norm_linear", 12, 2, pattern=pattern, positions="lrpe", bias=True, **options).double()
+    weights = {f"positions.{part}": recorded[part] for part in ("reflection", "angles")}
+    for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "out"}.items():
+        weights |= {f"{ours}.{part}": recorded[f"{theirs}_{part}"] for part in ("weight", "bias")}
+    layer.load_state_dict(weights)
+    x = recorded["x"].requires_grad_()
+    output = layer(x).output
+    close(output, recorded["out"])
+    leaves = [x, layer.positions.angles, layer.query.weight]
+    found = torch.autograd.grad(output, leaves, recorded["grad_out"])
+    for gradient, leaf in zip(found, ("x", "angles", "q_weight"), strict=True):
+        close(gradient, recorded[f"grad_{leaf}"])

@@ -1,12 +1,14 @@
 """What is peculiar to universal relative positions: what a matrix after the softmax can tell that a bias cannot, its tables,
-and that nothing is normalised after it. The authors' code is no package, so there is no recording of it."""
+that nothing is normalised after it, and recorded outputs."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from regard.positions.relative import bucket_starts
 from regard.positions.toeplitz import at_offsets
 from regard.visibility import DistanceBias
 from regard.workbench.verify import PROPERTIES, check
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 
 
 def inputs(n: int, m: int | None = None, reach: int = 4, heads: int = 2, groups: int = 2) -> dict[str, Tensor]:
@@ -626,3 +630,30 @@ def test_calls_that_cannot_be_honoured_are_refused():
             run(alone | grid, **call)
     with pytest.raises(Unsupported, match="width of a grid"):
         run(alone | grid, "causal-self", grid=(2, 3), return_state=True)
+
+
+# parity
+
+
+@pytest.mark.parametrize("name", ["universal_rpe_self", "universal_rpe_padded"])
+def test_equals_the_official_code(name):
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    made = create_layer(
+        "universal_rpe", 12, 2, pattern="noncausal-self", max_distance=5, position_options={"max_distance": 5}
+    )
+    weights = {"positions.table": recorded["b"], "projection.table.table": recorded["c"] - 1}  # it learns C - 1
+    for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "out"}.items():
+        weights |= {f"{ours}.{part}": recorded[f"{theirs}_{part}"] for part in ("weight", "bias")}
+    made.double().load_state_dict(weights)
+    x = recorded["x"].requires_grad_()
+    context = Context(mask=Mask(lengths=recorded["lengths"]), want=frozenset({"weights"}))
+    result = made(x, context=context)
+    valid = torch.arange(x.shape[1]) < recorded["lengths"][:, None]
+    close(result.output[valid], recorded["out"][valid])
+    softmax_weights = result.extras["softmax_weights"].transpose(1, 2)
+    close(softmax_weights[valid], recorded["weights"].transpose(1, 2)[valid])
+    leaves = [x, made.positions.table, made.projection.table.table, made.query.weight]
+    found = torch.autograd.grad(result.output, leaves, recorded["grad_out"])
+    for gradient, leaf in zip(found, ("x", "b", "c", "q_weight"), strict=True):
+        close(gradient, recorded[f"grad_{leaf}"])
