@@ -48,9 +48,9 @@ class StackConfig:
 
     Attributes:
         share: what layers have in common: ``none``, ``all``, the ``mixer`` or the ``feed_forward`` network, each with
-            its norm (ALBERT, Lan et al., arXiv 1909.11942); or the ``tables``: what a mixer has beside the projections
-            of queries, keys and values, which are its position scheme and the module that makes its further inputs,
-            such as B and C of `universal_rpe` and E and F of `linformer`. Layers that share their mixer or tables have
+            its norm (ALBERT, Lan et al., arXiv 1909.11942); or the ``tables`` of attention layers: the position
+            scheme and the module that makes inputs beside queries, keys and values, as B and C of `universal_rpe` and
+            E and F of `linformer`. Layers that share their mixer or tables have
             equal entries in the plan.
         share_groups: groups of neighbouring layers that share, a divisor of L.
         reversible: two streams, both x at first; each branch reads the second, adds to the first and changes places
