@@ -23,7 +23,7 @@ Cores and tokens part the past exactly: s + ((i - s) mod g) tokens are read one 
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries), and then each query head has its cores unless
 `share_gqa`. N = M in causal-self, since groups have queries.
-State: the last s + g - 2 keys and values, and the cores of all groups that are complete.
+State: the last max(s, 1) + g - 2 keys and values, and the cores of all groups that are complete.
 Rotary positions: `post_rope` pools rotated keys, as the authors' code does; `pre_rope` pools keys before rotation, weighed
 by queries before rotation, and rotates the core to its group's last place.
 Deviations: cores are computed when their group is complete, not when it leaves the window, so that no query is kept.
@@ -80,7 +80,8 @@ class Config:
 
     Attributes:
         group: g >= 1, tokens that a core stands for.
-        window: s >= 1, latest tokens that are always read one by one.
+        window: s >= 0, latest tokens that are always read one by one; 0 where a group's last token, too, reads its group
+            through the core.
         pool: ``cca`` (weighed by a query), ``mean`` or ``max``.
         pool_query: of ``cca``: query of the group's ``last`` token, or the ``mean`` of its queries.
         pool_keys: ``post_rope`` or ``pre_rope``; the latter in causal-self only, where the mechanism rotates.
@@ -98,7 +99,7 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least("group", self.group, 1)
-        at_least("window", self.window, 1)
+        at_least("window", self.window, 0)
         one_of("pool", self.pool, ("cca", "mean", "max"))
         one_of("pool_query", self.pool_query, ("last", "mean"))
         one_of("pool_keys", self.pool_keys, ("post_rope", "pre_rope"))
@@ -112,8 +113,8 @@ class Config:
 
     @property
     def cached(self) -> int:
-        """Tokens that the one after a sequence may read one by one."""
-        return self.window + self.group - 2
+        """Tokens that the one after a sequence may read one by one, or that are in the unfinished group."""
+        return max(self.window, 1) + self.group - 2
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def reference(
         local = [(k[:, :, t], v[:, :, t]) for t in tokens]
         if not far + local:
             outputs.append(v.new_zeros(*q.shape[:2], v.shape[-1]))
-        elif gate is not None and far:
+        elif gate is not None and far and local:
             share = torch.sigmoid(gate)[:, None]
             first, second = (attend(i, *map(list, zip(*x, strict=True))) for x in (local, far))
             outputs.append(share * first + (1 - share) * second)
@@ -267,22 +268,18 @@ def chunked(
         keys = call.rotate(keys, where.keys.clamp(min=0).expand(k.shape[0], -1))
     # A key is read by itself while its group is not before that of the rank s - 1 places back, which is
     # what a rule on groups says of queries moved back by so much.
-    back = s - 1
-    near = _attend(
-        call,
-        q,
-        keys,
-        values,
-        Ranks(
-            where.queries - back,
-            where.keys,
-            None if where.offset is None else where.offset - back,
-            None if where.first is None else where.first - back,
-            plain=False,
-        ),
-        Visibility(right=back, block=g, lookahead=back // g + 1),
+    back = max(s - 1, 0)
+    asks = Ranks(
+        where.queries - back,
+        where.keys,
+        None if where.offset is None else where.offset - back,
+        None if where.first is None else where.first - back,
+        plain=False,
     )
-    opened = (torch.arange(state.keys.shape[2], device=device)[None] + 1) * g + back  # first rank that reads each core
+    if s == 0:  # as with a window of 1, but that the last query of a group reads no key by itself
+        asks = Ranks(torch.where((where.queries + 1) % g == 0, -1, where.queries), where.keys, None, None, plain=False)
+    near = _attend(call, q, keys, values, asks, Visibility(right=back, block=g, lookahead=back // g + 1))
+    opened = (torch.arange(state.keys.shape[2], device=device)[None] + 1) * g + s - 1  # first rank that reads each core
     far = _attend(
         call, q, state.keys, state.values, Ranks(places, opened, None, None, plain=False), Visibility(causal=True)
     )
@@ -367,7 +364,8 @@ def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, 
     if gate is None:
         return merge(*zip(near, far, strict=True))
     share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
-    return torch.where((far[1] > -torch.inf)[..., None], share * near[0] + (1 - share) * far[0], near[0])
+    both = ((near[1] > -torch.inf) & (far[1] > -torch.inf))[..., None]
+    return torch.where(both, share * near[0] + (1 - share) * far[0], near[0] + far[0])
 
 
 def _cores(

@@ -16,7 +16,7 @@ Definition (Wang et al., arXiv 2006.04768, equation 7; survey arXiv 2103.14636, 
 | headwise sharing | `sharing="headwise"`: one E and one F for all heads of a layer |
 | key-value sharing | `sharing="key-value"`: E = F; as a function, leave out `f` |
 | no sharing | `sharing="none"`: an E and an F for each key/value head |
-| layerwise sharing | :func:`share_projections` of a model; as a function, give every layer the same `e` |
+| layerwise sharing | ``stack={"share": "tables"}`` of a model; as a function, give every layer the same `e` |
 
 Layout: q (B, H, N, D), k and v (B, G, M, D). Row j of E belongs to the token of rank j among the valid ones of its row,
 so padding takes part in nothing. Noncausal-self, and both cross patterns: queries do not meet, and memory that streams in
@@ -196,30 +196,6 @@ class SequenceProjections(nn.Module):
     def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
         heads = {**heads, "e": self.e}
         return heads if self.f is None else {**heads, "f": self.f}
-
-
-def share_projections(model: nn.Module) -> nn.Module:
-    """Give all layers of a model that have them the E and F of the first: the paper's layerwise sharing.
-
-    With ``sharing="key-value"`` one matrix is left in the whole model, as in the paper.
-
-    Returns:
-        The model, changed in place.
-
-    Raises:
-        Unsupported: for layers that differ in `length`, `projected`, `sharing` or, without sharing, their heads.
-    """
-    layers = [module for module in model.modules() if isinstance(module, SequenceProjections)]
-    for layer in layers[1:]:
-        first = layers[0]
-        if layer.e.shape != first.e.shape or (layer.f is None) != (first.f is None):
-            raise Unsupported(
-                f"projections shared by layers of {tuple(first.e.shape)} and {tuple(layer.e.shape)}"
-                + ("" if (layer.f is None) == (first.f is None) else ", of which one has no f"),
-                supported="equal length, projected, sharing and heads",
-            )
-        layer.e, layer.f = first.e, first.f
-    return model
 
 
 def sample_inputs(

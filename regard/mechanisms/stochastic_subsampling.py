@@ -34,7 +34,8 @@ two sides windows are squares of side `window`: keys are sorted by noisy rows in
 State: every key and value, as in softmax attention; a subsampled step draws among the cached keys.
 Deviations: the causal rule of the own key is ours. The locally biased form needs whole sequences in self patterns; kernels
 for edges of graphs are left out. The noise is normal unless `noise` says otherwise. A key that is not drawn gets no
-gradient in that layer. Under activation checkpointing a `generator` must be restored by the caller.
+gradient in that layer. ``stack={"checkpoint_layers": n}`` of a model draws the same keys again in the backward pass, from a
+`generator` too; under any other checkpointing a `generator` must be restored by the caller.
 """
 
 from __future__ import annotations

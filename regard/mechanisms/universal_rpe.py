@@ -17,7 +17,7 @@ sequences. The rows of A' sum to anything and may be negative. C of ones gives t
 |---|---|
 | B = b_{j-i} | any scheme of the layer that adds to scores; `toeplitz` by default, T5's `relative` where C is bucketed |
 | C = c_{j-i} | `factors` (H, 2 R + 1): offsets -R ... R, key minus query; farther ones have the factor of R |
-| C on images | `grid_factors` (H, 2 R_y + 1, 2 R_x + 1) with `grid`, noncausal-self |
+| C on images | `grid_factors` (H, 2 R_y + 1, 2 R_x + 1) with `grid`, in whole calls of self patterns, tokens row by row |
 | C on graphs | `pair_factors` (B, H, N, M), a factor for each pair, in whole calls; B is then `mask.bias` |
 | tau | `scale`, D^-0.5 by default |
 
@@ -37,9 +37,9 @@ by distance, and where a kernel has enough pairs to run (`FEWEST_WEIGHTS`). All 
 wanted weights, `mask.bias`, blocks) is computed with explicit weights, for some queries at a time, and the backward pass
 computes their weights again.
 
-Deviations: the official network has one C for all its layers; here each layer has its own until :func:`share_tables`. A
-layer learns C - 1, so that weight decay pulls to plain attention, not to none. Unused bucket rows are left out, and
-buckets grow as those of `relative`. Computed in at least float32.
+Deviations: the official network has one B and one C for all its layers; here each layer has its own without
+``stack={"share": "tables"}`` in the model. A layer learns C - 1, so that weight decay pulls to plain attention, not to none.
+Unused bucket rows are left out, and buckets grow as those of `relative`. Computed in at least float32.
 """
 
 from __future__ import annotations
@@ -231,11 +231,17 @@ def _only_one(
         raise Unsupported("universal_rpe with more than one kind of factors", supported="one of them")
     if pair_factors is not None and stateful:
         raise Unsupported("universal_rpe with pair_factors and a state", supported="whole calls", nearest="factors")
-    placed = call.pattern is Pattern.NONCAUSAL_SELF and call.grid is not None and len(call.grid) == 2
+    if grid_factors is not None and stateful:
+        raise Unsupported(
+            "universal_rpe with grid_factors and a state, which does not keep the width of a grid",
+            supported="whole calls",
+            nearest="factors",
+        )
+    placed = not call.pattern.cross and call.grid is not None and len(call.grid) == 2
     if grid_factors is not None and not placed:
         raise Unsupported(
             f"universal_rpe with grid_factors in {call.pattern.value} on a grid {call.grid}",
-            supported="noncausal-self with grid=(rows, columns)",
+            supported="self patterns with grid=(rows, columns)",
             nearest="factors",
         )
     for x in (factors, grid_factors):
@@ -453,10 +459,10 @@ class Factors(nn.Module):
         self.config, self.causal = config, spec.pattern is Pattern.CAUSAL_SELF
         heads, self.heads = 1 if config.share_heads else spec.heads, spec.heads
         on_grid = isinstance(config.max_distance, tuple)
-        if on_grid and spec.pattern is not Pattern.NONCAUSAL_SELF:
+        if on_grid and spec.pattern.cross:
             raise Unsupported(
                 f"universal_rpe with max_distance={config.max_distance} in {spec.pattern.value}",
-                supported="noncausal-self",
+                supported="self patterns",
                 nearest="a number",
             )
         self.table: nn.Module | None = None
@@ -493,22 +499,6 @@ class Factors(nn.Module):
             offsets = torch.arange(-reach, reach + 1, device=next(self.parameters()).device)
             table = self.table.by_distance(offsets, self.causal)  # type: ignore[operator]
         return heads | {"factors": activation(table + one)}
-
-
-def share_tables(model: nn.Module) -> nn.Module:
-    """Give all universal_rpe layers of a model the tables B and C of the first, as the official network has them.
-
-    Returns:
-        The model, changed in place.
-    """
-    layers = [m for m in model.modules() if isinstance(getattr(m, "projection", None), Factors)]
-    for layer in layers[1:]:
-        for name in ("projection", "positions"):
-            own, first = getattr(layer, name), getattr(layers[0], name)
-            if {n: p.shape for n, p in own.named_parameters()} != {n: p.shape for n, p in first.named_parameters()}:
-                raise Unsupported("tables shared by layers of different heads or distances", supported="equal layers")
-            setattr(layer, name, first)
-    return model
 
 
 def sample_inputs(

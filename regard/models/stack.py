@@ -23,12 +23,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from regard.contract import Context, Loss, Result, Unsupported, at_least, closest, one_of
+from regard.layers.attention import AttentionLayer
 from regard.models.blocks import Block, add_losses, check_roles, run_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 PARTS = ("none", "all", "mixer", "feed_forward")
+SHARES = (*PARTS, "tables")
 
 KINDS: dict[str, tuple[type, ...]] = {
     "share_groups": (int,),
@@ -48,7 +50,9 @@ class StackConfig:
 
     Attributes:
         share: what layers have in common: ``none``, ``all``, the ``mixer`` or the ``feed_forward`` network, each with
-            its norms and factors (ALBERT, Lan et al., arXiv 1909.11942). Layers that share a mixer have equal entries in the plan.
+            its norms and factors (ALBERT, Lan et al., arXiv 1909.11942); or the ``tables`` of attention layers: the position
+            scheme and the module that makes inputs beside queries, keys and values, as B and C of `universal_rpe` and
+            E and F of `linformer`. Layers that share their mixer or tables have equal entries in the plan.
         share_groups: groups of neighbouring layers that share, a divisor of L.
         reversible: two streams, both x at first; each branch reads the second, adds to the first and changes places
             with it, so that a layer is y1 = x1 + mix(x2), y2 = x2 + feed_forward(y1), and their mean is read (RevNet,
@@ -83,7 +87,7 @@ class StackConfig:
     branch_norm: str = "none"
 
     def __post_init__(self) -> None:
-        one_of("share", self.share, PARTS)
+        one_of("share", self.share, SHARES)
         one_of("branch_norm", self.branch_norm, PARTS)
         if self.layer_scale is not None:
             at_least("layer_scale", self.layer_scale, 0)
@@ -155,18 +159,20 @@ class Stack(nn.ModuleList):
             raise Unsupported(f"share_groups={groups} of {self.layers} layers", supported="a divisor of the layers")
         period = len(self) // groups
         for i, block in enumerate(self):
-            first = self[i - i % period + i % self.blocks_in_layer]
+            first: Any = self[i - i % period + i % self.blocks_in_layer]
             if block is first:
                 continue
-            if self.config.share != "feed_forward":
-                if block.entry != first.entry:
-                    raise Unsupported(
-                        f"layers of {first.entry} and {block.entry} that share their {self.config.share}",
-                        supported="equal entries of the plan in a group",
-                        nearest="share='feed_forward', or more share_groups",
-                    )
+            if self.config.share != "feed_forward" and block.entry != first.entry:
+                raise Unsupported(
+                    f"layers of {first.entry} and {block.entry} that share their {self.config.share}",
+                    supported="equal entries of the plan in a group",
+                    nearest="share='feed_forward', or more share_groups",
+                )
+            if self.config.share == "tables" and isinstance(block.mixer, AttentionLayer):
+                block.mixer.positions, block.mixer.projection = first.mixer.positions, first.mixer.projection
+            if self.config.share in ("all", "mixer"):
                 block.mixer, block.mixer_norm, block.mixer_end = first.mixer, first.mixer_norm, first.mixer_end
-            if self.config.share != "mixer":
+            if self.config.share in ("all", "feed_forward"):
                 if _shapes(block.feed_forward) != _shapes(first.feed_forward):
                     raise Unsupported(
                         "feed-forward networks of different widths that are shared", supported="one width"

@@ -165,14 +165,20 @@ def layer_causality(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_save(subject: Subject, dtype: torch.dtype) -> float:
-    """Weights saved as safetensors and loaded strictly into a fresh layer give the same output."""
+    """Weights saved as safetensors and loaded strictly into a fresh layer give the same output; no call changes them, nor
+    its sequences."""
     layer = LayerSubject(subject, dtype)
     x, memory, roles, expected = _whole(layer, 10)
     weights = load(save({k: t.contiguous() for k, t in layer.layer.state_dict().items()}))
     fresh = LayerSubject(Subject(subject.card, subject.pattern, subject.options, seed=subject.seed + 1), dtype)
     exactly(relative_error(fresh(x, memory, roles=roles).output, expected) > 0, "weights do not change the output")
     fresh.layer.load_state_dict(weights)
-    return relative_error(fresh(x, memory, roles=roles).output, expected)
+    error = relative_error(fresh(x, memory, roles=roles).output, expected)
+    for name, weight in fresh.layer.state_dict().items():
+        exactly(torch.equal(weight, weights[name]), f"a call changes {name} in place")
+    exactly(torch.equal(x, layer.x(10)), "a call changes its input in place")
+    exactly(memory is None or torch.equal(memory, layer.memory()), "a call changes its memory in place")
+    return error
 
 
 def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
@@ -240,7 +246,13 @@ LAYER_PROPERTIES = [
     Property("layer_decoding", "prefill then steps equals the whole", layer_decoding, DOUBLE_SINGLE, "layer"),
     Property("layer_packing", "packed documents equal separate ones", layer_packing, (torch.float64,), "layer"),
     Property("layer_causality", "later tokens have no effect", layer_causality, (torch.float64,), "layer"),
-    Property("layer_save", "weights round-trip through safetensors", layer_save, (torch.float64,), "layer"),
+    Property(
+        "layer_save",
+        "weights round-trip through safetensors, and a call changes neither them nor its input",
+        layer_save,
+        (torch.float64,),
+        "layer",
+    ),
     Property(
         "layer_gradient", "every parameter receives a finite gradient", layer_gradients, (torch.float64,), "layer"
     ),

@@ -82,6 +82,16 @@ def exactly(condition: Any, failure: str) -> float:
     return 0.0
 
 
+def _copies(tensors: Tensors) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _left_as_they_were(tensors: Tensors, copies: Tensors, what: str) -> None:
+    """A caller may use what it gave to a call again."""
+    for name, tensor in tensors.items():
+        exactly(torch.equal(tensor, copies[name]), f"a call changes {name} of {what} in place")
+
+
 def _fast_forms(subject: Subject) -> list[str]:
     if subject.pattern is Pattern.CAUSAL_SELF:
         return [f for f in ("parallel", "chunked") if f in subject.card.forms]
@@ -109,9 +119,11 @@ def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
         sizes = [(35, 35)]
     for n, m in sizes:
         inputs = subject.inputs(n, m, dtype=dtype)
+        given = _copies(inputs)
         expected = subject.reference(inputs)
         for form in _fast_forms(subject):
             found = subject.run(inputs, form=form).output
+            _left_as_they_were(inputs, given, "its inputs")
             if found.dtype != dtype:
                 raise Broken(f"{form} returns {found.dtype} for {dtype}")
             errors.append(relative_error(found, expected))
@@ -136,7 +148,10 @@ def steps_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
     first = subject.run(subject.cut(inputs, slice(0, 3)), return_state=True)
     outputs, state = [first.output], first.state
     for t in range(3, n):
+        before = state.tensors()
+        given = _copies(before)
         result = subject.run(subject.cut(inputs, slice(t, t + 1)), state=state)
+        _left_as_they_were(before, given, "the state before it")
         outputs.append(result.output)
         state = result.state
     axis = subject.output_axis() or 0
@@ -549,7 +564,9 @@ def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
             except Unsupported:
                 continue
             raise Broken(f"{what} is neither honoured nor refused")
+        added = bias.clone()
         errors.append(relative_error(subject.run(inputs, mask=mask).output, subject.reference(inputs, mask=mask)))
+        _left_as_they_were({"bias": bias}, {"bias": added}, "its mask")
         if what == "bias":
             lengths = torch.tensor([n, 6])
             both = Mask(bias=bias, lengths=lengths)
@@ -593,12 +610,14 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FUNCTION_PROPERTIES = [
     Property(
         "reference",
-        "each fast form equals the definition, at lengths 0, 1, prime and around a chunk",
+        "each fast form equals the definition, at lengths 0, 1, prime and around a chunk, and leaves its inputs as they were",
         forms_equal_reference,
         FLOATS,
     ),
     Property("chunk_size", "the chunk size changes nothing", any_chunk_size, FLOATS[:2]),
-    Property("step", "token by token equals the definition", steps_equal_reference, FLOATS),
+    Property(
+        "step", "token by token equals the definition, and each state stays as it was", steps_equal_reference, FLOATS
+    ),
     Property(
         "split_resume",
         "split anywhere and resumed equals whole, also when rows advance unequally",
@@ -630,7 +649,7 @@ FUNCTION_PROPERTIES = [
     Property("memory", "memory absorbed in pieces and read in steps equals the whole", memory_in_pieces, FLOATS[:2]),
     Property("compile", "compiled without a graph break equals eager", compiles_whole),
     Property("grouped_heads", "fewer key/value heads equal repeated ones", grouped_heads),
-    Property("pair_masks", "bias and block masks are honoured or refused", pair_masks),
+    Property("pair_masks", "bias and block masks are honoured, and left as they were, or refused", pair_masks),
     Property("refusals", "what is not supported is refused with a reason", refuses_what_it_lacks),
 ]
 

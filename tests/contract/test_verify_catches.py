@@ -50,6 +50,14 @@ def slightly_wrong_form():
     return with_output(LINEAR, lambda o, inputs, call: o * (1 + 1e-9)), CAUSAL
 
 
+def queries_that_are_scaled_in_place():
+    def parallel(call, q, k, v):
+        q.mul_(1 + 1e-15)
+        return linear.parallel(call, q, k, v)
+
+    return with_forms(LINEAR, parallel=parallel), CAUSAL
+
+
 def forgets_between_chunks():
     def chunked(call, q, k, v):
         result = linear.chunked(call, q, k, v)
@@ -68,6 +76,15 @@ def step_that_does_not_write():
     def step(call, q, k, v):
         result = linear.step(call, q, k, v)
         result.state = dataclasses.replace(result.state, memory=call.state.memory)
+        return result
+
+    return with_forms(LINEAR, step=step), CAUSAL
+
+
+def step_that_writes_into_the_state_before():
+    def step(call, q, k, v):
+        result = linear.step(call, q, k, v)
+        call.state.memory.copy_(result.state.memory)
         return result
 
     return with_forms(LINEAR, step=step), CAUSAL
@@ -190,14 +207,26 @@ def bias_that_is_ignored():
     return with_forms(SOFTMAX, parallel=parallel), CAUSAL
 
 
+def bias_that_is_scaled_in_place():
+    def parallel(call, q, k, v):
+        result = softmax.parallel(call, q, k, v)
+        if call.bias is not None:
+            call.bias.mul_(1 + 1e-15)
+        return result
+
+    return with_forms(SOFTMAX, parallel=parallel), CAUSAL
+
+
 def refusal_without_a_reason():
     return dataclasses.replace(LINEAR, patterns=(CAUSAL,)), CAUSAL
 
 
 BROKEN_FUNCTIONS = [
     ("reference", slightly_wrong_form),
+    ("reference", queries_that_are_scaled_in_place),
     ("chunk_size", forgets_between_chunks),
     ("step", step_that_does_not_write),
+    ("step", step_that_writes_into_the_state_before),
     ("split_resume", resume_that_starts_again),
     ("padding", padding_that_counts_in_the_normaliser),
     ("split_resume", padding_that_decays_the_state),
@@ -214,6 +243,7 @@ BROKEN_FUNCTIONS = [
     ("compile", graph_break),
     ("grouped_heads", heads_in_the_wrong_groups),
     ("pair_masks", bias_that_is_ignored),
+    ("pair_masks", bias_that_is_scaled_in_place),
     ("refusals", refusal_without_a_reason),
 ]
 
@@ -275,6 +305,22 @@ class HasAnUnusedParameter(Projection):
         self.unused = nn.Parameter(torch.ones(1))
 
 
+class WritesIntoItsInput(Projection):
+    def forward(self, heads, x, memory, context):
+        x.detach().mul_(2)
+        return heads
+
+
+class WritesIntoItsTable(Projection):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.register_buffer("table", torch.ones(1))
+
+    def forward(self, heads, x, memory, context):
+        self.table.mul_(2)
+        return heads
+
+
 class LooksAtValues(Projection):
     def forward(self, heads, x, memory, context):
         return heads if x.sum().item() > -1e9 else {}
@@ -291,6 +337,8 @@ BROKEN_LAYERS = [
     ("layer_decoding", NumbersTheCall),
     ("layer_causality", SeesTheFuture),
     ("layer_save", HasSecrets),
+    ("layer_save", WritesIntoItsInput),
+    ("layer_save", WritesIntoItsTable),
     ("layer_gradient", HasAnUnusedParameter),
     ("layer_compile", LooksAtValues),
     ("layer_export", LooksAtValues),

@@ -63,7 +63,14 @@ def rotary():
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_softmax_within_the_window_and_with_groups_of_one(form: str) -> None:
     inputs = sample(17)
-    for config in (Config(4, 17), Config(5, 40), Config(1, 1), Config(1, 6), Config(1, 3, share_gqa=True)):
+    for config in (
+        Config(4, 17),
+        Config(5, 40),
+        Config(1, 0),
+        Config(1, 1),
+        Config(1, 6),
+        Config(1, 3, share_gqa=True),
+    ):
         close(run(inputs, config, form=form), softmax(inputs))
     assert (run(inputs, Config(4, 8), form=form) - softmax(inputs)).abs().max() > 1e-3
 
@@ -82,7 +89,7 @@ def test_cross_groups_of_one_are_softmax() -> None:
 # Who is read, and how
 
 
-@pytest.mark.parametrize(("n", "g", "s"), [(23, 4, 8), (30, 3, 7), (19, 5, 1), (16, 4, 4), (40, 6, 10)])
+@pytest.mark.parametrize(("n", "g", "s"), [(23, 4, 8), (30, 3, 7), (19, 5, 1), (16, 4, 4), (40, 6, 10), (21, 4, 0)])
 def test_tokens_and_cores_part_the_past(n: int, g: int, s: int) -> None:
     """With equal keys a token read by itself weighs 1 and one in a group 1 / g, of as many as there are."""
     inputs = sample(n, width=n)
@@ -96,6 +103,13 @@ def test_tokens_and_cores_part_the_past(n: int, g: int, s: int) -> None:
         expected = torch.cat([torch.full((left * g,), 1 / g, dtype=torch.float64), torch.ones(near)]) / (left + near)
         close(weights[:, :, i - 1, :i], expected.expand(2, 2, -1))
         assert (weights[:, :, i - 1, i:] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
+def test_without_a_window_the_kernels_read_what_the_definition_reads(pattern: str) -> None:
+    inputs, config = sample(70), Config(4, 0)
+    found = run({name: x.float() for name, x in inputs.items()}, config, pattern)
+    close(found.double(), run(inputs, config, pattern, form="reference"), 1e-5)
 
 
 def test_equal_tokens_in_a_group_count_once() -> None:
@@ -205,6 +219,8 @@ VARIANTS = [
     {"group": 3, "window": 4, "pool": "mean"},
     {"group": 5, "window": 1, "fusion": "gated"},
     {"group": 1, "window": 1},
+    {"group": 4, "window": 0},
+    {"group": 3, "window": 0, "fusion": "gated"},
 ]
 CHECKED = (
     "reference",
@@ -239,8 +255,24 @@ def test_thousands_of_steps_after_a_prefill_equal_the_whole() -> None:
     close(steps(tail, config, state), run(inputs, config)[:, :, first:])
 
 
+def test_cores_are_the_keys_of_tokens_that_are_pooled_before_their_projection() -> None:
+    """Section 3.2 of the paper: c_r W^K, with c_r = sum of w_rj x_j, where the weights are those of the head."""
+    g, heads, n = 4, 2, 12
+    x = torch.randn(2, n, 10, dtype=torch.float64)
+    w_q, w_k, w_v = (torch.randn(heads, 10, 8, dtype=torch.float64) for _ in "qkv")
+    inputs = {name: x[:, None] @ w for name, w in zip("qkv", (w_q, w_k, w_v), strict=True)}
+    state = apply(MECHANISM, inputs, config=Config(g, 3), return_state=True).state
+    for group, head in itertools.product(range(n // g), range(heads)):
+        tokens = x[:, group * g : (group + 1) * g]
+        scores = (tokens[:, -1:] @ w_q[head]) @ (tokens @ w_k[head]).mT * 8**-0.5
+        core = (scores.softmax(-1) @ tokens)[:, 0]
+        close(state.keys[:, head, group], core @ w_k[head])
+        close(state.values[:, head, group], core @ w_v[head])
+
+
 def test_the_state_has_the_size_that_the_card_says() -> None:
-    for config, n in itertools.product((Config(4, 8), Config(3, 7, "mean"), Config(1, 1)), (12, 40)):
+    configs = (Config(4, 8), Config(3, 7, "mean"), Config(1, 1), Config(4, 0))
+    for config, n in itertools.product(configs, (12, 40)):
         state = apply(MECHANISM, sample(n, batch=1), config=config, return_state=True).state
         numbers = sum(x.numel() for x in state.tensors().values() if x.is_floating_point())
         assert cost(Shape(1, 2, n, n, 8, 6), config).state == numbers
@@ -324,7 +356,7 @@ def test_a_language_model_takes_the_weights_of_softmax_and_decodes(options) -> N
     ("options", "words"),
     [
         ({"group": 0}, "group >= 1"),
-        ({"window": 0}, "window >= 1"),
+        ({"window": -1}, "window >= 0"),
         ({"pool": "min"}, "cca, mean, max"),
         ({"pool_query": "first"}, "last, mean"),
         ({"pool_keys": "rope"}, "post_rope, pre_rope"),

@@ -1,12 +1,12 @@
-"""What is peculiar to NormAttention: its sums, its norm over all heads, rotation after the map, bounded gradients.
-
-No parity: the authors' code is in repositories that no package index has.
-"""
+"""What is peculiar to NormAttention: its sums, its norm over all heads, rotation after the map, bounded gradients."""
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,12 @@ from regard.layers.head_norm import HEAD_NORMS
 from regard.mechanisms.norm_linear import MAPS, MECHANISM, Config, cost
 from regard.positions import create_positions
 
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+RECORDED = {
+    "norm_linear_t1": {"feature_map": "plain_elu"},
+    "norm_linear_t2": {"feature_map": "elu"},
+    "norm_linear_t2_causal": {"feature_map": "elu"},
+}
 MAP = {
     "elu": lambda x: 1 + F.elu(x),
     "plain_elu": F.elu,
@@ -214,22 +220,34 @@ def test_half_precision_survives_sums_beyond_its_range():
     ).min() < 1e-4
 
 
-def steepest(options: dict, size: float) -> float:
-    """Largest derivative of an output by a query that makes all scores `size` times as large as usual."""
-    torch.manual_seed(0)
-    tensors = {name: x.abs() if name != "v" else x for name, x in inputs(16, batch=1).items()}
-    tensors["q"] = (size * tensors["q"]).requires_grad_()
-    outputs = run(tensors, options={"feature_map": "relu", **options})[0, :, 15].flatten()
-    found = [torch.autograd.grad(o, tensors["q"], retain_graph=True)[0] for o in outputs]
-    return float(torch.stack(found).abs().max())
+def steepest(name: str, scores: Tensor, **options: Any) -> float:
+    """Largest derivative of a weight by a score: keys and values are unit vectors, so that queries are scores and outputs
+    are weights."""
+    card, unit = get_mechanism(name), torch.eye(scores.shape[-1], dtype=torch.float64)[None, None]
+
+    def weights(q: Tensor) -> Tensor:
+        call = {"pattern": "noncausal-self", "scale": 1.0, "config": card.options(**options)}
+        return apply(card, {"q": q, "k": unit, "v": unit}, **call).output
+
+    return float(torch.autograd.functional.jacobian(weights, scores).abs().max())
 
 
 def test_a_denominator_makes_gradients_grow_as_scores_shrink():
-    """Section 3.1: a derivative by a score has the factor 1 / score under a denominator, and none without. The norm has
-    it again where all scores of a query shrink together, since outputs then stay as they are."""
-    none = {"output_norm": "none"}
-    for options, growth in ((none | {"denominator": True}, 100), (none, 1), ({"output_norm": "simple_rms"}, 100)):
-        assert steepest(options, 1e-3) / steepest(options, 1e-1) == pytest.approx(growth, rel=1e-2)
+    """Section 3.1: a derivative by a score has the factor 1 / score under a denominator, and none without; that of softmax
+    is at most 1 / 4. The norm has the factor again where all scores of a query shrink together, since outputs then stay as
+    they are."""
+    scores, sizes = 0.1 + torch.rand(1, 1, 9, 9, dtype=torch.float64), [1e-1, 1e-2, 1e-3, 1e-4]
+    none = {"feature_map": "relu", "output_norm": "none"}
+    for options, growth in (
+        (none | {"denominator": True}, 10),
+        (none, 1),
+        ({"feature_map": "relu", "output_norm": "simple_rms"}, 10),
+    ):
+        found = [steepest("norm_linear", size * scores, **options) for size in sizes]
+        for larger, smaller in itertools.pairwise(found):
+            assert smaller / larger == pytest.approx(growth, rel=1e-2)
+    for size in (*sizes, 10.0):
+        assert 0.01 < steepest("softmax", size * scores) <= 0.25
 
 
 def test_bad_options_are_refused_with_what_is_supported():
@@ -246,3 +264,25 @@ def test_bad_options_are_refused_with_what_is_supported():
         run(inputs(3), options={"denominator": True}, rotate=scheme.rotate)
     with pytest.raises(Unsupported, match="self patterns"):
         create_layer("norm_linear", 8, 2, pattern="causal-cross", positions="lrpe")
+
+
+# parity
+
+
+@pytest.mark.parametrize(("name", "options"), RECORDED.items())
+def test_equals_the_authors_layer(name, options):
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    pattern = "causal-self" if "causal" in name else "noncausal-self"
+    layer = create_layer("norm_linear", 12, 2, pattern=pattern, positions="lrpe", bias=True, **options).double()
+    weights = {f"positions.{part}": recorded[part] for part in ("reflection", "angles")}
+    for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "out"}.items():
+        weights |= {f"{ours}.{part}": recorded[f"{theirs}_{part}"] for part in ("weight", "bias")}
+    layer.load_state_dict(weights)
+    x = recorded["x"].requires_grad_()
+    output = layer(x).output
+    close(output, recorded["out"])
+    leaves = [x, layer.positions.angles, layer.query.weight]
+    found = torch.autograd.grad(output, leaves, recorded["grad_out"])
+    for gradient, leaf in zip(found, ("x", "angles", "q_weight"), strict=True):
+        close(gradient, recorded[f"grad_{leaf}"])

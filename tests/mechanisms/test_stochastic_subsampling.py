@@ -1,9 +1,11 @@
-"""What is peculiar to stochastic subsampling: draws, windows, the own key, the schedule and the ensemble."""
+"""What is peculiar to stochastic subsampling: draws, windows, the own key, the schedule, the ensemble, and recorded outputs."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ WINDOWED = [
     {"host_window": 5, "ratio": 0.4, "per_sample": True},
 ]
 SHARED = [{}, {"ratio": 0.01}, {"per_sample": True}, {"per_head": True}, {"mode": "bernoulli", "ratio": 0.6}]
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 
 
 def sample(n=19, m=None, *, batch=2, heads=4, groups=2, d=4, v=3):
@@ -423,3 +427,17 @@ def test_a_training_step_compiles_whole(options):
     found = compiled(q, k, v)
     assert found.shape == v.repeat_interleave(2, 1).shape
     assert not torch.allclose(found, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
+@pytest.mark.parametrize("form", ["parallel", "reference"])
+def test_the_bernoulli_form_equals_source_dropout_of_the_authors(form, monkeypatch):
+    """With their draw, and their gates all 1."""
+    with np.load(FIXTURES / "stochastic_subsampling_tgt.npz") as arrays:
+        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    monkeypatch.setattr(ssa, "_draw_keys", lambda *_: recorded["kept"])
+    leaves = [recorded[name].requires_grad_() for name in "qkv"]
+    options = {"mode": "bernoulli", "ratio": 0.6, "pattern": "noncausal-self", "form": form}
+    found = train(*leaves, mask=Mask(bias=recorded["bias"]), **options)
+    close(found, recorded["out"])
+    for name, gradient in zip("qkv", torch.autograd.grad(found, leaves, recorded["grad_out"]), strict=True):
+        close(gradient, recorded[f"grad_{name}"])

@@ -1,12 +1,14 @@
 """What is peculiar to universal relative positions: what a matrix after the softmax can tell that a bias cannot, its tables,
-and that nothing is normalised after it. The authors' code is no package, so there is no recording of it."""
+that nothing is normalised after it, and recorded outputs."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,13 +19,15 @@ from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsup
 from regard.create import create_layer
 from regard.functional import softmax_attention
 from regard.mechanisms import universal_rpe
-from regard.mechanisms.universal_rpe import MECHANISM, Config, cost, share_tables
-from regard.models import Encoder, EncoderConfig
+from regard.mechanisms.universal_rpe import MECHANISM, Config, cost
+from regard.models import Encoder, EncoderConfig, count_parameters, from_pretrained, save_pretrained
 from regard.positions import Relative
 from regard.positions.relative import bucket_starts
 from regard.positions.toeplitz import at_offsets
 from regard.visibility import DistanceBias
 from regard.workbench.verify import PROPERTIES, check
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 
 
 def inputs(n: int, m: int | None = None, reach: int = 4, heads: int = 2, groups: int = 2) -> dict[str, Tensor]:
@@ -458,6 +462,33 @@ def test_factors_on_a_grid_are_those_of_both_offsets(numbers, monkeypatch):
 
 
 @pytest.mark.parametrize("numbers", [50, 1 << 20])
+@pytest.mark.parametrize("lengths", [[12, 12], [12, 5]])
+def test_causal_factors_on_a_grid_are_those_of_both_offsets_row_by_row(lengths, numbers, monkeypatch):
+    monkeypatch.setattr(universal_rpe, "NUMBERS_AT_ONCE", numbers)
+    tensors, width = inputs(12), 4
+    table = torch.randn(2, 3, 5, dtype=torch.float64)
+    tensors["grid_factors"] = table
+    del tensors["factors"]
+    q, k, v = (tensors[name] for name in "qkv")
+    call: dict[str, Any] = {"grid": (3, width), "mask": Mask(lengths=torch.tensor(lengths))}
+    found = [run(tensors, "causal-self", **call).output]
+    if lengths == [12, 12]:
+        found.append(run(tensors, "causal-self", grid=(3, width), form="reference").output)
+    for output, b, h, i in itertools.product(found, range(2), range(2), range(12)):
+        if i < lengths[b]:
+            weights = (q[b, h, i] @ k[b, h, : i + 1].mT / 2).softmax(-1)
+            expected = torch.zeros(3, dtype=torch.float64)
+            for j in range(i + 1):
+                down, along = j // width - i // width, j % width - i % width
+                c = table[h, max(down, -1) + 1, min(max(along, -2), 2) + 2]
+                expected += weights[j] * c * v[b, h, j]
+            close(output[b, h, i], expected)
+    later = {name: x.clone() for name, x in tensors.items()}
+    later["v"][:, :, 7] += 1
+    assert torch.equal(run(later, "causal-self", **call).output[:, :, :7], found[0][:, :, :7])
+
+
+@pytest.mark.parametrize("numbers", [50, 1 << 20])
 def test_factors_of_a_graph_are_learned_by_distance(numbers, monkeypatch):
     monkeypatch.setattr(universal_rpe, "NUMBERS_AT_ONCE", numbers)
     tensors, distance = inputs(7), torch.randint(0, 4, (2, 7, 7))
@@ -534,23 +565,34 @@ def test_a_layer_on_a_grid():
     assert (wide - tall).abs().max() > 1e-3
     with pytest.raises(Unsupported, match="grid"):
         made(x)
-    with pytest.raises(Unsupported, match="noncausal-self"):
-        layer("causal-self", max_distance=(2, 3))
+    causal = layer("causal-self", max_distance=(2, 3))
+    causal.load_state_dict(made.state_dict())
+    image = Context(grid=(3, 4))
+    close(causal(x, context=image).output[:, -1], made(x, context=image).output[:, -1])  # which sees all tokens
+    with pytest.raises(Unsupported, match="does not keep the width"):
+        causal(x, context=image.replace(want=frozenset({"state"})))
+    with pytest.raises(Unsupported, match="self patterns"):
+        layer("causal-cross", max_distance=(2, 3))
 
 
-def test_layers_share_tables_as_the_official_network_does(tmp_path):
-    config = EncoderConfig(num_classes=3, vocab_size=9, plan="universal_rpe", num_layers=3, dim=16, num_heads=4)
-    model = Encoder(config)
-    before = sum(p.numel() for p in model.parameters())
-    assert share_tables(model) is model
-    assert before - sum(p.numel() for p in model.parameters()) == 2 * 2 * 4 * 257
-    model(torch.randint(0, 9, (2, 7))).output.sum().backward()
+def test_a_model_whose_layers_share_both_tables_is_saved_and_loaded(tmp_path):
+    options = {"num_classes": 3, "vocab_size": 9, "plan": "universal_rpe", "num_layers": 3, "dim": 16, "num_heads": 4}
+    apart, model = (Encoder(EncoderConfig(**options, stack={"share": share})) for share in ("none", "tables"))
+    assert count_parameters(apart) - count_parameters(model) == 2 * 2 * 4 * 257
+    ids = torch.randint(0, 9, (2, 7))
+    model(ids).output.sum().backward()
     first = model.blocks[0].mixer
-    assert all(block.mixer.projection is first.projection for block in model.blocks)
     assert first.projection.table.table.grad.abs().sum() > 0
-    mixed = torch.nn.ModuleList([layer(), layer(max_distance=5)])
-    with pytest.raises(Unsupported, match="shared"):
-        share_tables(mixed)
+    with torch.no_grad():
+        first.projection.table.table.normal_()
+        first.positions.table.normal_()
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    for other in again.blocks[1:]:
+        assert other.mixer.projection is again.blocks[0].mixer.projection
+        assert other.mixer.positions is again.blocks[0].mixer.positions
+        assert other.mixer.query is not again.blocks[0].mixer.query
+    assert torch.equal(again(ids).output, model.eval()(ids).output)
 
 
 @pytest.mark.parametrize(
@@ -583,6 +625,35 @@ def test_calls_that_cannot_be_honoured_are_refused():
     with pytest.raises(Unsupported, match="R >= 1"):
         run(alone | {"factors": torch.ones(2, 4, dtype=torch.float64)})
     grid = {"grid_factors": torch.ones(2, 3, 3, dtype=torch.float64)}
-    for call in ({}, {"grid": (6,)}, {"grid": (2, 3), "pattern": "causal-self"}):
-        with pytest.raises(Unsupported, match="noncausal-self with grid"):
+    for call in ({}, {"grid": (6,)}, {"grid": (2, 3), "pattern": "causal-cross"}):
+        with pytest.raises(Unsupported, match="self patterns with grid"):
             run(alone | grid, **call)
+    with pytest.raises(Unsupported, match="width of a grid"):
+        run(alone | grid, "causal-self", grid=(2, 3), return_state=True)
+
+
+# parity
+
+
+@pytest.mark.parametrize("name", ["universal_rpe_self", "universal_rpe_padded"])
+def test_equals_the_official_code(name):
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    made = create_layer(
+        "universal_rpe", 12, 2, pattern="noncausal-self", max_distance=5, position_options={"max_distance": 5}
+    )
+    weights = {"positions.table": recorded["b"], "projection.table.table": recorded["c"] - 1}  # it learns C - 1
+    for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "out"}.items():
+        weights |= {f"{ours}.{part}": recorded[f"{theirs}_{part}"] for part in ("weight", "bias")}
+    made.double().load_state_dict(weights)
+    x = recorded["x"].requires_grad_()
+    context = Context(mask=Mask(lengths=recorded["lengths"]), want=frozenset({"weights"}))
+    result = made(x, context=context)
+    valid = torch.arange(x.shape[1]) < recorded["lengths"][:, None]
+    close(result.output[valid], recorded["out"][valid])
+    softmax_weights = result.extras["softmax_weights"].transpose(1, 2)
+    close(softmax_weights[valid], recorded["weights"].transpose(1, 2)[valid])
+    leaves = [x, made.positions.table, made.projection.table.table, made.query.weight]
+    found = torch.autograd.grad(result.output, leaves, recorded["grad_out"])
+    for gradient, leaf in zip(found, ("x", "b", "c", "q_weight"), strict=True):
+        close(gradient, recorded[f"grad_{leaf}"])
