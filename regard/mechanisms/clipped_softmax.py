@@ -24,7 +24,12 @@ have the same one. A good alpha at one length is good at others: give `alpha` an
 
 A row of equal weights over M keys is clipped to 0 when 1 / M <= -gamma / (1 - gamma), that is when alpha >= M / (M - 1)
 at M = `length`, and then no gradient reaches q, k or v. With the paper's alphas (2 to 12) a fresh head with scores near 0
-is dead in most rows until some scores spread. :func:`silent_rows` counts such rows; `warmup` avoids them.
+is dead in many rows until some scores spread, long rows first: in fresh language models (3 layers of width 64, rotary
+positions) on 512 random tokens, with `length` = 512, about 1% of all rows with alpha = 2, 22% with 3.2, 82% with 12, and none
+with 1; of the last quarter of the rows 4%, 71% and 100%. There is no warning of it, since every alpha of the paper would raise
+one: :class:`SilentRows` tells the share of such rows, and of those that fell silent later, and `warmup` avoids them.
+
+:func:`regard.compression.quantize` simulates 8-bit weights and activations, for which this is made.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0. The
 softmax, the stretch and the clip are in at least float32. Dropout comes after the clip. The native kernel goes over the
@@ -56,7 +61,7 @@ from regard.engines.cache import KeyValueState, absorb, extend
 from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 MILD_GAMMA = -0.001
 USUAL_ALPHA = 3.2
@@ -151,6 +156,42 @@ def silent_rows(weights: Float[Tensor, "b h n m"]) -> Int[Tensor, " h"]:
     Early in training they are dead; later they may be meant. Padded queries and those that see no key count too.
     """
     return (weights == 0).all(-1).sum((0, 2))
+
+
+@dataclass
+class SilentRows:
+    """Shares of the rows of wanted weights that are 0 throughout, on one batch that is measured again during training.
+
+    A row alone does not tell whether it is dead or does nothing by choice: both are spread out and get no gradient. Over
+    time it does: a row that has been silent in every measurement never had weights to learn from, one that fell silent
+    gave them up. In the first measurement, of a fresh model, all silent rows are dead.
+
+    Attributes:
+        valid: queries of the batch that count, (B, N); all when None. Those that see no key are silent for good.
+    """
+
+    valid: Bool[Tensor, "b n"] | None = None
+    _spoke: Bool[Tensor, "b h n"] | None = None
+
+    def measure(self, weights: Float[Tensor, "b h n m"]) -> tuple[Float[Tensor, " h"], Float[Tensor, " h"]]:
+        """Of each head, the share of rows that have been silent so far, and of those that fell silent after they spoke.
+
+        Raises:
+            Unsupported: for weights of another batch.
+        """
+        speaks = (weights != 0).any(-1)
+        before = torch.zeros_like(speaks) if self._spoke is None else self._spoke
+        if before.shape != speaks.shape:
+            raise Unsupported(
+                f"weights of {tuple(speaks.shape)} rows after those of {tuple(before.shape)}",
+                supported="the same batch in each measurement",
+                nearest="another SilentRows()",
+            )
+        self._spoke = before | speaks
+        counted = torch.ones_like(speaks) if self.valid is None else self.valid[:, None].expand_as(speaks)
+        count = counted.sum((0, 2)).clamp(min=1)
+        dead, chosen = ((rows & counted).sum((0, 2)) / count for rows in (~self._spoke, self._spoke & ~speaks))
+        return dead, chosen
 
 
 def _visibility(call: Call) -> Visibility:

@@ -20,6 +20,8 @@ predictor of head h reads features h D/H ... (h + 1) D/H - 1 of x: a slice, mixe
 A gate depends on its own token only, so decoding caches keys and values and nothing else. In cross patterns gates are
 those of the queries. Extra parameters of a layer: H (D/H + 1) for `linear`, H (D + 1) for `all_features`.
 
+:func:`regard.compression.quantize` simulates 8-bit weights and activations, and leaves the predictors of gates as they are.
+
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
 Deviations: gates are natural logarithms, as everywhere in regard. Weights are given with the gate and s on them. The
 authors' code sets the first bias for `linear` only; here all predictors have it. `head_mean` averages over the valid

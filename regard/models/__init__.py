@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from regard.models.conversion import change_plan, extend_positions
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
-from regard.models.plans import attention_share, masformer_plan, transnormer_plan
+from regard.models.plans import attention_share, masformer_plan, masformer_schedule, transnormer_plan
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model
 from regard.models.stack import Stack, StackConfig, set_exit_threshold
@@ -29,9 +30,12 @@ __all__ = [
     "StackConfig",
     "attention_share",
     "build_model",
+    "change_plan",
     "count_parameters",
+    "extend_positions",
     "from_pretrained",
     "masformer_plan",
+    "masformer_schedule",
     "match_parameters",
     "save_pretrained",
     "set_exit_threshold",

@@ -15,7 +15,7 @@ from typing import Any
 
 from regard.catalogue import get_mechanism
 from regard.contract import Unsupported, at_least, one_of
-from regard.mechanisms import local
+from regard.mechanisms import local, longformer
 from regard.models.blocks import read_plan
 
 TRANSNORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -23,6 +23,8 @@ TRANSNORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "T2": ({"activation": "softmax"}, {"feature_map": "elu"}),
 }
 """Options of `diagonal` and of `norm_linear` in the two variants."""
+
+COUNTED = "plans of softmax, local and longformer"
 
 PLACES = ("bottom", "top", "middle", "spread")
 
@@ -73,29 +75,76 @@ def masformer_plan(
     block: int = 512,
     lookback: int = 1,
     window: int = 512,
+    global_tokens: int = 0,
 ) -> list[tuple[str, dict[str, Any]]]:
     """MASFormer (Zhang et al., arXiv 2310.12442): full attention in a few layers, `local` attention in the others.
 
-    The weights are those of a model with `softmax` in every layer, so a trained one loads into the mixed one;
-    ``regard.swap(model, "local", only="...", form="block", block=512)`` does it to models from elsewhere. The paper puts
-    the full layers at the bottom and has 4 to 8 of 24.
+    The weights are those of a model with `softmax` in every layer, so a trained one loads into the mixed one, or becomes
+    it by :func:`regard.models.change_plan`; ``regard.swap(model, "local", only="...", form="block", block=512)`` does it to
+    models from elsewhere. Learned positions must be extended before inputs can be longer than those of training
+    (:func:`regard.models.extend_positions`). The paper puts the full layers at the bottom and has 4 to 8 of 24. Full layers
+    do not share one cache of keys and values: each projects its own input, and no layer reads another's state.
 
     Args:
         num_layers: layers, >= 1.
         full_layers: indices, or a place and a number: ``bottom:2`` (the first), ``top:2``, ``middle:2`` or ``spread:2``
             (evenly, the first layer among them).
         form, block, lookback, window: of `local`.
+        global_tokens: first tokens that all others see in every layer, >= 0; where there are any, the other layers are
+            `longformer` with the projections of all tokens for global ones too, and `form` must be ``window``.
 
     Raises:
-        Unsupported: for layers that do not exist or another place.
+        Unsupported: for layers that do not exist or another place, and for global tokens beside blocks.
     """
     at_least("num_layers", num_layers, 1)
+    at_least("global_tokens", global_tokens, 0)
     full = _full_layers(num_layers, full_layers)
-    span = (
-        {"form": form, "window": window} if form == "window" else {"form": form, "block": block, "lookback": lookback}
-    )
-    get_mechanism("local").options(**span)
-    return [("softmax", {}) if layer in full else ("local", dict(span)) for layer in range(num_layers)]
+    name = "longformer" if global_tokens else "local"
+    span: dict[str, Any]
+    if global_tokens:
+        if form != "window":
+            raise Unsupported(
+                f"global_tokens={global_tokens} with form={form!r}", supported="form='window'", nearest="form='window'"
+            )
+        span = {"window": window, "global_tokens": global_tokens, "separate_projections": False}
+    elif form == "window":
+        span = {"form": form, "window": window}
+    else:
+        span = {"form": form, "block": block, "lookback": lookback}
+    get_mechanism(name).options(**span)
+    return [("softmax", {}) if layer in full else (name, dict(span)) for layer in range(num_layers)]
+
+
+def masformer_schedule(
+    num_layers: int, full_layers: str | Sequence[int], steps: int, **options: Any
+) -> list[tuple[int, list[tuple[str, dict[str, Any]]]]]:
+    """Plans of a training that begins with full attention in every layer and ends with a :func:`masformer_plan`.
+
+    Layers lose it one after the other from the top, evenly over the steps; of plans with the same step the last one holds::
+
+        schedule = dict(masformer_schedule(12, "bottom:3", config.steps, block=512))
+
+        def on_step(point):
+            if point.step + 1 in schedule:
+                change_plan(model, schedule[point.step + 1])
+
+    Args:
+        num_layers, full_layers, options: of the last plan.
+        steps: of the training, >= 1.
+
+    Returns:
+        The first step of each plan, counted from 0, with the plan.
+    """
+    at_least("steps", steps, 1)
+    last = [name for name, _ in masformer_plan(num_layers, full_layers, **options)]
+    going = [layer for layer in reversed(range(num_layers)) if last[layer] != "softmax"]
+    return [
+        (
+            count * steps // (len(going) + 1),
+            masformer_plan(num_layers, sorted(set(range(num_layers)) - set(going[:count])), **options),
+        )
+        for count in range(len(going) + 1)
+    ]
 
 
 def _full_layers(num_layers: int, wanted: str | Sequence[int]) -> set[int]:
@@ -117,8 +166,8 @@ def _full_layers(num_layers: int, wanted: str | Sequence[int]) -> set[int]:
 
 
 def attention_share(plan: Any, length: int) -> float:
-    """Pairs of query and key that a plan of `softmax` and `local` layers computes on causal sequences of `length` tokens,
-    as a share of those of as many `softmax` layers.
+    """Pairs of query and key that a plan of `softmax`, `local` and `longformer` layers computes on causal sequences of
+    `length` tokens, as a share of those of as many `softmax` layers.
 
     Raises:
         Unsupported: for other mechanisms, which do not count pairs, or no tokens.
@@ -126,14 +175,17 @@ def attention_share(plan: Any, length: int) -> float:
     at_least("length", length, 1)
     layers = read_plan(plan, None)
     everything = length * (length + 1) // 2
-    computed = 0
+    computed = 0.0
     for name, options in layers:
         card = get_mechanism(name)
-        if card.name not in ("softmax", "local"):
-            raise Unsupported(f"the pairs of {card.name}", supported="plans of softmax and local")
+        if card.name not in ("softmax", "local", "longformer"):
+            raise Unsupported(f"the pairs of {card.name}", supported=COUNTED)
         own = {option: value for option, value in options.items() if option in card.config.__dataclass_fields__}  # type: ignore[attr-defined]
         config = card.options(**own)
         if card.name == "softmax" and config.window is not None:
-            raise Unsupported("the pairs of softmax with a window", supported="plans of softmax and local")
-        computed += local.visible_pairs(config, length) if card.name == "local" else everything
+            raise Unsupported("the pairs of softmax with a window", supported=COUNTED)
+        if card.name == "softmax":
+            computed += everything
+        else:
+            computed += (local if card.name == "local" else longformer).visible_pairs(config, length)
     return computed / (len(layers) * everything)

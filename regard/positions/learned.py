@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Unsupported, at_least
+from regard.contract import Unsupported, at_least, one_of
 from regard.positions.protocol import Positions, check_positions
 
 if TYPE_CHECKING:
@@ -57,9 +57,45 @@ class Learned(Positions):
                 raise Unsupported(
                     f"position {last if first >= 0 else first} of a learned table",
                     supported=f"0 to max_length - 1 = {self.max_length - 1}",
-                    nearest=f"max_length={last + 1}, or sinusoidal or rotary positions" if first >= 0 else "position 0",
+                    nearest=f"max_length={last + 1} or a table extended to it, or sinusoidal or rotary positions"
+                    if first >= 0
+                    else "position 0",
                 )
         return x + nn.functional.embedding(positions, self.table).to(x.dtype)
+
+    def check_extension(self, length: int, how: str) -> None:
+        """Raise Unsupported for what :meth:`extend` cannot do."""
+        one_of("how", how, ("tile", "interpolate"))
+        if length <= self.max_length:
+            raise Unsupported(
+                f"a table of {self.max_length} positions extended to {length}", supported="a greater length"
+            )
+
+    def extend(self, length: int, how: str = "tile") -> None:
+        """Lengthen the table, for inputs longer than those of training.
+
+        Args:
+            length: new number of positions, above `max_length`.
+            how: ``tile`` repeats the table, so that the positions it had stay as they were; ``interpolate`` stretches it
+                linearly from its first row to its last, so that positions keep their order.
+
+        The table is a new parameter, which trains and decays as the old one did: build the optimizer again.
+
+        Raises:
+            Unsupported: for another way, or a length that is no longer.
+        """
+        self.check_extension(length, how)
+        old = self.table.detach()
+        if how == "tile":
+            rows = old[torch.arange(length, device=old.device) % self.max_length]
+        else:
+            wide = old.to(torch.promote_types(old.dtype, torch.float32)).T[None]
+            stretched = nn.functional.interpolate(wide, size=length, mode="linear", align_corners=True)
+            rows = stretched[0].T.contiguous().to(old.dtype)
+        table = nn.Parameter(rows, requires_grad=self.table.requires_grad)
+        if getattr(self.table, "_no_weight_decay", False):
+            table._no_weight_decay = True  # type: ignore[attr-defined]
+        self.table, self.max_length = table, length
 
     def extra_repr(self) -> str:
         return f"max_length={self.max_length}, dim={self.table.shape[1]}"

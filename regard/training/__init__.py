@@ -10,7 +10,7 @@ from regard.training.distillation import (
     distillation_loss,
 )
 from regard.training.growth import grow
-from regard.training.heads import head_importance, mix_heads
+from regard.training.heads import head_importance, mix_heads, skip_attention
 from regard.training.learning_rate import Search, Trial, search
 from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
@@ -40,5 +40,6 @@ __all__ = [
     "parameter_groups",
     "peak_memory",
     "search",
+    "skip_attention",
     "train",
 ]

@@ -129,6 +129,29 @@ def mix_heads(
     return made.train(model.training)
 
 
+@torch.no_grad()
+def skip_attention(model: nn.Module) -> tuple[str, ...]:
+    """Make every attention layer of a model give 0 for good, in place: the least that any attention must surpass.
+
+    As the option ``skip_attn`` in the code of arXiv 2306.12929. The output projections are set to 0, and no parameter of
+    these layers learns any more; they are computed all the same.
+
+    Returns:
+        Names of the layers.
+
+    Raises:
+        Unsupported: for a model without attention layers.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AttentionLayer)}
+    if not layers:
+        raise Unsupported(f"skipping the attention of a {type(model).__name__}", supported="layers of kind attention")
+    for layer in layers.values():
+        layer.requires_grad_(False)
+        for parameter in layer.output.parameters():
+            parameter.zero_()
+    return tuple(layers)
+
+
 def _keep(outputs: dict[int, Tensor], layer: int, _: nn.Module, given: tuple[Tensor, ...]) -> None:
     outputs[layer] = given[0]
 

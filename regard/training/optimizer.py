@@ -8,24 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from regard.measurement.outliers import is_norm
+
 BETAS = (0.9, 0.95)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False, decay_norms: bool = False
+) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: with weight decay and without.
 
-    Without are parameters of fewer than two axes (biases, norms, per-head gains), embeddings unless
-    `decay_embeddings`, and parameters marked ``parameter._no_weight_decay = True`` (time constants of state-space
-    mechanisms, whose zero is not neutral). A matrix tied to an embedding counts as an embedding.
+    Without are parameters of fewer than two axes (biases, per-head gains, and the weights of norms unless `decay_norms`;
+    the OPT models of arXiv 2306.12929 decay those), embeddings unless `decay_embeddings`, and parameters marked
+    ``parameter._no_weight_decay = True`` (time constants of state-space mechanisms, whose zero is not neutral). A matrix
+    tied to an embedding counts as an embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    norms = [module for name, module in model.named_modules() if decay_norms and is_norm(name, module)]
+    gammas = {id(module.weight) for module in norms}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         exempt = (
-            parameter.ndim < 2
+            (parameter.ndim < 2 and id(parameter) not in gammas)
             or getattr(parameter, "_no_weight_decay", False)
             or (id(parameter) in embeddings and not decay_embeddings)
         )
@@ -35,10 +42,15 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings:
 
 
 def make_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, decay_embeddings: bool = False
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    decay_embeddings: bool = False,
+    decay_norms: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over :func:`parameter_groups`, with betas 0.9 and 0.95 as is usual for sequence models."""
-    groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
+    groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings, decay_norms=decay_norms)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
 
 

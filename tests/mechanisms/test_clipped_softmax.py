@@ -15,7 +15,7 @@ from regard.apply import absorb, apply
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
 from regard.create import create_layer
-from regard.mechanisms.clipped_softmax import MECHANISM, Config, silent_rows
+from regard.mechanisms.clipped_softmax import MECHANISM, Config, SilentRows, silent_rows
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 OPTIONS = [
@@ -146,6 +146,27 @@ def test_equal_weights_over_the_training_length_die_from_the_stated_alpha_on():
         assert bool((weights_of_scores(torch.zeros(m), alpha=alpha, length=m) == 0).all()) == dead
     alive = apply(MECHANISM, inputs(1000, batch=1, spread=0.0), pattern="noncausal-self", want={"weights"})
     assert silent_rows(alive.extras["weights"]).tolist() == [0, 0]
+
+
+def test_rows_that_never_spoke_are_dead_and_those_that_fell_silent_chose_to():
+    def rows(spread: float) -> Tensor:
+        tensors = inputs(50, spread=spread)
+        return apply(MECHANISM, tensors, config=Config(alpha=2.0, length=40), want={"weights"}).extras["weights"]
+
+    valid = torch.rand(2, 50) > 0.2
+    found, seen = SilentRows(valid), torch.zeros(2, 2, 50, dtype=torch.bool)
+    for spread in (0.1, 3.0, 0.5):
+        weights = rows(spread)
+        silent = (weights == 0).all(-1)
+        fell, seen = seen & silent, seen | ~silent
+        dead, chosen = found.measure(weights)
+        for share, expected in ((dead, ~seen), (chosen, fell)):
+            close(share, torch.stack([expected[:, h][valid].float().mean() for h in range(2)]), 1e-6)
+        if spread == 0.1:
+            assert (chosen == 0).all() and (dead > 0.1).all()
+    assert (chosen > 0).all()
+    with pytest.raises(Unsupported, match="the same batch"):
+        found.measure(rows(1.0)[:, :, 1:])
 
 
 def test_masked_keys_have_weight_exactly_zero():

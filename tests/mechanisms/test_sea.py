@@ -103,6 +103,33 @@ def test_the_noncausal_mean_weighs_values_by_the_mean_map():
     torch.testing.assert_close(found, (stretched[:, :, None] @ v).expand_as(found), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(("n", "valid", "pixels"), [(40, 40, 8), (37, 37, 8), (16, 16, 16), (37, 29, 4)])
+def test_the_map_resized_to_tokens_has_its_largest_weight_in_the_region_of_the_largest_pixel(n, valid, pixels):
+    """All queries have one row of the map, and values are one-hot: a closed gate gives that row, as wide as the tokens."""
+    q, k, _, e, a, b = sample(n, heads=3, pixels=pixels)
+    e = e[:, :, :1].expand_as(e)
+    v = torch.eye(n, dtype=torch.float64).expand(2, 3, -1, -1)
+    mask = Mask(lengths=torch.tensor([valid, valid]))
+    call = {"pattern": "noncausal-self", "mask": mask}
+    resized = sea_attention(q, k, v, e, a, torch.full_like(b, -800.0), **call)[:, :, 0]
+    largest = e[:, :, 0].argmax(-1)
+    centre = (resized.argmax(-1) + 0.5) * pixels / valid
+    assert ((largest <= centre) & (centre <= largest + 1)).all()
+    assert (resized[..., valid:] == 0).all()
+
+
+@pytest.mark.parametrize("n", [7, 8])
+def test_the_noncausal_map_stretched_to_the_queries_has_the_same_largest_pixels(n):
+    x = torch.randn(2, 3, 8, 16, dtype=torch.float64)
+    x[..., :-1, :] += 9 * F.one_hot(torch.randint(16, (2, 3, 1)), 16)  # rows that agree, beside noise
+    found = NoncausalMap._stretch(x, n, None)
+    assert (found.argmax(-1)[..., : n - 1] == x.argmax(-1)[..., : n - 1]).all()
+    hot = F.one_hot(torch.arange(8), 8).double().view(1, 1, 8, 8)  # row r is hot in pixel r
+    peaks = NoncausalMap._stretch(hot, n, None).argmax(-2)[0, 0]
+    region = (torch.arange(8) * n) // 8, ((torch.arange(8) + 1) * n - 1) // 8
+    assert ((region[0] <= peaks) & (peaks <= region[1])).all()
+
+
 def test_as_many_pixels_as_tokens_are_the_tokens():
     keys = torch.arange(16)[None]
     pixel, visible = sea._pixels(keys, torch.tensor([[16, 5]]), 16)

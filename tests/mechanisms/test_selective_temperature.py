@@ -275,6 +275,53 @@ def test_token_terms_read_the_projected_heads_before_rotation_and_before_any_tem
         close(seen[f"{name}_token"], expected)
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("positions", [None, "rotary"])
+def test_a_norm_of_queries_comes_before_the_temperature_and_does_not_cancel_it(norm, positions):
+    options = {"query_key_norm": norm, "positions": positions}
+    layer = make(**options, q_temperature="position", v_temperature="none")
+    plain = create_layer("softmax", 8, 2, **options).double()
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if "projection" not in name})
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    found, slopes = layer(x).output, layer.projection.alpha.sigmoid()
+    close(found[:, 0], plain(x).output[:, 0])
+    assert ((found - plain(x).output)[:, 1:].abs().amax(-1) > 1e-6).all()
+    tau = 1 + slopes[:, None] * torch.arange(1, 10, dtype=torch.float64).log()
+
+    class Sharpened(torch.nn.Module):
+        """The norm of queries (B, H, N, D), and the temperature after it."""
+
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, q):
+            return tau[..., None] * self.norm(q)
+
+    plain.query_norm = Sharpened(plain.query_norm)
+    close(found, plain(x).output)
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "double_exp", "linear"])
+@pytest.mark.parametrize(
+    "options",
+    [{"k_temperature": "both"}, {"token_features": "tokens", "hidden": 3}, {"share_heads": True, "num_kv_heads": 1}],
+)
+def test_gradients_of_a_layers_own_parameters_are_those_of_differences(form, options):
+    layer = make(position_form=form, position_start=0.3, perturbed=False, **options)
+    for name, parameter in layer.projection.named_parameters():
+        if name != "alpha":
+            parameter.data = 0.5 * torch.randn_like(parameter)
+    names, values = zip(*layer.projection.named_parameters(prefix="projection"), strict=True)
+    assert "projection.alpha" in names and len(names) > 2
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+
+    def run(*given):
+        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x,)).output
+
+    assert torch.autograd.gradcheck(run, values)
+
+
 def test_a_group_of_heads_shares_the_mean_of_its_alphas():
     layer = make(heads=4, num_kv_heads=2, perturbed=False)
     layer.projection.alpha.data.copy_(torch.tensor([1.0, 3.0, -2.0, 0.0]))

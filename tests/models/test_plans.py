@@ -15,6 +15,7 @@ from regard.models import (
     attention_share,
     from_pretrained,
     masformer_plan,
+    masformer_schedule,
     save_pretrained,
     transnormer_plan,
 )
@@ -81,7 +82,10 @@ def test_masformer_has_full_attention_where_it_is_asked_for(wanted, full):
     assert all(options == {"form": "block", "block": 9, "lookback": 0} for name, options in plan if name == "local")
 
 
-@pytest.mark.parametrize("options", [{"block": 5}, {"form": "window", "window": 5}, {"block": 20}])
+WINDOW = {"form": "window", "window": 6, "global_tokens": 2}
+
+
+@pytest.mark.parametrize("options", [{"block": 5}, {"form": "window", "window": 5}, WINDOW, {"block": 20}])
 def test_masformer_has_the_weights_of_the_full_model(options):
     plain, mixed = model(["softmax"] * 3), model(masformer_plan(3, "bottom:1", **options))
     mixed.load_state_dict(plain.state_dict(), strict=True)
@@ -110,6 +114,28 @@ def test_one_full_layer_carries_information_across_any_distance():
     assert reached(masformer_plan(3, "bottom:0", block=4, lookback=0)) == 36
 
 
+@pytest.mark.parametrize("global_tokens", [1, 3])
+def test_global_tokens_are_seen_from_anywhere_and_others_within_reach_alone(global_tokens):
+    span = {"form": "window", "window": 4, "global_tokens": global_tokens}
+    plan = masformer_plan(3, "bottom:0", **span)
+    assert plan[0] == ("longformer", {"window": 4, "global_tokens": global_tokens, "separate_projections": False})
+    mixed = model(plan)
+    x = mixed.embedding(torch.randint(11, (1, 40))).detach().requires_grad_()
+    y = x
+    for block in mixed.blocks:
+        y = block(y, context=Context()).output
+    gradient = torch.autograd.grad(y[0, -1].sum(), x)[0]
+    near = list(range(39 - 3 * 3, 40))
+    assert (gradient[0].abs().sum(-1) > 0).nonzero().flatten().tolist() == [*range(global_tokens), *near]
+
+
+def test_global_tokens_beside_windows_of_all_keys_change_nothing():
+    plain, ids = model(["softmax"] * 3), torch.randint(11, (2, 17))
+    mixed = model(masformer_plan(3, "top:1", form="window", window=18, global_tokens=2))
+    mixed.load_state_dict(plain.state_dict(), strict=True)
+    torch.testing.assert_close(mixed(ids).output, plain(ids).output, rtol=0, atol=1e-12)
+
+
 def test_the_share_of_attention_counts_pairs():
     n = 100
     plan = masformer_plan(4, "bottom:1", block=8)
@@ -117,6 +143,8 @@ def test_the_share_of_attention_counts_pairs():
     assert attention_share(plan, n) == pytest.approx((n * (n + 1) / 2 + 3 * local) / (4 * n * (n + 1) / 2))
     assert attention_share(masformer_plan(24, "bottom:6"), 1 << 20) == pytest.approx(0.25, abs=2e-3)
     assert attention_share(["softmax", ("local", {"window": 1, "positions": "none"})], 3) == pytest.approx(9 / 12)
+    plan = masformer_plan(2, "top:1", form="window", window=2, global_tokens=1)
+    assert attention_share(plan, 4) == pytest.approx((10 + 1 + 2 + 3 + 3) / 20)
 
 
 def test_mistakes_are_refused_with_the_nearest_alternative():
@@ -129,8 +157,12 @@ def test_mistakes_are_refused_with_the_nearest_alternative():
         (lambda: masformer_plan(4, "top:5"), "a number of layers"),
         (lambda: masformer_plan(4, [4]), "from 0 to 3"),
         (lambda: masformer_plan(4, "top:1", block=0), "block >= 1"),
+        (lambda: masformer_plan(4, "top:1", global_tokens=1), "form='window'"),
+        (lambda: masformer_plan(4, "top:1", form="window", window=5, global_tokens=1), "an even number"),
+        (lambda: masformer_plan(4, "top:1", global_tokens=-1), "global_tokens >= 0"),
+        (lambda: masformer_schedule(4, "top:1", 0), "steps >= 1"),
         (lambda: masformer_plan(4, "top:1", form="dilated"), "window"),
-        (lambda: attention_share(["linear"], 5), "softmax and local"),
+        (lambda: attention_share(["linear"], 5), "softmax, local and longformer"),
         (lambda: attention_share(["softmax"], 0), "length >= 1"),
     ):
         with pytest.raises(Unsupported, match=message):

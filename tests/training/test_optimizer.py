@@ -39,6 +39,19 @@ def test_embeddings_and_learned_positions_of_models_do_not_decay():
     assert {"blocks.0.mixer.query.weight", "blocks.0.feed_forward.up.weight"} <= decayed
 
 
+def test_weights_of_norms_decay_where_it_is_asked_for_and_their_biases_do_not():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    assert decayed_names(model, decay_norms=True) == {"0.weight", "1.weight"}
+    model = LanguageModel(LanguageModelConfig(5, dim=8, num_heads=2, num_layers=1))
+    norms = {f"{name}.weight" for name in ("blocks.0.mixer_norm", "blocks.0.feed_forward_norm", "norm")}
+    assert decayed_names(model, decay_norms=True) == decayed_names(model) | norms
+    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.5, decay_norms=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(model.norm.weight, torch.full((8,), 0.95))
+
+
 def test_decay_shrinks_matrices_alone():
     model = nn.Linear(3, 3)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -1,0 +1,88 @@
+"""A trained model made another in place: other layers with the same weights, and longer tables of positions.
+
+The recipe of MASFormer (arXiv 2310.12442) for long inputs, of a model that was trained on short ones::
+
+    change_plan(model, masformer_plan(12, "bottom:3", block=512))
+    extend_positions(model, 8192)                          # of learned positions; train on with a new optimizer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.contract import Unsupported
+from regard.models.encoder import Encoder
+from regard.models.language_model import LanguageModel
+from regard.positions.learned import Learned
+
+
+def change_plan(model: nn.Module, plan: str | Sequence[Any]) -> None:
+    """Give a model the layers of another plan with the same parameters, in place.
+
+    The parameters stay the objects they are, so that an optimizer goes on, in the midst of a training too. Hooks on the
+    layers are lost. The config follows, so that the model is saved as it is.
+
+    Args:
+        model: a language model or an encoder.
+        plan: as many layers, with parameters of the same names and shapes.
+
+    Raises:
+        Unsupported: for a model of another kind, or a plan whose model has other parameters or inserts other tokens;
+            nothing is changed then.
+    """
+    if not isinstance(model, LanguageModel | Encoder):
+        raise Unsupported(f"another plan for a {type(model).__name__}", supported="LanguageModel, Encoder")
+    own = model.state_dict(keep_vars=True)
+    some = next(model.parameters())
+    with torch.random.fork_rng(devices=[some.device] if some.device.type == "cuda" else []):
+        made: Any = type(model)(dataclasses.replace(model.config, plan=plan)).to(some)  # type: ignore[arg-type]
+    wanted = made.state_dict(keep_vars=True)
+    apart = [name for name in {**own, **wanted} if _shape(own.get(name)) != _shape(wanted.get(name))]
+    if apart or getattr(made, "insertion", None) != getattr(model, "insertion", None):
+        raise Unsupported(
+            f"a plan whose model has another {apart[0]}" if apart else "a plan whose layers insert other tokens",
+            supported="layers with parameters of the same names and shapes, as softmax and local have",
+        )
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(own[name].requires_grad)  # what is assigned takes it over
+    made.load_state_dict(own, assign=True)
+    model.blocks, model.positions, model.config = made.blocks.train(model.training), made.positions, made.config
+
+
+def _shape(tensor: torch.Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
+
+
+def extend_positions(model: nn.Module, length: int, how: str = "tile") -> tuple[str, ...]:
+    """Lengthen every table of learned positions in a model, in place.
+
+    Args:
+        model: any module with :class:`regard.positions.Learned` in it. The ``max_length`` of its config follows, so that a
+            model of :mod:`regard.models` is saved as it is.
+        length, how: as of :meth:`regard.positions.Learned.extend`.
+
+    Returns:
+        Names of the modules. Their parameters are new: build the optimizer again.
+
+    Raises:
+        Unsupported: for a model without learned positions, or a length that is no longer; nothing is changed then.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Learned)}
+    if not found:
+        raise Unsupported(
+            "longer positions in a model without learned ones",
+            supported='models with positions="learned"; sinusoidal and rotary positions have no end',
+        )
+    for module in found.values():
+        module.check_extension(length, how)
+    for module in found.values():
+        module.extend(length, how)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "max_length"):
+        model.config = dataclasses.replace(config, max_length=length)
+    return tuple(found)

@@ -1,0 +1,241 @@
+"""Simulated quantization: what a grid does to numbers, how ranges are found, and what becomes of a model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from regard.compression import (
+    Grid,
+    RunningRange,
+    asymmetric_grid,
+    keeps_precision,
+    quantize,
+    simulate,
+    symmetric_grid,
+)
+from regard.contract import Context, Unsupported
+from regard.models import LanguageModel, LanguageModelConfig
+
+BITS = [2, 4, 8, 11]
+
+
+def normals(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def grids(bits: int) -> list[Grid]:
+    """Of numbers about 0, and of numbers that lie on one side of it or mostly so."""
+    ranges = [sorted((normals(2) * 10 ** normals(1)).tolist()) for _ in range(4)]
+    sided = [asymmetric_grid(low, high, bits) for low, high in [*ranges, (-3.7, -0.2), (0.1, 5.0), (0.0, 0.0)]]
+    return [symmetric_grid(3 * normals(50), bits), symmetric_grid(torch.zeros(3), bits), *sided]
+
+
+def ends(grid: Grid) -> tuple[float, float]:
+    return grid.scale * (grid.low - grid.zero), grid.scale * (grid.high - grid.zero)
+
+
+def model(plan="softmax", **options) -> LanguageModel:
+    sizes = {"vocab_size": 13, "dim": 16, "num_heads": 2, "num_layers": 2} | options
+    return LanguageModel(LanguageModelConfig(plan=plan, **sizes)).double()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_twice_is_rounding_once(bits):
+    for grid in grids(bits):
+        once = simulate(3 * normals(500), grid)
+        assert torch.equal(simulate(once, grid), once)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_error_is_at_most_half_a_step_inside_the_range_and_beyond_it_numbers_are_its_ends(bits):
+    for grid in grids(bits):
+        low, high = ends(grid)
+        x = low + (high - low) * torch.rand(500, dtype=torch.float64)
+        assert float((simulate(x, grid) - x).abs().max()) <= grid.scale / 2 * (1 + 1e-9)
+        beyond = [low - 0.6 * grid.scale, low - 1e6, high + 0.6 * grid.scale, high + 1e6]
+        found = simulate(torch.tensor(beyond, dtype=torch.float64), grid).tolist()
+        assert found == pytest.approx([low, low, high, high], rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_a_grid_was_made_of_is_no_further_than_half_a_step(bits):
+    w = 5 * normals(200)
+    made = [(w, symmetric_grid(w, bits))]
+    for shift in (0.0, -3.0, 40.0, -40.0):
+        made.append((w + shift, asymmetric_grid(float(w.min()) + shift, float(w.max()) + shift, bits)))
+    for x, grid in made:
+        assert float((simulate(x, grid) - x).abs().max()) <= grid.scale / 2 * (1 + 1e-9)
+    assert ends(symmetric_grid(w, bits))[1] == pytest.approx(float(w.abs().max()))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_is_exact_and_a_grid_has_as_many_numbers_as_its_bits_tell(bits):
+    for grid in grids(bits):
+        assert simulate(torch.zeros(3, dtype=torch.float64), grid).tolist() == [0, 0, 0]
+        low, high = ends(grid)
+        found = simulate(torch.linspace(low, high, 20 * 2**bits, dtype=torch.float64), grid).unique()
+        assert len(found) == 2**bits
+
+
+def test_eight_bit_integers_stay_as_they_are():
+    x = torch.randint(-127, 128, (300,)).double()
+    x[0] = 127
+    assert symmetric_grid(x) == Grid(1.0, 0, -128, 127)
+    assert torch.equal(simulate(x, symmetric_grid(x)), x)
+    for low in (0, -1, -100, -254):
+        x = torch.randint(low, low + 256, (300,)).double()
+        grid = asymmetric_grid(low, low + 255)
+        assert grid == Grid(1.0, -low, 0, 255)
+        assert torch.equal(simulate(x, grid), x)
+
+
+def test_gradients_go_straight_through_the_rounding_and_not_through_the_clip():
+    grid = asymmetric_grid(-1.0, 2.0)
+    x = torch.tensor([-1.5, -0.9, 0.0, 0.3, 1.9, 2.5], dtype=torch.float64, requires_grad=True)
+    simulate(x, grid).backward(torch.arange(1.0, 7.0, dtype=torch.float64))
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 0]
+
+
+def test_half_precision_is_rounded_in_float32():
+    x = torch.randn(200).bfloat16()
+    grid = symmetric_grid(x)
+    assert torch.equal(simulate(x, grid), simulate(x.float(), grid).bfloat16())
+
+
+def test_ranges_are_running_means_of_the_batches_ends_or_of_their_percentiles():
+    batches = [normals(40, 5) for _ in range(4)]
+    for percentile in (None, 90.0):
+        found = RunningRange(momentum=0.75, percentile=percentile)
+        for batch in batches:
+            found.update(batch)
+            found.update(batch[:0])
+        own = [0, 100] if percentile is None else [10, 90]
+        pairs = [np.percentile(batch.numpy(), own) for batch in batches]
+        expected = pairs[0]
+        for pair in pairs[1:]:
+            expected = 0.75 * expected + 0.25 * pair
+        assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
+def test_a_quantized_layer_is_the_product_of_rounded_numbers():
+    layer = nn.Sequential(nn.Linear(6, 4)).double()
+    batches = [normals(5, 6) for _ in range(3)]
+    found = quantize(layer, batches, momentum=0.5)
+    w = simulate(layer[0].weight, symmetric_grid(layer[0].weight))
+    seen = {"0.input": batches, "0": [nn.functional.linear(x, w, layer[0].bias) for x in batches]}
+    for place, numbers in seen.items():
+        low, high = (
+            0.25 * float(end(numbers[0])) + 0.25 * float(end(numbers[1])) + 0.5 * float(end(numbers[2]))
+            for end in (lambda x: x.detach().min(), lambda x: x.detach().max())
+        )
+        grid = found.activations[place]
+        assert grid.scale == pytest.approx(asymmetric_grid(low, high).scale)
+        assert grid.zero == asymmetric_grid(low, high).zero
+    x = normals(7, 6)
+    inside = nn.functional.linear(simulate(x, found.activations["0.input"]), w, layer[0].bias)
+    torch.testing.assert_close(found.model(x), simulate(inside, found.activations["0"]), rtol=0, atol=1e-13)
+
+
+def test_a_model_is_rounded_in_every_linear_layer_norm_and_table_but_its_head():
+    plan = ["softmax", ("gated_softmax", {"predictor": "all_features"})]
+    whole = model(plan, positions="learned", max_length=20)
+    before = {name: x.clone() for name, x in whole.state_dict().items()}
+    ids = torch.randint(13, (3, 20))
+    found = quantize(whole, [ids] * 2)
+    assert all(torch.equal(x, before[name]) for name, x in whole.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in whole.modules())
+    names = dict(whole.named_modules())
+    linears = {name for name, module in names.items() if isinstance(module, nn.Linear)}
+    linears -= {"head", "blocks.1.mixer.projection.maps.0"}
+    norms = {name for name in names if name.endswith("norm")}
+    assert len(linears) == 14 and len(norms) == 5
+    assert found.weights.keys() == linears | {"embedding", "positions"}
+    assert found.activations.keys() == {f"{n}{end}" for n in linears | norms for end in ("", ".input")}
+    for name, tensor in found.model.state_dict().items():
+        module = name.rpartition(".")[0]
+        rounded = module in found.weights and module != "embedding"
+        expected = simulate(before[name], found.weights[module]) if rounded else before[name]
+        assert torch.equal(tensor, expected), name
+    hooks = {n: (len(m._forward_pre_hooks), len(m._forward_hooks)) for n, m in found.model.named_modules()}
+    once = {name: (1, 1) for name in linears | norms} | {"embedding": (0, 1)}
+    assert {name: count for name, count in hooks.items() if count != (0, 0)} == once
+    seen = {}
+    for name in [*found.activations, "embedding"]:
+        module = found.model.get_submodule(name.removesuffix(".input"))
+        if name.endswith(".input"):
+            module.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+        else:
+            module.register_forward_hook(lambda _, given, result, name=name: seen.update({name: result}))
+    found.model(ids)
+    for name, numbers in seen.items():
+        grid = found.weights["embedding"] if name == "embedding" else found.activations[name]
+        assert torch.equal(simulate(numbers, grid), numbers), name
+        assert len(numbers.unique()) <= 256
+    assert seen.keys() == found.activations.keys() | {"embedding"}
+
+
+def test_the_more_bits_the_closer():
+    whole = model()
+    ids = torch.randint(13, (4, 30))
+    expected, errors = whole(ids).output.detach(), {}
+    for bits in ((4, 8), (8, 4), (8, 8), (16, 16)):
+        found = quantize(whole, [ids], weight_bits=bits[0], activation_bits=bits[1]).model(ids).output.detach()
+        errors[bits] = float((found - expected).abs().max() / expected.abs().max())
+    assert errors[16, 16] < errors[8, 8] / 20 < errors[8, 8] < min(errors[4, 8], errors[8, 4])
+    assert errors[8, 8] < 0.1
+
+
+def test_one_outlier_takes_its_bits_from_all_other_activations_unless_a_percentile_leaves_it_out():
+    layer = nn.Sequential(nn.Linear(8, 8)).double()
+    x = normals(500, 8)
+    spiked = x.clone()
+    spiked[7, 3] = 300.0
+    errors = []
+    for batch, percentile in ((x, None), (spiked, None), (spiked, 99.9)):
+        found = quantize(layer, [batch], percentile=percentile)
+        errors.append(float((found.model(x) - layer(x)).detach().square().mean().sqrt()))
+    assert errors[1] > 20 * errors[0]
+    assert errors[2] < 2 * errors[0]
+
+
+def test_tied_tables_are_rounded_where_they_are_looked_up_and_not_as_the_head():
+    tied = model(tie_embeddings=True)
+    ids = torch.randint(13, (2, 9))
+    found = quantize(tied, [ids], keep=lambda name, module: keeps_precision(name, module) or name == "blocks.0")
+    assert not any(name.startswith("blocks.0") for name in [*found.weights, *found.activations])
+    assert torch.equal(found.model.embedding.weight, tied.embedding.weight)
+    assert torch.equal(found.model.embedding(ids), simulate(tied.embedding.weight, found.weights["embedding"])[ids])
+
+
+def test_a_quantized_model_decodes_as_it_reads():
+    found = quantize(model(["softmax", "clipped_softmax"]), [torch.randint(13, (4, 12))])
+    ids = torch.randint(13, (2, 12))
+    whole = found.model(ids).output
+    state, outputs = None, []
+    for part in ids.split([5, 1, 1, 5], 1):
+        result = found.model(part, state=state, context=Context(want=frozenset({"state"})))
+        state = result.state
+        outputs.append(result.output)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-10)
+
+
+def test_what_cannot_be_quantized_is_refused():
+    ids = torch.randint(13, (1, 5))
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    for call, message in (
+        (lambda: quantize(model(), []), "a batch or more"),
+        (lambda: quantize(model(), [ids], weight_bits=1), "bits >= 2"),
+        (lambda: quantize(model(), [ids], activation_bits=1), "bits >= 2"),
+        (lambda: quantize(model(), [ids], momentum=1.0), "momentum < 1"),
+        (lambda: quantize(model(), [ids], percentile=50.0), "50 < percentile"),
+        (lambda: quantize(attention, [torch.randn(1, 3, 8)]), "regard.swap"),
+        (lambda: quantize(nn.ReLU(), [ids]), "torch.nn.Linear"),
+        (lambda: asymmetric_grid(0.0, math.inf), "finite"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            call()
