@@ -8,7 +8,7 @@ from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
-from regard.models.plans import attention_share, masformer_plan, transnormer_plan
+from regard.models.plans import attention_share, masformer_plan, tokenformer_plan, transnormer_plan
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model
 from regard.models.stack import Stack, StackConfig, set_exit_threshold
@@ -35,5 +35,6 @@ __all__ = [
     "match_parameters",
     "save_pretrained",
     "set_exit_threshold",
+    "tokenformer_plan",
     "transnormer_plan",
 ]
