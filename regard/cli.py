@@ -539,7 +539,7 @@ def compare(
         str,
         typer.Option(
             help="How the backbone's layers are stacked, as option=value,option=value: share, share_groups, reversible, "
-            "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold."
+            "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold, layer_scale, branch_norm."
         ),
     ] = "",
     precision: Annotated[

@@ -224,8 +224,11 @@ class HeadAttention(nn.Module):
                 supported=f"calls in {self.pattern.value}",
                 nearest=f'regard.swap(..., pattern="{pattern.value}")',
             )
+        options: dict[str, Any] = {}
+        if "dropout" in self.card.honours and dropout:
+            options = {"dropout": dropout, "training": True}
         if mixing:
-            return self._with_mixing(heads, x, source, pattern, visible, scale, want)
+            return self._with_mixing(heads, x, source, pattern, visible, scale, want, options)
         if self.projection is not None:
             heads = self.projection(heads, x, source, Context())
         n, m = q.shape[2], k.shape[2]
@@ -234,9 +237,6 @@ class HeadAttention(nn.Module):
         mask = keys if together else None
         if bias is not None:
             mask = Mask(valid=None if mask is None else mask.valid, bias=bias.expand(-1, -1, n, m))
-        options: dict[str, Any] = {}
-        if "dropout" in self.card.honours and dropout:
-            options = {"dropout": dropout, "training": True}
         result = apply(
             self.card,
             heads,
@@ -267,6 +267,7 @@ class HeadAttention(nn.Module):
         visible: Visible,
         scale: float | None,
         want: frozenset[str],
+        options: dict[str, Any],
     ) -> Result:
         """Attend with a projection that mixes tokens, which are therefore gathered first, and with the merge, which may too."""
         batch, n, m = heads["q"].shape[0], heads["q"].shape[2], heads["k"].shape[2]
@@ -289,6 +290,7 @@ class HeadAttention(nn.Module):
             scale=scale if self.card.default_scale == "rsqrt" else None,
             config=self.config,
             want=want,
+            **options,
         )
         if self.merge is not None:
             result.output = self.merge(result.output, inputs, x, Context(), queries.lengths, result)

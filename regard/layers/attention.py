@@ -85,6 +85,7 @@ class AttentionLayer(nn.Module):
         dropout: of the attention weights where the mechanism has exact weights, else of the output.
         bias: whether projections have biases.
         query_key_norm: norm of each query and key head (``rms``, ``layer`` or None).
+        value_norm: norm of each value head.
         output_norm: norm of each output head.
         output_gate: ``swish`` or ``sigmoid`` of a projection of x multiplies the output; None for none.
         short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
@@ -115,6 +116,7 @@ class AttentionLayer(nn.Module):
         dropout: float = 0.0,
         bias: bool = False,
         query_key_norm: str | None = None,
+        value_norm: str | None = None,
         output_norm: str | None = None,
         output_gate: str | None = None,
         short_convolution: int = 0,
@@ -198,6 +200,7 @@ class AttentionLayer(nn.Module):
         )
         self.query_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.query is not None else None
         self.key_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.key is not None else None
+        self.value_norm = make_norm(value_norm, value_dim) if value_norm and self.value is not None else None
         self.projection = None if card.projection is None else card.projection(self.spec)
         self.merge = None if card.merge is None else card.merge(self.spec)
         self.output_norm = make_norm(output_norm, value_dim) if output_norm else None
@@ -390,7 +393,7 @@ class AttentionLayer(nn.Module):
         if self.key is not None:
             heads["k"] = self._norm(self.key_norm, self._heads(self.key, source, 1, self.kv_heads, lengths, caches))
         if self.value is not None:
-            heads["v"] = self._heads(self.value, source, 2, self.kv_heads, lengths, caches)
+            heads["v"] = self._norm(self.value_norm, self._heads(self.value, source, 2, self.kv_heads, lengths, caches))
 
     @staticmethod
     def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:

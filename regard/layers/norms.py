@@ -1,8 +1,9 @@
-"""Normalisation over the last axis, with statistics in at least float32.
+"""Normalisation and scaling over the last axis, with statistics in at least float32.
 
 RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang & Sennrich, arXiv 1910.07467, equation 4). LayerNorm:
 ``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al., arXiv 1607.06450), here also without weight and bias, as
-models that grow by parameter tokens want it (TokenFormer, arXiv 2410.23168).
+models that grow by parameter tokens want it (TokenFormer, arXiv 2410.23168). LayerScale: ``x * factors`` (Touvron et al.,
+arXiv 2103.17239, equation 4).
 """
 
 from __future__ import annotations
@@ -76,6 +77,29 @@ class LayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, parametric={self.weight is not None}"
+
+
+class LayerScale(nn.Module):
+    """Multiplies each feature of the last axis by a learned factor.
+
+    Args:
+        dim: width of the last axis.
+        initial: all factors at the start, >= 0.
+    """
+
+    def __init__(self, dim: int, initial: float = 1e-4) -> None:
+        super().__init__()
+        at_least("dim", dim, 1)
+        at_least("initial", initial, 0)
+        self.dim, self.initial = dim, initial
+        self.factors = nn.Parameter(torch.full((dim,), float(initial)))
+
+    def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+        """In the dtype of `x`."""
+        return x * self.factors.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, initial={self.initial:g}"
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {

@@ -15,11 +15,14 @@ noncausal-self counts it once.
 | `scan` | paths | from |
 |---|---|---|
 | ``forward`` | row by row | Mamba |
+| ``reverse`` | row by row, from the last token; after a layer of forward: pairs of layers | Vim |
 | ``bidirectional`` | row by row, and that reversed | Vim |
+| ``columns``, ``columns_reverse`` | column by column, and from the last; layers alternate; two axes | Mamba-ND |
 | ``cross`` | with each axis as the fastest (rows; columns), and these reversed: 2 for each axis of the grid | VMamba |
 | ``snake`` | as cross, with every second line reversed, so that each token follows a neighbour; two axes | PlainMamba |
 | ``slices`` | row by row, that reversed, and across the slices of the first axis | SegMamba |
 | ``strided`` | four interleaved grids, two by rows and two by columns, each token on one; two axes | EfficientVMamba |
+| ``windows`` | window by window, row by row in each, and that reversed; two axes | LocalMamba |
 | ``cascade`` | every row in both directions, then every column of the result; two axes; the layer only | VMamba |
 
 The block around (Vim version 2, the default; VMamba's SS2D is `scan="cross", combine="sum", convolution="grid",
@@ -86,8 +89,11 @@ from regard.layers.state_space import StateSpaceLayer, check_range, draw_dt_bias
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SCANS = ("forward", "bidirectional", "cross", "snake", "slices", "strided", "cascade")
-TWO_AXES = ("snake", "strided", "cascade")
+ANY_AXES = ("forward", "reverse", "bidirectional")
+TWO_AXES = ("columns", "columns_reverse", "snake", "strided", "windows", "cascade")
+SCANS = (*ANY_AXES, "cross", "slices", *TWO_AXES)
+ROWS_FIRST = ("forward", "bidirectional", "cross", "slices")
+"""Scans whose first path takes the tokens as they are numbered."""
 COMBINATIONS = ("mean", "sum", "gate", "concat")
 CONVOLUTIONS = ("path", "once", "grid")
 SETS = ("conv", "x_proj", "dt", "A", "D")
@@ -96,10 +102,11 @@ GRID_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d,
 
 @dataclass(frozen=True)
 class Config:
-    """Options. Functions use `scan`, `copies`, `combine` and `chunk_size`; the rest is the layer's.
+    """Options. Functions use `scan`, `window`, `copies`, `combine` and `chunk_size`; the rest is the layer's.
 
     Attributes:
         scan: the paths: see the table.
+        window: rows and columns of the windows of ``windows``, >= 1; those at the border are what is left.
         copies: how often each path is there, with weights of its own, >= 1 (VMamba's controls of equal size).
         combine: ``mean``, ``sum``, ``gate`` (weights for each token, softmax over paths), or ``concat`` (the output
             projection is P times as wide). ``sum`` with strided scans, whose paths share no token.
@@ -119,6 +126,7 @@ class Config:
     """
 
     scan: str = "bidirectional"
+    window: tuple[int, int] = (7, 7)
     copies: int = 1
     combine: str = "mean"
     shared: tuple[str, ...] = ()
@@ -141,6 +149,11 @@ class Config:
         one_of("norm", self.norm, ("none", "layer", "rms"))
         for name in ("copies", "d_state", "chunk_size"):
             at_least(name, getattr(self, name), 1)
+        object.__setattr__(self, "window", tuple(self.window))
+        if len(self.window) != 2:
+            raise Unsupported(f"window={self.window}", supported="(rows, columns)", nearest="window=(7, 7)")
+        for side in self.window:
+            at_least("window", side, 1)
         if self.dt_rank is not None:
             at_least("dt_rank", self.dt_rank, 1)
         at_least("conv_width", self.conv_width, 0)
@@ -176,19 +189,19 @@ class Config:
 
 
 def scan_orders(
-    scan: str, sides: Sequence[int], copies: int = 1, device: torch.device | None = None
+    config: Config, sides: Sequence[int], device: torch.device | None = None
 ) -> list[Int[Tensor, " visited"]]:
     """The places that each path visits, in its order, on a grid whose tokens are numbered row by row.
 
     Args:
-        scan: see the table of the module; ``cascade`` has no paths through the whole grid.
+        config: its `scan` (see the table of the module; ``cascade`` has no paths through the whole grid), `window` and
+            `copies`.
         sides: of the grid; (N,) for a sequence.
-        copies: how often each path comes.
 
     Raises:
         Unsupported: for a grid that the scan does not have.
     """
-    axes = len(sides)
+    axes, scan = len(sides), config.scan
     if (scan in TWO_AXES and axes != 2) or (scan in ("cross", "slices") and axes < 2):
         raise Unsupported(
             f"scan={scan!r} on " + (f"a grid of {axes} axes" if axes > 1 else "a sequence"),
@@ -202,25 +215,35 @@ def scan_orders(
     if scan == "snake":
         odd = [torch.arange(x.shape[0], device=device)[:, None] % 2 == 1 for x in lines]
         lines = [torch.where(turned, x.flip(-1), x) for x, turned in zip(lines, odd, strict=True)]
-    orders = [x.flatten() for x in lines]
+    rows, *others = [x.flatten() for x in lines]
     if scan == "strided":
         grids = [places[i::2, j::2] for j in (0, 1) for i in (0, 1)]
         orders = [(x.mT if i % 2 else x).flatten() for i, x in enumerate(grids)]
     elif scan == "slices":
-        orders = [orders[0], orders[0].flip(0), orders[-1]]
+        orders = [rows, rows.flip(0), others[-1]]
     else:
-        orders = orders if scan in ("cross", "snake") else orders[:1]
-        if scan != "forward":
-            orders = orders + [x.flip(0) for x in orders]
-    return [order for order in orders for _ in range(copies)]
+        if scan in ("cross", "snake"):
+            ahead = [rows, *others]
+        elif scan == "windows":
+            ahead = [_by_windows(places, config.window)]
+        else:
+            ahead = others if scan.startswith("columns") else [rows]
+        back = [x.flip(0) for x in ahead]
+        alone = {"forward": ahead, "columns": ahead, "reverse": back, "columns_reverse": back}
+        orders = alone.get(scan, ahead + back)
+    return [order for order in orders for _ in range(config.copies)]
+
+
+def _by_windows(places: Int[Tensor, "h w"], window: tuple[int, int]) -> Int[Tensor, " visited"]:
+    bands = places.split(window[0], 0)
+    return torch.cat([part.flatten() for band in bands for part in band.split(window[1], 1)])
 
 
 def count_paths(config: Config, axes: int) -> int:
     """P on grids of so many axes; for a cascade those of both of its stages."""
     if config.scan == "cascade":
         return 4
-    axes = axes if config.scan in ("cross", "slices", *TWO_AXES) else 1
-    return len(scan_orders(config.scan, (2,) * axes, config.copies))
+    return len(scan_orders(config, (2,) * (1 if config.scan in ANY_AXES else axes)))
 
 
 @dataclass(frozen=True)
@@ -268,12 +291,12 @@ def find_paths(
 ) -> list[Path]:
     """The paths through a sequence with `lengths`, or a grid with `valid` places."""
     sides = (n,) if grid is None else grid
-    orders = scan_orders(config.scan, sides, config.copies, device)
+    orders = scan_orders(config, sides, device)
     if lengths is not None:
         valid = torch.arange(n, device=device) < lengths[:, None]
     found = []
     for i, order in enumerate(orders):
-        forward = i < config.copies and config.scan not in ("snake", "strided")  # tokens in their own order
+        forward = i < config.copies and config.scan in ROWS_FIRST
         if valid is None:
             found.append(Path(None if forward else order, None))
         elif forward and lengths is not None:
@@ -299,7 +322,7 @@ def reference(
 ) -> Float[Tensor, "b n f"]:
     """The recurrence along each path, token by token; invalid places of a grid are passed over."""
     n, channels = x.shape[2:]
-    orders = scan_orders(call.config.scan, (n,) if call.grid is None else call.grid, call.config.copies)
+    orders = scan_orders(call.config, (n,) if call.grid is None else call.grid)
     _check_paths(call, len(orders), x, dt, a, b, c, skip, dt_bias, mix)
     b, c = (t.repeat_interleave(channels // t.shape[3], 3) for t in (b, call.scale * c))  # (b, q, n, e, k)
     outputs = []
@@ -428,8 +451,8 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         num_heads: accepted for the catalogue's sake; every channel has a state of its own.
         pattern: noncausal-self.
         axes: axes of the grids it will be given (1 for sequences), where the number of its weights depends on them:
-            ``cross`` scans and the convolution on a grid. None for those of its scan: 2, or 1 for ``forward`` and
-            ``bidirectional``, which take any grid where the convolution does.
+            ``cross`` scans and the convolution on a grid. None for those of its scan: 2, or 1 for ``forward``,
+            ``reverse`` and ``bidirectional``, which take any grid where the convolution does.
         linear: kind of the projections (``dense`` or a projection mechanism).
         config: see :class:`Config`.
     """
@@ -447,7 +470,7 @@ class BidirectionalMambaLayer(StateSpaceLayer):
     ) -> None:
         super().__init__(card, dim, pattern=pattern, config=config)
         config = self.config
-        plain = config.scan in ("forward", "bidirectional")
+        plain = config.scan in ANY_AXES
         self.axes = (1 if plain else 2) if axes is None else axes
         one_of("axes", self.axes, (2,) if config.scan in TWO_AXES else (1, 2, 3) if plain else (2, 3))
         if not plain or (config.conv_width and config.convolution == "grid"):

@@ -295,7 +295,7 @@ class CompressiveLayer(SegmentLayer):
     def _compressed_heads(self, compressed: Float[Tensor, "b e c"], *, frozen: bool = False) -> dict[str, Tensor]:
         """Keys and values of compressed inputs; `frozen` lets no gradient reach the projections."""
         found = {}
-        for name, module, norm in (("k", self.key, self.key_norm), ("v", self.value, None)):
+        for name, module, norm in (("k", self.key, self.key_norm), ("v", self.value, self.value_norm)):
             assert module is not None
             y = _frozen(module, compressed) if frozen else module(compressed)
             y = y.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)

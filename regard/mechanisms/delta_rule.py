@@ -34,8 +34,9 @@ memory is absorbed in order and every query reads the last state: the order of t
 Deviations: a causal-self call without state is computed in chunks; `chunk_size` = N gives the full parallel form. A
 vector beta costs as much as V heads. With `short_convolution` and a feature map other than SiLU the official layer
 still has SiLU on v; here `convolution_activation` is the same for q, k and v. The layer's norms have eps 1e-6
-(official: 1e-5). The sum norm has eps too, so that a key of zeros stays zero. Several keys a token (products of
-Householder matrices) are not here.
+(official: 1e-5). The sum norm has eps too, so that a key of zeros stays zero. The layer writes one key a token; a
+function call writes several (a product of as many Householder matrices) when each token comes as often, with its query
+repeated, and the output of its last copy is read.
 """
 
 from __future__ import annotations

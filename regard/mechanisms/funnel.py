@@ -64,6 +64,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.engines.attention import Ranks, Visibility, attention
+from regard.layers.checks import check_tokens
 from regard.sampling import normals
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ def upsample(h: Float[Tensor, "b s d"], lengths: Int[Tensor, " b"], n: int, conf
 
 def _checked(call: Call, x: Tensor, weights: Tensors) -> Config:
     config: Config = call.config
+    check_tokens(x, weights["q"].shape[2])
     if len(weights["q"]) != config.blocks * config.layers:
         raise Unsupported(
             f"funnel with the weights of {len(weights['q'])} layers",

@@ -26,7 +26,8 @@ Deviations: the causal 1-D form is not in the paper: both convolutions look back
 state is the last k1 - 1 inputs of DW and the last d (k2 - 1) outputs of DW, 22 C numbers by default. `gating`, `sigmoid`
 and leaving out a convolution are the paper's ablations and their like. The layer keeps the original's inner residual
 (`residual=True`), so that in a residual host block the normed input is added once more; switch it off for the host's
-alone. Channels are not split into heads: `num_heads` has no effect on the layer.
+alone. Channels are not split into heads: `num_heads` has no effect on the layer. LSKA, another paper, has filters that
+are outer products of a row and a column: functions take them as `depthwise` and `dilated`, without its lower cost.
 """
 
 from __future__ import annotations

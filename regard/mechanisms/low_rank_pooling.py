@@ -25,6 +25,8 @@ Deviations: the norm is divided by max(||f||, eps) (a token of zeros has ||f|| =
 the tanh (low-rank bilinear pooling); `temperature` divides f and `scale` multiplies it; `norm="tokens"` divides by the
 norm over tokens; `diversity=True` returns ||A A^T - I||_F^2, averaged over sequences (structured self-attention, Lin et
 al., arXiv 1703.03130). The context is pooled from `x` itself, not from word embeddings below an encoder.
+The paper's baselines (the mean, one head of additive attention, structured self-attention) are in
+:mod:`regard.layers.pooling`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ from regard.contract import (
 )
 from regard.engines import softmax_scan as scan
 from regard.engines.softmax_scan import Carry, ScanState
+from regard.layers.checks import check_tokens
+from regard.layers.pooling import pool_by_scores
 from regard.ragged import gathering
 
 if TYPE_CHECKING:
@@ -100,7 +104,7 @@ def reference(
 ) -> Float[Tensor, "b s d"]:
     """The definition, with each head's whole bilinear matrix P_i Q_i^T (E, D)."""
     config: Config = call.config
-    _check_context(config, x, p, c)
+    _check(config, x, p, q, c)
     batch, n, dim = x.shape
     slots = p.shape[1]
     if n == 0:
@@ -125,25 +129,8 @@ def parallel(
     c: Float[Tensor, " e"] | None = None,
     temperature: Float[Tensor, " s"] | None = None,
 ) -> Result:
-    scores = _scores(call, x, p, q, c, temperature)
-    valid = call.valid_queries(x.shape[1])
-    if valid is None:
-        weights = scores.softmax(-1)
-    else:
-        opened = valid | ~valid.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
-        weights = scores.masked_fill(~opened[:, None], -torch.inf).softmax(-1)
-        weights = torch.where(valid[:, None], weights, 0)
-    result = Result((weights @ x.to(weights.dtype)).to(x.dtype))
-    if call.config.diversity:
-        count = torch.tensor(x.shape[0] if x.shape[1] else 0, device=x.device)
-        some = None
-        if valid is not None:
-            some = valid.any(-1)
-            count = some.sum()
-        result.losses["diversity"] = (_overlap(weights, some), count)
-    if "weights" in call.want:
-        result.extras["weights"] = weights.to(x.dtype)
-    return result
+    scores, valid = _scores(call, x, p, q, c, temperature), call.valid_queries(x.shape[1])
+    return pool_by_scores(x, scores, valid, diversity=call.config.diversity, want=call.want)
 
 
 def stream(
@@ -181,7 +168,7 @@ def stream(
 def _scores(call: Call, x: Tensor, p: Tensor, q: Tensor, c: Tensor | None, temperature: Tensor | None) -> Tensor:
     """f of each head and token, (B, m, N), in at least float32."""
     config: Config = call.config
-    _check_context(config, x, p, c)
+    _check(config, x, p, q, c)
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, p, q = x.to(dtype), p.to(dtype), q.to(dtype)
     context = _pool_context(call, x) if c is None else c.to(dtype).expand(x.shape[0], -1)
@@ -198,7 +185,8 @@ def _scores(call: Call, x: Tensor, p: Tensor, q: Tensor, c: Tensor | None, tempe
     return f if temperature is None else f / temperature.to(dtype)[:, None]
 
 
-def _check_context(config: Config, x: Tensor, p: Tensor, c: Tensor | None) -> None:
+def _check(config: Config, x: Tensor, p: Tensor, q: Tensor, c: Tensor | None) -> None:
+    check_tokens(x, q.shape[0])
     if (c is None) == (config.context == "learned"):
         raise Unsupported(
             f"context={config.context!r} with" + (" no c" if c is None else " c"),
@@ -225,15 +213,6 @@ def _pool_context(call: Call, x: Tensor) -> Tensor:
     valid = call.valid_queries(n)
     assert valid is not None
     return torch.where(some, x.masked_fill(~valid[..., None], torch.finfo(x.dtype).min).amax(1), 0)
-
-
-def _overlap(weights: Tensor, some: Tensor | None) -> Tensor:
-    """Sum over rows that have tokens of ||A A^T - I||_F^2."""
-    if weights.shape[-1] == 0:
-        return weights.sum()
-    identity = torch.eye(weights.shape[1], dtype=weights.dtype, device=weights.device)
-    penalty = (weights @ weights.mT - identity).square().sum((1, 2))
-    return penalty.sum() if some is None else torch.where(some, penalty, 0).sum()
 
 
 class LowRankPooling(nn.Module):

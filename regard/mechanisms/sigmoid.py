@@ -25,10 +25,16 @@ Without a bias and with scores near 0 a row of weights sums to n/2 instead of 1 
 `length=` the training length, or `schedule="position"`, whenever there are more than a few keys. The bias is never
 taken from the call's N, where decoding and prefill would disagree; at lengths beyond `length`, row sums grow by N/n.
 
+Sensitivity: with inputs of norms up to R as queries, keys and values and `scale=1` the Jacobian's largest singular value
+is at most 1 + R^2 / 2 with `norm="seq"`, however many keys there are, and at most n (1 + R^2 / 2) without a norm, whatever
+the bias. That of softmax passes the first bound: two clusters of exp(R^2 / 4) tokens bring it to about R^2 exp(R^2 / 8).
+
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
-Deviations: `learn_bias` gives a layer one bias a head, trained as the difference from b. The paper's recommendations
-around the mechanism are options of the layer (`query_key_norm="layer"`) or of the block (LayerScale, a norm on the
-attention output), not of this file. Windows do not trim the cache of keys.
+Deviations: `learn_bias` gives a layer one bias a head, trained as the difference from b. What the paper recommends around
+the mechanism are options elsewhere: of the layer `query_key_norm="layer"` (before any rotation), and `value_norm="layer"`
+in cross patterns, where the authors' code always has it; of a model's `stack` `layer_scale=1e-4` (vision) and
+`branch_norm="mixer"`, the hybrid norm x + norm(attend(norm(x))) (larger language models). ALiBi in noncausal patterns falls
+with distance on both sides, where the authors' code lets keys after the query gain. Windows do not trim the cache of keys.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Resul
 from regard.create import create_layer
 from regard.layers.attention import why_refused
 from regard.layers.feed_forward import FEED_FORWARDS, check_dropout, dropout, make_feed_forward
-from regard.layers.norms import make_norm
+from regard.layers.norms import LayerScale, make_norm
 from regard.positions import Positions, create_positions, list_positions
 from regard.ragged import Gathering
 
@@ -273,6 +273,7 @@ def _take_feed_forward(options: dict[str, Any], width: int | None) -> Callable[[
 class Block(nn.Module):
     """A pre-norm residual block: x + mix(norm(x)), then x + feed_forward(norm(x)).
 
+    What a branch adds passes its end first: the norm and the factors that the model's stack asks for, then the dropout.
     In a cross pattern the mixer reads the memory as it is given, without a norm and without positions unless the plan
     names a scheme.
 
@@ -282,7 +283,8 @@ class Block(nn.Module):
             of :func:`regard.layers.feed_forward.make_feed_forward`; the others belong to the layer. The model's
             positions, head_dim and num_kv_heads apply to layers that have such an option, its feed_forward to networks
             that have a hidden width.
-        config: the model's, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout and norm.
+        config: the model's, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout, norm and
+            stack.
         pattern: of the mechanism.
         feed_forward: hidden width where the plan names none; the model's when None.
     """
@@ -321,8 +323,10 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.mixer_norm = make_norm(config.norm, config.dim)
         self.mixer = create_layer(name, config.dim, num_heads, pattern=pattern, **options)
+        self.mixer_end = _branch_end("mixer", config)
         self.feed_forward_norm = None if network is None else make_norm(config.norm, config.dim)
         self.feed_forward = None if network is None else network(config.dim)
+        self.feed_forward_end = None if network is None else _branch_end("feed_forward", config)
 
     def forward(
         self,
@@ -351,14 +355,33 @@ class Block(nn.Module):
         if context.roles is not None and not self.takes_roles:
             context = context.replace(roles=None)
         mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
-        mixed.output = dropout(mixed.output, self.dropout, training=self.training, generator=context.generator)
+        update = self.mixer_end(mixed.output)
+        mixed.output = dropout(update, self.dropout, training=self.training, generator=context.generator)
         return mixed
 
     def feed(self, x: Float[Tensor, "b n c"], *, context: Context) -> Float[Tensor, "b n c"]:
         """What the feed-forward network, of a block that has one, adds to `x`; each token alone."""
-        assert self.feed_forward is not None and self.feed_forward_norm is not None
-        update = self.feed_forward(self.feed_forward_norm(x))
+        assert (
+            self.feed_forward is not None and self.feed_forward_norm is not None and self.feed_forward_end is not None
+        )
+        update = self.feed_forward_end(self.feed_forward(self.feed_forward_norm(x)))
         return dropout(update, self.dropout, training=self.training, generator=context.generator)
+
+
+def _branch_end(branch: str, config: Any) -> nn.Sequential:
+    """What the output of the ``mixer`` or the ``feed_forward`` network passes before it is added to the stream."""
+    stack, end = config.stack, nn.Sequential()
+    if stack.branch_norm in ("all", branch):
+        if config.norm == "none":
+            raise Unsupported(
+                f"branch_norm={stack.branch_norm!r} in a model with norm='none'",
+                supported="models with a norm",
+                nearest="branch_norm='none'",
+            )
+        end.add_module("norm", make_norm(config.norm, config.dim))
+    if stack.layer_scale is not None:
+        end.add_module("scale", LayerScale(config.dim, stack.layer_scale))
+    return end
 
 
 def run_blocks(

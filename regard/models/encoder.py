@@ -22,6 +22,7 @@ from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
+from regard.layers.pooling import POOLINGS, SIMPLE, make_pooling
 from regard.models.blocks import (
     Block,
     Plan,
@@ -42,7 +43,8 @@ from regard.ragged import Gathering, gathering
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-POOLS = ("mean", "first", "max", "none")
+POOLS = (*POOLINGS, "none")
+"""Pools that are no mechanisms."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class EncoderConfig:
         num_classes: width of the output.
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens. Exactly one of the two is given.
-        pool: ``mean`` or ``max`` over the valid tokens, the ``first`` of them, ``none`` (an output for each token), or
-            a pooling mechanism, whose slots are laid side by side.
-        pool_options: of the pooling mechanism.
+        pool: one of :mod:`regard.layers.pooling` over the valid tokens (``mean``, ``max``, ``first``, ``last``,
+            ``additive``, ``structured``), or a pooling mechanism; slots are laid side by side. ``none``: an output for
+            each token.
+        pool_options: of ``additive`` (`hidden`), ``structured`` (`slots`, `hidden`, `diversity`), or the mechanism.
         plan: as in :class:`regard.models.LanguageModelConfig`. Layers for grids alone (``large_kernel`` unless
             ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
         dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
@@ -87,8 +90,11 @@ class EncoderConfig:
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
         check_input_kind(self.vocab_size, self.features)
         check_pool(self.pool)
-        if self.pool in POOLS and self.pool_options:
-            raise Unsupported(f"pool_options with pool={self.pool!r}", supported="pool_options of a pooling mechanism")
+        if self.pool in (*SIMPLE, "none") and self.pool_options:
+            raise Unsupported(
+                f"pool_options with pool={self.pool!r}",
+                supported="pool_options of additive, structured, or a pooling mechanism",
+            )
         object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
         object.__setattr__(self, "num_layers", len(self.plan))
 
@@ -151,13 +157,8 @@ class Encoder(EncoderBase):
         grid_axes(self.blocks)
         self.norm = make_norm(config.norm, config.dim)
         self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
-        self.pooling, slots = None, 1
-        if config.pool not in POOLS:
-            card = get_mechanism(config.pool)
-            pattern = Pattern.NONCAUSAL_SELF if Pattern.NONCAUSAL_SELF in card.patterns else card.patterns[0]
-            self.pooling = create_layer(
-                config.pool, config.dim, config.num_heads, pattern=pattern, **config.pool_options
-            )
+        self.pooling, slots = make_pool(config), 1
+        if self.pooling is not None:
             slots = count_slots(self.pooling, config.dim)
         self.head = make_linear(slots * config.dim, config.num_classes, bias=True)
 
@@ -208,10 +209,14 @@ class Encoder(EncoderBase):
 
     def _pool(self, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]) -> Float[Tensor, "b c2"]:
         """What the head reads of right-padded sequences; the pool's losses are added to `losses`."""
+        assert self.pooling is not None  # pool="none" has nothing to pool
         lengths = None if context.mask is None else context.mask.lengths
-        if self.pooling is None:
-            return pool_tokens(x, lengths, self.config.pool)
-        pooled = self.pooling(x, context=Context(mask=None if lengths is None else Mask(lengths=lengths)))
+        inner = Context(
+            mask=None if lengths is None else Mask(lengths=lengths),
+            generator=context.generator,
+            progress=context.progress,
+        )
+        pooled = self.pooling(x, context=inner)
         add_losses(losses, pooled.losses)
         return pooled.output.flatten(1)  # (B, slots * dim)
 
@@ -241,18 +246,15 @@ class Encoder(EncoderBase):
         return Result(output, None, work.losses, {"exit_layer": passed})
 
 
-def pool_tokens(x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, how: str) -> Float[Tensor, "b c"]:
-    """The ``mean``, ``max`` or ``first`` of each right-padded row; zero for a row without tokens."""
-    if lengths is None:
-        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
-    valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-    some = (lengths > 0)[:, None]
-    if how == "mean":
-        return x.where(valid, 0).sum(1) / lengths.clamp(min=1)[:, None]
-    if x.shape[1] == 0:
-        return x.sum(1)
-    picked = x[:, 0] if how == "first" else x.where(valid, torch.finfo(x.dtype).min).amax(1)
-    return picked.where(some, 0)
+def make_pool(config: EncoderConfig) -> nn.Module | None:
+    """The layer that pools the tokens of an encoder; None with ``pool="none"``."""
+    if config.pool == "none":
+        return None
+    if config.pool in POOLINGS:
+        return make_pooling(config.pool, config.dim, config.num_heads, **config.pool_options)
+    card = get_mechanism(config.pool)
+    pattern = Pattern.NONCAUSAL_SELF if Pattern.NONCAUSAL_SELF in card.patterns else card.patterns[0]
+    return create_layer(config.pool, config.dim, config.num_heads, pattern=pattern, **config.pool_options)
 
 
 def check_input_kind(vocab_size: int | None, features: int | None) -> None:
@@ -265,7 +267,7 @@ def check_input_kind(vocab_size: int | None, features: int | None) -> None:
 
 
 def check_pool(name: str) -> None:
-    """Raise Unsupported unless `name` is a simple pool or a pooling mechanism."""
+    """Raise Unsupported unless `name` is one of `POOLS` or a pooling mechanism."""
     if name in POOLS:
         return
     choices = (*POOLS, *list_mechanisms(kind=Kind.POOLING))

@@ -1,4 +1,4 @@
-"""How a model's blocks are stacked: shared, recomputed or inverted in the backward pass, skipped, left early.
+"""How a model's blocks are stacked: scaled, shared, recomputed or inverted in the backward pass, skipped, left early.
 
 Every model has a config field ``stack``, a :class:`StackConfig` or a mapping of its options::
 
@@ -28,7 +28,7 @@ from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-SHARES = ("none", "all", "mixer", "feed_forward")
+PARTS = ("none", "all", "mixer", "feed_forward")
 
 KINDS: dict[str, tuple[type, ...]] = {
     "share_groups": (int,),
@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "stochastic_depth": (float, int),
     "exits": (tuple, list),
     "exit_threshold": (float, int, type(None)),
+    "layer_scale": (float, int, type(None)),
 }
 """Of options that may come from a file or a command line."""
 
@@ -47,7 +48,7 @@ class StackConfig:
 
     Attributes:
         share: what layers have in common: ``none``, ``all``, the ``mixer`` or the ``feed_forward`` network, each with
-            its norm (ALBERT, Lan et al., arXiv 1909.11942). Layers that share a mixer have equal entries in the plan.
+            its norms and factors (ALBERT, Lan et al., arXiv 1909.11942). Layers that share a mixer have equal entries in the plan.
         share_groups: groups of neighbouring layers that share, a divisor of L.
         reversible: two streams, both x at first; each branch reads the second, adds to the first and changes places
             with it, so that a layer is y1 = x1 + mix(x2), y2 = x2 + feed_forward(y1), and their mean is read (RevNet,
@@ -64,6 +65,11 @@ class StackConfig:
             al., arXiv 2006.04152).
         exit_threshold: in evaluation, a token (in a pooled encoder a sequence) whose likeliest class has this
             probability at an exit is done there; see :func:`run_with_exits`. None evaluates all layers.
+        layer_scale: what each feature that a branch adds is multiplied by at the start, >= 0; learned, and 1e-4 in deep
+            networks (LayerScale, Touvron et al., arXiv 2103.17239). None for no factors.
+        branch_norm: branches whose output has a norm of the model's kind before it is added: ``none``, ``all``, the
+            ``mixer`` or the ``feed_forward`` network. With ``mixer`` an attention layer is x + norm(attend(norm(x))), the
+            hybrid norm of sigmoid attention (Ramapuram et al., arXiv 2409.04431). Factors come after it.
     """
 
     share: str = "none"
@@ -73,9 +79,14 @@ class StackConfig:
     stochastic_depth: float = 0.0
     exits: tuple[int, ...] = ()
     exit_threshold: float | None = None
+    layer_scale: float | None = None
+    branch_norm: str = "none"
 
     def __post_init__(self) -> None:
-        one_of("share", self.share, SHARES)
+        one_of("share", self.share, PARTS)
+        one_of("branch_norm", self.branch_norm, PARTS)
+        if self.layer_scale is not None:
+            at_least("layer_scale", self.layer_scale, 0)
         at_least("share_groups", self.share_groups, 1)
         at_least("checkpoint_layers", self.checkpoint_layers, 0)
         object.__setattr__(self, "exits", tuple(self.exits))
@@ -154,7 +165,7 @@ class Stack(nn.ModuleList):
                         supported="equal entries of the plan in a group",
                         nearest="share='feed_forward', or more share_groups",
                     )
-                block.mixer, block.mixer_norm = first.mixer, first.mixer_norm
+                block.mixer, block.mixer_norm, block.mixer_end = first.mixer, first.mixer_norm, first.mixer_end
             if self.config.share != "mixer":
                 if _network(block) != _network(first):
                     raise Unsupported(
@@ -162,6 +173,7 @@ class Stack(nn.ModuleList):
                         supported="one width, one kind with the same options",
                     )
                 block.feed_forward, block.feed_forward_norm = first.feed_forward, first.feed_forward_norm
+                block.feed_forward_end = first.feed_forward_end
 
     def _check_repeatable(self) -> None:
         for module in self.modules():

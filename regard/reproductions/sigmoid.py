@@ -6,7 +6,7 @@ large at the start, and training suffers.
 
 Here: bytes of Python's standard library, 2 layers of width 96, windows of 192, 400 steps at a rate of 1e-3. Softmax
 against sigmoid with b = 0, b = -ln n and b_i = -ln(i + 1), and softmax and b = -ln n with query-key norm. The first layer's output norm is taken before training. The kernel is timed forward against this
-project's own softmax kernel, N = 2048. "Matches" is a loss within 0.05 nats. LayerScale (vision) is not tried.
+project's own softmax kernel, N = 2048. "Matches" is a loss within 0.05 nats. LayerScale (vision) and the hybrid norm (larger models) are not tried.
 """
 
 from typing import Any, cast

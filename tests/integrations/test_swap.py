@@ -177,6 +177,22 @@ def test_all_that_a_mechanism_learns_is_trained_after_a_swap(name):
     assert [n for n in learned if n not in reached] == []
 
 
+@pytest.mark.parametrize("name", ["softmax", "agent", "long_short"])
+def test_dropout_of_weights_reaches_mechanisms_whose_projection_mixes_tokens_too(name):
+    torch.manual_seed(0)
+    module = nn.ModuleList([nn.MultiheadAttention(16, 4, dropout=0.5, batch_first=True, dtype=torch.float64)])
+    regard.swap(module, name)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+
+    def run():
+        return module[0](x, x, x, need_weights=False)[0]
+
+    module.eval()
+    assert torch.equal(run(), run())
+    module.train()
+    assert not torch.equal(run(), run())
+
+
 @pytest.mark.parametrize("name", ["agent", "sea", "long_short"])
 def test_what_is_learned_for_one_pattern_refuses_a_mask_of_another_with_the_swap_that_takes_it(name):
     model = encoder()

@@ -14,7 +14,7 @@ from regard.layers import linear
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import MLP, SwiGLU, dropout, make_feed_forward
 from regard.layers.linear import list_linears, make_linear, register_linear
-from regard.layers.norms import LayerNorm, RMSNorm, make_norm
+from regard.layers.norms import LayerNorm, LayerScale, RMSNorm, make_norm
 from regard.layers.patches import FeatureEmbedding, PatchEmbedding
 from regard.ragged import (
     flip_rows,
@@ -286,6 +286,18 @@ def test_norms_of_low_precision_are_computed_in_float32(norm: nn.Module, dtype: 
     low = norm.to(dtype)(x)
     assert low.dtype == dtype
     assert torch.equal(low, norm.float()(x.float()).to(dtype))
+
+
+def test_layer_scale_multiplies_each_feature_by_its_factor() -> None:
+    scale = LayerScale(5, 0.25)
+    x = torch.randn(3, 2, 5)
+    assert torch.equal(scale(x), 0.25 * x)
+    nn.init.normal_(scale.factors)
+    assert torch.equal(scale(x), x * scale.factors.detach())
+    assert scale(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(LayerScale(5).factors, torch.full((5,), 1e-4))
+    with pytest.raises(Unsupported, match="initial"):
+        LayerScale(5, -1.0)
 
 
 def test_rms_norm_of_a_zero_row_has_finite_gradients() -> None:

@@ -42,6 +42,7 @@ OPTIONS = [
     {"positions": "seqpe_scalar", "position_options": {"encoder_dim": 8, "per_head": False}},
     {"output_gate": "swish", "output_norm": "rms"},
     {"output_gate": "sigmoid", "query_key_norm": "layer"},
+    {"value_norm": "rms", "head_dim": 6, "value_dim": 3, "num_kv_heads": 2, "short_convolution": 3},
     {"short_convolution": 3, "bias": True},
     {"linear": "token_parameter", "linear_options": {"theta": "gelu_l2_norm", "num_tokens": 7}},
     {"short_convolution": 4, "positions": "rotary", "num_kv_heads": 2, "output_norm": "layer"},
@@ -127,6 +128,18 @@ def test_explicit_positions_shift_rotary_scores_only_by_differences():
     assert (stretched - layer(sequence).output).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("pattern", Pattern)
+def test_a_value_norm_acts_on_each_head_of_the_projected_values(pattern):
+    layer = double("softmax", pattern, value_norm="layer", num_kv_heads=2)
+    sequence, memory = x(), (x(7),) if pattern.cross else ()
+    found = layer(sequence, *memory).output
+    norm, project, layer.value_norm = layer.value_norm, layer.value, None
+    layer.value = torch.nn.Sequential(project, torch.nn.Unflatten(-1, (2, layer.value_dim)), norm, torch.nn.Flatten(-2))
+    torch.testing.assert_close(found, layer(sequence, *memory).output, rtol=0, atol=1e-12)
+    layer.value = project
+    assert (found - layer(sequence, *memory).output).abs().max() > 1e-3
+
+
 def test_dropout_acts_in_training_only_and_follows_the_generator():
     for name in ("softmax", "linear"):
         layer = double(name, dropout=0.5)
@@ -160,6 +173,7 @@ def test_weights_are_returned_where_they_are_exact():
         ({"memory_dim": 8}, "memory_dim"),
         ({"nosuch": 1}, "nosuch"),
         ({"query_key_norm": "rmss"}, "rmss"),
+        ({"value_norm": "rmss"}, "rmss"),
         ({"linear": "dens"}, "dens"),
     ],
 )

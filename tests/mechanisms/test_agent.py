@@ -13,7 +13,7 @@ from regard.apply import absorb, apply
 from regard.contract import Call, Context, Mask, Pattern, Role, Unsupported
 from regard.create import create_layer
 from regard.functional import agent_attention
-from regard.mechanisms.agent import MECHANISM, Config, _pool
+from regard.mechanisms.agent import MECHANISM, Config, _row_agents
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 WANT_STATE = Context(want=frozenset({"state"}))
@@ -31,7 +31,7 @@ def learned(number=5, heads=2, d=4):
 
 def pooled(q, number, *, grid=None, lengths=None, roles=None):
     call = Call(Pattern.NONCAUSAL_SELF, Config(num_agents=number), grid=grid, lengths=lengths, roles=roles)
-    return _pool(call, q)
+    return _row_agents(call, "pool_q", q)
 
 
 def two_softmaxes(q, k, v, agents):

@@ -27,7 +27,10 @@ from regard.models import Encoder, EncoderConfig
 FIXTURES = File(__file__).parents[1] / "parity" / "fixtures"
 NONCAUSAL = "noncausal-self"
 SS2D = {"scan": "cross", "combine": "sum", "convolution": "grid", "conv_width": 3, "norm": "layer"}
-SCANS = ["forward", "bidirectional", "cross", "snake", "slices", "strided"]
+SCANS = [
+    *("forward", "reverse", "bidirectional", "columns", "columns_reverse"),
+    *("cross", "snake", "slices", "strided", "windows"),
+]
 SEQUENCE_OPTIONS = [
     {},
     {"scan": "forward"},
@@ -107,10 +110,14 @@ def one_set(inputs):
     return inputs | alone | {name: inputs[name][:1] for name in ("a", "skip", "dt_bias")}
 
 
+def orders_of(scan: str, sides, **options) -> list[torch.Tensor]:
+    return scan_orders(MECHANISM.options(scan=scan, combine="sum", **options), sides)
+
+
 def paths_of(scan: str, grid, valid=None):
     n = int(np.prod(grid))
     combine = "sum" if scan == "strided" else "mean"
-    config = MECHANISM.options(scan=scan, combine=combine)
+    config = MECHANISM.options(scan=scan, combine=combine, window=(2, 3))
     return find_paths(config, n, grid, None, valid, torch.device("cpu")), n
 
 
@@ -131,37 +138,41 @@ def test_merging_what_was_scanned_gives_every_token_once_for_each_path(scan, gri
 def test_orders_of_a_grid_of_two_rows_of_three():
     expected = {
         "forward": ["012345"],
+        "reverse": ["543210"],
+        "columns": ["031425"],
+        "columns_reverse": ["524130"],
         "bidirectional": ["012345", "543210"],
         "cross": ["012345", "031425", "543210", "524130"],
         "snake": ["012543", "034125", "345210", "521430"],
         "slices": ["012345", "543210", "031425"],
         "strided": ["02", "35", "1", "4"],
+        "windows": ["013425", "524310"],
     }
     for scan, orders in expected.items():
-        assert ["".join(map(str, order.tolist())) for order in scan_orders(scan, (2, 3))] == orders
-    assert [order.tolist() for order in scan_orders("strided", (3, 3))] == [[0, 2, 6, 8], [3, 5], [1, 7], [4]]
-    assert len(scan_orders("cross", (2, 2, 2))) == 6
-    assert scan_orders("cross", (2, 3, 2))[1].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+        assert ["".join(map(str, order.tolist())) for order in orders_of(scan, (2, 3), window=(2, 2))] == orders
+    assert [order.tolist() for order in orders_of("strided", (3, 3))] == [[0, 2, 6, 8], [3, 5], [1, 7], [4]]
+    assert len(orders_of("cross", (2, 2, 2))) == 6
+    assert orders_of("cross", (2, 3, 2))[1].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
 
 
 def test_columns_of_a_strided_grid_are_walked_down():
-    assert scan_orders("strided", (4, 4))[1].tolist() == [4, 12, 6, 14]
-    assert scan_orders("strided", (4, 4))[3].tolist() == [5, 13, 7, 15]
+    assert orders_of("strided", (4, 4))[1].tolist() == [4, 12, 6, 14]
+    assert orders_of("strided", (4, 4))[3].tolist() == [5, 13, 7, 15]
 
 
 @pytest.mark.parametrize("grid", [(4, 5), (3, 3), (1, 6), (6, 1), (1, 1)])
 def test_strided_grids_visit_every_place_once(grid):
-    places = torch.cat(scan_orders("strided", grid))
+    places = torch.cat(orders_of("strided", grid))
     assert places.sort().values.tolist() == list(range(grid[0] * grid[1]))
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (4, 2, 3)])
 def test_snakes_and_slices_move_as_they_say(grid):
     if len(grid) == 2:
-        for order in scan_orders("snake", grid):
+        for order in orders_of("snake", grid):
             row, column = order // grid[1], order % grid[1]
             assert (row.diff().abs() + column.diff().abs() == 1).all()
-    order = scan_orders("slices", grid)[2]
+    order = orders_of("slices", grid)[2]
     inside = int(np.prod(grid[1:]))
     assert (order.view(inside, grid[0]) % inside == torch.arange(inside)[:, None]).all()
     assert (order.view(inside, grid[0]) // inside == torch.arange(grid[0])).all()
@@ -169,7 +180,7 @@ def test_snakes_and_slices_move_as_they_say(grid):
 
 @pytest.mark.parametrize("grid", [(1, 7), (7, 1), (1, 2, 3)])
 def test_one_slice_or_slices_of_one_place_are_the_forward_order(grid):
-    forward, _, across = scan_orders("slices", grid)
+    forward, _, across = orders_of("slices", grid)
     assert torch.equal(forward, across)
 
 
@@ -177,12 +188,12 @@ def test_one_slice_or_slices_of_one_place_are_the_forward_order(grid):
 @pytest.mark.parametrize("copies", [1, 2])
 def test_paths_are_separate_scans_of_permuted_sequences(scan, copies):
     """Each is `mamba` in causal form on the tokens in its order; together they are one scan in groups."""
-    grid, options = (3, 5), {"scan": scan, "copies": copies, "combine": "sum"}
+    grid, options = (3, 5), {"scan": scan, "copies": copies, "combine": "sum", "window": (2, 2)}
     x = inputs_of(15, 2, options)
     expected = torch.zeros(2, 15, 8, dtype=torch.float64)
     strided = scan == "strided"
     scanned = []
-    for p, order in enumerate(scan_orders(scan, grid, copies)):
+    for p, order in enumerate(orders_of(scan, grid, copies=copies, window=(2, 2))):
         own = {name: x[name][:, 0 if strided else p, order] for name in ("x", "dt", "b", "c")}
         own |= {name: x[name][p] for name in ("a", "skip", "dt_bias")}
         y = apply(get_mechanism("mamba"), own).output
@@ -196,7 +207,7 @@ def test_paths_are_separate_scans_of_permuted_sequences(scan, copies):
         grouped = {name: torch.cat([own[name] for own in scanned], axis) for name, axis in names.items()}
         y = apply(get_mechanism("mamba"), grouped).output
         total = torch.zeros_like(expected)
-        for part, order in zip(y.split(8, -1), scan_orders(scan, grid, copies), strict=True):
+        for part, order in zip(y.split(8, -1), orders_of(scan, grid, copies=copies, window=(2, 2)), strict=True):
             total[:, order] += part
         close(total * F.silu(x["z"]), expected)
 
@@ -243,7 +254,17 @@ def test_a_block_with_one_set_turns_with_its_input():
     assert float((once(x.flip(1)).output - once(x).output.flip(1)).detach().abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize(("scan", "seen"), [("cross", range(35)), ("bidirectional", range(35)), ("forward", range(18))])
+@pytest.mark.parametrize(
+    ("scan", "seen"),
+    [
+        ("cross", range(35)),
+        ("bidirectional", range(35)),
+        ("forward", range(18)),
+        ("reverse", range(17, 35)),
+        ("columns", [i for i in range(35) if (i % 7, i // 7) <= (3, 2)]),
+        ("windows", range(35)),
+    ],
+)
 def test_receptive_field_of_the_centre(scan, seen):
     layer = make_layer(scan=scan)
     x = torch.randn(1, 35, 6, dtype=torch.float64, requires_grad=True)
@@ -295,7 +316,7 @@ def test_a_grid_with_a_masked_border_equals_the_smaller_grid(options, inner):
 @pytest.mark.parametrize("scan", SCANS)
 def test_masked_places_neither_write_nor_decay(scan):
     """The parallel form passes them over; the definition stands still there (a step of 0)."""
-    options = {"scan": scan, "combine": "sum"}
+    options = {"scan": scan, "combine": "sum", "window": (3, 2)}
     x = inputs_of(20, 2, options)
     valid = torch.rand(2, 20, generator=torch.Generator().manual_seed(5)) < 0.6
     mask = Mask(valid=valid)
@@ -507,6 +528,8 @@ def test_cost_is_linear_in_the_tokens_and_in_the_paths():
         {"norm": "batch"},
         {"chunk_size": 0},
         {"scan": "strided"},
+        {"window": (0, 2)},
+        {"window": (2, 2, 2)},
         {"scan": "cascade", "convolution": "grid", "conv_width": 3, "copies": 2},
         {"scan": "cascade", "convolution": "path"},
         {"convolution": "grid", "conv_width": 4},
@@ -523,6 +546,7 @@ def test_calls_that_do_not_fit_are_refused():
     refused = [
         (lambda: run(x, {"scan": "cross"}), "a sequence"),
         (lambda: run(x, {"scan": "snake"}, grid=(2, 2, 3)), "2 axes"),
+        (lambda: run(x, {"scan": "windows"}), "a sequence"),
         (lambda: run(x, grid=(3, 5)), "grid"),
         (lambda: run(x, {"scan": "cross"}, grid=(3, 4)), "2 paths"),
         (lambda: run(x, {"combine": "gate"}), "without mix"),

@@ -202,6 +202,19 @@ def test_groups_of_one_token_are_a_longer_memory(pattern):
     close(run(tensors, options, pattern), expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_of_keys_and_values_act_on_compressed_inputs_too(training):
+    options = {"segment": 4, "memory": 6, "compressed": 7, "ratio": 1, "compression": "mean"}
+    norms = {"query_key_norm": "layer", "value_norm": "layer"}
+    module, x = layer(options, **norms).train(training), torch.randn(2, 37, 8, dtype=torch.float64)
+    longer = create_layer("transformer_xl", 8, 2, segment=4, memory=13, **norms).double().train(training)
+    for norm in (module.query_norm, module.key_norm, module.value_norm):
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+    longer.load_state_dict(module.state_dict())
+    close(module(x).output, longer(x).output)
+
+
 def test_a_mean_of_keys_is_the_key_of_a_mean():
     options = {"segment": 4, "memory": 4, "compressed": 2, "ratio": 4, "compression": "mean"}
     module, x = layer(options).eval(), torch.randn(1, 24, 8, dtype=torch.float64)

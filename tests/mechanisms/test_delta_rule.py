@@ -191,6 +191,23 @@ def test_transitions_are_the_product_of_householder_matrices(chunk_size):
     assert torch.linalg.det(memory[0, 0]).item() == pytest.approx((-1) ** n)
 
 
+def test_a_token_that_comes_several_times_writes_several_keys():
+    """The state goes on by a product of Householder matrices for each token, and decays once."""
+    keys, n, width = 3, 5, 6
+    x = inputs_of({"allow_negative_eigenvalues": True, "gated": True}, keys * n)
+    decay = torch.where(torch.arange(keys * n)[:, None] % keys == 0, x["log_decay"], 0.0)
+    x |= {"q": x["q"][:, :, ::keys].repeat_interleave(keys, 2), "log_decay": decay}
+    options = {**RAW, "gated": True, "allow_negative_eigenvalues": True}
+    found = run(x, options=options).output[:, :, keys - 1 :: keys]
+    memory, eye = torch.zeros(2, 2, 8, width, dtype=torch.float64), torch.eye(8, dtype=torch.float64)
+    for t in range(n):
+        memory = memory * x["log_decay"][:, :, keys * t].exp()[..., None]
+        for i in range(keys * t, keys * (t + 1)):
+            k, v, beta = x["k"][:, :, i], x["v"][:, :, i], x["beta"][:, :, i, None, None]
+            memory = (eye - beta * k[..., None] * k[..., None, :]) @ memory + beta * k[..., None] * v[..., None, :]
+        assert_close(found[:, :, t], (x["q"][:, :, keys * t, None] * 8**-0.5 @ memory)[:, :, 0])
+
+
 def test_the_spectral_norm_of_the_state_never_grows_without_values():
     tensors = inputs_of({"allow_negative_eigenvalues": True}, 30)
     tensors["v"] = torch.zeros_like(tensors["v"])

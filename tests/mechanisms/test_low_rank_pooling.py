@@ -260,3 +260,14 @@ def test_mistakes_are_refused():
             layer(x, context=context)
     with pytest.raises(Unsupported, match="memory"):
         layer(x, x)
+
+
+@pytest.mark.parametrize("context", [Context(), WANT_STATE])
+def test_numbers_of_tokens_are_refused(context):
+    for x in (torch.ones(2, 5, 6, dtype=torch.long), torch.ones(2, 5, 6, dtype=torch.bool)):
+        with pytest.raises(Unsupported, match=rf"x of dtype {x.dtype} .* supported: floats \(B, N, 6\)"):
+            make_layer()(x, context=context)
+    inputs = sample() | {"x": torch.ones(2, 9, 6, dtype=torch.long)}
+    for form in ("reference", "parallel"):
+        with pytest.raises(Unsupported, match="supported: floats"):
+            apply(MECHANISM, inputs, pattern="noncausal-self", form=form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.apply import absorb, apply
+from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.sigmoid import MECHANISM, Config
@@ -204,6 +206,85 @@ def test_masked_keys_have_weight_exactly_zero_whatever_the_bias():
     assert (found.extras["weights"][..., 2] == 0).all() and (found.output[:, :, 4] == 0).all()
 
 
+@pytest.mark.parametrize("log_temperature", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_largest_negative_score_and_then_a_bias_give_zero_and_stay_finite(dtype, log_temperature):
+    tensors = {name: x.to(dtype) for name, x in inputs(70).items()}
+    hidden = torch.rand(1, 2, 70, 70) > 0.5
+    hidden[..., 3, :] = True
+    config = Config(length=70, log_temperature=log_temperature)
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    found = []
+    for lowest in (torch.finfo(dtype).min, -math.inf):
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, lowest)
+        call = {"pattern": "noncausal-self", "config": config, "mask": Mask(bias=bias)}
+        weights = apply(MECHANISM, tensors, want={"weights"}, **call).extras["weights"]
+        output = apply(MECHANISM, tensors, **call).output
+        assert (weights[hidden.expand_as(weights)] == 0).all() and (output[:, :, 3] == 0).all()
+        found.append((weights, output, *torch.autograd.grad(output.square().sum(), leaves)))
+    for finite, infinite in zip(*found, strict=True):
+        assert finite.isfinite().all() and torch.equal(finite, infinite)
+
+
+def largest_gain(mechanism: str, tokens: Tensor, **options) -> float:
+    """Largest singular value of the Jacobian of one head of self-attention with identities for projections."""
+    card = get_mechanism(mechanism)
+
+    def attend(x: Tensor) -> Tensor:
+        heads = dict.fromkeys("qkv", x[None, None])
+        call = {"pattern": "noncausal-self", "config": card.options(**options), "scale": 1.0}
+        return apply(card, heads, **call).output[0, 0]
+
+    jacobian = torch.autograd.functional.jacobian(attend, tokens)
+    return torch.linalg.matrix_norm(jacobian.flatten(2).flatten(0, 1), 2).item()
+
+
+def two_clusters(count: int) -> tuple[float, Tensor]:
+    """R with exp(R^2 / 4) = count, and as many tokens at R/2, one of them moved to R: to the others it weighs as much as
+    all of them together, so that it moves them all."""
+    radius = math.sqrt(4 * math.log(count))
+    direction = torch.nn.functional.normalize(torch.randn(2, dtype=torch.float64), dim=0)
+    tokens = (radius / 2 * direction).repeat(count, 1)
+    tokens[0] *= 2
+    return radius, tokens
+
+
+def test_sensitivity_grows_as_the_radius_squared_and_that_of_softmax_exponentially():
+    def bound(radius: float) -> float:
+        # the values' part is at most 1, and those of queries and keys R^2 / 4 each, however many keys there are
+        return 1 + radius**2 / 2
+
+    clusters = [two_clusters(count) for count in (16, 64, 256)]
+    cases = list(clusters)
+    for radius in (0.5, 1.0, 2.0, 4.0, 8.0):
+        directions = torch.nn.functional.normalize(torch.randn(20, 3, dtype=torch.float64), dim=-1)
+        cases.append((radius, radius * torch.rand(20, 1, dtype=torch.float64) * directions))
+    for radius, tokens in cases:
+        assert largest_gain("sigmoid", tokens, norm="seq") <= bound(radius)
+        assert largest_gain("sigmoid", tokens, length=len(tokens)) <= len(tokens) * bound(radius)
+    softmax = [largest_gain("softmax", tokens) / bound(radius) for radius, tokens in clusters]
+    # R^2 more by 4 log 4: twice as large, if it grows as R^2 exp(R^2 / 8)
+    assert all(1.7 < later / earlier < 2.1 for earlier, later in pairwise(softmax))
+    assert softmax[-1] > 2
+
+
+def test_query_key_norms_come_before_the_rotation():
+    layer = create_layer("sigmoid", 16, 2, length=9, positions="rotary", query_key_norm="layer").double()
+    for norm in (layer.query_norm, layer.key_norm):
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+    x, ranks = torch.randn(2, 9, 16, dtype=torch.float64), torch.arange(9)[None]
+    split = {name: getattr(layer, name)(x).unflatten(-1, (2, 8)).transpose(1, 2) for name in ("query", "key", "value")}
+    rotate = layer.positions.rotate
+    normed = {name: getattr(layer, f"{name}_norm")(split[name]) for name in ("query", "key")}
+    before = {name: rotate(normed[name], ranks) for name in normed}
+    after = {name: getattr(layer, f"{name}_norm")(rotate(split[name], ranks)) for name in normed}
+    found = layer(x, context=Context(want=frozenset({"weights"}))).extras["weights"]
+    weights = [((h["query"] @ h["key"].mT / math.sqrt(8) - math.log(9)).sigmoid().tril()) for h in (before, after)]
+    close(found, weights[0])
+    assert (found - weights[1]).abs().max() > 1e-3
+
+
 def test_dropout_is_not_rescaled_by_row():
     tensors = {"q": torch.zeros(1, 1, 200, 4), "k": torch.zeros(1, 1, 200, 4), "v": torch.eye(200)[None, None]}
     output = apply(MECHANISM, tensors, pattern="noncausal-self", dropout=0.25).output
@@ -273,6 +354,24 @@ def test_parity_with_the_kernels_reference(name):
         close(gradient, arrays[f"grad_{x}"], 1e-10)  # observed 9e-16
 
 
+def official_weights(arrays: dict[str, Tensor], features: Tensor | None = None) -> dict[str, Tensor]:
+    """A recorded layer's weights by the names of ours; `features` is the order in which a query's and key's are taken."""
+    if "weight_qkv_weight" in arrays:
+        projections = arrays["weight_qkv_weight"].chunk(3)
+    else:
+        projections = (arrays["weight_q_proj_weight"], *arrays["weight_kv_proj_weight"].chunk(2))
+    weights = {"output.weight": arrays["weight_proj_weight"]}
+    for ours, theirs, projection in zip(("query", "key", "value"), "qkv", projections, strict=True):
+        order = None if theirs == "v" else features
+        if order is not None:
+            projection = projection.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+        weights[f"{ours}.weight"] = projection
+        for part in ("weight", "bias"):
+            if (norm := arrays.get(f"weight_{theirs}_norm_{part}")) is not None:
+                weights[f"{ours}_norm.{part}"] = norm if order is None else norm[order]
+    return weights
+
+
 @pytest.mark.parametrize(
     ("name", "pattern", "options"),
     [
@@ -287,14 +386,7 @@ def test_parity_with_the_official_layer(name, pattern, options):
     arrays = load(name)
     layer = create_layer("sigmoid", 16, 2, pattern=pattern, sigmoid_bias=float(arrays["sigmoid_bias"]), **options)
     layer = layer.double()
-    weights = dict(
-        zip(("query.weight", "key.weight", "value.weight"), arrays["weight_qkv_weight"].chunk(3), strict=True)
-    )
-    weights["output.weight"] = arrays["weight_proj_weight"]
-    if "query_key_norm" in options:
-        for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
-            weights |= {f"{ours}.{part}": arrays[f"weight_{theirs}_{part}"] for part in ("weight", "bias")}
-    layer.load_state_dict(weights)
+    layer.load_state_dict(official_weights(arrays))
     x = arrays["x"].requires_grad_()
     if name == "sigmoid_causal_padded":
         # the reference pads keys only: hide them by a bias, so that padded queries are computed too
@@ -310,6 +402,40 @@ def test_parity_with_the_official_layer(name, pattern, options):
     found = apply(MECHANISM, core, pattern=pattern, config=config, want={"weights"}).extras["weights"]
     if name != "sigmoid_causal_padded":
         close(found, arrays["attn"], 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "options"),
+    [
+        ("sigmoid_rope", "causal-self", {"positions": "rotary", "query_key_norm": "layer"}),
+        ("sigmoid_alibi", "causal-self", {"positions": "alibi", "log_temperature": 0.3}),
+        ("sigmoid_cross", "noncausal-cross", {"query_key_norm": "layer", "value_norm": "layer"}),
+        ("sigmoid_cross_streaming", "causal-cross", {"value_norm": "layer"}),
+    ],
+)
+def test_parity_with_the_official_layers_of_positions_and_memory(name, pattern, options):
+    arrays = load(name)
+    dim, heads = arrays["x"].shape[-1], arrays["attn"].shape[1]
+    bias = float(arrays["sigmoid_bias"])
+    layer = create_layer("sigmoid", dim, heads, pattern=pattern, sigmoid_bias=bias, **options).double()
+    # they turn neighbouring features, regard features half a head apart
+    pairs = torch.arange(dim // heads).view(-1, 2).mT.flatten() if options.get("positions") == "rotary" else None
+    layer.load_state_dict(official_weights(arrays, pairs))
+    inputs = {x: arrays[x].requires_grad_() for x in ("x", "memory") if x in arrays}
+    mask = memory_mask = None
+    if name == "sigmoid_cross":
+        memory_mask = Mask(valid=arrays["mask"][:, 0, 0])
+    elif name == "sigmoid_cross_streaming":
+        hidden = ~arrays["mask"]
+        mask = Mask(bias=torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -torch.inf)[None, None])
+    context = Context(mask=mask, memory_mask=memory_mask, want=frozenset({"weights"}))
+    result = layer(*inputs.values(), context=context)
+    close(result.output, arrays["out"], 1e-10)  # observed 9e-16
+    if memory_mask is None:  # weights of masked keys are gathered to the right here
+        close(result.extras["weights"], arrays["attn"], 1e-10)
+    gradients = torch.autograd.grad(result.output, list(inputs.values()), arrays["grad_out"])
+    for x, gradient in zip(inputs, gradients, strict=True):
+        close(gradient, arrays[f"grad_{x}"], 1e-10)  # observed 7e-16
 
 
 @pytest.mark.parametrize(

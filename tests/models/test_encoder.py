@@ -5,10 +5,12 @@ from ast import literal_eval
 import pytest
 import torch
 
-from regard.contract import Context, Mask, Unsupported
-from regard.models import Encoder, EncoderConfig
+from regard.contract import Context, Mask, Result, Unsupported
+from regard.layers.pooling import make_pooling
+from regard.models import Encoder, EncoderConfig, set_exit_threshold
+from regard.models.blocks import auxiliary_loss
 
-POOLS = ("mean", "first", "max", "low_rank_pooling")
+POOLS = ("mean", "first", "last", "max", "additive", "structured", "low_rank_pooling")
 
 
 def make_encoder(**options) -> Encoder:
@@ -36,8 +38,7 @@ def test_packed_documents_get_a_row_each_and_empty_ones_are_finite(pool):
     output = model(ids, context=Context(mask=Mask(cu_seqlens=torch.tensor([0, 2, 2, 6])))).output
     torch.testing.assert_close(output[0], model(ids[:, :2]).output[0])
     torch.testing.assert_close(output[2], model(ids[:, 2:]).output[0])
-    if pool != "low_rank_pooling":
-        torch.testing.assert_close(output[1], model.head.bias)
+    torch.testing.assert_close(output[1], model.head.bias)
     assert output.isfinite().all()
 
 
@@ -58,8 +59,52 @@ def test_a_token_sees_later_ones():
     assert not torch.allclose(model(x).output, model(changed).output)
 
 
-def test_gradients_reach_every_parameter():
-    model = make_encoder().train()
+@pytest.mark.parametrize(
+    ("pool", "options"),
+    [("last", {}), ("additive", {"hidden": 5}), ("structured", {"slots": 3, "hidden": 5, "diversity": True})],
+)
+def test_the_head_reads_the_pool_of_the_last_layer(pool, options):
+    model, plain = make_encoder(pool=pool, pool_options=options), make_encoder(pool="none", num_classes=16)
+    shared = {k: v for k, v in model.state_dict().items() if not k.startswith(("head.", "pooling."))}
+    plain.load_state_dict(shared, strict=False)
+    with torch.no_grad():
+        plain.head.weight.copy_(torch.eye(16))
+        plain.head.bias.zero_()
+    x, context = torch.randn(3, 6, 2, dtype=torch.float64), Context(mask=Mask(lengths=torch.tensor([6, 0, 2])))
+    hidden, layer = plain(x, context=context).output, make_pooling(pool, 16, 2, **options).double()
+    layer.load_state_dict(model.pooling.state_dict())
+    found, pooled = model(x, context=context), layer(hidden, context=context)
+    torch.testing.assert_close(found.output, model.head(pooled.output.flatten(1)))
+    assert set(found.losses) == set(pooled.losses)
+    if "diversity" in options:
+        torch.testing.assert_close(found.losses["diversity"], pooled.losses["diversity"])
+        assert auxiliary_loss(found.losses, {"diversity": 1.0}) == found.losses["diversity"][0] / 2
+
+
+def test_the_pool_draws_from_the_generator_of_the_call_and_knows_the_progress():
+    class Noise(torch.nn.Module):
+        def forward(self, x, *, context):
+            self.progress = context.progress
+            shape = (x.shape[0], 1, x.shape[2])
+            return Result(x[:, :1] + torch.randn(shape, dtype=x.dtype, generator=context.generator))
+
+    model, x = make_encoder(pool="first", stack={"exits": (1,)}), torch.randn(2, 5, 2, dtype=torch.float64)
+    model.pooling = Noise()
+    for threshold in (None, 1.0):
+        set_exit_threshold(model, threshold)
+        before = torch.random.get_rng_state()
+        one, same, other = (
+            model(x, context=Context(generator=torch.Generator().manual_seed(seed), progress=0.3)).output
+            for seed in (1, 1, 2)
+        )
+        assert torch.equal(one, same) and not torch.allclose(one, other)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert model.pooling.progress == 0.3
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_gradients_reach_every_parameter(pool):
+    model = make_encoder(pool=pool).train()
     model(torch.randn(2, 5, 2, dtype=torch.float64)).output.square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -70,7 +115,11 @@ def test_gradients_reach_every_parameter():
         ({"vocab_size": 4}, "None for the other"),
         ({"features": None}, "None for the other"),
         ({"pool": "meen"}, "nearest: mean"),
+        ({"pool": "aditive"}, "last, additive, structured, none, .*low_rank_pooling; nearest: additive"),
         ({"pool_options": {"slots": 2}}, "pool_options"),
+        ({"pool": "last", "pool_options": {"slots": 2}}, "pool_options with pool='last'"),
+        ({"pool": "additive", "pool_options": {"slots": 2}}, "supported: hidden"),
+        ({"pool": "structured", "pool_options": {"slots": 0}}, "slots=0"),
     ],
 )
 def test_bad_configs_are_refused(options, words):

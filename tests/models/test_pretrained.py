@@ -26,6 +26,17 @@ MODELS = {
     "encoder": lambda: Encoder(
         EncoderConfig(3, vocab_size=7, dim=8, num_heads=2, num_layers=1, positions="learned", max_length=6)
     ),
+    "pooled": lambda: Encoder(
+        EncoderConfig(
+            3,
+            vocab_size=7,
+            dim=8,
+            num_heads=2,
+            num_layers=1,
+            pool="structured",
+            pool_options={"slots": 3, "hidden": 5, "diversity": True},
+        )
+    ),
     "funnel": lambda: FunnelEncoder(
         FunnelEncoderConfig(
             3,

@@ -32,6 +32,7 @@ PLANS = {
     "hybrid": ["linear", ("softmax", {"dropout": 0.2}), ("mixture_of_heads", {"active_heads": 1}), "delta_rule"],
 }
 LEAVING = {"exits": (1, 3), "exit_threshold": 0.5}
+ENDS = {"layer_scale": 0.3, "branch_norm": "all"}
 
 
 def language_model(plan="softmax", **options) -> LanguageModel:
@@ -81,6 +82,16 @@ def gradients(model: nn.Module, loss, *, seed: int) -> dict[str, torch.Tensor]:
     loss(model, Context(mask=Mask(lengths=torch.tensor([9, 4, 0])), generator=generator)).backward()
     after = torch.rand((), generator=generator), torch.rand(())
     return {name: p.grad for name, p in model.named_parameters()} | {"draws": torch.stack(after)}
+
+
+def randomize_ends(model: nn.Module) -> nn.Module:
+    """Random norms and factors at the ends of all branches."""
+    ends = [module for name, module in model.named_modules() if name.endswith("_end")]
+    parameters = [parameter for end in ends for parameter in end.parameters()]
+    assert parameters
+    for parameter in parameters:
+        nn.init.normal_(parameter)
+    return model
 
 
 def assert_same(first, second):
@@ -145,12 +156,15 @@ class TwoStreams:
         return type(result)((first + second) / 2, (), losses)
 
 
+@pytest.mark.parametrize("ends", [{}, ENDS], ids=["plain", "ends"])
 @pytest.mark.parametrize("make", [language_model, encoder])
 @pytest.mark.parametrize("plan", PLANS)
-def test_inverted_layers_have_the_gradients_of_the_definition_dropout_included(plan, make):
+def test_inverted_layers_have_the_gradients_of_the_definition_dropout_included(plan, make, ends):
     if make is encoder and plan == "mamba":
         plan = "gated_linear"
-    model, ids, seed = make(plan, stack={"reversible": True}), random_ids(3, 9), int(torch.randint(1000, ()))
+    model, ids, seed = make(plan, stack={"reversible": True} | ends), random_ids(3, 9), int(torch.randint(1000, ()))
+    if ends:
+        randomize_ends(model)
     loss = losses_of(ids)[type(model)]
     found = gradients(model, loss, seed=seed)
     model.blocks.run = TwoStreams(model.blocks)
@@ -169,11 +183,13 @@ def test_a_decoder_and_its_memory_are_inverted_exactly():
     assert_same(gradients(model, loss, seed=seed), found)
 
 
-@pytest.mark.parametrize("options", [{"reversible": True}, {"checkpoint_layers": 1}])
+@pytest.mark.parametrize("options", [{"reversible": True}, {"checkpoint_layers": 1}, ENDS])
 def test_an_encoder_decoder_and_a_forecaster_learn_with_every_stack(options):
     calendar, past = torch.randn(2, 5, 2), torch.randn(2, 9, 3)
     config = ForecasterConfig(2, 3, dim=16, num_heads=2, num_layers=2, stack=options)
-    Forecaster(config)(calendar, past).output.sum().backward()
+    forecaster = Forecaster(config)
+    forecaster(calendar, past).output.sum().backward()
+    assert all(p.grad is not None for p in forecaster.parameters())
     model = encoder_decoder(stack=options | {"share": "all", "stochastic_depth": 0.1, "exits": (1,)})
     model.loss(random_ids(2, 6), random_ids(2, 5)).backward()
     assert all(p.grad is not None for p in model.exit_norms.parameters())
@@ -211,10 +227,13 @@ def test_a_continued_reversible_model_equals_reading_whole():
         torch.testing.assert_close(torch.cat([first.output, second.output], 1), whole)
 
 
+@pytest.mark.parametrize("ends", [{}, ENDS], ids=["plain", "ends"])
 @pytest.mark.parametrize("share", ["all", "mixer", "feed_forward"])
-def test_shared_layers_equal_separate_ones_of_equal_weights(share):
-    shared = language_model(["gated_linear"] * 4, stack={"share": share, "share_groups": 2}, dropout=0.0)
-    apart = like(shared)
+def test_shared_layers_equal_separate_ones_of_equal_weights(share, ends):
+    shared = language_model(["gated_linear"] * 4, stack={"share": share, "share_groups": 2} | ends, dropout=0.0)
+    if ends:
+        randomize_ends(shared)
+    apart = like(shared, **ends)
     for block, twin in zip(shared.blocks, apart.blocks, strict=True):
         twin.load_state_dict(block.state_dict())
     assert len({id(p) for p in apart.parameters()}) > len({id(p) for p in shared.parameters()})
@@ -226,11 +245,91 @@ def test_shared_layers_equal_separate_ones_of_equal_weights(share):
         assert shared.blocks[0].mixer is shared.blocks[1].mixer is not shared.blocks[2].mixer
     parts = {"all": ("mixer", "feed_forward"), "mixer": ("mixer",), "feed_forward": ("feed_forward",)}[share]
     for part in ("mixer", "feed_forward"):
-        assert (getattr(shared.blocks[2], part) is getattr(shared.blocks[3], part)) == (part in parts)
+        for module in (part, f"{part}_norm", f"{part}_end"):
+            assert (getattr(shared.blocks[2], module) is getattr(shared.blocks[3], module)) == (part in parts)
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "sigmoid"])
+def test_branches_add_nothing_at_factors_of_zero_and_learn_from_there(plan):
+    model, ids = language_model(plan, stack={"layer_scale": 0}), random_ids(2, 7)
+    x = model.embedding(ids)
+    assert torch.equal(model.blocks.run(x, Context(), [None] * 4).output, x)
+    model.loss(ids).backward()
+    for block in model.blocks:
+        for end in (block.mixer_end, block.feed_forward_end):
+            assert end.scale.factors.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("branch_norm", ["none", "mixer", "feed_forward", "all"])
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+def test_blocks_with_ends_equal_those_written_out(layer_scale, branch_norm, norm):
+    stack = {"layer_scale": layer_scale, "branch_norm": branch_norm}
+    plan = [("sigmoid", {"length": 9}), "gated_linear"]
+    model = language_model(plan, dropout=0.0, norm=norm, stack=stack)
+    if layer_scale is not None or branch_norm != "none":
+        randomize_ends(model)
+    ids = random_ids(2, 9)
+    found = model.blocks.run(model.embedding(ids), Context(), [None] * 2).output
+    x, weights = model.embedding(ids), dict(model.named_parameters())
+
+    def end(name, y):
+        if branch_norm != "none" and (branch_norm == "all" or name.endswith(branch_norm)):
+            weight = weights[f"{name}_end.norm.weight"]
+            if norm == "rms":
+                y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+            else:
+                y = nn.functional.layer_norm(y, (16,), weight, weights[f"{name}_end.norm.bias"], 1e-5)
+        return y if layer_scale is None else weights[f"{name}_end.scale.factors"] * y
+
+    for i, block in enumerate(model.blocks):
+        x = x + end(f"blocks.{i}.mixer", block.mixer(block.mixer_norm(x)).output)
+        x = x + end(f"blocks.{i}.feed_forward", block.feed_forward(block.feed_forward_norm(x)))
+    torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("plan", [*PLANS, "sigmoid"])
+def test_decoding_with_ends_equals_reading_whole_wherever_the_padding_is(plan, reversible):
+    model = randomize_ends(language_model(plan, stack={"reversible": reversible} | ENDS)).eval()
+    ids, state, outputs = random_ids(2, 9), None, []
+    whole = model(ids).output
+    for i in range(9):
+        one = model(ids[:, i : i + 1], context=Context(want=frozenset({"state"})), state=state)
+        outputs.append(one.output)
+        state = one.state
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
+    assert torch.equal(model.generate(ids, 4), model.generate(ids, 4, use_state=False))
+    valid = torch.arange(12) >= 3
+    padded = model(nn.functional.pad(ids, (3, 0)), context=Context(mask=Mask(valid=valid.expand(2, -1)))).output
+    torch.testing.assert_close(padded[:, 3:], whole)
+
+
+def test_a_decoder_of_memory_decodes_with_ends_as_it_reads_whole():
+    model = randomize_ends(encoder_decoder(stack=ENDS)).eval()
+    assert len(model.encoder_blocks[0].mixer_end) == len(model.blocks[1].mixer_end) == 2
+    ids, memory = random_ids(2, 6), random_ids(2, 5)
+    whole = model(ids, memory).output
+    first = model(ids[:, :1], memory, context=Context(want=frozenset({"state"})))
+    outputs, state = [first.output], first.state
+    for i in range(1, 6):
+        one = model(ids[:, i : i + 1], context=Context(want=frozenset({"state"})), state=state)
+        outputs.append(one.output)
+        state = one.state
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
+
+
+def test_a_model_with_ends_is_saved_and_loaded_and_plain_ones_have_no_more_weights(tmp_path):
+    model = randomize_ends(language_model("softmax", stack=ENDS)).eval()
+    save_pretrained(model, tmp_path)
+    again, ids = from_pretrained(tmp_path), random_ids(2, 6)
+    assert again.config == model.config
+    torch.testing.assert_close(again(ids).output, model(ids).output)
+    assert not [name for name in language_model("softmax").state_dict() if "_end" in name]
 
 
 def test_a_shared_reversible_model_with_exits_is_saved_and_loaded(tmp_path):
-    model = language_model("mamba", stack={"share": "all", "reversible": True, **LEAVING}).eval()
+    model = language_model("mamba", stack={"share": "all", "reversible": True, **LEAVING, **ENDS}).eval()
     save_pretrained(model, tmp_path)
     again = from_pretrained(tmp_path)
     assert again.config == model.config
@@ -268,11 +367,11 @@ def test_what_stays_of_stochastic_depth_is_scaled_by_its_chance():
         torch.testing.assert_close(one, added / 0.6)
 
 
-@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("options", [{}, {"reversible": True}, ENDS], ids=str)
 @pytest.mark.parametrize("plan", PLANS)
-def test_decoding_with_exits_equals_reading_whole(plan, reversible):
+def test_decoding_with_exits_equals_reading_whole(plan, options):
     ids = random_ids(3, 12)
-    model = language_model(plan, dropout=0.0, stack={"exits": (1, 3), "reversible": reversible})
+    model = language_model(plan, dropout=0.0, stack={"exits": (1, 3)} | options)
     let_half_leave(model, ids)
     whole = model(ids)
     layers = whole.extras["exit_layer"]
@@ -333,7 +432,7 @@ def test_all_leave_at_a_threshold_of_zero_and_layers_above_are_not_run():
     assert "exit_layer" not in twin(ids).extras
 
 
-@pytest.mark.parametrize("pool", ["mean", "first", "low_rank_pooling"])
+@pytest.mark.parametrize("pool", ["mean", "last", "structured", "low_rank_pooling"])
 def test_sequences_of_an_encoder_leave_alone_as_in_a_batch(pool):
     ids, lengths = random_ids(24, 8), torch.randint(1, 9, (24,))
     model = encoder("softmax", pool=pool, dropout=0.0, stack={"exits": (1, 2)})
@@ -409,6 +508,10 @@ def test_under_autocast_weights_and_gradients_stay_float32_and_agree(kind):
         {"reversible": "yes"},
         {"checkpoint_layers": 1.5},
         {"exits": 1},
+        {"layer_scale": -0.1},
+        {"layer_scale": float("nan")},
+        {"layer_scale": True},
+        {"branch_norm": "attention"},
     ],
 )
 def test_bad_options_are_refused(stack):
@@ -426,6 +529,8 @@ def test_layers_that_cannot_share_or_be_repeated_are_refused():
     language_model([("performer", {"redraw": 0})] * 2, stack={"reversible": True})
     with pytest.raises(Unsupported, match="forecaster"):
         ForecasterConfig(2, 3, stack={"exits": (1,)})
+    with pytest.raises(Unsupported, match="branch_norm='mixer' in a model with norm='none'"):
+        language_model("softmax", norm="none", stack={"branch_norm": "mixer"})
     with pytest.raises(Unsupported, match="leave early"):
         encoder(stack=LEAVING).eval()(random_ids(2, 5), context=Context(want=frozenset({"weights"})))
 
