@@ -75,7 +75,8 @@ def register_projections() -> None:
     """Make every projection mechanism a kind of :func:`regard.layers.linear.make_linear`."""
     for name in list_mechanisms(kind=Kind.PROJECTION):
         if name not in linear.FACTORIES:
-            linear.register_linear(name, projection_factory(get_mechanism(name)))
+            card = get_mechanism(name)
+            linear.register_linear(name, projection_factory(card), aliases=card.aliases)
 
 
 linear.SOURCES.append(register_projections)

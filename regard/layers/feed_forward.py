@@ -2,12 +2,14 @@
 
 ``gelu``: ``W2 gelu(W1 x)`` (Hendrycks & Gimpel, arXiv 1606.08415, exact erf form).
 ``swiglu``: ``W2 (silu(Wg x) * Wu x)`` (Shazeer, arXiv 2002.05202, equation 6).
+``bilinear``: ``W2 (Wg x * Wu x)`` (the same equation), which TransNormer's code computes (arXiv 2210.10340).
+A kind of projection is one too, from the width to itself: ``token_parameter`` is that of TokenFormer (arXiv 2410.23168).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 
 from regard.contract import Unsupported, at_least, closest
 from regard.engines.layers import gated_product
-from regard.layers.linear import make_linear
+from regard.layers.linear import is_linear, list_linears, make_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -100,11 +102,21 @@ class SwiGLU(nn.Module):
         self.down = linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "... c"], *, generator: torch.Generator | None = None) -> Float[Tensor, "... c"]:
-        hidden = gated_product(self.up(x), self.gate(x))
+        hidden = self.gated(x)
         return self.down(dropout(hidden, self.dropout, training=self.training, generator=generator))
 
+    def gated(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... hidden"]:
+        return gated_product(self.up(x), self.gate(x))
 
-FEED_FORWARDS: dict[str, type[MLP] | type[SwiGLU]] = {"swiglu": SwiGLU, "gelu": MLP}
+
+class Bilinear(SwiGLU):
+    """Two projections multiplied, without an activation, and a third one back; arguments as of :class:`SwiGLU`."""
+
+    def gated(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... hidden"]:
+        return self.up(x) * self.gate(x)
+
+
+FEED_FORWARDS: dict[str, type[MLP] | type[SwiGLU]] = {"swiglu": SwiGLU, "gelu": MLP, "bilinear": Bilinear}
 
 
 def make_feed_forward(
@@ -115,16 +127,31 @@ def make_feed_forward(
     dropout: float = 0.0,
     bias: bool = False,
     linear: Callable[..., nn.Module] = make_linear,
+    **options: Any,
 ) -> nn.Module:
-    """A feed-forward network by name, ``swiglu`` or ``gelu``.
+    """A feed-forward network by name: ``swiglu``, ``gelu``, ``bilinear``, or a kind of :func:`regard.layers.linear.make_linear`.
+
+    Args:
+        name: a kind of projection maps `dim` to itself, once; it has no hidden width and no dropout.
+        dim, hidden, dropout, bias, linear: as of :class:`SwiGLU`.
+        options: of the kind of projection.
 
     Raises:
-        Unsupported: for another name.
+        Unsupported: for another name, or what it does not take.
     """
-    if name not in FEED_FORWARDS:
+    if name in FEED_FORWARDS:
+        for option in options:
+            own = ("dropout", "bias", "linear")
+            raise Unsupported(
+                f"option {option!r} of feed-forward {name!r}", supported=", ".join(own), nearest=closest(option, own)
+            )
+        return FEED_FORWARDS[name](dim, hidden, dropout=dropout, bias=bias, linear=linear)
+    names = (*FEED_FORWARDS, *list_linears())
+    if not is_linear(name):
         raise Unsupported(
-            f"feed-forward {name!r}",
-            supported=", ".join(FEED_FORWARDS),
-            nearest=closest(str(name), FEED_FORWARDS) or "swiglu",
+            f"feed-forward {name!r}", supported=", ".join(names), nearest=closest(str(name), names) or "swiglu"
         )
-    return FEED_FORWARDS[name](dim, hidden, dropout=dropout, bias=bias, linear=linear)
+    for what, given in (("a hidden width", hidden is not None), ("dropout", dropout != 0)):
+        if given:
+            raise Unsupported(f"{what} of feed-forward {name!r}", supported=", ".join(FEED_FORWARDS))
+    return linear(dim, dim, kind=name, bias=bias, **options)

@@ -10,7 +10,7 @@ from `in_features` to `out_features`. ``dense`` is :class:`Linear`; whoever has 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,24 +102,39 @@ def _dense(in_features: int, out_features: int, *, bias: bool) -> nn.Module:
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"dense": _dense}
 
+ALIASES: dict[str, str] = {}
+"""Other names of kinds."""
+
 SOURCES: list[Callable[[], None]] = []
 """Functions that register more kinds, called when all kinds, or one that is not registered, are asked for."""
 
 
-def register_linear(kind: str, factory: Callable[..., nn.Module]) -> None:
+def register_linear(kind: str, factory: Callable[..., nn.Module], *, aliases: Sequence[str] = ()) -> None:
     """Make projections of a kind available to :func:`make_linear`. The same kind and factory may be given again.
+
+    Args:
+        kind, factory: see above.
+        aliases: other names that :func:`make_linear` takes.
 
     Raises:
         Unsupported: when the kind belongs to another factory.
     """
     if FACTORIES.setdefault(kind, factory) is not factory:
         raise Unsupported(f"a second factory for linear kind {kind!r}", supported="one factory a kind")
+    ALIASES.update(dict.fromkeys(aliases, kind))
 
 
 def list_linears() -> list[str]:
     """Names of the kinds."""
     _register_all()
     return list(FACTORIES)
+
+
+def is_linear(name: Any) -> bool:
+    """Whether it names a kind, or is an alias of one."""
+    if name not in FACTORIES and name not in ALIASES:
+        _register_all()
+    return name in FACTORIES or name in ALIASES
 
 
 def _register_all() -> None:
@@ -135,18 +150,18 @@ def make_linear(
     Args:
         in_features, out_features: widths.
         bias: whether it adds a learned vector; a factory that cannot refuses.
-        kind: one of :func:`list_linears`.
+        kind: one of :func:`list_linears`, or an alias: those of a mechanism are its kind's.
         options: the kind's own.
 
     Raises:
         Unsupported: for an unknown kind or options that its factory does not take.
     """
-    if kind not in FACTORIES:
-        _register_all()
-    if kind not in FACTORIES:
+    if not is_linear(kind):
+        known = (*FACTORIES, *ALIASES)
         raise Unsupported(
-            f"linear kind {kind!r}", supported=", ".join(FACTORIES), nearest=closest(str(kind), FACTORIES) or "dense"
+            f"linear kind {kind!r}", supported=", ".join(FACTORIES), nearest=closest(str(kind), known) or "dense"
         )
+    kind = kind if kind in FACTORIES else ALIASES[kind]
     at_least("in_features", in_features, 1)
     at_least("out_features", out_features, 1)
     factory = FACTORIES[kind]

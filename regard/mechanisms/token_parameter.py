@@ -19,12 +19,15 @@ Definition (TokenFormer, Wang et al., arXiv 2410.23168), for each token x alone:
 
 Tokens do not mix: causal or not is the same, and cross attention uses it on both sides. The GELU is exact (erf).
 A parameter token where `token_mask` is False has its score multiplied by 0, which adds nothing to a GELU or a norm; under
-softmax its score is -inf. A token without parameter tokens gives 0.
+softmax its score is -inf. A token without parameter tokens gives 0. `top_k` masks all but the k largest scores of a token.
 `tau_mode="fixed"` keeps tau in a buffer, so rows with zero keys that are added later change nothing (with softmax, masked
 ones); ``"sqrt_n"`` takes sqrt of the rows used in the call, as the authors' code does: then growing changes the function.
-:meth:`TokenParameter.grow` appends rows, and :func:`regard.training.grow` does so in a whole model.
+:meth:`TokenParameter.grow` appends rows, :meth:`TokenParameter.shrink` keeps the most important ones;
+:func:`regard.training.grow` and :func:`regard.training.shrink` do so in a whole model. A model of nothing else is
+:func:`regard.models.tokenformer_plan`.
 Deviations: norms are at least eps (a token of zeros gives 0, not NaN) and are taken in at least float32. In terms of tau the
 softmax is multiplied by tau^2, which is n. `identity` makes any linear layer expressible (`TokenParameter.from_linear`).
+There are no heads, as in the released models: h of them would be h modules on slices of the features that never meet.
 """
 
 from __future__ import annotations
@@ -72,6 +75,8 @@ class Config:
         num_layers: depth L of the model, for values drawn with the standard deviation 2 / (L sqrt(out_features));
             0.02, as the keys, when None.
         frozen_tokens: parameter tokens of the module, the first ones, that do not learn; fewer than `num_tokens`.
+        top_k: parameter tokens that each token uses, those of its largest scores, >= 1; all when None. Every score is
+            computed all the same, so this saves no time.
     """
 
     theta: str = "l2_norm_gelu"
@@ -80,13 +85,14 @@ class Config:
     tau_mode: str = "fixed"
     num_layers: int | None = None
     frozen_tokens: int = 0
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         one_of("theta", self.theta, THETAS)
         one_of("tau_mode", self.tau_mode, TAU_MODES)
         if self.eps <= 0:
             raise Unsupported(f"eps={self.eps}", supported="eps > 0", nearest="eps=1e-6")
-        for name in ("num_tokens", "num_layers"):
+        for name in ("num_tokens", "num_layers", "top_k"):
             value = getattr(self, name)
             if value is not None:
                 at_least(name, value, 1)
@@ -105,6 +111,15 @@ def _softmax(s: Tensor, kept: Tensor | None) -> Tensor:
         return s.softmax(-1)
     opened = kept | ~kept.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
     return torch.where(kept, s.masked_fill(~opened, -torch.inf).softmax(-1), 0)
+
+
+def _largest(s: Tensor, kept: Tensor | None, count: int | None) -> Tensor | None:
+    """Of the scores that are kept, which are among the `count` largest; all when None."""
+    if count is None or count >= s.shape[-1]:
+        return kept
+    places = (s if kept is None else s.masked_fill(~kept, -torch.inf)).topk(count, dim=-1).indices
+    largest = torch.zeros_like(s, dtype=torch.bool).scatter(-1, places, True)
+    return largest if kept is None else largest & kept
 
 
 def _hide(s: Tensor, kept: Tensor | None) -> Tensor:
@@ -137,6 +152,8 @@ def reference(
     def one_token(row: int, place: int) -> Tensor:
         s = call.scale * (keys * x[row, place]).sum(-1)
         kept = torch.ones_like(s) if token_mask is None else token_mask[row, place].to(s.dtype)
+        if config.top_k is not None and kept.sum() > config.top_k:
+            kept = kept * (s >= s[kept > 0].sort(descending=True).values[config.top_k - 1])
         if config.theta == "softmax":
             exponentials = kept * torch.exp(s - s.detach().max())
             weights = tau**2 * exponentials / exponentials.sum().clamp(min=1e-300)
@@ -179,13 +196,27 @@ def attend_to_parameters(
     Raises:
         Unsupported: for a `token_mask` that is not boolean.
     """
+    weights = parameter_weights(x, keys, config, tau=tau, token_mask=token_mask, scale=scale)
+    return linear(weights, values.to(torch.promote_types(x.dtype, torch.float32)).mT).to(x.dtype)
+
+
+def parameter_weights(
+    x: Float[Tensor, "... d"],
+    keys: Float[Tensor, "t d"],
+    config: Config,
+    *,
+    tau: Float[Tensor, ""] | float | None = None,
+    token_mask: Bool[Tensor, "*#batch t"] | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "... t"]:
+    """Theta of each token, in at least float32; arguments as of :func:`attend_to_parameters`."""
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise Unsupported(f"token_mask of dtype {token_mask.dtype}", supported="booleans, True where a row is used")
     dtype = torch.promote_types(x.dtype, torch.float32)
     tau = math.sqrt(keys.shape[0]) if tau is None else tau
     tau = tau.to(dtype) if isinstance(tau, Tensor) else tau
     scores = scale * linear(x.to(dtype), keys.to(dtype))
-    return linear(THETAS[config.theta](scores, tau, token_mask, config.eps), values.to(dtype).mT).to(x.dtype)
+    return THETAS[config.theta](scores, tau, _largest(scores, token_mask, config.top_k), config.eps)
 
 
 class TokenParameter(nn.Module):
@@ -251,7 +282,8 @@ class TokenParameter(nn.Module):
         Args:
             num_tokens: more than there are.
             preserve: keep the function. Possible with a fixed tau, or where the weights are proportional to tau
-                (gelu_l2_norm, whose old values are then scaled); not with softmax. False draws the new keys as well.
+                (gelu_l2_norm, whose old values are then scaled); not with softmax or a `top_k`. False draws the new keys
+                as well.
             freeze: let only the new rows learn; otherwise all rows do, those frozen before too.
 
         Raises:
@@ -260,8 +292,8 @@ class TokenParameter(nn.Module):
         self.check_growth(num_tokens, preserve=preserve)
         keys, values, config = self.keys, self.values, self.config
         count = keys.shape[0]
-        if preserve and config.theta == "gelu_l2_norm" and config.tau_mode == "sqrt_n":
-            values = values * math.sqrt(count / num_tokens)
+        if preserve:
+            values = values * self._rescaling(num_tokens)
         new_values = self._draw_values(num_tokens - count).to(values)
         new_keys = torch.zeros(num_tokens - count, self.in_features).to(keys)
         if not preserve:
@@ -286,6 +318,48 @@ class TokenParameter(nn.Module):
                 supported='preserve=False, or tau_mode="fixed"',
                 nearest='tau_mode="fixed"',
             )
+        if preserve and config.top_k is not None and config.top_k < num_tokens:
+            raise Unsupported(
+                f"growing to {num_tokens} tokens with top_k={config.top_k} without changing the function, since new scores "
+                "of 0 are larger than negative ones",
+                supported="preserve=False, or no top_k",
+                nearest="preserve=False",
+            )
+
+    @torch.no_grad()
+    def shrink(self, num_tokens: int, *, importance: Float[Tensor, " t"] | None = None) -> None:
+        """Keep the `num_tokens` most important parameter tokens, in their order, in place.
+
+        The parameters are new objects, and all rows learn, those frozen before too. A fixed tau stays, so that dropping
+        rows whose keys are zero changes nothing; where it follows the number of rows and the weights are proportional to
+        it (gelu_l2_norm), values are scaled, as in :meth:`grow`.
+
+        Args:
+            num_tokens: fewer than there are, >= 1.
+            importance: of each parameter token, such as :func:`regard.training.token_usage`; the norm of its key when None.
+
+        Raises:
+            Unsupported: for as many tokens or none, or an importance of another shape.
+        """
+        self.check_shrinking(num_tokens, importance=importance)
+        importance = self.keys.norm(dim=1) if importance is None else importance.to(self.keys.device)
+        kept = importance.topk(num_tokens).indices.sort().values
+        values = self.values * self._rescaling(num_tokens)
+        self._set_rows(self.keys[kept], values[kept], 0)
+        self.config = replace(self.config, num_tokens=num_tokens, frozen_tokens=0)
+
+    def check_shrinking(self, num_tokens: int, *, importance: Float[Tensor, " t"] | None = None) -> None:
+        """Raise Unsupported where :meth:`shrink` does."""
+        count = self.keys.shape[0]
+        if not 1 <= num_tokens < count:
+            raise Unsupported(f"shrinking {count} tokens to {num_tokens}", supported=f"from 1 to {count - 1}")
+        if importance is not None and importance.shape != (count,):
+            raise Unsupported(f"an importance of shape {tuple(importance.shape)}", supported=f"({count},)")
+
+    def _rescaling(self, num_tokens: int) -> float:
+        """Of the values, where tau follows the number of rows and the weights are proportional to it."""
+        follows = self.config.theta == "gelu_l2_norm" and self.config.tau_mode == "sqrt_n"
+        return math.sqrt(self.keys.shape[0] / num_tokens) if follows else 1.0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> TokenParameter:
@@ -316,6 +390,17 @@ class TokenParameter(nn.Module):
         if rows is not None:
             keys, values = keys[rows], values[rows]
         return attend_to_parameters(x, keys, values, self.config, tau=self.tau, token_mask=token_mask)
+
+    def weights(
+        self,
+        x: Float[Tensor, "... c"],
+        *,
+        token_mask: Bool[Tensor, "*#batch t"] | None = None,
+        rows: Int[Tensor, " t"] | None = None,
+    ) -> Float[Tensor, "... t"]:
+        """Theta of each token, by which :meth:`forward` weighs the values; arguments as there."""
+        keys = self.keys if rows is None else self.keys[rows]
+        return parameter_weights(x, keys, self.config, tau=self.tau, token_mask=token_mask)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, num_tokens={self.keys.shape[0]}, {self.config.theta}"

@@ -9,7 +9,13 @@ from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
-from regard.models.plans import attention_share, masformer_plan, masformer_schedule, transnormer_plan
+from regard.models.plans import (
+    attention_share,
+    masformer_plan,
+    masformer_schedule,
+    tokenformer_plan,
+    transnormer_plan,
+)
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model
 from regard.models.stack import Stack, StackConfig, set_exit_threshold
@@ -39,5 +45,6 @@ __all__ = [
     "match_parameters",
     "save_pretrained",
     "set_exit_threshold",
+    "tokenformer_plan",
     "transnormer_plan",
 ]

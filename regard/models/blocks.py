@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from regard.catalogue import get_mechanism
 from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Result, Unsupported, closest
 from regard.create import create_layer
 from regard.layers.attention import why_refused
-from regard.layers.feed_forward import SwiGLU, check_dropout, dropout
+from regard.layers.feed_forward import FEED_FORWARDS, check_dropout, dropout, make_feed_forward
 from regard.layers.norms import LayerScale, make_norm
 from regard.positions import Positions, create_positions, list_positions
 from regard.ragged import Gathering
@@ -37,6 +37,9 @@ LOSS_WEIGHT = 0.01
 LOSS_WEIGHTS = {"position_contrast": 0.1, "position_transfer": 0.1, "commitment": 1e-4, "reconstruction": 1.0}
 """Other weights of losses that a config does not name: of sequential position encoding (arXiv 2506.13277), of routing (public
 code), and of compressive memory (arXiv 1911.05507), whose loss reaches the compression alone."""
+
+FEED_FORWARD_OPTIONS = ("feed_forward_kind", "feed_forward_options")
+"""What an entry of a plan says of its feed-forward network beside the hidden width."""
 
 GATES = {"log_decay", "beta"}
 """Inputs through which a recurrence knows the order of its tokens."""
@@ -241,6 +244,32 @@ def place_input(
     return scheme.embed(x, where), context, losses
 
 
+def _take_feed_forward(options: dict[str, Any], width: int | None) -> Callable[[int], nn.Module] | None:
+    """Take the feed-forward network out of the options of a plan's entry: what makes it of the model's dim, None for none.
+
+    `width` is the hidden width where the entry names none.
+    """
+    named = "feed_forward" in options
+    width = options.pop("feed_forward", width)
+    given = {name: options.pop(name) for name in FEED_FORWARD_OPTIONS if name in options}
+    kind, own = given.get("feed_forward_kind", "swiglu"), given.get("feed_forward_options", {})
+    if width == 0:
+        if given:
+            raise Unsupported(
+                f"{', '.join(f'{name}={value!r}' for name, value in given.items())} in a block without a feed-forward "
+                "network",
+                supported="a feed_forward other than 0; in an encoder-decoder the entries of encoder_plan and cross_plan",
+            )
+        return None
+    if kind in FEED_FORWARDS:
+        for option in own:
+            if option != "bias":  # hidden dropout would not follow the context's generator
+                raise Unsupported(f"option {option!r} of feed-forward {kind!r} in a model", supported="bias")
+    elif not named:
+        width = None
+    return lambda dim: make_feed_forward(kind, dim, width, **own)
+
+
 class Block(nn.Module):
     """A pre-norm residual block: x + mix(norm(x)), then x + feed_forward(norm(x)).
 
@@ -250,8 +279,10 @@ class Block(nn.Module):
 
     Args:
         entry: mechanism and options from the plan. The options ``positions``, ``feed_forward``, ``num_heads``,
-            ``head_dim`` and ``num_kv_heads`` override the model's; the others belong to the layer. The model's
-            positions, head_dim and num_kv_heads apply to layers that have such an option.
+            ``head_dim`` and ``num_kv_heads`` override the model's; ``feed_forward_kind`` and ``feed_forward_options`` are
+            of :func:`regard.layers.feed_forward.make_feed_forward`; the others belong to the layer. The model's
+            positions, head_dim and num_kv_heads apply to layers that have such an option, its feed_forward to networks
+            that have a hidden width.
         config: the model's, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout, norm and
             stack.
         pattern: of the mechanism.
@@ -264,7 +295,7 @@ class Block(nn.Module):
         super().__init__()
         name, options = entry[0], dict(entry[1])
         card = get_mechanism(name)
-        width = options.pop("feed_forward", config.feed_forward if feed_forward is None else feed_forward)
+        network = _take_feed_forward(options, config.feed_forward if feed_forward is None else feed_forward)
         num_heads = options.pop("num_heads", config.num_heads)
         positions = options.pop("positions", None)
         if positions is not None or layer_accepts(card, "positions"):
@@ -293,9 +324,9 @@ class Block(nn.Module):
         self.mixer_norm = make_norm(config.norm, config.dim)
         self.mixer = create_layer(name, config.dim, num_heads, pattern=pattern, **options)
         self.mixer_end = _branch_end("mixer", config)
-        self.feed_forward_norm = None if width == 0 else make_norm(config.norm, config.dim)
-        self.feed_forward = None if width == 0 else SwiGLU(config.dim, width)
-        self.feed_forward_end = None if width == 0 else _branch_end("feed_forward", config)
+        self.feed_forward_norm = None if network is None else make_norm(config.norm, config.dim)
+        self.feed_forward = None if network is None else network(config.dim)
+        self.feed_forward_end = None if network is None else _branch_end("feed_forward", config)
 
     def forward(
         self,

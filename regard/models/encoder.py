@@ -62,7 +62,7 @@ class EncoderConfig:
         plan: as in :class:`regard.models.LanguageModelConfig`. Layers for grids alone (``large_kernel`` unless
             ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
         dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
-            norm, loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
+            norm, embedding_norm, loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
     """
 
     num_classes: int
@@ -80,6 +80,7 @@ class EncoderConfig:
     max_length: int = 2048
     dropout: float = 0.0
     norm: str = "rms"
+    embedding_norm: str = "none"
     pool: str = "mean"
     pool_options: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: Mapping[str, float] = field(default_factory=dict)
@@ -102,7 +103,7 @@ class EncoderBase(nn.Module):
     """What every encoder begins with: tokens or features become vectors, with positions.
 
     Args:
-        config: with vocab_size, features, dim, positions and dropout.
+        config: with vocab_size, features, dim, positions and dropout, perhaps embedding_norm.
         plan: all layers that read the positions.
     """
 
@@ -117,6 +118,7 @@ class EncoderBase(nn.Module):
         else:
             self.embedding = FeatureEmbedding(config.features or 0, config.dim)
         self.positions = make_input_positions(input_positions(plan, config.positions), config)
+        self.embedding_norm = make_norm(getattr(config, "embedding_norm", "none"), config.dim)
 
     def embed(self, inputs: Tensor, context: Context) -> tuple[Tensor, Context, Gathering, dict[str, Loss]]:
         """The right-padded input of the first layer (B, N, dim), the context of all layers, and the losses of positions.
@@ -139,6 +141,7 @@ class EncoderBase(nn.Module):
         x = self.embedding(inputs)  # (B, N, dim)
         where = torch.arange(x.shape[1], device=x.device)[None] if inner.positions is None else inner.positions
         x, inner, losses = place_input(self.positions, x, where, inner, movable=inner.positions is None)
+        x = self.embedding_norm(x)
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         return x, inner, layout, losses
 

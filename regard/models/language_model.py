@@ -54,11 +54,14 @@ class LanguageModelConfig:
         vocab_size: number of tokens.
         dim: width of the residual stream.
         plan: a mechanism for all layers, or a list with a name or (name, options) for each layer. The options
-            ``positions``, ``feed_forward``, ``num_heads``, ``head_dim`` and ``num_kv_heads`` override those below.
-            :mod:`regard.models.plans` has the plans of some papers.
+            ``positions``, ``feed_forward``, ``num_heads``, ``head_dim`` and ``num_kv_heads`` override those below;
+            ``feed_forward_kind`` is ``swiglu`` (as where there is none), ``gelu``, ``bilinear`` (a gate without an
+            activation) or a projection such as ``token_parameter``, ``feed_forward_options`` are its options (``bias`` of
+            the first three). :mod:`regard.models.plans` has the plans of some papers.
         num_layers: how often to repeat a single name (4 when None); the length of a list.
         num_heads, head_dim, num_kv_heads: heads of every layer; as in :func:`regard.create_layer`.
-        feed_forward: hidden width of the SwiGLU; 8/3 of `dim` when None, 0 for blocks without one.
+        feed_forward: hidden width of feed-forward networks that have one; 8/3 of `dim` (4 of it for ``gelu``) when None, 0
+            for blocks without a network.
         positions: a scheme of :mod:`regard.positions`, or ``auto``: rotary where a mechanism accepts it, none for
             recurrences with gates, sinusoidal at the input when no layer would know the order of its tokens.
         position_options: of that scheme.
@@ -66,6 +69,7 @@ class LanguageModelConfig:
         dropout: of the embedding and of each residual branch.
         tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
         norm: of :func:`regard.layers.norms.make_norm`.
+        embedding_norm: the same, of the embedding with its positions; ``none`` as a rule.
         loss_weights: weight of each auxiliary loss by name; when not given, that of its paper or public code for sequential
             positions (0.1), ``commitment`` (1e-4) and ``reconstruction`` (1), and 0.01 for all others.
         stack: how the blocks are stacked: a :class:`regard.models.stack.StackConfig`, or a mapping of its options.
@@ -85,6 +89,7 @@ class LanguageModelConfig:
     dropout: float = 0.0
     tie_embeddings: bool = False
     norm: str = "rms"
+    embedding_norm: str = "none"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
 
@@ -119,6 +124,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight)
         scheme = input_positions(config.plan, config.positions)
         self.positions = make_input_positions(scheme, config)
+        self.embedding_norm = make_norm(config.embedding_norm, config.dim)
         self.blocks = Stack([Block(entry, config, Pattern.CAUSAL_SELF) for entry in config.plan], config.stack)
         self.norm = make_norm(config.norm, config.dim)
         self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
@@ -199,6 +205,7 @@ class LanguageModel(nn.Module):
                 where = torch.where(rank < context.mask.lengths[:, None], where, 0)
             movable = past is None and context.positions is None
             x, context, losses = place_input(self.positions, x, where, context, movable=movable)
+        x = self.embedding_norm(x)
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         return x, context, losses
 

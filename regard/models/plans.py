@@ -4,12 +4,16 @@
         vocab_size=256, plan=transnormer_plan(6, "T2"), norm="rms_nonparametric", tie_embeddings=True
     )
     config = LanguageModelConfig(vocab_size=256, plan=masformer_plan(12, "bottom:3", block=512))
+    config = LanguageModelConfig(
+        vocab_size=256, plan=tokenformer_plan(12, 256), norm="layer_nonparametric", tie_embeddings=True
+    )
 
 A plan is a list with (name, options) for each layer, to be changed as any list.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,16 +32,24 @@ COUNTED = "plans of softmax, local and longformer"
 
 PLACES = ("bottom", "top", "middle", "spread")
 
+GLU_ACTIVATIONS = {"identity": "bilinear", "silu": "swiglu"}
+"""Feed-forward networks of TransNormer, by the activation of their gate."""
+
 
 def transnormer_plan(
-    num_layers: int, variant: str = "T2", *, block: int = 64, order: str = "diagonal_first", positions: str = "lrpe"
+    num_layers: int,
+    variant: str = "T2",
+    *,
+    block: int = 64,
+    order: str = "diagonal_first",
+    positions: str = "lrpe",
+    glu_act: str | None = None,
 ) -> list[tuple[str, dict[str, Any]]]:
     """TransNormer (Qin et al., arXiv 2210.10340): floor(L / 2) layers of `diagonal`, the others of `norm_linear`.
 
-    The paper's models have norms without parameters (``norm="rms_nonparametric"``) and, as language models, tied
-    embeddings; its base size is dim=512, num_heads=8 and 6 layers. What differs here: the feed-forward layers have no
-    biases and a SiLU, which the authors' configs name (their code has no such entry and uses none), and embeddings are
-    not normalised.
+    The paper's models have norms without parameters, of the embedding too (``norm="rms_nonparametric"``,
+    ``embedding_norm="rms_nonparametric"``), networks of ``feed_forward=8 * dim // 3`` and, as language models, tied
+    embeddings; the base size is dim=512, num_heads=8 and 6 layers.
 
     Args:
         num_layers: L, >= 1.
@@ -45,14 +57,21 @@ def transnormer_plan(
         block: tokens a block of `diagonal`.
         order: ``diagonal_first``, ``norm_first`` or ``interleaved``, which begins with `diagonal`.
         positions: of every layer: ``lrpe``, ``rotary`` or ``none``.
+        glu_act: of the authors' feed-forward networks, which have biases: ``identity``, as their code computes, or
+            ``silu``, as their configs ask for (by a name that the code does not know). None for the networks of other
+            models here, with a SiLU and without biases.
 
     Raises:
-        Unsupported: for another variant or order, or no layers.
+        Unsupported: for another variant, order or activation, or no layers.
     """
     at_least("num_layers", num_layers, 1)
     one_of("variant", variant, TRANSNORMERS)
     one_of("order", order, ("diagonal_first", "norm_first", "interleaved"))
     near, far = TRANSNORMERS[variant]
+    network: dict[str, Any] = {}
+    if glu_act is not None:
+        one_of("glu_act", glu_act, GLU_ACTIVATIONS)
+        network = {"feed_forward_kind": GLU_ACTIVATIONS[glu_act], "feed_forward_options": {"bias": True}}
     half = num_layers // 2
     diagonal = {
         "diagonal_first": range(half),
@@ -60,11 +79,57 @@ def transnormer_plan(
         "interleaved": range(0, 2 * half, 2),
     }[order]
     return [
-        ("diagonal", {**near, "block": block, "positions": positions})
+        ("diagonal", {**near, "block": block, "positions": positions, **network})
         if layer in diagonal
-        else ("norm_linear", {**far, "positions": positions})
+        else ("norm_linear", {**far, "positions": positions, **network})
         for layer in range(num_layers)
     ]
+
+
+def tokenformer_plan(
+    num_layers: int,
+    num_tokens: int,
+    *,
+    feed_forward_tokens: int | None = None,
+    positions: str = "rotary",
+    **options: Any,
+) -> list[tuple[str, dict[str, Any]]]:
+    """TokenFormer (Wang et al., arXiv 2410.23168): softmax attention and feed-forward networks of `token_parameter` alone.
+
+    Query, key, value and output are projections with `num_tokens` parameter tokens each, the feed-forward network is one
+    with more. The paper's models have norms without parameters (``norm="layer_nonparametric"``) and tied embeddings, so
+    that there are 16 dim^2 parameters a layer with num_tokens=dim, and the embedding. Sizes (layers, dim = num_tokens,
+    num_heads): 12, 768, 12 (150M); 24, 1024, 16 (450M); 32, 1280, 16 (900M); 40, 1536, 16 (1.5B).
+    :func:`regard.training.grow` makes a trained one larger.
+
+    Args:
+        num_layers: layers, >= 1; values are drawn for this depth.
+        num_tokens: parameter tokens of a projection, >= 1.
+        feed_forward_tokens: of the feed-forward network; 4 num_tokens when None, 0 for layers without one, as those of
+            the decoder_plan of an encoder-decoder.
+        positions: of every layer. Rotary ones turn a quarter of each head's features, as in the paper; use ``none`` for
+            cross layers.
+        options: others of `token_parameter`: ``theta``, ``tau_mode``, ``top_k``, ``eps``.
+
+    Raises:
+        Unsupported: for no layers or tokens, or another option.
+    """
+    at_least("num_layers", num_layers, 1)
+    more = 4 * num_tokens if feed_forward_tokens is None else feed_forward_tokens
+    own = {"num_layers": num_layers, **options}
+    projection = {**own, "num_tokens": num_tokens}
+    layer: dict[str, Any] = {"linear": "token_parameter", "linear_options": projection, "positions": positions}
+    if positions == "rotary":
+        layer["position_options"] = {"fraction": 0.25}
+    card = get_mechanism("token_parameter")
+    card.options(**projection)
+    if more == 0:
+        layer["feed_forward"] = 0
+    else:
+        card.options(**own, num_tokens=more)
+        network = {**own, "num_tokens": more}
+        layer |= {"feed_forward_kind": "token_parameter", "feed_forward_options": network}
+    return [("softmax", copy.deepcopy(layer)) for _ in range(num_layers)]
 
 
 def masformer_plan(

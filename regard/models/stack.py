@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.contract import Context, Loss, Result, Unsupported, at_least, closest, one_of
 from regard.layers.attention import AttentionLayer
-from regard.models.blocks import Block, add_losses, check_roles, run_blocks
+from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_roles, run_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -173,9 +173,10 @@ class Stack(nn.ModuleList):
             if self.config.share in ("all", "mixer"):
                 block.mixer, block.mixer_norm, block.mixer_end = first.mixer, first.mixer_norm, first.mixer_end
             if self.config.share in ("all", "feed_forward"):
-                if _shapes(block.feed_forward) != _shapes(first.feed_forward):
+                if _network(block) != _network(first):
                     raise Unsupported(
-                        "feed-forward networks of different widths that are shared", supported="one width"
+                        "feed-forward networks of different widths or kinds that are shared",
+                        supported="one width, one kind with the same options",
                     )
                 block.feed_forward, block.feed_forward_norm = first.feed_forward, first.feed_forward_norm
                 block.feed_forward_end = first.feed_forward_end
@@ -208,8 +209,10 @@ class Stack(nn.ModuleList):
         return work.result()
 
 
-def _shapes(module: Any) -> list[torch.Size]:
-    return [] if module is None else [parameter.shape for parameter in module.parameters()]
+def _network(block: Any) -> tuple[Any, ...]:
+    """What networks of blocks that share one have in common."""
+    shapes = [] if block.feed_forward is None else [parameter.shape for parameter in block.feed_forward.parameters()]
+    return shapes, *(block.entry[1].get(name) for name in FEED_FORWARD_OPTIONS)
 
 
 Streams = tuple[Tensor, ...]

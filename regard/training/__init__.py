@@ -9,7 +9,7 @@ from regard.training.distillation import (
     distillation_groups,
     distillation_loss,
 )
-from regard.training.growth import grow
+from regard.training.growth import grow, shrink, token_usage
 from regard.training.heads import head_importance, mix_heads, skip_attention
 from regard.training.learning_rate import Search, Trial, search
 from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
@@ -40,6 +40,8 @@ __all__ = [
     "parameter_groups",
     "peak_memory",
     "search",
+    "shrink",
     "skip_attention",
+    "token_usage",
     "train",
 ]

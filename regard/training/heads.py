@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Unsupported
 from regard.layers.attention import AttentionLayer
-from regard.models.blocks import evaluation_mode
+from regard.models.blocks import FEED_FORWARD_OPTIONS, evaluation_mode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-OF_THE_BLOCK = ("positions", "feed_forward", "num_heads", "head_dim", "num_kv_heads")
+OF_THE_BLOCK = ("positions", "feed_forward", *FEED_FORWARD_OPTIONS, "num_heads", "head_dim", "num_kv_heads")
 """Options of a plan's entry that are not the wrapped layer's."""
 
 

@@ -341,7 +341,7 @@ def test_linear_mistakes_are_refused() -> None:
         make_linear(0, 2)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "gelu"])
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "bilinear"])
 @pytest.mark.parametrize("hidden", [None, 7])
 def test_feed_forward_equals_its_definition(name: str, hidden: int | None) -> None:
     network = make_feed_forward(name, 6, hidden, bias=True).double()
@@ -351,9 +351,16 @@ def test_feed_forward_equals_its_definition(name: str, hidden: int | None) -> No
         inner = up * 0.5 * (1 + torch.erf(up / 2**0.5))
     else:
         gate = x @ network.gate.weight.T + network.gate.bias
-        inner = gate * torch.sigmoid(gate) * up
+        inner = gate * up if name == "bilinear" else gate * torch.sigmoid(gate) * up
     close(network(x), inner @ network.down.weight.T + network.down.bias)
-    assert network.up.out_features == (hidden or {"gelu": 24, "swiglu": 16}[name])
+    assert network.up.out_features == (hidden or {"gelu": 24, "swiglu": 16, "bilinear": 16}[name])
+
+
+def test_a_kind_of_projection_is_a_feed_forward_network() -> None:
+    network = make_feed_forward("token_parameter", 6, num_tokens=9, theta="identity").double()
+    x = torch.randn(2, 3, 6, dtype=float64)
+    close(network(x), x @ network.key_tokens.T @ network.value_tokens)
+    assert network.key_tokens.shape == (9, 6)
 
 
 def test_swiglu_has_about_the_size_of_an_mlp_by_default() -> None:
@@ -378,6 +385,16 @@ def test_dropout_is_active_in_training_alone_and_follows_the_generator() -> None
 def test_feed_forward_mistakes_are_refused() -> None:
     with pytest.raises(Unsupported, match="nearest: swiglu"):
         make_feed_forward("swigly", 4)
+    with pytest.raises(Unsupported, match="nearest: token_parameter"):
+        make_feed_forward("token_parametre", 4)
+    with pytest.raises(Unsupported, match="nearest: bias"):
+        make_feed_forward("gelu", 4, bais=True)
+    with pytest.raises(Unsupported, match="nearest: num_tokens"):
+        make_feed_forward("token_parameter", 4, num_token=3)
+    with pytest.raises(Unsupported, match="a hidden width"):
+        make_feed_forward("token_parameter", 4, 8)
+    with pytest.raises(Unsupported, match="dropout"):
+        make_feed_forward("token_parameter", 4, dropout=0.1)
     with pytest.raises(Unsupported, match="dropout"):
         MLP(4, dropout=1.0)
     with pytest.raises(Unsupported, match="hidden"):

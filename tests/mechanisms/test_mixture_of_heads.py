@@ -533,7 +533,8 @@ def test_importance_is_the_derivative_of_a_gate_on_the_head():
 
 
 def test_a_trained_model_becomes_a_mixture_whose_important_heads_are_shared(tmp_path):
-    plan = [("softmax", {"query_key_norm": "rms", "feed_forward": 24}), "mamba2", "softmax"]
+    first = {"query_key_norm": "rms", "feed_forward": 24, "feed_forward_kind": "gelu"}
+    plan = [("softmax", first | {"feed_forward_options": {"bias": True}}), "mamba2", "softmax"]
     model, ids = trained_by_hand(plan), torch.randint(11, (2, 8))
     importance = head_importance(model, [ids])
     whole = mix_heads(model, shared_heads=2, active_heads=2, importance=importance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -14,10 +15,24 @@ from torch.nn import functional as F
 import regard
 from regard import Unsupported
 from regard.apply import apply
+from regard.layers import linear
 from regard.layers.linear import list_linears, make_linear
 from regard.mechanisms.token_parameter import MECHANISM, THETAS, Config, TokenParameter, attend_to_parameters
-from regard.models import LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
-from regard.training import grow
+from regard.models import (
+    Encoder,
+    EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    FunnelEncoder,
+    FunnelEncoderConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    from_pretrained,
+    save_pretrained,
+    set_exit_threshold,
+    tokenformer_plan,
+)
+from regard.training import grow, shrink, token_usage
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES
 from regard.workbench.subjects import Subject
@@ -56,8 +71,9 @@ def options_of(module: TokenParameter) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("theta", THETAS)
-def test_every_theta_has_the_properties_of_the_matrix(theta):
-    subject = Subject(MECHANISM, MECHANISM.patterns[1], {"theta": theta})
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_every_theta_has_the_properties_of_the_matrix(theta, top_k):
+    subject = Subject(MECHANISM, MECHANISM.patterns[1], {"theta": theta, "top_k": top_k})
     checked = ("reference", "padding", "hidden_row", "gradient", "layer_padding", "layer_gradient", "layer_save")
     for prop in (*FUNCTION_PROPERTIES, *LAYER_PROPERTIES):
         if prop.name in checked:
@@ -197,6 +213,24 @@ def test_masked_rows_are_as_if_removed(theta):
 
 
 @pytest.mark.parametrize("theta", THETAS)
+def test_top_k_is_a_mask_of_all_but_the_largest_scores_that_are_allowed(theta):
+    module, x = make(theta=theta), torch.randn(4, 6, dtype=torch.float64)
+    sparse = make(theta=theta, top_k=3)
+    sparse.load_state_dict(module.state_dict())
+    allowed = torch.tensor([1, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
+    for mask in (torch.ones(8, dtype=torch.bool), allowed):
+        scores = (x @ module.key_tokens.T).masked_fill(~mask, -torch.inf)
+        largest = scores >= scores.sort(-1, descending=True).values[:, 2:3]
+        assert (largest.sum(-1) == 3).all()
+        found = sparse(x, token_mask=None if mask.all() else mask)
+        torch.testing.assert_close(found, module(x, token_mask=largest))
+        assert not torch.allclose(found, module(x, token_mask=mask))
+    few = torch.arange(8) < 2  # fewer than k
+    torch.testing.assert_close(sparse(x, token_mask=few), module(x, token_mask=few))
+    torch.testing.assert_close(sparse(x, rows=torch.tensor([4, 2])), module(x, rows=torch.tensor([4, 2])))
+
+
+@pytest.mark.parametrize("theta", THETAS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_zero_token_gives_a_finite_output_and_gradient(theta, masked):
     module, x = make(theta=theta), torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
@@ -249,6 +283,16 @@ def test_it_is_a_kind_of_linear_layer():
         make_linear(6, 5, kind="token_parameter", num_token=3)
     with pytest.raises(Unsupported, match="bias"):
         make_linear(6, 5, bias=True, kind="token_parameter")
+    for alias in MECHANISM.aliases:
+        assert isinstance(make_linear(6, 5, kind=alias, num_tokens=3), TokenParameter)
+        assert alias not in list_linears()
+    with pytest.raises(Unsupported, match="supported: dense, token_parameter; nearest: pattention"):
+        make_linear(6, 5, kind="patention")
+
+
+def test_an_alias_never_hides_a_kind(monkeypatch):
+    monkeypatch.setitem(linear.ALIASES, "dense", "token_parameter")
+    assert isinstance(make_linear(6, 5), linear.Linear)
 
 
 @pytest.mark.parametrize("name", ["softmax", "gated_linear"])
@@ -289,7 +333,14 @@ def test_mistakes_are_refused():
     module, x = make(), torch.randn(2, 6, dtype=torch.float64)
     with pytest.raises(Unsupported, match="booleans"):
         module(x, token_mask=torch.ones(8))
-    for options in ({"theta": "gelu"}, {"tau_mode": "fix"}, {"num_tokens": 0}, {"num_layers": 0}, {"eps": 0.0}):
+    for options in (
+        {"theta": "gelu"},
+        {"tau_mode": "fix"},
+        {"num_tokens": 0},
+        {"num_layers": 0},
+        {"eps": 0.0},
+        {"top_k": 0},
+    ):
         with pytest.raises(Unsupported):
             Config(**options)
     with pytest.raises(Unsupported, match="parameters only"):
@@ -382,8 +433,235 @@ def test_growth_that_cannot_be_is_refused_before_anything_changes():
         make(frozen_tokens=8)
     with pytest.raises(Unsupported, match="without parameter tokens"):
         grow(torch.nn.Linear(2, 2), 5)
+    with pytest.raises(Unsupported, match=r"top_k=3.*nearest: preserve=False"):
+        make(top_k=3).grow(20)
     pair = torch.nn.ModuleList([make(), make(6, 5, 12)])
-    for options in ({"num_tokens": 10}, {"num_tokens": 14, "freeze": True}):
-        with pytest.raises(Unsupported):
+    for given in ((10,), ({"0": 9, "1": 10},)):
+        with pytest.raises(Unsupported, match="growing 12 tokens to 10"):
+            grow(pair, *given)
+    with pytest.raises(Unsupported, match="growing 8 tokens to 8"):
+        grow(pair, factor=1.01)
+    with pytest.raises(Unsupported, match=r"nearest: factor=1\.5"):
+        grow(pair, 1.5)
+    with pytest.raises(Unsupported, match="supported: 0, 1"):
+        grow(pair, {"0": 9, "2": 10})
+    for options in ({}, {"num_tokens": 20, "factor": 2.0}):
+        with pytest.raises(Unsupported, match="one of them"):
             grow(pair, **options)
+    assert [module.keys.shape[0] for module in pair] == [8, 12]
+
+
+def test_a_top_k_of_all_tokens_does_not_hinder_growth():
+    module, x = make(top_k=20), torch.randn(4, 6, dtype=torch.float64)
+    before = module(x)
+    module.grow(20)
+    torch.testing.assert_close(module(x), before)
+
+
+def test_modules_of_different_sizes_grow_by_a_factor_or_a_number_each_and_freeze_their_own_rows():
+    pair = torch.nn.ModuleDict({"small": make(), "large": make(6, 5, 12), "other": make()})
+    x = torch.randn(4, 6, dtype=torch.float64)
+    before = {name: module(x) for name, module in pair.items()}
+    assert grow(pair, factor=1.7) == ("small", "large", "other")
+    assert [len(module.keys) for module in pair.values()] == [14, 20, 14]  # 13.6 and 20.4
+    assert grow(pair, {"large": 30, "*l*": 16}, freeze=True) == ("small", "large")
+    assert [len(module.keys) for module in pair.values()] == [16, 30, 14]
+    assert [len(module.key_tokens) for module in pair.values()] == [2, 10, 14]
+    for name, module in pair.items():
+        torch.testing.assert_close(module(x), before[name], rtol=0, atol=1e-13)
+
+
+def randomised(model):
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=1 if "tokens" in name else 0.5)
+    return model.double().eval()
+
+
+def tokenformer(layers: int = 2, tokens: int = 12, **options) -> LanguageModel:
+    chosen = {"plan": tokenformer_plan(layers, tokens), "norm": "layer_nonparametric", "tie_embeddings": True} | options
+    return randomised(LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, **chosen)))
+
+
+def sizes(model) -> list[tuple[int, int, int]]:
+    """Of each block: tokens of the mixer and of the network, and the frozen ones of the network."""
+    blocks = model.blocks
+    return [(len(b.mixer.value.keys), len(b.feed_forward.keys), b.feed_forward.config.frozen_tokens) for b in blocks]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"factor": 7 / 3}, [(28, 112, 0)] * 2),
+        ({"factor": 1.5, "freeze": True}, [(18, 72, 48)] * 2),
+        ({"num_tokens": {"*.mixer.*": 15, "*.feed_forward": 50}}, [(15, 50, 0)] * 2),
+        ({"num_tokens": {"blocks.0.*": 60, "*feed_forward": 70}, "freeze": True}, [(60, 60, 48), (12, 70, 48)]),
+    ],
+)
+def test_a_tokenformer_grows_goes_on_decodes_and_is_saved(given, expected, tmp_path):
+    model, ids = tokenformer(), torch.randint(11, (2, 7))
+    before = model(ids).output
+    set_exit_threshold(model, None)  # makes a new config
+    grow(model, **given)
+    assert sizes(model) == expected
+    torch.testing.assert_close(model(ids).output, before, rtol=0, atol=1e-12)
+    model.loss(ids).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+    after = model(ids).output
+    assert not torch.allclose(after, before)
+    state = model(ids[:, :6], context=regard.Context(want=frozenset({"state"}))).state
+    torch.testing.assert_close(model(ids[:, 6:], state=state).output[:, 0], after[:, 6])
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).output, after)
+    assert sizes(again) == expected
+    assert [block.entry for block in model.blocks] == list(model.config.plan)
+
+
+def test_every_plan_of_a_model_follows_its_own_layers(tmp_path):
+    config = EncoderDecoderConfig(
+        vocab_size=11,
+        memory_vocab_size=11,
+        dim=16,
+        num_heads=2,
+        encoder_plan=tokenformer_plan(1, 8),
+        decoder_plan=tokenformer_plan(2, 8, feed_forward_tokens=0),
+        cross_plan=tokenformer_plan(2, 8, positions="none"),
+    )
+    model, ids, memory = randomised(EncoderDecoder(config)), torch.randint(11, (2, 4)), torch.randint(11, (2, 6))
+    before = model(ids, memory).output
+    grow(model, {"encoder_blocks.*": 40, "blocks.1.mixer.*": 11, "blocks.1.feed_forward": 33, "blocks.2.*": 12})
+    torch.testing.assert_close(model(ids, memory).output, before, rtol=0, atol=1e-12)
+    found = [
+        [
+            (options["linear_options"]["num_tokens"], options.get("feed_forward_options", {}).get("num_tokens"))
+            for _, options in plan
+        ]
+        for plan in (model.config.encoder_plan, model.config.decoder_plan, model.config.cross_plan)
+    ]
+    assert found == [[(40, 40)], [(8, None), (12, None)], [(11, 33), (8, 32)]]
+    save_pretrained(model, tmp_path)
+    torch.testing.assert_close(from_pretrained(tmp_path)(ids, memory).output, before)
+
+
+def test_a_funnel_encoder_and_a_model_inside_a_module_grow_and_are_saved(tmp_path):
+    plans = {"plan": tokenformer_plan(1, 8), "decoder_plan": tokenformer_plan(2, 8)}
+    inner = randomised(FunnelEncoder(FunnelEncoderConfig(num_classes=3, vocab_size=11, dim=16, num_heads=2, **plans)))
+    others = {"dense": LanguageModel(LanguageModelConfig(vocab_size=11, dim=16)), "alone": make()}
+    outer, ids = nn.ModuleDict({"inner": inner, **others}), torch.randint(11, (2, 8))
+    before = inner(ids).output
+    grow(outer, factor=2)
+    torch.testing.assert_close(inner(ids).output, before, rtol=0, atol=1e-12)
+    save_pretrained(inner, tmp_path)
+    torch.testing.assert_close(from_pretrained(tmp_path)(ids).output, before)
+
+
+def test_layers_that_share_their_weights_grow_together(tmp_path):
+    model, ids = tokenformer(stack={"share": "all"}), torch.randint(11, (2, 7))
+    before = model(ids).output
+    grow(model, factor=2, freeze=True)
+    torch.testing.assert_close(model(ids).output, before, rtol=0, atol=1e-12)
+    save_pretrained(model, tmp_path)
+    torch.testing.assert_close(from_pretrained(tmp_path)(ids).output, before)
+
+
+def test_sizes_that_a_config_cannot_say_are_refused_before_anything_changes():
+    model = tokenformer()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(Unsupported, match="one number for all projections of a layer's mixer"):
+        grow(model, {"blocks.0.mixer.query": 20})
+    mamba = EncoderConfig(num_classes=3, vocab_size=11, dim=16, plan=[("mamba", {"linear": "pattention"})])
+    with pytest.raises(Unsupported, match=r"config of a Encoder cannot say.*linear_options"):
+        grow(Encoder(mamba), 99)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("theta", "tau_mode"), PRESERVING)
+def test_shrinking_undoes_a_growth_that_was_not_trained(theta, tau_mode):
+    module, x = make(theta=theta, tau_mode=tau_mode), torch.randn(9, 6, dtype=torch.float64)
+    before, rows = module(x), (module.keys.clone(), module.values.clone())
+    module.grow(13, freeze=True)
+    torch.testing.assert_close(module(x), before, rtol=0, atol=1e-13)
+    module.shrink(8)
+    torch.testing.assert_close(module(x), before, rtol=0, atol=1e-13)
+    torch.testing.assert_close(module.keys, rows[0], rtol=0, atol=0)
+    torch.testing.assert_close(module.values, rows[1], rtol=1e-14, atol=0)
+    assert (module.config.num_tokens, module.config.frozen_tokens, len(module.key_tokens)) == (8, 0, 8)
+
+
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_shrunk_module_has_its_most_important_rows_in_their_order(theta, given):
+    module, x = make(theta=theta), torch.randn(9, 6, dtype=torch.float64)
+    importance = torch.rand(8, dtype=torch.float64) if given else module.key_tokens.detach().square().sum(1)
+    rows = torch.tensor(sorted(sorted(range(8), key=lambda i: -importance[i])[:5]))
+    expected = module(x, rows=rows)
+    module.shrink(5, importance=importance if given else None)
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_usage_is_the_mean_size_of_the_weights_over_all_tokens():
+    model = nn.Sequential(make(6, 5, 8), make(5, 6, 9, theta="gelu_l2_norm"))
+    batches = [torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)]
+    found = token_usage(model, batches)
+    total = torch.zeros(8, dtype=torch.float64)
+    for batch in batches:
+        for x in batch.reshape(-1, 6):
+            z = math.sqrt(8) * model[0].keys @ x / (model[0].keys @ x).norm()
+            total += F.gelu(z).abs()
+    torch.testing.assert_close(found["0"], total / 10)
+    weights = model[1].weights(torch.cat([model[0](batch).reshape(-1, 5) for batch in batches]))
+    torch.testing.assert_close(found["1"], weights.abs().mean(0))
+    rows = torch.tensor([5, 2])
+    routed = token_usage(model[0], batches[1:], lambda module, x: module(x, rows=rows))[""]
+    expected = torch.zeros(8, dtype=torch.float64)
+    expected[rows] = model[0].weights(batches[1], rows=rows).abs().mean(0)
+    torch.testing.assert_close(routed, expected)
+
+
+def test_a_shrunk_model_keeps_what_is_used_and_is_saved(tmp_path):
+    model, batches = tokenformer(), [torch.randint(11, (2, 7)) for _ in range(2)]
+    for block in model.blocks:  # half of the tokens are never used
+        for module in (block.mixer.query, block.mixer.key, block.mixer.value, block.mixer.output, block.feed_forward):
+            with torch.no_grad():
+                module.key_tokens[::2] = 0
+                module.value_tokens[::2] *= 100
+    before = model(batches[0]).output
+    usage = token_usage(model, batches)
+    assert all((used[::2] == 0).all() and (used[1::2] > 0).all() for used in usage.values())
+    by_norm = copy.deepcopy(model)
+    assert shrink(model, factor=0.5, importance=usage) == shrink(by_norm, {"*.mixer.*": 6, "*.feed_forward": 24})
+    for shrunk in (model, by_norm):
+        assert sizes(shrunk) == [(6, 24, 0)] * 2
+        torch.testing.assert_close(shrunk(batches[0]).output, before, rtol=0, atol=1e-12)
+    save_pretrained(model, tmp_path)
+    torch.testing.assert_close(from_pretrained(tmp_path)(batches[0]).output, before)
+
+
+def test_a_model_shrinks_by_the_importance_that_is_given():
+    pair = nn.ModuleList([make(), make(6, 5, 12), make()])
+    importance = {str(i): torch.rand(len(module.keys)) for i, module in enumerate(pair)}
+    expected = [module.keys[importance[str(i)] >= importance[str(i)].median()] for i, module in enumerate(pair)]
+    assert shrink(pair, {"1": 7, "0": 5}, importance=importance) == ("0", "1")
+    assert [len(module.keys) for module in pair] == [5, 7, 8]
+    for module, keys in zip(pair[:2], expected, strict=False):
+        assert torch.equal(module.keys, keys)
+
+
+def test_shrinking_that_cannot_be_is_refused_before_anything_changes():
+    for count in (8, 9, 0, -1):
+        with pytest.raises(Unsupported, match="from 1 to 7"):
+            make().shrink(count)
+    with pytest.raises(Unsupported, match=r"shape \(7,\); supported: \(8,\)"):
+        make().shrink(3, importance=torch.rand(7))
+    pair = torch.nn.ModuleList([make(), make(6, 5, 12)])
+    for options in ({"num_tokens": 8}, {"factor": 0.5, "importance": {"0": torch.rand(8)}}, {"factor": 0.01}):
+        with pytest.raises(Unsupported):
+            shrink(pair, **options)
+    with pytest.raises(Unsupported, match="a batch or more"):
+        token_usage(pair, [])
+    with pytest.raises(Unsupported, match="without parameter tokens"):
+        token_usage(nn.Linear(2, 2), [torch.randn(2, 2)])
     assert [module.keys.shape[0] for module in pair] == [8, 12]
