@@ -28,6 +28,9 @@ H = R G queries from R tokens and one W_q, and wants `num_kv_heads` = H / R.
 Deviations: `forget` multiplies the weights of earlier tokens by lambda at each token (order then matters, in memory too);
 `noncausal="bidirectional"` gives each position its prefix and its suffix, which the layer projects back to V features.
 Rotary positions are refused: they are relative to a query that has no position.
+Queries that depend on the position, but not on the token, are left out: each position would need a scan of its own over
+all earlier tokens, and the state every key. That is `softmax` with queries made of positions. So are gated recurrences
+like minGRU, which weigh tokens by gates instead of a query's scores: another mechanism.
 """
 
 from __future__ import annotations

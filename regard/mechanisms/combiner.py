@@ -43,7 +43,9 @@ Deviations: the two axial patterns that the paper names without code are the mix
 parts are masked, and in noncausal axial patterns a token's own row and column count once; the original masks neither.
 `logn` has bit_length(N - 1) levels; the original's ceil(log2(N - 1)) loses the top one when N - 1 is a power of two.
 Of an unfinished row in noncausal `axial_rowmajor`, columns without a token take the summary of the row's last token.
-Dropout falls on direct weights and on weights inside groups. Learned partitions are left out.
+Dropout falls on direct weights and on weights inside groups. Learned partitions are left out: a learned cluster holds
+tokens on both sides of a query, so that under causality each query would need summaries of its own, while those of rows
+and blocks are complete when they are first seen, and shared. (`routing` attends within learned clusters.)
 """
 
 from __future__ import annotations

@@ -21,17 +21,22 @@ each pair of a feature and a value column.
 | m, number of features | F: `features`, the width of a head by default |
 | phi | `feature_map`: ``positive_random``, or elu + 1, relu, ... which need no `random_features` |
 | NKA | `normalize`; sharpness then comes from b, and from `log_temperature` (H) where it is learned |
-| c_{j-i} on images | `grid_bias` (H, 2 R_y + 1, 2 R_x + 1) with `grid`, noncausal-self |
+| c_{j-i} on images | `grid_bias` (H, 2 R_y + 1, 2 R_x + 1) with `grid` (rows, columns), in self patterns |
+| weight of a class token | e^a, `class_bias` a (H), 0 where not given; a layer has it with `learn_class_bias` |
 
 Layout: (B, H, N, D). The scale (1 by default; e^log_temperature multiplies it) is that of q . k: its root multiplies both
 sides before phi. Ranks count valid tokens; in causal-self keys after the query have weight 0. In cross patterns both
-sides count from 0, which suits a memory that runs beside the queries. On a grid the tokens of a row fill it row by row;
-tokens whose role is not TOKEN (a class token) have no place: all their pairs have the weight e^0.
+sides count from 0, which suits a memory that runs beside the queries. On a grid the tokens fill it row by row, and an
+earlier token is one of a row above or to the left, which the offset alone decides: so causality is half of the table.
+Tokens whose role is not TOKEN (a class token) have no place: all their pairs have the weight e^a.
 
 Since far offsets share a weight, the sum over them is linear attention's, and only the near ones are pairs: the causal
 state is that sum and the last R - 1 tokens, of constant size. The same split computes whole sequences by blocks, which is
 chosen instead of the FFT where it takes less time (`method`): on a CPU for all but long sequences whose offsets all have
 weights of their own. The error of an FFT is relative to the largest of its numbers, so it is computed in float64.
+On a grid far offsets share a weight by column at best: whole grids take the FFT, the state is every token, and a step
+weighs all of them. With tokens that have no place there is no state, since places of later tokens depend on how many of
+the earlier ones have one.
 
 Deviations: the paper gives every offset of a sequence its own number; here that is R >= N - 1. Weights e^b and the
 features of each query are divided by their largest, which cancels; `eps` bounds the denominator after that. Without
@@ -99,7 +104,8 @@ class Config:
             ``sigmoid``, ``exp``.
         normalize: divide each query and key by its norm.
         eps: least denominator, > 0 and finite.
-        method: how whole sequences are computed: ``fft``, ``blocks`` (pairs near, a running sum far), or ``auto``.
+        method: how whole sequences are computed: ``fft``, ``blocks`` (pairs near, a running sum far), or ``auto``. Grids
+            and sequences with roles are always computed by FFT.
         features: F of a layer's random features, >= 1; the width of a head when None.
         orthogonal: whether random features of a layer are orthogonal, D at a time.
         share_features: whether all heads of a layer have the same random features.
@@ -109,6 +115,7 @@ class Config:
         share_offsets: whether all heads of a layer have the same ``learned`` b.
         max_offset: R of a layer, >= 1; or (R_y, R_x) for learned offsets on a grid.
         learn_temperature: whether a layer learns log_temperature, 0 at the start.
+        learn_class_bias: whether a layer learns class_bias, 0 at the start.
     """
 
     feature_map: str = POSITIVE_RANDOM
@@ -123,6 +130,7 @@ class Config:
     share_offsets: bool = False
     max_offset: int | tuple[int, int] = 128
     learn_temperature: bool = False
+    learn_class_bias: bool = False
 
     def __post_init__(self) -> None:
         one_of("feature_map", self.feature_map, (POSITIVE_RANDOM, *NONNEGATIVE))
@@ -153,7 +161,8 @@ class Config:
 @dataclass(frozen=True)
 class KernelizedState(KeyValueState):
     """Of causal-self: mapped keys and values (with a column of ones) of the last R - 1 tokens, right-aligned, and the sum
-    `memory` of phi(k) v^T over those before. Of cross patterns: the whole memory, and the queries that have read it."""
+    `memory` of phi(k) v^T over those before; on a grid those of every token. Of cross patterns: the whole memory, and the
+    queries that have read it."""
 
     memory: Float[Tensor, "b h f v"] = state_field()
     queries: Int[Tensor, " b"] = state_field()
@@ -189,23 +198,25 @@ def reference(
     grid_bias: Float[Tensor, "h rows columns"] | None = None,
     random_features: Float[Tensor, "h f d"] | None = None,
     log_temperature: Float[Tensor, " h"] | None = None,
+    class_bias: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the whole weight matrix."""
     n, m = q.shape[2], k.shape[2]
-    c, one = _offset_weights(call, q, offset_bias, grid_bias)
+    c, outside = _offset_weights(call, q, offset_bias, grid_bias, class_bias)
     i, j = torch.arange(n, device=q.device), torch.arange(m, device=q.device)
     if call.pattern is Pattern.CAUSAL_SELF:
         i = i + m - n
-    grid = _grid(call, c, n)
+    grid = _grid(call, c, m)
     if grid is None:
         by_offset = c[:, None, _index(j - i[:, None], c.shape[-1])]  # (h, 1, n, m)
     else:
-        token = _with_place(call, grid, q)
+        token = _with_place(call, grid, k)
         places: tuple[Tensor, ...] = torch.unravel_index((token.cumsum(-1) - 1).clamp(min=0), tuple(grid))
         sides = zip(places, c.shape[1:], strict=True)
-        at: tuple[Any, ...] = (slice(None), *(_index(p[:, None] - p[:, :, None], size) for p, size in sides))
-        both = token[:, None] & token[:, :, None]
-        by_offset = torch.where(both, c[at], one[:, None, None, None])  # (h, b, n, m)
+        i = i.clamp(min=0)  # of queries before the first key, which see nothing
+        at: tuple[Any, ...] = (slice(None), *(_index(p[:, None] - p[:, i, None], size) for p, size in sides))
+        both = token[:, None] & token[:, i, None]
+        by_offset = torch.where(both, c[at], outside[:, None, None, None])  # (h, b, n, m)
     weights = by_offset.transpose(0, 1) * (
         _queries(call, q, random_features, log_temperature) @ _keys(call, k, random_features, log_temperature).mT
     )
@@ -223,33 +234,47 @@ def parallel(
     grid_bias: Float[Tensor, "h rows columns"] | None = None,
     random_features: Float[Tensor, "h f d"] | None = None,
     log_temperature: Float[Tensor, " h"] | None = None,
+    class_bias: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """Whole sequences, by FFT or by blocks."""
     causal = call.pattern is Pattern.CAUSAL_SELF
     n, m = q.shape[2], k.shape[2]
     with without_autocast(q.device):
-        c, one = _offset_weights(call, q, offset_bias, grid_bias)
+        c, outside = _offset_weights(call, q, offset_bias, grid_bias, class_bias)
         queries = _queries(call, q, random_features, log_temperature)
         keys, values = _keys(call, k, random_features, log_temperature), _with_ones(v)
-        grid = _grid(call, c, n)
-        if grid is not None:
-            return _divide(call, _on_grid(call, queries, keys, values, c, one, grid), v)
+        grid = _grid(call, c, m)
         aligned = not causal or (n == m and call.lengths is call.memory_lengths)
         if not aligned:
             queries = place_queries(queries, m, call.lengths, call.memory_lengths)
-        reach = min(c.shape[-1] // 2, max(n, m, 1))
-        c = c[:, c.shape[-1] // 2 - reach : c.shape[-1] // 2 + reach + 1]  # no pair is farther apart
-        reach = max(n, m) if call.pattern.cross else reach
-        if _fft_is_best(call.config, n, m, keys.shape[-1], values.shape[-1], reach, causal=causal):
-            output = _by_fft(queries, keys, values, c, (max(queries.shape[2], m),), causal=causal)
-        elif call.pattern.cross:
-            offsets = torch.arange(m, device=q.device) - torch.arange(n, device=q.device)[:, None]
-            output = _by_pairs(queries, keys, values, c, offsets[None])
+        if grid is not None:
+            output = _on_grid(call, queries, keys, values, c, outside, grid)
         else:
-            output = _by_blocks(call, queries, *_surrounded(keys, values, c, causal), c, causal=causal)[0]
+            output = _on_sequence(call, n, queries, keys, values, c)
         if not aligned:
             output = take_queries(output, n, call.lengths, call.memory_lengths)
         return _divide(call, output, v)
+
+
+def _on_sequence(
+    call: Call,
+    n: int,
+    q: Float[Tensor, "b h slots f"],
+    k: Float[Tensor, "b h m f"],
+    v: Float[Tensor, "b h m v"],
+    c: Float[Tensor, "h offsets"],
+) -> Float[Tensor, "b h slots v"]:
+    """Sums of a call of n queries over a plain sequence, by the method that takes less time."""
+    m, causal = k.shape[2], call.pattern is Pattern.CAUSAL_SELF
+    reach = min(c.shape[-1] // 2, max(n, m, 1))
+    c = c[:, c.shape[-1] // 2 - reach : c.shape[-1] // 2 + reach + 1]  # no pair is farther apart
+    reach = max(n, m) if call.pattern.cross else reach
+    if _fft_is_best(call.config, n, m, k.shape[-1], v.shape[-1], reach, causal=causal):
+        return _by_fft(q, k, v, c, (max(q.shape[2], m),))
+    if call.pattern.cross:
+        offsets = torch.arange(m, device=q.device) - torch.arange(n, device=q.device)[:, None]
+        return _by_pairs(q, k, v, c, _index(offsets[None], c.shape[-1]))
+    return _by_blocks(call, q, *_surrounded(k, v, c, causal), c, causal=causal)[0]
 
 
 def chunked(
@@ -261,13 +286,23 @@ def chunked(
     grid_bias: Float[Tensor, "h rows columns"] | None = None,
     random_features: Float[Tensor, "h f d"] | None = None,
     log_temperature: Float[Tensor, " h"] | None = None,
+    class_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, by blocks. Also the step."""
+    """Causal-self with state in and out, by blocks; on a grid by pairs. Also the step."""
     n, m = q.shape[2], k.shape[2]
+    if call.roles is not None:
+        raise Unsupported(
+            "kernelized_rpe with roles and a state, which does not know how many of its tokens have a place",
+            supported="whole sequences",
+            nearest="roles=None",
+        )
     with without_autocast(q.device):
-        c, _ = _offset_weights(call, q, offset_bias, grid_bias)
+        c, _ = _offset_weights(call, q, offset_bias, grid_bias, class_bias)
         queries = _queries(call, q, random_features, log_temperature)
         keys, values = _keys(call, k, random_features, log_temperature), _with_ones(v)
+        if grid_bias is not None:
+            output, state = _continued_on_grid(call, queries, keys, values, c)
+            return Result(_divide(call, output, v), state)
         past = _past(call, keys, values, c.shape[-1] // 2 - 1)
         aligned = n == m and call.lengths is call.memory_lengths
         if not aligned:
@@ -291,6 +326,7 @@ def absorb(
     log_temperature: Float[Tensor, " h"] | None = None,
 ) -> KernelizedState:
     """Mapped memory into a cache; more may follow."""
+    _check_roles(call)
     with without_autocast(k.device):
         keys, values = _keys(call, k, random_features, log_temperature), _with_ones(v)
     cache, _ = extend(call, keys, values, 0)
@@ -305,15 +341,17 @@ def read(
     grid_bias: Float[Tensor, "h rows columns"] | None = None,
     random_features: Float[Tensor, "h f d"] | None = None,
     log_temperature: Float[Tensor, " h"] | None = None,
+    class_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
     """Queries on absorbed memory, counted on from those that have read it before."""
     state: KernelizedState = call.state
     n = q.shape[2]
     with without_autocast(q.device):
-        c, _ = _offset_weights(call, q, offset_bias, grid_bias)
+        c, _ = _offset_weights(call, q, offset_bias, grid_bias, class_bias)
         queries = _queries(call, q, random_features, log_temperature)
         where = torch.arange(n, device=q.device) + state.queries[:, None]
-        output = _by_pairs(queries, state.k, state.v, c, state.ranks[:, None] - where[:, :, None])
+        offsets = state.ranks[:, None] - where[:, :, None]
+        output = _by_pairs(queries, state.k, state.v, c, _index(offsets, c.shape[-1]))
     after = state.queries + (n if call.lengths is None else call.lengths)
     state = KernelizedState(state.k, state.v, state.ranks, state.length, state.memory, after)
     return Result(_divide(call, output, q), state)
@@ -368,15 +406,25 @@ def _divide(call: Call, output: Float[Tensor, "b h n v+1"], like: Tensor) -> Flo
     return (output[..., :-1] / output[..., -1:].clamp(min=call.config.eps)).to(like.dtype)
 
 
+def _check_roles(call: Call) -> None:
+    if call.roles is not None and call.pattern.cross:
+        raise Unsupported(
+            f"kernelized_rpe with roles in {call.pattern.value}",
+            supported="noncausal-self, causal-self",
+            nearest="roles=None",
+        )
+
+
 def _offset_weights(
-    call: Call, q: Tensor, offset_bias: Tensor | None, grid_bias: Tensor | None
+    call: Call, q: Tensor, offset_bias: Tensor | None, grid_bias: Tensor | None, class_bias: Tensor | None
 ) -> tuple[Float[Tensor, "h *offsets"], Float[Tensor, " h"]]:
-    """e^b of each offset and e^0, relative to the largest that the pattern uses."""
+    """e^b of each offset and e^a, relative to the largest that is used; 0 of offsets that the pattern does not see."""
+    _check_roles(call)
     table = offset_bias if grid_bias is None else grid_bias
-    if grid_bias is not None and (call.grid is None or call.pattern is not Pattern.NONCAUSAL_SELF):
+    if grid_bias is not None and (call.grid is None or call.pattern.cross):
         raise Unsupported(
             f"kernelized_rpe with grid_bias in {call.pattern.value} {'without' if call.grid is None else 'with'} a grid",
-            supported="noncausal-self with grid=(rows, columns)",
+            supported="noncausal-self and causal-self with grid=(rows, columns)",
             nearest="offset_bias",
         )
     if table is None:
@@ -385,10 +433,18 @@ def _offset_weights(
         raise Unsupported(
             f"kernelized_rpe with biases of {tuple(table.shape[1:])} offsets", supported="2 R + 1 of them, with R >= 1"
         )
-    table = table.to(torch.promote_types(q.dtype, torch.float32))
-    used = table[:, : table.shape[1] // 2 + 1] if call.pattern is Pattern.CAUSAL_SELF else table
-    largest = used.flatten(1).amax(-1).clamp(min=0 if call.roles is not None else -torch.inf).detach()
-    return (table - largest.view(-1, *[1] * (table.ndim - 1))).exp(), (-largest).exp()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    flat = table.to(dtype).flatten(1)
+    if call.pattern is Pattern.CAUSAL_SELF:
+        # in a table, as in a sequence or on a grid, what comes after the middle comes later
+        later = torch.arange(flat.shape[1], device=flat.device) > flat.shape[1] // 2
+        flat = flat.masked_fill(later, -torch.inf)
+    outside = flat.new_zeros(1) if class_bias is None else class_bias.to(dtype)
+    largest = flat.amax(-1)
+    if call.roles is not None:
+        largest = torch.maximum(largest, outside)
+    largest = largest.detach()
+    return (flat - largest[:, None]).exp().unflatten(1, table.shape[1:]), (outside - largest).exp()
 
 
 def _index(offsets: Int[Tensor, "..."], size: int) -> Int[Tensor, "..."]:
@@ -399,10 +455,6 @@ def _index(offsets: Int[Tensor, "..."], size: int) -> Int[Tensor, "..."]:
 def _grid(call: Call, c: Float[Tensor, "h *offsets"], n: int) -> tuple[int, ...] | None:
     """Sides of the grid that tokens fill: (rows, columns), or (n,) where some tokens have no place; None for a plain
     sequence."""
-    if call.roles is not None and call.pattern is not Pattern.NONCAUSAL_SELF:
-        raise Unsupported(
-            f"kernelized_rpe with roles in {call.pattern.value}", supported="noncausal-self", nearest="roles=None"
-        )
     if c.ndim == 2:
         return None if call.roles is None else (n,)
     if call.grid is None or len(call.grid) != 2:
@@ -410,10 +462,10 @@ def _grid(call: Call, c: Float[Tensor, "h *offsets"], n: int) -> tuple[int, ...]
     return call.grid
 
 
-def _with_place(call: Call, grid: Sequence[int], q: Float[Tensor, "b h n d"]) -> Bool[Tensor, "b n"]:
+def _with_place(call: Call, grid: Sequence[int], k: Float[Tensor, "b h m d"]) -> Bool[Tensor, "b m"]:
     """Tokens that have a place on the grid."""
-    batch, n = q.shape[0], q.shape[2]
-    token = q.new_ones(batch, n, dtype=torch.bool) if call.roles is None else call.roles == Role.TOKEN
+    batch, m = k.shape[0], k.shape[2]
+    token = k.new_ones(batch, m, dtype=torch.bool) if call.roles is None else call.roles == Role.TOKEN
     if not torch.compiler.is_compiling() and token.numel():
         most = int(token.sum(-1).max())
         if most > math.prod(grid):
@@ -426,6 +478,11 @@ def _with_place(call: Call, grid: Sequence[int], q: Float[Tensor, "b h n d"]) ->
 def _past(call: Call, keys: Tensor, values: Tensor, width: int) -> KernelizedState:
     """The state that a call continues, or an empty one."""
     if call.state is not None:
+        if call.state.memory.shape[2] != keys.shape[3]:
+            raise Unsupported(
+                "kernelized_rpe with the state of a grid but without grid_bias",
+                supported="the grid_bias that the state was made with",
+            )
         if call.state.k.shape[2] != width:
             raise Unsupported(
                 f"kernelized_rpe with biases of {2 * width + 3} offsets and a state of {call.state.k.shape[2]} tokens",
@@ -500,17 +557,16 @@ def _by_pairs(
     k: Float[Tensor, "b h m f"],
     v: Float[Tensor, "b h m v"],
     c: Float[Tensor, "h offsets"],
-    offsets: Int[Tensor, "#b n m"],
+    at: Int[Tensor, "#b n m"],
 ) -> Float[Tensor, "b h n v"]:
-    """Every pair, some queries at a time."""
+    """Every pair, some queries at a time; `at` says where c has its weight."""
     rows = max(1, NUMBERS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
 
-    def mix(q: Tensor, k: Tensor, v: Tensor, c: Tensor, offsets: Tensor) -> Tensor:
-        return (q @ k.mT * c[:, _index(offsets, c.shape[-1])].transpose(0, 1)) @ v
+    def mix(q: Tensor, k: Tensor, v: Tensor, c: Tensor, at: Tensor) -> Tensor:
+        return (q @ k.mT * c[:, at].transpose(0, 1)) @ v
 
     pieces = [
-        _mixed(mix, rows < q.shape[2], a, k, v, c, o)
-        for a, o in zip(q.split(rows, 2), offsets.split(rows, 1), strict=True)
+        _mixed(mix, rows < q.shape[2], a, k, v, c, o) for a, o in zip(q.split(rows, 2), at.split(rows, 1), strict=True)
     ]
     return torch.cat(pieces, 2)
 
@@ -528,8 +584,6 @@ def _by_fft(
     v: Float[Tensor, "b h m v"],
     c: Float[Tensor, "h *offsets"],
     grid: Sequence[int],
-    *,
-    causal: bool = False,
 ) -> Float[Tensor, "b h n v"]:
     """Products with the Toeplitz matrix of c, embedded in a circulant one, for some value columns at a time.
 
@@ -545,9 +599,8 @@ def _by_fft(
     for axis, (size, side) in enumerate(zip(sizes, grid, strict=True), 1):
         t = torch.arange(size, device=c.device)
         offsets = torch.where(t < side, -t, size - t)
-        seen = (offsets < side) & (offsets <= (0 if causal else side))
         kernel = kernel.index_select(axis, _index(offsets, c.shape[axis]))
-        kernel = torch.where(seen.view(-1, *[1] * (c.ndim - 1 - axis)), kernel, 0)
+        kernel = torch.where((offsets < side).view(-1, *[1] * (c.ndim - 1 - axis)), kernel, 0)
     axes = tuple(range(-len(sizes), 0))
     spectrum = torch.fft.rfftn(kernel, dim=axes)[:, None, None]  # of (h, 1 feature, 1 column, *grid)
     q, k, v = (F.pad(x, (0, 0, 0, places - x.shape[2])).mT.unflatten(-1, tuple(grid)) for x in (q, k, v))
@@ -569,12 +622,12 @@ def _on_grid(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    c: Float[Tensor, "h rows columns"],
-    one: Float[Tensor, " h"],
+    c: Float[Tensor, "h *offsets"],
+    outside: Float[Tensor, " h"],
     grid: Sequence[int],
 ) -> Float[Tensor, "b h n v"]:
-    """Tokens with a place by FFT; pairs with a token that has none weigh `one`."""
-    token = _with_place(call, grid, q)
+    """Tokens with a place by FFT; pairs with a token that has none weigh `outside`."""
+    token = _with_place(call, grid, k)
     if call.roles is None:
         return _by_fft(q, k, v, c, grid)
     batch, n = token.shape
@@ -583,21 +636,65 @@ def _on_grid(
     queries, keys, values = placed
     inside = _by_fft(queries, keys, values, c, grid)
     inside = layout.scatter(F.pad(inside, (0, 0, 0, n - inside.shape[2])), axis=2)
-    outside = torch.where(token[:, None, :, None], 0, k).mT @ v  # a token sees those without a place at weight e^0
-    everything = k.mT @ v
-    output = torch.where(token[:, None, :, None], q @ outside, q @ everything)
-    return inside + one[:, None, None] * output
+    token = token[:, None, :, None]
+
+    def read(q: Tensor, k: Tensor) -> Tensor:
+        if call.pattern is not Pattern.CAUSAL_SELF:
+            return q @ (k.mT @ v)
+        output, _ = gated_recurrence(q, k, v, backend=call.backend)
+        assert output is not None
+        return output
+
+    # all queries read the tokens without a place, and those without one the others too
+    pairs = read(q, torch.where(token, 0, k)) + read(torch.where(token, 0, q), torch.where(token, k, 0))
+    return inside + outside[:, None, None] * pairs
+
+
+def _continued_on_grid(
+    call: Call,
+    q: Float[Tensor, "b h n f"],
+    k: Float[Tensor, "b h m f"],
+    v: Float[Tensor, "b h m v"],
+    c: Float[Tensor, "h rows columns"],
+) -> tuple[Float[Tensor, "b h n v"], KernelizedState]:
+    """Sums over every token of a grid so far, and the state that holds them all."""
+    if call.state is not None and call.state.memory.shape[2] != 0:
+        raise Unsupported(
+            "kernelized_rpe with grid_bias and the state of a plain sequence", supported="the state of a grid"
+        )
+    grid = _grid(call, c, k.shape[2])
+    assert grid is not None
+    cache, where = extend(call, k, v, q.shape[2])
+    if not torch.compiler.is_compiling() and cache.length.numel() and int(cache.length.max()) > math.prod(grid):
+        raise Unsupported(
+            f"kernelized_rpe with {int(cache.length.max())} tokens on a grid {tuple(grid)}",
+            supported=f"at most {math.prod(grid)}",
+        )
+
+    def between(place: Callable[[Tensor], Tensor], size: int) -> Int[Tensor, "b n m"]:
+        return _index(place(where.keys)[:, None] - place(where.queries)[:, :, None], size)
+
+    # an empty slot has a key of zeros, and a query before the first key only offsets that are not seen
+    rows = between(lambda rank: rank // grid[1], c.shape[1])
+    at = rows * c.shape[2] + between(lambda rank: rank % grid[1], c.shape[2])
+    output = _by_pairs(q, cache.k, cache.v, c.flatten(1), at)
+    none = torch.zeros_like(cache.length)
+    return output, KernelizedState(cache.k, cache.v, cache.ranks, cache.length, k[:, :, 0:0, :0], none)
 
 
 FFT_SLOWNESS = 8.0
 """Time of an operation of an FFT over that of a matrix product, on one core."""
 
 
+def _fft_operations(size: int, f: int, v: int) -> float:
+    """Multiply-adds counted twice of one head's transforms of `size` points."""
+    return f * v * (5.0 * size * math.log2(size) + 8.0 * size)
+
+
 def _operations(n: int, m: int, f: int, v: int, reach: int, *, causal: bool) -> tuple[float, float]:
     """Multiply-adds counted twice of one head: by FFT, and by blocks."""
     longest = max(n, m, 1)
-    size = 2 * longest
-    fft = f * v * (5.0 * size * math.log2(size) + 8.0 * size)
+    fft = _fft_operations(2 * longest, f, v)
     near = 64 + min(reach, longest) * (1 if causal else 2)
     far = 4.0 * m * f * v * (1 if causal else 2) if longest > reach else 0.0
     return fft, 2.0 * n * near * (f + v) + far
@@ -622,14 +719,15 @@ class Offsets(nn.Module):
         self.random_features: Tensor | None
         self.register_buffer("random_features", self._draw(None) if config.feature_map == POSITIVE_RANDOM else None)
         self.log_temperature = nn.Parameter(torch.zeros(spec.heads)) if config.learn_temperature else None
+        self.class_bias = nn.Parameter(torch.zeros(spec.heads)) if config.learn_class_bias else None
         self.offset_bias = self.grid_bias = self.exponent = None
         self.scheme: Positions | None = None
         heads = 1 if config.share_offsets else spec.heads
         if isinstance(config.max_offset, tuple):
-            if spec.pattern is not Pattern.NONCAUSAL_SELF:
+            if spec.pattern.cross:
                 raise Unsupported(
                     f"kernelized_rpe with max_offset={config.max_offset} in {spec.pattern.value}",
-                    supported="noncausal-self",
+                    supported="noncausal-self, causal-self",
                     nearest=f"max_offset={max(config.max_offset)}",
                 )
             if config.offsets == "learned":
@@ -664,6 +762,7 @@ class Offsets(nn.Module):
             "grid_bias": self.grid_bias,
             "random_features": self.random_features,
             "log_temperature": self.log_temperature,
+            "class_bias": self.class_bias,
         }
         return heads | {name: x for name, x in made.items() if x is not None}
 
@@ -718,7 +817,7 @@ def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of causal-self by the method that is chosen."""
+    """Cost of causal-self by the method that is chosen; on a grid (a tuple `max_offset`) of as many places as keys."""
     reach = _farthest(config)
     features = config.features if config.features and config.feature_map == POSITIVE_RANDOM else shape.dim_key
     width = shape.dim_value + 1
@@ -727,6 +826,14 @@ def cost(shape: Shape, config: Config) -> Cost:
     fft, blocks = _operations(*size, causal=True)
     by_fft = _fft_is_best(config, *size, causal=True)
     maps = 2.0 * (shape.n + shape.m) * shape.dim_key * features if config.feature_map == POSITIVE_RANDOM else 0.0
+    if isinstance(config.max_offset, tuple):
+        points = 4 * max(shape.m, 1)  # twice as many along either side
+        return Cost(
+            flops=heads * (maps + _fft_operations(points, features, width)),
+            memory=float(heads * shape.m * (5 * features + width)),
+            state=float(shape.heads * shape.m * (features + width)),
+            step_flops=heads * (2.0 * (shape.m + 1) * (features + width) + maps / max(shape.n + shape.m, 1)),
+        )
     near = 64 + min(reach, shape.m)
     table = (reach - 1) * (features + width) + features * width
     step = (
@@ -756,6 +863,7 @@ MECHANISM = Mechanism(
         "grid_bias?": "hyx",
         "random_features?": "hfd",
         "log_temperature?": "h",
+        "class_bias?": "h",
     },
     patterns=ALL_PATTERNS,
     forms={

@@ -52,8 +52,10 @@ State: every key and value and the sum of the values; of a layer also the sums o
 rows of each convolution.
 Deviations: cross patterns are not in the paper: their estimator is the causal one over the whole memory, with q in place of v
 beside c, and their mean is that of the memory. Keys of padding take no part in the linear attention, nor padded queries in the
-CNN; in the code they do. Equal probabilities, frequent in the causal map, go to the first pixel. Reading one estimate for several
-queries and LoRA are left out.
+CNN; in the code they do. Equal probabilities, frequent in the causal map, go to the first pixel. A layer estimates for every
+query, since its convolutions and their state go over consecutive queries; functions read one estimate for several queries where
+`estimate` repeats its rows. LoRA, with which the code may train the projections, is not of this mechanism but of any
+layer's projections.
 """
 
 from __future__ import annotations

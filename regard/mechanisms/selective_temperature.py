@@ -34,8 +34,10 @@ A layer shares alpha between q, k and v, as its re-implementations do (a group o
 2 H d + H parameters more. To begin near a trained model use `position_start=-10`; u begins at 0 always. The authors' code
 trains alpha alone at a much higher rate than other weights; it has no weight decay here.
 Deviations: the authors publish the position's term for queries only; the rest follows the paper. What noncausal and cross
-patterns do is ours. A constant temperature (YaRN's too) is the function's `scale`; temperatures by token frequency and
-keeping the largest scores of a row, which the paper compares with, are not here.
+patterns do is ours. Of what the paper compares with, a constant temperature (YaRN's too) is the function's `scale`; one by
+the frequency of a token needs counts of ids, which no layer sees, and functions take it as `q_token`; keeping the largest
+scores of a row is an analysis of trained models in the authors' code, not the method, and needs whole rows of scores,
+which softmax kernels do not keep.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ Deviations: the paper applies the block mask only without causality; here both c
 that the mask hides; torch computes and hides them, in the tiles of PyTorch's `scaled_dot_product_attention`, or in
 blocks of queries for a softcap, LSE, weights and dropout on a CPU or with a generator, with memory still linear in N.
 Windows do not trim the cache of keys (`local` does). Gradients of gradients are not promised: the kernels refuse them.
+How many numbers tiles and stored scores move between slow and fast memory: :func:`regard.measurement.memory_traffic.io_count`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
 
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 HEADS = 2
 USER = (torch.rand(HEADS, 40, 40, generator=torch.Generator().manual_seed(4)) < 0.4).tolist()
 OPTIONS: list[dict[str, Any]] = [
@@ -550,6 +553,30 @@ def test_parity_with_flex_attention(causal):
         expected = flex_attention(*tensors.values(), block_mask=mask)
     pattern = "causal-self" if causal else "noncausal-self"
     close(run(tensors, pattern, {"block_size": 128}), expected, 1e-10)
+
+
+@pytest.mark.parametrize("given", ["option", "mask"])
+def test_parity_with_the_authors_blocks_of_16_by_256(given):
+    """With padding, and with a block of queries that sees nothing."""
+    with np.load(FIXTURES / "block_sparse_16_by_256.npz") as arrays:
+        fixture = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    tensors = {name: fixture[name].clone().requires_grad_() for name in "qkv"}
+    visible, lengths = fixture["blocks"].repeat_interleave(16, -1), fixture["lengths"]
+    options: dict[str, Any] = {"layout": "user", "block_size": 16}
+    if given == "option":
+        options["visible"], mask = visible, Mask(lengths=lengths)
+    else:
+        mask = Mask(lengths=lengths, blocks=BlockMask(visible[None, None], 16))
+    output = run(tensors, "noncausal-self", options, mask=mask)
+    torch.testing.assert_close(output, fixture["out"], rtol=1e-12, atol=1e-12)
+    assert (output[:, :, 48:64] == 0).all()
+    output.backward(fixture["grad_out"])
+    for name, x in tensors.items():
+        torch.testing.assert_close(x.grad, fixture[f"grad_{name}"], rtol=1e-12, atol=1e-12)
+    for row, length in enumerate(lengths.tolist()):
+        part = {name: x[row : row + 1, :, :length] for name, x in tensors.items()}
+        defined = run(part, "noncausal-self", options, mask=Mask(blocks=mask.blocks), form="reference")
+        torch.testing.assert_close(defined, fixture["out"][row : row + 1, :, :length], rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_of_unequal_sides_are_written_with_the_smaller_size():

@@ -114,7 +114,31 @@ def test_noncausal_rows_of_one_token_without_the_own_are_softmax() -> None:
 # What a group weighs
 
 
-def test_a_group_of_equal_keys_weighs_as_one_token_and_has_the_mean_value() -> None:
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_a_group_of_equal_keys_is_one_token_with_the_mean_value(factorization: str) -> None:
+    """Softmax over the direct tokens and, for each group, its one key and its mean value; groups differ in their keys."""
+    config, n = Config(factorization, 4, row_keys="none"), 23
+    for i in (7, 13, 18, 22):
+        direct, groups = partition(config, True, i, n)
+        inputs = sample(n, config)
+        keys = inputs["k"].clone()
+        for group in groups:
+            # the two families of groups of a mixture overlap, so that all their keys are one
+            source = groups[0] if factorization == "axial_mixture" else group
+            keys[:, :, list(group.members)] = inputs["k"][:, :, [source.members[0]]]
+        inputs["k"] = keys
+        parts = [[j] for j in direct] + [list(group.members) for group in groups]
+        means = [inputs["v"][:, :, part].mean(2) for part in parts]
+        scores = (
+            torch.einsum("bhd,bhmd->bhm", inputs["q"][:, :, i], keys[:, :, [part[0] for part in parts]])
+            * keys.shape[-1] ** -0.5
+        )
+        expected = torch.einsum("bhm,bhmv->bhv", scores.softmax(-1), torch.stack(means, 2))
+        for form in ("reference", "parallel"):
+            close(run(inputs, config, form=form)[:, :, i], expected)
+
+
+def test_groups_and_tokens_weigh_the_same_where_all_keys_are_equal() -> None:
     s, n = 4, 14
     config = Config(segment=s)
     inputs = sample(n, config, v=n)

@@ -1,11 +1,13 @@
 """What is peculiar to kernelized attention with relative positions: the Toeplitz product by every method, its closed forms,
-random features, the constant state, grids, and the layer's tables. No code for it runs on a CPU from the registries."""
+random features, the constant state, grids, the layer's tables, and parity."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from regard.positions import Alibi, Relative
 from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
 
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 METHODS = ("fft", "blocks")
 ELU = {"feature_map": "elu", "normalize": False}
 
@@ -349,31 +352,157 @@ def test_a_separable_bias_on_a_grid_equals_pairs_of_its_places(grid):
     close(run(tensors, "noncausal-self", grid=grid, form="reference").output, expected)
 
 
-@pytest.mark.parametrize("grid", [None, (3, 4)])
-def test_tokens_without_a_place_pair_at_weight_one(grid):
+def pair_weights(
+    tensors: dict[str, Tensor], row: int, n: int, m: int, causal: bool, columns: int, outside: list[int]
+) -> Tensor:
+    """Weight of each pair of one row of a batch, one pair at a time. Tokens `outside` have no place."""
+    queries, keys = (phi(tensors[name], tensors["random_features"])[row] for name in "qk")
+    weights = torch.zeros(2, n, m, dtype=torch.float64)
+    places = {t: place for place, t in enumerate(t for t in range(m) if t not in outside)}
+    table = tensors["grid_bias"] if "grid_bias" in tensors else tensors["offset_bias"][:, None]
+    reach_y, reach_x = table.shape[1] // 2, table.shape[2] // 2
+    for i in range(n):
+        for j in range(m):
+            at = i + (m - n if causal else 0)
+            if causal and j > at:
+                continue
+            bias = tensors.get("class_bias", torch.zeros(2, dtype=torch.float64))
+            if at in places and j in places:
+                y, x = (places[j] // columns - places[at] // columns, places[j] % columns - places[at] % columns)
+                bias = table[:, max(-reach_y, min(reach_y, y)) + reach_y, max(-reach_x, min(reach_x, x)) + reach_x]
+            weights[:, i, j] = bias.exp() * (queries[:, i] * keys[:, j]).sum(-1)
+    return weights
+
+
+def over_pairs(tensors: dict[str, Tensor], columns: int, roles: Tensor | None = None, causal: bool = False) -> Tensor:
+    batch, _, n, m = (*tensors["q"].shape[:3], tensors["k"].shape[2])
+    outputs = []
+    for row in range(batch):
+        outside = [] if roles is None else roles[row].nonzero()[:, 0].tolist()
+        weights = pair_weights(tensors, row, n, m, causal, columns, outside)
+        outputs.append(weights @ tensors["v"][row] / weights.sum(-1, keepdim=True).clamp(min=1e-300))
+    return torch.stack(outputs)
+
+
+def on_grid(n: int, m: int | None = None) -> dict[str, Tensor]:
+    tensors = inputs(n, m)
+    tensors["grid_bias"] = torch.randn(2, 5, 7, dtype=torch.float64)
+    del tensors["offset_bias"]
+    return tensors
+
+
+SELF = ("noncausal-self", "causal-self")
+
+
+@pytest.mark.parametrize("pattern", SELF)
+@pytest.mark.parametrize("given", ["places", "places and weight", "line", "line and weight"])
+def test_tokens_without_a_place_pair_at_one_weight(given, pattern):
     """A class token, wherever it stands."""
-    tensors, table = inputs(13, reach=4), torch.randn(2, 5, 7, dtype=torch.float64)
-    if grid is not None:
-        del tensors["offset_bias"]
-        tensors["grid_bias"] = table
+    tensors, grid = (on_grid(13), (3, 4)) if given.startswith("places") else (inputs(13, reach=4), None)
+    if given.endswith("weight"):
+        tensors["class_bias"] = torch.randn(2, dtype=torch.float64) + 1.0
     roles = torch.zeros(2, 13, dtype=torch.long)
-    roles[0, 0] = roles[1, 6] = int(Role.CLS)
-    found = run(tensors, "noncausal-self", grid=grid, roles=roles).output
-    close(run(tensors, "noncausal-self", grid=grid, roles=roles, form="reference").output, found)
-    queries, keys = (phi(tensors[name], tensors["random_features"]) for name in "qk")
-    plain = queries @ keys.mT
-    for row in range(2):
-        place = {int(t): rank for rank, t in enumerate((roles[row] == 0).nonzero()[:, 0])}
-        for i in range(13):
-            for j in set(place) & {i} and place:
-                a, b = place[i], place[j]
-                if grid is None:
-                    bias = tensors["offset_bias"][:, max(-4, min(4, b - a)) + 4]
-                else:
-                    y, x = b // 4 - a // 4, b % 4 - a % 4
-                    bias = table[:, max(-2, min(2, y)) + 2, max(-3, min(3, x)) + 3]
-                plain[row, :, i, j] *= bias.exp()
-    close(found, plain @ tensors["v"] / plain.sum(-1, keepdim=True))
+    roles[0, 0] = roles[1, 6] = roles[1, 9] = int(Role.CLS)
+    expected = over_pairs(tensors, 4 if grid else 99, roles, pattern == "causal-self")
+    for form in ("parallel", "reference"):
+        close(run(tensors, pattern, grid=grid, roles=roles, form=form).output, expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 13), (13, 5)])
+def test_roles_are_those_of_the_keys_where_queries_are_fewer_or_more(n, m):
+    tensors, roles = on_grid(n, m), torch.zeros(2, m, dtype=torch.long)
+    roles[0, 0] = roles[1, 2] = roles[1, m - 1] = int(Role.CLS)
+    expected = over_pairs(tensors, 4, roles, causal=True)
+    for form in ("parallel", "reference"):
+        close(run(tensors, grid=(3, 4), roles=roles, form=form).output, expected)
+
+
+@pytest.mark.parametrize("pattern", SELF)
+def test_a_class_token_may_outweigh_all_others_or_vanish(pattern):
+    roles = torch.zeros(2, 13, dtype=torch.long)
+    roles[:, 0] = int(Role.CLS)
+    tensors = on_grid(13)
+    heavy, light = (torch.full((2,), bias, dtype=torch.float64) for bias in (2000.0, -2000.0))
+    found = run(tensors | {"class_bias": heavy}, pattern, grid=(3, 4), roles=roles).output
+    close(found[:, :, 1:], tensors["v"][:, :, :1].expand(-1, -1, 12, -1))
+    found = run(tensors | {"class_bias": light}, pattern, grid=(3, 4), roles=roles).output
+    others = {name: x[:, :, 1:] if name in "qkv" else x for name, x in tensors.items()}
+    close(found[:, :, 1:], run(others, pattern, grid=(3, 4)).output)
+
+
+@pytest.mark.parametrize(("n", "m"), [(13, 13), (5, 13), (13, 5), (1, 9), (20, 20)])
+def test_a_causal_grid_sees_the_rows_above_and_what_is_left(n, m):
+    """Every form and both alignments; 20 tokens fill the grid."""
+    tensors = on_grid(n, m)
+    expected = over_pairs(tensors, 5, causal=True)
+    for form in ("parallel", "reference", "chunked"):
+        close(run(tensors, grid=(4, 5), form=form).output, expected)
+    if n == m:
+        later = {name: x.clone() for name, x in tensors.items()}
+        for name in "qkv":
+            later[name][:, :, 7:] = torch.randn_like(later[name][:, :, 7:])
+        close(run(later, grid=(4, 5)).output[:, :, :7], run(tensors, grid=(4, 5)).output[:, :, :7])
+
+
+def test_the_later_half_of_a_table_plays_no_part_under_causality():
+    tensors = on_grid(12)
+    expected = run(tensors, grid=(3, 4)).output
+    later = (torch.arange(35) > 17).view(5, 7)
+    for value in (-torch.inf, 700.0, torch.inf):
+        table = tensors["grid_bias"].masked_fill(later, value).requires_grad_()
+        found = run(tensors | {"grid_bias": table}, grid=(3, 4)).output
+        close(found, expected)
+        (gradient,) = torch.autograd.grad(found.square().sum(), table)
+        assert (gradient[:, later] == 0).all() and gradient.isfinite().all()
+        assert (gradient[:, :3] != 0).any()
+
+
+@pytest.mark.parametrize("roles", [False, True])
+def test_gradients_on_a_causal_grid_are_those_of_the_definition(roles):
+    tensors = on_grid(13) | {"class_bias": torch.randn(2, dtype=torch.float64)}
+    tensors = {name: x.requires_grad_() for name, x in tensors.items()}
+    given = torch.zeros(2, 13, dtype=torch.long)
+    given[0, 0] = given[1, 5] = int(Role.CLS)
+    call = {"grid": (3, 5), "roles": given} if roles else {"grid": (3, 5)}
+    leaves = [x for name, x in tensors.items() if roles or name != "class_bias"]
+    found, expected = (
+        torch.autograd.grad(run(tensors, form=form, **call).output.square().sum(), leaves)
+        for form in ("parallel", "reference")
+    )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-10)
+
+
+def test_a_causal_grid_continues_from_a_state_of_all_its_tokens():
+    tensors, grid = on_grid(18), (4, 5)
+    whole = run(tensors, grid=grid).output
+    lengths = [
+        torch.tensor([4, 2]),
+        torch.tensor([1, 0]),
+        torch.tensor([1, 1]),
+        torch.tensor([7, 6]),
+        torch.tensor([5, 8]),
+    ]
+    state, done = None, torch.zeros(2, dtype=torch.long)
+    for new in lengths:
+        slots = (done[:, None] + torch.arange(int(new.max()))).clamp(max=17)
+        piece = {
+            name: torch.stack([x[row][:, slots[row]] for row in range(2)]) if name in "qkv" else x
+            for name, x in tensors.items()
+        }
+        result = run(piece, grid=grid, mask=Mask(lengths=new), state=state, return_state=True)
+        state = result.state
+        for row in range(2):
+            close(result.output[row, :, : new[row]], whole[row, :, done[row] : done[row] + new[row]])
+        done = done + new
+    assert torch.equal(state.length, done)
+    used = state.k.shape[2] * (5 + 4) * 2  # of one row: features, and values with a column of ones
+    assert cost(Shape(1, 2, 1, state.k.shape[2], 4, 3), Config(max_offset=(2, 3), features=5)).state == used
+    assert state.k[0].numel() + state.v[0].numel() == used
+    fresh = run({name: x[:, :, :3] if name in "qkv" else x for name, x in tensors.items()}, grid=grid)
+    again = state.reset(torch.tensor([True, True]))
+    first = {name: x[:, :, :3] if name in "qkv" else x for name, x in tensors.items()}
+    close(run(first, grid=grid, state=again).output, fresh.output)
 
 
 def test_a_padded_grid_is_a_shorter_one():
@@ -384,6 +513,28 @@ def test_a_padded_grid_is_a_shorter_one():
     found = run(tensors, "noncausal-self", grid=(4, 3), mask=Mask(lengths=torch.tensor([12, 9]))).output
     close(found[1, :, :9], run(short, "noncausal-self", grid=(3, 3)).output[1])
     close(found[0], run(tensors, "noncausal-self", grid=(4, 3)).output[0])
+    causal = run(tensors, grid=(4, 3), mask=Mask(lengths=torch.tensor([12, 9]))).output
+    close(causal[1, :, :9], run(short, grid=(3, 3)).output[1])
+
+
+# parity
+
+
+@pytest.mark.parametrize("name", ["noncausal", "causal"])
+@pytest.mark.parametrize("method", METHODS)
+def test_parity_with_public_code(name, method):
+    """Whose bidirectional attention is causal where all biases of later keys are -inf."""
+    with np.load(FIXTURES / f"kernelized_rpe_{name}.npz") as arrays:
+        fixture = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    names = ("q", "k", "v", "offset_bias")
+    options = {"feature_map": "exp", "normalize": False, "method": method}
+    for pattern in {"noncausal-self", f"{name}-self"}:
+        tensors = {key: fixture[key].clone().requires_grad_() for key in names}
+        output = run(tensors, pattern, options).output
+        torch.testing.assert_close(output, fixture["out"], rtol=1e-12, atol=1e-12)
+        output.backward(fixture["grad_out"])
+        for key, x in tensors.items():
+            torch.testing.assert_close(x.grad, fixture[f"grad_{key}"], rtol=1e-11, atol=1e-11)
 
 
 # the layer
@@ -436,12 +587,39 @@ def test_a_layer_on_a_grid_and_one_without_features_of_its_own():
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
     with pytest.raises(Unsupported, match="grid"):
         made(x)
-    with pytest.raises(Unsupported, match="noncausal-self"):
-        layer(max_offset=(2, 3))
+    with pytest.raises(Unsupported, match="causal-self"):
+        layer("causal-cross", max_offset=(2, 3))
     plain = layer("noncausal-self", feature_map="elu")
     assert plain.projection.random_features is None
     torch.nn.init.normal_(plain.projection.offset_bias)
     close(plain(x, context=Context(grid=(3, 4))).output, plain(x).output)  # a bias by rank knows no grid
+
+
+def test_a_causal_layer_on_a_grid_decodes_it():
+    x, grid = torch.randn(2, 12, 16, dtype=torch.float64), (3, 4)
+    made = layer(max_offset=(2, 3)).eval()
+    torch.nn.init.normal_(made.projection.grid_bias)
+    state, outputs = None, []
+    for t in range(12):
+        want = Context(grid=grid, want=frozenset({"state"}))
+        result = made(x[:, t : t + 1], context=want, state=state)
+        state = result.state
+        outputs.append(result.output)
+    close(torch.cat(outputs, 1), made(x, context=Context(grid=grid)).output)
+
+
+def test_a_layer_learns_the_weight_of_a_class_token():
+    x, roles = torch.randn(2, 12, 16, dtype=torch.float64), torch.zeros(2, 12, dtype=torch.long)
+    roles[:, 0] = int(Role.CLS)
+    made, fixed = layer("noncausal-self", learn_class_bias=True), layer("noncausal-self")
+    fixed.load_state_dict(made.state_dict(), strict=False)
+    context = Context(roles=roles)
+    close(made(x, context=context).output, fixed(x, context=context).output)
+    made(x, context=context).output.square().sum().backward()
+    assert made.projection.class_bias.grad.abs().max() > 0
+    made.projection.class_bias.data += 1.0
+    assert (made(x, context=context).output - fixed(x, context=context).output).abs().max() > 1e-3
+    close(made(x).output, fixed(x).output)  # all tokens have a place
 
 
 def test_features_are_redrawn_in_training_from_the_generator_of_the_call():
@@ -501,11 +679,25 @@ def test_calls_that_cannot_be_honoured_are_refused():
     with pytest.raises(Unsupported, match="dropout"):
         run(tensors, dropout=0.1)
     grid = {"grid_bias": torch.zeros(2, 3, 3, dtype=torch.float64)}
-    with pytest.raises(Unsupported, match="grid_bias in causal-self"):
-        run(tensors | grid, grid=(2, 3))
+    with pytest.raises(Unsupported, match="grid_bias in causal-cross"):
+        run(tensors | grid, "causal-cross", grid=(2, 3))
+    with pytest.raises(Unsupported, match="at most 4"):
+        run(tensors | grid, grid=(2, 2), return_state=True)
+    plain = {name: x for name, x in tensors.items() if name != "offset_bias"}
+    for given, other in ((plain | grid, tensors), (tensors, plain | grid)):
+        state = run(given, grid=(4, 3), return_state=True).state
+        with pytest.raises(Unsupported, match="the state of"):
+            run(other, grid=(4, 3), state=state)
     with pytest.raises(Unsupported, match="at most 4"):
         run(tensors | grid, "noncausal-self", grid=(2, 2))
     with pytest.raises(Unsupported, match="rows, columns"):
         run(tensors | grid, "noncausal-self", grid=(1, 2, 3))
-    with pytest.raises(Unsupported, match="roles"):
-        run(tensors, roles=torch.zeros(2, 6, dtype=torch.long))
+    roles = torch.zeros(2, 6, dtype=torch.long)
+    with pytest.raises(Unsupported, match="roles in noncausal-cross"):
+        run(tensors, "noncausal-cross", roles=roles)
+    with pytest.raises(Unsupported, match="roles in noncausal-cross"):
+        absorb(
+            MECHANISM, {x: tensors[x] for x in ("k", "v", "random_features")}, pattern="noncausal-cross", roles=roles
+        )
+    with pytest.raises(Unsupported, match="roles and a state"):
+        run(tensors, roles=roles, return_state=True)
