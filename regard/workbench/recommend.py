@@ -124,14 +124,10 @@ def recommend(
     )
     reason = reason[0].upper() + reason[1:]
     if solved:
-        reason += f"; it solves {_list(solved)}"
+        reason += f"; {winner} solves {_list(solved)}"
     if math.isfinite(measured):
         where = f" at {at_length} tokens" if at_length and prefer in ("inference", "decode", "state") else ""
-        reason += (
-            f"; it needs {wording.format(measured)}{where}"
-            if not more
-            else f"; it reaches {wording.format(measured)}{where}"
-        )
+        reason += f"; {winner} {'reaches' if more else 'needs'} {wording.format(measured)}{where}"
     return Recommendation(text, reason + ".", winner, notes)
 
 

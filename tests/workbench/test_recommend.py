@@ -50,6 +50,14 @@ def test_cost_does_not_buy_a_separable_loss_of_quality():
     assert "ahead of fast" in found.reason
 
 
+def test_the_cost_that_is_given_is_said_to_be_the_winners():
+    """Also where another has the best score, and is the one that the sentence began with."""
+    scores = {"slow": 1.0, "fast": 1.02, "toy": 9.0}
+    found = advise(text=(case(scores, TIMES, noise=0.08), BITS))
+    assert found.winner == "fast"
+    assert "slow reaches" in found.reason and "; fast needs 1 ms" in found.reason
+
+
 def test_what_cannot_be_separated_is_said_with_what_would():
     found = advise(text=(case({"slow": 1.0, "fast": 1.02}, TIMES, noise=0.08), BITS))
     assert found.winner == "fast"
