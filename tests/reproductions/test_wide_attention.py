@@ -44,10 +44,28 @@ def groups(wide, size):
     return found
 
 
-def test_a_wide_layer_is_the_sum_of_narrow_ones_on_the_same_input():
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_a_wide_layer_is_the_sum_of_narrow_ones_on_the_same_input(size):
+    """Down to single heads, so that what each adds can be looked at by itself."""
     wide, x = layer(study.HEADS), torch.randn(2, 7, DIM, dtype=torch.float64)
-    total = sum(narrow(x).output for narrow in groups(wide, 2))
+    total = sum(narrow(x).output for narrow in groups(wide, size))
     torch.testing.assert_close(total, wide(x).output, rtol=1e-12, atol=1e-12)
+
+
+def test_the_order_of_heads_does_not_matter():
+    wide, x = layer(study.HEADS), torch.randn(2, 7, DIM, dtype=torch.float64)
+    expected = wide(x).output
+    order = torch.randperm(study.HEADS)
+    assert not torch.equal(order, torch.arange(study.HEADS))
+    with torch.no_grad():
+        for weight in wide.parameters():
+            axis = 1 if weight.shape[0] == DIM else 0
+            by_head = weight.unflatten(axis, (study.HEADS, WIDTH))
+            weight.copy_(by_head.index_select(axis, order).flatten(axis, axis + 1))
+    torch.testing.assert_close(wide(x).output, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        wide.output.weight.copy_(wide.output.weight.flip(1))
+    assert (wide(x).output - expected).abs().max() > 1e-3
 
 
 def test_without_its_share_of_the_output_weights_a_head_adds_nothing():
