@@ -123,11 +123,12 @@ def recommend(
         else "with a single seed no difference in quality counts, so cost alone decides"
     )
     reason = reason[0].upper() + reason[1:]
-    if solved:
-        reason += f"; {winner} solves {_list(solved)}"
+    own = [f"solves {_list(solved)}"] if solved else []
     if math.isfinite(measured):
         where = f" at {at_length} tokens" if at_length and prefer in ("inference", "decode", "state") else ""
-        reason += f"; {winner} {'reaches' if more else 'needs'} {wording.format(measured)}{where}"
+        own.append(f"{'reaches' if more else 'needs'} {wording.format(measured)}{where}")
+    if own:
+        reason += f"; {winner} {' and '.join(own)}"
     return Recommendation(text, reason + ".", winner, notes)
 
 
