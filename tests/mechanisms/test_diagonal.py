@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transnormer_checks import check_equals_the_authors_layer
 
 from regard.apply import apply
 from regard.catalogue import get_mechanism
@@ -17,7 +16,6 @@ from regard.contract import Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.diagonal import MECHANISM, Config, cost
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 RECORDED = {
     "diagonal_t1": {"activation": "relu", "block": 5},
     "diagonal_t2": {"activation": "softmax", "block": 4},
@@ -208,18 +206,4 @@ def test_what_it_lacks_is_refused_with_the_reason():
 
 @pytest.mark.parametrize(("name", "options"), RECORDED.items())
 def test_equals_the_authors_layer(name, options):
-    with np.load(FIXTURES / f"{name}.npz") as arrays:
-        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    pattern = "causal-self" if "causal" in name else "noncausal-self"
-    layer = create_layer("diagonal", 12, 2, pattern=pattern, positions="lrpe", bias=True, **options).double()
-    weights = {f"positions.{part}": recorded[part] for part in ("reflection", "angles")}
-    for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "out"}.items():
-        weights |= {f"{ours}.{part}": recorded[f"{theirs}_{part}"] for part in ("weight", "bias")}
-    layer.load_state_dict(weights)
-    x = recorded["x"].requires_grad_()
-    output = layer(x).output
-    close(output, recorded["out"])
-    leaves = [x, layer.positions.angles, layer.query.weight]
-    found = torch.autograd.grad(output, leaves, recorded["grad_out"])
-    for gradient, leaf in zip(found, ("x", "angles", "q_weight"), strict=True):
-        close(gradient, recorded[f"grad_{leaf}"])
+    check_equals_the_authors_layer("diagonal", name, options, close)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transnormer_checks import check_equals_the_authors_layer
 
 from regard.apply import absorb, apply
 from regard.catalogue import get_mechanism
@@ -20,7 +19,6 @@ from regard.layers.head_norm import HEAD_NORMS
 from regard.mechanisms.norm_linear import MAPS, MECHANISM, Config, cost
 from regard.positions import create_positions
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 RECORDED = {
     "norm_linear_t1": {"feature_map": "plain_elu"},
     "norm_linear_t2": {"feature_map": "elu"},
@@ -271,18 +269,4 @@ def test_bad_options_are_refused_with_what_is_supported():
 
 @pytest.mark.parametrize(("name", "options"), RECORDED.items())
 def test_equals_the_authors_layer(name, options):
-    with np.load(FIXTURES / f"{name}.npz") as arrays:
-        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    pattern = "causal-self" if "causal" in name else "noncausal-self"
-    layer = create_layer("norm_linear", 12, 2, pattern=pattern, positions="lrpe", bias=True, **options).double()
-    weights = {f"positions.{part}": recorded[part] for part in ("reflection", "angles")}
-    for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "out"}.items():
-        weights |= {f"{ours}.{part}": recorded[f"{theirs}_{part}"] for part in ("weight", "bias")}
-    layer.load_state_dict(weights)
-    x = recorded["x"].requires_grad_()
-    output = layer(x).output
-    close(output, recorded["out"])
-    leaves = [x, layer.positions.angles, layer.query.weight]
-    found = torch.autograd.grad(output, leaves, recorded["grad_out"])
-    for gradient, leaf in zip(found, ("x", "angles", "q_weight"), strict=True):
-        close(gradient, recorded[f"grad_{leaf}"])
+    check_equals_the_authors_layer("norm_linear", name, options, close)

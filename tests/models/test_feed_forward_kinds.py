@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from language_model_checks import check_decodes_as_it_reads_and_comes_back_from_disk
 
 from regard.contract import Context, Unsupported
 from regard.models import (
@@ -75,15 +76,7 @@ def test_a_block_adds_the_network_that_its_entry_names(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_any_network_decodes_as_it_reads_and_comes_back_from_disk(kind, tmp_path):
     model = language_model([("linear", KINDS[kind]), "softmax"])
-    ids = torch.randint(11, (2, 9))
-    whole = model(ids).output
-    state = model(ids[:, :4], context=Context(want=frozenset({"state"}))).state
-    for t in range(4, 9):
-        result = model(ids[:, t : t + 1], state=state)
-        torch.testing.assert_close(result.output[:, 0], whole[:, t])
-        state = result.state
-    save_pretrained(model, tmp_path)
-    assert torch.equal(from_pretrained(tmp_path)(ids).output, whole)
+    check_decodes_as_it_reads_and_comes_back_from_disk(model, torch.randint(11, (2, 9)), 4, tmp_path)
 
 
 OTHERS = {

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from language_model_checks import check_decodes_as_it_reads_and_comes_back_from_disk
 
 from regard.contract import Context, Unsupported
 from regard.mechanisms.local import Config, visible_pairs
@@ -18,10 +19,8 @@ from regard.models import (
     LanguageModelConfig,
     attention_share,
     count_parameters,
-    from_pretrained,
     masformer_plan,
     masformer_schedule,
-    save_pretrained,
     tokenformer_plan,
     transnormer_plan,
 )
@@ -100,15 +99,7 @@ def test_transnormers_decode_as_they_read_and_come_back_from_disk(variant, glu_a
     plan = transnormer_plan(4, variant, block=4, glu_act=glu_act)
     embedding_norm = "none" if glu_act is None else "rms_nonparametric"
     transnormer = model(plan, norm="rms_nonparametric", embedding_norm=embedding_norm, tie_embeddings=True)
-    ids = torch.randint(11, (2, 14))
-    whole = transnormer(ids).output
-    state = transnormer(ids[:, :3], context=Context(want=frozenset({"state"}))).state
-    for t in range(3, 14):
-        result = transnormer(ids[:, t : t + 1], state=state)
-        torch.testing.assert_close(result.output[:, 0], whole[:, t])
-        state = result.state
-    save_pretrained(transnormer, tmp_path)
-    assert torch.equal(from_pretrained(tmp_path)(ids).output, whole)
+    check_decodes_as_it_reads_and_comes_back_from_disk(transnormer, torch.randint(11, (2, 14)), 3, tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["T1", "T2"])
@@ -159,15 +150,7 @@ def test_a_tokenformer_decodes_as_it_reads_and_comes_back_from_disk(options, tmp
     made = tokenformer(tokenformer_plan(2, 20, **options))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
-    ids = torch.randint(11, (2, 9))
-    whole = made(ids).output
-    state = made(ids[:, :4], context=Context(want=frozenset({"state"}))).state
-    for t in range(4, 9):
-        result = made(ids[:, t : t + 1], state=state)
-        torch.testing.assert_close(result.output[:, 0], whole[:, t])
-        state = result.state
-    save_pretrained(made, tmp_path)
-    assert torch.equal(from_pretrained(tmp_path)(ids).output, whole)
+    check_decodes_as_it_reads_and_comes_back_from_disk(made, torch.randint(11, (2, 9)), 4, tmp_path)
 
 
 def test_an_encoder_decoder_can_be_a_tokenformer():
