@@ -507,12 +507,27 @@ def compare(
         ),
     ] = None,
     mechanisms: Annotated[
-        str, typer.Option(help="Comma-separated names, or all.")
+        str,
+        typer.Option(
+            help="Comma-separated: a name, NAME:option=value, a hybrid such as gated_linear*3+softmax, a .toml, .json or "
+            ".yaml file; or all."
+        ),
     ] = "softmax,local,gated_linear,delta_rule",
     budget: Annotated[
         str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
     ] = "8m",
     seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 2,
+    seed_offset: Annotated[
+        int, typer.Option(help="The lowest seed: another repeats the comparison by other draws.")
+    ] = 0,
+    frame: Annotated[
+        str,
+        typer.Option(
+            help="What surrounds each mechanism in its layer: bare, convolution or own. Of several, all are compared in the "
+            "first, and those that lead in the others too."
+        ),
+    ] = "convolution,bare",
+    leaders: Annotated[int, typer.Option(help="How many that lead are compared in the other frames.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
         "runs/compare"
     ),
@@ -527,12 +542,23 @@ def compare(
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
     rates: Annotated[
-        str, typer.Option(help="Learning rates tried, each in a full run of the first seed.")
-    ] = "0.003,0.01",
-    lengths: Annotated[str, typer.Option(help="Lengths at which costs are measured.")] = "256,512,1024,2048,4096",
-    at_length: Annotated[int, typer.Option(help="Length that decides about cost.")] = 2048,
+        str,
+        typer.Option(
+            help="Learning rates tried, each in a full run of the first seed; of several, more beyond while the best is at "
+            "an end."
+        ),
+    ] = "0.001,0.003,0.01",
+    lengths: Annotated[
+        str, typer.Option(help="Lengths at which costs are measured, beside the tasks' own.")
+    ] = "256,512,1024,2048,4096",
+    at_length: Annotated[
+        int | None, typer.Option(help="Length whose cost decides; each task's own when not given.")
+    ] = None,
     prefer: Annotated[
-        str, typer.Option(help="What decides at equal quality: inference, training, decode, memory or state.")
+        str,
+        typer.Option(
+            help="What decides at equal quality: inference, training, decode, inference-memory, training-memory or state."
+        ),
     ] = "inference",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of the winner.")] = False,
     stack: Annotated[
@@ -567,6 +593,7 @@ def compare(
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
+        regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
     """
     from regard.workbench.budget import Budget
     from regard.workbench.compare import compare as run
@@ -578,9 +605,12 @@ def compare(
     modules = _load(plugin)
     tasks = _tasks(task, data, validation, length, tokenizer, modules)
     settings = CompareSettings(
-        tuple(_mechanism_names(mechanisms, tasks)),
+        tuple(_variants(mechanisms, tasks)),
         Budget.parse(budget),
         seeds=seeds,
+        first_seed=seed_offset,
+        frames=tuple(part.strip() for part in frame.split(",") if part.strip()),
+        leaders=leaders,
         dim=dim,
         layers=layers,
         heads=heads,
@@ -595,7 +625,7 @@ def compare(
     left_out: dict[str, str] = {}
     if mechanisms.strip() == "all":
         names, left_out = fitting(tasks, settings)
-        settings = dataclasses.replace(settings, mechanisms=names)
+        settings = settings.only(names)
     if not as_json:
         for one in tasks:
             console.print(Text(one.describe()))
@@ -609,7 +639,8 @@ def compare(
             loss = f"  loss {progress.loss:.3f}" if progress.loss == progress.loss else ""
             bar.update(shown, description=progress.doing + loss, completed=progress.done, total=progress.total or None)
             share = progress.done / progress.total if progress.total else 0.0
-            line(f"{share:4.0%}  {progress.doing}{loss}")
+            left = f"  about {_clock(progress.remaining)} left" if progress.total else ""
+            line(f"{share:4.0%}  {progress.doing}{loss}{left}")
 
         def say(sentence: str) -> None:
             if not as_json:
@@ -632,6 +663,7 @@ def compare(
                 "tasks": {one.name: one.describe() for one in tasks},
                 "summary": outcome.summary,
                 "baselines": outcome.baselines,
+                "beside": outcome.beside,
                 "recommendation": outcome.recommendation.as_dict(),
                 "left_out": left_out,
                 "report": str(outcome.report),
@@ -643,9 +675,7 @@ def compare(
     console.print()
     console.print(terminal_table(outcome.summary, outcome.baselines, width=console.width))
     console.print()
-    console.print(
-        Text(f"★ no other is better and faster ({at_length} tokens); top: not separable from the best", style="dim")
-    )
+    console.print(Text("★ no other is better and faster; equal ranks: not told apart by this comparison", style="dim"))
     console.print()
     console.print(Text(outcome.recommendation.text, style="bold"))
     console.print(Text(outcome.recommendation.reason))
@@ -719,7 +749,9 @@ def _one(paths: list[str] | None) -> str | list[str] | None:
     return paths[0] if paths and len(paths) == 1 else paths
 
 
-def _mechanism_names(text: str, tasks: list[Any]) -> list[str]:
+def _variants(text: str, tasks: list[Any]) -> list[Any]:
+    from regard.models.variants import read_variants
+
     if text.strip() == "all":
         patterns = {t.pattern for t in tasks}
         inserting = patterns == {Pattern.CAUSAL_SELF}  # only language models have room for inserted tokens
@@ -730,7 +762,7 @@ def _mechanism_names(text: str, tasks: list[Any]) -> list[str]:
                 and (inserting or c.prepare is None)
             )
         )
-    return [get_mechanism(part.strip()).name for part in text.split(",") if part.strip()]
+    return read_variants(text)
 
 
 def _literal(text: str) -> Any:

@@ -44,9 +44,9 @@ def build_layer(
     wanted = card.require_pattern(pattern)
     own = [f.name for f in dataclasses.fields(card.config)]
     shell = _shell_options(card)
+    accepted = layer_options(card)
     for option in options:
-        if option not in own and option not in shell:
-            accepted = sorted({*own, *shell} - {"pattern"})
+        if option not in accepted:
             raise Unsupported(
                 f"option {option!r} of {card.name}", supported=", ".join(accepted), nearest=closest(option, accepted)
             )
@@ -60,6 +60,11 @@ def build_layer(
     if card.kind is Kind.WRAPPER:
         chosen["create"] = create_layer
     return card.module(card, dim, num_heads, pattern=wanted, config=config, **chosen)
+
+
+def layer_options(card: Mechanism) -> list[str]:
+    """Names of the options that the mechanism's layer takes: of its shell and of the mechanism."""
+    return sorted({*(f.name for f in dataclasses.fields(card.config)), *_shell_options(card)} - {"pattern"})
 
 
 def _shell_options(card: Mechanism) -> tuple[str, ...]:

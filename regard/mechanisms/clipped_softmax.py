@@ -254,6 +254,7 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    layer_defaults={"output_norm": None},  # the size of an output says how much of the head is kept
     engine="attention",
     state=KeyValueState,
     cost=cost,

@@ -561,4 +561,5 @@ MECHANISM = Mechanism(
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     sample_inputs=sample_inputs,
     module=MixtureOfHeads,
+    layer_defaults={"output_norm": None},  # routers scale the heads' outputs
 )

@@ -16,6 +16,7 @@ from regard.create import create_layer
 from regard.layers.attention import why_refused
 from regard.layers.feed_forward import FEED_FORWARDS, check_dropout, dropout, make_feed_forward
 from regard.layers.norms import LayerScale, make_norm
+from regard.models.variants import read_variant
 from regard.positions import Positions, create_positions, list_positions
 from regard.ragged import Gathering
 
@@ -49,13 +50,23 @@ def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
     """The plan of a model, one (name, options) a layer.
 
     Args:
-        plan: a mechanism for all layers, or a list with a name or a (name, options) for each layer.
-        num_layers: how often to repeat a single name (4 when None); must agree with a list's length when given.
+        plan: a mechanism for all layers or a pattern of several, as :func:`regard.models.variants.read_variant` reads it, or
+            a list with such a text or a (name, options) for each layer.
+        num_layers: how often to repeat a single name (4 when None), or a multiple of the pattern; must agree with a list's
+            length when given.
 
     Raises:
         Unsupported: for an entry of another form, an unknown name, or a length that disagrees.
     """
-    entries = [plan] * (4 if num_layers is None else num_layers) if isinstance(plan, str) else list(plan)
+    entries: list[Any]
+    if isinstance(plan, str):
+        variant = read_variant(plan)
+        repeated = 4 if len(variant.layers) == 1 else len(variant.layers)
+        entries = list(variant.plan(repeated if num_layers is None else num_layers))
+    else:
+        entries = [
+            part for entry in plan for part in (read_variant(entry).layers if isinstance(entry, str) else [entry])
+        ]
     if not entries or (num_layers is not None and len(entries) != num_layers):
         raise Unsupported(
             f"a plan of {len(entries)} layers with num_layers={num_layers}",
@@ -64,7 +75,7 @@ def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
         )
     layers = []
     for entry in entries:
-        name, options = (entry, {}) if isinstance(entry, str) else _read_entry(entry)
+        name, options = _read_entry(entry)
         kind = get_mechanism(name).kind
         if kind in (Kind.POOLING, Kind.PROJECTION):
             elsewhere = {

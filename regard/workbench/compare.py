@@ -1,7 +1,8 @@
 """`regard compare`: train mechanisms on the same work, measure quality and cost on this machine, and say which to take.
 
 Every mechanism gets the same backbone at the same number of parameters (the feed-forward width absorbs the difference),
-the same batches in the same order, the same small learning-rate search and the same budget. Each measurement is a row of
+the same parts around it (see :mod:`regard.models.frames`), the same batches in the same order, the same learning-rate search
+and the same budget. Each measurement is a row of
 the store the moment it exists, so a comparison that is killed goes on with the same command.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,40 +25,24 @@ from regard.contract import Context, Unsupported
 from regard.measurement import provenance
 from regard.measurement.sharding import shard
 from regard.measurement.store import Store
-from regard.models import StackConfig, count_parameters, save_pretrained
+from regard.models import StackConfig
+from regard.models.frames import MEANINGS
 from regard.tasks import Task
-from regard.training import evaluate, train
 from regard.workbench.cost import model_costs
 from regard.workbench.recommend import Recommendation, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import CompareSettings
 from regard.workbench.summary import (
     beside_baseline,
-    by_tokens,
+    beside_frames,
     comparison_of,
+    frames_sentences,
     rates_on_edge,
     skipped_steps,
     summarise,
-    thin,
 )
+from regard.workbench.trainer import Progress, Runs, Trainer
 from regard.workbench.work import Work, build, cost_seconds, plan
-
-
-@dataclass
-class Progress:
-    """Where a comparison stands, for whoever shows it.
-
-    Attributes:
-        doing: the cell in flight, in words.
-        done: planned seconds of work that are behind (estimates from the calibration).
-        total: planned seconds of work.
-        loss: of the last training step.
-    """
-
-    doing: str = ""
-    done: float = 0.0
-    total: float = 0.0
-    loss: float = math.nan
 
 
 @dataclass
@@ -70,6 +56,7 @@ class Outcome:
         store: the rows behind it.
         models: the winner's model of each task, where models are kept.
         baselines: name and score of the simple rule of each task that has one, and whether higher is better.
+        beside: of each task, what the mechanisms that lead score in further frames.
     """
 
     summary: dict[str, list[dict[str, Any]]]
@@ -78,6 +65,7 @@ class Outcome:
     store: Path
     models: dict[str, Path] = field(default_factory=dict)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    beside: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 Watch = Callable[[Progress], None]
@@ -134,7 +122,7 @@ def train_share(
     Raises:
         Unsupported: as :func:`compare`, and for a share of another form.
     """
-    names = shard(settings.mechanisms, share)
+    names = shard(settings.names, share)
     with _begun(tasks, settings, output, watch, say, command) as runner:
         runner.train_all(names)
     return names
@@ -162,8 +150,9 @@ def _begun(
     with Store(output / "results.db", command=command) as store:
         beginning = provenance.now()
         plan(store, works, settings, started, say)
-        watch = watch or (lambda _: None)
-        yield _Runner(store, works, settings, output, watch, say, command or store.command, beginning)
+        deadline = started + settings.budget.amount if settings.budget.unit == "seconds" else None
+        trainer = Trainer(store, settings, output, command or store.command, watch or (lambda _: None), say, deadline)
+        yield _Runner(store, works, settings, output, trainer, beginning)
 
 
 class _Runner:
@@ -175,155 +164,90 @@ class _Runner:
         works: Sequence[Work],
         settings: CompareSettings,
         output: Path,
-        watch: Watch,
-        say: Callable[[str], None],
-        command: str,
-        started: str,
+        trainer: Trainer,
+        beginning: str,
     ) -> None:
-        self.started = started
         self.store, self.works, self.settings, self.output = store, works, settings, output
-        self.watch, self.say, self.command = watch, say, command
-        self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "cost": [], "search": []}
-        self.rates: dict[str, dict[str, float]] = {}
-        self.progress = Progress()
-
-    def _planned(self, names: Sequence[str]) -> float:
-        return sum(
-            work.runs * (work.steps[name] * work.step_seconds[name] + work.evaluation_seconds[name])
-            for work in self.works
-            for name in names
-        )
+        self.trainer, self.beginning = trainer, beginning
+        self.costed: list[dict[str, Any]] = []
 
     def run(self) -> Outcome:
-        names = self.settings.mechanisms
         after = cost_seconds(self.works, self.settings)
-        quality, searches = self.train_all(names, after)
+        beside = sum(self._beside_seconds(work) for work in self.works)
+        runs = self.train_all(self.settings.names, after + beside)
         costs = self._costs()
-        self.progress.done = self.progress.total
-        self.watch(self.progress)
-        return self._conclude(quality, searches, costs)
+        self.trainer.advance(after)
+        self.trainer.reserved = 0.0
+        found = _Found(self.works, self.settings, runs, costs)
+        found.look_beside(self._in_other_frames(found))
+        self.trainer.progress.done = self.trainer.progress.total
+        self.trainer.watch(self.trainer.progress)
+        return self._conclude(found, costs)
 
-    def train_all(
-        self, names: Sequence[str], after: float = 0.0
-    ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-        """All runs of these mechanisms: of each task its rows, and the trials of learning rates.
+    def train_all(self, names: Sequence[str], after: float = 0.0) -> dict[str, Runs]:
+        """All runs of these mechanisms in the first frame, by task.
 
         Args:
-            after: planned seconds of what follows, for the progress.
+            after: planned seconds of what follows.
         """
-        self.progress.total = self._planned(names) + after
-        quality: dict[str, list[dict[str, Any]]] = {}
-        searches: list[dict[str, Any]] = []
-        for work in self.works:
-            best = {}
-            for name in names:
-                best[name], trials = self._best_of_rates(work, name)
-                searches += trials
-            self.rates[work.task.name] = {name: row["lr"] for name, row in best.items()}
-            rows = list(best.values())
-            for seed in range(1, self.settings.seeds):
-                rows += [self._train(work, name, row["lr"], seed) for name, row in best.items()]
-            self.cells["quality"] += [self._quality_key(work, r["mechanism"], r["lr"], r["seed"]) for r in rows]
-            quality[work.task.name] = rows
-        return quality, searches
+        trainer = self.trainer
+        planned = {w.task.name: sum(w.runs * w.run_seconds(name) for name in names) for w in self.works}
+        trainer.progress.total = sum(planned.values()) + after
+        runs = {}
+        for index, work in enumerate(self.works):
+            following = self.works[index + 1 :]
+            trainer.reserved = after
+            trainer.replan(self.works[index:])
+            trainer.reserved = after + sum(planned[w.task.name] for w in following)
+            runs[work.task.name] = trainer.train(work, names)
+        return runs
 
-    def _cell(self, work: Work, name: str, **settings: Any) -> dict[str, Any]:
-        return {**work.identity, "mechanism": name, "feed_forward": work.configs[name].feed_forward, **settings}
+    def _beside_seconds(self, work: Work) -> float:
+        """Planned seconds of a task's runs in the frames after the first."""
+        return (work.all_runs - work.runs * len(work.configs)) * statistics.fmean(map(work.run_seconds, work.configs))
 
-    def _best_of_rates(self, work: Work, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The full run of seed 0 with the lowest loss on the items kept for the choice, and all trials."""
-        runs, trials = [], []
-        for rate in self.settings.rates:
-            run = self._train(work, name, rate, 0)
-            trial = {k: run[k] for k in ("task", "mechanism", "lr", "seed")} | run["search"]
-            key = self._cell(work, name, lr=rate, seed=0, steps=work.steps[name], items=work.search_items)
-            self.store.put("search", key, trial)
-            self.cells["search"].append(key)
-            runs.append(run)
-            trials.append(trial)
-        return min(runs, key=lambda r: math.inf if r["search"]["loss"] is None else r["search"]["loss"]), trials
-
-    def _quality_key(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
-        items = [work.search_items, work.items]
-        return self._cell(work, name, lr=rate, seed=seed, steps=work.steps[name], items=items)
-
-    def _train(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
-        """One full run, from its row where there is one."""
-        steps = work.steps[name]
-        key = self._quality_key(work, name, rate, seed)
-        row = self.store.get("quality", key)
-        planned = steps * work.step_seconds[name]
-        if row is None:
-            self._doing(f"{work.task.name}: {name}, learning rate {rate:g}, seed {seed}")
-            self.store.put("quality", key, self._measure(work, name, rate, seed))
-            row = self.store.get("quality", key)
-            assert row is not None
-            planned = 0.0  # its steps have advanced the progress one by one
-        self._advance(planned + work.evaluation_seconds[name])
-        return row.payload
-
-    def _measure(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
-        """Train and score: the first held-out items choose the learning rate, the others are the result."""
-        task = work.task
-        model = build(work.configs[name], seed)
-        config = work.train_config(rate, seed, work.steps[name])
-        history = train(model, task, config, on_step=self._on_step(work, name))
-        items: list[tuple[float, float]] = []
-        score, choice = math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
-        if not history.diverged:
-            found = evaluate(model, task, work.scored_at_once, first=work.search_items)
-            items, score = found.items, found.score
-            sliced = evaluate(model, task, work.scored_at_once, last=work.search_items) if work.search_items else found
-            choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
-        if self.settings.keep_models and seed == 0:
-            save_pretrained(model, self._model_folder(work, name, rate))
-        return {
-            "task": task.name,
-            "mechanism": name,
-            "seed": seed,
-            "lr": rate,
-            "metric": task.metric,
-            "higher_is_better": task.higher_is_better,
-            "score": score,
-            "solved": None if task.solved is None else _reaches(task, score),
-            "items": items,
-            "search": choice,
-            "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
-            "parameters": count_parameters(model),
-            "feed_forward": work.configs[name].feed_forward,
-            "tokens": history.tokens,
-            "steps": len(history.curve),
-            "skipped": history.skipped,
-            "seconds": history.seconds,
-            "tokens_per_second": history.tokens_per_second,
-            "peak_memory_bytes": history.peak_memory,
-            "reproduce": self.command,
-        }
+    def _in_other_frames(self, found: _Found) -> dict[str, list[dict[str, Any]]]:
+        """Rows of those that lead, trained in the frames after the first; by task."""
+        rows: dict[str, list[dict[str, Any]]] = {work.task.name: [] for work in self.works}
+        for frame in self.settings.frames[1:]:
+            for name in found.leaders():
+                works = [Work(work.task, self.settings, frame, [name]) for work in self.works]
+                for other, work in zip(works, self.works, strict=True):
+                    other.follow(work)
+                if not self.trainer.affords(works, name):
+                    found.left_out.append(
+                        f"No time was left for {name} in the frame {frame}; a larger --budget has it."
+                    )
+                    continue
+                for other in works:
+                    rows[other.task.name] += self.trainer.train(other).rows
+        return rows
 
     def _costs(self) -> list[dict[str, Any]]:
         """Inference, decoding, memory and state, once for each kind of backbone, all mechanisms interleaved."""
         found = []
-        measured = set()
-        for work in self.works:
-            if work.kind in measured:
-                continue
-            measured.add(work.kind)
+        for kind in dict.fromkeys(work.kind for work in self.works):
+            works = [work for work in self.works if work.kind == kind]
+            work = works[0]
+            lengths = sorted({*self.settings.lengths, *(self.settings.measured_at(w.own_length) for w in works)})
+            identity = {k: v for k, v in work.identity.items() if k not in ("metric", "batch_size")}
             keys = {
-                name: self._cell(
-                    work,
-                    name,
-                    lengths=list(self.settings.lengths),
-                    machine=provenance.fingerprint()["machine_id"],
-                    beside=list(self.settings.mechanisms),
-                )
-                for name in work.configs
+                name: {
+                    **identity,
+                    "mechanism": name,
+                    "feed_forward": config.feed_forward,
+                    "lengths": lengths,
+                    "machine": provenance.fingerprint()["machine_id"],
+                    "beside": list(self.settings.names),
+                }
+                for name, config in work.configs.items()
             }
-            self.cells["cost"] += keys.values()
+            self.costed += keys.values()
             rows = {name: self.store.get("cost", key) for name, key in keys.items()}
             if any(row is None for row in rows.values()):
-                self._doing(f"{work.task.name}: time and memory against length")
+                self.trainer.doing(f"{work.task.name}: time and memory against length")
                 make_input = functools.partial(_input, work.task)
-                costs = model_costs(_models_for(work), self.settings.lengths, make_input, seconds=0.5)
+                costs = model_costs(_models_for(work), lengths, make_input, seconds=0.5)
                 for name, cost in costs.items():
                     named = {"task": work.task.name, "mechanism": name, "pattern": str(work.task.pattern)}
                     self.store.put("cost", keys[name], named | cost)
@@ -331,97 +255,123 @@ class _Runner:
             found += [row.payload for row in rows.values() if row is not None]
         return found
 
-    def _conclude(
-        self,
-        quality: Mapping[str, list[dict[str, Any]]],
-        searches: list[dict[str, Any]],
-        costs: list[dict[str, Any]],
-    ) -> Outcome:
-        settings = self.settings
-        comparisons = {task: comparison_of(rows) for task, rows in quality.items()}
-        kind = {w.task.name: w.kind for w in self.works}
-        rules = {w.task.name: w.baseline for w in self.works if w.baseline is not None}
-        cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
-        summary = {
-            task: summarise(
-                rows,
-                comparisons[task],
-                {m: cost_of.get((kind[task], m), {}) for m in settings.mechanisms},
-                settings,
-                rules.get(task),
-            )
-            for task, rows in quality.items()
-        }
-        metrics = {w.task.name: (w.task.metric, w.task.higher_is_better) for w in self.works}
-        advice = recommend(
-            summary,
-            comparisons,
-            metrics,
-            prefer=settings.prefer,
-            budget=str(settings.budget),
-            at_length=settings.at_length,
-        )
-        advice.notes[:0] = [beside_baseline(task, summary[task], rule, advice.winner) for task, rule in rules.items()]
-        advice.notes[:0] = [work.few_items for work in self.works if work.few_items]
-        advice.notes += [said for task, rows in quality.items() if (said := skipped_steps(task, rows))]
-        models = self._kept_models(advice)
-        edges = rates_on_edge(searches, settings.rates) if len(settings.rates) > 2 else []
-        if edges:
-            advice.notes.append(f"The best learning rate lay on the edge of the grid for {', '.join(edges)}.")
+    def _conclude(self, found: _Found, costs: list[dict[str, Any]]) -> Outcome:
+        settings, advice = self.settings, found.advice
+        models = self._kept_models(found)
         run: dict[str, Any] = {
-            "title": "Which attention mechanism? " + ", ".join(quality),
-            "command": self.command,
-            "tasks": list(quality),
-            "mechanisms": list(settings.mechanisms),
-            "seeds": list(range(settings.seeds)),
+            "title": "Which attention mechanism? " + ", ".join(found.summary),
+            "command": self.trainer.command,
+            "tasks": list(found.summary),
+            "mechanisms": list(settings.names),
+            "seeds": list(range(settings.first_seed, settings.first_seed + settings.seeds)),
             "budget": str(settings.budget),
+            "frame": settings.frames[0],
+            "frames": {frame: MEANINGS[frame] for frame in settings.frames},
+            "beside": found.beside,
+            "parts": {work.task.name: work.parts() for work in self.works},
+            "at_length": {work.task.name: settings.measured_at(work.own_length) for work in self.works},
             "settings": _described(self.works, settings),
             "descriptions": {work.task.name: work.task.describe() for work in self.works},
-            "started": self.started,
+            "started": self.beginning,
             "finished": provenance.now(),
             "recommendation": advice.as_dict(),
-            "resolution": {t: c.resolution for t, c in comparisons.items() if math.isfinite(c.resolution)},
+            "resolution": {t: c.resolution for t, c in found.comparisons.items() if math.isfinite(c.resolution)},
             "baselines": {
-                task: {"name": rule.name, "score": rule.score, "higher_is_better": metrics[task][1]}
-                for task, rule in rules.items()
+                task: {"name": rule.name, "score": rule.score, "higher_is_better": found.metrics[task][1]}
+                for task, rule in found.rules.items()
             },
         }
-        self.store.put("run", {"run": self.store.run}, {**run, "summary": summary, "cells": self.cells})
+        cells = {**self.trainer.cells, "cost": self.costed}
+        self.store.put("run", {"run": self.store.run}, {**run, "summary": found.summary, "cells": cells})
         report = render_report(self.store, self.output / "report.html", self.store.run)
-        return Outcome(summary, advice, report, self.store.path, models, run["baselines"])
+        return Outcome(found.summary, advice, report, self.store.path, models, run["baselines"], found.beside)
 
-    def _model_folder(self, work: Work, name: str, rate: float) -> Path:
-        return self.output / "models" / f"{work.task.name}-{name}-{rate:g}"
-
-    def _kept_models(self, advice: Recommendation) -> dict[str, Path]:
+    def _kept_models(self, found: _Found) -> dict[str, Path]:
         """The winner's model of each task; the lines that load it go into the notes."""
+        advice, kept = found.advice, {}
         if not self.settings.keep_models or advice.winner is None:
             return {}
-        found = {}
         for work in self.works:
-            folder = self._model_folder(work, advice.winner, self.rates[work.task.name][advice.winner])
+            rate = found.runs[work.task.name].rates[advice.winner]
+            folder = self.trainer.model_folder(work, advice.winner, rate)
             if folder.exists():
-                found[work.task.name] = folder
+                kept[work.task.name] = folder
                 advice.notes.append(
                     f"The {work.task.name} model: from regard.models import from_pretrained; "
                     f"model = from_pretrained({str(folder)!r})"
                 )
-        return found
+        self.trainer.keep_only(list(kept.values()))
+        return kept
 
-    def _doing(self, what: str) -> None:
-        self.progress.doing = what
-        self.watch(self.progress)
 
-    def _advance(self, seconds: float) -> None:
-        self.progress.done += seconds
-        self.watch(self.progress)
+class _Found:
+    """What the runs say: summaries, comparisons and the recommendation.
 
-    def _on_step(self, work: Work, name: str) -> Callable[[Any], None]:
-        def on_step(point: Any) -> None:
-            self.progress.loss = point.loss
-            self._advance(work.step_seconds[name])
+    Attributes:
+        beside: of each task, what the mechanisms that lead score in further frames, see :func:`beside_frames`.
+        left_out: sentences about what there was no time for.
+    """
 
-        return on_step
+    def __init__(
+        self, works: Sequence[Work], settings: CompareSettings, runs: Mapping[str, Runs], costs: list[dict[str, Any]]
+    ) -> None:
+        self.works, self.settings, self.runs = works, settings, runs
+        self.comparisons = {task: comparison_of(made.rows) for task, made in runs.items()}
+        self.rules = {w.task.name: w.baseline for w in works if w.baseline is not None}
+        self.metrics = {w.task.name: (w.task.metric, w.task.higher_is_better) for w in works}
+        self.left_out = [sentence for made in runs.values() for sentence in made.left_out]
+        kind = {w.task.name: w.kind for w in works}
+        cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
+        self.summary = {
+            work.task.name: summarise(
+                runs[work.task.name].rows,
+                self.comparisons[work.task.name],
+                {name: cost_of.get((work.kind, name), {}) for name in settings.names},
+                settings.measured_at(work.own_length),
+                self.rules.get(work.task.name),
+            )
+            for work in works
+        }
+        self.beside: dict[str, list[dict[str, Any]]] = {}
+        self.advice = self._recommend()
+
+    def _recommend(self) -> Recommendation:
+        at = {work.task.name: self.settings.measured_at(work.own_length) for work in self.works}
+        edges = {
+            (task, name): edge for task, made in self.runs.items() for name, edge in rates_on_edge(made.trials).items()
+        }
+        return recommend(
+            self.summary,
+            self.comparisons,
+            self.metrics,
+            prefer=self.settings.prefer,
+            budget=str(self.settings.budget),
+            at_length=at,
+            frame=self.settings.frames[0],
+            edges=edges,
+        )
+
+    def leaders(self) -> list[str]:
+        """The recommended mechanism, then the best of each task, then softmax, then the next: as many as the settings say."""
+        ranked = [[e["mechanism"] for e in entries if e["mean"] is not None] for entries in self.summary.values()]
+        named = [self.advice.winner, *(names[0] for names in ranked if names), "softmax"]
+        named += [name for names in ranked for name in names]
+        known = [name for name in dict.fromkeys(named) if name in self.settings.names]
+        return known[: self.settings.leaders]
+
+    def look_beside(self, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Take the rows of further frames in, and complete the recommendation's notes."""
+        notes = [work.few_items for work in self.works if work.few_items]
+        winner = self.advice.winner
+        notes += [beside_baseline(task, self.summary[task], rule, winner) for task, rule in self.rules.items()]
+        notes += self.advice.notes
+        for task, made in rows.items():
+            if made:
+                self.beside[task] = beside_frames(self.runs[task].rows, made)
+        notes += frames_sentences(self.beside, self.metrics, self.settings.frames[0])
+        notes += self.left_out
+        notes += [said for task, made in self.runs.items() if (said := skipped_steps(task, made.rows))]
+        self.advice.notes[:] = notes
 
 
 def render_report(store: Store, path: Path, run: str | None = None) -> Path:
@@ -483,17 +433,17 @@ def _input(task: Task, length: int) -> tuple[tuple[Tensor, ...], Context]:
     return (tokens(width * width, None, task.features),), Context(grid=(width, width))
 
 
-def _reaches(task: Task, score: float) -> bool:
-    assert task.solved is not None
-    return score >= task.solved if task.higher_is_better else score <= task.solved
-
-
 def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, Any]:
     cross = " (of the memory, in cross patterns)" if any(work.task.pattern.cross for work in works) else ""
     described: dict[str, Any] = {
         "backbone": f"{settings.layers} layers, width {settings.dim}, {settings.heads} heads",
-        "learning rates tried": ", ".join(f"{r:g}" for r in settings.rates),
-        "table and picture at": f"{settings.at_length} tokens{cross}, batch 1",
+        "frame": settings.frames[0],
+        "learning rates tried": ", ".join(f"{r:g}" for r in settings.rates)
+        + (", and beyond while the best is at an end" if len(settings.rates) > 1 else ""),
+        "table and picture at": "; ".join(
+            f"{work.task.name}: {settings.measured_at(work.own_length)} tokens{cross}" for work in works
+        )
+        + ", batch 1",
         "threads": torch.get_num_threads(),
     }
     if settings.precision != "float32":

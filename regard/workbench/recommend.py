@@ -19,10 +19,14 @@ PREFERENCES = {
     "inference": ("inference_ms", False, "{:.3g} ms of inference"),
     "training": ("tokens_per_second", True, "{:,.0f} training tokens per second"),
     "decode": ("decode_tokens_per_second", True, "{:,.0f} decoded tokens per second"),
-    "memory": ("peak_memory_bytes", False, "{:,.0f} bytes of peak training memory"),
+    "training-memory": ("training_memory_bytes", False, "{:,.0f} bytes of peak memory in training"),
+    "inference-memory": ("inference_memory_bytes", False, "{:,.0f} bytes of peak memory in inference"),
     "state": ("state_bytes", False, "{:,.0f} bytes of state a sequence"),
 }
 """What may decide among mechanisms of equal quality: column of the summary, whether higher is better, wording."""
+
+OF_TRAINING = ("training", "training-memory")
+"""Preferences that are measured in the training runs, whose length is the task's."""
 
 
 @dataclass
@@ -45,9 +49,15 @@ def recommend(
     *,
     prefer: str = "inference",
     budget: str = "",
-    at_length: int | None = None,
+    at_length: Mapping[str, int] | None = None,
+    frame: str = "",
+    edges: Mapping[tuple[str, str], float] | None = None,
 ) -> Recommendation:
     """The recommendation for a comparison.
+
+    A mechanism leaves the race where something that is sure speaks against it: it does not solve what others solve, it is
+    no better than a rule that others surely beat, or it is surely behind the best of those left. Nothing else removes one,
+    so of those that stay none is surely better, and the cheapest is taken.
 
     Args:
         summary: of each task, one entry a mechanism.
@@ -55,81 +65,162 @@ def recommend(
         metrics: name of each task's metric and whether higher is better.
         prefer: one of `PREFERENCES`.
         budget: as the user gave it, to say what larger one would separate.
-        at_length: length at which inference, decoding and state were measured.
+        at_length: of each task the length at which inference, decoding and state were measured.
+        frame: in which the mechanisms were compared.
+        edges: task and mechanism of which the best learning rate is at an end of those tried, with the rate.
     """
-    remaining = _scored_everywhere(summary)
-    if not remaining:
+    scored = _scored_everywhere(summary)
+    if not scored:
         return Recommendation("No mechanism can be recommended.", "None has a score on every task.", None)
-    kept, notes, steps = remaining, [], []
-    beating: list[str] = []
+    kept, steps, notes = _without_unsolved(summary, scored)
+    kept, lost = _without_unproven(summary, kept)
+    steps += lost
+    kept, lost = _without_beaten(summary, comparisons, metrics, kept)
+    steps += lost
+    column, more, wording = PREFERENCES[prefer]
+    winner = _cheapest(summary, kept, column, more)
+    measured = _value(summary, winner, column)
+    notes += _ties(summary, comparisons, metrics, kept, budget)
+    where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
+    costs = math.isfinite(measured)
+    text = f"Take {winner}: " + _headline(winner, scored, kept, comparisons, prefer + where if costs else "")
+    at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
+    if at_edge:
+        ends = " and ".join(f"{rate:g} on {task}" for task, rate in at_edge.items())
+        text += f" Its best learning rate is at the end of those tried ({ends}), so it may do better than shown."
+    others = sorted({f"{name} on {task}" for task, name in (edges or {}) if name != winner})
+    if others:
+        notes.append(
+            f"The best learning rate is at the end of those tried for {_list(others)}: they may do better too."
+        )
+    own = [f"solves {_list(solved)}"] if (solved := _solved(summary, winner)) else []
+    if costs:
+        own.append(f"{'reaches' if more else 'needs'} {wording.format(measured)}{where}")
+    steps = steps or [_no_steps(scored, comparisons)]
+    reason = "; ".join([*steps, f"{winner} {' and '.join(own)}"] if own else steps)
+    if frame:
+        reason += f". All were compared in the frame {frame}"
+    return Recommendation(text, reason[0].upper() + reason[1:] + ".", winner, notes)
+
+
+def _headline(
+    winner: str, scored: Sequence[str], kept: Sequence[str], comparisons: Mapping[str, Comparison], cost: str
+) -> str:
+    """Why the winner, in half a sentence, for every case there is."""
+    if len(scored) == 1:
+        return "it is the only mechanism with a score on every task."
+    if len(kept) == 1:
+        return f"every other is surely behind it{' on some task' if len(comparisons) > 1 else ''}."
+    if any(comparison.degrees < 1 for comparison in comparisons.values()):
+        said = "with a single seed no difference in quality counts"
+    else:
+        said = f"of {_list(kept)}, none is surely behind the best"
+    return f"{said}, and it is the cheapest in {cost}." if cost else f"{said}, and no cost was measured to decide."
+
+
+def _no_steps(scored: Sequence[str], comparisons: Mapping[str, Comparison]) -> str:
+    if len(scored) > 1 and any(comparison.degrees < 1 for comparison in comparisons.values()):
+        return "two seeds or more would tell differences from chance"
+    return "every mechanism reached the same quality within the noise"
+
+
+def _at_lengths(at_length: Mapping[str, int] | None) -> str:
+    if not at_length:
+        return ""
+    if len(set(at_length.values())) == 1:
+        return f" at {next(iter(at_length.values()))} tokens"
+    return " at " + _list([f"{length} tokens ({task})" for task, length in at_length.items()])
+
+
+def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) -> list[str]:
+    return [task for task in summary if _entry(summary, task, mechanism).get("solved")]
+
+
+def _without_unsolved(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Those that solve what others solve, why the others left, and notes."""
+    steps, notes = [], []
     for task, entries in summary.items():
         if all(e.get("solved") is None for e in entries):
             continue
         solving = [m for m in kept if _entry(summary, task, m)["solved"]]
         if solving:
-            if len(solving) < len(kept):
-                lost = [m for m in kept if m not in solving]
-                steps.append(f"{task} is not solved by {_list(lost)}")
+            lost = [m for m in kept if m not in solving]
+            steps += [f"{task} is not solved by {_list(lost)}"] if lost else []
             kept = solving
         elif any(e.get("solved") for e in entries):
             notes.append(f"No remaining mechanism solves {task}.")
         else:
             notes.append(f"No mechanism solved {task} at this budget; a larger --budget may.")
+    return kept, steps, notes
+
+
+def _without_unproven(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
+) -> tuple[list[str], list[str]]:
+    """Those that are better than a task's rule where some surely are, and why the others left."""
+    steps = []
     for task in summary:
         entries = [_entry(summary, task, m) for m in kept]
         better = [e["mechanism"] for e in entries if (e.get("over_baseline") or 0) > 0]
         if any(e.get("beside_baseline") == "ahead" for e in entries) and len(better) < len(kept):
             lost = [m for m in kept if m not in better]
             steps.append(f"on {task} no better than a rule without training: {_list(lost)}")
-            kept = beating = better
+            kept = better
+    return kept, steps
+
+
+def _without_beaten(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    comparisons: Mapping[str, Comparison],
+    metrics: Mapping[str, tuple[str, bool]],
+    kept: list[str],
+) -> tuple[list[str], list[str]]:
+    """Those that are not surely behind the best of those left, task by task, and why the others left."""
+    steps = []
     for task in summary:
-        entries = [_entry(summary, task, m) for m in kept]
-        if any(e.get("solved") for e in entries):
+        best = _best(summary, metrics, task, kept)
+        if best is None:
             continue
-        name, higher = metrics[task]
-        best = max(entries, key=lambda e: e["mean"] if higher else -e["mean"])["mechanism"]
-        comparison = comparisons[task]
-        tied: list[str] = []
-        behind: list[str] = []
-        for mechanism in kept:
-            if mechanism != best:
-                difference = comparison.difference(best, mechanism)
-                (behind if difference.separable else tied).append(mechanism)
+        behind = [m for m in kept if m != best and comparisons[task].difference(best, m).separable]
         if behind:
             score = _entry(summary, task, best)["mean"]
-            steps.append(f"on {task} {best} reaches {score:.4g} {name}, ahead of {_list(behind)}")
-        if tied:
-            notes.append(_inseparable(task, best, tied, comparison, budget))
+            steps.append(f"on {task} {best} reaches {score:.4g} {metrics[task][0]}, ahead of {_list(behind)}")
         kept = [m for m in kept if m not in behind]
-    column, more, wording = PREFERENCES[prefer]
-    winner = _cheapest(summary, kept, column, more)
-    measured = _value(summary, winner, column)
-    solved = [task for task in summary if _entry(summary, task, winner).get("solved")]
-    text = f"Take {winner}"
-    if len(kept) > 1 and math.isfinite(measured):
-        text += (
-            f": of {_list(kept)}, which this comparison cannot tell apart in quality, it is the cheapest in {prefer}."
-        )
-    elif kept == beating:
-        text += ": it alone beats a rule without training."
-    elif len(remaining) == 1:
-        text += ": it is the only mechanism with a score on every task."
-    else:
-        text += ": no other mechanism matches its quality here."
-    judged = all(comparison.degrees > 0 for comparison in comparisons.values())
-    reason = "; ".join(steps) or (
-        "every mechanism reached the same quality within the noise"
-        if judged or len(remaining) == 1
-        else "with a single seed no difference in quality counts, so cost alone decides"
-    )
-    reason = reason[0].upper() + reason[1:]
-    own = [f"solves {_list(solved)}"] if solved else []
-    if math.isfinite(measured):
-        where = f" at {at_length} tokens" if at_length and prefer in ("inference", "decode", "state") else ""
-        own.append(f"{'reaches' if more else 'needs'} {wording.format(measured)}{where}")
-    if own:
-        reason += f"; {winner} {' and '.join(own)}"
-    return Recommendation(text, reason + ".", winner, notes)
+    return kept, steps
+
+
+def _ties(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    comparisons: Mapping[str, Comparison],
+    metrics: Mapping[str, tuple[str, bool]],
+    kept: list[str],
+    budget: str,
+) -> list[str]:
+    """What the scores leave open among those that stay, and what would settle it."""
+    if len(kept) < 2:
+        return []
+    found = []
+    for task in summary:
+        best = _best(summary, metrics, task, kept)
+        if best is not None:
+            found.append(_inseparable(task, best, [m for m in kept if m != best], comparisons[task], budget))
+    return found
+
+
+def _best(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, tuple[str, bool]],
+    task: str,
+    kept: Sequence[str],
+) -> str | None:
+    """The one of `kept` with the best score; None where the task is solved, so that scores no longer decide."""
+    entries = [_entry(summary, task, m) for m in kept]
+    if any(e.get("solved") for e in entries):
+        return None
+    sign = 1 if metrics[task][1] else -1
+    return max(entries, key=lambda e: sign * e["mean"])["mechanism"]
 
 
 def _entry(summary: Mapping[str, Sequence[Mapping[str, Any]]], task: str, mechanism: str) -> Mapping[str, Any]:

@@ -152,7 +152,10 @@ class _View:
         search: Sequence[Payload],
         summary: Mapping[str, Sequence[Payload]],
     ) -> None:
-        self.run, self.quality, self.cost, self.search, self.summary = run, quality, cost, search, summary
+        first = run.get("frame")
+        self.run, self.cost, self.summary = run, cost, summary
+        self.quality = [row for row in quality if row.get("frame") == first]
+        self.search = [row for row in search if row.get("frame") == first]
         rows = [*quality, *cost, *search, *(entry for entries in summary.values() for entry in entries)]
         self.mechanisms = list(dict.fromkeys([*run.get("mechanisms", ()), *(row["mechanism"] for row in rows)]))
         self.tasks = list(
@@ -200,6 +203,39 @@ class _View:
             return "unknown"
         return "behind" if separable else "tied"
 
+    def parts(self) -> list[dict[str, Any]]:
+        """What layers have beside their mechanisms, those with the same parts in one entry: names and parts."""
+        groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for by_name in (self.run.get("parts") or {}).values():
+            for name, parts in by_name.items():
+                members = groups.setdefault(tuple(parts.items()), [])
+                members += [name] if name not in members else []
+        return [{"names": names, "parts": dict(parts)} for parts, names in groups.items()]
+
+    def differences(self) -> str:
+        """What the models of a comparison differ in, beside what was chosen for them."""
+        groups = self.parts()
+        names = dict.fromkeys(part for group in groups for part in group["parts"])
+        differing = [part for part in names if len({group["parts"].get(part, "none") for group in groups}) > 1]
+        if not groups:
+            return "the mechanism and whatever its layer has of its own"
+        if not differing:
+            return "the mechanism alone"
+        return f"the mechanism, and of the parts around it {', '.join(differing)}, as the table of parts shows"
+
+    def beside(self) -> list[dict[str, Any]]:
+        """Of each task and mechanism that was trained in further frames, its scores there and in the first."""
+        return [
+            {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
+        ]
+
+    def lengths(self) -> str:
+        """The lengths at which costs count, in words."""
+        at = self.run.get("at_length") or {}
+        if len(set(at.values())) == 1:
+            return f"{next(iter(at.values())):,} tokens"
+        return ", ".join(f"{length:,} tokens for {task}" for task, length in at.items())
+
     def score(self, entry: Payload) -> Markup:
         """The mean with its standard error."""
         if not is_number(entry["mean"]):
@@ -210,7 +246,7 @@ class _View:
         return Markup("{} <small>± {}</small>").format(mean, error)
 
     def tied(self, task: str) -> list[str]:
-        """Mechanisms that cannot be told apart from the best one of a task."""
+        """Mechanisms that cannot be told apart from the best one of a task, whose rank they share."""
         return [e["mechanism"] for e in self.ranked(task) if self.standing(task, e) == "tied"]
 
     def told_apart(self, task: str) -> list[str]:
@@ -428,7 +464,7 @@ class _View:
         return charts.lines(
             self._id("search", task),
             f"{task}: learning-rate search",
-            f"{metric.name} of short runs at each learning rate of the grid.",
+            f"{metric.name} at each learning rate that was tried, in full runs of the first seed.",
             series,
             Axis("learning rate →", charts.format_tick, log=True, ticks=rates),
             metric.axis,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from regard.contract import Unsupported, at_least, one_of
 from regard.models import StackConfig
+from regard.models.frames import FRAMES
+from regard.models.variants import Variant, read_variant
 from regard.training import PRECISIONS
 from regard.workbench.budget import Budget
 from regard.workbench.recommend import PREFERENCES
 
-RATES = (3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2)
+MORE_RATES = 3
+"""Rates that are tried beyond those given, one at a time, while the best is at an end."""
 
 
 @dataclass(frozen=True)
@@ -18,30 +23,39 @@ class CompareSettings:
     """What to compare and how.
 
     Attributes:
-        mechanisms: catalogue names. `softmax`, or else the first, sets the number of parameters.
+        mechanisms: variants, or texts that :func:`regard.models.variants.read_variant` reads; `softmax`, or else the
+            first, sets the number of parameters.
         budget: time of the whole comparison, or tokens or FLOPs of each run.
         seeds: runs of each mechanism on each task; two or more let differences be judged.
+        first_seed: the lowest of them; another gives other initial weights and another order of the data.
+        frames: what surrounds the mechanisms in their layers, see :mod:`regard.models.frames`. All are compared in the
+            first; those that lead are then trained in the others too, where the budget allows.
+        leaders: how many of them.
         dim, layers, heads: of the backbone.
         batch_tokens: tokens of a training step; the batch size follows from the task's length.
-        rates: learning rates tried, in full runs of the first seed; the best one trains the other seeds.
-        lengths: at which inference, decoding, memory and state are measured.
-        at_length: the one of them that the table and the recommendation use.
+        rates: learning rates tried, in full runs of the first seed; the best one trains the other seeds. While the best
+            is at an end of them, the next one beyond is tried, at most `MORE_RATES` times; a single rate is kept.
+        lengths: at which inference, decoding, memory and state are measured, beside the tasks' own.
+        at_length: the length that the table and the recommendation use; each task's own when None.
         prefer: what decides among mechanisms of equal quality; one of `PREFERENCES`.
         keep_models: keep the winner's weights of the first seed.
         stack: how the backbone's blocks are stacked, as in the models' configs.
         precision: of training, as in :class:`regard.training.TrainConfig`.
     """
 
-    mechanisms: tuple[str, ...]
+    mechanisms: tuple[str | Variant, ...]
     budget: Budget
     seeds: int = 2
+    first_seed: int = 0
+    frames: tuple[str, ...] = ("convolution", "bare")
+    leaders: int = 2
     dim: int = 64
     layers: int = 2
     heads: int = 2
     batch_tokens: int = 2048
     rates: tuple[float, ...] = RATES
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    at_length: int = 2048
+    at_length: int | None = None
     prefer: str = "inference"
     keep_models: bool = False
     stack: StackConfig = StackConfig()
@@ -50,18 +64,41 @@ class CompareSettings:
     def __post_init__(self) -> None:
         if not self.mechanisms:
             raise Unsupported("a comparison of no mechanisms", supported="one or more names from `regard list`")
-        twice = {m for m in self.mechanisms if self.mechanisms.count(m) > 1}
+        read = tuple(read_variant(m) if isinstance(m, str) else m for m in self.mechanisms)
+        object.__setattr__(self, "mechanisms", read)
+        given = [variant.name for variant in read]
+        twice = {name for name in given if given.count(name) > 1}
         if twice:
             raise Unsupported(f"mechanism {sorted(twice)[0]!r} twice", supported="each mechanism once")
         for name in ("seeds", "dim", "layers", "heads", "batch_tokens"):
             at_least(name, getattr(self, name), 1)
+        at_least("first_seed", self.first_seed, 0)
+        at_least("leaders", self.leaders, 0)
+        if not self.frames or len(set(self.frames)) < len(self.frames):
+            raise Unsupported(f"frames={self.frames}", supported=f"one or more of {', '.join(FRAMES)}, each once")
+        for frame in self.frames:
+            one_of("frame", frame, FRAMES)
         one_of("prefer", self.prefer, PREFERENCES)
         one_of("precision", self.precision, PRECISIONS)
         if not self.rates or min(self.rates) <= 0:
             raise Unsupported(f"rates={self.rates}", supported="positive learning rates", nearest=f"rates={RATES}")
-        if self.at_length not in self.lengths:
-            raise Unsupported(
-                f"at_length={self.at_length}",
-                supported=f"one of the measured lengths {', '.join(map(str, self.lengths))}",
-                nearest=f"at_length={min(self.lengths, key=lambda n: abs(n - self.at_length))}",
-            )
+        for length in (*self.lengths, *([] if self.at_length is None else [self.at_length])):
+            at_least("length", length, 1)
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """The mechanisms by name."""
+        return {m.name: m for m in self.mechanisms if isinstance(m, Variant)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the mechanisms, in order."""
+        return tuple(self.variants)
+
+    def only(self, names: Iterable[str]) -> CompareSettings:
+        """The same for some of the mechanisms, by name."""
+        return replace(self, mechanisms=tuple(self.variants[name] for name in names))
+
+    def measured_at(self, own: int) -> int:
+        """The length whose cost counts for a task whose own length is `own`."""
+        return own if self.at_length is None else self.at_length

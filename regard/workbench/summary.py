@@ -10,7 +10,6 @@ from regard.measurement.statistics import Comparison, Scores, items_array, paret
 from regard.tasks import Baseline
 from regard.training.loop import History, Point
 from regard.workbench.charts import is_number
-from regard.workbench.settings import CompareSettings
 
 CURVE_POINTS = 100
 
@@ -43,18 +42,26 @@ def summarise(
     rows: Sequence[Mapping[str, Any]],
     comparison: Comparison,
     costs: Mapping[str, Mapping[str, Any]],
-    settings: CompareSettings,
+    at_length: int,
     baseline: Baseline | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry a mechanism, best first."""
+    """One entry a mechanism, best first.
+
+    Args:
+        rows: of all seeds.
+        comparison: of their scores.
+        costs: of each mechanism; empty where none were measured.
+        at_length: the length whose costs count.
+        baseline: the task's rule.
+    """
     higher = rows[0]["higher_is_better"]
     entries = []
-    for name in settings.mechanisms:
+    for name in costs:
         own = [row for row in rows if row["mechanism"] == name]
         scores = comparison.scores.get(name)
         complete = scores is not None and len(scores.items) == len(own)
         speeds = sorted(row["tokens_per_second"] for row in own if row["tokens_per_second"] is not None)
-        peaks = [row["peak_memory_bytes"] for row in own if row["peak_memory_bytes"] is not None]
+        peaks = [row["training_memory_bytes"] for row in own if row["training_memory_bytes"] is not None]
         solved = [row["solved"] for row in own if row["solved"] is not None]
         entries.append(
             {
@@ -64,12 +71,15 @@ def summarise(
                 "seeds": len(own),
                 "parameters": own[0]["parameters"],
                 "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
-                "inference_ms": _at(costs[name].get("latency"), settings.at_length),
-                "decode_tokens_per_second": _at(costs[name].get("decode"), settings.at_length),
-                "peak_memory_bytes": max(peaks) if peaks else None,
-                "state_bytes": _at(costs[name].get("state_bytes"), settings.at_length),
+                "at_length": at_length,
+                "inference_ms": _at(costs[name].get("latency"), at_length),
+                "decode_tokens_per_second": _at(costs[name].get("decode"), at_length),
+                "training_memory_bytes": max(peaks) if peaks else None,
+                "inference_memory_bytes": _at(costs[name].get("memory"), at_length),
+                "state_bytes": _at(costs[name].get("state_bytes"), at_length),
                 "solved": all(solved) if solved else None,
                 "on_front": False,
+                "rank": None,
                 "separable_from_best": None,
                 "beside_baseline": None,
                 "over_baseline": None,
@@ -89,7 +99,19 @@ def summarise(
             difference = comparison.against(entry["mechanism"], baseline.items)
             entry["over_baseline"] = over = sign * difference.mean
             entry["beside_baseline"] = "level" if not difference.separable else "ahead" if over > 0 else "behind"
-    return sorted(entries, key=lambda e: -sign * e["mean"] if e["mean"] is not None else math.inf)
+    entries.sort(key=lambda e: -sign * e["mean"] if e["mean"] is not None else math.inf)
+    if comparison.degrees > 0:
+        rank(entries, comparison)
+    return entries
+
+
+def rank(entries: list[dict[str, Any]], comparison: Comparison) -> None:
+    """Give entries, best first, their ranks: those that cannot be told apart from the first of a group share its rank."""
+    first, place = None, 0
+    for index, entry in enumerate(e for e in entries if e["mean"] is not None):
+        if first is None or comparison.difference(first, entry["mechanism"]).separable:
+            first, place = entry["mechanism"], index + 1
+        entry["rank"] = place
 
 
 def with_rule(entries: Sequence[Mapping[str, Any]], rule: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -122,11 +144,85 @@ def skipped_steps(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Steps on {task} that were skipped, since gradients overflowed in float16: {told}." if told else ""
 
 
-def rates_on_edge(searches: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> list[str]:
-    """Mechanisms (and tasks) whose best rate is the first or last of the grid."""
-    found = []
-    for task, name in dict.fromkeys((t["task"], t["mechanism"]) for t in searches):
-        own = [t for t in searches if (t["task"], t["mechanism"]) == (task, name) and t["loss"] is not None]
-        if own and min(own, key=lambda t: t["loss"])["lr"] in (min(rates), max(rates)):
-            found.append(f"{name} on {task}")
+def rates_on_edge(trials: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mechanisms of a task whose best rate is the lowest or the highest that was tried, with that rate."""
+    found = {}
+    for name in dict.fromkeys(trial["mechanism"] for trial in trials):
+        own = [trial for trial in trials if trial["mechanism"] == name]
+        scored = [trial for trial in own if trial["loss"] is not None]
+        if len(own) < 2 or not scored:
+            continue
+        best = min(scored, key=lambda trial: trial["loss"])["lr"]
+        if best in (min(t["lr"] for t in own), max(t["lr"] for t in own)):
+            found[name] = best
     return found
+
+
+def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What mechanisms score in further frames, beside the first.
+
+    Args:
+        rows: of a task in the first frame.
+        others: of some of the mechanisms in other frames.
+
+    Returns:
+        For each mechanism and further frame: score and standard error, ``first`` (the score in the first frame), whether
+        the two can be told apart, and whether each solves the task.
+    """
+    names = {row["mechanism"] for row in others}
+    labelled = [{**row, "mechanism": (row["mechanism"], row["frame"])} for row in (*rows, *others)]
+    comparison = comparison_of([row for row in labelled if row["mechanism"][0] in names])
+    found = []
+    for name, frame in dict.fromkeys((row["mechanism"], row["frame"]) for row in others):
+        own = [row for row in others if (row["mechanism"], row["frame"]) == (name, frame)]
+        first = [row for row in rows if row["mechanism"] == name]
+        scores = {label: comparison.scores.get(label) for label in ((name, first[0]["frame"]), (name, frame))}  # type: ignore[call-overload]
+        before, after = scores.values()
+        if before is None or after is None:
+            continue
+        difference = comparison.difference((name, first[0]["frame"]), (name, frame))  # type: ignore[arg-type]
+        found.append(
+            {
+                "mechanism": name,
+                "frame": frame,
+                "mean": after.mean,
+                "standard_error": after.standard_error,
+                "first": before.mean,
+                "separable": difference.separable,
+                "solved": all(row["solved"] for row in own) if own[0]["solved"] is not None else None,
+                "first_solved": all(row["solved"] for row in first) if own[0]["solved"] is not None else None,
+            }
+        )
+    return found
+
+
+def frames_sentences(
+    beside: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, tuple[str, bool]], first: str
+) -> list[str]:
+    """What the frame does and what the mechanism does, in words: a sentence a further frame and what follows from it."""
+    said = []
+    for frame in dict.fromkeys(entry["frame"] for entries in beside.values() for entry in entries):
+        told, owed, turned = [], [], []
+        for task, entries in beside.items():
+            own = [entry for entry in entries if entry["frame"] == frame]
+            changed = [e for e in own if e["separable"]]
+            same = [e["mechanism"] for e in own if not e["separable"]]
+            words = [f"{e['mechanism']} {e['mean']:.3g} instead of {e['first']:.3g}" for e in changed]
+            if same:
+                words.append(f"{', '.join(same)} not told apart")
+            if words:
+                told.append(f"on {task} ({metrics[task][0]}) {', '.join(words)}")
+            owed += [f"{e['mechanism']} solves {task}" for e in own if e["first_solved"] and not e["solved"]]
+            sign = 1 if metrics[task][1] else -1
+            for i, one in enumerate(changed):
+                for other in changed[:i]:
+                    before, after = one["first"] - other["first"], one["mean"] - other["mean"]
+                    if sign * before * sign * after < 0:
+                        turned.append(f"{other['mechanism']} and {one['mechanism']} change places on {task}")
+        if told:
+            said.append(f"In the frame {frame} instead of {first}: {'; '.join(told)}.")
+        if owed:
+            said.append(f"Only in the frame {first}: {'; '.join(owed)}. That is owed to the frame's parts.")
+        if turned:
+            said.append(f"The order depends on the frame: {'; '.join(turned)}.")
+    return said

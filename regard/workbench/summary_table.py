@@ -17,7 +17,8 @@ COSTS = (
     ("train/s", "tokens_per_second", charts.format_count),
     ("decode/s", "decode_tokens_per_second", charts.format_count),
     ("state", "state_bytes", charts.format_bytes),
-    ("peak memory", "peak_memory_bytes", charts.format_bytes),
+    ("memory", "inference_memory_bytes", charts.format_bytes),
+    ("in training", "training_memory_bytes", charts.format_bytes),
 )
 LONGEST_RULE = 26
 FITS_80_COLUMNS = 3
@@ -38,12 +39,13 @@ def terminal_table(
         width: columns of the terminal; a narrow one shows fewer costs.
 
     Returns:
-        The table. A star marks the Pareto front; what was not measured is a dash.
+        The table. Those that cannot be told apart share a rank. A star marks the Pareto front; what was not measured is a
+        dash.
     """
     costs = COSTS if width >= 104 else COSTS[:FITS_80_COLUMNS]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("", "score", "standing"):
-        table.add_column(heading, justify="right" if heading == "score" else "left", no_wrap=True)
+    for heading in ("", "score", "rank"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for heading, _, _ in costs:
         table.add_column(heading, justify="right", no_wrap=True)
     for task, entries in summary.items():
@@ -55,7 +57,7 @@ def terminal_table(
             table.add_row(
                 Text(("★ " if entry.get("on_front") else "  ") + entry["mechanism"]),
                 Text(_score(entry)),
-                _standing(entry),
+                _rank(entry),
                 *(_value(entry, name, form) for _, name, form in costs),
             )
         table.add_section()
@@ -74,13 +76,11 @@ def _score(entry: Mapping[str, Any]) -> str:
     return " ± ".join(charts.format_with_error(mean, error)) if is_number(error) else charts.format_number(mean)
 
 
-def _standing(entry: Mapping[str, Any]) -> Text:
+def _rank(entry: Mapping[str, Any]) -> Text:
     if not is_number(entry.get("mean")):
         return Text("no score", style="yellow")
-    separable = entry.get("separable_from_best")
-    if separable is None:
-        return Text("—", style="dim")
-    return Text("behind", style="dim") if separable else Text("top", style="green")
+    rank = entry.get("rank")
+    return Text("—", style="dim") if rank is None else Text(str(rank), style="green" if rank == 1 else "dim")
 
 
 def _value(entry: Mapping[str, Any], name: str, form: charts.Formatter) -> Text:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regard import backends
 from regard.catalogue import get_mechanism
-from regard.contract import Kind, Mechanism, Pattern, Unsupported
+from regard.contract import Kind, Pattern, Unsupported
 from regard.measurement import provenance
 from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
@@ -31,6 +31,9 @@ from regard.models import (
     count_parameters,
     match_parameters,
 )
+from regard.models.blocks import Block
+from regard.models.frames import in_frame, layer_parts
+from regard.models.variants import Variant
 from regard.tasks import Baseline, Task, mean_loss
 from regard.training import TrainConfig, evaluate, train
 from regard.training.loop import batch_context, run_model
@@ -41,8 +44,10 @@ from regard.workbench.settings import CompareSettings
 CALIBRATION_SECONDS = 20.0
 FEWEST_STEPS = 20
 GENERATED_AT_ONCE = 32
-SAFETY = 0.85
+SAFETY = 0.93
 """Part of a time budget that is planned; the rest absorbs a machine that slows down."""
+EXTENSION = 0.4
+"""Runs of each mechanism that are allowed for learning rates beyond the grid."""
 BACKBONES = (
     (Pattern.CAUSAL_SELF, "next-token"),
     (Pattern.NONCAUSAL_SELF, "classification"),
@@ -53,8 +58,10 @@ BACKBONES = (
 """Patterns and objectives of tasks that there is a model for."""
 
 
-def model_config(card: Mechanism, task: Task, settings: CompareSettings, longest: int | None = None) -> Any:
-    """The backbone of a task with `card` in its place: in every layer, as the pool, or as the projections.
+def model_config(
+    variant: Variant, task: Task, settings: CompareSettings, frame: str, longest: int | None = None
+) -> Any:
+    """The backbone of a task with `variant` in its place: in every layer, as the pool, or as the projections.
 
     A mechanism with a constant that follows the training length gets the task's, or `longest`.
 
@@ -67,21 +74,29 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings, longest
             f"task {task.name} of pattern {task.pattern} and objective {task.objective}",
             supported="; ".join(f"{pattern} with {objective}" for pattern, objective in BACKBONES),
         )
-    options: dict[str, Any] = {}
-    if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
-        options["length"] = longest or (task.memory_length if task.pattern.cross else task.length)
-    if card.module is not None and "axes" in inspect.signature(card.module).parameters:
-        options["axes"] = len(task.grid) if task.grid else 1
-    plan: Any = [(card.name, options)] * settings.layers if options else card.name
-    if card.kind is Kind.PROJECTION:
-        plan = [("softmax", {"linear": card.name})] * settings.layers
-    elif card.kind is not Kind.POOLING:
-        card.require_pattern(task.pattern)
-    elif task.objective != "classification":
-        raise Unsupported(
-            f"{card.name}, which pools a sequence, on the task {task.name}",
-            supported="classification tasks: listops, images, documents, matching",
-        )
+    plan: Any = []
+    # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
+    placed = task.grid is not None and all("sinusoidal" in card.accepts_positions for card in variant.cards)
+    for name, given in variant.plan(settings.layers):
+        card = get_mechanism(name)
+        own: dict[str, Any] = {}
+        if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
+            own["length"] = longest or (task.memory_length if task.pattern.cross else task.length)
+        if card.module is not None and "axes" in inspect.signature(card.module).parameters:
+            own["axes"] = len(task.grid) if task.grid else 1
+        options = {**own, **given}
+        if card.kind is Kind.PROJECTION:
+            name, options = "softmax", {"linear": name, **({"linear_options": options} if options else {})}
+        elif card.kind is not Kind.POOLING:
+            card.require_pattern(task.pattern)
+        elif task.objective != "classification" or len(variant.cards) > 1:
+            raise Unsupported(
+                f"{variant.name}, which pools a sequence, on the task {task.name}",
+                supported="classification tasks: listops, images, documents, matching",
+            )
+        if card.kind is Kind.POOLING:
+            name, options = "softmax", {}
+        plan.append((name, in_frame(name, options, frame, task.pattern, rotary=not placed)))
     sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
     sizes["stack"] = settings.stack
     if kind == (Pattern.NONCAUSAL_CROSS, "regression"):
@@ -94,63 +109,62 @@ def model_config(card: Mechanism, task: Task, settings: CompareSettings, longest
         return EncoderDecoderConfig(
             task.vocab_size or 0, task.memory_vocab_size, task.memory_features, cross_plan=plan, **sizes
         )
-    # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
-    placed = task.grid is not None and "sinusoidal" in card.accepts_positions
     sizes["positions"] = "sinusoidal" if placed else "auto"
     if kind == (Pattern.CAUSAL_SELF, "next-token"):
         return LanguageModelConfig(task.vocab_size or 0, plan=plan, **sizes)
     if task.objective == "regression":
         return EncoderConfig(task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
-    if card.kind is Kind.POOLING:
-        sizes["pool"], plan = card.name, "softmax"
+    if variant.cards[0].kind is Kind.POOLING:
+        sizes["pool"], sizes["pool_options"] = variant.layers[0]
     return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
 
 
-def _parameters(card: Mechanism, task: Task, settings: CompareSettings) -> int:
+def _parameters(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> int:
     """Parameters of the backbone before it is matched.
 
     Raises:
         Unsupported: for a width or a number of heads that the mechanism cannot have, with others that it can.
     """
-    config = model_config(card, task, settings)
+    config = model_config(variant, task, settings, frame)
     try:
         return count_parameters(config)
     except Unsupported as error:
         raise Unsupported(
-            f"{card.name} with --dim {settings.dim} and --heads {settings.heads} ({error.asked})",
+            f"{variant.name} with --dim {settings.dim} and --heads {settings.heads} ({error.asked})",
             supported=error.supported,
-            nearest=_nearest_size(card, task, settings),
+            nearest=_nearest_size(variant, task, settings, frame),
         ) from None
 
 
-def _nearest_size(card: Mechanism, task: Task, settings: CompareSettings) -> str:
+def _nearest_size(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> str:
     """What to ask for instead of a size that a mechanism refuses: heads for its width, or a width for its heads."""
     found = []
     for name, asked, reach in (("heads", settings.heads, settings.heads), ("dim", settings.dim, 2 * settings.heads)):
         for value in sorted(range(max(1, asked - reach), asked + reach + 1), key=lambda value: abs(value - asked)):
+            other = replace(settings, **{name: value})  # type: ignore[arg-type]
             try:
-                count_parameters(model_config(card, task, replace(settings, **{name: value})))  # type: ignore[arg-type]
+                count_parameters(model_config(variant, task, other, frame))
             except Unsupported:
                 continue
             found.append(f"--{name} {value}")
             break
-    return ", or ".join([*found, f"--mechanisms without {card.name}"][:2])
+    return ", or ".join([*found, f"--mechanisms without {variant.name}"][:2])
 
 
 def _target(task: Task, settings: CompareSettings) -> int:
-    """The number of parameters of every model: that of softmax, or else of the first mechanism."""
-    measure = "softmax" if "softmax" in settings.mechanisms else settings.mechanisms[0]
-    return _parameters(get_mechanism(measure), task, settings)
+    """The number of parameters of every model: that of softmax, or else of the first mechanism, in the first frame."""
+    measure = "softmax" if "softmax" in settings.names else settings.names[0]
+    return _parameters(settings.variants[measure], task, settings, settings.frames[0])
 
 
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The settings' mechanisms that every task has a matched model for, and why not of the others."""
+    """Names of the settings' mechanisms that every task has a matched model for, and why not of the others."""
     targets = [_target(task, settings) for task in tasks]
     kept, refused = [], {}
-    for name in settings.mechanisms:
+    for name, variant in settings.variants.items():
         try:
             for task, target in zip(tasks, targets, strict=True):
-                match_parameters(model_config(get_mechanism(name), task, settings), target)
+                match_parameters(model_config(variant, task, settings, settings.frames[0]), target)
         except Unsupported as error:
             refused[name] = f"{error.asked}; supported: {error.supported}"
         else:
@@ -166,14 +180,21 @@ def build(config: Any, seed: int) -> nn.Module:
 
 
 class Work:
-    """One task's share of a comparison: matched models, step counts and the cells to measure."""
+    """One task's share of a comparison in one frame: matched models, step counts and the cells to measure.
 
-    def __init__(self, task: Task, settings: CompareSettings) -> None:
+    Args:
+        task, settings: of the comparison.
+        frame: one of the settings'; the first when None.
+        names: of the mechanisms; all when None.
+    """
+
+    def __init__(
+        self, task: Task, settings: CompareSettings, frame: str | None = None, names: Sequence[str] | None = None
+    ) -> None:
         self.task, self.settings = task, settings
-        cards = [get_mechanism(name) for name in settings.mechanisms]
-        configs = {card.name: model_config(card, task, settings) for card in cards}
+        self.frame = settings.frames[0] if frame is None else frame
         self.target = _target(task, settings)
-        self.configs = {name: self._matched(name, config) for name, config in configs.items()}
+        self.configs = {name: self._matched(name) for name in (settings.names if names is None else names)}
         self.item_tokens = task.length + (task.memory_length or 0)
         self.batch_size = max(1, settings.batch_tokens // self.item_tokens)
         # generating token by token takes about as long for many items as for few
@@ -191,6 +212,7 @@ class Work:
             "heads": settings.heads,
             "parameters": self.target,
             "batch_size": self.batch_size,
+            "frame": self.frame,
         }
         if task.memory_length is not None:
             self.identity |= {"pattern": str(task.pattern), "memory_length": task.memory_length}
@@ -202,10 +224,11 @@ class Work:
         self.step_seconds: dict[str, float] = {}
         self.evaluation_seconds: dict[str, float] = {}
 
-    def _matched(self, name: str, config: Any) -> Any:
-        _parameters(get_mechanism(name), self.task, self.settings)
+    def _matched(self, name: str) -> Any:
+        variant = self.settings.variants[name]
+        _parameters(variant, self.task, self.settings, self.frame)
         try:
-            return match_parameters(config, self.target)
+            return match_parameters(model_config(variant, self.task, self.settings, self.frame), self.target)
         except Unsupported as error:
             raise Unsupported(
                 f"{name} with {error.asked}, as the others have",
@@ -216,11 +239,28 @@ class Work:
     def config_for(self, name: str, length: int) -> Any:
         """The backbone whose costs are measured at a length: where the mechanism has a greatest length, made for this
         one."""
-        card, config = get_mechanism(name), self.configs[name]
-        if card.length != "max":
+        variant, config = self.settings.variants[name], self.configs[name]
+        if all(card.length != "max" for card in variant.cards):
             return config
-        made = model_config(card, self.task, self.settings, length + DECODE_STEPS)
+        made = model_config(variant, self.task, self.settings, self.frame, length + DECODE_STEPS)
         return replace(made, feed_forward=config.feed_forward)
+
+    def parts(self) -> dict[str, dict[str, str]]:
+        """What the layers of each model have beside the mechanism; layers of a hybrid that differ are told apart."""
+        found = {}
+        for name, config in self.configs.items():
+            with torch.device("meta"):
+                model = build_model(config)
+            blocks = [module for module in model.modules() if isinstance(module, Block)]
+            each = [layer_parts(block.mixer) for block in blocks if block.cross == self.task.pattern.cross]
+            names = dict.fromkeys(part for parts in each for part in parts)
+            found[name] = {part: " or ".join(dict.fromkeys(p[part] for p in each if part in p)) for part in names}
+        return found
+
+    @property
+    def own_length(self) -> int:
+        """Tokens of an item; in cross patterns of its memory."""
+        return self.task.memory_length if self.task.memory_length is not None else self.task.length
 
     def calibrate(self, seconds: float) -> None:
         """Time training steps and an evaluation of each model."""
@@ -275,17 +315,35 @@ class Work:
         )
 
     @property
-    def runs(self) -> int:
-        """Full runs of each mechanism: one a rate with seed 0, then the other seeds at the best rate."""
-        return len(self.settings.rates) + self.settings.seeds - 1
+    def runs(self) -> float:
+        """Full runs of each mechanism: one a rate with the first seed, then the other seeds at the best rate; and what is
+        allowed for rates beyond the grid."""
+        rates = len(self.settings.rates)
+        return rates + self.settings.seeds - 1 + (EXTENSION if rates > 1 else 0)
+
+    @property
+    def all_runs(self) -> float:
+        """Full runs of all mechanisms, and of those that lead in the other frames."""
+        leaders = min(self.settings.leaders, len(self.configs)) * (len(self.settings.frames) - 1)
+        return self.runs * (len(self.configs) + leaders)
 
     def seconds_a_step(self) -> float:
         """Seconds of all runs of the task for each of their steps."""
-        return self.runs * sum(self.step_seconds.values())
+        return self.all_runs * statistics.fmean(self.step_seconds.values())
 
     def seconds_besides(self) -> float:
         """Seconds of all evaluations."""
-        return self.runs * sum(self.evaluation_seconds.values())
+        return self.all_runs * statistics.fmean(self.evaluation_seconds.values())
+
+    def follow(self, other: Work) -> None:
+        """Take the steps of the same mechanisms in another frame, and what they take."""
+        for name in self.configs:
+            self.steps[name], self.step_seconds[name] = other.steps[name], other.step_seconds[name]
+            self.evaluation_seconds[name] = other.evaluation_seconds[name]
+
+    def run_seconds(self, name: str) -> float:
+        """Seconds that one run is planned to take."""
+        return self.steps[name] * self.step_seconds[name] + self.evaluation_seconds[name]
 
     def train_config(self, rate: float, seed: int, steps: int) -> TrainConfig:
         precision = self.settings.precision
@@ -317,9 +375,10 @@ def plan(
     """Decide how many steps each run takes; with a time budget this is stored, so that a resumed comparison agrees."""
     key = {
         "works": [w.identity for w in works],
-        "mechanisms": list(settings.mechanisms),
+        "mechanisms": list(settings.names),
         "budget": str(settings.budget),
-        "seeds": settings.seeds,
+        "seeds": [settings.first_seed, settings.seeds],
+        "frames": [*settings.frames, settings.leaders],
         "rates": list(settings.rates),
         "machine": provenance.fingerprint()["machine_id"],
     }
@@ -385,11 +444,7 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
             elif unit == "flops":
                 work.steps[name] = round(amount / work.flops_a_step(name))
     if unit == "seconds":
-        available = SAFETY * amount - spent - cost_seconds(works, settings)
-        for work in works:
-            share = available / len(works) - work.seconds_besides()
-            steps = int(share / work.seconds_a_step())
-            work.steps = dict.fromkeys(work.configs, steps)
+        share_steps(works, SAFETY * amount - spent - cost_seconds(works, settings))
     for work in works:
         if min(work.steps.values()) < FEWEST_STEPS:
             least = _least_budget(works, settings, spent)
@@ -400,10 +455,17 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
             )
 
 
+def share_steps(works: Sequence[Work], seconds: float) -> None:
+    """Give each of these tasks an equal share of the seconds, and all runs of a task the same number of steps."""
+    for work in works:
+        steps = int((seconds / len(works) - work.seconds_besides()) / work.seconds_a_step())
+        work.steps = dict.fromkeys(work.configs, steps)
+
+
 def cost_seconds(works: Sequence[Work], settings: CompareSettings) -> float:
     """A generous estimate of the time that measuring costs takes: it is bounded by its own settings."""
     kinds = {work.kind for work in works}
-    return len(kinds) * len(settings.lengths) * 0.5 * len(settings.mechanisms) + 5.0
+    return len(kinds) * (len(settings.lengths) + 1) * 0.5 * len(settings.mechanisms) + 5.0
 
 
 def _least_budget(works: Sequence[Work], settings: CompareSettings, spent: float) -> Budget:

@@ -16,7 +16,8 @@ from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare, render_report, train_share
-from regard.workbench.settings import CompareSettings
+from regard.workbench.settings import MORE_RATES, CompareSettings
+from regard.workbench.trainer import Trainer, beyond
 from regard.workbench.work import Work, build, fitting
 
 MECHANISMS = ("softmax", "linear", "gated_linear")
@@ -28,7 +29,8 @@ def _short_calibration(monkeypatch):
 
 
 def settings(**changes):
-    small = {"dim": 16, "layers": 1, "heads": 2, "seeds": 2, "batch_tokens": 256, "lengths": (16, 32), "at_length": 32}
+    small = {"dim": 16, "layers": 1, "heads": 2, "seeds": 2, "batch_tokens": 256, "lengths": (16,), "at_length": 32}
+    small |= {"frames": ("bare",), "rates": (3e-3,)}
     return CompareSettings(**{"mechanisms": MECHANISMS, "budget": Budget.parse("8k tokens"), **small, **changes})
 
 
@@ -84,7 +86,11 @@ def test_rates_are_chosen_on_other_items_than_those_that_score(tmp_path):
 def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
     said, shown = [], []
     outcome = compare(
-        [recall()], settings(keep_models=True), tmp_path, say=said.append, watch=lambda p: shown.append(p.done)
+        [recall()],
+        settings(keep_models=True, rates=(1e-3, 1e-2)),
+        tmp_path,
+        say=said.append,
+        watch=lambda p: shown.append(p.done),
     )
     assert [e["mechanism"] for e in outcome.summary["recall"]]
     assert outcome.recommendation.winner in MECHANISMS
@@ -95,10 +101,12 @@ def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
         "inference_ms",
         "decode_tokens_per_second",
         "state_bytes",
-        "peak_memory_bytes",
+        "training_memory_bytes",
+        "inference_memory_bytes",
         "tokens_per_second",
     ):
         assert entry[measured] > 0
+    assert [folder.name for folder in (tmp_path / "models").iterdir()] == [outcome.models["recall"].name]
     model = from_pretrained(outcome.models["recall"])
     assert count_parameters(model) == entry["parameters"]
     with Store(outcome.store) as store:
@@ -106,12 +114,88 @@ def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
     assert (tmp_path / "again.html").exists()
 
 
+def test_leaders_are_trained_in_the_other_frame_with_the_same_steps_and_size(tmp_path):
+    chosen = settings(mechanisms=("linear", "softmax"), frames=("bare", "convolution"), leaders=1)
+    outcome = compare([recall()], chosen, tmp_path)
+    with Store(outcome.store) as store:
+        rows = [row.payload for row in store.rows("quality")]
+    beside = [row for row in rows if row["frame"] == "convolution"]
+    assert {row["mechanism"] for row in beside} == {outcome.recommendation.winner}
+    assert len({row["steps"] for row in rows}) == 1
+    assert max(row["parameters"] for row in rows) <= 1.02 * min(row["parameters"] for row in rows)
+    (entry,) = outcome.beside["recall"]
+    assert entry["first"] == next(e["mean"] for e in outcome.summary["recall"] if e["mechanism"] == entry["mechanism"])
+    assert "In the frame convolution instead of bare" in " ".join(outcome.recommendation.notes)
+    assert "another frame" in outcome.report.read_text()
+
+
+def test_rates_go_on_beyond_an_end_until_the_best_lies_between(tmp_path):
+    outcome = compare([recall()], settings(mechanisms=("softmax",), rates=(1e-5, 3e-5), seeds=1), tmp_path)
+    with Store(outcome.store) as store:
+        losses = {row.payload["lr"]: row.payload["loss"] for row in store.rows("search")}
+    assert sorted(losses)[:2] == [1e-5, 3e-5] and len(losses) == 2 + MORE_RATES
+    best = min(losses, key=losses.get)
+    assert (best == max(losses)) == ("may do better than shown" in outcome.recommendation.text)
+
+
+@pytest.mark.parametrize(("rate", "up", "after"), [(1e-2, True, 3e-2), (1e-2, False, 3e-3), (2e-3, True, 3e-3)])
+def test_the_next_rate_is_on_the_ladder_of_ones_and_threes(rate, up, after):
+    assert beyond(rate, up=up) == after
+
+
+def test_another_lowest_seed_repeats_the_comparison_by_other_draws(tmp_path):
+    scores = {}
+    for first in (0, 7):
+        outcome = compare([recall()], settings(mechanisms=("linear",), first_seed=first), tmp_path)
+        with Store(outcome.store) as store:
+            scores |= {row.payload["seed"]: row.payload["items"] for row in store.rows("quality")}
+    assert sorted(scores) == [0, 1, 7, 8]
+    assert scores[0] != scores[7]
+
+
+def test_a_slower_machine_gets_fewer_steps_and_the_budget_is_kept(tmp_path, monkeypatch):
+    """Every step takes longer than in the calibration: what is left is planned again, and said."""
+    monkeypatch.setattr("regard.workbench.work.FEWEST_STEPS", 1)
+    monkeypatch.setattr("regard.workbench.trainer.FEWEST_STEPS", 1)
+    slow = Trainer._measure
+
+    def slowed(self, work, name, rate, seed):
+        started = time.monotonic()
+        measured = slow(self, work, name, rate, seed)
+        time.sleep(2 * (time.monotonic() - started))
+        return measured
+
+    monkeypatch.setattr(Trainer, "_measure", slowed)
+    said = []
+    tasks = [recall(), create_task("copying", length=17, delay=4, evaluation_items=16)]
+    chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("30s"), lengths=())
+    started = time.monotonic()
+    outcome = compare(tasks, chosen, tmp_path, say=said.append)
+    assert any("instead of" in sentence for sentence in said)
+    with Store(outcome.store) as store:
+        steps = {row.payload["task"]: row.payload["steps"] for row in store.rows("quality")}
+    assert steps["copying"] < steps["recall"]
+    assert time.monotonic() - started < 60  # twice the budget, for machines that are busy
+
+
+def test_variants_and_hybrids_are_compared_by_their_names(tmp_path):
+    file = tmp_path / "near.toml"
+    file.write_text('name = "near, then far"\nlayers = ["local:window=4", "softmax"]\n')
+    names = ("softmax", "local:window=8", "linear+softmax", str(file))
+    outcome = compare([recall()], settings(mechanisms=names, layers=2, seeds=1), tmp_path / "out")
+    assert {e["mechanism"] for e in outcome.summary["recall"]} == {*names[:3], "near, then far"}
+    windows = [
+        options["window"] for _, options in Work(recall(), settings(mechanisms=names, layers=2)).configs[names[1]].plan
+    ]
+    assert windows == [8, 8]
+
+
 def test_the_same_command_measures_nothing_again(tmp_path):
     compare([recall()], settings(), tmp_path)
     started = time.monotonic()
     outcome = compare([recall()], settings(), tmp_path)
     with Store(outcome.store) as store:
-        assert len(store.rows("quality")) == 3 * (2 + 1)  # two rates with the first seed, one with the second
+        assert len(store.rows("quality")) == 3 * 2
         assert len(store.rows("run")) == 2
     assert time.monotonic() - started < 60
 
@@ -125,7 +209,7 @@ def test_shares_train_what_the_whole_then_finds(tmp_path, monkeypatch):
     def trained_again(*_, **__):
         raise AssertionError("a run of a share is made again")
 
-    monkeypatch.setattr("regard.workbench.compare.train", trained_again)
+    monkeypatch.setattr("regard.workbench.trainer.train", trained_again)
     shared = compare([recall()], chosen, tmp_path / "shared").summary["recall"]
     assert {e["mechanism"]: e["mean"] for e in shared} == {e["mechanism"]: e["mean"] for e in undisturbed}
     with pytest.raises(Unsupported, match="shard '3/2'"):
@@ -173,7 +257,11 @@ def test_equal_flops_give_the_dearer_mechanism_fewer_steps(tmp_path):
         ({"budget": Budget.parse("10 tokens")}, "budget"),
         ({"mechanisms": ("softmax", "softmax")}, "twice"),
         ({"mechanisms": ("softmax", "nosuch")}, "nosuch"),
-        ({"at_length": 99}, "at_length"),
+        ({"at_length": 0}, "length"),
+        ({"frames": ("bare", "bare")}, "frames"),
+        ({"frames": ("gilded",)}, "frame='gilded'"),
+        ({"mechanisms": ("softmax", "local:windw=8")}, "windw"),
+        ({"mechanisms": ("softmax", "linear+softmax")}, "a pattern of 2 layers"),
         ({"prefer": "beauty"}, "beauty"),
         ({"seeds": 0}, "seeds"),
     ],
@@ -215,6 +303,7 @@ COMMAND = [
     ),
     *("--length", "16", "--mechanisms", "softmax,linear,gated_linear", "--budget", "100k tokens", "--seeds", "2"),
     *("--dim", "16", "--layers", "1", "--heads", "2", "--lengths", "16,32", "--at-length", "32", "--json"),
+    *("--frame", "convolution", "--rates", "0.003,0.01"),
 ]
 
 
@@ -240,6 +329,6 @@ def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
     before = quality(killed)
     subprocess.run([*COMMAND, "--output", str(killed)], env=environment, check=True, stdout=subprocess.DEVNULL)
     subprocess.run([*COMMAND, "--output", str(whole)], env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert 1 <= len(before) < 9
+    assert 1 <= len(before) < len(quality(whole))
     assert quality(killed) == quality(whole)
     assert all(quality(killed)[cell] == row for cell, row in before.items())

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from regard.catalogue import get_mechanism
-from regard.cli import _mechanism_names
+from regard.cli import _variants
 from regard.contract import Pattern, Unsupported
 from regard.measurement.store import Store
 from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
 from regard.models import count_parameters as count
+from regard.models.variants import read_variant
 from regard.tasks import (
     Baseline,
     Batch,
@@ -83,21 +83,21 @@ def _short_calibration(monkeypatch):
 
 def settings(**changes):
     small = {"dim": 16, "layers": 1, "heads": 2, "seeds": 2, "batch_tokens": 64, "lengths": (16, 32), "at_length": 32}
-    small |= {"rates": (1e-2,), "budget": Budget.parse("2k tokens")}
+    small |= {"frames": ("bare",), "rates": (1e-2,), "budget": Budget.parse("2k tokens")}
     return CompareSettings(**{"mechanisms": MECHANISMS, **small, **changes})
 
 
 def test_the_mechanism_is_put_between_the_sequences_alone():
-    translation = model_config(get_mechanism("linear"), Recite(), settings())
+    translation = model_config(read_variant("linear"), Recite(), settings(), "own")
     assert isinstance(translation, EncoderDecoderConfig)
     plans = (translation.encoder_plan, translation.decoder_plan, translation.cross_plan)
     assert [plan[0][0] for plan in plans] == ["softmax", "softmax", "linear"]
-    forecast = model_config(get_mechanism("sigmoid"), Carry(), settings())
+    forecast = model_config(read_variant("sigmoid"), Carry(), settings(), "own")
     assert isinstance(forecast, ForecasterConfig)
     assert forecast.encoder_plan[0][0] == "softmax"
     assert forecast.cross_plan == (("sigmoid", {"length": 6}),)
     assert forecast.target_features == (1,)
-    projected = model_config(get_mechanism("token_parameter"), Recite(), settings())
+    projected = model_config(read_variant("token_parameter"), Recite(), settings(), "own")
     assert projected.cross_plan == (("softmax", {"linear": "token_parameter"}),)
 
 
@@ -234,7 +234,7 @@ def test_all_mechanisms_of_a_pattern_train_and_are_scored(name):
         pytest.importorskip("sklearn")
     made = {"recite": Recite, "carry": Carry}
     task = made[name]() if name in made else create_task(name, evaluation_items=8, **given[name])
-    names = _mechanism_names("all", [task])
+    names = _variants("all", [task])
     assert len(names) > 8
     work = Work(task, settings(mechanisms=tuple(names), dim=96, heads=4))
     for mechanism, config in work.configs.items():

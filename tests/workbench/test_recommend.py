@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 
 from regard.measurement.statistics import Comparison, Scores
 from regard.workbench.recommend import recommend
+from regard.workbench.summary import frames_sentences, rank
 
 
 def case(scores, inference, solved=None, seeds=3, noise=0.001):
@@ -29,7 +31,9 @@ def advise(**tasks):
     summaries, comparisons, metrics = {}, {}, {}
     for name, ((summary, comparison), metric) in tasks.items():
         summaries[name], comparisons[name], metrics[name] = summary, comparison, metric
-    return recommend(summaries, comparisons, metrics, budget="8m", at_length=2048)
+    return recommend(
+        summaries, comparisons, metrics, budget="8m", at_length=dict.fromkeys(summaries, 2048), frame="bare"
+    )
 
 
 BITS, ACCURACY = ("bits per byte", False), ("accuracy", True)
@@ -72,7 +76,7 @@ def test_what_does_not_beat_the_rule_is_not_taken_where_others_do():
     assert found.winner == "fast"
     assert "no better than a rule without training: toy" in found.reason
     summary[1]["over_baseline"] = -0.1
-    assert "Take slow: it alone beats a rule" in advise(text=((summary, comparison), BITS)).text
+    assert "Take slow: every other is surely behind it" in advise(text=((summary, comparison), BITS)).text
     for entry in summary:
         entry["beside_baseline"] = "level"
     assert advise(text=((summary, comparison), BITS)).winner == "toy"
@@ -82,7 +86,7 @@ def test_a_single_seed_ranks_nothing():
     found = advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS))
     assert any("single seed" in note for note in found.notes)
     assert "within the noise" not in found.reason
-    assert "single seed" in found.reason
+    assert "single seed" in found.text and "two seeds or more" in found.reason.lower()
     assert "within the noise" in advise(text=(case({"slow": 1.0, "fast": 1.0}, TIMES), BITS)).reason
 
 
@@ -98,3 +102,74 @@ def test_mechanisms_without_a_score_are_left_out():
     assert advise(text=((summary, comparison), BITS)).winner == "slow"
     summary[0]["mean"] = None
     assert advise(text=((summary, comparison), BITS)).winner is None
+
+
+def two(first, second, **more):
+    """Two tasks with scores of their own."""
+    return advise(one=(case(first, TIMES, **more), BITS), other=(case(second, TIMES, **more), BITS))
+
+
+LEVEL = {"slow": 1.0, "fast": 1.0, "toy": 1.0}
+CASES = {
+    "one mechanism": lambda: advise(text=(case({"slow": 1.0}, TIMES), BITS)),
+    "nothing can be separated": lambda: advise(text=(case(LEVEL, TIMES), BITS)),
+    "one is ahead": lambda: advise(text=(case({"slow": 1.0, "fast": 2.0, "toy": 3.0}, TIMES), BITS)),
+    "a tie at the top": lambda: advise(text=(case({"slow": 1.0, "fast": 1.0, "toy": 3.0}, TIMES), BITS)),
+    "another leads on each task": lambda: two({"slow": 1.0, "fast": 2.0}, {"slow": 2.0, "fast": 1.0}),
+    "tied on one task, behind on the other": lambda: two(LEVEL, {"slow": 1.0, "fast": 2.0, "toy": 2.0}),
+    "nothing is solved": lambda: advise(recall=(case(LEVEL, TIMES, solved=set()), ACCURACY)),
+    "all is solved": lambda: advise(recall=(case(LEVEL, TIMES, solved=set(TIMES)), ACCURACY)),
+    "one solves, another leads": lambda: advise(
+        recall=(case({"slow": 0.99, "fast": 0.2, "toy": 0.2}, TIMES, solved={"slow"}), ACCURACY),
+        text=(case({"slow": 2.0, "fast": 1.0, "toy": 1.0}, TIMES), BITS),
+    ),
+    "a single seed": lambda: advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS)),
+    "no cost was measured": lambda: advise(text=(case(LEVEL, dict.fromkeys(TIMES)), BITS)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_sentence_contradicts_another(name):
+    """A winner that is alone ahead is nowhere said to be inseparable, and one that is not is nowhere said to be alone."""
+    found = CASES[name]()
+    alone = "surely behind it" in found.text or "only mechanism" in found.text
+    tied = any("Cannot separate" in note for note in found.notes)
+    assert found.text.startswith(f"Take {found.winner}: ")
+    assert found.text.count("Take ") == 1 and found.text.endswith(".")
+    assert not (alone and tied)
+    assert alone or tied or "none is surely behind" in found.text or "single seed" in found.text
+    left = {m for m in TIMES if f"ahead of {m}" in found.reason or f"not solved by {m}" in found.reason}
+    assert found.winner not in left
+    if "cheapest" in found.text:
+        assert " at 2048 tokens" in found.text
+
+
+def test_a_best_rate_at_an_end_qualifies_the_headline_of_the_winner_alone():
+    summary, comparison = case({"slow": 1.0, "fast": 2.0}, TIMES)
+
+    def found(edge):
+        return recommend({"text": summary}, {"text": comparison}, {"text": BITS}, edges={("text", edge): 3e-2})
+
+    assert "0.03 on text" in found("slow").text and not found("slow").notes
+    assert "may" not in found("fast").text and "fast on text" in found("fast").notes[0]
+
+
+def test_the_frame_is_named_and_what_it_does_is_not_the_mechanism_s():
+    beside = {
+        "recall": [
+            {"mechanism": "slow", "frame": "bare", "mean": 0.25, "first": 1.0, "separable": True, "solved": False, "first_solved": True},
+            {"mechanism": "fast", "frame": "bare", "mean": 0.99, "first": 0.98, "separable": True, "solved": True, "first_solved": True},
+        ]
+    }  # fmt: skip
+    said = " ".join(frames_sentences(beside, {"recall": ACCURACY}, "convolution"))
+    assert "on recall (accuracy) slow 0.25 instead of 1" in said
+    assert "Only in the frame convolution: slow solves recall. That is owed to the frame's parts." in said
+    assert "fast and slow change places on recall" in said or "slow and fast change places on recall" in said
+    assert "in the frame bare" in advise(text=(case(LEVEL, TIMES), BITS)).reason
+
+
+def test_equal_ranks_are_those_of_a_group_that_cannot_be_told_apart():
+    summary, comparison = case({"slow": 1.0, "fast": 1.0005, "toy": 3.0}, TIMES, noise=0.01)
+    entries = sorted(summary, key=lambda entry: entry["mean"])
+    rank(entries, comparison)
+    assert [entry["rank"] for entry in entries] == [1, 1, 3]

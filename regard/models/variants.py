@@ -1,0 +1,221 @@
+"""Mechanisms as people name them: with options, mixed in one model, or from a file.
+
+    softmax                                 a name or an alias of the catalogue
+    local:window=32                         with options of the mechanism or of its layer
+    delta_rule:gated=true,beta_range=2      several
+    gated_linear*3+softmax                  a hybrid: three layers and one, again and again
+    my_variant.toml                         a file: TOML, JSON or, where PyYAML is installed, YAML
+
+Several of them are a list with commas; ``option=value`` after a comma belongs to the name before it. A file has
+``mechanism`` and ``options``, or ``layers``, a list of names as above or of tables with ``mechanism`` and ``options``;
+``name`` is what it is called (the file's, when it has none)::
+
+    name = "near and far"
+    layers = ["local:window=64", {mechanism = "softmax", options = {positions = "none"}}]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regard.catalogue import get_mechanism
+from regard.contract import Mechanism, Unsupported, closest
+from regard.create import layer_options
+
+LAYER = re.compile(r"(?P<name>[^:*+\s]+)(?::(?P<options>.+?))?(?:\*(?P<count>\d+))?")
+FILES = (".toml", ".json", ".yaml", ".yml")
+BLOCK_OPTIONS = ("positions", "feed_forward", "num_heads", "feed_forward_kind", "feed_forward_options")
+"""Options of a plan's entry that belong to the block rather than to the layer."""
+
+ACCEPTED = "NAME, NAME:option=value,option=value, NAME*3+NAME, or a .toml, .json or .yaml file"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One or more layers, repeated over the depth of a model.
+
+    Attributes:
+        name: what it is called in tables and reports: as it was written, in one spelling.
+        layers: mechanism and options of each layer of the pattern.
+    """
+
+    name: str
+    layers: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    @property
+    def cards(self) -> tuple[Mechanism, ...]:
+        """The mechanisms in it, each once."""
+        return tuple(dict.fromkeys(get_mechanism(name) for name, _ in self.layers))
+
+    @property
+    def card(self) -> Mechanism:
+        """Its only mechanism.
+
+        Raises:
+            Unsupported: for a hybrid.
+        """
+        if len(self.cards) > 1:
+            raise Unsupported(
+                f"{self.name}, a hybrid, where one mechanism is asked",
+                supported="a name, or a name with options",
+                nearest=self.cards[0].name,
+            )
+        return self.cards[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of its only layer; raises Unsupported for several that differ."""
+        if any(layer != self.layers[0] for layer in self.layers):
+            raise Unsupported(f"{self.name} where one layer is asked", supported="a name, or a name with options")
+        return dict(self.layers[0][1])
+
+    def plan(self, num_layers: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+        """The plan of a model with `num_layers` layers; of one repetition when None.
+
+        Raises:
+            Unsupported: for a number that the pattern does not divide.
+        """
+        count = len(self.layers) if num_layers is None else num_layers
+        if count % len(self.layers):
+            raise Unsupported(
+                f"{self.name}, a pattern of {len(self.layers)} layers, in {count} layers",
+                supported=f"a multiple of {len(self.layers)} layers",
+                nearest=f"{-(-count // len(self.layers)) * len(self.layers)} layers",
+            )
+        return [(name, dict(options)) for name, options in self.layers * (count // len(self.layers))]
+
+
+def read_variant(text: str) -> Variant:
+    """One variant from how it is written, or from a file.
+
+    Raises:
+        Unsupported: for an unknown name or option, with the nearest one, and for what cannot be read.
+    """
+    text = text.strip()
+    if text.endswith(FILES):
+        return _from_file(Path(text))
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    words = []
+    for part in text.split("+"):
+        match = LAYER.fullmatch(part.strip())
+        count = int(match["count"] or 1) if match else 0
+        if match is None or count < 1:
+            raise Unsupported(f"mechanism {text!r}", supported=ACCEPTED, nearest="gated_linear*3+softmax")
+        name, options = _checked(match["name"], read_options(match["options"] or "", match["name"]))
+        layers += [(name, options)] * count
+        words.append(_written(name, options) + (f"*{match['count']}" if match["count"] else ""))
+    return Variant("+".join(words), tuple(layers))
+
+
+def read_variants(text: str) -> list[Variant]:
+    """Several variants, separated by commas; raises Unsupported as :func:`read_variant`."""
+    written: list[str] = []
+    for part in _split(text):
+        key = part.partition("=")[0]
+        follows = "=" in part and not {":", "*", "+"} & set(key)
+        if follows and written:
+            written[-1] += f",{part}" if ":" in written[-1].rpartition("+")[2] else f":{part}"
+        elif part:
+            written.append(part)
+    return [read_variant(part) for part in written]
+
+
+def read_options(text: str, name: str) -> dict[str, Any]:
+    """From ``option=value,option=value`` of `name`; values are JSON, or else words."""
+    options = {}
+    for part in filter(None, _split(text)):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise Unsupported(
+                f"option {part!r} of {name}", supported=f"{name}:option=value,option=value", nearest=f"{name}:{key}=1"
+            )
+        options[key.strip()] = _literal(value.strip())
+    return options
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside of brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
+def _checked(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Name in the catalogue and options of a layer, which must exist."""
+    card = get_mechanism(name)
+    accepted = sorted({*layer_options(card), *BLOCK_OPTIONS})
+    for option in options:
+        if option not in accepted:
+            raise Unsupported(
+                f"option {option!r} of {card.name}", supported=", ".join(accepted), nearest=closest(option, accepted)
+            )
+    fields = [f.name for f in dataclasses.fields(card.config)]
+    card.options(**{option: value for option, value in options.items() if option in fields})
+    return card.name, dict(options)
+
+
+def _written(name: str, options: Mapping[str, Any]) -> str:
+    def word(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+    said = ",".join(f"{option}={word(value)}" for option, value in options.items())
+    return f"{name}:{said}" if said else name
+
+
+def _from_file(path: Path) -> Variant:
+    found = _parsed(path)
+    shape = "mechanism and options, or layers (a list of names or of tables with mechanism and options)"
+    if not isinstance(found, Mapping) or not {"mechanism", "layers"} & set(found):
+        raise Unsupported(f"variant {str(path)!r}", supported=f"a table with {shape}")
+    unknown = set(found) - {"name", "mechanism", "options", "layers"}
+    if unknown or ("mechanism" in found) == ("layers" in found):
+        said = f"with {sorted(unknown)[0]!r}" if unknown else "with both mechanism and layers"
+        raise Unsupported(f"variant {str(path)!r} {said}", supported=f"name, and {shape}")
+    entries = found.get("layers", [found])
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise Unsupported(f"layers={entries!r} in {str(path)!r}", supported="a list of layers")
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            layers += read_variant(entry).layers
+        elif isinstance(entry, Mapping) and isinstance(entry.get("mechanism"), str):
+            layers.append(_checked(entry["mechanism"], entry.get("options") or {}))
+        else:
+            raise Unsupported(f"layer {entry!r} in {str(path)!r}", supported="a name, or mechanism and options")
+    return Variant(str(found.get("name", path.stem)), tuple(layers))
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unsupported(f"variant {str(path)!r}: it cannot be read ({error})", supported=ACCEPTED) from None
+    try:
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml  # not among what regard needs
+    except ImportError:
+        raise Unsupported(
+            f"variant {str(path)!r} without PyYAML", supported="pip install pyyaml", nearest="a .toml file"
+        ) from None
+    except ValueError as error:  # of TOML and JSON alike
+        raise Unsupported(f"variant {str(path)!r}: {error}", supported="valid TOML, JSON or YAML") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        said = str(error).replace("\n", " ")
+        raise Unsupported(f"variant {str(path)!r}: {said}", supported="valid TOML, JSON or YAML") from None

@@ -1,0 +1,311 @@
+"""The training runs of a comparison: of each mechanism one a learning rate, then one a seed, each a row of the store.
+
+A run that has a row is not made again. Where the budget is a time, what is optional is made only while time is left for all
+that is not: rates beyond the grid, further seeds, further frames. What was left out is said.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regard.measurement.store import Store
+from regard.models import count_parameters, save_pretrained
+from regard.tasks import Task
+from regard.training import evaluate, train
+from regard.workbench.settings import MORE_RATES, CompareSettings
+from regard.workbench.summary import by_tokens, thin
+from regard.workbench.work import FEWEST_STEPS, Work, build, share_steps
+
+Row = dict[str, Any]
+
+REPLANNED = 0.1
+"""Relative change of the number of steps from which a new plan is made, and said."""
+
+OVERTIME = 1.05
+"""Part of the budget that a round of seeds may end at."""
+
+
+@dataclass
+class Progress:
+    """Where a comparison stands, for whoever shows it.
+
+    Attributes:
+        doing: the cell in flight, in words.
+        done: planned seconds of work that are behind (estimates from the calibration).
+        total: planned seconds of work.
+        pace: seconds that a planned second has taken so far.
+        loss: of the last training step.
+    """
+
+    doing: str = ""
+    done: float = 0.0
+    total: float = 0.0
+    pace: float = 1.0
+    loss: float = math.nan
+
+    @property
+    def remaining(self) -> float:
+        """Seconds, at the pace so far."""
+        return max(0.0, self.total - self.done) * self.pace
+
+
+@dataclass
+class Runs:
+    """What was trained on a task.
+
+    Attributes:
+        rows: of each mechanism's seeds at its best rate.
+        trials: of each rate of the first seed.
+        rates: the best rate of each mechanism.
+        left_out: sentences about what there was no time for.
+    """
+
+    rows: list[Row]
+    trials: list[Row]
+    rates: dict[str, float]
+    left_out: list[str]
+
+
+class Trainer:
+    """Makes the runs that are missing from the store.
+
+    Args:
+        store: where rows are.
+        settings: of the comparison.
+        output: folder for models.
+        command: to print beside each row.
+        watch: told of the progress.
+        say: told in sentences what is decided.
+        deadline: on the clock of `time.monotonic`; None where the budget is not a time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: CompareSettings,
+        output: Path,
+        command: str,
+        watch: Callable[[Progress], None],
+        say: Callable[[str], None],
+        deadline: float | None,
+    ) -> None:
+        self.store, self.settings, self.output, self.command = store, settings, output, command
+        self.watch, self.say, self.deadline = watch, say, deadline
+        self.began = time.monotonic()
+        self.progress = Progress()
+        self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "search": []}
+        self.reserved = 0.0
+        """Planned seconds that must be left for what follows the task in hand."""
+        self._planned = self._taken = 0.0
+
+    def replan(self, works: Sequence[Work]) -> None:
+        """Give the tasks that are left the steps that fit in the time that is left, if they no longer fit."""
+        first, key = (
+            works[0],
+            {**works[0].identity, "replanned": str(self.settings.budget), "mechanisms": [*works[0].configs]},
+        )
+        row = self.store.get("plan", key)
+        if row is not None:
+            first.steps = row.payload["steps"]
+            return
+        if self.deadline is None or not self._taken:
+            return
+        left = (self.deadline - time.monotonic() - self.reserved * self.pace) / self.pace
+        before = dict(first.steps)
+        share_steps(works, left)
+        first.steps = {name: max(FEWEST_STEPS, steps) for name, steps in first.steps.items()}
+        name = next(iter(before))
+        if abs(first.steps[name] - before[name]) < REPLANNED * before[name]:
+            first.steps = before
+        else:
+            self.say(
+                f"{first.task.name}: {first.steps[name]} steps a run instead of {before[name]}, since training has taken "
+                f"{self.pace:.2g} times as long as in the calibration"
+            )
+        self.store.put("plan", key, {"steps": first.steps})
+
+    @property
+    def pace(self) -> float:
+        """Seconds that a planned second of training has taken."""
+        return self._taken / self._planned if self._planned > 0 else 1.0
+
+    def train(self, work: Work, names: Sequence[str] | None = None) -> Runs:
+        """All runs of these mechanisms (all when None) on a task."""
+        names = list(work.configs) if names is None else list(names)
+        first, runs = self.settings.first_seed, Runs([], [], {}, [])
+        rounds = self.settings.seeds - 1
+        tried = {name: [self._try(work, name, rate, runs) for rate in self.settings.rates] for name in names}
+        for name in names:
+            best = self._extend(work, name, tried[name], runs, rounds * len(names))
+            runs.rates[name] = best["lr"]
+            runs.rows.append(best)
+        for seed in range(first + 1, first + self.settings.seeds):
+            missing = [n for n in names if self._stored(work, n, runs.rates[n], seed) is None]
+            if not self._affords(sum(work.run_seconds(name) for name in missing), OVERTIME):
+                self._leave_out(runs, f"{work.task.name}: no time was left for seeds from {seed} on.")
+                break
+            runs.rows += [self._run(work, name, runs.rates[name], seed) for name in names]
+        self.cells["quality"] += [self._key(work, r["mechanism"], r["lr"], r["seed"]) for r in runs.rows]
+        return runs
+
+    def _try(self, work: Work, name: str, rate: float, runs: Runs) -> Row:
+        row = self._run(work, name, rate, self.settings.first_seed)
+        trial = {k: row[k] for k in ("task", "mechanism", "frame", "lr", "seed")} | row["search"]
+        key = {**self._key(work, name, rate, row["seed"]), "items": work.search_items}
+        self.store.put("search", key, trial)
+        self.cells["search"].append(key)
+        runs.trials.append(trial)
+        return row
+
+    def _extend(self, work: Work, name: str, tried: list[Row], runs: Runs, after: int) -> Row:
+        """The run with the lowest loss on the items kept for the choice, with rates beyond while it is at an end."""
+        tried = list(tried)
+        for _ in range(MORE_RATES if len(tried) > 1 else 0):
+            best, rates = _best(tried), [row["lr"] for row in tried]
+            if best["lr"] not in (min(rates), max(rates)):
+                break
+            rate = beyond(best["lr"], up=best["lr"] == max(rates))
+            needed = work.run_seconds(name) + after * work.run_seconds(name)
+            stored = self._stored(work, name, rate, self.settings.first_seed) is not None
+            if not stored and not self._affords(needed):
+                self._leave_out(runs, f"{work.task.name}: no time was left to try {name} at a rate of {rate:g}.")
+                break
+            tried.append(self._try(work, name, rate, runs))
+        return _best(tried)
+
+    def affords(self, works: Sequence[Work], name: str) -> bool:
+        """Whether time is left for all runs of a mechanism on these tasks."""
+        return self._affords(sum(work.runs * work.run_seconds(name) for work in works))
+
+    def _affords(self, planned: float, share: float = 1.0) -> bool:
+        if self.deadline is None:
+            return True
+        end = time.monotonic() + (planned + self.reserved) * self.pace
+        return end <= self.began + share * (self.deadline - self.began)
+
+    def _leave_out(self, runs: Runs, sentence: str) -> None:
+        runs.left_out.append(sentence)
+        self.say(sentence)
+
+    def _key(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
+        items = [work.search_items, work.items]
+        layers = [[mechanism, dict(options)] for mechanism, options in self.settings.variants[name].layers]
+        return {
+            **work.identity,
+            "mechanism": name,
+            "layers": layers,
+            "feed_forward": work.configs[name].feed_forward,
+            "lr": rate,
+            "seed": seed,
+            "steps": work.steps[name],
+            "items": items,
+        }
+
+    def _stored(self, work: Work, name: str, rate: float, seed: int) -> Row | None:
+        row = self.store.get("quality", self._key(work, name, rate, seed))
+        return None if row is None else row.payload
+
+    def _run(self, work: Work, name: str, rate: float, seed: int) -> Row:
+        """One full run, from its row where there is one."""
+        row = self._stored(work, name, rate, seed)
+        if row is not None:
+            self.advance(work.run_seconds(name))
+            return row
+        within = "" if work.frame == self.settings.frames[0] else f" in the frame {work.frame}"
+        self.doing(f"{work.task.name}: {name}{within}, learning rate {rate:g}, seed {seed}")
+        started = time.monotonic()
+        measured = self._measure(work, name, rate, seed)
+        self._taken += time.monotonic() - started
+        self._planned += work.run_seconds(name)
+        self.progress.pace = self.pace
+        self.store.put("quality", self._key(work, name, rate, seed), measured)
+        self.advance(work.evaluation_seconds[name])  # its steps have advanced the progress one by one
+        row = self._stored(work, name, rate, seed)
+        assert row is not None
+        return row
+
+    def _measure(self, work: Work, name: str, rate: float, seed: int) -> Row:
+        """Train and score: the first held-out items choose the learning rate, the others are the result."""
+        task = work.task
+        model = build(work.configs[name], seed)
+        config = work.train_config(rate, seed, work.steps[name])
+        history = train(model, task, config, on_step=self._on_step(work, name))
+        items: list[tuple[float, float]] = []
+        score, choice = math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
+        if not history.diverged:
+            found = evaluate(model, task, work.scored_at_once, first=work.search_items)
+            items, score = found.items, found.score
+            sliced = evaluate(model, task, work.scored_at_once, last=work.search_items) if work.search_items else found
+            choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
+        if self.settings.keep_models and work.frame == self.settings.frames[0] and seed == self.settings.first_seed:
+            save_pretrained(model, self.model_folder(work, name, rate))
+        return {
+            "task": task.name,
+            "mechanism": name,
+            "frame": work.frame,
+            "seed": seed,
+            "lr": rate,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "score": score,
+            "solved": None if task.solved is None else _reaches(task, score),
+            "items": items,
+            "search": choice,
+            "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
+            "parameters": count_parameters(model),
+            "feed_forward": work.configs[name].feed_forward,
+            "tokens": history.tokens,
+            "steps": len(history.curve),
+            "skipped": history.skipped,
+            "seconds": history.seconds,
+            "tokens_per_second": history.tokens_per_second,
+            "training_memory_bytes": history.peak_memory,
+            "reproduce": self.command,
+        }
+
+    def model_folder(self, work: Work, name: str, rate: float) -> Path:
+        plain = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in name)
+        return self.output / "models" / f"{work.task.name}-{plain}-{rate:g}"
+
+    def keep_only(self, folders: Sequence[Path]) -> None:
+        """Delete the models of all other runs."""
+        for folder in (self.output / "models").glob("*"):
+            if folder not in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def doing(self, what: str) -> None:
+        self.progress.doing, self.progress.loss = what, math.nan
+        self.watch(self.progress)
+
+    def advance(self, seconds: float) -> None:
+        self.progress.done += seconds
+        self.progress.total = max(self.progress.total, self.progress.done)  # more may be tried than was planned
+        self.watch(self.progress)
+
+    def _on_step(self, work: Work, name: str) -> Callable[[Any], None]:
+        def on_step(point: Any) -> None:
+            self.progress.loss = point.loss
+            self.advance(work.step_seconds[name])
+
+        return on_step
+
+
+def beyond(rate: float, *, up: bool) -> float:
+    """The next rate of the ladder 1, 3, 10, 30, ...: half a power of ten further, with one digit."""
+    step = math.floor(2 * math.log10(rate) + 0.5) + (1 if up else -1)
+    return float(f"{10 ** (step / 2):.1g}")
+
+
+def _best(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: math.inf if row["search"]["loss"] is None else row["search"]["loss"])
+
+
+def _reaches(task: Task, score: float) -> bool:
+    assert task.solved is not None
+    return score >= task.solved if task.higher_is_better else score <= task.solved

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from regard import Unsupported
+from regard.models import LanguageModelConfig
+from regard.models.variants import read_variant, read_variants
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("softmax", [("softmax", {})]),
+        ("gla", [("gated_linear", {})]),
+        ("local:window=32", [("local", {"window": 32})]),
+        ("local:form=block,block=64", [("local", {"form": "block", "block": 64})]),
+        ("softmax:output_norm=null,positions=none", [("softmax", {"output_norm": None, "positions": "none"})]),
+        ("gated_linear*2+softmax", [("gated_linear", {}), ("gated_linear", {}), ("softmax", {})]),
+        ("local:window=8*2 + softmax", [("local", {"window": 8}), ("local", {"window": 8}), ("softmax", {})]),
+        ("softmax*3", [("softmax", {})] * 3),
+    ],
+)
+def test_a_variant_is_read_and_written_alike(text, layers):
+    found = read_variant(text)
+    assert list(found.layers) == layers
+    assert read_variant(found.name).layers == found.layers
+
+
+def test_an_option_after_a_comma_belongs_to_the_name_before_it():
+    text = "softmax, local:form=block,block=64, lookback=2, gated_linear+softmax, linear"
+    assert [v.name for v in read_variants(text)] == [
+        "softmax",
+        "local:form=block,block=64,lookback=2",
+        "gated_linear+softmax",
+        "linear",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("softmx", "softmax"),
+        ("local:windw=3", "window"),
+        ("local:window", "window=1"),
+        ("local:window=-3", "window"),
+        ("gated_linear*0+softmax", "gated_linear"),
+        ("+softmax", "softmax"),
+        ("nothing_there.toml", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_the_nearest(text, words):
+    with pytest.raises(Unsupported) as caught:
+        read_variant(text)
+    assert words in str(caught.value)
+
+
+def test_files_say_the_same_as_words(tmp_path):
+    toml, js = tmp_path / "far.toml", tmp_path / "near.json"
+    toml.write_text('layers = ["local:window=8*2", {mechanism = "softmax", options = {positions = "none"}}]')
+    js.write_text(json.dumps({"name": "called so", "mechanism": "local", "options": {"window": 8}}))
+    assert read_variant(str(toml)).layers == read_variant("local:window=8*2+softmax:positions=none").layers
+    assert read_variant(str(toml)).name == "far"
+    assert read_variant(str(js)).name == "called so" and read_variant(str(js)).options == {"window": 8}
+    for bad in (
+        "{}",
+        '{"layers": []}',
+        '{"mechanism": "softmax", "layers": ["softmax"]}',
+        '{"layers": [3]}',
+        "not json",
+    ):
+        js.write_text(bad)
+        with pytest.raises(Unsupported, match=r"near\.json"):
+            read_variant(str(js))
+
+
+def test_a_pattern_fills_a_model_as_often_as_it_divides_its_layers():
+    config = LanguageModelConfig(vocab_size=8, dim=16, num_heads=2, plan="local:window=4+softmax", num_layers=4)
+    assert [name for name, _ in config.plan] == ["local", "softmax"] * 2
+    assert len(LanguageModelConfig(vocab_size=8, dim=16, num_heads=2, plan=["linear*2", "softmax"]).plan) == 3
+    with pytest.raises(Unsupported, match="multiple of 2 layers"):
+        LanguageModelConfig(vocab_size=8, dim=16, num_heads=2, plan="local:window=4+softmax", num_layers=3)
