@@ -559,21 +559,27 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
         "# All mechanisms on the same work",
         "`regard compare --mechanisms all` gives every mechanism the same backbone at the same number of parameters, the "
         "same batches and the same search of learning rates. It says how much each learns of so much data at this size, "
-        "not how well it can do. Scores are means over seeds ± the standard error over held-out items and seeds; *top* is "
-        "what the paired comparison cannot separate from the best. Mechanisms without a causal-self pattern have no part in "
+        "not how well it can do. Scores are means over seeds ± the standard error over seeds; mechanisms of one rank are "
+        "those that the paired comparison cannot tell apart from the first of them. Mechanisms without a causal-self pattern have no part in "
         "it. Training runs may share the machine with each other (`--shard`), so their speed is not told.",
     ]
     if data is None:
         return _page([*parts, "Not measured in this build of the pages: `make ranking` does it."])
     facts = [f"- {key}: {value}" for key, value in data["settings"].items()]
+    if "frame" not in data["settings"]:
+        parts.append(
+            "These figures are from before comparisons had a [frame](measuring.md#the-frame): each mechanism was in the layer "
+            "of its paper, some with short convolutions, norms and gates and some without, so that what differs here is the "
+            "whole layer."
+        )
     parts += [f"Measured with {data['measured']}.", "\n".join([f"- budget of a run: {data['budget']}", *facts])]
     at = data["settings"]["table and picture at"]
     for task in data["tasks"]:
         own = [entry for entry in data["entries"] if entry["task"] == task]
         done = sum(entry["seeds"] for entry in own)
-        rows = [_ranked(place, entry) for place, entry in enumerate(own, 1)]
+        rows = [_ranked(entry) for entry in own]
         headings = (
-            "",
+            "rank",
             "mechanism",
             "score",
             "",
@@ -593,19 +599,20 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
     return _page(parts)
 
 
-def _ranked(place: int, entry: Mapping[str, Any]) -> tuple[str, ...]:
+def _ranked(entry: Mapping[str, Any]) -> tuple[str, ...]:
     def shown(key: str, digits: str, scale: float = 1.0) -> str:
         return "—" if entry[key] is None else format(entry[key] / scale, digits)
 
     score = "diverged" if entry["mean"] is None else f"{entry['mean']:.4g} ± {entry['standard_error']:.2g}"
-    marks = ["top"] if entry["separable_from_best"] is False else []
-    marks += ["solved"] if entry["solved"] else []
+    marks = "solved" if entry["solved"] else ""
+    first = 1 if entry["separable_from_best"] is False else None
     costs = (
         shown("inference_ms", ".3g"),
         shown("decode_tokens_per_second", ",.0f"),
     )
     state = shown("state_bytes", ",.3g", 1024.0)
-    return str(place), _link(entry["mechanism"]), score, ", ".join(marks), *costs, state
+    rank = entry.get("rank", first)
+    return "—" if rank is None else str(rank), _link(entry["mechanism"]), score, marks, *costs, state
 
 
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ head counts the size of its output, which a norm would undo. :func:`layer_parts`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ def in_frame(
 
 def _frames(card: Mechanism, option: str) -> bool:
     """Whether a part of the mechanism's layer is the frame's to choose."""
-    return layer_accepts(card, option) and option not in card.config.__dataclass_fields__
+    return layer_accepts(card, option) and option not in {f.name for f in dataclasses.fields(card.config)}
 
 
 def layer_parts(mixer: nn.Module) -> dict[str, str]:

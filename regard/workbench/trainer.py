@@ -297,8 +297,9 @@ class Trainer:
 
 
 def beyond(rate: float, *, up: bool) -> float:
-    """The next rate of the ladder 1, 3, 10, 30, ...: half a power of ten further, with one digit."""
-    step = math.floor(2 * math.log10(rate) + 0.5) + (1 if up else -1)
+    """The next rate of the ladder 1, 3, 10, 30, ..., each with one digit."""
+    halves = 2 * math.log10(rate)
+    step = math.floor(halves + 0.3) + 1 if up else math.ceil(halves - 0.3) - 1
     return float(f"{10 ** (step / 2):.1g}")
 
 

@@ -64,7 +64,8 @@ def test_a_stack_and_a_precision_reach_models_training_and_rows(tmp_path):
 def test_few_held_out_items_are_said_when_it_begins_and_in_the_report(tmp_path, items, deciding):
     task = create_task("recall", length=16, pairs=2, queries=4, vocab_size=16, evaluation_items=items)
     said = []
-    outcome = compare([task], settings(mechanisms=("softmax", "linear")), tmp_path, say=said.append)
+    chosen = settings(mechanisms=("softmax", "linear"), rates=(1e-3, 1e-2))
+    outcome = compare([task], chosen, tmp_path, say=said.append)
     warned = [sentence for sentence in said if "held-out item" in sentence]
     if deciding >= FEWEST_ITEMS:
         assert not warned and not any("held-out item" in note for note in outcome.recommendation.notes)
@@ -138,7 +139,9 @@ def test_rates_go_on_beyond_an_end_until_the_best_lies_between(tmp_path):
     assert (best == max(losses)) == ("may do better than shown" in outcome.recommendation.text)
 
 
-@pytest.mark.parametrize(("rate", "up", "after"), [(1e-2, True, 3e-2), (1e-2, False, 3e-3), (2e-3, True, 3e-3)])
+@pytest.mark.parametrize(
+    ("rate", "up", "after"), [(1e-2, True, 3e-2), (1e-2, False, 3e-3), (2e-3, True, 3e-3), (2e-3, False, 1e-3)]
+)
 def test_the_next_rate_is_on_the_ladder_of_ones_and_threes(rate, up, after):
     assert beyond(rate, up=up) == after
 
@@ -167,7 +170,7 @@ def test_a_slower_machine_gets_fewer_steps_and_the_budget_is_kept(tmp_path, monk
 
     monkeypatch.setattr(Trainer, "_measure", slowed)
     said = []
-    tasks = [recall(), create_task("copying", length=17, delay=4, evaluation_items=16)]
+    tasks = [recall(), create_task("copying", length=17, tokens=4, evaluation_items=16)]
     chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("30s"), lengths=())
     started = time.monotonic()
     outcome = compare(tasks, chosen, tmp_path, say=said.append)
