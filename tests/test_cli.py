@@ -274,7 +274,7 @@ def bad_inputs(folder):
         "lengths that are no numbers": (["profile", "linear", "--lengths", "1,b"], ("lengths",)),
         "length of nothing": (["compare", good, "--at-length", "0", *small], ("length",)),
         "frame nobody has": (["compare", good, "--frame", "golden", *small], ("golden", "bare")),
-        "option of a mechanism": (["compare", good, "--mechanisms", "local:windw=3", *small], ("windw", "window")),
+        "option of a mechanism": (["compare", good, *small, "--mechanisms", "local:windw=3"], ("windw", "window")),
         "data for a task that reads none": (["compare", good, "--task", "recall", *small], ("recall",)),
         "report of nothing": (["report", str(other)], ("results.db",)),
         **{
