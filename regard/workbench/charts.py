@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
@@ -293,6 +294,29 @@ def marker(number: int, x: float, y: float, radius: float, name: str = "marker")
     return Markup('<polygon class="{} k{}" points="{}"/>').format(name, number % COLOURS, Markup(corners))
 
 
+FIRST = ("softmax", "gated_linear", "delta_rule", "local", "linear", "mamba2", "mamba", "sigmoid")
+"""Those that are met most often: a colour for each."""
+
+
+def numbers(names: Sequence[str], catalogue: Sequence[str]) -> dict[str, int]:
+    """What decides the colour and the shape of each mechanism: the same in every report, as far as no two are alike.
+
+    Args:
+        names: of a report. What begins like a mechanism's (``local:window=32``) takes its number, if it is free.
+        catalogue: all mechanisms, sorted.
+    """
+    order = [*FIRST, *(name for name in catalogue if name not in FIRST)]
+    own = {name: number for number, name in enumerate(order)}
+    found = {name: own[name] for name in names if name in own}
+    for name in names:
+        if name not in found:
+            number = own.get(re.split(r"[:*+]", name)[0], 0)
+            while number in found.values():
+                number += 1
+            found[name] = number
+    return found
+
+
 def glyph(number: int) -> Markup:
     """The marker of mechanism `number` by itself, to stand in a line of text."""
     return Markup('<svg class="glyph" viewBox="-7 -7 14 14" aria-hidden="true">{}</svg>').format(
@@ -570,7 +594,7 @@ def lines(
     body.extend(_crossings(series, x, bottom))
     ends: list[tuple[Series, Point]] = []
     for s, points in kept:
-        drawn, end = _draw_series(s, points, x, y, y_axis, markers, bottom - 8 if missing else None)
+        drawn, end = _draw_series(s, points, x, y, x_axis, y_axis, markers, bottom - 8 if missing else None)
         body.append(_of_mechanism(s.number, drawn))
         if s.label and end is not None:
             ends.append((s, end))
@@ -587,6 +611,7 @@ def _draw_series(
     points: Sequence[tuple[float, float | None]],
     x: Scale,
     y: Scale,
+    x_axis: Axis,
     y_axis: Axis,
     markers: bool,
     lost_at: float | None,
@@ -617,7 +642,10 @@ def _draw_series(
             if y_axis.usable(low) and y_axis.usable(high):
                 marks.append(_line(f"whisker {colour}", at, y.inside(low), at, y.inside(high)))
         if markers:
-            marks.append(marker(series.number, at, height, 3.6, "dot"))
+            told = f"{series.name}: {y_axis.format(py)} at {x_axis.format(px)}"
+            marks.append(
+                Markup("<g><title>{}</title>{}</g>").format(told, marker(series.number, at, height, 3.6, "dot"))
+            )
         if px in series.rings:
             marks.append(Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="8"/>').format(at, height))
     if series.crossing is not None and x.low <= series.crossing <= x.high:

@@ -255,7 +255,7 @@ def _cheapest(summary: Mapping[str, Sequence[Mapping[str, Any]]], names: list[st
 
 def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:
     """What the scores of a task leave open, and what would separate the most distant of those tied."""
-    said = f"Cannot separate {best} and {_list(tied)} on {task} at this budget"
+    said = f"Cannot separate {best} from {_list(tied)} on {task} at this budget"
     far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
     difference = comparison.difference(best, far)
     if not math.isfinite(difference.resolved):

@@ -5,6 +5,9 @@ This module arranges and draws; means, standard errors and the Pareto front come
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from regard.catalogue import list_mechanisms
 from regard.contract import Unsupported
+from regard.measurement.statistics import pareto_front
 from regard.workbench import charts
 from regard.workbench.charts import Axis, ScatterPoint, Series, is_number
 from regard.workbench.summary import with_rule
@@ -22,6 +27,35 @@ from regard.workbench.summary import with_rule
 Payload = Mapping[str, Any]
 REFERENCE = "softmax"
 """What efficiency lengths are counted against."""
+
+SCHEMA = 2
+"""Version of the JSON that a report holds; it rises when a name in it changes its meaning."""
+
+COSTS = (
+    (
+        "inference",
+        "inference_ms",
+        Axis("time of inference, faster →", charts.format_milliseconds, log=True, rising=False),
+    ),
+    ("training", "tokens_per_second", Axis("tokens trained per second, faster →", charts.format_count, log=True)),
+    (
+        "decoding",
+        "decode_tokens_per_second",
+        Axis("tokens decoded per second, faster →", charts.format_count, log=True),
+    ),
+    (
+        "memory of inference",
+        "inference_memory_bytes",
+        Axis("peak memory of inference, less →", charts.format_bytes, log=True, base=2, rising=False),
+    ),
+    (
+        "memory of training",
+        "training_memory_bytes",
+        Axis("peak memory of training, less →", charts.format_bytes, log=True, base=2, rising=False),
+    ),
+    ("state", "state_bytes", Axis("state of a sequence, less →", charts.format_bytes, log=True, base=2, rising=False)),
+)
+"""What quality may be drawn against: name, column of the summary, axis. The first that was measured is shown first."""
 
 MOST_NAMED = 14
 """Mechanisms whose names have room in a chart; of more, only what matters most is named."""
@@ -167,11 +201,12 @@ class _View:
         if len(self.mechanisms) > MOST_NAMED:
             self.named = {e["mechanism"] for task in self.tasks for e in summary.get(task, ()) if e.get("on_front")}
             self.named |= {REFERENCE, self.winner}
+        self.numbers = charts.numbers(self.mechanisms, list_mechanisms())
         self.any_tie = any(self.tied(task) for task in self.tasks)
 
     def number(self, mechanism: str) -> int:
         """Decides the colour and the shape of a mechanism."""
-        return self.mechanisms.index(mechanism)
+        return self.numbers[mechanism]
 
     def metric(self, task: str) -> Metric:
         row = next((row for row in self.quality if row["task"] == task), None)
@@ -271,61 +306,79 @@ class _View:
             said.append(f"Without a score in some seed: {', '.join(dict.fromkeys(lost))}.")
         return said
 
-    def picture(self, task: str) -> Markup | None:
-        """Quality against speed."""
-        speed, axis = self._speed(task)
+    def pictures(self, task: str) -> list[dict[str, Any]]:
+        """Quality against each cost that was measured: the name of the cost, the chart, and who is missing from it."""
+        found = []
+        for name, column, axis in COSTS:
+            entries = [e for e in self.summary.get(task, ()) if is_number(e["mean"]) and axis.usable(e.get(column))]
+            if not entries:
+                continue
+            drawn = {e["mechanism"] for e in entries}
+            lost = [e["mechanism"] for e in self.summary[task] if e["mechanism"] not in drawn]
+            note = f"Without a score or this cost: {', '.join(lost)}" if lost else ""
+            found.append({"name": name, "chart": self._picture(task, entries, column, axis), "note": note})
+        return found
+
+    def _picture(self, task: str, entries: Sequence[Payload], column: str, axis: Axis) -> Markup:
         metric = self.metric(task)
+        signs = (1 if axis.rising else -1, 1 if metric.higher_is_better else -1)
+        front = pareto_front({e["mechanism"]: (signs[0] * e[column], signs[1] * e["mean"]) for e in entries})
         points = [
             ScatterPoint(
                 number=self.number(entry["mechanism"]),
                 name=entry["mechanism"],
-                x=speed(entry),
+                x=entry[column],
                 y=entry["mean"],
                 error=entry.get("standard_error") if is_number(entry.get("standard_error")) else None,
                 seeds=self._seeds(task, entry["mechanism"]),
-                front=bool(entry.get("on_front")),
+                front=entry["mechanism"] in front,
                 winner=entry["mechanism"] == self.winner,
                 detail=f"{entry['mechanism']}: {metric.name} {charts.format_number(entry['mean'])}, "
-                f"{axis.format(speed(entry))}",
+                f"{axis.format(entry[column])}",
                 label=entry["mechanism"] in self.named,
             )
-            for entry in self.summary.get(task, ())
-            if is_number(entry["mean"]) and axis.usable(speed(entry))
+            for entry in entries
         ]
-        if not points:
-            return None
         best = self.ranked(task)[0]
-        description = (
-            f"{len(points)} mechanisms; best {metric.name} {charts.format_number(best['mean'])} by {best['mechanism']}. "
-            "The figures are in the table below."
-        )
         return charts.scatter(
-            self._id("picture", task),
-            f"{task}: quality against speed",
-            description,
+            self._id(f"picture-{column}", task),
+            f"{task}: quality against {axis.label}",
+            f"{len(points)} mechanisms; best {metric.name} {charts.format_number(best['mean'])} by {best['mechanism']}. "
+            "The figures are in the table below.",
             points,
             axis,
             metric.axis,
             rule=None if (rule := self.rule(task)) is None else (rule["name"], rule["score"]),
         )
 
-    def undrawn(self, task: str) -> str:
-        """Who is missing from the picture."""
-        speed, axis = self._speed(task)
-        lost = [
-            entry["mechanism"]
-            for entry in self.summary.get(task, ())
-            if not (is_number(entry["mean"]) and axis.usable(speed(entry)))
-        ]
-        return f"Without a score or a speed: {', '.join(lost)}" if lost else ""
+    def table(self) -> str:
+        """The figures as CSV, a line for each task and mechanism."""
+        columns = (
+            "mean",
+            "standard_error",
+            "rank",
+            "solved",
+            "seeds",
+            "parameters",
+            "at_length",
+            *(c for _, c, _ in COSTS),
+        )
+        written = io.StringIO()
+        lines = csv.writer(written, lineterminator="\n")
+        lines.writerow(("task", "mechanism", "metric", "frame", *columns))
+        for task in self.tasks:
+            for e in self.ranked(task):
+                seeds = e["seeds"] if isinstance(e["seeds"], int) else len(e["seeds"])
+                values = [seeds if column == "seeds" else e.get(column) for column in columns]
+                lines.writerow((task, e["mechanism"], self.metric(task).name, self.run.get("frame", ""), *values))
+        return written.getvalue()
 
-    def _speed(self, task: str) -> tuple[Any, Axis]:
-        """The time of inference where any was measured, else the speed of training."""
-        if any(is_number(entry.get("inference_ms")) for entry in self.summary.get(task, ())):
-            axis = Axis("time of inference, faster →", charts.format_milliseconds, log=True, rising=False)
-            return (lambda e: e["inference_ms"]), axis
-        axis = Axis("tokens trained per second, faster →", charts.format_count, log=True)
-        return (lambda e: e.get("tokens_per_second")), axis
+    def data(self) -> str:
+        """All that the report is made of but the scores of single items, as JSON."""
+        quality = [{key: value for key, value in row.items() if key != "items"} for row in self.quality]
+        rows = {"quality": quality, "cost": self.cost, "search": self.search, "summary": self.summary}
+        text = json.dumps({"schema": SCHEMA, "run": self.run, **rows}, default=str)
+        return json.dumps(json.loads(text, parse_constant=lambda _: None))  # JSON has no NaN
 
     def _seeds(self, task: str, mechanism: str) -> list[float]:
         rows = [row for row in self.quality if (row["task"], row["mechanism"]) == (task, mechanism)]

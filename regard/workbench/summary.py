@@ -209,7 +209,7 @@ def frames_sentences(
             same = [e["mechanism"] for e in own if not e["separable"]]
             words = [f"{e['mechanism']} {e['mean']:.3g} instead of {e['first']:.3g}" for e in changed]
             if same:
-                words.append(f"{', '.join(same)} not told apart")
+                words.append(f"{' and '.join(same)} the same within the noise")
             if words:
                 told.append(f"on {task} ({metrics[task][0]}) {', '.join(words)}")
             owed += [f"{e['mechanism']} solves {task}" for e in own if e["first_solved"] and not e["solved"]]

@@ -87,7 +87,7 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
                         "steps": 488,
                         "seconds": 4e6 / speed,
                         "tokens_per_second": speed,
-                        "peak_memory_bytes": int(random.uniform(3e8, 9e8)),
+                        "training_memory_bytes": int(random.uniform(3e8, 9e8)),
                         "reproduce": f"regard compare corpus.txt --tasks {task} --mechanisms {name} --seeds {seed} "
                         f"--lr {rate} --budget 4M",
                     }
@@ -138,7 +138,7 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
                     "tokens_per_second": speed,
                     "inference_ms": latency[3],
                     "decode_tokens_per_second": 4e3 / factor,
-                    "peak_memory_bytes": int(memory[3]),
+                    "training_memory_bytes": int(memory[3]),
                     "state_bytes": state[3],
                     "solved": None,
                 }

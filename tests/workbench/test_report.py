@@ -62,7 +62,13 @@ def rows():
     return example(tasks=2, mechanisms=5, seeds=3)
 
 
+def shown(page):
+    """The page as it is at first, without the pictures that are chosen."""
+    return re.sub(r'<div class="choice" hidden>.*?</div>', "", page, flags=re.DOTALL)
+
+
 def section(page, name):
+    page = shown(page)
     return Page(re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL).group())
 
 
@@ -232,14 +238,15 @@ def test_diverged_models_have_no_score_and_say_so(rows):
         next(e for e in entries if e["mechanism"] == "mamba2").update(mean=None, standard_error=None)
     page = render(**lost)
     assert section(page, "quality").count("point") == 2 * 4
-    assert "Without a score or a speed: mamba2" in Page(page).text
+    assert "Without a score or this cost: mamba2" in Page(page).text
     assert "no score" in section(page, "table").text
 
 
 @pytest.mark.parametrize(("tasks", "mechanisms", "seeds"), [(1, 1, 1), (1, 2, 1), (4, 12, 2)])
 def test_small_and_large_comparisons_render(tasks, mechanisms, seeds):
-    page = Page(render(**example(tasks, mechanisms, seeds)))
-    assert page.balanced
+    whole = render(**example(tasks, mechanisms, seeds))
+    page = Page(shown(whole))
+    assert page.balanced and Page(whole).balanced
     assert page.count("point") == tasks * mechanisms
 
 
@@ -432,6 +439,12 @@ def test_browser_shows_the_charts_without_a_complaint(rows, tmp_path):
     path = write_report(tmp_path / "report.html", **rows)
     probe = """
     <script>
+      const choice = document.querySelector(".axis select");
+      choice.selectedIndex = 1;
+      choice.dispatchEvent(new Event("change"));
+      document.body.dataset.axis = document.querySelector(".choice:not([hidden]) svg title").textContent;
+      document.body.dataset.lines = document.getElementById("regard.csv").content.textContent.trim().split("\\n").length;
+      document.body.dataset.schema = JSON.parse(document.getElementById("regard.json").content.textContent).schema;
       document.querySelector("#table thead button").click();
       document.querySelector("[data-highlight]").click();
       document.getElementById("theme").click();
@@ -454,10 +467,21 @@ def test_browser_shows_the_charts_without_a_complaint(rows, tmp_path):
     assert "CONSOLE" not in done.stderr
     page = Page(done.stdout)
     body = next(attributes for tag, attributes, _ in page.elements if tag == "body")
-    expected = sum(a.get("class") == "chart" for _, a, _ in Page(text).elements)
+    expected = sum(a.get("class") == "chart" for _, a, _ in Page(shown(text)).elements)
+    assert "tokens trained per second" in body["data-axis"]
+    assert int(body["data-lines"]) == 1 + sum(len(entries) for entries in rows["summary"].values())
+    assert int(body["data-schema"]) == report.SCHEMA
     assert int(body["data-charts"]) == expected > 0
     assert int(body["data-wide"]) <= 0
     assert body["data-first"] == min(row["mechanism"] for row in rows["quality"])
     assert body["data-dimmed"] == "true"
     html = next(attributes for tag, attributes, _ in page.elements if tag == "html")
     assert html["data-theme"] in ("light", "dark")
+
+
+def test_a_mechanism_has_the_same_colour_in_every_report_and_no_two_are_alike():
+    catalogue = ["aaren", "gated_linear", "local", "softmax"]
+    few = charts.numbers(["local", "softmax"], catalogue)
+    many = charts.numbers(["softmax", "local:window=8", "aaren", "local", "local+softmax", "mine"], catalogue)
+    assert {name: many[name] for name in few} == few
+    assert len(set(many.values())) == 6
