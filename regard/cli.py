@@ -571,6 +571,7 @@ def compare(
     precision: Annotated[
         str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
     ] = "float32",
+    device: Annotated[str, typer.Option(help="Where models are trained and measured: cpu, cuda.")] = "cpu",
     only: Annotated[
         str | None,
         typer.Option(
@@ -621,6 +622,7 @@ def compare(
         keep_models=keep_models,
         stack=_stack(stack),
         precision=precision,
+        device=device,
     )
     left_out: dict[str, str] = {}
     if mechanisms.strip() == "all":

@@ -246,7 +246,7 @@ class _Runner:
             rows = {name: self.store.get("cost", key) for name, key in keys.items()}
             if any(row is None for row in rows.values()):
                 self.trainer.doing(f"{work.task.name}: time and memory against length")
-                make_input = functools.partial(_input, work.task)
+                make_input = functools.partial(_input, work.task, device=self.settings.device)
                 costs = model_costs(_models_for(work), lengths, make_input, seconds=0.5)
                 for name, cost in costs.items():
                     named = {"task": work.task.name, "mechanism": name, "pattern": str(work.task.pattern)}
@@ -406,23 +406,24 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
 
 def _models_for(work: Work) -> Callable[[int], dict[str, nn.Module]]:
     """A comparison's models for inputs of a length: the same for all, but for mechanisms with a greatest length."""
-    kept = {name: build(config, 0) for name, config in work.configs.items()}
+    device = work.settings.device
+    kept = {name: build(config, 0, device) for name, config in work.configs.items()}
 
     def models(length: int) -> dict[str, nn.Module]:
         made = {name: work.config_for(name, length) for name in kept}
-        return {n: kept[n] if config is work.configs[n] else build(config, 0) for n, config in made.items()}
+        return {n: kept[n] if config is work.configs[n] else build(config, 0, device) for n, config in made.items()}
 
     return models
 
 
-def _input(task: Task, length: int) -> tuple[tuple[Tensor, ...], Context]:
+def _input(task: Task, length: int, device: str = "cpu") -> tuple[tuple[Tensor, ...], Context]:
     """Inputs of `length` tokens; in a cross pattern the task's own, and a memory of `length`."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int, vocab_size: int | None, features: int | None) -> Tensor:
         if vocab_size is not None:
-            return torch.randint(vocab_size, (1, count), generator=generator)
-        return torch.randn(1, count, features or 0, generator=generator)
+            return torch.randint(vocab_size, (1, count), generator=generator).to(device)
+        return torch.randn(1, count, features or 0, generator=generator).to(device)
 
     if task.pattern.cross:
         memory = tokens(length, task.memory_vocab_size, task.memory_features)
@@ -446,6 +447,8 @@ def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, An
         + ", batch 1",
         "threads": torch.get_num_threads(),
     }
+    if settings.device != "cpu":
+        described["device"] = settings.device
     if settings.precision != "float32":
         described["training"] = f"mixed precision, {settings.precision} products and float32 weights"
     if settings.stack != StackConfig():

@@ -52,12 +52,12 @@ def model_costs(
                 found.setdefault(name, {key: [] for key in lists})
             inputs, context = make_input(length)
             forward = {n: functools.partial(m, *inputs, context=context) for n, m in models.items()}
-            for name, timing in interleaved(forward, seconds=seconds).items():
+            for name, timing in interleaved(forward, seconds=seconds, device=inputs[0].device).items():
                 found[name]["latency"].append([length, *_milliseconds(timing)])
             for name, action in forward.items():
                 library.workspace_peak(reset=True)
                 with recording() as used:
-                    memory = peak_memory(action).bytes + library.workspace_peak()
+                    memory = peak_memory(action, device=inputs[0].device).bytes + library.workspace_peak()
                 found[name]["memory"].append([length, memory])
                 found[name]["backends"] = sorted(used.union(found[name]["backends"]))
             _decoding(models, length, inputs, context, found, seconds)
@@ -95,7 +95,7 @@ def _decoding(
                 state = model(inputs[0][:, :1], state=state).state
 
         actions[name] = steps
-    for name, timing in interleaved(actions, seconds=seconds / 2).items() if actions else ():
+    for name, timing in interleaved(actions, seconds=seconds / 2, device=inputs[0].device).items() if actions else ():
         found[name]["decode"].append([length, DECODE_STEPS / timing.median])
 
 

@@ -264,6 +264,17 @@ class _View:
             {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
         ]
 
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """What each mechanism's language model wrote after its best run, best first."""
+        found = []
+        for entry in self.ranked(task):
+            rate = self.chosen_rate(task, entry["mechanism"])
+            own = [r for r in self.quality if (r["task"], r["mechanism"], r["lr"]) == (task, entry["mechanism"], rate)]
+            sample = next((row["sample"] for row in own if row.get("sample")), None)
+            if sample is not None:
+                found.append({"mechanism": entry["mechanism"], **sample})
+        return found
+
     def lengths(self) -> str:
         """The lengths at which costs count, in words."""
         at = self.run.get("at_length") or {}

@@ -11,6 +11,7 @@ from regard.models.frames import FRAMES
 from regard.models.variants import Variant, read_variant
 from regard.training import PRECISIONS
 from regard.workbench.budget import Budget
+from regard.workbench.layer_work import check_device
 from regard.workbench.recommend import PREFERENCES
 
 RATES = (1e-3, 3e-3, 1e-2)
@@ -41,6 +42,7 @@ class CompareSettings:
         keep_models: keep the winner's weights of the first seed.
         stack: how the backbone's blocks are stacked, as in the models' configs.
         precision: of training, as in :class:`regard.training.TrainConfig`.
+        device: a device of torch, on which models are trained and measured.
     """
 
     mechanisms: tuple[str | Variant, ...]
@@ -60,6 +62,7 @@ class CompareSettings:
     keep_models: bool = False
     stack: StackConfig = StackConfig()
     precision: str = "float32"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.mechanisms:
@@ -80,6 +83,7 @@ class CompareSettings:
             one_of("frame", frame, FRAMES)
         one_of("prefer", self.prefer, PREFERENCES)
         one_of("precision", self.precision, PRECISIONS)
+        check_device(self.device)
         if not self.rates or min(self.rates) <= 0:
             raise Unsupported(f"rates={self.rates}", supported="positive learning rates", nearest=f"rates={RATES}")
         for length in (*self.lengths, *([] if self.at_length is None else [self.at_length])):

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from regard.measurement.store import Store
-from regard.models import count_parameters, save_pretrained
-from regard.tasks import Task
+from regard.models import LanguageModel, count_parameters, save_pretrained
+from regard.tasks import Task, TextTask
 from regard.training import evaluate, train
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.summary import by_tokens, thin
@@ -26,6 +29,9 @@ Row = dict[str, Any]
 
 REPLANNED = 0.1
 """Relative change of the number of steps from which a new plan is made, and said."""
+
+SAMPLE_PROMPT, SAMPLE_TOKENS = 48, 120
+"""Tokens of a held-out text that a language model is given, and that it writes."""
 
 OVERTIME = 1.05
 """Part of the budget that a round of seeds may end at."""
@@ -233,7 +239,7 @@ class Trainer:
     def _measure(self, work: Work, name: str, rate: float, seed: int) -> Row:
         """Train and score: the first held-out items choose the learning rate, the others are the result."""
         task = work.task
-        model = build(work.configs[name], seed)
+        model = build(work.configs[name], seed, self.settings.device)
         config = work.train_config(rate, seed, work.steps[name])
         history = train(model, task, config, on_step=self._on_step(work, name))
         items: list[tuple[float, float]] = []
@@ -257,6 +263,7 @@ class Trainer:
             "solved": None if task.solved is None else _reaches(task, score),
             "items": items,
             "search": choice,
+            "sample": written(model, task) if seed == self.settings.first_seed and not history.diverged else None,
             "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
             "parameters": count_parameters(model),
             "feed_forward": work.configs[name].feed_forward,
@@ -294,6 +301,18 @@ class Trainer:
             self.advance(work.step_seconds[name])
 
         return on_step
+
+
+def written(model: nn.Module, task: Task) -> dict[str, str] | None:
+    """How a language model goes on from the beginning of the first held-out text; None for other tasks."""
+    if not isinstance(task, TextTask) or not isinstance(model, LanguageModel):
+        return None
+    device = next(model.parameters()).device
+    begun = next(iter(task.evaluation_batches(1))).inputs[:, :SAMPLE_PROMPT].to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    new = model.generate(begun, SAMPLE_TOKENS, temperature=0.8, generator=generator)
+    prompt, text = (task.tokenizer.decode(ids[0].tolist()) for ids in (begun, new))
+    return {"prompt": prompt, "text": text}
 
 
 def beyond(rate: float, *, up: bool) -> float:

@@ -172,11 +172,11 @@ def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str
     return tuple(kept), refused
 
 
-def build(config: Any, seed: int) -> nn.Module:
-    """A model with the initial weights of a seed."""
+def build(config: Any, seed: int, device: str = "cpu") -> nn.Module:
+    """A model with the initial weights of a seed, which are the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(config)
+        return build_model(config).to(device)
 
 
 class Work:
@@ -220,6 +220,8 @@ class Work:
             self.identity["stack"] = asdict(settings.stack)
         if settings.precision != "float32":
             self.identity["precision"] = settings.precision
+        if settings.device != "cpu":
+            self.identity["device"] = settings.device
         self.steps: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
         self.evaluation_seconds: dict[str, float] = {}
@@ -266,7 +268,7 @@ class Work:
         """Time training steps and an evaluation of each model."""
         share = seconds / len(self.configs)
         for name, config in self.configs.items():
-            model = build(config, 0)
+            model = build(config, 0, self.settings.device)
             timed = replace(self.train_config(TrainConfig.learning_rate, 0, 1_000_000), measure_memory=False)
             started = time.monotonic()
             train(model, self.task, replace(timed, steps=2))
@@ -424,7 +426,7 @@ def _best_threads(work: Work) -> int:
     for count in counts:
         torch.set_num_threads(count)
         few = TrainConfig(steps=6, batch_size=work.batch_size, measure_memory=False)
-        history = train(build(config, 0), work.task, few, deadline=time.monotonic() + 5.0)
+        history = train(build(config, 0, work.settings.device), work.task, few, deadline=time.monotonic() + 5.0)
         seconds[count] = statistics.median(point.seconds for point in history.curve)
     return min(seconds, key=lambda count: seconds[count])
 
