@@ -26,13 +26,12 @@ from regard.backends.native import library
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
 from regard.contract import Kind, Pattern, Unsupported, closest
 from regard.functional import function_name
+from regard.measurement import provenance
 from regard.training.memory import keep_freed_memory
 
 app = typer.Typer(
     name="regard",
-    help="The attention workbench: list, verify, profile, advise on and compare attention mechanisms on your data and machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -52,6 +51,21 @@ def _load(plugins: list[Path] | None) -> list[Any]:
 
 def _emit(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"regard {provenance.regard_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """The attention workbench: list, verify, profile, advise on and compare attention mechanisms on your data and machine."""
 
 
 @app.command("list")
@@ -174,6 +188,28 @@ def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
 
 
 @app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the mechanism: lower case letters, digits and underscores.")],
+    output: Annotated[Path, typer.Option(help="Folder of the file.")] = Path(),
+) -> None:
+    """Begin a mechanism: a file with its card, and a definition that fails until you write it.
+
+    Examples:
+
+    \b
+        regard new my_mechanism
+        regard verify --plugin my_mechanism.py my_mechanism
+    """
+    from regard.workbench.scaffold import new_mechanism
+
+    path = new_mechanism(name, output)
+    console.print(Text(f"{path} is written. Next:"))
+    console.print(Text("- write `reference`, the definition, and the lines of the docstring"))
+    console.print(Text(f"- regard verify --plugin {path} {name}"))
+    console.print(Text(f"- regard compare --plugin {path} --mechanisms softmax,{name}"))
+
+
+@app.command()
 def verify(
     mechanisms: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all when none is named.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="Only these patterns.")] = None,
@@ -196,6 +232,7 @@ def verify(
         regard verify --json > matrix.json
     """
     from regard.measurement.store import Store
+    from regard.workbench.failures import grouped
     from regard.workbench.verify import PROPERTIES, Cell, plan
     from regard.workbench.verify import verify as run
 
@@ -219,7 +256,7 @@ def verify(
                 store.put("verify", _verify_key(cell), dataclasses.asdict(cell))
             bar.update(task, advance=1, description=f"{cell.mechanism} {cell.pattern} {cell.property}")
             line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
-            if cell.status == "fail" and not as_json:
+            if cell.status == "fail" and not as_json and len(grouped(cells)) > len(grouped(cells[:-1])):
                 bar.console.print(
                     f"[red]fail[/red] {cell.mechanism} {cell.pattern} {cell.property} {cell.dtype}: {escape(cell.detail)}"
                 )
@@ -240,6 +277,8 @@ def verify(
         console.print(
             f"{len(cells)} cells: {len(cells) - len(failures) - waived} hold, {waived} waived with a reason, {len(failures)} fail"
         )
+        for group in grouped(cells):
+            console.print(Text(f"- {group}"))
     if failures:
         raise typer.Exit(1)
 

@@ -1,0 +1,65 @@
+import pytest
+
+from regard import Unsupported
+from regard.catalogue import load_plugin, unregister
+from regard.workbench.failures import CAUSES, grouped
+from regard.workbench.scaffold import new_mechanism
+from regard.workbench.verify import PROPERTIES, Cell, verify
+
+
+def test_a_new_mechanism_fails_until_its_definition_is_written(tmp_path):
+    path = new_mechanism("mine", tmp_path)
+    card = load_plugin(path).MECHANISM
+    try:
+        (group,) = grouped(verify(["mine"], patterns=["causal-self"], properties=["causality", "step", "reference"]))
+    finally:
+        unregister("mine")
+    assert card.name == "mine" and "the definition of mine is to be written" in str(group)
+    path.write_text(
+        path.read_text().replace(
+            'raise NotImplementedError("the definition of mine is to be written, in `reference`")',
+            "return v.cumsum(2) if call.pattern.causal else v.sum(2, keepdim=True).expand(v.shape)",
+        )
+    )
+    load_plugin(path)
+    try:
+        cells = verify(["mine"], properties=["reference", "causality", "row_alone"])
+        assert cells and not grouped(cells)
+    finally:
+        unregister("mine")
+
+
+@pytest.mark.parametrize(("name", "words"), [("softmax", "my_softmax"), ("A b", "a_b"), ("class", "class"), ("", "my_mechanism")])
+def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(tmp_path, name, words):
+    with pytest.raises(Unsupported, match=words):
+        new_mechanism(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_exists_stays(tmp_path):
+    new_mechanism("mine", tmp_path).write_text("mine")
+    with pytest.raises(Unsupported, match="exists"):
+        new_mechanism("mine", tmp_path)
+    assert (tmp_path / "mine.py").read_text() == "mine"
+    with pytest.raises(Unsupported, match="cannot be written"):
+        new_mechanism("mine", tmp_path / "nowhere")
+
+
+def cell(name, detail, status="fail", mechanism="mine"):
+    return Cell(mechanism, "causal-self", name, "float64", "torch", status, None, 1e-9, detail, 0.0)
+
+
+def test_equal_failures_are_one_with_their_likely_cause():
+    cells = [
+        cell("padding", "error 3.2e-01 above 1e-09"),
+        cell("padding", "error 4.1e-02 above 1e-09"),
+        cell("step", "error 4.1e-02 above 1e-09"),
+        *(cell(name, "ValueError: no (f, line 3)") for name in ("step", "packing", "state")),
+        cell("padding", "error 3.2e-01 above 1e-09", mechanism="other"),
+        cell("padding", "", status="pass"),
+    ]
+    groups = grouped(cells)
+    assert [len(group.cells) for group in groups] == [3, 2, 1, 1]
+    assert "step, packing, state" in str(groups[0]) and "Likely" not in str(groups[0])
+    assert CAUSES["padding"] in str(groups[1]) and "2 cells" in str(groups[1])
+    assert set(CAUSES) <= {p.name for p in PROPERTIES}
