@@ -145,7 +145,21 @@ def measure_ranking() -> None:
     if not finished:
         raise SystemExit("runs/all holds no finished comparison: make ranking runs it")
     found = finished[-1].payload
-    kept = ("tasks", "mechanisms", "seeds", "budget", "frame", "frames", "parts", "beside", "settings", "descriptions", "baselines", "resolution", "summary")
+    kept = (
+        "tasks",
+        "mechanisms",
+        "seeds",
+        "budget",
+        "frame",
+        "frames",
+        "parts",
+        "beside",
+        "settings",
+        "descriptions",
+        "baselines",
+        "resolution",
+        "summary",
+    )
     data = {"measured": f"{MEASURED}, {finished[-1].machine['cpu']}", **{key: found[key] for key in kept}}
     entries = [{"task": task, **entry} for task, rows in data.pop("summary").items() for entry in rows]
     _write("ranking.json", {**data, "entries": entries}, "entries")

@@ -7,7 +7,7 @@ Every mechanism is a card in the catalogue, a function in :mod:`regard.functiona
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regard.catalogue import get_mechanism, list_mechanisms, load_plugin, register, which_backend
 from regard.contract import (
@@ -23,6 +23,16 @@ from regard.contract import (
     Unsupported,
 )
 from regard.create import create_layer
+
+if TYPE_CHECKING:  # what is imported when it is asked for, for editors and type checkers
+    from regard import functional as functional
+    from regard import models as models
+    from regard.integrations.swap import swap as swap
+    from regard.layers.linear import accelerate as accelerate
+    from regard.workbench.advise import advise as advise
+    from regard.workbench.compare import compare as compare
+    from regard.workbench.profile import profile as profile
+    from regard.workbench.verify import verify as verify
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ its noise in training, and a Performer that is run as in the benchmark: 16 featu
 evaluation. Level means within 5 points. Growth of forward time on one core.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 def time_forward(setting: Setting) -> dict[str, Any]:
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
-    functions = {"lara": lara_attention, "softmax": softmax_attention}
+    functions: dict[str, Callable[..., Any]] = {"lara": lara_attention, "softmax": softmax_attention}
     actions = {
         name: {n: partial(f, *x, pattern="noncausal-self") for n, x in inputs.items()} for name, f in functions.items()
     }

@@ -8,6 +8,7 @@ bound was set beforehand). On one core, growth of forward time over lengths from
 to 4096, and of the time of a decoding step over contexts from 512 to 8192. Images are classified, not generated.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 def time_forward(setting: Setting) -> dict[str, Any]:
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
-    functions = {"linear": linear_attention, "softmax": softmax_attention}
+    functions: dict[str, Callable[..., Any]] = {"linear": linear_attention, "softmax": softmax_attention}
     actions = {name: {n: partial(f, *x) for n, x in inputs.items()} for name, f in functions.items()}
     longest = max(setting["lengths"])
     found = timed_slopes(actions, seconds=setting["seconds"])

@@ -67,7 +67,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     w = draw_features(64, 64)
     actions = {
-        "performer": {n: partial(performer_attention, *x, w) for n, x in inputs.items()},
+        "performer": {n: partial(performer_attention, x[0], x[1], x[2], w) for n, x in inputs.items()},
         "softmax": {n: partial(softmax_attention, *x) for n, x in inputs.items()},
     }
     return growth_and_speedup(actions, seconds=setting["seconds"])

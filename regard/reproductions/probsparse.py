@@ -8,6 +8,7 @@ keys sampled and 25 of 64 queries chosen) and with factor 1 (5 of 64). Comparabl
 one core. Forecasting is not tried.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 def time_forward(setting: Setting) -> dict[str, Any]:
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
-    functions = {"probsparse": probsparse_attention, "softmax": softmax_attention}
+    functions: dict[str, Callable[..., Any]] = {"probsparse": probsparse_attention, "softmax": softmax_attention}
     actions = {
         name: {n: partial(f, *x, pattern="noncausal-self") for n, x in inputs.items()} for name, f in functions.items()
     }

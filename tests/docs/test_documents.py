@@ -83,6 +83,13 @@ def test_command_exists_with_these_options(line):
                 assert part in ("mine", "uniform") or read_variant(part)
 
 
+def test_the_stub_of_functions_is_that_of_the_catalogue():
+    specification = importlib.util.spec_from_file_location("stubs", ROOT / "docs" / "stubs.py")
+    stubs = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(stubs)
+    assert stubs.PATH.read_text() == stubs.text(), "python docs/stubs.py writes it again"
+
+
 def test_the_readme_lists_the_catalogue():
     rows = re.findall(
         r"^\| `(\w+)` \| (\w+) \| ([A-Z ]+) \| .* \| \[([\d.]+)\]", (ROOT / "README.md").read_text(), re.M

@@ -29,7 +29,9 @@ def test_a_new_mechanism_fails_until_its_definition_is_written(tmp_path):
         unregister("mine")
 
 
-@pytest.mark.parametrize(("name", "words"), [("softmax", "my_softmax"), ("A b", "a_b"), ("class", "class"), ("", "my_mechanism")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("softmax", "my_softmax"), ("A b", "a_b"), ("class", "class"), ("", "my_mechanism")]
+)
 def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(tmp_path, name, words):
     with pytest.raises(Unsupported, match=words):
         new_mechanism(name, tmp_path)
