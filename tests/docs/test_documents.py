@@ -84,9 +84,7 @@ def test_command_exists_with_these_options(line):
 
 
 def test_the_stub_of_functions_is_that_of_the_catalogue():
-    specification = importlib.util.spec_from_file_location("stubs", ROOT / "docs" / "stubs.py")
-    stubs = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(stubs)
+    stubs = load("stubs")
     assert stubs.PATH.read_text() == stubs.text(), "python docs/stubs.py writes it again"
 
 
