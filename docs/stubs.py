@@ -53,7 +53,7 @@ def function_name(card: Mechanism) -> str: ...
 
 def text() -> str:
     """The stub file."""
-    parts = [HEAD]
+    parts = []
     for name in list_mechanisms():
         card = get_mechanism(name)
         function = getattr(functional, function_name(card))
@@ -69,7 +69,7 @@ def text() -> str:
             parameters.append(f"{parameter.name}: {annotation}{default}")
         lines = "".join(f"    {parameter},\n" for parameter in parameters)
         parts.append(f'def {function_name(card)}(\n{lines}) -> Any:\n    """{card.summary}"""\n')
-    return "\n".join(parts)
+    return HEAD + "\n".join(parts)
 
 
 def _option(field: Any) -> str:
