@@ -173,8 +173,7 @@ class _Runner:
 
     def run(self) -> Outcome:
         after = cost_seconds(self.works, self.settings)
-        beside = sum(self._beside_seconds(work) for work in self.works)
-        runs = self.train_all(self.settings.names, after + beside)
+        runs = self.train_all(self.settings.names, after)
         costs = self._costs()
         self.trainer.advance(after)
         self.trainer.reserved = 0.0
@@ -191,14 +190,15 @@ class _Runner:
             after: planned seconds of what follows.
         """
         trainer = self.trainer
-        planned = {w.task.name: sum(w.runs * w.run_seconds(name) for name in names) for w in self.works}
-        trainer.progress.total = sum(planned.values()) + after
         runs = {}
         for index, work in enumerate(self.works):
-            following = self.works[index + 1 :]
-            trainer.reserved = after
-            trainer.replan(self.works[index:])
-            trainer.reserved = after + sum(planned[w.task.name] for w in following)
+            done, left = self.works[:index], self.works[index:]
+            trainer.reserved = after + sum(map(self._beside_seconds, done))
+            trainer.replan(left)
+            following = sum(w.runs * w.run_seconds(name) for w in left[1:] for name in names)
+            trainer.reserved = after + sum(map(self._beside_seconds, self.works)) + following
+            own = sum(work.runs * work.run_seconds(name) for name in names)
+            trainer.progress.total = trainer.progress.done + own + trainer.reserved
             runs[work.task.name] = trainer.train(work, names)
         return runs
 

@@ -129,7 +129,7 @@ def _at_lengths(at_length: Mapping[str, int] | None) -> str:
         return ""
     if len(set(at_length.values())) == 1:
         return f" at {next(iter(at_length.values()))} tokens"
-    return " at " + _list([f"{length} tokens ({task})" for task, length in at_length.items()])
+    return " at " + _list([f"{length} tokens ({task})" for task, length in at_length.items()]) + ", in the mean"
 
 
 def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) -> list[str]:

@@ -30,6 +30,9 @@ Row = dict[str, Any]
 REPLANNED = 0.1
 """Relative change of the number of steps from which a new plan is made, and said."""
 
+MARGIN = 0.97
+"""Part of the time that is left which is planned anew."""
+
 SAMPLE_PROMPT, SAMPLE_TOKENS = 48, 120
 """Tokens of a held-out text that a language model is given, and that it writes."""
 
@@ -122,7 +125,7 @@ class Trainer:
             return
         if self.deadline is None or not self._taken:
             return
-        left = (self.deadline - time.monotonic() - self.reserved * self.pace) / self.pace
+        left = MARGIN * (self.deadline - time.monotonic()) / self.pace - self.reserved
         before = dict(first.steps)
         share_steps(works, left)
         first.steps = {name: max(FEWEST_STEPS, steps) for name, steps in first.steps.items()}
@@ -131,8 +134,8 @@ class Trainer:
             first.steps = before
         else:
             self.say(
-                f"{first.task.name}: {first.steps[name]} steps a run instead of {before[name]}, since training has taken "
-                f"{self.pace:.2g} times as long as in the calibration"
+                f"{first.task.name}: {first.steps[name]} steps a run instead of {before[name]}, which is what fits: training "
+                f"has taken {self.pace:.2g} times what the calibration said"
             )
         self.store.put("plan", key, {"steps": first.steps})
 
