@@ -866,6 +866,16 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """mkdocs hook: Markdown knows neither roles, which become links where the reference has what they name, nor ``::``."""
+
+    def link(found: re.Match[str]) -> str:
+        path, short = found[2], found[1]
+        return f'<autoref optional identifier="{path}"><code>{path.split(".")[-1] if short else path}</code></autoref>'
+
+    return re.sub(r":\w+:<code>(~?)([\w.]+)</code>", link, html).replace("::</p>", ":</p>")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the generated pages of the documentation.")
     parser.add_argument("--plugin", action="append", default=[], help="also write the page of this mechanism's file")

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import pkgutil
 import re
 import runpy
 import shlex
@@ -107,6 +108,17 @@ def test_links_to_files_lead_somewhere(path):
     made = {"mechanisms/index.md", *GENERATED}
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
         assert target in made or (path.parent / target).exists(), target
+
+
+def test_the_api_reference_names_what_exists():
+    named = [
+        path
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M)
+    ]
+    assert len(named) > 20
+    for path in named:
+        pkgutil.resolve_name(path)
 
 
 @pytest.fixture
