@@ -12,6 +12,7 @@ import torch
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks.documents import Paths, names_of, overlap_note, printable
+from regard.tasks.overlap import overlap
 from regard.tasks.protocol import (
     SPLIT,
     Baseline,
@@ -121,7 +122,9 @@ class LabelledTask(Task):
         if not held_out:
             raise Unsupported(f"{named} without held-out items", supported="some items to score")
         self.num_classes: int = len(self.classes)
-        self.tokenizer = create_tokenizer(tokenizer, [text.encode() for item in training for text in item.texts])
+        texts, held = ([t.encode() for item in items for t in item.texts] for items in (training, held_out))
+        self.overlap = overlap(texts, held)
+        self.tokenizer = create_tokenizer(tokenizer, texts)
         parts = len(training[0].texts)
         self._separator = self.tokenizer.vocab_size
         self.vocab_size: int = self.tokenizer.vocab_size + (parts > 1)
@@ -167,6 +170,7 @@ class LabelledTask(Task):
             + (", the same number of each class" if self._balance else "")
             + f"; chance {self.chance:.3f}",
             f"split: {self._rule}",
+            str(self.overlap),
         ]
         lines += [f"note: {note}" for note in self._notes]
         lines.append(f"sample: {printable(self._sample.label)}")
