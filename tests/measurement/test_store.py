@@ -154,6 +154,62 @@ def test_a_path_through_a_file_is_refused(tmp_path):
     assert "--output" in error.value.nearest
 
 
+def test_a_full_disk_is_said_and_keeps_the_rows(path):
+    with Store(path) as store:
+        store.put("run", {"run": 0}, {"x": 1})
+        store._connection.execute("PRAGMA max_page_count = 1")  # SQLite answers as on a full disk
+        with pytest.raises(
+            Unsupported, match=r"cannot be written \(database or disk is full\); .*rows that it has are kept"
+        ):
+            store.put("run", {"run": 1}, "x" * 10**6)
+        assert [row.key["run"] for row in store.rows("run")] == [0]
+
+
+def test_a_damaged_store_is_said_to_be_one(path):
+    with Store(path) as store:
+        for index in range(40):
+            store.put("run", {"run": index}, "x" * 3000)
+    whole = path.read_bytes()
+    page = len(whole) // 2 // 4096 * 4096
+    damages = [whole[: len(whole) // 2], whole[:page] + os.urandom(4096 * 8) + whole[page + 4096 * 8 :]]
+    damages.append(whole.replace(b'"xxx', b"?xxx"))
+    for damaged in damages:
+        path.write_bytes(damaged)
+        for options in ({}, {"read_only": True}):
+            with (
+                pytest.raises(Unsupported, match=r"damaged .*nearest: sqlite3 .* \.recover"),
+                Store(path, **options) as store,
+            ):
+                store.rows("run")
+
+
+def test_a_store_is_read_beside_its_writer_and_left_as_it_is(path):
+    with Store(path) as writer:
+        writer.put("run", {"run": 0}, 1)
+        with Store(path, read_only=True) as reader:
+            assert [row.payload for row in reader.rows("run")] == [1]
+            writer.put("run", {"run": 1}, 2)
+            assert [row.payload for row in reader.rows("run")] == [1, 2]
+            with pytest.raises(Unsupported, match=r"cannot be written \(attempt to write a readonly database\)"):
+                reader.put("run", {"run": 2}, 3)
+    missing = path.with_name("missing.db")
+    with pytest.raises(Unsupported, match="cannot be read"):
+        Store(missing, read_only=True)
+    assert not missing.exists()
+
+
+def test_a_store_on_a_disk_that_cannot_be_written_is_read(path, monkeypatch):
+    with Store(path) as store:
+        store.put("run", {"run": 0}, 1)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda p, mode: mode != os.W_OK and access(p, mode)
+    )  # the superuser may write anywhere
+    with Store(path, read_only=True) as store:
+        assert [row.payload for row in store.rows("run")] == [1]
+        assert [file.name for file in path.parent.iterdir()] == [path.name], "SQLite makes no files beside it"
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_an_unwritable_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
