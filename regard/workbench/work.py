@@ -143,6 +143,16 @@ def _target(task: Task, settings: CompareSettings) -> int:
     return _parameters(get_mechanism(measure), task, settings)
 
 
+DEFAULTS = ("softmax", "local", "gated_linear", "delta_rule", "linear", "flow_attention")
+"""Exact attention, attention to neighbours, and recurrences: the kinds whose costs and whose recall differ most."""
+
+
+def default_mechanisms(*tasks: Task) -> tuple[str, ...]:
+    """What to compare where no mechanism is named: the first four of `DEFAULTS` that have the pattern of every task."""
+    patterns = {task.pattern for task in tasks}
+    return tuple(name for name in DEFAULTS if patterns <= set(get_mechanism(name).patterns))[:4]
+
+
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
     """The settings' mechanisms that every task has a matched model for, and why not of the others."""
     targets = [_target(task, settings) for task in tasks]
