@@ -37,7 +37,7 @@ _NATIVE_CODE = {".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".rs", ".go", 
 _SCRIPTS = {".py", ".pyi", ".js", ".mjs", ".ts", ".tsx", ".jsx", ".css", ".sql", ".sh", ".rb", ".php", ".pl", ".lua"}
 _SCIENCE = {".scala", ".r", ".jl", ".hs", ".ml", ".m"}
 TEXT_SUFFIXES = frozenset(_PROSE | _RECORDS | _NATIVE_CODE | _SCRIPTS | _SCIENCE | set(JSON_LINES))
-"""Suffixes that are read in a folder; a file that is named itself may have any."""
+"""Suffixes that are read in a folder where some file has one; a file that is named itself may have any."""
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
@@ -64,7 +64,7 @@ def read_documents(data: Paths, field: str) -> tuple[list[Document], list[str]]:
 
     A file is a document; in JSON lines (``.jsonl``, ``.ndjson``) each line is one. Folders are read recursively in
     sorted order, without hidden files and without following links to folders or out of the folder; of their files,
-    those with a suffix of :data:`TEXT_SUFFIXES`. Documents are strict UTF-8; a missing last newline is added.
+    those with a suffix of :data:`TEXT_SUFFIXES`, or all that hold text where none has one. Documents are strict UTF-8; a missing last newline is added.
 
     Args:
         field: of the JSON objects that holds the text, or a conversation (see :func:`text_of`).
@@ -234,8 +234,9 @@ def _read_folder(root: Path, field: str) -> tuple[list[Document], list[str]]:
     others: Counter[str] = Counter()
     empty = 0
     paths, notes = walk(root)
+    by_suffix = any(path.suffix.lower() in TEXT_SUFFIXES for path in paths)
     for path in paths:
-        if path.suffix.lower() not in TEXT_SUFFIXES:
+        if not (path.suffix.lower() in TEXT_SUFFIXES if by_suffix else _is_text(path)):
             others[printable(path.suffix) or "no suffix"] += 1
             continue
         found = _read_file(_existing(path), file_name(path.relative_to(root)), field)
@@ -245,11 +246,13 @@ def _read_folder(root: Path, field: str) -> tuple[list[Document], list[str]]:
     if not documents:
         raise Unsupported(
             f"the folder {root}, which holds no text" + (f" (other files: {counted})" if others else ""),
-            supported="files ending in " + " ".join(sorted(TEXT_SUFFIXES)),
-            nearest="name the files themselves, with any suffix" if others else "",
+            supported="UTF-8 text, best in files ending in " + " ".join(sorted(TEXT_SUFFIXES)),
         )
+    if not by_suffix:
+        notes.append(f"{names_of(root)}: no file has a suffix of text, so that all were read which are UTF-8 text")
     if others:
-        notes.append(f"{names_of(root)}: {others.total()} files with other suffixes not read ({counted})")
+        what = "files with other suffixes" if by_suffix else "other files"
+        notes.append(f"{names_of(root)}: {others.total()} {what} not read ({counted})")
     if empty:
         notes.append(f"{names_of(root)}: {empty} empty files left out")
     return documents, notes
@@ -350,6 +353,16 @@ def _why_not_text(text: bytes) -> str:
     except UnicodeDecodeError as error:
         return f"byte 0x{text[error.start]:02x} at offset {error.start}"
     return ""
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file holds UTF-8 text; of one with a zero byte in its beginning no more is read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+            return b"\0" not in head and not _why_not_text(head + file.read())
+    except OSError:
+        return False
 
 
 def _end_with_newline(text: bytes) -> bytes:

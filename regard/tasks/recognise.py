@@ -64,12 +64,26 @@ def recognise(data: Paths) -> Chosen:
         suffixes = {path.suffix.lower() for path in walk(paths[0])[0]}
         images = has_idx(paths[0]) or bool(suffixes & IMAGE_SUFFIXES)
         return ("images" if images and not suffixes & TEXT_SUFFIXES else "text"), {}
-    if not all(path.suffix.lower() in (*TABLE_SUFFIXES, *SHEETS) for path in paths):
+    if not all(path.suffix.lower() in (*TABLE_SUFFIXES, *SHEETS) for path in paths) or not _is_list(paths[0]):
         return "text", {}
     if all(path.suffix.lower() in JSON_LINES for path in paths) and (field := _field_of_text(paths[0])):
         return "text", {} if field == "text" else {"field": field}
     table = read_table(data)
+    for name, cells in table.columns.items():
+        if name in cells or not table.is_named(name):
+            raise Unsupported(
+                f"{table.name} without --task, where {name!r} is the name of a column and looks like a cell of it",
+                supported="a first line that names the columns, as in text,label or date,sales",
+            )
     return _named(table) or _by_contents(table)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is no JSON but a list: other JSON is text."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return True
+    with path.open("rb") as file:
+        return file.read(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _field_of_text(path: Path) -> str | None:

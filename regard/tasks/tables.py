@@ -1,12 +1,13 @@
-"""Reading a user's table (CSV, TSV, JSON lines, Parquet), and saying plainly what is wrong with it and on which line."""
+"""Reading a user's table (CSV, TSV, JSON, Parquet), and saying plainly what is wrong with it and on which line."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -21,12 +22,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PARQUET = (".parquet", ".pq")
-TABLE_SUFFIXES = (".csv", ".tsv", ".tab", *JSON_LINES, *PARQUET)
-_KINDS = "CSV, TSV, JSON lines or Parquet"
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".json", *JSON_LINES, *PARQUET)
+_KINDS = "CSV, TSV, JSON lines, a list of objects in JSON, or Parquet"
 SHEETS = (".xlsx", ".xls", ".ods")
 _OTHERS = {
     **dict.fromkeys(SHEETS, "save the sheet as CSV"),
-    ".json": "one object on each line, as .jsonl",
     ".gz": "decompress it",
     ".zip": "decompress it",
     ".xz": "decompress it",
@@ -36,6 +36,7 @@ _EMPTY = frozenset({"", "na", "n/a", "nan", "null", "none"})
 _DELIMITERS = ",\t;|"
 _SNIFFED = 1 << 16
 _LONGEST_FIELD = 1 << 30
+_YEAR_LAST = re.compile(r"\s*(\d\d?)([./-])(\d\d?)\2(\d{4})((?:[ T].*)?)$")
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 _FIRST_SECONDS, _FIRST_MILLISECONDS, _LAST_MILLISECONDS = 10**8, 10**11, 10**14
 
@@ -124,9 +125,10 @@ class Table:
     def times(self, name: Any, option: str) -> np.ndarray:
         """A column of times as ``datetime64[s]``; those with a zone are converted to UTC.
 
-        Accepts ISO 8601 (with ``/`` between year, month and day too) and seconds or milliseconds since 1970.
+        Accepts ISO 8601 (with ``/`` between year, month and day too, and months without a day), seconds or milliseconds
+        since 1970, and dates such as 31/12/2024 or 12/31/2024 where the column tells which is the day.
         """
-        cells = self.column(name, option)
+        cells = year_first(self.column(name, option))
         found = np.empty(len(cells), dtype="datetime64[s]")
         zoned = set()
         for i, cell in enumerate(cells):
@@ -134,7 +136,8 @@ class Table:
             if time is None:
                 raise Unsupported(
                     f"{self.places[i]}, where the column {name} has {_shown(cell)}",
-                    supported="times as 2024-01-31 18:30:00 (ISO 8601), or seconds since 1970",
+                    supported="times as 2024-01-31 18:30:00 (ISO 8601), seconds since 1970, or 31/01/2024 where a row "
+                    "tells which is the day",
                 )
             zoned.add(time.tzinfo is not None)
             if len(zoned) == 2:
@@ -159,7 +162,7 @@ class Table:
         return [
             name
             for name, cells in self.columns.items()
-            if 2 * sum(_number(c) is None and _time(c) is not None for c in cells) > len(cells)
+            if 2 * sum(_number(c) is None and _time(c) is not None for c in year_first(cells)) > len(cells)
         ]
 
 
@@ -170,7 +173,7 @@ def read_table(data: Paths, *, names: tuple[str, ...] = ()) -> Table:
     (comma, tab, semicolon or bar) is found. Blank lines are skipped.
 
     Args:
-        data: a file or a list of files; what ends in .jsonl, .ndjson, .parquet or .pq is read as such, the rest as
+        data: a file or a list of files; what ends in .json, .jsonl, .ndjson, .parquet or .pq is read as such, the rest as
             delimited text.
         names: columns of delimited text without a first line of names: used when it has as many columns as these and
             none of these names in its first line.
@@ -222,7 +225,12 @@ def _read(path: Path, names: tuple[str, ...]) -> Table:
         table = _read_parquet(path)
     else:
         text = _decode(path)
-        table = _read_json_lines(path, text) if suffix in JSON_LINES else _read_delimited(path, text, names)
+        if suffix in JSON_LINES:
+            table = _of_records(path, "line", json_objects(path, text.split("\n")))
+        elif suffix == ".json":
+            table = _of_records(path, "record", enumerate(_json_list(path, text), start=1))
+        else:
+            table = _read_delimited(path, text, names)
     if not len(table):
         raise Unsupported(f"{path}, which holds no rows", supported="a table with some rows in it")
     return table
@@ -325,11 +333,22 @@ def _find_delimiter(text: str) -> str:
     return max(_DELIMITERS, key=first.count)
 
 
-def _read_json_lines(path: Path, text: str) -> Table:
-    records, named = list(json_objects(path, text.split("\n"))), file_name(path.name)
+def _json_list(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        told = "nested too deep" if isinstance(error, RecursionError) else error
+        raise Unsupported(f"{path}, which is not JSON ({told})", supported="a list of objects") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise Unsupported(f"{path}, which is not a list of objects", supported='[{"column": ...}, ...]')
+    return records
+
+
+def _of_records(path: Path, each: str, numbered: Iterable[tuple[int, dict[str, Any]]]) -> Table:
+    records, named = list(numbered), file_name(path.name)
     fields = list(dict.fromkeys(name for _, record in records for name in record))
     columns: dict[str, Sequence[Any]] = {name: [record.get(name) for _, record in records] for name in fields}
-    return Table(columns, [f"{named}, line {number}" for number, _ in records])
+    return Table(columns, [f"{named}, {each} {number}" for number, _ in records])
 
 
 def _read_parquet(path: Path) -> Table:
@@ -373,6 +392,25 @@ def _number(cell: Any) -> float | None:
     return None if abs(number) > _LARGEST_NUMBER else number
 
 
+def year_first(cells: Sequence[Any]) -> Sequence[Any]:
+    """A column's dates such as 31/12/2024 as 2024-12-31; as they are where it does not tell which is the day.
+
+    With points the day is first; else it is what is above 12 somewhere, if the other never is.
+    """
+    parts = [_YEAR_LAST.match(cell) if isinstance(cell, str) else None for cell in cells]
+    dates = [part for part in parts if part is not None]
+    if not dates:
+        return cells
+    day_first = any(part[2] == "." or int(part[1]) > 12 for part in dates)
+    if day_first == any(int(part[3]) > 12 for part in dates):
+        return cells
+    day, month = (1, 3) if day_first else (3, 1)
+    return [
+        cell if part is None else f"{part[4]}-{part[month]:0>2}-{part[day]:0>2}{part[5]}"
+        for cell, part in zip(cells, parts, strict=True)
+    ]
+
+
 def _time(cell: Any) -> datetime | None:
     """A time with a zone in UTC, one without as it is; None for what is no time, or none between the years 1 and 9999."""
     time = _local_time(cell)
@@ -389,6 +427,8 @@ def _local_time(cell: Any) -> datetime | None:
         return datetime(cell.year, cell.month, cell.day)
     if isinstance(cell, str):
         text = re.sub(r"^(\d{4})/(\d\d?)/(\d\d?)", lambda m: f"{m[1]}-{m[2]:0>2}-{m[3]:0>2}", cell.strip())
+        text = re.sub(r"^\d{4}-\d\d$", r"\g<0>-01", text)
+        text = re.sub(r"([ T])(\d:)", r"\g<1>0\2", text)
         if "-" in text:
             try:
                 return datetime.fromisoformat(text).replace(microsecond=0)

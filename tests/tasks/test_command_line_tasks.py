@@ -134,15 +134,17 @@ def pairs(generator, **more):
         ),
     ],
 )
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 def test_a_table_without_a_task_is_recognised_or_the_line_says_what_to_add(tmp_path, make, found, suffix):
     records = make(np.random.default_rng(0))
     nested = "chat" in records[0]
-    if suffix == "csv" and (nested or found == "text"):
+    if suffix != "jsonl" and (nested or found == "text"):
         pytest.skip("in JSON lines only")
     path = tmp_path / f"a.{suffix}"
     if suffix == "jsonl":
         lines(path, records)
+    elif suffix == "json":
+        path.write_text(json.dumps(records))
     else:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(records[0]))
@@ -157,6 +159,27 @@ def test_a_table_without_a_task_is_recognised_or_the_line_says_what_to_add(tmp_p
     (task,) = _tasks(None, [str(path)], None, 16 if name == "text" else None, "bytes", [], said.append)
     assert task.name == name
     assert said == ([] if found == "text" else [found])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", "good,bad words\n" * 9, "'good' is the name of a column and looks like a cell of it"),
+        ("a.csv", "2024-01-01,1\n2024-01-02,2\n", "'2024-01-01' is the name of a column"),
+        ("a.csv", "a\n" + "one text after another\n" * 9, r"columns are a \(other\)"),
+        ("a.xlsx", "x", "save the sheet as CSV"),
+    ],
+)
+def test_a_table_that_no_task_can_be_told_by_is_refused(tmp_path, name, content, told):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(Unsupported, match=told):
+        _tasks(None, [str(tmp_path / name)], None, None, "bytes", [])
+
+
+def test_other_json_is_text(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"a": "text " * 999}))
+    (task,) = _tasks(None, [str(tmp_path / "a.json")], None, 16, "bytes", [])
+    assert task.name == "text"
 
 
 def test_a_folder_of_pictures_is_one_of_images(tmp_path):

@@ -237,6 +237,19 @@ def test_folder_says_what_it_did_not_read(corpus):
     assert "20 files" not in told
 
 
+def test_a_folder_without_a_known_suffix_is_read_by_its_contents(corpus):
+    for path in list(corpus.rglob("*.txt")):
+        path.rename(path.with_suffix(".0" if path.name < "1" else ""))
+    write(corpus / "picture", b"\xff\xd8" * 99)
+    write(corpus / "late", b"a" * (1 << 16) + b"\xff")
+    told = create_task("text", data=corpus, length=16)
+    assert len(told.training_documents) + len(told.held_out_documents) == 20
+    assert "corpus: no file has a suffix of text, so that all were read which are UTF-8 text" in told.describe()
+    assert "corpus: 2 other files not read (no suffix: 2)" in told.describe()
+    write(corpus / "one.txt", b"one " * 900)
+    assert [d.name for d in create_task("text", data=corpus, length=16).training_documents] == ["one.txt"]
+
+
 def test_what_a_folder_links_to_elsewhere_is_not_read(corpus):
     outside = corpus.parent / "outside"
     outside.mkdir()
@@ -305,7 +318,7 @@ WRONG = {
     ),
     "utf-16": (lambda t: write(t / "u.txt", "hello".encode("utf-16")), "not UTF-8", "iconv -f UTF-16"),
     "empty folder": (lambda t: folder(t / "f"), "holds no text"),
-    "folder of others": (lambda t: write(folder(t / "f") / "a.bin", b"x").parent, "other files: .bin: 1"),
+    "folder of others": (lambda t: write(folder(t / "f") / "a.bin", b"x\0").parent, "other files: .bin: 1"),
     "binary in folder": (lambda t: write(folder(t / "f") / "a.txt", b"\0").parent, "a.txt, which is not UTF-8"),
     "number": (lambda t: 3, "data=3"),
     "no name": (lambda t: "", "data=''"),
