@@ -64,6 +64,8 @@ def recognise(data: Paths) -> Chosen:
         suffixes = {path.suffix.lower() for path in walk(paths[0])[0]}
         images = has_idx(paths[0]) or bool(suffixes & IMAGE_SUFFIXES)
         return ("images" if images and not suffixes & TEXT_SUFFIXES else "text"), {}
+    if all(path.suffix.lower() in IMAGE_SUFFIXES for path in paths):
+        return "images", {}
     if not all(path.suffix.lower() in (*TABLE_SUFFIXES, *SHEETS) for path in paths) or not _is_list(paths[0]):
         return "text", {}
     if all(path.suffix.lower() in JSON_LINES for path in paths) and (field := _field_of_text(paths[0])):

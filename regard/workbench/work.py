@@ -376,7 +376,8 @@ def _best_threads(work: Work) -> int:
         torch.set_num_threads(count)
         few = TrainConfig(steps=6, batch_size=work.batch_size, measure_memory=False)
         history = train(build(config, 0), work.task, few, deadline=time.monotonic() + 5.0)
-        seconds[count] = statistics.median(point.seconds for point in history.curve)
+        # on a machine so busy that no step was done in time, any number is as good
+        seconds[count] = statistics.median(point.seconds for point in history.curve) if history.curve else math.inf
     return min(seconds, key=lambda count: seconds[count])
 
 
