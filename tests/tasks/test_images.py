@@ -159,6 +159,17 @@ def test_grey_of_more_than_8_bits_keeps_its_shades(folder, suffix, dtype, low, h
     assert float(values.std(correction=0)) == pytest.approx(1, abs=1e-6)
 
 
+def test_one_bright_pixel_does_not_flatten_the_others(tmp_path):
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 90, (8, 8)).astype(np.int32)
+        pixels[0, 0] += 10**6 * (i == 0)
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "ab"[i % 2] / f"{i}.tif")
+    task = create_task("images", data=tmp_path, size=8, patch=1, channels=1, held_out=0.25)
+    values = task.training_batch(0, 0, len(task._training)).inputs.double()
+    assert float(values.std(correction=0)) == pytest.approx(1, abs=1e-6)
+
+
 def test_values_that_are_no_numbers_are_refused(folder):
     Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(folder / "cat" / "deep.tif")
     with pytest.raises(Unsupported, match=r"deep.tif, which cannot be read as an image \(it holds values that are no"):
