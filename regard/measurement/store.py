@@ -99,7 +99,7 @@ class Store:
     ) -> None:
         self.path = Path(path)
         self.run = run or uuid.uuid4().hex[:12]
-        self.command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.command = command or " ".join(map(_quoted, [Path(sys.argv[0]).name, *sys.argv[1:]]))
         self._regard_version, self._git_revision = provenance.regard_version(), provenance.git_revision()
         self._machine: str | None = None
         self._connection = _open_to_read(self.path) if read_only else _open(self.path)
@@ -181,6 +181,14 @@ class Store:
             "INSERT INTO machines (id, fingerprint) VALUES (?, ?) ON CONFLICT DO NOTHING", (self._machine, facts)
         )
         return self._machine
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it; what is not printable, or not UTF-8, as escapes between $' and '."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in os.fsencode(word))
+    return f"$'{''.join(plain)}'"
 
 
 def canonical_key(key: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -52,6 +53,19 @@ def test_what_was_put_is_got(path):
     assert (row.kind, row.run, row.command) == ("quality", "r1", "regard compare x")
     assert row.machine["machine_id"] == provenance.fingerprint()["machine_id"]
     assert row.git_revision == provenance.git_revision()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="reads the command")
+def test_a_command_with_any_name_in_it_is_stored_as_a_shell_takes_it(path, monkeypatch):
+    words = [b"compare", b"a b.txt", b"it's\xff\x1b[2J.txt", "é中".encode(), b"back\\slash\n"]
+    monkeypatch.setattr("sys.argv", ["bin/regard", *map(os.fsdecode, words)])
+    with Store(path) as store:
+        store.put("run", {}, 1)
+        (row,) = store.rows("run")
+    row.command.encode()
+    assert row.command.isprintable()
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {row.command}"], capture_output=True, check=True).stdout
+    assert said.split(b"\0")[:-1] == [b"regard", *words]
 
 
 def test_a_key_is_written_once(path):
