@@ -25,7 +25,7 @@ class DocumentsTask(LabelledTask):
         text: column or field of the text.
         label: column or field of the class.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training documents) or a saved ``.json``.
-        length: tokens of a document, 3 to 1048576; longer ones are cut.
+        length: tokens of a document, 3 to 1048576; longer ones are cut. Those of the longest when None, but at most 1024.
         balance: whether each class counts the same, in training and in the score; None is True for the reviews and
             False for `data`.
         field: of JSON lines in a folder of classes.
@@ -35,6 +35,7 @@ class DocumentsTask(LabelledTask):
     """
 
     name = "documents"
+    longest = 1024
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class DocumentsTask(LabelledTask):
         text: str = "text",
         label: str = "label",
         tokenizer: str = "bytes",
-        length: int = 1024,
+        length: int | None = None,
         balance: bool | None = None,
         field: str = "text",
         held_out: float = 0.2,

@@ -203,7 +203,7 @@ def test_default_mechanisms_fit_every_task(tmp_path):
     for task in tasks:
         names = default_mechanisms(task)
         assert len(names) == 4 and "softmax" in names
-        kept, left_out = fitting([task], CompareSettings(names, Budget.parse("1m"), dim=16))
+        kept, left_out = fitting([task], CompareSettings(names, Budget.parse("1m"), dim=16, layers=1))
         assert (kept, left_out) == (names, {})
     assert default_mechanisms(tasks[0]) == ("softmax", "local", "gated_linear", "delta_rule")
     assert set(default_mechanisms(*tasks)) <= set(default_mechanisms(tasks[-1]))
