@@ -61,9 +61,9 @@ def recognise(data: Paths) -> Chosen:
     """
     paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
     if len(paths) == 1 and paths[0].is_dir():
-        suffixes = {path.suffix.lower() for path in walk(paths[0])[0]}
-        images = has_idx(paths[0]) or bool(suffixes & IMAGE_SUFFIXES)
-        return ("images" if images and not suffixes & TEXT_SUFFIXES else "text"), {}
+        suffixes = [path.suffix.lower() for path in walk(paths[0])[0]]
+        images, texts = (sum(suffix in kind for suffix in suffixes) for kind in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
+        return ("images" if images > texts or has_idx(paths[0]) else "text"), {}
     if all(path.suffix.lower() in IMAGE_SUFFIXES for path in paths):
         return "images", {}
     if not all(path.suffix.lower() in (*TABLE_SUFFIXES, *SHEETS) for path in paths) or not _is_list(paths[0]):

@@ -187,6 +187,7 @@ def test_a_folder_of_pictures_is_one_of_images(tmp_path):
     for i in range(8):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         image.new("RGB", (9, 9), (i * 20, 0, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    (tmp_path / "README.md").write_text("pictures " * 99)
     said = []
     (task,) = _tasks(None, [str(tmp_path)], None, None, "bytes", [], said.append)
     assert (task.name, said) == ("images", ["images"])
