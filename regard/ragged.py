@@ -201,6 +201,8 @@ def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | 
         _check_documents(cu_seqlens, lengths, longest, batch, n)
     if longest is None:
         longest = int(lengths.max()) if documents else 0
+    elif not torch.compiler.is_compiling():
+        longest = min(longest, n)  # no document is longer than all together: nothing is made of the greater size
     token = torch.arange(n, device=cu_seqlens.device)
     # Empty documents start where the next one does; counting the ends passed skips them.
     document = torch.searchsorted(cu_seqlens[1:], token, right=True)

@@ -162,6 +162,12 @@ def test_masks_that_mean_something_else_are_refused():
         BlockMask(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0)
 
 
+def test_a_max_length_beyond_all_tokens_costs_nothing():
+    inputs, borders = qkv(batch=1), torch.tensor([0, 2, 2, 5])
+    plain, longest = (apply(SOFTMAX, inputs, mask=Mask(cu_seqlens=borders, max_length=m)) for m in (None, 2**40))
+    torch.testing.assert_close(longest.output, plain.output)
+
+
 def test_an_option_of_a_config_is_reached_under_its_own_name():
     """`form` is an option of local attention, and a word of the call elsewhere."""
     inputs = qkv(n=9)
