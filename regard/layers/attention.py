@@ -383,7 +383,8 @@ class AttentionLayer(nn.Module):
         """Project (index 0 query, 1 key, 2 value), convolve, and split into heads. Updates the convolution's cache."""
         y = module(x)
         if self.convolutions:
-            own = index - 3 + len(self.convolutions)  # without a query there are two
+            # without some of q, k and v there are fewer convolutions
+            own = sum(projection is not None for projection in (self.query, self.key, self.value)[:index])
             y, caches[own] = self.convolutions[own](y, lengths, caches[own])
         return y.view(*y.shape[:-1], heads, y.shape[-1] // heads).transpose(1, 2)
 

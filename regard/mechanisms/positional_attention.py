@@ -357,6 +357,12 @@ class Maps(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         config: Config = spec.config
+        if spec.kv_heads != spec.heads:
+            raise Unsupported(
+                f"num_kv_heads={spec.kv_heads} of positional_attention with num_heads={spec.heads}",
+                supported="values of every head",
+                nearest="num_kv_heads=None",
+            )
         content = config.content_heads
         if content >= spec.heads:
             raise Unsupported(
