@@ -749,7 +749,7 @@ def _most_blocks(past: int, config: Config) -> int:
 
 def _check_blocks(state: LandmarkState, config: Config) -> None:
     past = state.k.shape[2]
-    if torch.compiler.is_compiling() or past == 0:
+    if torch.compiler.is_compiling() or state.landmark.numel() == 0:
         return
     slots = torch.arange(past, device=state.landmark.device)
     ends = torch.where(state.landmark, slots, -1).cummax(-1).values
