@@ -31,7 +31,7 @@ from regard.contract import (
     closest,
     one_of,
 )
-from regard.ragged import Gathering, gather_pairs, gathering, gathering_in_place
+from regard.ragged import Gathering, check_pairs, gather_pairs, gathering, gathering_in_place
 
 
 def input_names(card: Mechanism) -> list[str]:
@@ -276,6 +276,8 @@ def apply(
         _check_blocks(mask.blocks, queries.batch, 1 if sizes.heads is None else sizes.heads)
     bias = None if mask is None else mask.bias
     if bias is not None:
+        known = m if has_memory and state is None else None
+        check_pairs(bias, queries.source_batch, 1 if sizes.heads is None else sizes.heads, n, known)
         columns = keys if has_memory else gathering(None, queries.batch, bias.shape[-1], first.device)
         bias = gather_pairs(bias, queries, columns)
     roles = rest.pop("roles", None)

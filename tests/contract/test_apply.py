@@ -118,6 +118,24 @@ def test_what_would_be_ignored_is_refused(case):
         apply(card, qkv(), **options)
 
 
+BIASED = list_mechanisms(where=lambda card: "bias" in card.honours)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_that_does_not_fit_is_refused(name):
+    card = get_mechanism(name)
+    subject = Subject(card, card.patterns[0])
+    inputs = subject.inputs(6, batch=3)
+    for shape in ((2, 1, 6, 6), (1, 3, 6, 6), (1, 1, 7, 6), (1, 1, 6, 7), (1, 1, 6, 5)):
+        with pytest.raises(Unsupported, match="bias of shape"):
+            subject.run(inputs, mask=Mask(bias=torch.zeros(shape, dtype=torch.float64)))
+    if card.state is not None and Pattern.CAUSAL_SELF in card.patterns:
+        subject = Subject(card, Pattern.CAUSAL_SELF)
+        state = subject.run(inputs, return_state=True).state
+        with pytest.raises(Unsupported, match="bias"):
+            subject.run(inputs, state=state, mask=Mask(bias=torch.zeros(1, 1, 6, 6, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("name", ["linear", "softmax"])
 def test_a_state_of_another_number_of_rows_is_refused(name):
     card = get_mechanism(name)
