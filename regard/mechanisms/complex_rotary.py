@@ -381,6 +381,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 MECHANISM = Mechanism(
     name="complex_rotary",
     aliases=("complexformer", "cmha", "complex_multi_head_attention", "eulerformer"),
+    alias_options={"eulerformer": {"score_scale": "rsqrt", "delta": "zeros", "per_head": False}},
     kind=Kind.ATTENTION,
     summary="Rotary attention in which each head rescales the angle of content before the rotation is added.",
     paper=Paper(

@@ -73,6 +73,31 @@ def test_a_bias_on_absorbed_memory_reaches_its_pairs_wherever_queries_are_padded
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", list_mechanisms(where=lambda card: "absorb" in card.forms))
+def test_memory_is_absorbed_at_the_scale_of_its_reads(name):
+    subject = Subject(get_mechanism(name), Pattern.NONCAUSAL_CROSS)
+    inputs = subject.inputs(5, 9)
+    of_memory = {n: x for n, x in inputs.items() if "n" not in subject.positions(n)}
+    reading = {n: x for n, x in inputs.items() if "m" not in subject.positions(n)}
+    expected = subject.run(inputs, scale=0.3)
+    state = subject.absorb(of_memory, scale=0.3)
+    found = subject.run(reading, state=state, scale=0.3).output
+    torch.testing.assert_close(found, expected.output, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+@pytest.mark.parametrize("name", ["landmark", "transformer_xl", "compressive"])
+def test_a_query_that_is_nan_is_not_hidden(name, backend):
+    for pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
+        subject = Subject(get_mechanism(name), pattern)
+        inputs = subject.inputs(40, dtype=torch.float32)
+        inputs["q"][0, 1, 17] = torch.nan
+        output = subject.run(inputs, backend=backend).output.isnan().any(-1)
+        expected = torch.zeros_like(output)
+        expected[0, 1, 17] = True
+        assert torch.equal(output, expected)
+
+
 STATE = object()
 """Stands for a state of the mechanism."""
 
