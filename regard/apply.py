@@ -27,10 +27,10 @@ from regard.contract import (
     Pattern,
     Result,
     State,
+    Types,
     Unsupported,
     at_least,
     check_mask,
-    check_types,
     closest,
     one_of,
 )
@@ -489,25 +489,27 @@ def _check_blocks(blocks: BlockMask, batch: int, heads: int) -> None:
         )
 
 
-CALL_TYPES = {
-    "scale": float | None,
-    "backend": str | None,
-    "form": str | None,
-    "return_state": bool,
-    "chunk_size": int | None,
-    "dropout": float,
-    "generator": torch.Generator | None,
-    "grid": tuple[int, ...] | None,
-    "roles": Tensor | None,
-    "want": Collection,
-    "progress": float | None,
-    "training": bool,
-    "rotate": Callable | None,
-    "position_bias": Callable | None,
-}
+CALL_TYPES = Types(
+    {
+        "scale": float | None,
+        "backend": str | None,
+        "form": str | None,
+        "return_state": bool,
+        "chunk_size": int | None,
+        "dropout": float,
+        "generator": torch.Generator | None,
+        "grid": tuple[int, ...] | None,
+        "roles": Tensor | None,
+        "want": Collection,
+        "progress": float | None,
+        "training": bool,
+        "rotate": Callable | None,
+        "position_bias": Callable | None,
+    }
+)
 """Types of what accompanies the tensors of a call."""
 
-KNOWN = frozenset(CALL_TYPES) | {field.name for field in dataclasses.fields(Call)}
+KNOWN = CALL_TYPES.hints.keys() | {field.name for field in dataclasses.fields(Call)}
 
 
 def _given(card: Mechanism, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -531,7 +533,7 @@ def _check_options(card: Mechanism, mask: Mask | None, memory_mask: Mask | None,
     check_mask("memory_mask", memory_mask)
     for name in options.keys() - KNOWN:
         raise Unsupported(f"option {name!r} of {card.name}", supported=", ".join(sorted(KNOWN)))
-    check_types(card.name, CALL_TYPES, options)
+    CALL_TYPES.check(card.name, options)
     dropout, want = options.get("dropout", 0.0), options.get("want", ())
     if not 0.0 <= dropout < 1.0:
         raise Unsupported(f"dropout={dropout}", supported="0 <= dropout < 1", nearest="dropout=0.0")

@@ -17,7 +17,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -127,7 +127,7 @@ class BlockMask:
     block_size: int
 
     def __post_init__(self) -> None:
-        check_types("BlockMask", {"visible": Tensor, "block_size": int}, self.__dict__)
+        _BLOCK_MASK_TYPES.check("BlockMask", self.__dict__)
         at_least("block_size", self.block_size, 1)
         if self.visible.dtype != torch.bool or self.visible.ndim != 4:
             raise Unsupported(
@@ -161,8 +161,7 @@ class Mask:
     blocks: BlockMask | None = None
 
     def __post_init__(self) -> None:
-        tensors = ("valid", "lengths", "cu_seqlens", "bias")
-        check_types("Mask", dict.fromkeys(tensors, Tensor | None) | {"blocks": BlockMask | None}, self.__dict__)
+        _MASK_TYPES.check("Mask", self.__dict__)
         given = [n for n in ("valid", "lengths", "cu_seqlens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise Unsupported(
@@ -243,12 +242,7 @@ class Context:
     def __post_init__(self) -> None:
         for name in ("mask", "memory_mask"):
             check_mask(name, getattr(self, name))
-        tensors = ("positions", "memory_positions", "position_vectors", "roles")
-        check_types(
-            "Context",
-            dict.fromkeys(tensors, Tensor | None) | {"want": Set, "grid": tuple[int, ...] | None},
-            self.__dict__,
-        )
+        _CONTEXT_TYPES.check("Context", self.__dict__)
         for name in ("positions", "memory_positions", "roles"):
             numbers = getattr(self, name)
             if numbers is not None and (numbers.ndim != 2 or numbers.is_floating_point()):
@@ -693,7 +687,7 @@ class Mechanism:
                     supported=", ".join(names) or "no options",
                     nearest=closest(name, names),
                 )
-        check_types(self.name, self.config, options)
+        types_of(self.config).check(self.name, options)
         return self.config(**options)
 
     @property
@@ -755,29 +749,41 @@ def check_mask(name: str, mask: Any) -> None:
     )
 
 
-def check_types(owner: str, hints: Any, values: Mapping[str, Any]) -> None:
-    """Raise Unsupported for an option of another type than its annotation. Not checked in a graph.
+class Types:
+    """Types of options by name, as annotations have them."""
 
-    Args:
-        owner: whose options they are, for the message.
-        hints: types by name, or a class or function that is annotated with them.
-        values: options; those without a type are not looked at.
-    """
-    if torch.compiler.is_compiling():
-        return
-    hints = hints if isinstance(hints, Mapping) else _hints(hints)
-    for name, value in values.items():
-        if name in hints and not _fits(value, hints[name]):
+    def __init__(self, hints: Mapping[str, Any]) -> None:
+        self.hints = hints
+        self.exact = {name: frozenset(_exact(hint)) for name, hint in hints.items()}
+
+    def check(self, owner: str, options: Mapping[str, Any]) -> None:
+        """Raise Unsupported for an option of another type; those without a type are not looked at. Not checked in a graph."""
+        if torch.compiler.is_compiling():
+            return
+        for name, value in options.items():
+            exact = self.exact.get(name)
+            if exact is None or type(value) in exact or _fits(value, self.hints[name]):
+                continue
             what = f"{name}={value!r}" if isinstance(value, str | int | float) else f"{name} of {type(value).__name__}"
-            raise Unsupported(f"{what} of {owner}", supported=_type_name(hints[name]))
+            raise Unsupported(f"{what} of {owner}", supported=_type_name(self.hints[name]))
 
 
 @functools.cache
-def _hints(annotated: Any) -> Mapping[str, Any]:
+def types_of(annotated: Any) -> Types:
+    """The types that a class or function is annotated with."""
     try:
-        return typing.get_type_hints(annotated)
+        return Types(typing.get_type_hints(annotated))
     except NameError:  # names that only a type checker imports
-        return {}
+        return Types({})
+
+
+def _exact(hint: Any) -> set[type]:
+    """Built-in types whose every value fits: for these no closer look is needed."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*map(_exact, typing.get_args(hint)))
+    if hint in (Set, Collection):
+        return {set, frozenset}
+    return {float, int} if hint is float else {hint} & {int, bool, str, type(None), Tensor}
 
 
 NUMBERS: Mapping[Any, tuple[type, ...]] = {
@@ -810,3 +816,13 @@ def _type_name(hint: Any) -> str:
     if origin is tuple:
         return f"({', '.join('...' if arm is ... else _type_name(arm) for arm in arms)})"
     return "None" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))
+
+
+_BLOCK_MASK_TYPES = Types({"visible": Tensor, "block_size": int})
+_MASK_TYPES = Types(
+    dict.fromkeys(("valid", "lengths", "cu_seqlens", "bias"), Tensor | None) | {"blocks": BlockMask | None}
+)
+_CONTEXT_TYPES = Types(
+    dict.fromkeys(("positions", "memory_positions", "position_vectors", "roles"), Tensor | None)
+    | {"want": Set, "grid": tuple[int, ...] | None}
+)

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from regard.catalogue import get_mechanism, list_mechanisms, resolve
-from regard.contract import Kind, Mechanism, Pattern, Unsupported, at_least, check_types, closest
+from regard.contract import Kind, Mechanism, Pattern, Types, Unsupported, at_least, closest, types_of
 from regard.layers import linear
 from regard.layers.attention import AttentionLayer
 from regard.layers.projection import ProjectionLayer, projection_factory
+
+SIZES = Types({"dim": int, "num_heads": int | None})
 
 
 def create_layer(
@@ -56,17 +58,16 @@ def build_layer(
             raise Unsupported(
                 f"option {option!r} of {card.name}", supported=", ".join(accepted), nearest=closest(option, accepted)
             )
-    check_types(f"a {card.name} layer", {"dim": int, "num_heads": int | None}, {"dim": dim, "num_heads": num_heads})
+    what = f"a {card.name} layer"
+    SIZES.check(what, {"dim": dim, "num_heads": num_heads})
     at_least("dim", dim, 1)
     config = card.options(**{n: v for n, v in options.items() if n in own})
     chosen = {n: v for n, v in card.layer_defaults.items() if n not in options and n in shell}
     chosen |= {n: v for n, v in options.items() if n in shell and n not in own}
-    check_types(f"a {card.name} layer", _shell(card).__init__, chosen)
+    types_of(_shell(card).__init__).check(what, chosen)
     if card.module is None:
         if num_heads is None:
-            raise Unsupported(
-                f"a {card.name} layer without num_heads", supported="num_heads >= 1", nearest="a divisor of dim"
-            )
+            raise Unsupported(f"{what} without num_heads", supported="num_heads >= 1", nearest="a divisor of dim")
         return AttentionLayer(card, dim, num_heads, pattern=wanted, config=config, **chosen)
     if card.kind is Kind.PROJECTION:
         return ProjectionLayer(card, dim, pattern=wanted, config=config, **chosen)
