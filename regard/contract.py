@@ -643,10 +643,13 @@ class Mechanism:
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
     axes: Mapping[str, str] = field(init=False, repr=False)
     """Of each input by name, whether it may be left out or not. Made from `inputs`."""
+    option_types: Types = field(init=False, repr=False)
+    """Of the options of `config`."""
 
     def __post_init__(self) -> None:
         if not self.alias_options.keys() <= set(self.aliases):
             raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
+        object.__setattr__(self, "option_types", types_of(self.config))
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
         accepted = self.accepts_positions
         alike = [
@@ -687,7 +690,7 @@ class Mechanism:
                     supported=", ".join(names) or "no options",
                     nearest=closest(name, names),
                 )
-        types_of(self.config).check(self.name, options)
+        self.option_types.check(self.name, options)
         return self.config(**options)
 
     @property
@@ -773,7 +776,7 @@ def types_of(annotated: Any) -> Types:
     """The types that a class or function is annotated with."""
     try:
         return Types(typing.get_type_hints(annotated))
-    except NameError:  # names that only a type checker imports
+    except (NameError, AttributeError):  # names that only a type checker imports
         return Types({})
 
 
