@@ -60,7 +60,7 @@ Cells = list[dict[str, Any]]
 
 def mechanism_page(card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of one mechanism, in Markdown."""
-    also = f" Also called {_codes(card.aliases)}." if card.aliases else ""
+    also = f" Also called {_codes(card.spelled_aliases())}." if card.aliases else ""
     parts = [
         f"# {card.name}",
         f"{card.kind.value.capitalize()}: {card.paper.title} ({card.paper.year}), "

@@ -173,7 +173,7 @@ def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
         return
     console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, arXiv {card.paper.arxiv} ({card.paper.year})")
     if card.aliases:
-        console.print(f"[dim]also called {', '.join(card.aliases)}[/dim]")
+        console.print(f"[dim]also called {', '.join(card.spelled_aliases())}[/dim]")
     console.print()
     console.print(Text(inspect.cleandoc(get_module(card.name).__doc__ or "")))
     table = Table(box=None, show_header=False, pad_edge=False)

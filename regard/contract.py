@@ -12,8 +12,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
+import numbers
 import re
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,7 +56,8 @@ def closest(word: str, choices: Iterable[str]) -> str:
     Close are spellings that share three fifths of their letters, in order, and names that begin with the same word or
     hold all words of `word`. Fewer letters in common are common by chance.
     """
-    names, words = list(choices), _words(word)
+    word, names = str(word), list(choices)
+    words = _words(word)
     alike = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     kin = [name for name in names if words and (_words(name)[:1] == words[:1] or set(words) <= set(_words(name)))]
     found = alike or difflib.get_close_matches(word, kin, n=1, cutoff=0.0)
@@ -122,6 +127,7 @@ class BlockMask:
     block_size: int
 
     def __post_init__(self) -> None:
+        _BLOCK_MASK_TYPES.check("BlockMask", self.__dict__)
         at_least("block_size", self.block_size, 1)
         if self.visible.dtype != torch.bool or self.visible.ndim != 4:
             raise Unsupported(
@@ -155,6 +161,7 @@ class Mask:
     blocks: BlockMask | None = None
 
     def __post_init__(self) -> None:
+        _MASK_TYPES.check("Mask", self.__dict__)
         given = [n for n in ("valid", "lengths", "cu_seqlens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise Unsupported(
@@ -231,6 +238,17 @@ class Context:
     progress: float | None = None
     teacher: Any = None
     want: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("mask", "memory_mask"):
+            check_mask(name, getattr(self, name))
+        _CONTEXT_TYPES.check("Context", self.__dict__)
+        for name in ("positions", "memory_positions", "roles"):
+            numbers = getattr(self, name)
+            if numbers is not None and (numbers.ndim != 2 or numbers.is_floating_point()):
+                raise Unsupported(
+                    f"{name} of dtype {numbers.dtype} and shape {tuple(numbers.shape)}", supported="integers (B, N)"
+                )
 
     def replace(self, **changes: Any) -> Context:
         return dataclasses.replace(self, **changes)
@@ -543,6 +561,9 @@ class Mechanism:
 
     Attributes:
         name: catalogue name.
+        aliases: other names.
+        alias_options: options of the mechanism or its layer for which some of the aliases stand, such as a variant with a
+            name of its own.
         kind: what it maps.
         summary: one sentence.
         paper: where it is defined.
@@ -595,6 +616,7 @@ class Mechanism:
     config: type
     cost: Callable[[Shape, Any], Cost]
     aliases: tuple[str, ...] = ()
+    alias_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     output: str = "bhnv"
     refused: Mapping[Pattern, str] = field(default_factory=dict)
     state: type[State] | None = None
@@ -621,8 +643,13 @@ class Mechanism:
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
     axes: Mapping[str, str] = field(init=False, repr=False)
     """Of each input by name, whether it may be left out or not. Made from `inputs`."""
+    option_types: Types = field(init=False, repr=False)
+    """Of the options of `config`."""
 
     def __post_init__(self) -> None:
+        if not self.alias_options.keys() <= set(self.aliases):
+            raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
+        object.__setattr__(self, "option_types", types_of(self.config))
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
         accepted = self.accepts_positions
         alike = [
@@ -633,6 +660,13 @@ class Mechanism:
             and not (scheme in TURNED_BEFORE and "rotate" in self.honours)
         ]
         object.__setattr__(self, "accepts_positions", (*accepted, *alike))
+
+    def spelled_aliases(self) -> list[str]:
+        """Its aliases, with the options for which they stand in parentheses."""
+        return [
+            f"{alias} ({spelled(self.alias_options[alias])})" if alias in self.alias_options else alias
+            for alias in self.aliases
+        ]
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
         """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""
@@ -656,6 +690,7 @@ class Mechanism:
                     supported=", ".join(names) or "no options",
                     nearest=closest(name, names),
                 )
+        self.option_types.check(self.name, options)
         return self.config(**options)
 
     @property
@@ -686,5 +721,111 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 def at_least(name: str, value: float, low: float) -> None:
     """Check an option in a Config's ``__post_init__``."""
-    if not value >= low:  # NaN is neither
+    try:
+        enough = value >= low  # NaN is neither
+    except TypeError:
+        enough = False
+    if not enough:
         raise Unsupported(f"{name}={value}", supported=f"{name} >= {low}", nearest=f"{name}={low}")
+
+
+def spelled(options: Mapping[str, Any]) -> str:
+    """Options as a call has them."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def check_mask(name: str, mask: Any) -> None:
+    """Raise Unsupported for anything but a :class:`Mask` or None, with the mask that was meant."""
+    if mask is None or isinstance(mask, Mask):
+        return
+    meant = "Mask(valid=...)"
+    if isinstance(mask, Tensor):
+        field_of = {1: "lengths", 2: "valid"}.get(mask.ndim, "bias")
+        boolean = mask.dtype == torch.bool
+        meant = f"Mask({field_of}={name}{'' if boolean or field_of != 'valid' else '.bool()'})"
+        if field_of == "bias" and boolean:
+            meant = f"Mask(bias=torch.zeros({name}.shape).masked_fill(~{name}, -torch.inf))"
+    raise Unsupported(
+        f"{name} of type {type(mask).__name__}",
+        supported="a regard.Mask of valid (B, N), lengths (B,), cu_seqlens, bias (B, H, N, M) or blocks",
+        nearest=meant,
+    )
+
+
+class Types:
+    """Types of options by name, as annotations have them."""
+
+    def __init__(self, hints: Mapping[str, Any]) -> None:
+        self.hints = hints
+        self.exact = {name: frozenset(_exact(hint)) for name, hint in hints.items()}
+
+    def check(self, owner: str, options: Mapping[str, Any]) -> None:
+        """Raise Unsupported for an option of another type; those without a type are not looked at. Not checked in a graph."""
+        if torch.compiler.is_compiling():
+            return
+        for name, value in options.items():
+            exact = self.exact.get(name)
+            if exact is None or type(value) in exact or _fits(value, self.hints[name]):
+                continue
+            what = f"{name}={value!r}" if isinstance(value, str | int | float) else f"{name} of {type(value).__name__}"
+            raise Unsupported(f"{what} of {owner}", supported=_type_name(self.hints[name]))
+
+
+@functools.cache
+def types_of(annotated: Any) -> Types:
+    """The types that a class or function is annotated with."""
+    try:
+        return Types(typing.get_type_hints(annotated))
+    except (NameError, AttributeError):  # names that only a type checker imports
+        return Types({})
+
+
+def _exact(hint: Any) -> set[type]:
+    """Built-in types whose every value fits: for these no closer look is needed."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*map(_exact, typing.get_args(hint)))
+    if hint in (Set, Collection):
+        return {set, frozenset}
+    return {float, int} if hint is float else {hint} & {int, bool, str, type(None), Tensor}
+
+
+NUMBERS: Mapping[Any, tuple[type, ...]] = {
+    int: (numbers.Integral, torch.SymInt),
+    float: (numbers.Real, torch.SymInt, torch.SymFloat),
+}
+"""What is taken for a number of a type."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    arms, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arm) for arm in arms)
+    if origin is tuple and isinstance(value, tuple | list):
+        if arms[1:] == (...,):
+            return all(_fits(item, arms[0]) for item in value)
+        return len(value) == len(arms) and all(map(_fits, value, arms))
+    if hint is Any:
+        return True
+    if hint in NUMBERS:
+        return isinstance(value, NUMBERS[hint]) and not isinstance(value, bool)
+    expected = origin or hint
+    return not isinstance(expected, type) or isinstance(value, expected)
+
+
+def _type_name(hint: Any) -> str:
+    arms, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type_name, arms))
+    if origin is tuple:
+        return f"({', '.join('...' if arm is ... else _type_name(arm) for arm in arms)})"
+    return "None" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))
+
+
+_BLOCK_MASK_TYPES = Types({"visible": Tensor, "block_size": int})
+_MASK_TYPES = Types(
+    dict.fromkeys(("valid", "lengths", "cu_seqlens", "bias"), Tensor | None) | {"blocks": BlockMask | None}
+)
+_CONTEXT_TYPES = Types(
+    dict.fromkeys(("positions", "memory_positions", "position_vectors", "roles"), Tensor | None)
+    | {"want": Set, "grid": tuple[int, ...] | None}
+)

@@ -244,6 +244,13 @@ def _check_documents(
         )
 
 
+def check_pairs(bias: Shaped[Tensor, "b h n m"], *sizes: int | None) -> None:
+    """Raise Unsupported unless each axis of `bias` has its size, or 1; None is a size that is not known."""
+    if any(given not in (1, size) for given, size in zip(bias.shape, sizes, strict=True) if size is not None):
+        expected = ", ".join("any" if size is None else f"{size} or 1" for size in sizes)
+        raise Unsupported(f"bias of shape {tuple(bias.shape)}", supported=f"({expected}); cached keys come first")
+
+
 def gather_pairs(
     bias: Shaped[Tensor, "#b #h #n #m"], queries: Gathering, keys: Gathering
 ) -> Shaped[Tensor, "#batch #h #length #key_length"]:

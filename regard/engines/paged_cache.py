@@ -238,10 +238,10 @@ def paged_attention(
             want_lse=want_lse,
             backend=backend,
         )
-        if not want_lse:
-            return output
-        assert found is not None
-        lse = found
+        lse = output[..., 0] if found is None else found
+    if not causal and bool((queries < 0).any()):
+        absent = (queries < 0)[:, None].to(q.device)  # which would see all of the row
+        output, lse = output.masked_fill(absent[..., None], 0), lse.masked_fill(absent, -torch.inf)
     return (output, lse) if want_lse else output
 
 

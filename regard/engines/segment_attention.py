@@ -320,7 +320,7 @@ class _Sequence:
         token = (start + first + torch.arange(-reach.cached, size, device=device))[:, None]  # b 1 m
         seen = (token >= begin - reach.memory) & (token >= 0) & (token <= rank)
         farthest = max(m - 1, reach.groups + reach.cached)
-        scores = q.new_zeros(1, 1, 1, farthest + 2).expand(-1, -1, size, -1)
+        scores = q.new_zeros(1, 1, 1, farthest + 2).expand(q.shape[0], -1, size, -1)
         if self.distances is not None:
             scores = self.call.scale * self.distances.scores(q, farthest)
         by_token = _shifted(scores[..., farthest + 1 - m :])  # with one more in front, of no use

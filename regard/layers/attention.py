@@ -8,6 +8,7 @@ the inputs and the state after them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.engines.layers import gated_product
-from regard.layers.checks import check_memory, check_memory_mask, check_tokens
+from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
@@ -224,7 +225,8 @@ class AttentionLayer(nn.Module):
             context: masks, positions, grid, roles, generator, and what is wanted.
             state: continue from it; the result then carries the new state.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
+        check_state(state, LayerState, self.card.name)
         check_memory(self.pattern, memory, context, state)
         check_tokens(x, self.dim)
         batch, n, device = x.shape[0], x.shape[1], x.device
@@ -312,7 +314,8 @@ class AttentionLayer(nn.Module):
             )
         if self.convolutions and state is not None:
             raise Unsupported("memory in pieces with short convolutions", supported="the whole memory at once")
-        context = Context() if context is None else context
+        context = given_context(context)
+        check_state(state, LayerState, self.card.name)
         check_tokens(memory, self.spec.memory_dim, "memory")
         check_memory_mask(context)
         self._check_memory_positions(context)
@@ -383,7 +386,8 @@ class AttentionLayer(nn.Module):
         """Project (index 0 query, 1 key, 2 value), convolve, and split into heads. Updates the convolution's cache."""
         y = module(x)
         if self.convolutions:
-            own = index - 3 + len(self.convolutions)  # without a query there are two
+            # without some of q, k and v there are fewer convolutions
+            own = sum(projection is not None for projection in (self.query, self.key, self.value)[:index])
             y, caches[own] = self.convolutions[own](y, lengths, caches[own])
         return y.view(*y.shape[:-1], heads, y.shape[-1] // heads).transpose(1, 2)
 
@@ -487,10 +491,10 @@ def why_refused(card: Mechanism, scheme: str) -> str:
 
 def _head_width(dim: int, heads: int, expand: float, option: str) -> int:
     width = expand * dim / heads
-    if width != int(width) or width < 1:
+    if not (width >= 1 and width % 1 == 0):  # NaN and infinity are neither
         raise Unsupported(
             f"dim={dim} over num_heads={heads}" + (f" with an expansion of {expand}" if expand != 1 else ""),
             supported="heads of equal whole widths",
-            nearest=f"{option}={max(1, int(width))}",
+            nearest=f"{option}={max(1, int(width))}" if math.isfinite(width) else "",
         )
     return int(width)

@@ -370,6 +370,7 @@ def sample_inputs(
 MECHANISM = Mechanism(
     name="delta_rule",
     aliases=("deltanet", "delta_net", "delta", "gated_delta_rule"),
+    alias_options={"gated_delta_rule": {"gated": True}},
     kind=Kind.ATTENTION,
     summary="A matrix memory that is edited; writing under a key first takes away what is stored there.",
     paper=Paper("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", "2406.06484", 2024, 48),

@@ -169,7 +169,7 @@ LATER = "a proposal is made of segments that hold later tokens"
 
 MECHANISM = Mechanism(
     name="lara",
-    aliases=("linear_randomized_attention", "randomized_attention"),
+    aliases=("linear_randomized_attention",),
     kind=Kind.ATTENTION,
     summary="Several proposals of random features, each near other tokens, which every query mixes by how well they suit it.",
     paper=Paper("Linear Complexity Randomized Self-attention Mechanism", "2204.04667", 2022, 34),

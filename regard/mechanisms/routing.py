@@ -341,7 +341,7 @@ def _causal(
     low = torch.maximum(start, stop - window)
     low, high = (x.gather(2, blocks.table.flatten(2)).view(*blocks.table.shape, 1) for x in (low, stop))
     places = places[:, :, :, None]
-    k, v = (take_tokens(x, chosen).unflatten(2, (-1, 2 * window)) for x in (tokens.k, tokens.v))
+    k, v = (take_tokens(x, chosen).unflatten(2, (places.shape[2], 2 * window)) for x in (tokens.k, tokens.v))
     visible = (places >= low) & (places < high)
     output = _attend(
         call, take_tokens(q, blocks.table.flatten(2)), k, v, visible, null, cluster.gather(2, blocks.first)
@@ -375,6 +375,21 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
     local = config.local_heads
     if n == 0:
         return v
+    if local:
+        half = config.window // 2
+        near = attention(
+            q[:, :local],
+            k[:, :local],
+            v[:, :local],
+            ranks(call, n, n, q.device),
+            visibility=Visibility(left=half, right=half),
+            scale=call.scale,
+            dropout=call.dropout,
+            generator=call.generator,
+            backend=call.backend,
+        )[0]
+        if local == q.shape[1]:
+            return near
     valid = call.valid_keys(n)
     width = min(config.window, n)
     at_queries = _visible_scores(_scores(q[:, local:], centroids[local:]), valid).topk(width)
@@ -387,26 +402,12 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
     if null is not None:
         null = (null[0][local:], null[1][local:])
     attended = _attend(call, take_tokens(q[:, local:], taken), keys, values, visible, null, asked)
-    row = torch.arange(batch * shape[1], device=q.device).view(batch, -1, 1) * n
+    row = torch.arange(batch * shape[1], device=q.device).view(batch, shape[1], 1) * n
     rows = (taken + row).flatten()
     output = attended.new_zeros(batch * shape[1] * n, attended.shape[-1]).index_add(0, rows, attended.flatten(0, 2))
     count = attended.new_zeros(batch * shape[1] * n).index_add(0, rows, attended.new_ones(rows.shape))
-    output = (output / count.clamp(min=1)[:, None]).view(batch, -1, n, attended.shape[-1]).to(v.dtype)
-    if not local:
-        return output
-    half = config.window // 2
-    near = attention(
-        q[:, :local],
-        k[:, :local],
-        v[:, :local],
-        ranks(call, n, n, q.device),
-        visibility=Visibility(left=half, right=half),
-        scale=call.scale,
-        dropout=call.dropout,
-        generator=call.generator,
-        backend=call.backend,
-    )[0]
-    return torch.cat([near, output], 1)
+    output = (output / count.clamp(min=1)[:, None]).view(batch, shape[1], n, attended.shape[-1]).to(v.dtype)
+    return torch.cat([near, output], 1) if local else output
 
 
 @dataclass(frozen=True)
@@ -463,7 +464,8 @@ def _attend(
         visible = torch.cat([visible, some], -1)
     bias = torch.zeros((), dtype=dtype, device=q.device).masked_fill(~visible, -torch.inf)
     rows = k.shape[0] * k.shape[1] * k.shape[2]
-    q = q.to(dtype).reshape(rows, 1, -1, q.shape[-1])
+    total = q.shape[2]
+    q = q.to(dtype).reshape(rows, 1, total // k.shape[2], q.shape[-1])
     output = attention(
         q,
         k.to(dtype).reshape(rows, 1, *k.shape[3:]),
@@ -476,7 +478,7 @@ def _attend(
         generator=call.generator,
         backend=call.backend,
     )[0]
-    return output.view(*k.shape[:2], -1, output.shape[-1])
+    return output.view(*k.shape[:2], total, output.shape[-1])
 
 
 def _scores(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> Float[Tensor, "b h c n"]:

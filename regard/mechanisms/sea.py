@@ -844,6 +844,8 @@ class Estimator(nn.Module):
         """Noncausal-self: the softmax kernel, and the identity matrix stretched over the valid tokens."""
         q, k, v = (_wide(self._repeat(heads[name])) for name in ("q", "k", "v"))
         n, d = q.shape[2:]
+        if n == 0:
+            return v.new_zeros(*v.shape[:3], d + v.shape[3])
         count = torch.full((1,), n, device=q.device) if lengths is None else lengths
         places = torch.arange(n, device=q.device)[None]
         at = (places.to(q.dtype) / (count[:, None] - 1).clamp(min=1) * (d - 1))[..., None]

@@ -113,8 +113,8 @@ def logits(
 
 
 def normalized(logits: Tensor) -> Tensor:
-    """Softmax; 0 where all logits are -inf."""
-    some = (logits > -torch.inf).any(-1, keepdim=True)
+    """Softmax; 0 where all logits are -inf. NaN stays NaN."""
+    some = (logits != -torch.inf).any(-1, keepdim=True)
     return torch.where(some, logits, 0.0).softmax(-1) * some
 
 
