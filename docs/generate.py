@@ -486,6 +486,7 @@ GROWS_OTHERWISE = {
 SLOWER_THAN_SOFTMAX = {
     "clipped_softmax": "a weight is clipped after its row's sum is known, so the scores are computed twice",
     "complex_rotary": "softmax attention, after queries and keys are turned by angles of their own",
+    "differential": "two softmax maps for each two heads, on values of both",
     "funnel": "it is a whole pool: projections, feed-forward networks, and scores that know distances, three times as wide",
     "gated_softmax": "softmax attention and a gate",
     "landmark": "whole sequences read all pairs, by a softmax of two levels; it saves in decoding, where few blocks are read",
