@@ -54,6 +54,7 @@ from regard.contract import (
 )
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
 from regard.engines.cache import KeyValueState, extend
+from regard.engines.gated_recurrence import without_autocast
 from regard.engines.grouped_attention import product, wide
 from regard.engines.merging import merge
 from regard.ragged import group_queries, take_tokens
@@ -223,7 +224,7 @@ def _chosen(
     eligible = (tokens > 0)[:, None]
     if own is not None:
         eligible = eligible & ((block < own[..., None]) if causal else (block != own[..., None]))
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         means = sums / tokens.clamp(min=1)[:, None, :, None]
         affinity = product(wide(q), means.mT).masked_fill(~eligible[:, None], -torch.inf)
         best = affinity.topk(config.top - (own is not None))
