@@ -185,13 +185,12 @@ class AttentionLayer(nn.Module):
         )
         inputs = input_names(card)
         makes_queries = getattr(card.projection, "makes_queries", False)
-        of_heads = {"query_key_norm": query_key_norm, "value_norm": value_norm, "short_convolution": short_convolution}
-        for option, value in of_heads.items():
-            if makes_queries and value:
-                raise Unsupported(
-                    f"{option}={value!r} with {card.name}, whose projection makes its heads",
-                    supported="neither norms of queries, keys and values nor short convolutions",
-                )
+        if makes_queries and (query_key_norm or value_norm):
+            raise Unsupported(
+                f"query_key_norm={query_key_norm!r} and value_norm={value_norm!r} with {card.name}",
+                supported="neither, where a projection makes the heads",
+                nearest="query_key_norm=None, value_norm=None",
+            )
         has_queries = not makes_queries and "q" in inputs and "n" in card.inputs["q"]
         self.query = project(dim, num_heads * head_dim) if has_queries else None
         self.key = project(memory_dim, kv_heads * head_dim) if "k" in inputs else None

@@ -329,4 +329,5 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     projection=Lambda,
     merge=PairNorm,
+    layer_defaults={"output_norm": None},  # it has its own
 )

@@ -64,6 +64,7 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import append
 from regard.engines.grouped_attention import wide
+from regard.layers.attention import AttentionLayer
 from regard.layers.norms import RMSNorm
 from regard.sampling import normals
 
@@ -293,6 +294,12 @@ class Latents(nn.Module):
         return found
 
 
+class LatentLayer(AttentionLayer):
+    """The shell, without short convolutions: there are neither keys nor values that they could change."""
+
+    takes_convolutions = False
+
+
 def sample_inputs(
     generator: torch.Generator,
     *,
@@ -373,6 +380,7 @@ MECHANISM = Mechanism(
     weights="exact",
     refused_positions="its scores know positions by the decoupled part",
     sample_inputs=sample_inputs,
+    module=LatentLayer,
     projection=Latents,
     layer_defaults={"key_expand": 0.5, "value_expand": 1.0, "num_kv_heads": 1},
 )
