@@ -375,9 +375,11 @@ def absorb(
 
 
 def _scale(card: Mechanism, shapes: Shapes) -> float:
-    if card.default_scale != "rsqrt":
+    if not callable(card.default_scale) and card.default_scale != "rsqrt":
         return float(card.default_scale)
-    widths = {name: shape[-1] for name, shape in shapes}
+    widths = {name: shape[-1] for name, shape in shapes if shape}
+    if callable(card.default_scale):
+        return card.default_scale(widths)
     return max(widths.get("k", widths.get("q", 1)), 1) ** -0.5
 
 

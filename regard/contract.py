@@ -576,7 +576,8 @@ class Mechanism:
         config: frozen dataclass of options.
         state: its state class; None when it cannot continue a sequence.
         cost: analytic cost of a problem.
-        default_scale: ``"rsqrt"`` for dim_key ** -0.5, or a number.
+        default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
+            whose docstring is the formula.
         default_form: form that computes whole sequences when no state is wanted.
         honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
             keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
@@ -620,7 +621,7 @@ class Mechanism:
     output: str = "bhnv"
     refused: Mapping[Pattern, str] = field(default_factory=dict)
     state: type[State] | None = None
-    default_scale: float | str = "rsqrt"
+    default_scale: float | str | Callable[[Mapping[str, int]], float] = "rsqrt"
     default_form: str = "parallel"
     honours: frozenset[str] = frozenset()
     weights: str = "none"

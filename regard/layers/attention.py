@@ -3,7 +3,7 @@
 A mechanism adds what is its own through two optional modules on its card: `projection` turns the shell's q, k, v into
 the mechanism's inputs (gates, agents, a learned query), `merge` changes the head outputs before the output projection.
 A projection that mixes tokens says ``keeps_state = True``: it is then given the lengths and its own state, and returns
-the inputs and the state after them.
+the inputs and the state after them. One that makes the queries itself, from x, says ``makes_queries = True``.
 """
 
 from __future__ import annotations
@@ -185,7 +185,15 @@ class AttentionLayer(nn.Module):
             dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
         )
         inputs = input_names(card)
-        self.query = project(dim, num_heads * head_dim) if "q" in inputs and "n" in card.inputs["q"] else None
+        makes_queries = getattr(card.projection, "makes_queries", False)
+        if makes_queries and (query_key_norm or value_norm):
+            raise Unsupported(
+                f"query_key_norm={query_key_norm!r} and value_norm={value_norm!r} with {card.name}",
+                supported="neither, where a projection makes the heads",
+                nearest="query_key_norm=None, value_norm=None",
+            )
+        has_queries = not makes_queries and "q" in inputs and "n" in card.inputs["q"]
+        self.query = project(dim, num_heads * head_dim) if has_queries else None
         self.key = project(memory_dim, kv_heads * head_dim) if "k" in inputs else None
         self.value = project(memory_dim, kv_heads * value_dim) if "v" in inputs else None
         causal = self.pattern.causal or self.pattern.cross

@@ -64,7 +64,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.engines.attention import Visibility, attention, attention_reference, ranks
-from regard.ragged import take_tokens
+from regard.ragged import group_queries, take_tokens
 from regard.visibility import CountedRanks
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def read(
     if n == 0 or state.k.shape[-2] == 0:
         return Result(q.new_zeros(batch, heads, n, state.v.shape[-1]), state)
     cluster = _scores(q, centroids).argmax(2)
-    blocks = _blocks(cluster, clusters, _block_size(call.config, n))
+    blocks = group_queries(cluster, clusters, _block_size(call.config, n))
     asked = cluster.gather(2, blocks.first)  # (b, h, blocks)
     k, v = (take_tokens(x.flatten(3), asked).unflatten(3, x.shape[3:]) for x in (state.k, state.v))
     seen = take_tokens(state.score, asked)[:, :, :, None] > -torch.inf
@@ -334,7 +334,7 @@ def _causal(
     stop = torch.searchsorted(ordered * (total + 1) + order, cluster * (total + 1) + seen)
     start = torch.searchsorted(ordered, cluster)
     chunk = (stop - start - 1).clamp(min=0).div(window, rounding_mode="floor")
-    blocks = _blocks(cluster * (total + 1) + chunk, total // window + clusters, _block_size(call.config, n))
+    blocks = group_queries(cluster * (total + 1) + chunk, total // window + clusters, _block_size(call.config, n))
     begin = (start + window * chunk).gather(2, blocks.first) - window
     places = begin[..., None] + torch.arange(2 * window, device=q.device)  # (b, h, blocks, 2 window)
     chosen = order.gather(2, places.clamp(0, total - 1).flatten(2))
@@ -408,34 +408,6 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
     count = attended.new_zeros(batch * shape[1] * n).index_add(0, rows, attended.new_ones(rows.shape))
     output = (output / count.clamp(min=1)[:, None]).view(batch, shape[1], n, attended.shape[-1]).to(v.dtype)
     return torch.cat([near, output], 1) if local else output
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Queries in blocks of one group each.
-
-    Attributes:
-        table: the queries of each block; query 0 where a block is short.
-        first: one query of each block, which tells its group.
-        place: of each query in the table, laid out flat.
-    """
-
-    table: Int[Tensor, "b h blocks size"]
-    first: Int[Tensor, "b h blocks"]
-    place: Int[Tensor, "b h n"]
-
-
-def _blocks(group: Int[Tensor, "b h n"], most: int, size: int) -> _Blocks:
-    """Blocks of `size` queries for groups that are numbers of any kind, `most` different ones."""
-    n = group.shape[2]
-    count = min(n, n // size + most)
-    ordered, order = group.sort(dim=-1, stable=True)
-    within = torch.arange(n, device=group.device) - torch.searchsorted(ordered, ordered)
-    block = (within % size == 0).cumsum(-1) - 1
-    at = block * size + within % size
-    table = order.new_zeros(*order.shape[:2], count * size).scatter(-1, at, order)
-    table = table.unflatten(2, (count, size))
-    return _Blocks(table, table[..., 0], torch.zeros_like(at).scatter_(-1, order, at))
 
 
 def _block_size(config: Config, n: int) -> int:

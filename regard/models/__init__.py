@@ -11,6 +11,7 @@ from regard.models.language_model import LanguageModel, LanguageModelConfig, Mod
 from regard.models.parameters import count_parameters, match_parameters
 from regard.models.plans import (
     attention_share,
+    differential_plan,
     masformer_plan,
     masformer_schedule,
     tokenformer_plan,
@@ -38,6 +39,7 @@ __all__ = [
     "build_model",
     "change_plan",
     "count_parameters",
+    "differential_plan",
     "extend_positions",
     "from_pretrained",
     "masformer_plan",

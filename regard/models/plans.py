@@ -19,7 +19,7 @@ from typing import Any
 
 from regard.catalogue import get_mechanism
 from regard.contract import Unsupported, at_least, one_of
-from regard.mechanisms import local, longformer
+from regard.mechanisms import differential, local, longformer
 from regard.models.blocks import read_plan
 
 TRANSNORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -130,6 +130,26 @@ def tokenformer_plan(
         network = {**own, "num_tokens": more}
         layer |= {"feed_forward_kind": "token_parameter", "feed_forward_options": network}
     return [("softmax", copy.deepcopy(layer)) for _ in range(num_layers)]
+
+
+def differential_plan(num_layers: int, **options: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Differential Transformer (Ye et al., arXiv 2410.05258): `differential`, with lambda_init by the depth of the layer.
+
+    With the `num_heads` of a model of softmax attention it has as many parameters, but for a few: the paper's h counts
+    pairs of heads.
+
+    Args:
+        num_layers: layers, >= 1.
+        options: of every layer; a lambda_init among them is that of all.
+
+    Raises:
+        Unsupported: for no layers.
+    """
+    at_least("num_layers", num_layers, 1)
+    return [
+        ("differential", {"lambda_init": differential.depth_lambda(layer), **copy.deepcopy(options)})
+        for layer in range(1, num_layers + 1)
+    ]
 
 
 def masformer_plan(
