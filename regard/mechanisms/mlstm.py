@@ -3,15 +3,15 @@ r"""mLSTM, the matrix memory of xLSTM: gated linear attention whose input gate i
 When to pick it: streams in which one token may have to outweigh all that came before; linear time, a state of fixed size.
 When not: overwriting what is stored under a key (`delta_rule`); gates that differ between key features (`gated_linear`).
 
-Definition (Beck et al., arXiv 2405.04517, equations 19 to 27):
+Definition (Beck et al., arXiv 2405.04517, section 2.3):
 
     C_t = f_t C_{t-1} + i_t k_t v_t^T,   n_t = f_t n_{t-1} + i_t k_t,   i_t = exp(i~_t),   f_t = sigmoid(f~_t) or exp(f~_t)
     o_t = C_t^T q_t / max(|n_t . q_t|, 1)
 
 Computed with C and n divided by exp(m_t), m_t = max(log f_t + m_{t-1}, log i_t), which changes nothing but keeps every
-number in range (equations 15 to 17; 1 becomes exp(-m_t)): what is left is a gated recurrence with the decay
-log f_t + m_{t-1} - m_t <= 0 and keys exp(log i_t - m_t) k_t, so an exponential forget gate, which may be above 1, takes
-no other code.
+number in range (section 2.2; 1 becomes exp(-m_t)): what is left is a gated recurrence with the decay
+log f_t + m_{t-1} - m_t <= 0 and keys exp(log i_t - m_t) k_t. An exponential forget gate, which may be above 1, takes no
+other code.
 
 | paper | here |
 |---|---|
@@ -27,9 +27,9 @@ that reads before, numerators and normalisers alike, and divides once. In cross 
 and every query reads the last state: the order of the memory matters.
 
 Deviations: m_0 is -1e30 for minus infinity (official code: 0, with the same outputs). No 1e-6 is added to the
-normaliser. The gates of the layer read its input, as in
-xLSTM-7B, with its soft cap as an option; in the paper's block they read the convolved q, k and v. The norm's weights are shared by
-heads. sLSTM, which is not a map of queries and keys, is not here.
+normaliser. The gates of the layer read its input, as in xLSTM-7B, with its soft cap as an option; in the paper's block
+they read the convolved q, k and v. Heads share the weights of their norm. sLSTM, which is not a map of queries and keys,
+is not here.
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ fixed size.
 When not: on a CPU where one key for erasing and writing will do (`delta_rule` with a diagonal gate has native kernels);
 exact recall of more items than a key has features (softmax).
 
-Definition (RWKV-7, Peng et al., arXiv 2503.14456, section 4):
+Definition (the time mixing of Peng et al., arXiv 2503.14456):
 
     S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t * kappa_t)) + v_t^T k_t,     o_t = r_t S_t^T
 
 with row vectors and kappa of unit length: what the memory holds under kappa is read *before* it decays and is taken away
-along a * kappa. A transition diag(w) - kappa^T (a * kappa) is not symmetric, so its eigenvalues, unlike those of the gated
-delta rule, may be complex, and the triangular system of a chunk has other keys on its two sides:
+along a * kappa. The transition diag(w) - kappa^T (a * kappa) is not symmetric: it can copy one feature of the memory over
+another, as no single step of the delta rule can. The triangular system of a chunk has other keys on its two sides:
 
     (I + A(kappa, a * kappa)) U = A(kappa, k) V + ...          (see `regard.engines.generalized_delta`)
 
@@ -20,7 +20,7 @@ delta rule, may be complex, and the triangular system of a chunk has other keys 
 | r_t, receptance | `q` (B, H, N, K), not scaled |
 | k~_t, replacement key | `k` (B, H, M, K) |
 | kappa_t, removal key | `removal_key` (B, H, M, K); the function divides it by its length |
-| a_t, in-context learning rate | `rate` (B, H, M, K), 0 to 1 |
+| a_t, in-context learning rate | `rate` (B, H, M, K), 0 to 1, or to 2 for negative eigenvalues |
 | log w_t | `log_decay` (B, H, M, K) or (B, H, M, 1), natural logarithms <= 0; no decay when not given |
 | wkv_t (V x K) | `MatrixState.memory`, (B, H, K, V) |
 | bonus, g_t and LayerNorm of the heads | the layer's `Output` |

@@ -1,8 +1,8 @@
 """RWKV-7 (Peng et al., arXiv 2503.14456): a memory that replaces what it holds recalls more than one that fades and adds.
 
-The paper (abstract, sections 1 and 7): the generalised delta rule replaces values stored under a key, where earlier RWKV
-models and gated linear attention add to a memory that decays; on associative recall, and on language at 3B parameters
-and 3.1T tokens, the models are better than their predecessors.
+The paper (abstract): RWKV-7 generalises the delta rule with gates and in-context learning rates that are vectors, tracks
+states and recognises all regular languages; language models of up to 2.9B parameters are as good as others of their size
+with fewer tokens. Its predecessors, as gated linear attention, add to a memory that decays.
 
 Here: the task of the delta rule's reproduction, multi-query associative recall in which every key is written twice and
 the last value counts: 32 writes under 16 keys, then 32 queries in 128 tokens, 2 layers of width 64 with one head of 8
@@ -20,7 +20,7 @@ OWN = {name: width for name, width in SHAPE.items() if name != "short_convolutio
 REPRODUCTION = Reproduction(
     name="rwkv7",
     mechanisms=("rwkv7",),
-    claim="Replacing what is stored under a key recalls more than adding to a memory that decays (sections 1 and 7).",
+    claim="A generalised delta rule replaces what is stored, where its predecessors add to a memory that decays (abstract).",
     instead=(
         "Recall of overwritten keys, accuracy: RWKV-7 against gated linear attention with the same state. Two layers of "
         "width 64, 8 key features, 700 steps; no language model at 3B parameters, no state tracking."
