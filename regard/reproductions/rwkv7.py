@@ -34,5 +34,5 @@ REPRODUCTION = Reproduction(
     run_cell=run_cell,
     checks=(Check("RWKV-7 above gated linear by 0.05", minus("rwkv7", "gated_linear"), above=0.05),),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
-    seconds=90,
+    seconds=250,
 )

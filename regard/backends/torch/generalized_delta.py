@@ -10,6 +10,9 @@ so that outputs and the state after the chunk are those of a gated recurrence wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,19 +67,22 @@ def run(
     read, along = solved.split([v.shape[-1], width], -1)
     after = None
     if q_ is not None:
-        after = (
-            torch.cat([near[1, 0], -near[1, 1]], -1)
-            if inclusive
-            else torch.cat([near[1, 0].tril(-1), -near[1, 1].tril(-1)], -1)
-        )
+        read_by = near[1] if inclusive else near[1].tril(-1)
+        after = torch.cat([read_by[0], -read_by[1]], -1)
+
+    def each(x: Tensor | None) -> Sequence[Any]:
+        # one chunk after the other; indexing them would make gradients as long as the sequence for each
+        return (None,) * k_.shape[2] if x is None else x.unbind(2)
 
     outputs = []
-    for c in range(k_.shape[2]):
-        written = torch.cat([v_[:, :, c], read[:, :, c] + along[:, :, c] @ state], -2)
-        if q_in is not None and after is not None:
-            outputs.append(q_in[:, :, c] @ state + after[:, :, c] @ written)
-        write = keys[:, :, c].mT @ written
-        state = write + (state if total is None else total[:, :, c] * state)
+    for v_c, read_c, along_c, keys_c, total_c, q_c, after_c in zip(
+        *map(each, (v_, read, along, keys, total, q_in, after)), strict=True
+    ):
+        written = torch.cat([v_c, read_c + along_c @ state], -2)
+        if q_c is not None:
+            outputs.append(q_c @ state + after_c @ written)
+        write = keys_c.mT @ written
+        state = write + (state if total_c is None else total_c * state)
     if not outputs:
         return None, state
     return torch.cat(outputs, 2)[:, :, :n].to(v.dtype), state
