@@ -89,6 +89,7 @@ class AttentionLayer(nn.Module):
         value_norm: norm of each value head.
         output_norm: norm of each output head.
         output_gate: ``swish`` or ``sigmoid`` of a projection of x multiplies the output; None for none.
+        output_gate_rank: features between the two projections of a low-rank output gate; None for one projection.
         short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
         convolution_activation: ``silu`` or None, after each short convolution.
         linear: kind of the projections (``dense`` or a projection mechanism).
@@ -120,6 +121,7 @@ class AttentionLayer(nn.Module):
         value_norm: str | None = None,
         output_norm: str | None = None,
         output_gate: str | None = None,
+        output_gate_rank: int | None = None,
         short_convolution: int = 0,
         convolution_activation: str | None = "silu",
         linear: str = "dense",
@@ -142,6 +144,14 @@ class AttentionLayer(nn.Module):
         check_dropout(dropout)
         if output_gate is not None:
             one_of("output_gate", output_gate, GATES)
+        if output_gate_rank is not None:
+            at_least("output_gate_rank", output_gate_rank, 1)
+            if output_gate is None:
+                raise Unsupported(
+                    f"output_gate_rank={output_gate_rank} without an output gate",
+                    supported=f"output_gate among {', '.join(GATES)}",
+                    nearest="output_gate_rank=None",
+                )
         if short_convolution and not self.takes_convolutions:
             raise Unsupported(
                 f"short_convolution={short_convolution} with {card.name}",
@@ -213,7 +223,12 @@ class AttentionLayer(nn.Module):
         self.projection = None if card.projection is None else card.projection(self.spec)
         self.merge = None if card.merge is None else card.merge(self.spec)
         self.output_norm = make_norm(output_norm, value_dim) if output_norm else None
-        self.gate = project(dim, num_heads * value_dim) if output_gate else None
+        self.gate: nn.Module | None = None
+        if output_gate_rank is not None:
+            up = project(output_gate_rank, num_heads * value_dim)
+            self.gate = nn.Sequential(project(dim, output_gate_rank), up)
+        elif output_gate:
+            self.gate = project(dim, num_heads * value_dim)
         self.gate_activation = output_gate
         self.output = project(num_heads * value_dim, dim)
 

@@ -59,8 +59,8 @@ def decayed_product(
     for start in range(0, length, sub_chunk):
         part = slice(start, min(start + sub_chunk, length))
         x_here, y_here, g_here = x[..., part, :], y[..., part, :], g[..., part, :]
-        pairs = x_here.mT[..., :, None] * y_here.mT[..., None, :]  # (..., k, i, j)
-        near = (pairs * segment_sum(g_here).exp()).sum(-3).tril()
+        seen = y_here.mT[..., None, :] * segment_sum(g_here).exp()  # (..., k, i, j)
+        near = torch.einsum("...ik,...kij->...ij", x_here, seen).tril()
         row = [near]
         if past is not None:
             row.insert(0, (x_here * g_here.cumsum(-2).exp()) @ past.mT)
