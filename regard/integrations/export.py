@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,16 +51,15 @@ def export(
     given: dict[str, Any] = {}
     longer: dict[str, Any] = {}
     free = lengths and (context is None or context.grid is None)
-    with torch.no_grad():
+    if free:
+        _refuse_waived(module, "layer_lengths", "a program for every length", "lengths=False")
+    with torch.no_grad(), _without_warnings():
         if context is not None:
             given["context"], longer["context"] = context, _longer_context(context)
         if state is not None:
             given["state"] = state
             longer["state"] = module(*inputs, **given).state if free else state
-        shapes = None
-        if free:
-            _refuse_waived(module, "layer_lengths", "a program for every length", "lengths=False")
-            shapes = _differing(module, inputs, given, tuple(_longer(x) for x in inputs), longer)
+        shapes = _differing(module, inputs, given, tuple(_longer(x) for x in inputs), longer) if free else None
         # a view would bring its base into the program
         inputs, given = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (inputs, given))
         return torch.export.export(module, inputs, given, dynamic_shapes=shapes, strict=False)
@@ -84,10 +86,19 @@ def export_onnx(
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise Unsupported(f"ONNX without {' and '.join(missing)}", supported=f"pip install {' '.join(PACKAGES)}")
+        raise Unsupported(f"ONNX without {' and '.join(missing)}", supported="pip install 'regard[onnx]'")
     _refuse_waived(module, "layer_onnx", "an ONNX program", "regard.integrations.export.export")
     program = export(module, *inputs, context=context, state=state, lengths=lengths)
-    return torch.onnx.export(program, **{"verbose": False, **options})
+    with _without_warnings():
+        return torch.onnx.export(program, **{"verbose": False, **options})
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """PyTorch's exporters warn of what their own code does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _differing(

@@ -61,6 +61,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
     state_field,
@@ -464,4 +465,5 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=RandomFeatures,
+    waivers=(Waiver("layer_onnx", "ONNX has no cumulative maximum"),),
 )
