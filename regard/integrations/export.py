@@ -110,10 +110,10 @@ def _differing(
     sizes = examples.dynamic_shapes(module, inputs, given)
 
     def of_tensor(x: Any) -> bool:
-        return isinstance(x, tuple) and all(axis is None or axis is torch.export.Dim.DYNAMIC for axis in x)
+        return isinstance(x, tuple) and torch.export.Dim.DYNAMIC in x
 
     def free(x: Any) -> Any:
-        return {i: axis for i, axis in enumerate(x) if axis is not None} or None if isinstance(x, tuple) else x
+        return {i: axis for i, axis in enumerate(x) if axis is not None} if isinstance(x, tuple) else x
 
     return pytree.tree_map(free, sizes, is_leaf=of_tensor)
 
