@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import json
 import numbers
 import re
 import types
@@ -66,6 +67,48 @@ def closest(word: str, choices: Iterable[str]) -> str:
 
 def _words(name: str) -> list[str]:
     return re.findall(r"[^\W_]+", name.lower())
+
+
+def register_pytree(cls: type, constants: Mapping[str, Callable[[Any], Any]] | None = None) -> None:
+    """Make a dataclass a node of `torch.utils._pytree`, so that `torch.export` takes and returns it, saves and loads it.
+
+    Args:
+        constants: fields that belong to the structure, not to the data, each with what makes its value of the list,
+            number or None that a saved program has in its place.
+    """
+    fixed = constants or {}
+
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        held = [(GetAttrKey(f.name), getattr(value, f.name)) for f in dataclasses.fields(cls) if f.name not in fixed]
+        return held, tuple(getattr(value, name) for name in fixed)
+
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        held, structure = flatten_with_keys(value)
+        return [data for _, data in held], structure
+
+    def unflatten(data: Iterable[Any], structure: Any) -> Any:
+        value = object.__new__(cls)  # what torch puts in the place of tensors would not pass the checks of a call
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in fixed]
+        for name, held in (*zip(names, data, strict=True), *zip(fixed, structure, strict=True)):
+            object.__setattr__(value, name, held)
+        return value
+
+    def dump(structure: Any) -> str:
+        return json.dumps([sorted(x) if isinstance(x, frozenset) else x for x in structure])
+
+    def load(text: Any) -> Any:
+        return tuple(x if x is None else make(x) for make, x in zip(fixed.values(), json.loads(text), strict=True))
+
+    register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        to_dumpable_context=dump,
+        from_dumpable_context=load,
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+    torch.serialization.add_safe_globals([cls, *(made for made in fixed.values() if isinstance(made, type))])
 
 
 class Pattern(enum.StrEnum):
@@ -137,6 +180,9 @@ class BlockMask:
             )
 
 
+register_pytree(BlockMask, {"block_size": int})
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which tokens of one sequence axis exist, and what pairs of them may see each other. True = may attend.
@@ -192,6 +238,9 @@ class Mask:
     def ragged(self) -> bool:
         """Whether some tokens may be missing (as opposed to pairs being hidden)."""
         return self.valid is not None or self.lengths is not None or self.cu_seqlens is not None
+
+
+register_pytree(Mask, {"max_length": int})
 
 
 class Role(enum.IntEnum):
@@ -254,6 +303,9 @@ class Context:
         return dataclasses.replace(self, **changes)
 
 
+register_pytree(Context, {"grid": tuple, "generator": torch.Generator, "progress": float, "want": frozenset})
+
+
 def state_field(fill: float = 0.0) -> Any:
     """A field of a :class:`State`: `fill` is its value in an empty state."""
     return field(metadata={"fill": fill})
@@ -269,13 +321,7 @@ class State:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        register_pytree_node(
-            cls,
-            _flatten_state,
-            _unflatten_state,
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            flatten_with_keys_fn=_flatten_state_with_keys,
-        )
+        register_pytree(cls)
 
     def _map(self, function: Callable[[Tensor, float], Tensor]) -> Self:
         def visit(value: Any, fill: float) -> Any:
@@ -348,24 +394,6 @@ class State:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
-StateStructure = tuple[type[State], tuple[str, ...]]
-
-
-def _flatten_state(state: State) -> tuple[list[Any], StateStructure]:
-    names = tuple(f.name for f in dataclasses.fields(state))
-    return [getattr(state, name) for name in names], (type(state), names)
-
-
-def _flatten_state_with_keys(state: State) -> tuple[list[tuple[Any, Any]], StateStructure]:
-    values, structure = _flatten_state(state)
-    return [(GetAttrKey(name), value) for name, value in zip(structure[1], values, strict=True)], structure
-
-
-def _unflatten_state(values: Iterable[Any], structure: StateStructure) -> State:
-    kind, names = structure
-    return kind(**dict(zip(names, values, strict=True)))
-
-
 Loss = tuple[Tensor, Tensor]
 
 
@@ -384,6 +412,9 @@ class Result:
     state: Any = None
     losses: dict[str, Loss] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+
+
+register_pytree(Result)
 
 
 @dataclass(frozen=True)

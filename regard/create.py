@@ -12,32 +12,47 @@ from regard.catalogue import get_mechanism, list_mechanisms, resolve
 from regard.contract import Kind, Mechanism, Pattern, Types, Unsupported, at_least, closest, types_of
 from regard.layers import linear
 from regard.layers.attention import AttentionLayer
+from regard.layers.plain import PlainLayer
 from regard.layers.projection import ProjectionLayer, projection_factory
 
 SIZES = Types({"dim": int, "num_heads": int | None})
 
 
 def create_layer(
-    name: str, dim: int, num_heads: int | None = None, *, pattern: str | Pattern = Pattern.CAUSAL_SELF, **options: Any
+    name: str,
+    dim: int,
+    num_heads: int | None = None,
+    *,
+    pattern: str | Pattern = Pattern.CAUSAL_SELF,
+    plain: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A layer by the name of its mechanism.
+
+    A layer returns a ``Result``, because a state to continue from and losses to add up come with the output, and belong
+    to the call, not to the module. Where only tensors are passed on, as in ``nn.Sequential``, ``plain=True`` makes a
+    layer that returns the output: a word at creation, so that a reader knows what a call returns and the typed result
+    is lost nowhere by accident.
 
     Args:
         name: name or alias in the catalogue; an alias may stand for options (:func:`regard.catalogue.resolve`).
         dim: width of its input.
         num_heads: heads; needed by mechanisms that have them.
         pattern: one of the mechanism's patterns.
+        plain: see :class:`regard.layers.plain.PlainLayer`.
         options: of the shell (head_dim, num_kv_heads, memory_dim, positions, dropout, ...: see
             :class:`regard.layers.attention.AttentionLayer`) and of the mechanism (its ``Config``).
 
     Returns:
-        A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``.
+        A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``; a plain one
+        as ``layer(x, memory=None, *, context=None)``, which returns a tensor.
 
     Raises:
         Unsupported: for unknown names and options, or a pattern the mechanism lacks.
     """
     card, options = resolve(name, options)
-    return build_layer(card, dim, num_heads, pattern=pattern, **options)
+    layer = build_layer(card, dim, num_heads, pattern=pattern, **options)
+    return PlainLayer(layer) if plain else layer
 
 
 def build_layer(

@@ -74,6 +74,8 @@ class Backend:
             return f"it does not have the engine {engine}" if engine else "plain functions run on torch"
         if self.missing is not None:
             return self.missing
+        if self.name != "torch" and pytorch.compiler.is_exporting():
+            return "an exported program has the operators of PyTorch alone"
         if self.devices and device.type not in self.devices:
             return f"it runs on {', '.join(sorted(self.devices))}, not on {device.type}"
         if dtype is not None and self.dtypes and dtype not in self.dtypes:

@@ -67,6 +67,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
     state_field,
@@ -470,4 +471,5 @@ MECHANISM = Mechanism(
     module=CompressiveLayer,
     projection=Compression,
     sample_inputs=sample_inputs,
+    waivers=(Waiver("layer_lengths", "its number of segments is a constant of the program"),),
 )

@@ -58,6 +58,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     one_of,
@@ -535,4 +536,7 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=Gate,
+    waivers=(
+        Waiver("layer_lengths", "its number of groups is a constant of the program", patterns=(Pattern.CAUSAL_SELF,)),
+    ),
 )

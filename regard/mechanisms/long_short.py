@@ -55,6 +55,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     state_field,
@@ -477,4 +478,9 @@ MECHANISM = Mechanism(
     refused_positions="its landmarks are mixtures of keys at many places",
     projection=DualNorm,
     sample_inputs=sample_inputs,
+    waivers=(
+        Waiver(
+            "layer_lengths", "its number of blocks is a constant of the program", patterns=(Pattern.NONCAUSAL_SELF,)
+        ),
+    ),
 )

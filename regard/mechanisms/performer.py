@@ -62,6 +62,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
     state_field,
@@ -465,4 +466,5 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=RandomFeatures,
+    waivers=(Waiver("layer_onnx", "ONNX has no cumulative maximum"),),
 )

@@ -60,6 +60,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     state_field,
@@ -517,4 +518,8 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Rotations,
+    waivers=(
+        Waiver("layer_lengths", "its number of buckets is a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+    ),
 )

@@ -57,6 +57,7 @@ from regard.contract import (
     Result,
     Shape,
     Unsupported,
+    Waiver,
     at_least,
     state_field,
 )
@@ -440,4 +441,5 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"dropout"}),
     weights="exact",
+    waivers=(Waiver("layer_lengths", "its number of blocks is a constant of the program"),),
 )

@@ -69,6 +69,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
 )
@@ -583,4 +584,5 @@ MECHANISM = Mechanism(
     projection=Factors,
     sample_inputs=sample_inputs,
     layer_defaults={"positions": "toeplitz", "bias": True},
+    waivers=(Waiver("layer_lengths", "the size of its table is a constant of the program"),),
 )

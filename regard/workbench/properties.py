@@ -43,6 +43,7 @@ class Property:
         check: measures the error of a subject.
         dtypes: dtypes in which it is measured.
         level: ``function``, ``layer``.
+        native: whether native kernels have a part in it.
     """
 
     name: str
@@ -50,13 +51,14 @@ class Property:
     check: Callable[..., float]
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     level: str = "function"
+    native: bool = True
 
     def dtypes_on(self, backend: str) -> tuple[torch.dtype, ...]:
         """Dtypes in which it is measured on a backend. Native kernels compute in float32, so they are held to the
         tolerance of float32 (and of bfloat16) in every property."""
         if backend != "native":
             return self.dtypes
-        return (torch.float32, *(d for d in self.dtypes if d is torch.bfloat16))
+        return (torch.float32, *(d for d in self.dtypes if d is torch.bfloat16)) if self.native else ()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -525,14 +527,21 @@ def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    inputs = subject.inputs(12, dtype=dtype)
+    """Padded rows; where a sequence can be continued, rows that continue one."""
+    inputs = subject.inputs(17, dtype=dtype)
     mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
+    state = None
+    if subject.stateful:
+        state = subject.run(subject.cut(inputs, slice(0, 5)), return_state=True).state
+    if not subject.on_grid:
+        inputs = subject.cut(inputs, slice(5, 17))
 
-    def function(tensors: Tensors) -> Tensor:
-        return subject.run(tensors, mask=mask).output
+    def function(tensors: Tensors, state: State | None) -> Tensor:
+        return subject.run(tensors, mask=mask, state=state).output
 
     torch.compiler.reset()
-    return relative_error(torch.compile(function, fullgraph=True, backend=backend)(inputs), function(inputs))
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    return relative_error(compiled(inputs, state), function(inputs, state))
 
 
 def grouped_heads(subject: Subject, dtype: torch.dtype) -> float:

@@ -155,7 +155,8 @@ def run(
 
     weighting = Weighting(scale, rule, shift, softcap, dropout, explicit, want_lse, stretch)
     rows = batch * heads if by_head else max(ranks.queries.shape[0], ranks.keys.shape[0])
-    if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1):
+    whole = torch.compiler.is_exporting()  # one block, so that the program does not depend on the length
+    if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1) and not whole:
         band = Band.of(visibility, ranks, n, m)
         if band is not None:
             output, lse = _in_bands(
@@ -165,13 +166,13 @@ def run(
 
     back, ahead = visibility.reach()
     step = max(SMALLEST_BLOCK, PAIRS_AT_ONCE // (rows * m))
-    if visibility.everything and not by_head and blocks is None:
-        step = n  # the mask has one row
+    one_row = visibility.everything and not by_head and blocks is None  # in the mask
+    at_once = whole or one_row or n <= step
     pieces = []
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start in (0,) if at_once else range(0, n, step):
+        stop = n if at_once else min(start + step, n)
         first, last = 0, m
-        if ranks.offset is not None:
+        if ranks.offset is not None and not whole:
             # keys in reach, and one where there are none
             first = 0 if back is None else min(max(0, start + ranks.offset - back), m - 1)
             last = m if ahead is None else max(first + 1, min(m, stop + ranks.offset + ahead))
@@ -194,7 +195,7 @@ def run(
             return weighting(q_, k_, v_, visible, added, sink, seed)
 
         tensors = (q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last])
-        output, weights, lse = _maybe_again(attend, tensors, step < n and not want_weights)
+        output, weights, lse = _maybe_again(attend, tensors, not at_once and not want_weights)
         if want_weights and weights is not None:
             weights = F.pad(weights, (first, m - last))
         pieces.append((output, weights, lse))
@@ -375,5 +376,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
     width, wanted = q.shape[-1], v.shape[-1]
     if q.device.type == "cpu" and width != wanted:
         q, k, v = (F.pad(x, (0, max(width, wanted) - x.shape[-1])) for x in (q, k, v))
-    output = F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != q.shape[1], **options)  # type: ignore[arg-type]
+    options["enable_gqa"] = bool(k.shape[1] != q.shape[1])
+    output = F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
     return output[..., :wanted]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.torch.gated_recurrence import segment_sum
+from regard.backends.torch.scan import fold_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,41 +51,49 @@ def run(
 ) -> tuple[Tensor, Carry]:
     """See :func:`regard.engines.softmax_scan.softmax_scan`."""
     dtype = carry.u.dtype
-    m, u, w = carry
-    outputs = []
-    for start in range(0, s.shape[2], chunk_size):
-        part = slice(start, start + chunk_size)
-        values = v[:, :, part].to(dtype)
-        gate = None if log_decay is None else log_decay[:, :, part].to(dtype)
-        running, weights, carried = prefix_weights(s[:, :, part].to(dtype).mT, gate, m)
+    if s.shape[2] == 0:
+        shape = (*v.shape[:2], 0, v.shape[-1]) if mix is not None else (*v.shape[:2], 0, s.shape[-1], v.shape[-1])
+        return v.new_zeros(shape), carry
+
+    def chunk(
+        carry: tuple[Tensor, ...], scores: Tensor, values: Tensor, gate: Tensor | None, mix: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        m, u, w = carry
+        values = values.to(dtype)
+        gate = None if gate is None else gate.to(dtype)
+        running, weights, carried = prefix_weights(scores.to(dtype).mT, gate, m)
         denominators = weights.sum(-1) + carried * u[..., None]
         seen = denominators > 0
         inverse = torch.where(seen, 1 / torch.where(seen, denominators, 1), 0)
         if mix is None:
             numerators = weights @ values[:, :, None] + carried[..., None] * w[..., None, :]
-            outputs.append((numerators * inverse[..., None]).transpose(2, 3))
+            output = (numerators * inverse[..., None]).transpose(2, 3)
             w = numerators[..., -1, :]
         else:
             # queries are mixed before the values are read, so no (.., q, v) tensor exists for each token
-            share = mix[:, :, part].to(dtype).mT * inverse  # b h q t
+            share = mix.to(dtype).mT * inverse  # b h q t
             near = torch.einsum("bhqt,bhqtj->bhtj", share, weights)
-            outputs.append(near @ values + (share * carried).mT @ w)
+            output = near @ values + (share * carried).mT @ w
             w = weights[..., -1, :] @ values + carried[..., -1:] * w
-        m, u = running[..., -1], denominators[..., -1]
-    if not outputs:
-        shape = (*v.shape[:2], 0, v.shape[-1]) if mix is not None else (*v.shape[:2], 0, s.shape[-1], v.shape[-1])
-        return v.new_zeros(shape), carry
-    return torch.cat(outputs, 2).to(v.dtype), Carry(m, u, w)
+        return (running[..., -1], denominators[..., -1], w), output
+
+    last, output = fold_chunks(chunk, tuple(carry), (s, v, log_decay, mix), (-torch.inf, 0, 0, 0), chunk_size, 2)
+    return output.to(v.dtype), Carry(*last)
 
 
 def running_normalizer(
     s: Float[Tensor, "b h n"], m: Float[Tensor, "b h"], u: Float[Tensor, "b h"], *, chunk_size: int = 64
 ) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
     """m_t and u_t of every prefix, continuing from (m, u): sum_{j<=t} exp(s_j) = u_t exp(m_t) at any range of scores."""
-    maxima, sums = [s[:, :, :0]], [s[:, :, :0]]
-    for part in s.split(chunk_size, 2) if s.shape[2] else ():
-        running, weights, carried = prefix_weights(part[:, :, None], None, m[:, :, None])
-        maxima.append(running[:, :, 0])
-        sums.append((weights.sum(-1) + carried * u[:, :, None, None])[:, :, 0])
-        m, u = maxima[-1][..., -1], sums[-1][..., -1]
-    return torch.cat(maxima, 2), torch.cat(sums, 2)
+    if s.shape[2] == 0:
+        return s, s
+
+    def chunk(carry: tuple[Tensor, ...], scores: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        m, u = carry
+        running, weights, carried = prefix_weights(scores[:, :, None], None, m[:, :, None])
+        sums = weights.sum(-1) + carried * u[:, :, None, None]
+        found = torch.cat([running, sums], 2)  # b h 2 c
+        return (found[:, :, 0, -1], found[:, :, 1, -1]), found.mT
+
+    _, found = fold_chunks(chunk, (m, u), (s,), (-torch.inf,), chunk_size, 2)
+    return found[..., 0], found[..., 1]
