@@ -206,7 +206,8 @@ class HeadAttention(nn.Module):
 
         Args:
             x, source: the tokens of queries and keys, which learned gates read.
-            pattern: the call's. In self patterns `visible` decides whether it is causal.
+            pattern: the call's. In self patterns `visible` decides whether it is causal; noncausal-self with other than as
+                many keys as queries is noncausal-cross.
             visible: what :func:`read_mask` found.
             context: grid and roles of the tokens.
             inputs: other inputs of the mechanism.
@@ -231,6 +232,8 @@ class HeadAttention(nn.Module):
             )
         if not pattern.cross and pattern.causal != visible.causal and n > 1:
             pattern = self.card.require_pattern(Pattern.CAUSAL_SELF if visible.causal else Pattern.NONCAUSAL_SELF)
+        if pattern is Pattern.NONCAUSAL_SELF and n != m:
+            pattern = self.card.require_pattern(Pattern.NONCAUSAL_CROSS)
         if pattern is Pattern.CAUSAL_SELF and n != m and not self.card.uneven:
             raise Unsupported(
                 f"{self.card.name}, which reads as many queries as keys, with {n} of {m} tokens and a cache of the others",

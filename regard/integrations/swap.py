@@ -129,7 +129,7 @@ def swap(
     refused: dict[str, str] = {}
     unused = set(choices)
     for path, module in model.named_modules():
-        reader = _reader(module)
+        reader = reader_of(module)
         if reader is None:
             continue
         glob = next((glob for glob in choices if fnmatch(path, glob)), None)
@@ -228,7 +228,7 @@ def _choices(
     return {glob: None if named is None else Choice.of(named, pattern) for glob, named in mechanism.items()}
 
 
-def _reader(module: nn.Module) -> Callable[..., Change] | None:
+def reader_of(module: nn.Module) -> Callable[..., Change] | None:
     """What plans the change of a module; None for other modules."""
     if isinstance(module, (nn.MultiheadAttention, MultiheadAttention)):
         return _plan_multihead

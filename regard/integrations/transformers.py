@@ -58,6 +58,8 @@ from regard.contract import Context, Kind, Mask, Mechanism, Pattern, Unsupported
 from regard.engines.attention import decode
 from regard.engines.cache import append
 from regard.integrations.heads import HeadAttention, check_swappable, read_mask
+from regard.integrations.swap import Choice, reader_of
+from regard.integrations.torch_modules import Swapped
 from regard.models import LanguageModel, LanguageModelConfig, ModelState
 
 PREFIX = "regard:"
@@ -230,8 +232,8 @@ def head_attention(module: Any, card: Mechanism, pattern: Pattern, options: dict
     """The mechanism for a module of a transformers model."""
     config = module.config
     heads = getattr(module, "num_heads", None) or config.num_attention_heads
-    width = next((getattr(module, n) for n in ("head_dim", "attention_head_size") if hasattr(module, n)), None)
-    width = width or config.hidden_size // heads
+    widths = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "attention_head_size"))
+    width = next(filter(None, widths), config.hidden_size // heads)
     groups = getattr(module, "num_key_value_groups", 1)
     attend = HeadAttention(
         card,
@@ -239,6 +241,7 @@ def head_attention(module: Any, card: Mechanism, pattern: Pattern, options: dict
         heads=heads,
         kv_heads=heads // groups,
         head_dim=width,
+        value_dim=getattr(module, "v_head_dim", None),
         pattern=pattern,
         **options,
     )
@@ -333,7 +336,7 @@ def record_unswap(model: Any) -> None:
     record = getattr(config, RECORD)
     modules = dict(record["modules"])
     for path, module in model.named_modules():
-        if is_swapped(module):
+        if is_swapped(module) or isinstance(module, Swapped):
             swapped = True
         elif _inside_base(model, path) in modules:
             modules[_inside_base(model, path)] = None
@@ -376,13 +379,13 @@ def restore(model: Any) -> None:
     config.attn_implementation = SWAPPED
     for path, module in list(model.named_modules()):
         entry = record["modules"].get(_inside_base(model, path), UNPLACED)
-        if entry is UNPLACED or hasattr(module, PLACE):
+        if entry is UNPLACED or hasattr(module, PLACE) or isinstance(module, Swapped):
             continue
+        reader = reader_of(module)
         if entry is None:
             setattr(module, PLACE, None)
-            continue
-        card = get_mechanism(entry["mechanism"])
-        place(module, head_attention(module, card, card.require_pattern(entry["pattern"]), entry["options"]))
+        elif reader is not None:
+            reader(model, path, module, Choice.of((entry["mechanism"], entry["options"]), entry["pattern"]))()
 
 
 def _restoring(post_init: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -316,6 +316,54 @@ def test_a_swapped_model_is_saved_and_loaded_with_its_mechanisms(asked, make, tm
         assert torch.equal(loaded.generate(tokens, **settings), model.generate(tokens, **settings))
 
 
+def bart():
+    sizes = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=64, d_model=32, **sizes))
+
+
+def siglip():
+    text = {**SIZES, "projection_size": 32, "eos_token_id": 2}
+    vision = {name: n for name, n in SIZES.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 4}
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+
+
+def deepseek():
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(**SIZES, **ranks, num_key_value_heads=4, first_k_dense_replace=2)
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+MORE = {
+    bart: lambda: {"input_ids": ids(), "attention_mask": KEPT, "decoder_input_ids": ids(3, 5)},
+    siglip: lambda: {"input_ids": ids(), "pixel_values": torch.randn(3, 3, 16, 16)},
+    deepseek: lambda: {"input_ids": ids()},
+}
+
+
+@pytest.mark.parametrize("make", MORE)
+def test_cross_attention_pooling_and_heads_of_two_widths_are_swapped_saved_and_given_back(make, tmp_path):
+    model, inputs = make().eval(), MORE[make]()
+
+    def outputs(model):
+        with torch.no_grad():
+            return next(x for x in model(**inputs).to_tuple() if torch.is_tensor(x) and x.ndim > 1)
+
+    before = outputs(model)
+    regard.swap(model, "softmax")
+    torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=1e-5)
+    regard.swap(model, "gated_linear")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert not torch.allclose(outputs(model), before, atol=1e-5)
+    regard.unswap(loaded)
+    assert torch.equal(outputs(loaded), before)
+
+
 def test_a_saved_model_is_not_loaded_as_another(tmp_path):
     model = llama()
     regard.swap(model, "linear")
