@@ -3,7 +3,9 @@
 A mechanism adds what is its own through two optional modules on its card: `projection` turns the shell's q, k, v into
 the mechanism's inputs (gates, agents, a learned query), `merge` changes the head outputs before the output projection.
 A projection that mixes tokens says ``keeps_state = True``: it is then given the lengths and its own state, and returns
-the inputs and the state after them. One that makes the queries itself, from x, says ``makes_queries = True``.
+the inputs and the state after them. One that makes the queries itself, from x, says ``makes_queries = True``. Two more
+words are for the models of others, which rotate before a mechanism is called and add up no losses: ``reads_unrotated =
+(what, option that reads something else)`` and ``learns_from_losses = (pattern, ...)``.
 """
 
 from __future__ import annotations

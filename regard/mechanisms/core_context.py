@@ -474,6 +474,8 @@ class Gate(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         check_pattern(spec.config, spec.pattern)
+        if spec.config.pool_keys == "pre_rope":
+            self.reads_unrotated = ("keys", 'pool_keys="post_rope"')
         self.gate = nn.Parameter(torch.zeros(spec.heads)) if spec.config.fusion == "gated" else None
 
     def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:

@@ -680,6 +680,9 @@ class Estimator(nn.Module):
 
     random_features: Tensor | None
     keeps_state = True
+    reads_unrotated = ("queries and keys", "")
+    # In these the map does no more than choose what is read, which has no gradient.
+    learns_from_losses = (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
     EPS = 1e-6
     RULE = Rule("identity", 1.0, EPS)
 

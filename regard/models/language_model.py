@@ -71,7 +71,7 @@ class LanguageModelConfig:
         max_length: number of learned positions, and of those that sequential encodings can write.
         dropout: of the embedding and of each residual branch.
         tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
-        norm: of :func:`regard.layers.norms.make_norm`.
+        norm: of :func:`regard.layers.norms.make_norm`, as ``rms`` or ``rms:1e-5``.
         embedding_norm: the same, of the embedding with its positions; ``none`` as a rule.
         loss_weights: weight of each auxiliary loss by name; when not given, that of its paper or public code for sequential
             positions (0.1), ``commitment`` (1e-4) and ``reconstruction`` (1), and 0.01 for all others.
