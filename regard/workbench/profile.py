@@ -127,7 +127,7 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
     """Measure. Mechanisms that lack a kind of work (no state to decode with) are listed in `skipped`, with the reason.
 
     Raises:
-        Unsupported: for an unknown mechanism, or one without the pattern.
+        Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper.
     """
     names = [get_mechanism(n).name for n in settings.mechanisms]
     subjects = {name: _subject(name, settings) for name in dict.fromkeys((REFERENCE, *names))}
@@ -217,6 +217,12 @@ def _subject(name: str, settings: ProfileSettings) -> Subject | LayerWork:
 
 def _functions(name: str, settings: ProfileSettings) -> Subject:
     card = get_mechanism(name)
+    if card.kind is Kind.WRAPPER:
+        raise Unsupported(
+            f"the function of {name}, which is given what another mechanism has computed",
+            supported="its layer, which computes both",
+            nearest="--layer",
+        )
     return Subject(card, card.require_pattern(settings.pattern))
 
 
@@ -292,8 +298,11 @@ def _action(what: str, length: int, subject: Subject | LayerWork, settings: Prof
     wanted = [t for t in leaves.values() if t.requires_grad]
 
     def training() -> None:
-        output = subject.run(leaves).output
-        torch.autograd.grad(output.float().sum(), wanted, allow_unused=True)
+        result = subject.run(leaves, training=True)
+        loss = result.output.float().sum()
+        for total, count in result.losses.values():
+            loss = loss + total / count
+        torch.autograd.grad(loss, wanted, allow_unused=True)
 
     return training
 
