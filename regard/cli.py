@@ -412,8 +412,8 @@ def advise_command(
     seconds: Annotated[
         float,
         typer.Option(
-            help="Time to measure, once for a machine and size. What decides is measured at the two shortest lengths in "
-            "any case; starting and building the layers are not counted."
+            help="Time to measure, once for a machine and size. What decides is measured at 32 and 64 tokens in any case; "
+            "starting and building the layers are not counted."
         ),
     ] = 120.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
@@ -421,6 +421,9 @@ def advise_command(
         bool, typer.Option("--check", help="Measure how wrong the predictions are, at five other lengths.")
     ] = False,
     show_needs: Annotated[bool, typer.Option("--show-needs", help="Say what each need means, and end.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All mechanisms, reasons, changes and notes, and all lines to paste.")
+    ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -436,7 +439,7 @@ def advise_command(
     """
     from regard.workbench.advise import AdviseSettings, advise, parse_memory
     from regard.workbench.advise_check import check as run_check
-    from regard.workbench.advise_text import advice_text, errors_table
+    from regard.workbench.advise_text import advice_text, errors_table, short_text
     from regard.workbench.needs import NEEDS, parse_needs
 
     _load(plugin)
@@ -486,7 +489,7 @@ def advise_command(
     elif as_json:
         _emit(advice.as_dict())
     else:
-        for part in advice_text(advice):
+        for part in advice_text(advice) if everything else short_text(advice):
             console.print(part)
 
 

@@ -59,13 +59,15 @@ def rounds(
     most: int = 50,
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """The seconds of each round of :func:`interleaved`, so that actions can be compared within rounds.
 
     Args:
         clock: what times an action; `time.thread_time` for work on a single thread of a shared machine.
+        warm: whether the actions have run before, and need no run more.
     """
-    for action in actions.values():
+    for action in () if warm else actions.values():
         action()
     _synchronise(device)
     found: dict[str, list[float]] = {name: [] for name in actions}

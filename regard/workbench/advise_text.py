@@ -12,10 +12,51 @@ from regard.workbench.advise import Advice, Candidate, Estimate, duration, size
 from regard.workbench.advise_check import Errors
 
 MARKS = {"measured": "", "interpolated": "~", "extrapolated": "≈"}
+SHOWN, CHANGES = 5, 3
+"""Mechanisms and changes in the short form."""
+
+
+def short_text(advice: Advice) -> Iterator[Any]:
+    """The answer in at most twenty lines of a wide terminal: the first mechanisms, what would change it, a line to paste."""
+    yield Text(advice.text, style="bold")
+    if advice.candidates:
+        yield ""
+        yield _first(advice)
+        yield Text("± how well the time is known; ~ interpolated, ≈ extrapolated; memory beside weights and input", "dim")
+    more, out = max(0, len(advice.candidates) - SHOWN), len(advice.rejected)
+    told = [f"{more} more qualify"] * (more > 0) + [f"{out} do not qualify"] * (out > 0)
+    yield Text(f"{', '.join(told)}; --all shows everything." if told else "--all shows everything.", "dim")
+    yield ""
+    yield Text("What would change the answer:")
+    for change in advice.changes[:CHANGES]:
+        yield Text(f"- {change}", no_wrap=True, overflow="ellipsis")
+    if advice.candidates:
+        yield ""
+        yield Text(next(line for line in advice.candidates[0].code.splitlines() if line.startswith("layer =")))
+
+
+def _first(advice: Advice) -> Table:
+    """The first candidates: of each length the time that decides, with its interval, and the memory."""
+    settings = advice.settings
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(settings.deciding, no_wrap=True)
+    for length in settings.lengths:
+        table.add_column(f"at {length}", justify="right", no_wrap=True)
+        table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, overflow="ellipsis")
+    for candidate in advice.candidates[:SHOWN]:
+        cells = []
+        for length in settings.lengths:
+            estimate = _estimate(candidate, settings.deciding, length)
+            time, memory = _cells(estimate)
+            cells += [time + ("" if estimate is None else f" ± {estimate.high / estimate.milliseconds - 1:.0%}"), memory]
+        table.add_row(candidate.mechanism, *cells, Text(candidate.reason, "dim"))
+    return table
 
 
 def advice_text(advice: Advice) -> Iterator[Any]:
-    """What to print, in order: the answer, a table for each length, the reasons, what would change it, lines to paste."""
+    """All there is to say, in order: the answer, a table for each length, the reasons, what would change it, lines to
+    paste."""
     yield Text(advice.text, style="bold")
     yield ""
     for length in advice.settings.lengths:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,23 +122,24 @@ def test_a_damaged_or_foreign_file_counts_as_empty_and_is_replaced(content):
 @pytest.mark.parametrize(
     "entry",
     [
-        3,
-        None,
         {},
-        {"seconds": "1", "memory": 2},
-        {"seconds": 0, "memory": 2},
-        {"seconds": -1.0, "memory": 2},
-        {"seconds": 1.0, "memory": -2},
-        {"seconds": float("nan"), "memory": 2},
-        {"seconds": float("inf"), "memory": 2},
-        {"seconds": 1.0, "memory": 2, "backend": 7},
+        {"seconds": "1"},
+        {"seconds": 0},
+        {"seconds": -1.0},
+        {"memory": -2},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
+        {"backend": 7},
+        {"spread": None},
+        {"pulse": -1.0},
     ],
 )
 def test_a_damaged_entry_is_left_out_and_measured_again(entry):
     run(Fake(), lengths=(16, 64))
     cache = Cache(SMALL)
     stored = json.loads(cache.path.read_text())
-    stored["samples"]["forward linear 16"] = entry
+    whole = stored["samples"]["forward linear 16"]
+    stored["samples"]["forward linear 16"] = whole | entry if entry else entry
     cache.path.write_text(json.dumps(stored))
     fake = Fake()
     run(fake, lengths=(16, 64))
@@ -150,7 +152,7 @@ def test_names_that_are_no_samples_are_left_out():
     before = cache.read()
     stored = json.loads(cache.path.read_text())
     for key in ("", "forward", "forward linear", "forward linear x", "forward  -3"):
-        stored["samples"][key] = {"seconds": 1.0, "memory": 1}
+        stored["samples"][key] = stored["samples"]["forward linear 16"]
     cache.path.write_text(json.dumps(stored))
     assert cache.read() == before
 
@@ -237,6 +239,93 @@ def test_how_long_it_may_take_is_said_before_it_starts_and_nothing_when_all_is_k
 def test_too_few_measurements_predict_nothing():
     found = run(Fake(), lengths=(16,))
     assert found.curve("forward", "linear", "seconds") is None
+
+
+class Disturbed(Fake):
+    """Takes ten times as long, or spreads as much, at the first of some measurements; `beats` are the pulses."""
+
+    def __init__(self, where, spread=0.0, beats=lambda count: 1e-3):
+        super().__init__(lambda what, name, n: (3e-6 if what == "training" else 1e-6) * n)
+        self.where, self.spread, self.beats, self.count = set(where), spread, beats, 0
+
+    def __call__(self, what, length, names):
+        found = super().__call__(what, length, names)
+        self.count += 1
+        for name, sample in found.items():
+            if (what, length, name) in self.where:
+                self.where.remove((what, length, name))
+                sample = replace(sample, seconds=10 * sample.seconds, spread=self.spread)
+            found[name] = replace(sample, pulse=self.beats(self.count))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("at", "spread"), [(("forward", 256, "linear"), 0.0), (("training", 64, "linear"), 0.0), (("forward", 256, "linear"), 0.5)]
+)
+def test_a_measurement_that_is_impossible_beside_others_or_spreads_is_made_again(at, spread):
+    """A forward call that takes longer than a training step, or a short input longer than a long one."""
+    fake = Disturbed([at], spread)
+    found = probe(SMALL, {"forward": NAMES, "training": NAMES}, seconds=60, lengths=(16, 64, 256), measure=fake)
+    what, length, name = at
+    assert found.samples[what][name][length].seconds == pytest.approx((3e-6 if what == "training" else 1e-6) * length)
+    assert fake.asked.count(at) == 2 and len(fake.asked) == 13
+
+
+def test_what_stays_impossible_is_believed():
+    """Some mechanisms do less in training."""
+    fake = Fake(lambda what, name, n: (1e-7 if what == "training" else 1e-6) * n)
+    found = probe(SMALL, {"forward": NAMES, "training": NAMES}, seconds=60, lengths=(16, 64), measure=fake)
+    assert found.samples["forward"]["linear"][64].seconds == pytest.approx(64e-6)
+    assert max(map(fake.asked.count, fake.asked)) == 2
+
+
+def test_what_a_busy_machine_made_is_used_but_not_kept():
+    busy = Disturbed([], beats=lambda count: 1e-3 if count == 1 else 2e-3)
+    first = run(busy, lengths=(16, 64))
+    assert {n for n, s in first.samples["forward"]["linear"].items()} == {16, 64}
+    calm = Disturbed([])
+    again = run(calm, lengths=(16, 64))
+    assert again.recalled == 2 and ("forward", 16, "linear") not in calm.asked and len(calm.asked) == 6
+
+
+def test_samples_that_a_busy_machine_kept_are_forgotten_once_a_calm_one_is_known():
+    run(Disturbed([], beats=lambda count: 2e-3), lengths=(16, 64))
+    calm = Disturbed([])
+    probe(SMALL, {"forward": NAMES}, seconds=60, lengths=(16, 32), measure=calm)
+    assert {n for _, n, _ in calm.asked} == {32}  # nothing told yet
+    assert run(again := Disturbed([]), lengths=(16, 64)).recalled == 0 and len(again.asked) == 8
+
+
+def test_the_fastest_are_compared_on_an_equally_fast_machine():
+    """What was known from a calmer time would win against what is measured now."""
+    run_asked = {"seconds": 60, "lengths": (16, 32), "asked": (100,)}
+    probe(SMALL, {"forward": ["linear"]}, measure=Disturbed([]), **run_asked)
+    fake = Disturbed([], beats=lambda count: 1.2e-3)
+    probe(SMALL, {"forward": ["softmax", "linear"]}, measure=fake, **run_asked)
+    assert fake.asked.count(("forward", 100, "linear")) == 1 and fake.asked.count(("forward", 100, "softmax")) == 2
+
+
+def test_who_surely_takes_longer_or_does_not_fit_is_no_contender():
+    times = {"linear": 1e-6, "local": 1.2e-6, "softmax": 9e-6, "sigmoid": 1e-9}
+
+    class Sized(Fake):
+        def __call__(self, what, length, names):
+            found = super().__call__(what, length, names)
+            return {n: replace(s, memory=10**9 if n == "sigmoid" else s.memory) for n, s in found.items()}
+
+    fake = Sized(lambda what, name, n: times[name] * n)
+    found = probe(SMALL, {"forward": list(times)}, seconds=60, lengths=(16, 64, 256), measure=fake)
+    assert found.contenders("forward", list(times), (256,), cap=10**6) == ["linear"]
+    assert found.contenders("forward", list(times), (1 << 14,), cap=10**7) == ["linear", "local"]
+    assert found.contenders("forward", list(times), (256,))[0] == "sigmoid"
+
+
+def test_a_search_for_the_fastest_ends_with_one_that_was_measured():
+    """Whoever is slower than expected makes room for others, and they are measured too."""
+    slow = {"linear"}
+    fake = Fake(lambda what, name, n: (9e-6 if n > 256 and name in slow else 1e-6 if name in slow else 4e-6) * n)
+    found = probe(SMALL, {"forward": NAMES}, seconds=60, lengths=(16, 64, 256), asked=(300,), measure=fake)
+    assert found.contenders("forward", NAMES, (300,)) == ["softmax"] and 300 in found.samples["forward"]["softmax"]
 
 
 def test_real_layers_are_measured():
