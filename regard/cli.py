@@ -391,7 +391,8 @@ def advise_command(
     needs: Annotated[
         str,
         typer.Option(
-            help="Comma-separated, of exact, recall, order, any-length, constant-state, weights, bias; --show-needs."
+            help="Comma-separated, of exact, recall, keep-all, order, any-length, constant-state, weights, bias; "
+            "--show-needs."
         ),
     ] = "",
     memory: Annotated[
@@ -404,6 +405,10 @@ def advise_command(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
+    short_convolution: Annotated[
+        int | None,
+        typer.Option(help="Width of short convolutions in every layer that takes them; each layer's own by default."),
+    ] = None,
     mechanisms: Annotated[str, typer.Option(help="Candidates: comma-separated names, or all.")] = "all",
     exclude: Annotated[str, typer.Option(help="Comma-separated names that are no candidates.")] = "",
     results: Annotated[
@@ -464,6 +469,7 @@ def advise_command(
         mechanisms=None if mechanisms.strip() == "all" else _names(mechanisms),
         exclude=_names(exclude),
         seconds=seconds,
+        short_convolution=short_convolution,
     )
     with _progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("advise", total=None)

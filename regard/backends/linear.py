@@ -155,7 +155,8 @@ class Route:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Of a weight with gaps oneDNN has a plain loop, thousands of times slower than its kernels: that is copied first."""
-    if _layout(*weight.shape, weight.stride()) not in ("rows", "columns"):
+    n, k = weight.shape
+    if _layout(n, k, weight.stride()) not in ("rows", "columns"):
         weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 

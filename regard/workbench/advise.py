@@ -22,7 +22,8 @@ from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import MIXING, WHAT, LayerSettings
 from regard.workbench.needs import NEEDS, Finding, find, parse_needs
 from regard.workbench.pasted import code_for
-from regard.workbench.probe import DOUBTFUL, LENGTHS, LayerMeasure, Measure, Probe, probe
+from regard.workbench.probe import LENGTHS, probe
+from regard.workbench.samples import DOUBTFUL, LayerMeasure, Measure, Probe
 
 USES = {"train": "training", "infer": "forward", "serve": "decode"}
 """What a mechanism is for, and the kind of work whose time then decides."""
@@ -46,7 +47,7 @@ class AdviseSettings:
         needs: of :data:`regard.workbench.needs.NEEDS`.
         memory: most bytes that one layer may hold beside its weights and its input, at every length; None for no limit.
             Of serving it is the state and what a step needs.
-        pattern, dim, heads, head_dim, batch, dtype, device: as in
+        pattern, dim, heads, head_dim, batch, dtype, device, short_convolution: as in
             :class:`regard.workbench.layer_work.LayerSettings`.
         mechanisms: candidates; all that mix tokens and have the pattern when None.
         exclude: no candidates.
@@ -70,6 +71,7 @@ class AdviseSettings:
     exclude: tuple[str, ...] = ()
     what: tuple[str, ...] = WHAT
     seconds: float = 120.0
+    short_convolution: int | None = None
 
     def __post_init__(self) -> None:
         one_of("use", self.use, USES)
@@ -99,7 +101,8 @@ class AdviseSettings:
 
     @property
     def layer(self) -> LayerSettings:
-        return LayerSettings(self.pattern, self.dim, self.heads, self.head_dim, self.batch, self.dtype, self.device)
+        sizes = (self.dim, self.heads, self.head_dim, self.batch)
+        return LayerSettings(self.pattern, *sizes, self.dtype, self.device, self.short_convolution)
 
     @property
     def deciding(self) -> str:
@@ -353,7 +356,10 @@ Findings = dict[str, dict[str, Finding]]
 def _findings(settings: AdviseSettings, names: Sequence[str], quality: Quality) -> Findings:
     longest = settings.lengths[-1]
     return {
-        name: {need: find(need, name, settings.pattern, longest, quality.solved) for need in settings.needs}
+        name: {
+            need: find(need, name, settings.pattern, longest, quality.solved, settings.short_convolution)
+            for need in settings.needs
+        }
         for name in names
     }
 
@@ -457,9 +463,7 @@ class _Answer:
                     continue
                 kept = round(state(length)) if what == "decode" else None
                 interval = _interval(time(length), self.known.width(what, name, length))
-                estimates.append(
-                    Estimate(what, length, *interval, round(memory(length)), kept, time.basis(length))
-                )
+                estimates.append(Estimate(what, length, *interval, round(memory(length)), kept, time.basis(length)))
         samples = self.known.samples[settings.deciding][name].values()
         return Candidate(
             name,
@@ -598,7 +602,9 @@ class _Answer:
                 notes.append(
                     f"{order[0]} was not measured at {_lengths(guessed)}, but predicted; more --seconds would decide better."
                 )
-            spread = max(own[n].spread for n in settings.lengths if n in own) if len(guessed) < len(settings.lengths) else 0
+            spread = (
+                max(own[n].spread for n in settings.lengths if n in own) if len(guessed) < len(settings.lengths) else 0
+            )
             if spread > DOUBTFUL:
                 notes.append(
                     f"The machine was busy: calls of {order[0]} differed by {spread:.0%}. The intervals are as wide, and "
@@ -607,7 +613,9 @@ class _Answer:
         for need in settings.needs:
             notes.append(f"{need}: {NEEDS[need]}.")
         if "recall" in settings.needs and not self.quality.solved:
-            notes.append("recall was judged by cards and measured reach; no recall result was given (--results).")
+            notes.append(
+                "recall was judged by small models of 48 tokens; no recall result of yours was given (--results)."
+            )
         if self.quality.said:
             notes.append(f"Quality is that of {self.quality.source}.")
         if any(get_mechanism(n).prepare is not None for n in order):

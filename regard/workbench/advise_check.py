@@ -10,8 +10,9 @@ import numpy as np
 
 from regard.workbench.advise import AdviseSettings, able_mechanisms
 from regard.workbench.layer_work import LayerSettings
-from regard.workbench.probe import Cache, Probe, Sample, probe
+from regard.workbench.probe import probe
 from regard.workbench.profile import ProfileSettings, profile
+from regard.workbench.samples import Cache, Probe, Sample
 
 UNSEEN = (96, 320, 768, 1536, 3072)
 """Lengths at which nothing is measured for predicting."""
@@ -63,6 +64,7 @@ def profiled(
                 layer=True,
                 dim=settings.dim,
                 device=settings.device,
+                short_convolution=settings.short_convolution,
             )
         )
         samples = {

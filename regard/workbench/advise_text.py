@@ -22,7 +22,9 @@ def short_text(advice: Advice) -> Iterator[Any]:
     if advice.candidates:
         yield ""
         yield _first(advice)
-        yield Text("± how well the time is known; ~ interpolated, ≈ extrapolated; memory beside weights and input", "dim")
+        yield Text(
+            "± how well the time is known; ~ interpolated, ≈ extrapolated; memory beside weights and input", "dim"
+        )
     more, out = max(0, len(advice.candidates) - SHOWN), len(advice.rejected)
     told = [f"{more} more qualify"] * (more > 0) + [f"{out} do not qualify"] * (out > 0)
     yield Text(f"{', '.join(told)}; --all shows everything." if told else "--all shows everything.", "dim")
@@ -49,7 +51,10 @@ def _first(advice: Advice) -> Table:
         for length in settings.lengths:
             estimate = _estimate(candidate, settings.deciding, length)
             time, memory = _cells(estimate)
-            cells += [time + ("" if estimate is None else f" ± {estimate.high / estimate.milliseconds - 1:.0%}"), memory]
+            cells += [
+                time + ("" if estimate is None else f" ± {estimate.high / estimate.milliseconds - 1:.0%}"),
+                memory,
+            ]
         table.add_row(candidate.mechanism, *cells, Text(candidate.reason, "dim"))
     return table
 

@@ -12,12 +12,14 @@ from rich.console import Console
 import regard
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
+from regard.workbench import needs
 from regard.workbench.advise import AdviseSettings, advise, duration, parse_memory, read_quality, size
 from regard.workbench.advise_check import Errors, check, errors_of
 from regard.workbench.advise_text import advice_text, errors_table, short_text
 from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.pasted import code_for
-from regard.workbench.probe import SURE, Sample, probe
+from regard.workbench.probe import probe
+from regard.workbench.samples import SURE, Sample
 
 SMALL = {"dim": 32, "heads": 2}
 
@@ -83,11 +85,11 @@ def test_with_several_lengths_the_geometric_mean_decides():
 
 
 def test_needs_rule_out_and_say_why():
-    found = ask(needs="recall")
+    found = ask(needs="keep-all")
     assert order(found) == ["softmax", "sigmoid"]
     assert "fixed size" in found.rejected["linear"] and "card" in found.rejected["linear"]
     assert "15 of 1024" in found.rejected["local"] and "measured" in found.rejected["local"]
-    assert any(change.startswith("Without the need 'recall': local") for change in found.changes)
+    assert any(change.startswith("Without the need 'keep-all': local") for change in found.changes)
     assert order(ask(needs=("exact",))) == ["softmax"]
     assert order(ask(needs=("constant-state", "order"))) == ["local", "linear", "mamba2"]
 
@@ -127,7 +129,9 @@ def test_every_figure_says_whether_it_was_measured_and_how_well_it_is_known():
         ("training", 700): "interpolated",
         ("training", 1 << 15): "extrapolated",
     }
-    widths = [math.log(estimates["training", n].high / estimates["training", n].milliseconds) for n in (512, 700, 1 << 15)]
+    widths = [
+        math.log(estimates["training", n].high / estimates["training", n].milliseconds) for n in (512, 700, 1 << 15)
+    ]
     assert widths == sorted(widths) and widths[0] == pytest.approx(SURE) and widths[2] > 0.2
     assert all(e.low < e.milliseconds < e.high for e in estimates.values())
 
@@ -172,7 +176,9 @@ def test_softmax_stands_unless_another_is_better_beyond_the_interval(spread, pic
 
 
 @pytest.mark.parametrize("lengths", [64, (64, 4096), 1 << 15])
-@pytest.mark.parametrize("options", [{}, {"needs": "recall"}, {"memory": 1}, {"needs": ("recall", "weights"), "memory": 10**9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"needs": "recall"}, {"memory": 1}, {"needs": ("recall", "weights"), "memory": 10**9}]
+)
 def test_the_answer_has_twenty_lines_and_the_rest_on_request(lengths, options):
     found = ask(lengths, **options)
     console = Console(width=120, record=True, file=io.StringIO())
@@ -239,7 +245,8 @@ def test_results_put_what_is_behind_out_and_what_is_unknown_last(tmp_path):
     assert "quality was not measured" not in " ".join(found.changes)
 
 
-def test_results_of_recall_decide_the_need_for_it(tmp_path):
+def test_results_of_recall_decide_the_need_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(needs, "RECALL", {"mamba2": {"without": 0.2}, "sigmoid": {"without": 1.0}})
     folder = results(tmp_path, {"recall": [summary_entry("softmax", 0.99, True), summary_entry("linear", 0.98, True)]})
     found = ask(needs="recall", results=folder)
     assert set(order(found)) == {"softmax", "linear", "sigmoid"} and order(found)[0] == "linear"

@@ -2,15 +2,17 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 import regard
-from regard.workbench import probe as module
+from regard.workbench import samples
 from regard.workbench.layer_work import LayerSettings
-from regard.workbench.probe import Cache, LayerMeasure, Sample, cache_folder, probe
+from regard.workbench.probe import probe
+from regard.workbench.samples import Cache, LayerMeasure, Sample, cache_folder
 
 SMALL = LayerSettings(dim=32, heads=2)
 NAMES = ["linear", "softmax"]
@@ -89,7 +91,7 @@ def test_another_size_thread_count_kernel_or_version_is_another_file(monkeypatch
         paths.add(Cache(SMALL).path)
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(module.library, "why_missing", lambda: "no library")
+    monkeypatch.setattr(samples.library, "why_missing", lambda: "no library")
     paths.add(Cache(SMALL).path)
     monkeypatch.setattr(regard, "__version__", "9.9")
     paths.add(Cache(SMALL).path)
@@ -183,7 +185,7 @@ def test_what_would_take_too_long_is_left_out_and_said():
 
 def test_no_measurement_starts_when_the_time_is_over(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     class Slow(Fake):
         def __call__(self, what, length, names):
@@ -198,7 +200,7 @@ def test_no_measurement_starts_when_the_time_is_over(monkeypatch):
 
 def test_only_what_decides_is_measured_in_any_case_when_there_is_no_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     class Slow(Fake):
         def __call__(self, what, length, names):
@@ -260,7 +262,8 @@ class Disturbed(Fake):
 
 
 @pytest.mark.parametrize(
-    ("at", "spread"), [(("forward", 256, "linear"), 0.0), (("training", 64, "linear"), 0.0), (("forward", 256, "linear"), 0.5)]
+    ("at", "spread"),
+    [(("forward", 256, "linear"), 0.0), (("training", 64, "linear"), 0.0), (("forward", 256, "linear"), 0.5)],
 )
 def test_a_measurement_that_is_impossible_beside_others_or_spreads_is_made_again(at, spread):
     """A forward call that takes longer than a training step, or a short input longer than a long one."""
