@@ -592,7 +592,7 @@ class _Answer:
             cut = sorted({f"{name} {what} at {n}" for what, name, n in known.left})
             shown = "; ".join(cut[:4]) + (f" and {len(cut) - 4} more" if len(cut) > 4 else "")
             notes.append(
-                f"Not measured for lack of time, so extrapolated, or not told where nothing was measured: {shown}. More "
+                f"Not measured for lack of time or memory, so extrapolated, or not told where nothing was measured: {shown}. More "
                 "--seconds would measure them."
             )
         if order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,11 @@ SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors of the predictions of one quantity. `where` is the mechanism and length of the worst."""
+    """Relative errors of the predictions of one quantity.
+
+    `where` is the mechanism and length of the worst; `inside` the share of times in the interval that was told for them, None
+    of memory.
+    """
 
     what: str
     of: str
@@ -31,6 +36,7 @@ class Errors:
     median: float
     worst: float
     where: str
+    inside: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -68,7 +74,7 @@ def profiled(
             )
         )
         samples = {
-            m.mechanism: Sample(m.milliseconds / 1e3, m.memory_bytes or 0, m.state_bytes or 0, m.backend)
+            m.mechanism: Sample(m.low / 1e3, m.memory_bytes or 0, m.state_bytes or 0, m.backend)
             for m in found.measurements
         }
         cache.add(what, length, samples)
@@ -86,17 +92,19 @@ def errors_of(known: Probe, measured: dict[tuple[str, str, int], Sample]) -> lis
     found = []
     for what in dict.fromkeys(key[0] for key in measured):
         for of in ("seconds", "memory"):
-            errors = {}
+            errors, inside = {}, []
             for (kind, name, length), sample in measured.items():
                 curve = known.curve(what, name, of)
                 if kind != what or curve is None:
                     continue
                 value = sample.seconds if of == "seconds" else float(sample.memory + sample.state)
                 errors[f"{name} at {length}"] = abs(curve(length) / value - 1)
+                inside.append(abs(math.log(curve(length) / value)) <= known.width(what, name, length))
             if errors:
                 worst = max(errors, key=errors.__getitem__)
                 median = float(np.median(list(errors.values())))
-                found.append(Errors(what, of, len(errors), median, errors[worst], worst))
+                told = sum(inside) / len(inside) if of == "seconds" else None
+                found.append(Errors(what, of, len(errors), median, errors[worst], worst, told))
     return found
 
 

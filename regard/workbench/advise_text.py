@@ -120,9 +120,10 @@ def _cells(estimate: Estimate | None) -> list[str]:
 def errors_table(errors: Sequence[Errors]) -> Table:
     """Median and worst relative error of each kind of prediction."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("", "", "predictions", "median error", "worst error", "worst at"):
-        table.add_column(heading, justify="right" if "error" in heading or heading == "predictions" else "left")
+    for heading in ("", "", "predictions", "median error", "worst error", "in interval", "worst at"):
+        table.add_column(heading, justify="left" if heading in ("", "worst at") else "right")
     names = {"seconds": "time", "memory": "memory"}
     for e in errors:
-        table.add_row(e.what, names[e.of], str(e.count), f"{e.median:.1%}", f"{e.worst:.1%}", e.where)
+        inside = "" if e.inside is None else f"{e.inside:.0%}"
+        table.add_row(e.what, names[e.of], str(e.count), f"{e.median:.1%}", f"{e.worst:.1%}", inside, e.where)
     return table

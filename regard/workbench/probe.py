@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from regard.workbench.layer_work import LayerSettings
-from regard.workbench.samples import DOUBTFUL, FEWEST, Cache, LayerMeasure, Measure, Probe, best_pulse, calm
+from regard.workbench.samples import DOUBTFUL, FEWEST, Cache, LayerMeasure, Measure, Probe, best_pulse, calm, room
 
 LENGTHS = (32, 64, 128, 256, 512, 2048, 8192)
 
@@ -142,6 +142,7 @@ class _Probing:
                     if lengths is None or n in lengths:
                         names[name][n] = sample
                         self.found.recalled += 1
+        self.room = room()
         self.started = time.monotonic()
 
     def spent(self) -> float:
@@ -154,12 +155,13 @@ class _Probing:
         return [name for name in names if length not in self.found.samples[what][name]]
 
     def take(self, what: str, length: int, names: Sequence[str], *, seconds: float, each: float = math.inf) -> int:
-        """Measure those that are not known, the first of them first, as far as the time goes; how many were not known."""
+        """Measure those that are not known, the first of them first, as far as time and memory go; how many were not known."""
         missing = self.missing(what, length, names)
         chosen, spent = [], 0.0
         for name in missing:
             expected = 0.0 if math.isinf(seconds) else self.expected(what, name, length)
-            if expected > min(seconds - spent, each):
+            curve = self.found.curve(what, name, "memory")
+            if expected > min(seconds - spent, each) or (curve is not None and curve(length) > self.room):
                 self.found.left.append((what, name, length))
             else:
                 spent += expected

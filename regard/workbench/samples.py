@@ -44,7 +44,7 @@ CALM = 1.25
 
 SURE = 0.03
 """Relative half-width of the interval around the best measurement..."""
-INSIDE, OUTSIDE = 0.06, 0.15
+INSIDE, OUTSIDE = 0.1, 0.2
 """...and what each octave to the nearest measured length adds between and beyond the measured ones."""
 
 
@@ -121,6 +121,14 @@ def identity(settings: LayerSettings) -> dict[str, Any]:
         **asdict(settings),
         "pattern": settings.pattern.value,
     }
+
+
+def room() -> float:
+    """Bytes that a measurement may hold: half of the machine's memory, where that is known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    except (AttributeError, ValueError):
+        return math.inf
 
 
 def best_pulse(samples: Samples) -> float:
@@ -244,7 +252,7 @@ class Probe:
         measured: how many were measured now.
         recalled: how many came from disk.
         seconds: that measuring took now.
-        left: (what, mechanism, length) that were not measured for lack of time.
+        left: (what, mechanism, length) that were not measured for lack of time or memory.
     """
 
     settings: LayerSettings

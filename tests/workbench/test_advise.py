@@ -394,6 +394,7 @@ def test_the_check_finds_the_errors_of_predictions():
     assert memory.median == pytest.approx(0.1, abs=0.01)
     assert errors_table([time, memory]).row_count == 2
     assert isinstance(time, Errors)
+    assert time.inside == pytest.approx(1 / 3) and memory.inside is None
 
 
 def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):

@@ -183,6 +183,12 @@ def test_what_would_take_too_long_is_left_out_and_said():
     assert found.curve("forward", "softmax", "seconds")(8192) == pytest.approx(1e-8 * 8192**2, rel=0.01)
 
 
+def test_what_would_not_fit_in_the_machine_s_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr("regard.workbench.probe.room", lambda: 100 * 1000)
+    found = run(fake := Fake(), lengths=(16, 64, 1024))
+    assert {n for _, n, _ in fake.asked} == {16, 64} and len(found.left) == 4
+
+
 def test_no_measurement_starts_when_the_time_is_over(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
