@@ -1,5 +1,8 @@
 """What a mechanism has of what may be needed: from cards and measurements, not from opinions."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
@@ -84,6 +87,12 @@ def test_the_table_of_recall_has_each_mechanism_as_its_layer_is():
     for name, found in needs.RECALL.items():
         own = "with" if convolved(get_mechanism(name)) else "without"
         assert own in found, name
+
+
+def test_who_solved_recall_in_the_published_comparison_is_called_able():
+    ranking = json.loads((Path(__file__).parents[2] / "docs" / "data" / "ranking.json").read_text())
+    solved = {e["mechanism"] for e in ranking["entries"] if e["task"] == "recall" and e["solved"]}
+    assert solved and all(find("recall", name, CAUSAL, 48).holds for name in solved)
 
 
 def test_looking_up_needs_weights_that_both_tokens_decide():
