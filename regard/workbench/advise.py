@@ -339,7 +339,7 @@ def advise(
         able,
         seconds=settings.seconds,
         asked=settings.lengths,
-        likely=[name for name in findings if _lack(findings[name], settings.needs) is None],
+        likely=_likely(settings, findings, quality),
         cap=settings.memory,
         measure=measure or layers,
         fresh=fresh,
@@ -368,6 +368,12 @@ def _lack(findings: Mapping[str, Finding], needs: Sequence[str]) -> str | None:
     """The first need that a mechanism does not have, with the reason; None when it has all."""
     missing = next((need for need in needs if not findings[need].holds), None)
     return missing and f"{missing}: {findings[missing].reason} ({findings[missing].source})"
+
+
+def _likely(settings: AdviseSettings, findings: Findings, quality: Quality) -> list[str]:
+    """Who may be taken, whatever the time: of those that qualify the ones that results know, where there are such."""
+    able = [n for n in findings if _lack(findings[n], settings.needs) is None and n not in quality.behind]
+    return [name for name in able if name in quality.said] or able
 
 
 class _Answer:
@@ -514,6 +520,9 @@ class _Answer:
         elif REFERENCE in self.names:
             ratio = self.seconds(REFERENCE, settings.lengths) / self.seconds(pick, settings.lengths)
             text += f"; softmax takes {ratio:.2g} times as long"
+        guessed = [n for n in settings.lengths if n not in self.known.samples[settings.deciding][pick]]
+        if guessed:
+            text += f". It was not measured at {_lengths(guessed)} for lack of time: give more --seconds"
         return text + "."
 
     def _changes(self, pick: str | None) -> list[str]:
@@ -597,14 +606,7 @@ class _Answer:
             )
         if order:
             own = known.samples[settings.deciding][order[0]]
-            guessed = [n for n in settings.lengths if n not in own]
-            if guessed:
-                notes.append(
-                    f"{order[0]} was not measured at {_lengths(guessed)}, but predicted; more --seconds would decide better."
-                )
-            spread = (
-                max(own[n].spread for n in settings.lengths if n in own) if len(guessed) < len(settings.lengths) else 0
-            )
+            spread = max((own[n].spread for n in settings.lengths if n in own), default=0.0)
             if spread > DOUBTFUL:
                 notes.append(
                     f"The machine was busy: calls of {order[0]} differed by {spread:.0%}. The intervals are as wide, and "

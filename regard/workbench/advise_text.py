@@ -29,9 +29,11 @@ def short_text(advice: Advice) -> Iterator[Any]:
     told = [f"{more} more qualify"] * (more > 0) + [f"{out} do not qualify"] * (out > 0)
     yield Text(f"{', '.join(told)}; --all shows everything." if told else "--all shows everything.", "dim")
     yield ""
-    yield Text("What would change the answer:")
+    changes = Table(box=None, pad_edge=False, header_style="")
+    changes.add_column("What would change the answer:", no_wrap=True, overflow="ellipsis")
     for change in advice.changes[:CHANGES]:
-        yield Text(f"- {change}", no_wrap=True, overflow="ellipsis")
+        changes.add_row(Text(f"- {change}"))
+    yield changes
     if advice.candidates:
         yield ""
         yield Text(next(line for line in advice.candidates[0].code.splitlines() if line.startswith("layer =")))
@@ -40,22 +42,24 @@ def short_text(advice: Advice) -> Iterator[Any]:
 def _first(advice: Advice) -> Table:
     """The first candidates: of each length the time that decides, with its interval, and the memory."""
     settings = advice.settings
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(settings.deciding, no_wrap=True)
+    headings = [settings.deciding]
     for length in settings.lengths:
-        table.add_column(f"at {length}", justify="right", no_wrap=True)
-        table.add_column("memory", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis")
+        headings += [f"at {length}", "memory"]
+    rows = []
     for candidate in advice.candidates[:SHOWN]:
-        cells = []
+        cells = [candidate.mechanism]
         for length in settings.lengths:
             estimate = _estimate(candidate, settings.deciding, length)
             time, memory = _cells(estimate)
-            cells += [
-                time + ("" if estimate is None else f" ± {estimate.high / estimate.milliseconds - 1:.0%}"),
-                memory,
-            ]
-        table.add_row(candidate.mechanism, *cells, Text(candidate.reason, "dim"))
+            cells += [time if estimate is None else f"{time} ± {estimate.high / estimate.milliseconds - 1:.0%}", memory]
+        rows.append(cells)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for i, heading in enumerate(headings):  # the reason gives way where the terminal is narrow
+        width = max(len(row[i]) for row in [headings, *rows])
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True, min_width=width)
+    table.add_column("", no_wrap=True)
+    for candidate, cells in zip(advice.candidates, rows, strict=False):
+        table.add_row(*cells, Text(candidate.reason.split(";")[0], "dim"))
     return table
 
 

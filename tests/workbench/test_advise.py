@@ -148,8 +148,15 @@ def test_what_decides_is_measured_at_the_length_and_use_asked_for(monkeypatch):
     found = advise(measure=listening, mechanisms=NAMES, lengths=6000, use="train", **SMALL)
     assert found.pick == "local"
     assert {("training", 6000, "linear"), ("training", 6000, "local")} <= set(asked)
+    assert "not measured" not in found.text
     assert ("training", 6000, "mamba2") not in asked  # surely slower, as shorter lengths told
     assert not any(what != "training" and length == 6000 for what, length, _ in asked)
+
+
+def test_a_pick_for_which_the_time_did_not_suffice_is_said_to_be_predicted(monkeypatch):
+    monkeypatch.setitem(TIMES, "local", lambda n: 0.1 * n)
+    found = ask(6000, mechanisms=("local",), seconds=3)
+    assert "not measured at 6000 tokens for lack of time" in found.text
 
 
 def test_only_what_qualifies_is_measured_at_the_length_asked_for():
@@ -242,6 +249,7 @@ def test_results_put_what_is_behind_out_and_what_is_unknown_last(tmp_path):
     quality = {c.mechanism: c.quality for c in found.candidates}
     assert quality["linear"] == "text 1.6 ± 0.01" and quality["mamba2"] == "not measured"
     assert any(change.startswith("Without your results: local") for change in found.changes)
+    assert "not measured" not in found.text  # at that length, though what results do not know may be faster
     assert "quality was not measured" not in " ".join(found.changes)
 
 

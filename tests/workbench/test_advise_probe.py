@@ -315,7 +315,7 @@ def test_the_fastest_are_compared_on_an_equally_fast_machine():
 
 
 def test_who_surely_takes_longer_or_does_not_fit_is_no_contender():
-    times = {"linear": 1e-6, "local": 1.2e-6, "softmax": 9e-6, "sigmoid": 1e-9}
+    times = {"linear": 1e-6, "local": 1.2e-6, "softmax": 2e-5, "sigmoid": 1e-9}
 
     class Sized(Fake):
         def __call__(self, what, length, names):
