@@ -325,8 +325,15 @@ def test_who_surely_takes_longer_or_does_not_fit_is_no_contender():
     fake = Sized(lambda what, name, n: times[name] * n)
     found = probe(SMALL, {"forward": list(times)}, seconds=60, lengths=(16, 64, 256), measure=fake)
     assert found.contenders("forward", list(times), (256,), cap=10**6) == ["linear"]
-    assert found.contenders("forward", list(times), (1 << 14,), cap=10**7) == ["linear", "local"]
+    assert found.contenders("forward", list(times), (1 << 11,), cap=10**7) == ["linear", "local"]
     assert found.contenders("forward", list(times), (256,))[0] == "sigmoid"
+
+
+def test_short_calls_rule_nothing_out_at_long_lengths():
+    """One whose calls of 16 and 64 tokens take equally long may yet grow as the other does."""
+    fake = Fake(lambda what, name, n: (1e-3 + 3e-7 * n) if name == "softmax" else 3e-7 * n + 2e-4)
+    found = probe(SMALL, {"forward": NAMES}, seconds=60, lengths=(16, 64), measure=fake)
+    assert set(found.contenders("forward", NAMES, (1 << 14,))) == set(NAMES)
 
 
 def test_a_search_for_the_fastest_ends_with_one_that_was_measured():
