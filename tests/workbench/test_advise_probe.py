@@ -331,9 +331,11 @@ def test_who_surely_takes_longer_or_does_not_fit_is_no_contender():
 
 def test_short_calls_rule_nothing_out_at_long_lengths():
     """One whose calls of 16 and 64 tokens take equally long may yet grow as the other does."""
-    fake = Fake(lambda what, name, n: (1e-3 + 3e-7 * n) if name == "softmax" else 3e-7 * n + 2e-4)
-    found = probe(SMALL, {"forward": NAMES}, seconds=60, lengths=(16, 64), measure=fake)
-    assert set(found.contenders("forward", NAMES, (1 << 14,))) == set(NAMES)
+    names = ["linear", "local"]
+    fake = Fake(lambda what, name, n: 1e-3 if name == "linear" else 6e-6 * n)
+    found = probe(SMALL, {"forward": names}, seconds=60, lengths=(16, 64), measure=fake)
+    assert set(found.contenders("forward", names, (1 << 14,))) == set(names)
+    assert found.contenders("forward", names, (64,)) == ["local"]
 
 
 def test_a_search_for_the_fastest_ends_with_one_that_was_measured():
