@@ -437,7 +437,8 @@ def advise_command(
     needs: Annotated[
         str,
         typer.Option(
-            help="Comma-separated, of exact, recall, order, any-length, constant-state, weights, bias; --show-needs."
+            help="Comma-separated, of exact, recall, keep-all, order, any-length, constant-state, weights, bias; "
+            "--show-needs."
         ),
     ] = "",
     memory: Annotated[
@@ -450,6 +451,10 @@ def advise_command(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
+    short_convolution: Annotated[
+        int | None,
+        typer.Option(help="Width of short convolutions in every layer that takes them; each layer's own by default."),
+    ] = None,
     mechanisms: Annotated[str, typer.Option(help="Candidates: comma-separated names, or all.")] = "all",
     exclude: Annotated[str, typer.Option(help="Comma-separated names that are no candidates.")] = "",
     results: Annotated[
@@ -458,8 +463,8 @@ def advise_command(
     seconds: Annotated[
         float,
         typer.Option(
-            help="Time to measure, once for a machine and size. What decides is measured at the two shortest lengths in "
-            "any case; starting and building the layers are not counted."
+            help="Time to measure, once for a machine and size. What decides is measured at 32 and 64 tokens in any case; "
+            "starting and building the layers are not counted."
         ),
     ] = 120.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
@@ -467,6 +472,9 @@ def advise_command(
         bool, typer.Option("--check", help="Measure how wrong the predictions are, at five other lengths.")
     ] = False,
     show_needs: Annotated[bool, typer.Option("--show-needs", help="Say what each need means, and end.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All mechanisms, reasons, changes and notes, and all lines to paste.")
+    ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -482,7 +490,7 @@ def advise_command(
     """
     from regard.workbench.advise import AdviseSettings, advise, parse_memory
     from regard.workbench.advise_check import check as run_check
-    from regard.workbench.advise_text import advice_text, errors_table
+    from regard.workbench.advise_text import advice_text, errors_table, short_text
     from regard.workbench.needs import NEEDS, parse_needs
 
     _load(plugin)
@@ -507,6 +515,7 @@ def advise_command(
         mechanisms=None if mechanisms.strip() == "all" else _names(mechanisms),
         exclude=_names(exclude),
         seconds=seconds,
+        short_convolution=short_convolution,
     )
     with _progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("advise", total=None)
@@ -532,7 +541,7 @@ def advise_command(
     elif as_json:
         _emit(advice.as_dict())
     else:
-        for part in advice_text(advice):
+        for part in advice_text(advice) if everything else short_text(advice):
             console.print(part)
 
 
