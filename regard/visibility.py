@@ -260,6 +260,6 @@ def masked_scores_bias(
         by_rank = position_bias(ranks.queries, ranks.keys).to(dtype)
         added = by_rank if added is None else added + by_rank
     if added is not None:
-        visible = visible & (added > -torch.inf)
-        added = added.masked_fill(~(added > -torch.inf), 0.0)
+        hidden = added == -torch.inf
+        visible, added = visible & ~hidden, added.masked_fill(hidden, 0.0)
     return visible, added

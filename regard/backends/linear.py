@@ -338,7 +338,7 @@ def probe(product: Product) -> dict[str, float]:
 def _time_routes(product: Product) -> dict[str, float]:
     def operand(rows: int, transposed: bool) -> Tensor:
         shape = (product.k, rows) if transposed else (rows, product.k)
-        made = torch.full(shape, 0.5)
+        made = torch.full(shape, 0.5, dtype=torch.float32, device="cpu")
         return made.t() if transposed else made
 
     x, weight = operand(product.m, product.x_transposed), operand(product.n, product.weight_transposed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -239,6 +240,24 @@ def layer_low_precision(subject: Subject, dtype: torch.dtype) -> float:
     return exactly(torch.isfinite(output).all(), "output is not finite")
 
 
+def layer_threads(subject: Subject, dtype: torch.dtype) -> float:
+    """Calls of one layer from several threads at once give what they give one after another."""
+    layer = LayerSubject(subject, dtype)
+    memory = layer.memory() if layer.cross else None
+
+    def work(n: int) -> list[Tensor]:
+        x, roles = layer.x(n, seed=n), layer.roles(9 if layer.cross else n)
+        return [layer(x, memory, roles=roles).output for _ in range(3)]
+
+    lengths = (12, 10, 6, 6)
+    expected = [work(n) for n in lengths]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        found = list(pool.map(work, lengths))
+    return worst(
+        [relative_error(x, y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)]
+    )
+
+
 DOUBLE_SINGLE = (torch.float64, torch.float32)
 
 LAYER_PROPERTIES = [
@@ -258,6 +277,13 @@ LAYER_PROPERTIES = [
     ),
     Property("layer_compile", "compiled without a graph break equals eager", layer_compile, (torch.float64,), "layer"),
     Property("layer_export", "torch.export gives the same output", layer_export, (torch.float64,), "layer"),
+    Property(
+        "layer_threads",
+        "calls from several threads do not disturb each other",
+        layer_threads,
+        (torch.float64,),
+        "layer",
+    ),
     Property("layer_dtype", "bfloat16 runs and stays finite", layer_low_precision, (torch.bfloat16,), "layer"),
 ]
 
