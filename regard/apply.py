@@ -312,7 +312,7 @@ def apply(
     else:
         _check_form(card, form, call, n, m, stateful)
     result = _run_on(backend, card, form, call, given)
-    result.output = _put_back(card, result.output, queries)
+    result.output = _put_back(card, _tied(result.output, given), queries)
     if not stateful:
         result.state = None
     return result
@@ -434,6 +434,14 @@ def _lay_out(card: Mechanism, name: str, tensor: Tensor, queries: Gathering, key
     return tensor
 
 
+def _tied(output: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """An output that no token reached depends on the inputs all the same, as that of torch's functions does."""
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    return sum((x.flatten()[:0].sum().to(output.dtype) for x in leaves), output)
+
+
 def _put_back(card: Mechanism, output: Tensor, queries: Gathering) -> Tensor:
     if "n" not in card.output:
         return output
@@ -479,7 +487,8 @@ def _more_queries(queries: Gathering, keys: Gathering) -> bool:
         return queries.length > keys.length
     valid_queries = queries.length if queries.lengths is None else queries.lengths
     valid_keys = keys.length if keys.lengths is None else keys.lengths
-    return bool(torch.as_tensor(valid_queries > valid_keys).any())
+    more = valid_queries > valid_keys
+    return bool(more.any()) if isinstance(more, Tensor) else more
 
 
 def _check_blocks(blocks: BlockMask, batch: int, heads: int) -> None:

@@ -273,6 +273,5 @@ def masked_scores_bias(
         added = by_rank if added is None else added + by_rank
     if added is not None:
         hidden = added == -torch.inf
-        visible = visible & ~hidden
-        added = added.masked_fill(hidden, 0.0)
+        visible, added = visible & ~hidden, added.masked_fill(hidden, 0.0)
     return visible, added

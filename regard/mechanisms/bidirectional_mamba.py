@@ -327,7 +327,7 @@ def reference(
 ) -> Float[Tensor, "b n f"]:
     """The recurrence along each path, token by token; invalid places of a grid are passed over."""
     n, channels = x.shape[2:]
-    orders = scan_orders(call.config, (n,) if call.grid is None else call.grid)
+    orders = scan_orders(call.config, (n,) if call.grid is None else call.grid, x.device)
     _check_paths(call, len(orders), x, dt, a, b, c, skip, dt_bias, mix)
     b, c = (t.repeat_interleave(channels // t.shape[3], 3) for t in (b, call.scale * c))  # (b, q, n, e, k)
     outputs = []

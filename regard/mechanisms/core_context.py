@@ -365,7 +365,7 @@ def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, 
     if gate is None:
         return merge(*zip(near, far, strict=True))
     share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
-    both = ((near[1] > -torch.inf) & (far[1] > -torch.inf))[..., None]
+    both = ((near[1] != -torch.inf) & (far[1] > -torch.inf))[..., None]
     return torch.where(both, share * near[0] + (1 - share) * far[0], near[0] + far[0])
 
 

@@ -295,7 +295,8 @@ def reference(
         own = block == block.mT[:, :, (torch.arange(n, device=q.device) + m - n).clamp(0, m - 1)]
 
     def softmax(members: Tensor) -> Tensor:
-        return scores.masked_fill(~members, -torch.inf).softmax(-1).nan_to_num(0.0)
+        some = members.any(-1, keepdim=True)
+        return torch.where(members, scores.masked_fill(some & ~members, -torch.inf).softmax(-1), 0)
 
     if call.config.softmax != "grouped":
         weights = softmax(visible if call.config.softmax == "plain" else visible & ~landmark)
@@ -912,7 +913,7 @@ def _chosen(call: Call, q: Float[Tensor, "b h t d"], cached: _CachedBlocks) -> I
             seen = scores if valid is None else scores.masked_fill(~valid[:, None, :, None], 0.0)
             scores = torch.where(cached.exists[:, None, None], seen, -torch.inf).amax(2, keepdim=True)
     best = scores.topk(min(config.top_k, scores.shape[-1]), -1)
-    return torch.where(best.values > -torch.inf, best.indices, -1).sort(-1).values
+    return torch.where(best.values != -torch.inf, best.indices, -1).sort(-1).values
 
 
 @dataclass(frozen=True)

@@ -327,7 +327,7 @@ def _extend_landmarks(
     known = None if past is None else past.segment
     if known is not None:
         top = torch.cat([torch.maximum(top[:, :, :1], known.top[:, :, None]), top[:, :, 1:]], 2)
-    safe = torch.where(top > -torch.inf, top, 0)
+    safe = torch.where(top != -torch.inf, top, 0)
     weights = (scores - safe[..., None]).exp()
     sums = [weights.sum(-1, keepdim=True), weights @ segments(k), weights @ segments(v)]
     if known is not None:

@@ -198,7 +198,7 @@ def chunked(
     past: RoutingState | None = call.state
     if past is not None:
         kept = torch.arange(centroids.shape[1], device=k.device)[:, None]
-        kept = torch.where(past.score > -torch.inf, kept, centroids.shape[1])
+        kept = torch.where(past.score != -torch.inf, kept, centroids.shape[1])
         tokens = _Tokens(
             torch.cat([past.k.flatten(2, 3), k.to(past.k.dtype)], 2),
             torch.cat([past.v.flatten(2, 3), v.to(past.v.dtype)], 2),
@@ -239,7 +239,7 @@ def step(
     state = RoutingState(put(past.k, k), put(past.v, v), score, length)
     asked = _local(call, _scores(q, centroids).argmax(2))
     keys, values = (take_tokens(x.flatten(3), asked).unflatten(3, x.shape[3:]) for x in (state.k, state.v))
-    seen = take_tokens(state.score, asked)[:, :, :, None] > -torch.inf
+    seen = take_tokens(state.score, asked)[:, :, :, None] != -torch.inf
     output = _attend(call, q, keys, values, seen, _null(null_k, null_v), asked)
     return Result(output.to(v.dtype), state)
 
@@ -283,7 +283,7 @@ def read(
     blocks = group_queries(cluster, clusters, _block_size(call.config, n))
     asked = cluster.gather(2, blocks.first)  # (b, h, blocks)
     k, v = (take_tokens(x.flatten(3), asked).unflatten(3, x.shape[3:]) for x in (state.k, state.v))
-    seen = take_tokens(state.score, asked)[:, :, :, None] > -torch.inf
+    seen = take_tokens(state.score, asked)[:, :, :, None] != -torch.inf
     output = _attend(call, take_tokens(q, blocks.table.flatten(2)), k, v, seen, _null(null_k, null_v), asked)
     return Result(take_tokens(output, blocks.place).to(q.dtype), state)
 
@@ -399,7 +399,7 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
     chosen = at_keys.indices.flatten(2)
     keys, values = (take_tokens(x[:, local:], chosen).unflatten(2, shape[2:]) for x in (k, v))
     asked = torch.arange(shape[2], device=q.device).expand(*shape[:2], -1)
-    visible = (at_keys.values > -torch.inf)[:, :, :, None]
+    visible = (at_keys.values != -torch.inf)[:, :, :, None]
     if null is not None:
         null = (null[0][local:], null[1][local:])
     attended = _attend(call, take_tokens(q[:, local:], taken), keys, values, visible, null, asked)

@@ -194,7 +194,7 @@ def reference(
     wanted = [config.top_k * config.oversample * pixels / max(total, 1) for total in seen]
     output = q.new_zeros(batch, heads, n, v.shape[-1])
     for b in range(batch):
-        kept: Any = torch.zeros(heads, n, pixels, dtype=torch.bool)
+        kept: Any = torch.zeros(heads, n, pixels, dtype=torch.bool, device=q.device)
         groups: Any = {
             "row": [(slice(None), t, heads * wanted[t]) for t in range(n)],
             "query": [(h, t, wanted[t]) for h in range(heads) for t in range(n)],
@@ -204,13 +204,13 @@ def reference(
         for h, t, budget in groups if n else ():
             flat = p[b, h, t].detach().reshape(-1)
             first = flat.argsort(descending=True, stable=True)[: max(1, round(budget))]
-            chosen = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, first, True)
+            chosen = torch.zeros(len(flat), dtype=torch.bool, device=q.device).index_fill(0, first, True)
             kept[h, t] = chosen.view(kept[h, t].shape)
         for t in range(n):
             places = [min(max(math.floor((j + 0.5) / seen[t] * pixels - 1e-4), 0), pixels - 1) for j in range(seen[t])]
-            tokens = torch.arange(seen[t])
+            tokens = torch.arange(seen[t], device=q.device)
             for h in range(heads):
-                read = kept[h, t, places] & _read_regularly(config, tokens, torch.tensor(seen[t]))
+                read = kept[h, t, places] & _read_regularly(config, tokens, torch.tensor(seen[t], device=q.device))
                 scores = call.scale * k[b, h, : seen[t]] @ q[b, h, t]
                 o = scores[read].softmax(0) @ v[b, h, : seen[t]][read]
                 o = o if row_logit is None else row_logit[b, h, t].sigmoid() * o

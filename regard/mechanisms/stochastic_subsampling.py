@@ -545,7 +545,7 @@ def _with_own_key(
         diagonal = diagonal.expand(max(len(diagonal), len(own)), -1, -1)
         block = block.clamp(max=diagonal.shape[-1] - 1)[:, None].expand(len(diagonal), diagonal.shape[1], -1)
         joins = joins & inside[:, None] & diagonal.gather(-1, block)
-    joins = joins & (score > -torch.inf)
+    joins = joins & (score != -torch.inf)
     share = torch.where(joins, torch.sigmoid(torch.where(joins, score, 0) - lse.to(dtype)), 0)[..., None]
     if call.dropout:
         draw = torch.rand(share.shape, generator=call.generator, device=share.device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -481,14 +483,31 @@ def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> 
     return sum(known.get(name, LOSS_WEIGHT) * total / count.clamp(min=1) for name, (total, count) in losses.items())
 
 
+_EVALUATING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""In how many blocks of :func:`evaluation_mode` each module is that was in training mode before the first."""
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
-    """The model without dropout inside the block, and as it was after it. `modules`: all of them, if they are known."""
-    training = [module for module in (model.modules() if modules is None else modules) if module.training]
-    if training:
-        model.eval()
+    """The model without dropout inside the block, and as it was after it, or after the last of several threads' blocks.
+
+    Args:
+        modules: all of the model's, if they are known.
+    """
+    with _LOCK:
+        every = model.modules() if modules is None else modules
+        held = [module for module in every if module.training or (_EVALUATING and module in _EVALUATING)]
+        if any(module.training for module in held):
+            model.eval()
+        for module in held:
+            _EVALUATING[module] = _EVALUATING.get(module, 0) + 1
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _LOCK:
+            for module in held:
+                _EVALUATING[module] -= 1
+                if not _EVALUATING[module]:
+                    del _EVALUATING[module]
+                    module.training = True

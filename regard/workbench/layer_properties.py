@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -304,6 +305,24 @@ def layer_low_precision(subject: Subject, dtype: torch.dtype) -> float:
     return exactly(torch.isfinite(output).all(), "output is not finite")
 
 
+def layer_threads(subject: Subject, dtype: torch.dtype) -> float:
+    """Calls of one layer from several threads at once give what they give one after another."""
+    layer = LayerSubject(subject, dtype)
+    memory = layer.memory() if layer.cross else None
+
+    def work(n: int) -> list[Tensor]:
+        x, roles = layer.x(n, seed=n), layer.roles(9 if layer.cross else n)
+        return [layer(x, memory, roles=roles).output for _ in range(3)]
+
+    lengths = (12, 10, 6, 6)
+    expected = [work(n) for n in lengths]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        found = list(pool.map(work, lengths))
+    return worst(
+        [relative_error(x, y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)]
+    )
+
+
 DOUBLE_SINGLE = (torch.float64, torch.float32)
 
 LAYER_PROPERTIES = [
@@ -333,6 +352,13 @@ LAYER_PROPERTIES = [
         "layer_lengths", "one exported program serves every length", layer_lengths, (torch.float64,), "layer", False
     ),
     Property("layer_onnx", "ONNX Runtime gives the same output", layer_onnx, (torch.float32,), "layer", False),
+    Property(
+        "layer_threads",
+        "calls from several threads do not disturb each other",
+        layer_threads,
+        (torch.float64,),
+        "layer",
+    ),
     Property("layer_dtype", "bfloat16 runs and stays finite", layer_low_precision, (torch.bfloat16,), "layer"),
 ]
 
