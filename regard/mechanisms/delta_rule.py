@@ -387,10 +387,16 @@ def sample_inputs(
     return {name: x.to(dtype) for name, x in tensors.items()}
 
 
+KIMI_DELTA = {"gated": True, "gate": "diagonal", "output_gate": "sigmoid"}
+"""Kimi Delta Attention (arXiv 2510.26692); its output gate has the rank of a value head besides (`output_gate_rank`)."""
+
 MECHANISM = Mechanism(
     name="delta_rule",
-    aliases=("deltanet", "delta_net", "delta", "gated_delta_rule"),
-    alias_options={"gated_delta_rule": {"gated": True}},
+    aliases=("deltanet", "delta_net", "delta", "gated_delta_rule", "kda", "kimi_delta", "kimi_delta_attention"),
+    alias_options={
+        "gated_delta_rule": {"gated": True},
+        **dict.fromkeys(("kda", "kimi_delta", "kimi_delta_attention"), KIMI_DELTA),
+    },
     kind=Kind.ATTENTION,
     summary="A matrix memory that is edited; writing under a key first takes away what is stored there.",
     paper=Paper("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", "2406.06484", 2024, 48),
