@@ -87,7 +87,7 @@ def register_pytree(cls: type, constants: Mapping[str, Callable[[Any], Any]] | N
         return [data for _, data in held], structure
 
     def unflatten(data: Iterable[Any], structure: Any) -> Any:
-        value = object.__new__(cls)  # what torch puts in the place of tensors would not pass the checks of a call
+        value: Any = object.__new__(cls)  # what torch puts in the place of tensors would not pass the checks of a call
         names = [f.name for f in dataclasses.fields(cls) if f.name not in fixed]
         for name, held in (*zip(names, data, strict=True), *zip(fixed, structure, strict=True)):
             object.__setattr__(value, name, held)

@@ -528,21 +528,14 @@ def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """Padded rows; where a sequence can be continued, rows that continue one."""
-    inputs = subject.inputs(17, dtype=dtype)
+    inputs = subject.inputs(12, dtype=dtype)
     mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
-    state = None
-    if subject.stateful:
-        state = subject.run(subject.cut(inputs, slice(0, 5)), return_state=True).state
-    if not subject.on_grid:
-        inputs = subject.cut(inputs, slice(5, 17))
 
-    def function(tensors: Tensors, state: State | None) -> Tensor:
-        return subject.run(tensors, mask=mask, state=state).output
+    def function(tensors: Tensors) -> Tensor:
+        return subject.run(tensors, mask=mask).output
 
     torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
-    return relative_error(compiled(inputs, state), function(inputs, state))
+    return relative_error(torch.compile(function, fullgraph=True, backend=backend)(inputs), function(inputs))
 
 
 def grouped_heads(subject: Subject, dtype: torch.dtype) -> float:

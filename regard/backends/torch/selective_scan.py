@@ -7,7 +7,7 @@ tokens. Decays over a stride are exponentials of sums of steps, all of one sign.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -138,9 +138,9 @@ def run(
         and any(t is not None and t.requires_grad for t in tensors)
     )
 
-    def chunk(carry: tuple[Tensor, ...], *own: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    def chunk(carry: tuple[Tensor, ...], *own: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         x_, dt_, b_, c_, z_, valid_ = own
-        arguments = (x_, dt_, a, b_, c_, skip, dt_bias, z_, *carry, valid_, inclusive)
+        arguments: tuple[Any, ...] = (x_, dt_, a, b_, c_, skip, dt_bias, z_, *carry, valid_, inclusive)
         if recompute:
             y, after = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
