@@ -60,7 +60,7 @@ Cells = list[dict[str, Any]]
 
 def mechanism_page(card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of one mechanism, in Markdown."""
-    also = f" Also called {_codes(card.aliases)}." if card.aliases else ""
+    also = f" Also called {_codes(card.spelled_aliases())}." if card.aliases else ""
     parts = [
         f"# {card.name}",
         f"{card.kind.value.capitalize()}: {card.paper.title} ({card.paper.year}), "
@@ -283,7 +283,7 @@ def _facts(card: Mechanism) -> str:
         ("attention weights", weights),
         ("positions", _codes(card.accepts_positions)),
         *([("no other positions", card.refused_positions)] if card.refused_positions else []),
-        ("default scale", "D^-0.5" if card.default_scale == "rsqrt" else f"{card.default_scale:g}"),
+        ("default scale", _scale(card)),
         ("queries and keys of unequal number", "yes" if card.uneven else "refused in causal-self"),
         ("state", f"`{card.state.__name__}`" if card.state is not None else "none"),
     ]
@@ -463,6 +463,12 @@ def _mark(cells: Cells) -> str:
     return " ".join(filter(None, [_error(max(errors), 0) if errors else "", "w" if waived else ""]))
 
 
+def _scale(card: Mechanism) -> str:
+    if callable(card.default_scale):
+        return str(card.default_scale.__doc__)
+    return "D^-0.5" if card.default_scale == "rsqrt" else f"{card.default_scale:g}"
+
+
 AGREES_WITHIN = 0.15
 OF_TWO_PARTS = (
     "what is near, making summaries and joining both parts cost the same for each token at every length; up to 16,384 tokens "
@@ -491,9 +497,11 @@ GROWS_OTHERWISE = {
 SLOWER_THAN_SOFTMAX = {
     "clipped_softmax": "a weight is clipped after its row's sum is known, so the scores are computed twice",
     "complex_rotary": "softmax attention, after queries and keys are turned by angles of their own",
+    "differential": "two softmax maps for each two heads, on values of both",
     "funnel": "it is a whole pool: projections, feed-forward networks, and scores that know distances, three times as wide",
     "gated_softmax": "softmax attention and a gate",
     "landmark": "whole sequences read all pairs, by a softmax of two levels; it saves in decoding, where few blocks are read",
+    "latent": "softmax attention, after keys and values are made of latents; it saves in decoding, which makes none",
     "positional_attention": "the attention of softmax, on encodings instead of content",
     "sea": "it gathers keys one by one and sorts the pixels of each query: memory traffic, while softmax computes",
     "selective_temperature": "softmax attention, after queries, keys and values are scaled",

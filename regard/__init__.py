@@ -44,6 +44,7 @@ _LAZY = {
     "models": "regard.models",
     "profile": "regard.workbench.profile",
     "swap": "regard.integrations",
+    "unswap": "regard.integrations",
     "verify": "regard.workbench.verify",
 }
 

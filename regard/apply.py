@@ -7,8 +7,9 @@ outputs back in their places.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,12 +27,14 @@ from regard.contract import (
     Pattern,
     Result,
     State,
+    Types,
     Unsupported,
     at_least,
+    check_mask,
     closest,
     one_of,
 )
-from regard.ragged import Gathering, gather_pairs, gathering, gathering_in_place
+from regard.ragged import Gathering, check_pairs, gather_pairs, gathering, gathering_in_place
 
 
 def input_names(card: Mechanism) -> list[str]:
@@ -223,6 +226,7 @@ def apply(
         mask: of the queries, and of the keys in self patterns with N = M.
         memory_mask: of the keys in cross patterns, and in causal-self with N != M.
         state: continue from it; the result then has the new state.
+        scale: multiplies the scores; the card's when None. A state is continued with the scale that it was begun with.
         form: ``reference``, ``parallel``, ``chunked``, ``step`` or ``read`` instead of the usual choice.
         rest: other fields of :class:`regard.contract.Call` (roles, grid, dropout, generator, want, ...).
 
@@ -233,12 +237,13 @@ def apply(
         Unsupported: for anything the card does not claim.
     """
     wanted = card.require_pattern(pattern)
-    given = {n: t for n, t in tensors.items() if t is not None}
+    given = _given(card, tensors)
+    options = {"return_state": return_state, "chunk_size": chunk_size, "backend": backend, "form": form, **rest}
+    _check_options(card, mask, memory_mask, {"scale": scale, **options})
     if state is not None and card.state is not None and not isinstance(state, card.state):
         raise Unsupported(f"{card.name} with a state of {type(state).__name__}", supported=card.state.__name__)
     if state is not None and card.state is None:
         raise Unsupported(f"{card.name} with a state", supported="whole sequences only")
-    _check_honoured(card, mask, memory_mask, rest)
     sizes = _sizes(card, given, wanted, state is not None)
     has_memory, n, m = sizes.has_memory, sizes.n, sizes.m
     if chunk_size is not None:
@@ -276,6 +281,8 @@ def apply(
         _check_blocks(mask.blocks, queries.batch, 1 if sizes.heads is None else sizes.heads)
     bias = None if mask is None else mask.bias
     if bias is not None:
+        known = m if has_memory and state is None else None
+        check_pairs(bias, queries.source_batch, 1 if sizes.heads is None else sizes.heads, n, known)
         columns = keys if has_memory else gathering(None, queries.batch, bias.shape[-1], first.device)
         bias = gather_pairs(bias, queries, columns)
     roles = rest.pop("roles", None)
@@ -305,7 +312,7 @@ def apply(
     else:
         _check_form(card, form, call, n, m, stateful)
     result = _run_on(backend, card, form, call, given)
-    result.output = _put_back(card, result.output, queries)
+    result.output = _put_back(card, _tied(result.output, given), queries)
     if not stateful:
         result.state = None
     return result
@@ -318,6 +325,7 @@ def absorb(
     pattern: str | Pattern,
     memory_mask: Mask | None = None,
     state: State | None = None,
+    scale: float | None = None,
     config: Any = None,
     heads: int | None = None,
     **rest: Any,
@@ -327,6 +335,7 @@ def absorb(
     Args:
         tensors: the memory's inputs by name; others are ignored by the mechanism's ``absorb`` form.
         memory_mask: of the memory.
+        scale: that of the calls which will read the state: some mechanisms apply it to the memory.
         heads: query heads, when the memory has fewer: a divisor of them.
 
     Raises:
@@ -336,7 +345,8 @@ def absorb(
     if "absorb" not in card.forms:
         raise Unsupported(f"absorbing memory with {card.name}", supported="whole calls", nearest="softmax")
     accepted = absorbed_inputs(card)
-    given = {n: t for n, t in tensors.items() if t is not None and n in accepted}
+    given = {n: t for n, t in _given(card, tensors).items() if n in accepted}
+    _check_options(card, None, memory_mask, {"scale": scale, **rest})
     missing = [n for n in memory_inputs(card) if n in card.inputs and n not in given]
     if missing:
         raise Unsupported(
@@ -351,12 +361,11 @@ def absorb(
     if heads is not None:
         given = _expand_heads(card, given, heads)
     laid_out = {name: _lay_out(card, name, tensor, keys, keys) for name, tensor in given.items()}
-    _check_honoured(card, None, memory_mask, rest)
     roles = rest.pop("roles", None)
     call = Call(
         pattern=wanted,
         config=card.options() if config is None else config,
-        scale=_scale(card, shapes),
+        scale=_scale(card, shapes) if scale is None else scale,
         memory_lengths=keys.lengths,
         state=state,
         roles=None if roles is None else keys.gather(roles, axis=-1),
@@ -366,9 +375,11 @@ def absorb(
 
 
 def _scale(card: Mechanism, shapes: Shapes) -> float:
-    if card.default_scale != "rsqrt":
+    if not callable(card.default_scale) and card.default_scale != "rsqrt":
         return float(card.default_scale)
-    widths = {name: shape[-1] for name, shape in shapes}
+    widths = {name: shape[-1] for name, shape in shapes if shape}
+    if callable(card.default_scale):
+        return card.default_scale(widths)
     return max(widths.get("k", widths.get("q", 1)), 1) ** -0.5
 
 
@@ -423,6 +434,14 @@ def _lay_out(card: Mechanism, name: str, tensor: Tensor, queries: Gathering, key
     return tensor
 
 
+def _tied(output: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """An output that no token reached depends on the inputs all the same, as that of torch's functions does."""
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    return sum((x.flatten()[:0].sum().to(output.dtype) for x in leaves), output)
+
+
 def _put_back(card: Mechanism, output: Tensor, queries: Gathering) -> Tensor:
     if "n" not in card.output:
         return output
@@ -468,7 +487,8 @@ def _more_queries(queries: Gathering, keys: Gathering) -> bool:
         return queries.length > keys.length
     valid_queries = queries.length if queries.lengths is None else queries.lengths
     valid_keys = keys.length if keys.lengths is None else keys.lengths
-    return bool(torch.as_tensor(valid_queries > valid_keys).any())
+    more = valid_queries > valid_keys
+    return bool(more.any()) if isinstance(more, Tensor) else more
 
 
 def _check_blocks(blocks: BlockMask, batch: int, heads: int) -> None:
@@ -480,17 +500,61 @@ def _check_blocks(blocks: BlockMask, batch: int, heads: int) -> None:
         )
 
 
-def _check_honoured(card: Mechanism, mask: Mask | None, memory_mask: Mask | None, rest: dict[str, Any]) -> None:
-    dropout, want = rest.get("dropout", 0.0), rest.get("want", ())
+CALL_TYPES = Types(
+    {
+        "scale": float | None,
+        "backend": str | None,
+        "form": str | None,
+        "return_state": bool,
+        "chunk_size": int | None,
+        "dropout": float,
+        "generator": torch.Generator | None,
+        "grid": tuple[int, ...] | None,
+        "roles": Tensor | None,
+        "want": Collection,
+        "progress": float | None,
+        "training": bool,
+        "rotate": Callable | None,
+        "position_bias": Callable | None,
+    }
+)
+"""Types of what accompanies the tensors of a call."""
+
+KNOWN = CALL_TYPES.hints.keys() | {field.name for field in dataclasses.fields(Call)}
+
+
+def _given(card: Mechanism, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Inputs that are there, all of them tensors."""
+    given = {n: t for n, t in tensors.items() if t is not None}
+    for name, tensor in given.items():
+        found = None
+        if not isinstance(tensor, Tensor):
+            found = f"of type {type(tensor).__name__}"
+        elif name in ("q", "k", "v", "x") and not tensor.is_floating_point():
+            found = f"of dtype {tensor.dtype}"
+        if found is not None:
+            axes = ", ".join(card.axes.get(name, ""))
+            raise Unsupported(f"{card.name}: {name} {found}", supported=f"a tensor of floats ({axes})")
+    return given
+
+
+def _check_options(card: Mechanism, mask: Mask | None, memory_mask: Mask | None, options: dict[str, Any]) -> None:
+    """Refuse what the card does not honour, and options of other types than theirs."""
+    check_mask("mask", mask)
+    check_mask("memory_mask", memory_mask)
+    for name in options.keys() - KNOWN:
+        raise Unsupported(f"option {name!r} of {card.name}", supported=", ".join(sorted(KNOWN)))
+    CALL_TYPES.check(card.name, options)
+    dropout, want = options.get("dropout", 0.0), options.get("want", ())
     if not 0.0 <= dropout < 1.0:
         raise Unsupported(f"dropout={dropout}", supported="0 <= dropout < 1", nearest="dropout=0.0")
     for word in want:
         one_of("want", word, WANTS)
     asked = [word for word in ("weights", "lse") if word in want]
-    asked += [word for word in ("roles", "rotate") if rest.get(word) is not None]
+    asked += [word for word in ("roles", "rotate") if options.get(word) is not None]
     if dropout > 0:
         asked.append("dropout")
-    if rest.get("position_bias") is not None:
+    if options.get("position_bias") is not None:
         asked.append("bias")
     if mask is not None:
         asked += [word for word in ("bias", "blocks") if getattr(mask, word) is not None]

@@ -8,14 +8,15 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from regard import backends, mechanisms
-from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest
+from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest, spelled
 
 ENTRY_POINTS = "regard.mechanisms"
 
@@ -115,8 +116,41 @@ def load_plugin(path: str | Path) -> ModuleType:
 
 
 def get_mechanism(name: str) -> Mechanism:
-    """The card of a mechanism by name or alias; an unknown name raises Unsupported with the nearest one."""
-    return _lookup(name)[0]
+    """The card of a mechanism by name or alias.
+
+    Raises:
+        Unsupported: for an unknown name, with the nearest one; for an alias that stands for options of a mechanism, which
+            a card alone would lose (see :func:`resolve`).
+    """
+    card, options = resolve(name)
+    if options:
+        raise Unsupported(
+            f"{name!r} without its options, since it is {card.name} with {spelled(options)}",
+            supported="create_layer, plans of models, wrappers, and resolve for the card and the options",
+            nearest=f"{card.name!r} with {spelled(options)}",
+        )
+    return card
+
+
+def resolve(name: str, options: Mapping[str, Any] | None = None) -> tuple[Mechanism, dict[str, Any]]:
+    """What a name stands for: a card, and options of the mechanism or its layer, followed by those of `options`.
+
+    Most names stand for a card alone. Some aliases are variants of a mechanism: ``gated_delta_rule`` is `delta_rule` with
+    ``gated=True``.
+
+    Raises:
+        Unsupported: for an unknown name, or an option that contradicts the name.
+    """
+    card = _lookup(name)[0]
+    meant, given = card.alias_options.get(name, {}), {} if options is None else options
+    for option, value in meant.items():
+        if option in given and given[option] != value:
+            raise Unsupported(
+                f"{option}={given[option]!r} of {name}, which is {card.name} with {spelled(meant)}",
+                supported=f"{option}={value!r}",
+                nearest=f"{card.name!r} with {option}={given[option]!r}",
+            )
+    return card, {**meant, **given}
 
 
 def find_mechanism(name: str) -> Mechanism | None:
@@ -163,7 +197,7 @@ def which_backend(name: str, *, device: str | torch.device = "cpu", backend: str
     Raises:
         Unsupported: for an unknown name, device or backend, or a backend that lacks the engine or the device.
     """
-    engine = name if name in backends.engine_names() else get_mechanism(name).engine
+    engine = name if name in backends.engine_names() else resolve(name)[0].engine
     return backends.which_backend(engine, device=device, backend=backend)
 
 

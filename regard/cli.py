@@ -49,6 +49,13 @@ def _load(plugins: list[Path] | None) -> list[Any]:
     return [load_plugin(path) for path in plugins or ()]
 
 
+def _plain(text: str) -> Text:
+    """Text of a user's files, whose control characters are not the terminal's to obey."""
+    from regard.tasks.documents import printable
+
+    return Text("\n".join(printable(line) for line in text.split("\n")))
+
+
 def _emit(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
@@ -166,7 +173,7 @@ def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
         return
     console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, arXiv {card.paper.arxiv} ({card.paper.year})")
     if card.aliases:
-        console.print(f"[dim]also called {', '.join(card.aliases)}[/dim]")
+        console.print(f"[dim]also called {', '.join(card.spelled_aliases())}[/dim]")
     console.print()
     console.print(Text(inspect.cleandoc(get_module(card.name).__doc__ or "")))
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -430,7 +437,8 @@ def advise_command(
     needs: Annotated[
         str,
         typer.Option(
-            help="Comma-separated, of exact, recall, order, any-length, constant-state, weights, bias; --show-needs."
+            help="Comma-separated, of exact, recall, keep-all, order, any-length, constant-state, weights, bias; "
+            "--show-needs."
         ),
     ] = "",
     memory: Annotated[
@@ -443,6 +451,10 @@ def advise_command(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
+    short_convolution: Annotated[
+        int | None,
+        typer.Option(help="Width of short convolutions in every layer that takes them; each layer's own by default."),
+    ] = None,
     mechanisms: Annotated[str, typer.Option(help="Candidates: comma-separated names, or all.")] = "all",
     exclude: Annotated[str, typer.Option(help="Comma-separated names that are no candidates.")] = "",
     results: Annotated[
@@ -451,8 +463,8 @@ def advise_command(
     seconds: Annotated[
         float,
         typer.Option(
-            help="Time to measure, once for a machine and size. What decides is measured at the two shortest lengths in "
-            "any case; starting and building the layers are not counted."
+            help="Time to measure, once for a machine and size. What decides is measured at 32 and 64 tokens in any case; "
+            "starting and building the layers are not counted."
         ),
     ] = 120.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
@@ -460,6 +472,9 @@ def advise_command(
         bool, typer.Option("--check", help="Measure how wrong the predictions are, at five other lengths.")
     ] = False,
     show_needs: Annotated[bool, typer.Option("--show-needs", help="Say what each need means, and end.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All mechanisms, reasons, changes and notes, and all lines to paste.")
+    ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -475,7 +490,7 @@ def advise_command(
     """
     from regard.workbench.advise import AdviseSettings, advise, parse_memory
     from regard.workbench.advise_check import check as run_check
-    from regard.workbench.advise_text import advice_text, errors_table
+    from regard.workbench.advise_text import advice_text, errors_table, short_text
     from regard.workbench.needs import NEEDS, parse_needs
 
     _load(plugin)
@@ -500,6 +515,7 @@ def advise_command(
         mechanisms=None if mechanisms.strip() == "all" else _names(mechanisms),
         exclude=_names(exclude),
         seconds=seconds,
+        short_convolution=short_convolution,
     )
     with _progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("advise", total=None)
@@ -525,7 +541,7 @@ def advise_command(
     elif as_json:
         _emit(advice.as_dict())
     else:
-        for part in advice_text(advice):
+        for part in advice_text(advice) if everything else short_text(advice):
             console.print(part)
 
 
@@ -542,16 +558,17 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Task, as name or name:option=value,option=value: text, recall, copying, listops, images, documents, "
-            "matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; text for your data."
+            "matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; for your data text, or "
+            "what the columns of a table or the files of a folder are for."
         ),
     ] = None,
     mechanisms: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Comma-separated: a name, NAME:option=value, a hybrid such as gated_linear*3+softmax, a .toml, .json or "
-            ".yaml file; or all."
+            ".yaml file; or all. Default: softmax,local,gated_linear,delta_rule; in cross patterns linear for local."
         ),
-    ] = "softmax,local,gated_linear,delta_rule",
+    ] = None,
     budget: Annotated[
         str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
     ] = "8m",
@@ -629,6 +646,7 @@ def compare(
     \b
         regard compare
         regard compare my_corpus.txt --budget 20m --seeds 3
+        regard compare reviews.csv
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
@@ -640,12 +658,16 @@ def compare(
     from regard.workbench.compare import train_share
     from regard.workbench.settings import CompareSettings
     from regard.workbench.summary_table import terminal_table
-    from regard.workbench.work import fitting
+    from regard.workbench.work import default_mechanisms, fitting
+
+    def recognised(described: str) -> None:
+        if not as_json:
+            console.print(_plain(f"By its contents: --task {described}"))
 
     modules = _load(plugin)
-    tasks = _tasks(task, data, validation, length, tokenizer, modules)
+    tasks = _tasks(task, data, validation, length, tokenizer, modules, recognised)
     settings = CompareSettings(
-        tuple(_variants(mechanisms, tasks)),
+        default_mechanisms(*tasks) if mechanisms is None else tuple(_variants(mechanisms, tasks)),
         Budget.parse(budget),
         seeds=seeds,
         first_seed=seed_offset,
@@ -664,12 +686,14 @@ def compare(
         device=device,
     )
     left_out: dict[str, str] = {}
-    if mechanisms.strip() == "all":
+    if mechanisms is not None and mechanisms.strip() == "all":
         names, left_out = fitting(tasks, settings)
         settings = settings.only(names)
     if not as_json:
         for one in tasks:
-            console.print(Text(one.describe()))
+            described = _plain(one.describe())
+            described.highlight_regex(r"(?m)^warning: .*", "yellow")
+            console.print(described)
             console.print()
         for name, reason in left_out.items():
             console.print(Text(f"Left out: {name} with {reason}", style="dim"))
@@ -733,16 +757,29 @@ def _tasks(
     length: int | None,
     tokenizer: str,
     modules: list[Any],
+    recognised: Callable[[str], None] = lambda described: None,
 ) -> list[Any]:
-    """The tasks of a comparison: named ones, those of plugins, or the default."""
+    """The tasks of a comparison: named ones, those of plugins, what the data are for, or the default.
+
+    Args:
+        recognised: called with the task that the data are for.
+    """
     from regard.tasks import TASKS, check_task, create_task
+    from regard.tasks.recognise import recognise
 
     own = [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
-    names = chosen if chosen else ([] if own else ["text"] if data else ["text", "recall"])
-    tasks, reading = [], []
-    for described in names:
+    named: list[tuple[str, dict[str, Any]]] = []
+    for described in chosen or ():
         name, _, rest = described.partition(":")
-        options = _options("task", rest, f"{name}:")
+        named.append((name, _options("task", rest, f"{name}:")))
+    if not chosen and not own:
+        named = [recognise(data)] if data else [("text", {}), ("recall", {})]
+        name, options = named[0]
+        if data and named != [("text", {})]:
+            recognised(name + ":" * bool(options) + ",".join(f"{option}={value}" for option, value in options.items()))
+    names = [name for name, _ in named]
+    tasks, reading = [], []
+    for name, options in named:
         if name in TASKS:
             accepted = inspect.signature(TASKS[name]).parameters
             if "data" in accepted:
@@ -852,7 +889,7 @@ def report(
         raise Unsupported(
             f"a report from {folder}: no results.db there", supported="the output folder of regard compare"
         )
-    with Store(file) as store:
+    with Store(file, read_only=True) as store:
         console.print(Text(f"Report: {render_report(store, output or folder / 'report.html')}"))
 
 
@@ -991,7 +1028,7 @@ def _reproduced(
             run_cells(chosen, store, on_cell=on_cell)
     if not file.is_file():
         return collect(wanted, None, seeds)
-    with Store(file) as store:
+    with Store(file, read_only=True) as store:
         return collect(wanted, store, seeds)
 
 
@@ -1138,7 +1175,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except Unsupported as error:
-        errors.print(Text(f"regard: {error}"), soft_wrap=True)
+        errors.print(_plain(f"regard: {error}"), soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         errors.print("regard: interrupted; the same command goes on where it stopped")

@@ -12,8 +12,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
+import json
+import numbers
 import re
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,7 +57,8 @@ def closest(word: str, choices: Iterable[str]) -> str:
     Close are spellings that share three fifths of their letters, in order, and names that begin with the same word or
     hold all words of `word`. Fewer letters in common are common by chance.
     """
-    names, words = list(choices), _words(word)
+    word, names = str(word), list(choices)
+    words = _words(word)
     alike = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     kin = [name for name in names if words and (_words(name)[:1] == words[:1] or set(words) <= set(_words(name)))]
     found = alike or difflib.get_close_matches(word, kin, n=1, cutoff=0.0)
@@ -61,6 +67,48 @@ def closest(word: str, choices: Iterable[str]) -> str:
 
 def _words(name: str) -> list[str]:
     return re.findall(r"[^\W_]+", name.lower())
+
+
+def register_pytree(cls: type, constants: Mapping[str, Callable[[Any], Any]] | None = None) -> None:
+    """Make a dataclass a node of `torch.utils._pytree`, so that `torch.export` takes and returns it, saves and loads it.
+
+    Args:
+        constants: fields that belong to the structure, not to the data, each with what makes its value of the list,
+            number or None that a saved program has in its place.
+    """
+    fixed = constants or {}
+
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        held = [(GetAttrKey(f.name), getattr(value, f.name)) for f in dataclasses.fields(cls) if f.name not in fixed]
+        return held, tuple(getattr(value, name) for name in fixed)
+
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        held, structure = flatten_with_keys(value)
+        return [data for _, data in held], structure
+
+    def unflatten(data: Iterable[Any], structure: Any) -> Any:
+        value: Any = object.__new__(cls)  # what torch puts in the place of tensors would not pass the checks of a call
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in fixed]
+        for name, held in (*zip(names, data, strict=True), *zip(fixed, structure, strict=True)):
+            object.__setattr__(value, name, held)
+        return value
+
+    def dump(structure: Any) -> str:
+        return json.dumps([sorted(x) if isinstance(x, frozenset) else x for x in structure])
+
+    def load(text: Any) -> Any:
+        return tuple(x if x is None else make(x) for make, x in zip(fixed.values(), json.loads(text), strict=True))
+
+    register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        to_dumpable_context=dump,
+        from_dumpable_context=load,
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+    torch.serialization.add_safe_globals([cls, *(made for made in fixed.values() if isinstance(made, type))])
 
 
 class Pattern(enum.StrEnum):
@@ -122,6 +170,7 @@ class BlockMask:
     block_size: int
 
     def __post_init__(self) -> None:
+        _BLOCK_MASK_TYPES.check("BlockMask", self.__dict__)
         at_least("block_size", self.block_size, 1)
         if self.visible.dtype != torch.bool or self.visible.ndim != 4:
             raise Unsupported(
@@ -129,6 +178,9 @@ class BlockMask:
                 supported="a boolean (B or 1, H or 1, query blocks, key blocks) tensor, True where blocks may attend",
                 nearest="visible.bool()" if self.visible.ndim == 4 else "",
             )
+
+
+register_pytree(BlockMask, {"block_size": int})
 
 
 @dataclass(frozen=True)
@@ -155,6 +207,7 @@ class Mask:
     blocks: BlockMask | None = None
 
     def __post_init__(self) -> None:
+        _MASK_TYPES.check("Mask", self.__dict__)
         given = [n for n in ("valid", "lengths", "cu_seqlens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise Unsupported(
@@ -185,6 +238,9 @@ class Mask:
     def ragged(self) -> bool:
         """Whether some tokens may be missing (as opposed to pairs being hidden)."""
         return self.valid is not None or self.lengths is not None or self.cu_seqlens is not None
+
+
+register_pytree(Mask, {"max_length": int})
 
 
 class Role(enum.IntEnum):
@@ -232,8 +288,22 @@ class Context:
     teacher: Any = None
     want: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        for name in ("mask", "memory_mask"):
+            check_mask(name, getattr(self, name))
+        _CONTEXT_TYPES.check("Context", self.__dict__)
+        for name in ("positions", "memory_positions", "roles"):
+            numbers = getattr(self, name)
+            if numbers is not None and (numbers.ndim != 2 or numbers.is_floating_point()):
+                raise Unsupported(
+                    f"{name} of dtype {numbers.dtype} and shape {tuple(numbers.shape)}", supported="integers (B, N)"
+                )
+
     def replace(self, **changes: Any) -> Context:
         return dataclasses.replace(self, **changes)
+
+
+register_pytree(Context, {"grid": tuple, "generator": torch.Generator, "progress": float, "want": frozenset})
 
 
 def state_field(fill: float = 0.0) -> Any:
@@ -251,13 +321,7 @@ class State:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        register_pytree_node(
-            cls,
-            _flatten_state,
-            _unflatten_state,
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            flatten_with_keys_fn=_flatten_state_with_keys,
-        )
+        register_pytree(cls)
 
     def _map(self, function: Callable[[Tensor, float], Tensor]) -> Self:
         def visit(value: Any, fill: float) -> Any:
@@ -330,24 +394,6 @@ class State:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
-StateStructure = tuple[type[State], tuple[str, ...]]
-
-
-def _flatten_state(state: State) -> tuple[list[Any], StateStructure]:
-    names = tuple(f.name for f in dataclasses.fields(state))
-    return [getattr(state, name) for name in names], (type(state), names)
-
-
-def _flatten_state_with_keys(state: State) -> tuple[list[tuple[Any, Any]], StateStructure]:
-    values, structure = _flatten_state(state)
-    return [(GetAttrKey(name), value) for name, value in zip(structure[1], values, strict=True)], structure
-
-
-def _unflatten_state(values: Iterable[Any], structure: StateStructure) -> State:
-    kind, names = structure
-    return kind(**dict(zip(names, values, strict=True)))
-
-
 Loss = tuple[Tensor, Tensor]
 
 
@@ -366,6 +412,9 @@ class Result:
     state: Any = None
     losses: dict[str, Loss] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+
+
+register_pytree(Result)
 
 
 @dataclass(frozen=True)
@@ -543,6 +592,9 @@ class Mechanism:
 
     Attributes:
         name: catalogue name.
+        aliases: other names.
+        alias_options: options of the mechanism or its layer for which some of the aliases stand, such as a variant with a
+            name of its own.
         kind: what it maps.
         summary: one sentence.
         paper: where it is defined.
@@ -555,7 +607,8 @@ class Mechanism:
         config: frozen dataclass of options.
         state: its state class; None when it cannot continue a sequence.
         cost: analytic cost of a problem.
-        default_scale: ``"rsqrt"`` for dim_key ** -0.5, or a number.
+        default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
+            whose docstring is the formula.
         default_form: form that computes whole sequences when no state is wanted.
         honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
             keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
@@ -595,10 +648,11 @@ class Mechanism:
     config: type
     cost: Callable[[Shape, Any], Cost]
     aliases: tuple[str, ...] = ()
+    alias_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     output: str = "bhnv"
     refused: Mapping[Pattern, str] = field(default_factory=dict)
     state: type[State] | None = None
-    default_scale: float | str = "rsqrt"
+    default_scale: float | str | Callable[[Mapping[str, int]], float] = "rsqrt"
     default_form: str = "parallel"
     honours: frozenset[str] = frozenset()
     weights: str = "none"
@@ -621,8 +675,13 @@ class Mechanism:
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
     axes: Mapping[str, str] = field(init=False, repr=False)
     """Of each input by name, whether it may be left out or not. Made from `inputs`."""
+    option_types: Types = field(init=False, repr=False)
+    """Of the options of `config`."""
 
     def __post_init__(self) -> None:
+        if not self.alias_options.keys() <= set(self.aliases):
+            raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
+        object.__setattr__(self, "option_types", types_of(self.config))
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
         accepted = self.accepts_positions
         alike = [
@@ -633,6 +692,13 @@ class Mechanism:
             and not (scheme in TURNED_BEFORE and "rotate" in self.honours)
         ]
         object.__setattr__(self, "accepts_positions", (*accepted, *alike))
+
+    def spelled_aliases(self) -> list[str]:
+        """Its aliases, with the options for which they stand in parentheses."""
+        return [
+            f"{alias} ({spelled(self.alias_options[alias])})" if alias in self.alias_options else alias
+            for alias in self.aliases
+        ]
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
         """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""
@@ -656,6 +722,7 @@ class Mechanism:
                     supported=", ".join(names) or "no options",
                     nearest=closest(name, names),
                 )
+        self.option_types.check(self.name, options)
         return self.config(**options)
 
     @property
@@ -686,5 +753,111 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 def at_least(name: str, value: float, low: float) -> None:
     """Check an option in a Config's ``__post_init__``."""
-    if not value >= low:  # NaN is neither
+    try:
+        enough = value >= low  # NaN is neither
+    except TypeError:
+        enough = False
+    if not enough:
         raise Unsupported(f"{name}={value}", supported=f"{name} >= {low}", nearest=f"{name}={low}")
+
+
+def spelled(options: Mapping[str, Any]) -> str:
+    """Options as a call has them."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def check_mask(name: str, mask: Any) -> None:
+    """Raise Unsupported for anything but a :class:`Mask` or None, with the mask that was meant."""
+    if mask is None or isinstance(mask, Mask):
+        return
+    meant = "Mask(valid=...)"
+    if isinstance(mask, Tensor):
+        field_of = {1: "lengths", 2: "valid"}.get(mask.ndim, "bias")
+        boolean = mask.dtype == torch.bool
+        meant = f"Mask({field_of}={name}{'' if boolean or field_of != 'valid' else '.bool()'})"
+        if field_of == "bias" and boolean:
+            meant = f"Mask(bias=torch.zeros({name}.shape).masked_fill(~{name}, -torch.inf))"
+    raise Unsupported(
+        f"{name} of type {type(mask).__name__}",
+        supported="a regard.Mask of valid (B, N), lengths (B,), cu_seqlens, bias (B, H, N, M) or blocks",
+        nearest=meant,
+    )
+
+
+class Types:
+    """Types of options by name, as annotations have them."""
+
+    def __init__(self, hints: Mapping[str, Any]) -> None:
+        self.hints = hints
+        self.exact = {name: frozenset(_exact(hint)) for name, hint in hints.items()}
+
+    def check(self, owner: str, options: Mapping[str, Any]) -> None:
+        """Raise Unsupported for an option of another type; those without a type are not looked at. Not checked in a graph."""
+        if torch.compiler.is_compiling():
+            return
+        for name, value in options.items():
+            exact = self.exact.get(name)
+            if exact is None or type(value) in exact or _fits(value, self.hints[name]):
+                continue
+            what = f"{name}={value!r}" if isinstance(value, str | int | float) else f"{name} of {type(value).__name__}"
+            raise Unsupported(f"{what} of {owner}", supported=_type_name(self.hints[name]))
+
+
+@functools.cache
+def types_of(annotated: Any) -> Types:
+    """The types that a class or function is annotated with."""
+    try:
+        return Types(typing.get_type_hints(annotated))
+    except (NameError, AttributeError):  # names that only a type checker imports
+        return Types({})
+
+
+def _exact(hint: Any) -> set[type]:
+    """Built-in types whose every value fits: for these no closer look is needed."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*map(_exact, typing.get_args(hint)))
+    if hint in (Set, Collection):
+        return {set, frozenset}
+    return {float, int} if hint is float else {hint} & {int, bool, str, type(None), Tensor}
+
+
+NUMBERS: Mapping[Any, tuple[type, ...]] = {
+    int: (numbers.Integral, torch.SymInt),
+    float: (numbers.Real, torch.SymInt, torch.SymFloat),
+}
+"""What is taken for a number of a type."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    arms, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arm) for arm in arms)
+    if origin is tuple and isinstance(value, tuple | list):
+        if arms[1:] == (...,):
+            return all(_fits(item, arms[0]) for item in value)
+        return len(value) == len(arms) and all(map(_fits, value, arms))
+    if hint is Any:
+        return True
+    if hint in NUMBERS:
+        return isinstance(value, NUMBERS[hint]) and not isinstance(value, bool)
+    expected = origin or hint
+    return not isinstance(expected, type) or isinstance(value, expected)
+
+
+def _type_name(hint: Any) -> str:
+    arms, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type_name, arms))
+    if origin is tuple:
+        return f"({', '.join('...' if arm is ... else _type_name(arm) for arm in arms)})"
+    return "None" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))
+
+
+_BLOCK_MASK_TYPES = Types({"visible": Tensor, "block_size": int})
+_MASK_TYPES = Types(
+    dict.fromkeys(("valid", "lengths", "cu_seqlens", "bias"), Tensor | None) | {"blocks": BlockMask | None}
+)
+_CONTEXT_TYPES = Types(
+    dict.fromkeys(("positions", "memory_positions", "position_vectors", "roles"), Tensor | None)
+    | {"want": Set, "grid": tuple[int, ...] | None}
+)

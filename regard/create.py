@@ -8,37 +8,60 @@ from typing import Any
 
 from torch import nn
 
-from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest
+from regard.catalogue import get_mechanism, list_mechanisms, resolve
+from regard.contract import Kind, Mechanism, Pattern, Types, Unsupported, at_least, closest, types_of
 from regard.layers import linear
 from regard.layers.attention import AttentionLayer
+from regard.layers.plain import PlainLayer
 from regard.layers.projection import ProjectionLayer, projection_factory
+
+SIZES = Types({"dim": int, "num_heads": int | None})
 
 
 def create_layer(
-    name: str, dim: int, num_heads: int = 1, *, pattern: str | Pattern = Pattern.CAUSAL_SELF, **options: Any
+    name: str,
+    dim: int,
+    num_heads: int | None = None,
+    *,
+    pattern: str | Pattern = Pattern.CAUSAL_SELF,
+    plain: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A layer by the name of its mechanism.
 
+    A layer returns a ``Result``, because a state to continue from and losses to add up come with the output, and belong
+    to the call, not to the module. Where only tensors are passed on, as in ``nn.Sequential``, ``plain=True`` makes a
+    layer that returns the output: a word at creation, so that a reader knows what a call returns and the typed result
+    is lost nowhere by accident.
+
     Args:
-        name: name or alias in the catalogue.
+        name: name or alias in the catalogue; an alias may stand for options (:func:`regard.catalogue.resolve`).
         dim: width of its input.
-        num_heads: heads, for mechanisms that have them.
+        num_heads: heads; needed by mechanisms that have them.
         pattern: one of the mechanism's patterns.
+        plain: see :class:`regard.layers.plain.PlainLayer`.
         options: of the shell (head_dim, num_kv_heads, memory_dim, positions, dropout, ...: see
             :class:`regard.layers.attention.AttentionLayer`) and of the mechanism (its ``Config``).
 
     Returns:
-        A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``.
+        A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``; a plain one
+        as ``layer(x, memory=None, *, context=None)``, which returns a tensor.
 
     Raises:
         Unsupported: for unknown names and options, or a pattern the mechanism lacks.
     """
-    return build_layer(get_mechanism(name), dim, num_heads, pattern=pattern, **options)
+    card, options = resolve(name, options)
+    layer = build_layer(card, dim, num_heads, pattern=pattern, **options)
+    return PlainLayer(layer) if plain else layer
 
 
 def build_layer(
-    card: Mechanism, dim: int, num_heads: int = 1, *, pattern: str | Pattern = Pattern.CAUSAL_SELF, **options: Any
+    card: Mechanism,
+    dim: int,
+    num_heads: int | None = None,
+    *,
+    pattern: str | Pattern = Pattern.CAUSAL_SELF,
+    **options: Any,
 ) -> nn.Module:
     """:func:`create_layer` for a card that need not be in the catalogue."""
     wanted = card.require_pattern(pattern)
@@ -50,10 +73,16 @@ def build_layer(
             raise Unsupported(
                 f"option {option!r} of {card.name}", supported=", ".join(accepted), nearest=closest(option, accepted)
             )
+    what = f"a {card.name} layer"
+    SIZES.check(what, {"dim": dim, "num_heads": num_heads})
+    at_least("dim", dim, 1)
     config = card.options(**{n: v for n, v in options.items() if n in own})
     chosen = {n: v for n, v in card.layer_defaults.items() if n not in options and n in shell}
     chosen |= {n: v for n, v in options.items() if n in shell and n not in own}
+    types_of(_shell(card).__init__).check(what, chosen)
     if card.module is None:
+        if num_heads is None:
+            raise Unsupported(f"{what} without num_heads", supported="num_heads >= 1", nearest="a divisor of dim")
         return AttentionLayer(card, dim, num_heads, pattern=wanted, config=config, **chosen)
     if card.kind is Kind.PROJECTION:
         return ProjectionLayer(card, dim, pattern=wanted, config=config, **chosen)
@@ -67,12 +96,14 @@ def layer_options(card: Mechanism) -> list[str]:
     return sorted({*(f.name for f in dataclasses.fields(card.config)), *_shell_options(card)} - {"pattern"})
 
 
-def _shell_options(card: Mechanism) -> tuple[str, ...]:
+def _shell(card: Mechanism) -> type[nn.Module]:
     if card.module is None:
-        shell: type[nn.Module] = AttentionLayer
-    else:
-        shell = ProjectionLayer if card.kind is Kind.PROJECTION else card.module
-    named = inspect.signature(shell).parameters
+        return AttentionLayer
+    return ProjectionLayer if card.kind is Kind.PROJECTION else card.module
+
+
+def _shell_options(card: Mechanism) -> tuple[str, ...]:
+    named = inspect.signature(_shell(card)).parameters
     return tuple(n for n in named if n not in ("card", "dim", "num_heads", "config", "create"))
 
 

@@ -1,7 +1,8 @@
 """The mechanisms as functions of tensors, generated from the catalogue.
 
 Layouts are those of `torch.nn.functional.scaled_dot_product_attention`: (batch, heads, sequence, features), heads
-before time. Everything after the tensors is keyword-only::
+before time. Unlike there, a function without `pattern` is causal where the mechanism can be; ``pattern="noncausal-self"``
+lets all tokens see each other. Everything after the tensors is keyword-only::
 
     from regard.functional import softmax_attention, gated_linear_attention
     o = softmax_attention(q, k, v, pattern="causal-self")
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from regard.apply import apply, input_names
 from regard.catalogue import find_mechanism, get_mechanism, get_module, list_mechanisms
-from regard.contract import Kind, Mask, Mechanism, Pattern, Unsupported
+from regard.contract import Kind, Mask, Mechanism, Pattern, Unsupported, check_mask
 
 
 def function_name(card: Mechanism) -> str:
@@ -39,16 +40,23 @@ def _function(card: Mechanism) -> Callable[..., Any]:
     def function(*tensors: Tensor | None, **options: Any) -> Any:
         if len(tensors) > len(names):
             raise Unsupported(f"{len(tensors)} tensors for {card.name}", supported=", ".join(card.inputs))
-        inputs = dict(zip(names, tensors, strict=False))
+        inputs: dict[str, Any] = dict(zip(names, tensors, strict=False))
         call: dict[str, Any] = {"pattern": usual_pattern}
         bias = options.pop("bias", None)
         config: dict[str, Any] = {}
         for name, value in options.items():
             if name in inputs:
                 raise Unsupported(f"{card.name} with {name} given twice", supported="by place or by name")
+            if name in _ELSEWHERE and name not in own:
+                raise Unsupported(
+                    f"option {name!r} of {card.name}",
+                    supported=", ".join(parameter.name for parameter in parameters),
+                    nearest=_ELSEWHERE[name],
+                )
             place = inputs if name in names else call if name in passed else config
             place[name] = value
         if bias is not None:
+            check_mask("mask", call.get("mask"))
             mask = call.get("mask") or Mask()
             if mask.bias is not None:
                 raise Unsupported(f"{card.name} with bias and mask.bias", supported="one of them, or their sum")
@@ -79,7 +87,14 @@ def _function(card: Mechanism) -> Callable[..., Any]:
     function.__name__ = function.__qualname__ = function_name(card)
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__doc__ = get_module(card.name).__doc__
+    if usual_pattern is Pattern.CAUSAL_SELF:
+        function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n{_CAUSAL}"
     return function
+
+
+_CAUSAL = """Called without `pattern` it is causal, unlike torch.nn.functional.scaled_dot_product_attention:
+pattern="noncausal-self" lets all tokens see each other.
+"""
 
 
 _CALL_OPTIONS: dict[str, Any] = {
@@ -93,6 +108,18 @@ _CALL_OPTIONS: dict[str, Any] = {
     "backend": None,
     "form": None,
 }
+_ELSEWHERE = {
+    "is_causal": 'pattern="causal-self" for True, pattern="noncausal-self" for False',
+    "causal": 'pattern="causal-self" for True, pattern="noncausal-self" for False',
+    "attn_mask": "mask=Mask(bias=...), scores to add and -inf for pairs that are hidden",
+    "attention_mask": "mask=Mask(valid=attention_mask.bool())",
+    "key_padding_mask": "mask=Mask(valid=~key_padding_mask)",
+    "dropout_p": "dropout",
+    "softmax_scale": "scale",
+    "need_weights": 'want={"weights"}',
+    "enable_gqa": "none is needed: k and v may have fewer heads",
+}
+"""What arguments of other libraries' attention functions are called here."""
 _CONTEXT_OPTIONS = (
     "dropout",
     "generator",

@@ -489,6 +489,7 @@ def delta_rule_attention(
     allow_negative_eigenvalues: bool = ...,
     vector_beta: bool = ...,
     gated: bool = ...,
+    gate: str = ...,
 ) -> Any:
     """A matrix memory that is edited; writing under a key first takes away what is stored there."""
 
@@ -522,6 +523,36 @@ def diagonal_attention(
     form: str | None = ...,
 ) -> Any:
     """Attention inside blocks that do not overlap, with weights by softmax or by ReLU and an output norm."""
+
+def differential_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    lambda_init: float = ...,
+) -> Any:
+    """What a second softmax map attends to is subtracted from what the first does."""
 
 def flow_attention(
     q: Tensor,
@@ -855,6 +886,40 @@ def large_kernel(
     residual: bool = ...,
 ) -> Any:
     """A gate from a large neighbourhood, built of two small depthwise convolutions and a pointwise one."""
+
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    q_content: Tensor,
+    latent: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    latent_dim: int | None = ...,
+    content_dim: int | None = ...,
+    query_latent_dim: int | None = ...,
+) -> Any:
+    """Keys and values of all heads are made of one small vector a token, and only that is cached."""
 
 def linear_attention(
     q: Tensor,
@@ -1193,6 +1258,68 @@ def mixture_of_heads(
 ) -> Any:
     """Each token keeps a few of the attention heads, chosen and weighted by routers."""
 
+def mlstm_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_input: Tensor,
+    log_forget: Tensor,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    forget_gate: str = ...,
+    gate_cap: float | None = ...,
+) -> Any:
+    """Gated linear attention with exponential input gates and a normaliser: one token can outweigh the past."""
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    block_size: int = ...,
+    top: int = ...,
+) -> Any:
+    """Each query reads the few blocks of keys whose mean key it likes best, and its own."""
+
 def norm_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -1431,6 +1558,39 @@ def routing_attention(
     local_heads: int = ...,
 ) -> Any:
     """Learned centroids bring queries together with the keys of the same cluster."""
+
+def rwkv7_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    removal_key: Tensor,
+    rate: Tensor,
+    log_decay: Tensor | None = ...,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    eps: float = ...,
+    gate_rank: int = ...,
+) -> Any:
+    """A delta rule that forgets, erases and writes under keys of their own, each feature at its own rate."""
 
 def s4d(
     x: Tensor,

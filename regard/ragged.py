@@ -201,6 +201,8 @@ def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | 
         _check_documents(cu_seqlens, lengths, longest, batch, n)
     if longest is None:
         longest = int(lengths.max()) if documents else 0
+    elif not torch.compiler.is_compiling():
+        longest = min(longest, n)  # no document is longer than all together: nothing is made of the greater size
     token = torch.arange(n, device=cu_seqlens.device)
     # Empty documents start where the next one does; counting the ends passed skips them.
     document = torch.searchsorted(cu_seqlens[1:], token, right=True)
@@ -240,6 +242,13 @@ def _check_documents(
             supported=f"at least {int(lengths.max())}",
             nearest="max_length=None",
         )
+
+
+def check_pairs(bias: Shaped[Tensor, "b h n m"], *sizes: int | None) -> None:
+    """Raise Unsupported unless each axis of `bias` has its size, or 1; None is a size that is not known."""
+    if any(given not in (1, size) for given, size in zip(bias.shape, sizes, strict=True) if size is not None):
+        expected = ", ".join("any" if size is None else f"{size} or 1" for size in sizes)
+        raise Unsupported(f"bias of shape {tuple(bias.shape)}", supported=f"({expected}); cached keys come first")
 
 
 def gather_pairs(
@@ -351,3 +360,31 @@ def take_tokens(x: Shaped[Tensor, "b h n d"], index: Int[Tensor, "b h slots"]) -
     start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * n
     taken = x.reshape(-1, width).index_select(0, (index + start).flatten())
     return taken.view(batch, heads, index.shape[2], width)
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Queries in blocks of one group each.
+
+    Attributes:
+        table: the queries of each block; query 0 where a block is short.
+        first: one query of each block, which tells its group.
+        place: of each query in the table, laid out flat.
+    """
+
+    table: Int[Tensor, "b h blocks size"]
+    first: Int[Tensor, "b h blocks"]
+    place: Int[Tensor, "b h n"]
+
+
+def group_queries(group: Int[Tensor, "b h n"], most: int, size: int) -> QueryBlocks:
+    """Blocks of `size` queries for groups that are numbers of any kind, `most` different ones."""
+    n = group.shape[2]
+    count = min(n, n // size + most)
+    ordered, order = group.sort(dim=-1, stable=True)
+    within = torch.arange(n, device=group.device) - torch.searchsorted(ordered, ordered)
+    block = (within % size == 0).cumsum(-1) - 1
+    at = block * size + within % size
+    table = order.new_zeros(*order.shape[:2], count * size).scatter(-1, at, order)
+    table = table.unflatten(2, (count, size))
+    return QueryBlocks(table, table[..., 0], torch.zeros_like(at).scatter_(-1, order, at))

@@ -19,6 +19,17 @@ from regard.contract import BlockMask, Call
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+
+def surely(condition: bool) -> bool:
+    """Whether a condition on sizes holds, whatever values they take where they are symbols of a graph. Unlike `bool` it
+    fixes none of them: the graph that is compiled or exported goes on for every size."""
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy is large
+
+    return statically_known_true(condition)
+
+
 PositionBias = Callable[["Int[Tensor, 'b n']", "Int[Tensor, 'b m']"], "Float[Tensor, '#b #h n m']"]
 
 
@@ -111,12 +122,13 @@ class Visibility:
 
     def within(self, first: int, n: int, m: int) -> Visibility:
         """The same rule for query ranks first ... first + n - 1 and key ranks 0 ... m - 1, without the limits that
-        hide none of their pairs."""
+        surely hide none of their pairs: sizes that are symbols in a graph keep them, and are not fixed by the question."""
         last = first + n - 1
-        causal = self.causal and bool(m - 1 > first)
-        left = None if self.left is not None and self.left >= last else self.left
-        right = None if self.right is not None and self.right >= m - 1 - first else self.right
-        block = None if self.block is not None and first >= 0 and self.block > max(last, m - 1) else self.block
+        causal = self.causal and not surely(m - 1 <= first)
+        left = None if self.left is not None and surely(self.left >= last) else self.left
+        right = None if self.right is not None and surely(self.right >= m - 1 - first) else self.right
+        inside = self.block is not None and surely(first >= 0) and surely(self.block > last) and surely(self.block >= m)
+        block = None if inside else self.block
         if (causal, left, right, block) == (self.causal, self.left, self.right, self.block):
             return self
         return Visibility(causal, left, right, block, self.lookback, self.lookahead)
@@ -260,6 +272,6 @@ def masked_scores_bias(
         by_rank = position_bias(ranks.queries, ranks.keys).to(dtype)
         added = by_rank if added is None else added + by_rank
     if added is not None:
-        visible = visible & (added > -torch.inf)
-        added = added.masked_fill(~(added > -torch.inf), 0.0)
+        hidden = added == -torch.inf
+        visible, added = visible & ~hidden, added.masked_fill(hidden, 0.0)
     return visible, added

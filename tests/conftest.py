@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look for kernels of its models in the network
 
 _device_constructors()  # remembers the constructors that a device context steers, before any test replaces some
 

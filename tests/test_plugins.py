@@ -100,6 +100,7 @@ def test_it_is_profiled_beside_softmax(capsys, plugin):
         "0.01",
         "--head-dim",
         "8",
+        *(["--layer"] if PLUGINS[name] is Kind.WRAPPER else []),
     )
     assert {m["mechanism"] for m in found["measurements"]} == {"softmax", name}
     assert "forward time" in found["efficiency_length"][name]

@@ -263,6 +263,9 @@ struct Scores {
   }
 };
 
+// A weight from a score minus the log-sum-exp: no more than 1, though of large numbers the difference may be rounded up.
+REGARD_INLINE Vec share(Vec x) { return exp(minimum(zero(), x)); }
+
 // W from S = Q K^T in place, softmax without anything added.
 template <bool MASKED>
 void plain_weights(const Scores& scores, int64_t i0, int queries, int padded, float* weights) {
@@ -274,7 +277,7 @@ void plain_weights(const Scores& scores, int64_t i0, int queries, int padded, fl
     float* row = weights + i * KEYS;
     if (MASKED) scores.visible(i0 + i, mask);
     for (int j = 0; j < padded; j += LANES) {
-      Vec w = exp(fma(load(row + j), scale, lse));
+      Vec w = share(fma(load(row + j), scale, lse));
       if (MASKED) {
         IntVec seen;
         __builtin_memcpy(&seen, mask + j, sizeof seen);
@@ -315,7 +318,7 @@ void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool
       if (biased) s += load(added + j);
       Vec w;
       if (normalised(call)) {
-        w = exp(s + lse);
+        w = share(s + lse);
       } else if (call.rule == REGARD_SIGMOID) {
         w = sigmoid(s + call.shift);
       } else {

@@ -482,11 +482,12 @@ __attribute__((noinline)) void differentiate(const Block& block, const Chunk& ch
   each_group(block, chunk, rows, [&](const Members& members, int32_t group) {
     const IntVec mine = equal(own, group);
     const Vec peak = peak_of(scores, members);
-    const Vec gate = exp(gate_of(scores, members, peak, mine) - base);
+    // no weight is above 1, though of large numbers the differences may be rounded up
+    const Vec gate = exp(minimum(zero(), gate_of(scores, members, peak, mine) - base));
     const Vec from = select(mine, base, select(finite_below(peak), peak, zero()));
     Vec total = zero(), dot = zero();
     for (int r = members.begin; r < members.end; ++r) {
-      const Vec w = weight(load(scores + r * QUERIES) - from);
+      const Vec w = weight(minimum(zero(), load(scores + r * QUERIES) - from));
       total += w;
       dot += select(reinterpret_cast<IntVec>(w == 0.f), zero(), w * load(slopes + r * QUERIES));
       store(scores + r * QUERIES, w);

@@ -22,10 +22,12 @@ from regard.backends.native import library
 from regard.backends.native import linear_attention as native_linear
 from regard.backends.native import selective_scan as native_selective_scan
 from regard.backends.native import softmax_scan as native_scan
+from regard.backends.operators import TRANSFORMS, transformed
 from regard.backends.torch import (
     attention,
     conserved_flows,
     gated_recurrence,
+    generalized_delta,
     grouped_attention,
     layers,
     linear_attention,
@@ -59,6 +61,7 @@ class Backend:
         devices: device types it runs on; every device when empty.
         dtypes: dtypes of the first tensor that it takes; every dtype when empty.
         missing: why it cannot run at all here; None when it can.
+        transforms: whether its engines have forward-mode derivatives and let themselves be transformed by `torch.func`.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Backend:
     devices: frozenset[str] = field(default=frozenset())
     dtypes: frozenset[pytorch.dtype] = field(default=frozenset())
     missing: str | None = None
+    transforms: bool = True
 
     def lacks(self, engine: str, device: pytorch.device, dtype: pytorch.dtype | None) -> str | None:
         """Why it cannot run an engine on such tensors, whatever the call; None when it can."""
@@ -73,6 +77,10 @@ class Backend:
             return f"it does not have the engine {engine}" if engine else "plain functions run on torch"
         if self.missing is not None:
             return self.missing
+        if self.name != "torch" and pytorch.compiler.is_exporting():
+            return "an exported program has the operators of PyTorch alone"
+        if not self.transforms and transformed():
+            return f"it has no {TRANSFORMS}"
         if self.devices and device.type not in self.devices:
             return f"it runs on {', '.join(sorted(self.devices))}, not on {device.type}"
         if dtype is not None and self.dtypes and dtype not in self.dtypes:
@@ -99,6 +107,7 @@ NATIVE = Backend(
     devices=frozenset({"cpu"}),
     dtypes=frozenset(library.DTYPES),
     missing=library.why_missing(),
+    transforms=False,
 )
 
 TORCH = Backend(
@@ -110,6 +119,8 @@ TORCH = Backend(
         "gated_product": Engine(layers.gated_product),
         "gated_recurrence": Engine(gated_recurrence.run),
         "gated_recurrence_step": Engine(gated_recurrence.run_step),
+        "generalized_delta": Engine(generalized_delta.run),
+        "generalized_delta_step": Engine(generalized_delta.run_step),
         "grouped_attention": Engine(grouped_attention.run),
         "linear_attention": Engine(linear_attention.run),
         "rms_norm": Engine(layers.rms_norm),

@@ -1,10 +1,14 @@
 """x W^T + b in float32 on a CPU by the fastest of several libraries, as one differentiable operator.
 
 A *route* computes the product; which one is fastest depends on the machine (MKL keeps part of its code from processors of
-other makers) and on the sizes, so a route is chosen by measuring. Sizes are rounded down to powers of two, a *class*; the
-first product of a class is measured once (under a second, usually a tenth of it), and the choice is kept in memory and in
-``$XDG_CACHE_HOME/regard/linear_routes.json`` (``~/.cache`` when the variable is not set) for this processor, version of
-torch, number of threads and list of routes. Within a process the choice for a class never changes.
+other makers), on the sizes and on how the operands lie in memory, so a route is chosen by measuring. Products of one
+*class* have the same layouts, and sizes between the same powers of two; the first product of a class is measured, with
+its own sizes and strides, twice (a tenth of a second together, at most a second). Another route than torch's is taken
+only where both measurements say so. Within a process the choice for a class never changes.
+
+A choice on which both measurements agree is kept in ``$XDG_CACHE_HOME/regard/linear_routes.json`` (``~/.cache`` when the
+variable is not set) for this processor, version of torch, number of threads and list of routes. It is believed once
+another process has measured the same, so that what one process measured beside a busy neighbour does not last.
 
 The environment variable ``REGARD_LINEAR_ROUTE``, or :func:`use_route`, forces a route by name: ``torch`` is then plain
 ``torch.nn.functional.linear``.
@@ -64,34 +68,74 @@ PROBED_WORK = 1 << 30
 """Operations of the largest product that is measured; of larger ones a smaller one speaks for."""
 
 
+def _layout(rows: int, columns: int, strides: tuple[int, ...]) -> str:
+    """How a matrix lies in memory: ``rows`` or ``columns`` one after another, with ``gaps`` between them, or ``scattered``."""
+    down, along = strides
+    if along == 1 or columns <= 1:
+        return "rows" if down == columns or rows <= 1 else "rows with gaps"
+    if down == 1 or rows <= 1:
+        return "columns" if along == rows else "columns with gaps"
+    return "scattered"
+
+
+def _strides(layout: str, rows: int, columns: int, before: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a part of a matrix that lies as the whole does."""
+    return {"rows": (columns, 1), "columns": (1, rows)}.get(layout, before)
+
+
 class Product(NamedTuple):
-    """(m, k) times the transpose of (n, k): what a choice depends on. True where an operand is a transposed view."""
+    """(m, k) times the transpose of (n, k), with the strides of both: what a choice depends on."""
 
     m: int
     n: int
     k: int
-    x_transposed: bool
-    weight_transposed: bool
+    x_strides: tuple[int, ...]
+    weight_strides: tuple[int, ...]
     frozen: bool
+
+    @classmethod
+    def plain(cls, m: int, n: int, k: int, *, frozen: bool = False) -> Product:
+        """Of contiguous operands."""
+        return cls(m, n, k, (k, 1), (k, 1), frozen)
 
     @property
     def work(self) -> int:
         return 2 * self.m * self.n * self.k
 
-    def size_class(self) -> tuple[int, ...]:
-        m, n, k, *marks = self
-        return (m.bit_length(), n.bit_length(), k.bit_length(), *marks)
+    @property
+    def x_layout(self) -> str:
+        return _layout(self.m, self.k, self.x_strides)
 
-    def representative(self) -> Product:
-        """The product that is measured for all of its class."""
-        m, n, k = (1 << (size.bit_length() - 1) for size in (self.m, self.n, self.k))
+    @property
+    def weight_layout(self) -> str:
+        return _layout(self.n, self.k, self.weight_strides)
+
+    def size_class(self) -> tuple[int | str, ...]:
+        sizes = (self.m.bit_length(), self.n.bit_length(), self.k.bit_length())
+        return (*sizes, self.x_layout, self.weight_layout, self.frozen)
+
+    def measured(self) -> Product:
+        """The product that is measured for it: a smaller one of the same layouts where it is large."""
+        m, n, k = self.m, self.n, self.k
         while 2 * m * n * k > PROBED_WORK:
             m, n, k = (size // 2 if size == max(m, n, k) else size for size in (m, n, k))
-        return self._replace(m=m, n=n, k=k)
+        x_strides = _strides(self.x_layout, m, k, self.x_strides)
+        weight_strides = _strides(self.weight_layout, n, k, self.weight_strides)
+        return Product(m, n, k, x_strides, weight_strides, self.frozen)
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Tensors of such a product."""
+
+        def made(shape: tuple[int, int], strides: tuple[int, ...]) -> Tensor:
+            last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            return torch.full((last + 1,), 0.5, dtype=torch.float32, device="cpu").as_strided(shape, strides)
+
+        return made((self.m, self.k), self.x_strides), made((self.n, self.k), self.weight_strides)
 
     def __str__(self) -> str:
-        marks = ("^T" if self.x_transposed else "", "^T" if self.weight_transposed else "")
-        return f"{self.m}x{self.k}{marks[0]} {self.n}x{self.k}{marks[1]}" + (" frozen" if self.frozen else "")
+        """Its class, in words."""
+        m, n, k = (f"2^{size.bit_length() - 1}" for size in (self.m, self.n, self.k))
+        return f"{m}x{k} {self.x_layout}, {n}x{k} {self.weight_layout}{', frozen' if self.frozen else ''}"
 
 
 @dataclass(frozen=True)
@@ -110,12 +154,18 @@ class Route:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of a weight with gaps oneDNN has a plain loop, thousands of times slower than its kernels: that is copied first."""
+    n, k = weight.shape
+    if _layout(n, k, weight.stride()) not in ("rows", "columns"):
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def _onednn_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     packs = _LOCAL.frozen
-    return _onednn(x, weight if packs is None else packs.packed(weight), bias)
+    if packs is None:
+        return _onednn(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise.default(x, packs.packed(weight), bias, "none", [], "")
 
 
 def _has_onednn() -> bool:
@@ -130,7 +180,7 @@ ROUTES: dict[str, Route] = {
     "onednn_packed": Route(
         _onednn_packed,
         _has_onednn,
-        lambda product: product.frozen and product.m <= PACKED_ROWS and not product.weight_transposed,
+        lambda product: product.frozen and product.m <= PACKED_ROWS and product.weight_layout.startswith("rows"),
     ),
 }
 """By name, torch first: it is what the others have to beat."""
@@ -241,7 +291,7 @@ class Choices:
     """The route of each class, by number of threads and class."""
 
     forced: str | None = None
-    known: dict[tuple[int, ...], str] = field(default_factory=dict)
+    known: dict[tuple[int | str, ...], str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -255,7 +305,7 @@ class Choices:
         """The name of the route that x W^T takes."""
         (m, k), n = x.shape, weight.shape[0]
         frozen = _LOCAL.frozen is not None and _lasting(weight)
-        return self.route(Product(m, n, k, x.stride(1) != 1, weight.stride(1) != 1, frozen))
+        return self.route(Product(m, n, k, x.stride(), weight.stride(), frozen))
 
     def route(self, product: Product) -> str:
         """The name of the route that a product takes; measures when it is the first of its class."""
@@ -268,32 +318,38 @@ class Choices:
         if key not in self.known:
             with self.lock:
                 if key not in self.known:
-                    measured = product.representative()
-                    self.known[key] = self._recalled(threads, measured) or self._measured(threads, measured)
+                    self.known[key] = self._found(threads, product)
         return self.known[key]
 
-    def _recalled(self, threads: int, product: Product) -> str | None:
-        name = _read_cache().get(machine(threads), {}).get(str(product))
-        return name if name in _available() and ROUTES[name].applies(product) else None
-
-    def _measured(self, threads: int, product: Product) -> str:
-        name = fastest(probe(product), FROZEN_CALL_OVERHEAD if product.frozen else CALL_OVERHEAD)
+    def _found(self, threads: int, product: Product) -> str:
+        """What two processes have found one after the other, or else what this one finds."""
         stored = _read_cache()
-        stored.setdefault(machine(threads), {})[str(product)] = name
-        _write_cache(stored)
-        return name
+        kept = stored.setdefault(machine(threads), {})
+        before = kept.get(str(product), [])
+        if len(before) == 2 and before[0] == before[1] and before[0] in _available():
+            return before[0] if ROUTES[before[0]].applies(product) else "torch"
+        name, certain = choice(product)
+        if certain:
+            kept[str(product)] = [*before, name][-2:]
+            _write_cache(stored)
+        return name if name in before or not before else "torch"
 
 
-def _read_cache() -> dict[str, dict[str, str]]:
+def _read_cache() -> dict[str, dict[str, list[str]]]:
+    """By machine and class: the last choices of one or two processes."""
     try:
         stored = json.loads(cache_file().read_text())
     except (OSError, ValueError):
         return {}
-    well_formed = isinstance(stored, dict) and all(isinstance(choices, dict) for choices in stored.values())
-    return stored if well_formed else {}
+    if not isinstance(stored, dict) or not all(isinstance(choices, dict) for choices in stored.values()):
+        return {}
+    return {
+        where: {product: names for product, names in choices.items() if isinstance(names, list)}
+        for where, choices in stored.items()
+    }
 
 
-def _write_cache(stored: dict[str, dict[str, str]]) -> None:
+def _write_cache(stored: dict[str, dict[str, list[str]]]) -> None:
     """Whole or not at all; where nothing can be written, choices last as long as the process."""
     with suppress(OSError):
         file = cache_file()
@@ -311,6 +367,18 @@ def fastest(seconds: dict[str, float], overhead: float = CALL_OVERHEAD) -> str:
     needed = {name: spent if name == "torch" else spent + overhead for name, spent in seconds.items()}
     best = min(needed, key=needed.__getitem__)
     return best if needed[best] < MARGIN * needed["torch"] else "torch"
+
+
+def choice(product: Product) -> tuple[str, bool]:
+    """The route for the class of a product, and whether two measurements agree on it; torch's where they do not.
+
+    The smallest product of the class decides, in which the overhead of a call weighs most.
+    """
+    measured = product.measured()
+    least = max(SMALLEST_WORK, 2 << sum(size.bit_length() - 1 for size in (product.m, product.n, product.k)))
+    overhead = (FROZEN_CALL_OVERHEAD if product.frozen else CALL_OVERHEAD) * measured.work / least
+    first, second = (fastest(probe(measured), overhead) for _ in range(2))
+    return (first, True) if first == second else ("torch", False)
 
 
 def probe(product: Product) -> dict[str, float]:
@@ -336,12 +404,7 @@ def probe(product: Product) -> dict[str, float]:
 
 
 def _time_routes(product: Product) -> dict[str, float]:
-    def operand(rows: int, transposed: bool) -> Tensor:
-        shape = (product.k, rows) if transposed else (rows, product.k)
-        made = torch.full(shape, 0.5)
-        return made.t() if transposed else made
-
-    x, weight = operand(product.m, product.x_transposed), operand(product.n, product.weight_transposed)
+    x, weight = product.operands()
     # Time of the thread does not count interruptions, but counts one thread only.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     names = [name for name in _available() if ROUTES[name].applies(product)]
@@ -351,7 +414,7 @@ def _time_routes(product: Product) -> dict[str, float]:
             ROUTES[name].run(x, weight, None)
         begin = time.perf_counter()
         rounds = 0
-        while rounds < 5 or (rounds < 50 and time.perf_counter() - begin < 0.05):
+        while rounds < 5 or (rounds < 50 and time.perf_counter() - begin < 0.04):
             for name in names:
                 start = clock()
                 ROUTES[name].run(x, weight, None)
@@ -454,4 +517,4 @@ def _unmodified() -> bool:
 
 def which_route(rows: int, in_features: int, out_features: int) -> str:
     """The name of the route that a linear layer's forward takes for so many rows; measures if that is not known yet."""
-    return CHOICES.route(Product(rows, out_features, in_features, False, False, False))
+    return CHOICES.route(Product.plain(rows, out_features, in_features))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from regard.contract import Unsupported
@@ -19,6 +20,9 @@ _LIBRARY = torch.library.Library("regard", "FRAGMENT")
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+
+TRANSFORMS = "forward-mode derivatives or transforms of torch.func"
+"""What operators do not have; :func:`transformed` tells when they would be needed."""
 
 
 class Operator:
@@ -40,6 +44,8 @@ class Operator:
         self._apply: Callable[..., Any] = self.overload
 
     def __call__(self, *arguments: Any) -> Any:
+        if transformed():  # the dispatcher would drop tangents, and batch by a loop
+            raise Unsupported(f"{TRANSFORMS} of the operator {self.name}", nearest="backend='torch'")
         if _observed():
             return self.overload(*arguments)
         if _differentiated(arguments):
@@ -75,14 +81,23 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 def runs_plainly(*arguments: Any) -> bool:
     """Whether an operator's call comes to nothing but its function: nobody sees it or wants its gradient."""
-    return not _observed() and not _differentiated(arguments) and _direct(arguments)
+    return not transformed() and not _observed() and not _differentiated(arguments) and _direct(arguments)
+
+
+def transformed() -> bool:
+    """Whether forward-mode derivatives, or a function made from another by `torch.func`, are being computed; not asked of
+    what a compiler sees."""
+    if torch.compiler.is_compiling():
+        return False
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != TransformType.Functionalize for level in stack)
 
 
 def _differentiated(arguments: tuple[Any, ...]) -> bool:
-    """Whether a gradient is recorded, or tangents may come, which operators refuse and the dispatcher would drop."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        return True
-    return forward_ad._current_level >= 0
+    """Whether a gradient is recorded."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
 def _direct(arguments: tuple[Any, ...]) -> bool:
@@ -91,7 +106,10 @@ def _direct(arguments: tuple[Any, ...]) -> bool:
 
 
 def _plain(argument: Any) -> bool:
-    return not isinstance(argument, Tensor) or (type(argument) in PLAIN and argument.is_cpu)
+    """Whether a tensor's numbers lie in memory as they are: no sign waits to be applied, no zeros to be written."""
+    if not isinstance(argument, Tensor):
+        return True
+    return type(argument) in PLAIN and argument.is_cpu and not argument.is_neg() and not argument._is_zerotensor()
 
 
 def _observed() -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.backends import decode_attention, execute, which_backend
 from regard.contract import BlockMask, Cost, Shape, Unsupported, one_of
+from regard.ragged import check_pairs
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
@@ -79,12 +80,7 @@ def attention(
     if softcap is not None and not softcap > 0:
         raise Unsupported(f"softcap={softcap}", supported="softcap > 0", nearest="softcap=None")
     if bias is not None:
-        pairs = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        if bias.ndim != 4 or any(b not in (1, s) for b, s in zip(bias.shape, pairs, strict=True)):
-            raise Unsupported(
-                f"bias of shape {tuple(bias.shape)}",
-                supported=f"{pairs}, axes of size 1 broadcast; cached keys come first",
-            )
+        check_pairs(bias, *q.shape[:3], k.shape[2])
     return execute(
         "attention",
         backend,

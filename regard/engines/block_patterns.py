@@ -85,7 +85,7 @@ def random_blocks(
     i, j = _grid(length, block_size, "cpu")
     at_least("others", others, 0)
     at_least("heads", heads, 1)
-    draws = torch.rand(heads, i.shape[0], j.shape[1], generator=generator)
+    draws = torch.rand(heads, i.shape[0], j.shape[1], generator=generator, dtype=torch.float32, device="cpu")
     excluded = (j > i) if causal else torch.zeros_like(i == j)
     draws = draws.masked_fill(excluded, -1.0).masked_fill(i == j, 2.0)  # the block itself comes first
     place = draws.argsort(-1, descending=True).argsort(-1)

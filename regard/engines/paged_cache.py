@@ -20,6 +20,7 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.native.attention import DECODED_LONG
 from regard.backends.native.attention_decode import attention_decode
+from regard.backends.operators import TRANSFORMS, transformed
 from regard.contract import Unsupported, at_least, one_of
 from regard.engines.attention import attention
 from regard.visibility import Ranks, Visibility
@@ -73,8 +74,8 @@ class PagedCache:
             at_least(name, size, 1)
         self.k = torch.zeros(pages, kv_heads, page_size, width, dtype=dtype, device=device)
         self.v = torch.zeros(pages, kv_heads, page_size, value_width, dtype=dtype, device=device)
-        self.table = torch.full((rows, 0), -1)
-        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.table = torch.full((rows, 0), -1, dtype=torch.int64, device="cpu")
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device="cpu")
         self.free = list(range(pages - 1, -1, -1))
 
     @property
@@ -100,15 +101,19 @@ class PagedCache:
                 raise Unsupported(
                     f"{name} of shape {tuple(x.shape)} on {x.device}", supported=f"{wanted} on {pool.device}"
                 )
-        added = torch.full((rows,), n) if lengths is None else lengths.to("cpu", torch.int64)
+        added = (
+            torch.full((rows,), n, dtype=torch.int64, device="cpu")
+            if lengths is None
+            else lengths.to("cpu", torch.int64)
+        )
         if added.shape != (rows,) or bool(((added < 0) | (added > n)).any()):
             raise Unsupported(f"lengths {added.tolist()} for {rows} rows", supported=f"0 to {n} for each")
         total = self.lengths + added
         self._take_pages(total)
-        slots = torch.arange(n)
+        slots = torch.arange(n, device="cpu")
         new = slots < added[:, None]
         at = (self.lengths[:, None] + slots)[new]
-        row = torch.arange(rows)[:, None].expand(-1, n)[new]
+        row = torch.arange(rows, device="cpu")[:, None].expand(-1, n)[new]
         device = self.k.device
         page, slot, new = (x.to(device) for x in (self.table[row, at // self.page_size], at % self.page_size, new))
         with torch.no_grad():
@@ -132,7 +137,7 @@ class PagedCache:
     def gather(self) -> tuple[Float[Tensor, "rows g m d"], Float[Tensor, "rows g m v"], Int[Tensor, "rows m"]]:
         """Keys and values of all rows right-padded to the longest with zeros, and their ranks, -1 in padding."""
         longest = int(self.lengths.max())
-        slots = torch.arange(longest)
+        slots = torch.arange(longest, device="cpu")
         there = (slots < self.lengths[:, None]).to(self.k.device)
         pages = self.table[:, : -(-longest // self.page_size)].clamp(min=0).to(self.k.device)
         k, v = (
@@ -209,14 +214,14 @@ def paged_attention(
     n = q.shape[2]
     scale = width**-0.5 if scale is None else scale
     visibility = Visibility(causal=causal, left=window)
-    queries = cache.lengths[:, None] - n + torch.arange(n)
+    queries = cache.lengths[:, None] - n + torch.arange(n, device="cpu")
     reason = None if backend != "torch" else "asked for torch"
     if backend is not None:
         one_of("backend", backend, ("native", "torch"))
     if reason is None:
         reason = _refusal(q, cache, sink)
     if reason is None:
-        limits = [int(causal), -1 if window is None else window, -1, 0, 0, 0]
+        limits = [int(causal), -1 if window is None else min(window, library.MOST), -1, 0, 0, 0]
         sink = None if sink is None else sink.float()
         output, lse = attention_decode(
             q, pool, cache.v, cache.table, cache.lengths, queries, limits, scale, softcap or 0.0, sink
@@ -238,10 +243,10 @@ def paged_attention(
             want_lse=want_lse,
             backend=backend,
         )
-        if not want_lse:
-            return output
-        assert found is not None
-        lse = found
+        lse = output[..., 0] if found is None else found
+    if not causal and bool((queries < 0).any()):
+        absent = (queries < 0)[:, None].to(q.device)  # which would see all of the row
+        output, lse = output.masked_fill(absent[..., None], 0), lse.masked_fill(absent, -torch.inf)
     return (output, lse) if want_lse else output
 
 
@@ -254,6 +259,8 @@ def _refusal(q: Tensor, cache: PagedCache, sink: Tensor | None) -> str | None:
         return f"it runs on cpu, and q is on {q.device.type}"
     if not q.dtype == cache.k.dtype == cache.v.dtype or q.dtype not in library.DTYPES:
         return "it computes where all is float32, or all is bfloat16"
+    if transformed():
+        return f"it has no {TRANSFORMS}"
     if torch.is_grad_enabled() and (q.requires_grad or (sink is not None and sink.requires_grad)):
         return "it has no gradient"
     if q.shape[2] > DECODED_LONG:

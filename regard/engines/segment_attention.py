@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.angles import angles
+from regard.backends.operators import runs_plainly
 from regard.contract import Call, Pattern, Result, state_field
 from regard.engines.attention import Visibility, attention
 from regard.engines.cache import WindowState, extend_window, take
@@ -94,7 +95,7 @@ class Distances:
         weights = self.weights
         dtype = torch.promote_types(weights.dtype, torch.float32)
         known = (high, low, self.clamp, weights.shape[1], dtype, weights.device)
-        return _sinusoids(*known) if torch.compiler.is_compiling() else _kept_sinusoids(*known)
+        return _kept_sinusoids(*known) if runs_plainly() else _sinusoids(*known)
 
 
 def _sinusoids(
@@ -108,7 +109,8 @@ def _sinusoids(
 
 @lru_cache(maxsize=16)
 def _kept_sinusoids(*known: Any) -> Tensor:
-    """Constants that every layer and every step of decoding asks for again."""
+    """Constants that every layer and every step of decoding asks for again; not those that a mode or transform of torch
+    made, which are of no use after it."""
     with torch.inference_mode(False), torch.no_grad():
         return _sinusoids(*known)
 
@@ -320,7 +322,7 @@ class _Sequence:
         token = (start + first + torch.arange(-reach.cached, size, device=device))[:, None]  # b 1 m
         seen = (token >= begin - reach.memory) & (token >= 0) & (token <= rank)
         farthest = max(m - 1, reach.groups + reach.cached)
-        scores = q.new_zeros(1, 1, 1, farthest + 2).expand(-1, -1, size, -1)
+        scores = q.new_zeros(1, 1, 1, farthest + 2).expand(q.shape[0], -1, size, -1)
         if self.distances is not None:
             scores = self.call.scale * self.distances.scores(q, farthest)
         by_token = _shifted(scores[..., farthest + 1 - m :])  # with one more in front, of no use

@@ -45,7 +45,7 @@ def segment_means(
 
 
 def _of_whole_rows(x: Float[Tensor, "b h n d"], count: int) -> Float[Tensor, "b h s d"]:
-    size, longer = divmod(x.shape[2], count)
+    size, longer = x.shape[2] // count, x.shape[2] % count  # `divmod` knows no symbols
     border = (count - longer) * size
     means = [x[:, :, :border].unflatten(2, (count - longer, size)).mean(3)]
     if longer:

@@ -133,7 +133,7 @@ def merge(first: Carry, second: Carry) -> Carry:
 
 def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tensor, "... v"]:
     """w / u, and 0 where no token was seen."""
-    seen = u > 0
+    seen = u != 0  # NaN is seen
     return torch.where(seen[..., None], w / torch.where(seen, u, 1)[..., None], 0)
 
 

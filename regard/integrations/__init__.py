@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from regard.integrations.swap import SwapReport, swap
+from regard.integrations.swap import SwapReport, swap, unswap
 
-__all__ = ["SwapReport", "swap"]
+__all__ = ["SwapReport", "swap", "unswap"]

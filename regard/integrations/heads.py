@@ -106,16 +106,6 @@ def _hides_only(scores: Tensor) -> Tensor | None:
     return ~hidden if bool((hidden | (scores == 0)).all()) else None
 
 
-def check_causality(pattern: Pattern, visible: Visible, n: int) -> None:
-    """Raise Unsupported when a module that is causal is called without a causal mask, which would change its meaning."""
-    if pattern is Pattern.CAUSAL_SELF and not visible.causal and visible.bias is None and n > 1:
-        raise Unsupported(
-            "a call without a causal mask of a module swapped in causal-self",
-            supported="calls with the causal mask",
-            nearest='regard.swap(..., pattern="noncausal-self")',
-        )
-
-
 class HeadAttention(nn.Module):
     """Queries, keys and values of heads -> output of heads, by a mechanism; learns what else the mechanism takes.
 
@@ -161,11 +151,40 @@ class HeadAttention(nn.Module):
         self.projection = None if card.projection is None else card.projection(spec)
         self.merge = None if card.merge is None else card.merge(spec)
         self.learns = next(self.parameters(), None) is not None
+        self.needs_losses: tuple[Pattern, ...] = getattr(self.projection, "learns_from_losses", ())
+        if spec.pattern in self.needs_losses:
+            raise Unsupported(
+                f"{card.name} in {spec.pattern.value} in a model that does not add up the losses it learns from",
+                supported=", ".join(p.value for p in card.patterns if p not in self.needs_losses),
+                nearest="regard.models.LanguageModel with regard.training.distillation_loss",
+            )
 
     @property
     def adds(self) -> bool:
         """Whether it is more than its mechanism of queries, keys and values: it learns, or changes heads that are merged."""
         return self.learns or self.merge is not None
+
+    @property
+    def needs_whole_sequences(self) -> bool:
+        """Whether it cannot go on from a cache of keys and values: it reads past tokens, or is defined for N = M alone."""
+        return not self.card.uneven or (self.projection is not None and self.learns)
+
+    def check_rotated(self) -> None:
+        """Raise Unsupported where queries and keys that the model has rotated would be misread."""
+        nearest = ""
+        if "rotary" not in self.card.accepts_positions:
+            reason = self.card.refused_positions or "takes no rotary positions"
+        elif self.card.maps_before_rotation:
+            reason = "it maps queries and keys before their rotation"
+        elif told := getattr(self.projection, "reads_unrotated", None):
+            reason, nearest = f"it reads {told[0]} before their rotation", told[1]
+        else:
+            return
+        raise Unsupported(
+            f"{self.card.name} where the model rotates queries and keys ({reason})",
+            supported="models without rotary positions",
+            nearest=nearest or "softmax, linear, gated_linear",
+        )
 
     def forward(
         self,
@@ -180,37 +199,47 @@ class HeadAttention(nn.Module):
         scale: float | None = None,
         dropout: float = 0.0,
         want: frozenset[str] = frozenset(),
+        context: Context | None = None,
         **inputs: Tensor,
     ) -> Result:
         """Attend.
 
         Args:
             x, source: the tokens of queries and keys, which learned gates read.
-            pattern: the call's; causality of `visible` must agree with it where the mechanism takes no bias.
+            pattern: the call's. In self patterns `visible` decides whether it is causal; noncausal-self with other than as
+                many keys as queries is noncausal-cross.
             visible: what :func:`read_mask` found.
+            context: grid and roles of the tokens.
             inputs: other inputs of the mechanism.
 
         Raises:
             Unsupported: for a mask that the mechanism cannot honour.
         """
         heads: dict[str, Tensor] = {"q": q, "k": k, "v": v, **inputs}
-        if self.projection is not None and self.learns and (source is None or source.shape[1] != k.shape[2]):
+        context = Context() if context is None else context
+        n, m = q.shape[2], k.shape[2]
+        if self.projection is not None and self.learns and (source is None or source.shape[1] != m):
             raise Unsupported(
                 f"{self.card.name}, whose gates are learned from the tokens, with a cache of keys and values",
                 supported="whole sequences",
                 nearest="use_cache=False",
             )
         mixing = getattr(self.projection, "keeps_state", False)
-        causal, bias = visible.causal, visible.bias
-        if pattern is not Pattern.CAUSAL_SELF and causal:
-            if pattern is Pattern.NONCAUSAL_SELF:
-                pattern = self.card.require_pattern(Pattern.CAUSAL_SELF)
-            else:
-                raise Unsupported(
-                    f"{self.card.name} with a causal mask across sequences",
-                    supported="a mask of keys",
-                    nearest="no mask",
-                )
+        bias = visible.bias
+        if pattern.cross and visible.causal:
+            raise Unsupported(
+                f"{self.card.name} with a causal mask across sequences", supported="a mask of keys", nearest="no mask"
+            )
+        if not pattern.cross and pattern.causal != visible.causal and n > 1:
+            pattern = self.card.require_pattern(Pattern.CAUSAL_SELF if visible.causal else Pattern.NONCAUSAL_SELF)
+        if pattern is Pattern.NONCAUSAL_SELF and n != m:
+            pattern = self.card.require_pattern(Pattern.NONCAUSAL_CROSS)
+        if pattern is Pattern.CAUSAL_SELF and n != m and not self.card.uneven:
+            raise Unsupported(
+                f"{self.card.name}, which reads as many queries as keys, with {n} of {m} tokens and a cache of the others",
+                supported="whole sequences",
+                nearest="use_cache=False",
+            )
         if bias is not None and "bias" not in self.card.honours:
             raise Unsupported(
                 f"{self.card.name} with a mask of pairs that is neither causality nor missing keys",
@@ -222,16 +251,15 @@ class HeadAttention(nn.Module):
                 f"{self.card.name}, whose learned parts are made for {self.pattern.value}, in a call that its mask makes "
                 f"{pattern.value}",
                 supported=f"calls in {self.pattern.value}",
-                nearest=f'regard.swap(..., pattern="{pattern.value}")',
+                nearest="softmax" if pattern in self.needs_losses else f'regard.swap(..., pattern="{pattern.value}")',
             )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"grid": context.grid, "roles": context.roles}
         if "dropout" in self.card.honours and dropout:
-            options = {"dropout": dropout, "training": True}
+            options |= {"dropout": dropout, "training": True}
         if mixing:
-            return self._with_mixing(heads, x, source, pattern, visible, scale, want, options)
+            return self._with_mixing(heads, x, source, pattern, visible, scale, want, context, options)
         if self.projection is not None:
-            heads = self.projection(heads, x, source, Context())
-        n, m = q.shape[2], k.shape[2]
+            heads = self.projection(heads, x, source, context)
         keys = None if visible.keys is None else Mask(valid=visible.keys)
         together = not pattern.cross and n == m
         mask = keys if together else None
@@ -255,7 +283,7 @@ class HeadAttention(nn.Module):
                     supported="sequences without padding",
                     nearest="softmax",
                 )
-            result.output = self.merge(result.output, heads, x, Context(), None, result)
+            result.output = self.merge(result.output, heads, x, context, None, result)
         return result
 
     def _with_mixing(
@@ -267,6 +295,7 @@ class HeadAttention(nn.Module):
         visible: Visible,
         scale: float | None,
         want: frozenset[str],
+        context: Context,
         options: dict[str, Any],
     ) -> Result:
         """Attend with a projection that mixes tokens, which are therefore gathered first, and with the merge, which may too."""
@@ -277,9 +306,13 @@ class HeadAttention(nn.Module):
         queries = gathering(None, batch, n, heads["q"].device) if pattern.cross else keys
         heads = {name: (queries if name == "q" else keys).gather(t, axis=2) for name, t in heads.items()}
         x, source = (None if t is None else layout.gather(t, axis=1) for t, layout in ((x, queries), (source, keys)))
+        if visible.keys is not None:
+            context = context.replace(mask=Mask(valid=visible.keys))
+        if context.roles is not None:
+            options |= {"roles": keys.gather(context.roles, axis=1)}
         assert self.projection is not None
         inputs, _ = self.projection(
-            heads, x, source, Context(), lengths=queries.lengths, memory_lengths=keys.lengths, state=None
+            heads, x, source, context, lengths=queries.lengths, memory_lengths=keys.lengths, state=None
         )
         result = apply(
             self.card,
@@ -293,6 +326,6 @@ class HeadAttention(nn.Module):
             **options,
         )
         if self.merge is not None:
-            result.output = self.merge(result.output, inputs, x, Context(), queries.lengths, result)
+            result.output = self.merge(result.output, inputs, x, context, queries.lengths, result)
         result.output = queries.scatter(result.output, axis=2)
         return result

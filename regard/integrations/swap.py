@@ -1,9 +1,9 @@
-"""`regard.swap`: another mechanism in the attention modules of a model that exists."""
+"""`regard.swap`: another mechanism in the attention modules of a model that exists; `regard.unswap` undoes it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -13,17 +13,37 @@ from torch import nn
 from regard.catalogue import get_mechanism
 from regard.contract import Mechanism, Pattern, Unsupported
 from regard.integrations.heads import HeadAttention, check_swappable
-from regard.integrations.torch_modules import MultiheadAttention, VisionAttention
+from regard.integrations.torch_modules import MultiheadAttention, Swapped, VisionAttention
+
+WINDOWS = "windows of tokens, with a learned bias for each offset"
+BIASED = "a learned bias for each offset on the grid"
+ROTARY = "rotary positions of two sides"
+REASONS = {
+    "layers.attention.AttentionRope": ROTARY,
+    "models.beit.Attention": BIASED,
+    "models.eva.EvaAttention": ROTARY,
+    "models.swin_transformer.WindowAttention": WINDOWS,
+    "models.swin_transformer_v2.WindowAttention": f"cosines of {WINDOWS}",
+    "models.swin_transformer_v2_cr.WindowMultiHeadAttention": f"cosines of {WINDOWS}",
+    "models.vision_transformer_relpos.RelPosAttention": BIASED,
+    "models.vision_transformer_sam.Attention": BIASED,
+}
+"""What attention of timm has inside that another mechanism would leave out."""
+
+PACKS = "regard_packs"
+"""Attribute of an encoder of PyTorch that packed padded batches before a swap."""
+
+KNOWN = "nn.MultiheadAttention, transformers models with the attention interface, timm's ViT attention"
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What :func:`swap` changed.
+    """What :func:`swap` or :func:`unswap` changed.
 
     Attributes:
-        mechanism: name.
-        changed: path of each module, with the class it had and the pattern it has now.
-        kept: modules that `only` left out.
+        mechanism: name, or names.
+        changed: path of each module, with the class it had, and the mechanism and the pattern it has now.
+        kept: attention modules that are as they were.
         learned: names of parameters that are new and untrained; empty when the mechanism learns nothing beside the
             projections.
         notes: what else a user should know.
@@ -45,13 +65,35 @@ class SwapReport:
         return "\n".join([*lines, *self.notes])
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A mechanism for a module, with its options."""
+
+    card: Mechanism
+    options: dict[str, Any]
+    pattern: Pattern | None
+
+    @classmethod
+    def of(cls, named: Any, pattern: str | Pattern | None = None) -> Choice:
+        """Checked; `named` is a name, or a name and options."""
+        name, options = (named, {}) if isinstance(named, str) else named
+        card = get_mechanism(name)
+        check_swappable(card)
+        card.options(**options)
+        return cls(card, dict(options), None if pattern is None else card.require_pattern(pattern))
+
+    def for_module(self, usual: Pattern) -> Choice:
+        """With the pattern of a module."""
+        return Choice(self.card, self.options, self.pattern or self.card.require_pattern(usual))
+
+
 Change = Callable[[], tuple[str, nn.Module]]
 """Carries out a planned change; returns the module whose parameters are new, and its name in the changed one."""
 
 
 def swap(
     model: nn.Module,
-    mechanism: str,
+    mechanism: str | Mapping[str, Any],
     *,
     pattern: str | Pattern | None = None,
     only: str | None = None,
@@ -60,72 +102,141 @@ def swap(
     """Put `mechanism` into the attention modules of `model`, in place, on the projections that it has.
 
     Knows `nn.MultiheadAttention` (alone and in PyTorch's encoder and decoder layers), transformers models that dispatch
-    through its attention interface, and timm's ViT attention. Everything is checked before anything is changed.
+    through its attention interface, and timm's ViT attention. Everything is checked before anything is changed. A model
+    that was swapped before may be swapped again; what its old mechanism had learned beside the projections is lost.
 
     Args:
         mechanism: name of an attention mechanism of queries, keys and values. With ``softmax`` the outputs stay equal,
             with every mask. With another the model needs training; what it learns beside the projections (gates) is
-            new.
+            new. Or, for hybrids, a mapping from patterns of paths to a name, to a name and options, or to None for
+            modules to leave; the first that matches decides, and what none matches is left::
+
+                swap(model, {"*.layers.0.*": None, "*": ("local", {"window": 64})})
+
         pattern: of all modules; when None: causal-self in decoder layers, noncausal-cross where a layer reads an
-            encoder, what transformers says of its modules, otherwise noncausal-self. A causal mask given later to a
-            noncausal-self module makes the call causal, where the mechanism has that pattern.
+            encoder, what transformers says of its modules, otherwise noncausal-self. A call of a self pattern is causal
+            if its mask is, where the mechanism has that pattern.
         only: a pattern of paths (``encoder.layers.*``) to change.
         options: of the mechanism.
 
     Raises:
         Unsupported: with all reasons, when a module cannot be changed safely; then none is.
     """
-    card = get_mechanism(mechanism)
-    check_swappable(card)
-    card.options(**options)
-    wanted = None if pattern is None else card.require_pattern(pattern)
-    report = SwapReport(card.name)
+    choices = _choices(mechanism, pattern, only, options)
+    report = SwapReport(", ".join(dict.fromkeys(c.card.name for c in choices.values() if c is not None)))
     plan: dict[str, Change] = {}
+    chosen: dict[str, Choice] = {}
     refused: dict[str, str] = {}
+    unused = set(choices)
     for path, module in model.named_modules():
-        reader = _reader(module)
+        reader = reader_of(module)
         if reader is None:
+            continue
+        glob = next((glob for glob in choices if fnmatch(path, glob)), None)
+        unused.discard(glob or "")
+        choice = None if glob is None else choices[glob]
+        if choice is None:
+            report.kept.append(path)
+            continue
+        try:
+            chosen[path] = choice.for_module(_usual_pattern(model, path, module))
+            plan[path] = reader(model, path, module, chosen[path])
+        except Unsupported as error:
+            refused[path] = str(error)
+            continue
+        report.changed[path] = f"{type(module).__name__}, {choice.card.name}, {chosen[path].pattern}"
+    if refused:
+        raise Unsupported(
+            f"swapping to {report.mechanism}: " + "; ".join(f"{path}: {reason}" for path, reason in refused.items()),
+            supported="modules whose work it can do",
+            nearest="only=..., to change other modules, or softmax",
+        )
+    if not plan and not report.kept:
+        raise Unsupported(f"a {type(model).__name__} without attention modules that are known", supported=KNOWN)
+    if unused or not plan:
+        raise Unsupported(
+            f"{', '.join(map(repr, unused)) or 'a mapping'}, which chooses no attention module of this "
+            f"{type(model).__name__}",
+            supported=f"patterns of their paths: {', '.join([*report.changed, *report.kept])}",
+        )
+    bridge = _bridge(model)
+    if bridge is not None:
+        bridge.check_interface(model)
+    added = {path: change() for path, change in plan.items()}
+    for path, (name, module) in added.items():
+        report.learned.extend(f"{path}.{name}.{parameter}" for parameter, _ in module.named_parameters())
+    if bridge is not None:
+        report.notes.append(bridge.record_swap(model, chosen))
+    _choose_paths_of_encoders(model)
+    return report
+
+
+def unswap(model: nn.Module, only: str | None = None) -> SwapReport:
+    """Give modules that :func:`swap` changed back the attention that they had, in place, with the weights as they are.
+
+    What mechanisms have learned beside the projections is dropped.
+
+    Args:
+        model: that was swapped.
+        only: a pattern of paths to change back.
+
+    Raises:
+        Unsupported: when nothing is swapped there.
+    """
+    bridge = _bridge(model)
+    report = SwapReport("their own attention")
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, Swapped) and (bridge is None or not bridge.is_swapped(module)):
             continue
         if only is not None and not fnmatch(path, only):
             report.kept.append(path)
             continue
-        try:
-            chosen = wanted or card.require_pattern(_usual_pattern(model, path, module))
-            plan[path] = reader(model, path, module, card, chosen, options)
-        except Unsupported as error:
-            refused[path] = str(error)
-            continue
-        report.changed[path] = f"{type(module).__name__}, {chosen.value}"
-    if refused:
+        if isinstance(module, Swapped):
+            module = module.original()
+            _put(model, path, module)
+        else:
+            bridge.take_out(module)
+        report.changed[path] = type(module).__name__
+    if not report.changed:
         raise Unsupported(
-            f"swapping to {card.name}: " + "; ".join(f"{path}: {reason}" for path, reason in refused.items()),
-            supported="modules whose work it can do",
-            nearest="only=..., to change other modules, or softmax",
-        )
-    if not plan:
-        raise Unsupported(
-            f"a {type(model).__name__} without attention modules that are known"
+            f"unswap of a {type(model).__name__} without swapped modules"
             + ("" if only is None else f" under {only!r}"),
-            supported="nn.MultiheadAttention, transformers models with the attention interface, timm's ViT attention",
+            supported="models that regard.swap has changed",
         )
-    if _is_transformers(model):
-        _use_interface(model, card, report)
-    for path, change in plan.items():
-        prefix, added = change()
-        report.learned.extend(f"{path}.{prefix}.{name}" for name, _ in added.named_parameters())
-    if _is_transformers(model):
-        report.notes.append(_about_caches(model, bool(report.learned)))
-    _leave_fused_paths(model)
+    if bridge is not None:
+        bridge.record_unswap(model)
+    _choose_paths_of_encoders(model)
     return report
 
 
-def _reader(module: nn.Module) -> Callable[..., Change] | None:
+def _choices(
+    mechanism: str | Mapping[str, Any], pattern: str | Pattern | None, only: str | None, options: dict[str, Any]
+) -> dict[str, Choice | None]:
+    """By pattern of paths, in order."""
+    if not isinstance(mechanism, Mapping):
+        return {"*" if only is None else only: Choice.of((mechanism, options), pattern)}
+    if only is not None or options:
+        raise Unsupported(
+            f"{'only' if only is not None else ', '.join(options)} beside a mapping of paths to mechanisms",
+            supported="all of it in the mapping",
+            nearest='{"*.0.*": ("local", {"window": 64}), "*": None}',
+        )
+    for named in mechanism.values():
+        pair = isinstance(named, (tuple, list)) and len(named) == 2 and isinstance(named[1], Mapping)
+        if not (named is None or isinstance(named, str) or pair):
+            raise Unsupported(f"{named!r} for a module", supported='a name, (name, {"option": value}), or None')
+    return {glob: None if named is None else Choice.of(named, pattern) for glob, named in mechanism.items()}
+
+
+def reader_of(module: nn.Module) -> Callable[..., Change] | None:
     """What plans the change of a module; None for other modules."""
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, (nn.MultiheadAttention, MultiheadAttention)):
         return _plan_multihead
     timm = sys.modules.get("timm.layers.attention")
-    if timm is not None and isinstance(module, (timm.Attention, timm.AttentionRope)):
+    if isinstance(module, VisionAttention) or (timm is not None and isinstance(module, timm.Attention)):
         return _plan_vision
+    if _timm_name(module) in REASONS:
+        return _refuse_vision
     if _dispatches(module):
         return _plan_transformers
     return None
@@ -142,9 +253,19 @@ def _dispatches(module: nn.Module) -> bool:
     )
 
 
-def _is_transformers(model: nn.Module) -> bool:
+def _timm_name(module: nn.Module) -> str:
+    home = type(module).__module__
+    return f"{home.removeprefix('timm.')}.{type(module).__name__}" if home.startswith("timm.") else ""
+
+
+def _bridge(model: nn.Module) -> Any:
+    """What knows of transformers models, for one of them; None for others."""
     library = sys.modules.get("transformers")
-    return library is not None and isinstance(model, library.PreTrainedModel)
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return None
+    from regard.integrations import transformers as bridge
+
+    return bridge
 
 
 def _usual_pattern(model: nn.Module, path: str, module: nn.Module) -> Pattern:
@@ -159,98 +280,85 @@ def _usual_pattern(model: nn.Module, path: str, module: nn.Module) -> Pattern:
 
 
 def _plan_multihead(
-    model: nn.Module, path: str, module: nn.MultiheadAttention, card: Mechanism, pattern: Pattern, options: Any
+    model: nn.Module, path: str, module: nn.MultiheadAttention | MultiheadAttention, choice: Choice
 ) -> Change:
-    told = f"{type(module).__name__}"
-    if type(module) is not nn.MultiheadAttention:
-        raise Unsupported(f"{told}, a subclass that may compute something else", supported="nn.MultiheadAttention")
-    if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
-        raise Unsupported(f"{told} with learned or zero keys added to the sequence", supported="one without them")
+    told = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        if type(module) is not nn.MultiheadAttention:
+            raise Unsupported(f"{told}, a subclass that may compute something else", supported="nn.MultiheadAttention")
+        if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+            raise Unsupported(f"{told} with learned or zero keys added to the sequence", supported="one without them")
     if module.kdim != module.vdim:
         raise Unsupported(f"{told} with keys and values of different inputs", supported="kdim = vdim")
-    new = MultiheadAttention(module, card, pattern, **options)
-    return lambda: _replace(model, path, new)
+    assert choice.pattern is not None
+    return _replace(model, path, MultiheadAttention(module, choice.card, choice.pattern, **choice.options))
 
 
-def _plan_vision(model: nn.Module, path: str, module: Any, card: Mechanism, pattern: Pattern, options: Any) -> Change:
+def _plan_vision(model: nn.Module, path: str, module: Any, choice: Choice) -> Change:
     timm = sys.modules["timm.layers.attention"]
-    if type(module) is not timm.Attention:
+    if type(module) not in (timm.Attention, VisionAttention):
         raise Unsupported(
-            f"timm's {type(module).__name__}, which computes more than attention", supported="timm.layers.Attention"
+            f"{type(module).__name__}, a subclass that may compute something else", supported="timm.layers.Attention"
         )
-    new = VisionAttention(module, card, pattern, **options)
-    return lambda: _replace(model, path, new)
+    assert choice.pattern is not None
+    grid = _grid_around(model, path)
+    return _replace(model, path, VisionAttention(module, choice.card, choice.pattern, grid=grid, **choice.options))
 
 
-def _replace(model: nn.Module, path: str, new: Any) -> tuple[str, nn.Module]:
-    parent, _, name = path.rpartition(".")
-    if not name:
+def _refuse_vision(model: nn.Module, path: str, module: nn.Module, choice: Choice) -> Change:
+    raise Unsupported(
+        f"timm's {type(module).__name__}, which computes more than attention: {REASONS[_timm_name(module)]}",
+        supported="timm.layers.Attention, of ViT and DeiT",
+    )
+
+
+def _grid_around(model: nn.Module, path: str) -> tuple[int, ...] | None:
+    """Tokens before the grid of patches and the grid's sides, where a model around the module has them."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        parent = model.get_submodule(".".join(parts[:end]))
+        sides = getattr(getattr(parent, "patch_embed", None), "grid_size", None)
+        if sides is not None:
+            return (getattr(parent, "num_prefix_tokens", 0), *sides)
+    return None
+
+
+def _replace(model: nn.Module, path: str, new: Swapped) -> Change:
+    if not path:
         raise Unsupported("a model that is itself the attention module", supported="a module that contains it")
-    setattr(model.get_submodule(parent), name, new)
-    return "attend", new.attend
-
-
-def _plan_transformers(
-    model: nn.Module, path: str, module: Any, card: Mechanism, pattern: Pattern, options: Any
-) -> Change:
-    from regard.integrations.transformers import SwappedHeads
-
-    config = module.config
-    if not _is_transformers(model):
-        raise Unsupported("a part of a transformers model", supported="the whole model, a PreTrainedModel")
-    heads = getattr(module, "num_heads", None) or config.num_attention_heads
-    width = next((getattr(module, n) for n in ("head_dim", "attention_head_size") if hasattr(module, n)), None)
-    width = width or config.hidden_size // heads
-    groups = getattr(module, "num_key_value_groups", 1)
-    attend = HeadAttention(
-        card,
-        dim=config.hidden_size,
-        heads=heads,
-        kv_heads=heads // groups,
-        head_dim=width,
-        pattern=pattern,
-        **options,
-    ).to(next(module.parameters()))
-    new = SwappedHeads(attend)
-    new.train(module.training)
 
     def change() -> tuple[str, nn.Module]:
-        new.place(module)
-        return "regard", new
+        _put(model, path, new)
+        return "attend", new.attend
 
     return change
 
 
-def _use_interface(model: Any, card: Mechanism, report: SwapReport) -> None:
-    """Switch a transformers model to the mechanism's attention function."""
-    from regard.integrations.transformers import PREFIX
-
-    if report.kept:
-        raise Unsupported(
-            "only=... in a transformers model, whose layers share one attention function",
-            supported="only=None",
-        )
-    if not model._can_set_attn_implementation():
-        raise Unsupported(
-            f"{type(model).__name__}, which does not dispatch through transformers' attention interface",
-            supported="models that do",
-        )
-    model.set_attn_implementation(PREFIX + card.name)
+def _put(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
 
 
-def _about_caches(model: Any, learns: bool) -> str:
-    """What generation does now; turns the cache off where it would lack what the mechanism reads."""
-    if not learns:
-        return "Generation goes on with the model's cache of keys and values, read whole at each step."
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None and getattr(config, "use_cache", False):
-            config.use_cache = False
-    return "use_cache is off: what the mechanism learns from past tokens is not in a cache of keys and values."
+def _plan_transformers(model: nn.Module, path: str, module: Any, choice: Choice) -> Change:
+    bridge = _bridge(model)
+    if bridge is None:
+        raise Unsupported("a part of a transformers model", supported="the whole model, a PreTrainedModel")
+    attend: HeadAttention = bridge.head_attention(module, choice.card, choice.pattern, choice.options)
+
+    def change() -> tuple[str, nn.Module]:
+        bridge.place(module, attend)
+        return bridge.PLACE, attend
+
+    return change
 
 
-def _leave_fused_paths(model: nn.Module) -> None:
+def _choose_paths_of_encoders(model: nn.Module) -> None:
     """PyTorch's encoder packs padded batches for a fused path that the new modules do not take."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
             swapped = any(isinstance(m, MultiheadAttention) for m in module.modules())
-            module.use_nested_tensor = module.use_nested_tensor and not swapped
+            if swapped and module.use_nested_tensor:
+                module.use_nested_tensor = False
+                setattr(module, PACKS, True)
+            elif not swapped and module.__dict__.pop(PACKS, False):
+                module.use_nested_tensor = True

@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Mechanism, Pattern, Unsupported
-from regard.integrations.heads import HeadAttention, Visible, check_causality, read_mask
+from regard.contract import Context, Mechanism, Pattern, Role, Unsupported
+from regard.integrations.heads import HeadAttention, Visible, read_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 
-class MultiheadAttention(nn.Module):
+class Swapped(nn.Module):
+    """A module in the place of another, with its parts.
+
+    Args:
+        original: whose parts are taken over (not copied); or another that stands in its place already.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]] = ()
+    attend: HeadAttention
+    _original: tuple[nn.Module, ...]
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self._original = (
+            original._original if isinstance(original, Swapped) else (original,)
+        )  # in a tuple it is no submodule
+
+    def original(self) -> nn.Module:
+        """The module that was there before, with the parts as they are now."""
+        (module,) = self._original
+        for name in self.PARTS:
+            if hasattr(self, name):
+                setattr(module, name, getattr(self, name))
+        return module.train(self.training)
+
+
+class MultiheadAttention(Swapped):
     """Called as :class:`torch.nn.MultiheadAttention`, with the parameters of one.
 
     Its state_dict has the names of the original, and those of `attend` for what the mechanism learns beside them.
 
     Args:
-        original: whose parameters are taken over (not copied).
+        original: a `nn.MultiheadAttention`, or what stands in its place, whose parameters are taken over (not copied).
         card: the mechanism.
-        pattern: of its calls. A causal mask makes a noncausal-self call a causal one, for mechanisms that have both.
+        pattern: of its calls, which what is learned is made for. As in torch, a call of a self pattern is causal if its mask
+            is; other calls than the pattern's need a mechanism that has both and learns nothing for one alone.
         options: of the mechanism.
     """
 
     in_proj_weight: nn.Parameter | None
     in_proj_bias: nn.Parameter | None
     _qkv_same_embed_dim = False  # PyTorch's encoder layers take a fused path around the module when this is True
+    WEIGHTS: ClassVar = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+    PARTS: ClassVar = (*WEIGHTS, "out_proj")
 
-    def __init__(self, original: nn.MultiheadAttention, card: Mechanism, pattern: Pattern, **options: Any) -> None:
-        super().__init__()
+    def __init__(self, original: Any, card: Mechanism, pattern: Pattern, **options: Any) -> None:
+        super().__init__(original)
         self.embed_dim, self.num_heads, self.head_dim = original.embed_dim, original.num_heads, original.head_dim
         self.kdim, self.vdim = original.kdim, original.vdim
         self.batch_first, self.dropout, self.pattern = original.batch_first, original.dropout, pattern
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
-        for name in names:
+        for name in self.WEIGHTS:
             self.register_parameter(name, getattr(original, name))
         self.out_proj = original.out_proj
         self.attend = HeadAttention(
@@ -80,7 +109,6 @@ class MultiheadAttention(nn.Module):
         own = key is value and query.shape == key.shape and (key is query or query.data_ptr() == key.data_ptr())
         q, k, v = self._project(query, key, value)
         visible = self._visible(key_padding_mask, attn_mask, is_causal, batch, n, m, q.dtype, own)
-        check_causality(self.pattern, visible, n)
         result = self.attend(
             q,
             k,
@@ -146,19 +174,32 @@ def _both(a: Tensor, b: Tensor) -> Tensor:
     return both[0] + both[1]
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Swapped):
     """Called as timm's `Attention`, with the modules of one.
 
     Args:
         original: whose modules are taken over.
         card: the mechanism.
         pattern: of its calls.
+        grid: tokens before the patches (a class token), and the sides of the grid of patches: what mechanisms that lay
+            tokens out are told. None for a row of tokens.
         options: of the mechanism.
     """
 
-    def __init__(self, original: Any, card: Mechanism, pattern: Pattern, **options: Any) -> None:
-        super().__init__()
+    PARTS: ClassVar = ("qkv", "proj", "q_norm", "k_norm", "attn_drop", "proj_drop", "norm", "gate")
+
+    def __init__(
+        self,
+        original: Any,
+        card: Mechanism,
+        pattern: Pattern,
+        *,
+        grid: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(original)
         self.num_heads, self.head_dim, self.pattern = original.num_heads, original.head_dim, pattern
+        self.grid = grid if "roles" in card.honours and pattern is Pattern.NONCAUSAL_SELF else None
         self.qkv, self.proj = original.qkv, original.proj
         self.q_norm, self.k_norm = original.q_norm, original.k_norm
         self.attn_drop, self.proj_drop = original.attn_drop, original.proj_drop
@@ -183,12 +224,34 @@ class VisionAttention(nn.Module):
             attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
             attn_mask = attn_mask.expand(*attn_mask.shape[:2], n, n)
         visible = read_mask(attn_mask, is_causal, batch=batch, n=n, m=n, dtype=q.dtype, own_queries=True)
-        check_causality(self.pattern, visible, n)
         result = self.attend(
-            q, k, v, x, x, pattern=self.pattern, visible=visible, dropout=self.attn_drop.p if self.training else 0.0
+            q,
+            k,
+            v,
+            x,
+            x,
+            pattern=self.pattern,
+            visible=visible,
+            dropout=self.attn_drop.p if self.training else 0.0,
+            context=self._context(x),
         )
         y = result.output.transpose(1, 2).flatten(2)
         y = y if self.norm is None else self.norm(y)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
+
+    def _context(self, x: Float[Tensor, "b n c"]) -> Context:
+        """Where the tokens lie."""
+        if self.grid is None:
+            return Context()
+        before, *sides = self.grid
+        batch, n = x.shape[:2]
+        if n != before + math.prod(sides):
+            raise Unsupported(
+                f"{n} tokens of a grid of {' x '.join(map(str, sides))} and {before} before it",
+                supported="whole images of the size that the model was made for",
+            )
+        roles = torch.zeros(batch, n, dtype=torch.long, device=x.device)
+        roles[:, :before] = int(Role.CLS)
+        return Context(grid=tuple(sides), roles=roles if before else None)

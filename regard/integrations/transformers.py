@@ -8,6 +8,9 @@ Importing this module registers
       import regard.integrations.transformers
       model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="regard:softmax")
 
+- ``regard:swapped``, through which models that :func:`regard.swap` has changed attend. Their config says what is in each
+  module, so that ``save_pretrained`` and ``from_pretrained`` keep it; without this import transformers refuses to load
+  them. For that, ``post_init`` of its models is extended: it puts back what the config says.
 - :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
 - :class:`RegardConfig` and :class:`RegardForCausalLM` with the ``Auto`` classes: a language model of regard that passes
   ``generate`` with its state, and saves and loads as others do.
@@ -17,7 +20,12 @@ Needs the extra ``hf``. Importing regard itself never imports transformers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -46,13 +54,25 @@ except ImportError as error:
     ) from error
 
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Context, Kind, Mask, Pattern, Unsupported
+from regard.contract import Context, Kind, Mask, Mechanism, Pattern, Unsupported
 from regard.engines.attention import decode
 from regard.engines.cache import append
 from regard.integrations.heads import HeadAttention, check_swappable, read_mask
+from regard.integrations.swap import Choice, reader_of
+from regard.integrations.torch_modules import Swapped
 from regard.models import LanguageModel, LanguageModelConfig, ModelState
 
 PREFIX = "regard:"
+SWAPPED = PREFIX + "swapped"
+RECORD = "regard"
+"""Attribute of a config that says what was swapped: the attention before, and the mechanism of each module (None for
+softmax) by its path in the base model."""
+PLACE = "regard"
+"""Attribute of an attention module: its mechanism, or None for softmax."""
+UNPLACED: Any = object()
+ROTATES = re.compile("rotary|rotate_")
+_CALL = threading.local()
+_DEFAULTS: dict[tuple[str, tuple[tuple[str, Any], ...]], HeadAttention] = {}
 CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 """What this version of transformers calls the state of a decoder."""
 
@@ -77,6 +97,46 @@ def attention_forward(
     attention_mask: Tensor | None,
     *,
     mechanism: str,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for ``regard:NAME``: (B, H, N, D), (B, G, M, D), (B, G, M, V) -> (B, N, H, V).
+
+    Raises:
+        Unsupported: for a mask, bias, softcap or sink that the mechanism cannot honour.
+    """
+    return _forward(module, query, key, value, attention_mask, None, mechanism, **given)
+
+
+def swapped_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls for ``regard:swapped``; a module that :func:`regard.swap` left has softmax attention."""
+    placed = getattr(module, PLACE, UNPLACED)
+    if placed is UNPLACED:
+        raise Unsupported(
+            f"a {type(module).__name__} for which the config of the swapped model names no mechanism",
+            supported="the class of model that was swapped and saved",
+            nearest="load the model that was swapped, and regard.unswap(model)",
+        )
+    if (
+        placed is not None
+        and placed.card.name == "softmax"
+        and not placed.adds
+        and placed.config == placed.card.options()
+    ):
+        placed = None
+    return _forward(module, query, key, value, attention_mask, placed, "softmax", **given)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    placed: HeadAttention | None,
+    mechanism: str,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -85,18 +145,21 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: (B, H, N, D), (B, G, M, D), (B, G, M, V) -> (B, N, H, V).
-
-    Raises:
-        Unsupported: for a mask, bias, softcap or sink that the mechanism cannot honour.
-    """
+    """Attend by what is placed in a module, or by a mechanism with its defaults."""
     n, m = query.shape[2], key.shape[2]
     plain = not dropout and all(x is None for x in (attention_mask, position_bias, softcap, s_aux))
-    if plain and n == 1 and mechanism == "softmax" and "regard" not in module._modules:
+    if plain and n == 1 and mechanism == "softmax" and placed is None:
         output = decode(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling)
         if output is not None:
             return output.transpose(1, 2), None
-    attend, x, source = _attend_of(module, mechanism, softcap, query)
+    x = source = None
+    if placed is None:
+        attend = _without_weights(mechanism, () if softcap is None else (("softcap", softcap),))
+    else:
+        attend = placed
+        x, source = _tokens_of(module)
+        if softcap is not None and getattr(placed.config, "softcap", None) != softcap:
+            raise Unsupported(f"softcap={softcap} with {placed.card.name}", supported="a softcap set by regard.swap")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     crossing = source is not x
     mask = attention_mask
@@ -131,21 +194,11 @@ def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _attend_of(
-    module: nn.Module, mechanism: str, softcap: float | None, query: Tensor
-) -> tuple[HeadAttention, Tensor | None, Tensor | None]:
-    """What attends in `module`: what :func:`regard.swap` put there, or the mechanism with its defaults."""
-    placed = getattr(module, "regard", None)
-    if isinstance(placed, SwappedHeads) and placed.attend.card.name == mechanism:
-        if softcap is not None and getattr(placed.attend.config, "softcap", None) != softcap:
-            raise Unsupported(f"softcap={softcap} with {mechanism}", supported="a softcap set by regard.swap")
-        return placed.attend, *placed.take()
-    options = () if softcap is None else (("softcap", softcap),)
-    return _without_weights(mechanism, options), None, None
-
-
-@functools.cache
 def _without_weights(mechanism: str, options: tuple[tuple[str, Any], ...]) -> HeadAttention:
+    """The mechanism for any model; made once, and those without options before a compiler traces a call."""
+    known = _DEFAULTS.get((mechanism, options))
+    if known is not None:
+        return known
     card = get_mechanism(mechanism)
     selves = [p for p in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF) if p in card.patterns]
     if not selves:
@@ -157,31 +210,192 @@ def _without_weights(mechanism: str, options: tuple[tuple[str, Any], ...]) -> He
             supported="mechanisms of queries, keys and values alone",
             nearest=f'regard.swap(model, "{mechanism}"), which adds what it learns',
         )
-    return attend
+    return _DEFAULTS.setdefault((mechanism, options), attend)
 
 
-class SwappedHeads(nn.Module):
-    """A mechanism placed into a transformers attention module; catches the tokens that its gates are learned from."""
+def _tokens_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The tokens of queries and keys of the call of `module` in progress."""
+    called, x, source = getattr(_CALL, "tokens", (None, None, None))
+    _CALL.tokens = (None, None, None)
+    return (x, source) if called is module else (None, None)
 
-    def __init__(self, attend: HeadAttention) -> None:
-        super().__init__()
-        self.attend = attend
-        self._tokens: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def place(self, module: nn.Module) -> None:
-        module.regard = self
-        module.register_forward_pre_hook(self._catch, with_kwargs=True)
+def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a call: keep its tokens for this thread, since transformers hands attention no more than heads."""
+    x = args[0] if args else kwargs.get("hidden_states")
+    others = ("encoder_hidden_states", "key_value_states")
+    source = next((kwargs[name] for name in others if kwargs.get(name) is not None), x)
+    _CALL.tokens = (module, x, source)
 
-    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("hidden_states")
-        others = ("encoder_hidden_states", "key_value_states")
-        source = next((kwargs[name] for name in others if kwargs.get(name) is not None), x)
-        self._tokens = (x, source)
 
-    def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """The tokens of queries and keys of the call in progress."""
-        tokens, self._tokens = self._tokens, (None, None)
-        return tokens
+def head_attention(module: Any, card: Mechanism, pattern: Pattern, options: dict[str, Any]) -> HeadAttention:
+    """The mechanism for a module of a transformers model."""
+    config = module.config
+    heads = getattr(module, "num_heads", None) or config.num_attention_heads
+    widths = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "attention_head_size"))
+    width = next(filter(None, widths), config.hidden_size // heads)
+    groups = getattr(module, "num_key_value_groups", 1)
+    attend = HeadAttention(
+        card,
+        dim=config.hidden_size,
+        heads=heads,
+        kv_heads=heads // groups,
+        head_dim=width,
+        value_dim=getattr(module, "v_head_dim", None),
+        pattern=pattern,
+        **options,
+    )
+    if not pattern.cross and any(ROTATES.search(name) for name in vars(sys.modules[type(module).__module__])):
+        attend.check_rotated()
+    if "roles" in card.honours and not pattern.causal and hasattr(config, "patch_size"):
+        raise Unsupported(
+            f"swapping to {card.name}, which lays tokens out, where transformers does not say how images are",
+            supported="models of text",
+            nearest="the same model of timm",
+        )
+    some = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    return attend.to(some).train(module.training)
+
+
+def place(module: nn.Module, attend: HeadAttention) -> None:
+    """Put a mechanism into an attention module, in the place of one that is there."""
+    if not is_swapped(module):
+        module.register_forward_pre_hook(_remember, with_kwargs=True)
+    setattr(module, PLACE, attend)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a mechanism is placed in it."""
+    return module._modules.get(PLACE) is not None and _dispatches(module)
+
+
+def take_out(module: nn.Module) -> None:
+    """The opposite of :func:`place`: the module has softmax attention again."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _remember:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    setattr(module, PLACE, None)
+
+
+def _dispatches(module: nn.Module) -> bool:
+    home = sys.modules.get(type(module).__module__)
+    return hasattr(home, "ALL_ATTENTION_FUNCTIONS") and "Attention" in type(module).__name__
+
+
+def check_interface(model: PreTrainedModel) -> None:
+    """Raise Unsupported for a model that attends in another way."""
+    if not model._can_set_attn_implementation():
+        raise Unsupported(
+            f"{type(model).__name__}, which does not dispatch through transformers' attention interface",
+            supported="models that do",
+        )
+
+
+def record_swap(model: Any, chosen: Mapping[str, Any]) -> str:
+    """Let a model attend by what is placed in it, and its config say so; what to know of generation now.
+
+    Args:
+        chosen: mechanism, options and pattern of each changed module by its path.
+    """
+    config = model.config
+    known = getattr(config, RECORD, None) or {"attention": config._attn_implementation, "modules": {}}
+    modules = dict(known["modules"])
+    for path, module in model.named_modules():
+        if path in chosen:
+            choice = chosen[path]
+            entry = {"mechanism": choice.card.name, "pattern": choice.pattern.value, "options": choice.options}
+            modules[_inside_base(model, path)] = entry
+        elif _dispatches(module) and not is_swapped(module):
+            modules[_inside_base(model, path)] = None
+            setattr(module, PLACE, None)
+    setattr(config, RECORD, {**known, "modules": modules})
+    model.set_attn_implementation(SWAPPED)
+    config.attn_implementation = SWAPPED  # a name that a config is saved and loaded with
+    whole = _needing_whole_sequences(model)
+    _turn_cache(model, off=bool(whole))
+    if not whole:
+        return "Generation goes on with the model's cache of keys and values, read whole at each step."
+    return f"use_cache is off: {', '.join(whole)} cannot go on from a cache of keys and values."
+
+
+def _turn_cache(model: Any, *, off: bool) -> None:
+    """Turn the cache of a swapped model off, or on again where that has turned it off."""
+    record = getattr(model.config, RECORD)
+    for each in filter(None, (model.config, getattr(model, "generation_config", None))):
+        if off and getattr(each, "use_cache", False):
+            each.use_cache, record["use_cache"] = False, True
+        elif not off and record.get("use_cache"):
+            each.use_cache = True
+    if not off:
+        record.pop("use_cache", None)
+
+
+def record_unswap(model: Any) -> None:
+    """The opposite of :func:`record_swap`, for the modules from which the mechanism was taken."""
+    config, swapped = model.config, False
+    record = getattr(config, RECORD)
+    modules = dict(record["modules"])
+    for path, module in model.named_modules():
+        if is_swapped(module) or isinstance(module, Swapped):
+            swapped = True
+        elif _inside_base(model, path) in modules:
+            modules[_inside_base(model, path)] = None
+    setattr(config, RECORD, {**record, "modules": modules})
+    _turn_cache(model, off=bool(_needing_whole_sequences(model)))
+    if swapped:
+        return
+    for module in model.modules():
+        if getattr(module, PLACE, UNPLACED) is None:
+            delattr(module, PLACE)
+    delattr(config, RECORD)
+    config.__dict__.pop("attn_implementation", None)
+    model.set_attn_implementation(record["attention"])
+
+
+def _needing_whole_sequences(model: nn.Module) -> list[str]:
+    placed: list[Any] = [module.regard for module in model.modules() if is_swapped(module)]
+    return sorted({attend.card.name for attend in placed if attend.needs_whole_sequences})
+
+
+def _inside_base(model: Any, path: str) -> str:
+    """A path without the name of the base model, which models with other heads have in common."""
+    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else path
+
+
+def restore(model: Any) -> None:
+    """Put the mechanisms into a model that its config names; those that a part has already put there are left.
+
+    Raises:
+        Unsupported: where a mechanism is unknown here, or another attention is asked for.
+    """
+    config = model.config
+    record = config.regard
+    if config._attn_implementation != SWAPPED:
+        raise Unsupported(
+            f'attn_implementation="{config._attn_implementation}" of a model that was saved with other mechanisms',
+            supported=f'"{SWAPPED}", which is what it was saved with',
+            nearest="regard.unswap(model) once it is loaded",
+        )
+    config.attn_implementation = SWAPPED
+    for path, module in list(model.named_modules()):
+        entry = record["modules"].get(_inside_base(model, path), UNPLACED)
+        if entry is UNPLACED or hasattr(module, PLACE) or isinstance(module, Swapped):
+            continue
+        reader = reader_of(module)
+        if entry is None:
+            setattr(module, PLACE, None)
+        elif reader is not None:
+            reader(model, path, module, Choice.of((entry["mechanism"], entry["options"]), entry["pattern"]))()
+
+
+def _restoring(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(post_init)
+    def restored(self: Any) -> None:
+        post_init(self)
+        if getattr(self.config, RECORD, None) is not None:
+            restore(self)
+
+    return restored
 
 
 class GrowingLayer(DynamicLayer):
@@ -350,8 +564,13 @@ def register() -> None:
     for name in attention_names():
         AttentionInterface.register(PREFIX + name, functools.partial(attention_forward, mechanism=name))
         AttentionMaskInterface.register(PREFIX + name, sdpa_mask)
+        with contextlib.suppress(Unsupported):
+            _without_weights(name, ())
+    AttentionInterface.register(SWAPPED, swapped_forward)
+    AttentionMaskInterface.register(SWAPPED, sdpa_mask)
     AutoConfig.register(RegardConfig.model_type, RegardConfig, exist_ok=True)
     AutoModelForCausalLM.register(RegardConfig, RegardForCausalLM, exist_ok=True)
 
 
 register()
+PreTrainedModel.post_init = _restoring(PreTrainedModel.post_init)

@@ -3,11 +3,14 @@
 A mechanism adds what is its own through two optional modules on its card: `projection` turns the shell's q, k, v into
 the mechanism's inputs (gates, agents, a learned query), `merge` changes the head outputs before the output projection.
 A projection that mixes tokens says ``keeps_state = True``: it is then given the lengths and its own state, and returns
-the inputs and the state after them.
+the inputs and the state after them. One that makes the queries itself, from x, says ``makes_queries = True``. Two more
+words are for the models of others, which rotate before a mechanism is called and add up no losses: ``reads_unrotated =
+(what, option that reads something else)`` and ``learns_from_losses = (pattern, ...)``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +39,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.engines.layers import gated_product
-from regard.layers.checks import check_memory, check_memory_mask, check_tokens
+from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
@@ -88,6 +91,7 @@ class AttentionLayer(nn.Module):
         value_norm: norm of each value head.
         output_norm: norm of each output head.
         output_gate: ``swish`` or ``sigmoid`` of a projection of x multiplies the output; None for none.
+        output_gate_rank: features between the two projections of a low-rank output gate; None for one projection.
         short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
         convolution_activation: ``silu`` or None, after each short convolution.
         linear: kind of the projections (``dense`` or a projection mechanism).
@@ -119,6 +123,7 @@ class AttentionLayer(nn.Module):
         value_norm: str | None = None,
         output_norm: str | None = None,
         output_gate: str | None = None,
+        output_gate_rank: int | None = None,
         short_convolution: int = 0,
         convolution_activation: str | None = "silu",
         linear: str = "dense",
@@ -141,6 +146,14 @@ class AttentionLayer(nn.Module):
         check_dropout(dropout)
         if output_gate is not None:
             one_of("output_gate", output_gate, GATES)
+        if output_gate_rank is not None:
+            at_least("output_gate_rank", output_gate_rank, 1)
+            if output_gate is None:
+                raise Unsupported(
+                    f"output_gate_rank={output_gate_rank} without an output gate",
+                    supported=f"output_gate among {', '.join(GATES)}",
+                    nearest="output_gate_rank=None",
+                )
         if short_convolution and not self.takes_convolutions:
             raise Unsupported(
                 f"short_convolution={short_convolution} with {card.name}",
@@ -184,7 +197,15 @@ class AttentionLayer(nn.Module):
             dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
         )
         inputs = input_names(card)
-        self.query = project(dim, num_heads * head_dim) if "q" in inputs and "n" in card.inputs["q"] else None
+        makes_queries = getattr(card.projection, "makes_queries", False)
+        if makes_queries and (query_key_norm or value_norm):
+            raise Unsupported(
+                f"query_key_norm={query_key_norm!r} and value_norm={value_norm!r} with {card.name}",
+                supported="neither, where a projection makes the heads",
+                nearest="query_key_norm=None, value_norm=None",
+            )
+        has_queries = not makes_queries and "q" in inputs and "n" in card.inputs["q"]
+        self.query = project(dim, num_heads * head_dim) if has_queries else None
         self.key = project(memory_dim, kv_heads * head_dim) if "k" in inputs else None
         self.value = project(memory_dim, kv_heads * value_dim) if "v" in inputs else None
         causal = self.pattern.causal or self.pattern.cross
@@ -204,7 +225,12 @@ class AttentionLayer(nn.Module):
         self.projection = None if card.projection is None else card.projection(self.spec)
         self.merge = None if card.merge is None else card.merge(self.spec)
         self.output_norm = make_norm(output_norm, value_dim) if output_norm else None
-        self.gate = project(dim, num_heads * value_dim) if output_gate else None
+        self.gate: nn.Module | None = None
+        if output_gate_rank is not None:
+            up = project(output_gate_rank, num_heads * value_dim)
+            self.gate = nn.Sequential(project(dim, output_gate_rank), up)
+        elif output_gate:
+            self.gate = project(dim, num_heads * value_dim)
         self.gate_activation = output_gate
         self.output = project(num_heads * value_dim, dim)
 
@@ -224,7 +250,8 @@ class AttentionLayer(nn.Module):
             context: masks, positions, grid, roles, generator, and what is wanted.
             state: continue from it; the result then carries the new state.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
+        check_state(state, LayerState, self.card.name)
         check_memory(self.pattern, memory, context, state)
         check_tokens(x, self.dim)
         batch, n, device = x.shape[0], x.shape[1], x.device
@@ -312,7 +339,8 @@ class AttentionLayer(nn.Module):
             )
         if self.convolutions and state is not None:
             raise Unsupported("memory in pieces with short convolutions", supported="the whole memory at once")
-        context = Context() if context is None else context
+        context = given_context(context)
+        check_state(state, LayerState, self.card.name)
         check_tokens(memory, self.spec.memory_dim, "memory")
         check_memory_mask(context)
         self._check_memory_positions(context)
@@ -383,7 +411,8 @@ class AttentionLayer(nn.Module):
         """Project (index 0 query, 1 key, 2 value), convolve, and split into heads. Updates the convolution's cache."""
         y = module(x)
         if self.convolutions:
-            own = index - 3 + len(self.convolutions)  # without a query there are two
+            # without some of q, k and v there are fewer convolutions
+            own = sum(projection is not None for projection in (self.query, self.key, self.value)[:index])
             y, caches[own] = self.convolutions[own](y, lengths, caches[own])
         return y.view(*y.shape[:-1], heads, y.shape[-1] // heads).transpose(1, 2)
 
@@ -487,10 +516,10 @@ def why_refused(card: Mechanism, scheme: str) -> str:
 
 def _head_width(dim: int, heads: int, expand: float, option: str) -> int:
     width = expand * dim / heads
-    if width != int(width) or width < 1:
+    if not (width >= 1 and width % 1 == 0):  # NaN and infinity are neither
         raise Unsupported(
             f"dim={dim} over num_heads={heads}" + (f" with an expansion of {expand}" if expand != 1 else ""),
             supported="heads of equal whole widths",
-            nearest=f"{option}={max(1, int(width))}",
+            nearest=f"{option}={max(1, int(width))}" if math.isfinite(width) else "",
         )
     return int(width)

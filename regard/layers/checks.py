@@ -6,11 +6,34 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.contract import Context, Pattern, Unsupported
+from regard.contract import Context, Mask, Pattern, State, Unsupported
+
+
+def given_context(context: Context | None) -> Context:
+    """The context of a call, an empty one for None; anything else raises Unsupported."""
+    if context is None:
+        return Context()
+    if not isinstance(context, Context):
+        nearest = "Context(mask=...)" if isinstance(context, Mask | Tensor) else ""
+        raise Unsupported(
+            f"a context of type {type(context).__name__}", supported="regard.Context or None", nearest=nearest
+        )
+    return context
+
+
+def check_state(state: Any, expected: type[State] | None, name: str) -> None:
+    """Raise Unsupported for a state that is not of the expected class; None is a sequence's start."""
+    if state is not None and (expected is None or not isinstance(state, expected)):
+        raise Unsupported(
+            f"{name} with a state of type {type(state).__name__}",
+            supported="None" if expected is None else f"None or the state of a result, a {expected.__name__}",
+        )
 
 
 def check_tokens(x: Tensor, width: int, name: str = "x") -> None:
     """Raise Unsupported unless `x` holds tokens of `width` floats."""
+    if not isinstance(x, Tensor):
+        raise Unsupported(f"{name} of type {type(x).__name__}", supported=f"a tensor of floats (B, N, {width})")
     if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
         raise Unsupported(f"{name} of dtype {x.dtype} and shape {tuple(x.shape)}", supported=f"floats (B, N, {width})")
 

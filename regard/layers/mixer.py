@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Mask, Mechanism, Pattern, Result, Unsupported
-from regard.layers.checks import check_memory, check_memory_mask, check_tokens
+from regard.contract import Context, Mask, Mechanism, Pattern, Result, State, Unsupported
+from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
 from regard.ragged import Gathering, gathering, gathering_in_place
 
 if TYPE_CHECKING:
@@ -61,9 +61,11 @@ class MixerLayer(nn.Module):
 
     Attributes:
         grid_axes: axes of the only inputs that it takes, 1 for sequences and 2 or 3 for grids; None where it takes any.
+        state_type: class of its states, where no function checks them.
         for_sequences: options by which a layer for grids alone would take sequences.
     """
 
+    state_type: type[State] = State
     grid_axes: int | None = None
     for_sequences: Mapping[str, Any] = MappingProxyType({})
 
@@ -99,7 +101,8 @@ class MixerLayer(nn.Module):
         Raises:
             Unsupported: for what the pattern or the mechanism does not have.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
+        check_state(state, self.state_type, self.card.name)
         check_memory(self.pattern, memory, context, state)
         check_tokens(x, self.dim)
         self._check_wanted(context)
@@ -121,7 +124,8 @@ class MixerLayer(nn.Module):
         """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in."""
         if not self.pattern.cross:
             raise Unsupported(f"encode_memory in {self.pattern.value}", supported="cross patterns", nearest="layer(x)")
-        context = Context() if context is None else context
+        context = given_context(context)
+        check_state(state, self.state_type, self.card.name)
         check_memory_mask(context)
         return self.absorb(_right_padded(memory, context.memory_mask), state)
 

@@ -102,7 +102,7 @@ class LayerScale(nn.Module):
         return f"{self.dim}, initial={self.initial:g}"
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "rms": RMSNorm,
     "rms_nonparametric": partial(RMSNorm, parametric=False),
     "layer": LayerNorm,
@@ -114,9 +114,19 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 def make_norm(name: str, dim: int) -> nn.Module:
     """A norm over a last axis of `dim`: ``rms``, ``layer``, each also ``_nonparametric``, or ``none``.
 
+    What is added to the mean square may follow, as in ``rms:1e-5``.
+
     Raises:
-        Unsupported: for another name.
+        Unsupported: for another name, or a number that is not positive.
     """
-    if name not in NORMS:
-        raise Unsupported(f"norm {name!r}", supported=", ".join(NORMS), nearest=closest(str(name), NORMS) or "rms")
-    return NORMS[name](dim)
+    kind, colon, number = str(name).partition(":")
+    if kind not in NORMS or (colon and kind == "none"):
+        nearest = closest(kind, NORMS) or "rms"
+        raise Unsupported(f"norm {name!r}", supported=", ".join([*NORMS, "rms:1e-5"]), nearest=nearest)
+    if not colon:
+        return NORMS[kind](dim)
+    try:
+        eps = float(number)
+    except ValueError:
+        raise Unsupported(f"norm {name!r}", supported="a number after the colon", nearest=f"{kind}:1e-5") from None
+    return NORMS[kind](dim, eps=eps)

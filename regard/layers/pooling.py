@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import WANTS, Context, Result, Unsupported, closest, one_of, valid_from_lengths
-from regard.layers.checks import check_tokens
+from regard.layers.checks import check_tokens, given_context
 from regard.layers.linear import make_linear
 from regard.ragged import gathering
 
@@ -67,7 +67,7 @@ class Pooling(nn.Module):
             Unsupported: for inputs that are not floats (B, N, D), memory, a state, roles, masks on pairs, or weights of
                 a pool that has none.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
         check_tokens(x, self.dim)
         self._check(memory, context, state)
         layout = gathering(context.mask, x.shape[0], x.shape[1], x.device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from regard.contract import Context, Mechanism, Pattern, Result, Unsupported
-from regard.layers.checks import check_tokens
+from regard.layers.checks import check_tokens, given_context
 from regard.ragged import gathering
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class ProjectionLayer(nn.Module):
         if memory is not None or state is not None:
             raise Unsupported(f"{self.card.name} with memory or state", supported="layer(x): tokens do not mix")
         check_tokens(x, self.dim)
-        mask = None if context is None else context.mask
+        mask = given_context(context).mask
         if mask is not None and (mask.bias is not None or mask.blocks is not None):
             raise Unsupported(f"{self.card.name} with bias or blocks on pairs", supported="valid, lengths, cu_seqlens")
         layout = gathering(mask, x.shape[0], x.shape[1], x.device)

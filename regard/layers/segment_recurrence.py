@@ -17,6 +17,7 @@ from torch import Tensor
 from regard.contract import Context, Loss, Result, State, Unsupported, lengths_after, state_field
 from regard.engines.cache import last_slots
 from regard.layers.attention import AttentionLayer, LayerState
+from regard.layers.checks import check_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -53,6 +54,7 @@ class SegmentLayer(AttentionLayer):
         context: Context | None = None,
         state: LayerState | None = None,
     ) -> Result:
+        check_state(state, LayerState, self.card.name)
         if state is not None and self.training:
             state = self._projected_again(state)
         result = super().forward(x, memory, context=context, state=state)

@@ -84,6 +84,7 @@ class StateSpaceLayer(MixerLayer):
     """
 
     FLOAT32: tuple[str, ...] = ("A_log", "D", "dt_bias")
+    state_type = LayerState
     conv: ShortConvolution | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

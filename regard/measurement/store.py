@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shlex
 import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,20 +85,24 @@ class Store:
 
     Args:
         path: the file. Its folder is created when missing.
+        read_only: read a store that is there, also from a disk that cannot be written.
         run: id that the rows of this process carry; a new one when None.
         command: command line that the rows of this process carry; that of the process when None.
 
     Raises:
-        Unsupported: the file is not a store, was written under another schema version, or cannot be written.
+        Unsupported: the file is not a store, was written under another schema version, is damaged, or cannot be
+            written; also later, when a row cannot be read or written.
     """
 
-    def __init__(self, path: str | Path, *, run: str | None = None, command: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, read_only: bool = False, run: str | None = None, command: str | None = None
+    ) -> None:
         self.path = Path(path)
         self.run = run or uuid.uuid4().hex[:12]
-        self.command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.command = command or " ".join(map(_quoted, [Path(sys.argv[0]).name, *sys.argv[1:]]))
         self._regard_version, self._git_revision = provenance.regard_version(), provenance.git_revision()
         self._machine: str | None = None
-        self._connection = _open(self.path)
+        self._connection = _open_to_read(self.path) if read_only else _open(self.path)
 
     def put(self, kind: str, key: Mapping[str, Any], payload: Any) -> bool:
         """Append a row and commit it.
@@ -112,24 +117,16 @@ class Store:
             False when the store has this key already: nothing is written then, and the first row stays.
         """
         _require_kind(kind)
-        machine = self._machine or self._record_machine()
-        values = (
-            kind,
-            canonical_key(key),
-            provenance.now(),
-            self.run,
-            self._regard_version,
-            self._git_revision,
-            machine,
-            self.command,
-            json.dumps(_plain(payload), ensure_ascii=False, allow_nan=False),
-        )
-        written = self._connection.execute(
-            "INSERT INTO rows (kind, key, created, run, regard_version, git_revision, machine, command, payload)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO NOTHING",
-            values,
-        )
-        return written.rowcount == 1
+        named, said = canonical_key(key), json.dumps(_plain(payload), ensure_ascii=False, allow_nan=False)
+        with _told_plainly(self.path, "written"):
+            machine = self._machine or self._record_machine()
+            who = (provenance.now(), self.run, self._regard_version, self._git_revision, machine, self.command)
+            written = self._connection.execute(
+                "INSERT INTO rows (kind, key, created, run, regard_version, git_revision, machine, command, payload)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO NOTHING",
+                (kind, named, *who, said),
+            )
+            return written.rowcount == 1
 
     def get(self, kind: str, key: Mapping[str, Any]) -> Row | None:
         """The row of these settings, whichever run made it; None when it was not measured yet."""
@@ -155,25 +152,26 @@ class Store:
         self.close()
 
     def _select(self, where: str, *values: str) -> list[Row]:
-        found = self._connection.execute(
-            "SELECT kind, key, created, run, regard_version, git_revision, fingerprint, command, payload"
-            f" FROM rows JOIN machines ON machines.id = rows.machine WHERE {where} ORDER BY rows.id",
-            values,
-        )
-        return [
-            Row(
-                kind,
-                json.loads(key),
-                created,
-                run,
-                version,
-                revision,
-                json.loads(machine),
-                command,
-                json.loads(payload),
+        with _told_plainly(self.path, "read"):
+            found = self._connection.execute(
+                "SELECT kind, key, created, run, regard_version, git_revision, fingerprint, command, payload"
+                f" FROM rows JOIN machines ON machines.id = rows.machine WHERE {where} ORDER BY rows.id",
+                values,
             )
-            for kind, key, created, run, version, revision, machine, command, payload in found
-        ]
+            return [
+                Row(
+                    kind,
+                    json.loads(key),
+                    created,
+                    run,
+                    version,
+                    revision,
+                    json.loads(machine),
+                    command,
+                    json.loads(payload),
+                )
+                for kind, key, created, run, version, revision, machine, command, payload in found
+            ]
 
     def _record_machine(self) -> str:
         """Store the facts about this process once, at its first row, when torch's threads have been set."""
@@ -183,6 +181,14 @@ class Store:
             "INSERT INTO machines (id, fingerprint) VALUES (?, ?) ON CONFLICT DO NOTHING", (self._machine, facts)
         )
         return self._machine
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it; what is not printable, or not UTF-8, as escapes between $' and '."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in os.fsencode(word))
+    return f"$'{''.join(plain)}'"
 
 
 def canonical_key(key: Mapping[str, Any]) -> str:
@@ -239,7 +245,7 @@ def _open(path: Path) -> sqlite3.Connection:
         # Autocommit: every statement outside an explicit BEGIN is its own transaction.
         connection = sqlite3.connect(path, timeout=SECONDS_TO_WAIT, isolation_level=None)
     except (OSError, sqlite3.OperationalError) as error:
-        raise _cannot_write(path, error) from error
+        raise _unusable(path, "written", error) from error
     try:
         _prepare(connection, path)
     except BaseException:
@@ -249,7 +255,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    try:
+    with _told_plainly(path, "written"):
         # Looked at before anything is written, so that a file which is not ours stays as it is.
         if _tables(connection):
             _check_schema(connection, path)
@@ -263,10 +269,37 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute("INSERT INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
         _check_schema(connection, path)
         connection.execute("COMMIT")
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """Beside a store that writers may be using SQLite makes files; where it cannot, the store is read as it is."""
+    alone = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
+    address = f"{path.absolute().as_uri()}?mode=ro" + "&immutable=1" * alone
+    with _told_plainly(path, "read"):
+        connection = sqlite3.connect(address, timeout=SECONDS_TO_WAIT, isolation_level=None, uri=True)
+        try:
+            _check_schema(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+@contextmanager
+def _told_plainly(path: Path, doing: str) -> Iterator[None]:
+    """What SQLite, or the JSON in a row, has to say as Unsupported."""
+    try:
+        yield
     except sqlite3.OperationalError as error:
-        raise _cannot_write(path, error) from error
-    except sqlite3.DatabaseError as error:
-        raise _not_a_store(path) from error
+        raise _unusable(path, doing, error) from error
+    except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
+            raise _not_a_store(path) from error
+        raise Unsupported(
+            f"{path}, a store that is damaged ({error})",
+            supported="a store as regard left it",
+            nearest=f"sqlite3 {path} .recover | sqlite3 {path.with_name('recovered.db')}",
+        ) from error
 
 
 def _tables(connection: sqlite3.Connection) -> set[str]:
@@ -299,10 +332,10 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
             time.sleep(0.02)
 
 
-def _cannot_write(path: Path, error: Exception) -> Unsupported:
+def _unusable(path: Path, doing: str, error: Exception) -> Unsupported:
     return Unsupported(
-        f"{path} as a store: it cannot be written ({error})",
-        supported="a file in a folder that can be written",
+        f"{path} as a store: it cannot be {doing} ({error})",
+        supported="a file in a folder that can be written, on a disk with room; the rows that it has are kept",
         nearest="--output ./regard.sqlite",
     )
 

@@ -30,6 +30,13 @@ class Timing:
         return cls(float(median), float(low), float(high), len(seconds))
 
 
+def calm_clock(device: torch.device | None = None) -> Callable[[], float]:
+    """What to time work by: where one thread computes, the time of that thread, which counts no interruption by other work
+    on the machine; the time of day elsewhere."""
+    alone = torch.get_num_threads() == 1 and (device is None or device.type == "cpu")
+    return time.thread_time if alone else time.perf_counter
+
+
 def interleaved(
     actions: Mapping[str, Action],
     *,
@@ -37,6 +44,7 @@ def interleaved(
     least: int = 3,
     most: int = 50,
     device: torch.device | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time actions in turn, A B C C B A ..., so that a drift of the machine's speed meets them all alike.
 
@@ -46,8 +54,9 @@ def interleaved(
         least: ...but not before this many rounds,
         most: and after this many in any case.
         device: synchronised around each action when it is a GPU.
+        clock: as in :func:`rounds`.
     """
-    found = rounds(actions, seconds=seconds, least=least, most=most, device=device)
+    found = rounds(actions, seconds=seconds, least=least, most=most, device=device, clock=clock)
     return {name: Timing.of(values) for name, values in found.items()}
 
 
@@ -59,13 +68,15 @@ def rounds(
     most: int = 50,
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """The seconds of each round of :func:`interleaved`, so that actions can be compared within rounds.
 
     Args:
         clock: what times an action; `time.thread_time` for work on a single thread of a shared machine.
+        warm: whether the actions have run before, and need no run more.
     """
-    for action in actions.values():
+    for action in () if warm else actions.values():
         action()
     _synchronise(device)
     found: dict[str, list[float]] = {name: [] for name in actions}

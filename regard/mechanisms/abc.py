@@ -47,6 +47,7 @@ from regard.contract import (
     Shape,
     State,
     Tensors,
+    Waiver,
     at_least,
     state_field,
 )
@@ -301,4 +302,11 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=SlotControl,
+    waivers=(
+        Waiver(
+            "layer_lengths",
+            "its number of blocks of tokens is a constant of the program",
+            patterns=(Pattern.CAUSAL_SELF,),
+        ),
+    ),
 )

@@ -106,7 +106,7 @@ class Config:
 
     Attributes:
         scan: the paths: see the table.
-        window: rows and columns of the windows of ``windows``, >= 1; those at the border are what is left.
+        window: rows and columns of the windows of ``windows``, >= 1, (7, 7) when None; those at the border are what is left.
         copies: how often each path is there, with weights of its own, >= 1 (VMamba's controls of equal size).
         combine: ``mean``, ``sum``, ``gate`` (weights for each token, softmax over paths), or ``concat`` (the output
             projection is P times as wide). ``sum`` with strided scans, whose paths share no token.
@@ -126,7 +126,7 @@ class Config:
     """
 
     scan: str = "bidirectional"
-    window: tuple[int, int] = (7, 7)
+    window: tuple[int, int] | None = None
     copies: int = 1
     combine: str = "mean"
     shared: tuple[str, ...] = ()
@@ -149,11 +149,16 @@ class Config:
         one_of("norm", self.norm, ("none", "layer", "rms"))
         for name in ("copies", "d_state", "chunk_size"):
             at_least(name, getattr(self, name), 1)
-        object.__setattr__(self, "window", tuple(self.window))
-        if len(self.window) != 2:
-            raise Unsupported(f"window={self.window}", supported="(rows, columns)", nearest="window=(7, 7)")
-        for side in self.window:
-            at_least("window", side, 1)
+        if self.window is not None:
+            if self.scan != "windows":
+                raise Unsupported(
+                    f"window={self.window} with scan={self.scan!r}", supported="scan='windows'", nearest="window=None"
+                )
+            object.__setattr__(self, "window", tuple(self.window))
+            if len(self.window) != 2:
+                raise Unsupported(f"window={self.window}", supported="(rows, columns)", nearest="window=(7, 7)")
+            for side in self.window:
+                at_least("window", side, 1)
         if self.dt_rank is not None:
             at_least("dt_rank", self.dt_rank, 1)
         at_least("conv_width", self.conv_width, 0)
@@ -225,7 +230,7 @@ def scan_orders(
         if scan in ("cross", "snake"):
             ahead = [rows, *others]
         elif scan == "windows":
-            ahead = [_by_windows(places, config.window)]
+            ahead = [_by_windows(places, config.window or (7, 7))]
         else:
             ahead = others if scan.startswith("columns") else [rows]
         back = [x.flip(0) for x in ahead]
@@ -322,7 +327,7 @@ def reference(
 ) -> Float[Tensor, "b n f"]:
     """The recurrence along each path, token by token; invalid places of a grid are passed over."""
     n, channels = x.shape[2:]
-    orders = scan_orders(call.config, (n,) if call.grid is None else call.grid)
+    orders = scan_orders(call.config, (n,) if call.grid is None else call.grid, x.device)
     _check_paths(call, len(orders), x, dt, a, b, c, skip, dt_bias, mix)
     b, c = (t.repeat_interleave(channels // t.shape[3], 3) for t in (b, call.scale * c))  # (b, q, n, e, k)
     outputs = []
@@ -694,9 +699,13 @@ SELF_ONLY = (
     "a path reads the tokens that it writes, and no source defines one for another sequence's queries; `mamba` does"
 )
 
+SS2D = {"scan": "cross", "combine": "sum", "convolution": "grid", "conv_width": 3, "norm": "layer"}
+"""Options of VMamba's block."""
+
 MECHANISM = Mechanism(
     name="bidirectional_mamba",
     aliases=("vim", "vision_mamba", "vmamba", "ss2d", "bimamba"),
+    alias_options={"vmamba": SS2D, "ss2d": SS2D},
     kind=Kind.MIXER,
     summary="The selective scan along several paths through a sequence or a grid, forward and reversed, combined.",
     paper=Paper(

@@ -70,6 +70,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
     state_field,
@@ -490,4 +491,5 @@ MECHANISM = Mechanism(
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     projection=Sink,
     sample_inputs=sample_inputs,
+    waivers=(Waiver("layer_lengths", "its number of blocks is a constant of the program"),),
 )

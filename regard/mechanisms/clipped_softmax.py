@@ -111,7 +111,7 @@ class Config:
         gamma = MILD_GAMMA if self.gamma is None else self.gamma
         if self.length is not None:
             gamma = -(USUAL_ALPHA if self.alpha is None else self.alpha) / self.length
-        if progress is not None and progress < self.warmup:
+        if progress is not None and self.warmup > 0 and progress < self.warmup:
             gamma *= max(progress, 0.0) / self.warmup
         return gamma, self.zeta
 

@@ -75,6 +75,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     one_of,
@@ -1107,4 +1108,5 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=LearnedMaps,
+    waivers=(Waiver("layer_lengths", "its number of summaries is a constant of the program"),),
 )

@@ -217,11 +217,11 @@ def _check(x: Tensor, *angles: Tensor | None) -> None:
 
 def phase_of(imaginary: Tensor, real: Tensor) -> Tensor:
     """atan2 whose slope at u is that of a number of the magnitude sqrt(|u|^2 + EPS)."""
-    with torch.no_grad():
-        square = real.square() + imaginary.square()
-        gone = square == 0
-        value = torch.atan2(imaginary, real)
-        share = torch.where(square > 1, 1.0, square / (square + EPS))  # squares may overflow
+    y, x = imaginary.detach(), real.detach()  # not by no_grad, which forward-mode derivatives pass
+    square = x.square() + y.square()
+    gone = square < torch.finfo(square.dtype).tiny  # its inverse overflows, where the slope is below 1e-9
+    value = torch.atan2(y, x)
+    share = torch.where(square > 1, 1.0, square / (square + EPS))  # squares may overflow
     angle = torch.atan2(imaginary.masked_fill(gone, 0), real.masked_fill(gone, 1))
     return value + share * (angle - angle.detach())
 
@@ -381,6 +381,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 MECHANISM = Mechanism(
     name="complex_rotary",
     aliases=("complexformer", "cmha", "complex_multi_head_attention", "eulerformer"),
+    alias_options={"eulerformer": {"score_scale": "rsqrt", "delta": "zeros", "per_head": False}},
     kind=Kind.ATTENTION,
     summary="Rotary attention in which each head rescales the angle of content before the rotation is added.",
     paper=Paper(

@@ -67,6 +67,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
     state_field,
@@ -151,11 +152,11 @@ def reference(
         first = max(0, start - config.memory)
         ends = range(config.ratio - 1, first, config.ratio)[-config.compressed :]
         parts = [
-            torch.tensor(ends),
-            torch.arange(first, start),
-            torch.arange(start, min(start + config.segment, k.shape[2])),
+            torch.tensor(ends, dtype=torch.long, device=q.device),
+            torch.arange(first, start, device=q.device),
+            torch.arange(start, min(start + config.segment, k.shape[2]), device=q.device),
         ]
-        taken = [(a[:, :, part.long()], b[:, :, part.long()]) for (a, b), part in zip(sources, parts, strict=True)]
+        taken = [(a[:, :, part], b[:, :, part]) for (a, b), part in zip(sources, parts, strict=True)]
         keys, values = (torch.cat(x, 2).repeat_interleave(heads, 1) for x in zip(*taken, strict=True))
         queries = q[:, :, start : start + config.segment]
         size, seen = queries.shape[2], keys.shape[2]
@@ -470,4 +471,5 @@ MECHANISM = Mechanism(
     module=CompressiveLayer,
     projection=Compression,
     sample_inputs=sample_inputs,
+    waivers=(Waiver("layer_lengths", "its number of segments is a constant of the program"),),
 )

@@ -58,6 +58,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     one_of,
@@ -364,7 +365,7 @@ def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, 
     if gate is None:
         return merge(*zip(near, far, strict=True))
     share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
-    both = ((near[1] > -torch.inf) & (far[1] > -torch.inf))[..., None]
+    both = ((near[1] != -torch.inf) & (far[1] > -torch.inf))[..., None]
     return torch.where(both, share * near[0] + (1 - share) * far[0], near[0] + far[0])
 
 
@@ -473,6 +474,8 @@ class Gate(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         check_pattern(spec.config, spec.pattern)
+        if spec.config.pool_keys == "pre_rope":
+            self.reads_unrotated = ("keys", 'pool_keys="post_rope"')
         self.gate = nn.Parameter(torch.zeros(spec.heads)) if spec.config.fusion == "gated" else None
 
     def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
@@ -535,4 +538,7 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=Gate,
+    waivers=(
+        Waiver("layer_lengths", "its number of groups is a constant of the program", patterns=(Pattern.CAUSAL_SELF,)),
+    ),
 )

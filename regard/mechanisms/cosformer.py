@@ -54,6 +54,7 @@ from regard.contract import (
     Shape,
     State,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     state_field,
@@ -268,4 +269,5 @@ MECHANISM = Mechanism(
     default_scale=1.0,
     weights="implicit",
     length="max",
+    waivers=(Waiver("layer_lengths", "its horizon is a constant of the program", patterns=(Pattern.NONCAUSAL_SELF,)),),
 )

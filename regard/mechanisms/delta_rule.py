@@ -12,7 +12,8 @@ Definition (Schlag et al., arXiv 2102.11174, section 4; trained in chunks by Yan
 
 which is one step of gradient descent, of size beta_t, on 1/2 |S^T k_t - v_t|^2. With a gate (gated delta rule,
 arXiv 2412.06464, section 3) exp(g_t) S_{t-1} takes the place of S_{t-1}. In a chunk the u solve a triangular system
-(UT transform): U = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta) (V - K S).
+(UT transform): U = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta) (V - K S). Kimi delta attention (arXiv 2510.26692,
+section 3) has a gate of its own for each key feature, Diag(exp(g_t)) S_{t-1}: the same recurrence with a wider g.
 
 | paper | here |
 |---|---|
@@ -26,7 +27,8 @@ Layout: (B, H, N, D), heads before time.
 Queries and keys: **the function normalises both**, after the feature map, as the layer of the paper does: y / sqrt(sum
 y^2 + eps). Give `normalize_queries=False` or `normalize_keys=False` to keep them as they are. Keys that are not unit
 vectors make I - beta k k^T expand: 64 raw normal keys of width 64 overflow float32. The layer convolves and activates q, k and v
-first (`short_convolution=4`); leaving that out costs recall.
+first (`short_convolution=4`); leaving that out costs recall. The layer of Kimi Linear is `gated=True,
+gate="diagonal", output_gate="sigmoid", output_gate_rank=` the width of a value head.
 
 Noncausal-self is a forward pass that reads after writing plus a backward pass that reads before. In cross patterns the
 memory is absorbed in order and every query reads the last state: the order of the memory matters.
@@ -63,6 +65,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     one_of,
 )
 from regard.engines import recurrent_forms
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
 NORMS = ("l2", "sum")
 ACTIVATIONS = ("identity", "silu", "relu", "elu")
 NONNEGATIVE = ("relu", "elu")
+GATES = ("scalar", "diagonal")
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ class Config:
         use_beta: whether the layer learns beta; otherwise beta is 1 and none may be given.
         allow_negative_eigenvalues: whether the layer's beta lies in (0, 2) rather than (0, 1).
         vector_beta: whether the layer learns a beta for each value feature rather than one a head.
-        gated: whether the layer learns one decay a head (gated delta rule).
+        gated: whether the layer learns decays (gated delta rule).
+        gate: what `gated` has one decay for: ``scalar``, each head, or ``diagonal``, each key feature (Kimi delta
+            attention), from two projections with as many features between them as a value head.
     """
 
     feature_map: str = "identity"
@@ -101,6 +107,7 @@ class Config:
     allow_negative_eigenvalues: bool = False
     vector_beta: bool = False
     gated: bool = False
+    gate: str = "scalar"
 
     def __post_init__(self) -> None:
         one_of("feature_map", self.feature_map, ACTIVATIONS)
@@ -116,6 +123,9 @@ class Config:
         for option in ("allow_negative_eigenvalues", "vector_beta"):
             if getattr(self, option) and not self.use_beta:
                 raise Unsupported(f"{option} with use_beta=False", supported="use_beta=True", nearest=f"{option}=False")
+        one_of("gate", self.gate, GATES)
+        if self.gate != "scalar" and not self.gated:
+            raise Unsupported(f"gate={self.gate!r} with gated=False", supported="gated=True", nearest="gate='scalar'")
 
 
 def reference(
@@ -295,7 +305,8 @@ class RateProjection(nn.Module):
 
     beta = sigmoid(W x), twice that with negative eigenvalues. The decay of ``gated=True`` is that of the gated delta
     rule and of Mamba-2: g = -exp(A) softplus(W x + b), with exp(A) from 1 to 16 and softplus(b) from 0.001 to 0.1 at
-    the start. Key/value heads have them; the query heads of a group share them.
+    the start; with ``gate="diagonal"``, W = W_2 W_1 and b are for each key feature, A still for each head. Key/value
+    heads have them; the query heads of a group share them.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -304,9 +315,16 @@ class RateProjection(nn.Module):
         self.config, self.heads = config, spec.kv_heads
         rates = spec.kv_heads * (spec.value_dim if config.vector_beta else 1)
         self.rate = spec.linear(spec.memory_dim, rates) if config.use_beta else None
-        self.gate = spec.linear(spec.memory_dim, spec.kv_heads) if config.gated else None
+        self.gate: nn.Module | None = None
         if config.gated:
-            start = torch.empty(spec.kv_heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            decays = spec.kv_heads
+            if config.gate == "diagonal":
+                decays *= spec.head_dim
+                down = spec.linear(spec.memory_dim, spec.value_dim)
+                self.gate = nn.Sequential(down, spec.linear(spec.value_dim, decays))
+            else:
+                self.gate = spec.linear(spec.memory_dim, decays)
+            start = torch.empty(decays).uniform_(math.log(1e-3), math.log(0.1)).exp()
             self.log_strength = nn.Parameter(torch.empty(spec.kv_heads).uniform_(1, 16).log())
             self.gate_bias = nn.Parameter(start + torch.log(-torch.expm1(-start)))
 
@@ -324,7 +342,8 @@ class RateProjection(nn.Module):
             heads |= {"value_beta": rate} if self.config.vector_beta else {"beta": rate[..., 0]}
         if self.gate is not None:
             step_size = F.softplus(self.gate(source).to(dtype) + self.gate_bias.to(dtype))
-            heads["log_decay"] = (-self.log_strength.to(dtype).exp() * step_size).mT[..., None]
+            step_size = step_size.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, h, m, 1 | k)
+            heads["log_decay"] = -self.log_strength.to(dtype).exp()[:, None, None] * step_size
         return heads
 
 
@@ -363,13 +382,21 @@ def sample_inputs(
         rate = torch.sigmoid(normal(m, size["v"])) * (2 if config.allow_negative_eigenvalues else 1)
         tensors |= {"value_beta": rate} if config.vector_beta else {"beta": rate[..., 0]}
     if config.gated:
-        tensors["log_decay"] = -F.softplus(2 * normal(m, size.get("l", 1)))
+        width = size["k"] if config.gate == "diagonal" else 1
+        tensors["log_decay"] = -F.softplus(2 * normal(m, size.get("l", width)))
     return {name: x.to(dtype) for name, x in tensors.items()}
 
 
+KIMI_DELTA = {"gated": True, "gate": "diagonal", "output_gate": "sigmoid"}
+"""Kimi Delta Attention (arXiv 2510.26692); its output gate has the rank of a value head besides (`output_gate_rank`)."""
+
 MECHANISM = Mechanism(
     name="delta_rule",
-    aliases=("deltanet", "delta_net", "delta", "gated_delta_rule"),
+    aliases=("deltanet", "delta_net", "delta", "gated_delta_rule", "kda", "kimi_delta", "kimi_delta_attention"),
+    alias_options={
+        "gated_delta_rule": {"gated": True},
+        **dict.fromkeys(("kda", "kimi_delta", "kimi_delta_attention"), KIMI_DELTA),
+    },
     kind=Kind.ATTENTION,
     summary="A matrix memory that is edited; writing under a key first takes away what is stored there.",
     paper=Paper("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", "2406.06484", 2024, 48),
@@ -399,4 +426,5 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     projection=RateProjection,
     layer_defaults={"short_convolution": 4, "output_norm": "rms"},
+    waivers=(Waiver("layer_onnx", "ONNX has no solver of triangular systems"),),
 )

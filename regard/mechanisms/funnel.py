@@ -64,7 +64,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.engines.attention import Ranks, Visibility, attention
-from regard.layers.checks import check_tokens
+from regard.layers.checks import check_tokens, given_context
 from regard.sampling import normals
 
 if TYPE_CHECKING:
@@ -348,7 +348,7 @@ class FunnelPooling(nn.Module):
         Raises:
             Unsupported: for memory, a state, roles, or masks on pairs.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
         if memory is not None:
             raise Unsupported(f"memory with {self.card.name}", supported="layer(x)", nearest="softmax")
         return apply(

@@ -345,6 +345,7 @@ def sample_inputs(
 MECHANISM = Mechanism(
     name="gated_linear",
     aliases=("gla", "gated_linear_attention", "simple_gla", "retention"),
+    alias_options={"simple_gla": {"gate": "scalar"}, "retention": {"gate": "fixed", "positions": "rotary"}},
     kind=Kind.ATTENTION,
     summary="A matrix of key-value products that forgets, each key feature at its own rate.",
     paper=Paper("Gated Linear Attention Transformers with Hardware-Efficient Training", "2312.06635", 2023, 5),

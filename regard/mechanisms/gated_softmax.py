@@ -24,9 +24,10 @@ those of the queries. Extra parameters of a layer: H (D/H + 1) for `linear`, H (
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
 Deviations: gates are natural logarithms, as everywhere in regard. Weights are given with the gate and s on them. The
-authors' code sets the first bias for `linear` only; here all predictors have it. `head_mean` averages over the valid
+authors' code sets the first bias for `linear` only; here all predictors have it. With `fine_tune` the output is divided by
+the first gate whatever the predictor; theirs leaves it out for the gate of a head alone (`head`). `head_mean` averages over the valid
 tokens of a call, where theirs counts padding too (as it does after `regard.swap`, which tells layers of no padding); it
-looks ahead and is refused in causal patterns.
+looks ahead and is refused in causal patterns, and on memory that was absorbed before, where queries may come in pieces.
 """
 
 from __future__ import annotations
@@ -199,13 +200,14 @@ class GatePredictor(nn.Module):
     The maps of all heads are one tensor each, with the head in front; they start as separate linear layers would.
 
     Raises:
-        Unsupported: for `dim` that the heads do not divide, where each has its slice; for ``head_mean`` in a causal pattern.
+        Unsupported: for `dim` that the heads do not divide, where each has its slice; for ``head_mean`` in a causal pattern
+            and on absorbed memory.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         config: Config = spec.config
-        self.predictor, self.heads = config.predictor, spec.heads
+        self.predictor, self.heads, self.cross = config.predictor, spec.heads, spec.pattern.cross
         if config.predictor == "head_mean" and spec.pattern.causal:
             raise Unsupported(
                 f"predictor='head_mean' in {spec.pattern.value} (the mean looks at later tokens)",
@@ -248,6 +250,12 @@ class GatePredictor(nn.Module):
             return heads
         logits = self._logits(x)
         if self.predictor == "head_mean":
+            if self.cross and source is None:
+                raise Unsupported(
+                    "predictor='head_mean' on absorbed memory, whose queries may come in pieces without a common mean",
+                    supported="whole calls, layer(x, memory)",
+                    nearest="predictor='linear'",
+                )
             logits = _mean_over_tokens(logits, context)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return heads | {"log_gate": F.logsigmoid(logits.to(dtype))}

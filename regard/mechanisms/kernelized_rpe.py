@@ -71,6 +71,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
     state_field,
@@ -466,6 +467,8 @@ def _with_place(call: Call, grid: Sequence[int], k: Float[Tensor, "b h m d"]) ->
     """Tokens that have a place on the grid."""
     batch, m = k.shape[0], k.shape[2]
     token = k.new_ones(batch, m, dtype=torch.bool) if call.roles is None else call.roles == Role.TOKEN
+    valid = call.valid_keys(m)
+    token = token if valid is None else token & valid
     if not torch.compiler.is_compiling() and token.numel():
         most = int(token.sum(-1).max())
         if most > math.prod(grid):
@@ -590,7 +593,7 @@ def _by_fft(
     Tokens fill `grid` row by row; a sequence is a grid of one side.
     """
     n, places = q.shape[2], math.prod(grid)
-    if n == 0 or k.shape[2] == 0:
+    if v.numel() == 0 or q.numel() == 0:
         return v.new_zeros(*q.shape[:3], v.shape[-1])
     sizes = [fast_size(2 * side - 1) for side in grid]
     # an error of a transform is as large for a query that sees few keys as for one that sees all
@@ -629,7 +632,8 @@ def _on_grid(
     """Tokens with a place by FFT; pairs with a token that has none weigh `outside`."""
     token = _with_place(call, grid, k)
     if call.roles is None:
-        return _by_fft(q, k, v, c, grid)
+        output = _by_fft(q, k, v, c, grid)
+        return F.pad(output, (0, 0, 0, q.shape[2] - output.shape[2]))  # padding may need more places than the grid has
     batch, n = token.shape
     layout = gathering(Mask(valid=token), batch, n, q.device)
     placed = (layout.gather(x, axis=2)[:, :, : math.prod(grid)] for x in (q, k, v))
@@ -688,7 +692,10 @@ FFT_SLOWNESS = 8.0
 
 def _fft_operations(size: int, f: int, v: int) -> float:
     """Multiply-adds counted twice of one head's transforms of `size` points."""
-    return f * v * (5.0 * size * math.log2(size) + 8.0 * size)
+    rounds = 0
+    while 1 << rounds < size:  # the logarithm, also of a size that is a symbol of a graph
+        rounds += 1
+    return f * v * (5.0 * size * rounds + 8.0 * size)
 
 
 def _operations(n: int, m: int, f: int, v: int, reach: int, *, causal: bool) -> tuple[float, float]:
@@ -758,7 +765,7 @@ class Offsets(nn.Module):
             if self.calls % self.config.redraw == 0:
                 self.redraw(context.generator)
         made = {
-            "offset_bias": self._table(),
+            "offset_bias": self._table(next(iter(heads.values())).device),
             "grid_bias": self.grid_bias,
             "random_features": self.random_features,
             "log_temperature": self.log_temperature,
@@ -766,11 +773,10 @@ class Offsets(nn.Module):
         }
         return heads | {name: x for name, x in made.items() if x is not None}
 
-    def _table(self) -> Float[Tensor, "h offsets"] | None:
+    def _table(self, device: torch.device) -> Float[Tensor, "h offsets"] | None:
         if self.exponent is None and self.scheme is None:
             return self.offset_bias
         assert isinstance(self.config.max_offset, int)
-        device = next(self.parameters()).device if self.random_features is None else self.random_features.device
         offsets = torch.arange(-self.config.max_offset, self.config.max_offset + 1, device=device)
         if self.scheme is not None:
             assert self.scheme.by_distance is not None
@@ -886,4 +892,5 @@ MECHANISM = Mechanism(
     refused_positions="it has a weight for each relative position already",
     projection=Offsets,
     sample_inputs=sample_inputs,
+    waivers=(Waiver("layer_lengths", "the size of its Fourier transform is a constant of the program"),),
 )

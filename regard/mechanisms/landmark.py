@@ -101,6 +101,7 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.engines.cache import append, take
 from regard.engines.grouped_attention import (
     PAIRS_AT_ONCE,
     Dropout,
@@ -190,7 +191,8 @@ class Config:
 class LandmarkState(State):
     """Cached tokens of each row: complete blocks, then the incomplete one.
 
-    The last `cached` slots of a row hold tokens, in order; the slots before them are empty. Keys are not rotated.
+    The last `cached` slots of a row hold tokens, in order; the slots before them are empty. Keys are rotated at their
+    ranks, but with `top_k`, where they take other places each time that their block is retrieved, they are not.
     """
 
     k: Float[Tensor, "b g past d"] = state_field()
@@ -293,7 +295,8 @@ def reference(
         own = block == block.mT[:, :, (torch.arange(n, device=q.device) + m - n).clamp(0, m - 1)]
 
     def softmax(members: Tensor) -> Tensor:
-        return scores.masked_fill(~members, -torch.inf).softmax(-1).nan_to_num(0.0)
+        some = members.any(-1, keepdim=True)
+        return torch.where(members, scores.masked_fill(some & ~members, -torch.inf).softmax(-1), 0)
 
     if call.config.softmax != "grouped":
         weights = softmax(visible if call.config.softmax == "plain" else visible & ~landmark)
@@ -475,10 +478,10 @@ def _ranks(queries: Tensor, keys: Tensor) -> Ranks:
 
 def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`."""
-    if call.rotate is None or k.shape[2] == 0 or q.shape[2] == 0:
+    if call.rotate is None:
         return q, k
     queries, keys = where.queries.clamp(min=0), where.keys.clamp(min=0)
-    if call.config.position_jump and call.training:
+    if call.config.position_jump and call.training and k.shape[2]:
         jumps = torch.randint(
             0, call.config.position_jump, landmark.shape, generator=call.generator, device=landmark.device
         )
@@ -655,15 +658,21 @@ def _moved(x: Tensor, call: Call) -> Tensor:
 
 def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor, miss: Tensor | None) -> Result:
     """One chunk: attend to the cache and the chunk, then cache the chunk."""
-    past, landmark = _past(call, k, v), _landmarks(call, k)
-    state = _append(past, k, v, landmark, call.memory_lengths, call.config)
-    if call.config.top_k is not None and past.k.shape[2] > 0 and q.shape[2] > 0:
+    config, past, landmark = call.config, _past(call, k, v), _landmarks(call, k)
+    if config.top_k is not None and past.k.shape[2] > 0 and q.shape[2] > 0:
+        state = _append(past, k, v, landmark, call.memory_lengths, config)
         return Result(_retrieve(call, q, k, v, landmark, past, miss), state)
     where = ranks(call, q.shape[2], k.shape[2], q.device, past.ranks(), past.length)
-    keys = torch.cat([past.k, k.to(past.k.dtype)], 2)
-    values = torch.cat([past.v, v.to(past.v.dtype)], 2)
-    landmark = torch.cat([past.landmark, landmark], -1)
-    q, keys = _rotated(call, q, keys, where, landmark)
+    new = _ranks(where.queries, where.keys[:, past.k.shape[2] :])
+    q, rotated = _rotated(call, q, k, new, landmark)
+    state = _append(past, rotated if config.top_k is None else k, v, landmark, call.memory_lengths, config)
+    if config.bounded or call.memory_lengths is not None:
+        # the state has lost what this call still sees, or has it in other slots
+        keys = torch.cat([past.k.to(k.device), rotated.to(past.k.dtype)], 2)
+        values = torch.cat([past.v.to(v.device), v.to(past.v.dtype)], 2)
+        landmark = torch.cat([past.landmark, landmark], -1)
+    else:
+        keys, values, landmark = state.k, state.v, state.landmark
     return _attend(call, q, keys, values, landmark, where, miss, state)
 
 
@@ -673,22 +682,16 @@ def _append(
     """The cache with new tokens, and without the oldest blocks when it is full."""
     batch, m = k.shape[0], k.shape[2]
     new = torch.full((batch,), m, device=k.device) if lengths is None else lengths
-    flags = torch.cat([past.landmark, landmark], -1)
-    tokens = [
-        torch.cat([past.k, k.to(past.k)], 2),
-        torch.cat([past.v, v.to(past.v)], 2),
-        flags[:, None, :, None],
-    ]
-    if lengths is not None:
+    keys, values = append(past.k, k.to(past.k), 2), append(past.v, v.to(past.v), 2)
+    flags = append(past.landmark, landmark, 1)
+    if lengths is not None and flags.shape[1]:
         # Move each row to the right over its padding, so that tokens stay next to each other.
-        index = torch.arange(tokens[0].shape[2], device=k.device) - (m - lengths)[:, None]
-        index = index.clamp(min=0)[:, None, :, None]
-        tokens = [
-            x.gather(2, index.to(x.device).expand(-1, x.shape[1], -1, x.shape[3])) if x.shape[2] else x for x in tokens
-        ]
-    state = LandmarkState(tokens[0], tokens[1], tokens[2][:, 0, :, 0], past.cached + new, past.length + new)
-    # The first slot was copied over the slots that became empty: a landmark there must not count again.
-    state = dataclasses.replace(state, landmark=state.landmark & state.present())
+        index = torch.arange(flags.shape[1], device=k.device) - (m - lengths)[:, None]
+        first = index.clamp(min=0)
+        keys, values = (take(x, first.to(x.device)) for x in (keys, values))
+        # The first slot is copied over the slots that become empty: a landmark there must not count again.
+        flags = flags.gather(1, first) & (index >= 0)
+    state = LandmarkState(keys, values, flags, past.cached + new, past.length + new)
     if not config.bounded:
         return state
     if past.marks is not None:
@@ -749,7 +752,7 @@ def _most_blocks(past: int, config: Config) -> int:
 
 def _check_blocks(state: LandmarkState, config: Config) -> None:
     past = state.k.shape[2]
-    if torch.compiler.is_compiling() or past == 0:
+    if torch.compiler.is_compiling() or state.landmark.numel() == 0:
         return
     slots = torch.arange(past, device=state.landmark.device)
     ends = torch.where(state.landmark, slots, -1).cummax(-1).values
@@ -910,7 +913,7 @@ def _chosen(call: Call, q: Float[Tensor, "b h t d"], cached: _CachedBlocks) -> I
             seen = scores if valid is None else scores.masked_fill(~valid[:, None, :, None], 0.0)
             scores = torch.where(cached.exists[:, None, None], seen, -torch.inf).amax(2, keepdim=True)
     best = scores.topk(min(config.top_k, scores.shape[-1]), -1)
-    return torch.where(best.values > -torch.inf, best.indices, -1).sort(-1).values
+    return torch.where(best.values != -torch.inf, best.indices, -1).sort(-1).values
 
 
 @dataclass(frozen=True)
@@ -1044,6 +1047,8 @@ MECHANISM = Mechanism(
     projection=MissKey,
     prepare=prepare,
     waivers=(
+        Waiver("layer_lengths", "its number of blocks is a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no binary search"),
         _waiver("chunk_size", "a chunk sees itself whole, but of the blocks before it only those it retrieves"),
         _waiver("step", "a step retrieves among all complete blocks, a whole call attends to all of them"),
         _waiver("split_resume", "what comes after a split retrieves blocks that the whole call attends to"),

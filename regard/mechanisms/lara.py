@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, Unsupported, at_least
+from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, Unsupported, Waiver, at_least
 from regard.engines.gated_recurrence import without_autocast
 from regard.engines.segments import segment_means
 
@@ -169,7 +169,7 @@ LATER = "a proposal is made of segments that hold later tokens"
 
 MECHANISM = Mechanism(
     name="lara",
-    aliases=("linear_randomized_attention", "randomized_attention"),
+    aliases=("linear_randomized_attention",),
     kind=Kind.ATTENTION,
     summary="Several proposals of random features, each near other tokens, which every query mixes by how well they suit it.",
     paper=Paper("Linear Complexity Randomized Self-attention Mechanism", "2204.04667", 2022, 34),
@@ -180,4 +180,5 @@ MECHANISM = Mechanism(
     config=Config,
     cost=cost,
     weights="implicit",
+    waivers=(Waiver("layer_lengths", "the borders of its landmarks are constants of the program"),),
 )

@@ -165,6 +165,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 MECHANISM = Mechanism(
     name="local",
     aliases=("masformer", "sliding_window", "window", "block_local"),
+    alias_options={"masformer": {"form": "block", "block": 512}, "block_local": {"form": "block"}},
     kind=Kind.ATTENTION,
     summary="Softmax over the keys near the query only.",
     paper=Paper(

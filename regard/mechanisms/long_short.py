@@ -55,6 +55,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     state_field,
@@ -326,7 +327,7 @@ def _extend_landmarks(
     known = None if past is None else past.segment
     if known is not None:
         top = torch.cat([torch.maximum(top[:, :, :1], known.top[:, :, None]), top[:, :, 1:]], 2)
-    safe = torch.where(top > -torch.inf, top, 0)
+    safe = torch.where(top != -torch.inf, top, 0)
     weights = (scores - safe[..., None]).exp()
     sums = [weights.sum(-1, keepdim=True), weights @ segments(k), weights @ segments(v)]
     if known is not None:
@@ -477,4 +478,9 @@ MECHANISM = Mechanism(
     refused_positions="its landmarks are mixtures of keys at many places",
     projection=DualNorm,
     sample_inputs=sample_inputs,
+    waivers=(
+        Waiver(
+            "layer_lengths", "its number of blocks is a constant of the program", patterns=(Pattern.NONCAUSAL_SELF,)
+        ),
+    ),
 )

@@ -55,7 +55,7 @@ from regard.contract import (
 )
 from regard.engines import softmax_scan as scan
 from regard.engines.softmax_scan import Carry, ScanState
-from regard.layers.checks import check_tokens
+from regard.layers.checks import check_state, check_tokens, given_context
 from regard.layers.pooling import pool_by_scores
 from regard.ragged import gathering
 
@@ -275,7 +275,8 @@ class LowRankPooling(nn.Module):
         Returns:
             output (B, slots, D), one row a document when packed.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
+        check_state(state, ScanState, self.card.name)
         if memory is not None:
             raise Unsupported(f"memory with {self.card.name}", supported="layer(x)", nearest="softmax")
         weights = {"x": x, "p": self.p, "q": self.q, "c": self.c}

@@ -488,7 +488,8 @@ class Mamba2Layer(StateSpaceLayer):
 
 def _heads(config: Config, inner: int, d_ssm: int, num_heads: int) -> tuple[int, int]:
     """Number of heads and the value features of each."""
-    at_least("num_heads", num_heads, 1)
+    if config.head_dim is None:
+        at_least("num_heads", num_heads, 1)
     if d_ssm > inner:
         raise Unsupported(f"d_ssm={d_ssm} with expand * dim = {inner}", supported=f"1 to {inner}", nearest="d_ssm=None")
     heads = num_heads if config.head_dim is None else d_ssm // config.head_dim

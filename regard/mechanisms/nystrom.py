@@ -49,6 +49,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
 )
 from regard.engines.attention import Visibility, attention, ranks
@@ -278,4 +279,5 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=ValueConvolution,
+    waivers=(Waiver("layer_lengths", "the borders of its landmarks are constants of the program"),),
 )

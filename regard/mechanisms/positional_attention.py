@@ -39,6 +39,7 @@ as those of all layers here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,7 @@ from regard.engines.attention import Ranks, Visibility, attention, attention_ref
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.gated_recurrence import without_autocast
 from regard.positions.sinusoidal import Sinusoidal
+from regard.visibility import DistanceBias, PositionBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -218,12 +220,27 @@ def _visibility(call: Call) -> Visibility:
 
 def _of_heads(call: Call, heads: slice) -> Call:
     """The call as some of its heads see it."""
-    bias, blocks = call.bias, call.blocks
+    bias, blocks, told = call.bias, call.blocks, call.position_bias
     if bias is not None and bias.shape[1] > 1:
         bias = bias[:, heads]
     if blocks is not None and blocks.visible.shape[1] > 1:
         blocks = BlockMask(blocks.visible[:, heads], blocks.block_size)
-    return call.replace(bias=bias, blocks=blocks)
+    if isinstance(told, DistanceBias):
+        told = DistanceBias(partial(_by_distance, told, heads))
+    elif told is not None:
+        told = partial(_by_rank, told, heads)
+    return call.replace(bias=bias, blocks=blocks, position_bias=told)
+
+
+def _by_distance(told: DistanceBias, heads: slice, distances: Int[Tensor, "..."]) -> Float[Tensor, "h ..."]:
+    return told.by_distance(distances)[heads]
+
+
+def _by_rank(
+    told: PositionBias, heads: slice, i: Int[Tensor, "b n"], j: Int[Tensor, "b m"]
+) -> Float[Tensor, "#b #h n m"]:
+    found = told(i, j)
+    return found[:, heads] if found.shape[1] > 1 else found
 
 
 def _encoded(
@@ -288,8 +305,10 @@ def _attend(
         if state is None and pairs <= SHARED_PAIRS and _same_for_all_rows(call, where):
             parts = [_shared(call, positions, v[:, :t], where)]
         else:
+            valid = call.valid_queries(where.queries.shape[1])
+            asked = where.queries if valid is None else where.queries.where(valid, 0)
             queries, keys = (
-                x.expand(v.shape[0], t, -1, -1) for x in (positions.queries(where.queries), positions.keys(where.keys))
+                x.expand(v.shape[0], t, -1, -1) for x in (positions.queries(asked), positions.keys(where.keys))
             )
             parts = [_engine(_of_heads(call, slice(0, t)), queries, keys, v[:, :t], where, call.scale)]
     if content_query is not None and content_key is not None:
@@ -318,7 +337,8 @@ def _shared(
     if n == 0 or m == 0:
         none = v.new_zeros(*v.shape[:2], n, m)
         return v.new_zeros(*none.shape[:3], v.shape[-1]), none if "weights" in call.want else None
-    a = (call.scale * positions.queries(i[None]) @ positions.keys(j[None]).mT)[0]
+    asked, found = _within(i, call.lengths), _within(j, call.memory_lengths)
+    a = (call.scale * positions.queries(asked[None]) @ positions.keys(found[None]).mT)[0]
     if call.pattern is Pattern.CAUSAL_SELF:
         # of a padded row only queries past its tokens see its padding
         i = i[:, None]
@@ -326,8 +346,15 @@ def _shared(
     else:
         a = a.softmax(-1)
     columns = v.to(torch.promote_types(v.dtype, a.dtype)).permute(1, 2, 0, 3).flatten(2)  # (t, m, b v)
-    output = (a.to(columns.dtype) @ columns).unflatten(-1, (batch, -1)).permute(2, 0, 1, 3)
+    output = (a.to(columns.dtype) @ columns).unflatten(-1, (batch, v.shape[-1])).permute(2, 0, 1, 3)
     return output.to(v.dtype), a.to(v.dtype).expand(batch, -1, -1, -1) if "weights" in call.want else None
+
+
+def _within(positions: Int[Tensor, " n"], lengths: Int[Tensor, " b"] | None) -> Int[Tensor, " n"]:
+    """Positions, of which those that are padding in every row are replaced by that of the last token."""
+    if lengths is None or lengths.shape[0] == 0:
+        return positions
+    return torch.minimum(positions, lengths.amax() - 1)
 
 
 def _engine(
@@ -357,6 +384,12 @@ class Maps(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         config: Config = spec.config
+        if spec.kv_heads != spec.heads:
+            raise Unsupported(
+                f"num_kv_heads={spec.kv_heads} of positional_attention with num_heads={spec.heads}",
+                supported="values of every head",
+                nearest="num_kv_heads=None",
+            )
         content = config.content_heads
         if content >= spec.heads:
             raise Unsupported(

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, at_least
+from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, Waiver, at_least
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.gated_recurrence import without_autocast
 
@@ -174,4 +174,5 @@ MECHANISM = Mechanism(
     engine="attention",
     cost=cost,
     weights="implicit",
+    waivers=(Waiver("layer_lengths", "its number of sampled queries is a constant of the program"),),
 )

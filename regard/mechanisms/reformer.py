@@ -60,6 +60,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     state_field,
@@ -265,7 +266,7 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
     outputs, lses = [], []
     for this in range(tokens.order.shape[2]):
         queries = F.pad(tokens.order[:, :, this], (0, size * count - n)).unflatten(-1, (count, size))
-        keys = queries.gather(2, index).view(batch, heads, count, -1)
+        keys = queries.gather(2, index).view(batch, heads, count, size * pairs.near.shape[2])
         output, _, lse = attention(
             rows(q, queries),
             rows(k, keys),
@@ -281,8 +282,8 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
         )
         assert lse is not None
         back = tokens.place[:, :, this]
-        outputs.append(take_tokens(output.view(batch, heads, count * size, -1), back))
-        lses.append(lse.view(batch, heads, -1).gather(2, back))
+        outputs.append(take_tokens(output.view(batch, heads, count * size, v.shape[3]), back))
+        lses.append(lse.view(batch, heads, count * size).gather(2, back))
     alone = torch.stack(lses).amax(0) == -torch.inf
     return torch.where(alone[..., None], values, merge(outputs, lses)).to(v.dtype)
 
@@ -370,7 +371,7 @@ def _hiding(
         """Between queries and keys in a round; at most `reach` where they see each other."""
         address = pairs.addresses[:, :, of]
         asked = address.gather(2, queries.flatten(2)).view(*queries.shape, 1)
-        found = address.gather(2, keys.flatten(2)).view(*keys.shape[:3], 1, -1)
+        found = address.gather(2, keys.flatten(2)).view(*keys.shape[:3], 1, keys.shape[3])
         if of == this:
             found = torch.where(pairs.exists, found, pairs.nowhere)
         apart = (2 * asked - reach) - 2 * found
@@ -517,4 +518,8 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Rotations,
+    waivers=(
+        Waiver("layer_lengths", "its number of buckets is a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+    ),
 )

@@ -58,13 +58,14 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     state_field,
     valid_from_lengths,
 )
 from regard.engines.attention import Visibility, attention, attention_reference, ranks
-from regard.ragged import take_tokens
+from regard.ragged import group_queries, take_tokens
 from regard.visibility import CountedRanks
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def chunked(
     past: RoutingState | None = call.state
     if past is not None:
         kept = torch.arange(centroids.shape[1], device=k.device)[:, None]
-        kept = torch.where(past.score > -torch.inf, kept, centroids.shape[1])
+        kept = torch.where(past.score != -torch.inf, kept, centroids.shape[1])
         tokens = _Tokens(
             torch.cat([past.k.flatten(2, 3), k.to(past.k.dtype)], 2),
             torch.cat([past.v.flatten(2, 3), v.to(past.v.dtype)], 2),
@@ -238,7 +239,7 @@ def step(
     state = RoutingState(put(past.k, k), put(past.v, v), score, length)
     asked = _local(call, _scores(q, centroids).argmax(2))
     keys, values = (take_tokens(x.flatten(3), asked).unflatten(3, x.shape[3:]) for x in (state.k, state.v))
-    seen = take_tokens(state.score, asked)[:, :, :, None] > -torch.inf
+    seen = take_tokens(state.score, asked)[:, :, :, None] != -torch.inf
     output = _attend(call, q, keys, values, seen, _null(null_k, null_v), asked)
     return Result(output.to(v.dtype), state)
 
@@ -279,10 +280,10 @@ def read(
     if n == 0 or state.k.shape[-2] == 0:
         return Result(q.new_zeros(batch, heads, n, state.v.shape[-1]), state)
     cluster = _scores(q, centroids).argmax(2)
-    blocks = _blocks(cluster, clusters, _block_size(call.config, n))
+    blocks = group_queries(cluster, clusters, _block_size(call.config, n))
     asked = cluster.gather(2, blocks.first)  # (b, h, blocks)
     k, v = (take_tokens(x.flatten(3), asked).unflatten(3, x.shape[3:]) for x in (state.k, state.v))
-    seen = take_tokens(state.score, asked)[:, :, :, None] > -torch.inf
+    seen = take_tokens(state.score, asked)[:, :, :, None] != -torch.inf
     output = _attend(call, take_tokens(q, blocks.table.flatten(2)), k, v, seen, _null(null_k, null_v), asked)
     return Result(take_tokens(output, blocks.place).to(q.dtype), state)
 
@@ -334,14 +335,14 @@ def _causal(
     stop = torch.searchsorted(ordered * (total + 1) + order, cluster * (total + 1) + seen)
     start = torch.searchsorted(ordered, cluster)
     chunk = (stop - start - 1).clamp(min=0).div(window, rounding_mode="floor")
-    blocks = _blocks(cluster * (total + 1) + chunk, total // window + clusters, _block_size(call.config, n))
+    blocks = group_queries(cluster * (total + 1) + chunk, total // window + clusters, _block_size(call.config, n))
     begin = (start + window * chunk).gather(2, blocks.first) - window
     places = begin[..., None] + torch.arange(2 * window, device=q.device)  # (b, h, blocks, 2 window)
     chosen = order.gather(2, places.clamp(0, total - 1).flatten(2))
     low = torch.maximum(start, stop - window)
     low, high = (x.gather(2, blocks.table.flatten(2)).view(*blocks.table.shape, 1) for x in (low, stop))
     places = places[:, :, :, None]
-    k, v = (take_tokens(x, chosen).unflatten(2, (-1, 2 * window)) for x in (tokens.k, tokens.v))
+    k, v = (take_tokens(x, chosen).unflatten(2, (places.shape[2], 2 * window)) for x in (tokens.k, tokens.v))
     visible = (places >= low) & (places < high)
     output = _attend(
         call, take_tokens(q, blocks.table.flatten(2)), k, v, visible, null, cluster.gather(2, blocks.first)
@@ -375,6 +376,21 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
     local = config.local_heads
     if n == 0:
         return v
+    if local:
+        half = config.window // 2
+        near = attention(
+            q[:, :local],
+            k[:, :local],
+            v[:, :local],
+            ranks(call, n, n, q.device),
+            visibility=Visibility(left=half, right=half),
+            scale=call.scale,
+            dropout=call.dropout,
+            generator=call.generator,
+            backend=call.backend,
+        )[0]
+        if local == q.shape[1]:
+            return near
     valid = call.valid_keys(n)
     width = min(config.window, n)
     at_queries = _visible_scores(_scores(q[:, local:], centroids[local:]), valid).topk(width)
@@ -383,58 +399,16 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
     chosen = at_keys.indices.flatten(2)
     keys, values = (take_tokens(x[:, local:], chosen).unflatten(2, shape[2:]) for x in (k, v))
     asked = torch.arange(shape[2], device=q.device).expand(*shape[:2], -1)
-    visible = (at_keys.values > -torch.inf)[:, :, :, None]
+    visible = (at_keys.values != -torch.inf)[:, :, :, None]
     if null is not None:
         null = (null[0][local:], null[1][local:])
     attended = _attend(call, take_tokens(q[:, local:], taken), keys, values, visible, null, asked)
-    row = torch.arange(batch * shape[1], device=q.device).view(batch, -1, 1) * n
+    row = torch.arange(batch * shape[1], device=q.device).view(batch, shape[1], 1) * n
     rows = (taken + row).flatten()
     output = attended.new_zeros(batch * shape[1] * n, attended.shape[-1]).index_add(0, rows, attended.flatten(0, 2))
     count = attended.new_zeros(batch * shape[1] * n).index_add(0, rows, attended.new_ones(rows.shape))
-    output = (output / count.clamp(min=1)[:, None]).view(batch, -1, n, attended.shape[-1]).to(v.dtype)
-    if not local:
-        return output
-    half = config.window // 2
-    near = attention(
-        q[:, :local],
-        k[:, :local],
-        v[:, :local],
-        ranks(call, n, n, q.device),
-        visibility=Visibility(left=half, right=half),
-        scale=call.scale,
-        dropout=call.dropout,
-        generator=call.generator,
-        backend=call.backend,
-    )[0]
-    return torch.cat([near, output], 1)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Queries in blocks of one group each.
-
-    Attributes:
-        table: the queries of each block; query 0 where a block is short.
-        first: one query of each block, which tells its group.
-        place: of each query in the table, laid out flat.
-    """
-
-    table: Int[Tensor, "b h blocks size"]
-    first: Int[Tensor, "b h blocks"]
-    place: Int[Tensor, "b h n"]
-
-
-def _blocks(group: Int[Tensor, "b h n"], most: int, size: int) -> _Blocks:
-    """Blocks of `size` queries for groups that are numbers of any kind, `most` different ones."""
-    n = group.shape[2]
-    count = min(n, n // size + most)
-    ordered, order = group.sort(dim=-1, stable=True)
-    within = torch.arange(n, device=group.device) - torch.searchsorted(ordered, ordered)
-    block = (within % size == 0).cumsum(-1) - 1
-    at = block * size + within % size
-    table = order.new_zeros(*order.shape[:2], count * size).scatter(-1, at, order)
-    table = table.unflatten(2, (count, size))
-    return _Blocks(table, table[..., 0], torch.zeros_like(at).scatter_(-1, order, at))
+    output = (output / count.clamp(min=1)[:, None]).view(batch, shape[1], n, attended.shape[-1]).to(v.dtype)
+    return torch.cat([near, output], 1) if local else output
 
 
 def _block_size(config: Config, n: int) -> int:
@@ -463,7 +437,8 @@ def _attend(
         visible = torch.cat([visible, some], -1)
     bias = torch.zeros((), dtype=dtype, device=q.device).masked_fill(~visible, -torch.inf)
     rows = k.shape[0] * k.shape[1] * k.shape[2]
-    q = q.to(dtype).reshape(rows, 1, -1, q.shape[-1])
+    total = q.shape[2]
+    q = q.to(dtype).reshape(rows, 1, total // k.shape[2], q.shape[-1])
     output = attention(
         q,
         k.to(dtype).reshape(rows, 1, *k.shape[3:]),
@@ -476,7 +451,7 @@ def _attend(
         generator=call.generator,
         backend=call.backend,
     )[0]
-    return output.view(*k.shape[:2], -1, output.shape[-1])
+    return output.view(*k.shape[:2], total, output.shape[-1])
 
 
 def _scores(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> Float[Tensor, "b h c n"]:
@@ -626,4 +601,8 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Centroids,
+    waivers=(
+        Waiver("layer_lengths", "its tokens in a cluster are a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+    ),
 )

@@ -60,6 +60,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     lengths_after,
     one_of,
     state_field,
@@ -454,4 +455,8 @@ MECHANISM = Mechanism(
     domains={"dt": "positive"},
     sample_inputs=sample_inputs,
     module=S4DLayer,
+    waivers=(
+        Waiver("layer_lengths", "the size of its Fourier transform is a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no complex exponential"),
+    ),
 )

@@ -87,6 +87,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     one_of,
@@ -193,7 +194,7 @@ def reference(
     wanted = [config.top_k * config.oversample * pixels / max(total, 1) for total in seen]
     output = q.new_zeros(batch, heads, n, v.shape[-1])
     for b in range(batch):
-        kept: Any = torch.zeros(heads, n, pixels, dtype=torch.bool)
+        kept: Any = torch.zeros(heads, n, pixels, dtype=torch.bool, device=q.device)
         groups: Any = {
             "row": [(slice(None), t, heads * wanted[t]) for t in range(n)],
             "query": [(h, t, wanted[t]) for h in range(heads) for t in range(n)],
@@ -203,13 +204,13 @@ def reference(
         for h, t, budget in groups if n else ():
             flat = p[b, h, t].detach().reshape(-1)
             first = flat.argsort(descending=True, stable=True)[: max(1, round(budget))]
-            chosen = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, first, True)
+            chosen = torch.zeros(len(flat), dtype=torch.bool, device=q.device).index_fill(0, first, True)
             kept[h, t] = chosen.view(kept[h, t].shape)
         for t in range(n):
             places = [min(max(math.floor((j + 0.5) / seen[t] * pixels - 1e-4), 0), pixels - 1) for j in range(seen[t])]
-            tokens = torch.arange(seen[t])
+            tokens = torch.arange(seen[t], device=q.device)
             for h in range(heads):
-                read = kept[h, t, places] & _read_regularly(config, tokens, torch.tensor(seen[t]))
+                read = kept[h, t, places] & _read_regularly(config, tokens, torch.tensor(seen[t], device=q.device))
                 scores = call.scale * k[b, h, : seen[t]] @ q[b, h, t]
                 o = scores[read].softmax(0) @ v[b, h, : seen[t]][read]
                 o = o if row_logit is None else row_logit[b, h, t].sigmoid() * o
@@ -679,6 +680,9 @@ class Estimator(nn.Module):
 
     random_features: Tensor | None
     keeps_state = True
+    reads_unrotated = ("queries and keys", "")
+    # In these the map does no more than choose what is read, which has no gradient.
+    learns_from_losses = (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
     EPS = 1e-6
     RULE = Rule("identity", 1.0, EPS)
 
@@ -844,6 +848,8 @@ class Estimator(nn.Module):
         """Noncausal-self: the softmax kernel, and the identity matrix stretched over the valid tokens."""
         q, k, v = (_wide(self._repeat(heads[name])) for name in ("q", "k", "v"))
         n, d = q.shape[2:]
+        if n == 0:
+            return v.new_zeros(*v.shape[:3], d + v.shape[3])
         count = torch.full((1,), n, device=q.device) if lengths is None else lengths
         places = torch.arange(n, device=q.device)[None]
         at = (places.to(q.dtype) / (count[:, None] - 1).clamp(min=1) * (d - 1))[..., None]
@@ -914,4 +920,8 @@ MECHANISM = Mechanism(
     length="max",
     weights="exact",
     projection=Estimator,
+    waivers=(
+        Waiver("layer_lengths", "the size of its estimated map is a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+    ),
 )

@@ -372,6 +372,8 @@ class Temperatures(nn.Module):
             number = spec.heads if config.position_granularity == "head" else 1
             self.alpha = nn.Parameter(torch.full((number,), start))
         self.heads = spec.heads
+        if "q" in self.weights or "k" in self.weights:
+            self.reads_unrotated = ("queries and keys", 'token_features="tokens"')
 
     def forward(
         self, heads: Tensors, x: Float[Tensor, "b n c"] | None, source: Float[Tensor, "b m c2"] | None, context: Context

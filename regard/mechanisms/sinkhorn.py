@@ -57,6 +57,7 @@ from regard.contract import (
     Result,
     Shape,
     Unsupported,
+    Waiver,
     at_least,
     state_field,
 )
@@ -152,7 +153,7 @@ def reference(
         if own and config.sortcut is None:
             local = call.scale * q[:, :, part] @ k[:, :, part].mT
             if causal:
-                local = local.masked_fill(torch.ones_like(local[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+                local = local.masked_fill(local.new_ones(local.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
             scores, values = torch.cat([scores, local], -1), torch.cat([values, v[:, :, part]], 2)
         outputs.append(scores.softmax(-1) @ values)
     return torch.cat(outputs, 2)
@@ -289,7 +290,7 @@ def _by_blocks(
     queries = _blocks(q.to(dtype), size)
     visible = visible[:, None].expand(q.shape[0], q.shape[1], len(block), -1, -1).flatten(0, 2)[:, None]
     asked, keys, values = (x.flatten(0, 2)[:, None] for x in (queries, mixed_k, mixed_v))
-    output = _softmax(call, asked, keys, values, visible).view(*queries.shape[:2], -1, v.shape[3])
+    output = _softmax(call, asked, keys, values, visible).view(*queries.shape[:4], v.shape[3]).flatten(2, 3)
     return output[:, :, :n].to(v.dtype)
 
 
@@ -381,8 +382,8 @@ def _mix(call: Call, state: SinkhornState) -> SinkhornState:
     every = torch.arange(count * size, device=p.device).expand(p.shape[0], -1)
 
     def mixed(x: Tensor) -> Tensor:
-        blocks = _at_ranks(state, x, every).to(dtype).view(*x.shape[:2], count, -1)
-        return (row @ blocks).view(*x.shape[:2], size, -1)
+        blocks = _at_ranks(state, x, every).to(dtype).view(*x.shape[:2], count, size * x.shape[3])
+        return (row @ blocks).view(*x.shape[:2], size, x.shape[3])
 
     return dataclasses.replace(state, mixed_k=mixed(state.k), mixed_v=mixed(state.v))
 
@@ -440,4 +441,5 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"dropout"}),
     weights="exact",
+    waivers=(Waiver("layer_lengths", "its number of blocks is a constant of the program"),),
 )

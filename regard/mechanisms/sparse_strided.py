@@ -52,6 +52,7 @@ from regard.contract import (
     Result,
     Shape,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
 )
@@ -406,4 +407,5 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"dropout"}),
     weights="exact",
+    waivers=(Waiver("layer_lengths", "its number of blocks is a constant of the program"),),
 )

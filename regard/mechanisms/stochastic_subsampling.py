@@ -244,7 +244,7 @@ def _attend(
 ) -> Result:
     """Attention over the keys `k` and values `v`, of which the new ones came with the queries."""
     ratio = _ratio(call)
-    if ratio == 1 or q.shape[2] == 0 or k.shape[2] == 0:
+    if ratio == 1 or q.numel() == 0 or k.shape[2] == 0:
         output, weights, lse = _engine(
             call, q, k, v, where, want_weights="weights" in call.want, want_lse="lse" in call.want
         )
@@ -545,7 +545,7 @@ def _with_own_key(
         diagonal = diagonal.expand(max(len(diagonal), len(own)), -1, -1)
         block = block.clamp(max=diagonal.shape[-1] - 1)[:, None].expand(len(diagonal), diagonal.shape[1], -1)
         joins = joins & inside[:, None] & diagonal.gather(-1, block)
-    joins = joins & (score > -torch.inf)
+    joins = joins & (score != -torch.inf)
     share = torch.where(joins, torch.sigmoid(torch.where(joins, score, 0) - lse.to(dtype)), 0)[..., None]
     if call.dropout:
         draw = torch.rand(share.shape, generator=call.generator, device=share.device)
@@ -643,8 +643,13 @@ def ensemble_predict(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of the dense form; in training `ratio` of the pairs are computed, except in bernoulli mode."""
-    return attention_cost(shape, config.host_window)
+    """Of evaluation, which is dense unless `in_evaluation` says otherwise: then it costs what training does."""
+    keys: float = shape.m if config.host_window is None else config.host_window
+    if config.in_evaluation and config.mode == "local":
+        keys = (2 * config.neighbours + 1) * (config.ratio * shape.n if config.window is None else config.window)
+    elif config.in_evaluation and config.mode == "unbiased":
+        keys = config.ratio * keys
+    return attention_cost(shape, max(1, round(keys)))
 
 
 MECHANISM = Mechanism(

@@ -413,6 +413,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 MECHANISM = Mechanism(
     name="synthesizer",
     aliases=("dense_synthesizer", "random_synthesizer"),
+    alias_options={"dense_synthesizer": {"kinds": ("dense",)}, "random_synthesizer": {"kinds": ("random",)}},
     kind=Kind.ATTENTION,
     summary="Scores of places, made of the query token alone or learned outright, instead of dot products with keys.",
     paper=Paper("Synthesizer: Rethinking Self-Attention in Transformer Models", "2005.00743", 2020, 18),

@@ -61,6 +61,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
 )
 from regard.engines.cache import WindowState
@@ -305,4 +306,5 @@ MECHANISM = Mechanism(
     module=SegmentLayer,
     projection=RelativeScores,
     sample_inputs=sample_inputs,
+    waivers=(Waiver("layer_lengths", "its number of segments is a constant of the program"),),
 )

@@ -69,6 +69,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
 )
@@ -85,6 +86,7 @@ from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.merging import merge
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import Toeplitz, at_offsets
+from regard.ragged import check_pairs
 from regard.sampling import attention_shapes, normals
 from regard.visibility import DistanceBias, PositionBias
 
@@ -279,6 +281,8 @@ def _attend(
 ) -> Result:
     batch, heads, n, _ = q.shape
     m, dtype = k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    if call.bias is not None:
+        check_pairs(call.bias, batch, heads, n, m)
     if q.numel() == 0 or m == 0:
         empty = {"weights": v.new_zeros(batch, heads, n, m), "softmax_weights": v.new_zeros(batch, heads, n, m)}
         return Result(v.new_zeros(batch, heads, n, v.shape[-1]), state, extras=empty if "weights" in call.want else {})
@@ -580,4 +584,5 @@ MECHANISM = Mechanism(
     projection=Factors,
     sample_inputs=sample_inputs,
     layer_defaults={"positions": "toeplitz", "bias": True},
+    waivers=(Waiver("layer_lengths", "the size of its table is a constant of the program"),),
 )

@@ -6,11 +6,13 @@ from regard.models.conversion import change_plan, extend_positions
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
+from regard.models.from_transformers import from_transformers
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
 from regard.models.plans import (
     attention_share,
+    differential_plan,
     masformer_plan,
     masformer_schedule,
     tokenformer_plan,
@@ -38,8 +40,10 @@ __all__ = [
     "build_model",
     "change_plan",
     "count_parameters",
+    "differential_plan",
     "extend_positions",
     "from_pretrained",
+    "from_transformers",
     "masformer_plan",
     "masformer_schedule",
     "match_parameters",

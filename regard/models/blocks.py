@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from regard.catalogue import get_mechanism
+from regard.catalogue import get_mechanism, resolve
 from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Result, Unsupported, closest
 from regard.create import create_layer
 from regard.layers.attention import why_refused
@@ -76,7 +78,8 @@ def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
     layers = []
     for entry in entries:
         name, options = _read_entry(entry)
-        kind = get_mechanism(name).kind
+        card, options = resolve(name, options)
+        name, kind = card.name if card.alias_options.get(name) else name, card.kind
         if kind in (Kind.POOLING, Kind.PROJECTION):
             elsewhere = {
                 Kind.PROJECTION: f'("softmax", {{"linear": "{name}"}})',
@@ -95,6 +98,29 @@ def _read_entry(entry: Any) -> tuple[str, Mapping[str, Any]]:
     if isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Mapping):
         return entry[0], entry[1]
     raise Unsupported(f"plan entry {entry!r}", supported='"name" or ("name", {"option": value})')
+
+
+def check_ids(ids: Int[Tensor, "b n"]) -> None:
+    """Raise Unsupported unless `ids` are integers (B, N)."""
+    if not isinstance(ids, Tensor):
+        raise Unsupported(f"ids of type {type(ids).__name__}", supported="a tensor of integers (B, N)")
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise Unsupported(f"ids of dtype {ids.dtype} and shape {tuple(ids.shape)}", supported="integers (B, N)")
+
+
+def embed_tokens(table: nn.Module, tokens: Tensor) -> Float[Tensor, "b n c"]:
+    """Rows of an embedding, or projected features; an id that has no row raises Unsupported (on a CPU, outside a graph)."""
+    if torch.compiler.is_compiling():
+        return table(tokens)
+    try:
+        return table(tokens)
+    except IndexError as error:
+        raise Unsupported(
+            f"token ids from {int(tokens.min())} to {int(tokens.max())}",
+            supported=f"0 to {table.num_embeddings - 1}"
+            if isinstance(table, nn.Embedding)
+            else "ids of the vocabulary",
+        ) from error
 
 
 def layer_positions(card: Mechanism, asked: str) -> str:
@@ -168,7 +194,7 @@ def _sequence_entry(block: Any) -> tuple[str, dict[str, Any]]:
 def _mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
     """The card that decides about positions: that of the wrapped mechanism, where a wrapper's options name one."""
     card = get_mechanism(name)
-    return get_mechanism(options["mechanism"]) if card.kind is Kind.WRAPPER and "mechanism" in options else card
+    return resolve(options["mechanism"])[0] if card.kind is Kind.WRAPPER and "mechanism" in options else card
 
 
 def layer_accepts(card: Mechanism, option: str) -> bool:
@@ -457,14 +483,31 @@ def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> 
     return sum(known.get(name, LOSS_WEIGHT) * total / count.clamp(min=1) for name, (total, count) in losses.items())
 
 
+_EVALUATING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""In how many blocks of :func:`evaluation_mode` each module is that was in training mode before the first."""
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
-    """The model without dropout inside the block, and as it was after it. `modules`: all of them, if they are known."""
-    training = [module for module in (model.modules() if modules is None else modules) if module.training]
-    if training:
-        model.eval()
+    """The model without dropout inside the block, and as it was after it, or after the last of several threads' blocks.
+
+    Args:
+        modules: all of the model's, if they are known.
+    """
+    with _LOCK:
+        every = model.modules() if modules is None else modules
+        held = [module for module in every if module.training or (_EVALUATING and module in _EVALUATING)]
+        if any(module.training for module in held):
+            model.eval()
+        for module in held:
+            _EVALUATING[module] = _EVALUATING.get(module, 0) + 1
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _LOCK:
+            for module in held:
+                _EVALUATING[module] -= 1
+                if not _EVALUATING[module]:
+                    del _EVALUATING[module]
+                    module.training = True

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Kind, Loss, Mask, Pattern, Result, Unsupported, closest
 from regard.create import create_layer
+from regard.layers.checks import given_context
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -29,6 +30,7 @@ from regard.models.blocks import (
     add_losses,
     check_plan,
     check_sequences,
+    embed_tokens,
     evaluation_mode,
     grid_axes,
     input_positions,
@@ -139,7 +141,7 @@ class EncoderBase(nn.Module):
             positions=None if context.positions is None else layout.gather(context.positions, axis=1),
             roles=None if context.roles is None else layout.gather(context.roles, axis=1),
         )
-        x = self.embedding(inputs)  # (B, N, dim)
+        x = embed_tokens(self.embedding, inputs)  # (B, N, dim)
         where = torch.arange(x.shape[1], device=x.device)[None] if inner.positions is None else inner.positions
         x, inner, losses = place_input(self.positions, x, where, inner, movable=inner.positions is None)
         x = self.embedding_norm(x)
@@ -176,7 +178,7 @@ class Encoder(EncoderBase):
             training with exits ``extras["exits"]`` has the share of the layers and the logits of each; where sequences
             (without a pool, tokens) leave early, ``extras["exit_layer"]`` the number of layers that each has passed.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
         if context.grid is None:
             check_sequences(
                 self.blocks, "an encoder that is called without a grid", supported="context=Context(grid=sides)"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least
 from regard.engines.linear import FrozenWeights, linear
-from regard.layers.checks import check_memory_mask
+from regard.layers.checks import check_memory_mask, given_context
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -30,8 +30,10 @@ from regard.models.blocks import (
     Plan,
     add_losses,
     auxiliary_loss,
+    check_ids,
     check_plan,
     check_sequences,
+    embed_tokens,
     evaluation_mode,
     input_positions,
     make_input_positions,
@@ -207,7 +209,7 @@ class EncoderDecoder(nn.Module):
         state: ModelState | None = None,
     ) -> Result:
         """As :meth:`forward`, before the output projection: (B, N, dim)."""
-        context = Context() if context is None else context
+        context = given_context(context)
         if (memory is None) == (state is None):
             raise Unsupported(
                 f"{'no' if memory is None else 'a'} memory {'without' if state is None else 'beside'} a state",
@@ -231,7 +233,7 @@ class EncoderDecoder(nn.Module):
         Args:
             memory: as in :meth:`forward`, with `context.memory_mask`.
         """
-        encoded = self._encode(memory, Context() if context is None else context, {})
+        encoded = self._encode(memory, given_context(context), {})
         inner = Context(memory_mask=encoded.mask, memory_positions=encoded.positions)
         states = [
             block.mixer.encode_memory(encoded.tokens, context=inner) if block.cross else None  # type: ignore[union-attr, operator]
@@ -248,7 +250,7 @@ class EncoderDecoder(nn.Module):
         check_memory_mask(context)
         layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], memory.device)
         where = None if context.memory_positions is None else layout.gather(context.memory_positions, axis=1)
-        x = self.memory_embedding(layout.gather(memory, axis=1))  # right-padded, a row for each sequence
+        x = embed_tokens(self.memory_embedding, layout.gather(memory, axis=1))  # right-padded, a row for each sequence
         mask = None if layout.lengths is None else Mask(lengths=layout.lengths)
         inner = Context(mask=mask, positions=where, generator=context.generator, progress=context.progress)
         x, inner, placed = self._placed(self.memory_positions, x, layout, None, inner)
@@ -259,8 +261,7 @@ class EncoderDecoder(nn.Module):
         return EncodedMemory(self.encoder_norm(result.output), layout.lengths, where)
 
     def _decode(self, ids: Int[Tensor, "b n"], context: Context, source: EncodedMemory | ModelState | None) -> Result:
-        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise Unsupported(f"ids of dtype {ids.dtype} and shape {tuple(ids.shape)}", supported="integers (B, N)")
+        check_ids(ids)
         _check_context(context)
         layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
         ids = layout.gather(ids, axis=1)  # right-padded, a row for each sequence
@@ -284,7 +285,7 @@ class EncoderDecoder(nn.Module):
             want=context.want | ({"state"} if wanted else set()),
         )
         x, inner, losses = self._placed(
-            self.positions, self.embedding(ids), layout, None if state is None else past, inner
+            self.positions, embed_tokens(self.embedding, ids), layout, None if state is None else past, inner
         )
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         states = [None] * len(self.blocks) if state is None else state.layers

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, Unsupported, at_least, one_of, valid_from_lengths
-from regard.layers.checks import check_memory_mask, check_tokens
+from regard.layers.checks import check_memory_mask, check_tokens, given_context
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -175,7 +175,7 @@ class Forecaster(nn.Module):
             output (B, H, targets), or (B, H, targets, quantiles) in rising order, zero at padding, in at least float32;
             auxiliary losses summed over the layers; extras of the cross layers as lists.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
         check_tokens(inputs, self.config.features, "inputs")
         check_tokens(memory, self.config.memory_features, "memory")
         check_memory_mask(context)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regard.contract import Context, Pattern, Result, Unsupported
 from regard.create import create_layer
+from regard.layers.checks import given_context
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.mechanisms.funnel import FunnelPooling
@@ -117,7 +118,7 @@ class FunnelEncoder(EncoderBase):
         Raises:
             Unsupported: for what the funnel cannot honour: masks on pairs, a grid, roles, explicit positions.
         """
-        context = Context() if context is None else context
+        context = given_context(context)
         _check_context(context)
         x, inner, layout, losses = self.embed(inputs, context)
         result = self.blocks.run(x, inner, [None] * len(self.blocks))

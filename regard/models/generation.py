@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Mask, Unsupported, at_least
+from regard.models.blocks import check_ids
 from regard.ragged import gathering
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Prompts:
     @classmethod
     def of(cls, ids: Int[Tensor, "b n"], mask: Mask | None) -> Prompts:
         """From ids padded anywhere or packed; raises Unsupported for a row without a token."""
+        check_ids(ids)
         layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
         whole = layout.gather(ids, axis=1)
         lengths = layout.lengths

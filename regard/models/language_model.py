@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, state_field
 from regard.engines.linear import FrozenWeights, linear
+from regard.layers.checks import given_context
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -27,6 +28,8 @@ from regard.models.blocks import (
     Block,
     add_losses,
     auxiliary_loss,
+    check_ids,
+    embed_tokens,
     evaluation_mode,
     input_positions,
     make_input_positions,
@@ -68,7 +71,7 @@ class LanguageModelConfig:
         max_length: number of learned positions, and of those that sequential encodings can write.
         dropout: of the embedding and of each residual branch.
         tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
-        norm: of :func:`regard.layers.norms.make_norm`.
+        norm: of :func:`regard.layers.norms.make_norm`, as ``rms`` or ``rms:1e-5``.
         embedding_norm: the same, of the embedding with its positions; ``none`` as a rule.
         loss_weights: weight of each auxiliary loss by name; when not given, that of its paper or public code for sequential
             positions (0.1), ``commitment`` (1e-4) and ``reconstruction`` (1), and 0.01 for all others.
@@ -157,9 +160,8 @@ class LanguageModel(nn.Module):
         self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None
     ) -> Result:
         """As :meth:`forward`, before the output projection: (B, N, dim)."""
-        context = Context() if context is None else context
-        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise Unsupported(f"ids of dtype {ids.dtype} and shape {tuple(ids.shape)}", supported="integers (B, N)")
+        context = given_context(context)
+        check_ids(ids)
         layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
         ids = layout.gather(ids, axis=1)  # right-padded, a row for each sequence
         rows, n = ids.shape
@@ -194,7 +196,7 @@ class LanguageModel(nn.Module):
         self, ids: Int[Tensor, "b n"], past: Int[Tensor, " b"] | None, context: Context
     ) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
         """Tokens with their positions after `past` ones, the layers' context, and losses of the positions."""
-        x = self.embedding(ids)
+        x = embed_tokens(self.embedding, ids)
         losses: dict[str, Loss] = {}
         if self.positions is not None:
             rank = torch.arange(ids.shape[1], device=ids.device)[None]

@@ -19,7 +19,7 @@ from typing import Any
 
 from regard.catalogue import get_mechanism
 from regard.contract import Unsupported, at_least, one_of
-from regard.mechanisms import local, longformer
+from regard.mechanisms import differential, local, longformer
 from regard.models.blocks import read_plan
 
 TRANSNORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -132,6 +132,26 @@ def tokenformer_plan(
     return [("softmax", copy.deepcopy(layer)) for _ in range(num_layers)]
 
 
+def differential_plan(num_layers: int, **options: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Differential Transformer (Ye et al., arXiv 2410.05258): `differential`, with lambda_init by the depth of the layer.
+
+    With the `num_heads` of a model of softmax attention it has as many parameters, but for a few: the paper's h counts
+    pairs of heads.
+
+    Args:
+        num_layers: layers, >= 1.
+        options: of every layer; a lambda_init among them is that of all.
+
+    Raises:
+        Unsupported: for no layers.
+    """
+    at_least("num_layers", num_layers, 1)
+    return [
+        ("differential", {"lambda_init": differential.depth_lambda(layer), **copy.deepcopy(options)})
+        for layer in range(1, num_layers + 1)
+    ]
+
+
 def masformer_plan(
     num_layers: int,
     full_layers: str | Sequence[int],
@@ -145,8 +165,8 @@ def masformer_plan(
     """MASFormer (Zhang et al., arXiv 2310.12442): full attention in a few layers, `local` attention in the others.
 
     The weights are those of a model with `softmax` in every layer, so a trained one loads into the mixed one, or becomes
-    it by :func:`regard.models.change_plan`; ``regard.swap(model, "local", only="...", form="block", block=512)`` does it to
-    models from elsewhere. Learned positions must be extended before inputs can be longer than those of training
+    it by :func:`regard.models.change_plan`; for models from elsewhere
+    ``regard.swap(model, {"*.layers.[01].*": None, "*": ("local", {"form": "block", "block": 512})})`` does it. Learned positions must be extended before inputs can be longer than those of training
     (:func:`regard.models.extend_positions`). The paper puts the full layers at the bottom and has 4 to 8 of 24. Full layers
     do not share one cache of keys and values: each projects its own input, and no layer reads another's state.
 

@@ -57,7 +57,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
     for file in (CONFIG, WEIGHTS):
         if not (place / file).is_file():
             raise Unsupported(f"{folder} without {file}", supported="a folder written by save_pretrained")
-    record = _read_record((place / CONFIG).read_text(encoding="utf-8"), place / CONFIG)
+    record = _read_record((place / CONFIG).read_bytes(), place / CONFIG)
     tensors, metadata = read_tensors(place / WEIGHTS)
     copy = metadata.get("record")
     if copy is None or _read_record(copy, place / WEIGHTS) != record:
@@ -75,9 +75,18 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
                 supported=", ".join(known),
                 nearest=closest(option, known),
             )
-    # Built where it will be; the initial values are overwritten.
-    with torch.device(device), torch.random.fork_rng(devices=[]):
-        model = model_class(config_class(**record["config"]))
+    wanted = torch.device(device)
+    try:
+        # Built where it will be; the initial values are overwritten.
+        with wanted, torch.random.fork_rng(devices=[]):
+            model = model_class(config_class(**record["config"]))
+    except Unsupported:
+        raise
+    except Exception as error:  # JSON can give an option any value, of which a model makes any error
+        raise Unsupported(
+            f"{place / CONFIG}, whose values make no {record['model']} ({type(error).__name__}: {error})",
+            supported="a file written by save_pretrained",
+        ) from error
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tensors:
             tensor.data = tensor.data.to(tensors[name].dtype)
@@ -85,13 +94,14 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
     return model.eval()
 
 
-def _read_record(text: str, path: Path) -> dict[str, Any]:
+def _read_record(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Unsupported(
             f"{path} that is not JSON ({error})", supported="a file written by save_pretrained"
         ) from error
-    if not isinstance(record, dict) or record.keys() != {"model", "regard", "config"}:
+    parts = {"model": str, "regard": str, "config": dict}
+    if not isinstance(record, dict) or {name: type(value) for name, value in record.items()} != parts:
         raise Unsupported(f"{path} with other contents", supported="model, regard and config")
     return record

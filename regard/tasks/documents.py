@@ -7,9 +7,10 @@ import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regard.contract import Unsupported, closest
 
@@ -36,9 +37,11 @@ _NATIVE_CODE = {".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".rs", ".go", 
 _SCRIPTS = {".py", ".pyi", ".js", ".mjs", ".ts", ".tsx", ".jsx", ".css", ".sql", ".sh", ".rb", ".php", ".pl", ".lua"}
 _SCIENCE = {".scala", ".r", ".jl", ".hs", ".ml", ".m"}
 TEXT_SUFFIXES = frozenset(_PROSE | _RECORDS | _NATIVE_CODE | _SCRIPTS | _SCIENCE | set(JSON_LINES))
-"""Suffixes that are read in a folder; a file that is named itself may have any."""
+"""Suffixes that are read in a folder where some file has one; a file that is named itself may have any."""
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_COPIES = frozenset({"encodings", "distutils"})
+"""Parts of the library whose files are near copies of each other, so that held-out text would be known from training."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,11 @@ def read_documents(data: Paths, field: str) -> tuple[list[Document], list[str]]:
     """Documents of files and folders in a fixed order, and notes on what was left out.
 
     A file is a document; in JSON lines (``.jsonl``, ``.ndjson``) each line is one. Folders are read recursively in
-    sorted order, without hidden files and without following links to folders; of their files, those with a suffix of
-    :data:`TEXT_SUFFIXES`. Documents are strict UTF-8; a missing last newline is added.
+    sorted order, without hidden files and without following links to folders or out of the folder; of their files,
+    those with a suffix of :data:`TEXT_SUFFIXES`, or all that hold text where none has one. Documents are strict UTF-8; a missing last newline is added.
 
     Args:
-        field: of the JSON objects that holds the text.
+        field: of the JSON objects that holds the text, or a conversation (see :func:`text_of`).
 
     Raises:
         Unsupported: for what is missing, empty, binary or unreadable.
@@ -85,7 +88,7 @@ def read_documents(data: Paths, field: str) -> tuple[list[Document], list[str]]:
             documents += found
             notes += note
         else:
-            found = _read_file(_existing(path), path.name, field)
+            found = _read_file(_existing(path), file_name(path.name), field)
             if not found:
                 raise Unsupported(f"{path}, which holds no text", supported="a file with some text in it")
             documents += found
@@ -93,21 +96,21 @@ def read_documents(data: Paths, field: str) -> tuple[list[Document], list[str]]:
 
 
 def read_standard_library() -> tuple[list[Document], list[str]]:
-    """The sources of this Python's standard library without its tests: about 12 MB of code and documentation strings.
+    """The sources of this Python's standard library without its tests: about 10 MB of code and documentation strings.
 
     It differs between versions of Python, so scores on it compare within one installation only.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
     skipped = 0
-    for path in _walk(root, _NOT_LIBRARY):
+    for path in walk(root, _NOT_LIBRARY | _COPIES)[0]:
         if path.suffix != ".py":
             continue
         text = path.read_bytes()
         if _why_not_text(text):
             skipped += 1
         elif text.strip():
-            documents.append(Document(path.relative_to(root).as_posix(), _end_with_newline(text)))
+            documents.append(Document(file_name(path.relative_to(root)), _end_with_newline(text)))
     if not documents:
         raise Unsupported(
             "the default corpus, since this Python has no standard library sources on disk",
@@ -118,8 +121,15 @@ def read_standard_library() -> tuple[list[Document], list[str]]:
 
 def names_of(data: Paths) -> str:
     """The names of some files, without their folders."""
-    names = [Path(path).name or str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    names = [file_name(Path(path).name or path) for path in ([data] if isinstance(data, str | Path) else data)]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def file_name(path: str | Path) -> str:
+    """The path as any terminal and database takes it: what is not printable, or not UTF-8, as an escape."""
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in Path(path).as_posix()
+    )
 
 
 def printable(text: str) -> str:
@@ -170,40 +180,83 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise Unsupported(f"{error.filename}, which cannot be read ({error.strerror})", supported="readable folders")
+def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path], list[str]]:
+    """The files of a folder and of those in it, in sorted order, and a note on links that are not followed.
 
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(folder, name)
+    Without what is hidden, and without links to folders or out of `root`.
+    """
+    files: list[Path] = []
+    outside = 0
+    waiting = [str(root)]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                listed = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise Unsupported(
+                f"{folder}, which cannot be read ({error.strerror})", supported="readable folders"
+            ) from None
+        inside = []
+        for entry in listed:
+            if entry.is_symlink() and not leads_inside(entry.path, root):
+                outside += 1
+            elif entry.is_dir(follow_symlinks=False):
+                inside += [entry.path] if entry.name not in without else []
+            elif not entry.is_dir():
+                files.append(Path(entry.path))
+        waiting += reversed(inside)
+    return files, [f"{names_of(root)}: {outside} links that lead out of it not followed"] if outside else []
+
+
+def leads_inside(path: str | Path, root: Path) -> bool:
+    """Whether a link ends in the folder `root`."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The sub-folders of a folder in sorted order, without hidden ones; refuses links that lead out of it."""
+    try:
+        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise Unsupported(f"{folder}, which cannot be read ({error.strerror})", supported="a readable folder") from None
+    classes = [Path(entry.path) for entry in entries if entry.is_dir()]
+    for path in classes:
+        if path.is_symlink() and not leads_inside(path, folder):
+            raise Unsupported(
+                f"{path}, a link that leads out of {folder}",
+                supported="sub-folders that lie in it",
+                nearest=f"a copy of {os.path.realpath(path)}",
+            )
+    return classes
 
 
 def _read_folder(root: Path, field: str) -> tuple[list[Document], list[str]]:
     documents: list[Document] = []
     others: Counter[str] = Counter()
     empty = 0
-    for path in _walk(root):
-        if path.suffix.lower() not in TEXT_SUFFIXES:
-            others[path.suffix or "no suffix"] += 1
+    paths, notes = walk(root)
+    by_suffix = any(path.suffix.lower() in TEXT_SUFFIXES for path in paths)
+    for path in paths:
+        if not (path.suffix.lower() in TEXT_SUFFIXES if by_suffix else _is_text(path)):
+            others[printable(path.suffix) or "no suffix"] += 1
             continue
-        found = _read_file(_existing(path), path.relative_to(root).as_posix(), field)
+        found = _read_file(_existing(path), file_name(path.relative_to(root)), field)
         empty += not found
         documents += found
     counted = ", ".join(f"{suffix}: {count}" for suffix, count in others.most_common(5))
     if not documents:
         raise Unsupported(
             f"the folder {root}, which holds no text" + (f" (other files: {counted})" if others else ""),
-            supported="files ending in " + " ".join(sorted(TEXT_SUFFIXES)),
-            nearest="name the files themselves, with any suffix" if others else "",
+            supported="UTF-8 text, best in files ending in " + " ".join(sorted(TEXT_SUFFIXES)),
         )
-    notes = []
+    if not by_suffix:
+        notes.append(f"{names_of(root)}: no file has a suffix of text, so that all were read which are UTF-8 text")
     if others:
-        notes.append(f"{root.name}: {others.total()} files with other suffixes not read ({counted})")
+        what = "files with other suffixes" if by_suffix else "other files"
+        notes.append(f"{names_of(root)}: {others.total()} {what} not read ({counted})")
     if empty:
-        notes.append(f"{root.name}: {empty} empty files left out")
+        notes.append(f"{names_of(root)}: {empty} empty files left out")
     return documents, notes
 
 
@@ -229,22 +282,29 @@ def _read_file(path: Path, name: str, field: str) -> list[Document]:
     return [Document(name, _end_with_newline(text))] if text.strip() else []
 
 
-def _parse_json_lines(text: bytes, path: Path, name: str, field: str) -> list[Document]:
-    documents = []
-    for number, line in enumerate(text.split(b"\n"), start=1):
+def json_objects(path: Path, lines: Iterable[str | bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each line of JSON lines; blank ones are skipped."""
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            told = "nested too deep" if isinstance(error, RecursionError) else error
             raise Unsupported(
-                f"{path}, whose line {number} is not JSON ({error})", supported="one JSON object on each line"
+                f"{path}, whose line {number} is not JSON ({told})", supported="one JSON object on each line"
             ) from None
         if not isinstance(record, dict):
-            raise Unsupported(f"{path}, whose line {number} is not a JSON object", supported=f'{{"{field}": "..."}}')
-        value = record.get(field)
-        if not isinstance(value, str):
-            fields = [key for key, item in record.items() if isinstance(item, str)]
+            raise Unsupported(f"{path}, whose line {number} is not a JSON object", supported="one on each line")
+        yield number, record
+
+
+def _parse_json_lines(text: bytes, path: Path, name: str, field: str) -> list[Document]:
+    documents = []
+    for number, record in json_objects(path, text.split(b"\n")):
+        value = text_of(record.get(field))
+        if value is None:
+            fields = [key for key, item in record.items() if text_of(item) is not None]
             raise Unsupported(
                 f"{path}, whose line {number} has no text in the field {field!r}",
                 supported="a field with text: " + (", ".join(fields) or "none on this line"),
@@ -261,6 +321,31 @@ def _parse_json_lines(text: bytes, path: Path, name: str, field: str) -> list[Do
     return documents
 
 
+def text_of(value: Any) -> str | None:
+    """Text of a field of JSON: a string, or the turns of a conversation; None for anything else.
+
+    A turn is an object with its text, or parts that are such objects, in ``content``, ``text`` or ``value`` and, in
+    ``role`` or ``from``, who speaks. One whose text is null (a call of a tool) is left out.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        return None
+    turns = []
+    for turn in value:
+        name = next((n for n in ("content", "text", "value") if n in turn), None) if isinstance(turn, dict) else None
+        if name is None:
+            return None
+        if turn[name] is None:
+            continue
+        words = text_of(turn[name])
+        if words is None:
+            return None
+        speaker = turn.get("role", turn.get("from"))
+        turns.append(f"{speaker}: {words}" if isinstance(speaker, str) else words)
+    return "\n".join(turns)
+
+
 def _why_not_text(text: bytes) -> str:
     zero = text.find(b"\0")
     if zero >= 0:
@@ -270,6 +355,16 @@ def _why_not_text(text: bytes) -> str:
     except UnicodeDecodeError as error:
         return f"byte 0x{text[error.start]:02x} at offset {error.start}"
     return ""
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file holds UTF-8 text; of one with a zero byte in its beginning no more is read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+            return b"\0" not in head and not _why_not_text(head + file.read())
+    except OSError:
+        return False
 
 
 def _end_with_newline(text: bytes) -> bytes:

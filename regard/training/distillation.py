@@ -112,10 +112,17 @@ def distillation_loss(
         context: as of a call of the models.
 
     Raises:
-        Unsupported: for a teacher without weights in every layer, or of another number of layers, and for models whose
-            layers are not simply one after the other (`stack`).
+        Unsupported: for models of another kind, for a teacher without weights in every layer, or of another number of
+            layers, and for models whose layers are not simply one after the other (`stack`).
     """
     for model in (student, teacher):
+        if not isinstance(model, LanguageModel):
+            raise Unsupported(
+                f"distillation between layers of a {type(model).__name__}, whose layers neither give their weights nor learn "
+                "from others",
+                supported="regard.models.LanguageModel",
+                nearest="torch.nn.functional.kl_div of its logits and the teacher's",
+            )
         if model.config.stack != StackConfig():
             raise Unsupported(
                 f"distillation between models with {model.config.stack}", supported="the default stack of both"

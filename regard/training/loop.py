@@ -26,7 +26,7 @@ from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
 from regard.models.blocks import auxiliary_loss, evaluation_mode
 from regard.models.stack import joint_loss
 from regard.tasks.protocol import Batch, Task, mean_loss
-from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
+from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint
 from regard.training.memory import peak_memory
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
 
@@ -347,8 +347,13 @@ def _resume(
     scaler: torch.amp.GradScaler,
 ) -> History:
     found = load_checkpoint(path)
+    try:
+        run, history = dict(found.record["run"]), History.from_record(found.record["history"])
+        scale = dict(found.record["scaler"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
     for name, value in identity.items():
-        before = found.record["run"].get(name)
+        before = run.get(name)
         if before != value:
             raise Unsupported(
                 f"resuming {path}, a run with {name}={before!r}, with {name}={value!r}",
@@ -357,8 +362,8 @@ def _resume(
             )
     restore(found, model, optimizer)
     if scaler.is_enabled():
-        scaler.load_state_dict(found.record["scaler"])
-    return History.from_record(found.record["history"])
+        scaler.load_state_dict(scale)
+    return history
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """`regard advise`: which mechanism will be fastest and smallest, before anything is trained.
 
-Whole layers are measured on this machine at a few lengths (:mod:`regard.workbench.probe`), the rest is predicted
-(:mod:`regard.workbench.prediction`). Time decides among the mechanisms that have what is needed
-(:mod:`regard.workbench.needs`) and fit in the memory. Quality is known only from stored results of `regard compare`.
+Time decides among the mechanisms that have what is needed (:mod:`regard.workbench.needs`) and fit in the memory: that of
+whole layers, measured on this machine at the lengths and in the use that were asked for. Which of them are worth measuring
+there follows from shorter lengths (:mod:`regard.workbench.probe`); what else is told is predicted
+(:mod:`regard.workbench.prediction`). Quality is known only from stored results of `regard compare`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from regard.contract import Kind, Pattern, Unsupported, one_of
 from regard.measurement.store import Store
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import MIXING, WHAT, LayerSettings
-from regard.workbench.needs import NEEDS, find, parse_needs
+from regard.workbench.needs import NEEDS, Finding, find, parse_needs
 from regard.workbench.pasted import code_for
-from regard.workbench.probe import LENGTHS, LayerMeasure, Measure, Probe, probe
+from regard.workbench.probe import LENGTHS, probe
+from regard.workbench.samples import DOUBTFUL, LayerMeasure, Measure, Probe
 
 USES = {"train": "training", "infer": "forward", "serve": "decode"}
 """What a mechanism is for, and the kind of work whose time then decides."""
 
 SAID = {"training": "a training step", "forward": "a forward call", "decode": "a decoding step"}
 TIE = 1.05
-"""softmax is taken when it costs at most this much more than the fastest: within the error of a prediction, what gives
-nothing up is preferred."""
+"""Along the lengths a winner stays one until another is faster by more than this."""
 
 LONGEST = 1 << 20
 STEPS_AN_OCTAVE = 4
@@ -46,13 +47,13 @@ class AdviseSettings:
         needs: of :data:`regard.workbench.needs.NEEDS`.
         memory: most bytes that one layer may hold beside its weights and its input, at every length; None for no limit.
             Of serving it is the state and what a step needs.
-        pattern, dim, heads, head_dim, batch, dtype, device: as in
+        pattern, dim, heads, head_dim, batch, dtype, device, short_convolution: as in
             :class:`regard.workbench.layer_work.LayerSettings`.
         mechanisms: candidates; all that mix tokens and have the pattern when None.
         exclude: no candidates.
         what: kinds of work that are predicted; that of `use` is among them in any case.
-        seconds: time to measure. What decides is measured at the two shortest lengths however long it takes, since nothing
-            can be predicted without.
+        seconds: time to measure. What decides is measured at 32 and 64 tokens however long it takes, since nothing can be
+            predicted without.
     """
 
     lengths: tuple[int, ...] = (1024,)
@@ -70,6 +71,7 @@ class AdviseSettings:
     exclude: tuple[str, ...] = ()
     what: tuple[str, ...] = WHAT
     seconds: float = 120.0
+    short_convolution: int | None = None
 
     def __post_init__(self) -> None:
         one_of("use", self.use, USES)
@@ -99,7 +101,8 @@ class AdviseSettings:
 
     @property
     def layer(self) -> LayerSettings:
-        return LayerSettings(self.pattern, self.dim, self.heads, self.head_dim, self.batch, self.dtype, self.device)
+        sizes = (self.dim, self.heads, self.head_dim, self.batch)
+        return LayerSettings(self.pattern, *sizes, self.dtype, self.device, self.short_convolution)
 
     @property
     def deciding(self) -> str:
@@ -113,6 +116,7 @@ class Estimate:
 
     Attributes:
         milliseconds: of one call of the layer.
+        low, high: the interval in which that is known, wider the farther the nearest measured length is.
         memory_bytes: peak of what the call holds beside weights and input; of decoding, with the state.
         state_bytes: of decoding: the state alone.
         basis: ``measured``, ``interpolated`` between measured lengths, or ``extrapolated`` beyond them.
@@ -121,6 +125,8 @@ class Estimate:
     what: str
     length: int
     milliseconds: float
+    low: float
+    high: float
     memory_bytes: int
     state_bytes: int | None
     basis: str
@@ -128,11 +134,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mechanism that qualifies, with its place in the order, its costs, and lines to paste."""
+    """A mechanism that qualifies, with its place in the order, its costs, and lines to paste.
+
+    `milliseconds` are the geometric mean over the lengths of what decides, `low` and `high` the interval around it.
+    """
 
     mechanism: str
     place: int
     milliseconds: float
+    low: float
+    high: float
     reason: str
     quality: str
     backend: str
@@ -322,27 +333,47 @@ def advise(
     settings = AdviseSettings(**options) if settings is None else settings
     quality = Quality() if results is None else read_quality(results)
     able, rejected, layers = able_mechanisms(settings)
+    findings = _findings(settings, able[settings.deciding], quality)
     known = probe(
         settings.layer,
         able,
         seconds=settings.seconds,
+        asked=settings.lengths,
+        likely=_likely(settings, findings, quality),
+        cap=settings.memory,
         measure=measure or layers,
         fresh=fresh,
         say=say,
         on_sample=on_sample,
     )
-    return answer(settings, known, able, rejected, quality)
+    return _Answer(settings, known, able, rejected, quality, findings).advice()
 
 
-def answer(
-    settings: AdviseSettings,
-    known: Probe,
-    able: Mapping[str, Sequence[str]],
-    rejected: Mapping[str, str],
-    quality: Quality | None = None,
-) -> Advice:
-    """The advice that follows from measurements. `able` are the mechanisms that can do each kind of work."""
-    return _Answer(settings, known, able, rejected, quality or Quality()).advice()
+Findings = dict[str, dict[str, Finding]]
+"""By mechanism and need."""
+
+
+def _findings(settings: AdviseSettings, names: Sequence[str], quality: Quality) -> Findings:
+    longest = settings.lengths[-1]
+    return {
+        name: {
+            need: find(need, name, settings.pattern, longest, quality.solved, settings.short_convolution)
+            for need in settings.needs
+        }
+        for name in names
+    }
+
+
+def _lack(findings: Mapping[str, Finding], needs: Sequence[str]) -> str | None:
+    """The first need that a mechanism does not have, with the reason; None when it has all."""
+    missing = next((need for need in needs if not findings[need].holds), None)
+    return missing and f"{missing}: {findings[missing].reason} ({findings[missing].source})"
+
+
+def _likely(settings: AdviseSettings, findings: Findings, quality: Quality) -> list[str]:
+    """Who may be taken, whatever the time: of those that qualify the ones that results know, where there are such."""
+    able = [n for n in findings if _lack(findings[n], settings.needs) is None and n not in quality.behind]
+    return [name for name in able if name in quality.said] or able
 
 
 class _Answer:
@@ -353,43 +384,41 @@ class _Answer:
         able: Mapping[str, Sequence[str]],
         rejected: Mapping[str, str],
         quality: Quality,
+        findings: Findings,
     ) -> None:
-        self.settings, self.known, self.able, self.quality = settings, known, able, quality
+        self.settings, self.known, self.quality, self.findings = settings, known, quality, findings
         self.rejected = dict(rejected)
         self.names = []
         for name in dict.fromkeys(n for names in able.values() for n in names):
             if name not in able[settings.deciding]:
                 self.rejected[name] = f"has no state that decodes in {settings.pattern.value}"
             elif known.curve(settings.deciding, name, "seconds") is None:
-                self.rejected[name] = "not measured within the time; give more --seconds"
+                lack = _lack(findings[name], settings.needs)
+                self.rejected[name] = lack or "not measured within the time; give more --seconds"
             else:
                 self.names.append(name)
-        longest = settings.lengths[-1]
-        self.findings = {
-            name: {need: find(need, name, settings.pattern, longest, quality.solved) for need in settings.needs}
-            for name in self.names
-        }
 
     def seconds(self, name: str, lengths: Sequence[int]) -> float:
         """Geometric mean of the deciding time."""
-        curve = self.known.curve(self.settings.deciding, name, "seconds")
-        assert curve is not None  # names without one were rejected
-        return math.exp(sum(math.log(curve(n)) for n in lengths) / len(lengths))
+        return self.known.time(self.settings.deciding, name, lengths)[0]
 
     def memory(self, name: str, lengths: Sequence[int]) -> float:
         """The most that the deciding work holds."""
-        curve = self.known.curve(self.settings.deciding, name, "memory")
-        assert curve is not None
-        return max(curve(n) for n in lengths)
+        return self.known.memory(self.settings.deciding, name, lengths)
+
+    def surely_faster(self, name: str, other: str, lengths: Sequence[int]) -> bool:
+        """Whether the intervals of the deciding times leave no doubt."""
+        (own, width), (rival, width_of_rival) = (
+            self.known.time(self.settings.deciding, n, lengths) for n in (name, other)
+        )
+        return math.log(rival / own) > width + width_of_rival
 
     def obstacle(
         self, name: str, lengths: Sequence[int], *, cap: int | None, needs: Sequence[str], results: bool = True
     ) -> str | None:
         """Why a mechanism does not qualify; None when it does."""
-        for need in needs:
-            finding = self.findings[name][need]
-            if not finding.holds:
-                return f"{need}: {finding.reason} ({finding.source})"
+        if (lack := _lack(self.findings[name], needs)) is not None:
+            return lack
         if results and name in self.quality.behind:
             return self.quality.behind[name]
         if cap is not None and (held := self.memory(name, lengths)) > cap:
@@ -398,12 +427,12 @@ class _Answer:
 
     def ranked(self, lengths: Sequence[int], **conditions: Any) -> list[str]:
         """Those that qualify, best first: what results know before what they do not, then by time; softmax in front of
-        what is hardly faster."""
+        what is not surely faster."""
         chosen = [n for n in self.names if self.obstacle(n, lengths, **conditions) is None]
         times = {n: self.seconds(n, lengths) for n in chosen}
         unknown = {n: bool(self.quality.said) and n not in self.quality.said for n in chosen}
         order = sorted(chosen, key=lambda n: (unknown[n], times[n]))
-        if REFERENCE in order and not unknown[REFERENCE] and times[REFERENCE] <= TIE * times[order[0]]:
+        if REFERENCE in order and not unknown[REFERENCE] and not self.surely_faster(order[0], REFERENCE, lengths):
             order.remove(REFERENCE)
             order.insert(0, REFERENCE)
         return order
@@ -439,14 +468,13 @@ class _Answer:
                 if time is None or memory is None or state is None:
                     continue
                 kept = round(state(length)) if what == "decode" else None
-                estimates.append(
-                    Estimate(what, length, 1e3 * time(length), round(memory(length)), kept, time.basis(length))
-                )
+                interval = _interval(time(length), self.known.width(what, name, length))
+                estimates.append(Estimate(what, length, *interval, round(memory(length)), kept, time.basis(length)))
         samples = self.known.samples[settings.deciding][name].values()
         return Candidate(
             name,
             place + 1,
-            1e3 * self.seconds(name, settings.lengths),
+            *_interval(*self.known.time(settings.deciding, name, settings.lengths)),
             self._reason(name, order),
             self.quality.said.get(name, "not measured"),
             ", ".join(dict.fromkeys(s.backend for s in samples)),
@@ -463,7 +491,7 @@ class _Answer:
                 parts = ["the only one that qualifies"]
             elif self.seconds(fastest, lengths) < self.seconds(pick, lengths):
                 parts = [
-                    f"at most {TIE - 1:.0%} slower than {fastest}, and gives nothing up"
+                    f"not surely slower than {fastest}, and gives nothing up"
                     if pick == REFERENCE
                     else f"the fastest of those your results know; {fastest} is faster, but not among them"
                 ]
@@ -472,7 +500,8 @@ class _Answer:
                 parts = [f"the fastest; {fastest} takes {ratio:.2f} times as long"]
         else:
             ratio = self.seconds(name, lengths) / self.seconds(pick, lengths)
-            parts = [f"{ratio:.2f} times the time of {pick}"]
+            apart = self.surely_faster(pick, name, lengths) or self.surely_faster(name, pick, lengths)
+            parts = [f"{ratio:.2f} times the time of {pick}{'' if apart else ', not told apart from it'}"]
         parts += [f"{need}: {finding.reason}" for need, finding in self.findings[name].items()]
         return "; ".join(parts)
 
@@ -487,10 +516,13 @@ class _Answer:
         text = f"Use {pick}: at {where} {took}{mean}"
         if pick == REFERENCE:
             if len(order) > 1:
-                text += f", and nothing else that qualifies is more than {TIE - 1:.0%} faster"
+                text += ", and nothing else that qualifies is faster beyond doubt"
         elif REFERENCE in self.names:
             ratio = self.seconds(REFERENCE, settings.lengths) / self.seconds(pick, settings.lengths)
             text += f"; softmax takes {ratio:.2g} times as long"
+        guessed = [n for n in settings.lengths if n not in self.known.samples[settings.deciding][pick]]
+        if guessed:
+            text += f". It was not measured at {_lengths(guessed)} for lack of time: give more --seconds"
         return text + "."
 
     def _changes(self, pick: str | None) -> list[str]:
@@ -569,22 +601,34 @@ class _Answer:
             cut = sorted({f"{name} {what} at {n}" for what, name, n in known.left})
             shown = "; ".join(cut[:4]) + (f" and {len(cut) - 4} more" if len(cut) > 4 else "")
             notes.append(
-                f"Not measured for lack of time, so extrapolated, or not told where nothing was measured: {shown}. More "
+                f"Not measured for lack of time or memory, so extrapolated, or not told where nothing was measured: {shown}. More "
                 "--seconds would measure them."
             )
-        outside = [n for n in settings.lengths if n < LENGTHS[0] or n > LENGTHS[-1]]
-        if outside:
-            notes.append(f"{_lengths(outside)}: beyond what was measured; the card's cost extrapolates.")
+        if order:
+            own = known.samples[settings.deciding][order[0]]
+            spread = max((own[n].spread for n in settings.lengths if n in own), default=0.0)
+            if spread > DOUBTFUL:
+                notes.append(
+                    f"The machine was busy: calls of {order[0]} differed by {spread:.0%}. The intervals are as wide, and "
+                    "nothing of it was kept; ask again on a calmer machine."
+                )
         for need in settings.needs:
             notes.append(f"{need}: {NEEDS[need]}.")
         if "recall" in settings.needs and not self.quality.solved:
-            notes.append("recall was judged by cards and measured reach; no recall result was given (--results).")
+            notes.append(
+                "recall was judged by small models of 48 tokens; no recall result of yours was given (--results)."
+            )
         if self.quality.said:
             notes.append(f"Quality is that of {self.quality.source}.")
         if any(get_mechanism(n).prepare is not None for n in order):
             names = [n for n in order if get_mechanism(n).prepare is not None]
             notes.append(f"{', '.join(names)}: with the tokens that it inserts.")
         return notes
+
+
+def _interval(seconds: float, width: float) -> tuple[float, float, float]:
+    """Milliseconds, and the ends of their interval."""
+    return 1e3 * seconds, 1e3 * seconds * math.exp(-width), 1e3 * seconds * math.exp(width)
 
 
 def _lengths(lengths: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 
 from regard.workbench.advise import AdviseSettings, able_mechanisms
 from regard.workbench.layer_work import LayerSettings
-from regard.workbench.probe import Cache, Probe, Sample, probe
+from regard.workbench.probe import probe
 from regard.workbench.profile import ProfileSettings, profile
+from regard.workbench.samples import Cache, Probe, Sample
 
 UNSEEN = (96, 320, 768, 1536, 3072)
 """Lengths at which nothing is measured for predicting."""
@@ -22,7 +24,11 @@ SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors of the predictions of one quantity. `where` is the mechanism and length of the worst."""
+    """Relative errors of the predictions of one quantity.
+
+    `where` is the mechanism and length of the worst; `inside` the share of times in the interval that was told for them, None
+    of memory.
+    """
 
     what: str
     of: str
@@ -30,6 +36,7 @@ class Errors:
     median: float
     worst: float
     where: str
+    inside: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -63,10 +70,11 @@ def profiled(
                 layer=True,
                 dim=settings.dim,
                 device=settings.device,
+                short_convolution=settings.short_convolution,
             )
         )
         samples = {
-            m.mechanism: Sample(m.milliseconds / 1e3, m.memory_bytes or 0, m.state_bytes or 0, m.backend)
+            m.mechanism: Sample(m.low / 1e3, m.memory_bytes or 0, m.state_bytes or 0, m.backend)
             for m in found.measurements
         }
         cache.add(what, length, samples)
@@ -84,17 +92,19 @@ def errors_of(known: Probe, measured: dict[tuple[str, str, int], Sample]) -> lis
     found = []
     for what in dict.fromkeys(key[0] for key in measured):
         for of in ("seconds", "memory"):
-            errors = {}
+            errors, inside = {}, []
             for (kind, name, length), sample in measured.items():
                 curve = known.curve(what, name, of)
                 if kind != what or curve is None:
                     continue
                 value = sample.seconds if of == "seconds" else float(sample.memory + sample.state)
                 errors[f"{name} at {length}"] = abs(curve(length) / value - 1)
+                inside.append(abs(math.log(curve(length) / value)) <= known.width(what, name, length))
             if errors:
                 worst = max(errors, key=errors.__getitem__)
                 median = float(np.median(list(errors.values())))
-                found.append(Errors(what, of, len(errors), median, errors[worst], worst))
+                told = sum(inside) / len(inside) if of == "seconds" else None
+                found.append(Errors(what, of, len(errors), median, errors[worst], worst, told))
     return found
 
 

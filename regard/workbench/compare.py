@@ -294,7 +294,12 @@ class _Runner:
         for work in self.works:
             rate = found.runs[work.task.name].rates[advice.winner]
             folder = self.trainer.model_folder(work, advice.winner, rate)
-            if folder.exists():
+            if not folder.exists():
+                advice.notes.append(
+                    f"The {work.task.name} model of {advice.winner} was trained by an earlier run and is not kept; another "
+                    "--output trains it again."
+                )
+            else:
                 kept[work.task.name] = folder
                 advice.notes.append(
                     f"The {work.task.name} model: from regard.models import from_pretrained; "
@@ -362,6 +367,10 @@ class _Found:
     def look_beside(self, rows: Mapping[str, list[dict[str, Any]]]) -> None:
         """Take the rows of further frames in, and complete the recommendation's notes."""
         notes = [work.few_items for work in self.works if work.few_items]
+        for work in self.works:
+            shared = getattr(work.task, "overlap", None)
+            if shared is not None and shared.much:
+                notes.append(f"On {work.task.name}, {shared}")
         winner = self.advice.winner
         notes += [beside_baseline(task, self.summary[task], rule, winner) for task, rule in self.rules.items()]
         notes += self.advice.notes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.backends import recording
 from regard.backends.native import library
 from regard.contract import Context
-from regard.measurement.timing import Timing, efficiency_length, interleaved
+from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved
 from regard.models import EncoderDecoder, LanguageModel
 from regard.training.memory import peak_memory
 
@@ -52,7 +52,9 @@ def model_costs(
                 found.setdefault(name, {key: [] for key in lists})
             inputs, context = make_input(length)
             forward = {n: functools.partial(m, *inputs, context=context) for n, m in models.items()}
-            for name, timing in interleaved(forward, seconds=seconds, device=inputs[0].device).items():
+            device = inputs[0].device
+            timings = interleaved(forward, seconds=seconds, device=device, clock=calm_clock(device))
+            for name, timing in timings.items():
                 found[name]["latency"].append([length, *_milliseconds(timing)])
             for name, action in forward.items():
                 library.workspace_peak(reset=True)
@@ -95,7 +97,9 @@ def _decoding(
                 state = model(inputs[0][:, :1], state=state).state
 
         actions[name] = steps
-    for name, timing in interleaved(actions, seconds=seconds / 2, device=inputs[0].device).items() if actions else ():
+    device = inputs[0].device
+    timings = interleaved(actions, seconds=seconds / 2, device=device, clock=calm_clock(device)) if actions else {}
+    for name, timing in timings.items():
         found[name]["decode"].append([length, DECODE_STEPS / timing.median])
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from regard.contract import Context, Kind, Mask
+from regard.contract import Context, Kind, Mask, Pattern
 from regard.create import build_layer
+from regard.integrations.export import export, export_onnx
 from regard.workbench.properties import Broken, NotApplicable, Property, exactly, relative_error, worst
 from regard.workbench.subjects import Subject
 
@@ -206,29 +209,75 @@ def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
     return 0.0
 
 
-class _OutputOnly(nn.Module):
-    def __init__(self, layer: LayerSubject, roles: Tensor | None, n: int) -> None:
-        super().__init__()
-        self.layer, self.context = layer.layer, layer.context(n, roles)
-
-    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        return self.layer(x, memory, context=self.context).output
+def _sequences(layer: LayerSubject, n: int) -> tuple[tuple[Tensor, ...], Context]:
+    """Of n tokens and a few more in memory, with what else a call needs."""
+    m = n + 3 if layer.cross else n
+    inputs = (layer.x(n), layer.memory(m)) if layer.cross else (layer.x(n),)
+    return inputs, layer.context(n, layer.roles(m))
 
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
     layer = LayerSubject(subject, dtype)
-    x, memory, roles, expected = _whole(layer, 10)
+    inputs, context = _sequences(layer, 10)
+
+    def call(inputs: tuple[Tensor, ...], context: Context) -> Tensor:
+        return layer.layer(*inputs, context=context).output
+
     torch.compiler.reset()
-    compiled = torch.compile(_OutputOnly(layer, roles, 10), fullgraph=True, backend=backend)
-    return relative_error(compiled(x, memory), expected)
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    return relative_error(compiled(inputs, context), call(inputs, context))
+
+
+def _one_length(subject: Subject) -> bool:
+    """Whether a program is for the length of its example, by the card or as every grid is."""
+    waived = (w for w in subject.card.waivers if w.property == "layer_lengths")
+    return subject.on_grid or any(not w.patterns or subject.pattern in w.patterns for w in waived)
 
 
 def layer_export(subject: Subject, dtype: torch.dtype) -> float:
+    """Where no program serves every length: `layer_lengths` says more."""
+    if not _one_length(subject):
+        raise NotApplicable
     layer = LayerSubject(subject, dtype)
-    x, memory, roles, expected = _whole(layer, 10)
-    arguments = (x,) if memory is None else (x, memory)
-    program = torch.export.export(_OutputOnly(layer, roles, 10), arguments)
-    return relative_error(program.module()(*arguments), expected)
+    inputs, context = _sequences(layer, 10)
+    program = export(layer.layer, *inputs, context=context, lengths=False)
+    expected = layer.layer(*inputs, context=context).output
+    return relative_error(program.module()(*inputs, context=context).output, expected)
+
+
+def layer_lengths(subject: Subject, dtype: torch.dtype) -> float:
+    """Shorter and longer sequences than those that the program was made of, past the blocks that a mechanism works in."""
+    if subject.on_grid:
+        raise NotApplicable
+    layer = LayerSubject(subject, dtype)
+    inputs, context = _sequences(layer, 20)
+    program = export(layer.layer, *inputs, context=context).module()
+    errors = []
+    for n in (10, 150):
+        inputs, context = _sequences(layer, n)
+        expected = layer.layer(*inputs, context=context).output
+        errors.append(relative_error(program(*inputs, context=context).output, expected))
+    return worst(errors)
+
+
+def layer_onnx(subject: Subject, dtype: torch.dtype) -> float:
+    """In ONNX Runtime, at the example's length, in the first of a mechanism's patterns, but in causal-self if it has it."""
+    patterns = subject.card.patterns
+    first = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in patterns else patterns[0]
+    if subject.pattern is not first or importlib.util.find_spec("onnxruntime") is None:
+        raise NotApplicable
+    import onnxruntime
+
+    layer = LayerSubject(subject, dtype)
+    inputs, context = _sequences(layer, 20)
+    program = export_onnx(layer.layer, *inputs, context=context, lengths=False, optimize=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
+    tensors = (x for x in (*inputs, context.roles) if x is not None)
+    given = {x.name: t.numpy() for x, t in zip(session.get_inputs(), tensors, strict=True)}
+    expected = layer.layer(*inputs, context=context).output
+    return relative_error(torch.from_numpy(session.run(None, given)[0]), expected)
 
 
 def layer_low_precision(subject: Subject, dtype: torch.dtype) -> float:
@@ -237,6 +286,24 @@ def layer_low_precision(subject: Subject, dtype: torch.dtype) -> float:
     _, _, _, output = _whole(layer, 10)
     exactly(output.dtype == dtype, f"output of {output.dtype} for {dtype}")
     return exactly(torch.isfinite(output).all(), "output is not finite")
+
+
+def layer_threads(subject: Subject, dtype: torch.dtype) -> float:
+    """Calls of one layer from several threads at once give what they give one after another."""
+    layer = LayerSubject(subject, dtype)
+    memory = layer.memory() if layer.cross else None
+
+    def work(n: int) -> list[Tensor]:
+        x, roles = layer.x(n, seed=n), layer.roles(9 if layer.cross else n)
+        return [layer(x, memory, roles=roles).output for _ in range(3)]
+
+    lengths = (12, 10, 6, 6)
+    expected = [work(n) for n in lengths]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        found = list(pool.map(work, lengths))
+    return worst(
+        [relative_error(x, y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)]
+    )
 
 
 DOUBLE_SINGLE = (torch.float64, torch.float32)
@@ -256,8 +323,25 @@ LAYER_PROPERTIES = [
     Property(
         "layer_gradient", "every parameter receives a finite gradient", layer_gradients, (torch.float64,), "layer"
     ),
-    Property("layer_compile", "compiled without a graph break equals eager", layer_compile, (torch.float64,), "layer"),
-    Property("layer_export", "torch.export gives the same output", layer_export, (torch.float64,), "layer"),
+    Property(
+        "layer_compile",
+        "compiled without a graph break equals eager",
+        layer_compile,
+        (torch.float64,),
+        "layer",
+    ),
+    Property("layer_export", "torch.export gives the same output", layer_export, (torch.float64,), "layer", False),
+    Property(
+        "layer_lengths", "one exported program serves every length", layer_lengths, (torch.float64,), "layer", False
+    ),
+    Property("layer_onnx", "ONNX Runtime gives the same output", layer_onnx, (torch.float32,), "layer", False),
+    Property(
+        "layer_threads",
+        "calls from several threads do not disturb each other",
+        layer_threads,
+        (torch.float64,),
+        "layer",
+    ),
     Property("layer_dtype", "bfloat16 runs and stays finite", layer_low_precision, (torch.bfloat16,), "layer"),
 ]
 

@@ -39,6 +39,8 @@ class LayerSettings:
         batch: sequences.
         dtype: ``float32``, ``bfloat16`` or ``float64``, of weights and input.
         device: a device of torch.
+        short_convolution: width of the short convolutions of every layer that takes them, 0 for none; as each mechanism's
+            layer has them when None.
     """
 
     pattern: Pattern = Pattern.CAUSAL_SELF
@@ -48,6 +50,7 @@ class LayerSettings:
     batch: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    short_convolution: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
@@ -55,6 +58,8 @@ class LayerSettings:
             at_least(name, getattr(self, name), 1)
         one_of("dtype", self.dtype, DTYPES)
         check_device(self.device)
+        if self.short_convolution is not None:
+            at_least("short_convolution", self.short_convolution, 0)
         if self.head_dim is not None:
             at_least("head_dim", self.head_dim, 1)
             if self.head_dim * self.heads == self.dim:
@@ -72,6 +77,8 @@ class LayerSettings:
         if not self.pattern.cross and layer_accepts(card, "positions"):
             scheme = layer_positions(card, "auto")
             options |= {} if scheme == "none" else {"positions": scheme}
+        if self.short_convolution is not None and layer_accepts(card, "short_convolution"):
+            options["short_convolution"] = self.short_convolution
         in_config = "head_dim" in card.config.__dataclass_fields__  # type: ignore[attr-defined]
         if self.head_dim is not None and (in_config or layer_accepts(card, "head_dim")):
             options["head_dim"] = self.head_dim

@@ -6,8 +6,10 @@ Nothing here is an opinion: each need is read off the card, or measured on a sma
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,14 +17,17 @@ from torch import Tensor
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Role, Unsupported, closest
 from regard.integrations.heads import HeadAttention
+from regard.models.blocks import layer_accepts
+from regard.tasks.recall import RecallTask
 from regard.workbench.layer_work import LayerSettings, LayerWork
 from regard.workbench.subjects import Subject
 
 NEEDS = {
     "exact": "computes the same function of queries, keys and values as softmax attention (measured)",
-    "recall": "can find any earlier token, however many there are: it sees every token (measured), looks tokens up by what "
-    "they hold (measured) and keeps all of them, not a summary of fixed size (card); or it solved a recall task in your "
-    "results",
+    "recall": "learns to look up what it has read: it sees every token (measured), and a small model of it solves the recall "
+    "task of regard compare, with the same short convolution or none (measured); or it solved that task in your results",
+    "keep-all": "can find any earlier token, however many there are: it sees every token (measured), looks tokens up by what "
+    "they hold (measured) and keeps all of them, not a summary of fixed size (card)",
     "order": "tells the order of its tokens without positions added to the input (measured)",
     "any-length": "takes sequences of every length, and of different lengths in a batch, without a grid (card)",
     "constant-state": "decodes from a state that does not grow with the sequence (card)",
@@ -57,12 +62,40 @@ def parse_needs(needs: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return names
 
 
-def find(need: str, name: str, pattern: Pattern, length: int, solved: Mapping[str, bool] | None = None) -> Finding:
+RECALL_TABLE = Path(__file__).with_name("recall.json")
+SOLVED = RecallTask.solved
+
+
+def _read_table() -> dict[str, dict[str, float]]:
+    return json.loads(RECALL_TABLE.read_text()) if RECALL_TABLE.is_file() else {}
+
+
+RECALL = _read_table()
+"""Of each mechanism the accuracy on the recall task, by its best run, ``without`` and ``with`` a short convolution
+(``benchmarks/recall.py``)."""
+
+
+def convolved(card: Mechanism, width: int | None = None) -> bool:
+    """Whether a mechanism's layers have short convolutions: those of a width, or the layer's own when None."""
+    if width is None or not layer_accepts(card, "short_convolution"):
+        return bool(card.layer_defaults.get("short_convolution", 0))
+    return width > 0
+
+
+def find(
+    need: str,
+    name: str,
+    pattern: Pattern,
+    length: int,
+    solved: Mapping[str, bool] | None = None,
+    convolution: int | None = None,
+) -> Finding:
     """Whether a mechanism has what is needed at a length.
 
     Args:
         need: one of `NEEDS`.
         solved: of a recall task in stored results, whether each mechanism that was trained on it solved it.
+        convolution: width of the short convolutions of its layers; the layer's own when None.
     """
     card, measured_at = get_mechanism(name), min(length, LONGEST)
     if need == "exact":
@@ -73,7 +106,9 @@ def find(need: str, name: str, pattern: Pattern, length: int, solved: Mapping[st
             return Finding(True, f"equals softmax attention at {measured_at} tokens", "measured")
         return Finding(False, f"differs from softmax attention by {error:.0%} of the largest output", "measured")
     if need == "recall":
-        return _recall(card, pattern, measured_at, solved or {})
+        return _recall(card, pattern, measured_at, solved or {}, convolved(card, convolution))
+    if need == "keep-all":
+        return _keeps_all(card, pattern, measured_at)
     if need == "order":
         told = tells_order(name, pattern)
         said = "tells the order of its tokens" if told else "gives the same output when tokens change places"
@@ -93,10 +128,27 @@ def find(need: str, name: str, pattern: Pattern, length: int, solved: Mapping[st
     return Finding(taken, "takes a bias on pairs" if taken else "takes no bias on pairs", "card")
 
 
-def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str, bool]) -> Finding:
+def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str, bool], convolution: bool) -> Finding:
     if card.name in solved:
         won = solved[card.name]
         return Finding(won, f"{'solved' if won else 'did not solve'} the recall task of your results", "results")
+    known = RECALL.get(card.name, {})
+    frames = {"with": "with a short convolution", "without": "without a short convolution"}
+    own, other = ("with", "without") if convolution else ("without", "with")
+    if pattern is not Pattern.CAUSAL_SELF or own not in known:  # what no task tells
+        return _keeps_all(card, pattern, length)
+    seen, total = reach(card.name, pattern, length)
+    if seen < total:
+        return Finding(False, f"a token sees {seen} of {total} tokens", "measured")
+    said = f"accuracy {known[own]:.2f} on the recall task {frames[own]}"
+    if known[own] < SOLVED <= known.get(other, 0.0):
+        said += f", {known[other]:.2f} {frames[other]}"
+    if known[own] >= SOLVED and card.recurrent:
+        said += "; its state has a fixed size, which bounds how much"
+    return Finding(known[own] >= SOLVED, said, "measured")
+
+
+def _keeps_all(card: Mechanism, pattern: Pattern, length: int) -> Finding:
     seen, total = reach(card.name, pattern, length)
     if seen < total:
         return Finding(False, f"a token sees {seen} of {total} tokens", "measured")

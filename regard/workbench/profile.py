@@ -19,7 +19,7 @@ from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
 from regard.measurement.statistics import growth_exponent
-from regard.measurement.timing import Timing, efficiency_length, interleaved, rounds
+from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved, rounds
 from regard.training.memory import peak_memory
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
@@ -44,6 +44,7 @@ class ProfileSettings:
         layer: measure layers (:func:`regard.create_layer`) rather than functions.
         dim: width of the layers; heads * head_dim when None.
         device: a device of torch.
+        short_convolution: of the layers, as in :class:`regard.workbench.layer_work.LayerSettings`.
     """
 
     mechanisms: tuple[str, ...]
@@ -58,6 +59,7 @@ class ProfileSettings:
     layer: bool = False
     dim: int | None = None
     device: str = "cpu"
+    short_convolution: int | None = None
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -127,7 +129,7 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
     """Measure. Mechanisms that lack a kind of work (no state to decode with) are listed in `skipped`, with the reason.
 
     Raises:
-        Unsupported: for an unknown mechanism, or one without the pattern.
+        Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper.
     """
     names = [get_mechanism(n).name for n in settings.mechanisms]
     subjects = {name: _subject(name, settings) for name in dict.fromkeys((REFERENCE, *names))}
@@ -212,11 +214,18 @@ def _subject(name: str, settings: ProfileSettings) -> Subject | LayerWork:
     card = get_mechanism(name)
     dim = settings.heads * settings.head_width if settings.dim is None else settings.dim
     sizes = (dim, settings.heads, settings.head_dim, settings.batch)
-    return LayerWork(card, LayerSettings(settings.pattern, *sizes, settings.dtype, settings.device))
+    rest = (settings.dtype, settings.device, settings.short_convolution)
+    return LayerWork(card, LayerSettings(settings.pattern, *sizes, *rest))
 
 
 def _functions(name: str, settings: ProfileSettings) -> Subject:
     card = get_mechanism(name)
+    if card.kind is Kind.WRAPPER:
+        raise Unsupported(
+            f"the function of {name}, which is given what another mechanism has computed",
+            supported="its layer, which computes both",
+            nearest="--layer",
+        )
     return Subject(card, card.require_pattern(settings.pattern))
 
 
@@ -233,7 +242,8 @@ def _at(
 ) -> list[Measurement]:
     actions = {name: _action(what, length, subject, settings) for name, subject in subjects.items()}
     measured = {name: measure_memory(action, settings.device) for name, action in actions.items()}
-    timings = interleaved(actions, seconds=settings.seconds, device=torch.device(settings.device))
+    device = torch.device(settings.device)
+    timings = interleaved(actions, seconds=settings.seconds, device=device, clock=calm_clock(device))
     found = []
     for name, timing in timings.items():
         subject, (memory, backend) = subjects[name], measured[name]
@@ -292,8 +302,11 @@ def _action(what: str, length: int, subject: Subject | LayerWork, settings: Prof
     wanted = [t for t in leaves.values() if t.requires_grad]
 
     def training() -> None:
-        output = subject.run(leaves).output
-        torch.autograd.grad(output.float().sum(), wanted, allow_unused=True)
+        result = subject.run(leaves, training=True)
+        loss = result.output.float().sum()
+        for total, count in result.losses.values():
+            loss = loss + total / count
+        torch.autograd.grad(loss, wanted, allow_unused=True)
 
     return training
 

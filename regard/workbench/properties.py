@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Property:
         check: measures the error of a subject.
         dtypes: dtypes in which it is measured.
         level: ``function``, ``layer``.
+        native: whether native kernels have a part in it.
     """
 
     name: str
@@ -50,13 +52,14 @@ class Property:
     check: Callable[..., float]
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     level: str = "function"
+    native: bool = True
 
     def dtypes_on(self, backend: str) -> tuple[torch.dtype, ...]:
         """Dtypes in which it is measured on a backend. Native kernels compute in float32, so they are held to the
         tolerance of float32 (and of bfloat16) in every property."""
         if backend != "native":
             return self.dtypes
-        return (torch.float32, *(d for d in self.dtypes if d is torch.bfloat16))
+        return (torch.float32, *(d for d in self.dtypes if d is torch.bfloat16)) if self.native else ()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -580,6 +583,173 @@ def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
     return worst(errors)
 
 
+def defaults_change_nothing(subject: Subject, dtype: torch.dtype) -> float:
+    """The same results where the user has another default device and another default dtype."""
+    inputs = subject.inputs(12, dtype=dtype)
+    mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
+
+    def results() -> list[Tensor]:
+        found = [subject.run(inputs, mask=mask).output, subject.reference(inputs)]
+        if subject.stateful:
+            state = subject.run(subject.cut(inputs, slice(0, 9)), return_state=True).state
+            found.append(subject.run(subject.cut(inputs, slice(9, 10)), state=state).output)
+        if subject.absorbs:
+            found.append(subject.run(inputs, form="absorb+read").output)
+        return found
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(before)
+    return worst([relative_error(x, y) for x, y in zip(found, expected, strict=True)])
+
+
+def _leaves(inputs: Tensors) -> Tensors:
+    return {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
+
+
+def forward_derivatives(subject: Subject, dtype: torch.dtype) -> float:
+    """A derivative in one direction, forward and as the product of reverse-mode gradients with the direction."""
+    inputs = subject.inputs(9, dtype=dtype)
+    names = [k for k, t in inputs.items() if t.is_floating_point()]
+    rng = torch.Generator().manual_seed(4)
+    directions = tuple(torch.randn(inputs[k].shape, generator=rng, dtype=torch.float64).to(dtype) for k in names)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return subject.run({**inputs, **dict(zip(names, tensors, strict=True))}).output
+
+    leaves = tuple(inputs[k].clone().requires_grad_() for k in names)
+    output = function(*leaves)
+    weight = torch.randn(output.shape, generator=rng, dtype=torch.float64).to(dtype)
+    gradients = torch.autograd.grad((output * weight).sum(), leaves, allow_unused=True)
+    products = [(g * d).double() for g, d in zip(gradients, directions, strict=True) if g is not None]
+    try:
+        tangent = torch.func.jvp(function, tuple(inputs[k] for k in names), directions)[1]
+    except Unsupported:
+        return 0.0
+    expected, size = (torch.stack([f(p) for p in products]).sum() for f in (torch.sum, lambda p: p.abs().sum()))
+    return float(abs((tangent.detach() * weight).double().sum() - expected) / size)
+
+
+def second_derivatives(subject: Subject, dtype: torch.dtype) -> float:
+    """Gradients of gradients, against the definition's."""
+    inputs = subject.inputs(9, dtype=dtype)
+
+    def second(tensors: Tensors, form: str | None) -> list[Tensor]:
+        leaves = _leaves(tensors)
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        output = subject.run(leaves, form=form).output
+        rng = torch.Generator().manual_seed(3)
+        weight = torch.randn(output.shape, generator=rng, dtype=torch.float64).to(output)
+        first = torch.autograd.grad((output * weight).sum(), wanted, create_graph=True, allow_unused=True)
+        products = [
+            (g * torch.randn(g.shape, generator=rng, dtype=torch.float64).to(g)).sum()
+            for g in first
+            if g is not None and g.requires_grad
+        ]
+        if not products:
+            return [torch.zeros_like(t) for t in wanted]
+        found = torch.autograd.grad(torch.stack(products).sum(), wanted, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+    expected = second({k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}, "reference")
+    try:
+        found = second(inputs, None)
+    except Unsupported:
+        return 0.0
+    size = max(float(x.abs().max()) for x in expected) or 1.0
+    return worst([float((x.double() - y).abs().max()) / size for x, y in zip(found, expected, strict=True)])
+
+
+def nothing_gives_nothing(subject: Subject, dtype: torch.dtype) -> float:
+    """No rows, no queries, no keys: outputs of the right shape that gradients flow through, and gradients of 0."""
+    sizes: list[tuple[int, int, int | None]] = [(0, 5, None)]
+    if not subject.on_grid:
+        sizes += [(2, 0, 4), (2, 3, 0)] if subject.pattern.cross else [(2, 0, None)]
+    for batch, n, m in sizes:
+        what = f"B = {batch}, N = {n}" + ("" if m is None else f", M = {m}")
+        leaves = _leaves(subject.inputs(n, m, batch=batch, dtype=dtype))
+        output = subject.run(leaves).output
+        axis = subject.output_axis()
+        if axis is not None:
+            exactly(output.shape[0] == batch and output.shape[axis] == n, f"{what}: output {tuple(output.shape)}")
+        exactly(output.requires_grad, f"{what}: gradients do not flow")
+        exactly(torch.isfinite(output).all(), f"{what}: output is not finite")
+        output.square().sum().backward()
+        for name, leaf in leaves.items():
+            finite = leaf.grad is None or torch.isfinite(leaf.grad).all()
+            exactly(finite, f"{what}: the gradient of {name} is not finite")
+    return 0.0
+
+
+def nan_is_seen(subject: Subject, dtype: torch.dtype) -> float:
+    """What is not a number at a token shows in the token's output where it does by the definition, and in no other row.
+
+    A definition's weights of 0 times NaN do not count: the output has to depend on the token.
+    """
+    if subject.output_axis() is None:
+        raise NotApplicable
+    for n, token in ((12, 0), (12, 7), (12, 11), (6, 5), (20, 1)):
+        inputs = subject.inputs(n, n, dtype=dtype, seed=token)
+        for name, tensor in inputs.items():
+            axes = subject.positions(name)
+            axis = axes.get("n", None if subject.pattern.cross else axes.get("m"))
+            if axis is None or not tensor.is_floating_point() or not _batched(subject, name):
+                continue
+            changed, poisoned = tensor.clone(), tensor.clone()
+            poisoned[0].select(axis - 1, token).fill_(torch.nan)
+            changed[0].select(axis - 1, token).mul_(0.5)
+            found = subject.run({**inputs, name: poisoned}).output
+            exactly(torch.isfinite(found[1]).all(), f"NaN in {name} reaches another row")
+            before, after, lost = (
+                subject.take_output(subject.reference({**inputs, name: x})[:1], slice(token, token + 1))
+                for x in (tensor, changed, poisoned)
+            )
+            shown = subject.take_output(found[:1], slice(token, token + 1)).isnan().any()
+            wanted = lost.isnan().any() and not torch.equal(before, after)
+            exactly(shown or not wanted, f"NaN in {name} at token {token} is hidden")
+    return 0.0
+
+
+def extremes_stay_finite(subject: Subject, dtype: torch.dtype) -> float:
+    """Tokens a thousand times as large as usual give finite outputs and gradients; what is no token is a parameter."""
+    inputs = subject.inputs(20, dtype=dtype)
+    free = [
+        k for k in inputs if inputs[k].is_floating_point() and subject.positions(k) and not subject.card.domains.get(k)
+    ]
+    leaves = _leaves({k: 1e3 * t if k in free else t for k, t in inputs.items()})
+    output = subject.run(leaves).output
+    exactly(torch.isfinite(output).all(), "the output is not finite")
+    output.sum().backward()
+    for name, leaf in leaves.items():
+        exactly(leaf.grad is None or torch.isfinite(leaf.grad).all(), f"the gradient of {name} is not finite")
+    return 0.0
+
+
+def threads_do_not_meet(subject: Subject, dtype: torch.dtype) -> float:
+    """Calls from several threads at once give what they give one after another."""
+    given = [subject.inputs(n, dtype=dtype, seed=n) for n in (12, 12, 1, 6)]
+
+    def work(inputs: Tensors) -> list[Tensor]:
+        outputs = []
+        for _ in range(3):
+            result = subject.run(inputs, return_state=subject.stateful)
+            outputs.append(result.output)
+            if subject.stateful:
+                outputs.append(subject.run(subject.cut(inputs, slice(0, 1)), state=result.state).output)
+        return outputs
+
+    expected = [work(inputs) for inputs in given]
+    with ThreadPoolExecutor(len(given)) as pool:
+        found = list(pool.map(work, given))
+    return worst(
+        [relative_error(x, y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)]
+    )
+
+
 def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
     """Patterns that the card lacks, wrong shapes and unknown options raise Unsupported."""
     card = subject.card
@@ -650,6 +820,13 @@ FUNCTION_PROPERTIES = [
     Property("compile", "compiled without a graph break equals eager", compiles_whole),
     Property("grouped_heads", "fewer key/value heads equal repeated ones", grouped_heads),
     Property("pair_masks", "bias and block masks are honoured, and left as they were, or refused", pair_masks),
+    Property("defaults", "another default device and dtype change nothing", defaults_change_nothing),
+    Property("forward_derivative", "forward-mode derivatives are right, or refused", forward_derivatives),
+    Property("second_derivative", "gradients of gradients are right, or refused", second_derivatives),
+    Property("nothing", "no rows, queries or keys: empty or 0, with gradients", nothing_gives_nothing),
+    Property("nan", "NaN shows where it does by the definition", nan_is_seen),
+    Property("extremes", "very large inputs give finite outputs and gradients", extremes_stay_finite, FLOATS[1:2]),
+    Property("threads", "calls from several threads at once do not disturb each other", threads_do_not_meet),
     Property("refusals", "what is not supported is refused with a reason", refuses_what_it_lacks),
 ]
 

@@ -18,6 +18,8 @@ from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
 from regard.workbench.subjects import Subject
 
+COMPILED = ("compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx")
+"""Properties that take seconds, and tell no more with other numbers."""
 PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]
 DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -163,7 +165,7 @@ def verify(
     for card, pattern, prop, dtype, backend in plan(names, patterns=patterns, properties=properties):
         if done is not None and done(cell_key(card, pattern, prop, dtype, backend)):
             continue
-        seeds = (0, 1, 2) if full and prop.name not in ("compile", "layer_compile", "layer_export") else (0,)
+        seeds = (0, 1, 2) if full and prop.name not in COMPILED else (0,)
         chosen = _inductor(prop) if full else prop
         found = [check(card, pattern, chosen, dtype, backend=backend, seed=seed) for seed in seeds]
         measured = [cell for cell in found if cell is not None]

@@ -157,6 +157,16 @@ def _target(task: Task, settings: CompareSettings) -> int:
     return _parameters(settings.variants[measure], task, settings, settings.frames[0])
 
 
+DEFAULTS = ("softmax", "local", "gated_linear", "delta_rule", "linear", "flow_attention")
+"""Exact attention, attention to neighbours, and recurrences: the kinds whose costs and whose recall differ most."""
+
+
+def default_mechanisms(*tasks: Task) -> tuple[str, ...]:
+    """What to compare where no mechanism is named: the first four of `DEFAULTS` that have the pattern of every task."""
+    patterns = {task.pattern for task in tasks}
+    return tuple(name for name in DEFAULTS if patterns <= set(get_mechanism(name).patterns))[:4]
+
+
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the settings' mechanisms that every task has a matched model for, and why not of the others."""
     targets = [_target(task, settings) for task in tasks]
@@ -427,7 +437,8 @@ def _best_threads(work: Work) -> int:
         torch.set_num_threads(count)
         few = TrainConfig(steps=6, batch_size=work.batch_size, measure_memory=False)
         history = train(build(config, 0, work.settings.device), work.task, few, deadline=time.monotonic() + 5.0)
-        seconds[count] = statistics.median(point.seconds for point in history.curve)
+        # on a machine so busy that no step was done in time, any number is as good
+        seconds[count] = statistics.median(point.seconds for point in history.curve) if history.curve else math.inf
     return min(seconds, key=lambda count: seconds[count])
 
 

@@ -91,15 +91,19 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_transforms_and_forward_derivatives_are_followed_or_refused():
-    x, by = leaves()
-    for other in (by, by.detach()):
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
-            rows(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)), other)
-    torch.testing.assert_close(torch.func.vmap(rows)(x.detach(), by.detach()), 3 * (x * by).detach())
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda y: rows(y, by.detach()).sum())(x.detach())
+def test_transforms_and_forward_derivatives_are_refused_and_functionalization_is_not():
+    x, by = (t.detach() for t in leaves())
+    for other in (by, by.clone().requires_grad_()):
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(Unsupported, match="forward-mode"):
+            rows(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), other)
+    for transformed in (
+        lambda: torch.func.jvp(lambda y: rows(y, by), (x,), (x,)),
+        lambda: torch.func.grad(lambda y: rows(y, by).sum())(x),
+        lambda: torch.func.vmap(rows)(x, by),
+    ):
+        with pytest.raises(Unsupported, match="of the operator scaled_rows_for_tests"):
+            transformed()
+    torch.testing.assert_close(torch.func.functionalize(rows)(x, by), 3 * x * by)
 
 
 class Seen(TorchDispatchMode):
@@ -162,7 +166,12 @@ def test_checkpointed_calls_have_the_same_gradients():
     torch.testing.assert_close(x.grad, (3 * by).expand_as(x).detach())
 
 
-def test_a_view_with_a_sign_in_waiting_is_resolved_first():
-    x = torch.complex(torch.randn(4, 5), torch.randn(4, 5)).conj().imag
-    assert x.is_neg()
-    torch.testing.assert_close(rows(x), 3 * x)
+def test_a_kernel_is_given_numbers_as_they_lie_in_memory():
+    @operator("plain_memory_for_tests")
+    def plain_memory(x: Tensor) -> Tensor:
+        assert not x.is_neg() and not x._is_zerotensor()
+        return x.clone()
+
+    x = torch.randn(4, 5)
+    for given in (torch._neg_view(x), torch.complex(x, x).conj().imag, torch._efficientzerotensor(4, 5)):
+        torch.testing.assert_close(plain_memory(given), given + 0)

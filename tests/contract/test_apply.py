@@ -73,6 +73,31 @@ def test_a_bias_on_absorbed_memory_reaches_its_pairs_wherever_queries_are_padded
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", list_mechanisms(where=lambda card: "absorb" in card.forms))
+def test_memory_is_absorbed_at_the_scale_of_its_reads(name):
+    subject = Subject(get_mechanism(name), Pattern.NONCAUSAL_CROSS)
+    inputs = subject.inputs(5, 9)
+    of_memory = {n: x for n, x in inputs.items() if "n" not in subject.positions(n)}
+    reading = {n: x for n, x in inputs.items() if "m" not in subject.positions(n)}
+    expected = subject.run(inputs, scale=0.3)
+    state = subject.absorb(of_memory, scale=0.3)
+    found = subject.run(reading, state=state, scale=0.3).output
+    torch.testing.assert_close(found, expected.output, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+@pytest.mark.parametrize("name", ["landmark", "transformer_xl", "compressive"])
+def test_a_query_that_is_nan_is_not_hidden(name, backend):
+    for pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
+        subject = Subject(get_mechanism(name), pattern)
+        inputs = subject.inputs(40, dtype=torch.float32)
+        inputs["q"][0, 1, 17] = torch.nan
+        output = subject.run(inputs, backend=backend).output.isnan().any(-1)
+        expected = torch.zeros_like(output)
+        expected[0, 1, 17] = True
+        assert torch.equal(output, expected)
+
+
 STATE = object()
 """Stands for a state of the mechanism."""
 
@@ -118,6 +143,24 @@ def test_what_would_be_ignored_is_refused(case):
         apply(card, qkv(), **options)
 
 
+BIASED = list_mechanisms(where=lambda card: "bias" in card.honours)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_that_does_not_fit_is_refused(name):
+    card = get_mechanism(name)
+    subject = Subject(card, card.patterns[0])
+    inputs = subject.inputs(6, batch=3)
+    for shape in ((2, 1, 6, 6), (1, 3, 6, 6), (1, 1, 7, 6), (1, 1, 6, 7), (1, 1, 6, 5)):
+        with pytest.raises(Unsupported, match="bias of shape"):
+            subject.run(inputs, mask=Mask(bias=torch.zeros(shape, dtype=torch.float64)))
+    if card.state is not None and Pattern.CAUSAL_SELF in card.patterns:
+        subject = Subject(card, Pattern.CAUSAL_SELF)
+        state = subject.run(inputs, return_state=True).state
+        with pytest.raises(Unsupported, match="bias"):
+            subject.run(inputs, state=state, mask=Mask(bias=torch.zeros(1, 1, 6, 6, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("name", ["linear", "softmax"])
 def test_a_state_of_another_number_of_rows_is_refused(name):
     card = get_mechanism(name)
@@ -160,6 +203,12 @@ def test_masks_that_mean_something_else_are_refused():
             BlockMask(visible, size)
     with pytest.raises(Unsupported, match="block_size >= 1"):
         BlockMask(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0)
+
+
+def test_a_max_length_beyond_all_tokens_costs_nothing():
+    inputs, borders = qkv(batch=1), torch.tensor([0, 2, 2, 5])
+    plain, longest = (apply(SOFTMAX, inputs, mask=Mask(cu_seqlens=borders, max_length=m)) for m in (None, 2**40))
+    torch.testing.assert_close(longest.output, plain.output)
 
 
 def test_an_option_of_a_config_is_reached_under_its_own_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from regard import get_mechanism
-from regard.contract import Pattern, Result, State, state_field
+from regard.contract import Pattern, Result, State, Waiver, state_field
 from regard.engines import recurrent_forms
 from regard.engines.recurrent_forms import MatrixState
 from regard.mechanisms import linear, softmax
@@ -221,6 +222,46 @@ def refusal_without_a_reason():
     return dataclasses.replace(LINEAR, patterns=(CAUSAL,)), CAUSAL
 
 
+def constant_on_the_default_device():
+    return with_output(LINEAR, lambda o, inputs, call: o + torch.zeros(1, dtype=o.dtype)), CAUSAL
+
+
+def constant_of_the_default_dtype():
+    return with_output(LINEAR, lambda o, inputs, call: o + torch.full((), 0.1, device=o.device) / 1e3), CAUSAL
+
+
+def value_that_forward_mode_differentiates():
+    def change(o, inputs, call):
+        with torch.no_grad():
+            constant = 2 * o
+        return o + constant - constant.detach()
+
+    return with_output(LINEAR, change), CAUSAL
+
+
+def curvature_of_its_own():
+    return with_output(LINEAR, lambda o, inputs, call: o + (o - o.detach()).square()), CAUSAL
+
+
+def nan_that_is_hidden():
+    return with_output(LINEAR, lambda o, inputs, call: o.nan_to_num()), CAUSAL
+
+
+def exponential_without_a_maximum():
+    return with_output(LINEAR, lambda o, inputs, call: o + 0 * inputs["q"].exp().sum()), CAUSAL
+
+
+def output_that_threads_share():
+    kept = {}
+
+    def change(o, inputs, call):
+        kept["output"] = o
+        time.sleep(0.005)
+        return kept["output"]
+
+    return with_output(LINEAR, change), CAUSAL
+
+
 BROKEN_FUNCTIONS = [
     ("reference", slightly_wrong_form),
     ("reference", queries_that_are_scaled_in_place),
@@ -244,6 +285,14 @@ BROKEN_FUNCTIONS = [
     ("grouped_heads", heads_in_the_wrong_groups),
     ("pair_masks", bias_that_is_ignored),
     ("pair_masks", bias_that_is_scaled_in_place),
+    ("defaults", constant_on_the_default_device),
+    ("defaults", constant_of_the_default_dtype),
+    ("forward_derivative", value_that_forward_mode_differentiates),
+    ("second_derivative", curvature_of_its_own),
+    ("nothing", zero_over_zero),
+    ("nan", nan_that_is_hidden),
+    ("extremes", exponential_without_a_maximum),
+    ("threads", output_that_threads_share),
     ("refusals", refusal_without_a_reason),
 ]
 
@@ -326,6 +375,13 @@ class LooksAtValues(Projection):
         return heads if x.sum().item() > -1e9 else {}
 
 
+class KeepsItsCall(Projection):
+    def forward(self, heads, x, memory, context):
+        self.kept = heads
+        time.sleep(0.005)
+        return self.kept
+
+
 class Widens(Projection):
     def forward(self, heads, x, memory, context):
         return {n: t * float("inf") if t.dtype == torch.bfloat16 else t for n, t in heads.items()}
@@ -342,15 +398,20 @@ BROKEN_LAYERS = [
     ("layer_gradient", HasAnUnusedParameter),
     ("layer_compile", LooksAtValues),
     ("layer_export", LooksAtValues),
+    ("layer_lengths", LooksAtValues),
+    ("layer_onnx", LooksAtValues),
+    ("layer_threads", KeepsItsCall),
     ("layer_dtype", Widens),
 ]
 
 
 @pytest.mark.parametrize(("property_name", "projection"), BROKEN_LAYERS, ids=lambda x: getattr(x, "__name__", x))
 def test_broken_layer_is_caught(property_name, projection):
-    sound = dataclasses.replace(SOFTMAX, projection=Projection)
+    one_length = (Waiver("layer_lengths", "so that `layer_export` has something to say"),)
+    card = dataclasses.replace(SOFTMAX, waivers=one_length if property_name == "layer_export" else ())
+    sound = dataclasses.replace(card, projection=Projection)
     assert set(status(sound, property_name, CAUSAL)) == {"pass"}
-    broken = dataclasses.replace(SOFTMAX, projection=projection)
+    broken = dataclasses.replace(card, projection=projection)
     assert "fail" in status(broken, property_name, CAUSAL)
 
 

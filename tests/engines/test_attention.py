@@ -12,6 +12,7 @@ from torch import Tensor
 
 import regard.backends.torch.attention as backend
 from regard.apply import apply
+from regard.backends.native import library
 from regard.catalogue import get_mechanism
 from regard.contract import BlockMask, Call, Mask, Pattern, Unsupported
 from regard.engines.attention import (
@@ -150,14 +151,24 @@ class Problem:
             some = expected_lse > -torch.inf
             total = total + torch.where(some, lse, 0).sum()
             expected_total = expected_total + torch.where(some, expected_lse, 0).sum()
-        for a, b in zip(gradients(total, self), gradients(expected_total, self), strict=True):
+        first, wanted = gradients(total, self), gradients(expected_total, self)
+        directions = [torch.randn_like(g) for g in first]
+        for a, b in zip(
+            first + second(first, directions, self), wanted + second(wanted, directions, self), strict=True
+        ):
             close(a, b, 1e-11)
 
 
 def gradients(total: Tensor, problem: Problem) -> list[Tensor]:
     tensors = problem.differentiable()
-    found = torch.autograd.grad(total, tensors, allow_unused=True)
+    found = torch.autograd.grad(total, tensors, allow_unused=True, create_graph=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
+
+
+def second(first: list[Tensor], directions: list[Tensor], problem: Problem) -> list[Tensor]:
+    """Gradients of the gradients' product with some directions."""
+    total = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+    return gradients(total + sum(0 * x.sum() for x in problem.differentiable()), problem)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
@@ -190,6 +201,36 @@ def test_the_random_problems_reach_bands_and_blocks(monkeypatch):
     for seed in range(40):
         Problem(seed).found()
     assert kinds == {"bands", "again=True", "again=False"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_second_derivatives_of_softmax_exist_where_the_native_kernels_send_for_them(dtype, causal):
+    q, k, v, direction = (torch.randn(2, 2, 9, 4, dtype=torch.float64) for _ in range(4))
+
+    def second_of(dtype: torch.dtype, asked: str | None) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        where = ranks(Call(Pattern.CAUSAL_SELF), 9, 9, q.device)
+        output = attention(*leaves, where, visibility=Visibility(causal=causal), scale=0.5, backend=asked)[0]
+        (first,) = torch.autograd.grad(output.square().sum(), leaves[:1], create_graph=True)
+        return list(torch.autograd.grad((first * direction.to(dtype)).sum(), leaves))
+
+    expected = second_of(torch.float64, None)
+    found = second_of(dtype, "torch")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            a.double(), b, rtol=0, atol=float(b.abs().max()) * {4: 1e-5, 2: 3e-2}[dtype.itemsize]
+        )
+    if library.why_missing() is None:
+        with pytest.raises(Unsupported, match="nearest: backend='torch'"):
+            second_of(dtype, "native")
+
+
+def test_dropout_inside_a_kernel_has_no_second_derivative():
+    q = torch.randn(1, 1, 5, 4, requires_grad=True)
+    total = backend.sdpa(q, q, q, scale=0.5, dropout=0.5).sum()
+    with pytest.raises(Unsupported, match="gradients of gradients of attention with dropout"):
+        torch.autograd.grad(total, q, create_graph=True)
 
 
 @pytest.mark.parametrize("rule", ["softmax", "sigmoid"])

@@ -106,6 +106,18 @@ def test_pages_are_reused_after_reset(backend):
     assert sorted(held) == list(range(12))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_before_the_first_token_of_their_row_give_zero(backend, causal):
+    cache, rows = filled([2, 9], 4)
+    q = random(2, 4, 5, 24)
+    output, lse = paged_attention(q, cache, causal=causal, want_lse=True, backend=backend)
+    assert (output[0, :, :3] == 0).all() and (lse[0, :, :3] == -torch.inf).all()
+    for row, first in ((0, 3), (1, 0)):
+        alone = expected(rows[row : row + 1], q[row : row + 1, :, first:], causal=causal)[0]
+        torch.testing.assert_close(output[row, :, first:].double(), alone[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_tokens_give_zero(backend):
     cache, _ = filled([0, 3], 16)

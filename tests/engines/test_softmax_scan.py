@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.contract import Unsupported
 from regard.engines.softmax_scan import (
@@ -16,6 +17,16 @@ from regard.engines.softmax_scan import (
     softmax_scan,
     softmax_scan_shifted,
 )
+
+
+class Operations(TorchDispatchMode):
+    """How many operations of torch run inside the block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def sample(n=23, q=3, v=5, *, scale=1.0, dtype=torch.float64):
@@ -41,8 +52,10 @@ def test_prefixes_equal_the_masked_softmax_at_any_chunk_size(chunk_size):
     torch.testing.assert_close(output, prefixes(s, v), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("pairs", [1, 1000, 1 << 22])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
-def test_decay_multiplies_the_weights_of_earlier_tokens(chunk_size):
+def test_decay_multiplies_the_weights_of_earlier_tokens(monkeypatch, chunk_size, pairs):
+    monkeypatch.setattr("regard.backends.torch.softmax_scan.PAIRS_AT_ONCE", pairs)
     s, v = sample()
     decay = -torch.rand(2, 1, 23, dtype=torch.float64)
     output, _ = softmax_scan(s, v, log_decay=decay, chunk_size=chunk_size)
@@ -153,6 +166,17 @@ def test_the_globally_shifted_scan_is_equal_at_moderate_scores_and_loses_early_p
     s[:, :, -1] = 2000.0
     assert (softmax_scan_shifted(s, v)[0][:, :, 0] == 0).all()
     assert (softmax_scan(s, v)[0][:, :, 0] - expected[:, :, 0]).abs().max() < 1e-15
+
+
+def test_chunks_are_merged_in_few_steps():
+    """Thirty-two times as many chunks take less than twice as many operations."""
+
+    def operations(n):
+        with Operations() as seen:
+            softmax_scan(*sample(n=n), chunk_size=4, backend="torch")
+        return seen.count
+
+    assert operations(256 * 4) < 2 * operations(8 * 4)
 
 
 def test_running_normalizer_is_the_running_log_sum_exp_in_parts():

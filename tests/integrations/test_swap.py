@@ -12,6 +12,7 @@ from torch import nn
 import regard
 from regard import Unsupported
 from regard.integrations.transformers import attention_names
+from regard.layers.attention import AttentionLayer
 
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).triu(1)
 
@@ -89,11 +90,11 @@ def test_the_fused_and_packed_paths_of_an_encoder_are_left():
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("average", [True, False])
-def test_a_single_module_gives_what_torch_gives(batch_first, average):
+@pytest.mark.parametrize(("average", "pattern"), [(True, "noncausal-cross"), (False, None)])
+def test_a_single_module_gives_what_torch_gives(batch_first, average, pattern):
     holder = nn.ModuleDict({"attend": nn.MultiheadAttention(16, 4, batch_first=batch_first, kdim=6, vdim=6).double()})
     swapped = copy.deepcopy(holder)
-    regard.swap(swapped, "softmax", pattern="noncausal-cross")
+    regard.swap(swapped, "softmax", pattern=pattern)
     q, m = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(2, 7, 6, dtype=torch.float64)
     if not batch_first:
         q, m = q.transpose(0, 1), m.transpose(0, 1)
@@ -123,8 +124,8 @@ def test_a_decoder_is_swapped_by_the_place_of_each_module():
     swapped = copy.deepcopy(model)
     report = regard.swap(swapped, "softmax")
     assert report.changed == {
-        "layers.0.self_attn": "MultiheadAttention, causal-self",
-        "layers.0.multihead_attn": "MultiheadAttention, noncausal-cross",
+        "layers.0.self_attn": "MultiheadAttention, softmax, causal-self",
+        "layers.0.multihead_attn": "MultiheadAttention, softmax, noncausal-cross",
     }
     x, memory = torch.randn(3, 9, 16, dtype=torch.float64), torch.randn(3, 5, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -133,11 +134,99 @@ def test_a_decoder_is_swapped_by_the_place_of_each_module():
         )
 
 
-def test_a_noncausal_call_of_a_causal_module_is_refused():
-    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), 1).eval()
+TARGET_MASKS = {
+    "none": lambda: None,
+    "causal": lambda: CAUSAL,
+    "pairs": lambda: random_pairs(),
+    "scores": lambda: torch.randn(9, 9, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("mask", TARGET_MASKS)
+def test_a_whole_transformer_swapped_to_softmax_stays_equal_without_a_target_mask_too(mask):
+    model = nn.Transformer(16, 4, 1, 1, 32, batch_first=True, dtype=torch.float64).eval()
+    swapped = copy.deepcopy(model)
+    regard.swap(swapped, "softmax")
+    source, target = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 9, 16, dtype=torch.float64)
+    given = TARGET_MASKS[mask]()
+    with torch.no_grad():
+        found, expected = (m(source, target, tgt_mask=given) for m in (swapped, model))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_target_without_a_mask_is_read_both_ways_or_refused_by_what_is_learned_for_one():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), 1).double().eval()
+    both_ways = copy.deepcopy(model)
+    x, memory = torch.randn(3, 9, 16, dtype=torch.float64), torch.randn(3, 5, 16, dtype=torch.float64)
+    regard.swap(model, {"*.self_attn": "linear", "*": "softmax"})
+    assert not torch.equal(model(x, memory)[:, 0], model(x, memory, tgt_mask=CAUSAL)[:, 0])
+    regard.swap(both_ways, "linear", pattern="noncausal-self", only="*.self_attn")
+    assert torch.equal(both_ways.layers[0].self_attn(x, x, x)[0], model.layers[0].self_attn(x, x, x)[0])
+    regard.swap(model, "long_short", only="*.self_attn")
+    with pytest.raises(Unsupported, match="learned parts are made for causal-self"):
+        model(x, memory)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_unswap_gives_back_what_was_there_and_a_second_swap_is_as_the_first(mask):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    before, names = copy.deepcopy(model), list(model.state_dict())
+    x, given = torch.randn(3, 9, 16, dtype=torch.float64), MASKS[mask]()
     regard.swap(model, "gated_linear")
-    with pytest.raises(Unsupported, match="without a causal mask"):
-        model(torch.randn(1, 9, 16), torch.randn(1, 5, 16))
+    regard.swap(model, "softmax")
+    once = copy.deepcopy(before)
+    regard.swap(once, "softmax")
+    with torch.no_grad():
+        assert torch.equal(*(quietly(m, x, **given).nan_to_num() for m in (model, once)))
+        assert list(regard.unswap(model, only="layers.1.*").changed) == ["layers.1.self_attn"]
+        assert not model.use_nested_tensor
+        regard.unswap(model)
+        assert torch.equal(*(quietly(m, x, **given).nan_to_num() for m in (model, before)))
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    assert model.use_nested_tensor and list(model.state_dict()) == names
+    with pytest.raises(Unsupported, match="without swapped modules"):
+        regard.unswap(model)
+
+
+def test_unswap_keeps_what_was_trained_and_where_it_is():
+    model = encoder()
+    regard.swap(model, "gated_linear")
+    model.float().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    regard.unswap(copied := copy.deepcopy(model))
+    for name, parameter in copied.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    assert all(m.training for m in copied.modules())
+    assert copied.layers[0].self_attn.in_proj_weight.dtype == torch.float32
+
+
+def test_paths_choose_mechanisms_and_the_first_that_matches_decides():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 3, enable_nested_tensor=False)
+    swapped = copy.deepcopy(model)
+    report = regard.swap(swapped, {"layers.0.*": None, "*.1.*": ("local", {"window": 3}), "*": "linear"})
+    assert report.kept == ["layers.0.self_attn"]
+    assert [what.split(", ")[1] for what in report.changed.values()] == ["local", "linear"]
+    assert swapped.layers[1].self_attn.attend.config.window == 3
+    by_hand = copy.deepcopy(model)
+    regard.swap(by_hand, "linear", only="layers.2.*")
+    regard.swap(by_hand, "local", only="layers.1.*", window=3)
+    x = torch.randn(9, 2, 16)
+    assert torch.equal(swapped.eval()(x), by_hand.eval()(x))
+    for wrong, told in (
+        ({"layer.0.*": "linear", "*": None}, "'layer.0.*'.*chooses no attention module"),
+        ({"*": 3}, "3 for a module"),
+        ({"*": ("local", {"widow": 3})}, "option 'widow'"),
+        ({"*": None}, "chooses no attention module"),
+    ):
+        with pytest.raises(Unsupported, match=told):
+            regard.swap(model, wrong)
+    with pytest.raises(Unsupported, match="window beside a mapping"):
+        regard.swap(model, {"*": "local"}, window=3)
+    assert all(type(layer.self_attn) is nn.MultiheadAttention for layer in model.layers)
 
 
 @pytest.mark.parametrize("name", attention_names())
@@ -168,11 +257,15 @@ def test_padding_has_no_effect_after_a_swap(name):
             torch.testing.assert_close(found[row][there[row]], model(x[row][there[row]][None])[0])
 
 
+@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
 @pytest.mark.parametrize("name", attention_names())
-def test_all_that_a_mechanism_learns_is_trained_after_a_swap(name):
+def test_all_that_a_mechanism_learns_is_trained_after_a_swap(name, pattern):
     model = encoder(dropout=0.0).train()
-    learned = regard.swap(model, name).learned
-    model(torch.randn(2, 12, 16, dtype=torch.float64)).square().sum().backward()
+    if pattern not in regard.get_mechanism(name).patterns or (name, pattern) == ("sea", "causal-self"):
+        return
+    learned = regard.swap(model, name, pattern=pattern).learned
+    mask = torch.ones(12, 12, dtype=torch.bool).triu(1) if pattern == "causal-self" else None
+    model(torch.randn(2, 12, 16, dtype=torch.float64), mask=mask).square().sum().backward()
     reached = {n for n, p in model.named_parameters() if p.grad is not None}
     assert [n for n in learned if n not in reached] == []
 
@@ -200,12 +293,17 @@ def test_what_is_learned_for_one_pattern_refuses_a_mask_of_another_with_the_swap
     x = torch.randn(3, 9, 16, dtype=torch.float64)
     with pytest.raises(Unsupported, match="learned parts are made for noncausal-self") as caught:
         model(x, mask=CAUSAL)
-    assert caught.value.nearest == 'regard.swap(..., pattern="causal-self")'
     with pytest.raises(Unsupported, match="a mask of pairs that is neither causality nor missing keys"):
         model(x, mask=random_pairs())
     again = encoder()
-    regard.swap(again, name, pattern="causal-self")
-    assert again(x, mask=CAUSAL).isfinite().all()
+    if name == "sea":
+        assert caught.value.nearest == "softmax"
+        with pytest.raises(Unsupported, match="does not add up the losses it learns from"):
+            regard.swap(again, name, pattern="causal-self")
+    else:
+        assert caught.value.nearest == 'regard.swap(..., pattern="causal-self")'
+        regard.swap(again, name, pattern="causal-self")
+        assert again(x, mask=CAUSAL).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -301,8 +399,56 @@ class TestVision:
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
-    def test_attention_that_does_more_is_refused(self):
+    @pytest.mark.parametrize("name", ["agent", "longformer", "kernelized_rpe"])
+    def test_mechanisms_that_lay_tokens_out_are_told_of_the_grid_and_the_class_token(self, name):
+        model = self.model().double()
+        regard.swap(model, name)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        attention, x = model.blocks[0].attn, torch.randn(2, 17, 32, dtype=torch.float64)
+        layer = AttentionLayer(
+            regard.get_mechanism(name), 32, 4, pattern="noncausal-self", bias=True, config=attention.attend.config
+        ).double()
+        with torch.no_grad():
+            for own, theirs in zip((layer.query, layer.key, layer.value), range(3), strict=True):
+                own.weight.copy_(attention.qkv.weight.chunk(3)[theirs])
+                own.bias.copy_(attention.qkv.bias.chunk(3)[theirs])
+            layer.output.load_state_dict(attention.proj.state_dict())
+            for part in ("projection", "merge"):
+                if getattr(layer, part) is not None:
+                    learned = getattr(attention.attend, part).state_dict()
+                    for missing in getattr(layer, part).load_state_dict(learned, strict=False).missing_keys:
+                        nn.init.zeros_(getattr(layer, part).get_parameter(missing))  # biases that follow the shell's
+            roles = torch.zeros(2, 17, dtype=torch.long)
+            roles[:, 0] = int(regard.Role.CLS)
+            expected = layer.eval()(x, context=regard.Context(grid=(4, 4), roles=roles)).output
+            torch.testing.assert_close(attention(x), expected)
+            with pytest.raises(Unsupported, match="12 tokens of a grid of 4 x 4 and 1 before it"):
+                attention(x[:, :12])
+
+    def test_unswap_gives_back_the_model(self):
+        model = self.model(qk_norm=True)
+        before, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+        regard.swap(model, "agent")
+        regard.swap(model, "gated_linear")
+        regard.unswap(model)
+        assert torch.equal(model(x), before(x))
+        assert model.state_dict().keys() == before.state_dict().keys()
+        assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("swin_tiny_patch4_window7_224", "windows of tokens"),
+            ("swinv2_tiny_window8_256", "cosines of windows"),
+            ("beit_base_patch16_224", "a learned bias for each offset"),
+            ("eva02_tiny_patch14_224", "rotary positions"),
+            ("vit_relpos_small_patch16_224", "a learned bias for each offset"),
+        ],
+    )
+    def test_attention_that_does_more_is_refused(self, name, told):
         timm = pytest.importorskip("timm")
-        model = nn.ModuleList([timm.layers.AttentionRope(16, 4)])
-        with pytest.raises(Unsupported, match="computes more than attention"):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        with pytest.raises(Unsupported, match=f"computes more than attention: {told}"):
             regard.swap(model, "softmax")

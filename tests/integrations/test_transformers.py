@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import regard
 from regard import Unsupported
-from regard.contract import Mask
+from regard.contract import Mask, Pattern
+from regard.layers.attention import AttentionLayer
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
 
+CAUSAL = Pattern.CAUSAL_SELF
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -171,21 +175,282 @@ def test_what_learns_beside_the_projections_needs_a_swap_and_no_cache():
     assert tokens.shape == (3, 12)
     with pytest.raises(Unsupported, match="use_cache=False"):
         model.generate(ids(), max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=True)
+    regard.swap(model, "linear")
+    assert model.config.use_cache and model.generation_config.use_cache
 
 
-def test_padding_has_no_effect_on_a_swapped_model():
+def own_layer(placed, attention, names, positions, **options):
+    """regard's layer with the weights of a swapped module of transformers."""
+    layer = AttentionLayer(
+        placed.card, 32, 4, pattern=placed.pattern, positions=positions, bias=True, config=placed.config, **options
+    ).double()
+    for own, other in zip((layer.query, layer.key, layer.value, layer.output), names, strict=True):
+        theirs = getattr(attention, other, None)
+        with torch.no_grad():
+            own.weight.copy_(torch.eye(32) if theirs is None else theirs.weight)
+            own.bias.zero_()
+            if getattr(theirs, "bias", None) is not None:
+                own.bias.copy_(theirs.bias)
+    for part in ("projection", "merge"):
+        if getattr(layer, part) is not None:
+            copied = getattr(placed, part).state_dict()
+            missing = getattr(layer, part).load_state_dict(copied, strict=False).missing_keys
+            for name in missing:  # biases that follow the shell's
+                torch.nn.init.zeros_(getattr(layer, part).get_parameter(name))
+    return layer.eval()
+
+
+def disturb(model):
+    """Nothing is left at a start that hides it."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("name", bridge.attention_names())
+def test_a_swapped_bert_attends_as_our_layer_does(name):
+    model = bert().double()
+    regard.swap(model, name)
+    disturb(model)
+    attention = model.encoder.layer[0].attention.self
+    layer = own_layer(attention.regard, attention, ("query", "key", "value", ""), "none")
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x)[0], layer(x).output)
+
+
+MISREAD = {"complex_rotary", "kernelized_rpe", "long_short", "norm_linear", "sea", "selective_temperature"}
+"""What takes queries and keys as they are before the rotation that a llama has done."""
+OPTIONS = {"selective_temperature": {"token_features": "tokens"}}
+
+
+@pytest.mark.parametrize("name", [n for n in bridge.attention_names() if CAUSAL in regard.get_mechanism(n).patterns])
+def test_a_swapped_llama_attends_as_our_rotary_layer_does_whole_padded_and_from_its_cache(name):
+    model = llama().double()
+    if name in MISREAD:
+        with pytest.raises(Unsupported, match="in a model that does not add" if name == "sea" else "rotates queries"):
+            regard.swap(model, name)
+        if name not in OPTIONS:
+            return
+    note = str(regard.swap(model, name, **OPTIONS.get(name, {})))
+    disturb(model)
+    attention, x = model.model.layers[0].self_attn, torch.randn(2, 9, 32, dtype=torch.float64)
+    layer = own_layer(attention.regard, attention, ("q_proj", "k_proj", "v_proj", "o_proj"), "rotary", num_kv_heads=2)
+    angles = torch.arange(9)[:, None] * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    turns = tuple(torch.cat([t, t], -1)[None] for t in (angles.cos(), angles.sin()))
+    tokens, positions = ids(), (KEPT.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = attention(x, position_embeddings=turns, attention_mask=None)[0]
+        torch.testing.assert_close(found, layer(x).output)
+        padded = model(tokens, attention_mask=KEPT, position_ids=positions, use_cache=False).logits
+        for row in (1, 2):
+            there = KEPT[row].bool()
+            alone = model(tokens[row][there][None], use_cache=False).logits[0]
+            torch.testing.assert_close(padded[row][there], alone, atol=1e-6, rtol=1e-6)
+        whole = model(tokens, use_cache=False).logits
+        cached = {bridge.CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
+        pieces = (model(piece, **cached).logits for piece in tokens.split([4, 1, 1, 3], dim=1))
+        if "use_cache is off" in note:
+            next(pieces)
+            with pytest.raises(Unsupported, match="use_cache=False"):
+                next(pieces)
+            return
+        assert "goes on with the model's cache" in note
+        torch.testing.assert_close(torch.cat(list(pieces), 1), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_options_that_a_rotated_model_would_misread_are_refused():
+    with pytest.raises(Unsupported, match="reads keys before their rotation"):
+        regard.swap(llama(), "core_context", pool_keys="pre_rope")
+    vit = transformers.ViTModel(transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    with pytest.raises(Unsupported, match="lays tokens out"):
+        regard.swap(vit, "agent")
+
+
+def test_threads_do_not_see_each_other_s_tokens():
     model = llama()
     regard.swap(model, "gated_linear")
+    both = threading.Barrier(2)
+
+    def meet(*_):
+        both.wait(timeout=60)
+
+    def run(tokens):
+        with torch.no_grad():
+            return model(tokens).logits
+
+    inside = model.model.layers[1].self_attn.v_proj.register_forward_hook(meet)
+    texts = ids(2, 9), ids(2, 9)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, texts))
+    inside.remove()
+    for tokens, logits in zip(texts, found, strict=True):
+        torch.testing.assert_close(logits, run(tokens))
+
+
+HYBRID = {"*.0.*": None, "*": ("local", {"window": 2})}
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+@pytest.mark.parametrize("asked", ["gated_linear", "performer", "sigmoid", HYBRID], ids=str)
+def test_a_swapped_model_is_saved_and_loaded_with_its_mechanisms(asked, make, tmp_path):
+    model = make()
+    regard.swap(model, asked)
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
     tokens = ids()
-    position_ids = (KEPT.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        found = model(tokens, attention_mask=KEPT, position_ids=position_ids).logits
-        torch.testing.assert_close(found[1, 3:], model(tokens[1:2, 3:]).logits[0], atol=1e-5, rtol=1e-5)
+        for other in (loaded, again):
+            for a, b in zip(
+                *(m(tokens, attention_mask=KEPT, use_cache=False).to_tuple() for m in (other, model)), strict=True
+            ):
+                assert torch.equal(a, b)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert loaded.config.use_cache == model.config.use_cache
+    if make is llama:
+        base = transformers.AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+        settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(loaded.generate(tokens, **settings), model.generate(tokens, **settings))
 
 
-def test_only_some_layers_of_a_transformers_model_are_refused():
-    with pytest.raises(Unsupported, match="share one attention function"):
-        regard.swap(llama(), "softmax", only="model.layers.0.*")
+def bart():
+    sizes = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=64, d_model=32, **sizes))
+
+
+def siglip():
+    text = {**SIZES, "projection_size": 32, "eos_token_id": 2}
+    vision = {name: n for name, n in SIZES.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 4}
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+
+
+def deepseek():
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(**SIZES, **ranks, num_key_value_heads=4, first_k_dense_replace=2)
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+MORE = {
+    bart: lambda: {"input_ids": ids(), "attention_mask": KEPT, "decoder_input_ids": ids(3, 5)},
+    siglip: lambda: {"input_ids": ids(), "pixel_values": torch.randn(3, 3, 16, 16)},
+    deepseek: lambda: {"input_ids": ids()},
+}
+
+
+@pytest.mark.parametrize("make", MORE)
+def test_cross_attention_pooling_and_heads_of_two_widths_are_swapped_saved_and_given_back(make, tmp_path):
+    model, inputs = make().eval(), MORE[make]()
+
+    def outputs(model):
+        with torch.no_grad():
+            return next(x for x in model(**inputs).to_tuple() if torch.is_tensor(x) and x.ndim > 1)
+
+    before = outputs(model)
+    regard.swap(model, "softmax")
+    torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=1e-5)
+    regard.swap(model, "gated_linear")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert not torch.allclose(outputs(model), before, atol=1e-5)
+    regard.unswap(loaded)
+    assert torch.equal(outputs(loaded), before)
+
+
+def test_a_saved_model_is_not_loaded_as_another(tmp_path):
+    model = llama()
+    regard.swap(model, "linear")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match="saved with other mechanisms"):
+        transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.regard["modules"].pop("layers.1.self_attn")
+    partly = transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    with pytest.raises(Unsupported, match="names no mechanism"):
+        partly(ids())
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode != 0 and "regard:swapped" in told.stderr
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_unswap_gives_back_the_model_and_a_second_swap_is_as_the_first(make):
+    model, tokens = make(), ids()
+    before, weights, settings = copy.deepcopy(model), set(model.state_dict()), model.config.to_dict()
+    regard.swap(model, "gated_linear")
+    regard.swap(model, "local", window=2)
+    once = copy.deepcopy(before)
+    regard.swap(once, "local", window=2)
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[0], once(tokens)[0])
+        report = regard.unswap(model, only="*0*")
+        assert len(report.changed) == len(report.kept) == 1
+        regard.swap(once, {"*0*": "softmax"})
+        assert torch.equal(model(tokens)[0], once(tokens)[0])
+        assert list(regard.unswap(model).changed) == report.kept
+        assert torch.equal(model(tokens)[0], before(tokens)[0])
+    assert set(model.state_dict()) == weights
+    assert model.config.to_dict() == settings
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(Unsupported, match="without swapped modules"):
+        regard.unswap(model)
+
+
+def test_only_some_layers_change_and_the_others_stay_equal():
+    model, tokens = llama(), ids()
+    swapped = copy.deepcopy(model)
+    report = regard.swap(swapped, "linear", only="model.layers.1.*")
+    assert (list(report.changed), report.kept) == (["model.layers.1.self_attn"], ["model.layers.0.self_attn"])
+    with torch.no_grad():
+        found, expected = (
+            m(tokens, attention_mask=KEPT, output_hidden_states=True).hidden_states for m in (swapped, model)
+        )
+    seen = KEPT.bool()
+    torch.testing.assert_close(found[1][seen], expected[1][seen], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[2][seen], expected[2][seen], atol=1e-3)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
+    model, tokens = llama().train(), ids()
+    regard.swap(model, {"*.0.*": "gated_linear", "*": "local"})
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(tokens, attention_mask=KEPT, labels=tokens).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of names in transformers
+def test_peft_trains_and_saves_what_a_mechanism_learns(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokens = llama(), ids()
+    regard.swap(model, "gated_linear")
+    base = copy.deepcopy(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[bridge.PLACE]))
+    gates = {name: p for name, p in wrapped.named_parameters() if "key_gate" in name and p.requires_grad}
+    wrapped(tokens, labels=tokens).loss.backward()
+    assert gates and all(p.grad.abs().max() > 0 for p in gates.values())
+    with torch.no_grad():
+        for parameter in gates.values():
+            parameter.normal_()
+        wrapped.save_pretrained(tmp_path)
+        expected = wrapped.eval()(tokens).logits
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        assert torch.equal(loaded(tokens).logits, expected)
+        torch.testing.assert_close(loaded.merge_and_unload()(tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 PLANS = ["gated_linear", "delta_rule", "mamba2", ["softmax", "linear"], [("local", {"window": 3}), "mamba"], "landmark"]

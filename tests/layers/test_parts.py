@@ -261,22 +261,30 @@ def test_placing_queries_compiles_whole() -> None:
     assert torch.equal(compiled(*arguments), function(*arguments))
 
 
-@pytest.mark.parametrize("name", ["rms", "rms_nonparametric", "layer", "layer_nonparametric", "none"])
+@pytest.mark.parametrize("name", ["rms", "rms_nonparametric", "rms:0.3", "layer", "layer_nonparametric:1e-1", "none"])
 def test_norms_equal_their_definitions(name: str) -> None:
     norm = make_norm(name, 5).double()
+    name, _, number = name.partition(":")
+    eps = float(number or {"rms": 1e-6}.get(name[:3], 1e-5))
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(3, 5, dtype=float64, requires_grad=True)
     expected: Tensor = x
     if name.startswith("rms"):
-        expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        expected = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     elif name.startswith("layer"):
-        expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + eps).sqrt()
     for parameter_name, parameter in norm.named_parameters():
         expected = expected * parameter if parameter_name == "weight" else expected + parameter
     assert bool(list(norm.parameters())) == (name in ("rms", "layer"))
     close(norm(x), expected)
     assert torch.autograd.gradcheck(norm, x)
+
+
+@pytest.mark.parametrize("name", ["rmsnorm", "rms:", "rms:small", "rms:-1", "none:1e-5"])
+def test_unknown_norms_are_refused(name: str) -> None:
+    with pytest.raises(Unsupported):
+        make_norm(name, 5)
 
 
 @pytest.mark.parametrize("norm", [RMSNorm(64), LayerNorm(64)])

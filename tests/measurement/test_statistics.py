@@ -62,6 +62,13 @@ def test_scores_weigh_items_by_their_targets():
     assert Scores({0: np.array([[3.0, 1.0], [0.0, 3.0]])}).score(0) == 0.75
 
 
+def test_the_standard_error_over_seeds_is_that_of_a_mean():
+    """Unbiased variance: of pairs of draws from one distribution, its mean is twice the variance of their mean over 2."""
+    scores = np.random.default_rng().standard_normal(2)
+    found = Scores({seed: np.array([[score, 1.0]]) for seed, score in enumerate(scores)})
+    assert found.standard_error == pytest.approx(abs(scores[0] - scores[1]) / 2)
+
+
 def test_pareto_front_keeps_what_nothing_beats():
     points = {
         "fast": (3.0, 1.0),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -52,6 +53,19 @@ def test_what_was_put_is_got(path):
     assert (row.kind, row.run, row.command) == ("quality", "r1", "regard compare x")
     assert row.machine["machine_id"] == provenance.fingerprint()["machine_id"]
     assert row.git_revision == provenance.git_revision()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="reads the command")
+def test_a_command_with_any_name_in_it_is_stored_as_a_shell_takes_it(path, monkeypatch):
+    words = [b"compare", b"a b.txt", b"it's\xff\x1b[2J.txt", "é中".encode(), b"back\\slash\n"]
+    monkeypatch.setattr("sys.argv", ["bin/regard", *map(os.fsdecode, words)])
+    with Store(path) as store:
+        store.put("run", {}, 1)
+        (row,) = store.rows("run")
+    row.command.encode()
+    assert row.command.isprintable()
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {row.command}"], capture_output=True, check=True).stdout
+    assert said.split(b"\0")[:-1] == [b"regard", *words]
 
 
 def test_a_key_is_written_once(path):
@@ -152,6 +166,62 @@ def test_a_path_through_a_file_is_refused(tmp_path):
     with pytest.raises(Unsupported, match="cannot be written") as error:
         Store(tmp_path / "plain" / "store.sqlite")
     assert "--output" in error.value.nearest
+
+
+def test_a_full_disk_is_said_and_keeps_the_rows(path):
+    with Store(path) as store:
+        store.put("run", {"run": 0}, {"x": 1})
+        store._connection.execute("PRAGMA max_page_count = 1")  # SQLite answers as on a full disk
+        with pytest.raises(
+            Unsupported, match=r"cannot be written \(database or disk is full\); .*rows that it has are kept"
+        ):
+            store.put("run", {"run": 1}, "x" * 10**6)
+        assert [row.key["run"] for row in store.rows("run")] == [0]
+
+
+def test_a_damaged_store_is_said_to_be_one(path):
+    with Store(path) as store:
+        for index in range(40):
+            store.put("run", {"run": index}, "x" * 3000)
+    whole = path.read_bytes()
+    page = len(whole) // 2 // 4096 * 4096
+    damages = [whole[: len(whole) // 2], whole[:page] + os.urandom(4096 * 8) + whole[page + 4096 * 8 :]]
+    damages.append(whole.replace(b'"xxx', b"?xxx"))
+    for damaged in damages:
+        path.write_bytes(damaged)
+        for options in ({}, {"read_only": True}):
+            with (
+                pytest.raises(Unsupported, match=r"damaged .*nearest: sqlite3 .* \.recover"),
+                Store(path, **options) as store,
+            ):
+                store.rows("run")
+
+
+def test_a_store_is_read_beside_its_writer_and_left_as_it_is(path):
+    with Store(path) as writer:
+        writer.put("run", {"run": 0}, 1)
+        with Store(path, read_only=True) as reader:
+            assert [row.payload for row in reader.rows("run")] == [1]
+            writer.put("run", {"run": 1}, 2)
+            assert [row.payload for row in reader.rows("run")] == [1, 2]
+            with pytest.raises(Unsupported, match=r"cannot be written \(attempt to write a readonly database\)"):
+                reader.put("run", {"run": 2}, 3)
+    missing = path.with_name("missing.db")
+    with pytest.raises(Unsupported, match="cannot be read"):
+        Store(missing, read_only=True)
+    assert not missing.exists()
+
+
+def test_a_store_on_a_disk_that_cannot_be_written_is_read(path, monkeypatch):
+    with Store(path) as store:
+        store.put("run", {"run": 0}, 1)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda p, mode: mode != os.W_OK and access(p, mode)
+    )  # the superuser may write anywhere
+    with Store(path, read_only=True) as store:
+        assert [row.payload for row in store.rows("run")] == [1]
+        assert [file.name for file in path.parent.iterdir()] == [path.name], "SQLite makes no files beside it"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")

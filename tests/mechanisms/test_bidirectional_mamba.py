@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path as File
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,11 @@ GRID_OPTIONS = [
 ]
 
 
+def small_windows(scan: str, sides: tuple[int, int] = (2, 2)) -> dict[str, Any]:
+    """Windows of other sides than (7, 7), for the scan that has windows."""
+    return {"window": sides} if scan == "windows" else {}
+
+
 def load(name: str) -> dict[str, torch.Tensor]:
     with np.load(FIXTURES / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
@@ -117,7 +123,7 @@ def orders_of(scan: str, sides, **options) -> list[torch.Tensor]:
 def paths_of(scan: str, grid, valid=None):
     n = int(np.prod(grid))
     combine = "sum" if scan == "strided" else "mean"
-    config = MECHANISM.options(scan=scan, combine=combine, window=(2, 3))
+    config = MECHANISM.options(scan=scan, combine=combine, **small_windows(scan, (2, 3)))
     return find_paths(config, n, grid, None, valid, torch.device("cpu")), n
 
 
@@ -149,7 +155,7 @@ def test_orders_of_a_grid_of_two_rows_of_three():
         "windows": ["013425", "524310"],
     }
     for scan, orders in expected.items():
-        assert ["".join(map(str, order.tolist())) for order in orders_of(scan, (2, 3), window=(2, 2))] == orders
+        assert ["".join(map(str, order.tolist())) for order in orders_of(scan, (2, 3), **small_windows(scan))] == orders
     assert [order.tolist() for order in orders_of("strided", (3, 3))] == [[0, 2, 6, 8], [3, 5], [1, 7], [4]]
     assert len(orders_of("cross", (2, 2, 2))) == 6
     assert orders_of("cross", (2, 3, 2))[1].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
@@ -188,12 +194,12 @@ def test_one_slice_or_slices_of_one_place_are_the_forward_order(grid):
 @pytest.mark.parametrize("copies", [1, 2])
 def test_paths_are_separate_scans_of_permuted_sequences(scan, copies):
     """Each is `mamba` in causal form on the tokens in its order; together they are one scan in groups."""
-    grid, options = (3, 5), {"scan": scan, "copies": copies, "combine": "sum", "window": (2, 2)}
+    grid, options = (3, 5), {"scan": scan, "copies": copies, "combine": "sum", **small_windows(scan)}
     x = inputs_of(15, 2, options)
     expected = torch.zeros(2, 15, 8, dtype=torch.float64)
     strided = scan == "strided"
     scanned = []
-    for p, order in enumerate(orders_of(scan, grid, copies=copies, window=(2, 2))):
+    for p, order in enumerate(orders_of(scan, grid, copies=copies, **small_windows(scan))):
         own = {name: x[name][:, 0 if strided else p, order] for name in ("x", "dt", "b", "c")}
         own |= {name: x[name][p] for name in ("a", "skip", "dt_bias")}
         y = apply(get_mechanism("mamba"), own).output
@@ -207,7 +213,9 @@ def test_paths_are_separate_scans_of_permuted_sequences(scan, copies):
         grouped = {name: torch.cat([own[name] for own in scanned], axis) for name, axis in names.items()}
         y = apply(get_mechanism("mamba"), grouped).output
         total = torch.zeros_like(expected)
-        for part, order in zip(y.split(8, -1), orders_of(scan, grid, copies=copies, window=(2, 2)), strict=True):
+        for part, order in zip(
+            y.split(8, -1), orders_of(scan, grid, copies=copies, **small_windows(scan)), strict=True
+        ):
             total[:, order] += part
         close(total * F.silu(x["z"]), expected)
 
@@ -316,7 +324,7 @@ def test_a_grid_with_a_masked_border_equals_the_smaller_grid(options, inner):
 @pytest.mark.parametrize("scan", SCANS)
 def test_masked_places_neither_write_nor_decay(scan):
     """The parallel form passes them over; the definition stands still there (a step of 0)."""
-    options = {"scan": scan, "combine": "sum", "window": (3, 2)}
+    options = {"scan": scan, "combine": "sum", **small_windows(scan, (3, 2))}
     x = inputs_of(20, 2, options)
     valid = torch.rand(2, 20, generator=torch.Generator().manual_seed(5)) < 0.6
     mask = Mask(valid=valid)
@@ -528,7 +536,8 @@ def test_cost_is_linear_in_the_tokens_and_in_the_paths():
         {"norm": "batch"},
         {"chunk_size": 0},
         {"scan": "strided"},
-        {"window": (0, 2)},
+        {"scan": "windows", "window": (0, 2)},
+        {"window": (2, 2)},
         {"window": (2, 2, 2)},
         {"scan": "cascade", "convolution": "grid", "conv_width": 3, "copies": 2},
         {"scan": "cascade", "convolution": "path"},

@@ -222,7 +222,7 @@ def test_gradients_are_exact_away_from_zero_and_the_negative_axis():
     assert torch.autograd.gradcheck(function, leaves, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-8, 1e-5, 1e-3])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1e-12, 1e-8, 1e-5, 1e-3])
 def test_gradients_stay_bounded_for_vanishing_queries_and_keys(size):
     tensors = inputs(6)
     tensors |= {name: size * tensors[name] for name in "qk"}

@@ -190,6 +190,17 @@ def test_rows_at_different_places_of_their_segments_go_on_alike(options):
             close(found[row], whole[row, count : count + more])
 
 
+def test_scores_without_distances_go_on_from_anywhere_in_a_segment():
+    tensors = {name: x for name, x in inputs(23).items() if name not in ("relative", "w")}
+    whole = run(tensors, OPTIONS[0])
+    first, second = (
+        {n: x[:, :, p] if is_token(n) else x for n, x in tensors.items()} for p in (slice(9), slice(9, 23))
+    )
+    config = Config(**OPTIONS[0])
+    state = apply(MECHANISM, first, config=config, return_state=True).state
+    close(apply(MECHANISM, second, config=config, state=state).output, whole[:, :, 9:])
+
+
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
 def test_groups_of_one_token_are_a_longer_memory(pattern):
     """c = 1 and f_c the identity: Transformer-XL with a memory of M + C."""

@@ -28,6 +28,7 @@ VARIANTS = [
     {"feature_map": "elu", "use_beta": False},
     {"feature_map": "silu", "allow_negative_eigenvalues": True},
     {"feature_map": "relu", "gated": True},
+    {"gated": True, "gate": "diagonal"},
     {"vector_beta": True},
     {"vector_beta": True, "gated": True, "allow_negative_eigenvalues": True},
 ]
@@ -303,7 +304,7 @@ def test_a_long_sequence_in_float32_keeps_the_published_precision():
         assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("options", [{}, {"gated": True}, {"vector_beta": True}])
+@pytest.mark.parametrize("options", [{}, {"gated": True, "gate": "diagonal"}, {"vector_beta": True}])
 def test_gradcheck_through_states(options):
     tensors = inputs_of(options, 5, batch=1, h=1, k=3, v=2)
     start = torch.randn(1, 1, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -455,6 +456,7 @@ def test_layer_convolves_activates_and_normalises_and_has_about_four_squares_of_
         {"allow_negative_eigenvalues": True, "num_kv_heads": 2},
         {"vector_beta": True, "num_kv_heads": 2},
         {"gated": True, "output_gate": "swish"},
+        {"gated": True, "gate": "diagonal", "output_gate": "sigmoid", "output_gate_rank": 8, "num_kv_heads": 2},
         {"value_expand": 2.0},
     ],
 )
@@ -515,7 +517,40 @@ def test_options_are_checked():
         {"eps": 0.0},
         {"use_beta": False, "allow_negative_eigenvalues": True},
         {"use_beta": False, "vector_beta": True},
+        {"gated": True, "gate": "fixed"},
+        {"gate": "diagonal"},
     ):
         with pytest.raises(Unsupported):
             MECHANISM.options(**options)
     assert get_mechanism("deltanet") is MECHANISM
+
+
+def test_parity_with_the_layer_of_kimi_linear():
+    modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    config = modeling.KimiLinearConfig(
+        hidden_size=24, linear_num_heads=3, linear_head_dim=8, rms_norm_eps=1e-6, num_hidden_layers=1, hidden_act="silu"
+    )
+    torch.manual_seed(0)
+    theirs = modeling.KimiLinearDeltaAttention(config, 0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.4)
+    layer = create_layer("delta_rule", 24, 3, gated=True, gate="diagonal", output_gate="sigmoid", output_gate_rank=8)
+    gate = theirs.forget_gate
+    ours = {
+        "query": theirs.q_proj.weight,
+        "key": theirs.k_proj.weight,
+        "value": theirs.v_proj.weight,
+        "output": theirs.o_proj.weight,
+        "gate.0": theirs.g_a_proj.weight,
+        "gate.1": theirs.g_b_proj.weight,
+        "projection.rate": theirs.b_proj.weight,
+        "projection.gate.0": gate.f_a_proj.weight,
+        "projection.gate.1": gate.f_b_proj.weight,
+        "output_norm": theirs.o_norm.weight,
+    } | {f"convolutions.{i}": w for i, w in enumerate(theirs.conv1d.weight[:, 0].chunk(3))}
+    ours = {f"{name}.weight": weight for name, weight in ours.items()}
+    ours |= {"projection.gate_bias": gate.dt_bias, "projection.log_strength": gate.A_log.flatten()}
+    layer.load_state_dict(ours)
+    x = torch.randn(2, 70, 24)
+    assert_close(layer(x).output, theirs(x), 2e-6)

@@ -426,4 +426,4 @@ def test_options_are_checked():
     ):
         with pytest.raises(Unsupported):
             MECHANISM.options(**options)
-    assert get_mechanism("retention") is get_mechanism("gla") is MECHANISM
+    assert get_mechanism("gla") is MECHANISM

@@ -243,3 +243,11 @@ def test_options_that_do_not_fit_the_layer_are_refused():
     with pytest.raises(Unsupported, match="slice"):
         create_layer("gated_softmax", 9, 2, head_dim=4)
     create_layer("gated_softmax", 9, 2, head_dim=4, predictor="all_features")
+
+
+def test_a_mean_over_queries_that_may_come_in_pieces_is_refused():
+    layer = make("noncausal-cross", predictor="head_mean")
+    x, memory = (torch.randn(2, n, 8, dtype=torch.float64) for n in (5, 7))
+    layer(x, memory)
+    with pytest.raises(Unsupported, match="absorbed memory"):
+        layer(x, state=layer.encode_memory(memory))

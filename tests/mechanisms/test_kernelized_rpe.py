@@ -3,6 +3,7 @@ random features, the constant state, grids, the layer's tables, and parity."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -517,6 +518,22 @@ def test_a_padded_grid_is_a_shorter_one():
     close(causal[1, :, :9], run(short, grid=(3, 3)).output[1])
 
 
+@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
+def test_padding_takes_no_place_on_a_grid(pattern):
+    tensors = inputs(9)
+    tensors["grid_bias"] = torch.randn(2, 5, 5, dtype=torch.float64)
+    del tensors["offset_bias"]
+    valid = torch.ones(len(tensors["q"]), 14, dtype=torch.bool)
+    valid[:, [0, 3, 4, 8, 13]] = False
+    padded = {
+        n: torch.full((len(x), 2, 14, x.shape[3]), torch.nan).double() if n in "qkv" else x for n, x in tensors.items()
+    }
+    for name in "qkv":
+        padded[name][:, :, valid[0]] = tensors[name]
+    found = run(padded, pattern, grid=(3, 3), mask=Mask(valid=valid)).output
+    close(found[:, :, valid[0]], run(tensors, pattern, grid=(3, 3)).output)
+
+
 # parity
 
 
@@ -560,8 +577,8 @@ def test_offsets_of_other_schemes_are_their_tables():
     x = torch.randn(2, 20, 16, dtype=torch.float64)
     offsets = torch.arange(-20, 21)
     for pattern, causal in (("causal-self", True), ("noncausal-self", False)):
-        for name in ("alibi", "bucketed", "power"):
-            made = layer(pattern, offsets=name, max_offset=20)
+        for name, feature_map in itertools.product(("alibi", "bucketed", "power"), ("positive_random", "elu")):
+            made = layer(pattern, offsets=name, max_offset=20, feature_map=feature_map)
             if name == "alibi":
                 table = Alibi(heads=4).by_distance(offsets, causal)
             elif name == "bucketed":
@@ -572,7 +589,7 @@ def test_offsets_of_other_schemes_are_their_tables():
             else:
                 made.projection.exponent.data = torch.tensor([0.0, 0.5, 1.0, -3.0], dtype=torch.float64)
                 table = -torch.tensor([[0.0], [0.5], [1.0], [0.0]]) * offsets.double().abs().log1p()
-            free = layer(pattern, max_offset=20)
+            free = layer(pattern, max_offset=20, feature_map=feature_map)
             free.load_state_dict(made.state_dict(), strict=False)
             free.projection.offset_bias.data = table.double()
             close(made(x).output, free(x).output)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import regard.mechanisms.landmark as landmark_module
 from regard.apply import absorb, apply
@@ -725,10 +728,34 @@ def test_attended_tokens_stay_bounded_as_the_context_grows() -> None:
         assert int((gradient.abs().sum((0, 1, 3)) > 0).sum()) == 2 * 3 + 3
 
 
-def test_cached_keys_are_not_rotated() -> None:
+def test_keys_of_which_blocks_are_retrieved_are_cached_before_their_rotation() -> None:
     inputs, roles = sample(9), regular(9, 3)
-    state = apply(MECHANISM, inputs, roles=roles, rotate=rotary(), return_state=True).state
+    state = apply(
+        MECHANISM, inputs, roles=roles, rotate=rotary(), return_state=True, config=Config(block=3, top_k=2)
+    ).state
     assert (state.k == inputs["k"]).all()
+
+
+UNEVEN = [(n, m, {}, padded) for n, m in ((1, 1), (4, 4), (0, 3), (1, 0), (2, 5), (5, 2)) for padded in (False, True)]
+
+
+@pytest.mark.parametrize(("n", "m", "options", "padded"), [*UNEVEN, (4, 4, {"cache_blocks": 40}, False)])
+def test_rotated_keys_go_on_from_a_state_with_more_or_fewer_queries(n, m, options, padded) -> None:
+    """Two calls of which the last has other queries than keys, against one call on all keys."""
+    roles, config = regular(9 + m, 3), Config(block=3, **options)
+    whole = sample(9 + m)
+    queries = torch.randn(2, 2, n, 8, dtype=torch.float64)
+    expected = run({**whole, "q": queries}, roles, rotate=rotary())
+    first = {name: x[:, :, :9] for name, x in whole.items()}
+    mask = None
+    if padded:  # by two slots that nobody sees
+        first = {name: F.pad(x, (0, 0, 0, 2), value=torch.nan) for name, x in first.items()}
+        mask = Mask(lengths=torch.tensor([9, 9]))
+    past = F.pad(roles[:, :9], (0, 2 if padded else 0))
+    state = apply(MECHANISM, first, roles=past, rotate=rotary(), return_state=True, config=config, mask=mask).state
+    then = {"q": queries, "k": whole["k"][:, :, 9:], "v": whole["v"][:, :, 9:]}
+    found = apply(MECHANISM, then, roles=roles[:, 9:], rotate=rotary(), state=state, config=config).output
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 def test_retrieval_in_small_groups_of_queries_equals_retrieval_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1004,3 +1031,34 @@ def test_the_log_sum_exp_form_survives_extreme_gates() -> None:
     mask = Mask(bias=bias)
     close(run(inputs, roles, mask=mask), run(inputs, roles, mask=mask, form="reference"))
     assert math.isfinite(float(run(inputs, roles, mask=mask).sum()))
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the bytes of what operators make that is no view of what they are given."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.bytes += made.nbytes
+        return result
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+def test_a_decoded_token_does_not_copy_the_cache(positions: str) -> None:
+    layer = create_layer("landmark", 256, 2, positions=positions).eval()
+    tokens, roles = torch.randn(1, 4000, 256), regular(4000, 50, batch=1)
+    with torch.no_grad():
+        state = layer(tokens, context=dataclasses.replace(WANT_STATE, roles=roles)).state
+        _, state = layer.step(tokens[:, 0], state)  # the first copies, and leaves room for others
+        copies = _Copies()
+        for _ in range(4):
+            before = state
+            with copies:
+                _, state = layer.step(tokens[:, 0], state)
+            assert state.mechanism.k.data_ptr() == before.mechanism.k.data_ptr()
+            assert state.mechanism.v.data_ptr() == before.mechanism.v.data_ptr()
+    assert copies.bytes / 4 < 0.1 * state.nbytes

@@ -20,6 +20,7 @@ from regard.mechanisms import positional_attention as module
 from regard.mechanisms.positional_attention import MECHANISM, Config, cost
 from regard.positions import Sinusoidal
 from regard.reproductions.positional_attention import TASKS, AlgorithmicNetwork, draw
+from regard.visibility import DistanceBias
 from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
 
@@ -462,3 +463,42 @@ def test_the_networks_equal_the_authors_at_full_and_shorter_lengths(name):
     output.backward(fixture["grad_out"])
     close(x.grad, fixture["grad_x"])
     close(model(fixture["x_short"]), fixture["out_short"])
+
+
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+@pytest.mark.parametrize("stored", [True, False])
+def test_padding_needs_no_encodings(pattern, stored, monkeypatch):
+    monkeypatch.setattr(module, "SHARED_PAIRS", 81 if stored else 0)
+    tensors = inputs(5, 5, rows=5)
+    padded = {n: torch.nn.functional.pad(tensors[n], (0, 0, 0, 3)) for n in ("v", "slots")}
+    padded["slots"] = torch.zeros(3, 8)
+    lengths = torch.tensor([5, 3, 0])
+    masks = {"mask": Mask(lengths=lengths)} | ({"memory_mask": Mask(lengths=lengths)} if pattern.cross else {})
+    found = run(tensors | padded, pattern, **masks).output
+    for row, length in enumerate(lengths.tolist()):
+        alone = tensors | {
+            "v": tensors["v"][row : row + 1, :, :length],
+            "slots": tensors["slots"][row : row + 1, :length],
+        }
+        close(found[row, :, :length], run(alone, pattern).output[0])
+
+
+@pytest.mark.parametrize("by_distance", [True, False])
+def test_hybrid_heads_have_the_position_biases_of_their_own_heads(by_distance):
+    n, table = 7, torch.randn(3, 13, dtype=torch.float64)
+    tensors = inputs(n) | {
+        name: torch.randn(3, 1, n, 4, dtype=torch.float64) for name in ("content_query", "content_key")
+    }
+    tensors["v"] = torch.randn(3, 3, n, 5, dtype=torch.float64)
+
+    def told(heads: slice) -> Any:
+        bias = DistanceBias(lambda distances: table[heads][:, distances + 6])
+        return bias if by_distance else lambda i, j: bias(i, j)
+
+    found = run(tensors, "causal-self", position_bias=told(slice(None))).output
+    first = {n: x for n, x in tensors.items() if not n.startswith("content")} | {"v": tensors["v"][:, :2]}
+    close(found[:, :2], run(first, "causal-self", position_bias=told(slice(2))).output)
+    last = softmax_attention(
+        tensors["content_query"], tensors["content_key"], tensors["v"][:, 2:], position_bias=told(slice(2, None))
+    )
+    close(found[:, 2:], last)

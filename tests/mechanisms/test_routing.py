@@ -25,7 +25,13 @@ from regard.workbench.verify import PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 PATTERNS = [p.value for p in ALL_PATTERNS]
-OPTIONS = [{"window": 3}, {"window": 1}, {"window": 5, "local_heads": 1}, {"window": 100}]
+OPTIONS = [
+    {"window": 3},
+    {"window": 1},
+    {"window": 5, "local_heads": 1},
+    {"window": 5, "local_heads": 2},
+    {"window": 100},
+]
 
 
 def inputs(n: int, m: int | None = None, clusters: int = 4, *, batch: int = 2, null: bool = True) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import regard.mechanisms.stochastic_subsampling as ssa
-from regard.contract import BlockMask, Context, Mask, Unsupported
+from regard.contract import BlockMask, Context, Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import softmax_attention, stochastic_subsampling_attention
-from regard.mechanisms.stochastic_subsampling import Config, ensemble_predict, subsample, subsampled
+from regard.mechanisms.stochastic_subsampling import Config, cost, ensemble_predict, subsample, subsampled
 from regard.models import LanguageModel, LanguageModelConfig
 
 PATTERNS = ["noncausal-self", "causal-self", "noncausal-cross", "causal-cross"]
@@ -441,3 +441,21 @@ def test_the_bernoulli_form_equals_source_dropout_of_the_authors(form, monkeypat
     close(found, recorded["out"])
     for name, gradient in zip("qkv", torch.autograd.grad(found, leaves, recorded["grad_out"]), strict=True):
         close(gradient, recorded[f"grad_{name}"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 0.5},
+        {"mode": "local"},
+        {"mode": "local", "window": 4, "neighbours": 1},
+        {"host_window": 8, "ratio": 0.5},
+    ],
+)
+def test_the_cost_is_that_of_the_pairs_which_are_computed(options):
+    n = 32
+    seen = (weights_of(n, pattern="noncausal-self", **options) > 0).sum(-1)
+    shape = Shape(1, 1, n, n, 4, n)
+    drawn, dense = (cost(shape, Config(in_evaluation=x, **options)) for x in (True, False))
+    assert drawn.flops == 2 * (4 + n) * n * seen.max()
+    assert dense.flops == 2 * (4 + n) * n * options.get("host_window", n)

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Mask, Unsupported
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.models.blocks import input_positions, read_plan
+from regard.models.blocks import evaluation_mode, input_positions, read_plan
 from regard.models.generation import beam_search, sample
 from regard.models.language_model import next_tokens
 
@@ -305,3 +306,15 @@ def test_a_loss_needs_a_target_for_each_token():
     ids = torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(Unsupported, match="a target for each token"):
         model.loss(ids, ids[:, 1:])
+
+
+def test_a_model_in_training_mode_stays_without_dropout_until_the_last_thread_is_done():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 3).eval())
+    modes = [module.training for module in model.modules()]
+    first, second = evaluation_mode(model), evaluation_mode(model[1])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not model[1].training and model.training
+    second.__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == modes

@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         path.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Unsupported, match=r"file, which cannot be written \(disk full\)"):
         module.write_atomically(target, fail)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
@@ -132,6 +132,12 @@ def _edit(folder, change):
         (lambda record: record["config"].update(vocab_size=8), "embedding.weight"),
         (lambda record: record["config"].update(tie_embeddings=False), "without head.weight"),
         (lambda record: record.pop("regard"), "other contents"),
+        (lambda record: record.update(config=[1]), "other contents"),
+        (lambda record: record.update(model=["LanguageModel"]), "other contents"),
+        (lambda record: record["config"].pop("vocab_size"), "values make no LanguageModel .*vocab_size"),
+        (lambda record: record["config"].update(dim="8"), "values make no LanguageModel"),
+        (lambda record: record["config"].update(plan=3), "values make no LanguageModel"),
+        (lambda record: record["config"].update(positions="learned", max_length=2**60), "values make no LanguageModel"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, words, tmp_path):

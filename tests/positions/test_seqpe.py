@@ -401,18 +401,18 @@ BIASED.remove("selective_temperature")  # its temperature divides added scores t
 def test_added_scores_are_a_bias_on_pairs_scaled_once(name, options):
     torch.manual_seed(0)
     layer = create_layer(
-        name, 12, 3, pattern="noncausal-self", positions="seqpe_scalar", position_options=SMALL | options
+        name, 16, 4, pattern="noncausal-self", positions="seqpe_scalar", position_options=SMALL | options
     )
     layer = layer.double().eval()
     for parameter in layer.positions.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    plain = create_layer(name, 12, 3, pattern="noncausal-self", positions="none").double().eval()
+    plain = create_layer(name, 16, 4, pattern="noncausal-self", positions="none").double().eval()
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("positions")})
-    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
     e = layer.positions.encode(torch.arange(9))
     q, k = (e, e) if options.get("projection") == "none" else e.chunk(2, -1)
     q, k = (t.unflatten(-1, (-1, 4)).transpose(0, 1) for t in (q, k))
-    bias = (options.get("scale", 1.0) * q @ k.mT / 2)[None].expand(1, 3, -1, -1)  # sqrt(4)
+    bias = (options.get("scale", 1.0) * q @ k.mT / 2)[None].expand(1, 4, -1, -1)  # sqrt(4)
     close(layer(x).output, plain(x, context=Context(mask=Mask(bias=bias))).output)
 
 

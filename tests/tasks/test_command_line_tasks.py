@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
+import os
 
 import numpy as np
 import pytest
 
 from regard.cli import _tasks, main
-from regard.contract import Unsupported
+from regard.contract import Pattern, Unsupported
 from regard.tasks import TASKS
+from regard.workbench.budget import Budget
+from regard.workbench.settings import CompareSettings
+from regard.workbench.work import BACKBONES, default_mechanisms, fitting
 
 
 def table(path, count=400):
@@ -70,6 +75,152 @@ def test_validation_without_data_is_not_ignored(tmp_path):
     assert [document.name for document in task.held_out_documents] == ["held.txt"]
     with pytest.raises(Unsupported, match="validation for forecast without data"):
         _tasks(["forecast"], None, [table(tmp_path / "a.csv")], None, "bytes", [])
+
+
+def lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def word(generator, count=6):
+    return " ".join("".join(map(chr, generator.integers(97, 123, 6))) for _ in range(count))
+
+
+def series(generator, **more):
+    return [
+        {"when": f"2024-01-{1 + i // 24:02}T{i % 24:02}:00", "load": round(generator.normal(), 4)}
+        | {k: v(i) for k, v in more.items()}
+        for i in range(480)
+    ]
+
+
+def pairs(generator, **more):
+    return [{"a": word(generator), "b": word(generator)} | {k: v(i) for k, v in more.items()} for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (
+            lambda g: [{"review": word(g), "stars": i % 5, "id": i} for i in range(60)],
+            "documents:text=review,label=stars",
+        ),
+        (
+            lambda g: [{"t": word(g), "kind": "ab"[i % 2], "label": i % 3} for i in range(60)],
+            "documents:text=t,label=label",
+        ),
+        (lambda g: [{"text": word(g), "label": f"c{i % 3}"} for i in range(60)], "documents"),
+        (lambda g: pairs(g, same=lambda i: bool(i % 2)), "matching:first=a,second=b,label=same"),
+        (pairs, "paraphrase:source=a,target=b"),
+        (lambda g: [{"source": word(g, 2), "target": word(g, 2)} for _ in range(60)], "paraphrase"),
+        (series, "forecast"),
+        (
+            lambda g: sorted(series(g, site=lambda i: "A") + series(g, site=lambda i: "B"), key=str),
+            "forecast:groups=site",
+        ),
+        (lambda g: [{"text": word(g), "id": i} for i in range(60)], "text"),
+        (
+            lambda g: [{"chat": [{"role": "user", "content": word(g, 9)}], "id": i} for i in range(60)],
+            "text:field=chat",
+        ),
+        (
+            lambda g: [{"t": word(g), "kind": "ab"[i % 2], "tag": i % 3} for i in range(60)],
+            "nearest: --task documents:text=t,label=kind",
+        ),
+        (lambda g: series(g, price=lambda i: i / 9), "nearest: --task forecast:target=load"),
+        (
+            lambda g: [{"x": i, "y": i / 7} for i in range(60)],
+            r"columns are x \(numbers\), y \(numbers\); supported: --task documents:text=",
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_a_table_without_a_task_is_recognised_or_the_line_says_what_to_add(tmp_path, make, found, suffix):
+    records = make(np.random.default_rng(0))
+    nested = "chat" in records[0]
+    if suffix != "jsonl" and (nested or found == "text"):
+        pytest.skip("in JSON lines only")
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        lines(path, records)
+    elif suffix == "json":
+        path.write_text(json.dumps(records))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    said = []
+    if ": --task" in found or "columns" in found:
+        with pytest.raises(Unsupported, match=found):
+            _tasks(None, [str(path)], None, None, "bytes", [], said.append)
+        return
+    name = found.partition(":")[0]
+    (task,) = _tasks(None, [str(path)], None, 16 if name == "text" else None, "bytes", [], said.append)
+    assert task.name == name
+    assert said == ([] if found == "text" else [found])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", "good,bad words\n" * 9, "'good' is the name of a column and looks like a cell of it"),
+        ("a.csv", "2024-01-01,1\n2024-01-02,2\n", "'2024-01-01' is the name of a column"),
+        ("a.csv", "a\n" + "one text after another\n" * 9, r"columns are a \(other\)"),
+        ("a.xlsx", "x", "save the sheet as CSV"),
+    ],
+)
+def test_a_table_that_no_task_can_be_told_by_is_refused(tmp_path, name, content, told):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(Unsupported, match=told):
+        _tasks(None, [str(tmp_path / name)], None, None, "bytes", [])
+
+
+def test_other_json_is_text(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"a": "text " * 999}))
+    (task,) = _tasks(None, [str(tmp_path / "a.json")], None, 16, "bytes", [])
+    assert task.name == "text"
+
+
+def test_a_folder_of_pictures_is_one_of_images(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(8):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        image.new("RGB", (9, 9), (i * 20, 0, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    (tmp_path / "README.md").write_text("pictures " * 99)
+    said = []
+    (task,) = _tasks(None, [str(tmp_path)], None, None, "bytes", [], said.append)
+    assert (task.name, said) == ("images", ["images"])
+
+
+def test_default_mechanisms_fit_every_task(tmp_path):
+    texts = lines(tmp_path / "a.jsonl", pairs(np.random.default_rng(0), label=lambda i: i % 2))
+    described = ["recall", "listops:length=64", "documents:text=a", "paraphrase:source=a,target=b"]
+    tasks = [_tasks([one], None if one[0] in "rl" else [texts], None, None, "bytes", [])[0] for one in described]
+    tasks += _tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
+    assert {(task.pattern, task.objective) for task in tasks} == set(BACKBONES) - {
+        (Pattern.NONCAUSAL_SELF, "regression")
+    }
+    for task in tasks:
+        names = default_mechanisms(task)
+        assert len(names) == 4 and "softmax" in names
+        kept, left_out = fitting([task], CompareSettings(names, Budget.parse("1m"), dim=16, layers=1))
+        assert (kept, left_out) == (names, {})
+    assert default_mechanisms(tasks[0]) == ("softmax", "local", "gated_linear", "delta_rule")
+    assert set(default_mechanisms(*tasks)) <= set(default_mechanisms(tasks[-1]))
+
+
+def test_a_files_control_characters_do_not_reach_the_terminal(tmp_path, capsys, monkeypatch):
+    path = os.fsencode(tmp_path) + b"/\x1b]0;title\x07\xff.csv"
+    with open(path, "w") as file:
+        file.write("a\x1b[31m,b\n" + "1,2\n" * 9)
+    monkeypatch.setattr("sys.argv", ["regard", "compare", os.fsdecode(path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = "".join(capsys.readouterr())
+    assert "without --task, whose columns are" in said
+    assert not {"\x1b", "\x07"} & set(said)
 
 
 def test_documents_are_compared_from_the_command_line(tmp_path, capsys, monkeypatch):

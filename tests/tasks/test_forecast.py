@@ -274,6 +274,13 @@ def broken(cell, column, line=5):
     return change
 
 
+def test_a_history_that_is_not_given_leaves_room_for_windows(tmp_path):
+    for rows, history in ((600, 120 - 4 * 12), (400, 80 - 4 * 12), (300, 24), (2000, 168)):
+        task = make(save(tmp_path / "a.csv", rows_of(rows)), history=None)
+        assert task.memory_length == history
+        assert sum(batch.size for batch in task.evaluation_batches(8)) >= 3
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import sys
 
 import numpy as np
@@ -109,9 +110,70 @@ def test_folder_reads_every_mode_and_sub_folder(folder):
     assert "training: 26 images of 3 classes (cat 10, dog 8, newt 8)" in told
 
 
+def test_class_folders_of_any_name_are_told_in_text_that_can_be_stored(folder):
+    os.rename(folder / "newt", os.fsencode(folder) + b"/caf\xe9\x1b[31m")
+    for task in ("images", "documents"):
+        if task == "documents":
+            for path in list(folder.rglob("*.png")):
+                path.with_suffix(".txt").write_text(path.name + "text")
+        told = create_task(task, data=folder).describe()
+        assert r"caf\udce9\x1b[31m 8" in told
+        told.encode()
+
+
+def test_links_out_of_a_folder_are_not_followed_and_those_inside_are(folder):
+    photo(folder.parent / "outside.png", 99)
+    (folder / "cat" / "out.png").symlink_to(folder.parent / "outside.png")
+    (folder / "cat" / "in.png").symlink_to("0.png")
+    told = create_task("images", data=folder).describe()
+    assert "cat: 1 links that lead out of it not followed" in told
+    assert "1 exact repetitions left out" in told
+
+
 def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
     assert module._read_image(tmp_path / "a.png", 4, 3).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "low", "high"),
+    [
+        ("png", np.uint16, 0, 65_535),
+        ("tif", np.uint16, 900, 5_000),
+        ("tif", np.int32, -7, 10**6),
+        ("tif", np.float32, 0, 1),
+    ],
+)
+def test_grey_of_more_than_8_bits_keeps_its_shades(folder, suffix, dtype, low, high):
+    ramps = []
+    for i, name in enumerate(("cat", "dog", "newt")):
+        ramps.append(np.linspace(low, (high - low) * (i + 1) / 3 + low, 64).astype(dtype).reshape(8, 8))
+        Image.fromarray(ramps[-1]).save(folder / name / f"deep.{suffix}")
+    task = create_task("images", data=folder, size=8, patch=1, channels=1)
+    images = task._images.pixels[..., 0].reshape(-1, 64)
+    wide = (np.stack(ramps).reshape(3, 64).astype(float) - low) * (255 / (high - low))
+    nearest = np.abs(images[:, None] - wide).max(2).argmin(0)
+    np.testing.assert_allclose(images[nearest], wide, atol=0.01)
+    assert f"3 images of more than 8 bits a pixel: values from {low:g} to" in task.describe()
+    values = task.training_batch(0, 0, len(task._training)).inputs.double()
+    assert float(values.std(correction=0)) == pytest.approx(1, abs=1e-6)
+
+
+def test_one_bright_pixel_does_not_flatten_the_others(tmp_path):
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 90, (8, 8)).astype(np.int32)
+        pixels[0, 0] += 10**6 * (i == 0)
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "ab"[i % 2] / f"{i}.tif")
+    task = create_task("images", data=tmp_path, size=8, patch=1, channels=1, held_out=0.25)
+    values = task.training_batch(0, 0, len(task._training)).inputs.double()
+    assert float(values.std(correction=0)) == pytest.approx(1, abs=1e-6)
+
+
+def test_values_that_are_no_numbers_are_refused(folder):
+    Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(folder / "cat" / "deep.tif")
+    with pytest.raises(Unsupported, match=r"deep.tif, which cannot be read as an image \(it holds values that are no"):
+        create_task("images", data=folder)
 
 
 def test_repeated_images_count_once_and_cannot_leak(folder):
@@ -182,6 +244,28 @@ def test_a_cut_idx_file_is_refused_by_name(idx):
         create_task("images", data=idx)
 
 
+def test_idx_files_that_hold_nothing_or_too_much_are_refused_by_name(idx, monkeypatch):
+    path = idx / "t10k-images-idx3-ubyte"
+    whole = path.read_bytes()
+    for head, told in (((0, 28, 28), "sizes 0 x 28 x 28"), ((1 << 30, 28, 28), "sizes 1073741824 x 28 x 28")):
+        path.write_bytes(whole[:4] + np.array(head, dtype=">u4").tobytes())
+        with pytest.raises(Unsupported, match=f"t10k-images-idx3-ubyte, which cannot be read .{told}"):
+            create_task("images", data=idx)
+    path.write_bytes(whole)
+    packed = idx / "train-images-idx3-ubyte.gz"
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:40] + bytes(255 - b for b in whole[40:80]) + whole[80:])
+    with pytest.raises(Unsupported, match=r"train-images-idx3-ubyte\.gz, which cannot be read"):
+        create_task("images", data=idx)
+    packed.write_bytes(gzip.compress(gzip.decompress(whole) + bytes(10**7)))
+    reads = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda file, size=-1: reads.append(size) or read(file, size))
+    with pytest.raises(Unsupported, match="not a whole IDX file"):
+        create_task("images", data=idx)
+    assert max(reads) == 40 * 28 * 28 + 1 and min(reads) > 0, "no more is unpacked than the file should hold"
+
+
 @pytest.mark.parametrize(("package", "options"), [("sklearn", {}), ("PIL", {"data": "pets"})])
 def test_a_missing_extra_is_named(folder, monkeypatch, package, options):
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
@@ -215,6 +299,13 @@ def without_images(folder):
     return folder
 
 
+def linked(folder):
+    outside = folder.parent / "outside"
+    photo(outside / "1.png", 99)
+    (folder / "eel").symlink_to(outside)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -222,6 +313,7 @@ def without_images(folder):
         (single, "eel with 1 image"),
         (twins, "eel with 1 different images"),
         (without_images, "eel, which holds no image"),
+        (linked, "eel, a link that leads out of"),
         (lambda f: f / "cat", "with 0 sub-folders"),
         (lambda f: f.parent / "pet", "pets"),
         (lambda f: f / "cat" / "0.png", "is not a folder"),

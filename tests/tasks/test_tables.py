@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from regard.contract import Unsupported
-from regard.tasks import tables
 from regard.tasks.tables import read_table
 
 HEADER = ["when", "load", "place"]
@@ -55,32 +54,27 @@ def test_suffix_tsv_means_tabs(tmp_path):
 def test_json_lines_are_rows_and_missing_fields_empty(tmp_path):
     records = [{"when": r[0], "place": r[2], **({"load": float(r[1])} if r[1] else {})} for r in ROWS]
     path = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, records)))
-    table = read_table(path)
-    assert np.array_equal(table.numbers("load", "target"), [1.5, np.nan, -2000], equal_nan=True)
-    assert table.places[1] == "a.jsonl, line 3"
+    whole = write(tmp_path / "a.json", json.dumps(records))
+    for table, second in ((read_table(path), "a.jsonl, line 3"), (read_table(whole), "a.json, record 2")):
+        assert np.array_equal(table.numbers("load", "target"), [1.5, np.nan, -2000], equal_nan=True)
+        assert table.places[1] == second
 
 
-@pytest.mark.parametrize("library", ["pyarrow", "pandas"])
-def test_parquet_is_read_by_either_library(tmp_path, monkeypatch, library):
-    pa = pytest.importorskip("pyarrow", reason="pyarrow writes the file")
+def test_parquet_reads_as_the_others(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="writes and reads the file")
     import pyarrow.parquet
 
-    pytest.importorskip(library, reason="reads the file")
     times = np.array([row[0].replace(" ", "T") for row in ROWS], dtype="datetime64[ns]")
     columns = {"when": pa.array(times), "load": pa.array([1.5, None, -2000]), "place": [row[2] for row in ROWS]}
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pa.table(columns), path)
-    if library == "pandas":
-        find = tables._import
-        monkeypatch.setattr(tables, "_import", lambda name: None if name == "pyarrow" else find(name))
     check(read_table(path))
 
 
 def test_parquet_without_a_library_names_the_extra(tmp_path, monkeypatch):
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("pyarrow", "pandas")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "pyarrow"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(Unsupported, match=r"nearest: pip install 'regard\[tables\]'"):
         read_table(write(tmp_path / "a.parquet", b"PAR1"))
 
@@ -147,6 +141,28 @@ def test_forms_of_time(tmp_path, cell, time):
     assert str(table.times("t", "time")[0]) == time
 
 
+@pytest.mark.parametrize(
+    ("cells", "times"),
+    [
+        (["1/2/2024", "2/13/2024 5:06"], ["2024-01-02T00:00:00", "2024-02-13T05:06:00"]),
+        (["1/2/2024", "13/2/2024"], ["2024-02-01T00:00:00", "2024-02-13T00:00:00"]),
+        (["01.02.2024 05:06", "03.04.2024"], ["2024-02-01T05:06:00", "2024-04-03T00:00:00"]),
+        (["2024-01", "2024-02"], ["2024-01-01T00:00:00", "2024-02-01T00:00:00"]),
+    ],
+)
+def test_days_and_months_before_the_year_are_told_apart_by_the_column(tmp_path, cells, times):
+    table = read_table(write(tmp_path / "a.csv", "t,x\n" + "".join(f"{cell},1\n" for cell in cells)))
+    assert table.time_columns() == ["t"]
+    assert table.times("t", "time").astype(str).tolist() == times
+
+
+@pytest.mark.parametrize("cells", [["1/2/2024", "3/4/2024"], ["13/1/2024", "1/13/2024"], ["13.1.2024", "1.13.2024"]])
+def test_dates_that_do_not_tell_day_from_month_are_refused(tmp_path, cells):
+    table = read_table(write(tmp_path / "a.csv", "t,x\n" + "".join(f"{cell},1\n" for cell in cells)))
+    with pytest.raises(Unsupported, match="31/01/2024 where a row tells which is the day"):
+        table.times("t", "time")
+
+
 def test_columns_of_times_are_found_though_a_cell_is_broken_and_numbers_are_none(tmp_path):
     table = read_table(write(tmp_path / "a.csv", "a,b,c\n1704067200,2024-01-01,x\n1704067201,2024-01-02,y\n3,?,z\n"))
     assert table.time_columns() == ["b"]
@@ -160,7 +176,10 @@ def test_a_number_beyond_float32_is_refused_with_its_line(tmp_path, cell):
         table.numbers("x", "target")
 
 
-@pytest.mark.parametrize("cell", ["2024-02-30", "31.12.2024", "12", "monday", "", "20240101"])
+@pytest.mark.parametrize(
+    "cell",
+    ["9999-12-31T23:00-12:00", "0001-01-01T01:00+02:00", "2024-02-30", "01/02/2024", "12", "monday", "", "20240101"],
+)
 def test_what_is_no_time_is_refused_with_its_line(tmp_path, cell):
     table = read_table(write(tmp_path / "a.csv", f"t,x\n2024-01-01,0\n{cell},1\n"))
     with pytest.raises(Unsupported, match=r"a.csv, line 3, where the column t has .*ISO 8601"):
@@ -218,7 +237,10 @@ WRONG = {
     "twice": (lambda t: write(t / "e.csv", "a,a\n1,2\n"), "names the column a twice"),
     "sheet": (lambda t: write(t / "e.xlsx", "x"), "nearest: save the sheet as CSV"),
     "json": (lambda t: write(t / "e.jsonl", '{"a": 1}\n{oops\n'), "line 2 is not JSON"),
+    "deep json": (lambda t: write(t / "e.jsonl", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "line 1", "too deep"),
     "json list": (lambda t: write(t / "e.jsonl", "[1]\n"), "line 1 is not a JSON object"),
+    "no json": (lambda t: write(t / "e.json", "[1"), "is not JSON"),
+    "json text": (lambda t: write(t / "e.json", '{"a": 1}'), "is not a list of objects"),
     "number": (lambda t: 3, "data=3"),
     "nothing": (lambda t: [], "no data at all"),
 }

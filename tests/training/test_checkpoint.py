@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from regard.contract import Unsupported
+from regard.models.weights import read_tensors
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from regard.training.optimizer import make_optimizer
 
@@ -61,3 +62,21 @@ def test_other_files_are_refused(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "tensors")
     with pytest.raises(Unsupported, match="format None"):
         load_checkpoint(tmp_path / "tensors")
+
+
+def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
+    model, optimizer = trained()
+    path = tmp_path / "c"
+    save_checkpoint(path, model, optimizer, {"step": 3})
+    tensors, metadata = read_tensors(path)
+    for change in ({}, {"record": '{"step": '}, {"record": "[" * 10**5}):
+        save_file(tensors, path, metadata={"format": metadata["format"]} | change)
+        with pytest.raises(Unsupported, match=r"a checkpoint that is damaged .*nearest: resume=False"):
+            load_checkpoint(path)
+    save_file(tensors | {"optimizer.0.weight.exp_avg": torch.ones(5)}, path, metadata=metadata)
+    with pytest.raises(Unsupported, match=r"whose exp_avg of 0.weight is \(5,\); supported: \(3, 2\)"):
+        restore(load_checkpoint(path), model, optimizer)
+    path.write_bytes(path.read_bytes()[:300])
+    for file in (path, tmp_path / "missing", tmp_path):
+        with pytest.raises(Unsupported, match="a safetensors file"):
+            load_checkpoint(file)

@@ -50,6 +50,8 @@ def test_a_teacher_that_does_not_fit_is_refused():
         begin_as(model(layers=1), model(layers=2))
     with pytest.raises(Unsupported, match="shape"):
         begin_as(model(dim=32), model())
+    with pytest.raises(Unsupported, match="between layers of a Linear"):
+        distillation_loss(student(), torch.nn.Linear(2, 2), ids())
     with pytest.raises(Unsupported, match="linear with weights"):
         distillation_loss(student(), model("linear"), ids())
     with pytest.raises(Unsupported, match="student of 1"):

@@ -67,7 +67,8 @@ def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth():
     rates = [scheduled_rate(s, 100, peak=2.0, warmup=0.1, schedule="cosine") for s in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
     assert rates[99] == pytest.approx(0.2)
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:])), "the last step alone has the final rate"
+    assert rates[10] == pytest.approx(2.0) and rates[54] + rates[55] == pytest.approx(2.0 + 0.2), "half a period"
     constant = [scheduled_rate(s, 100, peak=2.0, warmup=0.1, schedule="constant") for s in range(100)]
     assert constant[:10] == rates[:10] and set(constant[10:]) == {2.0}
     assert scheduled_rate(0, 1, peak=2.0, warmup=0.0, schedule="cosine") == 2.0

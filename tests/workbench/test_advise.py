@@ -1,19 +1,25 @@
 """Advice: the order respects needs, memory and results, says why, and what it says to paste runs."""
 
+import io
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 import regard
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
+from regard.workbench import needs
 from regard.workbench.advise import AdviseSettings, advise, duration, parse_memory, read_quality, size
 from regard.workbench.advise_check import Errors, check, errors_of
-from regard.workbench.advise_text import advice_text, errors_table
+from regard.workbench.advise_text import advice_text, errors_table, short_text
 from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.pasted import code_for
-from regard.workbench.probe import Sample, probe
+from regard.workbench.probe import probe
+from regard.workbench.samples import SURE, Sample
 
 SMALL = {"dim": 32, "heads": 2}
 
@@ -79,11 +85,11 @@ def test_with_several_lengths_the_geometric_mean_decides():
 
 
 def test_needs_rule_out_and_say_why():
-    found = ask(needs="recall")
+    found = ask(needs="keep-all")
     assert order(found) == ["softmax", "sigmoid"]
     assert "fixed size" in found.rejected["linear"] and "card" in found.rejected["linear"]
     assert "15 of 1024" in found.rejected["local"] and "measured" in found.rejected["local"]
-    assert any(change.startswith("Without the need 'recall': local") for change in found.changes)
+    assert any(change.startswith("Without the need 'keep-all': local") for change in found.changes)
     assert order(ask(needs=("exact",))) == ["softmax"]
     assert order(ask(needs=("constant-state", "order"))) == ["local", "linear", "mamba2"]
 
@@ -106,21 +112,88 @@ def test_the_length_from_which_another_wins_is_named():
     change = next(c for c in ask(64).changes if c.startswith("The length"))
     assert "softmax up to " in change and ", then local" in change
     crossing = int(change.split("softmax up to ")[1].split(",")[0])
-    # softmax is preferred while it costs at most 5 % more; lengths are tried on a grid of quarter octaves
+    # softmax is preferred while it is not surely slower; lengths are tried on a grid of quarter octaves
     assert TIMES["softmax"](crossing * 2**0.25) > TIMES["local"](crossing * 2**0.25)
-    assert TIMES["softmax"](crossing) <= 1.1 * TIMES["local"](crossing)
+    assert TIMES["softmax"](crossing) <= 1.2 * TIMES["local"](crossing)
     assert any(c.startswith("Not the length: softmax") for c in ask(64, mechanisms=("softmax", "sigmoid")).changes)
 
 
-def test_every_figure_says_whether_it_was_measured():
-    found = ask((16, 512, 700, 1 << 15))
-    assert {e.length: e.basis for e in found.candidates[0].estimates if e.what == "forward"} == {
-        16: "extrapolated",
-        512: "measured",
-        700: "interpolated",
-        1 << 15: "extrapolated",
+def test_every_figure_says_whether_it_was_measured_and_how_well_it_is_known():
+    found = ask((512, 700, 1 << 15))
+    estimates = {(e.what, e.length): e for e in found.candidates[0].estimates}
+    assert {key: e.basis for key, e in estimates.items() if key[0] != "decode"} == {
+        ("forward", 512): "measured",
+        ("forward", 700): "measured",
+        ("forward", 1 << 15): "measured",
+        ("training", 512): "measured",
+        ("training", 700): "interpolated",
+        ("training", 1 << 15): "extrapolated",
     }
-    assert any("beyond what was measured" in note for note in found.notes)
+    widths = [
+        math.log(estimates["training", n].high / estimates["training", n].milliseconds) for n in (512, 700, 1 << 15)
+    ]
+    assert widths == sorted(widths) and widths[0] == pytest.approx(SURE) and widths[2] > 0.2
+    assert all(e.low < e.milliseconds < e.high for e in estimates.values())
+
+
+def test_what_decides_is_measured_at_the_length_and_use_asked_for(monkeypatch):
+    """A card that promises linear growth, and short lengths that keep the promise, deceive nobody."""
+    monkeypatch.setitem(TIMES, "linear", lambda n: 1e-6 * n * max(1, n / 2048) ** 2)
+    asked = []
+
+    def listening(what, length, names):
+        asked.extend((what, length, name) for name in names)
+        return fake(what, length, names)
+
+    found = advise(measure=listening, mechanisms=NAMES, lengths=6000, use="train", **SMALL)
+    assert found.pick == "local"
+    assert {("training", 6000, "linear"), ("training", 6000, "local")} <= set(asked)
+    assert "not measured" not in found.text
+    assert ("training", 6000, "mamba2") not in asked  # surely slower, as shorter lengths told
+    assert not any(what != "training" and length == 6000 for what, length, _ in asked)
+
+
+def test_a_pick_for_which_the_time_did_not_suffice_is_said_to_be_predicted(monkeypatch):
+    monkeypatch.setitem(TIMES, "local", lambda n: 0.1 * n)
+    found = ask(6000, mechanisms=("local",), seconds=3)
+    assert "not measured at 6000 tokens for lack of time" in found.text
+
+
+def test_only_what_qualifies_is_measured_at_the_length_asked_for():
+    asked = []
+
+    def listening(what, length, names):
+        asked.extend((length, name) for name in names)
+        return fake(what, length, names)
+
+    found = advise(measure=listening, mechanisms=NAMES, lengths=6000, needs="exact", **SMALL)
+    assert found.pick == "softmax" and {name for length, name in asked if length == 6000} == {"softmax"}
+
+
+@pytest.mark.parametrize(("spread", "pick"), [(0.0, "linear"), (0.1, "softmax")])
+def test_softmax_stands_unless_another_is_better_beyond_the_interval(spread, pick, monkeypatch):
+    monkeypatch.setitem(TIMES, "linear", lambda n: 0.85 * TIMES["softmax"](n))
+
+    def spreading(what, length, names):
+        return {name: replace(sample, spread=spread) for name, sample in fake(what, length, names).items()}
+
+    found = advise(measure=spreading, mechanisms=("softmax", "linear"), lengths=100, **SMALL)
+    assert found.pick == pick
+    assert ("beyond doubt" in found.text) == (pick == "softmax")
+
+
+@pytest.mark.parametrize("lengths", [64, (64, 4096), 1 << 15])
+@pytest.mark.parametrize(
+    "options", [{}, {"needs": "recall"}, {"memory": 1}, {"needs": ("recall", "weights"), "memory": 10**9}]
+)
+def test_the_answer_has_twenty_lines_and_the_rest_on_request(lengths, options):
+    found = ask(lengths, **options)
+    console = Console(width=120, record=True, file=io.StringIO())
+    for part in short_text(found):
+        console.print(part)
+    lines = console.export_text().splitlines()
+    assert len(lines) <= 20 and found.text[:60] in lines[0]
+    assert any("--all" in line for line in lines)
 
 
 def test_candidates_and_exclusions_are_honoured():
@@ -176,10 +249,12 @@ def test_results_put_what_is_behind_out_and_what_is_unknown_last(tmp_path):
     quality = {c.mechanism: c.quality for c in found.candidates}
     assert quality["linear"] == "text 1.6 ± 0.01" and quality["mamba2"] == "not measured"
     assert any(change.startswith("Without your results: local") for change in found.changes)
+    assert "not measured" not in found.text  # at that length, though what results do not know may be faster
     assert "quality was not measured" not in " ".join(found.changes)
 
 
-def test_results_of_recall_decide_the_need_for_it(tmp_path):
+def test_results_of_recall_decide_the_need_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(needs, "RECALL", {"mamba2": {"without": 0.2}, "sigmoid": {"without": 1.0}})
     folder = results(tmp_path, {"recall": [summary_entry("softmax", 0.99, True), summary_entry("linear", 0.98, True)]})
     found = ask(needs="recall", results=folder)
     assert set(order(found)) == {"softmax", "linear", "sigmoid"} and order(found)[0] == "linear"
@@ -327,6 +402,7 @@ def test_the_check_finds_the_errors_of_predictions():
     assert memory.median == pytest.approx(0.1, abs=0.01)
     assert errors_table([time, memory]).row_count == 2
     assert isinstance(time, Errors)
+    assert time.inside == pytest.approx(1 / 3) and memory.inside is None
 
 
 def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):

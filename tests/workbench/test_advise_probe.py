@@ -2,14 +2,17 @@
 
 import json
 import os
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import regard
-from regard.workbench import probe as module
+from regard.workbench import samples
 from regard.workbench.layer_work import LayerSettings
-from regard.workbench.probe import Cache, LayerMeasure, Sample, cache_folder, probe
+from regard.workbench.probe import probe
+from regard.workbench.samples import Cache, LayerMeasure, Sample, cache_folder
 
 SMALL = LayerSettings(dim=32, heads=2)
 NAMES = ["linear", "softmax"]
@@ -88,7 +91,7 @@ def test_another_size_thread_count_kernel_or_version_is_another_file(monkeypatch
         paths.add(Cache(SMALL).path)
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(module.library, "why_missing", lambda: "no library")
+    monkeypatch.setattr(samples.library, "why_missing", lambda: "no library")
     paths.add(Cache(SMALL).path)
     monkeypatch.setattr(regard, "__version__", "9.9")
     paths.add(Cache(SMALL).path)
@@ -121,23 +124,24 @@ def test_a_damaged_or_foreign_file_counts_as_empty_and_is_replaced(content):
 @pytest.mark.parametrize(
     "entry",
     [
-        3,
-        None,
         {},
-        {"seconds": "1", "memory": 2},
-        {"seconds": 0, "memory": 2},
-        {"seconds": -1.0, "memory": 2},
-        {"seconds": 1.0, "memory": -2},
-        {"seconds": float("nan"), "memory": 2},
-        {"seconds": float("inf"), "memory": 2},
-        {"seconds": 1.0, "memory": 2, "backend": 7},
+        {"seconds": "1"},
+        {"seconds": 0},
+        {"seconds": -1.0},
+        {"memory": -2},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
+        {"backend": 7},
+        {"spread": None},
+        {"pulse": -1.0},
     ],
 )
 def test_a_damaged_entry_is_left_out_and_measured_again(entry):
     run(Fake(), lengths=(16, 64))
     cache = Cache(SMALL)
     stored = json.loads(cache.path.read_text())
-    stored["samples"]["forward linear 16"] = entry
+    whole = stored["samples"]["forward linear 16"]
+    stored["samples"]["forward linear 16"] = whole | entry if entry else entry
     cache.path.write_text(json.dumps(stored))
     fake = Fake()
     run(fake, lengths=(16, 64))
@@ -150,7 +154,7 @@ def test_names_that_are_no_samples_are_left_out():
     before = cache.read()
     stored = json.loads(cache.path.read_text())
     for key in ("", "forward", "forward linear", "forward linear x", "forward  -3"):
-        stored["samples"][key] = {"seconds": 1.0, "memory": 1}
+        stored["samples"][key] = stored["samples"]["forward linear 16"]
     cache.path.write_text(json.dumps(stored))
     assert cache.read() == before
 
@@ -179,9 +183,15 @@ def test_what_would_take_too_long_is_left_out_and_said():
     assert found.curve("forward", "softmax", "seconds")(8192) == pytest.approx(1e-8 * 8192**2, rel=0.01)
 
 
+def test_what_would_not_fit_in_the_machine_s_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr("regard.workbench.probe.room", lambda: 100 * 1000)
+    found = run(fake := Fake(), lengths=(16, 64, 1024))
+    assert {n for _, n, _ in fake.asked} == {16, 64} and len(found.left) == 4
+
+
 def test_no_measurement_starts_when_the_time_is_over(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     class Slow(Fake):
         def __call__(self, what, length, names):
@@ -196,7 +206,7 @@ def test_no_measurement_starts_when_the_time_is_over(monkeypatch):
 
 def test_only_what_decides_is_measured_in_any_case_when_there_is_no_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     class Slow(Fake):
         def __call__(self, what, length, names):
@@ -237,6 +247,103 @@ def test_how_long_it_may_take_is_said_before_it_starts_and_nothing_when_all_is_k
 def test_too_few_measurements_predict_nothing():
     found = run(Fake(), lengths=(16,))
     assert found.curve("forward", "linear", "seconds") is None
+
+
+class Disturbed(Fake):
+    """Takes ten times as long, or spreads as much, at the first of some measurements; `beats` are the pulses."""
+
+    def __init__(self, where, spread=0.0, beats=lambda count: 1e-3):
+        super().__init__(lambda what, name, n: (3e-6 if what == "training" else 1e-6) * n)
+        self.where, self.spread, self.beats, self.count = set(where), spread, beats, 0
+
+    def __call__(self, what, length, names):
+        found = super().__call__(what, length, names)
+        self.count += 1
+        for name, sample in found.items():
+            if (what, length, name) in self.where:
+                self.where.remove((what, length, name))
+                sample = replace(sample, seconds=10 * sample.seconds, spread=self.spread)
+            found[name] = replace(sample, pulse=self.beats(self.count))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("at", "spread"),
+    [(("forward", 256, "linear"), 0.0), (("training", 64, "linear"), 0.0), (("forward", 256, "linear"), 0.5)],
+)
+def test_a_measurement_that_is_impossible_beside_others_or_spreads_is_made_again(at, spread):
+    """A forward call that takes longer than a training step, or a short input longer than a long one."""
+    fake = Disturbed([at], spread)
+    found = probe(SMALL, {"forward": NAMES, "training": NAMES}, seconds=60, lengths=(16, 64, 256), measure=fake)
+    what, length, name = at
+    assert found.samples[what][name][length].seconds == pytest.approx((3e-6 if what == "training" else 1e-6) * length)
+    assert fake.asked.count(at) == 2 and len(fake.asked) == 13
+
+
+def test_what_stays_impossible_is_believed():
+    """Some mechanisms do less in training."""
+    fake = Fake(lambda what, name, n: (1e-7 if what == "training" else 1e-6) * n)
+    found = probe(SMALL, {"forward": NAMES, "training": NAMES}, seconds=60, lengths=(16, 64), measure=fake)
+    assert found.samples["forward"]["linear"][64].seconds == pytest.approx(64e-6)
+    assert max(map(fake.asked.count, fake.asked)) == 2
+
+
+def test_what_a_busy_machine_made_is_used_but_not_kept():
+    busy = Disturbed([], beats=lambda count: 1e-3 if count == 1 else 2e-3)
+    first = run(busy, lengths=(16, 64))
+    assert {n for n, s in first.samples["forward"]["linear"].items()} == {16, 64}
+    calm = Disturbed([])
+    again = run(calm, lengths=(16, 64))
+    assert again.recalled == 2 and ("forward", 16, "linear") not in calm.asked and len(calm.asked) == 6
+
+
+def test_samples_that_a_busy_machine_kept_are_forgotten_once_a_calm_one_is_known():
+    run(Disturbed([], beats=lambda count: 2e-3), lengths=(16, 64))
+    calm = Disturbed([])
+    probe(SMALL, {"forward": NAMES}, seconds=60, lengths=(16, 32), measure=calm)
+    assert {n for _, n, _ in calm.asked} == {32}  # nothing told yet
+    assert run(again := Disturbed([]), lengths=(16, 64)).recalled == 0 and len(again.asked) == 8
+
+
+def test_the_fastest_are_compared_on_an_equally_fast_machine():
+    """What was known from a calmer time would win against what is measured now."""
+    run_asked = {"seconds": 60, "lengths": (16, 32), "asked": (100,)}
+    probe(SMALL, {"forward": ["linear"]}, measure=Disturbed([]), **run_asked)
+    fake = Disturbed([], beats=lambda count: 1.2e-3)
+    probe(SMALL, {"forward": ["softmax", "linear"]}, measure=fake, **run_asked)
+    assert fake.asked.count(("forward", 100, "linear")) == 1 and fake.asked.count(("forward", 100, "softmax")) == 2
+
+
+def test_who_surely_takes_longer_or_does_not_fit_is_no_contender():
+    times = {"linear": 1e-6, "local": 1.2e-6, "softmax": 2e-5, "sigmoid": 1e-9}
+
+    class Sized(Fake):
+        def __call__(self, what, length, names):
+            found = super().__call__(what, length, names)
+            return {n: replace(s, memory=10**9 if n == "sigmoid" else s.memory) for n, s in found.items()}
+
+    fake = Sized(lambda what, name, n: times[name] * n)
+    found = probe(SMALL, {"forward": list(times)}, seconds=60, lengths=(16, 64, 256), measure=fake)
+    assert found.contenders("forward", list(times), (256,), cap=10**6) == ["linear"]
+    assert found.contenders("forward", list(times), (1 << 11,), cap=10**7) == ["linear", "local"]
+    assert found.contenders("forward", list(times), (256,))[0] == "sigmoid"
+
+
+def test_short_calls_rule_nothing_out_at_long_lengths():
+    """One whose calls of 16 and 64 tokens take equally long may yet grow as the other does."""
+    names = ["linear", "local"]
+    fake = Fake(lambda what, name, n: 1e-3 if name == "linear" else 6e-6 * n)
+    found = probe(SMALL, {"forward": names}, seconds=60, lengths=(16, 64), measure=fake)
+    assert set(found.contenders("forward", names, (1 << 14,))) == set(names)
+    assert found.contenders("forward", names, (64,)) == ["local"]
+
+
+def test_a_search_for_the_fastest_ends_with_one_that_was_measured():
+    """Whoever is slower than expected makes room for others, and they are measured too."""
+    slow = {"linear"}
+    fake = Fake(lambda what, name, n: (9e-6 if n > 256 and name in slow else 1e-6 if name in slow else 4e-6) * n)
+    found = probe(SMALL, {"forward": NAMES}, seconds=60, lengths=(16, 64, 256), asked=(300,), measure=fake)
+    assert found.contenders("forward", NAMES, (300,)) == ["softmax"] and 300 in found.samples["forward"]["softmax"]
 
 
 def test_real_layers_are_measured():

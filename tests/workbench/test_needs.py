@@ -1,11 +1,24 @@
 """What a mechanism has of what may be needed: from cards and measurements, not from opinions."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.contract import Kind
+from regard.workbench import needs
 from regard.workbench.layer_work import MIXING
-from regard.workbench.needs import NEEDS, difference_from_softmax, find, looks_up, parse_needs, reach, tells_order
+from regard.workbench.needs import (
+    NEEDS,
+    convolved,
+    difference_from_softmax,
+    find,
+    looks_up,
+    parse_needs,
+    reach,
+    tells_order,
+)
 
 CAUSAL = Pattern.CAUSAL_SELF
 
@@ -39,13 +52,47 @@ def test_inserted_tokens_are_not_counted():
 
 
 @pytest.mark.parametrize("pattern", Pattern)
-def test_recall_needs_reach_and_a_state_that_grows(pattern):
+def test_keeping_all_needs_reach_and_a_state_that_grows(pattern):
     for name in mixing(pattern):
-        finding = find("recall", name, pattern, 200)
+        finding = find("keep-all", name, pattern, 200)
         seen, total = reach(name, pattern, 200)
         kept = seen == total and not get_mechanism(name).recurrent
         assert finding.holds == (kept and looks_up(name, pattern)), name
         assert finding.reason and finding.source in ("card", "measured")
+
+
+def test_recall_is_what_a_comparison_finds_with_the_same_short_convolution(monkeypatch):
+    """The table is that of a comparison; what no model was trained for is judged as keeping all."""
+    table = {"gated_linear": {"without": 0.25, "with": 1.0}, "softmax": {"without": 0.98}, "local": {"with": 1.0}}
+    monkeypatch.setattr(needs, "RECALL", table)
+    for convolution, able in ((None, False), (0, False), (4, True)):
+        finding = find("recall", "gated_linear", CAUSAL, 100, convolution=convolution)
+        assert finding.holds == able and finding.source == "measured"
+        assert "without" in finding.reason if not able else "fixed size" in finding.reason
+    assert "1.00 with a short convolution" in find("recall", "gated_linear", CAUSAL, 100).reason
+    assert find("recall", "softmax", CAUSAL, 100).holds
+    assert "sees 15 of 100" in find("recall", "local", CAUSAL, 100, convolution=4).reason
+    for name, pattern, convolution in (
+        ("sigmoid", CAUSAL, None),
+        ("gated_linear", Pattern.CAUSAL_CROSS, 4),
+        ("softmax", CAUSAL, 4),
+    ):
+        assert find("recall", name, pattern, 100, None, convolution) == find("keep-all", name, pattern, 100)
+
+
+def test_the_table_of_recall_has_each_mechanism_as_its_layer_is():
+    names = set(mixing(CAUSAL))
+    assert set(needs.RECALL) <= names
+    assert all(0 <= x <= 1 for found in needs.RECALL.values() for x in found.values())
+    for name, found in needs.RECALL.items():
+        own = "with" if convolved(get_mechanism(name)) else "without"
+        assert own in found, name
+
+
+def test_who_solved_recall_in_the_published_comparison_is_called_able():
+    ranking = json.loads((Path(__file__).parents[2] / "docs" / "data" / "ranking.json").read_text())
+    solved = {e["mechanism"] for e in ranking["entries"] if e["task"] == "recall" and e["solved"]}
+    assert solved and all(find("recall", name, CAUSAL, 48).holds for name in solved)
 
 
 def test_looking_up_needs_weights_that_both_tokens_decide():
@@ -62,7 +109,7 @@ def test_results_of_a_recall_task_decide_where_there_are_some():
     assert find("recall", "linear", CAUSAL, 100, solved).holds
     assert not find("recall", "softmax", CAUSAL, 100, solved).holds
     assert find("recall", "linear", CAUSAL, 100, solved).source == "results"
-    assert find("recall", "sigmoid", CAUSAL, 100, solved).source == "card"
+    assert find("recall", "sigmoid", CAUSAL, 100, solved).source == "measured"
 
 
 def test_order_is_told_by_rotary_positions_windows_and_gates_and_not_by_a_learned_query():
@@ -99,4 +146,4 @@ def test_needs_are_parsed_and_unknown_ones_refused():
     assert parse_needs(()) == ()
     with pytest.raises(Unsupported, match="nearest: recall"):
         parse_needs("recal")
-    assert set(NEEDS) == {"exact", "recall", "order", "any-length", "constant-state", "weights", "bias"}
+    assert set(NEEDS) == {"exact", "recall", "keep-all", "order", "any-length", "constant-state", "weights", "bias"}

@@ -7,7 +7,7 @@ import torch
 
 from regard import Pattern, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.contract import Kind, Shape
-from regard.workbench.profile import ProfileSettings, _inputs, growth
+from regard.workbench.profile import ProfileSettings, _inputs, growth, profile
 from regard.workbench.subjects import Subject
 
 CARDS = map(get_mechanism, list_mechanisms())
@@ -50,6 +50,31 @@ def test_growth_is_measured_on_one_thread_and_leaves_the_number_of_threads():
 def test_growth_of_what_has_none_is_refused(change, message):
     with pytest.raises(Unsupported, match=message):
         growth(dataclasses.replace(SMALL, **change))
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_only_training_is_profiled_in_training_mode(layer, monkeypatch):
+    forms, seen = get_mechanism("stochastic_subsampling").forms, {}
+    for form, function in forms.items():
+
+        def run(call, *args, function=function, **inputs):
+            seen.setdefault(what, set()).add(call.training)
+            return function(call, *args, **inputs)
+
+        monkeypatch.setitem(forms, form, run)
+    short = dataclasses.replace(SMALL, mechanisms=("stochastic_subsampling",), lengths=(16,), layer=layer)
+    for what in ("forward", "training"):
+        profile(dataclasses.replace(short, what=(what,)))
+    assert seen == {"forward": {False}, "training": {True}}
+
+
+def test_a_wrapper_is_profiled_with_what_it_wraps_or_not_at_all():
+    """Its function alone, gates of heads for example, does not attend, and would seem a hundred times faster."""
+    short = dataclasses.replace(SMALL, mechanisms=("mixture_of_heads",), lengths=(16,), what=("forward",))
+    with pytest.raises(Unsupported, match="nearest: --layer"):
+        profile(short)
+    found = profile(dataclasses.replace(short, layer=True))
+    assert {m.mechanism for m in found.measurements} == {"softmax", "mixture_of_heads"}
 
 
 @pytest.mark.parametrize("name", TOLD)

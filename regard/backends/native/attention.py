@@ -17,6 +17,7 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.operators import operator, runs_plainly
+from regard.backends.torch.attention import of_no_pairs
 from regard.contract import BlockMask, Unsupported
 from regard.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, Visibility
 
@@ -29,11 +30,11 @@ CLIPPED = len(RULES)
 WITH_LSE = (RULES.index("softmax"), CLIPPED)
 """Numbers of the rules that have a log-sum-exp."""
 
-MOST_SLOTS = 1 << 30
-"""Ranks are 32-bit numbers in the kernels."""
-
 KEPT_RANKS = 1 << 14
 """Ranks that are counted once."""
+
+FIRST_RANKS = (ctypes.c_int64 * KEPT_RANKS)(*range(KEPT_RANKS))
+"""Not a tensor, which would be made where a default device or another mode of torch says."""
 
 DECODED, DECODED_LONG, LONG = 8, 16, 4096
 """Queries of a head up to which softmax runs on the kernel for decoding, which reads keys once for all heads that share
@@ -176,8 +177,8 @@ def refuses(
         return "heads without features, or queries and keys of different widths"
     if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0] or v.shape[2] != k.shape[2]:
         return "q, k and v do not have the same rows and tokens"
-    if max(q.shape[2], k.shape[2]) > MOST_SLOTS:
-        return f"it takes at most {MOST_SLOTS} tokens"
+    if max(q.shape[2:] + v.shape[2:]) > library.MOST:
+        return f"it takes at most {library.MOST} tokens and features"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "q, k and v have different dtypes"
     masks = None if blocks is None else blocks.visible
@@ -214,8 +215,7 @@ def run(
     batch, heads, n, _ = q.shape
     m = k.shape[2]
     if batch * heads * n == 0 or m == 0:
-        lse = q.new_full((batch, heads, n), -torch.inf, dtype=torch.float32) if want_lse else None
-        return v.new_zeros(batch, heads, n, v.shape[-1]), None, lse
+        return of_no_pairs(q, k, v, want_weights, want_lse)
     # then ranks need not be kept for the backward pass: what padding sees in causal attention does not matter
     counting = ranks.plain and ranks.first is not None and (visibility.causal or visibility.everything)
     if ranks.first is not None:
@@ -234,7 +234,7 @@ def run(
         ranks.first if counting and ranks.first is not None else 0,
         _limits(visibility),
         None if blocks is None else blocks.visible,
-        0 if blocks is None else blocks.block_size,
+        0 if blocks is None else min(blocks.block_size, library.MOST),
         float(scale),
         RULES.index(rule) if stretch is None else CLIPPED,
         float(shift),
@@ -251,14 +251,14 @@ def run(
 def _limits(visibility: Visibility) -> list[int]:
     """Visibility as numbers, in the order of the C struct; -1 for no limit."""
     left, right, block = visibility.left, visibility.right, visibility.block
-    return [
-        int(visibility.causal),
+    limits = [
         -1 if left is None else left,
         -1 if right is None else right,
         0 if block is None else block,
         visibility.lookback,
         visibility.lookahead,
     ]
+    return [int(visibility.causal), *(min(limit, library.MOST) for limit in limits)]  # no two ranks are further apart
 
 
 def _distances(ranks: Ranks, visibility: Visibility, n: int, m: int) -> tuple[int, int]:
@@ -316,25 +316,34 @@ def _check(
         raise Unsupported(
             f"native attention by rule {rule} with stretch {list(stretch)}", supported="low <= 0, high >= 1"
         )
-    if (query_ranks is None) != (key_ranks is None) or abs(first_rank) > MOST_SLOTS:
-        raise Unsupported(f"native attention with ranks of one side, or {first_rank} as the first")
+    if not library.within_range(*limits, least=-1) or not library.within_range(block_size, first_rank):
+        raise Unsupported(
+            f"native attention with limits {list(limits)}, blocks of {block_size} and {first_rank} as the first rank",
+            supported=f"numbers up to {library.MOST}",
+        )
+    if (query_ranks is None) != (key_ranks is None):
+        raise Unsupported("native attention with ranks of one side")
     if not q.ndim == k.ndim == v.ndim == 4:
         raise _misfit("q, k and v", q, k, v)
     batch, heads, n, width = q.shape
     _, kv_heads, m, value_width = v.shape
     if k.shape != (batch, kv_heads, m, width) or v.shape[0] != batch or min(kv_heads, width, value_width) < 1:
         raise _misfit("q, k and v", q, k, v)
-    if heads % kv_heads or max(n, m) > MOST_SLOTS:
+    if heads % kv_heads or max(n, m, width, value_width) > library.MOST:
         raise _misfit("q, k and v", q, k, v)
     if q.dtype not in library.DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise _misfit("q, k and v", q, k, v)
     for ranks, slots in ((query_ranks, n), (key_ranks, m)):
         if ranks is not None and (not _fits(ranks, (batch, slots), torch.int64) or ranks.shape[1] != slots):
             raise _misfit("ranks", ranks)
+        if not library.within_range(ranks):
+            raise Unsupported("native attention with ranks of any size", supported=f"numbers up to {library.MOST}")
     if sink is not None and (sink.shape != (heads,) or sink.dtype != torch.float32):
         raise _misfit("sink", sink)
     if bias is not None and not _fits(bias, (batch, heads, n, m), torch.float32):
         raise _misfit("bias", bias)
+    if distance is None and distance_zero:
+        raise Unsupported(f"native attention with distance 0 at {distance_zero} of no table")
     if distance is not None:
         table = distance.shape[-1] if distance.ndim else 0
         if not _fits(distance, (heads, table), torch.float32) or not 0 <= distance_zero < table:
@@ -405,18 +414,12 @@ def _misfit(what: str, *tensors: Tensor) -> Unsupported:
     return Unsupported(f"native attention with {what} {described}", supported="what regard.engines.attention makes")
 
 
-@lru_cache(maxsize=1)
-def _first_ranks() -> Tensor:
-    return torch.arange(KEPT_RANKS)
-
-
-def _counted(first: int, count: int) -> tuple[Tensor, int]:
-    """Memory with the ranks first, first + 1, ..., and where they begin."""
+def _counted(first: int, count: int) -> tuple[Tensor | None, int | None]:
+    """A tensor of the ranks first, first + 1, ..., unless they are kept anyway, and where they begin."""
     if first >= 0 and first + count <= KEPT_RANKS:
-        ranks = _first_ranks()
-        return ranks, ranks.data_ptr() + ranks.element_size() * first
-    ranks = torch.arange(first, first + count)
-    return ranks, ranks.data_ptr()
+        return None, ctypes.addressof(FIRST_RANKS) + ctypes.sizeof(ctypes.c_int64) * first
+    ranks = torch.arange(first, first + count, device="cpu")
+    return ranks, library.pointer(ranks)
 
 
 def _arguments(
@@ -451,31 +454,31 @@ def _arguments(
         visibility = VisibilityArguments(first_query, first_key, 0, 0, *limits)
     else:
         query_ranks, key_ranks = library.rows_contiguous(query_ranks), library.rows_contiguous(key_ranks)
-        places = query_ranks.data_ptr(), key_ranks.data_ptr()
+        places = library.pointer(query_ranks), library.pointer(key_ranks)
         visibility = VisibilityArguments(*places, _by_row(query_ranks), _by_row(key_ranks), *limits)
     if blocks is not None:
         blocks = library.rows_contiguous(blocks)
-        visibility.blocks = blocks.data_ptr()
+        visibility.blocks = library.pointer(blocks)
         strides = _broadcast_strides(blocks)
         visibility.blocks_strides = Strides(strides[0], strides[1], blocks.stride(2))
         visibility.blocks_rows, visibility.blocks_columns = blocks.shape[2], blocks.shape[3]
         visibility.block_size = block_size
     biases = BiasArguments()
     if bias is not None:
-        biases.bias = bias.data_ptr()
+        biases.bias = library.pointer(bias)
         biases.bias_strides = (ctypes.c_int64 * 4)(*_broadcast_strides(bias))
     if distance is not None:
-        biases.distance = distance.data_ptr()
+        biases.distance = library.pointer(distance)
         biases.distance_stride = _by_row(distance)
         biases.distance_zero, biases.distances = distance_zero, distance.shape[-1]
     arguments = Attention(
         threads=torch.get_num_threads(),
         dtype=library.DTYPES[q.dtype],
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=out.data_ptr(),
-        lse=lse.data_ptr() if lse.numel() else None,
+        q=library.pointer(q),
+        k=library.pointer(k),
+        v=library.pointer(v),
+        out=library.pointer(out),
+        lse=library.pointer(lse) if lse.numel() else None,
         batch=q.shape[0],
         heads=q.shape[1],
         kv_heads=k.shape[1],
@@ -550,7 +553,7 @@ def _template(
     batch: int, heads: int, kv_heads: int, n: int, width: int, value_width: int, dtype: torch.dtype, threads: int
 ) -> bytes:
     """The forward struct of a call whose queries see every key, but for what changes from call to call."""
-    where = _first_ranks().data_ptr()
+    where = ctypes.addressof(FIRST_RANKS)
     return bytes(
         Attention(
             threads=threads,
@@ -594,8 +597,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
     template = _template(batch, heads, kv_heads, n, width, value_width, dtype, torch.get_num_threads())
     arguments = Attention.from_buffer_copy(template)
     out, lse = _empty_output(q, v), q.new_empty((batch, heads, n), dtype=torch.float32)
-    arguments.q, arguments.k, arguments.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
+    arguments.q, arguments.k, arguments.v = library.pointer(q), library.pointer(k), library.pointer(v)
+    arguments.out, arguments.lse = library.pointer(out), library.pointer(lse)
     arguments.m, arguments.scale = m, scale
     arguments.q_strides, arguments.k_strides, arguments.v_strides = _strides(q), _strides(k), _strides(v)
     library.call(AttentionDecode(forward=ctypes.addressof(arguments)))
@@ -673,18 +676,18 @@ def _attention_backward(
     library.call(
         AttentionBackward(
             forward=ctypes.pointer(forward),
-            grad_out=grad_out.data_ptr(),
+            grad_out=library.pointer(grad_out),
             grad_out_strides=_strides(grad_out),
             grad_lse=library.pointer(grad_lse),
-            grad_q=grad_q.data_ptr(),
-            grad_k=grad_k.data_ptr(),
-            grad_v=grad_v.data_ptr(),
+            grad_q=library.pointer(grad_q),
+            grad_k=library.pointer(grad_k),
+            grad_v=library.pointer(grad_v),
             grad_q_strides=_strides(grad_q),
             grad_k_strides=_strides(grad_k),
             grad_v_strides=_strides(grad_v),
-            grad_sink=grad_sink.data_ptr() if want_sink else None,
-            grad_bias=grad_bias.data_ptr() if want_bias else None,
-            grad_distance=grad_distance.data_ptr() if want_distance else None,
+            grad_sink=library.pointer(grad_sink) if want_sink else None,
+            grad_bias=library.pointer(grad_bias) if want_bias else None,
+            grad_distance=library.pointer(grad_distance) if want_distance else None,
             grad_bias_queries=grad_bias.shape[2] if want_bias else 0,
             grad_bias_keys=grad_bias.shape[3] if want_bias else 0,
         )

@@ -55,17 +55,17 @@ def attention_decode(
     sink = None if sink is None else sink.contiguous()
     batch, heads, n, width = q.shape
     page_size = k.shape[2]
-    visibility = VisibilityArguments(query_ranks.data_ptr(), None, query_ranks.stride(0), 0, *limits)
+    visibility = VisibilityArguments(library.pointer(query_ranks), None, query_ranks.stride(0), 0, *limits)
     if query_ranks.shape[0] == 1:
         visibility.query_ranks_stride = 0
     arguments = Attention(
         threads=torch.get_num_threads(),
         dtype=library.DTYPES[q.dtype],
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
+        q=library.pointer(q),
+        k=library.pointer(k),
+        v=library.pointer(v),
+        out=library.pointer(out),
+        lse=library.pointer(lse),
         batch=batch,
         heads=heads,
         kv_heads=k.shape[1],
@@ -85,10 +85,10 @@ def attention_decode(
     library.call(
         AttentionDecode(
             forward=ctypes.addressof(arguments),
-            pages=pages.data_ptr(),
+            pages=library.pointer(pages),
             pages_stride=pages.stride(0),
             page_size=page_size,
-            lengths=lengths.data_ptr(),
+            lengths=library.pointer(lengths),
         )
     )
     return out, lse
@@ -134,7 +134,7 @@ def _check(
             supported="(B, H, n, D), (P, G, page size, D) and (P, G, page size, V), H a multiple of G",
         )
     for name, x, shapes in (
-        ("pages", pages, [(batch, pages.shape[-1])]),
+        ("pages", pages, [(batch, pages.shape[-1] if pages.ndim else 0)]),
         ("lengths", lengths, [(batch,)]),
         ("query_ranks", query_ranks, [(1, n), (batch, n)]),
     ):
@@ -144,12 +144,16 @@ def _check(
         raise Unsupported(f"sink {tuple(sink.shape)} {str(sink.dtype)[6:]}", supported=f"({heads},) float32")
     if any(x is not None and x.device.type != "cpu" for x in (q, k, v, pages, lengths, query_ranks, sink)):
         raise Unsupported("decoding attention on another device", supported="cpu")
-    if len(limits) != 6:
-        raise Unsupported(f"limits {list(limits)}", supported="six")
+    if len(limits) != 6 or not library.within_range(*limits, least=-1):
+        raise Unsupported(f"limits {list(limits)}", supported=f"six up to {library.MOST}")
+    slots = page_size * pages.shape[1]
+    if not library.within_range(query_ranks, n, slots, width, v.shape[3]):
+        raise Unsupported(f"{slots} slots of pages, or query ranks of any size", supported=f"up to {library.MOST}")
     if batch == 0:
         return
     if not 0 <= int(lengths.min()) <= int(lengths.max()) <= page_size * pages.shape[1]:
         raise Unsupported(f"lengths {lengths.tolist()}", supported=f"0 to {page_size * pages.shape[1]}")
-    used = pages[torch.arange(pages.shape[1]) * page_size < lengths[:, None]]
+    firsts = torch.arange(pages.shape[1], device=lengths.device) * page_size
+    used = pages[firsts < lengths[:, None]]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < held:
         raise Unsupported("pages that do not exist", supported=f"0 to {held - 1}")

@@ -82,7 +82,9 @@ def refuses(sinks: Tensor, sources: Tensor, sums: Sums, rule: Rule, valid: Tenso
         return "tensors on several devices"
     if sinks.ndim != 4 or sources.shape != sinks.shape or any(x.shape != sinks.shape[:1] for x in counts):
         return "shapes that do not belong together"
-    batch, heads, _, width = sinks.shape
+    batch, heads, n, width = sinks.shape
+    if max(n, width) > library.MOST:
+        return f"more than {library.MOST} tokens or features"
     if sums.totals.shape != (4, batch, heads, width) or any(x.shape != (batch, heads) for x in sums[1:3]):
         return "sums that do not belong to the sinks"
     return None

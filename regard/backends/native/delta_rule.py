@@ -101,6 +101,8 @@ def _bad_shape(
     value_width = v.shape[-1]
     if width < 1 or value_width < 1:
         return "keys or values without features"
+    if max(width, value_width) > library.MOST:
+        return f"keys or values of more than {library.MOST} features"
     if q is not None and q.shape != k.shape:
         return f"q has shape {tuple(q.shape)}, not that of k, {tuple(k.shape)}"
     if tuple(beta.shape) != (batch, heads, n):
@@ -159,9 +161,9 @@ def _delta_rule(
     if k.shape[2] == 0:
         return out, final_state.zero_() if state is None else final_state.copy_(state), kept
     arguments, _inputs = _arguments(q, k, v, log_decay, beta, state, inclusive, kept if kept.numel() else None)
-    arguments.out = out.data_ptr()
+    arguments.out = library.pointer(out)
     arguments.out_strides = Strides(*out.stride()[:3])
-    arguments.final_state = final_state.data_ptr()
+    arguments.final_state = library.pointer(final_state)
     library.call(arguments)
     return out, final_state, kept
 
@@ -225,16 +227,16 @@ def _delta_rule_backward(
     arguments = DeltaRuleBackward(forward=ctypes.pointer(forward))
     if grad_out is not None and q is not None:
         grad_out = library.rows_contiguous(grad_out)
-        arguments.grad_out = grad_out.data_ptr()
+        arguments.grad_out = library.pointer(grad_out)
         arguments.grad_out_strides = Strides(*grad_out.stride()[:3])
     if grad_final_state is not None:
         grad_final_state = library.rows_contiguous(grad_final_state)
-        arguments.grad_final_state = grad_final_state.data_ptr()
+        arguments.grad_final_state = library.pointer(grad_final_state)
         arguments.grad_final_state_strides = Strides(*grad_final_state.stride()[:3])
     names = ("grad_q", "grad_k", "grad_v", "grad_log_decay", "grad_beta", "grad_state")
     for name, grad, is_needed in zip(names, grads, needed, strict=True):
         if is_needed:
-            setattr(arguments, name, grad.data_ptr())
+            setattr(arguments, name, library.pointer(grad))
     library.call(arguments)
     return grads
 
@@ -338,7 +340,7 @@ def _arguments(
     arguments = DeltaRule(
         threads=torch.get_num_threads(),
         dtype=library.DTYPES[v.dtype],
-        beta=beta.data_ptr(),
+        beta=library.pointer(beta),
         beta_strides=Strides(*beta.stride()),
         batch=k.shape[0],
         heads=k.shape[1],
@@ -354,6 +356,6 @@ def _arguments(
         if x is not None:
             x = library.rows_contiguous(x)
             alive.append(x)
-            setattr(arguments, name, x.data_ptr())
+            setattr(arguments, name, library.pointer(x))
             setattr(arguments, f"{name}_strides", Strides(*x.stride()[:3]))
     return arguments, alive

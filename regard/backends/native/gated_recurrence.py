@@ -192,6 +192,8 @@ def refusal(
     width = shape[-1]
     if width < 1 or value_width < 1:
         return "keys or values without features"
+    if max(width, value_width + more_columns) > library.MOST:
+        return f"keys or values of more than {library.MOST} features"
     for name, x in (("k", k), ("q", q)):
         if x is None or (name == "q" and x.shape == shape):
             continue
@@ -219,7 +221,7 @@ def sequence(x: Tensor | None) -> Sequence:
     if x is None:
         return Sequence()
     batch, head, token, _ = x.stride()
-    return Sequence(x.data_ptr(), library.DTYPES[x.dtype], x.shape[1], batch, head, token)
+    return Sequence(pointer(x), library.DTYPES[x.dtype], x.shape[1], batch, head, token)
 
 
 def _row(x: Tensor | None) -> Sequence:
@@ -227,7 +229,7 @@ def _row(x: Tensor | None) -> Sequence:
     if x is None:
         return Sequence()
     batch, head = x.stride()[:2]
-    return Sequence(x.data_ptr(), library.DTYPES[x.dtype], x.shape[1], batch, head, 0)
+    return Sequence(pointer(x), library.DTYPES[x.dtype], x.shape[1], batch, head, 0)
 
 
 def sizes(k: Tensor, v: Tensor, g: Tensor | None, inclusive: bool) -> tuple[int, ...]:
@@ -279,8 +281,8 @@ def _gated_recurrence(
             sequence(g),
             pointer(state),
             Sequence() if q is None else sequence(o),
-            final_state.data_ptr(),
-            checkpoints.data_ptr() if keep and checkpoints.numel() else None,
+            pointer(final_state),
+            pointer(checkpoints) if keep and checkpoints.numel() else None,
         )
     )
     return o, final_state, checkpoints
@@ -420,9 +422,9 @@ def _gated_recurrence_step(
             _row(v),
             _row(g),
             _row(beta),
-            state.data_ptr(),
+            pointer(state),
             _row(o),
-            new_state.data_ptr(),
+            pointer(new_state),
         )
     )
     return o, new_state

@@ -14,9 +14,6 @@ from regard.backends.torch.grouped_attention import Dropout
 from regard.contract import BlockMask, Unsupported
 from regard.visibility import PositionBias, Ranks
 
-MOST_SLOTS = 1 << 30
-"""Ranks are 32-bit numbers in the kernel."""
-
 Strides = ctypes.c_int64 * 3
 
 
@@ -108,8 +105,8 @@ def _misfit(
     kv_heads, m, value_width = v.shape[1:]
     if k.shape != (batch, kv_heads, m, width) or v.shape[0] != batch or min(kv_heads, width, value_width) < 1:
         return "q, k and v of shapes that do not belong together"
-    if heads % kv_heads or max(n, m) > MOST_SLOTS:
-        return f"{heads} heads on {kv_heads}, or more than {MOST_SLOTS} tokens"
+    if heads % kv_heads or max(n, m, width, value_width) > library.MOST:
+        return f"{heads} heads on {kv_heads}, or more than {library.MOST} tokens or features"
     rows = [(query_ranks, n, torch.int64), (key_ranks, m, torch.int64), (landmark, m, torch.bool)]
     rows += [] if own is None else [(own, n, torch.int64)]
     for x, slots, dtype in rows:
@@ -148,6 +145,8 @@ def _check(
     reason = _misfit(q, k, v, query_ranks, key_ranks, landmark, own)
     if reason is None and (q.dtype not in library.DTYPES or k.dtype != q.dtype or v.dtype != q.dtype):
         reason = "q, k and v in other dtypes than one of float32 and bfloat16"
+    if reason is None and not library.within_range(query_ranks, key_ranks, own):
+        reason = f"ranks or groups beyond {library.MOST}"
     if reason is not None:
         raise Unsupported(f"native grouped attention with {reason}", nearest="backend='torch'")
 
@@ -181,11 +180,11 @@ def _arguments(
     arguments = GroupedAttention(
         threads=torch.get_num_threads(),
         dtype=library.DTYPES[q.dtype],
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
+        q=library.pointer(q),
+        k=library.pointer(k),
+        v=library.pointer(v),
+        out=library.pointer(out),
+        lse=library.pointer(lse),
         batch=q.shape[0],
         heads=q.shape[1],
         kv_heads=k.shape[1],
@@ -197,10 +196,10 @@ def _arguments(
         k_strides=_strides(k),
         v_strides=_strides(v),
         out_strides=_strides(out),
-        query_ranks=query_ranks.data_ptr(),
-        key_ranks=key_ranks.data_ptr(),
+        query_ranks=library.pointer(query_ranks),
+        key_ranks=library.pointer(key_ranks),
         own=library.pointer(own),
-        landmark=landmark.data_ptr(),
+        landmark=library.pointer(landmark),
         query_ranks_stride=_by_row(query_ranks),
         key_ranks_stride=_by_row(key_ranks),
         own_stride=0 if own is None else _by_row(own),
@@ -281,14 +280,14 @@ def _grouped_attention_backward(
     grads = _empty_gradient(q, want_q), _empty_gradient(k, want_k), _empty_gradient(v, want_v)
     grad_q, grad_k, grad_v = grads
     arguments = GroupedAttentionBackward(
-        forward=ctypes.pointer(forward), grad_out=grad_out.data_ptr(), grad_out_strides=_strides(grad_out)
+        forward=ctypes.pointer(forward), grad_out=library.pointer(grad_out), grad_out_strides=_strides(grad_out)
     )
     if want_q:
-        arguments.grad_q, arguments.grad_q_strides = grad_q.data_ptr(), Strides(*_strides(grad_q))
+        arguments.grad_q, arguments.grad_q_strides = library.pointer(grad_q), Strides(*_strides(grad_q))
     if want_k:
-        arguments.grad_k, arguments.grad_k_strides = grad_k.data_ptr(), Strides(*_strides(grad_k))
+        arguments.grad_k, arguments.grad_k_strides = library.pointer(grad_k), Strides(*_strides(grad_k))
     if want_v:
-        arguments.grad_v, arguments.grad_v_strides = grad_v.data_ptr(), Strides(*_strides(grad_v))
+        arguments.grad_v, arguments.grad_v_strides = library.pointer(grad_v), Strides(*_strides(grad_v))
     library.call(arguments)
     del kept
     return grads

@@ -18,13 +18,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from regard.contract import one_of
+from regard.contract import Unsupported, one_of
 
 ABI_VERSION = 1
 NAMES = ("libregard_native.so", "libregard_native.dylib", "regard_native.dll")
 STATUS = {1: "library and package do not belong together: install regard again", 2: "bad argument", 3: "out of memory"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that kernels read and write, with their numbers in the C interface."""
+MOST = 1 << 30
+"""The largest size or rank that kernels take: in them, and in sums of two, these are 32-bit numbers."""
 
 
 class Arguments(ctypes.Structure):
@@ -159,8 +161,34 @@ def call(arguments: Arguments) -> None:
 
 
 def pointer(x: Tensor | None) -> int | None:
-    """The address of a tensor's data for a field of type `c_void_p`; None for no tensor."""
-    return None if x is None else x.data_ptr()
+    """The address of a tensor's data for a field of type `c_void_p`; None for no tensor.
+
+    No other code asks for addresses, so that no kernel is given one that is not the processor's.
+    """
+    if x is None:
+        return None
+    try:
+        address = x.data_ptr()
+    except RuntimeError as error:  # of batched gradients, for one
+        raise Unsupported(
+            "a native kernel on a tensor without memory", supported="plain tensors", nearest="backend='torch'"
+        ) from error
+    if not x.is_cpu or (address == 0 and x.numel()):
+        raise Unsupported(f"a native kernel on a tensor on {x.device} or without memory", supported="tensors on cpu")
+    return address
+
+
+def within_range(*numbers: Tensor | int | None, least: int = -MOST) -> bool:
+    """Whether integers, and those in tensors, are no less than `least` and no more than :data:`MOST`."""
+    for x in numbers:
+        if isinstance(x, Tensor):
+            low, high = torch.aminmax(x) if x.numel() else (0, 0)
+            x_in = least <= int(low) and int(high) <= MOST
+        else:
+            x_in = x is None or least <= x <= MOST
+        if not x_in:
+            return False
+    return True
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _check(
 
 def _options(feature_map: str, scale: float, eps: float | None, valid: Tensor | None, inverse: Tensor) -> Options:
     number = 1 + FEATURE_MAPS.index(feature_map)
-    places = inverse.data_ptr() if inverse.numel() else None
+    places = pointer(inverse) if inverse.numel() else None
     return Options(number, int(eps is not None), scale, eps or 0.0, pointer(valid), places)
 
 
@@ -133,8 +133,8 @@ def _linear_attention(
         Sequence(),
         pointer(state),
         sequence(o),
-        final_state.data_ptr(),
-        checkpoints.data_ptr() if checkpoints.numel() else None,
+        pointer(final_state),
+        pointer(checkpoints) if checkpoints.numel() else None,
     )
     library.call(LinearAttention(recurrence, _options(feature_map, scale, eps, valid, inverse)))
     return o, final_state, checkpoints, inverse

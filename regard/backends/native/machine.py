@@ -41,12 +41,12 @@ def fma_peak(seconds: float = 0.2) -> float:
 def bandwidth(bytes_touched: int, *, write: bool = False, seconds: float = 0.2) -> float:
     """Bytes per second over a working set of that size: read, or with `write` read from one half and written to the other."""
     count = max(1, bytes_touched // (8 if write else 4))
-    source = torch.ones(count)
-    target = torch.empty(count) if write else None
+    source = torch.ones(count, dtype=torch.float32, device="cpu")
+    target = torch.empty(count, dtype=torch.float32, device="cpu") if write else None
     sink = ctypes.c_float()
     arguments = Bandwidth(
         threads=torch.get_num_threads(),
-        source=source.data_ptr(),
+        source=library.pointer(source),
         target=library.pointer(target),
         count=count,
         passes=max(1, int(1e8 // (4 * count))),

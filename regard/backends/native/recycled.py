@@ -29,13 +29,15 @@ def empty(shape: tuple[int, ...]) -> Tensor:
     """
     size = 4 * math.prod(shape)
     if size <= THRESHOLD or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.empty(shape)
-    block = next((block for block in _kept if len(block) == size), None)
-    if block is None:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    try:
+        block = _kept.pop()  # at once, so that no other thread takes it too
+    except IndexError:
+        block = None
+    if block is None or len(block) != size:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)
-    _kept.clear()
     view = (ctypes.c_char * size).from_buffer(block)
     weakref.finalize(view, _keep, block).atexit = False
     return torch.frombuffer(view, dtype=torch.float32).view(shape)

@@ -141,7 +141,8 @@ def _shapes_differ(
     batch, n, channels = x.shape
     groups, states = b.shape[2:]
     found = dt.shape == x.shape and a.shape == (channels, states) and b.shape[:2] == (batch, n)
-    found = found and groups >= 1 and channels % groups == 0 and (c is None or c.shape == b.shape)
+    found = found and groups >= 1 and channels % groups == 0 and states <= library.MOST
+    found = found and (c is None or c.shape == b.shape)
     found = found and all(t is None or t.shape == (channels,) for t in (skip, dt_bias))
     found = found and (z is None or z.shape == x.shape)
     found = found and (state is None or state.shape == (batch, channels, states))

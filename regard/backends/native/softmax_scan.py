@@ -95,7 +95,8 @@ def _shapes_differ(
     if s.ndim != 4 or v.ndim != 4:
         return "scores and values of other than 4 axes"
     batch, heads, n, queries = s.shape
-    found = v.shape[:3] == s.shape[:3] and m.shape == u.shape == (batch, heads, queries)
+    found = v.shape[:3] == s.shape[:3] and max(queries, v.shape[3]) <= library.MOST
+    found = found and m.shape == u.shape == (batch, heads, queries)
     found = found and w.shape == (batch, heads, queries, v.shape[-1]) and (mix is None or mix.shape == s.shape)
     if log_decay is not None:
         found = found and log_decay.ndim == 3 and log_decay.shape[2] == n

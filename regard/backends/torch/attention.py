@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.contract import BlockMask
+from regard.backends.operators import transformed
+from regard.contract import BlockMask, Unsupported
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 
 PAIRS_AT_ONCE = 1 << 22
@@ -69,7 +71,7 @@ class Weighting:
         if sink is not None:
             q, k, v = with_sink(q, k, v, sink, self.scale)
             mask = F.pad(mask, (1, 0), value=float(added is None))
-        output = sdpa(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
+        output = sdpa(q, k, v, mask, dropout=self.dropout, scale=self.scale)
         return torch.where(some, output, 0), None, None
 
     def _explicit(
@@ -136,16 +138,14 @@ def run(
     batch, heads, n, _ = q.shape
     m = k.shape[2]
     if batch * heads * n == 0 or m == 0:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        weights = v.new_zeros(batch, heads, n, m) if want_weights else None
-        lse = q.new_full((batch, heads, n), -torch.inf, dtype=dtype) if want_lse else None
-        return v.new_zeros(batch, heads, n, v.shape[-1]), weights, lse
+        return of_no_pairs(q, k, v, want_weights, want_lse)
     if ranks.first is not None:
         visibility = visibility.within(ranks.first, n, m)
     # the dropout of scaled_dot_product_attention knows no generator, and on a CPU it stores all scores
     dropped = dropout > 0 and (generator is not None or q.device.type == "cpu")
     explicit = rule != "softmax" or want_weights or want_lse or dropped or softcap is not None or stretch is not None
     explicit = explicit or (sink is not None and scale == 0)  # `with_sink` divides by the scale
+    explicit = explicit or transformed()  # kernels have no forward-mode derivatives, and are batched by a loop
     sink = None if sink is None else sink[None, :, None, None]
     by_head = explicit or bias is not None or position_bias is not None
     if not by_head and blocks is None and ranks.plain:
@@ -155,7 +155,8 @@ def run(
 
     weighting = Weighting(scale, rule, shift, softcap, dropout, explicit, want_lse, stretch)
     rows = batch * heads if by_head else max(ranks.queries.shape[0], ranks.keys.shape[0])
-    if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1):
+    whole = torch.compiler.is_exporting()  # one block, so that the program does not depend on the length
+    if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1) and not whole:
         band = Band.of(visibility, ranks, n, m)
         if band is not None:
             output, lse = _in_bands(
@@ -165,13 +166,13 @@ def run(
 
     back, ahead = visibility.reach()
     step = max(SMALLEST_BLOCK, PAIRS_AT_ONCE // (rows * m))
-    if visibility.everything and not by_head and blocks is None:
-        step = n  # the mask has one row
+    one_row = visibility.everything and not by_head and blocks is None  # in the mask
+    at_once = whole or one_row or n <= step
     pieces = []
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start in (0,) if at_once else range(0, n, step):
+        stop = n if at_once else min(start + step, n)
         first, last = 0, m
-        if ranks.offset is not None:
+        if ranks.offset is not None and not whole:
             # keys in reach, and one where there are none
             first = 0 if back is None else min(max(0, start + ranks.offset - back), m - 1)
             last = m if ahead is None else max(first + 1, min(m, stop + ranks.offset + ahead))
@@ -194,7 +195,7 @@ def run(
             return weighting(q_, k_, v_, visible, added, sink, seed)
 
         tensors = (q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last])
-        output, weights, lse = _maybe_again(attend, tensors, step < n and not want_weights)
+        output, weights, lse = _maybe_again(attend, tensors, not at_once and not want_weights)
         if want_weights and weights is not None:
             weights = F.pad(weights, (first, m - last))
         pieces.append((output, weights, lse))
@@ -203,6 +204,15 @@ def run(
         torch.cat([p[1] for p in pieces if p[1] is not None], 2) if want_weights else None,
         torch.cat([p[2] for p in pieces if p[2] is not None], 2) if want_lse else None,
     )
+
+
+def of_no_pairs(
+    q: Tensor, k: Tensor, v: Tensor, want_weights: bool, want_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What :func:`run` returns without rows, queries or keys: 0, through which gradients flow as elsewhere."""
+    weights = q.to(v.dtype) @ grouped(k, q.shape[1]).to(v.dtype).mT  # not one
+    lse = weights.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1) if want_lse else None
+    return weights @ grouped(v, q.shape[1]), weights if want_weights else None, lse
 
 
 @dataclass(frozen=True)
@@ -319,12 +329,19 @@ def _in_bands(
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
     """Softmax attention to all keys, or to those at or before the query."""
+    hidden = None
+    if q.device.type == "cpu":
+        # without a mask the kernel for CPUs gives 0 for many a row whose scores are NaN
+        keys = grouped(k, q.shape[1]).isnan().any(-1)
+        keys = keys.cumsum(-1) > 0 if causal else keys.any(-1, keepdim=True)
+        hidden = torch.where(q.isnan().any(-1) | keys, torch.nan, 0.0).to(v.dtype)[..., None]
     if sink is not None:
         q, k, v = with_sink(q, k, v, sink, scale)
         if causal:
             q = F.pad(q, (0, 0, 1, 0))  # a first query for the sink's place, so that all others see the sink
-    output = sdpa(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
-    return output[:, :, 1:] if causal and sink is not None else output
+    output = sdpa(q, k, v, dropout=dropout, causal=causal, scale=scale)
+    output = output[:, :, 1:] if causal and sink is not None else output
+    return output if hidden is None else output + hidden
 
 
 def with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,7 +367,7 @@ def _maybe_again(
     attend: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], tensors: tuple[Tensor, ...], again: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run one block; with `again` its intermediate results are not kept but computed again in the backward pass."""
-    if again and torch.is_grad_enabled():
+    if again and torch.is_grad_enabled() and not transformed():
         return checkpoint(attend, *tensors, use_reentrant=False)
     return attend(*tensors)
 
@@ -367,13 +384,90 @@ def grouped(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
-    """`scaled_dot_product_attention` for grouped heads and values of any width.
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` for grouped heads and values of any width, with second derivatives.
 
     Its CPU kernel needs values as wide as keys; otherwise the whole score matrix would be stored.
     """
     width, wanted = q.shape[-1], v.shape[-1]
     if q.device.type == "cpu" and width != wanted:
         q, k, v = (F.pad(x, (0, max(width, wanted) - x.shape[-1])) for x in (q, k, v))
-    output = F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != q.shape[1], **options)  # type: ignore[arg-type]
+    options = (dropout, causal, scale, bool(k.shape[1] != q.shape[1]))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        output = _TwiceDifferentiable.apply(q, k, v, mask, options)
+    else:
+        output = _kernel(q, k, v, mask, *options)
     return output[..., :wanted]
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float, groups: bool
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups
+    )
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """`scaled_dot_product_attention`, whose kernels' gradients have none: where one is wanted, weights are explicit."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: tuple[float, bool, float, bool]
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.options = options
+        ctx.inside = _inside(ctx, (q, k, v, mask))
+        return ctx.inside[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dropout, causal, scale, _ = ctx.options
+        again = torch.is_grad_enabled()
+        if again and dropout > 0:
+            raise Unsupported(
+                "gradients of gradients of attention with dropout", supported="a generator", nearest="dropout=0"
+            )
+        inputs: list[Any]
+        if again:
+            inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors]  # one may have been given twice
+            output = _with_weights(*inputs, causal=causal, scale=scale)
+        else:
+            output, inputs = ctx.inside or _inside(ctx, ctx.saved_tensors)
+            if dropout == 0:
+                ctx.inside = None  # its memory is free, as that of other functions after their backward pass
+        wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+        output = output.to(grad.dtype)  # under autocast the kernel's was another
+        found = iter(torch.autograd.grad(output, wanted, grad, retain_graph=again or dropout > 0, create_graph=again))
+        return (*(next(found) if need else None for need in ctx.needs_input_grad[:4]), None)
+
+
+def _inside(ctx: Any, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """The kernel's output with a graph of its own, and where that begins."""
+    with torch.enable_grad():
+        inputs: list[Any] = [
+            x if x is None else x.detach().requires_grad_(need)
+            for x, need in zip(tensors, ctx.needs_input_grad, strict=False)
+        ]
+        return _kernel(*inputs, *ctx.options), inputs
+
+
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:
+    """`scaled_dot_product_attention`, with the whole score matrix."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
+    scores = (scale * q.to(dtype)) @ k.to(dtype).mT
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ v.to(dtype)).to(q.dtype)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.backends.torch.scan import chunk_count, fold
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -59,8 +61,8 @@ def decayed_product(
     for start in range(0, length, sub_chunk):
         part = slice(start, min(start + sub_chunk, length))
         x_here, y_here, g_here = x[..., part, :], y[..., part, :], g[..., part, :]
-        pairs = x_here.mT[..., :, None] * y_here.mT[..., None, :]  # (..., k, i, j)
-        near = (pairs * segment_sum(g_here).exp()).sum(-3).tril()
+        seen = y_here.mT[..., None, :] * segment_sum(g_here).exp()  # (..., k, i, j)
+        near = torch.einsum("...ik,...kij->...ij", x_here, seen).tril()
         row = [near]
         if past is not None:
             row.insert(0, (x_here * g_here.cumsum(-2).exp()) @ past.mT)
@@ -95,12 +97,12 @@ def run(
     state = state.to(dtype)
     if n == 0:
         return (None if q is None else v), state
-    size = min(chunk_size, n)
-    padding = -n % size
+    size = chunk_size if torch.compiler.is_exporting() else min(chunk_size, n)
+    count = chunk_count(n, size)
 
     def chunks(x: Tensor | None) -> Tensor | None:
         # (b, h, n, d) -> (b, h, chunks, size, d); padding with zeros neither writes nor decays
-        return None if x is None else F.pad(x.to(dtype), (0, 0, 0, padding)).unflatten(2, (-1, size))
+        return None if x is None else F.pad(x.to(dtype), (0, 0, 0, count * size - n)).unflatten(2, (count, size))
 
     q_, k_, v_ = chunks(q), chunks(k), chunks(v)
     g = chunks(None if log_decay is None else log_decay.clamp(min=FORGET))
@@ -125,19 +127,27 @@ def run(
         if beta_ is None:
             near = near @ v_
 
-    outputs = []
-    for c in range(k_.shape[2]):
-        u = v_[:, :, c]
-        if beta_ is not None:
-            u = u - k_in[:, :, c] @ state
+    def chunk(
+        carry: tuple[Tensor, ...],
+        q_in: Tensor | None,
+        k_in: Tensor | None,
+        k_out: Tensor,
+        u: Tensor,
+        near: Tensor | None,
+        total: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        (state,) = carry
+        if k_in is not None:
+            u = u - k_in @ state
+        output = u.new_zeros(0, 0, 0, 0)
         if q_in is not None and near is not None:
-            inside = near[:, :, c] if beta_ is None else near[:, :, c] @ u
-            outputs.append(q_in[:, :, c] @ state + inside)
-        write = k_out[:, :, c].mT @ u
-        state = write + (state if total is None else total[:, :, c] * state)
-    if not outputs:
-        return None, state
-    return torch.cat(outputs, 2)[:, :, :n].to(v.dtype), state
+            output = q_in @ state + (near if beta is None else near @ u)
+        write = k_out.mT @ u
+        return (write + (state if total is None else total * state),), output
+
+    pieces = (q_in, None if beta is None else k_in, k_out, v_, near, total)
+    (state,), y = fold(chunk, (state,), pieces, 2)
+    return None if q is None else y.flatten(2, 3)[:, :, :n].to(v.dtype), state
 
 
 def run_step(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regard.backends.torch.attention import of_no_pairs
 from regard.contract import BlockMask
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 
@@ -113,8 +114,8 @@ def logits(
 
 
 def normalized(logits: Tensor) -> Tensor:
-    """Softmax; 0 where all logits are -inf."""
-    some = (logits > -torch.inf).any(-1, keepdim=True)
+    """Softmax; 0 where all logits are -inf. NaN stays NaN."""
+    some = (logits != -torch.inf).any(-1, keepdim=True)
     return torch.where(some, logits, 0.0).softmax(-1) * some
 
 
@@ -136,10 +137,11 @@ def run(
     """See :func:`regard.engines.grouped_attention.grouped_attention`."""
     n, m = q.shape[2], k.shape[2]
     if n == 0 or m == 0:
-        return v.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(*q.shape[:3], m) if want_weights else None
+        output, weights, _ = of_no_pairs(q, k, v, want_weights, False)
+        return output, weights
     size = n if n * m <= PAIRS_AT_ONCE else max(1, PAIRS_AT_ONCE // m)
     offset = ranks.offset if causal else None
-    outputs, weights = [], []
+    outputs, found_weights = [], []
     for start in range(0, n, size):
         rows = slice(start, start + size)
         columns = slice(0, m if offset is None else max(1, min(m, start + size + offset)))
@@ -171,5 +173,5 @@ def run(
             output, found = attend(*arguments)
         outputs.append(output)
         if want_weights:
-            weights.append(F.pad(found.to(v.dtype), (0, m - columns.stop)))
-    return torch.cat(outputs, 2), torch.cat(weights, 2) if want_weights else None
+            found_weights.append(F.pad(found.to(v.dtype), (0, m - columns.stop)))
+    return torch.cat(outputs, 2), torch.cat(found_weights, 2) if want_weights else None

@@ -7,13 +7,14 @@ tokens. Decays over a stride are exponentials of sums of steps, all of one sign.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regard.backends.torch.scan import fold_chunks
 from regard.contract import valid_from_lengths
 
 if TYPE_CHECKING:
@@ -128,16 +129,23 @@ def run(
     if n == 0:
         return (None if c is None else x), state
     valid = None if lengths is None else valid_from_lengths(lengths, n)
+    if valid is None and torch.compiler.is_exporting():
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # but not what the scan adds
     tensors = (x, dt, a, b, c, skip, dt_bias, z, state)
-    recompute = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    outputs = []
-    for begin in range(0, n, chunk_size):
-        part = slice(begin, begin + chunk_size)
-        c_, z_, valid_ = (None if t is None else t[:, part] for t in (c, z, valid))
-        arguments = (x[:, part], dt[:, part], a, b[:, part], c_, skip, dt_bias, z_, state, valid_, inclusive)
+    recompute = (
+        not torch.compiler.is_exporting()
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+    def chunk(carry: tuple[Tensor, ...], *own: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        x_, dt_, b_, c_, z_, valid_ = own
+        arguments: tuple[Any, ...] = (x_, dt_, a, b_, c_, skip, dt_bias, z_, *carry, valid_, inclusive)
         if recompute:
-            y, state = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            y, after = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, state = _chunk(*arguments)
-        outputs.append(y)
-    return (None if c is None else torch.cat(outputs, 1)), state
+            y, after = _chunk(*arguments)
+        return (after,), x_.new_zeros(*x_.shape[:2], 0) if y is None else y
+
+    (state,), y = fold_chunks(chunk, (state,), (x, dt, b, c, z, valid), (0, 0, 0, 0, 0, 0), chunk_size, 1)
+    return None if c is None else y, state

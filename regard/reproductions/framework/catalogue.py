@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from regard.catalogue import get_mechanism
+from regard.catalogue import resolve
 from regard.contract import Unsupported, closest
 from regard.reproductions.framework.protocol import Reproduction
 
@@ -29,7 +29,7 @@ def get_reproduction(name: str) -> Reproduction:
     names = list_reproductions()
     if name not in names:
         try:
-            mechanism = get_mechanism(name).name
+            mechanism = resolve(name)[0].name
         except Unsupported:
             mechanism = name
         about = [n for n in names if mechanism in _load(n).mechanisms]

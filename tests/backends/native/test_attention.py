@@ -17,8 +17,8 @@ from regard.apply import apply
 from regard.backends.native import attention as native
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
-from regard.contract import BlockMask, Call, Pattern, Unsupported
-from regard.engines.attention import attention_reference
+from regard.contract import BlockMask, Call, Mask, Pattern, Unsupported
+from regard.engines.attention import attention, attention_reference
 from regard.layers.attention import AttentionLayer
 from regard.positions import create_positions
 from regard.visibility import DistanceBias, Ranks, Visibility, masked_scores_bias, ranks
@@ -648,3 +648,20 @@ def test_layers_run_on_it_with_every_position_scheme(monkeypatch, positions, pat
     expected = torch.autograd.grad(layer(x).output.square().sum(), [x, *layer.parameters()])
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 3e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize("n", [5, 40])
+@pytest.mark.parametrize("size", [2**31, 2**32, 2**40, 2**62])
+def test_limits_and_blocks_of_any_size_are_those_of_all_tokens(n, size):
+    q, k, v = (torch.randn(1, 2, n, 8) for _ in range(3))
+    expected = apply(get_mechanism("softmax"), {"q": q, "k": k, "v": v}).output
+    blocks = Mask(blocks=BlockMask(torch.ones(1, 1, 1, 1, dtype=torch.bool), size))
+    found = apply(get_mechanism("softmax"), {"q": q, "k": k, "v": v}, mask=blocks, backend="native").output
+    torch.testing.assert_close(found, expected)
+    at = torch.arange(n)[None]
+    for limits in ({"left": size}, {"right": size}, {"block": size}, {"block": 3, "lookback": size, "lookahead": size}):
+        visibility = Visibility(causal=True, **limits)
+        found, _, _ = attention(
+            q, k, v, Ranks(at, at, None, None, False), visibility=visibility, scale=8**-0.5, backend="native"
+        )
+        torch.testing.assert_close(found, expected)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.backends.native import attention as native
-from regard.backends.native import library
+from regard.backends.native import grouped_attention, library
 from regard.backends.torch import attention as eager
+from regard.backends.torch.grouped_attention import Dropout
 from regard.contract import BlockMask, Unsupported
 from regard.training.memory import TensorMemory
 from regard.visibility import DistanceBias, Ranks, Visibility
@@ -468,3 +469,47 @@ def test_the_backward_op_passes_opcheck(options: dict[str, Any]) -> None:
         given.run(native, torch.float32, torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9))
     detached = [x.detach() if isinstance(x, Tensor) else x for x in recorded.arguments]
     torch.library.opcheck(torch.ops.regard.attention_backward.default, detached)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("engine", ["attention", "clipped", "biased", "grouped"])
+@pytest.mark.parametrize("size", [3e3, 1e4, 1e5])
+def test_weights_of_scores_of_any_size_are_no_more_than_one(engine: str, size: float, instruction_set: str) -> None:
+    """The gradient of a value is a sum of weights times gradients of outputs, however the scores were rounded."""
+    q, k, v = (torch.randn(1, 2, 70, 16) * scale for scale in (size, size, 1.0))
+    for x in (q, k, v):
+        x.requires_grad_()
+    at = torch.arange(70)[None]
+    where = Ranks(at, at, None, None, False)
+    with library.using_instruction_set(instruction_set):
+        if engine == "grouped":
+            landmark, own = at % 9 == 8, (at // 9).contiguous()
+            out = grouped_attention.run(
+                q, k, v, where, landmark, own, True, 1.0, None, None, None, Dropout(0.0, 0.0, None), False
+            )[0]
+        else:
+            bias = torch.randn(1, 2, 70, 70) if engine == "biased" else None
+            stretch = (-0.1, 1.1) if engine == "clipped" else None
+            out = native.run(
+                q,
+                k,
+                v,
+                where,
+                CAUSAL,
+                1.0,
+                "softmax",
+                0.0,
+                None,
+                None,
+                bias,
+                None,
+                None,
+                0.0,
+                None,
+                False,
+                True,
+                stretch,
+            )[0]
+        grad_q, grad_k, grad_v = torch.autograd.grad(out.sum(), (q, k, v))
+    assert grad_v.abs().max() <= 70 * (1 + 1e-5)
+    assert torch.isfinite(grad_q).all() and torch.isfinite(grad_k).all()

@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.backends.native import (
     attention,
+    attention_decode,
     conserved_flows,
     gated_recurrence,
     grouped_attention,
     layers,
+    library,
     linear_attention,
     selective_scan,
     softmax_scan,
@@ -62,6 +64,31 @@ def attention_by_distance() -> Any:
     table = leaf(H, 2 * N + 1)
     blocks = BlockMask(torch.ones(1, 1, 3, 3, dtype=torch.bool).tril(), 128)
     return attend("sigmoid", position_bias=DistanceBias(lambda d: table[:, (d + N).clamp(0, 2 * N)]), blocks=blocks)
+
+
+def decoding() -> Any:
+    at = torch.arange(N)[None]
+    return attention.run(
+        leaf(B, H, 2, K), leaf(B, 2, N, K), leaf(B, 2, N, V), Ranks(at[:, -2:], at, None, None, False),
+        Visibility(causal=True, left=40), 0.3, "softmax", 0.0, None, None, None, None, None, 0.0, None, False, True,
+    )  # fmt: skip
+
+
+def paged_decoding() -> Any:
+    k, v, pages = torch.randn(6, 2, 16, K), torch.randn(6, 2, 16, V), torch.randperm(6).view(B, 3)
+    limits = [1, 20, -1, 0, 0, 0]
+    return attention_decode.attention_decode(
+        torch.randn(B, H, 2, K),
+        k,
+        v,
+        pages,
+        torch.tensor([40, 7]),
+        torch.tensor([[38, 39], [5, 6]]),
+        limits,
+        0.3,
+        0.0,
+        None,
+    )
 
 
 def recurrence(beta: bool) -> Any:
@@ -123,6 +150,8 @@ def convolution() -> Any:
 CALLS: dict[str, Callable[[], Any]] = {
     "attention": biased_attention,
     "attention by distance": attention_by_distance,
+    "attention of few queries": decoding,
+    "attention to pages": paged_decoding,
     "gated recurrence": lambda: recurrence(False),
     "delta rule": lambda: recurrence(True),
     "step": step,
@@ -163,6 +192,7 @@ def calls_of(make: Callable[[], Any]) -> dict[str, tuple[Any, list[Any]]]:
     with Calls() as calls:
         results = make()
         results = [x for x in (results if isinstance(results, tuple) else (results,)) if x is not None]
+        results = [x for x in results if x.requires_grad]
         torch.autograd.backward(results, [torch.randn_like(x) for x in results])
     return calls.found
 
@@ -224,6 +254,68 @@ def test_tensors_that_do_not_fit_are_refused_one_by_one(call):
                     continue
                 if not allowed(name, given.name, change):
                     pytest.fail(f"{name} took {given.name} with {change}: {tuple(changed.shape)} {changed.dtype}")
+
+
+def extremes(given: Any) -> Iterator[Any]:
+    """The integer, the list of integers or the tensor of integers with a number in it that is far too large or small."""
+    for number in (2**31, 2**32, 2**40, 2**62, -(2**31), -(2**40), -(2**62)):
+        if isinstance(given, Tensor):
+            changed = given.clone()
+            changed.view(-1)[-1] = number
+            yield changed
+        elif isinstance(given, list):
+            yield from ([*given[:at], number, *given[at + 1 :]] for at in range(len(given)))
+        else:
+            yield number
+
+
+def is_integral(given: Any) -> bool:
+    if isinstance(given, list):
+        return bool(given) and all(type(x) is int for x in given)
+    return type(given) is int or (isinstance(given, Tensor) and given.dtype == torch.int64)
+
+
+ANY_INTEGER = {"length", "lengths", "valid", "positions"}
+"""Tensors of integers that 64-bit numbers read as they are: more tokens than there are mean all."""
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_integers_out_of_range_are_refused(call):
+    for name, (operator, arguments) in calls_of(CALLS[call]).items():
+        for at, given in enumerate(operator._schema.arguments):
+            for changed in extremes(arguments[at]) if is_integral(arguments[at]) else ():
+                try:
+                    operator(*arguments[:at], changed, *arguments[at + 1 :])
+                except Unsupported:
+                    continue
+                paged = name == "attention_decode"
+                if paged and given.name == "pages":
+                    continue  # beyond the last key of a row, where it may be any number
+                if given.name not in ANY_INTEGER or paged:
+                    pytest.fail(f"{name} took {given.name} = {changed}")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_another_default_device_and_dtype_change_nothing(call):
+    for name, (operator, arguments) in calls_of(CALLS[call]).items():
+        expected = operator(*arguments)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"):
+                found = operator(*arguments)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        single = isinstance(found, Tensor)
+        for x, y in zip([found] if single else found, [expected] if single else expected, strict=True):
+            torch.testing.assert_close(x, y, equal_nan=True, msg=f"{name}")
+
+
+@pytest.mark.parametrize(
+    "x", [torch.empty(3, device="meta"), torch._efficientzerotensor(3)], ids=["another device", "no memory"]
+)
+def test_no_address_is_taken_but_of_memory_of_the_processor(x):
+    with pytest.raises(Unsupported, match="native kernel"):
+        library.pointer(x)
 
 
 @pytest.mark.parametrize("call", CALLS)

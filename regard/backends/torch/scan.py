@@ -1,0 +1,89 @@
+"""Steps that follow one another, along an axis of pieces: a loop, or in an exported program one operator that loops,
+so that the program is as long as its step and takes sequences of every length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+
+Step = Callable[..., tuple[tuple[Tensor, ...], Tensor]]
+"""(carry, *pieces) -> (carry, output)"""
+
+
+def fold(
+    step: Step, carry: tuple[Tensor, ...], tensors: Sequence[Shaped[Tensor, ...] | None], axis: int
+) -> tuple[tuple[Tensor, ...], Shaped[Tensor, ...]]:
+    """The last carry, and the outputs of all pieces stacked along `axis`, where `tensors` have the pieces."""
+    if torch.compiler.is_exporting():
+        return _fold_in_graph(step, carry, tensors, axis)
+    count = next(x.shape[axis] for x in tensors if x is not None)
+    outputs = []
+    for i in range(count):
+        carry, output = step(carry, *(None if x is None else x.select(axis, i) for x in tensors))
+        outputs.append(output)
+    return carry, torch.stack(outputs, axis)
+
+
+def fold_chunks(
+    step: Step,
+    carry: tuple[Tensor, ...],
+    tensors: Sequence[Tensor | None],
+    fills: Sequence[float],
+    size: int,
+    axis: int,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The same for chunks of `size` along an axis of at least one token; outputs side by side.
+
+    Args:
+        fills: for each of `tensors`, what a token has that changes nothing; a program has them after the last.
+    """
+    n = next(x.shape[axis] for x in tensors if x is not None)
+    if torch.compiler.is_exporting():
+        count = chunk_count(n, size)
+        padded = [
+            None
+            if x is None
+            else F.pad(x, (*(0, 0) * (x.ndim - 1 - axis), 0, count * size - n), value=fill).unflatten(
+                axis, (count, size)
+            )
+            for x, fill in zip(tensors, fills, strict=True)
+        ]
+        carry, output = _fold_in_graph(step, carry, padded, axis)
+        return carry, output.flatten(axis, axis + 1).narrow(axis, 0, n)
+    outputs = []
+    for start in range(0, n, size):
+        part = slice(start, start + size)
+        carry, output = step(carry, *(None if x is None else x[(slice(None),) * axis + (part,)] for x in tensors))
+        outputs.append(output)
+    return carry, torch.cat(outputs, axis)
+
+
+def chunk_count(n: int, size: int) -> int:
+    """Chunks that hold n tokens; in an exported program at least two, because one could not become several."""
+    return n // size + 2 if torch.compiler.is_exporting() else -(-n // size)
+
+
+def _fold_in_graph(
+    step: Step, carry: tuple[Tensor, ...], tensors: Sequence[Tensor | None], axis: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    from torch._higher_order_ops.scan import scan  # the compiler is large
+
+    given = [i for i, x in enumerate(tensors) if x is not None]
+
+    def body(held: tuple[Tensor, ...], pieces: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        arguments: list[Any] = [None] * len(tensors)
+        for i, piece in zip(given, pieces, strict=True):
+            arguments[i] = piece
+        after, output = step(held, *arguments)
+        return tuple(x.clone(memory_format=torch.contiguous_format) for x in after), output
+
+    first = tuple(x.clone(memory_format=torch.contiguous_format) for x in carry)
+    carry, output = scan(body, first, tuple(x.movedim(axis, 0) for x in tensors if x is not None))
+    return carry, output.movedim(0, axis)

@@ -1,0 +1,72 @@
+"""The generalised delta rule behind RWKV-7: a decayed memory from which what one key reads is taken away along another.
+
+    S_t = exp(g_t) S_{t-1} - e_t (r_t^T S_{t-1}) + k_t v_t^T,     o_t = S_t^T q_t
+
+With e_t = exp(g_t) beta_t r_t and k_t = beta_t r_t it is the gated delta rule of :mod:`regard.engines.gated_recurrence`,
+which is faster where it suffices: no diagonal change of basis makes e_t and r_t the same without growing exponentials.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from regard.backends import execute
+from regard.contract import Unsupported
+from regard.engines.gated_recurrence import without_autocast
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def generalized_delta(
+    q: Float[Tensor, "b h n k"] | None,
+    k: Float[Tensor, "b h n k"],
+    v: Float[Tensor, "b h n v"],
+    probe: Float[Tensor, "b h n k"],
+    erase: Float[Tensor, "b h n k"],
+    log_decay: Float[Tensor, "b h n #k"] | None = None,
+    *,
+    state: Float[Tensor, "b h k v"] | None = None,
+    chunk_size: int = 64,
+    sub_chunk: int = 16,
+    inclusive: bool = True,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b h n v"] | None, Float[Tensor, "b h k v"]]:
+    """Outputs and final state, computed chunk by chunk, in at least float32.
+
+    Args:
+        q: queries; None computes the final state only.
+        probe: r, the keys under which the memory is read before it decays.
+        erase: e, the keys along which that reading is taken away.
+        log_decay: g, natural logarithms <= 0, one for each key feature or one for all (last axis 1); -inf forgets
+            everything. None for no decay.
+        state: S_0, zero when None; kept in at least float32.
+        chunk_size, sub_chunk, inclusive, backend: as in :func:`regard.engines.gated_recurrence.gated_recurrence`; an
+            exclusive output reads exp(g_t) S_{t-1}.
+
+    Returns:
+        o in the dtype of v (None without q) and S_N in at least float32.
+    """
+    if chunk_size < 1 or sub_chunk < 1:
+        raise Unsupported(f"chunk_size={chunk_size}, sub_chunk={sub_chunk}", supported="positive integers")
+    arguments = (q, k, v, probe, erase, log_decay, state, chunk_size, sub_chunk, inclusive)
+    with without_autocast(v.device):
+        return execute("generalized_delta", backend, v.device, v.dtype, *arguments)
+
+
+def generalized_delta_step(
+    q: Float[Tensor, "b h k"],
+    k: Float[Tensor, "b h k"],
+    v: Float[Tensor, "b h v"],
+    probe: Float[Tensor, "b h k"],
+    erase: Float[Tensor, "b h k"],
+    log_decay: Float[Tensor, "b h #k"] | None,
+    state: Float[Tensor, "b h k v"],
+    *,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b h v"], Float[Tensor, "b h k v"]]:
+    """One token of :func:`generalized_delta` (inclusive): the output and the next state, in the state's dtype."""
+    with without_autocast(v.device):
+        return execute("generalized_delta_step", backend, v.device, v.dtype, q, k, v, probe, erase, log_decay, state)

@@ -1,0 +1,333 @@
+r"""Differential attention: what a second softmax map attends to is subtracted from what the first does.
+
+When to pick it: models trained from scratch on inputs in which little is relevant and much distracts: the weight that both
+maps spread over everything cancels.
+When not: few heads (two of them make one map), pretrained weights (`softmax`), or speed: each map reads values twice as wide.
+
+Definition (Ye et al., arXiv 2410.05258, equations 1-3), of H pairs of heads, with tau = d^-0.5:
+
+    o_i = (softmax(tau Q_i K_i^T) - lambda softmax(tau Q_{H+i} K_{H+i}^T)) [V_i, V_{H+i}]
+    lambda = exp(l_q1 . l_k1) - exp(l_q2 . l_k2) + lambda_init
+    head_i = (1 - lambda_init) RMSNorm(o_i)
+
+The function computes the first line, the layer all three. The norm is over the 2 d features of a pair.
+
+| paper | here |
+|---|---|
+| Q_1, K_1 and Q_2, K_2 of head i | heads i and H + i of `q`, `k` |
+| V of head i, 2 d wide | heads i and H + i of `v`, side by side |
+| h, heads | H, half of the heads of `q` |
+| lambda | `lam` (H); of a layer one number for all of its heads |
+| lambda_q1, lambda_k1, lambda_q2, lambda_k2 | `projection.q1`, `.k1`, `.q2`, `.k2` of the layer |
+| lambda_init = 0.8 - 0.6 exp(-0.3 (l - 1)) | :func:`depth_lambda` of layer l, which `regard.models.plans.differential_plan` gives to each |
+
+Layout: q (B, 2H, N, d), k (B, 2G, M, d), v (B, 2G, M, e), output (B, 2H, N, e); G divides H (grouped queries). A layer
+with as many heads as one of softmax attention has as many parameters, but for 4 d + 2 e. Weights, where wanted, are (B, H,
+N, M); rows sum to 1 - lambda. A query that sees no key gives 0.
+State: keys and values, those of a pair side by side.
+Deviations: the authors' code has the two maps of a head next to each other, which is another order of the rows of W_q, W_k
+and W_v and of the columns of W_o. Their first implementation shares keys among grouped queries before it makes pairs, so
+that both maps of a head may have one key; here, as in those for FlashAttention, a group shares both keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    BlockMask,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Tensors,
+    Unsupported,
+    at_least,
+)
+from regard.engines import cache
+from regard.engines.attention import (
+    Ranks,
+    Visibility,
+    attention,
+    attention_cost,
+    attention_reference,
+    masked_scores_bias,
+    ranks,
+)
+from regard.engines.cache import KeyValueState, extend
+from regard.engines.grouped_attention import wide
+from regard.layers.norms import RMSNorm
+from regard.sampling import attention_shapes, normals
+from regard.visibility import DistanceBias, PositionBias
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def depth_lambda(layer: int) -> float:
+    """lambda_init of the paper for a layer, counted from 1: 0.2 there, towards 0.8 in deep ones."""
+    at_least("layer", layer, 1)
+    return 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options, all of the layer: functions are given `lam`.
+
+    Attributes:
+        lambda_init: 0 <= lambda_init < 1, about where lambda starts. In the paper a constant is nearly as good as its schedule.
+    """
+
+    lambda_init: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lambda_init < 1:
+            raise Unsupported(
+                f"lambda_init={self.lambda_init}", supported="0 <= lambda_init < 1", nearest="lambda_init=0.8"
+            )
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    lam: Float[Tensor, " p"],
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with both weight matrices."""
+    _check(q.shape[1], k.shape[1], lam)
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    values = torch.cat([_half(v, 0), _half(v, 1)], -1)
+    first, second = (
+        attention_reference(
+            _half(q, i), _half(k, i), values, _half(visible, i), lambda s: s.softmax(-1), call.scale, _half(bias, i)
+        )
+        for i in (0, 1)
+    )
+    output = first - lam[:, None, None] * second
+    return torch.cat(output.chunk(2, -1), 1)
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    lam: Float[Tensor, " p"],
+) -> Result:
+    _check(q.shape[1], k.shape[1], lam)
+    return _attend(call, q, k, _side_by_side(v), lam, ranks(call, q.shape[2], k.shape[2], q.device))
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    lam: Float[Tensor, " p"],
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    _check(q.shape[1], k.shape[1], lam)
+    state, where = extend(call, k, _side_by_side(v), q.shape[2])
+    return _attend(call, q, state.k, state.v, lam, where, state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
+    """Memory into a cache; more may follow."""
+    _check(k.shape[1], k.shape[1], None)
+    return cache.absorb(call, k, _side_by_side(v))
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"], lam: Float[Tensor, " p"]) -> Result:
+    """Queries on absorbed memory."""
+    state: KeyValueState = call.state
+    _check(q.shape[1], state.k.shape[1], lam)
+    return _attend(call, q, state.k, state.v, lam, ranks(call, q.shape[2], 0, q.device, state.ranks), state)
+
+
+def _check(heads: int, kv_heads: int, lam: Tensor | None) -> None:
+    if heads % 2 or kv_heads % 2:
+        raise Unsupported(
+            f"differential attention with {heads} heads and {kv_heads} key/value heads",
+            supported="even numbers: two heads make one map",
+            nearest=f"{heads + heads % 2} and {kv_heads + kv_heads % 2}",
+        )
+    if lam is not None and lam.shape[0] != heads // 2:
+        raise Unsupported(
+            f"differential attention with lam for {lam.shape[0]} pairs of {heads} heads",
+            supported=f"({heads // 2},)",
+            nearest=f"lam.expand({heads // 2})",
+        )
+
+
+def _visibility(call: Call) -> Visibility:
+    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
+
+
+def _side_by_side(x: Float[Tensor, "b h m v"]) -> Float[Tensor, "b h/2 m 2*v"]:
+    """The heads of each pair as one."""
+    return torch.cat(x.chunk(2, 1), -1)
+
+
+def _apart(x: Float[Tensor, "b h/2 n 2*v"]) -> Float[Tensor, "b h n v"]:
+    return torch.cat(x.chunk(2, -1), 1)
+
+
+def _half(x: Any, i: int) -> Any:
+    """Heads of the first or the second maps; all of what is one for all heads, or None."""
+    return x if x is None or x.shape[1] == 1 else x.chunk(2, 1)[i]
+
+
+def _half_bias(bias: PositionBias | None, i: int) -> PositionBias | None:
+    if bias is None:
+        return None
+    if isinstance(bias, DistanceBias):
+        return DistanceBias(lambda distances: bias.by_distance(distances).chunk(2)[i])
+    return lambda queries, keys: _half(bias(queries, keys), i)
+
+
+def _attend(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g/2 m 2*v"],
+    lam: Float[Tensor, " p"],
+    where: Ranks,
+    state: KeyValueState | None = None,
+) -> Result:
+    found = []
+    for i in (0, 1):
+        blocks = None if call.blocks is None else BlockMask(_half(call.blocks.visible, i), call.blocks.block_size)
+        found.append(
+            attention(
+                _half(wide(q), i),
+                _half(k, i),
+                v,
+                where,
+                visibility=_visibility(call),
+                scale=call.scale,
+                bias=_half(call.bias, i),
+                position_bias=_half_bias(call.position_bias, i),
+                blocks=blocks,
+                dropout=call.dropout,
+                generator=call.generator,
+                want_weights="weights" in call.want,
+                backend=call.backend,
+            )
+        )
+    (first, first_weights, _), (second, second_weights, _) = found
+    subtracted = wide(lam)[:, None, None]
+    output = _apart((first - subtracted * second).to(q.dtype))
+    if first_weights is None or second_weights is None:
+        return Result(output, state)
+    return Result(output, state, extras={"weights": (first_weights - subtracted * second_weights).to(q.dtype)})
+
+
+class Lambda(nn.Module):
+    """A layer's lambda, from four vectors of the width of a head: adds `lam` to the heads.
+
+    Raises:
+        Unsupported: for an odd number of heads, or of key/value heads.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        _check(spec.heads, spec.kv_heads, None)
+        self.pairs, self.initial = spec.heads // 2, spec.config.lambda_init
+        self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(0.1 * torch.randn(spec.head_dim)) for _ in range(4))
+
+    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+        q1, k1, q2, k2 = map(wide, (self.q1, self.k1, self.q2, self.k2))
+        lam = (q1 @ k1).exp() - (q2 @ k2).exp() + self.initial
+        return heads | {"lam": lam.expand(self.pairs)}
+
+
+class PairNorm(nn.Module):
+    """The norm of each pair's output, times 1 - lambda_init."""
+
+    each_token_alone = True  # so padding may lie anywhere
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.norm, self.factor = RMSNorm(2 * spec.value_dim, eps=1e-5), 1 - spec.config.lambda_init
+
+    def forward(self, y: Float[Tensor, "b h n v"], *_: object) -> Float[Tensor, "b h n v"]:
+        return _apart(self.factor * self.norm(_side_by_side(y)))
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests and timings."""
+    size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
+    found = normals(generator, {**attention_shapes(batch, n, m, size), "lam": (size["h"] // 2,)}, torch.float64)
+    found["lam"] = found["lam"].sigmoid()
+    return {name: x.to(dtype) for name, x in found.items()}
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"p": shape.heads // 2}
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Two maps for each pair of heads, on values of two heads; pairs of values and both maps' outputs are stored."""
+    both = attention_cost(dataclasses.replace(shape, dim_value=2 * shape.dim_value))
+    heads = shape.batch * shape.heads
+    return Cost(
+        flops=both.flops,
+        memory=float(heads * (shape.n + (3 * shape.n + shape.m) * shape.dim_value)),
+        state=attention_cost(shape).state,
+        step_flops=both.step_flops,
+    )
+
+
+MECHANISM = Mechanism(
+    name="differential",
+    aliases=("diff_transformer", "differential_transformer", "diff_attention", "diffattn"),
+    kind=Kind.ATTENTION,
+    summary="What a second softmax map attends to is subtracted from what the first does.",
+    paper=Paper("Differential Transformer", "2410.05258", 2024),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "lam": "p"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    engine="attention",
+    state=KeyValueState,
+    cost=cost,
+    axis_sizes=axis_sizes,
+    honours=frozenset({"bias", "blocks", "dropout", "weights"}),
+    weights="exact",
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    sample_inputs=sample_inputs,
+    projection=Lambda,
+    merge=PairNorm,
+    layer_defaults={"output_norm": None},  # it has its own
+)

@@ -1,0 +1,386 @@
+r"""Latent attention: keys and values of all heads are made of one small vector a token, and only that is cached.
+
+When to pick it: decoding of long contexts with many heads. A token's cache is C + R numbers, whatever the number of heads,
+without the loss of quality of fewer key/value heads.
+When not: short contexts, or little decoding: whole sequences cost what softmax attention of the same heads does, and the
+products that make their keys and values.
+
+Definition (multi-head latent attention of DeepSeek-V2, arXiv 2405.04434, equations 9-19), for each head i:
+
+    c_t = RMSNorm(W_DKV x_t),   k_t,i = [W_UK,i c_t; k^R_t],   v_t,i = W_UV,i c_t,   k^R_t = RoPE(W_KR x_t)
+    q_t,i = [W_UQ,i c^Q_t; RoPE(W_QR,i c^Q_t)],   c^Q_t = RMSNorm(W_DQ x_t)
+    o_t,i = sum_j softmax_j(tau q_t,i . k_j,i) v_j,i,   tau = (D + R)^-0.5
+
+Decoding makes no key and no value: q^C_t,i . W_UK,i c_j = (W_UK,i^T q^C_t,i) . c_j, and sum_j p_j W_UV,i c_j = W_UV,i sum_j
+p_j c_j. So all heads read one key [c; k^R] of C + R numbers a token, and one value c. Each call takes the form that needs
+fewer multiplications: this one for few queries, keys and values for many.
+
+| paper | here |
+|---|---|
+| c^KV_t, d_c wide | `latent` (B, M, C); `latent_dim` of a layer |
+| k^R_t, the decoupled key | `k` (B, 1, M, R), one for all heads; `head_dim` of a layer is R |
+| q^R_t,i | `q` (B, H, N, R) |
+| q^C_t,i, d_h wide | `q_content` (B, H, N, D); `content_dim` of a layer |
+| W^UK, W^UV | `up_k` (H, D, C), `up_v` (H, V, C); `projection.up_k`, `.up_v` of a layer |
+| W^DKV, W^KR | `projection.down` and `key` of a layer |
+| W^UQ and W^QR, together | `projection.query`; of each head its D content features come first |
+| W^DQ, d'_c wide | `projection.query_down`, where a layer has a `query_latent_dim` |
+
+Layout: (B, H, N, D). The position scheme of a layer turns `q` and `k` and nothing else; without one k^R is a part of the key
+that all heads share. State: (C + R) numbers a token, and their ranks.
+Deviations: without `query_latent_dim` queries are made of x_t itself, as in DeepSeek-V2-Lite. The paper names the norms of
+c and c^Q apart from its equations. Of half precision it computes in float32, since products of rounded products would lose
+the tolerance; the cache stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Context,
+    Cost,
+    Kind,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    State,
+    Tensors,
+    Unsupported,
+    at_least,
+    lengths_after,
+    state_field,
+)
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines.cache import append
+from regard.engines.grouped_attention import wide
+from regard.layers.attention import AttentionLayer
+from regard.layers.norms import RMSNorm
+from regard.sampling import normals
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options, all of the layer: a function takes them from the shapes of its inputs.
+
+    Attributes:
+        latent_dim: C >= 1, numbers from which a token's keys and values are made; 4 D when None, as in the paper.
+        content_dim: D >= 1, features of a query and a key without positions; as wide as a value head when None.
+        query_latent_dim: numbers >= 1 from which a token's queries are made, to have fewer weights and activations; None
+            for queries made of the layer's input.
+    """
+
+    latent_dim: int | None = None
+    content_dim: int | None = None
+    query_latent_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("latent_dim", "content_dim", "query_latent_dim"):
+            value = getattr(self, name)
+            if value is not None:
+                at_least(name, value, 1)
+
+    def widths(self, value_dim: int) -> tuple[int, int]:
+        """D and C of a layer."""
+        content = value_dim if self.content_dim is None else self.content_dim
+        return content, 4 * content if self.latent_dim is None else self.latent_dim
+
+
+@dataclass(frozen=True)
+class LatentState(State):
+    """[c; k^R] of every token so far. A row with fewer tokens than others has empty slots, whose rank is -1."""
+
+    latent: Float[Tensor, "b 1 past c+r"] = state_field()
+    ranks: Int[Tensor, "b past"] = state_field(fill=-1)
+    length: Int[Tensor, " b"] = state_field()
+
+
+def scale(widths: Mapping[str, int]) -> float:
+    """(D + R)^-0.5"""
+    return max(widths.get("q_content", 0) + widths.get("q", 0), 1) ** -0.5
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n r"],
+    k: Float[Tensor, "b 1 m r"],
+    q_content: Float[Tensor, "b h n d"],
+    latent: Float[Tensor, "b m c"],
+    up_k: Float[Tensor, "h d c"],
+    up_v: Float[Tensor, "h v c"],
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the keys and values of every head."""
+    _check(k)
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    keys = torch.cat([latent[:, None] @ up_k.mT, k.expand(-1, q.shape[1], -1, -1)], -1)
+    values = latent[:, None] @ up_v.mT
+    queries = torch.cat([q_content, q], -1)
+    return attention_reference(queries, keys, values, visible, lambda scores: scores.softmax(-1), call.scale, bias)
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n r"],
+    k: Float[Tensor, "b 1 m r"],
+    q_content: Float[Tensor, "b h n d"],
+    latent: Float[Tensor, "b m c"],
+    up_k: Float[Tensor, "h d c"],
+    up_v: Float[Tensor, "h v c"],
+) -> Result:
+    where = ranks(call, q.shape[2], k.shape[2], q.device)
+    return _attend(call, q, q_content, _joined(k, latent), up_k, up_v, where)
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n r"],
+    k: Float[Tensor, "b 1 m r"],
+    q_content: Float[Tensor, "b h n d"],
+    latent: Float[Tensor, "b m c"],
+    up_k: Float[Tensor, "h d c"],
+    up_v: Float[Tensor, "h v c"],
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    state, where = _extend(call, _joined(k, latent), q.shape[2])
+    return _attend(call, q, q_content, state.latent, up_k, up_v, where, state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b 1 m r"], latent: Float[Tensor, "b m c"]) -> LatentState:
+    """Memory into a cache; more may follow."""
+    return _extend(call, _joined(k, latent), 0)[0]
+
+
+def read(
+    call: Call,
+    q: Float[Tensor, "b h n r"],
+    q_content: Float[Tensor, "b h n d"],
+    up_k: Float[Tensor, "h d c"],
+    up_v: Float[Tensor, "h v c"],
+) -> Result:
+    """Queries on absorbed memory."""
+    state: LatentState = call.state
+    where = ranks(call, q.shape[2], 0, q.device, state.ranks)
+    return _attend(call, q, q_content, state.latent, up_k, up_v, where, state)
+
+
+def _check(k: Tensor) -> None:
+    if k.shape[1] != 1:
+        raise Unsupported(
+            f"latent attention with k of {k.shape[1]} heads", supported="one for all query heads", nearest="k[:, :1]"
+        )
+
+
+def _joined(k: Float[Tensor, "b 1 m r"], latent: Float[Tensor, "b m c"]) -> Float[Tensor, "b 1 m c+r"]:
+    """What is cached of each token."""
+    _check(k)
+    return torch.cat([latent[:, None], k], -1)
+
+
+def _extend(call: Call, joined: Float[Tensor, "b 1 m c+r"], n: int) -> tuple[LatentState, Ranks]:
+    """The cache of `call.state` followed by new tokens, and the ranks of the `n` queries that come with them."""
+    past: LatentState | None = call.state
+    batch, _, m, _ = joined.shape
+    length = lengths_after(None if past is None else past.length, call.memory_lengths, batch, m, joined.device)
+    if past is None:
+        where = ranks(call, n, m, joined.device)
+        return LatentState(joined, where.keys.expand(batch, -1), length), where
+    where = ranks(call, n, m, joined.device, past.ranks, past.length)
+    return LatentState(append(past.latent, joined.to(past.latent.dtype), 2), where.keys, length), where
+
+
+def _visibility(call: Call) -> Visibility:
+    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
+
+
+def _attend(
+    call: Call,
+    q: Float[Tensor, "b h n r"],
+    q_content: Float[Tensor, "b h n d"],
+    joined: Float[Tensor, "b 1 m c+r"],
+    up_k: Float[Tensor, "h d c"],
+    up_v: Float[Tensor, "h v c"],
+    where: Ranks,
+    state: LatentState | None = None,
+) -> Result:
+    (_, d, c), (_, h, n, r), m = up_k.shape, q.shape, joined.shape[2]
+    dtype, absorbed = q.dtype, absorbs(n, m, d, up_v.shape[1], r, c)
+    q, q_content, up_k, up_v = map(wide, (q, q_content, up_k, up_v))
+    joined = joined.to(q.dtype)
+    latent, rotated = joined.split([c, r], -1)
+    if absorbed:
+        queries, keys, values = torch.cat([q_content @ up_k, q], -1), joined, latent
+    else:
+        queries, values = torch.cat([q_content, q], -1), latent @ up_v.mT
+        keys = torch.cat([latent @ up_k.mT, rotated.expand(-1, h, -1, -1)], -1)
+    output, weights, lse = attention(
+        queries,
+        keys,
+        values,
+        where,
+        visibility=_visibility(call),
+        scale=call.scale,
+        bias=call.bias,
+        position_bias=call.position_bias,
+        blocks=call.blocks,
+        dropout=call.dropout,
+        generator=call.generator,
+        want_weights="weights" in call.want,
+        want_lse="lse" in call.want,
+        backend=call.backend,
+    )
+    output = output @ up_v.mT if absorbed else output
+    extras = {} if weights is None else {"weights": weights.to(dtype)}
+    extras |= {} if lse is None else {"lse": lse}
+    return Result(output.to(dtype), state, extras=extras)
+
+
+def absorbs(n: int, m: int, d: int, v: int, r: int, c: int) -> bool:
+    """Whether `n` queries on `m` tokens take fewer multiplications without keys and values than with them."""
+    return n * (m * (2 * c + r) + c * (d + v)) < m * (c * (d + v) + n * (d + r + v))
+
+
+class Latents(nn.Module):
+    """A layer's queries in both parts, the latents of its tokens, and the matrices that make keys and values of them.
+
+    Raises:
+        Unsupported: for more than one key head.
+    """
+
+    makes_queries = True
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        config: Config = spec.config
+        if spec.kv_heads != 1:
+            raise Unsupported(
+                f"num_kv_heads={spec.kv_heads} with latent", supported="one rotated key for all heads", nearest="1"
+            )
+        self.heads, self.rotated = spec.heads, spec.head_dim
+        content, width = config.widths(spec.value_dim)
+        asked = config.query_latent_dim
+        self.query_down = None if asked is None else spec.linear(spec.dim, asked)
+        self.query_norm = None if asked is None else RMSNorm(asked)
+        self.query = spec.linear(spec.dim if asked is None else asked, spec.heads * (content + spec.head_dim))
+        self.down, self.norm = spec.linear(spec.memory_dim, width), RMSNorm(width)
+        bound = width**-0.5
+        self.up_k = nn.Parameter(torch.empty(spec.heads, content, width).uniform_(-bound, bound))
+        self.up_v = nn.Parameter(torch.empty(spec.heads, spec.value_dim, width).uniform_(-bound, bound))
+
+    def forward(
+        self, heads: Tensors, x: Float[Tensor, "b n c"] | None, memory: Float[Tensor, "b m c2"] | None, context: Context
+    ) -> Tensors:
+        found = heads | {"up_k": self.up_k, "up_v": self.up_v}
+        if memory is not None:
+            found["latent"] = self.norm(self.down(memory))
+        if x is not None:
+            if self.query_down is not None and self.query_norm is not None:
+                x = self.query_norm(self.query_down(x))
+            queries = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            found["q_content"], found["q"] = queries.split([queries.shape[-1] - self.rotated, self.rotated], -1)
+        return found
+
+
+class LatentLayer(AttentionLayer):
+    """The shell, without short convolutions: there are neither keys nor values that they could change."""
+
+    takes_convolutions = False
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests and timings, with matrices whose keys and values are as large as what they are made of."""
+    size = {"h": 2, "d": 8, "v": 6, "r": 4, "c": 24} | (sizes or {})
+    h, d, v, r, c = (size[letter] for letter in "hdvrc")
+    shapes = {
+        "q": (batch, h, n, r),
+        "k": (batch, 1, m, r),
+        "q_content": (batch, h, n, d),
+        "latent": (batch, m, c),
+        "up_k": (h, d, c),
+        "up_v": (h, v, c),
+    }
+    found = normals(generator, shapes, torch.float64)
+    found |= {name: found[name] * c**-0.5 for name in ("up_k", "up_v")}
+    return {name: x.to(dtype) for name, x in found.items()}
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Of a layer whose rotated part is half as wide as a value head, as without options."""
+    content, latent = config.widths(shape.dim_value)
+    return {"r": max(1, shape.dim_key // 2), "d": content, "c": latent}
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """The cheaper form's products, with the making of keys and values or without."""
+    size = axis_sizes(shape, config)
+    d, v, r, c = size["d"], shape.dim_value, size["r"], size["c"]
+    heads = shape.batch * shape.heads
+
+    def products(n: int) -> float:
+        if absorbs(n, shape.m, d, v, r, c):
+            return float(n * (shape.m * (2 * c + r) + c * (d + v)))
+        return float(shape.m * (c * (d + v) + n * (d + r + v)))
+
+    stored = shape.n * (2 * c + r) if absorbs(shape.n, shape.m, d, v, r, c) else shape.m * (d + r + v)
+    return Cost(
+        flops=2.0 * heads * products(shape.n),
+        memory=float(heads * (stored + shape.n)),
+        state=float(shape.m * (c + r)),
+        step_flops=2.0 * heads * products(1),
+    )
+
+
+MECHANISM = Mechanism(
+    name="latent",
+    aliases=("mla", "multi_head_latent_attention", "multi_latent_attention"),
+    kind=Kind.ATTENTION,
+    summary="Keys and values of all heads are made of one small vector a token, and only that is cached.",
+    paper=Paper(
+        "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model", "2405.04434", 2024
+    ),
+    inputs={"q": "bhnr", "k": "bomr", "q_content": "bhnd", "latent": "bmc", "up_k": "hdc", "up_v": "hvc"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    engine="attention",
+    state=LatentState,
+    cost=cost,
+    axis_sizes=axis_sizes,
+    default_scale=scale,
+    honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
+    weights="exact",
+    refused_positions="its scores know positions by the decoupled part",
+    sample_inputs=sample_inputs,
+    module=LatentLayer,
+    projection=Latents,
+    layer_defaults={"key_expand": 0.5, "value_expand": 1.0, "num_kv_heads": 1},
+)

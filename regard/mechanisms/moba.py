@@ -1,0 +1,332 @@
+r"""Mixture of block attention: each query reads the few blocks of keys whose mean key it likes best, and its own.
+
+When to pick it: long contexts in which a query needs few places, wherever they are, in a model that was or will be trained
+with it; nothing is learned beyond softmax attention's weights, so that layers can be of either kind.
+When not: short contexts (`softmax` is cheaper, and the same up to `top` blocks), or a cache of constant size.
+
+Definition (Lu et al., arXiv 2502.13189, equations 2-9), ranks from 0, b = `block_size`, B_r the tokens r b ... r b + b - 1:
+
+    s_ir = q_i . mean of k_j over j in B_r
+    R_i  = { floor(i / b) } and the k - 1 blocks r < floor(i / b) of the highest s_ir
+    o_i  = sum_j softmax_j(tau q_i . k_j) v_j over the keys j <= i in the blocks R_i
+
+Choices are made for each query and head, and no gradient flows through them.
+
+| paper | here |
+|---|---|
+| B, block size | `block_size` |
+| k, of top-k gating | `top`, the query's own block among them |
+| s_i, affinity scores | dot products with the means of rotated keys, in at least float32 |
+| g_i, gates | a place among the highest scores |
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries), whose blocks each query head chooses alone.
+A query that sees no key gives 0. Nothing of size N x M is made: scores of blocks are N M / b numbers, and each query has its
+softmax in two parts, its own block and the others, joined by their log-sum-exps.
+State: keys, values, and the sum of each block's keys; a step reads the sums, and the keys and values of `top` blocks.
+Deviations: the paper has causal-self alone. In noncausal-self the other blocks may also come later, and in cross patterns
+all of the `top` blocks are chosen; the mean of a last, shorter block is over the tokens that it has. The paper's blocks
+are of 512 tokens with k = 3 and more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Call,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    at_least,
+    lengths_after,
+    state_field,
+)
+from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
+from regard.engines.cache import KeyValueState, extend
+from regard.engines.gated_recurrence import without_autocast
+from regard.engines.grouped_attention import product, wide
+from regard.engines.merging import merge
+from regard.ragged import group_queries, take_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+QUERIES_AT_ONCE = 64
+"""Queries of a tile on one block of keys."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        block_size: b >= 1, tokens a block.
+        top: k >= 1, blocks that a query reads.
+    """
+
+    block_size: int = 64
+    top: int = 3
+
+    def __post_init__(self) -> None:
+        at_least("block_size", self.block_size, 1)
+        at_least("top", self.top, 1)
+
+
+@dataclass(frozen=True)
+class BlockState(KeyValueState):
+    """Every key and value so far, and the sums of the keys of each block, in at least float32."""
+
+    sums: Float[Tensor, "b g blocks d"] = state_field()
+
+
+def reference(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the whole weight matrix."""
+    size, n, m = call.config.block_size, q.shape[2], k.shape[2]
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    i, j = torch.arange(n, device=q.device)[:, None] + m - n, torch.arange(m, device=q.device)
+    if m == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[-1])
+    affinity = torch.stack([q @ block.mean(2)[..., None] for block in keys.split(size, 2)], 3)[..., 0]
+    block, own = torch.arange(affinity.shape[3], device=q.device), i.div(size, rounding_mode="floor")
+    if not call.pattern.cross:
+        affinity = affinity.masked_fill(block == own, torch.inf)
+    if call.pattern is Pattern.CAUSAL_SELF:
+        affinity = affinity.masked_fill(block > own, -torch.inf)
+    best = affinity.topk(min(call.config.top, affinity.shape[3]))
+    chosen = torch.zeros_like(affinity, dtype=torch.bool).scatter(3, best.indices, best.values > -torch.inf)
+    visible = chosen.repeat_interleave(size, 3)[..., :m]
+    if call.pattern is Pattern.CAUSAL_SELF:
+        visible = visible & (j <= i)
+    return attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale)
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Float[Tensor, "b h n v"]:
+    m, size = k.shape[2], call.config.block_size
+    length = lengths_after(None, call.memory_lengths, k.shape[0], m, k.device)
+    with torch.no_grad():
+        sums = F.pad(wide(k), (0, 0, 0, -m % size)).unflatten(2, (-(-m // size), size)).sum(3)
+    return _attend(call, q, k, v, sums, length, ranks(call, q.shape[2], m, q.device), None)
+
+
+def chunked(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    state, where = _extend(call, k, v, q.shape[2])
+    return Result(_attend(call, q, state.k, state.v, state.sums, state.length, where, _slots(state)), state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> BlockState:
+    """Memory into a cache; more may follow."""
+    return _extend(call, k, v, 0)[0]
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+    """Queries on absorbed memory."""
+    state: BlockState = call.state
+    where = ranks(call, q.shape[2], 0, q.device, state.ranks)
+    return Result(_attend(call, q, state.k, state.v, state.sums, state.length, where, _slots(state)), state)
+
+
+def _extend(call: Call, k: Tensor, v: Tensor, n: int) -> tuple[BlockState, Ranks]:
+    """The cache followed by new keys and values, whose sums grow with them."""
+    past: BlockState | None = call.state
+    cache, where = extend(call, k, v, n)
+    count = -(-cache.k.shape[2] // call.config.block_size)
+    with torch.no_grad():
+        new = wide(k)
+        sums = new.new_zeros(*k.shape[:2], 0, k.shape[3]) if past is None else past.sums
+        sums = F.pad(sums, (0, 0, 0, count - sums.shape[2]))
+        block = where.keys[:, cache.k.shape[2] - k.shape[2] :].clamp(min=0) // call.config.block_size  # padding is zero
+        index = block[:, None, :, None].expand(k.shape[0], k.shape[1], -1, k.shape[3])
+        sums = sums.scatter_add(2, index, new.to(sums.dtype))
+    return BlockState(cache.k, cache.v, cache.ranks, cache.length, sums), where
+
+
+def _slots(state: BlockState) -> Int[Tensor, "b past"]:
+    """The slot of each rank of a cache."""
+    total = state.ranks.shape[1]
+    slot = torch.arange(total, device=state.ranks.device).expand_as(state.ranks)
+    places = torch.where(state.ranks < 0, total, state.ranks)
+    return slot.new_zeros(slot.shape[0], total + 1).scatter(1, places, slot)[:, :total]
+
+
+def _attend(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    sums: Float[Tensor, "b g blocks d"],
+    length: Int[Tensor, " b"],
+    where: Ranks,
+    slots: Int[Tensor, "b m"] | None,
+) -> Float[Tensor, "b h n v"]:
+    """Softmax attention to the blocks that are chosen, of keys whose slots are their ranks unless `slots` says others."""
+    config: Config = call.config
+    causal, n = call.pattern is Pattern.CAUSAL_SELF, q.shape[2]
+    if n == 0 or sums.shape[2] <= config.top:
+        rule = Visibility(causal=causal)
+        return attention(q, k, v, where, visibility=rule, scale=call.scale, backend=call.backend)[0]
+    size, heads = config.block_size, q.shape[1]
+    own = None if call.pattern.cross else where.queries.div(size, rounding_mode="floor")
+    chosen = _chosen(config, q, sums, length, own, causal=causal)
+    if n == 1:  # all of its blocks as one row of keys
+        if own is not None:
+            chosen = torch.cat([own[:, None, :, None].expand(chosen.shape[0], heads, -1, -1), chosen], 3)
+        last = torch.minimum(length[:, None], where.queries + 1) if causal else length[:, None]
+        return _on_blocks(call, q[:, :, None], k, v, chosen, last, slots)[0][:, :, 0].to(q.dtype)
+    outputs, lses = [], []
+    if own is not None:
+        rule = Visibility(causal=causal, block=size)
+        output, _, lse = attention(
+            wide(q), k, v, where, visibility=rule, scale=call.scale, want_lse=True, backend=call.backend
+        )
+        assert lse is not None
+        outputs, lses = [output], [lse]
+    if chosen.shape[3]:
+        pairs, count = chosen.flatten(2), chosen.shape[3]
+        tiles = group_queries(pairs, sums.shape[2] + 1, min(QUERIES_AT_ONCE, pairs.shape[2]))
+        queries = take_tokens(q, tiles.table.flatten(2) // count).unflatten(2, tiles.table.shape[2:])
+        asked = pairs.gather(2, tiles.first)[..., None]
+        output, lse = _on_blocks(call, queries, k, v, asked, length[:, None], slots)
+        outputs += take_tokens(output.flatten(2, 3), tiles.place).unflatten(2, (n, count)).unbind(3)
+        lses += lse.flatten(2).gather(2, tiles.place).unflatten(2, (n, count)).unbind(3)
+    return merge(outputs, lses).to(q.dtype)
+
+
+def _chosen(
+    config: Config,
+    q: Float[Tensor, "b h n d"],
+    sums: Float[Tensor, "b g blocks d"],
+    length: Int[Tensor, " b"],
+    own: Int[Tensor, "#b n"] | None,
+    *,
+    causal: bool,
+) -> Int[Tensor, "b h n picks"]:
+    """The blocks of each query beside its own; as many as there are blocks stands for none."""
+    block = torch.arange(sums.shape[2], device=q.device)
+    tokens = (length[:, None] - block * config.block_size).clamp(0, config.block_size)
+    eligible = (tokens > 0)[:, None]
+    if own is not None:
+        eligible = eligible & ((block < own[..., None]) if causal else (block != own[..., None]))
+    with torch.no_grad(), without_autocast(q.device):
+        means = sums / tokens.clamp(min=1)[:, None, :, None]
+        affinity = product(wide(q), means.mT).masked_fill(~eligible[:, None], -torch.inf)
+        best = affinity.topk(config.top - (own is not None))
+    return torch.where(best.values > -torch.inf, best.indices, len(block))
+
+
+def _on_blocks(
+    call: Call,
+    q: Float[Tensor, "b h tiles s d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    blocks: Int[Tensor, "b h tiles c"],
+    stop: Int[Tensor, "b 1"],
+    slots: Int[Tensor, "b m"] | None,
+) -> tuple[Float[Tensor, "b h tiles s v"], Float[Tensor, "b h tiles s"]]:
+    """Each tile of queries on blocks of its own, up to the rank `stop` of its row; and their log-sum-exps."""
+    size = call.config.block_size
+    place = (blocks[..., None] * size + torch.arange(size, device=q.device)).flatten(3)
+    exists = (place >= 0) & (place < stop[..., None, None])
+    if slots is None:
+        keys, values = (_taken_blocks(x, blocks, size) for x in (k, v))
+    else:
+        keys, values = (_taken_tokens(x, place, slots) for x in (k, v))
+    tokens = torch.arange(place.shape[3], device=q.device)
+    where = Ranks(
+        torch.arange(q.shape[3], device=q.device)[None],
+        torch.where(exists, tokens, -1).flatten(0, 2),
+        None,
+        None,
+        plain=False,
+    )
+    output, _, lse = attention(
+        wide(q).flatten(0, 2)[:, None],
+        keys.flatten(0, 2)[:, None],
+        values.flatten(0, 2)[:, None],
+        where,
+        visibility=Visibility(),
+        scale=call.scale,
+        want_lse=True,
+        backend=call.backend,
+    )
+    assert lse is not None
+    return output.view(*q.shape[:4], -1), lse.view(q.shape[:4])
+
+
+def _taken_blocks(
+    x: Float[Tensor, "b g m d"], blocks: Int[Tensor, "b h tiles c"], size: int
+) -> Float[Tensor, "b h tiles c*size d"]:
+    """Blocks for each query head of keys (or values) that lie at their ranks; of a block that is none, any."""
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+    batch, groups, count, _, width = x.shape
+    heads = blocks.shape[1]
+    start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1) // (heads // groups) * count
+    rows = start + blocks.clamp(0, count - 1)
+    return x.reshape(-1, size * width).index_select(0, rows.flatten()).view(*blocks.shape[:3], -1, width)
+
+
+def _taken_tokens(
+    x: Float[Tensor, "b g m d"], place: Int[Tensor, "b h tiles t"], slots: Int[Tensor, "b m"]
+) -> Float[Tensor, "b h tiles t d"]:
+    """Tokens for each query head of a cache, by rank; of ranks that it lacks, any. It may be a part of longer memory."""
+    batch, heads = place.shape[:2]
+    row = torch.arange(batch, device=x.device)[:, None, None]
+    group = torch.arange(heads, device=x.device)[:, None] // (heads // x.shape[1])
+    slot = slots[:, None].expand(-1, heads, -1).gather(2, place.flatten(2).clamp(0, x.shape[2] - 1))
+    return x[row, group, slot].unflatten(2, place.shape[2:])
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Scores of blocks, and `top` blocks of keys for each query."""
+    size, width = config.block_size, shape.dim_key + shape.dim_value
+    heads, blocks = shape.batch * shape.heads, math.ceil(shape.m / config.block_size)
+    seen = min(shape.m, config.top * size)
+    scores = 2.0 * blocks * shape.dim_key if blocks > config.top else 0.0
+    copied = (shape.n * config.top + shape.m) * width if blocks > config.top else 0
+    return Cost(
+        flops=heads * (shape.n * (scores + 2.0 * seen * width) + shape.m * shape.dim_key),
+        memory=float(heads * (shape.n * (1 + (blocks if scores else 0)) + copied)),
+        state=float(shape.heads * (shape.m * width + blocks * shape.dim_key)),
+        step_flops=heads * (scores + 2.0 * seen * width),
+    )
+
+
+MECHANISM = Mechanism(
+    name="moba",
+    aliases=("mixture_of_block_attention", "block_attention_mixture"),
+    kind=Kind.ATTENTION,
+    summary="Each query reads the few blocks of keys whose mean key it likes best, and its own.",
+    paper=Paper("MoBA: Mixture of Block Attention for Long-Context LLMs", "2502.13189", 2025),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    engine="attention",
+    state=BlockState,
+    cost=cost,
+    weights="implicit",
+)

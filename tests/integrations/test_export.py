@@ -1,0 +1,100 @@
+"""Programs of layers and models: saved and loaded, stepped, in ONNX Runtime, and refused with a reason."""
+
+from __future__ import annotations
+
+import io
+
+import onnxruntime
+import pytest
+import torch
+
+from regard import Context, Mask, Unsupported, create_layer, get_mechanism, list_mechanisms
+from regard.integrations.export import export, export_onnx
+from regard.models import LanguageModel, LanguageModelConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own code
+STATE = frozenset({"state"})
+
+
+def small_model(plan):
+    torch.manual_seed(0)
+    return LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, plan=plan, num_heads=2)).eval()
+
+
+def ids(n, batch=2):
+    return torch.randint(11, (batch, n), generator=torch.Generator().manual_seed(n))
+
+
+def saved_and_loaded(program):
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+def padded(n):
+    return Context(mask=Mask(lengths=torch.tensor([n, 4])), want=STATE)
+
+
+def test_saved_programs_read_prompts_and_steps_of_any_length():
+    model = small_model(["softmax", "linear"]).double()
+    prompt = saved_and_loaded(export(model, ids(9), context=padded(9))).module()
+    state = prompt(ids(9), context=padded(9)).state
+    step = export(model, ids(1), state=state).module()
+    for n in (5, 70):
+        expected = model(ids(n), context=padded(n))
+        found = prompt(ids(n), context=padded(n))
+        torch.testing.assert_close(found.output, expected.output)
+        for _ in range(2):
+            found, expected = step(ids(1), state=found.state), model(ids(1), state=expected.state)
+            torch.testing.assert_close(found.output, expected.output)
+
+
+def test_onnx_runtime_continues_a_state_of_any_length():
+    model = small_model(["softmax"])
+    program = export_onnx(model, ids(1), state=model(ids(6), context=Context(want=STATE)).state, optimize=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    state = model(ids(50), context=Context(want=STATE)).state
+    names = [x.name for x in session.get_inputs()]
+    given = dict(zip(names, (ids(1), *state.tensors().values()), strict=True))
+    found = session.run(None, {name: tensor.detach().numpy() for name, tensor in given.items()})
+    expected = model(ids(1), state=state)
+    torch.testing.assert_close(torch.from_numpy(found[0]), expected.output)
+
+
+REFUSED = [
+    (name, waiver)
+    for name in list_mechanisms()
+    for waiver in get_mechanism(name).waivers
+    if waiver.property in ("layer_lengths", "layer_onnx")
+]
+
+
+@pytest.mark.parametrize(("name", "waiver"), REFUSED, ids=[f"{n}-{w.property}" for n, w in REFUSED])
+def test_what_a_card_waives_is_refused_with_its_reason(name, waiver):
+    pattern = (waiver.patterns or get_mechanism(name).patterns)[0]
+    layer = create_layer(name, 16, 2, pattern=pattern).eval()
+    make = export if waiver.property == "layer_lengths" else export_onnx
+    with pytest.raises(Unsupported, match=waiver.reason):
+        make(layer, torch.randn(2, 20, 16))
+
+
+def test_training_is_not_exported():
+    with pytest.raises(Unsupported, match="training mode"):
+        export(create_layer("softmax", 16, 2), torch.randn(2, 20, 16))
+
+
+def test_a_plain_layer_is_one_of_a_sequence():
+    layer = create_layer("gated_linear", 16, 2, plain=True).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    found = torch.nn.Sequential(torch.nn.Identity(), layer, torch.nn.Identity())(x)
+    torch.testing.assert_close(found, layer.layer(x).output)
+
+
+def test_a_plain_layer_drops_nothing():
+    with pytest.raises(Unsupported, match="state of a plain layer"):
+        create_layer("softmax", 16, 2, plain=True)(torch.randn(2, 9, 16), context=Context(want=STATE))
+    gated = create_layer("mixture_of_heads", 16, 4, plain=True)
+    with pytest.raises(Unsupported, match="load_balance"):
+        gated(torch.randn(2, 9, 16))
+    assert gated.eval()(torch.randn(2, 9, 16)).shape == (2, 9, 16)

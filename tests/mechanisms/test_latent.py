@@ -1,0 +1,122 @@
+"""What is peculiar to latent attention: its two forms, its cache, what is rotated, and parity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regard.apply import apply
+from regard.contract import ALL_PATTERNS, Context, Pattern, Unsupported
+from regard.create import create_layer
+from regard.mechanisms import latent
+from regard.mechanisms.latent import MECHANISM, Config
+from regard.workbench.layer_properties import LAYER_PROPERTIES
+from regard.workbench.subjects import Subject
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+STATE = Context(want=frozenset({"state"}))
+
+
+def close(found, expected, tolerance=1e-12):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("absorbed", [True, False])
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+def test_with_and_without_keys_and_values_it_is_the_same(pattern, absorbed, monkeypatch):
+    monkeypatch.setattr(latent, "absorbs", lambda *sizes: absorbed)
+    given = {name: x.requires_grad_() for name, x in Subject(MECHANISM, pattern).inputs(5).items()}
+    found, expected = (apply(MECHANISM, given, pattern=pattern, form=form).output for form in (None, "reference"))
+    close(found, expected)
+    weight = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(x, list(given.values()), weight) for x in (found, expected)), strict=True):
+        close(a, b)
+    extras = apply(MECHANISM, given, pattern=pattern, want={"weights", "lse"}).extras
+    close(extras["weights"].sum(-1), torch.ones_like(extras["lse"]))
+
+
+def test_one_query_takes_the_form_without_keys_and_a_whole_sequence_that_with():
+    sizes = {"d": 64, "v": 64, "r": 32, "c": 256}
+    assert latent.absorbs(1, 4096, **sizes)
+    assert not latent.absorbs(4096, 4096, **sizes)
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_the_cache_of_a_token_does_not_depend_on_the_heads(heads):
+    layer = create_layer("latent", 32, heads, latent_dim=12, head_dim=4, positions="rotary").double()
+    sizes = [layer(torch.randn(1, n, 32).double(), context=STATE).state.mechanism.nbytes for n in (5, 25)]
+    assert sizes[1] - sizes[0] == 20 * (12 + 4 + 1) * 8  # and its rank
+
+
+def test_only_the_decoupled_part_is_rotated():
+    layer = create_layer("latent", 16, 2, positions="rotary").double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    with torch.no_grad():
+        plain = create_layer("latent", 16, 2).double()
+        plain.load_state_dict(layer.state_dict())
+        assert (layer(x).output - plain(x).output).abs().max() > 1e-6
+        rows = layer.projection.query.weight.unflatten(0, (2, -1))
+        rows[:, -layer.head_dim :] = 0
+        plain.load_state_dict(layer.state_dict())
+        close(layer(x).output, plain(x).output)
+
+
+@pytest.mark.parametrize("name", ["", "query_"])
+def test_parity_with_deepseek_in_transformers(name):
+    """Whole, and token by token: there without keys and values, which the recording made."""
+    with np.load(FIXTURES / f"latent_{name}transformers.npz") as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    ranks = {"latent_dim": 12, "content_dim": 6, "query_latent_dim": 10 if name else None}
+    layer = create_layer("latent", 16, 2, positions="rotary", head_dim=4, value_dim=5, **ranks).double()
+    down, key = arrays["kv_a_proj_with_mqa_weight"].split([12, 4])
+    up_k, up_v = arrays["kv_b_proj_weight"].unflatten(0, (2, -1)).split([6, 5], 1)
+    weights = {
+        "key.weight": key,
+        "output.weight": arrays["o_proj_weight"],
+        "projection.down.weight": down,
+        "projection.norm.weight": arrays["kv_a_layernorm_weight"],
+        "projection.up_k": up_k,
+        "projection.up_v": up_v,
+        "projection.query.weight": arrays["q_b_proj_weight" if name else "q_proj_weight"],
+    }
+    if name:
+        weights["projection.query_down.weight"] = arrays["q_a_proj_weight"]
+        weights["projection.query_norm.weight"] = arrays["q_a_layernorm_weight"]
+    layer.load_state_dict(weights)
+    x = arrays["x"].requires_grad_()
+    output = layer(x).output
+    close(output, arrays["out"])
+    close(torch.autograd.grad(output, x, arrays["grad_out"])[0], arrays["grad_x"])
+    state, steps = None, []
+    with torch.no_grad():
+        for t in range(x.shape[1]):
+            y, state = layer.step(x[:, t], state)
+            steps.append(y)
+    close(torch.stack(steps, 1), arrays["out"])
+
+
+def test_compressed_queries_train_decode_and_are_saved():
+    subject = Subject(MECHANISM, Pattern.CAUSAL_SELF, {"query_latent_dim": 5})
+    for prop in LAYER_PROPERTIES:
+        if prop.name in ("layer_gradient", "layer_decoding", "layer_save"):
+            assert prop.check(subject, torch.float64) < 1e-12
+
+
+def test_what_it_has_no_place_for_is_refused():
+    for options, words in (
+        ({"num_kv_heads": 2}, "one rotated key"),
+        ({"query_key_norm": "rms"}, "query_key_norm"),
+        ({"value_norm": "rms"}, "value_norm"),
+        ({"short_convolution": 4}, "short_convolution"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            create_layer("latent", 16, 2, **options)
+    given = Subject(MECHANISM, Pattern.CAUSAL_SELF).inputs(4)
+    with pytest.raises(Unsupported, match="k of 2 heads"):
+        apply(MECHANISM, given | {"k": given["k"].expand(-1, 2, -1, -1)})
+    for name in Config.__dataclass_fields__:
+        with pytest.raises(Unsupported, match=name):
+            Config(**{name: 0})

@@ -1,0 +1,150 @@
+"""What is peculiar to mLSTM: gates of any size, the normaliser, its state, its layer, and another implementation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regard.apply import apply
+from regard.contract import Context, Unsupported
+from regard.create import create_layer
+from regard.functional import gated_linear_attention
+from regard.mechanisms.mlstm import MECHANISM, MemoryState, sample_inputs
+
+
+def inputs_of(n: int = 21, m: int | None = None, **sizes: int):
+    m = n if m is None else m
+    return sample_inputs(torch.Generator().manual_seed(n), batch=2, n=n, m=m, dtype=torch.float64, sizes=sizes)
+
+
+def run(tensors, pattern="causal-self", **call):
+    return apply(MECHANISM, tensors, pattern=pattern, **call)
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    found, expected = found.detach(), expected.detach()
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    assert (found - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+def in_logarithms(q, k, v, log_input, log_forget):
+    """The causal form as one matrix of weights, each row divided by its largest exponential."""
+    n = q.shape[2]
+    later = torch.ones(n, n, dtype=torch.bool).triu(1)
+    between = torch.zeros(*log_input.shape, n, dtype=torch.float64)
+    for i, j in zip(*torch.tril_indices(n, n, -1).tolist(), strict=True):
+        between[:, :, i, j] = log_forget[:, :, j + 1 : i + 1].sum(-1)
+    logs = (between + log_input[:, :, None]).masked_fill(later, -torch.inf)
+    m = logs.amax(-1, keepdim=True)
+    weights = q @ k.mT * q.shape[-1] ** -0.5 * (logs - m).exp()
+    return weights @ v / torch.maximum(weights.sum(-1, keepdim=True).abs(), (-m).exp()).clamp(min=1e-300)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 3000.0])
+@pytest.mark.parametrize("chunk_size", [4, 64])
+def test_gates_of_any_size_stay_in_range_and_equal_the_weights_in_logarithms(size, chunk_size):
+    x = inputs_of()
+    x |= {"log_input": size * x["log_input"], "log_forget": size * x["log_forget"]}
+    leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
+    found = run(leaves, chunk_size=chunk_size)
+    assert_close(found.output, in_logarithms(**x), 1e-10)
+    assert torch.isfinite(run(x, return_state=True).state.memory).all()
+    found.output.sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in leaves.values())
+
+
+def test_in_float32_sums_of_gates_over_thousands_of_tokens_keep_the_published_precision():
+    """The decays of the recurrence are differences of sums of gates, which float32 would round at every token."""
+    n = 3000
+    x = {name: t.float() for name, t in inputs_of(n, k=4, v=3).items()}
+    x |= {"k": x["k"].abs(), "q": x["q"].abs(), "log_input": 40 + x["log_input"], "log_forget": x["log_forget"] / 100}
+    expected = run({name: t.double() for name, t in x.items()}).output
+    assert_close(run(x).output.double(), expected, 2e-6)
+
+
+def test_an_input_gate_of_minus_infinity_writes_nothing_and_such_a_forget_gate_forgets_all():
+    x = inputs_of(12)
+    x["log_input"][:, :, 5] = -math.inf
+    written = [t for t in range(12) if t != 5]
+    x["log_forget"][:, :, 5] = 0.0
+    assert_close(run(x).output[:, :, written], run({n: t[:, :, written] for n, t in x.items()}).output)
+    x["log_forget"][:, :, 7] = -math.inf
+    assert_close(run(x).output[:, :, 7:], run({n: t[:, :, 7:] for n, t in x.items()}).output)
+
+
+def test_below_the_least_normaliser_it_is_gated_linear_attention_and_above_it_the_size_of_gates_does_not_matter():
+    x = inputs_of()
+    x["log_forget"] = F.logsigmoid(x["log_forget"])
+    low = {**x, "log_input": x["log_input"] - 12}
+    keys = x["k"] * low["log_input"].exp()[..., None]
+    assert_close(run(low).output, gated_linear_attention(x["q"], keys, x["v"], x["log_forget"][..., None]), 1e-16)
+    positive = {**x, "q": x["q"].abs(), "k": x["k"].abs(), "log_input": x["log_input"] + 20}
+    assert_close(run(positive).output, run({**positive, "log_input": positive["log_input"] + 500}).output, 1e-11)
+
+
+def test_gradcheck_through_every_part_of_the_state():
+    x = inputs_of(5, h=1, k=3, v=2)
+    memory, stabilizer = torch.randn(2, 1, 3, 3).double(), torch.rand(2, 1).double()
+
+    def function(memory, stabilizer, *tensors):
+        state = MemoryState(memory, stabilizer, torch.zeros(2, dtype=torch.long))
+        result = run(dict(zip(x, tensors, strict=True)), state=state, chunk_size=3)
+        true = result.state.memory * result.state.stabilizer[..., None, None].exp()
+        return result.output, true
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in (memory, stabilizer, *x.values())])
+
+
+def test_parity_with_transformers_and_its_state():
+    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
+    if modeling.external_xlstm:
+        pytest.skip("transformers takes the xlstm package instead")
+    x = inputs_of(27)
+    options = {"return_last_states": True, "eps": 0.0, "dtype_state": torch.float64}
+    given = {"query": x["q"], "key": x["k"], "value": x["v"], "igate": x["log_input"], "fgate": x["log_forget"]}
+    first, rest = ({name: t[:, :, part] for name, t in given.items()} for part in (slice(11), slice(11, None)))
+    o1, (c, n, m) = modeling.mlstm_recurrent_sequence_native(**first, **options)
+    o2, (c2, n2, m2) = modeling.mlstm_recurrent_sequence_native(
+        **rest, c_initial=c, n_initial=n, m_initial=m, **options
+    )
+    x["log_forget"] = F.logsigmoid(x["log_forget"])
+    found = run(x, return_state=True)
+    assert_close(found.output, torch.cat([o1, o2], 2))
+    written = torch.cat([c2, n2[..., None]], -1) * m2[..., None].exp()
+    assert_close(found.state.memory * found.state.stabilizer[..., None, None].exp(), written)
+    state = MemoryState(torch.cat([c, n[..., None]], -1), m[..., 0], torch.full((2,), 11))
+    assert_close(run({name: t[:, :, 11:] for name, t in x.items()}, state=state).output, o2)
+
+
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
+def test_layer_has_the_gates_of_its_equations(forget_gate):
+    torch.manual_seed(0)
+    layer = create_layer("mlstm", 16, 2, forget_gate=forget_gate, gate_cap=15.0).double()
+    own, x = layer.projection, 9 * torch.randn(2, 7, 16).double()
+    start = own({}, x, x, Context())
+    forget = start["log_forget"].exp()
+    assert ((forget > 0.95) & (forget < 1)).all()
+    assert start["log_input"].abs().max() < 0.5
+    for gate in (own.input_gate, own.forget_gate):
+        torch.nn.init.normal_(gate.weight)
+    found = own({}, x, x, Context())
+    capped = {name: 15 * torch.tanh(gate(x).mT / 15) for name, gate in (("i", own.input_gate), ("f", own.forget_gate))}
+    assert_close(found["log_input"], capped["i"])
+    assert_close(found["log_forget"], capped["f"] if forget_gate == "exp" else F.logsigmoid(capped["f"]))
+
+    def heads(y):
+        return y.unflatten(-1, (2, -1)).transpose(1, 2)
+
+    o = run({"q": heads(layer.query(x)), "k": heads(layer.key(x)), "v": heads(layer.value(x)), **found}).output
+    expected = F.layer_norm(o, (8,)).transpose(1, 2).flatten(2) * torch.sigmoid(layer.gate(x))
+    assert_close(layer(x).output, layer.output(expected))
+
+
+def test_options_are_checked():
+    for options in ({"forget_gate": "tanh"}, {"gate_cap": 0.0}, {"gate_cap": math.nan}):
+        with pytest.raises(Unsupported):
+            MECHANISM.options(**options)

@@ -1,0 +1,105 @@
+"""Mamba and Mamba-2 checkpoints of transformers: the same logits and the same tokens, or the reason why not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from regard import Context, Mask, Unsupported
+from regard.models import from_pretrained, from_transformers, save_pretrained
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 41, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "eos_token_id": None}
+MAMBA2 = {"num_heads": 8, "head_dim": 8, "n_groups": 2}
+SETTINGS = {
+    "mamba": {},
+    "mamba, untied": {"tie_word_embeddings": False, "time_step_rank": 5, "conv_kernel": 3, "layer_norm_epsilon": 0.3},
+    "mamba, no bias": {"use_conv_bias": False, "expand": 1},
+    "mamba2": MAMBA2,
+    "mamba2, tied": {**MAMBA2, "tie_word_embeddings": True, "layer_norm_epsilon": 0.3, "use_conv_bias": False},
+    "mamba2, limited": {**MAMBA2, "time_step_limit": (0.2, 0.6), "chunk_size": 4},
+}
+
+
+def saved(settings, folder, **options):
+    mamba2 = settings.startswith("mamba2")
+    config = (transformers.Mamba2Config if mamba2 else transformers.MambaConfig)(**SIZES, **SETTINGS[settings])
+    model = (transformers.Mamba2ForCausalLM if mamba2 else transformers.MambaForCausalLM)(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_checkpoint_gives_the_logits_and_the_tokens_of_transformers(settings, tmp_path):
+    theirs = saved(settings, tmp_path)
+    ours, ids = from_transformers(tmp_path), torch.randint(41, (3, 11))
+    with torch.no_grad():
+        logits = ours(ids).output
+        torch.testing.assert_close(logits, theirs(ids).logits, atol=2e-5, rtol=2e-5)
+        started = ours(ids[:, :6], context=Context(want=frozenset({"state"})))
+        torch.testing.assert_close(ours(ids[:, 6:], state=started.state).output, logits[:, 6:], atol=2e-5, rtol=2e-5)
+        padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), ids], 1)
+        valid = torch.arange(13).expand(3, -1) > 1
+        torch.testing.assert_close(ours(padded, context=Context(mask=Mask(valid=valid))).output[:, 2:], logits)
+    cached = "limited" not in settings  # its step from a cache leaves the limits out
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(ours.generate(ids, 3), expected[:, 11:])
+
+
+@pytest.mark.parametrize("settings", ["mamba", "mamba2"])
+def test_float64_differs_by_what_transformers_rounds_to_float32(settings, tmp_path):
+    theirs = saved(settings, tmp_path).double()
+    ours, ids = from_transformers(tmp_path, dtype=torch.float64), torch.randint(41, (2, 9))
+    assert {p.dtype for p in ours.parameters()} == {torch.float64}
+    with torch.no_grad():
+        expected = theirs(ids).logits.double()
+        torch.testing.assert_close(ours(ids).output, expected, atol=5e-6, rtol=5e-6)
+
+
+def test_checkpoints_in_several_files_are_read_and_saved_as_ours(tmp_path):
+    saved("mamba2, tied", tmp_path / "theirs", max_shard_size="8KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    ours, ids = from_transformers(tmp_path / "theirs"), torch.randint(41, (2, 9))
+    save_pretrained(ours, tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path / "ours")(ids).output, ours(ids).output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "falcon_mamba"}, "falcon_mamba .it normalises B, C and the steps"),
+        ({"model_type": "llama"}, "a checkpoint of llama; supported: mamba, mamba2"),
+        ({"use_bias": True}, "use_bias=True of a mamba"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"num_hidden_layers": 3}, "without blocks.2"),
+        ({"num_hidden_layers": 1}, "with unknown blocks.1"),
+        ({"state_size": 4}, "whose blocks.0.mixer"),
+        ({"state_size": None}, "d_state|state_size"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(changes, told, tmp_path):
+    saved("mamba", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    with pytest.raises(Unsupported, match=told):
+        from_transformers(tmp_path)
+
+
+def test_folders_without_weights_or_settings_are_refused(tmp_path):
+    with pytest.raises(Unsupported, match=r"without config.json"):
+        from_transformers(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(Unsupported, match=r"without model.safetensors or"):
+        from_transformers(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(Unsupported, match="other contents"):
+        from_transformers(tmp_path)

@@ -1,0 +1,99 @@
+"""What share of held-out text the training text has: equal to counting every string, and said by every task of text."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from regard.tasks import create_task
+from regard.tasks import overlap as module
+from regard.tasks.overlap import SHINGLE, overlap
+
+
+def letters(generator, count):
+    return generator.integers(97, 123, count, dtype=np.uint8).tobytes()
+
+
+def strings(text):
+    return [text[i : i + SHINGLE] for i in range(len(text) - SHINGLE + 1)]
+
+
+@pytest.mark.parametrize("block", [1, 64, 1 << 15])
+def test_the_share_is_that_of_counting_every_string(monkeypatch, block):
+    monkeypatch.setattr(module, "_BLOCK", block)
+    generator = np.random.default_rng()
+    training = [letters(generator, n) for n in (0, 300, 49, 51, 700)]
+    held_out = [
+        training[1][20:150] + letters(generator, 90),
+        training[1][-30:] + training[2] + training[3][:30],  # over the borders of training texts, laid end to end
+        b"a" * 60 + training[4][:60] + b"a" * 60,
+        letters(generator, 49),
+        training[4][650:] + b"\n",
+    ]
+    known = set(strings(b"".join(training)))
+    every = [string in known for text in held_out for string in strings(text)]
+    found = overlap(training, held_out)
+    assert (found.looked_up, found.count) == (len(every), len(every))
+    assert 0.2 < np.mean(every) < 0.8
+    assert found.share == pytest.approx(np.mean(every))
+
+
+def test_of_long_text_as_many_strings_are_looked_up_as_is_said(monkeypatch):
+    monkeypatch.setattr(module, "LOOKED_UP", 500)
+    generator = np.random.default_rng()
+    training = letters(generator, 20_000)
+    found = overlap([training], [training[:6_000] + letters(generator, 14_000)])
+    assert found.share == pytest.approx(0.3, abs=0.01)
+    assert "500 looked up of 19,951" in str(found)
+
+
+def test_texts_shorter_than_a_string_are_not_called_new():
+    assert "not known" in str(overlap([b"a" * 90], [b"a" * 20] * 9))
+    assert not overlap([b"a" * 90], [b"a" * 20] * 9).much
+
+
+def rows(generator, copied):
+    """Texts that differ, each of them with `copied` bytes of one that all share."""
+    shared = letters(generator, copied).decode()
+    return [letters(generator, 150).decode() + shared for _ in range(40)]
+
+
+def text(folder, texts):
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return create_task("text", data=folder / "a.jsonl", length=16)
+
+
+def documents(folder, texts):
+    lines = [json.dumps({"text": t, "label": i % 2}) for i, t in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    return create_task("documents", data=folder / "a.jsonl")
+
+
+def matching(folder, texts):
+    lines = [json.dumps({"first": t, "second": f"n {i}", "label": i % 2}) for i, t in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    return create_task("matching", data=folder / "a.jsonl")
+
+
+def summarize(folder, texts):
+    lines = [json.dumps({"source": t, "target": f"number {i}"}) for i, t in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    return create_task("summarize", data=folder / "a.jsonl")
+
+
+@pytest.mark.parametrize("make", [text, documents, matching, summarize])
+def test_every_task_of_text_tells_the_overlap_and_warns_above_five_per_cent(tmp_path, make):
+    generator = np.random.default_rng()
+    told = make(tmp_path, rows(generator, 200)).describe()
+    (line,) = [line for line in told.splitlines() if "word for word" in line]
+    assert line.startswith("warning: ")
+    assert float(line.split()[1].removesuffix("%")) == pytest.approx(100 * 151 / 301, abs=1.5)
+    assert "\noverlap: 0.0% of the held-out text" in make(tmp_path, rows(generator, 0)).describe()
+
+
+def test_a_text_given_twice_is_not_called_new(tmp_path):
+    twice = (letters(np.random.default_rng(), 8_000) + b"\n") * 2
+    (tmp_path / "a.txt").write_bytes(twice)
+    assert "warning: 100.0% of the held-out text" in create_task("text", data=tmp_path / "a.txt", length=16).describe()

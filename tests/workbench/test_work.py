@@ -1,0 +1,30 @@
+"""The plan of a comparison's work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard.tasks import create_task
+from regard.training import TrainConfig
+from regard.training.loop import History, Point
+from regard.workbench import work as module
+from regard.workbench.budget import Budget
+from regard.workbench.settings import CompareSettings
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [((), 1), ((1,), 3), ((3,), 1), ((1, 3), 1)])
+def test_threads_are_chosen_though_a_busy_machine_does_no_step_in_time(monkeypatch, slow, chosen):
+    def train(model, task, config: TrainConfig, deadline):
+        count = torch.get_num_threads()
+        return History([] if count in slow else [Point(0, 1.0, 0.0, 1.0, 0.1, float(count))])
+
+    settings = CompareSettings(("softmax",), Budget.parse("1m"), dim=16, layers=1)
+    one = module.Work(create_task("copying", length=32), settings)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(module, "train", train)
+    try:
+        assert module._best_threads(one) == chosen
+    finally:
+        torch.set_num_threads(before)
