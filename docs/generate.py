@@ -688,6 +688,8 @@ PLACED = {
     "aaren": "Recurrences and state spaces",
     "landmark": "Chosen keys",
     "lara": "Linear attention",
+    "mlstm": "Recurrences and state spaces",
+    "moba": "Chosen keys",
     "probsparse": "Chosen keys",
     "reformer": "Chosen keys",
     "routing": "Chosen keys",
