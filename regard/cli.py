@@ -656,6 +656,7 @@ def compare(
     from regard.workbench.budget import Budget
     from regard.workbench.compare import compare as run
     from regard.workbench.compare import train_share
+    from regard.workbench.report import SCHEMA
     from regard.workbench.settings import CompareSettings
     from regard.workbench.summary_table import terminal_table
     from regard.workbench.work import default_mechanisms, fitting
@@ -725,6 +726,7 @@ def compare(
     if as_json:
         _emit(
             {
+                "schema": SCHEMA,
                 "tasks": {one.name: one.describe() for one in tasks},
                 "summary": outcome.summary,
                 "baselines": outcome.baselines,

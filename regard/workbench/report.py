@@ -29,7 +29,8 @@ REFERENCE = "softmax"
 """What efficiency lengths are counted against."""
 
 SCHEMA = 2
-"""Version of the JSON that a report holds; it rises when a name in it changes its meaning."""
+"""Version of the JSON that a report holds and that ``regard compare --json`` prints (docs/schema/compare.json); it rises
+when a name in it changes its meaning."""
 
 COSTS = (
     (

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -310,6 +311,30 @@ COMMAND = [
 ]
 
 
+SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "compare.json"
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
+TYPES |= {"null": type(None)}
+
+
+def differences(value, schema, path="."):
+    """Where a value is not what a schema says, of the words that the published schema uses; unknown names too."""
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(isinstance(value, TYPES[kind]) for kind in kinds):
+        return [f"{path}: {value!r} is none of {kinds}"]
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return [f"{path}: {value!r}"]
+    found = [f"{path}: no {name}" for name in schema.get("required", []) if name not in value]
+    if isinstance(value, list):
+        return found + [d for i, v in enumerate(value) for d in differences(v, schema["items"], f"{path}[{i}]")]
+    if isinstance(value, dict) and ("properties" in schema or "additionalProperties" in schema):
+        named, others = schema.get("properties", {}), schema.get("additionalProperties")
+        for name, one in value.items():
+            known = named.get(name, others)
+            found += [f"{path}.{name}: unknown"] if known is None else differences(one, known, f"{path}.{name}")
+    return found
+
+
 def quality(folder):
     with Store(folder / "results.db") as store:
         rows = store.rows("quality")
@@ -331,7 +356,10 @@ def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
         process.wait()
     before = quality(killed)
     subprocess.run([*COMMAND, "--output", str(killed)], env=environment, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*COMMAND, "--output", str(whole)], env=environment, check=True, stdout=subprocess.DEVNULL)
+    told = subprocess.run(
+        [*COMMAND, "--output", str(whole)], env=environment, check=True, stdout=subprocess.PIPE
+    ).stdout
+    assert differences(json.loads(told), json.loads(SCHEMA.read_text())) == []
     assert 1 <= len(before) < len(quality(whole))
     assert quality(killed) == quality(whole)
     assert all(quality(killed)[cell] == row for cell, row in before.items())
