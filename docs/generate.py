@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
-from regard.contract import Kind, Mechanism, Pattern, Shape
+from regard.contract import Cost, Kind, Mechanism, Pattern, Shape
 from regard.functional import function_name
 from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
@@ -236,11 +236,10 @@ def attributes_of(docstring: str) -> dict[str, str]:
 
 
 def _cost(card: Mechanism) -> str:
-    config, softmax = card.options(), get_mechanism("softmax")
+    softmax = get_mechanism("softmax")
     rows = []
     for n in LENGTHS:
-        shape = Shape(1, HEADS, n, n, WIDTH, WIDTH)
-        own, reference = card.cost(shape, config), softmax.cost(shape, softmax.options())
+        own, reference = _cost_at(card, n), _cost_at(softmax, n)
         rows.append(
             (
                 f"{n:,}",
@@ -262,7 +261,12 @@ def _cost(card: Mechanism) -> str:
 
 
 def _number(value: float) -> str:
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for size, unit in (
+        (1e12, "\N{NO-BREAK SPACE}T"),
+        (1e9, "\N{NO-BREAK SPACE}G"),
+        (1e6, "\N{NO-BREAK SPACE}M"),
+        (1e3, "\N{NO-BREAK SPACE}k"),
+    ):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
@@ -395,6 +399,7 @@ def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None)
 def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     """The verified matrix of all mechanisms."""
     head = [
+        WIDE,
         "# The verified matrix",
         "Every property that the contract promises is measured for every mechanism, pattern, dtype and backend, on the function "
         "and on the layer. An error is the largest difference as a fraction of the largest output. A property that does "
@@ -667,19 +672,147 @@ def _source(entry: Mapping[str, Any]) -> str:
     return f"{name} ({commit}; {entry['licence']})"
 
 
-def index_page(names: Iterable[str]) -> str:
-    """The list of mechanisms by kind."""
-    parts = ["# Mechanisms", "One page each, generated from the module that defines the mechanism."]
+FAMILIES = {
+    "Softmax and its kin": "Each query reads each key: operations grow with the square of the length, the cache with the length.",
+    "Windows and blocks": "Each query reads the keys in fixed places: those near it, blocks, every s-th one.",
+    "Chosen keys": "What tokens hold decides which keys a query reads.",
+    "Summaries": "A few vectors stand for many keys, or for many queries.",
+    "Linear attention": "The weight of a pair is a product of features, so that the past fits in one matrix a head.",
+    "Recurrences and state spaces": "A state of fixed size goes from token to token, and decays or is edited on its way.",
+    "Mixing without pairs": "Convolutions and transforms over the sequence, without queries and keys.",
+    "Parts of a model": "Poolings, linear layers, and what goes around the heads of another mechanism.",
+}
+"""Families of mechanisms, in the order of the navigation."""
+
+PLACED = {
+    "aaren": "Recurrences and state spaces",
+    "landmark": "Chosen keys",
+    "lara": "Linear attention",
+    "probsparse": "Chosen keys",
+    "reformer": "Chosen keys",
+    "routing": "Chosen keys",
+    "s4d": "Recurrences and state spaces",
+    "sea": "Chosen keys",
+    "sinkhorn": "Chosen keys",
+}
+"""Families of those that the card alone would put into another."""
+
+SHORT = {
+    Pattern.NONCAUSAL_SELF: "NS",
+    Pattern.CAUSAL_SELF: "CS",
+    Pattern.NONCAUSAL_CROSS: "NC",
+    Pattern.CAUSAL_CROSS: "CC",
+}
+WIDE = "---\nhide: [toc]\n---"
+"""Head of a page whose tables need the room of its table of contents."""
+
+AT = LENGTHS[-1]
+"""Length at which the chooser compares."""
+
+
+def family(card: Mechanism) -> str:
+    """The family of a mechanism, by what its card says of kind, inputs, engine, weights and cost."""
+    if card.name in PLACED:
+        return PLACED[card.name]
+    if card.kind not in (Kind.ATTENTION, Kind.MIXER):
+        return "Parts of a model"
+    if _operations(card) > 0.25:  # of softmax's: a share of the pairs that does not shrink with the length
+        return "Softmax and its kin"
+    if card.domains:  # decays, steps or strengths of writing
+        return "Recurrences and state spaces"
+    if card.kind is Kind.MIXER:
+        return "Mixing without pairs"
+    if card.engine in ("linear_attention", "gated_recurrence"):
+        return "Linear attention"
+    return "Windows and blocks" if card.weights == "exact" else "Summaries"
+
+
+def by_family(names: Iterable[str]) -> dict[str, list[Mechanism]]:
+    """The mechanisms `names` of each family that has any."""
     cards = [get_mechanism(name) for name in names]
-    for kind in Kind:
-        rows = [
-            (f"[{c.name}]({c.name}.md)", c.summary, ", ".join(p.value for p in c.patterns))
-            for c in cards
-            if c.kind is kind
-        ]
-        if rows:
-            parts += [f"## {kind.value.capitalize()}", _table(("mechanism", "", "patterns"), rows)]
+    families = {name: [card for card in cards if family(card) == name] for name in FAMILIES}
+    return {name: members for name, members in families.items() if members}
+
+
+def _operations(card: Mechanism) -> float:
+    """Operations by the card, as a fraction of softmax's."""
+    return _cost_at(card, AT).flops / _cost_at(get_mechanism("softmax"), AT).flops
+
+
+def _cost_at(card: Mechanism, n: int) -> Cost:
+    return card.cost(Shape(1, HEADS, n, n, WIDTH, WIDTH), card.options())
+
+
+def index_page(
+    names: Sequence[str],
+    scaling: Mapping[str, Any] | None = None,
+    ranking: Mapping[str, Any] | None = None,
+    reproduced: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The chooser, a table of all mechanisms, and the list of each family."""
+    tasks = {task: _arrow(ranking, task) for task in ranking["tasks"]} if ranking else {}
+    families = by_family(names)
+    rows = [
+        (f"[{card.name}]({card.name}.md)", title, *_chosen_by(card, scaling, ranking, reproduced))
+        for title, members in families.items()
+        for card in members
+    ]
+    headings = ("mechanism", "family", "patterns", "state", "operations / softmax's", "time / softmax's")
+    parts = [
+        WIDE,
+        "# Mechanisms",
+        f"A heading sorts the table; the field above it keeps the rows that have all its words, such as `CS fixed`. The "
+        f"card of each mechanism says its patterns, its state and its operations at {AT:,} tokens ({HEADS} heads of "
+        f"{WIDTH}); time is [measured](../scaling.md), at {AT:,} tokens where no other length is named. "
+        f"{_scores_meaning(tasks)}The verdict is that of the [reproduction](../verdicts.md) of its paper's claim. A dash: "
+        "not measured, or not possible.",
+        "Patterns: " + ", ".join(f"{short} {pattern.value}" for pattern, short in SHORT.items()) + ". State: numbers "
+        "kept to decode the next token; *fixed* keeps its size, *grows* grows with the sequence.",
+        _table((*headings, *(f"{task} {arrow}" for task, arrow in tasks.items()), "claim at a small size"), rows),
+    ]
+    for title, members in families.items():
+        listed = [(f"[{card.name}]({card.name}.md)", card.summary) for card in members]
+        parts += [f"## {title}", FAMILIES[title], _table(("mechanism", "what it does"), listed)]
     return _page(parts)
+
+
+def _arrow(ranking: Mapping[str, Any], task: str) -> str:
+    """Where better scores are; entries come best first."""
+    means = [e["mean"] for e in ranking["entries"] if e["task"] == task and e["mean"] is not None]
+    return "↑" if means and means[0] > means[-1] else "↓"
+
+
+def _scores_meaning(tasks: Iterable[str]) -> str:
+    named = " and ".join(tasks)
+    return f"Scores on {named} are those of [the ranking](../ranking.md), ↑ more is better. " if named else ""
+
+
+def _chosen_by(
+    card: Mechanism,
+    scaling: Mapping[str, Any] | None,
+    ranking: Mapping[str, Any] | None,
+    reproduced: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Cells of the chooser after name and family."""
+    state = "none"
+    if card.state is not None:
+        state = f"{_number(_cost_at(card, AT).state)} {'fixed' if card.recurrent else 'grows'}"
+    measured = (scaling or {"mechanisms": {}})["mechanisms"].get(card.name, {})
+    time = "—"
+    if "time over softmax" in measured and card.kind is not Kind.WRAPPER:  # whose heads are another mechanism's
+        time = f"{measured['time over softmax']:.2g}"
+        time += "" if measured["longest"] == AT else f" at {measured['longest']:,}"
+    scores = []
+    for task in ranking["tasks"] if ranking else ():
+        means = {e["mechanism"]: e["mean"] for e in ranking["entries"] if e["task"] == task}
+        scores.append("—" if means.get(card.name) is None else f"{means[card.name]:.3g}")
+    about = [one for one in reproduced if card.name in one["mechanisms"] and one["outcome"] != Outcome.NOT_RUN]
+    about.sort(key=lambda one: one["name"] != card.name)
+    claim = (
+        f"[{about[0]['outcome'].removesuffix(' at this size')}](../verdicts.md#{about[0]['name']})" if about else "—"
+    )
+    patterns = " ".join(short for pattern, short in SHORT.items() if pattern in card.patterns)
+    return [patterns, state, f"{_operations(card):.2g}", time, *scores, claim]
 
 
 def _page(parts: Iterable[str]) -> str:
@@ -715,12 +848,13 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
     cells = verified["cells"] if verified else []
     judged = _read(DATA / "reproductions.json")
     reproduced = reproductions(judged)
+    scaling, ranking = _read(DATA / "scaling.json"), _read(DATA / "ranking.json")
     pages = {f"mechanisms/{name}.md": mechanism_page(get_mechanism(name), cells, reproduced) for name in names}
     pages |= {
-        "mechanisms/index.md": index_page(names),
+        "mechanisms/index.md": index_page(names, scaling, ranking, reproduced),
         "matrix.md": matrix_page(verified, names),
-        "scaling.md": scaling_page(_read(DATA / "scaling.json")),
-        "ranking.md": ranking_page(_read(DATA / "ranking.json")),
+        "scaling.md": scaling_page(scaling),
+        "ranking.md": ranking_page(ranking),
         "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
     }
@@ -731,12 +865,23 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
 
 
 def on_config(config: Any) -> Any:
-    """mkdocs hook: fill the navigation's list of mechanisms."""
+    """mkdocs hook: fill the navigation's list of mechanisms, by family."""
     for entry in config["nav"]:
         if "Mechanisms" in entry:
-            names = sorted(path.stem for path in (DOCS / "mechanisms").glob("*.md") if path.stem != "index")
-            entry["Mechanisms"] = ["mechanisms/index.md", *(f"mechanisms/{name}.md" for name in names)]
+            families = by_family(name for name in list_mechanisms() if (DOCS / f"mechanisms/{name}.md").is_file())
+            pages = [{title: [f"mechanisms/{c.name}.md" for c in members]} for title, members in families.items()]
+            entry["Mechanisms"] = [{"Choose a mechanism": "mechanisms/index.md"}, *pages]
     return config
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """mkdocs hook: Markdown knows neither roles, which become links where the reference has what they name, nor ``::``."""
+
+    def link(found: re.Match[str]) -> str:
+        path, short = found[2], found[1]
+        return f'<autoref optional identifier="{path}"><code>{path.split(".")[-1] if short else path}</code></autoref>'
+
+    return re.sub(r":\w+:<code>(~?)([\w.]+)</code>", link, html).replace("::</p>", ":</p>")
 
 
 def main() -> None:

@@ -63,8 +63,9 @@ class EncoderConfig:
         pool_options: of ``additive`` (`hidden`), ``structured`` (`slots`, `hidden`, `diversity`), or the mechanism.
         plan: as in :class:`regard.models.LanguageModelConfig`. Layers for grids alone (``large_kernel`` unless
             ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
-        dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options, max_length, dropout,
-            norm, embedding_norm, loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
+        dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options: as in
+            :class:`regard.models.LanguageModelConfig`.
+        max_length, dropout, norm, embedding_norm, loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
     """
 
     num_classes: int

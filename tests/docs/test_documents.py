@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import pkgutil
 import re
 import runpy
 import shlex
@@ -107,6 +108,17 @@ def test_links_to_files_lead_somewhere(path):
     made = {"mechanisms/index.md", *GENERATED}
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
         assert target in made or (path.parent / target).exists(), target
+
+
+def test_the_api_reference_names_what_exists():
+    named = [
+        path
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M)
+    ]
+    assert len(named) > 20
+    for path in named:
+        pkgutil.resolve_name(path)
 
 
 @pytest.fixture
@@ -280,3 +292,32 @@ def test_measured_errors_are_those_of_comparisons_with_a_recording():
     with pytest.raises(AssertionError):
         compare(one, 2 * one)
     assert 1e-7 < recorder.fixtures[name]["error"] < 1e-6
+
+
+def test_the_chooser_has_a_row_for_each_mechanism_in_a_family(minimal):
+    catalogue.load_plugin(str(minimal))
+    names = list_mechanisms()
+    ranking = {"tasks": ["recall", "text"]}
+    ranking["entries"] = [
+        {"task": task, "mechanism": name, "mean": mean}
+        for task, means in (("recall", {"softmax": 0.75, "linear": 0.25}), ("text", {"softmax": 2.5, "linear": 3.5}))
+        for name, mean in means.items()
+    ]
+    scaling = {"mechanisms": {"linear": {"time over softmax": 0.0625, "longest": 16384}}}
+    found = [reproduced("linear", "did not hold"), reproduced("softmax", "not run")]
+    page = generate.index_page(names, scaling, ranking, found)
+    chooser, *families = page.split("\n## ")
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in chooser.splitlines() if line.startswith("|")]
+    assert heading[-3:-1] == ["recall ↑", "text ↓"]
+    rows = {row[0].split("]")[0].strip("["): dict(zip(heading[1:], row[1:], strict=True)) for row in rows}
+    assert sorted(rows) == names
+    for name, row in rows.items():
+        (own,) = [part for part in families if f"[{name}]" in part]
+        assert own.startswith(row["family"])
+        assert {SHORT[p] for p in row["patterns"].split()} == set(get_mechanism(name).patterns)
+        assert ("fixed" in row["state"]) == (get_mechanism(name).state is not None and get_mechanism(name).recurrent)
+    assert list(rows["linear"].values())[4:] == ["0.062", "0.25", "3.5", "[did not hold](../verdicts.md#linear)"]
+    assert list(rows["softmax"].values())[3:] == ["1", "—", "0.75", "2.5", "—"]
+    assert rows["uniform"]["family"] in generate.FAMILIES
+    assert set(generate.PLACED) <= set(names)
+    assert set(generate.PLACED.values()) <= set(generate.FAMILIES)
