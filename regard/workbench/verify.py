@@ -22,6 +22,9 @@ from regard.workbench.subjects import Subject
 COMPILED = ("compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx")
 """Properties that take seconds, and tell no more with other numbers."""
 PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]
+PROGRAMS = frozenset({"compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx"})
+"""Properties of compiled and exported programs, which take seconds each."""
+
 DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
