@@ -427,7 +427,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
             (_link(m), *(_mark([c for c in cells if (c["mechanism"], c["property"]) == (m, n)]) for n in names))
             for m in shown
         ]
-        marks += [f"### Of the {level}", _table(("mechanism", *(f"`{n}`" for n in names)), rows)]
+        marks += [f"### Of the {level}", _table(("mechanism", *(n.replace("_", " ") for n in names)), rows)]
     waived = [
         (_link(c["mechanism"]), c["pattern"], f"`{c['property']}`", c["dtype"], c["detail"])
         for c in cells
@@ -688,6 +688,8 @@ PLACED = {
     "aaren": "Recurrences and state spaces",
     "landmark": "Chosen keys",
     "lara": "Linear attention",
+    "mlstm": "Recurrences and state spaces",
+    "moba": "Chosen keys",
     "probsparse": "Chosen keys",
     "reformer": "Chosen keys",
     "routing": "Chosen keys",

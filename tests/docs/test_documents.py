@@ -121,6 +121,19 @@ def test_the_api_reference_names_what_exists():
         pkgutil.resolve_name(path)
 
 
+ASKED = """KV cache, padding, variable lengths, GPU, ONNX, torch.export, torch.compile, pretrained, long documents, dash, seqpe,
+rotary, PagedCache, io_count, sliding window, mixed precision, save, load, cross attention, beam search, generate text,
+flash attention, grouped-query, attention weights, streaming, quantization, hybrid, license"""
+
+
+def test_what_newcomers_look_for_is_in_a_heading_with_an_answer_of_one_screen():
+    answers = (ROOT / "docs" / "faq.md").read_text().split("\n## ")[1:]
+    headings = [answer.splitlines()[0].lower() for answer in answers]
+    for words in re.split(r",\s", ASKED.lower()):
+        assert any(all(word in heading for word in words.split()) for heading in headings), words
+    assert max(len(answer.splitlines()) + len(answer) // 100 for answer in answers) < 30
+
+
 @pytest.fixture
 def minimal(tmp_path, monkeypatch):
     """The complete mechanism that CONTRIBUTING shows, as a plugin."""
