@@ -235,10 +235,12 @@ def verify(
     \b
         regard verify softmax gated_linear
         regard verify --plugin my_mechanism.py my_mechanism
+        regard verify local:form=block,block=4
         regard verify --full --output runs/verify
         regard verify --json > matrix.json
     """
     from regard.measurement.store import Store
+    from regard.models.variants import known_name
     from regard.workbench.failures import grouped
     from regard.workbench.verify import PROPERTIES, Cell, plan
     from regard.workbench.verify import verify as run
@@ -246,7 +248,7 @@ def verify(
     modules = _load(plugin)
     if not mechanisms and modules:
         mechanisms = [m.MECHANISM.name for m in modules if hasattr(m, "MECHANISM")]
-    names = [get_mechanism(n).name for n in mechanisms] if mechanisms else list_mechanisms()
+    names = [known_name(n) for n in mechanisms] if mechanisms else list_mechanisms()
     known = [p.name for p in PROPERTIES]
     for name in prop or ():
         if name not in known:
@@ -546,7 +548,9 @@ def advise_command(
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(get_mechanism(part.strip()).name for part in text.split(",") if part.strip())
+    from regard.models.variants import read_variants
+
+    return tuple(variant.name for variant in read_variants(text))
 
 
 @app.command()

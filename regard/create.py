@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 from torch import nn
 
@@ -12,12 +12,33 @@ from regard.catalogue import get_mechanism, list_mechanisms, resolve
 from regard.contract import Kind, Mechanism, Pattern, Types, Unsupported, at_least, closest, types_of
 from regard.layers import linear
 from regard.layers.attention import AttentionLayer
+from regard.layers.base import Layer
 from regard.layers.plain import PlainLayer
 from regard.layers.projection import ProjectionLayer, projection_factory
 
 SIZES = Types({"dim": int, "num_heads": int | None})
 
 
+@overload
+def create_layer(
+    name: str,
+    dim: int,
+    num_heads: int | None = None,
+    *,
+    pattern: str | Pattern = Pattern.CAUSAL_SELF,
+    plain: Literal[False] = False,
+    **options: Any,
+) -> Layer: ...
+@overload
+def create_layer(
+    name: str,
+    dim: int,
+    num_heads: int | None = None,
+    *,
+    pattern: str | Pattern = Pattern.CAUSAL_SELF,
+    plain: Literal[True],
+    **options: Any,
+) -> PlainLayer: ...
 def create_layer(
     name: str,
     dim: int,
@@ -26,7 +47,7 @@ def create_layer(
     pattern: str | Pattern = Pattern.CAUSAL_SELF,
     plain: bool = False,
     **options: Any,
-) -> nn.Module:
+) -> Layer | PlainLayer:
     """A layer by the name of its mechanism.
 
     A layer returns a ``Result``, because a state to continue from and losses to add up come with the output, and belong
@@ -62,7 +83,7 @@ def build_layer(
     *,
     pattern: str | Pattern = Pattern.CAUSAL_SELF,
     **options: Any,
-) -> nn.Module:
+) -> Layer:
     """:func:`create_layer` for a card that need not be in the catalogue."""
     wanted = card.require_pattern(pattern)
     own = [f.name for f in dataclasses.fields(card.config)]
@@ -88,7 +109,7 @@ def build_layer(
         return ProjectionLayer(card, dim, pattern=wanted, config=config, **chosen)
     if card.kind is Kind.WRAPPER:
         chosen["create"] = create_layer
-    return card.module(card, dim, num_heads, pattern=wanted, config=config, **chosen)
+    return cast(Layer, card.module(card, dim, num_heads, pattern=wanted, config=config, **chosen))
 
 
 def layer_options(card: Mechanism) -> list[str]:

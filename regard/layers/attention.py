@@ -39,6 +39,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.engines.layers import gated_product
+from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import check_dropout, dropout
@@ -50,8 +51,6 @@ from regard.visibility import DistanceBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-STEP = Context(want=frozenset({"state"}))
 
 GATES = {"swish": "silu", "sigmoid": "sigmoid"}
 """Output gates, with their functions' names in :func:`regard.engines.layers.gated_product`."""
@@ -68,7 +67,7 @@ class LayerState(State):
     projection: State | None = None
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(Layer):
     """An attention mechanism as a layer, (B, N, C) -> (B, N, C).
 
     Args:
@@ -319,13 +318,6 @@ class AttentionLayer(nn.Module):
             length = lengths_after(before, layout.lengths, batch, x.shape[1], device)
             result.state = LayerState(result.state, length, tuple(caches), projected)
         return result
-
-    def step(
-        self, x_t: Float[Tensor, "b c"], state: LayerState | None = None
-    ) -> tuple[Float[Tensor, "b c"], LayerState]:
-        """One token: the output and the state after it. Without a state it is the first of its sequence."""
-        result = self(x_t[:, None], context=STEP, state=state)
-        return result.output[:, 0], result.state
 
     def encode_memory(
         self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: LayerState | None = None

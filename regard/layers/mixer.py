@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.contract import Context, Mask, Mechanism, Pattern, Result, State, Unsupported
+from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
 from regard.ragged import Gathering, gathering, gathering_in_place
 
@@ -50,7 +51,7 @@ class Tokens:
         return torch.full(self.x.shape[:1], self.x.shape[1], device=self.x.device)
 
 
-class MixerLayer(nn.Module):
+class MixerLayer(Layer):
     """A mixer as a layer, (B, N, C) -> (B, N, C).
 
     Args:
@@ -112,11 +113,6 @@ class MixerLayer(nn.Module):
         result = self.mix(tokens, keys, context, state)
         result.output = layout.scatter(result.output, axis=1)
         return result
-
-    def step(self, x_t: Float[Tensor, "b c"], state: Any = None) -> tuple[Float[Tensor, "b c"], Any]:
-        """One token: the output and the state after it. Without a state it is the first of its sequence."""
-        result = self(x_t[:, None], context=Context(want=frozenset({"state"})), state=state)
-        return result.output[:, 0], result.state
 
     def encode_memory(
         self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: Any = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from regard.contract import Context, Mechanism, Pattern, Result, Unsupported
+from regard.layers.base import Layer
 from regard.layers.checks import check_tokens, given_context
 from regard.ragged import gathering
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class ProjectionLayer(nn.Module):
+class ProjectionLayer(Layer):
     """Applies a projection mechanism to every token alone, (B, N, C) -> (B, N, out_features).
 
     Args:

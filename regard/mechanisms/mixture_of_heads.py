@@ -65,6 +65,7 @@ from regard.contract import (
     one_of,
 )
 from regard.layers.attention import AttentionLayer, LayerState
+from regard.layers.base import Layer
 from regard.layers.checks import given_context
 from regard.layers.chosen_heads import attend_in_chosen_heads, check_choosable
 from regard.layers.linear import make_linear
@@ -394,7 +395,7 @@ class HeadRouter(nn.Module):
         return gates_of(call, heads, logits, x, result)
 
 
-class MixtureOfHeads(nn.Module):
+class MixtureOfHeads(Layer):
     """An attention layer whose heads are routed, (B, N, C) -> (B, N, C).
 
     Args:

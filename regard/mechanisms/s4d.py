@@ -333,6 +333,7 @@ class S4DLayer(StateSpaceLayer):
     """
 
     FLOAT32 = ("log_dt", "log_decay", "frequency", "D")
+    state_type = DiagonalState
     conv = None
 
     def __init__(

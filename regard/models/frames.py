@@ -78,8 +78,10 @@ def in_frame(
         return found if positions is None else {"positions": positions, **found}
     if not getattr(card.module, "takes_convolutions", True):
         wanted["short_convolution"] = 0
-    if "output_norm" in card.layer_defaults:
-        wanted["output_norm"] = card.layer_defaults["output_norm"]
+    if card.layer_defaults.get("output_norm", "") is None:
+        wanted["output_norm"] = None
+    if getattr(card.projection, "makes_queries", False):
+        del wanted["key_expand"], wanted["value_expand"]  # widths of its own
     if rotary and not pattern.cross and "rotary" in card.accepts_positions and "positions" not in card.layer_defaults:
         wanted["positions"] = "rotary"
     return {option: value for option, value in wanted.items() if _frames(card, option)} | dict(options)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regard.catalogue import get_mechanism, resolve
+from regard.catalogue import find_mechanism, get_mechanism, get_module, register, resolve
 from regard.contract import Mechanism, Unsupported, closest
 from regard.create import layer_options
 
@@ -76,6 +76,42 @@ class Variant:
             raise Unsupported(f"{self.name} where one layer is asked", supported="a name, or a name with options")
         return dict(self.layers[0][1])
 
+    def as_card(self) -> Mechanism:
+        """The mechanism with these options as its defaults, under this name.
+
+        Raises:
+            Unsupported: for a hybrid, and for options of the block around a layer.
+        """
+        card, options = self.card, self.options
+        if not options:
+            return card
+        fields = {f.name: f for f in dataclasses.fields(card.config)}
+        defaults = [
+            (name, fields[name].type, dataclasses.field(default=value))
+            for name, value in options.items()
+            if name in fields
+        ]
+        layer = {name: value for name, value in options.items() if name not in fields}
+        for option in layer:
+            if option not in layer_options(card):
+                raise Unsupported(f"option {option!r} of {card.name} without a model", supported="options of its layer")
+        config = dataclasses.make_dataclass(
+            card.config.__name__,
+            defaults,
+            bases=(card.config,),
+            frozen=True,
+            namespace={"__module__": card.config.__module__},
+        )
+        config()  # refuses what does not go together
+        return dataclasses.replace(
+            card,
+            name=self.name,
+            aliases=(),
+            alias_options={},
+            config=config,
+            layer_defaults={**card.layer_defaults, **layer},
+        )
+
     def plan(self, num_layers: int | None = None) -> list[tuple[str, dict[str, Any]]]:
         """The plan of a model with `num_layers` layers; of one repetition when None.
 
@@ -125,6 +161,21 @@ def read_variants(text: str) -> list[Variant]:
         elif part:
             written.append(part)
     return [read_variant(part) for part in written]
+
+
+def known_name(text: str) -> str:
+    """The catalogue's name of a mechanism with or without options; one with options is added for this process.
+
+    Raises:
+        Unsupported: for a hybrid, and as :func:`read_variant`.
+    """
+    if find_mechanism(text) is not None and not resolve(text)[1]:
+        return resolve(text)[0].name
+    variant = read_variant(text)
+    card = variant.as_card()
+    if find_mechanism(card.name) is None:
+        register(card, get_module(variant.card.name))
+    return card.name
 
 
 def read_options(text: str, name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported, one_of
 from regard.measurement.store import Store
+from regard.models.variants import known_name
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import MIXING, WHAT, LayerSettings
 from regard.workbench.needs import NEEDS, Finding, find, parse_needs
@@ -252,11 +253,11 @@ def parse_memory(text: str) -> int:
 
 def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
     """The mechanisms in question, and why others that were named or have the pattern are not."""
-    excluded = {get_mechanism(name).name for name in settings.exclude}
+    excluded = {known_name(name) for name in settings.exclude}
     if settings.mechanisms is None:
         names = list_mechanisms(pattern=settings.pattern, where=lambda c: c.kind in MIXING)
     else:
-        names = list(dict.fromkeys(get_mechanism(name).name for name in settings.mechanisms))
+        names = list(dict.fromkeys(known_name(name) for name in settings.mechanisms))
     chosen, rejected = [], {}
     for name in names:
         card = get_mechanism(name)

@@ -122,7 +122,7 @@ def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
     x, memory, roles, expected = _whole(layer, n)
     outputs = []
     if layer.cross:
-        state = layer.layer.encode_memory(memory, context=Context(roles=roles))  # type: ignore[operator]
+        state = layer.layer.encode_memory(memory, context=Context(roles=roles))  # type: ignore[arg-type]
         start = 0
     else:
         head = None if roles is None else roles[:, :4]

@@ -20,6 +20,7 @@ from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
 from regard.measurement.statistics import growth_exponent
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved, rounds
+from regard.models.variants import known_name
 from regard.training.memory import peak_memory
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
@@ -131,7 +132,7 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
     Raises:
         Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper.
     """
-    names = [get_mechanism(n).name for n in settings.mechanisms]
+    names = [known_name(n) for n in settings.mechanisms]
     subjects = {name: _subject(name, settings) for name in dict.fromkeys((REFERENCE, *names))}
     measurements: list[Measurement] = []
     peak = None if library.why_missing() else machine.fma_peak()
@@ -184,7 +185,7 @@ def growth(settings: ProfileSettings) -> dict[str, Growth]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        names = dict.fromkeys(get_mechanism(name).name for name in settings.mechanisms)
+        names = dict.fromkeys(known_name(name) for name in settings.mechanisms)
         return {name: _growth(_functions(name, settings), settings) for name in names}
     finally:
         torch.set_num_threads(threads)

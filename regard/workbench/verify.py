@@ -14,6 +14,7 @@ import torch
 from regard.backends import BACKENDS, only, recording
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Mechanism, Pattern, Waiver
+from regard.models.variants import known_name
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
 from regard.workbench.subjects import Subject
@@ -21,6 +22,9 @@ from regard.workbench.subjects import Subject
 COMPILED = ("compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx")
 """Properties that take seconds, and tell no more with other numbers."""
 PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]
+PROGRAMS = frozenset({"compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx"})
+"""Properties of compiled and exported programs, which take seconds each."""
+
 DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -127,7 +131,7 @@ def plan(
     """The cells that would be measured: mechanism, pattern, property, dtype, backend."""
     chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
     for name in list_mechanisms() if names is None else names:
-        card = get_mechanism(name)
+        card = get_mechanism(known_name(name))
         for pattern in card.patterns:
             if chosen is not None and pattern not in chosen:
                 continue
@@ -151,7 +155,7 @@ def verify(
     """Measure the equality matrix.
 
     Args:
-        names: mechanisms; all when None.
+        names: mechanisms, with options or without, as ``local:window=32``; all when None.
         patterns: only these patterns.
         properties: only these properties.
         full: compile with inductor, and repeat each cell with two more seeds.

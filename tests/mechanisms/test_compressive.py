@@ -22,7 +22,7 @@ from regard.mechanisms.compressive import MECHANISM, Config, cost, sample_inputs
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.properties import NotApplicable
 from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
+from regard.workbench.verify import PROGRAMS, PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 OPTIONS = [
@@ -147,7 +147,7 @@ def test_a_layer_learns_as_queues_of_inputs_do(options):
 def test_properties_hold_with_short_segments(prop, pattern):
     """The usual segment and memory cover most of the matrix's short rows."""
     subject = Subject(MECHANISM, pattern, OPTIONS[0])
-    if prop.name in ("compile", "layer_compile", "layer_export"):
+    if prop.name in PROGRAMS:
         pytest.skip("slow, and the matrix has them")
     for backend in ("torch", "native"):
         for dtype in prop.dtypes_on(backend):

@@ -20,6 +20,7 @@ from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
+from regard.workbench.verify import PROGRAMS
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 SELF = ["causal-self", "noncausal-self"]
@@ -60,7 +61,7 @@ def make_layer(pattern: str = "causal-self", **options: Any) -> torch.nn.Module:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_has_the_properties_of_the_matrix(options, pattern):
     subject = Subject(MECHANISM, Pattern(pattern), options)
-    left_out = {"compile", "layer_compile", "layer_export", "layer_dtype", "pair_masks", "refusals"}
+    left_out = {*PROGRAMS, "layer_dtype", "pair_masks", "refusals"}
     left_out |= {"gradient"} if options.get("rank") != 2 else set()  # slow
     for prop in (*FUNCTION_PROPERTIES, *LAYER_PROPERTIES):
         if prop.name not in left_out:

@@ -21,7 +21,7 @@ from regard.mechanisms.longformer import MECHANISM, Config, copy_projections, co
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.properties import NotApplicable
 from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
+from regard.workbench.verify import PROGRAMS, PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 OPTIONS = [
@@ -178,7 +178,7 @@ def test_decoding_equals_the_whole(options, sizes):
 def test_properties_hold_with_narrow_windows(prop, pattern, options):
     """The usual window covers most of the matrix's short rows."""
     subject = Subject(MECHANISM, pattern, options)
-    if prop.name in ("compile", "layer_compile", "layer_export"):
+    if prop.name in PROGRAMS:
         pytest.skip("slow, and the matrix has them")
     for backend in ("torch", "native"):
         for dtype in prop.dtypes_on(backend):

@@ -24,6 +24,7 @@ from regard.workbench import layer_properties
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
+from regard.workbench.verify import PROGRAMS
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 WANT_GATES = frozenset({"gates"})
@@ -84,7 +85,7 @@ def test_every_option_has_the_properties_of_the_matrix(options, monkeypatch):
 def test_a_layer_of_eight_heads_has_every_property(pattern, compute, monkeypatch):
     monkeypatch.setattr(layer_properties, "HEADS", 8)
     for prop in LAYER_PROPERTIES:
-        if prop.name not in ("layer_compile", "layer_export"):
+        if prop.name not in PROGRAMS:
             try:
                 assert prop.check(Subject(MECHANISM, pattern, {"compute": compute}), prop.dtypes[0]) <= 1e-12, prop.name
             except NotApplicable:

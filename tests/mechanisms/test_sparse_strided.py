@@ -23,7 +23,7 @@ from regard.mechanisms.sparse_strided import MECHANISM, Config, cost, count_pair
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.properties import NotApplicable
 from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
+from regard.workbench.verify import PROGRAMS, PROPERTIES
 
 OPTIONS = [
     {"stride": 4},
@@ -186,7 +186,7 @@ def test_the_cost_counts_visible_pairs(options, n):
 )
 def test_properties_hold_with_short_strides(prop, pattern, options):
     """The usual stride covers half of the matrix's short rows."""
-    if prop.name in ("compile", "layer_compile", "layer_export"):
+    if prop.name in PROGRAMS:
         pytest.skip("slow, and the matrix has them")
     subject = Subject(MECHANISM, pattern, options)
     for backend in ("torch", "native"):

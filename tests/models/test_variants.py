@@ -2,9 +2,11 @@ import json
 
 import pytest
 
-from regard import Unsupported
+from regard import Unsupported, create_layer, get_mechanism
+from regard.catalogue import unregister
 from regard.models import LanguageModelConfig
-from regard.models.variants import read_variant, read_variants
+from regard.models.variants import known_name, read_variant, read_variants
+from regard.workbench.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,21 @@ def test_a_pattern_fills_a_model_as_often_as_it_divides_its_layers():
     assert len(LanguageModelConfig(vocab_size=8, dim=16, num_heads=2, plan=["linear*2", "softmax"]).plan) == 3
     with pytest.raises(Unsupported, match="multiple of 2 layers"):
         LanguageModelConfig(vocab_size=8, dim=16, num_heads=2, plan="local:window=4+softmax", num_layers=3)
+
+
+def test_a_variant_is_a_mechanism_wherever_one_is_named():
+    name = known_name("local:window=3,output_norm=rms")
+    assert known_name(name) == name and known_name("gla") == "gated_linear"
+    card = get_mechanism(name)
+    try:
+        assert card.config().window == 3 and card.name == name
+        assert create_layer(name, 8, 2).output_norm is not None
+        cells = verify([name], patterns=["causal-self"], properties=["reference", "padding", "layer_decoding"])
+        assert cells and all(cell.status == "pass" and cell.mechanism == name for cell in cells)
+    finally:
+        unregister(name)
+    assert known_name("gated_delta_rule") == "delta_rule:gated=true"
+    unregister("delta_rule:gated=true")
+    for refused, words in (("linear+softmax", "hybrid"), ("local:feed_forward=8", "feed_forward")):
+        with pytest.raises(Unsupported, match=words):
+            known_name(refused)

@@ -1,0 +1,43 @@
+"""What every layer offers, whatever is inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from regard.contract import Context, Result, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float
+
+STEP = Context(want=frozenset({"state"}))
+
+
+class Layer(nn.Module):
+    """A mechanism as a module, called as ``layer(x, memory=None, *, context=None, state=None)``, (B, N, C) -> (B, N, C)
+    in a :class:`regard.Result`."""
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., Result]
+
+    def step(self, x_t: Float[Tensor, "b c"], state: Any = None) -> tuple[Float[Tensor, "b c"], Any]:
+        """One token: the output and the state after it. Without a state it is the first of its sequence.
+
+        Raises:
+            Unsupported: where the mechanism cannot go on from a state.
+        """
+        result = self(x_t[:, None], context=STEP, state=state)
+        return result.output[:, 0], result.state
+
+    def encode_memory(
+        self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: Any = None
+    ) -> Any:
+        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in.
+
+        Raises:
+            Unsupported: in self patterns, and for mechanisms that cannot absorb memory.
+        """
+        raise Unsupported(f"memory absorbed by {type(self).__name__}", supported="layer(x, memory)", nearest="softmax")
