@@ -258,8 +258,11 @@ def _discretized(
 
 
 def _factors(power: Complex[Tensor, "c k"], n: int) -> tuple[Complex[Tensor, "c t k"], Complex[Tensor, "c s k"]]:
-    """Powers 0, s, ..., (t - 1) s and 0, ..., s - 1 of Abar, about sqrt(n) each: t s >= n."""
-    size = math.isqrt(n - 1) + 1
+    """Powers 0, s, ..., (t - 1) s and 0, ..., s - 1 of Abar, about sqrt(n) each: t s >= n. s is a power of two, so that a
+    graph serves many n."""
+    size = 1
+    while size * size < n:
+        size *= 2
     fine, coarse = (torch.arange(count, device=power.device)[:, None] for count in (size, -(-n // size)))
     return torch.exp(power[:, None] * (size * coarse)), torch.exp(power[:, None] * fine)
 

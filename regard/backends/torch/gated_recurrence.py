@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.backends.torch.scan import chunk_count, fold
+from regard.backends.torch.scan import chunk_count, fold, in_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -102,7 +102,7 @@ def run(
 
     def chunks(x: Tensor | None) -> Tensor | None:
         # (b, h, n, d) -> (b, h, chunks, size, d); padding with zeros neither writes nor decays
-        return None if x is None else F.pad(x.to(dtype), (0, 0, 0, count * size - n)).unflatten(2, (count, size))
+        return None if x is None else in_chunks(x.to(dtype), 2, count, size)
 
     q_, k_, v_ = chunks(q), chunks(k), chunks(v)
     g = chunks(None if log_decay is None else log_decay.clamp(min=FORGET))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.backends.torch.gated_recurrence import FORGET, decayed_product, suffix_sum
+from regard.backends.torch.scan import in_chunks
 
 
 def run(
@@ -41,11 +42,11 @@ def run(
     if n == 0:
         return (None if q is None else v), state
     size = min(chunk_size, n)
-    padding = -n % size
+    count = -(-n // size)
 
     def chunks(x: Tensor) -> Tensor:
         # (b, h, n, d) -> (b, h, chunks, size, d); padding with zeros neither reads, writes nor decays
-        return F.pad(x.to(dtype), (0, 0, 0, padding)).unflatten(2, (-1, size))
+        return in_chunks(x.to(dtype), 2, count, size)
 
     k_, v_, r, e = map(chunks, (k, v, probe, erase))
     q_ = None if q is None else chunks(q)

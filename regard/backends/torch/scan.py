@@ -48,12 +48,7 @@ def fold_chunks(
     if torch.compiler.is_exporting():
         count = chunk_count(n, size)
         padded = [
-            None
-            if x is None
-            else F.pad(x, (*(0, 0) * (x.ndim - 1 - axis), 0, count * size - n), value=fill).unflatten(
-                axis, (count, size)
-            )
-            for x, fill in zip(tensors, fills, strict=True)
+            None if x is None else in_chunks(x, axis, count, size, fill) for x, fill in zip(tensors, fills, strict=True)
         ]
         carry, output = _fold_in_graph(step, carry, padded, axis)
         return carry, output.flatten(axis, axis + 1).narrow(axis, 0, n)
@@ -63,6 +58,16 @@ def fold_chunks(
         carry, output = step(carry, *(None if x is None else x[(slice(None),) * axis + (part,)] for x in tensors))
         outputs.append(output)
     return carry, torch.cat(outputs, axis)
+
+
+def in_chunks(x: Tensor, axis: int, count: int, size: int, fill: float = 0.0) -> Tensor:
+    """`axis` as (count, size), filled up at its end.
+
+    Padding by nothing keeps the strides of a tensor, but a compiler with a symbol for the length takes the result to be
+    contiguous: so is what is padded here.
+    """
+    padding = (*(0, 0) * (x.ndim - 1 - axis), 0, count * size - x.shape[axis])
+    return F.pad(x.contiguous(), padding, value=fill).unflatten(axis, (count, size))
 
 
 def chunk_count(n: int, size: int) -> int:

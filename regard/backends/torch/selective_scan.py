@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.backends.torch.scan import fold_chunks
+from regard.backends.torch.scan import fold_chunks, in_chunks
 from regard.contract import valid_from_lengths
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def _recur(
     """The bare recurrence over a chunk, all in the dtype of the state."""
     n, groups = x.shape[1], b.shape[2]
     stride = min(STRIDE, n)
-    padding = -n % stride
+    count = -(-n // stride)
 
     def strides(t: Tensor) -> Tensor:
         # (b, q, ...) -> (stride, b, strides, ...); steps of 0 neither write nor decay
-        return F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)).unflatten(1, (-1, stride)).movedim(2, 0)
+        return in_chunks(t, 1, count, stride).movedim(2, 0)
 
     def channels(t: Tensor) -> Tensor:
         return t.unflatten(-1, (groups, -1))[..., None]  # (..., g, c / g, 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.backends.torch.gated_recurrence import segment_sum, suffix_sum
-from regard.backends.torch.scan import fold_chunks
+from regard.backends.torch.scan import fold_chunks, in_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -112,8 +112,7 @@ def _span(
 
     def chunks(x: Tensor, fill: float = 0.0) -> Tensor:
         """(b, chunks, h, size, ...)"""
-        padding = (0, 0) * (x.ndim - 3) + (0, -n % size)
-        return F.pad(x, padding, value=fill).unflatten(2, (-1, size)).transpose(1, 2)
+        return in_chunks(x, 2, -(-n // size), size, fill).transpose(1, 2)
 
     scores, values = chunks(s, -torch.inf).mT, chunks(v)
     gate = None if log_decay is None else chunks(log_decay)
