@@ -46,7 +46,7 @@ class DistanceBias:
     def __call__(self, queries: Int[Tensor, "b n"], keys: Int[Tensor, "b m"]) -> Float[Tensor, "b h n m"]:
         return self.by_distance(keys[:, None, :] - queries[:, :, None]).transpose(0, 1)
 
-    def table(self, low: int, high: int, device: torch.device | None = None) -> Float[Tensor, "h distances"]:
+    def table(self, low: int, high: int, device: torch.device) -> Float[Tensor, "h distances"]:
         """Biases of the distances low ... high."""
         return self.by_distance(torch.arange(low, high + 1, device=device))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import regard.backends.torch.attention as backend
@@ -226,11 +227,16 @@ def test_second_derivatives_of_softmax_exist_where_the_native_kernels_send_for_t
             second_of(dtype, "native")
 
 
-def test_dropout_inside_a_kernel_has_no_second_derivative():
-    q = torch.randn(1, 1, 5, 4, requires_grad=True)
-    total = backend.sdpa(q, q, q, scale=0.5, dropout=0.5).sum()
-    with pytest.raises(Unsupported, match="gradients of gradients of attention with dropout"):
-        torch.autograd.grad(total, q, create_graph=True)
+def test_the_kernel_s_gradients_are_kept_by_nothing_that_saves_tensors_anew():
+    """Under hooks on saved tensors, as of checkpointing, nothing else may hold on to them."""
+    q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or len(kept) - 1, lambda i: kept[i]):
+        output = backend.sdpa(q, q.detach(), q.detach(), torch.ones(5, 5, dtype=torch.bool).tril(), scale=0.5)
+    assert len(kept) == 6
+    (found,) = torch.autograd.grad(output.square().sum(), q)
+    again = F.scaled_dot_product_attention(q, q.detach(), q.detach(), is_causal=True, scale=0.5)
+    torch.testing.assert_close(found, *torch.autograd.grad(again.square().sum(), q))
 
 
 @pytest.mark.parametrize("rule", ["softmax", "sigmoid"])

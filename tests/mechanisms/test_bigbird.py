@@ -133,6 +133,8 @@ def test_a_padded_row_has_the_blocks_that_it_has_alone(options):
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_properties_hold_where_blocks_are_hidden(prop, backend):
     """The matrix has rows too short for the usual blocks of 64."""
+    if prop.name == "layer_onnx":
+        pytest.skip("the matrix has it")
     subject = Subject(MECHANISM, Pattern.NONCAUSAL_SELF, {"block": 1, "random_blocks": 1})
     for dtype in prop.dtypes_on(backend):
         torch.manual_seed(0)

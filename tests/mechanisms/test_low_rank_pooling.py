@@ -265,9 +265,9 @@ def test_mistakes_are_refused():
 @pytest.mark.parametrize("context", [Context(), WANT_STATE])
 def test_numbers_of_tokens_are_refused(context):
     for x in (torch.ones(2, 5, 6, dtype=torch.long), torch.ones(2, 5, 6, dtype=torch.bool)):
-        with pytest.raises(Unsupported, match=rf"x of dtype {x.dtype} .* supported: floats \(B, N, 6\)"):
+        with pytest.raises(Unsupported, match=rf"x of dtype {x.dtype}.* supported: .*floats"):
             make_layer()(x, context=context)
     inputs = sample() | {"x": torch.ones(2, 9, 6, dtype=torch.long)}
     for form in ("reference", "parallel"):
-        with pytest.raises(Unsupported, match="supported: floats"):
+        with pytest.raises(Unsupported, match="supported: a tensor of floats"):
             apply(MECHANISM, inputs, pattern="noncausal-self", form=form)

@@ -224,7 +224,7 @@ def run(
     if position_bias is not None:
         assert isinstance(position_bias, DistanceBias)
         low, high = _distances(ranks, visibility, n, m)
-        distance, zero = position_bias.table(low, high).float(), -low
+        distance, zero = position_bias.table(low, high, q.device).float(), -low
     out, lse = _attention(
         q,
         k,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.backends.operators import transformed
-from regard.contract import BlockMask, Unsupported
+from regard.contract import BlockMask
 from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 
 PAIRS_AT_ONCE = 1 << 22
@@ -401,64 +401,55 @@ def sdpa(
     width, wanted = q.shape[-1], v.shape[-1]
     if q.device.type == "cpu" and width != wanted:
         q, k, v = (F.pad(x, (0, max(width, wanted) - x.shape[-1])) for x in (q, k, v))
-    options = (dropout, causal, scale, bool(k.shape[1] != q.shape[1]))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        output = _TwiceDifferentiable.apply(q, k, v, mask, options)
+    groups = bool(k.shape[1] != q.shape[1])
+    if _runs_cpu_kernel(q, k, v, mask, dropout, causal, scale, groups):
+        if groups:
+            k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
+        output = _CpuKernel.apply(q, k, v, mask, causal, scale)
     else:
-        output = _kernel(q, k, v, mask, *options)
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups
+        )
     return output[..., :wanted]
 
 
-def _kernel(
+def _runs_cpu_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float, groups: bool
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups
-    )
+) -> bool:
+    """Whether PyTorch would run its CPU kernel, whose gradients have none; in what else it has, they do."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return False
+    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scale, "enable_gqa": groups}
+    return torch._fused_sdp_choice(q, k, v, **options) == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
-class _TwiceDifferentiable(torch.autograd.Function):
-    """`scaled_dot_product_attention`, whose kernels' gradients have none: where one is wanted, weights are explicit."""
+class _CpuKernel(torch.autograd.Function):
+    """PyTorch's CPU kernel; where gradients of its gradients are wanted, by explicit weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: tuple[float, bool, float, bool]
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.options = options
-        ctx.inside = _inside(ctx, (q, k, v, mask))
-        return ctx.inside[0].detach()
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, lse = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(q, k, v, mask, output, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dropout, causal, scale, _ = ctx.options
-        again = torch.is_grad_enabled()
-        if again and dropout > 0:
-            raise Unsupported(
-                "gradients of gradients of attention with dropout", supported="a generator", nearest="dropout=0"
-            )
-        inputs: list[Any]
-        if again:
-            inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors]  # one may have been given twice
-            output = _with_weights(*inputs, causal=causal, scale=scale)
-        else:
-            output, inputs = ctx.inside or _inside(ctx, ctx.saved_tensors)
-            if dropout == 0:
-                ctx.inside = None  # its memory is free, as that of other functions after their backward pass
+        q, k, v, mask, output, lse = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            found = kernel(grad, q, k, v, output, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+            return (*found, None, None, None)
+        inputs = [x.view_as(x) for x in (q, k, v)]  # one may have been given twice
+        again = _with_weights(*inputs, mask, causal=ctx.causal, scale=ctx.scale)
         wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-        output = output.to(grad.dtype)  # under autocast the kernel's was another
-        found = iter(torch.autograd.grad(output, wanted, grad, retain_graph=again or dropout > 0, create_graph=again))
-        return (*(next(found) if need else None for need in ctx.needs_input_grad[:4]), None)
-
-
-def _inside(ctx: Any, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor | None]]:
-    """The kernel's output with a graph of its own, and where that begins."""
-    with torch.enable_grad():
-        inputs: list[Any] = [
-            x if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(tensors, ctx.needs_input_grad, strict=False)
-        ]
-        return _kernel(*inputs, *ctx.options), inputs
+        slopes = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
+        return (*(next(slopes) if need else None for need in ctx.needs_input_grad[:3]), None, None, None)
 
 
 def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:
