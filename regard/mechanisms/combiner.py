@@ -87,6 +87,7 @@ from regard.engines.cache import append, append_rows
 from regard.engines.grouped_attention import Dropout, normalized, wide
 from regard.engines.merging import merge
 from regard.sampling import normals
+from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -485,7 +486,7 @@ def _fixed(
         return _far_only(call, q, keys, values, exists), (keys, values)
     slots, row = torch.arange(n, device=device)[None], torch.arange(keys.shape[2], device=device)[None]
     near = Ranks(slots, torch.where(valid, slots, -1), 0, 0, plain=call.lengths is None)
-    causal, own = call.pattern.causal, slots // config.segment
+    causal, own = call.pattern.causal, block_numbers(slots, config.segment)
     # the rank of a row before the own one is at most that of the query
     far = Ranks(own - 1 if causal else own, torch.where(exists, row, -1), None, None, plain=False)
     hidden = None

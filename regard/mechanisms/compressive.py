@@ -80,6 +80,7 @@ from regard.layers.attention import LayerState
 from regard.layers.segment_recurrence import InputState, SegmentLayer, last_inputs
 from regard.mechanisms.transformer_xl import NO_PLACE, RelativeScores, read_optional, relative_rows
 from regard.mechanisms.transformer_xl import sample_inputs as sample_tokens
+from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -289,7 +290,7 @@ class CompressiveLayer(SegmentLayer):
         if compressed.shape[1] == 0:
             return compressed.new_zeros(compressed.shape[0], n, compressed.shape[2])
         token = torch.arange(n, device=device)[None]
-        group = token // ratio if old is None else (old.length[:, None] % ratio + token) // ratio
+        group = block_numbers(token if old is None else old.length[:, None] % ratio + token, ratio)
         index = group.expand(compressed.shape[0], -1).clamp(max=compressed.shape[1] - 1)
         return take(compressed[:, None], index)[:, 0]
 

@@ -70,6 +70,7 @@ from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import normalized, wide
 from regard.engines.merging import merge
 from regard.sampling import attention_shapes, normals
+from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -242,7 +243,9 @@ def parallel(
         Ranks(slots, torch.where(slots < lengths[:, None], slots, -1), 0, 0, False),
         Visibility(block=g, lookback=reach, lookahead=reach),
     )
-    far = _attend(call, q, keys, values, Ranks(slots // g, number, None, None, False), Visibility(), hidden)
+    far = _attend(
+        call, q, keys, values, Ranks(block_numbers(slots, g), number, None, None, False), Visibility(), hidden
+    )
     return _fused(gate, near, far).to(q.dtype)
 
 

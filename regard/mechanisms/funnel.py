@@ -66,6 +66,7 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.layers.checks import check_tokens, given_context
 from regard.sampling import normals
+from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -200,7 +201,7 @@ def upsample(h: Float[Tensor, "b s d"], lengths: Int[Tensor, " b"], n: int, conf
         last places where `truncate` has left nothing of them, and anything in the padding.
     """
     apart = int(config.separate_first)
-    source = apart + (torch.arange(n, device=h.device) - apart) // 2**config.blocks
+    source = apart + block_numbers(torch.arange(n, device=h.device) - apart, 2**config.blocks)
     return torch.where((source < lengths[:, None])[..., None], h[:, source], 0)
 
 

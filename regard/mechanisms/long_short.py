@@ -66,6 +66,7 @@ from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import wide
 from regard.engines.merging import merge
 from regard.sampling import normals
+from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -222,7 +223,7 @@ def chunked(
     state = LongShortState(window.k, window.v, window.length, segment, *landmarks)
     near = _attend(call, wide(q), keys, values, where, Visibility(causal=True, left=w - 1))
     slots = torch.arange(state.keys.shape[2], device=q.device)[None]
-    opened = (slots // config.rank + 1) * config.segment  # the first rank that reads each landmark
+    opened = (block_numbers(slots, config.rank) + 1) * config.segment  # the first rank that reads each landmark
     there = Ranks(where.queries, opened, None, None, plain=False)
     far = _attend(call, wide(q), state.keys, state.values, there, Visibility(causal=True))
     return Result(merge(*zip(near, far, strict=True)).to(q.dtype), state)

@@ -59,6 +59,7 @@ from regard.engines.gated_recurrence import without_autocast
 from regard.engines.grouped_attention import product, wide
 from regard.engines.merging import merge
 from regard.ragged import group_queries, take_tokens
+from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -184,7 +185,7 @@ def _attend(
         rule = Visibility(causal=causal)
         return attention(q, k, v, where, visibility=rule, scale=call.scale, backend=call.backend)[0]
     size, heads = config.block_size, q.shape[1]
-    own = None if call.pattern.cross else where.queries.div(size, rounding_mode="floor")
+    own = None if call.pattern.cross else block_numbers(where.queries, size)
     chosen = _chosen(config, q, sums, length, own, causal=causal)
     if n == 1:  # all of its blocks as one row of keys
         if own is not None:

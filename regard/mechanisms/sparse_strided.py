@@ -60,7 +60,7 @@ from regard.engines.attention import Ranks, Visibility, attention, attention_ref
 from regard.engines.cache import KeyValueState, extend
 from regard.engines.merging import merge
 from regard.ragged import place_queries, take_queries
-from regard.visibility import CountedRanks
+from regard.visibility import CountedRanks, block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -207,12 +207,12 @@ def _seen_by(
         if kind != "first":
             wanted.append(i - s * torch.arange(int(kind == "union"), count, device=i.device))
     else:
-        block = i.div(s, rounding_mode="floor")
+        block = block_numbers(i, s)
         if kind != "second":
             wanted.append(block * s + torch.arange(s, device=i.device))
         if kind != "first":
             ends = _column_slots(count, s, columns, i.device)[None]
-            own = ends.div(s, rounding_mode="floor") == block
+            own = block_numbers(ends, s) == block
             wanted.append(torch.where(own, -1, ends) if kind == "union" else ends.expand(i.shape[0], -1))
     ranked = torch.cat(wanted, 1)
     return torch.where((ranked >= 0) & (ranked <= i), ranked, -1)

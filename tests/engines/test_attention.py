@@ -25,6 +25,7 @@ from regard.engines.attention import (
 )
 from regard.engines.cache import extend, extend_window
 from regard.positions import create_positions
+from regard.visibility import block_numbers
 
 ACTIVATIONS = {
     "softmax": lambda s: s.softmax(-1),
@@ -488,3 +489,13 @@ def test_what_does_not_fit_is_refused():
     for rule, stretch in (("sigmoid", (-0.1, 1.0)), ("softmax", (0.1, 1.0)), ("softmax", (-0.1, 0.9))):
         with pytest.raises(Unsupported, match="stretch"):
             attention(q, q, q, where, rule=rule, stretch=stretch, **common)
+
+
+def test_blocks_are_numbered_alike_compiled():
+    """By inductor, whose vectors of 16 leave one token over."""
+
+    def numbers():
+        return block_numbers(torch.arange(17), 16)
+
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(numbers, fullgraph=True)(), numbers())
