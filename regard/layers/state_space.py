@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Tensors, Unsupported
+from regard.contract import State, Tensors, Unsupported
 from regard.engines.layers import rms_norm
 from regard.layers.attention import LayerState
 from regard.layers.convolution import ShortConvolution
@@ -84,7 +84,7 @@ class StateSpaceLayer(MixerLayer):
     """
 
     FLOAT32: tuple[str, ...] = ("A_log", "D", "dt_bias")
-    state_type = LayerState
+    state_type: type[State] = LayerState
     conv: ShortConvolution | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -421,8 +421,10 @@ def _runs_cpu_kernel(
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return False
-    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scale, "enable_gqa": groups}
-    return torch._fused_sdp_choice(q, k, v, **options) == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+    chosen = torch._fused_sdp_choice(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups
+    )
+    return chosen == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
 class _CpuKernel(torch.autograd.Function):
@@ -445,8 +447,8 @@ class _CpuKernel(torch.autograd.Function):
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             found = kernel(grad, q, k, v, output, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
             return (*found, None, None, None)
-        inputs = [x.view_as(x) for x in (q, k, v)]  # one may have been given twice
-        again = _with_weights(*inputs, mask, causal=ctx.causal, scale=ctx.scale)
+        inputs = q, k, v = tuple(x.view_as(x) for x in (q, k, v))  # one may have been given twice
+        again = _with_weights(q, k, v, mask, causal=ctx.causal, scale=ctx.scale)
         wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         slopes = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
         return (*(next(slopes) if need else None for need in ctx.needs_input_grad[:3]), None, None, None)
