@@ -502,7 +502,9 @@ def test_a_distance_bias_equals_the_function_of_ranks():
         for causal in (False, True):
             bias = DistanceBias(partial(scheme.by_distance, causal=causal))
             assert torch.equal(bias(i, j), scheme.bias(i, j, causal))
-            assert torch.equal(bias.table(-9, 11)[:, 9 + j[0] - 3], scheme.bias(i[:1, :1], j, causal)[0, :, 0])
+            assert torch.equal(
+                bias.table(-9, 11, torch.device("cpu"))[:, 9 + j[0] - 3], scheme.bias(i[:1, :1], j, causal)[0, :, 0]
+            )
             scaled = bias.scaled(0.5, torch.float64)
             assert torch.equal(scaled(i, j), 0.5 * scheme.bias(i, j, causal).double())
 
