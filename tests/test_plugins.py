@@ -117,6 +117,8 @@ def test_it_is_compared(capsys, plugin, tmp_path):
         task,
         "--mechanisms",
         f"softmax,{name}",
+        "--frame",
+        "bare",
         *SMALL,
         "--output",
         tmp_path / "out",

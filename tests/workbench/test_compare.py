@@ -172,7 +172,7 @@ def test_a_slower_machine_gets_fewer_steps_and_the_budget_is_kept(tmp_path, monk
     monkeypatch.setattr(Trainer, "_measure", slowed)
     said = []
     tasks = [recall(), create_task("copying", length=17, tokens=4, evaluation_items=16)]
-    chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("30s"), lengths=())
+    chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("16s"), lengths=())
     started = time.monotonic()
     outcome = compare(tasks, chosen, tmp_path, say=said.append)
     assert any("instead of" in sentence for sentence in said)
@@ -305,7 +305,7 @@ COMMAND = [
         "--task",
         "recall:pairs=2,queries=4,vocab_size=16,evaluation_items=32",
     ),
-    *("--length", "16", "--mechanisms", "softmax,linear,gated_linear", "--budget", "100k tokens", "--seeds", "2"),
+    *("--length", "16", "--mechanisms", "softmax,linear", "--budget", "60k tokens", "--seeds", "2"),
     *("--dim", "16", "--layers", "1", "--heads", "2", "--lengths", "16,32", "--at-length", "32", "--json"),
     *("--frame", "convolution", "--rates", "0.003,0.01"),
 ]
