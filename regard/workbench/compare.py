@@ -343,7 +343,10 @@ class _Found:
     def _recommend(self) -> Recommendation:
         at = {work.task.name: self.settings.measured_at(work.own_length) for work in self.works}
         edges = {
-            (task, name): edge for task, made in self.runs.items() for name, edge in rates_on_edge(made.trials).items()
+            (task, name): edge
+            for task, made in self.runs.items()
+            for name, edge in rates_on_edge(made.trials).items()
+            if not any(e["mechanism"] == name and e["solved"] for e in self.summary[task])  # nothing more to gain
         }
         return recommend(
             self.summary,
