@@ -241,7 +241,7 @@ def verify(
     """
     from regard.measurement.store import Store
     from regard.models.variants import known_name
-    from regard.workbench.failures import grouped
+    from regard.workbench.failures import grouped, kind
     from regard.workbench.verify import PROPERTIES, Cell, plan
     from regard.workbench.verify import verify as run
 
@@ -256,6 +256,7 @@ def verify(
     total = sum(1 for _ in plan(names, patterns=pattern, properties=prop))
     store = Store(output / "results.db") if full else None
     cells: list[Cell] = []
+    told: set[Any] = set()
     with _progress(quiet=as_json) as (bar, line):
         task = bar.add_task("verify", total=total)
 
@@ -265,7 +266,8 @@ def verify(
                 store.put("verify", _verify_key(cell), dataclasses.asdict(cell))
             bar.update(task, advance=1, description=f"{cell.mechanism} {cell.pattern} {cell.property}")
             line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
-            if cell.status == "fail" and not as_json and len(grouped(cells)) > len(grouped(cells[:-1])):
+            if cell.status == "fail" and not as_json and kind(cell) not in told:
+                told.add(kind(cell))
                 bar.console.print(
                     f"[red]fail[/red] {cell.mechanism} {cell.pattern} {cell.property} {cell.dtype}: {escape(cell.detail)}"
                 )

@@ -34,9 +34,8 @@ CAUSES = {
 
 @dataclass
 class Group:
-    """Failures that say the same: their words, and the cells."""
+    """Failures that say the same."""
 
-    detail: str
     cells: list[Cell] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -48,14 +47,17 @@ class Group:
         return said + (f". Likely: {cause}." if cause else "")
 
 
+def kind(cell: Cell) -> tuple[str, str, str]:
+    """What equal failures have in common: they differ in numbers alone, or are one exception of one mechanism."""
+    plain = re.sub(r"[-+]?\d[\d.e+-]*", "#", cell.detail)
+    raised = re.match(r"\w+(Error|Exception|Unsupported)\b", plain) is not None
+    return cell.mechanism, "" if raised else cell.property, plain
+
+
 def grouped(cells: Sequence[Cell]) -> list[Group]:
-    """The failures among the cells, those together that differ in numbers alone or are one exception of one mechanism."""
+    """The failures among the cells, those of one kind together, the most frequent first."""
     groups: dict[tuple[str, str, str], Group] = {}
     for cell in cells:
-        if cell.status != "fail":
-            continue
-        plain = re.sub(r"[-+]?\d[\d.e+-]*", "#", cell.detail)
-        raised = re.match(r"\w+(Error|Exception|Unsupported)\b", plain) is not None
-        key = (cell.mechanism, "" if raised else cell.property, plain)
-        groups.setdefault(key, Group(plain)).cells.append(cell)
+        if cell.status == "fail":
+            groups.setdefault(kind(cell), Group()).cells.append(cell)
     return sorted(groups.values(), key=lambda group: -len(group.cells))
