@@ -26,6 +26,7 @@ from regard.contract import Cost, Kind, Mechanism, Pattern, Shape
 from regard.functional import function_name
 from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
+from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench.subjects import Subject, axes_of
 from regard.workbench.verify import PROPERTIES
 
@@ -335,21 +336,15 @@ def _reproduced(one: Mapping[str, Any]) -> list[str]:
 
 def _tried(one: Mapping[str, Any]) -> list[str]:
     """What was done for a claim, and what came of each expectation."""
-    rows = [(f["says"], _found(f), f["outcome"]) for f in one["findings"]]
+    needs = [(f"it can tell only if {f['says']}", measured_words(f), f["outcome"]) for f in one["needs"]]
+    rows = needs + [(f["says"], measured_words(f), f["outcome"]) for f in one["findings"]]
     missing = f", missing: {', '.join(one['missing'])}" if one["missing"] and one["done"] else ""
     return [
         one["instead"],
         _table(("expected", "measured ± standard error (what decides)", ""), rows),
+        *(f"{remark[0].upper()}{remark[1:]}." for remark in map(lambda r: r.rstrip("."), remarks(one))),
         f"`regard reproduce {one['name']}`; {one['done']} of {one['planned']} cells{missing}.",
     ]
-
-
-def _found(finding: Mapping[str, Any]) -> str:
-    if finding["mean"] is None:
-        return "not measured"
-    error = "" if finding["standard_error"] is None else f" ± {finding['standard_error']:.2g}"
-    interval = "" if finding["low"] is None else f" ({finding['low']:.3g} to {finding['high']:.3g})"
-    return f"{finding['mean']:.3g}{error}{interval}"
 
 
 ORDER = (Outcome.DID_NOT_HOLD, Outcome.UNDECIDED, Outcome.HELD, Outcome.NOT_RUN)

@@ -919,6 +919,13 @@ def reproduce(
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
         "runs/reproduce"
     ),
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            help="Run so many other seeds, which are never judged, and say what they show: whether the experiment can "
+            "tell, how much its numbers vary, and how many seeds would decide."
+        ),
+    ] = None,
     listing: Annotated[bool, typer.Option("--list", help="Say what there is and what is done; run nothing.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Judge what is done; run nothing.")] = False,
     as_json: JSON = False,
@@ -935,10 +942,15 @@ def reproduce(
         regard reproduce delta_rule
         regard reproduce all --no-timings --shard 1/2
         regard reproduce all --table --json
+        regard reproduce delta_rule --pilot 3
     """
     from regard.reproductions import get_reproduction, list_reproductions
 
     wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
+    if pilot is not None:
+        shown = _piloted(wanted, pilot, only, output, quiet=as_json, run=not (listing or table))
+        _emit({"pilots": shown}) if as_json else _pilots_told(shown)
+        return
     found = _reproduced(wanted, seeds, timings, only, output, quiet=as_json, run=not (listing or table))
     if as_json:
         _emit({"reproductions": found})
@@ -1018,26 +1030,43 @@ def _reproduced(
     from regard.measurement.sharding import shard
     from regard.measurement.store import Store
     from regard.reproductions import collect, plan
-    from regard.reproductions import run as run_cells
 
-    chosen = shard(plan(wanted, seeds, timings=timings), only)
-    file = output / "results.db"
     if run:
-        with Store(file) as store, _progress(quiet=quiet) as (bar, line):
-            shown = bar.add_task("starting", total=None)
-
-            def on_cell(cell: Any, left: int, seconds: float) -> None:
-                said = (
-                    f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {_clock(seconds)} left"
-                )
-                bar.update(shown, description=said, completed=len(chosen) - left, total=len(chosen))
-                line(said)
-
-            run_cells(chosen, store, on_cell=on_cell)
+        _run_cells(shard(plan(wanted, seeds, timings=timings), only), output, quiet=quiet)
+    file = output / "results.db"
     if not file.is_file():
         return collect(wanted, None, seeds)
     with Store(file, read_only=True) as store:
         return collect(wanted, store, seeds)
+
+
+def _run_cells(cells: Sequence[Any], output: Path, *, quiet: bool) -> None:
+    from regard.measurement.store import Store
+    from regard.reproductions import run
+
+    with Store(output / "results.db") as store, _progress(quiet=quiet) as (bar, line):
+        shown = bar.add_task("starting", total=None)
+
+        def on_cell(cell: Any, left: int, seconds: float) -> None:
+            said = f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {_clock(seconds)} left"
+            bar.update(shown, description=said, completed=len(cells) - left, total=len(cells))
+            line(said)
+
+        run(cells, store, on_cell=on_cell)
+
+
+def _piloted(
+    wanted: Sequence[str], seeds: int, only: str | None, output: Path, *, quiet: bool, run: bool
+) -> list[dict[str, Any]]:
+    """What the pilots of reproductions show, once the cells that the folder lacks have been run if they are to be."""
+    from regard.measurement.sharding import shard
+    from regard.measurement.store import Store
+    from regard.reproductions import pilot, plan
+
+    if run:
+        _run_cells(shard(plan(wanted, pilot=seeds), only), output, quiet=quiet)
+    with Store(output / "results.db", read_only=True) as store:
+        return [pilot(name, store) for name in wanted]
 
 
 def _reproductions_listed(found: list[dict[str, Any]]) -> None:
@@ -1051,21 +1080,37 @@ def _reproductions_listed(found: list[dict[str, Any]]) -> None:
 
 
 def _reproductions_judged(found: list[dict[str, Any]]) -> None:
+    from regard.reproductions.framework.telling import remarks
+
     for one in found:
         missing = f"  ({one['done']} of {one['planned']} cells)" if one["missing"] else ""
         console.print(Text.assemble((f"{one['name']}: {one['outcome']}", "bold"), (missing, "dim")))
         console.print(Text(one["claim"]))
         for finding in one["findings"]:
-            console.print(Text(f"- {finding['says']}: {_finding(finding)}: {finding['outcome']}"))
+            console.print(Text(f"- {_judged(finding)}"))
+        for finding in one["needs"]:
+            console.print(Text(f"- it can tell only if {_judged(finding)}"))
+        for remark in remarks(one):
+            console.print(Text(f"- {remark}", style="dim"))
         console.print()
 
 
-def _finding(finding: dict[str, Any]) -> str:
-    if finding["mean"] is None:
-        return "not measured"
-    error = "" if finding["standard_error"] is None else f" ± {finding['standard_error']:.2g}"
-    interval = "" if finding["low"] is None else f" ({finding['low']:.3g} to {finding['high']:.3g})"
-    return f"{finding['mean']:.3g}{error}{interval}"
+def _judged(finding: dict[str, Any]) -> str:
+    from regard.reproductions.framework.telling import measured_words
+
+    return f"{finding['says']}: {measured_words(finding)}: {finding['outcome']}"
+
+
+def _pilots_told(found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("expectation", "mean", "spread", "seeds", "within, with 10 seeds", "seeds to decide"):
+        table.add_column(heading, justify="left" if heading == "expectation" else "right")
+    for one in found:
+        table.add_row(Text(one["name"], style="bold"))
+        for row in (row for row in one["findings"] if row["seeds"]):
+            numbers = [row[name] for name in ("mean", "spread", "seeds", "half_width", "seeds_to_decide")]
+            table.add_row(Text(row["says"]), *("-" if n is None else f"{n:.3g}" for n in numbers))
+    console.print(table)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from regard.reproductions.framework.catalogue import get_reproduction, list_reproductions
 from regard.reproductions.framework.judging import Check, Finding, Outcome, Verdict
 from regard.reproductions.framework.protocol import Cell, Reproduction
-from regard.reproductions.framework.runs import collect, plan, restore, run
+from regard.reproductions.framework.runs import collect, pilot, plan, restore, run
 
 __all__ = [
     "Cell",
@@ -17,6 +17,7 @@ __all__ = [
     "collect",
     "get_reproduction",
     "list_reproductions",
+    "pilot",
     "plan",
     "restore",
     "run",

@@ -1,19 +1,34 @@
 """The frame of the reproductions: cells, shards, resumption, verdicts. None of the experiments is run here."""
 
+import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.sharding import shard
+from regard.measurement.statistics import t_quantile
 from regard.measurement.store import Store
-from regard.reproductions import Check, Outcome, collect, get_reproduction, list_reproductions, plan, run
+from regard.reproductions import (
+    Check,
+    Outcome,
+    collect,
+    get_reproduction,
+    list_reproductions,
+    pilot,
+    plan,
+    restore,
+    run,
+)
 from regard.reproductions.framework import catalogue, runs
 from regard.reproductions.framework.judging import judge, measured, minus, over
 from regard.reproductions.framework.protocol import Cell, Reproduction
+from regard.reproductions.framework.runs import key
+from regard.reproductions.framework.telling import cost_of_deciding
 
 WITHOUT_REPRODUCTION: dict[str, str] = {}
 """Mechanisms of the catalogue that have none, with the reason."""
@@ -200,6 +215,71 @@ def test_a_claim_holds_only_as_a_whole():
     unsure = Check("a above 0.9", measured("a", "score"), above=0.9)
     assert judge([ABOVE, unsure], sure).outcome is Outcome.UNDECIDED
     assert judge([ABOVE, unsure, BELOW], sure).outcome is Outcome.DID_NOT_HOLD
+
+
+@pytest.mark.parametrize("claimed", [ABOVE, BELOW])
+def test_a_claim_is_undecided_where_the_experiment_cannot_tell(claimed):
+    cells = scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52))
+    learns, fails = (Check("b above", measured("b", "score"), above=bound) for bound in (0.4, 0.6))
+    assert judge([claimed], cells, [learns]).outcome is judge([claimed], cells).outcome
+    verdict = judge([claimed], cells, [learns, fails])
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert [need.outcome for need in verdict.needs] == [Outcome.HELD, Outcome.DID_NOT_HOLD]
+    assert judge([claimed], {}, [learns]).outcome is Outcome.NOT_RUN
+
+
+def test_seeds_to_decide_are_the_fewest_whose_interval_leaves_out_the_bound():
+    (finding,) = judge([ABOVE], scores((0.9, 0.5), (0.6, 0.5), (0.5, 0.5))).findings
+    spread, distance = finding.standard_error * math.sqrt(3), abs(finding.mean - 0.1)
+    enough = finding.seeds_to_decide
+    assert t_quantile(enough - 1) * spread / math.sqrt(enough) < distance
+    assert t_quantile(enough - 2) * spread / math.sqrt(enough - 1) >= distance
+    assert judge([ABOVE], scores((0.9, 0.5), (0.9, 0.5))).findings[0].seeds_to_decide is None
+    hopeless = scores((0.9, 0.5), (0.3, 0.5), (0.6001, 0.5))
+    assert judge([ABOVE], hopeless).findings[0].seeds_to_decide is None
+
+
+def test_the_cost_of_deciding_counts_the_cells_that_are_compared(example, tmp_path):
+    """`bad` takes as long as `good`; `time` is not part of the difference, so that no more of it are asked for."""
+    with Store(tmp_path / "results.db") as store:
+        for seed, score in enumerate((0.9, 0.6, 0.5)):
+            for setting, value, seconds in (("good", score, 100.0), ("bad", 0.3, 50.0), ("time", 1.0, 1000.0)):
+                cell = key(Cell("example", setting, seed))
+                store.put("reproduction", cell, {"measured": {"score": value}, "seconds": seconds})
+        (record,) = collect(["example"], store)
+    (finding,) = record["findings"]
+    assert record["outcome"] == Outcome.UNDECIDED
+    assert record["hours_to_decide"] == pytest.approx((finding["seeds_to_decide"] - 3) * 150 / 3600)
+    assert f"{finding['seeds_to_decide']} seeds" in cost_of_deciding(record)
+
+
+def test_a_pilot_is_never_judged(example, tmp_path):
+    with Store(tmp_path / "results.db") as store:
+        run(plan(["example"], pilot=3), store)
+        assert example == [(name, 1000 + seed) for seed in range(3) for name in ("good", "bad")]
+        (record,) = collect(["example"], store)
+        found = pilot("example", store)
+    assert record["outcome"] == Outcome.NOT_RUN
+    assert [(f["says"], f["seeds"]) for f in found["findings"]] == [("good above bad", 3)]
+    assert found["findings"][0]["mean"] == pytest.approx(0.4)
+
+
+def test_a_setting_may_have_more_seeds_than_the_others():
+    made = dataclasses.replace(get_reproduction("delta_rule"), seeds=2, more_seeds={"delta_rule": 4, "additive": 3})
+    counts = Counter(cell.setting for cell in made.cells())
+    assert counts == {"delta_rule": 4, "additive": 3, "gated_linear": 2, "softmax": 2}
+    assert set(Counter(cell.setting for cell in made.cells(5)).values()) == {5}
+
+
+def test_published_cells_with_other_options_are_not_restored(example, tmp_path):
+    with Store(tmp_path / "a.db") as store:
+        run(plan(["example"], 2), store)
+        records = json.loads(json.dumps(collect(["example"], store)))
+    records[0]["settings"]["bad"]["score"] = 0.4
+    with Store(tmp_path / "b.db") as store:
+        assert restore(records, store) == 4
+        (record,) = collect(["example"], store, 2)
+    assert record["missing"] == ["bad 0", "bad 1"]
 
 
 def test_seeds_without_all_cells_are_left_out():

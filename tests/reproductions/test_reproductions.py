@@ -6,7 +6,7 @@ import torch
 from regard.contract import Context, Unsupported
 from regard.reproductions import get_reproduction, landmark, list_reproductions, seqpe
 from regard.reproductions.framework.protocol import Reproduction
-from regard.reproductions.framework.runs import run_cell
+from regard.reproductions.framework.runs import MOST_SEEDS, run_cell
 from regard.reproductions.framework.training import digit_pixels
 from regard.tasks.protocol import IGNORED
 
@@ -39,7 +39,8 @@ def test_small_settings_run_and_measure_what_the_checks_ask_for(name):
         for value in measured.values():
             assert value is None or isinstance(value, float | int) or set(value) == {"median", "low", "high"}
     again = {(setting, seed): measured for (setting, _), measured in cells.items() for seed in (0, 1)}
-    for finding in reproduction.judge(again).findings:
+    verdict = reproduction.judge(again)
+    for finding in verdict.findings + verdict.needs:
         assert finding.seeds == 2
         assert finding.mean == finding.mean
 
@@ -52,7 +53,8 @@ def test_it_says_what_it_is(name):
     assert reproduction.checks
     assert reproduction.claim.strip()
     assert reproduction.instead.strip()
-    assert reproduction.timings <= set(reproduction.settings)
+    assert reproduction.timings | set(reproduction.more_seeds) <= set(reproduction.settings)
+    assert max(reproduction.seeds, *reproduction.more_seeds.values(), 0) <= MOST_SEEDS
     assert reproduction.seeds >= (3 if reproduction.seconds < 120 else 2)
     for setting in reproduction.smoke_settings().values():
         assert set(reproduction.smoke) & set(setting), "a setting that is not shrunk"

@@ -4,11 +4,14 @@ A check compares a number with a bound. The number is computed for each seed (a 
 the same seed), and its 95 % interval over the seeds is mean +- t SE, by Student's t. The check *held* when the whole
 interval is on the expected side of the bound, *did not hold* when the whole interval is on the other side, and is
 undecided when the bound lies inside. A timing brings a spread of its own: its interval spans the middle halves of all
-seeds. A claim held when all of its checks did, and did not hold when one did not.
+seeds. A claim held when all of its checks did, and did not hold when one did not. Both are told only where the
+experiment can tell: its needs (a control that learns, an upper end) are judged by the same rule, and where one of them
+did not hold the claim is undecided.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +25,7 @@ from regard.measurement.statistics import t_quantile
 from regard.measurement.timing import Timing
 
 LEAST_SEEDS = 2
+MOST_SEEDS_TOLD = 1000
 
 Measurements = Mapping[str, Any]
 """What a cell measured: numbers by name, or timings (see :func:`spread`); None for what did not come out finite."""
@@ -76,9 +80,30 @@ class Check:
             timings = [v for v in found if isinstance(v, Mapping)]
             if timings:
                 low, high = min(v["low"] for v in timings), max(v["high"] for v in timings)
-        return Finding(
-            self.says, mean, error, low, high, len(values), self._outcome(low, high) if values else Outcome.NOT_RUN
-        )
+        outcome = self._outcome(low, high) if values else Outcome.NOT_RUN
+        finding = Finding(self.says, mean, error, low, high, len(values), outcome)
+        if outcome is not Outcome.UNDECIDED:
+            return finding
+        return dataclasses.replace(finding, seeds_to_decide=self.seeds_to_decide(finding))
+
+    def reads(self, seed: Seed) -> frozenset[str]:
+        """The settings that the number is made of; none where the seed lacks one of them."""
+        watched = _Watched(seed)
+        try:
+            self.value(watched)
+        except KeyError:
+            return frozenset()
+        return frozenset(watched.read)
+
+    def seeds_to_decide(self, found: Finding) -> int | None:
+        """How many seeds would decide, were the finding's mean and spread to stay; None when unknown or above 1000."""
+        bound = self.above if self.above is not None else self.below
+        assert bound is not None
+        spread, distance = found.standard_error * math.sqrt(found.seeds), abs(found.mean - bound)
+        if not math.isfinite(spread) or not distance > 0:
+            return None
+        sizes = range(LEAST_SEEDS, MOST_SEEDS_TOLD + 1)
+        return next((n for n in sizes if t_quantile(n - 1) * spread / math.sqrt(n) < distance), None)
 
     def _outcome(self, low: float, high: float) -> Outcome:
         if self.above is not None:
@@ -99,6 +124,8 @@ class Finding:
         low, high: the interval that decides.
         seeds: how many had all cells.
         outcome: of the check.
+        seeds_to_decide: how many would do if mean and spread stayed as they are; None for what is not undecided, for
+            a spread that is unknown, and above 1000.
     """
 
     says: str
@@ -108,27 +135,55 @@ class Finding:
     high: float
     seeds: int
     outcome: Outcome
+    seeds_to_decide: int | None = None
+
+
+class _Watched(dict[str, Measurements]):
+    """The cells of a seed, which remember who asked for them."""
+
+    def __init__(self, seed: Seed) -> None:
+        super().__init__(seed)
+        self.read = set[str]()
+
+    def __getitem__(self, setting: str) -> Measurements:
+        self.read.add(setting)
+        return super().__getitem__(setting)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a claim came to, and why."""
+    """What a claim came to, and why.
+
+    Attributes:
+        outcome: of the claim.
+        findings: of its checks.
+        needs: what was found of that without which the experiment cannot tell.
+    """
 
     outcome: Outcome
     findings: tuple[Finding, ...]
+    needs: tuple[Finding, ...] = ()
 
 
-def judge(checks: Sequence[Check], cells: Mapping[tuple[str, int], Measurements]) -> Verdict:
+def judge(
+    checks: Sequence[Check], cells: Mapping[tuple[str, int], Measurements], needs: Sequence[Check] = ()
+) -> Verdict:
     """The verdict on cells, given by (setting, seed). A function of its arguments alone."""
     seeds = sorted({seed for _, seed in cells})
     by_seed = [{name: measured for (name, own), measured in cells.items() if own == seed} for seed in seeds]
-    findings = tuple(check.judge(by_seed) for check in checks)
+    findings, needed = (tuple(check.judge(by_seed) for check in some) for some in (checks, needs))
+    return Verdict(_outcome(findings, needed), findings, needed)
+
+
+def _outcome(findings: Sequence[Finding], needed: Sequence[Finding]) -> Outcome:
     if not any(finding.seeds for finding in findings):
-        return Verdict(Outcome.NOT_RUN, findings)
+        return Outcome.NOT_RUN
     outcomes = {finding.outcome for finding in findings}
+    if {finding.outcome for finding in needed} - {Outcome.HELD}:
+        return Outcome.UNDECIDED
     if Outcome.DID_NOT_HOLD in outcomes:
-        return Verdict(Outcome.DID_NOT_HOLD, findings)
-    return Verdict(Outcome.HELD if outcomes == {Outcome.HELD} else Outcome.UNDECIDED, findings)
+        return Outcome.DID_NOT_HOLD
+    return Outcome.HELD if outcomes == {Outcome.HELD} else Outcome.UNDECIDED
 
 
 def number(seed: Seed, setting: str, name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from regard.reproductions.framework.judging import Check, Measurements, Verdict,
 
 Setting = Mapping[str, Any]
 """Everything that a cell depends on beside its seed, as JSON could say it."""
+
+PILOT = 1000
+"""The first seed of a pilot."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,14 @@ class Reproduction:
         instead: what is done here instead, and what differs.
         settings: by name, everything that is run.
         run_cell: measurements of a setting with a seed: a pure function of both, except that timings are timings.
-        checks: what would count as held. They are fixed before anything is run.
+        checks: what would count as held. They are fixed before anything is judged.
+        needs: what shows that the experiment can tell at all: the control learns, the upper end solves the task, the
+            cells are not all alike. The claim is undecided where one of them does not hold.
+        left_out: claims of the paper that are not tried here, each with the reason.
         timings: names of the settings whose measurements are times.
         smoke: options that shrink every setting to seconds, for tests.
-        seeds: how many by default.
+        seeds: how many by default, up to ten. A pilot says how many are enough (:meth:`pilot`).
+        more_seeds: the settings that get another number of seeds, since what they are compared in varies more.
         seconds: roughly what a cell takes on one core, until some have been run.
         source: the paper, where it is none of a mechanism.
         table: rows of what the cells measured, given by (setting, seed), for a claim that is about many mechanisms at once:
@@ -52,9 +60,12 @@ class Reproduction:
     settings: Mapping[str, Setting]
     run_cell: Callable[[Setting, int], Measurements]
     checks: tuple[Check, ...]
+    needs: tuple[Check, ...] = ()
+    left_out: tuple[str, ...] = ()
     timings: frozenset[str] = field(default_factory=frozenset)
     smoke: Setting = field(default_factory=dict)
     seeds: int = 3
+    more_seeds: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 30.0
     source: Paper | None = None
     table: Callable[[Mapping[tuple[str, int], Measurements]], list[dict[str, Any]]] | None = None
@@ -71,8 +82,21 @@ class Reproduction:
             seeds: how many; the reproduction's own number when None.
             timings: only the settings that are times (True) or only the others (False); all when None.
         """
-        names = [name for name in self.settings if timings is None or (name in self.timings) == timings]
-        return [Cell(self.name, name, seed) for seed in range(self.seeds if seeds is None else seeds) for name in names]
+        wanted = {
+            name: self.more_seeds.get(name, self.seeds) if seeds is None else seeds
+            for name in self.settings
+            if timings is None or (name in self.timings) == timings
+        }
+        return [
+            Cell(self.name, name, seed)
+            for seed in range(max(wanted.values(), default=0))
+            for name, count in wanted.items()
+            if seed < count
+        ]
+
+    def pilot(self, seeds: int) -> list[Cell]:
+        """Cells that are run before the number of seeds is fixed, and are never judged."""
+        return [dataclasses.replace(cell, seed=PILOT + cell.seed) for cell in self.cells(seeds, timings=False)]
 
     def smoke_settings(self) -> dict[str, Setting]:
         """The settings, shrunk."""
@@ -83,4 +107,4 @@ class Reproduction:
 
     def judge(self, cells: Mapping[tuple[str, int], Measurements]) -> Verdict:
         """The verdict on cells, given by (setting, seed)."""
-        return judge(self.checks, cells)
+        return judge(self.checks, cells, self.needs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,18 +12,28 @@ from typing import Any
 import torch
 
 from regard.contract import Unsupported
+from regard.measurement.statistics import t_quantile
 from regard.measurement.store import Store
 from regard.reproductions.framework.catalogue import get_reproduction
-from regard.reproductions.framework.judging import Measurements
-from regard.reproductions.framework.protocol import Cell, Reproduction, Setting
+from regard.reproductions.framework.judging import Finding, Measurements, Outcome, Verdict
+from regard.reproductions.framework.protocol import PILOT, Cell, Reproduction, Setting
 
 KIND = "reproduction"
-_OF_A_CELL = ("setting", "seed", "machine")
+MOST_SEEDS = 10
+"""The seeds that an experiment may have: one that needs more is to be made larger."""
+
+_OF_A_CELL = ("setting", "seed", "machine", "seconds")
 """What `collect` says of a cell besides its measurements."""
 
 
-def plan(names: Sequence[str], seeds: int | None = None, *, timings: bool | None = None) -> list[Cell]:
-    """The cells of reproductions; see :meth:`Reproduction.cells`."""
+def plan(
+    names: Sequence[str], seeds: int | None = None, *, timings: bool | None = None, pilot: int | None = None
+) -> list[Cell]:
+    """The cells of reproductions; see :meth:`Reproduction.cells` and, where `pilot` says how many seeds, its pilot."""
+    if pilot is not None:
+        if pilot < 1:
+            raise Unsupported(f"pilot={pilot}", supported="1 or more; 2 or more give a spread", nearest="pilot=2")
+        return [cell for name in names for cell in get_reproduction(name).pilot(pilot)]
     if seeds is not None and seeds < 1:
         raise Unsupported(f"seeds={seeds}", supported="1 or more; 2 or more give a verdict", nearest="seeds=2")
     return [cell for name in names for cell in get_reproduction(name).cells(seeds, timings=timings)]
@@ -92,34 +103,36 @@ def run(
 def collect(names: Sequence[str], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:
     """What a store holds of reproductions, with verdicts, as JSON could say it; nothing is run.
 
-    Of each: name, mechanisms, paper, claim, instead, outcome, findings, cells (done, planned, missing), its protocol, the
-    measurements and the machine of each of its cells and the rows of its table, where it has one. Seeds beyond the plan
-    count too where the store has them.
+    Of each: name, mechanisms, paper, claim, instead, what is left out, outcome, findings, what was found of its needs,
+    what deciding would cost, cells (done, planned, missing), its protocol and settings, the measurements, machine and
+    seconds of each of its cells, and the rows of its table, where it has one. Seeds beyond the plan count too where the
+    store has them; those of a pilot do not.
     """
     rows = [] if store is None else store.rows(KIND)
     found = []
     for name in names:
         reproduction = get_reproduction(name)
         planned = reproduction.cells(seeds)
-        own = {row.key["seed"] for row in rows if row.key["reproduction"] == name}
+        own = {row.key["seed"] for row in rows if row.key["reproduction"] == name and row.key["seed"] < PILOT}
         cells = [Cell(name, setting, seed) for seed in sorted(own) for setting in reproduction.settings]
         measured: dict[tuple[str, int], Measurements] = {}
-        machines: dict[tuple[str, int], str] = {}
+        told: dict[tuple[str, int], dict[str, Any]] = {}
         for cell in dict.fromkeys([*planned, *cells]):
             row = None if store is None else store.get(KIND, key(cell))
             if row is not None:
                 measured[cell.setting, cell.seed] = row.payload["measured"]
-                machines[cell.setting, cell.seed] = row.payload.get("machine") or row.machine["cpu"]
+                machine = row.payload.get("machine") or row.machine["cpu"]
+                told[cell.setting, cell.seed] = {"machine": machine, "seconds": row.payload.get("seconds")}
         missing = [cell for cell in planned if (cell.setting, cell.seed) not in measured]
-        found.append(_record(reproduction, measured, machines, len(planned), missing))
+        found.append(_record(reproduction, measured, told, len(planned), missing))
     return found
 
 
 def restore(records: Sequence[Mapping[str, Any]], store: Store) -> int:
     """Put the cells of what `collect` told back into a store, with the machine that each was measured on.
 
-    Cells of another protocol, and settings or reproductions that are no more, are left out; cells that the store has
-    stay as they are.
+    Cells of another protocol or with other options, and settings or reproductions that are no more, are left out; cells
+    that the store has stay as they are.
 
     Returns:
         How many cells were put.
@@ -132,35 +145,108 @@ def restore(records: Sequence[Mapping[str, Any]], store: Store) -> int:
             continue
         if (reproduction.name, reproduction.protocol) != (record["name"], record["protocol"]):
             continue
+        published = record.get("settings")
         for told in record["cells"]:
             measured = {name: value for name, value in told.items() if name not in _OF_A_CELL}
-            if told["setting"] in reproduction.settings:
-                cell = Cell(reproduction.name, told["setting"], told["seed"])
-                put += store.put(KIND, key(cell), {"measured": measured, "machine": told["machine"]})
+            setting = told["setting"]
+            if setting in reproduction.settings and (
+                published is None or published.get(setting) == _plain(reproduction.settings[setting])
+            ):
+                cell = Cell(reproduction.name, setting, told["seed"])
+                payload = {"measured": measured, "machine": told["machine"], "seconds": told.get("seconds")}
+                put += store.put(KIND, key(cell), payload)
     return put
+
+
+def _plain(setting: Setting) -> Any:
+    """A setting as it is read back from JSON."""
+    return json.loads(json.dumps(dict(setting)))
+
+
+def pilot(name: str, store: Store) -> dict[str, Any]:
+    """What the cells of a pilot show; it is no verdict.
+
+    Of each need and check: what it `says`, the `mean` over the `seeds` of the pilot, their `spread` (standard
+    deviation), the `half_width` of the interval that ten seeds would have, and `seeds_to_decide`, were mean and spread to
+    stay.
+    """
+    reproduction = get_reproduction(name)
+    seeds: dict[int, dict[str, Measurements]] = {}
+    for row in store.rows(KIND):
+        if row.key["reproduction"] == name and row.key["seed"] >= PILOT and row.key["setting"] in reproduction.settings:
+            cell = Cell(name, row.key["setting"], row.key["seed"])
+            measured = store.get(KIND, key(cell))
+            if measured is not None:
+                seeds.setdefault(cell.seed, {})[cell.setting] = measured.payload["measured"]
+    findings = []
+    for check in (*reproduction.needs, *reproduction.checks):
+        found = check.judge(list(seeds.values()))
+        spread = found.standard_error * math.sqrt(found.seeds)
+        half = t_quantile(MOST_SEEDS - 1) * spread / math.sqrt(MOST_SEEDS)
+        told = {"says": found.says, "mean": found.mean, "seeds": found.seeds, "spread": spread, "half_width": half}
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
+        findings.append(plain | {"seeds_to_decide": check.seeds_to_decide(found)})
+    return {"name": name, "findings": findings}
+
+
+def _hours_to_decide(
+    reproduction: Reproduction,
+    verdict: Verdict,
+    measured: Mapping[tuple[str, int], Measurements],
+    told: Mapping[tuple[str, int], Mapping[str, Any]],
+) -> float | None:
+    """What more seeds would cost on one core, were means and spreads to stay; None where seeds alone do not decide."""
+    open_ = [
+        (check, finding)
+        for check, finding in zip(
+            [*reproduction.checks, *reproduction.needs], [*verdict.findings, *verdict.needs], strict=True
+        )
+        if finding.outcome is Outcome.UNDECIDED
+    ]
+    failed = any(finding.outcome is not Outcome.HELD for finding in verdict.needs)
+    if verdict.outcome is not Outcome.UNDECIDED or failed or any(f.seeds_to_decide is None for _, f in open_):
+        return None
+    first = {setting: cell for (setting, _), cell in measured.items()}
+    wanted: dict[str, int] = {}
+    for check, finding in open_:
+        for setting in check.reads(first):
+            wanted[setting] = max(wanted.get(setting, 0), finding.seeds_to_decide or 0)
+    seconds = 0.0
+    for setting, seeds in wanted.items():
+        took = [cell["seconds"] for (own, _), cell in told.items() if own == setting and cell["seconds"] is not None]
+        done = sum(own == setting for own, _ in measured)
+        seconds += (seeds - done) * (sum(took) / len(took) if took else reproduction.seconds)
+    return seconds / 3600
+
+
+def _told(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [{k: None if v != v else v for k, v in dataclasses.asdict(f).items()} for f in findings]
 
 
 def _record(
     reproduction: Reproduction,
     measured: Mapping[tuple[str, int], Measurements],
-    machines: Mapping[tuple[str, int], str],
+    told: Mapping[tuple[str, int], Mapping[str, Any]],
     planned: int,
     missing: Sequence[Cell],
 ) -> dict[str, Any]:
     verdict = reproduction.judge(measured)
-    findings = [dataclasses.asdict(f) for f in verdict.findings]
     return {
         "name": reproduction.name,
         "mechanisms": list(reproduction.mechanisms),
         "paper": dataclasses.asdict(reproduction.paper),
         "claim": reproduction.claim,
         "instead": reproduction.instead,
+        "left_out": list(reproduction.left_out),
         "outcome": verdict.outcome.value,
-        "findings": [{k: None if v != v else v for k, v in f.items()} for f in findings],
+        "findings": _told(verdict.findings),
+        "needs": _told(verdict.needs),
+        "hours_to_decide": _hours_to_decide(reproduction, verdict, measured, told),
         "done": planned - len(missing),
         "planned": planned,
         "missing": [f"{cell.setting} {cell.seed}" for cell in missing],
         "protocol": reproduction.protocol,
-        "cells": [{"setting": s, "seed": n, "machine": machines[s, n], **m} for (s, n), m in measured.items()],
+        "settings": {name: dict(options) for name, options in reproduction.settings.items()},
+        "cells": [{"setting": s, "seed": n, **told[s, n], **m} for (s, n), m in measured.items()],
         "table": [] if reproduction.table is None else reproduction.table(measured),
     }

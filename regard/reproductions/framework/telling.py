@@ -1,0 +1,37 @@
+"""A reproduction's record in words, alike in the terminal and on the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from regard.reproductions.framework.judging import Outcome
+
+
+def measured_words(finding: Mapping[str, Any]) -> str:
+    """Mean, standard error and the interval that decides."""
+    if finding["mean"] is None:
+        return "not measured"
+    error = "" if finding["standard_error"] is None else f" ± {finding['standard_error']:.2g}"
+    interval = "" if finding["low"] is None else f" ({finding['low']:.3g} to {finding['high']:.3g})"
+    return f"{finding['mean']:.3g}{error}{interval}"
+
+
+def remarks(record: Mapping[str, Any]) -> list[str]:
+    """What a reader of the verdict has to know beside it: what it does not cover, and what would decide it."""
+    told = [f"left out: {claim}" for claim in record["left_out"]]
+    if record["outcome"] == Outcome.UNDECIDED and not record["missing"]:
+        told.append(f"to decide it: {cost_of_deciding(record)}")
+    return told
+
+
+def cost_of_deciding(record: Mapping[str, Any]) -> str:
+    """What it would take to decide an undecided claim, in words."""
+    lacking = [finding["says"] for finding in record["needs"] if finding["outcome"] != Outcome.HELD]
+    if lacking:
+        return f"an experiment in which this holds: {'; '.join(lacking)}"
+    unsettled = [finding for finding in record["findings"] if finding["outcome"] == Outcome.UNDECIDED]
+    seeds = [finding["seeds_to_decide"] for finding in unsettled]
+    if record["hours_to_decide"] is None:
+        return "a larger experiment: no affordable number of seeds separates what is compared here"
+    return f"{max(seeds)} seeds, about {record['hours_to_decide']:.2g} hours of one core, if means and spreads stay"
