@@ -14,6 +14,7 @@ from regard.catalogue import get_mechanism
 from regard.contract import Mechanism, Pattern, Unsupported
 from regard.integrations.heads import HeadAttention, check_swappable
 from regard.integrations.torch_modules import MultiheadAttention, Swapped, VisionAttention
+from regard.models.variants import read_variant
 
 WINDOWS = "windows of tokens, with a learned bias for each offset"
 BIASED = "a learned bias for each offset on the grid"
@@ -75,12 +76,23 @@ class Choice:
 
     @classmethod
     def of(cls, named: Any, pattern: str | Pattern | None = None) -> Choice:
-        """Checked; `named` is a name, or a name and options."""
-        name, options = (named, {}) if isinstance(named, str) else named
+        """Checked; `named` is a name, which may have options (``local:window=64``), or a name and options."""
+        written, further = (named, {}) if isinstance(named, str) else named
+        if not isinstance(written, str):
+            raise Unsupported(f"mechanism {written!r}", supported="a name, as text", nearest='"local:window=64"')
+        variant = read_variant(written)
+        if len(variant.layers) > 1:
+            raise Unsupported(
+                f"{written!r} for one module",
+                supported="one mechanism; a hybrid is a mapping of paths",
+                nearest='{"*.0.*": "softmax", "*": "local:window=64"}',
+            )
+        ((name, options),) = variant.layers
         card = get_mechanism(name)
         check_swappable(card)
+        options = {**options, **further}
         card.options(**options)
-        return cls(card, dict(options), None if pattern is None else card.require_pattern(pattern))
+        return cls(card, options, None if pattern is None else card.require_pattern(pattern))
 
     def for_module(self, usual: Pattern) -> Choice:
         """With the pattern of a module."""
@@ -106,12 +118,13 @@ def swap(
     that was swapped before may be swapped again; what its old mechanism had learned beside the projections is lost.
 
     Args:
-        mechanism: name of an attention mechanism of queries, keys and values. With ``softmax`` the outputs stay equal,
+        mechanism: name of an attention mechanism of queries, keys and values, which may have options
+            (``local:window=64``). With ``softmax`` the outputs stay equal,
             with every mask. With another the model needs training; what it learns beside the projections (gates) is
             new. Or, for hybrids, a mapping from patterns of paths to a name, to a name and options, or to None for
             modules to leave; the first that matches decides, and what none matches is left::
 
-                swap(model, {"*.layers.0.*": None, "*": ("local", {"window": 64})})
+                swap(model, {"*.layers.0.*": None, "*": "local:window=64"})
 
         pattern: of all modules; when None: causal-self in decoder layers, noncausal-cross where a layer reads an
             encoder, what transformers says of its modules, otherwise noncausal-self. A call of a self pattern is causal
@@ -147,7 +160,8 @@ def swap(
         report.changed[path] = f"{type(module).__name__}, {choice.card.name}, {chosen[path].pattern}"
     if refused:
         raise Unsupported(
-            f"swapping to {report.mechanism}: " + "; ".join(f"{path}: {reason}" for path, reason in refused.items()),
+            f"swapping to {report.mechanism}: "
+            + "; ".join(f"{path}: {reason}" if path else reason for path, reason in refused.items()),
             supported="modules whose work it can do",
             nearest="only=..., to change other modules, or softmax",
         )

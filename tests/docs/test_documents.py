@@ -123,7 +123,8 @@ def test_the_api_reference_names_what_exists():
 
 ASKED = """KV cache, padding, variable lengths, GPU, ONNX, torch.export, torch.compile, pretrained, long documents, dash, seqpe,
 rotary, PagedCache, io_count, sliding window, mixed precision, save, load, cross attention, beam search, generate text,
-flash attention, grouped-query, attention weights, streaming, quantization, hybrid, license"""
+flash attention, grouped-query, attention weights, streaming, quantization, hybrid, license, huggingface, Hugging Face,
+MultiheadAttention, cite"""
 
 
 def test_what_newcomers_look_for_is_in_a_heading_with_an_answer_of_one_screen():
@@ -238,6 +239,7 @@ def test_reasons_are_about_mechanisms(reasons):
 
 def reproduced(name, outcome, *, mean=None):
     measured = {"mean": mean, "standard_error": 0.0125, "low": 0.1, "high": 0.2, "seeds": 3, "outcome": outcome}
+    measured |= {"seeds_to_decide": 7}
     absent = dict.fromkeys(("mean", "standard_error", "low", "high"))
     return {
         "name": name,
@@ -247,9 +249,12 @@ def reproduced(name, outcome, *, mean=None):
         "instead": "A small one.",
         "outcome": outcome,
         "findings": [{"says": "more", **(measured if mean is not None else absent | {"seeds": 0, "outcome": outcome})}],
+        "needs": [{"says": "the control learns", **measured, "outcome": "held"}],
+        "left_out": ["speed: no GPU here."],
+        "hours_to_decide": 0.25,
         "done": 5,
         "planned": 6,
-        "missing": ["b 2"],
+        "missing": ["b 2"] if outcome == "held" else [],
         "cells": [],
     }
 
@@ -272,6 +277,9 @@ def test_verdicts_show_failures_first_with_what_was_measured():
     assert "-0.35 ± 0.013 (0.1 to 0.2)" in page
     assert "**did not hold**" in page
     assert "5 of 6 cells, missing: b 2" in page
+    assert "it can tell only if the control learns" in page
+    assert page.count("Left out: speed: no GPU here.") == 3
+    assert page.count("To decide it: 7 seeds, about 0.25 hours") == 1
     own = generate.mechanism_page(get_mechanism("linear"), [], found)
     assert "At a small size: **did not hold**." in own
     assert "The claim of sigmoid." not in own

@@ -207,7 +207,7 @@ def test_unswap_keeps_what_was_trained_and_where_it_is():
 def test_paths_choose_mechanisms_and_the_first_that_matches_decides():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 3, enable_nested_tensor=False)
     swapped = copy.deepcopy(model)
-    report = regard.swap(swapped, {"layers.0.*": None, "*.1.*": ("local", {"window": 3}), "*": "linear"})
+    report = regard.swap(swapped, {"layers.0.*": None, "*.1.*": "local:window=3", "*": "linear"})
     assert report.kept == ["layers.0.self_attn"]
     assert [what.split(", ")[1] for what in report.changed.values()] == ["local", "linear"]
     assert swapped.layers[1].self_attn.attend.config.window == 3
@@ -219,6 +219,8 @@ def test_paths_choose_mechanisms_and_the_first_that_matches_decides():
     for wrong, told in (
         ({"layer.0.*": "linear", "*": None}, "'layer.0.*'.*chooses no attention module"),
         ({"*": 3}, "3 for a module"),
+        ({"*": "linear*2+local"}, "one mechanism"),
+        (3, "mechanism 3"),
         ({"*": ("local", {"widow": 3})}, "option 'widow'"),
         ({"*": None}, "chooses no attention module"),
     ):
