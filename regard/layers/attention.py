@@ -207,6 +207,16 @@ class AttentionLayer(Layer):
         self.query = project(dim, num_heads * head_dim) if has_queries else None
         self.key = project(memory_dim, kv_heads * head_dim) if "k" in inputs else None
         self.value = project(memory_dim, kv_heads * value_dim) if "v" in inputs else None
+        for option, given, normalised in (
+            ("query_key_norm", query_key_norm, (self.query, self.key)),
+            ("value_norm", value_norm, (self.value,)),
+        ):
+            if given and not any(normalised):
+                raise Unsupported(
+                    f"{option}={given!r} with {card.name}, which has nothing to normalise",
+                    supported="no such norm",
+                    nearest=f"{option}=None",
+                )
         causal = self.pattern.causal or self.pattern.cross
         widths = [
             (self.query, num_heads * head_dim),

@@ -190,6 +190,11 @@ def test_positions_that_a_mechanism_cannot_take_are_refused():
         double("linear", positions="alibi")
 
 
+def test_a_norm_of_what_a_mechanism_has_not_is_refused():
+    with pytest.raises(Unsupported, match="nothing to normalise"):
+        double("synthesizer", query_key_norm="rms")
+
+
 def test_calls_that_make_no_sense_are_refused():
     cross, own = double("softmax", "causal-cross"), double("softmax")
     with pytest.raises(Unsupported, match="without memory"):
