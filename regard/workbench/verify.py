@@ -19,11 +19,9 @@ from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
 from regard.workbench.subjects import Subject
 
-COMPILED = ("compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx")
-"""Properties that take seconds, and tell no more with other numbers."""
 PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]
 PROGRAMS = frozenset({"compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx"})
-"""Properties of compiled and exported programs, which take seconds each."""
+"""Properties of compiled and exported programs, which take seconds each and tell no more with other numbers."""
 
 DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -91,6 +89,8 @@ def check(
             )
         subject = subject.with_options(dict(waiver.holds_with))
         detail += f" (measured with {', '.join(f'{k}={v}' for k, v in waiver.holds_with.items())})"
+    if prop.name in PROGRAMS and backend != "torch" and not _runs_on(backend, subject, dtype):
+        return None
     used: set[str] = set()
     try:
         torch.manual_seed(seed)
@@ -115,6 +115,13 @@ def check(
     return Cell(
         card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], backend, status, error, tolerance, detail, seconds
     )
+
+
+def _runs_on(backend: str, subject: Subject, dtype: torch.dtype) -> bool:
+    """Whether a call has anything that runs on a backend: to know it, nothing need be compiled."""
+    with only(backend, "torch"), recording() as used:
+        subject.run(subject.inputs(12, dtype=dtype))
+    return backend in used
 
 
 def verified_backends() -> list[str]:
@@ -169,7 +176,7 @@ def verify(
     for card, pattern, prop, dtype, backend in plan(names, patterns=patterns, properties=properties):
         if done is not None and done(cell_key(card, pattern, prop, dtype, backend)):
             continue
-        seeds = (0, 1, 2) if full and prop.name not in COMPILED else (0,)
+        seeds = (0, 1, 2) if full and prop.name not in PROGRAMS else (0,)
         chosen = _inductor(prop) if full else prop
         found = [check(card, pattern, chosen, dtype, backend=backend, seed=seed) for seed in seeds]
         measured = [cell for cell in found if cell is not None]
