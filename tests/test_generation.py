@@ -33,10 +33,11 @@ def test_greedy_generation_through_the_state_equals_recomputing(plan, text):
     prompt = text.training_batch(0, 1, 2).inputs[:, :20]
     through_state = model.generate(prompt, 200)
     assert through_state.shape == (2, 200)
-    assert torch.equal(through_state, model.generate(prompt, 200, use_state=False))
+    logits = model(torch.cat([prompt, through_state], 1)).output[:, prompt.shape[1] - 1 : -1]
+    assert torch.equal(through_state, logits.argmax(-1))
     # a barely trained model's greedy text may repeat itself; drawn text may not, and shows any drift of the logits
     drawn, again = (
-        model.generate(prompt, 60, temperature=1.0, generator=torch.Generator().manual_seed(1), use_state=use)
+        model.generate(prompt, 40, temperature=1.0, generator=torch.Generator().manual_seed(1), use_state=use)
         for use in (True, False)
     )
     assert torch.equal(drawn, again)
