@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from regard.contract import Mask, Unsupported, valid_from_lengths
@@ -29,9 +30,14 @@ def lengths_from_valid(valid: Bool[Tensor, "b n"]) -> Int[Tensor, " b"]:
     return valid.sum(-1)
 
 
+def values_known(x: Tensor) -> bool:
+    """Whether a decision may be made by the values of `x`: not in a graph, nor where tensors have only shapes."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+
+
 def check_lengths(lengths: Int[Tensor, " b"], batch: int, n: int) -> None:
-    """Raise Unsupported unless there is one length for each of `batch` rows, from 0 to `n`. Not checked in a graph."""
-    if torch.compiler.is_compiling():
+    """Raise Unsupported unless there is one length for each of `batch` rows, from 0 to `n`. Only where values are known."""
+    if not values_known(lengths):
         return
     if lengths.shape != (batch,):
         raise Unsupported(f"lengths of shape {tuple(lengths.shape)} for {batch} rows", supported=f"({batch},)")

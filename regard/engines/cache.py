@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from regard.contract import Call, State, lengths_after, state_field
 from regard.engines.attention import Ranks, ranks
+from regard.ragged import values_known
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -213,10 +214,10 @@ def append_rows(
 ) -> Shaped[Tensor, "b h both d"]:
     """The first `counts` slots of each row of `past`, then the first `new_counts` of `new`.
 
-    As many slots as the longest row needs; as `past` and `new` have together where a graph is being compiled.
+    As many slots as the longest row needs; as `past` and `new` have together where counts are not known.
     """
     width = past.shape[2] + new.shape[2]
-    if not torch.compiler.is_compiling():
+    if values_known(counts):
         width = int((counts + new_counts).max()) if past.shape[0] else 0
     slots = torch.arange(width, device=past.device)
     source = torch.where(slots < counts[:, None], slots, past.shape[2] + slots - counts[:, None])

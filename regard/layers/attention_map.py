@@ -151,12 +151,15 @@ def orthogonal_features(
 ) -> Float[Tensor, "number width"]:
     """Rows of random directions, orthogonal in blocks of `width`, with the norms of normal vectors (arXiv 2009.14794)."""
 
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 has no QR
+
     def normal(rows: int) -> Tensor:
         device = None if generator is None else generator.device
-        return torch.randn(rows, width, generator=generator, device=device)
+        return torch.randn(rows, width, generator=generator, device=device, dtype=dtype)
 
     blocks = [torch.linalg.qr(normal(width))[0].mT for _ in range(-(-number // width))]
-    return normal(number).norm(dim=1, keepdim=True) * torch.cat(blocks)[:number]
+    rows = normal(number).norm(dim=1, keepdim=True) * torch.cat(blocks)[:number]
+    return rows.to(torch.get_default_dtype())
 
 
 def softmax_features(

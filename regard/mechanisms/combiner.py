@@ -86,6 +86,7 @@ from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import append, append_rows
 from regard.engines.grouped_attention import Dropout, normalized, wide
 from regard.engines.merging import merge
+from regard.ragged import values_known
 from regard.sampling import normals
 from regard.visibility import block_numbers
 
@@ -853,7 +854,7 @@ def _grid_step(
     output = (weights @ torch.cat(values, 2)).to(v.dtype)
     row = dataclasses.replace(state, length=state.length + new, q=row_q, k=row_k, v=row_v, residual=row_x)
     closes = (new > 0) & (open_ == s - 1)
-    if torch.compiler.is_compiling() or bool(closes.any()):
+    if not values_known(closes) or bool(closes.any()):
         row = _close(call, row, closes, finished, maps)
     return output, row
 
@@ -871,7 +872,7 @@ def _close(call: Call, state: RowState, closes: Tensor, finished: Tensor, maps: 
             parts += [_beside(call, q, k, v, exists, maps, reverse)[:2] for reverse in (False, True)]
     row = [torch.cat(x, 3) for x in zip(*parts, strict=True)]
     width = state.keys.shape[2] + 1
-    if not torch.compiler.is_compiling():
+    if values_known(finished):
         width = max(state.keys.shape[2], int((finished + closes).max()))
     place = torch.arange(width, device=device)
     here = ((place == finished[:, None]) & closes[:, None])[:, None, :, None, None]
@@ -963,7 +964,7 @@ def _logn_step(
     top = below.sum(-1)  # its level
     width = ranks.shape[1]
     members = ranks >= (rank + 1 - (1 << top))[:, None]
-    if not torch.compiler.is_compiling() and active.any():
+    if values_known(active) and active.any():
         last = min(1 << int(top[active].max()), width)
         if not bool(members[:, : width - last].any()):
             members, recent_k, recent_v = members[:, width - last :], all_k[:, :, -last:], all_v[:, :, -last:]

@@ -69,6 +69,7 @@ from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import normalized, wide
 from regard.engines.merging import merge
+from regard.ragged import values_known
 from regard.sampling import attention_shapes, normals
 from regard.visibility import block_numbers
 
@@ -421,7 +422,7 @@ def _extend(call: Call, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[CoreSta
     asks = q is not None and config.pool == "cca"
     count = (m + g - 1) // g
     cores: tuple[Tensor, Tensor] | None = None
-    if torch.compiler.is_compiling() or bool((closed > 0).any()):
+    if not values_known(closed) or bool((closed > 0).any()):
         rank = (complete * g)[:, None] + torch.arange(count * g, device=device)
         slot = (rank - before[:, None] + width).clamp(0, max(keys.shape[2] - 1, 0))
         groups = [_take(x, slot).unflatten(2, (count, g)) for x in (keys, values)]

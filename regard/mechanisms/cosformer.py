@@ -62,6 +62,7 @@ from regard.contract import (
 from regard.engines import recurrent_forms
 from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import MatrixState
+from regard.ragged import values_known
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -178,7 +179,7 @@ def _check(call: Call, last: int | Int[Tensor, " b"]) -> None:
         return
     most = FAR if config.length is None else config.length
     if isinstance(last, Tensor):
-        if torch.compiler.is_compiling():
+        if not values_known(last):
             return
         last = int(last.max()) if last.numel() else 0
     if last > most:

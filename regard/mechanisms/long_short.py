@@ -65,6 +65,7 @@ from regard.engines.attention import Ranks, Visibility, attention, attention_ref
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import wide
 from regard.engines.merging import merge
+from regard.ragged import values_known
 from regard.sampling import normals
 from regard.visibility import block_numbers
 
@@ -344,7 +345,7 @@ def _extend_landmarks(
             append_rows(x, complete * r, y, closed * r)
             for x, y in zip((past.keys, past.values), landmarks, strict=True)
         ]
-    elif not torch.compiler.is_compiling():
+    elif values_known(closed):
         # one segment at least, though nobody may see it yet: scores get a gradient of 0, not none
         most = max(int(closed.max()) if closed.numel() else 0, 1)
         landmarks = [x[:, :, : most * r] for x in landmarks]

@@ -58,7 +58,7 @@ from regard.contract import (
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
 from regard.engines.cache import WindowState, extend_window
 from regard.engines.merging import merge
-from regard.ragged import place_queries, take_queries
+from regard.ragged import place_queries, take_queries, values_known
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -285,7 +285,7 @@ def _global_queries(call: Call, chosen: Bool[Tensor, "b m"], i: Int[Tensor, "1 n
 def _gather_slots(chosen: Bool[Tensor, "b m"]) -> tuple[Int[Tensor, "b count"], Bool[Tensor, "b count"]]:
     """Slots of each row's global tokens, in order, and which of them there are."""
     most = chosen.shape[1]
-    if not torch.compiler.is_compiling():
+    if values_known(chosen):
         most = int(chosen.sum(-1).max()) if chosen.numel() else 0
     slots = (~chosen).long().argsort(dim=-1, stable=True)[:, :most]
     return slots, chosen.gather(1, slots)

@@ -63,7 +63,7 @@ from regard.contract import (
 )
 from regard.engines.attention import Visibility, attention
 from regard.engines.cache import KeyValueState, extend
-from regard.ragged import take_tokens
+from regard.ragged import take_tokens, values_known
 from regard.visibility import CountedRanks
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ def _state(call: Call, q: Tensor, k: Tensor, v: Tensor) -> SinkhornState:
         v.new_zeros(batch, heads, size, v.shape[3], dtype=dtype) if past is None else past.mixed_v,
     )
     begins = valid & (rank % size == 0)
-    if count and (torch.compiler.is_compiling() or bool(begins.any())):
+    if count and (not values_known(begins) or bool(begins.any())):
         return _mix(call, state)
     return state
 

@@ -209,7 +209,7 @@ def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
     return 0.0
 
 
-def _sequences(layer: LayerSubject, n: int) -> tuple[tuple[Tensor, ...], Context]:
+def sequences(layer: LayerSubject, n: int) -> tuple[tuple[Tensor, ...], Context]:
     """Of n tokens and a few more in memory, with what else a call needs."""
     m = n + 3 if layer.cross else n
     inputs = (layer.x(n), layer.memory(m)) if layer.cross else (layer.x(n),)
@@ -218,7 +218,7 @@ def _sequences(layer: LayerSubject, n: int) -> tuple[tuple[Tensor, ...], Context
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
     layer = LayerSubject(subject, dtype)
-    inputs, context = _sequences(layer, 10)
+    inputs, context = sequences(layer, 10)
 
     def call(inputs: tuple[Tensor, ...], context: Context) -> Tensor:
         return layer.layer(*inputs, context=context).output
@@ -239,7 +239,7 @@ def layer_export(subject: Subject, dtype: torch.dtype) -> float:
     if not _one_length(subject):
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
-    inputs, context = _sequences(layer, 10)
+    inputs, context = sequences(layer, 10)
     program = export(layer.layer, *inputs, context=context, lengths=False)
     expected = layer.layer(*inputs, context=context).output
     return relative_error(program.module()(*inputs, context=context).output, expected)
@@ -250,11 +250,11 @@ def layer_lengths(subject: Subject, dtype: torch.dtype) -> float:
     if subject.on_grid:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
-    inputs, context = _sequences(layer, 20)
+    inputs, context = sequences(layer, 20)
     program = export(layer.layer, *inputs, context=context).module()
     errors = []
     for n in (10, 150):
-        inputs, context = _sequences(layer, n)
+        inputs, context = sequences(layer, n)
         expected = layer.layer(*inputs, context=context).output
         errors.append(relative_error(program(*inputs, context=context).output, expected))
     return worst(errors)
@@ -269,7 +269,7 @@ def layer_onnx(subject: Subject, dtype: torch.dtype) -> float:
     import onnxruntime
 
     layer = LayerSubject(subject, dtype)
-    inputs, context = _sequences(layer, 20)
+    inputs, context = sequences(layer, 20)
     program = export_onnx(layer.layer, *inputs, context=context, lengths=False, optimize=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3

@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regard import Context, Kind, Pattern, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.create import build_layer
-from regard.workbench.layer_properties import DIM, HEADS, LAYER_PROPERTIES
+from regard.workbench.layer_properties import DIM, HEADS, LAYER_PROPERTIES, LayerSubject, sequences
 from regard.workbench.subjects import Subject
 from regard.workbench.verify import check
 
@@ -73,3 +74,26 @@ def test_no_rows_and_no_tokens_are_no_mistake(name, pattern, options):
         output = layer(x, memory, context=Context(grid=subject.grid(n), roles=roles)).output
         assert output.shape[0] == batch and (subject.output_axis() is None or output.shape == x.shape)
         (output.sum() + x.sum()).backward()  # what is pooled of no tokens has no gradient of its own
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_tensors_that_have_only_shapes_give_the_shape_of_the_output(name):
+    """As counters of operations and planners of memory call a model."""
+    card = get_mechanism(name)
+    for pattern in card.patterns:
+        layer = LayerSubject(Subject(card, pattern), torch.float32)
+        inputs, context = sequences(layer, 20)
+        expected = layer.layer(*inputs, context=context).output
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            found = layer.layer(*inputs, context=context).output
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+def test_sea_is_made_under_another_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = create_layer("sea", 16, 2).eval()
+        assert layer(torch.randn(1, 20, 16)).output.dtype == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
