@@ -357,18 +357,24 @@ class _Found:
             at_length=at,
             frame=self.settings.frames[0],
             edges=edges,
+            beside=self.beside,
+            named=self.settings.names,
         )
 
     def leaders(self) -> list[str]:
-        """The recommended mechanism, then the best of each task, then softmax, then the next: as many as the settings say."""
+        """The recommended mechanism, those like it, the best of each task, softmax, the next: as many as the settings say."""
         ranked = [[e["mechanism"] for e in entries if e["mean"] is not None] for entries in self.summary.values()]
-        named = [self.advice.winner, *(names[0] for names in ranked if names), "softmax"]
+        named = [self.advice.winner, *self.advice.alike, *(names[0] for names in ranked if names), "softmax"]
         named += [name for names in ranked for name in names]
         known = [name for name in dict.fromkeys(named) if name in self.settings.names]
         return known[: self.settings.leaders]
 
     def look_beside(self, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Take the rows of further frames in, and complete the recommendation's notes."""
+        """Take the rows of further frames in, which may decide between what is alike, and complete the notes."""
+        for task, made in rows.items():
+            if made:
+                self.beside[task] = beside_frames(self.runs[task].rows, made)
+        self.advice = self._recommend()
         notes = [work.few_items for work in self.works if work.few_items]
         for work in self.works:
             shared = getattr(work.task, "overlap", None)
@@ -377,9 +383,6 @@ class _Found:
         winner = self.advice.winner
         notes += [beside_baseline(task, self.summary[task], rule, winner) for task, rule in self.rules.items()]
         notes += self.advice.notes
-        for task, made in rows.items():
-            if made:
-                self.beside[task] = beside_frames(self.runs[task].rows, made)
         notes += frames_sentences(self.beside, self.metrics, self.settings.frames[0])
         notes += self.left_out
         notes += [said for task, made in self.runs.items() if (said := skipped_steps(task, made.rows))]

@@ -1,8 +1,9 @@
 """Which mechanism to take, in two sentences, without ranking noise.
 
 First quality decides: where a task can be solved, only mechanisms that solve it stay; where some surely beat the simple
-rule of a task, only those with a better score than it; then those remain that cannot be told apart from the best score of the other tasks. Only among what
-remains does cost decide.
+rule of a task, only those with a better score than it; then those remain that cannot be told apart from the best score of
+the other tasks. Only among what remains does cost decide, and only where it differs by more than timings do from one run to
+the next. What neither decides is decided by what depends least on the frame, then by what is plainest.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ PREFERENCES = {
 }
 """What may decide among mechanisms of equal quality: column of the summary, whether higher is better, wording."""
 
+ALIKE = 1.1
+"""Costs below this multiple of the least count as equal: timings of the same work differ by some percent between runs."""
+
 OF_TRAINING = ("training", "training-memory")
 """Preferences that are measured in the training runs, whose length is the task's."""
 
 
 @dataclass
 class Recommendation:
-    """`winner` is None when no mechanism has a score. `notes` say what could not be separated, and what would."""
+    """`winner` is None when no mechanism has a score. `notes` say what could not be separated, and what would. `alike` are
+    those, the winner among them, between which neither quality nor cost decides."""
 
     text: str
     reason: str
     winner: str | None
     notes: list[str] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,12 +58,16 @@ def recommend(
     at_length: Mapping[str, int] | None = None,
     frame: str = "",
     edges: Mapping[tuple[str, str], float] | None = None,
+    beside: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    named: Sequence[str] = (),
 ) -> Recommendation:
     """The recommendation for a comparison.
 
     A mechanism leaves the race where something that is sure speaks against it: it does not solve what others solve, it is
     no better than a rule that others surely beat, or it is surely behind the best of those left. Nothing else removes one,
-    so of those that stay none is surely better, and the cheapest is taken.
+    so of those that stay none is surely better, and the cheapest is taken. Among those of about the same cost it is the one
+    that, in the further frames that they were all trained in, leaves the fewest tasks unsolved that it solves in the
+    first; then softmax; then the first that was named.
 
     Args:
         summary: of each task, one entry a mechanism.
@@ -68,6 +78,8 @@ def recommend(
         at_length: of each task the length at which inference, decoding and state were measured.
         frame: in which the mechanisms were compared.
         edges: task and mechanism of which the best learning rate is at an end of those tried, with the rate.
+        beside: what mechanisms score in further frames, as :func:`regard.workbench.summary.beside_frames` tells it.
+        named: the mechanisms in the order in which they were given; that of the summary when empty.
     """
     scored = _scored_everywhere(summary)
     if not scored:
@@ -78,12 +90,14 @@ def recommend(
     kept, lost = _without_beaten(summary, comparisons, metrics, kept)
     steps += lost
     column, more, wording = PREFERENCES[prefer]
-    winner = _cheapest(summary, kept, column, more)
+    alike = _cheapest(summary, [name for name in named or scored if name in kept], column, more)
+    winner, why = _least_bound(alike, beside or {})
     measured = _value(summary, winner, column)
     notes += _ties(summary, comparisons, metrics, kept, budget)
     where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
     costs = math.isfinite(measured)
-    text = f"Take {winner}: " + _headline(winner, scored, kept, comparisons, prefer + where if costs else "")
+    cost = prefer + where if costs else ""
+    text = f"Take {winner}: " + _headline(scored, kept, alike, comparisons, cost, why)
     at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
     if at_edge:
         ends = " and ".join(f"{rate:g} on {task}" for task, rate in at_edge.items())
@@ -100,11 +114,16 @@ def recommend(
     reason = "; ".join([*steps, f"{winner} {' and '.join(own)}"] if own else steps)
     if frame:
         reason += f". All were compared in the frame {frame}"
-    return Recommendation(text, reason[0].upper() + reason[1:] + ".", winner, notes)
+    return Recommendation(text, reason[0].upper() + reason[1:] + ".", winner, notes, alike)
 
 
 def _headline(
-    winner: str, scored: Sequence[str], kept: Sequence[str], comparisons: Mapping[str, Comparison], cost: str
+    scored: Sequence[str],
+    kept: Sequence[str],
+    alike: Sequence[str],
+    comparisons: Mapping[str, Comparison],
+    cost: str,
+    why: str,
 ) -> str:
     """Why the winner, in half a sentence, for every case there is."""
     if len(scored) == 1:
@@ -115,7 +134,12 @@ def _headline(
         said = "with a single seed no difference in quality counts"
     else:
         said = f"of {_list(kept)}, none is surely behind the best"
-    return f"{said}, and it is the cheapest in {cost}." if cost else f"{said}, and no cost was measured to decide."
+    if not cost:
+        return f"{said}, and no cost was measured to decide; {why}."
+    if len(alike) == 1:
+        return f"{said}, and it is the cheapest in {cost}."
+    whose = "their costs" if len(alike) == len(kept) else f"the costs of {_list(alike)}, the cheapest,"
+    return f"{said}, and {whose} in {cost} are about the same; {why}."
 
 
 def _no_steps(scored: Sequence[str], comparisons: Mapping[str, Comparison]) -> str:
@@ -245,12 +269,37 @@ def _value(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str, c
     return math.exp(sum(map(math.log, known)) / len(known)) if known and min(known) > 0 else math.nan
 
 
-def _cheapest(summary: Mapping[str, Sequence[Mapping[str, Any]]], names: list[str], column: str, more: bool) -> str:
-    def rank(name: str) -> float:
-        value = _value(summary, name, column)
-        return math.inf if not math.isfinite(value) else -value if more else value
+def _cheapest(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]], names: list[str], column: str, more: bool
+) -> list[str]:
+    """The cheapest and those of about its cost, in the order of `names`; all where no cost is known."""
+    costs = {name: _value(summary, name, column) for name in names}
+    known = {name: 1 / cost if more else cost for name, cost in costs.items() if math.isfinite(cost)}
+    if not known:
+        return names
+    return [name for name in names if known.get(name, math.inf) <= ALIKE * min(known.values())]
 
-    return min(names, key=rank)
+
+def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, str]:
+    """Of mechanisms that are alike, which to take, and why."""
+    entries = [{**entry, "task": task} for task, found in beside.items() for entry in found]
+    known = {name: [e for e in entries if e["mechanism"] == name] for name in alike}
+    if all(known.values()):
+        lost = {name: sum(bool(e["first_solved"]) and not e["solved"] for e in own) for name, own in known.items()}
+        least = [name for name in alike if lost[name] == min(lost.values())]
+        if len(least) < len(alike):
+            winner = "softmax" if "softmax" in least else least[0]
+            others = [name for name in alike if lost[name] > lost[winner]]
+            where = dict.fromkeys(
+                f"{e['task']} in the frame {e['frame']}"
+                for name in others
+                for e in known[name]
+                if e["first_solved"] and not e["solved"]
+            )
+            return winner, f"unlike {_list(others)} it also solves {_list(list(where))}"
+    if "softmax" in alike:
+        return "softmax", "softmax is the plainest of them"
+    return alike[0], "it was named first"
 
 
 def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:

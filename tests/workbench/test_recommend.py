@@ -27,12 +27,19 @@ def case(scores, inference, solved=None, seeds=3, noise=0.001):
     return summary, Comparison(by_name)
 
 
-def advise(**tasks):
+def advise(beside=None, named=(), **tasks):
     summaries, comparisons, metrics = {}, {}, {}
     for name, ((summary, comparison), metric) in tasks.items():
         summaries[name], comparisons[name], metrics[name] = summary, comparison, metric
     return recommend(
-        summaries, comparisons, metrics, budget="8m", at_length=dict.fromkeys(summaries, 2048), frame="bare"
+        summaries,
+        comparisons,
+        metrics,
+        budget="8m",
+        at_length=dict.fromkeys(summaries, 2048),
+        frame="bare",
+        beside=beside,
+        named=named,
     )
 
 
@@ -125,6 +132,9 @@ CASES = {
     ),
     "a single seed": lambda: advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS)),
     "no cost was measured": lambda: advise(text=(case(LEVEL, dict.fromkeys(TIMES)), BITS)),
+    "costs are alike": lambda: alike(),
+    "costs are alike but for one": lambda: alike(("slow", "fast", "toy"), toy=2.0),
+    "costs are alike and the frames differ": lambda: alike(beside=elsewhere(slow=False, fast=True)),
 }
 
 
@@ -142,6 +152,40 @@ def test_no_sentence_contradicts_another(name):
     assert found.winner not in left
     if "cheapest" in found.text:
         assert " at 2048 tokens" in found.text
+
+
+def alike(names=("slow", "fast"), beside=None, **costs):
+    times = {**dict.fromkeys(names, 1.0), "fast": 0.95, **costs}
+    scores = dict.fromkeys(names, 1.0)
+    return advise(text=(case(scores, times), BITS), beside=beside, named=names)
+
+
+def elsewhere(**solved):
+    return {
+        "recall": [
+            {"mechanism": name, "frame": "own", "first_solved": True, "solved": won} for name, won in solved.items()
+        ]
+    }
+
+
+def test_costs_that_differ_as_timings_do_decide_nothing():
+    """Which of two runs was a few percent faster must not turn the answer; a real difference does."""
+    for fast in (0.95, 1.0, 1.05):
+        found = alike(fast=fast)
+        assert found.winner == "slow" and "named first" in found.text and found.alike == ["slow", "fast"]
+    assert alike(("fast", "slow")).winner == "fast"
+    assert alike(("slow", "fast", "softmax")).winner == "softmax"
+    found = alike(fast=0.5)
+    assert found.winner == "fast" and "cheapest" in found.text and found.alike == ["fast"]
+
+
+def test_of_two_alike_the_one_is_taken_that_needs_its_frame_less():
+    found = alike(("softmax", "fast"), elsewhere(softmax=False, fast=True))
+    assert found.winner == "fast" and "unlike softmax it also solves recall in the frame own" in found.text
+    for both in (True, False):
+        assert alike(("softmax", "fast"), elsewhere(softmax=both, fast=both)).winner == "softmax"
+    assert alike(("softmax", "fast"), elsewhere(softmax=False)).winner == "softmax"  # nothing is known of the other
+    assert alike(("softmax", "fast"), elsewhere(softmax=False, fast=True), softmax=0.5).winner == "softmax"
 
 
 def test_a_best_rate_at_an_end_qualifies_the_headline_of_the_winner_alone():
