@@ -8,7 +8,7 @@ When not: looking something up. The query cannot depend on the token, so associa
 Definition (Feng et al., arXiv 2405.13956, sections 3.1-3.3), for one head with query q, scores s_i = tau <q, k_i>:
 
     m_t = max(m_{t-1}, s_t),   c_t = c_{t-1} e^(m_{t-1} - m_t) + e^(s_t - m_t),   a_t = a_{t-1} e^(m_{t-1} - m_t) + v_t e^(s_t - m_t)
-    o_t = a_t / c_t = sum_{j<=t} e^{s_j} v_j / sum_{j<=t} e^{s_j}
+    o_t = a_t / c_t = (sum_{j<=t} e^{s_j} v_j) / (sum_{j<=t} e^{s_j})
 
 All prefixes come from one associative scan over (m, u, w): :mod:`regard.engines.softmax_scan`.
 

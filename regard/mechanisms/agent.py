@@ -6,14 +6,14 @@ When not: exact recall through few agents (the weight matrix has at most the ran
 
 Definition (Han et al., arXiv 2312.08874, equations 4-7), s the scale, A the n agents:
 
-    V_A = softmax(s A K^T + B1) V,   O = softmax(s^p Q A^T + B2) V_A + k_shortcut V,   layer: W_o (O + DWC(V))
+    V_A = softmax(s A K^T + B_1) V,   O = softmax(s^p Q A^T + B_2) V_A + k_shortcut V,   layer: W_o (O + DWC(V))
 
 | paper | here |
 |---|---|
 | A: average pooling of Q | `agent_source="pool_q"`: adaptive pooling over valid ranks, or over `grid`, per row |
 | any other down-sampling of the tokens | `agent_source`: ``conv`` (strided convolution of x), ``token_merge`` (of Q) |
 | n (agent_num) | `num_agents`; on a grid of two sides a square, but for ``token_merge`` |
-| B1, B2 (agent bias) | `gather_bias` (B, H, n, M), `share_bias` (B, H, N, n); `agent_bias` of the layer makes them |
+| B_1, B_2 (agent bias) | `gather_bias` (B, H, n, M), `share_bias` (B, H, N, n); `agent_bias` of the layer makes them |
 | their 7 x 7 tables, row and column terms, class token's | `projection.gather_bias`, `projection.share_bias`: `block`, `rows`, `columns`, `other` |
 | DWC, 3 x 3 depthwise | `dwc` of the layer: `merge.convolution`; without `grid` a sequence is a grid of one row |
 | k2 = 0.3, k_shortcut = 0.075 (AgentSD) | `second_scale_exponent` (p), `k_shortcut`; 1 and 0 by default |

@@ -7,7 +7,7 @@ costs no more and finds single tokens exactly.
 Definition (survey arXiv 2406.03430; Vim, arXiv 2401.09417, algorithm 1; VMamba, arXiv 2401.10166, section 4). A path p
 visits the tokens in the order pi_p. With the selective scan S6 of `mamba`, its own skip D included,
 
-    y_p[pi_p(t)] = S6(x_p[pi_p(1..t)]; dt_p, A_p, B_p, C_p, D_p),     y = combine(y_1, ..., y_P)
+    y_p[pi_p(t)] = S6(x_p[pi_p(1 ... t)]; dt_p, A_p, B_p, C_p, D_p),     y = combine(y_1, ..., y_P)
 
 All paths include the token itself, so with two of them it is counted twice (`mean` halves the sum); `mamba` in
 noncausal-self counts it once.
@@ -28,7 +28,7 @@ noncausal-self counts it once.
 The block around (Vim version 2, the default; VMamba's SS2D is `scan="cross", combine="sum", convolution="grid",
 conv_width=3, norm="layer"`):
 
-    [x, z] = W_in u,   x_p = silu(conv_p(x)),   [delta, B, C]_p = W_p x_p,   dt_p = softplus(W_dt,p delta_p + bias_p)
+    [x, z] = W_in u,   x_p = silu(conv_p(x)),   [delta, B, C]_p = W_p x_p,   dt_p = softplus(W_{dt,p} delta_p + bias_p)
     out = W_out (norm(y) * silu(z))
 
 | paper | here |

@@ -8,9 +8,9 @@ Definition (Ren et al., arXiv 2107.05768, section 3, and the authors' code). Wit
 D_i and through summaries to groups G, which together hold every token that it may see:
 
     kappa_G = pool over j in G of k_j,    rho_G = pool over j in G of q_j
-    nu_G    = sum over j in G of softmax_j(rho_G . k_j) v_j,       the same for every query
+    nu_G    = sum_{j in G} softmax_j(rho_G . k_j) v_j,       the same for every query
     p_i     = softmax over { q_i . k_j, j in D_i } and { q_i . kappa_G },    one softmax for both
-    o_i     = sum over D_i of p_ij v_j + sum over G of p_iG nu_G
+    o_i     = sum_{j in D_i} p_ij v_j + sum_G p_iG nu_G
 
 Tokens are laid out row by row in rows of s = `segment`; i lies in row r, column c; the last row may be unfinished.
 

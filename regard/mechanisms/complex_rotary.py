@@ -12,7 +12,8 @@ u_j with the magnitude rho(u) = sqrt(|u|^2 + 1e-9) and the phase phi(u) = atan2(
 
 It is computed in its factorised form, in which S is an ordinary product and a key depends on its own position alone:
 
-    q~ = rho(q) (cos t, sin t),  t = delta phi(q) + b + m g;      k~ = rho(k) (cos s, sin s),  s = delta phi(k) + n g;      S = q~ k~^T
+    q~ = rho(q) (cos t, sin t),  t = delta phi(q) + b + m g
+    k~ = rho(k) (cos s, sin s),  s = delta phi(k) + n g,      S = q~ k~^T
 
 | paper | here |
 |---|---|

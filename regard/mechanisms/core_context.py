@@ -8,9 +8,9 @@ Definition (Chen et al., arXiv 2412.12465, and the authors' code), ranks from 1,
 
     I_r   = { (r - 1) g + 1, ..., r g }
     w_r   = softmax over j in I_r of (tau q_rg . k_j)          the query is that of the group's last token
-    k^G_r = sum over I_r of w_rj k_j,     v^G_r = sum over I_r of w_rj v_j
+    k^G_r = sum_{j in I_r} w_rj k_j,     v^G_r = sum_{j in I_r} w_rj v_j
     j(i)  = max(0, floor((i - s) / g))
-    o_i   = softmax over { k^G_1 ... k^G_j(i) } and { k_t, j(i) g < t <= i } of tau q_i . k,  with v^G and v
+    o_i   = softmax over { k^G_1, ..., k^G_{j(i)} } and { k_t, j(i) g < t <= i } of tau q_i . k,  with v^G and v
 
 Cores and tokens part the past exactly: s + ((i - s) mod g) tokens are read one by one, once i > s.
 

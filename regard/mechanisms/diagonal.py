@@ -7,8 +7,8 @@ When not: alone, since nothing ever crosses the border of a block; where blocks 
 
 Definition (TransNormer, Qin et al., arXiv 2210.10340, section 4.2), with blocks of c tokens:
 
-    s_ij = tau q_i . k_j + bias_ij  for j in the block of i (and j <= i when causal)
-    T1: o_i = Norm(sum_j relu(s_ij) v_j)          T2: o_i = sum_j softmax_j(s_i)_j v_j
+    s_ij = tau q_i . k_j + bias_ij  for j in the block of i, and j <= i when causal
+    o_i = Norm(sum_j relu(s_ij) v_j) for T1,     o_i = sum_j softmax_j(s_i)_j v_j for T2
 
 with Norm over all heads of a token together.
 

@@ -15,7 +15,7 @@ Definition (Wu et al., arXiv 2202.06258, section 3), Q = phi(tau q), K = phi(k),
 Causal, with all sums over tokens up to t, n_t = t tokens seen, and every C_t fixed at its own step:
 
     I_t = n_t / <Q_t + eps, sum K + eps>,   O_t alike;    I^_t = <Q_t + eps, sum K O + eps> / n_t,   O^_t alike, clamped
-    A_t = sigmoid(I^_t),   C_t = n_t e^{O^_t} / sum_{j<=t} e^{O^_j},   R_t = A_t (Q_t I_t / n_t) sum_{j<=t} K_j^T (C_j V_j)
+    A_t = sigmoid(I^_t),   C_t = n_t e^{O^_t} / (sum_{j<=t} e^{O^_j}),   R_t = A_t (Q_t I_t / n_t) sum_{j<=t} K_j^T (C_j V_j)
 
 | paper | here |
 |---|---|

@@ -8,7 +8,7 @@ When not: a pool that should cost next to nothing (`low_rank_pooling`, the mean)
 Definition (Dai et al., arXiv 2006.03236, section 2; survey arXiv 2103.14636, D3). Each block begins with
 
     h' = pool(h) by pairs of tokens, the first token (cls) apart:  h'_0 = h_0,  h'_j = mean(h_{2j-1}, h_{2j})
-    h  = FF(LN(h' + Attention(Q = h', K = V = h)))                 ("pool query only"; the residual is the pooled h')
+    h  = FF(LN(h' + Attention(Q = h', K = V = h)))                 (pool query only; the residual is the pooled h')
 
 and goes on with layers in which K = V = h'. FF(x) = LN(x + W_2 gelu(W_1 x)). Scores, with R_t the sinusoid of a distance,
 

@@ -6,8 +6,8 @@ When not: exact recall of single tokens (features blur what they weigh), or rela
 
 Definition (Luo et al., arXiv 2106.12566, section 3), with b_{j-i} a number for each offset (key minus query):
 
-    z_i = phi(q_i) . sum_j e^{b_{j-i}} phi(k_j) v_j^T  /  phi(q_i) . sum_j e^{b_{j-i}} phi(k_j)
-    phi(x) = e^{-|x|^2 / 2} F^{-1/2} (e^{w_1 . x}, ..., e^{w_F . x}),   w_f ~ N(0, I)        (positive random features)
+    z_i = (phi(q_i) . sum_j e^{b_{j-i}} phi(k_j) v_j^T) / (phi(q_i) . sum_j e^{b_{j-i}} phi(k_j))
+    phi(x) = e^{-|x|^2 / 2} F^-1/2 (e^{w_1 . x}, ..., e^{w_F . x}),   w_f ~ N(0, I)        (positive random features)
     q_i <- q_i / |q_i|,   k_j <- k_j / |k_j|                                                  (normalised, NKA)
 
 phi(q) . phi(k) estimates e^{q . k}, so z approximates softmax(q k + b) v. Its error at a given F grows exponentially with

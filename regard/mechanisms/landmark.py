@@ -8,15 +8,15 @@ state must not grow (`cache_blocks` bounds it by forgetting the oldest blocks).
 Definition (Mohtashami and Jaggi, arXiv 2305.16300, sections 3.1-3.3). A landmark belongs to the block that it closes.
 With S = tau Q K^T, for query i in block b, over visible keys:
 
-    t_i   = softmax of S_i over { normal tokens of block b } and { landmarks of the other blocks that hold a token }
+    t_i   = softmax of S_i over { normal tokens of block b } and { landmarks of the other blocks that hold tokens }
     u_i^c = softmax of S_i over the normal tokens of block c,             for each other block c
-    W_ij  = t_ij                    for normal j in block b
-          = t_i,landmark(c) u_ij^c  for normal j in another block c
-          = 0                       for landmarks,                        O = W V
+    W_ij  = t_ij                      for normal j in block b
+          = t_{i,landmark(c)} u_ij^c  for normal j in another block c
+          = 0                         for landmarks,                      O = W V
 
 Rows sum to 1, except for a query without keys, which gives 0. The fast forms use the same thing in one softmax: with
 LSE_ic the log-sum-exp of S_i over the normal tokens of block c, W_i = softmax over normal tokens of S_ij + C_ij, where
-C_ij = S_i,landmark(c) - LSE_ic for j in another block c and 0 in the query's own.
+C_ij = S_{i,landmark(c)} - LSE_ic for j in another block c and 0 in the query's own.
 
 - A query never attends to the landmark of its own block, and a landmark never to itself: a landmark query reads its
   block's tokens and the earlier blocks.
@@ -42,15 +42,15 @@ noncausal-self has nothing to choose from: each call sees its sequence whole, an
 Miss token (of the authors' code, after the paper): a key, the same for all queries and rotated as at position -1, whose
 score r_i joins the softmax t_i. The landmarks C that it controls leave t_i for a softmax of their own,
 
-    z_i = softmax of S_i over C,     the gate of c in C: t_i,miss z_ic,
+    z_i = softmax of S_i over C,     the gate of c in C: t_{i,miss} z_ic,
 
-so that a query which wants none of them lets t_i,miss fall. Rows sum to 1, or without a landmark in C to 1 - t_i,miss.
+so that a query which wants none of them lets t_{i,miss} fall. Rows sum to 1, or without a landmark in C to 1 - t_{i,miss}.
 Controlled are the landmarks of retrieved blocks, and in training each landmark with the probability `miss_share`; outside
-training a t_i,miss below `miss_cutoff` opens no gate.
+training a t_{i,miss} below `miss_cutoff` opens no gate.
 
 | paper | here |
 |---|---|
-| context miss token; t_i,miss | `miss` (G, D), one key a head, which the layer learns with `miss=True`; its weight |
+| context miss token; t_{i,miss} | `miss` (G, D), one key a head, which the layer learns with `miss=True`; its weight |
 | block length l_block | `block`: normal tokens before each landmark |
 | k retrieved blocks | `top_k`; None attends to all cached blocks, which is W above |
 | memory size (cache of blocks) | `cache_blocks`; the oldest complete block is dropped first; None keeps all |

@@ -6,11 +6,12 @@ When not: dependencies beyond its receptive field (23 x 23 by default); sequence
 
 Definition (Guo et al., Visual Attention Network, arXiv 2202.09741, equations 1-2), for X (B, C, H, W):
 
-    A = PW(DWD(DW(X))),   LKA(X) = A * X                  (no softmax, no sigmoid: A is unbounded and signed)
-    Attn(X) = X + W_2 LKA(gelu(W_1 X))                    (the layer; the gate multiplies LKA's own input)
+    A = PW(DWD(DW(X))),   LKA(X) = A * X
+    Attn(X) = X + W_2 LKA(gelu(W_1 X))       (the layer; the gate multiplies the input of LKA)
 
-DW is depthwise with side k1 = 2d - 1, DWD depthwise with side k2 = ceil(K / d) and dilation d, PW mixes channels. They are
-composed, not summed, each with a bias and with zeros around its own input. The field of A has side k1 + d (k2 - 1).
+Without softmax or sigmoid A is unbounded and signed. DW is depthwise with side k1 = 2d - 1, DWD depthwise with side k2
+= ceil(K / d) and dilation d, PW mixes channels. They are composed, not summed, each with a bias and with zeros around
+its own input. The field of A has side k1 + d (k2 - 1).
 
 | paper | here |
 |---|---|

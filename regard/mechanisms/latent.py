@@ -7,20 +7,20 @@ products that make their keys and values.
 
 Definition (multi-head latent attention of DeepSeek-V2, arXiv 2405.04434, equations 9-19), for each head i:
 
-    c_t = RMSNorm(W_DKV x_t),   k_t,i = [W_UK,i c_t; k^R_t],   v_t,i = W_UV,i c_t,   k^R_t = RoPE(W_KR x_t)
-    q_t,i = [W_UQ,i c^Q_t; RoPE(W_QR,i c^Q_t)],   c^Q_t = RMSNorm(W_DQ x_t)
-    o_t,i = sum_j softmax_j(tau q_t,i . k_j,i) v_j,i,   tau = (D + R)^-0.5
+    c_t = RMSNorm(W_DKV x_t),   k_{t,i} = [W_{UK,i} c_t; k^R_t],   v_{t,i} = W_{UV,i} c_t,   k^R_t = RoPE(W_KR x_t)
+    q_{t,i} = [W_{UQ,i} c^Q_t; RoPE(W_{QR,i} c^Q_t)],   c^Q_t = RMSNorm(W_DQ x_t)
+    o_{t,i} = sum_j softmax_j(tau q_{t,i} . k_{j,i}) v_{j,i},   tau = (D + R)^-0.5
 
-Decoding makes no key and no value: q^C_t,i . W_UK,i c_j = (W_UK,i^T q^C_t,i) . c_j, and sum_j p_j W_UV,i c_j = W_UV,i sum_j
-p_j c_j. So all heads read one key [c; k^R] of C + R numbers a token, and one value c. Each call takes the form that needs
-fewer multiplications: this one for few queries, keys and values for many.
+Decoding makes no key and no value: q^C_{t,i} . W_{UK,i} c_j = (W_{UK,i}^T q^C_{t,i}) . c_j, and sum_j p_j W_{UV,i} c_j
+= W_{UV,i} sum_j p_j c_j. So all heads read one key [c; k^R] of C + R numbers a token, and one value c. Each call takes
+the form that needs fewer multiplications: this one for few queries, keys and values for many.
 
 | paper | here |
 |---|---|
 | c^KV_t, d_c wide | `latent` (B, M, C); `latent_dim` of a layer |
 | k^R_t, the decoupled key | `k` (B, 1, M, R), one for all heads; `head_dim` of a layer is R |
-| q^R_t,i | `q` (B, H, N, R) |
-| q^C_t,i, d_h wide | `q_content` (B, H, N, D); `content_dim` of a layer |
+| q^R_{t,i} | `q` (B, H, N, R) |
+| q^C_{t,i}, d_h wide | `q_content` (B, H, N, D); `content_dim` of a layer |
 | W^UK, W^UV | `up_k` (H, D, C), `up_v` (H, V, C); `projection.up_k`, `.up_v` of a layer |
 | W^DKV, W^KR | `projection.down` and `key` of a layer |
 | W^UQ and W^QR, together | `projection.query`; of each head its D content features come first |

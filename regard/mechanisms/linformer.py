@@ -6,7 +6,7 @@ may be anywhere: the mixtures know places, not contents. See `abc` for mixtures 
 
 Definition (Wang et al., arXiv 2006.04768, equation 7; survey arXiv 2103.14636, C1):
 
-    K' = E^T K,   V' = F^T V,   O = softmax(s Q K'^T) V',     E, F of shape N_max x k, of which the first M rows are used
+    K' = E^T K,   V' = F^T V,   O = softmax(s Q K'^T) V',     E, F of shape (N_max, k), of which the first M rows are used
 
 | paper | here |
 |---|---|

@@ -4,11 +4,11 @@ When to pick it: long documents of which a few tokens must gather the rest (a cl
 should not forget the first tokens of a stream; time is linear in N, and the causal state has a fixed size.
 When not: recall of single tokens beyond the layers' joint reach, cross attention (memory has no place near a query).
 
-Definition (Beltagy et al., arXiv 2004.05150, section 3; survey arXiv 2103.14636, B2). With the set Gl of global tokens,
+Definition (Beltagy et al., arXiv 2004.05150, section 3; survey arXiv 2103.14636, B2). With the set G of global tokens,
 a token i outside it has the weights of one softmax over
 
-    keys near it:    |i - j| <= w/2 g and g divides i - j, in causal-self 0 <= i - j <= (w - 1) g
-    and all of Gl,   in causal-self those with j <= i,
+    keys near it:    |i - j| <= g w / 2 and g divides i - j, in causal-self 0 <= i - j <= (w - 1) g
+    and all of G,    in causal-self those with j <= i,
 
 in which a global token that is also near counts once. A global token sees all tokens (in causal-self those with j <= i),
 by queries, keys and values of its own: softmax(tau q^g_i . k^g_j) v^g_j.

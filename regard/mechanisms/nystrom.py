@@ -8,8 +8,8 @@ When not: causal models (a mean holds later tokens), or lookups of single tokens
 Definition (Xiong et al., arXiv 2102.03902, equations 9-15; survey arXiv 2103.14636, C2). With segment means Q~ and K~ of
 c segments of queries and keys, and the scale s:
 
-    O = softmax(s Q K~^T) Z softmax(s Q~ K^T) V (+ DWC(V)),      A = softmax(s Q~ K~^T),   Z ~ A^+
-    Z_0 = A^T / (max_j sum_i |A_ij| max_i sum_j |A_ij|),   Z <- Z / 4 (13 I - A Z (15 I - A Z (7 I - A Z))),  six times
+    O = softmax(s Q K~^T) Z softmax(s Q~ K^T) V (+ DWC(V)),      A = softmax(s Q~ K~^T),   Z ≈ A^+
+    Z_0 = A^T / (max_j sum_i |A_ij| max_i sum_j |A_ij|),   Z <- 0.25 Z (13 I - A Z (15 I - A Z (7 I - A Z))),  six times
 
 With c tokens or fewer it is softmax attention itself. The second factor of Z_0 is 1, since rows of A sum to 1.
 

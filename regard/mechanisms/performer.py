@@ -9,7 +9,7 @@ Definition (Choromanski et al., arXiv 2009.14794, lemma 1 and section 2.4; surve
 features w_1 ... w_R and x' = sqrt(s) x for the scale s, so that exp(s q . k) = E[ phi(q) . phi(k) ]:
 
     phi_r(x) = R^-1/2 ( exp(w_r . x' - |x'|^2 / 2 - c(x)) + e )
-    o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + eps)
+    o_i = (sum_j (phi(q_i) . phi(k_j)) v_j) / (sum_j phi(q_i) . phi(k_j) + eps)
 
 - c of a query is the largest exponent among its own features. c of a key is the largest exponent among all features of
   all keys that query i sees, hence in causal-self a running maximum: nothing of a later key enters, and padding neither.

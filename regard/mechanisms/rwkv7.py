@@ -11,9 +11,10 @@ Definition (the time mixing of Peng et al., arXiv 2503.14456):
 
 with row vectors and kappa of unit length: what the memory holds under kappa is read *before* it decays and is taken away
 along a * kappa. The transition diag(w) - kappa^T (a * kappa) is not symmetric: it can copy one feature of the memory over
-another, as no single step of the delta rule can. The triangular system of a chunk has other keys on its two sides:
+another, as no single step of the delta rule can. The triangular system of a chunk has other keys on its two sides
+(`regard.engines.generalized_delta`):
 
-    (I + A(kappa, a * kappa)) U = A(kappa, k) V + ...          (see `regard.engines.generalized_delta`)
+    (I + A(kappa, a * kappa)) U = A(kappa, k) V + ...
 
 | paper | here |
 |---|---|

@@ -6,16 +6,17 @@ When not: recall of what was said (a kernel knows distances, not contents), and 
 
 Definition (Gu et al., arXiv 2206.11893, section 3; the S4D of CAB, arXiv 2210.07661). For channel e and state k
 
-    h_t[e,k] = exp(dt_e A_ek) h_{t-1}[e,k] + (exp(dt_e A_ek) - 1) / A_ek x_t[e],   y_t[e] = 2 Re sum_k C_ek h_t[e,k] + D_e x_t[e]
+    h_t[e,k] = exp(dt_e A_ek) h_{t-1}[e,k] + A_ek^-1 (exp(dt_e A_ek) - 1) x_t[e],   y_t[e] = 2 Re sum_k C_ek h_t[e,k] + D_e x_t[e]
 
 with complex A, Re A < 0, and C; B is 1, since only its product with C matters, and the conjugates of the K states stand in
 the factor 2 Re. That is the zero-order hold; `discretization="bilinear"` takes
 
-    h_t = (1 + dt A / 2) / (1 - dt A / 2) h_{t-1} + dt / (1 - dt A / 2) x_t
+    h_t = (1 - dt A / 2)^-1 ((1 + dt A / 2) h_{t-1} + dt x_t)
 
-As a convolution, y_t = sum_{s<=t} K_{t-s} x_s + D x_t with K_t = 2 Re sum_k C_k Bbar_k Abar_k^t. The layer around:
+As a convolution, y_t = sum_{s<=t} K_{t-s} x_s + D x_t with K_t = 2 Re sum_k C_k Bbar_k Abar_k^t. The layer around (with
+`glu` the gated linear unit of twice as many features instead of W):
 
-    out = W gelu(y) + b                (with `glu`, the gated linear unit of twice as many features)
+    out = W gelu(y) + b
 
 | paper | here |
 |---|---|

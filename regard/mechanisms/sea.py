@@ -13,7 +13,7 @@ query t with n_t visible keys, an estimated map of K scores e_t, and k keys to r
     pixel(t, j) = floor((j + 1/2) K / n_t - 10^-4), at least 0, for the key of rank j
     P_t = softmax over { j : pixel(t, j) in kept_t } of tau q_t . k_j,   0 if there are none
     o_t = sigmoid(b_t) sigmoid(a_t) P_t V + (1 - sigmoid(b_t)) mean_t
-    mean_t = sum_{j<=t} v_j / (t + 1),   in noncausal-self sum_j v_j (mean over queries s of p_s)_{pixel(j)}
+    mean_t = (sum_{j<=t} v_j) / (t + 1),   in noncausal-self sum_j v_j (mean over queries s of p_s)_{pixel(j)}
 
 A layer makes e, a and b of the tokens (`Estimator`). With [pos, v] the values beside codes of their positions and c linear
 attention over them by random features (FAVOR+, arXiv 2009.14794),
@@ -24,11 +24,11 @@ Causal: positions are a learned table; phi(x) = relu(W x d^-1/4) + 10^-3; two di
 K / 4 pixels, a 1 x 1 convolution, and norms before and after. Noncausal-self: positions are the identity matrix, stretched
 over the row; phi is the softmax kernel; three convolutions of which the first halves the queries, on K / 2 pixels.
 
-Distillation (`losses["distillation"]`, the mean over layers), A the teacher's weights, c* its head outputs, R(e) the map of
+Distillation (`losses["distillation"]`, the mean over layers), A the teacher's weights, o^A its head outputs, R(e) the map of
 scores e_{pixel(t, j)}, KL the mean over heads and queries (in noncausal-self the sum over heads) and MSE the mean over pairs or
 features:
 
-    0.1 KL(A, softmax R(e)) + MSE + 0.1 KL(A, softmax of all exact scores) + MSE + MSE(c*, o)
+    loss = 0.1 KL(A, softmax R(e)) + MSE + 0.1 KL(A, softmax of all exact scores) + MSE + MSE(o^A, o)
 
 The teacher is `teacher={"weights": (B, H, N, M), "output": (B, H, N, V)}`, right-padded, "output" optional. In training without
 one, the layer's own exact weights, without gradient, stand for A, and only the first two terms remain (`self_teacher`).

@@ -9,7 +9,7 @@ summaries of block i of the queries and block j of the keys, s the scale:
 
     A_ij = (ln(relu(s p_i . r_j) + 1e-6) + G_ij) / tau,       G Gumbel noise, in training only
     P    = exp of A after `iterations` times: every row, then every column, divided by its sum
-    K'_i = sum_j P_ij K_j,    V'_i = sum_j P_ij V_j,          at each of the b places of a block
+    K'_i = sum_j P_ij K_j,    V'_i = sum_j P_ij V_j,          at each of the b places in the blocks
     O_i  = softmax(s Q_i [K'_i; K_i]^T) [V'_i; V_i]
 
 - noncausal-self: summaries are means over blocks.

@@ -5,9 +5,12 @@ When not: for inference, which is that of softmax attention, or a model that und
 
 Definition (Hussain, Zaki and Subramanian, arXiv 2306.01705, section 4), with m = rho M of the M keys:
 
-    unbiased:        pi a random permutation of the keys;   O = softmax(tau Q K_{pi[:m]}^T + B_{:, pi[:m]}) V_{pi[:m]}
-    locally biased:  pi = argsort(j + sigma noise_j);       queries and permuted keys are cut into windows of w, and the
-                     queries of a window attend to the keys of the same window
+    O = softmax(tau Q K_{pi[:m]}^T + B_{:, pi[:m]}) V_{pi[:m]}    with pi drawn among all permutations of the keys (unbiased)
+
+or, locally biased, with queries and permuted keys cut into windows of w, where the queries of a window attend to the keys of
+the same window:
+
+    pi = argsort(j + sigma noise_j)
 
 The softmax runs over the keys that are left; nothing is multiplied by 1 / rho. Masks, biases and positions are those of the
 original places. A draw is made anew in every layer and call; heads share it, and so do the sequences of a batch where none

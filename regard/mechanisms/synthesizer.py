@@ -7,13 +7,15 @@ quadratic like that of softmax attention.
 
 Definition (Tay et al., arXiv 2005.00743, equations 1-8; survey arXiv 2103.14636, C6), for query i and the place j of a key:
 
-    dense               S_ij = (W_2 relu(W_1 x_i))_j
-    random              S_ij = R_ij, trained or not
-    factorised_dense    S_ij = a(x_i)_{j div B} b(x_i)_{j mod B},     linear maps a to A and b to B features, A B >= L
-    factorised_random   S = R_1 R_2^T, of a small rank
-    dot                 S_ij = s q_i . k_j
-    mixture             S = sum_t softmax(w)_t S^t of several of these
-    o_i = softmax_j(S_ij) v_j     over visible keys; causal-self hides later places
+    S_ij = (W_2 relu(W_1 x_i))_j                      `dense`
+    S_ij = R_ij, trained or not                       `random`
+    S_ij = a(x_i)_{j div B} b(x_i)_{j mod B}          `factorised_dense`, A B >= L
+    S_ij = (R_1 R_2^T)_ij, of small rank              `factorised_random`
+    S_ij = s q_i . k_j                                `dot`
+    S_ij = sum_t softmax(w)_t S^t_ij                  of several of these
+    o_i  = sum_j softmax_j(S_ij) v_j                  over visible keys; causal-self hides later places
+
+with linear maps a to A features and b to B features.
 
 | paper | here |
 |---|---|

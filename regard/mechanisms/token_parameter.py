@@ -7,8 +7,13 @@ When not: for speed. At n = D a projection D -> D has twice the parameters and t
 Definition (TokenFormer, Wang et al., arXiv 2410.23168), for each token x alone:
 
     s = K_P x,   y = V_P^T Theta(s)
-    l2_norm_gelu:  Theta(s) = gelu(tau s / ||s||_2)          gelu_l2_norm:  Theta(s) = tau gelu(s) / ||gelu(s)||_2
-    softmax:       Theta(s) = tau^2 exp(s) / sum_j exp(s_j)  identity:      Theta(s) = s
+
+with Theta named by the option `theta`:
+
+    Theta(s) = gelu(tau s / ||s||_2)             with `l2_norm_gelu`
+    Theta(s) = tau gelu(s) / ||gelu(s)||_2       with `gelu_l2_norm`
+    Theta(s) = tau^2 exp(s) / (sum_j exp(s_j))   with `softmax`
+    Theta(s) = s                                 with `identity`
 
 | paper | here |
 |---|---|

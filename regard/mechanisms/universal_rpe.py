@@ -26,9 +26,9 @@ both sides count from 0, which suits a memory that runs beside the queries. With
 as ``weights`` and A as ``softmax_weights``. A query that sees no key gives 0.
 
 Nothing is normalised after C, and C cannot be a bias, since its logarithm would enter the normaliser. But with `factors` O is
-a sum over parts of the keys, of what softmax attention gives of each, an output and a log-sum-exp:
+a sum over parts P of the keys, of what softmax attention gives of each, an output and a log-sum-exp:
 
-    O = sum over parts P of c_P e^{L_P - L} O_P,    L = log sum_P e^{L_P}
+    O = sum_P c_P e^{L_P - L} O_P,    L = log sum_P e^{L_P}
 
 Keys R or more before the query are one part, with the c of -R, and those R or more after it another, with that of R. Nearer
 keys are in two parts, whose factors are kappa and -kappa, by the shares p and 1 - p of their weights, so that kappa (2 p - 1) is
