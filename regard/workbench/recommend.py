@@ -105,9 +105,9 @@ def recommend(
     others = sorted({f"{name} on {task}" for task, name in (edges or {}) if name != winner})
     if others:
         notes.append(
-            f"The best learning rate is at the end of those tried for {_list(others)}: they may do better too."
+            f"The best learning rate is at the end of those tried for {listed(others)}: they may do better too."
         )
-    own = [f"solves {_list(solved)}"] if (solved := _solved(summary, winner)) else []
+    own = [f"solves {listed(solved)}"] if (solved := _solved(summary, winner)) else []
     if costs:
         own.append(f"{'reaches' if more else 'needs'} {wording.format(measured)}{where}")
     steps = steps or [_no_steps(scored, comparisons)]
@@ -133,12 +133,12 @@ def _headline(
     if any(comparison.degrees < 1 for comparison in comparisons.values()):
         said = "with a single seed no difference in quality counts"
     else:
-        said = f"of {_list(kept)}, none is surely behind the best"
+        said = f"of {listed(kept)}, none is surely behind the best"
     if not cost:
         return f"{said}, and no cost was measured to decide; {why}."
     if len(alike) == 1:
         return f"{said}, and it is the cheapest in {cost}."
-    whose = "their costs" if len(alike) == len(kept) else f"the costs of {_list(alike)}, the cheapest,"
+    whose = "their costs" if len(alike) == len(kept) else f"the costs of {listed(alike)}, the cheapest,"
     return f"{said}, and {whose} in {cost} are about the same; {why}."
 
 
@@ -153,7 +153,7 @@ def _at_lengths(at_length: Mapping[str, int] | None) -> str:
         return ""
     if len(set(at_length.values())) == 1:
         return f" at {next(iter(at_length.values()))} tokens"
-    return " at " + _list([f"{length} tokens ({task})" for task, length in at_length.items()]) + ", in the mean"
+    return " at " + listed([f"{length} tokens ({task})" for task, length in at_length.items()]) + ", in the mean"
 
 
 def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) -> list[str]:
@@ -171,7 +171,7 @@ def _without_unsolved(
         solving = [m for m in kept if _entry(summary, task, m)["solved"]]
         if solving:
             lost = [m for m in kept if m not in solving]
-            steps += [f"{task} is not solved by {_list(lost)}"] if lost else []
+            steps += [f"{task} is not solved by {listed(lost)}"] if lost else []
             kept = solving
         elif any(e.get("solved") for e in entries):
             notes.append(f"No remaining mechanism solves {task}.")
@@ -190,7 +190,7 @@ def _without_unproven(
         better = [e["mechanism"] for e in entries if (e.get("over_baseline") or 0) > 0]
         if any(e.get("beside_baseline") == "ahead" for e in entries) and len(better) < len(kept):
             lost = [m for m in kept if m not in better]
-            steps.append(f"on {task} no better than a rule without training: {_list(lost)}")
+            steps.append(f"on {task} no better than a rule without training: {listed(lost)}")
             kept = better
     return kept, steps
 
@@ -210,7 +210,7 @@ def _without_beaten(
         behind = [m for m in kept if m != best and comparisons[task].difference(best, m).separable]
         if behind:
             score = _entry(summary, task, best)["mean"]
-            steps.append(f"on {task} {best} reaches {score:.4g} {metrics[task][0]}, ahead of {_list(behind)}")
+            steps.append(f"on {task} {best} reaches {score:.4g} {metrics[task][0]}, ahead of {listed(behind)}")
         kept = [m for m in kept if m not in behind]
     return kept, steps
 
@@ -296,7 +296,7 @@ def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, An
                 for e in known[name]
                 if e["first_solved"] and not e["solved"]
             )
-            return winner, f"unlike {_list(others)} it also solves {_list(list(where))}"
+            return winner, f"unlike {listed(others)} it also solves {listed(list(where))}"
     if "softmax" in alike:
         return "softmax", "softmax is the plainest of them"
     return alike[0], "it was named first"
@@ -304,7 +304,7 @@ def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, An
 
 def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:
     """What the scores of a task leave open, and what would separate the most distant of those tied."""
-    said = f"Cannot separate {best} from {_list(tied)} on {task} at this budget"
+    said = f"Cannot separate {best} from {listed(tied)} on {task} at this budget"
     far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
     difference = comparison.difference(best, far)
     if not math.isfinite(difference.resolved):
@@ -328,5 +328,6 @@ def _longer(budget: str, factor: float) -> str:
     return f" --budget {Budget(parsed.unit, parsed.amount * factor)}" if parsed.unit == "seconds" else ""
 
 
-def _list(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -21,6 +21,7 @@ from regard.measurement.store import Store
 from regard.models import LanguageModel, count_parameters, save_pretrained
 from regard.tasks import Task, TextTask
 from regard.training import evaluate, train
+from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.summary import by_tokens, thin
 from regard.workbench.work import FEWEST_STEPS, Work, build, share_steps
@@ -150,10 +151,15 @@ class Trainer:
         first, runs = self.settings.first_seed, Runs([], [], {}, [])
         rounds = self.settings.seeds - 1
         tried = {name: [self._try(work, name, rate, runs) for rate in self.settings.rates] for name in names}
+        untried: dict[float, list[str]] = {}
         for name in names:
-            best = self._extend(work, name, tried[name], runs, rounds * len(names))
+            best, lacking = self._extend(work, name, tried[name], runs, rounds * len(names))
             runs.rates[name] = best["lr"]
             runs.rows.append(best)
+            if lacking is not None:
+                untried.setdefault(lacking, []).append(name)
+        for rate, without in untried.items():
+            self._leave_out(runs, f"{work.task.name}: no time was left to try {listed(without)} at a rate of {rate:g}.")
         for seed in range(first + 1, first + self.settings.seeds):
             missing = [n for n in names if self._stored(work, n, runs.rates[n], seed) is None]
             if not self._affords(sum(work.run_seconds(name) for name in missing), OVERTIME):
@@ -172,8 +178,9 @@ class Trainer:
         runs.trials.append(trial)
         return row
 
-    def _extend(self, work: Work, name: str, tried: list[Row], runs: Runs, after: int) -> Row:
-        """The run with the lowest loss on the items kept for the choice, with rates beyond while it is at an end."""
+    def _extend(self, work: Work, name: str, tried: list[Row], runs: Runs, after: int) -> tuple[Row, float | None]:
+        """The run with the lowest loss on the items kept for the choice, with rates beyond while it is at an end; and the
+        rate that there was no time for."""
         tried = list(tried)
         for _ in range(MORE_RATES if len(tried) > 1 else 0):
             best, rates = _best(tried), [row["lr"] for row in tried]
@@ -183,10 +190,9 @@ class Trainer:
             needed = work.run_seconds(name) + after * work.run_seconds(name)
             stored = self._stored(work, name, rate, self.settings.first_seed) is not None
             if not stored and not self._affords(needed):
-                self._leave_out(runs, f"{work.task.name}: no time was left to try {name} at a rate of {rate:g}.")
-                break
+                return best, rate
             tried.append(self._try(work, name, rate, runs))
-        return _best(tried)
+        return _best(tried), None
 
     def affords(self, works: Sequence[Work], name: str) -> bool:
         """Whether time is left for all runs of a mechanism on these tasks."""

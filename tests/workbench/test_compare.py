@@ -140,6 +140,15 @@ def test_rates_go_on_beyond_an_end_until_the_best_lies_between(tmp_path):
     assert (best == max(losses)) == ("may do better than shown" in outcome.recommendation.text)
 
 
+def test_mechanisms_that_no_time_was_left_for_share_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_affords", lambda *_: False)
+    rising = settings(mechanisms=("softmax", "linear"), rates=(1e-6, 1e-5), seeds=1)
+    notes = compare([recall()], rising, tmp_path).recommendation.notes
+    assert [n for n in notes if "no time" in n] == [
+        "recall: no time was left to try softmax and linear at a rate of 3e-05."
+    ]
+
+
 @pytest.mark.parametrize(
     ("rate", "up", "after"), [(1e-2, True, 3e-2), (1e-2, False, 3e-3), (2e-3, True, 3e-3), (2e-3, False, 1e-3)]
 )
