@@ -772,6 +772,7 @@ def _tasks(
     Args:
         recognised: called with the task that the data are for.
     """
+    from regard.models.variants import read_options
     from regard.tasks import TASKS, check_task, create_task
     from regard.tasks.recognise import recognise
 
@@ -779,7 +780,7 @@ def _tasks(
     named: list[tuple[str, dict[str, Any]]] = []
     for described in chosen or ():
         name, _, rest = described.partition(":")
-        named.append((name, _options("task", rest, f"{name}:")))
+        named.append((name, read_options(rest, name)))
     if not chosen and not own:
         named = [recognise(data)] if data else [("text", {}), ("recall", {})]
         name, options = named[0]
@@ -809,23 +810,12 @@ def _tasks(
     return [*tasks, *own]
 
 
-def _options(what: str, text: str, before: str = "") -> dict[str, Any]:
-    """From ``option=value,option=value``."""
-    options = {}
-    for part in filter(None, text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            supported = f"{'name:' if before else ''}option=value,option=value"
-            raise Unsupported(f"{what} option {part!r}", supported=supported, nearest=f"{before}{key}=1")
-        options[key.strip()] = _literal(value.strip())
-    return options
-
-
 def _stack(text: str) -> Any:
     """The stack of a comparison's backbones; layers of exits are joined by a plus sign."""
     from regard.models import StackConfig
+    from regard.models.variants import read_options
 
-    options = _options("stack", text)
+    options = read_options(text, "stack", before="")
     if "exits" in options:
         options["exits"] = _integers("exits", str(options["exits"]).replace("+", ","))
     return StackConfig.read(options)
@@ -849,13 +839,6 @@ def _variants(text: str, tasks: list[Any]) -> list[Any]:
             )
         )
     return read_variants(text)
-
-
-def _literal(text: str) -> Any:
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:

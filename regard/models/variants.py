@@ -178,14 +178,21 @@ def known_name(text: str) -> str:
     return card.name
 
 
-def read_options(text: str, name: str) -> dict[str, Any]:
-    """From ``option=value,option=value`` of `name`; values are JSON, or else words."""
+def read_options(text: str, name: str, before: str | None = None) -> dict[str, Any]:
+    """From ``option=value,option=value`` of `name`, which stand behind `before` (``name:`` when None).
+
+    Values are JSON, or else words.
+
+    Raises:
+        Unsupported: for a part without a value.
+    """
+    before = f"{name}:" if before is None else before
     options = {}
     for part in filter(None, _split(text)):
         key, equals, value = part.partition("=")
         if not equals:
             raise Unsupported(
-                f"option {part!r} of {name}", supported=f"{name}:option=value,option=value", nearest=f"{name}:{key}=1"
+                f"option {part!r} of {name}", supported=f"{before}option=value,option=value", nearest=f"{before}{key}=1"
             )
         options[key.strip()] = _literal(value.strip())
     return options
