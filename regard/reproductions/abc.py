@@ -76,6 +76,7 @@ REPRODUCTION = Reproduction(
         Check("softmax takes longer at 8192 tokens", measured("time", "speedup"), above=1.0),
     ),
     timings=frozenset({"time"}),
+    more_seeds={"abc": 10, "abc, 2 slots": 10},
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 128], "seconds": 0.01},
     seconds=40,
 )

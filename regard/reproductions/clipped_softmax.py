@@ -132,6 +132,7 @@ REPRODUCTION = Reproduction(
             above=5.0,
         ),
     ),
+    more_seeds={"clipped, separators": 10},
     smoke={"steps": 8},
     seconds=20,
 )

@@ -63,6 +63,7 @@ REPRODUCTION = Reproduction(
         Check("the standard encoder takes longer", measured("time", "speedup"), above=1.0),
     ),
     timings=frozenset({"time"}),
+    more_seeds={"funnel": 8, "pooled keys": 8},
     smoke={"steps": 2, "batch_size": 2, "items": 8, "length": 16, "seconds": 0.01},
     seconds=60,
 )

@@ -105,6 +105,7 @@ REPRODUCTION = Reproduction(
         Check("time by pairs grows with p > 1.6", measured("forward", "blocks"), above=1.6),
     ),
     timings=frozenset({"forward"}),
+    more_seeds={"N + RPE": 6, "RPE": 6},
     smoke={"steps": 2, "batch_size": 2, "items": 4, "probe": 1, "lengths": [16, 32], "seconds": 0.01},
     seconds=60,
 )

@@ -77,6 +77,7 @@ REPRODUCTION = Reproduction(
         Check("the time of a step grows with p < 0.1", measured("step", "linear"), below=0.1),
     ),
     timings=frozenset({"forward", "step"}),
+    more_seeds={"linear": 6, "softmax": 6},
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [16, 32], "seconds": 0.01},
     seconds=40,
 )

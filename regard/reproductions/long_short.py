@@ -66,6 +66,7 @@ REPRODUCTION = Reproduction(
         Check("forward time grows with p < 1.3", measured("time", "long_short"), below=1.3),
     ),
     timings=frozenset({"time"}),
+    more_seeds={"long_short": 6, "local": 6},
     smoke={"steps": 2, "batch_size": 2, "items": 4, "lengths": [64, 128], "seconds": 0.01},
     seconds=80,
 )
