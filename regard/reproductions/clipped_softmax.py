@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import create_layer
-from regard.reproductions.framework.judging import Check, Seed, number, over
+from regard.reproductions.framework.judging import Check, Seed, measured, number, over
 from regard.reproductions.framework.protocol import Reproduction, Setting
 
 TOKENS, PAYLOAD, DIM, GROUPS = 32, 16, 32, 4
@@ -130,6 +130,13 @@ REPRODUCTION = Reproduction(
             "no separators: softmax's no-op error at least 5 times gated's",
             over("softmax", "gated", "no_op_error"),
             above=5.0,
+        ),
+    ),
+    needs=(
+        Check(
+            "gated attention solves it with separators (error below 0.01)",
+            measured("gated, separators", "error"),
+            below=0.01,
         ),
     ),
     left_out=(

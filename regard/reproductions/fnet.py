@@ -68,6 +68,7 @@ REPRODUCTION = Reproduction(
         Check("at least 92 % of softmax's accuracy", share, above=0.92),
         Check("a training step takes softmax longer", measured("time", "speedup"), above=1.0),
     ),
+    needs=(Check("softmax classifies digits (above 0.8)", measured("softmax", "score"), above=0.8),),
     left_out=(
         "GLUE after pretraining: the pretraining is out of reach",
         "the Long Range Arena: sequences of 1K to 4K tokens, each task a training of its own",

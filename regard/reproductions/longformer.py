@@ -85,6 +85,7 @@ REPRODUCTION = Reproduction(
         Check("time of Longformer grows with p < 1.3", measured("time", "longformer"), below=1.3),
         Check("time of BigBird grows with p < 1.3", measured("time", "bigbird"), below=1.3),
     ),
+    needs=(Check("softmax classifies digits (above 0.8)", measured("softmax", "score"), above=0.8),),
     left_out=(
         "better than RoBERTa on long documents, text8 and enwik8: pretrained or much larger models",
         "sequences 8 times longer on the same hardware: a GPU's memory",

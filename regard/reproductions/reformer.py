@@ -77,6 +77,7 @@ REPRODUCTION = Reproduction(
         Check("softmax takes over twice as long at the greatest length", measured("time", "speedup"), above=2.0),
         Check("time grows with p < 1.3", measured("time", "reformer"), below=1.3),
     ),
+    needs=(Check("softmax classifies digits (above 0.8)", measured("softmax", "score"), above=0.8),),
     left_out=(
         "queries and keys shared at no loss: what is compared shares them, and softmax does not",
         "eight rounds match full attention: four of 16 buckets are tried on 64 tokens",

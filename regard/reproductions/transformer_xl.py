@@ -86,6 +86,7 @@ REPRODUCTION = Reproduction(
         ),
         Check("a step from the state over ten times as fast", measured("time", "speedup"), above=10.0),
     ),
+    needs=(Check("attention to all tokens solves the task (above 0.9)", measured("full", "score"), above=0.9),),
     left_out=(
         "perplexity on five corpora: recall stands for dependencies beyond a segment",
         "dependencies 80 % longer than recurrent networks' and 450 % longer than Transformers': a measure of trained models of equal loss",
