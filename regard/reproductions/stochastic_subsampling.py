@@ -129,7 +129,11 @@ REPRODUCTION = Reproduction(
         ),
     ),
     needs=(
-        Check("dense at its best has learned more than single bytes (3.19 nats)", measured("dense", "best"), below=3.0),
+        Check(
+            "dense at its best has learned something (below 3.0 nats; single bytes have 3.19)",
+            measured("dense", "best"),
+            below=3.0,
+        ),
         Check("dense over-fits: the end 0.1 nats above its best", _within("dense", "loss", "best"), above=0.1),
     ),
     left_out=(
