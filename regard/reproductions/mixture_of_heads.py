@@ -9,8 +9,8 @@ active heads. "Better" is judged as not more than 0.02 nats worse (a tie is what
 worth something here is a need: 6 of them lose against 8.
 
 Continued tuning: the dense model after 400 steps is given the routers without parameters of the paper's LLaMA, 4 shared
-heads and 2 of 4 routed, and trained for 40 steps more; beside it the dense model, and its first 6 heads alone, which is the
-same number for every token. The pilot (one seed) has 2.03 nats at once and 1.98 after tuning, 1.97 with all heads and 2.00
+heads and 2 of 4 routed, and trained for 40 steps more; beside it the dense model, and its first 6 heads alone, the same for
+every token. The pilot (one seed) has 2.03 nats at once and 1.98 after tuning, 1.97 with all heads and 2.00
 with the first 6, so seven tenths of the jump were won back. These runs have batches of 16.
 """
 
