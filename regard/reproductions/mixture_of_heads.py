@@ -5,31 +5,76 @@ LLaMA3-8B continue-tuned to 75 % of its heads gains 2.4 points on 14 benchmarks.
 
 Here: from scratch on bytes of Python's standard library, windows of 128, 2 layers of width 64 with 8 heads of 8, 400 steps:
 all heads, 75 % (2 shared, 4 of 6 routed) and 50 % (2 shared, 2 of 6), and 6 heads of the same width as the control of equal
-active heads. "Better" is judged as not more than 0.02 nats worse (a tie is what to expect at this size).
-Continued tuning of a pretrained model is not tried.
+active heads. "Better" is judged as not more than 0.02 nats worse (a tie is what to expect at this size). That heads are
+worth something here is a need: 6 of them lose against 8.
+
+Continued tuning: the dense model after 400 steps is given the routers without parameters of the paper's LLaMA, 4 shared
+heads and 2 of 4 routed, and trained for 40 steps more; beside it the dense model, and its first 6 heads alone, the same for
+every token. The pilot (one seed) has 2.03 nats at once and 1.98 after tuning, 1.97 with all heads and 2.00
+with the first 6, so seven tenths of the jump were won back. These runs have batches of 16.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 
 from regard import Context
 from regard.mechanisms.mixture_of_heads import head_usage, usage_entropy
 from regard.models import LanguageModel
-from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.judging import Check, Seed, measured, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, language_model, trained_score
+from regard.reproductions.framework.training import BIGRAMS, cached_task, fit, language_model, score, trained_score
 from regard.tasks import Task
+from regard.training import mix_heads
 
 TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 3e-3, "items": 64}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     task = cached_task("text", length=128, evaluation_items=setting["items"])
+    if "tuning" in setting:
+        return tune(task, setting, seed)
     plan = [(setting["mixer"], setting["options"])] * 2
     model = language_model(task, plan, dim=64, num_heads=setting["heads"], head_dim=8)
     found = trained_score(model, task, setting, seed)
     if setting["mixer"] == "mixture_of_heads":
         found["entropy"] = routing_entropy(model, task, setting["options"]["shared_heads"])
     return found
+
+
+def tune(task: Task, setting: Setting, seed: int) -> dict[str, float]:
+    """Losses of a trained model as it is, with fewer heads before and after tuning, and of all tuned alike."""
+    dense = language_model(task, ["softmax"] * 2, dim=64, num_heads=8, head_dim=8)
+    sound = fit(dense, task, setting, seed)
+    models = {"mixed": mix_heads(dense, shared_heads=4, active_heads=2), "fixed": first_heads(dense, task, 6)}
+    found = {f"{name}, before": score(model, task)["loss"] for name, model in models.items()}
+    for name, model in {**models, "dense": dense}.items():
+        # other batches than those of the training
+        tuned = fit(model, task, {**setting, "learning_rate": 1e-3}, seed + 5000, steps=setting["tuning"])
+        sound = sound and tuned
+        found[name] = score(model, task)["loss"]
+    return found if sound else dict.fromkeys(found, math.nan)
+
+
+def first_heads(model: LanguageModel, task: Task, heads: int) -> LanguageModel:
+    """The model without its other heads."""
+    fewer = language_model(task, ["softmax"] * 2, dim=64, num_heads=heads, head_dim=8)
+    known = model.state_dict()
+    with torch.no_grad():
+        for name, parameter in fewer.named_parameters():
+            rows, *columns = parameter.shape
+            parameter.copy_(known[name][:rows, : columns[0]] if columns else known[name])
+    return fewer
+
+
+def tuned(first: str, second: str) -> Callable[[Seed], float]:
+    return lambda seed: number(seed, "tuned", first) - number(seed, "tuned", second)
+
+
+def recovered(seed: Seed) -> float:
+    """The share of what leaving out heads costs at once that tuning wins back."""
+    return 1 - tuned("mixed", "dense")(seed) / tuned("mixed, before", "dense")(seed)
 
 
 @torch.no_grad()
@@ -43,16 +88,21 @@ def routing_entropy(model: LanguageModel, task: Task, shared: int) -> float:
 REPRODUCTION = Reproduction(
     name="mixture_of_heads",
     mechanisms=("mixture_of_heads",),
-    claim="With 50 to 90 % of the heads active, better than with all of them (abstract).",
+    claim=(
+        "With 50 to 90 % of the heads active, better than with all of them; a trained model can be tuned to 75 % of its heads "
+        "(abstract), and is soon as good as before (authors' README: over 95 % within 10B tokens)."
+    ),
     instead=(
         "Loss in nats on code bytes, 2 layers of width 64 with 8 heads, from scratch: 75 and 50 % of the heads against all, "
-        "judged as not more than 0.02 worse; 6 heads as a control; evenness of the routing."
+        "judged as not more than 0.02 worse; 6 heads as a control; evenness of the routing. A trained model tuned to 75 % for "
+        "40 steps after 400."
     ),
     settings={
         "all heads": TRAINING | {"mixer": "softmax", "heads": 8, "options": {}},
         "75 %": TRAINING | {"mixer": "mixture_of_heads", "heads": 8, "options": {"shared_heads": 2, "active_heads": 4}},
         "50 %": TRAINING | {"mixer": "mixture_of_heads", "heads": 8, "options": {"shared_heads": 2, "active_heads": 2}},
         "6 heads": TRAINING | {"mixer": "softmax", "heads": 6, "options": {}},
+        "tuned": TRAINING | {"batch_size": 16, "tuning": 40},
     },
     run_cell=run_cell,
     checks=(
@@ -60,7 +110,21 @@ REPRODUCTION = Reproduction(
         Check("50 % at most 0.02 nats worse than all heads", minus("50 %", "all heads", "loss"), below=0.02),
         Check("75 % better than 6 heads", minus("75 %", "6 heads", "loss"), below=0.0),
         Check("tokens spread over the heads (entropy above 0.9)", measured("75 %", "entropy"), above=0.9),
+        Check("tuned: nine tenths of the jump won back in a tenth of the steps", recovered, above=0.9),
+        Check("tuned: at most 0.02 nats worse than all heads", tuned("mixed", "dense"), below=0.02),
+        Check("tuned: better than 6 heads for every token", tuned("mixed", "fixed"), below=0.0),
     ),
-    smoke={"steps": 2, "batch_size": 2, "items": 4},
+    needs=(
+        Check("all heads learn more than bigrams (2.49 nats)", measured("all heads", "loss"), below=BIGRAMS),
+        Check("heads are worth something: 6 lose against 8", minus("6 heads", "all heads", "loss"), above=0.0),
+        Check("tuned: leaving out heads costs 0.02 nats at once", tuned("mixed, before", "dense"), above=0.02),
+    ),
+    left_out=(
+        "image classification and generation: ViT and DiT are larger than one core trains, and digits are solved by far fewer heads",
+        "a gain of 2.4 points on 14 benchmarks: continued training on 400B tokens, and no benchmark that this size solves",
+        "90 % of the heads: there are 8",
+    ),
+    more_seeds={"tuned": 4},
+    smoke={"steps": 2, "batch_size": 2, "items": 4, "tuning": 2},
     seconds=45,
 )
