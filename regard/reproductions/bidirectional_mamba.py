@@ -4,11 +4,16 @@ The papers: a scan of an image row by row lets a pixel see only those before it;
 the whole image, and medical segmentation by them is on a par with convolutions and transformers (abstracts; Vim-Ti has
 76.1 % on ImageNet-1K, VMamba-T 82.6 %).
 
-Here: segmentation of scenes of 16 x 16 pixels drawn anew for each batch: one to three discs in noise, away from the border,
-each pixel background or one of two classes. With the far cue the class of all discs is the sign of a marker of 2 x 2 pixels
+Here: segmentation of scenes of 12 x 12 pixels drawn anew for each batch: one to three discs in noise, away from the border,
+each pixel background or one of two classes. With the far cue the class of all discs is the sign of a marker of 3 x 3 pixels
 in one of the corners; without it, the sign of the disc itself. Two residual layers of width 24, four sets of scan weights
-each: all on the path row by row, two on it and two on its reverse, or one on each path of a cross. The number is the Dice
-coefficient of the discs' two classes, over 256 scenes.
+each: all on the path row by row, two on it and two on its reverse, or one on each path of a cross. Softmax attention in
+their place shows that the far cue can be learned; it knows no places, so that the borders of discs remain noisy. The number
+is the Dice coefficient of the discs' two classes, over 256 scenes.
+
+Scenes of 16 x 16 with a fainter marker of 2 x 2 pixels came before: with two paths or four, one seed of three did not learn
+the far cue, and the spread hid what the paths do. A pilot of these scenes on two seeds had 0.90 by attention, 0.72 and 0.73
+on one path, 0.97 on two and 0.98 on four: three seeds decide.
 """
 
 import math
@@ -20,18 +25,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard import Context, create_layer
-from regard.reproductions.framework.judging import Check, minus
+from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SIDE, DIM, BATCH = 16, 24, 16
-TRAINING = {"steps": 600, "scenes": 256}
-PATHS: dict[str, dict[str, Any]] = {
-    "forward": {"scan": "forward", "copies": 4},
-    "bidirectional": {"scan": "bidirectional", "copies": 2},
-    "cross": {"scan": "cross"},
+SIDE, DIM, BATCH = 12, 24, 16
+MARKER = 3
+TRAINING = {"steps": 400, "scenes": 256}
+SCAN = {"mixer": "bidirectional_mamba", "d_state": 8}
+LAYERS: dict[str, dict[str, Any]] = {
+    "forward": SCAN | {"scan": "forward", "copies": 4},
+    "bidirectional": SCAN | {"scan": "bidirectional", "copies": 2},
+    "cross": SCAN | {"scan": "cross"},
+    "softmax": {"mixer": "softmax", "num_heads": 4},
 }
 
 
@@ -44,12 +52,12 @@ def draw(rng: np.random.Generator, count: int, *, far: bool) -> "tuple[Float[Ten
         sign = rng.choice([-1, 1])
         discs = np.zeros((SIDE, SIDE), dtype=bool)
         for _ in range(rng.integers(1, 4)):
-            y, x, radius = *rng.uniform(4, SIDE - 5, 2), rng.uniform(1.5, 3)
+            y, x, radius = *rng.uniform(4, SIDE - 5, 2), rng.uniform(1.5, 2.5)
             discs |= (row - y) ** 2 + (column - x) ** 2 < radius**2
         image[discs] += 1.0 if far else sign
         if far:
-            y, x = rng.choice([0, SIDE - 2], 2)
-            image[y : y + 2, x : x + 2] = 2.0 * sign
+            y, x = rng.choice([0, SIDE - MARKER], 2)
+            image[y : y + MARKER, x : x + MARKER] = 3.0 * sign
         found[discs] = 1 if sign < 0 else 2
     return torch.from_numpy(images).float().flatten(1)[..., None], torch.from_numpy(classes).flatten(1)
 
@@ -57,13 +65,11 @@ def draw(rng: np.random.Generator, count: int, *, far: bool) -> "tuple[Float[Ten
 class Segmenter(nn.Module):
     """Pixels to scores of three classes through residual layers."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, mixer: str, **options: Any) -> None:
         super().__init__()
         self.embedding, self.head = nn.Linear(1, DIM), nn.Linear(DIM, 3)
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(3))
-        self.layers = nn.ModuleList(
-            create_layer("bidirectional_mamba", DIM, pattern="noncausal-self", d_state=8, **options) for _ in range(2)
-        )
+        self.layers = nn.ModuleList(create_layer(mixer, DIM, pattern="noncausal-self", **options) for _ in range(2))
 
     def forward(self, x: "Float[Tensor, 'b n 1']") -> "Float[Tensor, 'b n 3']":
         x = self.embedding(x)
@@ -80,7 +86,7 @@ def dice(predicted: "Int[Tensor, 'b n']", classes: "Int[Tensor, 'b n']") -> floa
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
-    model = Segmenter(PATHS[setting["paths"]])
+    model = Segmenter(**LAYERS[setting["layer"]])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=setting["steps"])
     rng = np.random.default_rng(seed)
@@ -105,13 +111,13 @@ REPRODUCTION = Reproduction(
     mechanisms=("bidirectional_mamba",),
     claim="Reversed and crossed paths segment what a scan in one direction cannot know, at the same size and cost.",
     instead=(
-        "Dice of discs whose class is told by a marker in a far corner, scenes of 16 x 16, two layers of width 24 with "
+        "Dice of discs whose class is told by a marker in a far corner, scenes of 12 x 12, two layers of width 24 with "
         "four scans each: one path, two, or four; and without the far cue."
     ),
     settings={
-        f"{paths}, {cue} cue": TRAINING | {"paths": paths, "far": cue == "far"}
-        for cue in ("far", "near")
-        for paths in PATHS
+        f"{layer}, {cue} cue": TRAINING | {"layer": layer, "far": cue == "far"}
+        for cue, layers in (("far", LAYERS), ("near", ("forward", "cross")))
+        for layer in layers
     },
     run_cell=run_cell,
     checks=(
@@ -132,6 +138,20 @@ REPRODUCTION = Reproduction(
             below=0.1,
         ),
     ),
+    needs=(
+        Check("far cue: attention learns the classes, above 0.8", measured("softmax, far cue", "dice"), above=0.8),
+        Check(
+            "far cue: forward learns from markers before, above 0.6", measured("forward, far cue", "dice"), above=0.6
+        ),
+        Check("near cue: forward learns the classes, above 0.9", measured("forward, near cue", "dice"), above=0.9),
+    ),
+    left_out=(
+        "ImageNet accuracies of Vim and VMamba: out of reach",
+        "2.8 times as fast as DeiT at 1248 x 1248 pixels: a time of GPU kernels",
+        "medical segmentation on a par with convolutions and Transformers: no medical images, and U-Nets are hosts, not mechanisms",
+    ),
     smoke={"steps": 2, "scenes": 8},
-    seconds=60,
+    more_seeds={"forward, near cue": 2, "cross, near cue": 2},
+    seconds=20,
+    protocol=2,
 )

@@ -3,26 +3,31 @@
 The paper (abstract): the delta rule is more effective at associative recall than additive linear attention, and at 1.3B
 parameters and 100B tokens the model is better than Mamba and GLA at perplexity, zero-shot tasks and recall-heavy tasks.
 
-Here: multi-query associative recall in which every key is written twice and the last value counts: 32 writes under 16
-keys, then 32 queries in 128 tokens, 2 layers of width 64 with one head of 8 key features, so that the state is the
-bottleneck. All models have the short convolution. The additive control has the same normalised keys and the same
-state; softmax is the upper end and is not judged. A first protocol had batches of 32, half of
-what had been planned, with which not even softmax learned the task (0.11 on two seeds). Language modelling at that size is out of reach.
+Here: multi-query associative recall in which every key is written twice and the last value counts: 16 writes under 8
+keys, then 24 queries in 56 tokens, 2 layers of width 64 with one head of 8 key features, so that the state is the
+bottleneck. All layers have a short convolution, a norm of the output head and no gate on it. The additive control has
+the same normalised keys and the same state. Softmax, with a head of 64 features, shows that the task can be learned.
+
+Before, with 16 keys of 31 in 128 tokens and a smaller learning rate, softmax did not learn the task and the others did on
+some seeds only. A pilot of this task, 400 steps on one seed and 500 on another, had 0.92 and 0.94 with the delta rule, 0.83
+and 0.88 with gates, 0.75 and 0.76 with neither; with 23 keys instead of 15, softmax had 1.00 on two. Four seeds decide such
+differences, and three what softmax does.
 """
 
-from regard.reproductions.framework.judging import Check, minus
+from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import language_model, trained_score
-from regard.tasks import create_task
+from regard.reproductions.framework.training import cached_task, language_model, trained_score
 
-TRAINING = {"steps": 700, "batch_size": 64, "learning_rate": 3e-3, "items": 512}
-SHAPE = {"head_dim": 8, "value_dim": 64, "short_convolution": 4}
+TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 1e-2, "items": 512}
+TASK = {"length": 56, "queries": 24, "vocab_size": 32}
+OVERWRITTEN = TRAINING | {"task": TASK | {"pairs": 8, "overwrite": True}}
+FRAME = {"short_convolution": 4, "output_norm": "rms", "output_gate": None}
+SHAPE = FRAME | {"head_dim": 8, "value_dim": 64}
+UPPER_END = {"mixer": "softmax", "options": FRAME | {"head_dim": 64}}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    task = create_task(
-        "recall", length=128, pairs=16, queries=32, vocab_size=64, overwrite=True, evaluation_items=setting["items"]
-    )
+    task = cached_task("recall", evaluation_items=setting["items"], **setting["task"])
     model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=1)
     return trained_score(model, task, setting, seed)
 
@@ -33,20 +38,34 @@ REPRODUCTION = Reproduction(
     claim="Erasing what is stored under a key before writing recalls more than adding to it (abstract; no figure).",
     instead=(
         "Recall of overwritten keys, accuracy: delta rule against the same state without erasing, and against gated linear "
-        "attention. Two layers of width 64, 8 key features, 700 steps; no language model at 1.3B parameters."
+        "attention. Two layers of width 64, 8 key features, 400 steps; no language model at 1.3B parameters."
     ),
     settings={
-        "delta_rule": TRAINING | {"mixer": "delta_rule", "options": SHAPE},
-        "additive": TRAINING
-        | {"mixer": "gated_linear", "options": SHAPE | {"gate": "none", "query_key_norm": "rms", "output_gate": None}},
-        "gated_linear": TRAINING | {"mixer": "gated_linear", "options": SHAPE},
-        "softmax": TRAINING | {"mixer": "softmax", "options": SHAPE},
+        "delta_rule": OVERWRITTEN | {"mixer": "delta_rule", "options": SHAPE},
+        "additive": OVERWRITTEN
+        | {"mixer": "gated_linear", "options": SHAPE | {"gate": "none", "query_key_norm": "rms"}},
+        "gated_linear": OVERWRITTEN | {"mixer": "gated_linear", "options": SHAPE},
+        "softmax": OVERWRITTEN | UPPER_END,
     },
     run_cell=run_cell,
     checks=(
         Check("delta rule above additive by 0.05", minus("delta_rule", "additive"), above=0.05),
         Check("delta rule above gated linear", minus("delta_rule", "gated_linear"), above=0.0),
     ),
+    needs=(
+        Check("softmax learns the task, above 0.95", measured("softmax", "score"), above=0.95),
+        Check("the additive control learns, above 0.3", measured("additive", "score"), above=0.3),
+        Check("gated linear attention learns, above 0.3", measured("gated_linear", "score"), above=0.3),
+        Check("the state is the bottleneck: additive below 0.95", measured("additive", "score"), below=0.95),
+    ),
+    left_out=(
+        "language models of 1.3B parameters and 100B tokens: out of reach",
+        "hybrids with sliding windows or global layers better than a Transformer: a claim about language models of that size",
+        "memory and time of training in chunks: a property of GPU kernels",
+    ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
-    seconds=55,
+    seeds=4,
+    more_seeds={"softmax": 3},
+    seconds=12,
+    protocol=2,
 )

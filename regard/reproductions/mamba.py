@@ -3,7 +3,10 @@
 The paper: on selective copying S6 has about 98 % where S4, which is linear time-invariant, has about 18 %.
 
 Here: 8 data tokens of an alphabet of 8 scattered in 64 noise tokens, 2 layers of width 64, 2000 steps; 16 tokens in up to 4096
-in the paper. The time-invariant control is the same block with constant dt, B and C. Linear attention stands beside it.
+in the paper. The time-invariant control is the same block with constant dt, B and C. Linear attention, which the paper does
+not try, is the upper end: it has no selection either, but solves the task, so that selection is not the only way to do so.
+That selection copies better than linear attention was an expectation of ours once; three seeds left it undecided, and
+the claim no longer rests on it.
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus
@@ -25,7 +28,7 @@ REPRODUCTION = Reproduction(
     claim="A selective state space solves selective copying (about 98 %), a time-invariant one does not (about 18 %).",
     instead=(
         "Accuracy of copying 8 tokens out of 64 noise tokens, 2 layers of width 64, 2000 steps: the block, the block with "
-        "constant dt, B and C, and linear attention."
+        "constant dt, B and C, and linear attention as the upper end."
     ),
     settings={
         "selective": TRAINING | {"mixer": "mamba", "options": {}},
@@ -36,7 +39,15 @@ REPRODUCTION = Reproduction(
     checks=(
         Check("selective above 0.95", measured("selective", "score"), above=0.95),
         Check("selective above time-invariant by 0.2", minus("selective", "time-invariant"), above=0.2),
-        Check("selective above linear attention", minus("selective", "linear"), above=0.0),
+    ),
+    needs=(
+        Check("linear attention learns the task, above 0.9", measured("linear", "score"), above=0.9),
+        Check("the time-invariant control learns, above 0.25", measured("time-invariant", "score"), above=0.25),
+    ),
+    left_out=(
+        "selective copying of 16 tokens among up to 4096, and induction heads that go on to a million tokens: too long here",
+        "better than linear attention: the paper does not compare them on this task, and at this size linear attention solves it",
+        "language models, genomics and audio as good as Transformers twice their size: out of reach",
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
     seconds=60,
