@@ -4,66 +4,66 @@ The paper (abstract, figure 3): the loss of a softmax model with about 65 % of i
 information retrieval and long contexts, since less attention goes to what is irrelevant. Its ablations: a constant
 lambda_init, 0.8 or 0.5, is nearly as good as one that grows with depth.
 
-Here, with as many heads and so as many parameters, but for some dozens: bytes of Python's standard library, 4 layers of
-width 96, windows of 192, 400 steps at a rate of 1e-3, lambda_init by depth and a constant 0.8; and multi-query associative
-recall, 16 pairs asked 16 times in 256 tokens, most of them filler, 2 layers of width 64 with short convolutions.
+Here, with as many heads and so as many parameters, but for some dozens: bytes of Python's standard library, 3 layers of
+width 64, windows of 128, 500 steps, lambda_init by depth and a constant 0.8. Where losses fall with size as in language
+models (by a power of about -0.07), 65 % of the parameters are worth 0.06 nats. The pilot of two seeds: softmax had 1.93
+nats, and the difference to it a spread of 0.018, so that six seeds tell 0.03 from nothing; that between the two
+lambda_init had 0.064, three times its margin, which ten seeds would not settle if the two were alike.
+
+Retrieval is not judged, since it is too easy at lengths that can be trained here: looking up 4 facts among filler (the task of
+`landmark`, without positions), both were right in all cases at 64 tokens, and one pilot run of each, asked at 2048 tokens,
+32 times as many as it was trained on, had 0.99 with softmax and 0.89 with the difference. The claim is not
+about lengths beyond those of training.
 """
 
 from typing import Any
 
 from regard.models import differential_plan
-from regard.reproductions.framework.judging import Check, minus
+from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import cached_task, language_model, trained_score
-from regard.tasks import create_task
 
-TEXT = {"steps": 400, "batch_size": 24, "learning_rate": 1e-3, "items": 64, "layers": 4}
-RECALL = {"steps": 500, "batch_size": 32, "learning_rate": 3e-3, "items": 512, "layers": 2, "length": 256}
+TRAINING = {"steps": 500, "batch_size": 8, "learning_rate": 2e-3, "items": 128}
+LAYERS = 3
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    layers, options = setting["layers"], setting["options"]
-    plan: Any = [(setting["mixer"], options)] * layers
+    task = cached_task("text", length=128, evaluation_items=setting["items"])
+    plan: Any = ["softmax"] * LAYERS
     if setting["mixer"] == "differential":
-        plan = differential_plan(layers, **options)
-    if "length" in setting:
-        length, items = setting["length"], setting["items"]
-        task = create_task("recall", length=length, pairs=16, queries=16, vocab_size=64, evaluation_items=items)
-        return trained_score(language_model(task, plan, dim=64, num_heads=4), task, setting, seed)
-    task = cached_task("text", length=192, evaluation_items=setting["items"])
-    return trained_score(language_model(task, plan, dim=96, num_heads=4), task, setting, seed)
+        plan = differential_plan(LAYERS, **setting["options"])
+    return trained_score(language_model(task, plan, dim=64, num_heads=4), task, setting, seed)
 
-
-CONVOLUTION = {"short_convolution": 4}
 
 REPRODUCTION = Reproduction(
     name="differential",
     mechanisms=("differential",),
     claim=(
-        "Subtracting a second softmax map gives a lower loss at the same size, and better retrieval among much that is "
-        "irrelevant; a constant lambda_init is nearly as good as one by depth (abstract, ablations)."
+        "Subtracting a second softmax map gives a lower loss at the same size; a constant lambda_init is nearly as good as one "
+        "by depth (abstract, ablations)."
     ),
     instead=(
-        "Loss in nats on code bytes, windows of 192, 4 layers of width 96, 400 steps; nearly is within 0.02. Recall of 16 "
-        "pairs in 256 tokens, 2 layers of width 64: 2 points above softmax."
+        "Loss in nats on code bytes, windows of 128, 3 layers of width 64, 500 steps; nearly is within 0.02 nats."
     ),
     settings={
-        "text softmax": TEXT | {"mixer": "softmax", "options": {}},
-        "text differential": TEXT | {"mixer": "differential", "options": {}},
-        "text constant": TEXT | {"mixer": "differential", "options": {"lambda_init": 0.8}},
-        "recall softmax": RECALL | {"mixer": "softmax", "options": CONVOLUTION},
-        "recall differential": RECALL | {"mixer": "differential", "options": CONVOLUTION},
+        "softmax": TRAINING | {"mixer": "softmax", "options": {}},
+        "differential": TRAINING | {"mixer": "differential", "options": {}},
+        "constant": TRAINING | {"mixer": "differential", "options": {"lambda_init": 0.8}},
     },
     run_cell=run_cell,
+    needs=(Check("softmax learns to read (below 2.2 nats)", measured("softmax", "loss"), below=2.2),),
     checks=(
-        Check("a loss on text below softmax's", minus("text differential", "text softmax", "loss"), below=0.0),
+        Check("a loss below softmax's", minus("differential", "softmax", "loss"), below=0.0),
         Check(
-            "a constant within 0.02 nats of lambda_init by depth",
-            minus("text constant", "text differential", "loss"),
-            below=0.02,
+            "a constant within 0.02 nats of lambda_init by depth", minus("constant", "differential", "loss"), below=0.02
         ),
-        Check("recall 2 points above softmax's", minus("recall differential", "recall softmax"), above=0.02),
     ),
-    smoke={"steps": 2, "batch_size": 2, "items": 4, "length": 64},
-    seconds=90,
+    left_out=(
+        "retrieval among much that is irrelevant: softmax is already right in all cases at the lengths that can be trained here",
+        "the loss of a softmax model with 65 % of the parameters or tokens: a fit over sizes, which needs many of them",
+        "fewer outliers of activations, and learning from examples in context: both take a large model",
+    ),
+    smoke={"steps": 2, "batch_size": 2, "items": 4},
+    seeds=6,
+    seconds=10,
 )

@@ -3,10 +3,13 @@
 The paper: transformers with relative positions as biases are no universal approximators, at any depth or width, and with
 a learned Toeplitz factor after the softmax they are; on synthetic tasks the biases fail and the factors succeed (abstract).
 
-Here: position identification, the class of token i is i, with 32 random tokens of 100, in an encoder of 3 layers of width
+Here: position identification, the class of token i is i, with 16 random tokens of 100, in an encoder of 3 layers of width
 64 with a norm after each residual, as in the paper's experiments (there 128 tokens, width 768 and 40,000 steps). Models
-with B alone, with B and C (a table for each layer), and with neither. Chance is 1/32. The paper's second task, predicting
-even tokens, needs thousands of steps and is not tried.
+with B alone, with B and C (a table for each layer), with neither, and with neither but a learned position added to each
+token, which shows that task and training are within reach of such an encoder. Chance is 1/16.
+
+With 32 tokens and 700 steps two of three seeds of the model with factors were still learning (0.63 and 0.66). The pilot at 16
+tokens: 1.00 on both seeds with factors and with added positions, so three seeds do.
 """
 
 import torch
@@ -17,16 +20,26 @@ from regard.create import create_layer
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 
-TRAINING = {"steps": 700, "batch_size": 64, "learning_rate": 1e-3, "length": 32, "vocabulary": 100, "items": 256}
+TRAINING = {"steps": 500, "batch_size": 32, "learning_rate": 2e-3, "length": 16, "vocabulary": 100, "items": 512}
 
 
 class PostNormEncoder(nn.Module):
     """Blocks x = norm(x + attention(x)), x = norm(x + feed_forward(x)) over token embeddings, and a class for each token."""
 
-    def __init__(self, vocabulary: int, classes: int, options: dict, dim: int = 64, heads: int = 4, layers: int = 3):
+    def __init__(
+        self,
+        vocabulary: int,
+        classes: int,
+        options: dict,
+        absolute: bool,
+        dim: int = 64,
+        heads: int = 4,
+        layers: int = 3,
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, dim)
         nn.init.normal_(self.embedding.weight)
+        self.positions = nn.Parameter(torch.randn(classes, dim)) if absolute else 0.0
         self.mixers = nn.ModuleList(
             create_layer("universal_rpe", dim, heads, pattern="noncausal-self", **options) for _ in range(layers)
         )
@@ -37,7 +50,7 @@ class PostNormEncoder(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x, norms = self.embedding(ids), iter(self.norms)
+        x, norms = self.embedding(ids) + self.positions, iter(self.norms)
         for mixer, feed_forward in zip(self.mixers, self.forwards, strict=True):
             x = next(norms)(x + mixer(x).output)
             x = next(norms)(x + feed_forward(x))
@@ -47,7 +60,7 @@ class PostNormEncoder(nn.Module):
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     length, vocabulary = setting["length"], setting["vocabulary"]
-    model = PostNormEncoder(vocabulary, length, setting["options"])
+    model = PostNormEncoder(vocabulary, length, setting["options"], setting["absolute"])
     optimizer = torch.optim.Adam(model.parameters(), lr=setting["learning_rate"])
     rng = torch.Generator().manual_seed(1000 + seed)
     for _ in range(setting["steps"]):
@@ -72,21 +85,30 @@ REPRODUCTION = Reproduction(
         "learned Toeplitz factor after the softmax makes it universal (abstract and theorems)."
     ),
     instead=(
-        "Telling each of 32 random tokens its position: accuracy of an encoder of 3 layers of width 64 after 700 steps, "
-        "with biases, with biases and factors, and with neither. Chance is 0.031."
+        "Telling each of 16 random tokens its position: accuracy of an encoder of 3 layers of width 64 after 500 steps, "
+        "with biases, with biases and factors, with neither, and with positions added to the tokens. Chance is 0.0625."
     ),
     settings={
-        "urpe": TRAINING | {"options": {}},
-        "rpe": TRAINING | {"options": {"factors": "none"}},
-        "none": TRAINING | {"options": {"factors": "none", "positions": "none"}},
+        "urpe": TRAINING | {"options": {}, "absolute": False},
+        "rpe": TRAINING | {"options": {"factors": "none"}, "absolute": False},
+        "none": TRAINING | {"options": {"factors": "none", "positions": "none"}, "absolute": False},
+        "absolute": TRAINING | {"options": {"factors": "none", "positions": "none"}, "absolute": True},
     },
     run_cell=run_cell,
+    needs=(Check("added positions are told (accuracy above 0.95)", measured("absolute", "score"), above=0.95),),
     checks=(
         Check("with factors accuracy above 0.9", measured("urpe", "score"), above=0.9),
         Check("with biases alone accuracy below 0.1", measured("rpe", "score"), below=0.1),
         Check("without positions accuracy below 0.1", measured("none", "score"), below=0.1),
         Check("factors gain 0.5 over biases", minus("urpe", "rpe"), above=0.5),
     ),
+    left_out=(
+        "universality itself: a theorem, of which one function that biases cannot represent is tried",
+        "even tokens predicted, the paper's second task: it takes thousands of steps",
+        "language modelling and graphs: gains of a few percent at sizes that are out of reach",
+    ),
     smoke={"steps": 2, "batch_size": 2, "length": 8, "items": 4},
-    seconds=80,
+    seeds=3,
+    seconds=10,
+    protocol=2,
 )

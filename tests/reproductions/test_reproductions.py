@@ -75,7 +75,8 @@ def test_a_fact_of_the_landmark_lookup_is_a_key_and_then_its_value():
     (batch,) = task.evaluation_batches(16)
     for ids, targets in zip(batch.inputs, batch.targets, strict=True):
         asked = (targets != IGNORED).nonzero().flatten()
-        assert len(asked) == landmark.FACTS
+        assert len(asked) == landmark.QUESTIONS
+        assert set(ids[asked].unique(return_counts=True)[1].tolist()) == {landmark.QUESTIONS // landmark.FACTS}
         for place in asked:
             (key,) = (ids[: -landmark.ENDING] == ids[place]).nonzero().flatten()
             assert ids[key + 1] == targets[place]
