@@ -3,32 +3,46 @@
 The paper (table in the authors' repository, ImageNet-1K top-1): DeiT-T 72.2 to 74.9 %, PVT-T 75.1 to 78.4 %, Swin-T 81.2 to
 82.6 % when softmax is replaced by agents with their bias and convolution.
 
-Here: scikit-learn's digits as 64 pixel tokens on an 8 x 8 grid, half of the images held out, a 4-layer encoder of width 64
-with 4 heads, 16 agents, 500 steps. Softmax, linear attention (elu + 1), agents with the depthwise convolution and without.
-This project's agents have no agent bias. Growth of forward time over grids of 1024 to 4096 tokens on one core.
+Here: scikit-learn's digits, half of the images held out, read through windows of 6 x 6 pixels at random places in training, so
+that a digit is known by how its pixels lie to each other; 2 layers of width 32 with 2 heads, learned positions. As in the paper,
+9 agents with bias and depthwise convolution against softmax without either. Since a convolution helps any attention on a grid,
+softmax and linear attention (elu + 1) are also given the same one, beside agents without the bias, so that they
+differ in the attention alone. Growth of forward time over grids of 1024 to 4096 tokens on one core.
+
+A first protocol compared agents with a convolution to softmax without one, by rotary positions along the rows, and so
+mostly measured the convolution: in a pilot of one seed softmax has 0.79, agents without both 0.79, and softmax, linear attention
+and agents with the convolution 0.88 to 0.89.
 """
 
+import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from regard.functional import agent_attention, softmax_attention
+from regard.mechanisms.agent import Config, DepthwiseConvolution
+from regard.models.blocks import Block
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
+from regard.reproductions.framework.training import digit_windows, placed_classifier, trained_score
 
-TRAINING = {"steps": 500, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
+TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000, "window": 6}
+AGENTS = {"num_agents": 9}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = digit_pixels(setting["items"])
-    model = classifier(task, [(setting["mixer"], setting["options"])] * 4, dim=64, num_heads=4)
+    task = digit_windows(setting["items"], setting["window"])
+    model = placed_classifier(task, [(setting["mixer"], setting["options"])] * 2)
+    if setting.get("convolution"):
+        for block in model.blocks:
+            mixer: Any = cast(Block, block).mixer
+            mixer.merge = DepthwiseConvolution(dataclasses.replace(mixer.spec, config=Config()))
     return {**trained_score(model, task, setting, seed)}
 
 
@@ -49,29 +63,48 @@ REPRODUCTION = Reproduction(
     name="agent",
     mechanisms=("agent",),
     claim=(
-        "Agents with their convolution are better than softmax (DeiT-T 72.2 to 74.9 % on ImageNet-1K, the authors' table) at "
-        "a cost linear in the tokens."
+        "Agents with their bias and convolution are better than softmax (DeiT-T 72.2 to 74.9 % on ImageNet-1K, the authors' "
+        "table) at a cost linear in the tokens."
     ),
     instead=(
-        "Accuracy on digits as 64 tokens, a 4-layer encoder of width 64, 16 agents, no agent bias; growth of forward time on "
-        "one core, as p of time ~ tokens^p."
+        "Accuracy on windows of 6 x 6 pixels into digits, an encoder of 2 layers of width 32, 9 agents: whole against plain "
+        "softmax, and without the bias against softmax and linear attention with the same convolution; growth of forward time "
+        "on one core, as p of time ~ tokens^p."
     ),
     settings={
-        "agent": TRAINING | {"mixer": "agent", "options": {"num_agents": 16}},
-        "agent, no convolution": TRAINING | {"mixer": "agent", "options": {"num_agents": 16, "dwc": "none"}},
-        "linear": TRAINING | {"mixer": "linear", "options": {}},
+        "agent": TRAINING | {"mixer": "agent", "options": AGENTS | {"agent_bias": "all", "bias_grid": [6, 6]}},
+        "agent, no bias": TRAINING | {"mixer": "agent", "options": AGENTS},
+        "agent, no bias, no convolution": TRAINING | {"mixer": "agent", "options": AGENTS | {"dwc": "none"}},
         "softmax": TRAINING | {"mixer": "softmax", "options": {}},
+        "softmax, convolution": TRAINING | {"mixer": "softmax", "options": {}, "convolution": True},
+        "linear, convolution": TRAINING | {"mixer": "linear", "options": {}, "convolution": True},
         "time": {"lengths": [1024, 2304, 4096], "seconds": 10.0},
     },
     run_cell=run_cell,
+    needs=(
+        Check("softmax gets above 0.7", measured("softmax", "score"), above=0.7),
+        Check("softmax with a convolution stays below 0.98", measured("softmax, convolution", "score"), below=0.98),
+    ),
     checks=(
-        Check("agents within 1 point of softmax or better", minus("agent", "softmax"), above=-0.01),
-        Check("agents above linear attention", minus("agent", "linear"), above=0.0),
-        Check("the convolution helps", minus("agent", "agent, no convolution"), above=0.0),
+        Check("agents with bias and convolution above softmax", minus("agent", "softmax"), above=0.0),
+        Check(
+            "with the same convolution, agents within 2 points of softmax or better",
+            minus("agent, no bias", "softmax, convolution"),
+            above=-0.02,
+        ),
+        Check(
+            "with the same convolution, agents above linear attention",
+            minus("agent, no bias", "linear, convolution"),
+            above=0.0,
+        ),
+        Check("the convolution helps", minus("agent, no bias", "agent, no bias, no convolution"), above=0.0),
         Check("time of agents grows with p < 1.3", measured("time", "agent"), below=1.3),
         Check("softmax takes longer at 4096 tokens", measured("time", "speedup"), above=1.0),
     ),
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 256], "seconds": 0.01},
-    seconds=45,
+    left_out=("detection, segmentation and diffusion without training: no such models at this size",),
+    seeds=4,
+    more_seeds={"time": 3},
+    seconds=8,
 )

@@ -3,14 +3,17 @@
 The paper (table in the authors' repository): on the Long Range Arena 56.48 % on average against 51.41 % of Performer and
 50.67 % of Reformer; on ImageNet-1K 80.6 % against 78.7 % of softmax; on WikiText-103 a perplexity of 30.8 against 33.0.
 
-Here: scikit-learn's digits as 64 pixel tokens followed by 64 distractors (pixels of other images in random order), learned
-positions, noncausal, 2 layers of width 64, 450 steps. Flow attention against itself without competition and allocation,
-which is normalised linear attention with the same sigmoid kernel, and without competition alone. The entropy of the weights
-that a query's output implies, in the first layer after training, says how sharp they are. Language modelling is left
-out: at this size the gap is a thousandth of a nat.
+Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, each pixel
+a token, so that a digit is known by how its pixels lie to each other; learned positions, noncausal, 2 layers of width 32.
+Flow attention against itself without competition and allocation, which is normalised linear attention with the same sigmoid
+kernel, without competition alone, and against a Performer with its own number of features (44); softmax is the control. The
+entropy of the weights that a query's output implies, in the first layer after training, says how sharp they are.
+
+On two seeds of a pilot softmax had 0.79 and 0.81, and linear attention 0.08 less on both, so that sharpness counts here; a
+first protocol, whole digits beside distractors, had learned hardly anything (0.3). Flow attention and linear attention differed
+by less than 0.006, which no affordable number of seeds would tell from nothing; four are enough for the rest.
 """
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,49 +22,21 @@ from torch import Tensor
 from regard.functional import flow_attention
 from regard.models import Encoder
 from regard.models.blocks import Block
-from regard.reproductions.framework.judging import Check, minus
+from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
-from regard.tasks import Batch, Task, counter_generator
+from regard.reproductions.framework.training import digit_windows, placed_classifier, trained_score
 
-TRAINING = {"steps": 450, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
-
-
-class Distracted(Task):
-    """Another task's images, each followed by the shuffled pixels of other images of its batch."""
-
-    def __init__(self, images: Task) -> None:
-        self.images = images
-        self.name, self.pattern, self.objective = "distracted", images.pattern, images.objective
-        self.length, self.features, self.num_classes = 2 * images.length, images.features, images.num_classes
-
-    def describe(self) -> str:
-        return "each image beside the shuffled pixels of another"
-
-    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
-        return self._distract(self.images.training_batch(step, seed, batch_size), seed, step)
-
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        for number, batch in enumerate(self.images.evaluation_batches(batch_size)):
-            yield self._distract(batch, 1 << 40, number)
-
-    def _distract(self, batch: Batch, seed: int, step: int) -> Batch:
-        others = batch.inputs.roll(1, 0)
-        order = counter_generator(seed, step, stream=7).permuted(
-            torch.arange(others.shape[1]).expand(batch.size, -1).numpy(), axis=1
-        )
-        shuffled = others.gather(1, torch.from_numpy(order)[..., None])
-        return Batch(torch.cat([batch.inputs, shuffled], 1), batch.targets)
+TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000, "window": 6}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    images = digit_pixels(setting["items"])
-    task = Distracted(images)
-    plan = [("flow_attention", setting["options"])] * 2
-    model = classifier(task, plan, dim=64, num_heads=4, positions="learned", max_length=task.length)
-    measured = trained_score(model, task, setting, seed)
+    task = digit_windows(setting["items"], setting["window"])
+    model = placed_classifier(task, [(setting["mixer"], setting["options"])] * 2)
+    found = trained_score(model, task, setting, seed)
+    if setting["mixer"] != "flow_attention":
+        return found
     batch = next(iter(task.evaluation_batches(8)))
-    return {**measured, "entropy": implied_entropy(model, cast(Tensor, batch.inputs), setting["options"])}
+    return {**found, "entropy": implied_entropy(model, cast(Tensor, batch.inputs), setting["options"])}
 
 
 @torch.no_grad()
@@ -86,19 +61,32 @@ REPRODUCTION = Reproduction(
         "(the authors' table)."
     ),
     instead=(
-        "Accuracy on digits beside as many distractor pixels, 2 layers of width 64, against the same kernel without "
-        "competition and allocation; entropy of the implied weights."
+        "Accuracy on windows of 6 x 6 pixels into digits, 2 layers of width 32, against the same kernel without competition "
+        "and allocation, and against a Performer of 44 features; entropy of the implied weights."
     ),
     settings={
-        "flow": TRAINING | {"options": {}},
-        "linear": TRAINING | {"options": {"competition": False, "allocation": False}},
-        "no competition": TRAINING | {"options": {"competition": False}},
+        "flow": TRAINING | {"mixer": "flow_attention", "options": {}},
+        "linear": TRAINING | {"mixer": "flow_attention", "options": {"competition": False, "allocation": False}},
+        "no competition": TRAINING | {"mixer": "flow_attention", "options": {"competition": False}},
+        "performer": TRAINING | {"mixer": "performer", "options": {}},
+        "softmax": TRAINING | {"mixer": "softmax", "options": {}},
     },
     run_cell=run_cell,
+    needs=(
+        Check("softmax gets above 0.7", measured("softmax", "score"), above=0.7),
+        Check("linear attention below softmax", minus("linear", "softmax"), below=0.0),
+    ),
     checks=(
         Check("flow above linear attention", minus("flow", "linear"), above=0.0),
+        Check("flow above Performer", minus("flow", "performer"), above=0.0),
         Check("entropy of flow below that without competition", minus("flow", "no competition", "entropy"), below=0.0),
     ),
+    left_out=(
+        "language modelling (WikiText-103): at this size the gap is a thousandth of a nat",
+        "ImageNet, time series and reinforcement learning: no such data or hosts here",
+    ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
-    seconds=45,
+    seeds=4,
+    seconds=7,
+    protocol=2,
 )

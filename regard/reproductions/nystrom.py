@@ -3,9 +3,13 @@
 The paper (abstract, section 5): with 64 landmarks comparable to BERT-base, in a few cases slightly better, on GLUE and IMDB;
 favourable on the Long Range Arena at linear cost; 6 iterations are enough for the pseudoinverse.
 
-Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax; 16 landmarks with a convolution of width
-5 and without; and softmax whose weights are taken over by 16 landmarks and trained for 100 steps more. Comparable means within
-5 points. Growth of forward time on one core with 64 landmarks. No pretraining.
+Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, 2 layers
+of width 32 with learned positions: softmax; 4 landmarks for the 36 pixels (the paper has 64 for 512 tokens), with a
+convolution of width 5 and without; and that softmax, whose weights 4 landmarks take over and train for half as many steps
+more. Comparable means within 5 points. Growth of forward time on one core with 64 landmarks. No pretraining.
+
+In a pilot of one seed softmax had 0.79, 4 landmarks 0.81, and 0.82 with the convolution; softmax moved onto landmarks had 0.76
+before fine-tuning and 0.84 after it, so that little was left to mend.
 """
 
 from functools import partial
@@ -14,29 +18,29 @@ from typing import Any
 import torch
 
 from regard.functional import nystrom_attention, softmax_attention
-from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.judging import Check, measured, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import growth_and_speedup
-from regard.reproductions.framework.training import classifier, digit_pixels, fit, score, trained_score
+from regard.reproductions.framework.training import digit_windows, fit, placed_classifier, score, trained_score
 
-TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
-LANDMARKS = {"landmarks": 16, "convolution": 0}
+TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000, "window": 6}
+LANDMARKS = {"landmarks": 4, "convolution": 0}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = digit_pixels(setting["items"])
-    model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
+    task = digit_windows(setting["items"], setting["window"])
+    model = placed_classifier(task, [(setting["mixer"], setting["options"])] * 2)
     found = trained_score(model, task, setting, seed)
     if "more_steps" not in setting:
         return {**found}
-    nystrom = classifier(task, [("nystrom", LANDMARKS)] * 2, dim=64, num_heads=4)
+    nystrom = placed_classifier(task, [("nystrom", setting["moved"])] * 2)
     nystrom.load_state_dict(model.state_dict())
     before = score(nystrom, task)["score"]
     fit(nystrom, task, setting, seed + 1000, steps=setting["more_steps"])
-    return {"score": score(nystrom, task)["score"], "unadapted": before, "softmax": found["score"]}
+    return {**found, "unadapted": before, "moved": score(nystrom, task)["score"]}
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
@@ -54,17 +58,20 @@ REPRODUCTION = Reproduction(
         "tokens (abstract, section 5)."
     ),
     instead=(
-        "Accuracy on digits as 64 pixel tokens, 2 layers of width 64, 16 landmarks; comparable meaning within 5 points; 100 "
-        "steps of fine-tuning; growth of forward time on one core with 64 landmarks. No pretraining."
+        "Accuracy on windows of 6 x 6 pixels into digits, 2 layers of width 32, 4 landmarks; comparable meaning within 5 "
+        "points; 200 steps of fine-tuning; growth of forward time on one core with 64 landmarks. No pretraining."
     ),
     settings={
         "nystrom": TRAINING | {"mixer": "nystrom", "options": LANDMARKS},
         "with a convolution": TRAINING | {"mixer": "nystrom", "options": LANDMARKS | {"convolution": 5}},
-        "softmax": TRAINING | {"mixer": "softmax", "options": {}},
-        "moved": TRAINING | {"mixer": "softmax", "options": {}, "more_steps": 100},
+        "softmax": TRAINING | {"mixer": "softmax", "options": {}, "moved": LANDMARKS, "more_steps": 200},
         "time": {"lengths": [1024, 2048, 4096, 8192], "seconds": 8.0},
     },
     run_cell=run_cell,
+    needs=(
+        Check("softmax gets above 0.7", measured("softmax", "score"), above=0.7),
+        Check("with a convolution below 0.98", measured("with a convolution", "score"), below=0.98),
+    ),
     checks=(
         Check("accuracy within 5 points of softmax", minus("nystrom", "softmax"), above=-0.05),
         Check(
@@ -74,13 +81,16 @@ REPRODUCTION = Reproduction(
         ),
         Check(
             "moved and fine-tuned, within 5 points of the softmax that it came from",
-            lambda seed: float(seed["moved"]["score"]) - float(seed["moved"]["softmax"]),
+            lambda seed: number(seed, "softmax", "moved") - number(seed, "softmax", "score"),
             above=-0.05,
         ),
         Check("forward time grows with p < 1.3", measured("time", "nystrom"), below=1.3),
         Check("softmax takes longer at 8192 tokens", measured("time", "speedup"), above=1.0),
     ),
     timings=frozenset({"time"}),
+    left_out=("GLUE, IMDB and the Long Range Arena: no pretraining, and no such lengths",),
     smoke={"steps": 2, "more_steps": 1, "batch_size": 2, "items": 8, "lengths": [64, 128], "seconds": 0.01},
-    seconds=45,
+    seeds=4,
+    more_seeds={"time": 3},
+    seconds=10,
 )

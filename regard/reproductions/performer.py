@@ -6,9 +6,12 @@ a Performer, which a little fine-tuning brings back to nearly their accuracy; qu
 
 Here: mean squared error of the output for 64 Gaussian tokens in heads of 16 features (queries and keys halved: the variance
 grows with exp |q + k|^2), over 200 draws; scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, trained with softmax,
-with a Performer of the paper's floor(16 ln 16) = 44 features, and with softmax whose weights a Performer of 128 features takes
-over and trains for 100 steps more. Nearly and competitive mean within 5 points. Growth of forward time on one core with 64
-features in heads of 64.
+and with a Performer of the paper's floor(16 ln 16) = 44 features. Weights that are moved are of 2 layers of width 32 that softmax
+trained on windows of 6 x 6 pixels at random places of the digits; a Performer of 128 features takes them over and trains for half
+as many steps more. Nearly and competitive mean within 5 points. Growth of forward time on one core with 64 features in heads
+of 64.
+
+In a pilot of one seed the softmax that is moved had 0.79, a Performer with its weights 0.64, and 0.84 after fine-tuning.
 """
 
 from functools import partial
@@ -18,12 +21,30 @@ import torch
 
 from regard.functional import performer_attention, softmax_attention
 from regard.mechanisms.performer import draw_features
-from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.judging import Check, measured, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import growth_and_speedup
-from regard.reproductions.framework.training import classifier, digit_pixels, fit, score, trained_score
+from regard.reproductions.framework.training import (
+    classifier,
+    digit_pixels,
+    digit_windows,
+    fit,
+    placed_classifier,
+    score,
+    trained_score,
+)
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
+
+MOVED = {
+    "steps": 400,
+    "batch_size": 32,
+    "learning_rate": 5e-3,
+    "items": 1000,
+    "window": 6,
+    "features": 128,
+    "more_steps": 200,
+}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
@@ -32,13 +53,20 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
+    if "more_steps" in setting:
+        return move(setting, seed)
     task = digit_pixels(setting["items"])
     model = classifier(task, [setting["mixer"]] * 2, dim=64, num_heads=4)
-    found = trained_score(model, task, setting, seed)
-    if "more_steps" not in setting:
-        return {**found}
-    performer = classifier(task, [("performer", {"num_features": setting["features"]})] * 2, dim=64, num_heads=4)
-    performer.load_state_dict(model.state_dict(), strict=False)
+    return {**trained_score(model, task, setting, seed)}
+
+
+def move(setting: Setting, seed: int) -> dict[str, float]:
+    """Accuracy of softmax, of a Performer with its weights, and of that one after fine-tuning."""
+    task = digit_windows(setting["items"], setting["window"])
+    softmax = placed_classifier(task, ["softmax"] * 2)
+    found = trained_score(softmax, task, setting, seed)
+    performer = placed_classifier(task, [("performer", {"num_features": setting["features"]})] * 2)
+    performer.load_state_dict(softmax.state_dict(), strict=False)
     before = score(performer, task)["score"]
     fit(performer, task, setting, seed + 1000, steps=setting["more_steps"])
     return {"score": score(performer, task)["score"], "unadapted": before, "softmax": found["score"]}
@@ -82,16 +110,25 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "Squared error for 64 Gaussian tokens; accuracy on digits as 64 pixel tokens, 2 layers of width 64, competitive meaning "
-        "within 5 points; 100 steps of fine-tuning; growth of forward time on one core with 64 features."
+        "within 5 points; weights moved after 400 steps, 200 of fine-tuning; growth of forward time on one core with 64 features."
     ),
     settings={
         "estimate": {"features": [16, 64, 256], "draws": 200},
         "performer": TRAINING | {"mixer": "performer"},
         "softmax": TRAINING | {"mixer": "softmax"},
-        "moved": TRAINING | {"mixer": "softmax", "features": 128, "more_steps": 100},
+        "moved": MOVED,
         "time": {"lengths": [1024, 2048, 4096, 8192], "seconds": 8.0},
     },
     run_cell=run_cell,
+    needs=(
+        Check("softmax gets above 0.85", measured("softmax", "score"), above=0.85),
+        Check("the softmax that is moved gets above 0.7", measured("moved", "softmax"), above=0.7),
+        Check(
+            "moving alone costs more than 0.05",
+            lambda seed: number(seed, "moved", "softmax") - number(seed, "moved", "unadapted"),
+            above=0.05,
+        ),
+    ),
     checks=(
         Check(
             "16 times the features leave less than an eighth of the squared error",
@@ -106,13 +143,14 @@ REPRODUCTION = Reproduction(
         Check("accuracy within 5 points of softmax", minus("performer", "softmax"), above=-0.05),
         Check(
             "moved and fine-tuned, within 5 points of the softmax that it came from",
-            lambda seed: float(seed["moved"]["score"]) - float(seed["moved"]["softmax"]),
+            lambda seed: number(seed, "moved", "score") - number(seed, "moved", "softmax"),
             above=-0.05,
         ),
         Check("forward time grows with p < 1.3", measured("time", "performer"), below=1.3),
         Check("softmax takes longer at 8192 tokens", measured("time", "speedup"), above=1.0),
     ),
     timings=frozenset({"time"}),
+    left_out=("protein and long-image models: no such data or lengths",),
     smoke={
         "steps": 2,
         "more_steps": 1,
@@ -122,5 +160,6 @@ REPRODUCTION = Reproduction(
         "lengths": [64, 128],
         "seconds": 0.01,
     },
+    more_seeds={"moved": 4},
     seconds=45,
 )

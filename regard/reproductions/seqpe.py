@@ -18,19 +18,26 @@ The authors also compare rotary positions of two axes, which we do not have. Sof
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Context, Paper, Pattern, Result
+from regard.contract import Context, Paper, Result
 from regard.positions import Seqpe
 from regard.reproductions.framework.judging import Check, Seed, measured, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, classifier, digit_pixels, fit, language_model, score
-from regard.tasks import Batch, Task, counter_generator
+from regard.reproductions.framework.training import (
+    DIGIT_SIDE,
+    Windows,
+    cached_task,
+    classifier,
+    digit_pixels,
+    fit,
+    language_model,
+    score,
+)
 
 TRAINED, READ, PREDICTED = 64, (64, 128, 256, 512), 32
 TRAINING = {"steps": 1200, "batch_size": 16, "learning_rate": 3e-3, "items": 128}
@@ -47,7 +54,6 @@ POSITIONS: dict[str, dict[str, Any]] = {
     "rotary": {"positions": "rotary"},
 }
 
-WHOLE = 8
 GRID_TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000, "window": 6}
 GRID_ENCODER = ENCODER | {"axes": 2, "projection": "layers"}
 GRID_POSITIONS: dict[str, dict[str, Any]] = {
@@ -57,7 +63,7 @@ GRID_POSITIONS: dict[str, dict[str, Any]] = {
         "max_length": 1000,
         "position_options": GRID_ENCODER | {"pivots": 0, "offsets": 0},
     },
-    "grid learned": {"positions": "learned", "max_length": WHOLE**2},
+    "grid learned": {"positions": "learned", "max_length": DIGIT_SIDE**2},
     "grid sinusoidal": {"positions": "sinusoidal"},
     "grid rotary": {"positions": "rotary"},
     "grid none": {"positions": "none"},
@@ -89,34 +95,6 @@ def read(model: nn.Module, context: int, items: int) -> float:
     return float(torch.cat(losses).mean())
 
 
-class Windows(Task):
-    """Images through square windows: at random places in training, in the middle where they are scored."""
-
-    name, pattern, objective = "windows", Pattern.NONCAUSAL_SELF, "classification"
-
-    def __init__(self, images: Task, side: int) -> None:
-        self.images, self.side, self.grid, self.length = images, side, (side, side), side**2
-        self.features, self.num_classes = images.features, images.num_classes
-
-    def describe(self) -> str:
-        return f"windows of {self.side} x {self.side} into {self.images.name}"
-
-    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
-        batch = self.images.training_batch(step, seed, batch_size)
-        corners = counter_generator(seed, step, stream=7).integers(0, WHOLE - self.side + 1, (batch_size, 2))
-        return self.cut(batch, torch.from_numpy(corners))
-
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        for batch in self.images.evaluation_batches(batch_size):
-            yield self.cut(batch, torch.full((batch.size, 2), (WHOLE - self.side) // 2))
-
-    def cut(self, batch: Batch, corners: Tensor) -> Batch:
-        """The windows with these upper left corners (B, 2)."""
-        rows, columns = (corners[:, axis, None] + torch.arange(self.side) for axis in (0, 1))  # (B, side)
-        chosen = (rows[:, :, None] * WHOLE + columns[:, None]).flatten(1)
-        return Batch(batch.inputs.take_along_dim(chosen[..., None], 1), batch.targets, grid=self.grid)
-
-
 class NumberedByPlace(nn.Module):
     """An encoder for which the pixel in row i and column j of a window of any size has the number 8 i + j."""
 
@@ -127,7 +105,7 @@ class NumberedByPlace(nn.Module):
     def forward(self, inputs: Tensor, *, context: Context) -> Result:
         assert context.grid is not None
         rows, columns = context.grid
-        places = (torch.arange(rows)[:, None] * WHOLE + torch.arange(columns)).flatten()
+        places = (torch.arange(rows)[:, None] * DIGIT_SIDE + torch.arange(columns)).flatten()
         return self.encoder(inputs, context=context.replace(positions=places.expand(inputs.shape[0], -1)))
 
 
@@ -140,7 +118,7 @@ def run_grid(setting: Setting, seed: int) -> dict[str, float]:
         model = NumberedByPlace(model)
     sound = fit(model, windows, setting, seed)
     found: dict[str, float] = {}
-    for side, task in ((windows.side, windows), (WHOLE, images)):
+    for side, task in ((windows.side, windows), (DIGIT_SIDE, images)):
         scores = score(model, task) if sound else {"score": math.nan, "loss": math.nan}
         found |= {f"{name} at {side} x {side}": value for name, value in scores.items()}
     return found

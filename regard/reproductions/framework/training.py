@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from regard.contract import Pattern
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
-from regard.tasks import Task, create_task
+from regard.tasks import Batch, Task, counter_generator, create_task
 from regard.training import TrainConfig, evaluate, train
 
 BIGRAMS = 2.49
 """Loss in nats of the bigrams of the text task's training documents on its held-out windows (3.19 of single bytes, 1.91 of
 trigrams): what a model has to be below to have learned more than which byte follows which."""
+DIGIT_SIDE = 8
 
 
 @functools.cache
@@ -32,6 +34,39 @@ def digit_pixels(items: int) -> Task:
     return cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=items)
 
 
+class Windows(Task):
+    """Images through square windows: at random places in training, in the middle where they are scored."""
+
+    name, pattern, objective = "windows", Pattern.NONCAUSAL_SELF, "classification"
+
+    def __init__(self, images: Task, side: int) -> None:
+        self.images, self.side, self.grid, self.length = images, side, (side, side), side**2
+        self.features, self.num_classes = images.features, images.num_classes
+
+    def describe(self) -> str:
+        return f"windows of {self.side} x {self.side} into {self.images.name}"
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        batch = self.images.training_batch(step, seed, batch_size)
+        corners = counter_generator(seed, step, stream=7).integers(0, DIGIT_SIDE - self.side + 1, (batch_size, 2))
+        return self.cut(batch, torch.from_numpy(corners))
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for batch in self.images.evaluation_batches(batch_size):
+            yield self.cut(batch, torch.full((batch.size, 2), (DIGIT_SIDE - self.side) // 2))
+
+    def cut(self, batch: Batch, corners: Tensor) -> Batch:
+        """The windows with these upper left corners (B, 2)."""
+        rows, columns = (corners[:, axis, None] + torch.arange(self.side) for axis in (0, 1))  # (B, side)
+        chosen = (rows[:, :, None] * DIGIT_SIDE + columns[:, None]).flatten(1)
+        return Batch(batch.inputs.take_along_dim(chosen[..., None], 1), batch.targets, grid=self.grid)
+
+
+def digit_windows(items: int, side: int) -> Windows:
+    """Windows into :func:`digit_pixels`: a digit is known there by how its pixels lie to each other, not by where they are."""
+    return Windows(digit_pixels(items), side)
+
+
 def language_model(task: Task, plan: Any, **options: Any) -> LanguageModel:
     """A model of the task's vocabulary; `plan` is a list with a name or (name, options) for each layer."""
     return LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size or 0, plan=plan, **options))
@@ -43,6 +78,12 @@ def classifier(task: Task, plan: Any, **options: Any) -> Encoder:
         num_classes=task.num_classes or 0, vocab_size=task.vocab_size, features=task.features, plan=plan, **options
     )
     return Encoder(config)
+
+
+def placed_classifier(task: Task, plan: Any) -> Encoder:
+    """A classifier of width 32 with a learned vector for each place, as large as what it is added to."""
+    places = {"positions": "learned", "max_length": task.length, "position_options": {"std": 1.0}}
+    return classifier(task, plan, dim=32, num_heads=2, **places)
 
 
 def fit(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int, *, steps: int | None = None) -> bool:
