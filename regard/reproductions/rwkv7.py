@@ -7,12 +7,15 @@ with fewer tokens. Its predecessors, as gated linear attention, add to a memory 
 Here: the task of the delta rule's reproduction, recall in which every key is written twice and the last value counts: 16
 writes under 8 keys, then 24 queries in 56 tokens, 2 layers of width 64 with one head of 8 key features, so that the
 state is the bottleneck. Gated linear attention, one decay for each key feature, has the same state and a short
-convolution of four tokens; RWKV-7 has its paper's layer, which mixes two.
+convolution of four tokens; RWKV-7 has its paper's layer, which mixes two. With the 400 steps of the delta rule's reproduction one
+of four seeds of gated linear attention did not learn the task; here there are 700. No pilot has been run yet.
 """
 
 from regard.reproductions.delta_rule import OVERWRITTEN, SHAPE, UPPER_END, run_cell
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction
+
+TRAINING = OVERWRITTEN | {"steps": 700}
 
 REPRODUCTION = Reproduction(
     name="rwkv7",
@@ -20,12 +23,12 @@ REPRODUCTION = Reproduction(
     claim="A generalised delta rule replaces what is stored, where its predecessors add to a memory that decays (abstract).",
     instead=(
         "Recall of overwritten keys, accuracy: RWKV-7 against gated linear attention with the same state. Two layers of "
-        "width 64, 8 key features, 400 steps; no language model at 3B parameters, no state tracking."
+        "width 64, 8 key features, 700 steps; no language model at 3B parameters, no state tracking."
     ),
     settings={
-        "rwkv7": OVERWRITTEN | {"mixer": "rwkv7", "options": {"head_dim": 8, "value_dim": 64}},
-        "gated_linear": OVERWRITTEN | {"mixer": "gated_linear", "options": SHAPE},
-        "softmax": OVERWRITTEN | UPPER_END,
+        "rwkv7": TRAINING | {"mixer": "rwkv7", "options": {"head_dim": 8, "value_dim": 64}},
+        "gated_linear": TRAINING | {"mixer": "gated_linear", "options": SHAPE},
+        "softmax": TRAINING | UPPER_END,
     },
     run_cell=run_cell,
     checks=(Check("RWKV-7 above gated linear by 0.05", minus("rwkv7", "gated_linear"), above=0.05),),
