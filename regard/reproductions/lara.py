@@ -5,8 +5,12 @@ cost. The Comprehensive Attention Benchmark (arXiv 2210.07661, leaderboard, nonc
 against -0.29 of Performer, both with 16 landmarks or features.
 
 Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, LARA with 16 landmarks, with and without
-its noise in training, and a Performer that is run as in the benchmark: 16 features, drawn anew at each training step, fixed in
-evaluation. Level means within 5 points. Growth of forward time on one core.
+its noise in training, and a Performer as its own paper has it, with orthogonal features that stay, as many as LARA has
+proposals. Beside them, and in no check, the Performer of the benchmark: 16 features drawn anew at each training step and
+fixed in evaluation, which hardly learn this task. Level means within 5 points. Growth of forward time on one core.
+
+The first protocol compared with the benchmark's Performer alone, which had 0.25 to 0.31 on three seeds; in a pilot of one seed
+the one with features that stay had 0.94.
 """
 
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from regard.reproductions.framework.timing import growth_and_speedup
 from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
-PERFORMER = {"num_features": 16, "fresh": True, "least_denominator": 0.1}
+BENCHMARK = {"num_features": 16, "fresh": True, "least_denominator": 0.1}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
@@ -57,18 +61,25 @@ REPRODUCTION = Reproduction(
     settings={
         "lara": TRAINING | {"mixer": "lara", "options": {}},
         "lara, no noise": TRAINING | {"mixer": "lara", "options": {"noise": 0.0}},
-        "performer": TRAINING | {"mixer": "performer", "options": PERFORMER},
+        "performer, fixed features": TRAINING | {"mixer": "performer", "options": {"num_features": 16}},
+        "performer": TRAINING | {"mixer": "performer", "options": BENCHMARK},
         "softmax": TRAINING | {"mixer": "softmax", "options": {}},
         "time": {"lengths": [1024, 2048, 4096, 8192], "seconds": 8.0},
     },
     run_cell=run_cell,
+    needs=(
+        Check("softmax gets above 0.85", measured("softmax", "score"), above=0.85),
+        Check("Performer gets above 0.7", measured("performer, fixed features", "score"), above=0.7),
+        Check("LARA stays below 0.98", measured("lara", "score"), below=0.98),
+    ),
     checks=(
         Check("accuracy within 5 points of softmax", minus("lara", "softmax"), above=-0.05),
-        Check("accuracy above Performer", minus("lara", "performer"), above=0.0),
+        Check("accuracy above Performer with fixed features", minus("lara", "performer, fixed features"), above=0.0),
         Check("forward time grows with p < 1.3", measured("time", "lara"), below=1.3),
         Check("softmax takes longer at 8192 tokens", measured("time", "speedup"), above=1.0),
     ),
     timings=frozenset({"time"}),
+    left_out=("images and video of the paper, and the benchmark's other tasks: no such hosts at this size",),
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 128], "seconds": 0.01},
     seconds=40,
 )
