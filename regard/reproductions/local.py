@@ -87,6 +87,15 @@ REPRODUCTION = Reproduction(
         Check("full layers at the bottom above local by 0.3", minus("bottom", "local"), above=0.3),
         Check("full in all layers takes longer than in two", measured("time", "speedup"), above=1.0),
     ),
+    needs=(
+        Check("full attention solves the task (above 0.9)", measured("full", "score"), above=0.9),
+        Check("local attention does not (below 0.1)", measured("local", "score"), below=0.1),
+    ),
+    left_out=(
+        "language modelling and generation at 1.3B parameters: recall over a distance stands for long dependencies",
+        "continued training of a pretrained model on longer inputs: models are trained from scratch",
+        "75 % less computation: a time on one core is judged, and two of four layers are full",
+    ),
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 8, "length": 64, "seconds": 0.01},
     seconds=55,

@@ -9,10 +9,14 @@ Here: 1500 steps of 256 on the same data: 8 numbers, uniform between two bounds 
 [-20, 20] in tests, where bounds that both lie in the training range are drawn again. The authors' networks: width 64, 2
 heads, 4 layers, in which an MLP of (x, attention of x) takes the place of residuals and norms, and a further node; the
 standard one has positions beside its input. The expectation for sorting, which learns slowly, was set lower.
+
+Ratios of errors are far from normal over seeds (0.1 to 280 for sums in the first three), so the mean of their logarithms
+is judged, the ratio's geometric mean. It was the ratio itself until three seeds had been seen; six are judged now.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.create import create_layer
-from regard.reproductions.framework.judging import Check, over
+from regard.reproductions.framework.judging import Check, Seed, number, over
 from regard.reproductions.framework.protocol import Reproduction, Setting
 
 TRAINED_RANGE = 2.0
@@ -112,6 +116,17 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     return errors
 
 
+def advantage(task: str) -> Callable[[Seed], float]:
+    """Logarithm of how many times the positional network's error the standard one has far out of the training range."""
+    ratio = over(f"{task}, standard", f"{task}, positional", "c = 20")
+    return lambda seed: math.log(ratio(seed))
+
+
+def largest_known_error(seed: Seed) -> float:
+    """The largest error within the training range, over tasks and networks."""
+    return max(number(seed, setting, "c = 2") for setting in REPRODUCTION.settings)
+
+
 REPRODUCTION = Reproduction(
     name="positional_attention",
     mechanisms=("positional_attention",),
@@ -122,7 +137,7 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "The authors' networks and data, 8 numbers, after 1500 steps instead of 60,000: error of the standard network over "
-        "that of the positional one at 10 times the training range."
+        "that of the positional one at 10 times the training range, geometric mean over seeds."
     ),
     settings={
         f"{task}, {name}": TRAINING | {"task": task, "positional": name == "positional"}
@@ -131,10 +146,18 @@ REPRODUCTION = Reproduction(
     },
     run_cell=run_cell,
     checks=(
-        Check("minimum: 20 times the error", over("min, standard", "min, positional", "c = 20"), above=20.0),
-        Check("sum: 20 times the error", over("sum, standard", "sum, positional", "c = 20"), above=20.0),
-        Check("sort: a larger error", over("sort, standard", "sort, positional", "c = 20"), above=1.0),
+        Check("minimum: 20 times the error (logarithm above 3)", advantage("min"), above=math.log(20)),
+        Check("sum: 20 times the error (logarithm above 3)", advantage("sum"), above=math.log(20)),
+        Check("sort: a larger error (logarithm above 0)", advantage("sort"), above=0.0),
     ),
+    needs=(Check("every network's error within the training range below 0.05", largest_known_error, below=0.05),),
+    left_out=(
+        "factors of 370 and more: they are those of 60,000 steps, 40 times as many",
+        "medians and largest sub-arrays: the same networks and data on two more tasks",
+        "samples and lengths of the sweeps: each point is a training of its own",
+        "expressivity and sample complexity: theorems, not measurements",
+    ),
+    seeds=6,
     smoke={"steps": 2, "batch_size": 2, "items": 4, "samples": 8},
     seconds=60,
 )

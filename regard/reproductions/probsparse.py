@@ -66,7 +66,14 @@ REPRODUCTION = Reproduction(
         Check("forward time grows with p < 1.3", measured("time", "probsparse"), below=1.3),
         Check("softmax takes longer at 8192 tokens", measured("time", "speedup"), above=1.0),
     ),
+    needs=(Check("softmax classifies digits (above 0.8)", measured("softmax", "score"), above=0.8),),
+    left_out=(
+        "forecasting: the paper's task, with a decoder that gives all steps at once; digits stand for it",
+        "distilling between layers: a part of the paper's encoder, not of its attention",
+        "memory in L log L: `regard profile` measures it",
+    ),
     timings=frozenset({"time"}),
+    more_seeds={"probsparse": 6, "softmax": 6},
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 128], "seconds": 0.01},
     seconds=30,
 )

@@ -77,6 +77,13 @@ REPRODUCTION = Reproduction(
         Check("softmax takes over twice as long at the greatest length", measured("time", "speedup"), above=2.0),
         Check("time grows with p < 1.3", measured("time", "reformer"), below=1.3),
     ),
+    needs=(Check("softmax classifies digits (above 0.8)", measured("softmax", "score"), above=0.8),),
+    left_out=(
+        "queries and keys shared at no loss: what is compared shares them, and softmax does not",
+        "eight rounds match full attention: four of 16 buckets are tried on 64 tokens",
+        "reversible layers and memory: `regard profile` measures memory, and reversible stacks are another mechanism",
+        "enwik8 and ImageNet-64: out of reach",
+    ),
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [32, 64, 128], "seconds": 0.01},
     seconds=50,

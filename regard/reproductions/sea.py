@@ -9,10 +9,16 @@ those that can, also the attention weights): SEA with 16 keys a query out of a m
 the rate; a Performer with 44 features of the softmax kernel, and of the relu kernel, which SEA's own estimate uses in causal
 models; linear attention (elu features) and a window of 16. SEA is then read with 64 keys, without training. "Near" is judged
 as at most 0.03 nats.
+
+On this text a window of 16 is as good as the teacher (three seeds), so that it cannot tell what the choice of keys is worth,
+nor more keys. So all is done again with associative recall, 8 pairs and 24 questions in 48 tokens, with short convolutions, 4
+keys a query out of a map of 32 pixels, or 16, a window of 4, a teacher of 500 steps and 200 steps of distillation; near is 5
+points. The pilot (one seed): the teacher has 1.00, SEA 0.43 with 4 keys and, untrained, 0.91 with 16.
 """
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -20,24 +26,40 @@ from regard.contract import Context
 from regard.models import LanguageModel
 from regard.reproductions.framework.judging import Check, Seed, measured, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, fit, language_model, score
+from regard.reproductions.framework.training import BIGRAMS, cached_task, fit, language_model, score
 from regard.tasks import Task
 from regard.training import begin_as, distillation_groups, distillation_loss
 
-SHAPE = {"dim": 64, "num_heads": 4, "positions": "rotary"}
+SHAPE: dict[str, Any] = {"dim": 64, "num_heads": 4, "positions": "rotary"}
 SEA = {"top_k": 16, "estimate_length": 64}
 TRAINING = {"teacher_steps": 400, "steps": 150, "batch_size": 8, "learning_rate": 3e-3, "items": 64}
+FEW = {"top_k": 4, "estimate_length": 32}
+RECALL = TRAINING | {"recall": True, "teacher_steps": 500, "steps": 200, "batch_size": 32, "items": 256}
+CONVOLUTION = {"short_convolution": 4}
 DISTILLED_RATE = 3e-4
+STUDENTS: dict[str, dict[str, Any]] = {
+    "teacher": {"mixer": "softmax", "options": {}},
+    "SEA": {"mixer": "sea", "options": SEA},
+    "linear": {"mixer": "linear", "options": {}},
+    "window": {"mixer": "local", "options": {"window": 16}},
+    "performer": {"mixer": "performer", "options": {}},
+    "performer, relu": {"mixer": "performer", "options": {"kernel": "relu"}},
+}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    task = cached_task("text", length=256, evaluation_items=setting["items"])
+    task = _task("recall" in setting, setting["items"])
     teacher = _teacher(
-        setting["teacher_steps"], setting["batch_size"], setting["learning_rate"], setting["items"], seed
+        "recall" in setting,
+        setting["teacher_steps"],
+        setting["batch_size"],
+        setting["learning_rate"],
+        setting["items"],
+        seed,
     )
     if setting["mixer"] == "softmax":
-        return {"loss": score(teacher, task)["loss"]}
-    student = language_model(task, [(setting["mixer"], setting["options"])] * 2, **SHAPE)
+        return score(teacher, task)
+    student = _model(task, setting["mixer"], setting["options"])
     new = begin_as(student, teacher).new
     optimizer = torch.optim.AdamW(distillation_groups(student, new, learning_rate=DISTILLED_RATE))
     student.train()
@@ -47,26 +69,38 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
         optimizer.zero_grad()
         loss = distillation_loss(student, teacher, batch.inputs, batch.targets, context=Context(generator=generator))
         if not math.isfinite(float(loss.detach())):
-            return {"loss": math.nan, "loss_64": math.nan, "keys": math.nan}
+            return dict.fromkeys(("loss", "score", "loss_more", "score_more", "keys"), math.nan)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
     student.eval()
-    found = {"loss": score(student, task)["loss"]}
+    found = score(student, task)
     if setting["mixer"] == "sea":
-        wider = language_model(task, [("sea", {**SEA, "top_k": 64})] * 2, **SHAPE).eval()
+        wider = _model(task, "sea", {**setting["options"], "top_k": 4 * setting["options"]["top_k"]}).eval()
         wider.load_state_dict(student.state_dict())
-        found |= {"loss_64": score(wider, task)["loss"], "keys": _keys_read(student, task)}
+        more = {f"{name}_more": value for name, value in score(wider, task).items()}
+        found |= {**more, "keys": _keys_read(student, task)}
     return found
 
 
 @functools.cache
-def _teacher(steps: int, batch_size: int, learning_rate: float, items: int, seed: int) -> LanguageModel:
+def _task(recall: bool, items: int) -> Task:
+    options = {} if recall else {"length": 256}
+    return cached_task("recall" if recall else "text", **options, evaluation_items=items)
+
+
+def _model(task: Task, mixer: str, options: dict[str, Any]) -> LanguageModel:
+    convolution = CONVOLUTION if task.name == "recall" else {}
+    return language_model(task, [(mixer, {**convolution, **options})] * 2, **SHAPE)
+
+
+@functools.cache
+def _teacher(recall: bool, steps: int, batch_size: int, learning_rate: float, items: int, seed: int) -> LanguageModel:
     """The same for all students of a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        task = cached_task("text", length=256, evaluation_items=items)
-        model = language_model(task, ["softmax"] * 2, **SHAPE)
+        task = _task(recall, items)
+        model = _model(task, "softmax", {})
         fit(model, task, {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}, seed)
     return model.eval().requires_grad_(False)
 
@@ -80,7 +114,7 @@ def _keys_read(model: LanguageModel, task: Task) -> float:
 
 
 def _gain(seed: Seed) -> float:
-    return number(seed, "SEA", "loss_64") - number(seed, "SEA", "loss")
+    return number(seed, "recall, SEA", "loss_more") - number(seed, "recall, SEA", "loss")
 
 
 REPRODUCTION = Reproduction(
@@ -92,26 +126,42 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "Loss in nats on code bytes of students of a 2-layer teacher of width 64, distilled alike for 150 steps: SEA with 16 of "
-        "256 keys against two Performers, linear attention and a window of 16, and against its teacher; then with 64 keys. Memory "
-        "is not measured."
+        "256 keys against two Performers, linear attention and a window of 16, and against its teacher. Accuracy "
+        "of the same on recall with 4 of 48 keys, then with 16. Neither memory nor time is measured."
     ),
-    settings={
-        "teacher": TRAINING | {"mixer": "softmax", "options": {}},
-        "SEA": TRAINING | {"mixer": "sea", "options": SEA},
-        "linear": TRAINING | {"mixer": "linear", "options": {}},
-        "window": TRAINING | {"mixer": "local", "options": {"window": 16}},
-        "performer": TRAINING | {"mixer": "performer", "options": {}},
-        "performer, relu": TRAINING | {"mixer": "performer", "options": {"kernel": "relu"}},
+    settings={name: TRAINING | student for name, student in STUDENTS.items()}
+    | {f"recall, {name}": RECALL | student for name, student in STUDENTS.items()}
+    | {
+        "recall, SEA": RECALL | STUDENTS["SEA"] | {"options": FEW},
+        "recall, window": RECALL | STUDENTS["window"] | {"options": {"window": 4}},
     },
     run_cell=run_cell,
     checks=(
         Check("SEA better than a Performer", minus("SEA", "performer", "loss"), below=0.0),
         Check("SEA better than a Performer with the relu kernel", minus("SEA", "performer, relu", "loss"), below=0.0),
         Check("SEA better than linear attention", minus("SEA", "linear", "loss"), below=0.0),
-        Check("SEA at most 0.03 nats worse than the window", minus("SEA", "window", "loss"), below=0.03),
         Check("SEA at most 0.03 nats worse than its teacher", minus("SEA", "teacher", "loss"), below=0.03),
-        Check("better with 64 keys, untrained", _gain, below=0.0),
         Check("the last of 256 queries reads at most 24 keys a head", measured("SEA", "keys"), below=24.0),
+        Check("recall: SEA at most 5 points below its teacher", minus("recall, SEA", "recall, teacher"), above=-0.05),
+        Check("recall: SEA above a Performer", minus("recall, SEA", "recall, performer"), above=0.0),
+        Check(
+            "recall: SEA above a Performer with the relu kernel",
+            minus("recall, SEA", "recall, performer, relu"),
+            above=0.0,
+        ),
+        Check("recall: SEA above linear attention", minus("recall, SEA", "recall, linear"), above=0.0),
+        Check("recall: SEA above the window", minus("recall, SEA", "recall, window"), above=0.0),
+        Check("recall: a lower loss with 16 keys, untrained", _gain, below=0.0),
+    ),
+    needs=(
+        Check("on text, the teacher learns more than bigrams (2.49 nats)", measured("teacher", "loss"), below=BIGRAMS),
+        Check("recall: the teacher solves it (above 0.9)", measured("recall, teacher", "score"), above=0.9),
+        Check("recall: the window does not (below 0.5)", measured("recall, window", "score"), below=0.5),
+    ),
+    left_out=(
+        "better than the teacher: the paper's figure for OPT-1.3B alone; its smaller models are a little worse",
+        "half the memory, and linear time: the form that saves them is compared with the dense one by tests, and not timed",
+        "BERT on GLUE: models that read both ways are not distilled here",
     ),
     smoke={"teacher_steps": 1, "steps": 2, "batch_size": 2, "items": 4},
     seconds=60,

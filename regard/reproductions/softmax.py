@@ -5,8 +5,12 @@ existing baselines; a longer context gives 0.7 better perplexity. (Path-X and Pa
 
 Here: this project's softmax on one core against attention with the whole matrix S and P = softmax(S) in memory, forward
 and backward in float32. Exactness against float64; the growth of peak memory (tensors and kernels' workspaces) over lengths
-from 512 to 2048; the time at N = 2048. Quality: bytes of Python's standard library, 2 layers of width 64, 400 steps of
-4096 bytes each in windows of 64 and of 256; both are scored on the same held-out bytes.
+from 512 to 2048; the time at N = 2048. Quality: bytes of Python's standard library, 2 layers of width 64 with short
+convolutions, 1200 steps of 2048 bytes each in windows of 64 and of 256; both are scored on the same held-out bytes.
+
+A first protocol had 400 steps of 4096 bytes without convolutions, and nothing showed whether the model of 256 had learned to
+use what lies beyond 64. The pilot (one seed): read in pieces of 64 that model loses 0.07 nats, so it has; and it is 0.06 nats
+above the model of 64, whose batches hold four times as many windows.
 """
 
 import math
@@ -20,14 +24,20 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.functional import softmax_attention
 from regard.measurement.statistics import growth_exponent
-from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.judging import Check, measured, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio
-from regard.reproductions.framework.training import cached_task, fit, language_model, loss_in_pieces
+from regard.reproductions.framework.training import BIGRAMS, cached_task, fit, language_model, loss_in_pieces
 from regard.training import peak_memory
 
-TRAINING = {"steps": 400, "learning_rate": 3e-3, "items": 32}
-LONGEST = 256
+TRAINING = {
+    "steps": 1200,
+    "bytes": 2048,
+    "learning_rate": 3e-3,
+    "items": 64,
+    "options": {"short_convolution": 4},
+}
+SHORT, LONGEST = 64, 256
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
@@ -82,11 +92,13 @@ def memory(lengths: list[int]) -> dict[str, float]:
 def train(setting: Setting, seed: int) -> dict[str, float]:
     context = setting["context"]
     task = cached_task("text", length=context, evaluation_items=1)
-    model = language_model(task, ["softmax"] * 2, dim=64, num_heads=4)
+    model = language_model(task, [("softmax", setting["options"])] * 2, dim=64, num_heads=4)
     batch = max(setting["bytes"] // context, 1)
-    sound = fit(model, task, {**setting, "batch_size": batch}, seed)
+    if not fit(model, task, {**setting, "batch_size": batch}, seed):
+        return {"loss": math.nan, "cut": math.nan}
     windows = cached_task("text", length=LONGEST, evaluation_items=setting["items"])
-    return {"loss": loss_in_pieces(model, windows, LONGEST // context) if sound else math.nan}
+    loss, cut = (loss_in_pieces(model, windows, LONGEST // length) for length in (context, SHORT))
+    return {"loss": loss, "cut": cut}
 
 
 REPRODUCTION = Reproduction(
@@ -98,13 +110,14 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "Forward and backward on one core against the whole matrix in memory: error, growth of memory, time at N = 2048. "
-        "Loss in nats on code bytes with contexts of 64 and 256 at equal bytes a step, scored on the same bytes."
+        "Loss in nats on code bytes with contexts of 64 and 256 at equal bytes a step, 2 layers of width 64, scored on the same "
+        "bytes."
     ),
     settings={
         "exact": {"lengths": [512, 1024, 2048]},
         "time": {"length": 2048, "seconds": 15.0},
-        "context 64": TRAINING | {"context": 64, "bytes": 4096},
-        "context 256": TRAINING | {"context": 256, "bytes": 4096},
+        "context 64": TRAINING | {"context": SHORT},
+        "context 256": TRAINING | {"context": LONGEST},
     },
     run_cell=run_cell,
     checks=(
@@ -114,6 +127,20 @@ REPRODUCTION = Reproduction(
         Check("the whole matrix takes longer", measured("time", "speedup"), above=1.0),
         Check("a context of 64 loses against 256", minus("context 64", "context 256", "loss"), above=0.0),
     ),
+    needs=(
+        Check("a context of 64 learns more than bigrams (2.49 nats)", measured("context 64", "loss"), below=BIGRAMS),
+        Check(
+            "the model of 256 has learned to use it: read in pieces of 64 it loses 0.02 nats",
+            lambda seed: number(seed, "context 256", "cut") - number(seed, "context 256", "loss"),
+            above=0.02,
+        ),
+    ),
+    left_out=(
+        "3 times as fast for GPT-2, 15 % for BERT-large, 2.4 times on the Long Range Arena: times of GPUs; here one core against the whole matrix",
+        "accesses to slow memory: counted by `regard.measurement.memory_traffic` and compared with its formula by tests; nothing to judge",
+        "Path-X and long documents: sequences of 16K tokens are out of reach",
+    ),
+    more_seeds={"exact": 6},
     timings=frozenset({"time"}),
     smoke={"lengths": [32, 64], "length": 64, "seconds": 0.01, "steps": 2, "bytes": 256, "items": 2},
     seconds=30,

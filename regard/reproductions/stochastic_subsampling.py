@@ -3,13 +3,20 @@
 The paper (abstract): attention costs 4 to 8 times less in training, with better generalisation than dense training; after a
 short dense fine-tuning all pathways agree; ensembles of sub-models can be better than their dense counterpart.
 
-Here: bytes of Python's standard library in windows of 256, of which only 64 are trained on again and again, so that the dense
-model over-fits. 4 layers of width 96 with 4 heads, 500 steps of 4 windows at a constant rate of 1e-3, without dropout or weight
-decay. Dense; unbiased SSA with a quarter of the keys; locally biased SSA with windows of 64 and as much noise. Both SSA runs end
-with 5 % dense steps, all runs have the same number of steps. On held-out text: the loss at the end; of the SSA runs also before
-the dense steps, dense, with one subsampled pass and with the mean probabilities of 8.
+Here: bytes of Python's standard library in windows of 128, of which only 64 are trained on again and again, so that the dense
+model over-fits. 3 layers of width 64 with 4 heads, 400 steps of 4 windows without dropout or weight decay, of which the last
+5 % have a tenth of the rate, 1e-4 after 1e-3. Dense; unbiased SSA with a quarter of the keys; locally biased SSA with windows
+of 32 and as much noise. The last 5 % of SSA are dense; what they do is judged against as many steps at the same rate
+on the same windows that stay subsampled, both read densely. On held-out text: the loss at the end, and of the dense model
+also at the best of every 20 steps, as if it had been stopped in time; of the SSA runs also before the last steps, dense, with
+one subsampled pass and with the mean probabilities of 8.
+
+A first protocol had one rate and compared the loss before and after the dense steps: with three seeds that was smaller than
+what a step of that rate does by chance. The pilot (one seed): dense 2.79 at the end and 2.61 at its best, local 2.53 and unbiased
+2.57; the dense steps gain 0.009 and 0.008 on the subsampled ones. A cell is a fifth of what it was, and four seeds are run.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -19,42 +26,57 @@ from torch.nn import functional as F
 from regard.contract import Context
 from regard.mechanisms.stochastic_subsampling import ensemble_predict
 from regard.models import LanguageModel
-from regard.reproductions.framework.judging import Check, Seed, minus, number
+from regard.reproductions.framework.judging import Check, Seed, measured, minus, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import cached_task, language_model, score
 from regard.tasks import Task
 
 FINETUNE = 0.05
-TRAINING = {"steps": 500, "batch_size": 4, "windows": 64, "items": 32}
-LOCAL = {"mode": "local", "window": 64, "sigma": 64.0}
+RATE, LAST_RATE = 1e-3, 1e-4
+TRAINING = {"steps": 400, "batch_size": 4, "windows": 64, "items": 32, "every": 20, "length": 128}
+LOCAL = {"mode": "local", "window": 32, "sigma": 32.0}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    task = cached_task("text", length=256, evaluation_items=setting["items"])
-    steps = setting["steps"]
-    options = {"steps": steps, "finetune": FINETUNE, **setting["options"]} if setting["options"] else {"ratio": 1.0}
-    model = language_model(task, [("stochastic_subsampling", options)] * 4, dim=96, num_heads=4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    task = cached_task("text", length=setting["length"], evaluation_items=setting["items"])
+    steps, subsampled = setting["steps"], bool(setting["options"])
+    options = {"steps": steps, "finetune": FINETUNE, **setting["options"]} if subsampled else {"ratio": 1.0}
+    model = language_model(task, [("stochastic_subsampling", options)] * 3, dim=64, num_heads=4)
     known = task.training_batch(0, seed, setting["windows"])
     generator = torch.Generator().manual_seed(seed)
-    first, found = math.ceil((1 - FINETUNE) * steps), {}
-    for step in range(steps):
-        if step == first and setting["options"]:
-            found = {
-                "before": score(model, task)["loss"],
-                "one": _ensemble_loss(model, task, 1),
-                "eight": _ensemble_loss(model, task, 8),
-            }
-        model.train()
-        rows = torch.randint(setting["windows"], (setting["batch_size"],), generator=generator)
-        context = Context(generator=generator, progress=float(step))
-        optimizer.zero_grad()
-        loss = model.loss(known.inputs[rows], known.targets[rows], context=context)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    model.eval()
-    return found | {"loss": score(model, task)["loss"], "training_loss": float(loss.detach())}
+    rows = torch.randint(setting["windows"], (steps, setting["batch_size"]), generator=generator)
+    first = math.ceil((1 - FINETUNE) * steps)
+
+    def fit(model: LanguageModel, some: range, rate: float, *, progress: float | None = None) -> float:
+        """The best held-out loss on the way, where it is dense; `progress` is where the schedule stands still."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        best = math.inf
+        for step in some:
+            model.train()
+            context = Context(generator=generator, progress=float(step) if progress is None else progress)
+            optimizer.zero_grad()
+            model.loss(known.inputs[rows[step]], known.targets[rows[step]], context=context).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            model.eval()
+            if not subsampled and (step + 1) % setting["every"] == 0:
+                best = min(best, score(model, task)["loss"])
+        return best
+
+    best = fit(model, range(first), RATE)
+    last = range(first, steps)
+    if not subsampled:
+        best = min(best, fit(model, last, LAST_RATE))
+        return {"loss": score(model, task)["loss"], "best": best}
+    found = {
+        "before": score(model, task)["loss"],
+        "one": _ensemble_loss(model, task, 1),
+        "eight": _ensemble_loss(model, task, 8),
+    }
+    kept = copy.deepcopy(model)
+    fit(model, last, LAST_RATE)
+    fit(kept, last, LAST_RATE, progress=0.0)
+    return {**found, "loss": score(model, task)["loss"], "kept": score(kept, task)["loss"]}
 
 
 @torch.no_grad()
@@ -71,6 +93,10 @@ def _within(setting: str, first: str, second: str) -> Callable[[Seed], float]:
     return lambda seed: number(seed, setting, first) - number(seed, setting, second)
 
 
+def _better_than_best(setting: str) -> Callable[[Seed], float]:
+    return lambda seed: number(seed, setting, "loss") - number(seed, "dense", "best")
+
+
 REPRODUCTION = Reproduction(
     name="stochastic_subsampling",
     mechanisms=("stochastic_subsampling",),
@@ -80,8 +106,8 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "Held-out loss in nats on code bytes of a small model that over-fits 64 windows: a quarter of the keys, unbiased and "
-        "locally biased, with 5 % dense steps at the end, against dense training of as many steps; the dense steps; one pass "
-        "against 8. Time is not measured."
+        "locally biased, with 5 % dense steps at the end, against dense training of as many steps, and against its best moment; "
+        "these dense steps against subsampled ones; one pass against 8. Time is not measured."
     ),
     settings={
         "dense": TRAINING | {"options": {}},
@@ -92,14 +118,31 @@ REPRODUCTION = Reproduction(
     checks=(
         Check("locally biased better than dense", minus("local", "dense", "loss"), below=0.0),
         Check("unbiased better than dense", minus("unbiased", "dense", "loss"), below=0.0),
-        Check("dense steps help the locally biased model", _within("local", "loss", "before"), below=0.0),
-        Check("dense steps help the unbiased model", _within("unbiased", "loss", "before"), below=0.0),
+        Check("locally biased better than dense at its best", _better_than_best("local"), below=0.0),
+        Check("unbiased better than dense at its best", _better_than_best("unbiased"), below=0.0),
+        Check("dense steps help more than subsampled ones (local)", _within("local", "loss", "kept"), below=0.0),
+        Check("dense steps help more than subsampled ones (unbiased)", _within("unbiased", "loss", "kept"), below=0.0),
         Check("8 passes better than one (local)", _within("local", "eight", "one"), below=0.0),
         Check("8 passes better than one (unbiased)", _within("unbiased", "eight", "one"), below=0.0),
         Check(
             "8 passes at most 0.02 worse than the dense pass (local)", _within("local", "eight", "before"), below=0.02
         ),
     ),
-    smoke={"steps": 20, "batch_size": 1, "windows": 4, "items": 4},
-    seconds=60,
+    needs=(
+        Check(
+            "dense at its best has learned something (below 3.0 nats; single bytes have 3.19)",
+            measured("dense", "best"),
+            below=3.0,
+        ),
+        Check("dense over-fits: the end 0.1 nats above its best", _within("dense", "loss", "best"), above=0.1),
+    ),
+    left_out=(
+        "a quarter to an eighth of the cost: a query reads a quarter of the keys by construction; time and memory are not measured",
+        "images, graphs and Swin: models and data of other kinds, each with a training of its own",
+        "enwik8 at 1.024 bits: at this size the model over-fits 8 KB instead",
+    ),
+    seeds=4,
+    smoke={"steps": 20, "batch_size": 1, "windows": 4, "items": 4, "every": 5, "length": 64},
+    seconds=12,
+    protocol=2,
 )
