@@ -4,9 +4,14 @@ The paper: accesses to slow memory, and so time, are those of the dense form tim
 layout keeps quality (with it, 63.1 % on Path-256 at 64K tokens, where all before were at chance).
 
 Here: on one core, forward at N = 4096 with blocks of 64 and random layouts of density 1/16 to 1/2: the exponent p of time ~
-density^p, and the dense time over that at 1/8. Exactness against float64. Quality: bytes of Python's standard library in
-windows of 256 and blocks of 16, 2 layers of width 64: the butterfly should lie between the dense form and neighbours alone.
-Where no native kernel runs, hidden blocks are computed too, and the claim cannot hold.
+density^p, and the dense time over that at 1/8. Exactness against float64. Where no native kernel runs, hidden blocks are
+computed too, and the claim cannot hold. Quality: 40 bytes of Python's standard library and the same again, blocks of 8, 2
+layers of width 64. What repeats is 39 tokens back: five blocks for most tokens, which is no power of two, so that the
+butterfly (here without global blocks) has to hand it on from layer to layer; neighbours reach 34 tokens at most. Keeping
+quality means within 0.25 nats, about a ninth of what reading it is worth.
+
+In a pilot dense attention was below 0.4 nats after 150 of 250 steps on both seeds. With 400 steps, on one, neighbours stayed
+at 2.17 and the butterfly came to 1.05: it learns to hand on more slowly than dense attention learns to read.
 """
 
 from functools import partial
@@ -21,16 +26,20 @@ from regard.functional import softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, language_model, trained_score
+from regard.reproductions.framework.training import language_model, said_twice, trained_score
 
-TRAINING = {"steps": 350, "batch_size": 16, "learning_rate": 3e-3, "items": 64}
+TRAINING = {"steps": 250, "batch_size": 16, "learning_rate": 1e-2, "items": 64}
+CONVOLUTION = {"short_convolution": 4}
+BLOCKS: dict[str, Any] = {"block_size": 8, "global_blocks": 0, **CONVOLUTION}
 BLOCK = 64
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "mixer" in setting:
-        task = cached_task("text", length=256, evaluation_items=setting["items"])
-        model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
+        task = said_twice(80, setting["items"])
+        model = language_model(
+            task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4, positions="rotary"
+        )
         return {**trained_score(model, task, setting, seed)}
     with torch.no_grad():
         return error(setting["length"]) if "seconds" not in setting else time_densities(setting)
@@ -79,15 +88,14 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "Forward on one core at N = 4096: p of time ~ density^p, and dense time over that at density 1/8. Error against "
-        "float64. Loss in nats on code bytes: butterfly between dense and neighbours only (windows of 256, blocks of 16)."
+        "float64. Loss in nats on bytes said 40 tokens before: butterfly in blocks of 8 near dense and below neighbours only."
     ),
     settings={
         "exact": {"length": 1024},
         "time": {"length": 4096, "densities": [0.0625, 0.125, 0.25, 0.5], "seconds": 10.0},
-        "dense": TRAINING | {"mixer": "softmax", "options": {}},
-        "butterfly": TRAINING | {"mixer": "block_sparse", "options": {"block_size": 16}},
-        "neighbours": TRAINING
-        | {"mixer": "block_sparse", "options": {"block_size": 16, "layout": "local_global", "global_blocks": 0}},
+        "dense": TRAINING | {"mixer": "softmax", "options": CONVOLUTION},
+        "butterfly": TRAINING | {"mixer": "block_sparse", "options": BLOCKS},
+        "neighbours": TRAINING | {"mixer": "block_sparse", "options": BLOCKS | {"layout": "local_global"}},
     },
     run_cell=run_cell,
     checks=(
@@ -95,10 +103,13 @@ REPRODUCTION = Reproduction(
         Check("time grows with p > 0.7", measured("time", "growth"), above=0.7),
         Check("time grows with p < 1.2", measured("time", "growth"), below=1.2),
         Check("dense takes over 4 times as long as density 1/8", measured("time", "speedup"), above=4.0),
-        Check("butterfly within 0.05 nats of dense", minus("butterfly", "dense", "loss"), below=0.05),
+        Check("butterfly within 0.25 nats of dense", minus("butterfly", "dense", "loss"), below=0.25),
         Check("neighbours lose against butterfly", minus("neighbours", "butterfly", "loss"), above=0.0),
     ),
-    needs=(Check("what is far helps: dense below neighbours alone", minus("dense", "neighbours", "loss"), below=0.0),),
+    needs=(
+        Check("dense attention reads what is far: below 0.5 nats", measured("dense", "loss"), below=0.5),
+        Check("neighbours cannot: 1 nat above it", minus("neighbours", "dense", "loss"), above=1.0),
+    ),
     left_out=(
         "63.1 % on Path-256: sequences of 64K tokens are out of reach",
         "fewer accesses to slow memory: counted by `regard.measurement.memory_traffic` and compared with its formula by tests",

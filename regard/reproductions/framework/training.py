@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from regard.contract import Pattern
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 from regard.tasks import Batch, Task, counter_generator, create_task
+from regard.tasks.protocol import IGNORED
 from regard.training import TrainConfig, evaluate, train
 
 BIGRAMS = 2.49
@@ -65,6 +66,47 @@ class Windows(Task):
 def digit_windows(items: int, side: int) -> Windows:
     """Windows into :func:`digit_pixels`: a digit is known there by how its pixels lie to each other, not by where they are."""
     return Windows(digit_pixels(items), side)
+
+
+class SaidTwice(Task):
+    """Windows of text whose second half repeats the first. The second half alone has targets, so that each is half a window
+    back, and never near.
+
+    The distance is always the same, so that positions alone tell where to read: what is tried is whether a pattern carries
+    what lies so far back, not whether a model finds it.
+    """
+
+    name = "text said twice"
+
+    def __init__(self, text: Task) -> None:
+        self.text, self.length, self.distance = text, text.length, text.length // 2
+        self.pattern, self.objective, self.vocab_size = text.pattern, text.objective, text.vocab_size
+        self.metric, self.higher_is_better = text.metric, text.higher_is_better
+
+    def describe(self) -> str:
+        return f"{self.distance} tokens and the same again, of {self.text.describe()}"
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        return self.repeat(self.text.training_batch(step, seed, batch_size))
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for batch in self.text.evaluation_batches(batch_size):
+            yield self.repeat(batch)
+
+    def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.text.score(logits, batch)
+
+    def repeat(self, batch: Batch) -> Batch:
+        """The first half of each window, twice. What follows the end is the beginning once more."""
+        inputs = batch.inputs[:, : self.distance].repeat(1, 2)
+        targets = inputs.roll(-1, dims=1)
+        targets[:, : self.distance - 1] = IGNORED
+        return Batch(inputs, targets)
+
+
+def said_twice(length: int, items: int) -> SaidTwice:
+    """:class:`SaidTwice` in windows of the text task, of which `items` are scored."""
+    return SaidTwice(cached_task("text", length=length, evaluation_items=items))
 
 
 def language_model(task: Task, plan: Any, **options: Any) -> LanguageModel:
