@@ -67,6 +67,7 @@ REPRODUCTION = Reproduction(
         "time": {"lengths": [1024, 2048, 4096, 8192], "seconds": 8.0},
     },
     run_cell=run_cell,
+    more_seeds={"lara": 9, "performer, fixed features": 9},
     needs=(
         Check("softmax gets above 0.85", measured("softmax", "score"), above=0.85),
         Check("Performer gets above 0.7", measured("performer, fixed features", "score"), above=0.7),

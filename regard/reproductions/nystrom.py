@@ -91,6 +91,6 @@ REPRODUCTION = Reproduction(
     left_out=("GLUE, IMDB and the Long Range Arena: no pretraining, and no such lengths",),
     smoke={"steps": 2, "more_steps": 1, "batch_size": 2, "items": 8, "lengths": [64, 128], "seconds": 0.01},
     seeds=4,
-    more_seeds={"time": 3},
+    more_seeds={"nystrom": 8, "softmax": 8, "time": 3},
     seconds=10,
 )
