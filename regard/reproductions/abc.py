@@ -92,7 +92,6 @@ REPRODUCTION = Reproduction(
         "memory: `regard profile` measures it",
     ),
     timings=frozenset({"time"}),
-    more_seeds={"abc": 10, "abc, 2 slots": 10},
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 128], "seconds": 0.01},
     seconds=40,
 )

@@ -160,6 +160,6 @@ REPRODUCTION = Reproduction(
         "lengths": [64, 128],
         "seconds": 0.01,
     },
-    more_seeds={"moved": 4},
+    more_seeds={"moved": 8},
     seconds=45,
 )

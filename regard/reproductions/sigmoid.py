@@ -91,7 +91,6 @@ REPRODUCTION = Reproduction(
         "17 % of a GPU's kernel: kernels of a CPU are timed instead, forward alone",
         "universal approximation and a regularity that grows polynomially: theorems, not measurements",
     ),
-    more_seeds={"softmax, norm": 8, "b = -ln n, norm": 8},
     timings=frozenset({"kernel"}),
     smoke={"steps": 2, "batch_size": 2, "items": 4, "length": 64, "seconds": 0.01},
     seconds=45,
