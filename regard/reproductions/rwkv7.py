@@ -8,7 +8,7 @@ Here: the task of the delta rule's reproduction, recall in which every key is wr
 writes under 8 keys, then 24 queries in 56 tokens, 2 layers of width 64 with one head of 8 key features, so that the
 state is the bottleneck. Gated linear attention, one decay for each key feature, has the same state and a short
 convolution of four tokens; RWKV-7 has its paper's layer, which mixes two. With the 400 steps of the delta rule's reproduction one
-of four seeds of gated linear attention did not learn the task; here there are 700. No pilot has been run yet.
+of four seeds of gated linear attention did not learn the task; here there are 700. It was judged without a pilot.
 """
 
 from regard.reproductions.delta_rule import OVERWRITTEN, SHAPE, UPPER_END, run_cell
