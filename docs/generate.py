@@ -342,7 +342,7 @@ def _tried(one: Mapping[str, Any]) -> list[str]:
     return [
         one["instead"],
         _table(("expected", "measured ± standard error (what decides)", ""), rows),
-        *(f"{remark[0].upper()}{remark[1:]}." for remark in map(lambda r: r.rstrip("."), remarks(one))),
+        *(f"{remark[0].upper()}{remark[1:].rstrip('.')}." for remark in remarks(one)),
         f"`regard reproduce {one['name']}`; {one['done']} of {one['planned']} cells{missing}.",
     ]
 
