@@ -75,6 +75,10 @@ def unregister(name: str) -> None:
     _plugins.pop(name, None)
 
 
+PLUGGED = ("MECHANISM", "TASK", "MODEL")
+"""What a plugin may define: a card, a task (or its class), a pair of a model's class and its config's class."""
+
+
 def load_plugin(path: str | Path) -> ModuleType:
     """Run a user's Python file; if it defines ``MECHANISM``, add it to the catalogue of this process.
 
@@ -108,9 +112,9 @@ def load_plugin(path: str | Path) -> ModuleType:
                 f"MECHANISM of type {type(card).__name__} in {str(path)!r}", supported="a regard.Mechanism"
             )
         register(card, module)
-    elif not hasattr(module, "TASK"):
+    elif not any(hasattr(module, name) for name in PLUGGED):
         raise Unsupported(
-            f"plugin {str(path)!r} without MECHANISM or TASK", supported="a file that defines one of them"
+            f"plugin {str(path)!r} without {' or '.join(PLUGGED)}", supported="a file that defines one of them"
         )
     return module
 

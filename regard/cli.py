@@ -41,12 +41,19 @@ errors = Console(stderr=True)
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
 PLUGINS = Annotated[
-    list[Path] | None, typer.Option("--plugin", help="Python file that defines a MECHANISM or a TASK. Repeatable.")
+    list[Path] | None,
+    typer.Option("--plugin", help="Python file that defines a MECHANISM, a TASK or a MODEL. Repeatable."),
 ]
 
 
 def _load(plugins: list[Path] | None) -> list[Any]:
-    return [load_plugin(path) for path in plugins or ()]
+    from regard.models import register_model
+
+    modules = [load_plugin(path) for path in plugins or ()]
+    for module in modules:
+        if hasattr(module, "MODEL"):
+            register_model(*module.MODEL)
+    return modules
 
 
 def _plain(text: str) -> Text:
@@ -634,6 +641,10 @@ def compare(
         str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Where models are trained and measured: cpu, cuda.")] = "cpu",
+    model: Annotated[
+        str | None,
+        typer.Option(help="The backbone, such as a plugin's; the first that serves the task when not given."),
+    ] = None,
     only: Annotated[
         str | None,
         typer.Option(
@@ -691,6 +702,7 @@ def compare(
         stack=_stack(stack),
         precision=precision,
         device=device,
+        model=model,
     )
     left_out: dict[str, str] = {}
     if mechanisms is not None and mechanisms.strip() == "all":

@@ -19,7 +19,7 @@ from regard.models.plans import (
     transnormer_plan,
 )
 from regard.models.pretrained import from_pretrained, save_pretrained
-from regard.models.registry import build_model
+from regard.models.registry import build_model, config_for, models_for, register_model
 from regard.models.stack import Stack, StackConfig, set_exit_threshold
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "attention_share",
     "build_model",
     "change_plan",
+    "config_for",
     "count_parameters",
     "differential_plan",
     "extend_positions",
@@ -47,6 +48,8 @@ __all__ = [
     "masformer_plan",
     "masformer_schedule",
     "match_parameters",
+    "models_for",
+    "register_model",
     "save_pretrained",
     "set_exit_threshold",
     "tokenformer_plan",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ from regard.ragged import Gathering, gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from regard.tasks.protocol import Task
 
 POOLS = (*POOLINGS, "none")
 """Pools that are no mechanisms."""
@@ -88,6 +90,7 @@ class EncoderConfig:
     pool_options: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
+    serves: ClassVar = ((Pattern.NONCAUSAL_SELF, "classification"), (Pattern.NONCAUSAL_SELF, "regression"))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
@@ -100,6 +103,13 @@ class EncoderConfig:
             )
         object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
         object.__setattr__(self, "num_layers", len(self.plan))
+
+    @classmethod
+    def for_task(cls, task: Task, plan: Any, **sizes: Any) -> EncoderConfig:
+        """As :func:`regard.models.registry.config_for` asks for it; numbers are predicted at each position."""
+        if task.objective == "regression":
+            return cls(task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
+        return cls(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
 
 
 class EncoderBase(nn.Module):

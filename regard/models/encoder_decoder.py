@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ from regard.ragged import Gathering, gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from regard.tasks.protocol import Task
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class EncoderDecoderConfig:
     norm: str = "rms"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
+    serves: ClassVar = ((Pattern.CAUSAL_CROSS, "next-token"),)
 
     def __post_init__(self) -> None:
         at_least("vocab_size", self.vocab_size, 1)
@@ -114,6 +117,11 @@ class EncoderDecoderConfig:
             object.__setattr__(self, name, plan)
         object.__setattr__(self, "num_layers", layers)
         object.__setattr__(self, "encoder_layers", encoder_layers)
+
+    @classmethod
+    def for_task(cls, task: Task, plan: Any, *, positions: str, **sizes: Any) -> EncoderDecoderConfig:
+        """As :func:`regard.models.registry.config_for` asks for it: the plan is between the two sequences."""
+        return cls(task.vocab_size or 0, task.memory_vocab_size, task.memory_features, cross_plan=plan, **sizes)
 
 
 def count_layers(given: int | None, *plans: Any, default: int = 4) -> int:

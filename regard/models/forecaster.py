@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ from regard.ragged import gathering, place_queries, take_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from regard.tasks.protocol import Task
 
 LEVELS = ("mean", "last", "none")
 SMALLEST_SCALE = 1e-5
@@ -94,6 +96,7 @@ class ForecasterConfig:
     norm: str = "rms"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
+    serves: ClassVar = ((Pattern.NONCAUSAL_CROSS, "regression"),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
@@ -133,6 +136,12 @@ class ForecasterConfig:
         object.__setattr__(self, "quantiles", quantiles)
         object.__setattr__(self, "num_layers", layers)
         object.__setattr__(self, "encoder_layers", encoder_layers)
+
+    @classmethod
+    def for_task(cls, task: Task, plan: Any, *, positions: str, max_length: int, **sizes: Any) -> ForecasterConfig:
+        """As :func:`regard.models.registry.config_for` asks for it: the plan is between horizon and past."""
+        targets = task.target_features or tuple(range(task.num_targets or 0))
+        return cls(task.features or 0, task.memory_features or 0, target_features=targets, cross_plan=plan, **sizes)
 
 
 class Forecaster(nn.Module):

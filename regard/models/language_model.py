@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from regard.tasks.protocol import Task
 
 IGNORED = -100
 """A target without loss, as in `torch.nn.functional.cross_entropy`."""
@@ -95,12 +97,18 @@ class LanguageModelConfig:
     embedding_norm: str = "none"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
+    serves: ClassVar = ((Pattern.CAUSAL_SELF, "next-token"),)
 
     def __post_init__(self) -> None:
         at_least("vocab_size", self.vocab_size, 1)
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
         object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
         object.__setattr__(self, "num_layers", len(self.plan))
+
+    @classmethod
+    def for_task(cls, task: Task, plan: Any, **sizes: Any) -> LanguageModelConfig:
+        """As :func:`regard.models.registry.config_for` asks for it."""
+        return cls(task.vocab_size or 0, plan=plan, **sizes)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,87 @@
-"""The models by the name under which they are saved."""
+"""The models by the name under which they are saved, and which of them serves a task.
+
+A model says in its config class what it serves: ``serves``, a tuple of (pattern, objective), and ``for_task``, which
+makes the config. The first registered model that serves a task is the one that is built where none is named.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from regard.contract import Unsupported, closest
+from regard.contract import Pattern, Unsupported, closest
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 
+if TYPE_CHECKING:
+    from regard.tasks.protocol import Task
+
 Config = LanguageModelConfig | EncoderConfig | EncoderDecoderConfig | ForecasterConfig | FunnelEncoderConfig
 
-MODELS: dict[str, tuple[type[nn.Module], type]] = {
+MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "LanguageModel": (LanguageModel, LanguageModelConfig),
     "Encoder": (Encoder, EncoderConfig),
     "EncoderDecoder": (EncoderDecoder, EncoderDecoderConfig),
     "Forecaster": (Forecaster, ForecasterConfig),
     "FunnelEncoder": (FunnelEncoder, FunnelEncoderConfig),
 }
+
+
+def register_model(model: type[nn.Module], config: type[Any]) -> None:
+    """Add a model of a plugin to this process's registry, under the name of its class.
+
+    Args:
+        model: a module that is made of a config alone, kept as ``model.config``.
+        config: a dataclass; with ``serves`` and ``for_task`` if tasks are to find it.
+
+    Raises:
+        Unsupported: for a name that another model has.
+    """
+    name = model.__name__
+    if name in MODELS and MODELS[name] != (model, config):
+        raise Unsupported(f"another model named {name}", supported="a name that no model has: " + ", ".join(MODELS))
+    MODELS[name] = (model, config)
+
+
+def served() -> list[tuple[Pattern, str]]:
+    """Patterns and objectives of tasks that there is a model for."""
+    return list(dict.fromkeys(kind for _, config in MODELS.values() for kind in getattr(config, "serves", ())))
+
+
+def models_for(task: Task) -> list[str]:
+    """Names of the models that serve a task, in the order of their registration."""
+    kind = (task.pattern, task.objective)
+    return [name for name, (_, config) in MODELS.items() if kind in getattr(config, "serves", ())]
+
+
+def config_for(task: Task, plan: Any, model: str | None = None, **sizes: Any) -> Any:
+    """The config of a model for a task.
+
+    Args:
+        task: says what the inputs and outputs are.
+        plan: of the layers that are compared, as in :class:`regard.models.LanguageModelConfig`; in a cross pattern of those
+            between the two sequences, with softmax within each.
+        model: its name; the first that serves the task when None.
+        sizes: ``dim``, ``num_layers``, ``num_heads``, ``max_length``, ``positions``, ``stack``, and what only some models take.
+
+    Raises:
+        Unsupported: where no model, or not the one named, serves the task.
+    """
+    names = models_for(task)
+    if not names:
+        raise Unsupported(
+            f"task {task.name} of pattern {task.pattern} and objective {task.objective}",
+            supported="; ".join(f"{pattern} with {objective}" for pattern, objective in served()),
+        )
+    if model is not None and model not in names:
+        raise Unsupported(
+            f"model {model!r} for the task {task.name}", supported=", ".join(names), nearest=closest(model, names)
+        )
+    return MODELS[model or names[0]][1].for_task(task, plan, **sizes)
 
 
 def build_model(config: Any) -> nn.Module:
@@ -34,7 +94,7 @@ def build_model(config: Any) -> nn.Module:
     )
 
 
-def model_classes(name: str) -> tuple[type[nn.Module], type]:
+def model_classes(name: str) -> tuple[type[nn.Module], type[Any]]:
     """Model and config class by the model's name; raises Unsupported for an unknown one."""
     if name not in MODELS:
         raise Unsupported(f"model {name!r}", supported=", ".join(MODELS), nearest=closest(str(name), MODELS))

@@ -43,6 +43,7 @@ class CompareSettings:
         stack: how the backbone's blocks are stacked, as in the models' configs.
         precision: of training, as in :class:`regard.training.TrainConfig`.
         device: a device of torch, on which models are trained and measured.
+        model: the backbone, a name of :mod:`regard.models.registry`; the first that serves a task when None.
     """
 
     mechanisms: tuple[str | Variant, ...]
@@ -63,6 +64,7 @@ class CompareSettings:
     stack: StackConfig = StackConfig()
     precision: str = "float32"
     device: str = "cpu"
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if not self.mechanisms:

@@ -21,16 +21,7 @@ from regard.contract import Kind, Pattern, Unsupported
 from regard.measurement import provenance
 from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
-from regard.models import (
-    EncoderConfig,
-    EncoderDecoderConfig,
-    ForecasterConfig,
-    LanguageModelConfig,
-    StackConfig,
-    build_model,
-    count_parameters,
-    match_parameters,
-)
+from regard.models import StackConfig, build_model, config_for, count_parameters, match_parameters
 from regard.models.blocks import Block
 from regard.models.frames import in_frame, layer_parts
 from regard.models.variants import Variant
@@ -48,14 +39,6 @@ SAFETY = 0.93
 """Part of a time budget that is planned; the rest absorbs a machine that slows down."""
 EXTENSION = 0.4
 """Runs of each mechanism that are allowed for learning rates beyond the grid."""
-BACKBONES = (
-    (Pattern.CAUSAL_SELF, "next-token"),
-    (Pattern.NONCAUSAL_SELF, "classification"),
-    (Pattern.NONCAUSAL_SELF, "regression"),
-    (Pattern.CAUSAL_CROSS, "next-token"),
-    (Pattern.NONCAUSAL_CROSS, "regression"),
-)
-"""Patterns and objectives of tasks that there is a model for."""
 
 
 def model_config(
@@ -68,12 +51,6 @@ def model_config(
     In a cross pattern it is between the two sequences, and softmax stays within each: one pattern is replaced at a
     time, as in the Comprehensive Attention Benchmark (arXiv 2210.07661).
     """
-    kind = (task.pattern, task.objective)
-    if kind not in BACKBONES:
-        raise Unsupported(
-            f"task {task.name} of pattern {task.pattern} and objective {task.objective}",
-            supported="; ".join(f"{pattern} with {objective}" for pattern, objective in BACKBONES),
-        )
     plan: Any = []
     # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
     placed = task.grid is not None and all("sinusoidal" in card.accepts_positions for card in variant.cards)
@@ -98,25 +75,11 @@ def model_config(
             name, options = "softmax", {}
         plan.append((name, in_frame(name, options, frame, task.pattern, rotary=not placed)))
     sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
-    sizes["stack"] = settings.stack
-    if kind == (Pattern.NONCAUSAL_CROSS, "regression"):
-        targets = task.target_features or tuple(range(task.num_targets or 0))
-        return ForecasterConfig(
-            task.features or 0, task.memory_features or 0, target_features=targets, cross_plan=plan, **sizes
-        )
+    sizes |= {"stack": settings.stack, "positions": "sinusoidal" if placed else "auto"}
     sizes["max_length"] = max(task.length, task.memory_length or 0, *settings.lengths)
-    if kind == (Pattern.CAUSAL_CROSS, "next-token"):
-        return EncoderDecoderConfig(
-            task.vocab_size or 0, task.memory_vocab_size, task.memory_features, cross_plan=plan, **sizes
-        )
-    sizes["positions"] = "sinusoidal" if placed else "auto"
-    if kind == (Pattern.CAUSAL_SELF, "next-token"):
-        return LanguageModelConfig(task.vocab_size or 0, plan=plan, **sizes)
-    if task.objective == "regression":
-        return EncoderConfig(task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
     if variant.cards[0].kind is Kind.POOLING:
         sizes["pool"], sizes["pool_options"] = variant.layers[0]
-    return EncoderConfig(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
+    return config_for(task, plan, settings.model, **sizes)
 
 
 def _parameters(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> int:
@@ -230,6 +193,8 @@ class Work:
             self.identity["stack"] = asdict(settings.stack)
         if settings.precision != "float32":
             self.identity["precision"] = settings.precision
+        if settings.model is not None:
+            self.identity["model"] = settings.model
         if settings.device != "cpu":
             self.identity["device"] = settings.device
         self.steps: dict[str, int] = {}

@@ -12,10 +12,11 @@ import pytest
 
 from regard.cli import _tasks, main
 from regard.contract import Pattern, Unsupported
+from regard.models.registry import served
 from regard.tasks import TASKS
 from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
-from regard.workbench.work import BACKBONES, default_mechanisms, fitting
+from regard.workbench.work import default_mechanisms, fitting
 
 
 def table(path, count=400):
@@ -198,7 +199,7 @@ def test_default_mechanisms_fit_every_task(tmp_path):
     described = ["recall", "listops:length=64", "documents:text=a", "paraphrase:source=a,target=b"]
     tasks = [_tasks([one], None if one[0] in "rl" else [texts], None, None, "bytes", [])[0] for one in described]
     tasks += _tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
-    assert {(task.pattern, task.objective) for task in tasks} == set(BACKBONES) - {
+    assert {(task.pattern, task.objective) for task in tasks} == set(served()) - {
         (Pattern.NONCAUSAL_SELF, "regression")
     }
     for task in tasks:
