@@ -10,7 +10,8 @@ import os
 import numpy as np
 import pytest
 
-from regard.cli import _tasks, main
+from regard.cli import main
+from regard.cli.arguments import read_tasks
 from regard.contract import Pattern, Unsupported
 from regard.models.registry import served
 from regard.tasks import TASKS
@@ -38,10 +39,10 @@ def reviews(path, count=60, first=0):
 
 def test_a_described_task_reads_the_given_files(tmp_path):
     described = "forecast:target=load,covariates=holiday,history=48"
-    (task,) = _tasks([described], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
+    (task,) = read_tasks([described], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
     assert (task.length, task.memory_length) == (12, 48)
     assert "holiday" in task.describe()
-    (task,) = _tasks(
+    (task,) = read_tasks(
         ["documents:text=body,label=stars"],
         [reviews(tmp_path / "a.jsonl")],
         [reviews(tmp_path / "b.jsonl", 20, first=55)],
@@ -56,7 +57,7 @@ def test_a_described_task_reads_the_given_files(tmp_path):
 
 def test_an_option_may_say_where_the_data_are(tmp_path):
     path = table(tmp_path / "a.csv")
-    (task,) = _tasks([f"forecast:data={path},target=load,history=48"], None, None, 12, "bytes", [])
+    (task,) = read_tasks([f"forecast:data={path},target=load,history=48"], None, None, 12, "bytes", [])
     assert "load of a.csv" in task.describe()
 
 
@@ -66,16 +67,16 @@ def test_files_for_tasks_that_read_none_are_refused(tmp_path):
     assert {"text", "images", "documents", "matching", "paraphrase", "summarize", "forecast"} == set(readers)
     for given in ({"data": [path], "validation": None}, {"data": None, "validation": [path]}):
         with pytest.raises(Unsupported, match="supported: tasks that read data: " + ", ".join(readers)):
-            _tasks(["recall"], given["data"], given["validation"], None, "bytes", [])
+            read_tasks(["recall"], given["data"], given["validation"], None, "bytes", [])
 
 
 def test_validation_without_data_is_not_ignored(tmp_path):
     path = tmp_path / "held.txt"
     path.write_text("held out text " * 100)
-    (task,) = _tasks(["text"], None, [str(path)], 16, "bytes", [])
+    (task,) = read_tasks(["text"], None, [str(path)], 16, "bytes", [])
     assert [document.name for document in task.held_out_documents] == ["held.txt"]
     with pytest.raises(Unsupported, match="validation for forecast without data"):
-        _tasks(["forecast"], None, [table(tmp_path / "a.csv")], None, "bytes", [])
+        read_tasks(["forecast"], None, [table(tmp_path / "a.csv")], None, "bytes", [])
 
 
 def lines(path, records):
@@ -154,10 +155,10 @@ def test_a_table_without_a_task_is_recognised_or_the_line_says_what_to_add(tmp_p
     said = []
     if ": --task" in found or "columns" in found:
         with pytest.raises(Unsupported, match=found):
-            _tasks(None, [str(path)], None, None, "bytes", [], said.append)
+            read_tasks(None, [str(path)], None, None, "bytes", [], said.append)
         return
     name = found.partition(":")[0]
-    (task,) = _tasks(None, [str(path)], None, 16 if name == "text" else None, "bytes", [], said.append)
+    (task,) = read_tasks(None, [str(path)], None, 16 if name == "text" else None, "bytes", [], said.append)
     assert task.name == name
     assert said == ([] if found == "text" else [found])
 
@@ -174,12 +175,12 @@ def test_a_table_without_a_task_is_recognised_or_the_line_says_what_to_add(tmp_p
 def test_a_table_that_no_task_can_be_told_by_is_refused(tmp_path, name, content, told):
     (tmp_path / name).write_text(content)
     with pytest.raises(Unsupported, match=told):
-        _tasks(None, [str(tmp_path / name)], None, None, "bytes", [])
+        read_tasks(None, [str(tmp_path / name)], None, None, "bytes", [])
 
 
 def test_other_json_is_text(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"a": "text " * 999}))
-    (task,) = _tasks(None, [str(tmp_path / "a.json")], None, 16, "bytes", [])
+    (task,) = read_tasks(None, [str(tmp_path / "a.json")], None, 16, "bytes", [])
     assert task.name == "text"
 
 
@@ -190,15 +191,15 @@ def test_a_folder_of_pictures_is_one_of_images(tmp_path):
         image.new("RGB", (9, 9), (i * 20, 0, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
     (tmp_path / "README.md").write_text("pictures " * 99)
     said = []
-    (task,) = _tasks(None, [str(tmp_path)], None, None, "bytes", [], said.append)
+    (task,) = read_tasks(None, [str(tmp_path)], None, None, "bytes", [], said.append)
     assert (task.name, said) == ("images", ["images"])
 
 
 def test_default_mechanisms_fit_every_task(tmp_path):
     texts = lines(tmp_path / "a.jsonl", pairs(np.random.default_rng(0), label=lambda i: i % 2))
     described = ["recall", "listops:length=64", "documents:text=a", "paraphrase:source=a,target=b"]
-    tasks = [_tasks([one], None if one[0] in "rl" else [texts], None, None, "bytes", [])[0] for one in described]
-    tasks += _tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
+    tasks = [read_tasks([one], None if one[0] in "rl" else [texts], None, None, "bytes", [])[0] for one in described]
+    tasks += read_tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
     assert {(task.pattern, task.objective) for task in tasks} == set(served()) - {
         (Pattern.NONCAUSAL_SELF, "regression")
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from regard.cli import _variants
+from regard.cli.arguments import read_mechanisms
 from regard.contract import Pattern, Unsupported
 from regard.measurement.store import Store
 from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
@@ -234,7 +234,7 @@ def test_all_mechanisms_of_a_pattern_train_and_are_scored(name):
         pytest.importorskip("sklearn")
     made = {"recite": Recite, "carry": Carry}
     task = made[name]() if name in made else create_task(name, evaluation_items=8, **given[name])
-    names = _variants("all", [task])
+    names = read_mechanisms("all", [task])
     assert len(names) > 8
     work = Work(task, settings(mechanisms=tuple(names), dim=96, heads=4))
     for mechanism, config in work.configs.items():

@@ -1,0 +1,76 @@
+"""The application: its commands by name, and its entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from regard.cli.advise import advise_command
+from regard.cli.catalogue import list_command, show
+from regard.cli.compare import compare
+from regard.cli.console import errors, plain
+from regard.cli.doctor import doctor
+from regard.cli.new import new
+from regard.cli.profile import profile_command
+from regard.cli.report import report
+from regard.cli.reproduce import reproduce
+from regard.cli.study import study
+from regard.cli.verify import verify
+from regard.contract import Unsupported
+from regard.measurement import provenance
+from regard.training.memory import keep_freed_memory
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "list": list_command,
+    "show": show,
+    "new": new,
+    "verify": verify,
+    "profile": profile_command,
+    "advise": advise_command,
+    "compare": compare,
+    "report": report,
+    "reproduce": reproduce,
+    "study": study,
+    "doctor": doctor,
+}
+"""In the order in which the help lists them."""
+
+app = typer.Typer(
+    name="regard",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"regard {provenance.regard_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """The attention workbench: list, verify, profile, advise on and compare attention mechanisms on your data and machine."""
+
+
+def main() -> None:
+    """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line."""
+    keep_freed_memory()
+    try:
+        app(standalone_mode=True)
+    except Unsupported as error:
+        errors.print(plain(f"regard: {error}"), soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        errors.print("regard: interrupted; the same command goes on where it stopped")
+        raise SystemExit(130) from None

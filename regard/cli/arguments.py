@@ -1,0 +1,115 @@
+"""From the text of arguments to names, numbers, mechanisms and tasks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from regard.catalogue import list_mechanisms
+from regard.contract import Kind, Pattern, Unsupported
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    from regard.models.variants import read_variants
+
+    return tuple(variant.name for variant in read_variants(text))
+
+
+def read_integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise Unsupported(
+            f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096"
+        ) from None
+
+
+def read_numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise Unsupported(f"{name} {text!r}", supported="comma-separated numbers", nearest="0.003,0.01") from None
+
+
+def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
+    from regard.models.variants import read_variants
+
+    if text.strip() == "all":
+        patterns = {t.pattern for t in tasks}
+        inserting = patterns == {Pattern.CAUSAL_SELF}  # only language models have room for inserted tokens
+        return list_mechanisms(
+            where=lambda c: (
+                patterns <= set(c.patterns)
+                and c.kind in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
+                and (inserting or c.prepare is None)
+            )
+        )
+    return read_variants(text)
+
+
+def read_stack(text: str) -> Any:
+    """The stack of a comparison's backbones; layers of exits are joined by a plus sign."""
+    from regard.models import StackConfig
+    from regard.models.variants import read_options
+
+    options = read_options(text, "stack", before="")
+    if "exits" in options:
+        options["exits"] = read_integers("exits", str(options["exits"]).replace("+", ","))
+    return StackConfig.read(options)
+
+
+def read_tasks(
+    chosen: list[str] | None,
+    data: list[str] | None,
+    validation: list[str] | None,
+    length: int | None,
+    tokenizer: str,
+    modules: list[Any],
+    recognised: Callable[[str], None] = lambda described: None,
+) -> list[Any]:
+    """The tasks of a comparison: named ones, those of plugins, what the data are for, or the default.
+
+    Args:
+        recognised: called with the task that the data are for.
+    """
+    from regard.models.variants import read_options
+    from regard.tasks import TASKS, check_task, create_task
+    from regard.tasks.recognise import recognise
+
+    own = [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
+    named: list[tuple[str, dict[str, Any]]] = []
+    for described in chosen or ():
+        name, _, rest = described.partition(":")
+        named.append((name, read_options(rest, name)))
+    if not chosen and not own:
+        named = [recognise(data)] if data else [("text", {}), ("recall", {})]
+        name, options = named[0]
+        if data and named != [("text", {})]:
+            recognised(name + ":" * bool(options) + ",".join(f"{option}={value}" for option, value in options.items()))
+    names = [name for name, _ in named]
+    tasks, reading = [], []
+    for name, options in named:
+        if name in TASKS:
+            accepted = inspect.signature(TASKS[name]).parameters
+            if "data" in accepted:
+                reading.append(name)
+                given = {"data": _one(data), "validation": _one(validation)}
+                options |= {option: paths for option, paths in given.items() if paths}
+            if "tokenizer" in accepted:
+                options["tokenizer"] = tokenizer
+        if length is not None:
+            options["length"] = length
+        tasks.append(create_task(name, **{k: v for k, v in options.items() if v is not None}))
+    if (data or validation) and names and not reading:
+        readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
+        raise Unsupported(
+            f"data for {', '.join(names)}",
+            supported="tasks that read data: " + ", ".join(readers),
+            nearest="--task text",
+        )
+    return [*tasks, *own]
+
+
+def _one(paths: list[str] | None) -> str | list[str] | None:
+    return paths[0] if paths and len(paths) == 1 else paths

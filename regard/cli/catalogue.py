@@ -1,0 +1,133 @@
+"""`regard list` and `regard show`: what there is, and how it is defined."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from regard.catalogue import get_mechanism, get_module, list_mechanisms
+from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+from regard.contract import Pattern
+from regard.functional import function_name
+
+
+def list_command(
+    pattern: Annotated[str | None, typer.Option(help="Only mechanisms that have this pattern.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only this kind: attention, mixer, pooling, projection, wrapper.")
+    ] = None,
+    recurrent: Annotated[
+        bool | None, typer.Option("--recurrent/--not-recurrent", help="Whether the decoding state stays the same size.")
+    ] = None,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """List the mechanisms in the catalogue.
+
+    Examples:
+
+    \b
+        regard list
+        regard list --pattern causal-self --recurrent
+        regard list --kind mixer --json
+    """
+    load_plugins(plugin)
+    cards = [get_mechanism(n) for n in list_mechanisms(pattern=pattern, kind=kind, recurrent=recurrent)]
+    if as_json:
+        emit([_card(card.name) for card in cards])
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    headings = ["mechanism", "patterns", "what it does"]
+    if console.width >= WIDE:
+        headings[1:1] = ["kind", "paper"]
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading != "what it does")
+    for card in cards:
+        marks = " ".join(_SHORT[p] if p in card.patterns else "--" for p in Pattern)
+        cells = {"mechanism": card.name, "kind": card.kind.value, "paper": f"arXiv {card.paper.arxiv}"}
+        cells |= {"patterns": marks, "what it does": card.summary}
+        table.add_row(*(Text(cells[heading]) for heading in headings))
+    console.print(table)
+    console.print("[dim]patterns: NS noncausal-self, CS causal-self, NC noncausal-cross, CC causal-cross[/dim]")
+
+
+WIDE = 110
+"""Columns of a terminal that has room for a mechanism's kind and paper too."""
+
+_SHORT = {
+    Pattern.NONCAUSAL_SELF: "NS",
+    Pattern.CAUSAL_SELF: "CS",
+    Pattern.NONCAUSAL_CROSS: "NC",
+    Pattern.CAUSAL_CROSS: "CC",
+}
+
+
+def _card(name: str) -> dict[str, Any]:
+    card = get_mechanism(name)
+    return {
+        "name": card.name,
+        "aliases": list(card.aliases),
+        "kind": card.kind.value,
+        "summary": card.summary,
+        "paper": dataclasses.asdict(card.paper),
+        "inputs": dict(card.inputs),
+        "patterns": [p.value for p in card.patterns],
+        "refused": {p.value: reason for p, reason in card.refused.items()},
+        "forms": list(card.forms),
+        "recurrent": card.recurrent,
+        "options": {f.name: _default(f) for f in dataclasses.fields(card.config)},
+        "honours": sorted(card.honours),
+        "weights": card.weights,
+        "positions": list(card.accepts_positions),
+        "refused_positions": card.refused_positions,
+        "waivers": [
+            {"property": w.property, "reason": w.reason, "holds_with": w.holds_with and dict(w.holds_with)}
+            for w in card.waivers
+        ],
+    }
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else None
+
+
+def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
+    """Show a mechanism: equations, symbols, options, patterns and how to call it.
+
+    Examples:
+
+    \b
+        regard show gated_linear
+        regard show gla --json
+    """
+    load_plugins(plugin)
+    card = get_mechanism(name)
+    if as_json:
+        emit(_card(name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
+        return
+    console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, arXiv {card.paper.arxiv} ({card.paper.year})")
+    if card.aliases:
+        console.print(f"[dim]also called {', '.join(card.spelled_aliases())}[/dim]")
+    console.print()
+    console.print(Text(inspect.cleandoc(get_module(card.name).__doc__ or "")))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("inputs", Text(", ".join(f"{n} ({', '.join(a)})" for n, a in card.inputs.items())))
+    table.add_row("patterns", ", ".join(card.patterns))
+    for pattern, reason in card.refused.items():
+        table.add_row("refused", Text(f"{pattern.value}: {reason}"))
+    table.add_row(
+        "options", Text(", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(card.config)) or "none")
+    )
+    table.add_row("positions", ", ".join(card.accepts_positions))
+    if card.refused_positions:
+        table.add_row("no others", card.refused_positions)
+    table.add_row("engine", card.engine or "none: torch operators")
+    table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
+    table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))
+    console.print()
+    console.print(table)

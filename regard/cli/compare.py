@@ -1,0 +1,220 @@
+"""`regard compare`: mechanisms on the same work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from regard.cli.arguments import read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
+from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins, plain
+from regard.cli.progress import clock, progress
+
+
+def compare(
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, images, documents, "
+            "matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; for your data text, or "
+            "what the columns of a table or the files of a folder are for."
+        ),
+    ] = None,
+    mechanisms: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: a name, NAME:option=value, a hybrid such as gated_linear*3+softmax, a .toml, .json or "
+            ".yaml file; or all. Default: softmax,local,gated_linear,delta_rule; in cross patterns linear for local."
+        ),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
+    ] = "8m",
+    seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 2,
+    seed_offset: Annotated[
+        int, typer.Option(help="The lowest seed: another repeats the comparison by other draws.")
+    ] = 0,
+    frame: Annotated[
+        str,
+        typer.Option(
+            help="What surrounds each mechanism in its layer: bare, convolution or own. Of several, all are compared in the "
+            "first, and those that lead in the others too."
+        ),
+    ] = "convolution,bare",
+    leaders: Annotated[int, typer.Option(help="How many that lead are compared in the other frames.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+        "runs/compare"
+    ),
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")
+    ] = "bytes",
+    dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
+    layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
+    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
+    rates: Annotated[
+        str,
+        typer.Option(
+            help="Learning rates tried, each in a full run of the first seed; of several, more beyond while the best is at "
+            "an end."
+        ),
+    ] = "0.001,0.003,0.01",
+    lengths: Annotated[
+        str, typer.Option(help="Lengths at which costs are measured, beside the tasks' own.")
+    ] = "256,512,1024,2048,4096",
+    at_length: Annotated[
+        int | None, typer.Option(help="Length whose cost decides; each task's own when not given.")
+    ] = None,
+    prefer: Annotated[
+        str,
+        typer.Option(
+            help="What decides at equal quality: inference, training, decode, inference-memory, training-memory or state."
+        ),
+    ] = "inference",
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of the winner.")] = False,
+    stack: Annotated[
+        str,
+        typer.Option(
+            help="How the backbone's layers are stacked, as option=value,option=value: share, share_groups, reversible, "
+            "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold, layer_scale, branch_norm."
+        ),
+    ] = "",
+    precision: Annotated[
+        str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Where models are trained and measured: cpu, cuda.")] = "cpu",
+    model: Annotated[
+        str | None,
+        typer.Option(help="The backbone, such as a plugin's; the first that serves the task when not given."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="i/n: only the training runs of share i of n of the mechanisms, beside other processes with the same "
+            "output folder; the same command without it then measures costs and writes the report.",
+        ),
+    ] = None,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Train mechanisms on the same work, measure quality and cost on this machine, and say which to take.
+
+    Examples:
+
+    \b
+        regard compare
+        regard compare my_corpus.txt --budget 20m --seeds 3
+        regard compare reviews.csv
+        regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
+        regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
+        regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
+        regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
+        regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
+    """
+    from regard.workbench.budget import Budget
+    from regard.workbench.compare import compare as run
+    from regard.workbench.compare import train_share
+    from regard.workbench.report import SCHEMA
+    from regard.workbench.settings import CompareSettings
+    from regard.workbench.summary_table import terminal_table
+    from regard.workbench.work import default_mechanisms, fitting
+
+    def recognised(described: str) -> None:
+        if not as_json:
+            console.print(plain(f"By its contents: --task {described}"))
+
+    modules = load_plugins(plugin)
+    tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised)
+    settings = CompareSettings(
+        default_mechanisms(*tasks) if mechanisms is None else tuple(read_mechanisms(mechanisms, tasks)),
+        Budget.parse(budget),
+        seeds=seeds,
+        first_seed=seed_offset,
+        frames=tuple(part.strip() for part in frame.split(",") if part.strip()),
+        leaders=leaders,
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        rates=read_numbers("rates", rates),
+        lengths=read_integers("lengths", lengths),
+        at_length=at_length,
+        prefer=prefer,
+        keep_models=keep_models,
+        stack=read_stack(stack),
+        precision=precision,
+        device=device,
+        model=model,
+    )
+    left_out: dict[str, str] = {}
+    if mechanisms is not None and mechanisms.strip() == "all":
+        names, left_out = fitting(tasks, settings)
+        settings = settings.only(names)
+    if not as_json:
+        for one in tasks:
+            described = plain(one.describe())
+            described.highlight_regex(r"(?m)^warning: .*", "yellow")
+            console.print(described)
+            console.print()
+        for name, reason in left_out.items():
+            console.print(Text(f"Left out: {name} with {reason}", style="dim"))
+    with progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("starting", total=None)
+
+        def watch(progress: Any) -> None:
+            loss = f"  loss {progress.loss:.3f}" if progress.loss == progress.loss else ""
+            bar.update(shown, description=progress.doing + loss, completed=progress.done, total=progress.total or None)
+            share = progress.done / progress.total if progress.total else 0.0
+            left = f"  about {clock(progress.remaining)} left" if progress.total else ""
+            line(f"{share:4.0%}  {progress.doing}{loss}{left}")
+
+        def say(sentence: str) -> None:
+            if not as_json:
+                bar.console.print(Text(sentence, style="dim"))
+
+        if only is not None:
+            trained = train_share(tasks, settings, output, only, watch=watch, say=say)
+        else:
+            outcome = run(tasks, settings, output, watch=watch, say=say)
+    if only is not None:
+        if as_json:
+            emit({"shard": only, "trained": trained, "store": str(output / "results.db")})
+        else:
+            console.print(Text(f"Trained here: {', '.join(trained) or 'nothing'}."))
+            console.print(Text("When all shares are done, give the same command without --shard."))
+        return
+    if as_json:
+        emit(
+            {
+                "schema": SCHEMA,
+                "tasks": {one.name: one.describe() for one in tasks},
+                "summary": outcome.summary,
+                "baselines": outcome.baselines,
+                "beside": outcome.beside,
+                "recommendation": outcome.recommendation.as_dict(),
+                "left_out": left_out,
+                "report": str(outcome.report),
+                "store": str(outcome.store),
+                "models": {k: str(v) for k, v in outcome.models.items()},
+            }
+        )
+        return
+    console.print()
+    console.print(terminal_table(outcome.summary, outcome.baselines, width=console.width))
+    console.print()
+    console.print(Text("★ no other is better and faster; equal ranks: not told apart by this comparison", style="dim"))
+    console.print()
+    console.print(Text(outcome.recommendation.text, style="bold"))
+    console.print(Text(outcome.recommendation.reason))
+    for note in outcome.recommendation.notes:
+        console.print(Text(f"- {note}", style="dim"))
+    console.print()
+    console.print(Text(f"Report: {outcome.report}"))

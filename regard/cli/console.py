@@ -1,0 +1,52 @@
+"""The terminal, and what many commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from regard.catalogue import load_plugin
+from regard.contract import Unsupported
+
+console = Console()
+errors = Console(stderr=True)
+
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+PLUGINS = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="Python file that defines a MECHANISM, a TASK or a MODEL. Repeatable."),
+]
+
+
+def load_plugins(plugins: list[Path] | None) -> list[Any]:
+    """Run these files; what they define is known to the catalogue and to the registry of models from then on."""
+    modules = [load_plugin(path) for path in plugins or ()]
+    for module in modules:
+        pair = getattr(module, "MODEL", None)
+        if pair is not None:
+            if not isinstance(pair, tuple) or [isinstance(part, type) for part in pair] != [True, True]:
+                raise Unsupported(
+                    f"MODEL of type {type(pair).__name__} in {module.__file__}",
+                    supported="MODEL = (the model's class, its config's class)",
+                )
+            from regard.models import register_model
+
+            register_model(*pair)
+    return modules
+
+
+def plain(text: str) -> Text:
+    """Text of a user's files, whose control characters are not the terminal's to obey."""
+    from regard.tasks.documents import printable
+
+    return Text("\n".join(printable(line) for line in text.split("\n")))
+
+
+def emit(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))

@@ -1,0 +1,32 @@
+"""`regard new`: the file that a mechanism begins as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from regard.cli.console import console
+
+
+def new(
+    name: Annotated[str, typer.Argument(help="Of the mechanism: lower case letters, digits and underscores.")],
+    output: Annotated[Path, typer.Option(help="Folder of the file.")] = Path(),
+) -> None:
+    """Begin a mechanism: a file with its card, and a definition that fails until you write it.
+
+    Examples:
+
+    \b
+        regard new my_mechanism
+        regard verify --plugin my_mechanism.py my_mechanism
+    """
+    from regard.workbench.scaffold import new_mechanism
+
+    path = new_mechanism(name, output)
+    console.print(Text(f"{path} is written. Next:"))
+    console.print(Text("- write `reference`, the definition, and the lines of the docstring"))
+    console.print(Text(f"- regard verify --plugin {path} {name}"))
+    console.print(Text(f"- regard compare --plugin {path} --mechanisms softmax,{name}"))

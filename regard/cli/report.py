@@ -1,0 +1,38 @@
+"""`regard report`: the page of a comparison, written again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from regard.cli.console import console
+from regard.contract import Unsupported
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")] = Path("runs/compare"),
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; report.html in the folder when not given.")
+    ] = None,
+) -> None:
+    """Write the HTML report of a finished comparison again.
+
+    Examples:
+
+    \b
+        regard report
+        regard report runs/recall --output recall.html
+    """
+    from regard.measurement.store import Store
+    from regard.workbench.compare import render_report
+
+    file = folder / "results.db"
+    if not file.is_file():
+        raise Unsupported(
+            f"a report from {folder}: no results.db there", supported="the output folder of regard compare"
+        )
+    with Store(file, read_only=True) as store:
+        console.print(Text(f"Report: {render_report(store, output or folder / 'report.html')}"))

@@ -1,0 +1,176 @@
+"""`regard reproduce`: the claims of papers, tried at a small size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from regard.cli.console import JSON, console, emit
+from regard.cli.progress import clock, progress
+
+if TYPE_CHECKING:
+    from regard.measurement.store import Store
+
+
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Reproductions, or mechanisms they are about; all when none is named.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each setting; each reproduction's own when not given.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
+    ] = None,
+    timings: Annotated[
+        bool | None,
+        typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+        "runs/reproduce"
+    ),
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            help="Run so many other seeds, which are never judged, and say what they show: whether the experiment can "
+            "tell, how much its numbers vary, and how many seeds would decide."
+        ),
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Say what there is and what is done; run nothing.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Judge what is done; run nothing.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Try the claims of papers at a small size, and say of each whether it held.
+
+    Every run is stored the moment it ends, so the command may be stopped and given again; processes with different
+    shards may share an output folder. A claim that does not hold is a result, not an error.
+
+    Examples:
+
+    \b
+        regard reproduce --list
+        regard reproduce delta_rule
+        regard reproduce all --no-timings --shard 1/2
+        regard reproduce all --table --json
+        regard reproduce delta_rule --pilot 3
+    """
+    from regard.reproductions import get_reproduction, list_reproductions
+
+    wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
+    if pilot is not None:
+        shown = _piloted(wanted, pilot, only, output, quiet=as_json, run=not (listing or table))
+        emit({"pilots": shown}) if as_json else _pilots_told(shown)
+        return
+    found = reproduced(wanted, seeds, timings, only, output, quiet=as_json, run=not (listing or table))
+    if as_json:
+        emit({"reproductions": found})
+    elif listing:
+        tell_listed(found)
+    else:
+        tell_judged(found)
+
+
+def reproduced(
+    wanted: Sequence[str],
+    seeds: int | None,
+    timings: bool | None,
+    only: str | None,
+    output: Path,
+    *,
+    quiet: bool,
+    run: bool,
+) -> list[dict[str, Any]]:
+    """What the folder holds of reproductions, once the cells that it lacks have been run if they are to be."""
+    from regard.measurement.sharding import shard
+    from regard.reproductions import collect, plan
+
+    if run:
+        _run_cells(shard(plan(wanted, seeds, timings=timings), only), output, quiet=quiet)
+    with _cells_in(output) as store:
+        return collect(wanted, store, seeds)
+
+
+def _cells_in(output: Path) -> AbstractContextManager[Store | None]:
+    """The folder's results, to read; None where nothing has been run."""
+    from regard.measurement.store import Store
+
+    file = output / "results.db"
+    return Store(file, read_only=True) if file.is_file() else nullcontext()
+
+
+def _run_cells(cells: Sequence[Any], output: Path, *, quiet: bool) -> None:
+    from regard.measurement.store import Store
+    from regard.reproductions import run
+
+    with Store(output / "results.db") as store, progress(quiet=quiet) as (bar, line):
+        shown = bar.add_task("starting", total=None)
+
+        def on_cell(cell: Any, left: int, seconds: float) -> None:
+            said = f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {clock(seconds)} left"
+            bar.update(shown, description=said, completed=len(cells) - left, total=len(cells))
+            line(said)
+
+        run(cells, store, on_cell=on_cell)
+
+
+def _piloted(
+    wanted: Sequence[str], seeds: int, only: str | None, output: Path, *, quiet: bool, run: bool
+) -> list[dict[str, Any]]:
+    """What the pilots of reproductions show, once the cells that the folder lacks have been run if they are to be."""
+    from regard.measurement.sharding import shard
+    from regard.reproductions import pilot, plan
+
+    if run:
+        _run_cells(shard(plan(wanted, pilot=seeds), only), output, quiet=quiet)
+    with _cells_in(output) as store:
+        return [pilot(name, store) for name in wanted]
+
+
+def tell_listed(found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("reproduction", "paper", "cells", "done", "claim"):
+        table.add_column(heading, no_wrap=heading != "claim")
+    for one in found:
+        arxiv = f"arXiv {one['paper']['arxiv']}"
+        table.add_row(one["name"], arxiv, str(one["planned"]), str(one["done"]), Text(one["claim"]))
+    console.print(table)
+
+
+def tell_judged(found: list[dict[str, Any]]) -> None:
+    from regard.reproductions.framework.telling import remarks
+
+    for one in found:
+        missing = f"  ({one['done']} of {one['planned']} cells)" if one["missing"] else ""
+        console.print(Text.assemble((f"{one['name']}: {one['outcome']}", "bold"), (missing, "dim")))
+        console.print(Text(one["claim"]))
+        for finding in one["findings"]:
+            console.print(Text(f"- {_judged(finding)}"))
+        for finding in one["needs"]:
+            console.print(Text(f"- it can tell only if {_judged(finding)}"))
+        for remark in remarks(one):
+            console.print(Text(f"- {remark}", style="dim"))
+        console.print()
+
+
+def _judged(finding: dict[str, Any]) -> str:
+    from regard.reproductions.framework.telling import measured_words
+
+    return f"{finding['says']}: {measured_words(finding)}: {finding['outcome']}"
+
+
+def _pilots_told(found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("expectation", "mean", "spread", "seeds", "within, with 10 seeds", "seeds to decide"):
+        table.add_column(heading, justify="left" if heading == "expectation" else "right")
+    for one in found:
+        table.add_row(Text(one["name"], style="bold"))
+        for row in (row for row in one["findings"] if row["seeds"]):
+            numbers = [row[name] for name in ("mean", "spread", "seeds", "half_width", "seeds_to_decide")]
+            table.add_row(Text(row["says"]), *("-" if n is None else f"{n:.3g}" for n in numbers))
+    console.print(table)

@@ -1,0 +1,118 @@
+"""`regard verify`: the matrix of properties that every mechanism has to have."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from regard.catalogue import list_mechanisms
+from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+from regard.cli.progress import progress
+from regard.contract import Unsupported
+
+
+def verify(
+    mechanisms: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all when none is named.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="Only these patterns.")] = None,
+    prop: Annotated[list[str] | None, typer.Option("--property", help="Only these properties.")] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Inductor and more seeds; resumable.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the store that --full resumes from.")] = Path("runs/verify"),
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Measure the equality matrix: definition = fast forms = steps, padding, packing, causality, gradients and more.
+
+    Ends with exit code 0 when every cell holds, 1 when one fails.
+
+    Examples:
+
+    \b
+        regard verify softmax gated_linear
+        regard verify --plugin my_mechanism.py my_mechanism
+        regard verify local:form=block,block=4
+        regard verify --full --output runs/verify
+        regard verify --json > matrix.json
+    """
+    from regard.measurement.store import Store
+    from regard.models.variants import known_name
+    from regard.workbench.failures import grouped, kind
+    from regard.workbench.verify import PROPERTIES, Cell, plan
+    from regard.workbench.verify import verify as run
+
+    modules = load_plugins(plugin)
+    if not mechanisms and modules:
+        mechanisms = [m.MECHANISM.name for m in modules if hasattr(m, "MECHANISM")]
+    names = [known_name(n) for n in mechanisms] if mechanisms else list_mechanisms()
+    known = [p.name for p in PROPERTIES]
+    for name in prop or ():
+        if name not in known:
+            raise Unsupported(f"property {name!r}", supported=", ".join(known))
+    total = sum(1 for _ in plan(names, patterns=pattern, properties=prop))
+    store = Store(output / "results.db") if full else None
+    cells: list[Cell] = []
+    told: set[Any] = set()
+    with progress(quiet=as_json) as (bar, line):
+        task = bar.add_task("verify", total=total)
+
+        def on_cell(cell: Cell) -> None:
+            cells.append(cell)
+            if store is not None:
+                store.put("verify", _verify_key(cell), dataclasses.asdict(cell))
+            bar.update(task, advance=1, description=f"{cell.mechanism} {cell.pattern} {cell.property}")
+            line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
+            if cell.status == "fail" and not as_json and kind(cell) not in told:
+                told.add(kind(cell))
+                bar.console.print(
+                    f"[red]fail[/red] {cell.mechanism} {cell.pattern} {cell.property} {cell.dtype}: {escape(cell.detail)}"
+                )
+
+        def done(key: dict[str, str]) -> bool:
+            row = None if store is None else store.get("verify", {**key, "full": True})
+            if row is not None:
+                cells.append(Cell(**row.payload))
+            return row is not None
+
+        run(names, patterns=pattern, properties=prop, full=full, on_cell=on_cell, done=done)
+    failures = [c for c in cells if c.status == "fail"]
+    if as_json:
+        emit({"cells": [dataclasses.asdict(c) for c in cells], "failures": len(failures)})
+    else:
+        console.print(_matrix(cells))
+        waived = sum(c.status == "waived" for c in cells)
+        console.print(
+            f"{len(cells)} cells: {len(cells) - len(failures) - waived} hold, {waived} waived with a reason, {len(failures)} fail"
+        )
+        for group in grouped(cells):
+            console.print(Text(f"- {group}"))
+    if failures:
+        raise typer.Exit(1)
+
+
+def _verify_key(cell: Any) -> dict[str, Any]:
+    names = ("mechanism", "pattern", "property", "dtype", "backend")
+    return {name: getattr(cell, name) for name in names} | {"full": True}
+
+
+def _matrix(cells: list[Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    short = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+    columns = {name: (dtype, "torch") for name, dtype in short.items()}
+    columns |= {f"native\n{name}": (short[name], "native") for name in ("f32", "bf16")}
+    headings = ["mechanism", "cells", "waived", "failed", *columns]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "mechanism" else "right")
+    for name in dict.fromkeys(c.mechanism for c in cells):
+        own = [c for c in cells if c.mechanism == name]
+        worst = {
+            column: [c.error for c in own if (c.dtype, c.backend) == kind and c.error is not None]
+            for column, kind in columns.items()
+        }
+        counts = [len(own), sum(c.status == "waived" for c in own), sum(c.status == "fail" for c in own)]
+        table.add_row(name, *map(str, counts), *(f"{max(e):.0e}" if e else "" for e in worst.values()))
+    return table
