@@ -9,9 +9,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -28,6 +28,9 @@ from regard.contract import Kind, Pattern, Unsupported, closest
 from regard.functional import function_name
 from regard.measurement import provenance
 from regard.training.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from regard.measurement.store import Store
 
 app = typer.Typer(
     name="regard",
@@ -1011,16 +1014,20 @@ def _reproduced(
 ) -> list[dict[str, Any]]:
     """What the folder holds of reproductions, once the cells that it lacks have been run if they are to be."""
     from regard.measurement.sharding import shard
-    from regard.measurement.store import Store
     from regard.reproductions import collect, plan
 
     if run:
         _run_cells(shard(plan(wanted, seeds, timings=timings), only), output, quiet=quiet)
-    file = output / "results.db"
-    if not file.is_file():
-        return collect(wanted, None, seeds)
-    with Store(file, read_only=True) as store:
+    with _cells_in(output) as store:
         return collect(wanted, store, seeds)
+
+
+def _cells_in(output: Path) -> AbstractContextManager[Store | None]:
+    """The folder's results, to read; None where nothing has been run."""
+    from regard.measurement.store import Store
+
+    file = output / "results.db"
+    return Store(file, read_only=True) if file.is_file() else nullcontext()
 
 
 def _run_cells(cells: Sequence[Any], output: Path, *, quiet: bool) -> None:
@@ -1043,12 +1050,11 @@ def _piloted(
 ) -> list[dict[str, Any]]:
     """What the pilots of reproductions show, once the cells that the folder lacks have been run if they are to be."""
     from regard.measurement.sharding import shard
-    from regard.measurement.store import Store
     from regard.reproductions import pilot, plan
 
     if run:
         _run_cells(shard(plan(wanted, pilot=seeds), only), output, quiet=quiet)
-    with Store(output / "results.db", read_only=True) as store:
+    with _cells_in(output) as store:
         return [pilot(name, store) for name in wanted]
 
 
