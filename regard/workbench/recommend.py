@@ -3,12 +3,14 @@
 First quality decides: where a task can be solved, only mechanisms that solve it stay; where some surely beat the simple
 rule of a task, only those with a better score than it; then those remain that cannot be told apart from the best score of
 the other tasks. Only among what remains does cost decide, and only where it differs by more than timings do from one run to
-the next. What neither decides is decided by what depends least on the frame, then by what is plainest.
+the next. What neither decides is decided by what depends least on the frame, then by what is plainest, then by the mean
+score.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,7 +69,8 @@ def recommend(
     no better than a rule that others surely beat, or it is surely behind the best of those left. Nothing else removes one,
     so of those that stay none is surely better, and the cheapest is taken. Among those of about the same cost it is the one
     that, in the further frames that they were all trained in, leaves the fewest tasks unsolved that it solves in the
-    first; then softmax; then the first that was named.
+    first; then softmax; then the one with the best mean on most of the tasks that are not solved, which is the likelier to be
+    better though it is not sure; then the first that was named.
 
     Args:
         summary: of each task, one entry a mechanism.
@@ -91,7 +94,7 @@ def recommend(
     steps += lost
     column, more, wording = PREFERENCES[prefer]
     alike = _cheapest(summary, [name for name in named or scored if name in kept], column, more)
-    winner, why = _least_bound(alike, beside or {})
+    winner, why = _settled(summary, metrics, alike, beside or {})
     measured = _value(summary, winner, column)
     notes += _ties(summary, comparisons, metrics, kept, budget)
     where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
@@ -280,26 +283,52 @@ def _cheapest(
     return [name for name in names if known.get(name, math.inf) <= ALIKE * min(known.values())]
 
 
-def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, str]:
+def _settled(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, tuple[str, bool]],
+    alike: list[str],
+    beside: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tuple[str, str]:
     """Of mechanisms that are alike, which to take, and why."""
+    least, why = _least_bound(alike, beside)
+    if len(least) == 1:
+        return least[0], why
+    if "softmax" in least:
+        return "softmax", why or "softmax is the plainest of them"
+    leads = {task: _leader(summary, metrics, task, least) for task in summary}
+    ahead = Counter(name for name in leads.values() if name is not None)
+    leading = [name for name in least if ahead[name] == max(ahead.values(), default=0)]
+    if len(leading) == 1:
+        tasks = listed([task for task, name in leads.items() if name == leading[0]])
+        return leading[0], f"{why + ', and ' if why else ''}its mean on {tasks} is the best, though not surely"
+    return leading[0], why or "it was named first"
+
+
+def _leader(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, tuple[str, bool]],
+    task: str,
+    names: Sequence[str],
+) -> str | None:
+    """The one with the best mean on a task that is not solved; None where another has the same."""
+    best = _best(summary, metrics, task, names)
+    means = [_entry(summary, task, name)["mean"] for name in names]
+    return best if best is not None and means.count(_entry(summary, task, best)["mean"]) == 1 else None
+
+
+def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], str]:
+    """Those that lose the fewest tasks in further frames, and what the others lose; all of them where it is not known of all."""
     entries = [{**entry, "task": task} for task, found in beside.items() for entry in found]
     known = {name: [e for e in entries if e["mechanism"] == name] for name in alike}
-    if all(known.values()):
-        lost = {name: sum(bool(e["first_solved"]) and not e["solved"] for e in own) for name, own in known.items()}
-        least = [name for name in alike if lost[name] == min(lost.values())]
-        if len(least) < len(alike):
-            winner = "softmax" if "softmax" in least else least[0]
-            others = [name for name in alike if lost[name] > lost[winner]]
-            where = dict.fromkeys(
-                f"{e['task']} in the frame {e['frame']}"
-                for name in others
-                for e in known[name]
-                if e["first_solved"] and not e["solved"]
-            )
-            return winner, f"unlike {listed(others)} it also solves {listed(list(where))}"
-    if "softmax" in alike:
-        return "softmax", "softmax is the plainest of them"
-    return alike[0], "it was named first"
+    lost = {name: [e for e in own if e["first_solved"] and not e["solved"]] for name, own in known.items()}
+    fewest = min(map(len, lost.values()), default=0)
+    others = [name for name in alike if len(lost[name]) > fewest]
+    if not all(known.values()) or not others:
+        return alike, ""
+    where = dict.fromkeys(f"{e['task']} in the frame {e['frame']}" for name in others for e in lost[name])
+    return [
+        name for name in alike if name not in others
+    ], f"unlike {listed(others)} it also solves {listed(list(where))}"
 
 
 def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:

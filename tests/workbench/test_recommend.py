@@ -154,10 +154,11 @@ def test_no_sentence_contradicts_another(name):
         assert " at 2048 tokens" in found.text
 
 
-def alike(names=("slow", "fast"), beside=None, **costs):
+def alike(names=("slow", "fast"), beside=None, means=None, **costs):
+    """Mechanisms of about the same cost, of which seeds tell no difference; their means are equal where not given."""
     times = {**dict.fromkeys(names, 1.0), "fast": 0.95, **costs}
-    scores = dict.fromkeys(names, 1.0)
-    return advise(text=(case(scores, times), BITS), beside=beside, named=names)
+    scores = {name: (means or {}).get(name, 1.0) for name in names}
+    return advise(text=(case(scores, times, noise=0.1 if means else 0.0), BITS), beside=beside, named=names)
 
 
 def elsewhere(**solved):
@@ -177,6 +178,17 @@ def test_costs_that_differ_as_timings_do_decide_nothing():
     assert alike(("slow", "fast", "softmax")).winner == "softmax"
     found = alike(fast=0.5)
     assert found.winner == "fast" and "cheapest" in found.text and found.alike == ["fast"]
+
+
+def test_what_nothing_decides_is_decided_by_the_mean_whatever_was_named_first():
+    for names in (("slow", "fast"), ("fast", "slow")):
+        for better in names:
+            found = alike(names, means={better: 0.97})
+            assert found.winner == better and found.alike == list(names)
+            assert "its mean on text is the best, though not surely" in found.text
+    assert alike(("slow", "softmax"), means={"slow": 0.97}).winner == "softmax"
+    bound = alike(("slow", "fast", "softmax"), elsewhere(slow=True, fast=True, softmax=False), {"fast": 0.95})
+    assert bound.winner == "fast" and "in the frame own, and its mean on text is the best" in bound.text
 
 
 def test_of_two_alike_the_one_is_taken_that_needs_its_frame_less():

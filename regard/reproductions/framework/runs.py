@@ -163,7 +163,7 @@ def _plain(setting: Setting) -> Any:
     return json.loads(json.dumps(dict(setting)))
 
 
-def pilot(name: str, store: Store) -> dict[str, Any]:
+def pilot(name: str, store: Store | None) -> dict[str, Any]:
     """What the cells of a pilot show; it is no verdict.
 
     Of each need and check: what it `says`, the `mean` over the `seeds` of the pilot, their `spread` (standard
@@ -172,12 +172,10 @@ def pilot(name: str, store: Store) -> dict[str, Any]:
     """
     reproduction = get_reproduction(name)
     seeds: dict[int, dict[str, Measurements]] = {}
-    for row in store.rows(KIND):
-        if row.key["reproduction"] == name and row.key["seed"] >= PILOT and row.key["setting"] in reproduction.settings:
-            cell = Cell(name, row.key["setting"], row.key["seed"])
-            measured = store.get(KIND, key(cell))
-            if measured is not None:
-                seeds.setdefault(cell.seed, {})[cell.setting] = measured.payload["measured"]
+    for row in () if store is None else store.rows(KIND):
+        setting, seed = row.key["setting"], row.key["seed"]
+        if seed >= PILOT and setting in reproduction.settings and row.key == _plain(key(Cell(name, setting, seed))):
+            seeds.setdefault(seed, {})[setting] = row.payload["measured"]
     findings = []
     for check in (*reproduction.needs, *reproduction.checks):
         found = check.judge(list(seeds.values()))
