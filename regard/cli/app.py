@@ -12,11 +12,14 @@ from regard.cli.catalogue import list_command, show
 from regard.cli.compare import compare
 from regard.cli.console import errors, plain
 from regard.cli.doctor import doctor
+from regard.cli.evaluate import evaluate
+from regard.cli.generate import generate
 from regard.cli.new import new
 from regard.cli.profile import profile_command
 from regard.cli.report import report
 from regard.cli.reproduce import reproduce
 from regard.cli.study import study
+from regard.cli.train import train
 from regard.cli.verify import verify
 from regard.contract import Unsupported
 from regard.measurement import provenance
@@ -31,6 +34,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "advise": advise_command,
     "compare": compare,
     "report": report,
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
     "reproduce": reproduce,
     "study": study,
     "doctor": doctor,

@@ -73,22 +73,49 @@ def read_tasks(
     Args:
         recognised: called with the task that the data are for.
     """
+    from regard.tasks import create_task
+
+    own = plugged_tasks(modules)
+    if not chosen and not own and not data:
+        chosen = ["text", "recall"]
+    described = describe_tasks(chosen, data, validation, length, tokenizer, recognised) if chosen or not own else []
+    return [*(create_task(name, **options) for name, options in described), *own]
+
+
+def plugged_tasks(modules: list[Any]) -> list[Any]:
+    """The tasks of plugins."""
+    from regard.tasks import check_task
+
+    return [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
+
+
+def describe_tasks(
+    chosen: list[str] | None,
+    data: list[str] | None,
+    validation: list[str] | None,
+    length: int | None,
+    tokenizer: str,
+    recognised: Callable[[str], None] = lambda described: None,
+) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of the tasks that are named, or that the data are for.
+
+    Args:
+        recognised: called with the task that the data are for.
+    """
     from regard.models.variants import read_options
-    from regard.tasks import TASKS, check_task, create_task
+    from regard.tasks import TASKS
     from regard.tasks.recognise import recognise
 
-    own = [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
     named: list[tuple[str, dict[str, Any]]] = []
     for described in chosen or ():
         name, _, rest = described.partition(":")
         named.append((name, read_options(rest, name)))
-    if not chosen and not own:
-        named = [recognise(data)] if data else [("text", {}), ("recall", {})]
+    if not chosen:
+        named = [recognise(data)] if data else [("text", {})]
         name, options = named[0]
-        if data and named != [("text", {})]:
+        if named != [("text", {})]:
             recognised(name + ":" * bool(options) + ",".join(f"{option}={value}" for option, value in options.items()))
-    names = [name for name, _ in named]
-    tasks, reading = [], []
+    found, reading = [], []
     for name, options in named:
         if name in TASKS:
             accepted = inspect.signature(TASKS[name]).parameters
@@ -100,15 +127,15 @@ def read_tasks(
                 options["tokenizer"] = tokenizer
         if length is not None:
             options["length"] = length
-        tasks.append(create_task(name, **{k: v for k, v in options.items() if v is not None}))
-    if (data or validation) and names and not reading:
+        found.append((name, {option: value for option, value in options.items() if value is not None}))
+    if (data or validation) and not reading:
         readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
         raise Unsupported(
-            f"data for {', '.join(names)}",
+            f"data for {', '.join(name for name, _ in named)}",
             supported="tasks that read data: " + ", ".join(readers),
             nearest="--task text",
         )
-    return [*tasks, *own]
+    return found
 
 
 def _one(paths: list[str] | None) -> str | list[str] | None:

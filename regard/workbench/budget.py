@@ -11,12 +11,13 @@ _UNITS = {
     **dict.fromkeys(("s", "sec", "second", "seconds"), ("seconds", 1.0)),
     **dict.fromkeys(("m", "min", "minute", "minutes"), ("seconds", 60.0)),
     **dict.fromkeys(("h", "hour", "hours"), ("seconds", 3600.0)),
+    **dict.fromkeys(("step", "steps"), ("steps", 1.0)),
     **dict.fromkeys(("token", "tokens"), ("tokens", 1.0)),
     **dict.fromkeys(("flop", "flops"), ("flops", 1.0)),
 }
 _FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15}
 _FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMGBTP]?)\s*([a-zA-Z]+)\s*")
-ACCEPTED = "a time for the whole comparison (90s, 8m, 2h), or work for each run (2M tokens, 5e13 flops)"
+ACCEPTED = "a time for the whole comparison (90s, 8m, 2h), or work for each run (500 steps, 2M tokens, 5e13 flops)"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Budget:
     """How much work a comparison does.
 
     Attributes:
-        unit: ``seconds`` of the whole comparison, or ``tokens`` or ``flops`` of each training run.
+        unit: ``seconds`` of the whole comparison, or ``steps``, ``tokens`` or ``flops`` of each training run.
         amount: how many.
     """
 
@@ -57,7 +58,7 @@ class Budget:
             )
             return f"{self.amount / size:.6g}{factor} tokens"
         if self.unit != "seconds":
-            return f"{self.amount:.4g} {self.unit}"
+            return f"{self.amount:.4g} {self.unit}" if self.unit == "flops" else f"{self.amount:.0f} {self.unit}"
         if self.amount < 120:
             return f"{self.amount:.0f}s"
         return f"{self.amount / 60:.4g}m" if self.amount < 7200 else f"{self.amount / 3600:.3g}h"

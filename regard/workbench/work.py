@@ -322,9 +322,23 @@ class Work:
         """Seconds that one run is planned to take."""
         return self.steps[name] * self.step_seconds[name] + self.evaluation_seconds[name]
 
-    def train_config(self, rate: float, seed: int, steps: int) -> TrainConfig:
-        precision = self.settings.precision
-        return TrainConfig(steps=steps, batch_size=self.batch_size, learning_rate=rate, seed=seed, precision=precision)
+    def train_config(self, rate: float, seed: int, steps: int, checkpoint_every: int = 100) -> TrainConfig:
+        return TrainConfig(
+            steps=steps,
+            batch_size=self.batch_size,
+            learning_rate=rate,
+            seed=seed,
+            precision=self.settings.precision,
+            checkpoint_every=checkpoint_every,
+        )
+
+    def steps_for(self, name: str, budget: Budget) -> int:
+        """Steps of a run whose budget is not a time."""
+        if budget.unit == "steps":
+            return round(budget.amount)
+        if budget.unit == "tokens":
+            return round(budget.amount / (self.batch_size * self.item_tokens))
+        return round(budget.amount / self.flops_a_step(name))
 
     def flops_a_step(self, name: str) -> float:
         model = build(self.configs[name], 0)
@@ -361,9 +375,9 @@ def plan(
     }
     row = store.get("plan", key)
     if row is None:
-        seconds = _calibration_seconds(settings.budget)
+        seconds = calibration_seconds(settings.budget)
         say(f"calibrating for about {seconds:.0f} s")
-        threads = _best_threads(works[0])
+        threads = best_threads(works[0])
         torch.set_num_threads(threads)
         for work in works:
             work.calibrate(seconds / len(works))
@@ -387,7 +401,7 @@ def plan(
         )
 
 
-def _best_threads(work: Work) -> int:
+def best_threads(work: Work) -> int:
     """The number of threads that trains the first model fastest, right now.
 
     More threads than idle cores can be many times slower than one, since they wait for each other in every operator.
@@ -407,22 +421,18 @@ def _best_threads(work: Work) -> int:
     return min(seconds, key=lambda count: seconds[count])
 
 
-def _calibration_seconds(budget: Budget) -> float:
+def calibration_seconds(budget: Budget) -> float:
     """Work that is counted in tokens or FLOPs needs the calibration only to tell the remaining time."""
     share = CALIBRATION_SECONDS / 4 if budget.unit != "seconds" else 0.1 * budget.amount
     return min(CALIBRATION_SECONDS, share)
 
 
 def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float) -> None:
-    unit, amount = settings.budget.unit, settings.budget.amount
-    for work in works:
-        for name in work.configs:
-            if unit == "tokens":
-                work.steps[name] = round(amount / (work.batch_size * work.item_tokens))
-            elif unit == "flops":
-                work.steps[name] = round(amount / work.flops_a_step(name))
-    if unit == "seconds":
-        share_steps(works, SAFETY * amount - spent - cost_seconds(works, settings))
+    if settings.budget.unit == "seconds":
+        share_steps(works, SAFETY * settings.budget.amount - spent - cost_seconds(works, settings))
+    else:
+        for work in works:
+            work.steps = {name: work.steps_for(name, settings.budget) for name in work.configs}
     for work in works:
         if min(work.steps.values()) < FEWEST_STEPS:
             least = _least_budget(works, settings, spent)
@@ -447,6 +457,8 @@ def cost_seconds(works: Sequence[Work], settings: CompareSettings) -> float:
 
 
 def _least_budget(works: Sequence[Work], settings: CompareSettings, spent: float) -> Budget:
+    if settings.budget.unit == "steps":
+        return Budget("steps", 2.0 * FEWEST_STEPS)
     if settings.budget.unit == "tokens":
         return Budget("tokens", float(max(2 * FEWEST_STEPS * w.batch_size * w.item_tokens for w in works)))
     if settings.budget.unit == "flops":

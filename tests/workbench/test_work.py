@@ -25,6 +25,6 @@ def test_threads_are_chosen_though_a_busy_machine_does_no_step_in_time(monkeypat
     torch.set_num_threads(3)
     monkeypatch.setattr(module, "train", train)
     try:
-        assert module._best_threads(one) == chosen
+        assert module.best_threads(one) == chosen
     finally:
         torch.set_num_threads(before)

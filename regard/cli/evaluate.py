@@ -1,0 +1,54 @@
+"""`regard evaluate`: a trained model, scored again or on other data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from regard.cli.arguments import plugged_tasks
+from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Score a trained model on what was held out, or on your data.
+
+    Examples:
+
+    \b
+        regard evaluate my_model
+        regard evaluate my_model other_corpus.txt
+        regard evaluate reviews new_reviews.csv --json
+    """
+    from regard.workbench.trained import open_trained
+
+    own = plugged_tasks(load_plugins(plugin))
+    trained = open_trained(folder)
+    task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
+    found = trained.score(task, device=device)
+    rule = task.baseline
+    result = {
+        "folder": str(folder),
+        "task": task.name,
+        "metric": task.metric,
+        "score": found.score,
+        "loss": found.loss,
+        "items": len(found.items),
+        "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
+    }
+    if as_json:
+        emit(result)
+        return
+    beside = "" if rule is None else f"; without training, {rule.name} has {rule.score:.4g}"
+    console.print(Text(f"{found.score:.4g} {task.metric} on {len(found.items)} items{beside}."))

@@ -1,0 +1,86 @@
+"""`regard generate`: text from a trained language model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regard.cli.console import JSON, emit
+from regard.contract import Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from regard.tasks.tokenizer import Tokenizer
+
+UNFINISHED = "\ufffd"
+"""What bytes are decoded to that are no character, or not yet one."""
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
+    text: Annotated[str, typer.Argument(help="What the model goes on from; - reads standard input.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest of this probability in all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    as_json: JSON = False,
+) -> None:
+    """Go on from a text, token by token through the model's state.
+
+    Examples:
+
+    \b
+        regard generate my_model "def main("
+        regard generate my_model "Once" --tokens 500 --temperature 1 --top-p 0.9
+        head -c 2000 story.txt | regard generate my_model - --json
+    """
+    import torch
+
+    from regard.models import LanguageModel
+    from regard.workbench.trained import open_trained
+
+    trained = open_trained(folder)
+    model, tokenizer = trained.model(device), trained.tokenizer
+    if not isinstance(model, LanguageModel):
+        raise Unsupported(
+            f"text from a {type(model).__name__}, as {folder} holds",
+            supported="models of the task text (LanguageModel)",
+        )
+    prompt = sys.stdin.read() if text == "-" else text
+    ids = torch.from_numpy(tokenizer.encode([prompt.encode()]).astype("int64"))[None].to(device)
+    if not ids.numel():
+        raise Unsupported("an empty text", supported="one character or more")
+    stream = model.generate_stream(
+        ids,
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
+    if as_json:
+        emit({"folder": str(folder), "prompt": prompt, "text": written})
+    else:
+        print()
+
+
+def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:
+    """The text of a stream of tokens; what is new of it is shown as it comes, once its characters are whole."""
+    show(prompt)
+    tokens, shown, text = list[int](), 0, ""
+    for token in stream:
+        tokens.append(int(token))
+        text = tokenizer.decode(tokens)
+        whole = text.rstrip(UNFINISHED)
+        show(whole[shown:])
+        shown = max(shown, len(whole))
+    show(text[shown:])
+    return text

@@ -1,0 +1,138 @@
+"""`regard train`: one mechanism on one task, into a folder that the model can be used from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from regard.cli.arguments import describe_tasks, plugged_tasks, read_mechanisms, read_stack
+from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins, plain
+from regard.cli.progress import clock, progress
+from regard.contract import Unsupported
+
+
+def train(
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task, as name or name:option=value,option=value; text, or what the columns of a table or the files of a "
+            "folder are for, when not given."
+        ),
+    ] = None,
+    mechanism: Annotated[
+        str, typer.Option(help="A name, NAME:option=value, a hybrid such as gated_linear*3+softmax, or a file.")
+    ] = "softmax",
+    budget: Annotated[str, typer.Option(help="8m, 2h, 500 steps, 2M tokens or 5e13 flops.")] = "8m",
+    learning_rate: Annotated[float, typer.Option(help="Its peak; regard compare finds a good one.")] = 3e-3,
+    output: Annotated[Path, typer.Option(help="Folder of the model; the same command goes on from it.")] = Path(
+        "runs/train"
+    ),
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")
+    ] = "bytes",
+    model: Annotated[
+        str | None, typer.Option(help="The backbone; the first that serves the task when not given.")
+    ] = None,
+    dim: Annotated[int, typer.Option(help="Its width.")] = 128,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 4096,
+    frame: Annotated[
+        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
+    ] = "convolution",
+    stack: Annotated[str, typer.Option(help="How layers are stacked, as in regard compare.")] = "",
+    seed: Annotated[int, typer.Option(help="Of weights, batches and draws.")] = 0,
+    precision: Annotated[str, typer.Option(help="float32, or mixed: bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Train one model on your data, and keep it.
+
+    The folder then holds weights (safetensors), config, tokenizer, what was trained on what with which result, and a README
+    that says how to use it. Interrupted, the same command goes on: after Ctrl-C from the last step, after a crash from at
+    most half a minute back.
+
+    Examples:
+
+    \b
+        regard train my_corpus.txt --mechanism delta_rule --budget 20m --output my_model
+        regard train my_corpus.txt --tokenizer bpe:4096 --dim 256 --layers 6 --budget 2h
+        regard train reviews.csv --mechanism linear --output reviews
+        regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
+    """
+    from regard.tasks import create_task
+    from regard.workbench.budget import Budget
+    from regard.workbench.settings import CompareSettings
+    from regard.workbench.trained import DIVERGED, Origin, train_model
+
+    def recognised(described: str) -> None:
+        if not as_json:
+            console.print(plain(f"By its contents: --task {described}"))
+
+    own = plugged_tasks(load_plugins(plugin))
+    chosen = [task] if task is not None else None if data or own else ["text"]
+    if chosen is None and own:
+        asked, origin = own[0], Origin(own[0].name)
+    else:
+        ((name, options),) = describe_tasks(chosen, data, validation, length, tokenizer, recognised)
+        asked, origin = create_task(name, **options), Origin(name, options)
+    variants = read_mechanisms(mechanism, [asked])
+    if len(variants) != 1:
+        raise Unsupported(f"mechanism {mechanism!r}", supported="one mechanism", nearest="regard compare")
+    settings = CompareSettings(
+        tuple(variants),
+        Budget.parse(budget),
+        seeds=1,
+        first_seed=seed,
+        frames=(frame,),
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        batch_tokens=batch_tokens,
+        rates=(learning_rate,),
+        lengths=(asked.length,),
+        stack=read_stack(stack),
+        precision=precision,
+        device=device,
+        model=model,
+    )
+    if not as_json:
+        console.print(plain(asked.describe()))
+        console.print()
+    with progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("starting", total=None)
+
+        def on_step(point: Any, steps: int, left: float) -> None:
+            said = f"loss {point.loss:.3f}"
+            bar.update(shown, description=said, completed=point.step + 1, total=steps)
+            line(f"{(point.step + 1) / steps:4.0%}  step {point.step + 1} of {steps}  {said}  about {clock(left)} left")
+
+        def say(sentence: str) -> None:
+            if not as_json:
+                bar.console.print(Text(sentence, style="dim"))
+
+        trained = train_model(asked, settings, output, origin=origin, on_step=on_step, say=say)
+    record = trained.record
+    if as_json:
+        emit({"folder": str(trained.folder), **record})
+    elif record["state"] != DIVERGED:
+        rule = record["baseline"]
+        beside = f"; without training, {rule['name']} has {rule['score']:.4g}" if rule else ""
+        console.print(Text(f"{record['score']:.4g} {record['metric']} on what was held out{beside}.", style="bold"))
+        console.print(Text(f"Model: {trained.folder} (its README says how to use it)"))
+    if record["state"] == DIVERGED:
+        raise Unsupported(
+            f"a learning rate of {learning_rate:g}, at which the training diverged",
+            supported="a smaller --learning-rate, with another --output",
+        )

@@ -1,0 +1,314 @@
+"""One model trained on one task, in a folder that it can be loaded from, scored again and written with.
+
+The folder holds ``model.safetensors`` and ``config.json`` (:func:`regard.models.from_pretrained`), ``training.json`` (what was
+trained on what, and what came of it), ``README.md`` (the same for a reader) and ``tokenizer.json`` where the tokenizer was
+trained too. While the run lasts there is ``checkpoint.safetensors``, from which the same call goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.contract import Unsupported
+from regard.measurement import provenance
+from regard.models import count_parameters, from_pretrained, save_pretrained
+from regard.models.weights import write_atomically
+from regard.tasks import Task, create_task
+from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+from regard.training import Evaluation, History, Point, evaluate, train
+from regard.workbench.settings import CompareSettings
+from regard.workbench.summary import by_tokens, thin
+from regard.workbench.work import FEWEST_STEPS, SAFETY, Work, best_threads, build, calibration_seconds
+
+RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
+FINISHED, DIVERGED, BEGUN = "finished", "diverged", "begun"
+CHECKPOINT_SECONDS = 30.0
+"""About the time between checkpoints, which is what a killed run loses at most."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a task was made, so that it can be made again.
+
+    Attributes:
+        name: of the task.
+        options: of :func:`regard.tasks.create_task`, as JSON could say them; None for a task of a plugin.
+    """
+
+    name: str
+    options: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A folder with a trained model.
+
+    Attributes:
+        folder: its place.
+        record: what ``training.json`` says.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def model(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The model, in evaluation mode."""
+        return from_pretrained(self.folder, device=device)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the text was read with; raises Unsupported where the task reads no text."""
+        name = self.record["tokenizer"]
+        if name is None:
+            raise Unsupported(
+                f"text for the model in {self.folder}, which was trained on {self.record['task']['name']}",
+                supported="models trained on a task that reads text",
+            )
+        return ByteTokenizer() if name == ByteTokenizer.name else BpeTokenizer.load(self.folder / TOKENIZER)
+
+    def task(self, data: str | list[str] | None = None) -> Task:
+        """The task that it was trained on, with `data` instead of its held-out items where given.
+
+        Raises:
+            Unsupported: for a task of a plugin, for data that are no longer where they were, and for new data of a task that
+                makes its own.
+        """
+        name, options = self.record["task"]["name"], self.record["task"]["options"]
+        if options is None:
+            raise Unsupported(f"the task {name} of a plugin", supported="the plugin's task, given to `score`")
+        if self.record["tokenizer"] not in (None, ByteTokenizer.name):
+            options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
+        return create_task(name, **(options if data is None else {**options, "validation": data}))
+
+    def score(self, task: Task, *, device: torch.device | str = "cpu") -> Evaluation:
+        """Score and loss on the held-out items of a task."""
+        return evaluate(self.model(device), task, self.record["settings"]["batch_size"])
+
+
+def open_trained(folder: Path | str) -> TrainedModel:
+    """The model of a folder that :func:`train_model` has finished.
+
+    Raises:
+        Unsupported: where there is none, or its training is not finished.
+    """
+    found = _read(Path(folder))
+    if found is None:
+        raise Unsupported(f"{folder} without {RECORD}", supported="a folder written by `regard train`")
+    if found["state"] != FINISHED:
+        ended = {DIVERGED: "diverged", BEGUN: "is not finished"}[found["state"]]
+        nearest = "a smaller --learning-rate" if found["state"] == DIVERGED else "the same `regard train` again"
+        raise Unsupported(f"{folder}, whose training {ended}", supported="a finished run", nearest=nearest)
+    return TrainedModel(Path(folder), found)
+
+
+def train_model(
+    task: Task,
+    settings: CompareSettings,
+    folder: Path | str,
+    *,
+    origin: Origin | None = None,
+    on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> TrainedModel:
+    """Train the one mechanism of `settings` on a task, at its first rate and seed, in its first frame.
+
+    The same call goes on where an earlier one was stopped, at most half a minute back. With a budget of time the number of
+    steps is measured once, and then stays.
+
+    Args:
+        folder: for everything that is written; a run with other settings or data is not overwritten.
+        origin: how the task was made; the folder can then be scored again without it.
+        on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
+        say: told in sentences what is decided.
+
+    Returns:
+        The folder, whose record's `state` is ``diverged`` where a loss stopped being finite: then there is no model.
+
+    Raises:
+        Unsupported: for more than one mechanism, a budget too small, and a folder with another run.
+    """
+    if len(settings.names) != 1 or settings.seeds != 1 or len(settings.rates) != 1:
+        raise Unsupported(
+            "a training of several mechanisms, seeds or rates", supported="one of each", nearest="compare"
+        )
+    place, (name,) = Path(folder), settings.names
+    work = Work(task, settings)
+    record = _begun(work, name, origin)
+    before = _read(place)
+    if before is not None:
+        _check_same(place, before, record)
+        if before["state"] != BEGUN:
+            return TrainedModel(place, before)
+        record = before
+        say(f"going on with the run in {place}")
+    else:
+        record["settings"] |= _planned(work, name, settings, say)
+        _write(place, record)
+    torch.set_num_threads(record["settings"]["threads"])
+    steps, seconds = record["settings"]["steps"], record["settings"]["step_seconds"]
+    config = work.train_config(
+        settings.rates[0], settings.first_seed, steps, max(1, round(CHECKPOINT_SECONDS / seconds))
+    )
+    model = build(work.configs[name], settings.first_seed, settings.device)
+    began, taken = time.monotonic(), 0
+
+    def watch(point: Point) -> None:
+        nonlocal taken
+        taken += 1
+        on_step(point, steps, (steps - point.step - 1) * (time.monotonic() - began) / taken)
+
+    history = train(model, task, config, checkpoint=place / CHECKPOINT, on_step=watch)
+    record = {**record, **_result(work, name, model, history)}
+    if not history.diverged:
+        save_pretrained(model, place)
+        tokenizer = getattr(task, "tokenizer", None)
+        if isinstance(tokenizer, BpeTokenizer):
+            write_atomically(place / TOKENIZER, tokenizer.save)
+    trained = TrainedModel(place, record)
+    write_atomically(place / CARD, lambda path: path.write_text(card(trained), encoding="utf-8"))
+    _write(place, record)
+    (place / CHECKPOINT).unlink(missing_ok=True)
+    return trained
+
+
+def _begun(work: Work, name: str, origin: Origin | None) -> dict[str, Any]:
+    """What is known before the first step."""
+    task, settings, variant = work.task, work.settings, work.settings.variants[name]
+    options = None if origin is None or origin.options is None else dict(origin.options)
+    tokenizer = getattr(task, "tokenizer", None)
+    own = {
+        "frame": work.frame,
+        "budget": str(settings.budget),
+        "learning_rate": settings.rates[0],
+        "seed": settings.first_seed,
+        "batch_size": work.batch_size,
+        "precision": settings.precision,
+        "device": settings.device,
+    }
+    return {
+        "regard": provenance.regard_version(),
+        "state": BEGUN,
+        "task": {"name": task.name, "options": options, "data": work.identity["data"]},
+        "described": task.describe(),
+        "mechanism": name,
+        "layers": [[mechanism, dict(given)] for mechanism, given in variant.layers],
+        "tokenizer": None if tokenizer is None else tokenizer.name,
+        "settings": own | {key: work.identity[key] for key in ("length", "dim", "layers", "heads", "parameters")},
+    }
+
+
+def _planned(work: Work, name: str, settings: CompareSettings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Steps, and how long one takes."""
+    started, amount, unit = time.monotonic(), settings.budget.amount, settings.budget.unit
+    # where the budget is not a time, the time of a step only says how often to save and what is left
+    seconds = calibration_seconds(settings.budget) if unit == "seconds" else 1.0
+    say(f"calibrating for about {seconds:.0f} s")
+    threads = best_threads(work)
+    torch.set_num_threads(threads)
+    work.calibrate(seconds)
+    step = work.step_seconds[name]
+    if unit == "seconds":
+        left = SAFETY * amount - (time.monotonic() - started) - work.evaluation_seconds[name]
+        steps = int(left / step)
+    else:
+        steps = work.steps_for(name, settings.budget)
+    if steps < FEWEST_STEPS:
+        least = math.ceil((2 * FEWEST_STEPS * step + work.evaluation_seconds[name] + 2 * seconds) / SAFETY)
+        raise Unsupported(
+            f"budget {settings.budget}, which leaves fewer than {FEWEST_STEPS} steps",
+            supported="a larger budget",
+            nearest=f"--budget {least}s" if unit == "seconds" else f'--budget "{2 * FEWEST_STEPS} steps"',
+        )
+    say(f"{steps} steps of {work.batch} ({steps * work.batch_size * work.item_tokens:,} tokens)")
+    return {"steps": steps, "step_seconds": step, "threads": threads}
+
+
+def _result(work: Work, name: str, model: nn.Module, history: History) -> dict[str, Any]:
+    task = work.task
+    found = None if history.diverged else evaluate(model, task, work.scored_at_once)
+    rule = work.baseline
+    return {
+        "state": DIVERGED if found is None else FINISHED,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "score": None if found is None else found.score,
+        "loss": None if found is None else found.loss,
+        "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
+        "parameters": count_parameters(model),
+        "tokens": history.tokens,
+        "seconds": history.seconds,
+        "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
+        "machine": provenance.fingerprint()["cpu"],
+    }
+
+
+def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise Unsupported unless a run that was begun there is the one that is asked for."""
+    pairs = {key: (before[key], now[key]) for key in ("mechanism", "layers")}
+    pairs["task"] = (before["task"]["name"], now["task"]["name"])
+    pairs["data"] = (before["task"]["data"], now["task"]["data"])
+    pairs |= {key: (before["settings"].get(key), value) for key, value in now["settings"].items()}
+    for key, (old, new) in pairs.items():
+        if json.loads(json.dumps(new)) != old:
+            what = "other data" if key == "data" else f"{key}={old!r} instead of {new!r}"
+            raise Unsupported(
+                f"{place}, which holds a run with {what}",
+                supported="a new folder, or the same run again",
+                nearest="another --output",
+            )
+
+
+def _read(place: Path) -> dict[str, Any] | None:
+    file = place / RECORD
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not {"state", "task", "mechanism", "layers", "tokenizer", "settings"} <= set(found):
+            raise ValueError("parts are missing")
+    except (ValueError, TypeError) as error:
+        raise Unsupported(f"{file}, which cannot be read ({error})", supported="a file of `regard train`") from None
+    return found
+
+
+def _write(place: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(place / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def card(trained: TrainedModel) -> str:
+    """The folder's README: what was trained, how well it does, and how to use it."""
+    record = trained.record
+    title = f"# {record['mechanism']} on {record['task']['name']}"
+    if record["state"] == DIVERGED:
+        rate = record["settings"]["learning_rate"]
+        return (
+            f"{title}\n\nThe training diverged at a learning rate of {rate:g}: there is no model. Try a smaller one.\n"
+        )
+    rule = record["baseline"]
+    beside = f" (without training, {rule['name']}: {rule['score']:.4g})" if rule else ""
+    own = record["settings"]
+    lines = [
+        title,
+        f"Held out: {record['score']:.4g} {record['metric']}{beside}. {record['parameters']:,} parameters, "
+        f"{record['tokens']:,} tokens in {own['steps']} steps, {record['seconds']:.0f} s of training on {record['machine']}.",
+        "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in own.items() if key != "step_seconds"),
+        "```\n" + record["described"] + "\n```",
+        "## Use",
+        "```python\nfrom regard.models import from_pretrained\n\nmodel = from_pretrained("
+        + repr(str(trained.folder))
+        + ")\n```",
+    ]
+    commands = [f"regard evaluate {trained.folder}"]
+    if record["tokenizer"] is not None and record["task"]["name"] == "text":
+        commands.append(f'regard generate {trained.folder} "..."')
+    return "\n\n".join([*lines, "```\n" + "\n".join(commands) + "\n```"]) + "\n"
