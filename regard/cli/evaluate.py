@@ -36,7 +36,7 @@ def evaluate(
     own = plugged_tasks(load_plugins(plugin))
     trained = open_trained(folder)
     task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
-    found = trained.score(task, device=device)
+    found = trained.score(task if own or data else None, device=device)
     rule = task.baseline
     result = {
         "folder": str(folder),

@@ -74,7 +74,7 @@ def train(
     from regard.tasks import create_task
     from regard.workbench.budget import Budget
     from regard.workbench.settings import CompareSettings
-    from regard.workbench.trained import DIVERGED, Origin, train_model
+    from regard.workbench.trained import DIVERGED, train_model
 
     def recognised(described: str) -> None:
         if not as_json:
@@ -83,10 +83,10 @@ def train(
     own = plugged_tasks(load_plugins(plugin))
     chosen = [task] if task is not None else None if data or own else ["text"]
     if chosen is None and own:
-        asked, origin = own[0], Origin(own[0].name)
+        asked = own[0]
     else:
         ((name, options),) = describe_tasks(chosen, data, validation, length, tokenizer, recognised)
-        asked, origin = create_task(name, **options), Origin(name, options)
+        asked = create_task(name, **options)
     variants = read_mechanisms(mechanism, [asked])
     if len(variants) != 1:
         raise Unsupported(f"mechanism {mechanism!r}", supported="one mechanism", nearest="regard compare")
@@ -122,7 +122,7 @@ def train(
             if not as_json:
                 bar.console.print(Text(sentence, style="dim"))
 
-        trained = train_model(asked, settings, output, origin=origin, on_step=on_step, say=say)
+        trained = train_model(asked, settings, output, on_step=on_step, say=say)
     record = trained.record
     if as_json:
         emit({"folder": str(trained.folder), **record})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported, closest
@@ -92,7 +94,18 @@ def create_task(
                 supported=", ".join(accepted),
                 nearest=closest(option, accepted),
             )
-    return TASKS[name](**given)
+    task: Task = TASKS[name](**given)
+    task.origin = {option: _lasting(option, value) for option, value in given.items()}
+    return task
+
+
+def _lasting(option: str, value: Any) -> Any:
+    """A value of an option as JSON, with paths that hold in every folder."""
+    if option in ("data", "validation"):
+        return os.path.abspath(value) if isinstance(value, str | Path) else [os.path.abspath(path) for path in value]
+    if option == "tokenizer" and str(value).endswith(".json"):
+        return os.path.abspath(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 __all__ = [

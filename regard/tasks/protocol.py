@@ -8,7 +8,7 @@ the same each time, so the scores of two mechanisms are paired item by item.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -141,6 +141,7 @@ class Task(Protocol):
         solved: the score from which the task counts as solved; None when it is open-ended.
         chance: the score of a model that ignores the input.
         baseline: a simple rule that a model should beat, and its score on each held-out item.
+        origin: options of :func:`regard.tasks.create_task` that make it again, as JSON could say them; None for other tasks.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Task(Protocol):
     solved: float | None = None
     chance: float | None = None
     baseline: Baseline | None = None
+    origin: Mapping[str, Any] | None = None
 
     def describe(self) -> str:
         """Sizes, splits and a sample, shown before training. Plain text: print it without markup."""

@@ -31,21 +31,10 @@ from regard.workbench.work import FEWEST_STEPS, SAFETY, Work, best_threads, buil
 
 RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
 FINISHED, DIVERGED, BEGUN = "finished", "diverged", "begun"
+UNTOLD = ("steps", "step_seconds", "first_item")
+"""Settings that a reader of the card has no use for."""
 CHECKPOINT_SECONDS = 30.0
 """About the time between checkpoints, which is what a killed run loses at most."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How a task was made, so that it can be made again.
-
-    Attributes:
-        name: of the task.
-        options: of :func:`regard.tasks.create_task`, as JSON could say them; None for a task of a plugin.
-    """
-
-    name: str
-    options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +78,11 @@ class TrainedModel:
             options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
         return create_task(name, **(options if data is None else {**options, "validation": data}))
 
-    def score(self, task: Task, *, device: torch.device | str = "cpu") -> Evaluation:
-        """Score and loss on the held-out items of a task."""
-        return evaluate(self.model(device), task, self.record["settings"]["batch_size"])
+    def score(self, task: Task | None = None, *, device: torch.device | str = "cpu") -> Evaluation:
+        """Score and loss on the held-out items of a task, or on those of its own that no learning rate was chosen by."""
+        first = self.record["settings"]["first_item"] if task is None else 0
+        chosen = self.task() if task is None else task
+        return evaluate(self.model(device), chosen, self.record["settings"]["batch_size"], first=first)
 
 
 def open_trained(folder: Path | str) -> TrainedModel:
@@ -115,7 +106,6 @@ def train_model(
     settings: CompareSettings,
     folder: Path | str,
     *,
-    origin: Origin | None = None,
     on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedModel:
@@ -126,7 +116,6 @@ def train_model(
 
     Args:
         folder: for everything that is written; a run with other settings or data is not overwritten.
-        origin: how the task was made; the folder can then be scored again without it.
         on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
         say: told in sentences what is decided.
 
@@ -142,7 +131,8 @@ def train_model(
         )
     place, (name,) = Path(folder), settings.names
     work = Work(task, settings)
-    record = _begun(work, name, origin)
+    record = {"state": BEGUN, **described(work, name, settings.rates[0], settings.first_seed)}
+    record["settings"]["budget"] = str(settings.budget)
     before = _read(place)
     if before is not None:
         _check_same(place, before, record)
@@ -167,37 +157,41 @@ def train_model(
         on_step(point, steps, (steps - point.step - 1) * (time.monotonic() - began) / taken)
 
     history = train(model, task, config, checkpoint=place / CHECKPOINT, on_step=watch)
-    record = {**record, **_result(work, name, model, history)}
-    if not history.diverged:
-        save_pretrained(model, place)
-        tokenizer = getattr(task, "tokenizer", None)
-        if isinstance(tokenizer, BpeTokenizer):
-            write_atomically(place / TOKENIZER, tokenizer.save)
-    trained = TrainedModel(place, record)
-    write_atomically(place / CARD, lambda path: path.write_text(card(trained), encoding="utf-8"))
-    _write(place, record)
+    found = None if history.diverged else evaluate(model, task, work.scored_at_once)
+    trained = keep(place, model, task, {**record, **outcome(work, model, history, found)})
     (place / CHECKPOINT).unlink(missing_ok=True)
     return trained
 
 
-def _begun(work: Work, name: str, origin: Origin | None) -> dict[str, Any]:
-    """What is known before the first step."""
-    task, settings, variant = work.task, work.settings, work.settings.variants[name]
-    options = None if origin is None or origin.options is None else dict(origin.options)
+def keep(folder: Path, model: nn.Module, task: Task, record: Mapping[str, Any]) -> TrainedModel:
+    """Write a model into its folder; of one that diverged the record alone. The record comes last."""
+    if record["state"] == FINISHED:
+        save_pretrained(model, folder)
+        tokenizer = getattr(task, "tokenizer", None)
+        if isinstance(tokenizer, BpeTokenizer):
+            write_atomically(folder / TOKENIZER, tokenizer.save)
+    trained = TrainedModel(folder, record)
+    write_atomically(folder / CARD, lambda path: path.write_text(card(trained), encoding="utf-8"))
+    _write(folder, record)
+    return trained
+
+
+def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """Of a run what is known before its first step."""
+    task, variant = work.task, work.settings.variants[name]
     tokenizer = getattr(task, "tokenizer", None)
     own = {
         "frame": work.frame,
-        "budget": str(settings.budget),
-        "learning_rate": settings.rates[0],
-        "seed": settings.first_seed,
+        "learning_rate": rate,
+        "seed": seed,
         "batch_size": work.batch_size,
-        "precision": settings.precision,
-        "device": settings.device,
+        "precision": work.settings.precision,
+        "device": work.settings.device,
+        "first_item": work.search_items,
     }
     return {
         "regard": provenance.regard_version(),
-        "state": BEGUN,
-        "task": {"name": task.name, "options": options, "data": work.identity["data"]},
+        "task": {"name": task.name, "options": getattr(task, "origin", None), "data": work.identity["data"]},
         "described": task.describe(),
         "mechanism": name,
         "layers": [[mechanism, dict(given)] for mechanism, given in variant.layers],
@@ -232,10 +226,9 @@ def _planned(work: Work, name: str, settings: CompareSettings, say: Callable[[st
     return {"steps": steps, "step_seconds": step, "threads": threads}
 
 
-def _result(work: Work, name: str, model: nn.Module, history: History) -> dict[str, Any]:
-    task = work.task
-    found = None if history.diverged else evaluate(model, task, work.scored_at_once)
-    rule = work.baseline
+def outcome(work: Work, model: nn.Module, history: History, found: Evaluation | None) -> dict[str, Any]:
+    """Of a run what came of it; `found` is None where it diverged."""
+    task, rule = work.task, work.baseline
     return {
         "state": DIVERGED if found is None else FINISHED,
         "metric": task.metric,
@@ -244,6 +237,7 @@ def _result(work: Work, name: str, model: nn.Module, history: History) -> dict[s
         "loss": None if found is None else found.loss,
         "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
         "parameters": count_parameters(model),
+        "steps": len(history.curve),
         "tokens": history.tokens,
         "seconds": history.seconds,
         "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
@@ -300,8 +294,8 @@ def card(trained: TrainedModel) -> str:
     lines = [
         title,
         f"Held out: {record['score']:.4g} {record['metric']}{beside}. {record['parameters']:,} parameters, "
-        f"{record['tokens']:,} tokens in {own['steps']} steps, {record['seconds']:.0f} s of training on {record['machine']}.",
-        "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in own.items() if key != "step_seconds"),
+        f"{record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s of training on {record['machine']}.",
+        "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in own.items() if key not in UNTOLD),
         "```\n" + record["described"] + "\n```",
         "## Use",
         "```python\nfrom regard.models import from_pretrained\n\nmodel = from_pretrained("

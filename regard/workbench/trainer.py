@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from regard.measurement.store import Store
-from regard.models import LanguageModel, count_parameters, save_pretrained
+from regard.models import LanguageModel, count_parameters
 from regard.tasks import Task, TextTask
 from regard.training import evaluate, train
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.summary import by_tokens, thin
+from regard.workbench.trained import described, keep, outcome
 from regard.workbench.work import FEWEST_STEPS, Work, build, share_steps
 
 Row = dict[str, Any]
@@ -252,14 +253,15 @@ class Trainer:
         config = work.train_config(rate, seed, work.steps[name])
         history = train(model, task, config, on_step=self._on_step(work, name))
         items: list[tuple[float, float]] = []
-        score, choice = math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
+        found, score, choice = None, math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
         if not history.diverged:
             found = evaluate(model, task, work.scored_at_once, first=work.search_items)
             items, score = found.items, found.score
             sliced = evaluate(model, task, work.scored_at_once, last=work.search_items) if work.search_items else found
             choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
         if self.settings.keep_models and work.frame == self.settings.frames[0] and seed == self.settings.first_seed:
-            save_pretrained(model, self.model_folder(work, name, rate))
+            record = {**described(work, name, rate, seed), **outcome(work, model, history, found)}
+            keep(self.model_folder(work, name, rate), model, task, record)
         return {
             "task": task.name,
             "mechanism": name,

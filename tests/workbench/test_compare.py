@@ -18,6 +18,7 @@ from regard.tasks import create_task
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare, render_report, train_share
 from regard.workbench.settings import MORE_RATES, CompareSettings
+from regard.workbench.trained import open_trained
 from regard.workbench.trainer import Trainer, beyond
 from regard.workbench.work import Work, build, fitting
 
@@ -111,6 +112,9 @@ def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
     assert [folder.name for folder in (tmp_path / "models").iterdir()] == [outcome.models["recall"].name]
     model = from_pretrained(outcome.models["recall"])
     assert count_parameters(model) == entry["parameters"]
+    kept = open_trained(outcome.models["recall"])
+    assert len(kept.score().items) == 24  # those that chose no learning rate
+    assert kept.record["score"] == pytest.approx(kept.score().score)
     with Store(outcome.store) as store:
         render_report(store, tmp_path / "again.html")
     assert (tmp_path / "again.html").exists()

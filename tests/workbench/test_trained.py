@@ -14,7 +14,7 @@ from regard.models.registry import MODELS, models_for
 from regard.tasks import create_task
 from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
-from regard.workbench.trained import CHECKPOINT, Origin, open_trained, train_model
+from regard.workbench.trained import CHECKPOINT, open_trained, train_model
 
 RECALL = {"pairs": 2, "queries": 4, "length": 12, "vocab_size": 8, "evaluation_items": 16}
 
@@ -81,12 +81,18 @@ def test_what_diverges_leaves_no_model(recall, tmp_path, monkeypatch):
         open_trained(tmp_path)
 
 
-def test_a_budget_of_time_is_kept_and_a_small_one_refused(recall, tmp_path):
+def test_a_budget_of_time_becomes_steps_by_what_one_takes(recall, tmp_path, monkeypatch):
+    def calibrate(self, seconds):
+        self.step_seconds, self.evaluation_seconds = {"gated_linear": 0.1}, {"gated_linear": 0.5}
+
+    monkeypatch.setattr("regard.workbench.work.Work.calibrate", calibrate)
     with pytest.raises(Unsupported, match="fewer than"):
-        train_model(recall, settings(budget=Budget.parse("3 steps")), tmp_path)
+        train_model(recall, settings(budget=Budget.parse("2s")), tmp_path)
     assert not list(tmp_path.iterdir())
-    found = train_model(recall, settings(budget=Budget.parse("3s")), tmp_path)
-    assert found.record["settings"]["steps"] >= 20 and found.record["seconds"] < 3
+    found = train_model(recall, settings(budget=Budget.parse("40s")), tmp_path)
+    assert 300 < found.record["settings"]["steps"] <= (0.93 * 40 - 0.5) / 0.1
+    with pytest.raises(Unsupported, match="fewer than"):
+        train_model(recall, settings(budget=Budget.parse("3 steps")), tmp_path / "other")
 
 
 def test_several_mechanisms_are_refused(recall, tmp_path):
@@ -103,12 +109,10 @@ def corpus(tmp_path):
 
 def test_the_folder_scores_as_the_run_did_and_on_other_text(corpus, tmp_path):
     options = {"data": str(corpus), "length": 16, "tokenizer": "bpe:300", "held_out": 0.3, "evaluation_items": 8}
-    trained = train_model(
-        create_task("text", **options), settings(), tmp_path / "model", origin=Origin("text", options)
-    )
+    trained = train_model(create_task("text", **options), settings(), tmp_path / "model")
     assert (tmp_path / "model" / "tokenizer.json").is_file()
     found = open_trained(tmp_path / "model")
-    assert found.score(found.task()).score == pytest.approx(trained.record["score"], rel=1e-6)
+    assert found.score().score == pytest.approx(trained.record["score"], rel=1e-6)
     other = tmp_path / "other.txt"
     other.write_text("Falsches Üben von Xylophonmusik quält jeden größeren Zwerg. " * 9)
     assert found.score(found.task(str(other))).score != trained.record["score"]
@@ -132,7 +136,8 @@ def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, monke
     assert code == 0 and json.loads(out)["state"] == "finished"
     code, out, _ = run(monkeypatch, capsys, "evaluate", folder, "--json")
     assert code == 0 and json.loads(out)["score"] == pytest.approx(open_trained(folder).record["score"], rel=1e-6)
-    code, out, _ = run(monkeypatch, capsys, "evaluate", folder, corpus)
+    (tmp_path / "other.txt").write_text("Falsches Üben von Xylophonmusik quält jeden größeren Zwerg. " * 9)
+    code, out, _ = run(monkeypatch, capsys, "evaluate", folder, tmp_path / "other.txt")
     assert code == 0 and "bits per byte" in out
     code, out, _ = run(monkeypatch, capsys, "generate", folder, "Zwölf", "--tokens", 30, "--temperature", 1)
     code, told, _ = run(monkeypatch, capsys, "generate", folder, "Zwölf", "--tokens", 30, "--temperature", 1, "--json")
@@ -165,8 +170,15 @@ MODEL = (Narrow, NarrowConfig)
 """
 
 
-def test_a_plugin_brings_a_model_that_is_found_by_its_name(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("regard.models.registry.MODELS", dict(MODELS))
+@pytest.fixture
+def models():
+    before = dict(MODELS)
+    yield
+    MODELS.clear()
+    MODELS.update(before)
+
+
+def test_a_plugin_brings_a_model_that_is_found_by_its_name(models, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(PLUGIN)
     plugged = [
         "--plugin",
