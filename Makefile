@@ -54,7 +54,7 @@ scaling: $(VENV)/.dev  ## Measure growth with length and efficiency lengths into
 	$(BIN)/python docs/measure.py scaling
 
 ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: two hours on one core; goes on where it stopped
-	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --output runs/all
+	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
 
 $(VENV)/bin/python:

@@ -35,7 +35,7 @@ def compare(
     budget: Annotated[
         str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
     ] = "8m",
-    seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 2,
+    seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 3,
     seed_offset: Annotated[
         int, typer.Option(help="The lowest seed: another repeats the comparison by other draws.")
     ] = 0,
@@ -112,7 +112,7 @@ def compare(
 
     \b
         regard compare
-        regard compare my_corpus.txt --budget 20m --seeds 3
+        regard compare my_corpus.txt --budget 20m --seeds 4
         regard compare reviews.csv
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
