@@ -10,7 +10,8 @@ its weights go on for 200 with softmax, with cores of 4 tokens and the last 16 o
 Before, on bytes in windows of 512, full attention was no better than the window alone (0.005 nats worse, 300 steps), and
 recall over 80 tokens was not learned by any (0.16 with cores). In a pilot on digits as text of 64 pixels, with cores of 4 and the
 last 4 one by one, cores lost 0.11 and 0.08 nats of full attention (two seeds), as much as a window of 8, which sees nearly all
-that matters there. PILOT
+that matters there. In the pilot of this one (two seeds) full attention had 1.00 on both, cores 0.97 and 0.98, mean cores 0.89 and
+0.92, the window 0.35 on both; four seeds are run.
 """
 
 import math

@@ -10,7 +10,9 @@ Here: scikit-learn's digits as 64 pixel tokens, noncausal, 600 steps; characters
 reach so far that all cosines are 1), softmax, and one layer of each. Comparable means within 5 points, and mixed within 2 % of
 softmax's loss. Growth of causal forward time on one core. The search itself is not run.
 
-Positions on digits began with a deviation of 0.02 before, from which softmax did not learn to classify them (0.51). PILOT
+Positions on digits began with a deviation of 0.02 before, from which softmax did not learn to classify them (0.51). In the pilot of
+this (two seeds) softmax had 0.95 on both, cosFormer 0.96 and 0.96, and without its cosine 0.96 and 0.96, so that more seeds would
+hardly tell what the cosine does there.
 """
 
 from functools import partial

@@ -11,7 +11,8 @@ the same layer with frequencies that are zero and stay so.
 
 Before, on bytes in windows of 256 with a window of 15, softmax was 0.13 nats worse than local attention after 400 steps (S4D
 0.33): what is far does not help there yet. In a pilot on digits read pixel by pixel (two seeds), where softmax was 0.05 below a window
-of 7, S4D had the window's loss, within 0.04. PILOT
+of 7, S4D had the window's loss, within 0.04. In the pilot of this one
+(two seeds) S4D had 0.07 and 0.06 nats, the window 1.97 and 1.93, softmax 0.00 on both.
 """
 
 import torch
