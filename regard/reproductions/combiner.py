@@ -3,10 +3,14 @@
 The paper (abstract): every position reaches all others, directly or through summaries of groups, at O(N log N) or
 O(N sqrt N); better than sparse transformers of the same pattern on images (2.77 bits on CIFAR-10) and text.
 
-Here: bytes of Python's standard library in windows of 256, 2 layers of width 64, rows of 16, 350 steps. Local attention
-within the rows, which is `fixed` without its groups; `fixed`; `logn`; softmax. Forward time on one core at N = 4096 with
-rows of 64, softmax against `fixed`, and the exponent p of `fixed`'s time ~ N^p with rows of sqrt(N) tokens, where
-O(N sqrt N) says 1.5.
+Here: scikit-learn's digits as text of 64 pixels, each predicted from those before it, 2 layers of width 64, 600 steps. Local
+attention within the rows of the image, which is `fixed` without its groups; `fixed`; `logn`; softmax. Forward time on one
+core at N = 4096 with rows of 64, softmax against `fixed`, and the exponent p of `fixed`'s time ~ N^p with rows of sqrt(N)
+tokens, where O(N sqrt N) says 1.5.
+
+Before, on bytes in windows of 256 with rows of 16, softmax was no better than the rows alone (0.05 nats worse, 350 steps):
+what is far does not help there yet. In the pilot (two seeds) the rows alone had 1.62 nats
+a pixel, `fixed` 1.44 and 1.45, `logn` 1.48 and 1.49, softmax 1.37 and 1.42; four seeds are run.
 """
 
 from functools import partial
@@ -20,12 +24,12 @@ from regard.functional import softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import cached_task, language_model, trained_score
+from regard.reproductions.framework.training import DIGIT_SIDE, digit_levels, language_model, trained_score
 
-TRAINING = {"steps": 350, "batch_size": 16, "learning_rate": 3e-3, "items": 64}
+TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "local": ("local", {"form": "block", "block": 16, "lookback": 0}),
-    "fixed": ("combiner", {"segment": 16}),
+    "local": ("local", {"form": "block", "block": DIGIT_SIDE, "lookback": 0}),
+    "fixed": ("combiner", {"segment": DIGIT_SIDE}),
     "logn": ("combiner", {"factorization": "logn"}),
     "softmax": ("softmax", {}),
 }
@@ -35,7 +39,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "seconds" in setting:
         with torch.no_grad():
             return time_fixed(setting)
-    task = cached_task("text", length=256, evaluation_items=setting["items"])
+    task = digit_levels(setting["items"])
     model = language_model(task, [MIXERS[setting["mixer"]]] * 2, dim=64, num_heads=4)
     return {**trained_score(model, task, setting, seed)}
 
@@ -62,8 +66,8 @@ REPRODUCTION = Reproduction(
         "the same pattern (abstract)."
     ),
     instead=(
-        "Loss in nats on code bytes in windows of 256: local rows of 16, the same with summaries, log-sparse, softmax; 2 "
-        "layers of width 64, 350 steps. Forward time at N = 4096 on one core, and its growth with rows of sqrt(N)."
+        "Loss in nats a pixel of digits, 64 pixels read one by one: rows of 8 alone, the same with summaries, log-sparse, "
+        "softmax; 2 layers of width 64, 600 steps. Forward time at N = 4096 on one core, and its growth with rows of sqrt(N)."
     ),
     settings={mixer: TRAINING | {"mixer": mixer} for mixer in MIXERS}
     | {"time": {"lengths": [256, 1024, 4096], "seconds": 10.0}},
@@ -77,11 +81,12 @@ REPRODUCTION = Reproduction(
     ),
     needs=(Check("what is far helps: softmax below the rows alone", minus("softmax", "local", "loss"), below=0.0),),
     left_out=(
-        "2.77 bits on CIFAR-10 and 3.42 on ImageNet-64: no images are generated",
+        "2.77 bits on CIFAR-10 and 3.42 on ImageNet-64: digits of 8 x 8 pixels stand for images",
         "the axial factorization and models that read both ways: two of the causal factorizations are tried",
         "O(N log N) of `logn`: the growth of `fixed` alone is timed",
     ),
+    seeds=4,
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 4, "lengths": (64, 256), "seconds": 0.01},
-    seconds=45,
+    seconds=15,
 )

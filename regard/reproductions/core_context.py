@@ -3,58 +3,54 @@
 The paper: LLaMA2-7B-32K, fine-tuned for 1000 steps with groups in place of far tokens, scores 21.86 on LongBench-E against
 22.11 with full attention and 14.95 with a window and sinks, at up to 93 % less cache (table of the project page).
 
-Here: bytes of Python's standard library in windows of 512, 2 layers of width 64. One softmax model is trained for 250 steps;
-then its weights go on for 50 steps with softmax, with cores of 8 tokens and a window of 64, with mean cores, and with a
-window of 72 alone. Recall from the first 16 of 128 tokens (the task of `local`) is trained from the start with groups of 4
-and a window of 16, and with a window of 20.
+Here: looking up facts in 64 tokens (the task of `landmark`, and its layers). One softmax model is trained for 1,100 steps; then
+its weights go on for 200 with softmax, with cores of 4 tokens and the last 16 one by one, with mean cores, and with a window of
+20 alone. Nearly as good means within 5 points.
+
+Before, on bytes in windows of 512, full attention was no better than the window alone (0.005 nats worse, 300 steps), and
+recall over 80 tokens was not learned by any (0.16 with cores). In a pilot on digits as text of 64 pixels, with cores of 4 and the
+last 4 one by one, cores lost 0.11 and 0.08 nats of full attention (two seeds), as much as a window of 8, which sees nearly all
+that matters there. In the pilot of this one (two seeds) full attention had 1.00 on both, cores 0.97 and 0.98, mean cores 0.89 and
+0.92, the window 0.35 on both; four seeds are run.
 """
 
 import math
 from typing import Any
 
-from regard.reproductions.framework.judging import Check, Seed, minus, number
+from regard.reproductions.framework.judging import Check, Seed, measured, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, fit, language_model, score, trained_score
-from regard.reproductions.local import DistantRecall
+from regard.reproductions.framework.training import fit, score
+from regard.reproductions.landmark import WINDOW, Lookup, lookup_model
 
-Entry = tuple[str, dict[str, Any]]
-
-TEXT = {"steps": 250, "tuning": 50, "batch_size": 8, "learning_rate": 3e-3, "items": 32, "length": 512}
-RECALL = {"steps": 1000, "batch_size": 16, "learning_rate": 3e-3, "items": 512}
-ROTARY = {"positions": "rotary"}
-TUNED: dict[str, Entry] = {
-    "full": ("softmax", ROTARY),
-    "cca": ("core_context", {**ROTARY, "group": 8, "window": 64}),
-    "mean": ("core_context", {**ROTARY, "group": 8, "window": 64, "pool": "mean"}),
-    "window": ("local", {**ROTARY, "window": 72}),
-}
-RECALLING: dict[str, Entry] = {
-    "recall cca": ("core_context", {"short_convolution": 4, "group": 4, "window": 16}),
-    "recall window": ("local", {"short_convolution": 4, "window": 20}),
+TRAINING = {"steps": 1100, "tuning": 200, "batch_size": 16, "learning_rate": 3e-3, "items": 256}
+CORES = {"group": 4, "window": 16}
+TUNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("softmax", {}),
+    "cores": ("core_context", CORES),
+    "mean cores": ("core_context", {**CORES, "pool": "mean"}),
+    "window": ("local", {"window": 20}),
 }
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    if "mixer" in setting:
-        recall = DistantRecall(setting["items"])
-        model = language_model(recall, [RECALLING[setting["mixer"]]] * 2, dim=64, num_heads=4)
-        return {**trained_score(model, recall, setting, seed)}
-    task = cached_task("text", length=setting["length"], evaluation_items=setting["items"])
-    trained = language_model(task, [TUNED["full"]] * 2, dim=64, num_heads=4)
+    task = Lookup(WINDOW, setting["items"])
+    trained = lookup_model(task, TUNED["full"])
     sound = fit(trained, task, setting, seed)
     found = {}
-    for name, entry in TUNED.items():
-        model = language_model(task, [entry] * 2, dim=64, num_heads=4)
+    for name, layer in TUNED.items():
+        model = lookup_model(task, layer)
         model.load_state_dict(trained.state_dict())
         # other batches than those of the training
-        sound = sound and fit(model, task, {**setting, "learning_rate": 1e-3}, seed + 1000, steps=setting["tuning"])
-        found[name] = score(model, task)["loss"] if sound else math.nan
+        sound = sound and fit(model, task, {**setting, "learning_rate": 1e-3}, seed + 5000, steps=setting["tuning"])
+        found[name] = score(model, task)["score"] if sound else math.nan
     return found
 
 
-def tuned(first: str, second: str) -> Any:
+def over(other: str) -> Any:
+    """Accuracy with cores minus that with something else, after fine-tuning."""
+
     def value(seed: Seed) -> float:
-        return number(seed, "tuned", first) - number(seed, "tuned", second)
+        return number(seed, "tuned", "cores") - number(seed, "tuned", other)
 
     return value
 
@@ -67,22 +63,25 @@ REPRODUCTION = Reproduction(
         "better than with a window (LongBench-E 21.86, 22.11 and 14.95; project page)."
     ),
     instead=(
-        "Loss in nats on code bytes, windows of 512: softmax for 250 steps, then 50 with full attention, cores of 8 and the "
-        "last 64, mean cores, a window of 72. Accuracy of recall over 80 tokens, cores of 4 and 16 tokens against 20."
+        "Accuracy of looking up facts in 64 tokens: softmax for 1,100 steps, then 200 with full attention, cores of 4 and the "
+        "last 16, mean cores, a window of 20. A local layer and one of these, width 64."
     ),
-    settings={"tuned": TEXT} | {mixer: RECALL | {"mixer": mixer} for mixer in RECALLING},
+    settings={"tuned": TRAINING},
     run_cell=run_cell,
     checks=(
-        Check("cores within 0.05 nats of full attention", tuned("cca", "full"), below=0.05),
-        Check("cores better than the window alone", tuned("cca", "window"), below=0.0),
-        Check("cores no worse than mean cores by 0.01 nats", tuned("cca", "mean"), below=0.01),
-        Check("recall above a window's by 0.3", minus("recall cca", "recall window"), above=0.3),
+        Check("cores within 5 points of full attention", over("full"), above=-0.05),
+        Check("cores above the window alone by 0.3", over("window"), above=0.3),
+        Check("cores no worse than mean cores by a point", over("mean cores"), above=-0.01),
     ),
-    needs=(Check("what is far helps: full attention below the window alone", tuned("full", "window"), below=0.0),),
+    needs=(
+        Check("full attention learns the lookup (above 0.9)", measured("tuned", "full"), above=0.9),
+        Check("a window does not (below 0.6)", measured("tuned", "window"), below=0.6),
+    ),
     left_out=(
-        "LongBench-E: a 7B model's benchmark; loss and recall stand for it",
+        "LongBench-E: a 7B model's benchmark; a lookup stands for what is far",
         "7.9 times as fast and 93 % less cache at 128K tokens: neither time nor memory is measured",
     ),
-    smoke={"steps": 2, "tuning": 2, "batch_size": 2, "items": 4, "length": 96},
-    seconds=80,
+    smoke={"steps": 2, "tuning": 2, "batch_size": 2, "items": 4},
+    seeds=4,
+    seconds=35,
 )

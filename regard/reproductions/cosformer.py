@@ -6,9 +6,13 @@ is less accurate than that of softmax layers; mixed, accuracy is comparable at l
 Benchmark (arXiv 2210.07661, leaderboard): noncausal self 0.47 against -0.02 of softmax, noncausal cross -0.82 against 0.60.
 
 Here: scikit-learn's digits as 64 pixel tokens, noncausal, 600 steps; characters of text, 128 at a time, causal, 500 steps;
-2 layers of width 64 with learned positions. cosFormer with a reach of the sequence's length, the same without its cosine (a
+2 layers of width 64 with learned positions, on digits as large at the start as what they are added to. cosFormer with a reach of the sequence's length, the same without its cosine (a
 reach so far that all cosines are 1), softmax, and one layer of each. Comparable means within 5 points, and mixed within 2 % of
 softmax's loss. Growth of causal forward time on one core. The search itself is not run.
+
+Positions on digits began with a deviation of 0.02 before, from which softmax did not learn to classify them (0.51). In the pilot of
+this (two seeds) softmax had 0.95 on both, cosFormer 0.96 and 0.96, and without its cosine 0.96 and 0.96, so that more seeds would
+hardly tell what the cosine does there.
 """
 
 from functools import partial
@@ -29,7 +33,7 @@ from regard.reproductions.framework.training import (
     trained_score,
 )
 
-DIGITS = {"task": "digits", "steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
+DIGITS = {"task": "digits", "steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000, "deviation": 1.0}
 TEXT = {"task": "text", "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "items": 64}
 SOFTMAX: tuple[str, dict[str, int]] = ("softmax", {})
 
@@ -51,7 +55,8 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
         text_model = language_model(task, plan, dim=64, num_heads=4, positions="learned", max_length=128)
         return {**trained_score(text_model, task, setting, seed)}
     task = digit_pixels(setting["items"])
-    model = classifier(task, plan, dim=64, num_heads=4, positions="learned", max_length=task.length)
+    places = {"positions": "learned", "max_length": task.length, "position_options": {"std": setting["deviation"]}}
+    model = classifier(task, plan, dim=64, num_heads=4, **places)
     return {**trained_score(model, task, setting, seed)}
 
 

@@ -4,9 +4,15 @@ The paper (abstract): 0.97 bits per byte on enwik8 with half the parameters of t
 times as long; linear complexity; two norms, since tokens and projections differ in scale. In the leaderboard of CAB (arXiv
 2210.07661) its language model has a perplexity of 15.5 where local attention has 19.7, and it is second in causal-self.
 
-Here: bytes of Python's standard library in windows of 256, two layers of width 64 with 4 heads, 400 steps. All have a window
-of 15 tokens; long-short has a landmark for each segment of 16 besides, with both norms and without. Softmax is the upper end and is
-not judged. Growth of the noncausal layer's forward time on one core.
+Here: scikit-learn's digits as text of 64 pixels, each predicted from those before it, two layers of width 64 with 4 heads,
+600 steps. All have a window of 7 tokens, one less than to the pixel above; long-short has a landmark for each segment of 8
+besides, with both norms and without. Softmax is the upper end and is not judged. Growth of the noncausal layer's forward time
+on one core.
+
+Before, on bytes in windows of 256 with a window of 15, softmax was 0.26 nats worse than local attention after 400 steps: what
+is far does not help there yet, and learned positions as small as they begin kept softmax from learning. In the pilot (two seeds)
+softmax had 1.45 and 1.43 nats, the window 1.47 on both, long-short 1.46 and 1.51, without norms 1.43 and 1.46; five seeds are
+run.
 """
 
 from functools import partial
@@ -18,19 +24,20 @@ from regard import create_layer
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_slopes
-from regard.reproductions.framework.training import cached_task, language_model, trained_score
+from regard.reproductions.framework.training import digit_levels, language_model, trained_score
 
-TRAINING = {"steps": 400, "batch_size": 24, "learning_rate": 3e-3, "items": 64}
-NEAR = {"window": 15}
+TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
+NEAR = {"window": 7}
+PLACES = {"positions": "learned", "max_length": 64, "position_options": {"std": 1.0}}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return {**time_forward(setting)}
-    task = cached_task("text", length=256, evaluation_items=setting["items"])
+    task = digit_levels(setting["items"])
     layers = [(setting["mixer"], setting["options"])] * 2
-    model = language_model(task, layers, dim=64, num_heads=4, positions="learned", max_length=256)
+    model = language_model(task, layers, dim=64, num_heads=4, **PLACES)
     return {**trained_score(model, task, setting, seed)}
 
 
@@ -49,12 +56,13 @@ REPRODUCTION = Reproduction(
         "linear cost, and a norm for each of the two, which differ in scale, helps (abstract)."
     ),
     instead=(
-        "Loss in nats on code bytes, windows of 256, two layers of width 64, 400 steps: a window of 15 with landmarks of segments "
-        "of 16, without norms, and the window alone. Growth of time with length on one core, as p of time ~ length^p."
+        "Loss in nats a pixel of digits, 64 pixels read one by one, two layers of width 64, 600 steps: a window of 7 with "
+        "landmarks of segments of 8, without norms, and the window alone. Growth of time with length on one core, as p of time ~ "
+        "length^p."
     ),
     settings={
-        "long_short": TRAINING | {"mixer": "long_short", "options": NEAR | {"segment": 16}},
-        "without norms": TRAINING | {"mixer": "long_short", "options": NEAR | {"segment": 16, "dual_norm": False}},
+        "long_short": TRAINING | {"mixer": "long_short", "options": NEAR | {"segment": 8}},
+        "without norms": TRAINING | {"mixer": "long_short", "options": NEAR | {"segment": 8, "dual_norm": False}},
         "local": TRAINING | {"mixer": "local", "options": NEAR},
         "softmax": TRAINING | {"mixer": "softmax", "options": {}},
         "time": {"lengths": [1024, 2048, 4096, 8192], "seconds": 8.0},
@@ -67,12 +75,14 @@ REPRODUCTION = Reproduction(
     ),
     needs=(Check("what is far helps: softmax below local attention", minus("softmax", "local", "loss"), below=0.0),),
     left_out=(
-        "0.97 bits a byte on enwik8 with half the parameters: out of reach",
-        "images and the Long Range Arena: each is a training of its own",
+        "0.97 bits a byte on enwik8 with half the parameters: out of reach; pixels are read in the place of text",
+        "classes of images and the Long Range Arena: each is a training of its own",
         "second in the benchmark's causal tasks: compared with local attention alone",
         "sequences three times as long on the same hardware: a GPU's memory",
     ),
+    seeds=5,
+    more_seeds={"time": 3},
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 4, "lengths": [64, 128], "seconds": 0.01},
-    seconds=80,
+    seconds=20,
 )

@@ -2,10 +2,11 @@
 
 The paper: on selective copying S6 has about 98 % where S4, which is linear time-invariant, has about 18 %.
 
-Here: 8 data tokens of an alphabet of 8 scattered in 64 noise tokens, 2 layers of width 64, 2000 steps; 16 tokens in up to 4096
+Here: 8 data tokens of an alphabet of 8 scattered in 64 noise tokens, 2 layers of width 64, 4,000 steps; 16 tokens in up to 4096
 in the paper. The time-invariant control is the same block with constant dt, B and C. Linear attention, which the paper does
 not try, is the upper end: it has no selection either, but solves the task, so that selection is not the only way to do so.
-That selection copies better than linear attention was an expectation of ours once; three seeds left it undecided, and
+With 2,000 steps
+selection had 0.93, 0.98 and 0.98 and was still learning. That selection copies better than linear attention was an expectation of ours once; three seeds left it undecided, and
 the claim no longer rests on it.
 """
 
@@ -13,7 +14,7 @@ from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import cached_task, language_model, trained_score
 
-TRAINING = {"steps": 2000, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
+TRAINING = {"steps": 4000, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
@@ -27,7 +28,7 @@ REPRODUCTION = Reproduction(
     mechanisms=("mamba",),
     claim="A selective state space solves selective copying (about 98 %), a time-invariant one does not (about 18 %).",
     instead=(
-        "Accuracy of copying 8 tokens out of 64 noise tokens, 2 layers of width 64, 2000 steps: the block, the block with "
+        "Accuracy of copying 8 tokens out of 64 noise tokens, 2 layers of width 64, 4,000 steps: the block, the block with "
         "constant dt, B and C, and linear attention as the upper end."
     ),
     settings={
@@ -50,5 +51,5 @@ REPRODUCTION = Reproduction(
         "language models, genomics and audio as good as Transformers twice their size: out of reach",
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
-    seconds=60,
+    seconds=90,
 )

@@ -3,25 +3,29 @@
 The paper (abstract): random alignment matrices perform surprisingly competitively, and dot products may not be that important;
 synthesised scores beside dot products are better than either alone.
 
-Here: scikit-learn's digits as 64 pixel tokens, so that places mean something, 2 layers of width 64 with learned positions, 600
-steps: softmax, and scores that are dense, random and trained, random and fixed, or dense mixed with dot products. Competitive
-means within 5 points. That fixed random scores come last is what a survey expects of them (arXiv 2103.14636).
+Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, 2 layers
+of width 32 with learned positions: softmax, and scores that are dense, random and trained, random and fixed, or dense mixed with
+dot products. Competitive means within 5 points. That fixed random scores come last is what a survey expects of them (arXiv
+2103.14636).
+
+Before, positions began with a deviation of 0.02, and softmax had 0.49 to 0.57 on whole images: it had not learned. In a pilot of
+two seeds softmax has 0.79 and 0.81, dense the same, random 0.71 and 0.77, as fixed, and dense with dot products 0.77 on both. That
+is what ten seeds are run for.
 """
 
 from typing import Any
 
-from regard.reproductions.framework.judging import Check, minus
+from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
+from regard.reproductions.framework.training import digit_windows, placed_classifier, trained_score
 
-TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
+TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000, "window": 6}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    task = digit_pixels(setting["items"])
+    task = digit_windows(setting["items"], setting["window"])
     options = {**setting["options"], **({"length": task.length} if setting["mixer"] == "synthesizer" else {})}
-    plan = [(setting["mixer"], options)] * 2
-    model = classifier(task, plan, dim=64, num_heads=4, positions="learned", max_length=task.length)
+    model = placed_classifier(task, [(setting["mixer"], options)] * 2)
     return {**trained_score(model, task, setting, seed)}
 
 
@@ -37,8 +41,8 @@ REPRODUCTION = Reproduction(
         "better than either (abstract)."
     ),
     instead=(
-        "Accuracy on digits as 64 pixel tokens, 2 layers of width 64 with learned positions; competitive meaning within 5 "
-        "points of softmax."
+        "Accuracy on windows of 6 x 6 pixels into digits, 2 layers of width 32 with learned positions; competitive meaning "
+        "within 5 points of softmax."
     ),
     settings={
         "dense": synthesizer("dense"),
@@ -48,6 +52,10 @@ REPRODUCTION = Reproduction(
         "softmax": TRAINING | {"mixer": "softmax", "options": {}},
     },
     run_cell=run_cell,
+    needs=(
+        Check("softmax gets above 0.7", measured("softmax", "score"), above=0.7),
+        Check("the best of them stays below 0.95", measured("dense and dot", "score"), below=0.95),
+    ),
     checks=(
         Check("random within 5 points of softmax or better", minus("random", "softmax"), above=-0.05),
         Check("dense within 5 points of softmax or better", minus("dense", "softmax"), above=-0.05),
@@ -56,6 +64,9 @@ REPRODUCTION = Reproduction(
         Check("fixed random below random", minus("fixed random", "random"), below=0.0),
         Check("fixed random below dense", minus("fixed random", "dense"), below=0.0),
     ),
+    left_out=("translation, language modelling and GLUE: no such models at this size",),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
-    seconds=30,
+    seeds=10,
+    seconds=5,
+    protocol=2,
 )

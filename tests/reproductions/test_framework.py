@@ -29,6 +29,8 @@ from regard.reproductions.framework.judging import judge, measured, minus, over
 from regard.reproductions.framework.protocol import Cell, Reproduction
 from regard.reproductions.framework.runs import key
 from regard.reproductions.framework.telling import cost_of_deciding
+from regard.reproductions.framework.training import digit_levels, digit_pixels, said_twice
+from regard.tasks.protocol import IGNORED
 
 WITHOUT_REPRODUCTION: dict[str, str] = {}
 """Mechanisms of the catalogue that have none, with the reason."""
@@ -262,6 +264,7 @@ def test_a_pilot_is_never_judged(example, tmp_path):
     assert record["outcome"] == Outcome.NOT_RUN
     assert [(f["says"], f["seeds"]) for f in found["findings"]] == [("good above bad", 3)]
     assert found["findings"][0]["mean"] == pytest.approx(0.4)
+    assert [f["seeds"] for f in pilot("example", None)["findings"]] == [0]
 
 
 def test_a_setting_may_have_more_seeds_than_the_others():
@@ -331,3 +334,22 @@ def test_cells_are_ordered_by_seed():
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert Cell("delta_rule", "softmax", 1) in cells
     assert get_mechanism("delta_rule").paper == get_reproduction("delta_rule").paper
+
+
+def test_pixels_read_as_text_are_the_pixels_of_the_images():
+    images, task = digit_pixels(40), digit_levels(40)
+    read, drawn = task.training_batch(3, 1, 5), images.training_batch(3, 1, 5)
+    assert torch.equal(task.levels[read.targets], drawn.inputs[..., 0])
+    assert torch.equal(read.inputs[:, 1:], read.targets[:, :-1])
+    assert (
+        read.inputs[:, 0].unique().tolist() == [task.vocab_size - 1] and int(read.targets.max()) < task.vocab_size - 1
+    )
+
+
+def test_text_said_twice_asks_for_the_second_half_alone():
+    task = said_twice(20, 4)
+    batch = task.training_batch(0, 0, 3)
+    assert torch.equal(batch.inputs[:, :10], batch.inputs[:, 10:])
+    assert (batch.targets[:, :9] == IGNORED).all() and torch.equal(
+        batch.targets[:, 9:], batch.inputs.roll(-1, 1)[:, 9:]
+    )

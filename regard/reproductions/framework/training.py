@@ -109,6 +109,41 @@ def said_twice(length: int, items: int) -> SaidTwice:
     return SaidTwice(cached_task("text", length=length, evaluation_items=items))
 
 
+class PixelLevels(Task):
+    """Grey images as text: each pixel is predicted from those before it, row by row, after a start token.
+
+    What is far helps here at a size where it hardly does in text: the pixel above is a row back.
+    """
+
+    name, pattern, objective = "pixel levels", Pattern.CAUSAL_SELF, "next-token"
+
+    def __init__(self, images: Task) -> None:
+        self.images, self.length = images, images.length
+        self.levels = torch.cat([batch.inputs for batch in images.evaluation_batches(256)]).unique()
+        self.vocab_size = len(self.levels) + 1
+
+    def describe(self) -> str:
+        return f"pixel by pixel, {len(self.levels)} levels, of {self.images.describe()}"
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        return self.read(self.images.training_batch(step, seed, batch_size))
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for batch in self.images.evaluation_batches(batch_size):
+            yield self.read(batch)
+
+    def read(self, batch: Batch) -> Batch:
+        """The levels of all pixels (B, N) as targets, and as inputs one place later."""
+        targets = torch.bucketize(batch.inputs[..., 0], self.levels).clamp(max=len(self.levels) - 1)
+        return Batch(F.pad(targets[:, :-1], (1, 0), value=len(self.levels)), targets)
+
+
+@functools.cache
+def digit_levels(items: int) -> PixelLevels:
+    """:class:`PixelLevels` of :func:`digit_pixels`: 64 tokens in rows of eight."""
+    return PixelLevels(digit_pixels(items))
+
+
 def language_model(task: Task, plan: Any, **options: Any) -> LanguageModel:
     """A model of the task's vocabulary; `plan` is a list with a name or (name, options) for each layer."""
     return LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size or 0, plan=plan, **options))
