@@ -3,26 +3,26 @@
 The paper (section 4): at recalling up to 256 pairs in 2048 tokens xLSTM is the best of the models that are not
 Transformers, and both the matrix memory and the exponential gates improve language models.
 
-Here: recall of 23 pairs, each written once, by 24 queries in 70 tokens, 1,000 steps, with the layers of the delta rule's
+Here: recall of 15 pairs, each written once, by 24 queries in 56 tokens, with the layers of the delta rule's
 reproduction: 2 of width 64 with one head of 8 key features, so that the state is the bottleneck, a short convolution and
 a norm of the output head. The control is gated linear attention with one gate a head: the same memory and forget gate
-without input gate and normaliser. With 15 pairs and 500 steps, which were judged first and without a pilot, the control had 0.96, so that the
-state was hardly a bottleneck. PILOT
+without input gate and normaliser. It was judged without a pilot: with 15 pairs the control
+has 0.96, so the state is hardly a bottleneck, and more pairs are to be tried.
 """
 
 from regard.reproductions.delta_rule import SHAPE, TASK, TRAINING, UPPER_END, run_cell
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction
 
-ONCE = TRAINING | {"steps": 1000, "task": TASK | {"length": 70, "pairs": 23, "vocab_size": 48}}
+ONCE = TRAINING | {"steps": 500, "task": TASK | {"pairs": 15}}
 
 REPRODUCTION = Reproduction(
     name="mlstm",
     mechanisms=("mlstm",),
     claim="A matrix memory with exponential gating recalls more than other recurrent memories (section 4).",
     instead=(
-        "Recall of 23 pairs, accuracy: mLSTM against the same memory and forget gate without input gate and normaliser. "
-        "Two layers of width 64, 8 key features, 1,000 steps; no 256 pairs, no language model."
+        "Recall of 15 pairs, accuracy: mLSTM against the same memory and forget gate without input gate and normaliser. "
+        "Two layers of width 64, 8 key features, 500 steps; no 256 pairs, no language model."
     ),
     settings={
         "mlstm": ONCE | {"mixer": "mlstm", "options": SHAPE},
@@ -42,5 +42,5 @@ REPRODUCTION = Reproduction(
         "the Long Range Arena: sequences too long for this size",
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
-    seconds=25,
+    seconds=12,
 )
