@@ -4,15 +4,15 @@ The paper (abstract): 0.97 bits per byte on enwik8 with half the parameters of t
 times as long; linear complexity; two norms, since tokens and projections differ in scale. In the leaderboard of CAB (arXiv
 2210.07661) its language model has a perplexity of 15.5 where local attention has 19.7, and it is second in causal-self.
 
-Here: scikit-learn's digits as text of 64 pixels, each predicted from those before it, two layers of width 64 with 4 heads,
-600 steps. All have a window of 7 tokens, one less than to the pixel above; long-short has a landmark for each segment of 8
-besides, with both norms and without. Softmax is the upper end and is not judged. Growth of the noncausal layer's forward time
-on one core.
+Here: 40 bytes of Python's standard library and the same again, two layers of width 64 with 4 heads and learned positions, 1,000
+steps. All have a window of 15 tokens, two layers of which cannot see what repeats, 39 tokens back; long-short has a landmark for
+each segment of 8 besides, with both norms and without. Softmax is the upper end and is not judged. Growth of the noncausal layer's
+forward time on one core.
 
-Before, on bytes in windows of 256 with a window of 15, softmax was 0.26 nats worse than local attention after 400 steps: what
-is far does not help there yet, and learned positions as small as they begin kept softmax from learning. In the pilot (two seeds)
-softmax had 1.45 and 1.43 nats, the window 1.47 on both, long-short 1.46 and 1.51, without norms 1.43 and 1.46; five seeds are
-run.
+Before, what is far did not help: on bytes in windows of 256 softmax was 0.26 nats worse than a window of 15 after 400 steps, and on
+digits read pixel by pixel, judged with five seeds, it had the loss of a window of 7 (0.001 +- 0.003 nats; long-short 0.011 +- 0.007
+above it, and 0.025 +- 0.007 above itself without norms). In the pilot of this one (one seed) softmax had 0.00 nats, long-short
+0.46, without norms 1.64, the window alone 2.14: nothing is near a bound, and three seeds are run.
 """
 
 from functools import partial
@@ -24,18 +24,18 @@ from regard import create_layer
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_slopes
-from regard.reproductions.framework.training import digit_levels, language_model, trained_score
+from regard.reproductions.framework.training import language_model, said_twice, trained_score
 
-TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
-NEAR = {"window": 7}
-PLACES = {"positions": "learned", "max_length": 64, "position_options": {"std": 1.0}}
+TRAINING = {"steps": 1000, "batch_size": 16, "learning_rate": 3e-3, "items": 64}
+NEAR = {"window": 15}
+PLACES = {"positions": "learned", "max_length": 80, "position_options": {"std": 1.0}}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return {**time_forward(setting)}
-    task = digit_levels(setting["items"])
+    task = said_twice(80, setting["items"])
     layers = [(setting["mixer"], setting["options"])] * 2
     model = language_model(task, layers, dim=64, num_heads=4, **PLACES)
     return {**trained_score(model, task, setting, seed)}
@@ -56,9 +56,8 @@ REPRODUCTION = Reproduction(
         "linear cost, and a norm for each of the two, which differ in scale, helps (abstract)."
     ),
     instead=(
-        "Loss in nats a pixel of digits, 64 pixels read one by one, two layers of width 64, 600 steps: a window of 7 with "
-        "landmarks of segments of 8, without norms, and the window alone. Growth of time with length on one core, as p of time ~ "
-        "length^p."
+        "Loss in nats on bytes said 40 tokens before, two layers of width 64, 1,000 steps: a window of 15 with landmarks of "
+        "segments of 8, without norms, and the window alone. Growth of time with length on one core, as p of time ~ length^p."
     ),
     settings={
         "long_short": TRAINING | {"mixer": "long_short", "options": NEAR | {"segment": 8}},
@@ -73,15 +72,13 @@ REPRODUCTION = Reproduction(
         Check("a lower loss with both norms", minus("without norms", "long_short", "loss"), above=0.0),
         Check("forward time grows with p < 1.3", measured("time", "long_short"), below=1.3),
     ),
-    needs=(Check("what is far helps: softmax below local attention", minus("softmax", "local", "loss"), below=0.0),),
+    needs=(Check("what is far helps: softmax 1 nat below the window", minus("softmax", "local", "loss"), below=-1.0),),
     left_out=(
-        "0.97 bits a byte on enwik8 with half the parameters: out of reach; pixels are read in the place of text",
+        "0.97 bits a byte on enwik8 with half the parameters: out of reach",
         "classes of images and the Long Range Arena: each is a training of its own",
         "second in the benchmark's causal tasks: compared with local attention alone",
         "sequences three times as long on the same hardware: a GPU's memory",
     ),
-    seeds=5,
-    more_seeds={"time": 3},
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 4, "lengths": [64, 128], "seconds": 0.01},
     seconds=20,
