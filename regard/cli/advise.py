@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.arguments import read_integers, read_names
-from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+from regard.cli.console import console, emit, load_plugins
+from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Pattern
 
@@ -34,7 +35,7 @@ def advise_command(
     head_dim: Annotated[int | None, typer.Option(help="Width of a head; dim / heads by default.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
+    device: DEVICE = "cpu",
     short_convolution: Annotated[
         int | None,
         typer.Option(help="Width of short convolutions in every layer that takes them; each layer's own by default."),

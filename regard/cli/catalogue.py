@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.catalogue import get_mechanism, get_module, list_mechanisms
-from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+from regard.cli.console import console, emit, load_plugins
+from regard.cli.options import JSON, PLUGINS
 from regard.contract import Pattern
 from regard.functional import function_name
 

@@ -9,14 +9,13 @@ import typer
 from rich.text import Text
 
 from regard.cli.arguments import read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
-from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins, plain
+from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
 from regard.cli.progress import clock, progress
 
 
 def compare(
-    data: Annotated[
-        list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")
-    ] = None,
+    data: DATA = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,13 +49,9 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
         "runs/compare"
     ),
-    validation: Annotated[
-        list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
-    tokenizer: Annotated[
-        str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")
-    ] = "bytes",
+    validation: VALIDATION = None,
+    length: LENGTH = None,
+    tokenizer: TOKENIZER = "bytes",
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
@@ -80,21 +75,10 @@ def compare(
         ),
     ] = "inference",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of the winner.")] = False,
-    stack: Annotated[
-        str,
-        typer.Option(
-            help="How the backbone's layers are stacked, as option=value,option=value: share, share_groups, reversible, "
-            "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold, layer_scale, branch_norm."
-        ),
-    ] = "",
-    precision: Annotated[
-        str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="Where models are trained and measured: cpu, cuda.")] = "cpu",
-    model: Annotated[
-        str | None,
-        typer.Option(help="The backbone, such as a plugin's; the first that serves the task when not given."),
-    ] = None,
+    stack: STACK = "",
+    precision: PRECISION = "float32",
+    device: DEVICE = "cpu",
+    model: MODEL = None,
     only: Annotated[
         str | None,
         typer.Option(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -15,12 +14,6 @@ from regard.contract import Unsupported
 
 console = Console()
 errors = Console(stderr=True)
-
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
-PLUGINS = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", help="Python file that defines a MECHANISM, a TASK or a MODEL. Repeatable."),
-]
 
 
 def load_plugins(plugins: list[Path] | None) -> list[Any]:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from regard.backends import NATIVE, engine_names, which_backend
 from regard.backends.native import library
-from regard.cli.console import JSON, console, emit
+from regard.cli.console import console, emit
+from regard.cli.options import JSON
 
 
 def doctor(as_json: JSON = False) -> None:

@@ -9,7 +9,8 @@ import typer
 from rich.text import Text
 
 from regard.cli.arguments import plugged_tasks
-from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+from regard.cli.console import console, emit, load_plugins
+from regard.cli.options import DEVICE, JSON, PLUGINS
 
 
 def evaluate(
@@ -18,7 +19,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    device: DEVICE = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:

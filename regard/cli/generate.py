@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regard.cli.console import JSON, emit
+from regard.cli.console import emit
+from regard.cli.options import DEVICE, JSON
 from regard.contract import Unsupported
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest of this probability in all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
     """Go on from a text, token by token through the model's state.

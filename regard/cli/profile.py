@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from regard.cli.arguments import read_integers
-from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+from regard.cli.console import console, emit, load_plugins
+from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Pattern
 
@@ -26,7 +27,7 @@ def profile_command(
     seconds: Annotated[float, typer.Option(help="Timing for each length.")] = 1.0,
     layer: Annotated[bool, typer.Option("--layer", help="Measure layers with projections, not functions.")] = False,
     dim: Annotated[int | None, typer.Option(help="Width of the layers; heads times head-dim by default.")] = None,
-    device: Annotated[str, typer.Option(help="A device of torch.")] = "cpu",
+    device: DEVICE = "cpu",
     growing: Annotated[
         bool,
         typer.Option("--growth", help="Also fit how time and memory grow with the length, beside the card's cost."),

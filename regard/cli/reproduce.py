@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.console import JSON, console, emit
+from regard.cli.console import console, emit
+from regard.cli.options import JSON, SHARD, TIMINGS
 from regard.cli.progress import clock, progress
 
 if TYPE_CHECKING:
@@ -25,13 +26,8 @@ def reproduce(
     seeds: Annotated[
         int | None, typer.Option(help="Runs of each setting; each reproduction's own when not given.")
     ] = None,
-    only: Annotated[
-        str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
-    ] = None,
-    timings: Annotated[
-        bool | None,
-        typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
-    ] = None,
+    only: SHARD = None,
+    timings: TIMINGS = None,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
         "runs/reproduce"
     ),

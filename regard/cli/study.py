@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from regard.cli.console import JSON, console, emit
+from regard.cli.console import console, emit
+from regard.cli.options import JSON, SHARD, TIMINGS
 from regard.cli.reproduce import reproduced, tell_judged, tell_listed
 from regard.contract import Unsupported, closest
 
@@ -16,13 +17,8 @@ from regard.contract import Unsupported, closest
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; all are listed when none is named.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each setting; the study's own when not given.")] = None,
-    only: Annotated[
-        str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
-    ] = None,
-    timings: Annotated[
-        bool | None,
-        typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
-    ] = None,
+    only: SHARD = None,
+    timings: TIMINGS = None,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
         "runs/reproduce"
     ),

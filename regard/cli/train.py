@@ -9,15 +9,14 @@ import typer
 from rich.text import Text
 
 from regard.cli.arguments import describe_tasks, plugged_tasks, read_mechanisms, read_stack
-from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins, plain
+from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
 from regard.cli.progress import clock, progress
 from regard.contract import Unsupported
 
 
 def train(
-    data: Annotated[
-        list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")
-    ] = None,
+    data: DATA = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -33,16 +32,10 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder of the model; the same command goes on from it.")] = Path(
         "runs/train"
     ),
-    validation: Annotated[
-        list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of an item.")] = None,
-    tokenizer: Annotated[
-        str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")
-    ] = "bytes",
-    model: Annotated[
-        str | None, typer.Option(help="The backbone; the first that serves the task when not given.")
-    ] = None,
+    validation: VALIDATION = None,
+    length: LENGTH = None,
+    tokenizer: TOKENIZER = "bytes",
+    model: MODEL = None,
     dim: Annotated[int, typer.Option(help="Its width.")] = 128,
     layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
@@ -50,10 +43,10 @@ def train(
     frame: Annotated[
         str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
     ] = "convolution",
-    stack: Annotated[str, typer.Option(help="How layers are stacked, as in regard compare.")] = "",
+    stack: STACK = "",
     seed: Annotated[int, typer.Option(help="Of weights, batches and draws.")] = 0,
-    precision: Annotated[str, typer.Option(help="float32, or mixed: bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    precision: PRECISION = "float32",
+    device: DEVICE = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.catalogue import list_mechanisms
-from regard.cli.console import JSON, PLUGINS, console, emit, load_plugins
+from regard.cli.console import console, emit, load_plugins
+from regard.cli.options import JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Unsupported
 

@@ -1,0 +1,42 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+PLUGINS = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="Python file that defines a MECHANISM, a TASK or a MODEL. Repeatable."),
+]
+DATA = Annotated[list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")]
+VALIDATION = Annotated[
+    list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
+]
+LENGTH = Annotated[int | None, typer.Option(help="Tokens of an item.")]
+TOKENIZER = Annotated[str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")]
+MODEL = Annotated[
+    str | None,
+    typer.Option(help="The backbone, such as a plugin's; the first that serves the task when not given."),
+]
+STACK = Annotated[
+    str,
+    typer.Option(
+        help="How the backbone's layers are stacked, as option=value,option=value: share, share_groups, reversible, "
+        "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold, layer_scale, branch_norm."
+    ),
+]
+PRECISION = Annotated[
+    str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
+]
+DEVICE = Annotated[str, typer.Option(help="A device of torch: cpu, cuda.")]
+SHARD = Annotated[
+    str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
+]
+TIMINGS = Annotated[
+    bool | None,
+    typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
+]
