@@ -6,7 +6,8 @@ Here: 8 data tokens of an alphabet of 8 scattered in 64 noise tokens, 2 layers o
 in the paper. The time-invariant control is the same block with constant dt, B and C. Linear attention, which the paper does
 not try, is the upper end: it has no selection either, but solves the task, so that selection is not the only way to do so.
 With 2,000 steps
-selection had 0.93, 0.98 and 0.98 and was still learning. That selection copies better than linear attention was an expectation of ours once; three seeds left it undecided, and
+selection had 0.93, 0.98 and 0.98 and was still learning, and the control 0.5. With 4,000 (three seeds) selection had 1.00, and the
+control too went on learning, to 0.89, so that their distance, 0.11 where 0.2 is asked, is tried on six. That selection copies better than linear attention was an expectation of ours once; three seeds left it undecided, and
 the claim no longer rests on it.
 """
 
@@ -50,6 +51,7 @@ REPRODUCTION = Reproduction(
         "better than linear attention: the paper does not compare them on this task, and at this size linear attention solves it",
         "language models, genomics and audio as good as Transformers twice their size: out of reach",
     ),
+    more_seeds={"selective": 6, "time-invariant": 6},
     smoke={"steps": 2, "batch_size": 2, "items": 8},
     seconds=90,
 )
