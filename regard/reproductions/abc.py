@@ -1,12 +1,13 @@
 """ABC (Peng et al., arXiv 2110.02488) as the Comprehensive Attention Benchmark (arXiv 2210.07661) has it: slots instead of tokens.
 
 The paper (abstract): a learned control of a bounded memory is more efficient than earlier attention at hardly any loss of
-accuracy. The benchmark (its leaderboard, language modelling on PG-19): perplexity 29.13 against 19.73 of local attention with 16
-tokens, measured with code that does not accumulate over the past; noncausal index -0.69 against -0.02 of softmax.
+accuracy. The benchmark (its leaderboard, language modelling on PG-19): perplexity 29.13 against 19.73 of local attention
+with 16 tokens, measured with code that does not accumulate over the past; noncausal index -0.69 against -0.02 of softmax.
 
-Here: scikit-learn's digits as 64 pixel tokens in 16 slots, noncausal, within 5 points of softmax; characters of text, 128 at a
-time, 500 steps, with the running softmax: 16 slots against local attention of 16 tokens, softmax, and 2 slots. Two layers of
-width 64. Whether slots help was open after three seeds, and is tried on ten. Growth of forward time on one core, causal, from 1024 to 8192 tokens.
+Here: scikit-learn's digits as 64 pixel tokens in 16 slots, noncausal, within 5 points of softmax; characters of text, 128
+at a time, 500 steps, with the running softmax: 16 slots against local attention of 16 tokens, softmax, and 2 slots. Two
+layers of width 64. Whether slots help was open after three seeds, and is tried on ten. Growth of forward time on one core,
+causal, from 1024 to 8192 tokens.
 """
 
 from functools import partial

@@ -1,16 +1,16 @@
 """Combiner (Ren et al., arXiv 2107.05768): full attention in every head at the cost of a sparse pattern.
 
-The paper (abstract): every position reaches all others, directly or through summaries of groups, at O(N log N) or
-O(N sqrt N); better than sparse transformers of the same pattern on images (2.77 bits on CIFAR-10) and text.
+The paper (abstract): every position reaches all others, directly or through summaries of groups, at O(N log N) or O(N sqrt
+N); better than sparse transformers of the same pattern on images (2.77 bits on CIFAR-10) and text.
 
-Here: scikit-learn's digits as text of 64 pixels, each predicted from those before it, 2 layers of width 64, 600 steps. Local
-attention within the rows of the image, which is `fixed` without its groups; `fixed`; `logn`; softmax. Forward time on one
-core at N = 4096 with rows of 64, softmax against `fixed`, and the exponent p of `fixed`'s time ~ N^p with rows of sqrt(N)
-tokens, where O(N sqrt N) says 1.5.
+Here: scikit-learn's digits as text of 64 pixels, each predicted from those before it, 2 layers of width 64, 600 steps.
+Local attention within the rows of the image, which is `fixed` without its groups; `fixed`; `logn`; softmax. Forward time on
+one core at N = 4096 with rows of 64, softmax against `fixed`, and the exponent p of `fixed`'s time ~ N^p with rows of
+sqrt(N) tokens, where O(N sqrt N) says 1.5.
 
 Before, on bytes in windows of 256 with rows of 16, softmax was no better than the rows alone (0.05 nats worse, 350 steps):
-what is far does not help there yet. In the pilot (two seeds) the rows alone had 1.62 nats
-a pixel, `fixed` 1.44 and 1.45, `logn` 1.48 and 1.49, softmax 1.37 and 1.42; four seeds are run.
+what is far does not help there yet. In the pilot (two seeds) the rows alone had 1.62 nats a pixel, `fixed` 1.44 and 1.45,
+`logn` 1.48 and 1.49, softmax 1.37 and 1.42; four seeds are run.
 """
 
 from functools import partial

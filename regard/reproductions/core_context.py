@@ -3,15 +3,15 @@
 The paper: LLaMA2-7B-32K, fine-tuned for 1000 steps with groups in place of far tokens, scores 21.86 on LongBench-E against
 22.11 with full attention and 14.95 with a window and sinks, at up to 93 % less cache (table of the project page).
 
-Here: looking up facts in 64 tokens (the task of `landmark`, and its layers). One softmax model is trained for 1,100 steps; then
-its weights go on for 200 with softmax, with cores of 4 tokens and the last 16 one by one, with mean cores, and with a window of
-20 alone. Nearly as good means within 5 points.
+Here: looking up facts in 64 tokens (the task of `landmark`, and its layers). One softmax model is trained for 1,100 steps;
+then its weights go on for 200 with softmax, with cores of 4 tokens and the last 16 one by one, with mean cores, and with a
+window of 20 alone. Nearly as good means within 5 points.
 
 Before, on bytes in windows of 512, full attention was no better than the window alone (0.005 nats worse, 300 steps), and
-recall over 80 tokens was not learned by any (0.16 with cores). In a pilot on digits as text of 64 pixels, with cores of 4 and the
-last 4 one by one, cores lost 0.11 and 0.08 nats of full attention (two seeds), as much as a window of 8, which sees nearly all
-that matters there. In the pilot of this one (two seeds) full attention had 1.00 on both, cores 0.97 and 0.98, mean cores 0.89 and
-0.92, the window 0.35 on both; four seeds are run.
+recall over 80 tokens was not learned by any (0.16 with cores). In a pilot on digits as text of 64 pixels, with cores of 4
+and the last 4 one by one, cores lost 0.11 and 0.08 nats of full attention (two seeds), as much as a window of 8, which sees
+nearly all that matters there. In the pilot of this one (two seeds) full attention had 1.00 on both, cores 0.97 and 0.98,
+mean cores 0.89 and 0.92, the window 0.35 on both; four seeds are run.
 """
 
 import math

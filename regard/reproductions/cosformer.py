@@ -1,18 +1,20 @@
 """cosFormer (Qin et al., arXiv 2202.08791) as architecture search meets it (arXiv 2207.13955): cheaper, and a little worse.
 
 The paper (abstract): comparable to or better than softmax in causal and cross attention, at linear cost, thanks to
-non-negative weights and the cosine. The search paper (abstract): the best network of cosFormer layers alone computes less and
-is less accurate than that of softmax layers; mixed, accuracy is comparable at less computation. The Comprehensive Attention
-Benchmark (arXiv 2210.07661, leaderboard): noncausal self 0.47 against -0.02 of softmax, noncausal cross -0.82 against 0.60.
+non-negative weights and the cosine. The search paper (abstract): the best network of cosFormer layers alone computes less
+and is less accurate than that of softmax layers; mixed, accuracy is comparable at less computation. The Comprehensive
+Attention Benchmark (arXiv 2210.07661, leaderboard): noncausal self 0.47 against -0.02 of softmax, noncausal cross -0.82
+against 0.60.
 
 Here: scikit-learn's digits as 64 pixel tokens, noncausal, 600 steps; characters of text, 128 at a time, causal, 500 steps;
-2 layers of width 64 with learned positions, on digits as large at the start as what they are added to. cosFormer with a reach of the sequence's length, the same without its cosine (a
-reach so far that all cosines are 1), softmax, and one layer of each. Comparable means within 5 points, and mixed within 2 % of
-softmax's loss. Growth of causal forward time on one core. The search itself is not run.
+2 layers of width 64 with learned positions, on digits as large at the start as what they are added to. cosFormer with a
+reach of the sequence's length, the same without its cosine (a reach so far that all cosines are 1), softmax, and one layer
+of each. Comparable means within 5 points, and mixed within 2 % of softmax's loss. Growth of causal forward time on one
+core. The search itself is not run.
 
-Positions on digits began with a deviation of 0.02 before, from which softmax did not learn to classify them (0.51). In the pilot of
-this (two seeds) softmax had 0.95 on both, cosFormer 0.96 and 0.96, and without its cosine 0.96 and 0.96, so that more seeds would
-hardly tell what the cosine does there.
+Positions on digits began with a deviation of 0.02 before, from which softmax did not learn to classify them (0.51). In the
+pilot of this (two seeds) softmax had 0.95 on both, cosFormer 0.96 and 0.96, and without its cosine 0.96 and 0.96, so that
+more seeds would hardly tell what the cosine does there.
 """
 
 from functools import partial

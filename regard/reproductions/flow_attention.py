@@ -3,15 +3,16 @@
 The paper (table in the authors' repository): on the Long Range Arena 56.48 % on average against 51.41 % of Performer and
 50.67 % of Reformer; on ImageNet-1K 80.6 % against 78.7 % of softmax; on WikiText-103 a perplexity of 30.8 against 33.0.
 
-Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, each pixel
-a token, so that a digit is known by how its pixels lie to each other; learned positions, noncausal, 2 layers of width 32.
-Flow attention against itself without competition and allocation, which is normalised linear attention with the same sigmoid
-kernel, without competition alone, and against a Performer with its own number of features (44); softmax is the control. The
-entropy of the weights that a query's output implies, in the first layer after training, says how sharp they are.
+Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, each
+pixel a token, so that a digit is known by how its pixels lie to each other; learned positions, noncausal, 2 layers of width
+32. Flow attention against itself without competition and allocation, which is normalised linear attention with the same
+sigmoid kernel, without competition alone, and against a Performer with its own number of features (44); softmax is the
+control. The entropy of the weights that a query's output implies, in the first layer after training, says how sharp they
+are.
 
 On two seeds of a pilot softmax had 0.79 and 0.81, and linear attention 0.08 less on both, so that sharpness counts here; a
-first protocol, whole digits beside distractors, had learned hardly anything (0.3). Flow attention and linear attention differed
-by less than 0.006, which no affordable number of seeds would tell from nothing; four are enough for the rest.
+first protocol, whole digits beside distractors, had learned hardly anything (0.3). Flow attention and linear attention
+differed by less than 0.006, which no affordable number of seeds would tell from nothing; four are enough for the rest.
 Those left open whether Performer is better (by 0.05), which is tried on ten.
 """
 

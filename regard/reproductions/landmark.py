@@ -13,8 +13,8 @@ guessing the others. Its accuracy on the whole input is told beside it and not j
 Three protocols came before. The first wrote a fact as one token, which the first of two landmark layers could look up, and
 there all landmarks have the same key but for its position, so that blocks had equal shares. In the second, with two tokens
 and two layers of each kind at 128 tokens, softmax did not learn the lookup (0.42 at most, three seeds, and no more with
-twice the questions), so that it was no control, and landmark failed to train on one seed of three. In the third, this
-one with 700 steps, softmax had not learned on one of the three judged seeds (0.46). In the pilot of this one (four seeds of
+twice the questions), so that it was no control, and landmark failed to train on one seed of three. In the third, this one
+with 700 steps, softmax had not learned on one of the three judged seeds (0.46). In the pilot of this one (four seeds of
 softmax, two of landmark) both answered 1.00 at 64 tokens, and at 512 landmark 1.00 and softmax 0.20 to 0.23.
 """
 

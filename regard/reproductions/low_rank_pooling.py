@@ -3,17 +3,16 @@
 The paper (abstract): matches or beats strong baselines on sentiment, ratings and topics, with fewer parameters than
 multi-head self-attention, and is more effective than a single head.
 
-Here: keyword aspects, a synthetic task: among 16 tokens of 32 kinds of noise stand one keyword of each of two groups of four,
-and the class is the sum of their numbers modulo 4, so that both must be found. A bidirectional GRU with 32 units a direction,
-then a pool and a linear classifier. Pools: mean, one head of additive attention, structured self-attention (SAN, 8 heads, arXiv
-1703.03130), LAMA with 8 heads and a learned context, and a Transformer layer with a mean. Weights of LAMA are
-bounded: none is more than e^2 times another.
+Here: keyword aspects, a synthetic task: among 16 tokens of 32 kinds of noise stand one keyword of each of two groups of
+four, and the class is the sum of their numbers modulo 4, so that both must be found. A bidirectional GRU with 32 units a
+direction, then a pool and a linear classifier. Pools: mean, one head of additive attention, structured self-attention (SAN,
+8 heads, arXiv 1703.03130), LAMA with 8 heads and a learned context, and a Transformer layer with a mean. Weights of LAMA
+are bounded: none is more than e^2 times another.
 
-A first protocol, 64 tokens, had left every pool but the maximum at chance. In a pilot of two seeds with 1000 steps SAN had 1.0
-on both, the mean 0.3 and LAMA 0.99 and 0.71; a single head and a Transformer layer, on one seed, 1.0. So the pools differ in how
-soon they find the keywords, and a single head is only asked to be matched.
-Four seeds left open whether LAMA is within 2 points of the others (it was 4 below), which is tried on ten; with 2,000 steps even
-the mean solves the task.
+A first protocol, 64 tokens, had left every pool but the maximum at chance. In a pilot of two seeds with 1000 steps SAN had
+1.0 on both, the mean 0.3 and LAMA 0.99 and 0.71; a single head and a Transformer layer, on one seed, 1.0. So the pools
+differ in how soon they find the keywords, and a single head is only asked to be matched. Four seeds left open whether LAMA
+is within 2 points of the others (it was 4 below), which is tried on ten; with 2,000 steps even the mean solves the task.
 """
 
 from typing import TYPE_CHECKING

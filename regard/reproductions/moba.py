@@ -1,16 +1,16 @@
 """Mixture of block attention (Lu et al., arXiv 2502.13189): a few blocks of keys, chosen by their means, are enough.
 
-The paper (section 3.1, figure 3): language models of 568M to 2.1B parameters with blocks of 512 and k = 3, which hide 81 % of
-8K tokens, have validation losses within 1e-3 of full attention's. Figure 2: 6.5 times as fast at a million tokens.
+The paper (section 3.1, figure 3): language models of 568M to 2.1B parameters with blocks of 512 and k = 3, which hide 81 %
+of 8K tokens, have validation losses within 1e-3 of full attention's. Figure 2: 6.5 times as fast at a million tokens.
 
-Here: 40 bytes of Python's standard library and the same again, 2 layers of width 64 with a short convolution, 1,000 steps: softmax,
-blocks of 8 with k = 3, and the own block alone. What repeats is 39 tokens back, so that blocks have to be chosen rightly. Forward
-time on one core with blocks of 64 and k = 3 against softmax's kernel, and its growth from 1024 to 8192.
+Here: 40 bytes of Python's standard library and the same again, 2 layers of width 64 with a short convolution, 1,000 steps:
+softmax, blocks of 8 with k = 3, and the own block alone. What repeats is 39 tokens back, so that blocks have to be chosen
+rightly. Forward time on one core with blocks of 64 and k = 3 against softmax's kernel, and its growth from 1024 to 8192.
 
-Judged first, with six seeds on digits read pixel by pixel, blocks of 4 lost 0.035 +- 0.010 nats of softmax, and in a lookup among
-filler, which softmax solved on all, they learned on one of three seeds (0.99, and 0.34 twice, where a window had 0.28): neither
-was decided. In the pilot of
-this one (one seed) blocks had 0.00 nats, as softmax has in `block_sparse`, and the own block alone 1.89.
+Judged first, with six seeds on digits read pixel by pixel, blocks of 4 lost 0.035 +- 0.010 nats of softmax, and in a lookup
+among filler, which softmax solved on all, they learned on one of three seeds (0.99, and 0.34 twice, where a window had
+0.28): neither was decided. In the pilot of this one (one seed) blocks had 0.00 nats, as softmax has in `block_sparse`, and
+the own block alone 1.89.
 """
 
 from functools import partial

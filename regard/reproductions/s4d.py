@@ -4,15 +4,15 @@ The paper (abstract): S4D matches S4 almost everywhere, with 85 % on average on 
 rates are clearly worse than complex ones. In the leaderboard of CAB (arXiv 2210.07661) S4D is the best of the efficient
 attentions in causal-self, and its language model has a perplexity of 15.8 where local attention has 19.7.
 
-Here: 40 bytes of Python's standard library and the same again, two layers of width 64, 1,000 steps: S4D, local attention with a
-window of 15, which two layers of cannot see what repeats, 39 tokens back, and softmax, which is the upper end and is not
-judged. For the rates: scikit-learn's digits as sequences of 64 pixels, two noncausal layers of width 32, 600 steps, S4D against
-the same layer with frequencies that are zero and stay so.
+Here: 40 bytes of Python's standard library and the same again, two layers of width 64, 1,000 steps: S4D, local attention
+with a window of 15, which two layers of cannot see what repeats, 39 tokens back, and softmax, which is the upper end and is
+not judged. For the rates: scikit-learn's digits as sequences of 64 pixels, two noncausal layers of width 32, 600 steps, S4D
+against the same layer with frequencies that are zero and stay so.
 
-Before, on bytes in windows of 256 with a window of 15, softmax was 0.13 nats worse than local attention after 400 steps (S4D
-0.33): what is far does not help there yet. In a pilot on digits read pixel by pixel (two seeds), where softmax was 0.05 below a window
-of 7, S4D had the window's loss, within 0.04. In the pilot of this one
-(two seeds) S4D had 0.07 and 0.06 nats, the window 1.97 and 1.93, softmax 0.00 on both.
+Before, on bytes in windows of 256 with a window of 15, softmax was 0.13 nats worse than local attention after 400 steps
+(S4D 0.33): what is far does not help there yet. In a pilot on digits read pixel by pixel (two seeds), where softmax was
+0.05 below a window of 7, S4D had the window's loss, within 0.04. In the pilot of this one (two seeds) S4D had 0.07 and 0.06
+nats, the window 1.97 and 1.93, softmax 0.00 on both.
 """
 
 import torch

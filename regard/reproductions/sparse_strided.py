@@ -5,14 +5,15 @@ as or better than dense attention at a fraction of its time. On text, which has 
 (its experiments). Time O(N sqrt N) (abstract).
 
 Here: 40 bytes of Python's standard library and the same again with s = 8, c = 2, 2 layers of width 64: fixed and strided
-patterns, what is near alone (`first`, which reaches 20 tokens at most), and dense attention. As good means within 0.25 nats.
-What repeats is 39 tokens back. Each head of the fixed pattern sees a quarter of the tokens there; the strided one sees it in
-no head (8 does not divide 39), but in two steps, 32 and 7, which is how the paper connects all tokens.
+patterns, what is near alone (`first`, which reaches 20 tokens at most), and dense attention. As good means within 0.25
+nats. What repeats is 39 tokens back. Each head of the fixed pattern sees a quarter of the tokens there; the strided one
+sees it in no head (8 does not divide 39), but in two steps, 32 and 7, which is how the paper connects all tokens.
 
 In a pilot dense attention was below 0.4 nats after 150 of 250 steps on both seeds. On one, with batches of 24, the fixed
 pattern came to 1.10 and the strided one to 2.13 (and, with batches of 16, to 1.49 in 600 steps: two steps are learned
 slowly). Three seeds of 300 steps were judged first (dense 0.04, fixed 1.47, strided 2.23, near 2.25); since the sparse
-patterns were still learning at their end, the steps were made 1,000 for all. Which of the two is lower was open after three seeds of that, and is tried on eight.
+patterns were still learning at their end, the steps were made 1,000 for all. Which of the two is lower was open after three
+seeds of that, and is tried on eight.
 
 Forward time on one core at N = 4096 with s = 64, and growth from 1024 to 16384 with s = sqrt(N). No images are generated.
 """

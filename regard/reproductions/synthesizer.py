@@ -1,16 +1,16 @@
 """Synthesizer (Tay et al., arXiv 2005.00743): scores need not come from pairs of tokens.
 
-The paper (abstract): random alignment matrices perform surprisingly competitively, and dot products may not be that important;
-synthesised scores beside dot products are better than either alone.
+The paper (abstract): random alignment matrices perform surprisingly competitively, and dot products may not be that
+important; synthesised scores beside dot products are better than either alone.
 
-Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, 2 layers
-of width 32 with learned positions: softmax, and scores that are dense, random and trained, random and fixed, or dense mixed with
-dot products. Competitive means within 5 points. That fixed random scores come last is what a survey expects of them (arXiv
-2103.14636).
+Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, 2
+layers of width 32 with learned positions: softmax, and scores that are dense, random and trained, random and fixed, or
+dense mixed with dot products. Competitive means within 5 points. That fixed random scores come last is what a survey
+expects of them (arXiv 2103.14636).
 
-Before, positions began with a deviation of 0.02, and softmax had 0.49 to 0.57 on whole images: it had not learned. In a pilot of
-two seeds softmax has 0.79 and 0.81, dense the same, random 0.71 and 0.77, as fixed, and dense with dot products 0.77 on both. That
-is what ten seeds are run for.
+Before, positions began with a deviation of 0.02, and softmax had 0.49 to 0.57 on whole images: it had not learned. In a
+pilot of two seeds softmax has 0.79 and 0.81, dense the same, random 0.71 and 0.77, as fixed, and dense with dot products
+0.77 on both. That is what ten seeds are run for.
 """
 
 from typing import Any
