@@ -76,12 +76,13 @@ def generate(
 def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:
     """The text of a stream of tokens; what is new of it is shown as it comes, once its characters are whole."""
     show(prompt)
-    tokens, shown, text = list[int](), 0, ""
+    written, waiting = "", list[int]()
     for token in stream:
-        tokens.append(int(token))
-        text = tokenizer.decode(tokens)
-        whole = text.rstrip(UNFINISHED)
-        show(whole[shown:])
-        shown = max(shown, len(whole))
-    show(text[shown:])
-    return text
+        waiting.append(int(token))
+        part = tokenizer.decode(waiting)
+        if not part.endswith(UNFINISHED):
+            show(part)
+            written, waiting = written + part, []
+    rest = tokenizer.decode(waiting)
+    show(rest)
+    return written + rest

@@ -74,10 +74,10 @@ def train(
             console.print(plain(f"By its contents: --task {described}"))
 
     own = plugged_tasks(load_plugins(plugin))
-    chosen = [task] if task is not None else None if data or own else ["text"]
-    if chosen is None and own:
+    if own and task is None:
         asked = own[0]
     else:
+        chosen = None if task is None else [task]
         ((name, options),) = describe_tasks(chosen, data, validation, length, tokenizer, recognised)
         asked = create_task(name, **options)
     variants = read_mechanisms(mechanism, [asked])

@@ -28,9 +28,8 @@ from regard.functional import softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import language_model, said_twice, trained_score
+from regard.reproductions.framework.training import SAID_TWICE, said_twice_score
 
-TRAINING = {"steps": 1000, "batch_size": 16, "learning_rate": 1e-2, "items": 64}
 CONVOLUTION = {"short_convolution": 4}
 BLOCKS: dict[str, Any] = {"block_size": 8, "global_blocks": 0, **CONVOLUTION}
 BLOCK = 64
@@ -38,11 +37,7 @@ BLOCK = 64
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "mixer" in setting:
-        task = said_twice(80, setting["items"])
-        model = language_model(
-            task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4, positions="rotary"
-        )
-        return {**trained_score(model, task, setting, seed)}
+        return said_twice_score(setting, seed, positions="rotary")
     with torch.no_grad():
         return error(setting["length"]) if "seconds" not in setting else time_densities(setting)
 
@@ -95,9 +90,9 @@ REPRODUCTION = Reproduction(
     settings={
         "exact": {"length": 1024},
         "time": {"length": 4096, "densities": [0.0625, 0.125, 0.25, 0.5], "seconds": 10.0},
-        "dense": TRAINING | {"mixer": "softmax", "options": CONVOLUTION},
-        "butterfly": TRAINING | {"mixer": "block_sparse", "options": BLOCKS},
-        "neighbours": TRAINING | {"mixer": "block_sparse", "options": BLOCKS | {"layout": "local_global"}},
+        "dense": SAID_TWICE | {"mixer": "softmax", "options": CONVOLUTION},
+        "butterfly": SAID_TWICE | {"mixer": "block_sparse", "options": BLOCKS},
+        "neighbours": SAID_TWICE | {"mixer": "block_sparse", "options": BLOCKS | {"layout": "local_global"}},
     },
     run_cell=run_cell,
     checks=(

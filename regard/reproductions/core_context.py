@@ -17,7 +17,7 @@ mean cores 0.89 and 0.92, the window 0.35 on both; four seeds are run.
 import math
 from typing import Any
 
-from regard.reproductions.framework.judging import Check, Seed, measured, number
+from regard.reproductions.framework.judging import Check, measured, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import fit, score
 from regard.reproductions.landmark import WINDOW, Lookup, lookup_model
@@ -46,15 +46,6 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     return found
 
 
-def over(other: str) -> Any:
-    """Accuracy with cores minus that with something else, after fine-tuning."""
-
-    def value(seed: Seed) -> float:
-        return number(seed, "tuned", "cores") - number(seed, "tuned", other)
-
-    return value
-
-
 REPRODUCTION = Reproduction(
     name="core_context",
     mechanisms=("core_context",),
@@ -69,9 +60,9 @@ REPRODUCTION = Reproduction(
     settings={"tuned": TRAINING},
     run_cell=run_cell,
     checks=(
-        Check("cores within 5 points of full attention", over("full"), above=-0.05),
-        Check("cores above the window alone by 0.3", over("window"), above=0.3),
-        Check("cores no worse than mean cores by a point", over("mean cores"), above=-0.01),
+        Check("cores within 5 points of full attention", within("tuned", "cores", "full"), above=-0.05),
+        Check("cores above the window alone by 0.3", within("tuned", "cores", "window"), above=0.3),
+        Check("cores no worse than mean cores by a point", within("tuned", "cores", "mean cores"), above=-0.01),
     ),
     needs=(
         Check("full attention learns the lookup (above 0.9)", measured("tuned", "full"), above=0.9),

@@ -26,9 +26,9 @@ from regard import create_layer
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_slopes
-from regard.reproductions.framework.training import language_model, said_twice, trained_score
+from regard.reproductions.framework.training import SAID_TWICE, said_twice_score
 
-TRAINING = {"steps": 1000, "batch_size": 16, "learning_rate": 3e-3, "items": 64}
+TRAINING = SAID_TWICE | {"learning_rate": 3e-3}
 NEAR = {"window": 15}
 PLACES = {"positions": "learned", "max_length": 80, "position_options": {"std": 1.0}}
 
@@ -37,10 +37,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return {**time_forward(setting)}
-    task = said_twice(80, setting["items"])
-    layers = [(setting["mixer"], setting["options"])] * 2
-    model = language_model(task, layers, dim=64, num_heads=4, **PLACES)
-    return {**trained_score(model, task, setting, seed)}
+    return said_twice_score(setting, seed, **PLACES)
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from regard import Context
 from regard.mechanisms.mixture_of_heads import head_usage, usage_entropy
 from regard.models import LanguageModel
-from regard.reproductions.framework.judging import Check, Seed, measured, minus, number
+from regard.reproductions.framework.judging import Check, Seed, measured, minus, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import BIGRAMS, cached_task, fit, language_model, score, trained_score
 from regard.tasks import Task
@@ -69,7 +69,7 @@ def first_heads(model: LanguageModel, task: Task, heads: int) -> LanguageModel:
 
 
 def tuned(first: str, second: str) -> Callable[[Seed], float]:
-    return lambda seed: number(seed, "tuned", first) - number(seed, "tuned", second)
+    return within("tuned", first, second)
 
 
 def recovered(seed: Seed) -> float:

@@ -23,9 +23,8 @@ from regard.apply import apply
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import growth_and_speedup
-from regard.reproductions.framework.training import language_model, said_twice, trained_score
+from regard.reproductions.framework.training import SAID_TWICE, said_twice_score
 
-TRAINING = {"steps": 1000, "batch_size": 16, "learning_rate": 1e-2, "items": 64}
 CONVOLUTION = {"short_convolution": 4}
 BLOCKS = {"block_size": 8, "top": 3, **CONVOLUTION}
 
@@ -34,9 +33,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = said_twice(80, setting["items"])
-    model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4, positions="rotary")
-    return {**trained_score(model, task, setting, seed)}
+    return said_twice_score(setting, seed, positions="rotary")
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
@@ -60,9 +57,9 @@ REPRODUCTION = Reproduction(
         "one core, and p of time ~ length^p."
     ),
     settings={
-        "softmax": TRAINING | {"mixer": "softmax", "options": CONVOLUTION},
-        "moba": TRAINING | {"mixer": "moba", "options": BLOCKS},
-        "block": TRAINING | {"mixer": "moba", "options": BLOCKS | {"top": 1}},
+        "softmax": SAID_TWICE | {"mixer": "softmax", "options": CONVOLUTION},
+        "moba": SAID_TWICE | {"mixer": "moba", "options": BLOCKS},
+        "block": SAID_TWICE | {"mixer": "moba", "options": BLOCKS | {"top": 1}},
         "time": {"lengths": [1024, 2048, 4096, 8192], "seconds": 8.0},
     },
     run_cell=run_cell,

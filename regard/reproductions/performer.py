@@ -21,7 +21,7 @@ import torch
 
 from regard.functional import performer_attention, softmax_attention
 from regard.mechanisms.performer import draw_features
-from regard.reproductions.framework.judging import Check, measured, minus, number
+from regard.reproductions.framework.judging import Check, measured, minus, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import growth_and_speedup
 from regard.reproductions.framework.training import (
@@ -125,7 +125,7 @@ REPRODUCTION = Reproduction(
         Check("the softmax that is moved gets above 0.7", measured("moved", "softmax"), above=0.7),
         Check(
             "moving alone costs more than 0.05",
-            lambda seed: number(seed, "moved", "softmax") - number(seed, "moved", "unadapted"),
+            within("moved", "softmax", "unadapted"),
             above=0.05,
         ),
     ),
@@ -143,7 +143,7 @@ REPRODUCTION = Reproduction(
         Check("accuracy within 5 points of softmax", minus("performer", "softmax"), above=-0.05),
         Check(
             "moved and fine-tuned, within 5 points of the softmax that it came from",
-            lambda seed: number(seed, "moved", "score") - number(seed, "moved", "softmax"),
+            within("moved", "score", "softmax"),
             above=-0.05,
         ),
         Check("forward time grows with p < 1.3", measured("time", "performer"), below=1.3),

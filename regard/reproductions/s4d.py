@@ -21,25 +21,23 @@ from regard.mechanisms.s4d import S4DLayer
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import (
+    SAID_TWICE,
     classifier,
     digit_pixels,
-    language_model,
-    said_twice,
+    said_twice_score,
     trained_score,
 )
 
-TEXT = {"task": "text", "steps": 1000, "batch_size": 16, "learning_rate": 1e-2, "items": 64}
+TEXT = SAID_TWICE | {"task": "text"}
 IMAGES = {"task": "images", "steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000, "mixer": "s4d"}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
-    layers = [(setting["mixer"], setting.get("options", {}))] * 2
     if setting["task"] == "text":
-        text = said_twice(80, setting["items"])
-        return trained_score(language_model(text, layers, dim=64, num_heads=4), text, setting, seed)
+        return said_twice_score(setting, seed)
     task = digit_pixels(setting["items"])
-    model = classifier(task, layers, dim=32, num_heads=2)
+    model = classifier(task, [setting["mixer"]] * 2, dim=32, num_heads=2)
     if setting["real"]:
         for layer in model.modules():
             if isinstance(layer, S4DLayer):

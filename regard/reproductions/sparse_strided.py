@@ -29,9 +29,8 @@ from regard.apply import apply
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
-from regard.reproductions.framework.training import language_model, said_twice, trained_score
+from regard.reproductions.framework.training import SAID_TWICE, said_twice_score
 
-TRAINING = {"steps": 1000, "batch_size": 16, "learning_rate": 1e-2, "items": 64}
 CONVOLUTION = {"short_convolution": 4}
 STRIDE: dict[str, Any] = {"stride": 8, **CONVOLUTION}
 
@@ -40,9 +39,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = said_twice(80, setting["items"])
-    model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4, positions="rotary")
-    return {**trained_score(model, task, setting, seed)}
+    return said_twice_score(setting, seed, positions="rotary")
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
@@ -69,11 +66,11 @@ REPRODUCTION = Reproduction(
         "Forward on one core with s = sqrt(N): p of time ~ N^p, and the dense time over it at N = 4096."
     ),
     settings={
-        "dense": TRAINING | {"mixer": "softmax", "options": CONVOLUTION},
-        "fixed": TRAINING
+        "dense": SAID_TWICE | {"mixer": "softmax", "options": CONVOLUTION},
+        "fixed": SAID_TWICE
         | {"mixer": "sparse_strided", "options": STRIDE | {"layout": "fixed", "columns": 2, "head_columns": True}},
-        "strided": TRAINING | {"mixer": "sparse_strided", "options": STRIDE},
-        "near": TRAINING | {"mixer": "sparse_strided", "options": STRIDE | {"combine": "first"}},
+        "strided": SAID_TWICE | {"mixer": "sparse_strided", "options": STRIDE},
+        "near": SAID_TWICE | {"mixer": "sparse_strided", "options": STRIDE | {"combine": "first"}},
         "time": {"lengths": [1024, 4096, 16384], "seconds": 8.0},
     },
     run_cell=run_cell,

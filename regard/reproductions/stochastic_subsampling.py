@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from regard.contract import Context
 from regard.mechanisms.stochastic_subsampling import ensemble_predict
 from regard.models import LanguageModel
-from regard.reproductions.framework.judging import Check, Seed, measured, minus, number
+from regard.reproductions.framework.judging import Check, Seed, measured, minus, number, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import cached_task, language_model, score
 from regard.tasks import Task
@@ -89,10 +89,6 @@ def _ensemble_loss(model: LanguageModel, task: Task, passes: int) -> float:
     return sum(losses) / len(losses)
 
 
-def _within(setting: str, first: str, second: str) -> Callable[[Seed], float]:
-    return lambda seed: number(seed, setting, first) - number(seed, setting, second)
-
-
 def _better_than_best(setting: str) -> Callable[[Seed], float]:
     return lambda seed: number(seed, setting, "loss") - number(seed, "dense", "best")
 
@@ -120,12 +116,12 @@ REPRODUCTION = Reproduction(
         Check("unbiased better than dense", minus("unbiased", "dense", "loss"), below=0.0),
         Check("locally biased better than dense at its best", _better_than_best("local"), below=0.0),
         Check("unbiased better than dense at its best", _better_than_best("unbiased"), below=0.0),
-        Check("dense steps help more than subsampled ones (local)", _within("local", "loss", "kept"), below=0.0),
-        Check("dense steps help more than subsampled ones (unbiased)", _within("unbiased", "loss", "kept"), below=0.0),
-        Check("8 passes better than one (local)", _within("local", "eight", "one"), below=0.0),
-        Check("8 passes better than one (unbiased)", _within("unbiased", "eight", "one"), below=0.0),
+        Check("dense steps help more than subsampled ones (local)", within("local", "loss", "kept"), below=0.0),
+        Check("dense steps help more than subsampled ones (unbiased)", within("unbiased", "loss", "kept"), below=0.0),
+        Check("8 passes better than one (local)", within("local", "eight", "one"), below=0.0),
+        Check("8 passes better than one (unbiased)", within("unbiased", "eight", "one"), below=0.0),
         Check(
-            "8 passes at most 0.02 worse than the dense pass (local)", _within("local", "eight", "before"), below=0.02
+            "8 passes at most 0.02 worse than the dense pass (local)", within("local", "eight", "before"), below=0.02
         ),
     ),
     needs=(
@@ -134,7 +130,7 @@ REPRODUCTION = Reproduction(
             measured("dense", "best"),
             below=3.0,
         ),
-        Check("dense over-fits: the end 0.1 nats above its best", _within("dense", "loss", "best"), above=0.1),
+        Check("dense over-fits: the end 0.1 nats above its best", within("dense", "loss", "best"), above=0.1),
     ),
     left_out=(
         "a quarter to an eighth of the cost: a query reads a quarter of the keys by construction; time and memory are not measured",

@@ -141,7 +141,7 @@ def train_model(
         record = before
         say(f"going on with the run in {place}")
     else:
-        record["settings"] |= _planned(work, name, settings, say)
+        record["settings"] |= _planned(work, name, say)
         _write(place, record)
     torch.set_num_threads(record["settings"]["threads"])
     steps, seconds = record["settings"]["steps"], record["settings"]["step_seconds"]
@@ -200,27 +200,27 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _planned(work: Work, name: str, settings: CompareSettings, say: Callable[[str], None]) -> dict[str, Any]:
+def _planned(work: Work, name: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Steps, and how long one takes."""
-    started, amount, unit = time.monotonic(), settings.budget.amount, settings.budget.unit
+    started, budget = time.monotonic(), work.settings.budget
     # where the budget is not a time, the time of a step only says how often to save and what is left
-    seconds = calibration_seconds(settings.budget) if unit == "seconds" else 1.0
+    seconds = calibration_seconds(budget) if budget.unit == "seconds" else 1.0
     say(f"calibrating for about {seconds:.0f} s")
     threads = best_threads(work)
     torch.set_num_threads(threads)
     work.calibrate(seconds)
     step = work.step_seconds[name]
-    if unit == "seconds":
-        left = SAFETY * amount - (time.monotonic() - started) - work.evaluation_seconds[name]
+    if budget.unit == "seconds":
+        left = SAFETY * budget.amount - (time.monotonic() - started) - work.evaluation_seconds[name]
         steps = int(left / step)
     else:
-        steps = work.steps_for(name, settings.budget)
+        steps = work.steps_for(name, budget)
     if steps < FEWEST_STEPS:
         least = math.ceil((2 * FEWEST_STEPS * step + work.evaluation_seconds[name] + 2 * seconds) / SAFETY)
         raise Unsupported(
-            f"budget {settings.budget}, which leaves fewer than {FEWEST_STEPS} steps",
+            f"budget {budget}, which leaves fewer than {FEWEST_STEPS} steps",
             supported="a larger budget",
-            nearest=f"--budget {least}s" if unit == "seconds" else f'--budget "{2 * FEWEST_STEPS} steps"',
+            nearest=f"--budget {least}s" if budget.unit == "seconds" else f'--budget "{2 * FEWEST_STEPS} steps"',
         )
     say(f"{steps} steps of {work.batch} ({steps * work.batch_size * work.item_tokens:,} tokens)")
     return {"steps": steps, "step_seconds": step, "threads": threads}
@@ -231,17 +231,24 @@ def outcome(work: Work, model: nn.Module, history: History, found: Evaluation | 
     task, rule = work.task, work.baseline
     return {
         "state": DIVERGED if found is None else FINISHED,
-        "metric": task.metric,
-        "higher_is_better": task.higher_is_better,
+        **ran(task, model, history),
         "score": None if found is None else found.score,
         "loss": None if found is None else found.loss,
         "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
+        "machine": provenance.fingerprint()["cpu"],
+    }
+
+
+def ran(task: Task, model: nn.Module, history: History) -> dict[str, Any]:
+    """Of a run what was measured of it, by which measure."""
+    return {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
         "parameters": count_parameters(model),
         "steps": len(history.curve),
         "tokens": history.tokens,
         "seconds": history.seconds,
         "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
-        "machine": provenance.fingerprint()["cpu"],
     }
 
 

@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from regard.measurement.store import Store
-from regard.models import LanguageModel, count_parameters
+from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
 from regard.training import evaluate, train
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
-from regard.workbench.summary import by_tokens, thin
-from regard.workbench.trained import described, keep, outcome
+from regard.workbench.trained import described, keep, outcome, ran
 from regard.workbench.work import FEWEST_STEPS, Work, build, share_steps
 
 Row = dict[str, Any]
@@ -268,20 +267,14 @@ class Trainer:
             "frame": work.frame,
             "seed": seed,
             "lr": rate,
-            "metric": task.metric,
-            "higher_is_better": task.higher_is_better,
+            **ran(task, model, history),
             "score": score,
             "solved": None if task.solved is None else _reaches(task, score),
             "items": items,
             "search": choice,
             "sample": written(model, task) if seed == self.settings.first_seed and not history.diverged else None,
-            "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
-            "parameters": count_parameters(model),
             "feed_forward": work.configs[name].feed_forward,
-            "tokens": history.tokens,
-            "steps": len(history.curve),
             "skipped": history.skipped,
-            "seconds": history.seconds,
             "tokens_per_second": history.tokens_per_second,
             "training_memory_bytes": history.peak_memory,
             "reproduce": self.command,

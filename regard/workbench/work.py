@@ -322,7 +322,9 @@ class Work:
         """Seconds that one run is planned to take."""
         return self.steps[name] * self.step_seconds[name] + self.evaluation_seconds[name]
 
-    def train_config(self, rate: float, seed: int, steps: int, checkpoint_every: int = 100) -> TrainConfig:
+    def train_config(
+        self, rate: float, seed: int, steps: int, checkpoint_every: int = TrainConfig.checkpoint_every
+    ) -> TrainConfig:
         return TrainConfig(
             steps=steps,
             batch_size=self.batch_size,

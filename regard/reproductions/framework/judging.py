@@ -207,6 +207,11 @@ def minus(first: str, second: str, name: str = "score") -> Callable[[Seed], floa
     return lambda seed: number(seed, first, name) - number(seed, second, name)
 
 
+def within(setting: str, first: str, second: str) -> Callable[[Seed], float]:
+    """One measurement of a setting minus another."""
+    return lambda seed: number(seed, setting, first) - number(seed, setting, second)
+
+
 def over(first: str, second: str, name: str) -> Callable[[Seed], float]:
     """A measurement of the first setting over that of the second."""
     return lambda seed: number(seed, first, name) / number(seed, second, name)

@@ -109,6 +109,17 @@ def said_twice(length: int, items: int) -> SaidTwice:
     return SaidTwice(cached_task("text", length=length, evaluation_items=items))
 
 
+SAID_TWICE = {"steps": 1000, "batch_size": 16, "learning_rate": 1e-2, "items": 64}
+"""How :func:`said_twice_score` trains, unless a reproduction says otherwise."""
+
+
+def said_twice_score(setting: Mapping[str, Any], seed: int, **options: Any) -> dict[str, Any]:
+    """:func:`trained_score` of two layers of the setting's mixer, of width 64, on 40 bytes of text and the same again."""
+    task = said_twice(80, setting["items"])
+    layers = [(setting["mixer"], setting.get("options", {}))] * 2
+    return {**trained_score(language_model(task, layers, dim=64, num_heads=4, **options), task, setting, seed)}
+
+
 class PixelLevels(Task):
     """Grey images as text: each pixel is predicted from those before it, row by row, after a start token.
 
