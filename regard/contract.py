@@ -536,12 +536,22 @@ class Waiver:
         reason: why it cannot hold in general.
         holds_with: options under which it holds and is tested; None where it never can.
         patterns: patterns concerned; all when empty.
+        variants: variants concerned (:attr:`Mechanism.variants`); the default options and all variants when empty.
     """
 
     property: str
     reason: str
     holds_with: Mapping[str, Any] | None = None
     patterns: tuple[Pattern, ...] = ()
+    variants: tuple[str, ...] = ()
+
+    def concerns(self, property_name: str, pattern: Pattern, variant: str = "") -> bool:
+        """Whether it waives a property in a pattern, with the options of a variant (``""`` for the default ones)."""
+        return (
+            self.property == property_name
+            and (not self.patterns or pattern in self.patterns)
+            and (not self.variants or variant in self.variants)
+        )
 
 
 PUBLISHED_TOLERANCES: Mapping[torch.dtype, float] = {
@@ -605,6 +615,9 @@ class Mechanism:
         refused: reason for each pattern that it lacks.
         forms: functions by form name: reference, parallel, chunked, step, absorb, read.
         config: frozen dataclass of options.
+        variants: sets of options, by name, which together reach every computation that the options allow: the equality
+            matrix runs each, in sizes small enough for its tests.
+        variant_patterns: patterns of the variants that do not have all of the card's; elsewhere they are refused.
         state: its state class; None when it cannot continue a sequence.
         cost: analytic cost of a problem.
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
@@ -647,6 +660,8 @@ class Mechanism:
     forms: Mapping[str, Callable[..., Any]]
     config: type
     cost: Callable[[Shape, Any], Cost]
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variant_patterns: Mapping[str, tuple[Pattern, ...]] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     alias_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     output: str = "bhnv"
@@ -681,6 +696,8 @@ class Mechanism:
     def __post_init__(self) -> None:
         if not self.alias_options.keys() <= set(self.aliases):
             raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
+        if not self.variant_patterns.keys() <= self.variants.keys():
+            raise Unsupported(f"variant_patterns of {self.name} for no variant", supported=", ".join(self.variants))
         object.__setattr__(self, "option_types", types_of(self.config))
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
         accepted = self.accepts_positions
@@ -730,12 +747,19 @@ class Mechanism:
         """Whether tokens on a grid stay in their places, with padding among them, instead of being gathered."""
         return self.length == "grid" or "grid" in self.honours
 
+    def patterns_of(self, variant: str) -> tuple[Pattern, ...]:
+        """Patterns of a variant; the card's for ``""``, the default options."""
+        return self.variant_patterns.get(variant, self.patterns)
+
     @property
     def recurrent(self) -> bool:
         """Whether its state has a size that does not grow with the sequence."""
+        return self.is_recurrent(self.config())
+
+    def is_recurrent(self, config: Any) -> bool:
+        """Whether its state has a size that does not grow with the sequence, with these options."""
         if self.state is None:
             return False
-        config = self.config()
         small, large = (self.cost(Shape(1, 1, n, n, 64, 64), config).state for n in (1 << 12, 1 << 16))
         return small == large
 

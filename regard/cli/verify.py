@@ -22,6 +22,9 @@ def verify(
     mechanisms: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all when none is named.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="Only these patterns.")] = None,
     prop: Annotated[list[str] | None, typer.Option("--property", help="Only these properties.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="With the options of these variants of the card, or `all`; the default ones else.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Inductor and more seeds; resumable.")] = False,
     output: Annotated[Path, typer.Option(help="Folder of the store that --full resumes from.")] = Path("runs/verify"),
     plugin: PLUGINS = None,
@@ -37,13 +40,14 @@ def verify(
         regard verify softmax gated_linear
         regard verify --plugin my_mechanism.py my_mechanism
         regard verify local:form=block,block=4
+        regard verify landmark --variant all
         regard verify --full --output runs/verify
         regard verify --json > matrix.json
     """
     from regard.measurement.store import Store
     from regard.models.variants import known_name
     from regard.workbench.failures import grouped, kind
-    from regard.workbench.verify import PROPERTIES, Cell, plan
+    from regard.workbench.verify import KEY, PROPERTIES, Cell, plan
     from regard.workbench.verify import verify as run
 
     modules = load_plugins(plugin)
@@ -54,7 +58,7 @@ def verify(
     for name in prop or ():
         if name not in known:
             raise Unsupported(f"property {name!r}", supported=", ".join(known))
-    total = sum(1 for _ in plan(names, patterns=pattern, properties=prop))
+    total = sum(1 for _ in plan(names, patterns=pattern, properties=prop, variants=variant or ()))
     store = Store(output / "results.db") if full else None
     cells: list[Cell] = []
     told: set[Any] = set()
@@ -64,13 +68,15 @@ def verify(
         def on_cell(cell: Cell) -> None:
             cells.append(cell)
             if store is not None:
-                store.put("verify", _verify_key(cell), dataclasses.asdict(cell))
-            bar.update(task, advance=1, description=f"{cell.mechanism} {cell.pattern} {cell.property}")
+                key = {name: getattr(cell, name) for name in KEY}
+                store.put("verify", {**key, "full": True}, dataclasses.asdict(cell))
+            about = " ".join(filter(None, [cell.mechanism, cell.variant, cell.pattern, cell.property]))
+            bar.update(task, advance=1, description=about)
             line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
             if cell.status == "fail" and not as_json and kind(cell) not in told:
                 told.add(kind(cell))
                 bar.console.print(
-                    f"[red]fail[/red] {cell.mechanism} {cell.pattern} {cell.property} {cell.dtype}: {escape(cell.detail)}"
+                    f"[red]fail[/red] {about} {cell.dtype}: {escape(cell.detail)}"
                 )
 
         def done(key: dict[str, str]) -> bool:
@@ -79,7 +85,8 @@ def verify(
                 cells.append(Cell(**row.payload))
             return row is not None
 
-        run(names, patterns=pattern, properties=prop, full=full, on_cell=on_cell, done=done)
+        chosen = {"patterns": pattern, "properties": prop, "variants": variant or ()}
+        run(names, **chosen, full=full, on_cell=on_cell, done=done)
     failures = [c for c in cells if c.status == "fail"]
     if as_json:
         emit({"cells": [dataclasses.asdict(c) for c in cells], "failures": len(failures)})
@@ -93,11 +100,6 @@ def verify(
             console.print(Text(f"- {group}"))
     if failures:
         raise typer.Exit(1)
-
-
-def _verify_key(cell: Any) -> dict[str, Any]:
-    names = ("mechanism", "pattern", "property", "dtype", "backend")
-    return {name: getattr(cell, name) for name in names} | {"full": True}
 
 
 def _matrix(cells: list[Any]) -> Table:

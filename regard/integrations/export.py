@@ -125,7 +125,7 @@ def _refuse_waived(module: nn.Module, property_name: str, asked: str, nearest: s
         if not isinstance(card, Mechanism):
             continue
         for waiver in card.waivers:
-            if waiver.property == property_name and (not waiver.patterns or pattern in waiver.patterns):
+            if not waiver.variants and waiver.concerns(property_name, pattern):
                 raise Unsupported(f"{asked} with {card.name} ({waiver.reason})", nearest=nearest)
 
 

@@ -42,7 +42,9 @@ class Group:
         first = self.cells[0]
         names = list(dict.fromkeys(cell.property for cell in self.cells))
         patterns = list(dict.fromkeys(cell.pattern for cell in self.cells))
-        said = f"{first.mechanism}: {len(self.cells)} cells ({', '.join(names)}; {', '.join(patterns)}): {first.detail}"
+        variants = list(dict.fromkeys(cell.variant or "default options" for cell in self.cells))
+        with_ = "" if variants == ["default options"] else f"; {', '.join(variants)}"
+        said = f"{first.mechanism}: {len(self.cells)} cells ({', '.join(names)}; {', '.join(patterns)}{with_}): {first.detail}"
         cause = CAUSES.get(names[0]) if len(names) == 1 else None
         return said + (f". Likely: {cause}." if cause else "")
 

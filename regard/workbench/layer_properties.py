@@ -230,8 +230,8 @@ def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eage
 
 def _one_length(subject: Subject) -> bool:
     """Whether a program is for the length of its example, by the card or as every grid is."""
-    waived = (w for w in subject.card.waivers if w.property == "layer_lengths")
-    return subject.on_grid or any(not w.patterns or subject.pattern in w.patterns for w in waived)
+    waived = (w for w in subject.card.waivers if not w.variants)
+    return subject.on_grid or any(w.concerns("layer_lengths", subject.pattern) for w in waived)
 
 
 def layer_export(subject: Subject, dtype: torch.dtype) -> float:

@@ -498,7 +498,7 @@ def state_keeps_precision(subject: Subject, dtype: torch.dtype) -> float:
     state = subject.run(subject.inputs(1, dtype=dtype, seed=1), state=state).state
     after = {k: t.dtype for k, t in state.tensors().items()}
     exactly(before == after, f"state dtypes change from {before} to {after}")
-    if subject.card.recurrent:
+    if subject.card.is_recurrent(subject.config):
         size = {k: t.shape for k, t in state.tensors().items()}
         state = subject.run(subject.inputs(40, dtype=dtype, seed=2), state=state).state
         exactly(size == {k: t.shape for k, t in state.tensors().items()}, "the state grows though its cost says not")
@@ -757,6 +757,10 @@ def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
         if pattern not in card.patterns:
             exactly(card.refused.get(pattern), f"no reason is given for refusing {pattern}")
             _expect_refusal(functools.partial(card.require_pattern, pattern), f"pattern {pattern}")
+    for variant, patterns in card.variant_patterns.items():
+        if not subject.options and subject.pattern not in patterns:
+            other = subject.with_options(dict(card.variants[variant]))
+            _expect_refusal(lambda s=other: s.run(s.inputs(6, dtype=dtype)), f"the variant {variant}")
     inputs = subject.inputs(6, dtype=dtype)
     name = next(iter(inputs))
     _expect_refusal(lambda: subject.run({**inputs, name: inputs[name][0]}), f"{name} without its first axis")

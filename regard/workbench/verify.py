@@ -1,4 +1,5 @@
-"""`regard verify`: the equality matrix for every mechanism x pattern x property x dtype x backend, with the observed errors."""
+"""`regard verify`: the equality matrix, with the observed errors: every mechanism with its default options and with those of
+each of its variants, in every pattern, property, dtype and backend."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 
 from regard.backends import BACKENDS, only, recording
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Mechanism, Pattern, Waiver
+from regard.contract import Mechanism, Pattern, Unsupported, closest, spelled
 from regard.models.variants import known_name
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
@@ -26,11 +27,16 @@ PROGRAMS = frozenset({"compile", "layer_compile", "layer_export", "layer_lengths
 DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+KEY = ("mechanism", "variant", "pattern", "property", "dtype", "backend")
+"""What identifies a cell of the matrix: the first attributes of a :class:`Cell`."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One measured cell of the matrix.
 
     Attributes:
+        variant: the card's name of the options it was measured with; ``""`` for the default ones.
         status: ``pass``, ``fail``, or ``waived`` (with the reason in `detail`; where the card names settings under which
             the property holds, the cell was measured with them).
         error: largest error, as a fraction of the largest output; None when the check did not finish.
@@ -38,6 +44,7 @@ class Cell:
     """
 
     mechanism: str
+    variant: str
     pattern: str
     property: str
     dtype: str
@@ -49,44 +56,41 @@ class Cell:
     seconds: float
 
 
-def cell_key(card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype, backend: str) -> dict[str, str]:
-    """What identifies a cell."""
-    return {
-        "mechanism": card.name,
-        "pattern": pattern.value,
-        "property": prop.name,
-        "dtype": DTYPE_NAMES[dtype],
-        "backend": backend,
-    }
+@dataclass(frozen=True)
+class Place:
+    """Where a cell is in the matrix."""
+
+    card: Mechanism
+    pattern: Pattern
+    property: Property
+    dtype: torch.dtype
+    backend: str = "torch"
+    variant: str = ""
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What identifies a cell, by name."""
+        names = self.card.name, self.variant, self.pattern.value, self.property.name, DTYPE_NAMES[self.dtype]
+        return dict(zip(KEY, (*names, self.backend), strict=True))
 
 
-def _waiver(card: Mechanism, property_name: str, pattern: Pattern) -> Waiver | None:
-    for waiver in card.waivers:
-        if waiver.property == property_name and (not waiver.patterns or pattern in waiver.patterns):
-            return waiver
-    return None
-
-
-def check(
-    card: Mechanism, pattern: Pattern, prop: Property, dtype: torch.dtype, *, backend: str = "torch", seed: int = 0
-) -> Cell | None:
+def check(place: Place, *, seed: int = 0) -> Cell | None:
     """Measure one cell; None where the property does not apply, or nothing in it runs on the backend.
 
     On ``torch`` nothing else runs; on another backend, what it cannot run is left to torch.
     """
     started = time.perf_counter()
+    card, pattern, prop, dtype, backend = place.card, place.pattern, place.property, place.dtype, place.backend
     tolerance = card.tolerances[dtype]
-    subject = Subject(card, pattern, seed=seed)
-    waiver = _waiver(card, prop.name, pattern)
+    subject = Subject(card, pattern, dict(card.variants[place.variant]) if place.variant else {}, seed=seed)
+    waiver = next((w for w in card.waivers if w.concerns(prop.name, pattern, place.variant)), None)
     status, detail, error = "pass", "", None
     if waiver is not None:
         status, detail = "waived", waiver.reason
         if waiver.holds_with is None:
             if backend != "torch":
                 return None
-            return Cell(
-                card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], backend, status, None, tolerance, detail, 0.0
-            )
+            return Cell(**place.key, status=status, error=None, tolerance=tolerance, detail=detail, seconds=0.0)
         subject = subject.with_options(dict(waiver.holds_with))
         detail += f" (measured with {', '.join(f'{k}={v}' for k, v in waiver.holds_with.items())})"
     if prop.name in PROGRAMS and backend != "torch" and not _runs_on(backend, subject, dtype):
@@ -112,9 +116,7 @@ def check(
     seconds = time.perf_counter() - started
     if error is not None and not math.isfinite(error):
         error = None
-    return Cell(
-        card.name, pattern.value, prop.name, DTYPE_NAMES[dtype], backend, status, error, tolerance, detail, seconds
-    )
+    return Cell(**place.key, status=status, error=error, tolerance=tolerance, detail=detail, seconds=seconds)
 
 
 def _runs_on(backend: str, subject: Subject, dtype: torch.dtype) -> bool:
@@ -134,20 +136,35 @@ def plan(
     *,
     patterns: Iterable[str | Pattern] | None = None,
     properties: Iterable[str] | None = None,
-) -> Iterator[tuple[Mechanism, Pattern, Property, torch.dtype, str]]:
-    """The cells that would be measured: mechanism, pattern, property, dtype, backend."""
+    variants: Iterable[str] = (),
+) -> Iterator[Place]:
+    """The cells that would be measured, as :func:`verify` takes them.
+
+    Raises:
+        Unsupported: for a variant that none of the mechanisms has.
+    """
     chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
-    for name in list_mechanisms() if names is None else names:
-        card = get_mechanism(known_name(name))
-        for pattern in card.patterns:
-            if chosen is not None and pattern not in chosen:
-                continue
-            for prop in PROPERTIES:
-                if properties is not None and prop.name not in properties:
+    cards = [get_mechanism(known_name(name)) for name in (list_mechanisms() if names is None else names)]
+    asked = list(variants)
+    known = {variant for card in cards for variant in card.variants}
+    for variant in asked:
+        if variant not in ("", "all") and variant not in known:
+            raise Unsupported(
+                f"variant {variant!r}",
+                supported=", ".join(["all", *sorted(known)]),
+                nearest=closest(variant, known),
+            )
+    for card in cards:
+        for variant in ["", *card.variants] if "all" in asked else [v for v in asked or [""] if v in ("", *card.variants)]:
+            for pattern in card.patterns_of(variant):
+                if chosen is not None and pattern not in chosen:
                     continue
-                for backend in verified_backends():
-                    for dtype in prop.dtypes_on(backend):
-                        yield card, pattern, prop, dtype, backend
+                for prop in PROPERTIES:
+                    if properties is not None and prop.name not in properties:
+                        continue
+                    for backend in verified_backends():
+                        for dtype in prop.dtypes_on(backend):
+                            yield Place(card, pattern, prop, dtype, backend, variant)
 
 
 def verify(
@@ -155,6 +172,7 @@ def verify(
     *,
     patterns: Iterable[str | Pattern] | None = None,
     properties: Iterable[str] | None = None,
+    variants: Iterable[str] = (),
     full: bool = False,
     on_cell: Callable[[Cell], None] | None = None,
     done: Callable[[dict[str, str]], bool] | None = None,
@@ -165,21 +183,25 @@ def verify(
         names: mechanisms, with options or without, as ``local:window=32``; all when None.
         patterns: only these patterns.
         properties: only these properties.
+        variants: with the options of these variants (:attr:`regard.Mechanism.variants`), ``""`` for the default options,
+            ``"all"`` for both; the default options when empty.
         full: compile with inductor, and repeat each cell with two more seeds.
         on_cell: called with each cell as it is measured.
         done: says of a cell's key that it need not be measured again (to resume).
 
     Returns:
         The cells measured; all is well when none has status ``fail``.
+
+    Raises:
+        Unsupported: for names, patterns and variants that do not exist.
     """
     cells = []
-    for card, pattern, prop, dtype, backend in plan(names, patterns=patterns, properties=properties):
-        if done is not None and done(cell_key(card, pattern, prop, dtype, backend)):
+    for place in plan(names, patterns=patterns, properties=properties, variants=variants):
+        if done is not None and done(place.key):
             continue
-        seeds = (0, 1, 2) if full and prop.name not in PROGRAMS else (0,)
-        chosen = _inductor(prop) if full else prop
-        found = [check(card, pattern, chosen, dtype, backend=backend, seed=seed) for seed in seeds]
-        measured = [cell for cell in found if cell is not None]
+        seeds = (0, 1, 2) if full and place.property.name not in PROGRAMS else (0,)
+        chosen = dataclasses.replace(place, property=_inductor(place.property)) if full else place
+        measured = [cell for seed in seeds if (cell := check(chosen, seed=seed)) is not None]
         if not measured:
             continue
         cell = max(measured, key=lambda c: (c.status == "fail", c.error or 0.0))

@@ -12,7 +12,7 @@ from regard import Context, Kind, Pattern, Unsupported, create_layer, get_mechan
 from regard.create import build_layer
 from regard.workbench.layer_properties import DIM, HEADS, LAYER_PROPERTIES, LayerSubject, sequences
 from regard.workbench.subjects import Subject
-from regard.workbench.verify import check
+from regard.workbench.verify import Place, check
 
 OPTIONS = {
     "short_convolution": 4,
@@ -45,7 +45,7 @@ def test_a_layer_is_causal_resumes_and_ignores_padding_with_all_options_that_it_
         if accepts(card, pattern, {**options, option: value}):
             options[option] = value
     card = dataclasses.replace(card, layer_defaults={**card.layer_defaults, **options})
-    cells = [check(card, pattern, prop, torch.float64) for prop in KEPT]
+    cells = [check(Place(card, pattern, prop, torch.float64)) for prop in KEPT]
     failures = [f"{c.property}: {c.detail}" for c in cells if c is not None and c.status == "fail"]
     assert not failures, f"with {options}: " + "; ".join(failures)
 

@@ -7,7 +7,7 @@ import torch
 
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind
-from regard.workbench.verify import PROPERTIES, check, verified_backends
+from regard.workbench.verify import PROPERTIES, Place, check, verified_backends
 
 BY_TURNS = {"layer_compile", "layer_export", "layer_lengths"}
 """Programs of layers take seconds each: every mechanism has them in one of its patterns here, and neighbours in
@@ -28,7 +28,7 @@ CELLS = [
 def test_property_holds(name, pattern, prop):
     card = get_mechanism(name)
     cells = [
-        check(card, pattern, prop, dtype, backend=backend)
+        check(Place(card, pattern, prop, dtype, backend))
         for backend in verified_backends()
         for dtype in prop.dtypes_on(backend)
     ]

@@ -16,7 +16,7 @@ from regard.engines import recurrent_forms
 from regard.engines.recurrent_forms import MatrixState
 from regard.mechanisms import linear, softmax
 from regard.ragged import Gathering
-from regard.workbench.verify import PROPERTIES, check
+from regard.workbench.verify import PROPERTIES, Place, check
 
 CAUSAL, NONCAUSAL, CROSS = Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS
 LINEAR, SOFTMAX = get_mechanism("linear"), get_mechanism("softmax")
@@ -43,7 +43,7 @@ def with_output(card, change):
 
 def status(card, property_name, pattern, dtype=None):
     prop = next(p for p in PROPERTIES if p.name == property_name)
-    cells = [check(card, pattern, prop, d) for d in (prop.dtypes if dtype is None else (dtype,))]
+    cells = [check(Place(card, pattern, prop, d)) for d in (prop.dtypes if dtype is None else (dtype,))]
     return [c.status for c in cells if c is not None]
 
 

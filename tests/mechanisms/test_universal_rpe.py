@@ -25,7 +25,7 @@ from regard.positions import Relative
 from regard.positions.relative import bucket_starts
 from regard.positions.toeplitz import at_offsets
 from regard.visibility import DistanceBias
-from regard.workbench.verify import PROPERTIES, check
+from regard.workbench.verify import PROPERTIES, Place, check
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 
@@ -423,7 +423,7 @@ def test_long_calls_run_in_parts_where_a_kernel_can_answer_them():
 def test_attention_in_parts_on_the_kernel_has_every_property_of_the_matrix(pattern, monkeypatch):
     monkeypatch.setattr(universal_rpe, "FEWEST_WEIGHTS", 0)
     cells = [
-        check(MECHANISM, pattern, prop, dtype, backend="native")
+        check(Place(MECHANISM, pattern, prop, dtype, "native"))
         for prop in PROPERTIES
         if prop.level == "function"
         for dtype in prop.dtypes_on("native")

@@ -48,7 +48,7 @@ def test_a_file_that_exists_stays(tmp_path):
 
 
 def cell(name, detail, status="fail", mechanism="mine"):
-    return Cell(mechanism, "causal-self", name, "float64", "torch", status, None, 1e-9, detail, 0.0)
+    return Cell(mechanism, "", "causal-self", name, "float64", "torch", status, None, 1e-9, detail, 0.0)
 
 
 def test_equal_failures_are_one_with_their_likely_cause():
