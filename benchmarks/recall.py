@@ -42,7 +42,7 @@ def config(name: str, options: dict[str, Any]) -> LanguageModelConfig:
 
 
 def accuracy(name: str, options: dict[str, Any]) -> float:
-    """Of the best run, with the parameters of softmax attention."""
+    """Accuracy of the best run, with the parameters of softmax attention."""
     matched = match_parameters(config(name, options), count_parameters(config("softmax", {})))
     batch = SETTINGS.batch_tokens // TASK.length
     steps = round(SETTINGS.budget.amount / (batch * TASK.length))

@@ -1,4 +1,4 @@
-"""What each way of stacking layers costs and saves beside the plain model: parameters, memory and time.
+"""The cost and the saving of each way of stacking layers beside the plain model: parameters, memory and time.
 
 python benchmarks/techniques.py                       # a language model of 16 layers, softmax; --json for programs
 python benchmarks/techniques.py --mechanism mamba --layers 8

@@ -79,7 +79,7 @@ RELATIONS = {
     "≈": r"\approx",
 }
 CLOSERS = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), "|": ("|",), "||": ("||",), "<": (">",)}
-"""What may close a bracket; the first does, the second only an interval."""
+"""Signs that may close a bracket; the first does, the second only an interval."""
 
 LEFT = {"(": "(", "[": "[", "{": r"\{", "|": r"\lvert ", "||": r"\lVert ", "<": r"\langle "}
 RIGHT = {")": ")", "]": "]", "}": r"\}", "|": r" \rvert", "||": r" \rVert", ">": r" \rangle"}
@@ -185,7 +185,7 @@ def _in_columns(rows: Sequence[Sequence[Item]], begins: Sequence[bool]) -> bool:
 
 
 def _parts(row: Sequence[Item]) -> list[list[Item]]:
-    """What stands between the gaps of a line."""
+    """The parts of a line between its gaps."""
     parts: list[list[Item]] = [[]]
     for item in row:
         if item.kind == "gap":

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
-from regard.contract import Cost, Kind, Mechanism, Pattern, Shape
+from regard.contract import Cost, Kind, Mechanism, Pattern, Shape, spelled
 from regard.functional import function_name
 from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
@@ -59,7 +59,9 @@ AXES = {
 Cells = list[dict[str, Any]]
 
 
-def mechanism_page(card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[str, Any]] = ()) -> str:
+def mechanism_page(
+    card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[str, Any]] = (), variants: Cells = ()
+) -> str:
     """The page of one mechanism, in Markdown."""
     also = f" Also called {_codes(card.spelled_aliases())}." if card.aliases else ""
     parts = [
@@ -82,6 +84,7 @@ def mechanism_page(card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[s
         _facts(card),
         "## Verified",
         _verified(card, cells),
+        *_variants(card, variants),
         *(part for one in reproduced if card.name in one["mechanisms"] for part in _reproduced(one)),
     ]
     return _page(part for part in parts if part)
@@ -310,6 +313,32 @@ def _verified(card: Mechanism, cells: Cells) -> str:
     return f"{said}\n\n" + _table(("property", "", *COLUMNS), rows) + waivers
 
 
+def _variants(card: Mechanism, measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sets of options with which the matrix is measured too."""
+    if not card.variants:
+        return []
+    of = {found["variant"]: found for found in measured if found["mechanism"] == card.name}
+    rows = []
+    for variant, options in card.variants.items():
+        patterns = ", ".join(card.patterns_of(variant)) if variant in card.variant_patterns else "all"
+        found = of.get(variant)
+        shown = ("", "", "") if found is None else _counted(found)
+        rows.append((variant, f"`{spelled(options)}`", patterns, *shown))
+    headings = ("variant", "options", "patterns", "cells", "float64", "native float32")
+    said = (
+        f"Every property but those of compiled and exported programs, with other options (`regard verify {card.name} "
+    )
+    said += "--variant all`). Largest errors; w: some cells are waived."
+    return ["### Variants", said, _table(headings, rows)]
+
+
+def _counted(found: Mapping[str, Any]) -> tuple[str, str, str]:
+    waived = f" ({found['waived']} w)" if found["waived"] else ""
+    failed = f", **{found['failed']} fail**" if found["failed"] else ""
+    errors = ("" if found[name] is None else _error(found[name], 1) for name in ("float64", "native float32"))
+    return f"{found['cells']}{waived}{failed}", *errors  # type: ignore[return-value]
+
+
 def _column(cells: Cells, name: str) -> Cells:
     dtype, backend = COLUMNS[name]
     return [c for c in cells if c["dtype"] == dtype and c["backend"] == backend]
@@ -335,7 +364,7 @@ def _reproduced(one: Mapping[str, Any]) -> list[str]:
 
 
 def _tried(one: Mapping[str, Any]) -> list[str]:
-    """What was done for a claim, and what came of each expectation."""
+    """The experiment for a claim, and what came of each expectation."""
     needs = [(f"it can tell only if {f['says']}", measured_words(f), f["outcome"]) for f in one["needs"]]
     rows = needs + [(f["says"], measured_words(f), f["outcome"]) for f in one["findings"]]
     missing = f", missing: {', '.join(one['missing'])}" if one["missing"] and one["done"] else ""
@@ -351,7 +380,7 @@ ORDER = (Outcome.DID_NOT_HOLD, Outcome.UNDECIDED, Outcome.HELD, Outcome.NOT_RUN)
 
 
 def reproductions(data: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What docs/data holds of every reproduction, what did not hold first; those that it lacks were not run."""
+    """Every reproduction in docs/data, those that did not hold first; those that it lacks were not run."""
     measured = {one["name"]: one for one in data["reproductions"]} if data else {}
     every = {one["name"]: one for one in collect(list_reproductions(), None)}
     return sorted((every | measured).values(), key=lambda one: (ORDER.index(one["outcome"]), one["name"]))
@@ -414,7 +443,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         own = [c for c in cells if c["mechanism"] == mechanism]
         counts = [len(own), sum(c["status"] == "waived" for c in own), sum(c["status"] == "fail" for c in own)]
         worst = [_worst([c for c in _column(own, name) if c["status"] != "waived"]) for name in COLUMNS]
-        overview.append((_link(mechanism), *map(str, counts), *worst))
+        overview.append((_link(mechanism), *map(str, counts), *_other_options(data, mechanism), *worst))
     marks = []
     for level in dict.fromkeys(p.level for p in PROPERTIES):
         names = [p.name for p in PROPERTIES if p.level == level]
@@ -432,7 +461,10 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         *head,
         *([f"Measured with {measured}."] if measured else []),
         "## By mechanism",
-        _table(("mechanism", "cells", "waived", "failed", *COLUMNS), overview),
+        _table(("mechanism", "cells", "waived", "failed", *OTHER_OPTIONS, *COLUMNS), overview),
+        "Cells are those of the default options. A card's variants are further sets of options, which together have every "
+        "value that an option takes; the page of a mechanism lists them with their errors. Random cases draw options, "
+        "sizes, padding and the places where a sequence is cut (`regard verify NAME --random 200`).",
         "## By property",
         "Largest float64 error over the patterns (of the narrowest dtype where float64 is not measured); "
         "w: waived with a reason in some pattern; -: does not apply. The page of a mechanism has all dtypes.",
@@ -445,6 +477,18 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         else "None.",
     ]
     return _page(parts)
+
+
+OTHER_OPTIONS = ("variants", "their cells", "failed ", "random cases", "failed  ")
+
+
+def _other_options(data: Mapping[str, Any], mechanism: str) -> tuple[str, ...]:
+    """Measurements with other options than the default ones."""
+    own = [found for found in data.get("variants", ()) if found["mechanism"] == mechanism]
+    drawn = [found for found in data.get("random", ()) if found["mechanism"] == mechanism]
+    cells = (len(own), sum(found["cells"] for found in own), sum(found["failed"] for found in own))
+    cases = (sum(found["ran"] - found["refused"] for found in drawn), sum(found["case"] is not None for found in drawn))
+    return (*(map(str, cells) if own else ("", "", "")), *(map(str, cases) if drawn else ("", "")))
 
 
 def _mark(cells: Cells) -> str:
@@ -624,7 +668,7 @@ def _ranked(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
-    """What was compared with code written elsewhere, and how large the differences are."""
+    """Comparisons with code written elsewhere, and how large the differences are."""
     parts = [
         "# Parity with other code",
         "Inputs and outputs (and gradients, where recorded) of other implementations were stored once; the tests run "
@@ -846,7 +890,10 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
     judged = _read(DATA / "reproductions.json")
     reproduced = reproductions(judged)
     scaling, ranking = _read(DATA / "scaling.json"), _read(DATA / "ranking.json")
-    pages = {f"mechanisms/{name}.md": mechanism_page(get_mechanism(name), cells, reproduced) for name in names}
+    variants = verified.get("variants", []) if verified else []
+    pages = {
+        f"mechanisms/{name}.md": mechanism_page(get_mechanism(name), cells, reproduced, variants) for name in names
+    }
     pages |= {
         "mechanisms/index.md": index_page(names, scaling, ranking, reproduced),
         "matrix.md": matrix_page(verified, names),

@@ -1,7 +1,9 @@
 """Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`, `make scaling`.
 
-python docs/measure.py                # matrix and parity
-python docs/measure.py matrix         # regard verify --json             -> verify.json
+python docs/measure.py                # parity, matrix, variants and random
+python docs/measure.py matrix         # regard verify --json             -> verify.json, cells
+python docs/measure.py variants       # the same with other options      -> verify.json, variants; goes on where it stopped
+python docs/measure.py random         # regard verify --random --json    -> verify.json, random
 python docs/measure.py parity         # the parity tests                 -> parity.json
 python docs/measure.py restore        # reproductions.json       -> runs/reproduce, so that its cells are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
@@ -28,24 +30,29 @@ import torch
 from torch import Tensor
 
 import regard
+from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Mechanism, Pattern, Shape, Unsupported
-from regard.measurement.provenance import fingerprint
+from regard.measurement.provenance import fingerprint, git_revision
 from regard.measurement.store import Store
 from regard.reproductions import restore
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, growth, profile
+from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 DATA = Path(__file__).parent / "data"
 TESTS = tuple(Path(__file__).parents[1] / "tests" / folder for folder in ("mechanisms", "positions"))
 RECORDINGS = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
 COMPARISONS = ("close", "assert_close", "relative_error")
-"""What these tests call the function that compares (found, expected)."""
+"""Names of the functions in these tests that compare (found, expected)."""
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GROWS_FROM = 1024
 HEADS, WIDTH = 4, 64
 MOST_BYTES = 2 << 30
 REPRODUCED = Path("runs/reproduce/results.db")
+VARIANTS = Path("runs/variants/results.db")
+RANDOM_CASES = 100
+"""Random cases of each mechanism on each backend."""
 
 MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
 
@@ -116,10 +123,57 @@ def measure_matrix() -> None:
     if not found.stdout:
         raise SystemExit("regard verify printed nothing: verify.json is left as it was")
     result = json.loads(found.stdout)
-    cells = [{name: value for name, value in cell.items() if name != "seconds"} for cell in result["cells"]]
-    _write("verify.json", {"measured": MEASURED, "failures": result["failures"], "cells": cells}, "cells")
+    cells = [
+        {name: value for name, value in cell.items() if name not in ("seconds", "variant")} for cell in result["cells"]
+    ]
+    more = {name: value for name, value in _verified().items() if name in ("variants", "random")}
+    _write("verify.json", {"measured": MEASURED, "failures": result["failures"], "cells": cells, **more}, "cells")
     if result["failures"]:
         raise SystemExit(f"{result['failures']} cells fail")
+
+
+def _verified() -> dict[str, Any]:
+    file = DATA / "verify.json"
+    return json.loads(file.read_text()) if file.is_file() else {"measured": MEASURED, "failures": 0, "cells": []}
+
+
+def measure_variants() -> None:
+    """One row for each variant. Programs, which take seconds each, are left to `regard verify --variant all`."""
+    properties = [p.name for p in PROPERTIES if p.name not in PROGRAMS]
+    with Store(VARIANTS) as store:
+        found: list[dict[str, Any]] = []
+        for name in list_mechanisms():
+            for variant, options in get_mechanism(name).variants.items():
+                key = {"mechanism": name, "variant": variant, "options": repr(options), "revision": git_revision()}
+                row = store.get("variant", key)
+                if row is None:
+                    cells = verify([name], variants=[variant], properties=properties)
+                    store.put("variant", key, {"mechanism": name, "variant": variant, **_counted(cells)})
+                    row = store.get("variant", key)
+                    print(name, variant, row.payload["failed"] or "", flush=True)
+                found.append(row.payload)
+    _write("verify.json", {**_verified(), "variants": found}, "variants")
+
+
+def _counted(cells: list[Cell]) -> dict[str, Any]:
+    def worst(dtype: str, backend: str) -> float | None:
+        of = [c.error for c in cells if (c.dtype, c.backend) == (dtype, backend) and c.error is not None]
+        return max(of, default=None)
+
+    return {
+        "cells": len(cells),
+        "waived": sum(c.status == "waived" for c in cells),
+        "failed": sum(c.status == "fail" for c in cells),
+        "float64": worst("float64", "torch"),
+        "native float32": worst("float32", "native"),
+    }
+
+
+def measure_random() -> None:
+    command = [sys.executable, "-m", "regard", "verify", "--random", str(RANDOM_CASES), "--json"]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+    found = [{n: v for n, v in one.items() if n != "unreached"} for one in json.loads(printed)["searches"]]
+    _write("verify.json", {**_verified(), "random": found}, "random")
 
 
 def restore_reproductions() -> None:
@@ -218,10 +272,12 @@ def _write(name: str, data: dict[str, Any], rows: str) -> None:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or ["parity", "matrix"]
+    chosen = sys.argv[1:] or ["parity", "matrix", "variants", "random"]
     measures = {
         "parity": measure_parity,
         "matrix": measure_matrix,
+        "variants": measure_variants,
+        "random": measure_random,
         "restore": restore_reproductions,
         "reproductions": measure_reproductions,
         "scaling": measure_scaling,

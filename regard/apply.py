@@ -52,14 +52,14 @@ def shared_inputs(card: Mechanism) -> list[str]:
 
 
 def absorbed_inputs(card: Mechanism) -> list[str]:
-    """What the ``absorb`` form is given: the memory's inputs, and those of no sequence that it names as parameters."""
+    """Inputs of the ``absorb`` form: the memory's, and those of no sequence that it names as parameters."""
     named = inspect.signature(card.forms["absorb"]).parameters
     return memory_inputs(card) + [n for n in shared_inputs(card) if n in named]
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the shapes of a call's inputs say, once they are found to be those of the card.
+    """The sizes of a call, read from the shapes of its inputs once those agree with the card.
 
     Attributes:
         has_memory: whether there is memory beside what a state has absorbed.

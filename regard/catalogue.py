@@ -76,7 +76,7 @@ def unregister(name: str) -> None:
 
 
 PLUGGED = ("MECHANISM", "TASK", "MODEL")
-"""What a plugin may define: a card, a task (or its class), a pair of a model's class and its config's class."""
+"""Names that a plugin may define: a card, a task (or its class), a pair of a model's class and its config's class."""
 
 
 def load_plugin(path: str | Path) -> ModuleType:
@@ -137,7 +137,7 @@ def get_mechanism(name: str) -> Mechanism:
 
 
 def resolve(name: str, options: Mapping[str, Any] | None = None) -> tuple[Mechanism, dict[str, Any]]:
-    """What a name stands for: a card, and options of the mechanism or its layer, followed by those of `options`.
+    """The meaning of a name: a card, and options of the mechanism or its layer, followed by those of `options`.
 
     Most names stand for a card alone. Some aliases are variants of a mechanism: ``gated_delta_rule`` is `delta_rule` with
     ``gated=True``.

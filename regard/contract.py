@@ -33,7 +33,7 @@ Tensors = dict[str, Tensor]
 
 
 class Unsupported(ValueError):
-    """The one exception for a request that cannot be honoured.
+    """The one exception for a request that cannot be honoured: what is wrong, what is accepted, what to try.
 
     Args:
         asked: what was asked for.
@@ -43,11 +43,11 @@ class Unsupported(ValueError):
 
     def __init__(self, asked: str, *, supported: str = "", nearest: str = "") -> None:
         self.asked, self.supported, self.nearest = asked, supported, nearest
-        parts = [asked.rstrip(".")]
+        parts = [f"not supported: {asked.rstrip('.')}"]
         if supported:
             parts.append(f"supported: {supported}")
         if nearest:
-            parts.append(f"nearest: {nearest}")
+            parts.append(f"try {nearest}")
         super().__init__("; ".join(parts))
 
 
@@ -146,7 +146,7 @@ ALL_PATTERNS = tuple(Pattern)
 
 
 class Kind(enum.StrEnum):
-    """What a mechanism maps: see the table of kinds in the design notes."""
+    """Kinds of mechanism, by what they map."""
 
     ATTENTION = "attention"
     MIXER = "mixer"
@@ -244,7 +244,7 @@ register_pytree(Mask, {"max_length": int})
 
 
 class Role(enum.IntEnum):
-    """What an inserted token is for; ordinary tokens are 0."""
+    """The purpose of an inserted token; ordinary tokens are 0."""
 
     TOKEN = 0
     LANDMARK = 1
@@ -254,12 +254,12 @@ class Role(enum.IntEnum):
 
 
 WANTS = ("state", "weights", "lse", "gates")
-"""What a call may be asked for beside its output."""
+"""Extras that a call may be asked for beside its output."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What accompanies the tensors of one call.
+    """Everything that accompanies the tensors of one call.
 
     Attributes:
         mask: of the queries (and keys, in self patterns).
@@ -313,7 +313,7 @@ def state_field(fill: float = 0.0) -> Any:
 
 @dataclass(frozen=True)
 class State:
-    """What a sequence leaves behind for its continuation: a typed tuple of tensors, one row a sequence.
+    """The memory of a sequence for its continuation: a typed tuple of tensors, one row a sequence.
 
     Subclasses are frozen dataclasses whose fields are tensors (batch first), other states, tuples of states, or None.
     All are pytrees, so that `torch.export` takes and returns them.
@@ -399,7 +399,7 @@ Loss = tuple[Tensor, Tensor]
 
 @dataclass
 class Result:
-    """What a layer or a stateful call returns.
+    """The result of a layer or of a stateful call.
 
     Attributes:
         output: the mixed sequence.
@@ -419,7 +419,7 @@ register_pytree(Result)
 
 @dataclass(frozen=True)
 class Call:
-    """What a form receives beside its tensors, which are dense and right-padded, with zeros in the padding.
+    """Everything that a form receives beside its tensors, which are dense and right-padded, with zeros in the padding.
 
     Attributes:
         pattern: one of the card's patterns.
@@ -565,7 +565,7 @@ PUBLISHED_TOLERANCES: Mapping[torch.dtype, float] = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a mechanism's own layer modules are built from. Widths are numbers of features.
+    """The specification that a mechanism's own layer modules are built from. Widths are numbers of features.
 
     `kv_heads` is the number of key/value heads after projection; groups are expanded by the shell unless the card's
     axis is ``g``.
@@ -617,7 +617,10 @@ class Mechanism:
         config: frozen dataclass of options.
         variants: sets of options, by name, which together reach every computation that the options allow: the equality
             matrix runs each, in sizes small enough for its tests.
+            Options of the layer may be among them.
         variant_patterns: patterns of the variants that do not have all of the card's; elsewhere they are refused.
+        grid_variants: variants that are measured on grids; `sample_inputs` is then called with a ``grid``.
+        layer_variants: variants that layers have and functions do not.
         state: its state class; None when it cannot continue a sequence.
         cost: analytic cost of a problem.
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
@@ -662,6 +665,8 @@ class Mechanism:
     cost: Callable[[Shape, Any], Cost]
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     variant_patterns: Mapping[str, tuple[Pattern, ...]] = field(default_factory=dict)
+    grid_variants: frozenset[str] = frozenset()
+    layer_variants: frozenset[str] = frozenset()
     aliases: tuple[str, ...] = ()
     alias_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     output: str = "bhnv"
@@ -689,15 +694,18 @@ class Mechanism:
     waivers: tuple[Waiver, ...] = ()
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
     axes: Mapping[str, str] = field(init=False, repr=False)
-    """Of each input by name, whether it may be left out or not. Made from `inputs`."""
+    """Axes of each input by name, optional ones too. Made from `inputs`."""
     option_types: Types = field(init=False, repr=False)
-    """Of the options of `config`."""
+    """Types of the options of `config`."""
 
     def __post_init__(self) -> None:
         if not self.alias_options.keys() <= set(self.aliases):
             raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
-        if not self.variant_patterns.keys() <= self.variants.keys():
-            raise Unsupported(f"variant_patterns of {self.name} for no variant", supported=", ".join(self.variants))
+        special = {*self.variant_patterns, *self.grid_variants, *self.layer_variants}
+        if not special <= self.variants.keys():
+            raise Unsupported(
+                f"{special - self.variants.keys()}, no variants of {self.name}", supported=", ".join(self.variants)
+            )
         object.__setattr__(self, "option_types", types_of(self.config))
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
         accepted = self.accepts_positions
@@ -849,7 +857,7 @@ NUMBERS: Mapping[Any, tuple[type, ...]] = {
     int: (numbers.Integral, torch.SymInt),
     float: (numbers.Real, torch.SymInt, torch.SymFloat),
 }
-"""What is taken for a number of a type."""
+"""Types whose values are taken for numbers of a type."""
 
 
 def _fits(value: Any, hint: Any) -> bool:

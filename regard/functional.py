@@ -119,7 +119,7 @@ _ELSEWHERE = {
     "need_weights": 'want={"weights"}',
     "enable_gqa": "none is needed: k and v may have fewer heads",
 }
-"""What arguments of other libraries' attention functions are called here."""
+"""Names here for arguments of other libraries' attention functions."""
 _CONTEXT_OPTIONS = (
     "dropout",
     "generator",

@@ -43,7 +43,7 @@ def test_an_alias_makes_the_layer_of_its_mechanism_with_its_options(alias, card)
 
 @pytest.mark.parametrize(("alias", "card"), VARIANTS, ids=[alias for alias, _ in VARIANTS])
 def test_a_variant_is_refused_where_its_options_would_be_lost_and_where_they_are_contradicted(alias, card):
-    with pytest.raises(Unsupported, match=f"nearest: '{card.name}' with "):
+    with pytest.raises(Unsupported, match=f"try '{card.name}' with "):
         get_mechanism(alias)
     for option, value in card.alias_options[alias].items():
         other = {"gate": "none", "kinds": ("dot",), "form": "window", "positions": "none"}.get(option, not value)

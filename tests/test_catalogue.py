@@ -44,8 +44,8 @@ def test_only_what_is_spelled_alike_or_shares_its_words_is_near(word, choices, n
 
 def test_a_backend_of_nothing_is_refused():
     for asked, words in (
-        ({"name": "gated_linaer"}, "nearest: gated_linear"),
-        ({"name": "softmax", "backend": "torhc"}, "nearest: torch"),
+        ({"name": "gated_linaer"}, "try gated_linear"),
+        ({"name": "softmax", "backend": "torhc"}, "try torch"),
         ({"name": "large_kernel", "backend": "native"}, "supported: torch"),
         ({"name": "softmax", "device": "gpu"}, "device 'gpu'"),
     ):

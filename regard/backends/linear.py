@@ -79,7 +79,7 @@ def _layout(rows: int, columns: int, strides: tuple[int, ...]) -> str:
 
 
 def _strides(layout: str, rows: int, columns: int, before: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a part of a matrix that lies as the whole does."""
+    """The layout of a part of a matrix that lies as the whole does."""
     return {"rows": (columns, 1), "columns": (1, rows)}.get(layout, before)
 
 
@@ -95,7 +95,7 @@ class Product(NamedTuple):
 
     @classmethod
     def plain(cls, m: int, n: int, k: int, *, frozen: bool = False) -> Product:
-        """Of contiguous operands."""
+        """The layouts of contiguous operands."""
         return cls(m, n, k, (k, 1), (k, 1), frozen)
 
     @property
@@ -154,7 +154,7 @@ class Route:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of a weight with gaps oneDNN has a plain loop, thousands of times slower than its kernels: that is copied first."""
+    """oneDNN has only a plain loop for a weight with gaps, thousands of times slower than its kernels: it is copied first."""
     n, k = weight.shape
     if _layout(n, k, weight.stride()) not in ("rows", "columns"):
         weight = weight.contiguous()
@@ -281,7 +281,7 @@ def _processor() -> str:
 
 
 def machine(threads: int) -> str:
-    """What choices are valid for."""
+    """The conditions that choices hold for."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{_processor()} | {capability} | torch {torch.__version__} | threads {threads} | {', '.join(_available())}"
 
@@ -322,7 +322,7 @@ class Choices:
         return self.known[key]
 
     def _found(self, threads: int, product: Product) -> str:
-        """What two processes have found one after the other, or else what this one finds."""
+        """The choice on which two processes agreed one after the other, or else the one that this process finds."""
         stored = _read_cache()
         kept = stored.setdefault(machine(threads), {})
         before = kept.get(str(product), [])
@@ -427,7 +427,7 @@ def _time_routes(product: Product) -> dict[str, float]:
 
 @operator("linear")
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of matrices."""
+    """The layouts of matrices."""
     return ROUTES[CHOICES.find(x, weight)].run(x, weight, bias)
 
 

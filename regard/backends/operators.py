@@ -22,7 +22,7 @@ _LIBRARY = torch.library.Library("regard", "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 TRANSFORMS = "forward-mode derivatives or transforms of torch.func"
-"""What operators do not have; :func:`transformed` tells when they would be needed."""
+"""Derivatives that operators do not have; :func:`transformed` tells when they would be needed."""
 
 
 class Operator:

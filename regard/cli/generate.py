@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regard.tasks.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"
-"""What bytes are decoded to that are no character, or not yet one."""
+"""The replacement for bytes that are no character, or not yet one."""
 
 
 def generate(

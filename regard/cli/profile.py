@@ -110,7 +110,7 @@ def profile_command(
 
 
 def _speeds(found: Any) -> list[str]:
-    """What ran each mechanism, and at what share of the machine's peak at the longest length."""
+    """The backend of each mechanism, and its share of the machine's peak at the longest length."""
     peak = "" if found.peak_gflops is None else f"; the machine's multiply-adds peak at {found.peak_gflops:.0f} GFLOP/s"
     lines = []
     for name in dict.fromkeys(m.mechanism for m in found.measurements):

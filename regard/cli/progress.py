@@ -1,4 +1,4 @@
-"""What a long command shows while it runs."""
+"""The display of a long command while it runs."""
 
 from __future__ import annotations
 

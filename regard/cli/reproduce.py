@@ -82,7 +82,7 @@ def reproduced(
     quiet: bool,
     run: bool,
 ) -> list[dict[str, Any]]:
-    """What the folder holds of reproductions, once the cells that it lacks have been run if they are to be."""
+    """The reproductions in a folder, once the cells that it lacks have been run if they are to be."""
     from regard.measurement.sharding import shard
     from regard.reproductions import collect, plan
 
@@ -118,7 +118,7 @@ def _run_cells(cells: Sequence[Any], output: Path, *, quiet: bool) -> None:
 def _piloted(
     wanted: Sequence[str], seeds: int, only: str | None, output: Path, *, quiet: bool, run: bool
 ) -> list[dict[str, Any]]:
-    """What the pilots of reproductions show, once the cells that the folder lacks have been run if they are to be."""
+    """The pilots of reproductions in a folder, once the cells that it lacks have been run if they are to be."""
     from regard.measurement.sharding import shard
     from regard.reproductions import pilot, plan
 

@@ -23,8 +23,15 @@ def verify(
     pattern: Annotated[list[str] | None, typer.Option(help="Only these patterns.")] = None,
     prop: Annotated[list[str] | None, typer.Option("--property", help="Only these properties.")] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="With the options of these variants of the card, or `all`; the default ones else.")
+        list[str] | None,
+        typer.Option(help="With the options of these variants of the card, or `all`; the default ones else."),
     ] = None,
+    random: Annotated[
+        int,
+        typer.Option(min=0, help="Instead, so many random cases of each mechanism: options, sizes, padding, splits."),
+    ] = 0,
+    case: Annotated[str | None, typer.Option(help="Instead, one case, as --random prints those that fail.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
     full: Annotated[bool, typer.Option("--full/--quick", help="Inductor and more seeds; resumable.")] = False,
     output: Annotated[Path, typer.Option(help="Folder of the store that --full resumes from.")] = Path("runs/verify"),
     plugin: PLUGINS = None,
@@ -41,6 +48,7 @@ def verify(
         regard verify --plugin my_mechanism.py my_mechanism
         regard verify local:form=block,block=4
         regard verify landmark --variant all
+        regard verify landmark --random 200
         regard verify --full --output runs/verify
         regard verify --json > matrix.json
     """
@@ -51,9 +59,15 @@ def verify(
     from regard.workbench.verify import verify as run
 
     modules = load_plugins(plugin)
+    if case is not None:
+        _one_case(case, as_json)
+        return
     if not mechanisms and modules:
         mechanisms = [m.MECHANISM.name for m in modules if hasattr(m, "MECHANISM")]
     names = [known_name(n) for n in mechanisms] if mechanisms else list_mechanisms()
+    if random:
+        _random_cases(names, random, pattern, seed, as_json)
+        return
     known = [p.name for p in PROPERTIES]
     for name in prop or ():
         if name not in known:
@@ -75,9 +89,7 @@ def verify(
             line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
             if cell.status == "fail" and not as_json and kind(cell) not in told:
                 told.add(kind(cell))
-                bar.console.print(
-                    f"[red]fail[/red] {about} {cell.dtype}: {escape(cell.detail)}"
-                )
+                bar.console.print(f"[red]fail[/red] {about} {cell.dtype}: {escape(cell.detail)}")
 
         def done(key: dict[str, str]) -> bool:
             row = None if store is None else store.get("verify", {**key, "full": True})
@@ -98,6 +110,70 @@ def verify(
         )
         for group in grouped(cells):
             console.print(Text(f"- {group}"))
+    if failures:
+        raise typer.Exit(1)
+
+
+def _one_case(text: str, as_json: bool) -> None:
+    from regard.workbench.properties import Broken
+    from regard.workbench.random_cases import Case, run_case
+
+    case = Case.read(text)
+    detail, error = "", None
+    try:
+        error = run_case(case)
+    except Broken as broken:
+        detail = str(broken)
+    if as_json:
+        emit({"case": dataclasses.asdict(case), "error": error, "detail": detail})
+    else:
+        console.print(Text(f"fails: {detail}" if detail else f"holds: error {error:.0e}"))
+    if detail:
+        raise typer.Exit(1)
+
+
+def _random_cases(names: list[str], count: int, patterns: list[str] | None, seed: int, as_json: bool) -> None:
+    from regard.catalogue import get_mechanism
+    from regard.contract import Pattern
+    from regard.workbench.random_cases import search, unreached_options
+    from regard.workbench.verify import verified_backends
+
+    chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
+    rows = []
+    with progress(quiet=as_json) as (bar, line):
+        task = bar.add_task("verify", total=len(names) * count * len(verified_backends()))
+        for name in names:
+            card = get_mechanism(name)
+            for backend in verified_backends():
+                bar.update(task, description=f"{name} {backend}")
+                found = search(
+                    card,
+                    count,
+                    patterns=chosen,
+                    backend=backend,
+                    seed=seed,
+                    on_case=lambda _: bar.advance(task),
+                )
+                rows.append((name, backend, found, unreached_options(card)))
+            line(f"{name}: {sum(r[2].ran for r in rows if r[0] == name)} cases")
+    failures = [(name, found) for name, _, found, _ in rows if found.case is not None]
+    if as_json:
+        cells = [
+            {"mechanism": name, "backend": backend, "ran": found.ran, "refused": found.refused}
+            | {"case": None if found.case is None else str(found.case), "detail": found.detail, "unreached": missing}
+            for name, backend, found, missing in rows
+        ]
+        emit({"searches": cells, "failures": len(failures)})
+    else:
+        ran, refused = (sum(getattr(found, of) for _, _, found, _ in rows) for of in ("ran", "refused"))
+        console.print(
+            f"{ran} cases of {len(names)} mechanisms: {len(failures)} searches fail, {refused} cases were refused"
+        )
+        for name, found in failures:
+            console.print(Text(f"- {name}: {found.detail}\n  {found.case.command}"))
+        for name, missing in {row[0]: row[3] for row in rows}.items():
+            if missing:
+                console.print(Text(f"- {name}: no variant of the card has {', '.join(missing)}"))
     if failures:
         raise typer.Exit(1)
 

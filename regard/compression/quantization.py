@@ -135,7 +135,7 @@ class RunningRange:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What :func:`quantize` made.
+    """The result of :func:`quantize`.
 
     Attributes:
         model: the copy whose weights and activations are simulated.

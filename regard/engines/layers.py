@@ -1,4 +1,4 @@
-"""What surrounds the products of a layer, each in one pass over memory where there is a kernel for it.
+"""Operations around the products of a layer, each in one pass over memory where there is a kernel for it.
 
 In plain operators these passes are bound by memory: a norm with its gate reads and writes its tensors eight times.
 """

@@ -42,7 +42,7 @@ BASE = 10_000.0
 
 @dataclass(frozen=True)
 class Reach:
-    """What a token sees: `segment` L, `memory` M, and `groups` C compressed groups of `ratio` c tokens before those.
+    """The tokens in sight of one: `segment` L, `memory` M, and `groups` C compressed groups of `ratio` c tokens before those.
 
     With groups, L and M are multiples of c, so that no group lies across a border.
     """
@@ -197,7 +197,7 @@ def _extend_groups(call: Call, reach: Reach, groups: _Slots, window: WindowState
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What the queries of a call read.
+    """The keys and values that the queries of a call read.
 
     Attributes:
         read: the tokens of the state, then those of the call.

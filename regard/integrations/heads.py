@@ -42,7 +42,7 @@ def check_swappable(card: Mechanism) -> None:
 
 @dataclass(frozen=True)
 class Visible:
-    """What a mask says, in the words of the contract.
+    """The meaning of a mask, in the words of the contract.
 
     Attributes:
         causal: whether a query sees nothing after itself (bottom-right).

@@ -29,7 +29,7 @@ REASONS = {
     "models.vision_transformer_relpos.RelPosAttention": BIASED,
     "models.vision_transformer_sam.Attention": BIASED,
 }
-"""What attention of timm has inside that another mechanism would leave out."""
+"""Parts of timm's attention that another mechanism would leave out."""
 
 PACKS = "regard_packs"
 """Attribute of an encoder of PyTorch that packed padded batches before a swap."""
@@ -39,7 +39,7 @@ KNOWN = "nn.MultiheadAttention, transformers models with the attention interface
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What :func:`swap` or :func:`unswap` changed.
+    """The changes made by :func:`swap` or :func:`unswap`.
 
     Attributes:
         mechanism: name, or names.
@@ -243,7 +243,7 @@ def _choices(
 
 
 def reader_of(module: nn.Module) -> Callable[..., Change] | None:
-    """What plans the change of a module; None for other modules."""
+    """The planner of a module's change; None for other modules."""
     if isinstance(module, (nn.MultiheadAttention, MultiheadAttention)):
         return _plan_multihead
     timm = sys.modules.get("timm.layers.attention")
@@ -273,7 +273,7 @@ def _timm_name(module: nn.Module) -> str:
 
 
 def _bridge(model: nn.Module) -> Any:
-    """What knows of transformers models, for one of them; None for others."""
+    """The part that knows transformers models, for one of them; None for others."""
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None

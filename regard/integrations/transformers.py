@@ -74,7 +74,7 @@ ROTATES = re.compile("rotary|rotate_")
 _CALL = threading.local()
 _DEFAULTS: dict[tuple[str, tuple[tuple[str, Any], ...]], HeadAttention] = {}
 CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
-"""What this version of transformers calls the state of a decoder."""
+"""The name of a decoder's state in this version of transformers."""
 
 
 def attention_names() -> list[str]:
@@ -99,7 +99,7 @@ def attention_forward(
     mechanism: str,
     **given: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for ``regard:NAME``: (B, H, N, D), (B, G, M, D), (B, G, M, V) -> (B, N, H, V).
+    """The function that transformers calls for ``regard:NAME``: (B, H, N, D), (B, G, M, D), (B, G, M, V) -> (B, N, H, V).
 
     Raises:
         Unsupported: for a mask, bias, softcap or sink that the mechanism cannot honour.
@@ -110,7 +110,7 @@ def attention_forward(
 def swapped_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls for ``regard:swapped``; a module that :func:`regard.swap` left has softmax attention."""
+    """Called by transformers for ``regard:swapped``; a module that :func:`regard.swap` left has softmax attention."""
     placed = getattr(module, PLACE, UNPLACED)
     if placed is UNPLACED:
         raise Unsupported(

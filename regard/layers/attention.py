@@ -58,7 +58,7 @@ GATES = {"swish": "silu", "sigmoid": "sigmoid"}
 
 @dataclass(frozen=True)
 class LayerState(State):
-    """What a layer keeps of each sequence: the mechanism's state, the count of queries, convolution caches, and the
+    """The state of a layer for each sequence: the mechanism's, the count of queries, convolution caches, and the
     projection's state, if it keeps one."""
 
     mechanism: Any

@@ -53,7 +53,7 @@ class CausalMap(nn.Module):
         self.pixels = pixels
 
     def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
-        """What comes before the first query: zeros."""
+        """The rows before the first query: zeros."""
         shape = like.shape[0], self.merge.in_channels, CausalRows.PAST, self.pixels // self.SHRINK
         return (like.new_zeros(shape),) * len(self.convolutions)
 

@@ -1,4 +1,4 @@
-"""What every layer offers, whatever is inside."""
+"""The interface of every layer, whatever is inside."""
 
 from __future__ import annotations
 

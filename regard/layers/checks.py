@@ -1,4 +1,4 @@
-"""What the shells refuse before anything runs."""
+"""Checks of the shells before anything runs."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Linear(nn.Linear):
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What :func:`accelerate` did.
+    """The changes made by :func:`accelerate`.
 
     Attributes:
         changed: names of the modules that became :class:`Linear`; ``""`` is the model itself.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Pooling(nn.Module):
-    """What the pools of this module share: masks, and what they refuse.
+    """The base of this module's pools: masks and refusals.
 
     Args:
         name: of the pool, for errors.

@@ -1,4 +1,4 @@
-"""What the blocks of selective state-space models (Mamba, arXiv 2312.00752; Mamba-2, arXiv 2405.21060) have in common."""
+"""Parts that blocks of selective state-space models share (Mamba, arXiv 2312.00752; Mamba-2, arXiv 2405.21060)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SELECTIONS = ("dt", "B", "C")
-"""What depends on the token, and may be held constant for controls."""
+"""Parameters that depend on the token, and may be held constant for controls."""
 
 
 def check_range(config: Any, name: str, *, zero: bool = False) -> None:

@@ -1,1 +1,1 @@
-"""What every room measures with: the store of rows, their provenance, statistics and timings."""
+"""Tools of measurement: the store of rows, their provenance, statistics and timings."""

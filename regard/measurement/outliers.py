@@ -53,7 +53,7 @@ class Outliers:
 
 @dataclass
 class OutlierMetrics:
-    """What :func:`watch_outliers` has seen so far.
+    """Outliers that :func:`watch_outliers` has seen so far.
 
     Attributes:
         valid: tokens of the next batches that count, (B, N) as the watched modules have them (inside regard's models

@@ -1,4 +1,4 @@
-"""What a comparison's scores support: means with standard errors, paired differences, and the smallest one resolved.
+"""Statistics of a comparison's scores: means with standard errors, paired differences, and the smallest one resolved.
 
 Every mechanism is trained with the same seeds and scored on the same held-out items, so mechanisms are compared in
 pairs. Two sources of noise are kept apart. *Training* noise is what remains of the scores after an effect for each

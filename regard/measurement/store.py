@@ -287,7 +287,7 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _told_plainly(path: Path, doing: str) -> Iterator[None]:
-    """What SQLite, or the JSON in a row, has to say as Unsupported."""
+    """Turns errors of SQLite, or of the JSON in a row, into Unsupported."""
     try:
         yield
     except sqlite3.OperationalError as error:

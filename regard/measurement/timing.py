@@ -31,7 +31,7 @@ class Timing:
 
 
 def calm_clock(device: torch.device | None = None) -> Callable[[], float]:
-    """What to time work by: where one thread computes, the time of that thread, which counts no interruption by other work
+    """The clock for some work: where one thread computes, the time of that thread, which counts no interruption by other work
     on the machine; the time of day elsewhere."""
     alone = torch.get_num_threads() == 1 and (device is None or device.type == "cpu")
     return time.thread_time if alone else time.perf_counter

@@ -325,6 +325,17 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "forgetting": {"forget": 0.7},
+        "two query tokens": {"query_tokens": 2, "num_kv_heads": 1},
+        "both directions": {"noncausal": "bidirectional"},
+        "both directions, forgetting": {"noncausal": "bidirectional", "forget": 0.9},
+        "global shift": {"scan": "global_shift"},
+    },
+    variant_patterns={
+        "both directions": (Pattern.NONCAUSAL_SELF,),
+        "both directions, forgetting": (Pattern.NONCAUSAL_SELF,),
+    },
     engine="softmax_scan",
     state=ScanState,
     cost=cost,

@@ -296,6 +296,9 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "few slots": {"slots": 3},
+    },
     engine="softmax_scan",
     state=SlotState,
     cost=cost,

@@ -74,6 +74,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
     valid_from_lengths,
@@ -738,6 +739,7 @@ def sample_inputs(
     pattern: Pattern,
     config: Config,
     sizes: dict[str, int] | None = None,
+    **_: Any,
 ) -> Tensors:
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, "a": 5, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths)
@@ -793,6 +795,28 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "pooled": {"agent_source": "pool_q", "num_agents": 5, "second_scale_exponent": 2.0, "dwc": "none"},
+        "learned": {"agent_source": "learned", "num_agents": 3, "dwc": "none"},
+        "learned, with a shortcut": {"agent_source": "learned", "num_agents": 3, "k_shortcut": 0.5},
+        "convolved": {"agent_source": "conv", "num_agents": 4, "conv_stride": 3, "dwc": "value"},
+        "merged": {"agent_source": "token_merge", "num_agents": 3, "dwc": "input"},
+        "on a grid": {"num_agents": 4},
+        "block bias": {"num_agents": 4, "agent_bias": "block"},
+        "biases of lines": {"num_agents": 4, "agent_bias": "lines", "bias_grid": (8, 16)},
+        "all biases": {"num_agents": 4, "agent_bias": "all", "bias_grid": (8, 16)},
+    },
+    variant_patterns={
+        "pooled": (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
+        "learned, with a shortcut": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "convolved": (Pattern.NONCAUSAL_SELF,),
+        "merged": (Pattern.NONCAUSAL_SELF,),
+        "on a grid": (Pattern.NONCAUSAL_SELF,),
+        "block bias": (Pattern.NONCAUSAL_SELF,),
+        "biases of lines": (Pattern.NONCAUSAL_SELF,),
+        "all biases": (Pattern.NONCAUSAL_SELF,),
+    },
+    grid_variants=frozenset({"on a grid", "block bias", "biases of lines", "all biases"}),
     engine="softmax_scan",
     state=ScanState,
     cost=cost,
@@ -802,4 +826,17 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     projection=AgentInputs,
     merge=DepthwiseConvolution,
+    waivers=(
+        Waiver(
+            "padding",
+            "bins divide the whole grid, masked rows too, so that a mask inside it moves nothing",
+            variants=("on a grid", "block bias", "biases of lines", "all biases"),
+        ),
+        Waiver(
+            "memory",
+            "agents pooled from queries need those before the memory is read",
+            patterns=(Pattern.NONCAUSAL_CROSS,),
+            variants=("pooled",),
+        ),
+    ),
 )

@@ -574,7 +574,7 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         return [_total(convolved)] if self.config.scan == "strided" else convolved
 
     def _inputs(self, xs: list[Tensor], sets: Sequence[int], paths: list[Path] | None = None) -> Tensors:
-        """What the scans take, in the order of the tokens, from the weights of the chosen sets."""
+        """The inputs of the scans, in the order of the tokens, from the weights of the chosen sets."""
         n, strided = xs[0].shape[1], self.config.scan == "strided"
         alone = len(xs) == len(self.x_proj) == len(self.dt_proj) == 1
         found: list[tuple[Tensor, ...]] = []
@@ -676,12 +676,12 @@ def sample_inputs(
     pattern: Pattern,
     config: Config,
     sizes: dict[str, int] | None = None,
-    axes: int = 1,
+    grid: tuple[int, ...] = (0,),
 ) -> Tensors:
     """Random inputs for tests, with weights of its own for each path: steps like those of trained layers."""
     widths = {"e": 8, "g": 2, "k": 4, **(sizes or {}), "b": batch, "n": n}
     widths["e"] = max(widths["e"], 2 * widths["g"])  # groups may be doubled and still divide the channels
-    paths = count_paths(config, axes)
+    paths = count_paths(config, len(grid))
     of_tokens = 1 if config.scan == "strided" else paths
     widths |= {"u": of_tokens, "w": of_tokens, "q": of_tokens, "p": paths, "s": paths, "t": paths, "r": paths}
     found = {}
@@ -734,6 +734,27 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "forward": {"scan": "forward", "d_state": 1, "dt_rank": 5, "chunk_size": 8},
+        "backward": {"scan": "reverse", "conv_width": 0, "expand": 1.0},
+        "two copies, concatenated": {"copies": 2, "combine": "concat", "norm": "rms"},
+        "gated sum": {"combine": "gate", "gate": False, "skip": False},
+        "shared": {"shared": ("conv", "x_proj", "dt", "A", "D"), "combine": "sum"},
+        "one convolution": {"convolution": "once", "shared": ("x_proj", "A"), "dt_init": (0.01, 0.02)},
+        "on a grid": {"convolution": "grid", "conv_width": 3},
+        "cross": {"scan": "cross", "norm": "layer"},
+        "slices": {"scan": "slices", "symmetric_dt_init": False},
+        "columns": {"scan": "columns"},
+        "columns, backward": {"scan": "columns_reverse"},
+        "snake": {"scan": "snake"},
+        "strided": {"scan": "strided", "combine": "sum", "shared": ("conv", "x_proj")},
+        "windows": {"scan": "windows", "window": (2, 3)},
+        "cascade": {"scan": "cascade", "convolution": "once", "combine": "sum"},
+    },
+    layer_variants=frozenset({"cascade"}),
+    grid_variants=frozenset(
+        {"on a grid", "cross", "slices", "columns", "columns, backward", "snake", "strided", "windows", "cascade"}
+    ),
     engine="selective_scan",
     cost=cost,
     axis_sizes=axis_sizes,

@@ -209,6 +209,12 @@ MECHANISM = Mechanism(
     refused={Pattern.CAUSAL_SELF: AHEAD, Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "small blocks": {"block": 2, "random_blocks": 2, "seed": 5},
+        "no random blocks": {"block": 3, "random_blocks": 0, "neighbours": 2},
+        "no last blocks": {"block": 4, "random_blocks": 1, "first_blocks": 2, "last_blocks": 0},
+        "random blocks alone": {"block": 1, "random_blocks": 3, "neighbours": 0, "first_blocks": 0, "last_blocks": 0},
+    },
     engine="attention",
     cost=cost,
     honours=frozenset({"bias", "dropout", "weights", "lse"}),

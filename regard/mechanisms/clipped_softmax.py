@@ -151,7 +151,7 @@ def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
 
 
 def silent_rows(weights: Float[Tensor, "b h n m"]) -> Int[Tensor, " h"]:
-    """Of each head, the rows of wanted weights that are 0 throughout: heads that do nothing there, and learn nothing.
+    """Counts the rows of wanted weights that are 0 throughout, by head: such heads do nothing there, and learn nothing.
 
     Early in training they are dead; later they may be meant. Padded queries and those that see no key count too.
     """
@@ -174,7 +174,7 @@ class SilentRows:
     _spoke: Bool[Tensor, "b h n"] | None = None
 
     def measure(self, weights: Float[Tensor, "b h n m"]) -> tuple[Float[Tensor, " h"], Float[Tensor, " h"]]:
-        """Of each head, the share of rows that have been silent so far, and of those that fell silent after they spoke.
+        """For each head the share of rows that have been silent so far, and of those that fell silent after they spoke.
 
         Raises:
             Unsupported: for weights of another batch.
@@ -254,6 +254,11 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "wider": {"gamma": -0.04, "zeta": 1.2},
+        "by length": {"alpha": 1.0, "length": 16, "warmup": 0.5},
+        "plain": {"gamma": 0.0},
+    },
     layer_defaults={"output_norm": None},  # the size of an output says how much of the head is kept
     engine="attention",
     state=KeyValueState,

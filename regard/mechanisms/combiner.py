@@ -96,7 +96,7 @@ if TYPE_CHECKING:
 AXIAL = ("axial_vertical", "axial_horizontal", "axial_mixture")
 FACTORIZATIONS = ("fixed", "logn", *AXIAL, "axial_rowmajor")
 EPSILON = 1e-6
-"""Of the layer norm in the row keys."""
+"""Added to the variance by the layer norm in the row keys."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class CombinerState(State):
-    """What both kinds of state have: the tokens of each row so far."""
+    """The part that both kinds of state share: the tokens of each row so far."""
 
     length: Int[Tensor, " b"] = state_field()
 
@@ -203,7 +203,7 @@ class RowState(CombinerState):
 
 @dataclass(frozen=True)
 class BlockState(CombinerState):
-    """Of `logn`: all keys and values, with the rank of each slot (-1: empty), and of each level the last block of an even
+    """State of `logn`: all keys and values, with the rank of each slot (-1: empty), and of each level the last block of an even
     number: running reductions of its queries and keys, and its value."""
 
     k: Float[Tensor, "b h past d"] = state_field()
@@ -437,7 +437,7 @@ def _reduced(config: Config, x: Float[Tensor, "... t d"], exists: Bool[Tensor, "
 
 
 def _finished(config: Config, x: Float[Tensor, "... d"], count: Tensor) -> Float[Tensor, "... d"]:
-    """What a running reduction over `count` tokens pools."""
+    """The values that a running reduction over `count` tokens pools."""
     return x / count.clamp(min=1)[..., None] if config.reduce == "mean" else x
 
 
@@ -1102,6 +1102,40 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "short rows": {"segment": 4, "reduce": "mean"},
+        "learned pooling": {"segment": 5, "pool": "deepset", "share_pool": True, "exclude_self_segment": True},
+        "logarithmic": {"factorization": "logn", "reduce": "mean"},
+        "logarithmic, learned pooling": {"factorization": "logn", "pool": "deepset"},
+        "vertical": {"factorization": "axial_vertical", "segment": 4, "reduce": "sum"},
+        "horizontal": {"factorization": "axial_horizontal", "segment": 4},
+        "mixture": {"factorization": "axial_mixture", "segment": 3, "pool": "relu", "reduce": "mean"},
+        "rows": {"factorization": "axial_rowmajor", "segment": 4},
+        "rows, plain keys": {"factorization": "axial_rowmajor", "segment": 4, "row_keys": "none"},
+        "rows, weighted sums": {"factorization": "axial_rowmajor", "segment": 3, "row_keys": "wsum"},
+        "rows, projected sums": {
+            "factorization": "axial_rowmajor",
+            "segment": 3,
+            "row_keys": "wsum_proj",
+            "exclude_self_segment": True,
+        },
+    },
+    variant_patterns={
+        "logarithmic": (Pattern.CAUSAL_SELF,),
+        "logarithmic, learned pooling": (Pattern.CAUSAL_SELF,),
+        **dict.fromkeys(
+            (
+                "vertical",
+                "horizontal",
+                "mixture",
+                "rows",
+                "rows, plain keys",
+                "rows, weighted sums",
+                "rows, projected sums",
+            ),
+            (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        ),
+    },
     engine="attention",
     state=CombinerState,
     cost=cost,

@@ -195,7 +195,7 @@ def _scale(call: Call, q: Tensor) -> float:
 
 
 def _by_head(x: Tensor, heads: int, axis: int = 0) -> Tensor:
-    """What belongs to key/value heads, for each query head."""
+    """A tensor of key/value heads, repeated for each query head."""
     return x if x.shape[axis] == heads else x.repeat_interleave(heads // x.shape[axis], axis)
 
 
@@ -409,6 +409,11 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "learned angles": {"position": "learned", "base": 100.0, "delta": "ones", "learn_phase": False},
+        "no positions": {"position": "none", "score_scale": "rsqrt", "delta": "zeros"},
+        "shared": {"per_head": False},
+    },
     engine="attention",
     state=CountedState,
     cost=cost,

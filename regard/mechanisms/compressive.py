@@ -461,6 +461,11 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
     forms={"reference": reference, "parallel": parallel, "chunked": parallel, "step": parallel},
     config=Config,
+    variants={
+        "convolution": {"segment": 4, "memory": 6, "compressed": 3, "ratio": 2},
+        "means": {"segment": 4, "memory": 4, "compressed": 1, "ratio": 4, "compression": "mean"},
+        "maxima": {"segment": 3, "memory": 3, "compressed": 4, "ratio": 1, "clamp": 3, "compression": "max"},
+    },
     engine="attention",
     state=GroupState,
     cost=cost,

@@ -365,7 +365,7 @@ def _attend(
 
 
 def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n v"]:
-    """What is read from tokens and from cores, in one softmax or under a gate."""
+    """The values read from tokens and from cores, in one softmax or under a gate."""
     if gate is None:
         return merge(*zip(near, far, strict=True))
     share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
@@ -534,6 +534,21 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "mean query": {"group": 4, "window": 2, "pool_query": "mean", "share_gqa": True},
+        "means": {"group": 3, "window": 4, "pool": "mean"},
+        "maxima": {"group": 4, "window": 8, "pool": "max"},
+        "gated": {"group": 5, "window": 1, "fusion": "gated"},
+        "gated, no window": {"group": 3, "window": 0, "fusion": "gated"},
+        "no window": {"group": 4, "window": 0},
+        "groups of one": {"group": 1, "window": 1},
+        "cores before rotation": {"group": 3, "window": 5, "pool_keys": "pre_rope"},
+    },
+    variant_patterns={
+        "cores before rotation": (Pattern.CAUSAL_SELF,),
+        "gated": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "gated, no window": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    },
     engine="attention",
     state=CoreState,
     cost=cost,
@@ -544,5 +559,8 @@ MECHANISM = Mechanism(
     projection=Gate,
     waivers=(
         Waiver("layer_lengths", "its number of groups is a constant of the program", patterns=(Pattern.CAUSAL_SELF,)),
+        Waiver(
+            "grouped_heads", "heads of a group share cores, those of repeated keys do not", variants=("mean query",)
+        ),
     ),
 )

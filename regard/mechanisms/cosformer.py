@@ -209,7 +209,7 @@ def _mapped(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 def _positions(x: Float[Tensor, "b h n d"], before: Int[Tensor, " b"] | None) -> Int[Tensor, "#b 1 n 1"]:
-    """Of each token, after those before: 1, 2, ..."""
+    """The position of each token, after those before: 1, 2, ..."""
     position = torch.arange(1, x.shape[2] + 1, device=x.device)[None, None, :, None]
     return position if before is None else position + before[:, None, None, None]
 
@@ -264,6 +264,9 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "fixed length": {"length": 100, "eps": 1e-3},
+    },
     engine="gated_recurrence",
     state=CosformerState,
     cost=cost,

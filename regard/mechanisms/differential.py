@@ -319,6 +319,9 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "weak": {"lambda_init": 0.2},
+    },
     engine="attention",
     state=KeyValueState,
     cost=cost,

@@ -292,6 +292,11 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    variants={
+        "elu": {"phi": "elu", "competition": False, "eps": 1e-3},
+        "relu": {"phi": "relu", "allocation": False, "temperature": 2.0, "eps": 1e-2},
+        "softplus": {"phi": "softplus", "clamp": None, "length_factor": False},
+    },
     engine="gated_recurrence",
     state=FlowState,
     cost=cost,

@@ -85,7 +85,7 @@ def parallel(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of rows without padding, whose D features are those of all heads together."""
+    """The cost of rows without padding, whose D features are those of all heads together."""
     width, n = shape.heads * shape.dim_value, max(shape.n, 1)
     across = 2.5 * n * width * math.log2(max(width, 2))
     along = 5.0 * (width // 2 + 1) * n * math.log2(max(n, 2))
@@ -146,6 +146,9 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "orthonormal": {"orthonormal": True},
+    },
     cost=cost,
     default_scale=1.0,
     weights="implicit",

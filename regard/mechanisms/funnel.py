@@ -166,7 +166,7 @@ def parallel(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float[
 def _shortened(
     call: Call, x: Float[Tensor, "b n d"], weights: Tensors
 ) -> tuple[Float[Tensor, "b s d"], Int[Tensor, " b"]]:
-    """What all layers leave of right-padded sequences, in at least float32, and how many tokens of each row."""
+    """The output of all layers for right-padded sequences, in at least float32, and the number of tokens in each row."""
     config, wide = _checked(call, x, weights), torch.promote_types(x.dtype, torch.float32)
     batch, n, _ = x.shape
     lengths = torch.full((batch,), n, device=x.device) if call.lengths is None else call.lengths
@@ -188,7 +188,7 @@ def _shortened(
 
 
 def upsample(h: Float[Tensor, "b s d"], lengths: Int[Tensor, " b"], n: int, config: Config) -> Float[Tensor, "b n d"]:
-    """What is left of sequences, at their full length again.
+    """Pooled sequences at their full length again.
 
     Args:
         h: right-padded tokens that all blocks leave.
@@ -431,7 +431,7 @@ def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of all layers with their projections; heads are as wide as values, and the feed-forward part 4 times as wide as x."""
+    """All layers with their projections; heads are as wide as values, and the feed-forward part 4 times as wide as x."""
     heads, dim = shape.heads, shape.heads * shape.dim_value
     flops, memory, n = 0.0, 0.0, float(shape.n)
     for _ in range(config.blocks):
@@ -486,6 +486,12 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "truncated": {"blocks": 3, "truncate": True},
+        "maxima": {"blocks": 1, "layers": 2, "pool": "max"},
+        "all tokens pooled": {"separate_first": False, "norm_eps": 1e-5},
+        "no positions": {"query_only": False, "positions": False},
+    },
     engine="attention",
     cost=cost,
     axis_sizes=axis_sizes,

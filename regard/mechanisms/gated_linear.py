@@ -58,6 +58,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
 )
@@ -360,6 +361,14 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "scalar gates": {"gate": "scalar", "feature_map": "elu", "gate_normalizer": 1.0},
+        "fixed gates": {"gate": "fixed", "feature_map": "relu"},
+        "no gates": {"gate": "none", "feature_map": "silu"},
+        "gates of values": {"value_gate": True, "gate_rank": 3, "clamp_min": -0.5, "feature_map": "relu_squared"},
+        "sigmoid": {"feature_map": "sigmoid"},
+        "exp": {"feature_map": "exp"},
+    },
     engine="gated_recurrence",
     state=MatrixState,
     cost=cost,
@@ -368,4 +377,5 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     projection=GateProjection,
     layer_defaults={"key_expand": 0.5, "value_expand": 1.0, "output_norm": "rms", "output_gate": "swish"},
+    waivers=(Waiver("extremes", "exp of features above 88 is not finite in float32", variants=("exp",)),),
 )

@@ -333,6 +333,16 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "hidden layer": {"predictor": "mlp", "initial_gate": 0.3},
+        "wide hidden layer": {"predictor": "mlp2", "initial_gate": 0.3, "fine_tune": True},
+        "all features": {"predictor": "all_features", "initial_std": 0.1},
+        "one gate a head": {"predictor": "head", "initial_gate": 0.9},
+        "mean gate": {"predictor": "head_mean"},
+    },
+    variant_patterns={
+        "mean gate": (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
+    },
     layer_defaults={"output_norm": None},  # the size of an output says how much of the head is kept
     engine="attention",
     state=KeyValueState,

@@ -161,7 +161,7 @@ class Config:
 
 @dataclass(frozen=True)
 class KernelizedState(KeyValueState):
-    """Of causal-self: mapped keys and values (with a column of ones) of the last R - 1 tokens, right-aligned, and the sum
+    """State of causal-self: mapped keys and values (with a column of ones) of the last R - 1 tokens, right-aligned, and the sum
     `memory` of phi(k) v^T over those before; on a grid those of every token. Of cross patterns: the whole memory, and the
     queries that have read it."""
 
@@ -361,7 +361,7 @@ def read(
 def _mapped(
     call: Call, x: Tensor, random_features: Tensor | None, log_temperature: Tensor | None
 ) -> tuple[Float[Tensor, "b h n f"], Float[Tensor, "b h n 1"]]:
-    """What phi maps, in at least float32: projections on the random features, or phi itself; and |x|^2 / 2."""
+    """The arguments of phi, in at least float32: projections on the random features, or phi itself; and |x|^2 / 2."""
     config: Config = call.config
     if call.scale < 0:
         raise Unsupported(f"kernelized_rpe with scale={call.scale}", supported="scale >= 0", nearest="scale=1.0")
@@ -795,17 +795,18 @@ def sample_inputs(
     dtype: torch.dtype,
     config: Config,
     sizes: dict[str, int] | None = None,
+    grid: tuple[int, ...] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests and timings: biases of 11 offsets, fewer than the tests' sequences have."""
+    """Inputs for tests and timings: biases of 11 offsets, or 3 x 5 on a grid, fewer than the tests' sequences have."""
     size = {"h": 2, "d": 8, "v": 6} | (sizes or {})
     heads, width = size["h"], size["d"]
     shapes = {
         "q": (batch, heads, n, width),
         "k": (batch, heads, m, width),
         "v": (batch, heads, m, size["v"]),
-        "offset_bias": (heads, size.get("o", 11)),
     }
+    shapes |= {"offset_bias": (heads, size.get("o", 11))} if grid is None else {"grid_bias": (heads, 3, 5)}
     if config.feature_map == POSITIVE_RANDOM:
         shapes["random_features"] = (heads, config.features or width, width)
     if config.learn_temperature:
@@ -881,6 +882,21 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "fft": {"method": "fft", "max_offset": 20},
+        "blocks": {"method": "blocks", "share_offsets": True, "max_offset": 5, "eps": 1e-3},
+        "orthogonal features": {"features": 3, "orthogonal": True, "share_features": True, "redraw": 7},
+        "elu": {"feature_map": "elu", "learn_temperature": True, "offsets": "bucketed"},
+        "relu": {"feature_map": "relu", "offsets": "alibi"},
+        "squared relu": {"feature_map": "relu_squared", "offsets": "power"},
+        "sigmoid": {"feature_map": "sigmoid", "offsets": "none", "normalize": False},
+        "exp": {"feature_map": "exp", "learn_class_bias": True},
+        "on a grid": {"max_offset": (12, 12), "learn_class_bias": True},
+    },
+    variant_patterns={
+        "on a grid": (Pattern.NONCAUSAL_SELF,),
+    },
+    grid_variants=frozenset({"on a grid"}),
     engine="gated_recurrence",
     state=KernelizedState,
     cost=cost,

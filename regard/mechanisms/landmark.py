@@ -553,7 +553,7 @@ def _miss_scores(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g
 
 
 def _opened(call: Call, share: Float[Tensor, "b h n 1"]) -> Float[Tensor, "b h n 1"]:
-    """What the weight of the miss key leaves to the blocks that it controls."""
+    """The share that the weight of the miss key leaves to the blocks that it controls."""
     if call.training:
         return share
     return share.masked_fill(share < call.config.miss_cutoff, 0.0)
@@ -1011,12 +1011,15 @@ def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pa
     return {"roles": (torch.rand(batch, m, generator=generator) < 0.25).long() * int(Role.LANDMARK)}
 
 
-WHOLE_PAST = {"top_k": None, "cache_blocks": None}
+WHOLE_PAST = {"top_k": None, "cache_blocks": None, "selection": SELECTIONS[0], "offload": None}
 """Options under which a continued sequence sees all of its past."""
+
+RETRIEVING = ("retrieved", "one set for all heads", "one set for all tokens", "miss key", "bounded, retrieved")
+BOUNDED = (*RETRIEVING, "bounded cache")
 
 
 def _waiver(name: str, reason: str) -> Waiver:
-    return Waiver(name, reason, holds_with=WHOLE_PAST, patterns=(Pattern.CAUSAL_SELF,))
+    return Waiver(name, reason, holds_with=WHOLE_PAST, patterns=(Pattern.CAUSAL_SELF,), variants=BOUNDED)
 
 
 MECHANISM = Mechanism(
@@ -1036,6 +1039,32 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "small blocks": {"block": 3},
+        "retrieved": {"block": 100, "cache_blocks": 50, "top_k": 2},
+        "one set for all heads": {"block": 100, "cache_blocks": 50, "top_k": 2, "selection": "max_over_heads"},
+        "one set for all tokens": {
+            "block": 100,
+            "cache_blocks": 50,
+            "top_k": 2,
+            "selection": "max_over_tokens",
+            "offload": "cpu",
+        },
+        "bounded cache": {"block": 100, "cache_blocks": 3},
+        "bounded, retrieved": {"block": 100, "cache_blocks": 3, "top_k": 2},
+        "landmarks ignored": {"block": 3, "softmax": "ignore"},
+        "landmarks as tokens": {"block": 3, "softmax": "plain"},
+        "miss key": {"block": 100, "cache_blocks": 50, "top_k": 2, "miss": True, "miss_share": 0.3, "miss_cutoff": 0.1},
+        "in training": {"block": 3, "group_dropout": 0.2, "position_jump": 5},
+    },
+    variant_patterns={
+        "miss key": (Pattern.CAUSAL_SELF,),
+        "one set for all tokens": (Pattern.CAUSAL_SELF,),
+        **dict.fromkeys(
+            ("retrieved", "one set for all heads", "bounded cache", "bounded, retrieved"),
+            (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
+        ),
+    },
     engine="grouped_attention",
     state=LandmarkState,
     cost=cost,
@@ -1054,5 +1083,12 @@ MECHANISM = Mechanism(
         _waiver("split_resume", "what comes after a split retrieves blocks that the whole call attends to"),
         _waiver("packing", "documents that continue retrieve blocks that a whole call attends to"),
         _waiver("layer_decoding", "a step retrieves among all complete blocks, a whole call attends to all of them"),
+        Waiver("state_dtype", "the cache grows until it holds `cache_blocks` blocks", variants=BOUNDED),
+        Waiver(
+            "pair_masks",
+            "blocks that a mask hides in part cannot be chosen by their landmarks",
+            patterns=(Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
+            variants=BOUNDED,
+        ),
     ),
 )

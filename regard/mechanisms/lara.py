@@ -132,7 +132,7 @@ def _proposals(call: Call, q: Tensor, k: Tensor) -> tuple[Float[Tensor, "b h c d
 
 
 def _noise(call: Call, q: Tensor) -> Float[Tensor, "b h c d"] | None:
-    """What is added to mu in training; the same draws whatever the lengths."""
+    """The noise on mu in training; the same draws whatever the lengths."""
     config: Config = call.config
     if not (call.training and config.noise):
         return None
@@ -178,6 +178,9 @@ MECHANISM = Mechanism(
     refused={Pattern.CAUSAL_SELF: LATER, Pattern.CAUSAL_CROSS: LATER},
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "few landmarks": {"landmarks": 3, "noise": 0.5},
+    },
     cost=cost,
     weights="implicit",
     waivers=(Waiver("layer_lengths", "the borders of its landmarks are constants of the program"),),

@@ -135,7 +135,7 @@ class Config:
 
 @dataclass(frozen=True)
 class ConvolutionState(State):
-    """What the causal form needs of the past; zeros before the first token, and no width without the convolution.
+    """The past that the causal form needs; zeros before the first token, and no width without the convolution.
 
     `inputs` are the last inputs of DW in the model's dtype, `mixed` the last outputs of DW in at least float32.
     """
@@ -509,6 +509,12 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": step},
     config=Config,
+    variants={
+        "small": {"kernel": 7, "dilation": 2},
+        "plain": {"kernel": 3, "dilation": 1, "sigmoid": True, "without": ("pointwise",)},
+        "added": {"gating": "add", "without": ("depthwise",)},
+        "ungated": {"gating": "none", "without": ("dilated",), "residual": False},
+    },
     state=ConvolutionState,
     cost=cost,
     default_scale=1.0,

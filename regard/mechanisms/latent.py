@@ -185,7 +185,7 @@ def _check(k: Tensor) -> None:
 
 
 def _joined(k: Float[Tensor, "b 1 m r"], latent: Float[Tensor, "b m c"]) -> Float[Tensor, "b 1 m c+r"]:
-    """What is cached of each token."""
+    """The cache: the latent of each token."""
     _check(k)
     return torch.cat([latent[:, None], k], -1)
 
@@ -327,7 +327,7 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Of a layer whose rotated part is half as wide as a value head, as without options."""
+    """The cost of a layer whose rotated part is half as wide as a value head, as without options."""
     content, latent = config.widths(shape.dim_value)
     return {"r": max(1, shape.dim_key // 2), "d": content, "c": latent}
 
@@ -371,6 +371,9 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "narrow": {"latent_dim": 5, "content_dim": 4, "query_latent_dim": 7},
+    },
     engine="attention",
     state=LatentState,
     cost=cost,

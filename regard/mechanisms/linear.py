@@ -38,6 +38,7 @@ from regard.contract import (
     Result,
     Shape,
     Unsupported,
+    Waiver,
     one_of,
 )
 from regard.engines import recurrent_forms
@@ -169,9 +170,18 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "relu": {"feature_map": "relu", "eps": 1e-3},
+        "squared relu": {"feature_map": "relu_squared", "eps": 1e-3},
+        "sigmoid": {"feature_map": "sigmoid"},
+        "exp": {"feature_map": "exp"},
+        "silu": {"feature_map": "silu", "normalize": False},
+        "identity": {"feature_map": "identity", "normalize": False},
+    },
     engine="linear_attention",
     state=MatrixState,
     cost=cost,
     default_scale=1.0,
     weights="implicit",
+    waivers=(Waiver("extremes", "exp of features above 88 is not finite in float32", variants=("exp",)),),
 )

@@ -247,6 +247,10 @@ MECHANISM = Mechanism(
     refused={Pattern.CAUSAL_SELF: NO_CAUSAL},
     forms={"reference": reference, "parallel": parallel, "absorb": absorb, "read": read},
     config=Config,
+    variants={
+        "one mixture for keys and values": {"sharing": "key-value", "projected": 3, "length": 150},
+        "mixtures of their own": {"sharing": "none", "projected": 5, "length": 200},
+    },
     engine="attention",
     state=ProjectedState,
     cost=cost,

@@ -182,6 +182,12 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    variants={
+        "short window": {"window": 3},
+        "blocks": {"form": "block", "block": 4},
+        "blocks alone": {"form": "block", "block": 5, "lookback": 0},
+        "blocks, far back": {"form": "block", "block": 3, "lookback": 2},
+    },
     engine="attention",
     state=WindowState,
     cost=cost,

@@ -281,7 +281,7 @@ def _attend(
 def _near(
     call: Call, q: Tensor, k: Tensor, v: Tensor, lengths: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
-    """What each segment of w tokens reads of itself and of the tokens around it; segments are rows of one attention."""
+    """Each segment of w tokens reads itself and the tokens around it; segments are rows of one attention."""
     w = call.config.width(call.pattern)
     side, n = max(1, w // 2), q.shape[2]
     count = -(-n // w)
@@ -471,6 +471,12 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    variants={
+        "narrow": {"window": 1, "segment": 1, "landmarks": 1},
+        "several landmarks": {"window": 3, "segment": 4, "rank": 2, "landmarks": 3},
+        "no norms": {"window": 8, "segment": 5, "dual_norm": False},
+        "norms first": {"window": 2, "segment": 3, "rank": 3, "normalize_first": True, "norm_eps": 0.1},
+    },
     engine="attention",
     state=LongShortState,
     cost=cost,

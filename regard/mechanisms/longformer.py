@@ -485,6 +485,12 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    variants={
+        "no global tokens": {"window": 2, "global_tokens": 0},
+        "several global tokens": {"window": 6, "global_tokens": 3, "separate_projections": False},
+        "dilated": {"window": 4, "dilation": 3, "global_tokens": 2},
+        "dilated by heads": {"window": 2, "dilation": (1, 4)},
+    },
     engine="attention",
     state=LongformerState,
     cost=cost,

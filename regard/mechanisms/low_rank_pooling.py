@@ -304,7 +304,7 @@ class LowRankPooling(nn.Module):
 
 
 def slot_logits(pooled: Float[Tensor, "b s d"], head: nn.Linear) -> Float[Tensor, "b s classes"]:
-    """What each slot adds to the logits of a linear classifier of the slots laid side by side (its bias left out)."""
+    """The part of each slot in the logits of a linear classifier of the slots laid side by side (its bias left out)."""
     weight = head.weight.unflatten(1, pooled.shape[1:])  # (classes, s, d)
     return torch.einsum("bsd,csd->bsc", pooled, weight)
 
@@ -366,6 +366,12 @@ MECHANISM = Mechanism(
     },
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "bilinear": {"activation": None, "norm": "tokens"},
+        "mean": {"context": "mean", "eps": 1e-3},
+        "maximum": {"context": "max", "norm": None},
+        "last token": {"context": "last", "diversity": True},
+    },
     cost=cost,
     axis_sizes=axis_sizes,
     default_scale=1.0,

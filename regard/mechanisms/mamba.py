@@ -491,7 +491,7 @@ class MambaLayer(StateSpaceLayer):
     def _writes(
         self, x: Tensor, tokens: Tokens, state: LayerState | None
     ) -> tuple[dict[str, Tensor | None], tuple[Tensor, ...]]:
-        """What tokens bring to the recurrence (c too, in self patterns), and the convolution's cache after them."""
+        """The inputs of the recurrence (c too, in self patterns), and the convolution's cache after them."""
         x, caches = self.convolve(x, tokens, state)
         parts = split(self.x_proj, self.selected, x)
         dt = x.new_zeros(()).expand_as(x) if self.dt_proj is None else self.dt_proj(parts["dt"])
@@ -571,6 +571,15 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "no convolution": {"conv_width": 0, "gate": False, "skip": False},
+        "grouped": {"groups": 2, "dt_rank": 5, "d_state": 3, "chunk_size": 3},
+        "scalar": {"scalar_a": True, "conv_width": 1, "dt_limit": (0.05, 0.1)},
+        "normed": {"norm": True, "norm_eps": 1e-3, "expand": 1.0},
+        "normed before the gate": {"norm": True, "norm_before_gate": True, "dt_init": (0.01, 0.02)},
+        "constant steps": {"constant": ("dt",)},
+        "constant": {"constant": ("dt", "B", "C")},
+    },
     engine="selective_scan",
     state=SelectiveState,
     cost=cost,

@@ -452,7 +452,7 @@ class Mamba2Layer(StateSpaceLayer):
         return result
 
     def _writes(self, parts: Tensors, tokens: Tokens, state: LayerState | None) -> tuple[Tensors, tuple[Tensor, ...]]:
-        """What tokens bring to the recurrence (q too, in self patterns), and the convolution's cache after them."""
+        """The inputs of the recurrence (q too, in self patterns), and the convolution's cache after them."""
         widths = {name: width for name, width in self.memory_widths.items() if name != "dt"}
         y, caches = self.convolve(torch.cat([parts[name] for name in widths], -1), tokens, state)
         convolved = dict(zip(widths, y.split(list(widths.values()), -1), strict=True))
@@ -547,6 +547,23 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "no convolution": {"conv_width": 0, "gate": False, "skip_kind": "none", "d_state": 5},
+        "a skip for each channel": {
+            "skip_kind": "channel",
+            "norm": False,
+            "dt_limit": (0.05, 0.1),
+            "a_init": (2.0, 4.0),
+        },
+        "normed before the gate": {"norm_before_gate": True, "norm_eps": 1e-3, "dt_init": (0.01, 0.02)},
+        "grouped": {"groups": 2, "head_dim": 8, "chunk_size": 3, "expand": 1.0},
+        "with a gated MLP": {"d_ssm": 16, "conv_width": 1},
+        "initial states": {"initial_states": True},
+        "constant": {"constant": ("dt", "B", "C")},
+    },
+    variant_patterns={
+        "initial states": (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
+    },
     engine="gated_recurrence",
     state=MatrixState,
     cost=cost,

@@ -534,7 +534,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of softmax attention with all heads (whole sequences: with the chosen ones, if they are gathered), and the gates."""
+    """Softmax attention with all heads (whole sequences: with the chosen ones, if they are gathered), and the gates."""
     heads = shape.batch * shape.heads
     width = shape.dim_key + shape.dim_value
     used = 1.0
@@ -559,6 +559,17 @@ MECHANISM = Mechanism(
     patterns=ALL_PATTERNS,
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "none shared": {"num_heads": 8, "shared_heads": 0, "active_heads": 3},
+        "nearly all active": {"num_heads": 8, "shared_heads": 1, "active_heads": 7, "rescale_gates": False},
+        "all shared": {"num_heads": 4, "shared_heads": 4, "two_stage": False},
+        "named": {"num_heads": 8, "shared_heads": (1, 6), "active_heads": 2, "z_loss": True, "noise": 0.5},
+        "binary": {"num_heads": 8, "gates": "binary"},
+        "straight through": {"num_heads": 8, "gates": "straight_through"},
+        "query norms": {"num_heads": 8, "router": "query_norm", "shared_heads": (0, 3, 7), "eps": 1e-3},
+        "query norms, binary": {"num_heads": 8, "router": "query_norm", "shared_heads": 4, "gates": "binary"},
+        "gathered": {"num_heads": 8, "gates": "weighted", "compute": "gather", "shared_heads": (5,), "active_heads": 3},
+    },
     state=LayerState,
     cost=cost,
     default_scale=1.0,
@@ -567,5 +578,12 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     module=MixtureOfHeads,
     layer_defaults={"output_norm": None},  # routers scale the heads' outputs
-    waivers=(Waiver("layer_onnx", "ONNX has no stable sort"),),
+    waivers=(
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+        Waiver(
+            "gradient",
+            "gates of 0 and 1 have the gradient of probabilities, which numerical derivatives do not see",
+            variants=("straight through", "query norms"),
+        ),
+    ),
 )

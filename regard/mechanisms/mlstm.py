@@ -361,6 +361,9 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "exponential": {"forget_gate": "exp", "gate_cap": 15.0},
+    },
     engine="gated_recurrence",
     state=MemoryState,
     cost=cost,

@@ -269,7 +269,7 @@ def _on_blocks(
         backend=call.backend,
     )
     assert lse is not None
-    return output.view(*q.shape[:4], -1), lse.view(q.shape[:4])
+    return output.view(*q.shape[:4], v.shape[-1]), lse.view(q.shape[:4])
 
 
 def _taken_blocks(
@@ -281,7 +281,8 @@ def _taken_blocks(
     heads = blocks.shape[1]
     start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1) // (heads // groups) * count
     rows = start + blocks.clamp(0, count - 1)
-    return x.reshape(-1, size * width).index_select(0, rows.flatten()).view(*blocks.shape[:3], -1, width)
+    taken = x.reshape(-1, size * width).index_select(0, rows.flatten())
+    return taken.view(*blocks.shape[:3], blocks.shape[3] * size, width)
 
 
 def _taken_tokens(
@@ -327,6 +328,11 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "small blocks": {"block_size": 3, "top": 2},
+        "own block": {"block_size": 5, "top": 1},
+        "several blocks": {"block_size": 2, "top": 4},
+    },
     engine="attention",
     state=BlockState,
     cost=cost,

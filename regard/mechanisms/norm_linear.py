@@ -46,6 +46,7 @@ from regard.contract import (
     Result,
     Shape,
     Unsupported,
+    Waiver,
     one_of,
 )
 from regard.engines import recurrent_forms
@@ -245,6 +246,15 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "relu": {"feature_map": "relu", "denominator": True, "output_norm": "rms"},
+        "squared relu": {"feature_map": "relu_squared", "output_norm": "layer"},
+        "sigmoid": {"feature_map": "sigmoid", "output_norm": "none"},
+        "exp": {"feature_map": "exp"},
+        "silu": {"feature_map": "silu"},
+        "identity": {"feature_map": "identity"},
+        "plain elu": {"feature_map": "plain_elu"},
+    },
     engine="linear_attention",
     state=MatrixState,
     cost=cost,
@@ -255,4 +265,5 @@ MECHANISM = Mechanism(
     maps_before_rotation=True,
     merge=HeadNormWeights,
     layer_defaults={"bias": True},
+    waivers=(Waiver("extremes", "exp of features above 88 is not finite in float32", variants=("exp",)),),
 )

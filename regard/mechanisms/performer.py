@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 FEATURE_EPS = {"softmax": 1e-4, "relu": 1e-3}
-"""What is added to the features of each kernel when `feature_eps` is None."""
+"""The number added to the features of each kernel when `feature_eps` is None."""
 
 
 @dataclass(frozen=True)
@@ -460,6 +460,11 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "relu": {"kernel": "relu", "orthogonal": False, "redraw": 0, "fresh": True},
+        "few features": {"num_features": 5, "feature_eps": 0.1, "eps": 0.3},
+        "least denominator": {"feature_eps": 0.0, "least_denominator": 0.1, "redraw": 3},
+    },
     engine="gated_recurrence",
     state=PerformerState,
     cost=cost,

@@ -270,7 +270,7 @@ cases, 1.0 to 1.9 times at 256 tokens and 1 to 32 rows, 5 to 13 times at 2048 an
 
 @dataclass(frozen=True)
 class Positions:
-    """What weights are made from, in place of queries and keys."""
+    """The sources of the weights, in place of queries and keys."""
 
     query_map: Float[Tensor, "t f d"]
     key_map: Float[Tensor, "t f d"]
@@ -527,6 +527,12 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "one-hot": {"encoding": "one_hot", "max_length": 200},
+        "binary": {"encoding": "binary", "max_length": 256, "key_width": "split"},
+        "learned": {"encoding": "learned", "encoding_dim": 6, "max_length": 200},
+        "content": {"content_heads": 1},
+    },
     engine="attention",
     state=CountedState,
     cost=cost,

@@ -58,7 +58,7 @@ class Config:
         at_least("factor", self.factor, 1)
 
     def count(self, length: int) -> int:
-        """Of `length` tokens, how many are sampled or chosen."""
+        """The number of `length` tokens that are sampled or chosen."""
         return min(length, max(1, self.factor * math.ceil(math.log(length)))) if length else 0
 
 
@@ -171,6 +171,9 @@ MECHANISM = Mechanism(
     refused={Pattern.CAUSAL_SELF: LATER, Pattern.CAUSAL_CROSS: LATER},
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "few keys": {"factor": 1, "jitter": False},
+    },
     engine="attention",
     cost=cost,
     weights="implicit",

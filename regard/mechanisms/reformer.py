@@ -290,7 +290,7 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """What says which pairs of sorted query and key see each other.
+    """Numbers that say which pairs of sorted query and key see each other.
 
     Tokens of a round see each other when the query's address less the key's is from 0 to `lookback`, or is so once
     `around` is added. Addresses are integers as short as they may be: masks cost more than the attention itself.
@@ -510,6 +510,12 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: SAME, Pattern.CAUSAL_CROSS: SAME},
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    variants={
+        "small chunks": {"chunk": 3, "buckets": 4, "eps": 1e-3},
+        "no lookback": {"chunk": 4, "lookback": 0, "rounds": 1},
+        "duplicates": {"chunk": 2, "lookback": 3, "count_duplicates": True, "fresh": False},
+        "one bucket": {"chunk": 5, "same_bucket": True},
+    },
     engine="attention",
     state=ReformerState,
     default_scale=1.0,

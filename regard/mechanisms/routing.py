@@ -455,7 +455,7 @@ def _attend(
 
 
 def _scores(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> Float[Tensor, "b h c n"]:
-    """Of unit tokens at the centroids. They choose, and have no gradient."""
+    """Affinities of unit tokens to the centroids. They choose, and have no gradient."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return centroids.detach().to(dtype) @ F.normalize(x.detach().to(dtype), dim=-1).mT
 
@@ -594,6 +594,14 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "small clusters": {"window": 3, "clusters": 4, "decay": 0.5},
+        "no null memory": {"window": 5, "clusters": 3, "null_memory": False},
+        "a local head": {"window": 5, "local_heads": 1},
+    },
+    variant_patterns={
+        "a local head": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    },
     engine="attention",
     state=RoutingState,
     cost=cost,

@@ -455,6 +455,9 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "narrow gates": {"eps": 1e-3, "gate_rank": 3},
+    },
     engine="generalized_delta",
     state=MatrixState,
     cost=cost,

@@ -451,6 +451,11 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: SAME_READING, Pattern.CAUSAL_CROSS: SAME_READING},
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": step},
     config=Config,
+    variants={
+        "bilinear": {"discretization": "bilinear"},
+        "linear": {"init": "linear", "tied": True},
+        "legs": {"init": "legs", "d_state": 2, "glu": True, "dt_init": (0.5, 0.5)},
+    },
     state=DiagonalState,
     cost=cost,
     axis_sizes=axis_sizes,

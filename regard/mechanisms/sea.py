@@ -279,7 +279,7 @@ def _check(call: Call) -> None:
 
 @dataclass(frozen=True)
 class _Keys:
-    """What the queries of a call may read.
+    """The keys that the queries of a call may read.
 
     Attributes:
         state: the keys and values, cached ones first, and the sum of the values.
@@ -388,7 +388,7 @@ def _attend(
 
 
 def _mean(call: Call, keys: _Keys, estimate: Tensor, totals: Tensor) -> Float[Tensor, "b #h #n v"]:
-    """What a query gets where it does not attend."""
+    """The value that a query gets where it does not attend."""
     if call.pattern is not Pattern.NONCAUSAL_SELF:
         return keys.mean(call, totals)
     p = _wide(estimate).softmax(-1)
@@ -435,7 +435,7 @@ def _kept(
 
 
 def _draw_jitter(call: Call, batch: int, m: int, device: torch.device) -> Float[Tensor, "b m"] | None:
-    """What is added to the ranks of the tokens; None outside training."""
+    """The shift of the tokens' ranks in training; None outside training."""
     config: Config = call.config
     if not call.training or config.jitter == 0:
         return None
@@ -662,7 +662,7 @@ def _map_distances(
 
 @dataclass(frozen=True)
 class EstimatorState(State):
-    """What an estimator keeps of each sequence.
+    """The state of an estimator for each sequence.
 
     Attributes:
         memory: sums of the linear attention and its normaliser, in at least float32.
@@ -913,6 +913,26 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "few keys": {"top_k": 3, "estimate_length": 16, "oversample": 2.0, "row_scale": False},
+        "codebook": {"estimator": "codebook", "estimate_length": 32, "jitter": 0.5},
+        "joint encoder": {
+            "joint_encoder": True,
+            "estimate_length": 16,
+            "length": 300,
+            "feature_divisor": 2.0,
+            "redraw_every": 0,
+        },
+        "cosines": {"kernel": "cosformer", "top_k": 3, "self_teacher": False},
+        "by queries": {"grouping": "query", "top_k": 3, "estimate_length": 16},
+        "by heads": {"grouping": "head", "top_k": 3, "estimate_length": 16},
+        "by maps": {"grouping": "batch", "top_k": 3, "estimate_length": 16},
+    },
+    variant_patterns={
+        "cosines": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "by heads": (Pattern.NONCAUSAL_SELF,),
+        "by maps": (Pattern.NONCAUSAL_SELF,),
+    },
     state=SeaState,
     cost=cost,
     axis_sizes=axis_sizes,

@@ -60,6 +60,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
 )
@@ -334,6 +335,19 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "by length": {"length": 9, "log_temperature": 0.7, "learn_bias": True},
+        "a bias for each head": {"sigmoid_bias": (-1.0, 0.5)},
+        "by position": {"schedule": "position"},
+        "normalised": {"norm": "seq", "activation": "relu"},
+        "normalised by the root": {"norm": "sqrt", "activation": "relu_squared"},
+        "window": {"window": (3, None), "norm": "sqrt"},
+        "window by position": {"window": (3, 0), "schedule": "position"},
+    },
+    variant_patterns={
+        "window": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "window by position": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    },
     engine="attention",
     state=KeyValueState,
     cost=cost,
@@ -341,4 +355,5 @@ MECHANISM = Mechanism(
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     projection=HeadBias,
+    waivers=(Waiver("grouped_heads", "its two biases are for two heads", variants=("a bias for each head",)),),
 )

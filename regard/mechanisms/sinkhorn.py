@@ -435,6 +435,14 @@ MECHANISM = Mechanism(
     refused={Pattern.CAUSAL_CROSS: "blocks of the memory are shared out among all blocks of queries"},
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,
+    variants={
+        "small blocks": {"block": 3, "noise": False},
+        "little balanced": {"block": 4, "iterations": 1, "temperature": 2.0},
+        "cut": {"block": 3, "sortcut": 2},
+    },
+    variant_patterns={
+        "cut": (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
+    },
     engine="attention",
     state=SinkhornState,
     uneven=False,

@@ -258,6 +258,16 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "softcap": {"softcap": 0.8},
+        "sink": {"learn_sink": True},
+        "window": {"window": (3, 0)},
+        "window, softcap and sink": {"window": (2, None), "softcap": 2.0, "learn_sink": True},
+    },
+    variant_patterns={
+        "window": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "window, softcap and sink": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    },
     engine="attention",
     state=KeyValueState,
     cost=cost,

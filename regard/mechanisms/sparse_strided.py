@@ -103,7 +103,7 @@ class Config:
         return self.stride - self.columns * (group + 1), self.stride - self.columns * group
 
     def patterns(self, heads: int) -> list[tuple[str, list[int], tuple[int, int]]]:
-        """What is computed together: ``first``, ``second`` or ``union``, for which heads, and their columns."""
+        """Heads that are computed together: ``first``, ``second`` or ``union``, which heads, and their columns."""
         half = -(-heads // 2)
         found: dict[tuple[str, tuple[int, int]], list[int]] = {}
         for head in range(heads):
@@ -402,6 +402,16 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": step},
     config=Config,
+    variants={
+        "strided": {"stride": 4},
+        "heads apart": {"stride": 5, "combine": "heads"},
+        "second": {"stride": 3, "combine": "second"},
+        "first": {"stride": 3, "combine": "first"},
+        "fixed": {"layout": "fixed", "stride": 4, "columns": 1},
+        "fixed, columns by head": {"layout": "fixed", "stride": 6, "columns": 2, "head_columns": True},
+        "fixed, heads apart": {"layout": "fixed", "stride": 5, "columns": 2, "combine": "heads", "head_columns": True},
+        "fixed, second": {"layout": "fixed", "stride": 4, "columns": 3, "combine": "second"},
+    },
     engine="attention",
     state=KeyValueState,
     cost=cost,

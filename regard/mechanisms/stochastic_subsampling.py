@@ -66,6 +66,7 @@ from regard.contract import (
     Result,
     Shape,
     Unsupported,
+    Waiver,
     at_least,
     one_of,
 )
@@ -172,7 +173,7 @@ def _kept_pairs(call: Call, ratio: float, where: Ranks, batch: int, heads: int) 
         return torch.stack(draws, 1)[:, :, None]
     windows = _draw_windows(call, ratio, where.keys, batch)
     rows, number, _ = windows.keys.shape
-    pairs = torch.zeros(rows, 1, n, m + 1, dtype=torch.bool)
+    pairs = torch.zeros(rows, 1, n, m + 1, dtype=torch.bool, device=where.keys.device)
     for row in range(rows):
         for window in range(number):
             queries = windows.queries[window]
@@ -646,7 +647,7 @@ def ensemble_predict(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of evaluation, which is dense unless `in_evaluation` says otherwise: then it costs what training does."""
+    """The cost of evaluation, which is dense unless `in_evaluation` says otherwise: then it costs what training does."""
     keys: float = shape.m if config.host_window is None else config.host_window
     if config.in_evaluation and config.mode == "local":
         keys = (2 * config.neighbours + 1) * (config.ratio * shape.n if config.window is None else config.window)
@@ -654,6 +655,17 @@ def cost(shape: Shape, config: Config) -> Cost:
         keys = config.ratio * keys
     return attention_cost(shape, max(1, round(keys)))
 
+
+DRAWING = (
+    "half",
+    "Bernoulli",
+    "a draw for each sequence",
+    "local",
+    "local, uniform",
+    "local, laplace",
+    "in windows",
+)
+"""Variants that draw keys in evaluation too."""
 
 MECHANISM = Mechanism(
     name="stochastic_subsampling",
@@ -672,10 +684,32 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "half": {"ratio": 0.5, "in_evaluation": True},
+        "Bernoulli": {"mode": "bernoulli", "ratio": 0.5, "in_evaluation": True, "per_head": True},
+        "a draw for each sequence": {"ratio": 0.5, "in_evaluation": True, "per_sample": True},
+        "local": {"mode": "local", "window": 3, "sigma": 2.0, "neighbours": 1, "in_evaluation": True},
+        "local, uniform": {"mode": "local", "noise": "uniform", "in_evaluation": True},
+        "local, laplace": {"mode": "local", "noise": "laplace", "in_evaluation": True},
+        "in windows": {"host_window": 5, "ratio": 0.5, "in_evaluation": True},
+        "scheduled": {"steps": 100, "finetune": 0.2, "anneal": True},
+    },
+    variant_patterns={
+        "local": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "local, uniform": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "local, laplace": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "in windows": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    },
     engine="attention",
     state=KeyValueState,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
+    waivers=(
+        *(
+            Waiver(name, "keys are drawn for one call, of the length and the rows that it has", variants=DRAWING)
+            for name in ("padding", "packing", "row_alone", "alignment", "pair_masks", "state", "memory")
+        ),
+    ),
 )

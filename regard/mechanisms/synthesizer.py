@@ -437,6 +437,13 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "random": {"kinds": "random", "length": 200},
+        "factorised": {"kinds": ("factorised_dense",), "rank": 3, "length": 200},
+        "factorised random": {"kinds": ("factorised_random",), "rank": 3, "train_random": False},
+        "dot products": {"kinds": ("dot",)},
+        "mixed": {"kinds": ("dense", "random", "factorised_dense", "factorised_random", "dot"), "length": 200},
+    },
     state=PlaceState,
     cost=cost,
     default_scale=1.0,

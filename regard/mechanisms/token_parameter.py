@@ -119,7 +119,7 @@ def _softmax(s: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _largest(s: Tensor, kept: Tensor | None, count: int | None) -> Tensor | None:
-    """Of the scores that are kept, which are among the `count` largest; all when None."""
+    """The kept scores that are among the `count` largest; all of them when None."""
     if count is None or count >= s.shape[-1]:
         return kept
     places = (s if kept is None else s.masked_fill(~kept, -torch.inf)).topk(count, dim=-1).indices
@@ -149,7 +149,7 @@ def reference(
 ) -> Float[Tensor, "b n e"]:
     """The definition, token by token and from elementary functions."""
     config: Config = call.config
-    tau = torch.tensor(keys.shape[0], dtype=x.dtype).sqrt() if tau is None else tau
+    tau = x.new_tensor(keys.shape[0]).sqrt() if tau is None else tau
 
     def gelu(s: Tensor) -> Tensor:
         return s * (1 + torch.erf(s / math.sqrt(2))) / 2
@@ -362,7 +362,7 @@ class TokenParameter(nn.Module):
             raise Unsupported(f"an importance of shape {tuple(importance.shape)}", supported=f"({count},)")
 
     def _rescaling(self, num_tokens: int) -> float:
-        """Of the values, where tau follows the number of rows and the weights are proportional to it."""
+        """The scale of the values, where tau follows the number of rows and the weights are proportional to it."""
         follows = self.config.theta == "gelu_l2_norm" and self.config.tau_mode == "sqrt_n"
         return math.sqrt(self.keys.shape[0] / num_tokens) if follows else 1.0
 
@@ -461,6 +461,13 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: _NOTHING_TO_ATTEND_TO, Pattern.CAUSAL_CROSS: _NOTHING_TO_ATTEND_TO},
     forms={"reference": reference, "parallel": parallel},
     config=Config,
+    variants={
+        "gelu first": {"theta": "gelu_l2_norm", "num_tokens": 6, "eps": 1e-3},
+        "softmax": {"theta": "softmax", "tau_mode": "sqrt_n", "num_layers": 4},
+        "softmax of the largest": {"theta": "softmax", "top_k": 2},
+        "identity": {"theta": "identity", "frozen_tokens": 2},
+        "largest": {"top_k": 2},
+    },
     cost=cost,
     axis_sizes=axis_sizes,
     default_scale=1.0,

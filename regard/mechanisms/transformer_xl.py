@@ -295,6 +295,11 @@ MECHANISM = Mechanism(
     refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},
     forms={"reference": reference, "parallel": parallel, "chunked": parallel, "step": parallel},
     config=Config,
+    variants={
+        "short": {"segment": 4, "memory": 6},
+        "no memory": {"segment": 5, "memory": 0},
+        "clamped": {"segment": 3, "memory": 7, "clamp": 2},
+    },
     engine="attention",
     state=WindowState,
     cost=cost,

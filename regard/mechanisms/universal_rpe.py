@@ -513,13 +513,14 @@ def sample_inputs(
     m: int,
     dtype: torch.dtype,
     sizes: dict[str, int] | None = None,
+    grid: tuple[int, ...] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests and timings: factors of both signs for 11 offsets, fewer than the tests' sequences have."""
+    """Inputs for tests and timings: factors of both signs for 11 offsets, or 3 x 5 on a grid, fewer than the tests'
+    sequences have."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6, "o": 11} | (sizes or {})
-    shapes = attention_shapes(batch, n, m, size) | {
-        "factors": (size["h"], size["o"]),
-    }
+    shapes = attention_shapes(batch, n, m, size)
+    shapes |= {"factors": (size["h"], size["o"])} if grid is None else {"grid_factors": (size["h"], 3, 5)}
     return normals(generator, shapes, dtype)
 
 
@@ -574,6 +575,17 @@ MECHANISM = Mechanism(
         "read": read,
     },
     config=Config,
+    variants={
+        "bucketed": {"factors": "bucketed", "num_buckets": 8, "max_distance": 20},
+        "no factors": {"factors": "none"},
+        "shared, relu": {"share_heads": True, "activation": "relu", "max_distance": 10},
+        "normal, softplus": {"start": "normal", "activation": "softplus"},
+        "on a grid": {"max_distance": (12, 12)},
+    },
+    variant_patterns={
+        "on a grid": (Pattern.NONCAUSAL_SELF,),
+    },
+    grid_variants=frozenset({"on a grid"}),
     engine="attention",
     state=CountedState,
     cost=cost,

@@ -1,4 +1,4 @@
-"""What the models share: the layer plan, the pre-norm block, and how a call's padding reaches the layers."""
+"""Parts that the models share: the layer plan, the pre-norm block, and how a call's padding reaches the layers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LOSS_WEIGHTS = {"position_contrast": 0.1, "position_transfer": 0.1, "commitment"
 code), and of compressive memory (arXiv 1911.05507), whose loss reaches the compression alone."""
 
 FEED_FORWARD_OPTIONS = ("feed_forward_kind", "feed_forward_options")
-"""What an entry of a plan says of its feed-forward network beside the hidden width."""
+"""Options of a plan's entry for its feed-forward network beside the hidden width."""
 
 GATES = {"log_decay", "beta"}
 """Inputs through which a recurrence knows the order of its tokens."""
@@ -388,7 +388,7 @@ class Block(nn.Module):
         context: Context,
         state: Any = None,
     ) -> Result:
-        """What the mixer adds to `x`, as its output."""
+        """The mixer's addition to `x`, as its output."""
         if context.roles is not None and not self.takes_roles:
             context = context.replace(roles=None)
         mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
@@ -397,7 +397,7 @@ class Block(nn.Module):
         return mixed
 
     def feed(self, x: Float[Tensor, "b n c"], *, context: Context) -> Float[Tensor, "b n c"]:
-        """What the feed-forward network, of a block that has one, adds to `x`; each token alone."""
+        """The addition to `x` of the feed-forward network, in a block that has one; each token alone."""
         assert (
             self.feed_forward is not None and self.feed_forward_norm is not None and self.feed_forward_end is not None
         )
@@ -406,7 +406,7 @@ class Block(nn.Module):
 
 
 def _branch_end(branch: str, config: Any) -> nn.Sequential:
-    """What the output of the ``mixer`` or the ``feed_forward`` network passes before it is added to the stream."""
+    """Modules that the output of the ``mixer`` or the ``feed_forward`` network passes before it is added to the stream."""
     stack, end = config.stack, nn.Sequential()
     if stack.branch_norm in ("all", branch):
         if config.norm == "none":

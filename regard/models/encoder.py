@@ -53,7 +53,7 @@ POOLS = (*POOLINGS, "none")
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What an :class:`Encoder` is built from.
+    """The configuration of an :class:`Encoder`.
 
     Attributes:
         num_classes: width of the output.
@@ -113,7 +113,7 @@ class EncoderConfig:
 
 
 class EncoderBase(nn.Module):
-    """What every encoder begins with: tokens or features become vectors, with positions.
+    """The beginning of every encoder: tokens or features become vectors, with positions.
 
     Args:
         config: with vocab_size, features, dim, positions and dropout, perhaps embedding_norm.
@@ -221,7 +221,7 @@ class Encoder(EncoderBase):
         return apply_head(result, read)
 
     def _pool(self, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]) -> Float[Tensor, "b c2"]:
-        """What the head reads of right-padded sequences; the pool's losses are added to `losses`."""
+        """The head's input from right-padded sequences; the pool's losses are added to `losses`."""
         assert self.pooling is not None  # pool="none" has nothing to pool
         lengths = None if context.mask is None else context.mask.lengths
         inner = Context(

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """What an :class:`EncoderDecoder` is built from.
+    """The configuration of an :class:`EncoderDecoder`.
 
     Attributes:
         vocab_size: number of tokens of the decoder.
@@ -133,7 +133,7 @@ def count_layers(given: int | None, *plans: Any, default: int = 4) -> int:
 
 @dataclass(frozen=True)
 class EncodedMemory(State):
-    """What the encoder makes of a memory: right-padded tokens, and the valid ones of each row (None when all are)."""
+    """The encoder's output for a memory: right-padded tokens, and the valid ones of each row (None when all are)."""
 
     tokens: Float[Tensor, "b m c"]
     lengths: Int[Tensor, " b"] | None = None

@@ -51,7 +51,7 @@ SMALLEST_SCALE = 1e-5
 
 @dataclass(frozen=True)
 class ForecasterConfig:
-    """What a :class:`Forecaster` is built from.
+    """The configuration of a :class:`Forecaster`.
 
     Attributes:
         features: numbers known in advance of each point of the horizon, 0 for none.
@@ -228,7 +228,7 @@ class Forecaster(nn.Module):
         return dropout(x, self.config.dropout, training=self.training, generator=context.generator)
 
     def _level_and_scale(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the targets of each row are relative to, and in what units; (rows, 1, targets)."""
+        """The origin of each row's targets, and their unit; (rows, 1, targets)."""
         x = memory.index_select(-1, self.targets)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         rows, m, width = x.shape

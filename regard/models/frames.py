@@ -1,4 +1,4 @@
-"""What surrounds a mechanism in its layer, made the same for all so that a comparison is one of mechanisms.
+"""Frames: the parts around a mechanism in its layer, made the same for all so that a comparison is one of mechanisms.
 
 A layer has parts that are not the mechanism: positions, short convolutions on queries, keys and values, norms of heads, a
 gate on the output. Papers choose them differently, and they can matter more than the mechanism does. A *frame* fixes them:
@@ -93,7 +93,7 @@ def _frames(card: Mechanism, option: str) -> bool:
 
 
 def layer_parts(mixer: nn.Module) -> dict[str, str]:
-    """What a layer has beside its mechanism, in words: positions, convolution, norms, gate.
+    """The parts of a layer beside its mechanism, in words: positions, convolution, norms, gate.
 
     A layer with a structure of its own is told as such, with the convolutions and gates that are in it.
     """

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FunnelEncoderConfig:
-    """What a :class:`FunnelEncoder` is built from.
+    """The configuration of a :class:`FunnelEncoder`.
 
     Attributes:
         num_classes: width of the output of each token.

@@ -54,7 +54,7 @@ class Prompts:
 
     @property
     def mask(self) -> Mask | None:
-        """Of the unread tokens."""
+        """The logits of the unread tokens."""
         return Mask(lengths=self.last + 1) if self.ragged else None
 
     def repeat(self, times: int) -> Prompts:

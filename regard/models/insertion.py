@@ -29,7 +29,7 @@ class Inserted:
     """Where the sequence's own tokens are; None when nothing was inserted."""
 
     def drop(self, x: Float[Tensor, "b n2 c"]) -> Float[Tensor, "b n c"]:
-        """What the layers say at the sequence's own tokens."""
+        """The output at the sequence's own tokens."""
         if self.places is None:
             return x
         return x.gather(1, self.places[..., None].expand(-1, -1, x.shape[-1]))

@@ -53,7 +53,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """What a :class:`LanguageModel` is built from.
+    """The configuration of a :class:`LanguageModel`.
 
     Attributes:
         vocab_size: number of tokens.
@@ -113,7 +113,7 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class ModelState(State):
-    """What a model keeps of each sequence: the state of each layer, and the number of tokens read.
+    """The state of a model for each sequence: that of each layer, and the number of tokens read.
 
     Inserted tokens (landmarks) are not counted in `length`.
     """

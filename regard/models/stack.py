@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "exit_threshold": (float, int, type(None)),
     "layer_scale": (float, int, type(None)),
 }
-"""Of options that may come from a file or a command line."""
+"""Types of options that may come from a file or a command line."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Stack(nn.ModuleList):
 
 
 def _network(block: Any) -> tuple[Any, ...]:
-    """What networks of blocks that share one have in common."""
+    """The base of networks of blocks."""
     shapes = [] if block.feed_forward is None else [parameter.shape for parameter in block.feed_forward.parameters()]
     return shapes, *(block.entry[1].get(name) for name in FEED_FORWARD_OPTIONS)
 
@@ -245,7 +245,7 @@ class Pass:
 
     @property
     def hidden(self) -> Float[Tensor, "b n c"]:
-        """What there is to read after the layers so far."""
+        """The output after the layers so far."""
         return self.streams[0] if len(self.streams) == 1 else (self.streams[0] + self.streams[1]) / 2
 
     def result(self) -> Result:
@@ -315,7 +315,7 @@ class Pass:
         return found
 
     def _scale(self, share: float) -> float:
-        """What a layer's branches are multiplied by; 0 leaves it out."""
+        """The factor of a layer's branches; 0 leaves it out."""
         chance = self.stack.config.stochastic_depth * share
         if not self.stack.training or chance == 0:
             return 1.0
@@ -324,7 +324,7 @@ class Pass:
         return 0.0 if float(draw) < chance else 1 / (1 - chance)
 
     def _given(self) -> tuple[Streams, Tensor | None, Context, Tensor | None]:
-        """What the next layers are given, as it is now: a checkpoint calls them again later."""
+        """The arguments of the next layers, as they are now: a checkpoint calls them again later."""
         return self.streams, self.memory, self.context, self.active
 
     def _keep(self, done: Done) -> None:
@@ -358,7 +358,7 @@ def _run(
 
 
 def _nothing_then_again(draws: Draws) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What a checkpoint's forward and repeated calls run in."""
+    """Contexts in which a checkpoint's forward and repeated calls run."""
     return nullcontext(), draws.again()
 
 
@@ -378,7 +378,7 @@ class Branch:
     state: Any = None
 
     def run(self, x: Tensor, memory: Tensor | None, context: Context, active: Tensor | None = None) -> Result:
-        """What it adds to the stream, as the output."""
+        """The output: what it adds to the stream."""
         continues = self.mixes and (self.state is not None or "state" in context.want)
         if self.scale == 0 and not continues:
             return Result(torch.zeros_like(x))
@@ -403,7 +403,7 @@ class Branch:
 
 @dataclass
 class Done:
-    """What some branches leave behind: the streams, and the states, losses and extras of their mixers."""
+    """The results of some branches: the streams, and the states, losses and extras of their mixers."""
 
     streams: Streams
     states: list[Any] = field(default_factory=list)
@@ -458,7 +458,7 @@ def _distinct(branches: Sequence[Branch]) -> list[nn.Parameter]:
 
 
 class Inversion:
-    """What the backward pass of a reversible stack needs beside the last streams."""
+    """Values that the backward pass of a reversible stack needs beside the last streams."""
 
     def __init__(self, branches: Sequence[Branch], context: Context, device: torch.device) -> None:
         self.branches, self.context, self.device = branches, context, device

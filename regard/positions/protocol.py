@@ -1,4 +1,4 @@
-"""What a position scheme is: a module that acts at one of three places.
+"""The protocol of position schemes: modules that act at one of three places.
 
 ========== ======================================================= =====================================================
 place      call                                                    result

@@ -56,7 +56,7 @@ DIRECTIONS = ("causal", "both")
 PROJECTIONS = ("single", "layers", "none")
 PARTS = ("whole", "encoder", "layer")
 MIXES = {1: (0.4, 0.0, 0.25), 2: (0.3, 0.5, 0.2)}
-"""Of the candidates of pivots with one axis, and with more: the share of pivots with hard negatives, of those that are
+"""Candidates of pivots with one axis, and with more: the share of pivots with hard negatives, of those that are
 uniform throughout, and the part of hard negatives; the rest is drawn from windows. (The paper's runs of text and images.)"""
 
 
@@ -203,7 +203,7 @@ class DigitEncoder(nn.Module):
 
 
 class SequentialEncoding(Positions):
-    """What all these schemes share: the encoder and its losses.
+    """The base of these schemes: the encoder and its losses.
 
     Args:
         width: of the vectors.
@@ -351,7 +351,7 @@ class SequentialEncoding(Positions):
     def encode(
         self, positions: Int[Tensor, "*b"] | Int[Tensor, "*b axes"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "*b width"]:
-        """What `embed` takes in the place of positions: :meth:`vectors`."""
+        """The tensor that `embed` takes in the place of positions: :meth:`vectors`."""
         return self.vectors(positions, generator)
 
     def prepare(
@@ -601,7 +601,7 @@ class SeqpeInside(SequentialEncoding):
                 nn.init.zeros_(module.bias)
 
     def encode(self, positions: Tensor, generator: torch.Generator | None = None) -> Float[Tensor, "*b width"]:
-        """What `rotate` and `rotate_keys` take in the place of positions: e^q and e^k side by side, or E(p)."""
+        """The tensor that `rotate` and `rotate_keys` take in the place of positions: e^q and e^k side by side, or E(p)."""
         self._check_encoder()
         e = self.vectors(positions, generator)
         if self.query_projection is None or self.key_projection is None:

@@ -98,7 +98,7 @@ def _mean(value: Callable[[Seed, str], float]) -> Callable[[Seed], float]:
 
 
 def _gain(task: str, name: str = "score") -> Callable[[Seed, str], float]:
-    """What the wide model has more than the deep one."""
+    """The wide model's surplus over the deep one."""
 
     def value(seed: Seed, kind: str) -> float:
         deep, wide = (number(seed, f"{task}: {kind} {shape(*ratio)}", name) for ratio in (DEEP, WIDE))

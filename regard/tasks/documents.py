@@ -143,7 +143,7 @@ def shortened(text: str) -> str:
 
 
 def overlap_note(count: int, what: str, validation: Paths | None, first: str) -> str:
-    """What is said when training data are also held out.
+    """The warning for training data that are also held out.
 
     Args:
         count: of training items that are.

@@ -82,7 +82,7 @@ class LabelledTask(Task):
     def _use_validation(
         self, training: list[Labelled], held_out: list[Labelled], validation: Paths | None = None
     ) -> tuple[list[Labelled], list[Labelled]]:
-        """What the held-out items share with the training items is not trained on."""
+        """Items that the held-out ones share with the training items are not trained on."""
         if validation is not None and not held_out:
             raise Unsupported(f"{names_of(validation)}, which holds no items", supported="held-out items")
         scored = self._distinct(held_out)

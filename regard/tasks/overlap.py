@@ -57,7 +57,7 @@ class Overlap:
 
 
 def overlap(training: Sequence[bytes], held_out: Sequence[bytes]) -> Overlap:
-    """What share of the held-out texts the training texts, laid end to end, repeat.
+    """The share of the held-out texts that the training texts, laid end to end, repeat.
 
     Each training string is hashed in part and, where a string looked up agrees, in full: some 5 ns a byte.
     """

@@ -125,7 +125,7 @@ class TextPairsTask(Task):
 
     @property
     def simple_name(self) -> str:
-        """What :meth:`simple` takes, in words."""
+        """The rule of :meth:`simple`, in words."""
         return "the source itself"
 
     def simple(self, source: str) -> str:

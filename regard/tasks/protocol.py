@@ -1,4 +1,4 @@
-"""What a comparison trains on: the words that tasks share with the trainer and the workbench.
+"""Tasks, which comparisons train on: the words that they share with the trainer and the workbench.
 
 A task gives batches and scores; it knows nothing of models. Training batches are a pure function of (step, seed, batch
 size), so a run resumed at step s sees the batches that the uninterrupted run would have seen, and evaluation items are
@@ -82,13 +82,13 @@ class Baseline:
 
     @property
     def score(self) -> float:
-        """Of all held-out items."""
+        """The score of all held-out items."""
         total, weight = self.items.sum(0)
         return float(total / weight)
 
     @classmethod
     def of(cls, name: str, task: Task, predict: Callable[[Batch], Tensor]) -> Baseline:
-        """Of a rule that gives for a batch what a model of `task` would."""
+        """The score of a rule that gives for a batch what a model of `task` would."""
         scores = [torch.stack(task.score(predict(batch), batch), -1) for batch in task.evaluation_batches(256)]
         return cls(name, torch.cat(scores).double().numpy())
 
@@ -100,7 +100,7 @@ class Baseline:
 
 
 class Task(Protocol):
-    """What a model is trained on and measured by.
+    """Data that a model is trained on and measured by.
 
     Derive from it (members with a value below may be left out), or write any class with these members. A whole task::
 
@@ -278,7 +278,7 @@ TRAINING, EVALUATION, SPLIT = range(3)
 
 
 def mean_loss(task: Task, output: Float[Tensor, "b *n c"], batch: Batch) -> Float[Tensor, ""]:
-    """What training minimises: the task's loss over all targets of the batch that count. 0 without targets."""
+    """The loss that training minimises, over all targets of the batch that count. 0 without targets."""
     sums, weights = task.loss(output, batch)
     return sums.sum() / weights.sum().clamp(min=1)
 

@@ -24,7 +24,7 @@ _SUPPORTED = f"bytes, bpe:SIZE with a size from {BYTES + 1} to {LARGEST}, or a t
 
 
 class Tokenizer(Protocol):
-    """What the text task needs of a tokenizer.
+    """A tokenizer, as the text task needs it.
 
     Attributes:
         name: as in a report.

@@ -24,7 +24,7 @@ FORMAT = "regard-checkpoint-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: named tensors of the model and the optimizer, and a JSON record of the rest."""
+    """The contents of a checkpoint: named tensors of the model and the optimizer, and a JSON record of the rest."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -67,7 +67,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def damaged(path: str | os.PathLike[str], why: object) -> Unsupported:
-    """What is said of a checkpoint whose parts do not fit together."""
+    """The error for a checkpoint whose parts do not fit together."""
     return Unsupported(
         f"{path}, a checkpoint that is damaged ({why})",
         supported="a file as save_checkpoint left it",

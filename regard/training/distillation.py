@@ -49,7 +49,7 @@ class DistillationWeights:
 
 @dataclass(frozen=True)
 class BeginReport:
-    """What :func:`begin_as` did: names of the parameters that were copied, and of the new ones."""
+    """The changes made by :func:`begin_as`: names of the parameters that were copied, and of the new ones."""
 
     copied: tuple[str, ...]
     new: tuple[str, ...]
@@ -168,7 +168,7 @@ def distillation_loss(
 
 @dataclass
 class _Recording:
-    """Of each layer: the head outputs before their projection, and the hidden state after the block."""
+    """The head outputs of each layer before their projection, and its hidden state after the block."""
 
     outputs: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)

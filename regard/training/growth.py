@@ -183,7 +183,7 @@ def _sizes(
 
 
 def _configs(model: nn.Module, after: Tokens) -> Callable[[], None]:
-    """What makes the configs of models follow, once their modules are as `after` says; raises where they cannot."""
+    """Updates of the models' configs, once their modules are as `after` says; raises where they cannot follow."""
     changes: list[tuple[Any, Any]] = []
     known = [model_class for model_class, _ in MODELS.values()]
     for owner in model.modules():

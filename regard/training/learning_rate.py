@@ -35,7 +35,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found.
+    """The findings of a search.
 
     Attributes:
         trials: one for each rate that was tried, in rising order.

@@ -114,7 +114,7 @@ class Point:
 
 @dataclass
 class History:
-    """What a run leaves behind beside the weights.
+    """The record of a run beside the weights.
 
     Attributes:
         curve: a point for each step that was done, skipped ones too.

@@ -27,7 +27,7 @@ from regard.workbench.probe import LENGTHS, probe
 from regard.workbench.samples import DOUBTFUL, LayerMeasure, Measure, Probe
 
 USES = {"train": "training", "infer": "forward", "serve": "decode"}
-"""What a mechanism is for, and the kind of work whose time then decides."""
+"""Uses of a mechanism, each with the kind of work whose time then decides."""
 
 SAID = {"training": "a training step", "forward": "a forward call", "decode": "a decoding step"}
 TIE = 1.05
@@ -113,7 +113,7 @@ class AdviseSettings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one kind of work costs at one length.
+    """The cost of one kind of work at one length.
 
     Attributes:
         milliseconds: of one call of the layer.
@@ -188,7 +188,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Quality:
-    """What stored results say of mechanisms.
+    """Scores of mechanisms in stored results.
 
     Attributes:
         said: of each mechanism its scores in words.

@@ -19,7 +19,7 @@ UNSEEN = (96, 320, 768, 1536, 3072)
 """Lengths at which nothing is measured for predicting."""
 
 SECONDS = 0.5
-"""Of timing for each kind of work and length."""
+"""Seconds of timing for each kind of work and length."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def profiled(
     fresh: bool = False,
     seconds: float = SECONDS,
 ) -> dict[str, Sample]:
-    """What `regard profile --layer` measures of some mechanisms, kept on disk so that a check goes on where it stopped."""
+    """Measurements of `regard profile --layer`, kept on disk so that a check goes on where it stopped."""
     cache = Cache(settings, section="profiled", fresh=fresh)
     kept = cache.read().get(what, {})
     missing = [name for name in names if length not in kept.get(name, {})]

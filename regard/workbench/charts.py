@@ -235,7 +235,7 @@ def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[f
 
 
 def _collision(a: Box, b: Box) -> float:
-    """What it costs that two boxes overlap: more than any place without, and the more the larger the overlap."""
+    """The penalty of two overlapping boxes: more than any place without overlap, and the more the larger the overlap."""
     area = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     return 300 + 3 * area if area else 0.0
 
@@ -299,7 +299,7 @@ FIRST = ("softmax", "gated_linear", "delta_rule", "local", "linear", "mamba2", "
 
 
 def numbers(names: Sequence[str], catalogue: Sequence[str]) -> dict[str, int]:
-    """What decides the colour and the shape of each mechanism: the same in every report, as far as no two are alike.
+    """Numbers that decide the colour and the shape of each mechanism: the same in every report, as far as no two are alike.
 
     Args:
         names: of a report. What begins like a mechanism's (``local:window=32``) takes its number, if it is free.

@@ -47,7 +47,7 @@ from regard.workbench.work import Work, build, cost_seconds, plan
 
 @dataclass
 class Outcome:
-    """What a comparison found.
+    """The findings of a comparison.
 
     Attributes:
         summary: of each task, an entry for each mechanism.
@@ -310,7 +310,7 @@ class _Runner:
 
 
 class _Found:
-    """What the runs say: summaries, comparisons and the recommendation.
+    """Conclusions from the runs: summaries, comparisons and the recommendation.
 
     Attributes:
         beside: of each task, what the mechanisms that lead score in further frames, see :func:`beside_frames`.

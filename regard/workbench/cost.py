@@ -1,4 +1,4 @@
-"""What a model costs against the length of its input: inference time, decoding speed, memory and state."""
+"""The cost of a model against the length of its input: inference time, decoding speed, memory and state."""
 
 from __future__ import annotations
 

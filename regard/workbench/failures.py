@@ -1,4 +1,4 @@
-"""What failed in a verification, in words: equal failures together, with what most likely causes them."""
+"""Failures of a verification in words: equal ones together, with their most likely cause."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CAUSES = {
     "layer_save": "a tensor that the layer needs is neither a parameter nor a buffer",
     "layer_decoding": "the projection mixes tokens but keeps no state (``keeps_state = True``)",
 }
-"""Of a property, what most often makes it fail."""
+"""The most frequent cause of a property's failure."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Group:
 
 
 def kind(cell: Cell) -> tuple[str, str, str]:
-    """What equal failures have in common: they differ in numbers alone, or are one exception of one mechanism."""
+    """A key that equal failures share: they differ in numbers alone, or are one exception of one mechanism."""
     plain = re.sub(r"[-+]?\d[\d.e+-]*", "#", cell.detail)
     raised = re.match(r"\w+(Error|Exception|Unsupported)\b", plain) is not None
     return cell.mechanism, "" if raised else cell.property, plain

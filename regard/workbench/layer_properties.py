@@ -26,11 +26,11 @@ class LayerSubject:
         self.subject, self.dtype = subject, dtype
         self.cross = subject.pattern.cross
         options = {"memory_dim": MEMORY_DIM} if self.cross and subject.card.kind is Kind.ATTENTION else {}
+        heads = {"num_heads": HEADS, **subject.options}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject.seed)
-            self.layer = build_layer(
-                subject.card, DIM, HEADS, pattern=subject.pattern, **options, **subject.options
-            ).to(dtype)
+            layer = build_layer(subject.card, DIM, pattern=subject.pattern, **options, **heads)
+            self.layer = layer.to(dtype)
             for parameter in self.layer.parameters():
                 with torch.no_grad():
                     parameter.add_(0.1 * torch.randn_like(parameter))
@@ -210,7 +210,7 @@ def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def sequences(layer: LayerSubject, n: int) -> tuple[tuple[Tensor, ...], Context]:
-    """Of n tokens and a few more in memory, with what else a call needs."""
+    """Sequences of n tokens, and of a few more in memory, with the context that a call needs."""
     m = n + 3 if layer.cross else n
     inputs = (layer.x(n), layer.memory(m)) if layer.cross else (layer.x(n),)
     return inputs, layer.context(n, layer.roles(m))

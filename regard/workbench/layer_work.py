@@ -1,4 +1,4 @@
-"""What a layer does, ready to be timed: a forward call, a training step, a decoding step, at any length.
+"""The work of a layer, ready to be timed: a forward call, a training step, a decoding step, at any length.
 
 The layer is what a user runs, with its projections, and so what attention, mixers and wrappers have in common. It is
 built as a model builds it: with rotary positions where the mechanism takes them (self patterns), with the tokens that
@@ -72,7 +72,7 @@ class LayerSettings:
             )
 
     def options(self, card: Mechanism) -> dict[str, Any]:
-        """What :func:`regard.create_layer` is given beside the pattern."""
+        """Arguments of :func:`regard.create_layer` beside the pattern."""
         options: dict[str, Any] = {}
         if not self.pattern.cross and layer_accepts(card, "positions"):
             scheme = layer_positions(card, "auto")

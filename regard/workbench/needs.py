@@ -1,4 +1,4 @@
-"""What an application may need of a mechanism, and how it is known whether a mechanism has it.
+"""Needs of applications, and how it is known whether a mechanism meets them.
 
 Nothing here is an opinion: each need is read off the card, or measured on a small layer with random weights.
 """
@@ -71,7 +71,7 @@ def _read_table() -> dict[str, dict[str, float]]:
 
 
 RECALL = _read_table()
-"""Of each mechanism the accuracy on the recall task, by its best run, ``without`` and ``with`` a short convolution
+"""Accuracy of each mechanism on the recall task, by its best run, ``without`` and ``with`` a short convolution
 (``benchmarks/recall.py``)."""
 
 

@@ -1,4 +1,4 @@
-"""What `regard advise` measures, in which order, and what it measures again.
+"""The measurements of `regard advise`: which it makes, in which order, and which again.
 
 What decides comes first, at the lengths that were asked for, then what the rest is predicted from. A measurement that
 spreads, or that is impossible beside others, is made again; see :mod:`regard.workbench.samples` for what is kept.
@@ -19,7 +19,7 @@ RUNS = 6
 """Calls that a measurement takes: two for the memory, three or more to time."""
 
 LARGEST_SHARE = 1 / 20
-"""Of the time for probing, the most that one measurement may take that does not decide; longer lengths are extrapolated."""
+"""The most that a measurement which does not decide may take of the time for probing; longer lengths are extrapolated."""
 
 IMPOSSIBLE = 1.2
 """How many times as long a forward call may seem to take as a training step, or a short input as a longer one: beyond that
@@ -119,7 +119,7 @@ def probe(
 
 
 class _Probing:
-    """What is measured, when there is time for it, and kept."""
+    """The measurements that are made, when there is time for them, and kept."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """What to profile.
+    """Mechanisms to profile, and how.
 
     Attributes:
         mechanisms: names; `softmax` is added, since everything is measured beside it.
@@ -76,7 +76,7 @@ class ProfileSettings:
 
     @property
     def head_width(self) -> int:
-        """Of inputs of functions, and in the cards' costs."""
+        """Width of the inputs of functions, and of the cards' costs."""
         if self.head_dim is not None:
             return self.head_dim
         return 64 if self.dim is None else max(1, self.dim // max(1, self.heads))
@@ -100,9 +100,9 @@ class Measurement:
     peak_share: float | None
     """That rate as a share of `Profile.peak_gflops`."""
     backend: str
-    """What ran its engines; ``"torch"`` too where it has none."""
+    """The backend that ran its engines; ``"torch"`` too where it has none."""
     state_bytes: int | None = None
-    """Of the state that decoding continues from, which `memory_bytes` does not include."""
+    """Bytes of the state that decoding continues from, which `memory_bytes` does not include."""
 
 
 @dataclass(frozen=True)

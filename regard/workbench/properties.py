@@ -97,7 +97,8 @@ def _left_as_they_were(tensors: Tensors, copies: Tensors, what: str) -> None:
 
 def _fast_forms(subject: Subject) -> list[str]:
     if subject.pattern is Pattern.CAUSAL_SELF:
-        return [f for f in ("parallel", "chunked") if f in subject.card.forms]
+        forms = ("parallel",) if subject.waives("state") else ("parallel", "chunked")
+        return [f for f in forms if f in subject.card.forms]
     found = ["parallel"] if "parallel" in subject.card.forms else []
     if subject.absorbs:
         found.append("absorb+read")
@@ -134,7 +135,7 @@ def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
-    if "chunked" not in subject.card.forms or subject.pattern is not Pattern.CAUSAL_SELF:
+    if "chunked" not in _fast_forms(subject) or subject.pattern is not Pattern.CAUSAL_SELF:
         raise NotApplicable
     inputs = subject.inputs(37, dtype=dtype)
     expected = subject.reference(inputs)
@@ -214,8 +215,8 @@ def _batched(subject: Subject, name: str) -> bool:
     return name == "roles" or axes_of(subject.card, name).startswith("b")
 
 
-def _layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
-    """Left, right and inside padding for rows with `counts` valid tokens."""
+def padded_layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
+    """Which of `total` places are valid in rows with `counts` tokens, padded ``right``, ``left`` and ``inside``."""
     places = torch.arange(total)
     right = places < counts[:, None]
     left = places >= total - counts[:, None]
@@ -232,14 +233,14 @@ def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
     m = n + 3 if subject.pattern.cross else n
     inputs = subject.inputs(n, m, batch=3, dtype=dtype)
     errors = []
-    for name, valid in _layouts(counts, total).items():
+    for name, valid in padded_layouts(counts, total).items():
         padded = subject.place(inputs, valid, total, "n" if subject.reads_memory else "nm")
         masks: dict[str, Any] = {"mask": Mask(valid=valid)}
         if name == "right":
             masks["mask"] = Mask(lengths=counts)
         if subject.reads_memory:
             key_counts = torch.tensor([m, 5, 0])
-            key_valid = _layouts(key_counts, total + 3)[name]
+            key_valid = padded_layouts(key_counts, total + 3)[name]
             padded = subject.place(padded, key_valid, total + 3, "m")
             masks["memory_mask"] = Mask(valid=key_valid)
         output = subject.run(padded, **masks).output
@@ -296,18 +297,10 @@ def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
         for d in range(len(lengths)):
             part = slice(int(borders[d]), int(borders[d + 1]))
             document, tail = subject.cut(inputs, part), subject.rows(more, slice(d, d + 1))
-            whole = _concatenate(subject, document, tail)
+            whole = subject.join(document, tail)
             expected = subject.take_output(subject.reference(whole), slice(lengths[d], None))
             errors.append(relative_error(found[d : d + 1], expected))
     return worst(errors)
-
-
-def _concatenate(subject: Subject, first: Tensors, second: Tensors) -> Tensors:
-    joined = {}
-    for name, tensor in first.items():
-        where = subject.positions(name)
-        joined[name] = torch.cat([tensor, second[name]], next(iter(where.values()))) if where else tensor
-    return joined
 
 
 def row_equals_alone(subject: Subject, dtype: torch.dtype) -> float:
@@ -570,7 +563,7 @@ def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
         added = bias.clone()
         errors.append(relative_error(subject.run(inputs, mask=mask).output, subject.reference(inputs, mask=mask)))
         _left_as_they_were({"bias": bias}, {"bias": added}, "its mask")
-        if what == "bias":
+        if what == "bias" and not subject.on_grid:
             lengths = torch.tensor([n, 6])
             both = Mask(bias=bias, lengths=lengths)
             found = subject.run(inputs, mask=both).output[1:2]
@@ -635,32 +628,33 @@ def forward_derivatives(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def second_derivatives(subject: Subject, dtype: torch.dtype) -> float:
-    """Gradients of gradients, against the definition's."""
+    """Gradients of gradients, against the definition's; where those are rounding alone, as fractions of the gradient."""
     inputs = subject.inputs(9, dtype=dtype)
 
-    def second(tensors: Tensors, form: str | None) -> list[Tensor]:
+    def second(tensors: Tensors, form: str | None) -> tuple[list[Tensor], float]:
         leaves = _leaves(tensors)
         wanted = [t for t in leaves.values() if t.requires_grad]
         output = subject.run(leaves, form=form).output
         rng = torch.Generator().manual_seed(3)
         weight = torch.randn(output.shape, generator=rng, dtype=torch.float64).to(output)
         first = torch.autograd.grad((output * weight).sum(), wanted, create_graph=True, allow_unused=True)
+        largest = max((float(g.detach().abs().max()) for g in first if g is not None), default=0.0)
         products = [
             (g * torch.randn(g.shape, generator=rng, dtype=torch.float64).to(g)).sum()
             for g in first
             if g is not None and g.requires_grad
         ]
         if not products:
-            return [torch.zeros_like(t) for t in wanted]
+            return [torch.zeros_like(t) for t in wanted], largest
         found = torch.autograd.grad(torch.stack(products).sum(), wanted, allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)], largest
 
-    expected = second({k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}, "reference")
+    expected, largest = second({k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}, "reference")
     try:
-        found = second(inputs, None)
+        found, _ = second(inputs, None)
     except Unsupported:
         return 0.0
-    size = max(float(x.abs().max()) for x in expected) or 1.0
+    size = max(1e-3 * largest, *(float(x.abs().max()) for x in expected)) or 1.0
     return worst([float((x.double() - y).abs().max()) / size for x, y in zip(found, expected, strict=True)])
 
 
@@ -686,7 +680,7 @@ def nothing_gives_nothing(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def nan_is_seen(subject: Subject, dtype: torch.dtype) -> float:
-    """What is not a number at a token shows in the token's output where it does by the definition, and in no other row.
+    """NaN at a token shows in the token's output where it does by the definition, and in no other row.
 
     A definition's weights of 0 times NaN do not count: the output has to depend on the token.
     """
@@ -759,7 +753,7 @@ def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
             _expect_refusal(functools.partial(card.require_pattern, pattern), f"pattern {pattern}")
     for variant, patterns in card.variant_patterns.items():
         if not subject.options and subject.pattern not in patterns:
-            other = subject.with_options(dict(card.variants[variant]))
+            other = Subject.of(card, subject.pattern, variant)
             _expect_refusal(lambda s=other: s.run(s.inputs(6, dtype=dtype)), f"the variant {variant}")
     inputs = subject.inputs(6, dtype=dtype)
     name = next(iter(inputs))

@@ -26,7 +26,7 @@ PREFERENCES = {
     "inference-memory": ("inference_memory_bytes", False, "{:,.0f} bytes of peak memory in inference"),
     "state": ("state_bytes", False, "{:,.0f} bytes of state a sequence"),
 }
-"""What may decide among mechanisms of equal quality: column of the summary, whether higher is better, wording."""
+"""Tie-breakers among mechanisms of equal quality: column of the summary, whether higher is better, wording."""
 
 ALIKE = 1.1
 """Costs below this multiple of the least count as equal: timings of the same work differ by some percent between runs."""
@@ -225,7 +225,7 @@ def _ties(
     kept: list[str],
     budget: str,
 ) -> list[str]:
-    """What the scores leave open among those that stay, and what would settle it."""
+    """Says what the scores leave open among those that stay, and what would settle it."""
     if len(kept) < 2:
         return []
     found = []
@@ -289,7 +289,7 @@ def _settled(
     alike: list[str],
     beside: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[str, str]:
-    """Of mechanisms that are alike, which to take, and why."""
+    """Which of the mechanisms that are alike to take, and why."""
     least, why = _least_bound(alike, beside)
     if len(least) == 1:
         return least[0], why
@@ -332,7 +332,7 @@ def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, An
 
 
 def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:
-    """What the scores of a task leave open, and what would separate the most distant of those tied."""
+    """Says what the scores of a task leave open, and what would separate the most distant of those tied."""
     said = f"Cannot separate {best} from {listed(tied)} on {task} at this budget"
     far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
     difference = comparison.difference(best, far)

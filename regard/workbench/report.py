@@ -26,7 +26,7 @@ from regard.workbench.summary import with_rule
 
 Payload = Mapping[str, Any]
 REFERENCE = "softmax"
-"""What efficiency lengths are counted against."""
+"""The mechanism that efficiency lengths are counted against."""
 
 SCHEMA = 2
 """Version of the JSON that a report holds and that ``regard compare --json`` prints (docs/schema/compare.json); it rises
@@ -56,7 +56,7 @@ COSTS = (
     ),
     ("state", "state_bytes", Axis("state of a sequence, less →", charts.format_bytes, log=True, base=2, rising=False)),
 )
-"""What quality may be drawn against: name, column of the summary, axis. The first that was measured is shown first."""
+"""Axes beside quality in charts: name, column of the summary, axis. The first that was measured is shown first."""
 
 MOST_NAMED = 14
 """Mechanisms whose names have room in a chart; of more, only what matters most is named."""
@@ -177,7 +177,7 @@ def _or_dash(form: charts.Formatter) -> Any:
 
 
 class _View:
-    """What the template asks for, task by task."""
+    """The values that the template asks for, task by task."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class _View:
         return with_rule(self.ranked(task), self.rule(task))
 
     def standing(self, task: str, entry: Payload) -> str:
-        """What can be said about a mechanism beside the best one of the task."""
+        """How a mechanism compares with the best one of the task."""
         if not is_number(entry["mean"]):
             return "no score"
         if entry is self.ranked(task)[0]:
@@ -240,7 +240,7 @@ class _View:
         return "behind" if separable else "tied"
 
     def parts(self) -> list[dict[str, Any]]:
-        """What layers have beside their mechanisms, those with the same parts in one entry: names and parts."""
+        """The parts of layers beside their mechanisms, one entry for all that have the same: names and parts."""
         groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for by_name in (self.run.get("parts") or {}).values():
             for name, parts in by_name.items():
@@ -249,7 +249,7 @@ class _View:
         return [{"names": names, "parts": dict(parts)} for parts, names in groups.items()]
 
     def differences(self) -> str:
-        """What the models of a comparison differ in, beside what was chosen for them."""
+        """The differences between the models of a comparison, beside what was chosen for them."""
         groups = self.parts()
         names = dict.fromkeys(part for group in groups for part in group["parts"])
         differing = [part for part in names if len({group["parts"].get(part, "none") for group in groups}) > 1]
@@ -260,13 +260,13 @@ class _View:
         return f"the mechanism, and of the parts around it {', '.join(differing)}, as the table of parts shows"
 
     def beside(self) -> list[dict[str, Any]]:
-        """Of each task and mechanism that was trained in further frames, its scores there and in the first."""
+        """Scores in further frames beside those in the first, for each task and mechanism that was trained in them."""
         return [
             {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
         ]
 
     def samples(self, task: str) -> list[dict[str, Any]]:
-        """What each mechanism's language model wrote after its best run, best first."""
+        """Text by each mechanism's language model after its best run, best first."""
         found = []
         for entry in self.ranked(task):
             rate = self.chosen_rate(task, entry["mechanism"])

@@ -86,7 +86,7 @@ class Sample:
         return cls(seconds, int(memory), int(state), backend, spread, setup, beat)
 
     def agreeing(self, other: Sample) -> Sample:
-        """Of two measurements of the same, the faster one, which was disturbed less, as sure as they agree."""
+        """The faster of two measurements of the same work, which was disturbed less; as sure as the two agree."""
         least, most = sorted((self, other), key=lambda sample: sample.seconds)
         return replace(least, spread=min(least.spread, most.seconds / least.seconds - 1))
 
@@ -110,7 +110,7 @@ def cache_folder() -> Path:
 
 
 def identity(settings: LayerSettings) -> dict[str, Any]:
-    """What measurements are valid for: the machine, the software, the threads, the backend, the sizes."""
+    """The conditions that measurements hold for: the machine, the software, the threads, the backend, the sizes."""
     facts = provenance.fingerprint()
     names = ("machine_id", "torch", "regard", "threads", "usable_cores")
     kernels = "missing" if library.why_missing() else library.instruction_set()
@@ -245,7 +245,7 @@ class LayerMeasure:
 
 @dataclass
 class Probe:
-    """What is known of some mechanisms.
+    """Measurements of some mechanisms, and predictions from them.
 
     Attributes:
         samples: all that were measured, now or before.

@@ -32,7 +32,8 @@ from regard.contract import Cost, Paper
 
 @dataclass(frozen=True)
 class Config:
-    """Options, with their defaults and what they accept. TITLE has none yet."""
+    """Options, with their defaults and what they accept. TITLE has none yet; those that come need `variants` on the card,
+    sets of options with which the matrix is measured too."""
 
 
 def reference(call, q, k, v):
@@ -42,7 +43,7 @@ def reference(call, q, k, v):
 
 
 def cost(shape, config):
-    """Of one call: floating-point operations, numbers that are stored meanwhile, and, to decode, the state and a step."""
+    """The cost of one call: floating-point operations, numbers stored meanwhile, and, to decode, the state and a step."""
     pairs = float(shape.batch * shape.heads * shape.n * shape.m)
     return Cost(flops=2 * pairs * (shape.dim_key + shape.dim_value), memory=pairs, state=0.0, step_flops=0.0)
 

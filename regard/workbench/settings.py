@@ -1,4 +1,4 @@
-"""What a comparison compares, and how."""
+"""The settings of a comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MORE_RATES = 3
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What to compare and how.
+    """Mechanisms to compare, and how.
 
     Attributes:
         mechanisms: variants, or texts that :func:`regard.models.variants.read_variant` reads; `softmax`, or else the
@@ -99,7 +99,7 @@ class CompareSettings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the mechanisms, in order."""
+        """Names of the mechanisms, in order."""
         return tuple(self.variants)
 
     def only(self, names: Iterable[str]) -> CompareSettings:

@@ -1,4 +1,4 @@
-"""What `verify` and `profile` run: a mechanism in one pattern with sampled inputs, cut, padded and packed by its card."""
+"""The subject of `verify` and `profile`: a mechanism in one pattern, its inputs sampled, cut, padded and packed by its card."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "unit": torch.sigmoid,
     "positive": torch.nn.functional.softplus,
     "negative": lambda x: -torch.nn.functional.softplus(x),
+    "tanh": torch.tanh,
 }
 
 
@@ -52,24 +53,47 @@ def sample_inputs(
 
 @dataclass
 class Subject:
-    """A mechanism in one pattern with given options, ready to be run on sampled inputs."""
+    """A mechanism in one pattern with given options, ready to be run on sampled inputs.
+
+    Attributes:
+        options: of the mechanism, and of its layer, which functions do not have.
+        variant: the card's name of the options, ``""`` for the default ones or others.
+    """
 
     card: Mechanism
     pattern: Pattern
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    variant: str = ""
+
+    @classmethod
+    def of(cls, card: Mechanism, pattern: Pattern, variant: str = "", *, seed: int = 0) -> Subject:
+        """A mechanism with the options of one of its variants; ``""`` for the default ones."""
+        options = dict(card.variants[variant]) if variant else {}
+        return cls(card, pattern, options, seed, variant)
 
     @property
     def config(self) -> Any:
-        return self.card.options(**self.options)
+        names = {f.name for f in dataclasses.fields(self.card.config)}
+        return self.card.options(**{name: value for name, value in self.options.items() if name in names})
 
     def rng(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
     @property
+    def grids(self) -> bool:
+        """Whether it is measured on grids where that is a choice."""
+        return self.variant in self.card.grid_variants
+
+    def waives(self, property_name: str) -> bool:
+        """Whether the card says that it never has a property."""
+        waived = (w for w in self.card.waivers if w.concerns(property_name, self.pattern, self.variant))
+        return any(w.holds_with is None for w in waived)
+
+    @property
     def on_grid(self) -> bool:
         """Whether tokens have places on a grid; in other patterns than noncausal-self they have an order instead."""
-        return self.card.length == "grid" and self.pattern is Pattern.NONCAUSAL_SELF
+        return (self.card.length == "grid" or self.grids) and self.pattern is Pattern.NONCAUSAL_SELF
 
     def grid(self, n: int) -> tuple[int, ...] | None:
         """The grid of `n` tokens, for mechanisms that need one: as square as n allows."""
@@ -91,10 +115,12 @@ class Subject:
         """Sampled inputs; `roles` among them where the mechanism reads roles. In self patterns m = n unless given."""
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
         m = (n if not self.pattern.cross else n + 4) if m is None else m
+        if "num_heads" in self.options:
+            sizes = {"h": self.options["num_heads"], **sizes}
         if self.card.sample_inputs is not None:
-            found = self.card.sample_inputs(
-                generator, batch=batch, n=n, m=m, dtype=dtype, pattern=self.pattern, config=self.config, sizes=sizes
-            )
+            more = {"grid": self.grid(n)} if self.grids else {}
+            call = {"pattern": self.pattern, "config": self.config, "sizes": sizes, **more}
+            found = self.card.sample_inputs(generator, batch=batch, n=n, m=m, dtype=dtype, **call)
         else:
             found = sample_inputs(self.card, generator, batch=batch, n=n, m=m, dtype=dtype, sizes=sizes)
         if self.card.sample_context is not None:
@@ -102,8 +128,10 @@ class Subject:
         return found
 
     def run(self, inputs: Tensors, **call: Any) -> Result:
-        """Call the mechanism as a user does."""
+        """Call the mechanism as a user does, with the same random draws each time."""
         inputs = dict(inputs)
+        if not torch.compiler.is_compiling():
+            call.setdefault("generator", self.rng())
         if "roles" in inputs:
             call["roles"] = inputs.pop("roles")
         name = self.token_input(inputs)
@@ -177,6 +205,14 @@ class Subject:
 
         return self.map_tokens(inputs, change)
 
+    def join(self, first: Tensors, second: Tensors) -> Tensors:
+        """The tokens of one after those of the other; inputs without tokens are the first's."""
+        joined = {}
+        for name, tensor in first.items():
+            where = self.positions(name)
+            joined[name] = torch.cat([tensor, second[name]], next(iter(where.values()))) if where else tensor
+        return joined
+
     def output_axis(self) -> int | None:
         """The axis n of the output, if it has one."""
         return self.card.output.index("n") if "n" in self.card.output else None
@@ -190,7 +226,8 @@ class Subject:
 
     @property
     def stateful(self) -> bool:
-        return self.card.state is not None and self.pattern is Pattern.CAUSAL_SELF and "chunked" in self.card.forms
+        has = self.card.state is not None and "chunked" in self.card.forms
+        return has and self.pattern is Pattern.CAUSAL_SELF and not self.waives("state")
 
     @property
     def reads_memory(self) -> bool:
@@ -199,7 +236,7 @@ class Subject:
 
     @property
     def absorbs(self) -> bool:
-        return self.pattern.cross and "absorb" in self.card.forms
+        return self.pattern.cross and "absorb" in self.card.forms and not self.waives("memory")
 
     @property
     def layer_decodes(self) -> bool:

@@ -159,7 +159,7 @@ def rates_on_edge(trials: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What mechanisms score in further frames, beside the first.
+    """Scores of mechanisms in further frames, beside the first.
 
     Args:
         rows: of a task in the first frame.
@@ -199,7 +199,7 @@ def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[st
 def frames_sentences(
     beside: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, tuple[str, bool]], first: str
 ) -> list[str]:
-    """What the frame does and what the mechanism does, in words: a sentence a further frame and what follows from it."""
+    """The effects of the frame and of the mechanism, in words: a sentence for each further frame, and what follows from it."""
     said = []
     for frame in dict.fromkeys(entry["frame"] for entries in beside.values() for entry in entries):
         told, owed, turned = [], [], []

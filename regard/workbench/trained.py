@@ -177,7 +177,7 @@ def keep(folder: Path, model: nn.Module, task: Task, record: Mapping[str, Any]) 
 
 
 def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """Of a run what is known before its first step."""
+    """Facts about a run that are known before its first step."""
     task, variant = work.task, work.settings.variants[name]
     tokenizer = getattr(task, "tokenizer", None)
     own = {
@@ -227,7 +227,7 @@ def _planned(work: Work, name: str, say: Callable[[str], None]) -> dict[str, Any
 
 
 def outcome(work: Work, model: nn.Module, history: History, found: Evaluation | None) -> dict[str, Any]:
-    """Of a run what came of it; `found` is None where it diverged."""
+    """Results of a run; `found` is None where it diverged."""
     task, rule = work.task, work.baseline
     return {
         "state": DIVERGED if found is None else FINISHED,
@@ -240,7 +240,7 @@ def outcome(work: Work, model: nn.Module, history: History, found: Evaluation | 
 
 
 def ran(task: Task, model: nn.Module, history: History) -> dict[str, Any]:
-    """Of a run what was measured of it, by which measure."""
+    """The scores of a run, and by which measure."""
     return {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,

@@ -67,7 +67,7 @@ class Progress:
 
 @dataclass
 class Runs:
-    """What was trained on a task.
+    """The outcome of training on a task.
 
     Attributes:
         rows: of each mechanism's seeds at its best rate.

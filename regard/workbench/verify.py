@@ -14,7 +14,7 @@ import torch
 
 from regard.backends import BACKENDS, only, recording
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Mechanism, Pattern, Unsupported, closest, spelled
+from regard.contract import Mechanism, Pattern, Unsupported, closest
 from regard.models.variants import known_name
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
@@ -28,7 +28,7 @@ DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat1
 
 
 KEY = ("mechanism", "variant", "pattern", "property", "dtype", "backend")
-"""What identifies a cell of the matrix: the first attributes of a :class:`Cell`."""
+"""Names that identify a cell of the matrix: the first attributes of a :class:`Cell`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Place:
 
     @property
     def key(self) -> dict[str, str]:
-        """What identifies a cell, by name."""
+        """The values that identify a cell, by name."""
         names = self.card.name, self.variant, self.pattern.value, self.property.name, DTYPE_NAMES[self.dtype]
         return dict(zip(KEY, (*names, self.backend), strict=True))
 
@@ -79,10 +79,12 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
 
     On ``torch`` nothing else runs; on another backend, what it cannot run is left to torch.
     """
+    if place.property.level == "function" and place.variant in place.card.layer_variants:
+        return None
     started = time.perf_counter()
     card, pattern, prop, dtype, backend = place.card, place.pattern, place.property, place.dtype, place.backend
     tolerance = card.tolerances[dtype]
-    subject = Subject(card, pattern, dict(card.variants[place.variant]) if place.variant else {}, seed=seed)
+    subject = Subject.of(card, pattern, place.variant, seed=seed)
     waiver = next((w for w in card.waivers if w.concerns(prop.name, pattern, place.variant)), None)
     status, detail, error = "pass", "", None
     if waiver is not None:
@@ -155,7 +157,9 @@ def plan(
                 nearest=closest(variant, known),
             )
     for card in cards:
-        for variant in ["", *card.variants] if "all" in asked else [v for v in asked or [""] if v in ("", *card.variants)]:
+        for variant in (
+            ["", *card.variants] if "all" in asked else [v for v in asked or [""] if v in ("", *card.variants)]
+        ):
             for pattern in card.patterns_of(variant):
                 if chosen is not None and pattern not in chosen:
                     continue

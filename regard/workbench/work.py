@@ -100,7 +100,7 @@ def _parameters(variant: Variant, task: Task, settings: CompareSettings, frame: 
 
 
 def _nearest_size(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> str:
-    """What to ask for instead of a size that a mechanism refuses: heads for its width, or a width for its heads."""
+    """A size to ask for instead of one that a mechanism refuses: heads for its width, or a width for its heads."""
     found = []
     for name, asked, reach in (("heads", settings.heads, settings.heads), ("dim", settings.dim, 2 * settings.heads)):
         for value in sorted(range(max(1, asked - reach), asked + reach + 1), key=lambda value: abs(value - asked)):
@@ -125,7 +125,7 @@ DEFAULTS = ("softmax", "local", "gated_linear", "delta_rule", "linear", "flow_at
 
 
 def default_mechanisms(*tasks: Task) -> tuple[str, ...]:
-    """What to compare where no mechanism is named: the first four of `DEFAULTS` that have the pattern of every task."""
+    """The mechanisms compared where none is named: the first four of `DEFAULTS` that have the pattern of every task."""
     patterns = {task.pattern for task in tasks}
     return tuple(name for name in DEFAULTS if patterns <= set(get_mechanism(name).patterns))[:4]
 
@@ -223,7 +223,7 @@ class Work:
         return replace(made, feed_forward=config.feed_forward)
 
     def parts(self) -> dict[str, dict[str, str]]:
-        """What the layers of each model have beside the mechanism; layers of a hybrid that differ are told apart."""
+        """The parts of each model's layers beside the mechanism; layers of a hybrid that differ are told apart."""
         found = {}
         for name, config in self.configs.items():
             with torch.device("meta"):
@@ -279,7 +279,7 @@ class Work:
 
     @property
     def few_items(self) -> str:
-        """What the scores are worth where few held-out items decide; empty where enough do."""
+        """A warning where few held-out items decide; empty where enough do."""
         count = self.items - self.search_items
         if count >= FEWEST_ITEMS:
             return ""
@@ -352,7 +352,7 @@ class Work:
 
 
 def _digest(task: Task) -> str:
-    """What the task's data are, however they were made: a hash of training and held-out batches."""
+    """A fingerprint of the task's data, however they were made: a hash of training and held-out batches."""
     digest = hashlib.blake2b(digest_size=12)
     batches = [task.training_batch(step, seed, 4) for step, seed in ((0, 0), (1, 0), (0, 1))]
     for batch in [*batches, *task.evaluation_batches(64)]:

@@ -105,7 +105,7 @@ REFUSED = {
     "a dropout of one": ("softmax", {"dropout": 1.0}, "0 <= dropout < 1"),
     "a negative dropout": ("softmax", {"dropout": -0.5}, "0 <= dropout < 1"),
     "a chunk of nothing": ("linear", {"chunk_size": 0}, "chunk_size >= 1"),
-    "an unknown extra": ("softmax", {"want": {"weight"}}, "nearest: weights"),
+    "an unknown extra": ("softmax", {"want": {"weight"}}, "try weights"),
     "the log-sum-exp of no softmax": ("sigmoid", {"want": {"lse"}}, "log-sum-exp"),
     "a rotation that is not made": ("linear", {"rotate": lambda x, ranks: x}, "rotation"),
     "an unknown backend of a plain form": ("linear", {"backend": "native", "pattern": "noncausal-self"}, "torch"),

@@ -7,7 +7,7 @@ import torch
 
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind
-from regard.workbench.verify import PROPERTIES, Place, check, verified_backends
+from regard.workbench.verify import PROGRAMS, PROPERTIES, Place, check, verified_backends
 
 BY_TURNS = {"layer_compile", "layer_export", "layer_lengths"}
 """Programs of layers take seconds each: every mechanism has them in one of its patterns here, and neighbours in
@@ -34,6 +34,25 @@ def test_property_holds(name, pattern, prop):
     ]
     failures = [f"{c.dtype} on {c.backend}: {c.detail}" for c in cells if c is not None and c.status == "fail"]
     assert not failures, "; ".join(failures)
+
+
+VARIANTS = [(name, variant) for name in list_mechanisms() for variant in get_mechanism(name).variants]
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=[f"{n}-{v}" for n, v in VARIANTS])
+def test_properties_hold_for_every_variant(name, variant):
+    """In one of its patterns, by turns. `regard verify NAME --variant all` measures all patterns and dtypes."""
+    card = get_mechanism(name)
+    patterns = card.patterns_of(variant)
+    pattern = patterns[VARIANTS.index((name, variant)) % len(patterns)]
+    failures = []
+    for prop in PROPERTIES:
+        for backend in verified_backends() if prop.name not in PROGRAMS else ():
+            for dtype in prop.dtypes_on(backend)[:1]:
+                cell = check(Place(card, pattern, prop, dtype, backend, variant))
+                if cell is not None and cell.status == "fail":
+                    failures.append(f"{prop.name} of {cell.dtype} on {backend}: {cell.detail}")
+    assert not failures, f"in {pattern}: " + "; ".join(failures)
 
 
 @pytest.mark.parametrize("name", list_mechanisms())

@@ -318,7 +318,7 @@ def test_what_is_learned_for_one_pattern_refuses_a_mask_of_another_with_the_swap
         ("landmark", "inserts tokens"),
         ("low_rank_pooling", "is a pooling"),
         ("mixture_of_heads", "is a wrapper"),
-        ("softmx", "did you mean|nearest: softmax"),
+        ("softmx", "did you mean|try softmax"),
     ],
 )
 def test_what_cannot_be_swapped_to_is_refused_with_the_reason(name, told):

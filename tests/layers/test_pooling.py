@@ -184,9 +184,9 @@ def test_compiles_to_one_graph(name, options):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("structurd", {}, "supported: mean, max, first, last, additive, structured; nearest: structured"),
+        ("structurd", {}, "supported: mean, max, first, last, additive, structured; try structured"),
         ("mean", {"hidden": 3}, "option 'hidden' of pool 'mean'; supported: no options"),
-        ("additive", {"hiden": 3}, "supported: hidden; nearest: hidden"),
+        ("additive", {"hiden": 3}, "supported: hidden; try hidden"),
         ("additive", {"slots": 3}, "supported: hidden"),
         ("structured", {"rank": 3}, "supported: slots, hidden, diversity"),
         ("structured", {"slots": 0}, "slots=0; supported: a whole number slots >= 1"),
@@ -223,10 +223,10 @@ def test_what_a_pool_cannot_honour_is_refused(name, options):
         (Context(mask=Mask(bias=torch.zeros(1, 1, N, N))), "cu_seqlens masks"),
         (Context(mask=blocks), "cu_seqlens masks"),
         (Context(want=frozenset({"lse"})), "want='lse' of pool"),
-        (Context(want=frozenset({"weihgts"})), "nearest: weights"),
+        (Context(want=frozenset({"weihgts"})), "try weights"),
     ):
         with pytest.raises(Unsupported, match=words):
             layer(x, context=context)
     if not options:
-        with pytest.raises(Unsupported, match="nearest: additive"):
+        with pytest.raises(Unsupported, match="try additive"):
             layer(x, context=Context(want=WEIGHTS))

@@ -310,7 +310,7 @@ LENGTHS = Mask(lengths=torch.tensor([3, 5]))
 IGNORED = {
     "a mask of no memory": ({"memory_mask": LENGTHS}, "memory_mask without memory"),
     "positions of no memory": ({"memory_positions": torch.zeros(2, 11, dtype=torch.long)}, "without memory"),
-    "an unknown extra": ({"want": frozenset({"weight"})}, "nearest: weights"),
+    "an unknown extra": ({"want": frozenset({"weight"})}, "try weights"),
 }
 
 

@@ -191,7 +191,7 @@ def test_a_damaged_store_is_said_to_be_one(path):
         path.write_bytes(damaged)
         for options in ({}, {"read_only": True}):
             with (
-                pytest.raises(Unsupported, match=r"damaged .*nearest: sqlite3 .* \.recover"),
+                pytest.raises(Unsupported, match=r"damaged .*try sqlite3 .* \.recover"),
                 Store(path, **options) as store,
             ):
                 store.rows("run")

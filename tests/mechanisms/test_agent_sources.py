@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -14,9 +11,6 @@ from regard.contract import Call, Context, Mask, Pattern, Role, Shape, Unsupport
 from regard.create import create_layer
 from regard.functional import agent_attention
 from regard.mechanisms.agent import MECHANISM, Config, _row_agents
-from regard.workbench.properties import NotApplicable
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
 
 NONCAUSAL = ["noncausal-self", "noncausal-cross"]
 CAUSAL = ["causal-self", "causal-cross"]
@@ -326,23 +320,6 @@ def test_what_does_not_fit_the_source_is_refused(options, word):
     options = {name: given[name] if value is True else value for name, value in options.items()}
     with pytest.raises(Unsupported, match=word):
         agent_attention(*sample(), pattern="noncausal-self", **options)
-
-
-@pytest.mark.parametrize("pattern", NONCAUSAL)
-@pytest.mark.parametrize("options", [{"agent_source": "conv"}, {"agent_source": "token_merge"}])
-def test_each_source_has_all_properties(options, pattern):
-    whole = {
-        name: form for name, form in MECHANISM.forms.items() if name not in ("absorb", "read")
-    }  # which are refused
-    card = MECHANISM if "self" in pattern else dataclasses.replace(MECHANISM, forms=whole)
-    subject = Subject(card, Pattern(pattern), {**options, "num_agents": 4})
-    for prop in PROPERTIES:
-        if prop.name in ("layer_lengths", "layer_onnx"):
-            continue  # the matrix has them
-        if prop.name in ("layer_compile", "layer_export") and pattern == "noncausal-cross":
-            continue  # slow, and the same code as in noncausal-self
-        with contextlib.suppress(NotApplicable):
-            assert prop.check(subject, torch.float64) <= 1e-12, prop.name
 
 
 def kept(shape, generator, probability):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,10 @@ import torch
 from torch import Tensor
 
 from regard.apply import apply
-from regard.backends import only
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.bigbird import MECHANISM, Config, cost, visible_blocks, visible_pairs
-from regard.workbench.properties import NotApplicable
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 SMALL = {"block": 2, "random_blocks": 1}
@@ -127,19 +122,6 @@ def test_a_padded_row_has_the_blocks_that_it_has_alone(options):
         alone = {name: x[row : row + 1, :, valid[row]] for name, x in tensors.items()}
         close(found[row : row + 1, :, valid[row]], run(alone, options))
         assert (found[row, :, ~valid[row]] == 0).all()
-
-
-@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.name)
-@pytest.mark.parametrize("backend", ["torch", "native"])
-def test_properties_hold_where_blocks_are_hidden(prop, backend):
-    """The matrix has rows too short for the usual blocks of 64."""
-    if prop.name == "layer_onnx":
-        pytest.skip("the matrix has it")
-    subject = Subject(MECHANISM, Pattern.NONCAUSAL_SELF, {"block": 1, "random_blocks": 1})
-    for dtype in prop.dtypes_on(backend):
-        torch.manual_seed(0)
-        with contextlib.suppress(NotApplicable), only(backend, "torch"):
-            assert prop.check(subject, dtype) <= MECHANISM.tolerances[dtype]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -23,8 +23,6 @@ from regard.engines.block_patterns import butterfly_blocks, local_global_blocks
 from regard.functional import block_sparse_attention
 from regard.mechanisms.block_sparse import MECHANISM, Config, cost, visible_blocks, visible_pairs
 from regard.models import LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
-from regard.workbench.layer_properties import LAYER_PROPERTIES
-from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -130,39 +128,6 @@ def test_output_and_gradients_equal_the_dense_formula(monkeypatch, options, patt
         expected = dense(tensors, seen(options, pattern, n, m), options)
         same_with_gradients(run(tensors, pattern, options), expected, tensors)
         close(run(tensors, pattern, options, form="reference"), expected)
-
-
-@pytest.mark.parametrize("pattern", ALL_PATTERNS)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_every_layout_has_the_properties_of_the_equality_matrix(options, pattern):
-    """The default block of 64 tokens would be nearly all of these short sequences."""
-    options = options | {"block_size": 5} if "visible" in options else options  # room for 65 tokens
-    subject = Subject(MECHANISM, pattern, options)
-    names = {
-        *("reference", "step", "split_resume", "padding", "packing", "row_alone", "alignment", "memory", "hidden_row"),
-        *("causality", "state", "grouped_heads", "pair_masks"),
-    }
-    if options in (OPTIONS[0], OPTIONS[5], OPTIONS[-1]) and pattern == "causal-self":
-        names.add("compile")
-    for prop in FUNCTION_PROPERTIES:
-        if prop.name == "grouped_heads" and options.get("visible") is USER:
-            continue  # a layout for two heads meets four
-        if prop.name in names:
-            try:
-                assert prop.check(subject, torch.float64) <= 1e-12, prop.name
-            except NotApplicable:
-                continue
-
-
-@pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_a_layer_of_small_blocks_has_the_properties_of_layers(pattern):
-    subject = Subject(MECHANISM, pattern, {"block_size": 2, "layout": "random", "density": 0.3})
-    for prop in LAYER_PROPERTIES:
-        if prop.name in ("layer_padding", "layer_decoding", "layer_packing", "layer_causality", "layer_export"):
-            try:
-                assert prop.check(subject, torch.float64) <= 1e-12, prop.name
-            except NotApplicable:
-                continue
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from regard.apply import apply
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Mask, Pattern, Shape, Unsupported
+from regard.contract import Context, Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.core_context import MECHANISM, Config, cost
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.positions import create_positions
-from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
-from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 FORMS = ["reference", "parallel", "chunked"]
@@ -211,40 +209,6 @@ def test_a_core_before_rotation_turns_with_the_last_place_of_its_group() -> None
 
 
 # Forms, padding, states and gradients of the variants
-
-VARIANTS = [
-    {"group": 3, "window": 5},
-    {"group": 4, "window": 2, "pool_query": "mean"},
-    {"group": 4, "window": 8, "pool": "max"},
-    {"group": 3, "window": 4, "pool": "mean"},
-    {"group": 5, "window": 1, "fusion": "gated"},
-    {"group": 1, "window": 1},
-    {"group": 4, "window": 0},
-    {"group": 3, "window": 0, "fusion": "gated"},
-]
-CHECKED = (
-    "reference",
-    "step",
-    "split_resume",
-    "padding",
-    "packing",
-    "causality",
-    "hidden_row",
-    "gradient",
-    "state",
-    "memory",
-)
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
-def test_properties_of_the_matrix_hold_for_every_variant(options) -> None:
-    patterns = ["causal-self", "noncausal-self", *([] if "fusion" in options else ["noncausal-cross"])]
-    for pattern, prop in itertools.product(map(Pattern, patterns), FUNCTION_PROPERTIES):
-        if prop.name in CHECKED:
-            try:
-                assert prop.check(Subject(MECHANISM, pattern, options), torch.float64) <= 1e-12, (pattern, prop.name)
-            except NotApplicable:
-                assert pattern is not Pattern.CAUSAL_SELF or prop.name == "memory"
 
 
 def test_thousands_of_steps_after_a_prefill_equal_the_whole() -> None:

@@ -12,14 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.apply import apply
-from regard.contract import Context, Mask, Pattern, Unsupported
+from regard.contract import Context, Mask, Unsupported
 from regard.create import create_layer
 from regard.engines.fourier import transform_rows
 from regard.mechanisms.fnet import MECHANISM, Config
 from regard.models import Encoder, EncoderConfig
-from regard.workbench.layer_properties import LAYER_PROPERTIES
-from regard.workbench.properties import FUNCTION_PROPERTIES
-from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 
@@ -36,14 +33,6 @@ def run(x: Tensor, config: Config | None = None, **call) -> Tensor:
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     assert found.shape == expected.shape
     assert float((found - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
-
-
-def test_an_orthonormal_transform_has_the_properties_of_the_matrix():
-    subject = Subject(MECHANISM, Pattern.NONCAUSAL_SELF, {"orthonormal": True})
-    checked = ("reference", "padding", "packing", "gradient", "compile", "layer_padding", "layer_packing")
-    for prop in (*FUNCTION_PROPERTIES, *LAYER_PROPERTIES):
-        if prop.name in checked:
-            assert prop.check(subject, torch.float64) <= 1e-12, prop.name
 
 
 @pytest.mark.parametrize(("n", "width"), [(1, 1), (1, 5), (5, 1), (12, 2), (13, 9), (16, 10)])

@@ -19,8 +19,6 @@ from regard.create import create_layer
 from regard.functional import kernelized_rpe_attention, linear_attention
 from regard.mechanisms.kernelized_rpe import MECHANISM, Config, cost, draw_features
 from regard.positions import Alibi, Relative
-from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
-from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 METHODS = ("fft", "blocks")
@@ -85,22 +83,6 @@ def test_cross_patterns_count_both_sides_from_zero_and_causal_self_from_the_end(
     tensors = inputs(n, m, reach=4)
     close(run(tensors, "noncausal-cross", {"method": method}).output, pairwise(tensors, False))
     close(run(tensors, "causal-self", {"method": method}).output, pairwise(tensors, True))
-
-
-PROPERTIES = [p for p in FUNCTION_PROPERTIES if p.name not in ("compile", "grouped_heads", "refusals", "pair_masks")]
-
-
-@pytest.mark.parametrize("pattern", MECHANISM.patterns)
-@pytest.mark.parametrize("options", [{"method": "fft"}, {**ELU, "learn_temperature": True}, {"features": 3}])
-def test_the_matrix_holds_with_other_options(options, pattern):
-    """The matrix measures the default, whose sequences are too short for the FFT to be chosen."""
-    for prop in PROPERTIES:
-        for dtype in prop.dtypes:
-            try:
-                error = prop.check(Subject(MECHANISM, pattern, options, seed=3), dtype)
-            except NotApplicable:
-                continue
-            assert error <= MECHANISM.tolerances[dtype], prop.name
 
 
 def test_the_fft_is_chosen_for_tables_as_long_as_long_sequences_only():

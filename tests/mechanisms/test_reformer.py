@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ from regard.create import create_layer
 from regard.mechanisms import reformer
 from regard.mechanisms.reformer import MECHANISM, Config, cost, draw_rounds, hash_tokens
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.workbench.properties import NotApplicable
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 OPTIONS = [
@@ -105,16 +101,6 @@ def test_each_form_is_softmax_over_the_union_of_rounds(options, pattern, n):
     close(run(tensors, pattern, options, form="reference"), expected)
     if pattern == "causal-self":
         close(run(tensors, pattern, options, form="chunked"), expected)
-
-
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[4]])
-@pytest.mark.parametrize("pattern", [Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF])
-def test_small_chunks_have_all_properties(options, pattern):
-    subject = Subject(MECHANISM, pattern, options)
-    for prop in PROPERTIES:
-        if prop.level == "function" and prop.name != "compile":  # slow, and the matrix has it
-            with contextlib.suppress(NotApplicable):
-                assert prop.check(subject, torch.float64) <= 1e-12, prop.name
 
 
 @pytest.mark.parametrize("options", [{"chunk": 1}, {"chunk": 1, "same_bucket": True}])

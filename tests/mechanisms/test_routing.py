@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ from regard.contract import ALL_PATTERNS, Context, Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.routing import MECHANISM, Config, cost
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.workbench.properties import NotApplicable
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 PATTERNS = [p.value for p in ALL_PATTERNS]
@@ -106,18 +102,6 @@ def test_each_form_equals_the_definition_in_words(options, pattern, null):
         expected = in_words(tensors, pattern, options)
         close(run(tensors, pattern, options), expected)
         close(run(tensors, pattern, options, form="reference"), expected)
-
-
-@pytest.mark.parametrize("pattern", ALL_PATTERNS)
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]])
-def test_small_windows_have_all_properties(options, pattern):
-    if pattern.cross and "local_heads" in options:
-        pytest.skip("refused")
-    subject = Subject(MECHANISM, pattern, options)
-    for prop in PROPERTIES:
-        if prop.level == "function" and prop.name != "compile":  # slow, and the matrix has it
-            with contextlib.suppress(NotApplicable):
-                assert prop.check(subject, torch.float64) <= 1e-12, prop.name
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

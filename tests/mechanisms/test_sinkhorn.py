@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,6 @@ from regard.create import create_layer
 from regard.mechanisms import sinkhorn
 from regard.mechanisms.sinkhorn import MECHANISM, Config, cost, sorting_weights
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.workbench.properties import NotApplicable
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 PATTERNS = [p.value for p in MECHANISM.patterns]
@@ -118,18 +114,6 @@ def test_sortcut_shows_the_first_sorted_blocks(pattern, cut):
     expected = in_words(tensors, pattern, options)
     close(run(tensors, pattern, options), expected)
     close(run(tensors, pattern, options, form="reference"), expected)
-
-
-@pytest.mark.parametrize("pattern", MECHANISM.patterns)
-@pytest.mark.parametrize("options", [{"block": 3}, {"block": 2, "sortcut": 2}])
-def test_small_blocks_have_all_properties(options, pattern):
-    if pattern.causal and "sortcut" in options:
-        pytest.skip("refused")
-    subject = Subject(MECHANISM, pattern, options)
-    for prop in PROPERTIES:
-        if prop.level == "function" and prop.name != "compile":  # slow, and the matrix has it
-            with contextlib.suppress(NotApplicable):
-                assert prop.check(subject, torch.float64) <= 1e-12, prop.name
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

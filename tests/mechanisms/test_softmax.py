@@ -18,7 +18,6 @@ from regard.create import create_layer
 from regard.engines.block_patterns import butterfly_blocks, local_global_blocks, random_blocks
 from regard.functional import softmax_attention
 from regard.mechanisms.softmax import MECHANISM, Config, cost
-from regard.workbench.properties import FUNCTION_PROPERTIES, NotApplicable
 from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -135,22 +134,6 @@ def test_bias_and_padding_with_every_option_equal_the_dense_formula(options, pat
     valid = torch.arange(14) < lengths[:, None, None, None]
     found = run(tensors, pattern, options, mask=Mask(lengths=lengths, bias=bias))
     same_with_gradients(found, dense(tensors, visible & valid, options, bias) * valid.mT, tensors)
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_every_option_has_the_properties_of_the_equality_matrix(options, pattern):
-    if pattern.cross and "window" in options:
-        pytest.skip("windows are for self patterns")
-    subject = Subject(MECHANISM, pattern, options)
-    assert ("sink" in subject.inputs(3)) == bool(options.get("learn_sink"))
-    names = {"reference", "step", "split_resume", "padding", "packing", "memory", "hidden_row", "causality", "compile"}
-    for prop in FUNCTION_PROPERTIES:
-        if prop.name in names and (prop.name != "compile" or pattern == "causal-self"):
-            try:
-                assert prop.check(subject, torch.float64) <= 1e-12, prop.name
-            except NotApplicable:
-                continue
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:4])

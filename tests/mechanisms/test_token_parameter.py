@@ -33,9 +33,6 @@ from regard.models import (
     tokenformer_plan,
 )
 from regard.training import grow, shrink, token_usage
-from regard.workbench.layer_properties import LAYER_PROPERTIES
-from regard.workbench.properties import FUNCTION_PROPERTIES
-from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 GELUS = ["l2_norm_gelu", "gelu_l2_norm"]
@@ -68,16 +65,6 @@ def grown(module: TokenParameter, more: int, *, keys: float = 0.0) -> TokenParam
 
 def options_of(module: TokenParameter) -> dict[str, str]:
     return {"theta": module.config.theta, "tau_mode": module.config.tau_mode}
-
-
-@pytest.mark.parametrize("theta", THETAS)
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_every_theta_has_the_properties_of_the_matrix(theta, top_k):
-    subject = Subject(MECHANISM, MECHANISM.patterns[1], {"theta": theta, "top_k": top_k})
-    checked = ("reference", "padding", "hidden_row", "gradient", "layer_padding", "layer_gradient", "layer_save")
-    for prop in (*FUNCTION_PROPERTIES, *LAYER_PROPERTIES):
-        if prop.name in checked:
-            assert prop.check(subject, torch.float64) <= 1e-12, prop.name
 
 
 @pytest.mark.parametrize(
@@ -279,14 +266,14 @@ def test_it_is_a_kind_of_linear_layer():
     assert "token_parameter" in list_linears()
     made = make_linear(6, 5, kind="token_parameter", num_tokens=3, theta="softmax")
     assert made.key_tokens.shape == (3, 6) and made.config.theta == "softmax"
-    with pytest.raises(Unsupported, match="nearest: num_tokens"):
+    with pytest.raises(Unsupported, match="try num_tokens"):
         make_linear(6, 5, kind="token_parameter", num_token=3)
     with pytest.raises(Unsupported, match="bias"):
         make_linear(6, 5, bias=True, kind="token_parameter")
     for alias in MECHANISM.aliases:
         assert isinstance(make_linear(6, 5, kind=alias, num_tokens=3), TokenParameter)
         assert alias not in list_linears()
-    with pytest.raises(Unsupported, match="supported: dense, token_parameter; nearest: pattention"):
+    with pytest.raises(Unsupported, match="supported: dense, token_parameter; try pattention"):
         make_linear(6, 5, kind="patention")
 
 
@@ -423,9 +410,9 @@ def test_a_grown_model_goes_on_from_where_it_stood_and_is_saved(freeze, tmp_path
 
 
 def test_growth_that_cannot_be_is_refused_before_anything_changes():
-    with pytest.raises(Unsupported, match="nearest: preserve=False"):
+    with pytest.raises(Unsupported, match="try preserve=False"):
         make(theta="softmax").grow(20)
-    with pytest.raises(Unsupported, match='nearest: tau_mode="fixed"'):
+    with pytest.raises(Unsupported, match='try tau_mode="fixed"'):
         make(tau_mode="sqrt_n").grow(20)
     with pytest.raises(Unsupported, match="more than 8"):
         make().grow(8)
@@ -433,7 +420,7 @@ def test_growth_that_cannot_be_is_refused_before_anything_changes():
         make(frozen_tokens=8)
     with pytest.raises(Unsupported, match="without parameter tokens"):
         grow(torch.nn.Linear(2, 2), 5)
-    with pytest.raises(Unsupported, match=r"top_k=3.*nearest: preserve=False"):
+    with pytest.raises(Unsupported, match=r"top_k=3.*try preserve=False"):
         make(top_k=3).grow(20)
     pair = torch.nn.ModuleList([make(), make(6, 5, 12)])
     for given in ((10,), ({"0": 9, "1": 10},)):
@@ -441,7 +428,7 @@ def test_growth_that_cannot_be_is_refused_before_anything_changes():
             grow(pair, *given)
     with pytest.raises(Unsupported, match="growing 8 tokens to 8"):
         grow(pair, factor=1.01)
-    with pytest.raises(Unsupported, match=r"nearest: factor=1\.5"):
+    with pytest.raises(Unsupported, match=r"try factor=1\.5"):
         grow(pair, 1.5)
     with pytest.raises(Unsupported, match="supported: 0, 1"):
         grow(pair, {"0": 9, "2": 10})

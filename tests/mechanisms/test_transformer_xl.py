@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ import torch
 from torch import Tensor
 
 from regard.apply import apply
-from regard.backends import only
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.engines import segment_attention
 from regard.mechanisms.transformer_xl import MECHANISM, Config, cost, sample_inputs, share_biases, visible_pairs
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.workbench.properties import NotApplicable
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import PROGRAMS, PROPERTIES
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 OPTIONS = [
@@ -82,21 +77,6 @@ def test_equals_its_definition(options, pattern, n):
     tensors = inputs(n)
     for form in (None, "reference"):
         close(run(tensors, options, pattern, form=form), expected(tensors, options, pattern))
-
-
-@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.name)
-@pytest.mark.parametrize("pattern", [Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF])
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]], ids=["plain", "clamped"])
-def test_properties_hold_with_short_segments(prop, pattern, options):
-    """The usual segment covers most of the matrix's short rows."""
-    subject = Subject(MECHANISM, pattern, options)
-    if prop.name in PROGRAMS:
-        pytest.skip("slow, and the matrix has them")
-    for backend in ("torch", "native"):
-        for dtype in prop.dtypes_on(backend):
-            torch.manual_seed(0)
-            with contextlib.suppress(NotApplicable), only(backend, "torch"):
-                assert prop.check(subject, dtype) <= MECHANISM.tolerances[dtype]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -142,7 +142,7 @@ def test_networks_of_different_kinds_are_not_shared():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feed_forward_kind": "swigly"}, "nearest: swiglu"),
+        ({"feed_forward_kind": "swigly"}, "try swiglu"),
         (
             {"feed_forward_kind": "bilinear", "feed_forward_options": {"dropout": 0.1}},
             "'dropout' of feed-forward 'bilinear'",

@@ -258,7 +258,7 @@ def test_parameters_are_counted_and_matched():
         ({"normalize": "median"}, "mean, last, none"),
         ({"patch": 0}, "patch"),
         ({"positions": "learned"}, "learned positions"),
-        ({"positions": "rotry"}, "nearest: rotary"),
+        ({"positions": "rotry"}, "try rotary"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_the_config(options, words):

@@ -151,7 +151,7 @@ def test_the_decoder_has_two_layers_unless_told_otherwise():
     ("options", "words"),
     [
         ({"vocab_size": 4}, "None for the other"),
-        ({"funnel": {"block": 2}}, "nearest: blocks"),
+        ({"funnel": {"block": 2}}, "try blocks"),
         ({"funnel": {"blocks": 0}}, "blocks"),
         ({"decoder_layers": 0}, "0 layers"),
         ({"decoder_layers": 2, "decoder_plan": ["linear"]}, "1 layers"),

@@ -249,13 +249,13 @@ def test_dropout_draws_from_the_calls_generator():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"plan": "sofmax"}, "nearest: softmax"),
+        ({"plan": "sofmax"}, "try softmax"),
         ({"plan": [("softmax", 3)]}, "plan entry"),
         ({"plan": "token_parameter"}, "softmax.*linear.*token_parameter"),
         ({"plan": "low_rank_pooling"}, "pool="),
         ({"plan": []}, "0 layers"),
         ({"plan": ["softmax"], "num_layers": 2}, "num_layers=1"),
-        ({"positions": "rotry"}, "nearest: rotary"),
+        ({"positions": "rotry"}, "try rotary"),
         ({"plan": [("softmax", {"positions": "learned"})]}, "for one layer"),
         ({"plan": [("softmax", {"windw": 3})]}, "windw"),
         ({"norm": "batch"}, "norm"),

@@ -257,7 +257,7 @@ def test_mistakes_are_refused_with_the_nearest_alternative():
         (lambda: tokenformer_plan(0, 8), "num_layers >= 1"),
         (lambda: tokenformer_plan(2, 0), "num_tokens >= 1"),
         (lambda: tokenformer_plan(2, 8, feed_forward_tokens=-1), "num_tokens >= 1"),
-        (lambda: tokenformer_plan(2, 8, thetas="softmax"), "nearest: theta"),
+        (lambda: tokenformer_plan(2, 8, thetas="softmax"), "try theta"),
         (lambda: masformer_plan(4, "bottom"), "bottom:1"),
         (lambda: masformer_plan(4, "left:2"), "spread"),
         (lambda: masformer_plan(4, "top:5"), "a number of layers"),

@@ -127,8 +127,8 @@ def _edit(folder, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda record: record.update(model="Languagemodel"), "nearest: LanguageModel"),
-        (lambda record: record["config"].update(dims=3), "nearest: dim"),
+        (lambda record: record.update(model="Languagemodel"), "try LanguageModel"),
+        (lambda record: record["config"].update(dims=3), "try dim"),
         (lambda record: record["config"].update(vocab_size=8), "embedding.weight"),
         (lambda record: record["config"].update(tie_embeddings=False), "without head.weight"),
         (lambda record: record.pop("regard"), "other contents"),

@@ -60,7 +60,9 @@ def test_an_accepted_scheme_changes_the_output_and_decodes(name, scheme):
 
 @pytest.mark.parametrize(("name", "scheme"), REFUSED)
 def test_a_scheme_that_is_not_accepted_is_refused_with_the_reason(name, scheme):
-    with pytest.raises(Unsupported, match=rf"^{scheme} positions with {name} \(.+\); supported: none") as refusal:
+    with pytest.raises(
+        Unsupported, match=rf"^not supported: {scheme} positions with {name} \(.+\); supported: none"
+    ) as refusal:
         create_layer(name, 16, 2, pattern=get_mechanism(name).patterns[0], positions=scheme)
     assert refusal.value.nearest == "none"
 

@@ -315,8 +315,8 @@ def test_rotary_and_sinusoidal_have_exact_gradients() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("rotery", {}, "nearest: rotary"),
-        ("rotary", {"fracton": 0.5}, "nearest: fraction"),
+        ("rotery", {}, "try rotary"),
+        ("rotary", {"fracton": 0.5}, "try fraction"),
         ("none", {"base": 2}, "no options"),
         ("rotary", {"fraction": 0.1}, "rotated features"),
         ("rotary", {"fraction": 1.5}, "fraction <= 1"),

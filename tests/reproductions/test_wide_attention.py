@@ -107,5 +107,5 @@ def test_the_command_lists_studies_and_shows_what_is_done(tmp_path):
     assert "sparse_strided" in shown.stdout
     refused = run(app, ["study", "wide-atention", "--output", str(tmp_path)])
     assert isinstance(refused.exception, Unsupported)
-    assert "nearest: wide-attention" in str(refused.exception)
+    assert "try wide-attention" in str(refused.exception)
     assert not list(tmp_path.iterdir())

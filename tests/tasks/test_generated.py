@@ -175,23 +175,23 @@ def test_tasks_meet_the_protocol_and_describe_themselves(name):
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("recal", {}, "nearest: recall"),
+        ("recal", {}, "try recall"),
         (None, {}, "supported: text, recall"),
-        ("recall", {"pair": 3}, "nearest: pairs"),
-        ("recall", {"length": 10, "pairs": 8}, "nearest: length=40"),
-        ("recall", {"pairs": 99}, "from 1 to 15; nearest: pairs=15"),
+        ("recall", {"pair": 3}, "try pairs"),
+        ("recall", {"length": 10, "pairs": 8}, "try length=40"),
+        ("recall", {"pairs": 99}, "from 1 to 15; try pairs=15"),
         ("recall", {"pairs": 2.5}, "an integer"),
         ("recall", {"vocab_size": True}, "an integer"),
         ("recall", {"overwrite": "yes"}, "True or False"),
         ("recall", {"data": "x.txt"}, "option 'data' of the task recall"),
         ("recall", {"tokenizer": "bpe:512"}, "option 'tokenizer' of the task recall"),
-        ("recall", {"seed": -1}, "nearest: seed=0"),
-        ("copying", {"length": 8}, "nearest: length=32"),
-        ("copying", {"alphabet": 1}, "nearest: alphabet=2"),
+        ("recall", {"seed": -1}, "try seed=0"),
+        ("copying", {"length": 8}, "try length=32"),
+        ("copying", {"alphabet": 1}, "try alphabet=2"),
         ("copying", {"tokens": 1, "length": 2, "alphabet": 2}, "items"),
-        ("listops", {"length": 200, "depth": 1, "arguments": 2}, "nearest: length=8"),
-        ("listops", {"depth": 0}, "nearest: depth=1"),
-        ("listops", {"evaluation_items": 0}, "nearest: evaluation_items=1"),
+        ("listops", {"length": 200, "depth": 1, "arguments": 2}, "try length=8"),
+        ("listops", {"depth": 0}, "try depth=1"),
+        ("listops", {"evaluation_items": 0}, "try evaluation_items=1"),
     ],
 )
 def test_nonsense_is_refused_with_what_is_accepted(name, options, told):
@@ -206,7 +206,7 @@ def test_list_tasks_names_what_create_task_makes():
 
 
 def test_batch_size_must_be_positive():
-    with pytest.raises(Unsupported, match="nearest: batch_size=1"):
+    with pytest.raises(Unsupported, match="try batch_size=1"):
         make("recall").training_batch(0, 0, 0)
 
 

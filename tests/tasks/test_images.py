@@ -91,7 +91,7 @@ def test_features_are_normalised_by_training_statistics(folder):
 
 def test_length_chooses_the_patch():
     assert create_task("images", length=16).patch == 2
-    with pytest.raises(Unsupported, match="lengths 64, 16, 4, 1; nearest: length=16"):
+    with pytest.raises(Unsupported, match="lengths 64, 16, 4, 1; try length=16"):
         create_task("images", length=20)
     with pytest.raises(Unsupported, match="length=64 for images of 8x8 with patch=2"):
         create_task("images", length=64, patch=2)
@@ -227,7 +227,7 @@ def test_idx_files_keep_their_own_split(idx):
 
 def test_fashion_mnist_is_read_where_debian_puts_it(idx, monkeypatch):
     monkeypatch.setattr(module, "DEBIAN_DATASETS", idx.parent / "nowhere")
-    with pytest.raises(Unsupported, match="nearest: apt install dataset-fashion-mnist"):
+    with pytest.raises(Unsupported, match="try apt install dataset-fashion-mnist"):
         create_task("images", data="fashion-mnist")
     target = idx.parent / "datasets"
     target.mkdir()
@@ -272,7 +272,7 @@ def test_a_missing_extra_is_named(folder, monkeypatch, package, options):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(folder.parent)
-    with pytest.raises(Unsupported, match=r"nearest: pip install 'regard\[data\]'"):
+    with pytest.raises(Unsupported, match=r"try pip install 'regard\[data\]'"):
         create_task("images", **options)
 
 
@@ -317,7 +317,7 @@ def linked(folder):
         (lambda f: f / "cat", "with 0 sub-folders"),
         (lambda f: f.parent / "pet", "pets"),
         (lambda f: f / "cat" / "0.png", "is not a folder"),
-        (lambda f: "digit", "nearest: digits"),
+        (lambda f: "digit", "try digits"),
         (lambda f: [f], "sub-folder a class"),
     ],
 )
@@ -330,12 +330,12 @@ def test_unusable_folders_are_refused_with_what_is_wrong(folder, make, told):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"patch": 3}, "supported: 1, 2, 4, 8; nearest: patch=2"),
+        ({"patch": 3}, "supported: 1, 2, 4, 8; try patch=2"),
         ({"patch": "x"}, "supported: 1, 2, 4, 8"),
         ({"size": 16}, "digits, which comes as it is"),
         ({"validation": "digits"}, "digits, which comes as it is"),
         ({"held_out": 0}, "from 0.01 to 0.5"),
-        ({"pach": 2}, "nearest: patch"),
+        ({"pach": 2}, "try patch"),
     ],
 )
 def test_nonsense_options_are_refused(options, told):
@@ -344,7 +344,7 @@ def test_nonsense_options_are_refused(options, told):
     assert told in str(error.value)
 
 
-@pytest.mark.parametrize(("options", "told"), [({"size": 2}, "nearest: size=4"), ({"channels": 2}, "3 (colour) or 1")])
+@pytest.mark.parametrize(("options", "told"), [({"size": 2}, "try size=4"), ({"channels": 2}, "3 (colour) or 1")])
 def test_nonsense_options_of_a_folder_are_refused(folder, options, told):
     with pytest.raises(Unsupported) as error:
         create_task("images", data=folder, **options)

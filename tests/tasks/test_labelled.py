@@ -213,15 +213,15 @@ def test_unusable_documents_are_refused_with_what_is_wrong(tmp_path, file, make,
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"text": "txet"}, "nearest: text=text"),
+        ({"text": "txet"}, "try text=text"),
         ({"label": "class"}, "label=class, which is no column"),
         ({"text": "label"}, "supported: two columns"),
-        ({"length": 2}, "nearest: length=3"),
+        ({"length": 2}, "try length=3"),
         ({"balance": "yes"}, "supported: true or false"),
         ({"held_out": 0.9}, "from 0.01 to 0.5"),
-        ({"evaluation_items": 0}, "nearest: evaluation_items=1"),
-        ({"tokenizer": "byte"}, "nearest: bytes"),
-        ({"lable": "x"}, "nearest: label"),
+        ({"evaluation_items": 0}, "try evaluation_items=1"),
+        ({"tokenizer": "byte"}, "try bytes"),
+        ({"lable": "x"}, "try label"),
     ],
 )
 def test_nonsense_options_are_refused(file, options, told):
@@ -328,5 +328,5 @@ def test_each_passage_gets_half_of_the_length(tmp_path):
     assert "items cut: texts after 10 tokens" in task.describe()
     with pytest.raises(Unsupported, match="supported: three columns"):
         create_task("matching", data=path, first="second")
-    with pytest.raises(Unsupported, match="nearest: second=second"):
+    with pytest.raises(Unsupported, match="try second=second"):
         create_task("matching", data=path, second="secnd")

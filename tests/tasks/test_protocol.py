@@ -134,7 +134,7 @@ def test_generator_streams_differ_in_seed_step_and_stream():
         for key in [(0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 0, 2), (1, 1)]
     }
     assert len(drawn) == 6
-    with pytest.raises(Unsupported, match="nearest: seed=0"):
+    with pytest.raises(Unsupported, match="try seed=0"):
         counter_generator(-1, 0)
 
 
@@ -213,7 +213,7 @@ def test_classes_have_a_baseline_in_the_order_of_the_held_out_items(name, tmp_pa
         ({"vocab_size": None}, "vocab_size=None and features=None"),
         ({"num_classes": None}, "num_classes=None"),
         ({"objective": "ranking"}, "objective='ranking'"),
-        ({"pattern": "causal"}, "nearest: causal-self"),
+        ({"pattern": "causal"}, "try causal-self"),
         ({"vocab_size": None, "features": 3}, "inputs (2, 16, 3)"),
         ({"baseline": ("coin", 0.5)}, "baseline=('coin', 0.5)"),
     ],

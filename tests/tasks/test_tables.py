@@ -75,7 +75,7 @@ def test_parquet_without_a_library_names_the_extra(tmp_path, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "pyarrow"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(Unsupported, match=r"nearest: pip install 'regard\[tables\]'"):
+    with pytest.raises(Unsupported, match=r"try pip install 'regard\[tables\]'"):
         read_table(write(tmp_path / "a.parquet", b"PAR1"))
 
 
@@ -198,19 +198,19 @@ def test_what_is_no_number_is_refused_with_its_line_and_value(tmp_path, cell):
     with pytest.raises(Unsupported) as error:
         table.numbers("x", "target")
     assert f"a.tsv, line 3, where the column x has {cell!r}" in str(error.value)
-    assert ("nearest: a decimal point: 1.5" in str(error.value)) == (cell == "1,5")
+    assert ("try a decimal point: 1.5" in str(error.value)) == (cell == "1,5")
 
 
 def test_a_missing_column_is_refused_with_the_nearest(tmp_path):
     table = read_table(write(tmp_path / "a.csv", "demand,price\n1,2\n"))
-    with pytest.raises(Unsupported, match=r"target=demnd, .*supported: demand, price; nearest: target=demand"):
+    with pytest.raises(Unsupported, match=r"target=demnd, .*supported: demand, price; try target=demand"):
         table.column("demnd", "target")
 
 
 def test_a_first_line_of_data_is_not_taken_for_names(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("2024-01-01,0.5\n2024-01-02,0.7\n")
-    with pytest.raises(Unsupported, match=r"no column of a\.csv.* nearest: a first line that names the columns"):
+    with pytest.raises(Unsupported, match=r"no column of a\.csv.* try a first line that names the columns"):
         read_table(path).column("load", "target")
 
 
@@ -223,8 +223,8 @@ def test_nested_json_and_surrogates_are_no_text(tmp_path):
 
 
 WRONG = {
-    "missing": (lambda t: t / "a.cvs", "does not exist", "nearest: ", "a.csv"),
-    "folder": (lambda t: t, "as a table", "nearest: ", "a.csv"),
+    "missing": (lambda t: t / "a.cvs", "does not exist", "try ", "a.csv"),
+    "folder": (lambda t: t, "as a table", "try ", "a.csv"),
     "empty": (lambda t: write(t / "e.csv", ""), "holds no rows"),
     "only names": (lambda t: write(t / "e.csv", "a,b\n"), "holds no rows"),
     "blank json": (lambda t: write(t / "e.jsonl", "\n\n"), "holds no rows"),
@@ -235,7 +235,7 @@ WRONG = {
     "ragged": (lambda t: write(t / "e.csv", "a,b\n1,2\n\n1,2,3\n"), "line 4 has 3 cells", "supported: 2"),
     "quote": (lambda t: write(t / "e.csv", 'a,b\n"1,2\n'), "line 2 cannot be read"),
     "twice": (lambda t: write(t / "e.csv", "a,a\n1,2\n"), "names the column a twice"),
-    "sheet": (lambda t: write(t / "e.xlsx", "x"), "nearest: save the sheet as CSV"),
+    "sheet": (lambda t: write(t / "e.xlsx", "x"), "try save the sheet as CSV"),
     "json": (lambda t: write(t / "e.jsonl", '{"a": 1}\n{oops\n'), "line 2 is not JSON"),
     "deep json": (lambda t: write(t / "e.jsonl", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "line 1", "too deep"),
     "json list": (lambda t: write(t / "e.jsonl", "[1]\n"), "line 1 is not a JSON object"),

@@ -162,7 +162,7 @@ def test_json_lines_are_documents(tmp_path):
     task = create_task("text", data=path, field="body", length=16)
     assert len(task.training_documents) + len(task.held_out_documents) == 30
     assert all(d.text.startswith(b"mail") and d.text.endswith(b"\n") for d in task.training_documents)
-    with pytest.raises(Unsupported, match=r"no text in the field 'text'.*body; nearest: field=body"):
+    with pytest.raises(Unsupported, match=r"no text in the field 'text'.*body; try field=body"):
         create_task("text", data=path)
 
 
@@ -299,14 +299,14 @@ def test_conversations_are_text(tmp_path):
     told = {d.text.decode() for d in task.training_documents + task.held_out_documents}
     assert f"user: how?\nassistant: {words(30, 3)}\n" in told
     assert f"human: how?\ngpt: {words(30, 53)}\n" in told
-    with pytest.raises(Unsupported, match="nearest: field=messages"):
+    with pytest.raises(Unsupported, match="try field=messages"):
         create_task("text", data=path)
     with pytest.raises(Unsupported, match=r"line 1 has no text in the field .*none on this line"):
         create_task("text", data=write(path, b'{"a": [{"role": "user"}], "b": [1], "c": []}'), field="a")
 
 
 WRONG = {
-    "missing": (lambda t: t / "corpus.tx", "does not exist", "nearest: ", "corpus.txt"),
+    "missing": (lambda t: t / "corpus.tx", "does not exist", "try ", "corpus.txt"),
     "missing folder": (lambda t: t / "corpora" / "deep" / "a.txt", "does not exist"),
     "empty": (lambda t: write(t / "e.txt", b""), "holds no text"),
     "blank": (lambda t: write(t / "e.txt", b" \n\n"), "holds no text"),
@@ -328,7 +328,7 @@ WRONG = {
     "deep json": (lambda t: write(t / "j.jsonl", b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "too deep"),
     "json list": (lambda t: write(t / "j.jsonl", b"[1]\n"), "line 1 is not a JSON object"),
     "json surrogate": (lambda t: write(t / "j.jsonl", b'{"text": "\\ud800"}\n'), "surrogate"),
-    "short": (lambda t: write(t / "s.txt", b"word " * 40), "nearest: length=", "held-out tokens"),
+    "short": (lambda t: write(t / "s.txt", b"word " * 40), "try length=", "held-out tokens"),
     "one byte": (lambda t: write(t / "s.txt", b"a"), "supported: more text"),
 }
 
@@ -371,15 +371,15 @@ def test_the_length_that_is_named_as_nearest_fits(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"tokenizer": "byte"}, "nearest: bytes"),
-        ({"tokenizer": "bpe"}, "nearest: bpe:4096"),
-        ({"tokenizer": "bpe:100"}, "nearest: the size of tokenizer bpe=257"),
+        ({"tokenizer": "byte"}, "try bytes"),
+        ({"tokenizer": "bpe"}, "try bpe:4096"),
+        ({"tokenizer": "bpe:100"}, "try the size of tokenizer bpe=257"),
         ({"tokenizer": "bpe:-5"}, "bpe:SIZE"),
         ({"tokenizer": "none.json"}, "does not exist"),
-        ({"length": 0}, "nearest: length=1"),
+        ({"length": 0}, "try length=1"),
         ({"held_out": 0.9}, "from 0.01 to 0.5"),
         ({"field": ""}, "field of JSON lines"),
-        ({"evaluation_windows": 3}, "nearest: evaluation_items"),
+        ({"evaluation_windows": 3}, "try evaluation_items"),
     ],
 )
 def test_nonsense_options_are_refused(corpus, options, told):

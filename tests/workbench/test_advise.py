@@ -274,7 +274,7 @@ def test_without_results_no_quality_is_claimed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use": "inference"}, "nearest: infer"),
+        ({"use": "inference"}, "try infer"),
         ({"lengths": ()}, "lengths"),
         ({"lengths": 0}, "lengths from 1"),
         ({"lengths": 1 << 21}, "lengths from 1"),
@@ -283,15 +283,15 @@ def test_without_results_no_quality_is_claimed():
         ({"seconds": float("nan")}, "seconds=nan"),
         ({"needs": "speed"}, "need 'speed'"),
         ({"pattern": "causal"}, "pattern 'causal'"),
-        ({"what": ("forwards",)}, "nearest: forward"),
-        ({"use": "serve", "pattern": "noncausal-self"}, "nearest: --use infer"),
-        ({"mechanisms": ("softmxa",)}, "nearest: softmax"),
+        ({"what": ("forwards",)}, "try forward"),
+        ({"use": "serve", "pattern": "noncausal-self"}, "try --use infer"),
+        ({"mechanisms": ("softmxa",)}, "try softmax"),
         ({"mechanisms": ("low_rank_pooling",)}, "pool of an encoder"),
         ({"mechanisms": ("token_parameter",)}, "a linear layer"),
         ({"mechanisms": ("softmax",), "exclude": ("softmax",)}, "no candidate.*softmax excluded by you"),
         ({"mechanisms": ("local",), "pattern": "causal-cross"}, "no candidate.*local lacks causal-cross: tokens of"),
         ({"mechanisms": ()}, "no candidate.*none was named"),
-        ({"exclude": ("softmxa",)}, "nearest: softmax"),
+        ({"exclude": ("softmxa",)}, "try softmax"),
         ({"heads": 3}, "dim=32"),
         ({"dtype": "int8"}, "dtype"),
         ({"device": "tpu9"}, "device"),
@@ -324,7 +324,7 @@ def test_memory_is_read(text, count):
 
 @pytest.mark.parametrize("text", ["", "MiB", "-3MB", "0", "3 parsecs", "1e9", "2GB/s"])
 def test_memory_that_is_no_size_is_refused(text):
-    with pytest.raises(Unsupported, match="nearest: 512MiB"):
+    with pytest.raises(Unsupported, match="try 512MiB"):
         parse_memory(text)
 
 

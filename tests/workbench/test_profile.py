@@ -71,7 +71,7 @@ def test_only_training_is_profiled_in_training_mode(layer, monkeypatch):
 def test_a_wrapper_is_profiled_with_what_it_wraps_or_not_at_all():
     """Its function alone, gates of heads for example, does not attend, and would seem a hundred times faster."""
     short = dataclasses.replace(SMALL, mechanisms=("mixture_of_heads",), lengths=(16,), what=("forward",))
-    with pytest.raises(Unsupported, match="nearest: --layer"):
+    with pytest.raises(Unsupported, match="try --layer"):
         profile(short)
     found = profile(dataclasses.replace(short, layer=True))
     assert {m.mechanism for m in found.measurements} == {"softmax", "mixture_of_heads"}

@@ -98,7 +98,7 @@ def refuses(
 def _misfit(
     q: Tensor, k: Tensor, v: Tensor, query_ranks: Tensor, key_ranks: Tensor, landmark: Tensor, own: Tensor | None
 ) -> str | None:
-    """What does not belong together among the tensors; None when all does."""
+    """The mismatch among the tensors, in words; None when they belong together."""
     if not q.ndim == k.ndim == v.ndim == 4:
         return "q, k and v that do not have four axes"
     batch, heads, n, width = q.shape

@@ -1,4 +1,4 @@
-"""What this machine can do, measured by the library: the roofline that kernels are judged against."""
+"""The roofline of this machine, measured by the library, which kernels are judged against."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def run(
 def of_no_pairs(
     q: Tensor, k: Tensor, v: Tensor, want_weights: bool, want_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What :func:`run` returns without rows, queries or keys: 0, through which gradients flow as elsewhere."""
+    """The result of :func:`run` without rows, queries or keys: 0, through which gradients flow as elsewhere."""
     weights = q.to(v.dtype) @ grouped(k, q.shape[1]).to(v.dtype).mT  # not one
     lse = weights.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1) if want_lse else None
     return weights @ grouped(v, q.shape[1]), weights if want_weights else None, lse

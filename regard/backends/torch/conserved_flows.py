@@ -13,7 +13,7 @@ from regard.contract import valid_from_lengths
 
 
 class Sums(NamedTuple):
-    """What the tokens so far leave behind."""
+    """The sums over the tokens so far."""
 
     totals: Tensor
     """Sums of sources, sinks, weighted sources and weighted sinks, (4, B, H, D)."""

@@ -23,7 +23,7 @@ PAIRS_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True)
 class Dropout:
-    """What is dropped at random.
+    """The draws of dropout.
 
     Attributes:
         weights: probability of dropping a weight.

@@ -1,4 +1,4 @@
-"""What surrounds the products of a layer, in PyTorch: short convolution, RMSNorm, rotary positions, gates."""
+"""Operations around the products of a layer, in PyTorch: short convolution, RMSNorm, rotary positions, gates."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ PAIRS_AT_ONCE = 1 << 22
 
 
 class Carry(NamedTuple):
-    """What a prefix leaves behind. An empty prefix has m = -inf, u = 0, w = 0."""
+    """The sums over a prefix. An empty prefix has m = -inf, u = 0, w = 0."""
 
     m: Tensor
     """Running maximum of each query, (B, H, Q)."""

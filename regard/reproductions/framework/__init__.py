@@ -1,1 +1,1 @@
-"""What the reproductions share: how they are written, found, run and judged."""
+"""The framework of the reproductions: how they are written, found, run and judged."""

@@ -28,14 +28,14 @@ LEAST_SEEDS = 2
 MOST_SEEDS_TOLD = 1000
 
 Measurements = Mapping[str, Any]
-"""What a cell measured: numbers by name, or timings (see :func:`spread`); None for what did not come out finite."""
+"""Measurements of a cell: numbers by name, or timings (see :func:`spread`); None for what did not come out finite."""
 
 Seed = Mapping[str, Measurements]
 """The cells of one seed, by setting."""
 
 
 class Outcome(enum.StrEnum):
-    """What a check or a claim came to."""
+    """Outcomes of a check or a claim."""
 
     HELD = "held"
     DID_NOT_HOLD = "did not hold"
@@ -116,7 +116,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The findings of a check.
 
     Attributes:
         says: what was expected.
@@ -152,7 +152,7 @@ class _Watched(dict[str, Measurements]):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a claim came to, and why.
+    """The verdict on a claim, and its reasons.
 
     Attributes:
         outcome: of the claim.

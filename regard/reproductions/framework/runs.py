@@ -23,7 +23,7 @@ MOST_SEEDS = 10
 """The seeds that an experiment may have: one that needs more is to be made larger."""
 
 _OF_A_CELL = ("setting", "seed", "machine", "seconds")
-"""What `collect` says of a cell besides its measurements."""
+"""Facts that `collect` gives of a cell besides its measurements."""
 
 
 def plan(
@@ -101,7 +101,7 @@ def run(
 
 
 def collect(names: Sequence[str], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:
-    """What a store holds of reproductions, with verdicts, as JSON could say it; nothing is run.
+    """The reproductions in a store, with verdicts, as JSON could hold them; nothing is run.
 
     Of each: name, mechanisms, paper, claim, instead, what is left out, outcome, findings, what was found of its needs,
     what deciding would cost, cells (done, planned, missing), its protocol and settings, the measurements, machine and
@@ -164,7 +164,7 @@ def _plain(setting: Setting) -> Any:
 
 
 def pilot(name: str, store: Store | None) -> dict[str, Any]:
-    """What the cells of a pilot show; it is no verdict.
+    """The results of a pilot's cells; they are no verdict.
 
     Of each need and check: what it `says`, the `mean` over the `seeds` of the pilot, their `spread` (standard
     deviation), the `half_width` of the interval that ten seeds would have, and `seeds_to_decide`, were mean and spread to
@@ -193,7 +193,7 @@ def _hours_to_decide(
     measured: Mapping[tuple[str, int], Measurements],
     told: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> float | None:
-    """What more seeds would cost on one core, were means and spreads to stay; None where seeds alone do not decide."""
+    """The cost of more seeds on one core, were means and spreads to stay; None where seeds alone do not decide."""
     open_ = [
         (check, finding)
         for check, finding in zip(

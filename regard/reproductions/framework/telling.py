@@ -18,7 +18,7 @@ def measured_words(finding: Mapping[str, Any]) -> str:
 
 
 def remarks(record: Mapping[str, Any]) -> list[str]:
-    """What a reader of the verdict has to know beside it: what it does not cover, and what would decide it."""
+    """Remarks beside a verdict: what it does not cover, and what would decide it."""
     told = [f"left out: {claim}" for claim in record["left_out"]]
     if record["outcome"] == Outcome.UNDECIDED and not record["missing"]:
         told.append(f"to decide it: {cost_of_deciding(record)}")
@@ -26,7 +26,7 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
 
 
 def cost_of_deciding(record: Mapping[str, Any]) -> str:
-    """What it would take to decide an undecided claim, in words."""
+    """The cost of deciding an undecided claim, in words."""
     lacking = [finding["says"] for finding in record["needs"] if finding["outcome"] != Outcome.HELD]
     if lacking:
         return f"an experiment in which this holds: {'; '.join(lacking)}"

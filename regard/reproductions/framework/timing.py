@@ -1,4 +1,4 @@
-"""What cells that time have in common: every comparison is made within rounds, on one thread, by its own clock."""
+"""Parts that cells which time have in common: every comparison is made within rounds, on one thread, by its own clock."""
 
 from __future__ import annotations
 

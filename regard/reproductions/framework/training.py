@@ -1,4 +1,4 @@
-"""What cells that train have in common."""
+"""Parts that cells which train have in common."""
 
 from __future__ import annotations
 

@@ -213,12 +213,12 @@ def test_what_it_lacks_is_left_to_torch():
         {"want": {"weights"}},
     ):
         apply(MECHANISM, inputs, roles=roles, **call)
-        with pytest.raises(Unsupported, match="nearest: torch"):
+        with pytest.raises(Unsupported, match="try torch"):
             apply(MECHANISM, inputs, roles=roles, backend="native", **call)
     config, start = Config(block=3, top_k=1), {n: x[:, :, :8] for n, x in inputs.items()}
     state = apply(MECHANISM, start, roles=roles[:, :8], config=config, return_state=True).state
     step = {n: x[:, :, 8:] for n, x in inputs.items()}
-    with pytest.raises(Unsupported, match="nearest: torch"):
+    with pytest.raises(Unsupported, match="try torch"):
         apply(MECHANISM, step, roles=roles[:, 8:], config=config, state=state, backend="native")
 
 
