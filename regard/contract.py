@@ -197,6 +197,8 @@ class Mask:
         max_length: length of the longest document, as a Python int; computed from `cu_seqlens` when not given.
         bias: added to the scores of exact mechanisms; -inf hides a pair.
         blocks: block-sparse visibility.
+        layout: of a mask that a model or layer makes for what is inside it: how the tokens lie, which is then neither
+            checked nor found again (:func:`regard.ragged.inner_mask`). None in masks of callers.
     """
 
     valid: Bool[Tensor, "b n"] | None = None
@@ -205,6 +207,7 @@ class Mask:
     max_length: int | None = None
     bias: Float[Tensor, "#b #h n m"] | None = None
     blocks: BlockMask | None = None
+    layout: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _MASK_TYPES.check("Mask", self.__dict__)

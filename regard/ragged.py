@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from regard.contract import Mask, Unsupported, valid_from_lengths
+from regard.contract import BlockMask, Mask, Unsupported, valid_from_lengths
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, Shaped
@@ -41,10 +41,10 @@ def check_lengths(lengths: Int[Tensor, " b"], batch: int, n: int) -> None:
         return
     if lengths.shape != (batch,):
         raise Unsupported(f"lengths of shape {tuple(lengths.shape)} for {batch} rows", supported=f"({batch},)")
-    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= n:
-        raise Unsupported(
-            f"lengths from {int(lengths.min())} to {int(lengths.max())} for rows of {n} tokens", supported=f"0 to {n}"
-        )
+    if batch:
+        least, most = torch.stack(lengths.aminmax()).tolist()  # one wait for the device
+        if not 0 <= least <= most <= n:
+            raise Unsupported(f"lengths from {least} to {most} for rows of {n} tokens", supported=f"0 to {n}")
 
 
 def _where(valid: Bool[Tensor, "b n"], x: Tensor, axis: int, batch_axis: int) -> Tensor:
@@ -112,12 +112,9 @@ class Gathering:
     def gather(self, x: Shaped[Tensor, ...], axis: int = -2, batch_axis: int = 0) -> Shaped[Tensor, ...]:
         """To the dense layout: every sequence a row, with zeros in the padding."""
         self._check(x, axis, batch_axis, (self.source_batch, self.source_length), "gather")
-        if self.lengths is None:
+        if self.dense_index is None or self.lengths is None:
             return x if self.valid is None else _where(self.valid, x, axis, batch_axis)
-        dense_valid = valid_from_lengths(self.lengths, self.length)
-        if self.dense_index is None:
-            return _where(dense_valid, x, axis, batch_axis)
-        return _take(x, self.dense_index, dense_valid, axis, batch_axis)
+        return _take(x, self.dense_index, valid_from_lengths(self.lengths, self.length), axis, batch_axis)
 
     def scatter(self, y: Shaped[Tensor, ...], axis: int = -2, batch_axis: int = 0) -> Shaped[Tensor, ...]:
         """Back to the caller's layout, with zeros where there is no valid token."""
@@ -125,6 +122,15 @@ class Gathering:
         if self.index is not None:
             return _take(y, self.index, self.valid, axis, batch_axis)
         return y if self.valid is None else _where(self.valid, y, axis, batch_axis)
+
+    @property
+    def dense(self) -> Gathering:
+        """The layout of tokens that lie in the dense one already."""
+        if self.dense_index is None:
+            return self
+        assert self.lengths is not None  # tokens that moved have lengths
+        valid = valid_from_lengths(self.lengths, self.length)
+        return Gathering(self.batch, self.length, self.batch, self.length, self.device, self.lengths, valid)
 
     def token_numbers(self) -> Int[Tensor, "batch length"]:
         """`dense_index`, also where the layouts are the same."""
@@ -149,9 +155,13 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
         n: tokens a row in the caller's layout.
         device: where the tensors are.
 
+    A mask by :func:`inner_mask` has its layout, which is found once by whoever is outermost: model, layer or function.
+
     Raises:
         Unsupported: for a mask that does not fit, unless a graph is being compiled.
     """
+    if mask is not None and mask.layout is not None:
+        return mask.layout
     if mask is None or not mask.ragged:
         return Gathering(batch, n, batch, n, device)
     if mask.cu_seqlens is not None:
@@ -177,6 +187,18 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
         dense_index=first + torch.argsort(~valid, dim=-1, stable=True),
         index=first + ranks,
     )
+
+
+def inner_mask(layout: Gathering, *, bias: Tensor | None = None, blocks: BlockMask | None = None) -> Mask | None:
+    """The mask of tokens that were moved by `layout`, for what is inside a model or layer; None where there is nothing to
+    tell.
+
+    Args:
+        bias, blocks: of pairs in the dense layout.
+    """
+    if layout.lengths is None and bias is None and blocks is None:
+        return None
+    return Mask(lengths=layout.lengths, bias=bias, blocks=blocks, layout=layout.dense)
 
 
 def gathering_in_place(
@@ -299,7 +321,6 @@ def flip_rows(x: Shaped[Tensor, "b ..."], lengths: Int[Tensor, " b"] | None, axi
     if lengths is None:
         return x.flip(axis)
     n = x.shape[axis]
-    check_lengths(lengths, x.shape[0], n)
     column = torch.arange(n, device=x.device)
     end = lengths[:, None]
     return _take(x, _row_starts(x, axis) + torch.where(column < end, end - 1 - column, column), None, axis, 0)
@@ -350,9 +371,6 @@ def _shift(x: Tensor, size: int, lengths: Tensor | None, new_lengths: Tensor | N
     old_size = x.shape[axis]
     if lengths is None and new_lengths is None:
         return F.pad(x.movedim(axis, 0), (0, 0) * (x.ndim - 1) + (size - old_size, 0)).movedim(0, axis)
-    for given, limit in ((lengths, old_size), (new_lengths, size)):
-        if given is not None:
-            check_lengths(given, x.shape[0], limit)
     end = old_size if lengths is None else lengths[:, None]
     new_end = size if new_lengths is None else new_lengths[:, None]
     column = torch.arange(size, device=x.device) + (end - new_end)

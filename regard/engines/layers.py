@@ -13,7 +13,6 @@ from torch import Tensor
 from regard.backends import execute
 from regard.contract import Unsupported, one_of
 from regard.engines.gated_recurrence import without_autocast
-from regard.ragged import check_lengths
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -51,11 +50,9 @@ def short_convolution(
     Raises:
         Unsupported: for shapes that do not fit, or a cache in noncausal form.
     """
-    batch, n, channels = x.shape
+    batch, _, channels = x.shape
     if weight.shape[0] != channels:
         raise Unsupported(f"a convolution over {channels} channels", supported=f"{weight.shape[0]} channels")
-    if lengths is not None:
-        check_lengths(lengths, batch, n)
     if cache is not None:
         if not causal:
             raise Unsupported("a cache for a noncausal convolution", supported="causal=True", nearest="cache=None")

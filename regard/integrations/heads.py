@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regard.apply import apply
 from regard.contract import Context, Kind, LayerSpec, Mask, Mechanism, Pattern, Result, Unsupported
 from regard.layers.linear import make_linear
-from regard.ragged import gathering
+from regard.ragged import gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -318,8 +318,8 @@ class HeadAttention(nn.Module):
             self.card,
             inputs,
             pattern=pattern,
-            mask=None if queries.lengths is None else Mask(lengths=queries.lengths),
-            memory_mask=None if keys.lengths is None else Mask(lengths=keys.lengths),
+            mask=inner_mask(queries),
+            memory_mask=inner_mask(keys),
             scale=scale if self.card.default_scale == "rsqrt" else None,
             config=self.config,
             want=want,

@@ -46,7 +46,7 @@ from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import RMSNorm, make_norm
 from regard.positions import SCHEMES, create_positions
-from regard.ragged import Gathering, gather_pairs, gathering
+from regard.ragged import Gathering, gather_pairs, gathering, inner_mask
 from regard.visibility import DistanceBias
 
 if TYPE_CHECKING:
@@ -298,9 +298,7 @@ class AttentionLayer(Layer):
             heads,
             pattern=self.pattern,
             mask=self._inner_mask(context, layout, None if no_keys else source_layout),
-            memory_mask=None
-            if memory is None or source_layout.lengths is None
-            else Mask(lengths=source_layout.lengths),
+            memory_mask=None if memory is None else inner_mask(source_layout),
             state=None if state is None else state.mechanism,
             return_state=stateful,
             config=self.config,
@@ -360,7 +358,7 @@ class AttentionLayer(Layer):
             self.card,
             heads,
             pattern=self.pattern,
-            memory_mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
+            memory_mask=inner_mask(layout),
             state=None if state is None else state.mechanism,
             config=self.config,
             heads=self.num_heads,
@@ -492,16 +490,12 @@ class AttentionLayer(Layer):
             )
 
     def _inner_mask(self, context: Context, layout: Gathering, keys: Gathering | None) -> Mask | None:
-        mask = context.mask
-        pairs = mask is not None and (mask.bias is not None or mask.blocks is not None)
-        if layout.lengths is None and not pairs:
-            return None
-        bias = None
+        mask, bias = context.mask, None
         if mask is not None and mask.bias is not None:
             if keys is None:  # absorbed before, in the dense layout
                 keys = gathering(None, layout.batch, mask.bias.shape[-1], mask.bias.device)
             bias = gather_pairs(mask.bias, layout, keys)
-        return Mask(lengths=layout.lengths, bias=bias, blocks=None if mask is None else mask.blocks)
+        return inner_mask(layout, bias=bias, blocks=None if mask is None else mask.blocks)
 
 
 def why_refused(card: Mechanism, scheme: str) -> str:

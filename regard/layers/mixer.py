@@ -17,7 +17,7 @@ from torch import Tensor
 from regard.contract import Context, Mask, Mechanism, Pattern, Result, State, Unsupported
 from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
-from regard.ragged import Gathering, gathering, gathering_in_place
+from regard.ragged import Gathering, gathering, gathering_in_place, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -31,18 +31,20 @@ class Tokens:
         x: (B, N, C).
         lengths: valid tokens of each row; None when all are, and on a grid.
         valid: valid places of a grid; None when all are, and without a grid.
+        mask: for :func:`regard.apply.apply`.
     """
 
     x: Float[Tensor, "b n c"]
     lengths: Int[Tensor, " b"] | None = None
     valid: Bool[Tensor, "b n"] | None = None
+    mask: Mask | None = None
 
-    @property
-    def mask(self) -> Mask | None:
-        """For :func:`regard.apply.apply`."""
-        if self.lengths is None and self.valid is None:
-            return None
-        return Mask(lengths=self.lengths, valid=self.valid)
+    @classmethod
+    def laid_out(cls, x: Float[Tensor, "b n c"], layout: Gathering) -> Tokens:
+        """Tokens of the caller moved by a layout."""
+        on_grid = layout.valid if layout.lengths is None else None
+        mask = inner_mask(layout) if on_grid is None else Mask(valid=on_grid)
+        return cls(layout.gather(x, axis=1), layout.lengths, on_grid, mask)
 
     def count(self) -> Int[Tensor, " b"]:
         """Valid tokens of each row of a sequence."""
@@ -108,7 +110,7 @@ class MixerLayer(Layer):
         check_tokens(x, self.dim)
         self._check_wanted(context)
         layout = self._layout(x, context)
-        tokens = Tokens(layout.gather(x, axis=1), layout.lengths, layout.valid if layout.lengths is None else None)
+        tokens = Tokens.laid_out(x, layout)
         keys = None if memory is None else _right_padded(memory, context.memory_mask)
         result = self.mix(tokens, keys, context, state)
         result.output = layout.scatter(result.output, axis=1)
@@ -154,4 +156,4 @@ class MixerLayer(Layer):
 
 def _right_padded(memory: Tensor, mask: Mask | None) -> Tokens:
     layout = gathering(mask, memory.shape[0], memory.shape[1], memory.device)
-    return Tokens(layout.gather(memory, axis=1), layout.lengths)
+    return Tokens.laid_out(memory, layout)

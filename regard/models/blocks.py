@@ -20,7 +20,7 @@ from regard.layers.feed_forward import FEED_FORWARDS, check_dropout, dropout, ma
 from regard.layers.norms import LayerScale, make_norm
 from regard.models.variants import read_variant
 from regard.positions import Positions, create_positions, list_positions
-from regard.ragged import Gathering
+from regard.ragged import Gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -472,9 +472,7 @@ def right_padded_mask(mask: Mask | None, layout: Gathering) -> Mask | None:
         for axis in (-2, -1):
             rows = layout.gather(rows, axis=axis) if rows.shape[axis] > 1 else rows
         bias = rows
-    if layout.lengths is None and bias is None and blocks is None:
-        return None
-    return Mask(lengths=layout.lengths, bias=bias, blocks=blocks)
+    return inner_mask(layout, bias=bias, blocks=blocks)
 
 
 def auxiliary_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> Tensor | float:

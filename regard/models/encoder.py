@@ -223,12 +223,9 @@ class Encoder(EncoderBase):
     def _pool(self, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]) -> Float[Tensor, "b c2"]:
         """The head's input from right-padded sequences; the pool's losses are added to `losses`."""
         assert self.pooling is not None  # pool="none" has nothing to pool
-        lengths = None if context.mask is None else context.mask.lengths
-        inner = Context(
-            mask=None if lengths is None else Mask(lengths=lengths),
-            generator=context.generator,
-            progress=context.progress,
-        )
+        mask = context.mask
+        padding = None if mask is None or mask.lengths is None else Mask(lengths=mask.lengths, layout=mask.layout)
+        inner = Context(mask=padding, generator=context.generator, progress=context.progress)
         pooled = self.pooling(x, context=inner)
         add_losses(losses, pooled.losses)
         return pooled.output.flatten(1)  # (B, slots * dim)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least
+from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, valid_from_lengths
 from regard.engines.linear import FrozenWeights, linear
 from regard.layers.checks import check_memory_mask, given_context
 from regard.layers.feed_forward import dropout
@@ -43,7 +43,7 @@ from regard.models.blocks import (
 from regard.models.generation import generate, generate_stream
 from regard.models.language_model import ModelState, mean_nats, next_tokens
 from regard.models.stack import Stack, StackConfig, apply_head, joint_loss, run_with_exits
-from regard.ragged import Gathering, gathering
+from regard.ragged import Gathering, gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -141,7 +141,11 @@ class EncodedMemory(State):
 
     @property
     def mask(self) -> Mask | None:
-        return None if self.lengths is None else Mask(lengths=self.lengths)
+        if self.lengths is None:
+            return None
+        rows, m = self.tokens.shape[:2]
+        valid = valid_from_lengths(self.lengths, m)
+        return inner_mask(Gathering(rows, m, rows, m, self.tokens.device, self.lengths, valid))
 
 
 class EncoderDecoder(nn.Module):
@@ -259,8 +263,9 @@ class EncoderDecoder(nn.Module):
         layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], memory.device)
         where = None if context.memory_positions is None else layout.gather(context.memory_positions, axis=1)
         x = embed_tokens(self.memory_embedding, layout.gather(memory, axis=1))  # right-padded, a row for each sequence
-        mask = None if layout.lengths is None else Mask(lengths=layout.lengths)
-        inner = Context(mask=mask, positions=where, generator=context.generator, progress=context.progress)
+        inner = Context(
+            mask=inner_mask(layout), positions=where, generator=context.generator, progress=context.progress
+        )
         x, inner, placed = self._placed(self.memory_positions, x, layout, None, inner)
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
         result = self.encoder_blocks.run(x, inner, [None] * len(self.encoder_blocks))
@@ -286,7 +291,7 @@ class EncoderDecoder(nn.Module):
         where = None if context.positions is None else layout.gather(context.positions, axis=1)
         wanted = state is not None or "state" in context.want
         inner = context.replace(
-            mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
+            mask=inner_mask(layout),
             memory_mask=None if encoded is None else encoded.mask,
             positions=where,
             memory_positions=None if encoded is None else encoded.positions,

@@ -37,7 +37,7 @@ from regard.models.blocks import (
 from regard.models.encoder_decoder import count_layers
 from regard.models.stack import Stack, StackConfig
 from regard.positions import Sinusoidal
-from regard.ragged import gathering, place_queries, take_queries
+from regard.ragged import gathering, inner_mask, place_queries, take_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -210,7 +210,7 @@ class Forecaster(nn.Module):
         x = inputs.new_zeros(*inputs.shape[:2], self.config.dim) if self.embedding is None else self.embedding(inputs)
         x = self._dropout(self.positions.embed(x, horizon), context)
         inner = shared.replace(
-            mask=None if layout.lengths is None else Mask(lengths=layout.lengths),
+            mask=inner_mask(layout),
             memory_mask=mask,
             positions=horizon.expand(inputs.shape[0], -1),
             memory_positions=time,

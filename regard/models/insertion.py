@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Mask, Role, Unsupported
+from regard.contract import Context, Role, Unsupported
+from regard.ragged import Gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -112,14 +113,16 @@ class Insertion:
         borders = F.pad(borders, (0, 1), value=prepared.shape[1])
         start, end = (borders.gather(1, read[:, None]) for read in (past, past + new))
         lengths = (end - start).squeeze(1)
-        column = torch.arange(int(lengths.max()), device=ids.device)
+        longest = int(lengths.max())
+        column = torch.arange(longest, device=ids.device)
         inside = column < lengths[:, None]
         index = torch.where(inside, start + column, 0)
         kept_places = torch.where(valid, places.gather(1, whole_rank.clamp(max=total - 1)) - start, 0)
         return Inserted(
             ids=torch.where(inside, prepared.gather(1, index), 0),
             context=context.replace(
-                mask=Mask(lengths=lengths), roles=torch.where(inside, roles.gather(1, index), int(Role.TOKEN))
+                mask=inner_mask(Gathering(rows, longest, rows, longest, ids.device, lengths, inside)),
+                roles=torch.where(inside, roles.gather(1, index), int(Role.TOKEN)),
             ),
             places=kept_places,
         )

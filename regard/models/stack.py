@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from regard.contract import Context, Loss, Result, Unsupported, at_least, closest, one_of
+from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, closest, one_of
 from regard.layers.attention import AttentionLayer
 from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_roles, run_blocks
 
@@ -295,7 +295,7 @@ class Pass:
             if blocks is not None and blocks.visible.shape[0] > 1:
                 blocks = dataclasses.replace(blocks, visible=blocks.visible[rows])
             lengths = None if mask.lengths is None else mask.lengths[rows]
-            changes["mask"] = dataclasses.replace(mask, lengths=lengths, bias=bias, blocks=blocks)
+            changes["mask"] = Mask(lengths=lengths, bias=bias, blocks=blocks)
         for name in ("positions", "roles"):
             value = getattr(self.context, name)
             if value is not None and value.shape[0] > 1:

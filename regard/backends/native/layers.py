@@ -245,7 +245,8 @@ def _convolution_arguments(
     """The struct, and the tensors that it points to."""
     batch, n, channels = x.shape
     x, weight = rows_contiguous(x), weight.contiguous()
-    bias, cache, lengths = (None if t is None else t.contiguous() for t in (bias, cache, lengths))
+    bias, cache = (None if t is None else t.contiguous() for t in (bias, cache))
+    lengths = None if lengths is None else lengths.clamp(0, n)  # nobody reads beyond a row, whatever they say
     arguments = Convolution(
         torch.get_num_threads(),
         library.DTYPES[x.dtype],

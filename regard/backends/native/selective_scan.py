@@ -178,9 +178,8 @@ class _Call:
         batch, n, channels = x.shape
         x, dt, b = rows_contiguous(x), rows_contiguous(dt), rows_contiguous(b)
         c, z = (None if t is None else rows_contiguous(t) for t in (c, z))
-        a, skip, dt_bias, state, lengths = (
-            None if t is None else t.contiguous() for t in (a, skip, dt_bias, state, lengths)
-        )
+        a, skip, dt_bias, state = (None if t is None else t.contiguous() for t in (a, skip, dt_bias, state))
+        lengths = None if lengths is None else lengths.clamp(0, n)  # nobody reads beyond a row, whatever they say
         self.tensors = (x, dt, a, b, c, skip, dt_bias, z, state, lengths)
         self.struct = Scan(
             threads=torch.get_num_threads(),
