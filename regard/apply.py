@@ -34,7 +34,7 @@ from regard.contract import (
     closest,
     one_of,
 )
-from regard.ragged import Gathering, check_pairs, gather_pairs, gathering, gathering_in_place
+from regard.core.ragged import Gathering, check_pairs, gather_pairs, gathering, gathering_in_place
 
 
 def input_names(card: Mechanism) -> list[str]:

@@ -198,7 +198,7 @@ class Mask:
         bias: added to the scores of exact mechanisms; -inf hides a pair.
         blocks: block-sparse visibility.
         layout: of a mask that a model or layer makes for what is inside it: how the tokens lie, which is then neither
-            checked nor found again (:func:`regard.ragged.inner_mask`). None in masks of callers.
+            checked nor found again (:func:`regard.core.ragged.inner_mask`). None in masks of callers.
     """
 
     valid: Bool[Tensor, "b n"] | None = None

@@ -16,7 +16,7 @@ enum regard_attention_rule {
   REGARD_CLIPPED = 4       /* min(1, max(0, (high - low) softmax(s) + low)), no sink */
 };
 
-/* Which key a query may see is a rule on ranks (regard/visibility.py); a key of negative rank does not exist. All limits
+/* Which key a query may see is a rule on ranks (regard/core/visibility.py); a key of negative rank does not exist. All limits
  * hold at once. */
 typedef struct {
   const int64_t *query_ranks; /* (rows, n) */

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least
+from regard.core.precision import wide
 from regard.measurement.outliers import is_norm
 from regard.mechanisms.gated_softmax import GatePredictor
 from regard.positions.learned import Learned
@@ -89,8 +90,8 @@ def simulate(x: Float[Tensor, "..."], grid: Grid) -> Float[Tensor, "..."]:
 
     Gradients are those of the clip: 1 on the grid's range, 0 beyond (straight through the rounding).
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    index = (_Round.apply(wide / grid.scale) + grid.zero).clamp(grid.low, grid.high)
+    precise = wide(x)
+    index = (_Round.apply(precise / grid.scale) + grid.zero).clamp(grid.low, grid.high)
     return (grid.scale * (index - grid.zero)).to(x.dtype)
 
 

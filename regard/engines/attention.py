@@ -10,8 +10,8 @@ from torch import Tensor
 
 from regard.backends import decode_attention, execute, which_backend
 from regard.contract import BlockMask, Cost, Shape, Unsupported, one_of
-from regard.ragged import check_pairs
-from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
+from regard.core.ragged import check_pairs
+from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regard.contract import Call, State, lengths_after, state_field
+from regard.core.ragged import values_known
 from regard.engines.attention import Ranks, ranks
-from regard.ragged import values_known
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped

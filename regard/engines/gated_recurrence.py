@@ -9,7 +9,6 @@ the first three).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +16,10 @@ from torch import Tensor
 
 from regard.backends import execute
 from regard.contract import Unsupported
+from regard.core.precision import without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Keeps products in the dtype of their tensors: a state rounded to bfloat16 at every token would drift."""
-    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 def gated_recurrence(

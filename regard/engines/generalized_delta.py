@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regard.backends import execute
 from regard.contract import Unsupported
-from regard.engines.gated_recurrence import without_autocast
+from regard.core.precision import without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Float

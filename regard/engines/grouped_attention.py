@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from regard.backends import execute
-from regard.backends.torch.grouped_attention import PAIRS_AT_ONCE, Dropout, logits, normalized, product, wide
+from regard.backends.torch.grouped_attention import PAIRS_AT_ONCE, Dropout, logits, normalized, product
 from regard.contract import BlockMask
-from regard.visibility import PositionBias, Ranks
+from regard.core.visibility import PositionBias, Ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -84,4 +84,4 @@ def grouped_attention(
     )
 
 
-__all__ = ["PAIRS_AT_ONCE", "Dropout", "grouped_attention", "logits", "normalized", "own_groups", "product", "wide"]
+__all__ = ["PAIRS_AT_ONCE", "Dropout", "grouped_attention", "logits", "normalized", "own_groups", "product"]

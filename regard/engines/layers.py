@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from regard.backends import execute
 from regard.contract import Unsupported, one_of
-from regard.engines.gated_recurrence import without_autocast
+from regard.core.precision import wide_dtype, without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -100,7 +99,7 @@ def rms_norm(
             f"a norm over {groups} groups of {x.shape[-1]} features", supported="a divisor of the features"
         )
     if weight is not None:
-        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+        weight = weight.to(wide_dtype(x))
     return execute("rms_norm", backend, x.device, x.dtype, x, weight, z, groups, eps, norm_before_gate)
 
 

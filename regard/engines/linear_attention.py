@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.backends import execute
 from regard.backends.torch.linear_attention import Rule, divide, map_memory, map_queries
-from regard.engines.gated_recurrence import without_autocast
+from regard.core.precision import without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -22,8 +22,8 @@ from regard.backends.native.attention import DECODED_LONG
 from regard.backends.native.attention_decode import attention_decode
 from regard.backends.operators import TRANSFORMS, transformed
 from regard.contract import Unsupported, at_least, one_of
+from regard.core.visibility import Ranks, Visibility
 from regard.engines.attention import attention
-from regard.visibility import Ranks, Visibility
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

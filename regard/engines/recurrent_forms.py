@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Result, State, lengths_after, state_field
-from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step, without_autocast
-from regard.ragged import flip_rows, place_queries, take_queries
+from regard.core.precision import wide, without_autocast
+from regard.core.ragged import flip_rows, place_queries, take_queries
+from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -32,7 +33,7 @@ class MatrixState(State):
 
 def readable(x: Tensor) -> Tensor:
     """`x` in a dtype that engines read without loss: bfloat16, which they widen themselves, or at least float32."""
-    return x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.bfloat16) else wide(x)
 
 
 def scaled(q: Tensor, scale: float) -> Tensor:
@@ -40,7 +41,7 @@ def scaled(q: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return readable(q)
     exact = math.frexp(scale)[0] == 0.5
-    return scale * (readable(q) if exact else q.to(torch.promote_types(q.dtype, torch.float32)))
+    return scale * (readable(q) if exact else wide(q))
 
 
 def chunked(
@@ -104,7 +105,7 @@ def bidirectional(
 ) -> Float[Tensor, "b h n v"]:
     """Noncausal-self: a forward pass that reads after writing plus a backward pass that reads before, so that a token
     counts itself once. In at least float32, since the two are added."""
-    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    v = wide(v)
     size = call.chunk_size or 64
     forward, _ = gated_recurrence(q, k, v, log_decay, beta, chunk_size=size, backend=call.backend)
     flipped = [None if x is None else flip_rows(x, call.lengths, axis=2) for x in (q, k, v, log_decay, beta)]

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.angles import angles
 from regard.backends.operators import runs_plainly
 from regard.contract import Call, Pattern, Result, state_field
+from regard.core.angles import angles
+from regard.core.precision import wide, wide_dtype
+from regard.core.visibility import CountedRanks, Ranks
 from regard.engines.attention import Visibility, attention
 from regard.engines.cache import WindowState, extend_window, take
-from regard.engines.grouped_attention import wide
-from regard.visibility import CountedRanks, Ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -93,7 +93,7 @@ class Distances:
 
     def _sinusoids(self, high: int, low: int) -> Float[Tensor, "distances c"]:
         weights = self.weights
-        dtype = torch.promote_types(weights.dtype, torch.float32)
+        dtype = wide_dtype(weights)
         known = (high, low, self.clamp, weights.shape[1], dtype, weights.device)
         return _kept_sinusoids(*known) if runs_plainly() else _sinusoids(*known)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regard.backends import execute
 from regard.contract import State, Unsupported, at_least, state_field
-from regard.engines.gated_recurrence import without_autocast
+from regard.core.precision import wide_dtype, without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -77,7 +77,7 @@ def selective_scan(
     channels, groups = x.shape[-1], b.shape[2]
     if groups < 1 or channels % groups:
         raise Unsupported(f"b with {groups} groups for {channels} channels", supported=f"a divisor of {channels}")
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     a_, skip_, dt_bias_, state_ = (None if t is None else t.to(wide) for t in (a, skip, dt_bias, state))
     arguments = (x, dt, a_, b, c, skip_, dt_bias_, z, state_, lengths, chunk_size, inclusive)
     with without_autocast(x.device):

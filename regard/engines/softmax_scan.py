@@ -21,7 +21,7 @@ from regard.backends import execute
 from regard.backends.torch.gated_recurrence import suffix_sum
 from regard.backends.torch.softmax_scan import Carry, exponentials, running_normalizer
 from regard.contract import State, Unsupported, state_field
-from regard.engines.gated_recurrence import without_autocast
+from regard.core.precision import wide_dtype, without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,7 +42,7 @@ class ScanState(State):
 
 
 def empty_carry(s: Float[Tensor, "b h n q"], v: Float[Tensor, "b h n v"]) -> Carry:
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = wide_dtype(v)
     batch, heads, _, queries = s.shape
     return Carry(
         s.new_full((batch, heads, queries), -torch.inf, dtype=dtype),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from regard.apply import apply
 from regard.contract import Context, Kind, LayerSpec, Mask, Mechanism, Pattern, Result, Unsupported
+from regard.core.ragged import gathering, inner_mask
 from regard.layers.linear import make_linear
-from regard.ragged import gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -38,6 +38,8 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.core.ragged import Gathering, gather_pairs, gathering, inner_mask
+from regard.core.visibility import DistanceBias
 from regard.engines.layers import gated_product
 from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
@@ -46,8 +48,6 @@ from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import RMSNorm, make_norm
 from regard.positions import SCHEMES, create_positions
-from regard.ragged import Gathering, gather_pairs, gathering, inner_mask
-from regard.visibility import DistanceBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import valid_from_lengths
+from regard.core.precision import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -151,7 +152,7 @@ def orthogonal_features(
 ) -> Float[Tensor, "number width"]:
     """Rows of random directions, orthogonal in blocks of `width`, with the norms of normal vectors (arXiv 2009.14794)."""
 
-    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 has no QR
+    dtype = wide_dtype(torch.get_default_dtype())  # bfloat16 has no QR
 
     def normal(rows: int) -> Tensor:
         device = None if generator is None else generator.device

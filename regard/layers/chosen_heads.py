@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Pattern, Result, Unsupported
+from regard.core.ragged import gathering
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.linear import linear
 from regard.layers.attention import AttentionLayer
 from regard.layers.checks import check_memory, check_tokens
-from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from regard.contract import Context, Mask, Mechanism, Pattern, Result, State, Unsupported
+from regard.core.ragged import Gathering, gathering, gathering_in_place, inner_mask
 from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
-from regard.ragged import Gathering, gathering, gathering_in_place, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

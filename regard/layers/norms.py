@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Unsupported, at_least, closest
+from regard.core.precision import wide_dtype
 from regard.engines.layers import rms_norm
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if parametric else None
 
     def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide_dtype(x)
         weight, bias = _in_float32(self.weight, dtype), _in_float32(self.bias, dtype)
         return F.layer_norm(x.to(dtype), (self.dim,), weight, bias, self.eps).to(x.dtype)
 

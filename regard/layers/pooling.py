@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import WANTS, Context, Result, Unsupported, closest, one_of, valid_from_lengths
+from regard.core.precision import wide
+from regard.core.ragged import gathering
 from regard.layers.checks import check_tokens, given_context
 from regard.layers.linear import make_linear
-from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -246,7 +247,7 @@ def pool_by_scores(
     Returns:
         output (B, S, D) in the dtype of `x`, 0 for a row without tokens.
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = wide(scores)
     if valid is None:
         weights = scores.softmax(-1)
     else:

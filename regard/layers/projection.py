@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from regard.contract import Context, Mechanism, Pattern, Result, Unsupported
+from regard.core.ragged import gathering
 from regard.layers.base import Layer
 from regard.layers.checks import check_tokens, given_context
-from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
+from regard.core.precision import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -37,7 +37,7 @@ def infinity_norm(x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
 
 def kurtosis(x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """Kurtosis of each row's entries, in at least float32."""
-    x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    x = x.flatten(1).to(wide_dtype(x))
     fourth = (x - x.mean(1, keepdim=True)).pow(4).mean(1)
     return fourth / (x.std(1).pow(4) + EPS)
 

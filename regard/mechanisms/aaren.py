@@ -59,11 +59,12 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide_dtype
+from regard.core.ragged import flip_rows, take_queries
+from regard.core.sampling import normals
 from regard.engines import softmax_scan as scan
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry, ScanState
-from regard.ragged import flip_rows, take_queries
-from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -204,7 +205,7 @@ def _prefixes(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Carr
 
 
 def _scores(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "b g m r"]:
-    dtype = torch.promote_types(k.dtype, torch.float32)
+    dtype = wide_dtype(k)
     grouped = q.to(dtype).unflatten(0, (k.shape[1], -1))
     scores = call.scale * torch.einsum("grd,bgmd->bgmr", grouped, k.to(dtype))
     valid = call.valid_keys(k.shape[2])
@@ -214,9 +215,7 @@ def _scores(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "b g m r"]:
 def _log_decay(call: Call, k: Tensor) -> Float[Tensor, "#b 1 m"] | None:
     if call.config.forget == 1.0:
         return None
-    gate = k.new_full(
-        (1, 1, k.shape[2]), math.log(call.config.forget), dtype=torch.promote_types(k.dtype, torch.float32)
-    )
+    gate = k.new_full((1, 1, k.shape[2]), math.log(call.config.forget), dtype=wide_dtype(k))
     valid = call.valid_keys(k.shape[2])
     return gate if valid is None else torch.where(valid[:, None], gate, 0)
 

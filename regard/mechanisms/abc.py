@@ -51,13 +51,13 @@ from regard.contract import (
     at_least,
     state_field,
 )
+from regard.core.precision import wide, without_autocast
+from regard.core.ragged import place_queries, take_queries
+from regard.core.sampling import attention_shapes, normals
 from regard.engines import softmax_scan as scan
 from regard.engines.attention import Visibility, attention, ranks
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry
-from regard.ragged import place_queries, take_queries
-from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -229,7 +229,7 @@ def _scores(call: Call, x: Float[Tensor, "b g m d"], slots: Float[Tensor, "d c"]
 
 
 def _float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(x)
 
 
 class SlotControl(nn.Module):

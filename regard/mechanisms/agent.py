@@ -79,13 +79,13 @@ from regard.contract import (
     one_of,
     valid_from_lengths,
 )
+from regard.core.precision import wide, without_autocast
+from regard.core.ragged import gathering, place_queries, take_queries
+from regard.core.sampling import attention_shapes, normals
 from regard.engines import softmax_scan as scan
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.grouped_attention import Dropout
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import ScanState
-from regard.ragged import gathering, place_queries, take_queries
-from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -357,7 +357,7 @@ def _drop(call: Call, weights: Tensor) -> Tensor:
 
 
 def _float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(x)
 
 
 def _repeat_groups(x: Float[Tensor, "b g m d"], heads: int) -> Float[Tensor, "b h m d"]:

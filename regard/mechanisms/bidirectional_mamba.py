@@ -78,6 +78,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide
 from regard.engines.selective_scan import selective_scan
 from regard.layers.attention import LayerState
 from regard.layers.convolution import ShortConvolution
@@ -363,11 +364,11 @@ def parallel(
     n = x.shape[2]
     paths = find_paths(call.config, n, call.grid, call.lengths, call.valid, x.device)
     _check_paths(call, len(paths), x, dt, a, b, c, skip, dt_bias, mix)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # each path would be rounded on its own
+    precise = wide(x)  # each path would be rounded on its own
     c = call.scale * c
     outputs = []
     for p, path in enumerate(paths):
-        taken = [path.take(_of_path(t, p, 1)) for t in (wide, dt, b, c)]
+        taken = [path.take(_of_path(t, p, 1)) for t in (precise, dt, b, c)]
         y, _ = selective_scan(
             taken[0],
             taken[1],
@@ -586,7 +587,7 @@ class BidirectionalMambaLayer(StateSpaceLayer):
             else:
                 found.append(self._project(x, p))
         dt, b, c = ([_total(t)] if strided else t for t in map(list, zip(*found, strict=True)))
-        a = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        a = -wide(self.A_log).exp()
         own: dict[str, Tensor | None] = {"a": a, "skip": self.D, "dt_bias": self.dt_bias}
         inputs = {name: torch.stack(t, 1) for name, t in (("x", xs), ("dt", dt), ("b", b), ("c", c))}
         chosen = {name: t if t.shape[0] == 1 else t[sets[0] : sets[-1] + 1] for name, t in own.items() if t is not None}

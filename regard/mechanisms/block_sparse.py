@@ -75,10 +75,10 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.sampling import attention_shapes, normals
+from regard.core.visibility import block_visibility
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
-from regard.sampling import attention_shapes, normals
-from regard.visibility import block_visibility
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

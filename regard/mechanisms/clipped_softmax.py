@@ -48,6 +48,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported
+from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import (
     Ranks,
     Visibility,
@@ -58,7 +59,6 @@ from regard.engines.attention import (
     ranks,
 )
 from regard.engines.cache import KeyValueState, absorb, extend
-from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

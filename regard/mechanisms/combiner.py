@@ -82,13 +82,14 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.core.precision import wide
+from regard.core.ragged import values_known
+from regard.core.sampling import normals
+from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import append, append_rows
-from regard.engines.grouped_attention import Dropout, normalized, wide
+from regard.engines.grouped_attention import Dropout, normalized
 from regard.engines.merging import merge
-from regard.ragged import values_known
-from regard.sampling import normals
-from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -62,10 +62,11 @@ from regard.contract import (
     Unsupported,
     one_of,
 )
+from regard.core.precision import wide
+from regard.core.sampling import normals
 from regard.engines.attention import Ranks, Visibility, attention, masked_scores_bias, ranks
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.layers import rotary
-from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -237,7 +238,7 @@ def _turned(
 ) -> Float[Tensor, "b h n d"]:
     """q~ or k~, in at least float32."""
     config: Config = call.config
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     if angle_scale is not None or phase is not None:
         real, imaginary = x.chunk(2, -1)
         angle = phase_of(imaginary, real)
@@ -251,8 +252,10 @@ def _turned(
     if frequencies is None:
         return rotary(x, positions, rotated=x.shape[-1], base=config.base)
     # whole turns are removed in float64, as for fixed frequencies
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    turns = positions.to(wide)[:, None, :, None] * (_by_head(frequencies, x.shape[1])[:, None].to(wide) / (2 * math.pi))
+    finest = torch.float32 if x.device.type == "mps" else torch.float64
+    turns = positions.to(finest)[:, None, :, None] * (
+        _by_head(frequencies, x.shape[1])[:, None].to(finest) / (2 * math.pi)
+    )
     turn = ((turns - turns.round().detach()) * (2 * math.pi)).to(x.dtype)
     real, imaginary = x.chunk(2, -1)
     return torch.cat([real * turn.cos() - imaginary * turn.sin(), real * turn.sin() + imaginary * turn.cos()], -1)

@@ -72,15 +72,15 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide
+from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import take
-from regard.engines.grouped_attention import wide
 from regard.engines.segment_attention import GroupState, Reach, segment_attention, windows
 from regard.layers.attention import LayerState
 from regard.layers.segment_recurrence import InputState, SegmentLayer, last_inputs
 from regard.mechanisms.transformer_xl import NO_PLACE, RelativeScores, read_optional, relative_rows
 from regard.mechanisms.transformer_xl import sample_inputs as sample_tokens
-from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

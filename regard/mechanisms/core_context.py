@@ -65,13 +65,14 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.core.precision import wide
+from regard.core.ragged import values_known
+from regard.core.sampling import attention_shapes, normals
+from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import WindowState, append_rows, extend_window
-from regard.engines.grouped_attention import normalized, wide
+from regard.engines.grouped_attention import normalized
 from regard.engines.merging import merge
-from regard.ragged import values_known
-from regard.sampling import attention_shapes, normals
-from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -59,10 +59,10 @@ from regard.contract import (
     lengths_after,
     state_field,
 )
+from regard.core.precision import wide, without_autocast
+from regard.core.ragged import values_known
 from regard.engines import recurrent_forms
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import MatrixState
-from regard.ragged import values_known
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -218,13 +218,13 @@ def _features(
     x: Float[Tensor, "b h n d"], positions: Int[Tensor, "#b 1 n 1"], reach: float | Tensor
 ) -> Float[Tensor, "b h n k"]:
     """relu(x) sin theta and relu(x) cos theta, side by side, in at least float32; zero at padding, which holds zeros."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).relu()
+    x = wide(x).relu()
     theta = math.pi / 2 * positions.to(x.dtype) / reach
     return torch.cat([x * theta.sin(), x * theta.cos()], -1)
 
 
 def _with_ones(v: Float[Tensor, "b h m v"]) -> Float[Tensor, "b h m c"]:
-    return F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
+    return F.pad(wide(v), (0, 1), value=1.0)
 
 
 def _divide(call: Call, o: Float[Tensor, "b h n c"]) -> Float[Tensor, "b h n v"]:

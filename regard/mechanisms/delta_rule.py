@@ -68,6 +68,7 @@ from regard.contract import (
     Waiver,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
@@ -249,7 +250,7 @@ def _features(call: Call, x: Tensor, normalize: bool, scale: float = 1.0) -> Ten
     config: Config = call.config
     if not normalize and config.feature_map == "identity":
         return recurrent_forms.scaled(x, scale)
-    y = FEATURE_MAPS[config.feature_map](x.to(torch.promote_types(x.dtype, torch.float32)))
+    y = FEATURE_MAPS[config.feature_map](wide(x))
     if not normalize:
         return recurrent_forms.scaled(y, scale)
     if config.norm == "sum":
@@ -272,7 +273,7 @@ def _writes(
             f"log_decay with {log_decay.shape[-1]} features for keys with {k.shape[-1]}",
             supported=f"(B, H, M, 1), or (B, H, M, {k.shape[-1]}) for a gate on each key feature",
         )
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = wide_dtype(v)
     k = _features(call, k, call.config.normalize_keys)
     beta = torch.ones_like(k[..., 0]) if beta is None else beta.to(dtype)
     valid = call.valid_keys(k.shape[2])
@@ -333,7 +334,7 @@ class RateProjection(nn.Module):
     ) -> Tensors:
         if source is None:
             return heads
-        dtype = torch.promote_types(source.dtype, torch.float32)
+        dtype = wide_dtype(source)
         if self.rate is not None:
             rate = torch.sigmoid(self.rate(source).to(dtype))
             if self.config.allow_negative_eigenvalues:

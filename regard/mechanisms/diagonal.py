@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported, at_least, one_of
+from regard.core.precision import wide
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import WindowState, extend_window
 from regard.layers.head_norm import HEAD_NORMS, HeadNormWeights, norm_over_heads
@@ -119,7 +120,7 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: Wi
     config: Config = call.config
     dtype = v.dtype
     if config.norm != "none":  # sums are rounded once, after the norm; those of ReLU may be large
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        q, k, v = (wide(x) for x in (q, k, v))
     output, weights, lse = attention(
         q,
         k,

@@ -57,6 +57,9 @@ from regard.contract import (
     Unsupported,
     at_least,
 )
+from regard.core.precision import wide
+from regard.core.sampling import attention_shapes, normals
+from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines import cache
 from regard.engines.attention import (
     Ranks,
@@ -68,10 +71,7 @@ from regard.engines.attention import (
     ranks,
 )
 from regard.engines.cache import KeyValueState, extend
-from regard.engines.grouped_attention import wide
 from regard.layers.norms import RMSNorm
-from regard.sampling import attention_shapes, normals
-from regard.visibility import DistanceBias, PositionBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -57,6 +57,7 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide_dtype
 from regard.engines.conserved_flows import Rule, Sums, conserved_flows, empty_sums
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.engines.recurrent_forms import length_after
@@ -235,7 +236,7 @@ def chunked(
 
 def _mapped(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """phi of queries and keys, zero at padding (where phi(0) is not), and values, in at least float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     phi = PHI[call.config.phi]
     q, k = q.to(dtype), k.to(dtype)
     sinks, sources = phi(q if call.scale == 1 else call.scale * q), phi(k)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from regard.apply import apply
 from regard.contract import Call, Context, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Waiver
+from regard.core.precision import wide
 from regard.engines.fourier import transform_rows
 from regard.layers.mixer import MixerLayer, Tokens
 
@@ -68,7 +69,7 @@ def parallel(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     batch, n, width = x.shape
     if x.numel() == 0:
         return x
-    tokens = x.to(torch.promote_types(x.dtype, torch.float32))
+    tokens = wide(x)
     if call.lengths is None:
         y, count = torch.fft.fft2(tokens).real, torch.full((batch,), n, device=x.device)
     else:

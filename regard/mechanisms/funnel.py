@@ -63,10 +63,11 @@ from regard.contract import (
     one_of,
     valid_from_lengths,
 )
+from regard.core.precision import wide_dtype
+from regard.core.sampling import normals
+from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.layers.checks import check_tokens, given_context
-from regard.sampling import normals
-from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -167,7 +168,7 @@ def _shortened(
     call: Call, x: Float[Tensor, "b n d"], weights: Tensors
 ) -> tuple[Float[Tensor, "b s d"], Int[Tensor, " b"]]:
     """The output of all layers for right-padded sequences, in at least float32, and the number of tokens in each row."""
-    config, wide = _checked(call, x, weights), torch.promote_types(x.dtype, torch.float32)
+    config, wide = _checked(call, x, weights), wide_dtype(x)
     batch, n, _ = x.shape
     lengths = torch.full((batch,), n, device=x.device) if call.lengths is None else call.lengths
     h, place = x.to(wide), torch.arange(n, device=x.device)

@@ -62,6 +62,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
@@ -235,7 +236,7 @@ def _writes(call: Call, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple
 def _mapped(call: Call, x: Tensor) -> Tensor:
     """phi(x), in at least float32 where phi computes."""
     name = call.config.feature_map
-    return x if name == "identity" else FEATURE_MAPS[name](x.to(torch.promote_types(x.dtype, torch.float32)))
+    return x if name == "identity" else FEATURE_MAPS[name](wide(x))
 
 
 def _bounded(call: Call, g: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class GateProjection(nn.Module):
         if self.key_gate is not None:
             heads["log_decay"] = self._gate(self.key_gate, source)
         elif self.config.gate == "fixed":
-            dtype = torch.promote_types(source.dtype, torch.float32)
+            dtype = wide_dtype(source)
             halvings = 5 + torch.arange(self.heads, device=source.device, dtype=dtype)
             g = torch.log1p(-torch.exp2(-halvings))
             heads["log_decay"] = g[None, :, None, None].expand(*heads["k"].shape[:3], 1)
@@ -291,7 +292,7 @@ class GateProjection(nn.Module):
 
     def _gate(self, module: nn.Module, source: Tensor) -> Tensor:
         z = module(source)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = wide(z)
         g = F.logsigmoid(z) / self.config.gate_normalizer
         return g.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, h, m, features)
 

@@ -57,6 +57,7 @@ from regard.contract import (
     one_of,
     valid_from_lengths,
 )
+from regard.core.precision import wide_dtype
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, absorb, extend
 from regard.layers.linear import make_linear
@@ -184,7 +185,7 @@ def _attend(
         backend=call.backend,
     )
     if log_gate is not None:
-        gate = (call.config.gate_scale * log_gate.to(torch.promote_types(q.dtype, torch.float32)).exp())[..., None]
+        gate = (call.config.gate_scale * log_gate.to(wide_dtype(q)).exp())[..., None]
         output = (gate * output).to(output.dtype)
         weights = None if weights is None else (gate * weights).to(weights.dtype)
     elif call.config.gate_scale != 1:
@@ -257,7 +258,7 @@ class GatePredictor(nn.Module):
                     nearest="predictor='linear'",
                 )
             logits = _mean_over_tokens(logits, context)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
+        dtype = wide_dtype(logits)
         return heads | {"log_gate": F.logsigmoid(logits.to(dtype))}
 
     def _logits(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n"]:

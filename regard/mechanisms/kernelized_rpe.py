@@ -76,15 +76,16 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide, wide_dtype, without_autocast
+from regard.core.ragged import gathering, place_queries, take_queries
+from regard.core.sampling import normals
 from regard.engines.cache import KeyValueState, WindowState, extend, extend_window
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.fourier import fast_size
-from regard.engines.gated_recurrence import gated_recurrence, without_autocast
+from regard.engines.gated_recurrence import gated_recurrence
 from regard.positions.alibi import Alibi
 from regard.positions.protocol import Positions
 from regard.positions.relative import Relative
-from regard.ragged import gathering, place_queries, take_queries
-from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -365,7 +366,7 @@ def _mapped(
     config: Config = call.config
     if call.scale < 0:
         raise Unsupported(f"kernelized_rpe with scale={call.scale}", supported="scale >= 0", nearest="scale=1.0")
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     x = x.to(dtype)
     x = F.normalize(x, dim=-1, eps=NORM_EPS) if config.normalize else x
     x = x if call.scale == 1 else math.sqrt(call.scale) * x
@@ -400,7 +401,7 @@ def _keys(call: Call, k: Tensor, random_features: Tensor | None, log_temperature
 
 
 def _with_ones(v: Float[Tensor, "b h m v"]) -> Float[Tensor, "b h m v+1"]:
-    return F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
+    return F.pad(wide(v), (0, 1), value=1.0)
 
 
 def _divide(call: Call, output: Float[Tensor, "b h n v+1"], like: Tensor) -> Float[Tensor, "b h n v"]:
@@ -434,7 +435,7 @@ def _offset_weights(
         raise Unsupported(
             f"kernelized_rpe with biases of {tuple(table.shape[1:])} offsets", supported="2 R + 1 of them, with R >= 1"
         )
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     flat = table.to(dtype).flatten(1)
     if call.pattern is Pattern.CAUSAL_SELF:
         # in a table, as in a sequence or on a grid, what comes after the middle comes later
@@ -782,8 +783,8 @@ class Offsets(nn.Module):
             assert self.scheme.by_distance is not None
             return self.scheme.by_distance(offsets, self.causal)
         assert self.exponent is not None
-        wide = torch.promote_types(self.exponent.dtype, torch.float32)
-        return -self.exponent.clamp(min=0)[:, None] * offsets.abs().to(wide).log1p()
+        precise = wide_dtype(self.exponent)
+        return -self.exponent.clamp(min=0)[:, None] * offsets.abs().to(precise).log1p()
 
 
 def sample_inputs(

@@ -101,6 +101,9 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide
+from regard.core.sampling import attention_shapes, normals
+from regard.core.visibility import Ranks, Visibility, masked_scores_bias, ranks
 from regard.engines.cache import append, take
 from regard.engines.grouped_attention import (
     PAIRS_AT_ONCE,
@@ -110,10 +113,7 @@ from regard.engines.grouped_attention import (
     normalized,
     own_groups,
     product,
-    wide,
 )
-from regard.sampling import attention_shapes, normals
-from regard.visibility import Ranks, Visibility, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, Unsupported, Waiver, at_least
-from regard.engines.gated_recurrence import without_autocast
+from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.segments import segment_means
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def parallel(
 ) -> Float[Tensor, "b h n v"]:
     """Proposals gather from the keys, and queries read the proposals."""
     _check(call)
-    dtype, t, groups = torch.promote_types(q.dtype, torch.float32), call.scale, q.shape[1] // k.shape[1]
+    dtype, t, groups = wide_dtype(q), call.scale, q.shape[1] // k.shape[1]
     q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
     mu, exists = _proposals(call, q, k)
     k, values = k.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
@@ -138,7 +138,7 @@ def _noise(call: Call, q: Tensor) -> Float[Tensor, "b h c d"] | None:
         return None
     shape = (*q.shape[:2], config.landmarks, q.shape[3])
     drawn = torch.randn(shape, generator=call.generator, device=q.device, dtype=torch.float32)
-    return config.noise * drawn.to(torch.promote_types(q.dtype, torch.float32))
+    return config.noise * drawn.to(wide_dtype(q))
 
 
 def _softmax(scores: Float[Tensor, "b h n c"], exists: Bool[Tensor, "b c"] | None) -> Float[Tensor, "b h n c"]:

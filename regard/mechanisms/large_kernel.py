@@ -61,6 +61,7 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide, wide_dtype
 from regard.engines.linear import linear
 from regard.layers.linear import make_linear
 from regard.layers.mixer import MixerLayer, Tokens
@@ -197,7 +198,7 @@ def parallel(
     config: Config = call.config
     sides = _sides(call, x, *weights)
     valid = call.valid_queries(x.shape[1]) if call.valid is None else call.valid
-    a = x.to(torch.promote_types(x.dtype, torch.float32))
+    a = wide(x)
     if depthwise is not None:
         a = _convolve(a, depthwise, depthwise_bias, sides, config.depthwise_side, 1)
         a = a if valid is None else torch.where(valid[..., None], a, 0)
@@ -220,7 +221,7 @@ def chunked(
     padding is on the right, where no valid token looks."""
     config: Config = call.config
     _sides(call, x, depthwise, depthwise_bias, dilated, dilated_bias, pointwise, pointwise_bias)
-    dtype, n = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    dtype, n = wide_dtype(x), x.shape[1]
     state = _state(call, x, depthwise, dilated)
     inputs = torch.cat([state.inputs, x.to(state.inputs.dtype)], 1)
     a = x.to(dtype)
@@ -248,7 +249,7 @@ def step(
 ) -> Result:
     """One token: a dot product with each window, O(C (k1 + k2) + C^2)."""
     _sides(call, x, depthwise, depthwise_bias, dilated, dilated_bias, pointwise, pointwise_bias)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     state: ConvolutionState = call.state
 
     def dot(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -313,7 +314,7 @@ def _state(call: Call, x: Tensor, depthwise: Tensor | None, dilated: Tensor | No
     reach = 0 if dilated is None else config.dilated_span - 1
     return ConvolutionState(
         x.new_zeros(batch, kept, channels),
-        x.new_zeros(batch, reach, channels, dtype=torch.promote_types(x.dtype, torch.float32)),
+        x.new_zeros(batch, reach, channels, dtype=wide_dtype(x)),
         torch.zeros(batch, dtype=torch.long, device=x.device),
     )
 

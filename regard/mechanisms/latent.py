@@ -61,12 +61,12 @@ from regard.contract import (
     lengths_after,
     state_field,
 )
+from regard.core.precision import wide
+from regard.core.sampling import normals
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import append
-from regard.engines.grouped_attention import wide
 from regard.layers.attention import AttentionLayer
 from regard.layers.norms import RMSNorm
-from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

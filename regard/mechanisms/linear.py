@@ -41,9 +41,9 @@ from regard.contract import (
     Waiver,
     one_of,
 )
+from regard.core.precision import without_autocast
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
 from regard.engines.recurrent_forms import MatrixState
 

@@ -52,10 +52,10 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide_dtype, without_autocast
+from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import Visibility, attention, ranks
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import length_after
-from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -152,7 +152,7 @@ def read(
 
 def _mix(call: Call, e: Float[Tensor, "s l p"], x: Float[Tensor, "b g m d"]) -> Float[Tensor, "b g p d"]:
     """E^T x with the rows of E that belong to the ranks of x, whose padding holds zeros."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     m, longest = x.shape[2], e.shape[1]
     if call.state is None:
         x, rows = x[:, :, :longest], e[:, :m]

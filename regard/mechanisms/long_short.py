@@ -61,13 +61,13 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.core.precision import wide
+from regard.core.ragged import values_known
+from regard.core.sampling import normals
+from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference
 from regard.engines.cache import WindowState, append_rows, extend_window
-from regard.engines.grouped_attention import wide
 from regard.engines.merging import merge
-from regard.ragged import values_known
-from regard.sampling import normals
-from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -55,10 +55,11 @@ from regard.contract import (
     at_least,
     state_field,
 )
+from regard.core.precision import wide_dtype
+from regard.core.ragged import place_queries, take_queries, values_known
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
 from regard.engines.cache import WindowState, extend_window
 from regard.engines.merging import merge
-from regard.ragged import place_queries, take_queries, values_known
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -304,7 +305,7 @@ def _local(
     """Outputs of queries that are not global: their window, and the global keys `first` at the ranks `places`."""
     config, heads, dtype = call.config, q.shape[1], v.dtype
     if places.shape[1]:  # parts that are rounded before they are put together would be rounded twice
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         first = [x.to(wide) for x in first]
     groups: dict[int, list[int]] = {}
@@ -332,7 +333,7 @@ def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation
         return _softmax(call, q, k, v, where, rule)
     n, m = q.shape[2], k.shape[2]
     output = q.new_zeros(*q.shape[:3], v.shape[3])
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
     for residue in range(min(dilation, n)):
         # among slots of one residue a dilated window is a plain one, on their own count
         start = (m - n + residue) % dilation

@@ -53,11 +53,12 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide_dtype
+from regard.core.ragged import gathering
 from regard.engines import softmax_scan as scan
 from regard.engines.softmax_scan import Carry, ScanState
 from regard.layers.checks import check_state, check_tokens, given_context
 from regard.layers.pooling import pool_by_scores
-from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -169,7 +170,7 @@ def _scores(call: Call, x: Tensor, p: Tensor, q: Tensor, c: Tensor | None, tempe
     """f of each head and token, (B, m, N), in at least float32."""
     config: Config = call.config
     _check(config, x, p, q, c)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     x, p, q = x.to(dtype), p.to(dtype), q.to(dtype)
     context = _pool_context(call, x) if c is None else c.to(dtype).expand(x.shape[0], -1)
     projected = torch.einsum("be,esr->bsr", context, p)

@@ -67,6 +67,8 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype
+from regard.core.ragged import flip_rows, place_queries, take_queries
 from regard.engines.selective_scan import SelectiveState, selective_read, selective_scan
 from regard.layers.attention import LayerState
 from regard.layers.convolution import ShortConvolution
@@ -81,7 +83,6 @@ from regard.layers.state_space import (
     split,
     without_weight_decay,
 )
-from regard.ragged import flip_rows, place_queries, take_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -199,11 +200,11 @@ def parallel(
     if call.pattern.cross:
         state = absorb(call.replace(state=None), x, dt, a, b, skip, dt_bias)
         return read(call.replace(state=state), c, z=z).output.to(x.dtype)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # each direction would be rounded on its own
+    tokens = wide(x)  # each direction would be rounded on its own
     c = call.scale * c
-    forward, _ = _scan(call, wide, dt, b, c, a, dt_bias, skip=skip)
-    wide, dt, b, c = (flip_rows(t, call.lengths, axis=1) for t in (wide, dt, b, c))
-    backward, _ = _scan(call, wide, dt, b, c, a, dt_bias, inclusive=False)
+    forward, _ = _scan(call, tokens, dt, b, c, a, dt_bias, skip=skip)
+    tokens, dt, b, c = (flip_rows(t, call.lengths, axis=1) for t in (tokens, dt, b, c))
+    backward, _ = _scan(call, tokens, dt, b, c, a, dt_bias, inclusive=False)
     assert forward is not None and backward is not None  # there is a c
     return _gate(forward + flip_rows(backward, call.lengths, axis=1), z).to(x.dtype)
 
@@ -497,10 +498,9 @@ class MambaLayer(StateSpaceLayer):
         dt = x.new_zeros(()).expand_as(x) if self.dt_proj is None else self.dt_proj(parts["dt"])
         dt_bias: Tensor | None = self.dt_bias
         if self.config.dt_limit != (0.0, math.inf):
-            wide = torch.promote_types(dt.dtype, torch.float32)
-            dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.config.dt_limit)
+            dt = F.softplus(wide(dt) + self.dt_bias.to(wide_dtype(dt))).clamp(*self.config.dt_limit)
             dt_bias = None
-        a = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        a = -wide(self.A_log).exp()
         inputs = {
             "x": x,
             "dt": dt,

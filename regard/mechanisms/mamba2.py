@@ -61,6 +61,8 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype
+from regard.core.ragged import take_queries
 from regard.engines import recurrent_forms
 from regard.engines.layers import gated_product
 from regard.engines.recurrent_forms import MatrixState
@@ -77,7 +79,6 @@ from regard.layers.state_space import (
     split,
     without_weight_decay,
 )
-from regard.ragged import take_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -262,7 +263,7 @@ def _queries(call: Call, q: Tensor) -> Tensor:
 
 def _writes(k: Tensor, v: Tensor, dt: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values times dt, and log decays dt a of the recurrence. dt is 0 in the padding: no write and no decay."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = wide_dtype(v)
     dt = dt.to(dtype)[..., None]
     return recurrent_forms.readable(k), dt * v, dt * a.to(dtype)[:, None, None]
 
@@ -456,7 +457,7 @@ class Mamba2Layer(StateSpaceLayer):
         widths = {name: width for name, width in self.memory_widths.items() if name != "dt"}
         y, caches = self.convolve(torch.cat([parts[name] for name in widths], -1), tokens, state)
         convolved = dict(zip(widths, y.split(list(widths.values()), -1), strict=True))
-        bias = self.dt_bias.to(torch.promote_types(self.dt_bias.dtype, torch.float32))
+        bias = wide(self.dt_bias)
         dt = bias.expand(*tokens.x.shape[:2], -1) if "dt" in self.config.constant else parts["dt"].to(bias.dtype) + bias
         inputs = {
             "v": convolved["x"].unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2),
@@ -479,7 +480,7 @@ class Mamba2Layer(StateSpaceLayer):
         before = None if state is None else state.mechanism
         if self.initial_states is None:
             return before
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide_dtype(x)
         first = self.initial_states.to(dtype).expand(x.shape[0], -1, -1, -1)
         if before is None:
             return MatrixState(first, torch.zeros(x.shape[0], dtype=torch.long, device=x.device))

@@ -64,6 +64,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype
 from regard.layers.attention import AttentionLayer, LayerState
 from regard.layers.base import Layer
 from regard.layers.checks import given_context
@@ -241,7 +242,7 @@ def gates_of(
     _check_logits(config, heads, logits)
     routed, shared, balance = (logits.get(name) for name in ("routed", "shared", "balance"))
     h_s, _, k = config.groups(heads)
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    dtype = wide_dtype(tokens)
     rescale = config.rescale_gates
     parts = []
     if h_s:
@@ -290,7 +291,7 @@ def _prepare_logits(call: Call, routed: Tensor | None) -> Tensor | None:
     if routed is None:
         return None
     config: Config = call.config
-    logits = routed.to(torch.promote_types(routed.dtype, torch.float32))
+    logits = wide(routed)
     if config.router == "query_norm":
         centred = logits - logits.mean(-1, keepdim=True)
         variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
@@ -381,7 +382,7 @@ class HeadRouter(nn.Module):
         if self.config.router == "query_norm" and self.routed:
             assert q is not None
             q = q[:, self.routed]
-            q = q.to(torch.promote_types(q.dtype, torch.float32))
+            q = wide(q)
             smallest = torch.finfo(q.dtype).tiny  # the norm of a zero query, in padding, has no gradient
             logits["routed"] = q.square().sum(-1).clamp(min=smallest).sqrt().transpose(1, 2)
         call = Call(

@@ -59,10 +59,11 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide
+from regard.core.ragged import flip_rows
 from regard.engines import recurrent_forms
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.layers.linear import make_linear
-from regard.ragged import flip_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -220,7 +221,7 @@ def _queries(call: Call, q: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(x)
 
 
 def _writes(

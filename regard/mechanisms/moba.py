@@ -53,13 +53,13 @@ from regard.contract import (
     lengths_after,
     state_field,
 )
+from regard.core.precision import wide, without_autocast
+from regard.core.ragged import group_queries, take_tokens
+from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
 from regard.engines.cache import KeyValueState, extend
-from regard.engines.gated_recurrence import without_autocast
-from regard.engines.grouped_attention import product, wide
+from regard.engines.grouped_attention import product
 from regard.engines.merging import merge
-from regard.ragged import group_queries, take_tokens
-from regard.visibility import block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -49,13 +49,13 @@ from regard.contract import (
     Waiver,
     one_of,
 )
+from regard.core.precision import wide, without_autocast
+from regard.core.visibility import ranks
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.head_norm import HEAD_NORMS, HeadNormWeights, norm_over_heads
-from regard.visibility import ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -171,7 +171,7 @@ def _check(call: Call) -> None:
 
 def _wide(x: Tensor) -> Tensor:
     """In at least float32: sums over a sequence are beyond float16, and are rounded once, after the norm."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(x)
 
 
 def _engine_maps(call: Call) -> bool:

@@ -52,10 +52,10 @@ from regard.contract import (
     Waiver,
     at_least,
 )
+from regard.core.precision import wide_dtype, without_autocast
+from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import Visibility, attention, ranks
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.segments import segment_means
-from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -132,7 +132,7 @@ def parallel(
 ) -> Float[Tensor, "b h n v"]:
     """Two products of softmax attention with c keys, or c queries, around the pseudoinverse."""
     _check(call, convolution)
-    dtype, heads = torch.promote_types(q.dtype, torch.float32), q.shape[1]
+    dtype, heads = wide_dtype(q), q.shape[1]
     out_dtype, q, k, v = v.dtype, q.to(dtype), k.to(dtype), v.to(dtype)
     if min(q.shape[2], k.shape[2]) <= call.config.landmarks:
         output = _attend(call, q, k, v, call.memory_lengths)

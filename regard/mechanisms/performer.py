@@ -67,9 +67,10 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide, wide_dtype, without_autocast
+from regard.core.sampling import normals
 from regard.engines import recurrent_forms
-from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step, without_autocast
-from regard.sampling import normals
+from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -293,13 +294,13 @@ def exponents(call: Call, x: Float[Tensor, "b h n d"], w: Float[Tensor, "r d"]) 
 def _projected(call: Call, x: Tensor, w: Tensor) -> Float[Tensor, "b h n r"]:
     if call.scale < 0:
         raise Unsupported(f"performer with scale={call.scale}", supported="scale >= 0", nearest="-q and scale >= 0")
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     with without_autocast(x.device):
         return x.to(dtype) @ (math.sqrt(call.scale) * w.to(dtype)).mT
 
 
 def _half_square(call: Call, x: Tensor) -> Float[Tensor, "b h n 1"]:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     return call.scale / 2 * x.square().sum(-1, keepdim=True)
 
 
@@ -352,7 +353,7 @@ def _empty_or(call: Call, like: Tensor, features: int = 0) -> PerformerState:
 
 def _values(call: Call, v: Float[Tensor, "b h m v"]) -> Float[Tensor, "b h m c"]:
     """Values and a column of ones, which is zero at padding."""
-    values = F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
+    values = F.pad(wide(v), (0, 1), value=1.0)
     return _where_valid(call, values, 0.0)
 
 

@@ -63,11 +63,11 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype, without_autocast
+from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import CountedState, extend_counted, read_on
-from regard.engines.gated_recurrence import without_autocast
 from regard.positions.sinusoidal import Sinusoidal
-from regard.visibility import DistanceBias, PositionBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -249,7 +249,7 @@ def _encoded(
     """P at the positions; anything at one that is negative, whose token does not exist or sees nothing."""
     positions = positions.clamp(min=0)
     if encodings is None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = wide_dtype(like)
         zeros = torch.zeros(*positions.shape, like.shape[0], dtype=dtype, device=like.device)
         return Sinusoidal(dim=like.shape[0]).embed(zeros, positions)
     if not torch.compiler.is_compiling() and positions.numel():
@@ -279,7 +279,7 @@ class Positions:
 
     def queries(self, at: Int[Tensor, "#b n"]) -> Float[Tensor, "#b t n f"]:
         """(Q W_K^T) / sqrt(D), in at least float32."""
-        dtype = torch.promote_types(self.query_map.dtype, torch.float32)
+        dtype = wide_dtype(self.query_map)
         q = self.keys(at) @ self.query_map.to(dtype)
         q = q if self.query_bias is None else q + self.query_bias[:, None].to(dtype)
         return q.shape[-1] ** -0.5 * q @ self.key_map.to(dtype).mT
@@ -287,7 +287,7 @@ class Positions:
     def keys(self, at: Int[Tensor, "#b n"]) -> Float[Tensor, "#b 1 n f"]:
         """P, which all heads share."""
         found = _encoded(self.encodings, at, self.query_map[0])
-        return found.to(torch.promote_types(found.dtype, torch.float32))[:, None]
+        return wide(found)[:, None]
 
 
 def _attend(

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, Waiver, at_least
+from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.attention import Visibility, attention, ranks
-from regard.engines.gated_recurrence import without_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -88,7 +88,7 @@ def parallel(
     n, m = q.shape[2], k.shape[2]
     if n == 0 or m == 0:
         return v.new_zeros(*q.shape[:3], v.shape[3])
-    dtype, groups = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
+    dtype, groups = wide_dtype(q), q.shape[1] // k.shape[1]
     keys, values = k.to(dtype), v.to(dtype)
     chosen, among = _choose(call, q.to(dtype), keys)
     queries = q.to(dtype).gather(2, chosen[..., None].expand(-1, -1, -1, q.shape[3]))

@@ -65,11 +65,12 @@ from regard.contract import (
     lengths_after,
     state_field,
 )
+from regard.core.precision import wide, wide_dtype
+from regard.core.ragged import take_tokens
+from regard.core.visibility import CountedRanks
 from regard.engines.attention import Visibility, attention, attention_reference
 from regard.engines.cache import append
 from regard.engines.merging import merge
-from regard.ragged import take_tokens
-from regard.visibility import CountedRanks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -163,7 +164,7 @@ def reference(
 
 def hash_tokens(x: Float[Tensor, "b h n d"], rotations: Float[Tensor, "h r d p"]) -> Int[Tensor, "b h r n"]:
     """The bucket of each token in each round."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     turned = x.detach().to(dtype)[:, :, None] @ rotations.detach().to(dtype)
     longest = turned.abs().argmax(-1)  # of [x R; -x R] the largest is that of x R with its sign
     opposite = turned.gather(-1, longest[..., None])[..., 0] < 0
@@ -253,7 +254,7 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
     batch, heads, n, _ = q.shape
     if n == 0:
         return v
-    size, dtype = config.chunk, torch.promote_types(q.dtype, torch.float32)
+    size, dtype = config.chunk, wide_dtype(q)
     count = -(-n // size)
     q, values, k = q.to(dtype), v.to(dtype), _keys(call, q.to(dtype))
     pairs = _pairs(call, tokens)
@@ -401,7 +402,7 @@ def _look_up(
     config: Config = call.config
     rounds, n = addresses.shape[2:]
     slots = state.addresses.shape[-1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     apart = addresses[..., None] - state.addresses[..., None, :]
     seen = (apart >= 0) & (apart <= config.lookback) & (torch.arange(slots, device=q.device) < own[:, None])
     times = seen.sum(2)  # (b, h, n, slots)
@@ -428,7 +429,7 @@ def _look_up(
 
 def _keys(call: Call, q: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
     """Unit vectors, in at least float32."""
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    q = wide(q)
     return q * (q.square().sum(-1, keepdim=True) + q.shape[-1] * call.config.eps).rsqrt()
 
 

@@ -64,9 +64,10 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.core.precision import wide, wide_dtype
+from regard.core.ragged import group_queries, take_tokens
+from regard.core.visibility import CountedRanks
 from regard.engines.attention import Visibility, attention, attention_reference, ranks
-from regard.ragged import group_queries, take_tokens
-from regard.visibility import CountedRanks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -425,7 +426,7 @@ def _attend(
     asked: Int[Tensor, "b h blocks"],
 ) -> Float[Tensor, "b h blocks*size v"]:
     """Softmax attention of each block of queries on keys of its own, and on the null memory of the cluster it asks."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     if null is not None:
         k, v = (
             torch.cat([x, take_tokens(y.to(x.dtype).expand(x.shape[0], -1, -1, -1), asked)[:, :, :, None]], 3)
@@ -456,7 +457,7 @@ def _attend(
 
 def _scores(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> Float[Tensor, "b h c n"]:
     """Affinities of unit tokens to the centroids. They choose, and have no gradient."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     return centroids.detach().to(dtype) @ F.normalize(x.detach().to(dtype), dim=-1).mT
 
 
@@ -468,7 +469,7 @@ def _commitment(call: Call, q: Tensor, k: Tensor, centroids: Tensor) -> tuple[Te
     """Mean squared distance of each unit token to its nearest centroid, summed, and how many tokens there are."""
     sums, counts = [], []
     for x, valid in ((q, call.valid_queries(q.shape[2])), (k, call.valid_keys(k.shape[2]))):
-        unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        unit = F.normalize(wide(x), dim=-1)
         nearest = take_tokens(centroids.to(unit.dtype).expand(x.shape[0], -1, -1, -1), _scores(x, centroids).argmax(2))
         distance = (unit - nearest.detach()).square().mean(-1)
         valid = torch.ones_like(distance[:, 0], dtype=torch.bool) if valid is None else valid

@@ -70,13 +70,14 @@ from regard.contract import (
     lengths_after,
     state_field,
 )
+from regard.core.precision import wide
+from regard.core.ragged import flip_rows
 from regard.engines import recurrent_forms
 from regard.engines.generalized_delta import generalized_delta, generalized_delta_step
 from regard.engines.layers import short_convolution
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.attention import AttentionLayer
 from regard.layers.linear import make_linear
-from regard.ragged import flip_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -212,7 +213,7 @@ def _queries(call: Call, q: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(x)
 
 
 def _writes(

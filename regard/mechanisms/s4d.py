@@ -66,12 +66,13 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide, wide_dtype
+from regard.core.ragged import place_queries
+from regard.core.sampling import normals
 from regard.engines.fourier import fast_size, long_convolution
 from regard.layers.linear import make_linear
 from regard.layers.mixer import Tokens
 from regard.layers.state_space import StateSpaceLayer, check_range, without_weight_decay
-from regard.ragged import place_queries
-from regard.sampling import normals
 
 if TYPE_CHECKING:
     from jaxtyping import Complex, Float, Int
@@ -183,20 +184,20 @@ def chunked(
 ) -> Result:
     """Causal-self with state in and out. Memory is linear in N as it is, so a chunk of any size is computed at once."""
     _check(call, a, c_back)
-    batch, n, wide = x.shape[0], x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    batch, n, precise = x.shape[0], x.shape[1], wide_dtype(x)
     power, write = _discretized(call.config, dt, a)
     before: DiagonalState | None = call.state
     length = lengths_after(None if before is None else before.length, call.lengths, batch, n, x.device)
     if x.numel() == 0:
-        memory = x.new_zeros(batch, *a.shape, dtype=wide) if before is None else before.memory
+        memory = x.new_zeros(batch, *a.shape, dtype=precise) if before is None else before.memory
         return Result(x, DiagonalState(memory, length))
     y = _convolved(call, x, power, write, c, None, skip)
     # rows aligned at their ends are weighed by the same powers
     tokens = x if call.lengths is None else place_queries(x, n, call.lengths, None, axis=1)
-    h = _to(wide, write)[:, None] * _weighed(tokens.to(wide).permute(2, 0, 1), power)
+    h = _to(precise, write)[:, None] * _weighed(tokens.to(precise).permute(2, 0, 1), power)
     if before is not None:
         passed = torch.full((batch,), n, device=x.device) if call.lengths is None else call.lengths
-        h = h + _to(wide, torch.exp(power[:, None] * passed[:, None])) * _complex(before.memory).transpose(0, 1)
+        h = h + _to(precise, torch.exp(power[:, None] * passed[:, None])) * _complex(before.memory).transpose(0, 1)
     return Result(y, DiagonalState(_real(h.transpose(0, 1)), length))
 
 
@@ -212,12 +213,12 @@ def step(
     """One token of the recurrence; a row without one keeps its state."""
     _check(call, a, c_back)
     before: DiagonalState = call.state
-    wide = torch.promote_types(x.dtype, torch.float32)
-    power, write = (_to(wide, t) for t in _discretized(call.config, dt, a))
-    u = x[:, 0].to(wide)
+    precise = wide_dtype(x)
+    power, write = (_to(precise, t) for t in _discretized(call.config, dt, a))
+    u = x[:, 0].to(precise)
     h = power.exp() * _complex(before.memory) + write * u[..., None]
-    y = 2 * call.scale * (_to(wide, _complex(c)) * h).sum(-1).real
-    y = y if skip is None else y + skip.to(wide) * u
+    y = 2 * call.scale * (_to(precise, _complex(c)) * h).sum(-1).real
+    y = y if skip is None else y + skip.to(precise) * u
     memory = _real(h)
     if call.lengths is not None:
         memory = torch.where((call.lengths > 0)[:, None, None, None], memory, before.memory)
@@ -233,7 +234,7 @@ def _check(call: Call, a: Tensor, c_back: Tensor | None) -> None:
 
 
 def _complex(x: Float[Tensor, "... 2"]) -> Complex[Tensor, "..."]:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     return torch.complex(x[..., 0], x[..., 1])
 
 
@@ -293,15 +294,15 @@ def _convolved(
     call: Call, x: Tensor, power: Tensor, write: Tensor, c: Tensor, c_back: Tensor | None, skip: Tensor | None
 ) -> Float[Tensor, "b n c"]:
     """y of tokens, with what a state brings to them."""
-    n, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    n, precise = x.shape[1], wide_dtype(x)
     reads = [call.scale * _complex(t.to(power.real.dtype)) for t in (c, c_back) if t is not None]
-    kernels = _geometric(power, torch.stack([read * write for read in reads], 1), n, wide)
-    u = x.to(wide).mT
+    kernels = _geometric(power, torch.stack([read * write for read in reads], 1), n, precise)
+    u = x.to(precise).mT
     y = long_convolution(u, kernels[:, 0], None if c_back is None else kernels[:, 1])
     if call.state is not None:
         weight = _complex(call.state.memory).transpose(0, 1) * (reads[0] * power.exp())[:, None]  # (c, b, k)
-        y = y + _geometric(power, weight, n, wide).transpose(0, 1)
-    y = y if skip is None else y + skip.to(wide)[:, None] * u
+        y = y + _geometric(power, weight, n, precise).transpose(0, 1)
+    y = y if skip is None else y + skip.to(precise)[:, None] * u
     return y.mT.to(x.dtype)
 
 

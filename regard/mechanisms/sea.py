@@ -93,11 +93,11 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide, without_autocast
+from regard.core.visibility import Ranks, ranks
 from regard.engines.cache import append
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory
 from regard.layers.attention_map import CausalMap, CodebookMap, NoncausalMap, orthogonal_features, softmax_features
-from regard.visibility import Ranks, ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -298,10 +298,10 @@ class _Keys:
         batch, m = k.shape[0], k.shape[2]
         before = None if past is None else past.length
         length = lengths_after(before, call.memory_lengths, batch, m, k.device)
-        wide = v.to(torch.promote_types(v.dtype, torch.float32))
-        sums = F.pad(wide, (0, 0, 1, 0))
+        precise = wide(v)
+        sums = F.pad(precise, (0, 0, 1, 0))
         if past is not None:
-            sums = torch.cat([past.total[:, :, None], wide], 2)
+            sums = torch.cat([past.total[:, :, None], precise], 2)
         sums = sums.cumsum(2)
         if past is None:
             where = ranks(call, n, m, k.device)
@@ -344,7 +344,7 @@ class _Keys:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(x)
 
 
 def _attend(
@@ -697,9 +697,9 @@ class Estimator(nn.Module):
         self.positions = None if self.whole else nn.Parameter(torch.randn(config.length, d))
         if self.positions is not None:
             self.positions._no_weight_decay = True  # type: ignore[attr-defined]
-        wide = d + v + (d if spec.pattern.cross else v)
+        width = d + v + (d if spec.pattern.cross else v)
         joint = heads if config.joint_encoder else 1
-        self.encode = nn.Sequential(nn.Linear(joint * wide, joint * 2 * d), nn.LayerNorm(joint * 2 * d), nn.GELU())
+        self.encode = nn.Sequential(nn.Linear(joint * width, joint * 2 * d), nn.LayerNorm(joint * 2 * d), nn.GELU())
         maps = {"codebook": CodebookMap, "cnn": NoncausalMap if self.whole else CausalMap}
         self.map = maps[config.estimator](2 * d, heads, config.estimate_length)
         self.gates = nn.Linear(2 * d, 1 + config.row_scale)

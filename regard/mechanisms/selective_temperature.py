@@ -68,10 +68,11 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide, wide_dtype
+from regard.core.sampling import attention_shapes
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, append, extend
 from regard.layers.linear import make_linear
-from regard.sampling import attention_shapes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -268,7 +269,7 @@ def _scaled(
     """x times 1 + token + slope log(keys), in at least float32 unless it is to be rounded."""
     if token is None and slope is None:
         return x
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     tau = torch.ones((), dtype=dtype, device=x.device)
     if token is not None:
         tau = tau + token.to(dtype)
@@ -390,15 +391,15 @@ class Temperatures(nn.Module):
     def _token_terms(self, name: str, heads: Tensors, tokens: Tensor | None) -> Float[Tensor, "b h n"]:
         if name in self.functions:
             f = self.functions[name](tokens).mT
-            return f.to(torch.promote_types(f.dtype, torch.float32)).tanh()
+            return wide(f).tanh()
         x, u = heads[name], self.weights[name]
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide_dtype(x)
         return (F.gelu(x.to(dtype)) * u.to(dtype)[:, None]).sum(-1).tanh()
 
     def _slopes(self, heads: int) -> Float[Tensor, " h"]:
         """s of each head; a head of keys or values that several queries share has the mean alpha of theirs."""
         assert self.alpha is not None
-        alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32))
+        alpha = wide(self.alpha)
         alpha = alpha.expand(heads) if alpha.shape[0] == 1 else alpha.unflatten(0, (heads, -1)).mean(-1)
         if self.config.position_form == "sigmoid":
             return alpha.sigmoid()

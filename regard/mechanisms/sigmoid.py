@@ -64,9 +64,10 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide_dtype
+from regard.core.visibility import DistanceBias
 from regard.engines.attention import Ranks, Visibility, attention, attention_cost, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
-from regard.visibility import DistanceBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -240,7 +241,7 @@ def _attend(
     config: Config = call.config
     visibility = _visibility(call)
     temperature = math.exp(config.log_temperature)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     counts = visibility.count(where.queries, totals[:, None]).clamp(min=1)[:, None, :, None].to(dtype)
 
     bias = None if call.bias is None else temperature * call.bias.to(dtype)

@@ -61,10 +61,11 @@ from regard.contract import (
     at_least,
     state_field,
 )
+from regard.core.precision import wide_dtype
+from regard.core.ragged import take_tokens, values_known
+from regard.core.visibility import CountedRanks
 from regard.engines.attention import Visibility, attention
 from regard.engines.cache import KeyValueState, extend
-from regard.ragged import take_tokens, values_known
-from regard.visibility import CountedRanks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -262,7 +263,7 @@ def _by_blocks(
     config: Config = call.config
     size, n, own = config.block, q.shape[2], not call.pattern.cross
     causal = call.pattern.causal
-    dtype, device = torch.promote_types(q.dtype, torch.float32), q.device
+    dtype, device = wide_dtype(q), q.device
     keys, values = _blocks(k.to(dtype), size), _blocks(v.to(dtype), size)
     mixed_k, mixed_v = ((weights.to(dtype) @ x.flatten(3)).unflatten(3, x.shape[3:]) for x in (keys, values))
     total = torch.full((1,), k.shape[2], device=device) if lengths is None else lengths
@@ -334,7 +335,7 @@ def _state(call: Call, q: Tensor, k: Tensor, v: Tensor) -> SinkhornState:
     past: SinkhornState | None = call.state
     cache = extend(call, k, v, n)[0]
     batch, heads, slots, width = cache.k.shape
-    dtype, count = torch.promote_types(q.dtype, torch.float32), -(-slots // size)
+    dtype, count = wide_dtype(q), -(-slots // size)
     before = torch.zeros_like(cache.length) if past is None else past.length
     rank = before[:, None] + torch.arange(n, device=q.device)
     valid = call.valid_queries(n)

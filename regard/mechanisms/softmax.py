@@ -58,6 +58,7 @@ from regard.contract import (
     Unsupported,
     at_least,
 )
+from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import (
     Ranks,
     Visibility,
@@ -68,7 +69,6 @@ from regard.engines.attention import (
     ranks,
 )
 from regard.engines.cache import KeyValueState, absorb, extend
-from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float

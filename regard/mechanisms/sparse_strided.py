@@ -56,11 +56,12 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide
+from regard.core.ragged import place_queries, take_queries
+from regard.core.visibility import CountedRanks, block_numbers
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
 from regard.engines.cache import KeyValueState, extend
 from regard.engines.merging import merge
-from regard.ragged import place_queries, take_queries
-from regard.visibility import CountedRanks, block_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -258,7 +259,7 @@ def _whole(call: Call, q: Tensor, k: Tensor, v: Tensor, kind: str, columns: tupl
     if kind == "second":
         return second(call, q, k, v, columns, others=False)[0]
     dtype = v.dtype  # parts that are rounded before they are put together would be rounded twice
-    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    q, k, v = (wide(x) for x in (q, k, v))
     outputs, lses = zip(_near(call, q, k, v), second(call, q, k, v, columns, others=True), strict=True)
     return merge(outputs, lses).to(dtype)
 

@@ -70,6 +70,9 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype
+from regard.core.ragged import take_queries
+from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines.attention import (
     Ranks,
     Visibility,
@@ -81,8 +84,6 @@ from regard.engines.attention import (
 )
 from regard.engines.cache import KeyValueState, absorb, extend
 from regard.layers.attention import AttentionLayer
-from regard.ragged import take_queries
-from regard.visibility import DistanceBias, PositionBias
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -423,8 +424,8 @@ def _draw_windows(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: in
         return _Windows(queries, torch.where(kept < 0, -1, windows.gather(-1, kept.clamp(min=0))))
     if config.neighbours:
         reach = config.neighbours
-        wide = F.pad(windows, (0, 0, reach, reach), value=-1)
-        windows = torch.cat([wide[:, i : i + number] for i in range(2 * reach + 1)], -1)
+        padded = F.pad(windows, (0, 0, reach, reach), value=-1)
+        windows = torch.cat([padded[:, i : i + number] for i in range(2 * reach + 1)], -1)
     return _Windows(queries, windows.sort(-1).values)
 
 
@@ -527,7 +528,7 @@ def _with_own_key(
     n, heads = q.shape[2], q.shape[1]
     if n != k.shape[2] or call.lengths is not call.memory_lengths:
         k, v = (take_queries(x, n, call.lengths, call.memory_lengths) for x in (k, v))
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     score = call.scale * (q * k).sum(-1)
@@ -636,7 +637,7 @@ def ensemble_predict(
         with subsampled(model, ratio, **options):
             for _ in range(passes):
                 logits = model(*inputs, context=Context() if context is None else context).output
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                logits = wide(logits)
                 found = logits.softmax(-1) if average == "probabilities" else logits
                 total = found if total is None else total + found
     finally:

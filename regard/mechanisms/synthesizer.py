@@ -63,9 +63,9 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.attention import Ranks, Visibility, ranks
 from regard.engines.cache import append
-from regard.engines.gated_recurrence import without_autocast
 from regard.engines.recurrent_forms import length_after
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _attend(
     before: Int[Tensor, " b"] | None = None,
 ) -> Result:
     heads, out_dtype = _heads(v, dense, random, query), v.dtype
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = wide_dtype(v)
     queries = where.queries if before is None else where.queries + before[:, None]
     scores: Tensor | None = None
     if random is not None:

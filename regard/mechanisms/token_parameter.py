@@ -59,6 +59,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide, wide_dtype
 from regard.engines.linear import linear
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Config:
 def _divide_by_norm(s: Tensor, eps: float) -> Tensor:
     # A squared norm that is clamped has a gradient at s = 0, where that of the norm is not defined. Under autocast scores
     # are narrow whatever they are made of, and squares below 6e-8 are 0 in float16.
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    s = wide(s)
     return s * s.square().sum(-1, keepdim=True).clamp(min=eps**2).rsqrt()
 
 
@@ -202,7 +203,7 @@ def attend_to_parameters(
         Unsupported: for a `token_mask` that is not boolean.
     """
     weights = parameter_weights(x, keys, config, tau=tau, token_mask=token_mask, scale=scale)
-    return linear(weights, values.to(torch.promote_types(x.dtype, torch.float32)).mT).to(x.dtype)
+    return linear(weights, values.to(wide_dtype(x)).mT).to(x.dtype)
 
 
 def parameter_weights(
@@ -217,7 +218,7 @@ def parameter_weights(
     """Theta of each token, in at least float32; arguments as of :func:`attend_to_parameters`."""
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise Unsupported(f"token_mask of dtype {token_mask.dtype}", supported="booleans, True where a row is used")
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     tau = math.sqrt(keys.shape[0]) if tau is None else tau
     tau = tau.to(dtype) if isinstance(tau, Tensor) else tau
     scores = scale * linear(x.to(dtype), keys.to(dtype))

@@ -64,10 +64,10 @@ from regard.contract import (
     Waiver,
     at_least,
 )
+from regard.core.sampling import attention_shapes, normals
 from regard.engines.cache import WindowState
 from regard.engines.segment_attention import Distances, Reach, segment_attention
 from regard.layers.segment_recurrence import SegmentLayer
-from regard.sampling import attention_shapes, normals
 
 if TYPE_CHECKING:
     from jaxtyping import Float

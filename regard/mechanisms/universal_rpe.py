@@ -73,6 +73,10 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.precision import wide_dtype
+from regard.core.ragged import check_pairs
+from regard.core.sampling import attention_shapes, normals
+from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines.attention import (
     Ranks,
     Visibility,
@@ -86,9 +90,6 @@ from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.merging import merge
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import Toeplitz, at_offsets
-from regard.ragged import check_pairs
-from regard.sampling import attention_shapes, normals
-from regard.visibility import DistanceBias, PositionBias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -280,7 +281,7 @@ def _attend(
     state: CountedState | None = None,
 ) -> Result:
     batch, heads, n, _ = q.shape
-    m, dtype = k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    m, dtype = k.shape[2], wide_dtype(q)
     if call.bias is not None:
         check_pairs(call.bias, batch, heads, n, m)
     if q.numel() == 0 or m == 0:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, resolve
 from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Result, Unsupported, closest
+from regard.core.ragged import Gathering, inner_mask
 from regard.create import create_layer
 from regard.layers.attention import why_refused
 from regard.layers.feed_forward import FEED_FORWARDS, check_dropout, dropout, make_feed_forward
 from regard.layers.norms import LayerScale, make_norm
 from regard.models.variants import read_variant
 from regard.positions import Positions, create_positions, list_positions
-from regard.ragged import Gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Kind, Loss, Mask, Pattern, Result, Unsupported, closest
+from regard.core.ragged import Gathering, gathering
 from regard.create import create_layer
 from regard.layers.checks import given_context
 from regard.layers.feed_forward import dropout
@@ -40,7 +41,6 @@ from regard.models.blocks import (
     right_padded_mask,
 )
 from regard.models.stack import Pass, Stack, StackConfig, apply_head, is_sure, run_with_exits
-from regard.ragged import Gathering, gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, valid_from_lengths
+from regard.core.ragged import Gathering, gathering, inner_mask
 from regard.engines.linear import FrozenWeights, linear
 from regard.layers.checks import check_memory_mask, given_context
 from regard.layers.feed_forward import dropout
@@ -43,7 +44,6 @@ from regard.models.blocks import (
 from regard.models.generation import generate, generate_stream
 from regard.models.language_model import ModelState, mean_nats, next_tokens
 from regard.models.stack import Stack, StackConfig, apply_head, joint_loss, run_with_exits
-from regard.ragged import Gathering, gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

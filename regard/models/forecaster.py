@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, Unsupported, at_least, one_of, valid_from_lengths
+from regard.core.precision import wide
+from regard.core.ragged import gathering, inner_mask, place_queries, take_queries
 from regard.layers.checks import check_memory_mask, check_tokens, given_context
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
@@ -37,7 +39,6 @@ from regard.models.blocks import (
 from regard.models.encoder_decoder import count_layers
 from regard.models.stack import Stack, StackConfig
 from regard.positions import Sinusoidal
-from regard.ragged import gathering, inner_mask, place_queries, take_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -230,7 +231,7 @@ class Forecaster(nn.Module):
     def _level_and_scale(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """The origin of each row's targets, and their unit; (rows, 1, targets)."""
         x = memory.index_select(-1, self.targets)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = wide(x)
         rows, m, width = x.shape
         if self.config.normalize == "none" or m == 0:
             return x.new_zeros(rows, 1, width), x.new_ones(rows, 1, width)

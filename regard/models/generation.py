@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Mask, Unsupported, at_least
+from regard.core.precision import wide
+from regard.core.ragged import gathering
 from regard.models.blocks import check_ids
-from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -190,7 +191,7 @@ def beam_search(
     score: Tensor | None = None
     for step in range(1, max_new_tokens + 1):
         logits, after = read(prompts.unread, prompts.last, prompts.mask, state)
-        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        precise = wide(logits)
         nats = precise.log_softmax(-1).view(rows, beams, -1)
         if score is None:  # hypotheses of a row are still the same: only the first counts
             score = nats.new_full((rows, beams), -torch.inf)
@@ -248,9 +249,7 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).sort(
-        -1, descending=True
-    )
+    ordered, tokens = (wide(logits) / temperature).sort(-1, descending=True)
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if top_k is not None:
         kept[:, top_k:] = False

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Role, Unsupported
-from regard.ragged import Gathering, inner_mask
+from regard.core.ragged import Gathering, inner_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

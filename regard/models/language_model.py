@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, state_field
+from regard.core.precision import wide
+from regard.core.ragged import gathering
 from regard.engines.linear import FrozenWeights, linear
 from regard.layers.checks import given_context
 from regard.layers.feed_forward import dropout
@@ -40,7 +42,6 @@ from regard.models.blocks import (
 from regard.models.generation import Read, generate, generate_stream
 from regard.models.insertion import Insertion
 from regard.models.stack import Stack, StackConfig, apply_head, joint_loss, run_with_exits
-from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -315,7 +316,7 @@ class LanguageModel(nn.Module):
 
 def mean_nats(logits: Float[Tensor, "b n vocab"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
     """Mean cross entropy of the targets that are not -100, in at least float32; 0 when there are none."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return nats / (targets != IGNORED).sum().clamp(min=1)
 

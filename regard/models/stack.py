@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, closest, one_of
+from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
 from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_roles, run_blocks
 
@@ -608,7 +609,7 @@ def apply_head(result: Result, head: Callable[[Tensor], Tensor]) -> Result:
 def is_sure(logits: Float[Tensor, "*b classes"], threshold: float | None) -> Bool[Tensor, "*b"]:
     """Whether the likeliest class has at least the probability `threshold`."""
     assert threshold is not None
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    precise = wide(logits)
     return precise.softmax(-1).amax(-1) >= threshold
 
 

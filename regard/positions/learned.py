@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least, one_of
+from regard.core.precision import wide
 from regard.positions.protocol import Positions, check_positions
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ class Learned(Positions):
         if how == "tile":
             rows = old[torch.arange(length, device=old.device) % self.max_length]
         else:
-            wide = old.to(torch.promote_types(old.dtype, torch.float32)).T[None]
-            stretched = nn.functional.interpolate(wide, size=length, mode="linear", align_corners=True)
+            precise = wide(old).T[None]
+            stretched = nn.functional.interpolate(precise, size=length, mode="linear", align_corners=True)
             rows = stretched[0].T.contiguous().to(old.dtype)
         table = nn.Parameter(rows, requires_grad=self.table.requires_grad)
         if getattr(self.table, "_no_weight_decay", False):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
+from regard.core.precision import wide_dtype
 from regard.positions.protocol import Positions, check_positions
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Lrpe(Positions):
         check_positions(positions, x.shape[0], x.shape[2])
         if x.shape[-1] != self.head_dim:
             raise Unsupported(f"lrpe positions on heads of {x.shape[-1]}", supported=f"head_dim={self.head_dim}")
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide_dtype(x)
         u = self.reflection.to(dtype)
         # a vector rounded to half precision is not of length 1
         wide = x.to(dtype)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported, at_least
+from regard.core.precision import wide_dtype
 from regard.engines.layers import rotary
 from regard.positions.protocol import Positions, check_positions
 
@@ -91,7 +92,7 @@ class Rotary(Positions):
             raise Unsupported(f"rotary positions on heads of {x.shape[-1]}", supported=f"head_dim={self.head_dim}")
         if self.trained_length is None:
             return rotary(x, positions, rotated=self.rotated, base=self.base, stretch=self.interpolation)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide_dtype(x)
         turn = self._dynamic_angles(positions).to(dtype)[:, None]
         turning, still = x.split([self.rotated, self.head_dim - self.rotated], -1)
         first, second = turning.to(dtype).chunk(2, -1)

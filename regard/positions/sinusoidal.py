@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.angles import angles
 from regard.contract import Unsupported, at_least
+from regard.core.angles import angles
+from regard.core.precision import wide_dtype
 from regard.positions.protocol import Positions, check_positions
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Sinusoidal(Positions):
         check_positions(positions, x.shape[0], x.shape[1])
         if x.shape[-1] != self.dim:
             raise Unsupported(f"sinusoidal positions on a width of {x.shape[-1]}", supported=f"dim={self.dim}")
-        angle = angles(positions, self.dim, base=self.base, dtype=torch.promote_types(x.dtype, torch.float32))
+        angle = angles(positions, self.dim, base=self.base, dtype=wide_dtype(x))
         waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., : self.dim]
         return x + waves.to(x.dtype)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported, one_of
+from regard.core.precision import wide
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -288,7 +289,7 @@ def cross_entropy_by_item(
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """Sum of the cross entropies (nats) and number of targets of each item, in at least float32."""
     targets = _targets(logits, batch)
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    precise = wide(logits)
     nats = F.cross_entropy(precise.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
     nats = nats.view(batch.size, -1)
     return nats.sum(1), (targets != IGNORED).view(batch.size, -1).sum(1).to(nats.dtype)
@@ -315,7 +316,7 @@ def _errors(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             f"outputs of shape {tuple(output.shape)} for targets of shape {tuple(batch.targets.shape)}",
             supported="one number for each target",
         )
-    precise = output.to(torch.promote_types(output.dtype, torch.float32))
+    precise = wide(output)
     counted = ~batch.targets.isnan()
     return torch.where(counted, precise - batch.targets.to(precise.dtype), 0), counted
 

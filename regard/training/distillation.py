@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Result, Unsupported
+from regard.core.precision import wide_dtype
+from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
 from regard.models import LanguageModel
 from regard.models.blocks import evaluation_mode
 from regard.models.language_model import IGNORED, next_tokens
 from regard.models.stack import StackConfig
-from regard.ragged import gathering
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -153,9 +154,7 @@ def distillation_loss(
         (a[dense] - b[dense]).square().mean() for a, b in zip(own.hidden, known.hidden, strict=True) if dense.any()
     ]
     counted = targets != IGNORED
-    logits, expected = (
-        x.output[counted].to(torch.promote_types(x.output.dtype, torch.float32)).log_softmax(-1) for x in (result, told)
-    )
+    logits, expected = (x.output[counted].to(wide_dtype(x.output)).log_softmax(-1) for x in (result, told))
     count = counted.sum().clamp(min=1)
     loss = parts.task * F.nll_loss(logits, targets[counted], reduction="sum") / count
     loss = loss + parts.logits * (expected.exp() * (expected - logits)).sum() / count

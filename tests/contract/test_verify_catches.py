@@ -12,10 +12,10 @@ from torch import nn
 
 from regard import get_mechanism
 from regard.contract import Pattern, Result, State, Waiver, state_field
+from regard.core.ragged import Gathering
 from regard.engines import recurrent_forms
 from regard.engines.recurrent_forms import MatrixState
 from regard.mechanisms import linear, softmax
-from regard.ragged import Gathering
 from regard.workbench.verify import PROPERTIES, Place, check
 
 CAUSAL, NONCAUSAL, CROSS = Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS

@@ -16,6 +16,7 @@ from regard.apply import apply
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
 from regard.contract import BlockMask, Call, Mask, Pattern, Unsupported
+from regard.core.visibility import block_numbers
 from regard.engines.attention import (
     Visibility,
     attention,
@@ -25,7 +26,6 @@ from regard.engines.attention import (
 )
 from regard.engines.cache import extend, extend_window
 from regard.positions import create_positions
-from regard.visibility import block_numbers
 
 ACTIVATIONS = {
     "softmax": lambda s: s.softmax(-1),

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from regard.contract import Call, Pattern
+from regard.core.visibility import CountedRanks
 from regard.engines.attention import Ranks, Visibility, attention, ranks
 from regard.engines.merging import merge
-from regard.visibility import CountedRanks
 
 
 def parts(sizes: list[int], **options) -> tuple[list, list, list]:

@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Mask, Unsupported
-from regard.layers import linear
-from regard.layers.convolution import ShortConvolution
-from regard.layers.feed_forward import MLP, SwiGLU, dropout, make_feed_forward
-from regard.layers.linear import list_linears, make_linear, register_linear
-from regard.layers.norms import LayerNorm, LayerScale, RMSNorm, make_norm
-from regard.layers.patches import FeatureEmbedding, PatchEmbedding
-from regard.ragged import (
+from regard.core.ragged import (
     flip_rows,
     gather_pairs,
     gathering,
@@ -24,6 +18,12 @@ from regard.ragged import (
     place_queries,
     take_queries,
 )
+from regard.layers import linear
+from regard.layers.convolution import ShortConvolution
+from regard.layers.feed_forward import MLP, SwiGLU, dropout, make_feed_forward
+from regard.layers.linear import list_linears, make_linear, register_linear
+from regard.layers.norms import LayerNorm, LayerScale, RMSNorm, make_norm
+from regard.layers.patches import FeatureEmbedding, PatchEmbedding
 
 float64 = torch.float64
 

@@ -11,10 +11,10 @@ import torch
 from regard.apply import apply
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
+from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.mechanisms.differential import MECHANISM, Config, depth_lambda
 from regard.models import LanguageModel, LanguageModelConfig, differential_plan
-from regard.visibility import DistanceBias
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 SOFTMAX = get_mechanism("softmax")

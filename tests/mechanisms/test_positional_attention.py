@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from regard.apply import absorb, apply
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsupported
+from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.functional import positional_attention, softmax_attention
 from regard.mechanisms import positional_attention as module
 from regard.mechanisms.positional_attention import MECHANISM, Config, cost
 from regard.positions import Sinusoidal
 from regard.reproductions.positional_attention import TASKS, AlgorithmicNetwork, draw
-from regard.visibility import DistanceBias
 from regard.workbench.subjects import Subject
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

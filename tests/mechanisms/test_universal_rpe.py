@@ -16,6 +16,7 @@ from torch import Tensor
 from regard.apply import absorb, apply
 from regard.backends import NATIVE, recording
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsupported
+from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.functional import softmax_attention
 from regard.mechanisms import universal_rpe
@@ -24,7 +25,6 @@ from regard.models import Encoder, EncoderConfig, count_parameters, from_pretrai
 from regard.positions import Relative
 from regard.positions.relative import bucket_starts
 from regard.positions.toeplitz import at_offsets
-from regard.visibility import DistanceBias
 from regard.workbench.verify import PROPERTIES, Place, check
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

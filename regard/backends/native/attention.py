@@ -19,7 +19,7 @@ from regard.backends.native import library
 from regard.backends.operators import operator, runs_plainly
 from regard.backends.torch.attention import of_no_pairs
 from regard.contract import BlockMask, Unsupported
-from regard.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, Visibility
+from regard.core.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, Visibility
 
 RULES = ("softmax", "sigmoid", "relu", "relu_squared")
 """In the order of the C interface's numbers."""
@@ -169,7 +169,7 @@ def refuses(
     if stretch is not None and q.shape[2] < DECODED and k.shape[2] >= LONG:
         return f"its kernel for few queries on {LONG} keys or more does not clip weights"
     if position_bias is not None and not isinstance(position_bias, DistanceBias):
-        return "it takes position biases by distance alone (regard.visibility.DistanceBias)"
+        return "it takes position biases by distance alone (regard.core.visibility.DistanceBias)"
     heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads < 1 or heads % kv_heads or v.shape[1] != kv_heads:
         return f"{heads} query heads do not share {kv_heads} key heads"

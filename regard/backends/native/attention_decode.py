@@ -39,7 +39,7 @@ def attention_decode(
         lengths: (B,) int64 keys of each row, whose ranks are 0, 1, ...
         query_ranks: (B or 1, n) int64.
         limits: causal (0 or 1), left, right (-1 for no limit), block (0 for no limit), lookback, lookahead, as in
-            :class:`regard.visibility.Visibility`.
+            :class:`regard.core.visibility.Visibility`.
         softcap: 0 for none.
         sink: (H,) float32.
 

@@ -12,7 +12,7 @@ from regard.backends.native import library
 from regard.backends.operators import operator
 from regard.backends.torch.grouped_attention import Dropout
 from regard.contract import BlockMask, Unsupported
-from regard.visibility import PositionBias, Ranks
+from regard.core.visibility import PositionBias, Ranks
 
 Strides = ctypes.c_int64 * 3
 

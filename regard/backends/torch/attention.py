@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.backends.operators import transformed
 from regard.contract import BlockMask
-from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
+from regard.core.precision import wide_dtype
+from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs, counted in every row and head for which numbers are stored, that are computed at once."""
@@ -84,7 +85,7 @@ class Weighting:
         sink: Tensor | None,
         seed: int | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = wide_dtype(q)
         k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
         scores = (self.scale * q.to(dtype)) @ k.to(dtype).mT
         if self.softcap is not None:
@@ -211,7 +212,7 @@ def of_no_pairs(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The result of :func:`run` without rows, queries or keys: 0, through which gradients flow as elsewhere."""
     weights = q.to(v.dtype) @ grouped(k, q.shape[1]).to(v.dtype).mT  # not one
-    lse = weights.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1) if want_lse else None
+    lse = weights.to(wide_dtype(q)).logsumexp(-1) if want_lse else None
     return weights @ grouped(v, q.shape[1]), weights if want_weights else None, lse
 
 
@@ -456,7 +457,7 @@ class _CpuKernel(torch.autograd.Function):
 
 def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:
     """`scaled_dot_product_attention`, with the whole score matrix."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
     scores = (scale * q.to(dtype)) @ k.to(dtype).mT
     if causal:

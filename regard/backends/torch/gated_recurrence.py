@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.backends.torch.scan import chunk_count, fold, in_chunks
+from regard.core.precision import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -89,7 +90,7 @@ def run(
     inclusive: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.gated_recurrence.gated_recurrence`."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = wide_dtype(v)
     q, k = (None if q is None else for_each_head(q, v)), for_each_head(k, v)
     batch, heads, n, width = k.shape
     if state is None:

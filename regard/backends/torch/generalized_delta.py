@@ -19,6 +19,7 @@ from torch import Tensor
 
 from regard.backends.torch.gated_recurrence import FORGET, decayed_product, suffix_sum
 from regard.backends.torch.scan import in_chunks
+from regard.core.precision import wide_dtype
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
     inclusive: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.generalized_delta.generalized_delta`."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = wide_dtype(v)
     batch, heads, n, width = k.shape
     if state is None:
         state = k.new_zeros(batch, heads, width, v.shape[-1], dtype=dtype)

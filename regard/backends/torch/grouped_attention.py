@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.backends.torch.attention import of_no_pairs
 from regard.contract import BlockMask
-from regard.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
+from regard.core.precision import wide
+from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -52,11 +53,6 @@ class Dropout:
             return None
         kept = torch.rand(shape, generator=self.generator, device=like.device, dtype=wide(like).dtype) >= self.gates
         return kept / (1 - self.gates)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def product(a: Float[Tensor, "b h n x"], b: Float[Tensor, "b g x y"]) -> Float[Tensor, "b h n y"]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.angles import angles
 from regard.contract import valid_from_lengths
+from regard.core.angles import angles
+from regard.core.precision import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -62,7 +63,7 @@ def rms_norm(
     norm_before_gate: bool,
 ) -> Float[Tensor, "... c"]:
     """See :func:`regard.engines.layers.rms_norm`; the weight has at least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     y = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:
@@ -82,7 +83,7 @@ def rotary(
     x: Float[Tensor, "b h n d"], positions: Int[Tensor, "#b n"], rotated: int, base: float, stretch: float
 ) -> Float[Tensor, "b h n d"]:
     """See :func:`regard.engines.layers.rotary`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     turn = angles(positions, rotated, base=base, stretch=stretch, dtype=dtype)[:, None]
     cos, sin = turn.cos(), turn.sin()
     turning, still = x.split([rotated, x.shape[-1] - rotated], dim=-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from regard.backends.torch import gated_recurrence
 from regard.backends.torch.feature_maps import FEATURE_MAPS
 from regard.contract import valid_from_lengths
+from regard.core.precision import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -44,7 +45,7 @@ def run(
 
 def map_queries(q: Float[Tensor, "b h n k"], rule: Rule) -> Float[Tensor, "b h n k"]:
     """Mapped queries, in at least float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     return FEATURE_MAPS[rule.feature_map](rule.scale * q.to(dtype))
 
 
@@ -52,7 +53,7 @@ def map_memory(
     k: Float[Tensor, "b h n k"], v: Float[Tensor, "b h n v"], rule: Rule, valid: Int[Tensor, " b"] | None
 ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h n c"]]:
     """Mapped keys (zero at padding, where phi(0) is not) and values with a column of ones for the denominator."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
+    dtype = wide_dtype(k)
     keys, values = FEATURE_MAPS[rule.feature_map](k.to(dtype)), v.to(dtype)
     if valid is not None:
         keys = torch.where(valid_from_lengths(valid, k.shape[2])[:, None, :, None], keys, 0)

@@ -18,10 +18,10 @@ from regard.backends.native import attention as native
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
 from regard.contract import BlockMask, Call, Mask, Pattern, Unsupported
+from regard.core.visibility import DistanceBias, Ranks, Visibility, masked_scores_bias, ranks
 from regard.engines.attention import attention, attention_reference
 from regard.layers.attention import AttentionLayer
 from regard.positions import create_positions
-from regard.visibility import DistanceBias, Ranks, Visibility, masked_scores_bias, ranks
 
 # of the largest output; observed 1.8e-6 (scores of some tens, as in torch's own kernel) and 3.7e-3
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}

@@ -16,8 +16,8 @@ from regard.backends.native import grouped_attention, library
 from regard.backends.torch import attention as eager
 from regard.backends.torch.grouped_attention import Dropout
 from regard.contract import BlockMask, Unsupported
+from regard.core.visibility import DistanceBias, Ranks, Visibility
 from regard.training.memory import TensorMemory
-from regard.visibility import DistanceBias, Ranks, Visibility
 
 # of the largest gradient of the tensor; in bfloat16 the output was rounded too, of which softmax's gradients are a
 # difference; observed 1.6e-6 and 1.1e-2

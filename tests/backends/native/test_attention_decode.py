@@ -10,10 +10,10 @@ from regard import backends
 from regard.backends.native import attention, library
 from regard.backends.native.attention_decode import attention_decode
 from regard.contract import Unsupported
+from regard.core.visibility import Visibility
 from regard.engines.attention import Ranks
 from regard.engines.attention import attention as engine
 from regard.engines.attention import decode as short_way
-from regard.visibility import Visibility
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 

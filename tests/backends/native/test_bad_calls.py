@@ -28,7 +28,7 @@ from regard.backends.torch.grouped_attention import Dropout
 from regard.backends.torch.linear_attention import Rule
 from regard.backends.torch.softmax_scan import Carry
 from regard.contract import BlockMask, Unsupported
-from regard.visibility import DistanceBias, Ranks, Visibility
+from regard.core.visibility import DistanceBias, Ranks, Visibility
 
 
 @pytest.fixture(autouse=True)

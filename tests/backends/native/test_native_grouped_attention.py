@@ -9,9 +9,9 @@ from regard import backends
 from regard.apply import absorb, apply
 from regard.backends.native import library
 from regard.contract import BlockMask, Mask, Role, Unsupported
+from regard.core.visibility import Ranks
 from regard.engines.grouped_attention import grouped_attention, own_groups
 from regard.mechanisms.landmark import MECHANISM, Config
-from regard.visibility import Ranks
 
 SETS = library.instruction_sets() if library.why_missing() is None else []
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import BlockMask, Call
+from regard.core.precision import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -267,7 +268,7 @@ def masked_scores_bias(
 
     The sum is in `dtype`, or in float32 where that is more precise: bfloat16 cannot tell large distances apart.
     """
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = wide_dtype(dtype)
     visible = visibility.mask(ranks.queries, ranks.keys)[:, None]
     if blocks is not None:
         visible = visible & block_visibility(blocks, ranks)

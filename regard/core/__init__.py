@@ -1,0 +1,1 @@
+"""Tools that engines, layers and mechanisms share: rows and padding, visibility, random draws, angles, precision."""

@@ -1,0 +1,28 @@
+"""The precision of sums: at least float32, whatever the dtype of a call."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+
+
+def wide_dtype(x: Tensor | torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of `x` (or of such a dtype) are added up: its own, or float32 for narrower ones."""
+    return torch.promote_types(x.dtype if isinstance(x, Tensor) else x, torch.float32)
+
+
+def wide(x: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
+    """`x` in at least float32."""
+    return x.to(wide_dtype(x))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps products in the dtype of their tensors: a state rounded to bfloat16 at every token would drift."""
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
