@@ -13,27 +13,8 @@ from typing import Any
 
 import torch as pytorch
 
-from regard.backends.native import attention as native_attention
-from regard.backends.native import conserved_flows as native_flows
-from regard.backends.native import gated_recurrence as native_recurrence
-from regard.backends.native import grouped_attention as native_grouped_attention
-from regard.backends.native import layers as native_layers
 from regard.backends.native import library
-from regard.backends.native import linear_attention as native_linear
-from regard.backends.native import selective_scan as native_selective_scan
-from regard.backends.native import softmax_scan as native_scan
 from regard.backends.operators import TRANSFORMS, transformed
-from regard.backends.torch import (
-    attention,
-    conserved_flows,
-    gated_recurrence,
-    generalized_delta,
-    grouped_attention,
-    layers,
-    linear_attention,
-    selective_scan,
-    softmax_scan,
-)
 from regard.contract import Unsupported, closest
 
 
@@ -65,7 +46,7 @@ class Backend:
     """
 
     name: str
-    engines: dict[str, Engine]
+    engines: dict[str, Engine] = field(default_factory=dict)
     devices: frozenset[str] = field(default=frozenset())
     dtypes: frozenset[pytorch.dtype] = field(default=frozenset())
     missing: str | None = None
@@ -90,49 +71,23 @@ class Backend:
 
 NATIVE = Backend(
     "native",
-    {
-        "attention": Engine(native_attention.run, native_attention.refuses),
-        "conserved_flows": Engine(native_flows.run, native_flows.refuses),
-        "gated_product": Engine(native_layers.gated_product, native_layers.refuses_gated_product),
-        "gated_recurrence": Engine(native_recurrence.run, native_recurrence.refuses),
-        "gated_recurrence_step": Engine(native_recurrence.run_step, native_recurrence.refuses_step),
-        "grouped_attention": Engine(native_grouped_attention.run, native_grouped_attention.refuses),
-        "rms_norm": Engine(native_layers.rms_norm, native_layers.refuses_rms_norm),
-        "rotary": Engine(native_layers.rotary, native_layers.refuses_rotary),
-        "linear_attention": Engine(native_linear.run, native_linear.refuses),
-        "selective_scan": Engine(native_selective_scan.run, native_selective_scan.refuses),
-        "short_convolution": Engine(native_layers.short_convolution, native_layers.refuses_short_convolution),
-        "softmax_scan": Engine(native_scan.run, native_scan.refuses),
-    },
     devices=frozenset({"cpu"}),
     dtypes=frozenset(library.DTYPES),
     missing=library.why_missing(),
     transforms=False,
 )
 
-TORCH = Backend(
-    "torch",
-    {
-        "": Engine(lambda: None),
-        "attention": Engine(attention.run),
-        "conserved_flows": Engine(conserved_flows.run),
-        "gated_product": Engine(layers.gated_product),
-        "gated_recurrence": Engine(gated_recurrence.run),
-        "gated_recurrence_step": Engine(gated_recurrence.run_step),
-        "generalized_delta": Engine(generalized_delta.run),
-        "generalized_delta_step": Engine(generalized_delta.run_step),
-        "grouped_attention": Engine(grouped_attention.run),
-        "linear_attention": Engine(linear_attention.run),
-        "rms_norm": Engine(layers.rms_norm),
-        "rotary": Engine(layers.rotary),
-        "selective_scan": Engine(selective_scan.run),
-        "short_convolution": Engine(layers.short_convolution),
-        "softmax_scan": Engine(softmax_scan.run),
-    },
-)
+TORCH = Backend("torch", engines={"": Engine(lambda: None)})
 
 BACKENDS = [NATIVE, TORCH]
 """In order of preference: the first that can run a call runs it."""
+
+
+def add_engine(name: str, **forms: Engine) -> None:
+    """Let backends run an engine: called by the engine's package, with its form for each backend that has one."""
+    for backend in (NATIVE, TORCH):
+        if backend.name in forms:
+            backend.engines[name] = forms[backend.name]
 
 
 @dataclass(frozen=True)
@@ -226,12 +181,9 @@ def recording() -> Iterator[set[str]]:
         _RECORDS.pop()
 
 
-def decode_attention(q: pytorch.Tensor, k: pytorch.Tensor, v: pytorch.Tensor, scale: float) -> pytorch.Tensor | None:
-    """The engine ``attention`` for few queries that see every key, where the first backend has a shorter way than
-    :func:`execute` for such a call; None where it has not."""
-    if BACKENDS[0] is not NATIVE or NATIVE.missing is not None or _RECORDS:
-        return None
-    return native_attention.decode(q, k, v, scale)
+def prefers_native() -> bool:
+    """Whether native forms come first here and nobody asks which backend runs: then a form may be called directly."""
+    return BACKENDS[0] is NATIVE and NATIVE.missing is None and not _RECORDS
 
 
 def execute(engine: str, requested: str | None, device: pytorch.device, dtype: pytorch.dtype, *arguments: Any) -> Any:

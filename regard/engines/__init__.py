@@ -1,1 +1,28 @@
-"""Mathematics that several mechanisms share. Engines check and describe; backends compute."""
+"""Mathematics that several mechanisms share. An engine is a package: its words, its form in PyTorch, its native form.
+
+Importing this package lets the backends know all of them.
+"""
+
+from regard.engines import (
+    attention,
+    conserved_flows,
+    gated_recurrence,
+    generalized_delta,
+    grouped_attention,
+    layers,
+    linear_attention,
+    selective_scan,
+    softmax_scan,
+)
+
+__all__ = [
+    "attention",
+    "conserved_flows",
+    "gated_recurrence",
+    "generalized_delta",
+    "grouped_attention",
+    "layers",
+    "linear_attention",
+    "selective_scan",
+    "softmax_scan",
+]

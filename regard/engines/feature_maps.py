@@ -1,7 +1,22 @@
-"""Feature maps phi of linear attention and its relatives, by name."""
+"""Feature maps phi of linear attention and its relatives, by name. They act on each feature alone."""
 
 from __future__ import annotations
 
-from regard.backends.torch.feature_maps import FEATURE_MAPS, NONNEGATIVE
+from collections.abc import Callable
 
-__all__ = ["FEATURE_MAPS", "NONNEGATIVE"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),  # elu(x) + 1 without its cancellation
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+
+NONNEGATIVE = ("elu", "relu", "relu_squared", "sigmoid", "exp")
+"""Those whose normaliser cannot vanish by cancellation."""

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends.native import library
-from regard.backends.native.attention import DECODED_LONG
-from regard.backends.native.attention_decode import attention_decode
+from regard.backends import NATIVE
 from regard.backends.operators import TRANSFORMS, transformed
 from regard.contract import Unsupported, at_least, one_of
 from regard.core.visibility import Ranks, Visibility
 from regard.engines.attention import attention
+from regard.engines.attention.decode import MOST, attention_decode
+from regard.engines.attention.native_form import DECODED_LONG
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -221,7 +221,7 @@ def paged_attention(
     if reason is None:
         reason = _refusal(q, cache, sink)
     if reason is None:
-        limits = [int(causal), -1 if window is None else min(window, library.MOST), -1, 0, 0, 0]
+        limits = [int(causal), -1 if window is None else min(window, MOST), -1, 0, 0, 0]
         sink = None if sink is None else sink.float()
         output, lse = attention_decode(
             q, pool, cache.v, cache.table, cache.lengths, queries, limits, scale, softcap or 0.0, sink
@@ -252,12 +252,12 @@ def paged_attention(
 
 def _refusal(q: Tensor, cache: PagedCache, sink: Tensor | None) -> str | None:
     """Why the native kernel does not answer these queries; None when it does."""
-    missing = library.why_missing()
+    missing = NATIVE.missing
     if missing is not None:
         return missing
     if q.device.type != "cpu":
         return f"it runs on cpu, and q is on {q.device.type}"
-    if not q.dtype == cache.k.dtype == cache.v.dtype or q.dtype not in library.DTYPES:
+    if not q.dtype == cache.k.dtype == cache.v.dtype or q.dtype not in NATIVE.dtypes:
         return "it computes where all is float32, or all is bfloat16"
     if transformed():
         return f"it has no {TRANSFORMS}"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import regard.backends.torch.attention as backend
+import regard.engines.attention.torch_form as backend
 from regard.apply import apply
 from regard.backends.native import library
 from regard.catalogue import get_mechanism

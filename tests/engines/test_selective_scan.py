@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regard.backends.torch.selective_scan import STRIDE
 from regard.contract import Unsupported
 from regard.engines.selective_scan import selective_read, selective_scan, selective_scan_reference
+from regard.engines.selective_scan.torch_form import STRIDE
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 

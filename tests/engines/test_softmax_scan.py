@@ -55,7 +55,7 @@ def test_prefixes_equal_the_masked_softmax_at_any_chunk_size(chunk_size):
 @pytest.mark.parametrize("pairs", [1, 1000, 1 << 22])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
 def test_decay_multiplies_the_weights_of_earlier_tokens(monkeypatch, chunk_size, pairs):
-    monkeypatch.setattr("regard.backends.torch.softmax_scan.PAIRS_AT_ONCE", pairs)
+    monkeypatch.setattr("regard.engines.softmax_scan.torch_form.PAIRS_AT_ONCE", pairs)
     s, v = sample()
     decay = -torch.rand(2, 1, 23, dtype=torch.float64)
     output, _ = softmax_scan(s, v, log_decay=decay, chunk_size=chunk_size)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import regard.backends.torch.attention as backend
+import regard.engines.attention.torch_form as backend
 from regard import get_mechanism
 from regard.apply import absorb, apply
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Pattern, Shape, Unsupported

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.backends.torch.attention as backend
+import regard.engines.attention.torch_form as backend
 from regard.apply import absorb, apply
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 import regard.mechanisms.landmark as landmark_module
 from regard.apply import absorb, apply
-from regard.backends.torch import grouped_attention as torch_backend
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Role, Shape, Unsupported
 from regard.create import create_layer
+from regard.engines.grouped_attention import torch_form as torch_backend
 from regard.mechanisms.landmark import MECHANISM, SELECTIONS, Config, cost, prepare, sample_context
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.positions import create_positions

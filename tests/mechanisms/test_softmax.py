@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.backends.torch.attention as backend
+import regard.engines.attention.torch_form as backend
 from regard.apply import absorb, apply
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsupported
 from regard.create import create_layer

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from regard import backends
 from regard.apply import apply
-from regard.backends.native import attention as native
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
 from regard.contract import BlockMask, Call, Mask, Pattern, Unsupported
 from regard.core.visibility import DistanceBias, Ranks, Visibility, masked_scores_bias, ranks
 from regard.engines.attention import attention, attention_reference
+from regard.engines.attention import native_form as native
 from regard.layers.attention import AttentionLayer
 from regard.positions import create_positions
 

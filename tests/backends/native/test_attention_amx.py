@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from regard.backends.native import attention as native
 from regard.backends.native import library
 from regard.contract import BlockMask, Call, Pattern
 from regard.core.visibility import Ranks, Visibility, masked_scores_bias, ranks
+from regard.engines.attention import native_form as native
 
 NAME = "amx_bf16"
 HERE = library.why_missing() is None and NAME in library.instruction_sets()

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regard.backends.native import attention as native
-from regard.backends.native import grouped_attention, library
-from regard.backends.torch import attention as eager
-from regard.backends.torch.grouped_attention import Dropout
+from regard.backends.native import library
 from regard.contract import BlockMask, Unsupported
 from regard.core.visibility import DistanceBias, Ranks, Visibility
+from regard.engines.attention import native_form as native
+from regard.engines.attention import torch_form as eager
+from regard.engines.grouped_attention import native_form as grouped_attention
+from regard.engines.grouped_attention.torch_form import Dropout
 from regard.training.memory import TensorMemory
 
 # of the largest gradient of the tensor; in bfloat16 the output was rounded too, of which softmax's gradients are a

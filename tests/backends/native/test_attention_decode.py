@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from regard import backends
-from regard.backends.native import attention, library
-from regard.backends.native.attention_decode import attention_decode
+from regard.backends.native import library
 from regard.contract import Unsupported
 from regard.core.visibility import Visibility
 from regard.engines.attention import Ranks
 from regard.engines.attention import attention as engine
 from regard.engines.attention import decode as short_way
+from regard.engines.attention import native_form as attention
+from regard.engines.attention.decode import attention_decode
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 

@@ -10,25 +10,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regard.backends.native import (
-    attention,
-    attention_decode,
-    conserved_flows,
-    gated_recurrence,
-    grouped_attention,
-    layers,
-    library,
-    linear_attention,
-    selective_scan,
-    softmax_scan,
-)
-from regard.backends.torch.conserved_flows import Rule as FlowRule
-from regard.backends.torch.conserved_flows import Sums
-from regard.backends.torch.grouped_attention import Dropout
-from regard.backends.torch.linear_attention import Rule
-from regard.backends.torch.softmax_scan import Carry
+from regard.backends.native import library
 from regard.contract import BlockMask, Unsupported
 from regard.core.visibility import DistanceBias, Ranks, Visibility
+from regard.engines.attention import decode as attention_decode
+from regard.engines.attention import native_form as attention
+from regard.engines.conserved_flows import native_form as conserved_flows
+from regard.engines.conserved_flows.torch_form import Rule as FlowRule
+from regard.engines.conserved_flows.torch_form import Sums
+from regard.engines.gated_recurrence import native_form as gated_recurrence
+from regard.engines.grouped_attention import native_form as grouped_attention
+from regard.engines.grouped_attention.torch_form import Dropout
+from regard.engines.layers import native_form as layers
+from regard.engines.linear_attention import native_form as linear_attention
+from regard.engines.linear_attention.torch_form import Rule
+from regard.engines.selective_scan import native_form as selective_scan
+from regard.engines.softmax_scan import native_form as softmax_scan
+from regard.engines.softmax_scan.torch_form import Carry
 
 
 @pytest.fixture(autouse=True)

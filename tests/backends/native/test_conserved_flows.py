@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.backends.native import conserved_flows as native
 from regard.backends.native import library
-from regard.backends.torch import conserved_flows as torch_backend
 from regard.contract import Unsupported
 from regard.engines.conserved_flows import Rule, Sums, conserved_flows, empty_sums
+from regard.engines.conserved_flows import native_form as native
+from regard.engines.conserved_flows import torch_form as torch_backend
 
 RULES = [
     Rule(True, True, (-1.0, 1.0), 1.0, 1e-3),

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regard.backends.native import delta_rule, library
-from regard.backends.torch import gated_recurrence as reference
+from regard.backends.native import library
 from regard.contract import Unsupported
+from regard.engines.gated_recurrence import delta_rule
+from regard.engines.gated_recurrence import torch_form as reference
 
 NAMES = ("q", "k", "v", "log_decay", "beta", "state")
 FLOAT32 = 5e-6  # of the largest number; observed 1e-6, and 4e-6 for the gradient of a state that is nearly forgotten

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.backends.native import gated_recurrence as native
 from regard.backends.native import library
-from regard.backends.torch import gated_recurrence as plain
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_reference, gated_recurrence_step
+from regard.engines.gated_recurrence import native_form as native
+from regard.engines.gated_recurrence import torch_form as plain
 
 SETS = [name for name in library.instruction_sets() if "bf16" not in name] if library.why_missing() is None else []
 NAMES = ("q", "k", "v", "log_decay", "state")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from regard.backends import NATIVE, recording
-from regard.backends.native import layers as native
 from regard.backends.native import library
-from regard.backends.torch import layers as torch_backend
 from regard.contract import Unsupported
 from regard.engines import layers as engines
+from regard.engines.layers import native_form as native
+from regard.engines.layers import torch_form as torch_backend
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import SwiGLU
 from regard.layers.norms import RMSNorm

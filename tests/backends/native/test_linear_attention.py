@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.native import linear_attention as native
-from regard.backends.torch import linear_attention as plain
 from regard.contract import Unsupported
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.linear_attention import Rule, linear_attention
+from regard.engines.linear_attention import native_form as native
+from regard.engines.linear_attention import torch_form as plain
 
 SETS = [name for name in library.instruction_sets() if "bf16" not in name] if library.why_missing() is None else []
 ELU = Rule("elu", 1.0, 1e-6)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from regard.backends.native import library
-from regard.backends.native import selective_scan as native
-from regard.backends.torch import selective_scan as reference
 from regard.contract import Unsupported
+from regard.engines.selective_scan import native_form as native
+from regard.engines.selective_scan import torch_form as reference
 
 NAMES = ("x", "dt", "a", "b", "c", "skip", "dt_bias", "z", "state")
 FLOAT32 = 1e-5  # of the largest number; observed 1e-6, and 6e-6 where a gradient of a or of the state nearly cancels

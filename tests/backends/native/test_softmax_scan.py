@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from regard.backends.native import library
-from regard.backends.native import softmax_scan as native
-from regard.backends.torch import softmax_scan as torch_backend
 from regard.contract import Unsupported
 from regard.engines.softmax_scan import Carry, empty_carry, softmax_scan
+from regard.engines.softmax_scan import native_form as native
+from regard.engines.softmax_scan import torch_form as torch_backend
 
 NAMES = ("output", "m", "u", "w", "grad_s", "grad_v", "grad_m", "grad_u", "grad_w", "grad_decay", "grad_mix")
 

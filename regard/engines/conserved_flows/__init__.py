@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import execute
-from regard.backends.torch.conserved_flows import Rule, Sums
+from regard.backends import Engine, add_engine, execute
+from regard.engines.conserved_flows import native_form, torch_form
+from regard.engines.conserved_flows.torch_form import Rule, Sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -57,5 +58,7 @@ def conserved_flows(
     """
     return execute("conserved_flows", backend, sinks.device, sinks.dtype, sinks, sources, sums, rule, valid)
 
+
+add_engine("conserved_flows", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
 __all__ = ["Rule", "Sums", "conserved_flows", "empty_sums"]

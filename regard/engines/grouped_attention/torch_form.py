@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.backends.torch.attention import of_no_pairs
 from regard.contract import BlockMask
 from regard.core.precision import wide
 from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
+from regard.engines.attention.torch_form import of_no_pairs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

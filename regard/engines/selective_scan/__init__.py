@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import execute
+from regard.backends import Engine, add_engine, execute
 from regard.contract import State, Unsupported, at_least, state_field
 from regard.core.precision import wide_dtype, without_autocast
+from regard.engines.selective_scan import native_form, torch_form
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -112,5 +113,7 @@ def selective_scan_reference(
         outputs.append(((h if inclusive else before) * c[:, t]).sum(-1)[:, None])
     return torch.cat(outputs, 1), h
 
+
+add_engine("selective_scan", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
 __all__ = ["SelectiveState", "selective_read", "selective_scan", "selective_scan_reference"]

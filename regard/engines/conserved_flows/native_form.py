@@ -12,8 +12,8 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
 from regard.backends.operators import operator
-from regard.backends.torch.conserved_flows import Rule, Sums
 from regard.contract import Unsupported
+from regard.engines.conserved_flows.torch_form import Rule, Sums
 
 
 class Flows(library.Arguments):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.operators import operator
-from regard.backends.torch.grouped_attention import Dropout
 from regard.contract import BlockMask, Unsupported
 from regard.core.visibility import PositionBias, Ranks
+from regard.engines.grouped_attention.torch_form import Dropout
 
 Strides = ctypes.c_int64 * 3
 

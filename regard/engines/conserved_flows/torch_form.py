@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regard.backends.torch.softmax_scan import exponentials, running_normalizer
 from regard.contract import valid_from_lengths
+from regard.engines.softmax_scan.torch_form import exponentials, running_normalizer
 
 
 class Sums(NamedTuple):

@@ -1,6 +1,6 @@
 """Chunked generalised delta rule in PyTorch.
 
-Inside a chunk what the probes read solves a triangular system: with A of :mod:`regard.backends.torch.gated_recurrence`
+Inside a chunk what the probes read solves a triangular system: with A of :mod:`regard.engines.gated_recurrence.torch_form`
 between the state *before* a token and the writes before it,
 
     (I + A(r, e)) U = A(r, k) V + R S,      S_i = E_i S + sum_{j <= i} E_ij (k_j v_j^T - e_j u_j^T),
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.backends.torch.gated_recurrence import FORGET, decayed_product, suffix_sum
-from regard.backends.torch.scan import in_chunks
 from regard.core.precision import wide_dtype
+from regard.engines.gated_recurrence.torch_form import FORGET, decayed_product, suffix_sum
+from regard.engines.scan import in_chunks
 
 
 def run(

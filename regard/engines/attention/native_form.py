@@ -17,9 +17,9 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.operators import operator, runs_plainly
-from regard.backends.torch.attention import of_no_pairs
 from regard.contract import BlockMask, Unsupported
 from regard.core.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, Visibility
+from regard.engines.attention.torch_form import of_no_pairs
 
 RULES = ("softmax", "sigmoid", "relu", "relu_squared")
 """In the order of the C interface's numbers."""

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.native.gated_recurrence import (
+from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.operators import operator
+from regard.contract import Unsupported
+from regard.engines.gated_recurrence.native_form import (
     GatedRecurrence,
     GatedRecurrenceBackward,
     Sequence,
@@ -22,10 +25,7 @@ from regard.backends.native.gated_recurrence import (
     sequence,
     sizes,
 )
-from regard.backends.native.library import pointer, rows_contiguous
-from regard.backends.operators import operator
-from regard.backends.torch.linear_attention import Rule
-from regard.contract import Unsupported
+from regard.engines.linear_attention.torch_form import Rule
 
 FEATURE_MAPS = ("identity", "elu", "relu", "relu_squared", "sigmoid", "exp", "silu")
 """In the order of their numbers in `regard_recurrence.h`, from 1 on."""

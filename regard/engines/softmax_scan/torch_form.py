@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.backends.torch.gated_recurrence import segment_sum, suffix_sum
-from regard.backends.torch.scan import fold_chunks, in_chunks
+from regard.engines.gated_recurrence.torch_form import segment_sum, suffix_sum
+from regard.engines.scan import fold_chunks, in_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float

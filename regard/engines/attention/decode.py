@@ -1,6 +1,6 @@
 """Few queries against a cache in pages, in C++ (see `native/src/attention_decode.cpp`): softmax, without gradients.
 
-The same kernel answers few queries on keys in one tensor: :mod:`regard.backends.native.attention` calls it there.
+The same kernel answers few queries on keys in one tensor: :mod:`regard.engines.attention.native_form` calls it there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.native.attention import Attention, AttentionDecode, Strides, VisibilityArguments
+from regard.backends.native.library import MOST
 from regard.backends.operators import operator
 from regard.contract import Unsupported
+from regard.engines.attention.native_form import Attention, AttentionDecode, Strides, VisibilityArguments
 
 
 @operator("attention_decode")
@@ -157,3 +158,6 @@ def _check(
     used = pages[firsts < lengths[:, None]]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < held:
         raise Unsupported("pages that do not exist", supported=f"0 to {held - 1}")
+
+
+__all__ = ["MOST", "attention_decode"]

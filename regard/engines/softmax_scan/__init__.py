@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import execute
-from regard.backends.torch.gated_recurrence import suffix_sum
-from regard.backends.torch.softmax_scan import Carry, exponentials, running_normalizer
+from regard.backends import Engine, add_engine, execute
 from regard.contract import State, Unsupported, state_field
 from regard.core.precision import wide_dtype, without_autocast
+from regard.engines.gated_recurrence.torch_form import suffix_sum
+from regard.engines.softmax_scan import native_form, torch_form
+from regard.engines.softmax_scan.torch_form import Carry, exponentials, running_normalizer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -136,6 +137,8 @@ def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tens
     seen = u != 0  # NaN is seen
     return torch.where(seen[..., None], w / torch.where(seen, u, 1)[..., None], 0)
 
+
+add_engine("softmax_scan", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
 __all__ = [
     "Carry",

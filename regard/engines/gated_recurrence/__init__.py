@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import execute
+from regard.backends import Engine, add_engine, execute
 from regard.contract import Unsupported
 from regard.core.precision import without_autocast
+from regard.engines.gated_recurrence import native_form, torch_form
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -118,3 +119,11 @@ def gated_recurrence_reference(
         read = state if inclusive else read
         outputs.append(torch.einsum("bhkv,bhk->bhv", read, q[:, :, t]))
     return torch.stack(outputs, 2) if outputs else torch.zeros_like(v)
+
+
+add_engine("gated_recurrence", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
+add_engine(
+    "gated_recurrence_step",
+    torch=Engine(torch_form.run_step),
+    native=Engine(native_form.run_step, native_form.refuses_step),
+)

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from regard.backends import execute
-from regard.backends.torch.linear_attention import Rule, divide, map_memory, map_queries
+from regard.backends import Engine, add_engine, execute
 from regard.core.precision import without_autocast
+from regard.engines.linear_attention import native_form, torch_form
+from regard.engines.linear_attention.torch_form import Rule, divide, map_memory, map_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+add_engine("linear_attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
 __all__ = ["Rule", "divide", "linear_attention", "map_memory", "map_queries"]
 

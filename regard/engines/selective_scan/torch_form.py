@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.backends.torch.scan import fold_chunks, in_chunks
 from regard.contract import valid_from_lengths
+from regard.engines.scan import fold_chunks, in_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

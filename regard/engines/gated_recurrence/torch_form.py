@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.backends.torch.scan import chunk_count, fold, in_chunks
 from regard.core.precision import wide_dtype
+from regard.engines.scan import chunk_count, fold, in_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float

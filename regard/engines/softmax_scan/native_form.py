@@ -10,8 +10,8 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
 from regard.backends.operators import operator
-from regard.backends.torch.softmax_scan import Carry
 from regard.contract import Unsupported
+from regard.engines.softmax_scan.torch_form import Carry
 
 SCORES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of scores, decays and mixing weights: all are read in float32."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.backends.torch import gated_recurrence
-from regard.backends.torch.feature_maps import FEATURE_MAPS
 from regard.contract import valid_from_lengths
 from regard.core.precision import wide_dtype
+from regard.engines.feature_maps import FEATURE_MAPS
+from regard.engines.gated_recurrence import torch_form as gated_recurrence
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from regard.backends import execute
+from regard.backends import Engine, add_engine, execute
 from regard.contract import Unsupported
 from regard.core.precision import without_autocast
+from regard.engines.generalized_delta import torch_form
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -70,3 +71,7 @@ def generalized_delta_step(
     """One token of :func:`generalized_delta` (inclusive): the output and the next state, in the state's dtype."""
     with without_autocast(v.device):
         return execute("generalized_delta_step", backend, v.device, v.dtype, q, k, v, probe, erase, log_decay, state)
+
+
+add_engine("generalized_delta", torch=Engine(torch_form.run))
+add_engine("generalized_delta_step", torch=Engine(torch_form.run_step))

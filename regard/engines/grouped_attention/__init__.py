@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import execute
-from regard.backends.torch.grouped_attention import PAIRS_AT_ONCE, Dropout, logits, normalized, product
+from regard.backends import Engine, add_engine, execute
 from regard.contract import BlockMask
 from regard.core.visibility import PositionBias, Ranks
+from regard.engines.grouped_attention import native_form, torch_form
+from regard.engines.grouped_attention.torch_form import PAIRS_AT_ONCE, Dropout, logits, normalized, product
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -83,5 +84,7 @@ def grouped_attention(
         want_weights,
     )
 
+
+add_engine("grouped_attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
 __all__ = ["PAIRS_AT_ONCE", "Dropout", "grouped_attention", "logits", "normalized", "own_groups", "product"]

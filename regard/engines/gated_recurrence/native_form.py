@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.native import delta_rule, library, recycled
+from regard.backends.native import library, recycled
 from regard.backends.native.library import pointer, rows_contiguous
 from regard.backends.operators import operator
-from regard.backends.torch.gated_recurrence import for_each_head
 from regard.contract import Unsupported
+from regard.engines.gated_recurrence import delta_rule
+from regard.engines.gated_recurrence.torch_form import for_each_head
 
 CHECKPOINT_EVERY = 256
 """Tokens between two states that a forward call keeps for its backward call: a quarter of the size of v when K = V = 64."""

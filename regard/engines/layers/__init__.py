@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from regard.backends import execute
+from regard.backends import Engine, add_engine, execute
 from regard.contract import Unsupported, one_of
 from regard.core.precision import wide_dtype, without_autocast
+from regard.engines.layers import native_form, torch_form
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -130,3 +131,19 @@ def gated_product(
     """
     one_of("function", function, GATE_FUNCTIONS)
     return execute("gated_product", backend, x.device, x.dtype, x, gate, function)
+
+
+add_engine(
+    "gated_product",
+    torch=Engine(torch_form.gated_product),
+    native=Engine(native_form.gated_product, native_form.refuses_gated_product),
+)
+add_engine(
+    "rms_norm", torch=Engine(torch_form.rms_norm), native=Engine(native_form.rms_norm, native_form.refuses_rms_norm)
+)
+add_engine("rotary", torch=Engine(torch_form.rotary), native=Engine(native_form.rotary, native_form.refuses_rotary))
+add_engine(
+    "short_convolution",
+    torch=Engine(torch_form.short_convolution),
+    native=Engine(native_form.short_convolution, native_form.refuses_short_convolution),
+)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import decode_attention, execute, which_backend
+from regard.backends import Engine, add_engine, execute, prefers_native, which_backend
 from regard.contract import BlockMask, Cost, Shape, Unsupported, one_of
 from regard.core.ragged import check_pairs
 from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
+from regard.engines.attention import native_form, torch_form
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -112,7 +113,7 @@ def decode(
 ) -> Float[Tensor, "b h n v"] | None:
     """:func:`attention` by softmax of few queries that see every key, where there is a shorter way to it than the
     general one, which takes longer than the work; None where there is not."""
-    return decode_attention(q, k, v, scale)
+    return native_form.decode(q, k, v, scale) if prefers_native() else None
 
 
 def has_kernel(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
@@ -158,6 +159,8 @@ def attention_cost(shape: Shape, keys: float | None = None) -> Cost:
         step_flops=2.0 * heads * keys * width,
     )
 
+
+add_engine("attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
 __all__ = [
     "RULES",

@@ -1,1 +1,0 @@
-"""Engines in plain PyTorch: traceable, differentiable, on every device."""
