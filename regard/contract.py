@@ -29,6 +29,8 @@ from torch.utils._pytree import GetAttrKey, register_pytree_node
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+    from regard.layers.parts import Merge, Projection
+
 Tensors = dict[str, Tensor]
 
 
@@ -646,8 +648,8 @@ class Mechanism:
             have smaller ones.
         sample_inputs: makes inputs for tests, when `domains` is not enough.
         sample_context: makes what else a call needs in tests (roles), as tensors by name.
-        projection: module that turns the shell's q, k, v (and x) into the mechanism's inputs.
-        merge: module that turns the head outputs (and inputs, x) into what the output projection sees.
+        projection: makes the mechanism's inputs of the shell's q, k, v and tokens (:mod:`regard.layers.parts`).
+        merge: changes the head outputs before the output projection.
         module: the whole layer, for mixers, poolings, projections and wrappers; of attention a class derived from the
             shell, where it must see layer inputs again.
         prepare: inserts the tokens it needs: ids -> (ids, roles).
@@ -688,8 +690,8 @@ class Mechanism:
     axis_sizes: Callable[[Shape, Any], Mapping[str, int]] | None = None
     sample_inputs: Callable[..., Tensors] | None = None
     sample_context: Callable[..., Tensors] | None = None
-    projection: type[nn.Module] | None = None
-    merge: type[nn.Module] | None = None
+    projection: type[Projection] | None = None
+    merge: type[Merge] | None = None
     module: type[nn.Module] | None = None
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     layer_defaults: Mapping[str, Any] = field(default_factory=dict)

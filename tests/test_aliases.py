@@ -8,6 +8,7 @@ import torch
 from regard import Context, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.catalogue import resolve
 from regard.contract import Kind
+from regard.layers.parts import LayerCall
 from regard.models import LanguageModel, LanguageModelConfig
 
 CARDS = [get_mechanism(name) for name in list_mechanisms()]
@@ -65,13 +66,17 @@ def test_retention_turns_its_queries_and_decays_at_fixed_rates():
     assert layer.positions.name == "rotary"
     assert [name for name, _ in layer.named_parameters()] == [name for name, _ in same.named_parameters()]
     k = torch.zeros(2, 2, 12, layer.head_dim)
-    heads = layer.projection({"k": k}, x(), x(), Context())
+    heads = layer.projection.inputs({"k": k}, LayerCall(x(), x(), Context()))
     torch.testing.assert_close(heads["log_decay"].exp()[0, :, 0, 0], 1 - 2.0 ** -torch.arange(5.0, 7).double())
 
 
 def test_a_simple_gla_has_one_gate_a_head():
-    assert layer_of("simple_gla").projection({}, x(), x(), Context())["log_decay"].shape[-1] == 1
-    assert layer_of("gla").projection({}, x(), x(), Context())["log_decay"].shape[-1] == layer_of("gla").head_dim > 1
+    assert layer_of("simple_gla").projection.inputs({}, LayerCall(x(), x(), Context()))["log_decay"].shape[-1] == 1
+    assert (
+        layer_of("gla").projection.inputs({}, LayerCall(x(), x(), Context()))["log_decay"].shape[-1]
+        == layer_of("gla").head_dim
+        > 1
+    )
 
 
 def test_scores_of_a_random_synthesizer_do_not_depend_on_its_input_and_those_of_a_dense_one_do():

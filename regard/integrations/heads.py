@@ -12,6 +12,7 @@ from regard.apply import apply
 from regard.contract import Context, Kind, LayerSpec, Mask, Mechanism, Pattern, Result, Unsupported
 from regard.core.ragged import gathering, inner_mask
 from regard.layers.linear import make_linear
+from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -148,10 +149,10 @@ class HeadAttention(nn.Module):
             make_linear,
         )
         self.pattern = spec.pattern
-        self.projection = None if card.projection is None else card.projection(spec)
-        self.merge = None if card.merge is None else card.merge(spec)
+        self.projection: Projection | None = None if card.projection is None else card.projection(spec)
+        self.merge: Merge | None = None if card.merge is None else card.merge(spec)
         self.learns = next(self.parameters(), None) is not None
-        self.needs_losses: tuple[Pattern, ...] = getattr(self.projection, "learns_from_losses", ())
+        self.needs_losses: tuple[Pattern, ...] = () if self.projection is None else self.projection.learns_from_losses
         if spec.pattern in self.needs_losses:
             raise Unsupported(
                 f"{card.name} in {spec.pattern.value} in a model that does not add up the losses it learns from",
@@ -176,7 +177,7 @@ class HeadAttention(nn.Module):
             reason = self.card.refused_positions or "takes no rotary positions"
         elif self.card.maps_before_rotation:
             reason = "it maps queries and keys before their rotation"
-        elif told := getattr(self.projection, "reads_unrotated", None):
+        elif self.projection is not None and (told := self.projection.reads_unrotated):
             reason, nearest = f"it reads {told[0]} before their rotation", told[1]
         else:
             return
@@ -224,7 +225,7 @@ class HeadAttention(nn.Module):
                 supported="whole sequences",
                 nearest="use_cache=False",
             )
-        mixing = getattr(self.projection, "keeps_state", False)
+        mixing = self.projection is not None and self.projection.mixes_tokens
         bias = visible.bias
         if pattern.cross and visible.causal:
             raise Unsupported(
@@ -246,7 +247,9 @@ class HeadAttention(nn.Module):
                 supported="causality, and keys that are missing for all queries",
                 nearest="softmax",
             )
-        if pattern is not self.pattern and (mixing or getattr(self.projection, "for_one_pattern", False)):
+        if pattern is not self.pattern and (
+            mixing or (self.projection is not None and self.projection.for_one_pattern)
+        ):
             raise Unsupported(
                 f"{self.card.name}, whose learned parts are made for {self.pattern.value}, in a call that its mask makes "
                 f"{pattern.value}",
@@ -259,7 +262,7 @@ class HeadAttention(nn.Module):
         if mixing:
             return self._with_mixing(heads, x, source, pattern, visible, scale, want, context, options)
         if self.projection is not None:
-            heads = self.projection(heads, x, source, context)
+            heads, _ = self.projection(heads, LayerCall(x, source, context))
         keys = None if visible.keys is None else Mask(valid=visible.keys)
         together = not pattern.cross and n == m
         mask = keys if together else None
@@ -277,13 +280,13 @@ class HeadAttention(nn.Module):
             **options,
         )
         if self.merge is not None:
-            if keys is not None and not getattr(self.merge, "each_token_alone", False):
+            if keys is not None and not self.merge.each_token_alone:
                 raise Unsupported(
                     f"{self.card.name} with missing keys, whose output mixes neighbours",
                     supported="sequences without padding",
                     nearest="softmax",
                 )
-            result.output = self.merge(result.output, heads, x, context, None, result)
+            result.output = self.merge(result.output, heads, LayerCall(x, source, context), result)
         return result
 
     def _with_mixing(
@@ -311,9 +314,8 @@ class HeadAttention(nn.Module):
         if context.roles is not None:
             options |= {"roles": keys.gather(context.roles, axis=1)}
         assert self.projection is not None
-        inputs, _ = self.projection(
-            heads, x, source, context, lengths=queries.lengths, memory_lengths=keys.lengths, state=None
-        )
+        call = LayerCall(x, source, context, queries.lengths, keys.lengths)
+        inputs, _ = self.projection(heads, call)
         result = apply(
             self.card,
             inputs,
@@ -326,6 +328,6 @@ class HeadAttention(nn.Module):
             **options,
         )
         if self.merge is not None:
-            result.output = self.merge(result.output, inputs, x, context, queries.lengths, result)
+            result.output = self.merge(result.output, inputs, call, result)
         result.output = queries.scatter(result.output, axis=2)
         return result

@@ -1,11 +1,8 @@
 """The shell of attention mechanisms: projections, heads, positions, padding, cache and the four patterns, written once.
 
-A mechanism adds what is its own through two optional modules on its card: `projection` turns the shell's q, k, v into
-the mechanism's inputs (gates, agents, a learned query), `merge` changes the head outputs before the output projection.
-A projection that mixes tokens says ``keeps_state = True``: it is then given the lengths and its own state, and returns
-the inputs and the state after them. One that makes the queries itself, from x, says ``makes_queries = True``. Two more
-words are for the models of others, which rotate before a mechanism is called and add up no losses: ``reads_unrotated =
-(what, option that reads something else)`` and ``learns_from_losses = (pattern, ...)``.
+A mechanism adds what is its own through two optional modules on its card: a :class:`regard.layers.parts.Projection` makes
+inputs beside the heads (gates, agents, a learned query), a :class:`regard.layers.parts.Merge` changes the head outputs
+before the output projection.
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ from regard.contract import (
     Pattern,
     Result,
     State,
+    Tensors,
     Unsupported,
     at_least,
     lengths_after,
@@ -47,6 +45,7 @@ from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import check_dropout, dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import RMSNorm, make_norm
+from regard.layers.parts import LayerCall, Merge, Projection
 from regard.positions import SCHEMES, create_positions
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ class AttentionLayer(Layer):
             dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
         )
         inputs = input_names(card)
-        makes_queries = getattr(card.projection, "makes_queries", False)
+        makes_queries = card.projection is not None and card.projection.makes_queries
         if makes_queries and (query_key_norm or value_norm):
             raise Unsupported(
                 f"query_key_norm={query_key_norm!r} and value_norm={value_norm!r} with {card.name}",
@@ -231,8 +230,8 @@ class AttentionLayer(Layer):
         self.query_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.query is not None else None
         self.key_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.key is not None else None
         self.value_norm = make_norm(value_norm, value_dim) if value_norm and self.value is not None else None
-        self.projection = None if card.projection is None else card.projection(self.spec)
-        self.merge = None if card.merge is None else card.merge(self.spec)
+        self.projection: Projection | None = None if card.projection is None else card.projection(self.spec)
+        self.merge: Merge | None = None if card.merge is None else card.merge(self.spec)
         self.output_norm = make_norm(output_norm, value_dim) if output_norm else None
         self.gate: nn.Module | None = None
         if output_gate_rank is not None:
@@ -287,9 +286,9 @@ class AttentionLayer(Layer):
         if not self.pattern.cross or memory is not None:
             self._memory_heads(heads, source, source_layout.lengths, caches)
         no_keys = self.pattern.cross and memory is None
-        heads, projected, learned = self._project(
-            heads, x, None if no_keys else source, context, layout.lengths, source_layout.lengths, state
-        )
+        before = None if state is None else state.projection
+        call = LayerCall(x, None if no_keys else source, context, layout.lengths, source_layout.lengths, before)
+        heads, projected, learned = self._project(heads, call, state)
         heads = self._rotate(heads, positions, source_positions)
 
         weight_dropout = self.dropout if self.training and "dropout" in self.card.honours else 0.0
@@ -315,15 +314,15 @@ class AttentionLayer(Layer):
         result.losses |= learned
         y = result.output
         if self.merge is not None:
-            y = self.merge(y, heads, x, context, layout.lengths, result)
+            y = self.merge(y, heads, call, result)
         y = self.output(self._gated(y.transpose(1, 2), x))
         if self.training and self.dropout and "dropout" not in self.card.honours:
             y = dropout(y, self.dropout, training=True, generator=context.generator)
         result.output = layout.scatter(y, axis=1)
         result.losses |= losses
         if stateful:
-            before = None if state is None else state.length
-            length = lengths_after(before, layout.lengths, batch, x.shape[1], device)
+            past = None if state is None else state.length
+            length = lengths_after(past, layout.lengths, batch, x.shape[1], device)
             result.state = LayerState(result.state, length, tuple(caches), projected)
         return result
 
@@ -352,7 +351,8 @@ class AttentionLayer(Layer):
         positions, _ = self._prepare(positions, context, movable=False)
         heads: dict[str, Tensor] = {}
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())
-        heads, projected, _ = self._project(heads, None, memory, context, None, layout.lengths, state)
+        call = LayerCall(None, memory, context, None, layout.lengths, None if state is None else state.projection)
+        heads, projected, _ = self._project(heads, call, state)
         heads = self._rotate(heads, positions, positions)
         absorbed = absorb(
             self.card,
@@ -368,23 +368,12 @@ class AttentionLayer(Layer):
         return LayerState(absorbed, length, projection=projected)
 
     def _project(
-        self,
-        heads: dict[str, Tensor],
-        x: Tensor | None,
-        memory: Tensor | None,
-        context: Context,
-        lengths: Tensor | None,
-        memory_lengths: Tensor | None,
-        state: LayerState | None,
-    ) -> tuple[dict[str, Tensor], State | None, dict[str, Loss]]:
-        """The mechanism's inputs, the state of a projection that keeps one, and losses."""
+        self, heads: Tensors, call: LayerCall, state: LayerState | None
+    ) -> tuple[Tensors, State | None, dict[str, Loss]]:
+        """The mechanism's inputs, the state of a projection that keeps one, and losses that a derived layer adds."""
         if self.projection is None:
             return heads, None, {}
-        if not getattr(self.projection, "keeps_state", False):
-            return self.projection(heads, x, memory, context), None, {}
-        before = None if state is None else state.projection
-        lengths_of = {"lengths": lengths, "memory_lengths": memory_lengths}
-        return *self.projection(heads, x, memory, context, **lengths_of, state=before), {}
+        return *self.projection(heads, call), {}
 
     def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
         """The output norm and the output gate."""

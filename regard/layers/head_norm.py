@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import LayerSpec
+from regard.layers.parts import Merge
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,7 +38,7 @@ def norm_over_heads(o: Float[Tensor, "b h n v"], name: str) -> Float[Tensor, "b 
     return o * torch.rsqrt(o.square().mean((1, 3), keepdim=True) + EPS[name])
 
 
-class HeadNormWeights(nn.Module):
+class HeadNormWeights(Merge):
     """The learned part of a norm over heads (`spec.config.output_norm`): a merge of the attention shell."""
 
     each_token_alone = True  # so padding may lie anywhere

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard.contract import Context, Loss, Result, State, Unsupported, lengths_after, state_field
+from regard.contract import Context, Loss, Result, State, Tensors, Unsupported, lengths_after, state_field
 from regard.engines.cache import last_slots
 from regard.layers.attention import AttentionLayer, LayerState
 from regard.layers.checks import check_state
+from regard.layers.parts import LayerCall
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -63,26 +64,19 @@ class SegmentLayer(AttentionLayer):
         return result
 
     def _project(
-        self,
-        heads: dict[str, Tensor],
-        x: Tensor | None,
-        memory: Tensor | None,
-        context: Context,
-        lengths: Tensor | None,
-        memory_lengths: Tensor | None,
-        state: LayerState | None,
-    ) -> tuple[dict[str, Tensor], State | None, dict[str, Loss]]:
-        heads, _, losses = super()._project(heads, x, memory, context, lengths, memory_lengths, state)
-        if not self.training or x is None:
+        self, heads: Tensors, call: LayerCall, state: LayerState | None
+    ) -> tuple[Tensors, State | None, dict[str, Loss]]:
+        heads, _, losses = super()._project(heads, call, state)
+        if not self.training or call.x is None:
             return heads, None, losses
-        stopped = x.detach()
+        stopped = call.x.detach()
         if torch.is_grad_enabled():
             caches = self._no_caches() if state is None or not state.convolutions else list(state.convolutions)
             past: dict[str, Tensor] = {}
-            self._memory_heads(past, stopped, lengths, caches)
+            self._memory_heads(past, stopped, call.lengths, caches)
             heads = heads | {f"{name}_past": tensor for name, tensor in past.items()}
         old = None if state is None else state.projection
-        return heads, last_inputs(old, stopped, lengths, self.config.cached), losses
+        return heads, last_inputs(old, stopped, call.lengths, self.config.cached), losses
 
     def _projected_again(self, state: LayerState) -> LayerState:
         """The state with keys and values of the inputs that it holds, by the weights of now."""

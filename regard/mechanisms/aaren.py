@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -65,6 +64,7 @@ from regard.core.sampling import normals
 from regard.engines import softmax_scan as scan
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry, ScanState
+from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -224,7 +224,7 @@ def _repeat(state: ScanState, n: int) -> Float[Tensor, "b h n v"]:
     return scan.normalized(state.u, state.w).flatten(1, 2)[:, :, None].expand(-1, -1, n, -1)
 
 
-class LearnedQuery(nn.Module):
+class LearnedQuery(Projection):
     """Learned query tokens and their projection W_q, the same at all positions.
 
     Args:
@@ -245,7 +245,8 @@ class LearnedQuery(nn.Module):
         self.query = spec.linear(spec.dim, spec.heads // tokens * spec.head_dim)
         nn.init.normal_(self.query_token, std=0.02)
 
-    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x = call.x
         queries = self.query(self.query_token).unflatten(-1, (-1, self.head_dim))  # (r, h / r, d)
         heads = {**heads, "q": queries.transpose(0, 1).flatten(0, 1)}
         if self.cross and x is not None:
@@ -253,7 +254,7 @@ class LearnedQuery(nn.Module):
         return heads
 
 
-class JoinDirections(nn.Module):
+class JoinDirections(Merge):
     """Prefix and suffix of each position, (B, H, N, 2 V), back to (B, H, N, V); nothing to do elsewhere."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -263,9 +264,7 @@ class JoinDirections(nn.Module):
         self.heads = spec.heads
         self.join = spec.linear(2 * width, width) if both else None
 
-    def forward(
-        self, output: Tensor, heads: Tensors, x: Tensor, context: Context, lengths: Tensor | None, result: Result
-    ) -> Tensor:
+    def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
         if self.join is None:
             return output
         joined = self.join(output.transpose(1, 2).flatten(2))

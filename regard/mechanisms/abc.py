@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -58,6 +57,7 @@ from regard.engines import softmax_scan as scan
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -232,7 +232,7 @@ def _float(x: Tensor) -> Tensor:
     return wide(x)
 
 
-class SlotControl(nn.Module):
+class SlotControl(Projection):
     """Gives the heads of a layer the control vectors of its slots.
 
     Args:
@@ -246,7 +246,7 @@ class SlotControl(nn.Module):
         for slots in (self.slots_k, self.slots_v):
             nn.init.xavier_uniform_(slots, gain=2**-0.5)
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return {**heads, "slots_k": self.slots_k, "slots_v": self.slots_v}
 
 

@@ -86,6 +86,7 @@ from regard.engines import softmax_scan as scan
 from regard.engines.grouped_attention import Dropout
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import ScanState
+from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -603,7 +604,7 @@ class ConvolvedAgents(nn.Module):
         return agents.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class AgentInputs(nn.Module):
+class AgentInputs(Projection):
     """Learned or convolved agents where the layer has them (agents of queries need nothing), and its agent bias.
 
     Args:
@@ -611,7 +612,7 @@ class AgentInputs(nn.Module):
             its `agent_bias` for one in noncausal-self only.
     """
 
-    keeps_state = True  # it keeps none: so it is told the lengths
+    mixes_tokens = True
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -638,30 +639,21 @@ class AgentInputs(nn.Module):
             sizes = (spec.heads, config.num_agents, config.agent_bias, config.bias_grid)
             self.gather_bias, self.share_bias = BiasTables(*sizes), BiasTables(*sizes)
 
-    def forward(
-        self,
-        heads: Tensors,
-        x: Tensor | None,
-        source: Tensor | None,
-        context: Context,
-        *,
-        lengths: Tensor | None = None,
-        memory_lengths: Tensor | None = None,
-        state: None = None,
-    ) -> tuple[Tensors, None]:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, context, lengths = call.x, call.context, call.lengths
         if self.agents is not None:
             heads = {**heads, "agents": self.agents}
         if self.convolved is not None and x is not None:
             heads = {**heads, "row_agents": self.convolved(x, context, lengths)}
         if self.gather_bias is None or self.share_bias is None or x is None:
-            return heads, None
+            return heads
         batch, n = x.shape[:2]
         tokens = _grid_tokens(context, x, lengths)
         places = _places(tokens, n, _two_sides(context.grid), x.device, padded=lengths is not None)
         off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens
         gather = self.gather_bias(*places, off).expand(batch, -1, -1, -1)
         share = self.share_bias(*places, off).mT.expand(batch, -1, -1, -1)
-        return {**heads, "gather_bias": gather, "share_bias": share}, None
+        return {**heads, "gather_bias": gather, "share_bias": share}
 
 
 def _two_sides(grid: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -680,7 +672,7 @@ def _grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Te
     return _tokens(None if lengths is None else valid_from_lengths(lengths, x.shape[1]), roles)
 
 
-class DepthwiseConvolution(nn.Module):
+class DepthwiseConvolution(Merge):
     """Adds a 3 x 3 depthwise convolution of the values (or of the layer's input) on the grid to the head outputs.
 
     Args:
@@ -702,9 +694,8 @@ class DepthwiseConvolution(nn.Module):
         self.of = ("value" if noncausal else "none") if of == "auto" else of
         self.convolution = None if self.of == "none" else nn.Conv2d(width, width, 3, padding=1, groups=width)
 
-    def forward(
-        self, output: Tensor, heads: Tensors, x: Tensor, context: Context, lengths: Tensor | None, result: Result
-    ) -> Tensor:
+    def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
+        x, context, lengths = call.x, call.context, call.lengths
         if self.convolution is None or x.shape[1] == 0:
             return output
         source = x if self.of == "input" else _repeat_groups(heads["v"], self.heads).transpose(1, 2).flatten(2)

@@ -59,7 +59,6 @@ from regard.contract import (
     ALL_PATTERNS,
     BlockMask,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -79,6 +78,7 @@ from regard.core.sampling import attention_shapes, normals
 from regard.core.visibility import block_visibility
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -392,7 +392,7 @@ def _attend(
     return Result(output, state, extras=extras)
 
 
-class Sink(nn.Module):
+class Sink(Projection):
     """Gives a layer's heads their learned sinks, when `learn_sink` asks for them."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -400,7 +400,7 @@ class Sink(nn.Module):
         _check_heads(spec.config, spec.heads)
         self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.config.learn_sink else None
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads if self.sink is None else heads | {"sink": self.sink}
 
 

@@ -63,7 +63,6 @@ from regard.contract import (
     ALL_PATTERNS,
     BlockMask,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -90,6 +89,7 @@ from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import append, append_rows
 from regard.engines.grouped_attention import Dropout, normalized
 from regard.engines.merging import merge
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -989,7 +989,7 @@ def _logn_step(
     return output, BlockState(rank + new, all_k, all_v, ranks, asked, told, values)
 
 
-class LearnedMaps(nn.Module):
+class LearnedMaps(Projection):
     """The learned maps of a layer, where its options have any: of `deepset` pools, and of projected row keys.
 
     Args:
@@ -1014,7 +1014,8 @@ class LearnedMaps(nn.Module):
             self.row_out = nn.Parameter(out.transpose(0, 1).contiguous())
             self.names = {name: name for name in ("row_in", "norm_weight", "norm_bias", "row_out")}
 
-    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x = call.x
         maps = {name: getattr(self, own) for name, own in self.names.items()}
         return heads | maps | ({"residual": x} if self.projected and x is not None else {})
 

@@ -49,7 +49,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -67,6 +66,7 @@ from regard.core.sampling import normals
 from regard.engines.attention import Ranks, Visibility, attention, masked_scores_bias, ranks
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.layers import rotary
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -300,7 +300,7 @@ def _attend(
     return Result(output.to(v.dtype), state, extras=extras)
 
 
-class Angles(nn.Module):
+class Angles(Projection):
     """Gives a layer's heads their delta, b and learned frequencies, which weight decay leaves alone."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -335,7 +335,7 @@ class Angles(nn.Module):
             if self.frequencies is not None:
                 self.frequencies.copy_(self.config.base ** (-torch.arange(half) / half))
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         made = {"angle_scale": self.delta.expand(self.kv_heads, -1)}
         if self.phase is not None:
             made["phase"] = self.phase.expand(self.heads, -1)

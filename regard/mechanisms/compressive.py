@@ -54,7 +54,6 @@ from torch.func import functional_call
 
 from regard.contract import (
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -78,6 +77,7 @@ from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import take
 from regard.engines.segment_attention import GroupState, Reach, segment_attention, windows
 from regard.layers.attention import LayerState
+from regard.layers.parts import LayerCall
 from regard.layers.segment_recurrence import InputState, SegmentLayer, last_inputs
 from regard.mechanisms.transformer_xl import NO_PLACE, RelativeScores, read_optional, relative_rows
 from regard.mechanisms.transformer_xl import sample_inputs as sample_tokens
@@ -224,16 +224,10 @@ class CompressiveLayer(SegmentLayer):
     projection: Compression
 
     def _project(
-        self,
-        heads: dict[str, Tensor],
-        x: Tensor | None,
-        memory: Tensor | None,
-        context: Context,
-        lengths: Tensor | None,
-        memory_lengths: Tensor | None,
-        state: LayerState | None,
-    ) -> tuple[dict[str, Tensor], State | None, dict[str, Loss]]:
-        heads, kept, losses = super()._project(heads, x, memory, context, lengths, memory_lengths, state)
+        self, heads: Tensors, call: LayerCall, state: LayerState | None
+    ) -> tuple[Tensors, State | None, dict[str, Loss]]:
+        heads, kept, losses = super()._project(heads, call, state)
+        x, lengths = call.x, call.lengths
         assert x is not None
         old: InputState | None = None if state is None else state.projection  # type: ignore[assignment]
         if not self.training:

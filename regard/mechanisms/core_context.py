@@ -46,7 +46,6 @@ from regard.contract import (
     ALL_PATTERNS,
     BlockMask,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -73,6 +72,7 @@ from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.grouped_attention import normalized
 from regard.engines.merging import merge
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -469,7 +469,7 @@ def _take(x: Float[Tensor, "b h m d"], slots: Int[Tensor, "b j"]) -> Float[Tenso
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-class Gate(nn.Module):
+class Gate(Projection):
     """A layer's gate between tokens and cores, one number a head, when `fusion` asks for it.
 
     Args:
@@ -483,7 +483,7 @@ class Gate(nn.Module):
             self.reads_unrotated = ("keys", 'pool_keys="post_rope"')
         self.gate = nn.Parameter(torch.zeros(spec.heads)) if spec.config.fusion == "gated" else None
 
-    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads if self.gate is None else heads | {"gate": self.gate}
 
 

@@ -55,7 +55,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -72,6 +71,7 @@ from regard.core.precision import wide, wide_dtype
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -301,7 +301,7 @@ def _by_columns(
     return recurrent_forms.by_columns(run, call, (*keys, log_decay), (v, rate))
 
 
-class RateProjection(nn.Module):
+class RateProjection(Projection):
     """The layer's beta and decay, from the sequence that is written: adds `beta` (or `value_beta`) and `log_decay`.
 
     beta = sigmoid(W x), twice that with negative eigenvalues. The decay of ``gated=True`` is that of the gated delta
@@ -329,9 +329,8 @@ class RateProjection(nn.Module):
             self.log_strength = nn.Parameter(torch.empty(spec.kv_heads).uniform_(1, 16).log())
             self.gate_bias = nn.Parameter(start + torch.log(-torch.expm1(-start)))
 
-    def forward(
-        self, heads: Tensors, x: Tensor | None, source: Float[Tensor, "b m c"] | None, context: Context
-    ) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        source = call.memory
         if source is None:
             return heads
         dtype = wide_dtype(source)

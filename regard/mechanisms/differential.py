@@ -44,7 +44,6 @@ from regard.contract import (
     ALL_PATTERNS,
     BlockMask,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -72,6 +71,7 @@ from regard.engines.attention import (
 )
 from regard.engines.cache import KeyValueState, extend
 from regard.layers.norms import RMSNorm
+from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -237,7 +237,7 @@ def _attend(
     return Result(output, state, extras={"weights": (first_weights - subtracted * second_weights).to(q.dtype)})
 
 
-class Lambda(nn.Module):
+class Lambda(Projection):
     """A layer's lambda, from four vectors of the width of a head: adds `lam` to the heads.
 
     Raises:
@@ -250,13 +250,13 @@ class Lambda(nn.Module):
         self.pairs, self.initial = spec.heads // 2, spec.config.lambda_init
         self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(0.1 * torch.randn(spec.head_dim)) for _ in range(4))
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         q1, k1, q2, k2 = map(wide, (self.q1, self.k1, self.q2, self.k2))
         lam = (q1 @ k1).exp() - (q2 @ k2).exp() + self.initial
         return heads | {"lam": lam.expand(self.pairs)}
 
 
-class PairNorm(nn.Module):
+class PairNorm(Merge):
     """The norm of each pair's output, times 1 - lambda_init."""
 
     each_token_alone = True  # so padding may lie anywhere

@@ -48,7 +48,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -67,6 +66,7 @@ from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.linear import make_linear
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -255,7 +255,7 @@ def _by_columns(
     return recurrent_forms.by_columns(run, call, (*keys, log_decay), (v, c))
 
 
-class GateProjection(nn.Module):
+class GateProjection(Projection):
     """The layer's gates, from the sequence that is written: adds `log_decay` (and `value_log_decay`) to the heads.
 
     Learned gates are ``logsigmoid(z) / gate_normalizer``, with z = W_2 W_1 x + b for one gate a feature (W_1 maps to
@@ -274,9 +274,8 @@ class GateProjection(nn.Module):
             self.key_gate = _with_zero_bias(make_linear(spec.memory_dim, spec.kv_heads, bias=True))
         self.value_gate = _low_rank(spec, spec.value_dim) if config.value_gate else None
 
-    def forward(
-        self, heads: Tensors, x: Tensor | None, source: Float[Tensor, "b m c"] | None, context: Context
-    ) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        source = call.memory
         if source is None:
             return heads
         if self.key_gate is not None:

@@ -61,6 +61,7 @@ from regard.core.precision import wide_dtype
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, absorb, extend
 from regard.layers.linear import make_linear
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -195,7 +196,7 @@ def _attend(
     return Result(output, state, extras=extras)
 
 
-class GatePredictor(nn.Module):
+class GatePredictor(Projection):
     """A layer's gates, from the tokens of its queries: adds `log_gate` (B, H, N) to the heads.
 
     The maps of all heads are one tensor each, with the head in front; they start as separate linear layers would.
@@ -244,9 +245,8 @@ class GatePredictor(nn.Module):
                 last.weight.normal_(std=std)  # type: ignore[operator]
         self.maps.append(last)
 
-    def forward(
-        self, heads: Tensors, x: Float[Tensor, "b n c"] | None, source: Tensor | None, context: Context
-    ) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, source, context = call.x, call.memory, call.context
         if x is None:
             return heads
         logits = self._logits(x)

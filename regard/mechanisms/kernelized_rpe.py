@@ -58,7 +58,6 @@ from torch.utils.checkpoint import checkpoint
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -83,6 +82,7 @@ from regard.engines.cache import KeyValueState, WindowState, extend, extend_wind
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.fourier import fast_size
 from regard.engines.gated_recurrence import gated_recurrence
+from regard.layers.parts import LayerCall, Projection
 from regard.positions.alibi import Alibi
 from regard.positions.protocol import Positions
 from regard.positions.relative import Relative
@@ -715,7 +715,7 @@ def _fft_is_best(config: Config, n: int, m: int, f: int, v: int, reach: int, *, 
     return FFT_SLOWNESS * fft < blocks
 
 
-class Offsets(nn.Module):
+class Offsets(Projection):
     """Gives a layer's heads their random features, biases of offsets and temperature."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -760,7 +760,8 @@ class Offsets(nn.Module):
         if self.random_features is not None:
             self.random_features.copy_(self._draw(generator))
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        context = call.context
         if self.training and self.config.redraw:
             self.calls += 1
             if self.calls % self.config.redraw == 0:

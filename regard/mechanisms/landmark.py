@@ -83,7 +83,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -114,6 +113,7 @@ from regard.engines.grouped_attention import (
     own_groups,
     product,
 )
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -615,7 +615,7 @@ def _rows(bias: Float[Tensor, "#b #h #n #m"], start: int, step: int) -> Float[Te
     return bias if bias.shape[2] == 1 else bias[:, :, start : start + step]
 
 
-class MissKey(nn.Module):
+class MissKey(Projection):
     """Gives a layer's heads their learned miss keys, when `miss` asks for them."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -624,7 +624,7 @@ class MissKey(nn.Module):
             raise Unsupported(f"miss=True in {spec.pattern.value}", supported="causal-self", nearest="miss=False")
         self.miss = nn.Parameter(0.02 * torch.randn(spec.kv_heads, spec.head_dim)) if spec.config.miss else None
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads if self.miss is None else heads | {"miss": self.miss}
 
 

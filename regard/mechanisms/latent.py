@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -67,6 +66,7 @@ from regard.engines.attention import Ranks, Visibility, attention, attention_ref
 from regard.engines.cache import append
 from regard.layers.attention import AttentionLayer
 from regard.layers.norms import RMSNorm
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -253,7 +253,7 @@ def absorbs(n: int, m: int, d: int, v: int, r: int, c: int) -> bool:
     return n * (m * (2 * c + r) + c * (d + v)) < m * (c * (d + v) + n * (d + r + v))
 
 
-class Latents(nn.Module):
+class Latents(Projection):
     """A layer's queries in both parts, the latents of its tokens, and the matrices that make keys and values of them.
 
     Raises:
@@ -280,9 +280,8 @@ class Latents(nn.Module):
         self.up_k = nn.Parameter(torch.empty(spec.heads, content, width).uniform_(-bound, bound))
         self.up_v = nn.Parameter(torch.empty(spec.heads, spec.value_dim, width).uniform_(-bound, bound))
 
-    def forward(
-        self, heads: Tensors, x: Float[Tensor, "b n c"] | None, memory: Float[Tensor, "b m c2"] | None, context: Context
-    ) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, memory = call.x, call.memory
         found = heads | {"up_k": self.up_k, "up_v": self.up_v}
         if memory is not None:
             found["latent"] = self.norm(self.down(memory))

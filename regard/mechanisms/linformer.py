@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 from regard.contract import (
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -56,6 +55,7 @@ from regard.core.precision import wide_dtype, without_autocast
 from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.recurrent_forms import length_after
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -178,7 +178,7 @@ def _check(e: Tensor, groups: int, m: int, lengths: Int[Tensor, " b"] | None = N
         )
 
 
-class SequenceProjections(nn.Module):
+class SequenceProjections(Projection):
     """Gives the heads of a layer their E and F.
 
     Args:
@@ -193,7 +193,7 @@ class SequenceProjections(nn.Module):
         self.e = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.f = None if config.sharing == "key-value" else nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         heads = {**heads, "e": self.e}
         return heads if self.f is None else {**heads, "f": self.f}
 

@@ -43,7 +43,6 @@ from torch import Tensor, nn
 
 from regard.contract import (
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -68,6 +67,7 @@ from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.merging import merge
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -357,7 +357,7 @@ def _extend_landmarks(
     return (landmarks[0], landmarks[1]), Segment(last(top), last(sums[0])[..., 0], last(sums[1]), last(sums[2]))
 
 
-class DualNorm(nn.Module):
+class DualNorm(Projection):
     """Gives a layer's heads the scores of their landmarks, and both norms.
 
     Args:
@@ -384,7 +384,8 @@ class DualNorm(nn.Module):
             self.token_norm = nn.LayerNorm(width, eps=config.norm_eps)
             self.landmark_norm = nn.LayerNorm(width, eps=config.norm_eps)
 
-    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        source = call.memory
         assert source is not None  # self patterns have it
         heads = heads | {"p": self.scores(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)}
         if self.token_norm is None or self.landmark_norm is None:

@@ -40,7 +40,6 @@ from torch import Tensor, nn
 
 from regard.contract import (
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -60,6 +59,7 @@ from regard.core.ragged import place_queries, take_queries, values_known
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
 from regard.engines.cache import WindowState, extend_window
 from regard.engines.merging import merge
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -380,7 +380,7 @@ def _first(
     return torch.where(inside[:, None, :, None], new.gather(2, index).to(known.dtype), known)
 
 
-class GlobalProjections(nn.Module):
+class GlobalProjections(Projection):
     """Queries, keys and values of the global tokens, from the layer's input."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -396,7 +396,8 @@ class GlobalProjections(nn.Module):
             self.key = spec.linear(spec.dim, spec.kv_heads * spec.head_dim)
             self.value = spec.linear(spec.dim, spec.kv_heads * spec.value_dim)
 
-    def forward(self, heads: Tensors, x: Tensor | None, source: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x = call.x
         if not self.used or x is None:
             return heads
         modules = {"q_global": self.query, "k_global": self.key, "v_global": self.value}

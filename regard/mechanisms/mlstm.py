@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -64,6 +63,7 @@ from regard.core.ragged import flip_rows
 from regard.engines import recurrent_forms
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.layers.linear import make_linear
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -217,11 +217,7 @@ def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
 
 
 def _queries(call: Call, q: Tensor) -> Tensor:
-    return call.scale * _wide(q)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return wide(x)
+    return call.scale * wide(q)
 
 
 def _writes(
@@ -241,7 +237,7 @@ def _writes(
     m = _stabilizer(write.detach(), forget.detach(), start.detach())
     decay = forget + (torch.cat([start[..., None], m[..., :-1]], -1) - m)
     decay = decay - decay.detach().clamp(min=0)  # by rounding
-    k, v = _wide(k), _wide(v)
+    k, v = wide(k), wide(v)
     keys = k * (write - m).exp().to(k.dtype)[..., None]
     return (keys, torch.cat([v, torch.ones_like(v[..., :1])], -1), decay.to(k.dtype)[..., None]), m
 
@@ -275,7 +271,7 @@ def _state(call: Call, state: recurrent_forms.MatrixState, m: Float[Tensor, "b h
     return MemoryState(state.memory, last, state.length)
 
 
-class Gates(nn.Module):
+class Gates(Projection):
     """The layer's gates, from the sequence that is written: adds `log_input` and `log_forget`.
 
     Both are affine in x, under a soft cap if there is one. At the start their weights are 0, the input gate is near 1
@@ -295,9 +291,8 @@ class Gates(nn.Module):
             with torch.no_grad():
                 module.bias.copy_(bias)  # type: ignore[operator]
 
-    def forward(
-        self, heads: Tensors, x: Tensor | None, source: Float[Tensor, "b m c"] | None, context: Context
-    ) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        source = call.memory
         if source is None:
             return heads
         forget = self._capped(self.forget_gate(source))
@@ -306,7 +301,7 @@ class Gates(nn.Module):
         return heads
 
     def _capped(self, x: Float[Tensor, "b m h"]) -> Float[Tensor, "b h m"]:
-        x, cap = _wide(x).mT, self.config.gate_cap
+        x, cap = wide(x).mT, self.config.gate_cap
         return x if cap is None else cap * torch.tanh(x / cap)
 
 

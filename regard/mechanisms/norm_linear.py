@@ -130,7 +130,7 @@ def chunked(
 ) -> Result:
     state, size, valid = recurrent_forms.memory_of(call), call.chunk_size or 64, call.memory_lengths
     q, k = _mapped(call, q, k)
-    rule, values = _rule(call), _wide(v)
+    rule, values = _rule(call), wide(v)
 
     def run(q: Tensor) -> tuple[Tensor, Tensor]:
         return linear_attention(q, k, values, rule, state=state, valid=valid, chunk_size=size, backend=call.backend)
@@ -142,7 +142,7 @@ def chunked(
 def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
     q, k = _mapped(call, q, k)
     rule = _rule(call)
-    o, state = recurrent_forms.step(call, map_queries(q, rule), *map_memory(k, _wide(v), rule, call.memory_lengths))
+    o, state = recurrent_forms.step(call, map_queries(q, rule), *map_memory(k, wide(v), rule, call.memory_lengths))
     return Result(_normalized(call, o, v.dtype), state)
 
 
@@ -169,11 +169,6 @@ def _check(call: Call) -> None:
         )
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In at least float32: sums over a sequence are beyond float16, and are rounded once, after the norm."""
-    return wide(x)
-
-
 def _engine_maps(call: Call) -> bool:
     """Whether the engine applies f; otherwise it is given what is mapped, and rotated."""
     return call.rotate is None and call.config.feature_map in FEATURE_MAPS
@@ -185,11 +180,11 @@ def _rule(call: Call) -> Rule:
 
 
 def _mapped_queries(call: Call, q: Tensor) -> Tensor:
-    return _wide(q) if _engine_maps(call) else MAPS[call.config.feature_map](call.scale * _wide(q))
+    return wide(q) if _engine_maps(call) else MAPS[call.config.feature_map](call.scale * wide(q))
 
 
 def _mapped_keys(call: Call, k: Tensor) -> Tensor:
-    return _wide(k) if _engine_maps(call) else MAPS[call.config.feature_map](_wide(k))
+    return wide(k) if _engine_maps(call) else MAPS[call.config.feature_map](wide(k))
 
 
 def _mapped(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +201,7 @@ def _mapped(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def _written(call: Call, keys: Tensor, v: Tensor) -> Tensor:
     """S of all keys."""
-    keys, values = map_memory(keys, _wide(v), _rule(call), call.memory_lengths)
+    keys, values = map_memory(keys, wide(v), _rule(call), call.memory_lengths)
     with without_autocast(v.device):
         return keys.mT @ values
 

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 from regard.contract import (
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -56,6 +55,7 @@ from regard.core.precision import wide_dtype, without_autocast
 from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.segments import segment_means
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -205,7 +205,7 @@ def _check(call: Call, convolution: Tensor | None) -> None:
         raise Unsupported(f"a convolution of width {convolution.shape[1]}", supported="an odd width")
 
 
-class ValueConvolution(nn.Module):
+class ValueConvolution(Projection):
     """Gives the heads of a layer the kernels of their convolution, where it has one.
 
     Args:
@@ -226,7 +226,7 @@ class ValueConvolution(nn.Module):
             bound = width**-0.5
             self.convolution = nn.Parameter(torch.empty(spec.heads, width).uniform_(-bound, bound))
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads if self.convolution is None else {**heads, "convolution": self.convolution}
 
 

@@ -45,12 +45,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -71,6 +70,7 @@ from regard.core.precision import wide, wide_dtype, without_autocast
 from regard.core.sampling import normals
 from regard.engines import recurrent_forms
 from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -371,7 +371,7 @@ def _divide(call: Call, o: Tensor, phi: Tensor, total: Tensor) -> Float[Tensor, 
     return o[..., :-1] / torch.where(denominator == 0, 1.0, denominator)
 
 
-class RandomFeatures(nn.Module):
+class RandomFeatures(Projection):
     """Gives the heads of a layer their random features, and draws them anew now and then in training.
 
     Calls are counted where a graph is not being compiled. A compiled layer, or one whose activations are recomputed in
@@ -401,7 +401,8 @@ class RandomFeatures(nn.Module):
         w = draw_features(*old.shape, orthogonal=orthogonal, generator=generator, device=old.device)
         return w.to(old.dtype)
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        context = call.context
         if self.training and self.config.fresh:
             return {**heads, "w": self._drawn(False, context.generator)}
         if self.training and self.config.redraw and not torch.compiler.is_compiling():

@@ -49,7 +49,6 @@ from regard.contract import (
     ALL_PATTERNS,
     BlockMask,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -67,6 +66,7 @@ from regard.core.precision import wide, wide_dtype, without_autocast
 from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import CountedState, extend_counted, read_on
+from regard.layers.parts import LayerCall, Projection
 from regard.positions.sinusoidal import Sinusoidal
 
 if TYPE_CHECKING:
@@ -378,7 +378,7 @@ def _engine(
     return output.to(v.dtype), weights
 
 
-class Maps(nn.Module):
+class Maps(Projection):
     """Gives a layer's heads the encodings of positions and their maps, and content heads their queries and keys."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -434,7 +434,8 @@ class Maps(nn.Module):
             return (2 * bits - 1).to(dtype)
         return self.encoding
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, memory = call.x, call.memory
         maps = self.weight.mT.unflatten(-1, (self.heads, 2, self.width)).movedim(0, 2)  # (h, 2, f, d)
         made = {
             "query_map": maps[:, 0],

@@ -48,7 +48,6 @@ from torch import Tensor, nn
 
 from regard.contract import (
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -71,6 +70,7 @@ from regard.core.visibility import CountedRanks
 from regard.engines.attention import Visibility, attention, attention_reference
 from regard.engines.cache import append
 from regard.engines.merging import merge
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -433,7 +433,7 @@ def _keys(call: Call, q: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
     return q * (q.square().sum(-1, keepdim=True) + q.shape[-1] * call.config.eps).rsqrt()
 
 
-class Rotations(nn.Module):
+class Rotations(Projection):
     """Gives the heads of a layer their rotations.
 
     Args:
@@ -448,7 +448,8 @@ class Rotations(nn.Module):
         shape = (spec.heads, self.config.rounds, spec.head_dim, self.config.buckets // 2)
         self.register_buffer("rotations", torch.randn(shape))
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        context = call.context
         rotations = self.rotations
         if self.training and self.config.fresh:
             rotations = torch.randn(

@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -68,6 +67,7 @@ from regard.core.precision import wide, wide_dtype
 from regard.core.ragged import group_queries, take_tokens
 from regard.core.visibility import CountedRanks
 from regard.engines.attention import Visibility, attention, attention_reference, ranks
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -499,7 +499,7 @@ def _check(call: Call, heads: int) -> None:
         )
 
 
-class Centroids(nn.Module):
+class Centroids(Projection):
     """Gives the heads of a layer their centroids and null memories, and moves the centroids in training.
 
     The centroids of a call are those before it. They stay where they are while a graph is being compiled.
@@ -519,7 +519,8 @@ class Centroids(nn.Module):
         self.null_k = nn.Parameter(torch.randn(*shape, spec.head_dim)) if null else None
         self.null_v = nn.Parameter(torch.randn(*shape, spec.value_dim)) if null else None
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, memory, context = call.x, call.memory, call.context
         found = {**heads, "centroids": self.centroids}
         if self.null_k is not None and self.null_v is not None:
             found |= {"null_k": self.null_k, "null_v": self.null_v}

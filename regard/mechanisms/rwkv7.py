@@ -54,7 +54,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -78,6 +77,7 @@ from regard.engines.layers import short_convolution
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.attention import AttentionLayer
 from regard.layers.linear import make_linear
+from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -209,11 +209,7 @@ def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
 
 
 def _queries(call: Call, q: Tensor) -> Tensor:
-    return call.scale * _wide(q)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return wide(x)
+    return call.scale * wide(q)
 
 
 def _writes(
@@ -226,9 +222,9 @@ def _writes(
             f"log_decay with {log_decay.shape[-1]} features for keys with {k.shape[-1]}",
             supported=f"(B, H, M, 1), or (B, H, M, {k.shape[-1]}) for a decay of each key feature",
         )
-    kappa = _wide(removal_key)
+    kappa = wide(removal_key)
     kappa = kappa * torch.rsqrt(kappa.square().sum(-1, keepdim=True) + call.config.eps)
-    return _wide(k), _wide(v), kappa, _wide(rate) * kappa, None if log_decay is None else _wide(log_decay)
+    return wide(k), wide(v), kappa, wide(rate) * kappa, None if log_decay is None else wide(log_decay)
 
 
 def _run(
@@ -284,14 +280,14 @@ class ShiftState(State):
     length: Int[Tensor, " b"] = state_field()
 
 
-class Rates(nn.Module):
+class Rates(Projection):
     """The layer's removal keys, rates, decays and replacement keys, from the sequence that is written.
 
     Key/value heads have them; the query heads of a group share them. Biases and factors start as in the first layer of
     the official code.
     """
 
-    keeps_state = True
+    mixes_tokens = True
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -307,18 +303,9 @@ class Rates(nn.Module):
         self.removal = nn.Parameter(0.76 - 0.1 * rising)
         self.replacement = nn.Parameter(torch.full((width,), 1.02))
 
-    def forward(
-        self,
-        heads: Tensors,
-        x: Tensor | None,
-        source: Float[Tensor, "b m c"] | None,
-        context: Context,
-        *,
-        lengths: Int[Tensor, " b"] | None,
-        memory_lengths: Int[Tensor, " b"] | None,
-        state: ShiftState | None,
-    ) -> tuple[Tensors, ShiftState | None]:
+    def forward(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, ShiftState | None]:
         """The heads with what is learned of the tokens written, and the state after them."""
+        source, memory_lengths, state = call.memory, call.memory_lengths, call.state
         if source is None:
             return heads, state
         cache = None if state is None else state.last
@@ -326,7 +313,7 @@ class Rates(nn.Module):
         for_rate, _ = self.rate_shift(source, memory_lengths, cache)
         decay = torch.sigmoid(self._split(self.decay(for_decay)) + self._each(self.decay_bias))
         rate = torch.sigmoid(self._split(self.rate(for_rate)) + self._each(self.rate_bias))
-        k = _wide(heads["k"])
+        k = wide(heads["k"])
         heads |= {"removal_key": k * self._each(self.removal), "rate": rate, "log_decay": -math.exp(-0.5) * decay}
         heads["k"] = (k * (1 + (rate - 1) * self._each(self.replacement))).to(heads["k"].dtype)
         before = None if state is None else state.length
@@ -334,13 +321,13 @@ class Rates(nn.Module):
         return heads, ShiftState(last, length)
 
     def _split(self, x: Float[Tensor, "b m c"]) -> Float[Tensor, "b h m k"]:
-        return _wide(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return wide(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _each(self, parameter: Float[Tensor, " c"]) -> Float[Tensor, "h 1 k"]:
-        return _wide(parameter).view(self.heads, 1, -1)
+        return wide(parameter).view(self.heads, 1, -1)
 
 
-class Output(nn.Module):
+class Output(Merge):
     """The norm of each head with weights of its own, the bonus of the token itself (self patterns), and the gate."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -353,19 +340,14 @@ class Output(nn.Module):
         self.gate = _low_rank(spec, spec.dim, spec.heads * spec.value_dim, nn.Sigmoid())
 
     def forward(
-        self,
-        y: Float[Tensor, "b h n v"],
-        heads: Tensors,
-        x: Float[Tensor, "b n c"],
-        context: Context,
-        lengths: Tensor | None,
-        result: Result,
+        self, y: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result
     ) -> Float[Tensor, "b h n v"]:
-        o = F.layer_norm(_wide(y), y.shape[-1:], eps=self.eps) * _wide(self.weight) + _wide(self.bias)
+        x = call.x
+        o = F.layer_norm(wide(y), y.shape[-1:], eps=self.eps) * wide(self.weight) + wide(self.bias)
         if self.bonus is not None:
-            k, v = (_wide(heads[name]) for name in ("k", "v"))
+            k, v = (wide(heads[name]) for name in ("k", "v"))
             k, v = (t.repeat_interleave(y.shape[1] // t.shape[1], 1) for t in (k, v))
-            o = o + (_wide(heads["q"]) * _wide(self.bonus) * k).sum(-1, keepdim=True) * v
+            o = o + (wide(heads["q"]) * wide(self.bonus) * k).sum(-1, keepdim=True) * v
         return o.to(y.dtype) * self.gate(x).unflatten(-1, (y.shape[1], -1)).transpose(1, 2)
 
 

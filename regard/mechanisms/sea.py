@@ -74,7 +74,6 @@ from torch.utils.checkpoint import checkpoint
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -98,6 +97,7 @@ from regard.core.visibility import Ranks, ranks
 from regard.engines.cache import append
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory
 from regard.layers.attention_map import CausalMap, CodebookMap, NoncausalMap, orthogonal_features, softmax_features
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -343,10 +343,6 @@ class _Keys:
         return keys.new_zeros(keys.shape[0], m + 1).scatter(1, named, slots)[:, :m]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return wide(x)
-
-
 def _attend(
     call: Call, keys: _Keys, q: Tensor, estimate: Tensor, row_logit: Tensor | None, mix_logit: Tensor | None
 ) -> Result:
@@ -364,7 +360,7 @@ def _attend(
     jitter = _draw_jitter(call, batch, m, q.device)
     want_weights = "weights" in call.want
     most = _most_read(config, heads, pixels, _fewest_keys(call, n, m), m)
-    scaled = call.scale * _wide(q)
+    scaled = call.scale * wide(q)
     if jitter is not None or want_weights or DENSE_ADVANTAGE * most >= heads * m:
         compute, numbers = _dense_rows(config, keys.where.keys, jitter, want_weights), heads * m
     else:
@@ -372,10 +368,10 @@ def _attend(
     output, *more = _by_rows(compute, batch * numbers, totals.expand(-1, n), (k, v), (kept, scaled))
     weights = more[0] if more else None
     if row_logit is not None:
-        scale = _wide(row_logit).sigmoid()[..., None]
+        scale = wide(row_logit).sigmoid()[..., None]
         output, weights = scale * output, None if weights is None else scale * weights
     if mix_logit is not None:
-        share = _wide(mix_logit).sigmoid()[..., None]
+        share = wide(mix_logit).sigmoid()[..., None]
         mean = _mean(call, keys, estimate, totals)
         output = share * output + (1 - share) * mean.repeat_interleave(heads // mean.shape[1], 1)
     output = torch.where(totals[:, None, :, None] > 0, output, 0)
@@ -391,7 +387,7 @@ def _mean(call: Call, keys: _Keys, estimate: Tensor, totals: Tensor) -> Float[Te
     """The value that a query gets where it does not attend."""
     if call.pattern is not Pattern.NONCAUSAL_SELF:
         return keys.mean(call, totals)
-    p = _wide(estimate).softmax(-1)
+    p = wide(estimate).softmax(-1)
     valid = call.valid_queries(p.shape[2])
     if valid is None:
         p = p.mean(2)
@@ -399,7 +395,7 @@ def _mean(call: Call, keys: _Keys, estimate: Tensor, totals: Tensor) -> Float[Te
         p = torch.where(valid[:, None, :, None], p, 0).sum(2) / valid.sum(-1).clamp(min=1)[:, None, None]
     pixel, visible = _pixels(keys.where.keys, totals, p.shape[-1])  # (b, 1, m)
     weights = p.gather(-1, pixel.expand(p.shape[0], p.shape[1], -1))
-    v = _wide(keys.state.v).repeat_interleave(p.shape[1] // keys.state.v.shape[1], 1)
+    v = wide(keys.state.v).repeat_interleave(p.shape[1] // keys.state.v.shape[1], 1)
     return (torch.where(visible, weights, 0)[:, :, None] @ v).to(v.dtype)
 
 
@@ -531,10 +527,10 @@ def _dense_rows(config: Config, keys: Tensor, jitter: Tensor | None, want_weight
             visible = visible & _read_regularly(config, keys[:, None], totals[:, :, None])
         pixel = pixel[:, None].expand(*kept.shape[:3], -1)
         allowed = kept.gather(-1, pixel) & visible[:, None]
-        scores = q @ _wide(k).repeat_interleave(heads // k.shape[1], 1).mT
+        scores = q @ wide(k).repeat_interleave(heads // k.shape[1], 1).mT
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
         weights = torch.where(allowed, weights, 0)
-        output = weights @ _wide(v).repeat_interleave(heads // v.shape[1], 1)
+        output = weights @ wide(v).repeat_interleave(heads // v.shape[1], 1)
         return (output, weights) if want_weights else (output,)
 
     return compute
@@ -562,12 +558,12 @@ def _gathered_rows(config: Config, slots: Tensor | None, most: int) -> Compute:
         row = torch.arange(batch, device=q.device)[:, None, None]
         query = torch.arange(n, device=q.device)[:, None]
         group = head.div(heads // k.shape[1], rounding_mode="floor")
-        scores = (_wide(k[row, group, slot]) * q[row, head, query]).sum(-1)
+        scores = (wide(k[row, group, slot]) * q[row, head, query]).sum(-1)
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~inside, lowest)
         top = scores.new_full((batch, n, heads), lowest).scatter_reduce(-1, head, scores.detach(), "amax")
         weights = torch.where(inside, (scores - top.gather(-1, head)).exp(), 0)
-        weighted = weights[..., None] * _wide(v[row, group, slot])
+        weighted = weights[..., None] * wide(v[row, group, slot])
         sums = weights.new_zeros(batch, n, heads).scatter_add(-1, head, weights)
         output = weighted.new_zeros(batch, n, heads, v.shape[-1])
         output = output.scatter_add(2, head[..., None].expand_as(weighted), weighted)
@@ -599,17 +595,17 @@ def _distillation(
     def compute(totals: Tensor, k: Tensor, q: Tensor, e: Tensor, target: Tensor | None = None) -> tuple[Tensor, ...]:
         pixel, visible = (x.expand(batch, -1, -1) for x in _pixels(slots, totals, e.shape[-1], jitter))
         seen = visible[:, None]
-        scores = q @ _wide(k).repeat_interleave(heads // k.shape[1], 1).mT
+        scores = q @ wide(k).repeat_interleave(heads // k.shape[1], 1).mT
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         if target is None:
             return _map_distances(torch.where(seen, scores.detach().softmax(-1), 0), e, pixel, visible)
-        p = torch.where(seen, _wide(target), 0)
+        p = torch.where(seen, wide(target), 0)
         kl, squares = _map_distances(p, e, pixel, visible)
         own = scores.log_softmax(-1)
         kl = kl + torch.xlogy(p, p).sum(-1) - (p * torch.where(seen, own, 0)).sum(-1)
         return kl, squares + (p - torch.where(seen, own.exp(), 0)).square().sum(-1)
 
-    by_query = (q, _wide(estimate)) if "weights" not in given else (q, _wide(estimate), given["weights"])
+    by_query = (q, wide(estimate)) if "weights" not in given else (q, wide(estimate), given["weights"])
     kl, squares = _by_rows(compute, batch * heads * k.shape[2], totals, (k,), by_query)
     rows, counted_heads = counted.sum(), counted[:, None].expand(-1, heads, -1)
     pairs = (counted.sum(-1) * (slots >= 0).sum(-1)).sum()
@@ -617,7 +613,7 @@ def _distillation(
     loss = 0.1 * torch.where(counted_heads, kl, 0).sum() / averaged.clamp(min=1)
     loss = loss + torch.where(counted_heads, squares, 0).sum() / (heads * pairs).clamp(min=1)
     if "output" in given:
-        difference = (output - _wide(given["output"])).square().mean(-1)
+        difference = (output - wide(given["output"])).square().mean(-1)
         loss = loss + torch.where(counted_heads, difference, 0).sum() / (heads * rows).clamp(min=1)
     return loss, (rows > 0).to(torch.int64)
 
@@ -675,11 +671,11 @@ class EstimatorState(State):
     rows: tuple[Tensor, ...] = ()
 
 
-class Estimator(nn.Module):
+class Estimator(Projection):
     """Makes the estimated map and the gates of a layer's queries: a projection of the attention shell, with a state."""
 
     random_features: Tensor | None
-    keeps_state = True
+    mixes_tokens = True
     reads_unrotated = ("queries and keys", "")
     # In these the map does no more than choose what is read, which has no gradient.
     learns_from_losses = (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
@@ -730,18 +726,16 @@ class Estimator(nn.Module):
             drawn = orthogonal_features(number, width, generator)
             self.random_features = drawn.to(self.random_features)
 
-    def forward(
-        self,
-        heads: Tensors,
-        x: Float[Tensor, "b n c"] | None,
-        memory: Float[Tensor, "b m c2"] | None,
-        context: Context,
-        *,
-        lengths: Int[Tensor, " b"] | None,
-        memory_lengths: Int[Tensor, " b"] | None,
-        state: EstimatorState | None,
-    ) -> tuple[Tensors, EstimatorState | None]:
+    def forward(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, EstimatorState | None]:
         """The heads with the estimate and the gates of the queries, and the state after them."""
+        x, memory, context, lengths, memory_lengths, state = (
+            call.x,
+            call.memory,
+            call.context,
+            call.lengths,
+            call.memory_lengths,
+            call.state,
+        )
         config: Config = self.config
         if self.training and config.redraw_every and not torch.compiler.is_compiling():
             self.training_calls += 1
@@ -753,7 +747,7 @@ class Estimator(nn.Module):
                 if memory is not None:
                     state = self._absorb(heads, memory_lengths, state)
                 if x is not None and state is not None:
-                    c = divide(self._map(_wide(heads["q"])) @ state.memory, self.RULE)
+                    c = divide(self._map(wide(heads["q"])) @ state.memory, self.RULE)
             elif self.whole:
                 c = self._attend_all(heads, lengths)
             else:
@@ -798,7 +792,7 @@ class Estimator(nn.Module):
     ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n d+v"], Int[Tensor, "#b n"]]:
         """Mapped keys, values beside the learned codes of their positions, and the positions."""
         assert self.positions is not None
-        k, v = (_wide(self._repeat(heads[name])) for name in ("k", "v"))
+        k, v = (wide(self._repeat(heads[name])) for name in ("k", "v"))
         places = torch.arange(k.shape[2], device=k.device)[None]
         if state is not None:
             places = state.length[:, None] + places
@@ -838,7 +832,7 @@ class Estimator(nn.Module):
         length = self._after(heads, lengths, state)
         k, values, places = self._keys(heads, state)
         assert self.positions is not None
-        q = self._map(_wide(heads["q"]), self._turn(places, self.positions.shape[0], values.dtype))
+        q = self._map(wide(heads["q"]), self._turn(places, self.positions.shape[0], values.dtype))
         before = None if state is None else state.memory
         c, memory = linear_attention(q, k, values, self.RULE, state=before, valid=lengths)
         rows = self.map.start(heads["v"]) if state is None else state.rows
@@ -846,7 +840,7 @@ class Estimator(nn.Module):
 
     def _attend_all(self, heads: Tensors, lengths: Tensor | None) -> Float[Tensor, "b h n d+v"]:
         """Noncausal-self: the softmax kernel, and the identity matrix stretched over the valid tokens."""
-        q, k, v = (_wide(self._repeat(heads[name])) for name in ("q", "k", "v"))
+        q, k, v = (wide(self._repeat(heads[name])) for name in ("q", "k", "v"))
         n, d = q.shape[2:]
         if n == 0:
             return v.new_zeros(*v.shape[:3], d + v.shape[3])

@@ -53,7 +53,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -73,6 +72,7 @@ from regard.core.sampling import attention_shapes
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, append, extend
 from regard.layers.linear import make_linear
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -339,7 +339,7 @@ def _attend(
     return Result(output.to(dtype), state, extras=extras)
 
 
-class Temperatures(nn.Module):
+class Temperatures(Projection):
     """A layer's terms: adds ``q_token``, ``q_slope`` and so on to the heads, as its options ask.
 
     The last weights of every f start at 0, and so do the tokens' terms.
@@ -376,9 +376,8 @@ class Temperatures(nn.Module):
         if "q" in self.weights or "k" in self.weights:
             self.reads_unrotated = ("queries and keys", 'token_features="tokens"')
 
-    def forward(
-        self, heads: Tensors, x: Float[Tensor, "b n c"] | None, source: Float[Tensor, "b m c2"] | None, context: Context
-    ) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, source = call.x, call.memory
         found = dict(heads)
         tokens = {"q": x, "k": source, "v": source}
         for name, terms in self.config.terms.items():

@@ -49,7 +49,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -68,6 +67,7 @@ from regard.core.precision import wide_dtype
 from regard.core.visibility import DistanceBias
 from regard.engines.attention import Ranks, Visibility, attention, attention_cost, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, extend
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -295,7 +295,7 @@ def _bias_terms(config: Config, head_bias: Tensor | None, counts: Tensor, q: Ten
     return terms
 
 
-class HeadBias(nn.Module):
+class HeadBias(Projection):
     """Gives a layer's heads their learned bias, when `learn_bias` asks for it."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -308,7 +308,7 @@ class HeadBias(nn.Module):
             )
         self.head_bias = nn.Parameter(torch.zeros(spec.heads)) if spec.config.learn_bias else None
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads if self.head_bias is None else heads | {"head_bias": self.head_bias}
 
 

@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -69,6 +68,7 @@ from regard.engines.attention import (
     ranks,
 )
 from regard.engines.cache import KeyValueState, absorb, extend
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -203,7 +203,7 @@ def _attend(
     return Result(output, state, extras=extras)
 
 
-class Sink(nn.Module):
+class Sink(Projection):
     """Gives a layer's heads their learned sinks, when `learn_sink` asks for them."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -211,7 +211,7 @@ class Sink(nn.Module):
         _check_window(spec.config, spec.pattern)
         self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.config.learn_sink else None
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads if self.sink is None else heads | {"sink": self.sink}
 
 

@@ -46,7 +46,6 @@ from torch import Tensor, nn
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -67,6 +66,7 @@ from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.attention import Ranks, Visibility, ranks
 from regard.engines.cache import append
 from regard.engines.recurrent_forms import length_after
+from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -302,7 +302,7 @@ def _check(
             )
 
 
-class Scores(nn.Module):
+class Scores(Projection):
     """Makes the scores of a layer, of each kind that its options name.
 
     Args:
@@ -339,7 +339,8 @@ class Scores(nn.Module):
             self.query = spec.linear(spec.dim, spec.heads * width)
             self.key = spec.linear(spec.memory_dim, spec.kv_heads * width)
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, memory = call.x, call.memory
         found, kinds = dict(heads), self.config.kinds
         shares: dict[str, float | Tensor] = {kind: 1.0 for kind in kinds}
         if self.mix is not None:

@@ -50,7 +50,6 @@ from torch import Tensor, nn
 
 from regard.contract import (
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -67,6 +66,7 @@ from regard.contract import (
 from regard.core.sampling import attention_shapes, normals
 from regard.engines.cache import WindowState
 from regard.engines.segment_attention import Distances, Reach, segment_attention
+from regard.layers.parts import LayerCall, Projection
 from regard.layers.segment_recurrence import SegmentLayer
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def read_optional(
     return distances, None if k_past is None or v_past is None else (k_past, v_past)
 
 
-class RelativeScores(nn.Module):
+class RelativeScores(Projection):
     """A layer's u, w and W_r. Sinusoids are as wide as the layer."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -213,7 +213,7 @@ class RelativeScores(nn.Module):
         bound = self.relative.shape[1] ** -0.5
         nn.init.uniform_(self.relative, -bound, bound)  # as a linear layer of sinusoids
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads | {"u": self.u, "w": self.w, "relative": self.relative}
 
 

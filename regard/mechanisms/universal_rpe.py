@@ -58,7 +58,6 @@ from torch.utils.checkpoint import checkpoint
 from regard.contract import (
     ALL_PATTERNS,
     Call,
-    Context,
     Cost,
     Kind,
     LayerSpec,
@@ -88,6 +87,7 @@ from regard.engines.attention import (
 )
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.merging import merge
+from regard.layers.parts import LayerCall, Projection
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import Toeplitz, at_offsets
 
@@ -455,7 +455,7 @@ def _part(x: Float[Tensor, "b h #n #m"], start: int, stop: int, last: int) -> Fl
     return x[..., :last] if x.shape[3] > 1 else x
 
 
-class Factors(nn.Module):
+class Factors(Projection):
     """Gives a layer's heads their C."""
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -490,7 +490,7 @@ class Factors(nn.Module):
                 else:
                     table.normal_(std=STD).sub_(ACTIVATIONS[self.config.activation][1])
 
-    def forward(self, heads: Tensors, x: Tensor | None, memory: Tensor | None, context: Context) -> Tensors:
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         activation, one = ACTIVATIONS[self.config.activation]
         if self.grid_table is not None:
             return heads | {"grid_factors": activation(self.grid_table + one)}

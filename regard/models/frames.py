@@ -80,7 +80,7 @@ def in_frame(
         wanted["short_convolution"] = 0
     if card.layer_defaults.get("output_norm", "") is None:
         wanted["output_norm"] = None
-    if getattr(card.projection, "makes_queries", False):
+    if card.projection is not None and card.projection.makes_queries:
         del wanted["key_expand"], wanted["value_expand"]  # widths of its own
     if rotary and not pattern.cross and "rotary" in card.accepts_positions and "positions" not in card.layer_defaults:
         wanted["positions"] = "rotary"

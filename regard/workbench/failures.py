@@ -27,7 +27,7 @@ CAUSES = {
     "compile": "data decide the control flow: `.item()`, a Python branch on a tensor, a shape made of values",
     "layer_compile": "data decide the control flow: `.item()`, a Python branch on a tensor, a shape made of values",
     "layer_save": "a tensor that the layer needs is neither a parameter nor a buffer",
-    "layer_decoding": "the projection mixes tokens but keeps no state (``keeps_state = True``)",
+    "layer_decoding": "the projection mixes tokens but keeps no state (``mixes_tokens``, and `forward` with the state)",
 }
 """The most frequent cause of a property's failure."""
 

@@ -15,6 +15,7 @@ from regard.contract import Pattern, Result, State, Waiver, state_field
 from regard.core.ragged import Gathering
 from regard.engines import recurrent_forms
 from regard.engines.recurrent_forms import MatrixState
+from regard.layers.parts import Projection
 from regard.mechanisms import linear, softmax
 from regard.workbench.verify import PROPERTIES, Place, check
 
@@ -312,78 +313,78 @@ def test_gradient_into_padding_is_caught(monkeypatch):
     assert status(card, "padding_gradient", NONCAUSAL) == ["fail"]
 
 
-class Projection(nn.Module):
-    """Passes the shell's heads on; broken ones change them."""
+class PassesOn(Projection):
+    """Leaves the shell's heads as they are; broken ones change them."""
 
     def __init__(self, spec):
         super().__init__()
         self.spec = spec
 
-    def forward(self, heads, x, memory, context):
+    def inputs(self, heads, call):
         return heads
 
 
-class CountsPadding(Projection):
-    def forward(self, heads, x, memory, context):
-        return {**heads, "q": heads["q"] + x.mean((1, 2))[:, None, None, None]}
+class CountsPadding(PassesOn):
+    def inputs(self, heads, call):
+        return {**heads, "q": heads["q"] + call.x.mean((1, 2))[:, None, None, None]}
 
 
-class NumbersTheCall(Projection):
-    def forward(self, heads, x, memory, context):
-        number = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+class NumbersTheCall(PassesOn):
+    def inputs(self, heads, call):
+        number = torch.arange(call.x.shape[1], dtype=call.x.dtype)[:, None]
         return {**heads, "q": heads["q"] + number}
 
 
-class SeesTheFuture(Projection):
-    def forward(self, heads, x, memory, context):
+class SeesTheFuture(PassesOn):
+    def inputs(self, heads, call):
         return {**heads, "v": heads["v"] + 1e-6 * heads["v"].mean(2, keepdim=True)}
 
 
-class HasSecrets(Projection):
+class HasSecrets(PassesOn):
     def __init__(self, spec):
         super().__init__(spec)
         self.secret = torch.rand(())
 
-    def forward(self, heads, x, memory, context):
+    def inputs(self, heads, call):
         return {**heads, "q": heads["q"] * (1 + self.secret)}
 
 
-class HasAnUnusedParameter(Projection):
+class HasAnUnusedParameter(PassesOn):
     def __init__(self, spec):
         super().__init__(spec)
         self.unused = nn.Parameter(torch.ones(1))
 
 
-class WritesIntoItsInput(Projection):
-    def forward(self, heads, x, memory, context):
-        x.detach().mul_(2)
+class WritesIntoItsInput(PassesOn):
+    def inputs(self, heads, call):
+        call.x.detach().mul_(2)
         return heads
 
 
-class WritesIntoItsTable(Projection):
+class WritesIntoItsTable(PassesOn):
     def __init__(self, spec):
         super().__init__(spec)
         self.register_buffer("table", torch.ones(1))
 
-    def forward(self, heads, x, memory, context):
+    def inputs(self, heads, call):
         self.table.mul_(2)
         return heads
 
 
-class LooksAtValues(Projection):
-    def forward(self, heads, x, memory, context):
-        return heads if x.sum().item() > -1e9 else {}
+class LooksAtValues(PassesOn):
+    def inputs(self, heads, call):
+        return heads if call.x.sum().item() > -1e9 else {}
 
 
-class KeepsItsCall(Projection):
-    def forward(self, heads, x, memory, context):
+class KeepsItsCall(PassesOn):
+    def inputs(self, heads, call):
         self.kept = heads
         time.sleep(0.005)
         return self.kept
 
 
-class Widens(Projection):
-    def forward(self, heads, x, memory, context):
+class Widens(PassesOn):
+    def inputs(self, heads, call):
         return {n: t * float("inf") if t.dtype == torch.bfloat16 else t for n, t in heads.items()}
 
 
@@ -409,7 +410,7 @@ BROKEN_LAYERS = [
 def test_broken_layer_is_caught(property_name, projection):
     one_length = (Waiver("layer_lengths", "so that `layer_export` has something to say"),)
     card = dataclasses.replace(SOFTMAX, waivers=one_length if property_name == "layer_export" else ())
-    sound = dataclasses.replace(card, projection=Projection)
+    sound = dataclasses.replace(card, projection=PassesOn)
     assert set(status(sound, property_name, CAUSAL)) == {"pass"}
     broken = dataclasses.replace(card, projection=projection)
     assert "fail" in status(broken, property_name, CAUSAL)

@@ -14,6 +14,7 @@ from regard.apply import absorb, apply
 from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
 from regard.create import create_layer
 from regard.functional import synthesizer_attention
+from regard.layers.parts import LayerCall
 from regard.mechanisms.synthesizer import KINDS, MECHANISM, Config
 
 SCORES = ("dense", "random", "products")
@@ -189,7 +190,7 @@ def test_dot_products_alone_are_softmax_attention():
 def test_a_mixture_starts_as_the_mean_of_its_kinds():
     layer = create_layer("synthesizer", 16, 2, kinds=("random", "dense"), length=9)
     x = torch.randn(2, 9, 16)
-    heads = layer.projection({"v": torch.zeros(2, 2, 9, 8)}, x, x, Context())
+    heads = layer.projection.inputs({"v": torch.zeros(2, 2, 9, 8)}, LayerCall(x, x, Context()))
     close(heads["random"], layer.projection.random / 2)
     dense = layer.projection.hidden(x).unflatten(-1, (2, 8)).transpose(1, 2).relu() @ layer.projection.places
     close(heads["dense"], dense / 2, 1e-6)
