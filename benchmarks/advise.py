@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from neighbour import neighbour
 
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern
@@ -173,20 +172,6 @@ def show_errors(deadline: float, *, fresh: bool) -> None:
             + ")",
             flush=True,
         )
-
-
-BUSY = "import torch\ntorch.set_num_threads(1)\na = torch.ones(1024, 1024)\nwhile True: a @ a"
-
-
-@contextmanager
-def neighbour() -> Iterator[None]:
-    """Another process that multiplies matrices on one core."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def main() -> None:

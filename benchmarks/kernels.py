@@ -21,14 +21,17 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from neighbour import neighbour
 from torch import Tensor
 
 import regard
@@ -547,6 +550,48 @@ def memory() -> str:
     )
 
 
+def beside_another(calls: int = 200) -> list[str]:
+    """Times of single calls at 1,024 tokens, with nothing else running and beside a process that keeps one core busy: its
+    median, its mean, and the 90th percentile, in milliseconds."""
+    q, k, v, g = heads(1024), heads(1024), heads(1024), gate(1024)
+    functions = {
+        "softmax": lambda: softmax_attention(q, k, v),
+        "linear": lambda: linear_attention(q, k, v),
+        "gated_linear": lambda: gated_linear_attention(q, k, v, g),
+        "SDPA": lambda: sdpa(q, k, v),
+    }
+
+    def timed() -> dict[str, np.ndarray]:
+        found = {}
+        for name, function in functions.items():
+            times = []
+            for _ in range(calls + 20):
+                start = time.perf_counter()
+                function()
+                times.append(1e3 * (time.perf_counter() - start))
+            found[name] = np.array(times[20:])
+        return found
+
+    with torch.no_grad():
+        alone = timed()
+        with neighbour():
+            beside = timed()
+
+    def row(name: str) -> str:
+        cells = [f"{f(t):.2f}" for t in (alone[name], beside[name]) for f in (np.median, np.mean, _ninetieth)]
+        return f"| {name} | {' | '.join(cells)} | {beside[name].mean() / alone[name].mean():.2f}x |"
+
+    return [
+        "| call | median alone, ms | mean | p90 | median beside, ms | mean | p90 | mean / mean |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *map(row, functions),
+    ]
+
+
+def _ninetieth(times: np.ndarray) -> float:
+    return float(np.percentile(times, 90))
+
+
 def table(rows: list[Found]) -> list[str]:
     lines = [
         "| what | ms | against | ms | faster | floor | | share |",
@@ -566,11 +611,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="rows whose name matches this regular expression")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each row")
+    parser.add_argument("--busy", action="store_true", help="calls beside a busy process, and nothing else")
     parser.add_argument("--list", action="store_true", help="names of the rows")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     torch.manual_seed(0)
     keep_freed_memory()
+    if options.busy:
+        print("\n".join(beside_another()))
+        return
     peak = machine.fma_peak(0.5)
     found: list[Found] = []
     for group in GROUPS:
@@ -603,6 +652,10 @@ def main() -> None:
         "Length from which a mechanism stays faster than own softmax (interpolated between measured lengths):",
         "",
         *efficiency(),
+        "",
+        "Calls at 1,024 tokens, alone and beside a PyTorch process that keeps one core busy:",
+        "",
+        *beside_another(),
         "",
         memory(),
     ]

@@ -2,10 +2,15 @@
 //
 // A second pool would compete with the first: OpenMP threads go on spinning for a while after their work, so kernels on
 // threads of their own would find the cores busy. The runtime is found by the caller and given as two functions.
+//
+// A caller finishes alone what nobody has begun. An OpenMP region ends for its caller when all its threads have come,
+// though, and beside another busy process one may come a scheduler's slice later, milliseconds after work of microseconds.
+// So the time that a caller waited is told to `Attendance`, which leaves threads out for a while when they come late.
 
 #include "regard.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -24,16 +29,63 @@ struct Region {
   void (*body)(void*, int);
   void* data;
   int count;
+  std::atomic<int64_t> ended{0};  // when the last part that ended did, in nanoseconds; only where there are more threads
   std::atomic<unsigned char> taken[MOST_PARTS];
 
-  // Thread `first` takes its own part, which is likely still in its caches, and then what nobody has begun.
-  void work(int first) {
+  // Thread `first` takes its own part, which is likely still in its caches, and then what nobody has begun. False where
+  // nothing was left.
+  bool work(int first) {
+    bool worked = false;
     for (int i = 0; i < count; ++i) {
       const int part = (first + i) % count;
-      if (!taken[part].load(std::memory_order_relaxed) && !taken[part].exchange(1)) body(data, part);
+      if (taken[part].load(std::memory_order_relaxed) || taken[part].exchange(1)) continue;
+      body(data, part);
+      worked = true;
     }
+    return worked;
   }
 };
+
+// How many threads to leave out, by how long callers waited for those that had nothing left to do. Shared by all callers;
+// a lost update only makes it learn later.
+class Attendance {
+ public:
+  int threads(int count) const {
+    const int out = out_.load(std::memory_order_relaxed);
+    return out < count ? count - out : 1;
+  }
+
+  // A region of `count` parts: how long there was work, and how long the caller waited after it, in nanoseconds.
+  void tell(int count, int64_t worked, int64_t waited) {
+    const int out = out_.load(std::memory_order_relaxed);
+    if (waited > LATE && waited > worked) {
+      const int patience = patience_.load(std::memory_order_relaxed);
+      if (out < count - 1) out_.store(out + 1, std::memory_order_relaxed);
+      patience_.store(patience < MOST_PATIENCE ? 2 * patience : patience, std::memory_order_relaxed);
+      calm_.store(0, std::memory_order_relaxed);
+      return;
+    }
+    const int calm = calm_.load(std::memory_order_relaxed) + 1;
+    if (out > 0 && calm >= patience_.load(std::memory_order_relaxed)) {
+      out_.store(out - 1, std::memory_order_relaxed);  // try one more again
+      calm_.store(0, std::memory_order_relaxed);
+    } else {
+      if (out == 0 && calm == FORGIVEN) patience_.store(1, std::memory_order_relaxed);
+      calm_.store(calm, std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  static constexpr int64_t LATE = 300000;
+  static constexpr int MOST_PATIENCE = 64, FORGIVEN = 64;
+  std::atomic<int> out_{0}, patience_{1}, calm_{0};
+};
+
+Attendance attendance;
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 regard_fork fork_threads = nullptr;
 regard_thread thread_number = nullptr;
@@ -43,7 +95,10 @@ class Pool {
   // The kernels are not re-entered: a second caller (another thread of the program) works alone.
   void run(Region& region) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-    if (!busy.owns_lock()) return region.work(0);
+    if (!busy.owns_lock()) {
+      region.work(0);
+      return;
+    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < region.count - 1) {
@@ -52,14 +107,13 @@ class Pool {
       }
       region_ = &region;
       wanted_ = region.count;
-      running_ = region.count - 1;
       ++generation_;
     }
     start_.notify_all();
     region.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
+    region_ = nullptr;  // who has not begun need not come any more
     done_.wait(lock, [this] { return running_ == 0; });
-    region_ = nullptr;
   }
 
   // In the child of a fork the workers do not exist.
@@ -76,6 +130,7 @@ class Pool {
         seen = generation_;
         if (region_ == nullptr || number >= wanted_) continue;
         region = region_;
+        ++running_;
       }
       region->work(number);
       std::lock_guard<std::mutex> lock(mutex_);
@@ -120,11 +175,24 @@ void run_parts(int count, void (*body)(void*, int), void* data) {
     region.data = &shifted;
     region.count = count - begin < MOST_PARTS ? count - begin : MOST_PARTS;
     for (int i = 0; i < region.count; ++i) region.taken[i].store(0, std::memory_order_relaxed);
-    if (region.count == 1) {
+    const int threads = fork_threads == nullptr ? region.count : attendance.threads(region.count);
+    const int64_t begun = now();
+    if (threads == 1) {
       region.work(0);
+      if (region.count > 1) attendance.tell(region.count, now() - begun, 0);
     } else if (fork_threads != nullptr) {
-      fork_threads([](void* d) { static_cast<Region*>(d)->work(thread_number()); }, &region,
-                   static_cast<unsigned>(region.count), 0);
+      fork_threads(
+          [](void* d) {
+            auto* joined = static_cast<Region*>(d);
+            if (!joined->work(thread_number())) return;
+            const int64_t end = now();
+            int64_t last = joined->ended.load(std::memory_order_relaxed);
+            while (last < end && !joined->ended.compare_exchange_weak(last, end, std::memory_order_relaxed)) {
+            }
+          },
+          &region, static_cast<unsigned>(threads), 0);
+      const int64_t ended = region.ended.load(std::memory_order_relaxed);
+      attendance.tell(region.count, ended - begun, now() - ended);
     } else {
       pool().run(region);
     }
