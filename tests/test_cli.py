@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regard import list_mechanisms
+from regard import get_mechanism, list_mechanisms
 from regard.cli import main
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
@@ -74,6 +74,29 @@ def test_verify_prints_errors_and_ends_with_zero(capsys):
     cells = json.loads(out)["cells"]
     assert {c["dtype"] for c in cells} == {"float64", "float32", "bfloat16", "float16"}
     assert all(c["status"] == "pass" and c["error"] <= c["tolerance"] for c in cells)
+
+
+def test_verify_measures_variants(capsys):
+    chosen = ("--pattern", "causal-self", "--property", "reference", "--json")
+    code, out, _ = run(capsys, "verify", "local", "--variant", "all", *chosen)
+    assert code == 0
+    assert {c["variant"] for c in json.loads(out)["cells"]} == {"", *get_mechanism("local").variants}
+    code, out, _ = run(capsys, "verify", "local", "--variant", "blocks", *chosen)
+    assert {c["variant"] for c in json.loads(out)["cells"]} == {"blocks"}
+
+
+def test_verify_draws_random_cases_and_runs_one(capsys):
+    code, out, _ = run(capsys, "verify", "linear", "local", "--random", "4", "--json")
+    found = json.loads(out)
+    assert (code, found["failures"]) == (0, 0)
+    assert {(s["mechanism"], s["backend"]) for s in found["searches"]} == {
+        (name, backend) for name in ("linear", "local") for backend in verified_backends()
+    }
+    assert all(s["ran"] >= 4 and s["unreached"] == [] for s in found["searches"])
+    code, out, _ = run(
+        capsys, "verify", "--case", '{"mechanism": "linear", "pattern": "causal-self", "lengths": [3, 0]}'
+    )
+    assert (code, out.startswith("holds: error ")) == (0, True)
 
 
 def test_verify_full_resumes(capsys, tmp_path):
@@ -269,6 +292,8 @@ def bad_inputs(folder):
         "missing plugin": (["list", "--plugin", str(folder / "raise.py")], ("raise.py", "raises.py")),
         "unknown pattern": (["list", "--pattern", "causal"], ("causal", "causal-self")),
         "unknown kind": (["list", "--kind", "mixers"], ("mixer",)),
+        "unknown variant": (["verify", "local", "--variant", "block"], ("block", "try blocks")),
+        "no case": (["verify", "--case", "{}"], ("the case '{}'", "--random")),
         "unknown property": (["verify", "softmax", "--property", "stepp"], ("stepp", "step")),
         "profile in a pattern it lacks": (["profile", "local", "--pattern", "causal-cross"], ("local", "causal-cross")),
         "lengths that are no numbers": (["profile", "linear", "--lengths", "1,b"], ("lengths",)),

@@ -143,6 +143,7 @@ def cases(
 
     chosen = [p for p in card.patterns if patterns is None or p in tuple(patterns)]
     values = {option.name: _values(card, option) for option in dataclasses.fields(card.config)}
+    of_heads = any("h" in axes for axes in card.inputs.values())
 
     @st.composite
     def one(draw: Any) -> Case:
@@ -161,7 +162,7 @@ def cases(
         rows = 2 if grid else draw(st.integers(1, 3))
         lengths = tuple(draw(st.integers(1, 6) if grid else numbers) for _ in range(rows))
         paddings = PADDINGS[:1] if grid else PADDINGS[:-1] if pattern.cross else PADDINGS
-        groups = draw(st.sampled_from([2, 1, 3]))
+        groups = draw(st.sampled_from([2, 1, 4, 3] if of_heads else [2, 1]))
         return Case(
             mechanism=card.name,
             pattern=pattern.value,

@@ -91,7 +91,9 @@ def test_the_stub_of_functions_is_that_of_the_catalogue():
 
 def test_the_readme_lists_the_catalogue_by_family():
     text = (ROOT / "README.md").read_text()
-    listed = {title: names.split(", ") for title, names in re.findall(r"^- \*\*(.+)\*\*: (`\w+`(?:, `\w+`)*)$", text, re.M)}
+    listed = {
+        title: names.split(", ") for title, names in re.findall(r"^- \*\*(.+)\*\*: (`\w+`(?:, `\w+`)*)$", text, re.M)
+    }
     families = load("generate").by_family(list_mechanisms())
     assert listed == {title: [f"`{card.name}`" for card in cards] for title, cards in families.items()}
     assert f"{len(list_mechanisms())} of them" in text

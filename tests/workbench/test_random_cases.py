@@ -1,0 +1,92 @@
+"""Random cases: a fixed sample for every mechanism, and what the search does with a mechanism that is wrong."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from regard import Unsupported, get_mechanism, list_mechanisms
+from regard.catalogue import register
+from regard.workbench.properties import Broken
+from regard.workbench.random_cases import PADDINGS, Case, run_case, search, unreached_options
+from regard.workbench.verify import verified_backends
+
+SAMPLE = 10
+
+
+@pytest.mark.parametrize("backend", verified_backends())
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_a_sample_of_cases_holds(name, backend):
+    found = search(get_mechanism(name), SAMPLE, backend=backend)
+    assert found.case is None, f"{found.detail}: {found.case.command}"
+    assert found.ran >= SAMPLE / 2
+
+
+@pytest.fixture
+def from_seven_on(monkeypatch):
+    """Softmax that is wrong from seven tokens on, in the catalogue as ``wrong``."""
+    softmax = get_mechanism("softmax")
+
+    def parallel(call, *tensors, **more):
+        result = softmax.forms["parallel"](call, *tensors, **more)
+        if tensors[0].shape[2] >= 7 if tensors else more["q"].shape[2] >= 7:
+            result.output = result.output + 1
+        return result
+
+    monkeypatch.setattr("regard.catalogue._plugins", {})
+    card = dataclasses.replace(softmax, name="wrong", aliases=(), forms={**softmax.forms, "parallel": parallel})
+    register(card, sys.modules[__name__])
+    return card
+
+
+def test_the_smallest_case_that_fails_is_found_and_fails_again(from_seven_on):
+    found = search(from_seven_on, 100)
+    assert found.case is not None
+    assert max(found.case.lengths) + (found.case.room if found.case.padding != "none" else 0) == 7
+    assert found.case.options == {}
+    again = Case.read(str(found.case))
+    assert again == found.case
+    with pytest.raises(Broken, match="error"):
+        run_case(again)
+    assert str(found.case) in found.case.command
+
+
+def test_the_same_seed_draws_the_same_cases():
+    drawn = [[], [], []]
+    for cases, seed in zip(drawn, (3, 3, 4), strict=True):
+        search(get_mechanism("local"), 8, seed=seed, on_case=cases.append)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_case_says_its_error(padding):
+    case = Case("gated_linear", "causal-self", lengths=(9, 0, 4), padding=padding, room=2, splits=(2, 5))
+    assert 0 <= run_case(case) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["no case", "[1]", '{"mechanism": "softmax"}', '{"mechanism": "softmax", "pattern": "causal-self", "length": 3}'],
+)
+def test_what_is_no_case_is_refused(text):
+    with pytest.raises(Unsupported, match="as `regard verify --random` prints it"):
+        Case.read(text)
+
+
+def test_a_case_keeps_its_tuples():
+    case = Case("softmax", "causal-self", {"window": (3, 0)}, lengths=(2, 4))
+    assert Case.read(str(case)) == case
+    assert json.loads(str(case))["options"] == {"window": [3, 0]}
+
+
+def test_options_that_no_variant_has_are_told():
+    card = dataclasses.replace(get_mechanism("local"), variants={"blocks": {"form": "block", "lookback": 2}})
+    assert unreached_options(card) == ["window", "block"]
+    assert unreached_options(dataclasses.replace(card, variants={})) == [
+        "form",
+        "form=block",
+        "window",
+        "block",
+        "lookback",
+    ]
