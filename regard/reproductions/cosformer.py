@@ -112,6 +112,7 @@ REPRODUCTION = Reproduction(
         "language model pretraining and the Long Range Arena: out of reach",
     ),
     timings=frozenset({"time"}),
+    more_seeds={"digits, cosformer": 10, "digits, flat": 10},
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 128], "seconds": 0.01},
     seconds=40,
 )

@@ -3,31 +3,31 @@
 The paper (section 4): at recalling up to 256 pairs in 2048 tokens xLSTM is the best of the models that are not
 Transformers, and both the matrix memory and the exponential gates improve language models.
 
-Here: recall of 15 pairs, each written once, by 24 queries in 56 tokens, with the layers of the delta rule's
-reproduction: 2 of width 64 with one head of 8 key features, so that the state is the bottleneck, a short convolution and
-a norm of the output head. The control is gated linear attention with one gate a head: the same memory and forget gate
-without input gate and normaliser. It was judged without a pilot: with 15 pairs the control
-has 0.96, so the state is hardly a bottleneck, and more pairs are to be tried.
+Here: recall of overwritten keys, the task of the delta rule's reproduction (16 writes under 8 keys, the last value counts,
+then 24 queries in 56 tokens), with its layers: 2 of width 64 with one head of 8 key features, so that the state is the
+bottleneck, a short convolution and a norm of the output head. The control is gated linear attention with one gate a head:
+the same memory and forget gate without input gate and normaliser.
+
+Before, with 15 pairs that are each written once, the control had 0.96, so that the state was no bottleneck, and mLSTM 0.80
+(three seeds of 500 steps); with more pairs mLSTM learned on no seed of the pilots.
 """
 
-from regard.reproductions.delta_rule import SHAPE, TASK, TRAINING, UPPER_END, run_cell
+from regard.reproductions.delta_rule import OVERWRITTEN, SHAPE, UPPER_END, run_cell
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction
-
-ONCE = TRAINING | {"steps": 500, "task": TASK | {"pairs": 15}}
 
 REPRODUCTION = Reproduction(
     name="mlstm",
     mechanisms=("mlstm",),
     claim="A matrix memory with exponential gating recalls more than other recurrent memories (section 4).",
     instead=(
-        "Recall of 15 pairs, accuracy: mLSTM against the same memory and forget gate without input gate and normaliser. "
-        "Two layers of width 64, 8 key features, 500 steps; no 256 pairs, no language model."
+        "Recall of overwritten keys, accuracy: mLSTM against the same memory and forget gate without input gate and "
+        "normaliser. Two layers of width 64, 8 key features, 700 steps; no 256 pairs, no language model."
     ),
     settings={
-        "mlstm": ONCE | {"mixer": "mlstm", "options": SHAPE},
-        "gated_linear": ONCE | {"mixer": "gated_linear", "options": SHAPE | {"gate": "scalar"}},
-        "softmax": ONCE | UPPER_END,
+        "mlstm": OVERWRITTEN | {"mixer": "mlstm", "options": SHAPE},
+        "gated_linear": OVERWRITTEN | {"mixer": "gated_linear", "options": SHAPE | {"gate": "scalar"}},
+        "softmax": OVERWRITTEN | UPPER_END,
     },
     run_cell=run_cell,
     checks=(Check("mLSTM above gated linear", minus("mlstm", "gated_linear"), above=0.0),),
@@ -42,5 +42,8 @@ REPRODUCTION = Reproduction(
         "the Long Range Arena: sequences too long for this size",
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
+    seeds=4,
+    more_seeds={"softmax": 3},
     seconds=12,
+    protocol=2,
 )

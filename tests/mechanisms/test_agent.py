@@ -13,7 +13,8 @@ from regard.apply import absorb, apply
 from regard.contract import Call, Context, Mask, Pattern, Role, Unsupported
 from regard.create import create_layer
 from regard.functional import agent_attention
-from regard.mechanisms.agent import MECHANISM, Config, _row_agents
+from regard.mechanisms.agent import MECHANISM, Config
+from regard.mechanisms.agent.forms import _row_agents
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 WANT_STATE = Context(want=frozenset({"state"}))

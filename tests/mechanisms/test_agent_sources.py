@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from regard.contract import Call, Context, Mask, Pattern, Role, Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import agent_attention
-from regard.mechanisms.agent import MECHANISM, Config, _row_agents
+from regard.mechanisms.agent import MECHANISM, Config
+from regard.mechanisms.agent.forms import _row_agents
 
 NONCAUSAL = ["noncausal-self", "noncausal-cross"]
 CAUSAL = ["causal-self", "causal-cross"]

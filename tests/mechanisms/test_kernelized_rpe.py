@@ -270,7 +270,7 @@ def test_products_made_in_pieces_have_the_same_gradients(monkeypatch):
     for case in (("causal-self", "fft"), ("noncausal-cross", "blocks")):
         whole = gradients(*case)
         with monkeypatch.context() as patch:
-            patch.setattr("regard.mechanisms.kernelized_rpe.NUMBERS_AT_ONCE", 1)
+            patch.setattr("regard.mechanisms.kernelized_rpe.forms.NUMBERS_AT_ONCE", 1)
             pieces = gradients(*case)
         for a, b in zip(pieces, whole, strict=True):
             close(a, b)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import regard.mechanisms.landmark as landmark_module
+import regard.mechanisms.landmark.forms as landmark_module
 from regard.apply import absorb, apply
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Role, Shape, Unsupported

@@ -17,8 +17,8 @@ from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsup
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.functional import positional_attention, softmax_attention
-from regard.mechanisms import positional_attention as module
 from regard.mechanisms.positional_attention import MECHANISM, Config, cost
+from regard.mechanisms.positional_attention import forms as module
 from regard.positions import Sinusoidal
 from regard.reproductions.positional_attention import TASKS, AlgorithmicNetwork, draw
 from regard.workbench.subjects import Subject

@@ -15,8 +15,8 @@ from regard.backends import only
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
-from regard.mechanisms import reformer
 from regard.mechanisms.reformer import MECHANISM, Config, cost, draw_rounds, hash_tokens
+from regard.mechanisms.reformer import forms as reformer
 from regard.models import LanguageModel, LanguageModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

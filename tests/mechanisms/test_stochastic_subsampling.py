@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import regard.mechanisms.stochastic_subsampling as ssa
+import regard.mechanisms.stochastic_subsampling.definition as definition
+import regard.mechanisms.stochastic_subsampling.forms as ssa
 from regard.contract import BlockMask, Context, Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import softmax_attention, stochastic_subsampling_attention
@@ -169,7 +171,7 @@ def test_locally_biased_draws_prefer_near_keys_the_less_the_more_noise():
 @pytest.mark.parametrize("noise", ["normal", "uniform", "laplace"])
 def test_noise_has_the_deviation_sigma(noise):
     call = ssa.Call(ssa.Pattern.CAUSAL_SELF, Config(mode="local", sigma=3.0, noise=noise))
-    draws = ssa._noise(call, (200_000,), 7, torch.device("cpu"))
+    draws = definition._noise(call, (200_000,), 7, torch.device("cpu"))
     assert float(draws.std()) == pytest.approx(3.0, rel=0.02)
     assert float(draws.mean()) == pytest.approx(0.0, abs=0.05)
 
@@ -221,7 +223,7 @@ def test_positions_are_those_of_the_original_places(positions, options):
 
     def run(form):
         forms = layer.card.forms
-        layer.card = ssa.dataclasses.replace(layer.card, forms={**forms, "parallel": forms[form]})
+        layer.card = dataclasses.replace(layer.card, forms={**forms, "parallel": forms[form]})
         rng = torch.Generator().manual_seed(5)
         return layer(x, context=Context(generator=rng)).output
 
@@ -317,14 +319,14 @@ def model(**options):
 
 def test_layers_draw_for_themselves():
     own, ids = model().train(), torch.randint(13, (2, 16))
-    drawn, original = [], ssa._draw_keys
+    drawn, original = [], ssa.draw_keys
 
     def draw(*arguments):
         drawn.append(original(*arguments))
         return drawn[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssa, "_draw_keys", draw)
+        patch.setattr(ssa, "draw_keys", draw)
         own(ids)
     assert len(drawn) == 2
     assert not torch.equal(*drawn)
@@ -434,7 +436,8 @@ def test_the_bernoulli_form_equals_source_dropout_of_the_authors(form, monkeypat
     """With their draw, and their gates all 1."""
     with np.load(FIXTURES / "stochastic_subsampling_tgt.npz") as arrays:
         recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    monkeypatch.setattr(ssa, "_draw_keys", lambda *_: recorded["kept"])
+    for module in (ssa, definition):
+        monkeypatch.setattr(module, "draw_keys", lambda *_: recorded["kept"])
     leaves = [recorded[name].requires_grad_() for name in "qkv"]
     options = {"mode": "bernoulli", "ratio": 0.6, "pattern": "noncausal-self", "form": form}
     found = train(*leaves, mask=Mask(bias=recorded["bias"]), **options)

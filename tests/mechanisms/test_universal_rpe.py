@@ -19,8 +19,8 @@ from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsup
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.functional import softmax_attention
-from regard.mechanisms import universal_rpe
 from regard.mechanisms.universal_rpe import MECHANISM, Config, cost
+from regard.mechanisms.universal_rpe import forms as universal_rpe
 from regard.models import Encoder, EncoderConfig, count_parameters, from_pretrained, save_pretrained
 from regard.positions import Relative
 from regard.positions.relative import bucket_starts

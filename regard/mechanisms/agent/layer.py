@@ -1,0 +1,235 @@
+"""The modules of agent in its layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import (
+    Context,
+    LayerSpec,
+    Mask,
+    Pattern,
+    Result,
+    Tensors,
+    Unsupported,
+    valid_from_lengths,
+)
+from regard.core.ragged import gathering
+from regard.layers.parts import LayerCall, Merge, Projection
+from regard.mechanisms.agent.definition import Config, agent_sides, repeat_groups
+from regard.mechanisms.agent.forms import _bins, _places, _tokens, check_grid
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+def _with_one_row(places: list[Tensor], extents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """A sequence as a grid of one row."""
+    return [torch.zeros_like(places[0]), *places], [torch.ones_like(extents[0]), *extents]
+
+
+BLOCK = 7
+"""Rows and columns of an agent's table of biases."""
+
+
+class BiasTables(nn.Module):
+    """Numbers of each head and agent, from which the bias of a place on the grid is read.
+
+    Args:
+        heads, agents: how many.
+        kind: ``block``, ``lines`` or ``all``.
+        grid: rows and columns of ``lines``.
+    """
+
+    def __init__(self, heads: int, agents: int, kind: str, grid: tuple[int, int] | None) -> None:
+        super().__init__()
+
+        def table(*shape: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, agents, *shape), std=0.02))
+
+        self.block = None if kind == "lines" else table(BLOCK, BLOCK)
+        self.rows = None if grid is None else table(grid[0])
+        self.columns = None if grid is None else table(grid[1])
+        self.other = table()
+
+    def forward(
+        self, places: list[Int[Tensor, "#b n"]], extents: list[Int[Tensor, "#b 1"]], off: Bool[Tensor, "#b n"]
+    ) -> Float[Tensor, "b h a n"]:
+        """The bias of each token: at its place, and for one off the grid its own number."""
+        if len(places) == 1:
+            places, extents = _with_one_row(places, extents)
+        tables, shares = [self.other[..., None]], [off[..., None].to(self.other.dtype)]
+        on = (~off[..., None]).to(self.other.dtype)
+        if self.block is not None:
+            down, across = (_interpolation(*axis, BLOCK, on) for axis in zip(places, extents, strict=True))
+            tables.append(self.block.flatten(2))
+            shares.append((down[..., None] * across[..., None, :]).flatten(2))
+        for line, place, extent in zip((self.rows, self.columns), places, extents, strict=True):
+            if line is not None:
+                tables.append(line)
+                shares.append(_interpolation(place, extent, line.shape[-1], on))
+        return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), torch.cat(shares, -1))
+
+
+def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
+    """Shares of `size` numbers, spread evenly over `extent` places, in the one at `place`; 0 off the grid.
+
+    As `torch.nn.functional.interpolate` resizes in its linear modes, without aligned corners.
+    """
+    at = ((place.to(on.dtype) + 0.5) * size / extent.clamp(min=1) - 0.5).clamp(min=0, max=size - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=size - 1)
+    above = (at - low)[..., None]
+    return on * (F.one_hot(low, size) * (1 - above) + F.one_hot(high, size) * above)
+
+
+class ConvolvedAgents(nn.Module):
+    """Agents of a layer's input: a depthwise convolution of kernel and stride `conv_stride` over bins, then a linear map.
+
+    Args:
+        spec: of the layer.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.cross = spec.pattern.cross
+        self.heads, self.number, self.stride = spec.heads, spec.config.num_agents, spec.config.conv_stride
+        self.convolution = nn.Conv2d(spec.dim, spec.dim, self.stride, self.stride, groups=spec.dim, bias=False)
+        self.linear = spec.linear(spec.dim, spec.heads * spec.head_dim)
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], context: Context, lengths: Int[Tensor, " b"] | None
+    ) -> Float[Tensor, "b h a d"]:
+        """Agents of each row of a right-padded `x`, on the grid of the context, if there is one."""
+        if self.cross:
+            context = context.replace(roles=None)  # they are the memory's, and refused where it is read
+        tokens = _grid_tokens(context, x, lengths)
+        sides = agent_sides(self.number, context.grid)
+        places, extents = _places(tokens, x.shape[1], context.grid, x.device, padded=lengths is not None)
+        if len(sides) == 1:
+            sides, places, extents = (1, *sides), *_with_one_row(places, extents)
+        bins = tuple(self.stride * side for side in sides)
+        inside = _bins(bins, places, extents, tokens).to(x.dtype)
+        means = inside / inside.sum(-1, keepdim=True).clamp(min=1) @ x
+        agents = self.linear(self.convolution(means.mT.unflatten(-1, bins)).flatten(2).mT)
+        return agents.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class AgentInputs(Projection):
+    """Learned or convolved agents where the layer has them (agents of queries need nothing), and its agent bias.
+
+    Args:
+        spec: of the layer; its config's `agent_source` may ask for agents that are not learned in noncausal patterns only,
+            its `agent_bias` for one in noncausal-self only.
+    """
+
+    mixes_tokens = True
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        config: Config = spec.config
+        source = config.agent_source
+        if source == "auto":
+            source = "pool_q" if spec.pattern is Pattern.NONCAUSAL_SELF else "learned"
+        if source != "learned" and spec.pattern.causal:
+            raise Unsupported(
+                f"{source} agents in {spec.pattern.value}", supported="learned", nearest="agent_source='learned'"
+            )
+        self.agents = None
+        self.convolved = ConvolvedAgents(spec) if source == "conv" else None
+        if source == "learned":
+            self.agents = nn.Parameter(torch.randn(spec.heads, config.num_agents, spec.head_dim))
+        self.gather_bias, self.share_bias = None, None
+        if config.agent_bias != "none":
+            if spec.pattern is not Pattern.NONCAUSAL_SELF:
+                raise Unsupported(
+                    f"agent_bias={config.agent_bias!r} in {spec.pattern.value}",
+                    supported="noncausal-self",
+                    nearest="agent_bias='none'",
+                )
+            sizes = (spec.heads, config.num_agents, config.agent_bias, config.bias_grid)
+            self.gather_bias, self.share_bias = BiasTables(*sizes), BiasTables(*sizes)
+
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        x, context, lengths = call.x, call.context, call.lengths
+        if self.agents is not None:
+            heads = {**heads, "agents": self.agents}
+        if self.convolved is not None and x is not None:
+            heads = {**heads, "row_agents": self.convolved(x, context, lengths)}
+        if self.gather_bias is None or self.share_bias is None or x is None:
+            return heads
+        batch, n = x.shape[:2]
+        tokens = _grid_tokens(context, x, lengths)
+        places = _places(tokens, n, _two_sides(context.grid), x.device, padded=lengths is not None)
+        off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens
+        gather = self.gather_bias(*places, off).expand(batch, -1, -1, -1)
+        share = self.share_bias(*places, off).mT.expand(batch, -1, -1, -1)
+        return {**heads, "gather_bias": gather, "share_bias": share}
+
+
+def _two_sides(grid: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if grid is not None and len(grid) > 2:
+        raise Unsupported(
+            f"agent_bias on a grid {tuple(grid)}", supported="one or two sides", nearest="agent_bias='none'"
+        )
+    return grid
+
+
+def _grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Tensor, "b n"] | None:
+    """Tokens of a layer's right-padded `x` that lie on the grid; None when all do."""
+    roles = context.roles
+    if roles is not None:
+        roles = gathering(context.mask, roles.shape[0], roles.shape[1], roles.device).gather(roles, axis=1)
+    return _tokens(None if lengths is None else valid_from_lengths(lengths, x.shape[1]), roles)
+
+
+class DepthwiseConvolution(Merge):
+    """Adds a 3 x 3 depthwise convolution of the values (or of the layer's input) on the grid to the head outputs.
+
+    Args:
+        spec: of the layer; its config's `dwc` says of what, and `input` needs dim = heads * value_dim.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.heads, width, of = spec.heads, spec.heads * spec.value_dim, spec.config.dwc
+        noncausal = spec.pattern is Pattern.NONCAUSAL_SELF
+        if of in ("value", "input") and not noncausal:
+            raise Unsupported(f"dwc={of!r} in {spec.pattern.value}", supported="noncausal-self", nearest="dwc='none'")
+        if of == "input" and spec.dim != width:
+            raise Unsupported(
+                f"dwc='input' with dim={spec.dim} and values of {width}",
+                supported="equal widths",
+                nearest="dwc='value'",
+            )
+        self.of = ("value" if noncausal else "none") if of == "auto" else of
+        self.convolution = None if self.of == "none" else nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
+        x, context, lengths = call.x, call.context, call.lengths
+        if self.convolution is None or x.shape[1] == 0:
+            return output
+        source = x if self.of == "input" else repeat_groups(heads["v"], self.heads).transpose(1, 2).flatten(2)
+        n = x.shape[1]
+        tokens = _grid_tokens(context, x, lengths)
+        layout = gathering(None if tokens is None else Mask(valid=tokens), x.shape[0], n, x.device)
+        on_grid = layout.gather(source, axis=1)
+        total = torch.full((1, 1), n, device=x.device) if layout.lengths is None else layout.lengths[:, None]
+        height, width = self._sides(context.grid, n, total, padded=lengths is not None)
+        placed = F.pad(on_grid, (0, 0, 0, height * width - n))  # a negative pad cuts slots that hold no token
+        convolved = self.convolution(placed.mT.unflatten(-1, (height, width))).flatten(2).mT
+        local = layout.scatter(F.pad(convolved, (0, 0, 0, n - height * width)), axis=1)
+        return output + local.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def _sides(grid: tuple[int, ...] | None, n: int, total: Tensor, *, padded: bool) -> tuple[int, int]:
+        if grid is None:
+            return 1, n
+        if len(grid) > 2:
+            raise Unsupported(f"dwc on a grid {tuple(grid)}", supported="one or two sides", nearest="dwc='none'")
+        check_grid(grid, total, padded=padded)
+        return (1, grid[0]) if len(grid) == 1 else (grid[0], grid[1])

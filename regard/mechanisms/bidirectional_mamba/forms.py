@@ -1,0 +1,123 @@
+"""The forms of bidirectional_mamba that are run: parallel, in chunks, and from a state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import (
+    Call,
+)
+from regard.core.precision import wide
+from regard.engines.selective_scan import selective_scan
+from regard.mechanisms.bidirectional_mamba.definition import Config, _combine, check_paths, of_path, scan_orders
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+ROWS_FIRST = ("forward", "bidirectional", "cross", "slices")
+"""Scans whose first path takes the tokens as they are numbered."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """The places that a path visits: valid ones first, in order.
+
+    Attributes:
+        places: (L,), or (B, L) where the rows of a batch differ; None for all tokens as they are.
+        lengths: valid ones of each row; None when all are.
+    """
+
+    places: Int[Tensor, "..."] | None
+    lengths: Int[Tensor, " b"] | None
+
+    def take(self, x: Float[Tensor, "b n ..."]) -> Float[Tensor, "b visited ..."]:
+        """Tokens in the order of the path."""
+        if self.places is None:
+            return x
+        if self.places.ndim == 1:
+            return x.index_select(1, self.places)
+        return x.gather(1, self._index(x)) if x.shape[1] else x
+
+    def put(self, y: Float[Tensor, "b visited ..."], n: int) -> Float[Tensor, "b n ..."]:
+        """Back to the order of the tokens; 0 for those that the path does not visit."""
+        if self.places is None:
+            return y
+        empty = y.new_zeros(y.shape[0], n, *y.shape[2:])
+        if self.places.ndim == 1:
+            return empty.index_copy(1, self.places, y)
+        return empty.scatter(1, self._index(y), y)
+
+    def _index(self, x: Tensor) -> Tensor:
+        assert self.places is not None
+        shape = *self.places.shape, *[1] * (x.ndim - 2)
+        return self.places.view(shape).expand(-1, -1, *x.shape[2:])
+
+
+def find_paths(
+    config: Config,
+    n: int,
+    grid: tuple[int, ...] | None,
+    lengths: Tensor | None,
+    valid: Tensor | None,
+    device: torch.device,
+) -> list[Path]:
+    """The paths through a sequence with `lengths`, or a grid with `valid` places."""
+    sides = (n,) if grid is None else grid
+    orders = scan_orders(config, sides, device)
+    if lengths is not None:
+        valid = torch.arange(n, device=device) < lengths[:, None]
+    found = []
+    for i, order in enumerate(orders):
+        forward = i < config.copies and config.scan in ROWS_FIRST
+        if valid is None:
+            found.append(Path(None if forward else order, None))
+        elif forward and lengths is not None:
+            found.append(Path(None, lengths))
+        else:
+            ordered = valid[:, order]
+            first = torch.argsort(~ordered, dim=1, stable=True)
+            found.append(Path(order[first], ordered.sum(1)))
+    return found
+
+
+def parallel(
+    call: Call,
+    x: Float[Tensor, "b u n e"],
+    dt: Float[Tensor, "b w n e"],
+    a: Float[Tensor, "s e k"],
+    b: Float[Tensor, "b q n g k"],
+    c: Float[Tensor, "b q n g k"],
+    skip: Float[Tensor, "t e"] | None = None,
+    dt_bias: Float[Tensor, "r e"] | None = None,
+    z: Float[Tensor, "b n e"] | None = None,
+    mix: Float[Tensor, "b p n"] | None = None,
+) -> Float[Tensor, "b n f"]:
+    """A scan for each path, on tokens in its order."""
+    n = x.shape[2]
+    paths = find_paths(call.config, n, call.grid, call.lengths, call.valid, x.device)
+    check_paths(call, len(paths), x, dt, a, b, c, skip, dt_bias, mix)
+    precise = wide(x)  # each path would be rounded on its own
+    c = call.scale * c
+    outputs = []
+    for p, path in enumerate(paths):
+        taken = [path.take(of_path(t, p, 1)) for t in (precise, dt, b, c)]
+        y, _ = selective_scan(
+            taken[0],
+            taken[1],
+            of_path(a, p, 0),
+            taken[2],
+            taken[3],
+            skip=None if skip is None else of_path(skip, p, 0),
+            dt_bias=None if dt_bias is None else of_path(dt_bias, p, 0),
+            lengths=path.lengths,
+            chunk_size=call.chunk_size or call.config.chunk_size,
+            backend=call.backend,
+        )
+        assert y is not None  # there is a c
+        outputs.append(path.put(y, n))
+    return _combine(call, outputs, z, mix).to(x.dtype)

@@ -1,0 +1,212 @@
+"""The forms of core_context that are run: parallel, in chunks, and from a state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import (
+    BlockMask,
+    Call,
+    Pattern,
+    Result,
+    State,
+    lengths_after,
+    state_field,
+    valid_from_lengths,
+)
+from regard.core.precision import wide
+from regard.core.ragged import values_known
+from regard.core.visibility import block_numbers
+from regard.engines.attention import Ranks, Visibility
+from regard.engines.cache import WindowState, append_rows, extend_window
+from regard.engines.merging import merge
+from regard.mechanisms.core_context.definition import Config, _attend, _cores, check
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class CoreState(State):
+    """The last tokens, and the cores of complete groups: slot r of a row holds its group r; others are beyond its groups.
+
+    `queries` is the sum of queries in the unfinished group, where the pool needs it.
+    """
+
+    window: WindowState
+    keys: Float[Tensor, "b c cores d"] = state_field()
+    values: Float[Tensor, "b c cores v"] = state_field()
+    queries: Float[Tensor, "b h d"] | None = state_field()
+    length: Int[Tensor, " b"] = state_field()
+
+
+def parallel(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    gate: Float[Tensor, " h"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """Two attentions joined by their log-sum-exps: a window on tokens, and cores; causal-self: the chunked form."""
+    if call.pattern is Pattern.CAUSAL_SELF:
+        return chunked(call, q, k, v, gate).output
+    config: Config = call.config
+    check(config, call.pattern, q.shape[2], k.shape[2], gate)
+    g, m, device = config.group, k.shape[2], q.device
+    lengths = lengths_after(None, call.memory_lengths, k.shape[0], m, device)
+    count = -(-m // g)
+    exists = valid_from_lengths(lengths, count * g).unflatten(-1, (count, g))
+    groups = [F.pad(x, (0, 0, 0, count * g - m)).unflatten(2, (count, g)) for x in (k, v)]
+    queries = None
+    if config.pool == "cca" and not call.pattern.cross:
+        asking = wide(q)
+        if config.pool_query == "mean":
+            padded = F.pad(asking, (0, 0, 0, count * g - m)).unflatten(2, (count, g))
+            queries = padded.sum(3) / exists.sum(-1).clamp(min=1)[:, None, :, None]
+        else:
+            last = torch.minimum(torch.arange(1, count + 1, device=device) * g, lengths[:, None]) - 1
+            queries = _take(asking, last.clamp(min=0))
+    keys, values = _cores(call, queries, groups[0], groups[1], exists)
+    core = torch.arange(count, device=device)
+    number = torch.where(exists.any(-1), core, -1)
+    slots = torch.arange(q.shape[2], device=device)[None]
+    if call.pattern.cross:
+        return _attend(call, q, keys, values, Ranks(slots, number, None, None, False), Visibility())[0].to(q.dtype)
+    reach = -(-config.window // g)
+    hidden = BlockMask(((core - core[:, None]).abs() > reach)[None, None], 1)
+    near = _attend(
+        call,
+        q,
+        k,
+        v,
+        Ranks(slots, torch.where(slots < lengths[:, None], slots, -1), 0, 0, False),
+        Visibility(block=g, lookback=reach, lookahead=reach),
+    )
+    far = _attend(
+        call, q, keys, values, Ranks(block_numbers(slots, g), number, None, None, False), Visibility(), hidden
+    )
+    return _fused(gate, near, far).to(q.dtype)
+
+
+def chunked(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    gate: Float[Tensor, " h"] | None = None,
+) -> Result:
+    """Causal-self with state in and out, by any number of tokens; also the step."""
+    config: Config = call.config
+    check(config, call.pattern, q.shape[2], k.shape[2], gate)
+    g, s, n, device = config.group, config.window, q.shape[2], q.device
+    before = torch.zeros(k.shape[0], dtype=torch.long, device=device) if call.state is None else call.state.length
+    places = before[:, None] + torch.arange(n, device=device)
+    asking = q
+    if call.rotate is not None:
+        q = call.rotate(q, places)
+        if config.pool_keys == "post_rope":
+            asking, k = q, call.rotate(k, places)
+    state, keys, values, where = _extend(call, asking, k, v)
+    if call.rotate is not None and config.pool_keys == "pre_rope":
+        keys = call.rotate(keys, where.keys.clamp(min=0).expand(k.shape[0], -1))
+    # A key is read by itself while its group is not before that of the rank s - 1 places back, which is
+    # what a rule on groups says of queries moved back by so much.
+    back = max(s - 1, 0)
+    asks = Ranks(
+        where.queries - back,
+        where.keys,
+        None if where.offset is None else where.offset - back,
+        None if where.first is None else where.first - back,
+        plain=False,
+    )
+    if s == 0:  # as with a window of 1, but that the last query of a group reads no key by itself
+        asks = Ranks(torch.where((where.queries + 1) % g == 0, -1, where.queries), where.keys, None, None, plain=False)
+    near = _attend(call, q, keys, values, asks, Visibility(right=back, block=g, lookahead=back // g + 1))
+    opened = (torch.arange(state.keys.shape[2], device=device)[None] + 1) * g + s - 1  # first rank that reads each core
+    far = _attend(
+        call, q, state.keys, state.values, Ranks(places, opened, None, None, plain=False), Visibility(causal=True)
+    )
+    return Result(_fused(gate, near, far).to(q.dtype), state)
+
+
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> CoreState:
+    """Memory into cores; more may follow."""
+    check(call.config, call.pattern, 0, k.shape[2], None)
+    return _extend(call, None, k, v)[0]
+
+
+def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n v"]:
+    """The values read from tokens and from cores, in one softmax or under a gate."""
+    if gate is None:
+        return merge(*zip(near, far, strict=True))
+    share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
+    both = ((near[1] != -torch.inf) & (far[1] > -torch.inf))[..., None]
+    return torch.where(both, share * near[0] + (1 - share) * far[0], near[0] + far[0])
+
+
+def _extend(call: Call, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[CoreState, Tensor, Tensor, Ranks]:
+    """The state with new tokens; and keys, values and ranks with which their queries are answered.
+
+    Keys and queries are those that are pooled; in cross patterns there are no queries.
+    """
+    config, past, device = call.config, call.state, k.device
+    g, m, width = config.group, k.shape[2], 0 if past is None else config.cached
+    window_call = call.replace(state=None if past is None else past.window)
+    window, keys, values, where = extend_window(window_call, k, v, 0 if q is None else m, config.cached)
+    new = lengths_after(None, call.memory_lengths, k.shape[0], m, device)
+    before = torch.zeros_like(new) if past is None else past.length
+    complete = before // g
+    closed = (before + new) // g - complete
+    summed = None if past is None else past.queries
+    asks = q is not None and config.pool == "cca"
+    count = (m + g - 1) // g
+    cores: tuple[Tensor, Tensor] | None = None
+    if not values_known(closed) or bool((closed > 0).any()):
+        rank = (complete * g)[:, None] + torch.arange(count * g, device=device)
+        slot = (rank - before[:, None] + width).clamp(0, max(keys.shape[2] - 1, 0))
+        groups = [_take(x, slot).unflatten(2, (count, g)) for x in (keys, values)]
+        queries = None
+        if asks and q is not None:
+            queries = _queries(config, wide(q), rank - before[:, None], summed, g)
+        exists = torch.ones(1, count, g, dtype=torch.bool, device=device)
+        key, value = _cores(call, queries, groups[0], groups[1], exists)
+        if call.rotate is not None and config.pool_keys == "pre_rope":
+            key = call.rotate(key, rank.unflatten(1, (count, g))[..., -1])
+        cores = key, value
+    if asks and q is not None and config.pool_query == "mean":
+        # tokens of the group that is unfinished now
+        open_ = ((before + new) // g * g - before)[:, None]
+        place = torch.arange(m, device=device)
+        inside = ((place >= open_) & (place < new[:, None]))[:, None, :, None]
+        added = torch.where(inside, wide(q), 0).sum(2)
+        summed = added if summed is None else added + torch.where((closed > 0)[:, None, None], 0, summed)
+    heads = k.shape[1] if not asks or config.share_gqa or q is None else q.shape[1]
+    old = [wide(x)[:, :1, :0].expand(-1, heads, -1, -1) for x in (k, v)] if past is None else [past.keys, past.values]
+    if cores is not None:
+        old = [append_rows(x, complete, core, closed) for x, core in zip(old, cores, strict=True)]
+    state = CoreState(window, old[0], old[1], summed, before + new)
+    return state, keys, values, where
+
+
+def _queries(
+    config: Config, q: Tensor, place: Int[Tensor, "b tokens"], summed: Tensor | None, g: int
+) -> Float[Tensor, "b h groups d"]:
+    """Query of each group, whose tokens are at `place` among the new queries; those before them are in `summed`."""
+    last = place.unflatten(1, (-1, g))[..., -1]
+    if config.pool_query == "last":
+        return _take(q, last.clamp(0, q.shape[2] - 1))
+    inside = (place >= 0) & (place < q.shape[2])
+    tokens = torch.where(inside[:, None, :, None], _take(q, place.clamp(0, q.shape[2] - 1)), 0)
+    totals = tokens.unflatten(2, (-1, g)).sum(3)
+    if summed is not None:
+        totals = torch.cat([totals[:, :, :1] + summed[:, :, None], totals[:, :, 1:]], 2)
+    return totals / g
+
+
+def _take(x: Float[Tensor, "b h m d"], slots: Int[Tensor, "b j"]) -> Float[Tensor, "b h j d"]:
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

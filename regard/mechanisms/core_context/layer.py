@@ -1,0 +1,31 @@
+"""The modules of core_context in its layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from regard.contract import (
+    LayerSpec,
+    Tensors,
+)
+from regard.layers.parts import LayerCall, Projection
+from regard.mechanisms.core_context.definition import check_pattern
+
+
+class Gate(Projection):
+    """A layer's gate between tokens and cores, one number a head, when `fusion` asks for it.
+
+    Args:
+        spec: of the layer.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        check_pattern(spec.config, spec.pattern)
+        if spec.config.pool_keys == "pre_rope":
+            self.reads_unrotated = ("keys", 'pool_keys="post_rope"')
+        self.gate = nn.Parameter(torch.zeros(spec.heads)) if spec.config.fusion == "gated" else None
+
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        return heads if self.gate is None else heads | {"gate": self.gate}

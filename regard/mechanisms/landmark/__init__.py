@@ -1,0 +1,288 @@
+r"""Landmark attention: a landmark token after each block gates attention to the block, and later finds it in a cache.
+
+When to pick it: to use a context far longer than the one trained on, at a bounded number of attended tokens for each
+query, with every past token still reachable.
+When not: short sequences (plain softmax is cheaper: landmarks lengthen the sequence by a token a block), or when the
+state must not grow (`cache_blocks` bounds it by forgetting the oldest blocks).
+
+Definition (Mohtashami and Jaggi, arXiv 2305.16300, sections 3.1-3.3). A landmark belongs to the block that it closes.
+With S = tau Q K^T, for query i in block b, over visible keys:
+
+    t_i   = softmax of S_i over { normal tokens of block b } and { landmarks of the other blocks that hold tokens }
+    u_i^c = softmax of S_i over the normal tokens of block c,             for each other block c
+    W_ij  = t_ij                      for normal j in block b
+          = t_{i,landmark(c)} u_ij^c  for normal j in another block c
+          = 0                         for landmarks,                      O = W V
+
+Rows sum to 1, except for a query without keys, which gives 0. The fast forms use the same thing in one softmax: with
+LSE_ic the log-sum-exp of S_i over the normal tokens of block c, W_i = softmax over normal tokens of S_ij + C_ij, where
+C_ij = S_{i,landmark(c)} - LSE_ic for j in another block c and 0 in the query's own.
+
+- A query never attends to the landmark of its own block, and a landmark never to itself: a landmark query reads its
+  block's tokens and the earlier blocks.
+- causal-self: other blocks are the earlier ones. noncausal-self: all others. Cross patterns: all blocks of the memory
+  are gated; tokens after its last landmark cannot be reached, so end the memory with a landmark.
+- A block of which the query sees no token (an empty one, or one hidden by a bias) loses its landmark too; a block whose
+  landmark is hidden loses its tokens.
+
+Retrieval (section 3.3; causal-self with a state, `top_k` = k): the state keeps keys before rotation, values, and which
+tokens are landmarks. A call is one chunk, or is read in chunks of `chunk_size`. For each token and head the k blocks of
+highest landmark score, among the complete blocks cached before the chunk, are attended to together with the incomplete
+block and the chunk. `selection` shares the choice: with the softmax of a token's and head's scores over the landmarks,
+the k blocks of the largest maximum over the heads, or over the tokens of the chunk. The latter lets later tokens of a
+chunk influence which blocks an earlier one sees; it is what `offload` needs, so that few blocks are moved for a chunk. With rotary positions blocks take slots of `block` + 1 positions instead of their distant true
+places: to be scored, the k newest blocks have the slots 1 to k and older ones slot 0; the m-th chosen block in order of
+time (from 0) has slot m, or m + 1 if it is one of the k newest; the incomplete block follows at slot k + 1. While no
+more than k blocks are cached, slots are true places. So positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
+In cross patterns each query and head chooses k blocks of the memory (of its newest `cache_blocks`), in whole calls and from a
+state alike, by keys at their true places; not by `max_over_tokens`, with which queries that are read one by one would see
+other blocks than together.
+noncausal-self has nothing to choose from: each call sees its sequence whole, and no state goes on from it.
+
+Miss token (of the authors' code, after the paper): a key, the same for all queries and rotated as at position -1, whose
+score r_i joins the softmax t_i. The landmarks C that it controls leave t_i for a softmax of their own,
+
+    z_i = softmax of S_i over C,     the gate of c in C: t_{i,miss} z_ic,
+
+so that a query which wants none of them lets t_{i,miss} fall. Rows sum to 1, or without a landmark in C to 1 - t_{i,miss}.
+Controlled are the landmarks of retrieved blocks, and in training each landmark with the probability `miss_share`; outside
+training a t_{i,miss} below `miss_cutoff` opens no gate.
+
+| paper | here |
+|---|---|
+| context miss token; t_{i,miss} | `miss` (G, D), one key a head, which the layer learns with `miss=True`; its weight |
+| block length l_block | `block`: normal tokens before each landmark |
+| k retrieved blocks | `top_k`; None attends to all cached blocks, which is W above |
+| memory size (cache of blocks) | `cache_blocks`; the oldest complete block is dropped first; None keeps all |
+| landmark token | `roles == Role.LANDMARK`; :func:`prepare` inserts them |
+| GroupedSoftmax | `softmax="grouped"`; "ignore" hides landmarks, "plain" treats them as normal tokens |
+
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). `roles` (B, M) goes with the keys. Blocks
+may have any length in whole calls that attend to all of them; with `top_k` a block has exactly `block` tokens (the first
+of a sequence may have fewer), and with `cache_blocks` at most `block`.
+Deviations: noncausal and cross patterns are not in the paper. Blocks without a visible token lose their landmark; the
+original code lets an empty block keep its share, so that rows sum to less than 1. The miss token's key is a parameter of the
+layer; there it is the key of a token that no layer lets attend, which is a constant too. There landmarks of the chunk may be
+controlled outside training as well. Models always leave inserted tokens out of the loss, where there an option decides. They
+draw the embedding of a landmark like any other; the new token that the authors add to a pretrained vocabulary starts as the
+mean of the existing embeddings, but no pretrained model is given landmarks here.
+`group_dropout` drops gates (not the own block), `position_jump` adds a random number below it to the positions after
+each landmark; both act in training only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Role,
+    Shape,
+    Tensors,
+    Unsupported,
+    Waiver,
+)
+from regard.core.sampling import attention_shapes, normals
+from regard.mechanisms.landmark.definition import SELECTIONS, Config, reference
+from regard.mechanisms.landmark.forms import NUMBERS_AT_ONCE, LandmarkState, absorb, chunked, parallel, read
+from regard.mechanisms.landmark.layer import MissKey
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+
+def prepare(
+    ids: Int[Tensor, "b n"],
+    config: Config,
+    *,
+    landmark_id: int = 0,
+    lengths: Int[Tensor, " b"] | None = None,
+    phase: int | Int[Tensor, " b"] = 0,
+) -> tuple[Int[Tensor, "b n2"], Int[Tensor, "b n2"]]:
+    """Insert a landmark after every `config.block` tokens.
+
+    What is inserted after a token is read together with it, so a stream may be cut anywhere.
+
+    Args:
+        ids: tokens, right-padded.
+        config: gives the block length.
+        landmark_id: id of the inserted tokens.
+        lengths: valid tokens of each row; all when None.
+        phase: tokens of the incomplete block that came before, from 0 to block - 1: the number of tokens read so far
+            modulo `config.block`.
+
+    Returns:
+        ids and roles, right-padded with zeros; row r has ``lengths + (phase + lengths) // config.block`` valid ones.
+    """
+    batch, n = ids.shape
+    size = config.block + 1
+    before = torch.as_tensor(phase, device=ids.device).expand(batch)[:, None]
+    if not torch.compiler.is_compiling() and batch and not 0 <= int(before.min()) <= int(before.max()) < config.block:
+        raise Unsupported(
+            f"phase from {int(before.min())} to {int(before.max())}",
+            supported=f"0 to {config.block - 1}",
+            nearest=f"phase % {config.block}",
+        )
+    longest = phase if isinstance(phase, int) else config.block - 1
+    place = torch.arange(n + (longest + n) // config.block, device=ids.device)
+    landmark = (before + place) % size == config.block
+    token = place - (before + place) // size  # normal tokens of this call before each place
+    valid = torch.full((batch, 1), n, device=ids.device) if lengths is None else lengths[:, None]
+    inside = torch.where(landmark, token <= valid, token < valid)
+    taken = F.pad(ids, (0, 1)).gather(1, token.clamp(max=n))
+    prepared = torch.where(landmark, landmark_id, taken)
+    return torch.where(inside, prepared, 0), torch.where(inside & landmark, int(Role.LANDMARK), int(Role.TOKEN))
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    sizes: dict[str, int] | None = None,
+    **_: Any,
+) -> Tensors:
+    """Inputs for tests, without a miss key."""
+    return normals(generator, attention_shapes(batch, n, m, {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})), dtype)
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    pairs = shape.batch * shape.heads * shape.n * shape.m
+    width = shape.dim_key + shape.dim_value
+    size = config.block + 1
+    past = shape.m if config.cache_blocks is None else min(shape.m, config.cache_blocks * size + config.block)
+    attended, scored = past, 0
+    if config.top_k is not None:
+        scored = past // size
+        attended = min(past, config.top_k * size + config.block)
+    step = shape.batch * shape.heads * (attended * width + scored * shape.dim_key)
+    return Cost(
+        flops=2.0 * pairs * width,
+        memory=3.0 * shape.batch * shape.heads * (shape.n + shape.m),
+        state=float(shape.heads * past * width),
+        step_flops=2.0 * step,
+    )
+
+
+def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pattern: Pattern) -> Tensors:
+    """Roles (batch, m) with landmarks at random places: blocks of all lengths, empty ones and unfinished ones."""
+    return {"roles": (torch.rand(batch, m, generator=generator) < 0.25).long() * int(Role.LANDMARK)}
+
+
+WHOLE_PAST = {"top_k": None, "cache_blocks": None, "selection": SELECTIONS[0], "offload": None}
+"""Options under which a continued sequence sees all of its past."""
+
+
+RETRIEVING = ("retrieved", "one set for all heads", "one set for all tokens", "miss key", "bounded, retrieved")
+
+
+BOUNDED = (*RETRIEVING, "bounded cache")
+
+
+def _waiver(name: str, reason: str) -> Waiver:
+    return Waiver(name, reason, holds_with=WHOLE_PAST, patterns=(Pattern.CAUSAL_SELF,), variants=BOUNDED)
+
+
+MECHANISM = Mechanism(
+    name="landmark",
+    aliases=("landmark_attention", "grouped_softmax"),
+    kind=Kind.ATTENTION,
+    summary="A landmark token after each block gates attention to the block, and later finds it in a cache.",
+    paper=Paper("Landmark Attention: Random-Access Infinite Context Length for Transformers", "2305.16300", 2023, 9),
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "miss?": "gd"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    variants={
+        "small blocks": {"block": 3},
+        "retrieved": {"block": 100, "cache_blocks": 50, "top_k": 2},
+        "one set for all heads": {"block": 100, "cache_blocks": 50, "top_k": 2, "selection": "max_over_heads"},
+        "one set for all tokens": {
+            "block": 100,
+            "cache_blocks": 50,
+            "top_k": 2,
+            "selection": "max_over_tokens",
+            "offload": "cpu",
+        },
+        "bounded cache": {"block": 100, "cache_blocks": 3},
+        "bounded, retrieved": {"block": 100, "cache_blocks": 3, "top_k": 2},
+        "landmarks ignored": {"block": 3, "softmax": "ignore"},
+        "landmarks as tokens": {"block": 3, "softmax": "plain"},
+        "miss key": {"block": 100, "cache_blocks": 50, "top_k": 2, "miss": True, "miss_share": 0.3, "miss_cutoff": 0.1},
+        "in training": {"block": 3, "group_dropout": 0.2, "position_jump": 5},
+    },
+    variant_patterns={
+        "miss key": (Pattern.CAUSAL_SELF,),
+        "one set for all tokens": (Pattern.CAUSAL_SELF,),
+        **dict.fromkeys(
+            ("retrieved", "one set for all heads", "bounded cache", "bounded, retrieved"),
+            (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
+        ),
+    },
+    engine="grouped_attention",
+    state=LandmarkState,
+    cost=cost,
+    honours=frozenset({"bias", "blocks", "dropout", "weights", "roles", "rotate"}),
+    refused_positions="retrieved blocks take places that a bias on ranks does not know",
+    weights="exact",
+    sample_inputs=sample_inputs,
+    sample_context=sample_context,
+    projection=MissKey,
+    prepare=prepare,
+    waivers=(
+        Waiver("layer_lengths", "its number of blocks is a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no binary search"),
+        _waiver("chunk_size", "a chunk sees itself whole, but of the blocks before it only those it retrieves"),
+        _waiver("step", "a step retrieves among all complete blocks, a whole call attends to all of them"),
+        _waiver("split_resume", "what comes after a split retrieves blocks that the whole call attends to"),
+        _waiver("packing", "documents that continue retrieve blocks that a whole call attends to"),
+        _waiver("layer_decoding", "a step retrieves among all complete blocks, a whole call attends to all of them"),
+        Waiver("state_dtype", "the cache grows until it holds `cache_blocks` blocks", variants=BOUNDED),
+        Waiver(
+            "pair_masks",
+            "blocks that a mask hides in part cannot be chosen by their landmarks",
+            patterns=(Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
+            variants=BOUNDED,
+        ),
+    ),
+)
+
+
+__all__ = [
+    "BOUNDED",
+    "MECHANISM",
+    "NUMBERS_AT_ONCE",
+    "RETRIEVING",
+    "SELECTIONS",
+    "WHOLE_PAST",
+    "Config",
+    "LandmarkState",
+    "MissKey",
+    "absorb",
+    "chunked",
+    "cost",
+    "parallel",
+    "prepare",
+    "read",
+    "reference",
+    "sample_context",
+    "sample_inputs",
+]

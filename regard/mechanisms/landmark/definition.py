@@ -1,0 +1,254 @@
+"""The definition of landmark: its options and what they mean, and its reference, written for reading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import (
+    Call,
+    Pattern,
+    Role,
+    Unsupported,
+    at_least,
+    one_of,
+)
+from regard.core.precision import wide
+from regard.core.visibility import Ranks, Visibility, masked_scores_bias, ranks
+from regard.engines.grouped_attention import (
+    Dropout,
+    product,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        block: normal tokens in a block, >= 1; its landmark comes after them.
+        top_k: blocks that each token and head retrieves from the cache, >= 1; None for all.
+        cache_blocks: complete blocks that are cached, >= 1; None for all.
+        group_dropout: probability in [0, 1) of dropping the gate of a block, in training.
+        softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are tokens like others).
+        position_jump: in training, positions after a landmark grow by a random integer below it; 0 for none.
+        selection: how the retrieved blocks are chosen: ``per_token_and_head``, ``max_over_heads`` (one set for all heads
+            of a token) or ``max_over_tokens`` (one set for all tokens of a chunk, for each head), by the largest share
+            that a block's landmark has among the landmarks.
+        offload: device that holds the cached keys and values, as ``"cpu"``, with ``selection="max_over_tokens"``; only
+            landmark keys, the incomplete block and the retrieved blocks are on the call's device. None for that device.
+        miss: whether the layer learns a miss key, in causal-self.
+        miss_share: share of the landmarks that a miss key controls in training, from 0 to 1.
+        miss_cutoff: see Miss token; 0 for none.
+    """
+
+    block: int = 50
+    top_k: int | None = None
+    cache_blocks: int | None = None
+    group_dropout: float = 0.0
+    softmax: str = "grouped"
+    position_jump: int = 0
+    selection: str = "per_token_and_head"
+    offload: str | None = None
+    miss: bool = False
+    miss_share: float = 0.5
+    miss_cutoff: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("block", self.block, 1)
+        for name in ("top_k", "cache_blocks"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        if not 0.0 <= self.group_dropout < 1.0:
+            raise Unsupported(f"group_dropout={self.group_dropout}", supported="0 <= group_dropout < 1")
+        one_of("softmax", self.softmax, ("grouped", "ignore", "plain"))
+        at_least("position_jump", self.position_jump, 0)
+        one_of("selection", self.selection, SELECTIONS)
+        for name in ("miss_share", "miss_cutoff"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise Unsupported(f"{name}={getattr(self, name)}", supported=f"0 <= {name} <= 1")
+        if self.selection != SELECTIONS[0] and self.top_k is None:
+            raise Unsupported(
+                f"selection={self.selection!r} with top_k=None", supported="top_k >= 1", nearest="top_k=4"
+            )
+        if self.offload is not None and self.selection != "max_over_tokens":
+            raise Unsupported(
+                f"offload={self.offload!r} with selection={self.selection!r}, which needs other blocks for each token",
+                supported="selection='max_over_tokens'",
+                nearest="selection='max_over_tokens'",
+            )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a continued sequence sees less than its whole past."""
+        return self.top_k is not None or self.cache_blocks is not None
+
+
+def reference(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    miss: Float[Tensor, "g d"] | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """The definition, with the two levels of softmax one block after the other."""
+    check(call, miss)
+    n, m = q.shape[2], k.shape[2]
+    landmark = _landmarks(call, k)[:, None, None]  # (b, 1, 1, m)
+    where = ranks(call, n, m, q.device)
+    q, k = _rotated(call, q, k, where, landmark[:, 0, 0])
+    controlled = _controlled(call, landmark, miss)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    visibility = Visibility(causal=call.pattern.causal and not call.pattern.cross)
+    visible, added = masked_scores_bias(where, visibility, call.bias, call.position_bias, call.blocks, q.dtype)
+    if call.pattern.cross and call.config.cache_blocks is not None:
+        visible = visible & (from_end(visible & landmark) <= call.config.cache_blocks)
+    scores = call.scale * q @ k.mT + (0 if added is None else added)
+    block = landmark.cumsum(-1) - landmark.long()
+    if call.pattern.cross or m == 0:
+        own = torch.zeros_like(visible)
+    else:
+        own = block == block.mT[:, :, (torch.arange(n, device=q.device) + m - n).clamp(0, m - 1)]
+
+    def softmax(members: Tensor) -> Tensor:
+        some = members.any(-1, keepdim=True)
+        return torch.where(members, scores.masked_fill(some & ~members, -torch.inf).softmax(-1), 0)
+
+    if call.config.softmax != "grouped":
+        weights = softmax(visible if call.config.softmax == "plain" else visible & ~landmark)
+    else:
+        others = [visible & ~own & (block == c) for c in range(m)]
+        tokens = [other & ~landmark for other in others]
+        gates = [other & landmark & some.any(-1, keepdim=True) for other, some in zip(others, tokens, strict=True)]
+        local = visible & own & ~landmark
+        every = torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local
+        if call.pattern.cross and call.config.top_k is not None and m:
+            share = softmax(every)
+            share = share.amax(1, keepdim=True) if call.config.selection == "max_over_heads" else share
+            best = share.masked_fill(~every, -1.0).topk(min(call.config.top_k, m), -1).indices
+            every = every & torch.zeros_like(scores, dtype=torch.bool).scatter(
+                -1, best.expand(-1, q.shape[1], -1, -1), True
+            )
+        top = softmax(every & ~controlled)
+        if miss is not None:
+            column = miss_scores(call, q, miss)[..., None]
+            beside = torch.cat([scores.masked_fill(~(every & ~controlled), -torch.inf), column], -1).softmax(-1)
+            top, share = beside[..., :-1], beside[..., -1:]
+            top = top + _opened(call, share) * softmax(every & controlled)
+        weights = top * local
+        kept = _dropout(call).of_gates(scores.shape, q)
+        top = top if kept is None else top * kept
+        for gate, some in zip(gates, tokens, strict=True):
+            weights = weights + (top * gate).sum(-1, keepdim=True) * softmax(some)
+    return _dropout(call).of_weights(weights) @ v
+
+
+def check_miss(call: Call, miss: Tensor | None) -> None:
+    if miss is not None and (call.pattern is not Pattern.CAUSAL_SELF or call.config.softmax != "grouped"):
+        raise Unsupported(
+            f"a miss key in {call.pattern.value} with softmax={call.config.softmax!r}",
+            supported="causal-self with softmax='grouped'",
+        )
+
+
+def check_choice(call: Call) -> None:
+    """Refuse patterns and options in which no blocks can be chosen or dropped."""
+    config: Config = call.config
+    if call.pattern is Pattern.NONCAUSAL_SELF and config.bounded:
+        raise Unsupported(
+            "landmark with top_k or cache_blocks in noncausal-self, where nothing is cached",
+            supported="causal-self and cross patterns",
+            nearest="top_k=None, cache_blocks=None",
+        )
+    if call.pattern.cross and config.selection == "max_over_tokens":
+        raise Unsupported(
+            f"landmark with selection='max_over_tokens' in {call.pattern.value}",
+            supported=" or ".join(SELECTIONS[:2]),
+            nearest="selection='per_token_and_head'",
+        )
+    if call.pattern.cross and config.top_k is not None and config.softmax != "grouped":
+        raise Unsupported(
+            f"landmark with top_k and softmax={config.softmax!r} in {call.pattern.value}",
+            supported="softmax='grouped'",
+            nearest="top_k=None",
+        )
+
+
+def check(call: Call, miss: Tensor | None) -> None:
+    config: Config = call.config
+    check_miss(call, miss)
+    check_choice(call)
+    if call.rotate is not None and call.pattern.cross:
+        raise Unsupported(f"landmark that rotates in {call.pattern.value}", supported="queries and keys rotated before")
+    if call.pattern.cross and call.roles is None and config.softmax == "grouped":
+        raise Unsupported(
+            f"landmark in {call.pattern.value} without roles of the keys, of which none could then be reached",
+            supported="roles with a landmark after each block",
+        )
+    if config.position_jump and call.training and call.rotate is None:
+        raise Unsupported("position_jump without rotary positions", supported="causal-self with rotary positions")
+
+
+def _landmarks(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
+    batch, m = k.shape[0], k.shape[2]
+    if call.roles is None:
+        return torch.zeros(batch, m, dtype=torch.bool, device=k.device)
+    return call.roles == int(Role.LANDMARK)
+
+
+def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`."""
+    if call.rotate is None:
+        return q, k
+    queries, keys = where.queries.clamp(min=0), where.keys.clamp(min=0)
+    if call.config.position_jump and call.training and k.shape[2]:
+        jumps = torch.randint(
+            0, call.config.position_jump, landmark.shape, generator=call.generator, device=landmark.device
+        )
+        jumps = torch.where(landmark, jumps, 0)
+        gained = jumps.cumsum(-1) - jumps
+        at = queries.clamp(max=k.shape[2] - 1).expand(k.shape[0], -1)
+        queries, keys = queries + gained.gather(-1, at), keys + gained
+    return call.rotate(wide(q), queries), call.rotate(wide(k), keys)
+
+
+def _dropout(call: Call) -> Dropout:
+    gates = call.config.group_dropout if call.training and call.config.softmax == "grouped" else 0.0
+    return Dropout(call.dropout, gates, call.generator)
+
+
+def _controlled(call: Call, landmark: Bool[Tensor, "..."], miss: Tensor | None) -> Bool[Tensor, "..."]:
+    """Landmarks of a whole call that the miss key controls: in training, at random."""
+    if miss is None or not call.training:
+        return torch.zeros_like(landmark)
+    draw = torch.rand(landmark.shape, generator=call.generator, device=landmark.device)
+    return landmark & (draw < call.config.miss_share)
+
+
+def miss_scores(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g d"]) -> Float[Tensor, "b h n"]:
+    """Scores of the miss key, for rotated queries."""
+    key = wide(miss)[None, :, None]  # (1, g, 1, d)
+    if call.rotate is not None:
+        key = call.rotate(key, torch.full((1, 1), -1, device=q.device))
+    return (call.scale * product(wide(q), key.mT.expand(q.shape[0], -1, -1, -1)))[..., 0]
+
+
+def _opened(call: Call, share: Float[Tensor, "b h n 1"]) -> Float[Tensor, "b h n 1"]:
+    """The share that the weight of the miss key leaves to the blocks that it controls."""
+    if call.training:
+        return share
+    return share.masked_fill(share < call.config.miss_cutoff, 0.0)
+
+
+def from_end(ends: Bool[Tensor, "b past"]) -> Int[Tensor, "b past"]:
+    """Ends of blocks in or after each slot: 0 in the incomplete block, 1 in the newest complete block, and so on."""
+    return ends.long().flip(-1).cumsum(-1).flip(-1)

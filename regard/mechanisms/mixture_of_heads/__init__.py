@@ -1,0 +1,176 @@
+r"""Mixture of heads (MoH): each token keeps a few of the attention heads, chosen and weighted by routers.
+
+When to pick it: attention whose heads should specialise; a trained model that is to use fewer heads a token; with
+`compute="gather"` long sequences read whole, of which a query is computed only in the heads that its token chose.
+When not: for memory, or for time in decoding, which computes and caches all heads, since a later token may choose any.
+
+Definition (Jin et al., arXiv 2410.11842), for the head outputs o_i of a token x, H heads of which the first h_s are shared
+and E = H - h_s routed, k of them active:
+
+    (a_1, a_2) = 2 softmax(x W_0),   shared: g_i = a_1 h_s softmax(x W_s)_i
+    p = softmax(x W_r),   T = top-k(p),   routed: g_i = a_2 k p_i / sum_{j in T} p_j for i in T, else 0
+    y = concat_i(g_i o_i) W_o,   L_b = E sum_e mean(p_e) mean(1[e in T]), means over the tokens
+
+| paper | here |
+|---|---|
+| o_i | `o` (B, H, N, V), the head outputs of any attention mechanism |
+| x W_r, x W_s, x W_0 | `routed` (B, N, E), `shared` (B, N, h_s), `balance` (B, N, 2) |
+| h_s, k | `shared_heads`, `active_heads`; which heads are shared: the first, or those that `shared_heads` names |
+| L_b, k when balanced and E when collapsed | `losses["load_balance"]`, averaged over layers; the paper's weight is 0.01 |
+
+Gates depend on the token alone, the query token in cross attention, so patterns, caches and states are those of the wrapped
+mechanism; padding counts neither in a gate nor in L_b. With equal logits every active head has gate 1. One shared head has
+no W_s; without shared heads, or without routed ones, there is no W_0. Ties in a top-k go to the first head.
+`router="query_norm"` (continued training of a dense model) has no parameters: the score of a routed head is the norm of its
+query over the (unbiased) standard deviation of the routed heads' norms, and the gates are 0 or 1, so the head outputs keep
+their scale; p gets its gradient as if the gates were p (straight-through).
+`compute="gather"`, of a layer of softmax attention, takes for each routed head the tokens that chose it as queries: their
+projection, scores, weights and share of the output projection are all that is computed. Keys and values are of all tokens,
+since any may be read. It is the same function; with a state, for wanted weights, and for straight-through gates in training
+(whose gradient asks for the heads that were not chosen) all heads are computed as usual. Saved are 1 - (h_s + k) / H of the
+work of queries, scores and outputs; within a batch a head's scores are padded to the row of most tokens.
+It pays from about 2000 tokens on: with 2 shared and 4 of 14 routed heads of 32, forward on one thread takes 1.3 to 1.45 times
+as long as all heads at 512 tokens, 0.8 to 0.95 at 2048, 0.5 to 0.65 at 8192 (`benchmarks/mixture_of_heads.py`).
+`want={"gates"}` gives (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.
+Deviations: L_b is returned in evaluation too, and is of the local batch when training is distributed. The standard deviation
+is at least eps. `rescale_gates=False` leaves out the factors 2, h_s, k and the division by the sum over T: plain softmax
+products, as the paper's formulas have it. `scale` multiplies the logits of the routers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Shape,
+    Tensors,
+    Waiver,
+)
+from regard.layers.attention import LayerState
+from regard.mechanisms.mixture_of_heads.definition import GATES, ROUTERS, Config, reference
+from regard.mechanisms.mixture_of_heads.forms import gates_of, parallel
+from regard.mechanisms.mixture_of_heads.layer import HeadRouter, MixtureOfHeads
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+def head_usage(gates: Float[Tensor, "b n h"], tokens: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, " h"]:
+    """Share of the tokens for which each head is active; `tokens` picks them (not padding, or those of one class)."""
+    active = (gates != 0).double()
+    if tokens is None:
+        return active.mean((0, 1))
+    return active[tokens].mean(0)
+
+
+def usage_entropy(usage: Float[Tensor, " e"]) -> Float[Tensor, ""]:
+    """Entropy of how the active places spread over routed heads, as a fraction of log E: 1 even, log k / log E collapsed."""
+    share = usage / usage.sum()
+    return torch.special.entr(share).sum() / math.log(len(usage))
+
+
+def sample_inputs(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    config: Config,
+    sizes: dict[str, int],
+) -> Tensors:
+    """Inputs for tests: eight heads, and the logits that the options ask for."""
+    heads = 8
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = {"o": normal(batch, heads, n, sizes.get("v", 6))}
+    for name, width in config.routers(heads).items():
+        logits = normal(batch, n, width)
+        inputs[name] = logits.abs() if config.router == "query_norm" else logits
+    return inputs
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Softmax attention with all heads (whole sequences: with the chosen ones, if they are gathered), and the gates."""
+    heads = shape.batch * shape.heads
+    width = shape.dim_key + shape.dim_value
+    used = 1.0
+    if config.compute == "gather":
+        shared, _, active = config.groups(shape.heads)
+        used = (shared + active) / shape.heads
+    return Cost(
+        flops=heads * (2.0 * used * shape.n * shape.m * width + shape.n * (shape.dim_value + 8)),
+        memory=float(heads * shape.n * (shape.dim_value + 2)),
+        state=float(shape.heads * shape.m * width),
+        step_flops=heads * (2.0 * shape.m * width + shape.dim_value + 8),
+    )
+
+
+MECHANISM = Mechanism(
+    name="mixture_of_heads",
+    aliases=("moh", "mixture_of_head_attention", "routed_heads"),
+    kind=Kind.WRAPPER,
+    summary="Each token keeps a few of the attention heads, chosen and weighted by routers.",
+    paper=Paper("MoH: Multi-Head Attention as Mixture-of-Head Attention", "2410.11842", 2024, 54),
+    inputs={"o": "bhnv", "routed?": "bne", "shared?": "bns", "balance?": "bnt"},
+    patterns=ALL_PATTERNS,
+    forms={"reference": reference, "parallel": parallel},
+    config=Config,
+    variants={
+        "none shared": {"num_heads": 8, "shared_heads": 0, "active_heads": 3},
+        "nearly all active": {"num_heads": 8, "shared_heads": 1, "active_heads": 7, "rescale_gates": False},
+        "all shared": {"num_heads": 4, "shared_heads": 4, "two_stage": False},
+        "named": {"num_heads": 8, "shared_heads": (1, 6), "active_heads": 2, "z_loss": True, "noise": 0.5},
+        "binary": {"num_heads": 8, "gates": "binary"},
+        "straight through": {"num_heads": 8, "gates": "straight_through"},
+        "query norms": {"num_heads": 8, "router": "query_norm", "shared_heads": (0, 3, 7), "eps": 1e-3},
+        "query norms, binary": {"num_heads": 8, "router": "query_norm", "shared_heads": 4, "gates": "binary"},
+        "gathered": {"num_heads": 8, "gates": "weighted", "compute": "gather", "shared_heads": (5,), "active_heads": 3},
+    },
+    state=LayerState,
+    cost=cost,
+    default_scale=1.0,
+    honours=frozenset(),
+    accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
+    sample_inputs=sample_inputs,
+    module=MixtureOfHeads,
+    layer_defaults={"output_norm": None},  # routers scale the heads' outputs
+    waivers=(
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+        Waiver(
+            "gradient",
+            "gates of 0 and 1 have the gradient of probabilities, which numerical derivatives do not see",
+            variants=("straight through", "query norms"),
+        ),
+    ),
+)
+
+
+__all__ = [
+    "GATES",
+    "MECHANISM",
+    "ROUTERS",
+    "Config",
+    "HeadRouter",
+    "MixtureOfHeads",
+    "cost",
+    "gates_of",
+    "head_usage",
+    "parallel",
+    "reference",
+    "sample_inputs",
+    "usage_entropy",
+]

@@ -1,0 +1,137 @@
+r"""Routing attention: learned centroids bring queries together with the keys of the same cluster.
+
+When to pick it: long sequences in which a query needs few tokens, by content, from anywhere; unlike random hashing
+(`reformer`) clusters follow the data, and queries and keys stay two different things.
+When not: short sequences (`softmax` is cheaper), or short training, in which centroids do not find their places.
+
+Definition (Roy et al., arXiv 2003.05997, section 4; survey arXiv 2103.14636, B9). The scores of a token x at the C centroids
+mu_c are x . mu_c / |x|. With att(i, S) the softmax attention of query i over the keys S and the null memory of the cluster,
+where it has one:
+
+- noncausal-self: Q_c and K_c are the w queries and the w keys that score highest at centroid c;
+  o_i = mean over the clusters c with i in Q_c of att(i, K_c), and 0 when there is none.
+- causal-self: every query and key belongs to the centroid where it scores highest; o_i = att(i, S_i), S_i the last w keys
+  of i's cluster up to i.
+- cross patterns: o_i = att(i, K_c), c the cluster of query i and K_c the w keys of the memory that score highest at c.
+
+A query without a key gives 0.
+
+| paper | here |
+|---|---|
+| mu | `centroids` (H, C, D); the buffer `projection.centroids` of a layer, `clusters` of them |
+| w | `window` |
+| moving average of the centroids | `decay`; in training, from the mean of the unit tokens that are nearest, made a unit vector |
+| spherical k-means loss | `losses["commitment"]`, mean squared distance of a unit token to its centroid; its weight in a model is 1e-4 |
+| null memory (public code) | `null_k` (H, C, D), `null_v` (H, C, V); `null_memory` of a layer |
+| half of the heads local | `local_heads`: so many first heads attend to the last w keys, or to w around the query |
+
+Layout: q (B, H, N, D), k and v (B, H, M, D). State, in causal-self and in cross patterns: w keys and values of each cluster,
+which is all that a later query can see; its size never changes.
+Deviations: in causal-self the paper chooses the w highest of the whole row too, so that a later token can push an earlier one
+out of its cluster; here membership is decided by a token alone, and a cluster shows the last w keys. The paper normalises
+queries and keys and makes them the same in decoders; here they are normalised for routing only (`query_key_norm` of the
+layer is for the rest). A layer whose activations are computed anew in the backward pass should have ``decay=1``.
+"""
+
+from __future__ import annotations
+
+from regard.contract import (
+    ALL_PATTERNS,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Shape,
+    Waiver,
+)
+from regard.mechanisms.routing.definition import Config, reference
+from regard.mechanisms.routing.forms import (
+    QUERIES_AT_ONCE,
+    Null,
+    RoutingState,
+    absorb,
+    block_size,
+    chunked,
+    parallel,
+    read,
+    step,
+)
+from regard.mechanisms.routing.layer import Centroids
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"c": config.clusters}
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern, whose blocks of queries are on the keys of two chunks."""
+    width, window = shape.dim_key + shape.dim_value, config.window
+    heads = shape.batch * shape.heads
+    size = max(1, block_size(config, shape.n))
+    blocks = min(shape.n, shape.n // size + shape.m // window + config.clusters)
+    routing = 2.0 * config.clusters * shape.dim_key
+    kept = config.clusters * window
+    return Cost(
+        flops=heads * ((shape.n + shape.m) * routing + 2.0 * blocks * size * 2 * window * width),
+        memory=float(heads * blocks * (2 * window * (width + size) + size * width)),
+        state=float(shape.heads * kept * (width + 1)),
+        step_flops=heads * (2 * routing + 2.0 * window * width),
+    )
+
+
+MECHANISM = Mechanism(
+    name="routing",
+    aliases=("routing_transformer", "kmeans_attention"),
+    kind=Kind.ATTENTION,
+    summary="Learned centroids bring queries together with the keys of the same cluster.",
+    paper=Paper("Efficient Content-Based Sparse Attention with Routing Transformers", "2003.05997", 2020),
+    inputs={"q": "bhnd", "k": "bhmd", "v": "bhmv", "centroids": "hcd", "null_k?": "hcd", "null_v?": "hcv"},
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": step,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    variants={
+        "small clusters": {"window": 3, "clusters": 4, "decay": 0.5},
+        "no null memory": {"window": 5, "clusters": 3, "null_memory": False},
+        "a local head": {"window": 5, "local_heads": 1},
+    },
+    variant_patterns={
+        "a local head": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+    },
+    engine="attention",
+    state=RoutingState,
+    cost=cost,
+    axis_sizes=axis_sizes,
+    honours=frozenset({"dropout"}),
+    weights="exact",
+    projection=Centroids,
+    waivers=(
+        Waiver("layer_lengths", "its tokens in a cluster are a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+    ),
+)
+
+
+__all__ = [
+    "MECHANISM",
+    "QUERIES_AT_ONCE",
+    "Centroids",
+    "Config",
+    "Null",
+    "RoutingState",
+    "absorb",
+    "axis_sizes",
+    "chunked",
+    "cost",
+    "parallel",
+    "read",
+    "reference",
+    "step",
+]
