@@ -239,9 +239,9 @@ def check_rows(case: Case, subject: Subject, dtype: torch.dtype) -> float:
         height, width = case.lengths[:2]
         inputs = _sampled(case, subject, height * width, height * width, 2, dtype)
         grid = (height, width)
+        found = subject.run(inputs, grid=grid).output
         doubled = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-        expected = subject.run(doubled, form="reference", grid=grid).output
-        return relative_error(subject.run(inputs, grid=grid).output, expected)
+        return relative_error(found, subject.run(doubled, form="reference", grid=grid).output)
     rows, (n, m) = len(case.lengths), _longest(case)
     inputs = _sampled(case, subject, n, m, rows, dtype)
     if case.padding == "none":
