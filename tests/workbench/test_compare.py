@@ -376,3 +376,12 @@ def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
     assert 1 <= len(before) < len(quality(whole))
     assert quality(killed) == quality(whole)
     assert all(quality(killed)[cell] == row for cell, row in before.items())
+
+
+def test_a_moment_in_which_the_machine_is_busy_does_not_count_in_the_calibration(monkeypatch):
+    work = Work(recall(), settings(mechanisms=("softmax", "linear")))
+    times = iter([(9.0, 0.1), (0.2, 5.0), (0.2, 0.3), (0.1, 0.2)])  # softmax, linear, linear, softmax
+    monkeypatch.setattr(Work, "_timed", lambda self, config, seconds: next(times))
+    work.calibrate(1.0)
+    assert work.step_seconds == {"softmax": 0.1, "linear": 0.2}
+    assert work.evaluation_seconds == {"softmax": 0.1, "linear": 0.3}
