@@ -97,8 +97,15 @@ def verify(
                 cells.append(Cell(**row.payload))
             return row is not None
 
-        chosen = {"patterns": pattern, "properties": prop, "variants": variant or ()}
-        run(names, **chosen, full=full, on_cell=on_cell, done=done)
+        run(
+            names,
+            patterns=pattern,
+            properties=prop,
+            variants=variant or (),
+            full=full,
+            on_cell=on_cell,
+            done=done,
+        )
     failures = [c for c in cells if c.status == "fail"]
     if as_json:
         emit({"cells": [dataclasses.asdict(c) for c in cells], "failures": len(failures)})
@@ -156,7 +163,7 @@ def _random_cases(names: list[str], count: int, patterns: list[str] | None, seed
                 )
                 rows.append((name, backend, found, unreached_options(card)))
             line(f"{name}: {sum(r[2].ran for r in rows if r[0] == name)} cases")
-    failures = [(name, found) for name, _, found, _ in rows if found.case is not None]
+    failures = [(name, found.case, found.detail) for name, _, found, _ in rows if found.case is not None]
     if as_json:
         cells = [
             {"mechanism": name, "backend": backend, "ran": found.ran, "refused": found.refused}
@@ -169,8 +176,8 @@ def _random_cases(names: list[str], count: int, patterns: list[str] | None, seed
         console.print(
             f"{ran} cases of {len(names)} mechanisms: {len(failures)} searches fail, {refused} cases were refused"
         )
-        for name, found in failures:
-            console.print(Text(f"- {name}: {found.detail}\n  {found.case.command}"))
+        for name, smallest, detail in failures:
+            console.print(Text(f"- {name}: {detail}\n  {smallest.command}"))
         for name, missing in {row[0]: row[3] for row in rows}.items():
             if missing:
                 console.print(Text(f"- {name}: no variant of the card has {', '.join(missing)}"))

@@ -122,7 +122,7 @@ def _refuse_waived(module: nn.Module, property_name: str, asked: str, nearest: s
     """Raise Unsupported with the reason of the first mechanism in `module` whose card waives the property."""
     for part in module.modules():
         card, pattern = getattr(part, "card", None), getattr(part, "pattern", None)
-        if not isinstance(card, Mechanism):
+        if not isinstance(card, Mechanism) or pattern is None:
             continue
         for waiver in card.waivers:
             if not waiver.variants and waiver.concerns(property_name, pattern):

@@ -257,9 +257,9 @@ def check_rows(case: Case, subject: Subject, dtype: torch.dtype) -> float:
             joined = subject.join(joined, part)
         output = subject.run(joined, mask=Mask(cu_seqlens=borders, max_length=n)).output
         places = [slice(int(a), int(b)) for a, b in itertools.pairwise(borders)]
-        found = [subject.take_output(output, place) for place in places]
+        outputs = [subject.take_output(output, place) for place in places]
         if subject.output_axis() is None:
-            found = [output[row : row + 1] for row in range(rows)]
+            outputs = [output[row : row + 1] for row in range(rows)]
     else:
         counts, total = torch.tensor(case.lengths), n + case.room
         valid = padded_layouts(counts, total)[case.padding]
@@ -270,10 +270,10 @@ def check_rows(case: Case, subject: Subject, dtype: torch.dtype) -> float:
             padded = subject.place(padded, keys, m + case.room, "m")
             masks["memory_mask"] = Mask(valid=keys)
         output = subject.run(padded, **masks).output
-        found = [output[row : row + 1] for row in range(rows)]
+        outputs = [output[row : row + 1] for row in range(rows)]
         if subject.output_axis() is not None:
-            found = [subject.take_output(x, valid[row]) for row, x in enumerate(found)]
-    errors = [relative_error(x, subject.reference(part)) for x, part in zip(found, kept, strict=True)]
+            outputs = [subject.take_output(x, valid[row]) for row, x in enumerate(outputs)]
+    errors = [relative_error(x, subject.reference(part)) for x, part in zip(outputs, kept, strict=True)]
     return max(errors)
 
 

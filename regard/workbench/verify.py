@@ -62,7 +62,7 @@ class Place:
 
     card: Mechanism
     pattern: Pattern
-    property: Property
+    prop: Property
     dtype: torch.dtype
     backend: str = "torch"
     variant: str = ""
@@ -70,7 +70,7 @@ class Place:
     @property
     def key(self) -> dict[str, str]:
         """The values that identify a cell, by name."""
-        names = self.card.name, self.variant, self.pattern.value, self.property.name, DTYPE_NAMES[self.dtype]
+        names = self.card.name, self.variant, self.pattern.value, self.prop.name, DTYPE_NAMES[self.dtype]
         return dict(zip(KEY, (*names, self.backend), strict=True))
 
 
@@ -79,10 +79,10 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
 
     On ``torch`` nothing else runs; on another backend, what it cannot run is left to torch.
     """
-    if place.property.level == "function" and place.variant in place.card.layer_variants:
+    if place.prop.level == "function" and place.variant in place.card.layer_variants:
         return None
     started = time.perf_counter()
-    card, pattern, prop, dtype, backend = place.card, place.pattern, place.property, place.dtype, place.backend
+    card, pattern, prop, dtype, backend = place.card, place.pattern, place.prop, place.dtype, place.backend
     tolerance = card.tolerances[dtype]
     subject = Subject.of(card, pattern, place.variant, seed=seed)
     waiver = next((w for w in card.waivers if w.concerns(prop.name, pattern, place.variant)), None)
@@ -203,8 +203,8 @@ def verify(
     for place in plan(names, patterns=patterns, properties=properties, variants=variants):
         if done is not None and done(place.key):
             continue
-        seeds = (0, 1, 2) if full and place.property.name not in PROGRAMS else (0,)
-        chosen = dataclasses.replace(place, property=_inductor(place.property)) if full else place
+        seeds = (0, 1, 2) if full and place.prop.name not in PROGRAMS else (0,)
+        chosen = dataclasses.replace(place, prop=_inductor(place.prop)) if full else place
         measured = [cell for seed in seeds if (cell := check(chosen, seed=seed)) is not None]
         if not measured:
             continue

@@ -211,6 +211,7 @@ class DepthwiseConvolution(Merge):
 
     def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
         x, context, lengths = call.x, call.context, call.lengths
+        assert x is not None  # outputs are those of tokens
         if self.convolution is None or x.shape[1] == 0:
             return output
         source = x if self.of == "input" else repeat_groups(heads["v"], self.heads).transpose(1, 2).flatten(2)

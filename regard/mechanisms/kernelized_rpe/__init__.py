@@ -92,7 +92,7 @@ def sample_inputs(
     """Inputs for tests and timings: biases of 11 offsets, or 3 x 5 on a grid, fewer than the tests' sequences have."""
     size = {"h": 2, "d": 8, "v": 6} | (sizes or {})
     heads, width = size["h"], size["d"]
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "q": (batch, heads, n, width),
         "k": (batch, heads, m, width),
         "v": (batch, heads, m, size["v"]),

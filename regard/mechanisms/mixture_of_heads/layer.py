@@ -23,6 +23,7 @@ from regard.layers.base import Layer
 from regard.layers.checks import given_context
 from regard.layers.chosen_heads import attend_in_chosen_heads, check_choosable
 from regard.layers.linear import make_linear
+from regard.layers.parts import LayerCall, Merge
 from regard.mechanisms.mixture_of_heads.definition import Config, _straight_through
 from regard.mechanisms.mixture_of_heads.forms import gates_of
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-class HeadRouter(nn.Module):
-    """The routers: a merge of the attention shell, called as ``merge(output, heads, x, context, lengths, result)``.
+class HeadRouter(Merge):
+    """The routers, as the merge of the attention shell.
 
     Args:
         config: the mechanism's options.
@@ -41,7 +42,7 @@ class HeadRouter(nn.Module):
         inner: the wrapped mechanism's own merge, which comes first.
     """
 
-    def __init__(self, config: Config, pattern: Pattern, dim: int, heads: int, inner: nn.Module | None) -> None:
+    def __init__(self, config: Config, pattern: Pattern, dim: int, heads: int, inner: Merge | None) -> None:
         super().__init__()
         self.config, self.pattern, self.inner = config, pattern, inner
         self.routed = config.order(heads)[config.groups(heads)[0] :]
@@ -51,18 +52,13 @@ class HeadRouter(nn.Module):
         self.logits = nn.ModuleDict({name: make_linear(dim, width) for name, width in logits.items()})
 
     def forward(
-        self,
-        output: Float[Tensor, "b h n v"],
-        heads: Tensors,
-        x: Float[Tensor, "b n c"],
-        context: Context,
-        lengths: Int[Tensor, " b"] | None,
-        result: Result,
+        self, output: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result
     ) -> Float[Tensor, "b h n v"]:
         """Gate the head outputs; losses and wanted gates are added to `result`."""
         if self.inner is not None:
-            output = self.inner(output, heads, x, context, lengths, result)
-        gates = self.gates(heads.get("q"), output.shape[1], x, context, lengths, result)
+            output = self.inner(output, heads, call, result)
+        assert call.x is not None  # outputs are those of tokens
+        gates = self.gates(heads.get("q"), output.shape[1], call.x, call.context, call.lengths, result)
         return (output.to(gates.dtype) * gates.transpose(1, 2)[..., None]).to(output.dtype)
 
     def gates(
