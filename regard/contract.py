@@ -623,7 +623,7 @@ class Mechanism:
         variants: sets of options, by name, which together reach every computation that the options allow: the equality
             matrix runs each, in sizes small enough for its tests.
             Options of the layer may be among them.
-        variant_patterns: patterns of the variants that do not have all of the card's; elsewhere they are refused.
+        variant_patterns: patterns of the variants that have not all of the card's, or do nothing in some.
         grid_variants: variants that are measured on grids; `sample_inputs` is then called with a ``grid``.
         layer_variants: variants that layers have and functions do not.
         state: its state class; None when it cannot continue a sequence.

@@ -754,10 +754,6 @@ def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
         if pattern not in card.patterns:
             exactly(card.refused.get(pattern), f"no reason is given for refusing {pattern}")
             _expect_refusal(functools.partial(card.require_pattern, pattern), f"pattern {pattern}")
-    for variant, patterns in card.variant_patterns.items():
-        if not subject.options and subject.pattern not in patterns:
-            other = Subject.of(card, subject.pattern, variant)
-            _expect_refusal(functools.partial(_run_on_six, other, dtype), f"the variant {variant}")
     inputs = subject.inputs(6, dtype=dtype)
     name = next(iter(inputs))
     _expect_refusal(lambda: subject.run({**inputs, name: inputs[name][0]}), f"{name} without its first axis")
@@ -766,10 +762,6 @@ def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
         bad = Mask(lengths=torch.tensor([99, 1]))
         _expect_refusal(lambda: subject.run(inputs, mask=bad), "lengths beyond the sequence")
     return 0.0
-
-
-def _run_on_six(subject: Subject, dtype: torch.dtype) -> None:
-    subject.run(subject.inputs(6, dtype=dtype))
 
 
 def _expect_refusal(action: Callable[[], Any], what: str) -> None:

@@ -74,7 +74,7 @@ class Subject:
 
     @property
     def config(self) -> Any:
-        names = {f.name for f in dataclasses.fields(self.card.config)}
+        names = self.card.config.__dataclass_fields__  # type: ignore[attr-defined]
         return self.card.options(**{name: value for name, value in self.options.items() if name in names})
 
     def rng(self) -> torch.Generator:

@@ -15,7 +15,8 @@ from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Unsupported
 from regard.create import create_layer
 from regard.engines.recurrent_forms import MatrixState
-from regard.mechanisms.mamba2 import MECHANISM, GatedRMSNorm, Mamba2Layer, sample_inputs
+from regard.layers.state_space import GatedRMSNorm
+from regard.mechanisms.mamba2 import MECHANISM, Mamba2Layer, sample_inputs
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 WANT_STATE = Context(want=frozenset({"state"}))
