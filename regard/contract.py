@@ -213,6 +213,8 @@ class Mask:
 
     def __post_init__(self) -> None:
         _MASK_TYPES.check("Mask", self.__dict__)
+        if self.layout is not None and not hasattr(self.layout, "dense_index"):
+            raise Unsupported("mask.layout", supported="None: models and layers set it", nearest="valid or lengths")
         given = [n for n in ("valid", "lengths", "cu_seqlens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise Unsupported(

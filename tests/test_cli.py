@@ -323,7 +323,7 @@ CASES = [
     "no image folders", "unknown mechanism", "unknown task", "unknown option of a task", "option value out of range",
     "option without a value", "pattern a mechanism lacks", "nonsense budget", "budget too small",
     "output that cannot be written", "plugin that raises", "plugin of nothing", "missing plugin", "unknown pattern",
-    "unknown kind", "unknown property", "profile in a pattern it lacks", "lengths that are no numbers",
+    "unknown kind", "unknown property", "unknown variant", "no case", "profile in a pattern it lacks", "lengths that are no numbers",
     "length of nothing", "frame nobody has", "option of a mechanism", "data for a task that reads none", "report of nothing",
     "use of advice", "need of advice", "memory of advice", "length of advice", "results of advice",
     "mechanism of advice", "device of advice", "layer width of functions", "growth of layers", "precision nobody has",

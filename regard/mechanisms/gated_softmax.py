@@ -54,6 +54,7 @@ from regard.contract import (
     Shape,
     Tensors,
     Unsupported,
+    Waiver,
     one_of,
     valid_from_lengths,
 )
@@ -353,4 +354,15 @@ MECHANISM = Mechanism(
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
     domains={"log_gate": "log_decay"},
     projection=GatePredictor,
+    waivers=(
+        *(
+            Waiver(
+                name,
+                "the mean of all queries is not known while they come in pieces",
+                patterns=(Pattern.NONCAUSAL_CROSS,),
+                variants=("mean gate",),
+            )
+            for name in ("memory", "layer_decoding")
+        ),
+    ),
 )

@@ -57,6 +57,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
+    Waiver,
     at_least,
     lengths_after,
     one_of,
@@ -455,4 +456,5 @@ MECHANISM = Mechanism(
     length="max",
     sample_inputs=sample_inputs,
     projection=Scores,
+    waivers=(Waiver("layer_gradient", "its scores are not trained", variants=("factorised random",)),),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -53,7 +54,8 @@ class LayerSubject:
         return card.sample_context(rng, batch=batch, n=n, m=n, pattern=self.subject.pattern).get("roles")
 
     def context(self, n: int, roles: Tensor | None = None, **more: Any) -> Context:
-        return Context(grid=self.subject.grid(n), roles=roles, **more)
+        more = {"generator": self.subject.rng(), **more}
+        return Context(grid=self.subject.grid(n), roles=roles, progress=1000.0, **more)
 
     def __call__(
         self,
@@ -173,7 +175,7 @@ def layer_save(subject: Subject, dtype: torch.dtype) -> float:
     layer = LayerSubject(subject, dtype)
     x, memory, roles, expected = _whole(layer, 10)
     weights = load(save({k: t.contiguous() for k, t in layer.layer.state_dict().items()}))
-    fresh = LayerSubject(Subject(subject.card, subject.pattern, subject.options, seed=subject.seed + 1), dtype)
+    fresh = LayerSubject(dataclasses.replace(subject, seed=subject.seed + 1), dtype)
     exactly(relative_error(fresh(x, memory, roles=roles).output, expected) > 0, "weights do not change the output")
     fresh.layer.load_state_dict(weights)
     error = relative_error(fresh(x, memory, roles=roles).output, expected)
@@ -210,10 +212,10 @@ def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def sequences(layer: LayerSubject, n: int) -> tuple[tuple[Tensor, ...], Context]:
-    """Sequences of n tokens, and of a few more in memory, with the context that a call needs."""
+    """Sequences of n tokens, and of a few more in memory, with the context that a program is made with: no generator."""
     m = n + 3 if layer.cross else n
     inputs = (layer.x(n), layer.memory(m)) if layer.cross else (layer.x(n),)
-    return inputs, layer.context(n, layer.roles(m))
+    return inputs, layer.context(n, layer.roles(m), generator=None)
 
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PADDINGS = ("none", "right", "left", "inside", "packed")
 LONGEST = 24
+MOST = {torch.float64: 1e-9, torch.float32: 2e-4}
+"""The largest error of a case. Cases look for wrong results; rounding, which small denominators enlarge, is the matrix's."""
 
 
 def option_names(card: Mechanism, option: str) -> list[str]:
@@ -205,8 +207,8 @@ def run_case(case: Case) -> float:
             if not _waived(subject, WAIVERS[name]):
                 errors[name] = check(case, subject, dtype)
     for name, error in errors.items():
-        if not error <= card.tolerances[dtype]:
-            raise Broken(f"{name}: error {error:.2e} above {card.tolerances[dtype]:.0e}")
+        if not error <= MOST[dtype]:
+            raise Broken(f"{name}: error {error:.2e} above {MOST[dtype]:.0e}")
     return max(errors.values(), default=0.0)
 
 

@@ -22,7 +22,7 @@ def test_variants_are_accepted_in_their_patterns(name):
     for variant, options in card.variants.items():
         assert set(card.patterns_of(variant)) <= set(card.patterns)
         for pattern in card.patterns_of(variant):
-            build_layer(card, DIM, HEADS, pattern=pattern, **options)
+            build_layer(card, DIM, pattern=pattern, **{"num_heads": HEADS, **options})
             if variant not in card.layer_variants:
                 subject = Subject.of(card, pattern, variant)
                 subject.run(subject.inputs(12))

@@ -256,10 +256,16 @@ def test_what_cannot_be_honoured_is_refused():
         selective_scan(x, dt, a, b, c, chunk_size=0)
     with pytest.raises(Unsupported, match="groups"):
         selective_scan(x[..., :5], dt[..., :5], a[:5], b, c)
-    with pytest.raises(Unsupported, match="lengths"):
-        selective_scan(x, dt, a, b, c, lengths=torch.tensor([38, 1]))
     with pytest.raises(Unsupported, match="backend"):
         selective_scan(x, dt, a, b, c, backend="none")
+
+
+def test_a_length_beyond_the_tokens_counts_all_of_them():
+    inputs = sample()
+    n = inputs[0].shape[1]
+    found = selective_scan(*inputs, lengths=torch.tensor([n + 1, 1]))
+    expected = selective_scan(*inputs, lengths=torch.tensor([n, 1]))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["mamba_scan", "mamba_scan_strong_decay"])

@@ -330,7 +330,7 @@ def test_what_cannot_be_swapped_to_is_refused_with_the_reason(name, told):
 
 def test_nothing_is_changed_when_one_module_is_unsafe():
     model = nn.ModuleList([nn.MultiheadAttention(16, 4), nn.MultiheadAttention(16, 4, add_zero_attn=True)])
-    with pytest.raises(Unsupported, match="1: MultiheadAttention with learned or zero keys"):
+    with pytest.raises(Unsupported, match=r"1: .*MultiheadAttention with learned or zero keys"):
         regard.swap(model, "softmax")
     assert isinstance(model[0], nn.MultiheadAttention)
     report = regard.swap(model, "softmax", only="0")

@@ -13,6 +13,7 @@ from regard.apply import absorb, apply
 from regard.contract import Call, Context, Mask, Pattern, Role, Unsupported
 from regard.create import create_layer
 from regard.functional import agent_attention
+from regard.layers.parts import LayerCall
 from regard.mechanisms.agent import MECHANISM, Config
 from regard.mechanisms.agent.forms import _row_agents
 
@@ -468,7 +469,7 @@ def biased_layer(**options):
 
 
 def biases(layer, n, **context):
-    heads, _ = layer.projection({}, torch.zeros(1, n, 8, dtype=torch.float64), None, Context(**context))
+    heads = layer.projection.inputs({}, LayerCall(torch.zeros(1, n, 8, dtype=torch.float64), None, Context(**context)))
     return heads["gather_bias"], heads["share_bias"]
 
 
@@ -551,5 +552,5 @@ def test_pooling_and_convolution_equal_the_official_code_where_it_has_a_bias(nam
         merge.convolution.weight.copy_(a["weight_dwc_weight"])
         merge.convolution.bias.copy_(a["weight_dwc_bias"])
     heads = a["attn_out"].unflatten(-1, (2, 4)).transpose(1, 2)
-    found = merge(heads, {"v": a["v"]}, a["x"], Context(grid=(6, 6), roles=roles), None, None)
+    found = merge(heads, {"v": a["v"]}, LayerCall(a["x"], None, Context(grid=(6, 6), roles=roles)), None)
     torch.testing.assert_close(found.transpose(1, 2).flatten(2), a["core_out"], rtol=0, atol=1e-10)  # observed 1.8e-15

@@ -96,7 +96,7 @@ def inputs_of(n: int, axes: int = 1, options=None, **sizes) -> dict[str, torch.T
         pattern=Pattern.NONCAUSAL_SELF,
         config=config,
         sizes=sizes,
-        axes=axes,
+        grid=(0,) * axes,
     )
 
 

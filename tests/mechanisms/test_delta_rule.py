@@ -16,6 +16,7 @@ from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
 from regard.create import create_layer
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.engines.recurrent_forms import MatrixState
+from regard.layers.parts import LayerCall
 from regard.mechanisms.delta_rule import MECHANISM, Config, sample_inputs
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -484,10 +485,10 @@ def test_layer_reads_absorbed_memory_with_grouped_heads():
 def test_rates_of_the_layer_lie_in_their_range_and_its_decay_starts_slow():
     z = 30 * torch.randn(2, 9, 64, dtype=torch.float64)
     for options, top in (({}, 1.0), ({"allow_negative_eigenvalues": True}, 2.0)):
-        beta = layer_of(**options).projection({}, z, z, Context())["beta"]
+        beta = layer_of(**options).projection.inputs({}, LayerCall(z, z, Context()))["beta"]
         assert beta.shape == (2, 4, 9)
         assert 0.9 * top < beta.max() <= top
-    start = layer_of(gated=True).projection({}, z, 0 * z, Context())["log_decay"]
+    start = layer_of(gated=True).projection.inputs({}, LayerCall(z, 0 * z, Context()))["log_decay"]
     assert start.shape == (2, 4, 9, 1)
     assert ((start < -1e-3 * 0.99) & (start > -1.6 * 1.01)).all()
     layer = layer_of(gated=True)
@@ -496,7 +497,7 @@ def test_rates_of_the_layer_lie_in_their_range_and_its_decay_starts_slow():
     expected = -own.log_strength.exp() * F.softplus(own.gate(z) + own.gate_bias)
     assert_close(own({}, z, z, Context())["log_decay"][..., 0], expected.mT)
     layer = layer.bfloat16()
-    found = layer.projection({}, None, z.bfloat16(), Context())
+    found = layer.projection.inputs({}, LayerCall(None, z.bfloat16(), Context()))
     assert found["beta"].dtype == found["log_decay"].dtype == torch.float32
 
 

@@ -16,6 +16,7 @@ from regard.contract import ALL_PATTERNS, Context, Mask, Pattern, Unsupported
 from regard.create import create_layer
 from regard.engines.recurrent_forms import MatrixState
 from regard.functional import gated_linear_attention
+from regard.layers.parts import LayerCall
 from regard.mechanisms.gated_linear import MECHANISM, Config, sample_inputs
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -321,7 +322,7 @@ def test_layer_equals_its_equations_written_out():
 def test_normalizer_divides_the_log_sigmoid_so_that_decay_starts_near_a_root_of_one_half(tau):
     layer = layer_of(gate_normalizer=tau)
     z = 0.1 * torch.randn(2, 9, 64, dtype=torch.float64)
-    gate = layer.projection({"k": torch.zeros(2, 4, 9, 8)}, z, z, Context())["log_decay"]
+    gate = layer.projection.inputs({"k": torch.zeros(2, 4, 9, 8)}, LayerCall(z, z, Context()))["log_decay"]
     assert gate.shape == (2, 4, 9, 8)
     assert (gate.exp() - 2 ** (-1 / tau)).abs().max() < 0.2 / tau
 
@@ -329,17 +330,20 @@ def test_normalizer_divides_the_log_sigmoid_so_that_decay_starts_near_a_root_of_
 def test_fixed_gates_are_those_of_retention_and_scalar_gates_are_one_a_head():
     x = torch.randn(2, 9, 64, dtype=torch.float64)
     heads = {"k": torch.zeros(2, 4, 9, 8, dtype=torch.float64)}
-    fixed = layer_of(gate="fixed").projection(dict(heads), x, x, Context())["log_decay"]
+    fixed = layer_of(gate="fixed").projection.inputs(dict(heads), LayerCall(x, x, Context()))["log_decay"]
     assert_close(fixed[0, :, 0, 0].exp(), torch.tensor([1 - 2.0 ** -(5 + h) for h in range(4)], dtype=torch.float64))
-    assert fixed.shape == layer_of(gate="scalar").projection(dict(heads), x, x, Context())["log_decay"].shape
-    assert "log_decay" not in layer_of(gate="none").projection(dict(heads), x, x, Context())
+    assert (
+        fixed.shape
+        == layer_of(gate="scalar").projection.inputs(dict(heads), LayerCall(x, x, Context()))["log_decay"].shape
+    )
+    assert "log_decay" not in layer_of(gate="none").projection.inputs(dict(heads), LayerCall(x, x, Context()))
 
 
 @pytest.mark.parametrize("gate", ["diagonal", "scalar", "fixed"])
 def test_gates_stay_in_float32_in_a_bfloat16_layer(gate):
     layer = layer_of(gate=gate).bfloat16()
     x, k = torch.zeros(1, 3, 64, dtype=torch.bfloat16), torch.zeros(1, 4, 3, 8, dtype=torch.bfloat16)
-    log_decay = layer.projection({"k": k}, x, x, Context())["log_decay"]
+    log_decay = layer.projection.inputs({"k": k}, LayerCall(x, x, Context()))["log_decay"]
     assert log_decay.dtype == torch.float32
     if gate == "fixed":
         exact = torch.log1p(-(2.0 ** -torch.arange(5, 9)))

@@ -14,6 +14,7 @@ from regard.apply import absorb, apply
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
 from regard.create import create_layer
+from regard.layers.parts import LayerCall
 from regard.mechanisms.gated_softmax import MECHANISM, PREDICTORS, Config
 from regard.training.optimizer import parameter_groups
 
@@ -133,9 +134,9 @@ def test_predictors_have_the_stated_numbers_of_parameters_and_starts(predictor, 
 
 def test_the_gate_of_a_head_reads_its_own_slice_of_the_layers_input():
     layer, x = make(), torch.randn(1, 5, 8, dtype=torch.float64)
-    before = layer.projection({}, x, None, Context())["log_gate"]
+    before = layer.projection.inputs({}, LayerCall(x, None, Context()))["log_gate"]
     x[..., 4:] += 1.0
-    after = layer.projection({}, x, None, Context())["log_gate"]
+    after = layer.projection.inputs({}, LayerCall(x, None, Context()))["log_gate"]
     assert torch.equal(before[:, 0], after[:, 0]) and not torch.allclose(before[:, 1], after[:, 1])
 
 
@@ -172,8 +173,10 @@ def test_cross_attention_takes_its_gates_from_the_queries():
     layer = create_layer("gated_softmax", 8, 2, pattern="noncausal-cross", memory_dim=6).double()
     x, memory = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 7, 6, dtype=torch.float64)
     close(layer(x, state=layer.encode_memory(memory)).output, layer(x, memory).output)
-    gate = layer.projection({}, x, memory, Context())["log_gate"]
-    assert gate.shape == (2, 2, 3) and torch.equal(gate, layer.projection({}, x, None, Context())["log_gate"])
+    gate = layer.projection.inputs({}, LayerCall(x, memory, Context()))["log_gate"]
+    assert gate.shape == (2, 2, 3) and torch.equal(
+        gate, layer.projection.inputs({}, LayerCall(x, None, Context()))["log_gate"]
+    )
 
 
 def gate_weights(arrays: dict[str, Tensor], predictor: str) -> dict[str, Tensor]:
@@ -212,7 +215,7 @@ def test_parity_with_the_authors_layer(name):
     if "mask" in arrays:  # the authors' code pads keys only
         hidden = torch.zeros(2, 1, 1, 14, dtype=torch.float64).masked_fill(~arrays["mask"][:, None, None], -torch.inf)
         mask = Mask(bias=hidden)
-    close(layer.projection({}, x, None, Context())["log_gate"].exp(), arrays["gate"], 1e-12)
+    close(layer.projection.inputs({}, LayerCall(x, None, Context()))["log_gate"].exp(), arrays["gate"], 1e-12)
     output = layer(x, context=Context(mask=mask)).output
     close(output, arrays["core_out"], 1e-12)
     (gradient,) = torch.autograd.grad(output, x, arrays["grad_out"])

@@ -17,6 +17,7 @@ from regard.contract import Call, Context, Mask, Pattern, Unsupported
 from regard.create import create_layer
 from regard.functional import sea_attention
 from regard.layers.attention_map import CausalMap, NoncausalMap, orthogonal_features, softmax_features
+from regard.layers.parts import LayerCall
 from regard.mechanisms.sea import Config
 from regard.training import peak_memory
 
@@ -592,7 +593,7 @@ def test_the_estimate_of_a_layer_finds_the_keys_that_its_scores_prefer():
         with torch.no_grad():
             heads = heads_of(module, x)
             full = Call(Pattern.CAUSAL_SELF, Config(top_k=10**6), 8**-0.5, want=WEIGHTS)
-            inputs, _ = module.projection(heads, x, None, Context(), lengths=None, memory_lengths=None, state=None)
+            inputs, _ = module.projection(heads, LayerCall(x, None, Context()))
             gates = {"estimate": inputs["estimate"]}
             weights = sea.parallel(full, **heads, **gates).extras["weights"]
             chosen = sea.parallel(full.replace(config=module.config), **heads, **gates).extras["weights"] > 0
@@ -664,7 +665,7 @@ def official(name, causal):
     module.projection.load_state_dict(weights)
     heads = {n: a[n] for n in "qkv"}
     with torch.no_grad():
-        inputs, _ = module.projection(heads, None, None, Context(), lengths=None, memory_lengths=None, state=None)
+        inputs, _ = module.projection(heads, LayerCall(None, None, Context()))
     return a, module.config, pattern, inputs
 
 

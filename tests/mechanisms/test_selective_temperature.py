@@ -15,6 +15,7 @@ from regard.apply import absorb, apply
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
 from regard.create import create_layer
+from regard.layers.parts import LayerCall
 from regard.mechanisms.selective_temperature import MECHANISM, Config
 from regard.training.optimizer import parameter_groups
 
@@ -244,7 +245,7 @@ def test_layers_start_with_the_stated_slope_and_no_token_terms(options, slope):
     layer = make(perturbed=False, **options)
     x = torch.randn(2, 6, 8, dtype=torch.float64)
     heads = {name: torch.randn(2, 2, 6, 4, dtype=torch.float64) for name in "qkv"}
-    found = layer.projection(heads, x, x, Context())
+    found = layer.projection.inputs(heads, LayerCall(x, x, Context()))
     assert set(found) == {"q", "k", "v", "q_token", "v_token", "q_slope", "v_slope"}
     for name in "qv":
         assert (found[f"{name}_token"] == 0).all()
@@ -325,7 +326,7 @@ def test_gradients_of_a_layers_own_parameters_are_those_of_differences(form, opt
 def test_a_group_of_heads_shares_the_mean_of_its_alphas():
     layer = make(heads=4, num_kv_heads=2, perturbed=False)
     layer.projection.alpha.data.copy_(torch.tensor([1.0, 3.0, -2.0, 0.0]))
-    found = layer.projection({}, None, None, Context())
+    found = layer.projection.inputs({}, LayerCall(None, None, Context()))
     close(found["q_slope"], torch.tensor([1.0, 3.0, -2.0, 0.0], dtype=torch.float64).sigmoid())
     close(found["v_slope"], torch.tensor([2.0, -1.0], dtype=torch.float64).sigmoid())
 

@@ -19,6 +19,7 @@ from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsup
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.functional import softmax_attention
+from regard.layers.parts import LayerCall
 from regard.mechanisms.universal_rpe import MECHANISM, Config, cost
 from regard.mechanisms.universal_rpe import forms as universal_rpe
 from regard.models import Encoder, EncoderConfig, count_parameters, from_pretrained, save_pretrained
@@ -535,7 +536,7 @@ def test_activations_keep_factors_from_being_negative():
         made = layer(activation=activation)
         torch.nn.init.normal_(made.projection.table.table, std=3.0)
         made(x)
-        factors = made.projection({}, x, x, Context())["factors"]
+        factors = made.projection.inputs({}, LayerCall(x, x, Context()))["factors"]
         assert (factors < 0).any() if low is None else (factors >= low).all()
 
 
@@ -543,7 +544,7 @@ def test_activations_keep_factors_from_being_negative():
 def test_buckets_tell_small_offsets_apart_and_both_signs(causal):
     made = layer("causal-self" if causal else "noncausal-self", factors="bucketed", num_buckets=16, max_distance=40)
     torch.nn.init.normal_(made.projection.table.table)
-    factors = made.projection({}, None, None, Context())["factors"]
+    factors = made.projection.inputs({}, LayerCall(None, None, Context()))["factors"]
     assert factors.shape == (4, 81)
     past = factors[0, :41].flip(0)
     exact = 8 if causal else 4

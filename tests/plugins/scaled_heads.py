@@ -39,6 +39,7 @@ from regard.contract import (
     Unsupported,
 )
 from regard.layers.attention import AttentionLayer, LayerState
+from regard.layers.parts import LayerCall, Merge
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,16 @@ def parallel(call: Call, o: Tensor, gamma: Tensor) -> Tensor:
     return (o.to(dtype) * gamma.to(dtype)[:, None, None]).to(o.dtype)
 
 
-class HeadScale(nn.Module):
+class HeadScale(Merge):
     """A merge of the attention shell, after the wrapped mechanism's own."""
 
-    def __init__(self, heads: int, inner: nn.Module | None) -> None:
+    def __init__(self, heads: int, inner: Merge | None) -> None:
         super().__init__()
         self.inner, self.gamma = inner, nn.Parameter(torch.ones(heads))
 
-    def forward(
-        self, output: Tensor, heads: Tensors, x: Tensor, context: Context, lengths: Tensor | None, result: Result
-    ) -> Tensor:
+    def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
         if self.inner is not None:
-            output = self.inner(output, heads, x, context, lengths, result)
+            output = self.inner(output, heads, call, result)
         return output * self.gamma[:, None, None]
 
 

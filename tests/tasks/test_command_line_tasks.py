@@ -153,7 +153,7 @@ def test_a_table_without_a_task_is_recognised_or_the_line_says_what_to_add(tmp_p
             writer.writeheader()
             writer.writerows(records)
     said = []
-    if ": --task" in found or "columns" in found:
+    if found.startswith("try ") or "columns" in found:
         with pytest.raises(Unsupported, match=found):
             read_tasks(None, [str(path)], None, None, "bytes", [], said.append)
         return

@@ -227,10 +227,12 @@ MECHANISM = Mechanism(
         "landmarks ignored": {"block": 3, "softmax": "ignore"},
         "landmarks as tokens": {"block": 3, "softmax": "plain"},
         "miss key": {"block": 100, "cache_blocks": 50, "top_k": 2, "miss": True, "miss_share": 0.3, "miss_cutoff": 0.1},
-        "in training": {"block": 3, "group_dropout": 0.2, "position_jump": 5},
+        "dropped groups": {"block": 3, "group_dropout": 0.2},
+        "jumps of positions": {"block": 3, "position_jump": 5, "positions": "rotary"},
     },
     variant_patterns={
         "miss key": (Pattern.CAUSAL_SELF,),
+        "jumps of positions": (Pattern.CAUSAL_SELF,),
         "one set for all tokens": (Pattern.CAUSAL_SELF,),
         **dict.fromkeys(
             ("retrieved", "one set for all heads", "bounded cache", "bounded, retrieved"),

@@ -241,6 +241,10 @@ MECHANISM = Mechanism(
             Waiver(name, "keys are drawn for one call, of the length and the rows that it has", variants=DRAWING)
             for name in ("padding", "packing", "row_alone", "alignment", "pair_masks", "state", "memory")
         ),
+        *(
+            Waiver(name, "keys are drawn for one call, of the length and the rows that it has", variants=DRAWING)
+            for name in ("layer_padding", "layer_packing", "layer_decoding")
+        ),
     ),
 )
 
