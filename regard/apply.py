@@ -543,7 +543,9 @@ def _check_options(card: Mechanism, mask: Mask | None, memory_mask: Mask | None,
     check_mask("mask", mask)
     check_mask("memory_mask", memory_mask)
     for name in options.keys() - KNOWN:
-        raise Unsupported(f"option {name!r} of {card.name}", supported=", ".join(sorted(KNOWN)))
+        raise Unsupported(
+            f"option {name!r} of {card.name}", supported=", ".join(sorted(KNOWN)), nearest=closest(name, KNOWN)
+        )
     CALL_TYPES.check(card.name, options)
     dropout, want = options.get("dropout", 0.0), options.get("want", ())
     if not 0.0 <= dropout < 1.0:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from regard.apply import apply, input_names
 from regard.catalogue import find_mechanism, get_mechanism, get_module, list_mechanisms
-from regard.contract import Kind, Mask, Mechanism, Pattern, Unsupported, check_mask
+from regard.contract import Kind, Mask, Mechanism, Pattern, Unsupported, check_mask, closest
 
 
 def function_name(card: Mechanism) -> str:
@@ -47,11 +47,11 @@ def _function(card: Mechanism) -> Callable[..., Any]:
         for name, value in options.items():
             if name in inputs:
                 raise Unsupported(f"{card.name} with {name} given twice", supported="by place or by name")
-            if name in _ELSEWHERE and name not in own:
+            if name not in known:
                 raise Unsupported(
                     f"option {name!r} of {card.name}",
-                    supported=", ".join(parameter.name for parameter in parameters),
-                    nearest=_ELSEWHERE[name],
+                    supported=", ".join(known),
+                    nearest=_ELSEWHERE.get(name) or closest(name, known),
                 )
             place = inputs if name in names else call if name in passed else config
             place[name] = value
@@ -84,6 +84,7 @@ def _function(card: Mechanism) -> Callable[..., Any]:
         for n, f in card.config.__dataclass_fields__.items()  # type: ignore[attr-defined]
         if n not in {p.name for p in parameters}
     ]
+    known = [parameter.name for parameter in parameters]
     function.__name__ = function.__qualname__ = function_name(card)
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__doc__ = get_module(card.name).__doc__

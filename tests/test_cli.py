@@ -241,6 +241,7 @@ def bad_inputs(folder):
     small = ["--mechanisms", "softmax", "--budget", "10k tokens", "--output", str(folder / "out")]
     blocked = text(folder, "blocked", b"a file where a folder should be")
     plugin = text(folder, "raises.py", b"raise ValueError('broken plugin')\n")
+    task_plugin = text(folder, "task.py", b"from regard.tasks import create_task\nTASK = create_task('recall')\n")
     empty_plugin = text(folder, "nothing.py", b"x = 1\n")
     (folder / "pictures" / "cats").mkdir(parents=True)
     (folder / "pictures" / "dogs").mkdir()
@@ -301,6 +302,7 @@ def bad_inputs(folder):
         "frame nobody has": (["compare", good, "--frame", "golden", *small], ("golden", "bare")),
         "option of a mechanism": (["compare", good, *small, "--mechanisms", "local:windw=3"], ("windw", "window")),
         "data for a task that reads none": (["compare", good, "--task", "recall", *small], ("recall",)),
+        "data for a plugin's task": (["compare", good, "--plugin", task_plugin, *small], ("recall", "--task")),
         "report of nothing": (["report", str(other)], ("results.db",)),
         **{
             name: (["compare", "--task", task, text(folder, f"{i}.csv", content), *small], (f"{i}.csv", *words))
@@ -324,7 +326,8 @@ CASES = [
     "option without a value", "pattern a mechanism lacks", "nonsense budget", "budget too small",
     "output that cannot be written", "plugin that raises", "plugin of nothing", "missing plugin", "unknown pattern",
     "unknown kind", "unknown property", "unknown variant", "no case", "profile in a pattern it lacks", "lengths that are no numbers",
-    "length of nothing", "frame nobody has", "option of a mechanism", "data for a task that reads none", "report of nothing",
+    "length of nothing", "frame nobody has", "option of a mechanism", "data for a task that reads none",
+    "data for a plugin's task", "report of nothing",
     "use of advice", "need of advice", "memory of advice", "length of advice", "results of advice",
     "mechanism of advice", "device of advice", "layer width of functions", "growth of layers", "precision nobody has",
     "unknown option of the stack", "stack option of another kind", "exits above the layers", "heads of no whole width",

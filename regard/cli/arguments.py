@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from regard.catalogue import list_mechanisms
@@ -75,18 +75,28 @@ def read_tasks(
     """
     from regard.tasks import create_task
 
-    own = plugged_tasks(modules)
+    own = plugged_tasks(modules, () if chosen else (data, validation))
     if not chosen and not own and not data:
         chosen = ["text", "recall"]
     described = describe_tasks(chosen, data, validation, length, tokenizer, recognised) if chosen or not own else []
     return [*(create_task(name, **options) for name, options in described), *own]
 
 
-def plugged_tasks(modules: list[Any]) -> list[Any]:
-    """The tasks of plugins."""
+def plugged_tasks(modules: list[Any], data: Sequence[list[str] | None] = ()) -> list[Any]:
+    """The tasks of plugins.
+
+    Args:
+        data: what is given beside them that no task would read.
+    """
     from regard.tasks import check_task
 
-    return [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
+    own = [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
+    if own and any(data):
+        raise Unsupported(
+            f"data for {own[0].name}, a plugin's task, which reads its own",
+            supported="the task alone, or a --task beside it that reads the data",
+        )
+    return own
 
 
 def describe_tasks(

@@ -34,7 +34,7 @@ def evaluate(
     """
     from regard.workbench.trained import open_trained
 
-    own = plugged_tasks(load_plugins(plugin))
+    own = plugged_tasks(load_plugins(plugin), (data,))
     trained = open_trained(folder)
     task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
     found = trained.score(task if own or data else None, device=device)

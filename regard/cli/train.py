@@ -73,7 +73,7 @@ def train(
         if not as_json:
             console.print(plain(f"By its contents: --task {described}"))
 
-    own = plugged_tasks(load_plugins(plugin))
+    own = plugged_tasks(load_plugins(plugin), () if task else (data, validation))
     if own and task is None:
         asked = own[0]
     else:

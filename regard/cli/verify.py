@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from regard.catalogue import list_mechanisms
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS
 from regard.cli.progress import progress
-from regard.contract import Unsupported
+from regard.contract import Unsupported, closest
 
 
 def verify(
@@ -55,7 +56,7 @@ def verify(
     from regard.measurement.store import Store
     from regard.models.variants import known_name
     from regard.workbench.failures import grouped, kind
-    from regard.workbench.verify import KEY, PROPERTIES, Cell, plan
+    from regard.workbench.verify import KEY, PROPERTIES, Cell, Place, plan
     from regard.workbench.verify import verify as run
 
     modules = load_plugins(plugin)
@@ -71,24 +72,30 @@ def verify(
     known = [p.name for p in PROPERTIES]
     for name in prop or ():
         if name not in known:
-            raise Unsupported(f"property {name!r}", supported=", ".join(known))
+            raise Unsupported(f"property {name!r}", supported=", ".join(known), nearest=closest(name, known))
     total = sum(1 for _ in plan(names, patterns=pattern, properties=prop, variants=variant or ()))
     store = Store(output / "results.db") if full else None
     cells: list[Cell] = []
     told: set[Any] = set()
     with progress(quiet=as_json) as (bar, line):
         task = bar.add_task("verify", total=total)
+        before = itertools.count()
+
+        def on_place(place: Place) -> None:
+            key = place.key
+            about = " ".join(filter(None, [key[name] for name in ("mechanism", "variant", "pattern", "property")]))
+            places = next(before)
+            bar.update(task, completed=places, description=about)
+            line(f"{places} of {total}, {about}")
 
         def on_cell(cell: Cell) -> None:
             cells.append(cell)
             if store is not None:
                 key = {name: getattr(cell, name) for name in KEY}
                 store.put("verify", {**key, "full": True}, dataclasses.asdict(cell))
-            about = " ".join(filter(None, [cell.mechanism, cell.variant, cell.pattern, cell.property]))
-            bar.update(task, advance=1, description=about)
-            line(f"{len(cells)} cells, {cell.mechanism} {cell.pattern}")
             if cell.status == "fail" and not as_json and kind(cell) not in told:
                 told.add(kind(cell))
+                about = " ".join(filter(None, [cell.mechanism, cell.variant, cell.pattern, cell.property]))
                 bar.console.print(f"[red]fail[/red] {about} {cell.dtype}: {escape(cell.detail)}")
 
         def done(key: dict[str, str]) -> bool:
@@ -104,8 +111,10 @@ def verify(
             variants=variant or (),
             full=full,
             on_cell=on_cell,
+            on_place=on_place,
             done=done,
         )
+        bar.update(task, completed=total)
     failures = [c for c in cells if c.status == "fail"]
     if as_json:
         emit({"cells": [dataclasses.asdict(c) for c in cells], "failures": len(failures)})

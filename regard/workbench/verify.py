@@ -179,6 +179,7 @@ def verify(
     variants: Iterable[str] = (),
     full: bool = False,
     on_cell: Callable[[Cell], None] | None = None,
+    on_place: Callable[[Place], None] | None = None,
     done: Callable[[dict[str, str]], bool] | None = None,
 ) -> list[Cell]:
     """Measure the equality matrix.
@@ -191,6 +192,7 @@ def verify(
             ``"all"`` for both; the default options when empty.
         full: compile with inductor, and repeat each cell with two more seeds.
         on_cell: called with each cell as it is measured.
+        on_place: called with each place of :func:`plan` before its turn, also where nothing is to be measured.
         done: says of a cell's key that it need not be measured again (to resume).
 
     Returns:
@@ -201,6 +203,8 @@ def verify(
     """
     cells = []
     for place in plan(names, patterns=patterns, properties=properties, variants=variants):
+        if on_place is not None:
+            on_place(place)
         if done is not None and done(place.key):
             continue
         seeds = (0, 1, 2) if full and place.prop.name not in PROGRAMS else (0,)

@@ -122,6 +122,15 @@ def test_softmax_attention_says_that_it_is_causal():
     assert "unlike torch.nn.functional.scaled_dot_product_attention" in functional.softmax_attention.__doc__
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"), [("dropuot", "try dropout"), ("windw", "try window"), ("is_causal", "try pattern=")]
+)
+def test_a_misspelled_option_of_a_function_is_answered_with_the_one_that_was_meant(option, meant):
+    q = torch.randn(2, 2, 5, 4)
+    with pytest.raises(Unsupported, match=meant):
+        functional.softmax_attention(q, q, q, **{option: 1})
+
+
 @pytest.mark.parametrize("name", list_mechanisms(kind=Kind.ATTENTION))
 def test_attention_layers_need_a_number_of_heads(name):
     with pytest.raises(Unsupported, match="num_heads"):
