@@ -544,6 +544,7 @@ class Waiver:
         holds_with: options under which it holds and is tested; None where it never can.
         patterns: patterns concerned; all when empty.
         variants: variants concerned (:attr:`Mechanism.variants`); the default options and all variants when empty.
+        dtypes: dtypes concerned; all when empty.
     """
 
     property: str
@@ -551,13 +552,18 @@ class Waiver:
     holds_with: Mapping[str, Any] | None = None
     patterns: tuple[Pattern, ...] = ()
     variants: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
 
-    def concerns(self, property_name: str, pattern: Pattern, variant: str = "") -> bool:
-        """Whether it waives a property in a pattern, with the options of a variant (``""`` for the default ones)."""
+    def concerns(
+        self, property_name: str, pattern: Pattern, variant: str = "", dtype: torch.dtype | None = None
+    ) -> bool:
+        """Whether it waives a property in a pattern, with the options of a variant (``""`` for the default ones), in a
+        dtype (None: in every one)."""
         return (
             self.property == property_name
             and (not self.patterns or pattern in self.patterns)
             and (not self.variants or variant in self.variants)
+            and (not self.dtypes or dtype in self.dtypes)
         )
 
 

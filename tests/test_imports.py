@@ -1,5 +1,6 @@
 """The rules of imports in pyproject.toml, which `make test` checks on the code, find what would break them."""
 
+import ast
 import copy
 import tomllib
 from pathlib import Path
@@ -11,12 +12,12 @@ from importlinter.contracts.forbidden import ForbiddenContract
 from importlinter.contracts.layers import LayersContract
 
 configure()
+ROOT = Path(__file__).parents[1]
+DEFINITIONS = ast.FunctionDef | ast.ClassDef
 KINDS = {"layers": LayersContract, "forbidden": ForbiddenContract}
 RULES = {
     rule["name"]: rule
-    for rule in tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["importlinter"][
-        "contracts"
-    ]
+    for rule in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 }
 PLANTED = [
     ("Imports point one way", "regard.engines.fourier", "regard.layers.norms"),
@@ -64,3 +65,13 @@ def test_a_planted_import_breaks_its_rule(rule, importer, imported, imports):
 
 def test_every_rule_has_a_planted_violation():
     assert {rule for rule, _, _ in PLANTED} == RULES.keys()
+
+
+def test_no_module_takes_the_name_of_what_its_package_defines():
+    """Importing it later would put the module in the place of the function."""
+    taken = []
+    for package in (ROOT / "regard").rglob("__init__.py"):
+        defined = {node.name for node in ast.parse(package.read_text()).body if isinstance(node, DEFINITIONS)}
+        inside = {path.stem for path in package.parent.glob("*.py")}
+        taken += [f"{package.parent.name}.{name}" for name in defined & inside]
+    assert not taken

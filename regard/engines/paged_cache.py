@@ -22,8 +22,8 @@ from regard.backends.operators import TRANSFORMS, transformed
 from regard.contract import Unsupported, at_least, one_of
 from regard.core.visibility import Ranks, Visibility
 from regard.engines.attention import attention
-from regard.engines.attention.decode import MOST, attention_decode
 from regard.engines.attention.native_form import DECODED_LONG
+from regard.engines.attention.paged import MOST, attention_decode
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

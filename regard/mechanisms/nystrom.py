@@ -293,5 +293,14 @@ MECHANISM = Mechanism(
             Waiver(name, "the exact pseudoinverse's gradient loses a digit (6e-12 in float64)", variants=("exact",))
             for name in ("gradient", "second_derivative")
         ),
+        *(
+            Waiver(
+                name,
+                "the exact pseudoinverse of a nearly singular kernel has few right digits in float32 (up to 2e-5 off)",
+                variants=("exact",),
+                dtypes=(torch.float32,),
+            )
+            for name in ("padding", "packing", "grouped_heads")
+        ),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +28,8 @@ class LayerSubject:
         self.subject, self.dtype = subject, dtype
         self.cross = subject.pattern.cross
         options = {"memory_dim": MEMORY_DIM} if self.cross and subject.card.kind is Kind.ATTENTION else {}
+        if subject.on_grid and "axes" in inspect.signature(subject.card.module or object).parameters:
+            options["axes"] = 2
         heads = {"num_heads": HEADS, **subject.options}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject.seed)
@@ -54,7 +57,7 @@ class LayerSubject:
         return card.sample_context(rng, batch=batch, n=n, m=n, pattern=self.subject.pattern).get("roles")
 
     def context(self, n: int, roles: Tensor | None = None, **more: Any) -> Context:
-        more = {"generator": self.subject.rng(), **more}
+        more = {"generator": torch.Generator().manual_seed(400), **more}
         return Context(grid=self.subject.grid(n), roles=roles, progress=1000.0, **more)
 
     def __call__(

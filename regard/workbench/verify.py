@@ -85,7 +85,7 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
     card, pattern, prop, dtype, backend = place.card, place.pattern, place.prop, place.dtype, place.backend
     tolerance = card.tolerances[dtype]
     subject = Subject.of(card, pattern, place.variant, seed=seed)
-    waiver = next((w for w in card.waivers if w.concerns(prop.name, pattern, place.variant)), None)
+    waiver = next((w for w in card.waivers if w.concerns(prop.name, pattern, place.variant, dtype)), None)
     status, detail, error = "pass", "", None
     if waiver is not None:
         status, detail = "waived", waiver.reason

@@ -495,7 +495,7 @@ def test_rates_of_the_layer_lie_in_their_range_and_its_decay_starts_slow():
     z = z / 30
     own = layer.projection
     expected = -own.log_strength.exp() * F.softplus(own.gate(z) + own.gate_bias)
-    assert_close(own({}, z, z, Context())["log_decay"][..., 0], expected.mT)
+    assert_close(own.inputs({}, LayerCall(z, z, Context()))["log_decay"][..., 0], expected.mT)
     layer = layer.bfloat16()
     found = layer.projection.inputs({}, LayerCall(None, z.bfloat16(), Context()))
     assert found["beta"].dtype == found["log_decay"].dtype == torch.float32

@@ -12,6 +12,7 @@ from regard.apply import apply
 from regard.contract import Context, Unsupported
 from regard.create import create_layer
 from regard.functional import gated_linear_attention
+from regard.layers.parts import LayerCall
 from regard.mechanisms.mlstm import MECHANISM, MemoryState, sample_inputs
 
 
@@ -125,13 +126,13 @@ def test_layer_has_the_gates_of_its_equations(forget_gate):
     torch.manual_seed(0)
     layer = create_layer("mlstm", 16, 2, forget_gate=forget_gate, gate_cap=15.0).double()
     own, x = layer.projection, 9 * torch.randn(2, 7, 16).double()
-    start = own({}, x, x, Context())
+    start = own.inputs({}, LayerCall(x, x, Context()))
     forget = start["log_forget"].exp()
     assert ((forget > 0.95) & (forget < 1)).all()
     assert start["log_input"].abs().max() < 0.5
     for gate in (own.input_gate, own.forget_gate):
         torch.nn.init.normal_(gate.weight)
-    found = own({}, x, x, Context())
+    found = own.inputs({}, LayerCall(x, x, Context()))
     capped = {name: 15 * torch.tanh(gate(x).mT / 15) for name, gate in (("i", own.input_gate), ("f", own.forget_gate))}
     assert_close(found["log_input"], capped["i"])
     assert_close(found["log_forget"], capped["f"] if forget_gate == "exp" else F.logsigmoid(capped["f"]))

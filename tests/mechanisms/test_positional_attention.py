@@ -17,6 +17,7 @@ from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsup
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.functional import positional_attention, softmax_attention
+from regard.layers.parts import LayerCall
 from regard.mechanisms.positional_attention import MECHANISM, Config, cost
 from regard.mechanisms.positional_attention import forms as module
 from regard.positions import Sinusoidal
@@ -251,7 +252,7 @@ def test_a_layers_maps_are_those_of_one_linear_for_queries_and_keys():
     made = layer(encoding="one_hot").projection
     nn.init.normal_(made.bias)
     product = nn.functional.linear(made.encodings(), made.weight, made.bias).view(10, 4, 20).transpose(0, 1)
-    heads = made({}, None, None, Context())
+    heads = made.inputs({}, LayerCall(None, None, Context()))
     close(heads["query_map"] + heads["query_bias"][:, None], product[..., :10])
     queries, keys = product.split(10, -1)
     a = (queries @ keys.mT / math.sqrt(10)).softmax(-1)

@@ -268,7 +268,7 @@ def test_token_terms_read_the_projected_heads_before_rotation_and_before_any_tem
     layer = make(positions="rotary")
     x = torch.randn(1, 9, 8, dtype=torch.float64)
     seen = {}
-    layer.projection.register_forward_hook(lambda module, given, result: seen.update(result))
+    layer.projection.register_forward_hook(lambda module, given, result: seen.update(result[0]))
     layer(x)
     for name, linear in (("q", layer.query), ("v", layer.value)):
         head = linear(x).unflatten(-1, (2, 4)).transpose(1, 2)

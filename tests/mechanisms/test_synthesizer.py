@@ -200,14 +200,16 @@ def test_a_mixture_starts_as_the_mean_of_its_kinds():
 def test_factorised_dense_scores_give_each_place_its_own_pair_of_factors(length):
     layer = create_layer("synthesizer", 8, 2, kinds="factorised_dense", length=length).projection
     assert (layer.first - 1) * layer.second < length <= layer.first * layer.second
-    scores = layer({}, torch.randn(1, 3, 8), None, Context())["dense"]
+    scores = layer.inputs({}, LayerCall(torch.randn(1, 3, 8), None, Context()))["dense"]
     assert scores.shape == (1, 2, 3, length)
     assert len(set(scores[0, 0, 0].tolist())) == length
 
 
 def test_factorised_random_scores_have_the_rank_that_is_asked_for():
     layer = create_layer("synthesizer", 8, 2, kinds="factorised_random", length=12, rank=3).projection
-    assert torch.linalg.matrix_rank(layer({}, torch.randn(1, 3, 8), None, Context())["random"]).tolist() == [3, 3]
+    assert torch.linalg.matrix_rank(
+        layer.inputs({}, LayerCall(torch.randn(1, 3, 8), None, Context()))["random"]
+    ).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("kind", ["random", "factorised_random"])

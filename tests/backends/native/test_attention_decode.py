@@ -14,7 +14,7 @@ from regard.engines.attention import Ranks
 from regard.engines.attention import attention as engine
 from regard.engines.attention import decode as short_way
 from regard.engines.attention import native_form as attention
-from regard.engines.attention.decode import attention_decode
+from regard.engines.attention.paged import attention_decode
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regard.backends.native import library
 from regard.contract import BlockMask, Unsupported
 from regard.core.visibility import DistanceBias, Ranks, Visibility
-from regard.engines.attention import decode as attention_decode
 from regard.engines.attention import native_form as attention
+from regard.engines.attention import paged as attention_decode
 from regard.engines.conserved_flows import native_form as conserved_flows
 from regard.engines.conserved_flows.torch_form import Rule as FlowRule
 from regard.engines.conserved_flows.torch_form import Sums
