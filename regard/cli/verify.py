@@ -82,21 +82,18 @@ def verify(
         before = itertools.count()
 
         def on_place(place: Place) -> None:
-            key = place.key
-            about = " ".join(filter(None, [key[name] for name in ("mechanism", "variant", "pattern", "property")]))
-            places = next(before)
+            about, places = _about(place.key), next(before)
             bar.update(task, completed=places, description=about)
             line(f"{places} of {total}, {about}")
 
         def on_cell(cell: Cell) -> None:
             cells.append(cell)
+            key = {name: getattr(cell, name) for name in KEY}
             if store is not None:
-                key = {name: getattr(cell, name) for name in KEY}
                 store.put("verify", {**key, "full": True}, dataclasses.asdict(cell))
             if cell.status == "fail" and not as_json and kind(cell) not in told:
                 told.add(kind(cell))
-                about = " ".join(filter(None, [cell.mechanism, cell.variant, cell.pattern, cell.property]))
-                bar.console.print(f"[red]fail[/red] {about} {cell.dtype}: {escape(cell.detail)}")
+                bar.console.print(f"[red]fail[/red] {_about(key)} {cell.dtype}: {escape(cell.detail)}")
 
         def done(key: dict[str, str]) -> bool:
             row = None if store is None else store.get("verify", {**key, "full": True})
@@ -128,6 +125,11 @@ def verify(
             console.print(Text(f"- {group}"))
     if failures:
         raise typer.Exit(1)
+
+
+def _about(key: dict[str, str]) -> str:
+    """The place of a cell in words."""
+    return " ".join(filter(None, [key[name] for name in ("mechanism", "variant", "pattern", "property")]))
 
 
 def _one_case(text: str, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from regard.apply import memory_inputs, shared_inputs
 from regard.contract import BlockMask, Kind, Mask, Pattern, State, Tensors, Unsupported, valid_from_lengths
-from regard.workbench.subjects import Subject, axes_of
+from regard.workbench.subjects import Subject, axes_of, in_float64
 
 PRIME = 13
 LENGTHS = (0, 1, 2, PRIME, 63, 64, 65)
@@ -430,7 +430,7 @@ def gradients_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
         many = sum(leaf.numel() for leaf in leaves) > NUMBERS_ONE_BY_ONE  # then along random directions
         torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=many)
     inputs = subject.inputs(*((20, 20) if not subject.pattern.cross else (12, 20)), dtype=dtype)
-    doubled = {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}
+    doubled = in_float64(inputs)
     expected = _gradients(subject, doubled, "reference")
     for form in _fast_forms(subject):
         for found, wanted in zip(_gradients(subject, inputs, form), expected, strict=True):
@@ -652,7 +652,7 @@ def second_derivatives(subject: Subject, dtype: torch.dtype) -> float:
         found = torch.autograd.grad(torch.stack(products).sum(), wanted, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)], largest
 
-    expected, largest = second({k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}, "reference")
+    expected, largest = second(in_float64(inputs), "reference")
     try:
         found, _ = second(inputs, None)
     except Unsupported:

@@ -20,7 +20,7 @@ from regard.backends import only
 from regard.catalogue import get_mechanism
 from regard.contract import Mask, Mechanism, Pattern, Tensors, Unsupported, closest
 from regard.workbench.properties import Broken, padded_layouts, relative_error
-from regard.workbench.subjects import Subject
+from regard.workbench.subjects import Subject, in_float64
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -204,7 +204,7 @@ def run_case(case: Case) -> float:
     errors = {}
     with only(case.backend, "torch"):
         for name, check in CHECKS.items():
-            if not _waived(subject, WAIVERS[name]):
+            if not _waived(subject, WAIVERS[name], dtype):
                 errors[name] = check(case, subject, dtype)
     for name, error in errors.items():
         if not error <= MOST[dtype]:
@@ -212,11 +212,11 @@ def run_case(case: Case) -> float:
     return max(errors.values(), default=0.0)
 
 
-def _waived(subject: Subject, names: Iterable[str]) -> bool:
-    """Whether the card waives one of some properties with options like these: such as only waived variants have."""
+def _waived(subject: Subject, names: Iterable[str], dtype: torch.dtype) -> bool:
+    """Whether the card waives one of some properties in a dtype with options like these: such as only waived variants have."""
     card = subject.card
     for waiver in card.waivers:
-        if waiver.property not in names or (waiver.patterns and subject.pattern not in waiver.patterns):
+        if not any(dataclasses.replace(waiver, variants=()).concerns(n, subject.pattern, dtype=dtype) for n in names):
             continue
         others = {name for v, options in card.variants.items() if v not in waiver.variants for name in options}
         only_there = {name for variant in waiver.variants for name in card.variants[variant]} - others
@@ -242,7 +242,7 @@ def check_rows(case: Case, subject: Subject, dtype: torch.dtype) -> float:
         inputs = _sampled(case, subject, height * width, height * width, 2, dtype)
         grid = (height, width)
         found = subject.run(inputs, grid=grid).output
-        doubled = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        doubled = in_float64(inputs)
         return relative_error(found, subject.run(doubled, form="reference", grid=grid).output)
     rows, (n, m) = len(case.lengths), _longest(case)
     inputs = _sampled(case, subject, n, m, rows, dtype)
@@ -313,7 +313,7 @@ def check_gradients(case: Case, subject: Subject, dtype: torch.dtype) -> float:
     if subject.on_grid:
         n = m = case.lengths[0] * case.lengths[1]
     inputs = _sampled(case, subject, n, m, len(case.lengths), dtype)
-    doubled = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    doubled = in_float64(inputs)
     found, expected = _gradients(subject, inputs, None), _gradients(subject, doubled, "reference")
     size = max((float(x.abs().max()) for x in expected if x.numel()), default=0.0) or 1.0
     errors = [float((a.double() - b).abs().max()) for a, b in zip(found, expected, strict=True) if b.numel()]

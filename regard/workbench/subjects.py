@@ -51,6 +51,11 @@ def sample_inputs(
     return found
 
 
+def in_float64(inputs: Tensors) -> Tensors:
+    """The same numbers in the dtype of definitions; what is no float stays."""
+    return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+
+
 @dataclass
 class Subject:
     """A mechanism in one pattern with given options, ready to be run on sampled inputs.
@@ -141,7 +146,7 @@ class Subject:
 
     def reference(self, inputs: Tensors, **call: Any) -> Tensor:
         """The definition, in float64, on unpadded inputs."""
-        doubled = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+        doubled = in_float64(inputs)
         return self.run(doubled, form="reference", **call).output
 
     def absorb(self, inputs: Tensors, **call: Any) -> Any:

@@ -5,11 +5,15 @@ import json
 import sys
 
 import pytest
+import torch
 
 from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.catalogue import register
+from regard.contract import Pattern
+from regard.workbench import random_cases
 from regard.workbench.properties import Broken
 from regard.workbench.random_cases import PADDINGS, Case, run_case, search, unreached_options
+from regard.workbench.subjects import Subject
 from regard.workbench.verify import verified_backends
 
 SAMPLE = 10
@@ -90,3 +94,9 @@ def test_options_that_no_variant_has_are_told():
         "block",
         "lookback",
     ]
+
+
+def test_a_waiver_of_one_dtype_leaves_the_others_to_be_tried():
+    subject = Subject.of(get_mechanism("nystrom"), Pattern.NONCAUSAL_SELF, "exact")
+    assert random_cases._waived(subject, random_cases.WAIVERS["rows"], torch.float32)
+    assert not random_cases._waived(subject, random_cases.WAIVERS["rows"], torch.float64)
