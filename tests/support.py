@@ -1,0 +1,72 @@
+"""What tests of all folders share: recordings of other code, random inputs, calls, and how close two tensors are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from regard.apply import apply
+from regard.contract import Mechanism, Result
+
+FIXTURES = Path(__file__).parent / "parity" / "fixtures"
+
+
+def load(name: str) -> dict[str, Tensor]:
+    """Tensors that were recorded from another implementation; `tests/parity` says which, and by what call."""
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    """Shape and dtype are equal, and no element differs by more than a fraction of the largest expected value."""
+    size = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    assert math.isfinite(size), "infinite or NaN where a number is expected"
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * (size or 1.0))
+
+
+def qkv(
+    n: int,
+    m: int | None = None,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    groups: int | None = None,
+    dim: int = 4,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """Random queries (batch, heads, n, dim), and keys and values of `groups` heads and `m` tokens."""
+    m, groups = n if m is None else m, heads if groups is None else groups
+    shapes = {"q": (heads, n, dim), "k": (groups, m, dim), "v": (groups, m, value_dim or dim)}
+    return {name: torch.randn(batch, *shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def cut(inputs: dict[str, Tensor], part: slice | Tensor, names: Sequence[str] = ("q", "k", "v")) -> dict[str, Tensor]:
+    """The tokens `part` of the inputs called `names`, (B, H, tokens, ...); the others as they are."""
+    return {name: x[:, :, part] if name in names else x for name, x in inputs.items()}
+
+
+def calls(mechanism: Mechanism, pattern: str = "causal-self") -> Callable[..., Result]:
+    """`run(inputs, options=None, **call)`: the mechanism with some options, in `pattern` unless the call says another."""
+    default = pattern
+
+    def run(inputs: dict[str, Tensor], options: dict[str, Any] | None = None, **call: Any) -> Result:
+        call = {"pattern": default, "config": mechanism.config(**(options or {})), **call}
+        return apply(mechanism, inputs, **call)
+
+    return run
+
+
+def shaken(module: nn.Module, size: float = 0.1) -> nn.Module:
+    """In float64, with every parameter away from its initial value, so that none of them has no effect."""
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += size * torch.randn_like(parameter)
+    return module
