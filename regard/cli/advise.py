@@ -73,7 +73,8 @@ def advise_command(
         regard advise --lengths 2048 --results runs/compare --json
         regard advise --check
     """
-    from regard.workbench.advise import AdviseSettings, advise, parse_memory
+    from regard.measurement.units import parse_size
+    from regard.workbench.advise import AdviseSettings, advise
     from regard.workbench.advise_check import check as run_check
     from regard.workbench.advise_text import advice_text, errors_table, short_text
     from regard.workbench.needs import NEEDS, parse_needs
@@ -89,7 +90,7 @@ def advise_command(
         lengths=read_integers("lengths", lengths),
         use=use,
         needs=parse_needs(needs),
-        memory=None if memory is None else parse_memory(memory),
+        memory=None if memory is None else parse_size(memory),
         pattern=Pattern.parse(pattern),
         dim=dim,
         heads=heads,

@@ -11,7 +11,8 @@ from rich.text import Text
 from regard.cli.arguments import read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
-from regard.cli.progress import clock, progress
+from regard.cli.progress import progress
+from regard.measurement import units
 
 
 def compare(
@@ -157,7 +158,7 @@ def compare(
             loss = f"  loss {progress.loss:.3f}" if progress.loss == progress.loss else ""
             bar.update(shown, description=progress.doing + loss, completed=progress.done, total=progress.total or None)
             share = progress.done / progress.total if progress.total else 0.0
-            left = f"  about {clock(progress.remaining)} left" if progress.total else ""
+            left = f"  about {units.clock(progress.remaining)} left" if progress.total else ""
             line(f"{share:4.0%}  {progress.doing}{loss}{left}")
 
         def say(sentence: str) -> None:

@@ -13,6 +13,7 @@ from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Pattern
+from regard.measurement import units
 
 
 def profile_command(
@@ -126,5 +127,5 @@ def _speeds(found: Any) -> list[str]:
 
 
 def _measurement(m: Any) -> str:
-    memory = f"  {m.memory_bytes / 2**20:.1f} MiB" if m.memory_bytes is not None else ""
+    memory = f"  {units.size(m.memory_bytes)}" if m.memory_bytes is not None else ""
     return f"{m.milliseconds:.3g} ({m.low:.3g}-{m.high:.3g}){memory}"

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from regard.cli.console import errors
+from regard.measurement import units
 
 
 class _Remaining(ProgressColumn):
@@ -21,12 +22,7 @@ class _Remaining(ProgressColumn):
         if not task.total or task.completed <= 0:
             return Text(f"{elapsed:.0f}s", style="dim")
         left = elapsed * max(0.0, task.total - task.completed) / task.completed
-        return Text(f"{clock(elapsed)} elapsed, about {clock(left)} left", style="dim")
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+        return Text(f"{units.clock(elapsed)} elapsed, about {units.clock(left)} left", style="dim")
 
 
 @contextmanager
@@ -39,7 +35,7 @@ def progress(*, quiet: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]
         now = time.monotonic()
         if not live and not quiet and now - last[0] >= 15:
             last[0] = now
-            print(f"[{clock(now - started)}] {text}", file=sys.stderr, flush=True)
+            print(f"[{units.clock(now - started)}] {text}", file=sys.stderr, flush=True)
 
     columns = (BarColumn(bar_width=28), TextColumn("{task.description}", markup=False), _Remaining())
     with Progress(*columns, console=errors, disable=not live, transient=True) as bar:

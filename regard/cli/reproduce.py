@@ -13,7 +13,8 @@ from rich.text import Text
 
 from regard.cli.console import console, emit
 from regard.cli.options import JSON, SHARD, TIMINGS
-from regard.cli.progress import clock, progress
+from regard.cli.progress import progress
+from regard.measurement import units
 
 if TYPE_CHECKING:
     from regard.measurement.store import Store
@@ -108,7 +109,7 @@ def _run_cells(cells: Sequence[Any], output: Path, *, quiet: bool) -> None:
         shown = bar.add_task("starting", total=None)
 
         def on_cell(cell: Any, left: int, seconds: float) -> None:
-            said = f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {clock(seconds)} left"
+            said = f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {units.clock(seconds)} left"
             bar.update(shown, description=said, completed=len(cells) - left, total=len(cells))
             line(said)
 

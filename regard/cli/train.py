@@ -11,8 +11,9 @@ from rich.text import Text
 from regard.cli.arguments import describe_tasks, plugged_tasks, read_mechanisms, read_stack
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
-from regard.cli.progress import clock, progress
+from regard.cli.progress import progress
 from regard.contract import Unsupported
+from regard.measurement import units
 
 
 def train(
@@ -109,7 +110,9 @@ def train(
         def on_step(point: Any, steps: int, left: float) -> None:
             said = f"loss {point.loss:.3f}"
             bar.update(shown, description=said, completed=point.step + 1, total=steps)
-            line(f"{(point.step + 1) / steps:4.0%}  step {point.step + 1} of {steps}  {said}  about {clock(left)} left")
+            line(
+                f"{(point.step + 1) / steps:4.0%}  step {point.step + 1} of {steps}  {said}  about {units.clock(left)} left"
+            )
 
         def say(sentence: str) -> None:
             if not as_json:

@@ -9,7 +9,6 @@ there follows from shorter lengths (:mod:`regard.workbench.probe`); what else is
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported, one_of
+from regard.measurement import units
 from regard.measurement.store import Store
 from regard.models.variants import known_name
 from regard.workbench.cost import REFERENCE
@@ -240,17 +240,6 @@ def read_quality(folder: str | Path) -> Quality:
     return Quality({n: "; ".join(parts) for n, parts in said.items()}, behind, solved, str(folder))
 
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "": 1}
-
-
-def parse_memory(text: str) -> int:
-    """Bytes from ``512MiB``, ``2 GB`` or a number; raises Unsupported for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
-        raise Unsupported(f"memory {text!r}", supported="a size such as 512MiB, 2GB or 300000", nearest="512MiB")
-    return max(1, round(float(match[1]) * _UNITS[match[2].lower()]))
-
-
 def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
     """The mechanisms in question, and why others that were named or have the pattern are not."""
     excluded = {known_name(name) for name in settings.exclude}
@@ -423,7 +412,7 @@ class _Answer:
         if results and name in self.quality.behind:
             return self.quality.behind[name]
         if cap is not None and (held := self.memory(name, lengths)) > cap:
-            return f"needs {size(held)} of memory, more than {size(cap)}"
+            return f"needs {units.size(held)} of memory, more than {units.size(cap)}"
         return None
 
     def ranked(self, lengths: Sequence[int], **conditions: Any) -> list[str]:
@@ -512,7 +501,7 @@ class _Answer:
         if not order:
             return f"No mechanism qualifies at {where}; the list says what each one lacks."
         pick = order[0]
-        took = f"{SAID[settings.deciding]} of one layer takes about {duration(self.seconds(pick, settings.lengths))}"
+        took = f"{SAID[settings.deciding]} of one layer takes about {units.milliseconds(1e3 * self.seconds(pick, settings.lengths))}"
         mean = " on (geometric) average" if len(settings.lengths) > 1 else ""
         text = f"Use {pick}: at {where} {took}{mean}"
         if pick == REFERENCE:
@@ -546,11 +535,11 @@ class _Answer:
         if settings.memory is not None:
             other = next(iter(self.ranked(settings.lengths, cap=None, needs=settings.needs)), None)
             if other != pick and other is not None:
-                needed = size(self.memory(other, settings.lengths))
+                needed = units.size(self.memory(other, settings.lengths))
                 found.append(f"With {needed} of memory: {other}, {self._compared(other, pick)}.")
         if pick is not None:
             held = self.memory(pick, settings.lengths)
-            found.append(f"Less than {size(held)} of memory rules {pick} out.")
+            found.append(f"Less than {units.size(held)} of memory rules {pick} out.")
         if not self.quality.said:
             found.append("Results of a comparison on your data (--results): quality was not measured here.")
         elif self.quality.behind:
@@ -560,7 +549,7 @@ class _Answer:
         return found
 
     def _compared(self, other: str, pick: str | None) -> str:
-        took = duration(self.seconds(other, self.settings.lengths))
+        took = units.milliseconds(1e3 * self.seconds(other, self.settings.lengths))
         if pick is None:
             return f"at {took}"
         ratio = self.seconds(pick, self.settings.lengths) / self.seconds(other, self.settings.lengths)
@@ -634,19 +623,3 @@ def _interval(seconds: float, width: float) -> tuple[float, float, float]:
 
 def _lengths(lengths: Sequence[int]) -> str:
     return f"{', '.join(map(str, lengths))} tokens" if lengths != (1,) else "1 token"
-
-
-def duration(seconds: float) -> str:
-    """A time to three digits in the unit that suits it."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def size(count: float) -> str:
-    """Bytes to three digits in the unit that suits them."""
-    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} bytes"

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from regard.workbench.advise import Advice, Candidate, Estimate, duration, size
+from regard.measurement import units
+from regard.workbench.advise import Advice, Candidate, Estimate
 from regard.workbench.advise_check import Errors
 
 MARKS = {"measured": "", "interpolated": "~", "extrapolated": "≈"}
@@ -118,7 +119,7 @@ def _estimate(candidate: Candidate, what: str, length: int) -> Estimate | None:
 def _cells(estimate: Estimate | None) -> list[str]:
     if estimate is None:
         return ["", ""]
-    return [MARKS[estimate.basis] + duration(estimate.milliseconds / 1e3), size(estimate.memory_bytes)]
+    return [MARKS[estimate.basis] + units.milliseconds(estimate.milliseconds), units.size(estimate.memory_bytes)]
 
 
 def errors_table(errors: Sequence[Errors]) -> Table:

@@ -16,6 +16,8 @@ from typing import TypeGuard
 
 from markupsafe import Markup
 
+from regard.measurement import units
+
 WIDTH, HEIGHT = 380.0, 292.0
 LEFT, TOP, BOTTOM = 54.0, 34.0, 42.0
 CHARACTER = 7.0
@@ -33,63 +35,6 @@ Formatter = Callable[[float], str]
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a row can be drawn: JSON has null for what could not be measured."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def format_number(value: float) -> str:
-    """Three significant digits, or four where the first is small change: 0.0123, 1.84, 12.3, 1,234."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e7 or size < 1e-4:
-        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-    if size >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
-
-
-def format_with_error(value: float, error: float) -> tuple[str, str]:
-    """A value and its standard error, both to the second digit of the error."""
-    if error <= 0 or not 1e-6 < error < 1e3 or abs(value) >= 1e7:
-        return format_number(value), format_number(error)
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:,.{digits}f}", f"{error:,.{digits}f}"
-
-
-def format_tick(value: float) -> str:
-    """As short as the value allows."""
-    if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.10g}"
-
-
-def format_count(value: float) -> str:
-    """A rate or a count: 950, 12.3k, 4.56M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def format_length(value: float) -> str:
-    """A number of tokens, in units of 1024 where it is a multiple: 512, 1k, 1,000."""
-    if value >= 1024 and value % 1024 == 0:
-        return f"{value / 1024:,.0f}k"
-    return f"{value:,.0f}"
-
-
-def format_bytes(value: float) -> str:
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if value >= 0.9995 * 1024**power:
-            return f"{value / 1024**power:.3g} {unit}"
-    return f"{value:.3g} B"
-
-
-def format_milliseconds(value: float) -> str:
-    if value >= 1000:
-        return f"{value / 1000:.3g} s"
-    if value >= 1:
-        return f"{value:.3g} ms"
-    return f"{value * 1000:.3g} µs"
 
 
 @dataclass(frozen=True)
@@ -162,7 +107,7 @@ def _log_ticks(low: float, high: float, base: int, most: int = 6) -> tuple[float
             break
     if len(found) >= 2:
         return found
-    plain = linear_scale((low, high), 0, 1, format_tick, pad=0).ticks
+    plain = linear_scale((low, high), 0, 1, units.tick, pad=0).ticks
     return tuple(t for t in plain if t > 0)
 
 
@@ -362,7 +307,7 @@ class Axis:
     """
 
     label: str
-    format: Formatter = format_tick
+    format: Formatter = units.tick
     log: bool = False
     base: int = 10
     rising: bool = True
@@ -521,7 +466,7 @@ def _rule(
 ) -> tuple[list[Markup], Box]:
     """A dashed line with its name at one of its ends, or only the name and an arrow; and the room of the name."""
     at = y.inside(value)
-    text = f"{short(name, LONGEST_RULE)} {format_number(value)}"
+    text = f"{short(name, LONGEST_RULE)} {units.number(value)}"
     if not near:
         text += " ↑" if at < (TOP + HEIGHT - BOTTOM) / 2 else " ↓"
     width = len(text) * CHARACTER
@@ -672,8 +617,8 @@ def _height_at(at: float, runs: Sequence[Sequence[Point]]) -> float | None:
 def _crossings(series: Sequence[Series], x: Scale, bottom: float) -> Iterable[Markup]:
     """A dashed line and its length on the axis wherever lines with a name cross the reference."""
     shown = sorted({s.crossing for s in series if s.label and s.crossing is not None and x.low <= s.crossing <= x.high})
-    gap = max((len(format_length(c)) for c in shown), default=0) * CHARACTER + 4
+    gap = max((len(units.tokens(c)) for c in shown), default=0) * CHARACTER + 4
     places = spread([x(c) for c in shown], gap, LEFT, x.end)
     for crossing, place in zip(shown, places, strict=True):
         yield _line("crossing", x(crossing), TOP, x(crossing), bottom)
-        yield _text(place, TOP - 4, format_length(crossing), "crossing-label middle")
+        yield _text(place, TOP - 4, units.tokens(crossing), "crossing-label middle")

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from regard.catalogue import list_mechanisms
 from regard.contract import Unsupported
+from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.workbench import charts
 from regard.workbench.charts import Axis, ScatterPoint, Series, is_number
@@ -36,25 +37,25 @@ COSTS = (
     (
         "inference",
         "inference_ms",
-        Axis("time of inference, faster →", charts.format_milliseconds, log=True, rising=False),
+        Axis("time of inference, faster →", units.milliseconds, log=True, rising=False),
     ),
-    ("training", "tokens_per_second", Axis("tokens trained per second, faster →", charts.format_count, log=True)),
+    ("training", "tokens_per_second", Axis("tokens trained per second, faster →", units.count, log=True)),
     (
         "decoding",
         "decode_tokens_per_second",
-        Axis("tokens decoded per second, faster →", charts.format_count, log=True),
+        Axis("tokens decoded per second, faster →", units.count, log=True),
     ),
     (
         "memory of inference",
         "inference_memory_bytes",
-        Axis("peak memory of inference, less →", charts.format_bytes, log=True, base=2, rising=False),
+        Axis("peak memory of inference, less →", units.size, log=True, base=2, rising=False),
     ),
     (
         "memory of training",
         "training_memory_bytes",
-        Axis("peak memory of training, less →", charts.format_bytes, log=True, base=2, rising=False),
+        Axis("peak memory of training, less →", units.size, log=True, base=2, rising=False),
     ),
-    ("state", "state_bytes", Axis("state of a sequence, less →", charts.format_bytes, log=True, base=2, rising=False)),
+    ("state", "state_bytes", Axis("state of a sequence, less →", units.size, log=True, base=2, rising=False)),
 )
 """Axes beside quality in charts: name, column of the summary, axis. The first that was measured is shown first."""
 
@@ -72,7 +73,7 @@ class Metric:
     @property
     def axis(self) -> Axis:
         name = f"↑ {self.name}" + ("" if self.higher_is_better else " (lower is better, so low is up)")
-        return Axis(name, charts.format_tick, rising=self.higher_is_better)
+        return Axis(name, units.tick, rising=self.higher_is_better)
 
 
 def write_report(
@@ -142,11 +143,11 @@ def render(
     )
     environment.filters |= {
         "score": _or_dash("{:.4g}".format),
-        "count": _or_dash(charts.format_count),
-        "bytes": _or_dash(charts.format_bytes),
-        "milliseconds": _or_dash(charts.format_milliseconds),
-        "duration": _or_dash(format_duration),
-        "tick": _or_dash(charts.format_tick),
+        "count": _or_dash(units.count),
+        "bytes": _or_dash(units.size),
+        "milliseconds": _or_dash(units.milliseconds),
+        "duration": _or_dash(units.duration),
+        "tick": _or_dash(units.tick),
         "sortable": lambda value: value if is_number(value) else "",
     }
     return environment.get_template("report.html.j2").render(
@@ -160,16 +161,6 @@ def render(
         reference=REFERENCE,
         colours=range(charts.COLOURS),
     )
-
-
-def format_duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.3g} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _or_dash(form: charts.Formatter) -> Any:
@@ -288,8 +279,8 @@ class _View:
         if not is_number(entry["mean"]):
             return Markup("—")
         if not is_number(entry.get("standard_error")):
-            return Markup(charts.format_number(entry["mean"]))
-        mean, error = charts.format_with_error(entry["mean"], entry["standard_error"])
+            return Markup(units.number(entry["mean"]))
+        mean, error = units.with_error(entry["mean"], entry["standard_error"])
         return Markup("{} <small>± {}</small>").format(mean, error)
 
     def tied(self, task: str) -> list[str]:
@@ -345,7 +336,7 @@ class _View:
                 seeds=self._seeds(task, entry["mechanism"]),
                 front=entry["mechanism"] in front,
                 winner=entry["mechanism"] == self.winner,
-                detail=f"{entry['mechanism']}: {metric.name} {charts.format_number(entry['mean'])}, "
+                detail=f"{entry['mechanism']}: {metric.name} {units.number(entry['mean'])}, "
                 f"{axis.format(entry[column])}",
                 label=entry["mechanism"] in self.named,
             )
@@ -355,7 +346,7 @@ class _View:
         return charts.scatter(
             self._id(f"picture-{column}", task),
             f"{task}: quality against {axis.label}",
-            f"{len(points)} mechanisms; best {metric.name} {charts.format_number(best['mean'])} by {best['mechanism']}. "
+            f"{len(points)} mechanisms; best {metric.name} {units.number(best['mean'])} by {best['mechanism']}. "
             "The figures are in the table below.",
             points,
             axis,
@@ -405,9 +396,9 @@ class _View:
 
     def costs(self, task: str) -> list[dict[str, Any]]:
         """Charts of what grows with the length, each with the sentence below it."""
-        latency = Axis("less is better ↓", charts.format_milliseconds, log=True)
-        memory = Axis("less is better ↓", charts.format_bytes, log=True, base=2)
-        decode = Axis("tokens per second, more is better ↑", charts.format_count, log=True)
+        latency = Axis("less is better ↓", units.milliseconds, log=True)
+        memory = Axis("less is better ↓", units.size, log=True, base=2)
+        decode = Axis("tokens per second, more is better ↑", units.count, log=True)
         wanted: list[tuple[str, str, Axis, str | None]] = [
             ("Time", "latency", latency, "efficiency_length_time"),
             ("Memory", "memory", memory, "efficiency_length_memory"),
@@ -416,7 +407,7 @@ class _View:
         ]
         cross = any(row["task"] == task and str(row.get("pattern", "")).endswith("cross") for row in self.cost)
         what = "memory" if cross else "input"
-        length = Axis(f"length of the {what}, tokens →", charts.format_length, log=True, base=2)
+        length = Axis(f"length of the {what}, tokens →", units.tokens, log=True, base=2)
         if len(self.costed) > 1:
             wanted = wanted[:3]  # one row of the page a task; the table has the state
         drawn = []
@@ -456,7 +447,7 @@ class _View:
             return ""
         adjective = "Faster" if name == "Time" else "Smaller"
         return f"{adjective} than {REFERENCE} from " + "; ".join(
-            f"{charts.format_length(length)}: {', '.join(names)}" for length, names in by_length.items()
+            f"{units.tokens(length)}: {', '.join(names)}" for length, names in by_length.items()
         )
 
     def _backend_sentence(self, task: str) -> str:
@@ -496,7 +487,7 @@ class _View:
             f"{task}: training curves",
             f"Training loss against tokens of {len(rows)} runs.",
             series,
-            Axis("tokens seen in training →", charts.format_count),
+            Axis("tokens seen in training →", units.count),
             axis,
             markers=False,
         )
@@ -531,7 +522,7 @@ class _View:
             f"{task}: learning-rate search",
             f"{metric.name} at each learning rate that was tried, in full runs of the first seed.",
             series,
-            Axis("learning rate →", charts.format_tick, log=True, ticks=rates),
+            Axis("learning rate →", units.tick, log=True, ticks=rates),
             metric.axis,
             missing="× diverged",
         )
@@ -548,7 +539,7 @@ class _View:
             chosen = self.chosen_rate(task, mechanism)
             if chosen is not None and len(rates) > 1 and chosen in (min(rates), max(rates)):
                 end = "lowest" if chosen == min(rates) else "highest"
-                found.append(f"{mechanism} ({charts.format_tick(chosen)}, the {end})")
+                found.append(f"{mechanism} ({units.tick(chosen)}, the {end})")
         return found
 
     def _id(self, chart: str, task: str) -> str:

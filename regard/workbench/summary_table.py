@@ -8,17 +8,18 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from regard.measurement import units
 from regard.workbench import charts
 from regard.workbench.charts import is_number
 from regard.workbench.summary import with_rule
 
 COSTS = (
-    ("inference", "inference_ms", charts.format_milliseconds),
-    ("train/s", "tokens_per_second", charts.format_count),
-    ("decode/s", "decode_tokens_per_second", charts.format_count),
-    ("state", "state_bytes", charts.format_bytes),
-    ("memory", "inference_memory_bytes", charts.format_bytes),
-    ("in training", "training_memory_bytes", charts.format_bytes),
+    ("inference", "inference_ms", units.milliseconds),
+    ("train/s", "tokens_per_second", units.count),
+    ("decode/s", "decode_tokens_per_second", units.count),
+    ("state", "state_bytes", units.size),
+    ("memory", "inference_memory_bytes", units.size),
+    ("in training", "training_memory_bytes", units.size),
 )
 LONGEST_RULE = 26
 FITS_80_COLUMNS = 3
@@ -66,14 +67,14 @@ def terminal_table(
 
 def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     name = Text(f"  {charts.short(rule['rule'], LONGEST_RULE)}", style="italic")
-    return name, Text(charts.format_number(rule["mean"])), Text("rule", style="dim")
+    return name, Text(units.number(rule["mean"])), Text("rule", style="dim")
 
 
 def _score(entry: Mapping[str, Any]) -> str:
     mean, error = entry.get("mean"), entry.get("standard_error")
     if not is_number(mean):
         return "—"
-    return " ± ".join(charts.format_with_error(mean, error)) if is_number(error) else charts.format_number(mean)
+    return " ± ".join(units.with_error(mean, error)) if is_number(error) else units.number(mean)
 
 
 def _rank(entry: Mapping[str, Any]) -> Text:

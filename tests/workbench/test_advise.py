@@ -13,7 +13,7 @@ import regard
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
 from regard.workbench import needs
-from regard.workbench.advise import AdviseSettings, advise, duration, parse_memory, read_quality, size
+from regard.workbench.advise import AdviseSettings, advise, read_quality
 from regard.workbench.advise_check import Errors, check, errors_of
 from regard.workbench.advise_text import advice_text, errors_table, short_text
 from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
@@ -313,24 +313,6 @@ def test_results_that_are_no_finished_comparison_are_refused(tmp_path):
     (tmp_path / "other.db").write_text("text")
     with pytest.raises(Unsupported, match="not a store"):
         read_quality(tmp_path / "other.db")
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("512MiB", 512 << 20), ("2 GB", 2 * 10**9), ("300000", 300000), ("1.5kib", 1536), ("8B", 8)]
-)
-def test_memory_is_read(text, count):
-    assert parse_memory(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "MiB", "-3MB", "0", "3 parsecs", "1e9", "2GB/s"])
-def test_memory_that_is_no_size_is_refused(text):
-    with pytest.raises(Unsupported, match="try 512MiB"):
-        parse_memory(text)
-
-
-def test_durations_and_sizes_are_written_for_people():
-    assert [duration(x) for x in (2.0, 0.0123, 4.56e-5)] == ["2 s", "12.3 ms", "45.6 µs"]
-    assert [size(x) for x in (3 << 30, 1536, 12)] == ["3 GiB", "1.5 KiB", "12 bytes"]
 
 
 def test_advice_is_json_and_text():

@@ -15,9 +15,10 @@ from report_examples import LENGTHS, RATES, example
 from rich.console import Console
 
 from regard.contract import Unsupported
+from regard.measurement import units
 from regard.workbench import charts, report
 from regard.workbench.charts import Axis, Series
-from regard.workbench.report import format_duration, render, write_report
+from regard.workbench.report import render, write_report
 from regard.workbench.summary_table import terminal_table
 
 VOID = {"meta", "link", "line", "circle", "polygon", "polyline", "path", "br"}
@@ -147,7 +148,7 @@ def test_the_rule_of_a_task_is_a_line_and_a_row_in_its_place(rows):
     text = section(page, "table").text
     for task, entries in rows["summary"].items():
         rule = rows["run"]["baselines"][task]
-        assert f"{rule['name']} {task} {charts.format_number(rule['score'])} a rule without training" in text
+        assert f"{rule['name']} {task} {units.number(rule['score'])} a rule without training" in text
         place = text.index(rule["name"])
         for entry in entries:
             better = (entry["mean"] > rule["score"]) == rule["higher_is_better"]
@@ -179,7 +180,7 @@ def test_figures_and_words_are_on_the_page(rows):
     for note in run["recommendation"]["notes"]:
         assert note in text
     for entry in rows["summary"]["recall"]:
-        mean, error = charts.format_with_error(entry["mean"], entry["standard_error"])
+        mean, error = units.with_error(entry["mean"], entry["standard_error"])
         assert f"{mean} ± {error}" in text
     for fact in ("cpu", "os", "python", "torch", "numpy", "regard", "machine_id"):
         assert rows["machine"][fact] in text
@@ -367,33 +368,6 @@ def test_lines_break_where_a_value_is_missing():
 def test_markers_are_unlike_each_other():
     looks = [str(charts.marker(i, 0, 0, 5)) for i in range(len(charts.SHAPES) * charts.COLOURS)]
     assert len(set(looks)) == len(looks)
-
-
-@pytest.mark.parametrize(
-    ("form", "value", "text"),
-    [
-        (charts.format_number, 0.012345, "0.0123"),
-        (charts.format_number, 1234.5, "1,234"),
-        (charts.format_number, 1.84, "1.84"),
-        (charts.format_count, 999_999, "1M"),
-        (charts.format_count, 12_345, "12.3k"),
-        (charts.format_length, 16384, "16k"),
-        (charts.format_length, 1000, "1,000"),
-        (charts.format_bytes, 3 * 2**20, "3 MiB"),
-        (charts.format_bytes, 2**30 - 1, "1 GiB"),
-        (charts.format_milliseconds, 0.25, "250 µs"),
-        (charts.format_milliseconds, 1500, "1.5 s"),
-        (format_duration, 59.7, "1 min 00 s"),
-        (format_duration, 3725, "1 h 02 min"),
-    ],
-)
-def test_numbers_read_as_a_person_writes_them(form, value, text):
-    assert form(value) == text
-
-
-def test_value_and_error_share_their_digits():
-    assert charts.format_with_error(0.98765, 0.0123) == ("0.988", "0.012")
-    assert charts.format_with_error(123.4, 17.0) == ("123", "17")
 
 
 def test_terminal_table_has_every_cell(rows):
