@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, Literal, cast, overload
 
 from torch import nn
 
 from regard.catalogue import get_mechanism, list_mechanisms, resolve
-from regard.contract import Kind, Mechanism, Pattern, Types, Unsupported, at_least, closest, types_of
+from regard.contract import Kind, Mechanism, Pattern, Types, Unsupported, at_least, closest
 from regard.layers import linear
 from regard.layers.attention import AttentionLayer
 from regard.layers.base import Layer
+from regard.layers.options import in_groups, shell_options, shell_types
 from regard.layers.plain import PlainLayer
 from regard.layers.projection import ProjectionLayer, projection_factory
 
@@ -62,7 +62,7 @@ def create_layer(
         pattern: one of the mechanism's patterns.
         plain: see :class:`regard.layers.plain.PlainLayer`.
         options: of the shell (head_dim, num_kv_heads, memory_dim, positions, dropout, ...: see
-            :class:`regard.layers.attention.AttentionLayer`) and of the mechanism (its ``Config``).
+            :mod:`regard.layers.options`) and of the mechanism (its ``Config``).
 
     Returns:
         A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``; a plain one
@@ -87,7 +87,8 @@ def build_layer(
     """:func:`create_layer` for a card that need not be in the catalogue."""
     wanted = card.require_pattern(pattern)
     own = [f.name for f in dataclasses.fields(card.config)]
-    shell = _shell_options(card)
+    shell = _shell(card)
+    of_shell = _shell_options(card)
     accepted = layer_options(card)
     for option in options:
         if option not in accepted:
@@ -98,18 +99,17 @@ def build_layer(
     SIZES.check(what, {"dim": dim, "num_heads": num_heads})
     at_least("dim", dim, 1)
     config = card.options(**{n: v for n, v in options.items() if n in own})
-    chosen = {n: v for n, v in card.layer_defaults.items() if n not in options and n in shell}
-    chosen |= {n: v for n, v in options.items() if n in shell and n not in own}
-    types_of(_shell(card).__init__).check(what, chosen)
-    if card.module is None:
-        if num_heads is None:
-            raise Unsupported(f"{what} without num_heads", supported="num_heads >= 1", nearest="a divisor of dim")
-        return AttentionLayer(card, dim, num_heads, pattern=wanted, config=config, **chosen)
+    chosen = {n: v for n, v in card.layer_defaults.items() if n not in options and n in of_shell}
+    chosen |= {n: v for n, v in options.items() if n in of_shell and n not in own}
+    shell_types(shell).check(what, chosen)
+    chosen = {"pattern": wanted, "config": config, **in_groups(shell, chosen)}
+    if card.module is None and num_heads is None:
+        raise Unsupported(f"{what} without num_heads", supported="num_heads >= 1", nearest="a divisor of dim")
     if card.kind is Kind.PROJECTION:
-        return ProjectionLayer(card, dim, pattern=wanted, config=config, **chosen)
+        return ProjectionLayer(card, dim, **chosen)
     if card.kind is Kind.WRAPPER:
         chosen["create"] = create_layer
-    return cast(Layer, card.module(card, dim, num_heads, pattern=wanted, config=config, **chosen))
+    return cast(Layer, shell(card, dim, num_heads, **chosen))
 
 
 def layer_options(card: Mechanism) -> list[str]:
@@ -124,8 +124,7 @@ def _shell(card: Mechanism) -> type[nn.Module]:
 
 
 def _shell_options(card: Mechanism) -> tuple[str, ...]:
-    named = inspect.signature(_shell(card)).parameters
-    return tuple(n for n in named if n not in ("card", "dim", "num_heads", "config", "create"))
+    return tuple(n for n in shell_options(_shell(card)) if n not in ("card", "dim", "num_heads", "config", "create"))
 
 
 def register_projections() -> None:

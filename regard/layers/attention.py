@@ -7,8 +7,6 @@ before the output projection.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,9 +28,7 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
-    at_least,
     lengths_after,
-    one_of,
     state_field,
     valid_from_lengths,
 )
@@ -43,16 +39,21 @@ from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import check_dropout, dropout
-from regard.layers.linear import make_linear
 from regard.layers.norms import RMSNorm, make_norm
+from regard.layers.options import (
+    GATES,
+    ConvolutionOptions,
+    GateOptions,
+    HeadOptions,
+    LinearOptions,
+    NormOptions,
+    PositionOptions,
+)
 from regard.layers.parts import LayerCall, Merge, Projection
-from regard.positions import SCHEMES, create_positions
+from regard.positions import SCHEMES, Positions, create_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-GATES = {"swish": "silu", "sigmoid": "sigmoid"}
-"""Output gates, with their functions' names in :func:`regard.engines.layers.gated_product`."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +75,9 @@ class AttentionLayer(Layer):
         dim: width C of the input and output.
         num_heads: query heads.
         pattern: one of the mechanism's patterns.
-        head_dim: width of a query/key head; key_expand * dim / num_heads when None.
-        value_dim: width of a value head; value_expand * dim / num_heads when None, or `head_dim` without value_expand.
-        key_expand: width of all query heads together, as a fraction of `dim`. Used when `head_dim` is None.
-        value_expand: width of all value heads together, as a fraction of `dim`. Used when `value_dim` is None.
-        num_kv_heads: key/value heads, a divisor of `num_heads`; as many when None.
         memory_dim: width of the memory in cross patterns; `dim` when None.
-        positions: name of a position scheme that the mechanism accepts.
-        position_options: options of the scheme.
-        max_length: longest sequence, for learned positions.
         dropout: of the attention weights where the mechanism has exact weights, else of the output.
-        bias: whether projections have biases.
-        query_key_norm: norm of each query and key head (``rms``, ``layer`` or None).
-        value_norm: norm of each value head.
-        output_norm: norm of each output head.
-        output_gate: ``swish`` or ``sigmoid`` of a projection of x multiplies the output; None for none.
-        output_gate_rank: features between the two projections of a low-rank output gate; None for one projection.
-        short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
-        convolution_activation: ``silu`` or None, after each short convolution.
-        linear: kind of the projections (``dense`` or a projection mechanism).
-        linear_options: options of that kind.
+        heads, positions, norms, gate, convolution, projections: see :mod:`regard.layers.options`.
         config: the mechanism's options.
     """
 
@@ -106,26 +90,14 @@ class AttentionLayer(Layer):
         num_heads: int,
         *,
         pattern: str | Pattern = Pattern.CAUSAL_SELF,
-        head_dim: int | None = None,
-        value_dim: int | None = None,
-        key_expand: float = 1.0,
-        value_expand: float | None = None,
-        num_kv_heads: int | None = None,
         memory_dim: int | None = None,
-        positions: str | None = None,
-        position_options: dict[str, Any] | None = None,
-        max_length: int | None = None,
         dropout: float = 0.0,
-        bias: bool = False,
-        query_key_norm: str | None = None,
-        value_norm: str | None = None,
-        output_norm: str | None = None,
-        output_gate: str | None = None,
-        output_gate_rank: int | None = None,
-        short_convolution: int = 0,
-        convolution_activation: str | None = "silu",
-        linear: str = "dense",
-        linear_options: dict[str, Any] | None = None,
+        heads: HeadOptions = HeadOptions(),
+        positions: PositionOptions = PositionOptions(),
+        norms: NormOptions = NormOptions(),
+        gate: GateOptions = GateOptions(),
+        convolution: ConvolutionOptions = ConvolutionOptions(),
+        projections: LinearOptions = LinearOptions(),
         config: Any = None,
     ) -> None:
         super().__init__()
@@ -135,26 +107,11 @@ class AttentionLayer(Layer):
             self.pattern is Pattern.CAUSAL_SELF or (card.maps_before_rotation and not self.pattern.cross)
         )
         self.config = card.options() if config is None else config
-        at_least("num_heads", num_heads, 1)
-        if head_dim is None:
-            head_dim = _head_width(dim, num_heads, key_expand, "head_dim")
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if kv_heads < 1 or num_heads % kv_heads:
-            raise Unsupported(f"num_kv_heads={kv_heads} for num_heads={num_heads}", supported="a divisor of num_heads")
+        kv_heads, head_dim, value_dim = heads.sizes(dim, num_heads)
         check_dropout(dropout)
-        if output_gate is not None:
-            one_of("output_gate", output_gate, GATES)
-        if output_gate_rank is not None:
-            at_least("output_gate_rank", output_gate_rank, 1)
-            if output_gate is None:
-                raise Unsupported(
-                    f"output_gate_rank={output_gate_rank} without an output gate",
-                    supported=f"output_gate among {', '.join(GATES)}",
-                    nearest="output_gate_rank=None",
-                )
-        if short_convolution and not self.takes_convolutions:
+        if convolution.short_convolution and not self.takes_convolutions:
             raise Unsupported(
-                f"short_convolution={short_convolution} with {card.name}",
+                f"short_convolution={convolution.short_convolution} with {card.name}",
                 supported="keys and values of single tokens",
                 nearest="short_convolution=0",
             )
@@ -162,43 +119,19 @@ class AttentionLayer(Layer):
             raise Unsupported(
                 f"memory_dim in {self.pattern.value}", supported="cross patterns", nearest="memory_dim=None"
             )
-        scheme = "none" if positions is None else positions
-        if scheme not in card.accepts_positions:
-            raise Unsupported(
-                f"{scheme} positions with {card.name}{why_refused(card, scheme)}",
-                supported=", ".join(card.accepts_positions),
-                nearest="none",
-            )
-        if value_dim is None:
-            value_dim = head_dim if value_expand is None else _head_width(dim, num_heads, value_expand, "value_dim")
         memory_dim = dim if memory_dim is None else memory_dim
         self.dim, self.num_heads, self.kv_heads = dim, num_heads, kv_heads
         self.head_dim, self.value_dim, self.dropout = head_dim, value_dim, dropout
-        self.positions = create_positions(
-            scheme,
-            dim=dim,
-            heads=num_heads,
-            head_dim=head_dim,
-            kv_heads=kv_heads,
-            max_length=max_length,
-            **(position_options or {}),
-        )
-        if card.maps_before_rotation and self.pattern.cross and self.positions.rotate is not None:
-            raise Unsupported(
-                f"{scheme} positions with {card.name} in {self.pattern.value}",
-                supported="self patterns, in which it rotates after its feature map",
-                nearest="positions=None",
-            )
-
-        project: Callable[..., nn.Module] = partial(make_linear, bias=bias, kind=linear, **(linear_options or {}))
+        self.positions = self._position_scheme(positions)
+        project = projections.make
         self.spec = LayerSpec(
             dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
         )
         inputs = input_names(card)
         makes_queries = card.projection is not None and card.projection.makes_queries
-        if makes_queries and (query_key_norm or value_norm):
+        if makes_queries and (norms.query_key_norm or norms.value_norm):
             raise Unsupported(
-                f"query_key_norm={query_key_norm!r} and value_norm={value_norm!r} with {card.name}",
+                f"query_key_norm={norms.query_key_norm!r} and value_norm={norms.value_norm!r} with {card.name}",
                 supported="neither, where a projection makes the heads",
                 nearest="query_key_norm=None, value_norm=None",
             )
@@ -207,8 +140,8 @@ class AttentionLayer(Layer):
         self.key = project(memory_dim, kv_heads * head_dim) if "k" in inputs else None
         self.value = project(memory_dim, kv_heads * value_dim) if "v" in inputs else None
         for option, given, normalised in (
-            ("query_key_norm", query_key_norm, (self.query, self.key)),
-            ("value_norm", value_norm, (self.value,)),
+            ("query_key_norm", norms.query_key_norm, (self.query, self.key)),
+            ("value_norm", norms.value_norm, (self.value,)),
         ):
             if given and not any(normalised):
                 raise Unsupported(
@@ -223,24 +156,55 @@ class AttentionLayer(Layer):
             (self.value, kv_heads * value_dim),
         ]
         self.convolutions = nn.ModuleList(
-            ShortConvolution(width, short_convolution, activation=convolution_activation, causal=causal)
+            ShortConvolution(
+                width, convolution.short_convolution, activation=convolution.convolution_activation, causal=causal
+            )
             for module, width in widths
-            if short_convolution and module is not None
+            if convolution.short_convolution and module is not None
         )
-        self.query_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.query is not None else None
-        self.key_norm = make_norm(query_key_norm, head_dim) if query_key_norm and self.key is not None else None
-        self.value_norm = make_norm(value_norm, value_dim) if value_norm and self.value is not None else None
+
+        def norm(kind: str | None, width: int, normalised: nn.Module | None) -> nn.Module | None:
+            return make_norm(kind, width) if kind and normalised is not None else None
+
+        self.query_norm = norm(norms.query_key_norm, head_dim, self.query)
+        self.key_norm = norm(norms.query_key_norm, head_dim, self.key)
+        self.value_norm = norm(norms.value_norm, value_dim, self.value)
         self.projection: Projection | None = None if card.projection is None else card.projection(self.spec)
         self.merge: Merge | None = None if card.merge is None else card.merge(self.spec)
-        self.output_norm = make_norm(output_norm, value_dim) if output_norm else None
+        self.output_norm = make_norm(norms.output_norm, value_dim) if norms.output_norm else None
         self.gate: nn.Module | None = None
-        if output_gate_rank is not None:
-            up = project(output_gate_rank, num_heads * value_dim)
-            self.gate = nn.Sequential(project(dim, output_gate_rank), up)
-        elif output_gate:
+        if gate.output_gate_rank is not None:
+            up = project(gate.output_gate_rank, num_heads * value_dim)
+            self.gate = nn.Sequential(project(dim, gate.output_gate_rank), up)
+        elif gate.output_gate:
             self.gate = project(dim, num_heads * value_dim)
-        self.gate_activation = output_gate
+        self.gate_activation = gate.output_gate
         self.output = project(num_heads * value_dim, dim)
+
+    def _position_scheme(self, options: PositionOptions) -> Positions:
+        scheme = "none" if options.positions is None else options.positions
+        if scheme not in self.card.accepts_positions:
+            raise Unsupported(
+                f"{scheme} positions with {self.card.name}{why_refused(self.card, scheme)}",
+                supported=", ".join(self.card.accepts_positions),
+                nearest="none",
+            )
+        made = create_positions(
+            scheme,
+            dim=self.dim,
+            heads=self.num_heads,
+            head_dim=self.head_dim,
+            kv_heads=self.kv_heads,
+            max_length=options.max_length,
+            **(options.position_options or {}),
+        )
+        if self.card.maps_before_rotation and self.pattern.cross and made.rotate is not None:
+            raise Unsupported(
+                f"{scheme} positions with {self.card.name} in {self.pattern.value}",
+                supported="self patterns, in which it rotates after its feature map",
+                nearest="positions=None",
+            )
+        return made
 
     def forward(
         self,
@@ -497,14 +461,3 @@ def why_refused(card: Mechanism, scheme: str) -> str:
     if adds and "bias" not in card.honours:
         return " (it has no scores of pairs to add to)"
     return f" ({card.refused_positions})" if card.refused_positions else ""
-
-
-def _head_width(dim: int, heads: int, expand: float, option: str) -> int:
-    width = expand * dim / heads
-    if not (width >= 1 and width % 1 == 0):  # NaN and infinity are neither
-        raise Unsupported(
-            f"dim={dim} over num_heads={heads}" + (f" with an expansion of {expand}" if expand != 1 else ""),
-            supported="heads of equal whole widths",
-            nearest=f"{option}={max(1, int(width))}" if math.isfinite(width) else "",
-        )
-    return int(width)

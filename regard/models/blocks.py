@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from regard.create import create_layer
 from regard.layers.attention import why_refused
 from regard.layers.feed_forward import FEED_FORWARDS, check_dropout, dropout, make_feed_forward
 from regard.layers.norms import LayerScale, make_norm
+from regard.layers.options import shell_options
 from regard.models.variants import read_variant
 from regard.positions import Positions, create_positions, list_positions
 
@@ -199,7 +199,7 @@ def _mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
 
 def layer_accepts(card: Mechanism, option: str) -> bool:
     """Whether the mechanism's layer has an option of the attention shell (kinds of their own structure may not)."""
-    return card.module is None or option in inspect.signature(card.module).parameters
+    return card.module is None or option in shell_options(card.module)
 
 
 def _knows_order(card: Mechanism) -> bool:

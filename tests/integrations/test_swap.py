@@ -13,6 +13,7 @@ import regard
 from regard import Unsupported
 from regard.integrations.transformers import attention_names
 from regard.layers.attention import AttentionLayer
+from regard.layers.options import LinearOptions
 
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).triu(1)
 
@@ -409,7 +410,12 @@ class TestVision:
             nn.init.normal_(parameter, std=0.3)
         attention, x = model.blocks[0].attn, torch.randn(2, 17, 32, dtype=torch.float64)
         layer = AttentionLayer(
-            regard.get_mechanism(name), 32, 4, pattern="noncausal-self", bias=True, config=attention.attend.config
+            regard.get_mechanism(name),
+            32,
+            4,
+            pattern="noncausal-self",
+            projections=LinearOptions(bias=True),
+            config=attention.attend.config,
         ).double()
         with torch.no_grad():
             for own, theirs in zip((layer.query, layer.key, layer.value), range(3), strict=True):

@@ -15,6 +15,7 @@ import regard
 from regard import Unsupported
 from regard.contract import Mask, Pattern
 from regard.layers.attention import AttentionLayer
+from regard.layers.options import HeadOptions, LinearOptions, PositionOptions
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
@@ -179,10 +180,17 @@ def test_what_learns_beside_the_projections_needs_a_swap_and_no_cache():
     assert model.config.use_cache and model.generation_config.use_cache
 
 
-def own_layer(placed, attention, names, positions, **options):
+def own_layer(placed, attention, names, positions, **heads):
     """regard's layer with the weights of a swapped module of transformers."""
     layer = AttentionLayer(
-        placed.card, 32, 4, pattern=placed.pattern, positions=positions, bias=True, config=placed.config, **options
+        placed.card,
+        32,
+        4,
+        pattern=placed.pattern,
+        heads=HeadOptions(**heads),
+        positions=PositionOptions(positions),
+        projections=LinearOptions(bias=True),
+        config=placed.config,
     ).double()
     for own, other in zip((layer.query, layer.key, layer.value, layer.output), names, strict=True):
         theirs = getattr(attention, other, None)

@@ -100,7 +100,7 @@ class MixtureOfHeads(Layer):
         create: makes a layer from the name of a mechanism.
         mechanism: name of the attention mechanism whose heads are routed.
         positions, position_options, head_dim, num_kv_heads, memory_dim, dropout: of the wrapped layer, see
-            :class:`regard.layers.attention.AttentionLayer`; its own defaults when None.
+            :mod:`regard.layers.options`; its own defaults when None.
         mechanism_options: any other options of the wrapped layer and mechanism.
         config: the mechanism's options.
     """
