@@ -21,6 +21,7 @@ from regard.tasks.protocol import (
     IGNORED,
     Baseline,
     Batch,
+    Objective,
     Task,
     absolute_error,
     accuracy,
@@ -29,6 +30,7 @@ from regard.tasks.protocol import (
     counter_generator,
     cross_entropy_by_item,
     mean_loss,
+    register_objective,
     squared_error_by_item,
 )
 from regard.tasks.recall import RecallTask
@@ -114,6 +116,7 @@ __all__ = [
     "Baseline",
     "Batch",
     "DatasetTask",
+    "Objective",
     "Task",
     "absolute_error",
     "accuracy",
@@ -124,5 +127,6 @@ __all__ = [
     "cross_entropy_by_item",
     "list_tasks",
     "mean_loss",
+    "register_objective",
     "squared_error_by_item",
 ]

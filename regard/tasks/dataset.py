@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch.utils.data import IterableDataset
 from regard.contract import Pattern, Unsupported, one_of
 from regard.tasks.protocol import (
     IGNORED,
-    OBJECTIVES,
     Batch,
     Task,
     counter_generator,
@@ -33,6 +32,9 @@ _LENGTH_OF = {
     "memory": "memory_length",
     "memory_valid": "memory_length",
 }
+
+
+DatasetObjective = Literal["next-token", "classification", "regression"]
 
 
 class DatasetTask(Task):
@@ -73,7 +75,7 @@ class DatasetTask(Task):
         held_out: Any,
         *,
         name: str,
-        objective: Literal["next-token", "classification", "regression"],
+        objective: DatasetObjective,
         pattern: Pattern | str = Pattern.NONCAUSAL_SELF,
         length: int | None = None,
         vocab_size: int | None = None,
@@ -89,7 +91,7 @@ class DatasetTask(Task):
         grid: tuple[int, ...] | None = None,
     ) -> None:
         self.name, self.pattern, self.objective = name, Pattern.parse(pattern), objective
-        one_of("objective", objective, OBJECTIVES)
+        one_of("objective", objective, get_args(DatasetObjective))
         self._told = f"the task {name!r}"
         if score is not None and (metric is None or higher_is_better is None):
             raise Unsupported(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -122,8 +122,8 @@ class Task(Protocol):
     Attributes:
         name: of the task, as shown.
         pattern: the attention pattern that its model needs.
-        objective: ``next-token`` (a prediction at each position), ``classification`` (one for each item) or
-            ``regression`` (numbers at each position).
+        objective: ``next-token`` (a prediction at each position), ``classification`` (one for each item),
+            ``regression`` (numbers at each position), or one by :func:`register_objective`.
         length: tokens of an item, padding included.
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens.
@@ -142,12 +142,14 @@ class Task(Protocol):
         solved: the score from which the task counts as solved; None when it is open-ended.
         chance: the score of a model that ignores the input.
         baseline: a simple rule that a model should beat, and its score on each held-out item.
+        runner: trains its models and scores them, a :class:`regard.training.runner.Runner`; None for gradient steps on
+            its batches.
         origin: options of :func:`regard.tasks.create_task` that make it again, as JSON could say them; None for other tasks.
     """
 
     name: str
     pattern: Pattern
-    objective: Literal["next-token", "classification", "regression"]
+    objective: str
     length: int
     vocab_size: int | None = None
     features: int | None = None
@@ -165,6 +167,7 @@ class Task(Protocol):
     solved: float | None = None
     chance: float | None = None
     baseline: Baseline | None = None
+    runner: Any = None
     origin: Mapping[str, Any] | None = None
 
     def describe(self) -> str:
@@ -190,13 +193,40 @@ class Task(Protocol):
         raise Unsupported(f"generated answers to {self.name}", supported="tasks with `generates`, which define this")
 
     def loss(self, output: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Sum and weight of each item of what training minimises: cross entropy (nats), or squared error."""
-        if self.objective == "regression":
-            return squared_error_by_item(output, batch)
-        return cross_entropy_by_item(output, batch)
+        """Sum and weight of each item of what training minimises: that of the objective, in nats where it is an entropy."""
+        return OBJECTIVES[self.objective].loss(output, batch)
 
 
-OBJECTIVES = ("next-token", "classification", "regression")
+@dataclass(frozen=True)
+class Objective:
+    """What a model of a task puts out, and what training minimises.
+
+    Attributes:
+        name: what tasks and models call it.
+        targets: the shape of an item's targets, of a task.
+        loss: of an output and a batch, the sum and the weight of each item's loss.
+        needs: the member of a task that it needs, and what that is in words; None for none.
+    """
+
+    name: str
+    targets: Callable[[Task], tuple[int, ...]]
+    loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
+    needs: tuple[str, str] | None = None
+
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def register_objective(objective: Objective) -> None:
+    """Add an objective of a plugin to this process's. A model that serves it says so (:mod:`regard.models.registry`).
+
+    Raises:
+        Unsupported: for a name that another objective has.
+    """
+    if OBJECTIVES.setdefault(objective.name, objective) != objective:
+        raise Unsupported(
+            f"another objective named {objective.name}", supported="a name that none has: " + ", ".join(OBJECTIVES)
+        )
 
 
 def check_task(task: Any) -> Task:
@@ -235,18 +265,19 @@ def check_task(task: Any) -> Task:
         raise Unsupported(
             f"{told} with baseline={baseline!r}", supported="a regard.tasks.Baseline, which has a score for each item"
         )
-    if task.objective == "classification" and not task.num_classes:
-        raise Unsupported(f"{told} with num_classes={task.num_classes}", supported="the number of classes, 2 or more")
-    if task.objective == "regression" and not task.num_targets:
+    objective = OBJECTIVES[task.objective]
+    if objective.needs is not None and not getattr(task, objective.needs[0], None):
+        name, what = objective.needs
+        raise Unsupported(f"{told} with {name}={getattr(task, name, None)}", supported=what)
+    runner = getattr(task, "runner", None)
+    if runner is not None and not (hasattr(runner, "train") and hasattr(runner, "evaluate")):
         raise Unsupported(
-            f"{told} with num_targets={task.num_targets}", supported="how many numbers to predict a token"
+            f"{told} with a runner of type {type(runner).__name__}", supported="a regard.training.runner.Runner"
         )
     batch = task.training_batch(0, 0, 2)
     expected = {
         "inputs": (2, task.length) if task.features is None else (2, task.length, task.features),
-        "targets": {"next-token": (2, task.length), "classification": (2,)}.get(
-            task.objective, (2, task.length, task.num_targets)
-        ),
+        "targets": (2, *objective.targets(task)),
     }
     if pattern.cross:
         width = () if task.memory_features is None else (task.memory_features,)
@@ -301,6 +332,22 @@ def squared_error_by_item(
     """Sum of the squared errors and number of targets of each item, in at least float32; nan targets do not count."""
     error, counted = _errors(output, batch)
     return error.square().flatten(1).sum(1), counted.flatten(1).sum(1).to(error.dtype)
+
+
+register_objective(Objective("next-token", lambda task: (task.length,), cross_entropy_by_item))
+register_objective(
+    Objective(
+        "classification", lambda task: (), cross_entropy_by_item, ("num_classes", "the number of classes, 2 or more")
+    )
+)
+register_objective(
+    Objective(
+        "regression",
+        lambda task: (task.length, task.num_targets or 0),
+        squared_error_by_item,
+        ("num_targets", "how many numbers to predict a token"),
+    )
+)
 
 
 def absolute_error(output: Float[Tensor, "b n t"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:

@@ -15,6 +15,7 @@ from regard.training.learning_rate import Search, Trial, search
 from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
 from regard.training.optimizer import make_optimizer, parameter_groups
+from regard.training.runner import Runner, Supervised, runner_of
 
 __all__ = [
     "PRECISIONS",
@@ -24,7 +25,9 @@ __all__ = [
     "History",
     "Peak",
     "Point",
+    "Runner",
     "Search",
+    "Supervised",
     "TensorMemory",
     "TrainConfig",
     "Trial",
@@ -39,6 +42,7 @@ __all__ = [
     "mix_heads",
     "parameter_groups",
     "peak_memory",
+    "runner_of",
     "search",
     "shrink",
     "skip_attention",

@@ -16,7 +16,8 @@ from torch import nn
 
 from regard.contract import Unsupported
 from regard.tasks.protocol import Task
-from regard.training.loop import TrainConfig, evaluate, train
+from regard.training.loop import TrainConfig
+from regard.training.runner import runner_of
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SLICE = 128
@@ -89,12 +90,12 @@ def search(
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model = build_model()
-        history = train(model, task, replace(short, learning_rate=rate), deadline=deadline)
+        history = runner_of(task).train(model, task, replace(short, learning_rate=rate), deadline=deadline)
         if not history.finished and not history.diverged:
             break
         trial = Trial(rate, math.nan, math.nan, True)
         if not history.diverged:
-            found = evaluate(model, task, config.batch_size, last=items)
+            found = runner_of(task).evaluate(model, task, config.batch_size, last=items)
             trial = Trial(rate, found.loss, found.score, not math.isfinite(found.loss))
         trials.append(trial)
         if on_trial is not None:

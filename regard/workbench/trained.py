@@ -24,7 +24,7 @@ from regard.models import count_parameters, from_pretrained, save_pretrained
 from regard.models.weights import write_atomically
 from regard.tasks import Task, create_task
 from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-from regard.training import Evaluation, History, Point, evaluate, train
+from regard.training import Evaluation, History, Point, runner_of
 from regard.workbench.settings import CompareSettings
 from regard.workbench.summary import by_tokens, thin
 from regard.workbench.work import FEWEST_STEPS, SAFETY, Work, best_threads, build, calibration_seconds
@@ -82,7 +82,9 @@ class TrainedModel:
         """Score and loss on the held-out items of a task, or on those of its own that no learning rate was chosen by."""
         first = self.record["settings"]["first_item"] if task is None else 0
         chosen = self.task() if task is None else task
-        return evaluate(self.model(device), chosen, self.record["settings"]["batch_size"], first=first)
+        return runner_of(chosen).evaluate(
+            self.model(device), chosen, self.record["settings"]["batch_size"], first=first
+        )
 
 
 def open_trained(folder: Path | str) -> TrainedModel:
@@ -156,8 +158,9 @@ def train_model(
         taken += 1
         on_step(point, steps, (steps - point.step - 1) * (time.monotonic() - began) / taken)
 
-    history = train(model, task, config, checkpoint=place / CHECKPOINT, on_step=watch)
-    found = None if history.diverged else evaluate(model, task, work.scored_at_once)
+    runner = runner_of(task)
+    history = runner.train(model, task, config, checkpoint=place / CHECKPOINT, on_step=watch)
+    found = None if history.diverged else runner.evaluate(model, task, work.scored_at_once)
     trained = keep(place, model, task, {**record, **outcome(work, model, history, found)})
     (place / CHECKPOINT).unlink(missing_ok=True)
     return trained

@@ -20,7 +20,7 @@ from torch import nn
 from regard.measurement.store import Store
 from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
-from regard.training import evaluate, train
+from regard.training import runner_of
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.trained import described, keep, outcome, ran
@@ -250,13 +250,16 @@ class Trainer:
         task = work.task
         model = build(work.configs[name], seed, self.settings.device)
         config = work.train_config(rate, seed, work.steps[name])
-        history = train(model, task, config, on_step=self._on_step(work, name))
+        runner = runner_of(task)
+        history = runner.train(model, task, config, on_step=self._on_step(work, name))
         items: list[tuple[float, float]] = []
         found, score, choice = None, math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
         if not history.diverged:
-            found = evaluate(model, task, work.scored_at_once, first=work.search_items)
+            found = runner.evaluate(model, task, work.scored_at_once, first=work.search_items)
             items, score = found.items, found.score
-            sliced = evaluate(model, task, work.scored_at_once, last=work.search_items) if work.search_items else found
+            sliced = found
+            if work.search_items:
+                sliced = runner.evaluate(model, task, work.scored_at_once, last=work.search_items)
             choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
         if self.settings.keep_models and work.frame == self.settings.frames[0] and seed == self.settings.first_seed:
             record = {**described(work, name, rate, seed), **outcome(work, model, history, found)}

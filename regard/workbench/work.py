@@ -25,9 +25,8 @@ from regard.models import StackConfig, build_model, config_for, count_parameters
 from regard.models.blocks import Block
 from regard.models.frames import in_frame, layer_parts
 from regard.models.variants import Variant
-from regard.tasks import Baseline, Task, mean_loss
-from regard.training import TrainConfig, evaluate, train
-from regard.training.loop import batch_context, run_model
+from regard.tasks import Baseline, Task
+from regard.training import TrainConfig, runner_of
 from regard.workbench.budget import Budget
 from regard.workbench.cost import DECODE_STEPS
 from regard.workbench.settings import CompareSettings
@@ -195,6 +194,8 @@ class Work:
             self.identity["precision"] = settings.precision
         if settings.model is not None:
             self.identity["model"] = settings.model
+        if getattr(task, "runner", None) is not None:
+            self.identity["runner"] = type(task.runner).__name__
         if settings.device != "cpu":
             self.identity["device"] = settings.device
         self.steps: dict[str, int] = {}
@@ -254,11 +255,12 @@ class Work:
         model = build(config, 0, self.settings.device)
         timed = replace(self.train_config(TrainConfig.learning_rate, 0, 1_000_000), measure_memory=False)
         started = time.monotonic()
-        train(model, self.task, replace(timed, steps=2))
-        history = train(model, self.task, timed, deadline=max(time.monotonic() + 0.2, started + 0.7 * seconds))
+        runner = runner_of(self.task)
+        runner.train(model, self.task, replace(timed, steps=2))
+        history = runner.train(model, self.task, timed, deadline=max(time.monotonic() + 0.2, started + 0.7 * seconds))
         step = history.seconds / len(history.curve) * 1.15 if history.curve else seconds
         started = time.monotonic()
-        evaluate(model, self.task, self.scored_at_once, last=min(self.items, self.scored_at_once))
+        runner.evaluate(model, self.task, self.scored_at_once, last=min(self.items, self.scored_at_once))
         return step, (time.monotonic() - started) * max(1.0, self.items / self.scored_at_once)
 
     def _baseline(self) -> Baseline | None:
@@ -351,10 +353,10 @@ class Work:
 
     def flops_a_step(self, name: str) -> float:
         model = build(self.configs[name], 0)
-        batch = self.task.training_batch(0, 0, self.batch_size)
+        config = replace(self.train_config(TrainConfig.learning_rate, 0, 1), measure_memory=False)
         # of the same operators on every machine: torch does not look into a native kernel
         with backends.only("torch"), FlopCounterMode(display=False) as counter:
-            mean_loss(self.task, run_model(model, batch, batch_context(batch)).output, batch).backward()
+            runner_of(self.task).train(model, self.task, config)
         return float(counter.get_total_flops())
 
 
@@ -424,7 +426,8 @@ def best_threads(work: Work) -> int:
     for count in counts:
         torch.set_num_threads(count)
         few = TrainConfig(steps=6, batch_size=work.batch_size, measure_memory=False)
-        history = train(build(config, 0, work.settings.device), work.task, few, deadline=time.monotonic() + 5.0)
+        model = build(config, 0, work.settings.device)
+        history = runner_of(work.task).train(model, work.task, few, deadline=time.monotonic() + 5.0)
         # on a machine so busy that no step was done in time, any number is as good
         seconds[count] = statistics.median(point.seconds for point in history.curve) if history.curve else math.inf
     return min(seconds, key=lambda count: seconds[count])

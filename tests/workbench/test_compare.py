@@ -226,7 +226,7 @@ def test_shares_train_what_the_whole_then_finds(tmp_path, monkeypatch):
     def trained_again(*_, **__):
         raise AssertionError("a run of a share is made again")
 
-    monkeypatch.setattr("regard.workbench.trainer.train", trained_again)
+    monkeypatch.setattr("regard.training.Supervised.train", trained_again)
     shared = compare([recall()], chosen, tmp_path / "shared").summary["recall"]
     assert {e["mechanism"]: e["mean"] for e in shared} == {e["mechanism"]: e["mean"] for e in undisturbed}
     with pytest.raises(Unsupported, match="shard '3/2'"):

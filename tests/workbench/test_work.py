@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard.tasks import create_task
-from regard.training import TrainConfig
+from regard.training import Supervised, TrainConfig
 from regard.training.loop import History, Point
 from regard.workbench import work as module
 from regard.workbench.budget import Budget
@@ -23,7 +23,7 @@ def test_threads_are_chosen_though_a_busy_machine_does_no_step_in_time(monkeypat
     one = module.Work(create_task("copying", length=32), settings)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(Supervised, "train", staticmethod(train))
     try:
         assert module.best_threads(one) == chosen
     finally:

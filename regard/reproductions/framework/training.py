@@ -16,7 +16,7 @@ from regard.contract import Pattern
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 from regard.tasks import Batch, Task, counter_generator, create_task
 from regard.tasks.protocol import IGNORED
-from regard.training import TrainConfig, evaluate, train
+from regard.training import TrainConfig, runner_of
 
 BIGRAMS = 2.49
 """Loss in nats of the bigrams of the text task's training documents on its held-out windows (3.19 of single bytes, 1.91 of
@@ -183,12 +183,12 @@ def fit(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int, *, 
         seed=seed,
         measure_memory=False,
     )
-    return not train(model, task, config).diverged
+    return not runner_of(task).train(model, task, config).diverged
 
 
 def score(model: nn.Module, task: Task) -> dict[str, float]:
     """``score`` and ``loss`` on the held-out items."""
-    found = evaluate(model, task, 32)
+    found = runner_of(task).evaluate(model, task, 32)
     return {"score": found.score, "loss": found.loss}
 
 
