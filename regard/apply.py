@@ -125,9 +125,36 @@ def _measure(card: Mechanism, shapes: Shapes, pattern: Pattern, continuing: bool
 _measured = lru_cache(maxsize=1024)(_measure)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a call of tensors alone comes to, without masks, states or anything else: shapes and options decide it.
+
+    Attributes:
+        form: the form that runs.
+        call: what it gets beside the tensors.
+        heads: what inputs with fewer heads are repeated to; None where all have as many.
+    """
+
+    form: str
+    call: Call
+    heads: int | None
+
+
+@lru_cache(maxsize=1024)
+def _planned(card: Mechanism, shapes: Shapes, pattern: Pattern, config: Any) -> _Plan:
+    sizes = _measure(card, shapes, pattern, continuing=False)
+    form = choose_form(card, pattern, sizes.n, sizes.m, has_memory=True, stateful=False, continuing=False)
+    call = Call(pattern=pattern, config=config, scale=sizes.scale)
+    return _Plan(form, call, sizes.heads if sizes.fewer_heads else None)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return tuple([(name, tensor.shape) for name, tensor in tensors.items()])
+
+
 def _sizes(card: Mechanism, tensors: Mapping[str, Tensor], pattern: Pattern, continuing: bool) -> _Sizes:
     """:func:`_measure`, remembered for the shapes of calls before."""
-    shapes = tuple((name, tensor.shape) for name, tensor in tensors.items())
+    shapes = _shapes(tensors)
     if torch.compiler.is_compiling():
         return _measure(card, shapes, pattern, continuing)
     try:
@@ -238,6 +265,15 @@ def apply(
     """
     wanted = card.require_pattern(pattern)
     given = _given(card, tensors)
+    config = card.options() if config is None else config
+    if (
+        mask is memory_mask is state is scale is chunk_size is backend is form is None
+        and return_state is False
+        and not rest
+    ):
+        plan = _plan(card, given, wanted, config)
+        if plan is not None:
+            return _run_plan(card, plan, given)
     options = {"return_state": return_state, "chunk_size": chunk_size, "backend": backend, "form": form, **rest}
     _check_options(card, mask, memory_mask, {"scale": scale, **options})
     if state is not None and card.state is not None and not isinstance(state, card.state):
@@ -248,7 +284,6 @@ def apply(
     has_memory, n, m = sizes.has_memory, sizes.n, sizes.m
     if chunk_size is not None:
         at_least("chunk_size", chunk_size, 1)
-    config = card.options() if config is None else config
     first = next(iter(given.values()))
     if backend is not None:
         which_backend(card.engine, device=first.device, backend=backend)  # also where a form would not ask
@@ -315,6 +350,27 @@ def apply(
     result.output = _put_back(card, _tied(result.output, given), queries)
     if not stateful:
         result.state = None
+    return result
+
+
+def _plan(card: Mechanism, tensors: dict[str, Tensor], pattern: Pattern, config: Any) -> _Plan | None:
+    """What is remembered of calls of such tensors; None in a graph, and where sizes or options have no hash."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return _planned(card, _shapes(tensors), pattern, config)
+    except TypeError:  # sizes may be symbols
+        return None
+
+
+def _run_plan(card: Mechanism, plan: _Plan, tensors: dict[str, Tensor]) -> Result:
+    if plan.heads is not None:
+        tensors = _expand_heads(card, tensors, plan.heads)
+    if plan.form in card.forms:
+        result = _as_result(card.forms[plan.form](plan.call, **tensors), None)
+    else:
+        result = run_form(card, plan.form, plan.call, tensors)
+    result.output, result.state = _tied(result.output, tensors), None
     return result
 
 
@@ -438,8 +494,10 @@ def _tied(output: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """An output that no token reached depends on the inputs all the same, as that of torch's functions does."""
     if output.requires_grad or not torch.is_grad_enabled():
         return output
-    leaves = [x for x in tensors.values() if x.requires_grad]
-    return sum((x.flatten()[:0].sum().to(output.dtype) for x in leaves), output)
+    for x in tensors.values():
+        if x.requires_grad:
+            output = output + x.flatten()[:0].sum().to(output.dtype)
+    return output
 
 
 def _put_back(card: Mechanism, output: Tensor, queries: Gathering) -> Tensor:
@@ -525,17 +583,20 @@ KNOWN = CALL_TYPES.hints.keys() | {field.name for field in dataclasses.fields(Ca
 
 def _given(card: Mechanism, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Inputs that are there, all of them tensors."""
-    given = {n: t for n, t in tensors.items() if t is not None}
-    for name, tensor in given.items():
-        found = None
-        if not isinstance(tensor, Tensor):
-            found = f"of type {type(tensor).__name__}"
-        elif name in ("q", "k", "v", "x") and not tensor.is_floating_point():
-            found = f"of dtype {tensor.dtype}"
-        if found is not None:
+    given = {}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or (name in FLOATS and not tensor.is_floating_point()):
+            found = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
             axes = ", ".join(card.axes.get(name, ""))
-            raise Unsupported(f"{card.name}: {name} {found}", supported=f"a tensor of floats ({axes})")
+            raise Unsupported(f"{card.name}: {name} of {found}", supported=f"a tensor of floats ({axes})")
+        given[name] = tensor
     return given
+
+
+FLOATS = frozenset("qkvx")
+"""Names of inputs that are numbers and never indices, whatever the mechanism."""
 
 
 def _check_options(card: Mechanism, mask: Mask | None, memory_mask: Mask | None, options: dict[str, Any]) -> None:

@@ -53,30 +53,32 @@ def chunked(
     beta: Float[Tensor, "b h m"] | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], MatrixState]:
     """Causal-self with state in and out; queries align bottom-right when there are fewer or more than keys."""
-    state, size = memory_of(call), call.chunk_size or 64
-
-    def run(q: Tensor) -> tuple[Tensor | None, Tensor]:
-        return gated_recurrence(q, k, v, log_decay, beta, state=state, chunk_size=size, backend=call.backend)
-
-    return at_keys(call, q, k, run)
-
-
-def at_keys(
-    call: Call,
-    q: Float[Tensor, "b h n k"],
-    k: Float[Tensor, "b h m k"],
-    run: Callable[[Tensor], tuple[Tensor | None, Tensor]],
-) -> tuple[Float[Tensor, "b h n v"], MatrixState]:
-    """Outputs and state of `run`, which gets the queries one beside each key: N of them aligned bottom-right."""
-    n, m = q.shape[2], k.shape[2]
-    aligned = n == m and call.lengths is call.memory_lengths
-    if not aligned:
-        q = place_queries(q, m, call.lengths, call.memory_lengths)
-    o, memory = run(q)
+    o, memory = gated_recurrence(
+        beside_keys(call, q, k.shape[2]),
+        k,
+        v,
+        log_decay,
+        beta,
+        state=memory_of(call),
+        chunk_size=call.chunk_size or 64,
+        backend=call.backend,
+    )
     assert o is not None
-    if not aligned:
-        o = take_queries(o, n, call.lengths, call.memory_lengths)
-    return o, MatrixState(memory, length_after(call, k))
+    return of_queries(call, o, q.shape[2]), MatrixState(memory, length_after(call, k))
+
+
+def beside_keys(call: Call, q: Float[Tensor, "b h n k"], m: int) -> Float[Tensor, "b h m k"]:
+    """The queries one beside each of `m` keys, aligned bottom-right; zeros beside keys that come before all queries."""
+    if q.shape[2] == m and call.lengths is call.memory_lengths:
+        return q
+    return place_queries(q, m, call.lengths, call.memory_lengths)
+
+
+def of_queries(call: Call, o: Float[Tensor, "b h m v"], n: int) -> Float[Tensor, "b h n v"]:
+    """The outputs of the `n` queries, of outputs beside keys (:func:`beside_keys`)."""
+    if o.shape[2] == n and call.lengths is call.memory_lengths:
+        return o
+    return take_queries(o, n, call.lengths, call.memory_lengths)
 
 
 def step(

@@ -96,20 +96,30 @@ def parallel(
 ) -> Float[Tensor, "b h n v"]:
     """Noncausal: sums over all keys first. Causal: the chunked form."""
     if call.pattern.causal and not call.pattern.cross:
-        return chunked(call, q, k, v).output
+        return _recurrence(call, q, k, v)[0]
     return read(call.replace(state=absorb(call.replace(state=None), k, v)), q).output
 
 
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    state, size = recurrent_forms.memory_of(call), call.chunk_size or 64
-    rule, valid = _rule(call), call.memory_lengths
+    output, memory = _recurrence(call, q, k, v)
+    return Result(output, MatrixState(memory, recurrent_forms.length_after(call, k)))
 
-    def run(q: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_attention(q, k, v, rule, state=state, valid=valid, chunk_size=size, backend=call.backend)
 
-    return Result(*recurrent_forms.at_keys(call, q, k, run))
+def _recurrence(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal-self: the outputs, and S and z after the last key."""
+    output, memory = linear_attention(
+        recurrent_forms.beside_keys(call, q, k.shape[2]),
+        k,
+        v,
+        _rule(call),
+        state=recurrent_forms.memory_of(call),
+        valid=call.memory_lengths,
+        chunk_size=call.chunk_size or 64,
+        backend=call.backend,
+    )
+    return recurrent_forms.of_queries(call, output, q.shape[2]), memory
 
 
 def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:

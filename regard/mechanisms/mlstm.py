@@ -173,15 +173,17 @@ def chunked(
     log_input: Float[Tensor, "b h m"],
     log_forget: Float[Tensor, "b h m"],
 ) -> Result:
-    memory, size = recurrent_forms.memory_of(call), call.chunk_size or 64
     writes, m = _writes(call, k, v, log_input, log_forget)
-
-    def run(q: Tensor) -> tuple[Tensor, Tensor]:
-        o, after = gated_recurrence(q, *writes, state=memory, chunk_size=size, backend=call.backend)
-        assert o is not None
-        return _normalized(o, m), after
-
-    output, state = recurrent_forms.at_keys(call, _queries(call, q), k, run)
+    o, memory = gated_recurrence(
+        recurrent_forms.beside_keys(call, _queries(call, q), k.shape[2]),
+        *writes,
+        state=recurrent_forms.memory_of(call),
+        chunk_size=call.chunk_size or 64,
+        backend=call.backend,
+    )
+    assert o is not None
+    output = recurrent_forms.of_queries(call, _normalized(o, m), q.shape[2])
+    state = recurrent_forms.MatrixState(memory, recurrent_forms.length_after(call, k))
     return Result(output.to(v.dtype), _state(call, state, m))
 
 

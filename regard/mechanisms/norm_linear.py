@@ -128,14 +128,19 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    state, size, valid = recurrent_forms.memory_of(call), call.chunk_size or 64, call.memory_lengths
     q, k = _mapped(call, q, k)
-    rule, values = _rule(call), wide(v)
-
-    def run(q: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_attention(q, k, values, rule, state=state, valid=valid, chunk_size=size, backend=call.backend)
-
-    o, after = recurrent_forms.at_keys(call, q, k, run)
+    o, memory = linear_attention(
+        recurrent_forms.beside_keys(call, q, k.shape[2]),
+        k,
+        wide(v),
+        _rule(call),
+        state=recurrent_forms.memory_of(call),
+        valid=call.memory_lengths,
+        chunk_size=call.chunk_size or 64,
+        backend=call.backend,
+    )
+    o = recurrent_forms.of_queries(call, o, q.shape[2])
+    after = MatrixState(memory, recurrent_forms.length_after(call, k))
     return Result(norm_over_heads(o, call.config.output_norm).to(v.dtype), after)
 
 

@@ -219,23 +219,20 @@ def chunked(
     if call.state is not None:
         total = total + call.state.total[:, :, None]
 
-    def run(q: Tensor) -> tuple[Tensor, Tensor]:
-        phi = _map_queries(call, q, w)
-        o, memory = gated_recurrence(
-            phi,
-            keys,
-            values,
-            log_decay,
-            state=recurrent_forms.memory_of(call),
-            chunk_size=call.chunk_size or 64,
-            backend=call.backend,
-        )
-        assert o is not None
-        return _divide(call, o, phi, total).to(v.dtype), memory
-
-    output, after = recurrent_forms.at_keys(call, q, k, run)
+    phi = _map_queries(call, recurrent_forms.beside_keys(call, q, k.shape[2]), w)
+    o, memory = gated_recurrence(
+        phi,
+        keys,
+        values,
+        log_decay,
+        state=recurrent_forms.memory_of(call),
+        chunk_size=call.chunk_size or 64,
+        backend=call.backend,
+    )
+    assert o is not None
+    output = recurrent_forms.of_queries(call, _divide(call, o, phi, total).to(v.dtype), q.shape[2])
     last = total[:, :, -1] if k.shape[2] else _empty_or(call, values).total
-    return Result(output, PerformerState(after.memory, last, peak, after.length))
+    return Result(output, PerformerState(memory, last, peak, recurrent_forms.length_after(call, k)))
 
 
 def step(

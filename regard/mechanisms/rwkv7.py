@@ -171,8 +171,10 @@ def chunked(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
 ) -> Result:
     writes = _writes(call, k, v, removal_key, rate, log_decay)
-    output, state = recurrent_forms.at_keys(call, _queries(call, q), k, lambda q: _run(call, q, *writes))
-    return Result(output.to(v.dtype), state)
+    output, memory = _run(call, recurrent_forms.beside_keys(call, _queries(call, q), k.shape[2]), *writes)
+    assert output is not None
+    output = recurrent_forms.of_queries(call, output, q.shape[2])
+    return Result(output.to(v.dtype), MatrixState(memory, recurrent_forms.length_after(call, k)))
 
 
 def step(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from regard.backends import Engine, add_engine, execute
+from regard.backends import Engine, add_engine, execute, prefers_native
 from regard.core.precision import without_autocast
 from regard.engines.linear_attention import native_form, torch_form
 from regard.engines.linear_attention.torch_form import Rule, divide, map_memory, map_queries
@@ -44,5 +44,9 @@ def linear_attention(
         chunk_size: tokens computed together. Changes rounding only.
         backend: see :func:`regard.which_backend`.
     """
+    if state is valid is backend is None and prefers_native():
+        found = native_form.plain(q, k, v, rule)
+        if found is not None:
+            return found
     with without_autocast(v.device):
         return execute("linear_attention", backend, v.device, v.dtype, q, k, v, rule, state, valid, chunk_size)

@@ -4,16 +4,18 @@ queries and keys as it loads them and divides outputs before it stores them."""
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.native.library import pointer, rows_contiguous
-from regard.backends.operators import operator
+from regard.backends.native.library import pointer, rows_contiguous, same
+from regard.backends.operators import operator, runs_plainly
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence.native_form import (
+    CHECKPOINT_EVERY,
     GatedRecurrence,
     GatedRecurrenceBackward,
     Sequence,
@@ -21,7 +23,6 @@ from regard.engines.gated_recurrence.native_form import (
     needs_gradient,
     refusal,
     rows,
-    same,
     sequence,
     sizes,
 )
@@ -97,13 +98,18 @@ def _options(feature_map: str, scale: float, eps: float | None, valid: Tensor | 
     return Options(number, int(eps is not None), scale, eps or 0.0, pointer(valid), places)
 
 
+def _empty_state(k: Tensor, v: Tensor, eps: float | None) -> Tensor:
+    """With the normaliser as one more column."""
+    return v.new_empty((*v.shape[:2], k.shape[-1], v.shape[-1] + (eps is not None)), dtype=torch.float32)
+
+
 def _empty_results(k: Tensor, v: Tensor, eps: float | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    states = (*v.shape[:2], k.shape[-1], v.shape[-1] + (eps is not None))
+    state = _empty_state(k, v, eps)
     kept = checkpoint_count(v.shape[2]) if keep else 0
     return (
         v.new_empty(v.shape),
-        v.new_empty(states, dtype=torch.float32),
-        v.new_empty((*states[:2], kept, *states[2:]), dtype=torch.float32),
+        state,
+        v.new_empty((*state.shape[:2], kept, *state.shape[2:]), dtype=torch.float32),
         v.new_empty(v.shape[:3] if keep and eps is not None else (0,), dtype=torch.float32),
     )
 
@@ -138,6 +144,50 @@ def _linear_attention(
     )
     library.call(LinearAttention(recurrence, _options(feature_map, scale, eps, valid, inverse)))
     return o, final_state, checkpoints, inverse
+
+
+@lru_cache(maxsize=256)
+def _template(layouts: tuple[tuple[Any, ...], ...], rule: Rule, threads: int) -> bytes | None:
+    """The struct of a plain call, but for where its tensors are; None where the kernel does not take such tensors.
+
+    Args:
+        layouts: shape, strides and dtype of q, k and v.
+    """
+    (shape, _, _), (key_shape, _, _), (value_shape, _, _) = layouts
+    if len(shape) != 4 or key_shape != shape or value_shape[:3] != shape[:3] or min(*shape, *value_shape) < 1:
+        return None
+    if max(*shape, *value_shape) >= library.MOST or rule.feature_map not in FEATURE_MAPS:
+        return None
+    if any(stride[3] != 1 or dtype not in library.DTYPES for _, stride, dtype in layouts):
+        return None
+    batch, heads, tokens, width = shape
+    value_width = value_shape[3]
+    q, k, v = (Sequence(None, library.DTYPES[dtype], heads, *stride[:3]) for _, stride, dtype in layouts)
+    o = Sequence(None, v.dtype, heads, heads * tokens * value_width, tokens * value_width, value_width)
+    numbers = threads, batch, heads, tokens, width, value_width, 0, 1, CHECKPOINT_EVERY
+    options = Options(1 + FEATURE_MAPS.index(rule.feature_map), int(rule.eps is not None), rule.scale, rule.eps or 0.0)
+    return bytes(LinearAttention(GatedRecurrence(*numbers, q, k, v, Sequence(), None, o), options))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor] | None:
+    """A whole sequence by the shortest way to the kernel; None for other calls, and where a gradient is recorded or
+    somebody watches.
+
+    Of few tokens, the general way through Python takes longer than the kernel.
+    """
+    if not runs_plainly(q, k, v):
+        return None
+    layouts = tuple([(x.shape, x.stride(), x.dtype) for x in (q, k, v)])
+    template = _template(layouts, rule, torch.get_num_threads())
+    if template is None:
+        return None
+    arguments = LinearAttention.from_buffer_copy(template)
+    o, final_state = v.new_empty(v.shape), _empty_state(k, v, rule.eps)
+    recurrence = arguments.recurrence
+    recurrence.q.data, recurrence.k.data, recurrence.v.data = pointer(q), pointer(k), pointer(v)
+    recurrence.o.data, recurrence.final_state = pointer(o), pointer(final_state)
+    library.call(arguments)
+    return o, final_state
 
 
 @_linear_attention.register_fake

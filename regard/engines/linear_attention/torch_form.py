@@ -13,6 +13,7 @@ from regard.contract import valid_from_lengths
 from regard.core.precision import wide_dtype
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.gated_recurrence import torch_form as gated_recurrence
+from regard.engines.gated_recurrence.problem import Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -38,7 +39,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`regard.engines.linear_attention.linear_attention`."""
     keys, values = map_memory(k, v, rule, valid)
-    o, state = gated_recurrence.run(map_queries(q, rule), keys, values, None, None, state, chunk_size, 16, True)
+    problem = Problem(map_queries(q, rule), keys, values, None, None, state, True)
+    o, state = gated_recurrence.run(problem, chunk_size, 16)
     assert o is not None
     return divide(o, rule).to(v.dtype), state
 
