@@ -35,11 +35,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.backends.operators import operator
+from regard.backends.operators import in_forward_mode, in_transform, operator
 from regard.contract import Unsupported, closest
 
 if TYPE_CHECKING:
@@ -508,10 +507,7 @@ def _has_own_route(x: Tensor, weight: Tensor) -> bool:
 def _unmodified() -> bool:
     """Whether nothing (autocast, export, transforms of functions, forward derivatives) changes what operators do."""
     return not (
-        torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting() or in_transform() or in_forward_mode()
     )
 
 

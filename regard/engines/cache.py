@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from regard.backends.operators import in_transform
 from regard.contract import Call, State, lengths_after, state_field
 from regard.core.ragged import values_known
 from regard.engines.attention import Ranks, ranks
@@ -139,7 +140,7 @@ def append(past: Shaped[Tensor, "..."], new: Shaped[Tensor, "..."], axis: int) -
 
 
 def _grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or in_transform():
         return False
     if torch.is_grad_enabled() and (past.requires_grad or new.requires_grad):
         return False

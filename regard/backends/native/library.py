@@ -194,3 +194,12 @@ def within_range(*numbers: Tensor | int | None, least: int = -MOST) -> bool:
 def rows_contiguous(x: Tensor) -> Tensor:
     """`x` itself when its last axis is contiguous, otherwise one copy: kernels take any other strides."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def same(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise Unsupported unless a tensor on the CPU has this shape and dtype."""
+    if x.shape != shape or x.dtype != dtype or not x.is_cpu:
+        raise Unsupported(
+            f"{name} of shape {tuple(x.shape)} in {str(x.dtype)[6:]} on {x.device.type}",
+            supported=f"shape {shape} in {str(dtype)[6:]} on cpu",
+        )

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from regard.backends import Engine, add_engine, execute, prefers_native, which_backend
-from regard.contract import BlockMask, Cost, Shape, Unsupported, one_of
+from regard.contract import BlockMask, Cost, Shape
 from regard.core.ragged import check_pairs
-from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias, ranks
+from regard.core.visibility import CountedRanks, PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 from regard.engines.attention import native_form, torch_form
+from regard.engines.attention.problem import RULES, Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
-
-RULES = ("softmax", "sigmoid", "relu", "relu_squared")
 
 
 def attention(
@@ -45,51 +44,26 @@ def attention(
     """Output, and the weights or the log-sum-exp of the scores when wanted.
 
     Args:
-        rule: from scores to weights: ``softmax``, or one number at a time: ``sigmoid``, ``relu``, ``relu_squared`` of
-            score + shift.
-        shift: see `rule`; 0 for softmax, which it would not change.
-        softcap: c > 0 replaces each score s = scale q . k by c tanh(s / c), before biases.
-        sink: of softmax: one more logit a head in the denominator, that of a key with the value 0.
-        stretch: of softmax: (low, high), low <= 0 and high >= 1, to which the range of the weights is stretched before
-            they are clipped to [0, 1]. A weight of 0 stays 0.
-        bias: added to the scores, by slot (of the cached keys too); axes of size 1 broadcast. `position_bias` is the
-            same as a function of ranks.
-        blocks: block-sparse visibility, on ranks.
-        dropout: probability of dropping a weight (after normalisation).
-        generator: source of the dropout's draws.
+        ranks, visibility, scale, ...: see :class:`regard.engines.attention.problem.Problem`.
+        backend: see :func:`regard.which_backend`.
 
-    A query that sees no key gives 0 (log-sum-exp -inf). Weights are those before dropout; the log-sum-exp is that of
-    the keys without the sink, in at least float32.
+    A query that sees no key gives 0.
 
     Raises:
-        Unsupported: for an unknown rule, a softcap that is not positive, a stretch that is none, the log-sum-exp, a sink
-            or a stretch of another rule than softmax, or a bias that does not fit.
+        Unsupported: as `Problem` does, and for a bias that does not fit.
     """
-    one_of("rule", rule, RULES)
-    if rule == "softmax" and shift:
-        raise Unsupported(f"softmax attention with shift={shift}", supported="shift=0", nearest="rule='sigmoid'")
-    if want_lse and rule != "softmax":
-        raise Unsupported(f"the log-sum-exp of {rule} attention", supported="rule='softmax'")
-    if sink is not None and rule != "softmax":
-        raise Unsupported(f"{rule} attention with a sink", supported="rule='softmax'", nearest="shift")
-    if stretch is not None and (rule != "softmax" or not stretch[0] <= 0 < 1 <= stretch[1]):
-        raise Unsupported(
-            f"{rule} attention with stretch={stretch}",
-            supported="rule='softmax', low <= 0 and high >= 1",
-            nearest="None",
-        )
-    if softcap is not None and not softcap > 0:
-        raise Unsupported(f"softcap={softcap}", supported="softcap > 0", nearest="softcap=None")
     if bias is not None:
         check_pairs(bias, *q.shape[:3], k.shape[2])
-    return execute(
-        "attention",
-        backend,
-        q.device,
-        q.dtype,
-        q,
-        k.to(q.dtype),  # a cache keeps the dtype that it was begun in
-        v.to(q.dtype),
+    if (
+        rule == "softmax"
+        and softcap is sink is stretch is bias is position_bias is blocks is backend is None
+        and not (shift or dropout or want_weights or want_lse)
+        and prefers_native()
+    ):
+        output = native_form.plain(q, k, v, ranks, visibility, scale)
+        if output is not None:
+            return output, None, None
+    problem = Problem(
         ranks,
         visibility,
         scale,
@@ -97,6 +71,7 @@ def attention(
         shift,
         softcap,
         sink,
+        stretch,
         bias,
         position_bias,
         blocks,
@@ -104,8 +79,9 @@ def attention(
         generator,
         want_weights,
         want_lse,
-        stretch,
     )
+    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the dtype that it was begun in
+    return execute("attention", backend, q.device, q.dtype, q, k, v, problem)
 
 
 def decode(
@@ -113,7 +89,10 @@ def decode(
 ) -> Float[Tensor, "b h n v"] | None:
     """:func:`attention` by softmax of few queries that see every key, where there is a shorter way to it than the
     general one, which takes longer than the work; None where there is not."""
-    return native_form.decode(q, k, v, scale) if prefers_native() else None
+    if not prefers_native():
+        return None
+    where = CountedRanks(q.shape[2], k.shape[2], 0, True, q.device)
+    return native_form.plain(q, k, v, where, Visibility(), scale)
 
 
 def has_kernel(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:

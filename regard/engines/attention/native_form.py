@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +17,11 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.operators import operator, runs_plainly
-from regard.contract import BlockMask, Unsupported
-from regard.core.visibility import CountedRanks, DistanceBias, PositionBias, Ranks, Visibility
+from regard.backends.operators import Packed, operator, runs_plainly
+from regard.contract import Unsupported
+from regard.core.visibility import CountedRanks, DistanceBias, Ranks, Visibility
+from regard.engines.attention.problem import RULES, Problem
 from regard.engines.attention.torch_form import of_no_pairs
-
-RULES = ("softmax", "sigmoid", "relu", "relu_squared")
-"""In the order of the C interface's numbers."""
 
 CLIPPED = len(RULES)
 """The number of softmax with stretched and clipped weights."""
@@ -139,36 +138,17 @@ class AttentionDecode(library.Arguments):
     )
 
 
-def refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranks: Ranks,
-    visibility: Visibility,
-    scale: float,
-    rule: str,
-    shift: float,
-    softcap: float | None,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    position_bias: PositionBias | None,
-    blocks: BlockMask | None,
-    dropout: float,
-    generator: torch.Generator | None,
-    want_weights: bool,
-    want_lse: bool,
-    stretch: tuple[float, float] | None = None,
-) -> str | None:
+def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
     """Why the kernel does not take such a call; None when it does."""
-    if dropout > 0:
+    if problem.dropout > 0:
         return "it has no dropout"
-    if want_weights:
+    if problem.want_weights:
         return "it does not store the weights"
-    if stretch is not None and sink is not None:
+    if problem.stretch is not None and problem.sink is not None:
         return "it does not clip weights beside a sink"
-    if stretch is not None and q.shape[2] < DECODED and k.shape[2] >= LONG:
+    if problem.stretch is not None and q.shape[2] < DECODED and k.shape[2] >= LONG:
         return f"its kernel for few queries on {LONG} keys or more does not clip weights"
-    if position_bias is not None and not isinstance(position_bias, DistanceBias):
+    if problem.position_bias is not None and not isinstance(problem.position_bias, DistanceBias):
         return "it takes position biases by distance alone (regard.core.visibility.DistanceBias)"
     heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads < 1 or heads % kv_heads or v.shape[1] != kv_heads:
@@ -181,9 +161,10 @@ def refuses(
         return f"it takes at most {library.MOST} tokens and features"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "q, k and v have different dtypes"
-    masks = None if blocks is None else blocks.visible
-    places = None if isinstance(ranks, CountedRanks) else ranks.keys
-    for name, x in (("k", k), ("v", v), ("sink", sink), ("bias", bias), ("blocks", masks), ("ranks", places)):
+    masks = None if problem.blocks is None else problem.blocks.visible
+    places = None if isinstance(problem.ranks, CountedRanks) else problem.ranks.keys
+    others = {"sink": problem.sink, "bias": problem.bias, "blocks": masks, "ranks": places}
+    for name, x in {"k": k, "v": v, **others}.items():
         if x is not None and not x.is_cpu:
             return f"it runs on cpu, and {name} is on {x.device.type}"
     if masks is not None and masks.numel() == 0:
@@ -191,61 +172,74 @@ def refuses(
     return None
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranks: Ranks,
-    visibility: Visibility,
-    scale: float,
-    rule: str,
-    shift: float,
-    softcap: float | None,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    position_bias: PositionBias | None,
-    blocks: BlockMask | None,
-    dropout: float,
-    generator: torch.Generator | None,
-    want_weights: bool,
-    want_lse: bool,
-    stretch: tuple[float, float] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`regard.engines.attention.attention`."""
-    batch, heads, n, _ = q.shape
-    m = k.shape[2]
-    if batch * heads * n == 0 or m == 0:
-        return of_no_pairs(q, k, v, want_weights, want_lse)
+    if q.shape[0] * q.shape[1] * q.shape[2] == 0 or k.shape[2] == 0:
+        return of_no_pairs(q, k, v, problem.want_weights, problem.want_lse)
+    out, lse = _attention(q, k, v, _packed(problem, q.shape[2], k.shape[2], q.device))
+    return out, None, lse if problem.want_lse else None
+
+
+@dataclass(frozen=True)
+class PackedProblem(Packed):
+    """A :class:`regard.engines.attention.problem.Problem` as the operator has it.
+
+    Attributes:
+        query_ranks, key_ranks: None where queries count up from `first_rank` and keys from 0.
+        limits: of the visibility, see :func:`_limits`.
+        blocks: where a block mask lets blocks of `block_size` see each other.
+        rule: its number: in `RULES`, or `CLIPPED`.
+        softcap: 0 for none.
+        distance: biases (H or 1, distances) by key rank minus query rank, of which `distance_zero` is the place of 0.
+        stretch: of clipped weights alone, low and high.
+    """
+
+    query_ranks: Tensor | None
+    key_ranks: Tensor | None
+    first_rank: int
+    limits: Sequence[int]
+    blocks: Tensor | None
+    block_size: int
+    scale: float
+    rule: int
+    shift: float
+    softcap: float
+    sink: Tensor | None
+    bias: Tensor | None
+    distance: Tensor | None
+    distance_zero: int
+    stretch: Sequence[float]
+
+
+def _packed(problem: Problem, n: int, m: int, device: torch.device) -> PackedProblem:
+    ranks, visibility, stretch = problem.ranks, problem.visibility, problem.stretch
     # then ranks need not be kept for the backward pass: what padding sees in causal attention does not matter
     counting = ranks.plain and ranks.first is not None and (visibility.causal or visibility.everything)
     if ranks.first is not None:
         visibility = visibility.within(ranks.first, n, m)
     distance, zero = None, 0
-    if position_bias is not None:
-        assert isinstance(position_bias, DistanceBias)
+    if problem.position_bias is not None:
+        assert isinstance(problem.position_bias, DistanceBias)
         low, high = _distances(ranks, visibility, n, m)
-        distance, zero = position_bias.table(low, high, q.device).float(), -low
-    out, lse = _attention(
-        q,
-        k,
-        v,
-        None if counting else ranks.queries,
-        None if counting else ranks.keys,
-        ranks.first if counting and ranks.first is not None else 0,
-        _limits(visibility),
-        None if blocks is None else blocks.visible,
-        0 if blocks is None else min(blocks.block_size, library.MOST),
-        float(scale),
-        RULES.index(rule) if stretch is None else CLIPPED,
-        float(shift),
-        0.0 if softcap is None else float(softcap),
-        None if sink is None else sink.float(),
-        None if bias is None else bias.float(),
-        distance,
-        zero,
-        [] if stretch is None else [float(x) for x in stretch],
+        distance, zero = problem.position_bias.table(low, high, device).float(), -low
+    blocks = problem.blocks
+    return PackedProblem(
+        query_ranks=None if counting else ranks.queries,
+        key_ranks=None if counting else ranks.keys,
+        first_rank=ranks.first if counting and ranks.first is not None else 0,
+        limits=_limits(visibility),
+        blocks=None if blocks is None else blocks.visible,
+        block_size=0 if blocks is None else min(blocks.block_size, library.MOST),
+        scale=float(problem.scale),
+        rule=RULES.index(problem.rule) if stretch is None else CLIPPED,
+        shift=float(problem.shift),
+        softcap=0.0 if problem.softcap is None else float(problem.softcap),
+        sink=None if problem.sink is None else problem.sink.float(),
+        bias=None if problem.bias is None else problem.bias.float(),
+        distance=distance,
+        distance_zero=zero,
+        stretch=[] if stretch is None else [float(x) for x in stretch],
     )
-    return out, None, lse if want_lse else None
 
 
 def _limits(visibility: Visibility) -> list[int]:
@@ -292,36 +286,21 @@ def _broadcast_strides(x: Tensor) -> list[int]:
     return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_ranks: Tensor | None,
-    key_ranks: Tensor | None,
-    first_rank: int,
-    limits: Sequence[int],
-    blocks: Tensor | None,
-    block_size: int,
-    rule: int,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    distance: Tensor | None,
-    distance_zero: int,
-    stretch: Sequence[float],
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, p: PackedProblem) -> None:
     """Raise Unsupported for tensors that the kernel must not be given."""
-    if len(limits) != 6 or not 0 <= rule <= CLIPPED:
-        raise Unsupported(f"native attention with limits {list(limits)} and rule {rule}", supported="six limits")
-    if (rule != CLIPPED and len(stretch)) or (rule == CLIPPED and (sink is not None or not _is_stretch(stretch))):
+    if len(p.limits) != 6 or not 0 <= p.rule <= CLIPPED:
+        raise Unsupported(f"native attention with limits {list(p.limits)} and rule {p.rule}", supported="six limits")
+    clipped = p.rule == CLIPPED
+    if (not clipped and len(p.stretch)) or (clipped and (p.sink is not None or not _is_stretch(p.stretch))):
         raise Unsupported(
-            f"native attention by rule {rule} with stretch {list(stretch)}", supported="low <= 0, high >= 1"
+            f"native attention by rule {p.rule} with stretch {list(p.stretch)}", supported="low <= 0, high >= 1"
         )
-    if not library.within_range(*limits, least=-1) or not library.within_range(block_size, first_rank):
+    if not library.within_range(*p.limits, least=-1) or not library.within_range(p.block_size, p.first_rank):
         raise Unsupported(
-            f"native attention with limits {list(limits)}, blocks of {block_size} and {first_rank} as the first rank",
+            f"native attention with limits {list(p.limits)}, blocks of {p.block_size} and {p.first_rank} as the first rank",
             supported=f"numbers up to {library.MOST}",
         )
-    if (query_ranks is None) != (key_ranks is None):
+    if (p.query_ranks is None) != (p.key_ranks is None):
         raise Unsupported("native attention with ranks of one side")
     if not q.ndim == k.ndim == v.ndim == 4:
         raise _misfit("q, k and v", q, k, v)
@@ -333,56 +312,47 @@ def _check(
         raise _misfit("q, k and v", q, k, v)
     if q.dtype not in library.DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise _misfit("q, k and v", q, k, v)
-    for ranks, slots in ((query_ranks, n), (key_ranks, m)):
+    for ranks, slots in ((p.query_ranks, n), (p.key_ranks, m)):
         if ranks is not None and (not _fits(ranks, (batch, slots), torch.int64) or ranks.shape[1] != slots):
             raise _misfit("ranks", ranks)
         if not library.within_range(ranks):
             raise Unsupported("native attention with ranks of any size", supported=f"numbers up to {library.MOST}")
-    if sink is not None and (sink.shape != (heads,) or sink.dtype != torch.float32):
-        raise _misfit("sink", sink)
-    if bias is not None and not _fits(bias, (batch, heads, n, m), torch.float32):
-        raise _misfit("bias", bias)
-    if distance is None and distance_zero:
-        raise Unsupported(f"native attention with distance 0 at {distance_zero} of no table")
-    if distance is not None:
-        table = distance.shape[-1] if distance.ndim else 0
-        if not _fits(distance, (heads, table), torch.float32) or not 0 <= distance_zero < table:
-            raise _misfit("table of distances", distance)
-        if not _reaches(distance_zero, table, query_ranks, key_ranks, first_rank, n, m, limits):
+    if p.sink is not None and (p.sink.shape != (heads,) or p.sink.dtype != torch.float32):
+        raise _misfit("sink", p.sink)
+    if p.bias is not None and not _fits(p.bias, (batch, heads, n, m), torch.float32):
+        raise _misfit("bias", p.bias)
+    if p.distance is None and p.distance_zero:
+        raise Unsupported(f"native attention with distance 0 at {p.distance_zero} of no table")
+    if p.distance is not None:
+        table = p.distance.shape[-1] if p.distance.ndim else 0
+        if not _fits(p.distance, (heads, table), torch.float32) or not 0 <= p.distance_zero < table:
+            raise _misfit("table of distances", p.distance)
+        if not _reaches(p, table, n, m):
             raise Unsupported("native attention with a table of distances that some pair is beyond")
-    if blocks is not None:
-        fits = blocks.ndim == 4 and _fits(blocks, (batch, heads, *blocks.shape[2:]), torch.bool)
-        if not fits or block_size < 1 or blocks.numel() == 0:
-            raise _misfit("block mask", blocks)
+    if p.blocks is not None:
+        fits = p.blocks.ndim == 4 and _fits(p.blocks, (batch, heads, *p.blocks.shape[2:]), torch.bool)
+        if not fits or p.block_size < 1 or p.blocks.numel() == 0:
+            raise _misfit("block mask", p.blocks)
 
 
 def _is_stretch(stretch: Sequence[float]) -> bool:
     return len(stretch) == 2 and stretch[0] <= 0 < 1 <= stretch[1]
 
 
-def _reaches(
-    zero: int,
-    table: int,
-    query_ranks: Tensor | None,
-    key_ranks: Tensor | None,
-    first_rank: int,
-    n: int,
-    m: int,
-    limits: Sequence[int],
-) -> bool:
+def _reaches(p: PackedProblem, table: int, n: int, m: int) -> bool:
     """Whether the table has the distance of every pair that is seen."""
     if n == 0 or m == 0:
         return True
-    first, last, highest = first_rank, first_rank + n - 1, m - 1
-    if query_ranks is not None and key_ranks is not None:
-        first, last, highest = int(query_ranks.min()), int(query_ranks.max()), int(key_ranks.max())
-    causal, left, right, block, lookback, lookahead = limits
+    first, last, highest = p.first_rank, p.first_rank + n - 1, m - 1
+    if p.query_ranks is not None and p.key_ranks is not None:
+        first, last, highest = int(p.query_ranks.min()), int(p.query_ranks.max()), int(p.key_ranks.max())
+    causal, left, right, block, lookback, lookahead = p.limits
     sides = [None if side < 0 else side for side in (left, right)]
     rule = Visibility(bool(causal), sides[0], sides[1], block or None, lookback, lookahead)
     back, ahead = rule.reach()
     low, high = -last if back is None else max(-last, -back), highest - first
     high = high if ahead is None else min(high, ahead)
-    return zero + low >= 0 and zero + high < table
+    return p.distance_zero + low >= 0 and p.distance_zero + high < table
 
 
 def _check_results(
@@ -423,46 +393,28 @@ def _counted(first: int, count: int) -> tuple[Tensor | None, int | None]:
 
 
 def _arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_ranks: Tensor | None,
-    key_ranks: Tensor | None,
-    first_rank: int,
-    limits: Sequence[int],
-    blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-    rule: int,
-    shift: float,
-    softcap: float,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    distance: Tensor | None,
-    distance_zero: int,
-    stretch: Sequence[float],
-    out: Tensor,
-    lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, p: PackedProblem, out: Tensor, lse: Tensor
 ) -> tuple[Attention, tuple[Any, ...]]:
     """The forward struct, and the tensors whose memory it points at. All are checked before."""
     q, k, v = library.rows_contiguous(q), library.rows_contiguous(k), library.rows_contiguous(v)
-    sink = None if sink is None else sink.contiguous()
-    distance = None if distance is None else library.rows_contiguous(distance)
+    sink = None if p.sink is None else p.sink.contiguous()
+    distance = None if p.distance is None else library.rows_contiguous(p.distance)
+    query_ranks, key_ranks, blocks, bias = p.query_ranks, p.key_ranks, p.blocks, p.bias
     if query_ranks is None or key_ranks is None:
-        query_ranks, first_query = _counted(first_rank, q.shape[2])
+        query_ranks, first_query = _counted(p.first_rank, q.shape[2])
         key_ranks, first_key = _counted(0, k.shape[2])
-        visibility = VisibilityArguments(first_query, first_key, 0, 0, *limits)
+        visibility = VisibilityArguments(first_query, first_key, 0, 0, *p.limits)
     else:
         query_ranks, key_ranks = library.rows_contiguous(query_ranks), library.rows_contiguous(key_ranks)
         places = library.pointer(query_ranks), library.pointer(key_ranks)
-        visibility = VisibilityArguments(*places, _by_row(query_ranks), _by_row(key_ranks), *limits)
+        visibility = VisibilityArguments(*places, _by_row(query_ranks), _by_row(key_ranks), *p.limits)
     if blocks is not None:
         blocks = library.rows_contiguous(blocks)
         visibility.blocks = library.pointer(blocks)
         strides = _broadcast_strides(blocks)
         visibility.blocks_strides = Strides(strides[0], strides[1], blocks.stride(2))
         visibility.blocks_rows, visibility.blocks_columns = blocks.shape[2], blocks.shape[3]
-        visibility.block_size = block_size
+        visibility.block_size = p.block_size
     biases = BiasArguments()
     if bias is not None:
         biases.bias = library.pointer(bias)
@@ -470,7 +422,7 @@ def _arguments(
     if distance is not None:
         biases.distance = library.pointer(distance)
         biases.distance_stride = _by_row(distance)
-        biases.distance_zero, biases.distances = distance_zero, distance.shape[-1]
+        biases.distance_zero, biases.distances = p.distance_zero, distance.shape[-1]
     arguments = Attention(
         threads=torch.get_num_threads(),
         dtype=library.DTYPES[q.dtype],
@@ -490,12 +442,12 @@ def _arguments(
         k_strides=_strides(k),
         v_strides=_strides(v),
         out_strides=_strides(out),
-        scale=scale,
-        shift=shift,
-        softcap=softcap,
-        rule=rule,
-        low=stretch[0] if stretch else 0.0,
-        high=stretch[1] if stretch else 1.0,
+        scale=p.scale,
+        shift=p.shift,
+        softcap=p.softcap,
+        rule=p.rule,
+        low=p.stretch[0] if p.stretch else 0.0,
+        high=p.stretch[1] if p.stretch else 1.0,
         sink=library.pointer(sink),
         visibility=visibility,
         biases=biases,
@@ -509,51 +461,34 @@ def _empty_lse(q: Tensor, rule: int) -> Tensor:
 
 
 @operator("attention")
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_ranks: Tensor | None,
-    key_ranks: Tensor | None,
-    first_rank: int,
-    limits: Sequence[int],
-    blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-    rule: int,
-    shift: float,
-    softcap: float,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    distance: Tensor | None,
-    distance_zero: int,
-    stretch: Sequence[float],
-) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, problem: PackedProblem) -> tuple[Tensor, Tensor]:
     """Output, and of softmax, clipped or not, the log-sum-exp (of other rules an empty tensor)."""
-    _check(
-        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, rule, sink, bias, distance,
-        distance_zero, stretch,
-    )  # fmt: skip
-    out, lse = _empty_output(q, v), _empty_lse(q, rule)
-    arguments, kept = _arguments(
-        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
-        distance, distance_zero, stretch, out, lse,
-    )  # fmt: skip
-    n, m = q.shape[2], k.shape[2]
-    if rule == 0 and blocks is None and n <= (DECODED if m < LONG else DECODED_LONG):
-        library.call(AttentionDecode(forward=ctypes.addressof(arguments)))
+    _check(q, k, v, problem)
+    out, lse = _empty_output(q, v), _empty_lse(q, problem.rule)
+    arguments, kept = _arguments(q, k, v, problem, out, lse)
+    if problem.rule == 0 and problem.blocks is None:
+        _run_forward(arguments, q.shape[2], k.shape[2])
     else:
         library.call(arguments)
     del kept
     return out, lse
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _template(
-    batch: int, heads: int, kv_heads: int, n: int, width: int, value_width: int, dtype: torch.dtype, threads: int
+    query_shape: torch.Size,
+    kv_heads: int,
+    value_width: int,
+    dtype: torch.dtype,
+    causal: bool,
+    left: int | None,
+    right: int | None,
+    threads: int,
 ) -> bytes:
-    """The forward struct of a call whose queries see every key, but for what changes from call to call."""
+    """The forward struct of a plain call, but for what changes from call to call."""
+    batch, heads, n, width = query_shape
     where = ctypes.addressof(FIRST_RANKS)
+    limits = _limits(Visibility(causal, left, right))
     return bytes(
         Attention(
             threads=threads,
@@ -565,62 +500,64 @@ def _template(
             width=width,
             value_width=value_width,
             out_strides=Strides(heads * n * value_width, value_width, heads * value_width),
-            visibility=VisibilityArguments(where, where, 0, 0, 0, -1, -1, 0, 0, 0),
+            low=0.0,
+            high=1.0,
+            visibility=VisibilityArguments(where, where, 0, 0, *limits),
         )
     )
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-    """Softmax attention of few queries that see every key, by the shortest way to the kernel; None for other calls.
+def plain(q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, visibility: Visibility, scale: float) -> Tensor | None:
+    """Softmax attention of tensors and a rule on ranks that count up, by the shortest way to the kernel; None for other
+    calls, and where a gradient is recorded or somebody watches.
 
-    In decoding, the general way through Python takes longer than the kernel.
+    Of few tokens, the general way through Python takes longer than the kernel.
     """
-    if not runs_plainly(q, k, v):
+    if not isinstance(ranks, CountedRanks) or not runs_plainly(q, k, v):
         return None
     batch, heads, n, width = q.shape
     _, kv_heads, m, value_width = v.shape
-    dtype = q.dtype
+    dtype, first = q.dtype, ranks.first
     if (
-        not 0 < n <= DECODED
+        not 0 < n <= KEPT_RANKS - first <= KEPT_RANKS
         or not 0 < m <= KEPT_RANKS
         or k.shape != (batch, kv_heads, m, width)
         or v.shape[0] != batch
-        or min(batch, kv_heads, width, value_width) < 1
-        or heads < 1
+        or min(batch, heads, kv_heads, width, value_width) < 1
         or heads % kv_heads
         or dtype not in library.DTYPES
-        or k.dtype != dtype
-        or v.dtype != dtype
+        or not k.dtype == v.dtype == dtype
         or not q.stride(3) == k.stride(3) == v.stride(3) == 1
+        or visibility.block is not None
     ):
         return None
-    template = _template(batch, heads, kv_heads, n, width, value_width, dtype, torch.get_num_threads())
+    near = visibility.within(first, n, m)
+    template = _template(
+        q.shape, kv_heads, value_width, dtype, near.causal, near.left, near.right, torch.get_num_threads()
+    )
     arguments = Attention.from_buffer_copy(template)
-    out, lse = _empty_output(q, v), q.new_empty((batch, heads, n), dtype=torch.float32)
+    out = _empty_output(q, v)
     arguments.q, arguments.k, arguments.v = library.pointer(q), library.pointer(k), library.pointer(v)
-    arguments.out, arguments.lse = library.pointer(out), library.pointer(lse)
+    arguments.out = library.pointer(out)
     arguments.m, arguments.scale = m, scale
     arguments.q_strides, arguments.k_strides, arguments.v_strides = _strides(q), _strides(k), _strides(v)
-    library.call(AttentionDecode(forward=ctypes.addressof(arguments)))
+    if first:
+        arguments.visibility.query_ranks = ctypes.addressof(FIRST_RANKS) + ctypes.sizeof(ctypes.c_int64) * first
+    _run_forward(arguments, n, m)
     return out
 
 
+def _run_forward(arguments: Attention, n: int, m: int) -> None:
+    """The kernel for few queries where there are few, of softmax without a block mask; otherwise the general one."""
+    if n <= (DECODED if m < LONG else DECODED_LONG):
+        library.call(AttentionDecode(forward=ctypes.addressof(arguments)))
+    else:
+        library.call(arguments)
+
+
 @_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_ranks: Tensor | None,
-    key_ranks: Tensor | None,
-    first_rank: int,
-    limits: Sequence[int],
-    blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-    rule: int,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    return _empty_output(q, v), _empty_lse(q, rule)
+def _(q: Tensor, k: Tensor, v: Tensor, problem: PackedProblem) -> tuple[Tensor, Tensor]:
+    return _empty_output(q, v), _empty_lse(q, problem.rule)
 
 
 @operator("attention_backward")
@@ -630,21 +567,7 @@ def _attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_ranks: Tensor | None,
-    key_ranks: Tensor | None,
-    first_rank: int,
-    limits: Sequence[int],
-    blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-    rule: int,
-    shift: float,
-    softcap: float,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    distance: Tensor | None,
-    distance_zero: int,
-    stretch: Sequence[float],
+    problem: PackedProblem,
     out: Tensor,
     lse: Tensor,
     want_sink: bool,
@@ -652,13 +575,11 @@ def _attention_backward(
     want_distance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sink, bias (B, H, N|1, M|1) and distances (H, distances); empty tensors for those not wanted."""
-    _check(
-        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, rule, sink, bias, distance,
-        distance_zero, stretch,
-    )  # fmt: skip
+    _check(q, k, v, problem)
+    bias, distance, rule = problem.bias, problem.distance, problem.rule
     _check_results(q, v, rule, grad_out, grad_lse, out, lse)
     for name, x, wanted in (
-        ("sink", sink, want_sink),
+        ("sink", problem.sink, want_sink),
         ("bias", bias, want_bias),
         ("distances", distance, want_distance),
     ):
@@ -667,10 +588,7 @@ def _attention_backward(
     out, lse = library.rows_contiguous(out), lse.contiguous()
     grads = _empty_gradients(q, k, v, bias if want_bias else None, distance, want_sink, want_distance)
     grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_distance = grads
-    forward, kept = _arguments(
-        q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
-        distance, distance_zero, stretch, out, lse,
-    )  # fmt: skip
+    forward, kept = _arguments(q, k, v, problem, out, lse)
     grad_out = library.rows_contiguous(grad_out)
     grad_lse = None if grad_lse is None or rule not in WITH_LSE else grad_lse.contiguous()
     library.call(
@@ -731,57 +649,41 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_ranks: Tensor | None,
-    key_ranks: Tensor | None,
-    first_rank: int,
-    limits: Sequence[int],
-    blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-    rule: int,
-    shift: float,
-    softcap: float,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    distance: Tensor | None,
-    distance_zero: int,
-    stretch: Sequence[float],
+    problem: PackedProblem,
     out: Tensor,
     lse: Tensor,
     want_sink: bool,
     want_bias: bool,
     want_distance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, k, v, bias if want_bias else None, distance, want_sink, want_distance)
+    bias = problem.bias if want_bias else None
+    return _empty_gradients(q, k, v, bias, problem.distance, want_sink, want_distance)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (q, k, v, query_ranks, key_ranks, first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias,
-     distance, distance_zero, stretch) = inputs  # fmt: skip
-    ctx.save_for_backward(q, k, v, query_ranks, key_ranks, blocks, sink, bias, distance, *output)
-    ctx.numbers = (first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero, stretch)
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, PackedProblem], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, problem = inputs
+    kept: dict[str, Any] = {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
+    ctx.save_for_backward(*tensors, *output, *kept.values())
+    without: dict[str, Any] = dict.fromkeys(kept)
+    ctx.names, ctx.problem = tuple(kept), replace(problem, **without)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, query_ranks, key_ranks, blocks, sink, bias, distance, out, lse = ctx.saved_tensors
-    first_rank, limits, block_size, scale, rule, shift, softcap, distance_zero, stretch = ctx.numbers
-    grads: list[Tensor | None] = [None] * 18
     if grad_out is None and grad_lse is None:
-        return tuple(grads)
-    wants = [ctx.needs_input_grad[at] for at in (13, 14, 15)]
-    found = _attention_backward(
-        torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, query_ranks, key_ranks,
-        first_rank, limits, blocks, block_size, scale, rule, shift, softcap, sink, bias, distance, distance_zero,
-        stretch, out, lse, *wants,
-    )  # fmt: skip
-    for at, grad in zip((0, 1, 2, 13, 14, 15), found, strict=True):
-        grads[at] = grad if ctx.needs_input_grad[at] else None
-    if wants[1]:
-        grads[14] = found[4].sum_to_size(bias.shape)
-    if wants[2] and distance.shape[0] == 1:
-        grads[15] = found[5].sum(0, keepdim=True)
-    return tuple(grads)
+        return None, None, None, *PackedProblem.gradients()
+    q, k, v, out, lse, *kept = ctx.saved_tensors
+    problem = replace(ctx.problem, **dict(zip(ctx.names, kept, strict=True)))
+    needed = dict(zip(("q", "k", "v", *PackedProblem.places()), ctx.needs_input_grad, strict=True))
+    learned = "sink", "bias", "distance"
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    found = _attention_backward(grad_out, grad_lse, q, k, v, problem, out, lse, *(needed[name] for name in learned))
+    grads = {name: x if needed[name] else None for name, x in zip(("q", "k", "v", *learned), found, strict=True)}
+    if grads["bias"] is not None and problem.bias is not None:
+        grads["bias"] = grads["bias"].sum_to_size(problem.bias.shape)
+    if grads["distance"] is not None and problem.distance is not None and problem.distance.shape[0] == 1:
+        grads["distance"] = grads["distance"].sum(0, keepdim=True)
+    return *(grads.pop(name) for name in "qkv"), *PackedProblem.gradients(**grads)
 
 
 _attention.register_autograd(_backward, setup_context=_keep)

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.backends.operators import transformed
-from regard.contract import BlockMask
 from regard.core.precision import wide_dtype
 from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
+from regard.engines.attention.problem import Problem
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs, counted in every row and head for which numbers are stored, that are computed at once."""
@@ -39,17 +39,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Weighting:
-    """From queries and keys to outputs, for one block of pairs: everything but the tensors."""
+    """From queries and keys to outputs, for one block of pairs."""
 
-    scale: float
-    rule: str
-    shift: float
-    softcap: float | None
-    dropout: float
+    problem: Problem
     explicit: bool
     """Whether weights are computed here rather than inside `scaled_dot_product_attention`."""
-    want_lse: bool
-    stretch: tuple[float, float] | None
 
     def __call__(
         self,
@@ -70,9 +64,9 @@ class Weighting:
         if added is not None and q.device.type != "cpu":
             mask = mask.to(q.dtype)  # a wider mask would rule out the kernels that do not store the scores
         if sink is not None:
-            q, k, v = with_sink(q, k, v, sink, self.scale)
+            q, k, v = with_sink(q, k, v, sink, self.problem.scale)
             mask = F.pad(mask, (1, 0), value=float(added is None))
-        output = sdpa(q, k, v, mask, dropout=self.dropout, scale=self.scale)
+        output = sdpa(q, k, v, mask, dropout=self.problem.dropout, scale=self.problem.scale)
         return torch.where(some, output, 0), None, None
 
     def _explicit(
@@ -87,74 +81,60 @@ class Weighting:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         dtype = wide_dtype(q)
         k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
-        scores = (self.scale * q.to(dtype)) @ k.to(dtype).mT
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = (self.problem.scale * q.to(dtype)) @ k.to(dtype).mT
+        if self.problem.softcap is not None:
+            scores = self.problem.softcap * torch.tanh(scores / self.problem.softcap)
         if added is not None:
             scores = scores + added
         lse = None
-        if self.rule == "softmax":
+        if self.problem.rule == "softmax":
             some = visible.any(-1, keepdim=True)
             scores = torch.where(visible | ~some, scores, -torch.inf)
             logits = scores
             if sink is not None:
                 logits = torch.cat([scores, _finite(sink.to(dtype)).expand(*scores.shape[:-1], 1)], -1)
             weights = torch.where(visible, logits.softmax(-1)[..., : k.shape[-2]], 0)
-            if self.stretch is not None:
-                low, high = self.stretch
+            if self.problem.stretch is not None:
+                low, high = self.problem.stretch
                 weights = ((high - low) * weights + low).clamp(0, 1)
-            if self.want_lse:
+            if self.problem.want_lse:
                 lse = torch.where(some[..., 0], scores.logsumexp(-1), -torch.inf)
         else:
-            weights = torch.where(visible, ACTIVATIONS[self.rule](scores + self.shift), 0)
+            weights = torch.where(visible, ACTIVATIONS[self.problem.rule](scores + self.problem.shift), 0)
         kept = weights
-        if self.dropout > 0:
+        if self.problem.dropout > 0:
             generator = None if seed is None else torch.Generator(q.device).manual_seed(seed)
-            keep = torch.rand(weights.shape, generator=generator, device=q.device, dtype=dtype) >= self.dropout
-            kept = weights * keep / (1 - self.dropout)
+            keep = torch.rand(weights.shape, generator=generator, device=q.device, dtype=dtype) >= self.problem.dropout
+            kept = weights * keep / (1 - self.problem.dropout)
         return (kept @ v.to(dtype)).to(v.dtype), weights.to(v.dtype), lse
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranks: Ranks,
-    visibility: Visibility,
-    scale: float,
-    rule: str,
-    shift: float,
-    softcap: float | None,
-    sink: Tensor | None,
-    bias: Tensor | None,
-    position_bias: PositionBias | None,
-    blocks: BlockMask | None,
-    dropout: float,
-    generator: torch.Generator | None,
-    want_weights: bool,
-    want_lse: bool,
-    stretch: tuple[float, float] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`regard.engines.attention.attention`."""
     batch, heads, n, _ = q.shape
     m = k.shape[2]
+    want_weights, want_lse = problem.want_weights, problem.want_lse
     if batch * heads * n == 0 or m == 0:
         return of_no_pairs(q, k, v, want_weights, want_lse)
+    ranks, visibility, blocks = problem.ranks, problem.visibility, problem.blocks
+    bias, position_bias = problem.bias, problem.position_bias
+    scale, dropout, generator = problem.scale, problem.dropout, problem.generator
     if ranks.first is not None:
         visibility = visibility.within(ranks.first, n, m)
     # the dropout of scaled_dot_product_attention knows no generator, and on a CPU it stores all scores
     dropped = dropout > 0 and (generator is not None or q.device.type == "cpu")
-    explicit = rule != "softmax" or want_weights or want_lse or dropped or softcap is not None or stretch is not None
-    explicit = explicit or (sink is not None and scale == 0)  # `with_sink` divides by the scale
+    explicit = problem.rule != "softmax" or want_weights or want_lse or dropped
+    explicit = explicit or problem.softcap is not None or problem.stretch is not None
+    explicit = explicit or (problem.sink is not None and scale == 0)  # `with_sink` divides by the scale
     explicit = explicit or transformed()  # kernels have no forward-mode derivatives, and are batched by a loop
-    sink = None if sink is None else sink[None, :, None, None]
+    sink = None if problem.sink is None else problem.sink[None, :, None, None]
     by_head = explicit or bias is not None or position_bias is not None
     if not by_head and blocks is None and ranks.plain:
         square = ranks.offset == 0 and n == m
         if visibility.everything or (visibility == Visibility(causal=True) and square):
             return _plain(q, k, v, sink, visibility.causal, dropout, scale), None, None
 
-    weighting = Weighting(scale, rule, shift, softcap, dropout, explicit, want_lse, stretch)
+    weighting = Weighting(problem, explicit)
     rows = batch * heads if by_head else max(ranks.queries.shape[0], ranks.keys.shape[0])
     whole = torch.compiler.is_exporting()  # one block, so that the program does not depend on the length
     if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1) and not whole:
@@ -305,7 +285,7 @@ def _in_bands(
     pieces = []
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
-        seed = _seed(generator, weighting.dropout)
+        seed = _seed(generator, weighting.problem.dropout)
 
         def attend(
             q_: Tensor, k_: Tensor, v_: Tensor, part: slice = part, seed: int | None = seed
@@ -323,7 +303,7 @@ def _in_bands(
         return x.flatten(1, 2).unflatten(0, (batch, heads))[:, :, band.lead : band.lead + n]
 
     output = back(torch.cat([p[0] for p in pieces], 1))
-    if not weighting.want_lse:
+    if not weighting.problem.want_lse:
         return output, None
     return output, back(torch.cat([p[2] for p in pieces if p[2] is not None], 1))
 

@@ -18,6 +18,7 @@ from regard.backends import Engine, add_engine, execute
 from regard.contract import Unsupported
 from regard.core.precision import without_autocast
 from regard.engines.gated_recurrence import native_form, torch_form
+from regard.engines.gated_recurrence.problem import Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -73,9 +74,9 @@ def gated_recurrence(
     if reset is not None:
         gate = torch.zeros_like(v[..., :1]) if log_decay is None else log_decay
         log_decay = gate.masked_fill(reset[:, None, :, None], -torch.inf)
-    arguments = (q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
+    problem = Problem(q, k, v, log_decay, beta, state, inclusive)
     with without_autocast(v.device):
-        return execute("gated_recurrence", backend, v.device, v.dtype, *arguments)
+        return execute("gated_recurrence", backend, v.device, v.dtype, problem, chunk_size, sub_chunk)
 
 
 def gated_recurrence_step(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.backends.native import library, recycled
-from regard.backends.native.library import pointer, rows_contiguous
+from regard.backends.native.library import pointer, rows_contiguous, same
 from regard.backends.operators import operator
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence import delta_rule
+from regard.engines.gated_recurrence.problem import Problem, differentiate, empty_gradients, save
 from regard.engines.gated_recurrence.torch_form import for_each_head
 
 CHECKPOINT_EVERY = 256
@@ -98,52 +101,35 @@ class GatedRecurrenceStep(library.Arguments):
     )
 
 
-def run(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int,
-    sub_chunk: int,
-    inclusive: bool,
-) -> tuple[Tensor | None, Tensor]:
+def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.gated_recurrence.gated_recurrence`.
 
     Inputs are read where they lie, float32 or bfloat16 each. The kernel has blocks of its own: `chunk_size` and
     `sub_chunk` would change rounding only.
     """
-    if beta is not None:
-        q = None if q is None else for_each_head(q, v)
-        k = for_each_head(k, v)
-        return delta_rule.run(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
-    state = None if state is None else state.float()
-    keep = needs_gradient(q, k, v, log_decay, state)
-    o, final_state, _ = _gated_recurrence(q, k, v, log_decay, state, inclusive, keep)
-    return (None if q is None else o), final_state
+    if problem.beta is not None:
+        return delta_rule.run(_for_each_head(problem))
+    state = None if problem.state is None else problem.state.float()
+    keep = torch.is_grad_enabled() and problem.records
+    o, final_state, _ = _gated_recurrence(replace(problem, state=state), keep)
+    return (None if problem.q is None else o), final_state
 
 
-def refuses(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int,
-    sub_chunk: int,
-    inclusive: bool,
-) -> str | None:
+def _for_each_head(p: Problem) -> Problem:
+    """With queries and keys of their own for each head of values, as the delta rule's kernel has them."""
+    return replace(p, q=None if p.q is None else for_each_head(p.q, p.v), k=for_each_head(p.k, p.v))
+
+
+def refuses(problem: Problem, chunk_size: int, sub_chunk: int) -> str | None:
     """Why the kernel does not take such a call; None when it does."""
-    if v.ndim != 4:
-        return f"v has {v.ndim} axes, not 4"
-    reason = refusal(v.shape[:3], q, k, v, log_decay, state)
-    if reason is None and beta is not None:
-        q = None if q is None else for_each_head(q, v)
-        k = for_each_head(k, v)
-        return delta_rule.refuses(q, k, v, log_decay, beta, state, chunk_size, sub_chunk, inclusive)
-    return reason
+    reason = _refusal(problem)
+    return delta_rule.refuses(_for_each_head(problem)) if reason is None and problem.beta is not None else reason
+
+
+def _refusal(p: Problem) -> str | None:
+    if p.v.ndim != 4:
+        return f"v has {p.v.ndim} axes, not 4"
+    return refusal(p.v.shape[:3], p.q, p.k, p.v, p.log_decay, p.state)
 
 
 def run_step(
@@ -209,10 +195,12 @@ def refusal(
     return None
 
 
-def _check(q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None) -> None:
-    reason = refusal(v.shape[:3], q, k, v, g, state) if v.ndim == 4 else f"v has {v.ndim} axes, not 4"
-    if reason is None and state is not None and state.dtype != torch.float32:
-        reason = f"the state is {str(state.dtype)[6:]}, not float32"
+def _check(p: Problem) -> None:
+    reason = _refusal(p)
+    if reason is None and p.beta is not None:
+        reason = "there is a beta, for which there is the delta rule"
+    if reason is None and p.state is not None and p.state.dtype != torch.float32:
+        reason = f"the state is {str(p.state.dtype)[6:]}, not float32"
     if reason is not None:
         raise Unsupported(f"the native gated recurrence with such tensors: {reason}", nearest="backend='torch'")
 
@@ -265,17 +253,14 @@ def checkpoint_count(tokens: int) -> int:
 
 
 @operator("gated_recurrence")
-def _gated_recurrence(
-    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, inclusive: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gated_recurrence(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (empty when q is None), the final state, and with `keep` the states that backward starts from."""
-    _check(q, k, v, g, state)
-    q, k, v, g = rows(q), rows_contiguous(k), rows_contiguous(v), rows(g)
-    state = None if state is None else state.contiguous()
+    _check(problem)
+    q, k, v, g, state = _laid_out(problem)
     o, final_state, checkpoints = _empty_results(q, k, v, keep)
     library.call(
         GatedRecurrence(
-            *sizes(k, v, g, inclusive),
+            *sizes(k, v, g, problem.inclusive),
             sequence(q),
             sequence(k),
             sequence(v),
@@ -289,28 +274,24 @@ def _gated_recurrence(
     return o, final_state, checkpoints
 
 
+def _laid_out(p: Problem) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """q, k, v, log_decay and state as the kernels read them."""
+    state = None if p.state is None else p.state.contiguous()
+    return rows(p.q), rows_contiguous(p.k), rows_contiguous(p.v), rows(p.log_decay), state
+
+
 @_gated_recurrence.register_fake
-def _(
-    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, inclusive: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_results(q, k, v, keep)
+def _(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_results(problem.q, problem.k, problem.v, keep)
 
 
 @operator("gated_recurrence_backward")
 def _gated_recurrence_backward(
-    grad_o: Tensor | None,
-    grad_final_state: Tensor | None,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    state: Tensor | None,
-    checkpoints: Tensor,
-    inclusive: bool,
-    needed: list[bool],
+    grad_o: Tensor | None, grad_final_state: Tensor | None, problem: Problem, checkpoints: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of q, k, v, g and state, empty where not needed."""
-    _check(q, k, v, g, state)
+    """Gradients of what the problem has learned, empty where not needed."""
+    _check(problem)
+    q, k, v, g, state = _laid_out(problem)
     batch, heads, tokens, value_width = v.shape
     matrix = (k.shape[-1], value_width)
     same("checkpoints", checkpoints, (batch, heads, checkpoint_count(tokens), *matrix), torch.float32)
@@ -318,17 +299,14 @@ def _gated_recurrence_backward(
         same("grad_o", grad_o, tuple(v.shape) if q is not None else (0,), v.dtype)
     if grad_final_state is not None:
         same("grad_final_state", grad_final_state, (batch, heads, *matrix), torch.float32)
-    grads = _empty_gradients(q, k, v, g, state, needed)
-    to = [grad if grad.numel() else None for grad in grads]
-    reading = q is not None and grad_o is not None
-    grad_o = rows(grad_o) if reading else None
-    q, k, v, g = rows(q), rows_contiguous(k), rows_contiguous(v), rows(g)
-    state = None if state is None else state.contiguous()
+    grads = empty_gradients(problem, needed)
+    to_q, to_k, to_v, to_g, _, to_state = (grad if grad.numel() else None for grad in grads)
+    grad_o = rows(grad_o) if q is not None else None
     grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
     checkpoints = checkpoints.contiguous()
     library.call(
         GatedRecurrenceBackward(
-            *sizes(k, v, g, inclusive),
+            *sizes(k, v, g, problem.inclusive),
             sequence(q),
             sequence(k),
             sequence(v),
@@ -337,8 +315,8 @@ def _gated_recurrence_backward(
             pointer(checkpoints),
             sequence(grad_o),
             pointer(grad_final_state),
-            *map(sequence, to[:4]),
-            pointer(to[4]),
+            *map(sequence, (to_q, to_k, to_v, to_g)),
+            pointer(to_state),
         )
     )
     return grads
@@ -346,57 +324,12 @@ def _gated_recurrence_backward(
 
 @_gated_recurrence_backward.register_fake
 def _(
-    grad_o: Tensor | None,
-    grad_final_state: Tensor | None,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    state: Tensor | None,
-    checkpoints: Tensor,
-    inclusive: bool,
-    needed: list[bool],
+    grad_o: Tensor | None, grad_final_state: Tensor | None, problem: Problem, checkpoints: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    return _empty_gradients(q, k, v, g, state, needed)
+    return empty_gradients(problem, needed)
 
 
-def _empty_gradients(
-    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, needed: list[bool]
-) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if want and x is not None else v.new_empty(0)
-        for x, want in zip((q, k, v, g, state), needed, strict=True)
-    ]
-
-
-def same(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.shape != shape or x.dtype != dtype or not x.is_cpu:
-        raise Unsupported(
-            f"{name} of shape {tuple(x.shape)} in {str(x.dtype)[6:]} on {x.device.type}",
-            supported=f"shape {shape} in {str(dtype)[6:]} on cpu",
-        )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.inclusive, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(
-    ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, grad_checkpoints: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_o is None and grad_final_state is None:
-        return (None,) * 7
-    *inputs, checkpoints = ctx.saved_tensors
-    if not ctx.keep:
-        raise Unsupported("the gradient of a gated recurrence called with keep=False", supported="keep=True")
-    needed = [x is not None and want for x, want in zip(inputs, ctx.needs_input_grad[:5], strict=True)]
-    grads = _gated_recurrence_backward(grad_o, grad_final_state, *inputs, checkpoints, ctx.inclusive, needed)
-    return (*(grad if want else None for grad, want in zip(grads, needed, strict=True)), None, None)
-
-
-_gated_recurrence.register_autograd(_differentiate, setup_context=_save)
+_gated_recurrence.register_autograd(partial(differentiate, _gated_recurrence_backward), setup_context=save)
 _gated_recurrence_backward.refuse_gradient(
     "a second derivative of the native gated recurrence", supported="first derivatives"
 )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.precision import wide_dtype
+from regard.engines.gated_recurrence.problem import Problem
 from regard.engines.scan import chunk_count, fold, in_chunks
 
 if TYPE_CHECKING:
@@ -78,18 +79,10 @@ def for_each_head(x: Float[Tensor, "b g *n k"], v: Float[Tensor, "b h *n v"]) ->
     return x if x.shape[1] == v.shape[1] else x.repeat_interleave(v.shape[1] // x.shape[1], 1)
 
 
-def run(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int,
-    sub_chunk: int,
-    inclusive: bool,
-) -> tuple[Tensor | None, Tensor]:
+def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.gated_recurrence.gated_recurrence`."""
+    q, k, v, log_decay, beta, state = problem.learned
+    assert k is not None and v is not None
     dtype = wide_dtype(v)
     q, k = (None if q is None else for_each_head(q, v)), for_each_head(k, v)
     batch, heads, n, width = k.shape
@@ -124,7 +117,7 @@ def run(
     near = None
     if q_ is not None:
         near = decayed_product(q_, k_, g, sub_chunk)
-        near = near if inclusive else near.tril(-1)
+        near = near if problem.inclusive else near.tril(-1)
         if beta_ is None:
             near = near @ v_
 

@@ -19,6 +19,7 @@ from regard.backends import Engine, add_engine, execute
 from regard.contract import State, Unsupported, at_least, state_field
 from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.selective_scan import native_form, torch_form
+from regard.engines.selective_scan.problem import Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -79,10 +80,11 @@ def selective_scan(
     if groups < 1 or channels % groups:
         raise Unsupported(f"b with {groups} groups for {channels} channels", supported=f"a divisor of {channels}")
     wide = wide_dtype(x)
-    a_, skip_, dt_bias_, state_ = (None if t is None else t.to(wide) for t in (a, skip, dt_bias, state))
-    arguments = (x, dt, a_, b, c, skip_, dt_bias_, z, state_, lengths, chunk_size, inclusive)
+    a_ = a.to(wide)
+    skip_, dt_bias_, state_ = (None if t is None else t.to(wide) for t in (skip, dt_bias, state))
+    problem = Problem(x, dt, a_, b, c, skip_, dt_bias_, z, state_, lengths, inclusive)
     with without_autocast(x.device):
-        return execute("selective_scan", backend, x.device, x.dtype, *arguments)
+        return execute("selective_scan", backend, x.device, x.dtype, problem, chunk_size)
 
 
 def selective_read(state: Float[Tensor, "b c k"], c: Float[Tensor, "b n g k"]) -> Float[Tensor, "b n c"]:

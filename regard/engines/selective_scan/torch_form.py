@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.contract import valid_from_lengths
 from regard.engines.scan import fold_chunks, in_chunks
+from regard.engines.selective_scan.problem import Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -77,52 +78,31 @@ def _recur(
     return y.flatten(-2).movedim(0, 2).flatten(1, 2)[:, :n], last
 
 
-def _chunk(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    skip: Tensor | None,
-    dt_bias: Tensor | None,
-    z: Tensor | None,
-    state: Tensor,
-    valid: Bool[Tensor, "b q"] | None,
-    inclusive: bool,
-) -> tuple[Tensor | None, Tensor]:
-    dtype = state.dtype
-    wide, steps = x.to(dtype), dt.to(dtype)
-    if dt_bias is not None:
-        steps = F.softplus(steps + dt_bias)
+def _chunk(part: Problem, valid: Bool[Tensor, "b q"] | None) -> tuple[Tensor | None, Tensor]:
+    """The tokens of one chunk, from the state before it."""
+    assert part.state is not None
+    dtype = part.state.dtype
+    wide, steps = part.x.to(dtype), part.dt.to(dtype)
+    if part.dt_bias is not None:
+        steps = F.softplus(steps + part.dt_bias)
     if valid is not None:
         steps = torch.where(valid[..., None], steps, 0)
-    y, state = _recur(wide, steps, a, b.to(dtype), None if c is None else c.to(dtype), state, inclusive)
+    c = None if part.c is None else part.c.to(dtype)
+    y, state = _recur(wide, steps, part.a, part.b.to(dtype), c, part.state, part.inclusive)
     if y is None:
         return None, state
-    if skip is not None:
-        y = y + skip * wide
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
+    if part.skip is not None:
+        y = y + part.skip * wide
+    if part.z is not None:
+        y = y * F.silu(part.z.to(dtype))
     if valid is not None:
         y = torch.where(valid[..., None], y, 0)
-    return y.to(x.dtype), state
+    return y.to(part.x.dtype), state
 
 
-def run(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    skip: Tensor | None,
-    dt_bias: Tensor | None,
-    z: Tensor | None,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    chunk_size: int,
-    inclusive: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """See :func:`regard.engines.selective_scan.selective_scan`; `a`, `skip`, `dt_bias` and `state` are wide already."""
+def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
+    """See :func:`regard.engines.selective_scan.selective_scan`."""
+    x, a, c, state, lengths = problem.x, problem.a, problem.c, problem.state, problem.lengths
     n = x.shape[1]
     if state is None:
         state = a.new_zeros(x.shape[0], *a.shape)
@@ -131,21 +111,22 @@ def run(
     valid = None if lengths is None else valid_from_lengths(lengths, n)
     if valid is None and torch.compiler.is_exporting():
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # but not what the scan adds
-    tensors = (x, dt, a, b, c, skip, dt_bias, z, state)
-    recompute = (
-        not torch.compiler.is_exporting()
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in tensors)
-    )
+    recompute = torch.is_grad_enabled() and problem.records and not torch.compiler.is_exporting()
+
+    def tokens(state: Tensor, *own: Any) -> tuple[Tensor | None, Tensor]:
+        x_, dt_, b_, c_, z_, valid_ = own
+        part = Problem(x_, dt_, a, b_, c_, problem.skip, problem.dt_bias, z_, state, None, problem.inclusive)
+        return _chunk(part, valid_)
 
     def chunk(carry: tuple[Tensor, ...], *own: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        x_, dt_, b_, c_, z_, valid_ = own
-        arguments: tuple[Any, ...] = (x_, dt_, a, b_, c_, skip, dt_bias, z_, *carry, valid_, inclusive)
         if recompute:
-            y, after = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            y, after = checkpoint(tokens, *carry, *own, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, after = _chunk(*arguments)
+            y, after = tokens(*carry, *own)
+        x_ = own[0]
         return (after,), x_.new_zeros(*x_.shape[:2], 0) if y is None else y
 
-    (state,), y = fold_chunks(chunk, (state,), (x, dt, b, c, z, valid), (0, 0, 0, 0, 0, 0), chunk_size, 1)
+    (state,), y = fold_chunks(
+        chunk, (state,), (x, problem.dt, problem.b, c, problem.z, valid), (0, 0, 0, 0, 0, 0), chunk_size, 1
+    )
     return None if c is None else y, state

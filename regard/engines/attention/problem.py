@@ -1,0 +1,84 @@
+"""A call of attention as one object, which the engine's forms share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import BlockMask, Unsupported, one_of
+from regard.core.visibility import PositionBias, Ranks, Visibility
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+RULES = ("softmax", "sigmoid", "relu", "relu_squared")
+"""From scores to weights, in the order of the kernels' numbers."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What attention computes, beside its queries, keys and values.
+
+    Attributes:
+        ranks: of the queries and the keys.
+        visibility: which key ranks a query rank may see.
+        scale: multiplies the scores.
+        rule: from scores to weights: ``softmax``, or one number at a time: ``sigmoid``, ``relu``, ``relu_squared`` of
+            score + shift.
+        shift: see `rule`; 0 for softmax, which it would not change.
+        softcap: c > 0 replaces each score s = scale q . k by c tanh(s / c), before biases.
+        sink: of softmax: one more logit a head in the denominator, that of a key with the value 0.
+        stretch: of softmax: (low, high), low <= 0 and high >= 1, to which the range of the weights is stretched before
+            they are clipped to [0, 1]. A weight of 0 stays 0.
+        bias: added to the scores, by slot (of the cached keys too); axes of size 1 broadcast.
+        position_bias: the same as a function of ranks.
+        blocks: block-sparse visibility, on ranks.
+        dropout: probability of dropping a weight (after normalisation).
+        generator: source of the dropout's draws.
+        want_weights: whether the weights, those before dropout, are wanted.
+        want_lse: whether the log-sum-exp of the scores is, of softmax: that of the keys without the sink, in at least
+            float32; -inf for a query that sees no key.
+
+    Raises:
+        Unsupported: for an unknown rule, a softcap that is not positive, a stretch that is none, and the log-sum-exp, a
+            sink or a stretch of another rule than softmax.
+    """
+
+    ranks: Ranks
+    visibility: Visibility
+    scale: float
+    rule: str = "softmax"
+    shift: float = 0.0
+    softcap: float | None = None
+    sink: Float[Tensor, " h"] | None = None
+    stretch: tuple[float, float] | None = None
+    bias: Float[Tensor, "#b #h #n #m"] | None = None
+    position_bias: PositionBias | None = None
+    blocks: BlockMask | None = None
+    dropout: float = 0.0
+    generator: torch.Generator | None = None
+    want_weights: bool = False
+    want_lse: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("rule", self.rule, RULES)
+        softmax = self.rule == "softmax"
+        if softmax and self.shift:
+            raise Unsupported(
+                f"softmax attention with shift={self.shift}", supported="shift=0", nearest="rule='sigmoid'"
+            )
+        if self.want_lse and not softmax:
+            raise Unsupported(f"the log-sum-exp of {self.rule} attention", supported="rule='softmax'")
+        if self.sink is not None and not softmax:
+            raise Unsupported(f"{self.rule} attention with a sink", supported="rule='softmax'", nearest="shift")
+        if self.stretch is not None and (not softmax or not self.stretch[0] <= 0 < 1 <= self.stretch[1]):
+            raise Unsupported(
+                f"{self.rule} attention with stretch={self.stretch}",
+                supported="rule='softmax', low <= 0 and high >= 1",
+                nearest="None",
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise Unsupported(f"softcap={self.softcap}", supported="softcap > 0", nearest="softcap=None")

@@ -1,0 +1,65 @@
+"""A call of the gated recurrence as one object, which the engine's forms and its operators share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from regard.backends.operators import Operator, Packed
+from regard.contract import Unsupported
+
+
+@dataclass(frozen=True)
+class Problem(Packed):
+    """What :func:`regard.engines.gated_recurrence.gated_recurrence` is given; a `reset` is in `log_decay`."""
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    state: Tensor | None
+    inclusive: bool
+
+    @property
+    def learned(self) -> list[Tensor | None]:
+        """The inputs that have gradients: those before `inclusive`."""
+        return [self.q, self.k, self.v, self.log_decay, self.beta, self.state]
+
+    @property
+    def records(self) -> bool:
+        """Whether some input wants a gradient."""
+        return any(x is not None and x.requires_grad for x in self.learned)
+
+
+def empty_gradients(problem: Problem, needed: list[bool]) -> list[Tensor]:
+    """Contiguous, whatever the inputs' strides; empty where not needed."""
+    return [
+        x.new_empty(x.shape) if want and x is not None else problem.v.new_empty(0)
+        for x, want in zip(problem.learned, needed, strict=True)
+    ]
+
+
+def save(ctx: Any, inputs: tuple[Problem, bool], output: tuple[Tensor, ...]) -> None:
+    """Keeps what :func:`differentiate` needs."""
+    problem, ctx.keep = inputs
+    ctx.save_for_backward(*problem.learned, output[2])
+    ctx.inclusive = problem.inclusive
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(
+    backward: Operator, ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a problem and of `keep`, by its backward operator."""
+    if grad_o is None and grad_final_state is None:
+        return *Problem.gradients(), None
+    *inputs, kept = ctx.saved_tensors
+    if not ctx.keep:
+        raise Unsupported("the gradient of a recurrence called with keep=False", supported="keep=True")
+    needed = [x is not None and want for x, want in zip(inputs, ctx.needs_input_grad, strict=False)]
+    grads = backward(grad_o, grad_final_state, Problem(*(*inputs, ctx.inclusive)), kept, needed)
+    wanted = {name: grad for name, grad, want in zip(Problem.places(), grads, needed, strict=False) if want}
+    return *Problem.gradients(**wanted), None

@@ -1,0 +1,36 @@
+"""A call of the selective scan as one object, which the engine's forms and its operators share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regard.backends.operators import Packed
+
+
+@dataclass(frozen=True)
+class Problem(Packed):
+    """What :func:`regard.engines.selective_scan.selective_scan` is given; `a`, `skip`, `dt_bias` and `state` are wide."""
+
+    x: Tensor
+    dt: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor | None
+    skip: Tensor | None
+    dt_bias: Tensor | None
+    z: Tensor | None
+    state: Tensor | None
+    lengths: Tensor | None
+    inclusive: bool
+
+    @property
+    def learned(self) -> list[Tensor | None]:
+        """The inputs that have gradients: those before `lengths`."""
+        return [self.x, self.dt, self.a, self.b, self.c, self.skip, self.dt_bias, self.z, self.state]
+
+    @property
+    def records(self) -> bool:
+        """Whether some input wants a gradient."""
+        return any(t is not None and t.requires_grad for t in self.learned)
