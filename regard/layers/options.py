@@ -165,7 +165,7 @@ def shell_types(shell: type[nn.Module]) -> Types:
     hints: dict[str, Any] = {}
     for one in annotated:
         try:
-            hints |= typing.get_type_hints(one.__init__)  # type: ignore[misc]
+            hints |= typing.get_type_hints(one.__init__)
         except (NameError, AttributeError):  # names that only a type checker imports
             continue
     return Types(hints)
