@@ -181,7 +181,9 @@ def _axis_sizes(card: Mechanism, shapes: Shapes) -> dict[str, int]:
                 )
             big, small = max(size, known), min(size, known)
             if small == 0 or big % small:
-                raise Unsupported(f"{card.name}: {name} with {size} heads beside {known}", supported="a divisor")
+                raise Unsupported(
+                    f"{card.name}: {name} with {size} heads beside {known}", supported="a divisor of the others"
+                )
             sizes["h"] = big
     if "g" in sizes and sizes.get("h", sizes["g"]) % max(sizes["g"], 1):
         raise Unsupported(

@@ -27,6 +27,7 @@ CAUSES = {
     "compile": "data decide the control flow: `.item()`, a Python branch on a tensor, a shape made of values",
     "layer_compile": "data decide the control flow: `.item()`, a Python branch on a tensor, a shape made of values",
     "layer_save": "a tensor that the layer needs is neither a parameter nor a buffer",
+    "layer_ragged": "a convolution, a shift or a state keeps the last place of a padded row instead of its last token",
     "layer_decoding": "the projection mixes tokens but keeps no state (``mixes_tokens``, and `forward` with the state)",
 }
 """The most frequent cause of a property's failure."""

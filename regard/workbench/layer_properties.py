@@ -146,6 +146,42 @@ def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
     return error
 
 
+def layer_ragged(subject: Subject, dtype: torch.dtype) -> float:
+    """Rows of unequal length, padded, then one token at a time, equal each row alone."""
+    layer = LayerSubject(subject, dtype)
+    if not subject.layer_decodes or (layer.cross and not hasattr(layer.layer, "encode_memory")):
+        raise NotApplicable
+    counts, most, more = (5, 2), 5, 4
+    lengths, want = torch.tensor(counts), frozenset({"state"})
+    after = layer.x(more, seed=1)
+    if layer.cross:
+        read = layer.memory(most)
+        roles = layer.roles(most)
+        context = Context(roles=roles, memory_mask=Mask(lengths=lengths))
+        state = layer.layer.encode_memory(read, context=context)  # type: ignore[operator]
+    else:
+        read = layer.x(most)
+        roles = layer.roles(most + more)
+        begun = None if roles is None else roles[:, :most]
+        state = layer(read, roles=begun, mask=Mask(lengths=lengths), want=want).state
+    outputs = []
+    for t in range(more):
+        now = None if roles is None or layer.cross else roles[:, most + t : most + t + 1]
+        result = layer(after[:, t : t + 1], state=state, roles=now)
+        outputs.append(result.output)
+        state = result.state
+    found, errors = torch.cat(outputs, 1), []
+    for row, count in enumerate(counts):
+        one = slice(row, row + 1)
+        own = None if roles is None else torch.cat([roles[one, :count], roles[one, most:]], 1)
+        if layer.cross:
+            expected = layer(after[one], read[one, :count], roles=own).output
+        else:
+            expected = layer(torch.cat([read[one, :count], after[one]], 1), roles=own).output[:, count:]
+        errors.append(relative_error(found[one], expected))
+    return worst(errors)
+
+
 def layer_packing(subject: Subject, dtype: torch.dtype) -> float:
     """Packed documents through the layer equal each document alone."""
     if subject.pattern.cross or subject.on_grid:
@@ -214,23 +250,33 @@ def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
     return 0.0
 
 
-def sequences(layer: LayerSubject, n: int) -> tuple[tuple[Tensor, ...], Context]:
+def sequences(layer: LayerSubject, n: int, **more: Any) -> tuple[tuple[Tensor, ...], Context]:
     """Sequences of n tokens, and of a few more in memory, with the context that a program is made with: no generator."""
     m = n + 3 if layer.cross else n
     inputs = (layer.x(n), layer.memory(m)) if layer.cross else (layer.x(n),)
-    return inputs, layer.context(n, layer.roles(m), generator=None)
+    return inputs, layer.context(n, layer.roles(m), generator=None, **more)
 
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
+    """Without a break, at three lengths, with a padded row; where there is a state after the tokens, it goes on alike."""
     layer = LayerSubject(subject, dtype)
-    inputs, context = sequences(layer, 10)
+    want = frozenset({"state"} if subject.layer_decodes and not layer.cross else ())
 
-    def call(inputs: tuple[Tensor, ...], context: Context) -> Tensor:
-        return layer.layer(*inputs, context=context).output
+    def call(inputs: tuple[Tensor, ...], context: Context) -> tuple[Tensor, Any]:
+        result = layer.layer(*inputs, context=context)
+        return result.output, result.state if want else None
 
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    return relative_error(compiled(inputs, context), call(inputs, context))
+    errors = []
+    for n in (10,) if subject.on_grid else (10, 17, 6):
+        more = {} if subject.on_grid else {"mask": Mask(lengths=torch.tensor([n, 4])), "want": want}
+        inputs, context = sequences(layer, n, **more)
+        (found, after), (expected, wanted) = compiled(inputs, context), call(inputs, context)
+        errors.append(relative_error(found, expected))
+        if want:  # states may have other empty slots
+            errors.append(relative_error(*(layer.layer.step(inputs[0][:, 0], state)[0] for state in (after, wanted))))
+    return worst(errors)
 
 
 def _one_length(subject: Subject) -> bool:
@@ -316,6 +362,7 @@ DOUBLE_SINGLE = (torch.float64, torch.float32)
 LAYER_PROPERTIES = [
     Property("layer_padding", "the layer on padded rows equals each row alone", layer_padding, DOUBLE_SINGLE, "layer"),
     Property("layer_decoding", "prefill then steps equals the whole", layer_decoding, DOUBLE_SINGLE, "layer"),
+    Property("layer_ragged", "padded rows, then steps, equal each row alone", layer_ragged, DOUBLE_SINGLE, "layer"),
     Property("layer_packing", "packed documents equal separate ones", layer_packing, (torch.float64,), "layer"),
     Property("layer_causality", "later tokens have no effect", layer_causality, (torch.float64,), "layer"),
     Property(

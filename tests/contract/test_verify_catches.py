@@ -335,6 +335,21 @@ class NumbersTheCall(PassesOn):
         return {**heads, "q": heads["q"] + number}
 
 
+class RemembersTheLastPlace(PassesOn):
+    """Adds the token before, and keeps the last column for the next call, whatever the lengths."""
+
+    def forward(self, heads, call):
+        kept = call.x.new_zeros(call.x.shape[0], 1, call.x.shape[2]) if call.state is None else call.state.kept
+        before = torch.cat([kept, call.x], 1)
+        shifted = before[:, :-1].sum(-1)[:, None, :, None]
+        return {**heads, "v": heads["v"] + shifted}, LastToken(before[:, -1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class LastToken(State):
+    kept: torch.Tensor
+
+
 class SeesTheFuture(PassesOn):
     def inputs(self, heads, call):
         return {**heads, "v": heads["v"] + 1e-6 * heads["v"].mean(2, keepdim=True)}
@@ -392,6 +407,7 @@ BROKEN_LAYERS = [
     ("layer_padding", CountsPadding),
     ("layer_packing", CountsPadding),
     ("layer_decoding", NumbersTheCall),
+    ("layer_ragged", RemembersTheLastPlace),
     ("layer_causality", SeesTheFuture),
     ("layer_save", HasSecrets),
     ("layer_save", WritesIntoItsInput),

@@ -257,6 +257,7 @@ MECHANISM = Mechanism(
         _waiver("split_resume", "what comes after a split retrieves blocks that the whole call attends to"),
         _waiver("packing", "documents that continue retrieve blocks that a whole call attends to"),
         _waiver("layer_decoding", "a step retrieves among all complete blocks, a whole call attends to all of them"),
+        _waiver("layer_ragged", "a step retrieves among all complete blocks, a whole call attends to all of them"),
         Waiver("state_dtype", "the cache grows until it holds `cache_blocks` blocks", variants=BOUNDED),
         Waiver(
             "pair_masks",
