@@ -152,23 +152,18 @@ def test_features_are_drawn_anew_in_training_only_and_saved():
     assert torch.equal(again.eval()(x).output, layer(x).output)
 
 
-@pytest.mark.parametrize("options", [{"redraw": 1}, {"fresh": True}])
-def test_the_generator_of_the_call_draws_the_features(options):
+@pytest.mark.parametrize("options", [{"redraw": 1}, {"fresh": True}], ids=str)
+def test_the_generator_draws_features_in_training_and_fresh_ones_are_used_once(options):
     layer, x = create_layer("performer", 8, 2, **options), torch.randn(2, 5, 8)
-    first, second, third = (
-        layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, second)
-    assert not torch.equal(first, third)
+    before = layer.projection.features
 
+    def output(seed: int) -> Tensor:
+        return layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output
 
-def test_fresh_features_are_used_once_and_evaluation_has_fixed_ones():
-    layer = create_layer("performer", 8, 2, fresh=True)
-    x, kept = torch.randn(2, 5, 8), layer.projection.features
-    assert not torch.equal(layer(x).output, layer(x).output)
-    assert torch.equal(layer.projection.features, kept)
+    assert torch.equal(output(0), output(0)) and not torch.equal(output(0), output(1))
+    assert torch.equal(layer.projection.features, before) == ("fresh" in options)
     layer.eval()
-    assert torch.equal(layer(x).output, layer(x).output)
+    assert torch.equal(output(0), output(1))
 
 
 def test_weights_of_a_softmax_layer_give_nearly_its_outputs():

@@ -60,8 +60,8 @@ def test_with_a_large_factor_it_is_softmax_attention():
 def test_queries_that_stand_out_are_chosen_and_the_others_get_the_mean():
     tensors = qkv(50)
     tensors["q"] = 0.01 * tensors["q"]
-    tensors["q"][0, :, [7, 31]] = 30.0
-    tensors["q"][1, 1, 49] = -30.0
+    tensors["q"][0, :, [7, 31]] = 30 * tensors["k"][0, :, [6, 18]]  # keys of the sample
+    tensors["q"][1, 1, 49] = 30 * tensors["k"][1, 1, 6]
     found, mean = run(tensors, FEW).output, tensors["v"].mean(2, keepdim=True)
     attend = (found - mean).abs().amax(-1) > 1e-9
     assert (attend.sum(-1) == count(50, 1)).all()
