@@ -202,15 +202,6 @@ def test_layers_of_a_model_may_share_biases():
         share_biases(model_of({}, {"num_heads": 4}))
 
 
-def test_weights_trained_with_a_short_memory_serve_a_longer_one():
-    short, long = model_of(*[{"segment": 4, "memory": 4}] * 2), model_of(*[{"segment": 4, "memory": 12}] * 2)
-    long.load_state_dict(short.state_dict())
-    ids = torch.randint(11, (2, 12))
-    first, second = short.eval()(ids).output, long.eval()(ids).output
-    close(first[:, :8], second[:, :8], 1e-11)
-    assert not torch.allclose(first[:, 8:], second[:, 8:])
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_cost_counts_visible_pairs(options):
     config = Config(**options)
