@@ -202,14 +202,13 @@ def test_only_the_drawn_keys_are_computed(monkeypatch):
     assert given == [(2, 64, 16), (8, 16, 16), (8, 16, 4)]
 
 
-def test_dropout_leaves_the_mean_as_it_is():
-    q, k, v = sample(8, batch=1, heads=1, groups=1)
-    rng, total = torch.Generator().manual_seed(0), 0
-    options = {"training": True, "host_window": 8, "ratio": 0.99, "mode": "bernoulli"}
-    for _ in range(3000):
-        total = total + stochastic_subsampling_attention(q, k, v, dropout=0.3, generator=rng, **options)
-    plain = sum(train(q, k, v, seed=s, host_window=8, ratio=0.99, mode="bernoulli") for s in range(300)) / 300
-    assert float((total / 3000 - plain).abs().max()) < 0.12
+@pytest.mark.parametrize("options", [{}, {"mode": "local"}, {"mode": "bernoulli"}, {"host_window": 16}], ids=str)
+def test_dropout_hides_weights_and_scales_the_others(options):
+    plain, found = (weights_of(64, pattern="causal-self", dropout=share, **options) for share in (0.0, 0.3))
+    kept = found > 0
+    close(found[kept], plain[kept] / 0.7)
+    assert float(kept.sum() / (plain > 0).sum()) == pytest.approx(0.7, abs=0.06)
+    assert not kept.diagonal(dim1=-2, dim2=-1).all()  # own keys too
 
 
 def test_decoding_in_passes_draws_among_the_cached_keys():
