@@ -60,7 +60,7 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
-from regard.core.precision import wide
+from regard.core.precision import wide, without_autocast
 from regard.core.ragged import values_known
 from regard.core.sampling import normals
 from regard.core.visibility import block_numbers
@@ -331,7 +331,8 @@ def _extend_landmarks(
         top = torch.cat([torch.maximum(top[:, :, :1], known.top[:, :, None]), top[:, :, 1:]], 2)
     safe = torch.where(top != -torch.inf, top, 0)
     weights = (scores - safe[..., None]).exp()
-    sums = [weights.sum(-1, keepdim=True), weights @ segments(k), weights @ segments(v)]
+    with without_autocast(k.device):
+        sums = [weights.sum(-1, keepdim=True), weights @ segments(k), weights @ segments(v)]
     if known is not None:
         share = (known.top - safe[:, :, 0]).exp()[..., None]
         old = (known.weight[..., None], known.k, known.v)

@@ -61,7 +61,7 @@ from regard.contract import (
     at_least,
     state_field,
 )
-from regard.core.precision import wide_dtype
+from regard.core.precision import wide_dtype, without_autocast
 from regard.core.ragged import take_tokens, values_known
 from regard.core.visibility import CountedRanks
 from regard.engines.attention import Visibility, attention
@@ -384,7 +384,8 @@ def _mix(call: Call, state: SinkhornState) -> SinkhornState:
 
     def mixed(x: Tensor) -> Tensor:
         blocks = _at_ranks(state, x, every).to(dtype).view(*x.shape[:2], count, size * x.shape[3])
-        return (row @ blocks).view(*x.shape[:2], size, x.shape[3])
+        with without_autocast(x.device):
+            return (row @ blocks).view(*x.shape[:2], size, x.shape[3])
 
     return dataclasses.replace(state, mixed_k=mixed(state.k), mixed_v=mixed(state.v))
 

@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support import calls, close, load, qkv
 from torch import Tensor
 
-from regard.apply import apply
 from regard.contract import Context, Mask, Unsupported
 from regard.create import create_layer
 from regard.functional import lara_attention
 from regard.mechanisms.lara import MECHANISM, Config
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
-
-
-def inputs(n: int, m: int | None = None, groups: int = 2, batch: int = 2) -> dict[str, Tensor]:
-    m = n if m is None else m
-    shapes = {"q": (2, n, 4), "k": (groups, m, 4), "v": (groups, m, 3)}
-    return {name: torch.randn(batch, *shape, dtype=torch.float64) for name, shape in shapes.items()}
-
-
-def run(tensors: dict[str, Tensor], pattern: str = "noncausal-self", options: dict | None = None, **call: Any) -> Any:
-    return apply(
-        MECHANISM, tensors, pattern=pattern, config=Config(**({"landmarks": 4} | (options or {}))), **call
-    ).output
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+run = calls(MECHANISM, "noncausal-self")
+FOUR = {"landmarks": 4}
 
 
 def means(x: np.ndarray, c: int) -> np.ndarray:
@@ -70,79 +53,47 @@ def definition(tensors: dict[str, Tensor], noise: np.ndarray | None = None, c: i
 )
 @pytest.mark.parametrize("groups", [1, 2])
 def test_every_form_equals_the_definition_at_even_and_uneven_lengths(n, m, groups):
-    tensors = inputs(n, m, groups)
+    tensors = qkv(n, m, groups=groups, value_dim=3)
     for pattern in ("noncausal-cross", *(["noncausal-self"] if n == m else [])):
         for form in ("reference", "parallel"):
-            close(run(tensors, pattern, form=form), definition(tensors))
+            close(run(tensors, FOUR, pattern=pattern, form=form).output, definition(tensors))
 
 
 @pytest.mark.parametrize("form", ["reference", "parallel"])
 def test_training_moves_the_proposals_and_not_mu(form):
-    tensors, generator = inputs(13), torch.Generator().manual_seed(3)
+    tensors, generator = qkv(13), torch.Generator().manual_seed(3)
     noise = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(3)).double().numpy()
-    found = run(tensors, options={"noise": 0.7}, form=form, training=True, generator=generator)
+    found = run(tensors, {**FOUR, "noise": 0.7}, form=form, training=True, generator=generator).output
     close(found, definition(tensors, 0.7 * noise))
-    assert torch.equal(run(tensors, training=True, options={"noise": 0.0}), run(tensors))
+    still = {**FOUR, "noise": 0.0}
+    assert torch.equal(run(tensors, still, training=True).output, run(tensors, FOUR).output)
 
 
-@pytest.mark.parametrize("pattern", ["noncausal-self", "noncausal-cross"])
-def test_rows_with_few_and_many_tokens_lie_in_one_batch(pattern):
-    counts = torch.tensor([17, 4, 2, 9, 0, 3, 17])
-    key_counts = torch.tensor([17, 17, 3, 2, 5, 0, 6]) if "cross" in pattern else counts
-    tensors, lengths = inputs(17, batch=7), {"q": counts, "k": key_counts, "v": key_counts}
-    leaves = {
-        name: x.masked_fill(torch.arange(17)[:, None] >= lengths[name][:, None, None, None], torch.nan).requires_grad_()
-        for name, x in tensors.items()
-    }
-    masks = {"mask": Mask(lengths=counts)}
-    if "cross" in pattern:
-        masks["memory_mask"] = Mask(lengths=key_counts)
-    found = run(leaves, pattern, **masks)
+@pytest.mark.parametrize("given", [("mask",), ("memory_mask",), ("mask", "memory_mask")])
+def test_rows_with_few_and_many_queries_and_keys_lie_in_one_batch(given):
+    tensors = qkv(17, batch=7)
+    counts = {"mask": torch.tensor([17, 4, 2, 9, 0, 3, 17]), "memory_mask": torch.tensor([17, 17, 3, 2, 5, 0, 6])}
+    masks = {name: Mask(lengths=counts[name]) for name in given}
+    found = run(tensors, FOUR, pattern="noncausal-cross", **masks).output
     for row in range(7):
-        alone = {name: x[row : row + 1, :, : lengths[name][row]] for name, x in tensors.items()}
-        close(found[row : row + 1, :, : counts[row]].detach(), definition(alone))
-    found.square().sum().backward()
-    assert all(x.grad.isfinite().all() for x in leaves.values())
-
-
-@pytest.mark.parametrize("given", ["mask", "memory_mask"])
-def test_one_of_the_two_sequences_may_be_padded_alone(given):
-    tensors = inputs(9, 11)
-    name, n = ("q", 9) if given == "mask" else ("k", 11)
-    found = run(tensors, "noncausal-cross", **{given: Mask(lengths=torch.tensor([n, 6]))})
-    cut = {x: t[1:, :, :6] if x == name or (name == "k" and x == "v") else t[1:] for x, t in tensors.items()}
-    close(found[1:, :, : cut["q"].shape[2]], definition(cut))
-
-
-def test_equal_values_come_back_whatever_the_weights():
-    tensors = inputs(12) | {"v": torch.full((2, 2, 12, 3), 5.0, dtype=torch.float64)}
-    close(run(tensors, training=True), tensors["v"])
-
-
-def test_large_scores_stay_finite_in_float32():
-    tensors = {name: (100 * x).float().requires_grad_() for name, x in inputs(40).items()}
-    output = run(tensors, training=True)
-    output.sum().backward()
-    assert output.isfinite().all()
-    assert all(x.grad.isfinite().all() for x in tensors.values())
+        n, m = (int(counts[name][row]) if name in given else 17 for name in counts)
+        alone = {name: x[row : row + 1, :, : n if name == "q" else m] for name, x in tensors.items()}
+        close(found[row : row + 1, :, :n], definition(alone))
 
 
 def test_thousands_of_tokens_stay_precise_in_float32():
-    tensors = inputs(4000, batch=1)
-    expected = run(tensors)
-    single = run({name: x.float() for name, x in tensors.items()})
-    assert (single - expected).abs().max() <= MECHANISM.tolerances[torch.float32] * expected.abs().max()
+    tensors = qkv(4000, batch=1)
+    expected = run(tensors, FOUR).output
+    single = run({name: x.float() for name, x in tensors.items()}, FOUR).output
+    close(single.double(), expected, MECHANISM.tolerances[torch.float32])
 
 
-@pytest.mark.parametrize("pattern", ["noncausal-self", "noncausal-cross"])
-def test_gradcheck_with_noise(pattern):
-    tensors = [x.requires_grad_() for x in inputs(6, batch=1).values()]
+def test_gradcheck_with_noise():
+    def function(*tensors: Tensor) -> Tensor:
+        call = {"training": True, "generator": torch.Generator().manual_seed(0)}
+        return run(dict(zip("qkv", tensors, strict=True)), FOUR, **call).output
 
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return run({"q": q, "k": k, "v": v}, pattern, training=True, generator=generator)
-
-    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in qkv(6, batch=1).values()])
 
 
 def test_a_layer_draws_in_training_only_from_the_generator_of_the_call():
@@ -163,23 +114,25 @@ def test_bad_options_are_refused(options):
         Config(**options)
 
 
-def test_what_it_lacks_is_refused():
-    tensors = inputs(6)
-    for pattern in ("causal-self", "causal-cross"):
-        with pytest.raises(Unsupported, match="later"):
-            run(tensors, pattern)
-    with pytest.raises(Unsupported, match="scale"):
-        run(tensors, scale=-1.0)
-    with pytest.raises(Unsupported, match="lara"):
-        lara_attention(*tensors.values(), pattern="noncausal-self", mask=Mask(bias=torch.zeros(1, 1, 6, 6)))
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"pattern": "causal-self"}, "later"),
+        ({"pattern": "causal-cross"}, "later"),
+        ({"pattern": "noncausal-self", "scale": -1.0}, "scale"),
+        ({"pattern": "noncausal-self", "mask": Mask(bias=torch.zeros(1, 1, 6, 6))}, "lara"),
+    ],
+)
+def test_what_it_lacks_is_refused(call, words):
+    with pytest.raises(Unsupported, match=words):
+        lara_attention(*qkv(6).values(), **call)
 
 
 def test_parity_with_the_benchmarks_code():
-    with np.load(FIXTURES / "lara_cab.npz") as arrays:
-        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    tensors = {x: recorded[x].requires_grad_() for x in "qkv"}
-    output = run(tensors)
+    recorded = load("lara_cab")
+    tensors = {name: recorded[name].requires_grad_() for name in "qkv"}
+    output = run(tensors, FOUR).output
     close(output, recorded["out"], 1e-10)
     found = torch.autograd.grad(output, list(tensors.values()), recorded["grad_out"])
-    for x, gradient in zip("qkv", found, strict=True):
-        close(gradient, recorded[f"grad_{x}"], 1e-10)
+    for name, gradient in zip("qkv", found, strict=True):
+        close(gradient, recorded[f"grad_{name}"], 1e-10)

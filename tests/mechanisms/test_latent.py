@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from support import calls, close, load
 
-from regard.apply import apply
 from regard.contract import ALL_PATTERNS, Context, Pattern, Unsupported
 from regard.create import create_layer
 from regard.mechanisms import latent
 from regard.mechanisms.latent import MECHANISM, Config
 from regard.workbench.subjects import Subject
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
-STATE = Context(want=frozenset({"state"}))
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+run = calls(MECHANISM)
 
 
 @pytest.mark.parametrize("absorbed", [True, False])
@@ -28,12 +20,12 @@ def close(found, expected, tolerance=1e-12):
 def test_with_and_without_keys_and_values_it_is_the_same(pattern, absorbed, monkeypatch):
     monkeypatch.setattr(latent, "absorbs", lambda *sizes: absorbed)
     given = {name: x.requires_grad_() for name, x in Subject(MECHANISM, pattern).inputs(5).items()}
-    found, expected = (apply(MECHANISM, given, pattern=pattern, form=form).output for form in (None, "reference"))
+    found, expected = (run(given, pattern=pattern, form=form).output for form in (None, "reference"))
     close(found, expected)
     weight = torch.randn_like(found)
     for a, b in zip(*(torch.autograd.grad(x, list(given.values()), weight) for x in (found, expected)), strict=True):
         close(a, b)
-    extras = apply(MECHANISM, given, pattern=pattern, want={"weights", "lse"}).extras
+    extras = run(given, pattern=pattern, want={"weights", "lse"}).extras
     close(extras["weights"].sum(-1), torch.ones_like(extras["lse"]))
 
 
@@ -46,8 +38,9 @@ def test_one_query_takes_the_form_without_keys_and_a_whole_sequence_that_with():
 @pytest.mark.parametrize("heads", [2, 8])
 def test_the_cache_of_a_token_does_not_depend_on_the_heads(heads):
     layer = create_layer("latent", 32, heads, latent_dim=12, head_dim=4, positions="rotary").double()
-    sizes = [layer(torch.randn(1, n, 32).double(), context=STATE).state.mechanism.nbytes for n in (5, 25)]
-    assert sizes[1] - sizes[0] == 20 * (12 + 4 + 1) * 8  # and its rank
+    want = Context(want=frozenset({"state"}))
+    few, many = (layer(torch.randn(1, n, 32).double(), context=want).state.mechanism.nbytes for n in (5, 25))
+    assert many - few == 20 * (12 + 4 + 1) * 8  # and its rank
 
 
 def test_only_the_decoupled_part_is_rotated():
@@ -66,8 +59,7 @@ def test_only_the_decoupled_part_is_rotated():
 @pytest.mark.parametrize("name", ["", "query_"])
 def test_parity_with_deepseek_in_transformers(name):
     """Whole, and token by token: there without keys and values, which the recording made."""
-    with np.load(FIXTURES / f"latent_{name}transformers.npz") as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    arrays = load(f"latent_{name}transformers")
     ranks = {"latent_dim": 12, "content_dim": 6, "query_latent_dim": 10 if name else None}
     layer = create_layer("latent", 16, 2, positions="rotary", head_dim=4, value_dim=5, **ranks).double()
     down, key = arrays["kv_a_proj_with_mqa_weight"].split([12, 4])
@@ -97,18 +89,22 @@ def test_parity_with_deepseek_in_transformers(name):
     close(torch.stack(steps, 1), arrays["out"])
 
 
-def test_what_it_has_no_place_for_is_refused():
-    for options, words in (
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         ({"num_kv_heads": 2}, "one rotated key"),
         ({"query_key_norm": "rms"}, "query_key_norm"),
         ({"value_norm": "rms"}, "value_norm"),
         ({"short_convolution": 4}, "short_convolution"),
-    ):
-        with pytest.raises(Unsupported, match=words):
-            create_layer("latent", 16, 2, **options)
+        *(({name: 0}, name) for name in Config.__dataclass_fields__),
+    ],
+)
+def test_what_it_has_no_place_for_is_refused(options, words):
+    with pytest.raises(Unsupported, match=words):
+        create_layer("latent", 16, 2, **options)
+
+
+def test_keys_of_more_heads_than_one_are_refused():
     given = Subject(MECHANISM, Pattern.CAUSAL_SELF).inputs(4)
     with pytest.raises(Unsupported, match="k of 2 heads"):
-        apply(MECHANISM, given | {"k": given["k"].expand(-1, 2, -1, -1)})
-    for name in Config.__dataclass_fields__:
-        with pytest.raises(Unsupported, match=name):
-            Config(**{name: 0})
+        run(given | {"k": given["k"].expand(-1, 2, -1, -1)})

@@ -7,29 +7,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support import calls, close
+from torch import Tensor
 
-from regard.apply import apply
-from regard.contract import Context, Unsupported
+from regard.contract import Context, Pattern, Unsupported
 from regard.create import create_layer
-from regard.functional import gated_linear_attention
 from regard.layers.parts import LayerCall
-from regard.mechanisms.mlstm import MECHANISM, MemoryState, sample_inputs
+from regard.mechanisms.mlstm import MECHANISM, MemoryState
+from regard.workbench.subjects import Subject, in_float64
+
+run = calls(MECHANISM)
 
 
-def inputs_of(n: int = 21, m: int | None = None, **sizes: int):
-    m = n if m is None else m
-    return sample_inputs(torch.Generator().manual_seed(n), batch=2, n=n, m=m, dtype=torch.float64, sizes=sizes)
-
-
-def run(tensors, pattern="causal-self", **call):
-    return apply(MECHANISM, tensors, pattern=pattern, **call)
-
-
-def assert_close(found, expected, tolerance=1e-12):
-    found, expected = found.detach(), expected.detach()
-    assert found.shape == expected.shape
-    assert torch.isfinite(found).all()
-    assert (found - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+def sample(n: int = 21, **sizes: int) -> dict[str, Tensor]:
+    return Subject(MECHANISM, Pattern.CAUSAL_SELF).inputs(n, n, **sizes)
 
 
 def in_logarithms(q, k, v, log_input, log_forget):
@@ -48,11 +39,11 @@ def in_logarithms(q, k, v, log_input, log_forget):
 @pytest.mark.parametrize("size", [1.0, 30.0, 3000.0])
 @pytest.mark.parametrize("chunk_size", [4, 64])
 def test_gates_of_any_size_stay_in_range_and_equal_the_weights_in_logarithms(size, chunk_size):
-    x = inputs_of()
+    x = sample()
     x |= {"log_input": size * x["log_input"], "log_forget": size * x["log_forget"]}
     leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
     found = run(leaves, chunk_size=chunk_size)
-    assert_close(found.output, in_logarithms(**x), 1e-10)
+    close(found.output, in_logarithms(**x), 1e-10)
     assert torch.isfinite(run(x, return_state=True).state.memory).all()
     found.output.sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in leaves.values())
@@ -61,34 +52,24 @@ def test_gates_of_any_size_stay_in_range_and_equal_the_weights_in_logarithms(siz
 def test_in_float32_sums_of_gates_over_thousands_of_tokens_keep_the_published_precision():
     """The decays of the recurrence are differences of sums of gates, which float32 would round at every token."""
     n = 3000
-    x = {name: t.float() for name, t in inputs_of(n, k=4, v=3).items()}
+    x = {name: t.float() for name, t in sample(n, k=4, v=3).items()}
     x |= {"k": x["k"].abs(), "q": x["q"].abs(), "log_input": 40 + x["log_input"], "log_forget": x["log_forget"] / 100}
-    expected = run({name: t.double() for name, t in x.items()}).output
-    assert_close(run(x).output.double(), expected, 2e-6)
+    expected = run(in_float64(x)).output
+    close(run(x).output.double(), expected, 2e-6)
 
 
 def test_an_input_gate_of_minus_infinity_writes_nothing_and_such_a_forget_gate_forgets_all():
-    x = inputs_of(12)
+    x = sample(12)
     x["log_input"][:, :, 5] = -math.inf
     written = [t for t in range(12) if t != 5]
     x["log_forget"][:, :, 5] = 0.0
-    assert_close(run(x).output[:, :, written], run({n: t[:, :, written] for n, t in x.items()}).output)
+    close(run(x).output[:, :, written], run({n: t[:, :, written] for n, t in x.items()}).output)
     x["log_forget"][:, :, 7] = -math.inf
-    assert_close(run(x).output[:, :, 7:], run({n: t[:, :, 7:] for n, t in x.items()}).output)
-
-
-def test_below_the_least_normaliser_it_is_gated_linear_attention_and_above_it_the_size_of_gates_does_not_matter():
-    x = inputs_of()
-    x["log_forget"] = F.logsigmoid(x["log_forget"])
-    low = {**x, "log_input": x["log_input"] - 12}
-    keys = x["k"] * low["log_input"].exp()[..., None]
-    assert_close(run(low).output, gated_linear_attention(x["q"], keys, x["v"], x["log_forget"][..., None]), 1e-16)
-    positive = {**x, "q": x["q"].abs(), "k": x["k"].abs(), "log_input": x["log_input"] + 20}
-    assert_close(run(positive).output, run({**positive, "log_input": positive["log_input"] + 500}).output, 1e-11)
+    close(run(x).output[:, :, 7:], run({n: t[:, :, 7:] for n, t in x.items()}).output)
 
 
 def test_gradcheck_through_every_part_of_the_state():
-    x = inputs_of(5, h=1, k=3, v=2)
+    x = sample(5, h=1, k=3, v=2)
     memory, stabilizer = torch.randn(2, 1, 3, 3).double(), torch.rand(2, 1).double()
 
     def function(memory, stabilizer, *tensors):
@@ -104,7 +85,7 @@ def test_parity_with_transformers_and_its_state():
     modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
     if modeling.external_xlstm:
         pytest.skip("transformers takes the xlstm package instead")
-    x = inputs_of(27)
+    x = sample(27)
     options = {"return_last_states": True, "eps": 0.0, "dtype_state": torch.float64}
     given = {"query": x["q"], "key": x["k"], "value": x["v"], "igate": x["log_input"], "fgate": x["log_forget"]}
     first, rest = ({name: t[:, :, part] for name, t in given.items()} for part in (slice(11), slice(11, None)))
@@ -114,11 +95,11 @@ def test_parity_with_transformers_and_its_state():
     )
     x["log_forget"] = F.logsigmoid(x["log_forget"])
     found = run(x, return_state=True)
-    assert_close(found.output, torch.cat([o1, o2], 2))
+    close(found.output, torch.cat([o1, o2], 2))
     written = torch.cat([c2, n2[..., None]], -1) * m2[..., None].exp()
-    assert_close(found.state.memory * found.state.stabilizer[..., None, None].exp(), written)
+    close(found.state.memory * found.state.stabilizer[..., None, None].exp(), written)
     state = MemoryState(torch.cat([c, n[..., None]], -1), m[..., 0], torch.full((2,), 11))
-    assert_close(run({name: t[:, :, 11:] for name, t in x.items()}, state=state).output, o2)
+    close(run({name: t[:, :, 11:] for name, t in x.items()}, state=state).output, o2)
 
 
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
@@ -134,18 +115,18 @@ def test_layer_has_the_gates_of_its_equations(forget_gate):
         torch.nn.init.normal_(gate.weight)
     found = own.inputs({}, LayerCall(x, x, Context()))
     capped = {name: 15 * torch.tanh(gate(x).mT / 15) for name, gate in (("i", own.input_gate), ("f", own.forget_gate))}
-    assert_close(found["log_input"], capped["i"])
-    assert_close(found["log_forget"], capped["f"] if forget_gate == "exp" else F.logsigmoid(capped["f"]))
+    close(found["log_input"], capped["i"])
+    close(found["log_forget"], capped["f"] if forget_gate == "exp" else F.logsigmoid(capped["f"]))
 
     def heads(y):
         return y.unflatten(-1, (2, -1)).transpose(1, 2)
 
     o = run({"q": heads(layer.query(x)), "k": heads(layer.key(x)), "v": heads(layer.value(x)), **found}).output
     expected = F.layer_norm(o, (8,)).transpose(1, 2).flatten(2) * torch.sigmoid(layer.gate(x))
-    assert_close(layer(x).output, layer.output(expected))
+    close(layer(x).output, layer.output(expected))
 
 
-def test_options_are_checked():
-    for options in ({"forget_gate": "tanh"}, {"gate_cap": 0.0}, {"gate_cap": math.nan}):
-        with pytest.raises(Unsupported):
-            MECHANISM.options(**options)
+@pytest.mark.parametrize("options", [{"forget_gate": "tanh"}, {"gate_cap": 0.0}, {"gate_cap": math.nan}], ids=str)
+def test_options_are_checked(options):
+    with pytest.raises(Unsupported, match=next(iter(options))):
+        MECHANISM.options(**options)

@@ -1,39 +1,24 @@
-"""What is peculiar to mixture of block attention: what is chosen and read, small blocks in every form, and parity."""
+"""What is peculiar to mixture of block attention: what is chosen and read, and parity."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from support import calls, close, load, qkv
 
-from regard.apply import apply
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Mask, Pattern, Unsupported
 from regard.mechanisms.moba import MECHANISM, Config
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
-SMALL = {"block_size": 4, "top": 2}
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def tokens(n, m=None, heads=2, batch=1):
-    return {
-        name: torch.randn(batch, heads, count, 4, dtype=torch.float64)
-        for name, count in zip("qkv", (n, m or n, m or n), strict=True)
-    }
+run = calls(MECHANISM)
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 def test_up_to_top_blocks_it_is_softmax_attention(pattern):
-    given = tokens(12, 11 if pattern.cross else 12)
-    expected = apply(get_mechanism("softmax"), given, pattern=pattern).output
-    close(apply(MECHANISM, given, pattern=pattern, config=Config(block_size=4, top=3)).output, expected)
-    fewer = apply(MECHANISM, given, pattern=pattern, config=Config(**SMALL)).output
+    inputs = qkv(12, 11 if pattern.cross else 12)
+    expected = calls(get_mechanism("softmax"))(inputs, pattern=pattern).output
+    close(run(inputs, {"block_size": 4, "top": 3}, pattern=pattern).output, expected)
+    fewer = run(inputs, {"block_size": 4, "top": 2}, pattern=pattern).output
     assert (fewer - expected).abs().max() > 1e-6
 
 
@@ -41,18 +26,18 @@ def test_up_to_top_blocks_it_is_softmax_attention(pattern):
 @pytest.mark.parametrize("equal", [False, True])
 def test_a_query_reads_its_own_block_and_the_others_with_the_highest_means(pattern, equal):
     """Where all are equally high, as many blocks as ever are read."""
-    given = tokens(24)
+    inputs, top = qkv(24, batch=1), 2
     if equal:
-        given["k"] = torch.zeros_like(given["k"])
-    given["v"].requires_grad_()
-    output = apply(MECHANISM, given, pattern=pattern, config=Config(**SMALL)).output
-    affinity = given["q"] @ given["k"].unflatten(2, (6, 4)).mean(3).mT
+        inputs["k"] = torch.zeros_like(inputs["k"])
+    inputs["v"].requires_grad_()
+    output = run(inputs, {"block_size": 4, "top": top}, pattern=pattern).output
+    affinity = inputs["q"] @ inputs["k"].unflatten(2, (6, 4)).mean(3).mT
     for i in (3, 14, 23):
-        (gradient,) = torch.autograd.grad(output[0, 1, i].sum(), given["v"], retain_graph=True)
+        (gradient,) = torch.autograd.grad(output[0, 1, i].sum(), inputs["v"], retain_graph=True)
         read = (gradient[0, 1].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
         own, scores = i // 4, affinity[0, 1, i].tolist()
         others = [r for r in range(6) if pattern.cross or (r < own if pattern.causal else r != own)]
-        best = sorted(others, key=lambda r: -scores[r])[: SMALL["top"] - (not pattern.cross)]
+        best = sorted(others, key=lambda r: -scores[r])[: top - (not pattern.cross)]
         last = i if pattern is Pattern.CAUSAL_SELF else 23
         if equal:
             assert len(read) == min(4 * len(best) + (0 if pattern.cross else min(4, last + 1 - own * 4)), 24)
@@ -62,16 +47,14 @@ def test_a_query_reads_its_own_block_and_the_others_with_the_highest_means(patte
 
 
 def test_parity_with_the_authors_code():
-    with np.load(FIXTURES / "moba_naive.npz") as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-    given = {name: arrays[name].transpose(0, 1)[None] for name in "qkv"}
-    config = Config(block_size=int(arrays["block_size"]), top=int(arrays["top"]))
-    for form in (None, "chunked"):
-        mask = Mask(cu_seqlens=arrays["cu_seqlens"])
-        close(apply(MECHANISM, given, mask=mask, config=config, form=form).output[0].transpose(0, 1), arrays["out"])
+    arrays = load("moba_naive")
+    inputs = {name: arrays[name].transpose(0, 1)[None] for name in "qkv"}
+    options = {name: int(arrays[name]) for name in ("block_size", "top")}
+    found = run(inputs, options, mask=Mask(cu_seqlens=arrays["cu_seqlens"])).output
+    close(found[0].transpose(0, 1), arrays["out"])
 
 
-def test_bad_options_are_refused():
-    for name in Config.__dataclass_fields__:
-        with pytest.raises(Unsupported, match=name):
-            Config(**{name: 0})
+@pytest.mark.parametrize("name", list(Config.__dataclass_fields__))
+def test_bad_options_are_refused(name):
+    with pytest.raises(Unsupported, match=name):
+        Config(**{name: 0})

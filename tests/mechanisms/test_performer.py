@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support import calls, close, load, qkv
 from torch import Tensor
 
-from regard.apply import absorb, apply
 from regard.contract import ALL_PATTERNS, Call, Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import performer_attention, softmax_attention
 from regard.mechanisms.performer import MECHANISM, Config, cost, draw_features, exponents
+from regard.workbench.properties import split_and_resume
+from regard.workbench.subjects import Subject
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 OPTIONS = [{}, {"feature_eps": 0.1, "eps": 0.3}, {"kernel": "relu"}, {"feature_eps": 0.0, "least_denominator": 0.1}]
+run = calls(MECHANISM)
 
 
 def inputs(n: int, m: int | None = None, batch: int = 2, features: int = 5) -> dict[str, Tensor]:
-    m = n if m is None else m
-    shapes = {"q": (n, 4), "k": (m, 4), "v": (m, 3)}
-    tensors = {name: torch.randn(batch, 2, *shape, dtype=torch.float64) for name, shape in shapes.items()}
-    return tensors | {"w": torch.randn(features, 4, dtype=torch.float64)}
-
-
-def run(tensors: dict[str, Tensor], pattern: str = "causal-self", options: dict | None = None, **call: Any) -> Any:
-    return apply(MECHANISM, tensors, pattern=pattern, config=Config(**(options or {})), **call)
-
-
-def cut(tensors: dict[str, Tensor], part: slice | Tensor) -> dict[str, Tensor]:
-    return {name: x if name == "w" else x[:, :, part] for name, x in tensors.items()}
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    return qkv(n, m, batch=batch, value_dim=3) | {"w": torch.randn(features, 4, dtype=torch.float64)}
 
 
 def phi(x: np.ndarray, w: np.ndarray, config: Config, seen: np.ndarray) -> np.ndarray:
@@ -66,32 +51,13 @@ def paired(tensors: dict[str, Tensor], pattern: str, options: dict) -> Tensor:
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_form_equals_the_definition_over_pairs(options, pattern):
-    tensors = inputs(9, 6 if pattern.cross else None)
-    expected = paired(tensors, pattern, options)
-    forms = {"causal-self": ("reference", "parallel", "chunked"), "noncausal-self": ("reference", "parallel")}
-    for form in forms.get(pattern, ("reference", "parallel", "absorb+read")):
-        close(run(tensors, pattern, options, form=form, chunk_size=4).output, expected)
-
-
-@pytest.mark.parametrize(("n", "m"), [(3, 8), (8, 3), (1, 6), (5, 0)])
-def test_uneven_calls_align_bottom_right(n, m):
-    tensors = inputs(n, m)
-    for form in ("reference", "parallel"):
-        close(run(tensors, options=OPTIONS[1], form=form).output, paired(tensors, "causal-self", OPTIONS[1]))
+def test_it_is_the_definition_over_pairs(options, pattern):
+    for n, m in ((9, 9), *([(3, 8), (8, 3), (5, 0)] if pattern != "noncausal-self" else [])):
+        tensors = inputs(n, m)
+        close(run(tensors, options, pattern=pattern).output, paired(tensors, pattern, options))
 
 
 # what the estimate is worth
-
-
-def test_without_an_offset_the_features_estimate_the_softmax_kernel_without_bias():
-    q, k = (torch.randn(6, 4, dtype=torch.float64) * 0.7 for _ in range(2))
-    call = Call(Pattern.NONCAUSAL_SELF, Config(), scale=0.5)
-    for orthogonal in (True, False):
-        w = torch.cat([draw_features(8, 4, orthogonal=orthogonal, dtype=torch.float64) for _ in range(4000)])
-        drawn = (exponents(call, q, w)[:, None] + exponents(call, k, w)[None]).exp().unflatten(-1, (4000, 8)).mean(-1)
-        error = (drawn.mean(-1) - (0.5 * q @ k.mT).exp()).abs() / (drawn.std(-1) / 4000**0.5)
-        assert error.max() < 5  # standard errors
 
 
 def error_to_softmax(features: int, orthogonal: bool, repeats: int = 30) -> float:
@@ -125,86 +91,35 @@ def test_blocks_of_features_are_orthogonal_with_the_norms_of_gaussian_vectors():
     assert (many.mean(0).abs() < 0.05).all()
 
 
-# what the offset must not carry
-
-
-@pytest.mark.parametrize("large", [3.0, 30.0])
-def test_a_later_key_changes_nothing_through_the_maximum(large):
-    """A maximum over all positions would shrink the features of earlier keys beside their offset."""
-    options = {"feature_eps": 0.1}
-    tensors = inputs(12)
-    later = tensors | {"k": tensors["k"].clone()}
-    later["k"][:, :, 8:] = large * tensors["w"][0]
-    for form in ("reference", "parallel"):
-        before, after = (run(x, options=options, form=form).output for x in (tensors, later))
-        assert torch.equal(before[:, :, :8], after[:, :, :8])
-        assert (before[:, :, 8:] - after[:, :, 8:]).abs().max() > 1e-3
+# precision and state
 
 
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self", "noncausal-cross"])
 def test_padding_changes_nothing_through_the_maximum(pattern):
     """Forms see zeros in the padding, whose exponents, 0, are above those of long keys."""
-    options = {"feature_eps": 0.1}
-    tensors, lengths = inputs(10), torch.tensor([10, 6])
+    tensors, lengths, options = inputs(10), torch.tensor([10, 6]), {"feature_eps": 0.1}
     tensors["k"] = 20 * torch.nn.functional.normalize(tensors["k"], dim=-1)
     assert (exponents(Call(Pattern.CAUSAL_SELF, Config(), scale=0.5), tensors["k"], tensors["w"]) < 0).all()
     mask = {"memory_mask" if "cross" in pattern else "mask": Mask(lengths=lengths)}
-    found = run(tensors, pattern, options, **mask).output[1:, :, :6]
-    alone = cut({n: x if n == "w" else x[1:] for n, x in tensors.items()}, slice(0, 6))
-    close(found, run(alone, pattern, options).output)
-
-
-def test_scores_of_any_size_stay_finite_in_float32():
-    tensors = {name: x.float() for name, x in inputs(50).items()}
-    tensors |= {"q": 300 * tensors["q"], "k": 300 * tensors["k"]}
-    for pattern in ("causal-self", "noncausal-self"):
-        leaves = {name: x.clone().requires_grad_(name != "w") for name, x in tensors.items()}
-        output = run(leaves, pattern).output
-        output.square().sum().backward()
-        assert output.isfinite().all()
-        assert all(leaves[name].grad.isfinite().all() for name in "qkv")
+    found = run(tensors, options, pattern=pattern, **mask).output[1:, :, :6]
+    alone = {name: x if name == "w" else x[1:, :, :6] for name, x in tensors.items()}
+    close(found, run(alone, options, pattern=pattern).output)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_four_thousand_tokens_stay_precise_in_float32(options):
     tensors = inputs(4000, batch=1)
-    single = run({name: x.float() for name, x in tensors.items()}, options=options).output
-    expected = run(tensors, options=options).output
-    assert (single - expected).abs().max() <= MECHANISM.tolerances[torch.float32] * expected.abs().max()
+    single = run({name: x.float() for name, x in tensors.items()}, options).output
+    close(single.double(), run(tensors, options).output, MECHANISM.tolerances[torch.float32])
 
 
-# state
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("sizes", [[1] * 11, [4, 0, 6, 1]])
-def test_split_and_resume_equals_whole_while_the_maximum_rises(options, sizes):
-    tensors = inputs(11)
-    tensors["k"] = tensors["k"] * torch.arange(1, 12)[:, None] / 4
-    whole = run(tensors, options=options, return_state=True)
-    state, outputs = None, []
-    for part in torch.arange(11).split(sizes):
-        result = run(cut(tensors, part), options=options, state=state, return_state=True)
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 2), whole.output)
-    for name, x in whole.state.tensors().items():
-        close(state.tensors()[name], x)
-
-
-def test_memory_may_come_in_any_order_and_in_pieces():
-    tensors, order = inputs(4, 15), torch.randperm(15)
-    whole = run(tensors, "noncausal-cross", OPTIONS[1]).output
-    state = None
-    for part in order.split([2, 9, 4]):
-        memory = {name: tensors[name][:, :, part] for name in "kv"} | {"w": tensors["w"]}
-        state = absorb(MECHANISM, memory, pattern="noncausal-cross", state=state, config=Config(**OPTIONS[1]))
-    close(run({n: tensors[n] for n in "qw"}, "noncausal-cross", OPTIONS[1], state=state).output, whole)
+@pytest.mark.parametrize("options", OPTIONS[1:])
+def test_a_sequence_may_be_split_with_any_offset_and_kernel(options):
+    assert split_and_resume(Subject(MECHANISM, Pattern.CAUSAL_SELF, options), torch.float64) < 1e-12
 
 
 def test_the_state_has_the_size_that_the_card_says():
-    tensors = inputs(30, batch=1)
-    state = run(tensors, return_state=True).state
+    state = run(inputs(30, batch=1), return_state=True).state
     numbers = sum(x.numel() for name, x in state.tensors().items() if name != "length")
     assert numbers == cost(Shape(1, 2, 1, 1000, 4, 3), Config(num_features=5)).state
     assert MECHANISM.recurrent
@@ -237,24 +152,18 @@ def test_features_are_drawn_anew_in_training_only_and_saved():
     assert torch.equal(again.eval()(x).output, layer(x).output)
 
 
-def test_the_generator_of_the_call_draws_the_features():
-    x = torch.randn(2, 5, 8)
-    for options in ({"redraw": 1}, {"fresh": True}):
-        layer = create_layer("performer", 8, 2, **options)
-        first, second, third = (
-            layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output for seed in (0, 0, 1)
-        )
-        assert torch.equal(first, second)
-        assert not torch.equal(first, third)
+@pytest.mark.parametrize("options", [{"redraw": 1}, {"fresh": True}], ids=str)
+def test_the_generator_draws_features_in_training_and_fresh_ones_are_used_once(options):
+    layer, x = create_layer("performer", 8, 2, **options), torch.randn(2, 5, 8)
+    before = layer.projection.features
 
+    def output(seed: int) -> Tensor:
+        return layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output
 
-def test_fresh_features_are_used_once_and_evaluation_has_fixed_ones():
-    layer = create_layer("performer", 8, 2, fresh=True)
-    x, kept = torch.randn(2, 5, 8), layer.projection.features
-    assert not torch.equal(layer(x).output, layer(x).output)
-    assert torch.equal(layer.projection.features, kept)
+    assert torch.equal(output(0), output(0)) and not torch.equal(output(0), output(1))
+    assert torch.equal(layer.projection.features, before) == ("fresh" in options)
     layer.eval()
-    assert torch.equal(layer(x).output, layer(x).output)
+    assert torch.equal(output(0), output(1))
 
 
 def test_weights_of_a_softmax_layer_give_nearly_its_outputs():
@@ -263,39 +172,29 @@ def test_weights_of_a_softmax_layer_give_nearly_its_outputs():
     performer = create_layer("performer", 32, 2, pattern="noncausal-self", num_features=4096, feature_eps=0.0).eval()
     performer.load_state_dict(softmax.state_dict(), strict=False)
     x = 0.5 * torch.randn(1, 20, 32)
-    expected = softmax(x).output
-    assert (performer(x).output - expected).abs().max() < 0.05 * expected.abs().max()
+    close(performer(x).output, softmax(x).output, 0.05)
 
 
 # refusals
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kernel": "cosine"},
-        {"num_features": 0},
-        {"feature_eps": -1e-4},
-        {"eps": math.nan},
-        {"least_denominator": math.inf},
-        {"redraw": -1},
-    ],
-)
-def test_bad_options_are_refused(options):
+BAD = {"kernel": "cosine", "num_features": 0, "feature_eps": -1e-4, "eps": math.nan, "redraw": -1}
+BAD |= {"least_denominator": math.inf}
+
+
+@pytest.mark.parametrize(("option", "value"), BAD.items())
+def test_bad_options_are_refused(option, value):
     with pytest.raises(Unsupported):
-        Config(**options)
+        Config(**{option: value})
 
 
-def test_what_needs_a_weight_for_each_pair_or_a_negative_scale_is_refused():
-    tensors = inputs(5)
-    for call in (
-        {"mask": Mask(bias=torch.zeros(1, 1, 5, 5))},
-        {"dropout": 0.1},
-        {"want": {"weights"}},
-        {"scale": -1.0},
-    ):
-        with pytest.raises(Unsupported, match="performer"):
-            run(tensors, **call)
+@pytest.mark.parametrize(
+    "call",
+    [{"mask": Mask(bias=torch.zeros(1, 1, 5, 5))}, {"dropout": 0.1}, {"want": {"weights"}}, {"scale": -1.0}],
+)
+def test_what_needs_a_weight_for_each_pair_or_a_negative_scale_is_refused(call):
+    with pytest.raises(Unsupported, match="performer"):
+        run(inputs(5), **call)
 
 
 # parity
@@ -311,12 +210,10 @@ def test_what_needs_a_weight_for_each_pair_or_a_negative_scale_is_refused():
 )
 def test_parity_with_a_third_partys_code(name, pattern):
     """Recorded without the offset of the softmax kernel, beside which its maxima (of w.x alone) would not cancel."""
-    with np.load(FIXTURES / f"{name}.npz") as arrays:
-        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    recorded = load(name)
     tensors = {x: recorded[x].requires_grad_(x != "w") for x in "qkvw"}
     options = {"eps": 0.0} | ({"kernel": "relu"} if "relu" in name else {"feature_eps": 0.0})
-    output = run(tensors, pattern, options).output
-    close(output, recorded["out"], 1e-10)
-    found = torch.autograd.grad(output, [tensors[x] for x in "qkv"], recorded["grad_out"])
-    for x, gradient in zip("qkv", found, strict=True):
-        close(gradient, recorded[f"grad_{x}"], 1e-10)
+    output = run(tensors, options, pattern=pattern).output
+    gradients = torch.autograd.grad(output, [tensors[x] for x in "qkv"], recorded["grad_out"])
+    for key, found in zip(("out", "grad_q", "grad_k", "grad_v"), (output, *gradients), strict=True):
+        close(found, recorded[key], 1e-10)

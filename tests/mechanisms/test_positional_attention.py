@@ -4,91 +4,69 @@ the paper's network, and parity with the authors' layer and networks."""
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from support import calls, close, load
 from torch import Tensor, nn
 
-from regard.apply import absorb, apply
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsupported
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
-from regard.functional import positional_attention, softmax_attention
-from regard.layers.parts import LayerCall
+from regard.functional import softmax_attention
 from regard.mechanisms.positional_attention import MECHANISM, Config, cost
 from regard.mechanisms.positional_attention import forms as module
 from regard.positions import Sinusoidal
 from regard.reproductions.positional_attention import TASKS, AlgorithmicNetwork, draw
+from regard.workbench.properties import gradients_equal_reference
 from regard.workbench.subjects import Subject
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+run = calls(MECHANISM, "noncausal-self")
 
 
-def load(name: str) -> dict[str, Tensor]:
-    with np.load(FIXTURES / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
 
 
-def inputs(n: int, m: int | None = None, rows: int = 20, heads: int = 2) -> dict[str, Tensor]:
-    shapes = {
-        "query_map": (heads, 6, 4),
-        "key_map": (heads, 6, 4),
-        "v": (3, heads, n if m is None else m, 5),
-        "query_bias": (heads, 4),
-        "encodings": (rows, 6),
-    }
-    found = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+def inputs(n: int, m: int | None = None, rows: int = 20) -> dict[str, Tensor]:
+    found = {"query_map": normal(2, 6, 4), "key_map": normal(2, 6, 4), "v": normal(3, 2, n if m is None else m, 5)}
+    found |= {"query_bias": normal(2, 4), "encodings": normal(rows, 6)}
     return found | ({} if m is None else {"slots": torch.zeros(3, n, dtype=torch.long)})
-
-
-def run(tensors: dict[str, Tensor], pattern: str = "noncausal-self", **call: Any) -> Any:
-    return apply(MECHANISM, tensors, pattern=pattern, **call)
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def content(tensors: dict[str, Tensor], n: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Encodings as queries and keys of softmax attention; query i has the position first + i."""
     encodings, v = tensors["encodings"], tensors["v"]
     queries = encodings[first : first + n] @ tensors["query_map"] + tensors["query_bias"][:, None]
-    bias = torch.randn(2, 1, 4, dtype=torch.float64)  # of keys: it changes nothing
-    keys = encodings[: v.shape[2]] @ tensors["key_map"] + bias
+    keys = encodings[: v.shape[2]] @ tensors["key_map"] + normal(2, 1, 4)  # a bias of keys changes nothing
     return queries.expand(3, -1, -1, -1), keys.expand(3, -1, -1, -1), v
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_it_is_softmax_attention_with_encodings_in_place_of_content(pattern):
+@pytest.mark.parametrize("stored", [True, False])
+def test_it_is_softmax_attention_with_encodings_in_place_of_content(pattern, stored, monkeypatch):
+    """Where the weights of all rows are stored, and where each row makes them again."""
+    monkeypatch.setattr(module, "SHARED_PAIRS", 100 if stored else 0)
     for n, m in ((9, None), (6, 13)) if pattern != "noncausal-self" else ((9, None),):
         tensors = inputs(n, m)
+        leaves = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
         first = 0 if m is None or pattern.cross else m - n
         expected = softmax_attention(*content(tensors, n, first), pattern=pattern)
-        for form in ("parallel", "reference"):
-            found = run(tensors, pattern, form=form)
-            close(found.output, expected if not pattern.cross or m is not None else expected[:, :, :1])
-
-
-@pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_a_weight_depends_on_no_value_and_an_output_is_linear_in_them(pattern):
-    tensors = inputs(7, 7)
-    other = torch.randn_like(tensors["v"])
-    found = [run(tensors | {"v": v}, pattern, want={"weights"}).extras["weights"] for v in (tensors["v"], other)]
-    assert torch.equal(*found) and torch.equal(found[0][0], found[0][1])
-    mixed = run(tensors | {"v": 2 * tensors["v"] - 3 * other}, pattern).output
-    close(mixed, 2 * run(tensors, pattern).output - 3 * run(tensors | {"v": other}, pattern).output)
+        expected = expected if not pattern.cross or m is not None else expected[:, :, :1]
+        found = run(tensors, pattern=pattern).output
+        close(found, expected)
+        gradients = (torch.autograd.grad(output.square().sum(), leaves) for output in (found, expected))
+        for gradient, wanted in zip(*gradients, strict=True):
+            close(gradient, wanted)
 
 
 def test_maps_of_zero_give_the_mean_and_running_sums_after_counting():
     tensors = inputs(9)
     tensors |= {name: torch.zeros_like(tensors[name]) for name in ("query_map", "query_bias")}
-    mean = tensors["v"].mean(2, keepdim=True).expand(-1, -1, 9, -1)
-    close(run(tensors).output, mean)
+    close(run(tensors).output, tensors["v"].mean(2, keepdim=True).expand(-1, -1, 9, -1))
     count = torch.arange(1.0, 10, dtype=torch.float64)[:, None]
-    close(count * run(tensors, "causal-self").output, tensors["v"].cumsum(2))
+    close(count * run(tensors, pattern="causal-self").output, tensors["v"].cumsum(2))
 
 
 def test_tokens_move_with_their_rows_and_not_without():
@@ -102,111 +80,72 @@ def test_tokens_move_with_their_rows_and_not_without():
 
 def test_one_weight_matrix_serves_all_rows(monkeypatch):
     """Only what differs between rows goes to the engine, which computes a matrix for each."""
-    calls = []
+    counted = []
     engine = module.attention
-    monkeypatch.setattr(module, "attention", lambda *args, **options: calls.append(1) or engine(*args, **options))
+    monkeypatch.setattr(module, "attention", lambda *args, **options: counted.append(1) or engine(*args, **options))
     tensors, lengths = inputs(8), torch.tensor([8, 3, 0])
     for pattern in ("noncausal-self", "causal-self"):
-        run(tensors, pattern)
-    run(tensors, "causal-self", mask=Mask(lengths=lengths))
-    run(inputs(5, 8), "noncausal-cross")
-    assert not calls
+        run(tensors, pattern=pattern)
+    run(tensors, pattern="causal-self", mask=Mask(lengths=lengths))
+    run(inputs(5, 8), pattern="noncausal-cross")
+    assert not counted
     run(tensors, mask=Mask(lengths=lengths))
     run(tensors, dropout=0.5)
     run(tensors, mask=Mask(bias=torch.zeros(1, 1, 8, 8, dtype=torch.float64)))
-    assert len(calls) == 3
-    shape = Shape(1, 2, 8, 8, 4, 5)
-    more = Shape(10, 2, 8, 8, 4, 5)
-    assert cost(more, Config()).flops <= 6 * cost(shape, Config()).flops
+    assert len(counted) == 3
+    one, ten = (cost(Shape(batch, 2, 8, 8, 4, 5), Config()).flops for batch in (1, 10))
+    assert ten <= 6 * one
 
 
-@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self", "noncausal-cross"])
-def test_weights_that_are_stored_and_weights_that_are_made_again_agree(pattern, monkeypatch):
-    tensors = inputs(9, 9)
-    leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
-    found = []
-    for most in (0, 81):
-        monkeypatch.setattr(module, "SHARED_PAIRS", most)
-        output = run(tensors, pattern).output
-        found.append((output, *torch.autograd.grad(output.square().sum(), list(leaves.values()))))
-    for made, stored in zip(*found, strict=True):
-        close(made, stored)
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
-def test_positions_are_ranks_of_valid_tokens(pattern):
-    tensors = inputs(12)
-    valid = torch.rand(3, 12) > 0.4
-    valid[2] = False
-    padded = tensors | {"v": tensors["v"].masked_fill(~valid[:, None, :, None], torch.nan)}
-    found = run(padded, pattern, mask=Mask(valid=valid)).output
-    for row in range(3):
-        own = tensors | {"v": tensors["v"][row : row + 1, :, valid[row]]}
-        close(found[row : row + 1, :, valid[row]], run(own, pattern).output)
-    # the weights that all rows share are not those of the first, which may be the shortest
-    short_first = Mask(lengths=torch.tensor([2, 12, 7]))
-    close(run(tensors, pattern, mask=short_first).output[1], run(tensors, pattern).output[1])
-
-
-@pytest.mark.parametrize("options", [{}, {"encoding": "learned"}, {"content_heads": 1}])
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
-def test_gradients_reach_the_maps_even_from_one_row(pattern, options):
-    subject = Subject(MECHANISM, pattern, options)
-    tensors = subject.inputs(4, batch=1, d=3, v=2)
-    leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
+@pytest.mark.parametrize("stored", [True, False])
+def test_padding_needs_no_encodings_whichever_row_is_the_longest(pattern, stored, monkeypatch):
+    monkeypatch.setattr(module, "SHARED_PAIRS", 81 if stored else 0)
+    tensors, lengths = inputs(5, 5, rows=5), torch.tensor([3, 5, 0])
+    padded = {"v": nn.functional.pad(tensors["v"], (0, 0, 0, 3)), "slots": torch.zeros(3, 8)}
+    masks = {"mask": Mask(lengths=lengths)} | ({"memory_mask": Mask(lengths=lengths)} if pattern.cross else {})
+    found = run(tensors | padded, pattern=pattern, **masks).output
+    for row, length in enumerate(lengths.tolist()):
+        alone = {"v": tensors["v"][row : row + 1, :, :length], "slots": tensors["slots"][row : row + 1, :length]}
+        close(found[row, :, :length], run(tensors | alone, pattern=pattern).output[0])
 
-    def function(*given: Tensor) -> Tensor:
-        return subject.run(tensors | dict(zip(leaves, given, strict=True))).output
 
-    for gradient in torch.autograd.grad(function(*leaves.values()).square().sum(), list(leaves.values())):
-        assert (gradient != 0).any()
-    small = {name: x[:8].detach().requires_grad_() if name == "encodings" else x for name, x in leaves.items()}
-    assert torch.autograd.gradcheck(function, list(small.values()))
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
+def test_gradients_of_hybrid_heads_are_numerical_ones(pattern):
+    assert gradients_equal_reference(Subject(MECHANISM, pattern, {"content_heads": 1}), torch.float64) < 1e-12
 
 
 def test_the_state_holds_values_alone():
-    state = run(inputs(15), "causal-self", return_state=True).state
+    state = run(inputs(15), pattern="causal-self", return_state=True).state
     assert state.k.numel() == 0
     assert state.v[:1].numel() == cost(Shape(1, 2, 1, 15, 4, 5), Config()).state
-
-
-def test_a_memory_may_stream_and_its_queries_are_counted_on():
-    tensors = inputs(9, 14)
-    whole = run(tensors, "causal-cross").output
-    state = None
-    for part in torch.arange(14).split([3, 11]):
-        state = absorb(MECHANISM, {"v": tensors["v"][:, :, part]}, pattern="causal-cross", state=state)
-    outputs = []
-    for part in torch.arange(9).split([1, 1, 5, 2]):
-        queries = tensors | {"v": None, "slots": tensors["slots"][:, part]}
-        result = run(queries, "causal-cross", state=state)
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 2), whole)
 
 
 # hybrid heads
 
 
-def test_content_heads_come_last_and_see_their_own_biases():
-    tensors = inputs(8, heads=3)
-    alone = {name: x[:2] if name.startswith("query") or name == "key_map" else x for name, x in tensors.items()}
-    alone["v"] = tensors["v"][:, :2]
-    q, k = torch.randn(2, 3, 1, 8, 6, dtype=torch.float64)
-    hybrid = alone | {"v": tensors["v"], "content_query": q, "content_key": k}
-    bias = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    blocks = BlockMask(torch.rand(1, 3, 4, 4) > 0.3, 2)
-    for mask in (Mask(), Mask(bias=bias), Mask(blocks=blocks)):
-        found = run(hybrid, mask=mask, want={"weights"})
+@pytest.mark.parametrize("told", ["nothing", "bias", "blocks", "distances", "pairs"])
+@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
+def test_content_heads_come_last_and_see_their_own_biases(pattern, told):
+    bias, blocks, table = normal(1, 3, 8, 8), torch.rand(1, 3, 4, 4) > 0.3, normal(3, 15)
 
-        def own(heads: slice, mask: Mask = mask) -> Mask:
-            visible = None if mask.blocks is None else BlockMask(mask.blocks.visible[:, heads], 2)
-            return Mask(bias=None if mask.bias is None else mask.bias[:, heads], blocks=visible)
+    def of(heads: slice) -> dict[str, Any]:
+        distances = DistanceBias(lambda distances: table[heads][:, distances + 7])
+        return {
+            "nothing": {},
+            "bias": {"mask": Mask(bias=bias[:, heads])},
+            "blocks": {"mask": Mask(blocks=BlockMask(blocks[:, heads], 2))},
+            "distances": {"position_bias": distances},
+            "pairs": {"position_bias": lambda i, j: distances(i, j)},
+        }[told] | {"pattern": pattern}
 
-        close(found.output[:, :2], run(alone, mask=own(slice(0, 2))).output)
-        expected = softmax_attention(q, k, tensors["v"][:, 2:], pattern="noncausal-self", mask=own(slice(2, 3)))
-        close(found.output[:, 2:], expected)
-        close(found.extras["weights"] @ tensors["v"], found.output)
+    tensors, v, q, k = inputs(8), normal(3, 3, 8, 5), normal(3, 1, 8, 6), normal(3, 1, 8, 6)
+    hybrid = tensors | {"v": v, "content_query": q, "content_key": k}
+    found = run(hybrid, want={"weights"}, **of(slice(None)))
+    first = run(tensors | {"v": v[:, :2]}, **of(slice(2))).output
+    last = softmax_attention(q, k, v[:, 2:], **of(slice(2, None)))
+    close(found.output, torch.cat([first, last], 1))
+    close(found.extras["weights"] @ v, found.output)
 
 
 # the layer
@@ -228,9 +167,10 @@ def test_encodings_are_what_they_are_called():
     tensors = inputs(9)
     waves = Sinusoidal(dim=6).embed(torch.zeros(1, 9, 6, dtype=torch.float64), torch.arange(9)[None])[0]
     for pattern in ("noncausal-self", "causal-self"):
-        close(run(tensors | {"encodings": None}, pattern).output, run(tensors | {"encodings": waves}, pattern).output)
+        found, expected = (run(tensors | {"encodings": rows}, pattern=pattern).output for rows in (None, waves))
+        close(found, expected)
     learned = layer(encoding="learned", encoding_dim=6)
-    learned(torch.randn(2, 5, 16, dtype=torch.float64)).output.square().sum().backward()
+    learned(normal(2, 5, 16)).output.square().sum().backward()
     gradient = learned.projection.encoding.grad
     assert gradient.shape == (10, 6) and (gradient[:5] != 0).all() and not gradient[5:].any()
 
@@ -248,39 +188,27 @@ def test_widths_of_keys_and_parameters():
     assert not start.bias.any() and 0.9 * bound < start.weight.abs().max() <= bound
 
 
-def test_a_layers_maps_are_those_of_one_linear_for_queries_and_keys():
-    made = layer(encoding="one_hot").projection
-    nn.init.normal_(made.bias)
-    product = nn.functional.linear(made.encodings(), made.weight, made.bias).view(10, 4, 20).transpose(0, 1)
-    heads = made.inputs({}, LayerCall(None, None, Context()))
-    close(heads["query_map"] + heads["query_bias"][:, None], product[..., :10])
-    queries, keys = product.split(10, -1)
-    a = (queries @ keys.mT / math.sqrt(10)).softmax(-1)
-    v = torch.randn(1, 4, 10, 3, dtype=torch.float64)
-    close(run(heads | {"v": v}).output, a @ v)
-
-
-def test_no_input_reaches_the_weights_of_a_layer():
-    made, x = layer(), torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True)
+def test_no_input_reaches_the_weights_of_a_layer_whose_output_is_affine_in_it():
+    made, x, other = layer(), normal(2, 8, 16).requires_grad_(), normal(2, 8, 16)
     want = Context(want=frozenset({"weights"}))
-    weights = made(x, context=want).extras["weights"]
-    assert torch.equal(weights, made(torch.randn_like(x), context=want).extras["weights"])
-    (gradient,) = torch.autograd.grad(weights.square().sum(), x, allow_unused=True)
-    assert gradient is None
+    first, second = made(x, context=want), made(other, context=want)
+    assert torch.equal(first.extras["weights"], second.extras["weights"])
+    assert torch.equal(first.extras["weights"][0], first.extras["weights"][1])
+    assert torch.autograd.grad(first.extras["weights"].square().sum(), x, allow_unused=True) == (None,)
+    close(made(3 * x - 2 * other).output, 3 * first.output - 2 * second.output)
     hybrid = layer(content_heads=1)(x, context=want).extras["weights"]
     (gradient,) = torch.autograd.grad(hybrid[:, 3].square().sum(), x)
     assert gradient.any()
 
 
 def test_positions_without_an_encoding_are_refused_and_sinusoids_have_all():
-    made = layer("causal-self", encoding="one_hot")
-    x = torch.randn(1, 11, 16, dtype=torch.float64)
+    made, x = layer("causal-self", encoding="one_hot"), normal(1, 11, 16)
     with pytest.raises(Unsupported, match="try max_length=11"):
         made(x)
     state = made(x[:, :10], context=Context(want=frozenset({"state"}))).state
     with pytest.raises(Unsupported, match="position 10"):
         made.step(x[:, 10], state)
-    assert layer("causal-self")(torch.randn(1, 300, 16, dtype=torch.float64)).output.isfinite().all()
+    assert layer("causal-self")(normal(1, 300, 16)).output.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -293,17 +221,18 @@ def test_bad_options_are_refused(options):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(Unsupported, match="content_heads=4 of 4"):
-        layer(content_heads=4)
-    with pytest.raises(Unsupported, match="split"):
-        layer(encoding="one_hot", key_width="split")
-    tensors = inputs(5)
+    for options, message in (
+        ({"content_heads": 4}, "content_heads=4 of 4"),
+        ({"encoding": "one_hot", "key_width": "split"}, "split"),
+        ({"positions": "rotary"}, "rotary positions"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            layer(**options)
+    tensors, q = inputs(5), torch.zeros(3, 1, 5, 4)
     with pytest.raises(Unsupported, match="2 positional heads, 1 of content and 2 of values"):
-        run(tensors | {"content_query": torch.zeros(3, 1, 5, 4), "content_key": torch.zeros(3, 1, 5, 4)})
-    with pytest.raises(Unsupported, match="rotary positions"):
-        layer(positions="rotary")
+        run(tensors | {"content_query": q, "content_key": q})
     with pytest.raises(Unsupported, match="max_length=5"):
-        positional_attention(**tensors | {"encodings": tensors["encodings"][:4]})
+        run(tensors | {"encodings": tensors["encodings"][:4]})
 
 
 # the paper's network
@@ -314,66 +243,42 @@ def test_the_network_has_the_parameters_of_the_papers():
     assert counts == [84_577, 150_273]
 
 
-@torch.no_grad()
-def growth_error(model: nn.Module) -> float:
-    """How far f(10 x) is from 10 f(x)."""
-    x = torch.randn(4, 8)
-    return float((model(10 * x) - 10 * model(x)).abs().max() / model(x).abs().max())
+def with_positions(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    """Values of x + P."""
+    return (given[0] + torch.eye(*given[0].shape[1:]),)
 
 
-def test_without_biases_the_positional_network_scales_with_its_input_and_the_standard_one_does_not():
-    for positional in (True, False):
-        error = growth_error(AlgorithmicNetwork(8, positional=positional, bias=False))
-        assert (error < 1e-4) == positional
+def residual(_: nn.Module, given: tuple[Tensor], __: Tensor) -> Tensor:
+    """x + y in place of MLP([x ; y])."""
+    return sum(given[0].chunk(2, -1))
 
 
-class WithPositionsInValues(nn.Module):
-    """An attention layer that reads x + P, of which only its values see anything."""
-
-    def __init__(self, mixer: nn.Module) -> None:
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(self, x: Tensor) -> Any:
-        return self.mixer(x + torch.eye(*x.shape[1:], dtype=x.dtype))
-
-
-class ResidualWithNorm(nn.Module):
-    """x + LN(y) in place of MLP([x ; y])."""
-
-    def __init__(self, _: nn.Module) -> None:
-        super().__init__()
-
-    def forward(self, both: Tensor) -> Tensor:
-        x, y = both.chunk(2, -1)
-        return x + nn.functional.layer_norm(y, y.shape[-1:])
-
-
-class Residual(ResidualWithNorm):
-    """x + y."""
-
-    def forward(self, both: Tensor) -> Tensor:
-        return sum(both.chunk(2, -1))
+def residual_with_norm(_: nn.Module, given: tuple[Tensor], __: Tensor) -> Tensor:
+    x, y = given[0].chunk(2, -1)
+    return x + nn.functional.layer_norm(y, y.shape[-1:])
 
 
 @pytest.mark.parametrize(
-    ("part", "changed", "scales"),
+    ("positional", "changes", "scales"),
     [
-        ("mixers", WithPositionsInValues, False),
-        ("forwards", ResidualWithNorm, False),
-        ("forwards", Residual, True),  # so that it is the norm
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"mixers": with_positions}, False),
+        (True, {"forwards": residual_with_norm}, False),
+        (True, {"forwards": residual}, True),  # so that it is the norm
     ],
 )
-def test_positions_in_the_values_and_a_norm_each_destroy_the_scaling_of_the_positional_network(part, changed, scales):
-    model = AlgorithmicNetwork(8, positional=True, bias=False)
-    setattr(model, part, nn.ModuleList(changed(module) for module in getattr(model, part)))
-    error = growth_error(model)
+@torch.no_grad()
+def test_a_network_without_biases_scales_with_its_input_unless_values_hold_positions_or_a_norm_follows(
+    positional, changes, scales
+):
+    model = AlgorithmicNetwork(8, positional=positional, bias=False)
+    for part, changed in changes.items():
+        for child in getattr(model, part):
+            (child.register_forward_pre_hook if part == "mixers" else child.register_forward_hook)(changed)
+    x = torch.randn(4, 8)
+    error = float((model(10 * x) - 10 * model(x)).abs().max() / model(x).abs().max())
     assert error < 1e-4 if scales else error > 1e-2
-
-
-def test_shorter_inputs_take_the_first_rows():
-    model = AlgorithmicNetwork(8, positional=True)
-    assert model(torch.randn(3, 5)).shape == (3, 5)
 
 
 def test_targets_and_test_ranges_are_those_of_the_paper():
@@ -449,42 +354,3 @@ def test_the_networks_equal_the_authors_at_full_and_shorter_lengths(name):
     output.backward(fixture["grad_out"])
     close(x.grad, fixture["grad_x"])
     close(model(fixture["x_short"]), fixture["out_short"])
-
-
-@pytest.mark.parametrize("pattern", ALL_PATTERNS)
-@pytest.mark.parametrize("stored", [True, False])
-def test_padding_needs_no_encodings(pattern, stored, monkeypatch):
-    monkeypatch.setattr(module, "SHARED_PAIRS", 81 if stored else 0)
-    tensors = inputs(5, 5, rows=5)
-    padded = {n: torch.nn.functional.pad(tensors[n], (0, 0, 0, 3)) for n in ("v", "slots")}
-    padded["slots"] = torch.zeros(3, 8)
-    lengths = torch.tensor([5, 3, 0])
-    masks = {"mask": Mask(lengths=lengths)} | ({"memory_mask": Mask(lengths=lengths)} if pattern.cross else {})
-    found = run(tensors | padded, pattern, **masks).output
-    for row, length in enumerate(lengths.tolist()):
-        alone = tensors | {
-            "v": tensors["v"][row : row + 1, :, :length],
-            "slots": tensors["slots"][row : row + 1, :length],
-        }
-        close(found[row, :, :length], run(alone, pattern).output[0])
-
-
-@pytest.mark.parametrize("by_distance", [True, False])
-def test_hybrid_heads_have_the_position_biases_of_their_own_heads(by_distance):
-    n, table = 7, torch.randn(3, 13, dtype=torch.float64)
-    tensors = inputs(n) | {
-        name: torch.randn(3, 1, n, 4, dtype=torch.float64) for name in ("content_query", "content_key")
-    }
-    tensors["v"] = torch.randn(3, 3, n, 5, dtype=torch.float64)
-
-    def told(heads: slice) -> Any:
-        bias = DistanceBias(lambda distances: table[heads][:, distances + 6])
-        return bias if by_distance else lambda i, j: bias(i, j)
-
-    found = run(tensors, "causal-self", position_bias=told(slice(None))).output
-    first = {n: x for n, x in tensors.items() if not n.startswith("content")} | {"v": tensors["v"][:, :2]}
-    close(found[:, :2], run(first, "causal-self", position_bias=told(slice(2))).output)
-    last = softmax_attention(
-        tensors["content_query"], tensors["content_key"], tensors["v"][:, 2:], position_bias=told(slice(2, None))
-    )
-    close(found[:, 2:], last)

@@ -1,37 +1,22 @@
-"""What is peculiar to ProbSparse attention: who is chosen, what the others get, rows of unequal lengths, recorded outputs."""
+"""What is peculiar to ProbSparse attention: who is chosen, what the others get, its random sample, recorded outputs."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support import calls, close, load, qkv
 from torch import Tensor
 
-from regard.apply import apply
 from regard.contract import Context, Mask, Unsupported
 from regard.create import create_layer
-from regard.functional import probsparse_attention, softmax_attention
+from regard.functional import softmax_attention
 from regard.mechanisms.probsparse import MECHANISM, Config
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
-
-
-def inputs(n: int, m: int | None = None, groups: int = 2, batch: int = 2) -> dict[str, Tensor]:
-    m = n if m is None else m
-    shapes = {"q": (2, n, 4), "k": (groups, m, 4), "v": (groups, m, 3)}
-    return {name: torch.randn(batch, *shape, dtype=torch.float64) for name, shape in shapes.items()}
-
-
-def run(tensors: dict[str, Tensor], pattern: str = "noncausal-self", options: dict | None = None, **call: Any) -> Any:
-    return apply(MECHANISM, tensors, pattern=pattern, config=Config(**({"factor": 1} | (options or {}))), **call).output
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+FEW = {"factor": 1}
+run = calls(MECHANISM, "noncausal-self")
 
 
 def count(length: int, factor: int) -> int:
@@ -61,26 +46,23 @@ def definition(tensors: dict[str, Tensor], factor: int = 1, places: np.ndarray |
 
 @pytest.mark.parametrize(("n", "m"), [(30, 30), (7, 40), (40, 7), (1, 9), (9, 1), (1, 1), (0, 5), (5, 0)])
 @pytest.mark.parametrize(("groups", "factor"), [(1, 1), (2, 3)])
-def test_every_form_equals_the_definition(n, m, groups, factor):
-    tensors = inputs(n, m, groups)
+def test_it_is_the_definition(n, m, groups, factor):
+    tensors = qkv(n, m, groups=groups, value_dim=3)
     for pattern in ("noncausal-cross", *(["noncausal-self"] if n == m else [])):
-        for form in ("reference", "parallel"):
-            close(run(tensors, pattern, {"factor": factor}, form=form), definition(tensors, factor))
+        close(run(tensors, {"factor": factor}, pattern=pattern).output, definition(tensors, factor))
 
 
 def test_with_a_large_factor_it_is_softmax_attention():
-    tensors = inputs(25)
-    expected = softmax_attention(*tensors.values(), pattern="noncausal-self")
-    for form in ("reference", "parallel"):
-        close(run(tensors, options={"factor": 25}, form=form), expected)
+    tensors = qkv(25)
+    close(run(tensors, {"factor": 25}).output, softmax_attention(*tensors.values(), pattern="noncausal-self"))
 
 
 def test_queries_that_stand_out_are_chosen_and_the_others_get_the_mean():
-    tensors = inputs(50)
+    tensors = qkv(50)
     tensors["q"] = 0.01 * tensors["q"]
-    tensors["q"][0, :, [7, 31]] = 30.0
-    tensors["q"][1, 1, 49] = -30.0
-    found, mean = run(tensors), tensors["v"].mean(2, keepdim=True)
+    tensors["q"][0, :, [7, 31]] = 30 * tensors["k"][0, :, [6, 18]]  # keys of the sample
+    tensors["q"][1, 1, 49] = 30 * tensors["k"][1, 1, 6]
+    found, mean = run(tensors, FEW).output, tensors["v"].mean(2, keepdim=True)
     attend = (found - mean).abs().amax(-1) > 1e-9
     assert (attend.sum(-1) == count(50, 1)).all()
     assert attend[0, :, [7, 31]].all() and attend[1, 1, 49]
@@ -88,40 +70,14 @@ def test_queries_that_stand_out_are_chosen_and_the_others_get_the_mean():
     assert not torch.equal(attend[0, 0], attend[0, 1])  # each head chooses for itself
 
 
-@pytest.mark.parametrize("pattern", ["noncausal-self", "noncausal-cross"])
-@pytest.mark.parametrize("factor", [1, 3])
-def test_rows_of_unequal_lengths_sample_and_choose_by_their_own(pattern, factor):
-    counts = torch.tensor([40, 21, 3, 1, 0, 7, 40])
-    key_counts = torch.tensor([40, 3, 40, 8, 5, 0, 20]) if "cross" in pattern else counts
-    tensors, lengths = inputs(40, batch=7), {"q": counts, "k": key_counts, "v": key_counts}
-    leaves = {
-        name: x.masked_fill(torch.arange(40)[:, None] >= lengths[name][:, None, None, None], torch.nan).requires_grad_()
-        for name, x in tensors.items()
-    }
-    masks = {"mask": Mask(lengths=counts)}
-    if "cross" in pattern:
-        masks["memory_mask"] = Mask(lengths=key_counts)
-    found = run(leaves, pattern, {"factor": factor}, **masks)
-    for row in range(7):
-        alone = {name: x[row : row + 1, :, : lengths[name][row]] for name, x in tensors.items()}
-        close(found[row : row + 1, :, : counts[row]].detach(), definition(alone, factor))
-    found.square().sum().backward()
-    assert all(x.grad.isfinite().all() for x in leaves.values())
-
-
 @pytest.mark.parametrize("form", ["reference", "parallel"])
 def test_training_moves_sampled_keys_within_their_strata(form):
-    tensors = inputs(60)
+    tensors = qkv(60)
     places = torch.rand(count(60, 1), generator=torch.Generator().manual_seed(3), dtype=torch.float64).numpy()
-    found = run(tensors, form=form, training=True, generator=torch.Generator().manual_seed(3))
-    close(found, definition(tensors, places=places))
-    assert torch.equal(run(tensors, form=form, training=True, options={"jitter": False}), run(tensors, form=form))
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-self", "noncausal-cross"])
-def test_gradcheck_of_chosen_and_other_queries(pattern):
-    tensors = [x.requires_grad_() for x in inputs(9, batch=1).values()]
-    assert torch.autograd.gradcheck(lambda q, k, v: run({"q": q, "k": k, "v": v}, pattern), tensors)
+    found = run(tensors, FEW, form=form, training=True, generator=torch.Generator().manual_seed(3))
+    close(found.output, definition(tensors, places=places))
+    fixed = run(tensors, FEW | {"jitter": False}, form=form, training=True)
+    assert torch.equal(fixed.output, run(tensors, FEW, form=form).output)
 
 
 def test_a_layer_is_random_in_training_only():
@@ -134,24 +90,21 @@ def test_a_layer_is_random_in_training_only():
     assert torch.equal(layer(x).output, layer(x).output)
 
 
-def test_bad_options_and_what_it_lacks_are_refused():
+def test_what_it_lacks_is_refused():
     with pytest.raises(Unsupported):
         Config(factor=0)
-    tensors = inputs(6)
     for pattern in ("causal-self", "causal-cross"):
         with pytest.raises(Unsupported, match="later"):
-            run(tensors, pattern)
+            run(qkv(6), pattern=pattern)
     with pytest.raises(Unsupported, match="probsparse"):
-        probsparse_attention(*tensors.values(), pattern="noncausal-self", mask=Mask(bias=torch.zeros(1, 1, 6, 6)))
+        run(qkv(6), mask=Mask(bias=torch.zeros(1, 1, 6, 6)))
 
 
 def test_parity_with_the_benchmarks_code():
     """Recorded with the evenly spread sample in place of its random one."""
-    with np.load(FIXTURES / "probsparse_cab.npz") as arrays:
-        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    recorded = load("probsparse_cab")
     tensors = {x: recorded[x].requires_grad_() for x in "qkv"}
-    output = run(tensors, options={"factor": 2})
-    close(output, recorded["out"], 1e-10)
-    found = torch.autograd.grad(output, list(tensors.values()), recorded["grad_out"])
-    for x, gradient in zip("qkv", found, strict=True):
-        close(gradient, recorded[f"grad_{x}"], 1e-10)
+    output = run(tensors, {"factor": 2}).output
+    gradients = torch.autograd.grad(output, list(tensors.values()), recorded["grad_out"])
+    for name, found in zip(("out", "grad_q", "grad_k", "grad_v"), (output, *gradients), strict=True):
+        close(found, recorded[name], 1e-10)

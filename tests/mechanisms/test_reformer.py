@@ -1,25 +1,21 @@
-"""What is peculiar to Reformer: what rounds see, exact merging, borders that the future does not move, and parity."""
+"""What is peculiar to Reformer: what rounds see, exact merging, few keys in a step, and parity."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
+from support import calls, close, cut, load
 from torch import Tensor
 
-from regard.apply import apply
 from regard.backends import only
-from regard.catalogue import get_mechanism
 from regard.contract import Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.reformer import MECHANISM, Config, cost, draw_rounds, hash_tokens
 from regard.mechanisms.reformer import forms as reformer
 from regard.models import LanguageModel, LanguageModelConfig
+from regard.workbench.properties import split_and_resume
+from regard.workbench.subjects import Subject
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 OPTIONS = [
     {"chunk": 3},
     {"chunk": 4, "lookback": 0},
@@ -30,22 +26,12 @@ OPTIONS = [
     {"chunk": 100},
 ]
 SELF = ["causal-self", "noncausal-self"]
+run = calls(MECHANISM)
 
 
 def inputs(n: int, batch: int = 2, rounds: int = 3, buckets: int = 4, dim: int = 4) -> dict[str, Tensor]:
-    return {
-        "q": torch.randn(batch, 2, n, dim, dtype=torch.float64),
-        "v": torch.randn(batch, 2, n, 5, dtype=torch.float64),
-        "rotations": torch.randn(2, rounds, dim, buckets // 2, dtype=torch.float64),
-    }
-
-
-def run(tensors: dict[str, Tensor], pattern: str = "causal-self", options: dict | None = None, **call: Any) -> Tensor:
-    return apply(MECHANISM, tensors, pattern=pattern, config=Config(**(options or {})), **call).output
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-11) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    shapes = {"q": (batch, 2, n, dim), "v": (batch, 2, n, 5), "rotations": (2, rounds, dim, buckets // 2)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
 def seen_in_words(buckets: list[int], config: Config, *, causal: bool) -> Tensor:
@@ -91,125 +77,65 @@ def in_words(tensors: dict[str, Tensor], pattern: str, options: dict) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize("n", [1, 8, 23])
 def test_each_form_is_softmax_over_the_union_of_rounds(options, pattern, n):
     tensors = inputs(n)
     expected = in_words(tensors, pattern, options)
-    close(run(tensors, pattern, options), expected)
-    close(run(tensors, pattern, options, form="reference"), expected)
-    if pattern == "causal-self":
-        close(run(tensors, pattern, options, form="chunked"), expected)
+    for form in ("parallel", "reference", *(["chunked"] if pattern == "causal-self" else [])):
+        close(run(tensors, options, pattern=pattern, form=form).output, expected)
 
 
-@pytest.mark.parametrize("options", [{"chunk": 1}, {"chunk": 1, "same_bucket": True}])
+@pytest.mark.parametrize("options", [{"chunk": 1}, {"chunk": 1, "same_bucket": True}], ids=str)
 @pytest.mark.parametrize("pattern", SELF)
 def test_more_buckets_and_chunks_than_a_short_integer_counts(options, pattern):
     tensors = inputs(200, batch=1, buckets=100)
-    close(run(tensors, pattern, options), run(tensors, pattern, options, form="reference"))
+    found, expected = (run(tensors, options, pattern=pattern, form=form).output for form in ("parallel", "reference"))
+    close(found, expected)
 
 
-@pytest.mark.parametrize("pattern", SELF)
-def test_one_bucket_and_one_chunk_is_dense_attention_without_oneself(pattern):
-    tensors = inputs(11)
-    tensors["rotations"] = torch.zeros(2, 1, 4, 1, dtype=torch.float64)
-    k = tensors["q"] / (tensors["q"].square().sum(-1, keepdim=True) + 4e-6).sqrt()
-    hidden = torch.eye(11, dtype=torch.bool)
-    if pattern == "causal-self":
-        hidden = ~torch.ones(11, 11, dtype=torch.bool).tril(-1)
-    scores = (tensors["q"] @ k.mT).masked_fill(hidden, -torch.inf)
-    expected = scores.softmax(-1) @ tensors["v"]
-    found = run(tensors, pattern, {"chunk": 11})
-    close(found[:, :, 1:], expected[:, :, 1:])
-    if pattern == "causal-self":
-        close(found[:, :, 0], tensors["v"][:, :, 0])
+@pytest.mark.parametrize("options", OPTIONS[:5], ids=str)
+def test_a_state_gives_later_tokens_the_chunks_of_their_buckets(options):
+    assert split_and_resume(Subject(MECHANISM, Pattern.CAUSAL_SELF, options), torch.float64) < 1e-11
 
 
-def test_a_later_token_moves_no_border_of_what_earlier_ones_see():
-    """Sorting the whole row would shift the chunks of every bucket after the one that a later token falls in."""
-    tensors = inputs(40, rounds=2, buckets=6)
-    before = run(tensors, options={"chunk": 3})
-    for bucket in range(3):
-        altered = {name: x.clone() for name, x in tensors.items()}
-        altered["q"][:, :, 30:] = 5 * tensors["rotations"][:, 0, :, bucket][:, None]
-        close(run(altered, options={"chunk": 3})[:, :, :30], before[:, :, :30])
-
-
-def test_later_rounds_of_the_same_rotations_add_nothing():
-    for pattern in SELF:
-        tensors = inputs(30, rounds=1)
-        thrice = tensors | {"rotations": tensors["rotations"].expand(-1, 3, -1, -1)}
-        for count in (False, True):
-            options = {"chunk": 4, "count_duplicates": count}
-            close(run(thrice, pattern, options), run(tensors, pattern, options))
-
-
-def test_more_rounds_come_closer_to_full_attention():
-    tensors = inputs(128, rounds=16, buckets=8)
-    tensors["q"] *= 4
-    full = run(tensors | {"rotations": torch.zeros(2, 1, 4, 1, dtype=torch.float64)}, options={"chunk": 200})
-    errors = [
-        float((run(tensors | {"rotations": tensors["rotations"][:, :r]}, options={"chunk": 16}) - full).norm())
-        for r in (1, 4, 16)
-    ]
-    assert errors[2] < 0.7 * errors[1] < 0.5 * errors[0]
-
-
-def test_a_step_attends_to_few_keys_and_equals_the_whole(monkeypatch):
+def test_a_step_attends_to_few_keys(monkeypatch):
     widths = []
     attention = reformer.attention
 
-    def watched(q, k, *args, **options):
+    def watched(q: Tensor, k: Tensor, *rest, **options):
         widths.append(k.shape[2])
-        return attention(q, k, *args, **options)
+        return attention(q, k, *rest, **options)
 
-    tensors = inputs(60, rounds=2)
-    whole = run(tensors, options={"chunk": 3})
-
-    def cut(start: int, stop: int) -> dict[str, Tensor]:
-        return {n: x if n == "rotations" else x[:, :, start:stop] for n, x in tensors.items()}
-
-    state = apply(MECHANISM, cut(0, 50), config=Config(chunk=3), return_state=True).state
+    tensors, options = inputs(60, rounds=2), {"chunk": 3}
+    state = run(cut(tensors, slice(59), "qv"), options, return_state=True).state
     monkeypatch.setattr(reformer, "attention", watched)
-    for t in range(50, 60):
-        result = apply(MECHANISM, cut(t, t + 1), config=Config(chunk=3), state=state)
-        close(result.output, whole[:, :, t : t + 1])
-        state = result.state
-    assert max(widths) <= 2 * 2 * 3
+    run(cut(tensors, slice(59, 60), "qv"), options, state=state)
+    assert widths and max(widths) <= 2 * 2 * 3
 
 
 def test_many_new_tokens_are_taken_in_parts(monkeypatch):
-    tensors = inputs(40)
-    whole = run(tensors, options={"chunk": 3})
+    tensors, options = inputs(40), {"chunk": 3}
+    whole = run(tensors, options).output
     monkeypatch.setattr(reformer, "PAIRS_AT_ONCE", 2000)
-    head, tail = (
-        {n: x if n == "rotations" else x[:, :, p] for n, x in tensors.items()} for p in (slice(9), slice(9, 40))
-    )
-    state = apply(MECHANISM, head, config=Config(chunk=3), return_state=True).state
-    close(apply(MECHANISM, tail, config=Config(chunk=3), state=state).output, whole[:, :, 9:])
-
-
-def test_a_state_of_other_rotations_is_refused():
-    state = apply(MECHANISM, inputs(9, buckets=4), return_state=True).state
-    for other in ({"buckets": 6}, {"rounds": 2}):
-        with pytest.raises(Unsupported, match="rounds"):
-            apply(MECHANISM, inputs(1, **other), state=state)
+    state = run(cut(tensors, slice(9), "qv"), options, return_state=True).state
+    close(run(cut(tensors, slice(9, 40), "qv"), options, state=state).output, whole[:, :, 9:])
 
 
 def test_dropout_drops_each_weight_once():
     """Twice the values of what is kept, and zero on average in the difference."""
-    tensors = inputs(24)
-    tensors["v"] = torch.ones_like(tensors["v"])
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([run(tensors, options={"chunk": 4}, dropout=0.5, generator=generator) for _ in range(400)])
+    tensors = inputs(24, batch=1)
+    many = {"q": tensors["q"].expand(400, -1, -1, -1), "v": torch.ones(400, 2, 24, 5, dtype=torch.float64)}
+    drawn = run(tensors | many, {"chunk": 4}, dropout=0.5, generator=torch.Generator().manual_seed(0)).output
     assert (drawn.mean(0) - 1).abs().max() < 0.25
-    assert drawn[:, :, :, 8:].std(0).min() > 0.05
+    assert drawn[:, :, 8:].std(0).min() > 0.05
 
 
 def test_rotations_are_drawn_in_training_only_and_saved():
     layer = create_layer("reformer", 8, 2, chunk=4, rounds=2, buckets=6).double()
     assert layer.projection.rotations.shape == (2, 2, 4, 3)
+    assert "projection.rotations" in layer.state_dict()
     x = torch.randn(2, 40, 8, dtype=torch.float64)
     layer.eval()
     assert torch.equal(layer(x).output, layer(x).output)
@@ -217,21 +143,17 @@ def test_rotations_are_drawn_in_training_only_and_saved():
     assert not torch.equal(layer(x).output, layer(x).output)
     drawn = [layer(x, context=Context(generator=torch.Generator().manual_seed(1))).output for _ in range(2)]
     assert torch.equal(*drawn)
-    assert "projection.rotations" in layer.state_dict()
     fixed = create_layer("reformer", 8, 2, chunk=4, fresh=False).double().train()
     assert torch.equal(fixed(x).output, fixed(x).output)
 
 
 def test_a_trained_model_is_read_with_more_rounds_or_fewer():
-    plans = {rounds: [("reformer", {"chunk": 2, "buckets": 4, "rounds": rounds})] * 2 for rounds in (2, 7, 1)}
-    models = {
-        rounds: LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, plan=plan)).double()
-        for rounds, plan in plans.items()
-    }
-    ids = torch.randint(11, (2, 20))
-    trained = models[2].eval()
-    first = trained.blocks[0].mixer.projection.rotations
-    once = trained(ids).output
+    def language_model(rounds: int) -> LanguageModel:
+        plan = [("reformer", {"chunk": 2, "buckets": 4, "rounds": rounds})] * 2
+        return LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, plan=plan)).double().eval()
+
+    trained, ids = language_model(2), torch.randint(11, (2, 20))
+    first, once = trained.blocks[0].mixer.projection.rotations, trained(ids).output
     assert draw_rounds(trained, 7, torch.Generator().manual_seed(0)) is trained
     more = trained.blocks[0].mixer.projection.rotations
     assert more.shape == (2, 7, 8, 2)
@@ -240,17 +162,11 @@ def test_a_trained_model_is_read_with_more_rounds_or_fewer():
     assert not torch.allclose(trained(ids).output, once)
     assert torch.equal(trained.generate(ids, 8), trained.generate(ids, 8, use_state=False))
     for rounds in (7, 1):
-        models[rounds].load_state_dict(draw_rounds(trained, rounds).state_dict())
-        assert torch.equal(models[rounds].eval()(ids).output, trained(ids).output)
+        other = language_model(rounds)
+        other.load_state_dict(draw_rounds(trained, rounds).state_dict())
+        assert torch.equal(other(ids).output, trained(ids).output)
     with pytest.raises(Unsupported, match="rounds=0"):
         draw_rounds(trained, 0)
-
-
-def test_a_model_decodes_as_it_reads():
-    plan = [("reformer", {"chunk": 4, "rounds": 2, "buckets": 4})] * 2
-    model = LanguageModel(LanguageModelConfig(vocab_size=11, dim=16, num_heads=2, plan=plan)).double().eval()
-    ids = torch.randint(11, (2, 20))
-    assert torch.equal(model.generate(ids, 20), model.generate(ids, 20, use_state=False))
 
 
 @pytest.mark.parametrize(
@@ -262,14 +178,12 @@ def test_a_model_decodes_as_it_reads():
     ],
 )
 def test_parity_with_transformers(name, pattern, options):
-    with np.load(FIXTURES / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    arrays = load(name)
     x, heads = arrays["x"].requires_grad_(), arrays["rotations"].shape[0]
     q, v = ((x @ arrays[w].mT).unflatten(-1, (heads, -1)).transpose(1, 2) for w in ("query_key", "value"))
     rotations = arrays["rotations"].transpose(1, 2)
-    buckets = 2 * rotations.shape[-1]
-    assert torch.equal(hash_tokens(q, rotations), arrays["buckets"] % buckets)
-    output = run({"q": q, "v": v, "rotations": rotations}, pattern, {"chunk": 4, **options})
+    assert torch.equal(hash_tokens(q, rotations), arrays["buckets"] % (2 * rotations.shape[-1]))
+    output = run({"q": q, "v": v, "rotations": rotations}, {"chunk": 4, **options}, pattern=pattern).output
     output = output.transpose(1, 2).flatten(2)
     close(output, arrays["out"], 1e-10)
     (gradient,) = torch.autograd.grad(output, x, arrays["grad_out"])
@@ -277,38 +191,35 @@ def test_parity_with_transformers(name, pattern, options):
 
 
 def test_the_card_counts_what_a_step_reads_and_the_state_holds():
-    shape = Shape(1, 2, 64, 64, 4, 5)
-    config = Config(chunk=4, rounds=3, buckets=6)
-    state = apply(MECHANISM, inputs(64, batch=1, rounds=3, buckets=6), config=config, return_state=True).state
-    assert cost(shape, config).state == sum(x.numel() for n, x in state.tensors().items() if n != "length")
-    longer = cost(Shape(1, 2, 128, 128, 4, 5), config)
-    assert longer.flops == 2 * cost(shape, config).flops
-    assert longer.step_flops == cost(shape, config).step_flops
+    options = {"chunk": 4, "rounds": 3, "buckets": 6}
+    short, long = (cost(Shape(1, 2, n, n, 4, 5), Config(**options)) for n in (64, 128))
+    state = run(inputs(64, batch=1, rounds=3, buckets=6), options, return_state=True).state
+    assert short.state == sum(x.numel() for name, x in state.tensors().items() if name != "length")
+    assert long.flops == 2 * short.flops
+    assert long.step_flops == short.step_flops
 
 
-def test_the_native_kernel_runs_the_chunks():
-    tensors = {name: x.float() for name, x in inputs(70, dim=8).items()}
-    for pattern in SELF:
-        with only("native"):
-            found = run(tensors, pattern, {"chunk": 8})
-        expected = run({n: x.double() for n, x in tensors.items()}, pattern, {"chunk": 8}, form="reference")
-        close(found.double(), expected, 2e-6)
+@pytest.mark.parametrize("pattern", SELF)
+def test_the_native_kernel_runs_the_chunks(pattern):
+    with only("native"):
+        run({name: x.float() for name, x in inputs(70).items()}, {"chunk": 8}, pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk": 0}, {"lookback": -1}, {"rounds": 0}, {"buckets": 0}, {"buckets": 5}, {"eps": 0.0}], ids=str
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(Unsupported):
+        Config(**options)
 
 
 def test_what_it_lacks_is_refused_with_the_reason():
-    for pattern in (Pattern.CAUSAL_CROSS, Pattern.NONCAUSAL_CROSS):
+    for pattern in ("causal-cross", "noncausal-cross"):
         with pytest.raises(Unsupported, match="same vectors"):
             create_layer("reformer", 8, 2, pattern=pattern)
-    assert get_mechanism("lsh_attention") is MECHANISM
     with pytest.raises(Unsupported):
         run(inputs(5), mask=Mask(bias=torch.zeros(1, 1, 5, 5)))
-    for options in (
-        {"chunk": 0},
-        {"lookback": -1},
-        {"rounds": 0},
-        {"buckets": 0},
-        {"buckets": 5},
-        {"eps": 0.0},
-    ):
-        with pytest.raises(Unsupported):
-            Config(**options)
+    state = run(inputs(9, buckets=4), return_state=True).state
+    for other in ({"buckets": 6}, {"rounds": 2}):
+        with pytest.raises(Unsupported, match="rounds"):
+            run(inputs(1, **other), state=state)

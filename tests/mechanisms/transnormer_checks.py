@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from support import load
 from torch import Tensor
 
 from regard.create import create_layer
-
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 
 
 def check_equals_the_authors_layer(
     mechanism: str, recording: str, options: dict[str, Any], close: Callable[[Tensor, Tensor], None]
 ) -> None:
     """The output of a recorded layer with LRPE, and the gradients of its input, angles and query weights."""
-    with np.load(FIXTURES / f"{recording}.npz") as arrays:
-        recorded = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    recorded = load(recording)
     pattern = "causal-self" if "causal" in recording else "noncausal-self"
     layer = create_layer(mechanism, 12, 2, pattern=pattern, positions="lrpe", bias=True, **options).double()
     weights = {f"positions.{part}": recorded[part] for part in ("reflection", "angles")}

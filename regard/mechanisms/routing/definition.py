@@ -15,7 +15,7 @@ from regard.contract import (
     Unsupported,
     at_least,
 )
-from regard.core.precision import wide_dtype
+from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.attention import attention_reference
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def _among_highest(scores: Float[Tensor, "b h n"], count: int) -> Bool[Tensor, "
 def _scores(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> Float[Tensor, "b h c n"]:
     """Affinities of unit tokens to the centroids. They choose, and have no gradient."""
     dtype = wide_dtype(x)
-    return centroids.detach().to(dtype) @ F.normalize(x.detach().to(dtype), dim=-1).mT
+    with without_autocast(x.device):
+        return centroids.detach().to(dtype) @ F.normalize(x.detach().to(dtype), dim=-1).mT
 
 
 def check(call: Call, heads: int) -> None:
