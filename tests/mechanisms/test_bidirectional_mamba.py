@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path as File
+import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support import calls, close, load, shaken
 
 from regard.apply import apply
 from regard.catalogue import get_mechanism
@@ -17,122 +17,60 @@ from regard.contract import Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.bidirectional_mamba import (
     MECHANISM,
+    SCANS,
+    SS2D,
     BidirectionalMambaLayer,
     count_paths,
     find_paths,
     sample_inputs,
     scan_orders,
 )
-from regard.models import Encoder, EncoderConfig
+from regard.workbench.layer_properties import layer_padding
+from regard.workbench.subjects import Subject
 
-FIXTURES = File(__file__).parents[1] / "parity" / "fixtures"
-NONCAUSAL = "noncausal-self"
-SS2D = {"scan": "cross", "combine": "sum", "convolution": "grid", "conv_width": 3, "norm": "layer"}
-SCANS = [
-    *("forward", "reverse", "bidirectional", "columns", "columns_reverse"),
-    *("cross", "snake", "slices", "strided", "windows"),
-]
-SEQUENCE_OPTIONS = [
-    {},
-    {"scan": "forward"},
-    {"copies": 2},
-    {"combine": "sum"},
-    {"combine": "gate"},
-    {"combine": "concat"},
-    {"combine": "concat", "norm": "rms"},
-    {"shared": ("conv", "x_proj", "dt", "A", "D")},
-    {"shared": ("x_proj",)},
-    {"convolution": "once", "shared": ("x_proj", "dt", "D")},
-    {"convolution": "once", "shared": ("x_proj", "A")},
-    {"convolution": "grid", "conv_width": 3, "axes": 1},
-    {"conv_width": 0},
-    {"gate": False},
-    {"skip": False},
-    {"norm": "layer"},
-    {"dt_rank": 5, "d_state": 1},
-    {"symmetric_dt_init": False},
-]
-GRID_OPTIONS = [
-    *({"scan": scan, "combine": "sum"} for scan in SCANS),
-    {"scan": "strided", "combine": "sum", "shared": ("conv", "x_proj", "dt")},
-    {"scan": "strided", "combine": "sum", "shared": ("conv", "x_proj")},
-    {"scan": "strided", "combine": "sum", "conv_width": 0, "copies": 1},
-    {"scan": "cross", "combine": "gate"},
-    {"scan": "cross", "combine": "concat", "copies": 2},
-    SS2D,
-    {**SS2D, "gate": False, "d_state": 1},
-    {"scan": "cascade", "convolution": "grid", "conv_width": 3, "combine": "sum", "norm": "layer"},
-    {"scan": "cascade", "convolution": "once"},
-]
+NONCAUSAL = Pattern.NONCAUSAL_SELF
+THROUGH_GRIDS = [scan for scan in SCANS if scan != "cascade"]
+SETS = ("conv", "x_proj", "dt", "A", "D")
+
+run = calls(MECHANISM, NONCAUSAL)
 
 
-def small_windows(scan: str, sides: tuple[int, int] = (2, 2)) -> dict[str, Any]:
-    """Windows of other sides than (7, 7), for the scan that has windows."""
-    return {"window": sides} if scan == "windows" else {}
+def of_scan(scan: str, window: tuple[int, int] = (2, 2), **options: Any) -> dict[str, Any]:
+    """The paths' sum, with windows of other sides than (7, 7) for the scan that has windows."""
+    return {"scan": scan, "combine": "sum", **({"window": window} if scan == "windows" else {}), **options}
 
 
-def load(name: str) -> dict[str, torch.Tensor]:
-    with np.load(FIXTURES / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
 
 
-def make_layer(dim: int = 6, **options) -> BidirectionalMambaLayer:
-    torch.manual_seed(len(str(options)))
-    layer = create_layer("bidirectional_mamba", dim, pattern=NONCAUSAL, **{"d_state": 4, **options}).double()
-    for parameter in layer.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return layer
+def make_layer(dim: int = 6, **options: Any) -> BidirectionalMambaLayer:
+    return shaken(create_layer("bidirectional_mamba", dim, pattern=NONCAUSAL, **{"d_state": 4, **options}))
 
 
-def inputs_of(n: int, axes: int = 1, options=None, **sizes) -> dict[str, torch.Tensor]:
-    config = MECHANISM.options(**(options or {}))
-    generator = torch.Generator().manual_seed(n)
-    return sample_inputs(
-        generator,
-        batch=2,
-        n=n,
-        m=n,
-        dtype=torch.float64,
-        pattern=Pattern.NONCAUSAL_SELF,
-        config=config,
-        sizes=sizes,
-        grid=(0,) * axes,
-    )
+def inputs_of(n: int, options: dict[str, Any] | None = None, axes: int = 2) -> dict[str, torch.Tensor]:
+    config, generator = MECHANISM.options(**(options or {})), torch.Generator().manual_seed(n)
+    call = {"pattern": NONCAUSAL, "config": config, "grid": (0,) * axes, "dtype": torch.float64}
+    return sample_inputs(generator, batch=2, n=n, m=n, **call)
 
 
-def run(inputs, options=None, **call):
-    config = MECHANISM.options(**(options or {}))
-    return apply(MECHANISM, inputs, pattern=NONCAUSAL, config=config, **call).output
-
-
-def close(found, expected, tolerance=1e-12):
-    assert found.shape == expected.shape
-    assert float((found - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
-
-
-def one_set(inputs):
+def one_set(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same weights for all paths."""
-    alone = {name: t[:, :1] for name, t in inputs.items() if name in ("x", "dt", "b", "c")}
+    alone = {name: inputs[name][:, :1] for name in ("x", "dt", "b", "c")}
     return inputs | alone | {name: inputs[name][:1] for name in ("a", "skip", "dt_bias")}
 
 
-def orders_of(scan: str, sides, **options) -> list[torch.Tensor]:
-    return scan_orders(MECHANISM.options(scan=scan, combine="sum", **options), sides)
+def orders_of(scan: str, sides: tuple[int, ...], **options: Any) -> list[torch.Tensor]:
+    return scan_orders(MECHANISM.options(**of_scan(scan, **options)), sides)
 
 
-def paths_of(scan: str, grid, valid=None):
-    n = int(np.prod(grid))
-    combine = "sum" if scan == "strided" else "mean"
-    config = MECHANISM.options(scan=scan, combine=combine, **small_windows(scan, (2, 3)))
-    return find_paths(config, n, grid, None, valid, torch.device("cpu")), n
-
-
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("scan", THROUGH_GRIDS)
 @pytest.mark.parametrize("grid", [(3, 5), (5, 3), (1, 4), (4, 4)])
 def test_merging_what_was_scanned_gives_every_token_once_for_each_path(scan, grid):
     """And the gradient of scanning is merging: H and W are not mixed up on the way back."""
-    paths, n = paths_of(scan, grid)
-    x = torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
+    n = math.prod(grid)
+    paths = find_paths(MECHANISM.options(**of_scan(scan, (2, 3))), n, grid, None, None, torch.device("cpu"))
+    x = randn(2, n, 3).requires_grad_()
     total = sum(path.put(path.take(x), n) for path in paths)
     close(total, (1 if scan == "strided" else len(paths)) * x)
     cotangents = [torch.randn_like(path.take(x)) for path in paths]
@@ -141,7 +79,7 @@ def test_merging_what_was_scanned_gives_every_token_once_for_each_path(scan, gri
     close(gradient, sum(path.put(g, n) for path, g in zip(paths, cotangents, strict=True)))
 
 
-def test_orders_of_a_grid_of_two_rows_of_three():
+def test_orders_of_small_grids():
     expected = {
         "forward": ["012345"],
         "reverse": ["543210"],
@@ -155,81 +93,31 @@ def test_orders_of_a_grid_of_two_rows_of_three():
         "windows": ["013425", "524310"],
     }
     for scan, orders in expected.items():
-        assert ["".join(map(str, order.tolist())) for order in orders_of(scan, (2, 3), **small_windows(scan))] == orders
+        assert ["".join(map(str, order.tolist())) for order in orders_of(scan, (2, 3))] == orders
     assert [order.tolist() for order in orders_of("strided", (3, 3))] == [[0, 2, 6, 8], [3, 5], [1, 7], [4]]
+    assert [order.tolist() for order in orders_of("strided", (4, 4))[1::2]] == [[4, 12, 6, 14], [5, 13, 7, 15]]
     assert len(orders_of("cross", (2, 2, 2))) == 6
     assert orders_of("cross", (2, 3, 2))[1].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+    assert orders_of("slices", (2, 2, 2))[2].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def test_columns_of_a_strided_grid_are_walked_down():
-    assert orders_of("strided", (4, 4))[1].tolist() == [4, 12, 6, 14]
-    assert orders_of("strided", (4, 4))[3].tolist() == [5, 13, 7, 15]
+def test_one_slice_or_slices_of_one_place_are_the_forward_order():
+    for sides in ((1, 7), (7, 1), (1, 2, 3)):
+        forward, _, across = orders_of("slices", sides)
+        assert torch.equal(forward, across)
 
 
-@pytest.mark.parametrize("grid", [(4, 5), (3, 3), (1, 6), (6, 1), (1, 1)])
-def test_strided_grids_visit_every_place_once(grid):
-    places = torch.cat(orders_of("strided", grid))
-    assert places.sort().values.tolist() == list(range(grid[0] * grid[1]))
-
-
-@pytest.mark.parametrize("grid", [(3, 4), (4, 2, 3)])
-def test_snakes_and_slices_move_as_they_say(grid):
-    if len(grid) == 2:
-        for order in orders_of("snake", grid):
-            row, column = order // grid[1], order % grid[1]
-            assert (row.diff().abs() + column.diff().abs() == 1).all()
-    order = orders_of("slices", grid)[2]
-    inside = int(np.prod(grid[1:]))
-    assert (order.view(inside, grid[0]) % inside == torch.arange(inside)[:, None]).all()
-    assert (order.view(inside, grid[0]) // inside == torch.arange(grid[0])).all()
-
-
-@pytest.mark.parametrize("grid", [(1, 7), (7, 1), (1, 2, 3)])
-def test_one_slice_or_slices_of_one_place_are_the_forward_order(grid):
-    forward, _, across = orders_of("slices", grid)
-    assert torch.equal(forward, across)
-
-
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("scan", THROUGH_GRIDS)
 @pytest.mark.parametrize("copies", [1, 2])
 def test_paths_are_separate_scans_of_permuted_sequences(scan, copies):
-    """Each is `mamba` in causal form on the tokens in its order; together they are one scan in groups."""
-    grid, options = (3, 5), {"scan": scan, "copies": copies, "combine": "sum", **small_windows(scan)}
-    x = inputs_of(15, 2, options)
-    expected = torch.zeros(2, 15, 8, dtype=torch.float64)
-    strided = scan == "strided"
-    scanned = []
-    for p, order in enumerate(orders_of(scan, grid, copies=copies, **small_windows(scan))):
-        own = {name: x[name][:, 0 if strided else p, order] for name in ("x", "dt", "b", "c")}
+    """Each is `mamba` in causal form on the tokens in its order."""
+    options = of_scan(scan, copies=copies)
+    x, expected = inputs_of(15, options), torch.zeros(2, 15, 8, dtype=torch.float64)
+    for p, order in enumerate(orders_of(scan, (3, 5), copies=copies)):
+        own = {name: x[name][:, 0 if scan == "strided" else p, order] for name in ("x", "dt", "b", "c")}
         own |= {name: x[name][p] for name in ("a", "skip", "dt_bias")}
-        y = apply(get_mechanism("mamba"), own).output
-        scanned.append(own)
-        expected[:, order] += y
-    expected = expected * F.silu(x["z"])
-    close(run(x, options, grid=grid), expected)
-    close(run(x, options, grid=grid, form="reference"), expected)
-    if not strided:
-        names = {"x": 2, "dt": 2, "b": 2, "c": 2, "a": 0, "skip": 0, "dt_bias": 0}
-        grouped = {name: torch.cat([own[name] for own in scanned], axis) for name, axis in names.items()}
-        y = apply(get_mechanism("mamba"), grouped).output
-        total = torch.zeros_like(expected)
-        for part, order in zip(
-            y.split(8, -1), orders_of(scan, grid, copies=copies, **small_windows(scan)), strict=True
-        ):
-            total[:, order] += part
-        close(total * F.silu(x["z"]), expected)
-
-
-def test_two_directions_are_noncausal_mamba_and_each_token_once_more():
-    x = one_set(inputs_of(9))
-    del x["z"]
-    alone = {name: x[name][:, 0] for name in ("x", "dt", "b", "c")} | {n: x[n][0] for n in ("a", "skip", "dt_bias")}
-    once = apply(get_mechanism("mamba"), alone, pattern=NONCAUSAL).output
-    steps = F.softplus(alone["dt"] + alone["dt_bias"])
-    keys = (alone["b"] * alone["c"]).sum(-1).repeat_interleave(4, 2)
-    own = steps * alone["x"] * keys + alone["skip"] * alone["x"]
-    close(run(x, {"combine": "sum"}), once + own)
-    close(run(x), (once + own) / 2)
+        expected[:, order] += apply(get_mechanism("mamba"), own).output
+    close(run(x, options, grid=(3, 5)).output, expected * F.silu(x["z"]))
 
 
 def move(inputs, grid, change):
@@ -243,22 +131,22 @@ def move(inputs, grid, change):
 
 
 def test_cross_scans_with_one_set_commute_with_half_turns_and_transposition_but_not_with_a_flip():
-    grid, options = (3, 5), {"scan": "cross", "combine": "sum"}
-    x = one_set(inputs_of(15, 2, options))
-    y = run(x, options, grid=grid).unflatten(1, grid)
-    turned = run(move(x, grid, lambda t: t.flip(0, 1)), options, grid=grid).unflatten(1, grid)
-    close(turned, y.flip(1, 2))
-    transposed = run(move(x, grid, lambda t: t.transpose(0, 1)), options, grid=(5, 3)).unflatten(1, (5, 3))
-    close(transposed, y.transpose(1, 2))
-    flipped = run(move(x, grid, lambda t: t.flip(1)), options, grid=grid).unflatten(1, grid)
-    assert float((flipped - y.flip(2)).abs().max()) > 0.01
+    grid, options = (3, 5), of_scan("cross")
+    x = one_set(inputs_of(15, options))
+
+    def scanned(inputs, grid=grid):
+        return run(inputs, options, grid=grid).output.unflatten(1, grid)
+
+    y = scanned(x)
+    close(scanned(move(x, grid, lambda t: t.flip(0, 1))), y.flip(1, 2))
+    close(scanned(move(x, grid, lambda t: t.transpose(0, 1)), (5, 3)), y.transpose(1, 2))
+    assert float((scanned(move(x, grid, lambda t: t.flip(1))) - y.flip(2)).abs().max()) > 0.01
 
 
 def test_a_block_with_one_set_turns_with_its_input():
-    layer = make_layer(shared=("conv", "x_proj", "dt", "A", "D"))
-    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    layer, once = make_layer(shared=SETS), make_layer(shared=SETS, convolution="once")
+    x = randn(2, 9, 6)
     close(layer(x.flip(1)).output, layer(x).output.flip(1))
-    once = make_layer(shared=("conv", "x_proj", "dt", "A", "D"), convolution="once")
     assert float((once(x.flip(1)).output - once(x).output.flip(1)).detach().abs().max()) > 1e-3
 
 
@@ -274,84 +162,71 @@ def test_a_block_with_one_set_turns_with_its_input():
     ],
 )
 def test_receptive_field_of_the_centre(scan, seen):
-    layer = make_layer(scan=scan)
-    x = torch.randn(1, 35, 6, dtype=torch.float64, requires_grad=True)
+    layer, x = make_layer(scan=scan), randn(1, 35, 6).requires_grad_()
     output = layer(x, context=Context(grid=(5, 7))).output
     (gradient,) = torch.autograd.grad(output[0, 17].sum(), x)
     assert gradient[0].abs().amax(-1).nonzero().flatten().tolist() == list(seen)
 
 
-@pytest.mark.parametrize("options", SEQUENCE_OPTIONS, ids=str)
-def test_padded_rows_equal_rows_alone_with_every_option(options):
-    """The reversed path starts at the last valid token, and no bias of a step or a convolution is written before."""
-    layer = make_layer(**options)
-    x = torch.randn(3, 8, 6, dtype=torch.float64)
-    valid = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0], [0] * 8], dtype=torch.bool)
-    poisoned = torch.where(valid[..., None], x, float("nan")).requires_grad_()
-    output = layer(poisoned, context=Context(mask=Mask(valid=valid))).output
-    for row in range(2):
-        close(output[row : row + 1, valid[row]], layer(x[row : row + 1, valid[row]]).output)
-    assert (output[~valid] == 0).all()
-    (gradient,) = torch.autograd.grad(output.sum(), poisoned)
-    assert gradient.isfinite().all() and (gradient[~valid] == 0).all()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shared": ("x_proj",)},
+        {"convolution": "once", "shared": ("x_proj", "dt", "D")},
+        {"convolution": "grid", "conv_width": 3, "axes": 1},
+    ],
+    ids=str,
+)
+def test_padded_rows_equal_rows_alone_with_options_that_no_variant_has(options):
+    assert layer_padding(Subject(MECHANISM, NONCAUSAL, options), torch.float64) < 1e-12
 
 
-@pytest.mark.parametrize("options", SEQUENCE_OPTIONS[:7], ids=str)
-def test_packed_documents_do_not_see_each_other_in_either_direction(options):
-    layer = make_layer(**options)
-    x = torch.randn(1, 9, 6, dtype=torch.float64)
-    packed = layer(x, context=Context(mask=Mask(cu_seqlens=torch.tensor([0, 4, 4, 9])))).output
-    close(packed[:, :4], layer(x[:, :4]).output)
-    close(packed[:, 4:], layer(x[:, 4:]).output)
-
-
-@pytest.mark.parametrize("options", GRID_OPTIONS, ids=str)
-@pytest.mark.parametrize("inner", [(4, 5), (3, 6)])
-def test_a_grid_with_a_masked_border_equals_the_smaller_grid(options, inner):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(options for name, options in MECHANISM.variants.items() if name in MECHANISM.grid_variants),
+        *({"scan": scan} for scan in ("forward", "reverse", "bidirectional")),
+        of_scan("strided", shared=("conv", "x_proj", "dt")),
+        of_scan("strided", conv_width=0),
+        {"scan": "cross", "combine": "gate"},
+        {"scan": "cross", "combine": "concat", "copies": 2},
+        SS2D,
+        {**SS2D, "gate": False, "d_state": 1},
+        {**SS2D, "scan": "cascade"},
+    ],
+    ids=str,
+)
+def test_a_grid_with_a_masked_border_equals_the_smaller_grid(options):
     """Paths and convolutions pass over masked places: rows below and columns to the right."""
-    layer, (rows, columns) = make_layer(**options), inner
-    small = torch.randn(2, rows * columns, 6, dtype=torch.float64)
+    layer, small = make_layer(axes=2, **options), randn(2, 20, 6)
     large = torch.full((2, 5, 6, 6), float("nan"), dtype=torch.float64)
-    large[:, :rows, :columns] = small.unflatten(1, inner)
+    large[:, :4, :5] = small.unflatten(1, (4, 5))
     valid = torch.zeros(2, 5, 6, dtype=torch.bool)
-    valid[:, :rows, :columns] = True
+    valid[:, :4, :5] = True
     context = Context(grid=(5, 6), mask=Mask(valid=valid.flatten(1)))
     output = layer(large.flatten(1, 2), context=context).output.unflatten(1, (5, 6))
-    close(output[:, :rows, :columns].flatten(1, 2), layer(small, context=Context(grid=inner)).output)
+    close(output[:, :4, :5].flatten(1, 2), layer(small, context=Context(grid=(4, 5))).output)
     assert (output[~valid] == 0).all()
 
 
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("scan", THROUGH_GRIDS)
 def test_masked_places_neither_write_nor_decay(scan):
     """The parallel form passes them over; the definition stands still there (a step of 0)."""
-    options = {"scan": scan, "combine": "sum", **small_windows(scan, (3, 2))}
-    x = inputs_of(20, 2, options)
+    options = of_scan(scan, (3, 2))
+    x = {name: t.requires_grad_() for name, t in inputs_of(20, options).items()}
     valid = torch.rand(2, 20, generator=torch.Generator().manual_seed(5)) < 0.6
-    mask = Mask(valid=valid)
+    call = {"grid": (4, 5), "mask": Mask(valid=valid)}
     poisoned = x | {"x": torch.where(valid[:, None, :, None], x["x"], float("nan"))}
-    found = run(poisoned, options, grid=(4, 5), mask=mask)
-    close(found, run(x, options, grid=(4, 5), mask=mask, form="reference"))
+    found, expected = run(poisoned, options, **call).output, run(x, options, form="reference", **call).output
+    close(found, expected)
     assert (found[~valid] == 0).all()
-
-
-@pytest.mark.parametrize("scan", ["cross", "strided"])
-def test_gradients_on_a_masked_grid_are_those_of_the_definition(scan):
-    options = {"scan": scan, "combine": "sum"}
-    mask = Mask(valid=torch.rand(2, 12, generator=torch.Generator().manual_seed(4)) < 0.7)
-    x = {name: t.requires_grad_() for name, t in inputs_of(12, 2, options).items()}
-    found, expected = (
-        torch.autograd.grad(run(x, options, grid=(3, 4), mask=mask, form=form).sin().sum(), list(x.values()))
-        for form in ("parallel", "reference")
-    )
-    for a, b in zip(found, expected, strict=True):
+    gradients = (torch.autograd.grad(y.sin().sum(), list(x.values())) for y in (found, expected))
+    for a, b in zip(*gradients, strict=True):
         close(a, b)
 
 
 def test_a_cascade_scans_every_row_and_then_every_column():
-    options = {"scan": "cascade", "convolution": "once", "conv_width": 0, "combine": "sum", "gate": False}
-    layer = make_layer(**options)
-    x = torch.randn(1, 12, 6, dtype=torch.float64)
-    y = F.silu(layer.in_proj(x))
+    layer, x = make_layer(**of_scan("cascade", convolution="once", conv_width=0, gate=False)), randn(1, 12, 6)
 
     def both(line, first):
         total = torch.zeros_like(line)
@@ -364,7 +239,7 @@ def test_a_cascade_scans_every_row_and_then_every_column():
             total = total + (out if p == first else out.flip(1))
         return total
 
-    image = F.layer_norm(y, (12,)).unflatten(1, (3, 4))
+    image = F.layer_norm(F.silu(layer.in_proj(x)), (12,)).unflatten(1, (3, 4))
     rows = torch.stack([both(image[:, i], 0) for i in range(3)], 1)
     image = F.layer_norm(rows, (12,))
     columns = torch.stack([both(image[:, :, j], 2) for j in range(4)], 2)
@@ -373,8 +248,7 @@ def test_a_cascade_scans_every_row_and_then_every_column():
 
 def test_the_block_by_hand():
     """Vim, version 2: one pair of outer projections, sets of their own inside, half of the sum of gated directions."""
-    layer = make_layer()
-    u = torch.randn(2, 7, 6, dtype=torch.float64)
+    layer, u = make_layer(), randn(2, 7, 6)
     x, z = layer.in_proj(u).split(12, -1)
     total = 0
     for p in range(2):
@@ -394,29 +268,25 @@ def test_the_block_by_hand():
 
 
 def test_gates_of_paths_start_as_the_mean_and_choose_when_trained():
-    torch.manual_seed(0)
-    layer = create_layer("bidirectional_mamba", 6, pattern=NONCAUSAL, combine="gate").double()
-    mean = create_layer("bidirectional_mamba", 6, pattern=NONCAUSAL).double()
-    mean.load_state_dict({k: v for k, v in layer.state_dict().items() if "mix" not in k})
-    x = torch.randn(2, 8, 6, dtype=torch.float64)
-    close(layer(x).output, mean(x).output)
-    layer.mix_proj.bias.data += torch.tensor([0.0, -200.0])
-    forward = create_layer("bidirectional_mamba", 6, pattern=NONCAUSAL, scan="forward").double()
+    gated, mean, forward = (
+        create_layer("bidirectional_mamba", 6, pattern=NONCAUSAL, **options).double()
+        for options in ({"combine": "gate"}, {}, {"scan": "forward"})
+    )
+    mean.load_state_dict({k: v for k, v in gated.state_dict().items() if "mix" not in k})
+    x = randn(2, 8, 6)
+    close(gated(x).output, mean(x).output)
+    gated.mix_proj.bias.data += torch.tensor([0.0, -200.0])
     state = {k: v for k, v in mean.state_dict().items() if ".1." not in k}
     forward.load_state_dict({k: v[:1] if k in ("A_log", "D", "dt_bias") else v for k, v in state.items()})
-    close(layer(x).output, forward(x).output)
+    close(gated(x).output, forward(x).output)
 
 
 def test_concatenated_paths_are_a_sum_of_projections():
-    layer = make_layer(combine="concat")
-    total = make_layer(combine="sum")
-    state = {k: v for k, v in layer.state_dict().items() if k != "out_proj.weight"}
-    left, right = layer.out_proj.weight.detach().split(12, 1)
+    layer, total, x = make_layer(combine="concat"), make_layer(combine="sum"), randn(2, 8, 6)
+    left = layer.out_proj.weight.detach()[:, :12]
     layer.out_proj.weight.data = torch.cat([left, left], 1)
-    total.load_state_dict(state | {"out_proj.weight": left})
-    x = torch.randn(2, 8, 6, dtype=torch.float64)
+    total.load_state_dict(layer.state_dict() | {"out_proj.weight": left})
     close(layer(x).output, total(x).output)
-    assert right.shape == left.shape
 
 
 PARITY = {
@@ -449,7 +319,7 @@ def test_parity_of_the_block_on_a_grid(name):
     x = f["x"].flatten(1, 2).requires_grad_()
     output = layer(x, context=Context(grid=(5, 7))).output
     close(output, f["out"].flatten(1, 2), 1e-10)
-    (gradient,) = torch.autograd.grad((output * f["grad_out"].flatten(1, 2)).sum(), x)
+    (gradient,) = torch.autograd.grad(output, x, f["grad_out"].flatten(1, 2))
     close(gradient, f["grad_x"].flatten(1, 2), 1e-10)
 
 
@@ -475,37 +345,18 @@ def test_time_constants_stay_in_float32_and_narrow_inputs_stay_finite():
 
 
 def test_shared_sets_are_there_once():
-    names = ("conv", "x_proj", "dt", "A", "D")
-    for shared in itertools.chain.from_iterable(itertools.combinations(names, k) for k in (0, 1, 5)):
+    for shared in itertools.chain.from_iterable(itertools.combinations(SETS, k) for k in (0, 1, 5)):
         layer = create_layer("bidirectional_mamba", 6, pattern=NONCAUSAL, scan="cross", shared=shared)
         counts = {"conv": len(layer.convs), "x_proj": len(layer.x_proj), "dt": len(layer.dt_proj)}
         counts |= {"A": len(layer.A_log), "D": len(layer.D)}
-        assert counts == {name: 1 if name in shared else 4 for name in names}
+        assert counts == {name: 1 if name in shared else 4 for name in SETS}
         assert len(layer.dt_bias) == counts["dt"]
 
 
-def test_an_encoder_of_images_learns_through_cross_scans():
-    torch.manual_seed(0)
-    plan = [("bidirectional_mamba", {"scan": "cross", "d_state": 4})]
-    model = Encoder(EncoderConfig(num_classes=2, features=3, dim=16, num_heads=1, plan=plan, positions="none"))
-    x = torch.randn(32, 20, 3)
-    y = (x[:, 0, 0] * x[:, -1, 0] > 0).long()  # opposite corners
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    losses = []
-    for _ in range(40):
-        loss = F.cross_entropy(model(x, context=Context(grid=(4, 5))).output, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-@pytest.mark.parametrize("options", [SS2D, {"scan": "strided", "combine": "sum"}], ids=["ss2d", "strided"])
+@pytest.mark.parametrize("options", [SS2D, of_scan("strided")], ids=["ss2d", "strided"])
 def test_a_masked_grid_compiles_whole(options):
-    layer = make_layer(**options)
-    x, valid = torch.randn(2, 12, 6, dtype=torch.float64), torch.rand(2, 12) < 0.7
-    context = Context(grid=(3, 4), mask=Mask(valid=valid))
+    layer, x = make_layer(**options), randn(2, 12, 6)
+    context = Context(grid=(3, 4), mask=Mask(valid=torch.rand(2, 12) < 0.7))
     compiled = torch.compile(lambda x, c: layer(x, context=c).output, fullgraph=True, backend="aot_eager")
     close(compiled(x, context), layer(x, context=context).output)
 
@@ -520,58 +371,57 @@ def test_cost_is_linear_in_the_tokens_and_in_the_paths():
     assert count_paths(MECHANISM.options(scan="cross"), 3) == 6
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"scan": "diagonal"},
-        {"combine": "max"},
-        {"convolution": "both"},
-        {"shared": ("B",)},
-        {"copies": 0},
-        {"d_state": 0},
-        {"dt_rank": 0},
-        {"expand": 0.0},
-        {"conv_width": -1},
-        {"dt_init": (0.1, 0.01)},
-        {"norm": "batch"},
-        {"chunk_size": 0},
+def test_wrong_options_are_refused():
+    names = dict.fromkeys(("scan", "combine", "convolution", "norm"), "diagonal")
+    zeros = dict.fromkeys(("copies", "d_state", "dt_rank", "expand", "chunk_size"), 0)
+    others = {"shared": ("B",), "conv_width": -1, "dt_init": (0.1, 0.01), "window": (2, 2)}
+    for options in (
+        *({name: value} for name, value in (names | zeros | others).items()),
         {"scan": "strided"},
         {"scan": "windows", "window": (0, 2)},
-        {"window": (2, 2)},
-        {"window": (2, 2, 2)},
+        {"scan": "windows", "window": (2, 2, 2)},
         {"scan": "cascade", "convolution": "grid", "conv_width": 3, "copies": 2},
         {"scan": "cascade", "convolution": "path"},
         {"convolution": "grid", "conv_width": 4},
+    ):
+        with pytest.raises(Unsupported):
+            MECHANISM.options(**options)
+
+
+X, ON_GRID = inputs_of(12, axes=1), {"grid": (3, 4)}
+STRIDED = inputs_of(12, of_scan("strided"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "call", "reason"),
+    [
+        (X, {"scan": "cross"}, {}, "a sequence"),
+        (X, {"scan": "snake"}, {"grid": (2, 2, 3)}, "2 axes"),
+        (X, {"scan": "windows"}, {}, "a sequence"),
+        (X, {}, {"grid": (3, 5)}, "grid"),
+        (X, {"scan": "cross"}, ON_GRID, "2 paths"),
+        (X, {"combine": "gate"}, {}, "without mix"),
+        (X | {"mix": torch.zeros(2, 2, 12)}, {}, {}, "with mix"),
+        (X, {"scan": "cascade", "conv_width": 0}, ON_GRID, "cascade"),
+        (X | {"a": X["a"][[0, 0, 0]]}, {}, {}, "3 paths"),
+        (X, {}, {"mask": Mask(cu_seqlens=torch.tensor([0, 12])), **ON_GRID}, "cu_seqlens"),
+        (STRIDED | {"x": STRIDED["x"].expand(2, 4, 12, 8)}, of_scan("strided"), ON_GRID, "each token is on one"),
     ],
-    ids=str,
 )
-def test_wrong_options_are_refused(options):
-    with pytest.raises(Unsupported):
-        MECHANISM.options(**options)
+def test_calls_that_do_not_fit_are_refused(inputs, options, call, reason):
+    with pytest.raises(Unsupported, match=reason):
+        run(inputs, options, **call)
 
 
-def test_calls_that_do_not_fit_are_refused():
-    x = inputs_of(12)
-    refused = [
-        (lambda: run(x, {"scan": "cross"}), "a sequence"),
-        (lambda: run(x, {"scan": "snake"}, grid=(2, 2, 3)), "2 axes"),
-        (lambda: run(x, {"scan": "windows"}), "a sequence"),
-        (lambda: run(x, grid=(3, 5)), "grid"),
-        (lambda: run(x, {"scan": "cross"}, grid=(3, 4)), "2 paths"),
-        (lambda: run(x, {"combine": "gate"}), "without mix"),
-        (lambda: run(x | {"mix": torch.zeros(2, 2, 12)}), "with mix"),
-        (lambda: run(x, {"scan": "cascade", "conv_width": 0}, grid=(3, 4)), "cascade"),
-        (lambda: run(x | {"a": x["a"][[0, 0, 0]]}), "3 paths"),
-        (lambda: run(x, mask=Mask(cu_seqlens=torch.tensor([0, 12])), grid=(3, 4)), "cu_seqlens"),
-        (lambda: make_layer(scan="cross")(torch.randn(1, 12, 6).double()), "sequence"),
-        (lambda: make_layer(**SS2D)(torch.randn(1, 12, 6).double(), context=Context(grid=(2, 2, 3))), "grid"),
-        (lambda: make_layer(scan="strided", combine="sum", axes=3), "axes"),
-        (lambda: make_layer()(torch.randn(1, 4, 6).double(), context=Context(want=frozenset({"state"}))), "state"),
-        (lambda: create_layer("bidirectional_mamba", 6, pattern="causal-self"), "mamba"),
-    ]
-    for call, reason in refused:
-        with pytest.raises(Unsupported, match=reason):
-            call()
-    strided = inputs_of(12, 2, {"scan": "strided", "combine": "sum"})
-    with pytest.raises(Unsupported, match="each token is on one"):
-        run(strided | {"x": strided["x"].expand(2, 4, 12, 8)}, {"scan": "strided", "combine": "sum"}, grid=(3, 4))
+@pytest.mark.parametrize(
+    ("options", "context", "reason"),
+    [
+        ({"scan": "cross"}, {}, "sequence"),
+        (SS2D, {"grid": (2, 2, 3)}, "grid"),
+        ({"scan": "strided", "combine": "sum", "axes": 3}, {}, "axes"),
+        ({}, {"want": frozenset({"state"})}, "state"),
+    ],
+)
+def test_layers_and_contexts_that_do_not_fit_are_refused(options, context, reason):
+    with pytest.raises(Unsupported, match=reason):
+        make_layer(**options)(randn(1, 12, 6), context=Context(**context))
