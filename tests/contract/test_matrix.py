@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard import get_mechanism, list_mechanisms
-from regard.contract import Kind
+from regard.contract import Kind, Pattern
 from regard.workbench.verify import PROGRAMS, PROPERTIES, Place, check, verified_backends
 
 BY_TURNS = {"layer_compile", "layer_export", "layer_lengths"}
@@ -39,17 +39,26 @@ def test_property_holds(name, pattern, prop):
 VARIANTS = [(name, variant) for name in list_mechanisms() for variant in get_mechanism(name).variants]
 
 
-@pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=[f"{n}-{v}" for n, v in VARIANTS])
-def test_properties_hold_for_every_variant(name, variant):
-    """In one of its patterns, by turns. `regard verify NAME --variant all` measures all patterns and dtypes."""
-    card = get_mechanism(name)
-    patterns = card.patterns_of(variant)
-    pattern = patterns[VARIANTS.index((name, variant)) % len(patterns)]
+def patterns_tried(name, variant):
+    """One pattern by turns, and causal-self, which alone has states and steps. `regard verify NAME --variant all` measures
+    all patterns and dtypes."""
+    patterns = get_mechanism(name).patterns_of(variant)
+    turn = patterns[VARIANTS.index((name, variant)) % len(patterns)]
+    return [p for p in patterns if p in (turn, Pattern.CAUSAL_SELF)]
+
+
+VARIANT_CELLS = [(n, v, p) for n, v in VARIANTS for p in patterns_tried(n, v)]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "pattern"), VARIANT_CELLS, ids=[f"{n}-{v}-{p.value}" for n, v, p in VARIANT_CELLS]
+)
+def test_properties_hold_for_every_variant(name, variant, pattern):
     failures = []
     for prop in PROPERTIES:
         for backend in verified_backends() if prop.name not in PROGRAMS else ():
             for dtype in prop.dtypes_on(backend)[:1]:
-                cell = check(Place(card, pattern, prop, dtype, backend, variant))
+                cell = check(Place(get_mechanism(name), pattern, prop, dtype, backend, variant))
                 if cell is not None and cell.status == "fail":
                     failures.append(f"{prop.name} of {cell.dtype} on {backend}: {cell.detail}")
     assert not failures, f"in {pattern}: " + "; ".join(failures)
