@@ -419,7 +419,7 @@ MECHANISM = Mechanism(
     },
     config=Config,
     variants={
-        "no beta": {"use_beta": False, "feature_map": "relu", "normalize_queries": False, "eps": 1e-3},
+        "no beta": {"use_beta": False, "feature_map": "elu", "normalize_queries": False, "eps": 1e-3},
         "sums": {"feature_map": "elu", "norm": "sum"},
         "negative eigenvalues": {"feature_map": "silu", "allow_negative_eigenvalues": True, "normalize_queries": False},
         "gated": {"gated": True},
