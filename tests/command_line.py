@@ -1,0 +1,30 @@
+"""`regard` on a command line, run in the process of the test."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+
+from regard.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[int, str, str]:
+    """Exit code, output and messages of `regard LINE`, with more arguments that are not split into words."""
+    code: Any = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["regard", *shlex.split(line), *map(str, more)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, *capsys.readouterr()
+
+
+def answer(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> Any:
+    """What a command that must succeed prints as JSON."""
+    code, out, messages = run(capsys, line, *more, "--json")
+    assert code == 0, out[-2000:] + messages
+    return json.loads(out)
