@@ -368,10 +368,7 @@ def _plan(card: Mechanism, tensors: dict[str, Tensor], pattern: Pattern, config:
 def _run_plan(card: Mechanism, plan: _Plan, tensors: dict[str, Tensor]) -> Result:
     if plan.heads is not None:
         tensors = _expand_heads(card, tensors, plan.heads)
-    if plan.form in card.forms:
-        result = _as_result(card.forms[plan.form](plan.call, **tensors), None)
-    else:
-        result = run_form(card, plan.form, plan.call, tensors)
+    result = run_form(card, plan.form, plan.call, tensors)
     result.output, result.state = _tied(result.output, tensors), None
     return result
 
