@@ -4,86 +4,81 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support import close
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard.backends import linear as routes
-from regard.backends.linear import CHOICES, ROUTES, Choices, FrozenWeights, Product, linear, use_route
+from regard.backends.linear import ROUTES, Choices, FrozenWeights, Product, linear, use_route
 from regard.contract import Unsupported
 
 AVAILABLE = [name for name, route in ROUTES.items() if route.available()]
 FORCED = [name for name in AVAILABLE if name != "onednn_packed"]
 LARGE = Product.plain(64, 1024, 512)
 
+each_route = pytest.mark.parametrize("name", FORCED)
+needs_onednn = pytest.mark.skipif("onednn" not in AVAILABLE, reason="this build of torch has no oneDNN")
+
 
 @pytest.fixture(autouse=True)
-def _own_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choices:
     """Nothing is measured for, or read from, the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(routes, "CHOICES", Choices())
-    monkeypatch.setitem(globals(), "CHOICES", routes.CHOICES)
+    return routes.CHOICES
 
 
-def error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+def near(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    close(got.detach().double(), expected.detach(), tolerance)
 
 
-def sample(*shape: int, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+def sample(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     *rows, k, n = shape
-    return torch.randn(*rows, k), torch.randn(n, k) / k**0.5, torch.randn(n) if bias else None
+    return torch.randn(*rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
 
 
-@pytest.mark.parametrize("name", FORCED)
+# What a route computes.
+
+
+@each_route
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 8, 16), (7, 33, 5), (2, 3, 40, 24), (13, 1), (64, 128, 257), (100, 1, 7)])
+@pytest.mark.parametrize("shape", [(1, 8, 16), (7, 33, 5), (2, 3, 40, 24), (13, 1, 3), (64, 128, 257), (100, 1, 7)])
 def test_value_and_gradients_are_those_of_float64(name: str, bias: bool, shape: tuple[int, ...]) -> None:
-    shape = shape if len(shape) > 2 else (*shape, 3)
-    tensors = [t for t in sample(*shape, bias=bias) if t is not None]
-    exact = [t.double().requires_grad_() for t in tensors]
+    tensors = [t.requires_grad_() for t in sample(*shape)[: 3 if bias else 2]]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = F.linear(*exact)
     weights = torch.randn(expected.shape)
-    expected.mul(weights.double()).sum().backward()
-    for t in tensors:
-        t.requires_grad_()
     with use_route(name):
         y = linear(*tensors)
-        assert y.is_contiguous()
-        assert error(y.detach(), expected.detach()) < 2e-6
-        y.mul(weights).sum().backward()
-    for t, wanted in zip(tensors, exact, strict=True):
-        assert t.grad is not None and wanted.grad is not None
-        assert error(t.grad, wanted.grad) < 2e-6
+        found = torch.autograd.grad(y, tensors, weights)
+    assert y.is_contiguous()
+    near(y, expected)
+    for got, wanted in zip(found, torch.autograd.grad(expected, exact, weights.double()), strict=True):
+        near(got, wanted)
 
 
-@pytest.mark.parametrize("name", FORCED)
-@pytest.mark.parametrize("rows", [(0,), (2, 0), ()])
-def test_no_rows_and_a_single_vector(name: str, rows: tuple[int, ...]) -> None:
-    x, weight, bias = torch.randn(*rows, 6), torch.randn(4, 6, requires_grad=True), torch.randn(4)
+@each_route
+@pytest.mark.parametrize(("rows", "k", "n"), [((0,), 6, 4), ((2, 0), 6, 4), ((), 6, 4), ((3,), 0, 4), ((3,), 6, 0)])
+def test_no_rows_a_single_vector_and_empty_widths(name: str, rows: tuple[int, ...], k: int, n: int) -> None:
+    x, weight, bias = torch.randn(*rows, k), torch.randn(n, k, requires_grad=True), torch.randn(n)
     with use_route(name):
         y = linear(x, weight, bias)
         y.sum().backward()
-    assert y.shape == (*rows, 4)
+        if len(rows) == 1:
+            torch.testing.assert_close(torch.ops.regard.linear(x, weight, bias), F.linear(x, weight, bias))
     torch.testing.assert_close(y, F.linear(x, weight, bias))
     assert weight.grad is not None and weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", FORCED)
-@pytest.mark.parametrize("sizes", [(0, 4), (6, 0)])
-def test_empty_widths(name: str, sizes: tuple[int, int]) -> None:
-    k, n = sizes
-    x, weight, bias = torch.randn(3, k), torch.randn(n, k), torch.randn(n)
-    with use_route(name):
-        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
-        torch.testing.assert_close(torch.ops.regard.linear(x, weight, bias), F.linear(x, weight, bias))
-
-
-@pytest.mark.parametrize("name", FORCED)
+@each_route
 def test_views_need_no_copy_by_the_caller(name: str) -> None:
     wide, table = torch.randn(60, 200), torch.randn(70, 150)
     operands = [
@@ -97,10 +92,10 @@ def test_views_need_no_copy_by_the_caller(name: str) -> None:
     ]
     with use_route(name):
         for x, weight in operands:
-            assert error(linear(x, weight), F.linear(x.double(), weight.double())) < 2e-6
+            near(linear(x, weight), F.linear(x.double(), weight.double()))
 
 
-@pytest.mark.parametrize("name", FORCED)
+@each_route
 def test_nan_and_infinity_propagate(name: str) -> None:
     x, weight, _ = sample(8, 16, 8)
     x[3, 5], x[4, 2] = torch.nan, torch.inf
@@ -110,77 +105,68 @@ def test_nan_and_infinity_propagate(name: str) -> None:
     assert y[[0, 1, 2, 5, 6, 7]].isfinite().all()
 
 
-@pytest.mark.parametrize("name", FORCED)
+@each_route
 def test_second_derivatives_are_those_of_float64(name: str) -> None:
-    def penalty(x: Tensor, weight: Tensor, bias: Tensor, product: object) -> tuple[Tensor, ...]:
-        y = product(x, weight, bias).tanh()  # type: ignore[operator]
+    def penalty(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y = product(x, weight, bias).tanh()
         slopes = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=True)
         return torch.autograd.grad(sum(s.square().sum() for s in slopes), (x, weight, bias))
 
-    tensors = [t.requires_grad_() for t in sample(5, 7, 6) if t is not None]
-    expected = penalty(*(t.detach().double().requires_grad_() for t in tensors), F.linear)
+    tensors = [t.requires_grad_() for t in sample(5, 7, 6)]
+    expected = penalty(F.linear, *(t.detach().double().requires_grad_() for t in tensors))
     with use_route(name):
-        for got, wanted in zip(penalty(*tensors, linear), expected, strict=True):
-            assert error(got, wanted) < 5e-6
+        for got, wanted in zip(penalty(linear, *tensors), expected, strict=True):
+            near(got, wanted, 5e-6)
 
 
-@pytest.mark.parametrize("name", FORCED)
+# What looks at a call.
+
+
+@each_route
 @pytest.mark.parametrize("bias", [True, False])
 def test_operator_passes_opcheck(name: str, bias: bool) -> None:
-    x, weight, offset = sample(6, 20, 9, bias=bias)
-    given = (x.requires_grad_(), weight.requires_grad_(), None if offset is None else offset.requires_grad_())
+    x, weight, offset = (t.requires_grad_() for t in sample(6, 20, 9))
     with use_route(name):
-        torch.library.opcheck(torch.ops.regard.linear, given)
+        torch.library.opcheck(torch.ops.regard.linear, (x, weight, offset if bias else None))
         torch.library.opcheck(torch.ops.regard.linear, (torch.randn(20, 6).t(), torch.randn(20, 9).t(), None))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, within jvp
-@pytest.mark.parametrize("name", FORCED)
+@each_route
 def test_transforms_of_functions(name: str) -> None:
     x, weight, bias = sample(5, 4, 8, 6)
 
-    def loss(weight: Tensor, x: Tensor) -> Tensor:
-        return linear(x, weight, bias).square().sum()
+    def loss(product: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tensor:
+        return product(x, weight, bias).square().sum()
 
-    def plain(weight: Tensor, x: Tensor) -> Tensor:
-        return F.linear(x, weight, bias).square().sum()
-
+    ours, plain, tangent = partial(loss, linear), partial(loss, F.linear), torch.randn_like(weight)
     with use_route(name):
-        got = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
-        torch.testing.assert_close(
-            got, torch.func.vmap(torch.func.grad(plain), (None, 0))(weight, x), rtol=1e-4, atol=1e-4
-        )
-        tangent = torch.randn_like(weight)
-        got = torch.func.jvp(lambda w: loss(w, x), (weight,), (tangent,))
-        torch.testing.assert_close(got, torch.func.jvp(lambda w: plain(w, x), (weight,), (tangent,)))
+        by_row, expected = (torch.func.vmap(torch.func.grad(f), (None, 0))(weight, x) for f in (ours, plain))
+        torch.testing.assert_close(by_row, expected, rtol=1e-4, atol=1e-4)
+        got, expected = (torch.func.jvp(lambda w, f=f: f(w, x), (weight,), (tangent,)) for f in (ours, plain))
+        torch.testing.assert_close(got, expected)
         with forward_ad.dual_level():
-            dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(weight, tangent), x))
+            dual = forward_ad.unpack_dual(ours(forward_ad.make_dual(weight, tangent), x))
         assert torch.equal(dual.tangent, got[1])
         got = torch.func.vmap(linear, (0, None, 0))(x, weight, torch.stack([bias] * 5))
         torch.testing.assert_close(got, F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_are_torch_s_own(dtype: torch.dtype) -> None:
-    x, weight, bias = (t.to(dtype) for t in sample(9, 32, 16) if t is not None)
-    with use_route("onednn" if "onednn" in FORCED else "torch"):
-        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+def test_other_dtypes_autocast_and_errors_are_torch_s_own(dtype: torch.dtype) -> None:
+    given = sample(9, 32, 16)
+    narrow = [t.to(dtype) for t in given]
+    with use_route(FORCED[-1]):
+        assert torch.equal(linear(*narrow), F.linear(*narrow))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(*given).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            linear(torch.randn(3, 4), torch.randn(5, 6))
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(torch.randn(3, 4), torch.randn(5, 4).double())
 
 
-def test_autocast_is_respected() -> None:
-    x, weight, bias = sample(9, 32, 16)
-    with use_route(FORCED[-1]), torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight, bias).dtype == torch.bfloat16
-
-
-def test_errors_are_torch_s_own() -> None:
-    with use_route(FORCED[-1]), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        linear(torch.randn(3, 4), torch.randn(5, 6))
-    with use_route(FORCED[-1]), pytest.raises(RuntimeError, match="dtype"):
-        linear(torch.randn(3, 4), torch.randn(5, 4).double())
-
-
-@pytest.mark.parametrize("name", FORCED)
+@each_route
 def test_compiled_equals_eager(name: str) -> None:
     x, weight, bias = sample(2, 24, 256, 512)
     weight.requires_grad_()
@@ -220,46 +206,50 @@ def test_exported_program_has_only_torch_s_operators(strict: bool) -> None:
     assert program.module()(torch.randn(3, 256)).shape == (3, 512)
 
 
-def test_operations_are_counted_as_torch_s() -> None:
+@each_route
+def test_operations_are_counted_as_torch_s(name: str) -> None:
     x, weight, bias = sample(64, 32, 16)
-    weight.requires_grad_()
-    counts = []
-    for name in FORCED:
-        with use_route(name), FlopCounterMode(display=False) as counter:
-            linear(x, weight, bias).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts == [2 * 2 * 64 * 32 * 16] * len(FORCED)
+    with use_route(name), FlopCounterMode(display=False) as counter:
+        linear(x, weight.requires_grad_(), bias).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 64 * 32 * 16
+
+
+# How a route is chosen.
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[Product]:
     """Let each measurement find the next of these times of "onednn", where torch's is 1, and the last of them for ever."""
-    calls: list[Product] = []
+    measured: list[Product] = []
 
     def probe(product: Product) -> dict[str, float]:
-        calls.append(product)
-        return {"torch": 1.0, "onednn": seconds[min(len(calls), len(seconds)) - 1]}
+        measured.append(product)
+        return {"torch": 1.0, "onednn": seconds[min(len(measured), len(seconds)) - 1]}
 
     monkeypatch.setattr(routes, "probe", probe)
     monkeypatch.setattr(routes, "_available", lambda: ("torch", "onednn"))
-    return calls
+    return measured
 
 
 def test_a_route_is_believed_after_two_processes_have_measured_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = measured_as(monkeypatch, 0.5)
-    assert CHOICES.route(LARGE) == "onednn" and len(calls) == 2
-    assert CHOICES.route(LARGE._replace(m=65, n=1500)) == "onednn" and len(calls) == 2  # the same class
-    assert Choices().route(LARGE) == "onednn" and len(calls) == 4  # another process
-    assert Choices().route(LARGE) == "onednn" and len(calls) == 4  # a third one
+    measured, first = measured_as(monkeypatch, 0.5), Choices()
+    same_class = LARGE._replace(m=65, n=1500)
+    for process, product, count in (
+        (first, LARGE, 2),
+        (first, same_class, 2),
+        (Choices(), LARGE, 4),
+        (Choices(), LARGE, 4),
+    ):
+        assert process.route(product) == "onednn" and len(measured) == count
     assert list(json.loads(routes.cache_file().read_text())) == [routes.machine(torch.get_num_threads())]
     monkeypatch.setattr(routes, "_available", lambda: ("torch", "onednn", "another"))
-    assert Choices().route(LARGE) == "onednn" and len(calls) == 6  # a new route is given its chance
+    assert Choices().route(LARGE) == "onednn" and len(measured) == 6  # a new route is given its chance
     assert len(json.loads(routes.cache_file().read_text())) == 2
 
 
-def test_a_doubtful_measurement_is_torch_s_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = measured_as(monkeypatch, 0.5, 1.5, 0.5)
-    assert CHOICES.route(LARGE) == "torch" and not routes.cache_file().exists()
-    assert CHOICES.route(LARGE) == "torch" and len(calls) == 2  # for as long as the process lives
+def test_a_doubtful_measurement_is_torch_s_and_is_not_kept(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
+    measured = measured_as(monkeypatch, 0.5, 1.5, 0.5)
+    assert choices.route(LARGE) == "torch" and not routes.cache_file().exists()
+    assert choices.route(LARGE) == "torch" and len(measured) == 2  # for as long as the process lives
     assert Choices().route(LARGE) == "onednn"
 
 
@@ -268,29 +258,29 @@ def test_processes_that_disagree_take_torch_s_until_two_in_a_row_agree(monkeypat
     assert [Choices().route(LARGE) for _ in range(4)] == ["onednn", "torch", "onednn", "onednn"]
 
 
-@pytest.mark.parametrize("layout", ["rows", "rows with gaps", "columns", "columns with gaps", "scattered"])
+LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
+    "rows": lambda rows, columns: torch.ones(rows, columns),
+    "rows with gaps": lambda rows, columns: torch.ones(rows, 3 * columns)[:, :columns],
+    "columns": lambda rows, columns: torch.ones(columns, rows).t(),
+    "columns with gaps": lambda rows, columns: torch.ones(columns, 2 * rows)[:, :rows].t(),
+    "scattered": lambda rows, columns: torch.ones(rows, 2 * columns)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_operands_of_one_class_lie_alike_and_are_measured_as_they_lie(layout: str) -> None:
-    made = {
-        "rows": lambda rows, columns: torch.ones(rows, columns),
-        "rows with gaps": lambda rows, columns: torch.ones(rows, 3 * columns)[:, :columns],
-        "columns": lambda rows, columns: torch.ones(columns, rows).t(),
-        "columns with gaps": lambda rows, columns: torch.ones(columns, 2 * rows)[:, :rows].t(),
-        "scattered": lambda rows, columns: torch.ones(rows, 2 * columns)[:, ::2],
-    }[layout]
     for m, n, k in ((64, 512, 512), (4096, 2048, 512)):
-        x, weight = made(m, k), made(n, k)
+        x, weight = LAYOUTS[layout](m, k), LAYOUTS[layout](n, k)
         product = Product(m, n, k, x.stride(), weight.stride(), False)
         assert product.x_layout == product.weight_layout == layout
         assert product.size_class() != Product.plain(m, n, k).size_class() or layout == "rows"
         small = product.measured()
         assert small.work <= routes.PROBED_WORK and (small.x_layout, small.weight_layout) == (layout, layout)
-        assert [(t.shape, t.stride()) for t in small.operands()] == [
-            ((small.m, k), small.x_strides),
-            ((small.n, k), small.weight_strides),
-        ]
+        shapes = [((small.m, k), small.x_strides), ((small.n, k), small.weight_strides)]
+        assert [(t.shape, t.stride()) for t in small.operands()] == shapes
 
 
-@pytest.mark.skipif("onednn" not in AVAILABLE, reason="this build of torch has no oneDNN")
+@needs_onednn
 def test_onednn_is_given_no_weight_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no kernel for those, only a loop."""
     given = []
@@ -311,42 +301,42 @@ def test_onednn_is_given_no_weight_with_gaps(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"b": 3}}', "\x00"])
-def test_a_spoiled_cache_is_replaced(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_spoiled_cache_is_replaced(monkeypatch: pytest.MonkeyPatch, choices: Choices, text: str) -> None:
     monkeypatch.setattr(routes, "choice", lambda product: ("torch", True))
     routes.cache_file().parent.mkdir(parents=True)
     routes.cache_file().write_text(text)
-    assert CHOICES.route(LARGE) in AVAILABLE
+    assert choices.route(LARGE) in AVAILABLE
     assert str(LARGE) in json.loads(routes.cache_file().read_text())[routes.machine(torch.get_num_threads())]
 
 
-def test_a_route_that_is_gone_is_not_recalled() -> None:
+def test_a_route_that_is_gone_is_not_recalled(choices: Choices) -> None:
     stored = {routes.machine(torch.get_num_threads()): {str(LARGE): ["gone", "gone"]}}
     routes.cache_file().parent.mkdir(parents=True)
     routes.cache_file().write_text(json.dumps(stored))
-    assert CHOICES.route(LARGE) in AVAILABLE
+    assert choices.route(LARGE) in AVAILABLE
 
 
 def test_without_a_folder_to_write_in_the_choice_lasts_as_long_as_the_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, choices: Choices, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert CHOICES.route(LARGE) == CHOICES.route(LARGE)
+    assert choices.route(LARGE) == choices.route(LARGE)
 
 
-def test_threads_that_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Product] = []
-    monkeypatch.setattr(routes, "choice", lambda product: (calls.append(product), ("torch", True))[1])
-    workers = [threading.Thread(target=CHOICES.route, args=(LARGE,)) for _ in range(8)]
+def test_threads_that_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
+    asked: list[Product] = []
+    monkeypatch.setattr(routes, "choice", lambda product: (asked.append(product), ("torch", True))[1])
+    workers = [threading.Thread(target=choices.route, args=(LARGE,)) for _ in range(8)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     # the number of threads of torch is a thread's own until it has computed something
-    assert len(calls) == len(CHOICES.known)
+    assert len(asked) == len(choices.known)
 
 
-def test_measuring_leaves_no_trace() -> None:
+def test_measuring_leaves_no_trace(choices: Choices) -> None:
     generator = torch.get_rng_state()
     x, weight = torch.randn(64, 512), torch.randn(1024, 512, requires_grad=True)
     torch.set_rng_state(generator)
@@ -354,14 +344,14 @@ def test_measuring_leaves_no_trace() -> None:
         linear(x, weight)
     assert counter.get_total_flops() == LARGE.work
     assert torch.equal(torch.get_rng_state(), generator)
-    assert CHOICES.known
+    assert choices.known
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert set(routes.probe(LARGE)) == {"torch", *AVAILABLE} - {"onednn_packed"}
 
 
-def test_small_products_and_slower_routes_are_torch_s() -> None:
-    assert CHOICES.route(Product.plain(8, 64, 64)) == "torch"
-    assert not CHOICES.known
+def test_small_products_and_slower_routes_are_torch_s(choices: Choices) -> None:
+    assert choices.route(Product.plain(8, 64, 64)) == "torch"
+    assert not choices.known
     assert routes.fastest({"torch": 1.0, "onednn": 0.99}) == "torch"
     assert routes.fastest({"torch": 1.0, "onednn": 0.9, "another": 0.8}) == "another"
     assert routes.fastest({"torch": 50e-6, "onednn": 25e-6}) == "torch"  # the time of the call
@@ -373,37 +363,36 @@ def test_what_is_measured_is_bounded() -> None:
     assert LARGE.measured() == LARGE
 
 
-def test_unknown_routes_are_refused() -> None:
+def test_unknown_routes_are_refused(choices: Choices) -> None:
     with pytest.raises(Unsupported, match="onednn"), use_route("onednm"):
         pass
     with use_route("auto"):
-        assert CHOICES.forced is None
+        assert choices.forced is None
 
 
-@pytest.mark.skipif("onednn_packed" not in AVAILABLE, reason="this build of torch has no oneDNN")
+# Packed weights.
+
+
+@needs_onednn
 def test_packed_weights_follow_changes() -> None:
-    weight = torch.nn.Parameter(torch.randn(48, 32))
-    x = torch.randn(8, 32)
-    packs = FrozenWeights()
+    weight, x, packs = torch.nn.Parameter(torch.randn(48, 32)), torch.randn(8, 32), FrozenWeights()
     with use_route("onednn_packed"), torch.no_grad():
         for change in (lambda: None, lambda: weight.add_(1), lambda: setattr(weight, "data", torch.randn(48, 32))):
             change()
             with packs:
-                assert error(linear(x, weight), F.linear(x.double(), weight.double())) < 2e-6
-                part = weight[:20]  # as the tied head of a model does
-                assert error(linear(x, part), F.linear(x.double(), part.double())) < 2e-6
+                for part in (weight, weight[:20]):  # as the tied head of a model does
+                    near(linear(x, part), F.linear(x.double(), part.double()))
         assert any(kept is weight for _, kept, _ in packs._packs.values())
         count = len(packs._packs)
         assert count == 4  # two weights, for the assignment to `data` gave another, and a part of each
         with packs:
             linear(x, weight * 2)  # computed anew, not kept
             linear(x, weight)
+        linear(x, weight[:7])  # outside the block nothing is packed
         assert len(packs._packs) == count
-        linear(x, weight[:7])
-        assert len(packs._packs) == count  # outside the block nothing is packed
 
 
-@pytest.mark.skipif("onednn_packed" not in AVAILABLE, reason="this build of torch has no oneDNN")
+@needs_onednn
 def test_packed_weights_have_gradients_and_end_with_their_block() -> None:
     weight, x = torch.nn.Parameter(torch.randn(48, 32)), torch.randn(8, 32, requires_grad=True)
     with use_route("onednn_packed"), FrozenWeights() as outer:
@@ -412,6 +401,4 @@ def test_packed_weights_have_gradients_and_end_with_their_block() -> None:
         assert inner._packs and not outer._packs
         assert routes._LOCAL.frozen is outer
     assert routes._LOCAL.frozen is None
-    expected = 2 * F.linear(x.double(), weight.double()) @ weight.double()
-    assert x.grad is not None
-    assert error(x.grad, expected.detach()) < 2e-6
+    near(x.grad, 2 * F.linear(x.double(), weight.double()) @ weight.double())

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from regard.engines.cache import append, append_rows
-from regard.functional import softmax_attention
 
 
 def sequence(*shape):
@@ -82,34 +81,6 @@ def test_what_does_not_fit_is_refused_as_by_concatenation():
     with pytest.raises(RuntimeError):
         append(x, sequence(1, 3, 1, 4), 2)
     assert torch.equal(append(x, x[:, :, :0], 2), x)
-
-
-def test_decoding_equals_whole_with_branches_reset_and_saved_state():
-    q, k, v = (sequence(2, 2, 12, 4) for _ in range(3))
-
-    def steps(state, first, last):
-        outputs = []
-        for i in range(first, last):
-            result = softmax_attention(*(x[:, :, i : i + 1] for x in (q, k, v)), state=state, form="step")
-            state = result.state
-            outputs.append(result.output)
-        return torch.cat(outputs, 2), state
-
-    whole = softmax_attention(q, k, v)
-    start = softmax_attention(*(x[:, :, :3] for x in (q, k, v)), return_state=True).state
-    output, middle = steps(start, 3, 7)
-    torch.testing.assert_close(output, whole[:, :, 3:7], rtol=0, atol=1e-12)
-    first, _ = steps(middle, 7, 12)
-    saved = middle.with_tensors({name: x.clone() for name, x in middle.tensors().items()})
-    for state in (middle, middle.detach(), saved):
-        torch.testing.assert_close(steps(state, 7, 12)[0], first, rtol=0, atol=0)
-    swapped = middle.select(torch.tensor([1, 0]))
-    one = softmax_attention(*(x[:, :, 7:8].flip(0) for x in (q, k, v)), state=swapped, form="step").output
-    torch.testing.assert_close(one, first[:, :, :1].flip(0), rtol=0, atol=1e-15)
-    emptied = middle.reset(torch.tensor([True, False]))
-    result = softmax_attention(*(x[:, :, 7:8] for x in (q, k, v)), state=emptied, form="step")
-    torch.testing.assert_close(result.output[0], v[0, :, 7:8], rtol=0, atol=1e-15)
-    torch.testing.assert_close(result.output[1], first[1, :, :1], rtol=0, atol=1e-15)
 
 
 def test_rows_that_hold_unequal_numbers_are_continued_each_from_its_end():

@@ -19,18 +19,16 @@ from regard.engines.softmax_scan import (
 )
 
 
-class Operations(TorchDispatchMode):
-    """How many operations of torch run inside the block."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+def near(found, expected, relative=0.0):
+    torch.testing.assert_close(found, expected, rtol=relative, atol=1e-13)
 
 
 def sample(n=23, q=3, v=5, *, scale=1.0, dtype=torch.float64):
     return (scale * torch.randn(2, 2, n, q)).to(dtype), torch.randn(2, 2, n, v).to(dtype)
+
+
+def gates(decayed=True, n=23):
+    return -torch.rand(2, 1, n, dtype=torch.float64) if decayed else None
 
 
 def prefixes(s, v, log_decay=None):
@@ -45,45 +43,39 @@ def prefixes(s, v, log_decay=None):
     return torch.einsum("bhqtj,bhjv->bhtqv", weights, v)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 23, 64])
-def test_prefixes_equal_the_masked_softmax_at_any_chunk_size(chunk_size):
-    s, v = sample(scale=300.0)
-    output, _ = softmax_scan(s, v, chunk_size=chunk_size)
-    torch.testing.assert_close(output, prefixes(s, v), rtol=0, atol=1e-13)
-
-
 @pytest.mark.parametrize("pairs", [1, 1000, 1 << 22])
-@pytest.mark.parametrize("chunk_size", [1, 5, 64])
-def test_decay_multiplies_the_weights_of_earlier_tokens(monkeypatch, chunk_size, pairs):
+@pytest.mark.parametrize("chunk_size", [1, 5, 7, 23, 64])
+@pytest.mark.parametrize(("decayed", "scale"), [(False, 300.0), (True, 1.0)])
+def test_prefixes_equal_the_masked_softmax_and_decay_multiplies_the_weights_of_earlier_tokens(
+    monkeypatch, decayed, scale, chunk_size, pairs
+):
     monkeypatch.setattr("regard.engines.softmax_scan.torch_form.PAIRS_AT_ONCE", pairs)
-    s, v = sample()
-    decay = -torch.rand(2, 1, 23, dtype=torch.float64)
-    output, _ = softmax_scan(s, v, log_decay=decay, chunk_size=chunk_size)
-    torch.testing.assert_close(output, prefixes(s, v, decay), rtol=0, atol=1e-13)
+    s, v = sample(scale=scale)
+    decay = gates(decayed)
+    near(softmax_scan(s, v, log_decay=decay, chunk_size=chunk_size)[0], prefixes(s, v, decay))
 
 
 @pytest.mark.parametrize("decayed", [False, True])
 def test_mixed_outputs_equal_the_sum_of_outputs(decayed):
     s, v = sample()
     mix = torch.randn(2, 2, 23, 3, dtype=torch.float64)
-    decay = -torch.rand(2, 1, 23, dtype=torch.float64) if decayed else None
+    decay = gates(decayed)
     separate, carry = softmax_scan(s, v, log_decay=decay, chunk_size=4)
     mixed, mixed_carry = softmax_scan(s, v, log_decay=decay, mix=mix, chunk_size=4)
-    torch.testing.assert_close(mixed, torch.einsum("bhtq,bhtqv->bhtv", mix, separate), rtol=0, atol=1e-13)
-    torch.testing.assert_close(mixed_carry, carry, rtol=0, atol=1e-13)
+    near(mixed, torch.einsum("bhtq,bhtqv->bhtv", mix, separate))
+    near(mixed_carry, carry)
 
 
 @pytest.mark.parametrize("decayed", [False, True])
 def test_absorbing_in_pieces_gives_the_carry_of_the_scan(decayed):
     s, v = sample(scale=30.0)
-    decay = -torch.rand(2, 1, 23, dtype=torch.float64) if decayed else None
+    decay, state = gates(decayed), None
     output, carry = softmax_scan(s, v, log_decay=decay)
-    state = None
     for part in (slice(0, 0), slice(0, 1), slice(1, 9), slice(9, 23)):
         gate = None if decay is None else decay[:, :, part]
         state = absorb(s[:, :, part], v[:, :, part], state=state, log_decay=gate)
-    torch.testing.assert_close(state, carry, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(normalized(state.u, state.w), output[:, :, -1], rtol=0, atol=1e-13)
+    near(state, carry, 1e-12)
+    near(normalized(state.u, state.w), output[:, :, -1])
 
 
 def leaf(score):
@@ -92,8 +84,8 @@ def leaf(score):
 
 def test_merging_is_associative_and_commutative_with_an_identity():
     x, y, z = (leaf(200 * torch.randn(2, 3, 2, dtype=torch.float64)) for _ in range(3))
-    torch.testing.assert_close(merge(merge(x, y), z), merge(x, merge(y, z)), rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(merge(x, y), merge(y, x), rtol=1e-12, atol=1e-13)
+    near(merge(merge(x, y), z), merge(x, merge(y, z)), 1e-12)
+    near(merge(x, y), merge(y, x), 1e-12)
     empty = Carry(torch.full_like(x.m, -torch.inf), torch.zeros_like(x.u), torch.zeros_like(x.w))
     torch.testing.assert_close(merge(x, empty), x, rtol=0, atol=0)
     torch.testing.assert_close(merge(empty, empty), empty, rtol=0, atol=0)
@@ -107,43 +99,32 @@ def test_a_scan_by_doubling_distances_equals_the_chunked_scan():
     while distance < 13:
         elements = [e if t < distance else merge(elements[t - distance], e) for t, e in enumerate(elements)]
         distance *= 2
-    found = torch.stack([normalized(e.u, e.w) for e in elements], 2)
-    torch.testing.assert_close(found, softmax_scan(s, v, chunk_size=4)[0], rtol=0, atol=1e-13)
+    near(torch.stack([normalized(e.u, e.w) for e in elements], 2), softmax_scan(s, v, chunk_size=4)[0])
 
 
-def test_skipped_tokens_leave_no_trace_and_an_empty_prefix_gives_zero():
-    s, v = sample(n=6)
-    s[:, :, [0, 3]] = -torch.inf
-    output, carry = softmax_scan(s, v, chunk_size=2)
+def test_skipped_tokens_leave_no_trace_and_an_empty_prefix_gives_zero_with_finite_gradients():
+    s, v = (x.requires_grad_() for x in sample(n=6))
+    kept = [1, 2, 4, 5]
+    skipped = s.index_fill(2, torch.tensor([0, 3]), -torch.inf)
+    output, carry = softmax_scan(skipped, v, chunk_size=2)
     assert (output[:, :, 0] == 0).all()
     torch.testing.assert_close(output[:, :, 3], output[:, :, 2], rtol=0, atol=1e-15)
-    kept = [1, 2, 4, 5]
-    torch.testing.assert_close(carry, softmax_scan(s[:, :, kept], v[:, :, kept])[1], rtol=1e-13, atol=1e-13)
+    near(carry, softmax_scan(s[:, :, kept], v[:, :, kept])[1], 1e-13)
+    output.sum().backward()
+    assert torch.isfinite(s.grad).all() and torch.isfinite(v.grad).all()
+    assert s.grad[:, :, 4].abs().max() > 0
 
 
 def test_gradients_reach_scores_values_and_carry():
     s, v = (x[:1, :1] for x in sample(n=5, q=2, v=2))
-    decay = -torch.rand(1, 1, 5, dtype=torch.float64)
-    mix = torch.randn(1, 1, 5, 2, dtype=torch.float64)
+    decay, mix = gates(n=5)[:1], torch.randn(1, 1, 5, 2, dtype=torch.float64)
 
     def whole(s, v, decay, mix):
         _, carry = softmax_scan(s[:, :, :2], v[:, :, :2], log_decay=decay[:, :, :2], chunk_size=2)
-        return softmax_scan(
-            s[:, :, 2:], v[:, :, 2:], state=carry, log_decay=decay[:, :, 2:], mix=mix[:, :, 2:], chunk_size=2
-        )[0]
+        rest = {"log_decay": decay[:, :, 2:], "mix": mix[:, :, 2:], "state": carry}
+        return softmax_scan(s[:, :, 2:], v[:, :, 2:], **rest, chunk_size=2)[0]
 
     assert torch.autograd.gradcheck(whole, [x.requires_grad_() for x in (s, v, decay, mix)])
-
-
-def test_gradients_are_finite_where_nothing_was_seen():
-    s, v = sample(n=4)
-    s[:, :, :2] = -torch.inf
-    s.requires_grad_()
-    v.requires_grad_()
-    softmax_scan(s, v, chunk_size=3)[0].sum().backward()
-    assert torch.isfinite(s.grad).all()
-    assert torch.isfinite(v.grad).all()
-    assert s.grad[:, :, 3].abs().max() > 0
 
 
 def test_the_maximum_is_held_constant_and_equal_scores_share_the_gradient_evenly():
@@ -161,11 +142,21 @@ def test_the_globally_shifted_scan_is_equal_at_moderate_scores_and_loses_early_p
     output, carry = softmax_scan_shifted(s[:, :, :9], v[:, :, :9])
     rest, last = softmax_scan_shifted(s[:, :, 9:], v[:, :, 9:], state=carry)
     expected, scanned = softmax_scan(s, v)
-    torch.testing.assert_close(torch.cat([output, rest], 2), expected, rtol=0, atol=1e-13)
-    torch.testing.assert_close(last, scanned, rtol=1e-12, atol=1e-13)
+    near(torch.cat([output, rest], 2), expected)
+    near(last, scanned, 1e-12)
     s[:, :, -1] = 2000.0
     assert (softmax_scan_shifted(s, v)[0][:, :, 0] == 0).all()
     assert (softmax_scan(s, v)[0][:, :, 0] - expected[:, :, 0]).abs().max() < 1e-15
+
+
+class Operations(TorchDispatchMode):
+    """How many operations of torch run inside the block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_chunks_are_merged_in_few_steps():

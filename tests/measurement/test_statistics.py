@@ -1,3 +1,5 @@
+"""Comparisons of scores: what is called a difference, and by how much."""
+
 import math
 
 import numpy as np
@@ -6,48 +8,51 @@ import pytest
 from regard.measurement.statistics import Comparison, Scores, pareto_front, seeds_needed, t_quantile
 
 
-def noisy(rng, quality, seeds, items, training_noise, item_noise, shared_items):
+def noisy(rng, quality, seeds, training_noise, item_noise, shared_items):
     """Scores of one mechanism: its quality, noise of each training run, noise of items that all mechanisms share."""
     found = {}
     for seed in range(seeds):
         run = training_noise * rng.standard_normal()
-        own = item_noise * rng.standard_normal(items)
-        weights = np.full(items, 4.0)
+        own = item_noise * rng.standard_normal(len(shared_items))
+        weights = np.full(len(shared_items), 4.0)
         found[seed] = np.stack([weights * (quality + run + shared_items + own), weights], 1)
     return Scores(found)
 
 
-def test_equal_mechanisms_are_rarely_separated():
+def one_each(items):
+    """Items of weight 1."""
+    return np.stack([items, np.ones(len(items))], 1)
+
+
+@pytest.mark.parametrize("with_rule", [False, True])
+def test_equal_mechanisms_or_a_rule_as_good_as_one_are_rarely_separated(with_rule):
     """Under the null hypothesis about one comparison in twenty is called a difference."""
     rng = np.random.default_rng(0)
     called = 0
     for _ in range(400):
         shared = 3 * rng.standard_normal(60)
-        scores = {name: noisy(rng, 1.0, 3, 60, 0.05, 0.3, shared) for name in "abc"}
-        called += Comparison(scores).difference("a", "b").separable
+        found = Comparison({name: noisy(rng, 1.0, 3, 0.05, 0.3, shared) for name in "abc"})
+        rule = noisy(rng, 1.0, 1, 0.0, 0.3, shared).items[0]
+        called += (found.against("a", rule) if with_rule else found.difference("a", "b")).separable
     assert called / 400 < 0.08
 
 
 def test_a_real_difference_is_separated_and_signed():
     rng = np.random.default_rng(1)
     shared = 3 * rng.standard_normal(60)
-    scores = {name: noisy(rng, q, 3, 60, 0.02, 0.1, shared) for name, q in (("a", 1.0), ("b", 0.5), ("c", 0.5))}
-    found = Comparison(scores).difference("a", "b")
+    qualities = {"a": 1.0, "b": 0.5, "c": 0.5}
+    scores = Comparison({name: noisy(rng, quality, 3, 0.02, 0.1, shared) for name, quality in qualities.items()})
+    found = scores.difference("a", "b")
     assert found.separable
     assert found.mean == pytest.approx(0.5, abs=0.1)
-    assert Comparison(scores).difference("b", "a").mean == -found.mean
+    assert scores.difference("b", "a").mean == -found.mean
 
 
 def test_item_noise_counts_even_when_training_noise_is_nil():
-    rng = np.random.default_rng(2)
-    items = rng.standard_normal((40, 1))
-    scores = {
-        name: Scores({seed: np.concatenate([items * sign, np.ones((40, 1))], 1) for seed in range(3)})
-        for name, sign in (("a", 1), ("b", -1))
-    }
-    found = Comparison(scores).difference("a", "b")
+    items = np.random.default_rng(2).standard_normal(40)
+    scores = {name: Scores(dict.fromkeys(range(3), one_each(sign * items))) for name, sign in (("a", 1), ("b", -1))}
     expected = np.std(2 * items, ddof=1) / math.sqrt(40)
-    assert found.standard_error == pytest.approx(expected, rel=1e-9)
+    assert Comparison(scores).difference("a", "b").standard_error == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_single_seed_resolves_nothing():
@@ -94,9 +99,8 @@ def test_t_quantiles_fall_towards_the_normal_one():
 
 def test_against_a_rule_item_noise_counts_with_one_seed_and_training_noise_with_more():
     rng = np.random.default_rng(3)
-    rule = np.stack([rng.standard_normal(50), np.ones(50)], 1)
-    away = rng.standard_normal(50)
-    shifted = np.stack([rule[:, 0] + away, np.ones(50)], 1)
+    rule, away = one_each(rng.standard_normal(50)), rng.standard_normal(50)
+    shifted = rule + np.stack([away, np.zeros(50)], 1)
     found = Comparison({"a": Scores({0: shifted})}).against("a", rule)
     assert found.mean == pytest.approx(away.mean(), rel=1e-9)
     assert found.standard_error == pytest.approx(np.std(away, ddof=1) / math.sqrt(50), rel=1e-9)
@@ -107,27 +111,11 @@ def test_against_a_rule_item_noise_counts_with_one_seed_and_training_noise_with_
     assert several.against("a", rule).standard_error > 2 * found.standard_error
 
 
-def test_a_model_as_good_as_a_rule_is_rarely_called_better_or_worse():
-    rng = np.random.default_rng(4)
-    called = 0
-    for _ in range(400):
-        shared = 3 * rng.standard_normal(60)
-        scores = {name: noisy(rng, 1.0, 3, 60, 0.05, 0.3, shared) for name in "abc"}
-        rule = noisy(rng, 1.0, 1, 60, 0.0, 0.3, shared).items[0]
-        called += Comparison(scores).against("a", rule).separable
-    assert called / 400 < 0.08
-
-
-def test_a_rule_on_a_single_item_or_seed_is_never_told_apart_without_noise_to_judge_by():
+def test_against_a_rule_one_item_tells_nothing_and_a_few_more_right_do_from_six_on():
     one = np.array([[5.0, 1.0]])
     found = Comparison({"a": Scores({0: one})}).against("a", one - [[3.0, 0.0]])
-    assert found.mean == 3.0
-    assert not found.separable
-
-
-def test_a_few_items_more_than_a_rule_are_told_apart_from_six_on():
-    rule = np.stack([np.zeros(1000), np.ones(1000)], 1)
+    assert (found.mean, found.separable) == (3.0, False)
     for count, told in ((5, False), (6, True)):
-        better = rule.copy()
-        better[:count, 0] = 1
-        assert Comparison({"a": Scores({0: better})}).against("a", rule).separable == told
+        better = one_each(np.arange(1000) < count)
+        found = Comparison({"a": Scores({0: better})}).against("a", one_each(np.zeros(1000)))
+        assert found.separable == told

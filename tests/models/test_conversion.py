@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_checks import check_comes_back_from_disk, made, read_in_pieces
 
-from regard.contract import Context, Unsupported
-from regard.models import (
-    Encoder,
-    EncoderConfig,
-    EncoderDecoder,
-    EncoderDecoderConfig,
-    LanguageModel,
-    LanguageModelConfig,
-    change_plan,
-    extend_positions,
-    from_pretrained,
-    masformer_plan,
-    masformer_schedule,
-    save_pretrained,
-)
+from regard.contract import Unsupported
+from regard.models import LanguageModel, change_plan, extend_positions, masformer_plan, masformer_schedule
 from regard.positions import Learned
 from regard.training import make_optimizer, parameter_groups
 
-WANT_STATE = Context(want=frozenset({"state"}))
-
 
 def model(plan="softmax", **options) -> LanguageModel:
-    sizes = {"vocab_size": 11, "dim": 16, "num_heads": 2, "num_layers": 3} | options
-    return LanguageModel(LanguageModelConfig(plan=plan, **sizes)).double().eval()
+    return made("language model", plan=plan, **options)
 
 
-def learned(length: int = 8, **options) -> LanguageModel:
-    return model(positions="learned", max_length=length, **options)
+def three(**options) -> LanguageModel:
+    """Three layers of softmax."""
+    return model(num_layers=3, **options)
+
+
+def learned(length: int = 8) -> LanguageModel:
+    return three(positions="learned", max_length=length)
 
 
 @pytest.mark.parametrize("stack", [{}, {"share": "mixer", "share_groups": 1}])
 def test_another_plan_is_another_function_of_the_same_parameters(stack, tmp_path):
-    changed, plan = model(stack=stack), ["local"] * 3 if stack else masformer_plan(3, "bottom:1", block=3)
+    changed, plan = three(stack=stack), ["local"] * 3 if stack else masformer_plan(3, "bottom:1", block=3)
     fresh = model(plan, stack=stack)
     fresh.load_state_dict(changed.state_dict())
     ids, before = torch.randint(11, (2, 15)), dict(changed.named_parameters())
@@ -51,15 +41,13 @@ def test_another_plan_is_another_function_of_the_same_parameters(stack, tmp_path
     assert not changed.training and not any(module.training for module in changed.modules())
     assert torch.equal(changed(ids).output, fresh(ids).output)
     assert stack or not torch.allclose(changed(ids).output, full)
-    save_pretrained(changed, tmp_path)
-    assert torch.equal(from_pretrained(tmp_path)(ids).output, changed(ids).output)
+    check_comes_back_from_disk(changed, (ids,), tmp_path)
 
 
 def test_an_encoder_takes_another_plan_and_the_positions_that_it_needs():
-    sizes = {"num_classes": 3, "vocab_size": 11, "dim": 16, "num_heads": 2}
-    encoder = Encoder(EncoderConfig(plan=["softmax", "softmax"], **sizes)).double().eval()
     plan = [("softmax", {"positions": "alibi"}), ("local", {"window": 3})]
-    expected = Encoder(EncoderConfig(plan=plan, **sizes)).double().eval()
+    words = {"features": None, "vocab_size": 11}
+    encoder, expected = made("encoder", plan=["softmax"] * 2, **words), made("encoder", plan=plan, **words)
     expected.load_state_dict(encoder.state_dict())
     change_plan(encoder, plan)
     ids = torch.randint(11, (2, 9))
@@ -67,45 +55,37 @@ def test_an_encoder_takes_another_plan_and_the_positions_that_it_needs():
 
 
 def test_a_schedule_removes_full_layers_one_by_one_while_one_optimizer_goes_on():
-    trained, ids = model(), torch.randint(11, (2, 15))
     schedule = masformer_schedule(3, "bottom:1", 9, block=3)
-    assert [step for step, _ in schedule] == [0, 3, 6]
-    names = [[name[0] for name, _ in plan] for _, plan in schedule]
-    assert names == [["s", "s", "s"], ["s", "s", "l"], ["s", "l", "l"]]
-    assert schedule[-1][1] == masformer_plan(3, "bottom:1", block=3)
+    assert ["".join(name[0] for name, _ in plan) for _, plan in schedule] == ["sss", "ssl", "sll"]
+    assert [step for step, _ in schedule] == [0, 3, 6] and schedule[-1][1] == masformer_plan(3, "bottom:1", block=3)
     assert [step for step, _ in masformer_schedule(5, [4], 2)] == [0, 0, 0, 1, 1]
-    plans, losses = dict(schedule), []
+    trained, ids, losses = three(), torch.randint(11, (2, 15)), []
     optimizer = make_optimizer(trained, learning_rate=1e-2, weight_decay=0.0)
     for step in range(9):
-        if step in plans:
-            change_plan(trained, plans[step])
+        change_plan(trained, dict(schedule).get(step, trained.config.plan))
         optimizer.zero_grad()
-        loss = trained.loss(ids)
-        loss.backward()
+        losses.append(trained.loss(ids))
+        losses[-1].backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
     assert [name for name, _ in trained.config.plan] == ["softmax", "local", "local"]
     assert losses[-1] < losses[0] - 0.5
     assert all(optimizer.state[p]["step"] == 9 for p in trained.parameters())
 
 
 def test_plans_of_other_parameters_are_refused_and_change_nothing():
-    kept = model()
+    kept, landmarks = three(), model(["landmark", "softmax", "softmax"])
     before = kept.state_dict(keep_vars=True)
-    for plan, message in (
-        (["softmax", "gated_linear", "softmax"], "another blocks.1.mixer"),
-        ([("softmax", {"num_kv_heads": 1}), "softmax", "softmax"], "another blocks.0.mixer.key.weight"),
-        (["softmax"] * 2, "num_layers=3"),
-        (["landmark", "softmax", "softmax"], "another embedding.weight"),
+    for changed, plan, message in (
+        (kept, ["softmax", "gated_linear", "softmax"], "another blocks.1.mixer"),
+        (kept, [("softmax", {"num_kv_heads": 1}), "softmax", "softmax"], "another blocks.0.mixer.key.weight"),
+        (kept, ["softmax"] * 2, "num_layers=3"),
+        (kept, ["landmark", "softmax", "softmax"], "another embedding.weight"),
+        (landmarks, [("landmark", {"block": 3}), "softmax", "softmax"], "insert other tokens"),
+        (torch.nn.Linear(2, 2), "softmax", "LanguageModel, Encoder"),
     ):
         with pytest.raises(Unsupported, match=message):
-            change_plan(kept, plan)
+            change_plan(changed, plan)
     assert all(tensor is before[name] for name, tensor in kept.state_dict(keep_vars=True).items())
-    landmarks = model(["landmark", "softmax", "softmax"])
-    with pytest.raises(Unsupported, match="insert other tokens"):
-        change_plan(landmarks, [("landmark", {"block": 3}), "softmax", "softmax"])
-    with pytest.raises(Unsupported, match="LanguageModel, Encoder"):
-        change_plan(torch.nn.Linear(2, 2), "softmax")
 
 
 @pytest.mark.parametrize("how", ["tile", "interpolate"])
@@ -115,40 +95,27 @@ def test_a_longer_model_reads_decodes_and_comes_back_from_disk_beyond_its_old_le
         longer(ids)
     assert extend_positions(longer, 24, how) == ("positions",)
     assert longer.config.max_length == 24
-    whole = longer(ids).output
-    state, outputs = None, []
-    for part in ids.split([6, 1, 1, 1, 12], 1):
-        result = longer(part, state=state, context=WANT_STATE)
-        state = result.state
-        outputs.append(result.output)
-    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-12)
-    save_pretrained(longer, tmp_path)
-    loaded = from_pretrained(tmp_path)
-    assert torch.equal(loaded(ids).output, whole)
+    output, _ = read_in_pieces(longer, ids, [6, 1, 1, 1, 12])
+    torch.testing.assert_close(output, longer(ids).output, rtol=0, atol=1e-12)
+    check_comes_back_from_disk(longer, (ids,), tmp_path)
     with pytest.raises(Unsupported, match="0 to max_length - 1 = 23"):
         longer(torch.randint(11, (1, 25)))
 
 
-def test_a_tiled_table_leaves_old_positions_as_they_were_and_repeats_them():
-    longer, ids = learned(8), torch.randint(11, (2, 8))
-    before, table = longer(ids).output, longer.positions.table.detach().clone()
-    extend_positions(longer, 20)
-    assert torch.equal(longer(ids).output, before)
-    assert torch.equal(longer.positions.table.detach(), torch.cat([table, table, table[:4]]))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_an_interpolated_table_keeps_its_ends_and_lies_on_lines_between_its_rows(dtype):
-    scheme = Learned(dim=3, max_length=5).to(dtype)
-    table = scheme.table.detach().double()
-    scheme.extend(13, "interpolate")
-    found = scheme.table.detach()
-    assert found.dtype == dtype and scheme.max_length == 13
-    expected = torch.stack(
-        [table[i // 3] + (i % 3) / 3 * (table[min(i // 3 + 1, 4)] - table[i // 3]) for i in range(13)]
-    )
+def test_a_tiled_table_is_repeated_and_an_interpolated_one_lies_on_lines_between_its_rows(dtype):
+    tiled, interpolated = (Learned(dim=3, max_length=5).to(dtype) for _ in range(2))
+    old, ends = tiled.table.detach().clone(), interpolated.table.detach().double()
+    tiled.extend(13)
+    interpolated.extend(13, "interpolate")
+    assert torch.equal(tiled.table.detach(), old.repeat(3, 1)[:13])
+    found = interpolated.table.detach()
+    assert found.dtype == dtype and interpolated.max_length == 13
+    share = torch.arange(13, dtype=torch.float64)[:, None] % 3 / 3
+    first, second = torch.arange(13) // 3, (torch.arange(13) // 3 + 1).clamp(max=4)
+    expected = ends[first] + share * (ends[second] - ends[first])
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-15 if dtype == torch.float64 else 1e-3)
-    assert torch.equal(found[[0, -1]].double(), table[[0, -1]])
+    assert torch.equal(found[[0, -1]].double(), ends[[0, -1]])
 
 
 def test_a_table_extended_before_its_training_is_that_of_a_converted_model():
@@ -169,23 +136,20 @@ def test_a_table_extended_before_its_training_is_that_of_a_converted_model():
     assert (one.positions.table.grad.abs().sum(-1)[:29] > 0).all()
 
 
-def test_longer_tables_train_and_decay_as_before():
+def test_longer_tables_are_frozen_as_before_and_do_not_decay():
     longer = learned(8)
     longer.positions.table.requires_grad_(False)
     extend_positions(longer, 9)
     assert not longer.positions.table.requires_grad
     longer.positions.table.requires_grad_(True)
-    kept = next(group for group in parameter_groups(longer, 0.1) if group["weight_decay"] == 0)
-    assert any(p is longer.positions.table for p in kept["params"])
+    decay = {id(p): group["weight_decay"] for group in parameter_groups(longer, 0.1) for p in group["params"]}
+    assert decay[id(longer.positions.table)] == 0
 
 
 def test_both_sides_of_an_encoder_decoder_are_lengthened():
-    sizes = {"vocab_size": 11, "memory_vocab_size": 7, "dim": 16, "num_heads": 2}
-    config = EncoderDecoderConfig(positions="learned", max_length=4, **sizes)
-    longer = EncoderDecoder(config).double().eval()
+    longer = made("encoder-decoder", positions="learned", max_length=4, num_layers=1)
     assert set(extend_positions(longer, 9)) == {"memory_positions", "positions"}
-    found = longer(torch.randint(11, (2, 9)), torch.randint(7, (2, 9))).output
-    assert found.isfinite().all()
+    assert longer(torch.randint(11, (2, 9)), torch.randint(9, (2, 9))).output.isfinite().all()
 
 
 def test_what_cannot_be_lengthened_is_refused():

@@ -4,51 +4,16 @@ from ast import literal_eval
 
 import pytest
 import torch
+from model_checks import made
 
 from regard.contract import Context, Mask, Result, Unsupported
 from regard.layers.pooling import make_pooling
-from regard.models import Encoder, EncoderConfig, set_exit_threshold
+from regard.models import Encoder, set_exit_threshold
 from regard.models.blocks import auxiliary_loss
-
-POOLS = ("mean", "first", "last", "max", "additive", "structured", "low_rank_pooling")
 
 
 def make_encoder(**options) -> Encoder:
-    config = {"num_classes": 3, "features": 2, "dim": 16, "num_heads": 2, "plan": ["softmax", "linear"], **options}
-    return Encoder(EncoderConfig(**config)).double().eval()
-
-
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("positions", ["auto", "learned"])
-def test_padding_anywhere_equals_no_padding(pool, positions):
-    model = make_encoder(pool=pool, positions=positions)
-    x = torch.randn(4, 7, 2, dtype=torch.float64)
-    valid = torch.rand(4, 7) < 0.6
-    valid[:, 3] = True
-    x[~valid] = torch.nan
-    output = model(x, context=Context(mask=Mask(valid=valid))).output
-    alone = torch.cat([model(x[row][valid[row]][None]).output for row in range(4)])
-    torch.testing.assert_close(output, alone)
-
-
-@pytest.mark.parametrize("pool", POOLS)
-def test_packed_documents_get_a_row_each_and_empty_ones_are_finite(pool):
-    model = make_encoder(pool=pool, features=None, vocab_size=5)
-    ids = torch.randint(5, (1, 6))
-    output = model(ids, context=Context(mask=Mask(cu_seqlens=torch.tensor([0, 2, 2, 6])))).output
-    torch.testing.assert_close(output[0], model(ids[:, :2]).output[0])
-    torch.testing.assert_close(output[2], model(ids[:, 2:]).output[0])
-    torch.testing.assert_close(output[1], model.head.bias)
-    assert output.isfinite().all()
-
-
-def test_without_a_pool_every_token_has_an_output():
-    model = make_encoder(pool="none")
-    x = torch.randn(2, 5, 2, dtype=torch.float64)
-    assert model(x).output.shape == (2, 5, 3)
-    masked = model(x, context=Context(mask=Mask(lengths=torch.tensor([5, 3])))).output
-    torch.testing.assert_close(masked[1, :3], model(x[1:, :3]).output[0])
-    assert not masked[1, 3:].any()
+    return made("encoder", **{"plan": ["softmax", "linear"], **options})
 
 
 def test_a_token_sees_later_ones():
@@ -100,13 +65,6 @@ def test_the_pool_draws_from_the_generator_of_the_call_and_knows_the_progress():
         assert torch.equal(one, same) and not torch.allclose(one, other)
         assert torch.equal(torch.random.get_rng_state(), before)
         assert model.pooling.progress == 0.3
-
-
-@pytest.mark.parametrize("pool", POOLS)
-def test_gradients_reach_every_parameter(pool):
-    model = make_encoder(pool=pool).train()
-    model(torch.randn(2, 5, 2, dtype=torch.float64)).output.square().sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @pytest.mark.parametrize(

@@ -2,37 +2,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_checks import made, read_by, small
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Mask, Unsupported
-from regard.models import (
-    Forecaster,
-    ForecasterConfig,
-    count_parameters,
-    from_pretrained,
-    match_parameters,
-    save_pretrained,
-)
+from regard.models import Forecaster, count_parameters
 from regard.models.forecaster import quantile_loss
 
 CROSSING = [n for n in list_mechanisms(pattern="noncausal-cross") if get_mechanism(n).prepare is None]
-PATCHES = (1, 3)
 
 
 def make_model(cross="softmax", **options) -> Forecaster:
-    sizes = {"target_features": (2, 0), "dim": 16, "num_heads": 2, "num_layers": 2}
-    return Forecaster(ForecasterConfig(2, 3, **{**sizes, "cross_plan": cross, **options})).double().eval()
+    return made("forecaster", **{"num_layers": 2, "cross_plan": cross, **options})
 
 
 def batch(rows=3, horizon=5, past=8):
-    inputs = torch.randn(rows, horizon, 2, dtype=torch.float64)
-    return inputs, torch.randn(rows, past, 3, dtype=torch.float64).cumsum(1) + 3
-
-
-def ragged(shape):
-    valid = torch.rand(shape) < 0.6
-    valid[:, shape[1] // 2] = True
-    return valid
+    inputs, memory = read_by(small("forecaster"), rows, horizon, past)
+    return inputs, memory.cumsum(1) + 3
 
 
 @pytest.fixture(params=CROSSING)
@@ -40,22 +26,7 @@ def model(request) -> Forecaster:
     return make_model(request.param)
 
 
-@pytest.mark.parametrize("normalize", ["mean", "last", "none"])
-@pytest.mark.parametrize("patch", PATCHES)
-def test_padding_anywhere_equals_no_padding(patch, normalize):
-    model = make_model(["linear", "softmax"], patch=patch, normalize=normalize)
-    inputs, memory = batch(rows=4)
-    valid, memory_valid = ragged(inputs.shape[:2]), ragged(memory.shape[:2])
-    inputs[~valid], memory[~memory_valid] = torch.nan, torch.nan
-    context = Context(mask=Mask(valid=valid), memory_mask=Mask(valid=memory_valid))
-    output = model(inputs, memory, context=context).output
-    for row in range(4):
-        alone = model(inputs[row][valid[row]][None], memory[row][memory_valid[row]][None]).output[0]
-        torch.testing.assert_close(output[row][valid[row]], alone)
-    assert (output[~valid] == 0).all()
-
-
-@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("patch", [1, 3])
 def test_every_mechanism_forecasts_a_padded_past_with_finite_gradients(model, patch):
     model = make_model(model.config.cross_plan, patch=patch, dropout=0.1).train()
     inputs, memory = batch()
@@ -75,15 +46,6 @@ def test_an_empty_past_gives_finite_forecasts():
     assert model(inputs, memory[:, :0]).output.isfinite().all()
 
 
-def test_packed_equals_separate():
-    model = make_model(patch=3)
-    inputs, memory = batch(rows=1, horizon=6, past=11)
-    masks = [Mask(cu_seqlens=torch.tensor(borders)) for borders in ([0, 2, 6], [0, 7, 11])]
-    output = model(inputs, memory, context=Context(mask=masks[0], memory_mask=masks[1])).output
-    torch.testing.assert_close(output[:, :2], model(inputs[:, :2], memory[:, :7]).output)
-    torch.testing.assert_close(output[:, 2:], model(inputs[:, 2:], memory[:, 7:]).output)
-
-
 @pytest.mark.parametrize("quantiles", [(), (0.1, 0.5, 0.9)])
 @pytest.mark.parametrize("normalize", ["mean", "last"])
 def test_forecasts_move_and_scale_with_the_past_of_their_targets(normalize, quantiles):
@@ -97,19 +59,12 @@ def test_forecasts_move_and_scale_with_the_past_of_their_targets(normalize, quan
     torch.testing.assert_close(after, before * slope[axes] + shift[axes])
 
 
-def test_numbers_as_they_are_do_not_move_forecasts_along():
-    model = make_model(normalize="none")
+def test_numbers_as_they_are_do_not_move_forecasts_along_and_a_constant_past_is_not_blown_up():
     inputs, memory = batch()
-    difference = model(inputs, memory + 100).output - model(inputs, memory).output
-    assert difference.abs().max() < 50
-
-
-def test_a_constant_past_is_centred_and_not_blown_up():
-    model = make_model(normalize="mean")
-    inputs, memory = batch()
+    plain = make_model(normalize="none")
+    assert (plain(inputs, memory + 100).output - plain(inputs, memory).output).abs().max() < 50
     memory[..., [2, 0]] = torch.tensor([1e6, -4.0], dtype=torch.float64)
-    output = model(inputs, memory).output - memory[:, :1, [2, 0]]
-    assert output.abs().max() < 100
+    assert (make_model(normalize="mean")(inputs, memory).output - memory[:, :1, [2, 0]]).abs().max() < 100
 
 
 def test_each_point_has_its_own_forecast_and_depends_on_all_of_the_past(model):
@@ -140,8 +95,8 @@ def test_the_last_points_make_up_whole_patches():
     model = make_model(patch=3, normalize="none")
     seen = []
     model.memory_embedding.register_forward_hook(lambda module, given, output: seen.append(given[0]))
-    _, memory = batch(rows=2, past=7)
-    model(batch(rows=2)[0], memory, context=Context(memory_mask=Mask(lengths=torch.tensor([7, 4]))))
+    inputs, memory = batch(rows=2, past=7)
+    model(inputs, memory, context=Context(memory_mask=Mask(lengths=torch.tensor([7, 4]))))
     patches = seen[0].unflatten(-1, (3, 4))
     torch.testing.assert_close(patches[0, 1:, :, :3].flatten(0, 1), memory[0, 1:])
     torch.testing.assert_close(patches[1, 1, :, :3], memory[1, 1:4])
@@ -161,8 +116,7 @@ def test_the_past_is_placed_by_its_distance_to_the_horizon(patch, times):
 
 
 def test_quantiles_rise_and_are_learned_by_the_pinball_loss():
-    model = make_model(quantiles=(0.1, 0.5, 0.9))
-    output = model(*batch()).output
+    output = make_model(quantiles=(0.1, 0.5, 0.9))(*batch()).output
     assert output.shape == (3, 5, 2, 3)
     assert (output.diff(dim=-1) > 0).all()
     samples = torch.randn(4001, dtype=torch.float64)
@@ -172,76 +126,38 @@ def test_quantiles_rise_and_are_learned_by_the_pinball_loss():
         torch.testing.assert_close(grid[losses.argmin()], samples.quantile(level), atol=0.02, rtol=0)
 
 
-def test_loss_counts_the_targets_that_exist():
+@pytest.mark.parametrize("quantiles", [(), (0.2, 0.7)])
+def test_loss_counts_the_targets_that_exist(quantiles):
     inputs, memory = batch()
     targets = torch.randn(3, 5, 2, dtype=torch.float64)
     targets[0, 2:] = torch.nan
-    model = make_model()
-    expected = (model(inputs, memory).output - targets)[~targets.isnan()].square().mean()
-    torch.testing.assert_close(model.loss(inputs, memory, targets), expected)
-    spread = make_model(quantiles=(0.2, 0.7))
-    error = targets[..., None] - spread(inputs, memory).output
-    level = torch.tensor([0.2, 0.7], dtype=torch.float64)
-    pinball = torch.where(error > 0, level * error, (level - 1) * error)[~targets.isnan()].mean()
-    torch.testing.assert_close(spread.loss(inputs, memory, targets), pinball)
-    with pytest.raises(Unsupported, match=r"targets of shape .*\(3, 5, 2\)"):
-        model.loss(inputs, memory, targets[..., :1])
+    model, level = make_model(quantiles=quantiles), torch.tensor(quantiles, dtype=torch.float64)
+    output = model(inputs, memory).output
+    if quantiles:
+        error = targets[..., None] - output
+        losses = torch.where(error > 0, level * error, (level - 1) * error)
+    else:
+        losses = (output - targets).square()
+    torch.testing.assert_close(model.loss(inputs, memory, targets), losses[~targets.isnan()].mean())
 
 
 def test_a_horizon_of_which_nothing_is_known():
-    model = make_model().config
-    bare = Forecaster(ForecasterConfig(0, 3, dim=16, num_heads=2, num_layers=1)).double()
+    bare = make_model(features=0, target_features=(0,))
     inputs, memory = batch()
     assert bare(inputs[..., :0], memory).output.shape == (3, 5, 1)
-    assert count_parameters(bare.config) < count_parameters(model)
+    assert count_parameters(bare.config) < count_parameters(make_model().config)
 
 
-def test_gradients_reach_every_parameter():
-    model = make_model(patch=3, quantiles=(0.1, 0.9)).train()
-    model(*batch()).output.square().sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_half_precision_is_near_single_and_keeps_the_level(model):
-    if model.config.cross_plan[0][0] == "mixture_of_heads":
-        pytest.skip("rounding may route a token to other heads")
+@pytest.mark.parametrize("cross", ["softmax", "linear", "mamba2"])
+def test_half_precision_is_near_single_and_keeps_the_level(cross):
+    model = make_model(cross)
     inputs, memory = batch()
     memory[..., [2, 0]] += 100
-    rounded = memory.to(torch.bfloat16)
-    exact = model(inputs.to(torch.bfloat16).double(), rounded.double()).output
-    half = model.to(torch.bfloat16)
-    output = half(inputs.to(torch.bfloat16), rounded).output
+    inputs, memory = inputs.to(torch.bfloat16), memory.to(torch.bfloat16)
+    exact = model(inputs.double(), memory.double()).output
+    output = model.to(torch.bfloat16)(inputs, memory).output
     assert output.dtype == torch.float32
     assert (output - exact).abs().max() < 0.1  # rounding the forecasts themselves would lose 0.25
-
-
-@pytest.mark.parametrize("patch", PATCHES)
-def test_compiled_whole_equals_eager(patch):
-    model = make_model(num_layers=1, patch=patch, quantiles=(0.1, 0.9))
-    inputs, memory = batch()
-    context = Context(memory_mask=Mask(valid=ragged(memory.shape[:2])))
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        expected = model(inputs, memory, context=context).output
-        torch.testing.assert_close(compiled(inputs, memory, context=context).output, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_model_comes_back_bit_for_bit(dtype, tmp_path):
-    model = make_model("linear", patch=3, quantiles=(0.1, 0.9), encoder_layers=1).to(dtype)
-    save_pretrained(model, tmp_path)
-    loaded = from_pretrained(tmp_path)
-    assert type(loaded) is Forecaster and loaded.config == model.config
-    inputs, memory = (x.to(dtype) for x in batch())
-    assert torch.equal(loaded(inputs, memory).output, model(inputs, memory).output)
-
-
-def test_parameters_are_counted_and_matched():
-    config = ForecasterConfig(2, 3, dim=32, num_heads=2, num_layers=2, cross_plan="mamba2", patch=4)
-    assert count_parameters(config) == count_parameters(Forecaster(config))
-    target = count_parameters(ForecasterConfig(2, 3, dim=32, num_heads=2, num_layers=2))
-    assert abs(count_parameters(match_parameters(config, target)) - target) <= 0.02 * target
 
 
 @pytest.mark.parametrize(
@@ -263,25 +179,20 @@ def test_parameters_are_counted_and_matched():
 )
 def test_what_cannot_be_built_is_refused_by_the_config(options, words):
     with pytest.raises(Unsupported, match=words):
-        ForecasterConfig(2, 3, **options)
-
-
-def test_an_encoder_layer_for_grids_is_refused_when_the_model_is_built():
-    with pytest.raises(Unsupported, match=r"large_kernel for grids of 2 axes .* which has no grids") as caught:
-        make_model(encoder_plan=["softmax", "large_kernel"], encoder_layers=2)
-    assert caught.value.nearest.startswith("('large_kernel', {'axes': 1})")
-    make_model(encoder_plan=["softmax", ("large_kernel", {"axes": 1})], encoder_layers=2)
+        small("forecaster", **options)
 
 
 def test_bad_calls_are_refused():
     model = make_model()
     inputs, memory = batch()
+    targets = torch.randn(3, 5, 1)
     for call, words in (
         (lambda: model(inputs[..., :1], memory), "inputs of dtype"),
         (lambda: model(inputs, memory.long()), "memory of dtype"),
         (lambda: model(inputs[:2], memory), "a past for each horizon"),
         (lambda: model(inputs, memory, context=Context(grid=(5, 1))), "a grid"),
         (lambda: model(inputs, memory, context=Context(positions=torch.zeros(3, 5).long())), "explicit positions"),
+        (lambda: model.loss(inputs, memory, targets), r"targets of shape .*\(3, 5, 2\)"),
     ):
         with pytest.raises(Unsupported, match=words):
             call()

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from model_checks import small
 
 from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern
-from regard.models import LanguageModelConfig, build_model
+from regard.models import build_model
 from regard.models.frames import FRAMES, in_frame, layer_parts
 
 CAUSAL = list_mechanisms(
@@ -14,7 +15,7 @@ CAUSAL = list_mechanisms(
 def parts(name, frame, **options):
     entry = (name, in_frame(name, options, frame, Pattern.CAUSAL_SELF))
     with torch.device("meta"):
-        model = build_model(LanguageModelConfig(vocab_size=8, dim=32, num_heads=2, plan=[entry], max_length=64))
+        model = build_model(small("language model", dim=32, plan=[entry]))
     return layer_parts(model.blocks[0].mixer)
 
 
@@ -35,6 +36,11 @@ def test_a_frame_gives_every_layer_the_same_parts_but_what_belongs_to_the_mechan
     assert (bare["positions"] == "rotary") == rotates or card.kind is Kind.WRAPPER
 
 
+@pytest.mark.parametrize("name", ["gated_softmax", "clipped_softmax", "mixture_of_heads"])
+def test_a_gate_that_scales_heads_is_not_undone_by_a_norm(name):
+    assert parts(name, "bare")["norm of output heads"] == "none"
+
+
 def test_given_options_go_before_the_frame_and_own_changes_nothing():
     assert in_frame("softmax", {"output_norm": "layer"}, "bare", Pattern.CAUSAL_SELF)["output_norm"] == "layer"
     assert in_frame("gated_linear", {"theta": 1}, "own", Pattern.CAUSAL_SELF) == {"theta": 1}
@@ -42,8 +48,3 @@ def test_given_options_go_before_the_frame_and_own_changes_nothing():
     with pytest.raises(Unsupported, match="bare, convolution, own"):
         in_frame("softmax", {}, "golden", Pattern.CAUSAL_SELF)
     assert set(FRAMES) == {"bare", "convolution", "own"}
-
-
-def test_a_gate_that_scales_heads_is_not_undone_by_a_norm():
-    for name in ("gated_softmax", "clipped_softmax", "mixture_of_heads"):
-        assert parts(name, "bare")["norm of output heads"] == "none"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_checks import made
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard import Context, Mask
-from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 
 MIXED = ["softmax", "gated_linear", "delta_rule", "mamba", "mamba2", "linear"] * 2
 
@@ -40,19 +40,11 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["language model", "encoder"])
 @pytest.mark.parametrize("padding", MASKS)
-def test_a_language_model_of_twelve_layers_waits_once_at_most(padding, monkeypatch):
-    model = LanguageModel(LanguageModelConfig(vocab_size=17, dim=16, num_heads=2, plan=MIXED)).eval()
-    ids = torch.randint(17, (2, 12))
-    with torch.no_grad(), Waits(monkeypatch) as waits:
-        model(ids, context=Context(mask=MASKS[padding]()))
-    assert waits.count <= 1
-
-
-@pytest.mark.parametrize("padding", MASKS)
-def test_an_encoder_of_twelve_layers_waits_once_at_most(padding, monkeypatch):
-    config = EncoderConfig(num_classes=3, vocab_size=17, dim=16, num_heads=2, plan=MIXED)
-    model, ids = Encoder(config).eval(), torch.randint(17, (2, 12))
+def test_a_model_of_twelve_layers_waits_once_at_most(padding, kind, monkeypatch):
+    words = {"vocab_size": 11} if kind == "language model" else {"vocab_size": 11, "features": None}
+    model, ids = made(kind, plan=MIXED, **words).float(), torch.randint(11, (2, 12))
     with torch.no_grad(), Waits(monkeypatch) as waits:
         model(ids, context=Context(mask=MASKS[padding]()))
     assert waits.count <= 1

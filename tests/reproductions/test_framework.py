@@ -13,17 +13,7 @@ from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.sharding import shard
 from regard.measurement.statistics import t_quantile
 from regard.measurement.store import Store
-from regard.reproductions import (
-    Check,
-    Outcome,
-    collect,
-    get_reproduction,
-    list_reproductions,
-    pilot,
-    plan,
-    restore,
-    run,
-)
+from regard.reproductions import Check, Outcome, collect, get_reproduction, list_reproductions, pilot, plan, run
 from regard.reproductions.framework import catalogue, runs
 from regard.reproductions.framework.judging import judge, measured, minus, over
 from regard.reproductions.framework.protocol import Cell, Reproduction
@@ -36,35 +26,39 @@ WITHOUT_REPRODUCTION: dict[str, str] = {}
 """Mechanisms of the catalogue that have none, with the reason."""
 
 
-def counted(calls):
+@pytest.fixture
+def example(monkeypatch):
+    """The calls of a reproduction with three settings, as (setting's name, seed)."""
+    calls = []
+
     def run_cell(setting, seed):
         calls.append((setting["name"], seed))
         return {"score": setting["score"] + 0.01 * seed + 0.001 * float(torch.rand(())), "loss": math.nan}
 
-    return run_cell
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """A reproduction with two settings whose calls are counted."""
-    calls = []
     made = Reproduction(
         name="example",
         mechanisms=("softmax",),
         claim="better",
         instead="smaller",
-        settings={
-            "good": {"name": "good", "score": 0.9},
-            "bad": {"name": "bad", "score": 0.5},
-            "time": {"name": "t", "score": 1.0},
-        },
-        run_cell=counted(calls),
+        settings={name: {"name": name, "score": score} for name, score in (("good", 0.9), ("bad", 0.5), ("time", 1.0))},
+        run_cell=run_cell,
         checks=(Check("good above bad", minus("good", "bad"), above=0.1),),
         timings=frozenset({"time"}),
     )
     monkeypatch.setattr(catalogue, "_load", lambda name: made)
     monkeypatch.setattr(catalogue, "list_reproductions", lambda: ("example",))
     return calls
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "results.db") as opened:
+        yield opened
+
+
+def published(store):
+    """What is known of the example with two seeds, as it is read from a file."""
+    return json.loads(json.dumps(collect(["example"], store, 2)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -88,110 +82,101 @@ def test_timings_and_the_rest_are_all_cells(example):
     assert {cell.setting for cell in plan(["example"], 2, timings=True)} == {"time"}
 
 
-def test_a_second_run_makes_only_what_is_missing(example, tmp_path):
-    cells = plan(["example"], 2)
-    with Store(tmp_path / "results.db") as store:
-        run(cells[:3], store)
-        assert len(example) == 3
-        run(cells, store)
-    assert sorted(example) == sorted({(c.setting if c.setting != "time" else "t", c.seed) for c in cells})
-    with Store(tmp_path / "results.db") as store:
-        assert run(cells, store) == {}
-
-
-def test_an_interrupted_run_keeps_all_but_the_cell_in_flight(example, tmp_path):
+def test_an_interrupted_run_keeps_all_but_the_cell_in_flight_and_a_second_makes_only_what_is_missing(example, store):
     cells = plan(["example"], 2)
 
     def stop(cell, left, seconds):
         if left == 2:
             raise KeyboardInterrupt
 
-    with Store(tmp_path / "results.db") as store:
-        with pytest.raises(KeyboardInterrupt):
-            run(cells, store, on_cell=stop)
-        assert len(store.rows("reproduction")) == len(cells) - 2
+    with pytest.raises(KeyboardInterrupt):
+        run(cells, store, on_cell=stop)
+    assert len(example) == len(store.rows("reproduction")) == len(cells) - 2
+    run(cells, store)
+    assert sorted(example) == sorted((cell.setting, cell.seed) for cell in cells)
+    assert run(cells, store) == {}
 
 
-def test_rows_of_another_protocol_do_not_count(example, tmp_path, monkeypatch):
+def test_rows_of_another_protocol_or_of_other_options_do_not_count(example, store):
+    run(plan(["example"], 2), store)
+    made = get_reproduction("example")
+    for name, value, missing in (
+        ("protocol", 2, 6),
+        ("protocol", 1, 0),
+        ("settings", {**made.settings, "bad": {"name": "bad", "score": 0.6}}, 2),
+    ):
+        object.__setattr__(made, name, value)
+        (record,) = collect(["example"], store, 2)
+        assert len(record["missing"]) == missing and record["done"] == 6 - missing
+    assert record["missing"] == ["bad 0", "bad 1"]
+
+
+def test_published_cells_are_not_run_again(example, store, tmp_path):
     cells = plan(["example"], 2)
-    with Store(tmp_path / "results.db") as store:
-        run(cells, store)
-        assert collect(["example"], store, 2)[0]["done"] == len(cells)
-        object.__setattr__(get_reproduction("example"), "protocol", 2)
-        assert collect(["example"], store, 2)[0]["done"] == 0
-        object.__setattr__(get_reproduction("example"), "protocol", 1)
-        changed = {**get_reproduction("example").settings, "bad": {"name": "bad", "score": 0.6}}
-        object.__setattr__(get_reproduction("example"), "settings", changed)
-        assert collect(["example"], store, 2)[0]["missing"] == ["bad 0", "bad 1"]
+    run(cells, store)
+    records = published(store)
+    records[0]["cells"][0]["machine"] = "another"
+    gone = {**records[0]["cells"][0], "setting": "gone"}
+    records[0]["cells"].append(gone)
+    with Store(tmp_path / "there.db") as there:
+        assert runs.restore([{**records[0], "protocol": 0}, {"name": "no more", "protocol": 1}], there) == 0
+        assert runs.restore(records, there) == len(cells)
+        assert runs.restore(records, there) == 0
+        assert run(cells, there) == {}
+        records[0]["cells"].remove(gone)
+        assert collect(["example"], there, 2) == records
 
 
-def test_published_cells_are_not_run_again(example, tmp_path):
-    cells = plan(["example"], 2)
-    with Store(tmp_path / "here.db") as store:
-        run(cells, store)
-        published = json.loads(json.dumps(collect(["example"], store, 2)))
-    published[0]["cells"][0]["machine"] = "another"
-    gone = {**published[0]["cells"][0], "setting": "gone"}
-    published[0]["cells"].append(gone)
-    older = {**published[0], "protocol": 0}
-    with Store(tmp_path / "there.db") as store:
-        assert runs.restore([older, {"name": "no more", "protocol": 1}], store) == 0
-        assert runs.restore(published, store) == len(cells)
-        assert runs.restore(published, store) == 0
-        assert run(cells, store) == {}
-        published[0]["cells"].remove(gone)
-        assert collect(["example"], store, 2) == published
+def test_published_cells_with_other_options_are_not_restored(example, store, tmp_path):
+    run(plan(["example"], 2), store)
+    records = published(store)
+    records[0]["settings"]["bad"]["score"] = 0.4
+    with Store(tmp_path / "there.db") as there:
+        assert runs.restore(records, there) == 4
+        assert published(there)[0]["missing"] == ["bad 0", "bad 1"]
 
 
 def test_a_cell_is_a_function_of_setting_and_seed_and_leaves_the_random_state(example):
     reproduction = get_reproduction("example")
     setting = reproduction.settings["good"]
-    before = torch.get_rng_state()
     first = runs.run_cell(reproduction, setting, 5)
     torch.rand(3)
-    assert runs.run_cell(reproduction, setting, 5) == first
-    assert runs.run_cell(reproduction, setting, 6) != first
-    torch.set_rng_state(before)
-    runs.run_cell(reproduction, setting, 5)
+    before = torch.get_rng_state()
+    assert runs.run_cell(reproduction, setting, 5) == first != runs.run_cell(reproduction, setting, 6)
     assert torch.equal(torch.get_rng_state(), before)
     assert first["loss"] is None
 
 
-def test_the_remaining_time_follows_the_pace(example, tmp_path):
+def test_the_remaining_time_follows_the_pace(example, store):
     said = []
-    with Store(tmp_path / "results.db") as store:
-        run(plan(["example"], 2), store, on_cell=lambda cell, left, seconds: said.append((left, seconds)))
+    run(plan(["example"], 2), store, on_cell=lambda cell, left, seconds: said.append((left, seconds)))
     assert [left for left, _ in said] == [6, 5, 4, 3, 2, 1]
     assert said[0][1] == 6 * 30
     assert all(seconds < 30 for _, seconds in said[1:])
 
 
-def test_collected_results_have_findings_and_extra_seeds(example, tmp_path):
-    with Store(tmp_path / "results.db") as store:
-        run(plan(["example"], 4), store)
-        (found,) = collect(["example"], store, 3)
-    assert found["outcome"] == "held"
-    assert found["findings"][0]["seeds"] == 4
+def test_collected_results_have_findings_and_extra_seeds(example, store):
+    run(plan(["example"], 4), store)
+    (found,) = collect(["example"], store, 3)
+    assert found["outcome"] == "held" and found["findings"][0]["seeds"] == 4
     assert found["findings"][0]["mean"] == pytest.approx(0.4, abs=2e-3)
     assert (found["done"], found["planned"], found["missing"]) == (9, 9, [])
 
 
 def scores(*pairs):
-    return {
-        (name, seed): {"score": value}
-        for seed, pair in enumerate(pairs)
-        for name, value in zip("ab", pair, strict=True)
-    }
+    """Cells of the settings a and b, with a pair of scores of each seed."""
+    return {(name, seed): {"score": x} for seed, pair in enumerate(pairs) for name, x in zip("ab", pair, strict=True)}
 
 
 ABOVE = Check("a above b by 0.1", minus("a", "b"), above=0.1)
 BELOW = Check("a - b below 0.1", minus("a", "b"), below=0.1)
+SURE = scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52))
 
 
 @pytest.mark.parametrize(
     ("cells", "above", "below"),
     [
-        (scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52)), Outcome.HELD, Outcome.DID_NOT_HOLD),
+        (SURE, Outcome.HELD, Outcome.DID_NOT_HOLD),
         (scores((0.5, 0.5), (0.51, 0.5), (0.5, 0.52)), Outcome.DID_NOT_HOLD, Outcome.HELD),
         (scores((0.9, 0.5), (0.6, 0.5), (0.5, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
         (scores((0.9, 0.5)), Outcome.UNDECIDED, Outcome.UNDECIDED),
@@ -213,18 +198,16 @@ def test_the_interval_is_students():
 
 
 def test_a_claim_holds_only_as_a_whole():
-    sure = scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52))
     unsure = Check("a above 0.9", measured("a", "score"), above=0.9)
-    assert judge([ABOVE, unsure], sure).outcome is Outcome.UNDECIDED
-    assert judge([ABOVE, unsure, BELOW], sure).outcome is Outcome.DID_NOT_HOLD
+    assert judge([ABOVE, unsure], SURE).outcome is Outcome.UNDECIDED
+    assert judge([ABOVE, unsure, BELOW], SURE).outcome is Outcome.DID_NOT_HOLD
 
 
 @pytest.mark.parametrize("claimed", [ABOVE, BELOW])
 def test_a_claim_is_undecided_where_the_experiment_cannot_tell(claimed):
-    cells = scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52))
     learns, fails = (Check("b above", measured("b", "score"), above=bound) for bound in (0.4, 0.6))
-    assert judge([claimed], cells, [learns]).outcome is judge([claimed], cells).outcome
-    verdict = judge([claimed], cells, [learns, fails])
+    assert judge([claimed], SURE, [learns]).outcome is judge([claimed], SURE).outcome
+    verdict = judge([claimed], SURE, [learns, fails])
     assert verdict.outcome is Outcome.UNDECIDED
     assert [need.outcome for need in verdict.needs] == [Outcome.HELD, Outcome.DID_NOT_HOLD]
     assert judge([claimed], {}, [learns]).outcome is Outcome.NOT_RUN
@@ -241,29 +224,27 @@ def test_seeds_to_decide_are_the_fewest_whose_interval_leaves_out_the_bound():
     assert judge([ABOVE], hopeless).findings[0].seeds_to_decide is None
 
 
-def test_the_cost_of_deciding_counts_the_cells_that_are_compared(example, tmp_path):
-    """`bad` takes as long as `good`; `time` is not part of the difference, so that no more of it are asked for."""
-    with Store(tmp_path / "results.db") as store:
-        for seed, score in enumerate((0.9, 0.6, 0.5)):
-            for setting, value, seconds in (("good", score, 100.0), ("bad", 0.3, 50.0), ("time", 1.0, 1000.0)):
-                cell = key(Cell("example", setting, seed))
-                store.put("reproduction", cell, {"measured": {"score": value}, "seconds": seconds})
-        (record,) = collect(["example"], store)
+def test_the_cost_of_deciding_counts_the_cells_that_are_compared(example, store):
+    """`time` is not part of the difference, so that no more of it are asked for."""
+    for seed, score in enumerate((0.9, 0.6, 0.5)):
+        for setting, value, seconds in (("good", score, 100.0), ("bad", 0.3, 50.0), ("time", 1.0, 1000.0)):
+            cell = key(Cell("example", setting, seed))
+            store.put("reproduction", cell, {"measured": {"score": value}, "seconds": seconds})
+    (record,) = collect(["example"], store)
     (finding,) = record["findings"]
     assert record["outcome"] == Outcome.UNDECIDED
     assert record["hours_to_decide"] == pytest.approx((finding["seeds_to_decide"] - 3) * 150 / 3600)
     assert f"{finding['seeds_to_decide']} seeds" in cost_of_deciding(record)
 
 
-def test_a_pilot_is_never_judged(example, tmp_path):
-    with Store(tmp_path / "results.db") as store:
-        run(plan(["example"], pilot=3), store)
-        assert example == [(name, 1000 + seed) for seed in range(3) for name in ("good", "bad")]
-        (record,) = collect(["example"], store)
-        found = pilot("example", store)
+def test_a_pilot_is_never_judged(example, store):
+    run(plan(["example"], pilot=3), store)
+    assert example == [(name, 1000 + seed) for seed in range(3) for name in ("good", "bad")]
+    (record,) = collect(["example"], store)
+    (finding,) = pilot("example", store)["findings"]
     assert record["outcome"] == Outcome.NOT_RUN
-    assert [(f["says"], f["seeds"]) for f in found["findings"]] == [("good above bad", 3)]
-    assert found["findings"][0]["mean"] == pytest.approx(0.4)
+    assert (finding["says"], finding["seeds"]) == ("good above bad", 3)
+    assert finding["mean"] == pytest.approx(0.4)
     assert [f["seeds"] for f in pilot("example", None)["findings"]] == [0]
 
 
@@ -274,29 +255,15 @@ def test_a_setting_may_have_more_seeds_than_the_others():
     assert set(Counter(cell.setting for cell in made.cells(5)).values()) == {5}
 
 
-def test_published_cells_with_other_options_are_not_restored(example, tmp_path):
-    with Store(tmp_path / "a.db") as store:
-        run(plan(["example"], 2), store)
-        records = json.loads(json.dumps(collect(["example"], store)))
-    records[0]["settings"]["bad"]["score"] = 0.4
-    with Store(tmp_path / "b.db") as store:
-        assert restore(records, store) == 4
-        (record,) = collect(["example"], store, 2)
-    assert record["missing"] == ["bad 0", "bad 1"]
-
-
 def test_seeds_without_all_cells_are_left_out():
-    cells = scores((0.9, 0.5), (0.91, 0.5), (0.9, 0.52))
-    del cells["b", 1]
-    (finding,) = judge([ABOVE], cells).findings
+    (finding,) = judge([ABOVE], {cell: row for cell, row in SURE.items() if cell != ("b", 1)}).findings
     assert finding.seeds == 2
 
 
 def test_a_timing_is_judged_by_its_spread():
     def timed(*spreads):
-        return {
-            ("t", i): {"ratio": dict(zip(("low", "median", "high"), s, strict=True))} for i, s in enumerate(spreads)
-        }
+        names = ("low", "median", "high")
+        return {("t", i): {"ratio": dict(zip(names, spread, strict=True))} for i, spread in enumerate(spreads)}
 
     faster = Check("faster", measured("t", "ratio"), above=1.0)
     assert judge([faster], timed((1.2, 1.3, 1.5), (1.1, 1.3, 1.4))).outcome is Outcome.HELD
@@ -305,16 +272,15 @@ def test_a_timing_is_judged_by_its_spread():
 
 
 def test_ratios_and_values_of_none_are_undecided():
-    cells = {("a", s): {"score": None} for s in range(3)} | {("b", s): {"score": 1.0} for s in range(3)}
+    cells = scores(*[(None, 1.0)] * 3)
     assert judge([Check("", over("a", "b", "score"), above=0.0)], cells).outcome is Outcome.UNDECIDED
     assert judge([Check("", measured("a", "score"), above=0.0)], cells).outcome is Outcome.UNDECIDED
 
 
 def test_a_check_has_one_bound():
-    with pytest.raises(Unsupported):
-        Check("", measured("a", "score"))
-    with pytest.raises(Unsupported):
-        Check("", measured("a", "score"), above=0.0, below=1.0)
+    for bounds in ({}, {"above": 0.0, "below": 1.0}):
+        with pytest.raises(Unsupported):
+            Check("", measured("a", "score"), **bounds)
 
 
 @pytest.mark.parametrize("mechanism", list_mechanisms())
@@ -341,15 +307,12 @@ def test_pixels_read_as_text_are_the_pixels_of_the_images():
     read, drawn = task.training_batch(3, 1, 5), images.training_batch(3, 1, 5)
     assert torch.equal(task.levels[read.targets], drawn.inputs[..., 0])
     assert torch.equal(read.inputs[:, 1:], read.targets[:, :-1])
-    assert (
-        read.inputs[:, 0].unique().tolist() == [task.vocab_size - 1] and int(read.targets.max()) < task.vocab_size - 1
-    )
+    start = task.vocab_size - 1
+    assert read.inputs[:, 0].unique().tolist() == [start] and int(read.targets.max()) < start
 
 
 def test_text_said_twice_asks_for_the_second_half_alone():
-    task = said_twice(20, 4)
-    batch = task.training_batch(0, 0, 3)
+    batch = said_twice(20, 4).training_batch(0, 0, 3)
     assert torch.equal(batch.inputs[:, :10], batch.inputs[:, 10:])
-    assert (batch.targets[:, :9] == IGNORED).all() and torch.equal(
-        batch.targets[:, 9:], batch.inputs.roll(-1, 1)[:, 9:]
-    )
+    assert (batch.targets[:, :9] == IGNORED).all()
+    assert torch.equal(batch.targets[:, 9:], batch.inputs.roll(-1, 1)[:, 9:])

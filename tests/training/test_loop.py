@@ -6,11 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import Repeat, build_model
+from small_runs import (
+    Repeat,
+    Reverse,
+    assert_same,
+    build_model,
+    record_gradient_norms,
+    train_on,
+    train_until,
+)
 
 from regard.contract import Result, Unsupported
 from regard.tasks.protocol import cross_entropy_by_item, mean_loss
@@ -20,37 +29,27 @@ from regard.training.loop import batch_context
 CONFIG = TrainConfig(steps=12, batch_size=4, learning_rate=3e-3, checkpoint_every=4)
 
 
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def without_times(history):
-    return [dataclasses.replace(point, seconds=0.0) for point in history.curve]
-
-
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(task, build):
-    first, second, other = build(), build(), build()
-    torch.manual_seed(1)
-    train(first, task, CONFIG)
-    torch.manual_seed(2)
-    train(second, task, CONFIG)
-    train(other, task, dataclasses.replace(CONFIG, seed=1))
-    assert_same(weights(first), weights(second))
-    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-
-
-def test_training_leaves_the_callers_randomness_and_mode_alone(task, build):
-    model = build().eval()
-    before = torch.random.get_rng_state()
+@pytest.fixture
+def undisturbed(task, build):
+    """A model that was trained in one go."""
+    model = build()
     train(model, task, CONFIG)
+    return model
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_randomness_and_mode_alone(
+    task, build, undisturbed
+):
+    again, other = build().eval(), build()
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    train(again, task, CONFIG)
+    assert_same(again, undisturbed)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert not model.training
-    assert all(p.grad is None for p in model.parameters())
+    assert not again.training
+    assert all(p.grad is None for p in again.parameters())
+    train(other, task, dataclasses.replace(CONFIG, seed=1))
+    assert not all(torch.equal(a, b) for a, b in zip(again.parameters(), other.parameters(), strict=True))
 
 
 def test_draws_without_a_generator_follow_the_seed_too():
@@ -67,35 +66,28 @@ def test_draws_without_a_generator_follow_the_seed_too():
     for seed, model in enumerate(models):
         torch.manual_seed(seed)
         train(model, Repeat(), CONFIG)
-    assert_same(*(weights(model) for model in models))
+    assert_same(*models)
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 6, 11])
-def test_a_run_interrupted_at_any_step_resumes_to_the_undisturbed_one(task, build, tmp_path, stop_after):
-    undisturbed = build()
-    expected = train(undisturbed, task, CONFIG)
-
-    def interrupt(point):
-        if point.step + 1 == stop_after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(build(), task, CONFIG, on_step=interrupt, checkpoint=tmp_path / "run")
-    resumed = build()
-    steps = []
-    history = train(resumed, task, CONFIG, on_step=lambda p: steps.append(p.step), checkpoint=tmp_path / "run")
+@pytest.mark.parametrize("stop_after", [1, 6, 11])
+def test_a_run_interrupted_at_any_step_resumes_to_the_undisturbed_one(any_task, tmp_path, stop_after):
+    build, path = partial(build_model, any_task), tmp_path / "run"
+    undisturbed, resumed = build(), build()
+    expected = train(undisturbed, any_task, CONFIG)
+    train_until(stop_after, build(), any_task, CONFIG, path)
+    history, steps = train_on(resumed, any_task, CONFIG, path)
     assert steps == list(range(stop_after, CONFIG.steps))
-    assert_same(weights(resumed), weights(undisturbed))
-    assert without_times(history) == without_times(expected)
+    assert_same(resumed, undisturbed)
+    curves = [[dataclasses.replace(point, seconds=0.0) for point in run.curve] for run in (history, expected)]
+    assert curves[0] == curves[1]
     assert (history.tokens, history.finished) == (expected.tokens, True)
     assert history.peak_memory == expected.peak_memory
 
 
-def test_an_interrupt_while_weights_change_keeps_the_last_whole_checkpoint(task, build, tmp_path, monkeypatch):
-    undisturbed = build()
-    train(undisturbed, task, CONFIG)
-    step = torch.optim.AdamW.step
-    calls = []
+def test_an_interrupt_while_weights_change_keeps_the_last_whole_checkpoint(
+    task, build, undisturbed, tmp_path, monkeypatch
+):
+    step, calls = torch.optim.AdamW.step, []
 
     def half_step(optimizer, *args):
         calls.append(step(optimizer, *args))
@@ -106,10 +98,10 @@ def test_an_interrupt_while_weights_change_keeps_the_last_whole_checkpoint(task,
     with pytest.raises(KeyboardInterrupt):
         train(build(), task, CONFIG, checkpoint=tmp_path / "run")
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    resumed, steps = build(), []
-    train(resumed, task, CONFIG, on_step=lambda p: steps.append(p.step), checkpoint=tmp_path / "run")
+    resumed = build()
+    _, steps = train_on(resumed, task, CONFIG, tmp_path / "run")
     assert steps[0] == 4
-    assert_same(weights(resumed), weights(undisturbed))
+    assert_same(resumed, undisturbed)
 
 
 KILLED = """
@@ -129,78 +121,70 @@ def test_a_killed_process_resumes_to_the_undisturbed_run(tmp_path):
     arguments = [str(Path(__file__).parent), str(path), str(torch.get_num_threads())]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert killed.returncode == -signal.SIGKILL
-    undisturbed, resumed, steps = build_model(Repeat()), build_model(Repeat()), []
+    undisturbed, resumed = build_model(Repeat()), build_model(Repeat())
     train(undisturbed, Repeat(), CONFIG)
-    train(resumed, Repeat(), CONFIG, on_step=lambda p: steps.append(p.step), checkpoint=path)
+    _, steps = train_on(resumed, Repeat(), CONFIG, path)
     assert steps[0] == 4
-    assert_same(weights(resumed), weights(undisturbed))
+    assert_same(resumed, undisturbed)
 
 
-def test_a_finished_run_is_not_trained_again_and_can_be_started_anew(task, build, tmp_path):
-    path = tmp_path / "run"
-    done = build()
-    history = train(done, task, CONFIG, checkpoint=path)
-    again, steps = build(), []
-    assert train(again, task, CONFIG, checkpoint=path, on_step=steps.append) == history
-    assert_same(weights(again), weights(done))
-    assert steps == []
-    anew = build()
+def test_a_finished_run_is_not_trained_again_and_can_be_started_anew(task, build, undisturbed, tmp_path):
+    path, again, anew = tmp_path / "run", build(), build()
+    history = train(build(), task, CONFIG, checkpoint=path)
+    assert train_on(again, task, CONFIG, path) == (history, [])
+    assert_same(again, undisturbed)
+    steps = []
     train(anew, task, CONFIG, checkpoint=path, resume=False, on_step=steps.append)
     assert len(steps) == CONFIG.steps
-    assert_same(weights(anew), weights(done))
+    assert_same(anew, undisturbed)
 
 
-def test_a_deadline_stops_between_steps_and_the_run_resumes(task, build, tmp_path):
-    undisturbed = build()
-    train(undisturbed, task, CONFIG)
-    path, model = tmp_path / "run", build()
-    stopped = train(model, task, CONFIG, checkpoint=path, deadline=time.monotonic())
+def test_a_deadline_stops_between_steps_and_the_run_resumes(task, build, undisturbed, tmp_path):
+    path, resumed = tmp_path / "run", build()
+    stopped = train(build(), task, CONFIG, checkpoint=path, deadline=time.monotonic())
     assert (stopped.finished, stopped.diverged, stopped.curve) == (False, False, [])
     assert math.isnan(stopped.final_loss) and math.isnan(stopped.tokens_per_second)
-    resumed = build()
     assert train(resumed, task, CONFIG, checkpoint=path).finished
-    assert_same(weights(resumed), weights(undisturbed))
+    assert_same(resumed, undisturbed)
 
 
-def test_divergence_is_reported_and_leaves_finite_weights(task, build, tmp_path):
-    model = build()
-
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_divergence_is_reported_and_leaves_finite_weights(task, build, tmp_path, precision):
     class Exploding(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.calls = model, 0
+            self.inner = build()
 
         def forward(self, inputs, *, context):
-            self.calls += 1
             result = self.inner(inputs, context=context)
-            return Result(result.output * (math.inf if self.calls == 5 else 1.0))
+            return Result(result.output * (math.inf if context.progress == 4 else 1.0))
 
-    history = train(Exploding(), task, CONFIG, checkpoint=tmp_path / "run")
+    model, config = Exploding(), dataclasses.replace(CONFIG, precision=precision)
+    history = train(model, task, config, checkpoint=tmp_path / "run")
     assert history.diverged and not history.finished and len(history.curve) == 4
     assert all(p.isfinite().all() for p in model.parameters())
-    assert train(Exploding(), task, CONFIG, checkpoint=tmp_path / "run").diverged
+    assert train(Exploding(), task, config, checkpoint=tmp_path / "run").diverged
 
 
 def test_another_run_is_not_resumed(task, build, tmp_path):
-    path = tmp_path / "run"
-    train(build(), task, dataclasses.replace(CONFIG, steps=2), checkpoint=path)
-    with pytest.raises(Unsupported, match="steps=2"):
-        train(build(), task, CONFIG, checkpoint=path)
-    other = type(task)()
+    path, short, other = tmp_path / "run", dataclasses.replace(CONFIG, steps=2), type(task)()
+    train(build(), task, short, checkpoint=path)
     other.name = "another"
-    with pytest.raises(Unsupported, match="task="):
-        train(build(), other, dataclasses.replace(CONFIG, steps=2), checkpoint=path)
+    for asked, config, message in ((task, CONFIG, "steps=2"), (other, short, "task=")):
+        with pytest.raises(Unsupported, match=message):
+            train(build(), asked, config, checkpoint=path)
 
 
-def test_training_learns_in_every_precision(task, build):
-    for precision in PRECISIONS:
-        model = build()
-        config = TrainConfig(steps=60, batch_size=16, learning_rate=1e-2, precision=precision, measure_memory=False)
-        before = evaluate(model, task, 16)
-        history = train(model, task, config)
-        after = evaluate(model, task, 16)
-        assert history.final_loss < 0.8 * history.curve[0].loss
-        assert after.loss < 0.8 * before.loss and after.score > before.score
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_learns_in_every_precision(any_task, precision):
+    model = build_model(any_task)
+    config = TrainConfig(steps=30, batch_size=16, learning_rate=1e-2, precision=precision, measure_memory=False)
+    before = evaluate(model, any_task, 16)
+    assert not train(model, any_task, config).diverged
+    after = evaluate(model, any_task, 16)
+    assert after.loss < 0.8 * before.loss
+    better = after.score > before.score if any_task.higher_is_better else after.score < before.score
+    assert better or any_task.generates, "whole answers are right later"
 
 
 def test_auxiliary_losses_are_weighted_and_reach_the_gradient(task):
@@ -234,38 +218,12 @@ def test_exits_learn_and_what_they_add_to_the_loss_is_told_apart(task, build):
     assert not torch.equal(before, model.exit_norms[0].weight)
 
 
-@pytest.mark.parametrize("stack", [{"reversible": True}, {"checkpoint_layers": 1}])
-def test_stacks_that_compute_twice_train_as_those_that_do_not(task, build, stack):
-    """Dropout drawn from the step's generator, in a run of several steps."""
-    models = []
-    for _ in range(2):
-        model = type(build())(dataclasses.replace(build().config, stack=stack)).double()
-        model.load_state_dict(build().state_dict())
-        models.append(model)
-    if "checkpoint_layers" in stack:
-        models[0].blocks.config = type(models[0].blocks.config)()
-    else:  # a wish for extras has the same function differentiated as usual
-        run = models[0].blocks.run
-        models[0].blocks.run = lambda x, context, *rest: run(x, context.replace(want=frozenset({"gates"})), *rest)
-    for model in models:
-        train(model, task, CONFIG)
-    for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(first, second)
-
-
-def test_gradients_are_clipped_by_their_whole_norm(task, build, monkeypatch):
-    norms = []
-    step = torch.optim.AdamW.step
-
-    def look(optimizer, *args):
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt().item())
-        return step(optimizer, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", look)
-    history = train(build(), task, dataclasses.replace(CONFIG, clip=1e-3, steps=3))
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_gradients_are_unscaled_and_clipped_by_their_whole_norm(task, build, monkeypatch, precision):
+    norms = record_gradient_norms(monkeypatch)
+    history = train(build(), task, dataclasses.replace(CONFIG, clip=1e-3, steps=3, precision=precision))
     assert norms == pytest.approx([1e-3] * 3, rel=1e-3)
-    assert all(point.gradient_norm > 1e-2 for point in history.curve)
+    assert all(1e-2 < point.gradient_norm < 1e2 for point in history.curve)
 
 
 def test_history_counts_valid_tokens_and_keeps_memory_and_time(task, build):
@@ -278,7 +236,7 @@ def test_history_counts_valid_tokens_and_keeps_memory_and_time(task, build):
     assert History.from_record(dataclasses.asdict(history)) == history
 
 
-@pytest.mark.parametrize("batch_size", [40, 7, 1])
+@pytest.mark.parametrize("batch_size", [40, 7])
 def test_evaluation_is_the_same_for_every_batch_size_and_pairs_items(task, build, batch_size):
     model = build().double()
     found = evaluate(model, task, batch_size)
@@ -295,15 +253,26 @@ def test_evaluation_is_the_same_for_every_batch_size_and_pairs_items(task, build
 
 def test_slices_of_an_evaluation_make_up_the_whole(task, build):
     model = build().double()
-    whole = evaluate(model, task, 7)
-    parts = [
-        evaluate(model, task, 7, last=10),
-        evaluate(model, task, 7, first=10, last=21),
-        evaluate(model, task, 7, first=21),
-    ]
-    assert [item for part in parts for item in part.items] == whole.items
-    assert [len(part.items) for part in parts] == [10, 11, 19]
+    slices = ({"last": 10}, {"first": 10, "last": 21}, {"first": 21})
+    parts = [evaluate(model, task, 7, **places).items for places in slices]
+    assert [item for part in parts for item in part] == evaluate(model, task, 7).items
+    assert [len(part) for part in parts] == [10, 11, 19]
     assert math.isnan(evaluate(model, task, 7, first=40).score)
+
+
+def test_generated_answers_are_scored_as_generated():
+    task = Reverse()
+    model = build_model(task)
+    train(model, task, TrainConfig(steps=60, batch_size=16, learning_rate=1e-2, measure_memory=False))
+    found = evaluate(model, task, 7)
+    whole = next(iter(task.evaluation_batches(40)))
+    memory_mask = batch_context(whole).memory_mask
+    tokens = model.eval().generate(
+        whole.inputs[:, :1], 6, memory=whole.memory, memory_mask=memory_mask, stop_tokens=task.stop_tokens
+    )
+    assert found.items == list(zip(*(x.tolist() for x in task.score_generated(tokens, whole)), strict=True))
+    assert found.score > 0
+    assert evaluate(model, task, 7, last=10).items + evaluate(model, task, 7, first=10).items == found.items
 
 
 @pytest.mark.parametrize(

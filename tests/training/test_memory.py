@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from regard.training import TensorMemory, peak_memory
@@ -12,27 +13,40 @@ MEGABYTE = 1 << 20
 FLOATS = MEGABYTE // 4
 
 
-def test_tensors_alive_together_count_together():
-    def work():
-        a = torch.zeros(FLOATS)
-        b = torch.zeros(2 * FLOATS)
-        del a, b
-        c = torch.zeros(FLOATS)
-        return c
+BEFORE = torch.zeros(FLOATS)
 
+
+def freed_before_others():
+    a, b = torch.zeros(FLOATS), torch.zeros(2 * FLOATS)
+    del a, b
+    return torch.zeros(FLOATS)
+
+
+def views_and_changes_in_place():
+    a = torch.zeros(FLOATS)
+    return [a.view(-1, 4), a[:10], a.view(2, -1).t(), a.add_(1).mul_(2)]
+
+
+@torch.no_grad()
+def a_chain_without_a_graph():
+    x = BEFORE
+    for _ in range(6):
+        x = x.exp()
+
+
+@pytest.mark.parametrize(
+    ("work", "megabytes"),
+    [
+        (freed_before_others, 3),
+        (views_and_changes_in_place, 1),
+        (lambda: torch.zeros(FLOATS).resize_(3 * FLOATS).resize_(FLOATS), 3),
+        (lambda: BEFORE.add_(1).view(-1, 4).t(), 0),
+        (a_chain_without_a_graph, 2),
+    ],
+)
+def test_the_peak_is_of_storages_alive_together(work, megabytes):
     peak = peak_memory(work)
-    assert (peak.bytes, peak.counted) == (3 * MEGABYTE, "tensors")
-    assert peak.value.numel() == FLOATS
-
-
-def test_views_and_changes_in_place_cost_nothing():
-    def work():
-        a = torch.zeros(FLOATS)
-        views = [a.view(-1, 4), a[:10], a.view(2, -1).t()]
-        a.add_(1).mul_(2)
-        return views
-
-    assert peak_memory(work).bytes == MEGABYTE
+    assert (peak.bytes, peak.counted) == (megabytes * MEGABYTE, "tensors")
 
 
 def test_a_view_keeps_its_storage_alive():
@@ -45,41 +59,20 @@ def test_a_view_keeps_its_storage_alive():
     assert memory.peak == MEGABYTE + 16
 
 
-def test_tensors_from_before_do_not_count_even_when_returned():
-    before = torch.zeros(FLOATS)
-    assert peak_memory(lambda: before.add_(1).view(-1, 4).t()).bytes == 0
-
-
 def test_what_the_backward_pass_needs_counts_until_it_has_run():
     x = torch.rand(FLOATS, requires_grad=True)
 
     def chain(depth):
-        def work():
-            y = x
-            for _ in range(depth):
-                y = y.exp()  # keeps its output
-            y.sum().backward()
-            x.grad = None
+        y = x
+        for _ in range(depth):
+            y = y.exp()  # keeps its output
+        y.sum().backward()
+        x.grad = None
+        return depth
 
-        return work
-
-    few, many = peak_memory(chain(2)).bytes, peak_memory(chain(6)).bytes
-    assert many - few == 4 * MEGABYTE
-    assert peak_memory(lambda: torch.no_grad()(chain_without_graph)(x)).bytes == 2 * MEGABYTE
-
-
-def chain_without_graph(x):
-    for _ in range(6):
-        x = x.exp()
-
-
-def test_a_storage_that_grows_counts_at_its_new_size():
-    def work():
-        a = torch.zeros(FLOATS)
-        a.resize_(3 * FLOATS)
-        a.resize_(FLOATS)
-
-    assert peak_memory(work).bytes == 3 * MEGABYTE
+    few, many = peak_memory(lambda: chain(2)), peak_memory(lambda: chain(6))
+    assert many.bytes - few.bytes == 4 * MEGABYTE
+    assert many.value == 6
 
 
 def test_freed_memory_is_kept_where_the_c_library_is_the_gnu_one():

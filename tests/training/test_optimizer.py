@@ -18,10 +18,15 @@ def decayed_names(model, **options):
     return {names[id(p)] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
 
 
-def test_only_matrices_decay():
+def language_model(**options) -> LanguageModel:
+    return LanguageModel(LanguageModelConfig(5, dim=8, num_heads=2, num_layers=1, **options))
+
+
+def test_only_matrices_decay_unless_more_is_asked_for():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(4, 4, 3))
     assert decayed_names(model) == {"1.weight", "3.weight"}
     assert decayed_names(model, decay_embeddings=True) == {"0.weight", "1.weight", "3.weight"}
+    assert decayed_names(model, decay_norms=True) == {"1.weight", "2.weight", "3.weight"}
 
 
 def test_marked_and_frozen_parameters_do_not_decay():
@@ -32,35 +37,26 @@ def test_marked_and_frozen_parameters_do_not_decay():
     assert parameter_groups(model, 0.1) == []
 
 
-def test_embeddings_and_learned_positions_of_models_do_not_decay():
-    model = LanguageModel(LanguageModelConfig(5, dim=8, num_heads=2, num_layers=1, positions="learned", max_length=4))
+def test_what_decays_in_a_model():
+    model = language_model(positions="learned", max_length=4)
     decayed = decayed_names(model)
     assert not any("embedding" in name or name.startswith("positions") or "norm" in name for name in decayed)
     assert {"blocks.0.mixer.query.weight", "blocks.0.feed_forward.up.weight"} <= decayed
-
-
-def test_weights_of_norms_decay_where_it_is_asked_for_and_their_biases_do_not():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    assert decayed_names(model, decay_norms=True) == {"0.weight", "1.weight"}
-    model = LanguageModel(LanguageModelConfig(5, dim=8, num_heads=2, num_layers=1))
     norms = {f"{name}.weight" for name in ("blocks.0.mixer_norm", "blocks.0.feed_forward_norm", "norm")}
-    assert decayed_names(model, decay_norms=True) == decayed_names(model) | norms
-    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.5, decay_norms=True)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    torch.testing.assert_close(model.norm.weight, torch.full((8,), 0.95))
+    assert decayed_names(model, decay_norms=True) == decayed | norms
 
 
-def test_decay_shrinks_matrices_alone():
-    model = nn.Linear(3, 3)
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_decay_shrinks_what_decays_alone(decay_norms):
+    model = language_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.5, decay_norms=decay_norms)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    torch.testing.assert_close(model.weight, before["weight"] * 0.95)
-    torch.testing.assert_close(model.bias, before["bias"])
+    decayed = decayed_names(model, decay_norms=decay_norms)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] * (0.95 if name in decayed else 1.0))
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth():

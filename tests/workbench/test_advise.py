@@ -14,7 +14,7 @@ from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
 from regard.workbench import needs
 from regard.workbench.advise import AdviseSettings, advise, read_quality
-from regard.workbench.advise_check import Errors, check, errors_of
+from regard.workbench.advise_check import check, errors_of
 from regard.workbench.advise_text import advice_text, errors_table, short_text
 from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.pasted import code_for
@@ -48,8 +48,18 @@ def fake(what, length, names):
     }
 
 
-def ask(lengths=(4096,), **options):
-    return advise(measure=fake, mechanisms=options.pop("mechanisms", NAMES), lengths=lengths, **SMALL, **options)
+def ask(lengths=(4096,), measure=fake, mechanisms=NAMES, **options):
+    return advise(measure=measure, mechanisms=mechanisms, lengths=lengths, **SMALL, **options)
+
+
+def listening(asked):
+    """Notes what is measured, as (what, length, name)."""
+
+    def measure(what, length, names):
+        asked.extend((what, length, name) for name in names)
+        return fake(what, length, names)
+
+    return measure
 
 
 def order(advice):
@@ -95,15 +105,12 @@ def test_needs_rule_out_and_say_why():
 
 
 def test_a_memory_cap_rules_out_and_says_what_it_would_take():
-    cap = 2000 * 4096
-    found = ask(memory=cap)
+    found = ask(memory=2000 * 4096)
     assert "mamba2" not in order(found) and "of memory, more than" in found.rejected["mamba2"]
     tight = ask(memory=100)
     assert tight.pick is None and tight.text.startswith("No mechanism qualifies")
     assert any("of memory: local" in change for change in tight.changes)
-
-
-def test_the_cap_of_serving_counts_the_state():
+    # of serving, the state counts too
     assert "softmax" in order(ask(use="serve", memory=1011 * 4096))
     assert ask(use="serve", memory=1009 * 4096).pick is None
 
@@ -129,9 +136,8 @@ def test_every_figure_says_whether_it_was_measured_and_how_well_it_is_known():
         ("training", 700): "interpolated",
         ("training", 1 << 15): "extrapolated",
     }
-    widths = [
-        math.log(estimates["training", n].high / estimates["training", n].milliseconds) for n in (512, 700, 1 << 15)
-    ]
+    training = [estimates["training", n] for n in (512, 700, 1 << 15)]
+    widths = [math.log(e.high / e.milliseconds) for e in training]
     assert widths == sorted(widths) and widths[0] == pytest.approx(SURE) and widths[2] > 0.2
     assert all(e.low < e.milliseconds < e.high for e in estimates.values())
 
@@ -140,12 +146,7 @@ def test_what_decides_is_measured_at_the_length_and_use_asked_for(monkeypatch):
     """A card that promises linear growth, and short lengths that keep the promise, deceive nobody."""
     monkeypatch.setitem(TIMES, "linear", lambda n: 1e-6 * n * max(1, n / 2048) ** 2)
     asked = []
-
-    def listening(what, length, names):
-        asked.extend((what, length, name) for name in names)
-        return fake(what, length, names)
-
-    found = advise(measure=listening, mechanisms=NAMES, lengths=6000, use="train", **SMALL)
+    found = ask(6000, listening(asked), use="train")
     assert found.pick == "local"
     assert {("training", 6000, "linear"), ("training", 6000, "local")} <= set(asked)
     assert "not measured" not in found.text
@@ -161,13 +162,8 @@ def test_a_pick_for_which_the_time_did_not_suffice_is_said_to_be_predicted(monke
 
 def test_only_what_qualifies_is_measured_at_the_length_asked_for():
     asked = []
-
-    def listening(what, length, names):
-        asked.extend((length, name) for name in names)
-        return fake(what, length, names)
-
-    found = advise(measure=listening, mechanisms=NAMES, lengths=6000, needs="exact", **SMALL)
-    assert found.pick == "softmax" and {name for length, name in asked if length == 6000} == {"softmax"}
+    assert ask(6000, listening(asked), needs="exact").pick == "softmax"
+    assert {name for _, length, name in asked if length == 6000} == {"softmax"}
 
 
 @pytest.mark.parametrize(("spread", "pick"), [(0.0, "linear"), (0.1, "softmax")])
@@ -177,7 +173,7 @@ def test_softmax_stands_unless_another_is_better_beyond_the_interval(spread, pic
     def spreading(what, length, names):
         return {name: replace(sample, spread=spread) for name, sample in fake(what, length, names).items()}
 
-    found = advise(measure=spreading, mechanisms=("softmax", "linear"), lengths=100, **SMALL)
+    found = ask(100, spreading, ("softmax", "linear"))
     assert found.pick == pick
     assert ("beyond doubt" in found.text) == (pick == "softmax")
 
@@ -203,8 +199,7 @@ def test_candidates_and_exclusions_are_honoured():
 
 
 def test_a_mechanism_that_lacks_the_pattern_or_the_size_is_listed_with_the_reason():
-    found = ask(pattern="causal-cross")
-    assert "near a query" in found.rejected["local"]
+    assert "near a query" in ask(pattern="causal-cross").rejected["local"]
     found = ask(64, head_dim=7)
     assert "cannot have this size" in found.rejected["mamba2"] and "mamba2" not in order(found) and found.pick
     with pytest.raises(Unsupported, match="mamba2: its layer"):
@@ -216,35 +211,22 @@ def test_what_does_not_decode_is_not_advised_for_serving(monkeypatch):
     assert "no state" in ask(use="serve").rejected["local"]
 
 
-def summary_entry(name, mean, solved=None, behind=False):
-    return {
-        "mechanism": name,
-        "mean": mean,
-        "standard_error": 0.01,
-        "solved": solved,
-        "separable_from_best": behind,
+def results(folder, **tasks):
+    """An output folder of a comparison with, of each task, (mechanism, mean, solved, whether it is surely behind)."""
+    names = ("mechanism", "mean", "solved", "separable_from_best")
+    summary = {
+        task: [{**dict(zip(names, row, strict=True)), "standard_error": 0.01} for row in rows]
+        for task, rows in tasks.items()
     }
-
-
-def results(folder, summary):
     with Store(folder / "results.db") as store:
         store.put("run", {"run": store.run}, {"summary": summary})
     return folder
 
 
 def test_results_put_what_is_behind_out_and_what_is_unknown_last(tmp_path):
-    folder = results(
-        tmp_path,
-        {
-            "text": [
-                summary_entry("softmax", 1.5),
-                summary_entry("linear", 1.6),
-                summary_entry("local", 2.0, behind=True),
-            ]
-        },
-    )
-    found = ask(results=folder)
-    assert order(found) == ["linear", "softmax", "mamba2", "sigmoid"] or order(found)[:2] == ["linear", "softmax"]
+    scores = [("softmax", 1.5, None, False), ("linear", 1.6, None, False), ("local", 2.0, None, True)]
+    found = ask(results=results(tmp_path, text=scores))
+    assert order(found)[:2] == ["linear", "softmax"]
     assert "behind the best on text" in found.rejected["local"]
     quality = {c.mechanism: c.quality for c in found.candidates}
     assert quality["linear"] == "text 1.6 ± 0.01" and quality["mamba2"] == "not measured"
@@ -255,14 +237,12 @@ def test_results_put_what_is_behind_out_and_what_is_unknown_last(tmp_path):
 
 def test_results_of_recall_decide_the_need_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(needs, "RECALL", {"mamba2": {"without": 0.2}, "sigmoid": {"without": 1.0}})
-    folder = results(tmp_path, {"recall": [summary_entry("softmax", 0.99, True), summary_entry("linear", 0.98, True)]})
-    found = ask(needs="recall", results=folder)
+    both = results(tmp_path, recall=[("softmax", 0.99, True, False), ("linear", 0.98, True, False)])
+    found = ask(needs="recall", results=both)
     assert set(order(found)) == {"softmax", "linear", "sigmoid"} and order(found)[0] == "linear"
     assert not any("no recall result" in note for note in found.notes)
-    folder = results(
-        tmp_path / "b", {"recall": [summary_entry("softmax", 0.99, True), summary_entry("sigmoid", 0.2, False)]}
-    )
-    assert "did not solve" in ask(needs="recall", results=folder / "results.db").rejected["sigmoid"]
+    one = results(tmp_path / "b", recall=[("softmax", 0.99, True, False), ("sigmoid", 0.2, False, False)])
+    assert "did not solve" in ask(needs="recall", results=one / "results.db").rejected["sigmoid"]
 
 
 def test_without_results_no_quality_is_claimed():
@@ -334,18 +314,18 @@ def mixing(pattern):
 def test_what_is_to_be_pasted_runs(pattern, use):
     if use == "serve" and pattern is Pattern.NONCAUSAL_SELF:
         pytest.skip("not served")
-    for settings in (LayerSettings(pattern, **SMALL), LayerSettings(pattern, 32, 2, 8, 2, "float64")):
-        for name in mixing(pattern):
-            if use == "serve" and not LayerWork(get_mechanism(name), settings).decodes:
-                continue
-            scope = {}
-            exec(code_for(name, settings, use, 20), scope)
-            assert scope["layer"].card is get_mechanism(name)
-            found = scope["result"].output if use == "serve" else scope["y"]
-            assert found.shape == (settings.batch, 1 if use == "serve" else scope["x"].shape[1], 32)
-            assert found.dtype == (torch.float64 if settings.dtype == "float64" else torch.float32)
-            modelled = pattern is Pattern.CAUSAL_SELF or get_mechanism(name).prepare is None
-            assert ("model" in scope) == (modelled and pattern is not Pattern.NONCAUSAL_CROSS)
+    settings = LayerSettings(pattern, **SMALL) if use == "train" else LayerSettings(pattern, 32, 2, 8, 2, "float64")
+    for name in mixing(pattern):
+        if use == "serve" and not LayerWork(get_mechanism(name), settings).decodes:
+            continue
+        scope = {}
+        exec(code_for(name, settings, use, 20), scope)
+        assert scope["layer"].card is get_mechanism(name)
+        found = scope["result"].output if use == "serve" else scope["y"]
+        assert found.shape == (settings.batch, 1 if use == "serve" else scope["x"].shape[1], 32)
+        assert found.dtype == getattr(torch, settings.dtype)
+        modelled = pattern is Pattern.CAUSAL_SELF or get_mechanism(name).prepare is None
+        assert ("model" in scope) == (modelled and pattern is not Pattern.NONCAUSAL_CROSS)
 
 
 def test_the_pasted_layer_is_the_measured_one():
@@ -383,7 +363,6 @@ def test_the_check_finds_the_errors_of_predictions():
     assert time.median == pytest.approx(0.1, abs=0.01) and time.worst == pytest.approx(0.2, abs=0.01)
     assert memory.median == pytest.approx(0.1, abs=0.01)
     assert errors_table([time, memory]).row_count == 2
-    assert isinstance(time, Errors)
     assert time.inside == pytest.approx(1 / 3) and memory.inside is None
 
 
@@ -404,9 +383,8 @@ def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
 
 
 def test_a_real_question_is_answered_from_real_layers():
-    found = regard.advise(
-        lengths=200, needs="constant-state", mechanisms=("softmax", "linear", "mamba2"), seconds=1, what=(), **SMALL
-    )
+    names = ("softmax", "linear", "mamba2")
+    found = regard.advise(lengths=200, needs="constant-state", mechanisms=names, seconds=1, what=(), **SMALL)
     assert found.pick in ("linear", "mamba2") and list(found.rejected) == ["softmax"]
     assert all(e.milliseconds > 0 and e.memory_bytes > 0 for c in found.candidates for e in c.estimates)
     exec(found.candidates[0].code, {})

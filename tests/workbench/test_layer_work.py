@@ -62,7 +62,7 @@ def test_inserted_tokens_come_on_top():
     x, _, context = LayerWork(card, small()).inputs(100)
     assert x.shape[1] == 100 + 100 // card.options().block and context.roles.shape == x.shape[:2]
     x, memory, context = LayerWork(card, small(Pattern.CAUSAL_CROSS)).inputs(100)
-    assert x.shape[1] == 100 and memory.shape[1] == context.roles.shape[1] == 102
+    assert (x.shape[1], memory.shape[1], context.roles.shape[1]) == (100, 102, 102)
 
 
 def test_decoding_goes_on_from_its_own_state():
@@ -70,15 +70,13 @@ def test_decoding_goes_on_from_its_own_state():
     before = action.state_bytes
     for _ in range(4):
         action()
-    assert int(action.state.length[0]) == 45
-    assert action.state.nbytes > before
+    assert int(action.state.length[0]) == 45 and action.state.nbytes > before
 
 
 def test_training_reaches_every_weight_and_the_memory():
     work = LayerWork(get_mechanism("softmax"), small(Pattern.NONCAUSAL_CROSS))
     action = work.action("training", 8)
-    seen = []
-    original = torch.autograd.grad
+    seen, original = [], torch.autograd.grad
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda *a, **k: seen.append(a[1]) or original(*a, **k))
         action()
@@ -112,17 +110,10 @@ def test_sizes_that_cannot_be_are_refused(options, message):
 
 
 def test_profile_measures_layers_of_every_kind_beside_softmax():
-    settings = ProfileSettings(
-        ("mamba2", "large_kernel", "mixture_of_heads"), lengths=(16, 48), heads=2, head_dim=8, seconds=0.01, layer=True
-    )
-    found = profile(settings)
-    assert {m.mechanism for m in found.measurements} == {"softmax", "mamba2", "large_kernel", "mixture_of_heads"}
+    names = ("mamba2", "large_kernel", "mixture_of_heads")
+    found = profile(ProfileSettings(names, lengths=(16, 48), heads=2, head_dim=8, seconds=0.01, layer=True))
+    assert {m.mechanism for m in found.measurements} == {"softmax", *names}
     decoded = {(m.mechanism, m.length): m.state_bytes for m in found.measurements if m.what == "decode"}
     assert decoded["softmax", 48] > 2 * decoded["softmax", 16]
     assert decoded["mamba2", 48] == decoded["mamba2", 16] > 0
     assert all(m.gflops is None for m in found.measurements)
-
-
-def test_profile_of_functions_refuses_a_layer_width():
-    with pytest.raises(Unsupported, match="layer=True"):
-        ProfileSettings(("linear",), dim=64)

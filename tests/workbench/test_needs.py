@@ -9,16 +9,7 @@ from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.contract import Kind
 from regard.workbench import needs
 from regard.workbench.layer_work import MIXING
-from regard.workbench.needs import (
-    NEEDS,
-    convolved,
-    difference_from_softmax,
-    find,
-    looks_up,
-    parse_needs,
-    reach,
-    tells_order,
-)
+from regard.workbench.needs import NEEDS, find, looks_up, parse_needs, reach
 
 CAUSAL = Pattern.CAUSAL_SELF
 
@@ -35,20 +26,21 @@ def test_only_softmax_is_softmax(pattern):
 
 
 def test_a_window_as_wide_as_the_sequence_is_exact_and_a_narrower_one_is_not():
-    assert find("exact", "local", CAUSAL, 15).holds
-    assert not find("exact", "local", CAUSAL, 16).holds
+    assert [find("exact", "local", CAUSAL, n).holds for n in (15, 16)] == [True, False]
 
 
-def test_reach_of_a_window_is_its_width():
-    window = get_mechanism("local").options().window
-    assert reach("local", CAUSAL, 100) == (window, 100)
-    assert reach("softmax", CAUSAL, 100) == (100, 100)
-    assert reach("softmax", Pattern.NONCAUSAL_CROSS, 100) == (100, 100)
-    assert reach("mamba", CAUSAL, 100) == (100, 100)
-
-
-def test_inserted_tokens_are_not_counted():
-    assert reach("landmark", CAUSAL, 120) == (120, 120)
+@pytest.mark.parametrize(
+    ("name", "pattern", "seen"),
+    [
+        ("local", CAUSAL, get_mechanism("local").options().window),
+        ("softmax", CAUSAL, 120),
+        ("softmax", Pattern.NONCAUSAL_CROSS, 120),
+        ("mamba", CAUSAL, 120),
+        ("landmark", CAUSAL, 120),  # whose inserted tokens do not count
+    ],
+)
+def test_reach_is_the_width_of_a_window_or_all(name, pattern, seen):
+    assert reach(name, pattern, 120) == (seen, 120)
 
 
 @pytest.mark.parametrize("pattern", Pattern)
@@ -81,12 +73,10 @@ def test_recall_is_what_a_comparison_finds_with_the_same_short_convolution(monke
 
 
 def test_the_table_of_recall_has_each_mechanism_as_its_layer_is():
-    names = set(mixing(CAUSAL))
-    assert set(needs.RECALL) <= names
-    assert all(0 <= x <= 1 for found in needs.RECALL.values() for x in found.values())
+    assert set(needs.RECALL) <= set(mixing(CAUSAL))
     for name, found in needs.RECALL.items():
-        own = "with" if convolved(get_mechanism(name)) else "without"
-        assert own in found, name
+        assert all(0 <= x <= 1 for x in found.values())
+        assert ("with" if needs.convolved(get_mechanism(name)) else "without") in found, name
 
 
 def test_who_solved_recall_in_the_published_comparison_is_called_able():
@@ -113,37 +103,36 @@ def test_results_of_a_recall_task_decide_where_there_are_some():
 
 
 def test_order_is_told_by_rotary_positions_windows_and_gates_and_not_by_a_learned_query():
-    assert all(tells_order(n, CAUSAL) for n in ("softmax", "linear", "gated_linear", "mamba2", "large_kernel"))
-    assert not tells_order("aaren", CAUSAL)
-    assert not tells_order("softmax", Pattern.NONCAUSAL_CROSS)
-    assert tells_order("gated_linear", Pattern.NONCAUSAL_CROSS)
+    assert all(needs.tells_order(n, CAUSAL) for n in ("softmax", "linear", "gated_linear", "mamba2", "large_kernel"))
+    assert not needs.tells_order("aaren", CAUSAL)
+    assert not needs.tells_order("softmax", Pattern.NONCAUSAL_CROSS)
+    assert needs.tells_order("gated_linear", Pattern.NONCAUSAL_CROSS)
 
 
-def test_the_rest_is_read_off_the_card():
-    assert find("constant-state", "mamba", CAUSAL, 8).holds and not find("constant-state", "softmax", CAUSAL, 8).holds
-    assert find("weights", "softmax", CAUSAL, 8).holds and not find("weights", "linear", CAUSAL, 8).holds
-    assert find("bias", "softmax", CAUSAL, 8).holds and not find("bias", "linear", CAUSAL, 8).holds
-    assert find("any-length", "large_kernel", CAUSAL, 8).holds
-    assert not find("any-length", "large_kernel", Pattern.NONCAUSAL_SELF, 8).holds
+@pytest.mark.parametrize(
+    ("need", "able", "unable"),
+    [
+        ("constant-state", ("mamba", CAUSAL), ("softmax", CAUSAL)),
+        ("weights", ("softmax", CAUSAL), ("linear", CAUSAL)),
+        ("bias", ("softmax", CAUSAL), ("linear", CAUSAL)),
+        ("any-length", ("large_kernel", CAUSAL), ("large_kernel", Pattern.NONCAUSAL_SELF)),
+    ],
+)
+def test_the_rest_is_read_off_the_card(need, able, unable):
+    assert find(need, *able, 8).holds and not find(need, *unable, 8).holds
 
 
 def test_mechanisms_that_are_no_function_of_queries_keys_and_values_are_not_compared():
     for name in mixing(CAUSAL):
         if get_mechanism(name).kind is not Kind.ATTENTION:
-            assert difference_from_softmax(name, CAUSAL, 30) is None
+            assert needs.difference_from_softmax(name, CAUSAL, 30) is None
 
 
-def test_a_need_that_is_near_none_is_answered_with_all_and_no_nearest():
-    with pytest.raises(Unsupported) as caught:
-        parse_needs("exact,nonsense")
-    assert "nonsense" in caught.value.asked
-    assert caught.value.supported == ", ".join(NEEDS)
-    assert not caught.value.nearest
-
-
-def test_needs_are_parsed_and_unknown_ones_refused():
+def test_needs_are_parsed_and_unknown_ones_refused_with_the_nearest_or_all():
     assert parse_needs("recall, order,recall,") == ("recall", "order")
     assert parse_needs(()) == ()
     with pytest.raises(Unsupported, match="try recall"):
         parse_needs("recal")
-    assert set(NEEDS) == {"exact", "recall", "keep-all", "order", "any-length", "constant-state", "weights", "bias"}
+    with pytest.raises(Unsupported, match="nonsense") as caught:
+        parse_needs("exact,nonsense")
+    assert caught.value.supported == ", ".join(NEEDS) and not caught.value.nearest

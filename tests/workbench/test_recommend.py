@@ -5,16 +5,19 @@ from regard.measurement.statistics import Comparison, Scores
 from regard.workbench.recommend import recommend
 from regard.workbench.summary import frames_sentences, rank
 
+BITS, ACCURACY = ("bits per byte", False), ("accuracy", True)
+TIMES = {"slow": 10.0, "fast": 1.0, "toy": 0.1}
+LEVEL = dict.fromkeys(TIMES, 1.0)
 
-def case(scores, inference, solved=None, seeds=3, noise=0.001):
+
+def case(scores, inference=TIMES, solved=None, seeds=3, noise=0.001):
     """One task: mean scores, inference times, whether each mechanism solves it."""
     rng = np.random.default_rng(0)
-    by_name = {
-        name: Scores(
-            {s: np.array([[mean + noise * rng.standard_normal(), 1.0] for _ in range(20)]) for s in range(seeds)}
-        )
-        for name, mean in scores.items()
-    }
+
+    def items(mean):
+        return np.array([[mean + noise * rng.standard_normal(), 1.0] for _ in range(20)])
+
+    by_name = {name: Scores({seed: items(mean) for seed in range(seeds)}) for name, mean in scores.items()}
     summary = [
         {
             "mechanism": name,
@@ -27,111 +30,107 @@ def case(scores, inference, solved=None, seeds=3, noise=0.001):
     return summary, Comparison(by_name)
 
 
-def advise(beside=None, named=(), **tasks):
-    summaries, comparisons, metrics = {}, {}, {}
-    for name, ((summary, comparison), metric) in tasks.items():
-        summaries[name], comparisons[name], metrics[name] = summary, comparison, metric
+def advise(beside=None, named=(), edges=None, **tasks):
+    """What is recommended after these tasks; accuracy is the metric of recall, bits of the others."""
     return recommend(
-        summaries,
-        comparisons,
-        metrics,
+        {name: summary for name, (summary, _) in tasks.items()},
+        {name: comparison for name, (_, comparison) in tasks.items()},
+        {name: ACCURACY if name == "recall" else BITS for name in tasks},
         budget="8m",
-        at_length=dict.fromkeys(summaries, 2048),
+        at_length=dict.fromkeys(tasks, 2048),
         frame="bare",
         beside=beside,
         named=named,
+        edges=edges,
     )
 
 
-BITS, ACCURACY = ("bits per byte", False), ("accuracy", True)
-TIMES = {"slow": 10.0, "fast": 1.0, "toy": 0.1}
-
-
 def test_the_fastest_toy_cannot_win_without_solving_recall():
-    recall = case({"slow": 0.99, "fast": 0.98, "toy": 0.2}, TIMES, solved={"slow", "fast"})
-    text = case({"slow": 2.0, "fast": 2.0, "toy": 2.0}, TIMES)
-    found = advise(recall=(recall, ACCURACY), text=(text, BITS))
-    assert found.winner == "fast"
-    assert "toy" in found.reason
+    recall = case({"slow": 0.99, "fast": 0.98, "toy": 0.2}, solved={"slow", "fast"})
+    found = advise(recall=recall, text=case({"slow": 2.0, "fast": 2.0, "toy": 2.0}))
+    assert found.winner == "fast" and "toy" in found.reason
 
 
 def test_cost_does_not_buy_a_separable_loss_of_quality():
-    found = advise(text=(case({"slow": 1.0, "fast": 2.0}, TIMES), BITS))
-    assert found.winner == "slow"
-    assert "ahead of fast" in found.reason
+    found = advise(text=case({"slow": 1.0, "fast": 2.0}))
+    assert found.winner == "slow" and "ahead of fast" in found.reason
 
 
 def test_the_cost_that_is_given_is_said_to_be_the_winners():
     """Also where another has the best score, and is the one that the sentence began with."""
-    scores = {"slow": 1.0, "fast": 1.02, "toy": 9.0}
-    found = advise(text=(case(scores, TIMES, noise=0.08), BITS))
+    found = advise(text=case({"slow": 1.0, "fast": 1.02, "toy": 9.0}, noise=0.08))
     assert found.winner == "fast"
     assert "slow reaches" in found.reason and "; fast needs 1 ms" in found.reason
-
-
-def test_what_cannot_be_separated_is_said_with_what_would():
-    found = advise(text=(case({"slow": 1.0, "fast": 1.02}, TIMES, noise=0.08), BITS))
-    assert found.winner == "fast"
+    # and what cannot be separated is said with what would
     assert any("Cannot separate" in note and "--seeds" in note and "--budget" in note for note in found.notes)
 
 
 def test_what_does_not_beat_the_rule_is_not_taken_where_others_do():
-    summary, comparison = case({"slow": 1.0, "fast": 1.0, "toy": 1.0}, TIMES)
+    summary, comparison = case(LEVEL)
     for entry, standing, over in zip(summary, ("ahead", "level", "level"), (0.2, 0.1, 0.0), strict=True):
         entry |= {"beside_baseline": standing, "over_baseline": over}
-    found = advise(text=((summary, comparison), BITS))
+    found = advise(text=(summary, comparison))
     assert found.winner == "fast"
     assert "no better than a rule without training: toy" in found.reason
     summary[1]["over_baseline"] = -0.1
-    assert "Take slow: every other is surely behind it" in advise(text=((summary, comparison), BITS)).text
+    assert "Take slow: every other is surely behind it" in advise(text=(summary, comparison)).text
     for entry in summary:
         entry["beside_baseline"] = "level"
-    assert advise(text=((summary, comparison), BITS)).winner == "toy"
+    assert advise(text=(summary, comparison)).winner == "toy"
 
 
 def test_a_single_seed_ranks_nothing():
-    found = advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS))
-    assert any("single seed" in note for note in found.notes)
-    assert "within the noise" not in found.reason
-    assert "single seed" in found.text and "two seeds or more" in found.reason.lower()
-    assert "within the noise" in advise(text=(case({"slow": 1.0, "fast": 1.0}, TIMES), BITS)).reason
+    found = advise(text=case({"slow": 1.0, "fast": 9.0}, seeds=1))
+    assert any("single seed" in note for note in found.notes) and "single seed" in found.text
+    assert "within the noise" not in found.reason and "two seeds or more" in found.reason.lower()
+    assert "within the noise" in advise(text=case({"slow": 1.0, "fast": 1.0})).reason
 
 
 def test_nobody_solving_is_said_and_does_not_exclude():
-    found = advise(recall=(case({"slow": 0.3, "fast": 0.3}, TIMES, solved=set()), ACCURACY))
+    found = advise(recall=case({"slow": 0.3, "fast": 0.3}, solved=set()))
     assert found.winner is not None
     assert any("No mechanism solved recall" in note for note in found.notes)
 
 
 def test_mechanisms_without_a_score_are_left_out():
-    summary, comparison = case({"slow": 1.0, "fast": 1.0}, TIMES)
-    summary[1]["mean"] = None
-    assert advise(text=((summary, comparison), BITS)).winner == "slow"
-    summary[0]["mean"] = None
-    assert advise(text=((summary, comparison), BITS)).winner is None
+    summary, comparison = case({"slow": 1.0, "fast": 1.0})
+    for index, winner in ((1, "slow"), (0, None)):
+        summary[index]["mean"] = None
+        assert advise(text=(summary, comparison)).winner == winner
 
 
-def two(first, second, **more):
-    """Two tasks with scores of their own."""
-    return advise(one=(case(first, TIMES, **more), BITS), other=(case(second, TIMES, **more), BITS))
+def alike(names=("slow", "fast"), beside=None, means=None, **costs):
+    """Mechanisms of about the same cost, of which seeds tell no difference; their means are equal where not given."""
+    times = {**dict.fromkeys(names, 1.0), "fast": 0.95, **costs}
+    scores = {name: (means or {}).get(name, 1.0) for name in names}
+    return advise(beside, names, text=case(scores, times, noise=0.1 if means else 0.0))
 
 
-LEVEL = {"slow": 1.0, "fast": 1.0, "toy": 1.0}
+def elsewhere(**solved):
+    """Who, having solved recall, solves it in another frame too."""
+    told = {"frame": "own", "first_solved": True}
+    return {"recall": [{"mechanism": name, "solved": won, **told} for name, won in solved.items()]}
+
+
 CASES = {
-    "one mechanism": lambda: advise(text=(case({"slow": 1.0}, TIMES), BITS)),
-    "nothing can be separated": lambda: advise(text=(case(LEVEL, TIMES), BITS)),
-    "one is ahead": lambda: advise(text=(case({"slow": 1.0, "fast": 2.0, "toy": 3.0}, TIMES), BITS)),
-    "a tie at the top": lambda: advise(text=(case({"slow": 1.0, "fast": 1.0, "toy": 3.0}, TIMES), BITS)),
-    "another leads on each task": lambda: two({"slow": 1.0, "fast": 2.0}, {"slow": 2.0, "fast": 1.0}),
-    "tied on one task, behind on the other": lambda: two(LEVEL, {"slow": 1.0, "fast": 2.0, "toy": 2.0}),
-    "nothing is solved": lambda: advise(recall=(case(LEVEL, TIMES, solved=set()), ACCURACY)),
-    "all is solved": lambda: advise(recall=(case(LEVEL, TIMES, solved=set(TIMES)), ACCURACY)),
-    "one solves, another leads": lambda: advise(
-        recall=(case({"slow": 0.99, "fast": 0.2, "toy": 0.2}, TIMES, solved={"slow"}), ACCURACY),
-        text=(case({"slow": 2.0, "fast": 1.0, "toy": 1.0}, TIMES), BITS),
+    "one mechanism": lambda: advise(text=case({"slow": 1.0})),
+    "nothing can be separated": lambda: advise(text=case(LEVEL)),
+    "one is ahead": lambda: advise(text=case({"slow": 1.0, "fast": 2.0, "toy": 3.0})),
+    "a tie at the top": lambda: advise(text=case({"slow": 1.0, "fast": 1.0, "toy": 3.0})),
+    "another leads on each task": lambda: advise(
+        one=case({"slow": 1.0, "fast": 2.0}), other=case({"slow": 2.0, "fast": 1.0})
     ),
-    "a single seed": lambda: advise(text=(case({"slow": 1.0, "fast": 9.0}, TIMES, seeds=1), BITS)),
-    "no cost was measured": lambda: advise(text=(case(LEVEL, dict.fromkeys(TIMES)), BITS)),
+    "tied on one task, behind on the other": lambda: advise(
+        one=case(LEVEL), other=case({"slow": 1.0, "fast": 2.0, "toy": 2.0})
+    ),
+    "nothing is solved": lambda: advise(recall=case(LEVEL, solved=set())),
+    "all is solved": lambda: advise(recall=case(LEVEL, solved=set(TIMES))),
+    "one solves, another leads": lambda: advise(
+        recall=case({"slow": 0.99, "fast": 0.2, "toy": 0.2}, solved={"slow"}),
+        text=case({"slow": 2.0, "fast": 1.0, "toy": 1.0}),
+    ),
+    "a single seed": lambda: advise(text=case({"slow": 1.0, "fast": 9.0}, seeds=1)),
+    "no cost was measured": lambda: advise(text=case(LEVEL, dict.fromkeys(TIMES))),
     "costs are alike": lambda: alike(),
     "costs are alike but for one": lambda: alike(("slow", "fast", "toy"), toy=2.0),
     "costs are alike and the frames differ": lambda: alike(beside=elsewhere(slow=False, fast=True)),
@@ -150,23 +149,7 @@ def test_no_sentence_contradicts_another(name):
     assert alone or tied or "none is surely behind" in found.text or "single seed" in found.text
     left = {m for m in TIMES if f"ahead of {m}" in found.reason or f"not solved by {m}" in found.reason}
     assert found.winner not in left
-    if "cheapest" in found.text:
-        assert " at 2048 tokens" in found.text
-
-
-def alike(names=("slow", "fast"), beside=None, means=None, **costs):
-    """Mechanisms of about the same cost, of which seeds tell no difference; their means are equal where not given."""
-    times = {**dict.fromkeys(names, 1.0), "fast": 0.95, **costs}
-    scores = {name: (means or {}).get(name, 1.0) for name in names}
-    return advise(text=(case(scores, times, noise=0.1 if means else 0.0), BITS), beside=beside, named=names)
-
-
-def elsewhere(**solved):
-    return {
-        "recall": [
-            {"mechanism": name, "frame": "own", "first_solved": True, "solved": won} for name, won in solved.items()
-        ]
-    }
+    assert "cheapest" not in found.text or " at 2048 tokens" in found.text
 
 
 def test_costs_that_differ_as_timings_do_decide_nothing():
@@ -192,40 +175,36 @@ def test_what_nothing_decides_is_decided_by_the_mean_whatever_was_named_first():
 
 
 def test_of_two_alike_the_one_is_taken_that_needs_its_frame_less():
-    found = alike(("softmax", "fast"), elsewhere(softmax=False, fast=True))
+    both = ("softmax", "fast")
+    found = alike(both, elsewhere(softmax=False, fast=True))
     assert found.winner == "fast" and "unlike softmax it also solves recall in the frame own" in found.text
-    for both in (True, False):
-        assert alike(("softmax", "fast"), elsewhere(softmax=both, fast=both)).winner == "softmax"
-    assert alike(("softmax", "fast"), elsewhere(softmax=False)).winner == "softmax"  # nothing is known of the other
-    assert alike(("softmax", "fast"), elsewhere(softmax=False, fast=True), softmax=0.5).winner == "softmax"
+    for beside in (elsewhere(softmax=True, fast=True), elsewhere(softmax=False, fast=False), elsewhere(softmax=False)):
+        assert alike(both, beside).winner == "softmax"  # of the last, nothing is known of the other
+    assert alike(both, elsewhere(softmax=False, fast=True), softmax=0.5).winner == "softmax"
 
 
 def test_a_best_rate_at_an_end_qualifies_the_headline_of_the_winner_alone():
-    summary, comparison = case({"slow": 1.0, "fast": 2.0}, TIMES)
-
-    def found(edge):
-        return recommend({"text": summary}, {"text": comparison}, {"text": BITS}, edges={("text", edge): 3e-2})
-
-    assert "0.03 on text" in found("slow").text and not found("slow").notes
-    assert "may" not in found("fast").text and "fast on text" in found("fast").notes[0]
+    slow, fast = (
+        advise(edges={("text", edge): 3e-2}, text=case({"slow": 1.0, "fast": 2.0})) for edge in ("slow", "fast")
+    )
+    assert "0.03 on text" in slow.text and not slow.notes
+    assert "may" not in fast.text and "fast on text" in fast.notes[0]
 
 
 def test_the_frame_is_named_and_what_it_does_is_not_the_mechanism_s():
-    beside = {
-        "recall": [
-            {"mechanism": "slow", "frame": "bare", "mean": 0.25, "first": 1.0, "separable": True, "solved": False, "first_solved": True},
-            {"mechanism": "fast", "frame": "bare", "mean": 0.99, "first": 0.98, "separable": True, "solved": True, "first_solved": True},
-        ]
-    }  # fmt: skip
+    told = {"frame": "bare", "separable": True, "first_solved": True}
+    slow = {"mechanism": "slow", "mean": 0.25, "first": 1.0, "solved": False, **told}
+    fast = {"mechanism": "fast", "mean": 0.99, "first": 0.98, "solved": True, **told}
+    beside = {"recall": [slow, fast]}
     said = " ".join(frames_sentences(beside, {"recall": ACCURACY}, "convolution"))
     assert "on recall (accuracy) slow 0.25 instead of 1" in said
     assert "Only in the frame convolution: slow solves recall. That is owed to the frame's parts." in said
     assert "fast and slow change places on recall" in said or "slow and fast change places on recall" in said
-    assert "in the frame bare" in advise(text=(case(LEVEL, TIMES), BITS)).reason
+    assert "in the frame bare" in advise(text=case(LEVEL)).reason
 
 
 def test_equal_ranks_are_those_of_a_group_that_cannot_be_told_apart():
-    summary, comparison = case({"slow": 1.0, "fast": 1.0005, "toy": 3.0}, TIMES, noise=0.01)
+    summary, comparison = case({"slow": 1.0, "fast": 1.0005, "toy": 3.0}, noise=0.01)
     entries = sorted(summary, key=lambda entry: entry["mean"])
     rank(entries, comparison)
     assert [entry["rank"] for entry in entries] == [1, 1, 3]

@@ -1,13 +1,12 @@
 """One model, trained into a folder: the run goes on where it was stopped, and the folder is all that is needed afterwards."""
 
 import json
-import sys
 
 import pytest
 import torch
+from command_line import answer, run
 
 from regard import Unsupported
-from regard.cli import main
 from regard.models import register_model
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.models.registry import MODELS, models_for
@@ -30,10 +29,6 @@ def settings(**changes):
     return CompareSettings(**(small | changes))
 
 
-def weights(trained):
-    return trained.model().state_dict()
-
-
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recall, tmp_path):
     whole = train_model(recall, settings(), tmp_path / "whole")
     steps = []
@@ -52,8 +47,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recall, tmp_path):
     assert steps == [(step, 24) for step in range(24)]
     assert not (tmp_path / "parts" / CHECKPOINT).exists()
     assert parts.record["score"] == whole.record["score"] and parts.record["tokens"] == 24 * 48
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(parts)[name]), name
+    expected = whole.model().state_dict()
+    for name, tensor in parts.model().state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_finished_run_is_not_made_again_and_another_one_does_not_replace_it(recall, tmp_path):
@@ -73,9 +69,10 @@ def test_a_finished_run_is_not_made_again_and_another_one_does_not_replace_it(re
 
 
 def test_what_diverges_leaves_no_model(recall, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        type(recall), "loss", lambda self, output, batch: (output.sum((1, 2)) * torch.nan, output.sum((1, 2)))
-    )
+    def loss(self, output, batch):
+        return output.sum((1, 2)) * torch.nan, output.sum((1, 2))
+
+    monkeypatch.setattr(type(recall), "loss", loss)
     assert train_model(recall, settings(), tmp_path).record["state"] == "diverged"
     with pytest.raises(Unsupported, match="diverged"):
         open_trained(tmp_path)
@@ -86,13 +83,12 @@ def test_a_budget_of_time_becomes_steps_by_what_one_takes(recall, tmp_path, monk
         self.step_seconds, self.evaluation_seconds = {"gated_linear": 0.1}, {"gated_linear": 0.5}
 
     monkeypatch.setattr("regard.workbench.work.Work.calibrate", calibrate)
-    with pytest.raises(Unsupported, match="fewer than"):
-        train_model(recall, settings(budget=Budget.parse("2s")), tmp_path)
+    for budget in ("2s", "3 steps"):
+        with pytest.raises(Unsupported, match="fewer than"):
+            train_model(recall, settings(budget=Budget.parse(budget)), tmp_path)
     assert not list(tmp_path.iterdir())
     found = train_model(recall, settings(budget=Budget.parse("40s")), tmp_path)
     assert 300 < found.record["settings"]["steps"] <= (0.93 * 40 - 0.5) / 0.1
-    with pytest.raises(Unsupported, match="fewer than"):
-        train_model(recall, settings(budget=Budget.parse("3 steps")), tmp_path / "other")
 
 
 def test_several_mechanisms_are_refused(recall, tmp_path):
@@ -100,11 +96,15 @@ def test_several_mechanisms_are_refused(recall, tmp_path):
         train_model(recall, settings(mechanisms=("softmax", "linear")), tmp_path)
 
 
+PANGRAMS = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 60
+OTHER = "Falsches Üben von Xylophonmusik quält jeden größeren Zwerg. " * 9
+
+
 @pytest.fixture
 def corpus(tmp_path):
-    file = tmp_path / "corpus.txt"
-    file.write_text("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 60)
-    return file
+    (tmp_path / "corpus.txt").write_text(PANGRAMS)
+    (tmp_path / "other.txt").write_text(OTHER)
+    return tmp_path / "corpus.txt"
 
 
 def test_the_folder_scores_as_the_run_did_and_on_other_text(corpus, tmp_path):
@@ -113,46 +113,33 @@ def test_the_folder_scores_as_the_run_did_and_on_other_text(corpus, tmp_path):
     assert (tmp_path / "model" / "tokenizer.json").is_file()
     found = open_trained(tmp_path / "model")
     assert found.score().score == pytest.approx(trained.record["score"], rel=1e-6)
-    other = tmp_path / "other.txt"
-    other.write_text("Falsches Üben von Xylophonmusik quält jeden größeren Zwerg. " * 9)
-    assert found.score(found.task(str(other))).score != trained.record["score"]
+    assert found.score(found.task(str(tmp_path / "other.txt"))).score != trained.record["score"]
     assert "from_pretrained" in (tmp_path / "model" / "README.md").read_text()
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["regard", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return ended.value.code or 0, said.out, said.err
+SMALL = "--budget '24 steps' --dim 16 --layers 1 --heads 2 --batch-tokens 64 --length 16"
+TASK = f"--task recall:pairs=2,queries=4,vocab_size=8,evaluation_items=16 {SMALL}"
 
 
-SMALL = ["--budget", "24 steps", "--dim", 16, "--layers", 1, "--heads", 2, "--batch-tokens", 64, "--length", 16]
-
-
-def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, monkeypatch, capsys):
+def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, capsys):
     folder = tmp_path / "model"
-    code, out, _ = run(monkeypatch, capsys, "train", corpus, *SMALL, "--output", folder, "--json")
-    assert code == 0 and json.loads(out)["state"] == "finished"
-    code, out, _ = run(monkeypatch, capsys, "evaluate", folder, "--json")
-    assert code == 0 and json.loads(out)["score"] == pytest.approx(open_trained(folder).record["score"], rel=1e-6)
-    (tmp_path / "other.txt").write_text("Falsches Üben von Xylophonmusik quält jeden größeren Zwerg. " * 9)
-    code, out, _ = run(monkeypatch, capsys, "evaluate", folder, tmp_path / "other.txt")
+    train = f"train {corpus} {SMALL} --output {folder}"
+    assert answer(capsys, train)["state"] == "finished"
+    score = answer(capsys, "evaluate", folder)["score"]
+    assert score == pytest.approx(open_trained(folder).record["score"], rel=1e-6)
+    code, out, _ = run(capsys, "evaluate", folder, tmp_path / "other.txt")
     assert code == 0 and "bits per byte" in out
-    code, out, _ = run(monkeypatch, capsys, "generate", folder, "Zwölf", "--tokens", 30, "--temperature", 1)
-    code, told, _ = run(monkeypatch, capsys, "generate", folder, "Zwölf", "--tokens", 30, "--temperature", 1, "--json")
-    assert out == "Zwölf" + json.loads(told)["text"] + "\n"
-    again = run(monkeypatch, capsys, "train", corpus, *SMALL, "--output", folder, "--dim", 32)
-    assert again[0] == 2 and "dim=16" in again[2]
+    generate = f"generate {folder} Zwölf --tokens 30 --temperature 1"
+    assert run(capsys, generate)[1] == f"Zwölf{answer(capsys, generate)['text']}\n"
+    code, _, said = run(capsys, f"{train} --dim 32")
+    assert code == 2 and "dim=16" in said
 
 
-def test_text_is_asked_of_models_of_text_alone(tmp_path, monkeypatch, capsys):
-    task = ["--task", "recall:pairs=2,queries=4,vocab_size=8,evaluation_items=16", *SMALL]
-    assert run(monkeypatch, capsys, "train", *task, "--output", tmp_path)[0] == 0
-    code, _, said = run(monkeypatch, capsys, "generate", tmp_path, "a")
-    assert code == 2 and "text" in said and "recall" in said
-    code, _, said = run(monkeypatch, capsys, "generate", tmp_path / "none", "a")
-    assert code == 2 and "regard train" in said
+def test_text_is_asked_of_models_of_text_alone(tmp_path, capsys):
+    assert run(capsys, f"train {TASK} --output {tmp_path}")[0] == 0
+    for folder, words in ((tmp_path, ("text", "recall")), (tmp_path / "none", ("regard train",))):
+        code, _, said = run(capsys, f"generate {folder} a")
+        assert code == 2 and all(word in said for word in words)
 
 
 PLUGIN = """
@@ -179,21 +166,14 @@ def models():
 
 
 def test_a_plugin_brings_a_model_that_is_found_by_its_name(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(PLUGIN)
-    plugged = [
-        "--plugin",
-        tmp_path / "mine.py",
-        "--task",
-        "recall:pairs=2,queries=4,vocab_size=8,evaluation_items=16",
-        *SMALL,
-    ]
-    code, *_ = run(monkeypatch, capsys, "train", *plugged, "--model", "Narrow", "--output", tmp_path / "out")
-    assert code == 0 and json.loads((tmp_path / "out" / "config.json").read_text())["model"] == "Narrow"
-    code, _, said = run(monkeypatch, capsys, "train", *plugged, "--model", "Narow", "--output", tmp_path / "other")
-    assert code == 2 and "Narrow" in said
     (tmp_path / "bad.py").write_text("MODEL = 3")
-    code, _, said = run(monkeypatch, capsys, "train", "--plugin", tmp_path / "bad.py", "--output", tmp_path / "other")
-    assert code == 2 and "class" in said
+    assert run(capsys, f"train --plugin mine.py {TASK} --model Narrow --output out")[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model"] == "Narrow"
+    for asked, words in ((f"--plugin mine.py {TASK} --model Narow", "Narrow"), ("--plugin bad.py", "class")):
+        code, _, said = run(capsys, f"train {asked} --output other")
+        assert code == 2 and words in said
 
 
 def test_models_say_what_they_serve(recall):

@@ -143,6 +143,7 @@ add_engine("attention", torch=Engine(torch_form.run), native=Engine(native_form.
 
 __all__ = [
     "RULES",
+    "Problem",
     "Ranks",
     "Visibility",
     "attention",

@@ -118,4 +118,4 @@ def selective_scan_reference(
 
 add_engine("selective_scan", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
-__all__ = ["SelectiveState", "selective_read", "selective_scan", "selective_scan_reference"]
+__all__ = ["Problem", "SelectiveState", "selective_read", "selective_scan", "selective_scan_reference"]

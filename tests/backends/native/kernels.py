@@ -1,0 +1,480 @@
+"""Native kernels as their tests see them: tensors by name in, results and gradients by name out, on both forms of an engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.backends.native import library
+from regard.contract import BlockMask
+from regard.core.visibility import DistanceBias, Ranks, Visibility
+from regard.engines import (
+    attention,
+    conserved_flows,
+    gated_recurrence,
+    grouped_attention,
+    layers,
+    linear_attention,
+    selective_scan,
+    softmax_scan,
+)
+from regard.engines.attention import paged
+from regard.engines.grouped_attention.torch_form import Dropout
+from regard.engines.softmax_scan import Carry
+
+Tensors = dict[str, Tensor | None]
+SETS = library.instruction_sets() if library.why_missing() is None else []
+
+
+def differentiated(
+    call: Callable[..., Tensors], inputs: Tensors, weights: Tensors, dtype: Any = None, by: tuple[str, ...] = ()
+) -> Tensors:
+    """Results of a call and the gradients of their sum weighted by `weights`, all computed in `dtype` where it is given.
+
+    Gradients are those `by` some inputs, or all that are no integers.
+
+    Weights that are missing are drawn, and left in `weights` for the next call.
+    """
+    leaves = dict(inputs)
+    for name, x in inputs.items():
+        if x is not None and x.is_floating_point():
+            leaves[name] = x.detach().to(dtype or x.dtype).requires_grad_(not by or name in by)
+    results = {name: y for name, y in call(**leaves).items() if y is not None}
+    wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
+    grads = [torch.zeros_like(x) for x in wanted.values()]
+    used = [name for name, y in results.items() if y.requires_grad]
+    for name in used:
+        weights.setdefault(name, torch.randn(results[name].shape).to(results[name].dtype))
+    if used:
+        outputs = [results[name] for name in used]
+        given = [weights[name].to(y.dtype) for name, y in zip(used, outputs, strict=True)]
+        grads = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True, materialize_grads=True)
+    found = {name: y.detach() for name, y in results.items()}
+    return found | {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, what it should compute, and how exactly.
+
+    Attributes:
+        call: results by name, of a form of the engine, tensors by name and options.
+        native: the form that runs the kernel.
+        plain: the form in torch, which is right in float64.
+        float32: largest error, of the largest number.
+        bfloat16: the same of what is rounded to bfloat16.
+        least: numbers, by name or for all (``*``), below which errors are not relative.
+        wide: results that are float32 whatever the inputs are.
+        sequences: inputs with an axis of tokens.
+        axis: which axis that is.
+        tile: tokens that are multiplied together, so that NaN may reach those before it.
+        alone: options with which the plain form multiplies no tokens together.
+    """
+
+    call: Callable[..., Tensors]
+    native: Any
+    plain: Any
+    float32: float = 2e-6
+    bfloat16: float = 4e-3
+    least: Mapping[str, float] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
+    sequences: tuple[str, ...] = ()
+    axis: int = 2
+    tile: int = 1
+    alone: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, inputs: Tensors, **options: Any) -> Tensors:
+        return self.call(self.native, **inputs, **options)
+
+    def gradients(self, inputs: Tensors, weights: Tensors | None = None, **options: Any) -> Tensors:
+        """Results and gradients of the kernel."""
+        return differentiated(partial(self.call, self.native, **options), inputs, {} if weights is None else weights)
+
+    def check(self, inputs: Tensors, only: tuple[str, ...] = (), **options: Any) -> None:
+        """Results and gradients, all or `only` some, are those of float64, in the right dtypes."""
+        weights: Tensors = {}
+        found = self.gradients(inputs, weights, **options)
+        expected = differentiated(partial(self.call, self.plain, **options), inputs, weights, torch.float64)
+        narrow = next(inputs[name].dtype for name in ("v", "x", "sinks") if name in inputs)
+        assert found.keys() == expected.keys()
+        for name in only or found:
+            if not name.startswith("grad"):
+                assert found[name].dtype == (torch.float32 if name in self.wide else narrow), name
+            self.close(found[name], expected[name], name)
+
+    def close(self, found: Tensor, expected: Tensor, name: str = "") -> None:
+        assert found.shape == expected.shape, name
+        if expected.numel():
+            error, size = float((found.double() - expected).abs().max()), float(expected.abs().max())
+            size = max(size, self.least.get(name, self.least.get("*", 1e-30)))
+            most = self.bfloat16 if found.dtype == torch.bfloat16 else self.float32
+            assert error <= most * size, f"{name}: {error:.1e} of {size:.1e}"
+
+    def check_nan(self, inputs: Tensors, **options: Any) -> None:
+        """NaN at a token shows wherever it does by the definition, and in no other head and no tile before."""
+        token, clean = 70, self.run(inputs, **options)
+        for name in self.sequences:
+            if inputs.get(name) is None:
+                continue
+            spoiled = inputs | {name: inputs[name].clone()}
+            place = (0, token) if self.axis == 1 else (0, min(1, inputs[name].shape[1] - 1), token)
+            spoiled[name][place].view(-1)[-1:] = math.nan
+            found = self.run(spoiled, **options)
+            exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in spoiled.items()}
+            expected = self.call(self.plain, **exact, **options, **self.alone)
+            for result, y in found.items():
+                if y is None:
+                    continue
+                reached, must = y.isnan(), expected[result].isnan()
+                assert reached[must].all(), f"NaN in {name} does not reach {result}"
+                near = torch.zeros_like(reached)
+                if y.ndim > self.axis and y.shape[self.axis] == inputs[name].shape[self.axis]:
+                    near[(*place[:-1], slice(token // self.tile * self.tile, token))] = self.tile > 1
+                assert not (reached & ~must & ~near).any(), f"NaN in {name} reaches too much of {result}"
+                assert torch.equal(y[~reached & ~near], clean[result][~reached & ~near]), f"{name}, {result}"
+
+
+# The gated recurrence, with and without the delta rule.
+
+
+def _gated_recurrence(form, q, k, v, log_decay, state, beta=None, inclusive=True, chunk=64) -> Tensors:
+    problem = gated_recurrence.Problem(q, k, v, log_decay, beta, state, inclusive)
+    o, last = form.run(problem, chunk, min(chunk, 16))
+    return {"o": o, "last": last}
+
+
+def _step(form, q, k, v, log_decay, state, beta=None) -> Tensors:
+    o, last = form.run_step(q, k, v, log_decay, beta, state)
+    return {"o": o, "last": last}
+
+
+GATED = Kernel(
+    _gated_recurrence, gated_recurrence.native_form, gated_recurrence.torch_form, wide=("last",),
+    sequences=("q", "k", "v", "log_decay"), tile=16, alone={"chunk": 1},
+)  # fmt: skip
+# observed 1e-6, and 4e-6 for the gradient of a state that is nearly forgotten: what comes back to the first state is left
+# of gradients of size 1, which the rule may shrink to nothing; in bfloat16 3.6e-3
+DELTA = replace(
+    GATED, float32=5e-6, bfloat16=8e-3, least={"grad state": 1.0}, sequences=(*GATED.sequences, "beta"), tile=32
+)  # fmt: skip
+STEP = replace(GATED, call=_step, sequences=())
+
+
+def recurrent(
+    n: int, batch: int = 2, heads: int = 4, width: int = 8, values: int = 6, decay: str = "vector",
+    groups: int | None = None, delta: bool = False, dtype: torch.dtype = torch.float32,
+) -> Tensors:  # fmt: skip
+    """Inputs of the recurrence: of the delta rule with unit keys, which its steps do not let grow."""
+    q, k = torch.randn(2, batch, groups or heads, n, width) / width**0.25
+    g = None
+    if decay != "none":
+        g = -F.softplus(2 * torch.randn(batch, heads, n, 1 if decay == "scalar" else width) - 1)
+    found = {"q": q.to(dtype), "k": (F.normalize(k, dim=-1) if delta else k).to(dtype)}
+    found |= {"v": torch.randn(batch, heads, n, values).to(dtype), "log_decay": g}
+    found["state"] = torch.randn(batch, heads, width, values)
+    return found | ({"beta": torch.rand(batch, heads, n)} if delta else {})
+
+
+def one_token(inputs: Tensors) -> Tensors:
+    """The first token of inputs of the recurrence, as its step takes it."""
+    return {name: x if x is None or name == "state" else x[:, :, 0] for name, x in inputs.items()}
+
+
+# Linear attention.
+
+ELU = linear_attention.Rule("elu", 1.0, 1e-6)
+
+
+def _linear_attention(form, q, k, v, state, valid=None, rule=ELU, chunk=64) -> Tensors:
+    o, last = form.run(q, k, v, rule, state, valid, chunk)
+    return {"o": o, "last": last}
+
+
+LINEAR = Kernel(
+    _linear_attention, linear_attention.native_form, linear_attention.torch_form, wide=("last",),
+    sequences=("q", "k", "v"), tile=16, alone={"chunk": 1},
+)  # fmt: skip
+
+
+def linear(
+    n: int, batch: int = 2, heads: int = 4, width: int = 8, values: int = 6, rule: linear_attention.Rule = ELU,
+    groups: int | None = None, valid: list[int] | None = None,
+) -> Tensors:  # fmt: skip
+    """The state is never negative, so that denominators do not vanish where `relu` kills features."""
+    q, k = torch.randn(2, batch, groups or heads, n, width)
+    state = torch.rand(batch, heads, width, values + (rule.eps is not None))
+    found = {"q": q, "k": k, "v": torch.randn(batch, heads, n, values), "state": state}
+    return found | ({} if valid is None else {"valid": torch.tensor(valid)})
+
+
+# The selective scan.
+
+
+def _selective_scan(form, x, dt, a, b, c, skip, dt_bias, z, state, lengths=None, inclusive=True, chunk=64) -> Tensors:
+    problem = selective_scan.Problem(x, dt, a, b, c, skip, dt_bias, z, state, lengths, inclusive)
+    o, last = form.run(problem, chunk)
+    return {"o": o, "last": last}
+
+
+# observed 1e-6, and 6e-6 where a gradient of a or of the state nearly cancels; in bfloat16 3.9e-3
+SELECTIVE = Kernel(
+    _selective_scan, selective_scan.native_form, selective_scan.torch_form, float32=1e-5, bfloat16=8e-3,
+    wide=("last",), sequences=("x", "dt", "b", "c", "z"), axis=1,
+)  # fmt: skip
+
+
+def selective(
+    n: int, batch: int = 2, channels: int = 6, groups: int = 2, states: int = 5, dtype: torch.dtype = torch.float32,
+    read: bool = True, surrounded: bool = True, lengths: list[int] | None = None,
+) -> Tensors:  # fmt: skip
+    """`surrounded`: with skip, dt_bias, z and a state."""
+    x, dt, z = (torch.randn(batch, n, channels).to(dtype) for _ in range(3))
+    b, c = (torch.randn(batch, n, groups, states).to(dtype) for _ in range(2))
+    found: Tensors = {"x": x, "dt": dt, "a": -8 * torch.rand(channels, states), "b": b, "c": c if read else None}
+    found |= {"skip": torch.randn(channels), "dt_bias": torch.randn(channels) - 1, "z": z}
+    found["state"] = torch.randn(batch, channels, states)
+    if not surrounded:
+        found |= {"dt": dt.abs(), **dict.fromkeys(("skip", "dt_bias", "z", "state"))}
+    return found | ({} if lengths is None else {"lengths": torch.tensor(lengths)})
+
+
+# The softmax scan.
+
+
+def _softmax_scan(form, s, v, m, u, w, log_decay=None, mix=None, chunk=16) -> Tensors:
+    o, carry = form.run(s, v, Carry(m, u, w), chunk, log_decay, mix)
+    return {"o": o, "m": carry.m.detach(), "u": carry.u, "w": carry.w}
+
+
+SCAN = Kernel(
+    _softmax_scan, softmax_scan.native_form, softmax_scan.torch_form, float32=5e-6, bfloat16=1e-2, least={"*": 0.1},
+    wide=("m", "u", "w"), sequences=("s", "v", "log_decay", "mix"), alone={"chunk": 1},
+)  # fmt: skip
+
+
+def scanned(
+    n: int, batch: int = 2, heads: int = 4, queries: int = 3, values: int = 6, decay: bool = False, mix: bool = False,
+    dtype: torch.dtype = torch.float32, seen: bool = True,
+) -> Tensors:  # fmt: skip
+    """`seen`: there were tokens before."""
+    s, v = 3 * torch.randn(batch, heads, n, queries), torch.randn(batch, heads, n, values).to(dtype)
+    carry = softmax_scan.empty_carry(s, v)
+    if seen:
+        carry = Carry(torch.randn_like(carry.m), torch.rand_like(carry.u) + 0.5, torch.randn_like(carry.w))
+    found = {"s": s, "v": v, **carry._asdict()}
+    found |= {"log_decay": -torch.rand(batch, 1, n)} if decay else {}
+    return found | ({"mix": torch.rand(batch, heads, n, queries)} if mix else {})
+
+
+# Conserved flows.
+
+
+def _conserved_flows(form, sinks, sources, totals, maximum, normalizer, length, valid=None, *, rule) -> Tensors:
+    before = conserved_flows.Sums(totals, maximum.detach(), normalizer, length)
+    competition, acceptance, after = form.run(sinks, sources, before, rule, valid)
+    found = {"competition": competition, "acceptance": acceptance, "totals": after.totals}
+    return found | {"maximum": after.maximum.detach(), "normalizer": after.normalizer}
+
+
+FLOWS = Kernel(
+    _conserved_flows, conserved_flows.native_form, conserved_flows.torch_form, float32=1e-5, least={"*": 0.1},
+    sequences=("sinks", "sources"),
+)  # fmt: skip
+
+
+def flows(n: int, batch: int = 2, heads: int = 4, width: int = 8, valid: list[int] | None = None) -> Tensors:
+    sinks, sources = torch.rand(2, batch, heads, n, width)
+    if valid is not None:
+        hidden = torch.arange(n) >= torch.tensor(valid)[:, None]
+        sinks, sources = (x.masked_fill(hidden[:, None, :, None], 0) for x in (sinks, sources))
+    found = {"sinks": sinks, "sources": sources, "totals": torch.rand(4, batch, heads, width)}
+    found |= {"maximum": torch.randn(batch, heads), "normalizer": torch.rand(batch, heads) + 0.5}
+    found["length"] = torch.randint(0, 9, (batch,))
+    return found | ({} if valid is None else {"valid": torch.tensor(valid)})
+
+
+# What lies around the products of a layer.
+
+
+def _convolution(form, x, weight, bias=None, cache=None, lengths=None, silu=True, causal=True) -> Tensors:
+    y, last = form.short_convolution(x, weight, bias, cache, lengths, silu, causal)
+    return {"y": y, "last": last}
+
+
+def _norm(form, x, weight=None, z=None, groups=1, after=False) -> Tensors:
+    return {"y": form.rms_norm(x, weight, z, groups, 1e-5, after)}
+
+
+def _rotary(form, x, positions, rotated, base=1e4, stretch=1.5) -> Tensors:
+    return {"y": form.rotary(x, positions, rotated, base, stretch)}
+
+
+def _product(form, x, gate, function="silu") -> Tensors:
+    return {"y": form.gated_product(x, gate, function)}
+
+
+CONVOLUTION = Kernel(
+    _convolution, layers.native_form, layers.torch_form, bfloat16=1e-2, least={"*": 0.1}, sequences=("x",), axis=1
+)
+NORM = replace(CONVOLUTION, call=_norm, sequences=("x", "z"))
+ROTARY = replace(CONVOLUTION, call=_rotary, axis=2)
+PRODUCT = replace(CONVOLUTION, call=_product, sequences=("x", "gate"))
+
+
+def convolved(n: int, batch: int = 2, channels: int = 6, width: int = 4) -> Tensors:
+    found = {"x": torch.randn(batch, n, channels), "weight": torch.randn(channels, width)}
+    found |= {"bias": torch.randn(channels), "cache": torch.randn(batch, width - 1, channels)}
+    return found | {"lengths": torch.tensor([n, 7, *range(3, batch + 1)][:batch])}
+
+
+# Attention, and softmax in two levels.
+
+
+def _attention(
+    form, q, k, v, sink=None, bias=None, table=None, *, ranks, rule="softmax", blocks=None, **limits
+) -> Tensors:
+    more = {"stretch": (-0.05, 1.5)} if rule == "clipped" else {"rule": rule, "want_lse": rule == "softmax"}
+    position_bias = None
+    if table is not None:
+        position_bias = DistanceBias(lambda d: table[:, (d + table.shape[1] // 2).clamp(0, table.shape[1] - 1)])
+    problem = attention.Problem(
+        ranks, Visibility(causal=True, **limits), 0.3, softcap=2.0, sink=sink, bias=bias, position_bias=position_bias,
+        blocks=blocks, **more,
+    )  # fmt: skip
+    o, _, lse = form.run(q, k, v, problem)
+    return {"o": o, "lse": lse}
+
+
+def _paged(form, q, k, v, pages, lengths, query_ranks) -> Tensors:
+    o, lse = form.attention_decode(q, k, v, pages, lengths, query_ranks, [1, 20, -1, 0, 0, 0], 0.3, 0.0, None)
+    return {"o": o, "lse": lse}
+
+
+def _grouped_attention(form, q, k, v, ranks, landmark, own, causal=True, scale=0.5) -> Tensors:
+    dropout = Dropout(0.0, 0.0, None)
+    return {"o": form.run(q, k, v, ranks, landmark, own, causal, scale, None, None, None, dropout, False)[0]}
+
+
+# gradients: of a difference of what was rounded to bfloat16; see test_attention for the definition
+ATTENTION = Kernel(
+    _attention,
+    attention.native_form,
+    attention.torch_form,
+    float32=3e-6,
+    bfloat16=2e-2,
+    least={"*": 1.0},
+    wide=("lse",),
+)
+PAGED = Kernel(_paged, paged, None)
+GROUPED = Kernel(
+    _grouped_attention, grouped_attention.native_form, grouped_attention.torch_form, bfloat16=8e-3, least={"*": 1.0}
+)
+
+
+def heads_of(
+    n: int, m: int | None = None, *, batch: int = 2, heads: int = 4, groups: int = 2, width: int = 8, values: int = 6,
+    dtype: torch.dtype = torch.float32,
+) -> Tensors:  # fmt: skip
+    m = n if m is None else m
+    shapes = {"q": (batch, heads, n, width), "k": (batch, groups, m, width), "v": (batch, groups, m, values)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def last_of(n: int, m: int, counted: bool = False) -> Ranks:
+    """n queries that are the last of m tokens."""
+    return Ranks(
+        torch.arange(m - n, m)[None], torch.arange(m)[None], *((m - n, m - n) if counted else (None, None)), counted
+    )
+
+
+def pages_of(n: int) -> Tensors:
+    found = {"q": torch.randn(2, 4, 2, 8), "k": torch.randn(6, 2, 16, 8), "v": torch.randn(6, 2, 16, 6)}
+    found |= {"pages": torch.randperm(6).view(2, 3), "lengths": torch.tensor([40, 7])}
+    return found | {"query_ranks": torch.tensor([[38, 39], [5, 6]])}
+
+
+class Case(NamedTuple):
+    """A call: of a kernel, on tensors of so many tokens, with options that may depend on their number."""
+
+    kernel: Kernel
+    sample: Callable[[int], Tensors]
+    options: Callable[[int], dict[str, Any]] = lambda n: {}
+
+    def call(self, n: int, form: Any = None) -> Callable[..., Tensors]:
+        return partial(self.kernel.call, form or self.kernel.native, **self.options(n))
+
+
+CASES = {
+    "attention": Case(
+        ATTENTION,
+        lambda n: heads_of(n) | {"sink": torch.randn(4), "bias": torch.randn(2, 4, n, n)},
+        lambda n: {"ranks": last_of(n, n)},
+    ),
+    "attention in bfloat16": Case(
+        ATTENTION, partial(heads_of, dtype=torch.bfloat16), lambda n: {"ranks": last_of(n, n, True)}
+    ),
+    "attention by distance": Case(
+        ATTENTION,
+        lambda n: heads_of(n) | {"table": torch.randn(4, 2 * n + 1)},
+        lambda n: {
+            "ranks": last_of(n, n),
+            "rule": "sigmoid",
+            "blocks": BlockMask(torch.ones(1, 1, 3, 3, dtype=torch.bool).tril(), -(-n // 3)),
+        },
+    ),
+    "clipped attention": Case(
+        ATTENTION,
+        lambda n: heads_of(n) | {"bias": torch.randn(1, 4, 1, n)},
+        lambda n: {"ranks": last_of(n, n, True), "rule": "clipped"},
+    ),
+    "attention of few queries": Case(
+        ATTENTION,
+        lambda n: heads_of(2, n) | {"sink": torch.randn(4), "bias": torch.randn(2, 4, 2, n), "table": torch.randn(4, 2 * n + 1)},
+        lambda n: {"ranks": last_of(2, n), "left": 40},
+    ),
+    "attention to pages": Case(PAGED, pages_of),
+    "grouped attention": Case(
+        GROUPED,
+        heads_of,
+        lambda n: {
+            "ranks": last_of(n, n, True), "landmark": torch.arange(n)[None] % 9 == 8, "own": torch.arange(n)[None] // 9
+        },
+    ),
+    "gated recurrence": Case(GATED, recurrent),
+    "gated recurrence without decay": Case(GATED, partial(recurrent, decay="none")),
+    "delta rule": Case(DELTA, partial(recurrent, delta=True)),
+    "delta rule by head": Case(DELTA, partial(recurrent, delta=True, decay="scalar")),
+    "step": Case(STEP, lambda n: one_token(recurrent(n, delta=True))),
+    "linear attention": Case(LINEAR, lambda n: linear(n, valid=[n, 7])),
+    "unnormalized linear attention": Case(
+        LINEAR,
+        partial(linear, rule=linear_attention.Rule("silu", 0.5, None)),
+        lambda n: {"rule": linear_attention.Rule("silu", 0.5, None)},
+    ),
+    "selective scan": Case(SELECTIVE, lambda n: selective(n, lengths=[n, 7])),
+    "bare selective scan": Case(SELECTIVE, partial(selective, read=False, surrounded=False)),
+    "softmax scan": Case(SCAN, partial(scanned, decay=True)),
+    "mixed softmax scan": Case(SCAN, partial(scanned, mix=True, decay=True)),
+    "conserved flows": Case(
+        FLOWS,
+        lambda n: flows(n, valid=[n, 7]),
+        lambda n: {"rule": conserved_flows.Rule(True, True, None, 1.0, 1e-6)},
+    ),
+    "short convolution": Case(CONVOLUTION, convolved),
+    "norm": Case(
+        NORM,
+        lambda n: {"x": torch.randn(2, n, 8), "weight": torch.randn(8), "z": torch.randn(2, n, 8)},
+        lambda n: {"groups": 2, "after": True},
+    ),
+    "rotary": Case(
+        ROTARY, lambda n: {"x": torch.randn(2, 4, n, 8), "positions": torch.arange(n)[None]}, lambda n: {"rotated": 6}
+    ),
+    "gated product": Case(PRODUCT, lambda n: {"x": torch.randn(2, n, 8), "gate": torch.randn(2, n, 8)}),
+}  # fmt: skip

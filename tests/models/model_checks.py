@@ -1,0 +1,105 @@
+"""What tests of models share: small models of every kind, what they read, and reading it in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context
+from regard.models import (
+    EncoderConfig,
+    EncoderDecoderConfig,
+    ForecasterConfig,
+    FunnelEncoderConfig,
+    LanguageModelConfig,
+    ModelState,
+    build_model,
+    from_pretrained,
+    save_pretrained,
+)
+
+WANT_STATE = Context(want=frozenset({"state"}))
+KINDS: dict[str, tuple[type, dict[str, Any]]] = {
+    "language model": (LanguageModelConfig, {"vocab_size": 11}),
+    "encoder": (EncoderConfig, {"num_classes": 3, "features": 2}),
+    "encoder-decoder": (EncoderDecoderConfig, {"vocab_size": 11, "memory_vocab_size": 9}),
+    "forecaster": (ForecasterConfig, {"features": 2, "memory_features": 3, "target_features": (2, 0)}),
+    "funnel encoder": (FunnelEncoderConfig, {"num_classes": 3, "features": 2, "num_layers": 1}),
+}
+FUNNELS = [
+    {},
+    {"blocks": 3, "truncate": True},
+    {"separate_first": False},
+    {"separate_first": False, "pool": "max", "blocks": 1, "layers": 2},
+    {"query_only": False, "positions": False, "blocks": 4},
+]
+
+
+def small(kind: str, **options: Any) -> Any:
+    """The config of a small model."""
+    config, own = KINDS[kind]
+    return config(**{"dim": 16, "num_heads": 2, **own, **options})
+
+
+def made(kind: str, **options: Any) -> nn.Module:
+    """A small model in float64, in evaluation."""
+    return build_model(small(kind, **options)).double().eval()
+
+
+def read_by(config: Any, rows: int = 3, n: int = 6, m: int = 8) -> list[Tensor]:
+    """Random inputs of `n` tokens for the model of a config, and a memory of `m` tokens where it reads one."""
+    inputs = []
+    for side, length in (("", n), ("memory_", m)):
+        vocabulary, features = (getattr(config, side + name, None) for name in ("vocab_size", "features"))
+        if vocabulary is not None:
+            inputs.append(torch.randint(vocabulary, (rows, length)))
+        elif features is not None:
+            inputs.append(torch.randn(rows, length, features, dtype=torch.float64))
+    return inputs
+
+
+def ragged(shape: Sequence[int]) -> Tensor:
+    """Padding left, inside and right; every row keeps a token."""
+    valid = torch.rand(tuple(shape)) < 0.6
+    valid[:, shape[1] // 2] = True
+    return valid
+
+
+def read_in_pieces(
+    model: nn.Module, ids: Tensor, sizes: int | list[int], state: ModelState | None = None
+) -> tuple[Tensor, ModelState]:
+    """The output of pieces of these sizes, each read after the state of those before it, and the last state."""
+    outputs = []
+    for piece in ids.split(sizes, 1):
+        result = model(piece, state=state, context=WANT_STATE)
+        outputs.append(result.output)
+        state = result.state
+    return torch.cat(outputs, 1), state
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Names of the parameters that no gradient has reached."""
+    return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def check_comes_back_from_disk(model: nn.Module, inputs: Sequence[Tensor], folder: Path) -> nn.Module:
+    """A saved model is loaded as it was, to the last bit."""
+    save_pretrained(model, folder)
+    loaded = from_pretrained(folder)
+    assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
+    assert [p.dtype for p in loaded.parameters()] == [p.dtype for p in model.parameters()]
+    assert torch.equal(loaded(*inputs).output, model(*inputs).output)
+    return loaded
+
+
+def check_decodes_as_it_reads_and_comes_back_from_disk(
+    model: nn.Module, ids: Tensor, prompt: int, folder: Path
+) -> None:
+    """A prompt, then token by token, equals the whole; and so does the model when it has been saved and loaded."""
+    pieces = [prompt] + [1] * (ids.shape[1] - prompt)
+    torch.testing.assert_close(read_in_pieces(model, ids, pieces)[0], model(ids).output)
+    check_comes_back_from_disk(model, (ids,), folder)

@@ -1,0 +1,103 @@
+"""Made-up data for the tests of tasks, and what a task shows of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from regard.contract import Unsupported
+from regard.tasks import Batch, create_task
+
+
+def words(count: int, seed: int) -> str:
+    letters = np.random.default_rng(seed).integers(97, 123, (count, 4))
+    return " ".join("".join(map(chr, word)) for word in letters)
+
+
+def save(path: Path, rows: Iterable[Sequence[str]], header: Sequence[str] = (), delimiter: str = "\t") -> Path:
+    path.write_text("".join(delimiter.join(row) + "\n" for row in ([header] if header else []) + list(rows)))
+    return path
+
+
+def save_json(path: Path, records: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def for_any_task(text: str, i: int) -> dict[str, Any]:
+    """A record that is a document of some class, two passages and whether they match, and a source with its target."""
+    target = f"{i} of its kind"
+    return {"text": text, "label": i % 2, "first": text, "second": target, "source": text, "target": target}
+
+
+def hours(count: int, *, seed: int = 0, step: timedelta = timedelta(hours=1), name: str = "") -> list[list[str]]:
+    """Rows of a time, a load with the rhythm of a day, a wind, whether a shop is open and, if given, the name of a place."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        load = 5 * np.sin(2 * np.pi * i / 24) + generator.normal()
+        numbers = [f"{load:.6f}", f"{generator.normal():.6f}", str(generator.integers(2))]
+        rows.append([str(datetime(2024, 1, 1) + step * i), *numbers, *([name] if name else [])])
+    return rows
+
+
+HOURS = ("time", "load", "wind", "open")
+
+
+def photo(path: Path, seed: int, size: tuple[int, int] = (12, 9), mode: str = "RGB") -> Path:
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    depth = len(image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], depth), dtype=np.uint8)
+    image.fromarray(pixels.squeeze()).save(path)
+    return path
+
+
+def photos(folder: Path) -> Path:
+    for i in range(30):
+        photo(folder / ("cat", "dog", "newt")[i % 3] / f"{i}.png", i)
+    return folder
+
+
+SMALL = {
+    "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
+    "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
+    "listops": {"length": 24, "evaluation_items": 64},
+}
+
+
+def made(name: str, folder: Path, **options: Any) -> Any:
+    """A small task by name, on made-up data where it reads some."""
+    if name in SMALL:
+        given = SMALL[name]
+    elif name == "images":
+        given = {"data": photos(folder / "pets"), "size": 8}
+    elif name == "forecast":
+        path = save(folder / "load.csv", hours(400), HOURS, ",")
+        given = {"data": path, "target": "load", "covariates": "open", "past_covariates": "wind"}
+        given |= {"length": 12, "history": 36}
+    else:
+        records = [for_any_task(f"{i} {words(20, i)}", i) for i in range(40)]
+        given = {"data": save_json(folder / "made.jsonl", records), "length": 32}
+    return create_task(name, **(given | options))
+
+
+def items(batches: Iterable[Batch]) -> list[bytes]:
+    """What identifies each item: its input and its memory."""
+    found = []
+    for batch in batches:
+        parts = [x for x in (batch.inputs, batch.memory) if x is not None]
+        found += [b"".join(x[i].numpy().tobytes() for x in parts) for i in range(batch.size)]
+    return found
+
+
+def refused(call: Callable[[], Any], *told: str) -> None:
+    with pytest.raises(Unsupported) as error:
+        call()
+    assert all(part in str(error.value) for part in told), str(error.value)
