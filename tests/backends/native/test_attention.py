@@ -162,7 +162,7 @@ def test_grouped_heads_and_any_number_of_threads_equal_the_definition(groups, th
     more = {"sink": torch.randn(6), "table": torch.randn(6, 703)}
     check(plain(150, 201, heads=6, groups=groups, **more))
     check(plain(200, heads=1))
-    check(unambiguous(plain(150, 201, heads=6, groups=groups, stretch=(-0.01, 3.0))))
+    check(unambiguous(plain(150, 201, groups=min(groups, 2), stretch=(-0.01, 3.0))))
 
 
 # Clipped weights.
