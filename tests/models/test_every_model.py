@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from model_checks import FUNNELS, made, ragged, read_by, without_gradient
+from model_checks import FUNNELS, made, ragged, randomize_ends, read_by, without_gradient
 from torch.nn.functional import cross_entropy
 
 from regard.catalogue import get_mechanism, list_mechanisms
@@ -51,10 +51,7 @@ def masked(valid):
 
 @pytest.mark.parametrize(("kind", "options"), PADDED, ids=str)
 def test_padding_anywhere_equals_no_padding(kind, options):
-    model = made(kind, **options)
-    for name, parameter in model.named_parameters():
-        if "_end" in name:
-            torch.nn.init.normal_(parameter)
+    model = randomize_ends(made(kind, **options))
     inputs = read_by(model.config, rows=4, n=11)
     valid = [ragged(x.shape[:2]) for x in inputs]
     for x, kept in zip(inputs, valid, strict=True):

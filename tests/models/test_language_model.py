@@ -125,12 +125,6 @@ def test_beams_read_padding_nowhere_and_go_on_from_states_as_from_the_whole(mode
     assert torch.equal(found, model.generate(ids, 6, beams=3, mask=Mask(valid=valid), use_state=False))
 
 
-def test_beams_go_on_from_the_state_of_inserted_tokens():
-    model = make_model([("landmark", {"block": 3})] * 2)
-    ids = torch.randint(13, (4, 7))
-    assert torch.equal(model.generate(ids, 7, beams=3), model.generate(ids, 7, beams=3, use_state=False))
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
