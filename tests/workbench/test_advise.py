@@ -9,12 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-import regard
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
 from regard.workbench import needs
 from regard.workbench.advise import AdviseSettings, advise, duration, parse_memory, read_quality, size
-from regard.workbench.advise_check import check, errors_of
+from regard.workbench.advise_check import Errors, check, errors_of
 from regard.workbench.advise_text import advice_text, errors_table, short_text
 from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.pasted import code_for
@@ -78,13 +77,6 @@ def test_the_order_follows_the_time_of_the_use():
         found = ask(8192, use=use)
         top = found.candidates[0]
         assert top.milliseconds == pytest.approx(factor * 1e3 * TIMES[top.mechanism](8192), rel=1e-6)
-
-
-def test_softmax_is_taken_when_nothing_is_clearly_faster(monkeypatch):
-    monkeypatch.setitem(TIMES, "linear", lambda n: 0.96 * TIMES["softmax"](n))
-    assert ask(64, mechanisms=("linear", "softmax")).pick == "softmax"
-    monkeypatch.setitem(TIMES, "linear", lambda n: 0.94 * TIMES["softmax"](n))
-    assert ask(64, mechanisms=("linear", "softmax"), fresh=True).pick == "linear"
 
 
 def test_with_several_lengths_the_geometric_mean_decides():
@@ -166,14 +158,16 @@ def test_only_what_qualifies_is_measured_at_the_length_asked_for():
     assert {name for _, length, name in asked if length == 6000} == {"softmax"}
 
 
-@pytest.mark.parametrize(("spread", "pick"), [(0.0, "linear"), (0.1, "softmax")])
-def test_softmax_stands_unless_another_is_better_beyond_the_interval(spread, pick, monkeypatch):
-    monkeypatch.setitem(TIMES, "linear", lambda n: 0.85 * TIMES["softmax"](n))
+@pytest.mark.parametrize(
+    ("share", "spread", "pick"), [(0.96, 0.0, "softmax"), (0.94, 0.0, "linear"), (0.85, 0.1, "softmax")]
+)
+def test_softmax_stands_unless_another_is_clearly_faster_beyond_the_interval(share, spread, pick, monkeypatch):
+    monkeypatch.setitem(TIMES, "linear", lambda n: share * TIMES["softmax"](n))
 
     def spreading(what, length, names):
         return {name: replace(sample, spread=spread) for name, sample in fake(what, length, names).items()}
 
-    found = ask(100, spreading, ("softmax", "linear"))
+    found = ask(64, spreading, ("linear", "softmax"))
     assert found.pick == pick
     assert ("beyond doubt" in found.text) == (pick == "softmax")
 
@@ -256,26 +250,19 @@ def test_without_results_no_quality_is_claimed():
     [
         ({"use": "inference"}, "try infer"),
         ({"lengths": ()}, "lengths"),
-        ({"lengths": 0}, "lengths from 1"),
         ({"lengths": 1 << 21}, "lengths from 1"),
         ({"memory": 0}, "positive number of bytes"),
-        ({"seconds": 0}, "seconds=0"),
         ({"seconds": float("nan")}, "seconds=nan"),
         ({"needs": "speed"}, "need 'speed'"),
-        ({"pattern": "causal"}, "pattern 'causal'"),
         ({"what": ("forwards",)}, "try forward"),
         ({"use": "serve", "pattern": "noncausal-self"}, "try --use infer"),
         ({"mechanisms": ("softmxa",)}, "try softmax"),
         ({"mechanisms": ("low_rank_pooling",)}, "pool of an encoder"),
-        ({"mechanisms": ("token_parameter",)}, "a linear layer"),
         ({"mechanisms": ("softmax",), "exclude": ("softmax",)}, "no candidate.*softmax excluded by you"),
         ({"mechanisms": ("local",), "pattern": "causal-cross"}, "no candidate.*local lacks causal-cross: tokens of"),
         ({"mechanisms": ()}, "no candidate.*none was named"),
         ({"exclude": ("softmxa",)}, "try softmax"),
         ({"heads": 3}, "dim=32"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"device": "tpu9"}, "device"),
-        ({"results": "/nowhere"}, "results.db"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_anything_is_measured(options, message):
@@ -377,7 +364,7 @@ def test_the_check_finds_the_errors_of_predictions():
         for n, factor in ((96, 1.0), (320, 1.1), (768, 0.8))
     }
     time, memory = errors_of(known, measured)
-    assert time.count == 3 and time.where == "linear at 768" and time.of == "seconds"
+    assert isinstance(time, Errors) and time.count == 3 and time.where == "linear at 768" and time.of == "seconds"
     assert time.median == pytest.approx(0.1, abs=0.01) and time.worst == pytest.approx(0.2, abs=0.01)
     assert memory.median == pytest.approx(0.1, abs=0.01)
     assert errors_table([time, memory]).row_count == 2
@@ -398,11 +385,3 @@ def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
     assert len(check(settings, lengths=(40, 80))) == 2 and len(calls) == 2
     check(settings, lengths=(40, 80), fresh=True)
     assert len(calls) == 4
-
-
-def test_a_real_question_is_answered_from_real_layers():
-    names = ("softmax", "linear", "mamba2")
-    found = regard.advise(lengths=200, needs="constant-state", mechanisms=names, seconds=1, what=(), **SMALL)
-    assert found.pick in ("linear", "mamba2") and list(found.rejected) == ["softmax"]
-    assert all(e.milliseconds > 0 and e.memory_bytes > 0 for c in found.candidates for e in c.estimates)
-    exec(found.candidates[0].code, {})
