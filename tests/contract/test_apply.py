@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import close, qkv
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from regard import BlockMask, Mask, Unsupported, functional, get_mechanism, list_mechanisms
@@ -12,12 +13,8 @@ from regard.contract import Pattern
 from regard.workbench.subjects import Subject
 
 CONTINUING = list_mechanisms(kind="attention", pattern="causal-self", where=lambda card: card.state is not None)
-FORGETFUL = [name for name in CONTINUING if get_mechanism(name).recurrent and get_mechanism(name).uneven]
+UNEVEN = [name for name in CONTINUING if get_mechanism(name).uneven]
 LINEAR, SOFTMAX = get_mechanism("linear"), get_mechanism("softmax")
-
-
-def qkv(n=5, batch=2, heads=2):
-    return {name: torch.randn(batch, heads, n, 8, dtype=torch.float64) for name in "qkv"}
 
 
 def continued(name, n, m):
@@ -34,43 +31,32 @@ def continued(name, n, m):
     return subject.run(new, state=state).output, subject.reference(whole)
 
 
-@pytest.mark.parametrize("sizes", [(1, 3), (2, 4), (0, 3)], ids=str)
-@pytest.mark.parametrize("name", [name for name in CONTINUING if get_mechanism(name).uneven])
-def test_fewer_queries_than_new_keys_continue_a_state(name, sizes):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *[(name, sizes) for name in UNEVEN for sizes in ((1, 3), (2, 4), (0, 3))],  # fewer queries than new keys
+        *[
+            (name, sizes) for name in ("softmax", "sigmoid") for sizes in ((1, 0), (4, 2))
+        ],  # they read keys of the state
+    ],
+)
+def test_queries_continue_a_state_beside_another_number_of_new_keys(name, sizes):
     found, expected = continued(name, *sizes)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", FORGETFUL)
-@pytest.mark.parametrize("sizes", [(1, 0), (4, 2)], ids=str)
-def test_queries_from_before_the_end_of_a_state_are_refused_where_it_has_forgotten_them(name, sizes):
-    with pytest.raises(Unsupported, match="more queries than keys"):
-        continued(name, *sizes)
-
-
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("sizes", [(1, 0), (4, 2)], ids=str)
-def test_queries_from_before_the_end_of_a_state_read_the_keys_that_it_kept(name, sizes):
-    found, expected = continued(name, *sizes)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-
-
-def test_rows_with_more_valid_queries_than_keys_are_refused():
-    state = apply(LINEAR, qkv(), return_state=True).state
-    masks = {"mask": Mask(lengths=torch.tensor([2, 5])), "memory_mask": Mask(lengths=torch.tensor([4, 4]))}
-    with pytest.raises(Unsupported, match="more queries than keys"):
-        apply(LINEAR, qkv(), state=state, **masks)
+@pytest.mark.parametrize("name", [name for name in UNEVEN if get_mechanism(name).recurrent])
+def test_queries_from_before_the_end_of_a_state_are_refused_where_it_has_forgotten_them(name):
+    for sizes in ((1, 0), (4, 2)):
+        with pytest.raises(Unsupported, match="more queries than keys"):
+            continued(name, *sizes)
 
 
 def test_a_bias_on_absorbed_memory_reaches_its_pairs_wherever_queries_are_padded():
-    inputs, bias = qkv(n=7) | {"q": qkv()["q"]}, torch.randn(1, 2, 5, 7, dtype=torch.float64)
-    valid = torch.tensor([[False, True, True, False, True], [True] * 5])
-    expected = apply(SOFTMAX, inputs, pattern="noncausal-cross", mask=Mask(valid=valid, bias=bias)).output
+    inputs, valid = qkv(5, 7), torch.tensor([[False, True, True, False, True], [True] * 5])
+    call = {"pattern": "noncausal-cross", "mask": Mask(valid=valid, bias=torch.randn(1, 2, 5, 7, dtype=torch.float64))}
     state = absorb(SOFTMAX, inputs, pattern="noncausal-cross")
-    found = apply(
-        SOFTMAX, {"q": inputs["q"]}, pattern="noncausal-cross", mask=Mask(valid=valid, bias=bias), state=state
-    ).output
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    close(apply(SOFTMAX, {"q": inputs["q"]}, state=state, **call).output, apply(SOFTMAX, inputs, **call).output)
 
 
 @pytest.mark.parametrize("name", list_mechanisms(where=lambda card: "absorb" in card.forms))
@@ -98,8 +84,9 @@ def test_a_query_that_is_nan_is_not_hidden(name, backend):
         assert torch.equal(output, expected)
 
 
-STATE = object()
-"""Stands for a state of the mechanism."""
+STATE, ABSORBED = object(), object()
+"""They stand for a state of the mechanism after the inputs, and after its memory."""
+UNEQUAL = Mask(lengths=torch.tensor([2, 5]))
 
 REFUSED = {
     "a dropout of one": ("softmax", {"dropout": 1.0}, "0 <= dropout < 1"),
@@ -112,11 +99,7 @@ REFUSED = {
     "a backend that lacks the dtype": ("landmark", {"backend": "native"}, "torch"),
     "the reference with a state": ("softmax", {"form": "reference", "state": STATE}, "whole sequences"),
     "the parallel form with a state": ("softmax", {"form": "parallel", "return_state": True}, "whole sequences"),
-    "the reference on padding": (
-        "linear",
-        {"form": "reference", "mask": Mask(lengths=torch.tensor([2, 5]))},
-        "rows of equal length",
-    ),
+    "the reference on padding": ("linear", {"form": "reference", "mask": UNEQUAL}, "rows of equal length"),
     "a step of five tokens": ("softmax", {"form": "step", "state": STATE}, "one token"),
     "a step from nowhere": ("linear", {"form": "step"}, "a state"),
     "a causal form of another pattern": ("linear", {"form": "chunked", "pattern": "noncausal-self"}, "causal-self"),
@@ -127,8 +110,18 @@ REFUSED = {
     ),
     "a bias of cached keys beside padding": (
         "softmax",
-        {"mask": Mask(lengths=torch.tensor([2, 5]), bias=torch.zeros(1, 1, 5, 10)), "state": STATE},
+        {"mask": Mask(lengths=UNEQUAL.lengths, bias=torch.zeros(1, 1, 5, 10)), "state": STATE},
         "beside padding",
+    ),
+    "rows with more valid queries than keys": (
+        "linear",
+        {"state": STATE, "mask": UNEQUAL, "memory_mask": Mask(lengths=torch.tensor([4, 4]))},
+        "more queries than keys",
+    ),
+    "a memory mask beside absorbed memory": (
+        "softmax",
+        {"pattern": "noncausal-cross", "state": ABSORBED, "memory_mask": UNEQUAL},
+        "memory mask but no memory",
     ),
 }
 
@@ -137,16 +130,17 @@ REFUSED = {
 def test_what_would_be_ignored_is_refused(case):
     name, options, words = case
     card, options = get_mechanism(name), dict(options)
+    inputs = qkv(5)
     if options.get("state") is STATE:
-        options["state"] = apply(card, qkv(), return_state=True).state
+        options["state"] = apply(card, inputs, return_state=True).state
+    elif options.get("state") is ABSORBED:
+        options["state"] = absorb(card, inputs, pattern=options["pattern"])
+        inputs = {"q": inputs["q"]}
     with pytest.raises(Unsupported, match=words):
-        apply(card, qkv(), **options)
+        apply(card, inputs, **options)
 
 
-BIASED = list_mechanisms(where=lambda card: "bias" in card.honours)
-
-
-@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("name", list_mechanisms(where=lambda card: "bias" in card.honours))
 def test_a_bias_that_does_not_fit_is_refused(name):
     card = get_mechanism(name)
     subject = Subject(card, card.patterns[0])
@@ -164,56 +158,47 @@ def test_a_bias_that_does_not_fit_is_refused(name):
 @pytest.mark.parametrize("name", ["linear", "softmax"])
 def test_a_state_of_another_number_of_rows_is_refused(name):
     card = get_mechanism(name)
-    state = apply(card, qkv(), return_state=True).state
+    state = apply(card, qkv(5), return_state=True).state
     with pytest.raises(Unsupported, match="state of 2 rows for 1"):
-        apply(card, qkv(batch=1), state=state)
-    absorbed = absorb(card, qkv(), pattern="noncausal-cross")
+        apply(card, qkv(5, batch=1), state=state)
+    absorbed = absorb(card, qkv(5), pattern="noncausal-cross")
     with pytest.raises(Unsupported, match="state of 2 rows for 1"):
-        absorb(card, qkv(batch=1), pattern="noncausal-cross", state=absorbed)
-
-
-def test_a_memory_mask_beside_absorbed_memory_is_refused():
-    inputs = qkv()
-    state = absorb(SOFTMAX, inputs, pattern="noncausal-cross")
-    with pytest.raises(Unsupported, match="memory mask but no memory"):
-        apply(
-            SOFTMAX,
-            {"q": inputs["q"]},
-            pattern="noncausal-cross",
-            state=state,
-            memory_mask=Mask(lengths=torch.tensor([2, 5])),
-        )
+        absorb(card, qkv(5, batch=1), pattern="noncausal-cross", state=absorbed)
 
 
 def test_absorbing_without_memory_is_refused():
     with pytest.raises(Unsupported, match="without k, v"):
-        absorb(SOFTMAX, {"q": qkv()["q"]}, pattern="noncausal-cross")
+        absorb(SOFTMAX, {"q": qkv(5)["q"]}, pattern="noncausal-cross")
 
 
-def test_masks_that_mean_something_else_are_refused():
-    for wrong, words in (
-        ({"max_length": 3}, "without cu_seqlens"),
-        ({"bias": torch.ones(1, 1, 5, 5, dtype=torch.bool)}, "masked_fill"),
-        ({"bias": torch.zeros(5, 5)}, "N or 1"),
-    ):
-        with pytest.raises(Unsupported, match=words):
-            Mask(**wrong)
-    for visible, size in ((torch.ones(3, 3, dtype=torch.bool), 2), (torch.ones(1, 1, 3, 3), 2)):
-        with pytest.raises(Unsupported, match="visible blocks"):
-            BlockMask(visible, size)
-    with pytest.raises(Unsupported, match="block_size >= 1"):
-        BlockMask(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0)
+VISIBLE = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Mask(max_length=3), "without cu_seqlens"),
+        (lambda: Mask(bias=torch.ones(1, 1, 5, 5, dtype=torch.bool)), "masked_fill"),
+        (lambda: Mask(bias=torch.zeros(5, 5)), "N or 1"),
+        (lambda: BlockMask(VISIBLE[0, 0], 2), "visible blocks"),
+        (lambda: BlockMask(VISIBLE.float(), 2), "visible blocks"),
+        (lambda: BlockMask(VISIBLE, 0), "block_size >= 1"),
+    ],
+)
+def test_masks_that_mean_something_else_are_refused(make, words):
+    with pytest.raises(Unsupported, match=words):
+        make()
 
 
 def test_a_max_length_beyond_all_tokens_costs_nothing():
-    inputs, borders = qkv(batch=1), torch.tensor([0, 2, 2, 5])
+    inputs, borders = qkv(5, batch=1), torch.tensor([0, 2, 2, 5])
     plain, longest = (apply(SOFTMAX, inputs, mask=Mask(cu_seqlens=borders, max_length=m)) for m in (None, 2**40))
     torch.testing.assert_close(longest.output, plain.output)
 
 
 def test_an_option_of_a_config_is_reached_under_its_own_name():
     """`form` is an option of local attention, and a word of the call elsewhere."""
-    inputs = qkv(n=9)
+    inputs = qkv(9)
     options = {"form": "block", "block": 3, "lookback": 0}
     found = functional.local_attention(**inputs, **options)
     expected = apply(get_mechanism("local"), inputs, config=get_mechanism("local").options(**options)).output
@@ -222,7 +207,7 @@ def test_an_option_of_a_config_is_reached_under_its_own_name():
 
 
 def test_an_argument_given_twice_is_refused():
-    inputs, bias = qkv(), torch.zeros(1, 1, 5, 5)
+    inputs, bias = qkv(5), torch.zeros(1, 1, 5, 5)
     with pytest.raises(Unsupported, match=r"bias and mask\.bias"):
         functional.softmax_attention(**inputs, bias=bias, mask=Mask(bias=bias))
     with pytest.raises(Unsupported, match="q given twice"):
