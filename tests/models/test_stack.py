@@ -136,13 +136,11 @@ def test_layers_that_are_computed_twice_have_the_gradients_of_others_dropout_inc
     assert_same(expected, gradients(model, inputs, seed=seed), exactly="checkpoint_layers" in stack)
 
 
-def encoder_decoder(**options):
-    return made("encoder-decoder", num_layers=2, cross_plan="linear", **options)
-
-
 @pytest.mark.parametrize("options", [{"reversible": True}, {"checkpoint_layers": 1}, ENDS])
 def test_exits_of_an_encoder_decoder_learn_with_every_stack(options):
-    model = encoder_decoder(stack=options | {"share": "all", "stochastic_depth": 0.1, "exits": (1,)}).train()
+    stack = options | {"share": "all", "stochastic_depth": 0.1, "exits": (1,)}
+    model = made("encoder-decoder", num_layers=2, stack=stack).train()
+    assert len(model.encoder_blocks[0].mixer_end) == len(model.blocks[1].mixer_end) == 2 * (options == ENDS)
     model.loss(*read_by(model.config)).backward()
     assert all(p.grad is not None for p in model.exit_norms.parameters())
 
@@ -280,14 +278,6 @@ def test_what_stays_of_stochastic_depth_is_scaled_by_its_chance():
     assert 5 < len(kept) < 40
     for one in kept:
         torch.testing.assert_close(one, added / 0.6)
-
-
-def test_a_decoder_of_memory_decodes_with_ends_as_it_reads_whole():
-    model = randomize_ends(encoder_decoder(stack=ENDS)).eval()
-    assert len(model.encoder_blocks[0].mixer_end) == len(model.blocks[1].mixer_end) == 2
-    ids, memory = read_by(model.config)
-    output, _ = read_in_pieces(model, ids, 1, model.encode_memory(memory))
-    torch.testing.assert_close(output, model(ids, memory).output)
 
 
 @pytest.mark.parametrize("options", [{}, {"reversible": True}, ENDS], ids=str)
