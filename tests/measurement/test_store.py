@@ -272,7 +272,7 @@ def test_two_writers_open_a_new_store_and_share_it(path):
         assert len(store.rows("cost")) == 50
 
 
-def test_fingerprint_is_plain_and_names_no_one():
+def test_a_fingerprint_is_plain_names_no_one_and_its_machine_is_that_of_the_hardware():
     facts = provenance.fingerprint()
     text = json.dumps(facts)
     assert facts == json.loads(text)
@@ -280,10 +280,6 @@ def test_fingerprint_is_plain_and_names_no_one():
     assert facts["memory_bytes"] is None or facts["memory_bytes"] > 2**20
     for private in {str(Path.home()), os.environ.get("USER", ""), str(REPOSITORY)} - {"", "/", "root"}:
         assert private not in text
-
-
-def test_machine_id_depends_on_hardware_alone():
-    facts = provenance.fingerprint()
     assert provenance.machine_id({**facts, "torch": "0.0", "threads": 99}) == facts["machine_id"]
     assert provenance.machine_id({**facts, "cpu": "another"}) != facts["machine_id"]
 
