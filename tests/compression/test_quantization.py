@@ -105,14 +105,14 @@ def test_ranges_are_running_means_of_the_batches_ends_or_of_their_percentiles():
 def test_a_quantized_layer_is_the_product_of_rounded_numbers():
     layer = nn.Sequential(nn.Linear(6, 4)).double()
     batches = [normals(5, 6) for _ in range(3)]
-    found = quantize(layer, batches, momentum=0.5)
-    w = simulate(layer[0].weight, symmetric_grid(layer[0].weight))
+    found = quantize(layer, batches, momentum=0.5, weight_bits=5, activation_bits=7)
+    w = simulate(layer[0].weight, symmetric_grid(layer[0].weight, 5))
     seen = {"0.input": batches, "0": [nn.functional.linear(x, w, layer[0].bias) for x in batches]}
     for place, numbers in seen.items():
         running = RunningRange(momentum=0.5)
         for x in numbers:
             running.update(x.detach())
-        grid, expected = found.activations[place], asymmetric_grid(running.low, running.high)
+        grid, expected = found.activations[place], asymmetric_grid(running.low, running.high, 7)
         assert grid.scale == pytest.approx(expected.scale)
         assert grid.zero == expected.zero
     x = normals(7, 6)

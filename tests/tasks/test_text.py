@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import sys
 
@@ -146,11 +147,15 @@ def test_bpe_round_trips_and_counts_bytes(corpus, tmp_path):
     assert torch.equal(from_file.training_batch(0, 0, 4).inputs, trained.training_batch(0, 0, 4).inputs)
 
 
-def test_chance_is_the_score_of_a_uniform_model(corpus):
-    task = text(corpus)
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_bits_per_byte_of_a_uniform_model(corpus, tokenizer):
+    task = text(corpus, tokenizer=tokenizer)
     (batch,) = task.evaluation_batches(64)
     bits, weights = task.score(torch.zeros(*batch.targets.shape, task.vocab_size, dtype=torch.float64), batch)
-    assert float(bits.sum() / weights.sum()) == pytest.approx(8.0) == task.chance
+    assert weights.tolist() == [len(task.tokenizer.decode(row.tolist())) for row in batch.targets]
+    assert float(bits.sum()) == pytest.approx(math.log2(task.vocab_size) * batch.targets.numel())
+    if tokenizer == "bytes":
+        assert float(bits.sum() / weights.sum()) == pytest.approx(8.0) == task.chance
 
 
 def test_bpe_learns_from_the_training_documents_only(tmp_path):
