@@ -65,24 +65,6 @@ def test_the_pool_draws_from_the_generator_of_the_call_and_knows_the_progress(th
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"vocab_size": 4}, "None for the other"),
-        ({"features": None}, "None for the other"),
-        ({"pool": "meen"}, "try mean"),
-        ({"pool": "aditive"}, "last, additive, structured, none, .*low_rank_pooling; try additive"),
-        ({"pool_options": {"slots": 2}}, "pool_options"),
-        ({"pool": "last", "pool_options": {"slots": 2}}, "pool_options with pool='last'"),
-        ({"pool": "additive", "pool_options": {"slots": 2}}, "supported: hidden"),
-        ({"pool": "structured", "pool_options": {"slots": 0}}, "slots=0"),
-    ],
-)
-def test_bad_configs_are_refused(options, words):
-    with pytest.raises(Unsupported, match=words):
-        make_encoder(**options)
-
-
 GRID_LAYERS = [
     ("large_kernel", {"kernel": 9}),
     ("bidirectional_mamba", {"scan": "snake"}),

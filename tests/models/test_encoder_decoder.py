@@ -172,25 +172,6 @@ def test_depth_comes_from_the_number_or_from_the_lists():
     assert depths(num_layers=2, encoder_layers=1) == (2, 1, ["softmax"] * 2)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"cross_plan": "flow_attention"}, "causal-cross.*queries"),
-        ({"cross_plan": "landmark"}, "inserts tokens"),
-        ({"decoder_plan": "landmark"}, "inserts tokens"),
-        ({"cross_plan": [("mixture_of_heads", {"mechanism": "flow_attention"})]}, "causal-cross"),
-        ({"cross_plan": "token_parameter"}, "softmax.*linear"),
-        ({"cross_plan": ["softmax"], "num_layers": 2}, "num_layers=1"),
-        ({"cross_plan": ["softmax"], "decoder_plan": ["softmax"] * 2}, "layers"),
-        ({"memory_vocab_size": None}, "None for the other"),
-        ({"memory_features": 2}, "None for the other"),
-    ],
-)
-def test_what_cannot_be_built_is_refused_by_the_config(options, words):
-    with pytest.raises(Unsupported, match=words):
-        small("encoder-decoder", **options)
-
-
 def test_bad_calls_are_refused():
     model = make_model()
     ids, memory = batch()

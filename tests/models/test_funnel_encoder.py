@@ -64,23 +64,6 @@ def test_weights_and_losses_of_all_layers_at_full_length_are_given():
     assert {name: int(count) for name, (_, count) in losses.items()} == {"load_balance": 3}
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"vocab_size": 4}, "None for the other"),
-        ({"funnel": {"block": 2}}, "try blocks"),
-        ({"funnel": {"blocks": 0}}, "blocks"),
-        ({"decoder_layers": 0}, "0 layers"),
-        ({"decoder_layers": 2, "decoder_plan": ["linear"]}, "1 layers"),
-        ({"decoder_plan": "landmark"}, "inserts tokens"),
-        ({"stack": {"exits": (1,)}, "num_layers": 2}, "exits"),
-    ],
-)
-def test_bad_configs_are_refused(options, words):
-    with pytest.raises(Unsupported, match=words):
-        make_model(**options)
-
-
 def test_what_the_funnel_cannot_honour_is_refused():
     model, x = make_model(), features()
     for context, words in (

@@ -166,13 +166,6 @@ def test_global_tokens_are_seen_from_anywhere_and_others_within_reach_alone(glob
     assert reached(plan) == [*range(global_tokens), *range(39 - 3 * 3, 40)]
 
 
-def test_global_tokens_beside_windows_of_all_keys_change_nothing():
-    plain, ids = model(["softmax"] * 3), torch.randint(11, (2, 17))
-    mixed = model(masformer_plan(3, "top:1", form="window", window=18, global_tokens=2))
-    mixed.load_state_dict(plain.state_dict(), strict=True)
-    torch.testing.assert_close(mixed(ids).output, plain(ids).output, rtol=0, atol=1e-12)
-
-
 def test_the_share_of_attention_counts_pairs():
     n = 100
     plan = masformer_plan(4, "bottom:1", block=8)
