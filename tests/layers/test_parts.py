@@ -101,6 +101,15 @@ def test_pairs_follow_their_tokens(name: str) -> None:
     assert torch.equal(gather_pairs(shared, layout, layout).expand_as(alike), alike)
 
 
+def test_pairs_of_two_sequences_are_gathered_on_both_axes() -> None:
+    queries, keys = gathering(Mask(valid=VALID), 3, 7), gathering(Mask(lengths=torch.tensor([2, 5, 0])), 3, 5)
+    bias = torch.randn(1, 2, 7, 5, dtype=float64)
+    found = gather_pairs(bias, queries, keys)
+    assert torch.equal(found[0, :, :4, :2], bias[0][:, [2, 3, 4, 6], :2])
+    assert not found[2].any()
+    assert torch.equal(gather_pairs(bias, queries, gathering(None, 3, 5))[2], bias[0])
+
+
 @pytest.mark.parametrize(
     "mask",
     [
