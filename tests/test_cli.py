@@ -213,7 +213,6 @@ def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):
         (found,) = answer(capsys, "reproduce mamba --seeds 2", *folder)["reproductions"]
         assert found["missing"] == []
         assert found["outcome"] == "undecided at this size", "two steps solve nothing, for the upper end either"
-        assert "did not hold" in {need["outcome"] for need in found["needs"]}
         _, out, _ = run(capsys, "reproduce mamba --seeds 2 --table", *folder)
         assert "mamba: undecided at this size" in out
         assert "it can tell only if" in " ".join(out.split())

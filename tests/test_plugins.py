@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from command_line import answer
 
 from regard import catalogue
-from regard.cli import main
 from regard.contract import Kind, Pattern
 from regard.layers import linear
 from regard.workbench.verify import PROGRAMS, PROPERTIES
@@ -24,35 +23,24 @@ PLUGINS = {
     "low_rank": Kind.PROJECTION,
     "scaled_heads": Kind.WRAPPER,
 }
-SMALL = ["--budget", "45k tokens", "--seeds", "1", "--dim", "16", "--layers", "1", "--heads", "2"]
-SMALL += ["--lengths", "16,32", "--at-length", "32"]
 
 
 @pytest.fixture(params=PLUGINS)
-def plugin(request, tmp_path, monkeypatch):
-    """Name and file of a mechanism that lies alone in a temporary folder."""
+def name(request, tmp_path, monkeypatch):
+    """Name of a mechanism whose file lies alone in the working folder."""
     monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
     monkeypatch.chdir(tmp_path)
-    return request.param, shutil.copy(HERE / "plugins" / f"{request.param}.py", tmp_path)
+    shutil.copy(HERE / "plugins" / f"{request.param}.py", tmp_path)
+    return request.param
 
 
-def run(capsys, plugin, command, *arguments):
-    """What `regard COMMAND --plugin FILE ... --json` prints; the plugin is forgotten afterwards, as by a new process."""
-    name, file = plugin
-    before = sys.argv
-    sys.argv = ["regard", command, "--plugin", file, *map(str, arguments), "--json"]
+def told(capsys, name, line):
+    """What `regard LINE` answers with the plugin, which is forgotten afterwards, as by a new process."""
     try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
+        return answer(capsys, f"{line} --plugin {name}.py")
     finally:
-        sys.argv = before
         catalogue.unregister(name)
         linear.FACTORIES.pop(name, None)
-    captured = capsys.readouterr()
-    assert code == 0, captured.out[-2000:] + captured.err
-    return json.loads(captured.out)
 
 
 def test_there_is_one_of_each_kind():
@@ -60,74 +48,40 @@ def test_there_is_one_of_each_kind():
     assert {path.stem for path in (HERE / "plugins").glob("*.py")} == set(PLUGINS)
 
 
-def test_it_is_listed_by_kind_and_pattern(capsys, plugin):
-    name, _ = plugin
-    listed = run(capsys, plugin, "list", "--kind", PLUGINS[name])
-    card = next(card for card in listed if card["name"] == name)
+def test_it_is_listed_by_kind_and_pattern_and_shown(capsys, name):
+    (card,) = [card for card in told(capsys, name, f"list --kind {PLUGINS[name]}") if card["name"] == name]
     for pattern in Pattern:
-        listed = run(capsys, plugin, "list", "--pattern", pattern)
+        listed = told(capsys, name, f"list --pattern {pattern}")
         assert (name in [c["name"] for c in listed]) == (pattern in card["patterns"])
     assert set(card["patterns"]) | set(card["refused"]) == set(Pattern)
+    shown = told(capsys, name, f"show {name}")
+    assert shown["kind"] == PLUGINS[name] and "When to pick it" in shown["documentation"]
 
 
-def test_it_is_shown(capsys, plugin):
-    name, _ = plugin
-    shown = run(capsys, plugin, "show", name)
-    assert shown["kind"] == PLUGINS[name]
-    assert "When to pick it" in shown["documentation"]
-
-
-def test_every_cell_of_its_matrix_holds(capsys, plugin):
+def test_every_cell_of_its_matrix_holds(capsys, name):
     """Programs, which take seconds each, in causal-self and of that what there is; all else in all patterns."""
-    name, _ = plugin
-    plain = [word for p in PROPERTIES if p.name not in PROGRAMS for word in ("--property", p.name)]
-    cells = run(capsys, plugin, "verify", name, *plain)["cells"]
-    compiled = [word for p in PROGRAMS for word in ("--property", p)]
-    cells += run(capsys, plugin, "verify", name, *compiled, "--pattern", "causal-self")["cells"]
-    assert {c["status"] for c in cells} == {"pass"}
-    assert {c["mechanism"] for c in cells} == {name}
+    plain = " ".join(f"--property {p.name}" for p in PROPERTIES if p.name not in PROGRAMS)
+    programs = " ".join(f"--property {p}" for p in PROGRAMS)
+    cells = told(capsys, name, f"verify {name} {plain}")["cells"]
+    cells += told(capsys, name, f"verify {name} {programs} --pattern causal-self")["cells"]
+    assert {(c["status"], c["mechanism"]) for c in cells} == {("pass", name)}
     assert {"reference", "padding", "gradient", "layer_padding", "layer_save"} <= {c["property"] for c in cells}
 
 
-def test_it_is_profiled_beside_softmax(capsys, plugin):
-    name, _ = plugin
+def test_it_is_profiled_beside_softmax(capsys, name):
     pattern = "noncausal-self" if name == "query_pooling" else "causal-self"
-    found = run(
-        capsys,
-        plugin,
-        "profile",
-        name,
-        "--pattern",
-        pattern,
-        "--lengths",
-        "16,32",
-        "--seconds",
-        "0.01",
-        "--head-dim",
-        "8",
-        *(["--layer"] if PLUGINS[name] is Kind.WRAPPER else []),
-    )
+    layer = "--layer" if PLUGINS[name] is Kind.WRAPPER else ""
+    sizes = "--lengths 16,32 --seconds 0.01 --head-dim 8"
+    found = told(capsys, name, f"profile {name} --pattern {pattern} {sizes} {layer}")
     assert {m["mechanism"] for m in found["measurements"]} == {"softmax", name}
     assert "forward time" in found["efficiency_length"][name]
 
 
-def test_it_is_compared(capsys, plugin, tmp_path):
-    name, _ = plugin
+def test_it_is_compared(capsys, name, tmp_path):
     task = "listops:length=32" if name == "query_pooling" else "recall:length=32,pairs=2,queries=4"
-    found = run(
-        capsys,
-        plugin,
-        "compare",
-        "--task",
-        task,
-        "--mechanisms",
-        f"softmax,{name}",
-        "--frame",
-        "bare",
-        *SMALL,
-        "--output",
-        tmp_path / "out",
-    )
+    small = "--frame bare --budget '20 steps' --rates 0.01 --seeds 1 --dim 16 --layers 1 --heads 2"
+    small += " --lengths 16,32 --at-length 32 --output out"
+    found = told(capsys, name, f"compare --task {task} --mechanisms softmax,{name} {small}")
     (entries,) = found["summary"].values()
     assert {e["mechanism"] for e in entries} == {"softmax", name}
     assert all(0 <= e["mean"] <= 1 and e["inference_ms"] > 0 for e in entries)
@@ -136,24 +90,20 @@ def test_it_is_compared(capsys, plugin, tmp_path):
     assert name in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_its_page_is_written(plugin, tmp_path, monkeypatch):
-    name, file = plugin
+def test_their_pages_are_written(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("generate", HERE.parent / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--plugin", file, "--output", str(tmp_path / "pages")])
+    files = [word for name in PLUGINS for word in ("--plugin", str(HERE / "plugins" / f"{name}.py"))]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *files, "--output", str(tmp_path)])
     try:
         generate.main()
     finally:
-        catalogue.unregister(name)
-    page = (tmp_path / "pages" / "mechanisms" / f"{name}.md").read_text()
-    for part in (
-        "When to pick it",
-        "| paper | here |",
-        "## Patterns",
-        "## Cost",
-        f'create_layer("{name}"',
-        "arxiv.org/abs/",
-    ):
-        assert part in page
-    assert f"[{name}]({name}.md)" in (tmp_path / "pages" / "mechanisms" / "index.md").read_text()
+        for name in PLUGINS:
+            catalogue.unregister(name)
+            linear.FACTORIES.pop(name, None)
+    for name in PLUGINS:
+        page = (tmp_path / "mechanisms" / f"{name}.md").read_text()
+        shown = ("When to pick it", "| paper | here |", "## Patterns", "## Cost", f'create_layer("{name}"')
+        assert [part for part in (*shown, "arxiv.org/abs/") if part not in page] == []
+        assert f"[{name}]({name}.md)" in (tmp_path / "mechanisms" / "index.md").read_text()

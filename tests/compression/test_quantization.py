@@ -37,16 +37,13 @@ def model(plan="softmax", **options) -> LanguageModel:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_rounding_twice_is_rounding_once(bits):
-    for grid in grids(bits):
-        once = simulate(3 * normals(500), grid)
-        assert torch.equal(simulate(once, grid), once)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_the_error_is_at_most_half_a_step_inside_the_range_and_beyond_it_numbers_are_its_ends(bits):
+def test_a_grid_rounds_to_one_of_as_many_numbers_as_its_bits_tell_with_zero_among_them(bits):
     for grid in grids(bits):
         low, high = ends(grid)
+        once = simulate(3 * normals(500), grid)
+        assert torch.equal(simulate(once, grid), once)
+        assert simulate(torch.zeros(3, dtype=torch.float64), grid).tolist() == [0, 0, 0]
+        assert len(simulate(torch.linspace(low, high, 20 * 2**bits, dtype=torch.float64), grid).unique()) == 2**bits
         x = low + (high - low) * torch.rand(500, dtype=torch.float64)
         assert float((simulate(x, grid) - x).abs().max()) <= grid.scale / 2 * (1 + 1e-9)
         beyond = [low - 0.6 * grid.scale, low - 1e6, high + 0.6 * grid.scale, high + 1e6]
@@ -63,15 +60,6 @@ def test_what_a_grid_was_made_of_is_no_further_than_half_a_step(bits):
     for x, grid in made:
         assert float((simulate(x, grid) - x).abs().max()) <= grid.scale / 2 * (1 + 1e-9)
     assert ends(symmetric_grid(w, bits))[1] == pytest.approx(float(w.abs().max()))
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_zero_is_exact_and_a_grid_has_as_many_numbers_as_its_bits_tell(bits):
-    for grid in grids(bits):
-        assert simulate(torch.zeros(3, dtype=torch.float64), grid).tolist() == [0, 0, 0]
-        low, high = ends(grid)
-        found = simulate(torch.linspace(low, high, 20 * 2**bits, dtype=torch.float64), grid).unique()
-        assert len(found) == 2**bits
 
 
 def test_eight_bit_integers_stay_as_they_are():
@@ -117,14 +105,14 @@ def test_ranges_are_running_means_of_the_batches_ends_or_of_their_percentiles():
 def test_a_quantized_layer_is_the_product_of_rounded_numbers():
     layer = nn.Sequential(nn.Linear(6, 4)).double()
     batches = [normals(5, 6) for _ in range(3)]
-    found = quantize(layer, batches, momentum=0.5)
-    w = simulate(layer[0].weight, symmetric_grid(layer[0].weight))
+    found = quantize(layer, batches, momentum=0.5, weight_bits=5, activation_bits=7)
+    w = simulate(layer[0].weight, symmetric_grid(layer[0].weight, 5))
     seen = {"0.input": batches, "0": [nn.functional.linear(x, w, layer[0].bias) for x in batches]}
     for place, numbers in seen.items():
         running = RunningRange(momentum=0.5)
         for x in numbers:
             running.update(x.detach())
-        grid, expected = found.activations[place], asymmetric_grid(running.low, running.high)
+        grid, expected = found.activations[place], asymmetric_grid(running.low, running.high, 7)
         assert grid.scale == pytest.approx(expected.scale)
         assert grid.zero == expected.zero
     x = normals(7, 6)
@@ -168,17 +156,6 @@ def test_a_model_is_rounded_in_every_linear_layer_norm_and_table_but_its_head():
         assert torch.equal(simulate(numbers, grid), numbers), name
         assert len(numbers.unique()) <= 256
     assert seen.keys() == found.activations.keys() | {"embedding"}
-
-
-def test_the_more_bits_the_closer():
-    whole = model()
-    ids = torch.randint(13, (4, 30))
-    expected, errors = whole(ids).output.detach(), {}
-    for bits in ((4, 8), (8, 4), (8, 8), (16, 16)):
-        found = quantize(whole, [ids], weight_bits=bits[0], activation_bits=bits[1]).model(ids).output.detach()
-        errors[bits] = float((found - expected).abs().max() / expected.abs().max())
-    assert errors[16, 16] < errors[8, 8] / 20 < errors[8, 8] < min(errors[4, 8], errors[8, 4])
-    assert errors[8, 8] < 0.1
 
 
 def test_one_outlier_takes_its_bits_from_all_other_activations_unless_a_percentile_leaves_it_out():

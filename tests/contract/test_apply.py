@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import close, qkv
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from regard import BlockMask, Mask, Unsupported, functional, get_mechanism, list_mechanisms
@@ -12,12 +13,8 @@ from regard.contract import Pattern
 from regard.workbench.subjects import Subject
 
 CONTINUING = list_mechanisms(kind="attention", pattern="causal-self", where=lambda card: card.state is not None)
-FORGETFUL = [name for name in CONTINUING if get_mechanism(name).recurrent and get_mechanism(name).uneven]
+UNEVEN = [name for name in CONTINUING if get_mechanism(name).uneven]
 LINEAR, SOFTMAX = get_mechanism("linear"), get_mechanism("softmax")
-
-
-def qkv(n=5, batch=2, heads=2):
-    return {name: torch.randn(batch, heads, n, 8, dtype=torch.float64) for name in "qkv"}
 
 
 def continued(name, n, m):
@@ -34,43 +31,30 @@ def continued(name, n, m):
     return subject.run(new, state=state).output, subject.reference(whole)
 
 
-@pytest.mark.parametrize("sizes", [(1, 3), (2, 4), (0, 3)], ids=str)
-@pytest.mark.parametrize("name", [name for name in CONTINUING if get_mechanism(name).uneven])
-def test_fewer_queries_than_new_keys_continue_a_state(name, sizes):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *[(name, sizes) for name in UNEVEN for sizes in ((1, 3), (2, 4), (0, 3))],
+        *[(name, sizes) for name in ("softmax", "sigmoid") for sizes in ((1, 0), (4, 2))],  # read keys of the state
+    ],
+)
+def test_queries_continue_a_state_beside_another_number_of_new_keys(name, sizes):
     found, expected = continued(name, *sizes)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", FORGETFUL)
-@pytest.mark.parametrize("sizes", [(1, 0), (4, 2)], ids=str)
-def test_queries_from_before_the_end_of_a_state_are_refused_where_it_has_forgotten_them(name, sizes):
-    with pytest.raises(Unsupported, match="more queries than keys"):
-        continued(name, *sizes)
-
-
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("sizes", [(1, 0), (4, 2)], ids=str)
-def test_queries_from_before_the_end_of_a_state_read_the_keys_that_it_kept(name, sizes):
-    found, expected = continued(name, *sizes)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-
-
-def test_rows_with_more_valid_queries_than_keys_are_refused():
-    state = apply(LINEAR, qkv(), return_state=True).state
-    masks = {"mask": Mask(lengths=torch.tensor([2, 5])), "memory_mask": Mask(lengths=torch.tensor([4, 4]))}
-    with pytest.raises(Unsupported, match="more queries than keys"):
-        apply(LINEAR, qkv(), state=state, **masks)
+@pytest.mark.parametrize("name", [name for name in UNEVEN if get_mechanism(name).recurrent])
+def test_queries_from_before_the_end_of_a_state_are_refused_where_it_has_forgotten_them(name):
+    for sizes in ((1, 0), (4, 2)):
+        with pytest.raises(Unsupported, match="more queries than keys"):
+            continued(name, *sizes)
 
 
 def test_a_bias_on_absorbed_memory_reaches_its_pairs_wherever_queries_are_padded():
-    inputs, bias = qkv(n=7) | {"q": qkv()["q"]}, torch.randn(1, 2, 5, 7, dtype=torch.float64)
-    valid = torch.tensor([[False, True, True, False, True], [True] * 5])
-    expected = apply(SOFTMAX, inputs, pattern="noncausal-cross", mask=Mask(valid=valid, bias=bias)).output
+    inputs, valid = qkv(5, 7), torch.tensor([[False, True, True, False, True], [True] * 5])
+    call = {"pattern": "noncausal-cross", "mask": Mask(valid=valid, bias=torch.randn(1, 2, 5, 7, dtype=torch.float64))}
     state = absorb(SOFTMAX, inputs, pattern="noncausal-cross")
-    found = apply(
-        SOFTMAX, {"q": inputs["q"]}, pattern="noncausal-cross", mask=Mask(valid=valid, bias=bias), state=state
-    ).output
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    close(apply(SOFTMAX, {"q": inputs["q"]}, state=state, **call).output, apply(SOFTMAX, inputs, **call).output)
 
 
 @pytest.mark.parametrize("name", list_mechanisms(where=lambda card: "absorb" in card.forms))
@@ -98,55 +82,7 @@ def test_a_query_that_is_nan_is_not_hidden(name, backend):
         assert torch.equal(output, expected)
 
 
-STATE = object()
-"""Stands for a state of the mechanism."""
-
-REFUSED = {
-    "a dropout of one": ("softmax", {"dropout": 1.0}, "0 <= dropout < 1"),
-    "a negative dropout": ("softmax", {"dropout": -0.5}, "0 <= dropout < 1"),
-    "a chunk of nothing": ("linear", {"chunk_size": 0}, "chunk_size >= 1"),
-    "an unknown extra": ("softmax", {"want": {"weight"}}, "try weights"),
-    "the log-sum-exp of no softmax": ("sigmoid", {"want": {"lse"}}, "log-sum-exp"),
-    "a rotation that is not made": ("linear", {"rotate": lambda x, ranks: x}, "rotation"),
-    "an unknown backend of a plain form": ("linear", {"backend": "native", "pattern": "noncausal-self"}, "torch"),
-    "a backend that lacks the dtype": ("landmark", {"backend": "native"}, "torch"),
-    "the reference with a state": ("softmax", {"form": "reference", "state": STATE}, "whole sequences"),
-    "the parallel form with a state": ("softmax", {"form": "parallel", "return_state": True}, "whole sequences"),
-    "the reference on padding": (
-        "linear",
-        {"form": "reference", "mask": Mask(lengths=torch.tensor([2, 5]))},
-        "rows of equal length",
-    ),
-    "a step of five tokens": ("softmax", {"form": "step", "state": STATE}, "one token"),
-    "a step from nowhere": ("linear", {"form": "step"}, "a state"),
-    "a causal form of another pattern": ("linear", {"form": "chunked", "pattern": "noncausal-self"}, "causal-self"),
-    "blocks of three rows": (
-        "softmax",
-        {"mask": Mask(blocks=BlockMask(torch.ones(3, 1, 3, 3, dtype=torch.bool), 2))},
-        "2 or 1",
-    ),
-    "a bias of cached keys beside padding": (
-        "softmax",
-        {"mask": Mask(lengths=torch.tensor([2, 5]), bias=torch.zeros(1, 1, 5, 10)), "state": STATE},
-        "beside padding",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_what_would_be_ignored_is_refused(case):
-    name, options, words = case
-    card, options = get_mechanism(name), dict(options)
-    if options.get("state") is STATE:
-        options["state"] = apply(card, qkv(), return_state=True).state
-    with pytest.raises(Unsupported, match=words):
-        apply(card, qkv(), **options)
-
-
-BIASED = list_mechanisms(where=lambda card: "bias" in card.honours)
-
-
-@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("name", list_mechanisms(where=lambda card: "bias" in card.honours))
 def test_a_bias_that_does_not_fit_is_refused(name):
     card = get_mechanism(name)
     subject = Subject(card, card.patterns[0])
@@ -161,72 +97,80 @@ def test_a_bias_that_does_not_fit_is_refused(name):
             subject.run(inputs, state=state, mask=Mask(bias=torch.zeros(1, 1, 6, 6, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("name", ["linear", "softmax"])
-def test_a_state_of_another_number_of_rows_is_refused(name):
-    card = get_mechanism(name)
-    state = apply(card, qkv(), return_state=True).state
-    with pytest.raises(Unsupported, match="state of 2 rows for 1"):
-        apply(card, qkv(batch=1), state=state)
-    absorbed = absorb(card, qkv(), pattern="noncausal-cross")
-    with pytest.raises(Unsupported, match="state of 2 rows for 1"):
-        absorb(card, qkv(batch=1), pattern="noncausal-cross", state=absorbed)
+def run(card, **call):
+    return apply(card, qkv(5), **call)
 
 
-def test_a_memory_mask_beside_absorbed_memory_is_refused():
-    inputs = qkv()
-    state = absorb(SOFTMAX, inputs, pattern="noncausal-cross")
-    with pytest.raises(Unsupported, match="memory mask but no memory"):
-        apply(
-            SOFTMAX,
-            {"q": inputs["q"]},
-            pattern="noncausal-cross",
-            state=state,
-            memory_mask=Mask(lengths=torch.tensor([2, 5])),
-        )
+def state_of(card, **sizes):
+    return apply(card, qkv(5, **sizes), return_state=True).state
 
 
-def test_absorbing_without_memory_is_refused():
-    with pytest.raises(Unsupported, match="without k, v"):
-        absorb(SOFTMAX, {"q": qkv()["q"]}, pattern="noncausal-cross")
+CROSS, UNEQUAL = {"pattern": "noncausal-cross"}, Mask(lengths=torch.tensor([2, 5]))
+BIAS, VISIBLE = torch.zeros(1, 1, 5, 5), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+LATE = {"mask": UNEQUAL, "memory_mask": Mask(lengths=torch.tensor([4, 4]))}
+ON_CACHED = Mask(lengths=UNEQUAL.lengths, bias=torch.zeros(1, 1, 5, 10))
 
 
-def test_masks_that_mean_something_else_are_refused():
-    for wrong, words in (
-        ({"max_length": 3}, "without cu_seqlens"),
-        ({"bias": torch.ones(1, 1, 5, 5, dtype=torch.bool)}, "masked_fill"),
-        ({"bias": torch.zeros(5, 5)}, "N or 1"),
-    ):
-        with pytest.raises(Unsupported, match=words):
-            Mask(**wrong)
-    for visible, size in ((torch.ones(3, 3, dtype=torch.bool), 2), (torch.ones(1, 1, 3, 3), 2)):
-        with pytest.raises(Unsupported, match="visible blocks"):
-            BlockMask(visible, size)
-    with pytest.raises(Unsupported, match="block_size >= 1"):
-        BlockMask(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0)
+def read_absorbed(**call):
+    inputs = qkv(5)
+    return apply(SOFTMAX, {"q": inputs["q"]}, state=absorb(SOFTMAX, inputs, **CROSS), **CROSS, **call)
+
+
+MISTAKES = [
+    (lambda: run(SOFTMAX, dropout=1.0), "0 <= dropout < 1"),
+    (lambda: run(SOFTMAX, dropout=-0.5), "0 <= dropout < 1"),
+    (lambda: run(LINEAR, chunk_size=0), "chunk_size >= 1"),
+    (lambda: run(SOFTMAX, want={"weight"}), "try weights"),
+    (lambda: run(get_mechanism("sigmoid"), want={"lse"}), "log-sum-exp"),
+    (lambda: run(LINEAR, rotate=lambda x, ranks: x), "rotation"),
+    (lambda: run(LINEAR, backend="native", pattern="noncausal-self"), "torch"),
+    (lambda: run(get_mechanism("landmark"), backend="native"), "torch"),  # which lacks the dtype
+    (lambda: run(SOFTMAX, form="reference", state=state_of(SOFTMAX)), "whole sequences"),
+    (lambda: run(SOFTMAX, form="parallel", return_state=True), "whole sequences"),
+    (lambda: run(LINEAR, form="reference", mask=UNEQUAL), "rows of equal length"),
+    (lambda: run(SOFTMAX, form="step", state=state_of(SOFTMAX)), "one token"),
+    (lambda: run(LINEAR, form="step"), "a state"),
+    (lambda: run(LINEAR, form="chunked", pattern="noncausal-self"), "causal-self"),
+    (lambda: run(SOFTMAX, mask=Mask(blocks=BlockMask(VISIBLE.expand(3, -1, -1, -1), 2))), "2 or 1"),
+    (lambda: run(SOFTMAX, mask=ON_CACHED, state=state_of(SOFTMAX)), "beside padding"),
+    (lambda: run(LINEAR, state=state_of(LINEAR), **LATE), "more queries than keys"),
+    (lambda: read_absorbed(memory_mask=UNEQUAL), "memory mask but no memory"),
+    (lambda: run(LINEAR, state=state_of(LINEAR, batch=1)), "state of 1 rows for 2"),
+    (lambda: run(SOFTMAX, state=state_of(SOFTMAX, batch=1)), "state of 1 rows for 2"),
+    (lambda: absorb(LINEAR, qkv(5), state=absorb(LINEAR, qkv(5, batch=1), **CROSS), **CROSS), "state of 1 rows for 2"),
+    (lambda: absorb(SOFTMAX, qkv(5), state=absorb(SOFTMAX, qkv(5, batch=1), **CROSS), **CROSS), "of 1 rows for 2"),
+    (lambda: absorb(SOFTMAX, {"q": qkv(5)["q"]}, **CROSS), "without k, v"),
+    (lambda: functional.softmax_attention(**qkv(5), bias=BIAS, mask=Mask(bias=BIAS)), r"bias and mask\.bias"),
+    (lambda: functional.softmax_attention(qkv(5)["q"], **qkv(5)), "q given twice"),
+    (lambda: Mask(max_length=3), "without cu_seqlens"),
+    (lambda: Mask(bias=BIAS.bool()), "masked_fill"),
+    (lambda: Mask(bias=BIAS[0, 0]), "N or 1"),
+    (lambda: BlockMask(VISIBLE[0, 0], 2), "visible blocks"),
+    (lambda: BlockMask(VISIBLE.float(), 2), "visible blocks"),
+    (lambda: BlockMask(VISIBLE, 0), "block_size >= 1"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
+def test_what_would_be_ignored_or_does_not_fit_is_refused(call, words):
+    with pytest.raises(Unsupported, match=words):
+        call()
 
 
 def test_a_max_length_beyond_all_tokens_costs_nothing():
-    inputs, borders = qkv(batch=1), torch.tensor([0, 2, 2, 5])
+    inputs, borders = qkv(5, batch=1), torch.tensor([0, 2, 2, 5])
     plain, longest = (apply(SOFTMAX, inputs, mask=Mask(cu_seqlens=borders, max_length=m)) for m in (None, 2**40))
     torch.testing.assert_close(longest.output, plain.output)
 
 
 def test_an_option_of_a_config_is_reached_under_its_own_name():
     """`form` is an option of local attention, and a word of the call elsewhere."""
-    inputs = qkv(n=9)
+    inputs = qkv(9)
     options = {"form": "block", "block": 3, "lookback": 0}
     found = functional.local_attention(**inputs, **options)
     expected = apply(get_mechanism("local"), inputs, config=get_mechanism("local").options(**options)).output
     assert torch.equal(found, expected)
     assert not torch.equal(found, functional.local_attention(**inputs))
-
-
-def test_an_argument_given_twice_is_refused():
-    inputs, bias = qkv(), torch.zeros(1, 1, 5, 5)
-    with pytest.raises(Unsupported, match=r"bias and mask\.bias"):
-        functional.softmax_attention(**inputs, bias=bias, mask=Mask(bias=bias))
-    with pytest.raises(Unsupported, match="q given twice"):
-        functional.softmax_attention(inputs["q"], q=inputs["q"], k=inputs["k"], v=inputs["v"])
 
 
 def test_shapes_that_are_symbols_are_measured_each_time():

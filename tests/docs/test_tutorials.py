@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from command_line import run
 
 from regard import catalogue
-from regard.cli import main
 
 TUTORIALS = sorted((Path(__file__).parents[2] / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r'^```(python|sh)(?: title="([\w.]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
@@ -35,18 +33,7 @@ def test_a_tutorial_runs_as_it_stands(page, tmp_path, monkeypatch, capsys):
                 exec(compile(code, page.name, "exec"), names)
         else:
             for line in code.splitlines():
-                run(line.split("  #")[0], monkeypatch)
-    capsys.readouterr()
-
-
-def run(line, monkeypatch):
-    monkeypatch.setattr(sys, "argv", shlex.split(line))
-    code: object = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code
-    finally:
-        for name in PLUGINS:
-            catalogue.unregister(name)  # each command is a process of its own for whoever follows the page
-    assert code in (None, 0), line
+                code, _, messages = run(capsys, line.split("  #")[0].removeprefix("regard "))
+                assert code == 0, line + messages
+                for name in PLUGINS:
+                    catalogue.unregister(name)  # each command is a process of its own for whoever follows the page

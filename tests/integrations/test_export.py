@@ -25,20 +25,14 @@ def ids(n, batch=2):
     return torch.randint(11, (batch, n), generator=torch.Generator().manual_seed(n))
 
 
-def saved_and_loaded(program):
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file)
-
-
 def padded(n):
     return Context(mask=Mask(lengths=torch.tensor([n, 4])), want=STATE)
 
 
 def test_saved_programs_read_prompts_and_steps_of_any_length():
-    model = small_model(["softmax", "linear"]).double()
-    prompt = saved_and_loaded(export(model, ids(9), context=padded(9))).module()
+    model, file = small_model(["softmax", "linear"]).double(), io.BytesIO()
+    torch.export.save(export(model, ids(9), context=padded(9)), file)
+    prompt = torch.export.load(io.BytesIO(file.getvalue())).module()
     state = prompt(ids(9), context=padded(9)).state
     step = export(model, ids(1), state=state).module()
     for n in (5, 70):

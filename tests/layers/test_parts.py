@@ -6,18 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from support import close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Mask, Unsupported
-from regard.core.ragged import (
-    flip_rows,
-    gather_pairs,
-    gathering,
-    lengths_from_valid,
-    place_queries,
-    take_queries,
-)
+from regard.core.ragged import flip_rows, gather_pairs, gathering, place_queries, take_queries
 from regard.layers import linear
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import MLP, SwiGLU, dropout, make_feed_forward
@@ -26,11 +20,6 @@ from regard.layers.norms import LayerNorm, LayerScale, RMSNorm, make_norm
 from regard.layers.patches import FeatureEmbedding, PatchEmbedding
 
 float64 = torch.float64
-
-
-def close(found: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
 
 # Each mask over (batch, 7), and the columns of the sequences that it describes, as (row, columns).
 VALID = torch.tensor([[0, 0, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -45,71 +34,49 @@ MASKS: dict[str, tuple[Mask | None, int, list[tuple[int, list[int]]]]] = {
     ),
     "roomy": (Mask(cu_seqlens=torch.tensor([0, 3, 7]), max_length=6), 1, [(0, [0, 1, 2]), (0, [3, 4, 5, 6])]),
 }
-ragged_masks = pytest.mark.parametrize("name", list(MASKS))
+ragged_masks = pytest.mark.parametrize("name", MASKS)
 
 
 @ragged_masks
 @pytest.mark.parametrize(
     ("shape", "axis", "batch_axis"), [("bhnd", -2, 0), ("bn", 1, 0), ("nbd", 0, 1), ("hbdn", -1, 1)]
 )
-def test_gather_puts_each_sequence_in_a_row_and_scatter_brings_it_back(
+def test_gather_puts_each_sequence_in_a_row_and_scatter_brings_it_back_without_what_is_in_the_padding(
     name: str, shape: str, axis: int, batch_axis: int
 ) -> None:
     mask, batch, sequences = MASKS[name]
-    layout = gathering(mask, batch, 7)
+    layout, axes = gathering(mask, batch, 7), (batch_axis, axis)
     x = torch.randn(*({"b": batch, "n": 7, "h": 2, "d": 3}[letter] for letter in shape), dtype=float64)
-    dense = layout.gather(x, axis, batch_axis).movedim((batch_axis, axis), (0, 1))
-    source = x.movedim((batch_axis, axis), (0, 1))
-    expected, back = torch.zeros_like(dense), torch.zeros_like(source)
-    assert dense.shape[:2] == (layout.batch, layout.length) == (len(sequences), layout.length)
+    source = x.movedim(axes, (0, 1)).clone()
+    expected = source.new_zeros(len(sequences), layout.length, *source.shape[2:])
+    noise, back = torch.full_like(expected, torch.nan), torch.zeros_like(source)
     for row, (origin, columns) in enumerate(sequences):
-        expected[row, : len(columns)] = source[origin, columns]
-        back[origin, columns] = source[origin, columns]
+        expected[row, : len(columns)] = back[origin, columns] = source[origin, columns]
+        noise[row, : len(columns)] = 0
         assert layout.ranks[origin, columns].tolist() == list(range(len(columns)))
-    assert torch.equal(dense, expected)
     lengths = [len(columns) for _, columns in sequences]
     assert layout.lengths is None if mask is None else layout.lengths.tolist() == lengths
-    scattered = layout.scatter(layout.gather(x, axis, batch_axis), axis, batch_axis)
-    assert torch.equal(scattered.movedim((batch_axis, axis), (0, 1)), back)
-
-
-@ragged_masks
-def test_nan_in_padding_never_spreads_and_its_gradient_is_zero(name: str) -> None:
-    mask, batch, sequences = MASKS[name]
-    layout = gathering(mask, batch, 7)
-    valid = torch.zeros(batch, 7, dtype=torch.bool)
-    for origin, columns in sequences:
-        valid[origin, columns] = True
-    x = torch.randn(batch, 7, 3, dtype=float64).masked_fill(~valid[..., None], torch.nan).requires_grad_()
-    dense = layout.gather(x)
-    assert dense.isfinite().all()
-    places = torch.arange(layout.length) < (7 if layout.lengths is None else layout.lengths[:, None])
-    places = places.expand(layout.batch, -1)[..., None]
-    y = layout.scatter(dense.square().masked_fill(~places, torch.nan))
-    assert y.isfinite().all()
-    weights = torch.randn_like(y)
-    (gradient,) = torch.autograd.grad((y * weights).sum(), x)
-    assert torch.equal(gradient, torch.where(valid[..., None], 2 * x * weights, 0.0))
-
-
-@ragged_masks
-def test_gather_and_scatter_have_exact_gradients(name: str) -> None:
-    mask, batch, _ = MASKS[name]
-    layout = gathering(mask, batch, 7)
-    x = torch.randn(batch, 7, 2, dtype=float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: layout.scatter(layout.gather(x).sin()), x)
+    given = source.where(back != 0, torch.nan).movedim((0, 1), axes).requires_grad_()
+    dense = layout.gather(given, axis, batch_axis)
+    assert torch.equal(dense.movedim(axes, (0, 1)), expected)
+    found = layout.scatter(dense.square() + noise.movedim((0, 1), axes), axis, batch_axis)
+    assert torch.equal(found.movedim(axes, (0, 1)), back.square())
+    weights = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), given)
+    assert torch.equal(gradient, 2 * back.movedim((0, 1), axes) * weights)
 
 
 @ragged_masks
 def test_ragged_layout_compiles_whole(name: str) -> None:
     mask, batch, _ = MASKS[name]
 
-    def function(x: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor]:
+    def function(x: Tensor, mask: Mask | None) -> tuple[Tensor, ...]:
         layout = gathering(mask, batch, x.shape[-2], x.device)
         dense = layout.gather(x)
         pairs = gather_pairs(x @ x.mT, layout, layout)
         flipped = flip_rows(dense, layout.lengths)
-        return flipped, layout.scatter(flipped), pairs
+        placed = take_queries(place_queries(dense, 9, layout.lengths), 5, None, layout.lengths)
+        return flipped, layout.scatter(flipped), pairs, placed
 
     x = torch.randn(batch, 2, 7, 3, dtype=float64)
     torch._dynamo.reset()
@@ -128,15 +95,10 @@ def test_pairs_follow_their_tokens(name: str) -> None:
     for row, (origin, columns) in enumerate(sequences):
         size = len(columns)
         assert torch.equal(found[row, :, :size, :size], bias[origin][:, columns][..., columns])
-        assert not found[row, :, size:].any()
-        assert not found[row, :, :, size:].any()
-    shared = gather_pairs(bias[:1, :, :1], layout, layout)
-    close(
-        shared.expand(layout.batch, 2, layout.length, layout.length),
-        gather_pairs(bias[:1, :, :1].expand(batch, 2, 7, 7), layout, layout)
-        if mask is not None
-        else bias[:1, :, :1].expand(batch, 2, 7, 7),
-    )
+        assert not found[row, :, size:].any() and not found[row, :, :, size:].any()
+    shared, expanded = bias[:1, :, :1], bias[:1, :, :1].expand(batch, 2, 7, 7)
+    alike = gather_pairs(expanded, layout, layout)
+    assert torch.equal(gather_pairs(shared, layout, layout).expand_as(alike), alike)
 
 
 def test_pairs_of_two_sequences_are_gathered_on_both_axes() -> None:
@@ -145,8 +107,7 @@ def test_pairs_of_two_sequences_are_gathered_on_both_axes() -> None:
     found = gather_pairs(bias, queries, keys)
     assert torch.equal(found[0, :, :4, :2], bias[0][:, [2, 3, 4, 6], :2])
     assert not found[2].any()
-    whole = gather_pairs(bias, gathering(Mask(valid=VALID), 3, 7), gathering(None, 3, 5))
-    assert torch.equal(whole[2], bias[0])
+    assert torch.equal(gather_pairs(bias, queries, gathering(None, 3, 5))[2], bias[0])
 
 
 @pytest.mark.parametrize(
@@ -164,17 +125,11 @@ def test_no_tokens_at_all(mask: Mask | None) -> None:
     layout = gathering(mask, 1, 0)
     x = torch.randn(1, 2, 0, 3, dtype=float64, requires_grad=True)
     dense = layout.gather(x)
-    assert dense.shape == (layout.batch, 2, layout.length, 3)
-    assert not dense.any()
+    assert dense.shape == (layout.batch, 2, layout.length, 3) and not dense.any()
     scattered = layout.scatter(dense)
     assert scattered.shape == x.shape
     scattered.sum().backward()
     assert gather_pairs(torch.zeros(1, 1, 0, 0), layout, layout).shape[0] == layout.batch
-
-
-def test_no_rows_at_all() -> None:
-    layout = gathering(Mask(lengths=torch.zeros(0, dtype=torch.long)), 0, 3)
-    assert layout.scatter(layout.gather(torch.zeros(0, 3, 2))).shape == (0, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -205,62 +160,6 @@ def test_tensors_that_do_not_fit_a_layout_are_refused() -> None:
         layout.scatter(torch.zeros(1, 7, 2))
 
 
-def test_lengths_from_valid_counts() -> None:
-    assert lengths_from_valid(VALID).tolist() == [4, 0, 7]
-
-
-@pytest.mark.parametrize("axis", [1, -2])
-def test_flip_reverses_the_valid_part_and_is_its_own_inverse(axis: int) -> None:
-    lengths = torch.tensor([0, 1, 4, 5])
-    x = torch.randn(4, 5, 5, 2, dtype=float64, requires_grad=True)
-    found = flip_rows(x, lengths, axis)
-    rows, flipped = x.movedim(axis, 1), found.movedim(axis, 1)
-    for row, length in enumerate(lengths.tolist()):
-        assert torch.equal(flipped[row, :length], rows[row, :length].flip(0))
-        assert torch.equal(flipped[row, length:], rows[row, length:])
-    assert torch.equal(flip_rows(found, lengths, axis), x)
-    assert torch.equal(flip_rows(x, None, axis), flip_rows(x, torch.full((4,), 5), axis))
-    assert flip_rows(x[:, :0], torch.zeros(4, dtype=torch.long), 1).shape == (4, 0, 5, 2)
-
-
-@pytest.mark.parametrize(("n", "m"), [(3, 6), (6, 3), (4, 4), (0, 3), (3, 0)])
-@pytest.mark.parametrize("given", ["both", "queries", "keys", "neither"])
-def test_queries_are_placed_at_bottom_right_ranks(n: int, m: int, given: str) -> None:
-    batch = 5
-    query_lengths = torch.randint(0, n + 1, (batch,)) if given in ("both", "queries") else None
-    key_lengths = torch.randint(0, m + 1, (batch,)) if given in ("both", "keys") else None
-    q = torch.randn(batch, 2, n, 3, dtype=float64)
-    y = torch.randn(batch, 2, m, 3, dtype=float64)
-    placed, taken = torch.zeros(batch, 2, m, 3, dtype=float64), torch.zeros(batch, 2, n, 3, dtype=float64)
-    for row in range(batch):
-        size = n if query_lengths is None else int(query_lengths[row])
-        keys = m if key_lengths is None else int(key_lengths[row])
-        if query_lengths is not None:
-            q[row, :, size:] = torch.nan
-        if key_lengths is not None:
-            y[row, :, keys:] = torch.nan
-        for i in range(size):
-            if i + keys - size >= 0:
-                placed[row, :, i + keys - size] = q[row, :, i]
-                taken[row, :, i] = y[row, :, i + keys - size]
-    q.requires_grad_()
-    found = place_queries(q, m, query_lengths, key_lengths)
-    assert torch.equal(found, placed)
-    assert torch.equal(take_queries(y, n, query_lengths, key_lengths), taken)
-    (gradient,) = torch.autograd.grad(found.square().sum(), q)
-    assert torch.equal(gradient, 2 * take_queries(placed, n, query_lengths, key_lengths))
-
-
-def test_placing_queries_compiles_whole() -> None:
-    def function(q: Tensor, query_lengths: Tensor, key_lengths: Tensor) -> Tensor:
-        return take_queries(place_queries(q, 4, query_lengths, key_lengths), 6, query_lengths, key_lengths)
-
-    arguments = torch.randn(3, 1, 6, 2, dtype=float64), torch.tensor([6, 2, 0]), torch.tensor([4, 3, 1])
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), function(*arguments))
-
-
 @pytest.mark.parametrize("name", ["rms", "rms_nonparametric", "rms:0.3", "layer", "layer_nonparametric:1e-1", "none"])
 def test_norms_equal_their_definitions(name: str) -> None:
     norm = make_norm(name, 5).double()
@@ -281,18 +180,11 @@ def test_norms_equal_their_definitions(name: str) -> None:
     assert torch.autograd.gradcheck(norm, x)
 
 
-@pytest.mark.parametrize("name", ["rmsnorm", "rms:", "rms:small", "rms:-1", "none:1e-5"])
-def test_unknown_norms_are_refused(name: str) -> None:
-    with pytest.raises(Unsupported):
-        make_norm(name, 5)
-
-
 @pytest.mark.parametrize("norm", [RMSNorm(64), LayerNorm(64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_of_low_precision_are_computed_in_float32(norm: nn.Module, dtype: torch.dtype) -> None:
     x = (300 * torch.randn(4, 64)).to(dtype)
     low = norm.to(dtype)(x)
-    assert low.dtype == dtype
     assert torch.equal(low, norm.float()(x.float()).to(dtype))
 
 
@@ -304,8 +196,6 @@ def test_layer_scale_multiplies_each_feature_by_its_factor() -> None:
     assert torch.equal(scale(x), x * scale.factors.detach())
     assert scale(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(LayerScale(5).factors, torch.full((5,), 1e-4))
-    with pytest.raises(Unsupported, match="initial"):
-        LayerScale(5, -1.0)
 
 
 def test_rms_norm_of_a_zero_row_has_finite_gradients() -> None:
@@ -326,8 +216,9 @@ def low_rank(in_features: int, out_features: int, *, bias: bool, rank: int = 2) 
 
 @pytest.mark.usefixtures("registry")
 def test_a_registered_kind_builds_every_projection() -> None:
-    register_linear("low_rank", low_rank)
-    register_linear("low_rank", low_rank)
+    assert make_linear(3, 2).bias is None
+    for _ in range(2):
+        register_linear("low_rank", low_rank)
     assert list_linears() == ["dense", "low_rank"]
     made = make_linear(4, 6, bias=True, kind="low_rank", rank=3)
     assert made(torch.randn(2, 4)).shape == (2, 6)
@@ -337,16 +228,6 @@ def test_a_registered_kind_builds_every_projection() -> None:
         make_linear(4, 6, kind="low_rank", rnk=3)
     with pytest.raises(Unsupported, match="second factory"):
         register_linear("low_rank", lambda i, o, bias: nn.Linear(i, o))
-
-
-def test_linear_mistakes_are_refused() -> None:
-    assert make_linear(3, 2).bias is None
-    with pytest.raises(Unsupported, match="try dense"):
-        make_linear(3, 2, kind="dence")
-    with pytest.raises(Unsupported, match="no options"):
-        make_linear(3, 2, rank=4)
-    with pytest.raises(Unsupported, match="in_features >= 1"):
-        make_linear(0, 2)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "bilinear"])
@@ -388,25 +269,6 @@ def test_dropout_is_active_in_training_alone_and_follows_the_generator() -> None
     ones = dropout(torch.ones(100_000), 0.25, training=True, generator=torch.Generator().manual_seed(0))
     assert set(ones.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert ones.mean().item() == pytest.approx(1, abs=0.01)
-
-
-def test_feed_forward_mistakes_are_refused() -> None:
-    with pytest.raises(Unsupported, match="try swiglu"):
-        make_feed_forward("swigly", 4)
-    with pytest.raises(Unsupported, match="try token_parameter"):
-        make_feed_forward("token_parametre", 4)
-    with pytest.raises(Unsupported, match="try bias"):
-        make_feed_forward("gelu", 4, bais=True)
-    with pytest.raises(Unsupported, match="try num_tokens"):
-        make_feed_forward("token_parameter", 4, num_token=3)
-    with pytest.raises(Unsupported, match="a hidden width"):
-        make_feed_forward("token_parameter", 4, 8)
-    with pytest.raises(Unsupported, match="dropout"):
-        make_feed_forward("token_parameter", 4, dropout=0.1)
-    with pytest.raises(Unsupported, match="dropout"):
-        MLP(4, dropout=1.0)
-    with pytest.raises(Unsupported, match="hidden"):
-        SwiGLU(4, 0)
 
 
 def convolution_of_row(layer: ShortConvolution, x: Tensor) -> Tensor:
@@ -463,27 +325,14 @@ def test_convolution_of_padded_rows_equals_each_row_alone(options: dict[str, Any
 
 
 @pytest.mark.parametrize("options", [o for o in LAYERS if o.get("causal", True)])
-def test_convolution_split_anywhere_equals_whole(options: dict[str, Any]) -> None:
-    layer, x = make_convolution(options), torch.randn(3, 8, 3, dtype=float64)
-    whole, last = layer(x)
-    for borders in ([0, 8], [3], [1, 2, 7], list(range(1, 8)), [4, 4]):
-        cache, pieces = None, []
-        for piece in x.tensor_split(borders, dim=1):
-            y, cache = layer(piece, cache=cache)
-            pieces.append(y)
-        close(torch.cat(pieces, 1), whole)
-        close(cache, last)
-
-
-@pytest.mark.parametrize("options", [o for o in LAYERS if o.get("causal", True)])
 def test_convolution_continues_rows_of_different_lengths(options: dict[str, Any]) -> None:
     layer = make_convolution(options)
     rows = [torch.randn(length, 3, dtype=float64) for length in (0, 1, 4, 9)]
     cache, outputs = None, [[] for _ in rows]  # type: ignore[var-annotated]
     done = [0] * len(rows)
     while any(d < len(row) for d, row in zip(done, rows, strict=True)):
-        sizes = [min(int(torch.randint(0, 4, ())), len(row) - d) for d, row in zip(done, rows, strict=True)]
-        piece = torch.full((len(rows), 3, 3), torch.nan, dtype=float64)
+        sizes = [min(int(torch.randint(0, 6, ())), len(row) - d) for d, row in zip(done, rows, strict=True)]
+        piece = torch.full((len(rows), 5, 3), torch.nan, dtype=float64)
         for i, size in enumerate(sizes):
             piece[i, :size] = rows[i][done[i] : done[i] + size]
         y, cache = layer(piece, torch.tensor(sizes), cache)
@@ -493,36 +342,6 @@ def test_convolution_continues_rows_of_different_lengths(options: dict[str, Any]
     for row, pieces in zip(rows, outputs, strict=True):
         if len(row):
             close(torch.cat(pieces), convolution_of_row(layer, row))
-
-
-@pytest.mark.parametrize("options", [{}, {"causal": False, "width": 3}])
-def test_convolution_compiles_whole(options: dict[str, Any]) -> None:
-    layer = make_convolution(options)
-    x, lengths = torch.randn(2, 5, 3, dtype=float64), torch.tensor([2, 5])
-    cache = torch.randn(2, 3, 3, dtype=float64) if layer.causal else None
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(x, lengths, cache), layer(x, lengths, cache), strict=True):
-        assert found is expected if expected is None else torch.equal(found, expected)
-
-
-def test_convolution_mistakes_are_refused() -> None:
-    layer, x = ShortConvolution(3), torch.zeros(2, 5, 3)
-    with pytest.raises(Unsupported, match="3 channels"):
-        layer(x[..., :2])
-    with pytest.raises(Unsupported, match=r"\(2, 3, 3\)"):
-        layer(x, cache=x)
-    with pytest.raises(Unsupported, match="noncausal"):
-        ShortConvolution(3, causal=False)(x, cache=x[:, :3])
-    with pytest.raises(Unsupported, match="try silu"):
-        ShortConvolution(3, activation="sily")
-
-
-def test_feature_embedding_is_a_projection() -> None:
-    embed, x = FeatureEmbedding(3, 5).double(), torch.randn(2, 4, 3, dtype=float64)
-    close(embed(x), x @ embed.projection.weight.T + embed.projection.bias)
-    with pytest.raises(Unsupported, match="3 features"):
-        embed(x[..., :2])
 
 
 @pytest.mark.parametrize(
@@ -539,12 +358,38 @@ def test_patch_embedding_equals_a_strided_convolution(
     assert embed.grid(height, width) == tuple(expected.shape[2:])
 
 
-def test_patch_embedding_refuses_to_lose_pixels() -> None:
-    with pytest.raises(Unsupported, match="try width 4"):
-        PatchEmbedding(1, 2, 2)(torch.zeros(1, 1, 4, 5))
-    with pytest.raises(Unsupported, match="try height 8"):
-        PatchEmbedding(1, 2, 8).grid(7, 8)
-    with pytest.raises(Unsupported, match="skips pixels"):
-        PatchEmbedding(1, 2, 2, stride=3)
-    with pytest.raises(Unsupported, match=r"\(B, 1, H, W\)"):
-        PatchEmbedding(1, 2, 2)(torch.zeros(1, 3, 4, 4))
+X = torch.zeros(2, 5, 3)
+REFUSED = [
+    (lambda: make_norm("rmsnorm", 5), "norm 'rmsnorm'"),
+    (lambda: make_norm("rms:", 5), "norm 'rms:'"),
+    (lambda: make_norm("rms:small", 5), "norm 'rms:small'"),
+    (lambda: make_norm("rms:-1", 5), "eps"),
+    (lambda: make_norm("none:1e-5", 5), "norm 'none:1e-5'"),
+    (lambda: LayerScale(5, -1.0), "initial"),
+    (lambda: make_linear(3, 2, kind="dence"), "try dense"),
+    (lambda: make_linear(3, 2, rank=4), "no options"),
+    (lambda: make_linear(0, 2), "in_features >= 1"),
+    (lambda: make_feed_forward("swigly", 4), "try swiglu"),
+    (lambda: make_feed_forward("token_parametre", 4), "try token_parameter"),
+    (lambda: make_feed_forward("gelu", 4, bais=True), "try bias"),
+    (lambda: make_feed_forward("token_parameter", 4, num_token=3), "try num_tokens"),
+    (lambda: make_feed_forward("token_parameter", 4, 8), "a hidden width"),
+    (lambda: make_feed_forward("token_parameter", 4, dropout=0.1), "dropout"),
+    (lambda: MLP(4, dropout=1.0), "dropout"),
+    (lambda: SwiGLU(4, 0), "hidden"),
+    (lambda: ShortConvolution(3)(X[..., :2]), "3 channels"),
+    (lambda: ShortConvolution(3)(X, cache=X), r"\(2, 3, 3\)"),
+    (lambda: ShortConvolution(3, causal=False)(X, cache=X[:, :3]), "noncausal"),
+    (lambda: ShortConvolution(3, activation="sily"), "try silu"),
+    (lambda: FeatureEmbedding(3, 5)(X[..., :2]), "3 features"),
+    (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 1, 4, 5)), "try width 4"),  # pixels would be lost
+    (lambda: PatchEmbedding(1, 2, 8).grid(7, 8), "try height 8"),
+    (lambda: PatchEmbedding(1, 2, 2, stride=3), "skips pixels"),
+    (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 3, 4, 4)), r"\(B, 1, H, W\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_mistakes_are_refused_with_what_is_accepted(call, words) -> None:
+    with pytest.raises(Unsupported, match=words):
+        call()

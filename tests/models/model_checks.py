@@ -69,6 +69,14 @@ def ragged(shape: Sequence[int]) -> Tensor:
     return valid
 
 
+def randomize_ends(model: nn.Module) -> nn.Module:
+    """Random norms and factors at the ends of all branches that have some."""
+    for name, parameter in model.named_parameters():
+        if "_end." in name:
+            nn.init.normal_(parameter)
+    return model
+
+
 def read_in_pieces(
     model: nn.Module, ids: Tensor, sizes: int | list[int], state: ModelState | None = None
 ) -> tuple[Tensor, ModelState]:

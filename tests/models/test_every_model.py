@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from model_checks import FUNNELS, made, ragged, read_by, without_gradient
+from model_checks import FUNNELS, made, ragged, randomize_ends, read_by, small, without_gradient
 from torch.nn.functional import cross_entropy
 
 from regard.catalogue import get_mechanism, list_mechanisms
@@ -51,10 +51,7 @@ def masked(valid):
 
 @pytest.mark.parametrize(("kind", "options"), PADDED, ids=str)
 def test_padding_anywhere_equals_no_padding(kind, options):
-    model = made(kind, **options)
-    for name, parameter in model.named_parameters():
-        if "_end" in name:
-            torch.nn.init.normal_(parameter)
+    model = randomize_ends(made(kind, **options))
     inputs = read_by(model.config, rows=4, n=11)
     valid = [ragged(x.shape[:2]) for x in inputs]
     for x, kept in zip(inputs, valid, strict=True):
@@ -147,3 +144,61 @@ def test_an_encoder_layer_for_grids_is_refused_when_the_model_is_built(kind):
         made(kind, encoder_plan=["softmax", "large_kernel"])
     assert caught.value.nearest.startswith("('large_kernel', {'axes': 1})")
     made(kind, encoder_plan=["softmax", ("large_kernel", {"axes": 1})])
+
+
+REFUSED = [
+    ("language model", {"plan": "sofmax"}, "try softmax"),
+    ("language model", {"plan": [("softmax", 3)]}, "plan entry"),
+    ("language model", {"plan": "token_parameter"}, "softmax.*linear.*token_parameter"),
+    ("language model", {"plan": "low_rank_pooling"}, "pool="),
+    ("language model", {"plan": []}, "0 layers"),
+    ("language model", {"plan": ["softmax"], "num_layers": 2}, "num_layers=1"),
+    ("language model", {"positions": "rotry"}, "try rotary"),
+    ("language model", {"plan": [("softmax", {"positions": "learned"})]}, "for one layer"),
+    ("language model", {"plan": [("softmax", {"windw": 3})]}, "windw"),
+    ("language model", {"norm": "batch"}, "norm"),
+    ("language model", {"dropout": 1.5}, "dropout"),
+    ("encoder", {"vocab_size": 4}, "None for the other"),
+    ("encoder", {"features": None}, "None for the other"),
+    ("encoder", {"pool": "meen"}, "try mean"),
+    ("encoder", {"pool": "aditive"}, "last, additive, structured, none, .*low_rank_pooling; try additive"),
+    ("encoder", {"pool_options": {"slots": 2}}, "pool_options"),
+    ("encoder", {"pool": "last", "pool_options": {"slots": 2}}, "pool_options with pool='last'"),
+    ("encoder", {"pool": "additive", "pool_options": {"slots": 2}}, "supported: hidden"),
+    ("encoder", {"pool": "structured", "pool_options": {"slots": 0}}, "slots=0"),
+    ("encoder-decoder", {"cross_plan": "flow_attention"}, "causal-cross.*queries"),
+    ("encoder-decoder", {"cross_plan": "landmark"}, "inserts tokens"),
+    ("encoder-decoder", {"decoder_plan": "landmark"}, "inserts tokens"),
+    ("encoder-decoder", {"cross_plan": [("mixture_of_heads", {"mechanism": "flow_attention"})]}, "causal-cross"),
+    ("encoder-decoder", {"cross_plan": "token_parameter"}, "softmax.*linear"),
+    ("encoder-decoder", {"cross_plan": ["softmax"], "num_layers": 2}, "num_layers=1"),
+    ("encoder-decoder", {"cross_plan": ["softmax"], "decoder_plan": ["softmax"] * 2}, "layers"),
+    ("encoder-decoder", {"memory_vocab_size": None}, "None for the other"),
+    ("encoder-decoder", {"memory_features": 2}, "None for the other"),
+    ("forecaster", {"cross_plan": "local"}, "noncausal-cross.*memory"),
+    ("forecaster", {"cross_plan": "landmark"}, "inserts tokens"),
+    ("forecaster", {"encoder_plan": "landmark"}, "inserts tokens"),
+    ("forecaster", {"target_features": (3,)}, "from 0 to 2"),
+    ("forecaster", {"target_features": (0, 0)}, "different numbers"),
+    ("forecaster", {"target_features": ()}, "at least one"),
+    ("forecaster", {"quantiles": (0.5, 0.1)}, "rising"),
+    ("forecaster", {"quantiles": (0.5, 1.0)}, "between 0 and 1"),
+    ("forecaster", {"normalize": "median"}, "mean, last, none"),
+    ("forecaster", {"patch": 0}, "patch"),
+    ("forecaster", {"positions": "learned"}, "learned positions"),
+    ("forecaster", {"positions": "rotry"}, "try rotary"),
+    ("funnel encoder", {"vocab_size": 4}, "None for the other"),
+    ("funnel encoder", {"funnel": {"block": 2}}, "try blocks"),
+    ("funnel encoder", {"funnel": {"blocks": 0}}, "blocks"),
+    ("funnel encoder", {"decoder_layers": 0}, "0 layers"),
+    ("funnel encoder", {"decoder_layers": 2, "decoder_plan": ["linear"]}, "1 layers"),
+    ("funnel encoder", {"decoder_plan": "landmark"}, "inserts tokens"),
+    ("funnel encoder", {"stack": {"exits": (1,)}, "num_layers": 2}, "exits"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "words"), REFUSED)
+def test_what_cannot_be_built_is_refused(kind, options, words):
+    by_the_config = kind in ("encoder-decoder", "forecaster")
+    with pytest.raises(Unsupported, match=words):
+        small(kind, **options) if by_the_config else made(kind, **options)

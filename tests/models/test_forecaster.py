@@ -160,28 +160,6 @@ def test_half_precision_is_near_single_and_keeps_the_level(cross):
     assert (output - exact).abs().max() < 0.1  # rounding the forecasts themselves would lose 0.25
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"cross_plan": "local"}, "noncausal-cross.*memory"),
-        ({"cross_plan": "landmark"}, "inserts tokens"),
-        ({"encoder_plan": "landmark"}, "inserts tokens"),
-        ({"target_features": (3,)}, "from 0 to 2"),
-        ({"target_features": (0, 0)}, "different numbers"),
-        ({"target_features": ()}, "at least one"),
-        ({"quantiles": (0.5, 0.1)}, "rising"),
-        ({"quantiles": (0.5, 1.0)}, "between 0 and 1"),
-        ({"normalize": "median"}, "mean, last, none"),
-        ({"patch": 0}, "patch"),
-        ({"positions": "learned"}, "learned positions"),
-        ({"positions": "rotry"}, "try rotary"),
-    ],
-)
-def test_what_cannot_be_built_is_refused_by_the_config(options, words):
-    with pytest.raises(Unsupported, match=words):
-        small("forecaster", **options)
-
-
 def test_bad_calls_are_refused():
     model = make_model()
     inputs, memory = batch()

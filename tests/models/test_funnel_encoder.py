@@ -48,40 +48,20 @@ def test_tokens_that_were_pooled_together_keep_their_own_answers():
     assert torch.pdist(output).min() > 1e-6
 
 
-def test_weights_of_all_layers_at_full_length_are_given_when_wanted():
+@pytest.mark.parametrize(
+    ("options", "layers"), [({}, 2), ({"decoder_layers": 3}, 3), ({"decoder_plan": ["linear"]}, 1)]
+)
+def test_the_decoder_has_two_layers_unless_told_otherwise(options, layers):
+    assert len(make_model(**options).decoder_blocks) == layers
+
+
+def test_weights_and_losses_of_all_layers_at_full_length_are_given():
     model = make_model(num_layers=2, decoder_layers=3)
     weights = model(features(), context=Context(want=frozenset({"weights"}))).extras["weights"]
     assert [tuple(w.shape) for w in weights] == [(1, 2, 9, 9)] * 5
-
-
-def test_losses_of_all_layers_at_full_length_are_added_up():
     moh = ("mixture_of_heads", {"shared_heads": 1, "active_heads": 1})
-    model = make_model(num_heads=4, plan=[moh], decoder_plan=[moh] * 2, num_layers=None).train()
-    losses = model(features()).losses
+    losses = make_model(num_heads=4, plan=[moh], decoder_plan=[moh] * 2).train()(features()).losses
     assert {name: int(count) for name, (_, count) in losses.items()} == {"load_balance": 3}
-
-
-def test_the_decoder_has_two_layers_unless_told_otherwise():
-    assert len(make_model().decoder_blocks) == 2
-    assert len(make_model(decoder_layers=1).decoder_blocks) == 1
-    assert len(make_model(decoder_plan=["linear"] * 3).decoder_blocks) == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"vocab_size": 4}, "None for the other"),
-        ({"funnel": {"block": 2}}, "try blocks"),
-        ({"funnel": {"blocks": 0}}, "blocks"),
-        ({"decoder_layers": 0}, "0 layers"),
-        ({"decoder_layers": 2, "decoder_plan": ["linear"]}, "1 layers"),
-        ({"decoder_plan": "landmark"}, "inserts tokens"),
-        ({"stack": {"exits": (1,)}, "num_layers": 2}, "exits"),
-    ],
-)
-def test_bad_configs_are_refused(options, words):
-    with pytest.raises(Unsupported, match=words):
-        make_model(**options)
 
 
 def test_what_the_funnel_cannot_honour_is_refused():

@@ -75,16 +75,9 @@ def test_layers_that_insert_run_beside_those_that_do_not_know_roles(marked, name
     output = model(ids, context=Context(mask=Mask(valid=valid))).output
     for row in range(4):
         torch.testing.assert_close(output[row][valid[row]], model(ids[row][valid[row]][None]).output[0])
-    new = model.generate(ids, 8, mask=Mask(valid=valid))
-    assert torch.equal(new, model.generate(ids, 8, mask=Mask(valid=valid), use_state=False))
-
-
-def test_reading_in_pieces_that_retrieve_all_blocks_equals_reading_whole():
-    whole, retrieving = (make_model([("landmark", {"block": 3, "top_k": top_k})] * 2) for top_k in (None, 9))
-    retrieving.load_state_dict(whole.state_dict())
-    ids = torch.randint(9, (2, 29))
-    for size in (1, 5, 12):
-        torch.testing.assert_close(read_in_pieces(retrieving, ids, size)[0], whole(ids).output)
+    for beams in (1, 3):
+        options = {"mask": Mask(valid=valid), "beams": beams}
+        assert torch.equal(model.generate(ids, 8, **options), model.generate(ids, 8, use_state=False, **options))
 
 
 def test_what_cannot_go_with_inserted_tokens_is_refused(model):

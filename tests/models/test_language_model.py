@@ -125,33 +125,6 @@ def test_beams_read_padding_nowhere_and_go_on_from_states_as_from_the_whole(mode
     assert torch.equal(found, model.generate(ids, 6, beams=3, mask=Mask(valid=valid), use_state=False))
 
 
-def test_beams_go_on_from_the_state_of_inserted_tokens():
-    model = make_model([("landmark", {"block": 3})] * 2)
-    ids = torch.randint(13, (4, 7))
-    assert torch.equal(model.generate(ids, 7, beams=3), model.generate(ids, 7, beams=3, use_state=False))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"plan": "sofmax"}, "try softmax"),
-        ({"plan": [("softmax", 3)]}, "plan entry"),
-        ({"plan": "token_parameter"}, "softmax.*linear.*token_parameter"),
-        ({"plan": "low_rank_pooling"}, "pool="),
-        ({"plan": []}, "0 layers"),
-        ({"plan": ["softmax"], "num_layers": 2}, "num_layers=1"),
-        ({"positions": "rotry"}, "try rotary"),
-        ({"plan": [("softmax", {"positions": "learned"})]}, "for one layer"),
-        ({"plan": [("softmax", {"windw": 3})]}, "windw"),
-        ({"norm": "batch"}, "norm"),
-        ({"dropout": 1.5}, "dropout"),
-    ],
-)
-def test_bad_configs_are_refused_with_the_nearest(options, words):
-    with pytest.raises(Unsupported, match=words):
-        made("language model", **options)
-
-
 @pytest.mark.parametrize("scheme", ["sinusoidal", "learned", "seqpe"])
 def test_positions_at_the_input_that_a_mechanism_does_not_take_are_refused_with_its_reason(scheme):
     layers = list_mechanisms(where=lambda c: c.kind in ("attention", "mixer", "wrapper"))

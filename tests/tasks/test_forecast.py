@@ -176,12 +176,6 @@ def test_months_are_an_interval(path):
     assert "1 missing rows, the first in the series of a.csv at 1994-03-01T00:00:00" in task.describe()
 
 
-def test_time_and_target_are_found_when_there_is_only_one(path):
-    rows = [row[:2] for row in hours(300)]
-    task = forecast(path, rows, ("when", "load"), history=24, length=6)
-    assert "forecast: load of a.csv, an hour apart, 1 series, 300 points" in task.describe()
-
-
 def test_what_a_validation_file_shares_is_not_trained_on(make, tmp_path):
     rows = hours(1000)
     later = save(tmp_path / "b.csv", rows[700:], HOURS, ",")
@@ -265,15 +259,8 @@ def test_the_lengths_that_are_named_as_nearest_fit(make, count):
 
 
 def test_sources_are_read_from_a_package(packages):
-    generator = np.random.default_rng(0)
-    count = 48 * 60
-    columns = {
-        "rownames": list(range(1, count + 1)),
-        "Demand": generator.normal(size=count).tolist(),
-        "WorkDay": [int(i // 48 % 7 < 5) for i in range(count)],
-        "Temperature": generator.normal(size=count).tolist(),
-    }
-    packages.table("fpp2", "elecdemand", columns)
+    columns = {name: np.random.default_rng(0).normal(size=2880) for name in ("Demand", "Temperature")}
+    packages.table("fpp2", "elecdemand", columns | {"WorkDay": np.arange(2880) // 48 % 7 < 5} | {"rownames": 0})
     task = check_task(create_task("forecast"))
     assert (task.length, task.memory_length, task.season) == (48, 336, 48)
     assert "Demand of electricity, 30 minutes apart, 1 series, 2,880 points" in task.describe()

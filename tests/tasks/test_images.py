@@ -227,10 +227,15 @@ def test_a_missing_extra_is_named(folder, monkeypatch, package, options):
     refused(lambda: create_task("images", **options), "try pip install 'regard[data]'")
 
 
-def broken(folder):
+def put(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path.parents[1]
+
+
+def cut(folder):
     path = folder / "cat" / "0.png"
-    path.write_bytes(path.read_bytes()[:60])
-    return folder
+    return put(path, path.read_bytes()[:60])
 
 
 def not_numbers(folder):
@@ -238,37 +243,25 @@ def not_numbers(folder):
     return folder
 
 
-def single(folder):
-    photo(folder / "eel" / "1.png", 99)
-    return folder
-
-
 def twins(folder):
-    first = photo(folder / "eel" / "1.png", 99)
-    (folder / "eel" / "2.png").write_bytes(first.read_bytes())
-    return folder
-
-
-def without_images(folder):
-    (folder / "eel").mkdir()
-    (folder / "eel" / "a.txt").write_text("x")
+    for name in "ab":
+        photo(folder / "eel" / f"{name}.png", 99)
     return folder
 
 
 def linked(folder):
-    outside = photo(folder.parent / "outside" / "1.png", 99)
-    (folder / "eel").symlink_to(outside.parent)
+    (folder / "eel").symlink_to(photo(folder.parent / "outside" / "1.png", 99).parent)
     return folder
 
 
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (broken, "0.png, which cannot be read as an image"),
+        (cut, "0.png, which cannot be read as an image"),
         (not_numbers, "deep.tif, which cannot be read as an image (it holds values that are no"),
-        (single, "eel with 1 image"),
+        (lambda folder: photo(folder / "eel" / "1.png", 99).parents[1], "eel with 1 image"),
         (twins, "eel with 1 different images"),
-        (without_images, "eel, which holds no image"),
+        (lambda folder: put(folder / "eel" / "a.txt", b"x"), "eel, which holds no image"),
         (linked, "eel, a link that leads out of"),
         (lambda folder: folder / "cat", "with 0 sub-folders"),
         (lambda folder: folder.parent / "pet", "pets"),

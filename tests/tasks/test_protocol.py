@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from task_data import refused, save
+from task_data import made, refused
 
 from regard.contract import Pattern
 from regard.tasks import (
@@ -40,20 +40,44 @@ class Numbers(Task):
     objective = "regression"
 
 
-def random_batch(items=3, length=5, classes=7):
-    targets = torch.randint(classes, (items, length))
+def batch_of(targets):
+    return Batch(torch.zeros(targets.shape[:2]).long(), targets)
+
+
+@pytest.fixture
+def words():
+    """Logits of 7 classes, and targets of which the first item has one."""
+    targets = torch.randint(7, (3, 5))
     targets[0, 1:] = IGNORED
-    return torch.randn(items, length, classes, dtype=torch.float64), Batch(torch.zeros(items, length).long(), targets)
+    return torch.randn(3, 5, 7, dtype=torch.float64), batch_of(targets)
 
 
-def test_cross_entropy_is_the_mean_over_counted_targets():
-    logits, batch = random_batch()
+def test_scores_of_words_count_the_targets_that_exist(words):
+    logits, batch = words
     kept = batch.targets != IGNORED
     expected = -logits.log_softmax(-1)[kept].gather(1, batch.targets[kept][:, None]).mean()
     torch.testing.assert_close(mean_loss(Words(), logits, batch), expected)
     sums, counts = cross_entropy_by_item(logits, batch)
-    assert counts.tolist() == [1, 5, 5]
     torch.testing.assert_close(sums.sum() / 11, expected)
+    right, asked = accuracy(torch.nn.functional.one_hot(batch.targets.clamp(min=0), 7).double(), batch)
+    assert counts.tolist() == right.tolist() == asked.tolist() == [1, 5, 5]
+    token_bytes = torch.randint(1, 9, (7,))
+    bits, weight = bits_per_byte(logits, batch, token_bytes)
+    torch.testing.assert_close(bits, sums / math.log(2))
+    assert weight.tolist() == [sum(int(token_bytes[t]) for t in row if t != IGNORED) for row in batch.targets.tolist()]
+    for function in (cross_entropy_by_item, accuracy):
+        refused(lambda function=function: function(logits[:, 1:], batch), "supported: logits of shape")
+
+
+def test_scores_of_numbers_count_the_targets_that_exist():
+    output, targets = torch.randn(2, 2, 3, 2, dtype=torch.float64)
+    targets[0, 1:] = math.nan
+    sums, counts = squared_error_by_item(output, batch_of(targets))
+    assert counts.tolist() == [2, 6]
+    torch.testing.assert_close(sums[0], (output[0, 0] - targets[0, 0]).square().sum())
+    torch.testing.assert_close(mean_loss(Numbers(), output, batch_of(targets)), sums.sum() / 8)
+    absolute, _ = absolute_error(output, batch_of(targets))
+    torch.testing.assert_close(absolute[1], (output[1] - targets[1]).abs().sum())
 
 
 @pytest.mark.parametrize(
@@ -61,32 +85,10 @@ def test_cross_entropy_is_the_mean_over_counted_targets():
 )
 def test_a_loss_without_targets_is_zero_with_finite_gradient(task, targets):
     output = torch.randn(2, 3, 4, requires_grad=True)
-    loss = mean_loss(task, output, Batch(torch.zeros(2, 3).long(), targets))
+    loss = mean_loss(task, output, batch_of(targets))
     loss.backward()
     assert loss == 0
     assert torch.equal(output.grad, torch.zeros_like(output))
-
-
-def test_squared_error_counts_the_targets_that_exist():
-    output, targets = torch.randn(2, 3, 2, dtype=torch.float64), torch.randn(2, 3, 2, dtype=torch.float64)
-    targets[0, 1:] = math.nan
-    batch = Batch(torch.zeros(2, 3).long(), targets)
-    sums, counts = squared_error_by_item(output, batch)
-    assert counts.tolist() == [2, 6]
-    torch.testing.assert_close(sums[0], (output[0, 0] - targets[0, 0]).square().sum())
-    torch.testing.assert_close(mean_loss(Numbers(), output, batch), sums.sum() / 8)
-    absolute, _ = absolute_error(output, batch)
-    torch.testing.assert_close(absolute[1], (output[1] - targets[1]).abs().sum())
-
-
-def test_a_batch_is_cut_by_items_and_moves_with_all_that_belongs_to_it():
-    batch = Batch(torch.arange(8).view(4, 2), torch.arange(4), None, (1, 2), torch.arange(12).view(4, 3))
-    cut = batch.items(1, 3)
-    assert cut.inputs.tolist() == [[2, 3], [4, 5]]
-    assert cut.memory.tolist() == [[3, 4, 5], [6, 7, 8]]
-    moved = cut.to("meta")
-    assert {x.device.type for x in (moved.inputs, moved.targets, moved.memory)} == {"meta"}
-    assert (moved.valid, moved.grid) == (None, (1, 2))
 
 
 def test_cross_entropy_of_classes_and_of_half_precision():
@@ -97,26 +99,14 @@ def test_cross_entropy_of_classes_and_of_half_precision():
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), batch.targets))
 
 
-def test_bits_per_byte_counts_the_bytes_of_target_tokens():
-    logits, batch = random_batch()
-    token_bytes = torch.randint(1, 9, (7,))
-    bits, weight = bits_per_byte(logits, batch, token_bytes)
-    sums, _ = cross_entropy_by_item(logits, batch)
-    torch.testing.assert_close(bits, sums / math.log(2))
-    assert weight.tolist() == [sum(int(token_bytes[t]) for t in row if t != IGNORED) for row in batch.targets.tolist()]
-
-
-def test_accuracy_skips_ignored_targets():
-    _, batch = random_batch()
-    logits = torch.nn.functional.one_hot(batch.targets.clamp(min=0), 7).double()
-    right, count = accuracy(logits, batch)
-    assert right.tolist() == count.tolist() == [1, 5, 5]
-
-
-def test_logits_of_another_shape_are_refused():
-    logits, batch = random_batch()
-    for function in (cross_entropy_by_item, accuracy):
-        refused(lambda function=function: function(logits[:, 1:], batch), "supported: logits of shape")
+def test_a_batch_is_cut_by_items_and_moves_with_all_that_belongs_to_it():
+    batch = Batch(torch.arange(8).view(4, 2), torch.arange(4), None, (1, 2), torch.arange(12).view(4, 3))
+    cut = batch.items(1, 3)
+    assert cut.inputs.tolist() == [[2, 3], [4, 5]]
+    assert cut.memory.tolist() == [[3, 4, 5], [6, 7, 8]]
+    moved = cut.to("meta")
+    assert {x.device.type for x in (moved.inputs, moved.targets, moved.memory)} == {"meta"}
+    assert (moved.valid, moved.grid) == (None, (1, 2))
 
 
 def test_generator_streams_differ_in_seed_step_and_stream():
@@ -160,15 +150,8 @@ class Parity(Task):
         yield self.training_batch(0, 2**32, batch_size)
 
 
-def test_a_task_of_ones_own_needs_only_a_few_members():
+def test_a_task_of_ones_own_needs_a_few_members_and_its_baseline_is_scored_as_a_model_is():
     task = check_task(Parity())
-    batch = next(iter(task.evaluation_batches(8)))
-    right, count = task.score(torch.nn.functional.one_hot(batch.targets, 2).double(), batch)
-    assert torch.equal(right, count)
-
-
-def test_a_baseline_is_scored_item_by_item_as_a_model_is():
-    task = Parity()
     (batch,) = task.evaluation_batches(256)
     always_odd = Baseline.of("odd", task, lambda batch: torch.tensor([0.0, 1.0]).expand(batch.size, 2))
     assert always_odd.items[:, 0].tolist() == batch.targets.tolist()
@@ -184,10 +167,7 @@ def test_the_majority_class_is_that_of_training():
 
 @pytest.mark.parametrize("name", ["documents", "matching", "images", "listops"])
 def test_classes_have_a_baseline_in_the_order_of_the_held_out_items(name, tmp_path):
-    rows = [(str(i), str(i), str(i), str(i % 5 > 1)) for i in range(60)]
-    path = save(tmp_path / "a.tsv", rows, ("text", "first", "second", "label"))
-    options = {"data": path} if name in ("documents", "matching") else {}
-    task = create_task(name, evaluation_items=40, **options)
+    task = made(name, tmp_path, held_out=0.4) if name != "listops" else made(name, tmp_path)
     targets = torch.cat([batch.targets for batch in task.evaluation_batches(7)])
     right = torch.from_numpy(task.baseline.items[:, 0]).bool()
     assert len(right) == len(targets)

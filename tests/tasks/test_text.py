@@ -108,16 +108,6 @@ def test_split_holds_out_enough_even_when_small_documents_come_first():
         assert len(training) + len(held_out) == 6
 
 
-def test_json_lines_are_documents(tmp_path):
-    records = [{"body": f"mail {i} é {words(20, i)}", "n": i} for i in range(30)]
-    path = save_json(tmp_path / "mail.jsonl", records)
-    task = text(path, field="body")
-    assert len(documents(task)) == 30
-    assert all(d.text.startswith(b"mail") and d.text.endswith(b"\n") for d in documents(task))
-    with pytest.raises(Unsupported, match=r"no text in the field 'text'.*body; try field=body"):
-        text(path)
-
-
 def test_conversations_are_text(tmp_path):
     talks = []
     for i in range(9):
@@ -129,10 +119,9 @@ def test_conversations_are_text(tmp_path):
     told = {d.text.decode() for d in documents(text(path, field="messages", held_out=0.5))}
     assert f"user: how?\nassistant: {words(30, 3)}\n" in told
     assert f"human: how?\ngpt: {words(30, 53)}\n" in told
-    with pytest.raises(Unsupported, match="try field=messages"):
-        text(path)
-    with pytest.raises(Unsupported, match=r"line 1 has no text in the field .*none on this line"):
-        text(save_json(path, [{"a": [{"role": "user"}], "b": [1], "c": []}]), field="a")
+    refused(lambda: text(path), "line 1 has no text in the field 'text'", "messages; try field=messages")
+    save_json(path, [{"a": [{"role": "user"}], "b": [1], "c": []}])
+    refused(lambda: text(path, field="a"), "line 1 has no text in the field", "none on this line")
 
 
 def test_default_corpus_is_the_standard_library_without_tests():
@@ -160,16 +149,13 @@ def test_bpe_round_trips_and_counts_bytes(corpus, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_bits_per_byte_of_a_uniform_model(corpus, tokenizer):
-    task = text(corpus, tokenizer=tokenizer, evaluation_items=1000)
-    bits = seen = tokens = 0.0
-    for batch in task.evaluation_batches(64):
-        sums, weights = task.score(torch.zeros(*batch.targets.shape, task.vocab_size, dtype=torch.float64), batch)
-        bits, seen, tokens = bits + float(sums.sum()), seen + float(weights.sum()), tokens + batch.targets.numel()
-    assert bits / seen == pytest.approx(math.log2(task.vocab_size) * tokens / seen)
+    task = text(corpus, tokenizer=tokenizer)
+    (batch,) = task.evaluation_batches(64)
+    bits, weights = task.score(torch.zeros(*batch.targets.shape, task.vocab_size, dtype=torch.float64), batch)
+    assert weights.tolist() == [len(task.tokenizer.decode(row.tolist())) for row in batch.targets]
+    assert float(bits.sum()) == pytest.approx(math.log2(task.vocab_size) * batch.targets.numel())
     if tokenizer == "bytes":
-        assert bits / seen == pytest.approx(8.0) == task.chance
-    else:
-        assert seen > 1.2 * tokens
+        assert float(bits.sum() / weights.sum()) == pytest.approx(8.0) == task.chance
 
 
 def test_bpe_learns_from_the_training_documents_only(tmp_path):

@@ -11,7 +11,16 @@ from regard.tasks.protocol import IGNORED, Batch, Task, absolute_error, counter_
 from regard.training import train
 
 
-class LastToken(Task):
+class Small(Task):
+    """Forty items to evaluate on."""
+
+    def evaluation_batches(self, batch_size):
+        whole = self.training_batch(0, 99, 40)
+        for start in range(0, 40, batch_size):
+            yield whole.items(start, min(start + batch_size, 40))
+
+
+class LastToken(Small):
     """Which token came last? Padded; the answer is copied from the last valid place."""
 
     name, pattern, objective = "last token", Pattern.NONCAUSAL_SELF, "classification"
@@ -24,13 +33,8 @@ class LastToken(Task):
         valid = torch.arange(self.length) < lengths[:, None]
         return Batch(ids, ids[torch.arange(batch_size), lengths - 1], valid)
 
-    def evaluation_batches(self, batch_size):
-        whole = self.training_batch(0, 99, 40)
-        for start in range(0, 40, batch_size):
-            yield whole.items(start, min(start + batch_size, 40))
 
-
-class Repeat(Task):
+class Repeat(Small):
     """The token of two places before, at each place."""
 
     name, pattern, objective = "repeat", Pattern.CAUSAL_SELF, "next-token"
@@ -41,11 +45,8 @@ class Repeat(Task):
         targets = torch.cat([torch.full((batch_size, 2), -100), ids[:, :-2]], 1)
         return Batch(ids, targets)
 
-    def evaluation_batches(self, batch_size):
-        yield self.training_batch(0, 99, 40)
 
-
-class Reverse(Task):
+class Reverse(Small):
     """The tokens of the memory, last one first, and a 1; a 0 starts them."""
 
     name, pattern, objective = "reverse", Pattern.CAUSAL_CROSS, "next-token"
@@ -62,18 +63,13 @@ class Reverse(Task):
         inputs = torch.nn.functional.pad(answer[:, :-1].clamp(min=0), (1, 0))
         return Batch(inputs, answer, place <= lengths, None, memory, torch.arange(5) < lengths)
 
-    def evaluation_batches(self, batch_size):
-        whole = self.training_batch(0, 99, 40)
-        for start in range(0, 40, batch_size):
-            yield whole.items(start, min(start + batch_size, 40))
-
     def score_generated(self, tokens, batch):
         width = min(tokens.shape[1], 6)
         wrong = (tokens[:, :width] != batch.targets[:, :width]) & (batch.targets[:, :width] != IGNORED)
         return 1 - wrong.any(1).double(), torch.ones(len(tokens)).double()
 
 
-class Continue(Task):
+class Continue(Small):
     """The next points of a wave, whose past is sometimes short."""
 
     name, pattern, objective = "continue", Pattern.NONCAUSAL_CROSS, "regression"
@@ -89,9 +85,6 @@ class Continue(Task):
         lengths = torch.from_numpy(rng.integers(6, 13, batch_size))[:, None]
         memory = torch.stack([known, wave], -1)[:, :12]
         return Batch(known[:, 12:, None], wave[:, 12:, None], None, None, memory, torch.arange(12) >= 12 - lengths)
-
-    def evaluation_batches(self, batch_size):
-        yield self.training_batch(0, 99, 40)
 
     def score(self, output, batch):
         return absolute_error(output, batch)

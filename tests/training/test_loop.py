@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,22 +188,21 @@ def test_training_learns_in_every_precision(any_task, precision):
     assert better or any_task.generates, "whole answers are right later"
 
 
-def test_auxiliary_losses_are_weighted_and_reach_the_gradient(task):
+def test_auxiliary_losses_are_weighted_and_reach_the_gradient():
     class Scaled(torch.nn.Module):
-        def __init__(self, weight):
+        def __init__(self):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.tensor([[2.0]]))
-            self.config = type("Config", (), {"loss_weights": {"size": weight}})
+            self.config = SimpleNamespace(loss_weights={"size": 0.5})
 
         def forward(self, inputs, *, context):
-            shape = (*inputs.shape, 5) if task.objective == "next-token" else (len(inputs), 5)
             loss = (4 * self.scale.sum(), torch.tensor(2.0))
-            return Result(torch.zeros(shape) * self.scale, losses={"size": loss})
+            return Result(torch.zeros(*inputs.shape, 5) * self.scale, losses={"size": loss})
 
-    history = train(Scaled(0.5), task, TrainConfig(steps=1, batch_size=4))
-    assert history.curve[0].auxiliary == pytest.approx(0.5 * 4 * 2.0 / 2)
-    assert history.curve[0].gradient_norm == pytest.approx(0.5 * 4 / 2)
-    assert history.curve[0].loss == pytest.approx(math.log(5))
+    first = train(Scaled(), Repeat(), TrainConfig(steps=1, batch_size=4)).curve[0]
+    assert first.auxiliary == pytest.approx(0.5 * 4 * 2.0 / 2)
+    assert first.gradient_norm == pytest.approx(0.5 * 4 / 2)
+    assert first.loss == pytest.approx(math.log(5))
 
 
 def test_exits_learn_and_what_they_add_to_the_loss_is_told_apart(task, build):

@@ -1,29 +1,13 @@
-"""Plausible rows of a comparison, for the tests of the report and for looking at it.
-
-``python report_examples.py OUT.html [tasks] [mechanisms] [seeds]`` writes the report of an example.
-"""
+"""Plausible rows of a comparison, for the tests of the report: `write_report("OUT.html", **example())` shows them."""
 
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 
-MECHANISMS = [
-    "softmax",
-    "gated_linear",
-    "delta_rule",
-    "mamba2",
-    "sigmoid",
-    "aaren",
-    "local_window",
-    "landmark",
-    "flow_attention",
-    "agent",
-    "retention",
-    "mixture_of_heads",
-]
+MECHANISMS = ["softmax", "gated_linear", "delta_rule", "mamba2", "sigmoid", "aaren", "local_window", "landmark"]
+MECHANISMS += ["flow_attention", "agent", "retention", "mixture_of_heads"]
 TASKS = {
     "language_model": ("bits per byte", False),
     "recall": ("accuracy", True),
@@ -32,22 +16,9 @@ TASKS = {
 }
 LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
-MACHINE = {
-    "machine_id": "5f0c9d2ab7e1",
-    "cpu": "Example CPU 9000",
-    "physical_cores": 8,
-    "logical_cores": 16,
-    "usable_cores": 16,
-    "threads": 8,
-    "memory_bytes": 32 * 2**30,
-    "gpus": [],
-    "architecture": "x86_64",
-    "os": "Linux 6.8",
-    "python": "3.12.4",
-    "torch": "2.13.0+cpu",
-    "numpy": "2.4.6",
-    "regard": "0.1.0",
-}
+MACHINE = {"machine_id": "5f0c9d2ab7e1", "cpu": "Example CPU 9000", "gpus": [], "memory_bytes": 32 * 2**30}
+MACHINE |= {"physical_cores": 8, "logical_cores": 16, "usable_cores": 16, "threads": 8, "architecture": "x86_64"}
+MACHINE |= {"os": "Linux 6.8", "python": "3.12.4", "torch": "2.13.0+cpu", "numpy": "2.4.6", "regard": "0.1.0"}
 
 
 def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | None = None) -> dict:
@@ -60,23 +31,20 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
         metric, higher = TASKS[task]
         entries, reference = [], None
         for index, name in enumerate(names):
-            quadratic = name in ("softmax", "sigmoid")
+            where, quadratic = {"task": task, "mechanism": name}, name in ("softmax", "sigmoid")
             level = random.uniform(0.55, 0.97) if higher else random.uniform(1.35, 1.9)
             speed = random.uniform(2e4, 2e5)
             rate = RATES[int(random.integers(len(RATES)))]
-            scores = []
+            chosen, scores = {"lr": rate, "metric": metric, "higher_is_better": higher}, []
             for seed in range(seeds):
                 scores.append(level + random.normal() * 0.02)
                 tokens = np.linspace(0, 4e6, 60)
                 loss = level + 3.6 * np.exp(-tokens / random.uniform(4e5, 9e5)) + 0.03 * random.normal(size=60)
                 quality.append(
                     {
-                        "task": task,
-                        "mechanism": name,
+                        **where,
+                        **chosen,
                         "seed": seed,
-                        "lr": rate,
-                        "metric": metric,
-                        "higher_is_better": higher,
                         "score": scores[-1],
                         "solved": scores[-1] > 0.9 if higher else None,
                         "items": [[float(random.random()), 1.0] for _ in range(32)],
@@ -97,13 +65,12 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
                 away = 0.12 * abs(math.log10(lr / rate))
                 search.append(
                     {
-                        "task": task,
-                        "mechanism": name,
+                        **where,
                         "lr": lr,
                         "seed": 0,
+                        "diverged": diverged,
                         "score": None if diverged else level - away if higher else level + away,
                         "loss": None if diverged else level + away,
-                        "diverged": diverged,
                     }
                 )
             factor = random.uniform(0.7, 3.5)
@@ -117,8 +84,7 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
 
             cost.append(
                 {
-                    "task": task,
-                    "mechanism": name,
+                    **where,
                     "latency": [[n, t, t * 0.93, t * 1.12] for n, t in zip(LENGTHS, latency, strict=True)],
                     "decode": [[n, 4e3 / factor / (1 + n / 3000 if quadratic else 1)] for n in LENGTHS],
                     "memory": [list(pair) for pair in zip(LENGTHS, memory, strict=True)],
@@ -181,18 +147,5 @@ def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | 
             for task, (_, higher) in list(TASKS.items())[:tasks]
         },
     }
-    return {
-        "run": run,
-        "quality": quality,
-        "cost": cost,
-        "search": search,
-        "summary": summary,
-        "machine": MACHINE,
-        "revision": "0123456789abcdef0123456789abcdef01234567",
-    }
-
-
-if __name__ == "__main__":
-    from regard.workbench.report import write_report
-
-    write_report(sys.argv[1], **example(*map(int, sys.argv[2:])))
+    rows = {"quality": quality, "cost": cost, "search": search, "summary": summary}
+    return {"run": run, **rows, "machine": MACHINE, "revision": "0123456789abcdef0123456789abcdef01234567"}

@@ -9,12 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-import regard
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
 from regard.workbench import needs
 from regard.workbench.advise import AdviseSettings, advise, read_quality
-from regard.workbench.advise_check import check, errors_of
+from regard.workbench.advise_check import Errors, check, errors_of
 from regard.workbench.advise_text import advice_text, errors_table, short_text
 from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.pasted import code_for
@@ -80,13 +79,6 @@ def test_the_order_follows_the_time_of_the_use():
         assert top.milliseconds == pytest.approx(factor * 1e3 * TIMES[top.mechanism](8192), rel=1e-6)
 
 
-def test_softmax_is_taken_when_nothing_is_clearly_faster(monkeypatch):
-    monkeypatch.setitem(TIMES, "linear", lambda n: 0.96 * TIMES["softmax"](n))
-    assert ask(64, mechanisms=("linear", "softmax")).pick == "softmax"
-    monkeypatch.setitem(TIMES, "linear", lambda n: 0.94 * TIMES["softmax"](n))
-    assert ask(64, mechanisms=("linear", "softmax"), fresh=True).pick == "linear"
-
-
 def test_with_several_lengths_the_geometric_mean_decides():
     found = ask((64, 8192))
     expected = {n: (TIMES[n](64) * TIMES[n](8192)) ** 0.5 for n in NAMES}
@@ -128,15 +120,9 @@ def test_the_length_from_which_another_wins_is_named():
 def test_every_figure_says_whether_it_was_measured_and_how_well_it_is_known():
     found = ask((512, 700, 1 << 15))
     estimates = {(e.what, e.length): e for e in found.candidates[0].estimates}
-    assert {key: e.basis for key, e in estimates.items() if key[0] != "decode"} == {
-        ("forward", 512): "measured",
-        ("forward", 700): "measured",
-        ("forward", 1 << 15): "measured",
-        ("training", 512): "measured",
-        ("training", 700): "interpolated",
-        ("training", 1 << 15): "extrapolated",
-    }
-    training = [estimates["training", n] for n in (512, 700, 1 << 15)]
+    forward, training = ([estimates[what, n] for n in (512, 700, 1 << 15)] for what in ("forward", "training"))
+    assert [e.basis for e in forward] == ["measured"] * 3
+    assert [e.basis for e in training] == ["measured", "interpolated", "extrapolated"]
     widths = [math.log(e.high / e.milliseconds) for e in training]
     assert widths == sorted(widths) and widths[0] == pytest.approx(SURE) and widths[2] > 0.2
     assert all(e.low < e.milliseconds < e.high for e in estimates.values())
@@ -166,14 +152,16 @@ def test_only_what_qualifies_is_measured_at_the_length_asked_for():
     assert {name for _, length, name in asked if length == 6000} == {"softmax"}
 
 
-@pytest.mark.parametrize(("spread", "pick"), [(0.0, "linear"), (0.1, "softmax")])
-def test_softmax_stands_unless_another_is_better_beyond_the_interval(spread, pick, monkeypatch):
-    monkeypatch.setitem(TIMES, "linear", lambda n: 0.85 * TIMES["softmax"](n))
+@pytest.mark.parametrize(
+    ("share", "spread", "pick"), [(0.96, 0.0, "softmax"), (0.94, 0.0, "linear"), (0.85, 0.1, "softmax")]
+)
+def test_softmax_stands_unless_another_is_clearly_faster_beyond_the_interval(share, spread, pick, monkeypatch):
+    monkeypatch.setitem(TIMES, "linear", lambda n: share * TIMES["softmax"](n))
 
     def spreading(what, length, names):
         return {name: replace(sample, spread=spread) for name, sample in fake(what, length, names).items()}
 
-    found = ask(100, spreading, ("softmax", "linear"))
+    found = ask(64, spreading, ("linear", "softmax"))
     assert found.pick == pick
     assert ("beyond doubt" in found.text) == (pick == "softmax")
 
@@ -214,10 +202,8 @@ def test_what_does_not_decode_is_not_advised_for_serving(monkeypatch):
 def results(folder, **tasks):
     """An output folder of a comparison with, of each task, (mechanism, mean, solved, whether it is surely behind)."""
     names = ("mechanism", "mean", "solved", "separable_from_best")
-    summary = {
-        task: [{**dict(zip(names, row, strict=True)), "standard_error": 0.01} for row in rows]
-        for task, rows in tasks.items()
-    }
+    entries = {task: [dict(zip(names, row, strict=True)) for row in rows] for task, rows in tasks.items()}
+    summary = {task: [{**entry, "standard_error": 0.01} for entry in found] for task, found in entries.items()}
     with Store(folder / "results.db") as store:
         store.put("run", {"run": store.run}, {"summary": summary})
     return folder
@@ -262,7 +248,6 @@ def test_without_results_no_quality_is_claimed():
         ({"seconds": 0}, "seconds=0"),
         ({"seconds": float("nan")}, "seconds=nan"),
         ({"needs": "speed"}, "need 'speed'"),
-        ({"pattern": "causal"}, "pattern 'causal'"),
         ({"what": ("forwards",)}, "try forward"),
         ({"use": "serve", "pattern": "noncausal-self"}, "try --use infer"),
         ({"mechanisms": ("softmxa",)}, "try softmax"),
@@ -273,9 +258,6 @@ def test_without_results_no_quality_is_claimed():
         ({"mechanisms": ()}, "no candidate.*none was named"),
         ({"exclude": ("softmxa",)}, "try softmax"),
         ({"heads": 3}, "dim=32"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"device": "tpu9"}, "device"),
-        ({"results": "/nowhere"}, "results.db"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_anything_is_measured(options, message):
@@ -359,7 +341,7 @@ def test_the_check_finds_the_errors_of_predictions():
         for n, factor in ((96, 1.0), (320, 1.1), (768, 0.8))
     }
     time, memory = errors_of(known, measured)
-    assert time.count == 3 and time.where == "linear at 768" and time.of == "seconds"
+    assert isinstance(time, Errors) and time.count == 3 and time.where == "linear at 768" and time.of == "seconds"
     assert time.median == pytest.approx(0.1, abs=0.01) and time.worst == pytest.approx(0.2, abs=0.01)
     assert memory.median == pytest.approx(0.1, abs=0.01)
     assert errors_table([time, memory]).row_count == 2
@@ -380,11 +362,3 @@ def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
     assert len(check(settings, lengths=(40, 80))) == 2 and len(calls) == 2
     check(settings, lengths=(40, 80), fresh=True)
     assert len(calls) == 4
-
-
-def test_a_real_question_is_answered_from_real_layers():
-    names = ("softmax", "linear", "mamba2")
-    found = regard.advise(lengths=200, needs="constant-state", mechanisms=names, seconds=1, what=(), **SMALL)
-    assert found.pick in ("linear", "mamba2") and list(found.rejected) == ["softmax"]
-    assert all(e.milliseconds > 0 and e.memory_bytes > 0 for c in found.candidates for e in c.estimates)
-    exec(found.candidates[0].code, {})

@@ -43,14 +43,17 @@ def forward(fake, lengths, names=NAMES, **options):
     return measured(fake, lengths, ("forward",), names, **options)
 
 
-def test_everything_is_measured_once_and_then_read():
+def test_everything_is_measured_once_and_then_read_unless_it_is_to_be_fresh():
     first, second = Fake(), Fake()
     found = measured(first, (16, 64, 256))
     assert len(first.asked) == found.measured == 12 and found.recalled == 0
     again = measured(second, (16, 64, 256))
     assert second.asked == [] and again.recalled == 12
     assert again.samples == found.samples
+    fresh = measured(third := Fake(lambda what, name, n: 0.3), (16, 64), fresh=True)
+    assert len(third.asked) == 8 and fresh.samples["forward"]["linear"][16].seconds == 0.3
     assert again.curve("forward", "linear", "seconds")(64) == pytest.approx(64e-6)
+    assert forward(Fake(), (16,)).curve("forward", "linear", "seconds") is None, "too few measurements predict nothing"
 
 
 def test_what_decides_comes_first_at_two_lengths_and_then_short_lengths():
@@ -70,12 +73,6 @@ def test_an_interrupted_probe_goes_on_where_it_stopped():
         measured(Interrupted(), (16, 64, 256))
     assert measured(fake := Fake(), (16, 64, 256)).recalled == 4
     assert len(fake.asked) == 8
-
-
-def test_fresh_measures_again():
-    measured(Fake())
-    found = measured(fake := Fake(lambda what, name, n: 0.3), fresh=True)
-    assert len(fake.asked) == 8 and found.samples["forward"]["linear"][16].seconds == 0.3
 
 
 def test_another_size_thread_count_kernel_or_version_is_another_file(monkeypatch):
@@ -122,19 +119,15 @@ DAMAGED += [None, {"memory": -2}, {"backend": 7}, {"spread": None}, {"pulse": -1
 
 
 @pytest.mark.parametrize("changes", DAMAGED)
-def test_a_damaged_entry_is_left_out_and_measured_again(changes):
-    measured(Fake())
-    change("forward linear 16", changes)
-    measured(fake := Fake())
-    assert fake.asked == [("forward", 16, "linear")]
-
-
-def test_names_that_are_no_samples_are_left_out():
+def test_a_damaged_entry_and_names_that_are_no_samples_are_left_out_and_measured_again(changes):
     measured(Fake())
     before = Cache(SMALL).read()
     for key in ("", "forward", "forward linear", "forward linear x", "forward  -3"):
         change(key, {})
     assert Cache(SMALL).read() == before
+    change("forward linear 16", changes)
+    measured(fake := Fake())
+    assert fake.asked == [("forward", 16, "linear")]
 
 
 def test_writing_keeps_what_another_process_wrote_and_leaves_no_scraps():
@@ -218,10 +211,6 @@ def test_how_long_it_may_take_is_said_before_it_starts_and_nothing_when_all_is_k
     measured(Listening(), say=said.append)
     measured(Fake(), say=said.append)
     assert len(said) == 1
-
-
-def test_too_few_measurements_predict_nothing():
-    assert measured(Fake(), (16,)).curve("forward", "linear", "seconds") is None
 
 
 class Disturbed(Fake):

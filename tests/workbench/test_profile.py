@@ -18,36 +18,33 @@ INNER_WIDTH = {"mamba": {"expand": 1.0}, "bidirectional_mamba": {"expand": 1.0}}
 SMALL = ProfileSettings(("linear", "softmax"), lengths=(64, 128, 256), heads=2, head_dim=8, seconds=0.01)
 
 
-def test_growth_has_the_cards_exponents_beside_the_measured_ones():
-    found = growth(SMALL)
+def test_growth_has_the_cards_exponents_beside_the_measured_ones_which_are_of_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = growth(SMALL)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert list(found) == ["linear", "softmax"]
-    assert found["linear"].time_by_cost == pytest.approx(1, abs=1e-9)
-    assert found["softmax"].time_by_cost == pytest.approx(2, abs=1e-9)
+    assert [p.time_by_cost for p in found.values()] == pytest.approx([1, 2], abs=1e-9)
     assert all(p.low <= p.time <= p.high for p in found.values())
 
 
 def test_memory_grows_as_what_is_stored():
     long = dataclasses.replace(SMALL, mechanisms=("linear", "synthesizer"), lengths=(1024, 2048, 4096))
-    found = growth(long)
-    assert found["linear"].memory == pytest.approx(1, abs=0.1)
-    assert found["synthesizer"].memory == pytest.approx(2, abs=0.1)
-
-
-def test_growth_is_measured_on_one_thread_and_leaves_the_number_of_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        growth(SMALL)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    assert [p.memory for p in growth(long).values()] == pytest.approx([1, 2], abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"layer": True}, "growth of layers"), ({"lengths": (512,)}, "two lengths or more")],
+    [
+        ({"layer": True}, "growth of layers"),
+        ({"lengths": (512,)}, "two lengths or more"),
+        ({"dim": 64}, "layer=True"),
+    ],
 )
-def test_growth_of_what_has_none_is_refused(change, message):
+def test_growth_of_what_has_none_and_the_width_of_functions_are_refused(change, message):
     with pytest.raises(Unsupported, match=message):
         growth(dataclasses.replace(SMALL, **change))
 
@@ -80,8 +77,7 @@ def test_a_wrapper_is_profiled_with_what_it_wraps_or_not_at_all():
 @pytest.mark.parametrize("name", TOLD)
 def test_what_is_timed_has_the_sizes_of_a_layer_with_the_same_options(name, monkeypatch):
     card = get_mechanism(name)
-    heads, width, n = 4, 16, 32
-    seen = {}
+    heads, width, n, seen = 4, 16, 32, {}
 
     def recorded(form):
         def run(call, *args, **inputs):
@@ -93,15 +89,10 @@ def test_what_is_timed_has_the_sizes_of_a_layer_with_the_same_options(name, monk
     for form, function in card.forms.items():
         monkeypatch.setitem(card.forms, form, recorded(function))
     pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else Pattern.NONCAUSAL_SELF
-    layer = create_layer(name, dim=heads * width, num_heads=heads, pattern=pattern, **INNER_WIDTH.get(name, {}))
-    layer(torch.randn(1, n, heads * width))
-    told = card.axis_sizes(Shape(1, heads, n, n, width, width), card.options(**INNER_WIDTH.get(name, {})))
+    options = INNER_WIDTH.get(name, {})
+    create_layer(name, dim=heads * width, num_heads=heads, pattern=pattern, **options)(torch.randn(1, n, heads * width))
+    told = card.axis_sizes(Shape(1, heads, n, n, width, width), card.options(**options))
     timed = _inputs(Subject(card, pattern), n, ProfileSettings((name,), pattern, heads=heads, head_dim=width))
     for tensors in (seen, timed):
-        found = {
-            letter: size
-            for key, tensor in tensors.items()
-            for letter, size in zip(card.axes[key], tensor.shape, strict=True)
-            if letter in told
-        }
-        assert found == dict(told)
+        sizes = [pair for key, x in tensors.items() for pair in zip(card.axes[key], x.shape, strict=True)]
+        assert {letter: size for letter, size in sizes if letter in told} == dict(told)

@@ -38,11 +38,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), tuple(self.open)))
-
     def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
+        if tag not in VOID and (not self.open or self.open.pop() != tag):
             self.balanced = False
 
     def handle_data(self, data):
@@ -110,15 +107,17 @@ def test_marks_are_as_many_as_the_data(rows, whole):
     assert section(one_task, "cost").count("chart") == 4, "the state too"
 
 
-def test_page_is_whole_and_refers_to_nothing_outside(whole):
+def test_page_is_whole_refers_to_nothing_outside_and_has_commands_that_make_each_row_again(rows, whole):
     page = Page(whole)
     assert page.balanced and not page.open
     assert not re.search(r"https?:|@import|url\((?!data:)", whole)
     references = [a.get(name) for _, a, _ in page.elements for name in ("src", "href", "xlink:href") if a.get(name)]
     assert all(reference.startswith(("data:", "#")) for reference in references)
+    copied = [a["data-copy"] for a in page.all("button") if "data-copy" in a]
+    assert sorted(copied) == sorted([rows["run"]["command"], *(row["reproduce"] for row in rows["quality"])])
 
 
-def test_every_chart_has_a_title_and_a_description_of_its_own(whole):
+def test_every_chart_has_a_title_and_a_description_of_its_own_and_holds_its_marks(whole):
     page = Page(whole)
     identities = [a["id"] for _, a, _ in page.elements if "id" in a]
     assert len(identities) == len(set(identities))
@@ -126,10 +125,7 @@ def test_every_chart_has_a_title_and_a_description_of_its_own(whole):
         if attributes.get("class") == "chart":
             assert attributes["role"] == "img" and "viewbox" in attributes
             assert set(attributes["aria-labelledby"].split()) <= set(identities)
-
-
-def test_marks_stay_inside_their_chart(whole):
-    for tag, attributes, around in Page(whole).elements:
+    for tag, attributes, around in page.elements:
         if "svg" in around and attributes.get("class", "").split()[:1] in (["dot"], ["point"], ["label"], ["seed"]):
             across, down = (float(attributes.get(f"c{axis}", attributes.get(axis, "0"))) for axis in "xy")
             assert 0 <= across <= charts.WIDTH and 0 <= down <= charts.HEIGHT, tag
@@ -167,11 +163,9 @@ def test_a_rule_that_is_far_off_does_not_flatten_the_picture(score, arrow):
 def test_figures_and_words_are_on_the_page(rows):
     page = render(**rows)
     text = Page(page).text
-    run = rows["run"]
-    for words in (run["title"], run["recommendation"]["text"], run["recommendation"]["reason"], rows["revision"]):
-        assert words in text
-    for note in run["recommendation"]["notes"]:
-        assert note in text
+    run, advice = rows["run"], rows["run"]["recommendation"]
+    assert all(words in text for words in (run["title"], advice["text"], advice["reason"], rows["revision"]))
+    assert all(note in text for note in advice["notes"])
     for entry in rows["summary"]["recall"]:
         mean, error = units.with_error(entry["mean"], entry["standard_error"])
         assert f"{mean} ± {error}" in text
@@ -179,23 +173,15 @@ def test_figures_and_words_are_on_the_page(rows):
         assert rows["machine"][fact] in text
 
 
-def test_every_row_has_the_command_that_makes_it_again(rows, whole):
-    copied = [a["data-copy"] for a in Page(whole).all("button") if "data-copy" in a]
-    assert sorted(copied) == sorted([rows["run"]["command"], *(row["reproduce"] for row in rows["quality"])])
-
-
 def test_names_are_escaped(rows):
     name = "<script>alert('&\"')</script>"
     hostile = copy.deepcopy(rows)
     hostile["run"]["mechanisms"][1] = name
-    for row in [*hostile["quality"], *hostile["cost"], *hostile["search"], *chain(*hostile["summary"].values())]:
-        if row["mechanism"] == "gated_linear":
-            row["mechanism"] = name
-    hostile["run"]["recommendation"]["winner"] = name
-    hostile["run"]["title"] = name
+    hostile["run"]["title"] = hostile["run"]["recommendation"]["winner"] = name
     hostile["summary"][name] = hostile["summary"].pop("recall")
-    for row in [*hostile["quality"], *hostile["cost"], *hostile["search"]]:
-        row["task"] = name if row["task"] == "recall" else row["task"]
+    for row in chain(hostile["quality"], hostile["cost"], hostile["search"], *hostile["summary"].values()):
+        renamed = {"gated_linear", "recall"} & {row["mechanism"], row.get("task")}
+        row.update({key: name for key in ("mechanism", "task") if row.get(key) in renamed})
     page = render(**hostile)
     assert page.count("<script>") == 1
     assert name in Page(page).text and Page(page).balanced
@@ -215,19 +201,15 @@ def test_missing_and_strange_numbers_are_drawn_around(rows, bad):
     spoiled = {**rows, **{name: spoil(rows[name], bad) for name in ("quality", "cost", "summary")}}
     spoiled["search"] = [{**row, "score": spoil(row["score"], bad)} for row in rows["search"]]
     page = render(**spoiled)
-    assert Page(page).balanced
-    assert not re.search(r'[ "](nan|inf|-inf)[ ",]', page.lower())
-    assert ">nan<" not in page.lower()
-    assert "None" not in Page(page).text
+    assert Page(page).balanced and "None" not in Page(page).text
+    assert not re.search(r'[ "](nan|inf|-inf)[ ",]|>nan<', page.lower())
 
 
 def test_diverged_models_have_no_score_and_say_so(rows):
     lost = copy.deepcopy(rows)
-    for row in lost["quality"]:
+    for row in chain(lost["quality"], *lost["summary"].values()):
         if row["mechanism"] == "mamba2":
-            row["score"] = None
-    for entries in lost["summary"].values():
-        next(e for e in entries if e["mechanism"] == "mamba2").update(mean=None, standard_error=None)
+            row.update(score=None, mean=None, standard_error=None)
     page = render(**lost)
     assert section(page, "quality").count("point") == 2 * 4
     assert "Without a score or this cost: mamba2" in Page(page).text
@@ -314,8 +296,8 @@ def test_spread_labels_do_not_overlap_and_keep_their_order():
         ordered = [at for _, at in sorted(zip(wanted, placed, strict=True))]
         assert all(b - a >= 14 - 1e-9 for a, b in pairwise(ordered))
         assert ordered[0] >= -1e-9 and ordered[-1] <= 200 + 1e-9
-    assert charts.spread([10, 60, 150], 14, 0, 200) == [10, 60, 150]
-    assert charts.spread([], 14, 0, 200) == []
+    for already in ([10, 60, 150], []):
+        assert charts.spread(already, 14, 0, 200) == already
 
 
 def test_labels_of_points_do_not_overlap():

@@ -108,8 +108,8 @@ def corpus(tmp_path):
 
 
 def test_the_folder_scores_as_the_run_did_and_on_other_text(corpus, tmp_path):
-    options = {"data": str(corpus), "length": 16, "tokenizer": "bpe:300", "held_out": 0.3, "evaluation_items": 8}
-    trained = train_model(create_task("text", **options), settings(), tmp_path / "model")
+    options = {"length": 16, "tokenizer": "bpe:300", "held_out": 0.3, "evaluation_items": 8}
+    trained = train_model(create_task("text", data=str(corpus), **options), settings(), tmp_path / "model")
     assert (tmp_path / "model" / "tokenizer.json").is_file()
     found = open_trained(tmp_path / "model")
     assert found.score().score == pytest.approx(trained.record["score"], rel=1e-6)

@@ -98,7 +98,7 @@ def allowed(name: str, argument: str, change: str) -> bool:
     if "axis" in change:
         return not backward  # which decides about sizes, that results then have to have
     # each tensor of these may be in bfloat16 by itself; the gradient of the output has the dtype of v
-    own = {"gated_recurrence": "qkvg", "gated_recurrence_step": ("q", "k", "v", "g", "beta")}
+    own = {"gated_recurrence": ("q", "k", "v", "log_decay"), "gated_recurrence_step": ("q", "k", "v", "g", "beta")}
     own |= {"rotary": "x", "linear_attention": "qkv", "softmax_scan": "" if backward else "v"}
     narrow = argument in own.get(name.removesuffix("_backward"), ()) and not (backward and argument == "v")
     return change == "torch.bfloat16" and narrow
