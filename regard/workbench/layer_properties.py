@@ -158,7 +158,7 @@ def layer_ragged(subject: Subject, dtype: torch.dtype) -> float:
         read = layer.memory(most)
         roles = layer.roles(most)
         context = Context(roles=roles, memory_mask=Mask(lengths=lengths))
-        state = layer.layer.encode_memory(read, context=context)  # type: ignore[operator]
+        state = layer.layer.encode_memory(read, context=context)
     else:
         read = layer.x(most)
         roles = layer.roles(most + more)
