@@ -273,7 +273,10 @@ def _check_documents(
 
 
 def check_pairs(bias: Shaped[Tensor, "b h n m"], *sizes: int | None) -> None:
-    """Raise Unsupported unless each axis of `bias` has its size, or 1; None is a size that is not known."""
+    """Raise Unsupported unless each axis of `bias` has its size, or 1; None is a size that is not known. Not in a graph,
+    whose sizes may be symbols that are equal without being known to be."""
+    if torch.compiler.is_compiling():
+        return
     if any(given not in (1, size) for given, size in zip(bias.shape, sizes, strict=True) if size is not None):
         expected = ", ".join("any" if size is None else f"{size} or 1" for size in sizes)
         raise Unsupported(f"bias of shape {tuple(bias.shape)}", supported=f"({expected}); cached keys come first")

@@ -25,6 +25,7 @@ CAUSES = {
     "state_dtype": "accumulators of a state belong in float32 or wider, caches in the inputs' dtype",
     "memory": "memory read in pieces is not memory read at once",
     "compile": "data decide the control flow: `.item()`, a Python branch on a tensor, a shape made of values",
+    "layer_recompile": "sizes decide the control flow: a number that is made of the length, a test of one length",
     "layer_compile": "data decide the control flow: `.item()`, a Python branch on a tensor, a shape made of values",
     "layer_save": "a tensor that the layer needs is neither a parameter nor a buffer",
     "layer_ragged": "a convolution, a shift or a state keeps the last place of a padded row instead of its last token",

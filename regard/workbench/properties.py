@@ -567,16 +567,22 @@ def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
         errors.append(relative_error(subject.run(inputs, mask=mask).output, subject.reference(inputs, mask=mask)))
         _left_as_they_were({"bias": bias}, {"bias": added}, "its mask")
         if what == "bias" and not subject.on_grid:
-            lengths = torch.tensor([n, 6])
-            both = Mask(bias=bias, lengths=lengths)
-            found = subject.run(inputs, mask=both).output[1:2]
-            own = subject.cut(
-                subject.rows(inputs, slice(1, 2)), slice(0, 6), slice(None) if subject.pattern.cross else None
-            )
-            keys = m if subject.pattern.cross else 6
-            expected = subject.reference(own, mask=Mask(bias=bias[1:2, :, :6, :keys]))
-            errors.append(relative_error(subject.take_output(found, slice(0, 6)), expected))
+            valid = torch.ones(2, n, dtype=torch.bool)
+            valid[1, [1, 4, 6, 7, 10]] = False
+            errors += [
+                _biased_rows(subject, inputs, bias, torch.arange(6), lengths=torch.tensor([n, 6])),
+                _biased_rows(subject, inputs, bias, valid[1].nonzero()[:, 0], valid=valid),
+            ]
     return worst(errors)
+
+
+def _biased_rows(subject: Subject, inputs: Tensors, bias: Tensor, places: Tensor, **padding: Tensor) -> float:
+    """The error of the second row, of which `places` are valid under `padding`, beside the definition without padding."""
+    found = subject.run(inputs, mask=Mask(bias=bias, **padding)).output[1:2]
+    keys = torch.arange(bias.shape[-1]) if subject.pattern.cross else places
+    own = subject.cut(subject.rows(inputs, slice(1, 2)), places, keys)
+    expected = subject.reference(own, mask=Mask(bias=bias[1:2][:, :, places][..., keys]))
+    return relative_error(subject.take_output(found, places), expected)
 
 
 def defaults_change_nothing(subject: Subject, dtype: torch.dtype) -> float:

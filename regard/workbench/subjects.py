@@ -173,7 +173,7 @@ class Subject:
             found[name] = tensor
         return found
 
-    def cut(self, inputs: Tensors, n: slice, m: slice | None = None) -> Tensors:
+    def cut(self, inputs: Tensors, n: slice | Tensor, m: slice | Tensor | None = None) -> Tensors:
         """The tokens `n` of the queries and `m` of the keys (as `n` in self patterns)."""
         keys = n if m is None and not self.pattern.cross else m
         slices = {"n": n, "m": slice(None) if keys is None else keys}

@@ -21,7 +21,7 @@ from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicab
 from regard.workbench.subjects import Subject
 
 PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]
-PROGRAMS = frozenset({"compile", "layer_compile", "layer_export", "layer_lengths", "layer_onnx"})
+PROGRAMS = frozenset({"compile", "layer_compile", "layer_recompile", "layer_export", "layer_lengths", "layer_onnx"})
 """Properties of compiled and exported programs, which take seconds each and tell no more with other numbers."""
 
 DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -220,6 +220,6 @@ def verify(
 
 
 def _inductor(prop: Property) -> Property:
-    if prop.name not in ("compile", "layer_compile"):
+    if prop.name not in ("compile", "layer_compile", "layer_recompile"):
         return prop
     return dataclasses.replace(prop, check=lambda s, d: prop.check(s, d, backend="inductor"))

@@ -14,13 +14,17 @@ BY_TURNS = {"layer_compile", "layer_export", "layer_lengths"}
 different ones, so that the shell of layers is seen in all; where a layer is compiled, so is the function in it. `make
 matrix` measures all of them."""
 
+SELDOM = {"layer_recompile": 7}
+"""Programs that take longer: of every so many mechanisms."""
+
 CELLS = [
     (name, pattern, prop)
     for turn, name in enumerate(list_mechanisms())
     for patterns in [get_mechanism(name).patterns]
     for place, pattern in enumerate(patterns)
     for prop in PROPERTIES
-    if prop.name not in BY_TURNS | {"compile"} or (place == turn % len(patterns)) == (prop.name != "compile")
+    if (prop.name not in SELDOM or (turn % SELDOM[prop.name] == 0 and place == turn % len(patterns)))
+    and (prop.name not in BY_TURNS | {"compile"} or (place == turn % len(patterns)) == (prop.name != "compile"))
 ]
 
 

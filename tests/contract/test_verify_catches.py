@@ -414,6 +414,7 @@ BROKEN_LAYERS = [
     ("layer_save", WritesIntoItsTable),
     ("layer_gradient", HasAnUnusedParameter),
     ("layer_compile", LooksAtValues),
+    ("layer_recompile", LooksAtValues),
     ("layer_export", LooksAtValues),
     ("layer_lengths", LooksAtValues),
     ("layer_onnx", LooksAtValues),

@@ -382,7 +382,9 @@ def sdpa(
     width, wanted = q.shape[-1], v.shape[-1]
     if q.device.type == "cpu" and width != wanted:
         q, k, v = (F.pad(x, (0, max(width, wanted) - x.shape[-1])) for x in (q, k, v))
-    groups = bool(k.shape[1] != q.shape[1])
+    groups = False
+    if k.shape[1] != q.shape[1]:  # of symbols torch takes no bool, but a branch on them
+        groups = True
     if _runs_cpu_kernel(q, k, v, mask, dropout, causal, scale, groups):
         if groups:
             k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
