@@ -570,15 +570,17 @@ def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
             valid = torch.ones(2, n, dtype=torch.bool)
             valid[1, [1, 4, 6, 7, 10]] = False
             errors += [
-                _biased_rows(subject, inputs, bias, torch.arange(6), lengths=torch.tensor([n, 6])),
-                _biased_rows(subject, inputs, bias, valid[1].nonzero()[:, 0], valid=valid),
+                _biased_rows(subject, inputs, Mask(bias=bias, lengths=torch.tensor([n, 6])), torch.arange(6)),
+                _biased_rows(subject, inputs, Mask(bias=bias, valid=valid), valid[1].nonzero()[:, 0]),
             ]
     return worst(errors)
 
 
-def _biased_rows(subject: Subject, inputs: Tensors, bias: Tensor, places: Tensor, **padding: Tensor) -> float:
-    """The error of the second row, of which `places` are valid under `padding`, beside the definition without padding."""
-    found = subject.run(inputs, mask=Mask(bias=bias, **padding)).output[1:2]
+def _biased_rows(subject: Subject, inputs: Tensors, mask: Mask, places: Tensor) -> float:
+    """The error of the second row, whose valid places these are, beside the definition on them alone."""
+    bias = mask.bias
+    assert bias is not None
+    found = subject.run(inputs, mask=mask).output[1:2]
     keys = torch.arange(bias.shape[-1]) if subject.pattern.cross else places
     own = subject.cut(subject.rows(inputs, slice(1, 2)), places, keys)
     expected = subject.reference(own, mask=Mask(bias=bias[1:2][:, :, places][..., keys]))

@@ -179,9 +179,7 @@ class Subject:
         slices = {"n": n, "m": slice(None) if keys is None else keys}
 
         def change(x: Tensor, axis: int, letter: str) -> Tensor:
-            index = [slice(None)] * x.ndim
-            index[axis] = slices[letter]
-            return x[tuple(index)]
+            return x[(slice(None),) * axis + (slices[letter],)]
 
         return self.map_tokens(inputs, change)
 
