@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test native native-test bench wheel docs matrix reproductions scaling ranking clean
+.PHONY: compare test test-all native native-test bench mutants wheel docs matrix reproductions scaling ranking clean
 
 # What a change of must install the package again: the library of kernels is built by the installation.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -17,6 +17,9 @@ test: $(VENV)/.dev native-test  ## Lint, check types and import order, and run a
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+
+test-all:  ## The same with every program of every mechanism in every pattern: more than an hour
+	REGARD_TEST_ALL=1 $(MAKE) test
 
 native: $(VENV)/.dev  ## Build the kernels again after a change; only what changed is compiled
 	$(BIN)/pip install --quiet --no-deps -e .
@@ -34,6 +37,10 @@ native-test: $(VENV)/.dev  ## The kernels' own tests, under the address, undefin
 
 bench: $(VENV)/.bench  ## Measure the table of benchmarks/RESULTS.md on this machine, which should be idle
 	$(BIN)/python benchmarks/kernels.py
+
+mutants: $(VENV)/.dev  ## Change the code in 400 places, one at a time, and see whether the tests notice: hours; goes on where it stopped
+	$(BIN)/pip install --quiet 'cosmic-ray>=8.4'
+	$(BIN)/python benchmarks/mutants.py
 
 wheel: $(VENV)/bin/python  ## Build one wheel for this platform, for every Python and torch, into dist
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -9,13 +11,23 @@ from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern
 from regard.workbench.verify import PROGRAMS, PROPERTIES, Place, check, verified_backends
 
-BY_TURNS = {"layer_compile", "layer_export", "layer_lengths"}
-"""Programs of layers take seconds each: every mechanism has them in one of its patterns here, and neighbours in
-different ones, so that the shell of layers is seen in all; where a layer is compiled, so is the function in it. `make
-matrix` measures all of them."""
+ALL = bool(os.environ.get("REGARD_TEST_ALL"))
+"""Every program in every pattern, as `make test-all` and `make matrix` have it: an hour."""
 
-SELDOM = {"layer_recompile": 7}
-"""Programs that take longer: of every so many mechanisms."""
+SHARE = {"layer_lengths": 2, "layer_onnx": 4, "layer_recompile": 28}
+"""Programs that take longest: of every so many mechanisms."""
+
+
+def tried(prop, turn, place, patterns):
+    """Programs take seconds each, so here a mechanism has them in one of its patterns, and neighbours in different ones,
+    so that the shell of layers is seen in all; the function alone is compiled in another."""
+    if ALL or prop.name not in PROGRAMS:
+        return True
+    own = turn % len(patterns)
+    if prop.name == "compile":
+        return place != own and place == (own + 1) % len(patterns)
+    return turn % SHARE.get(prop.name, 1) == 0 and (place == own or prop.name == "layer_onnx")
+
 
 CELLS = [
     (name, pattern, prop)
@@ -23,8 +35,7 @@ CELLS = [
     for patterns in [get_mechanism(name).patterns]
     for place, pattern in enumerate(patterns)
     for prop in PROPERTIES
-    if (prop.name not in SELDOM or (turn % SELDOM[prop.name] == 0 and place == turn % len(patterns)))
-    and (prop.name not in BY_TURNS | {"compile"} or (place == turn % len(patterns)) == (prop.name != "compile"))
+    if tried(prop, turn, place, patterns)
 ]
 
 
