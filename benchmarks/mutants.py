@@ -119,13 +119,12 @@ class Mutant:
     group: str
     module: str
     operator: str
-    arguments: tuple[tuple[str, Any], ...]
     occurrence: int
     line: int
 
     @property
     def key(self) -> list[Any]:
-        return [self.module, self.operator, dict(self.arguments), self.occurrence]
+        return [self.module, self.operator, self.occurrence]
 
 
 def unread(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -161,7 +160,7 @@ def mutants(group: str, module: str) -> Iterator[Mutant]:
             for start, _ in operator.mutation_positions(node):
                 occurrence += 1
                 if not any(begin <= start < end for begin, end in skipped):
-                    yield Mutant(group, module, name, (), occurrence, start[0])
+                    yield Mutant(group, module, name, occurrence, start[0])
 
 
 def drawn(count: int, seed: int) -> list[Mutant]:
@@ -198,7 +197,7 @@ def tried(mutant: Mutant, folder: Path) -> dict[str, Any]:
 
     path = folder / mutant.module
     source = path.read_text()
-    changed = mutate_code(source, get_operator(mutant.operator)(**dict(mutant.arguments)), mutant.occurrence)
+    changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
     assert changed is not None, mutant
     diff = [x for x in difflib.unified_diff(source.split("\n"), changed.split("\n"), n=0, lineterm="")][3:]
     started, caught = time.monotonic(), ""

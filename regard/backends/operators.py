@@ -42,6 +42,24 @@ class Packed:
         """The names of its fields, in the order in which torch sees them."""
         return [field.name for field in fields(cls)]
 
+    @property
+    def learned(self) -> list[Tensor | None]:
+        """The first fields, tensors that may have gradients; a class that has some names them."""
+        return []
+
+    @property
+    def records(self) -> bool:
+        """Whether some of them wants a gradient."""
+        return any(x is not None and x.requires_grad for x in self.learned)
+
+    def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
+        """Of what is :attr:`learned`: contiguous, whatever the inputs' strides; empty where not needed."""
+        like = next(x for x in self.learned if x is not None)
+        return [
+            x.new_empty(x.shape) if want and x is not None else like.new_empty(0)
+            for x, want in zip(self.learned, needed, strict=True)
+        ]
+
     @classmethod
     def gradients(cls, **found: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients by name, as a backward function returns them: None for the other fields."""

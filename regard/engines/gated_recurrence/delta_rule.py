@@ -12,7 +12,7 @@ from regard.backends.native import library
 from regard.backends.native.library import same
 from regard.backends.operators import operator
 from regard.contract import Unsupported
-from regard.engines.gated_recurrence.problem import Problem, differentiate, empty_gradients, save
+from regard.engines.gated_recurrence.problem import Problem, differentiate, save
 
 SEGMENT = 256
 """Tokens between two states that a forward call keeps for its backward call, as in `regard_delta_rule.h`."""
@@ -172,7 +172,7 @@ def _delta_rule_backward(
         same("grad_out", grad_out, (batch, heads, n, 0 if q is None else v.shape[-1]), v.dtype)
     if grad_final_state is not None:
         same("grad_final_state", grad_final_state, (batch, heads, width, v.shape[-1]), torch.float32)
-    grads = empty_gradients(problem, needed)
+    grads = problem.empty_gradients(needed)
     if n == 0:
         if needed[5]:
             grads[5].zero_() if grad_final_state is None else grads[5].copy_(grad_final_state)
@@ -198,7 +198,7 @@ def _delta_rule_backward(
 def _(
     grad_out: Tensor | None, grad_final_state: Tensor | None, problem: Problem, kept: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    return empty_gradients(problem, needed)
+    return problem.empty_gradients(needed)
 
 
 _delta_rule.register_autograd(partial(differentiate, _delta_rule_backward), setup_context=save)

@@ -15,7 +15,7 @@ from regard.backends.native.library import pointer, rows_contiguous, same
 from regard.backends.operators import operator
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence import delta_rule
-from regard.engines.gated_recurrence.problem import Problem, differentiate, empty_gradients, save
+from regard.engines.gated_recurrence.problem import Problem, differentiate, save
 from regard.engines.gated_recurrence.torch_form import for_each_head
 
 CHECKPOINT_EVERY = 256
@@ -299,7 +299,7 @@ def _gated_recurrence_backward(
         same("grad_o", grad_o, tuple(v.shape) if q is not None else (0,), v.dtype)
     if grad_final_state is not None:
         same("grad_final_state", grad_final_state, (batch, heads, *matrix), torch.float32)
-    grads = empty_gradients(problem, needed)
+    grads = problem.empty_gradients(needed)
     to_q, to_k, to_v, to_g, _, to_state = (grad if grad.numel() else None for grad in grads)
     grad_o = rows(grad_o) if q is not None else None
     grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
@@ -326,7 +326,7 @@ def _gated_recurrence_backward(
 def _(
     grad_o: Tensor | None, grad_final_state: Tensor | None, problem: Problem, checkpoints: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    return empty_gradients(problem, needed)
+    return problem.empty_gradients(needed)
 
 
 _gated_recurrence.register_autograd(partial(differentiate, _gated_recurrence_backward), setup_context=save)

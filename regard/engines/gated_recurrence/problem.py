@@ -28,19 +28,6 @@ class Problem(Packed):
         """The inputs that have gradients: those before `inclusive`."""
         return [self.q, self.k, self.v, self.log_decay, self.beta, self.state]
 
-    @property
-    def records(self) -> bool:
-        """Whether some input wants a gradient."""
-        return any(x is not None and x.requires_grad for x in self.learned)
-
-
-def empty_gradients(problem: Problem, needed: list[bool]) -> list[Tensor]:
-    """Contiguous, whatever the inputs' strides; empty where not needed."""
-    return [
-        x.new_empty(x.shape) if want and x is not None else problem.v.new_empty(0)
-        for x, want in zip(problem.learned, needed, strict=True)
-    ]
-
 
 def save(ctx: Any, inputs: tuple[Problem, bool], output: tuple[Tensor, ...]) -> None:
     """Keeps what :func:`differentiate` needs."""

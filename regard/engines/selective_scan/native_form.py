@@ -185,14 +185,6 @@ def _(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_outputs(problem, keep)
 
 
-def _empty_gradients(problem: Problem, needed: list[bool]) -> list[Tensor]:
-    """Contiguous, whatever the inputs' strides; empty where not needed."""
-    return [
-        problem.x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
-        for t, need in zip(problem.learned, needed, strict=True)
-    ]
-
-
 @operator("selective_scan_backward")
 def _scan_backward(
     grad_y: Tensor, grad_last: Tensor, problem: Problem, kept: Tensor, needed: list[bool]
@@ -202,7 +194,7 @@ def _scan_backward(
     for found, expected in zip((grad_y, grad_last, kept), _empty_outputs(problem, True), strict=True):
         if found.shape != expected.shape or found.dtype != expected.dtype or found.device != expected.device:
             raise Unsupported("gradients or states that are not the selective scan's", nearest="backend='torch'")
-    grads = _empty_gradients(problem, needed)
+    grads = problem.empty_gradients(needed)
     if problem.x.shape[0] * problem.x.shape[2] == 0:  # the kernel has nothing to run over
         return [grad.zero_() for grad in grads]
     call = _Call(problem)
@@ -222,7 +214,7 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _(grad_y: Tensor, grad_last: Tensor, problem: Problem, kept: Tensor, needed: list[bool]) -> list[Tensor]:
-    return _empty_gradients(problem, needed)
+    return problem.empty_gradients(needed)
 
 
 def _save(ctx: Any, inputs: tuple[Problem, bool], output: tuple[Tensor, ...]) -> None:

@@ -29,8 +29,3 @@ class Problem(Packed):
     def learned(self) -> list[Tensor | None]:
         """The inputs that have gradients: those before `lengths`."""
         return [self.x, self.dt, self.a, self.b, self.c, self.skip, self.dt_bias, self.z, self.state]
-
-    @property
-    def records(self) -> bool:
-        """Whether some input wants a gradient."""
-        return any(t is not None and t.requires_grad for t in self.learned)
