@@ -206,13 +206,18 @@ def frames_sentences(
         for task, entries in beside.items():
             own = [entry for entry in entries if entry["frame"] == frame]
             changed = [e for e in own if e["separable"]]
-            same = [e["mechanism"] for e in own if not e["separable"]]
+            unsteady = [e for e in own if not e["separable"] and e["first_solved"] and not e["solved"]]
+            same = [e["mechanism"] for e in own if e not in changed and e not in unsteady]
             words = [f"{e['mechanism']} {e['mean']:.3g} instead of {e['first']:.3g}" for e in changed]
+            words += [
+                f"{e['mechanism']} {e['mean']:.3g} instead of {e['first']:.3g}, not solved by every seed"
+                for e in unsteady
+            ]
             if same:
                 words.append(f"{' and '.join(same)} the same within the noise")
             if words:
                 told.append(f"on {task} ({metrics[task][0]}) {', '.join(words)}")
-            owed += [f"{e['mechanism']} solves {task}" for e in own if e["first_solved"] and not e["solved"]]
+            owed += [f"{e['mechanism']} solves {task}" for e in changed if e["first_solved"] and not e["solved"]]
             sign = 1 if metrics[task][1] else -1
             for i, one in enumerate(changed):
                 for other in changed[:i]:

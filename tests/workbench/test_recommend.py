@@ -201,6 +201,10 @@ def test_the_frame_is_named_and_what_it_does_is_not_the_mechanism_s():
     assert "Only in the frame convolution: slow solves recall. That is owed to the frame's parts." in said
     assert "fast and slow change places on recall" in said or "slow and fast change places on recall" in said
     assert "in the frame bare" in advise(text=case(LEVEL)).reason
+    unsure = {**slow, "mean": 0.8, "separable": False}
+    said = " ".join(frames_sentences({"recall": [unsure, fast]}, {"recall": ACCURACY}, "convolution"))
+    assert "slow 0.8 instead of 1, not solved by every seed" in said
+    assert "Only in the frame" not in said and "slow the same" not in said
 
 
 def test_equal_ranks_are_those_of_a_group_that_cannot_be_told_apart():
