@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,16 @@ def _forecast(table: Table, columns: _Columns) -> Chosen:
     targets = [name for name in columns.numbers if name not in options.values()]
     if len(targets) != 1:
         known = "".join(f",{option}={name}" for option, name in options.items())
+        likely = next((name for name in targets if _is_measured(table.columns[name])), targets[0])
         raise _undecided(
-            columns, table, "target=COLUMN with one of " + ", ".join(targets), f"forecast:target={targets[0]}{known}"
+            columns, table, "target=COLUMN with one of " + ", ".join(targets), f"forecast:target={likely}{known}"
         )
     return "forecast", options
+
+
+def _is_measured(cells: Sequence[Any]) -> bool:
+    """Whether some number has a fraction: numbers of rows, years and hours have none."""
+    return any("." in str(cell).strip().removesuffix(".0") for cell in cells)
 
 
 def _undecided(columns: _Columns, table: Table, supported: str, nearest: str) -> Unsupported:

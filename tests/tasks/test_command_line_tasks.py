@@ -91,7 +91,7 @@ CASES = {  # what is found in a table, or said, and a row of it from a generator
     "text": lambda g, i: {"text": word(g), "id": i},
     "text:field=chat": lambda g, i: {"chat": [{"role": "user", "content": word(g, 9)}], "id": i},
     "try --task documents:text=t,label=kind": lambda g, i: {"t": word(g), "kind": "ab"[i % 2], "tag": i % 3},
-    "try --task forecast:target=load": lambda g, i: load(g, i, price=i / 9),
+    "try --task forecast:target=load": lambda g, i: {"row": i, **load(g, i, price=i / 9)},
     "columns are x (numbers), y (numbers); supported: --task documents:text=": lambda g, i: {"x": i, "y": i / 7},
 }
 
