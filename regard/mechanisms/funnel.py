@@ -3,7 +3,8 @@ r"""Funnel pooling: attention layers that halve the sequence, of which the first
 When to pick it: classifying long texts, where the pool should still mix tokens while it thins them out: each block costs half
 of the one before.
 When not: a pool that should cost next to nothing (`low_rank_pooling`, the mean). For an output for each token,
-`regard.models.FunnelEncoder` has the decoder that goes back to the full length.
+`regard.models.FunnelEncoder` has the decoder that goes back to the full length, and
+`regard.models.PyramidEncoder` has funnels between stages of any mechanism.
 
 Definition (Dai et al., arXiv 2006.03236, section 2; survey arXiv 2103.14636, D3). Each block begins with
 
@@ -365,17 +366,18 @@ class FunnelPooling(nn.Module):
             want=context.want - {"state"},
         )
 
-    def round_trip(self, x: Float[Tensor, "b n d"], lengths: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b n d"]:
-        """Through all blocks and back to the full length by :func:`upsample`: what a decoder adds to `x`.
+    def shorten(
+        self, x: Float[Tensor, "b n d"], lengths: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b s d"], Int[Tensor, " b"]]:
+        """What all blocks leave of right-padded tokens, and how many each row has; :func:`upsample` goes back.
 
         Args:
             x: right-padded tokens.
             lengths: how many each row has; None when all are valid.
         """
         scale = self.weights["k"].shape[-1] ** -0.5
-        call = Call(self.pattern, self.config, scale=scale, lengths=lengths)
-        h, left = _shortened(call, x, {**self.weights})
-        return upsample(h, left, x.shape[1], self.config).to(x.dtype)
+        h, left = _shortened(Call(self.pattern, self.config, scale=scale, lengths=lengths), x, {**self.weights})
+        return h.to(x.dtype), left
 
 
 def weight_shapes(config: Config, dim: int, heads: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:

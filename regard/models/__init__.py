@@ -21,6 +21,7 @@ from regard.models.plans import (
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model, config_for, models_for, register_model
 from regard.models.stack import Stack, StackConfig, set_exit_threshold
+from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 
 __all__ = [
     "Encoder",
@@ -34,8 +35,11 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",
+    "PyramidEncoder",
+    "PyramidEncoderConfig",
     "Stack",
     "StackConfig",
+    "StageConfig",
     "attention_share",
     "build_model",
     "change_plan",

@@ -214,21 +214,11 @@ class Encoder(EncoderBase):
 
         def read(x: Tensor) -> Tensor:
             if pooled:
-                return self.head(self._pool(x, inner, result.losses))
+                return self.head(pool_tokens(self.pooling, x, inner, result.losses))
             logits = self.head(x)  # at padding its bias
             return logits if layout.valid is None else logits.where(layout.valid[..., None], 0)
 
         return apply_head(result, read)
-
-    def _pool(self, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]) -> Float[Tensor, "b c2"]:
-        """The head's input from right-padded sequences; the pool's losses are added to `losses`."""
-        assert self.pooling is not None  # pool="none" has nothing to pool
-        mask = context.mask
-        padding = None if mask is None or mask.lengths is None else Mask(lengths=mask.lengths, layout=mask.layout)
-        inner = Context(mask=padding, generator=context.generator, progress=context.progress)
-        pooled = self.pooling(x, context=inner)
-        add_losses(losses, pooled.losses)
-        return pooled.output.flatten(1)  # (B, slots * dim)
 
     def _leave_early(self, work: Pass, threshold: float) -> Result:
         """Each sequence leaves at the exit where its class is sure; the others go on without it."""
@@ -245,7 +235,7 @@ class Encoder(EncoderBase):
         norms = (*self.exit_norms, self.norm)
         for layer, norm in zip((*self.config.stack.exits, self.blocks.layers), norms, strict=True):
             work.advance(layer)
-            logits = self.head(self._pool(norm(work.hidden), work.context, work.losses))
+            logits = self.head(pool_tokens(self.pooling, norm(work.hidden), work.context, work.losses))
             done = is_sure(logits, threshold) if layer < self.blocks.layers else torch.ones_like(rows, dtype=torch.bool)
             output[rows[done]] = logits[done].to(output.dtype)
             passed[rows[done]] = layer
@@ -256,7 +246,7 @@ class Encoder(EncoderBase):
         return Result(output, None, work.losses, {"exit_layer": passed})
 
 
-def make_pool(config: EncoderConfig) -> nn.Module | None:
+def make_pool(config: Any) -> nn.Module | None:
     """The layer that pools the tokens of an encoder; None with ``pool="none"``."""
     if config.pool == "none":
         return None
@@ -265,6 +255,18 @@ def make_pool(config: EncoderConfig) -> nn.Module | None:
     card = get_mechanism(config.pool)
     pattern = Pattern.NONCAUSAL_SELF if Pattern.NONCAUSAL_SELF in card.patterns else card.patterns[0]
     return create_layer(config.pool, config.dim, config.num_heads, pattern=pattern, **config.pool_options)
+
+
+def pool_tokens(
+    pooling: nn.Module | None, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]
+) -> Float[Tensor, "b c2"]:
+    """A head's input from right-padded sequences; the pool's losses are added to `losses`."""
+    assert pooling is not None  # pool="none" has nothing to pool
+    mask = context.mask
+    padding = None if mask is None or mask.lengths is None else Mask(lengths=mask.lengths, layout=mask.layout)
+    pooled = pooling(x, context=Context(mask=padding, generator=context.generator, progress=context.progress))
+    add_losses(losses, pooled.losses)
+    return pooled.output.flatten(1)  # (B, slots * dim)
 
 
 def check_input_kind(vocab_size: int | None, features: int | None) -> None:

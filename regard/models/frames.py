@@ -3,7 +3,8 @@
 A layer has parts that are not the mechanism: positions, short convolutions on queries, keys and values, norms of heads, a
 gate on the output. Papers choose them differently, and they can matter more than the mechanism does. A *frame* fixes them:
 
-- ``bare``: rotary positions, an RMS norm of each output head, heads as wide as those of softmax, and nothing else;
+- ``bare``: rotary positions (on grids sinusoidal ones, added to the input), an RMS norm of each output head, heads as wide as
+  those of softmax, and nothing else;
 - ``convolution``: the same, with a causal depthwise convolution over four tokens on queries, keys and values, as most
   recurrent layers have it;
 - ``own``: what each paper's layer has, which differs.

@@ -13,24 +13,18 @@ For one output a sequence the decoder is left out: ``EncoderConfig(pool="funnel"
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from regard.contract import Context, Pattern, Result, Unsupported
-from regard.create import create_layer
-from regard.layers.checks import given_context
-from regard.layers.linear import make_linear
-from regard.layers.norms import make_norm
-from regard.mechanisms.funnel import FunnelPooling
-from regard.models.blocks import Block, add_losses, check_sequences, read_plan
-from regard.models.encoder import EncoderBase, check_input_kind
+from regard.contract import Unsupported
+from regard.models.blocks import read_plan
+from regard.models.encoder import check_input_kind
 from regard.models.encoder_decoder import count_layers
-from regard.models.stack import Stack, StackConfig
+from regard.models.stack import StackConfig
+from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from regard.mechanisms.funnel import FunnelPooling
 
 
 @dataclass(frozen=True)
@@ -85,61 +79,22 @@ class FunnelEncoderConfig:
         object.__setattr__(self, "decoder_layers", layers)
 
 
-class FunnelEncoder(EncoderBase):
-    """Embedding, blocks, norm, funnel, decoder blocks, norm, head; see :class:`FunnelEncoderConfig`."""
+class FunnelEncoder(PyramidEncoder):
+    """Two stages: layers at full length, then a funnel, which goes back to them; see :class:`FunnelEncoderConfig`.
 
-    config: FunnelEncoderConfig
+    Attributes:
+        config: a :class:`FunnelEncoderConfig`.
+        funnel: the layer.
+    """
+
+    config: Any
 
     def __init__(self, config: FunnelEncoderConfig) -> None:
-        super().__init__(config, config.plan + config.decoder_plan)
-        pattern = Pattern.NONCAUSAL_SELF
-        self.blocks = Stack([Block(entry, config, pattern) for entry in config.plan], config.stack)
-        self.norm = make_norm(config.norm, config.dim)
-        options = {"head_dim": config.head_dim, **config.funnel}
-        layer = create_layer("funnel", config.dim, config.num_heads, pattern=pattern, **options)
-        self.funnel = cast(FunnelPooling, layer)
-        self.decoder_blocks = Stack([Block(entry, config, pattern) for entry in config.decoder_plan], config.stack)
-        for blocks in (self.blocks, self.decoder_blocks):
-            check_sequences(blocks, "a funnel encoder, which has no grids", supported="layers for sequences")
-        self.decoder_norm = make_norm(config.norm, config.dim)
-        self.head = make_linear(config.dim, config.num_classes, bias=True)
+        shared = {f.name: getattr(config, f.name) for f in fields(PyramidEncoderConfig) if hasattr(config, f.name)}
+        stages = (StageConfig(len(config.plan)), StageConfig(0, "funnel", options=config.funnel))
+        super().__init__(PyramidEncoderConfig(**shared, stages=stages, pool="none"))
+        self.config = config
 
-    def forward(self, inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
-        """Logits of each token.
-
-        Args:
-            inputs: tokens or features, padded anywhere or packed, as `context.mask` says.
-            context: its mask, generator, progress, and what is wanted of the layers at full length.
-
-        Returns:
-            output (B, N, num_classes), zero at padding; auxiliary losses summed over the layers; extras as lists with
-            one entry for each layer at full length that has them.
-
-        Raises:
-            Unsupported: for what the funnel cannot honour: masks on pairs, a grid, roles, explicit positions.
-        """
-        context = given_context(context)
-        _check_context(context)
-        x, inner, layout, losses = self.embed(inputs, context)
-        result = self.blocks.run(x, inner, [None] * len(self.blocks))
-        first = self.norm(result.output)
-        x = first + self.funnel.round_trip(first, layout.lengths)
-        decoded = self.decoder_blocks.run(x, inner, [None] * len(self.decoder_blocks))
-        for more in (result.losses, decoded.losses):
-            add_losses(losses, more)
-        for name, values in decoded.extras.items():
-            result.extras.setdefault(name, []).extend(values)
-        output = layout.scatter(self.head(self.decoder_norm(decoded.output)), axis=1)
-        return Result(output, None, losses, result.extras)
-
-
-def _check_context(context: Context) -> None:
-    mask = context.mask
-    for what, given in (
-        ("a bias or a block mask", mask is not None and (mask.bias is not None or mask.blocks is not None)),
-        ("a grid", context.grid is not None),
-        ("roles", context.roles is not None),
-        ("explicit positions", context.positions is not None),
-    ):
-        if given:
-            raise Unsupported(f"{what} in a FunnelEncoder", supported="padding and packing", nearest="Encoder")
+    @property
+    def funnel(self) -> FunnelPooling:
+        return self.stages[1].shortening.layer  # type: ignore[union-attr,return-value]

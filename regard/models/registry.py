@@ -16,11 +16,19 @@ from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig
+from regard.models.stages import PyramidEncoder, PyramidEncoderConfig
 
 if TYPE_CHECKING:
     from regard.tasks.protocol import Task
 
-Config = LanguageModelConfig | EncoderConfig | EncoderDecoderConfig | ForecasterConfig | FunnelEncoderConfig
+Config = (
+    LanguageModelConfig
+    | EncoderConfig
+    | EncoderDecoderConfig
+    | ForecasterConfig
+    | FunnelEncoderConfig
+    | PyramidEncoderConfig
+)
 
 MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "LanguageModel": (LanguageModel, LanguageModelConfig),
@@ -28,6 +36,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "EncoderDecoder": (EncoderDecoder, EncoderDecoderConfig),
     "Forecaster": (Forecaster, ForecasterConfig),
     "FunnelEncoder": (FunnelEncoder, FunnelEncoderConfig),
+    "PyramidEncoder": (PyramidEncoder, PyramidEncoderConfig),
 }
 
 

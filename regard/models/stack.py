@@ -132,6 +132,8 @@ class Stack(nn.ModuleList):
         blocks: in order.
         config: see :class:`StackConfig`.
         blocks_in_layer: blocks that make up a layer.
+        before: layers of the model that come before this stack, and all that it has, by which stochastic depth goes; None
+            where the stack has all.
 
     Raises:
         Unsupported: for options that do not fit the number of layers, layers that cannot share, and layers that draw
@@ -139,12 +141,18 @@ class Stack(nn.ModuleList):
     """
 
     def __init__(
-        self, blocks: Sequence[Block] = (), config: StackConfig | None = None, *, blocks_in_layer: int = 1
+        self,
+        blocks: Sequence[Block] = (),
+        config: StackConfig | None = None,
+        *,
+        blocks_in_layer: int = 1,
+        before: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(blocks)
         self.config = StackConfig() if config is None else config
         self.blocks_in_layer = blocks_in_layer
         self.layers = len(self) // blocks_in_layer
+        self.before = (0, self.layers) if before is None else before
         if self.config.exits and not 1 <= self.config.exits[0] <= self.config.exits[-1] < self.layers:
             raise Unsupported(
                 f"exits={self.config.exits} of {self.layers} layers", supported=f"from 1 to {self.layers - 1}"
@@ -239,7 +247,8 @@ class Pass:
         self.streams: Streams = (x, x) if stack.config.reversible else (x,)
         self.active: Bool[Tensor, "b n"] | None = None
         self.layer = 0
-        self.scales = [self._scale((layer + 1) / stack.layers) for layer in range(stack.layers)]
+        before, every = stack.before
+        self.scales = [self._scale((before + layer + 1) / every) for layer in range(stack.layers)]
         self.after: list[Any] = []
         self.losses: dict[str, Loss] = {}
         self.extras: dict[str, Any] = {}

@@ -176,7 +176,7 @@ class _Runner:
         runs = self.train_all(self.settings.names, after)
         costs = self._costs()
         self.trainer.advance(after)
-        self.trainer.reserved = 0.0
+        self.trainer.reserved = self.trainer.beside = 0.0
         found = _Found(self.works, self.settings, runs, costs)
         found.look_beside(self._in_other_frames(found))
         self.trainer.progress.done = self.trainer.progress.total
@@ -196,7 +196,8 @@ class _Runner:
             trainer.reserved = after + sum(map(self._beside_seconds, done))
             trainer.replan(left)
             following = sum(w.runs * w.run_seconds(name) for w in left[1:] for name in names)
-            trainer.reserved = after + sum(map(self._beside_seconds, self.works)) + following
+            trainer.beside = sum(map(self._beside_seconds, self.works))
+            trainer.reserved = after + trainer.beside + following
             own = sum(work.runs * work.run_seconds(name) for name in names)
             trainer.progress.total = trainer.progress.done + own + trainer.reserved
             runs[work.task.name] = trainer.train(work, names)

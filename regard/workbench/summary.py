@@ -167,7 +167,8 @@ def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[st
 
     Returns:
         For each mechanism and further frame: score and standard error, ``first`` (the score in the first frame), whether
-        the two can be told apart, and whether each solves the task.
+        the two can be told apart, whether each solves the task, and ``overtaken``: those that it surely beats there and that
+        surely beat it in the first, or the other way round.
     """
     names = {row["mechanism"] for row in others}
     labelled = [{**row, "mechanism": (row["mechanism"], row["frame"])} for row in (*rows, *others)]
@@ -180,7 +181,15 @@ def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[st
         before, after = scores.values()
         if before is None or after is None:
             continue
-        difference = comparison.difference((name, first[0]["frame"]), (name, frame))  # type: ignore[arg-type]
+        home = first[0]["frame"]
+        difference = comparison.difference((name, home), (name, frame))  # type: ignore[arg-type]
+        overtaken = []
+        for other in dict.fromkeys(row["mechanism"] for row in others if row["frame"] == frame):
+            if not all((other, where) in comparison.scores for where in (home, frame)):
+                continue
+            pairs = [comparison.difference((name, where), (other, where)) for where in (home, frame)]  # type: ignore[arg-type]
+            if all(pair.separable for pair in pairs) and pairs[0].mean * pairs[1].mean < 0:
+                overtaken.append(other)
         found.append(
             {
                 "mechanism": name,
@@ -189,6 +198,7 @@ def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[st
                 "standard_error": after.standard_error,
                 "first": before.mean,
                 "separable": difference.separable,
+                "overtaken": overtaken,
                 "solved": all(row["solved"] for row in own) if own[0]["solved"] is not None else None,
                 "first_solved": all(row["solved"] for row in first) if own[0]["solved"] is not None else None,
             }
@@ -218,12 +228,9 @@ def frames_sentences(
             if words:
                 told.append(f"on {task} ({metrics[task][0]}) {', '.join(words)}")
             owed += [f"{e['mechanism']} solves {task}" for e in changed if e["first_solved"] and not e["solved"]]
-            sign = 1 if metrics[task][1] else -1
-            for i, one in enumerate(changed):
-                for other in changed[:i]:
-                    before, after = one["first"] - other["first"], one["mean"] - other["mean"]
-                    if sign * before * sign * after < 0:
-                        turned.append(f"{other['mechanism']} and {one['mechanism']} change places on {task}")
+            for i, one in enumerate(own):
+                after = [e["mechanism"] for e in own[i + 1 :] if e["mechanism"] in one["overtaken"]]
+                turned += [f"{one['mechanism']} and {name} change places on {task}" for name in after]
         if told:
             said.append(f"In the frame {frame} instead of {first}: {'; '.join(told)}.")
         if owed:

@@ -111,7 +111,9 @@ class Trainer:
         self.progress = Progress()
         self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "search": []}
         self.reserved = 0.0
-        """Planned seconds that must be left for what follows the task in hand."""
+        """Planned seconds that should be left for what follows the task in hand."""
+        self.beside = 0.0
+        """Those of them for further frames, which further seeds in the first come before."""
         self._planned = self._taken = 0.0
 
     def replan(self, works: Sequence[Work]) -> None:
@@ -162,7 +164,7 @@ class Trainer:
             self._leave_out(runs, f"{work.task.name}: no time was left to try {listed(without)} at a rate of {rate:g}.")
         for seed in range(first + 1, first + self.settings.seeds):
             missing = [n for n in names if self._stored(work, n, runs.rates[n], seed) is None]
-            if not self._affords(sum(work.run_seconds(name) for name in missing), OVERTIME):
+            if not self._affords(sum(work.run_seconds(name) for name in missing) - self.beside, OVERTIME):
                 self._leave_out(runs, f"{work.task.name}: no time was left for seeds from {seed} on.")
                 break
             runs.rows += [self._run(work, name, runs.rates[name], seed) for name in names]

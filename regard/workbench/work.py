@@ -233,6 +233,9 @@ class Work:
             each = [layer_parts(block.mixer) for block in blocks if block.cross == self.task.pattern.cross]
             names = dict.fromkeys(part for parts in each for part in parts)
             found[name] = {part: " or ".join(dict.fromkeys(p[part] for p in each if part in p)) for part in names}
+            added = getattr(getattr(model, "positions", None), "name", None)
+            if added is not None and found[name].get("positions") == "none":
+                found[name]["positions"] = f"{added}, added to the model's input"
         return found
 
     @property

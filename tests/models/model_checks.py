@@ -17,6 +17,7 @@ from regard.models import (
     FunnelEncoderConfig,
     LanguageModelConfig,
     ModelState,
+    PyramidEncoderConfig,
     build_model,
     from_pretrained,
     save_pretrained,
@@ -29,6 +30,7 @@ KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "encoder-decoder": (EncoderDecoderConfig, {"vocab_size": 11, "memory_vocab_size": 9}),
     "forecaster": (ForecasterConfig, {"features": 2, "memory_features": 3, "target_features": (2, 0)}),
     "funnel encoder": (FunnelEncoderConfig, {"num_classes": 3, "features": 2, "num_layers": 1}),
+    "pyramid encoder": (PyramidEncoderConfig, {"num_classes": 3, "features": 2}),
 }
 FUNNELS = [
     {},
