@@ -1,7 +1,7 @@
 """Which mechanism to take, in two sentences, without ranking noise.
 
 First quality decides: where a task can be solved, only mechanisms that solve it stay; where some surely beat the simple
-rule of a task, only those with a better score than it; then those remain that cannot be told apart from the best score of
+rule of a task, only these; then those remain that cannot be told apart from the best score of
 the other tasks. Only among what remains does cost decide, and only where it differs by more than timings do from one run to
 the next. What neither decides is decided by what depends least on the frame, then by what is plainest, then by the mean
 score.
@@ -66,7 +66,7 @@ def recommend(
     """The recommendation for a comparison.
 
     A mechanism leaves the race where something that is sure speaks against it: it does not solve what others solve, it is
-    no better than a rule that others surely beat, or it is surely behind the best of those left. Nothing else removes one,
+    not shown to beat a rule that others surely beat, or it is surely behind the best of those left. Nothing else removes one,
     so of those that stay none is surely better, and the cheapest is taken. Among those of about the same cost it is the one
     that, in the further frames that they were all trained in, leaves the fewest tasks unsolved that it solves in the
     first; then softmax; then the one with the best mean on most of the tasks that are not solved, which is the likelier to be
@@ -186,15 +186,14 @@ def _without_unsolved(
 def _without_unproven(
     summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
 ) -> tuple[list[str], list[str]]:
-    """Those that are better than a task's rule where some surely are, and why the others left."""
+    """Those that surely beat a task's rule where some do, and why the others left."""
     steps = []
     for task in summary:
-        entries = [_entry(summary, task, m) for m in kept]
-        better = [e["mechanism"] for e in entries if (e.get("over_baseline") or 0) > 0]
-        if any(e.get("beside_baseline") == "ahead" for e in entries) and len(better) < len(kept):
-            lost = [m for m in kept if m not in better]
-            steps.append(f"on {task} no better than a rule without training: {listed(lost)}")
-            kept = better
+        ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
+        lost = [m for m in kept if m not in ahead]
+        if ahead and lost:
+            steps.append(f"on {task} not shown to beat a rule without training: {listed(lost)}")
+            kept = ahead
     return kept, steps
 
 
