@@ -1,6 +1,8 @@
-// Tables are sorted by a click on a heading; those of many rows can be searched.
+// Tables are sorted by a click on a heading; those of many rows can be searched. Figures stay on one line, and text keeps
+// a width to read it by: a narrow screen scrolls the table.
 (() => {
   const MANY = 20;
+  const [SHORT, LONG] = [14, 40];
   const SIZES = { "": 1, k: 1e3, M: 1e6, G: 1e9, T: 1e12 };
 
   function read(cell) {
@@ -44,6 +46,11 @@
 
   document.addEventListener("DOMContentLoaded", () => {
     for (const table of document.querySelectorAll(".md-content table:not([class])")) {
+      for (const cell of table.querySelectorAll("td")) {
+        const { length } = cell.textContent;
+        cell.classList.toggle("short", length <= SHORT);
+        cell.classList.toggle("long", length > LONG);
+      }
       const rows = table.tBodies[0]?.rows.length ?? 0;
       if (!table.tHead || rows < 3) continue;
       [...table.tHead.rows[0].cells].forEach((heading, column) => {

@@ -112,7 +112,8 @@ def test_the_api_reference_names_what_exists():
 ASKED = """KV cache, padding, variable lengths, GPU, ONNX, torch.export, torch.compile, pretrained, long documents, dash, seqpe,
 rotary, PagedCache, io_count, sliding window, mixed precision, save, load, cross attention, beam search, generate text,
 flash attention, grouped-query, attention weights, streaming, quantization, hybrid, license, huggingface, Hugging Face,
-MultiheadAttention, cite, own data CSV, dropout, Windows macOS"""
+MultiheadAttention, cite, own data CSV, dropout, Windows macOS, wheels, refused, resume, seed, learning rate, out of memory,
+fine-tune, RoPE, GQA, bf16, add and test my own, faster FlashAttention"""
 
 
 def test_what_newcomers_look_for_is_in_a_heading_with_an_answer_of_one_screen():
