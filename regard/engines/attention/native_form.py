@@ -301,14 +301,14 @@ def _distances(ranks: Ranks, visibility: Visibility, n: int, m: int) -> tuple[in
     return min(low, 0), max(high, 0)
 
 
-def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
     """(B, H, N, V) with the heads of a token side by side, as the output projection wants them."""
     batch, heads, n, _ = q.shape
     width = v.shape[3]
     return v.new_empty_strided((batch, heads, n, width), (heads * n * width, width, heads * width, 1))
 
 
-def _by_row(x: Tensor) -> int:
+def by_row(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
@@ -434,7 +434,7 @@ def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[Attention, t
     else:
         query_ranks, key_ranks = library.rows_contiguous(query_ranks), library.rows_contiguous(key_ranks)
         places = library.pointer(query_ranks), library.pointer(key_ranks)
-        visibility = VisibilityArguments(*places, _by_row(query_ranks), _by_row(key_ranks), *p.limits)
+        visibility = VisibilityArguments(*places, by_row(query_ranks), by_row(key_ranks), *p.limits)
     if blocks is not None:
         blocks = library.rows_contiguous(blocks)
         visibility.blocks = library.pointer(blocks)
@@ -448,7 +448,7 @@ def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[Attention, t
         biases.bias_strides = (ctypes.c_int64 * 4)(*_broadcast_strides(bias))
     if distance is not None:
         biases.distance = library.pointer(distance)
-        biases.distance_stride = _by_row(distance)
+        biases.distance_stride = by_row(distance)
         biases.distance_zero, biases.distances = p.distance_zero, distance.shape[-1]
     arguments = Attention(
         **heads_arguments(q, k, v, out, lse),
@@ -467,7 +467,7 @@ def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[Attention, t
 
 def _empty_results(p: PackedProblem) -> tuple[Tensor, Tensor]:
     lse = p.q.new_empty(p.q.shape[:3] if p.rule in WITH_LSE else (0,), dtype=torch.float32)
-    return _empty_output(p.q, p.v), lse
+    return empty_output(p.q, p.v), lse
 
 
 @operator("attention")
@@ -546,7 +546,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, visibility: Visibility,
         q.shape, kv_heads, value_width, dtype, near.causal, near.left, near.right, torch.get_num_threads()
     )
     arguments = Attention.from_buffer_copy(template)
-    out = _empty_output(q, v)
+    out = empty_output(q, v)
     arguments.q, arguments.k, arguments.v = library.pointer(q), library.pointer(k), library.pointer(v)
     arguments.out = library.pointer(out)
     arguments.m, arguments.scale = m, scale

@@ -26,7 +26,6 @@ from regard.engines import (
     softmax_scan,
 )
 from regard.engines.attention import paged
-from regard.engines.grouped_attention.torch_form import Dropout
 from regard.engines.softmax_scan import Carry
 
 Tensors = dict[str, Tensor | None]
@@ -358,8 +357,8 @@ def _paged(form, q, k, v, pages, lengths, query_ranks) -> Tensors:
 
 
 def _grouped_attention(form, q, k, v, ranks, landmark, own, causal=True, scale=0.5) -> Tensors:
-    dropout = Dropout(0.0, 0.0, None)
-    return {"o": form.run(q, k, v, ranks, landmark, own, causal, scale, None, None, None, dropout, False)[0]}
+    problem = grouped_attention.Problem(ranks, landmark, own, causal, scale, grouped_attention.Dropout())
+    return {"o": form.run(q, k, v, problem)[0]}
 
 
 # gradients: of a difference of what was rounded to bfloat16; see test_attention for the definition
