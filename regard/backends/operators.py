@@ -60,14 +60,14 @@ class Packed:
             for x, want in zip(self.learned, needed, strict=True)
         ]
 
-    def keep(self, ctx: Any, *results: Tensor) -> None:
+    def keep(self, ctx: Any, *results: Tensor | None) -> None:
         """Save it, and what an operator has found, for a backward function, which asks :meth:`kept` for them."""
         values = [getattr(self, name) for name in self.places()]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values), *results)
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in values]
 
     @classmethod
-    def kept(cls, ctx: Any) -> tuple[Self, list[Tensor]]:
+    def kept(cls, ctx: Any) -> tuple[Self, list[Any]]:
         """What :meth:`keep` was given: the object, and the results."""
         saved, count = ctx.saved_tensors, len(ctx.numbers)
         values = (x if number is None else number for x, number in zip(saved, ctx.numbers, strict=False))

@@ -248,7 +248,7 @@ def selective(
 
 
 def _softmax_scan(form, s, v, m, u, w, log_decay=None, mix=None, chunk=16) -> Tensors:
-    o, carry = form.run(s, v, Carry(m, u, w), chunk, log_decay, mix)
+    o, carry = form.run(softmax_scan.Problem(s, v, log_decay, mix, m, u, w), chunk)
     return {"o": o, "m": carry.m.detach(), "u": carry.u, "w": carry.w}
 
 
