@@ -276,8 +276,8 @@ def scanned(
 
 
 def _conserved_flows(form, sinks, sources, totals, maximum, normalizer, length, valid=None, *, rule) -> Tensors:
-    before = conserved_flows.Sums(totals, maximum.detach(), normalizer, length)
-    competition, acceptance, after = form.run(sinks, sources, before, rule, valid)
+    problem = conserved_flows.Problem(sinks, sources, totals, maximum.detach(), normalizer, length, valid)
+    competition, acceptance, after = form.run(problem, rule)
     found = {"competition": competition, "acceptance": acceptance, "totals": after.totals}
     return found | {"maximum": after.maximum.detach(), "normalizer": after.normalizer}
 
