@@ -303,12 +303,13 @@ def flows(n: int, batch: int = 2, heads: int = 4, width: int = 8, valid: list[in
 
 
 def _convolution(form, x, weight, bias=None, cache=None, lengths=None, silu=True, causal=True) -> Tensors:
-    y, last = form.short_convolution(x, weight, bias, cache, lengths, silu, causal)
-    return {"y": y, "last": last}
+    after = 0 if causal else (weight.shape[1] - 1) // 2
+    y, last = form.short_convolution(layers.ShortConvolution(x, weight, bias, cache, lengths, after, silu))
+    return {"y": y, "last": last if causal else None}
 
 
 def _norm(form, x, weight=None, z=None, groups=1, after=False) -> Tensors:
-    return {"y": form.rms_norm(x, weight, z, groups, 1e-5, after)}
+    return {"y": form.rms_norm(layers.RMSNorm(x, weight, z, groups, 1e-5, after))}
 
 
 def _rotary(form, x, positions, rotated, base=1e4, stretch=1.5) -> Tensors:
@@ -316,7 +317,7 @@ def _rotary(form, x, positions, rotated, base=1e4, stretch=1.5) -> Tensors:
 
 
 def _product(form, x, gate, function="silu") -> Tensors:
-    return {"y": form.gated_product(x, gate, function)}
+    return {"y": form.gated_product(layers.GatedProduct(x, gate, layers.GATE_FUNCTIONS.index(function)))}
 
 
 CONVOLUTION = Kernel(
