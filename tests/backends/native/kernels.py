@@ -192,7 +192,7 @@ ELU = linear_attention.Rule("elu", 1.0, 1e-6)
 
 
 def _linear_attention(form, q, k, v, state, valid=None, rule=ELU, chunk=64) -> Tensors:
-    o, last = form.run(q, k, v, rule, state, valid, chunk)
+    o, last = form.run(linear_attention.Problem(q, k, v, state, valid), rule, chunk)
     return {"o": o, "last": last}
 
 
