@@ -14,7 +14,7 @@ import inspect
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -60,10 +60,28 @@ class Packed:
             for x, want in zip(self.learned, needed, strict=True)
         ]
 
+    def keep(self, ctx: Any, *results: Tensor | None) -> None:
+        """Save it, and what an operator has found, for a backward function, which asks :meth:`kept` for them."""
+        values = [getattr(self, name) for name in self.places()]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values), *results)
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in values]
+
     @classmethod
-    def gradients(cls, **found: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients by name, as a backward function returns them: None for the other fields."""
-        return tuple([found.get(name) for name in cls.places()])
+    def kept(cls, ctx: Any) -> tuple[Self, list[Any]]:
+        """What :meth:`keep` was given: the object, and the results."""
+        saved, count = ctx.saved_tensors, len(ctx.numbers)
+        values = (x if number is None else number for x, number in zip(saved, ctx.numbers, strict=False))
+        return cls(*values), list(saved[count:])
+
+    def needed(self, ctx: Any) -> list[bool]:
+        """Which gradients of what is :attr:`learned` are asked for, where it is an operator's first argument."""
+        return list(ctx.needs_input_grad[: len(self.learned)])
+
+    def gradients(self, found: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Those of what is :attr:`learned`, as a backward function returns them: None where not needed, and of the
+        other fields."""
+        grads = [x if need else None for x, need in zip(found, needed, strict=True)]
+        return *grads, *[None] * (len(self.places()) - len(grads))
 
 
 class Operator:

@@ -55,7 +55,8 @@ from regard.contract import (
     Shape,
     at_least,
 )
-from regard.engines.attention import Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines import attention_forms
+from regard.engines.attention import Visibility, attention_reference, masked_scores_bias, ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -106,23 +107,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
 ) -> Result:
-    output, weights, lse = attention(
-        q,
-        k,
-        v,
-        ranks(call, q.shape[2], k.shape[2], q.device),
-        visibility=Visibility(),
-        scale=call.scale,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=_blocks(call, q),
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
-    return Result(output, extras={n: x for n, x in (("weights", weights), ("lse", lse)) if x is not None})
+    return attention_forms.parallel(call, q, k, v, visibility=Visibility(), blocks=_blocks(call, q))
 
 
 def _blocks(call: Call, q: Tensor) -> BlockMask | None:

@@ -72,12 +72,12 @@ from regard.contract import (
     Waiver,
     at_least,
     one_of,
-    state_field,
 )
 from regard.core.sampling import attention_shapes, normals
 from regard.core.visibility import block_visibility
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import KeyValueState, extend
+from regard.engines.attention import Ranks, Visibility, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend
+from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
@@ -147,13 +147,6 @@ def _nested(visible: Any) -> tuple[tuple[tuple[bool, ...], ...], ...]:
     return tuple(tuple(tuple(map(bool, row)) for row in head) for head in found)
 
 
-@dataclass(frozen=True)
-class BlockSparseState(KeyValueState):
-    """Every key and value so far, and the queries that have read them in cross patterns (0 in self patterns)."""
-
-    queries: Int[Tensor, " b"] = state_field()
-
-
 def reference(
     call: Call,
     q: Float[Tensor, "b h n d"],
@@ -203,7 +196,7 @@ def chunked(
 ) -> Result:
     """Continue a cached sequence by any number of tokens; also the step."""
     n, heads = q.shape[2], q.shape[1]
-    state, where = _extend(call, k, v, n)
+    state, where = extend_counted(call, k, v, n)
     _check_extent(call, state.length, state.length)
     slots = state.k.shape[2]  # at least as many as any row has tokens
     if n != 1:
@@ -216,25 +209,18 @@ def chunked(
     return _attend(call, q, state.k, state.v, sink, where, blocks, state, causal=False)
 
 
-def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> BlockSparseState:
+def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> CountedState:
     """Memory into a cache; more may follow."""
-    return _extend(call, k, v, 0)[0]
+    return extend_counted(call, k, v, 0)[0]
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
     """Queries on absorbed memory, counted on from those that have read it before."""
-    state: BlockSparseState = call.state
-    n, slots = q.shape[2], state.k.shape[2]
-    before, after = state.queries, state.queries + (n if call.lengths is None else call.lengths)
-    _check_extent(call, after, state.length)
-    blocks = _block_mask(call, n + _common_size(call) - 1, slots, q.shape[1], q.device, before)
-    where = ranks(call, n, 0, q.device, state.ranks, state.length)
-    where = Ranks(where.queries + before[:, None], where.keys, None, None, plain=False)
-    if call.position_bias is not None:
-        told = call.position_bias  # of earlier queries, by the layer
-        call = call.replace(position_bias=lambda i, j: told(i - before[:, None], j))
+    n, before = q.shape[2], call.state.queries
+    call, state, where = read_on(call, n, q.device)
+    _check_extent(call, state.queries, state.length)
+    blocks = _block_mask(call, n + _common_size(call) - 1, state.k.shape[2], q.shape[1], q.device, before)
     call, where = _from_row(call, where, before)
-    state = BlockSparseState(state.k, state.v, state.ranks, state.length, after)
     return _attend(call, q, state.k, state.v, sink, where, blocks, state, causal=False)
 
 
@@ -246,12 +232,6 @@ def _from_row(call: Call, where: Ranks, before: Int[Tensor, " b"]) -> tuple[Call
         by_rank = call.position_bias
         call = call.replace(position_bias=lambda i, j: by_rank(i + start, j))
     return call, Ranks(where.queries - start, where.keys, None, None, plain=False)
-
-
-def _extend(call: Call, k: Tensor, v: Tensor, n: int) -> tuple[BlockSparseState, Ranks]:
-    cache, where = extend(call, k, v, n)
-    queries = torch.zeros_like(cache.length) if call.state is None else call.state.queries
-    return BlockSparseState(cache.k, cache.v, cache.ranks, cache.length, queries), where
 
 
 def _common_size(call: Call) -> int:
@@ -366,30 +346,12 @@ def _attend(
     sink: Tensor | None,
     where: Ranks,
     blocks: BlockMask,
-    state: BlockSparseState | None = None,
+    state: CountedState | None = None,
     *,
     causal: bool,
 ) -> Result:
-    output, weights, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=Visibility(causal=causal),
-        scale=call.scale,
-        softcap=call.config.softcap,
-        sink=sink,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
-    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
-    return Result(output, state, extras=extras)
+    options = {"visibility": Visibility(causal=causal), "softcap": call.config.softcap, "sink": sink, "blocks": blocks}
+    return attend(call, q, k, v, where, state, **options)
 
 
 class Sink(Projection):
@@ -492,7 +454,7 @@ MECHANISM = Mechanism(
         "given": {"layout": "user", "block_size": 40, "visible": ((1, 0), (1, 1))},
     },
     engine="attention",
-    state=BlockSparseState,
+    state=CountedState,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",

@@ -42,23 +42,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported
+from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Result, Shape, Unsupported
 from regard.core.sampling import attention_shapes, normals
-from regard.engines.attention import (
-    Ranks,
-    Visibility,
-    attention,
-    attention_cost,
-    attention_reference,
-    masked_scores_bias,
-    ranks,
-)
-from regard.engines.cache import KeyValueState, absorb, extend
+from regard.engines import attention_forms
+from regard.engines.attention import attention_cost, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import by_pattern
+from regard.engines.cache import KeyValueState, absorb
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -122,7 +116,7 @@ def reference(
     """The definition, with the whole weight matrix."""
     gamma, zeta = call.config.stretch(call.progress)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
 
     def weights(scores: Tensor) -> Tensor:
         return ((zeta - gamma) * scores.softmax(-1) + gamma).clip(0, 1)
@@ -133,21 +127,22 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
+    return attention_forms.parallel(call, q, k, v, **_options(call))
 
 
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
-    state, where = extend(call, k, v, q.shape[2])
-    return _attend(call, q, state.k, state.v, where, state)
+    return attention_forms.chunked(call, q, k, v, **_options(call))
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory."""
-    state: KeyValueState = call.state
-    return _attend(call, q, state.k, state.v, ranks(call, q.shape[2], 0, q.device, state.ranks), state)
+    return attention_forms.read(call, q, **_options(call))
+
+
+def _options(call: Call) -> dict[str, Any]:
+    stretch = call.config.stretch(call.progress)
+    return {"stretch": None if stretch == (0, 1) else stretch}
 
 
 def silent_rows(weights: Float[Tensor, "b h n m"]) -> Int[Tensor, " h"]:
@@ -192,31 +187,6 @@ class SilentRows:
         count = counted.sum((0, 2)).clamp(min=1)
         dead, chosen = ((rows & counted).sum((0, 2)) / count for rows in (~self._spoke, self._spoke & ~speaks))
         return dead, chosen
-
-
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
-
-
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: KeyValueState | None = None) -> Result:
-    stretch = call.config.stretch(call.progress)
-    output, weights, _ = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        stretch=None if stretch == (0, 1) else stretch,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        backend=call.backend,
-    )
-    return Result(output, state, extras={} if weights is None else {"weights": weights})
 
 
 def sample_inputs(

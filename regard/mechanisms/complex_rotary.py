@@ -54,7 +54,6 @@ from regard.contract import (
     LayerSpec,
     Mechanism,
     Paper,
-    Pattern,
     Result,
     Shape,
     Tensors,
@@ -63,7 +62,8 @@ from regard.contract import (
 )
 from regard.core.precision import wide
 from regard.core.sampling import normals
-from regard.engines.attention import Ranks, Visibility, attention, masked_scores_bias, ranks
+from regard.engines.attention import Ranks, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.layers import rotary
 from regard.layers.parts import LayerCall, Projection
@@ -115,7 +115,7 @@ def reference(
     config, heads, half = call.config, q.shape[1], q.shape[-1] // 2
     _check(q, angle_scale, phase, frequencies)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     j = torch.arange(half, dtype=q.dtype, device=q.device)
     g = config.base ** (-j / half) if frequencies is None else _by_head(frequencies, heads)[:, None, None]
     g = g if config.position != "none" else torch.zeros_like(j)
@@ -185,10 +185,6 @@ def read(
     _check(q, angle_scale, phase, frequencies)
     call, state, where = read_on(call, q.shape[2], q.device)
     return _attend(call, q, state.k, state.v, angle_scale, phase, frequencies, where, state)
-
-
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
 
 
 def _scale(call: Call, q: Tensor) -> float:
@@ -280,24 +276,17 @@ def _attend(
     where: Ranks,
     state: CountedState | None = None,
 ) -> Result:
-    output, weights, lse = attention(
+    result = attend(
+        call,
         _turned(call, q, where.queries, angle_scale, phase, frequencies),
         k,
         v,
         where,
-        visibility=_visibility(call),
+        state,
         scale=_scale(call, q),
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
     )
-    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
-    return Result(output.to(v.dtype), state, extras=extras)
+    result.output = result.output.to(v.dtype)
+    return result
 
 
 class Angles(Projection):

@@ -42,7 +42,8 @@ from torch import Tensor
 
 from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported, at_least, one_of
 from regard.core.precision import wide
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention import Ranks, Visibility, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend
 from regard.engines.cache import WindowState, extend_window
 from regard.layers.head_norm import HEAD_NORMS, HeadNormWeights, norm_over_heads
 
@@ -121,25 +122,9 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: Wi
     dtype = v.dtype
     if config.norm != "none":  # sums are rounded once, after the norm; those of ReLU may be large
         q, k, v = (wide(x) for x in (q, k, v))
-    output, weights, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        rule=config.activation,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
-    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
-    return Result(norm_over_heads(output, config.norm).to(dtype), state, extras=extras)
+    result = attend(call, q, k, v, where, state, visibility=_visibility(call), rule=config.activation)
+    result.output = norm_over_heads(result.output, config.norm).to(dtype)
+    return result
 
 
 def cost(shape: Shape, config: Config) -> Cost:

@@ -49,7 +49,6 @@ from regard.contract import (
     LayerSpec,
     Mechanism,
     Paper,
-    Pattern,
     Result,
     Shape,
     Tensors,
@@ -60,15 +59,8 @@ from regard.core.precision import wide
 from regard.core.sampling import attention_shapes, normals
 from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines import cache
-from regard.engines.attention import (
-    Ranks,
-    Visibility,
-    attention,
-    attention_cost,
-    attention_reference,
-    masked_scores_bias,
-    ranks,
-)
+from regard.engines.attention import Ranks, attention_cost, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import KeyValueState, extend
 from regard.layers.norms import RMSNorm
 from regard.layers.parts import LayerCall, Merge, Projection
@@ -110,7 +102,7 @@ def reference(
     """The definition, with both weight matrices."""
     _check(q.shape[1], k.shape[1], lam)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     values = torch.cat([_half(v, 0), _half(v, 1)], -1)
     first, second = (
         attention_reference(
@@ -174,10 +166,6 @@ def _check(heads: int, kv_heads: int, lam: Tensor | None) -> None:
         )
 
 
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
-
-
 def _side_by_side(x: Float[Tensor, "b h m v"]) -> Float[Tensor, "b h/2 m 2*v"]:
     """The heads of each pair as one."""
     return torch.cat(x.chunk(2, 1), -1)
@@ -209,32 +197,23 @@ def _attend(
     where: Ranks,
     state: KeyValueState | None = None,
 ) -> Result:
-    found = []
-    for i in (0, 1):
-        blocks = None if call.blocks is None else BlockMask(_half(call.blocks.visible, i), call.blocks.block_size)
-        found.append(
-            attention(
-                _half(wide(q), i),
-                _half(k, i),
-                v,
-                where,
-                visibility=_visibility(call),
-                scale=call.scale,
-                bias=_half(call.bias, i),
-                position_bias=_half_bias(call.position_bias, i),
-                blocks=blocks,
-                dropout=call.dropout,
-                generator=call.generator,
-                want_weights="weights" in call.want,
-                backend=call.backend,
-            )
+    first, second = (
+        attend(
+            call,
+            _half(wide(q), i),
+            _half(k, i),
+            v,
+            where,
+            bias=_half(call.bias, i),
+            position_bias=_half_bias(call.position_bias, i),
+            blocks=None if call.blocks is None else BlockMask(_half(call.blocks.visible, i), call.blocks.block_size),
         )
-    (first, first_weights, _), (second, second_weights, _) = found
+        for i in (0, 1)
+    )
     subtracted = wide(lam)[:, None, None]
-    output = _apart((first - subtracted * second).to(q.dtype))
-    if first_weights is None or second_weights is None:
-        return Result(output, state)
-    return Result(output, state, extras={"weights": (first_weights - subtracted * second_weights).to(q.dtype)})
+    output = _apart((first.output - subtracted * second.output).to(q.dtype))
+    extras = {name: (x - subtracted * second.extras[name]).to(q.dtype) for name, x in first.extras.items()}
+    return Result(output, state, extras=extras)
 
 
 class Lambda(Projection):

@@ -59,8 +59,10 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.core.precision import wide_dtype
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import KeyValueState, absorb, extend
+from regard.engines import attention_forms
+from regard.engines.attention import attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import by_pattern
+from regard.engines.cache import KeyValueState, absorb
 from regard.layers.linear import make_linear
 from regard.layers.parts import LayerCall, Projection
 
@@ -122,7 +124,7 @@ def reference(
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the whole weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     output = attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
     gate = torch.ones_like(q[..., 0]) if log_gate is None else log_gate.exp()
     return call.config.gate_scale * gate[..., None] * output
@@ -135,7 +137,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     log_gate: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
-    return _attend(call, q, k, v, log_gate, ranks(call, q.shape[2], k.shape[2], q.device))
+    return _gated(call, attention_forms.parallel(call, q, k, v), log_gate)
 
 
 def chunked(
@@ -145,56 +147,24 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     log_gate: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
-    state, where = extend(call, k, v, q.shape[2])
-    return _attend(call, q, state.k, state.v, log_gate, where, state)
+    return _gated(call, attention_forms.chunked(call, q, k, v), log_gate)
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], log_gate: Float[Tensor, "b h n"] | None = None) -> Result:
-    """Queries on absorbed memory."""
-    state: KeyValueState = call.state
-    where = ranks(call, q.shape[2], 0, q.device, state.ranks)
-    return _attend(call, q, state.k, state.v, log_gate, where, state)
+    return _gated(call, attention_forms.read(call, q), log_gate)
 
 
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
-
-
-def _attend(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_gate: Tensor | None,
-    where: Ranks,
-    state: KeyValueState | None = None,
-) -> Result:
-    output, weights, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
+def _gated(call: Call, result: Result, log_gate: Float[Tensor, "b h n"] | None) -> Result:
+    """The output and the weights times the gates."""
+    gate: float | Tensor = call.config.gate_scale
     if log_gate is not None:
-        gate = (call.config.gate_scale * log_gate.to(wide_dtype(q)).exp())[..., None]
-        output = (gate * output).to(output.dtype)
-        weights = None if weights is None else (gate * weights).to(weights.dtype)
-    elif call.config.gate_scale != 1:
-        output = call.config.gate_scale * output
-        weights = None if weights is None else call.config.gate_scale * weights
-    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
-    return Result(output, state, extras=extras)
+        gate = (gate * log_gate.to(wide_dtype(result.output)).exp())[..., None]
+    elif gate == 1:
+        return result
+    result.output = (gate * result.output).to(result.output.dtype)
+    if "weights" in result.extras:
+        result.extras["weights"] = (gate * result.extras["weights"]).to(result.extras["weights"].dtype)
+    return result
 
 
 class GatePredictor(Projection):

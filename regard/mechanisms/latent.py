@@ -50,7 +50,6 @@ from regard.contract import (
     LayerSpec,
     Mechanism,
     Paper,
-    Pattern,
     Result,
     Shape,
     State,
@@ -62,7 +61,8 @@ from regard.contract import (
 )
 from regard.core.precision import wide
 from regard.core.sampling import normals
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention import Ranks, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import append
 from regard.layers.attention import AttentionLayer
 from regard.layers.norms import RMSNorm
@@ -125,7 +125,7 @@ def reference(
     """The definition, with the keys and values of every head."""
     _check(k)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     keys = torch.cat([latent[:, None] @ up_k.mT, k.expand(-1, q.shape[1], -1, -1)], -1)
     values = latent[:, None] @ up_v.mT
     queries = torch.cat([q_content, q], -1)
@@ -202,10 +202,6 @@ def _extend(call: Call, joined: Float[Tensor, "b 1 m c+r"], n: int) -> tuple[Lat
     return LatentState(append(past.latent, joined.to(past.latent.dtype), 2), where.keys, length), where
 
 
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
-
-
 def _attend(
     call: Call,
     q: Float[Tensor, "b h n r"],
@@ -226,26 +222,11 @@ def _attend(
     else:
         queries, values = torch.cat([q_content, q], -1), latent @ up_v.mT
         keys = torch.cat([latent @ up_k.mT, rotated.expand(-1, h, -1, -1)], -1)
-    output, weights, lse = attention(
-        queries,
-        keys,
-        values,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
-    output = output @ up_v.mT if absorbed else output
-    extras = {} if weights is None else {"weights": weights.to(dtype)}
-    extras |= {} if lse is None else {"lse": lse}
-    return Result(output.to(dtype), state, extras=extras)
+    result = attend(call, queries, keys, values, where, state)
+    result.output = (result.output @ up_v.mT if absorbed else result.output).to(dtype)
+    if "weights" in result.extras:
+        result.extras["weights"] = result.extras["weights"].to(dtype)
+    return result
 
 
 def absorbs(n: int, m: int, d: int, v: int, r: int, c: int) -> bool:

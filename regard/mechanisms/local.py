@@ -39,7 +39,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported, at_least, one_of
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, masked_scores_bias, ranks
+from regard.engines import attention_forms
+from regard.engines.attention import Visibility, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import WindowState, extend_window
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
+    return attention_forms.parallel(call, q, k, v, visibility=_visibility(call))
 
 
 def chunked(
@@ -96,7 +97,7 @@ def chunked(
     if call.state is not None and call.bias is not None:
         raise Unsupported("local attention with a bias of pairs and a state", supported="a position bias, or no state")
     state, keys, values, where = extend_window(call, k, v, q.shape[2], call.config.cached)
-    return _attend(call, q, keys, values, where, state)
+    return attention_forms.attend(call, q, keys, values, where, state, visibility=_visibility(call))
 
 
 def _visibility(call: Call) -> Visibility:
@@ -108,27 +109,6 @@ def _visibility(call: Call) -> Visibility:
     if causal:
         return Visibility(causal=True, left=config.window - 1)
     return Visibility(left=config.window, right=config.window)
-
-
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: WindowState | None = None) -> Result:
-    output, weights, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
-    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
-    return Result(output, state, extras=extras)
 
 
 def visible_pairs(config: Config, n: int) -> int:

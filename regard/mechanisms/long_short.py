@@ -64,7 +64,8 @@ from regard.core.precision import wide, without_autocast
 from regard.core.ragged import values_known
 from regard.core.sampling import normals
 from regard.core.visibility import block_numbers
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference
+from regard.engines.attention import Ranks, Visibility, attention_reference
+from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.merging import merge
 from regard.layers.parts import LayerCall, Projection
@@ -201,7 +202,7 @@ def parallel(
     slots = torch.arange(keys.shape[2], device=q.device)
     exists = torch.where((lengths > 0)[:, None], slots, -1)
     where = Ranks(torch.arange(n, device=q.device)[None], exists, None, None, plain=False)
-    far = _attend(call, wide(q), keys, values, where, Visibility())
+    far = attend_to_part(call, wide(q), keys, values, where, Visibility())
     return merge(*zip(near, far, strict=True)).to(q.dtype)
 
 
@@ -222,11 +223,11 @@ def chunked(
     raw = (k if k_raw is None else k_raw), (v if v_raw is None else v_raw)
     landmarks, segment = _extend_landmarks(call, *raw, p, norm_weight, norm_bias)
     state = LongShortState(window.k, window.v, window.length, segment, *landmarks)
-    near = _attend(call, wide(q), keys, values, where, Visibility(causal=True, left=w - 1))
+    near = attend_to_part(call, wide(q), keys, values, where, Visibility(causal=True, left=w - 1))
     slots = torch.arange(state.keys.shape[2], device=q.device)[None]
     opened = (block_numbers(slots, config.rank) + 1) * config.segment  # the first rank that reads each landmark
     there = Ranks(where.queries, opened, None, None, plain=False)
-    far = _attend(call, wide(q), state.keys, state.values, there, Visibility(causal=True))
+    far = attend_to_part(call, wide(q), state.keys, state.values, there, Visibility(causal=True))
     return Result(merge(*zip(near, far, strict=True)).to(q.dtype), state)
 
 
@@ -259,25 +260,6 @@ def _normalized(
     return flat.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _attend(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, visibility: Visibility
-) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
-    output, _, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=visibility,
-        scale=call.scale,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_lse=True,
-        backend=call.backend,
-    )
-    assert lse is not None
-    return output, lse
-
-
 def _near(
     call: Call, q: Tensor, k: Tensor, v: Tensor, lengths: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
@@ -294,7 +276,7 @@ def _near(
     exists = (rank >= 0) & (rank < lengths[:, None, None])
     slots = torch.arange(w + 2 * side, device=q.device)
     where = Ranks(slots[None, :w], torch.where(exists, slots, -1).flatten(0, 1), None, None, plain=False)
-    output, lse = _attend(call, queries, keys, values, where, Visibility())
+    output, lse = attend_to_part(call, queries, keys, values, where, Visibility())
 
     def together(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)[:, :, :n]

@@ -56,7 +56,8 @@ from regard.contract import (
 )
 from regard.core.precision import wide_dtype
 from regard.core.ragged import place_queries, take_queries, values_known
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
+from regard.engines.attention import Ranks, Visibility, attention_reference, ranks
+from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import WindowState, extend_window
 from regard.engines.merging import merge
 from regard.layers.parts import LayerCall, Projection
@@ -182,7 +183,7 @@ def parallel(
     # a global token that does not exist has rank -1: it sees nothing, and is put nowhere
     there = Ranks(places, where.keys, None, None, plain=False)
     seen_by, far_k, far_v = picked[2], own[1], own[2]
-    far = _softmax(call, seen_by, far_k, far_v, there, Visibility(causal=call.pattern.causal))[0]
+    far = attend_to_part(call, seen_by, far_k, far_v, there, Visibility(causal=call.pattern.causal))[0]
     if call.roles is None:
         valid = (places >= 0)[:, None, :, None]
         local[:, :, :count] = torch.where(valid, far.to(local.dtype), local[:, :, :count])
@@ -219,7 +220,7 @@ def chunked(
     local = _local(call, q, keys, values, _without(where, None, count), kept[:2], places)
     # of a row that has its first tokens behind it none is left; how many rows have is not known without looking
     among = Ranks(where.queries, places, None, None, plain=False)
-    far = _softmax(call, own[0], kept[2], kept[3], among, Visibility(causal=True))[0]
+    far = attend_to_part(call, own[0], kept[2], kept[3], among, Visibility(causal=True))[0]
     is_global = (where.queries >= 0) & (where.queries < count)
     return Result(torch.where(is_global[:, None, :, None], far.to(local.dtype), local), state)
 
@@ -320,7 +321,7 @@ def _local(
     if places.shape[1] == 0:
         return output
     there = Ranks(where.queries, places, None, None, plain=False)
-    seen = _softmax(call, q, first[0], first[1], there, Visibility(causal=call.pattern.causal))
+    seen = attend_to_part(call, q, first[0], first[1], there, Visibility(causal=call.pattern.causal))
     return merge([output, seen[0]], [lse, seen[1]]).to(dtype)
 
 
@@ -330,7 +331,7 @@ def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation
     side = config.window // 2
     rule = Visibility(causal=True, left=config.window - 1) if call.pattern.causal else Visibility(left=side, right=side)
     if dilation == 1:
-        return _softmax(call, q, k, v, where, rule)
+        return attend_to_part(call, q, k, v, where, rule)
     n, m = q.shape[2], k.shape[2]
     output = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
@@ -343,25 +344,8 @@ def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation
         exists = torch.where(where.keys[:, keys] >= 0, count, -1)
         queries = torch.arange(len(range(residue, n, dilation)), device=q.device)[None] + offset
         there = Ranks(queries, exists, offset, None, plain=False)
-        found = _softmax(call, q[:, :, part], k[:, :, keys], v[:, :, keys], there, rule)
+        found = attend_to_part(call, q[:, :, part], k[:, :, keys], v[:, :, keys], there, rule)
         output[:, :, part], lse[:, :, part] = found
-    return output, lse
-
-
-def _softmax(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, rule: Visibility) -> tuple[Tensor, Tensor]:
-    output, _, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=rule,
-        scale=call.scale,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_lse=True,
-        backend=call.backend,
-    )
-    assert lse is not None
     return output, lse
 
 

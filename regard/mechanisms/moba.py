@@ -57,6 +57,7 @@ from regard.core.precision import wide, without_autocast
 from regard.core.ragged import group_queries, take_tokens
 from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
+from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import KeyValueState, extend
 from regard.engines.grouped_attention import product
 from regard.engines.merging import merge
@@ -195,10 +196,7 @@ def _attend(
     outputs, lses = [], []
     if own is not None:
         rule = Visibility(causal=causal, block=size)
-        output, _, lse = attention(
-            wide(q), k, v, where, visibility=rule, scale=call.scale, want_lse=True, backend=call.backend
-        )
-        assert lse is not None
+        output, lse = attend_to_part(call, wide(q), k, v, where, rule)
         outputs, lses = [output], [lse]
     if chosen.shape[3]:
         pairs, count = chosen.flatten(2), chosen.shape[3]
@@ -258,17 +256,8 @@ def _on_blocks(
         None,
         plain=False,
     )
-    output, _, lse = attention(
-        wide(q).flatten(0, 2)[:, None],
-        keys.flatten(0, 2)[:, None],
-        values.flatten(0, 2)[:, None],
-        where,
-        visibility=Visibility(),
-        scale=call.scale,
-        want_lse=True,
-        backend=call.backend,
-    )
-    assert lse is not None
+    asked, keys, values = (x.flatten(0, 2)[:, None] for x in (wide(q), keys, values))
+    output, lse = attend_to_part(call, asked, keys, values, where, Visibility())
     return output.view(*q.shape[:4], v.shape[-1]), lse.view(q.shape[:4])
 
 

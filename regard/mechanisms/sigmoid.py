@@ -65,7 +65,8 @@ from regard.contract import (
 )
 from regard.core.precision import wide_dtype
 from regard.core.visibility import DistanceBias
-from regard.engines.attention import Ranks, Visibility, attention, attention_cost, masked_scores_bias, ranks
+from regard.engines.attention import Ranks, Visibility, attention_cost, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend, check_window
 from regard.engines.cache import KeyValueState, extend
 from regard.layers.parts import LayerCall, Projection
 
@@ -202,23 +203,8 @@ def read(call: Call, q: Float[Tensor, "b h n d"], head_bias: Float[Tensor, " h"]
 def _visibility(call: Call) -> Visibility:
     config: Config = call.config
     left, right = config.window
-    _check_window(config, call.pattern)
+    check_window("sigmoid attention", config.window, call.pattern, none="(None, None)")
     return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF, left=left, right=right)
-
-
-def _check_window(config: Config, pattern: Pattern) -> None:
-    if pattern.cross and config.window != (None, None):
-        raise Unsupported(
-            f"sigmoid attention with window={config.window} in {pattern.value} (memory has no place near a query)",
-            supported="self patterns",
-            nearest="window=(None, None)",
-        )
-    if pattern is Pattern.CAUSAL_SELF and config.window[1]:
-        raise Unsupported(
-            f"sigmoid attention with window={config.window} in causal-self",
-            supported="nothing after the query",
-            nearest=f"window=({config.window[0]}, 0)",
-        )
 
 
 def _totals(call: Call, k: Tensor) -> Int[Tensor, " b"]:
@@ -254,28 +240,25 @@ def _attend(
         by_rank = position_bias
         position_bias = lambda i, j: temperature * by_rank(i, j).to(dtype)  # noqa: E731
 
-    output, weights, _ = attention(
+    result = attend(
+        call,
         q,
         k,
         v,
         where,
+        state,
         visibility=visibility,
         scale=temperature * call.scale,
         rule=config.activation,
         shift=config.biases[0] if len(config.biases) == 1 else 0.0,
         bias=bias,
         position_bias=position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        backend=call.backend,
     )
-    if config.norm != "none":
-        divisor = counts if config.norm == "seq" else counts.sqrt()
-        output = (output / divisor).to(output.dtype)
-        weights = None if weights is None else (weights / divisor).to(weights.dtype)
-    return Result(output, state, extras={} if weights is None else {"weights": weights})
+    if config.norm == "none":
+        return result
+    divisor = counts if config.norm == "seq" else counts.sqrt()
+    extras = {name: (x / divisor).to(x.dtype) for name, x in result.extras.items()}
+    return Result((result.output / divisor).to(result.output.dtype), state, extras=extras)
 
 
 def _bias_terms(config: Config, head_bias: Tensor | None, counts: Tensor, q: Tensor) -> list[Tensor]:
@@ -300,7 +283,7 @@ class HeadBias(Projection):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        _check_window(spec.config, spec.pattern)
+        check_window("sigmoid attention", spec.config.window, spec.pattern, none="(None, None)")
         if len(spec.config.biases) not in (1, spec.heads):
             raise Unsupported(
                 f"sigmoid attention with {len(spec.config.biases)} biases for {spec.heads} heads",

@@ -58,16 +58,9 @@ from regard.contract import (
     at_least,
 )
 from regard.core.sampling import attention_shapes, normals
-from regard.engines.attention import (
-    Ranks,
-    Visibility,
-    attention,
-    attention_cost,
-    attention_reference,
-    masked_scores_bias,
-    ranks,
-)
-from regard.engines.cache import KeyValueState, absorb, extend
+from regard.engines import attention_forms
+from regard.engines.attention import Visibility, attention_cost, attention_reference, masked_scores_bias, ranks
+from regard.engines.cache import KeyValueState, absorb
 from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
@@ -127,7 +120,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    return _attend(call, q, k, v, sink, ranks(call, q.shape[2], k.shape[2], q.device))
+    return attention_forms.parallel(call, q, k, v, **_options(call, sink))
 
 
 def chunked(
@@ -137,70 +130,21 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
-    state, where = extend(call, k, v, q.shape[2])
-    return _attend(call, q, state.k, state.v, sink, where, state)
+    return attention_forms.chunked(call, q, k, v, **_options(call, sink))
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
-    """Queries on absorbed memory."""
-    state: KeyValueState = call.state
-    where = ranks(call, q.shape[2], 0, q.device, state.ranks)
-    return _attend(call, q, state.k, state.v, sink, where, state)
+    return attention_forms.read(call, q, **_options(call, sink))
+
+
+def _options(call: Call, sink: Tensor | None) -> dict[str, Any]:
+    return {"visibility": _visibility(call), "softcap": call.config.softcap, "sink": sink}
 
 
 def _visibility(call: Call) -> Visibility:
-    _check_window(call.config, call.pattern)
+    attention_forms.check_window("softmax attention", call.config.window, call.pattern, none="None")
     left, right = call.config.window or (None, None)
     return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF, left=left, right=right)
-
-
-def _check_window(config: Config, pattern: Pattern) -> None:
-    if config.window is None:
-        return
-    if pattern.cross:
-        raise Unsupported(
-            f"softmax attention with window={config.window} in {pattern.value} (memory has no place near a query)",
-            supported="self patterns",
-            nearest="window=None",
-        )
-    if pattern is Pattern.CAUSAL_SELF and config.window[1]:
-        raise Unsupported(
-            f"softmax attention with window={config.window} in causal-self",
-            supported="nothing after the query",
-            nearest=f"window=({config.window[0]}, 0)",
-        )
-
-
-def _attend(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    where: Ranks,
-    state: KeyValueState | None = None,
-) -> Result:
-    output, weights, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        softcap=call.config.softcap,
-        sink=sink,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
-    extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
-    return Result(output, state, extras=extras)
 
 
 class Sink(Projection):
@@ -208,7 +152,7 @@ class Sink(Projection):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        _check_window(spec.config, spec.pattern)
+        attention_forms.check_window("softmax attention", spec.config.window, spec.pattern, none="None")
         self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.config.learn_sink else None
 
     def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:

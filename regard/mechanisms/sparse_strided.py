@@ -59,7 +59,8 @@ from regard.contract import (
 from regard.core.precision import wide
 from regard.core.ragged import place_queries, take_queries
 from regard.core.visibility import CountedRanks, block_numbers
-from regard.engines.attention import Ranks, Visibility, attention, attention_reference, ranks
+from regard.engines.attention import Ranks, Visibility, attention_reference, ranks
+from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import KeyValueState, extend
 from regard.engines.merging import merge
 
@@ -171,7 +172,7 @@ def chunked(
     def hidden(i: Tensor, j: Tensor) -> Tensor:
         return torch.where(pattern_mask(config, i, j, heads=q.shape[1]), 0.0, -torch.inf)
 
-    output = _softmax(call, q, state.k, state.v, where, Visibility(causal=True), position_bias=hidden)[0]
+    output = attend_to_part(call, q, state.k, state.v, where, Visibility(causal=True), position_bias=hidden)[0]
     return Result(output, state)
 
 
@@ -191,7 +192,7 @@ def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v
         wanted = _seen_by(call.config, i, slots, kind, columns)
         places = found.gather(1, wanted.clamp(min=0))[:, None, :, None]
         k, v = (x.gather(2, places.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
-        return _softmax(call, q, k, v, Ranks(i, wanted, None, None, plain=False), Visibility())[0]
+        return attend_to_part(call, q, k, v, Ranks(i, wanted, None, None, plain=False), Visibility())[0]
 
     return Result(_by_heads(call, q, state.k, state.v, read), state)
 
@@ -271,7 +272,7 @@ def _near(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         rule = Visibility(causal=causal, block=size)
     else:
         rule = Visibility(causal=causal, left=size - 1, right=None if causal else size - 1)
-    return _softmax(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device), rule)
+    return attend_to_part(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device), rule)
 
 
 def _strided(
@@ -299,7 +300,7 @@ def _strided(
         row = torch.arange(rows, device=device)[None]
         where = Ranks(row, torch.where(row < counts, row, -1), 0, 0, plain=False)
         blocks = BlockMask(~torch.eye(rows, dtype=torch.bool, device=device)[None, None], 1) if others else None
-    output, lse = _softmax(call, fold(q), fold(k), fold(v), where, Visibility(causal=causal), blocks=blocks)
+    output, lse = attend_to_part(call, fold(q), fold(k), fold(v), where, Visibility(causal=causal), blocks=blocks)
     output = output.unflatten(0, (batch, size)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     return output[:, :, :n], lse.unflatten(0, (batch, size)).permute(0, 2, 3, 1).flatten(2, 3)[:, :, :n]
 
@@ -316,36 +317,7 @@ def _fixed(
     where = Ranks(torch.arange(n, device=device)[None], places, None, None, plain=False)
     k, v = (x.index_select(2, slots.clamp(max=max(n - 1, 0))) for x in (k, v))
     blocks = BlockMask(~torch.eye(count, dtype=torch.bool, device=device)[None, None], size) if others else None
-    return _softmax(call, q, k, v, where, Visibility(causal=call.pattern.causal), blocks=blocks)
-
-
-def _softmax(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    where: Ranks,
-    rule: Visibility,
-    *,
-    blocks: BlockMask | None = None,
-    position_bias: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    output, _, lse = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=rule,
-        scale=call.scale,
-        position_bias=position_bias,
-        blocks=blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_lse=True,
-        backend=call.backend,
-    )
-    assert lse is not None
-    return output, lse
+    return attend_to_part(call, q, k, v, where, Visibility(causal=call.pattern.causal), blocks=blocks)
 
 
 def _seen(config: Config, kind: str, columns: tuple[int, int], block: int, place: int) -> int:

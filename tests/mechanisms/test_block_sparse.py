@@ -14,11 +14,11 @@ from support import calls, close, cut, load, qkv, shaken
 from torch import Tensor
 
 import regard.engines.attention.torch_form as backend
-import regard.mechanisms.block_sparse as module
 from regard import get_mechanism
 from regard.apply import absorb
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Pattern, Shape, Unsupported
 from regard.create import create_layer
+from regard.engines import attention_forms
 from regard.mechanisms.block_sparse import MECHANISM, Config, cost, visible_blocks, visible_pairs
 from regard.models import LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
 from regard.workbench.properties import FUNCTION_PROPERTIES
@@ -253,13 +253,13 @@ def test_positions_and_blocks_agree_in_every_step(pattern, positions):
 
 def test_one_row_of_blocks_is_made_for_a_step(monkeypatch):
     """Not the square of all blocks, which at long caches would cost more than the attention."""
-    shapes, original = [], module.attention
+    shapes, original = [], attention_forms.attention
 
     def watched(*args: Any, blocks: BlockMask, **options: Any) -> Any:
         shapes.append(tuple(blocks.visible.shape))
         return original(*args, blocks=blocks, **options)
 
-    monkeypatch.setattr(module, "attention", watched)
+    monkeypatch.setattr(attention_forms, "attention", watched)
     state = run(qkv(40), {"block_size": 2}, return_state=True).state
     run(qkv(1), {"block_size": 2}, state=state)
     assert shapes == [(1, 1, 20, 20), (2, 1, 1, 21)]

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regard import Context, Mask, Unsupported, backends, create_layer
 from regard.contract import ALL_PATTERNS, Pattern
+from regard.engines import attention_forms
 from regard.engines.attention import attention
 from regard.layers import chosen_heads
-from regard.mechanisms import softmax
 from regard.mechanisms.mixture_of_heads import MECHANISM, head_usage, usage_entropy
 from regard.models import LanguageModel, LanguageModelConfig, count_parameters, from_pretrained, save_pretrained
 from regard.training import head_importance, mix_heads
@@ -373,7 +373,7 @@ def test_gathered_heads_do_the_work_of_the_chosen_ones_alone(monkeypatch):
         pairs.append(q.shape[1] * q.shape[2] * k.shape[2])
         return attention(q, k, *rest, **options)
 
-    monkeypatch.setattr(softmax, "attention", counted)
+    monkeypatch.setattr(attention_forms, "attention", counted)
     monkeypatch.setattr(chosen_heads, "attention", counted)
     other = 2 * n * dim * (7 + 2 + 2 * heads * width)  # routers, keys and values
     queries = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape, Unsupported
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
+from regard.engines import attention_forms
 from regard.functional import softmax_attention
 from regard.mechanisms.positional_attention import MECHANISM, Config, cost
 from regard.mechanisms.positional_attention import forms as module
@@ -81,8 +82,10 @@ def test_tokens_move_with_their_rows_and_not_without():
 def test_one_weight_matrix_serves_all_rows(monkeypatch):
     """Only what differs between rows goes to the engine, which computes a matrix for each."""
     counted = []
-    engine = module.attention
-    monkeypatch.setattr(module, "attention", lambda *args, **options: counted.append(1) or engine(*args, **options))
+    engine = attention_forms.attention
+    monkeypatch.setattr(
+        attention_forms, "attention", lambda *args, **options: counted.append(1) or engine(*args, **options)
+    )
     tensors, lengths = inputs(8), torch.tensor([8, 3, 0])
     for pattern in ("noncausal-self", "causal-self"):
         run(tensors, pattern=pattern)

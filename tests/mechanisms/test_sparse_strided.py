@@ -12,8 +12,8 @@ from torch import Tensor
 
 from regard.contract import Mask, Shape, Unsupported
 from regard.create import create_layer
+from regard.engines import attention_forms
 from regard.engines.cache import KeyValueState
-from regard.mechanisms import sparse_strided
 from regard.mechanisms.sparse_strided import MECHANISM, Config, cost, count_pairs
 
 OPTIONS = [
@@ -85,9 +85,9 @@ def test_a_step_reads_the_keys_that_it_sees(options, monkeypatch):
     """After 400 tokens: a window or block of 20, and 20 others or 20 times 3."""
     state = run(qkv(400, batch=1), options, return_state=True).state
     read = []
-    attend = sparse_strided.attention
+    attend = attention_forms.attention
     monkeypatch.setattr(
-        sparse_strided, "attention", lambda q, k, *rest, **kw: read.append(k.shape[2]) or attend(q, k, *rest, **kw)
+        attention_forms, "attention", lambda q, k, *rest, **kw: read.append(k.shape[2]) or attend(q, k, *rest, **kw)
     )
     run(qkv(1, batch=1), options, state=state)
     assert isinstance(state, KeyValueState)

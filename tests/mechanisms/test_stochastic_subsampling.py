@@ -14,6 +14,7 @@ import regard.mechanisms.stochastic_subsampling.definition as definition
 import regard.mechanisms.stochastic_subsampling.forms as ssa
 from regard.contract import BlockMask, Context, Mask, Shape, Unsupported
 from regard.create import create_layer
+from regard.engines import attention_forms
 from regard.functional import softmax_attention, stochastic_subsampling_attention
 from regard.mechanisms.stochastic_subsampling import Config, cost, ensemble_predict, subsample, subsampled
 from regard.models import LanguageModel, LanguageModelConfig
@@ -190,13 +191,13 @@ def test_positions_are_those_of_the_original_places(positions, options):
 
 
 def test_only_the_drawn_keys_are_computed(monkeypatch):
-    given, original = [], ssa.attention
+    given, original = [], attention_forms.attention
 
     def attention(q, k, *rest, **options):
         given.append((q.shape[0], q.shape[2], k.shape[2]))
         return original(q, k, *rest, **options)
 
-    monkeypatch.setattr(ssa, "attention", attention)
+    monkeypatch.setattr(attention_forms, "attention", attention)
     for options in ({}, {"mode": "local"}, {"host_window": 16}):
         train(*sample(64), **options)
     assert given == [(2, 64, 16), (8, 16, 16), (8, 16, 4)]

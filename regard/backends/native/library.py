@@ -178,6 +178,16 @@ def pointer(x: Tensor | None) -> int | None:
     return address
 
 
+def strided(**tensors: Tensor | None) -> dict[str, Any]:
+    """Fields of a struct: the address of each tensor that there is and, as ``<name>_strides``, those of all its axes but the
+    last. The caller keeps the tensors."""
+    fields: dict[str, Any] = {}
+    for name, x in tensors.items():
+        if x is not None:
+            fields[name], fields[f"{name}_strides"] = pointer(x), x.stride()[:-1]
+    return fields
+
+
 def within_range(*numbers: Tensor | int | None, least: int = -MOST) -> bool:
     """Whether integers, and those in tensors, are no less than `least` and no more than :data:`MOST`."""
     for x in numbers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -73,27 +73,50 @@ class BiasArguments(ctypes.Structure):
     )
 
 
+HEADS = (
+    ("threads", ctypes.c_int64),
+    ("dtype", ctypes.c_int64),
+    ("q", ctypes.c_void_p),
+    ("k", ctypes.c_void_p),
+    ("v", ctypes.c_void_p),
+    ("out", ctypes.c_void_p),
+    ("lse", ctypes.c_void_p),
+    ("batch", ctypes.c_int64),
+    ("heads", ctypes.c_int64),
+    ("kv_heads", ctypes.c_int64),
+    ("n", ctypes.c_int64),
+    ("m", ctypes.c_int64),
+    ("width", ctypes.c_int64),
+    ("value_width", ctypes.c_int64),
+    ("q_strides", Strides),
+    ("k_strides", Strides),
+    ("v_strides", Strides),
+    ("out_strides", Strides),
+)
+"""How the structs of all attention begin."""
+
+
+def heads_arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """The fields of :data:`HEADS`; features are contiguous, and the caller keeps the tensors."""
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": library.DTYPES[q.dtype],
+        "lse": library.pointer(lse) if lse.numel() else None,
+        "batch": q.shape[0],
+        "heads": q.shape[1],
+        "kv_heads": k.shape[1],
+        "n": q.shape[2],
+        "m": k.shape[2],
+        "width": q.shape[3],
+        "value_width": v.shape[3],
+        **library.strided(q=q, k=k, v=v, out=out),
+    }
+
+
 class Attention(library.Arguments):
     kernel = "attention"
     _fields_ = (
-        ("threads", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("m", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("value_width", ctypes.c_int64),
-        ("q_strides", Strides),
-        ("k_strides", Strides),
-        ("v_strides", Strides),
-        ("out_strides", Strides),
+        *HEADS,
         ("scale", ctypes.c_float),
         ("shift", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -176,13 +199,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
     """See :func:`regard.engines.attention.attention`."""
     if q.shape[0] * q.shape[1] * q.shape[2] == 0 or k.shape[2] == 0:
         return of_no_pairs(q, k, v, problem.want_weights, problem.want_lse)
-    out, lse = _attention(q, k, v, _packed(problem, q.shape[2], k.shape[2], q.device))
+    out, lse = _attention(_packed(q, k, v, problem))
     return out, None, lse if problem.want_lse else None
 
 
 @dataclass(frozen=True)
 class PackedProblem(Packed):
-    """A :class:`regard.engines.attention.problem.Problem` as the operator has it.
+    """A :class:`regard.engines.attention.problem.Problem` as the operator has it, with its queries, keys and values.
 
     Attributes:
         query_ranks, key_ranks: None where queries count up from `first_rank` and keys from 0.
@@ -194,6 +217,12 @@ class PackedProblem(Packed):
         stretch: of clipped weights alone, low and high.
     """
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None
+    bias: Tensor | None
+    distance: Tensor | None
     query_ranks: Tensor | None
     key_ranks: Tensor | None
     first_rank: int
@@ -204,14 +233,16 @@ class PackedProblem(Packed):
     rule: int
     shift: float
     softcap: float
-    sink: Tensor | None
-    bias: Tensor | None
-    distance: Tensor | None
     distance_zero: int
     stretch: Sequence[float]
 
+    @property
+    def learned(self) -> list[Tensor | None]:
+        return [self.q, self.k, self.v, self.sink, self.bias, self.distance]
 
-def _packed(problem: Problem, n: int, m: int, device: torch.device) -> PackedProblem:
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> PackedProblem:
+    n, m = q.shape[2], k.shape[2]
     ranks, visibility, stretch = problem.ranks, problem.visibility, problem.stretch
     # then ranks need not be kept for the backward pass: what padding sees in causal attention does not matter
     counting = ranks.plain and ranks.first is not None and (visibility.causal or visibility.everything)
@@ -221,9 +252,15 @@ def _packed(problem: Problem, n: int, m: int, device: torch.device) -> PackedPro
     if problem.position_bias is not None:
         assert isinstance(problem.position_bias, DistanceBias)
         low, high = _distances(ranks, visibility, n, m)
-        distance, zero = problem.position_bias.table(low, high, device).float(), -low
+        distance, zero = problem.position_bias.table(low, high, q.device).float(), -low
     blocks = problem.blocks
     return PackedProblem(
+        q=q,
+        k=k,
+        v=v,
+        sink=None if problem.sink is None else problem.sink.float(),
+        bias=None if problem.bias is None else problem.bias.float(),
+        distance=distance,
         query_ranks=None if counting else ranks.queries,
         key_ranks=None if counting else ranks.keys,
         first_rank=ranks.first if counting and ranks.first is not None else 0,
@@ -234,9 +271,6 @@ def _packed(problem: Problem, n: int, m: int, device: torch.device) -> PackedPro
         rule=RULES.index(problem.rule) if stretch is None else CLIPPED,
         shift=float(problem.shift),
         softcap=0.0 if problem.softcap is None else float(problem.softcap),
-        sink=None if problem.sink is None else problem.sink.float(),
-        bias=None if problem.bias is None else problem.bias.float(),
-        distance=distance,
         distance_zero=zero,
         stretch=[] if stretch is None else [float(x) for x in stretch],
     )
@@ -267,18 +301,14 @@ def _distances(ranks: Ranks, visibility: Visibility, n: int, m: int) -> tuple[in
     return min(low, 0), max(high, 0)
 
 
-def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
     """(B, H, N, V) with the heads of a token side by side, as the output projection wants them."""
     batch, heads, n, _ = q.shape
     width = v.shape[3]
     return v.new_empty_strided((batch, heads, n, width), (heads * n * width, width, heads * width, 1))
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
-
-
-def _by_row(x: Tensor) -> int:
+def by_row(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
@@ -286,8 +316,9 @@ def _broadcast_strides(x: Tensor) -> list[int]:
     return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, p: PackedProblem) -> None:
+def _check(p: PackedProblem) -> None:
     """Raise Unsupported for tensors that the kernel must not be given."""
+    q, k, v = p.q, p.k, p.v
     if len(p.limits) != 6 or not 0 <= p.rule <= CLIPPED:
         raise Unsupported(f"native attention with limits {list(p.limits)} and rule {p.rule}", supported="six limits")
     clipped = p.rule == CLIPPED
@@ -355,16 +386,14 @@ def _reaches(p: PackedProblem, table: int, n: int, m: int) -> bool:
     return p.distance_zero + low >= 0 and p.distance_zero + high < table
 
 
-def _check_results(
-    q: Tensor, v: Tensor, rule: int, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-) -> None:
+def _check_results(p: PackedProblem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Raise Unsupported for results and gradients that are not those of a call that :func:`_check` accepts."""
-    by_query = tuple(q.shape[:3])
-    by_feature = (*by_query, v.shape[3])
-    kept = by_query if rule in WITH_LSE else (0,)
+    by_query = tuple(p.q.shape[:3])
+    by_feature = (*by_query, p.v.shape[3])
+    kept = by_query if p.rule in WITH_LSE else (0,)
     for name, x, shape, dtype in (
-        ("grad_out", grad_out, by_feature, q.dtype),
-        ("out", out, by_feature, q.dtype),
+        ("grad_out", grad_out, by_feature, p.q.dtype),
+        ("out", out, by_feature, p.q.dtype),
         ("lse", lse, kept, torch.float32),
         ("grad_lse", grad_lse, kept, torch.float32),
     ):
@@ -392,11 +421,9 @@ def _counted(first: int, count: int) -> tuple[Tensor | None, int | None]:
     return ranks, library.pointer(ranks)
 
 
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, p: PackedProblem, out: Tensor, lse: Tensor
-) -> tuple[Attention, tuple[Any, ...]]:
+def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[Attention, tuple[Any, ...]]:
     """The forward struct, and the tensors whose memory it points at. All are checked before."""
-    q, k, v = library.rows_contiguous(q), library.rows_contiguous(k), library.rows_contiguous(v)
+    q, k, v = map(library.rows_contiguous, (p.q, p.k, p.v))
     sink = None if p.sink is None else p.sink.contiguous()
     distance = None if p.distance is None else library.rows_contiguous(p.distance)
     query_ranks, key_ranks, blocks, bias = p.query_ranks, p.key_ranks, p.blocks, p.bias
@@ -407,7 +434,7 @@ def _arguments(
     else:
         query_ranks, key_ranks = library.rows_contiguous(query_ranks), library.rows_contiguous(key_ranks)
         places = library.pointer(query_ranks), library.pointer(key_ranks)
-        visibility = VisibilityArguments(*places, _by_row(query_ranks), _by_row(key_ranks), *p.limits)
+        visibility = VisibilityArguments(*places, by_row(query_ranks), by_row(key_ranks), *p.limits)
     if blocks is not None:
         blocks = library.rows_contiguous(blocks)
         visibility.blocks = library.pointer(blocks)
@@ -421,27 +448,10 @@ def _arguments(
         biases.bias_strides = (ctypes.c_int64 * 4)(*_broadcast_strides(bias))
     if distance is not None:
         biases.distance = library.pointer(distance)
-        biases.distance_stride = _by_row(distance)
+        biases.distance_stride = by_row(distance)
         biases.distance_zero, biases.distances = p.distance_zero, distance.shape[-1]
     arguments = Attention(
-        threads=torch.get_num_threads(),
-        dtype=library.DTYPES[q.dtype],
-        q=library.pointer(q),
-        k=library.pointer(k),
-        v=library.pointer(v),
-        out=library.pointer(out),
-        lse=library.pointer(lse) if lse.numel() else None,
-        batch=q.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        n=q.shape[2],
-        m=k.shape[2],
-        width=q.shape[3],
-        value_width=v.shape[3],
-        q_strides=_strides(q),
-        k_strides=_strides(k),
-        v_strides=_strides(v),
-        out_strides=_strides(out),
+        **heads_arguments(q, k, v, out, lse),
         scale=p.scale,
         shift=p.shift,
         softcap=p.softcap,
@@ -455,19 +465,19 @@ def _arguments(
     return arguments, (q, k, v, query_ranks, key_ranks, sink, bias, distance, blocks, out, lse)
 
 
-def _empty_lse(q: Tensor, rule: int) -> Tensor:
-    batch, heads, n, _ = q.shape
-    return q.new_empty((batch, heads, n) if rule in WITH_LSE else (0,), dtype=torch.float32)
+def _empty_results(p: PackedProblem) -> tuple[Tensor, Tensor]:
+    lse = p.q.new_empty(p.q.shape[:3] if p.rule in WITH_LSE else (0,), dtype=torch.float32)
+    return empty_output(p.q, p.v), lse
 
 
 @operator("attention")
-def _attention(q: Tensor, k: Tensor, v: Tensor, problem: PackedProblem) -> tuple[Tensor, Tensor]:
+def _attention(problem: PackedProblem) -> tuple[Tensor, Tensor]:
     """Output, and of softmax, clipped or not, the log-sum-exp (of other rules an empty tensor)."""
-    _check(q, k, v, problem)
-    out, lse = _empty_output(q, v), _empty_lse(q, problem.rule)
-    arguments, kept = _arguments(q, k, v, problem, out, lse)
+    _check(problem)
+    out, lse = _empty_results(problem)
+    arguments, kept = _arguments(problem, out, lse)
     if problem.rule == 0 and problem.blocks is None:
-        _run_forward(arguments, q.shape[2], k.shape[2])
+        _run_forward(arguments, problem.q.shape[2], problem.k.shape[2])
     else:
         library.call(arguments)
     del kept
@@ -536,11 +546,11 @@ def plain(q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, visibility: Visibility,
         q.shape, kv_heads, value_width, dtype, near.causal, near.left, near.right, torch.get_num_threads()
     )
     arguments = Attention.from_buffer_copy(template)
-    out = _empty_output(q, v)
+    out = empty_output(q, v)
     arguments.q, arguments.k, arguments.v = library.pointer(q), library.pointer(k), library.pointer(v)
     arguments.out = library.pointer(out)
     arguments.m, arguments.scale = m, scale
-    arguments.q_strides, arguments.k_strides, arguments.v_strides = _strides(q), _strides(k), _strides(v)
+    arguments.q_strides, arguments.k_strides, arguments.v_strides = (x.stride()[:3] for x in (q, k, v))
     if first:
         arguments.visibility.query_ranks = ctypes.addressof(FIRST_RANKS) + ctypes.sizeof(ctypes.c_int64) * first
     _run_forward(arguments, n, m)
@@ -556,86 +566,58 @@ def _run_forward(arguments: Attention, n: int, m: int) -> None:
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, problem: PackedProblem) -> tuple[Tensor, Tensor]:
-    return _empty_output(q, v), _empty_lse(q, problem.rule)
+def _(problem: PackedProblem) -> tuple[Tensor, Tensor]:
+    return _empty_results(problem)
 
 
 @operator("attention_backward")
 def _attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     problem: PackedProblem,
     out: Tensor,
     lse: Tensor,
-    want_sink: bool,
-    want_bias: bool,
-    want_distance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, sink, bias (B, H, N|1, M|1) and distances (H, distances); empty tensors for those not wanted."""
-    _check(q, k, v, problem)
-    bias, distance, rule = problem.bias, problem.distance, problem.rule
-    _check_results(q, v, rule, grad_out, grad_lse, out, lse)
-    for name, x, wanted in (
-        ("sink", problem.sink, want_sink),
-        ("bias", bias, want_bias),
-        ("distances", distance, want_distance),
-    ):
-        if wanted and x is None:
-            raise Unsupported(f"the gradient of {name} in native attention without {name}", supported="those given")
+    needed: list[bool],
+) -> list[Tensor]:
+    """Gradients of q, k, v, whether needed or not, sink, bias (B, H, N|1, M|1) and distances (H, distances); empty tensors
+    for those not needed."""
+    _check(problem)
+    _check_results(problem, grad_out, grad_lse, out, lse)
     out, lse = library.rows_contiguous(out), lse.contiguous()
-    grads = _empty_gradients(q, k, v, bias if want_bias else None, distance, want_sink, want_distance)
-    grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_distance = grads
-    forward, kept = _arguments(q, k, v, problem, out, lse)
+    grads = _empty_gradients(problem, needed)
+    grad_q, grad_k, grad_v, *learned = grads
+    grad_sink, grad_bias, grad_distance = (x if x.numel() else None for x in learned)
+    forward, kept = _arguments(problem, out, lse)
     grad_out = library.rows_contiguous(grad_out)
-    grad_lse = None if grad_lse is None or rule not in WITH_LSE else grad_lse.contiguous()
+    grad_lse = None if grad_lse is None or problem.rule not in WITH_LSE else grad_lse.contiguous()
     library.call(
         AttentionBackward(
             forward=ctypes.pointer(forward),
-            grad_out=library.pointer(grad_out),
-            grad_out_strides=_strides(grad_out),
+            **library.strided(grad_out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v),
             grad_lse=library.pointer(grad_lse),
-            grad_q=library.pointer(grad_q),
-            grad_k=library.pointer(grad_k),
-            grad_v=library.pointer(grad_v),
-            grad_q_strides=_strides(grad_q),
-            grad_k_strides=_strides(grad_k),
-            grad_v_strides=_strides(grad_v),
-            grad_sink=library.pointer(grad_sink) if want_sink else None,
-            grad_bias=library.pointer(grad_bias) if want_bias else None,
-            grad_distance=library.pointer(grad_distance) if want_distance else None,
-            grad_bias_queries=grad_bias.shape[2] if want_bias else 0,
-            grad_bias_keys=grad_bias.shape[3] if want_bias else 0,
+            grad_sink=library.pointer(grad_sink),
+            grad_bias=library.pointer(grad_bias),
+            grad_distance=library.pointer(grad_distance),
+            grad_bias_queries=0 if grad_bias is None else grad_bias.shape[2],
+            grad_bias_keys=0 if grad_bias is None else grad_bias.shape[3],
         )
     )
     del kept
     return grads
 
 
-def _empty_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    distance: Tensor | None,
-    want_sink: bool,
-    want_distance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    heads = q.shape[1]
-    distances = 0 if distance is None else distance.shape[-1]
-    return (
-        _empty_gradient(q),
-        _empty_gradient(k),
-        _empty_gradient(v),
-        q.new_empty(heads if want_sink else 0, dtype=torch.float32),
-        q.new_empty((0,) if bias is None else (*q.shape[:2], *bias.shape[2:]), dtype=torch.float32),
-        q.new_empty((heads, distances) if want_distance else (0,), dtype=torch.float32),
-    )
+def _empty_gradients(p: PackedProblem, needed: list[bool]) -> list[Tensor]:
+    batch, heads = p.q.shape[:2]
+    shapes = [
+        (heads,) if p.sink is not None and needed[3] else (0,),
+        (batch, heads, *p.bias.shape[2:]) if p.bias is not None and needed[4] else (0,),
+        (heads, p.distance.shape[-1]) if p.distance is not None and needed[5] else (0,),
+    ]
+    learned = [p.q.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return [*map(empty_gradient, (p.q, p.k, p.v)), *learned]
 
 
-def _empty_gradient(x: Tensor) -> Tensor:
+def empty_gradient(x: Tensor) -> Tensor:
     """Like x, with the heads of a token side by side where they are in x, and contiguous features."""
     if x.stride(1) < x.stride(2):
         return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
@@ -646,44 +628,32 @@ def _empty_gradient(x: Tensor) -> Tensor:
 def _(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     problem: PackedProblem,
     out: Tensor,
     lse: Tensor,
-    want_sink: bool,
-    want_bias: bool,
-    want_distance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias = problem.bias if want_bias else None
-    return _empty_gradients(q, k, v, bias, problem.distance, want_sink, want_distance)
+    needed: list[bool],
+) -> list[Tensor]:
+    return _empty_gradients(problem, needed)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, PackedProblem], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, problem = inputs
-    kept: dict[str, Any] = {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
-    ctx.save_for_backward(*tensors, *output, *kept.values())
-    without: dict[str, Any] = dict.fromkeys(kept)
-    ctx.names, ctx.problem = tuple(kept), replace(problem, **without)
+def _keep(ctx: Any, inputs: tuple[PackedProblem], output: tuple[Tensor, Tensor]) -> None:
+    inputs[0].keep(ctx, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None and grad_lse is None:
-        return None, None, None, *PackedProblem.gradients()
-    q, k, v, out, lse, *kept = ctx.saved_tensors
-    problem = replace(ctx.problem, **dict(zip(ctx.names, kept, strict=True)))
-    needed = dict(zip(("q", "k", "v", *PackedProblem.places()), ctx.needs_input_grad, strict=True))
-    learned = "sink", "bias", "distance"
+        return (None,) * len(ctx.needs_input_grad)
+    problem, (out, lse) = PackedProblem.kept(ctx)
+    needed = problem.needed(ctx)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    found = _attention_backward(grad_out, grad_lse, q, k, v, problem, out, lse, *(needed[name] for name in learned))
-    grads = {name: x if needed[name] else None for name, x in zip(("q", "k", "v", *learned), found, strict=True)}
-    if grads["bias"] is not None and problem.bias is not None:
-        grads["bias"] = grads["bias"].sum_to_size(problem.bias.shape)
-    if grads["distance"] is not None and problem.distance is not None and problem.distance.shape[0] == 1:
-        grads["distance"] = grads["distance"].sum(0, keepdim=True)
-    return *(grads.pop(name) for name in "qkv"), *PackedProblem.gradients(**grads)
+    grads = _attention_backward(grad_out, grad_lse, problem, out, lse, needed)
+    # of what rows, heads or tokens share
+    summed = [
+        grad.sum_to_size(x.shape) if x is not None and need else grad
+        for grad, x, need in zip(grads, problem.learned, needed, strict=True)
+    ]
+    return problem.gradients(summed, needed)
 
 
 _attention.register_autograd(_backward, setup_context=_keep)

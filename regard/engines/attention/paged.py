@@ -16,7 +16,7 @@ from regard.backends.native import library
 from regard.backends.native.library import MOST
 from regard.backends.operators import operator
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import Attention, AttentionDecode, Strides, VisibilityArguments
+from regard.engines.attention.native_form import Attention, AttentionDecode, VisibilityArguments, heads_arguments
 
 
 @operator("attention_decode")
@@ -54,30 +54,12 @@ def attention_decode(
     q, k, v, pages, query_ranks = map(library.rows_contiguous, (q, k, v, pages, query_ranks))
     lengths = lengths.contiguous()
     sink = None if sink is None else sink.contiguous()
-    batch, heads, n, width = q.shape
     page_size = k.shape[2]
     visibility = VisibilityArguments(library.pointer(query_ranks), None, query_ranks.stride(0), 0, *limits)
     if query_ranks.shape[0] == 1:
         visibility.query_ranks_stride = 0
     arguments = Attention(
-        threads=torch.get_num_threads(),
-        dtype=library.DTYPES[q.dtype],
-        q=library.pointer(q),
-        k=library.pointer(k),
-        v=library.pointer(v),
-        out=library.pointer(out),
-        lse=library.pointer(lse),
-        batch=batch,
-        heads=heads,
-        kv_heads=k.shape[1],
-        n=n,
-        m=page_size * pages.shape[1],
-        width=width,
-        value_width=v.shape[3],
-        q_strides=Strides(*q.stride()[:3]),
-        k_strides=Strides(*k.stride()[:3]),
-        v_strides=Strides(*v.stride()[:3]),
-        out_strides=Strides(*out.stride()[:3]),
+        **heads_arguments(q, k, v, out, lse) | {"m": page_size * pages.shape[1]},
         scale=scale,
         softcap=softcap,
         sink=library.pointer(sink),

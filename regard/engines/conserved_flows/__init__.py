@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regard.backends import Engine, add_engine, execute
 from regard.engines.conserved_flows import native_form, torch_form
-from regard.engines.conserved_flows.torch_form import Rule, Sums
+from regard.engines.conserved_flows.problem import Problem, Rule, Sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -56,9 +56,10 @@ def conserved_flows(
         rule: what competes and how.
         valid: tokens of each row that exist; those after them do not compete. None: all.
     """
-    return execute("conserved_flows", backend, sinks.device, sinks.dtype, sinks, sources, sums, rule, valid)
+    problem = Problem(sinks, sources, *sums, valid)
+    return execute("conserved_flows", backend, sinks.device, sinks.dtype, problem, rule)
 
 
 add_engine("conserved_flows", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
-__all__ = ["Rule", "Sums", "conserved_flows", "empty_sums"]
+__all__ = ["Problem", "Rule", "Sums", "conserved_flows", "empty_sums"]

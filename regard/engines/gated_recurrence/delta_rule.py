@@ -133,8 +133,7 @@ def _delta_rule(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         state = problem.state
         return out, final_state.zero_() if state is None else final_state.copy_(state), kept
     arguments, _inputs = _arguments(problem, kept if kept.numel() else None)
-    arguments.out = library.pointer(out)
-    arguments.out_strides = Strides(*out.stride()[:3])
+    arguments.out, arguments.out_strides = library.pointer(out), out.stride()[:3]
     arguments.final_state = library.pointer(final_state)
     library.call(arguments)
     return out, final_state, kept
@@ -178,15 +177,10 @@ def _delta_rule_backward(
             grads[5].zero_() if grad_final_state is None else grads[5].copy_(grad_final_state)
         return grads
     forward, _inputs = _arguments(problem, kept)
-    arguments = DeltaRuleBackward(forward=ctypes.pointer(forward))
-    if grad_out is not None and q is not None:
-        grad_out = library.rows_contiguous(grad_out)
-        arguments.grad_out = library.pointer(grad_out)
-        arguments.grad_out_strides = Strides(*grad_out.stride()[:3])
-    if grad_final_state is not None:
-        grad_final_state = library.rows_contiguous(grad_final_state)
-        arguments.grad_final_state = library.pointer(grad_final_state)
-        arguments.grad_final_state_strides = Strides(*grad_final_state.stride()[:3])
+    grad_out = None if grad_out is None or q is None else library.rows_contiguous(grad_out)
+    grad_final_state = None if grad_final_state is None else library.rows_contiguous(grad_final_state)
+    outer = library.strided(grad_out=grad_out, grad_final_state=grad_final_state)
+    arguments = DeltaRuleBackward(forward=ctypes.pointer(forward), **outer)
     for name, grad, is_needed in zip(Problem.places(), grads, needed, strict=False):
         if is_needed:
             setattr(arguments, f"grad_{name}", library.pointer(grad))
@@ -218,14 +212,18 @@ def _check(problem: Problem) -> None:
             raise Unsupported(f"{name} in {str(x.dtype)[6:]} on {x.device.type}", supported=f"{str(wanted)[6:]} on cpu")
 
 
-def _arguments(p: Problem, kept: Tensor | None) -> tuple[DeltaRule, list[Tensor]]:
+def _arguments(p: Problem, kept: Tensor | None) -> tuple[DeltaRule, list[Tensor | None]]:
     """The forward call's struct without its results, and the tensors that it points to."""
     assert p.beta is not None  # checked
+    q, k, v, log_decay, state = alive = [
+        None if x is None else library.rows_contiguous(x) for x in (p.q, p.k, p.v, p.log_decay, p.state)
+    ]
     arguments = DeltaRule(
         threads=torch.get_num_threads(),
         dtype=library.DTYPES[p.v.dtype],
         beta=library.pointer(p.beta),
-        beta_strides=Strides(*p.beta.stride()),
+        beta_strides=p.beta.stride(),
+        **library.strided(q=q, k=k, v=v, log_decay=log_decay, state=state),
         batch=p.k.shape[0],
         heads=p.k.shape[1],
         n=p.k.shape[2],
@@ -235,11 +233,4 @@ def _arguments(p: Problem, kept: Tensor | None) -> tuple[DeltaRule, list[Tensor]
         inclusive=p.inclusive,
         kept=library.pointer(kept),
     )
-    alive = [p.beta]
-    for name, x in (("q", p.q), ("k", p.k), ("v", p.v), ("log_decay", p.log_decay), ("state", p.state)):
-        if x is not None:
-            x = library.rows_contiguous(x)
-            alive.append(x)
-            setattr(arguments, name, library.pointer(x))
-            setattr(arguments, f"{name}_strides", Strides(*x.stride()[:3]))
-    return arguments, alive
+    return arguments, [p.beta, *alive]

@@ -152,10 +152,6 @@ def refuses_step(
     return refusal(v.shape[:2], q, k, v, log_decay, state)
 
 
-def needs_gradient(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
 def refusal(
     lead: torch.Size,
     q: Tensor | None,

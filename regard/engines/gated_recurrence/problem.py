@@ -32,8 +32,7 @@ class Problem(Packed):
 def save(ctx: Any, inputs: tuple[Problem, bool], output: tuple[Tensor, ...]) -> None:
     """Keeps what :func:`differentiate` needs."""
     problem, ctx.keep = inputs
-    ctx.save_for_backward(*problem.learned, output[2])
-    ctx.inclusive = problem.inclusive
+    problem.keep(ctx, output[2])
     ctx.set_materialize_grads(False)
 
 
@@ -42,11 +41,9 @@ def differentiate(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a problem and of `keep`, by its backward operator."""
     if grad_o is None and grad_final_state is None:
-        return *Problem.gradients(), None
-    *inputs, kept = ctx.saved_tensors
+        return (None,) * len(ctx.needs_input_grad)
     if not ctx.keep:
         raise Unsupported("the gradient of a recurrence called with keep=False", supported="keep=True")
-    needed = [x is not None and want for x, want in zip(inputs, ctx.needs_input_grad, strict=False)]
-    grads = backward(grad_o, grad_final_state, Problem(*(*inputs, ctx.inclusive)), kept, needed)
-    wanted = {name: grad for name, grad, want in zip(Problem.places(), grads, needed, strict=False) if want}
-    return *Problem.gradients(**wanted), None
+    problem, (states,) = Problem.kept(ctx)
+    needed = problem.needed(ctx)
+    return *problem.gradients(backward(grad_o, grad_final_state, problem, states, needed), needed), None

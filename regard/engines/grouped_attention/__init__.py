@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from regard.backends import Engine, add_engine, execute
-from regard.contract import BlockMask
-from regard.core.visibility import PositionBias, Ranks
+from regard.core.visibility import Ranks
 from regard.engines.grouped_attention import native_form, torch_form
-from regard.engines.grouped_attention.torch_form import PAIRS_AT_ONCE, Dropout, logits, normalized, product
+from regard.engines.grouped_attention.problem import Dropout, Problem
+from regard.engines.grouped_attention.torch_form import PAIRS_AT_ONCE, logits, normalized, product
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -36,55 +36,17 @@ def grouped_attention(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
-    ranks: Ranks,
-    landmark: Bool[Tensor, "b m"],
-    own: Int[Tensor, "#b n"] | None,
-    *,
-    causal: bool,
-    scale: float,
-    bias: Float[Tensor, "#b #h #n #m"] | None = None,
-    position_bias: PositionBias | None = None,
-    blocks: BlockMask | None = None,
-    dropout: Dropout | None = None,
-    want_weights: bool = False,
+    problem: Problem,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None]:
     """Output in the dtype of v, and the weights when wanted.
 
-    Args:
-        landmark: key slots that close a group.
-        own: number of each query's own group, counted from 0 along the slots; None where queries have none, so that all
-            groups are gated.
-        causal: only keys at or before the query are visible.
-        bias: added to the scores, by slot; axes of size 1 broadcast; -inf hides. `position_bias` is the same as a
-            function of ranks.
-        blocks: block-sparse visibility, on ranks.
-        dropout: what is dropped at random; None for nothing.
-
     A query that sees no key gives 0. A group of which the query sees no token loses its landmark too; tokens of another
     group whose landmark is hidden, or is missing, have no weight.
     """
-    return execute(
-        "grouped_attention",
-        backend,
-        q.device,
-        q.dtype,
-        q,
-        k,
-        v,
-        ranks,
-        landmark,
-        own,
-        causal,
-        scale,
-        bias,
-        position_bias,
-        blocks,
-        dropout or Dropout(),
-        want_weights,
-    )
+    return execute("grouped_attention", backend, q.device, q.dtype, q, k, v, problem)
 
 
 add_engine("grouped_attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
-__all__ = ["PAIRS_AT_ONCE", "Dropout", "grouped_attention", "logits", "normalized", "own_groups", "product"]
+__all__ = ["PAIRS_AT_ONCE", "Dropout", "Problem", "grouped_attention", "logits", "normalized", "own_groups", "product"]

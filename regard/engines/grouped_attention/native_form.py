@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.operators import operator
-from regard.contract import BlockMask, Unsupported
-from regard.core.visibility import PositionBias, Ranks
-from regard.engines.grouped_attention.torch_form import Dropout
-
-Strides = ctypes.c_int64 * 3
+from regard.backends.operators import Packed, operator
+from regard.contract import Unsupported
+from regard.engines.attention.native_form import HEADS, Strides, by_row, empty_gradient, empty_output, heads_arguments
+from regard.engines.grouped_attention.problem import Problem
 
 
 class GroupedAttention(library.Arguments):
     kernel = "grouped_attention"
     _fields_ = (
-        ("threads", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("m", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("value_width", ctypes.c_int64),
-        ("q_strides", Strides),
-        ("k_strides", Strides),
-        ("v_strides", Strides),
-        ("out_strides", Strides),
+        *HEADS,
         ("query_ranks", ctypes.c_void_p),
         ("key_ranks", ctypes.c_void_p),
         ("own", ctypes.c_void_p),
@@ -66,39 +49,54 @@ class GroupedAttentionBackward(library.Arguments):
     )
 
 
-def refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranks: Ranks,
-    landmark: Tensor,
-    own: Tensor | None,
-    causal: bool,
-    scale: float,
-    bias: Tensor | None,
-    position_bias: PositionBias | None,
-    blocks: BlockMask | None,
-    dropout: Dropout,
-    want_weights: bool,
-) -> str | None:
+@dataclass(frozen=True)
+class PackedProblem(Packed):
+    """A :class:`regard.engines.grouped_attention.problem.Problem` as the operator has it, with its queries, keys and
+    values."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_ranks: Tensor
+    key_ranks: Tensor
+    landmark: Tensor
+    own: Tensor | None
+    causal: bool
+    scale: float
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> PackedProblem:
+        return cls(q, k, v, p.ranks.queries, p.ranks.keys, p.landmark, p.own, p.causal, float(p.scale))
+
+    @property
+    def learned(self) -> list[Tensor | None]:
+        return [self.q, self.k, self.v]
+
+    def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
+        """With the heads of a token side by side where they are in the input."""
+        inputs = (self.q, self.k, self.v)
+        return [empty_gradient(x) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True)]
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
     """Why the kernel does not take such a call; None when it does."""
-    if dropout.random:
+    p = problem
+    if p.dropout.random:
         return "it has no dropout"
-    if want_weights:
+    if p.want_weights:
         return "it does not store the weights"
-    if bias is not None or position_bias is not None or blocks is not None:
+    if p.bias is not None or p.position_bias is not None or p.blocks is not None:
         return "it has no biases and no block mask"
     if k.dtype not in library.DTYPES or v.dtype not in library.DTYPES:
         return "keys or values in another dtype than float32 and bfloat16"
-    if any(x is not None and x.device.type != "cpu" for x in (k, v, landmark, own, ranks.queries, ranks.keys)):
+    if any(x is not None and x.device.type != "cpu" for x in (k, v, p.landmark, p.own, p.ranks.queries, p.ranks.keys)):
         return "tensors on several devices"
-    return _misfit(q, k, v, ranks.queries, ranks.keys, landmark, own)
+    return _misfit(PackedProblem.of(q, k, v, p))
 
 
-def _misfit(
-    q: Tensor, k: Tensor, v: Tensor, query_ranks: Tensor, key_ranks: Tensor, landmark: Tensor, own: Tensor | None
-) -> str | None:
+def _misfit(p: PackedProblem) -> str | None:
     """The mismatch among the tensors, in words; None when they belong together."""
+    q, k, v = p.q, p.k, p.v
     if not q.ndim == k.ndim == v.ndim == 4:
         return "q, k and v that do not have four axes"
     batch, heads, n, width = q.shape
@@ -107,210 +105,106 @@ def _misfit(
         return "q, k and v of shapes that do not belong together"
     if heads % kv_heads or max(n, m, width, value_width) > library.MOST:
         return f"{heads} heads on {kv_heads}, or more than {library.MOST} tokens or features"
-    rows = [(query_ranks, n, torch.int64), (key_ranks, m, torch.int64), (landmark, m, torch.bool)]
-    rows += [] if own is None else [(own, n, torch.int64)]
+    rows = [(p.query_ranks, n, torch.int64), (p.key_ranks, m, torch.int64), (p.landmark, m, torch.bool)]
+    rows += [] if p.own is None else [(p.own, n, torch.int64)]
     for x, slots, dtype in rows:
         if x.dtype != dtype or x.ndim != 2 or x.shape[0] not in (1, batch) or x.shape[1] != slots:
             return "ranks, landmarks or groups that do not belong to the tokens"
     return None
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranks: Ranks,
-    landmark: Tensor,
-    own: Tensor | None,
-    causal: bool,
-    scale: float,
-    bias: Tensor | None,
-    position_bias: PositionBias | None,
-    blocks: BlockMask | None,
-    dropout: Dropout,
-    want_weights: bool,
-) -> tuple[Tensor, None]:
+def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, None]:
     """See :func:`regard.engines.grouped_attention.grouped_attention`."""
     dtype = v.dtype
     if not q.dtype == k.dtype == v.dtype:
         q, k, v = q.float(), k.float(), v.float()
-    out, _ = _grouped_attention(q, k, v, ranks.queries, ranks.keys, landmark, own, causal, float(scale))
+    out, _ = _grouped_attention(PackedProblem.of(q, k, v, problem))
     return out.to(dtype), None
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, query_ranks: Tensor, key_ranks: Tensor, landmark: Tensor, own: Tensor | None
-) -> None:
+def _check(p: PackedProblem) -> None:
     """Raise Unsupported for tensors that the kernel must not be given."""
-    reason = _misfit(q, k, v, query_ranks, key_ranks, landmark, own)
-    if reason is None and (q.dtype not in library.DTYPES or k.dtype != q.dtype or v.dtype != q.dtype):
+    reason = _misfit(p)
+    if reason is None and (p.q.dtype not in library.DTYPES or not p.q.dtype == p.k.dtype == p.v.dtype):
         reason = "q, k and v in other dtypes than one of float32 and bfloat16"
-    if reason is None and not library.within_range(query_ranks, key_ranks, own):
+    if reason is None and not library.within_range(p.query_ranks, p.key_ranks, p.own):
         reason = f"ranks or groups beyond {library.MOST}"
     if reason is not None:
         raise Unsupported(f"native grouped attention with {reason}", nearest="backend='torch'")
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
-
-
-def _by_row(x: Tensor) -> int:
-    return x.stride(0) if x.shape[0] > 1 else 0
-
-
-def _arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_ranks: Tensor,
-    key_ranks: Tensor,
-    landmark: Tensor,
-    own: Tensor | None,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[GroupedAttention, tuple[Tensor | None, ...]]:
+def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[GroupedAttention, list[Tensor]]:
     """The forward struct, and the tensors whose memory it points at."""
-    q, k, v, query_ranks, key_ranks, landmark = map(
-        library.rows_contiguous, (q, k, v, query_ranks, key_ranks, landmark)
-    )
-    own = None if own is None else library.rows_contiguous(own)
-    arguments = GroupedAttention(
-        threads=torch.get_num_threads(),
-        dtype=library.DTYPES[q.dtype],
-        q=library.pointer(q),
-        k=library.pointer(k),
-        v=library.pointer(v),
-        out=library.pointer(out),
-        lse=library.pointer(lse),
-        batch=q.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        n=q.shape[2],
-        m=k.shape[2],
-        width=q.shape[3],
-        value_width=v.shape[3],
-        q_strides=_strides(q),
-        k_strides=_strides(k),
-        v_strides=_strides(v),
-        out_strides=_strides(out),
-        query_ranks=library.pointer(query_ranks),
-        key_ranks=library.pointer(key_ranks),
-        own=library.pointer(own),
-        landmark=library.pointer(landmark),
-        query_ranks_stride=_by_row(query_ranks),
-        key_ranks_stride=_by_row(key_ranks),
-        own_stride=0 if own is None else _by_row(own),
-        landmark_stride=_by_row(landmark),
-        scale=scale,
-        causal=causal,
-    )
-    return arguments, (q, k, v, query_ranks, key_ranks, landmark, own, out, lse)
+    q, k, v = map(library.rows_contiguous, (p.q, p.k, p.v))
+    arguments = GroupedAttention(**heads_arguments(q, k, v, out, lse), scale=p.scale, causal=p.causal)
+    kept = [q, k, v, out, lse]
+    for name in ("query_ranks", "key_ranks", "own", "landmark"):
+        x = getattr(p, name)
+        if x is not None:
+            x = library.rows_contiguous(x)
+            kept.append(x)
+            setattr(arguments, name, library.pointer(x))
+            setattr(arguments, f"{name}_stride", by_row(x))
+    return arguments, kept
 
 
-def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output (B, H, N, V) with the heads of a token side by side, and the log-sum-exp of the upper level (B, H, N)."""
-    out = v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+def _empty_outputs(p: PackedProblem) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N, V) and the log-sum-exp of the upper level (B, H, N)."""
+    return empty_output(p.q, p.v), p.q.new_empty(p.q.shape[:3], dtype=torch.float32)
 
 
 @operator("grouped_attention")
-def _grouped_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_ranks: Tensor,
-    key_ranks: Tensor,
-    landmark: Tensor,
-    own: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, query_ranks, key_ranks, landmark, own)
-    outputs = _empty_outputs(q, v)
-    arguments, kept = _arguments(q, k, v, query_ranks, key_ranks, landmark, own, causal, scale, *outputs)
+def _grouped_attention(problem: PackedProblem) -> tuple[Tensor, Tensor]:
+    _check(problem)
+    outputs = _empty_outputs(problem)
+    arguments, kept = _arguments(problem, *outputs)
     library.call(arguments)
     del kept
     return outputs
 
 
 @_grouped_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v)
-
-
-def _empty_gradient(x: Tensor, wanted: bool) -> Tensor:
-    """Like x, with the heads of a token side by side where they are in x; empty when not wanted."""
-    if not wanted:
-        return x.new_empty(0)
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-    return x.new_empty(x.shape)
+def _(problem: PackedProblem) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(problem)
 
 
 @operator("grouped_attention_backward")
 def _grouped_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_ranks: Tensor,
-    key_ranks: Tensor,
-    landmark: Tensor,
-    own: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    want_q: bool,
-    want_k: bool,
-    want_v: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; empty tensors for those not wanted."""
-    _check(q, k, v, query_ranks, key_ranks, landmark, own)
-    tokens = q.shape[:3]
-    if out.shape != (*tokens, v.shape[3]) or grad_out.shape != out.shape or lse.shape != tokens:
-        raise Unsupported("native grouped attention with gradients of another output", nearest="backend='torch'")
-    if out.dtype != q.dtype or grad_out.dtype != q.dtype or lse.dtype != torch.float32:
-        raise Unsupported("native grouped attention with gradients of another dtype", nearest="backend='torch'")
+    grad_out: Tensor, problem: PackedProblem, out: Tensor, lse: Tensor, needed: list[bool]
+) -> list[Tensor]:
+    """Gradients of q, k and v; empty tensors for those not needed."""
+    _check(problem)
+    tokens = tuple(problem.q.shape[:3])
+    for name, x in (("out", out), ("grad_out", grad_out)):
+        library.same(name, x, (*tokens, problem.v.shape[3]), problem.q.dtype)
+    library.same("lse", lse, tokens, torch.float32)
     out, grad_out, lse = library.rows_contiguous(out), library.rows_contiguous(grad_out), lse.contiguous()
-    forward, kept = _arguments(q, k, v, query_ranks, key_ranks, landmark, own, causal, scale, out, lse)
-    grads = _empty_gradient(q, want_q), _empty_gradient(k, want_k), _empty_gradient(v, want_v)
-    grad_q, grad_k, grad_v = grads
-    arguments = GroupedAttentionBackward(
-        forward=ctypes.pointer(forward), grad_out=library.pointer(grad_out), grad_out_strides=_strides(grad_out)
-    )
-    if want_q:
-        arguments.grad_q, arguments.grad_q_strides = library.pointer(grad_q), Strides(*_strides(grad_q))
-    if want_k:
-        arguments.grad_k, arguments.grad_k_strides = library.pointer(grad_k), Strides(*_strides(grad_k))
-    if want_v:
-        arguments.grad_v, arguments.grad_v_strides = library.pointer(grad_v), Strides(*_strides(grad_v))
-    library.call(arguments)
+    forward, kept = _arguments(problem, out, lse)
+    grads = problem.empty_gradients(needed)
+    grad_q, grad_k, grad_v = (x if need else None for x, need in zip(grads, needed, strict=True))
+    outer = library.strided(grad_out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+    library.call(GroupedAttentionBackward(forward=ctypes.pointer(forward), **outer))
     del kept
     return grads
 
 
 @_grouped_attention_backward.register_fake
-def _(grad_out, q, k, v, query_ranks, key_ranks, landmark, own, out, lse, causal, scale, want_q, want_k, want_v):
-    return _empty_gradient(q, want_q), _empty_gradient(k, want_k), _empty_gradient(v, want_v)
+def _(grad_out: Tensor, problem: PackedProblem, out: Tensor, lse: Tensor, needed: list[bool]) -> list[Tensor]:
+    return problem.empty_gradients(needed)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.options = inputs[7:]
+def _keep(ctx: Any, inputs: tuple[PackedProblem], output: tuple[Tensor, Tensor]) -> None:
+    inputs[0].keep(ctx, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:3]
-    if grad_out is None or not any(wanted):
-        return (None,) * 9
-    grads = _grouped_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *wanted)
-    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6)
+    problem, (out, lse) = PackedProblem.kept(ctx)
+    needed = problem.needed(ctx)
+    if grad_out is None or not any(needed):
+        return (None,) * len(ctx.needs_input_grad)
+    return problem.gradients(_grouped_attention_backward(grad_out, problem, out, lse, needed), needed)
 
 
 _grouped_attention.register_autograd(_differentiate, setup_context=_keep)

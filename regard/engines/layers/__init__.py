@@ -13,11 +13,10 @@ from regard.backends import Engine, add_engine, execute
 from regard.contract import Unsupported, one_of
 from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.layers import native_form, torch_form
+from regard.engines.layers.problem import GATE_FUNCTIONS, GatedProduct, RMSNorm, ShortConvolution
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-GATE_FUNCTIONS = ("silu", "sigmoid")
 
 
 def short_convolution(
@@ -61,9 +60,11 @@ def short_convolution(
             raise Unsupported(f"a convolution cache of shape {tuple(cache.shape)}", supported=f"{expected}")
         cache = cache.to(x.dtype)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    arguments = (x, weight, bias, cache, lengths, silu, causal)
+    after = 0 if causal else (weight.shape[1] - 1) // 2
+    problem = ShortConvolution(x, weight, bias, cache, lengths, after, silu)
     with without_autocast(x.device):
-        return execute("short_convolution", backend, x.device, x.dtype, *arguments)
+        y, last = execute("short_convolution", backend, x.device, x.dtype, problem)
+    return y, last if causal else None
 
 
 def rms_norm(
@@ -101,7 +102,7 @@ def rms_norm(
         )
     if weight is not None:
         weight = weight.to(wide_dtype(x))
-    return execute("rms_norm", backend, x.device, x.dtype, x, weight, z, groups, eps, norm_before_gate)
+    return execute("rms_norm", backend, x.device, x.dtype, RMSNorm(x, weight, z, groups, eps, norm_before_gate))
 
 
 def rotary(
@@ -130,7 +131,8 @@ def gated_product(
         Unsupported: for another function.
     """
     one_of("function", function, GATE_FUNCTIONS)
-    return execute("gated_product", backend, x.device, x.dtype, x, gate, function)
+    problem = GatedProduct(x, gate, GATE_FUNCTIONS.index(function))
+    return execute("gated_product", backend, x.device, x.dtype, problem)
 
 
 add_engine(

@@ -7,6 +7,7 @@ there a call of one of these, about 20 us and 100 us more with gradients, costs 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import lru_cache
 from math import pi
 from typing import Any
@@ -18,6 +19,7 @@ from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
 from regard.backends.operators import operator
 from regard.contract import Unsupported
+from regard.engines.layers.problem import GATE_FUNCTIONS, GatedProduct, RMSNorm, ShortConvolution
 
 WIDEST = 16
 """Taps of the widest filter: REGARD_SHORT_CONVOLUTION_WIDEST."""
@@ -25,7 +27,6 @@ WIDEST = 16
 SMALLEST = {"rms_norm": 1 << 15, "gated_product": 1 << 18}
 """Numbers of the smallest input that is faster here."""
 
-FUNCTIONS = {"silu": 0, "sigmoid": 1}
 NO_GATE, GATE_BEFORE, GATE_AFTER = range(3)
 
 Two, Three = ctypes.c_int64 * 2, ctypes.c_int64 * 3
@@ -160,214 +161,151 @@ def _refuse(reason: str | None, what: str) -> None:
         raise Unsupported(f"the native {what} with {reason}", nearest="backend='torch'")
 
 
-def _like(x: Tensor | None, needed: bool) -> Tensor | None:
-    """Contiguous memory for a gradient."""
-    return x.new_empty(x.shape) if needed and x is not None else None
-
-
-def _gradients(found: list[Tensor | None], x: Tensor) -> list[Tensor]:
-    """An operator returns tensors: empty ones stand for None."""
-    return [x.new_empty(0) if t is None else t for t in found]
-
-
-def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
-    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+def _pointers(grads: list[Tensor]) -> list[int | None]:
+    """Of gradients: None of those not needed."""
+    return [pointer(x) if x.numel() else None for x in grads]
 
 
 # Short convolution.
 
 
-def short_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    lengths: Tensor | None,
-    silu: bool,
-    causal: bool,
-) -> tuple[Tensor, Tensor | None]:
+def short_convolution(problem: ShortConvolution) -> tuple[Tensor, Tensor | None]:
     """See :func:`regard.engines.layers.short_convolution`."""
-    after = 0 if causal else (weight.shape[1] - 1) // 2
-    y, last = _convolution(x, weight.float(), None if bias is None else bias.float(), cache, lengths, after, silu)
-    return y, last if causal else None
+    p = problem
+    y, last = _convolution(replace(p, weight=p.weight.float(), bias=None if p.bias is None else p.bias.float()))
+    return y, last if p.after == 0 else None
 
 
-def refuses_short_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    lengths: Tensor | None,
-    silu: bool,
-    causal: bool,
-) -> str | None:
+def refuses_short_convolution(problem: ShortConvolution) -> str | None:
     """Why a call is left to another backend."""
-    return _elsewhere(x, weight, bias, cache) or _misfit_convolution(x, weight, bias, cache, lengths)
+    return _elsewhere(problem.x, problem.weight, problem.bias, problem.cache) or _misfit_convolution(problem)
 
 
-def _misfit_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, lengths: Tensor | None
-) -> str | None:
-    if x.ndim != 3 or weight.ndim != 2:
+def _misfit_convolution(p: ShortConvolution) -> str | None:
+    if p.x.ndim != 3 or p.weight.ndim != 2:
         return "inputs of other than 3 axes"
-    batch, _, channels = x.shape
-    width = weight.shape[1]
+    batch, _, channels = p.x.shape
+    width, lengths = p.weight.shape[1], p.lengths
     if not 1 <= width <= WIDEST:
         return f"a filter of {width} taps, not of 1 to {WIDEST}"
     if lengths is not None and (lengths.dtype != torch.int64 or lengths.device.type != "cpu"):
         return "lengths in another dtype than int64 or on another device"
-    found = weight.shape[0] == channels and (bias is None or bias.shape == (channels,))
-    found = found and (cache is None or cache.shape == (batch, width - 1, channels))
+    found = p.weight.shape[0] == channels and (p.bias is None or p.bias.shape == (channels,))
+    found = found and (p.cache is None or p.cache.shape == (batch, width - 1, channels))
     found = found and (lengths is None or lengths.shape == (batch,))
     return None if found else "shapes that do not belong together"
 
 
-def _check_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, lengths: Tensor | None, after: int
-) -> None:
-    reason = _elsewhere(x, cache) or _misfit_convolution(x, weight, bias, cache, lengths)
-    if reason is None and any(t is not None and t.dtype != torch.float32 for t in (weight, bias)):
+def _check_convolution(p: ShortConvolution) -> None:
+    reason = _elsewhere(p.x, p.cache) or _misfit_convolution(p)
+    if reason is None and any(t is not None and t.dtype != torch.float32 for t in (p.weight, p.bias)):
         reason = "weights in another dtype than float32"
-    if (reason is None and not 0 <= after < weight.shape[1]) or (after and cache is not None):
-        reason = f"{after} of {weight.shape[1]} taps after the token"
+    if (reason is None and not 0 <= p.after < p.weight.shape[1]) or (p.after and p.cache is not None):
+        reason = f"{p.after} of {p.weight.shape[1]} taps after the token"
     _refuse(reason, "short convolution")
 
 
-def _convolution_arguments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    lengths: Tensor | None,
-    after: int,
-    silu: bool,
-) -> tuple[Convolution, tuple[Tensor | None, ...]]:
+def _convolution_arguments(p: ShortConvolution) -> tuple[Convolution, list[Tensor | None]]:
     """The struct, and the tensors that it points to."""
-    batch, n, channels = x.shape
-    x, weight = rows_contiguous(x), weight.contiguous()
-    bias, cache = (None if t is None else t.contiguous() for t in (bias, cache))
-    lengths = None if lengths is None else lengths.clamp(0, n)  # nobody reads beyond a row, whatever they say
+    batch, n, channels = p.x.shape
+    x = rows_contiguous(p.x)
+    lengths = None if p.lengths is None else p.lengths.clamp(0, n)  # nobody reads beyond a row, whatever they say
+    rest = [None if t is None else t.contiguous() for t in (p.weight, p.bias, p.cache, lengths)]
+    weight, bias, cache, valid = map(pointer, rest)
     arguments = Convolution(
-        torch.get_num_threads(),
-        library.DTYPES[x.dtype],
-        batch,
-        n,
-        channels,
-        weight.shape[1],
-        after,
-        silu,
-        pointer(x),
-        x.stride()[:2],
-        pointer(weight),
-        pointer(bias),
-        pointer(cache),
-        pointer(lengths),
+        threads=torch.get_num_threads(),
+        dtype=library.DTYPES[x.dtype],
+        batch=batch,
+        n=n,
+        channels=channels,
+        width=p.weight.shape[1],
+        after=p.after,
+        silu=p.silu,
+        **library.strided(x=x),
+        weight=weight,
+        bias=bias,
+        cache=cache,
+        lengths=valid,
     )
-    return arguments, (x, weight, bias, cache, lengths)
+    return arguments, [x, *rest]
 
 
-def _empty_convolution(x: Tensor, weight: Tensor, after: int) -> tuple[Tensor, Tensor]:
-    batch, _, channels = x.shape
-    return x.new_empty(x.shape), x.new_empty((batch, weight.shape[1] - 1, channels) if after == 0 else 0)
+def _empty_convolution(p: ShortConvolution) -> tuple[Tensor, Tensor]:
+    batch, _, channels = p.x.shape
+    return p.x.new_empty(p.x.shape), p.x.new_empty((batch, p.weight.shape[1] - 1, channels) if p.after == 0 else 0)
 
 
 @operator("short_convolution")
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    lengths: Tensor | None,
-    after: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
+def _convolution(problem: ShortConvolution) -> tuple[Tensor, Tensor]:
     """y (B, N, C) and the last inputs (B, width - 1, C), empty when there are taps after the token."""
-    _check_convolution(x, weight, bias, cache, lengths, after)
-    arguments, alive = _convolution_arguments(x, weight, bias, cache, lengths, after, silu)
-    y, last = _empty_convolution(x, weight, after)
-    arguments.y, arguments.last = pointer(y), None if after else pointer(last)
+    _check_convolution(problem)
+    arguments, alive = _convolution_arguments(problem)
+    y, last = _empty_convolution(problem)
+    arguments.y, arguments.last = pointer(y), None if problem.after else pointer(last)
     library.call(arguments)
     del alive
     return y, last
 
 
 @_convolution.register_fake
-def _(x, weight, bias, cache, lengths, after, silu):
-    return _empty_convolution(x, weight, after)
+def _(problem: ShortConvolution) -> tuple[Tensor, Tensor]:
+    return _empty_convolution(problem)
 
 
 @operator("short_convolution_backward")
 def _convolution_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    lengths: Tensor | None,
-    after: int,
-    silu: bool,
-    needed: list[bool],
+    grad_y: Tensor, grad_last: Tensor, problem: ShortConvolution, needed: list[bool]
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and cache, empty where not needed."""
-    _check_convolution(x, weight, bias, cache, lengths, after)
-    for found, expected in zip((grad_y, grad_last), _empty_convolution(x, weight, after), strict=True):
-        if found.shape != expected.shape or found.dtype != x.dtype or found.device != x.device:
+    _check_convolution(problem)
+    for found, expected in zip((grad_y, grad_last), _empty_convolution(problem), strict=True):
+        if found.shape != expected.shape or found.dtype != expected.dtype or found.device != expected.device:
             _refuse("gradients of other shapes or dtypes than its outputs", "short convolution")
-    arguments, alive = _convolution_arguments(x, weight, bias, cache, lengths, after, silu)
-    grads = [_like(t, need) for t, need in zip((x, weight, bias, cache), needed, strict=True)]
+    arguments, alive = _convolution_arguments(problem)
+    grads = problem.empty_gradients(needed)
     grad_y, grad_last = rows_contiguous(grad_y), grad_last.contiguous()
+    last = None if problem.after else pointer(grad_last)
     library.call(
-        ConvolutionBackward(
-            ctypes.pointer(arguments),
-            pointer(grad_y),
-            grad_y.stride()[:2],
-            None if after else pointer(grad_last),
-            *map(pointer, grads),
-        )
+        ConvolutionBackward(ctypes.pointer(arguments), pointer(grad_y), grad_y.stride()[:2], last, *_pointers(grads))
     )
     del alive
-    return _gradients(grads, x)
+    return grads
 
 
 @_convolution_backward.register_fake
-def _(grad_y, grad_last, x, weight, bias, cache, lengths, after, silu, needed):
-    return _gradients([_like(t, need) for t, need in zip((x, weight, bias, cache), needed, strict=True)], x)
+def _(grad_y: Tensor, grad_last: Tensor, problem: ShortConvolution, needed: list[bool]) -> list[Tensor]:
+    return problem.empty_gradients(needed)
 
 
-def _save_convolution(ctx, inputs, output):
-    *tensors, ctx.after, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, inputs: tuple[ShortConvolution | RMSNorm | GatedProduct], output: Any) -> None:
+    inputs[0].keep(ctx)
 
 
-def _differentiate_convolution(ctx, grad_y, grad_last):
-    needed = list(ctx.needs_input_grad[:4])
-    grads = _convolution_backward(grad_y, grad_last, *ctx.saved_tensors, ctx.after, ctx.silu, needed)
-    return *_wanted(grads, needed), None, None, None
+def _differentiate_convolution(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    problem, _ = ShortConvolution.kept(ctx)
+    needed = problem.needed(ctx)
+    return problem.gradients(_convolution_backward(grad_y, grad_last, problem, needed), needed)
 
 
-_convolution.register_autograd(_differentiate_convolution, setup_context=_save_convolution)
+_convolution.register_autograd(_differentiate_convolution, setup_context=_save)
 _convolution_backward.refuse_gradient("second derivatives of the native short convolution")
 
 
 # RMSNorm.
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float, norm_before_gate: bool
-) -> Tensor:
+def rms_norm(problem: RMSNorm) -> Tensor:
     """See :func:`regard.engines.layers.rms_norm`."""
-    return _norm(x, weight, z, groups, eps, norm_before_gate)
+    return _norm(problem)
 
 
-def refuses_rms_norm(
-    x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float, norm_before_gate: bool
-) -> str | None:
+def refuses_rms_norm(problem: RMSNorm) -> str | None:
     """Why a call is left to another backend."""
-    return _small("rms_norm", x) or _misfit_norm(x, weight, z, groups)
+    return _small("rms_norm", problem.x) or _misfit_norm(problem)
 
 
-def _misfit_norm(x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int) -> str | None:
+def _misfit_norm(p: RMSNorm) -> str | None:
+    x, weight, z, groups = p.x, p.weight, p.z, p.groups
     reason = _elsewhere(x, z)
     if reason is not None:
         return reason
@@ -386,35 +324,28 @@ def _three_axes(x: Tensor) -> Tensor:
     return x[(None,) * (4 - x.ndim)]
 
 
-def _norm_arguments(
-    x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float, norm_before_gate: bool
-) -> tuple[Norm, tuple[Tensor | None, ...]]:
-    x, z = _three_axes(x), None if z is None else _three_axes(z)
-    weight = None if weight is None else weight.contiguous()
+def _norm_arguments(p: RMSNorm) -> tuple[Norm, list[Tensor | None]]:
+    x, z = _three_axes(p.x), None if p.z is None else _three_axes(p.z)
+    weight = None if p.weight is None else p.weight.contiguous()
     arguments = Norm(
-        torch.get_num_threads(),
-        library.DTYPES[x.dtype],
-        tuple(x.shape[:3]),
-        groups,
-        x.shape[-1] // groups,
-        NO_GATE if z is None else GATE_AFTER if norm_before_gate else GATE_BEFORE,
-        eps,
-        pointer(x),
-        x.stride()[:3],
-        pointer(z),
-        (0, 0, 0) if z is None else z.stride()[:3],
-        pointer(weight),
+        threads=torch.get_num_threads(),
+        dtype=library.DTYPES[x.dtype],
+        rows=tuple(x.shape[:3]),
+        groups=p.groups,
+        width=x.shape[-1] // p.groups,
+        gate=NO_GATE if z is None else GATE_AFTER if p.norm_before_gate else GATE_BEFORE,
+        eps=p.eps,
+        **library.strided(x=x, z=z),
+        weight=pointer(weight),
     )
-    return arguments, (x, weight, z)
+    return arguments, [x, weight, z]
 
 
 @operator("rms_norm")
-def _norm(
-    x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float, norm_before_gate: bool
-) -> Tensor:
-    _refuse(_misfit_norm(x, weight, z, groups), "RMSNorm")
-    arguments, alive = _norm_arguments(x, weight, z, groups, eps, norm_before_gate)
-    y = x.new_empty(x.shape)
+def _norm(problem: RMSNorm) -> Tensor:
+    _refuse(_misfit_norm(problem), "RMSNorm")
+    arguments, alive = _norm_arguments(problem)
+    y = problem.x.new_empty(problem.x.shape)
     arguments.y = pointer(y)
     library.call(arguments)
     del alive
@@ -422,54 +353,40 @@ def _norm(
 
 
 @_norm.register_fake
-def _(x, weight, z, groups, eps, norm_before_gate):
-    return x.new_empty(x.shape)
+def _(problem: RMSNorm) -> Tensor:
+    return problem.x.new_empty(problem.x.shape)
 
 
 @operator("rms_norm_backward")
-def _norm_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    z: Tensor | None,
-    groups: int,
-    eps: float,
-    norm_before_gate: bool,
-    needed: list[bool],
-) -> list[Tensor]:
+def _norm_backward(grad_y: Tensor, problem: RMSNorm, needed: list[bool]) -> list[Tensor]:
     """Gradients of x, weight and z, empty where not needed."""
-    reason = _misfit_norm(x, weight, z, groups) or _elsewhere(x, grad_y)
-    if reason is None and grad_y.shape != x.shape:
+    reason = _misfit_norm(problem) or _elsewhere(problem.x, grad_y)
+    if reason is None and grad_y.shape != problem.x.shape:
         reason = "a gradient of another shape than its output's"
     _refuse(reason, "RMSNorm")
-    arguments, alive = _norm_arguments(x, weight, z, groups, eps, norm_before_gate)
-    grads = [_like(t, need) for t, need in zip((x, weight, z), needed, strict=True)]
+    arguments, alive = _norm_arguments(problem)
+    grads = problem.empty_gradients(needed)
     grad_y = _three_axes(grad_y)
-    grad_x, grad_weight, grad_z = map(pointer, grads)
+    grad_x, grad_weight, grad_z = _pointers(grads)
     library.call(
         NormBackward(ctypes.pointer(arguments), pointer(grad_y), grad_y.stride()[:3], grad_x, grad_z, grad_weight)
     )
     del alive
-    return _gradients(grads, x)
+    return grads
 
 
 @_norm_backward.register_fake
-def _(grad_y, x, weight, z, groups, eps, norm_before_gate, needed):
-    return _gradients([_like(t, need) for t, need in zip((x, weight, z), needed, strict=True)], x)
+def _(grad_y: Tensor, problem: RMSNorm, needed: list[bool]) -> list[Tensor]:
+    return problem.empty_gradients(needed)
 
 
-def _save_norm(ctx, inputs, output):
-    *tensors, ctx.groups, ctx.eps, ctx.norm_before_gate = inputs
-    ctx.save_for_backward(*tensors)
+def _differentiate_norm(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    problem, _ = RMSNorm.kept(ctx)
+    needed = problem.needed(ctx)
+    return problem.gradients(_norm_backward(grad_y, problem, needed), needed)
 
 
-def _differentiate_norm(ctx, grad_y):
-    needed = list(ctx.needs_input_grad[:3])
-    grads = _norm_backward(grad_y, *ctx.saved_tensors, ctx.groups, ctx.eps, ctx.norm_before_gate, needed)
-    return *_wanted(grads, needed), None, None, None
-
-
-_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+_norm.register_autograd(_differentiate_norm, setup_context=_save)
 _norm_backward.refuse_gradient("second derivatives of the native RMSNorm")
 
 
@@ -561,18 +478,20 @@ _rotary.register_autograd(_differentiate_rotary, setup_context=_save_rotary)
 # Product with a gate.
 
 
-def gated_product(x: Tensor, gate: Tensor, function: str) -> Tensor:
+def gated_product(problem: GatedProduct) -> Tensor:
     """See :func:`regard.engines.layers.gated_product`."""
-    return _product(x, gate, FUNCTIONS[function])
+    return _product(problem)
 
 
-def refuses_gated_product(x: Tensor, gate: Tensor, function: str) -> str | None:
+def refuses_gated_product(problem: GatedProduct) -> str | None:
     """Why a call is left to another backend."""
-    return _small("gated_product", x) or _misfit_product(x, gate)
+    return _small("gated_product", problem.x) or _misfit_product(problem.x, problem.gate)
 
 
-def _misfit_product(x: Tensor, gate: Tensor) -> str | None:
-    return _elsewhere(x, gate) or (None if x.ndim >= 1 and x.shape == gate.shape else "inputs of several shapes")
+def _misfit_product(x: Tensor, *others: Tensor) -> str | None:
+    reason = _elsewhere(x, *others)
+    same = x.ndim >= 1 and all(t.shape == x.shape for t in others)
+    return reason or (None if same else "inputs of several shapes")
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -580,16 +499,16 @@ def _matrix(x: Tensor) -> Tensor:
     return rows_contiguous(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
 
 
-def _run_product(x: Tensor, gate: Tensor, function: int, **more: Any) -> None:
-    if function not in FUNCTIONS.values():
-        _refuse(f"function {function}", "product with a gate")
-    x, gate = _matrix(x), _matrix(gate)
+def _run_product(p: GatedProduct, **more: Any) -> None:
+    if not 0 <= p.function < len(GATE_FUNCTIONS):
+        _refuse(f"function {p.function}", "product with a gate")
+    x, gate = _matrix(p.x), _matrix(p.gate)
     library.call(
         Product(
             torch.get_num_threads(),
             library.DTYPES[x.dtype],
             *x.shape,
-            function,
+            p.function,
             pointer(x),
             pointer(gate),
             x.stride(0),
@@ -600,51 +519,40 @@ def _run_product(x: Tensor, gate: Tensor, function: int, **more: Any) -> None:
 
 
 @operator("gated_product")
-def _product(x: Tensor, gate: Tensor, function: int) -> Tensor:
-    _refuse(_misfit_product(x, gate), "product with a gate")
-    y = x.new_empty(x.shape)
-    _run_product(x, gate, function, y=pointer(y))
+def _product(problem: GatedProduct) -> Tensor:
+    _refuse(_misfit_product(problem.x, problem.gate), "product with a gate")
+    y = problem.x.new_empty(problem.x.shape)
+    _run_product(problem, y=pointer(y))
     return y
 
 
 @_product.register_fake
-def _(x, gate, function):
-    return x.new_empty(x.shape)
+def _(problem: GatedProduct) -> Tensor:
+    return problem.x.new_empty(problem.x.shape)
 
 
 @operator("gated_product_backward")
-def _product_backward(grad_y: Tensor, x: Tensor, gate: Tensor, function: int, needed: list[bool]) -> list[Tensor]:
+def _product_backward(grad_y: Tensor, problem: GatedProduct, needed: list[bool]) -> list[Tensor]:
     """Gradients of x and the gate, empty where not needed."""
-    _refuse(_misfit_product(x, gate) or _misfit_product(x, grad_y), "product with a gate")
-    grads = [_like(t, need) for t, need in zip((x, gate), needed, strict=True)]
+    _refuse(_misfit_product(problem.x, problem.gate, grad_y), "product with a gate")
+    grads = problem.empty_gradients(needed)
+    grad_x, grad_gate = _pointers(grads)
     grad_y = _matrix(grad_y)
-    grad_x, grad_gate = map(pointer, grads)
-    _run_product(
-        x,
-        gate,
-        function,
-        grad_y=pointer(grad_y),
-        grad_y_stride=grad_y.stride(0),
-        grad_x=grad_x,
-        grad_gate=grad_gate,
-    )
-    return _gradients(grads, x)
+    given = {"grad_y": pointer(grad_y), "grad_y_stride": grad_y.stride(0)}
+    _run_product(problem, **given, grad_x=grad_x, grad_gate=grad_gate)
+    return grads
 
 
 @_product_backward.register_fake
-def _(grad_y, x, gate, function, needed):
-    return _gradients([_like(t, need) for t, need in zip((x, gate), needed, strict=True)], x)
+def _(grad_y: Tensor, problem: GatedProduct, needed: list[bool]) -> list[Tensor]:
+    return problem.empty_gradients(needed)
 
 
-def _save_product(ctx, inputs, output):
-    *tensors, ctx.function = inputs
-    ctx.save_for_backward(*tensors)
+def _differentiate_product(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    problem, _ = GatedProduct.kept(ctx)
+    needed = problem.needed(ctx)
+    return problem.gradients(_product_backward(grad_y, problem, needed), needed)
 
 
-def _differentiate_product(ctx, grad_y):
-    needed = list(ctx.needs_input_grad[:2])
-    return *_wanted(_product_backward(grad_y, *ctx.saved_tensors, ctx.function, needed), needed), None
-
-
-_product.register_autograd(_differentiate_product, setup_context=_save_product)
+_product.register_autograd(_differentiate_product, setup_context=_save)
 _product_backward.refuse_gradient("second derivatives of the native product with a gate")

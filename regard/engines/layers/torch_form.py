@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,38 +11,29 @@ from torch.nn import functional as F
 from regard.contract import valid_from_lengths
 from regard.core.angles import angles
 from regard.core.precision import wide_dtype
+from regard.engines.layers.problem import GATE_FUNCTIONS, GatedProduct, RMSNorm, ShortConvolution
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
-
-def short_convolution(
-    x: Float[Tensor, "b n c"],
-    weight: Float[Tensor, "c w"],
-    bias: Float[Tensor, " c"] | None,
-    cache: Float[Tensor, "b w-1 c"] | None,
-    lengths: Int[Tensor, " b"] | None,
-    silu: bool,
-    causal: bool,
-) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b w-1 c"] | None]:
-    """See :func:`regard.engines.layers.short_convolution`; everything has the dtype of x."""
+def short_convolution(problem: ShortConvolution) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b w-1 c"] | None]:
+    """See :func:`regard.engines.layers.short_convolution`."""
+    x, weight, cache, lengths, after = problem.x, problem.weight, problem.cache, problem.lengths, problem.after
     batch, n, channels = x.shape
     kept = weight.shape[1] - 1
-    after = 0 if causal else kept // 2
     if lengths is not None:
         valid = valid_from_lengths(lengths, n)[..., None]
         x = torch.where(valid, x, x.new_zeros(()))
     before = x.new_zeros(batch, kept - after, channels) if cache is None else cache
     extended = torch.cat([before, x, x.new_zeros(batch, after, channels)], dim=1)
     # conv1d refuses inputs shorter than its filter, which is how a sequence without tokens looks to it.
-    y = F.conv1d(extended.mT, weight[:, None], bias, groups=channels).mT if n else x
-    if silu:
+    y = F.conv1d(extended.mT, weight[:, None], problem.bias, groups=channels).mT if n else x
+    if problem.silu:
         y = F.silu(y)
     if lengths is not None:
         y = torch.where(valid, y, y.new_zeros(()))
-    return y, _last_inputs(extended, lengths, kept) if causal else None
+    return y, _last_inputs(extended, lengths, kept) if after == 0 else None
 
 
 def _last_inputs(extended: Tensor, lengths: Tensor | None, kept: int) -> Tensor:
@@ -54,29 +44,22 @@ def _last_inputs(extended: Tensor, lengths: Tensor | None, kept: int) -> Tensor:
     return extended.gather(1, index[..., None].expand(-1, -1, extended.shape[2]))
 
 
-def rms_norm(
-    x: Float[Tensor, "... c"],
-    weight: Float[Tensor, " c"] | None,
-    z: Float[Tensor, "... c"] | None,
-    groups: int,
-    eps: float,
-    norm_before_gate: bool,
-) -> Float[Tensor, "... c"]:
-    """See :func:`regard.engines.layers.rms_norm`; the weight has at least float32."""
-    dtype = wide_dtype(x)
-    y = x.to(dtype)
-    gate = None if z is None else F.silu(z.to(dtype))
-    if gate is not None and not norm_before_gate:
+def rms_norm(problem: RMSNorm) -> Float[Tensor, "... c"]:
+    """See :func:`regard.engines.layers.rms_norm`."""
+    p, dtype = problem, wide_dtype(problem.x)
+    y = p.x.to(dtype)
+    gate = None if p.z is None else F.silu(p.z.to(dtype))
+    if gate is not None and not p.norm_before_gate:
         y = y * gate
-    if groups == 1:
-        y = F.rms_norm(y, y.shape[-1:], weight, eps)
+    if p.groups == 1:
+        y = F.rms_norm(y, y.shape[-1:], p.weight, p.eps)
     else:
-        parts = y.unflatten(-1, (groups, -1))
-        y = F.rms_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
-        y = y if weight is None else y * weight
-    if gate is not None and norm_before_gate:
+        parts = y.unflatten(-1, (p.groups, -1))
+        y = F.rms_norm(parts, parts.shape[-1:], eps=p.eps).flatten(-2)
+        y = y if p.weight is None else y * p.weight
+    if gate is not None and p.norm_before_gate:
         y = y * gate
-    return y.to(x.dtype)
+    return y.to(p.x.dtype)
 
 
 def rotary(
@@ -92,6 +75,7 @@ def rotary(
     return torch.cat([turned, still], dim=-1) if rotated < x.shape[-1] else turned
 
 
-def gated_product(x: Float[Tensor, "... c"], gate: Float[Tensor, "... c"], function: str) -> Float[Tensor, "... c"]:
+def gated_product(problem: GatedProduct) -> Float[Tensor, "... c"]:
     """See :func:`regard.engines.layers.gated_product`."""
-    return x * GATES[function](gate)
+    silu = GATE_FUNCTIONS[problem.function] == "silu"
+    return problem.x * (F.silu(problem.gate) if silu else problem.gate.sigmoid())

@@ -13,7 +13,8 @@ from torch import Tensor
 from regard.backends import Engine, add_engine, execute, prefers_native
 from regard.core.precision import without_autocast
 from regard.engines.linear_attention import native_form, torch_form
-from regard.engines.linear_attention.torch_form import Rule, divide, map_memory, map_queries
+from regard.engines.linear_attention.problem import Problem, Rule
+from regard.engines.linear_attention.torch_form import divide, map_memory, map_queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 add_engine("linear_attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
-__all__ = ["Rule", "divide", "linear_attention", "map_memory", "map_queries"]
+__all__ = ["Problem", "Rule", "divide", "linear_attention", "map_memory", "map_queries"]
 
 
 def linear_attention(
@@ -49,4 +50,5 @@ def linear_attention(
         if found is not None:
             return found
     with without_autocast(v.device):
-        return execute("linear_attention", backend, v.device, v.dtype, q, k, v, rule, state, valid, chunk_size)
+        problem = Problem(q, k, v, state, valid)
+        return execute("linear_attention", backend, v.device, v.dtype, problem, rule, chunk_size)

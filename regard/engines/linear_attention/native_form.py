@@ -4,6 +4,7 @@ queries and keys as it loads them and divides outputs before it stores them."""
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +21,12 @@ from regard.engines.gated_recurrence.native_form import (
     GatedRecurrenceBackward,
     Sequence,
     checkpoint_count,
-    needs_gradient,
     refusal,
     rows,
     sequence,
     sizes,
 )
-from regard.engines.linear_attention.torch_form import Rule
+from regard.engines.linear_attention.problem import Problem, Rule
 
 FEATURE_MAPS = ("identity", "elu", "relu", "relu_squared", "sigmoid", "exp", "silu")
 """In the order of their numbers in `regard_recurrence.h`, from 1 on."""
@@ -53,96 +53,84 @@ class LinearAttentionBackward(library.Arguments):
     _fields_ = (("recurrence", GatedRecurrenceBackward), ("options", Options))
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: Tensor | None, valid: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+def run(problem: Problem, rule: Rule, chunk_size: int) -> tuple[Tensor, Tensor]:
     """See :func:`regard.engines.linear_attention.linear_attention`. `chunk_size` would change rounding only."""
-    state = None if state is None else state.float()
-    keep = needs_gradient(q, k, v, state)
-    o, final_state, *_ = _linear_attention(q, k, v, state, valid, rule.feature_map, rule.scale, rule.eps, keep)
+    state = None if problem.state is None else problem.state.float()
+    keep = torch.is_grad_enabled() and problem.records
+    o, final_state, *_ = _linear_attention(replace(problem, state=state), rule, keep)
     return o, final_state
 
 
-def refuses(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: Tensor | None, valid: Tensor | None, chunk_size: int
-) -> str | None:
+def refuses(problem: Problem, rule: Rule, chunk_size: int) -> str | None:
     """Why the kernel does not take such a call; None when it does."""
-    return _refusal(q, k, v, state, valid, rule.feature_map, rule.eps)
+    return _refusal(problem, rule)
 
 
-def _refusal(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, valid: Tensor | None, feature_map: str, eps: float | None
-) -> str | None:
-    if v.ndim != 4:
-        return f"v has {v.ndim} axes, not 4"
-    if feature_map not in FEATURE_MAPS:
-        return f"it does not have the feature map {feature_map}"
-    if valid is not None and (valid.shape != v.shape[:1] or valid.dtype != torch.int64 or not valid.is_cpu):
+def _refusal(p: Problem, rule: Rule) -> str | None:
+    if p.v.ndim != 4:
+        return f"v has {p.v.ndim} axes, not 4"
+    if rule.feature_map not in FEATURE_MAPS:
+        return f"it does not have the feature map {rule.feature_map}"
+    valid = p.valid
+    if valid is not None and (valid.shape != p.v.shape[:1] or valid.dtype != torch.int64 or not valid.is_cpu):
         return f"lengths of shape {tuple(valid.shape)} in {str(valid.dtype)[6:]} on {valid.device.type}"
-    return refusal(v.shape[:3], q, k, v, None, state, 0 if eps is None else 1)
+    return refusal(p.v.shape[:3], p.q, p.k, p.v, None, p.state, 0 if rule.eps is None else 1)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, valid: Tensor | None, feature_map: str, eps: float | None
-) -> None:
-    reason = _refusal(q, k, v, state, valid, feature_map, eps)
-    if reason is None and state is not None and state.dtype != torch.float32:
-        reason = f"the state is {str(state.dtype)[6:]}, not float32"
+def _check(p: Problem, rule: Rule) -> None:
+    reason = _refusal(p, rule)
+    if reason is None and p.state is not None and p.state.dtype != torch.float32:
+        reason = f"the state is {str(p.state.dtype)[6:]}, not float32"
     if reason is not None:
         raise Unsupported(f"native linear attention with such tensors: {reason}", nearest="backend='torch'")
 
 
-def _options(feature_map: str, scale: float, eps: float | None, valid: Tensor | None, inverse: Tensor) -> Options:
-    number = 1 + FEATURE_MAPS.index(feature_map)
+def _laid_out(p: Problem) -> Problem:
+    """As the kernels read it."""
+    state, valid = (None if x is None else x.contiguous() for x in (p.state, p.valid))
+    return Problem(rows_contiguous(p.q), rows_contiguous(p.k), rows_contiguous(p.v), state, valid)
+
+
+def _options(rule: Rule, valid: Tensor | None, inverse: Tensor) -> Options:
+    number = 1 + FEATURE_MAPS.index(rule.feature_map)
     places = pointer(inverse) if inverse.numel() else None
-    return Options(number, int(eps is not None), scale, eps or 0.0, pointer(valid), places)
+    return Options(number, int(rule.eps is not None), rule.scale, rule.eps or 0.0, pointer(valid), places)
 
 
-def _empty_state(k: Tensor, v: Tensor, eps: float | None) -> Tensor:
+def _empty_state(k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """With the normaliser as one more column."""
-    return v.new_empty((*v.shape[:2], k.shape[-1], v.shape[-1] + (eps is not None)), dtype=torch.float32)
+    return v.new_empty((*v.shape[:2], k.shape[-1], v.shape[-1] + (rule.eps is not None)), dtype=torch.float32)
 
 
-def _empty_results(k: Tensor, v: Tensor, eps: float | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    state = _empty_state(k, v, eps)
+def _empty_results(p: Problem, rule: Rule, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v, state = p.v, _empty_state(p.k, p.v, rule)
     kept = checkpoint_count(v.shape[2]) if keep else 0
     return (
         v.new_empty(v.shape),
         state,
         v.new_empty((*state.shape[:2], kept, *state.shape[2:]), dtype=torch.float32),
-        v.new_empty(v.shape[:3] if keep and eps is not None else (0,), dtype=torch.float32),
+        v.new_empty(v.shape[:3] if keep and rule.eps is not None else (0,), dtype=torch.float32),
     )
 
 
 @operator("linear_attention")
-def _linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    valid: Tensor | None,
-    feature_map: str,
-    scale: float,
-    eps: float | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _linear_attention(problem: Problem, rule: Rule, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs, the final state, and with `keep` the states that backward starts from and inverse denominators."""
-    _check(q, k, v, state, valid, feature_map, eps)
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    state, valid = (None if x is None else x.contiguous() for x in (state, valid))
-    o, final_state, checkpoints, inverse = _empty_results(k, v, eps, keep)
+    _check(problem, rule)
+    p = _laid_out(problem)
+    o, final_state, checkpoints, inverse = _empty_results(p, rule, keep)
     recurrence = GatedRecurrence(
-        *sizes(k, v, None, True),
-        sequence(q),
-        sequence(k),
-        sequence(v),
+        *sizes(p.k, p.v, None, True),
+        sequence(p.q),
+        sequence(p.k),
+        sequence(p.v),
         Sequence(),
-        pointer(state),
+        pointer(p.state),
         sequence(o),
         pointer(final_state),
         pointer(checkpoints) if checkpoints.numel() else None,
     )
-    library.call(LinearAttention(recurrence, _options(feature_map, scale, eps, valid, inverse)))
+    library.call(LinearAttention(recurrence, _options(rule, p.valid, inverse)))
     return o, final_state, checkpoints, inverse
 
 
@@ -182,7 +170,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor] 
     if template is None:
         return None
     arguments = LinearAttention.from_buffer_copy(template)
-    o, final_state = v.new_empty(v.shape), _empty_state(k, v, rule.eps)
+    o, final_state = v.new_empty(v.shape), _empty_state(k, v, rule)
     recurrence = arguments.recurrence
     recurrence.q.data, recurrence.k.data, recurrence.v.data = pointer(q), pointer(k), pointer(v)
     recurrence.o.data, recurrence.final_state = pointer(o), pointer(final_state)
@@ -191,59 +179,43 @@ def plain(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor] 
 
 
 @_linear_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    valid: Tensor | None,
-    feature_map: str,
-    scale: float,
-    eps: float | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(k, v, eps, keep)
+def _(problem: Problem, rule: Rule, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_results(problem, rule, keep)
 
 
 @operator("linear_attention_backward")
 def _linear_attention_backward(
     grad_o: Tensor | None,
     grad_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    valid: Tensor | None,
+    problem: Problem,
     checkpoints: Tensor,
     inverse: Tensor,
-    feature_map: str,
-    scale: float,
-    eps: float | None,
+    rule: Rule,
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of q, k, v and state, empty where not needed."""
-    _check(q, k, v, state, valid, feature_map, eps)
-    normalized = eps is not None
-    batch, heads, tokens, value_width = v.shape
-    matrix = (k.shape[-1], value_width + normalized)
+    _check(problem, rule)
+    normalized = rule.eps is not None
+    batch, heads, tokens, value_width = problem.v.shape
+    matrix = (problem.k.shape[-1], value_width + normalized)
     same("checkpoints", checkpoints, (batch, heads, checkpoint_count(tokens), *matrix), torch.float32)
     same("inverse", inverse, (batch, heads, tokens) if normalized else (0,), torch.float32)
     if grad_o is not None:
-        same("grad_o", grad_o, tuple(v.shape), v.dtype)
+        same("grad_o", grad_o, tuple(problem.v.shape), problem.v.dtype)
     if grad_final_state is not None:
         same("grad_final_state", grad_final_state, (batch, heads, *matrix), torch.float32)
-    grads = _empty_gradients(q, k, v, state, needed)
-    q, k, v, grad_o = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows(grad_o)
-    state, valid, grad_final_state = (None if x is None else x.contiguous() for x in (state, valid, grad_final_state))
+    grads = problem.empty_gradients(needed)
+    p, grad_o = _laid_out(problem), rows(grad_o)
+    grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
     checkpoints, inverse = checkpoints.contiguous(), inverse.contiguous()
     to = [grad if grad.numel() else None for grad in grads]
     recurrence = GatedRecurrenceBackward(
-        *sizes(k, v, None, True),
-        sequence(q),
-        sequence(k),
-        sequence(v),
+        *sizes(p.k, p.v, None, True),
+        sequence(p.q),
+        sequence(p.k),
+        sequence(p.v),
         Sequence(),
-        pointer(state),
+        pointer(p.state),
         pointer(checkpoints),
         sequence(grad_o),
         pointer(grad_final_state),
@@ -251,7 +223,7 @@ def _linear_attention_backward(
         Sequence(),
         pointer(to[3]),
     )
-    library.call(LinearAttentionBackward(recurrence, _options(feature_map, scale, eps, valid, inverse)))
+    library.call(LinearAttentionBackward(recurrence, _options(rule, p.valid, inverse)))
     return grads
 
 
@@ -259,48 +231,35 @@ def _linear_attention_backward(
 def _(
     grad_o: Tensor | None,
     grad_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    valid: Tensor | None,
+    problem: Problem,
     checkpoints: Tensor,
     inverse: Tensor,
-    feature_map: str,
-    scale: float,
-    eps: float | None,
+    rule: Rule,
     needed: list[bool],
 ) -> list[Tensor]:
-    return _empty_gradients(q, k, v, state, needed)
+    return problem.empty_gradients(needed)
 
 
-def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, needed: list[bool]) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if want and x is not None else v.new_empty(0)
-        for x, want in zip((q, k, v, state), needed, strict=True)
-    ]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.feature_map, ctx.scale, ctx.eps, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
+def _save(ctx: Any, inputs: tuple[Problem, Rule, bool], output: tuple[Tensor, ...]) -> None:
+    problem, ctx.rule, ctx.keep = inputs
+    problem.keep(ctx, *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(
     ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, *unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * len(ctx.needs_input_grad)
     if grad_o is None and grad_final_state is None:
-        return (None,) * 9
+        return nothing
     if not ctx.keep:
         raise Unsupported("the gradient of linear attention called with keep=False", supported="keep=True")
-    q, k, v, state, valid, *kept = ctx.saved_tensors
-    wanted = zip((q, k, v, state), ctx.needs_input_grad, strict=False)
-    needed = [x is not None and want for x, want in wanted]
-    grads = _linear_attention_backward(
-        grad_o, grad_final_state, q, k, v, state, valid, *kept, ctx.feature_map, ctx.scale, ctx.eps, needed
+    problem, kept = Problem.kept(ctx)
+    needed = problem.needed(ctx)
+    grads = problem.gradients(
+        _linear_attention_backward(grad_o, grad_final_state, problem, *kept, ctx.rule, needed), needed
     )
-    return (*(grad if want else None for grad, want in zip(grads, needed, strict=True)), *(None,) * 5)
+    return *grads, *nothing[len(grads) :]
 
 
 _linear_attention.register_autograd(_differentiate, setup_context=_save)

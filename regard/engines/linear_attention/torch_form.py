@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,36 +12,20 @@ from regard.contract import valid_from_lengths
 from regard.core.precision import wide_dtype
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.gated_recurrence import torch_form as gated_recurrence
-from regard.engines.gated_recurrence.problem import Problem
+from regard.engines.gated_recurrence.problem import Problem as Recurrence
+from regard.engines.linear_attention.problem import Problem, Rule
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How queries and keys become weights.
-
-    Attributes:
-        feature_map: phi, a name in :data:`regard.engines.feature_maps.FEATURE_MAPS`.
-        scale: multiplies queries before phi.
-        eps: added to the denominators; None for no denominators.
-    """
-
-    feature_map: str
-    scale: float
-    eps: float | None
-
-
-def run(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: Tensor | None, valid: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+def run(problem: Problem, rule: Rule, chunk_size: int) -> tuple[Tensor, Tensor]:
     """See :func:`regard.engines.linear_attention.linear_attention`."""
-    keys, values = map_memory(k, v, rule, valid)
-    problem = Problem(map_queries(q, rule), keys, values, None, None, state, True)
-    o, state = gated_recurrence.run(problem, chunk_size, 16)
+    p = problem
+    recurrence = Recurrence(map_queries(p.q, rule), *map_memory(p.k, p.v, rule, p.valid), None, None, p.state, True)
+    o, state = gated_recurrence.run(recurrence, chunk_size, 16)
     assert o is not None
-    return divide(o, rule).to(v.dtype), state
+    return divide(o, rule).to(p.v.dtype), state
 
 
 def map_queries(q: Float[Tensor, "b h n k"], rule: Rule) -> Float[Tensor, "b h n k"]:

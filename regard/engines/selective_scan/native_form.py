@@ -144,19 +144,10 @@ class _Call:
             groups=b.shape[2],
             states=b.shape[3],
             inclusive=p.inclusive,
-            x=pointer(x),
-            x_strides=x.stride()[:2],
-            dt=pointer(dt),
-            dt_strides=dt.stride()[:2],
+            **library.strided(x=x, dt=dt, b=b, c=c, z=z),
             a=pointer(a),
-            b=pointer(b),
-            b_strides=b.stride()[:3],
-            c=pointer(c),
-            c_strides=(0, 0, 0) if c is None else c.stride()[:3],
             skip=pointer(skip),
             dt_bias=pointer(dt_bias),
-            z=pointer(z),
-            z_strides=(0, 0) if z is None else z.stride()[:2],
             state=pointer(state),
             lengths=pointer(lengths),
         )
@@ -200,10 +191,8 @@ def _scan_backward(
     call = _Call(problem)
     grad_y, grad_last, kept = rows_contiguous(grad_y), grad_last.contiguous(), kept.contiguous()
     call.struct.kept = pointer(kept)
-    arguments = ScanBackward(ctypes.pointer(call.struct))
-    if problem.c is not None:
-        arguments.grad_y, arguments.grad_y_strides = pointer(grad_y), grad_y.stride()[:2]
-    arguments.grad_last = pointer(grad_last)
+    outer = library.strided(grad_y=None if problem.c is None else grad_y)
+    arguments = ScanBackward(forward=ctypes.pointer(call.struct), grad_last=pointer(grad_last), **outer)
     for name, given, need, grad in zip(Problem.places(), problem.learned, needed, grads, strict=False):
         setattr(arguments, f"grad_{name}", pointer(grad) if need and given is not None else None)
     if problem.c is None and problem.z is not None and needed[7]:
@@ -218,18 +207,13 @@ def _(grad_y: Tensor, grad_last: Tensor, problem: Problem, kept: Tensor, needed:
 
 
 def _save(ctx: Any, inputs: tuple[Problem, bool], output: tuple[Tensor, ...]) -> None:
-    problem, _ = inputs
-    ctx.save_for_backward(*problem.learned, problem.lengths, output[2])
-    ctx.inclusive = problem.inclusive
+    inputs[0].keep(ctx, output[2])
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, kept = ctx.saved_tensors
-    problem = Problem(*(*tensors, ctx.inclusive))
-    needed = list(ctx.needs_input_grad[: len(problem.learned)])
-    grads = _scan_backward(grad_y, grad_last, problem, kept, needed)
-    wanted = {name: grad for name, grad, need in zip(Problem.places(), grads, needed, strict=False) if need}
-    return *Problem.gradients(**wanted), None
+    problem, (kept,) = Problem.kept(ctx)
+    needed = problem.needed(ctx)
+    return *problem.gradients(_scan_backward(grad_y, grad_last, problem, kept, needed), needed), None
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)

@@ -22,7 +22,8 @@ from regard.contract import State, Unsupported, state_field
 from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.gated_recurrence.torch_form import suffix_sum
 from regard.engines.softmax_scan import native_form, torch_form
-from regard.engines.softmax_scan.torch_form import Carry, exponentials, running_normalizer
+from regard.engines.softmax_scan.problem import Carry, Problem
+from regard.engines.softmax_scan.torch_form import exponentials, running_normalizer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -81,7 +82,7 @@ def softmax_scan(
         raise Unsupported(f"chunk_size={chunk_size}", supported="a positive integer")
     carry = empty_carry(s, v) if state is None else state
     with without_autocast(v.device):
-        return execute("softmax_scan", backend, v.device, v.dtype, s, v, carry, chunk_size, log_decay, mix)
+        return execute("softmax_scan", backend, v.device, v.dtype, Problem(s, v, log_decay, mix, *carry), chunk_size)
 
 
 def softmax_scan_shifted(
@@ -142,6 +143,7 @@ add_engine("softmax_scan", torch=Engine(torch_form.run), native=Engine(native_fo
 
 __all__ = [
     "Carry",
+    "Problem",
     "ScanState",
     "absorb",
     "empty_carry",

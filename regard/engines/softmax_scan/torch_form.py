@@ -3,7 +3,7 @@ chunks leave to each other is found by merging in pairs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.engines.gated_recurrence.torch_form import segment_sum, suffix_sum
 from regard.engines.scan import fold_chunks, in_chunks
+from regard.engines.softmax_scan.problem import Carry, Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -18,17 +19,6 @@ if TYPE_CHECKING:
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs of tokens of a chunk, in every row, head and query, that are computed at once."""
-
-
-class Carry(NamedTuple):
-    """The sums over a prefix. An empty prefix has m = -inf, u = 0, w = 0."""
-
-    m: Tensor
-    """Running maximum of each query, (B, H, Q)."""
-    u: Tensor
-    """Sum of exponentials, (B, H, Q)."""
-    w: Tensor
-    """Sum of exponentials times values, (B, H, Q, V)."""
 
 
 def exponentials(x: Tensor, maximum: Tensor) -> Tensor:
@@ -82,22 +72,21 @@ def carries(
     return Carry(m, u, w)
 
 
-def run(
-    s: Tensor, v: Tensor, carry: Carry, chunk_size: int, log_decay: Tensor | None, mix: Tensor | None
-) -> tuple[Tensor, Carry]:
+def run(problem: Problem, chunk_size: int) -> tuple[Tensor, Carry]:
     """See :func:`regard.engines.softmax_scan.softmax_scan`. Chunks are computed side by side, as many as memory allows."""
+    s, v, carry = problem.s, problem.v, problem.carry
     batch, heads, n, queries = s.shape
     if n == 0:
-        shape = (batch, heads, 0, v.shape[-1]) if mix is not None else (batch, heads, 0, queries, v.shape[-1])
+        shape = (batch, heads, 0, v.shape[-1]) if problem.mix is not None else (batch, heads, 0, queries, v.shape[-1])
         return v.new_zeros(shape), carry
     if torch.compiler.is_exporting():
-        return _folded(s, v, carry, chunk_size, log_decay, mix)
+        return _folded(problem, chunk_size)
     size = min(chunk_size, n)
     span = size * max(1, PAIRS_AT_ONCE // max(1, batch * heads * queries * size * size))
     outputs = []
     for start in range(0, n, span):
         part = slice(start, start + span)
-        gate, share = (None if x is None else x[:, :, part].to(carry.u.dtype) for x in (log_decay, mix))
+        gate, share = (None if x is None else x[:, :, part].to(carry.u.dtype) for x in (problem.log_decay, problem.mix))
         here, values = (x[:, :, part].to(carry.u.dtype) for x in (s, v))
         output, carry = _span(here, values, gate, share, carry, size)
         outputs.append(output)
@@ -133,11 +122,9 @@ def _span(
     return output.transpose(1, 2).flatten(2, 3)[:, :, :n], Carry(*(x[:, -1] for x in every))
 
 
-def _folded(
-    s: Tensor, v: Tensor, carry: Carry, chunk_size: int, log_decay: Tensor | None, mix: Tensor | None
-) -> tuple[Tensor, Carry]:
+def _folded(p: Problem, chunk_size: int) -> tuple[Tensor, Carry]:
     """As :func:`run`, one chunk after another: an exported program does not know how many there are."""
-    dtype = carry.u.dtype
+    dtype = p.u.dtype
 
     def chunk(
         carry: tuple[Tensor, ...], scores: Tensor, values: Tensor, gate: Tensor | None, mix: Tensor | None
@@ -161,8 +148,9 @@ def _folded(
             w = weights[..., -1, :] @ values + carried[..., -1:] * w
         return (running[..., -1], denominators[..., -1], w), output
 
-    last, output = fold_chunks(chunk, tuple(carry), (s, v, log_decay, mix), (-torch.inf, 0, 0, 0), chunk_size, 2)
-    return output.to(v.dtype), Carry(*last)
+    inputs, fills = (p.s, p.v, p.log_decay, p.mix), (-torch.inf, 0, 0, 0)
+    last, output = fold_chunks(chunk, tuple(p.carry), inputs, fills, chunk_size, 2)
+    return output.to(p.v.dtype), Carry(*last)
 
 
 def running_normalizer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from regard.core.precision import wide
 from regard.core.ragged import values_known
 from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention
+from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import append, append_rows
 from regard.engines.grouped_attention import normalized
 from regard.engines.merging import merge
@@ -220,18 +221,9 @@ def _near_and_far(
 ) -> Float[Tensor, "b h n v"]:
     """One softmax over tokens of the own row and the summaries of others: two attentions, joined by their sums."""
     causal, dtype = call.pattern.causal, q.dtype
-    shared: dict[str, Any] = {"scale": call.scale, "want_lse": True, "backend": call.backend}
     q = wide(q)
-    direct, _, direct_sum = attention(
-        q,
-        *near,
-        visibility=Visibility(causal=causal, block=call.config.segment),
-        dropout=call.dropout,
-        generator=call.generator,
-        **shared,
-    )
-    summed, _, summed_sum = attention(q, *far, visibility=Visibility(causal=causal), blocks=blocks, **shared)
-    assert direct_sum is not None and summed_sum is not None
+    direct, direct_sum = attend_to_part(call, q, *near, Visibility(causal=causal, block=call.config.segment))
+    summed, summed_sum = attend_to_part(call, q, *far, Visibility(causal=causal), blocks=blocks, dropout=0.0)
     return merge([direct, summed], [direct_sum, summed_sum]).to(dtype)
 
 

@@ -18,7 +18,8 @@ from regard.contract import (
     one_of,
 )
 from regard.core.precision import wide
-from regard.engines.attention import Ranks, Visibility, attention
+from regard.engines.attention import Ranks, Visibility
+from regard.engines.attention_forms import attend_to_part
 from regard.engines.grouped_attention import normalized
 
 if TYPE_CHECKING:
@@ -186,21 +187,7 @@ def check_pattern(config: Config, pattern: Pattern) -> None:
 def _attend(
     call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, visibility: Visibility, blocks: BlockMask | None = None
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
-    output, _, lse = attention(
-        wide(q),
-        k,
-        v,
-        where,
-        visibility=visibility,
-        scale=call.scale,
-        blocks=blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_lse=True,
-        backend=call.backend,
-    )
-    assert lse is not None
-    return output, lse
+    return attend_to_part(call, wide(q), k, v, where, visibility, blocks=blocks)
 
 
 def _cores(

@@ -22,6 +22,7 @@ from regard.core.visibility import Ranks, ranks
 from regard.engines.cache import append, take
 from regard.engines.grouped_attention import (
     PAIRS_AT_ONCE,
+    Problem,
     grouped_attention,
     logits,
     normalized,
@@ -206,10 +207,7 @@ def _attend(
     """Grouped softmax over the given keys."""
     if miss is not None and q.shape[2] and k.shape[2]:
         return _attend_missing(call, q, k, v, landmark, where, miss, state)
-    output, weights = grouped_attention(
-        q,
-        k,
-        v,
+    problem = Problem(
         *_groups(call, landmark, where),
         causal=call.pattern.causal and not call.pattern.cross,
         scale=call.scale,
@@ -218,8 +216,8 @@ def _attend(
         blocks=call.blocks,
         dropout=_dropout(call),
         want_weights="weights" in call.want,
-        backend=call.backend,
     )
+    output, weights = grouped_attention(q, k, v, problem, call.backend)
     return Result(output, state, extras={} if weights is None else {"weights": weights})
 
 
@@ -252,9 +250,7 @@ def _attend_missing(
     for start in range(0, q.shape[2], step):
         rows, mine = q[:, :, start : start + step], own[:, start : start + step]
         here = _ranks(where.queries[:, start : start + step], where.keys)
-        found, factors = logits(
-            rows,
-            k,
+        problem = Problem(
             here,
             landmark,
             mine,
@@ -265,6 +261,7 @@ def _attend_missing(
             blocks=call.blocks,
             dropout=_dropout(call),
         )
+        found, factors = logits(rows, k, problem)
         apart = (controlled.gather(-1, closing)[:, None] & (group[:, None] != mine[..., None]))[:, None]
         near, far = (found.masked_fill(hidden, -torch.inf) for hidden in (apart, ~apart))
         weights, opened = _with_miss(call, near, far, miss_scores(call, rows, miss))
@@ -439,17 +436,9 @@ def _retrieve(
     for start in range(0, t, step):
         rows = q[:, :, start : start + step]
         here = _ranks(near[None, width + start : width + start + rows.shape[2]], key_ranks)
-        close_logits, factors = logits(
-            rows,
-            near_keys,
-            *_groups(call, near_landmark, here),
-            causal=True,
-            scale=call.scale,
-            bias=None,
-            position_bias=None,
-            blocks=None,
-            dropout=_dropout(call),
-        )
+        groups = _groups(call, near_landmark, here)
+        problem = Problem(*groups, causal=True, scale=call.scale, dropout=_dropout(call))
+        close_logits, factors = logits(rows, near_keys, problem)
         taken = _gathered(call, chosen[:, :, start : start + step], past, blocks) if far is None else far
         far_logits, far_factors = _far_logits(call, rows, taken)
         if miss is None:

@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import (
-    BlockMask,
-    Call,
-    Pattern,
-    Unsupported,
-    at_least,
-    one_of,
-)
+from regard.contract import BlockMask, Call, Unsupported, at_least, one_of
 from regard.core.precision import wide_dtype
 from regard.core.visibility import DistanceBias, PositionBias
-from regard.engines.attention import Visibility, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention import attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import by_pattern
 from regard.positions.sinusoidal import Sinusoidal
 
 if TYPE_CHECKING:
@@ -77,7 +71,7 @@ def reference(
 
     def attend(heads: slice, q: Tensor, k: Tensor) -> Tensor:
         own = of_heads(call, heads)
-        visible, added = masked_scores_bias(where, _visibility(own), own.bias, own.position_bias, own.blocks, q.dtype)
+        visible, added = masked_scores_bias(where, by_pattern(own), own.bias, own.position_bias, own.blocks, q.dtype)
         scale = call.scale * q.shape[-1] ** -0.5
         return attention_reference(q, k, v[:, heads], visible, lambda scores: scores.softmax(-1), scale, added)
 
@@ -108,10 +102,6 @@ def _split(query_map: Tensor, v: Tensor, content_query: Tensor | None) -> int:
             supported="as many heads of values as of both others together",
         )
     return query_map.shape[0]
-
-
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
 
 
 def of_heads(call: Call, heads: slice) -> Call:

@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import (
-    Call,
-    Pattern,
-    Result,
-)
+from regard.contract import Call, Pattern, Result
 from regard.core.precision import wide, wide_dtype, without_autocast
-from regard.engines.attention import Ranks, attention, ranks
+from regard.engines.attention import Ranks, ranks
+from regard.engines.attention_forms import attend
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.mechanisms.positional_attention.definition import (
     _outputs,
     _split,
-    _visibility,
     encoded,
     of_heads,
 )
@@ -182,19 +178,5 @@ def _within(positions: Int[Tensor, " n"], lengths: Int[Tensor, " b"] | None) -> 
 def _engine(
     call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, scale: float
 ) -> tuple[Float[Tensor, "b t n v"], Float[Tensor, "b t n m"] | None]:
-    output, weights, _ = attention(
-        q.to(torch.promote_types(v.dtype, q.dtype)),
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=scale,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        backend=call.backend,
-    )
-    return output.to(v.dtype), weights
+    result = attend(call, q.to(torch.promote_types(v.dtype, q.dtype)), k, v, where, scale=scale)
+    return result.output.to(v.dtype), result.extras.get("weights")

@@ -21,6 +21,7 @@ from regard.core.precision import wide_dtype
 from regard.core.ragged import take_tokens
 from regard.core.visibility import CountedRanks
 from regard.engines.attention import Visibility, attention
+from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import append
 from regard.engines.merging import merge
 from regard.mechanisms.reformer.definition import Config, _keys, hash_tokens
@@ -151,20 +152,15 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
     for this in range(tokens.order.shape[2]):
         queries = F.pad(tokens.order[:, :, this], (0, size * count - n)).unflatten(-1, (count, size))
         keys = queries.gather(2, index).view(batch, heads, count, size * pairs.near.shape[2])
-        output, _, lse = attention(
+        output, lse = attend_to_part(
+            call,
             rows(q, queries),
             rows(k, keys),
             rows(values, keys),
             CountedRanks(size, keys.shape[-1], 0, True, q.device),
-            visibility=Visibility(),
-            scale=call.scale,
+            Visibility(),
             bias=_hiding(pairs, queries, keys, this, earlier=not config.count_duplicates, dtype=dtype),
-            dropout=call.dropout,
-            generator=call.generator,
-            want_lse=True,
-            backend=call.backend,
         )
-        assert lse is not None
         back = tokens.place[:, :, this]
         outputs.append(take_tokens(output.view(batch, heads, count * size, v.shape[3]), back))
         lses.append(lse.view(batch, heads, count * size).gather(2, back))

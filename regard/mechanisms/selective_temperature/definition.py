@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import (
-    Call,
-    Pattern,
-    Unsupported,
-    at_least,
-    one_of,
-)
-from regard.engines.attention import Visibility, attention_reference, masked_scores_bias, ranks
+from regard.contract import Call, Unsupported, at_least, one_of
+from regard.engines.attention import attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import by_pattern
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -109,7 +104,7 @@ def reference(
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the whole score matrix and keys counted one by one."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    rule = _visibility(call)
+    rule = by_pattern(call)
     visible, bias = masked_scores_bias(where, rule, call.bias, call.position_bias, call.blocks, q.dtype)
     in_sight = rule.mask(where.queries, where.keys).expand(-1, q.shape[2], -1).sum(-1)
     before = rule.mask(where.keys, where.keys).expand(-1, k.shape[2], -1).sum(-1)
@@ -122,7 +117,3 @@ def reference(
     keys = tau(before, k_token, k_slope)[..., None] * k
     values = tau(before, v_token, v_slope)[..., None] * v
     return attention_reference(sharpened, keys, values, visible, lambda s: s.softmax(-1), call.scale, bias)
-
-
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)

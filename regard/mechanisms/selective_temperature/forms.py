@@ -16,9 +16,9 @@ from regard.contract import (
     state_field,
 )
 from regard.core.precision import wide_dtype
-from regard.engines.attention import Ranks, attention, ranks
+from regard.engines.attention import Ranks, ranks
+from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import KeyValueState, append, extend
-from regard.mechanisms.selective_temperature.definition import _visibility
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -154,29 +154,14 @@ def _attend(
     totals: Int[Tensor, " b"],
     state: SelectiveState | None = None,
 ) -> Result:
-    visibility = _visibility(call)
     if q_slope is None:
         in_sight = totals[:, None]
     else:
-        in_sight = visibility.count(where.queries, totals[:, None])
+        in_sight = by_pattern(call).count(where.queries, totals[:, None])
     dtype, q = q.dtype, _scaled(call, q, in_sight, q_token, q_slope)
     widest = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
-    output, weights, lse = attention(
-        q.to(widest),
-        k,
-        v,
-        where,
-        visibility=visibility,
-        scale=call.scale,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights="weights" in call.want,
-        want_lse="lse" in call.want,
-        backend=call.backend,
-    )
-    extras = {} if weights is None else {"weights": weights.to(dtype)}
-    extras |= {} if lse is None else {"lse": lse}
-    return Result(output.to(dtype), state, extras=extras)
+    result = attend(call, q.to(widest), k, v, where, state)
+    result.output = result.output.to(dtype)
+    if "weights" in result.extras:
+        result.extras["weights"] = result.extras["weights"].to(dtype)
+    return result

@@ -8,20 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import (
-    Call,
-    Pattern,
-    Result,
-    Unsupported,
-)
+from regard.contract import Call, Pattern, Result, Unsupported
 from regard.core.precision import wide_dtype
 from regard.core.ragged import take_queries
 from regard.core.visibility import DistanceBias, PositionBias
-from regard.engines.attention import (
-    Ranks,
-    attention,
-    ranks,
-)
+from regard.engines.attention import Ranks, ranks
+from regard.engines.attention_forms import attend
 from regard.engines.cache import KeyValueState, extend
 from regard.mechanisms.stochastic_subsampling.definition import (
     _ratio,
@@ -70,11 +62,7 @@ def _attend(
     """Attention over the keys `k` and values `v`, of which the new ones came with the queries."""
     ratio = _ratio(call)
     if ratio == 1 or q.numel() == 0 or k.shape[2] == 0:
-        output, weights, lse = _engine(
-            call, q, k, v, where, want_weights="weights" in call.want, want_lse="lse" in call.want
-        )
-        extras = {name: value for name, value in (("weights", weights), ("lse", lse)) if value is not None}
-        return Result(output, state, extras=extras)
+        return attend(call, q, k, v, where, state, visibility=_visibility(call))
     if call.want & {"weights", "lse"}:
         raise Unsupported(
             "weights or the log-sum-exp of subsampled attention", supported="them with ratio=1 or in evaluation"
@@ -96,24 +84,10 @@ def _attend(
 
 
 def _engine(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, *, want_weights: bool = False, want_lse: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        dropout=call.dropout,
-        generator=call.generator,
-        want_weights=want_weights,
-        want_lse=want_lse,
-        backend=call.backend,
-    )
+    call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, *, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    result = attend(call, q, k, v, where, visibility=_visibility(call), want_lse=want_lse)
+    return result.output, result.extras.get("lse")
 
 
 def take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "#b ..."]) -> Float[Tensor, "b g ... d"]:
@@ -162,7 +136,7 @@ def _sampled(
             bias = bias.gather(-1, columns.expand(len(bias), *bias.shape[1:3], -1))
     causal = call.pattern is Pattern.CAUSAL_SELF
     chosen = Ranks(where.queries, keys, None, None, plain=False)
-    output, _, lse = _engine(call.replace(bias=bias), q, k, v, chosen, want_lse=causal)
+    output, lse = _engine(call.replace(bias=bias), q, k, v, chosen, want_lse=causal)
     return output, lse, _member(where.queries, keys)[:, None] if causal else None
 
 
@@ -217,7 +191,7 @@ def _windowed(
         None,
         plain=False,
     )
-    output, _, lse = _engine(
+    output, lse = _engine(
         call.replace(bias=bias, blocks=blocks),
         rows(take(q, own)),
         rows(take(k, windows.keys)),

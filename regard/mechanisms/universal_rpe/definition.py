@@ -11,20 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.contract import (
-    Call,
-    Pattern,
-    Unsupported,
-    at_least,
-    one_of,
-)
+from regard.contract import Call, Unsupported, at_least, one_of
 from regard.core.visibility import DistanceBias, PositionBias
-from regard.engines.attention import (
-    Visibility,
-    attention_reference,
-    masked_scores_bias,
-    ranks,
-)
+from regard.engines.attention import attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import by_pattern
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import at_offsets
 
@@ -89,7 +79,7 @@ def reference(
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the whole weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     table = only_one(call, factors, grid_factors, pair_factors)
     c = torch.ones_like(q[..., :1])
     if pair_factors is not None:
@@ -97,10 +87,6 @@ def reference(
     elif table is not None:
         c = by_rank(call, table)(where.queries, where.keys)
     return attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1) * c, call.scale, bias)
-
-
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
 
 
 def only_one(

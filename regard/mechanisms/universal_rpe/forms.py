@@ -12,25 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.contract import (
-    Call,
-    Pattern,
-    Result,
-)
+from regard.contract import Call, Pattern, Result
 from regard.core.precision import wide_dtype
 from regard.core.ragged import check_pairs
 from regard.core.visibility import DistanceBias
-from regard.engines.attention import (
-    Ranks,
-    Visibility,
-    attention,
-    has_kernel,
-    masked_scores_bias,
-    ranks,
-)
+from regard.engines.attention import Ranks, Visibility, has_kernel, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend_to_part, by_pattern
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.merging import merge
-from regard.mechanisms.universal_rpe.definition import _visibility, by_rank, only_one
+from regard.mechanisms.universal_rpe.definition import by_rank, only_one
 from regard.positions.toeplitz import at_offsets
 
 if TYPE_CHECKING:
@@ -138,22 +128,10 @@ def _in_parts(call: Call, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
     def attend(
         q: Tensor, k: Tensor, v: Tensor, where: Ranks, visibility: Visibility, bias: DistanceBias | None
     ) -> tuple[Tensor, Tensor]:
-        output, _, lse = attention(
-            q,
-            k,
-            v,
-            where,
-            visibility=visibility,
-            scale=call.scale,
-            position_bias=bias,
-            want_lse=True,
-            backend=call.backend,
-        )
-        assert lse is not None
-        return output, lse
+        return attend_to_part(call, q, k, v, where, visibility, position_bias=bias)
 
     if table is None:
-        return attend(q, k, v, where, _visibility(call), told)[0]
+        return attend(q, k, v, where, by_pattern(call), told)[0]
     table, reach = table.to(q.dtype), table.shape[1] // 2
     parts = []
     most = table.detach().abs().amax(1, keepdim=True)
@@ -240,7 +218,7 @@ def _mixer(
         seed = int(torch.randint(1 << 62, (), generator=call.generator, device=call.generator.device))
 
     def mix(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        visible, added = masked_scores_bias(here, _visibility(call), bias, call.position_bias, call.blocks, q.dtype)
+        visible, added = masked_scores_bias(here, by_pattern(call), bias, call.position_bias, call.blocks, q.dtype)
         scores = q @ k.mT
         scores = scores if added is None else scores + added
         some = visible.any(-1, keepdim=True)

@@ -26,7 +26,6 @@ from regard.engines import (
     softmax_scan,
 )
 from regard.engines.attention import paged
-from regard.engines.grouped_attention.torch_form import Dropout
 from regard.engines.softmax_scan import Carry
 
 Tensors = dict[str, Tensor | None]
@@ -193,7 +192,7 @@ ELU = linear_attention.Rule("elu", 1.0, 1e-6)
 
 
 def _linear_attention(form, q, k, v, state, valid=None, rule=ELU, chunk=64) -> Tensors:
-    o, last = form.run(q, k, v, rule, state, valid, chunk)
+    o, last = form.run(linear_attention.Problem(q, k, v, state, valid), rule, chunk)
     return {"o": o, "last": last}
 
 
@@ -249,7 +248,7 @@ def selective(
 
 
 def _softmax_scan(form, s, v, m, u, w, log_decay=None, mix=None, chunk=16) -> Tensors:
-    o, carry = form.run(s, v, Carry(m, u, w), chunk, log_decay, mix)
+    o, carry = form.run(softmax_scan.Problem(s, v, log_decay, mix, m, u, w), chunk)
     return {"o": o, "m": carry.m.detach(), "u": carry.u, "w": carry.w}
 
 
@@ -277,8 +276,8 @@ def scanned(
 
 
 def _conserved_flows(form, sinks, sources, totals, maximum, normalizer, length, valid=None, *, rule) -> Tensors:
-    before = conserved_flows.Sums(totals, maximum.detach(), normalizer, length)
-    competition, acceptance, after = form.run(sinks, sources, before, rule, valid)
+    problem = conserved_flows.Problem(sinks, sources, totals, maximum.detach(), normalizer, length, valid)
+    competition, acceptance, after = form.run(problem, rule)
     found = {"competition": competition, "acceptance": acceptance, "totals": after.totals}
     return found | {"maximum": after.maximum.detach(), "normalizer": after.normalizer}
 
@@ -304,12 +303,13 @@ def flows(n: int, batch: int = 2, heads: int = 4, width: int = 8, valid: list[in
 
 
 def _convolution(form, x, weight, bias=None, cache=None, lengths=None, silu=True, causal=True) -> Tensors:
-    y, last = form.short_convolution(x, weight, bias, cache, lengths, silu, causal)
-    return {"y": y, "last": last}
+    after = 0 if causal else (weight.shape[1] - 1) // 2
+    y, last = form.short_convolution(layers.ShortConvolution(x, weight, bias, cache, lengths, after, silu))
+    return {"y": y, "last": last if causal else None}
 
 
 def _norm(form, x, weight=None, z=None, groups=1, after=False) -> Tensors:
-    return {"y": form.rms_norm(x, weight, z, groups, 1e-5, after)}
+    return {"y": form.rms_norm(layers.RMSNorm(x, weight, z, groups, 1e-5, after))}
 
 
 def _rotary(form, x, positions, rotated, base=1e4, stretch=1.5) -> Tensors:
@@ -317,7 +317,7 @@ def _rotary(form, x, positions, rotated, base=1e4, stretch=1.5) -> Tensors:
 
 
 def _product(form, x, gate, function="silu") -> Tensors:
-    return {"y": form.gated_product(x, gate, function)}
+    return {"y": form.gated_product(layers.GatedProduct(x, gate, layers.GATE_FUNCTIONS.index(function)))}
 
 
 CONVOLUTION = Kernel(
@@ -358,8 +358,8 @@ def _paged(form, q, k, v, pages, lengths, query_ranks) -> Tensors:
 
 
 def _grouped_attention(form, q, k, v, ranks, landmark, own, causal=True, scale=0.5) -> Tensors:
-    dropout = Dropout(0.0, 0.0, None)
-    return {"o": form.run(q, k, v, ranks, landmark, own, causal, scale, None, None, None, dropout, False)[0]}
+    problem = grouped_attention.Problem(ranks, landmark, own, causal, scale, grouped_attention.Dropout())
+    return {"o": form.run(q, k, v, problem)[0]}
 
 
 # gradients: of a difference of what was rounded to bfloat16; see test_attention for the definition

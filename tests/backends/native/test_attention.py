@@ -472,9 +472,9 @@ def test_what_the_kernel_lacks_is_refused_with_a_reason():
 def test_options_of_the_operator_that_do_not_belong_together_are_refused(changes):
     given: dict[str, Any] = {
         "q": torch.randn(2, 2, 9, 4), "k": torch.randn(2, 1, 12, 4), "v": torch.randn(2, 1, 12, 6),
-        "query_ranks": torch.arange(9)[None], "key_ranks": torch.arange(12)[None], "first_rank": 0,
+        "sink": None, "bias": None, "distance": None, "query_ranks": torch.arange(9)[None], "key_ranks": torch.arange(12)[None], "first_rank": 0,
         "limits": [1, -1, -1, 0, 0, 0], "blocks": None, "block_size": 0, "scale": 0.5, "rule": 0, "shift": 0.0,
-        "softcap": 0.0, "sink": None, "bias": None, "distance": None, "distance_zero": 0, "stretch": [],
+        "softcap": 0.0, "distance_zero": 0, "stretch": [],
     }  # fmt: skip
     torch.ops.regard.attention(*given.values())
     with pytest.raises(Unsupported, match="native attention"):

@@ -27,11 +27,11 @@ def decode(problem: Problem) -> tuple[Tensor, Tensor]:
     out = torch.empty(*problem.q.shape[:3], problem.v.shape[3], dtype=problem.q.dtype)
     lse = torch.empty(problem.q.shape[:3])
     packed = attention.PackedProblem(
-        problem.ranks.queries, problem.ranks.keys, 0, attention._limits(problem.visibility), None, 0, problem.scale, 0,
-        0.0, problem.softcap or 0.0, problem.sink, problem.bias, problem.table,
-        0 if problem.table is None else problem.table.shape[1] // 2, [],
+        problem.q, problem.k, problem.v, problem.sink, problem.bias, problem.table, problem.ranks.queries,
+        problem.ranks.keys, 0, attention._limits(problem.visibility), None, 0, problem.scale, 0, 0.0,
+        problem.softcap or 0.0, 0 if problem.table is None else problem.table.shape[1] // 2, [],
     )  # fmt: skip
-    arguments, kept = attention._arguments(problem.q, problem.k, problem.v, packed, out, lse)
+    arguments, kept = attention._arguments(packed, out, lse)
     library.call(attention.AttentionDecode(forward=ctypes.addressof(arguments)))
     del kept
     return out, lse

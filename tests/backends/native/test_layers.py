@@ -48,7 +48,7 @@ def test_rotation_equals_float64_up_to_a_million_positions(instruction_set, h, n
     ROTARY.check({"x": by_token, "positions": torch.randint(0, 1_000_000, (1, n))}, rotated=rotated)
 
 
-@pytest.mark.parametrize("function", native.FUNCTIONS)
+@pytest.mark.parametrize("function", engines.GATE_FUNCTIONS)
 def test_gated_product_equals_float64(instruction_set, function):
     for shape in ((1,), (3, 7, 33), (2, 3, 64), (2, 0, 5)):
         PRODUCT.check({"x": 3 * torch.randn(shape), "gate": 3 * torch.randn(shape)}, function=function)
@@ -62,7 +62,7 @@ def test_sums_over_many_tokens_stay_accurate():
 
 def test_extreme_gates_are_those_of_torch():
     gate = torch.tensor([-1e4, -90.0, -50.0, 0.0, 50.0, 1e4]).repeat(4)
-    for function in native.FUNCTIONS:
+    for function in engines.GATE_FUNCTIONS:
         PRODUCT.check({"x": torch.randn(24), "gate": gate}, function=function)
     NORM.check({"x": torch.randn(24), "weight": torch.randn(24), "z": gate}, after=True)
 

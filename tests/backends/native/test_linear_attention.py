@@ -9,7 +9,7 @@ import torch
 
 from regard.contract import Unsupported
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
-from regard.engines.linear_attention import Rule
+from regard.engines.linear_attention import Problem, Rule
 from regard.engines.linear_attention import native_form as native
 
 from .kernels import ELU, LINEAR, linear
@@ -99,6 +99,6 @@ def test_bfloat16_in_and_out_with_float32_between(instruction_set):
 )
 def test_what_does_not_fit_is_left_to_torch_or_refused(change):
     x = linear(10, 1, 2, 8, 4) | {"valid": None, "rule": ELU} | change
-    assert native.refuses(x["q"], x["k"], x["v"], x["rule"], x["state"], x["valid"], 64) is not None
+    assert native.refuses(Problem(x["q"], x["k"], x["v"], x["state"], x["valid"]), x["rule"], 64) is not None
     with pytest.raises(Unsupported):
         LINEAR.run(x)

@@ -1,0 +1,114 @@
+"""The forms of every mechanism that is attention to all keys so far: parallel, chunked and read; and attention as a call
+asks for it, for mechanisms whose forms are their own.
+
+A mechanism says what differs, in options of :func:`regard.engines.attention.attention` that take the place of the call's,
+and changes keys and values before and outputs after. Its `absorb` is :func:`regard.engines.cache.absorb`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from regard.contract import Call, Pattern, Result, State, Unsupported
+from regard.engines.attention import Ranks, Visibility, attention, ranks
+from regard.engines.cache import KeyValueState, extend
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def parallel(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], **options: Any
+) -> Result:
+    """Without a state."""
+    return attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device), **options)
+
+
+def chunked(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], **options: Any
+) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
+    state, where = extend(call, k, v, q.shape[2])
+    return attend(call, q, state.k, state.v, where, state, **options)
+
+
+def read(call: Call, q: Float[Tensor, "b h n d"], **options: Any) -> Result:
+    """Queries on absorbed memory."""
+    state: KeyValueState = call.state
+    where = ranks(call, q.shape[2], 0, q.device, state.ranks)
+    return attend(call, q, state.k, state.v, where, state, **options)
+
+
+def attend(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    where: Ranks,
+    state: State | None = None,
+    **options: Any,
+) -> Result:
+    """The output with the weights and the log-sum-exp that the call wants, and `state`."""
+    asked: dict[str, Any] = {
+        "visibility": by_pattern(call),
+        "scale": call.scale,
+        "bias": call.bias,
+        "position_bias": call.position_bias,
+        "blocks": call.blocks,
+        "dropout": call.dropout,
+        "generator": call.generator,
+        "want_weights": "weights" in call.want,
+        "want_lse": "lse" in call.want,
+        "backend": call.backend,
+    }
+    output, weights, lse = attention(q, k, v, where, **asked | options)
+    extras = {name: x for name, x in (("weights", weights), ("lse", lse)) if x is not None}
+    return Result(output, state, extras=extras)
+
+
+def attend_to_part(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    where: Ranks,
+    visibility: Visibility,
+    **options: Any,
+) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
+    """Output and log-sum-exp of softmax over some of the keys, for :func:`regard.engines.merging.merge`; without the call's
+    biases and blocks."""
+    asked: dict[str, Any] = {"dropout": call.dropout, "generator": call.generator, "backend": call.backend}
+    output, _, lse = attention(
+        q, k, v, where, visibility=visibility, scale=call.scale, want_lse=True, **asked | options
+    )
+    assert lse is not None
+    return output, lse
+
+
+def by_pattern(call: Call) -> Visibility:
+    """All keys; in causal-self those at or before the query."""
+    return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
+
+
+def check_window(what: str, window: tuple[int | None, int | None] | None, pattern: Pattern, none: str) -> None:
+    """Refuse a window (before, after) where it means nothing: in cross patterns, and after the query in causal-self.
+
+    Args:
+        none: no window, as the option has it.
+    """
+    if window is None or window == (None, None):
+        return
+    if pattern.cross:
+        raise Unsupported(
+            f"{what} with window={window} in {pattern.value} (memory has no place near a query)",
+            supported="self patterns",
+            nearest=f"window={none}",
+        )
+    if pattern is Pattern.CAUSAL_SELF and window[1]:
+        raise Unsupported(
+            f"{what} with window={window} in causal-self",
+            supported="nothing after the query",
+            nearest=f"window=({window[0]}, 0)",
+        )

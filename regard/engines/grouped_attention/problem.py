@@ -1,0 +1,79 @@
+"""A call of softmax in two levels as one object, which the engine's forms share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.contract import BlockMask
+from regard.core.precision import wide
+from regard.core.visibility import PositionBias, Ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The draws of dropout.
+
+    Attributes:
+        weights: probability of dropping a weight.
+        gates: probability of dropping the gate of a group, not of the own one.
+        generator: source of the draws.
+    """
+
+    weights: float = 0.0
+    gates: float = 0.0
+    generator: torch.Generator | None = None
+
+    @property
+    def random(self) -> bool:
+        return self.weights > 0 or self.gates > 0
+
+    def of_weights(self, weights: Tensor) -> Tensor:
+        """Weights with some of them dropped."""
+        if self.weights == 0:
+            return weights
+        kept = torch.rand(weights.shape, generator=self.generator, device=weights.device, dtype=weights.dtype)
+        return weights * (kept >= self.weights) / (1 - self.weights)
+
+    def of_gates(self, shape: torch.Size, like: Tensor) -> Tensor | None:
+        """0 or 1 / (1 - gates) for each gate; None when no gate is dropped."""
+        if self.gates == 0:
+            return None
+        kept = torch.rand(shape, generator=self.generator, device=like.device, dtype=wide(like).dtype) >= self.gates
+        return kept / (1 - self.gates)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed, beside its queries, keys and values.
+
+    Attributes:
+        ranks: of the queries and the keys.
+        landmark: key slots that close a group.
+        own: number of each query's own group, counted from 0 along the slots; None where queries have none, so that all
+            groups are gated.
+        causal: only keys at or before the query are visible.
+        scale: multiplies the scores.
+        dropout: what is dropped at random.
+        bias: added to the scores, by slot; axes of size 1 broadcast; -inf hides.
+        position_bias: the same as a function of ranks.
+        blocks: block-sparse visibility, on ranks.
+        want_weights: whether the weights are wanted.
+    """
+
+    ranks: Ranks
+    landmark: Bool[Tensor, "b m"]
+    own: Int[Tensor, "#b n"] | None
+    causal: bool
+    scale: float
+    dropout: Dropout
+    bias: Float[Tensor, "#b #h #n #m"] | None = None
+    position_bias: PositionBias | None = None
+    blocks: BlockMask | None = None
+    want_weights: bool = False

@@ -1,0 +1,39 @@
+"""A call of linear attention as one object, which the engine's forms and its operators share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regard.backends.operators import Packed
+
+
+@dataclass(frozen=True)
+class Rule(Packed):
+    """How queries and keys become weights.
+
+    Attributes:
+        feature_map: phi, a name in :data:`regard.engines.feature_maps.FEATURE_MAPS`.
+        scale: multiplies queries before phi.
+        eps: added to the denominators; None for no denominators.
+    """
+
+    feature_map: str
+    scale: float
+    eps: float | None
+
+
+@dataclass(frozen=True)
+class Problem(Packed):
+    """What :func:`regard.engines.linear_attention.linear_attention` is given beside the rule."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Tensor | None
+    valid: Tensor | None
+
+    @property
+    def learned(self) -> list[Tensor | None]:
+        return [self.q, self.k, self.v, self.state]
