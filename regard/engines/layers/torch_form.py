@@ -62,9 +62,9 @@ def rms_norm(
     eps: float,
     norm_before_gate: bool,
 ) -> Float[Tensor, "... c"]:
-    """See :func:`regard.engines.layers.rms_norm`; the weight has at least float32."""
+    """See :func:`regard.engines.layers.rms_norm`."""
     dtype = wide_dtype(x)
-    y = x.to(dtype)
+    y, weight = x.to(dtype), None if weight is None else weight.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:
         y = y * gate
