@@ -228,7 +228,8 @@ class AttentionLayer(Layer):
         check_tokens(x, self.dim)
         batch, n, device = x.shape[0], x.shape[1], x.device
         layout = gathering(context.mask, batch, n, device)
-        x = layout.gather(x, axis=1)
+        whole = layout.whole
+        x = x if whole else layout.gather(x, axis=1)
         positions = self._positions(context.positions, layout, x, None if state is None else state.length)
         movable = context.positions is None and state is None and not self.pattern.cross
         positions, losses = self._prepare(positions, context, movable=movable)
@@ -255,7 +256,6 @@ class AttentionLayer(Layer):
         heads, projected, learned = self._project(heads, call, state)
         heads = self._rotate(heads, positions, source_positions)
 
-        weight_dropout = self.dropout if self.training and "dropout" in self.card.honours else 0.0
         result = apply(
             self.card,
             heads,
@@ -265,14 +265,7 @@ class AttentionLayer(Layer):
             state=None if state is None else state.mechanism,
             return_state=stateful,
             config=self.config,
-            dropout=weight_dropout,
-            generator=context.generator,
-            grid=context.grid,
-            roles=None if context.roles is None or no_keys else source_layout.gather(context.roles, axis=1),
-            training=self.training,
-            progress=context.progress,
-            teacher=context.teacher,
-            want=context.want - {"state"},
+            **self._beside(context, None if no_keys else source_layout),
             **self._position_functions(context, state),
         )
         result.losses |= learned
@@ -282,7 +275,7 @@ class AttentionLayer(Layer):
         y = self.output(self._gated(y.transpose(1, 2), x))
         if self.training and self.dropout and "dropout" not in self.card.honours:
             y = dropout(y, self.dropout, training=True, generator=context.generator)
-        result.output = layout.scatter(y, axis=1)
+        result.output = y if whole else layout.scatter(y, axis=1)
         result.losses |= losses
         if stateful:
             past = None if state is None else state.length
@@ -363,7 +356,7 @@ class AttentionLayer(Layer):
     ) -> Float[Tensor, "b h n d"]:
         """Project (index 0 query, 1 key, 2 value), convolve, and split into heads. Updates the convolution's cache."""
         y = module(x)
-        if self.convolutions:
+        if caches:
             # without some of q, k and v there are fewer convolutions
             own = sum(projection is not None for projection in (self.query, self.key, self.value)[:index])
             y, caches[own] = self.convolutions[own](y, lengths, caches[own])
@@ -385,7 +378,8 @@ class AttentionLayer(Layer):
         """Positions of the dense layout: ranks unless given; 0 in the padding. None where nobody asks for them."""
         if given is not None:
             return layout.gather(given, axis=1)
-        if self.positions.embed is None and self.positions.rotate is None:
+        scheme = self.positions
+        if scheme.embed is None and scheme.rotate is None:
             return None
         rank = torch.arange(x.shape[1], device=x.device)[None]
         rank = rank if before is None else rank + before[:, None]
@@ -402,40 +396,55 @@ class AttentionLayer(Layer):
         return self.positions.prepare(positions, context.grid, context.generator, movable=movable)
 
     def _rotate(self, heads: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
-        if self.positions.rotate is None or self.places_keys:
+        scheme = self.positions
+        if scheme.rotate is None or self.places_keys:
             return heads
-        rotate_keys = self.positions.rotate if self.positions.rotate_keys is None else self.positions.rotate_keys
-        where = {"q": (self.positions.rotate, queries), "k": (rotate_keys, keys)}
+        rotate_keys = scheme.rotate if scheme.rotate_keys is None else scheme.rotate_keys
+        where = {"q": (scheme.rotate, queries), "k": (rotate_keys, keys)}
         return {n: where[n][0](t, where[n][1]) if n in where else t for n, t in heads.items()}
 
     def _position_functions(self, context: Context, state: LayerState | None) -> dict[str, Any]:
         functions: dict[str, Any] = {}
         self._check_memory_positions(context)
-        if self.positions.rotate is not None and self.places_keys:
+        scheme = self.positions
+        if scheme.rotate is not None and self.places_keys:
             if context.positions is not None:
                 raise Unsupported(
                     f"explicit positions with {self.card.name}, which places its cached keys itself", supported="ranks"
                 )
-            functions["rotate"] = self.positions.rotate
-        if self.positions.bias is not None:
+            functions["rotate"] = scheme.rotate
+        if scheme.bias is not None:
             if context.positions is not None:
                 raise Unsupported(
-                    f"explicit positions with {self.positions.name}", supported="ranks", nearest="rotary positions"
+                    f"explicit positions with {scheme.name}", supported="ranks", nearest="rotary positions"
                 )
-            causal, bias = self.pattern is Pattern.CAUSAL_SELF, self.positions.bias
+            causal, bias = self.pattern is Pattern.CAUSAL_SELF, scheme.bias
             if state is not None and self.pattern.cross:
                 # the mechanism's state counts the memory, so what queries came before is told here
                 before = state.length[:, None]
                 functions["position_bias"] = lambda i, j: bias(i + before, j, causal)
-            elif self.positions.by_distance is not None:
-                functions["position_bias"] = DistanceBias(partial(self.positions.by_distance, causal=causal))
+            elif scheme.by_distance is not None:
+                functions["position_bias"] = DistanceBias(partial(scheme.by_distance, causal=causal))
             else:
                 functions["position_bias"] = lambda i, j: bias(i, j, causal)
         return functions
 
+    def _beside(self, context: Context, keys: Gathering | None) -> dict[str, Any]:
+        """What accompanies the heads: only what there is, since a call of tensors and a state alone goes a shorter way."""
+        names = ("generator", "grid", "progress", "teacher")
+        beside = {name: x for name in names if (x := getattr(context, name)) is not None}
+        if context.roles is not None and keys is not None:
+            beside["roles"] = keys.gather(context.roles, axis=1)
+        if self.training:
+            beside["training"] = True
+            beside["dropout"] = self.dropout if "dropout" in self.card.honours else 0.0
+        want = context.want - {"state"}
+        return {**beside, "want": want} if want else beside
+
     def _check_memory_positions(self, context: Context) -> None:
-        elsewhere = self.positions.bias is not None or self.positions.embed is not None
-        if context.memory_positions is not None and elsewhere:
+        if context.memory_positions is None:
+            return
+        if self.positions.bias is not None or self.positions.embed is not None:
             raise Unsupported(
                 f"explicit positions of the memory with {self.positions.name}",
                 supported="memory_positions=None",
