@@ -33,7 +33,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.core.ragged import Gathering, gather_pairs, gathering, inner_mask
-from regard.core.visibility import DistanceBias
+from regard.core.visibility import DistanceBias, surely
 from regard.engines.layers import gated_product
 from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
@@ -238,8 +238,9 @@ class AttentionLayer(Layer):
         stateful = state is not None or "state" in context.want
         heads: dict[str, Tensor] = {}
         caches = self._no_caches() if state is None or not state.convolutions else list(state.convolutions)
-        if self.query is not None:
-            q = self._heads(self.query, x, 0, self.num_heads, layout.lengths, caches)
+        query = self.query
+        if query is not None:
+            q = self._heads(query, x, 0, self.num_heads, layout.lengths, caches)
             heads["q"] = self._norm(self.query_norm, q)
         source, source_layout, source_positions = x, layout, positions
         if self.pattern.cross and memory is not None:
@@ -328,18 +329,18 @@ class AttentionLayer(Layer):
         self, heads: Tensors, call: LayerCall, state: LayerState | None
     ) -> tuple[Tensors, State | None, dict[str, Loss]]:
         """The mechanism's inputs, the state of a projection that keeps one, and losses that a derived layer adds."""
-        if self.projection is None:
-            return heads, None, {}
-        return *self.projection(heads, call), {}
+        projection = self.projection
+        return (heads, None, {}) if projection is None else (*projection(heads, call), {})
 
     def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
         """The output norm and the output gate."""
-        if self.gate is None or self.gate_activation is None:
-            return (y if self.output_norm is None else self.output_norm(y)).flatten(2)
-        gate = self.gate(x)
-        if isinstance(self.output_norm, RMSNorm) and self.gate_activation == "swish":
-            return self.output_norm(y, gate.unflatten(-1, y.shape[2:])).flatten(2)
-        y = y if self.output_norm is None else self.output_norm(y)
+        norm, gated = self.output_norm, self.gate
+        if gated is None or self.gate_activation is None:
+            return (y if norm is None else norm(y)).flatten(2)
+        gate = gated(x)
+        if isinstance(norm, RMSNorm) and self.gate_activation == "swish":
+            return norm(y, gate.view(y.shape)).flatten(2)
+        y = y if norm is None else norm(y)
         return gated_product(y.flatten(2), gate, GATES[self.gate_activation])
 
     def _no_caches(self) -> list[Tensor | None]:
@@ -365,10 +366,11 @@ class AttentionLayer(Layer):
     def _memory_heads(
         self, heads: dict[str, Tensor], source: Tensor, lengths: Tensor | None, caches: list[Tensor | None]
     ) -> None:
-        if self.key is not None:
-            heads["k"] = self._norm(self.key_norm, self._heads(self.key, source, 1, self.kv_heads, lengths, caches))
-        if self.value is not None:
-            heads["v"] = self._norm(self.value_norm, self._heads(self.value, source, 2, self.kv_heads, lengths, caches))
+        key, value = self.key, self.value
+        if key is not None:
+            heads["k"] = self._norm(self.key_norm, self._heads(key, source, 1, self.kv_heads, lengths, caches))
+        if value is not None:
+            heads["v"] = self._norm(self.value_norm, self._heads(value, source, 2, self.kv_heads, lengths, caches))
 
     @staticmethod
     def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
@@ -381,15 +383,18 @@ class AttentionLayer(Layer):
         scheme = self.positions
         if scheme.embed is None and scheme.rotate is None:
             return None
-        rank = torch.arange(x.shape[1], device=x.device)[None]
-        rank = rank if before is None else rank + before[:, None]
+        if before is None:
+            rank = torch.arange(x.shape[1], device=x.device)[None]
+        else:
+            rank = before[:, None]
+            rank = rank if surely(x.shape[1] == 1) else rank + torch.arange(x.shape[1], device=x.device)
         return rank if layout.lengths is None else torch.where(valid_from_lengths(layout.lengths, x.shape[1]), rank, 0)
 
     def _prepare(
         self, positions: Tensor | None, context: Context, *, movable: bool
     ) -> tuple[Tensor | None, dict[str, Loss]]:
         """Vectors of positions, where the scheme makes them, and its losses."""
-        if self.positions.prepare is None or positions is None:
+        if positions is None or self.positions.prepare is None:
             return positions, {}
         if self.positions.shared and context.position_vectors is not None:
             return context.position_vectors, {}
