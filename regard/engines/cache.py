@@ -78,7 +78,7 @@ def _ranks_after(call: Call, past: KeyValueState, n: int, m: int) -> Ranks:
     looked at where that costs nothing: then kernels need no ranks, and nothing else for decoding."""
     length, slots = past.length, past.k.shape[2]
     whole = call.lengths is call.memory_lengths is None and not call.pattern.cross
-    if whole and runs_plainly(length) and length.tolist() == [slots] * len(length):
+    if whole and runs_plainly(length) and length.tolist() == [slots] * length.shape[0]:
         return CountedRanks(n, slots + m, slots + m - n, True, past.k.device)
     return ranks(call, n, m, past.k.device, past.ranks, length)
 
