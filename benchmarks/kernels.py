@@ -588,6 +588,60 @@ def beside_another(calls: int = 200) -> list[str]:
     ]
 
 
+def calls_of_python(action: Action) -> int:
+    """How many functions of Python one call goes through."""
+    count = 0
+
+    def seen(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(seen)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count - 1  # without the action's own
+
+
+def decoding(name: str, layers: int = 30) -> Action:
+    """Reads one token more each time, after a prompt of 64, in a model of 64 features and 2 heads."""
+    from regard.models import LanguageModel, LanguageModelConfig
+
+    model = LanguageModel(LanguageModelConfig(vocab_size=256, dim=64, num_heads=2, plan=[name] * layers)).eval()
+    token, want = torch.zeros(1, 1, dtype=torch.long), regard.Context(want=frozenset({"state"}))
+    state = model(torch.randint(256, (1, 64)), context=want).state
+
+    def step() -> Tensor:
+        nonlocal state
+        result = model(token, state=state)
+        state = result.state
+        return result.output.argmax(-1)
+
+    return step
+
+
+@torch.no_grad()
+def overhead(seconds: float) -> list[str]:
+    """Work so small that the way to it is most of its time: the median, and the functions of Python on the way."""
+    q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    g, rate = -torch.rand(1, 2, 4, 8), torch.rand(1, 2, 4)
+    calls: dict[str, Action] = {
+        "SDPA": lambda: sdpa(q, k, v),
+        "softmax": lambda: softmax_attention(q, k, v),
+        "linear": lambda: linear_attention(q, k, v),
+        "gated_linear": lambda: gated_linear_attention(q, k, v, g),
+        "delta_rule": lambda: delta_rule_attention(q, k, v, rate),
+    }
+    steps = {name: decoding(name) for name in ("softmax", "linear", "gated_linear")}
+    lines = ["| work | median | functions of Python |", "|---|---:|---:|"]
+    for what, actions in (("{} of 4 tokens, 2 heads of 8", calls), ("one token by 30 layers of {}", steps)):
+        timings = interleaved(actions, seconds=seconds, least=30, most=2000)
+        for name, action in actions.items():
+            lines.append(f"| {what.format(name)} | {1e6 * timings[name].median:.1f} us | {calls_of_python(action)} |")
+    return lines
+
+
 def _ninetieth(times: np.ndarray) -> float:
     return float(np.percentile(times, 90))
 
@@ -612,6 +666,7 @@ def main() -> None:
     parser.add_argument("--only", help="rows whose name matches this regular expression")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each row")
     parser.add_argument("--busy", action="store_true", help="calls beside a busy process, and nothing else")
+    parser.add_argument("--overhead", action="store_true", help="the smallest calls, and nothing else")
     parser.add_argument("--list", action="store_true", help="names of the rows")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -619,6 +674,9 @@ def main() -> None:
     keep_freed_memory()
     if options.busy:
         print("\n".join(beside_another()))
+        return
+    if options.overhead:
+        print("\n".join(overhead(options.seconds)))
         return
     peak = machine.fma_peak(0.5)
     found: list[Found] = []
@@ -656,6 +714,10 @@ def main() -> None:
         "Calls at 1,024 tokens, alone and beside a PyTorch process that keeps one core busy:",
         "",
         *beside_another(),
+        "",
+        "Work so small that the way to it is most of its time:",
+        "",
+        *overhead(options.seconds),
         "",
         memory(),
     ]

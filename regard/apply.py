@@ -127,25 +127,40 @@ _measured = lru_cache(maxsize=1024)(_measure)
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a call of tensors alone comes to, without masks, states or anything else: shapes and options decide it.
+    """What a call of tensors comes to, with a state or without, and without masks or anything else: shapes and options
+    decide it.
 
     Attributes:
         form: the form that runs.
-        call: what it gets beside the tensors.
+        call: what it gets beside the tensors, but for the state.
+        batch: rows that a state must have; None where it alone knows them.
         heads: what inputs with fewer heads are repeated to; None where all have as many.
     """
 
     form: str
     call: Call
+    batch: int | None
     heads: int | None
 
 
 @lru_cache(maxsize=1024)
-def _planned(card: Mechanism, shapes: Shapes, pattern: Pattern, config: Any) -> _Plan:
-    sizes = _measure(card, shapes, pattern, continuing=False)
-    form = choose_form(card, pattern, sizes.n, sizes.m, has_memory=True, stateful=False, continuing=False)
+def _planned(
+    card: Mechanism, shapes: Shapes, pattern: Pattern, config: Any, continuing: bool, return_state: bool
+) -> _Plan:
+    sizes = _measure(card, shapes, pattern, continuing)
+    if continuing:
+        _check_alignment(card, pattern, sizes.n > sizes.m)
+    form = choose_form(
+        card,
+        pattern,
+        sizes.n,
+        sizes.m,
+        has_memory=sizes.has_memory,
+        stateful=continuing or return_state,
+        continuing=continuing,
+    )
     call = Call(pattern=pattern, config=config, scale=sizes.scale)
-    return _Plan(form, call, sizes.heads if sizes.fewer_heads else None)
+    return _Plan(form, call, sizes.batch, sizes.heads if sizes.fewer_heads else None)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -268,20 +283,17 @@ def apply(
     wanted = card.require_pattern(pattern)
     given = _given(card, tensors)
     config = card.options() if config is None else config
+    _check_state(card, state)
     if (
-        mask is memory_mask is state is scale is chunk_size is backend is form is None
-        and return_state is False
+        mask is memory_mask is scale is chunk_size is backend is form is None
+        and isinstance(return_state, bool)
         and not rest
     ):
-        plan = _plan(card, given, wanted, config)
+        plan = _plan(card, given, wanted, config, state is not None, return_state)
         if plan is not None:
-            return _run_plan(card, plan, given)
+            return _run_plan(card, plan, given, state, return_state)
     options = {"return_state": return_state, "chunk_size": chunk_size, "backend": backend, "form": form, **rest}
     _check_options(card, mask, memory_mask, {"scale": scale, **options})
-    if state is not None and card.state is not None and not isinstance(state, card.state):
-        raise Unsupported(f"{card.name} with a state of {type(state).__name__}", supported=card.state.__name__)
-    if state is not None and card.state is None:
-        raise Unsupported(f"{card.name} with a state", supported="whole sequences only")
     sizes = _sizes(card, given, wanted, state is not None)
     has_memory, n, m = sizes.has_memory, sizes.n, sizes.m
     if chunk_size is not None:
@@ -291,7 +303,7 @@ def apply(
         which_backend(card.engine, device=first.device, backend=backend)  # also where a form would not ask
     batch = sizes.batch
     if batch is None:
-        batch = 1 if state is None else state.length.shape[0]  # type: ignore[attr-defined]
+        batch = 1 if state is None else _rows(state)
     if not has_memory and memory_mask is not None:
         raise Unsupported(f"{card.name} with a memory mask but no memory", supported="memory_mask=None")
     if not wanted.cross and memory_mask is None and n == m:
@@ -313,7 +325,7 @@ def apply(
         given = {name: _lay_out(card, name, tensor, queries, keys) for name, tensor in given.items()}
     if state is not None:
         _check_rows(card, state, queries.batch)
-        _check_alignment(card, wanted, queries, keys)
+        _check_alignment(card, wanted, _more_queries(queries, keys))
     if mask is not None and mask.blocks is not None:
         _check_blocks(mask.blocks, queries.batch, 1 if sizes.heads is None else sizes.heads)
     bias = None if mask is None else mask.bias
@@ -355,21 +367,37 @@ def apply(
     return result
 
 
-def _plan(card: Mechanism, tensors: dict[str, Tensor], pattern: Pattern, config: Any) -> _Plan | None:
+def _plan(
+    card: Mechanism,
+    tensors: dict[str, Tensor],
+    pattern: Pattern,
+    config: Any,
+    continuing: bool,
+    return_state: bool,
+) -> _Plan | None:
     """What is remembered of calls of such tensors; None in a graph, and where sizes or options have no hash."""
     if torch.compiler.is_compiling():
         return None
     try:
-        return _planned(card, _shapes(tensors), pattern, config)
+        return _planned(card, _shapes(tensors), pattern, config, continuing, return_state)
     except TypeError:  # sizes may be symbols
         return None
 
 
-def _run_plan(card: Mechanism, plan: _Plan, tensors: dict[str, Tensor]) -> Result:
+def _run_plan(
+    card: Mechanism, plan: _Plan, tensors: dict[str, Tensor], state: State | None, return_state: bool
+) -> Result:
+    call = plan.call
+    if state is not None:
+        if plan.batch is not None and plan.batch != _rows(state):
+            raise _other_rows(card, state, plan.batch)
+        call = call.after(state)
     if plan.heads is not None:
         tensors = _expand_heads(card, tensors, plan.heads)
-    result = run_form(card, plan.form, plan.call, tensors)
-    result.output, result.state = _tied(result.output, tensors), None
+    result = run_form(card, plan.form, call, tensors)
+    result.output = _tied(result.output, tensors)
+    if state is None and not return_state:
+        result.state = None
     return result
 
 
@@ -518,19 +546,34 @@ def _check_form(card: Mechanism, form: str, call: Call, n: int, m: int, stateful
         raise Unsupported(f"{name} on {n} queries and {m} keys", supported="one token and a state to continue from")
 
 
+def _check_state(card: Mechanism, state: State | None) -> None:
+    if state is None or (card.state is not None and isinstance(state, card.state)):
+        return
+    if card.state is None:
+        raise Unsupported(f"{card.name} with a state", supported="whole sequences only")
+    raise Unsupported(f"{card.name} with a state of {type(state).__name__}", supported=card.state.__name__)
+
+
 def _check_rows(card: Mechanism, state: State, batch: int) -> None:
-    rows = state.length.shape[0]  # type: ignore[attr-defined]
-    if not torch.compiler.is_compiling() and rows != batch:
-        raise Unsupported(
-            f"{card.name} with a state of {rows} rows for {batch} sequences",
-            supported="a row of the state for each",
-            nearest="state.select(rows)",
-        )
+    if not torch.compiler.is_compiling() and _rows(state) != batch:
+        raise _other_rows(card, state, batch)
 
 
-def _check_alignment(card: Mechanism, pattern: Pattern, queries: Gathering, keys: Gathering) -> None:
+def _other_rows(card: Mechanism, state: State, batch: int) -> Unsupported:
+    return Unsupported(
+        f"{card.name} with a state of {_rows(state)} rows for {batch} sequences",
+        supported="a row of the state for each",
+        nearest="state.select(rows)",
+    )
+
+
+def _rows(state: State) -> int:
+    return state.length.shape[0]  # type: ignore[attr-defined]
+
+
+def _check_alignment(card: Mechanism, pattern: Pattern, more_queries: bool) -> None:
     """Refuse what a state of constant size cannot answer: queries before its last token."""
-    if pattern is Pattern.CAUSAL_SELF and _more_queries(queries, keys) and card.recurrent:
+    if pattern is Pattern.CAUSAL_SELF and more_queries and card.recurrent:
         raise Unsupported(
             f"{card.name} continuing with more queries than keys, of which the first precede the state's end",
             supported="at most as many queries as new keys",

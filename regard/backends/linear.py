@@ -466,16 +466,13 @@ def linear(
     x: Float[Tensor, "*b k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "*b n"]:
     """`torch.nn.functional.linear`, by a route of its own where that is faster: plain float32 tensors on a CPU."""
-    if _large(x, weight) and _fits(x, weight, bias) and _has_own_route(x, weight) and _unmodified():
+    if torch.compiler.is_compiling():  # how many rows there are may not be known
+        large = weight.numel() >= TRACED_WEIGHT
+    else:  # asked first, because most layers of small models end here
+        large = type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
+    if large and _fits(x, weight, bias) and _has_own_route(x, weight) and _unmodified():
         return _product(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
-
-
-def _large(x: Tensor, weight: Tensor) -> bool:
-    """Whether routes are worth a thought. Asked first, because most layers of small models end here."""
-    if torch.compiler.is_compiling():  # how many rows there are may not be known
-        return weight.numel() >= TRACED_WEIGHT
-    return type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ An operator is what graphs, exports, profilers and modes of dispatch see of a ke
 but spends on a call, and on its gradient more so, what a kernel takes for a short sequence.
 
 What torch has no public word for is asked of its private ones, here alone: modes of dispatch, transforms of `torch.func`,
-the level of forward-mode derivatives, zero tensors, and the guard below the recording of gradients. The tests of this
+the level of forward-mode derivatives, traces, zero tensors, and the guard below the recording of gradients. The tests of this
 module have a case for each, so that a torch that changes one of them shows.
 """
 
@@ -194,7 +194,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 def runs_plainly(*arguments: Any) -> bool:
     """Whether an operator's call comes to nothing but its function: nobody sees it or wants its gradient."""
-    return not (_observed() or in_forward_mode() or _differentiated(arguments)) and _direct(arguments)
+    watched = _observed() or forward_ad._current_level >= 0
+    return not (watched or _differentiated(arguments)) and _direct(arguments)
 
 
 def transformed() -> bool:
@@ -202,8 +203,8 @@ def transformed() -> bool:
     what a compiler sees."""
     if torch.compiler.is_compiling():
         return False
-    if not in_transform():
-        return in_forward_mode()
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() != TransformType.Functionalize for level in stack)
 
@@ -238,7 +239,9 @@ def _observed() -> bool:
     """Whether something is to see the operator before its gradient is recorded: a compiler, a mode, a transform,
     `torch.jit.trace`."""
     return torch.compiler.is_compiling() or bool(
-        torch._C._len_torch_dispatch_stack() or in_transform() or torch.jit.is_tracing()
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
     )
 
 

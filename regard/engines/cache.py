@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from regard.backends.operators import in_transform
+from regard.backends.operators import in_transform, runs_plainly
 from regard.contract import Call, State, lengths_after, state_field
 from regard.core.ragged import values_known
+from regard.core.visibility import CountedRanks
 from regard.engines.attention import Ranks, ranks
 
 if TYPE_CHECKING:
@@ -67,9 +68,19 @@ def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"],
     if past is None:
         where = ranks(call, n, k.shape[2], k.device)
         return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), length), where
-    where = ranks(call, n, k.shape[2], k.device, past.ranks, past.length)
+    where = _ranks_after(call, past, n, k.shape[2])
     k, v = append(past.k, k.to(past.k.dtype), 2), append(past.v, v.to(past.v.dtype), 2)
-    return KeyValueState(k, v, where.keys, length), where
+    return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), length), where
+
+
+def _ranks_after(call: Call, past: KeyValueState, n: int, m: int) -> Ranks:
+    """The ranks of `n` queries against the cache followed by `m` keys; counted where no row has an empty slot, which is
+    looked at where that costs nothing: then kernels need no ranks, and nothing else for decoding."""
+    length, slots = past.length, past.k.shape[2]
+    whole = call.lengths is call.memory_lengths is None and not call.pattern.cross
+    if whole and runs_plainly(length) and length.tolist() == [slots] * length.shape[0]:
+        return CountedRanks(n, slots + m, slots + m - n, True, past.k.device)
+    return ranks(call, n, m, past.k.device, past.ranks, length)
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
@@ -145,7 +156,7 @@ def _grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
     if torch.is_grad_enabled() and (past.requires_grad or new.requires_grad):
         return False
     fits = past.ndim == new.ndim and past.dtype == new.dtype and past.device == new.device
-    return fits and all(i == axis or a == b for i, (a, b) in enumerate(zip(past.shape, new.shape, strict=True)))
+    return fits and past.shape[:axis] == new.shape[:axis] and past.shape[axis + 1 :] == new.shape[axis + 1 :]
 
 
 def _room(past: Tensor, length: int, end: int, axis: int) -> _Memory | None:

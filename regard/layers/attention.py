@@ -33,7 +33,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.core.ragged import Gathering, gather_pairs, gathering, inner_mask
-from regard.core.visibility import DistanceBias
+from regard.core.visibility import DistanceBias, surely
 from regard.engines.layers import gated_product
 from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
@@ -228,7 +228,8 @@ class AttentionLayer(Layer):
         check_tokens(x, self.dim)
         batch, n, device = x.shape[0], x.shape[1], x.device
         layout = gathering(context.mask, batch, n, device)
-        x = layout.gather(x, axis=1)
+        whole = layout.whole
+        x = x if whole else layout.gather(x, axis=1)
         positions = self._positions(context.positions, layout, x, None if state is None else state.length)
         movable = context.positions is None and state is None and not self.pattern.cross
         positions, losses = self._prepare(positions, context, movable=movable)
@@ -237,8 +238,9 @@ class AttentionLayer(Layer):
         stateful = state is not None or "state" in context.want
         heads: dict[str, Tensor] = {}
         caches = self._no_caches() if state is None or not state.convolutions else list(state.convolutions)
-        if self.query is not None:
-            q = self._heads(self.query, x, 0, self.num_heads, layout.lengths, caches)
+        query = self.query
+        if query is not None:
+            q = self._heads(query, x, 0, self.num_heads, layout.lengths, caches)
             heads["q"] = self._norm(self.query_norm, q)
         source, source_layout, source_positions = x, layout, positions
         if self.pattern.cross and memory is not None:
@@ -255,7 +257,6 @@ class AttentionLayer(Layer):
         heads, projected, learned = self._project(heads, call, state)
         heads = self._rotate(heads, positions, source_positions)
 
-        weight_dropout = self.dropout if self.training and "dropout" in self.card.honours else 0.0
         result = apply(
             self.card,
             heads,
@@ -265,14 +266,7 @@ class AttentionLayer(Layer):
             state=None if state is None else state.mechanism,
             return_state=stateful,
             config=self.config,
-            dropout=weight_dropout,
-            generator=context.generator,
-            grid=context.grid,
-            roles=None if context.roles is None or no_keys else source_layout.gather(context.roles, axis=1),
-            training=self.training,
-            progress=context.progress,
-            teacher=context.teacher,
-            want=context.want - {"state"},
+            **self._beside(context, None if no_keys else source_layout),
             **self._position_functions(context, state),
         )
         result.losses |= learned
@@ -282,7 +276,7 @@ class AttentionLayer(Layer):
         y = self.output(self._gated(y.transpose(1, 2), x))
         if self.training and self.dropout and "dropout" not in self.card.honours:
             y = dropout(y, self.dropout, training=True, generator=context.generator)
-        result.output = layout.scatter(y, axis=1)
+        result.output = y if whole else layout.scatter(y, axis=1)
         result.losses |= losses
         if stateful:
             past = None if state is None else state.length
@@ -335,18 +329,18 @@ class AttentionLayer(Layer):
         self, heads: Tensors, call: LayerCall, state: LayerState | None
     ) -> tuple[Tensors, State | None, dict[str, Loss]]:
         """The mechanism's inputs, the state of a projection that keeps one, and losses that a derived layer adds."""
-        if self.projection is None:
-            return heads, None, {}
-        return *self.projection(heads, call), {}
+        projection = self.projection
+        return (heads, None, {}) if projection is None else (*projection(heads, call), {})
 
     def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
         """The output norm and the output gate."""
-        if self.gate is None or self.gate_activation is None:
-            return (y if self.output_norm is None else self.output_norm(y)).flatten(2)
-        gate = self.gate(x)
-        if isinstance(self.output_norm, RMSNorm) and self.gate_activation == "swish":
-            return self.output_norm(y, gate.unflatten(-1, y.shape[2:])).flatten(2)
-        y = y if self.output_norm is None else self.output_norm(y)
+        norm, gated = self.output_norm, self.gate
+        if gated is None or self.gate_activation is None:
+            return (y if norm is None else norm(y)).flatten(2)
+        gate = gated(x)
+        if isinstance(norm, RMSNorm) and self.gate_activation == "swish":
+            return norm(y, gate.view(y.shape)).flatten(2)
+        y = y if norm is None else norm(y)
         return gated_product(y.flatten(2), gate, GATES[self.gate_activation])
 
     def _no_caches(self) -> list[Tensor | None]:
@@ -363,7 +357,7 @@ class AttentionLayer(Layer):
     ) -> Float[Tensor, "b h n d"]:
         """Project (index 0 query, 1 key, 2 value), convolve, and split into heads. Updates the convolution's cache."""
         y = module(x)
-        if self.convolutions:
+        if caches:
             # without some of q, k and v there are fewer convolutions
             own = sum(projection is not None for projection in (self.query, self.key, self.value)[:index])
             y, caches[own] = self.convolutions[own](y, lengths, caches[own])
@@ -372,10 +366,11 @@ class AttentionLayer(Layer):
     def _memory_heads(
         self, heads: dict[str, Tensor], source: Tensor, lengths: Tensor | None, caches: list[Tensor | None]
     ) -> None:
-        if self.key is not None:
-            heads["k"] = self._norm(self.key_norm, self._heads(self.key, source, 1, self.kv_heads, lengths, caches))
-        if self.value is not None:
-            heads["v"] = self._norm(self.value_norm, self._heads(self.value, source, 2, self.kv_heads, lengths, caches))
+        key, value = self.key, self.value
+        if key is not None:
+            heads["k"] = self._norm(self.key_norm, self._heads(key, source, 1, self.kv_heads, lengths, caches))
+        if value is not None:
+            heads["v"] = self._norm(self.value_norm, self._heads(value, source, 2, self.kv_heads, lengths, caches))
 
     @staticmethod
     def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
@@ -385,57 +380,76 @@ class AttentionLayer(Layer):
         """Positions of the dense layout: ranks unless given; 0 in the padding. None where nobody asks for them."""
         if given is not None:
             return layout.gather(given, axis=1)
-        if self.positions.embed is None and self.positions.rotate is None:
+        scheme = self.positions
+        if scheme.embed is None and scheme.rotate is None:
             return None
-        rank = torch.arange(x.shape[1], device=x.device)[None]
-        rank = rank if before is None else rank + before[:, None]
+        if before is None:
+            rank = torch.arange(x.shape[1], device=x.device)[None]
+        else:
+            rank = before[:, None]
+            rank = rank if surely(x.shape[1] == 1) else rank + torch.arange(x.shape[1], device=x.device)
         return rank if layout.lengths is None else torch.where(valid_from_lengths(layout.lengths, x.shape[1]), rank, 0)
 
     def _prepare(
         self, positions: Tensor | None, context: Context, *, movable: bool
     ) -> tuple[Tensor | None, dict[str, Loss]]:
         """Vectors of positions, where the scheme makes them, and its losses."""
-        if self.positions.prepare is None or positions is None:
+        if positions is None or self.positions.prepare is None:
             return positions, {}
         if self.positions.shared and context.position_vectors is not None:
             return context.position_vectors, {}
         return self.positions.prepare(positions, context.grid, context.generator, movable=movable)
 
     def _rotate(self, heads: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
-        if self.positions.rotate is None or self.places_keys:
+        scheme = self.positions
+        if scheme.rotate is None or self.places_keys:
             return heads
-        rotate_keys = self.positions.rotate if self.positions.rotate_keys is None else self.positions.rotate_keys
-        where = {"q": (self.positions.rotate, queries), "k": (rotate_keys, keys)}
+        rotate_keys = scheme.rotate if scheme.rotate_keys is None else scheme.rotate_keys
+        where = {"q": (scheme.rotate, queries), "k": (rotate_keys, keys)}
         return {n: where[n][0](t, where[n][1]) if n in where else t for n, t in heads.items()}
 
     def _position_functions(self, context: Context, state: LayerState | None) -> dict[str, Any]:
         functions: dict[str, Any] = {}
         self._check_memory_positions(context)
-        if self.positions.rotate is not None and self.places_keys:
+        scheme = self.positions
+        if scheme.rotate is not None and self.places_keys:
             if context.positions is not None:
                 raise Unsupported(
                     f"explicit positions with {self.card.name}, which places its cached keys itself", supported="ranks"
                 )
-            functions["rotate"] = self.positions.rotate
-        if self.positions.bias is not None:
+            functions["rotate"] = scheme.rotate
+        if scheme.bias is not None:
             if context.positions is not None:
                 raise Unsupported(
-                    f"explicit positions with {self.positions.name}", supported="ranks", nearest="rotary positions"
+                    f"explicit positions with {scheme.name}", supported="ranks", nearest="rotary positions"
                 )
-            causal, bias = self.pattern is Pattern.CAUSAL_SELF, self.positions.bias
+            causal, bias = self.pattern is Pattern.CAUSAL_SELF, scheme.bias
             if state is not None and self.pattern.cross:
                 # the mechanism's state counts the memory, so what queries came before is told here
                 before = state.length[:, None]
                 functions["position_bias"] = lambda i, j: bias(i + before, j, causal)
-            elif self.positions.by_distance is not None:
-                functions["position_bias"] = DistanceBias(partial(self.positions.by_distance, causal=causal))
+            elif scheme.by_distance is not None:
+                functions["position_bias"] = DistanceBias(partial(scheme.by_distance, causal=causal))
             else:
                 functions["position_bias"] = lambda i, j: bias(i, j, causal)
         return functions
 
+    def _beside(self, context: Context, keys: Gathering | None) -> dict[str, Any]:
+        """What accompanies the heads: only what there is, since a call of tensors and a state alone goes a shorter way."""
+        names = ("generator", "grid", "progress", "teacher")
+        beside = {name: x for name in names if (x := getattr(context, name)) is not None}
+        if context.roles is not None and keys is not None:
+            beside["roles"] = keys.gather(context.roles, axis=1)
+        if self.training:
+            beside["training"] = True
+            beside["dropout"] = self.dropout if "dropout" in self.card.honours else 0.0
+        want = context.want - {"state"}
+        return {**beside, "want": want} if want else beside
+
     def _check_memory_positions(self, context: Context) -> None:
-        elsewhere = self.positions.bias is not None or self.positions.embed is not None
-        if context.memory_positions is not None and elsewhere:
+        if context.memory_positions is None:
+            return
+        if self.positions.bias is not None or self.positions.embed is not None:
             raise Unsupported(
                 f"explicit positions of the memory with {self.positions.name}",
                 supported="memory_positions=None",

@@ -44,7 +44,7 @@ from regard.contract import (
 from regard.core.precision import without_autocast
 from regard.engines import recurrent_forms
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
-from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
+from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries, small_step
 from regard.engines.recurrent_forms import MatrixState
 
 if TYPE_CHECKING:
@@ -124,6 +124,10 @@ def _recurrence(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
     rule = _rule(call)
+    if call.memory_lengths is call.backend is None:
+        found = small_step(q, k, v, rule, call.state.memory)
+        if found is not None:
+            return Result(found[0], MatrixState(found[1], recurrent_forms.length_after(call, k)))
     output, state = recurrent_forms.step(call, map_queries(q, rule), *map_memory(k, v, rule, call.memory_lengths))
     return Result(divide(output, rule).to(v.dtype), state)
 

@@ -398,10 +398,9 @@ class Block(nn.Module):
 
     def feed(self, x: Float[Tensor, "b n c"], *, context: Context) -> Float[Tensor, "b n c"]:
         """The addition to `x` of the feed-forward network, in a block that has one; each token alone."""
-        assert (
-            self.feed_forward is not None and self.feed_forward_norm is not None and self.feed_forward_end is not None
-        )
-        update = self.feed_forward_end(self.feed_forward(self.feed_forward_norm(x)))
+        norm, network, end = self.feed_forward_norm, self.feed_forward, self.feed_forward_end
+        assert norm is not None and network is not None and end is not None
+        update = end(network(norm(x)))
         return dropout(update, self.dropout, training=self.training, generator=context.generator)
 
 
@@ -495,7 +494,8 @@ def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None
     """
     with _LOCK:
         every = model.modules() if modules is None else modules
-        held = [module for module in every if module.training or (_EVALUATING and module in _EVALUATING)]
+        elsewhere = len(_EVALUATING) > 0
+        held = [module for module in every if module.training or (elsewhere and module in _EVALUATING)]
         if any(module.training for module in held):
             model.eval()
         for module in held:

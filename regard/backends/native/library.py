@@ -188,6 +188,24 @@ def strided(**tensors: Tensor | None) -> dict[str, Any]:
     return fields
 
 
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+SAMPLED = 1 << 20
+"""Numbers of the largest tensor that :func:`samples` makes: calls of more take longer than the way to their kernels."""
+
+
+def layouts(*tensors: Tensor | None) -> tuple[Layout | None, ...]:
+    """What the checks of a call of tensors on the CPU look at, and all that its struct has of them but their addresses."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
+
+
+def samples(layouts: tuple[Layout | None, ...]) -> list[Tensor | None] | None:
+    """Tensors of these layouts, for a struct that many calls begin with; None where some would be large."""
+    if any(x is not None and x[0].numel() > SAMPLED for x in layouts):
+        return None
+    return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device="cpu") for x in layouts]
+
+
 def within_range(*numbers: Tensor | int | None, least: int = -MOST) -> bool:
     """Whether integers, and those in tensors, are no less than `least` and no more than :data:`MOST`."""
     for x in numbers:

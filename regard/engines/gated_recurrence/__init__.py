@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.backends import Engine, add_engine, execute
+from regard.backends import Engine, add_engine, execute, prefers_native
 from regard.contract import Unsupported
 from regard.core.precision import without_autocast
 from regard.engines.gated_recurrence import native_form, torch_form
@@ -74,6 +74,10 @@ def gated_recurrence(
     if reset is not None:
         gate = torch.zeros_like(v[..., :1]) if log_decay is None else log_decay
         log_decay = gate.masked_fill(reset[:, None, :, None], -torch.inf)
+    if q is not None and backend is None and prefers_native():
+        found = native_form.plain(q, k, v, log_decay, beta, state, inclusive)
+        if found is not None:
+            return found
     problem = Problem(q, k, v, log_decay, beta, state, inclusive)
     with without_autocast(v.device):
         return execute("gated_recurrence", backend, v.device, v.dtype, problem, chunk_size, sub_chunk)
@@ -93,6 +97,10 @@ def gated_recurrence_step(
 
     Accumulates in the state's dtype; the output has the dtype of v.
     """
+    if backend is None and prefers_native():
+        found = native_form.plain_step(q, k, v, log_decay, beta, state)
+        if found is not None:
+            return found
     with without_autocast(v.device):
         return execute("gated_recurrence_step", backend, v.device, v.dtype, q, k, v, log_decay, beta, state)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -137,6 +137,48 @@ def _delta_rule(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     arguments.final_state = library.pointer(final_state)
     library.call(arguments)
     return out, final_state, kept
+
+
+@lru_cache(maxsize=256)
+def _template(layouts: tuple[library.Layout | None, ...], inclusive: bool, threads: int) -> bytes | None:
+    """The struct of a call of tensors that lie so (those that a problem has learned), but for where; None where the
+    kernel does not take them as they are."""
+    found = library.samples(layouts)
+    if found is None:
+        return None
+    problem = Problem(*(*found, inclusive))  # type: ignore[arg-type]
+    try:
+        _check(problem)
+    except Unsupported:
+        return None
+    arguments, read = _arguments(problem, None)
+    out, _, _ = _empty_results(problem.q, problem.k, problem.v, False)
+    arguments.out_strides = Strides(*out.stride()[:3])
+    as_they_are = {id(x) for x in read} == {id(x) for x in found if x is not None}
+    return bytes(arguments) if as_they_are and problem.k.shape[2] else None
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    state: Tensor | None,
+    inclusive: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """See :func:`regard.engines.gated_recurrence.native_form.plain`, which has looked whether somebody watches."""
+    template = _template(library.layouts(q, k, v, log_decay, beta, state), inclusive, torch.get_num_threads())
+    if template is None:
+        return None
+    arguments = DeltaRule.from_buffer_copy(template)
+    out, final_state, _ = _empty_results(q, k, v, False)
+    arguments.q, arguments.k, arguments.v = library.pointer(q), library.pointer(k), library.pointer(v)
+    arguments.log_decay, arguments.beta = library.pointer(log_decay), library.pointer(beta)
+    arguments.state, arguments.out = library.pointer(state), library.pointer(out)
+    arguments.final_state = library.pointer(final_state)
+    library.call(arguments)
+    return out, final_state
 
 
 @_delta_rule.register_fake

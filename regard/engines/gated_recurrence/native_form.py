@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.backends.native import library, recycled
 from regard.backends.native.library import pointer, rows_contiguous, same
-from regard.backends.operators import operator
+from regard.backends.operators import operator, runs_plainly
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence import delta_rule
 from regard.engines.gated_recurrence.problem import Problem, differentiate, save
@@ -233,15 +233,13 @@ def rows(x: Tensor | None) -> Tensor | None:
 
 
 def _empty_results(q: Tensor | None, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, tokens, value_width = v.shape
-    matrix = (k.shape[-1], value_width)
-    o = v.new_empty((batch, heads, tokens, value_width) if q is not None else (0,))
-    kept = checkpoint_count(tokens) if keep else 0
-    return (
-        o,
-        v.new_empty((batch, heads, *matrix), dtype=torch.float32),
-        v.new_empty((batch, heads, kept, *matrix), dtype=torch.float32),
-    )
+    o, state = v.new_empty(v.shape if q is not None else (0,)), _empty_state(k, v)
+    kept = checkpoint_count(v.shape[2]) if keep else 0
+    return o, state, v.new_empty((*state.shape[:2], kept, *state.shape[2:]), dtype=torch.float32)
+
+
+def _empty_state(k: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty((*v.shape[:2], k.shape[-1], v.shape[-1]), dtype=torch.float32)
 
 
 def checkpoint_count(tokens: int) -> int:
@@ -252,22 +250,82 @@ def checkpoint_count(tokens: int) -> int:
 def _gated_recurrence(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (empty when q is None), the final state, and with `keep` the states that backward starts from."""
     _check(problem)
-    q, k, v, g, state = _laid_out(problem)
-    o, final_state, checkpoints = _empty_results(q, k, v, keep)
-    library.call(
-        GatedRecurrence(
-            *sizes(k, v, g, problem.inclusive),
-            sequence(q),
-            sequence(k),
-            sequence(v),
-            sequence(g),
-            pointer(state),
-            Sequence() if q is None else sequence(o),
-            pointer(final_state),
-            pointer(checkpoints) if keep and checkpoints.numel() else None,
-        )
+    laid_out = _laid_out(problem)
+    results = _empty_results(*laid_out[:3], keep)
+    library.call(_arguments(*laid_out, problem.inclusive, *results))
+    return results
+
+
+def _arguments(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    inclusive: bool,
+    o: Tensor,
+    final_state: Tensor,
+    checkpoints: Tensor,
+) -> GatedRecurrence:
+    return GatedRecurrence(
+        *sizes(k, v, g, inclusive),
+        sequence(q),
+        sequence(k),
+        sequence(v),
+        sequence(g),
+        pointer(state),
+        Sequence() if q is None else sequence(o),
+        pointer(final_state),
+        pointer(checkpoints) if checkpoints.numel() else None,
     )
-    return o, final_state, checkpoints
+
+
+@lru_cache(maxsize=256)
+def _template(layouts: tuple[library.Layout | None, ...], inclusive: bool, threads: int) -> bytes | None:
+    """The struct of a call of tensors that lie so (q, k, v, log_decay and state), but for where; None where the kernel
+    does not take them as they are."""
+    found = library.samples(layouts)
+    if found is None:
+        return None
+    q, k, v, g, state = found
+    assert k is not None and v is not None
+    problem = Problem(q, k, v, g, None, state, inclusive)
+    if _refusal(problem) is not None or (state is not None and state.dtype != torch.float32):
+        return None
+    laid_out = _laid_out(problem)
+    if any(read is not x for read, x in zip(laid_out, found, strict=True)):
+        return None
+    return bytes(_arguments(*laid_out, inclusive, *_empty_results(q, k, v, False)))
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    inclusive: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`run` by the shortest way to the kernel; None for calls that have none, and where a gradient is recorded or
+    somebody watches.
+
+    Of few tokens, the general way through Python takes longer than the kernel.
+    """
+    if not runs_plainly(q, k, v, log_decay, beta, state):
+        return None
+    if beta is not None:
+        return delta_rule.plain(q, k, v, log_decay, beta, state, inclusive)
+    template = _template(library.layouts(q, k, v, log_decay, state), inclusive, torch.get_num_threads())
+    if template is None:
+        return None
+    arguments = GatedRecurrence.from_buffer_copy(template)
+    o, final_state = v.new_empty(v.shape), _empty_state(k, v)
+    arguments.q.data, arguments.k.data, arguments.v.data = pointer(q), pointer(k), pointer(v)
+    arguments.g.data, arguments.state = pointer(log_decay), pointer(state)
+    arguments.o.data, arguments.final_state = pointer(o), pointer(final_state)
+    library.call(arguments)
+    return o, final_state
 
 
 def _laid_out(p: Problem) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -339,24 +397,76 @@ def _gated_recurrence_step(
     reason = refuses_step(q, k, v, g, beta, state)
     if reason is not None:
         raise Unsupported(f"a native step with such tensors: {reason}", nearest="backend='torch'")
-    q, k, v, g, state = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows(g), state.contiguous()
+    q, k, v, g, state = _laid_out_step(q, k, v, g, state)
     o, new_state = v.new_empty(v.shape), recycled.empty(state.shape)
-    library.call(
-        GatedRecurrenceStep(
-            torch.get_num_threads(),
-            *v.shape[:2],
-            *state.shape[2:],
-            _decay(g),
-            _row(q),
-            _row(k),
-            _row(v),
-            _row(g),
-            _row(beta),
-            pointer(state),
-            _row(o),
-            pointer(new_state),
-        )
+    library.call(_step_arguments(q, k, v, g, beta, state, o, new_state))
+    return o, new_state
+
+
+def _laid_out_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """As the kernel reads them."""
+    return rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows(g), state.contiguous()
+
+
+def _step_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    o: Tensor,
+    new_state: Tensor,
+) -> GatedRecurrenceStep:
+    return GatedRecurrenceStep(
+        torch.get_num_threads(),
+        *v.shape[:2],
+        *state.shape[2:],
+        _decay(g),
+        _row(q),
+        _row(k),
+        _row(v),
+        _row(g),
+        _row(beta),
+        pointer(state),
+        _row(o),
+        pointer(new_state),
     )
+
+
+@lru_cache(maxsize=256)
+def _step_template(layouts: tuple[library.Layout | None, ...], threads: int) -> bytes | None:
+    """As :func:`_template`, of q, k, v, log_decay, beta and state of a step."""
+    found = library.samples(layouts)
+    if found is None:
+        return None
+    q, k, v, g, beta, state = found
+    assert q is not None and k is not None and v is not None and state is not None
+    if refuses_step(q, k, v, g, beta, state) is not None:
+        return None
+    laid_out = _laid_out_step(q, k, v, g, state)
+    if any(read is not x for read, x in zip(laid_out, (q, k, v, g, state), strict=True)):
+        return None
+    return bytes(_step_arguments(q, k, v, g, beta, state, torch.empty_like(v), state))
+
+
+def plain_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`run_step` by the shortest way to the kernel; None as of :func:`plain`."""
+    if not runs_plainly(q, k, v, log_decay, beta, state):
+        return None
+    template = _step_template(library.layouts(q, k, v, log_decay, beta, state), torch.get_num_threads())
+    if template is None:
+        return None
+    arguments = GatedRecurrenceStep.from_buffer_copy(template)
+    o, new_state = v.new_empty(v.shape), recycled.empty(state.shape)
+    arguments.q.data, arguments.k.data, arguments.v.data = pointer(q), pointer(k), pointer(v)
+    arguments.g.data, arguments.beta.data, arguments.state = pointer(log_decay), pointer(beta), pointer(state)
+    arguments.o.data, arguments.new_state = pointer(o), pointer(new_state)
+    library.call(arguments)
     return o, new_state
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from regard.backends import Engine, add_engine, execute
+from regard.backends import Engine, add_engine, execute, prefers_native
 from regard.contract import Unsupported, one_of
 from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.layers import native_form, torch_form
@@ -102,7 +102,10 @@ def rms_norm(
         )
     if weight is not None:
         weight = weight.to(wide_dtype(x))
-    return execute("rms_norm", backend, x.device, x.dtype, RMSNorm(x, weight, z, groups, eps, norm_before_gate))
+    problem = RMSNorm(x, weight, z, groups, eps, norm_before_gate)
+    if backend is None and prefers_native() and native_form.small("rms_norm", x):
+        return torch_form.rms_norm(problem)  # what the choice below comes to
+    return execute("rms_norm", backend, x.device, x.dtype, problem)
 
 
 def rotary(
@@ -119,6 +122,10 @@ def rotary(
     Su et al., arXiv 2104.09864, equation 34. Computed in at least float32, angles modulo one turn in float64; returned
     in the dtype of x. Features from `rotated` (even) on pass unchanged.
     """
+    if backend is None and prefers_native():
+        found = native_form.plain_rotary(x, positions, rotated, base, stretch)
+        if found is not None:
+            return found
     return execute("rotary", backend, x.device, x.dtype, x, positions, rotated, base, stretch)
 
 
@@ -132,6 +139,8 @@ def gated_product(
     """
     one_of("function", function, GATE_FUNCTIONS)
     problem = GatedProduct(x, gate, GATE_FUNCTIONS.index(function))
+    if backend is None and prefers_native() and native_form.small("gated_product", x):
+        return torch_form.gated_product(problem)
     return execute("gated_product", backend, x.device, x.dtype, problem)
 
 

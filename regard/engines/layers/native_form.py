@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous
-from regard.backends.operators import operator
+from regard.backends.operators import operator, runs_plainly
 from regard.contract import Unsupported
 from regard.engines.layers.problem import GATE_FUNCTIONS, GatedProduct, RMSNorm, ShortConvolution
 
@@ -149,7 +149,8 @@ def _elsewhere(x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-def _small(engine: str, x: Tensor) -> str | None:
+def small(engine: str, x: Tensor) -> str | None:
+    """Why an input is left to torch, which is faster there; None for one that is not."""
     # a traced graph may be run on any number of tokens
     if not torch.compiler.is_compiling() and x.numel() < SMALLEST[engine]:
         return f"fewer than {SMALLEST[engine]} numbers, which are faster elsewhere"
@@ -301,7 +302,7 @@ def rms_norm(problem: RMSNorm) -> Tensor:
 
 def refuses_rms_norm(problem: RMSNorm) -> str | None:
     """Why a call is left to another backend."""
-    return _small("rms_norm", problem.x) or _misfit_norm(problem)
+    return small("rms_norm", problem.x) or _misfit_norm(problem)
 
 
 def _misfit_norm(p: RMSNorm) -> str | None:
@@ -434,27 +435,61 @@ def _rotary(x: Tensor, positions: Tensor, rotated: int, base: float, stretch: fl
     _refuse(_misfit_rotary(x, positions, rotated), "rotary positions")
     x = rows_contiguous(x)
     y = _empty_rotated(x, reverse)
-    batch, heads, n, width = x.shape
     frequencies = _frequencies(rotated, base, stretch)
-    library.call(
-        Rotary(
-            torch.get_num_threads(),
-            library.DTYPES[x.dtype],
-            batch,
-            heads,
-            n,
-            width,
-            rotated,
-            reverse,
-            pointer(x),
-            x.stride()[:3],
-            pointer(positions),
-            (0 if positions.shape[0] == 1 else positions.stride(0), positions.stride(1)),
-            ctypes.addressof(frequencies),
-            pointer(y),
-            y.stride()[:3],
-        )
+    library.call(_rotary_arguments(x, positions, rotated, frequencies, reverse, y))
+    return y
+
+
+def _rotary_arguments(
+    x: Tensor, positions: Tensor, rotated: int, frequencies: ctypes.Array[ctypes.c_double], reverse: bool, y: Tensor
+) -> Rotary:
+    return Rotary(
+        torch.get_num_threads(),
+        library.DTYPES[x.dtype],
+        *x.shape,
+        rotated,
+        reverse,
+        pointer(x),
+        x.stride()[:3],
+        pointer(positions),
+        (0 if positions.shape[0] == 1 else positions.stride(0), positions.stride(1)),
+        ctypes.addressof(frequencies),
+        pointer(y),
+        y.stride()[:3],
     )
+
+
+@lru_cache(maxsize=256)
+def _rotary_template(
+    layouts: tuple[library.Layout | None, ...], rotated: int, base: float, stretch: float, threads: int
+) -> tuple[bytes, Any] | None:
+    """The struct of a call of tensors that lie so (x and positions), but for where, and what it points at; None where the
+    kernel does not take them as they are."""
+    found = library.samples(layouts)
+    if found is None:
+        return None
+    x, positions = found
+    assert x is not None and positions is not None
+    if _misfit_rotary(x, positions, rotated) is not None or rows_contiguous(x) is not x:
+        return None
+    frequencies = _frequencies(rotated, base, stretch)
+    y = _empty_rotated(x, False)
+    return bytes(_rotary_arguments(x, positions, rotated, frequencies, False, y)), frequencies
+
+
+def plain_rotary(x: Tensor, positions: Tensor, rotated: int, base: float, stretch: float) -> Tensor | None:
+    """:func:`rotary` by the shortest way to the kernel; None for calls that have none, and where a gradient is recorded or
+    somebody watches."""
+    if not runs_plainly(x, positions):
+        return None
+    layouts = library.layouts(x, positions)
+    template = _rotary_template(layouts, rotated, base, stretch, torch.get_num_threads())
+    if template is None:
+        return None
+    arguments = Rotary.from_buffer_copy(template[0])
+    y = _empty_rotated(x, False)
+    arguments.x, arguments.positions, arguments.y = pointer(x), pointer(positions), pointer(y)
+    library.call(arguments)
     return y
 
 
@@ -485,7 +520,7 @@ def gated_product(problem: GatedProduct) -> Tensor:
 
 def refuses_gated_product(problem: GatedProduct) -> str | None:
     """Why a call is left to another backend."""
-    return _small("gated_product", problem.x) or _misfit_product(problem.x, problem.gate)
+    return small("gated_product", problem.x) or _misfit_product(problem.x, problem.gate)
 
 
 def _misfit_product(x: Tensor, *others: Tensor) -> str | None:

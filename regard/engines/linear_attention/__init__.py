@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 add_engine("linear_attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
-__all__ = ["Problem", "Rule", "divide", "linear_attention", "map_memory", "map_queries"]
+__all__ = ["Problem", "Rule", "divide", "linear_attention", "map_memory", "map_queries", "small_step"]
+
+SMALL = 1 << 17
+"""Numbers of the smallest state that the kernel for whole sequences continues more slowly than that for one token."""
 
 
 def linear_attention(
@@ -45,10 +48,24 @@ def linear_attention(
         chunk_size: tokens computed together. Changes rounding only.
         backend: see :func:`regard.which_backend`.
     """
-    if state is valid is backend is None and prefers_native():
-        found = native_form.plain(q, k, v, rule)
+    if valid is backend is None and prefers_native():
+        found = native_form.plain(q, k, v, rule, state)
         if found is not None:
             return found
     with without_autocast(v.device):
         problem = Problem(q, k, v, state, valid)
         return execute("linear_attention", backend, v.device, v.dtype, problem, rule, chunk_size)
+
+
+def small_step(
+    q: Float[Tensor, "b h 1 k"],
+    k: Float[Tensor, "b h 1 k"],
+    v: Float[Tensor, "b h 1 v"],
+    rule: Rule,
+    state: Float[Tensor, "b h k c"],
+) -> tuple[Float[Tensor, "b h 1 v"], Float[Tensor, "b h k c"]] | None:
+    """:func:`linear_attention` of one token by the shortest way, in which the kernel maps and divides; None where there
+    is none, and for large states, which :func:`regard.engines.gated_recurrence.gated_recurrence_step` continues faster."""
+    if state.numel() >= SMALL or not prefers_native():
+        return None
+    return native_form.plain(q, k, v, rule, state)

@@ -16,7 +16,6 @@ from regard.backends.native.library import pointer, rows_contiguous, same
 from regard.backends.operators import operator, runs_plainly
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence.native_form import (
-    CHECKPOINT_EVERY,
     GatedRecurrence,
     GatedRecurrenceBackward,
     Sequence,
@@ -118,7 +117,14 @@ def _linear_attention(problem: Problem, rule: Rule, keep: bool) -> tuple[Tensor,
     """Outputs, the final state, and with `keep` the states that backward starts from and inverse denominators."""
     _check(problem, rule)
     p = _laid_out(problem)
-    o, final_state, checkpoints, inverse = _empty_results(p, rule, keep)
+    results = _empty_results(p, rule, keep)
+    library.call(_arguments(p, rule, *results))
+    return results
+
+
+def _arguments(
+    p: Problem, rule: Rule, o: Tensor, final_state: Tensor, checkpoints: Tensor, inverse: Tensor
+) -> LinearAttention:
     recurrence = GatedRecurrence(
         *sizes(p.k, p.v, None, True),
         sequence(p.q),
@@ -130,50 +136,43 @@ def _linear_attention(problem: Problem, rule: Rule, keep: bool) -> tuple[Tensor,
         pointer(final_state),
         pointer(checkpoints) if checkpoints.numel() else None,
     )
-    library.call(LinearAttention(recurrence, _options(rule, p.valid, inverse)))
-    return o, final_state, checkpoints, inverse
+    return LinearAttention(recurrence, _options(rule, p.valid, inverse))
 
 
 @lru_cache(maxsize=256)
-def _template(layouts: tuple[tuple[Any, ...], ...], rule: Rule, threads: int) -> bytes | None:
-    """The struct of a plain call, but for where its tensors are; None where the kernel does not take such tensors.
-
-    Args:
-        layouts: shape, strides and dtype of q, k and v.
-    """
-    (shape, _, _), (key_shape, _, _), (value_shape, _, _) = layouts
-    if len(shape) != 4 or key_shape != shape or value_shape[:3] != shape[:3] or min(*shape, *value_shape) < 1:
+def _template(layouts: tuple[library.Layout | None, ...], rule: Rule, threads: int) -> bytes | None:
+    """The struct of a call of tensors that lie so (q, k, v and state), but for where; None where the kernel does not take
+    them as they are."""
+    found = library.samples(layouts)
+    if found is None:
         return None
-    if max(*shape, *value_shape) >= library.MOST or rule.feature_map not in FEATURE_MAPS:
+    q, k, v, state = found
+    assert q is not None and k is not None and v is not None
+    problem = Problem(q, k, v, state, None)
+    if _refusal(problem, rule) is not None or any(rows_contiguous(x) is not x for x in (q, k, v)):
         return None
-    if any(stride[3] != 1 or dtype not in library.DTYPES for _, stride, dtype in layouts):
+    if state is not None and (state.dtype != torch.float32 or not state.is_contiguous()):
         return None
-    batch, heads, tokens, width = shape
-    value_width = value_shape[3]
-    q, k, v = (Sequence(None, library.DTYPES[dtype], heads, *stride[:3]) for _, stride, dtype in layouts)
-    o = Sequence(None, v.dtype, heads, heads * tokens * value_width, tokens * value_width, value_width)
-    numbers = threads, batch, heads, tokens, width, value_width, 0, 1, CHECKPOINT_EVERY
-    options = Options(1 + FEATURE_MAPS.index(rule.feature_map), int(rule.eps is not None), rule.scale, rule.eps or 0.0)
-    return bytes(LinearAttention(GatedRecurrence(*numbers, q, k, v, Sequence(), None, o), options))
+    return bytes(_arguments(problem, rule, *_empty_results(problem, rule, False)))
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor] | None:
-    """A whole sequence by the shortest way to the kernel; None for other calls, and where a gradient is recorded or
+def plain(q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """:func:`run` by the shortest way to the kernel; None for calls that have none, and where a gradient is recorded or
     somebody watches.
 
     Of few tokens, the general way through Python takes longer than the kernel.
     """
-    if not runs_plainly(q, k, v):
+    if not runs_plainly(q, k, v, state):
         return None
-    layouts = tuple([(x.shape, x.stride(), x.dtype) for x in (q, k, v)])
-    template = _template(layouts, rule, torch.get_num_threads())
+    template = _template(library.layouts(q, k, v, state), rule, torch.get_num_threads())
     if template is None:
         return None
     arguments = LinearAttention.from_buffer_copy(template)
     o, final_state = v.new_empty(v.shape), _empty_state(k, v, rule)
     recurrence = arguments.recurrence
     recurrence.q.data, recurrence.k.data, recurrence.v.data = pointer(q), pointer(k), pointer(v)
-    recurrence.o.data, recurrence.final_state = pointer(o), pointer(final_state)
+    recurrence.state, recurrence.o.data = pointer(state), pointer(o)
+    recurrence.final_state = pointer(final_state)
     library.call(arguments)
     return o, final_state
 
