@@ -40,6 +40,28 @@ def test_a_variant_is_refused_where_its_options_would_be_lost_and_where_they_are
             create_layer(alias, 16, 2, pattern=card.patterns[0], **{option: other})
 
 
+@pytest.mark.parametrize(
+    ("alias", "options"),
+    [
+        ("deltanet", {}),
+        ("gated_delta_rule", {"gated": True}),
+        ("kda", {"gated": True, "gate": "diagonal", "output_gate": "sigmoid"}),
+        ("gla", {}),
+        ("simple_gla", {"gate": "scalar"}),
+        ("retention", {"gate": "fixed", "positions": "rotary"}),
+        ("random_synthesizer", {"kinds": ("random",)}),
+        ("dense_synthesizer", {"kinds": ("dense",)}),
+        ("block_local", {"form": "block"}),
+        ("masformer", {"form": "block", "block": 512}),
+        ("vim", {}),
+        ("vmamba", {"scan": "cross", "combine": "sum", "convolution": "grid", "conv_width": 3, "norm": "layer"}),
+        ("eulerformer", {"score_scale": "rsqrt", "delta": "zeros", "per_head": False}),
+    ],
+)
+def test_names_of_papers_mean_their_options(alias, options):
+    assert resolve(alias)[1] == options
+
+
 @pytest.mark.parametrize(("name", "gated"), [("deltanet", False), ("gated_delta_rule", True)])
 def test_a_name_means_the_same_in_a_layer_a_plan_and_a_wrapper(name, gated):
     model = LanguageModel(LanguageModelConfig(vocab_size=9, dim=16, num_heads=2, plan=[name]))

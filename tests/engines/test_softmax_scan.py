@@ -7,12 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.contract import Unsupported
-from regard.engines.softmax_scan import (
-    absorb,
-    running_normalizer,
-    softmax_scan,
-    softmax_scan_shifted,
-)
+from regard.engines.softmax_scan import absorb, running_normalizer, softmax_scan
 
 
 def near(found, expected, relative=0.0):
@@ -51,17 +46,6 @@ def test_prefixes_equal_the_masked_softmax_and_decay_multiplies_the_weights_of_e
     near(softmax_scan(s, v, log_decay=decay, chunk_size=chunk_size)[0], prefixes(s, v, decay))
 
 
-@pytest.mark.parametrize("decayed", [False, True])
-def test_mixed_outputs_equal_the_sum_of_outputs(decayed):
-    s, v = sample()
-    mix = torch.randn(2, 2, 23, 3, dtype=torch.float64)
-    decay = gates(decayed)
-    separate, carry = softmax_scan(s, v, log_decay=decay, chunk_size=4)
-    mixed, mixed_carry = softmax_scan(s, v, log_decay=decay, mix=mix, chunk_size=4)
-    near(mixed, torch.einsum("bhtq,bhtqv->bhtv", mix, separate))
-    near(mixed_carry, carry)
-
-
 def test_skipped_tokens_leave_no_trace_and_an_empty_prefix_gives_zero_with_finite_gradients():
     s, v = (x.requires_grad_() for x in sample(n=6))
     kept = [1, 2, 4, 5]
@@ -85,18 +69,6 @@ def test_gradients_reach_scores_values_and_carry():
         return softmax_scan(s[:, :, 2:], v[:, :, 2:], **rest, chunk_size=2)[0]
 
     assert torch.autograd.gradcheck(whole, [x.requires_grad_() for x in (s, v, decay, mix)])
-
-
-def test_the_globally_shifted_scan_is_equal_at_moderate_scores_and_loses_early_prefixes_at_extreme_ones():
-    s, v = sample()
-    output, carry = softmax_scan_shifted(s[:, :, :9], v[:, :, :9])
-    rest, last = softmax_scan_shifted(s[:, :, 9:], v[:, :, 9:], state=carry)
-    expected, scanned = softmax_scan(s, v)
-    near(torch.cat([output, rest], 2), expected)
-    near(last, scanned, 1e-12)
-    s[:, :, -1] = 2000.0
-    assert (softmax_scan_shifted(s, v)[0][:, :, 0] == 0).all()
-    assert (softmax_scan(s, v)[0][:, :, 0] - expected[:, :, 0]).abs().max() < 1e-15
 
 
 class Operations(TorchDispatchMode):
