@@ -112,16 +112,12 @@ def counted(n: int, m: int, pattern: Pattern = Pattern.CAUSAL_SELF, lengths: Seq
 
 def plain(
     n: int, m: int | None = None, *, width: int = 16, values: int | None = None, heads: int = 2, groups: int | None = None,
-    batch: int = 1, visibility: Visibility = CAUSAL, dtype: torch.dtype = torch.float32, lengths: Sequence[int] | None = None,
-    **options: Any,
+    batch: int = 1, visibility: Visibility = CAUSAL, dtype: torch.dtype = torch.float32, **options: Any,
 ) -> Problem:  # fmt: skip
-    """The last n of m tokens, or n queries of all m where nothing is hidden; with `lengths` rows of so many keys."""
+    """The last n of m tokens, or n queries of all m where nothing is hidden."""
     m = n if m is None else m
     given = tensors(batch, heads, groups or heads, n, m, width, values or width, dtype)
     where = counted(n, m, Pattern.NONCAUSAL_CROSS if visibility.everything and n != m else Pattern.CAUSAL_SELF)
-    if lengths is not None:
-        ends, keys = torch.tensor(lengths)[:, None], torch.arange(m)[None]
-        where = Ranks(torch.arange(n) + ends - n, torch.where(keys < ends, keys, -1), None, None, False)
     options = {"scale": width**-0.5, **options}
     return Problem(**given, ranks=where, visibility=visibility, **options)
 

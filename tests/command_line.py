@@ -10,6 +10,8 @@ import pytest
 
 from regard.cli import main
 
+SMALL_COMPARISON = "--mechanisms softmax --seeds 1 --dim 16 --layers 1 --rates 0.01 --lengths 16,32 --at-length 32"
+
 
 def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[int, str, str]:
     """Exit code, output and messages of `regard LINE`, with more arguments that are not split into words."""

@@ -37,10 +37,6 @@ def test_show_tells_equations_and_deviations(capsys, name):
     assert "Deviations" in out and "| paper | here |" in out
 
 
-def test_show_knows_aliases(capsys):
-    assert answer(capsys, "show gla")["name"] == "gated_linear"
-
-
 def test_verify_measures_errors_in_every_dtype(capsys):
     cells = answer(capsys, "verify linear --pattern causal-self --property step")["cells"]
     assert {c["dtype"] for c in cells} == {"float64", "float32", "bfloat16", "float16"}

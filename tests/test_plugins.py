@@ -15,7 +15,8 @@ from regard.contract import Kind, Pattern
 from regard.layers import linear
 from regard.workbench.verify import PROGRAMS, PROPERTIES
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "examples" / "mechanisms"
 PLUGINS = {
     "rectified": Kind.ATTENTION,
     "moving_average": Kind.MIXER,
@@ -30,7 +31,7 @@ def name(request, tmp_path, monkeypatch):
     """Name of a mechanism whose file lies alone in the working folder."""
     monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
     monkeypatch.chdir(tmp_path)
-    shutil.copy(HERE / "plugins" / f"{request.param}.py", tmp_path)
+    shutil.copy(EXAMPLES / f"{request.param}.py", tmp_path)
     return request.param
 
 
@@ -45,7 +46,7 @@ def told(capsys, name, line):
 
 def test_there_is_one_of_each_kind():
     assert set(PLUGINS.values()) == set(Kind)
-    assert {path.stem for path in (HERE / "plugins").glob("*.py")} == set(PLUGINS)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PLUGINS)
 
 
 def test_it_is_listed_by_kind_and_pattern_and_shown(capsys, name):
@@ -91,10 +92,10 @@ def test_it_is_compared(capsys, name, tmp_path):
 
 
 def test_their_pages_are_written(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("generate", HERE.parent / "docs" / "generate.py")
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    files = [word for name in PLUGINS for word in ("--plugin", str(HERE / "plugins" / f"{name}.py"))]
+    files = [word for name in PLUGINS for word in ("--plugin", str(EXAMPLES / f"{name}.py"))]
     monkeypatch.setattr(sys, "argv", ["generate.py", *files, "--output", str(tmp_path)])
     try:
         generate.main()

@@ -79,12 +79,6 @@ def test_nothing_is_recorded_where_no_gradient_is_wanted():
         assert rows(x, by).is_inference()
 
 
-def test_opcheck():
-    x, by = leaves()
-    torch.library.opcheck(scaled_rows.overload, (x, by, 3.0, [0, 1]))
-    torch.library.opcheck(scaled_rows.overload, (x.detach(), None, 3.0, []))
-
-
 def test_a_second_derivative_is_refused():
     x, by = leaves()
     (grad,) = torch.autograd.grad(rows(x, by).square().sum(), x, create_graph=True)

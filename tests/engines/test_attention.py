@@ -16,10 +16,9 @@ import regard.engines.attention.torch_form as backend
 from regard.apply import apply
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
-from regard.contract import BlockMask, Call, Mask, Pattern, Unsupported
+from regard.contract import BlockMask, Mask, Unsupported
 from regard.core.visibility import Visibility, block_numbers
 from regard.engines.attention import attention
-from regard.engines.cache import extend, extend_window
 from regard.positions import create_positions
 
 
@@ -220,63 +219,7 @@ def test_seeded_dropout_is_the_same_when_a_block_is_computed_again(monkeypatch, 
     close((gradient * direction).sum(), (run(direction) * weight).sum(), 1e-11)
 
 
-def test_dropout_keeps_the_mean_and_drops_the_asked_share():
-    tensors = {"q": torch.zeros(1, 1, 300, 4), "k": torch.zeros(1, 1, 300, 4), "v": torch.eye(300)[None, None]}
-    output = apply(get_mechanism("softmax"), tensors, pattern="noncausal-self", dropout=0.25).output
-    assert abs((output == 0).float().mean() - 0.25) < 0.01
-    assert abs(output.sum(-1).mean() - 1) < 0.01
-
-
 # Ranks and states.
-
-
-@pytest.mark.parametrize(("n", "m"), [(3, 8), (8, 3), (1, 6)])
-@pytest.mark.parametrize(("name", "options"), [("softmax", {}), ("sigmoid", {}), ("local", {"window": 3})])
-def test_an_uneven_call_leaves_a_state_that_continues(name, options, n, m):
-    run, inputs, more = calls(get_mechanism(name)), qkv(n, m), qkv(5)
-    ragged = {"mask": Mask(lengths=torch.tensor([n, n - 1])), "memory_mask": Mask(lengths=torch.tensor([m - 2, m]))}
-    for masks in ({}, ragged):
-        close(run(inputs, options, return_state=True, **masks).output, run(inputs, options, **masks).output)
-    state = run(inputs, options, return_state=True).state
-    longer = {x: torch.cat([inputs[x], more[x]], 2) for x in inputs}
-    close(run(more, options, state=state).output, run(longer, options).output[:, :, -5:])
-
-
-def test_cross_queries_count_from_zero_when_memory_is_cached():
-    """A position bias must see the same ranks whether the memory is given or was absorbed."""
-    run = calls(get_mechanism("softmax"), "noncausal-cross")
-    inputs = qkv(3, 5)
-    options = {"position_bias": lambda i, j: 0.3 * (i[:, None, :, None] - j[:, None, None])}
-    whole = run(inputs, **options).output
-    absorbed = run(inputs, return_state=True, **options)
-    close(absorbed.output, whole)
-    close(run({"q": inputs["q"]}, state=absorbed.state, **options).output, whole)
-
-
-def test_the_window_state_holds_the_last_tokens_of_each_row_right_aligned():
-    lengths = torch.tensor([0, 2, 7])
-    k = torch.arange(1.0, 8).expand(3, 7)[:, None, :, None] * torch.tensor([1.0, 10.0, 100.0])[:, None, None, None]
-    k = torch.where(torch.arange(7)[:, None] < lengths[:, None, None, None], k, 0)
-    call = Call(Pattern.CAUSAL_SELF, lengths=lengths, memory_lengths=lengths)
-    state, *_ = extend_window(call, k, k, 7, 3)
-    expected = [[0.0, 0.0, 0.0], [0.0, 10.0, 20.0], [500.0, 600.0, 700.0]]
-    assert state.k[:, 0, :, 0].tolist() == expected and state.length.tolist() == [0, 2, 7]
-    new = torch.tensor([1, 0, 2])
-    call = Call(Pattern.CAUSAL_SELF, lengths=new, memory_lengths=new, state=state)
-    state, *_, where = extend_window(call, 5 * torch.ones(3, 1, 2, 1), k[:, :, :2], 2, 3)
-    assert state.k[:, 0, :, 0].tolist() == [[0.0, 0.0, 5.0], [0.0, 10.0, 20.0], [700.0, 5.0, 5.0]]
-    assert where.keys.clamp(min=-1).tolist() == [[-1, -1, -1, 0, -1], [-1, 0, 1, -1, -1], [4, 5, 6, 7, 8]]
-    assert where.offset == 3 and where.queries.tolist() == [[0, 1], [2, 3], [7, 8]]
-
-
-def test_a_cache_marks_the_empty_slots_of_short_rows():
-    lengths = torch.tensor([3, 1])
-    k = torch.randn(2, 1, 3, 4)
-    call = Call(Pattern.CAUSAL_SELF, lengths=lengths, memory_lengths=lengths)
-    state, _ = extend(call, k, k, 3)
-    state, where = extend(Call(Pattern.CAUSAL_SELF, state=state), k[:, :, :2], k[:, :, :2], 2)
-    assert state.ranks.tolist() == [[0, 1, 2, 3, 4], [0, -1, -1, 1, 2]]
-    assert where.queries.tolist() == [[3, 4], [1, 2]] and state.length.tolist() == [5, 3]
 
 
 @pytest.mark.parametrize("seed", range(30))

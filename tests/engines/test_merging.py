@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_problems import CAUSAL, counted
 from support import close, qkv
 
 from regard.core.visibility import CountedRanks
-from regard.engines.attention import Ranks, Visibility, attention
+from regard.engines.attention import Visibility, attention
 from regard.engines.merging import merge
 
 
@@ -43,18 +42,6 @@ def test_merged_parts_equal_attention_to_all_keys_with_their_gradients(sizes):
     same_gradients(merge(outputs, lses), whole, leaves)
     with torch.no_grad():  # large scores do not overflow
         close(merge([o.clone() for o in outputs], [lse + 2000 for lse in lses]), whole, 1e-9)
-
-
-def test_attentions_to_parts_of_which_some_queries_see_nothing_join_to_attention_to_all():
-    q, k, v = leaves = [x.requires_grad_() for x in qkv(7, dim=8).values()]
-    whole, outputs, lses = counted(7, 7), [], []
-    for own in (slice(0, 3), slice(3, 7)):  # the first queries see no key of the second part
-        where = Ranks(whole.queries, whole.keys[:, own], None, None, plain=False)
-        output, _, lse = attention(q, k[:, :, own], v[:, :, own], where, visibility=CAUSAL, scale=0.3, want_lse=True)
-        outputs.append(output)
-        lses.append(lse)
-    expected = attention(q, k, v, whole, visibility=CAUSAL, scale=0.3)[0]
-    same_gradients(merge(outputs, lses), expected, leaves)
 
 
 def test_a_query_that_no_part_shows_a_key_gives_zero_with_finite_gradients():

@@ -68,15 +68,6 @@ def test_equals_attention_to_one_tensor(backend, page_size, options):
 
 
 @each_backend
-def test_bfloat16(backend):
-    cache, rows = filled([70, 33], 16, dtype=torch.bfloat16)
-    q = random(2, 4, 1, 24, dtype=torch.bfloat16)
-    output = paged_attention(q, cache, backend=backend)
-    assert output.dtype == torch.bfloat16
-    near(output, expected(rows, q)[0], 4e-3)
-
-
-@each_backend
 def test_pages_are_reused_after_reset(backend):
     cache, rows = filled([100, 60], 16, pages=12)  # 7 + 4 pages
     k, v = torch.randn(2, 2, 40, 24), torch.randn(2, 2, 40, 20)

@@ -7,16 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.contract import Unsupported
-from regard.engines.softmax_scan import (
-    Carry,
-    absorb,
-    empty_carry,
-    merge,
-    normalized,
-    running_normalizer,
-    softmax_scan,
-    softmax_scan_shifted,
-)
+from regard.engines.softmax_scan import absorb, running_normalizer, softmax_scan
 
 
 def near(found, expected, relative=0.0):
@@ -55,53 +46,6 @@ def test_prefixes_equal_the_masked_softmax_and_decay_multiplies_the_weights_of_e
     near(softmax_scan(s, v, log_decay=decay, chunk_size=chunk_size)[0], prefixes(s, v, decay))
 
 
-@pytest.mark.parametrize("decayed", [False, True])
-def test_mixed_outputs_equal_the_sum_of_outputs(decayed):
-    s, v = sample()
-    mix = torch.randn(2, 2, 23, 3, dtype=torch.float64)
-    decay = gates(decayed)
-    separate, carry = softmax_scan(s, v, log_decay=decay, chunk_size=4)
-    mixed, mixed_carry = softmax_scan(s, v, log_decay=decay, mix=mix, chunk_size=4)
-    near(mixed, torch.einsum("bhtq,bhtqv->bhtv", mix, separate))
-    near(mixed_carry, carry)
-
-
-@pytest.mark.parametrize("decayed", [False, True])
-def test_absorbing_in_pieces_gives_the_carry_of_the_scan(decayed):
-    s, v = sample(scale=30.0)
-    decay, state = gates(decayed), None
-    output, carry = softmax_scan(s, v, log_decay=decay)
-    for part in (slice(0, 0), slice(0, 1), slice(1, 9), slice(9, 23)):
-        gate = None if decay is None else decay[:, :, part]
-        state = absorb(s[:, :, part], v[:, :, part], state=state, log_decay=gate)
-    near(state, carry, 1e-12)
-    near(normalized(state.u, state.w), output[:, :, -1])
-
-
-def leaf(score):
-    return Carry(score, torch.ones_like(score), torch.randn(*score.shape, 4, dtype=torch.float64))
-
-
-def test_merging_is_associative_and_commutative_with_an_identity():
-    x, y, z = (leaf(200 * torch.randn(2, 3, 2, dtype=torch.float64)) for _ in range(3))
-    near(merge(merge(x, y), z), merge(x, merge(y, z)), 1e-12)
-    near(merge(x, y), merge(y, x), 1e-12)
-    empty = Carry(torch.full_like(x.m, -torch.inf), torch.zeros_like(x.u), torch.zeros_like(x.w))
-    torch.testing.assert_close(merge(x, empty), x, rtol=0, atol=0)
-    torch.testing.assert_close(merge(empty, empty), empty, rtol=0, atol=0)
-
-
-def test_a_scan_by_doubling_distances_equals_the_chunked_scan():
-    s, v = sample(n=13, q=1)
-    by_time = (s.movedim(2, 0), torch.ones_like(s).movedim(2, 0), v.movedim(2, 0)[:, :, :, None])
-    elements = [Carry(*(x[t] for x in by_time)) for t in range(13)]
-    distance = 1
-    while distance < 13:
-        elements = [e if t < distance else merge(elements[t - distance], e) for t, e in enumerate(elements)]
-        distance *= 2
-    near(torch.stack([normalized(e.u, e.w) for e in elements], 2), softmax_scan(s, v, chunk_size=4)[0])
-
-
 def test_skipped_tokens_leave_no_trace_and_an_empty_prefix_gives_zero_with_finite_gradients():
     s, v = (x.requires_grad_() for x in sample(n=6))
     kept = [1, 2, 4, 5]
@@ -125,28 +69,6 @@ def test_gradients_reach_scores_values_and_carry():
         return softmax_scan(s[:, :, 2:], v[:, :, 2:], **rest, chunk_size=2)[0]
 
     assert torch.autograd.gradcheck(whole, [x.requires_grad_() for x in (s, v, decay, mix)])
-
-
-def test_the_maximum_is_held_constant_and_equal_scores_share_the_gradient_evenly():
-    s = torch.zeros(1, 1, 4, 1, dtype=torch.float64, requires_grad=True)
-    v = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64).view(1, 1, 4, 1)
-    output, carry = softmax_scan(s, v)
-    assert not carry.m.requires_grad
-    assert not absorb(s, v).m.requires_grad
-    output[:, :, -1].sum().backward()
-    torch.testing.assert_close(s.grad.flatten(), (v.flatten() - 3.0) / 4)
-
-
-def test_the_globally_shifted_scan_is_equal_at_moderate_scores_and_loses_early_prefixes_at_extreme_ones():
-    s, v = sample()
-    output, carry = softmax_scan_shifted(s[:, :, :9], v[:, :, :9])
-    rest, last = softmax_scan_shifted(s[:, :, 9:], v[:, :, 9:], state=carry)
-    expected, scanned = softmax_scan(s, v)
-    near(torch.cat([output, rest], 2), expected)
-    near(last, scanned, 1e-12)
-    s[:, :, -1] = 2000.0
-    assert (softmax_scan_shifted(s, v)[0][:, :, 0] == 0).all()
-    assert (softmax_scan(s, v)[0][:, :, 0] - expected[:, :, 0]).abs().max() < 1e-15
 
 
 class Operations(TorchDispatchMode):
@@ -178,23 +100,6 @@ def test_running_normalizer_is_the_running_log_sum_exp_in_parts():
     found = torch.cat([m + u.log(), rest[0] + rest[1].log()], 2)
     torch.testing.assert_close(found, s.logcumsumexp(-1), rtol=1e-13, atol=0)
     assert running_normalizer(s[:, :, :0], *empty)[0].shape == (2, 3, 0)
-
-
-def test_bfloat16_scans_in_float32():
-    s, v = sample(dtype=torch.bfloat16)
-    output, carry = softmax_scan(s, v)
-    assert output.dtype == torch.bfloat16
-    assert {x.dtype for x in carry} == {torch.float32}
-    expected = prefixes(s.double(), v.double())
-    assert (output.double() - expected).abs().max() <= 4e-3 * expected.abs().max()
-
-
-def test_no_tokens_give_no_output_and_keep_the_carry():
-    s, v = sample(n=0)
-    output, carry = softmax_scan(s, v)
-    assert output.shape == (2, 2, 0, 3, 5)
-    torch.testing.assert_close(carry, empty_carry(s, v))
-    assert softmax_scan(s, v, mix=s)[0].shape == (2, 2, 0, 5)
 
 
 def test_a_chunk_of_no_tokens_is_refused():

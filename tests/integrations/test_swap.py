@@ -7,13 +7,12 @@ import warnings
 
 import pytest
 import torch
+from own_layer import disturb, own_layer
 from torch import nn
 
 import regard
 from regard import Unsupported
 from regard.integrations.transformers import attention_names
-from regard.layers.attention import AttentionLayer
-from regard.layers.options import LinearOptions
 
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).triu(1)
 
@@ -340,41 +339,18 @@ class TestVision:
         assert model.state_dict().keys() == before.state_dict().keys()
         assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
 
-    @pytest.mark.parametrize("name", ["linear", "gated_linear", "agent", "sigmoid"])
-    def test_swapped_to_another_it_trains(self, name):
-        model = self.model().train()
-        regard.swap(model, name)
-        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
     @pytest.mark.parametrize("name", ["agent", "longformer", "kernelized_rpe"])
     def test_mechanisms_that_lay_tokens_out_are_told_of_the_grid_and_the_class_token(self, name):
         model = self.model().double()
         regard.swap(model, name)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
+        disturb(model)
         attention, x = model.blocks[0].attn, torch.randn(2, 17, 32, dtype=torch.float64)
-        layer = AttentionLayer(
-            regard.get_mechanism(name),
-            32,
-            4,
-            pattern="noncausal-self",
-            projections=LinearOptions(bias=True),
-            config=attention.attend.config,
-        ).double()
+        maps = list(zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True))
+        layer = own_layer(attention.attend, [*maps, (attention.proj.weight, attention.proj.bias)])
         with torch.no_grad():
-            for own, theirs in zip((layer.query, layer.key, layer.value), range(3), strict=True):
-                own.weight.copy_(attention.qkv.weight.chunk(3)[theirs])
-                own.bias.copy_(attention.qkv.bias.chunk(3)[theirs])
-            layer.output.load_state_dict(attention.proj.state_dict())
-            for part in ("projection", "merge"):
-                if getattr(layer, part) is not None:
-                    learned = getattr(attention.attend, part).state_dict()
-                    for missing in getattr(layer, part).load_state_dict(learned, strict=False).missing_keys:
-                        nn.init.zeros_(getattr(layer, part).get_parameter(missing))  # biases that follow the shell's
             roles = torch.zeros(2, 17, dtype=torch.long)
             roles[:, 0] = int(regard.Role.CLS)
-            expected = layer.eval()(x, context=regard.Context(grid=(4, 4), roles=roles)).output
+            expected = layer(x, context=regard.Context(grid=(4, 4), roles=roles)).output
             torch.testing.assert_close(attention(x), expected)
             with pytest.raises(Unsupported, match="12 tokens of a grid of 4 x 4 and 1 before it"):
                 attention(x[:, :12])

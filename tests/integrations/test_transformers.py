@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from own_layer import disturb, own_layer
 
 import regard
 from regard import Unsupported
 from regard.contract import Mask, Pattern
-from regard.layers.attention import AttentionLayer
-from regard.layers.options import HeadOptions, LinearOptions, PositionOptions
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
@@ -132,38 +131,8 @@ def test_what_learns_beside_the_projections_needs_a_swap_and_no_cache():
     assert model.config.use_cache and model.generation_config.use_cache
 
 
-def own_layer(placed, attention, names, positions, **heads):
-    """regard's layer with the weights of a swapped module of transformers."""
-    layer = AttentionLayer(
-        placed.card,
-        32,
-        4,
-        pattern=placed.pattern,
-        heads=HeadOptions(**heads),
-        positions=PositionOptions(positions),
-        projections=LinearOptions(bias=True),
-        config=placed.config,
-    ).double()
-    for own, other in zip((layer.query, layer.key, layer.value, layer.output), names, strict=True):
-        theirs = getattr(attention, other, None)
-        with torch.no_grad():
-            own.weight.copy_(torch.eye(32) if theirs is None else theirs.weight)
-            own.bias.zero_()
-            if getattr(theirs, "bias", None) is not None:
-                own.bias.copy_(theirs.bias)
-    for part in ("projection", "merge"):
-        if getattr(layer, part) is not None:
-            copied = getattr(placed, part).state_dict()
-            missing = getattr(layer, part).load_state_dict(copied, strict=False).missing_keys
-            for name in missing:  # biases that follow the shell's
-                torch.nn.init.zeros_(getattr(layer, part).get_parameter(name))
-    return layer.eval()
-
-
-def disturb(model):
-    """Nothing is left at a start that hides it."""
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+def maps_of(attention, *names):
+    return [(linear.weight, linear.bias) for linear in map(attention.get_submodule, names)]
 
 
 @pytest.mark.parametrize("name", bridge.attention_names())
@@ -172,7 +141,8 @@ def test_a_swapped_bert_attends_as_our_layer_does(name):
     regard.swap(model, name)
     disturb(model)
     attention = model.encoder.layer[0].attention.self
-    layer = own_layer(attention.regard, attention, ("query", "key", "value", ""), "none")
+    maps = [*maps_of(attention, "query", "key", "value"), (torch.eye(32), None)]
+    layer = own_layer(attention.regard, maps)
     x = torch.randn(2, 9, 32, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(attention(x)[0], layer(x).output)
@@ -194,7 +164,8 @@ def test_a_swapped_llama_attends_as_our_rotary_layer_does_whole_padded_and_from_
     note = str(regard.swap(model, name, **OPTIONS.get(name, {})))
     disturb(model)
     attention, x = model.model.layers[0].self_attn, torch.randn(2, 9, 32, dtype=torch.float64)
-    layer = own_layer(attention.regard, attention, ("q_proj", "k_proj", "v_proj", "o_proj"), "rotary", num_kv_heads=2)
+    maps = maps_of(attention, "q_proj", "k_proj", "v_proj", "o_proj")
+    layer = own_layer(attention.regard, maps, "rotary", num_kv_heads=2)
     angles = torch.arange(9)[:, None] * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     turns = tuple(torch.cat([t, t], -1)[None] for t in (angles.cos(), angles.sin()))
     tokens, positions = ids(), (KEPT.cumsum(-1) - 1).clamp(min=0)

@@ -101,37 +101,6 @@ def test_pairs_follow_their_tokens(name: str) -> None:
     assert torch.equal(gather_pairs(shared, layout, layout).expand_as(alike), alike)
 
 
-def test_pairs_of_two_sequences_are_gathered_on_both_axes() -> None:
-    queries, keys = gathering(Mask(valid=VALID), 3, 7), gathering(Mask(lengths=torch.tensor([2, 5, 0])), 3, 5)
-    bias = torch.randn(1, 2, 7, 5, dtype=float64)
-    found = gather_pairs(bias, queries, keys)
-    assert torch.equal(found[0, :, :4, :2], bias[0][:, [2, 3, 4, 6], :2])
-    assert not found[2].any()
-    assert torch.equal(gather_pairs(bias, queries, gathering(None, 3, 5))[2], bias[0])
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        Mask(lengths=torch.tensor([0])),
-        Mask(valid=torch.zeros(1, 0, dtype=torch.bool)),
-        Mask(cu_seqlens=torch.tensor([0])),
-        Mask(cu_seqlens=torch.tensor([0, 0, 0])),
-        Mask(cu_seqlens=torch.tensor([0, 0]), max_length=3),
-        None,
-    ],
-)
-def test_no_tokens_at_all(mask: Mask | None) -> None:
-    layout = gathering(mask, 1, 0)
-    x = torch.randn(1, 2, 0, 3, dtype=float64, requires_grad=True)
-    dense = layout.gather(x)
-    assert dense.shape == (layout.batch, 2, layout.length, 3) and not dense.any()
-    scattered = layout.scatter(dense)
-    assert scattered.shape == x.shape
-    scattered.sum().backward()
-    assert gather_pairs(torch.zeros(1, 1, 0, 0), layout, layout).shape[0] == layout.batch
-
-
 @pytest.mark.parametrize(
     ("mask", "batch", "message"),
     [
@@ -188,22 +157,6 @@ def test_norms_of_low_precision_are_computed_in_float32(norm: nn.Module, dtype: 
     assert torch.equal(low, norm.float()(x.float()).to(dtype))
 
 
-def test_layer_scale_multiplies_each_feature_by_its_factor() -> None:
-    scale = LayerScale(5, 0.25)
-    x = torch.randn(3, 2, 5)
-    assert torch.equal(scale(x), 0.25 * x)
-    nn.init.normal_(scale.factors)
-    assert torch.equal(scale(x), x * scale.factors.detach())
-    assert scale(x.bfloat16()).dtype == torch.bfloat16
-    assert torch.equal(LayerScale(5).factors, torch.full((5,), 1e-4))
-
-
-def test_rms_norm_of_a_zero_row_has_finite_gradients() -> None:
-    x = torch.zeros(2, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(RMSNorm(4)(x).sum(), x)
-    assert gradient.isfinite().all()
-
-
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "FACTORIES", {"dense": linear.FACTORIES["dense"]})
@@ -228,28 +181,6 @@ def test_a_registered_kind_builds_every_projection() -> None:
         make_linear(4, 6, kind="low_rank", rnk=3)
     with pytest.raises(Unsupported, match="second factory"):
         register_linear("low_rank", lambda i, o, bias: nn.Linear(i, o))
-
-
-@pytest.mark.parametrize("name", ["swiglu", "gelu", "bilinear"])
-@pytest.mark.parametrize("hidden", [None, 7])
-def test_feed_forward_equals_its_definition(name: str, hidden: int | None) -> None:
-    network = make_feed_forward(name, 6, hidden, bias=True).double()
-    x = torch.randn(2, 3, 6, dtype=float64)
-    up = x @ network.up.weight.T + network.up.bias
-    if name == "gelu":
-        inner = up * 0.5 * (1 + torch.erf(up / 2**0.5))
-    else:
-        gate = x @ network.gate.weight.T + network.gate.bias
-        inner = gate * up if name == "bilinear" else gate * torch.sigmoid(gate) * up
-    close(network(x), inner @ network.down.weight.T + network.down.bias)
-    assert network.up.out_features == (hidden or {"gelu": 24, "swiglu": 16, "bilinear": 16}[name])
-
-
-def test_a_kind_of_projection_is_a_feed_forward_network() -> None:
-    network = make_feed_forward("token_parameter", 6, num_tokens=9, theta="identity").double()
-    x = torch.randn(2, 3, 6, dtype=float64)
-    close(network(x), x @ network.key_tokens.T @ network.value_tokens)
-    assert network.key_tokens.shape == (9, 6)
 
 
 def test_swiglu_has_about_the_size_of_an_mlp_by_default() -> None:
@@ -322,26 +253,6 @@ def test_convolution_of_padded_rows_equals_each_row_alone(options: dict[str, Any
     assert not gradient[0].any()
     assert not gradient[1, 1:].any()
     close(layer(x[4:])[0], expected[4:])
-
-
-@pytest.mark.parametrize("options", [o for o in LAYERS if o.get("causal", True)])
-def test_convolution_continues_rows_of_different_lengths(options: dict[str, Any]) -> None:
-    layer = make_convolution(options)
-    rows = [torch.randn(length, 3, dtype=float64) for length in (0, 1, 4, 9)]
-    cache, outputs = None, [[] for _ in rows]  # type: ignore[var-annotated]
-    done = [0] * len(rows)
-    while any(d < len(row) for d, row in zip(done, rows, strict=True)):
-        sizes = [min(int(torch.randint(0, 6, ())), len(row) - d) for d, row in zip(done, rows, strict=True)]
-        piece = torch.full((len(rows), 5, 3), torch.nan, dtype=float64)
-        for i, size in enumerate(sizes):
-            piece[i, :size] = rows[i][done[i] : done[i] + size]
-        y, cache = layer(piece, torch.tensor(sizes), cache)
-        for i, size in enumerate(sizes):
-            outputs[i].append(y[i, :size])
-            done[i] += size
-    for row, pieces in zip(rows, outputs, strict=True):
-        if len(row):
-            close(torch.cat(pieces), convolution_of_row(layer, row))
 
 
 @pytest.mark.parametrize(

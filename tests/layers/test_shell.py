@@ -142,16 +142,6 @@ def test_weights_are_returned_where_they_are_exact():
     torch.testing.assert_close(result.extras["weights"].sum(-1), torch.ones(2, 4, 11, dtype=torch.float64))
 
 
-def test_a_bias_on_absorbed_memory_reaches_its_pairs_wherever_queries_are_padded():
-    layer = double("softmax", "noncausal-cross")
-    queries, memory = x(7), x(7)
-    valid = torch.stack([torch.arange(7) >= 3, torch.arange(7) != 2])
-    mask = Mask(valid=valid, bias=torch.randn(1, 4, 7, 7, dtype=torch.float64))
-    expected = layer(queries, memory, context=Context(mask=mask)).output
-    found = layer(queries, context=Context(mask=mask), state=layer.encode_memory(memory)).output
-    close(found, expected)
-
-
 def test_a_prompt_read_under_autocast_goes_on_without_it():
     layer = create_layer("softmax", DIM, 4).eval()
     sequence = torch.randn(2, 6, DIM)
@@ -184,76 +174,70 @@ def test_a_state_keeps_its_dtypes_when_it_moves():
         state.to(torch.bfloat16)
 
 
-BAD_OPTIONS = [
-    ({"heads": 5}, "head_dim"),
-    ({"num_kv_heads": 3}, "num_kv_heads"),
-    ({"dropout": 1.5}, "dropout"),
-    ({"positions": "rotery"}, "rotery"),
-    ({"output_gate": "swich"}, "swich"),
-    ({"output_gate_rank": 4}, "without an output gate"),
-    ({"output_gate": "swish", "output_gate_rank": 0}, "output_gate_rank >= 1"),
-    ({"memory_dim": 8}, "memory_dim"),
-    ({"nosuch": 1}, "nosuch"),
-    ({"query_key_norm": "rmss"}, "rmss"),
-    ({"value_norm": "rmss"}, "rmss"),
-    ({"linear": "dens"}, "dens"),
-    ({"name": "synthesizer", "query_key_norm": "rms"}, "nothing to normalise"),
-]
-
-
-@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=[words for _, words in BAD_OPTIONS])
-def test_bad_options_are_refused_with_what_is_accepted(options, words):
-    with pytest.raises(Unsupported, match=words) as caught:
-        double(**{"name": "softmax", **options})
-    assert caught.value.supported
-
-
 PAIRS = Mask(bias=torch.zeros(1, 1, 11, 11, dtype=torch.float64))
-IGNORED = [
-    ({"memory_mask": Mask(lengths=torch.tensor([3, 5]))}, "memory_mask without memory"),
-    ({"memory_positions": torch.zeros(2, 11, dtype=torch.long)}, "without memory"),
-    ({"want": frozenset({"weight"})}, "try weights"),
+MASKED, FAR = {"memory_mask": Mask(lengths=torch.tensor([3, 5]))}, {"memory_positions": torch.arange(11).expand(2, -1)}
+WEIGHTS, MISSPELLED = ({"want": frozenset({name})} for name in ("weights", "weight"))
+PLACES = {"positions": torch.zeros(2, 11, dtype=torch.long)}
+CROSS, CAUSAL_CROSS = Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS
+
+
+def called(name="softmax", given=(), context=None, **options):
+    """A call of a layer on its tokens, and on those of a memory too where there is one."""
+    return double(name, **options)(x(), *given, context=Context(**(context or {})))
+
+
+def absorbed(context=None, **options):
+    return double("softmax", **options).encode_memory(x(), context=Context(**(context or {})))
+
+
+def read_again():
+    layer = double("softmax", CAUSAL_CROSS)
+    return layer(x(), x(), state=layer.encode_memory(x()))
+
+
+REFUSED = [
+    # options
+    (lambda: double("softmax", heads=5), "head_dim"),
+    (lambda: double("softmax", num_kv_heads=3), "num_kv_heads"),
+    (lambda: double("softmax", dropout=1.5), "dropout"),
+    (lambda: double("softmax", positions="rotery"), "rotery.*supported"),
+    (lambda: double("softmax", output_gate="swich"), "swich.*supported"),
+    (lambda: double("softmax", output_gate_rank=4), "without an output gate"),
+    (lambda: double("softmax", output_gate="swish", output_gate_rank=0), "output_gate_rank >= 1"),
+    (lambda: double("softmax", memory_dim=8), "memory_dim"),
+    (lambda: double("softmax", nosuch=1), "nosuch.*supported"),
+    (lambda: double("softmax", query_key_norm="rmss"), "rmss.*supported"),
+    (lambda: double("softmax", value_norm="rmss"), "rmss.*supported"),
+    (lambda: double("softmax", linear="dens"), "dens.*supported"),
+    (lambda: double("synthesizer", query_key_norm="rms"), "nothing to normalise"),
+    # what would be ignored
+    (lambda: called(context=MASKED), "memory_mask without memory"),
+    (lambda: called("gated_linear", context=MASKED), "memory_mask without memory"),
+    (lambda: called(context=FAR), "without memory"),
+    (lambda: called("gated_linear", context=FAR), "without memory"),
+    (lambda: called(context=MISSPELLED), "try weights"),
+    (lambda: called("gated_linear", context=MISSPELLED), "try weights"),
+    (lambda: called(given=[x()], context={"memory_mask": PAIRS}, pattern=CROSS), "bias and blocks on mask"),
+    (lambda: absorbed({"memory_mask": PAIRS}, pattern=CROSS), "bias and blocks on mask"),
+    (lambda: called(given=[x()], context=FAR, pattern=CROSS, positions="alibi"), "positions of the memory"),
+    (lambda: absorbed(FAR, pattern=CROSS, positions="alibi"), "positions of the memory"),
+    (lambda: called(given=[x()], context=FAR, pattern=CROSS, positions="sinusoidal"), "positions of the memory"),
+    (lambda: absorbed(FAR, pattern=CROSS, positions="sinusoidal"), "positions of the memory"),
+    # calls that make no sense
+    (lambda: called(pattern=CAUSAL_CROSS), "without memory"),
+    (read_again, "beside a state"),
+    (lambda: called(given=[x()]), "memory in causal-self"),
+    (absorbed, "encode_memory"),
+    (lambda: called("linear", context=WEIGHTS), "weights"),
+    (lambda: called(context=PLACES, positions="alibi"), "explicit positions"),
+    (lambda: called("token_parameter", context={"mask": PAIRS}), "on pairs"),
 ]
 
 
-@pytest.mark.parametrize("name", ["softmax", "gated_linear"])
-@pytest.mark.parametrize(("context", "words"), IGNORED, ids=[words for _, words in IGNORED])
-def test_a_context_that_would_be_ignored_is_refused(name, context, words):
+@pytest.mark.parametrize(("call", "words"), REFUSED)
+def test_what_makes_no_sense_or_would_be_ignored_is_refused(call, words):
     with pytest.raises(Unsupported, match=words):
-        double(name)(x(), context=Context(**context))
-
-
-@pytest.mark.parametrize(
-    ("options", "context", "words"),
-    [
-        ({}, {"memory_mask": PAIRS}, "bias and blocks on mask"),
-        ({"positions": "alibi"}, {"memory_positions": torch.arange(11).expand(2, -1)}, "positions of the memory"),
-        ({"positions": "sinusoidal"}, {"memory_positions": torch.arange(11).expand(2, -1)}, "positions of the memory"),
-    ],
-)
-def test_what_no_layer_can_use_of_its_memory_is_refused(options, context, words):
-    layer = double("softmax", "noncausal-cross", **options)
-    for call in (lambda **given: layer(x(), x(), **given), lambda **given: layer.encode_memory(x(), **given)):
-        with pytest.raises(Unsupported, match=words):
-            call(context=Context(**context))
-
-
-WEIGHTS, PLACES = Context(want=frozenset({"weights"})), Context(positions=torch.zeros(2, 11, dtype=torch.long))
-BAD_CALLS = [
-    ({"pattern": "causal-cross"}, lambda layer: layer(x()), "without memory"),
-    ({"pattern": "causal-cross"}, lambda layer: layer(x(), x(), state=layer.encode_memory(x())), "beside a state"),
-    ({}, lambda layer: layer(x(), x()), "memory in causal-self"),
-    ({}, lambda layer: layer.encode_memory(x()), "encode_memory"),
-    ({"name": "linear"}, lambda layer: layer(x(), context=WEIGHTS), "weights"),
-    ({"positions": "alibi"}, lambda layer: layer(x(), context=PLACES), "explicit positions"),
-    ({"name": "token_parameter"}, lambda layer: layer(x(), context=Context(mask=PAIRS)), "on pairs"),
-]
-
-
-@pytest.mark.parametrize(("options", "call", "words"), BAD_CALLS, ids=[words for *_, words in BAD_CALLS])
-def test_calls_that_make_no_sense_are_refused(options, call, words):
-    with pytest.raises(Unsupported, match=words):
-        call(double(**{"name": "softmax", **options}))
+        call()
 
 
 @pytest.mark.parametrize("name", ["softmax", "mamba2", "token_parameter"])

@@ -7,7 +7,6 @@ import torch
 
 from regard.contract import Unsupported
 from regard.measurement.memory_traffic import ALGORITHMS, block_sizes, counted_attention, counted_gradients, io_count
-from regard.measurement.statistics import growth_exponent
 
 SIZES = [(48, 48, 4, 64), (37, 53, 4, 100), (53, 37, 8, 90), (1, 20, 2, 16), (20, 1, 2, 1000), (11, 13, 3, 1)]
 """Queries, keys, width and fast memory: tiles that divide them, that do not, that hold all, and of one number."""
@@ -44,52 +43,6 @@ def test_an_execution_is_attention_and_moves_what_the_closed_form_says(algorithm
     for found, grad_expected in zip(grads, torch.autograd.grad(expected, leaves, grad), strict=True):
         torch.testing.assert_close(found, grad_expected, rtol=1e-11, atol=1e-11)
     assert traffic == io_count(algorithm, *sizes, backward=True, **options)
-
-
-@pytest.mark.parametrize(("n", "m", "dim", "fast_memory"), SIZES)
-def test_the_closed_forms_are_those_of_the_paper(n, m, dim, fast_memory):
-    """Algorithm by algorithm, in the order in which it loads and stores."""
-    rows, columns = (
-        math.ceil(length / size) for length, size in zip((n, m), block_sizes(dim, fast_memory), strict=True)
-    )
-    found = io_count("standard", n, m, dim, fast_memory)
-    assert found.reads == (n + m) * dim + n * m + (n * m + m * dim)
-    assert found.writes == n * m + n * m + n * dim
-    found = io_count("flash", n, m, dim, fast_memory)
-    assert found.total == 2 * m * dim + columns * (3 * n * dim + 4 * n)
-    everything = torch.ones(rows, columns, dtype=torch.bool)
-    assert found == io_count("flash", n, m, dim, fast_memory, visible=everything)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_traffic_grows_as_the_paper_says(backward):
-    """As the square of the length, the share of visible blocks and one over fast memory.
-
-    What tiles save grows as fast memory over the square of the width.
-    """
-
-    def total(algorithm, n, dim, fast_memory):
-        return io_count(algorithm, n, n, dim, fast_memory, backward=backward).total
-
-    def saved(dim, fast_memory):
-        return total("standard", n, dim, fast_memory) / total("flash", n, dim, fast_memory)
-
-    def visible(share):
-        return io_count("flash", n, n, 64, 1 << 15, backward=backward, visible=draws < share).total
-
-    n = 1 << 16
-    draws = torch.rand([math.ceil(n / size) for size in block_sizes(64, 1 << 15)])
-    shares = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
-    lengths, memories, widths = [1 << p for p in range(12, 17)], [1 << p for p in range(13, 18)], [64, 128, 256, 512]
-    growths = (
-        (lengths, [total("flash", length, 64, 1 << 15) for length in lengths], 2, 0.02),
-        (memories, [total("flash", n, 64, s) for s in memories], -1, 0.02),
-        (memories, [saved(64, s) for s in memories], 1, 0.03),
-        (widths, [saved(d, 1 << 17) for d in widths], -2, 0.03),
-        (shares, [visible(share) for share in shares], 1, 0.03),
-    )
-    for sizes, totals, exponent, tolerance in growths:
-        assert growth_exponent(sizes, totals) == pytest.approx(exponent, abs=tolerance)
 
 
 def test_tiles_move_less_than_standard_attention_once_fast_memory_exceeds_four_squares_of_the_width():

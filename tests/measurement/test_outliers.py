@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from regard.contract import Context, Mask, Unsupported
+from regard.contract import Unsupported
 from regard.measurement.outliers import infinity_norm, kurtosis, watch_outliers
 from regard.models import LanguageModel, LanguageModelConfig
 
@@ -33,11 +33,6 @@ def places(module, *calls, outputs=None, valid=None):
 def of_all(x, valid=None, *, parts=None):
     module = nn.Identity()
     return places(module, *(x.split(parts or len(x))), outputs=lambda name, module: True, valid=valid)[""]
-
-
-def test_a_normal_distribution_has_kurtosis_3_and_a_uniform_one_9_fifths():
-    assert float(kurtosis(torch.randn(1, 1_000_000))) == pytest.approx(3, abs=0.05)
-    assert float(kurtosis(torch.rand(1, 1_000_000))) == pytest.approx(1.8, abs=0.02)
 
 
 @pytest.mark.parametrize("n", [10, 100, 3000])
@@ -92,18 +87,6 @@ def test_the_places_of_a_language_model_are_its_feed_forward_outputs_and_both_si
     assert norms["max_kurtosis"] == max(kurtoses)
 
 
-def test_an_outlier_in_a_feed_forward_part_is_seen_there_and_downstream():
-    watched, ids = model(), tokens(3, 10)
-    before = places(watched, ids)
-    with torch.no_grad():
-        watched.blocks[0].feed_forward.down.weight[3] *= 300.0
-    after = places(watched, ids)
-    for place in ("blocks.0.feed_forward", "blocks.1.mixer_norm.input"):
-        assert after[place].infinity_norm > 10 * before[place].infinity_norm
-        assert after[place].kurtosis > 3 * before[place].kurtosis
-    assert after["blocks.0.mixer_norm"] == before["blocks.0.mixer_norm"]
-
-
 def test_norms_of_heads_are_left_out():
     watched = model()
     block = watched.blocks[0]
@@ -131,17 +114,6 @@ def test_watching_changes_no_output_and_leaves_no_hook_even_after_an_error():
     watched(ids)
     assert metrics.places == seen
     assert not any(module._forward_hooks for module in watched.modules())
-
-
-def test_padded_sequences_of_a_model_are_those_alone():
-    watched, ids, lengths = model(), tokens(2, 9), torch.tensor([9, 4])
-    with watch_outliers(watched) as metrics:
-        metrics.valid = torch.arange(9) < lengths[:, None]
-        watched(ids, context=Context(mask=Mask(lengths=lengths)))
-    alone = places(watched, *(row[None, :length] for row, length in zip(ids, lengths, strict=True)))
-    for place, found in metrics.places.items():
-        assert found.infinity_norm == pytest.approx(alone[place].infinity_norm)
-        assert found.kurtosis == pytest.approx(alone[place].kurtosis)
 
 
 def test_nothing_to_measure_is_refused():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from regard.measurement.statistics import Comparison, Scores, pareto_front, seeds_needed, t_quantile
+from regard.measurement.statistics import Comparison, Scores, pareto_front, seeds_needed
 
 
 def noisy(rng, quality, seeds, training_noise, item_noise, shared_items):
@@ -89,12 +89,6 @@ def test_seeds_needed_falls_with_the_square_of_the_difference():
     assert seeds_needed(2, 0.2, 0.1) == 8
     assert seeds_needed(2, 0.2, 0.001) is None
     assert seeds_needed(1, math.inf, 0.1) is None
-
-
-def test_t_quantiles_fall_towards_the_normal_one():
-    values = [t_quantile(d) for d in (1, 2, 5, 30, 31, 1000)]
-    assert values == sorted(values, reverse=True)
-    assert values[-1] == 1.96
 
 
 def test_against_a_rule_item_noise_counts_with_one_seed_and_training_noise_with_more():

@@ -200,16 +200,6 @@ def test_a_store_on_a_disk_that_cannot_be_written_is_read(path, monkeypatch):
         assert [file.name for file in path.parent.iterdir()] == [path.name], "SQLite makes no files beside it"
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_an_unwritable_folder_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(Unsupported, match="cannot be written"):
-            Store(tmp_path / "store.sqlite")
-    finally:
-        tmp_path.chmod(0o700)
-
-
 WRITE_FOREVER = """
     import itertools, sys
     from regard.measurement.store import Store

@@ -142,36 +142,6 @@ def test_auxiliary_losses_of_encoder_and_decoder_are_added():
     assert everywhere > 2 * cross
 
 
-def test_half_precision_is_near_single():
-    model, (ids, memory) = make_model(["linear", "softmax"]), batch()
-    exact = model(ids, memory).output
-    half = model.to(torch.bfloat16)
-    output = half(ids, memory).output
-    assert output.dtype == torch.bfloat16
-    assert (output.double() - exact).abs().max() < 0.06 * exact.abs().max()
-    assert half.generate(ids, 4, memory=memory).shape == (3, 4)
-
-
-def test_a_step_from_the_absorbed_memory_compiles_whole():
-    model = make_model(num_layers=1)
-    ids, memory = batch(n=1)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        state = model.encode_memory(memory)
-        torch.testing.assert_close(compiled(ids, state=state).output, model(ids, state=state).output)
-
-
-def test_depth_comes_from_the_number_or_from_the_lists():
-    def depths(**options):
-        config = small("encoder-decoder", **options)
-        return config.num_layers, config.encoder_layers, [name for name, _ in config.decoder_plan]
-
-    assert depths(cross_plan=["linear"] * 3, encoder_plan=["linear"]) == (3, 1, ["softmax"] * 3)
-    assert depths() == (4, 4, ["softmax"] * 4)
-    assert depths(num_layers=2, encoder_layers=1) == (2, 1, ["softmax"] * 2)
-
-
 def test_bad_calls_are_refused():
     model = make_model()
     ids, memory = batch()

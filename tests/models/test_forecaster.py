@@ -80,17 +80,6 @@ def test_each_point_has_its_own_forecast_and_depends_on_all_of_the_past(model):
         assert not torch.equal(model(inputs, other).output, output)
 
 
-def test_points_do_not_see_each_other_where_queries_do_not_interact():
-    model = make_model("softmax")
-    inputs, memory = batch()
-    changed = inputs.clone()
-    changed[:, 2] += 1
-    before, after = model(inputs, memory).output, model(changed, memory).output
-    kept = [0, 1, 3, 4]
-    torch.testing.assert_close(before[:, kept], after[:, kept])
-    assert not torch.allclose(before[:, 2], after[:, 2])
-
-
 def test_the_last_points_make_up_whole_patches():
     model = make_model(patch=3, normalize="none")
     seen = []

@@ -48,13 +48,6 @@ def test_tokens_that_were_pooled_together_keep_their_own_answers():
     assert torch.pdist(output).min() > 1e-6
 
 
-@pytest.mark.parametrize(
-    ("options", "layers"), [({}, 2), ({"decoder_layers": 3}, 3), ({"decoder_plan": ["linear"]}, 1)]
-)
-def test_the_decoder_has_two_layers_unless_told_otherwise(options, layers):
-    assert len(make_model(**options).decoder_blocks) == layers
-
-
 def test_weights_and_losses_of_all_layers_at_full_length_are_given():
     model = make_model(num_layers=2, decoder_layers=3)
     weights = model(features(), context=Context(want=frozenset({"weights"}))).extras["weights"]

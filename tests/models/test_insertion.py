@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from model_checks import made, ragged, read_in_pieces
+from model_checks import made, ragged
 
 from regard.catalogue import get_mechanism, register, unregister
 from regard.contract import Context, Mask, Role, Unsupported
@@ -56,15 +56,6 @@ def test_output_is_that_of_the_prepared_sequence_without_the_inserted_tokens(mod
     prepared = torch.where(roles == Role.LANDMARK, 9 + Role.LANDMARK - 1, prepared)
     expected = plain(prepared).output[:, (roles == Role.TOKEN)[0], :9]
     torch.testing.assert_close(model(ids).output, expected)
-
-
-def test_split_and_resume_equals_whole_with_inserted_tokens(model):
-    ids = torch.randint(9, (2, 10))
-    whole = model(ids).output
-    for cut in range(11):
-        output, state = read_in_pieces(model, ids, [cut, 10 - cut])
-        torch.testing.assert_close(output, whole)
-        assert state.length.tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("name", ["marked", ("landmark", {"block": 3})])

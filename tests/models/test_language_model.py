@@ -41,11 +41,6 @@ def test_the_state_of_a_packed_row_has_a_row_for_each_document(model):
     assert state.length.tolist() == [4, 0, 1, 5]
 
 
-def test_order_of_tokens_matters_without_layer_positions():
-    first, second = make_model(["softmax"], positions="sinusoidal")(torch.tensor([[1, 2, 3, 4], [3, 2, 1, 4]])).output
-    assert not torch.allclose(first[-1], second[-1])
-
-
 def test_auto_positions_come_from_the_cards():
     wrapped = ("mixture_of_heads", {"mechanism": "gated_linear"})
     model = make_model(["softmax", ("softmax", {"positions": "none"}), "gated_linear", wrapped])

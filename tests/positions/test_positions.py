@@ -161,19 +161,6 @@ def test_ntk_slows_the_slowest_plane_by_the_factor_and_keeps_the_fastest():
     close(scaled.rotate(fastest, at), plain.rotate(fastest, at))
 
 
-@pytest.mark.parametrize(("ntk", "fraction"), [(1.0, 1.0), (2.5, 1.0), (2.5, 0.8)])
-def test_dynamic_ntk_turns_each_token_by_the_base_of_its_own_length(ntk, fraction):
-    scheme = Rotary(head_dim=8, ntk=ntk, trained_length=20, fraction=fraction)
-    x, positions = normal(2, 3, 60, 8), torch.arange(60)[None]
-    found = scheme.rotate(x, positions)
-    for p in (0, 7, 19, 20, 21, 59):
-        growth = max(ntk * (p + 1) / 20 - (ntk - 1), 1.0)
-        own = Rotary(head_dim=8, fraction=fraction, base=10_000.0 * growth ** (scheme.rotated / (scheme.rotated - 2)))
-        close(found[:, :, p : p + 1], own.rotate(x[:, :, p : p + 1], positions[:, p : p + 1]))
-    halves = scheme.rotate(x.bfloat16(), positions)
-    close(halves.double(), scheme.rotate(x.bfloat16().double(), positions), 2e-2)
-
-
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_scaled_rotary_turns_as_that_of_transformers(kind, fraction):
@@ -198,16 +185,6 @@ def test_scaled_rotary_turns_as_that_of_transformers(kind, fraction):
         expected = torch.cat([turn.cos(), turn.sin(), x[0, 0, 0, 2 * half :]])
         close(scheme.rotate(x, torch.tensor([[p]]))[0, 0, 0], expected, 2e-5)  # their frequencies are of float32
         assert factor_of_attention == 1.0
-
-
-@pytest.mark.parametrize(
-    ("make", "options"), [(Rotary, {"fraction": 0.7}), (Rotary, {"trained_length": 3}), (Lrpe, {})]
-)
-def test_rotations_have_exact_gradients(make, options):
-    scheme = make(head_dim=6, **options).double()
-    leaves = [normal(2, 1, 3, 6).requires_grad_(), *scheme.parameters()]
-    positions = torch.randint(0, 99, (2, 3))
-    assert torch.autograd.gradcheck(lambda x, *_: scheme.rotate(x, positions), leaves)
 
 
 # schemes that add to scores

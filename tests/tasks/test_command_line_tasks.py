@@ -8,9 +8,9 @@ import os
 
 import numpy as np
 import pytest
+from command_line import SMALL_COMPARISON, answer, run
 from task_data import HOURS, hours, photo, refused, save, save_json
 
-from regard.cli import main
 from regard.cli.arguments import read_tasks
 from regard.contract import Pattern
 from regard.models.registry import served
@@ -28,13 +28,6 @@ def reviews(path, count=60, first=0):
     numbers = range(first, first + count)
     rows = [{"body": f"{'good' if i % 2 else 'bad'} food number {i}", "stars": 5 * (i % 2)} for i in numbers]
     return str(save_json(path, rows))
-
-
-def run(words, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["regard", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code
 
 
 def test_a_described_task_reads_the_given_files(tmp_path):
@@ -169,23 +162,21 @@ def test_default_mechanisms_fit_every_task(tmp_path):
     assert set(default_mechanisms(*tasks)) <= set(default_mechanisms(tasks[-1]))
 
 
-def test_a_files_control_characters_do_not_reach_the_terminal(tmp_path, capsys, monkeypatch):
+def test_a_files_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
     path = os.fsencode(tmp_path) + b"/\x1b]0;title\x07\xff.csv"
     with open(path, "w") as file:
         file.write("a\x1b[31m,b\n" + "1,2\n" * 9)
-    assert run(["compare", os.fsdecode(path)], monkeypatch) == 2
-    said = "".join(capsys.readouterr())
+    code, *shown = run(capsys, "compare", os.fsdecode(path))
+    said = "".join(shown)
+    assert code == 2
     assert "without --task, whose columns are" in said
     assert not {"\x1b", "\x07"} & set(said)
 
 
-def test_documents_are_compared_from_the_command_line(tmp_path, capsys, monkeypatch):
-    words = ["compare", reviews(tmp_path / "a.jsonl", 200), "--task", "documents:text=body,label=stars"]
-    words += ["--validation", reviews(tmp_path / "b.jsonl", 40, first=190)]
-    words += ["--length", "32", "--mechanisms", "softmax", "--budget", "40k tokens", "--seeds", "1", "--dim", "16"]
-    words += ["--layers", "1", "--rates", "0.01", "--lengths", "16,32", "--at-length", "32"]
-    assert run([*words, "--output", str(tmp_path / "run"), "--json"], monkeypatch) == 0
-    found = json.loads(capsys.readouterr().out)
+def test_documents_are_compared_from_the_command_line(tmp_path, capsys):
+    files = f"{reviews(tmp_path / 'a.jsonl', 200)} --validation {reviews(tmp_path / 'b.jsonl', 40, first=190)}"
+    line = f"compare {files} --task documents:text=body,label=stars --length 32 {SMALL_COMPARISON}"
+    found = answer(capsys, f"{line} --budget '40k tokens' --output", tmp_path / "run")
     (row,) = found["summary"]["documents"]
     assert row["mean"] > 0.8
     assert found["baselines"]["documents"]["name"] == "majority class"

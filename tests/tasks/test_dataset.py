@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import SMALL_COMPARISON, answer
 from task_data import refused
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from regard.cli import main
 from regard.contract import Pattern
 from regard.tasks import IGNORED, DatasetTask, check_task
 
@@ -162,14 +161,9 @@ def test_what_does_not_fit_is_refused_with_its_number(data, options, told):
     refused(lambda: DatasetTask(data, data, **options).training_batch(0, 0, len(data)), told)
 
 
-def test_the_example_in_the_documentation_is_compared(tmp_path, capsys, monkeypatch):
-    words = ["compare", "--plugin", str(EXAMPLE), "--mechanisms", "softmax", "--budget", "100k tokens", "--seeds", "1"]
-    words += ["--dim", "16", "--layers", "1", "--rates", "0.01", "--lengths", "16,32", "--at-length", "32"]
-    monkeypatch.setattr("sys.argv", ["regard", *words, "--output", str(tmp_path / "run"), "--json"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0
-    (row,) = json.loads(capsys.readouterr().out)["summary"]["waves"]
+def test_the_example_in_the_documentation_is_compared(tmp_path, capsys):
+    line = f"compare --plugin {EXAMPLE} {SMALL_COMPARISON} --budget '100k tokens' --output"
+    (row,) = answer(capsys, line, tmp_path / "run")["summary"]["waves"]
     assert row["mean"] > 0.6  # a guess is right in 0.34 of the cases
     assert len(EXAMPLE.read_text().splitlines()) < 40
     assert EXAMPLE.read_text() in (EXAMPLE.parents[1] / "tasks.md").read_text()

@@ -213,12 +213,10 @@ def changed(column, cells, first=3):
     ("change", "told"),
     [
         (changed(1, ["much"]), "a.csv, line 5, where the column load has 'much'"),
-        (changed(0, ["noon"]), "a.csv, line 5, where the column time has 'noon'"),
         (
             changed(0, ["2024-01-01 03:07:00"]),
             "line 5, where the time 2024-01-01T03:07:00 is off the interval of an hour",
         ),
-        (changed(0, ["01/02/2024 10:00"] * 1000, 0), "a.csv, line 2, where the column time has '01/02/2024 10:00'"),
         (changed(1, ["3"] * 1000, 0), "which never changes in the training rows"),
         (changed(2, [""] * 60, 0), "column wind is empty in 60 of 1000 rows"),
         (lambda rows: rows[:500] + rows[600:], "100 of 1000 rows missing"),
@@ -240,7 +238,6 @@ def test_unusable_rows_are_refused_with_what_is_wrong(make, change, told):
             changed(1, ["12 MW"])([row[:2] for row in hours(99)]),
             "a.csv, line 5, where the column load has '12 MW'",
         ),
-        (HOURS[:2], changed(1, ['"1,5"'] * 99, 0)([row[:2] for row in hours(99)]), "a decimal point: 1.5"),
         (HOURS[:3], changed(1, ["?"])([row[:3] for row in hours(99)]), "2 columns that could be the target"),
         (hours(1)[0], hours(99)[1:], "a.csv, whose first line holds the time '2024-01-01 00:00:00'"),
     ],

@@ -66,56 +66,40 @@ def test_copying_targets_are_the_data_tokens_in_order():
         assert targets == [IGNORED] * 20 + data
 
 
+OPERATORS = {
+    "[MAX": max,
+    "[MIN": min,
+    "[MED": lambda values: int(statistics.median(values)),
+    "[SM": lambda values: sum(values) % 10,
+}
+
+
 def evaluate(words, start=0):
-    """Value and end of the expression at `start`: independent of the generator, which computes values as it grows."""
+    """Value, end, depth and most arguments of the expression at `start`: independent of the generator, which computes
+    values as it grows."""
     if words[start].isdigit():
-        return int(words[start]), start + 1
-    arguments, place = [], start + 1
+        return int(words[start]), start + 1, 0, 0
+    arguments, place, deepest, most = [], start + 1, 0, 0
     while words[place] != "]":
-        value, place = evaluate(words, place)
+        value, place, depth, count = evaluate(words, place)
         arguments.append(value)
-    operator = {
-        "[MAX": max,
-        "[MIN": min,
-        "[MED": lambda values: int(statistics.median(values)),
-        "[SM": lambda values: sum(values) % 10,
-    }[words[start]]
-    return operator(arguments), place + 1
+        deepest, most = max(deepest, depth), max(most, count)
+    assert len(arguments) >= 2
+    return OPERATORS[words[start]](arguments), place + 1, 1 + deepest, max(most, len(arguments))
 
 
-def test_listops_labels_equal_an_independent_evaluation():
-    task = create_task("listops", length=64, depth=5, arguments=6, evaluation_items=64)
+def test_listops_labels_equal_an_independent_evaluation_within_the_bounds():
+    task = create_task("listops", length=64, depth=4, arguments=5, evaluation_items=64)
     batch = task.training_batch(int(torch.randint(1000, ())), 0, 256)
     assert len(batch.targets.unique()) == 10
-    for tokens, label in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
-        words = spell(tokens).split()
-        assert evaluate(words) == (label, len(words))
-
-
-def test_listops_respects_its_bounds():
-    task = create_task("listops", length=48, depth=3, arguments=4, evaluation_items=64)
-    batch = task.training_batch(0, 0, 128)
-    depths, most = set(), 0
-    for tokens, valid in zip(batch.inputs, batch.valid, strict=True):
-        size = int(valid.sum())
-        assert 12 <= size <= 48
-        assert valid[:size].all()
-        assert (tokens[~valid] == 0).all()
-        stack, deepest = [0], 0
-        for word in spell(tokens.tolist()).split():
-            if word.startswith("["):
-                stack[-1] += 1
-                stack.append(0)
-                deepest = max(deepest, len(stack) - 1)
-            elif word == "]":
-                count = stack.pop()
-                most = max(most, count)
-                assert 2 <= count <= 4
-            else:
-                stack[-1] += 1
-        depths.add(deepest)
-    assert max(depths) == 3
-    assert most == 4
+    shapes = set()
+    for tokens, valid, label in zip(batch.inputs, batch.valid, batch.targets.tolist(), strict=True):
+        words = spell(tokens.tolist()).split()
+        value, end, *shape = evaluate(words)
+        assert (value, end) == (label, len(words)) and 16 <= end <= 64
+        assert valid[:end].all() and not valid[end:].any() and (tokens[end:] == 0).all()
+        shapes.add(tuple(shape))
+    assert max(depth for depth, _ in shapes) == 4 and max(most for _, most in shapes) == 5
 
 
 @pytest.mark.parametrize("name", SMALL)

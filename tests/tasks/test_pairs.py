@@ -91,12 +91,6 @@ def test_held_out_groups_are_close_to_their_share_and_never_none_or_all(share):
     assert held_out_groups({"a": 5, "b": 90}, share, 0) == {"a"} or share == 0.5
 
 
-def test_pairs_without_a_line_of_names_read_the_same(summarize):
-    named, bare = (summarize(example_pairs(), header).training_batch(2, 0, 8) for header in (HEADER, ()))
-    assert torch.equal(bare.memory, named.memory)
-    assert torch.equal(bare.targets, named.targets)
-
-
 def test_long_sources_are_cut_and_long_targets_left_out_and_both_counted(tmp_path, summarize):
     pairs = example_pairs(40)
     pairs[3:6] = [(pairs[3][0], "x" * 31), (pairs[4][0], "y" * 32), ("z" * 51, pairs[5][1])]

@@ -76,7 +76,7 @@ def begun(**options):
     return teacher, own, ids()
 
 
-def test_the_parts_add_up():
+def test_the_parts_add_up_and_the_teacher_learns_nothing():
     teacher, own, tokens = begun()
 
     def loss(*weights):
@@ -90,6 +90,9 @@ def test_the_parts_add_up():
     together = 0.5 * parts[0] + 2 * parts[1] + 3 * parts[2] + 4 * parts[3]
     torch.testing.assert_close(loss(0.5, 2.0, 3.0, 4.0), together, rtol=1e-12, atol=0)
     assert all(float(part.detach()) > 0 for part in parts)
+    together.backward()
+    assert teacher.training and all(p.grad is None for p in teacher.parameters())
+    assert any(p.grad.any() for p in own.parameters() if p.grad is not None)
 
 
 def test_each_layer_learns_from_its_own_teacher():
@@ -114,20 +117,3 @@ def test_padding_has_no_part_in_it():
     for weights in (DistillationWeights(), DistillationWeights(0.0, 1.0, 0.0, 0.0)):
         found = distillation_loss(own, teacher, padded, context=Context(mask=mask), weights=weights)
         torch.testing.assert_close(found, distillation_loss(own, teacher, tokens, weights=weights), rtol=1e-11, atol=0)
-
-
-def test_distillation_brings_a_student_to_its_teacher():
-    torch.manual_seed(3)
-    teacher, own = model().float(), student(top_k=4).float()
-    report, tokens, losses = begin_as(own, teacher), ids(8), []
-    optimizer = torch.optim.AdamW(distillation_groups(own, report.new, learning_rate=1e-3))
-    before = [p.clone() for p in teacher.parameters()]
-    for _ in range(25):
-        optimizer.zero_grad()
-        loss = distillation_loss(own, teacher, tokens, weights=DistillationWeights(task=0.0))
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
-    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(teacher.parameters(), before, strict=True))
-    assert teacher.training

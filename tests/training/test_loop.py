@@ -2,12 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -101,30 +97,6 @@ def test_an_interrupt_while_weights_change_keeps_the_last_whole_checkpoint(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     resumed = build()
     _, steps = train_on(resumed, task, CONFIG, tmp_path / "run")
-    assert steps[0] == 4
-    assert_same(resumed, undisturbed)
-
-
-KILLED = """
-import os, signal, sys, torch
-sys.path.insert(0, sys.argv[1])
-from small_runs import Repeat, build_model
-from regard.training import TrainConfig, train
-torch.set_num_threads(int(sys.argv[3]))
-kill = lambda point: os.kill(os.getpid(), signal.SIGKILL) if point.step == 6 else None
-config = TrainConfig(steps=12, batch_size=4, learning_rate=3e-3, checkpoint_every=4)
-train(build_model(Repeat()), Repeat(), config, on_step=kill, checkpoint=sys.argv[2])
-"""
-
-
-def test_a_killed_process_resumes_to_the_undisturbed_run(tmp_path):
-    path = tmp_path / "run"
-    arguments = [str(Path(__file__).parent), str(path), str(torch.get_num_threads())]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    undisturbed, resumed = build_model(Repeat()), build_model(Repeat())
-    train(undisturbed, Repeat(), CONFIG)
-    _, steps = train_on(resumed, Repeat(), CONFIG, path)
     assert steps[0] == 4
     assert_same(resumed, undisturbed)
 

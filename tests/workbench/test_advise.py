@@ -20,12 +20,9 @@ from regard.workbench.pasted import code_for
 from regard.workbench.probe import probe
 from regard.workbench.samples import SURE, Sample
 
+pytestmark = pytest.mark.usefixtures("_own_cache")
+
 SMALL = {"dim": 32, "heads": 2}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 TIMES = {
@@ -322,9 +319,11 @@ def test_the_pasted_layer_is_the_measured_one():
         assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("use", ["infer", "serve"])
-@pytest.mark.parametrize("pattern", [p for p in Pattern if p is not Pattern.NONCAUSAL_CROSS])
-def test_what_is_to_be_pasted_runs_beyond_the_default_of_a_greatest_length(pattern, use):
+@pytest.mark.parametrize(
+    ("use", "pattern"),
+    [("infer", Pattern.NONCAUSAL_SELF), ("infer", Pattern.CAUSAL_CROSS), ("serve", Pattern.CAUSAL_SELF)],
+)
+def test_what_is_to_be_pasted_runs_beyond_the_default_of_a_greatest_length(use, pattern):
     limited = [name for name in mixing(pattern) if get_mechanism(name).length == "max"]
     assert limited
     for name in limited:

@@ -14,13 +14,10 @@ from regard.workbench.layer_work import LayerSettings
 from regard.workbench.probe import probe
 from regard.workbench.samples import Cache, Sample, cache_folder
 
+pytestmark = pytest.mark.usefixtures("_own_cache")
+
 SMALL = LayerSettings(dim=32, heads=2)
 NAMES = ["linear", "softmax"]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 class Fake:

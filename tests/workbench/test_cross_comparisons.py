@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ import torch
 from regard.cli.arguments import read_mechanisms
 from regard.contract import Pattern, Unsupported
 from regard.measurement.store import Store
-from regard.measurement.timing import interleaved
 from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
 from regard.models import count_parameters as count
 from regard.models.variants import read_variant
@@ -78,12 +75,6 @@ TASKS = {
     "recite": Recite,
     "carry": Carry,
 }
-
-
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch):
-    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
-    monkeypatch.setattr("regard.workbench.cost.interleaved", functools.partial(interleaved, most=3))
 
 
 def settings(**changes):

@@ -329,11 +329,6 @@ def test_lines_break_where_a_value_is_missing():
     assert charts.lines("a", "", "", [Series(0, "softmax", [(1, None)])], Axis("x"), Axis("y")) is None
 
 
-def test_markers_are_unlike_each_other():
-    looks = [str(charts.marker(i, 0, 0, 5)) for i in range(len(charts.SHAPES) * charts.COLOURS)]
-    assert len(set(looks)) == len(looks)
-
-
 def test_terminal_table_has_every_cell(rows):
     spoiled = copy.deepcopy(rows["summary"])
     spoiled["recall"][0].update(mean=None, inference_ms=math.nan, mechanism="[red]odd[/red]")

@@ -17,7 +17,7 @@ from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.registry import MODELS, models_for
 from regard.tasks import Batch, Objective, Task, check_task, counter_generator, register_objective
 from regard.tasks.protocol import OBJECTIVES
-from regard.training import Evaluation, History, Point
+from regard.training import History, Point, evaluate
 from regard.training.loop import batch_context, run_model
 from regard.workbench.budget import Budget
 from regard.workbench.compare import compare
@@ -48,6 +48,8 @@ def ordering_loss(output, batch):
 class Climber:
     """Hill climbing: a random change of the weights stays where the batch's loss falls."""
 
+    evaluate = staticmethod(evaluate)
+
     def train(self, model, task, config, *, on_step=None, checkpoint=None, deadline=None):
         history = History()
         with torch.no_grad():
@@ -68,19 +70,6 @@ class Climber:
                     on_step(point)
         history.finished = len(history.curve) == config.steps
         return history
-
-    def evaluate(self, model, task, batch_size, *, first=0, last=None):
-        items, losses, seen = [], [], 0
-        with torch.no_grad():
-            for batch in task.evaluation_batches(batch_size):
-                chosen = batch.items(max(first - seen, 0), batch.size if last is None else max(last - seen, 0))
-                seen += batch.size
-                if chosen.size:
-                    output = run_model(model, chosen, batch_context(chosen)).output
-                    items += [(s, w) for s, w in zip(*(x.tolist() for x in task.score(output, chosen)), strict=True)]
-                    losses.append(self._loss(model, task, chosen))
-        score = sum(s for s, _ in items) / len(items) if items else math.nan
-        return Evaluation(items, score, sum(losses) / len(losses) if losses else math.nan)
 
     @staticmethod
     def _loss(model, task, batch):
@@ -150,7 +139,7 @@ def test_a_model_of_it_is_trained_and_loaded_again(rooms, tmp_path):
     model, inputs = from_pretrained(tmp_path / "model"), torch.randint(2, (3, 12))
     assert isinstance(model, Orderer)
     torch.testing.assert_close(model(inputs).output, trained.model()(inputs).output)
-    assert trained.score(Ones()).score == Climber().evaluate(model, Ones(), 16).score
+    assert trained.score(Ones()).score == evaluate(model, Ones(), 16).score
 
 
 def test_objectives_and_runners_that_are_none_are_refused(rooms):

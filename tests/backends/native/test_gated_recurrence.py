@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from regard.contract import Unsupported
-from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_reference
 from regard.engines.gated_recurrence import native_form as native
 from regard.engines.gated_recurrence import torch_form as plain
 from regard.engines.gated_recurrence.problem import Problem
@@ -19,7 +18,7 @@ from .kernels import DELTA, GATED, STEP, Tensors, one_token, recurrent
 
 WIDTHS = [(64, 64), (8, 8), (13, 19), (33, 1), (1, 40)]
 SHAPES = [
-    *((1, 2, n, *WIDTHS[(i + j) % 5]) for i, n in enumerate((1, 7, 16, 31, 32, 33, 64, 101)) for j in (0, 2)),
+    *((1, 2, n, *WIDTHS[i % 5]) for i, n in enumerate((1, 7, 16, 31, 32, 33, 64, 101))),
     (1, 2, 0, 8, 8), (2, 3, 1, 8, 8), (1, 1, 61, 33, 65), (1, 1, 31, 7, 130), (1, 3, 48, 130, 9), (1, 1, 40, 256, 256),
     (0, 2, 5, 8, 8), *((1, 1, n, 24, values) for n, values in ((1, 40), (33, 64), (300, 100), (0, 40), (40, 8))),
 ]  # fmt: skip
@@ -69,13 +68,6 @@ def test_every_option_is_that_of_float64(instruction_set, decay, delta):
         x["log_decay"] = x["log_decay"] if delta else strong(x["log_decay"])
         x |= {} if read else {"q": None}
         kernel_of(delta).check(x if state else x | {"state": None}, inclusive=inclusive)
-
-
-@each_kernel
-@each_decay
-def test_long_sequences_cross_the_states_that_are_kept(decay, delta):
-    for shape in ((1, 1, 531, 16, 33), (1, 1, 600, 128, 136), (1, 1, 256, 128, 48), (1, 1, 257, 128, 16)):
-        kernel_of(delta).check(sample(shape, decay, delta))
 
 
 @each_kernel
@@ -131,21 +123,6 @@ def test_strong_gates_everywhere_and_somewhere(instruction_set, gate, decay, del
 
 
 @each_kernel
-def test_a_gate_that_forgets_everything_cuts_the_past(delta):
-    kernel = kernel_of(delta)
-    x = sample((1, 2, 60, 16, 16), "vector", delta)
-    x["log_decay"][:, :, 25] = -math.inf
-    weights = {"o": torch.randn_like(x["v"]), "last": torch.randn_like(x["state"])}
-    weights["o"][:, :, :25] = 0
-    found = kernel.gradients(x, weights)
-    assert (found["grad log_decay"][:, :, 25] == 0).all()
-    assert (found["grad state"] == 0).all()
-    later = kernel.run({name: None if name == "state" else y[:, :, 25:] for name, y in x.items()})
-    kernel.close(found["o"][:, :, 25:], later["o"].double())
-    kernel.close(found["last"], later["last"].double())
-
-
-@each_kernel
 def test_tensors_of_several_dtypes_are_computed_in_float32(delta):
     x = sample((1, 2, 40, 16, 16), "vector", delta)
     for chosen in [{name} for name in x] + [{"q", "k", "v"}, {*x} - {"state"}, {*x} - {"q", "k"}]:
@@ -182,12 +159,6 @@ def test_states_larger_than_the_caches_take_a_step():
 
 
 # Beside the kernel.
-
-
-def test_the_engine_runs_the_definition_on_it():
-    given = [sample((1, 2, 30, 8, 8))[name] for name in ("q", "k", "v", "log_decay")]
-    expected = gated_recurrence_reference(*(x.double() for x in given))
-    GATED.close(gated_recurrence(*given, backend="native")[0], expected)
 
 
 @pytest.mark.parametrize(

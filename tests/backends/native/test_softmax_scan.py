@@ -12,7 +12,7 @@ from regard.engines.softmax_scan import empty_carry, softmax_scan
 
 from .kernels import SCAN, scanned
 
-SIZES = [(1, 1, 1), (2, 3, 8), (31, 1, 64), (128, 2, 33), (129, 1, 7), (131, 5, 16), (97, 13, 130), (257, 49, 64)]
+SIZES = [(1, 1, 1), (2, 3, 8), (31, 1, 64), (128, 2, 33), (129, 1, 7), (257, 5, 16), (97, 13, 130), (65, 49, 64)]
 mixed_or_not = pytest.mark.parametrize("mix", [False, True])
 
 
@@ -56,14 +56,6 @@ def test_extreme_scores_and_skipped_tokens(mix):
     assert (found["o"][:, :, :5] == 0).all()
     assert (found["grad s"][:, :, :5] == 0).all()
     SCAN.check(x)
-
-
-def test_where_nothing_is_seen_the_carry_stays_empty_and_gradients_are_zero():
-    x = scanned(40, 2, 3, 2, 9, seen=False)
-    x["s"].fill_(-torch.inf)
-    found = SCAN.gradients(x, {"u": torch.zeros(2, 3, 2), "w": torch.zeros(2, 3, 2, 9)})
-    assert (found["m"] == -torch.inf).all()
-    assert all((found[name] == 0).all() for name in ("o", "u", "grad s", "grad v"))
 
 
 @pytest.mark.parametrize("gate", [-50.0, -1e4, -torch.inf, 0.0])
