@@ -154,7 +154,7 @@ def _template(layouts: tuple[library.Layout | None, ...], inclusive: bool, threa
     arguments, read = _arguments(problem, None)
     out, _, _ = _empty_results(problem.q, problem.k, problem.v, False)
     arguments.out_strides = Strides(*out.stride()[:3])
-    as_they_are = {id(x) for x in read} == {id(x) for x in found if x is not None}
+    as_they_are = {id(x) for x in read} == {id(x) for x in found}
     return bytes(arguments) if as_they_are and problem.k.shape[2] else None
 
 
