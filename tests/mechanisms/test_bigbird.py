@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, load, qkv
+from support import calls, check_recorded, close, load, qkv
 from torch import Tensor
 
-from regard.contract import Mask, Shape, Unsupported
+from regard.contract import Mask, Shape
 from regard.create import create_layer
 from regard.mechanisms.bigbird import MECHANISM, Config, cost, visible_blocks, visible_pairs
 
@@ -125,15 +125,6 @@ def test_parity_with_transformers():
         assert [row.nonzero()[:, 0].tolist() for row in drawn[head, 1:-1]] == rows.tolist()
     tensors = {name: arrays[name].requires_grad_() for name in "qkv"}
     result = run(tensors, options, want={"weights"})
-    close(result.output.transpose(1, 2), arrays["out"].view(1, 26, 2, 4), 1e-10)
     close(result.extras["weights"], arrays["attn"], 1e-10)
-    upstream = arrays["grad_out"].view(1, 26, 2, 4).transpose(1, 2)
-    found = torch.autograd.grad(result.output, list(tensors.values()), upstream)
-    for name, gradient in zip("qkv", found, strict=True):
-        close(gradient, arrays[f"grad_{name}"], 1e-10)
-
-
-def test_sizes_below_zero_and_blocks_of_nothing_are_refused():
-    for name in ("block", "random_blocks", "neighbours", "first_blocks", "last_blocks"):
-        with pytest.raises(Unsupported):
-            Config(**{name: 0 if name == "block" else -1})
+    output = result.output.transpose(1, 2).reshape(arrays["out"].shape)
+    check_recorded(arrays, output, tensors, 1e-10)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, close, cut, load, qkv
+from support import calls, close, cut, load, qkv, refused
 from torch import Tensor
 
 from regard.contract import ALL_PATTERNS, Context, Mask, Shape, Unsupported
@@ -264,21 +264,9 @@ def test_weight_decay_leaves_angles_alone():
     assert own == {id(p) for p in kept["params"]} and len(decayed["params"]) == 4
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"position": "alibi"}, {"base": 1.0}, {"base": math.inf}, {"score_scale": "sqrt"}, {"delta": "random"}],
-)
-def test_bad_options_are_refused(options):
-    with pytest.raises(Unsupported):
-        Config(**options)
-
-
 def test_calls_that_cannot_be_honoured_are_refused():
-    with pytest.raises(Unsupported, match="an even number"):
-        run(qkv(4, dim=7))
+    refused("an even number", run, qkv(4, dim=7))
     with pytest.raises(Unsupported, match="4: one for each pair"):
         run(inputs(4) | {name: torch.ones(2, 8, dtype=torch.float64) for name in ("angle_scale", "phase")})
-    with pytest.raises(Unsupported, match="head_dim=6"):
-        create_layer("complex_rotary", 10, 2)
-    with pytest.raises(Unsupported, match="rotary positions"):
-        create_layer("complex_rotary", 16, 2, positions="rotary")
+    refused("head_dim=6", create_layer, "complex_rotary", 10, 2)
+    refused("rotary positions", create_layer, "complex_rotary", 16, 2, positions="rotary")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, qkv
+from support import calls, close, qkv, refused
 from torch import Tensor
 from transnormer_checks import check_equals_the_authors_layer
 
-from regard.contract import Context, Mask, Pattern, Shape, Unsupported
+from regard.contract import Mask, Shape
 from regard.create import create_layer
 from regard.mechanisms.diagonal import MECHANISM, Config, cost
 
@@ -75,25 +75,10 @@ def test_a_layer_has_weights_for_the_norms_that_have_some():
     assert not list(create_layer("diagonal", 8, 2).merge.parameters())
 
 
-def test_dropout_repeats_under_a_generator():
-    layer = create_layer("diagonal", 8, 2, dropout=0.5, activation="relu", output_norm="none").double().train()
-    x = torch.randn(1, 200, 8, dtype=torch.float64)
-    draws = [layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output for seed in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-
-
 def test_what_it_lacks_is_refused_with_the_reason():
-    for pattern in (Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS):
-        with pytest.raises(Unsupported, match="no place in a block"):
-            create_layer("diagonal", 8, 2, pattern=pattern)
-    for options in ({"block": 0}, {"activation": "gelu"}, {"output_norm": "batch"}, {"form": "dilated"}):
-        with pytest.raises(Unsupported):
-            Config(**options)
     state = run(qkv(3), return_state=True).state
-    with pytest.raises(Unsupported, match="bias of pairs"):
-        run(qkv(3), state=state, mask=Mask(bias=torch.zeros(1, 1, 3, 3)))
-    with pytest.raises(Unsupported, match="log-sum-exp"):
-        run(qkv(3), {"activation": "relu"}, want={"lse"})
+    refused("bias of pairs", run, qkv(3), state=state, mask=Mask(bias=torch.zeros(1, 1, 3, 3)))
+    refused("log-sum-exp", run, qkv(3), {"activation": "relu"}, want={"lse"})
 
 
 @pytest.mark.parametrize(

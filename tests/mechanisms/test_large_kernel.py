@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, load, shaken
+from support import calls, close, load, refused, shaken
 from torch import Tensor
 
 from regard.contract import Context, Mask, Pattern, Shape, Unsupported
@@ -281,22 +281,6 @@ def test_cost_is_linear_in_the_pixels():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"kernel": 10, "dilation": 3}, "no centre"),
-        ({"gating": "dot"}, "gating"),
-        ({"kernel": 0}, "kernel"),
-        ({"dilation": 0}, "dilation"),
-        ({"without": ("gate",)}, "without"),
-        ({"without": ("depthwise", "dilated")}, "no tokens mix"),
-    ],
-)
-def test_wrong_options_are_refused(options, words):
-    with pytest.raises(Unsupported, match=words):
-        MECHANISM.options(**options)
-
-
-@pytest.mark.parametrize(
     ("changed", "call"),
     [
         ({}, {"grid": (5, 5)}),
@@ -326,5 +310,4 @@ def test_layer_refuses_grids_that_its_filters_do_not_have(options, grid):
 
 
 def test_a_causal_layer_refuses_grids():
-    with pytest.raises(Unsupported, match="axes"):
-        make_layer("causal-self", axes=2)
+    refused("axes", make_layer, "causal-self", axes=2)

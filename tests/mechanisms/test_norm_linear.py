@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, cut, qkv
+from support import calls, close, cut, qkv, refused
 from torch import Tensor
 from transnormer_checks import check_equals_the_authors_layer
 
@@ -170,26 +170,10 @@ def test_a_denominator_makes_gradients_grow_as_scores_shrink():
         assert 0.01 < steepest("softmax", size * scores) <= 0.25
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"feature_map": "tanh"}, "plain_elu"),
-        ({"output_norm": "batch"}, "simple_rms"),
-        ({"feature_map": "plain_elu", "denominator": True}, "denominator=False"),
-        ({"feature_map": "silu", "denominator": True}, "may vanish"),
-    ],
-)
-def test_bad_options_are_refused_with_what_is_supported(options, message):
-    with pytest.raises(Unsupported, match=message):
-        Config(**options)
-
-
 def test_positions_that_rotate_are_refused_where_they_mean_nothing():
     scheme = create_positions("rotary", dim=8, heads=2, head_dim=4)
-    with pytest.raises(Unsupported, match="positions that rotate"):
-        run(qkv(3), {"denominator": True}, rotate=scheme.rotate)
-    with pytest.raises(Unsupported, match="self patterns"):
-        create_layer("norm_linear", 8, 2, pattern="causal-cross", positions="lrpe")
+    refused("positions that rotate", run, qkv(3), {"denominator": True}, rotate=scheme.rotate)
+    refused("self patterns", create_layer, "norm_linear", 8, 2, pattern="causal-cross", positions="lrpe")
     layer = create_layer("norm_linear", 8, 2, positions="lrpe")
     with pytest.raises(Unsupported, match="explicit positions"):
         layer(torch.randn(2, 12, 8), context=Context(positions=torch.arange(12).expand(2, -1)))

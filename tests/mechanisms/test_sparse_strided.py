@@ -10,7 +10,7 @@ import torch
 from support import calls, close, cut, qkv
 from torch import Tensor
 
-from regard.contract import Mask, Shape, Unsupported
+from regard.contract import Mask, Shape
 from regard.create import create_layer
 from regard.engines.cache import KeyValueState
 from regard.mechanisms import sparse_strided
@@ -115,16 +115,3 @@ def test_two_layers_connect_any_two_tokens(layout):
     (far,) = torch.autograd.grad(layers[1](once).output[0, 29].sum(), x)
     assert (near[0].abs().sum(-1) > 0).sum() == 10
     assert (far[0].abs().sum(-1) > 0).all()
-
-
-@pytest.mark.parametrize(
-    "options", [{"layout": "random"}, {"stride": 0}, {"combine": "alternate"}, {"columns": 0}, {"columns": 5}], ids=str
-)
-def test_bad_options_are_refused(options):
-    with pytest.raises(Unsupported, match=next(iter(options))):
-        Config(**{"layout": "fixed", "stride": 4, **options})
-
-
-def test_columns_by_head_are_refused_where_there_are_no_columns():
-    with pytest.raises(Unsupported, match="head_columns"):
-        Config(head_columns=True)
