@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from support import calls, check_recorded, close, load, qkv
 from torch import Tensor
 
-from regard.contract import Mask, Shape
+from regard.contract import Mask
 from regard.create import create_layer
-from regard.mechanisms.bigbird import MECHANISM, Config, cost, visible_blocks, visible_pairs
+from regard.mechanisms.bigbird import MECHANISM, Config, visible_blocks
 
 SMALL = {"block": 2, "random_blocks": 1}
 OPTIONS = [
@@ -97,16 +97,6 @@ def test_a_padded_row_has_the_blocks_that_it_has_alone(options):
         alone = {name: x[row : row + 1, :, valid[row]] for name, x in tensors.items()}
         close(found[row : row + 1, :, valid[row]], run(alone, options).output)
         assert (found[row, :, ~valid[row]] == 0).all()
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("n", [0, 5, 24, 36, 48])
-def test_the_cost_counts_visible_pairs(options, n):
-    config = Config(**options)
-    whole = n - n % config.block  # a drawn block may be one that is cut short
-    seen = by_token(layout(options, whole), config.block, whole)
-    assert visible_pairs(config, whole) == seen[0].sum() == seen[1].sum()
-    assert cost(Shape(2, 3, whole, whole, 4, 5), config).flops == 2 * 2 * 3 * 9 * int(seen[0].sum())
 
 
 def test_two_layers_connect_any_two_tokens():

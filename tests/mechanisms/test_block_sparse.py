@@ -17,9 +17,9 @@ import regard.engines.attention.torch_form as backend
 import regard.mechanisms.block_sparse as module
 from regard import get_mechanism
 from regard.apply import absorb
-from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Pattern, Shape
+from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Pattern
 from regard.create import create_layer
-from regard.mechanisms.block_sparse import MECHANISM, Config, cost, visible_blocks, visible_pairs
+from regard.mechanisms.block_sparse import MECHANISM, Config, visible_blocks, visible_pairs
 from regard.models import LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
 from regard.workbench.properties import FUNCTION_PROPERTIES
 from regard.workbench.verify import PROGRAMS, Place, check
@@ -283,18 +283,6 @@ def test_a_layout_is_kept_as_plain_data_however_it_is_written():
     for same in (table.tolist(), table.int(), table[None].numpy(), tuple(map(tuple, table.tolist())), kept.visible):
         assert Config(layout="user", visible=same) == kept
     assert hash(kept) == hash(Config(layout="user", visible=table))
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("n", [0, 1, 7, 12, 31])
-def test_the_cost_counts_visible_pairs(options, n):
-    config, shape = Config(**options), Shape(2, HEADS, n, n, 4, 5)
-    pairs = visible_pairs(config, n)
-    if config.layout != "random":
-        assert pairs == pytest.approx(seen(options, "causal-self", n, n).double().sum() / HEADS)
-    assert cost(shape, config).flops == pytest.approx(2 * 2 * HEADS * 9 * pairs)
-    step = visible_pairs(config, n + 1) - pairs
-    assert cost(shape, config).step_flops == pytest.approx(2 * 2 * HEADS * 9 * step)
 
 
 def test_the_cost_of_random_blocks_is_that_of_the_mean_draw():

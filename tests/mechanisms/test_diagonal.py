@@ -9,9 +9,9 @@ from support import calls, close, qkv, refused
 from torch import Tensor
 from transnormer_checks import check_equals_the_authors_layer
 
-from regard.contract import Mask, Shape
+from regard.contract import Mask
 from regard.create import create_layer
-from regard.mechanisms.diagonal import MECHANISM, Config, cost
+from regard.mechanisms.diagonal import MECHANISM, Config
 
 OPTIONS = [
     {"block": 5},
@@ -56,17 +56,6 @@ def test_equals_its_definition(options, pattern, n):
     expected = norm((weights @ tensors["v"]).transpose(1, 2).flatten(2)).unflatten(-1, (2, 4)).transpose(1, 2)
     for form in ("reference", None):
         close(run(tensors, options, pattern=pattern, form=form).output, expected)
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_the_cost_counts_visible_pairs_and_the_numbers_of_a_state(options):
-    config = Config(**options)
-    for n in (1, 7, 12, 31):
-        assert cost(Shape(2, 3, n, n, 4, 5), config).flops == 2 * 2 * 3 * 9 * allowed(config, "causal-self", n).sum()
-        seen = allowed(config, "causal-self", n + 1)[-1].sum()
-        assert cost(Shape(2, 3, 1, n, 4, 5), config).step_flops == 2 * 2 * 3 * 9 * seen
-        state = run(qkv(n), options, return_state=True).state
-        assert state.k[0].numel() + state.v[0].numel() == cost(Shape(1, 2, 1, 1000, 4, 4), config).state
 
 
 def test_a_layer_has_weights_for_the_norms_that_have_some():

@@ -8,9 +8,9 @@ from support import calls, check_recorded, close, cut, load, qkv
 from torch import Tensor
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Mask, Shape
+from regard.contract import Context, Mask
 from regard.create import create_layer
-from regard.mechanisms.local import MECHANISM, Config, cost, visible_pairs
+from regard.mechanisms.local import MECHANISM, Config
 
 run = calls(MECHANISM)
 OPTIONS = [
@@ -95,14 +95,6 @@ def test_a_long_continuation_takes_blocks_of_queries():
     rest = {name: torch.stack([x[0, :, 10:210], x[1, :, 3:203]]) for name, x in inputs.items()}
     whole = run(inputs, options).output
     close(run(rest, options, state=state).output, torch.stack([whole[0, :, 10:210], whole[1, :, 3:203]]))
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 7, 12, 31])
-def test_the_cost_counts_visible_pairs(options, n):
-    config = Config(**options)
-    assert visible_pairs(config, n) == allowed(options, "causal-self", n).sum()
-    assert cost(Shape(2, 3, n, n, 4, 5), config).flops == 2 * 2 * 3 * 9 * visible_pairs(config, n)
 
 
 @pytest.mark.parametrize(

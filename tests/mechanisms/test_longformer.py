@@ -7,10 +7,10 @@ import torch
 from support import calls, close, load, qkv, refused
 from torch import Tensor
 
-from regard.contract import Context, Mask, Role, Shape
+from regard.contract import Context, Mask, Role
 from regard.create import create_layer
 from regard.integrations import swap
-from regard.mechanisms.longformer import MECHANISM, Config, copy_projections, cost, visible_pairs
+from regard.mechanisms.longformer import MECHANISM, Config, copy_projections
 from regard.models import LanguageModel, LanguageModelConfig
 
 run = calls(MECHANISM)
@@ -85,18 +85,6 @@ def test_tokens_with_the_role_of_a_class_token_are_global(options):
             alone = {name: x[row : row + 1] for name, x in inputs.items()}
             chosen |= set(range(Config(**options).global_tokens))
             close(found[row : row + 1], definition(alone, "noncausal-self", options, chosen), 1e-11)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 7, 12, 31])
-def test_the_cost_counts_visible_pairs(options, n):
-    config = Config(**options)
-    chosen = set(range(config.global_tokens))
-    seen = allowed(options, "causal-self", n, chosen).sum((1, 2)).double().mean()
-    assert visible_pairs(config, n) == seen
-    assert cost(Shape(2, 2, n, n, 4, 5), config).flops == 2 * 2 * 2 * 9 * seen
-    last = allowed(options, "causal-self", n + 1, chosen)[:, -1].sum(-1).double().mean()
-    assert cost(Shape(2, 2, 1, n, 4, 5), config).step_flops == 2 * 2 * 2 * 9 * last
 
 
 def make_layer(**options: object) -> torch.nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.contract import Context, Mask, Pattern, Shape
 from regard.create import create_layer
-from regard.mechanisms.transformer_xl import MECHANISM, Config, cost, share_biases, visible_pairs
+from regard.mechanisms.transformer_xl import MECHANISM, Config, cost, share_biases
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.subjects import Subject
 
@@ -184,17 +184,6 @@ def test_layers_of_a_model_may_share_biases():
     first, second = (block.mixer.projection for block in model.blocks)
     assert first.u is second.u and first.w is second.w and first.relative is not second.relative
     refused("equal heads", share_biases, model_of({}, {"num_heads": 4}))
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_cost_counts_visible_pairs(options):
-    config = Config(**options)
-    for n in (0, 1, 7, 12, 31):
-        pairs = sum(len(seen(options, "causal-self", i, n)) for i in range(n))
-        last = len(seen(options, "causal-self", n, n + 1))
-        assert visible_pairs(config, n) == pairs
-        assert cost(Shape(2, 3, n, n, 4, 5), config).flops == 2 * 2 * 3 * 13 * pairs
-        assert cost(Shape(2, 3, 1, n, 4, 5), config).step_flops == 2 * 2 * 3 * 13 * last
 
 
 @pytest.mark.parametrize(
