@@ -66,13 +66,6 @@ def test_bidirectional_is_the_prefix_beside_the_suffix():
     close(found, torch.cat([aaren_attention(q, k, v), suffix], -1), 1e-13)
 
 
-def test_the_layer_has_one_query_token_more_than_a_transformer_layer():
-    layer, softmax = (create_layer(name, 64, 4, bias=True) for name in ("aaren", "softmax"))
-    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in softmax.parameters()) + 64
-    assert layer.projection.query_token.shape == (1, 64)
-    assert layer.projection.query.weight.shape == (64, 64)
-
-
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_queries_are_those_of_the_query_tokens_which_read_the_same_keys_and_values(tokens):
     groups = 4 // tokens

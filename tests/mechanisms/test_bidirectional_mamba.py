@@ -323,15 +323,12 @@ def test_parity_of_the_block_on_a_grid(name):
     close(gradient, f["grad_x"].flatten(1, 2), 1e-10)
 
 
-def test_initial_values_and_parameter_count():
+def test_initial_values():
     layer = create_layer("bidirectional_mamba", 64, pattern=NONCAUSAL)
     steps = F.softplus(layer.dt_bias)
     assert steps.shape == (2, 128) and steps.min() >= 1e-3 and steps.max() <= 0.1 + 1e-6
     torch.testing.assert_close(-layer.A_log.exp(), -torch.arange(1.0, 17).expand(2, 128, 16))
     assert (layer.D == 1).all()
-    inner, rank, states = 128, 4, 16
-    own = inner * 4 + inner + inner * (rank + 2 * states) + inner * rank + inner + inner * states + inner
-    assert sum(p.numel() for p in layer.parameters()) == 2 * own + 3 * inner * 64
     assert all(p._no_weight_decay for p in (layer.A_log, layer.dt_bias, layer.D))
     vim = create_layer("bidirectional_mamba", 64, pattern=NONCAUSAL, symmetric_dt_init=False)
     assert (vim.dt_bias[1] == 0).all() and (vim.dt_bias[0] != 0).all()

@@ -225,20 +225,6 @@ def test_a_key_in_the_cache_is_turned_once_by_its_own_position():
     assert half.k.dtype == torch.float32 and half.v.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("options", "numbers"),
-    [
-        ({}, 4 * 32 * 32 + 32),
-        ({"per_head": False}, 4 * 32 * 32 + 8),
-        ({"learn_phase": False}, 4 * 32 * 32 + 16),
-        ({"position": "learned"}, 4 * 32 * 32 + 48),
-        ({"num_kv_heads": 2}, 3 * 32 * 32 + 8 + 16),
-    ],
-)
-def test_a_layer_has_two_numbers_for_each_head_and_plane(options, numbers):
-    assert sum(p.numel() for p in create_layer("complex_rotary", 32, 4, **options).parameters()) == numbers
-
-
 @pytest.mark.parametrize("position", ["rotary", "learned"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_layer_started_at_one_is_the_rotary_layer(position, kv_heads):

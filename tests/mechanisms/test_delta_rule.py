@@ -285,9 +285,8 @@ def layer_of(**options):
     return create_layer("deltanet", 64, 4, **options).double()
 
 
-def test_the_layer_convolves_activates_and_normalises_and_has_about_four_squares_of_parameters():
+def test_the_layer_convolves_activates_and_normalises():
     layer, x = layer_of(), torch.randn(2, 11, 64, dtype=torch.float64)
-    assert sum(p.numel() for p in layer.parameters()) == 4 * 64**2 + 64 * 4 + 3 * 64 * 4 + 16
     assert layer.gate is None and layer.positions.name == "none"
     heads = {}
     for name, linear, convolution in zip("qkv", (layer.query, layer.key, layer.value), layer.convolutions, strict=True):

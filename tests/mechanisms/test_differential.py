@@ -50,12 +50,6 @@ def test_biases_belong_to_heads_and_so_to_one_of_the_maps(by_distance):
     close(run(given, pattern="noncausal-self", position_bias=told).output, expected)
 
 
-def test_a_layer_has_the_parameters_of_softmax_attention_and_those_of_lambda_and_norm():
-    layers = (create_layer(name, 16, 4, num_kv_heads=2, value_dim=6) for name in ("differential", "softmax"))
-    own, plain = (sum(p.numel() for p in layer.parameters()) for layer in layers)
-    assert own == plain + 4 * 4 + 2 * 6
-
-
 def test_the_plan_of_the_paper_has_lambda_by_depth():
     assert depth_lambda(1) == pytest.approx(0.2)
     plan = differential_plan(3, short_convolution=2)

@@ -68,7 +68,3 @@ def test_parity_of_the_transform(suffix):
     close(F.layer_norm(x + found, x.shape[-1:], weight, bias, 1e-12), out, 1e-13)
     found.backward(grad_mixed)
     close(x.grad, grad_x, 1e-13)
-
-
-def test_it_has_no_parameters():
-    assert not list(create_layer("fnet", 8, pattern="noncausal-self").parameters())

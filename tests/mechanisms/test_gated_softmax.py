@@ -97,13 +97,9 @@ def test_fine_tuning_starts_as_the_model_that_it_tunes(predictor):
         assert 1e-6 < difference < 0.1
 
 
-@pytest.mark.parametrize(
-    ("predictor", "count"),
-    [("linear", 2 * 9), ("mlp", 2 * (9 * 2 + 3)), ("mlp2", 2 * (9 * 8 + 9)), ("all_features", 2 * 17), ("head", 2)],
-)
-def test_predictors_have_the_stated_numbers_of_parameters_and_starts(predictor, count):
+@pytest.mark.parametrize("predictor", ["linear", "mlp", "mlp2", "all_features", "head"])
+def test_predictors_start_as_they_are_told(predictor):
     layer = create_layer("gated_softmax", 16, 2, predictor=predictor, initial_gate=0.25)
-    assert sum(p.numel() for p in layer.projection.parameters()) == count
     last = last_bias(layer)
     close(last.sigmoid(), torch.full_like(last, 0.25), 1e-6)
     assert any(last is p for p in parameter_groups(layer.projection, 0.1)[-1]["params"])  # which do not decay

@@ -261,13 +261,9 @@ def test_the_inner_residual_can_be_left_to_the_host():
     close(layer(x, context=context).output, x + host(x, context=context).output)
 
 
-def test_parameter_count_and_initial_values():
-    """C^2 + C (k1^2 + k2^2) + 3 C for the operator, 2 C^2 + 2 C for the projections around it."""
+def test_initial_values():
     dim = 64
     layer = create_layer("large_kernel", dim, pattern="noncausal-self")
-    own = sum(p.numel() for p in layer.weights.values())
-    assert own == dim**2 + 74 * dim + 3 * dim
-    assert sum(p.numel() for p in layer.parameters()) == own + 2 * dim**2 + 2 * dim
     for name, fan_out in (("depthwise", 25), ("dilated", 49), ("pointwise", dim)):
         assert layer.weights[name].std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
         assert (layer.weights[f"{name}_bias"] == 0).all()

@@ -155,15 +155,6 @@ def test_diversity_is_the_overlap_of_the_heads():
     assert count == 2 and total.requires_grad
 
 
-def test_parameters_are_2_d_m_r_and_a_context():
-    def count(*sizes: int, **options: Any) -> int:
-        return sum(p.numel() for p in make_layer(*sizes, **options).parameters())
-
-    assert count(300, 10) == 6300
-    assert count(300, 10, context="mean") == 6000
-    assert count(8, 2, slots=5, rank=3, temperature=True) == 2 * 8 * 5 * 3 + 8 + 5
-
-
 def test_init_follows_the_number_of_slots_or_the_width():
     assert 0.45 < make_layer(100, 4).p.abs().max() <= 0.5
     assert 0.09 < make_layer(100, 4, init="dim").p.abs().max() <= 0.1

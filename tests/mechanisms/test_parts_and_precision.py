@@ -7,6 +7,7 @@ import torch
 from support import close
 
 from regard import get_mechanism
+from regard.backends import only
 from regard.contract import Pattern
 from regard.workbench.subjects import Subject, in_float64
 
@@ -58,3 +59,13 @@ def test_thousands_of_tokens_stay_precise_in_float32(name, options):
     inputs = subject.inputs(4000, batch=1, dtype=torch.float32)
     exact = subject.run(in_float64(inputs)).output
     close(subject.run(inputs).output.double(), exact, card.tolerances[torch.float32])
+
+
+@pytest.mark.parametrize(("name", "options"), [("reformer", {"chunk": 8}), ("routing", {}), ("sinkhorn", {"block": 8})])
+@pytest.mark.parametrize("pattern", [Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF])
+def test_the_native_kernel_runs_the_blocks(name, options, pattern):
+    subject = Subject(get_mechanism(name), pattern, options)
+    inputs = subject.inputs(70, dtype=torch.float32)
+    with only("native"):
+        found = subject.run(inputs).output
+    close(found.double(), subject.reference(inputs), 5e-6)

@@ -7,7 +7,6 @@ import torch
 from support import calls, check_recorded, close, cut, load, refused
 from torch import Tensor
 
-from regard.backends import only
 from regard.contract import Shape
 from regard.create import create_layer
 from regard.mechanisms.reformer import MECHANISM, Config, cost, draw_rounds, hash_tokens
@@ -181,12 +180,6 @@ def test_the_card_counts_what_a_step_reads_and_the_state_holds():
     assert short.state == sum(x.numel() for name, x in state.tensors().items() if name != "length")
     assert long.flops == 2 * short.flops
     assert long.step_flops == short.step_flops
-
-
-@pytest.mark.parametrize("pattern", SELF)
-def test_the_native_kernel_runs_the_chunks(pattern):
-    with only("native"):
-        run({name: x.float() for name, x in inputs(70).items()}, {"chunk": 8}, pattern=pattern)
 
 
 def test_a_state_of_other_rounds_is_refused():

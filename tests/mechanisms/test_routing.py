@@ -10,7 +10,6 @@ from support import calls, close, load, refused
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from regard.backends import only
 from regard.contract import ALL_PATTERNS, Context, Mask, Shape
 from regard.create import create_layer
 from regard.mechanisms.routing import MECHANISM, Config, cost
@@ -165,12 +164,6 @@ def test_parity_with_a_third_partys_code():
     close(1e-4 * total / count, arrays["commitment"], 1e-10)
     for name, gradient in zip("qkv", torch.autograd.grad(result.output, leaves, arrays["grad_out"]), strict=True):
         close(gradient, arrays[f"grad_{name}"], 1e-10)
-
-
-@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
-def test_the_native_kernel_runs_the_blocks(pattern):
-    with only("native"):
-        run({name: x.float() for name, x in inputs(70).items()}, {"window": 8}, pattern=pattern)
 
 
 def test_what_it_lacks_is_refused_with_the_reason():

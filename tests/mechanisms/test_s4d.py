@@ -202,18 +202,6 @@ def test_initial_values_of_a_layer():
     assert abs(float(layer.D.detach().std()) - 1) < 0.05
 
 
-def test_time_constants_keep_float32_and_have_no_weight_decay():
-    layer = create_layer("s4d", 6)
-    before = {name: getattr(layer, name).detach().clone() for name in layer.FLOAT32}
-    layer = layer.to(torch.bfloat16)
-    for name, value in before.items():
-        assert torch.equal(getattr(layer, name), value)
-    assert layer.log_dt._no_weight_decay and layer.log_decay._no_weight_decay and layer.frequency._no_weight_decay
-    result = layer(torch.randn(1, 5, 6).bfloat16(), context=WANT_STATE)
-    assert result.output.dtype == torch.bfloat16
-    assert result.state.memory.dtype == torch.float32
-
-
 # refusals
 
 

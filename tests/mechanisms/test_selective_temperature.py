@@ -98,24 +98,6 @@ def test_half_precision_keeps_scaled_tensors_in_float32_unless_they_are_to_be_ro
 
 
 @pytest.mark.parametrize(
-    ("options", "count"),
-    [
-        ({}, 2 * 16 + 2),
-        ({"k_temperature": "both"}, 3 * 16 + 2),
-        ({"q_temperature": "position", "v_temperature": "position"}, 2),
-        ({"q_temperature": "token", "v_temperature": "none"}, 16),
-        ({"share_heads": True}, 2 * 8 + 2),
-        ({"position_granularity": "layer"}, 2 * 16 + 1),
-        ({"token_features": "tokens", "hidden": 5}, 2 * (16 * 5 + 5 + 5 * 2) + 2),
-        ({"token_features": "tokens", "v_temperature": "none"}, 16 * 16 + 16 + 16 * 2 + 2),
-        ({"num_kv_heads": 1}, 16 + 8 + 2),
-    ],
-)
-def test_a_layer_has_the_stated_number_of_parameters_more(options, count):
-    assert sum(p.numel() for p in make(dim=16, **options).projection.parameters()) == count
-
-
-@pytest.mark.parametrize(
     ("options", "slope"),
     [
         ({}, 0.5),

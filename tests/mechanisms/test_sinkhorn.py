@@ -10,7 +10,6 @@ import torch
 from support import calls, close, cut, load, qkv, refused
 from torch import Tensor
 
-from regard.backends import only
 from regard.contract import Call, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms import sinkhorn
@@ -146,15 +145,6 @@ def test_parity_with_a_third_partys_code(pattern):
     close(output, arrays["out"], 1e-10)
     for name, gradient in zip("qk", torch.autograd.grad(output, (q, k), arrays["grad_out"]), strict=True):
         close(gradient, arrays[f"grad_{name}"], 1e-10)
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
-def test_the_native_kernel_runs_the_blocks(pattern):
-    tensors = qkv(70, dtype=torch.float32)
-    with only("native"):
-        found = run(tensors, {"block": 8}, pattern=pattern).output
-    double = {name: x.double() for name, x in tensors.items()}
-    close(found.double(), run(double, {"block": 8}, pattern=pattern, form="reference").output, 2e-6)
 
 
 def test_what_it_lacks_is_refused_with_the_reason():

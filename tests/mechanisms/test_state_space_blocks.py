@@ -174,22 +174,6 @@ def test_the_bias_of_the_steps_survives_a_pass_that_zeroes_biases(name):
     assert torch.equal(layer.dt_bias, before)
 
 
-@pytest.mark.parametrize(("name", "options"), [("mamba", {}), ("mamba2", {"skip_kind": "channel"})])
-def test_time_constants_keep_float32_and_have_no_weight_decay(name, options):
-    layer = create_layer(name, 16, 2, d_state=8, **options)
-    before = {constant: getattr(layer, constant).detach().clone() for constant in layer.FLOAT32}
-    layer = layer.to(torch.bfloat16)
-    for constant, value in before.items():
-        parameter = getattr(layer, constant)
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, value)
-        assert parameter._no_weight_decay
-    assert layer.in_proj.weight.dtype == torch.bfloat16
-    result = layer(torch.randn(1, 5, 16).bfloat16(), context=Context(want=WANT_STATE))
-    assert result.output.dtype == torch.bfloat16 and result.output.isfinite().all()
-    assert result.state.mechanism.memory.dtype == torch.float32
-    assert layer.double().A_log.dtype == torch.float64
-
-
 @both
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 def test_every_projection_can_be_of_another_kind(name, pattern):

