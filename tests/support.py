@@ -51,14 +51,21 @@ def close_gradients(
         close(one, other, tolerance)
 
 
-def check_recorded(
+def check_gradients(
     recording: dict[str, Tensor], output: Tensor, leaves: dict[str, Tensor], tolerance: float = 1e-12
 ) -> None:
-    """The output is the one that was recorded, and so are its gradients by the leaves, which have the recording's names."""
-    close(output, recording["out"], tolerance)
+    """The gradients of the output by the leaves, which have the recording's names, are those that were recorded."""
     gradients = torch.autograd.grad(output, list(leaves.values()), recording["grad_out"], retain_graph=True)
     for name, gradient in zip(leaves, gradients, strict=True):
         close(gradient, recording[f"grad_{name}"], tolerance)
+
+
+def check_recorded(
+    recording: dict[str, Tensor], output: Tensor, leaves: dict[str, Tensor], tolerance: float = 1e-12
+) -> None:
+    """The output too is the one that was recorded."""
+    close(output, recording["out"], tolerance)
+    check_gradients(recording, output, leaves, tolerance)
 
 
 def qkv(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import close, load, refused
+from support import check_recorded, close, load, refused
 
 from regard.contract import ALL_PATTERNS, Mask, Pattern
 from regard.create import create_layer
@@ -89,8 +89,7 @@ def test_equals_recorded_torch_attention(name):
     close(torch.where(valid, found, 0), torch.where(valid, a["out"], 0), 1e-10)  # observed 1.5e-14
     if padded:  # the recording also reads outputs at padding, whose gradients this library does not have
         return
-    for gradient, n in zip(torch.autograd.grad(found, inputs, a["grad_out"]), ("query", "k", "v"), strict=True):
-        close(gradient, a[f"grad_{n}"], 1e-10)  # observed 1.1e-14
+    check_recorded(a, found, dict(zip(("query", "k", "v"), inputs, strict=True)), 1e-10)  # observed 1.1e-14
 
 
 def test_equals_the_recorded_scan_of_a_third_party():

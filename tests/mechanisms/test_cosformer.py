@@ -9,11 +9,10 @@ import torch
 from support import calls, check_recorded, close, load, qkv, refused
 from torch import Tensor
 
-from regard.apply import absorb
 from regard.contract import Mask
 from regard.create import create_layer
 from regard.functional import linear_attention
-from regard.mechanisms.cosformer import MECHANISM, Config
+from regard.mechanisms.cosformer import MECHANISM
 
 REACH = {"length": 30}
 
@@ -64,20 +63,6 @@ def test_a_far_reach_is_rectified_linear_attention():
     for options in ({}, {"length": 10**6}):
         close(run(tensors, options).output, expected, 1e-5)
     assert (run(tensors, {"length": 20}).output - expected).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
-def test_queries_of_a_memory_count_on_in_each_row(pattern):
-    tensors, lengths = qkv(7, 12), torch.tensor([4, 1])
-    memory, options = {"k": tensors["k"], "v": tensors["v"]}, {"pattern": pattern, "config": Config(**REACH)}
-    state = absorb(MECHANISM, memory, **options)
-    state = run({"q": tensors["q"][:, :, :4]}, mask=Mask(lengths=lengths), state=state, **options).state
-    assert state.queries.tolist() == [4, 1] and state.length.tolist() == [12, 12]
-    found = run({"q": tensors["q"][:, :, 4:]}, state=state, **options).output
-    for b, n in enumerate(lengths):
-        q = torch.cat([tensors["q"][b : b + 1, :, :n], tensors["q"][b : b + 1, :, 4:]], 2)
-        whole = run({"q": q} | {name: x[b : b + 1] for name, x in memory.items()}, **options).output
-        close(found[b : b + 1], whole[:, :, n:])
 
 
 def test_positions_beyond_the_reach_are_refused():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import calls, close, qkv, refused
 from torch import Tensor
-from transnormer_checks import check_equals_the_authors_layer
+from transnormer_checks import NORM, check_equals_the_authors_layer
 
 from regard.contract import Mask
 from regard.create import create_layer
@@ -24,12 +23,6 @@ OPTIONS = [
     {"block": 60},  # softmax attention
     {"block": 60, "activation": "relu", "output_norm": "rms"},
 ]
-NORM = {
-    "simple_rms": lambda x: x / (x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + 1e-8),
-    "rms": lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6),
-    "layer": lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-5),
-    "none": lambda x: x,
-}
 
 run = calls(MECHANISM)
 
@@ -78,4 +71,4 @@ def test_what_it_lacks_is_refused_with_the_reason():
     ],
 )
 def test_equals_the_authors_layer(name, options):
-    check_equals_the_authors_layer("diagonal", name, options, close)
+    check_equals_the_authors_layer("diagonal", name, options)

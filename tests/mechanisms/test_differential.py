@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, close, load, qkv, refused
+from support import calls, check_recorded, close, load, qkv, refused
 from torch import Tensor
 
 from regard.contract import ALL_PATTERNS, Mask
@@ -82,11 +82,7 @@ def test_parity_with_the_authors_code(name, heads, dim):
     }
     layer.load_state_dict(weights)
     x = recorded["x"].requires_grad_()
-    output = layer(x).output
-    close(output, recorded["out"])
-    output.backward(recorded["grad_out"])
-    close(x.grad, recorded["grad_x"])
-    close(layer.projection.q1.grad, recorded["grad_lambda_q1"])
+    check_recorded(recorded, layer(x).output, {"x": x, "lambda_q1": layer.projection.q1})
 
 
 def test_what_makes_no_pairs_is_refused():

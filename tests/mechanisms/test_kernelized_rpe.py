@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, cut, load, qkv, refused
+from support import calls, check_recorded, cut, load, qkv, refused
 from support import close as close_within
 from torch import Tensor
 
@@ -321,10 +321,7 @@ def test_parity_with_public_code(name, pattern, method):
     fixture = load(f"kernelized_rpe_{name}")
     tensors = {key: fixture[key].requires_grad_() for key in ("q", "k", "v", "offset_bias")}
     output = run(tensors, {"feature_map": "exp", "normalize": False, "method": method}, pattern=pattern).output
-    close(output, fixture["out"], tolerance=1e-12)
-    output.backward(fixture["grad_out"])
-    for key, x in tensors.items():
-        close(x.grad, fixture[f"grad_{key}"])
+    check_recorded(fixture, output, tensors, 1e-11)
 
 
 def layer(pattern: str = "causal-self", **options: Any) -> Any:

@@ -156,17 +156,6 @@ def test_pieces_and_steps_past_the_field_equal_the_definition(kernel, dilation):
     close(torch.cat(outputs, 1), run(x, form="reference", **causal).output)
 
 
-def test_a_row_may_rest_while_another_steps():
-    x, call = inputs(9, axes=1), {"pattern": "causal-self"}
-    expected, row, other = run(x, form="reference", **call).output, *x["x"]
-    state = run({**x, "x": x["x"][:, :6]}, return_state=True, **call).state
-    pieces = torch.stack([torch.full_like(row[6:7], torch.nan), other[6:7]])
-    result = run({**x, "x": pieces}, mask=Mask(lengths=torch.tensor([0, 1])), state=state, **call)
-    close(result.output, torch.stack([torch.zeros_like(row[6:7]), expected[1, 6:7]]))
-    found = run({**x, "x": torch.stack([row[6:7], other[7:8]])}, state=result.state, **call).output
-    close(found, torch.stack([expected[0, 6:7], expected[1, 7:8]]))
-
-
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_state_holds_what_the_spec_counts(n):
     """The last 4 inputs of DW and the last 18 outputs of DW: 22 C numbers, at any length."""

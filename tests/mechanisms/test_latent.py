@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, check_recorded, close, load, refused
+from support import calls, check_recorded, close, close_gradients, load, refused
 
 from regard.contract import ALL_PATTERNS, Context, Pattern
 from regard.create import create_layer
@@ -21,10 +21,7 @@ def test_with_and_without_keys_and_values_it_is_the_same(pattern, absorbed, monk
     monkeypatch.setattr(latent, "absorbs", lambda *sizes: absorbed)
     given = {name: x.requires_grad_() for name, x in Subject(MECHANISM, pattern).inputs(5).items()}
     found, expected = (run(given, pattern=pattern, form=form).output for form in (None, "reference"))
-    close(found, expected)
-    weight = torch.randn_like(found)
-    for a, b in zip(*(torch.autograd.grad(x, list(given.values()), weight) for x in (found, expected)), strict=True):
-        close(a, b)
+    close_gradients(found, expected, given)
     extras = run(given, pattern=pattern, want={"weights", "lse"}).extras
     close(extras["weights"].sum(-1), torch.ones_like(extras["lse"]))
 

@@ -50,22 +50,6 @@ def test_without_f_values_are_mixed_as_keys_are():
     assert (run(tensors).output - shared).abs().max() > 0.1
 
 
-def test_rows_that_have_read_different_numbers_of_tokens_are_at_different_rows_of_the_matrices():
-    tensors, whole = inputs(4, 15), torch.tensor([15, 6])
-    expected = run(tensors, pattern="causal-cross", memory_mask=Mask(lengths=whole)).output
-    state, before = None, [0, 0]
-    for after in ([2, 5], [9, 6], [15, 6]):
-        counts = torch.tensor(after) - torch.tensor(before)
-        piece = {name: tensors[name] for name in "ef"} | {name: torch.zeros_like(tensors[name]) for name in "kv"}
-        for name in "kv":
-            for row, (start, stop) in enumerate(zip(before, after, strict=True)):
-                piece[name][row, :, : stop - start] = tensors[name][row, :, start:stop]
-        state = absorb(MECHANISM, piece, pattern="causal-cross", memory_mask=Mask(lengths=counts), state=state)
-        before = after
-    assert torch.equal(state.length, whole)
-    close(run({"q": tensors["q"]}, pattern="causal-cross", state=state).output, expected)
-
-
 def test_the_state_has_the_size_that_the_card_says_and_float32():
     memory = {name: x.bfloat16() for name, x in inputs(1, 12).items() if name != "q"}
     state = absorb(MECHANISM, memory, pattern="causal-cross")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, check_recorded, close, load, refused
+from support import calls, check_recorded, close, close_gradients, load, refused
 from torch import Tensor, nn
 
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape
@@ -53,10 +53,7 @@ def test_it_is_softmax_attention_with_encodings_in_place_of_content(pattern, sto
         expected = softmax_attention(*content(tensors, n, first), pattern=pattern)
         expected = expected if not pattern.cross or m is not None else expected[:, :, :1]
         found = run(tensors, pattern=pattern).output
-        close(found, expected)
-        gradients = (torch.autograd.grad(output.square().sum(), leaves) for output in (found, expected))
-        for gradient, wanted in zip(*gradients, strict=True):
-            close(gradient, wanted)
+        close_gradients(found, expected, leaves)
 
 
 def test_maps_of_zero_give_the_mean_and_running_sums_after_counting():

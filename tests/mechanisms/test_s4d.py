@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from regard.contract import Context, Mask, Pattern, Unsupported
+from regard.contract import Context, Pattern, Unsupported
 from regard.create import create_layer
-from regard.mechanisms.s4d import MECHANISM, Config, DiagonalState, S4DLayer, initial_rates, sample_inputs
+from regard.mechanisms.s4d import MECHANISM, Config, S4DLayer, initial_rates, sample_inputs
 
 SELF = ["causal-self", "noncausal-self"]
 WANT_STATE = Context(want=frozenset({"state"}))
@@ -126,15 +126,6 @@ def test_no_tensor_has_a_number_for_each_state_and_token(pattern):
     with Largest() as largest:
         run(x, pattern=pattern, return_state=pattern == "causal-self")
     assert largest.numbers <= 10 * 3 * n < 3 * n * states
-
-
-@pytest.mark.parametrize("form", ["step", "chunked"])
-def test_a_row_without_a_token_keeps_its_state(form):
-    state = DiagonalState(torch.randn(2, 6, 4, 2, dtype=torch.float64), torch.tensor([3, 5]))
-    after = run(sample(n=1), state=state, form=form, mask=Mask(lengths=torch.tensor([1, 0]))).state
-    assert torch.equal(after.memory[1], state.memory[1])
-    assert not torch.allclose(after.memory[0], state.memory[0])
-    assert after.length.tolist() == [4, 5]
 
 
 # parity

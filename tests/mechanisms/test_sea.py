@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import close, load, refused
+from support import check_recorded, close, close_gradients, load, refused
 
 import regard.mechanisms.sea as sea
 from regard.contract import ALL_PATTERNS, Context, Mask, Pattern
@@ -206,10 +206,7 @@ def test_the_loss_is_that_of_the_paper(pattern, numbers, monkeypatch):
     apart = (result.output - teacher["output"]).square().mean()
     expected = 0.1 * kl / (13 if pattern == "noncausal-self" else 3 * 13) + squares / (3 * 13 * 13) + apart
     assert int(count) == 1
-    close(found, expected)
-    gradients = [torch.autograd.grad(loss, [k, e], retain_graph=True) for loss in (found, expected)]
-    for one, other in zip(*gradients, strict=True):
-        close(one, other)
+    close_gradients(found, expected, [k, e])
 
 
 def test_the_loss_counts_neither_padding_nor_queries_without_keys():
@@ -369,9 +366,7 @@ def test_the_context_equals_the_recorded_performer(kind):
         found = phi[0] @ (phi[1].mT @ leaves[2]) / (phi[0] @ phi[1].sum(2)[..., None])
     # the code adds 1e-6 to each sum of features rather than to the denominator
     tolerance = 1e-5 if kind == "causal" else 1e-12
-    close(found, a["out"], tolerance)
-    for gradient, name in zip(torch.autograd.grad((found * a["grad_out"]).sum(), leaves), "qkv", strict=True):
-        close(gradient, a[f"grad_{name}"], tolerance)
+    check_recorded(a, found, dict(zip("qkv", leaves, strict=True)), tolerance)
 
 
 CNN = {

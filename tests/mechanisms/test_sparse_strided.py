@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, close, cut, qkv
+from support import calls, close, qkv
 from torch import Tensor
 
-from regard.contract import Mask
 from regard.create import create_layer
 from regard.engines.cache import KeyValueState
 from regard.mechanisms import sparse_strided
@@ -68,16 +67,6 @@ def test_equals_masked_dense_attention(options, pattern):
             expected = masked(tensors, allowed(options, pattern, n, m))
             for form in ("reference", None):
                 close(run(tensors, options, pattern=pattern, form=form).output, expected, 1e-11)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rows_of_different_lengths_step_each_from_its_own_place(options):
-    tensors, lengths = qkv(17, batch=3, heads=3), torch.tensor([16, 5, 0])
-    state = run(cut(tensors, slice(0, 16)), options, mask=Mask(lengths=lengths), return_state=True).state
-    found = {name: torch.stack([x[b, :, n : n + 1] for b, n in enumerate(lengths)]) for name, x in tensors.items()}
-    expected = masked(tensors, allowed(options, "causal-self", 17, 17))
-    output = run(found, options, state=state).output
-    close(output, torch.stack([expected[b, :, n : n + 1] for b, n in enumerate(lengths)]), 1e-11)
 
 
 @pytest.mark.parametrize("options", [{"stride": 20}, {"layout": "fixed", "stride": 20, "columns": 3}])

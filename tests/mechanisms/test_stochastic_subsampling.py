@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import close, load, qkv, refused
+from support import check_recorded, close, close_gradients, load, qkv, refused
 
 import regard.mechanisms.stochastic_subsampling.definition as definition
 import regard.mechanisms.stochastic_subsampling.forms as ssa
@@ -79,11 +79,7 @@ def test_gathering_equals_masked_softmax_with_gradients(pattern, options, masked
     else:
         expected = train(q, k, v, form="reference", **call)
     found = train(q, k, v, **call)
-    close(found, expected)
-    weight = torch.randn_like(found)
-    gradients = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, expected)]
-    for one, other in zip(*gradients, strict=True):
-        close(one, other)
+    close_gradients(found, expected, (q, k, v))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -329,9 +325,7 @@ def test_the_bernoulli_form_equals_source_dropout_of_the_authors(form, monkeypat
     leaves = [recorded[name].requires_grad_() for name in "qkv"]
     options = {"mode": "bernoulli", "ratio": 0.6, "pattern": "noncausal-self", "form": form}
     found = train(*leaves, mask=Mask(bias=recorded["bias"]), **options)
-    close(found, recorded["out"])
-    for name, gradient in zip("qkv", torch.autograd.grad(found, leaves, recorded["grad_out"]), strict=True):
-        close(gradient, recorded[f"grad_{name}"])
+    check_recorded(recorded, found, dict(zip("qkv", leaves, strict=True)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 from support import calls, close, cut, qkv, refused
 from torch import Tensor
 
-from regard.apply import absorb
 from regard.contract import ALL_PATTERNS, Context, Mask
 from regard.create import create_layer
 from regard.layers.parts import LayerCall
@@ -73,36 +72,6 @@ def test_whole_calls_equal_the_definition_with_places_aligned_bottom_right(given
         expected = definition(tensors, pattern == "causal-self")
         for form in ("reference", "parallel"):
             close(run(tensors, pattern=pattern, form=form, scale=0.5).output, expected)
-
-
-@pytest.mark.parametrize("given", GIVEN, ids="+".join)
-def test_rows_that_continue_from_unequal_lengths_keep_their_places(given):
-    """A cache has empty slots then, so that slots are not places."""
-    tensors, first, second = inputs(given, 10), torch.tensor([4, 1]), torch.tensor([3, 6])
-    state = run(tensors, mask=Mask(lengths=first), return_state=True, scale=0.5).state
-    names = [name for name in tensors if name in OF_TOKENS]
-    rest = {x: torch.stack([tensors[x][b].roll(-int(first[b]), 1) for b in range(2)]) for x in names}
-    found = run(tensors | rest, mask=Mask(lengths=second), state=state, scale=0.5).output
-    for b in range(2):
-        start, stop = int(first[b]), int(first[b] + second[b])
-        whole = definition(first_tokens(tensors, stop), True)[b, :, start:]
-        close(found[b, :, : stop - start], whole)
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
-@pytest.mark.parametrize("given", GIVEN, ids="+".join)
-def test_queries_and_memory_of_cross_patterns_count_on_through_a_state(given, pattern):
-    tensors, state, outputs = inputs(given, 7, 12), None, []
-    memory = {name: x for name, x in tensors.items() if name in OF_MEMORY}
-    queries = {name: x for name, x in tensors.items() if name not in OF_MEMORY}
-    for part in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        state = absorb(MECHANISM, cut(memory, part, OF_MEMORY), pattern=pattern, state=state)
-    for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
-        some = cut(queries, part, OF_TOKENS) | {"slots": tensors["slots"][:, part]}
-        result = run(some, pattern=pattern, state=state, scale=0.5)
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 2), definition(tensors, False))
 
 
 def test_weights_are_those_of_the_output():

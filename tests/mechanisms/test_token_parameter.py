@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from support import close, load, refused
+from support import check_recorded, close, load, refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,10 +60,7 @@ def test_equals_the_official_code(theta, name):
     module.load_state_dict({"key_tokens": data["weight_key"], "value_tokens": data["weight_value"]})
     x = data["x"].requires_grad_()
     output = module(x, token_mask=data.get("token_mask"), rows=data.get("router_index"))
-    close(output, data["out"])
-    output.backward(data["grad_out"])
-    for leaf, expected in ((x, "x"), (module.key_tokens, "weight_key"), (module.value_tokens, "weight_value")):
-        close(leaf.grad, data[f"grad_{expected}"])
+    check_recorded(data, output, {"x": x, "weight_key": module.key_tokens, "weight_value": module.value_tokens})
 
 
 def test_l2_norm_gelu_ignores_the_size_of_tokens_and_keys():

@@ -10,9 +10,9 @@ import torch
 from support import calls, close, cut, load, refused
 from torch import Tensor
 
-from regard.contract import Context, Mask, Pattern, Shape
+from regard.contract import Context, Pattern
 from regard.create import create_layer
-from regard.mechanisms.transformer_xl import MECHANISM, Config, cost, share_biases
+from regard.mechanisms.transformer_xl import MECHANISM, share_biases
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.subjects import Subject
 
@@ -74,21 +74,6 @@ def test_equals_its_definition(options, pattern, names):
         for form in ("reference", None):
             close(run(tensors, options, pattern=pattern, form=form).output, expected @ tensors["v"], 1e-11)
         close(run(tensors, options, pattern=pattern, want={"weights"}).extras["weights"], expected, 1e-11)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rows_at_different_places_of_their_segments_go_on_alike(options):
-    tensors, lengths = inputs(20, batch=3), torch.tensor([7, 4, 0])
-    whole = run(tensors, options).output
-    state = run(cut(tensors, slice(0, 7)), options, mask=Mask(lengths=lengths), return_state=True).state
-    kept = sum(x[0].numel() for name, x in state.tensors().items() if name != "length")
-    assert kept == cost(Shape(1, 2, 1, 1000, 8, 6), Config(**options)).state
-    for more in (1, 3, 13):
-        rest = dict(tensors)
-        for name in "qkv":
-            rest[name] = torch.stack([tensors[name][r, :, c : c + more] for r, c in enumerate(lengths)])
-        found = run(rest, options, state=state).output
-        close(found, torch.stack([whole[r, :, c : c + more] for r, c in enumerate(lengths)]), 1e-11)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
