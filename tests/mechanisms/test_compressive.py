@@ -122,19 +122,6 @@ def test_a_layer_decodes_however_a_sequence_is_cut(options, sizes):
     assert kept == cost(Shape(1, 2, 1, 1000, 4, 4), Config(**options)).state
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_rows_at_different_places_of_their_segments_go_on_alike(options):
-    module, x = layer(options).eval(), sequence(40, batch=4)
-    lengths = torch.tensor([19, 12, 0, 5])
-    state = module(x[:, :19], context=Context(mask=Mask(lengths=lengths), want=STATE.want)).state
-    whole = module(x).output
-    for more in (1, 3, 20):
-        rest = torch.stack([x[row, count : count + more] for row, count in enumerate(lengths.tolist())])
-        found = module(rest, state=state).output
-        for row, count in enumerate(lengths.tolist()):
-            close(found[row], whole[row, count : count + more])
-
-
 def test_scores_without_distances_go_on_from_anywhere_in_a_segment():
     tensors = {name: x for name, x in inputs(23).items() if name not in ("relative", "w")}
     state = run(cut(tensors, slice(9), TOKENS), OPTIONS[0], return_state=True).state

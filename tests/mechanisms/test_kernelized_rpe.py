@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, check_recorded, cut, load, qkv, refused
+from support import calls, check_recorded, close_gradients, cut, load, qkv, refused
 from support import close as close_within
 from torch import Tensor
 
@@ -207,25 +207,15 @@ def test_the_scale_and_the_temperature_multiply_the_score():
     close(run(tensors | {"log_temperature": temperature}).output, expected)
 
 
-def gradients(tensors: dict[str, Tensor], **call: Any) -> tuple[Tensor, ...]:
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    return torch.autograd.grad(run(leaves, **call).output.square().sum(), list(leaves.values()))
-
-
 @in_self_patterns
-@pytest.mark.parametrize("given", ["fft", "blocks", "grid", "grid and class tokens"])
-def test_gradients_are_those_of_the_definition(given, pattern):
-    tensors, call = (on_grid if "grid" in given else inputs)(13), {"pattern": pattern}
-    if "grid" in given:
-        call["grid"] = (3, 5)
-    else:
-        call["options"] = {"method": given}
-        tensors["log_temperature"] = torch.randn(2, dtype=torch.float64)
-    if "class tokens" in given:
+@pytest.mark.parametrize("classes", [None, ([0], [5])])
+def test_gradients_on_a_grid_with_class_tokens_are_those_of_the_definition(classes, pattern):
+    tensors, call = on_grid(13), {"pattern": pattern, "grid": (3, 5)}
+    if classes is not None:
         tensors["class_bias"] = torch.randn(2, dtype=torch.float64)
-        call["roles"] = class_tokens(13, [0], [5])
-    for a, b in zip(gradients(tensors, **call), gradients(tensors, form="reference", **call), strict=True):
-        close(a, b, tolerance=1e-10)
+        call["roles"] = class_tokens(13, *classes)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    close_gradients(run(leaves, **call).output, run(leaves, form="reference", **call).output, leaves, 1e-10)
 
 
 @pytest.mark.parametrize("n", [1, 50])

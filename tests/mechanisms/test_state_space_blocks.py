@@ -76,28 +76,6 @@ def test_parity_of_decoding_after_a_prefix(name, tolerance):
         close(output, f["step_out"][:, t], tolerance)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        *((name, {"conv_width": width}) for name in ("mamba", "mamba2") for width in (0, 1, 4)),
-        ("mamba2", {"initial_states": True}),
-    ],
-)
-def test_decoding_goes_on_after_padded_prompts_shorter_than_the_convolution(name, options):
-    """No step is taken in the padding: neither softplus(dt_bias) nor the convolution's bias gets into the state."""
-    layer, x = make_layer(name, **options), torch.randn(2, 8, 16, dtype=torch.float64)
-    valid = torch.tensor([[1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
-    prompt, counts = torch.full((2, 7, 16), float("nan"), dtype=torch.float64), [4, 2]
-    for row, count in enumerate(counts):
-        prompt[row, valid[row]] = x[row, :count]
-    state = layer(prompt, context=Context(mask=Mask(valid=valid), want=WANT_STATE)).state
-    assert state.length.tolist() == counts
-    for t in range(4):
-        output, state = layer.step(torch.stack([x[row, count + t] for row, count in enumerate(counts)]), state)
-        for row, count in enumerate(counts):
-            close(output[row], layer(x[row : row + 1, : count + t + 1]).output[0, -1])
-
-
 @both
 @pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
 def test_padded_rows_and_padded_memory_equal_rows_alone(name, pattern):

@@ -134,16 +134,13 @@ def test_a_query_hidden_from_every_key_gives_zero_with_finite_gradients():
             assert gradient.isfinite().all()
 
 
-def test_dropout_comes_after_the_factors_and_draws_from_the_generator():
+def test_dropout_comes_after_the_factors():
     tensors = inputs(40) | {"v": torch.eye(40, dtype=torch.float64).expand(2, 2, -1, -1)}  # outputs are weights
     whole = run(tensors).output
-    found, again, other = (
-        run(tensors, dropout=0.25, generator=torch.Generator().manual_seed(seed)).output for seed in (0, 0, 1)
-    )
+    found = run(tensors, dropout=0.25).output
     kept = found != 0
     close(found[kept], whole[kept] / 0.75)
     assert abs(kept.double().mean().item() - 0.75) < 0.03
-    assert torch.equal(again, found) and not torch.equal(other, found)
 
 
 @pytest.mark.parametrize("seeded", [True, False])
