@@ -110,14 +110,16 @@ def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
     roles = layer.roles(9)
     errors = []
     for valid in padded_layouts(torch.tensor(counts), total).values():
-        given = roles if roles is None or layer.cross else _spread(roles, valid, 0)
-        found = layer(_spread(x, valid), memory, mask=Mask(valid=valid), roles=given).output
+        mask = Mask(valid=valid)
+        given = None if roles is None else _spread(roles, valid, 0)
+        masks: dict[str, Any] = {"mask": mask} | ({"memory_mask": mask} if memory is not None else {})
+        keys = None if memory is None else _spread(memory, valid)
+        found = layer(_spread(x, valid), keys, roles=given, **masks).output
         for row, count in enumerate(counts):
-            own = None if roles is None else roles[row : row + 1, : 9 if layer.cross else count]
-            keys = None if memory is None else memory[row : row + 1]
-            expected = layer(x[row : row + 1, :count], keys, roles=own).output
-            rows = found[row : row + 1]
-            errors.append(relative_error(rows if _pooled(subject) else rows[:, valid[row]], expected))
+            one = slice(row, row + 1)
+            alone = None if memory is None else memory[one, :count]
+            expected = layer(x[one, :count], alone, roles=None if roles is None else roles[one, :count]).output
+            errors.append(relative_error(found[one] if _pooled(subject) else found[one, valid[row]], expected))
     return worst(errors)
 
 

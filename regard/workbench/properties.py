@@ -200,6 +200,8 @@ def _ragged_resume(subject: Subject, inputs: Tensors, expected: Tensor) -> float
             if wanted.numel():
                 errors.append(relative_error(found, wanted) * float(wanted.abs().max() / expected.abs().max()))
         state, done = result.state, done + counts
+    assert state is not None
+    exactly(torch.equal(state.length, done), f"a state of {done.tolist()} tokens counts {state.length.tolist()}")
     return worst(errors)
 
 

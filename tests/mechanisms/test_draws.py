@@ -6,8 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support import close
 
 from regard import Context, create_layer, get_mechanism
+from regard.layers.attention_map import orthogonal_features
+from regard.mechanisms import kernelized_rpe, performer
 
 DRAWING = [
     *(("agent", {"agent_source": source, "dropout": 0.5, "dwc": "none"}) for source in ("pool_q", "conv", "learned")),
@@ -64,3 +67,25 @@ def test_random_features_are_drawn_anew_after_some_calls_in_training_only_and_sa
     again.load_state_dict(layer.state_dict())
     assert torch.equal(getattr(again.projection, features), drawn[-1])
     assert torch.equal(again(x).output, layer(x).output)
+
+
+ORTHOGONAL = [
+    orthogonal_features,
+    performer.draw_features,
+    lambda count, width, generator: kernelized_rpe.draw_features(
+        count, width, heads=1, orthogonal=True, generator=generator
+    )[0],
+]
+
+
+@pytest.mark.parametrize("draw", ORTHOGONAL, ids=["sea", "performer", "kernelized_rpe"])
+def test_blocks_of_features_are_orthogonal_with_the_norms_of_gaussian_vectors(draw):
+    rows, again = (draw(19, 8, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(rows, again)
+    for block in rows.split(8):
+        directions = torch.nn.functional.normalize(block, dim=1)
+        close(directions @ directions.mT, torch.eye(len(block)), 1e-5)
+    many = draw(40_000, 4, generator=torch.Generator().manual_seed(2))
+    square = many.square().sum(-1)
+    assert abs(float(square.mean()) - 4) < 0.1 and abs(float(square.var()) - 8) < 0.6
+    assert (many.mean(0).abs() < 0.05).all()

@@ -186,18 +186,6 @@ def test_random_features_converge_to_softmax_with_the_bias_but_not_for_long_vect
     assert error(4096, 4.0, False) > 10 * many
 
 
-def test_orthogonal_features_are_orthogonal_with_the_norms_of_independent_ones():
-    w = draw_features(12, 8, heads=3, orthogonal=True)
-    assert w.shape == (3, 12, 8)
-    product = w @ w.mT
-    inside = torch.block_diag(torch.ones(8, 8), torch.ones(4, 4)).bool() & ~torch.eye(12, dtype=torch.bool)
-    assert product[:, inside].abs().max() < 1e-4
-    square = draw_features(4000, 8, orthogonal=True).square().sum(-1)
-    assert square.mean().item() == pytest.approx(8, rel=0.05) and square.std().item() == pytest.approx(4, rel=0.15)
-    rng = [torch.Generator().manual_seed(1) for _ in range(2)]
-    assert torch.equal(*(draw_features(5, 8, generator=g) for g in rng))
-
-
 def test_the_scale_and_the_temperature_multiply_the_score():
     tensors = inputs(9)
     q, k = (math.sqrt(2.5) * F.normalize(tensors[name], dim=-1) for name in "qk")

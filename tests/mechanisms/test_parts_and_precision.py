@@ -69,3 +69,16 @@ def test_the_native_kernel_runs_the_blocks(name, options, pattern):
     with only("native"):
         found = subject.run(inputs).output
     close(found.double(), subject.reference(inputs), 5e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("name", "options"), [("delta_rule", {"gated": True}), ("gated_linear", {})])
+def test_four_thousand_gated_steps_are_finite_and_equal_the_recurrence(name, options, dtype, tolerance):
+    """Where the exponential of the sum of all gates would not be; all but the last 64 tokens have faded below 1e-27."""
+    subject = Subject(get_mechanism(name), Pattern.CAUSAL_SELF, options)
+    inputs = subject.inputs(4096, dtype=dtype, k=4, v=3)
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -1.0)
+    result = subject.run(inputs, return_state=True)
+    assert result.output.isfinite().all() and result.state.memory.isfinite().all()
+    last = subject.run(subject.cut(inputs, slice(-64, None)), form="reference").output
+    close(result.output[:, :, -1], last[:, :, -1], tolerance)

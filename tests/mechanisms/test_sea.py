@@ -13,7 +13,7 @@ import regard.mechanisms.sea as sea
 from regard.contract import ALL_PATTERNS, Context, Mask, Pattern
 from regard.create import create_layer
 from regard.functional import sea_attention, softmax_attention
-from regard.layers.attention_map import CausalMap, NoncausalMap, orthogonal_features, softmax_features
+from regard.layers.attention_map import CausalMap, NoncausalMap, softmax_features
 from regard.layers.parts import LayerCall
 from regard.mechanisms.sea import MECHANISM, Config
 from regard.training import peak_memory
@@ -311,14 +311,6 @@ def test_the_noncausal_map_equals_the_layers_that_it_is_made_of(n):
     close(module(z, None, ())[0], expected, 1e-13)
     padded = F.pad(z, (0, 0, 0, 5), value=9.0)
     close(module(padded, torch.tensor([n]), ())[0][:, :, :n], expected, 1e-13)
-
-
-def test_random_features_are_orthogonal_in_blocks():
-    rows = orthogonal_features(19, 8, torch.Generator().manual_seed(1))
-    assert rows.shape == (19, 8)
-    for block in rows.split(8):
-        directions = block / block.norm(dim=1, keepdim=True)
-        close(directions @ directions.mT, torch.eye(len(block)), 1e-5)
 
 
 def test_sequences_beyond_the_table_of_positions_are_refused():

@@ -76,21 +76,6 @@ def test_parity_of_decoding_after_a_prefix(name, tolerance):
         close(output, f["step_out"][:, t], tolerance)
 
 
-@both
-@pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
-def test_padded_rows_and_padded_memory_equal_rows_alone(name, pattern):
-    layer = make_layer(name, pattern)
-    x, memory = torch.randn(3, 7, 16, dtype=torch.float64), torch.randn(3, 5, 16, dtype=torch.float64)
-    valid = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [1, 0, 0, 1, 0, 0, 0], [1] * 7], dtype=torch.bool)
-    seen = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1], [0] * 5], dtype=torch.bool)
-    poisoned = (t.masked_fill(~mask[..., None], torch.nan) for t, mask in ((x, valid), (memory, seen)))
-    output = layer(*poisoned, context=Context(mask=Mask(valid=valid), memory_mask=Mask(valid=seen))).output
-    for row in range(3):
-        alone = layer(x[row : row + 1, valid[row]], memory[row : row + 1, seen[row]]).output
-        close(output[row : row + 1, valid[row]], alone)
-    assert (output[~valid] == 0).all() and (output[2] == 0).all()  # nothing to read
-
-
 @pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -125,13 +110,6 @@ def test_a_noncausal_convolution_is_centred(name):
     changed[:, 4] += 1
     moved = (layer(changed).output - layer(x).output).abs().amax((0, 2)) > 1e-9
     assert moved.nonzero().flatten().tolist() == [3, 4, 5]
-
-
-@both
-def test_the_state_is_constant_in_the_length(name):
-    layer = make_layer(name)
-    context = Context(want=WANT_STATE)
-    assert len({layer(torch.randn(1, n, 16).double(), context=context).state.nbytes for n in (1, 3, 50)}) == 1
 
 
 @both
