@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from regard.apply import apply
-from regard.contract import Mechanism, Result
+from regard.contract import Mechanism, Result, Unsupported
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 
@@ -28,6 +29,43 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     size = float(expected.detach().abs().max()) if expected.numel() else 0.0
     assert math.isfinite(size), "infinite or NaN where a number is expected"
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * (size or 1.0))
+
+
+def refused(words: str, call: Callable[..., Any], /, *given: Any, **options: Any) -> None:
+    """The call raises the one exception for what is not supported, and says these words (a regular expression)."""
+    with pytest.raises(Unsupported, match=words):
+        call(*given, **options)
+
+
+def close_gradients(
+    found: Tensor, expected: Tensor, leaves: Sequence[Tensor] | dict[str, Tensor], tolerance: float = 1e-12
+) -> None:
+    """Outputs are close, and so is a random vector's product with their derivatives by each of the leaves."""
+    close(found, expected, tolerance)
+    leaves = list(leaves.values()) if isinstance(leaves, dict) else list(leaves)
+    cotangent = torch.randn_like(expected)
+    gradients = (
+        torch.autograd.grad(x, leaves, cotangent, retain_graph=True, materialize_grads=True) for x in (found, expected)
+    )
+    for one, other in zip(*gradients, strict=True):
+        close(one, other, tolerance)
+
+
+def check_gradients(
+    recording: dict[str, Tensor], output: Tensor, leaves: dict[str, Tensor], tolerance: float = 1e-12
+) -> None:
+    """The gradients of the output by the leaves, which have the recording's names, are those that were recorded."""
+    gradients = torch.autograd.grad(output, list(leaves.values()), recording["grad_out"], retain_graph=True)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        close(gradient, recording[f"grad_{name}"], tolerance)
+
+
+def check_recorded(
+    recording: dict[str, Tensor], output: Tensor, leaves: dict[str, Tensor], tolerance: float = 1e-12
+) -> None:
+    """The output too is the one that was recorded."""
+    close(output, recording["out"], tolerance)
+    check_gradients(recording, output, leaves, tolerance)
 
 
 def qkv(

@@ -158,7 +158,11 @@ def orthogonal_features(
         device = None if generator is None else generator.device
         return torch.randn(rows, width, generator=generator, device=device, dtype=dtype)
 
-    blocks = [torch.linalg.qr(normal(width))[0].mT for _ in range(-(-number // width))]
+    def directions() -> Tensor:
+        q, r = torch.linalg.qr(normal(width))
+        return (q * r.diagonal().sign()).mT  # uniform, whatever QR's signs
+
+    blocks = [directions() for _ in range(-(-number // width))]
     rows = normal(number).norm(dim=1, keepdim=True) * torch.cat(blocks)[:number]
     return rows.to(torch.get_default_dtype())
 

@@ -328,10 +328,11 @@ def sample_inputs(
     n: int,
     m: int,
     dtype: torch.dtype,
+    config: Config,
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests, with gates from nearly 1 to nearly 0."""
+    """Inputs for tests, with the gates that the options say, from nearly 1 to nearly 0."""
     size = {"h": 2, "k": 8, "v": 6} | (sizes or {})
     heads, width = size["h"], size["k"]
 
@@ -339,7 +340,10 @@ def sample_inputs(
         return torch.randn(batch, heads, tokens, features, generator=generator, dtype=torch.float64)
 
     tensors = {"q": normal(n, width), "k": normal(m, width), "v": normal(m, size["v"])}
-    tensors["log_decay"] = -F.softplus(2 * normal(m, size.get("l", width)))
+    if config.gate != "none":
+        tensors["log_decay"] = -F.softplus(2 * normal(m, size.get("l", width if config.gate == "diagonal" else 1)))
+    if config.value_gate:
+        tensors["value_log_decay"] = -F.softplus(2 * normal(m, size["v"]))
     return {name: x.to(dtype) for name, x in tensors.items()}
 
 
@@ -366,6 +370,7 @@ MECHANISM = Mechanism(
         "fixed gates": {"gate": "fixed", "feature_map": "relu"},
         "no gates": {"gate": "none", "feature_map": "silu"},
         "gates of values": {"value_gate": True, "gate_rank": 3, "clamp_min": -0.5, "feature_map": "relu_squared"},
+        "gates of values alone": {"gate": "none", "value_gate": True},
         "sigmoid": {"feature_map": "sigmoid"},
         "exp": {"feature_map": "exp"},
     },

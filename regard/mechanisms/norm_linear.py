@@ -249,7 +249,7 @@ MECHANISM = Mechanism(
     variants={
         "relu": {"feature_map": "relu", "denominator": True, "output_norm": "rms"},
         "squared relu": {"feature_map": "relu_squared", "output_norm": "layer"},
-        "sigmoid": {"feature_map": "sigmoid", "output_norm": "none"},
+        "sigmoid": {"feature_map": "sigmoid", "denominator": True, "output_norm": "none"},
         "exp": {"feature_map": "exp"},
         "silu": {"feature_map": "silu"},
         "identity": {"feature_map": "identity"},

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from regard.contract import Context, Kind, Mask, Pattern
 from regard.create import build_layer
 from regard.integrations.export import export, export_onnx
-from regard.workbench.properties import Broken, NotApplicable, Property, exactly, relative_error, worst
+from regard.workbench.properties import (
+    Broken,
+    NotApplicable,
+    Property,
+    exactly,
+    padded_layouts,
+    relative_error,
+    worst,
+)
 from regard.workbench.subjects import Subject
 
 DIM, HEADS, MEMORY_DIM = 16, 2, 12
@@ -83,6 +91,14 @@ def _pooled(subject: Subject) -> bool:
     return subject.output_axis() is None
 
 
+def _spread(x: Tensor, valid: Tensor, fill: float = float("nan")) -> Tensor:
+    """The first tokens of each row at its valid places, and the filling elsewhere."""
+    spread = x.new_full((*valid.shape, *x.shape[2:]), fill)
+    for row, places in enumerate(valid):
+        spread[row, places] = x[row, : int(places.sum())]
+    return spread
+
+
 def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
     """Padded left, right and inside, NaN in the padding, equals each row alone."""
     if subject.on_grid:
@@ -93,26 +109,17 @@ def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
     memory = layer.memory() if layer.cross else None
     roles = layer.roles(9)
     errors = []
-    generator = torch.Generator().manual_seed(7)
-    layouts = [
-        torch.stack([torch.arange(total) < c for c in counts]),
-        torch.stack([torch.arange(total) >= total - c for c in counts]),
-        torch.stack([torch.rand(total, generator=generator).argsort().argsort() < c for c in counts]),
-    ]
-    for valid in layouts:
-        padded = torch.full((2, total, DIM), float("nan"), dtype=dtype)
-        padded_roles = None if roles is None or layer.cross else torch.zeros(2, total, dtype=roles.dtype)
+    for valid in padded_layouts(torch.tensor(counts), total).values():
+        mask = Mask(valid=valid)
+        given = None if roles is None else _spread(roles, valid, 0)
+        masks: dict[str, Any] = {"mask": mask} | ({"memory_mask": mask} if memory is not None else {})
+        keys = None if memory is None else _spread(memory, valid)
+        found = layer(_spread(x, valid), keys, roles=given, **masks).output
         for row, count in enumerate(counts):
-            padded[row, valid[row]] = x[row, :count]
-            if padded_roles is not None and roles is not None:
-                padded_roles[row, valid[row]] = roles[row, :count]
-        found = layer(padded, memory, mask=Mask(valid=valid), roles=roles if layer.cross else padded_roles).output
-        for row, count in enumerate(counts):
-            own = None if roles is None else roles[row : row + 1, : 9 if layer.cross else count]
-            keys = None if memory is None else memory[row : row + 1]
-            expected = layer(x[row : row + 1, :count], keys, roles=own).output
-            rows = found[row : row + 1]
-            errors.append(relative_error(rows if _pooled(subject) else rows[:, valid[row]], expected))
+            one = slice(row, row + 1)
+            alone = None if memory is None else memory[one, :count]
+            expected = layer(x[one, :count], alone, roles=None if roles is None else roles[one, :count]).output
+            errors.append(relative_error(found[one] if _pooled(subject) else found[one, valid[row]], expected))
     return worst(errors)
 
 
@@ -151,19 +158,18 @@ def layer_ragged(subject: Subject, dtype: torch.dtype) -> float:
     layer = LayerSubject(subject, dtype)
     if not subject.layer_decodes or (layer.cross and not hasattr(layer.layer, "encode_memory")):
         raise NotApplicable
-    counts, most, more = (5, 2), 5, 4
+    counts, most, more = (11, 2), 11, 4
     lengths, want = torch.tensor(counts), frozenset({"state"})
-    after = layer.x(more, seed=1)
+    layouts = padded_layouts(lengths, most + 2)
+    valid = layouts["inside"] if dtype is torch.float64 else layouts["right"]
+    mask = Mask(valid=valid) if dtype is torch.float64 else Mask(lengths=lengths)
+    read = layer.memory(most) if layer.cross else layer.x(most)
+    after, roles = layer.x(more, seed=1), layer.roles(most if layer.cross else most + more)
+    begun = None if roles is None else _spread(roles[:, :most], valid, 0)
     if layer.cross:
-        read = layer.memory(most)
-        roles = layer.roles(most)
-        context = Context(roles=roles, memory_mask=Mask(lengths=lengths))
-        state = layer.layer.encode_memory(read, context=context)
+        state = layer.layer.encode_memory(_spread(read, valid), context=Context(roles=begun, memory_mask=mask))
     else:
-        read = layer.x(most)
-        roles = layer.roles(most + more)
-        begun = None if roles is None else roles[:, :most]
-        state = layer(read, roles=begun, mask=Mask(lengths=lengths), want=want).state
+        state = layer(_spread(read, valid), roles=begun, mask=mask, want=want).state
     outputs = []
     for t in range(more):
         now = None if roles is None or layer.cross else roles[:, most + t : most + t + 1]

@@ -191,18 +191,8 @@ def _ragged_resume(subject: Subject, inputs: Tensors, expected: Tensor) -> float
     state, errors = None, []
     for advance in ((4, 9), (0, 3), (6, 0), (0, 1), (n, n)):
         counts = torch.minimum(torch.tensor(advance), n - done)
-        width = int(counts.max())
-        parts = []
-        for row in range(batch):
-            piece = subject.rows(
-                subject.cut(inputs, slice(int(done[row]), int(done[row] + counts[row]))), slice(row, row + 1)
-            )
-            parts.append(subject.place(piece, valid_from_lengths(counts[row : row + 1], width), width))
-        joined = {
-            name: torch.cat([p[name] for p in parts]) if _batched(subject, name) else parts[0][name]
-            for name in parts[0]
-        }
-        result = subject.run(joined, mask=Mask(lengths=counts), state=state, return_state=True)
+        piece = _next_tokens(subject, inputs, done, counts)
+        result = subject.run(piece, mask=Mask(lengths=counts), state=state, return_state=True)
         for row in range(batch):
             rows = result.output[row : row + 1]
             found = subject.take_output(rows, slice(0, int(counts[row])))
@@ -210,7 +200,21 @@ def _ragged_resume(subject: Subject, inputs: Tensors, expected: Tensor) -> float
             if wanted.numel():
                 errors.append(relative_error(found, wanted) * float(wanted.abs().max() / expected.abs().max()))
         state, done = result.state, done + counts
+    assert state is not None
+    exactly(torch.equal(state.length, done), f"a state of {done.tolist()} tokens counts {state.length.tolist()}")
     return worst(errors)
+
+
+def _next_tokens(subject: Subject, inputs: Tensors, done: Tensor, counts: Tensor, of_memory: bool = False) -> Tensors:
+    """As many tokens as `counts` says after the first `done` ones of each row, padded with NaN to the longest."""
+    width, parts = int(counts.max()), []
+    for row in range(len(counts)):
+        part = slice(int(done[row]), int(done[row] + counts[row]))
+        cut = (slice(None), part) if of_memory else (part, slice(None) if subject.pattern.cross else None)
+        piece = subject.rows(subject.cut(inputs, *cut), slice(row, row + 1))
+        valid = valid_from_lengths(counts[row : row + 1], width)
+        parts.append(subject.place(piece, valid, width, "m" if of_memory else "n" if subject.pattern.cross else "nm"))
+    return {n: torch.cat([p[n] for p in parts]) if _batched(subject, n) else parts[0][n] for n in parts[0]}
 
 
 def _batched(subject: Subject, name: str) -> bool:
@@ -502,7 +506,7 @@ def state_keeps_precision(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
-    """Absorbing memory in pieces, then reading queries a few at a time, equals the whole call."""
+    """Absorbing memory in pieces, then reading queries a few at a time, equals the whole call; also in unequal rows."""
     if not subject.absorbs:
         raise NotApplicable
     n, m = 7, 16
@@ -520,7 +524,33 @@ def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
         result = subject.run(subject.cut(queries, part, slice(None)), state=state)
         outputs.append(result.output)
         state = result.state
-    return relative_error(torch.cat(outputs, subject.output_axis() or 0), expected)
+    error = relative_error(torch.cat(outputs, subject.output_axis() or 0), expected)
+    return worst([error, *_ragged_memory(subject, inputs, memory, queries)])
+
+
+def _ragged_memory(subject: Subject, inputs: Tensors, memory: Tensors, queries: Tensors) -> list[float]:
+    """Rows whose memory, and then whose queries, advance by different numbers of tokens in each call, some by none."""
+    state, errors = None, []
+    done, read = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    for advance in ((2, 5), (9, 0), (0, 3), (5, 1)):
+        counts = torch.tensor(advance)
+        piece = _next_tokens(subject, memory, done, counts, of_memory=True)
+        state = subject.absorb(piece, memory_mask=Mask(lengths=counts), state=state)
+        done = done + counts
+    own = [subject.rows(inputs, slice(row, row + 1)) for row in range(2)]
+    expected = [
+        subject.reference(subject.cut(x, slice(None), slice(0, int(m)))) for x, m in zip(own, done, strict=True)
+    ]
+    for advance in ((4, 1), (0, 1), (1, 1), (2, 4)):
+        counts = torch.tensor(advance)
+        result = subject.run(_next_tokens(subject, queries, read, counts), mask=Mask(lengths=counts), state=state)
+        for row, count in enumerate(advance):
+            found = subject.take_output(result.output[row : row + 1], slice(0, count))
+            wanted = subject.take_output(expected[row], slice(int(read[row]), int(read[row]) + count))
+            if wanted.numel():
+                errors.append(float((found.double() - wanted).abs().max() / expected[row].abs().max()))
+        state, read = result.state, read + counts
+    return errors
 
 
 def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:

@@ -1,4 +1,7 @@
-"""Under autocast outputs and states keep the dtypes of their tensors: a state is continued without it, and the other way round."""
+"""Under autocast outputs and states keep the dtypes of their tensors: a state is continued without it, and the other way round.
+
+Sums over the sequence do not lose digits to it.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,36 @@ from regard.apply import memory_inputs, shared_inputs
 from regard.workbench.subjects import Subject
 
 CELLS = [(name, pattern) for name in list_mechanisms() for pattern in get_mechanism(name).patterns]
+SUMS = (
+    "cosformer",
+    "delta_rule",
+    "gated_linear",
+    "kernelized_rpe",
+    "linear",
+    "mamba",
+    "mamba2",
+    "mlstm",
+    "norm_linear",
+)
+SUMS += ("performer", "rwkv7")
 
 
 @pytest.mark.parametrize(("name", "pattern"), CELLS, ids=[f"{n}-{p.value}" for n, p in CELLS])
-def test_outputs_and_states_keep_their_dtypes_under_autocast(name, pattern):
+def test_outputs_and_states_keep_their_dtypes_and_sums_their_digits_under_autocast(name, pattern):
     card = get_mechanism(name)
     subject = Subject(card, pattern)
     inputs = subject.inputs(30, dtype=torch.float32)
     memory = {key: x for key, x in inputs.items() if key in (*memory_inputs(card), *shared_inputs(card), "roles")}
 
-    def dtypes() -> list[torch.dtype]:
+    def results() -> list[torch.Tensor]:
         result = subject.run(inputs, return_state=subject.stateful)
         states = [result.state] if subject.stateful else []
         states += [subject.absorb(memory)] if subject.absorbs else []
-        return [result.output.dtype, *(x.dtype for state in states for x in state.tensors().values())]
+        return [result.output, *(x for state in states for x in state.tensors().values())]
 
-    expected = dtypes()
+    expected = results()
     with torch.autocast("cpu", torch.bfloat16):
-        assert dtypes() == expected
+        found = results()
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert name not in SUMS or torch.equal(x, y)

@@ -1,10 +1,14 @@
-"""The variants of a card reach every option: what no variant changes would be outside the matrix."""
+"""The variants of a card reach every option: what no variant changes would be outside the matrix. What it lacks is refused."""
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from regard import get_mechanism, list_mechanisms
+import pytest
+import torch
+from support import refused
+
+from regard import Pattern, create_layer, get_mechanism, list_mechanisms
 from regard.create import build_layer
 from regard.workbench.layer_properties import DIM, HEADS
 from regard.workbench.random_cases import unreached_options
@@ -26,3 +30,30 @@ def test_variants_are_accepted_in_their_patterns(name):
             if variant not in card.layer_variants:
                 subject = Subject.of(card, pattern, variant)
                 subject.run(subject.inputs(12))
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_layers_of_patterns_that_it_lacks_are_refused_with_the_reason(name):
+    card = get_mechanism(name)
+    for pattern in set(Pattern) - set(card.patterns):
+        refused(re.escape(card.refused[pattern]), create_layer, name, DIM, HEADS, pattern=pattern)
+
+
+ASKED = {
+    "dropout": {"dropout": 0.1},
+    "weights": {"want": {"weights"}},
+    "lse": {"want": {"lse"}},
+    "rotate": {"rotate": lambda x, ranks: x},
+    "roles": {"roles": torch.zeros(2, 6, dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_what_a_card_does_not_honour_is_refused(name):
+    """Biases and blocks too: the matrix has them."""
+    card = get_mechanism(name)
+    for pattern in card.patterns:
+        subject = Subject(card, pattern)
+        inputs = subject.inputs(6)
+        for what in ASKED.keys() - card.honours:
+            refused(name, subject.run, inputs, **ASKED[what])

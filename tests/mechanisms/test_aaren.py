@@ -7,14 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import close, load
+from support import check_recorded, close, load, refused
 
-from regard.contract import ALL_PATTERNS, Mask, Pattern, Unsupported
+from regard.contract import ALL_PATTERNS, Mask, Pattern
 from regard.create import create_layer
 from regard.functional import aaren_attention
-from regard.mechanisms.aaren import MECHANISM, Config
-from regard.workbench.properties import packed_equals_separate, padded_equals_unpadded, split_and_resume
-from regard.workbench.subjects import Subject
 
 
 def sample(dtype=torch.float64):
@@ -33,11 +30,6 @@ def test_equals_causal_softmax_attention_with_the_same_query_everywhere(size, dt
     """A zero query gives the running mean, and very large scores are the output from then on."""
     q, k, v = sample(dtype)
     close(aaren_attention(size * q, k, v), softmax_attention(size * q, k, v, is_causal=True), tolerance)
-
-
-def test_the_state_is_two_numbers_and_a_vector_a_head():
-    state = aaren_attention(*sample(), return_state=True).state
-    assert sum(x[0].numel() for x in (state.m, state.u, state.w)) == 2 * (2 + 3)
 
 
 @pytest.mark.parametrize(
@@ -67,25 +59,11 @@ def test_forgetting_multiplies_earlier_weights_at_each_token(pattern):
     close(aaren_attention(q, k, v, pattern=pattern, forget=0.8), expected, 1e-13)
 
 
-@pytest.mark.parametrize("variant", ["forgetting", "global shift"])
-def test_a_state_goes_on_and_padding_does_not_forget(variant):
-    subject = Subject.of(MECHANISM, Pattern.CAUSAL_SELF, variant)
-    for error in (split_and_resume, padded_equals_unpadded, packed_equals_separate):
-        assert error(subject, torch.float64) < 1e-12
-
-
 def test_bidirectional_is_the_prefix_beside_the_suffix():
     q, k, v = sample()
     found = aaren_attention(q, k, v, pattern="noncausal-self", noncausal="bidirectional")
     suffix = aaren_attention(q, k.flip(2), v.flip(2)).flip(2)
     close(found, torch.cat([aaren_attention(q, k, v), suffix], -1), 1e-13)
-
-
-def test_the_layer_has_one_query_token_more_than_a_transformer_layer():
-    layer, softmax = (create_layer(name, 64, 4, bias=True) for name in ("aaren", "softmax"))
-    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in softmax.parameters()) + 64
-    assert layer.projection.query_token.shape == (1, 64)
-    assert layer.projection.query.weight.shape == (64, 64)
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -111,8 +89,7 @@ def test_equals_recorded_torch_attention(name):
     close(torch.where(valid, found, 0), torch.where(valid, a["out"], 0), 1e-10)  # observed 1.5e-14
     if padded:  # the recording also reads outputs at padding, whose gradients this library does not have
         return
-    for gradient, n in zip(torch.autograd.grad(found, inputs, a["grad_out"]), ("query", "k", "v"), strict=True):
-        close(gradient, a[f"grad_{n}"], 1e-10)  # observed 1.1e-14
+    check_recorded(a, found, dict(zip(("query", "k", "v"), inputs, strict=True)), 1e-10)  # observed 1.1e-14
 
 
 def test_equals_the_recorded_scan_of_a_third_party():
@@ -125,10 +102,5 @@ def test_equals_the_recorded_scan_of_a_third_party():
     close(state.w[:, :, 0], a["numerator"][:, :, -1], 1e-10)
 
 
-def test_bad_options_are_refused():
-    alone = [("forget", 0.0), ("forget", 1.5), ("query_tokens", 0), ("noncausal", "first"), ("scan", "fast")]
-    for options in (*({name: value} for name, value in alone), {"forget": 0.9, "scan": "global_shift"}):
-        with pytest.raises(Unsupported):
-            Config(**options)
-    with pytest.raises(Unsupported, match="num_kv_heads=2"):
-        create_layer("aaren", 8, 4, query_tokens=2)
+def test_query_tokens_need_key_value_heads_that_they_share():
+    refused("num_kv_heads=2", create_layer, "aaren", 8, 4, query_tokens=2)

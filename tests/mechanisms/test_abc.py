@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import calls, close, cut, load, qkv
+from support import calls, check_recorded, close, cut, load, qkv, refused
 from torch import Tensor
 
-from regard.contract import Shape, Unsupported
 from regard.create import create_layer
 from regard.functional import softmax_attention
 from regard.mechanisms import abc
-from regard.mechanisms.abc import MECHANISM, Config, cost
+from regard.mechanisms.abc import MECHANISM
 
 run = calls(MECHANISM)
 
@@ -83,26 +82,11 @@ def test_a_slot_for_each_token_gives_softmax_attention():
     close(run(tensors, pattern="noncausal-cross").output, expected)
 
 
-def test_the_state_has_the_size_that_the_card_says():
-    state = run(inputs(30), return_state=True).state
-    numbers = sum(x[0].numel() for name, x in state.tensors().items() if name != "length")
-    assert numbers == cost(Shape(1, 2, 1, 1000, 4, 3), Config(slots=5)).state
-
-
 def test_heads_of_a_layer_share_their_controls():
     layer = create_layer("abc", 16, 4, value_dim=6, slots=7)
     assert layer.projection.slots_k.shape == (4, 7)
     assert layer.projection.slots_v.shape == (6, 7)
-
-
-def test_what_it_lacks_is_refused():
-    with pytest.raises(Unsupported):
-        Config(slots=0)
-    for call in ({"dropout": 0.1}, {"want": {"weights"}}):
-        with pytest.raises(Unsupported, match="abc"):
-            run(inputs(5), **call)
-    with pytest.raises(Unsupported, match="slots_v"):
-        run(inputs(5) | {"slots_v": torch.randn(3, 2, dtype=torch.float64)})
+    refused("slots_v", run, inputs(5) | {"slots_v": torch.randn(3, 2, dtype=torch.float64)})
 
 
 @pytest.mark.parametrize(
@@ -110,9 +94,6 @@ def test_what_it_lacks_is_refused():
 )
 def test_parity_with_the_benchmarks_code(name, pattern):
     recorded = load(name)
-    tensors = {x: recorded[x].requires_grad_(len(x) == 1) for x in ("q", "k", "v", "slots_k", "slots_v")}
-    output = run(tensors, pattern=pattern).output
-    close(output, recorded["out"], 1e-10)
-    found = torch.autograd.grad(output, [tensors[x] for x in "qkv"], recorded["grad_out"])
-    for x, gradient in zip("qkv", found, strict=True):
-        close(gradient, recorded[f"grad_{x}"], 1e-10)
+    leaves = {x: recorded[x].requires_grad_() for x in "qkv"}
+    slots = {name: recorded[name] for name in ("slots_k", "slots_v")}
+    check_recorded(recorded, run(leaves | slots, pattern=pattern).output, leaves, 1e-10)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, load, shaken
+from support import calls, close, close_gradients, load, refused, shaken
 
 from regard.apply import apply
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Mask, Pattern, Shape, Unsupported
+from regard.contract import Context, Mask, Pattern, Shape
 from regard.create import create_layer
 from regard.mechanisms.bidirectional_mamba import (
     MECHANISM,
@@ -218,11 +218,8 @@ def test_masked_places_neither_write_nor_decay(scan):
     call = {"grid": (4, 5), "mask": Mask(valid=valid)}
     poisoned = x | {"x": torch.where(valid[:, None, :, None], x["x"], float("nan"))}
     found, expected = run(poisoned, options, **call).output, run(x, options, form="reference", **call).output
-    close(found, expected)
     assert (found[~valid] == 0).all()
-    gradients = (torch.autograd.grad(y.sin().sum(), list(x.values())) for y in (found, expected))
-    for a, b in zip(*gradients, strict=True):
-        close(a, b)
+    close_gradients(found, expected, x)
 
 
 def test_a_cascade_scans_every_row_and_then_every_column():
@@ -323,15 +320,12 @@ def test_parity_of_the_block_on_a_grid(name):
     close(gradient, f["grad_x"].flatten(1, 2), 1e-10)
 
 
-def test_initial_values_and_parameter_count():
+def test_initial_values():
     layer = create_layer("bidirectional_mamba", 64, pattern=NONCAUSAL)
     steps = F.softplus(layer.dt_bias)
     assert steps.shape == (2, 128) and steps.min() >= 1e-3 and steps.max() <= 0.1 + 1e-6
     torch.testing.assert_close(-layer.A_log.exp(), -torch.arange(1.0, 17).expand(2, 128, 16))
     assert (layer.D == 1).all()
-    inner, rank, states = 128, 4, 16
-    own = inner * 4 + inner + inner * (rank + 2 * states) + inner * rank + inner + inner * states + inner
-    assert sum(p.numel() for p in layer.parameters()) == 2 * own + 3 * inner * 64
     assert all(p._no_weight_decay for p in (layer.A_log, layer.dt_bias, layer.D))
     vim = create_layer("bidirectional_mamba", 64, pattern=NONCAUSAL, symmetric_dt_init=False)
     assert (vim.dt_bias[1] == 0).all() and (vim.dt_bias[0] != 0).all()
@@ -371,23 +365,6 @@ def test_cost_is_linear_in_the_tokens_and_in_the_paths():
     assert count_paths(MECHANISM.options(scan="cross"), 3) == 6
 
 
-def test_wrong_options_are_refused():
-    names = dict.fromkeys(("scan", "combine", "convolution", "norm"), "diagonal")
-    zeros = dict.fromkeys(("copies", "d_state", "dt_rank", "expand", "chunk_size"), 0)
-    others = {"shared": ("B",), "conv_width": -1, "dt_init": (0.1, 0.01), "window": (2, 2)}
-    for options in (
-        *({name: value} for name, value in (names | zeros | others).items()),
-        {"scan": "strided"},
-        {"scan": "windows", "window": (0, 2)},
-        {"scan": "windows", "window": (2, 2, 2)},
-        {"scan": "cascade", "convolution": "grid", "conv_width": 3, "copies": 2},
-        {"scan": "cascade", "convolution": "path"},
-        {"convolution": "grid", "conv_width": 4},
-    ):
-        with pytest.raises(Unsupported):
-            MECHANISM.options(**options)
-
-
 X, ON_GRID = inputs_of(12, axes=1), {"grid": (3, 4)}
 STRIDED = inputs_of(12, of_scan("strided"))
 
@@ -409,8 +386,7 @@ STRIDED = inputs_of(12, of_scan("strided"))
     ],
 )
 def test_calls_that_do_not_fit_are_refused(inputs, options, call, reason):
-    with pytest.raises(Unsupported, match=reason):
-        run(inputs, options, **call)
+    refused(reason, run, inputs, options, **call)
 
 
 @pytest.mark.parametrize(
@@ -423,5 +399,4 @@ def test_calls_that_do_not_fit_are_refused(inputs, options, call, reason):
     ],
 )
 def test_layers_and_contexts_that_do_not_fit_are_refused(options, context, reason):
-    with pytest.raises(Unsupported, match=reason):
-        make_layer(**options)(randn(1, 12, 6), context=Context(**context))
+    refused(reason, lambda: make_layer(**options)(randn(1, 12, 6), context=Context(**context)))

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, load, qkv
+from support import calls, check_recorded, close, load, qkv
 from torch import Tensor
 
-from regard.contract import Mask, Shape, Unsupported
+from regard.contract import Mask
 from regard.create import create_layer
-from regard.mechanisms.bigbird import MECHANISM, Config, cost, visible_blocks, visible_pairs
+from regard.mechanisms.bigbird import MECHANISM, Config, visible_blocks
 
 SMALL = {"block": 2, "random_blocks": 1}
 OPTIONS = [
@@ -99,16 +99,6 @@ def test_a_padded_row_has_the_blocks_that_it_has_alone(options):
         assert (found[row, :, ~valid[row]] == 0).all()
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("n", [0, 5, 24, 36, 48])
-def test_the_cost_counts_visible_pairs(options, n):
-    config = Config(**options)
-    whole = n - n % config.block  # a drawn block may be one that is cut short
-    seen = by_token(layout(options, whole), config.block, whole)
-    assert visible_pairs(config, whole) == seen[0].sum() == seen[1].sum()
-    assert cost(Shape(2, 3, whole, whole, 4, 5), config).flops == 2 * 2 * 3 * 9 * int(seen[0].sum())
-
-
 def test_two_layers_connect_any_two_tokens():
     first, second = (create_layer("bigbird", 8, 2, pattern="noncausal-self", **SMALL).double() for _ in range(2))
     x = torch.randn(1, 41, 8, dtype=torch.float64, requires_grad=True)
@@ -125,15 +115,6 @@ def test_parity_with_transformers():
         assert [row.nonzero()[:, 0].tolist() for row in drawn[head, 1:-1]] == rows.tolist()
     tensors = {name: arrays[name].requires_grad_() for name in "qkv"}
     result = run(tensors, options, want={"weights"})
-    close(result.output.transpose(1, 2), arrays["out"].view(1, 26, 2, 4), 1e-10)
     close(result.extras["weights"], arrays["attn"], 1e-10)
-    upstream = arrays["grad_out"].view(1, 26, 2, 4).transpose(1, 2)
-    found = torch.autograd.grad(result.output, list(tensors.values()), upstream)
-    for name, gradient in zip("qkv", found, strict=True):
-        close(gradient, arrays[f"grad_{name}"], 1e-10)
-
-
-def test_sizes_below_zero_and_blocks_of_nothing_are_refused():
-    for name in ("block", "random_blocks", "neighbours", "first_blocks", "last_blocks"):
-        with pytest.raises(Unsupported):
-            Config(**{name: 0 if name == "block" else -1})
+    output = result.output.transpose(1, 2).reshape(arrays["out"].shape)
+    check_recorded(arrays, output, tensors, 1e-10)

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, cut, load
+from support import calls, close, cut, load, refused
 from torch import Tensor
 
-from regard.contract import Context, Unsupported
+from regard.contract import Context
 from regard.create import create_layer
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.engines.recurrent_forms import MatrixState
@@ -162,10 +162,8 @@ def test_a_beta_is_one_if_not_given_and_refused_where_it_is_not_used():
     without = {name: x for name, x in tensors.items() if name != "beta"}
     close(run(without).output, run(tensors | ones).output)
     for rates in ({"beta": tensors["beta"]}, {"value_beta": torch.ones_like(tensors["v"])}):
-        with pytest.raises(Unsupported, match="use_beta"):
-            run(without | rates, {"use_beta": False})
-    with pytest.raises(Unsupported, match="log_decay with 3 features"):
-        run(tensors | {"log_decay": torch.zeros(2, 2, 8, 3)})
+        refused("use_beta", run, without | rates, {"use_beta": False})
+    refused("log_decay with 3 features", run, tensors | {"log_decay": torch.zeros(2, 2, 8, 3)})
 
 
 def test_the_rate_of_a_vector_beta_belongs_to_its_value_feature():
@@ -175,25 +173,6 @@ def test_the_rate_of_a_vector_beta_belongs_to_its_value_feature():
     close(run(tensors).output, torch.cat(columns, -1))
     half = torch.full_like(rate[..., 0], 0.5)
     close(run({**tensors, "beta": half}).output, run({**tensors, "value_beta": 0.5 * rate}).output)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"feature_map": "exp"},
-        {"norm": "max"},
-        {"norm": "sum"},
-        {"norm": "sum", "feature_map": "silu"},
-        {"eps": 0.0},
-        {"use_beta": False, "allow_negative_eigenvalues": True},
-        {"use_beta": False, "vector_beta": True},
-        {"gated": True, "gate": "fixed"},
-        {"gate": "diagonal"},
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options):
-    with pytest.raises(Unsupported):
-        Config(**options)
 
 
 # Numerics
@@ -212,42 +191,12 @@ def test_strong_gates_leave_the_current_token_only(gate, width):
     assert torch.isfinite(log_decay.grad).all()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_four_thousand_gated_steps_are_finite_and_equal_the_recurrence(dtype, tolerance):
-    tensors = {name: x.to(dtype) for name, x in inputs_of({"gated": True}, 4096, k=4, v=3).items()}
-    tensors["log_decay"] = torch.full_like(tensors["log_decay"], -1.0)
-    output = run(tensors).output
-    assert torch.isfinite(output).all()
-    close(output[:, :, -1], run(tokens(tensors, slice(-64, None)), form="reference").output[:, :, -1], tolerance)
-
-
 @pytest.mark.parametrize("form", ["chunked", "reference"])
 def test_a_long_sequence_in_float32_keeps_the_published_precision(form):
     options = {"allow_negative_eigenvalues": True}
     single = {name: x.float() for name, x in inputs_of(options, 300, k=16, v=16).items()}
     expected = run({name: x.double() for name, x in single.items()}, options, form="reference").output
     close(run(single, options, form=form).output.double(), expected, 2e-6)  # observed 5e-7 (the loop itself: 2e-7)
-
-
-@pytest.mark.parametrize("options", [{}, {"gated": True, "gate": "diagonal"}, {"vector_beta": True}])
-def test_gradcheck_through_states(options):
-    tensors = inputs_of(options, 5, batch=1, h=1, k=3, v=2)
-    start = torch.randn(1, 1, 3, 2, dtype=torch.float64)
-
-    def function(memory: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        given = dict(zip(tensors, inputs, strict=True))
-        result = run(given, options, state=state_of(memory), chunk_size=3)
-        return result.output, result.state.memory
-
-    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in (start, *tensors.values())])
-
-
-def test_autocast_does_not_reach_the_solve_or_the_state():
-    tensors = {name: x.float() for name, x in inputs_of({"gated": True}, 30).items()}
-    plain = run(tensors, return_state=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = run(tensors, return_state=True)
-    assert torch.equal(found.output, plain.output) and torch.equal(found.state.memory, plain.state.memory)
 
 
 # Parity
@@ -327,9 +276,8 @@ def layer_of(**options):
     return create_layer("deltanet", 64, 4, **options).double()
 
 
-def test_the_layer_convolves_activates_and_normalises_and_has_about_four_squares_of_parameters():
+def test_the_layer_convolves_activates_and_normalises():
     layer, x = layer_of(), torch.randn(2, 11, 64, dtype=torch.float64)
-    assert sum(p.numel() for p in layer.parameters()) == 4 * 64**2 + 64 * 4 + 3 * 64 * 4 + 16
     assert layer.gate is None and layer.positions.name == "none"
     heads = {}
     for name, linear, convolution in zip("qkv", (layer.query, layer.key, layer.value), layer.convolutions, strict=True):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support import calls, close, load
 from torch import Tensor
 
-from regard.contract import Context, Mask, Unsupported
+from regard.contract import Mask
 from regard.create import create_layer
 from regard.engines.fourier import transform_rows
 from regard.mechanisms.fnet import MECHANISM
@@ -68,20 +68,3 @@ def test_parity_of_the_transform(suffix):
     close(F.layer_norm(x + found, x.shape[-1:], weight, bias, 1e-12), out, 1e-13)
     found.backward(grad_mixed)
     close(x.grad, grad_x, 1e-13)
-
-
-def test_it_has_no_parameters():
-    assert not list(create_layer("fnet", 8, pattern="noncausal-self").parameters())
-
-
-def test_what_it_cannot_do_is_refused():
-    for pattern in ("causal-self", "noncausal-cross", "causal-cross"):
-        with pytest.raises(Unsupported, match=pattern):
-            create_layer("fnet", 8, pattern=pattern)
-    with pytest.raises(Unsupported, match="unitary"):
-        create_layer("fnet", 8, pattern="noncausal-self", unitary=True)
-    layer, x = create_layer("fnet", 8, pattern="noncausal-self"), torch.randn(1, 4, 8)
-    with pytest.raises(Unsupported, match="state"):
-        layer(x, context=Context(want=frozenset({"state"})))
-    with pytest.raises(Unsupported, match="bias"):
-        layer(x, context=Context(mask=Mask(bias=torch.zeros(1, 1, 4, 4))))

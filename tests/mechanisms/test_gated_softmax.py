@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from support import calls, close, load, qkv
+from support import calls, check_recorded, close, load, qkv, refused
 from torch import Tensor
 
 from regard.catalogue import get_mechanism
-from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
+from regard.contract import ALL_PATTERNS, Context, Mask
 from regard.create import create_layer
 from regard.layers.parts import LayerCall
 from regard.mechanisms.gated_softmax import MECHANISM, PREDICTORS
@@ -99,13 +97,9 @@ def test_fine_tuning_starts_as_the_model_that_it_tunes(predictor):
         assert 1e-6 < difference < 0.1
 
 
-@pytest.mark.parametrize(
-    ("predictor", "count"),
-    [("linear", 2 * 9), ("mlp", 2 * (9 * 2 + 3)), ("mlp2", 2 * (9 * 8 + 9)), ("all_features", 2 * 17), ("head", 2)],
-)
-def test_predictors_have_the_stated_numbers_of_parameters_and_starts(predictor, count):
+@pytest.mark.parametrize("predictor", ["linear", "mlp", "mlp2", "all_features", "head"])
+def test_predictors_start_as_they_are_told(predictor):
     layer = create_layer("gated_softmax", 16, 2, predictor=predictor, initial_gate=0.25)
-    assert sum(p.numel() for p in layer.projection.parameters()) == count
     last = last_bias(layer)
     close(last.sigmoid(), torch.full_like(last, 0.25), 1e-6)
     assert any(last is p for p in parameter_groups(layer.projection, 0.1)[-1]["params"])  # which do not decay
@@ -153,23 +147,7 @@ def test_parity_with_the_authors_layer(name):
     gate = layer.projection.inputs({}, LayerCall(x, None, Context()))["log_gate"].exp()
     close(gate, arrays["gate"])
     output = layer(x, context=Context(mask=mask)).output
-    close(output, arrays["core_out"])
-    (gradient,) = torch.autograd.grad(output, x, arrays["grad_out"])
-    close(gradient, arrays["grad_x"])
-
-
-BAD_OPTIONS = {
-    "predictor": ["conv"],
-    "initial_gate": [0.0, 1.0, math.nan],
-    "fine_tune": [True],
-    "initial_std": [-0.1, math.inf],
-}
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_OPTIONS.items() for value in values])
-def test_bad_options_are_refused(name, value):
-    with pytest.raises(Unsupported, match=name):
-        MECHANISM.options(**{name: value})
+    check_recorded(arrays | {"out": arrays["core_out"]}, output, {"x": x})
 
 
 @pytest.mark.parametrize(
@@ -181,8 +159,7 @@ def test_bad_options_are_refused(name, value):
     ],
 )
 def test_options_that_do_not_fit_the_layer_are_refused(arguments, words):
-    with pytest.raises(Unsupported, match=words):
-        make(**arguments)
+    refused(words, make, **arguments)
     make(dim=9, head_dim=4, predictor="all_features")
 
 
@@ -190,5 +167,4 @@ def test_a_mean_over_queries_that_may_come_in_pieces_is_refused():
     layer = make("noncausal-cross", predictor="head_mean")
     x, memory = (torch.randn(2, n, 8, dtype=torch.float64) for n in (5, 7))
     layer(x, memory)
-    with pytest.raises(Unsupported, match="absorbed memory"):
-        layer(x, state=layer.encode_memory(memory))
+    refused("absorbed memory", layer, x, state=layer.encode_memory(memory))

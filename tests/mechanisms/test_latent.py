@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, close, load
+from support import calls, check_recorded, close, close_gradients, load, refused
 
-from regard.contract import ALL_PATTERNS, Context, Pattern, Unsupported
+from regard.contract import ALL_PATTERNS, Context, Pattern
 from regard.create import create_layer
 from regard.mechanisms import latent
-from regard.mechanisms.latent import MECHANISM, Config
+from regard.mechanisms.latent import MECHANISM
 from regard.workbench.subjects import Subject
 
 run = calls(MECHANISM)
@@ -21,10 +21,7 @@ def test_with_and_without_keys_and_values_it_is_the_same(pattern, absorbed, monk
     monkeypatch.setattr(latent, "absorbs", lambda *sizes: absorbed)
     given = {name: x.requires_grad_() for name, x in Subject(MECHANISM, pattern).inputs(5).items()}
     found, expected = (run(given, pattern=pattern, form=form).output for form in (None, "reference"))
-    close(found, expected)
-    weight = torch.randn_like(found)
-    for a, b in zip(*(torch.autograd.grad(x, list(given.values()), weight) for x in (found, expected)), strict=True):
-        close(a, b)
+    close_gradients(found, expected, given)
     extras = run(given, pattern=pattern, want={"weights", "lse"}).extras
     close(extras["weights"].sum(-1), torch.ones_like(extras["lse"]))
 
@@ -79,8 +76,7 @@ def test_parity_with_deepseek_in_transformers(name):
     layer.load_state_dict(weights)
     x = arrays["x"].requires_grad_()
     output = layer(x).output
-    close(output, arrays["out"])
-    close(torch.autograd.grad(output, x, arrays["grad_out"])[0], arrays["grad_x"])
+    check_recorded(arrays, output, {"x": x})
     state, steps = None, []
     with torch.no_grad():
         for t in range(x.shape[1]):
@@ -96,15 +92,12 @@ def test_parity_with_deepseek_in_transformers(name):
         ({"query_key_norm": "rms"}, "query_key_norm"),
         ({"value_norm": "rms"}, "value_norm"),
         ({"short_convolution": 4}, "short_convolution"),
-        *(({name: 0}, name) for name in Config.__dataclass_fields__),
     ],
 )
 def test_what_it_has_no_place_for_is_refused(options, words):
-    with pytest.raises(Unsupported, match=words):
-        create_layer("latent", 16, 2, **options)
+    refused(words, create_layer, "latent", 16, 2, **options)
 
 
 def test_keys_of_more_heads_than_one_are_refused():
     given = Subject(MECHANISM, Pattern.CAUSAL_SELF).inputs(4)
-    with pytest.raises(Unsupported, match="k of 2 heads"):
-        run(given | {"k": given["k"].expand(-1, 2, -1, -1)})
+    refused("k of 2 heads", run, given | {"k": given["k"].expand(-1, 2, -1, -1)})

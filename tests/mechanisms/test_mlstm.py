@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support import calls, close
 from torch import Tensor
 
-from regard.contract import Context, Pattern, Unsupported
+from regard.contract import Context, Pattern
 from regard.create import create_layer
 from regard.layers.parts import LayerCall
 from regard.mechanisms.mlstm import MECHANISM, MemoryState
@@ -124,9 +124,3 @@ def test_layer_has_the_gates_of_its_equations(forget_gate):
     o = run({"q": heads(layer.query(x)), "k": heads(layer.key(x)), "v": heads(layer.value(x)), **found}).output
     expected = F.layer_norm(o, (8,)).transpose(1, 2).flatten(2) * torch.sigmoid(layer.gate(x))
     close(layer(x).output, layer.output(expected))
-
-
-@pytest.mark.parametrize("options", [{"forget_gate": "tanh"}, {"gate_cap": 0.0}, {"gate_cap": math.nan}], ids=str)
-def test_options_are_checked(options):
-    with pytest.raises(Unsupported, match=next(iter(options))):
-        MECHANISM.options(**options)

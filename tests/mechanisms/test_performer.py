@@ -7,15 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import calls, close, load, qkv
+from support import calls, check_recorded, close, load, qkv, refused
 from torch import Tensor
 
-from regard.contract import ALL_PATTERNS, Call, Context, Mask, Pattern, Shape, Unsupported
+from regard.contract import ALL_PATTERNS, Call, Mask, Pattern
 from regard.create import create_layer
 from regard.functional import performer_attention, softmax_attention
-from regard.mechanisms.performer import MECHANISM, Config, cost, draw_features, exponents
-from regard.workbench.properties import split_and_resume
-from regard.workbench.subjects import Subject
+from regard.mechanisms.performer import MECHANISM, Config, draw_features, exponents
 
 OPTIONS = [{}, {"feature_eps": 0.1, "eps": 0.3}, {"kernel": "relu"}, {"feature_eps": 0.0, "least_denominator": 0.1}]
 run = calls(MECHANISM)
@@ -80,17 +78,6 @@ def test_the_error_falls_as_the_root_of_the_features_and_orthogonal_ones_err_les
         assert error_to_softmax(features, True) < error_to_softmax(features, False)
 
 
-def test_blocks_of_features_are_orthogonal_with_the_norms_of_gaussian_vectors():
-    w = draw_features(20, 8, dtype=torch.float64)
-    for block in w.split(8):
-        gram = block @ block.mT
-        close(gram - torch.diag(gram.diagonal()), torch.zeros_like(gram))
-    many = draw_features(40000, 4, dtype=torch.float64)
-    assert abs(float(many.square().sum(-1).mean()) - 4) < 0.1
-    assert abs(float(many.square().sum(-1).var()) - 8) < 0.6
-    assert (many.mean(0).abs() < 0.05).all()
-
-
 # precision and state
 
 
@@ -106,25 +93,6 @@ def test_padding_changes_nothing_through_the_maximum(pattern):
     close(found, run(alone, options, pattern=pattern).output)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_four_thousand_tokens_stay_precise_in_float32(options):
-    tensors = inputs(4000, batch=1)
-    single = run({name: x.float() for name, x in tensors.items()}, options).output
-    close(single.double(), run(tensors, options).output, MECHANISM.tolerances[torch.float32])
-
-
-@pytest.mark.parametrize("options", OPTIONS[1:])
-def test_a_sequence_may_be_split_with_any_offset_and_kernel(options):
-    assert split_and_resume(Subject(MECHANISM, Pattern.CAUSAL_SELF, options), torch.float64) < 1e-12
-
-
-def test_the_state_has_the_size_that_the_card_says():
-    state = run(inputs(30, batch=1), return_state=True).state
-    numbers = sum(x.numel() for name, x in state.tensors().items() if name != "length")
-    assert numbers == cost(Shape(1, 2, 1, 1000, 4, 3), Config(num_features=5)).state
-    assert MECHANISM.recurrent
-
-
 # layers
 
 
@@ -134,36 +102,8 @@ def test_a_layer_has_the_paper_s_number_of_features_unless_told():
     assert create_layer("performer", 2, 2).projection.features.shape == (1, 1)
 
 
-def test_features_are_drawn_anew_in_training_only_and_saved():
-    layer = create_layer("performer", 8, 2, redraw=3)
-    x, first = torch.randn(2, 5, 8), layer.projection.features
-    output = layer(x).output
-    for _ in range(2):
-        layer(x)
-    assert not torch.equal(layer.projection.features, first)
-    output.sum().backward()  # a graph keeps the features that it was made with
-    layer.eval()
-    kept = layer.projection.features
-    for _ in range(7):
-        layer(x)
-    assert torch.equal(layer.projection.features, kept)
-    again = create_layer("performer", 8, 2, redraw=3)
-    again.load_state_dict(layer.state_dict())
-    assert torch.equal(again.eval()(x).output, layer(x).output)
-
-
-@pytest.mark.parametrize("options", [{"redraw": 1}, {"fresh": True}], ids=str)
-def test_the_generator_draws_features_in_training_and_fresh_ones_are_used_once(options):
-    layer, x = create_layer("performer", 8, 2, **options), torch.randn(2, 5, 8)
-    before = layer.projection.features
-
-    def output(seed: int) -> Tensor:
-        return layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output
-
-    assert torch.equal(output(0), output(0)) and not torch.equal(output(0), output(1))
-    assert torch.equal(layer.projection.features, before) == ("fresh" in options)
-    layer.eval()
-    assert torch.equal(output(0), output(1))
+def test_a_negative_scale_is_refused():
+    refused("scale", run, inputs(5), scale=-1.0)
 
 
 def test_weights_of_a_softmax_layer_give_nearly_its_outputs():
@@ -176,25 +116,6 @@ def test_weights_of_a_softmax_layer_give_nearly_its_outputs():
 
 
 # refusals
-
-
-BAD = {"kernel": "cosine", "num_features": 0, "feature_eps": -1e-4, "eps": math.nan, "redraw": -1}
-BAD |= {"least_denominator": math.inf}
-
-
-@pytest.mark.parametrize(("option", "value"), BAD.items())
-def test_bad_options_are_refused(option, value):
-    with pytest.raises(Unsupported):
-        Config(**{option: value})
-
-
-@pytest.mark.parametrize(
-    "call",
-    [{"mask": Mask(bias=torch.zeros(1, 1, 5, 5))}, {"dropout": 0.1}, {"want": {"weights"}}, {"scale": -1.0}],
-)
-def test_what_needs_a_weight_for_each_pair_or_a_negative_scale_is_refused(call):
-    with pytest.raises(Unsupported, match="performer"):
-        run(inputs(5), **call)
 
 
 # parity
@@ -214,6 +135,4 @@ def test_parity_with_a_third_partys_code(name, pattern):
     tensors = {x: recorded[x].requires_grad_(x != "w") for x in "qkvw"}
     options = {"eps": 0.0} | ({"kernel": "relu"} if "relu" in name else {"feature_eps": 0.0})
     output = run(tensors, options, pattern=pattern).output
-    gradients = torch.autograd.grad(output, [tensors[x] for x in "qkv"], recorded["grad_out"])
-    for key, found in zip(("out", "grad_q", "grad_k", "grad_v"), (output, *gradients), strict=True):
-        close(found, recorded[key], 1e-10)
+    check_recorded(recorded, output, {x: tensors[x] for x in "qkv"}, 1e-10)

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, close, cut, load, qkv
+from support import calls, check_recorded, close, cut, load, qkv, refused
 from torch import Tensor
 
-from regard.backends import only
 from regard.contract import Call, Pattern, Shape, Unsupported
 from regard.create import create_layer
 from regard.mechanisms import sinkhorn
@@ -143,28 +142,10 @@ def test_parity_with_a_third_partys_code(pattern):
     arrays = load(f"sinkhorn_{pattern.removeprefix('noncausal-')}")
     q, k = arrays["q"].requires_grad_(), arrays["k"].requires_grad_()
     output = run({"q": q, "k": k, "v": k}, {"block": 4}, pattern=pattern).output
-    close(output, arrays["out"], 1e-10)
-    for name, gradient in zip("qk", torch.autograd.grad(output, (q, k), arrays["grad_out"]), strict=True):
-        close(gradient, arrays[f"grad_{name}"], 1e-10)
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
-def test_the_native_kernel_runs_the_blocks(pattern):
-    tensors = qkv(70, dtype=torch.float32)
-    with only("native"):
-        found = run(tensors, {"block": 8}, pattern=pattern).output
-    double = {name: x.double() for name, x in tensors.items()}
-    close(found.double(), run(double, {"block": 8}, pattern=pattern, form="reference").output, 2e-6)
-
-
-@pytest.mark.parametrize("options", [{"block": 0}, {"temperature": 0.0}, {"iterations": -1}, {"sortcut": 0}], ids=str)
-def test_bad_options_are_refused(options):
-    with pytest.raises(Unsupported, match=next(iter(options))):
-        Config(**options)
+    check_recorded(arrays, output, {"q": q, "k": k}, 1e-10)
 
 
 def test_what_it_lacks_is_refused_with_the_reason():
-    with pytest.raises(Unsupported, match="later tokens"):
-        run(qkv(5), {"sortcut": 1})
+    refused("later tokens", run, qkv(5), {"sortcut": 1})
     with pytest.raises(Unsupported, match="absorbing memory"):
         create_layer("sinkhorn", 8, 2, pattern="noncausal-cross").encode_memory(torch.randn(1, 4, 8))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, close, cut, qkv
+from support import calls, close, qkv
 from torch import Tensor
 
-from regard.contract import Mask, Shape, Unsupported
 from regard.create import create_layer
 from regard.engines import attention_forms
 from regard.engines.cache import KeyValueState
-from regard.mechanisms.sparse_strided import MECHANISM, Config, cost, count_pairs
+from regard.mechanisms.sparse_strided import MECHANISM, Config
 
 OPTIONS = [
     {"stride": 4},
@@ -70,16 +69,6 @@ def test_equals_masked_dense_attention(options, pattern):
                 close(run(tensors, options, pattern=pattern, form=form).output, expected, 1e-11)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rows_of_different_lengths_step_each_from_its_own_place(options):
-    tensors, lengths = qkv(17, batch=3, heads=3), torch.tensor([16, 5, 0])
-    state = run(cut(tensors, slice(0, 16)), options, mask=Mask(lengths=lengths), return_state=True).state
-    found = {name: torch.stack([x[b, :, n : n + 1] for b, n in enumerate(lengths)]) for name, x in tensors.items()}
-    expected = masked(tensors, allowed(options, "causal-self", 17, 17))
-    output = run(found, options, state=state).output
-    close(output, torch.stack([expected[b, :, n : n + 1] for b, n in enumerate(lengths)]), 1e-11)
-
-
 @pytest.mark.parametrize("options", [{"stride": 20}, {"layout": "fixed", "stride": 20, "columns": 3}])
 def test_a_step_reads_the_keys_that_it_sees(options, monkeypatch):
     """After 400 tokens: a window or block of 20, and 20 others or 20 times 3."""
@@ -94,17 +83,6 @@ def test_a_step_reads_the_keys_that_it_sees(options, monkeypatch):
     assert len(read) == 1 and read[0] <= 20 + 21 * options.get("columns", 1)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_cost_counts_visible_pairs(options):
-    config = Config(**options)
-    for n in (0, 1, 7, 12, 31):
-        seen = float(allowed(options, "causal-self", n, n).sum())
-        assert count_pairs(config, n, 3) == pytest.approx(seen / 3)
-        assert cost(Shape(2, 3, n, n, 4, 5), config).flops == pytest.approx(2 * 2 * 9 * seen)
-        last = allowed(options, "causal-self", 1, n + 1).sum()
-        assert cost(Shape(2, 3, 1, n, 4, 5), config).step_flops == 2 * 2 * 9 * last
-
-
 @pytest.mark.parametrize("layout", ["strided", "fixed"])
 def test_two_layers_connect_any_two_tokens(layout):
     """With one column of each block, as the paper has it."""
@@ -115,16 +93,3 @@ def test_two_layers_connect_any_two_tokens(layout):
     (far,) = torch.autograd.grad(layers[1](once).output[0, 29].sum(), x)
     assert (near[0].abs().sum(-1) > 0).sum() == 10
     assert (far[0].abs().sum(-1) > 0).all()
-
-
-@pytest.mark.parametrize(
-    "options", [{"layout": "random"}, {"stride": 0}, {"combine": "alternate"}, {"columns": 0}, {"columns": 5}], ids=str
-)
-def test_bad_options_are_refused(options):
-    with pytest.raises(Unsupported, match=next(iter(options))):
-        Config(**{"layout": "fixed", "stride": 4, **options})
-
-
-def test_columns_by_head_are_refused_where_there_are_no_columns():
-    with pytest.raises(Unsupported, match="head_columns"):
-        Config(head_columns=True)

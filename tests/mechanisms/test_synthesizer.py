@@ -7,15 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from support import calls, close, cut, qkv
+from support import calls, close, cut, qkv, refused
 from torch import Tensor
 
-from regard.apply import absorb
-from regard.contract import ALL_PATTERNS, Context, Mask, Unsupported
+from regard.contract import ALL_PATTERNS, Context, Mask
 from regard.create import create_layer
-from regard.functional import synthesizer_attention
 from regard.layers.parts import LayerCall
-from regard.mechanisms.synthesizer import MECHANISM, Config
+from regard.mechanisms.synthesizer import MECHANISM
 
 SCORES = ("dense", "random", "products")
 GIVEN = [some for size in (1, 2, 3) for some in itertools.combinations(SCORES, size)]
@@ -74,36 +72,6 @@ def test_whole_calls_equal_the_definition_with_places_aligned_bottom_right(given
         expected = definition(tensors, pattern == "causal-self")
         for form in ("reference", "parallel"):
             close(run(tensors, pattern=pattern, form=form, scale=0.5).output, expected)
-
-
-@pytest.mark.parametrize("given", GIVEN, ids="+".join)
-def test_rows_that_continue_from_unequal_lengths_keep_their_places(given):
-    """A cache has empty slots then, so that slots are not places."""
-    tensors, first, second = inputs(given, 10), torch.tensor([4, 1]), torch.tensor([3, 6])
-    state = run(tensors, mask=Mask(lengths=first), return_state=True, scale=0.5).state
-    names = [name for name in tensors if name in OF_TOKENS]
-    rest = {x: torch.stack([tensors[x][b].roll(-int(first[b]), 1) for b in range(2)]) for x in names}
-    found = run(tensors | rest, mask=Mask(lengths=second), state=state, scale=0.5).output
-    for b in range(2):
-        start, stop = int(first[b]), int(first[b] + second[b])
-        whole = definition(first_tokens(tensors, stop), True)[b, :, start:]
-        close(found[b, :, : stop - start], whole)
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
-@pytest.mark.parametrize("given", GIVEN, ids="+".join)
-def test_queries_and_memory_of_cross_patterns_count_on_through_a_state(given, pattern):
-    tensors, state, outputs = inputs(given, 7, 12), None, []
-    memory = {name: x for name, x in tensors.items() if name in OF_MEMORY}
-    queries = {name: x for name, x in tensors.items() if name not in OF_MEMORY}
-    for part in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        state = absorb(MECHANISM, cut(memory, part, OF_MEMORY), pattern=pattern, state=state)
-    for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
-        some = cut(queries, part, OF_TOKENS) | {"slots": tensors["slots"][:, part]}
-        result = run(some, pattern=pattern, state=state, scale=0.5)
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 2), definition(tensors, False))
 
 
 def test_weights_are_those_of_the_output():
@@ -172,17 +140,14 @@ def test_fixed_random_scores_are_saved_and_not_trained(kind):
 def test_places_beyond_the_greatest_length_are_refused_but_not_more_padding(given):
     tensors = inputs(given, 9, longest=8)
     for form in ("reference", "parallel"):
-        with pytest.raises(Unsupported, match="at most 8"):
-            run(tensors, form=form)
+        refused("at most 8", run, tensors, form=form)
     found = run(tensors, mask=Mask(lengths=torch.tensor([8, 3]))).output
     eight = first_tokens(tensors, 8)
     close(found[0, :, :8], definition(eight, True)[0])
     state = run(eight, return_state=True).state
-    with pytest.raises(Unsupported, match="9 tokens"):
-        run(cut(tensors, slice(8, 9), OF_TOKENS) | {"slots": tensors["slots"][:, 8:]}, state=state)
+    refused("9 tokens", run, cut(tensors, slice(8, 9), OF_TOKENS) | {"slots": tensors["slots"][:, 8:]}, state=state)
     if given == ("random",):
-        with pytest.raises(Unsupported, match="at most 8"):
-            run(inputs(given, 9, 4, longest=8), pattern="noncausal-cross")
+        refused("at most 8", run, inputs(given, 9, 4, longest=8), pattern="noncausal-cross")
 
 
 def some(*names: str) -> dict[str, Tensor]:
@@ -190,23 +155,7 @@ def some(*names: str) -> dict[str, Tensor]:
     return {name: tensors[name] for name in ("v", *names)}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: Config(kinds=()), "different ones of dense"),
-        (lambda: Config(kinds="fourier"), "factorised_random"),
-        (lambda: Config(kinds=("dense", "dense")), "different ones of dense"),
-        (lambda: Config(length=0), "length >= 1"),
-        (lambda: Config(rank=0), "rank >= 1"),
-        (lambda: run(some()), "without scores"),
-        (lambda: run(some("dense", "query")), "query and key"),
-        (lambda: run(some("dense", "key")), "query and key"),
-        (
-            lambda: synthesizer_attention(*some("dense").values(), mask=Mask(bias=torch.zeros(1, 1, 6, 6))),
-            "synthesizer",
-        ),
-    ],
-)
-def test_what_has_no_meaning_is_refused(call, message):
-    with pytest.raises(Unsupported, match=message):
-        call()
+def test_scores_that_are_missing_or_not_whole_are_refused():
+    refused("without scores", run, some())
+    refused("query and key", run, some("dense", "query"))
+    refused("query and key", run, some("dense", "key"))

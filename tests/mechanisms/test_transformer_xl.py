@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, close, cut, load
+from support import calls, close, cut, load, refused
 from torch import Tensor
 
-from regard.contract import Context, Mask, Pattern, Shape, Unsupported
+from regard.contract import Context, Pattern
 from regard.create import create_layer
-from regard.engines import segment_attention
-from regard.mechanisms.transformer_xl import MECHANISM, Config, cost, share_biases, visible_pairs
+from regard.mechanisms.transformer_xl import MECHANISM, share_biases
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.subjects import Subject
 
@@ -75,33 +74,6 @@ def test_equals_its_definition(options, pattern, names):
         for form in ("reference", None):
             close(run(tensors, options, pattern=pattern, form=form).output, expected @ tensors["v"], 1e-11)
         close(run(tensors, options, pattern=pattern, want={"weights"}).extras["weights"], expected, 1e-11)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rows_at_different_places_of_their_segments_go_on_alike(options):
-    tensors, lengths = inputs(20, batch=3), torch.tensor([7, 4, 0])
-    whole = run(tensors, options).output
-    state = run(cut(tensors, slice(0, 7)), options, mask=Mask(lengths=lengths), return_state=True).state
-    kept = sum(x[0].numel() for name, x in state.tensors().items() if name != "length")
-    assert kept == cost(Shape(1, 2, 1, 1000, 8, 6), Config(**options)).state
-    for more in (1, 3, 13):
-        rest = dict(tensors)
-        for name in "qkv":
-            rest[name] = torch.stack([tensors[name][r, :, c : c + more] for r, c in enumerate(lengths)])
-        found = run(rest, options, state=state).output
-        close(found, torch.stack([whole[r, :, c : c + more] for r, c in enumerate(lengths)]), 1e-11)
-
-
-@pytest.mark.parametrize("pattern", SELF)
-def test_long_sequences_are_read_in_parts_with_the_same_gradients(pattern, monkeypatch):
-    tensors = {name: x.requires_grad_() for name, x in inputs(41).items()}
-    found = []
-    for most in (1 << 22, 300):
-        monkeypatch.setattr(segment_attention, "PAIRS_AT_ONCE", most)
-        output = run(tensors, OPTIONS[0], pattern=pattern).output
-        found.append([output, *torch.autograd.grad(output.square().sum(), list(tensors.values()))])
-    for one, other in zip(*found, strict=True):
-        close(one, other, 1e-11)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -178,11 +150,9 @@ def test_in_training_the_memory_is_projected_by_the_weights_of_now():
 def test_a_state_without_inputs_is_refused_in_training():
     layer, x = make(), torch.randn(1, 3, 8, dtype=torch.float64)
     state = layer.eval()(x, context=STATE).state
-    with pytest.raises(Unsupported, match="begun in evaluation mode"):
-        layer.train()(x, state=state)
+    refused("begun in evaluation mode", lambda: layer.train()(x, state=state))
     convolved = make(short_convolution=3)
-    with pytest.raises(Unsupported, match="short convolutions"):
-        convolved(x, state=convolved(x, context=STATE).state)
+    refused("short convolutions", convolved, x, state=convolved(x, context=STATE).state)
 
 
 def model_of(*plan: dict) -> LanguageModel:
@@ -198,31 +168,7 @@ def test_layers_of_a_model_may_share_biases():
     assert len(list(model.parameters())) == before - 2
     first, second = (block.mixer.projection for block in model.blocks)
     assert first.u is second.u and first.w is second.w and first.relative is not second.relative
-    with pytest.raises(Unsupported, match="equal heads"):
-        share_biases(model_of({}, {"num_heads": 4}))
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_cost_counts_visible_pairs(options):
-    config = Config(**options)
-    for n in (0, 1, 7, 12, 31):
-        pairs = sum(len(seen(options, "causal-self", i, n)) for i in range(n))
-        last = len(seen(options, "causal-self", n, n + 1))
-        assert visible_pairs(config, n) == pairs
-        assert cost(Shape(2, 3, n, n, 4, 5), config).flops == 2 * 2 * 3 * 13 * pairs
-        assert cost(Shape(2, 3, 1, n, 4, 5), config).step_flops == 2 * 2 * 3 * 13 * last
-
-
-def test_dropout_keeps_the_mean():
-    tensors = inputs(20, batch=1)
-    tensors |= {name: tensors[name].expand(300, -1, -1, -1) for name in "qkv"}
-    exact = run(tensors, OPTIONS[0]).output[0]
-    dropped, again = (
-        run(tensors, OPTIONS[0], dropout=0.3, generator=torch.Generator().manual_seed(0)).output for _ in range(2)
-    )
-    assert torch.equal(dropped, again)
-    assert not torch.equal(dropped[0], dropped[1])
-    assert (dropped.mean(0) - exact).abs().max() < 0.35 * exact.abs().max()
+    refused("equal heads", share_biases, model_of({}, {"num_heads": 4}))
 
 
 @pytest.mark.parametrize(
@@ -280,20 +226,10 @@ def test_parity_with_xlnet_of_transformers(pattern):
     close(layer.projection.relative.grad, arrays["grad_r"].transpose(0, 1), 1e-11)
 
 
-@pytest.mark.parametrize("options", [{"segment": 0}, {"memory": -1}, {"clamp": -1}], ids=str)
-def test_bad_options_are_refused(options):
-    with pytest.raises(Unsupported, match=next(iter(options))):
-        Config(**options)
-
-
 def test_inputs_that_do_not_go_together_are_refused():
     tensors = inputs(5)
-    with pytest.raises(Unsupported, match="both or none"):
-        run(tensors | {"k_past": tensors["k"]})
-    with pytest.raises(Unsupported, match="without relative"):
-        run({name: x for name, x in tensors.items() if name != "relative"})
+    refused("both or none", run, tensors | {"k_past": tensors["k"]})
+    refused("without relative", run, {name: x for name, x in tensors.items() if name != "relative"})
     state = run(tensors, return_state=True).state
-    with pytest.raises(Unsupported, match="a query for each key"):
-        run(tensors | {"q": tensors["q"][:, :, :3]}, state=state)
-    with pytest.raises(Unsupported, match="rotary positions with transformer_xl"):
-        make(positions="rotary")
+    refused("a query for each key", run, tensors | {"q": tensors["q"][:, :, :3]}, state=state)
+    refused("rotary positions with transformer_xl", make, positions="rotary")

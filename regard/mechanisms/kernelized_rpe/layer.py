@@ -42,7 +42,8 @@ def draw_features(
     if not orthogonal:
         return torch.randn(heads, features, dim, generator=generator)
     groups = math.ceil(features / dim)
-    directions = torch.linalg.qr(torch.randn(heads, groups, dim, dim, generator=generator)).Q.mT
+    q, r = torch.linalg.qr(torch.randn(heads, groups, dim, dim, generator=generator))
+    directions = (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT  # uniform, whatever QR's signs
     norms = torch.randn(heads, features, dim, generator=generator).norm(dim=-1, keepdim=True)
     return norms * directions.flatten(1, 2)[:, :features]
 

@@ -1,0 +1,49 @@
+"""Where attention is to some pairs of tokens alone, a cost counts the operations of those pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard import get_mechanism
+from regard.contract import Pattern, Shape
+from regard.workbench.subjects import Subject
+
+SPARSE = ("bigbird", "block_sparse", "diagonal", "local", "longformer", "sparse_strided", "transformer_xl")
+PLACES = {"transformer_xl"}
+"""Their scores have another product, with the distance of the pair."""
+OF_THE_MEAN = {("block_sparse", "random")}
+CASES = [
+    (name, variant)
+    for name in SPARSE
+    for variant in ("", *get_mechanism(name).variants)
+    if (name, variant) not in OF_THE_MEAN
+]
+
+
+def pairs(subject: Subject, n: int) -> torch.Tensor:
+    """Which pairs of n tokens have a weight, (H, N, N): values are unit vectors."""
+    inputs = subject.inputs(n, batch=1)
+    for name in inputs:
+        if name in ("v", "v_global"):
+            inputs[name] = torch.eye(n, dtype=torch.float64).expand(1, inputs[name].shape[1], n, n)
+        elif name in ("q", "k"):
+            inputs[name] = inputs[name].abs()
+    return subject.run(inputs).output[0] != 0
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{n}-{v}" for n, v in CASES])
+def test_the_cost_counts_visible_pairs(name, variant):
+    card = get_mechanism(name)
+    pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else card.patterns[0]
+    subject = Subject.of(card, pattern, variant)
+    options = {**subject.options, "output_norm": "none"} if name == "diagonal" else subject.options
+    subject = Subject(card, pattern, options)
+    for n in (12, 24, 36) if name == "bigbird" else (0, 1, 7, 12, 31):  # drawn blocks that are cut short count whole
+        seen = pairs(subject, n)
+        numbers = 2 * (4 * (2 if name in PLACES else 1) + 5)
+        assert card.cost(Shape(1, len(seen), n, n, 4, 5), subject.config).flops == pytest.approx(numbers * seen.sum())
+        if pattern.causal and name != "local":
+            last = pairs(subject, n + 1)[:, -1].sum()
+            step = card.cost(Shape(1, len(seen), 1, n, 4, 5), subject.config).step_flops
+            assert step == pytest.approx(numbers * last)
