@@ -50,6 +50,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,12 +74,12 @@ from regard.contract import (
     at_least,
     one_of,
 )
-from regard.core.sampling import attention_shapes, normals
 from regard.core.visibility import block_visibility
 from regard.engines.attention import Ranks, Visibility, attention_reference, masked_scores_bias, ranks
 from regard.engines.attention_forms import attend
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.layers.parts import LayerCall, Projection
+from regard.mechanisms.softmax import sample_inputs, sink_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -161,14 +162,7 @@ def reference(
     blocks = _block_mask(call, n if call.pattern.cross else m, m, q.shape[1], q.device)
     rule = Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
     visible, bias = masked_scores_bias(where, rule, call.bias, call.position_bias, blocks, q.dtype)
-
-    def weights(scores: Tensor) -> Tensor:
-        if sink is None:
-            return scores.softmax(-1)
-        column = sink[None, :, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-
-    return attention_reference(q, k, v, visible, weights, call.scale, bias, call.config.softcap)
+    return attention_reference(q, k, v, visible, partial(sink_weights, sink), call.scale, bias, call.config.softcap)
 
 
 def parallel(
@@ -364,25 +358,6 @@ class Sink(Projection):
 
     def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         return heads if self.sink is None else heads | {"sink": self.sink}
-
-
-def sample_inputs(
-    generator: torch.Generator,
-    *,
-    batch: int,
-    n: int,
-    m: int,
-    dtype: torch.dtype,
-    config: Config,
-    sizes: dict[str, int] | None = None,
-    **_: Any,
-) -> Tensors:
-    """Inputs for tests and timings; a sink only where the options have one."""
-    size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
-    shapes = attention_shapes(batch, n, m, size)
-    if config.learn_sink:
-        shapes["sink"] = (size["h"],)
-    return normals(generator, shapes, dtype)
 
 
 def _row(config: Config, beta: int) -> tuple[float, float]:

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,14 +104,15 @@ def reference(
     """The definition, with the whole weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    return attention_reference(q, k, v, visible, partial(sink_weights, sink), call.scale, bias, call.config.softcap)
 
-    def weights(scores: Tensor) -> Tensor:
-        if sink is None:
-            return scores.softmax(-1)
-        column = sink[None, :, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
-    return attention_reference(q, k, v, visible, weights, call.scale, bias, call.config.softcap)
+def sink_weights(sink: Float[Tensor, " h"] | None, scores: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
+    """Softmax of scores, and of the sink where there is one, whose weight is left out."""
+    if sink is None:
+        return scores.softmax(-1)
+    column = sink[None, :, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
 def parallel(

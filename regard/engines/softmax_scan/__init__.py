@@ -80,9 +80,9 @@ def softmax_scan(
     """
     if chunk_size < 1:
         raise Unsupported(f"chunk_size={chunk_size}", supported="a positive integer")
-    carry = empty_carry(s, v) if state is None else state
+    problem = Problem(s, v, log_decay, mix, *(empty_carry(s, v) if state is None else state))
     with without_autocast(v.device):
-        return execute("softmax_scan", backend, v.device, v.dtype, Problem(s, v, log_decay, mix, *carry), chunk_size)
+        return execute("softmax_scan", backend, v.device, v.dtype, problem, chunk_size)
 
 
 def softmax_scan_shifted(

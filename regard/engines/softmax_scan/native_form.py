@@ -74,10 +74,7 @@ def run(problem: Problem, chunk_size: int) -> tuple[Tensor, Carry]:
 
 def refuses(problem: Problem, chunk_size: int) -> str | None:
     """Why a call is left to another backend."""
-    return _refusal(problem)
-
-
-def _refusal(p: Problem) -> str | None:
+    p = problem
     if p.v.dtype not in library.DTYPES:
         return f"values in {p.v.dtype}"
     read = [x for x in (p.s, p.log_decay, p.mix) if x is not None]
@@ -102,7 +99,7 @@ def _refusal(p: Problem) -> str | None:
 
 
 def _check(p: Problem) -> None:
-    reason = _refusal(p)
+    reason = refuses(p, 1)
     if reason is None and any(x is not None and x.dtype != torch.float32 for x in (p.s, p.log_decay, p.mix)):
         reason = "scores, decays or mixing weights in another dtype than float32"
     if reason is not None:
