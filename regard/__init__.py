@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from regard.backends import watch_backends
 from regard.catalogue import get_mechanism, list_mechanisms, load_plugin, register, which_backend
 from regard.contract import (
     BlockMask,
@@ -76,5 +77,6 @@ __all__ = [
     "list_mechanisms",
     "load_plugin",
     "register",
+    "watch_backends",
     "which_backend",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends import recording, which_backend
+from regard.backends import watch_backends, which_backend
 from regard.contract import (
     WANTS,
     BlockMask,
@@ -470,9 +470,9 @@ def _run_on(backend: str | None, card: Mechanism, form: str, call: Call, tensors
     """:func:`run_form`; a backend that was asked for but had nothing to run is refused: torch computed the form."""
     if backend is None or torch.compiler.is_compiling():
         return run_form(card, form, call, tensors)
-    with recording() as used:
+    with watch_backends() as ran:
         result = run_form(card, form, call, tensors)
-    if backend not in used and backend != "torch":
+    if backend not in ran.backends and backend != "torch":
         raise Unsupported(
             f"backend {backend!r} for the {form} form of {card.name} in {call.pattern.value}",
             supported="torch: no engine computes it",

@@ -189,20 +189,27 @@ def _find(name: str) -> tuple[Mechanism, ModuleType] | None:
     return next((entry for entry in entries.values() if name in entry[0].aliases), None)
 
 
-def which_backend(name: str, *, device: str | torch.device = "cpu", backend: str | None = None) -> backends.Choice:
-    """The backend that would run a mechanism, and why.
+def which_backend(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> backends.Choice:
+    """The backend that would run a mechanism, and why; of a call that can be made, :func:`regard.watch_backends` tells more.
 
     Args:
         name: name or alias of a mechanism, or the name of an engine (see :mod:`regard.backends`). Of a mechanism it is
             the card's engine that counts; a form that needs no engine is plain PyTorch on every device.
         device: where the tensors are.
+        dtype: theirs; None for one that the backends have.
         backend: asked for by name; it never falls back to another.
 
     Raises:
         Unsupported: for an unknown name, device or backend, or a backend that lacks the engine or the device.
     """
     engine = name if name in backends.engine_names() else resolve(name)[0].engine
-    return backends.which_backend(engine, device=device, backend=backend)
+    return backends.which_backend(engine, device=device, dtype=dtype, backend=backend)
 
 
 def list_mechanisms(

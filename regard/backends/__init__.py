@@ -6,6 +6,7 @@ to be importable. A backend that was asked for by name never falls back to anoth
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,6 +116,11 @@ def _candidates(engine: str, requested: str | None) -> list[Backend]:
     return [b for b in BACKENDS if b.name == requested]
 
 
+def _because(passed: list[str]) -> str:
+    """Why a backend runs a call: what the ones before it lack."""
+    return "; ".join(passed) or f"the first of {', '.join(b.name for b in BACKENDS)}"
+
+
 def _refusal(engine: str, requested: str, reason: str) -> Unsupported:
     what = f"the engine {engine}" if engine else "a plain function"
     others = [b.name for b in BACKENDS if b.name != requested and engine in b.engines and b.missing is None]
@@ -148,8 +154,7 @@ def which_backend(
     for candidate in _candidates(engine, backend):
         reason = candidate.lacks(engine, where, dtype)
         if reason is None:
-            because = "; ".join(passed) or f"the first of {', '.join(b.name for b in BACKENDS)}"
-            return Choice(candidate.name, "requested" if backend else because)
+            return Choice(candidate.name, "requested" if backend else _because(passed))
         if backend is not None:
             raise _refusal(engine, backend, reason)
         passed.append(f"{candidate.name}: {reason}")
@@ -167,18 +172,47 @@ def only(*names: str) -> Iterator[None]:
         BACKENDS[:] = kept
 
 
-_RECORDS: list[set[str]] = []
+@dataclass(frozen=True)
+class Ran:
+    """An engine that ran: on which backend, and why on this one."""
+
+    engine: str
+    backend: str
+    reason: str
+
+
+class Record(Counter[Ran]):
+    """How often engines ran, and on what; printed as a line for each."""
+
+    @property
+    def backends(self) -> set[str]:
+        return {ran.backend for ran in self}
+
+    def __str__(self) -> str:
+        found = sorted((ran.engine, ran.backend, ran.reason, count) for ran, count in self.items())
+        lines = [f"{engine}: {backend}, {count} times ({reason})" for engine, backend, reason, count in found]
+        return "\n".join(lines) or "no engine ran: what was computed is plain PyTorch"
+
+
+_RECORDS: list[Record] = []
 
 
 @contextmanager
-def recording() -> Iterator[set[str]]:
-    """The names of the backends that run engines inside the block, in a set that fills as they do."""
-    used: set[str] = set()
-    _RECORDS.append(used)
+def watch_backends() -> Iterator[Record]:
+    """What runs inside the block, engine by engine, with the reason: a :class:`Record` that fills as they run.
+
+    Not in compiled programs, which choose once, while they are traced::
+
+        with regard.watch_backends() as ran:
+            layer(x)
+        print(ran)  # gated_recurrence: torch, 1 times (native: it computes in bfloat16, float32, not in float64)
+    """
+    record = Record()
+    _RECORDS.append(record)
     try:
-        yield used
+        yield record
     finally:
-        _RECORDS.pop()
+        _RECORDS.remove(record)
 
 
 def prefers_native() -> bool:
@@ -192,16 +226,19 @@ def execute(engine: str, requested: str | None, device: pytorch.device, dtype: p
     Raises:
         Unsupported: when the backend asked for cannot run it.
     """
+    passed: list[str] = []
     for candidate in BACKENDS if requested is None else _candidates(engine, requested):
         reason = candidate.lacks(engine, device, dtype)
         if reason is None:
             reason = candidate.engines[engine].refuses(*arguments)
         if reason is None:
             if _RECORDS and not pytorch.compiler.is_compiling():
-                for used in _RECORDS:
-                    used.add(candidate.name)
+                ran = Ran(engine, candidate.name, "requested" if requested else _because(passed))
+                for record in _RECORDS:
+                    record[ran] += 1
             return candidate.engines[engine].run(*arguments)
         if requested is not None:
             raise _refusal(engine, requested, reason)
+        passed.append(f"{candidate.name}: {reason}")
     _candidates(engine, requested)  # refuses an engine that nobody has
     raise Unsupported(f"the engine {engine} on {device.type}", supported="a device that some backend has")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.backends import recording
+from regard.backends import watch_backends
 from regard.backends.native import library
 from regard.contract import Context
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved
@@ -58,10 +58,10 @@ def model_costs(
                 found[name]["latency"].append([length, *_milliseconds(timing)])
             for name, action in forward.items():
                 library.workspace_peak(reset=True)
-                with recording() as used:
+                with watch_backends() as ran:
                     memory = peak_memory(action, device=inputs[0].device).bytes + library.workspace_peak()
                 found[name]["memory"].append([length, memory])
-                found[name]["backends"] = sorted(used.union(found[name]["backends"]))
+                found[name]["backends"] = sorted(ran.backends.union(found[name]["backends"]))
             _decoding(models, length, inputs, context, found, seconds)
             if on_length is not None:
                 on_length(length)

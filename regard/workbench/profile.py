@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from regard.backends import recording
+from regard.backends import watch_backends
 from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
@@ -264,9 +264,9 @@ def measure_memory(action: Callable[[], Any], device: str = "cpu") -> tuple[int,
     """Peak bytes of an action, after a first call, and the backends that ran its engines."""
     action()
     library.workspace_peak(reset=True)
-    with recording() as used:
+    with watch_backends() as ran:
         memory = peak_memory(action, device=device).bytes + library.workspace_peak()
-    return memory, "+".join(sorted(used)) or "torch"
+    return memory, "+".join(sorted(ran.backends)) or "torch"
 
 
 def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, torch.Tensor]:

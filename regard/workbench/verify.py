@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from regard.backends import BACKENDS, only, recording
+from regard.backends import BACKENDS, Record, only, watch_backends
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Mechanism, Pattern, Unsupported, closest
 from regard.models.variants import known_name
@@ -97,10 +97,10 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
         detail += f" (measured with {', '.join(f'{k}={v}' for k, v in waiver.holds_with.items())})"
     if prop.name in PROGRAMS and backend != "torch" and not _runs_on(backend, subject, dtype):
         return None
-    used: set[str] = set()
+    ran = Record()
     try:
         torch.manual_seed(seed)
-        with only(backend, "torch"), recording() as used:
+        with only(backend, "torch"), watch_backends() as ran:
             error = prop.check(subject, dtype)
         if not error <= tolerance:
             status = "fail"
@@ -113,7 +113,7 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
         status = "fail"
         last = traceback.extract_tb(failure.__traceback__)[-1]
         detail = f"{type(failure).__name__}: {failure} ({last.name}, line {last.lineno})"
-    if backend not in used and backend != "torch":
+    if backend not in ran.backends and backend != "torch":
         return None
     seconds = time.perf_counter() - started
     if error is not None and not math.isfinite(error):
@@ -123,9 +123,9 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
 
 def _runs_on(backend: str, subject: Subject, dtype: torch.dtype) -> bool:
     """Whether a call has anything that runs on a backend: to know it, nothing need be compiled."""
-    with only(backend, "torch"), recording() as used:
+    with only(backend, "torch"), watch_backends() as ran:
         subject.run(subject.inputs(12, dtype=dtype))
-    return backend in used
+    return backend in ran.backends
 
 
 def verified_backends() -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from support import calls, check_gradients, close, load, qkv, refused
 from torch import Tensor
 
-from regard.backends import NATIVE, recording
+from regard.backends import NATIVE, watch_backends
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
@@ -221,9 +221,9 @@ def test_factors_of_zero_give_zero_and_still_learn(name, way):
 
 def backends(tensors: dict[str, Tensor], **call: Any) -> set[str]:
     """Those that ran an engine; none for explicit weights."""
-    with recording() as used:
+    with watch_backends() as ran:
         run(tensors, **call)
-    return used
+    return ran.backends
 
 
 @pytest.mark.skipif(NATIVE.missing is not None, reason="needs the native library")

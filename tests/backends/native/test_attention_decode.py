@@ -185,6 +185,6 @@ def test_the_short_way_leaves_to_the_general_one_what_it_does_not_do():
         assert short_way(a, b, c, 1.0) is None, what
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         assert short_way(q, k, v, 1.0) is None
-    for block in (backends.only("torch"), backends.recording()):
+    for block in (backends.only("torch"), backends.watch_backends()):
         with block:
             assert short_way(q, k, v, 1.0) is None

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from regard.backends import NATIVE, recording
+from regard.backends import NATIVE, watch_backends
 from regard.contract import Unsupported
 from regard.engines import layers as engines
 from regard.engines.layers import native_form as native
@@ -132,9 +132,9 @@ def test_modules_run_on_it_and_equal_their_float64_selves():
         SwiGLU(64, width): (torch.randn(1, n, 64),),
     }
     for module, inputs in modules.items():
-        with recording() as used:
+        with watch_backends() as ran:
             found = module(*inputs)
-        assert used == {"native"}, module
+        assert ran.backends == {"native"}, module
         owner = module if isinstance(module, torch.nn.Module) else module.__self__
         owner.double()
         expected = module(*(x.double() if x.is_floating_point() else x for x in inputs))
