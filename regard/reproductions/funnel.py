@@ -69,7 +69,7 @@ REPRODUCTION = Reproduction(
         "a deeper model for the operations saved: the funnel has as many layers as what it is compared with",
     ),
     timings=frozenset({"time"}),
-    more_seeds={"funnel": 8, "pooled keys": 8},
+    more_seeds={"funnel": 16, "pooled keys": 16},
     smoke={"steps": 2, "batch_size": 2, "items": 8, "length": 16, "seconds": 0.01},
     seconds=60,
 )

@@ -42,7 +42,7 @@ REPRODUCTION = Reproduction(
         "the Long Range Arena: sequences too long for this size",
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
-    seeds=4,
+    seeds=8,
     more_seeds={"softmax": 3},
     seconds=12,
     protocol=2,

@@ -44,7 +44,7 @@ class Reproduction:
         left_out: claims of the paper that are not tried here, each with the reason.
         timings: names of the settings whose measurements are times.
         smoke: options that shrink every setting to seconds, for tests.
-        seeds: how many by default, up to ten. A pilot says how many are enough (:meth:`pilot`).
+        seeds: how many by default. A pilot says how many are enough (:meth:`pilot`).
         more_seeds: the settings that get another number of seeds, since what they are compared in varies more.
         seconds: roughly what a cell takes on one core, until some have been run.
         source: the paper, where it is none of a mechanism.
