@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,22 @@ class LayerState(State):
     length: Int[Tensor, " b"] = state_field()
     convolutions: tuple[Tensor | None, ...] = ()
     projection: State | None = None
+
+
+class Side(NamedTuple):
+    """The queries' tokens or the memory's, as a layer reads them.
+
+    Attributes:
+        tokens: (B, N, C) in the dense layout.
+        layout: how they came there.
+        positions: theirs, or vectors that a scheme makes of them; None where nobody asks for them.
+        losses: of the position scheme.
+    """
+
+    tokens: Tensor
+    layout: Gathering
+    positions: Tensor | None
+    losses: dict[str, Loss]
 
 
 class AttentionLayer(Layer):
@@ -226,15 +242,9 @@ class AttentionLayer(Layer):
         check_state(state, LayerState, self.card.name)
         check_memory(self.pattern, memory, context, state)
         check_tokens(x, self.dim)
-        batch, n, device = x.shape[0], x.shape[1], x.device
-        layout = gathering(context.mask, batch, n, device)
-        whole = layout.whole
-        x = x if whole else layout.gather(x, axis=1)
-        positions = self._positions(context.positions, layout, x, None if state is None else state.length)
-        movable = context.positions is None and state is None and not self.pattern.cross
-        positions, losses = self._prepare(positions, context, movable=movable)
-        if self.positions.embed is not None:
-            x = self.positions.embed(x, positions)
+        before = None if state is None else state.length
+        own = self.side(x, context.mask, context.positions, context, before=before)
+        x, layout = own.tokens, own.layout
         stateful = state is not None or "state" in context.want
         heads: dict[str, Tensor] = {}
         caches = self._no_caches() if state is None or not state.convolutions else list(state.convolutions)
@@ -242,31 +252,33 @@ class AttentionLayer(Layer):
         if query is not None:
             q = self._heads(query, x, 0, self.num_heads, layout.lengths, caches)
             heads["q"] = self._norm(self.query_norm, q)
-        source, source_layout, source_positions = x, layout, positions
-        if self.pattern.cross and memory is not None:
-            check_tokens(memory, self.spec.memory_dim, "memory")
-            source_layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], device)
-            source = source_layout.gather(memory, axis=1)
-            source_positions = self._positions(context.memory_positions, source_layout, source, None)
-            source_positions, _ = self._prepare(source_positions, context, movable=False)
-        if not self.pattern.cross or memory is not None:
-            self._memory_heads(heads, source, source_layout.lengths, caches)
-        no_keys = self.pattern.cross and memory is None
-        before = None if state is None else state.projection
-        call = LayerCall(x, None if no_keys else source, context, layout.lengths, source_layout.lengths, before)
+        other: Side | None = own
+        if self.pattern.cross:
+            other = None if memory is None else self.memory_side(memory, context)
+        if other is not None:
+            self._memory_heads(heads, other.tokens, other.layout.lengths, caches)
+        keys = None if other is None else other.layout
+        call = LayerCall(
+            x,
+            None if other is None else other.tokens,
+            context,
+            layout.lengths,
+            layout.lengths if keys is None else keys.lengths,
+            None if state is None else state.projection,
+        )
         heads, projected, learned = self._project(heads, call, state)
-        heads = self._rotate(heads, positions, source_positions)
+        heads = self._rotate(heads, own.positions, None if other is None else other.positions)
 
         result = apply(
             self.card,
             heads,
             pattern=self.pattern,
-            mask=self._inner_mask(context, layout, None if no_keys else source_layout),
-            memory_mask=None if memory is None else inner_mask(source_layout),
+            mask=self._inner_mask(context, layout, keys),
+            memory_mask=None if memory is None or keys is None else inner_mask(keys),
             state=None if state is None else state.mechanism,
             return_state=stateful,
             config=self.config,
-            **self._beside(context, None if no_keys else source_layout),
+            **self._beside(context, keys),
             **self._position_functions(context, state),
         )
         result.losses |= learned
@@ -276,11 +288,10 @@ class AttentionLayer(Layer):
         y = self.output(self._gated(y.transpose(1, 2), x))
         if self.training and self.dropout and "dropout" not in self.card.honours:
             y = dropout(y, self.dropout, training=True, generator=context.generator)
-        result.output = y if whole else layout.scatter(y, axis=1)
-        result.losses |= losses
+        result.output = y if layout.whole else layout.scatter(y, axis=1)
+        result.losses |= own.losses
         if stateful:
-            past = None if state is None else state.length
-            length = lengths_after(past, layout.lengths, batch, x.shape[1], device)
+            length = lengths_after(before, layout.lengths, x.shape[0], x.shape[1], x.device)
             result.state = LayerState(result.state, length, tuple(caches), projected)
         return result
 
@@ -298,15 +309,10 @@ class AttentionLayer(Layer):
             raise Unsupported("memory in pieces with short convolutions", supported="the whole memory at once")
         context = given_context(context)
         check_state(state, LayerState, self.card.name)
-        check_tokens(memory, self.spec.memory_dim, "memory")
         check_memory_mask(context)
         self._check_memory_positions(context)
-        batch, m = memory.shape[:2]
-        layout = gathering(context.memory_mask, batch, m, memory.device)
-        memory = layout.gather(memory, axis=1)
         before = None if state is None or state.mechanism is None else state.mechanism.length
-        positions = self._positions(context.memory_positions, layout, memory, before)
-        positions, _ = self._prepare(positions, context, movable=False)
+        memory, layout, positions, _ = self.memory_side(memory, context, before)
         heads: dict[str, Tensor] = {}
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())
         call = LayerCall(None, memory, context, None, layout.lengths, None if state is None else state.projection)
@@ -322,8 +328,53 @@ class AttentionLayer(Layer):
             heads=self.num_heads,
             roles=None if context.roles is None else layout.gather(context.roles, axis=1),
         )
-        length = torch.zeros(batch, dtype=torch.long, device=memory.device) if state is None else state.length
+        none = torch.zeros(layout.batch, dtype=torch.long, device=memory.device)
+        length = none if state is None else state.length
         return LayerState(absorbed, length, projection=projected)
+
+    def side(
+        self,
+        tokens: Float[Tensor, "b n c"],
+        mask: Mask | None,
+        positions: Int[Tensor, "#b n"] | None,
+        context: Context,
+        *,
+        before: Int[Tensor, " b"] | None = None,
+    ) -> Side:
+        """A sequence of queries: its tokens gathered and placed.
+
+        Args:
+            tokens: padded or packed, as the mask says.
+            positions: theirs; None for ranks.
+            before: tokens that came before, in each row.
+        """
+        movable = positions is None and before is None and not self.pattern.cross
+        found = self._side(tokens, mask, positions, context, before, movable=movable)
+        if self.positions.embed is None:
+            return found
+        return found._replace(tokens=self.positions.embed(found.tokens, found.positions))
+
+    def memory_side(
+        self, memory: Float[Tensor, "b m c2"], context: Context, before: Int[Tensor, " b"] | None = None
+    ) -> Side:
+        """The memory of a cross pattern likewise; positions of the queries' input are not for it."""
+        check_tokens(memory, self.spec.memory_dim, "memory")
+        return self._side(memory, context.memory_mask, context.memory_positions, context, before, movable=False)
+
+    def _side(
+        self,
+        tokens: Tensor,
+        mask: Mask | None,
+        positions: Tensor | None,
+        context: Context,
+        before: Tensor | None,
+        *,
+        movable: bool,
+    ) -> Side:
+        layout = gathering(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+        tokens = tokens if layout.whole else layout.gather(tokens, axis=1)
+        where = self._positions(positions, layout, tokens, before)
+        return Side(tokens, layout, *self._prepare(where, context, movable=movable))
 
     def _project(
         self, heads: Tensors, call: LayerCall, state: LayerState | None

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Pattern, Result, Unsupported
-from regard.core.ragged import gathering
 from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.linear import linear
 from regard.layers.attention import AttentionLayer
@@ -61,17 +60,9 @@ def attend_in_chosen_heads(
     mask = context.mask
     if mask is not None and (mask.bias is not None or mask.blocks is not None):
         raise Unsupported('a bias or a block mask with compute="gather"', supported='compute="dense"')
-    layout = gathering(mask, x.shape[0], x.shape[1], x.device)
-    x = layout.gather(x, axis=1)
-    where = layer._positions(context.positions, layout, x, None)
-    if layer.positions.embed is not None:
-        x = layer.positions.embed(x, where)
-    source, source_layout, source_where = x, layout, where
-    if memory is not None:
-        check_tokens(memory, layer.spec.memory_dim, "memory")
-        source_layout = gathering(context.memory_mask, memory.shape[0], memory.shape[1], memory.device)
-        source = source_layout.gather(memory, axis=1)
-        source_where = layer._positions(context.memory_positions, source_layout, source, None)
+    side = layer.side(x, mask, context.positions, context)
+    x, layout, where, losses = side
+    source, source_layout, source_where, _ = side if memory is None else layer.memory_side(memory, context)
     heads: dict[str, Tensor] = {}
     layer._memory_heads(heads, source, source_layout.lengths, [])
     heads = layer._rotate(heads, where, source_where)
@@ -79,7 +70,7 @@ def attend_in_chosen_heads(
     if needs_queries:
         assert layer.query is not None
         queries = layer._norm(layer.query_norm, layer._heads(layer.query, x, 0, layer.num_heads, None, []))
-    result = Result(x)
+    result = Result(x, losses=dict(losses))
     gates = gates_of(queries, x, layout.lengths, result)  # (B, N, H)
     chosen = gates != 0
     if layout.lengths is not None:

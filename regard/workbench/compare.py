@@ -264,7 +264,7 @@ class _Runner:
             "command": self.trainer.command,
             "tasks": list(found.summary),
             "mechanisms": list(settings.names),
-            "seeds": list(range(settings.first_seed, settings.first_seed + settings.seeds)),
+            "seeds": sorted({row["seed"] for made in found.runs.values() for row in made.rows}),
             "budget": str(settings.budget),
             "frame": settings.frames[0],
             "frames": {frame: MEANINGS[frame] for frame in settings.frames},

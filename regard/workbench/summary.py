@@ -82,6 +82,7 @@ def summarise(
                 "rank": None,
                 "separable_from_best": None,
                 "beside_baseline": None,
+                "over_baseline": None,
             }
         )
     scored = [e for e in entries if e["mean"] is not None and math.isfinite(e["mean"])]
@@ -96,7 +97,7 @@ def summarise(
             entry["separable_from_best"] = entry["mechanism"] != best and difference.separable
         if baseline is not None and entry in scored:
             difference = comparison.against(entry["mechanism"], baseline.items)
-            over = sign * difference.mean
+            entry["over_baseline"] = over = sign * difference.mean
             entry["beside_baseline"] = "level" if not difference.separable else "ahead" if over > 0 else "behind"
     entries.sort(key=lambda e: -sign * e["mean"] if e["mean"] is not None else math.inf)
     if comparison.degrees > 0:

@@ -178,6 +178,6 @@ def test_a_plugin_brings_a_model_that_is_found_by_its_name(models, tmp_path, mon
 
 def test_models_say_what_they_serve(recall):
     assert models_for(recall) == ["LanguageModel"]
-    assert models_for(create_task("listops", length=32, evaluation_items=4)) == ["Encoder"]
+    assert models_for(create_task("listops", length=32, evaluation_items=4)) == ["Encoder", "PyramidEncoder"]
     with pytest.raises(Unsupported, match="another model"):
         register_model(type("Encoder", (LanguageModel,), {}), LanguageModelConfig)
