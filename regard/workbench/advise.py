@@ -416,15 +416,17 @@ class _Answer:
         return None
 
     def ranked(self, lengths: Sequence[int], **conditions: Any) -> list[str]:
-        """Those that qualify, best first: what results know before what they do not, then by time; softmax in front of
-        what is not surely faster."""
+        """Those that qualify, best first: what results know before what they do not, then by time; in front the fastest that
+        is surely faster than softmax, and softmax where none is."""
         chosen = [n for n in self.names if self.obstacle(n, lengths, **conditions) is None]
         times = {n: self.seconds(n, lengths) for n in chosen}
         unknown = {n: bool(self.quality.said) and n not in self.quality.said for n in chosen}
         order = sorted(chosen, key=lambda n: (unknown[n], times[n]))
-        if REFERENCE in order and not unknown[REFERENCE] and not self.surely_faster(order[0], REFERENCE, lengths):
-            order.remove(REFERENCE)
-            order.insert(0, REFERENCE)
+        if REFERENCE in order and not unknown[REFERENCE]:
+            known = [n for n in order if n != REFERENCE and not unknown[n]]
+            first = next((n for n in known if self.surely_faster(n, REFERENCE, lengths)), REFERENCE)
+            order.remove(first)
+            order.insert(0, first)
         return order
 
     def conditions(self) -> dict[str, Any]:

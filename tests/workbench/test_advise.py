@@ -163,6 +163,18 @@ def test_softmax_stands_unless_another_is_clearly_faster_beyond_the_interval(sha
     assert ("beyond doubt" in found.text) == (pick == "softmax")
 
 
+def test_one_that_is_faster_in_doubt_does_not_hide_one_that_is_faster_beyond_it(monkeypatch):
+    monkeypatch.setitem(TIMES, "linear", lambda n: 0.8 * TIMES["softmax"](n))
+    monkeypatch.setitem(TIMES, "local", lambda n: 0.9 * TIMES["softmax"](n))
+
+    def spreading(what, length, names):
+        spread = {"linear": 0.2}
+        return {n: replace(sample, spread=spread.get(n, 0.0)) for n, sample in fake(what, length, names).items()}
+
+    assert ask(64, spreading, ("linear", "local", "softmax")).pick == "local"
+    assert ask(64, spreading, ("linear", "softmax")).pick == "softmax"
+
+
 @pytest.mark.parametrize("lengths", [64, (64, 4096), 1 << 15])
 @pytest.mark.parametrize(
     "options", [{}, {"needs": "recall"}, {"memory": 1}, {"needs": ("recall", "weights"), "memory": 10**9}]
