@@ -96,6 +96,8 @@ def _measure(card: Mechanism, shapes: Shapes, pattern: Pattern, continuing: bool
     of_memory = memory_inputs(card)
     has_memory = not of_memory or any(name in names for name in of_memory)
     missing = [n for n in card.inputs if not n.endswith("?") and n not in names]
+    if not names:
+        raise Unsupported(f"{card.name} without inputs", supported=", ".join(card.inputs))
     if missing and not (pattern.cross and continuing and not has_memory):
         raise Unsupported(f"{card.name} without {', '.join(missing)}", supported=", ".join(card.inputs))
     sizes = _axis_sizes(card, shapes)

@@ -6,6 +6,7 @@ to be importable. A backend that was asked for by name never falls back to anoth
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -194,12 +195,19 @@ class Record(Counter[Ran]):
         return "\n".join(lines) or "no engine ran: what was computed is plain PyTorch"
 
 
-_RECORDS: list[Record] = []
+class _Watchers(threading.local):
+    """The records that fill in this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+
+_WATCHERS = _Watchers()
 
 
 @contextmanager
 def watch_backends() -> Iterator[Record]:
-    """What runs inside the block, engine by engine, with the reason: a :class:`Record` that fills as they run.
+    """What this thread runs inside the block, engine by engine, with the reason: a :class:`Record` that fills as they run.
 
     Not in compiled programs, which choose once, while they are traced::
 
@@ -208,16 +216,16 @@ def watch_backends() -> Iterator[Record]:
         print(ran)  # gated_recurrence: torch, 1 times (native: it computes in bfloat16, float32, not in float64)
     """
     record = Record()
-    _RECORDS.append(record)
+    _WATCHERS.records.append(record)
     try:
         yield record
     finally:
-        _RECORDS.remove(record)
+        _WATCHERS.records.pop()
 
 
 def prefers_native() -> bool:
     """Whether native forms come first here, torch's follow and nobody asks which runs: then a form may be called directly."""
-    return BACKENDS[0] is NATIVE and NATIVE.missing is None and BACKENDS[-1] is TORCH and not _RECORDS
+    return BACKENDS[0] is NATIVE and NATIVE.missing is None and BACKENDS[-1] is TORCH and not _WATCHERS.records
 
 
 def execute(engine: str, requested: str | None, device: pytorch.device, dtype: pytorch.dtype, *arguments: Any) -> Any:
@@ -232,9 +240,9 @@ def execute(engine: str, requested: str | None, device: pytorch.device, dtype: p
         if reason is None:
             reason = candidate.engines[engine].refuses(*arguments)
         if reason is None:
-            if _RECORDS and not pytorch.compiler.is_compiling():
+            if not pytorch.compiler.is_compiling() and _WATCHERS.records:
                 ran = Ran(engine, candidate.name, "requested" if requested else _because(passed))
-                for record in _RECORDS:
+                for record in _WATCHERS.records:
                     record[ran] += 1
             return candidate.engines[engine].run(*arguments)
         if requested is not None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def surely(condition: bool) -> bool:
     """Whether a condition on sizes holds, whatever values they take where they are symbols of a graph. Unlike `bool` it
     fixes none of them: the graph that is compiled or exported goes on for every size."""
+    if isinstance(condition, Tensor):  # torch.jit.trace
+        return False
     if not torch.compiler.is_compiling() and isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy is large

@@ -99,7 +99,7 @@ class Windows(Shortening):
         one_of("shortening", kind, SHORTENINGS)
         at_least("size", size, 2)
         one_of("axes", axes, (1, 2, 3))
-        self.kind, self.dim, self.size, self.axes = kind, dim, size, axes
+        self.kind, self.dim, self.out_dim, self.size, self.axes = kind, dim, out_dim, size, axes
         self.norm: nn.Module = nn.Identity()
         self.projection: nn.Module = nn.Identity()
         if kind == "merge":
@@ -123,7 +123,9 @@ class Windows(Shortening):
             x = torch.where(valid, x, 0)
             exists = windows(valid, sides, self.size)
             left = exists.any(2).sum((1, 2))  # in a grid read row by row too, the windows with a token come first
-        if self.kind == "convolution":
+        if self.kind == "convolution" and x.shape[1] == 0:
+            y = x.new_zeros(x.shape[0], 0, self.out_dim)  # torch convolves nothing that is shorter than a filter
+        elif self.kind == "convolution":
             y = self.projection(x.mT.unflatten(2, sides)).flatten(2).mT
             y = self.norm(y)
         elif self.kind == "merge":
@@ -169,7 +171,7 @@ def windows(x: Shaped[Tensor, "b n c"], sides: Sequence[int], size: int) -> Shap
     """Tokens by windows of `size` along each axis of a grid, row by row within a window; zeros beyond the ends."""
     axes = len(sides)
     x = x.unflatten(1, tuple(sides))
-    x = F.pad(x, [0, 0, *(end for side in reversed(sides) for end in (0, -side % size))])
+    x = F.pad(x, [0, 0, *(end for side in reversed(sides) for end in (0, -(-side // size) * size - side))])
     for axis, side in enumerate(sides):
         x = x.unflatten(1 + 2 * axis, (-(-side // size), size))
     x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)  # windows, places, features

@@ -152,6 +152,7 @@ class PyramidEncoderConfig:
             )
         object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
         object.__setattr__(self, "num_layers", len(self.plan))
+        object.__setattr__(self, "decoder_plan", self.decoder_plan or ())
         if self.decoder_plan:
             layers = count_layers(None, self.decoder_plan, default=2)
             object.__setattr__(self, "decoder_plan", read_plan(self.decoder_plan, layers))

@@ -119,12 +119,12 @@ def mix_heads(
         wrapped.add(i)
     made = type(model)(dataclasses.replace(config, plan=plan))
     made.to(next(model.parameters()))
+    mixers = [block.mixer for i, block in enumerate(_blocks(model)) if i in wrapped]
+    inside = {name: f"{name}.attention" for name, module in model.named_modules() if module in mixers}
     weights = {}
     for name, tensor in model.state_dict().items():
-        parts = name.split(".")
-        if parts[0] == "blocks" and int(parts[1]) in wrapped and parts[2] == "mixer":
-            parts.insert(3, "attention")
-        weights[".".join(parts)] = tensor
+        mixer = next((mixer for mixer in inside if name.startswith(f"{mixer}.")), None)
+        weights[name if mixer is None else inside[mixer] + name.removeprefix(mixer)] = tensor
     made.load_state_dict(weights, strict=options.get("router", "query_norm") == "query_norm")
     return made.train(model.training)
 
@@ -158,6 +158,6 @@ def _keep(outputs: dict[int, Tensor], layer: int, _: nn.Module, given: tuple[Ten
 
 def _blocks(model: nn.Module) -> Sequence[Any]:
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
+    if not isinstance(blocks, nn.ModuleList | list):
         raise Unsupported(f"heads of a {type(model).__name__}", supported="models with blocks")
     return list(blocks)

@@ -88,8 +88,8 @@ def recommend(
     if not scored:
         return Recommendation("No mechanism can be recommended.", "None has a score on every task.", None)
     kept, steps, notes = _without_unsolved(summary, scored)
-    kept, lost = _without_unproven(summary, kept)
-    steps += lost
+    kept, unproven = _without_unproven(summary, kept)
+    steps += unproven
     kept, lost = _without_beaten(summary, comparisons, metrics, kept)
     steps += lost
     column, more, wording = PREFERENCES[prefer]
@@ -100,7 +100,7 @@ def recommend(
     where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
     costs = math.isfinite(measured)
     cost = prefer + where if costs else ""
-    text = f"Take {winner}: " + _headline(scored, kept, alike, comparisons, cost, why)
+    text = f"Take {winner}: " + _headline(scored, kept, alike, comparisons, cost, why, proven=not unproven)
     at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
     if at_edge:
         ends = " and ".join(f"{rate:g} on {task}" for task, rate in at_edge.items())
@@ -127,12 +127,15 @@ def _headline(
     comparisons: Mapping[str, Comparison],
     cost: str,
     why: str,
+    *,
+    proven: bool,
 ) -> str:
     """Why the winner, in half a sentence, for every case there is."""
     if len(scored) == 1:
         return "it is the only mechanism with a score on every task."
     if len(kept) == 1:
-        return f"every other is surely behind it{' on some task' if len(comparisons) > 1 else ''}."
+        behind = "surely behind it" + ("" if proven else " or not shown to beat a rule without training")
+        return f"every other is {behind}{' on some task' if len(comparisons) > 1 else ''}."
     if any(comparison.degrees < 1 for comparison in comparisons.values()):
         said = "with a single seed no difference in quality counts"
     else:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 import regard
-from regard.backends import NATIVE, Ran
+from regard.backends import NATIVE, Ran, prefers_native
 
 FIRST = "the first of native, torch"
 
@@ -37,3 +39,16 @@ def test_a_backend_that_was_asked_for_is_the_reason():
     with regard.watch_backends() as ran:
         regard.functional.linear_attention(*torch.randn(3, 1, 2, 4, 8), backend="torch")
     assert {(name.backend, name.reason) for name in ran} == {("torch", "requested")}
+
+
+def test_watchers_inside_each_other_and_in_other_threads_keep_their_own():
+    inputs = torch.randn(3, 1, 2, 4, 8)
+    with regard.watch_backends() as outer, regard.watch_backends() as inner:
+        regard.functional.linear_attention(*inputs, backend="torch")
+        thread = threading.Thread(target=lambda: regard.functional.linear_attention(*inputs, backend="torch"))
+        thread.start()
+        thread.join()
+    with regard.watch_backends() as after:
+        pass
+    assert sum(outer.values()) == sum(inner.values()) == 1 and not after
+    assert prefers_native() == (NATIVE.missing is None)

@@ -6,7 +6,8 @@ from model_checks import FUNNELS, made, small
 
 from regard.contract import BlockMask, Context, Mask, Unsupported
 from regard.layers.shortening import SHORTENINGS, Windows
-from regard.models import build_model
+from regard.models import build_model, from_pretrained, save_pretrained
+from regard.training.heads import head_importance, mix_heads
 
 GRID = {"axes": 2, "plan": ["softmax", ("large_kernel", {"axes": 2})]}
 
@@ -206,3 +207,26 @@ def test_what_stages_cannot_be_is_refused():
     images = made("pyramid encoder", **GRID)
     refused(lambda: images(x), "2 sides")
     refused(lambda: images(x, context=Context(grid=(3, 3))), "grid")
+
+
+@pytest.mark.parametrize("shortening", [*SHORTENINGS, "funnel"])
+def test_sequences_without_tokens_have_the_output_of_none(shortening):
+    model = made("pyramid encoder", stages=stages(shortening), plan=["softmax", "linear"], pool="none")
+    assert model(features(2, 0)).output.shape == (2, 0, 3)
+
+
+def test_a_saved_model_and_a_grown_one_have_the_same_stages(tmp_path):
+    model = made("pyramid encoder", plan=["softmax"] * 2, stages=stages("merge"))
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path).double()
+    assert again.config == model.config
+    x = features(1, 7)
+    torch.testing.assert_close(again(x).output, model(x).output)
+
+
+def test_heads_are_mixed_and_weighed_in_every_stage():
+    model = made("pyramid encoder", plan=["softmax"] * 2, stages=stages("merge"))
+    mixed, x = mix_heads(model, shared_heads=1, active_heads=1), features(2, 6)
+    torch.testing.assert_close(mixed(x).output, model(x).output)
+    found = head_importance(model, [x], loss=lambda m, batch: m(batch).output.square().sum())
+    assert [scores.shape for scores in found] == [(2,)] * 2 and all((scores > 0).all() for scores in found)

@@ -199,9 +199,15 @@ def layouts(*tensors: Tensor | None) -> tuple[Layout | None, ...]:
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
 
 
+def _span(layout: Layout) -> int:
+    """Numbers from the first to the last of a tensor."""
+    shape, strides, _ = layout
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
 def samples(layouts: tuple[Layout | None, ...]) -> list[Tensor | None] | None:
     """Tensors of these layouts, for a struct that many calls begin with; None where some would be large."""
-    if any(x is not None and x[0].numel() > SAMPLED for x in layouts):
+    if any(x is not None and _span(x) > SAMPLED for x in layouts):
         return None
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device="cpu") for x in layouts]
 

@@ -68,12 +68,16 @@ class DeltaRuleBackward(library.Arguments):
     )
 
 
+LEARNED = ("q", "k", "v", "log_decay", "beta", "state")
+"""Names of what a problem has learned, which a compiler need not ask the class for."""
+
+
 def refuses(problem: Problem) -> str | None:
     """Why the kernel does not take such a call; None when it does."""
     p = problem
     if p.beta is None:
         return "it is the recurrence without a delta rule"
-    for name, x in zip(Problem.places(), p.learned, strict=False):
+    for name, x in zip(LEARNED, p.learned, strict=True):
         if x is None:
             continue
         if x.dtype not in library.DTYPES:
