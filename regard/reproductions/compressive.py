@@ -49,8 +49,6 @@ REPRODUCTION = Reproduction(
         "max": compressed("max"),
         "softmax": TRAINING | {"mixer": "softmax"},
     },
-    seeds=8,
-    more_seeds={"softmax": 3},
     run_cell=run_cell,
     checks=(
         Check("convolution below Transformer-XL", minus("conv", "transformer_xl", "loss"), below=0.0),
