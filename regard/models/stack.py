@@ -11,7 +11,7 @@ The options go together, except that a reversible stack has nothing to checkpoin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -115,14 +115,20 @@ class StackConfig:
         """From a mapping of options; raises Unsupported for an unknown one."""
         if isinstance(given, StackConfig):
             return given
-        names = [f.name for f in dataclasses.fields(cls)]
+        check_options(cls, given, "stack")
         for name, value in given.items():
-            if name not in names:
-                raise Unsupported(f"option {name!r} of stack", supported=", ".join(names), nearest=closest(name, names))
             expected = KINDS.get(name, (type(value),))
             if type(value) not in expected:
                 raise Unsupported(f"{name}={value!r} of stack", supported=" or ".join(k.__name__ for k in expected))
         return cls(**given)
+
+
+def check_options(config: type[Any], given: Iterable[str], of: str) -> None:
+    """Raise Unsupported for a name that is no option of a config class; `of` says in words whose it would be."""
+    names = [f.name for f in dataclasses.fields(config)]
+    for name in given:
+        if name not in names:
+            raise Unsupported(f"option {name!r} of {of}", supported=", ".join(names), nearest=closest(name, names))
 
 
 class Stack(nn.ModuleList):

@@ -227,7 +227,7 @@ def _delta_rule_backward(
     grad_final_state = None if grad_final_state is None else library.rows_contiguous(grad_final_state)
     outer = library.strided(grad_out=grad_out, grad_final_state=grad_final_state)
     arguments = DeltaRuleBackward(forward=ctypes.pointer(forward), **outer)
-    for name, grad, is_needed in zip(Problem.places(), grads, needed, strict=False):
+    for name, grad, is_needed in zip(LEARNED, grads, needed, strict=True):
         if is_needed:
             setattr(arguments, f"grad_{name}", library.pointer(grad))
     library.call(arguments)
@@ -253,7 +253,7 @@ def _check(problem: Problem) -> None:
     if dtype not in library.DTYPES:
         raise Unsupported(f"v in {str(dtype)[6:]}", supported="float32 or bfloat16")
     dtypes = [dtype] * 3 + [torch.float32] * 3
-    for name, x, wanted in zip(Problem.places(), problem.learned, dtypes, strict=False):
+    for name, x, wanted in zip(LEARNED, problem.learned, dtypes, strict=True):
         if x is not None and (x.dtype != wanted or x.device.type != "cpu"):
             raise Unsupported(f"{name} in {str(x.dtype)[6:]} on {x.device.type}", supported=f"{str(wanted)[6:]} on cpu")
 
