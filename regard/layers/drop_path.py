@@ -1,0 +1,52 @@
+"""Stochastic depth of single examples: a residual branch is left out for some rows of the batch while training.
+
+``x + DropPath(p)(branch(x))`` (Huang et al., arXiv 1603.09382; drawn for each example as vision transformers do): a row is
+zero with probability p, and divided by 1 - p otherwise, so that its mean is what it is in evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from regard.contract import Unsupported
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class DropPath(nn.Module):
+    """Zeroes whole examples of a branch while training; the identity in evaluation.
+
+    Args:
+        probability: of leaving a row out, in [0, 1).
+    """
+
+    def __init__(self, probability: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise Unsupported(f"drop_path={probability}", supported="0 <= drop_path < 1", nearest="drop_path=0.0")
+        self.probability = probability
+
+    def forward(
+        self, x: Float[torch.Tensor, "b ..."], *, generator: torch.Generator | None = None
+    ) -> Float[torch.Tensor, "b ..."]:
+        """Rows of `x` kept and scaled up, or zero; draws come from `generator` when there is one."""
+        if not self.training or self.probability == 0:
+            return x
+        draw = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), generator=generator, device=x.device)
+        return torch.where(draw >= self.probability, x / (1 - self.probability), x.new_zeros(()))
+
+    def extra_repr(self) -> str:
+        return f"{self.probability:g}"
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Probabilities of all blocks, stage by stage, rising evenly from 0 in the first block to `last` in the last."""
+    total = sum(depths)
+    rates = [last * i / max(total - 1, 1) for i in range(total)]
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+    return [rates[start : start + depth] for start, depth in zip(starts, depths, strict=True)]

@@ -1,0 +1,61 @@
+"""Image backbones by name: ``create_backbone("van_b0", num_classes=10)``.
+
+Each file beside this one is one backbone with its published sizes, found here without a list. ``regard list --backbones``
+names them; :mod:`regard.integrations.timm` registers them with timm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from regard.contract import Unsupported, closest
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level
+
+__all__ = ["Backbone", "BackboneConfig", "Level", "create_backbone", "list_backbones", "read_backbone"]
+
+
+@functools.cache
+def _published() -> dict[str, tuple[type[Backbone], dict[str, Any]]]:
+    found: dict[str, tuple[type[Backbone], dict[str, Any]]] = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        for each in vars(module).values():
+            if isinstance(each, type) and issubclass(each, Backbone) and "sizes" in vars(each):
+                found |= {name: (each, dict(options)) for name, options in each.sizes.items()}
+    return dict(sorted(found.items()))
+
+
+def list_backbones() -> list[str]:
+    """Names of all published sizes."""
+    return list(_published())
+
+
+def read_backbone(name: str, **options: Any) -> tuple[type[Backbone], Any]:
+    """Class and config of a published size, with other options if wanted; raises Unsupported for unknown ones."""
+    published = _published()
+    if name not in published:
+        raise Unsupported(f"backbone {name!r}", supported=", ".join(published), nearest=closest(str(name), published))
+    backbone, size = published[name]
+    known = [field.name for field in dataclasses.fields(backbone.Config)]
+    for option in options:
+        if option not in known:
+            raise Unsupported(f"{name} with {option}", supported=", ".join(known), nearest=closest(option, known))
+    return backbone, backbone.Config(**{**size, **options})
+
+
+def create_backbone(name: str, **options: Any) -> Backbone:
+    """A backbone, untrained.
+
+    Args:
+        name: one of :func:`list_backbones`.
+        options: fields of its config that shall differ, such as ``num_classes``, ``channels`` or ``image_size``.
+
+    Raises:
+        Unsupported: for an unknown name or option, or a value that is not accepted.
+    """
+    backbone, config = read_backbone(name, **options)
+    return backbone(config)
