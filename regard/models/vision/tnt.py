@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Context, Unsupported, at_least, one_of
+from regard.contract import Context, Pattern, Unsupported, at_least, one_of
 from regard.core.precision import wide_dtype
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
@@ -33,6 +33,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
+from regard.models.blocks import check_plan, read_plan
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
 
 if TYPE_CHECKING:
@@ -148,6 +149,12 @@ class TNT(Backbone):
             fusion = Fusion(config.words, config.inner_width, config.width, bias=config.legacy, legacy=config.legacy)
         options = {"dropout": dropout, **(config.mixer_options or {})}
         attention = make_attention(config.mixer, config.width, config.heads, options)
+        if self.prefix and (getattr(attention, "grid_axes", None) or 1) > 1:
+            raise Unsupported(
+                f"{config.mixer}, which mixes a grid, beside a class token",
+                supported="mechanisms that mix sequences",
+                nearest="pool='mean'",
+            )
         outer = TransformerBlock(config.width, attention, excitation=config.excitation, **shared)
         return Block(inner, fusion, outer, self.prefix)
 
@@ -361,7 +368,12 @@ def renamed(state: Mapping[str, Tensor], names: Sequence[tuple[str, str]]) -> di
 def make_attention(
     name: str, width: int, heads: int, options: Mapping[str, Any], pattern: str = "noncausal-self"
 ) -> Layer:
-    """A layer by name; the output projection of attention has a bias, the others none."""
+    """A layer by name; the output projection of attention has a bias, the others none.
+
+    Raises:
+        Unsupported: for mechanisms that are no layer of a model, or insert tokens, and what `create_layer` refuses.
+    """
+    check_plan(read_plan([(name, options)], None), Pattern(pattern), "an image backbone")
     given = {
         option: value for option, value in options.items() if option != "dropout" or value
     }  # which few layers take

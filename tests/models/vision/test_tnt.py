@@ -85,12 +85,12 @@ def test_published_sizes(name: str, parameters: float) -> None:
 
 def test_operations_are_those_of_the_paper_s_formula() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = create_backbone("tnt_s")
+        model = create_backbone("tnt_s", depth=1)
         model(torch.empty(1, 3, 224, 224))
     n, m, c, d = 196, 16, 24, 384
     block = n * (12 * m * c**2 + 2 * m**2 * c) + n * m * c * d + 12 * (n + 1) * d**2 + 2 * (n + 1) ** 2 * d
     before_and_after = n * m * c * (3 * 49) + n * m * c * d + d * 1000
-    assert counter.get_total_flops() == 2 * (12 * block + before_and_after)
+    assert counter.get_total_flops() == 2 * (block + before_and_after)
     assert 12 * block + before_and_after == pytest.approx(5.2e9, rel=0.01)
 
 
@@ -220,6 +220,29 @@ def test_tables_of_another_size_are_interpolated_and_the_class_token_s_row_is_ke
     refused("square tables", resize_positions, torch.zeros(1, 6, 2), (4, 4))
 
 
+def test_linear_maps_begin_small_and_a_mechanism_s_own_as_it_wants() -> None:
+    model = TNT(TNTConfig(**{**SMALL, "width": 96, "inner_width": 12, "mixer": "delta_rule"}))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, module in linears.items():
+        own = ".outer.attention." in name
+        assert (abs(float(module.weight.detach().std()) / 0.02 - 1) < 0.2) != own, name
+        assert own or module.bias is None or not module.bias.any(), name
+    assert linears["blocks.0.inner.attention.output"].bias is not None
+    for name in model.no_weight_decay():
+        assert abs(float(getattr(model, name).detach().std()) / 0.02 - 1) < 0.3
+    assert float(model.words.weight.detach().std()) > 0.03
+
+
+@pytest.mark.parametrize("option", ["branch_dropout", "attention_dropout", "drop_path"])
+def test_what_is_dropped_is_dropped_in_training_alone(option: str) -> None:
+    model, images = small(**{option: 0.5}), random_images()
+    without = small()
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(model(images), without(images))
+    model.train()
+    assert not torch.allclose(model(images), model(images))
+
+
 @pytest.mark.parametrize(
     ("words", "options"),
     [
@@ -229,6 +252,9 @@ def test_tables_of_another_size_are_interpolated_and_the_class_token_s_row_is_ke
         ("class, mean", {"pool": "token"}),
         ("0 to 1", {"vanilla": (2,)}),
         ("heads of equal whole widths", {"heads": 5}),
+        ("pool='mean'", {"mixer": "large_kernel"}),
+        ("kinds attention, mixer and wrapper", {"mixer": "low_rank_pooling"}),
+        ("which inserts tokens, in an image backbone", {"mixer": "landmark"}),
     ],
 )
 def test_what_cannot_be_is_refused(words: str, options: dict[str, Any]) -> None:
