@@ -94,6 +94,16 @@ def test_tables_of_another_size_are_interpolated() -> None:
     assert keys[0, 0] < 0.5 and keys[2, 0] > 1.5
 
 
+def test_convolutions_and_scores_of_pairs_begin_as_in_the_official_code() -> None:
+    model = PyramidTNT(PyramidTNTConfig(**SMALL))
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(convolutions) == 11
+    scaled = [module.weight.detach().flatten() * (9 * module.out_channels / 2) ** 0.5 for module in convolutions]
+    assert abs(float(torch.cat(scaled).std()) - 1) < 0.1
+    assert not any(module.bias.any() for module in convolutions)
+    assert abs(float(model.stages[0].pair_scores.detach().std()) - 1) < 0.1
+
+
 def test_other_mechanisms_mix_the_sentences() -> None:
     options: dict[str, Any] = {"depths": (1, 1, 1, 1), "image_size": 32, "pair_scores": False}
     for each in ({"mixer": "linear"}, {"mixer": "large_kernel", "reductions": (1, 1, 1, 1)}):

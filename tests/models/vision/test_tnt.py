@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from regard.contract import Context
 from regard.models.parameters import count_parameters
 from regard.models.vision import create_backbone
 from regard.models.vision.backbone import tokens_of
-from regard.models.vision.tnt import TNT, TNTConfig, cut, resize_positions
+from regard.models.vision.tnt import TNT, TNTConfig, TransformerBlock, cut, resize_positions
 
 SMALL: dict[str, Any] = {
     "patch": 8,
@@ -234,13 +235,20 @@ def test_linear_maps_begin_small_and_a_mechanism_s_own_as_it_wants() -> None:
 
 
 @pytest.mark.parametrize("option", ["branch_dropout", "attention_dropout", "drop_path"])
-def test_what_is_dropped_is_dropped_in_training_alone(option: str) -> None:
-    model, images = small(**{option: 0.5}), random_images()
-    without = small()
-    without.load_state_dict(model.state_dict())
-    assert torch.equal(model(images), without(images))
-    model.train()
-    assert not torch.allclose(model(images), model(images))
+@pytest.mark.parametrize("family", ["tnt", "pyramid_tnt"])
+def test_what_is_dropped_is_dropped_in_training_alone(family: str, option: str) -> None:
+    stages = {"widths": 16, "heads": 2, "inner_widths": 4, "inner_heads": 2, "depths": 1}
+    sizes = SMALL if family == "tnt" else {"image_size": 32} | {name: (value,) * 4 for name, value in stages.items()}
+    model = shaken(create_backbone(f"{family}_s", **sizes, **{"drop_path": 0.0, option: 0.5}))
+    blocks = [part for part in model.modules() if isinstance(part, TransformerBlock)]
+    blocks = blocks[-1:] if option == "drop_path" else blocks
+    for block in blocks:
+        torch.nn.init.zeros_(block.mlp.down.weight)
+        torch.nn.init.zeros_(block.mlp.down.bias)  # what is left is the attention's branch
+        tokens = torch.randn(40, 16, block.mlp.up.in_features, dtype=torch.float64)
+        context = Context(grid=(4, 4))
+        assert torch.equal(block.eval()(tokens, context), block(tokens, context))
+        assert not torch.allclose(block.train()(tokens, context), block(tokens, context))
 
 
 @pytest.mark.parametrize(
