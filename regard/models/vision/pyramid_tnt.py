@@ -216,7 +216,7 @@ class Stem(nn.Module):
         )
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "bn m i"], Float[Tensor, "b n d"]]:
-        x = self.common(images)
+        x = self.common(images).contiguous(memory_format=torch.channels_last)  # which one channel alone leaves open
         return tokens_of(cut(self.words(x), SIDE)), tokens_of(self.sentences(x))
 
 
@@ -247,8 +247,8 @@ class Merge(nn.Module):
         x = self.words_norm(words).reshape(batch, height, width, SIDE, SIDE, words.shape[-1])
         x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, width % 2, 0, height % 2))
         rows, columns = x.shape[1] // 2, x.shape[2] // 2
-        x = x.reshape(batch, rows, 2, columns, 2, SIDE, SIDE, words.shape[-1])
-        squares = x.permute(0, 1, 3, 7, 2, 5, 4, 6).reshape(-1, words.shape[-1], 2 * SIDE, 2 * SIDE)
+        x = x.reshape(batch, rows, 2, columns, 2, SIDE, SIDE, words.shape[-1]).permute(0, 1, 3, 2, 5, 4, 6, 7)
+        squares = map_of(x.flatten(0, 2).flatten(1, 4), (2 * SIDE, 2 * SIDE))
         sentences = map_of(self.sentences_norm(sentences), self.grid)
         return tokens_of(self.words(squares)), tokens_of(self.sentences(sentences))
 

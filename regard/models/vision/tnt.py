@@ -167,7 +167,7 @@ class TNT(Backbone):
         for number, block in enumerate(self.blocks):
             words, sentences = block(words, sentences, context)
             if number in keep:
-                maps[number] = map_of(sentences[:, self.prefix :], grid)
+                maps[number] = map_of(sentences[:, self.prefix :].contiguous(), grid)
         return self.norm(sentences), maps
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "bn m i"], Float[Tensor, "b n c"]]:
@@ -374,9 +374,9 @@ def make_attention(
         Unsupported: for mechanisms that are no layer of a model, or insert tokens, and what `create_layer` refuses.
     """
     check_plan(read_plan([(name, options)], None), Pattern(pattern), "an image backbone")
-    given = {
-        option: value for option, value in options.items() if option != "dropout" or value
-    }  # which few layers take
+    given = dict(options)
+    if not given.get("dropout"):
+        given.pop("dropout", None)  # not every layer has the option
     layer = create_layer(name, width, **{"num_heads": heads, "pattern": pattern, **given})
     if isinstance(layer, AttentionLayer) and isinstance(layer.output, nn.Linear):
         layer.output = make_linear(layer.output.in_features, width, bias=True)
@@ -406,10 +406,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def cut(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "bn c p p"]:
-    """The squares of a map, row by row, as one batch."""
+    """The squares of a map, row by row, as one batch, channels-last."""
     batch, channels, height, width = maps.shape
     squares = maps.reshape(batch, channels, height // side, side, width // side, side)
-    return squares.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return squares.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
 
 
 def check_table_size(config: BackboneConfig, height: int, width: int) -> None:

@@ -68,11 +68,12 @@ def test_words_are_in_the_first_block_and_in_the_second_of_more_than_six() -> No
 
 
 @pytest.mark.parametrize("image_size", [32, (40, 72)])
-def test_grids_of_odd_sides(image_size: Any) -> None:
-    model = small(image_size=image_size, depths=(1, 1, 1, 1))
-    images = torch.randn(1, 3, *model.config.size, dtype=torch.float64)
+def test_grids_of_odd_sides_and_images_of_one_channel(image_size: Any) -> None:
+    model = small(image_size=image_size, depths=(1, 1, 1, 1), channels=1)
+    images = torch.randn(2, 1, *model.config.size, dtype=torch.float64)
     features, maps = model.forward_intermediates(images)
     assert [tuple(x.shape[2:]) for x in maps] == model.config.grids
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
     assert bool(features.isfinite().all())
 
 
