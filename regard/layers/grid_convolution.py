@@ -61,7 +61,7 @@ class GridConvolution(Merge):
             source = v.transpose(1, 2).flatten(2)
         layout = self._layout(x, context, lengths)
         placed = layout.gather(source, axis=1)
-        total = torch.full((1, 1), n, device=x.device) if layout.lengths is None else layout.lengths[:, None]
+        total = torch.full((1, 1), n, device="cpu") if layout.lengths is None else layout.lengths[:, None]
         height, width = self._sides(context.grid, n, total, padded=lengths is not None)
         spare = n - height * width
         if spare:
@@ -101,12 +101,16 @@ def tokens_alone(valid: Bool[Tensor, "b n"] | None, roles: Int[Tensor, "b n"] | 
     """Valid tokens whose role is TOKEN; None when all are."""
     if roles is None:
         return valid
-    return roles == Role.TOKEN if valid is None else valid & (roles == Role.TOKEN)
+    ordinary = roles == int(Role.TOKEN)  # a graph would compare with the name, not the number
+    return ordinary if valid is None else valid & ordinary
 
 
 def check_grid(grid: tuple[int, ...], total: Int[Tensor, "#b 1"], *, padded: bool) -> None:
-    """Raise Unsupported unless each row's tokens fill the grid (a padded row: at most fill it). Not checked in a graph."""
-    if torch.compiler.is_compiling() or total.numel() == 0:
+    """Raise Unsupported unless each row's tokens fill the grid (a padded row: at most fill it).
+
+    Not checked in a graph, nor without numbers. A `total` that is known without looking is on the CPU, where nothing waits.
+    """
+    if torch.compiler.is_compiling() or total.is_meta or total.numel() == 0:
         return
     least, most, places = int(total.min()), int(total.max()), math.prod(grid)
     if most > places or (least < places and not padded):

@@ -1,14 +1,17 @@
 r"""Bi-level routing attention: each region of an image reads the tokens of the few regions whose mean key it likes best.
 
 When to pick it: images and other grids at high resolution, in which what matters may be anywhere; within the chosen regions
-it is dense attention. When not: tokens that come one by one, or fewer regions than are chosen (`softmax` is the same then).
+it is dense attention.
+When not: tokens that come one by one, or no more regions than are chosen (`softmax` is the same then).
 
-Definition (Zhu et al., BiFormer, arXiv 2303.08810, equations 3-7), R_a the tokens of region a, m heads of width d, C = m d:
+Definition (Zhu et al., BiFormer, arXiv 2303.08810, equations 3-7), R_a the tokens of region a, C = m d for m heads of width d:
 
-    A_ab = sum_h (mean of q_ih over i in R_a) . (mean of k_jh over j in R_b)
-    I_a  = the k regions b of the highest A_ab
-    o_ih = sum_j softmax_j(C^-0.5 q_ih . k_jh) v_jh over the j in R_b, b in I_a,   for i in R_a
-    layer: W_o (O + LCE(V))
+    q'_ah = mean of q_ih over i in R_a
+    k'_bh = mean of k_jh over j in R_b
+    s_ab = sum_h q'_ah . k'_bh
+    I_a = the k regions b of the largest s_ab
+    o_ih = sum_j softmax_j(C^-1/2 q_ih . k_jh) v_jh over the j in R_b with b in I_a, for i in R_a
+    y = W_O (o + LCE(v))      (the layer)
 
 No gradient flows through the choice. A region need not choose itself.
 
@@ -16,8 +19,8 @@ No gradient flows through the choice. A region need not choose itself.
 |---|---|
 | S regions a side | `windows`: ceil(side / S) places a region and side, so that there are at most S |
 | k | `top` |
-| A^r, I^r | dot products of means, in at least float32; the same for all heads unless ``routing="head"`` |
-| C^-0.5, C of all heads | ``scale_by="dim"``: the scale, d^-0.5 unless a call says another, divided by sqrt(m) |
+| Q^r, K^r, A^r, I^r | q', k', s and I, in at least float32; the same for all heads unless ``routing="head"`` |
+| the scale C^-1/2 | ``scale_by="dim"``: the call's scale, d^-1/2 unless it says another, divided by sqrt(m) |
 | LCE, 5 x 5 depthwise | `lce` of the layer: `merge.convolution`; without `grid` a sequence is a grid of one row |
 
 Layout: q (B, H, N, D), k and v (B, G, M, D), on the `grid` of the call, of any number of axes, row by row; without a grid
