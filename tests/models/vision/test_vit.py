@@ -139,6 +139,13 @@ def test_layers_may_have_any_mechanism(plan: object, options: dict[str, object])
     assert not without
 
 
+@pytest.mark.parametrize("entry", [AGENTS, ("kernelized_rpe", {"max_offset": (4, 4)})], ids=["agent", "kernelized_rpe"])
+def test_layers_that_are_told_the_class_token_are_compiled(entry: object) -> None:
+    model, x = tiny(plan=[entry], num_layers=1), images()
+    with torch.no_grad():
+        close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
 @pytest.mark.parametrize("positions", ["sinusoidal", "none", "rotary"])
 def test_without_a_table_of_positions_images_of_another_size_are_taken(positions: str) -> None:
     model, x = tiny(positions=positions), images(16, 48)
