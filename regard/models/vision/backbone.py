@@ -7,6 +7,7 @@ channels-last memory format, so that the same memory is tokens (B, H * W, C), ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -242,6 +243,8 @@ def tokens_of(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def map_of(tokens: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
-    """Tokens, row by row, as a map, channels-last."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+def map_of(tokens: Float[Tensor, "b n c"], grid: Sequence[int]) -> Float[Tensor, "b c h w"]:
+    """Tokens, row by row, as a map, channels-last; raises Unsupported for fewer tokens, as where some were merged."""
+    if tokens.shape[1] != math.prod(grid):
+        raise Unsupported(f"a map of {tokens.shape[1]} tokens", supported=" x ".join(map(str, grid)) + " tokens")
+    return tokens.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
