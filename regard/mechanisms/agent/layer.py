@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import (
@@ -15,6 +14,7 @@ from regard.contract import (
     Tensors,
     Unsupported,
 )
+from regard.core.precision import wide_dtype
 from regard.layers.grid_convolution import GridConvolution, grid_tokens
 from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.agent.definition import Config, agent_sides
@@ -53,23 +53,27 @@ class BiasTables(nn.Module):
         self.columns = None if grid is None else table(grid[1])
         self.other = table()
 
-    def forward(
+    def shares(
         self, places: list[Int[Tensor, "#b n"]], extents: list[Int[Tensor, "#b 1"]], off: Bool[Tensor, "#b n"]
-    ) -> Float[Tensor, "b h a n"]:
-        """The bias of each token: at its place, and for one off the grid its own number."""
+    ) -> Float[Tensor, "#b n f"]:
+        """How much of each number of a head and agent is in the bias of a token: at its place, or off the grid of `other`."""
         if len(places) == 1:
             places, extents = _with_one_row(places, extents)
-        tables, shares = [self.other[..., None]], [off[..., None].to(self.other.dtype)]
+        shares = [off[..., None].to(self.other.dtype)]
         on = (~off[..., None]).to(self.other.dtype)
         if self.block is not None:
             down, across = (_interpolation(*axis, BLOCK, on) for axis in zip(places, extents, strict=True))
-            tables.append(self.block.flatten(2))
             shares.append((down[..., None] * across[..., None, :]).flatten(2))
         for line, place, extent in zip((self.rows, self.columns), places, extents, strict=True):
             if line is not None:
-                tables.append(line)
                 shares.append(_interpolation(place, extent, line.shape[-1], on))
-        return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), torch.cat(shares, -1))
+        return torch.cat(shares, -1)
+
+    def forward(self, shares: Float[Tensor, "#b n f"]) -> Float[Tensor, "#b h a n"]:
+        """The bias of each token; `shares` of one table serve all of the same kind and grid."""
+        block = None if self.block is None else self.block.flatten(2)
+        tables = [table for table in (self.other[..., None], block, self.rows, self.columns) if table is not None]
+        return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), shares)
 
 
 def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
@@ -77,11 +81,10 @@ def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Floa
 
     As `torch.nn.functional.interpolate` resizes in its linear modes, without aligned corners.
     """
-    at = ((place.to(on.dtype) + 0.5) * size / extent.clamp(min=1) - 0.5).clamp(min=0, max=size - 1)
-    low = at.floor().long()
-    high = (low + 1).clamp(max=size - 1)
-    above = (at - low)[..., None]
-    return on * (F.one_hot(low, size) * (1 - above) + F.one_hot(high, size) * above)
+    place = place.to(wide_dtype(on))
+    at = ((place + 0.5) * size / extent.clamp(min=1) - 0.5).clamp(min=0, max=size - 1)
+    numbers = torch.arange(size, device=on.device, dtype=place.dtype)
+    return on * (1 - (at[..., None] - numbers).abs()).clamp(min=0).to(on.dtype)
 
 
 class ConvolvedAgents(nn.Module):
@@ -163,8 +166,9 @@ class AgentInputs(Projection):
         tokens = grid_tokens(context, x, lengths)
         places = _places(tokens, n, _two_sides(context.grid), x.device, padded=lengths is not None)
         off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens
-        gather = self.gather_bias(*places, off).expand(batch, -1, -1, -1)
-        share = self.share_bias(*places, off).mT.expand(batch, -1, -1, -1)
+        shares = self.gather_bias.shares(*places, off)
+        gather = self.gather_bias(shares).expand(batch, -1, -1, -1)
+        share = self.share_bias(shares).mT.expand(batch, -1, -1, -1)
         return {**heads, "gather_bias": gather, "share_bias": share}
 
 

@@ -325,8 +325,9 @@ class ReducedBiases(Projection):
         assert call.x is not None
         grid: Any = call.context.grid
         batch, device = len(call.x), call.x.device
-        gather = self.gather_bias(*_everywhere((grid[0] // self.reduction, grid[1] // self.reduction), device))
-        share = self.share_bias(*_everywhere(grid, device))
+        reduced = (grid[0] // self.reduction, grid[1] // self.reduction)
+        gather = self.gather_bias(self.gather_bias.shares(*_everywhere(reduced, device)))
+        share = self.share_bias(self.share_bias.shares(*_everywhere(grid, device)))
         return {
             **heads,
             "gather_bias": gather.expand(batch, -1, -1, -1),

@@ -12,11 +12,11 @@ patches lie on their grid; other layers see a row of tokens, which is a grid whe
 Agent-DeiT (Han et al., arXiv 2312.08874) has agent attention with all its biases: in all layers of T and S with 49 agents, in
 the first 4 of B with 81.
 
-``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842) and are not published
-models: the paper's MoH-ViT is TransNeXt, with cosine attention in a pyramid. The blocks here are those that the paper gives
-for plain attention; of 12 heads 3 are shared and 6 of the other 9 active, as in the 12-head stage of its S model, and of 6
-heads 2 are shared and 2 of the other 4 active. :meth:`VisionTransformer.forward_with_losses` gives the balance loss of the
-routers, which training adds with a weight of 0.01.
+``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842). They are not published
+models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own. Its routers, gates and
+balance loss are those of the catalogue's ``mixture_of_heads``; of 12 heads 3 are shared and 6 of the other 9 active, as in the
+stage of 12 heads of its S model, and of 6 heads 2 are shared and 2 of the other 4 active.
+:meth:`VisionTransformer.forward_with_losses` gives the balance loss, which training adds with a weight of 0.01.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class VisionTransformerConfig(BackboneConfig):
             have a scheme of their own beside them (`positions` in the plan's options).
         pool: ``class``, a class token, or ``mean``, that of the patches, without a class token.
         distillation_token: a second class token, with a head of its own; the logits are the mean of both heads'.
-        bias: of the projections of attention layers, where the plan does not say.
+        bias: of the projections of attention layers, where the plan does not say. Those of an attention layer inside a wrapper
+            have what the plan's `mechanism_options` say.
         layer_scale: factors of both branches at the start; None for none.
         branch_dropout: of the tokens at the start, and at the end of each branch.
     """
