@@ -93,10 +93,10 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         self.in_proj = make_linear(dim, sum(self.widths.values()), kind=linear)
         self.conv, self.convs, self.grid_conv = None, nn.ModuleList(), None
         if config.conv_width and config.convolution == "grid":
-            self.grid_conv = GridConvolution(inner, config.conv_width, self.axes)
+            self.grid_conv = GridConvolution(inner, config.conv_width, self.axes, bias=config.conv_bias)
         elif config.conv_width:
             count = sets["conv"] if config.convolution == "path" else 1
-            self.convs.extend(ShortConvolution(inner, config.conv_width, bias=True) for _ in range(count))
+            self.convs.extend(ShortConvolution(inner, config.conv_width, bias=config.conv_bias) for _ in range(count))
         self.x_proj = nn.ModuleList(
             make_linear(inner, sum(self.selected.values()), kind=linear) for _ in range(sets["x_proj"])
         )
@@ -237,19 +237,21 @@ class GridConvolution(nn.Module):
         channels: E.
         side: taps along each axis, odd.
         axes: of the grid, 1 to 3.
+        bias: whether it adds a learned vector (E,).
     """
 
-    def __init__(self, channels: int, side: int, axes: int) -> None:
+    def __init__(self, channels: int, side: int, axes: int, *, bias: bool = True) -> None:
         super().__init__()
         self.side, self.axes = side, axes
         self.weight = nn.Parameter(torch.empty(channels, side**axes))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "b n e"], sides: tuple[int, ...], tokens: Tokens) -> Float[Tensor, "b n e"]:
         """x has zeros at invalid places already; what the bias and neighbours write there is taken out again."""
@@ -257,7 +259,8 @@ class GridConvolution(nn.Module):
             return x
         image, filters = x.mT.unflatten(2, sides), self.weight.to(x.dtype).unflatten(1, (self.side,) * self.axes)
         convolve = GRID_CONVOLUTIONS[self.axes]
-        y = convolve(image, filters[:, None], self.bias.to(x.dtype), padding=self.side // 2, groups=x.shape[-1])
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = convolve(image, filters[:, None], bias, padding=self.side // 2, groups=x.shape[-1])
         return F.silu(y.flatten(2).mT)
 
 
