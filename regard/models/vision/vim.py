@@ -95,17 +95,18 @@ class Vim(Backbone):
 
     def _initialise(self) -> None:
         projection = self.embedding.projection
-        size = projection.in_features**-0.5 / 0.8796  # the standard deviation of what is left within two of them
-        nn.init.trunc_normal_(projection.weight, std=size, a=-2 * size, b=2 * size)
-        nn.init.zeros_(projection.bias)
+        if isinstance(projection, nn.Linear):
+            size = projection.in_features**-0.5 / 0.8796  # the standard deviation of what is left within two of them
+            nn.init.trunc_normal_(projection.weight, std=size, a=-2 * size, b=2 * size)
+            nn.init.zeros_(projection.bias)
         for tokens in (self.class_token, self.positions):
             if tokens is not None:
                 nn.init.trunc_normal_(tokens, std=0.02)
-        for block in self.blocks:
-            weight = block.mixer.out_proj.weight
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            with torch.no_grad():
-                weight /= math.sqrt(self.config.depth)
+        for name, module in self.blocks.named_modules():
+            if name.endswith("mixer.out_proj") and isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                with torch.no_grad():
+                    module.weight /= math.sqrt(self.config.depth)
 
     def encode(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
@@ -156,7 +157,7 @@ class Vim(Backbone):
             (r"\.mixer\.dt_proj\.weight$", ".mixer.dt_proj.0.weight"),
             (r"\.mixer\.dt_proj_b\.weight$", ".mixer.dt_proj.1.weight"),
         )
-        rest, found = dict(state), {}
+        rest, found = dict(state), dict[str, Tensor]()
         for number in {m[1] for name in state if (m := re.match(r"layers\.(\d+)\.mixer\.A_log$", name))}:
             for own, parts in BOTH_DIRECTIONS.items():
                 keys = [f"layers.{number}.mixer.{part}" for part in parts]
@@ -209,5 +210,6 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        assert self.norm.weight is not None  # a parametric norm
         normed = self.norm(x).to(self.norm.weight.dtype)
         return x + self.drop_path(self.mixer(normed).output)

@@ -17,7 +17,7 @@ Maps of any size are taken, in multiples of 4 by ``v0``; patch merging fills up 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -169,7 +169,7 @@ class Stage(nn.Module):
         blocks: of `width` channels.
     """
 
-    def __init__(self, embedding: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.embedding, self.blocks = embedding, nn.ModuleList(blocks)
 
@@ -223,7 +223,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         y = self.conv(x)
-        return map_of(self.norm(tokens_of(y)), y.shape[2:])
+        return map_of(self.norm(tokens_of(y)), (y.shape[2], y.shape[3]))
 
 
 class PatchMerging(nn.Module):
@@ -241,7 +241,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         parts = torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], 1)
-        return map_of(self.reduction(self.norm(tokens_of(parts))), parts.shape[2:])
+        return map_of(self.reduction(self.norm(tokens_of(parts))), (parts.shape[2], parts.shape[3]))
 
 
 def _reduction(version: str, first: bool, channels: int, width: int) -> nn.Module:
@@ -254,16 +254,14 @@ def _reduction(version: str, first: bool, channels: int, width: int) -> nn.Modul
 
 def initialise(module: nn.Module) -> None:
     """Projections from a truncated normal distribution; those inside of the scans stay as Mamba has them."""
-    for linear in _outer_projections(module):
-        nn.init.trunc_normal_(linear.weight, std=0.02)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-
-
-def _outer_projections(module: nn.Module) -> Iterator[nn.Linear]:
+    outer: list[nn.Module] = []
     if isinstance(module, Block):
-        found = [module.mixer.in_proj, module.mixer.out_proj]
-        found += [] if module.mlp is None else [module.mlp.up, module.mlp.down]
-        yield from found
+        outer = [module.mixer.in_proj, module.mixer.out_proj]
+        outer += [] if module.mlp is None else [module.mlp.up, module.mlp.down]
     elif isinstance(module, PatchMerging):
-        yield module.reduction
+        outer = [module.reduction]
+    for linear in outer:
+        if isinstance(linear, nn.Linear):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
