@@ -15,6 +15,7 @@ from regard.cli.doctor import doctor
 from regard.cli.evaluate import evaluate
 from regard.cli.generate import generate
 from regard.cli.new import new
+from regard.cli.predict import predict
 from regard.cli.profile import profile_command
 from regard.cli.report import report
 from regard.cli.reproduce import reproduce
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "predict": predict,
     "reproduce": reproduce,
     "study": study,
     "doctor": doctor,

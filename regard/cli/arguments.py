@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regard.catalogue import list_mechanisms
-from regard.contract import Kind, Pattern, Unsupported
+from regard.contract import Kind, Pattern, Unsupported, closest
 
 
 def read_names(text: str) -> tuple[str, ...]:
@@ -46,6 +46,30 @@ def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
             )
         )
     return read_variants(text)
+
+
+def read_backbones(text: str) -> list[Any]:
+    """Image backbones, with options or without; raises Unsupported where a mechanism is among them."""
+    from regard.models.variants import read_variants
+    from regard.models.vision import list_backbones
+
+    found = read_variants(text)
+    for variant in found:
+        if variant.backbone is None:
+            known = list_backbones()
+            raise Unsupported(
+                f"model {variant.name!r}",
+                supported=", ".join(known),
+                nearest=closest(variant.name, known) or "--mechanisms",
+            )
+    return found
+
+
+def named_backbones(text: str) -> list[Any]:
+    """The image backbones in `text`, where its first name is one; none where it names something else."""
+    from regard.models.vision import list_backbones
+
+    return read_backbones(text) if text.partition(":")[0].strip() in list_backbones() else []
 
 
 def read_stack(text: str) -> Any:

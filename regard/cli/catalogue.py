@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -25,10 +26,13 @@ def list_command(
     recurrent: Annotated[
         bool | None, typer.Option("--recurrent/--not-recurrent", help="Whether the decoding state stays the same size.")
     ] = None,
+    backbones: Annotated[
+        bool, typer.Option("--backbones", help="Image backbones for --model and --models instead.")
+    ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """List the mechanisms in the catalogue.
+    """List the mechanisms in the catalogue, or the image backbones.
 
     Examples:
 
@@ -36,7 +40,11 @@ def list_command(
         regard list
         regard list --pattern causal-self --recurrent
         regard list --kind mixer --json
+        regard list --backbones
     """
+    if backbones:
+        _list_backbones(as_json)
+        return
     load_plugins(plugin)
     cards = [get_mechanism(n) for n in list_mechanisms(pattern=pattern, kind=kind, recurrent=recurrent)]
     if as_json:
@@ -55,6 +63,33 @@ def list_command(
         table.add_row(*(Text(cells[heading]) for heading in headings))
     console.print(table)
     console.print("[dim]patterns: NS noncausal-self, CS causal-self, NC noncausal-cross, CC causal-cross[/dim]")
+
+
+def _list_backbones(as_json: bool) -> None:
+    import torch
+
+    from regard.models.parameters import count_parameters
+    from regard.models.vision import create_backbone, list_backbones, read_backbone
+
+    rows: list[dict[str, Any]] = []
+    for name in list_backbones():
+        backbone, config = read_backbone(name)
+        with torch.device("meta"):
+            parameters = count_parameters(create_backbone(name))
+        summary = (inspect.getdoc(sys.modules[backbone.__module__]) or "").partition("\n")[0]
+        rows.append({"name": name, "parameters": parameters, "image_size": list(config.size), "summary": summary})
+    if as_json:
+        emit(rows)
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("backbone", "parameters", "pixels", "what it is"):
+        table.add_column(heading, justify="right" if heading in ("parameters", "pixels") else "left")
+    for row, before in zip(rows, [None, *(row["summary"] for row in rows)], strict=False):
+        side = "x".join(map(str, row["image_size"]))
+        table.add_row(
+            row["name"], f"{row['parameters'] / 1e6:.1f} M", side, "" if row["summary"] == before else row["summary"]
+        )
+    console.print(table)
 
 
 WIDE = 110

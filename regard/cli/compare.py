@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from regard.cli.arguments import read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
+from regard.cli.arguments import read_backbones, read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
 from regard.cli.progress import progress
@@ -30,6 +30,13 @@ def compare(
         typer.Option(
             help="Comma-separated: a name, NAME:option=value, a hybrid such as gated_linear*3+softmax, a .toml, .json or "
             ".yaml file; or all. Default: softmax,local,gated_linear,delta_rule; in cross patterns linear for local."
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated image backbones of regard list --backbones, as published or with options "
+            "(NAME:option=value), for tasks of images; beside --mechanisms only where those are named."
         ),
     ] = None,
     budget: Annotated[
@@ -100,6 +107,7 @@ def compare(
         regard compare my_corpus.txt --budget 20m --seeds 4
         regard compare reviews.csv
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
+        regard compare --task images:size=64 photos/ --models van_b0,deit_t
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
@@ -119,8 +127,9 @@ def compare(
 
     modules = load_plugins(plugin)
     tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised)
+    compared = [*read_backbones(models or ""), *read_mechanisms(mechanisms or "", tasks)]
     settings = CompareSettings(
-        default_mechanisms(*tasks) if mechanisms is None else tuple(read_mechanisms(mechanisms, tasks)),
+        tuple(compared) if compared else default_mechanisms(*tasks),
         Budget.parse(budget),
         seeds=seeds,
         first_seed=seed_offset,

@@ -20,7 +20,10 @@ LENGTH = Annotated[int | None, typer.Option(help="Tokens of an item.")]
 TOKENIZER = Annotated[str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")]
 MODEL = Annotated[
     str | None,
-    typer.Option(help="The backbone, such as a plugin's; the first that serves the task when not given."),
+    typer.Option(
+        help="The backbone: a name of regard list --backbones, a plugin's, or another that serves the task; the first that "
+        "serves it when not given."
+    ),
 ]
 STACK = Annotated[
     str,

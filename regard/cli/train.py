@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from regard.cli.arguments import describe_tasks, plugged_tasks, read_mechanisms, read_stack
+from regard.cli.arguments import describe_tasks, named_backbones, plugged_tasks, read_mechanisms, read_stack
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
 from regard.cli.progress import progress
@@ -26,8 +26,11 @@ def train(
         ),
     ] = None,
     mechanism: Annotated[
-        str, typer.Option(help="A name, NAME:option=value, a hybrid such as gated_linear*3+softmax, or a file.")
-    ] = "softmax",
+        str | None,
+        typer.Option(
+            help="A name, NAME:option=value, a hybrid such as gated_linear*3+softmax, or a file; softmax when not given."
+        ),
+    ] = None,
     budget: Annotated[str, typer.Option(help="8m, 2h, 500 steps, 2M tokens or 5e13 flops.")] = "8m",
     learning_rate: Annotated[float, typer.Option(help="Its peak; regard compare finds a good one.")] = 3e-3,
     output: Annotated[Path, typer.Option(help="Folder of the model; the same command goes on from it.")] = Path(
@@ -63,6 +66,7 @@ def train(
         regard train my_corpus.txt --mechanism delta_rule --budget 20m --output my_model
         regard train my_corpus.txt --tokenizer bpe:4096 --dim 256 --layers 6 --budget 2h
         regard train reviews.csv --mechanism linear --output reviews
+        regard train --task images:size=64 photos/ --model van_b0 --output photos
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
     """
     from regard.tasks import create_task
@@ -81,7 +85,16 @@ def train(
         chosen = None if task is None else [task]
         ((name, options),) = describe_tasks(chosen, data, validation, length, tokenizer, recognised)
         asked = create_task(name, **options)
-    variants = read_mechanisms(mechanism, [asked])
+    variants = [] if model is None else named_backbones(model)
+    if variants and mechanism is not None:
+        raise Unsupported(
+            f"--mechanism {mechanism} in {model}, which has its own layers",
+            supported="no --mechanism with this --model",
+        )
+    if variants:
+        model = None
+    else:
+        variants = read_mechanisms(mechanism or "softmax", [asked])
     if len(variants) != 1:
         raise Unsupported(f"mechanism {mechanism!r}", supported="one mechanism", nearest="regard compare")
     settings = CompareSettings(

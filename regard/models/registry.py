@@ -15,8 +15,10 @@ from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
+from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig
+from regard.models.vision import list_backbones
 
 if TYPE_CHECKING:
     from regard.tasks.protocol import Task
@@ -37,6 +39,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "Forecaster": (Forecaster, ForecasterConfig),
     "FunnelEncoder": (FunnelEncoder, FunnelEncoderConfig),
     "PyramidEncoder": (PyramidEncoder, PyramidEncoderConfig),
+    "ImageModel": (ImageModel, ImageModelConfig),
 }
 
 
@@ -87,8 +90,11 @@ def config_for(task: Task, plan: Any, model: str | None = None, **sizes: Any) ->
             supported="; ".join(f"{pattern} with {objective}" for pattern, objective in served()),
         )
     if model is not None and model not in names:
+        backbones = list_backbones() if len(task.grid or ()) == 2 else []
         raise Unsupported(
-            f"model {model!r} for the task {task.name}", supported=", ".join(names), nearest=closest(model, names)
+            f"model {model!r} for the task {task.name}",
+            supported=", ".join(names) + (", or an image backbone of its own" if backbones else ""),
+            nearest=closest(model, [*names, *backbones]),
         )
     return MODELS[model or names[0]][1].for_task(task, plan, **sizes)
 

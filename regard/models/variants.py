@@ -4,6 +4,7 @@
     local:window=32                         with options of the mechanism or of its layer
     delta_rule:gated=true,beta_range=2      several
     gated_linear*3+softmax                  a hybrid: three layers and one, again and again
+    van_b0                                  an image backbone, with options or without, where models are compared
     my_variant.toml                         a file: TOML, JSON or, where PyYAML is installed, YAML
 
 Several of them are a list with commas; ``option=value`` after a comma belongs to the name before it. A file has
@@ -28,6 +29,7 @@ from typing import Any
 from regard.catalogue import find_mechanism, get_mechanism, get_module, register, resolve
 from regard.contract import Mechanism, Unsupported, closest
 from regard.create import layer_options
+from regard.models.vision import list_backbones, read_backbone
 
 LAYER = re.compile(r"(?P<name>[^:*+\s]+)(?::(?P<options>.+?))?(?:\*(?P<count>\d+))?")
 FILES = (".toml", ".json", ".yaml", ".yml")
@@ -43,11 +45,13 @@ class Variant:
 
     Attributes:
         name: what it is called in tables and reports: as it was written, in one spelling.
-        layers: mechanism and options of each layer of the pattern.
+        layers: mechanism and options of each layer of the pattern; none of an image backbone.
+        backbone: name and options of an image backbone, which has layers of its own; None of mechanisms.
     """
 
     name: str
     layers: tuple[tuple[str, Mapping[str, Any]], ...]
+    backbone: tuple[str, Mapping[str, Any]] | None = None
 
     @property
     def cards(self) -> tuple[Mechanism, ...]:
@@ -150,8 +154,19 @@ def read_variant(text: str) -> Variant:
     return Variant("+".join(words), tuple(layers))
 
 
+def read_model(text: str) -> Variant:
+    """One variant, or an image backbone; raises Unsupported as :func:`read_variant`."""
+    name, _, written = text.strip().partition(":")
+    if name not in list_backbones():
+        return read_variant(text)
+    options = read_options(written, name)
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    read_backbone(name, **options)
+    return Variant(_written(name, options), (), (name, options))
+
+
 def read_variants(text: str) -> list[Variant]:
-    """Several variants, separated by commas; raises Unsupported as :func:`read_variant`."""
+    """Several variants or image backbones, separated by commas; raises Unsupported as :func:`read_variant`."""
     written: list[str] = []
     for part in _split(text):
         key = part.partition("=")[0]
@@ -160,7 +175,7 @@ def read_variants(text: str) -> list[Variant]:
             written[-1] += f",{part}" if ":" in written[-1].rpartition("+")[2] else f":{part}"
         elif part:
             written.append(part)
-    return [read_variant(part) for part in written]
+    return [read_model(part) for part in written]
 
 
 def known_name(text: str) -> str:

@@ -8,13 +8,14 @@ import math
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from regard.contract import Pattern, Unsupported, closest
 from regard.tasks.documents import class_folders, file_name, names_of, nearest_path, walk
@@ -31,7 +32,7 @@ from regard.tasks.protocol import (
 from regard.tasks.sampling import in_epochs, one_of_each_in_turn
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
+    from jaxtyping import Float, Int, Shaped, UInt8
 
 NAMED = ("digits", "fashion-mnist")
 DEBIAN_DATASETS = Path("/usr/share/datasets")
@@ -53,6 +54,7 @@ class Images:
         classes: their names.
         held_out: images that must not be trained on; None when the data set has no split of its own.
         notes: what was left out.
+        span: least and greatest value of images of more than 8 bits, which are taken as dark and light; None without such.
     """
 
     source: str
@@ -61,6 +63,67 @@ class Images:
     classes: tuple[str, ...]
     held_out: Int[np.ndarray, " m"] | None = None
     notes: list[str] = field(default_factory=list)
+    span: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """From images to the inputs of a model: all that a trained model must keep of its task to read others.
+
+    Attributes:
+        height, width, channels: of the images.
+        patch: side of a patch in pixels.
+        mean, deviation: of each channel of the training images.
+        classes: their names.
+        span: as in :class:`Images`.
+    """
+
+    height: int
+    width: int
+    channels: int
+    patch: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    classes: tuple[str, ...]
+    span: tuple[float, float] | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // self.patch, self.width // self.patch
+
+    def patches(self, pixels: Shaped[np.ndarray, "b h w c"]) -> Float[Tensor, "b n f"]:
+        """Normalised patches, row by row: the pixels of one row by row, the channels of a pixel together."""
+        (rows, columns), p = self.grid, self.patch
+        normal = (pixels - np.array(self.mean)) / np.array(self.deviation)
+        cut = normal.reshape(len(pixels), rows, p, columns, p, -1).transpose(0, 1, 3, 2, 4, 5)
+        return torch.from_numpy(cut.reshape(len(pixels), rows * columns, -1).astype(np.float32))
+
+    def read(self, paths: Sequence[Path]) -> Float[Tensor, "b n f"]:
+        """The patches of image files, turned as their cameras say and resized.
+
+        Raises:
+            Unsupported: for files that cannot be read, and images of more than 8 bits where the model has seen none.
+        """
+        images = [_read_image(path, (self.height, self.width), self.channels) for path in paths]
+        for path, image in zip(paths, images, strict=True):
+            if image.dtype == np.float32 and self.span is None:
+                raise Unsupported(
+                    f"{path}, an image of more than 8 bits", supported="images of 8 bits, as the model was trained on"
+                )
+        return self.patches(_stacked(images, self.span)[0])
+
+    def as_record(self) -> dict[str, Any]:
+        """Numbers and words for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> ImageReader:
+        """From :meth:`as_record`."""
+        read: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
+        return cls(**read)
 
 
 class ImagesTask(Task):
@@ -114,9 +177,17 @@ class ImagesTask(Task):
         self._training, self._held_out = _split(images, held_out, seed)
         self._scored = one_of_each_in_turn(self._held_out, images.labels)[:evaluation_items]
         training = images.pixels[self._training].reshape(-1, depth)
-        self._mean = training.mean(0, dtype=np.float64)
         deviation = training.std(0, dtype=np.float64)
-        self._deviation = np.where(deviation > 0, deviation, 1.0)
+        self.reader = ImageReader(
+            height,
+            width,
+            depth,
+            self.patch,
+            tuple(training.mean(0, dtype=np.float64).tolist()),
+            tuple(np.where(deviation > 0, deviation, 1.0).tolist()),
+            images.classes,
+            images.span,
+        )
         scored_labels = images.labels[self._scored]
         self.chance = float(np.bincount(scored_labels).max() / len(scored_labels))
         self.baseline: Baseline | None = Baseline.majority_class(images.labels[self._training], scored_labels)
@@ -151,12 +222,8 @@ class ImagesTask(Task):
         return "\n".join([*lines, f"sample: {images.classes[images.labels[first]]}", *_drawn(images.pixels[first])])
 
     def _batch(self, chosen: Int[np.ndarray, " b"]) -> Batch:
-        pixels = (self._images.pixels[chosen] - self._mean) / self._deviation
-        (rows, columns), p = self.grid, self.patch
-        patches = pixels.reshape(len(chosen), rows, p, columns, p, -1).transpose(0, 1, 3, 2, 4, 5)
-        features = patches.reshape(len(chosen), self.length, self.features).astype(np.float32)
         labels = torch.from_numpy(self._images.labels[chosen].astype(np.int64))
-        return Batch(torch.from_numpy(features), labels, grid=self.grid)
+        return Batch(self.reader.patches(self._images.pixels[chosen]), labels, grid=self.grid)
 
 
 def _load(data: Any, validation: Any, size: int | None, channels: int | None) -> Images:
@@ -284,9 +351,13 @@ def _load_folders(folder: Path, validation: Path | None, size: int, channels: in
             )
         held_out = np.arange(len(paths), len(paths) + len(more))
         paths, labels, notes = paths + more, labels + their_labels, notes + more_notes
-    pixels, scaled = _stacked([_read_image(path, size, channels) for path in paths])
-    notes += scaled
-    return Images(names_of(folder), pixels, np.array(labels, dtype=np.int64), tuple(classes), held_out, notes)
+    pixels, span, count = _stacked([_read_image(path, (size, size), channels) for path in paths])
+    if span is not None:
+        low, high = span
+        notes.append(
+            f"{count} images of more than 8 bits a pixel: values from {low:g} to {high:g} are taken as dark to light"
+        )
+    return Images(names_of(folder), pixels, np.array(labels, dtype=np.int64), tuple(classes), held_out, notes, span)
 
 
 def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[str]]:
@@ -319,8 +390,10 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
     return classes, paths, labels, notes
 
 
-def _read_image(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]:
-    """An image as bytes, or as float32 numbers of its own scale where its grey has more than 8 bits."""
+def _read_image(
+    path: Path, size: tuple[int, int], channels: int
+) -> UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]:
+    """An image of this height and width as bytes, or as float32 numbers of its own scale where its grey has more than 8 bits."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -339,13 +412,13 @@ def _read_image(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "h w 
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _unreadable(path, error) from None
     if deep:
-        values = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        values = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
         if not np.isfinite(values).all():
             raise _unreadable(path, "it holds values that are no finite numbers")
         return np.repeat(values[..., None], channels, axis=2)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    flat = flat.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(flat, dtype=np.uint8).reshape(size, size, channels)
+    flat = flat.convert("RGB" if channels == 3 else "L").resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(flat, dtype=np.uint8).reshape(*size, channels)
 
 
 def _unreadable(path: Path, why: Any) -> Unsupported:
@@ -356,17 +429,19 @@ def _unreadable(path: Path, why: Any) -> Unsupported:
     )
 
 
-def _stacked(images: list[np.ndarray]) -> tuple[UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"], list[str]]:
-    """The images as one array, and a note on what those with more than 8 bits were scaled by: all by the same."""
+def _stacked(
+    images: list[np.ndarray], span: tuple[float, float] | None = None
+) -> tuple[Shaped[np.ndarray, "n h w c"], tuple[float, float] | None, int]:
+    """The images as one array; the span of those with more than 8 bits, all scaled by the same; how many these are."""
     deep = [i for i, image in enumerate(images) if image.dtype == np.float32]
     if not deep:
-        return np.stack(images), []
-    low, high = min(images[i].min() for i in deep), max(images[i].max() for i in deep)
-    width = float(high) - float(low)
+        return np.stack(images), span, 0
+    if span is None:
+        span = float(min(images[i].min() for i in deep)), float(max(images[i].max() for i in deep))
+    low, width = span[0], span[1] - span[0]
     for i in deep:
         images[i] = ((images[i] - low) * (255 / width if width else 0)).astype(np.float32)
-    note = f"{len(deep)} images of more than 8 bits a pixel: values from {low:g} to {high:g} are taken as dark to light"
-    return np.stack(images).astype(np.float32), [note]
+    return np.stack(images).astype(np.float32), span, len(deep)
 
 
 def _distinct(images: Images) -> Images:
@@ -389,7 +464,7 @@ def _distinct(images: Images) -> Images:
         shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
         if shared:
             notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
-    return Images(images.source, images.pixels[kept], images.labels[kept], images.classes, held_out, notes)
+    return replace(images, pixels=images.pixels[kept], labels=images.labels[kept], held_out=held_out, notes=notes)
 
 
 def _split(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:

@@ -212,6 +212,8 @@ class _Runner:
         rows: dict[str, list[dict[str, Any]]] = {work.task.name: [] for work in self.works}
         for frame in self.settings.frames[1:]:
             for name in found.leaders():
+                if self.settings.variants[name].backbone is not None:
+                    continue
                 works = [Work(work.task, self.settings, frame, [name]) for work in self.works]
                 for other, work in zip(works, self.works, strict=True):
                     other.follow(work)
@@ -356,7 +358,7 @@ class _Found:
             prefer=self.settings.prefer,
             budget=str(self.settings.budget),
             at_length=at,
-            frame=self.settings.frames[0],
+            frame="" if self.settings.all_backbones else self.settings.frames[0],
             edges=edges,
             beside=self.beside,
             named=self.settings.names,
@@ -382,6 +384,11 @@ class _Found:
             if shared is not None and shared.much:
                 notes.append(f"On {work.task.name}, {shared}")
         winner = self.advice.winner
+        notes += [
+            f"Of models with layers of their own, as published: {work.published}."
+            for work in self.works
+            if work.published
+        ]
         notes += [beside_baseline(task, self.summary[task], rule, winner) for task, rule in self.rules.items()]
         notes += self.advice.notes
         notes += frames_sentences(self.beside, self.metrics, self.settings.frames[0])
@@ -452,9 +459,12 @@ def _input(task: Task, length: int, device: str = "cpu") -> tuple[tuple[Tensor, 
 
 def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, Any]:
     cross = " (of the memory, in cross patterns)" if any(work.task.pattern.cross for work in works) else ""
-    described: dict[str, Any] = {
+    framed = {
         "backbone": f"{settings.layers} layers, width {settings.dim}, {settings.heads} heads",
         "frame": settings.frames[0],
+    }
+    described: dict[str, Any] = {
+        **({} if settings.all_backbones else framed),
         "learning rates tried": ", ".join(f"{r:g}" for r in settings.rates)
         + (", and beyond while the best is at an end" if len(settings.rates) > 1 else ""),
         "table and picture at": "; ".join(
@@ -474,7 +484,7 @@ def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, An
     for work in works:
         steps = sorted(set(work.steps.values()))
         described[f"{work.task.name}: run"] = (
-            f"{work.target:,} parameters, {' to '.join(map(str, steps[:1] + steps[1:][-1:]))} steps of "
+            f"{work.sizes}, {' to '.join(map(str, steps[:1] + steps[1:][-1:]))} steps of "
             f"{work.batch}; {work.items - work.search_items} held-out {'item' if work.items - work.search_items == 1 else 'items'} "
             f"({work.search_items} others chose the learning rate)"
         )

@@ -235,6 +235,8 @@ class _View:
         groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for by_name in (self.run.get("parts") or {}).values():
             for name, parts in by_name.items():
+                if not parts:
+                    continue  # a model with layers of its own
                 members = groups.setdefault(tuple(parts.items()), [])
                 members += [name] if name not in members else []
         return [{"names": names, "parts": dict(parts)} for parts, names in groups.items()]

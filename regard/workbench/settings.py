@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from regard.contract import Unsupported, at_least, one_of
 from regard.models import StackConfig
 from regard.models.frames import FRAMES
-from regard.models.variants import Variant, read_variant
+from regard.models.variants import Variant, read_model
 from regard.training import PRECISIONS
 from regard.workbench.budget import Budget
 from regard.workbench.layer_work import check_device
@@ -24,7 +24,7 @@ class CompareSettings:
     """Mechanisms to compare, and how.
 
     Attributes:
-        mechanisms: variants, or texts that :func:`regard.models.variants.read_variant` reads; `softmax`, or else the
+        mechanisms: variants, or texts that :func:`regard.models.variants.read_model` reads; `softmax`, or else the
             first, sets the number of parameters.
         budget: time of the whole comparison, or tokens or FLOPs of each run.
         seeds: runs of each mechanism on each task; two or more let differences be judged. With four mechanisms two seeds tell
@@ -70,9 +70,11 @@ class CompareSettings:
     def __post_init__(self) -> None:
         if not self.mechanisms:
             raise Unsupported("a comparison of no mechanisms", supported="one or more names from `regard list`")
-        read = tuple(read_variant(m) if isinstance(m, str) else m for m in self.mechanisms)
+        read = tuple(read_model(m) if isinstance(m, str) else m for m in self.mechanisms)
         object.__setattr__(self, "mechanisms", read)
         given = [variant.name for variant in read]
+        if self.all_backbones:
+            object.__setattr__(self, "frames", ("own",))  # their layers are theirs
         twice = {name for name in given if given.count(name) > 1}
         if twice:
             raise Unsupported(f"mechanism {sorted(twice)[0]!r} twice", supported="each mechanism once")
@@ -96,6 +98,11 @@ class CompareSettings:
     def variants(self) -> dict[str, Variant]:
         """The mechanisms by name."""
         return {m.name: m for m in self.mechanisms if isinstance(m, Variant)}
+
+    @property
+    def all_backbones(self) -> bool:
+        """Whether whole image models are compared, and no mechanisms."""
+        return all(variant.backbone is not None for variant in self.variants.values())
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from regard.measurement import provenance
 from regard.models import count_parameters, from_pretrained, save_pretrained
 from regard.models.weights import write_atomically
 from regard.tasks import Task, create_task
+from regard.tasks.images import ImageReader
 from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from regard.training import Evaluation, History, Point, runner_of
 from regard.workbench.settings import CompareSettings
@@ -63,6 +64,17 @@ class TrainedModel:
                 supported="models trained on a task that reads text",
             )
         return ByteTokenizer() if name == ByteTokenizer.name else BpeTokenizer.load(self.folder / TOKENIZER)
+
+    @property
+    def reader(self) -> ImageReader:
+        """What turns image files into inputs; raises Unsupported where the task reads no images."""
+        record = self.record.get("reader")
+        if record is None:
+            raise Unsupported(
+                f"images for the model in {self.folder}, which was trained on {self.record['task']['name']}",
+                supported="models trained on the task images",
+            )
+        return ImageReader.of_record(record)
 
     def task(self, data: str | list[str] | None = None) -> Task:
         """The task that it was trained on, with `data` instead of its held-out items where given.
@@ -183,6 +195,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
     """Facts about a run that are known before its first step."""
     task, variant = work.task, work.settings.variants[name]
     tokenizer = getattr(task, "tokenizer", None)
+    sizes = () if variant.backbone is not None else ("dim", "layers", "heads")
     own = {
         "frame": work.frame,
         "learning_rate": rate,
@@ -198,8 +211,10 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
         "described": task.describe(),
         "mechanism": name,
         "layers": [[mechanism, dict(given)] for mechanism, given in variant.layers],
+        **({} if variant.backbone is None else {"backbone": [variant.backbone[0], dict(variant.backbone[1])]}),
         "tokenizer": None if tokenizer is None else tokenizer.name,
-        "settings": own | {key: work.identity[key] for key in ("length", "dim", "layers", "heads", "parameters")},
+        "reader": None if (reader := getattr(task, "reader", None)) is None else reader.as_record(),
+        "settings": own | {key: work.identity[key] for key in ("length", *sizes, "parameters")},
     }
 
 
@@ -313,6 +328,8 @@ def card(trained: TrainedModel) -> str:
         + ")\n```",
     ]
     commands = [f"regard evaluate {trained.folder}"]
+    if record.get("reader") is not None:
+        commands.append(f"regard predict {trained.folder} picture.jpg")
     if record["tokenizer"] is not None and record["task"]["name"] == "text":
         commands.append(f'regard generate {trained.folder} "..."')
     return "\n\n".join([*lines, "```\n" + "\n".join(commands) + "\n```"]) + "\n"

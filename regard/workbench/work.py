@@ -24,6 +24,7 @@ from regard.measurement.store import Store
 from regard.models import StackConfig, build_model, config_for, count_parameters, match_parameters
 from regard.models.blocks import Block
 from regard.models.frames import in_frame, layer_parts
+from regard.models.image_model import ImageModelConfig
 from regard.models.variants import Variant
 from regard.tasks import Baseline, Task
 from regard.training import TrainConfig, runner_of
@@ -50,6 +51,8 @@ def model_config(
     In a cross pattern it is between the two sequences, and softmax stays within each: one pattern is replaced at a
     time, as in the Comprehensive Attention Benchmark (arXiv 2210.07661).
     """
+    if variant.backbone is not None:
+        return backbone_config(variant, task, settings, longest)
     plan: Any = []
     # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
     placed = task.grid is not None and all("sinusoidal" in card.accepts_positions for card in variant.cards)
@@ -79,6 +82,22 @@ def model_config(
     if variant.cards[0].kind is Kind.POOLING:
         sizes["pool"], sizes["pool_options"] = variant.layers[0]
     return config_for(task, plan, settings.model, **sizes)
+
+
+def backbone_config(variant: Variant, task: Task, settings: CompareSettings, longest: int | None) -> ImageModelConfig:
+    """An image backbone of its published size for a task, or for square images of about `longest` patches."""
+    name, options = variant.backbone or ("", {})
+    if settings.model is not None or settings.stack != StackConfig():
+        raise Unsupported(f"{name} with --model or --stack", supported="the layers that it has")
+    config = ImageModelConfig.for_task(task, name, options)
+    side = math.isqrt(longest or 0)
+    return config if longest is None else replace(config, grid=(side, side))
+
+
+def matched(variant: Variant, task: Task, settings: CompareSettings, frame: str, target: int) -> Any:
+    """The backbone of a task with about `target` parameters; an image backbone as it is."""
+    config = model_config(variant, task, settings, frame)
+    return config if variant.backbone is not None else match_parameters(config, target)
 
 
 def _parameters(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> int:
@@ -115,7 +134,8 @@ def _nearest_size(variant: Variant, task: Task, settings: CompareSettings, frame
 
 def _target(task: Task, settings: CompareSettings) -> int:
     """The number of parameters of every model: that of softmax, or else of the first mechanism, in the first frame."""
-    measure = "softmax" if "softmax" in settings.names else settings.names[0]
+    names = [name for name, variant in settings.variants.items() if variant.backbone is None] or settings.names
+    measure = "softmax" if "softmax" in names else names[0]
     return _parameters(settings.variants[measure], task, settings, settings.frames[0])
 
 
@@ -136,7 +156,7 @@ def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str
     for name, variant in settings.variants.items():
         try:
             for task, target in zip(tasks, targets, strict=True):
-                match_parameters(model_config(variant, task, settings, settings.frames[0]), target)
+                matched(variant, task, settings, settings.frames[0], target)
         except Unsupported as error:
             refused[name] = f"{error.asked}; supported: {error.supported}"
         else:
@@ -206,7 +226,7 @@ class Work:
         variant = self.settings.variants[name]
         _parameters(variant, self.task, self.settings, self.frame)
         try:
-            return match_parameters(model_config(variant, self.task, self.settings, self.frame), self.target)
+            return matched(variant, self.task, self.settings, self.frame, self.target)
         except Unsupported as error:
             raise Unsupported(
                 f"{name} with {error.asked}, as the others have",
@@ -218,6 +238,8 @@ class Work:
         """The backbone whose costs are measured at a length: where the mechanism has a greatest length, made for this
         one."""
         variant, config = self.settings.variants[name], self.configs[name]
+        if variant.backbone is not None:
+            return backbone_config(variant, self.task, self.settings, length)
         if all(card.length != "max" for card in variant.cards):
             return config
         made = model_config(variant, self.task, self.settings, self.frame, length + DECODE_STEPS)
@@ -237,6 +259,20 @@ class Work:
             if added is not None and found[name].get("positions") == "none":
                 found[name]["positions"] = f"{added}, added to the model's input"
         return found
+
+    @property
+    def published(self) -> str:
+        """The image backbones with their parameters, which are not matched; empty without any."""
+        named = {name: config for name, config in self.configs.items() if self.settings.variants[name].backbone}
+        return ", ".join(f"{name} has {count_parameters(config):,} parameters" for name, config in named.items())
+
+    @property
+    def sizes(self) -> str:
+        """Parameters of the models, in words."""
+        others = "" if self.settings.all_backbones else f"{self.target:,} parameters"
+        if not self.published:
+            return others
+        return f"{self.published}; the others {others}" if others else self.published
 
     @property
     def own_length(self) -> int:
@@ -410,7 +446,7 @@ def plan(
         counts = sorted(set(work.steps.values()))
         tokens = " to ".join(f"{n * work.batch_size * work.item_tokens:,}" for n in counts[:1] + counts[1:][-1:])
         say(
-            f"{work.task.name}: {work.target:,} parameters, {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} steps of "
+            f"{work.task.name}: {work.sizes}, {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} steps of "
             f"{work.batch} ({tokens} tokens a run)"
         )
 

@@ -324,6 +324,20 @@ def test_padding_and_class_tokens_anywhere_leave_a_layer_as_on_each_row_alone(so
         close(found[row, valid[row]], layer(x[row : row + 1, valid[row]], context=own).output[0])
 
 
+def test_a_layer_on_a_grid_is_compiled_and_runs_without_numbers():
+    """Neither a graph nor the meta device has a role or a count to look at."""
+    layer, x = make_layer(agent_bias="all", bias_grid=(2, 3)).eval(), randn(2, 7, 8)
+    roles = torch.zeros(2, 7, dtype=torch.long)
+    roles[:, 0] = Role.CLS
+    given = Context(grid=(2, 3), roles=roles)
+    compiled = torch.compile(lambda x: layer(x, context=given).output, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(x), layer(x, context=given).output)
+    nowhere, x = layer.to("meta"), x.to("meta")
+    assert nowhere(x, context=given.replace(roles=roles.to("meta"))).output.shape == x.shape
+    assert nowhere(x[:, 1:], context=Context(grid=(2, 3))).output.shape == (2, 6, 8)
+
+
 def test_padded_rows_of_a_cross_layer_are_convolved_at_their_own_length():
     subject = Subject(MECHANISM, Pattern.NONCAUSAL_CROSS, {"agent_source": "conv", "num_agents": 4})
     assert layer_padding(subject, torch.float64) < 1e-12

@@ -236,12 +236,14 @@ def _places(
     """Where each token lies along each side of its grid, and how long the sides are; a sequence is a grid of one side."""
     if tokens is None:
         rank = torch.arange(n, device=device)[None]
+        counted = torch.full((1, 1), n, device="cpu")
         total = torch.full((1, 1), n, device=device)
     else:
-        rank, total = tokens.cumsum(-1) - 1, tokens.sum(-1, keepdim=True)
+        rank = tokens.cumsum(-1) - 1
+        counted = total = tokens.sum(-1, keepdim=True)
     if grid is None:
         return [rank], [total]
-    check_grid(grid, total, padded=padded)
+    check_grid(grid, counted, padded=padded)
     places = [rank // math.prod(grid[axis + 1 :]) % side for axis, side in enumerate(grid)]
     return places, [torch.full_like(total, side) for side in grid]
 
@@ -250,12 +252,16 @@ def _tokens(valid: Bool[Tensor, "b n"] | None, roles: Int[Tensor, "b n"] | None)
     """Tokens that lie on the grid; None when all do."""
     if roles is None:
         return valid
-    return roles == Role.TOKEN if valid is None else valid & (roles == Role.TOKEN)
+    ordinary = roles == int(Role.TOKEN)  # a graph would compare with the name, not the number
+    return ordinary if valid is None else valid & ordinary
 
 
 def check_grid(grid: tuple[int, ...], total: Int[Tensor, "#b 1"], *, padded: bool) -> None:
-    """Raise Unsupported unless each row's tokens fill the grid (a padded row: at most fill it). Not checked in a graph."""
-    if torch.compiler.is_compiling() or total.numel() == 0:
+    """Raise Unsupported unless each row's tokens fill the grid (a padded row: at most fill it).
+
+    Not checked in a graph, nor without numbers. A `total` that is known without looking is on the CPU, where nothing waits.
+    """
+    if torch.compiler.is_compiling() or total.is_meta or total.numel() == 0:
         return
     least, most, places = int(total.min()), int(total.max()), math.prod(grid)
     if most > places or (least < places and not padded):

@@ -219,7 +219,7 @@ class DepthwiseConvolution(Merge):
         tokens = _grid_tokens(context, x, lengths)
         layout = gathering(None if tokens is None else Mask(valid=tokens), x.shape[0], n, x.device)
         on_grid = layout.gather(source, axis=1)
-        total = torch.full((1, 1), n, device=x.device) if layout.lengths is None else layout.lengths[:, None]
+        total = torch.full((1, 1), n, device="cpu") if layout.lengths is None else layout.lengths[:, None]
         height, width = self._sides(context.grid, n, total, padded=lengths is not None)
         placed = F.pad(on_grid, (0, 0, 0, height * width - n))  # a negative pad cuts slots that hold no token
         convolved = self.convolution(placed.mT.unflatten(-1, (height, width))).flatten(2).mT

@@ -242,6 +242,6 @@ def tokens_of(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def map_of(tokens: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+def map_of(tokens: Float[Tensor, "b n c"], grid: Sequence[int]) -> Float[Tensor, "b c h w"]:
     """Tokens, row by row, as a map, channels-last."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    return tokens.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)

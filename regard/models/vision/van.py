@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +37,7 @@ class VANConfig(BackboneConfig):
 
     Attributes:
         widths, depths, expansions: channels, blocks, and the feed-forward network's width over the channels, of each stage.
+        strides: by which each stage makes the map smaller.
         attention: options of the mechanism ``large_kernel``.
         scale: of both branches of a block at the start (LayerScale).
         branch_dropout: inside the feed-forward networks.
@@ -45,16 +46,25 @@ class VANConfig(BackboneConfig):
     widths: tuple[int, ...] = (64, 128, 320, 512)
     depths: tuple[int, ...] = (2, 2, 4, 2)
     expansions: tuple[int, ...] = (8, 8, 4, 4)
+    strides: tuple[int, ...] = (4, 2, 2, 2)
     attention: Mapping[str, Any] | None = None
     scale: float = 1e-2
     branch_dropout: float = 0.0
 
 
 class VAN(Backbone):
-    """See the module; sizes ``van_b0`` to ``van_b6``."""
+    """See the module. ``van_b0`` to ``van_b6`` are the paper's; ``van_nano`` is for images of about 32 pixels."""
 
     Config = VANConfig
     sizes: ClassVar = {
+        "van_nano": {
+            "image_size": 32,
+            "widths": (32, 64, 128),
+            "depths": (1, 2, 1),
+            "expansions": (4, 4, 4),
+            "strides": (2, 2, 2),
+            "attention": {"kernel": 14, "dilation": 3},
+        },
         "van_b0": {"widths": (32, 64, 160, 256), "depths": (3, 3, 5, 2), "drop_path": 0.1},
         "van_b1": {"widths": (64, 128, 320, 512), "depths": (2, 2, 4, 2), "drop_path": 0.1},
         "van_b2": {"widths": (64, 128, 320, 512), "depths": (3, 3, 12, 3), "drop_path": 0.1},
@@ -68,13 +78,15 @@ class VAN(Backbone):
         super().__init__(config)
         rates = drop_path_rates(config.drop_path, config.depths)
         self.stages = nn.ModuleList()
-        channels, stride, levels = config.channels, 4, []
-        for number, (width, expansion) in enumerate(zip(config.widths, config.expansions, strict=True)):
-            embedding = nn.Conv2d(channels, width, 7, 4, 3) if number == 0 else nn.Conv2d(channels, width, 3, 2, 1)
-            blocks = [Block(width, expansion * width, config, rate) for rate in rates[number]]
+        channels, pixels, levels = config.channels, 1, []
+        shapes = zip(config.widths, config.expansions, config.strides, rates, strict=True)
+        for number, (width, expansion, stride, probabilities) in enumerate(shapes):
+            kernel = 7 if number == 0 else 3
+            embedding = nn.Conv2d(channels, width, kernel, stride, kernel // 2)
+            blocks = [Block(width, expansion * width, config, probability) for probability in probabilities]
             self.stages.append(Stage(embedding, blocks, width))
-            levels.append(Level(width, stride))
-            channels, stride = width, 2 * stride
+            channels, pixels = width, pixels * stride
+            levels.append(Level(width, pixels))
         self.levels = levels
         self.apply(_initialise)
         self.make_head(channels)
@@ -133,7 +145,7 @@ class Stage(nn.Module):
         width: its channels.
     """
 
-    def __init__(self, embedding: nn.Conv2d, blocks: list[nn.Module], width: int) -> None:
+    def __init__(self, embedding: nn.Conv2d, blocks: Iterable[nn.Module], width: int) -> None:
         super().__init__()
         self.embedding, self.embedding_norm = embedding, nn.BatchNorm2d(width)
         self.blocks = nn.ModuleList(blocks)
@@ -194,9 +206,10 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, ConvolutionalMLP):
         for linear in (module.up, module.down):
+            assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=math.sqrt(2 / linear.out_features))
             nn.init.zeros_(linear.bias)
-    if isinstance(module, nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -1,0 +1,121 @@
+"""`regard predict`: the classes of images, by a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from regard.cli.console import console, emit
+from regard.cli.options import DEVICE, JSON
+from regard.contract import Unsupported, at_least
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from regard.tasks.images import ImageReader
+
+AT_ONCE = 32
+"""Images of a batch."""
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(help="Classes to name for each image, the likeliest first.")] = 3,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Name files that cannot be read, and go on.")
+    ] = False,
+    device: DEVICE = "cpu",
+    as_json: JSON = False,
+) -> None:
+    """Classify images with a trained model.
+
+    The images are turned, resized and normalised as those it was trained on.
+
+    Examples:
+
+    \b
+        regard predict my_model holiday.jpg
+        regard predict my_model photos/ --skip-unreadable --json
+    """
+    from regard.workbench.trained import open_trained
+
+    at_least("top", top, 1)
+    trained = open_trained(folder)
+    reader, model = trained.reader, trained.model(device)
+    paths = [path for given in images for path in _files(given)]
+    found, skipped = [], list[str]()
+    for start in range(0, len(paths), AT_ONCE):
+        found += _classify(
+            model, reader, paths[start : start + AT_ONCE], top, device, skipped if skip_unreadable else None
+        )
+    if not found:
+        raise Unsupported("images of which none can be read", supported="one image or more")
+    if as_json:
+        emit({"folder": str(folder), "images": found, "skipped": skipped})
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("image", "class", "probability", "others"):
+        table.add_column(heading, justify="right" if heading == "probability" else "left")
+    for row in found:
+        (first, chance), *others = row["classes"]
+        said = ", ".join(f"{name} {p:.3f}" for name, p in others)
+        table.add_row(Text(row["image"]), Text(first, style="bold"), f"{chance:.3f}", Text(said))
+    console.print(table)
+    for name in skipped:
+        console.print(Text(f"not read: {name}", style="dim"))
+
+
+def _files(given: Path) -> Iterator[Path]:
+    """A file itself, or the images of a folder in sorted order."""
+    from regard.tasks.documents import nearest_path, walk
+    from regard.tasks.images import IMAGE_SUFFIXES
+
+    if given.is_dir():
+        kept = [path for path in walk(given)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not kept:
+            raise Unsupported(
+                f"{given}, which holds no image", supported="files ending in " + " ".join(sorted(IMAGE_SUFFIXES))
+            )
+        yield from kept
+    elif given.is_file():
+        yield given
+    else:
+        raise Unsupported(
+            f"{given}, which does not exist", supported="image files, or folders of them", nearest=nearest_path(given)
+        )
+
+
+def _classify(
+    model: nn.Module, reader: ImageReader, paths: list[Path], top: int, device: str, skipped: list[str] | None
+) -> list[dict[str, Any]]:
+    """The likeliest classes of each file; those that cannot be read are added to `skipped` where that is a list."""
+    import torch
+
+    from regard.contract import Context
+
+    kept, inputs = [], []
+    for path in paths:
+        try:
+            inputs.append(reader.read([path]))
+        except Unsupported as error:
+            if skipped is None:
+                raise
+            skipped.append(error.asked)
+        else:
+            kept.append(path)
+    if not kept:
+        return []
+    with torch.inference_mode():
+        logits = model(torch.cat(inputs).to(device), context=Context(grid=reader.grid)).output
+    chances, order = logits.float().softmax(-1).sort(-1, descending=True)
+    named = [
+        [(reader.classes[i], p) for i, p in zip(o[:top], c[:top], strict=True)]
+        for o, c in zip(order.tolist(), chances.tolist(), strict=True)
+    ]
+    return [{"image": str(path), "classes": classes} for path, classes in zip(kept, named, strict=True)]

@@ -1,0 +1,269 @@
+"""Vision transformers whose blocks give on fewer tokens: those of this project, and timm's."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
+from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
+from regard.layers.attention import AttentionLayer
+from regard.models.vision.vit import VisionBlock, VisionTransformer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+HOSTS = "regard's VisionTransformer with a class token, timm's VisionTransformer of plain blocks with one"
+
+
+class Reduction:
+    """A method at work in a model; made by :func:`reduce_tokens`.
+
+    Args:
+        method: one of `METHODS`.
+        removed: patches that go, of each block: a number, or a function of the number there are.
+        proportional: whether a token that stands for several counts so often in attention.
+        generator: of the draws of ``random``.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        removed: Sequence[Callable[[int], int]],
+        proportional: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.method, self.removed, self.proportional, self.generator = method, removed, proportional, generator
+        self._run = threading.local()
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens after the last block of this thread's last call: their sizes, and the place of each first one."""
+        return self._run.tokens
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens after each block of this thread's last call, class tokens included."""
+        return list(self._run.counts)
+
+    def undo(self) -> None:
+        """Give the model its own blocks again."""
+        while self._undo:
+            self._undo.pop()()
+
+    def begin(self, block: int, x: Float[Tensor, "b n c"], protected: int) -> Tokens:
+        """The tokens that come to a block."""
+        if block == 0:
+            self._run.tokens, self._run.counts = Tokens.begin(x, protected), []
+        return self._run.tokens
+
+    def bias(self, tokens: Tokens) -> Float[Tensor, "b 1 1 n"] | None:
+        """What is added to the scores of each key; None where all tokens stand for themselves."""
+        same = tokens.x.shape[1] == tokens.places.shape[1]
+        return None if same or not self.proportional else tokens.sizes.log()[:, None, None]
+
+    def after(self, block: int, tokens: Tokens, x: Float[Tensor, "b n c"], evidence: Callable[[], Evidence]) -> Tokens:
+        """The tokens `x` that come out of a block's attention, perhaps fewer."""
+        moved = Tokens(x, tokens.sizes, tokens.places, tokens.protected)
+        remove = self.removed[block](x.shape[1] - tokens.protected)
+        if remove > 0:
+            moved = METHODS[self.method](moved, evidence(), remove)
+        self._run.tokens = moved
+        self._run.counts.append(moved.x.shape[1])
+        return moved
+
+
+def reduce_tokens(
+    model: nn.Module,
+    method: str,
+    *,
+    remove: int | Sequence[int] | tuple[int, float] = 0,
+    keep: float | None = None,
+    blocks: Sequence[int] | None = None,
+    proportional: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> Reduction:
+    """Let a model's blocks give on fewer tokens, in place; nothing is trained.
+
+    Args:
+        model: one of `HOSTS`; its last call must not be going on in another thread.
+        method: ``tome``, ``evit``, ``random``, ``stride`` or ``mean``.
+        remove: patches that go after the attention of each block; a list has one number a block. A pair of a number r and
+            an inflection i in [-1, 1] (a float) is a line from r (1 - i) in the first block to r (1 + i) in the last.
+        keep: instead of `remove`, the share of patches that stay at each of `blocks`, rounded up.
+        blocks: numbers of the blocks, from 0, at which `keep` counts; a quarter, half and three quarters through when None.
+        proportional: see the module; as ``tome`` is defined when None: there, and not in the others.
+        generator: of the draws of ``random``.
+
+    Raises:
+        Unsupported: for a model, method or schedule that is not known, and a model that is reduced already; nothing is
+            changed then.
+    """
+    one_of("method", method, METHODS)
+    layers, protected = _blocks_of(model)
+    if any(hasattr(block, "reduction") for block in layers):
+        raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
+    schedule = _schedule(len(layers), remove, keep, blocks)
+    reduction = Reduction(method, schedule, method == "tome" if proportional is None else proportional, generator)
+    for number, block in enumerate(layers):
+        reduction._undo.append(_enter(block, reduction, number, protected))
+    return reduction
+
+
+def _schedule(
+    depth: int, remove: int | Sequence[int] | tuple[int, float], keep: float | None, blocks: Sequence[int] | None
+) -> list[Callable[[int], int]]:
+    """For each block how many of so many patches go."""
+    if keep is not None:
+        if remove:
+            raise Unsupported(f"remove={remove} with keep={keep}", supported="one of the two")
+        if not 0 < keep <= 1:
+            raise Unsupported(f"keep={keep}", supported="0 < keep <= 1", nearest="keep=0.7")
+        chosen = [depth // 4, depth // 2, 3 * depth // 4] if blocks is None else list(blocks)
+        if not all(0 <= block < depth for block in chosen):
+            raise Unsupported(f"blocks={chosen} of a model with {depth}", supported=f"0 to {depth - 1}")
+        return [(lambda n: n - math.ceil(keep * n)) if block in chosen else (lambda n: 0) for block in range(depth)]
+    if blocks is not None:
+        raise Unsupported(f"blocks={blocks} without keep", supported="keep=..., or remove as a list")
+    if isinstance(remove, int):
+        numbers = [remove] * depth
+    elif len(remove) == 2 and isinstance(remove[1], float):
+        most, inflection = remove
+        if not -1 <= inflection <= 1:
+            raise Unsupported(f"an inflection of {inflection}", supported="-1 to 1")
+        steps = [block / max(depth - 1, 1) for block in range(depth)]
+        numbers = [int(most * (1 - inflection + 2 * inflection * step)) for step in steps]
+    else:
+        numbers = [int(number) for number in remove]
+    if len(numbers) != depth:
+        raise Unsupported(f"remove with {len(numbers)} numbers for {depth} blocks", supported="one a block")
+    for number in numbers:
+        at_least("remove", number, 0)
+    return [functools.partial(_at_most, number) for number in numbers]
+
+
+def _at_most(number: int, patches: int) -> int:
+    """One patch stays."""
+    return min(number, max(patches - 1, 0))
+
+
+def _blocks_of(model: nn.Module) -> tuple[list[Any], int]:
+    """The blocks of a host, and its class tokens; raises Unsupported for another model."""
+    timm = sys.modules.get("timm.models.vision_transformer")
+    if isinstance(model, VisionTransformer):
+        blocks, protected = list(model.blocks), model.config.class_tokens
+        wrong = [b for b in blocks if not isinstance(b.mixer, AttentionLayer) or b.mixer.card.name != "softmax"]
+        wrong = wrong or [b for b in blocks if getattr(b.mixer.positions, "name", "none") != "none"]
+    elif timm is not None and isinstance(model, timm.VisionTransformer):
+        blocks, protected = list(model.blocks), model.num_prefix_tokens
+        wrong = [b for b in blocks if type(b) is not timm.Block and not isinstance(b, _reduced_timm_block())]
+    else:
+        raise Unsupported(f"fewer tokens in a {type(model).__name__}", supported=HOSTS)
+    if wrong:
+        raise Unsupported(
+            f"fewer tokens in a {type(model).__name__} with {type(wrong[0]).__name__} of another kind of attention",
+            supported="softmax attention without positions of its own in every block",
+        )
+    if not protected:
+        raise Unsupported(f"fewer tokens in a {type(model).__name__} without a class token", supported=HOSTS)
+    return blocks, protected
+
+
+class ReducedBlock(VisionBlock):
+    """A block of :class:`regard.models.vision.vit.VisionTransformer` that gives on fewer tokens."""
+
+    reduction: Reduction
+    number: int
+    protected: int
+
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, *, context: Context, state: Any = None
+    ) -> Result:
+        tokens = self.reduction.begin(self.number, x, self.protected)
+        bias, seen = self.reduction.bias(tokens), dict[str, Tensor]()
+        taken = context if x.shape[1] == tokens.places.shape[1] else Context(generator=context.generator)
+        if bias is not None:
+            taken = taken.replace(mask=Mask(bias=bias.to(x.dtype)))
+        layer: Any = self.mixer
+        hooks = [
+            part.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output))
+            for name, part in (("query", layer.query), ("key", layer.key))
+        ]
+        try:
+            mixed = self.mix(x, memory, context=taken, state=state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        x = x + self.drop_path(mixed.output)
+
+        def evidence() -> Evidence:
+            query, key = (seen[name].unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for name in ("query", "key"))
+            return _evidence(query, key, bias, self.reduction.generator)
+
+        x = self.reduction.after(self.number, tokens, x, evidence).x
+        if self.feed_forward is not None:
+            x = x + self.drop_path(self.feed(x, context=Context(generator=context.generator)))
+        return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+
+@functools.cache
+def _reduced_timm_block() -> type[nn.Module]:
+    """A subclass of timm's `Block` that gives on fewer tokens."""
+    block_class: Any = sys.modules["timm.models.vision_transformer"].Block
+
+    class ReducedTimmBlock(block_class):
+        """A block of timm's `VisionTransformer` that gives on fewer tokens."""
+
+        def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            if attn_mask is not None:
+                raise Unsupported("attn_mask in a model with fewer tokens", supported="no mask")
+            tokens = self.reduction.begin(self.number, x, self.protected)
+            bias, seen = self.reduction.bias(tokens), []
+            hook = self.attn.qkv.register_forward_hook(lambda _, __, output: seen.append(output))
+            try:
+                mixed = self.attn(self.norm1(x), attn_mask=None if bias is None else bias.to(x.dtype))
+            finally:
+                hook.remove()
+            x = x + self.drop_path1(self.ls1(mixed))
+
+            def evidence() -> Evidence:
+                query, key, _ = seen[0].unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+                return _evidence(self.attn.q_norm(query), self.attn.k_norm(key), bias, self.reduction.generator)
+
+            x = self.reduction.after(self.number, tokens, x, evidence).x
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    return ReducedTimmBlock
+
+
+def _evidence(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h n d"],
+    bias: Float[Tensor, "b 1 1 n"] | None,
+    generator: torch.Generator | None,
+) -> Evidence:
+    """Only the class token's row of the attention is computed."""
+    scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
+    return Evidence(key.mean(1), scores.softmax(-1).mean(1)[:, 0], generator)
+
+
+def _enter(block: Any, reduction: Reduction, number: int, protected: int) -> Callable[[], None]:
+    """Make a block one that gives on fewer tokens; returns what makes it its old self."""
+    before = type(block)
+    block.__class__ = ReducedBlock if isinstance(block, VisionBlock) else _reduced_timm_block()
+    block.reduction, block.number, block.protected = reduction, number, protected
+
+    def undo() -> None:
+        block.__class__ = before
+        del block.reduction, block.number, block.protected
+
+    return undo

@@ -1,0 +1,123 @@
+"""An image backbone as a model of tasks, which give images as patches.
+
+::
+
+    config = ImageModelConfig("van_b0", num_classes=10, grid=(8, 8), patch=4, channels=3)
+    logits = ImageModel(config)(patches, context=Context(grid=(8, 8))).output      # (B, 10)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from regard.contract import Context, Result, Unsupported, at_least
+from regard.layers.checks import given_context
+from regard.models.vision import read_backbone
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from regard.tasks.protocol import Task
+
+
+@dataclass(frozen=True)
+class ImageModelConfig:
+    """The configuration of an :class:`ImageModel`.
+
+    Attributes:
+        backbone: a name of :func:`regard.models.vision.list_backbones`.
+        num_classes: width of the output.
+        grid: rows and columns of patches.
+        patch: side of a patch in pixels; its features are its pixels row by row, the channels of a pixel together.
+        channels: of the images.
+        options: of the backbone.
+        feed_forward: of no meaning here: widths are the backbone's.
+    """
+
+    backbone: str
+    num_classes: int
+    grid: tuple[int, int]
+    patch: int = 1
+    channels: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict)
+    feed_forward: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        at_least("num_classes", self.num_classes, 1)
+        at_least("patch", self.patch, 1)
+        at_least("channels", self.channels, 1)
+        object.__setattr__(self, "grid", tuple(self.grid))
+        self.read()
+
+    def read(self) -> tuple[type[nn.Module], Any]:
+        """Class and config of the backbone; raises Unsupported for unknown options and sizes that it cannot take."""
+        rows, columns = self.grid
+        given: dict[str, Any] = {"image_size": (rows * self.patch, columns * self.patch), "channels": self.channels}
+        for name in (*given, "num_classes"):
+            if name in self.options:
+                raise Unsupported(f"{name} of {self.backbone}, which the task says", supported=f"no {name}")
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}
+        return read_backbone(self.backbone, **given, num_classes=self.num_classes, **options)
+
+    @classmethod
+    def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> ImageModelConfig:
+        """Of a task that classifies images.
+
+        Raises:
+            Unsupported: for another task.
+        """
+        if task.objective != "classification" or task.features is None or len(task.grid or ()) != 2:
+            raise Unsupported(
+                f"{backbone} on the task {task.name}",
+                supported="tasks that classify images, such as images",
+                nearest="--task images",
+            )
+        channels = 1 if math.isqrt(task.features) ** 2 == task.features else 3
+        patch = math.isqrt(task.features // channels)
+        if channels * patch**2 != task.features:
+            raise Unsupported(
+                f"{backbone} on patches of {task.features} numbers", supported="square patches of 1 or 3 channels"
+            )
+        return cls(backbone, task.num_classes or 0, task.grid, patch, channels, dict(options))  # type: ignore[arg-type]
+
+
+class ImageModel(nn.Module):
+    """Patches put together to images, and the backbone; see :class:`ImageModelConfig`."""
+
+    def __init__(self, config: ImageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        backbone, inner = config.read()
+        self.backbone = backbone(inner)
+
+    def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
+        """Logits of the classes.
+
+        Args:
+            inputs: patches, row by row.
+            context: its grid, whose rows and columns may be others than the config's where the backbone takes any size.
+
+        Returns:
+            output (B, num_classes).
+
+        Raises:
+            Unsupported: for padding, and inputs of another shape.
+        """
+        context, config = given_context(context), self.config
+        if context.mask is not None or context.roles is not None:
+            raise Unsupported(f"a mask or roles in {config.backbone}", supported="whole images", nearest="Encoder")
+        rows, columns = context.grid or config.grid
+        patch, channels = config.patch, config.channels
+        if inputs.ndim != 3 or inputs.shape[1:] != (rows * columns, patch * patch * channels):
+            raise Unsupported(
+                f"inputs of shape {tuple(inputs.shape)}",
+                supported=f"(B, {rows * columns}, {patch * patch * channels}), the patches of a grid of {rows} x {columns}",
+            )
+        pixels = inputs.reshape(-1, rows, columns, patch, patch, channels)
+        images = pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * patch, columns * patch)
+        return Result(self.backbone(images))

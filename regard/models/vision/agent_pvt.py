@@ -1,0 +1,374 @@
+"""The Pyramid Vision Transformer (PVT), and Agent-PVT.
+
+Wang et al., arXiv 2102.12122; Han et al., arXiv 2312.08874. Four stages of maps, each with half the rows and columns of the one
+before: a patch embedding with a norm, a table of positions (interpolated to the map at hand), and pre-norm blocks
+
+    x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
+
+``attend`` is a layer of the `plan`, which has an entry for each stage. With a reduction r > 1 keys and values are those of
+LN(conv(LN(x))), a convolution of kernel and stride r; queries are those of all tokens. PVT has softmax attention with
+reductions 8, 4, 2, 1 and a class token in the last stage, which the head reads after a norm. Agent-PVT has agent attention with
+9, 16, 49 and 49 agents, no reductions, no class token, and the mean of the last map.
+
+Agent attention with a reduction pools its agents from all queries; its biases for keys are those of places on the reduced map,
+and values are interpolated bilinearly to the whole map before the convolution that is added to the output. The official code
+takes square maps alone, and biases of one size; here any height and width are taken that the strides divide.
+
+Blocks are not :class:`regard.models.blocks.Block`: keys and values there come from another sequence as it is, but here from the
+same normed tokens as the queries.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism
+from regard.contract import Context, Pattern, Result, Tensors, Unsupported, at_least, one_of
+from regard.create import create_layer
+from regard.layers.attention import AttentionLayer
+from regard.layers.base import Layer
+from regard.layers.drop_path import DropPath, drop_path_rates
+from regard.layers.feed_forward import MLP
+from regard.layers.norms import LayerNorm
+from regard.layers.parts import LayerCall, Merge, Projection
+from regard.mechanisms.agent import BiasTables
+from regard.models.blocks import read_plan
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on, resize_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PVTConfig(BackboneConfig):
+    """The configuration of a :class:`PVT`.
+
+    Attributes:
+        widths, depths, heads, expansions: channels, blocks, heads, and the feed-forward networks' width over the channels, of
+            each stage.
+        patch: side of a patch of the first stage in pixels; later stages have 2 x 2 patches of the map before.
+        plan: a mechanism (with options) for each stage, or one for all; with a reduction it needs a noncausal-cross pattern.
+        reductions: r of each stage.
+        class_token: whether the last stage, which has no reduction then, has one; without, the head reads the mean of its map.
+        branch_dropout: of the tokens of each stage at its start, in the feed-forward networks, and at the end of each branch.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 320, 512)
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    expansions: tuple[int, ...] = (8, 8, 4, 4)
+    patch: int = 4
+    plan: Any = "softmax"
+    reductions: tuple[int, ...] = (8, 4, 2, 1)
+    class_token: bool = True
+    branch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("patch", self.patch, 1)
+        stages = len(self.widths)
+        for name in ("depths", "heads", "expansions", "reductions"):
+            numbers = getattr(self, name)
+            if len(numbers) != stages:
+                raise Unsupported(f"{name}={numbers} of {stages} stages", supported="a number for each stage")
+            at_least(f"the least of {name}", min(numbers), 1)
+        object.__setattr__(self, "plan", read_plan(self.plan, stages))
+        if self.class_token and self.reductions[-1] > 1:
+            raise Unsupported(
+                f"a class token in a stage with reduction {self.reductions[-1]}",
+                supported="a last reduction of 1, or class_token=False",
+                nearest="class_token=False",
+            )
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from place to place of each stage's map."""
+        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each stage's map."""
+        return tuple((self.size[0] // stride, self.size[1] // stride) for stride in self.strides)
+
+
+def _agents(*numbers: int) -> dict[str, Any]:
+    plan = [("agent", {"num_agents": number, "agent_bias": "all"}) for number in numbers]
+    return {"plan": plan, "reductions": (1, 1, 1, 1), "class_token": False}
+
+
+DEPTHS = {"t": (2, 2, 2, 2), "s": (3, 4, 6, 3), "m": (3, 4, 18, 3), "l": (3, 8, 27, 3)}
+DROP_PATHS = {"t": 0.1, "s": 0.1, "m": 0.3, "l": 0.3}
+
+
+class PVT(Backbone):
+    """See the module; sizes ``pvt_t`` to ``pvt_l`` and ``agent_pvt_t`` to ``agent_pvt_l``."""
+
+    Config = PVTConfig
+    config: PVTConfig
+    sizes: ClassVar = {
+        f"{family}pvt_{size}": {"depths": depths, "drop_path": DROP_PATHS[size], **options}
+        for family, options in (("", {}), ("agent_", _agents(9, 16, 49, 49)))
+        for size, depths in DEPTHS.items()
+    }
+
+    def __init__(self, config: PVTConfig) -> None:
+        super().__init__(config)
+        self.check_size(*config.size)
+        rates = drop_path_rates(config.drop_path, config.depths)
+        self.stages = nn.ModuleList()
+        channels = config.channels
+        for number, width in enumerate(config.widths):
+            self.stages.append(Stage(config, number, channels, rates[number]))
+            channels = width
+        self.class_token = nn.Parameter(torch.empty(1, channels)) if config.class_token else None
+        self.norm = LayerNorm(channels, eps=1e-6) if config.class_token else None
+        self.levels = [Level(*level) for level in zip(config.widths, config.strides, strict=True)]
+        self.apply(_initialise)
+        if self.class_token is not None:
+            nn.init.trunc_normal_(self.class_token, std=0.02)
+        self.make_head(channels)
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
+    ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]]]:
+        x, maps, last = images, {}, len(self.stages) - 1
+        for number, stage in enumerate(self.stages):
+            tokens, grid = stage(x, self.class_token if number == last else None)
+            x = map_of(tokens[:, -math.prod(grid) :], grid)
+            if number in keep:
+                maps[number] = x
+        return tokens if self.norm is None else self.norm(tokens), maps
+
+    def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
+        return features.mean(1) if self.class_token is None else features[:, 0]
+
+    def no_weight_decay(self) -> set[str]:
+        return set() if self.class_token is None else {"class_token"}
+
+    def check_size(self, height: int, width: int) -> None:
+        config = self.config
+        step = math.lcm(*(r * stride for r, stride in zip(config.reductions, config.strides, strict=True)))
+        if height % step or width % step:
+            nearest = tuple(max(step, round(side / step) * step) for side in (height, width))
+            raise Unsupported(
+                f"images of {height} x {width}", supported=f"sides that {step} divides", nearest=f"{nearest}"
+            )
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor], config: PVTConfig) -> dict[str, Tensor]:
+        """From `pvt.py` of whai362/PVT, and `agent_pvt.py` of LeapLabTHU/Agent-Attention.
+
+        Tables of positions and of agent biases are interpolated where the images had another size.
+        """
+        names = (
+            (r"^cls_token$", lambda m: "class_token"),
+            (r"^patch_embed(\d+)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.embedding."),
+            (r"^patch_embed(\d+)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.embedding_norm."),
+            (r"^pos_embed(\d+)$", lambda m: f"stages.{int(m[1]) - 1}.positions"),
+            (r"^block(\d+)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
+            (r"\.attn\.q\.", r".attention.query."),
+            (r"\.attn\.proj\.", r".attention.output."),
+            (r"\.attn\.dwc\.", r".attention.merge.convolution."),
+            (r"\.attn\.sr\.", r".reduction."),
+            (r"\.attn\.norm\.", r".reduction_norm."),
+            (r"\.attn\.(\w\w_bias)$", r".attention.\1"),
+            (r"\.mlp\.fc1\.", r".mlp.up."),
+            (r"\.mlp\.fc2\.", r".mlp.down."),
+        )
+        found: dict[str, Tensor] = {}
+        for name, value in state.items():
+            for pattern, replacement in names:
+                name = re.sub(pattern, replacement, name)
+            if ".attn.kv." in name:
+                for part, own in zip(value.chunk(2), ("key", "value"), strict=True):
+                    found[name.replace(".attn.kv.", f".attention.{own}.")] = part
+                continue
+            if (name == "class_token" or name.endswith(".positions")) and value.ndim == 3:
+                value = value[0]
+            name, value = agent_table(name, value)
+            found[name] = value
+        with torch.device("meta"):
+            own_state = cls(config).state_dict()
+        before = [0] * (len(config.grids) - 1) + [int(config.class_token)]
+        grids = {f"stages.{i}.positions": each for i, each in enumerate(zip(before, config.grids, strict=True))}
+        return fit_tables(found, own_state, grids, "bilinear")
+
+
+class Stage(nn.Module):
+    """A patch embedding, positions and blocks: a map (B, C, H, W) -> tokens (B, N, width) on a grid.
+
+    Args:
+        config: of the backbone.
+        number: of the stage, from 0.
+        channels: of the map.
+        rates: of stochastic depth, one for each block.
+    """
+
+    def __init__(self, config: PVTConfig, number: int, channels: int, rates: list[float]) -> None:
+        super().__init__()
+        width, patch = config.widths[number], 2 if number else config.patch
+        self.grid, last = config.grids[number], number == len(config.widths) - 1
+        self.before = int(config.class_token and last)
+        self.embedding, self.embedding_norm = nn.Conv2d(channels, width, patch, patch), LayerNorm(width)
+        self.positions = nn.Parameter(torch.empty(self.before + math.prod(self.grid), width))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        self.dropout = nn.Dropout(config.branch_dropout)
+        self.blocks = nn.ModuleList(Block(config, number, rate) for rate in rates)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], class_token: Float[Tensor, "1 width"] | None = None
+    ) -> tuple[Float[Tensor, "b n width"], tuple[int, int]]:
+        """Tokens, a class token before those of the map if there is one, and rows and columns of the map."""
+        x = self.embedding(x)
+        height, width = x.shape[2:]
+        x = self.embedding_norm(tokens_of(x))
+        if class_token is not None:
+            x = torch.cat([class_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        positions = resize_positions(self.positions, self.before, self.grid, (height, width), "bilinear")
+        x = self.dropout(x + positions.to(x.dtype))
+        for block in self.blocks:
+            x = block(x, (height, width))
+        return x, (height, width)
+
+
+class Block(nn.Module):
+    """Attention, with keys and values of a reduced map where there is a reduction, and a feed-forward network.
+
+    Args:
+        config: of the backbone.
+        number: of the stage.
+        drop_path: of both branches.
+    """
+
+    def __init__(self, config: PVTConfig, number: int, drop_path: float) -> None:
+        super().__init__()
+        width, reduction = config.widths[number], config.reductions[number]
+        self.sees_class = "roles" in get_mechanism(config.plan[number][0]).honours
+        self.norm1, self.norm2 = LayerNorm(width, eps=1e-6), LayerNorm(width, eps=1e-6)
+        self.reduction = nn.Conv2d(width, width, reduction, reduction) if reduction > 1 else None
+        self.reduction_norm = LayerNorm(width) if reduction > 1 else None
+        self.attention = make_attention(
+            config.plan[number], width, config.heads[number], reduction, config.grids[number]
+        )
+        self.mlp = MLP(width, config.expansions[number] * width, bias=True, dropout=config.branch_dropout)
+        self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        x = x + self.drop_path(self.dropout(self.attend(self.norm1(x), grid)))
+        return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+
+    def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        if self.reduction is not None and self.reduction_norm is not None:
+            memory = self.reduction_norm(tokens_of(self.reduction(map_of(x, grid))))
+            return self.attention(x, memory, context=Context(grid=grid)).output
+        before = x.shape[1] - math.prod(grid)
+        context = context_of(grid, before, x) if self.sees_class or not before else Context()
+        return self.attention(x, context=context).output
+
+
+AGENT_DEFAULTS = {"agent_bias": "none", "bias_grid": None, "dwc": "auto"}
+"""Options of agent attention that its layer has in noncausal-self alone."""
+
+
+def make_attention(
+    entry: tuple[str, Mapping[str, Any]], width: int, heads: int, reduction: int, grid: tuple[int, int]
+) -> Layer:
+    """The layer of a stage's plan; in cross patterns where keys and values are those of a reduced map."""
+    name, options = entry[0], {"bias": True, **options_on(entry[1], grid)}
+    if reduction == 1:
+        return create_layer(name, width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
+    if name != "agent":
+        return create_layer(name, width, heads, pattern=Pattern.NONCAUSAL_CROSS, **options)
+    kind, lines, of = (options.pop(option, default) for option, default in AGENT_DEFAULTS.items())
+    one_of("agent_bias", kind, ("none", "block", "lines", "all"))
+    one_of("dwc", of, ("auto", "value", "none"))
+    options = {"agent_source": "pool_q", **options}
+    layer = create_layer(name, width, heads, pattern=Pattern.NONCAUSAL_CROSS, **options)
+    assert isinstance(layer, AttentionLayer)
+    if kind != "none":
+        layer.projection = ReducedBiases(layer, kind, lines, reduction)
+    if of != "none":
+        layer.merge = UpsampledConvolution(width, reduction)
+    return layer
+
+
+class ReducedBiases(Projection):
+    """Biases of agent attention whose keys lie on a map reduced by r along each side.
+
+    Args:
+        layer: whose biases they are.
+        kind: ``block``, ``lines`` or ``all``.
+        lines: rows and columns of the map of the queries, which ``lines`` and ``all`` have numbers for.
+        reduction: r.
+    """
+
+    mixes_tokens = True
+
+    def __init__(self, layer: AttentionLayer, kind: str, lines: tuple[int, int] | None, reduction: int) -> None:
+        super().__init__()
+        self.reduction = reduction
+        heads, number = layer.num_heads, layer.config.num_agents
+        reduced = None if lines is None else (lines[0] // reduction, lines[1] // reduction)
+        self.gather_bias = BiasTables(heads, number, kind, reduced)
+        self.share_bias = BiasTables(heads, number, kind, lines)
+
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        assert call.x is not None
+        grid: Any = call.context.grid
+        batch, device = len(call.x), call.x.device
+        gather = self.gather_bias(*_everywhere((grid[0] // self.reduction, grid[1] // self.reduction), device))
+        share = self.share_bias(*_everywhere(grid, device))
+        return {
+            **heads,
+            "gather_bias": gather.expand(batch, -1, -1, -1),
+            "share_bias": share.mT.expand(batch, -1, -1, -1),
+        }
+
+
+class UpsampledConvolution(Merge):
+    """Adds a 3 x 3 depthwise convolution of the values, interpolated to the map of the queries, to the head outputs.
+
+    Args:
+        width: of all heads together.
+        reduction: r, how many places of the queries' map there are for one of the values' along each side.
+    """
+
+    def __init__(self, width: int, reduction: int) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.convolution = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+    def forward(
+        self, output: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result
+    ) -> Float[Tensor, "b h n v"]:
+        grid: Any = call.context.grid
+        values = map_of(heads["v"].transpose(1, 2).flatten(2), (grid[0] // self.reduction, grid[1] // self.reduction))
+        local = tokens_of(self.convolution(F.interpolate(values, grid, mode="bilinear", align_corners=False)))
+        return output + local.unflatten(-1, (output.shape[1], -1)).transpose(1, 2)
+
+
+def _everywhere(
+    grid: tuple[int, int], device: torch.device
+) -> tuple[list[Int[Tensor, "1 n"]], list[Int[Tensor, "1 1"]], Tensor]:
+    """Row and column of each place of a map, how many there are of each, and that no token lies off it."""
+    rows, columns = grid
+    index = torch.arange(rows * columns, device=device)[None]
+    extents = [torch.full((1, 1), side, device=device) for side in grid]
+    return [index // columns, index % columns], extents, torch.zeros_like(index, dtype=torch.bool)
+
+
+def _initialise(module: nn.Module) -> None:
+    """As the official code: normal weights and no biases in linear maps; convolutions as torch begins them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,102 @@
+"""What transformers over patches share: where their tokens lie, and how released tables of numbers fit a model.
+
+Patches fill a grid row by row; class tokens come before them and lie nowhere on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import Context, Role
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+TABLES = {
+    "an": "gather_bias.block",
+    "ah": "gather_bias.rows",
+    "aw": "gather_bias.columns",
+    "ac": "gather_bias.other",
+    "na": "share_bias.block",
+    "ha": "share_bias.rows",
+    "wa": "share_bias.columns",
+    "ca": "share_bias.other",
+}
+"""Where the layer of agent attention has the biases of LeapLabTHU/Agent-Attention."""
+
+
+def context_of(grid: tuple[int, int], before: int, x: Float[Tensor, "b n c"]) -> Context:
+    """What a layer is told that honours roles: the grid's sides, and which tokens of `x` are the class tokens before it."""
+    if not before:
+        return Context(grid=grid)
+    roles = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    roles[:, :before] = int(Role.CLS)
+    return Context(grid=grid, roles=roles)
+
+
+def options_on(options: Mapping[str, Any], grid: tuple[int, int]) -> dict[str, Any]:
+    """Options of a layer; agent attention has its biases of rows and columns for this grid, unless they name another."""
+    lines = options.get("agent_bias") in ("lines", "all")
+    return {**({"bias_grid": grid} if lines else {}), **options}
+
+
+def resize_positions(
+    table: Float[Tensor, "p c"], before: int, old: tuple[int, int], new: tuple[int, int], mode: str
+) -> Float[Tensor, "p2 c"]:
+    """A table of positions for another grid, interpolated between pixel centres; those of class tokens stay."""
+    if old == new:
+        return table
+    image = table[before:].mT.unflatten(-1, old)[None]
+    resized = F.interpolate(image, new, mode=mode, align_corners=False)[0].flatten(1).mT
+    return torch.cat([table[:before], resized])
+
+
+def agent_table(name: str, value: Tensor) -> tuple[str, Tensor]:
+    """The biases ``an_bias`` to ``ca_bias`` of the official code under their names and in their layout here."""
+    prefix, _, table = name.rpartition(".")
+    kind = table.removesuffix("_bias")
+    if kind not in TABLES or not table.endswith("_bias"):
+        return name, value
+    if value.ndim > 3 and kind in ("an", "na"):
+        found = value
+    elif kind[0] == "a":
+        found = value[0].flatten(2)
+    else:
+        found = value[0].flatten(1, -2).mT
+    target = TABLES[kind]
+    return f"{prefix}.projection.{target}", found.squeeze(-1) if target.endswith("other") else found
+
+
+def fit_tables(
+    found: dict[str, Tensor], own: Mapping[str, Tensor], grids: Mapping[str, tuple[int, tuple[int, int]]], mode: str
+) -> dict[str, Tensor]:
+    """Released weights with their tables resized to a model of another image size.
+
+    Args:
+        found: under the names here.
+        own: the model's.
+        grids: of each table of positions, by name: class tokens before the grid, and its sides. A table of another size is
+            that of a square grid.
+        mode: of the interpolation of positions. Biases of rows and columns are interpolated linearly, as the official code
+            of agent attention does.
+    """
+    for name, value in found.items():
+        if name not in own or value.shape == own[name].shape:
+            continue
+        if name in grids and value.ndim == 2:
+            before, grid = grids[name]
+            side = math.isqrt(max(len(value) - before, 0))
+            if side and side**2 == len(value) - before:
+                found[name] = resize_positions(value, before, (side, side), grid, mode)
+        elif name.endswith((".rows", ".columns")) and value.ndim == 3:
+            found[name] = F.interpolate(value, own[name].shape[-1], mode="linear")
+    for name, value in own.items():
+        if name.endswith("_bias.other") and name not in found:
+            found[name] = torch.zeros(value.shape)  # of tokens off the grid, which the official model does not have
+    return found

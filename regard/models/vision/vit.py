@@ -1,0 +1,397 @@
+"""The Vision Transformer (ViT, DeiT) with any mechanism of the catalogue in any layer, and Agent-DeiT.
+
+Dosovitskiy et al., arXiv 2010.11929; Touvron et al. (DeiT), arXiv 2012.12877. Patches become tokens, a class token comes
+before them, tables of positions are added, and pre-norm blocks follow:
+
+    x <- x + DropPath(mix(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
+
+``mix`` is a layer of the `plan`, softmax attention by default. The head reads the class token after a last norm, or the mean
+of the patches where there is no class token. Layers that honour roles are told which token is the class token and where the
+patches lie on their grid; other layers see a row of tokens, which is a grid where there is no class token.
+
+Agent-DeiT (Han et al., arXiv 2312.08874) has agent attention with all its biases: in all layers of T and S with 49 agents, in
+the first 4 of B with 81.
+
+``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842) and are not published
+models: the paper's MoH-ViT is TransNeXt, with cosine attention in a pyramid. The blocks here are those that the paper gives
+for plain attention; of 12 heads 3 are shared and 6 of the other 9 active, as in the 12-head stage of its S model, and of 6
+heads 2 are shared and 2 of the other 4 active. :meth:`VisionTransformer.forward_with_losses` gives the balance loss of the
+routers, which training adds with a weight of 0.01.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism
+from regard.contract import Context, Loss, Pattern, Result, Unsupported, at_least, one_of
+from regard.layers.attention import AttentionLayer
+from regard.layers.drop_path import DropPath, drop_path_rates
+from regard.layers.feed_forward import MLP
+from regard.layers.norms import LayerNorm
+from regard.layers.patches import PatchEmbedding
+from regard.models.blocks import (
+    Block,
+    add_losses,
+    check_plan,
+    check_sequences,
+    input_positions,
+    layer_accepts,
+    read_plan,
+)
+from regard.models.stack import StackConfig
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
+from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on
+from regard.positions import Sinusoidal
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+POOLS = ("class", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTransformerConfig(BackboneConfig):
+    """The configuration of a :class:`VisionTransformer`.
+
+    Attributes:
+        dim, num_layers, num_heads: width, blocks, and heads of each.
+        patch: side of a patch in pixels; it divides those of the images.
+        plan: as in :class:`regard.models.LanguageModelConfig`: a mechanism for all layers, or one (with options) for each.
+            Its `bias_grid`, where agent attention needs one, is the grid of patches unless it names another.
+        expansion: hidden width of the feed-forward networks over `dim`, where the plan names none.
+        positions: ``learned``, a table of one image size with a row for every token; ``sinusoidal``, fixed, of the row in
+            one half of the features and of the column in the other, for patches alone; ``none``; or a scheme of the layers,
+            such as ``rotary``, over the row of tokens; ``auto`` as in :class:`regard.models.LanguageModelConfig`. Layers may
+            have a scheme of their own beside them (`positions` in the plan's options).
+        pool: ``class``, a class token, or ``mean``, that of the patches, without a class token.
+        distillation_token: a second class token, with a head of its own; the logits are the mean of both heads'.
+        bias: of the projections of attention layers, where the plan does not say.
+        layer_scale: factors of both branches at the start; None for none.
+        branch_dropout: of the tokens at the start, and at the end of each branch.
+    """
+
+    dim: int = 192
+    num_layers: int | None = 12
+    num_heads: int = 3
+    patch: int = 16
+    plan: Any = "softmax"
+    expansion: float = 4.0
+    positions: str = "learned"
+    pool: str = "class"
+    distillation_token: bool = False
+    bias: bool = True
+    layer_scale: float | None = None
+    branch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("dim", self.dim, 1)
+        at_least("patch", self.patch, 1)
+        one_of("pool", self.pool, POOLS)
+        if self.distillation_token and self.pool != "class":
+            raise Unsupported(
+                f"distillation_token=True with pool={self.pool!r}", supported="pool='class'", nearest="pool='class'"
+            )
+        object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
+        object.__setattr__(self, "num_layers", len(self.plan))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before the patches."""
+        return (self.pool == "class") + self.distillation_token
+
+
+DEIT_T, DEIT_S, DEIT_B = ({"dim": 64 * heads, "num_heads": heads, "drop_path": 0.1} for heads in (3, 6, 12))
+
+
+def _agents(layers: int, number: int, of: int = 12) -> list[Any]:
+    return [("agent", {"num_agents": number, "agent_bias": "all"})] * layers + ["softmax"] * (of - layers)
+
+
+def _routed(shared: int, active: int) -> list[Any]:
+    options = {"shared_heads": shared, "active_heads": active, "mechanism_options": {"bias": True}}
+    return [("mixture_of_heads", options)] * 12
+
+
+class VisionTransformer(Backbone):
+    """See the module; sizes ``vit_t`` to ``vit_h``, ``deit_t`` to ``deit_b``, ``agent_deit_t`` to ``agent_deit_b``, and
+    ``moh_deit_s`` and ``moh_deit_b``."""
+
+    Config = VisionTransformerConfig
+    config: VisionTransformerConfig
+    sizes: ClassVar = {
+        "vit_t": {"dim": 192, "num_heads": 3},
+        "vit_s": {"dim": 384, "num_heads": 6},
+        "vit_b": {"dim": 768, "num_heads": 12},
+        "vit_l": {"dim": 1024, "num_heads": 16, "num_layers": 24},
+        "vit_h": {"dim": 1280, "num_heads": 16, "num_layers": 32, "patch": 14},
+        "deit_t": DEIT_T,
+        "deit_s": DEIT_S,
+        "deit_b": DEIT_B,
+        "agent_deit_t": {**DEIT_T, "plan": _agents(12, 49), "drop_path": 0.0},
+        "agent_deit_s": {**DEIT_S, "plan": _agents(12, 49)},
+        "agent_deit_b": {**DEIT_B, "plan": _agents(4, 81), "drop_path": 0.3},
+        "moh_deit_s": {**DEIT_S, "plan": _routed(2, 2)},
+        "moh_deit_b": {**DEIT_B, "plan": _routed(3, 6)},
+    }
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__(config)
+        check_plan(config.plan, Pattern.NONCAUSAL_SELF, "a vision transformer")
+        scheme = input_positions(config.plan, config.positions)
+        if scheme not in ("learned", "sinusoidal", "none"):
+            raise Unsupported(
+                f"{scheme} positions in a vision transformer",
+                supported="learned, sinusoidal, none, auto, or a scheme inside the layers",
+                nearest="learned",
+            )
+        width = config.dim
+        self.embedding = PatchEmbedding(config.channels, width, config.patch)
+        rows, columns = self.embedding.grid(*config.size)
+        before = config.class_tokens
+        self.class_tokens = nn.Parameter(torch.empty(before, width)) if before else None
+        learned = scheme == "learned"
+        self.positions = nn.Parameter(torch.empty(before + rows * columns, width)) if learned else None
+        self.sinusoids: Sinusoidal | None = None
+        if scheme == "sinusoidal":
+            if width % 2:
+                raise Unsupported(f"sinusoidal positions of rows and columns with dim={width}", supported="an even dim")
+            self.sinusoids = Sinusoidal(dim=width // 2)
+        shape = _BlockShape(config)
+        rates = drop_path_rates(config.drop_path, [len(config.plan)])[0]
+        self.blocks = nn.ModuleList(
+            VisionBlock(_entry(entry, config), shape, before, rate)
+            for entry, rate in zip(config.plan, rates, strict=True)
+        )
+        if before:
+            check_sequences(
+                self.blocks, "a vision transformer with a class token", supported="pool='mean', without a class token"
+            )
+        self.norm = LayerNorm(width, eps=1e-6)
+        self.levels = [Level(width, config.patch)] * len(self.blocks)
+        self.apply(_initialise)
+        for table in (self.class_tokens, self.positions):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+        self.distillation_head: nn.Module | None = None
+        self.make_head(width)
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
+    ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]]]:
+        features, maps, _ = self._run(images, keep)
+        return features, maps
+
+    def _run(
+        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
+    ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
+        """Normed tokens, class tokens first, the maps of the levels in `keep`, and the losses of the layers."""
+        grid, before = self.embedding.grid(*images.shape[2:]), self.config.class_tokens
+        x = self._place(self.embedding(images), grid)
+        context = context_of(grid, before, x)
+        maps: dict[int, Tensor] = {}
+        losses: dict[str, Loss] = {}
+        for number, block in enumerate(self.blocks):
+            result = block(x, context=context)
+            x = result.output
+            add_losses(losses, result.losses)
+            if number in keep:
+                maps[number] = map_of(x[:, before:], grid)
+        return self.norm(x), maps, losses
+
+    def _place(self, patches: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n2 c"]:
+        """Patches with class tokens before them and with positions."""
+        x = patches
+        if self.sinusoids is not None:
+            rows, columns = (place.flatten()[None] for place in _places(grid, x.device))
+            halves = x.chunk(2, -1)
+            x = torch.cat([self.sinusoids.embed(h, at) for h, at in zip(halves, (rows, columns), strict=True)], -1)
+        if self.class_tokens is not None:
+            x = torch.cat([self.class_tokens.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        if self.positions is not None:
+            x = x + self.positions.to(x.dtype)
+        return F.dropout(x, self.config.branch_dropout, self.training)
+
+    def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
+        before = self.config.class_tokens
+        return features[:, :before].mean(1) if before else features.mean(1)
+
+    def forward_head(self, features: Float[Tensor, "b n c"], pre_logits: bool = False) -> Float[Tensor, "b k"]:
+        """Logits of features, with a distillation token the mean of both heads'; the pooled vectors with `pre_logits`."""
+        if self.distillation_head is None or pre_logits:
+            return super().forward_head(features, pre_logits)
+        return sum(self._two_heads(features)) / 2  # type: ignore[return-value]
+
+    def _two_heads(self, features: Float[Tensor, "b n c"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
+        one, other = F.dropout(features[:, :2], self.config.dropout, self.training).unbind(1)
+        assert self.distillation_head is not None
+        return self.head(one), self.distillation_head(other)
+
+    def forward_distilled(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
+        """Logits of the class token, and of the distillation token, which a teacher's classes train.
+
+        Raises:
+            Unsupported: without a distillation token.
+        """
+        if self.distillation_head is None:
+            raise Unsupported(
+                "forward_distilled without a distillation token",
+                supported="distillation_token=True",
+                nearest="forward(images)",
+            )
+        return self._two_heads(self.forward_features(images))
+
+    def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
+        """Logits as the output, with the auxiliary losses of the layers, each (sum, count) over those that have it."""
+        features, _, losses = self._run(self.check_images(images))
+        return Result(self.forward_head(features), None, losses)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        if self.config.distillation_token:
+            head = self.head
+            super().reset_classifier(num_classes, global_pool)
+            self.distillation_head, self.head = self.head, head
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name in ("class_tokens", "positions") if getattr(self, name) is not None}
+
+    def check_size(self, height: int, width: int) -> None:
+        self.embedding.grid(height, width)
+        if self.positions is not None and (height, width) != self.config.size:
+            rows, columns = self.config.size
+            raise Unsupported(
+                f"images of {height} x {width}",
+                supported=f"{rows} x {columns}, for which its table of positions is made",
+                nearest=f"image_size=({height}, {width})",
+            )
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:
+        """From timm's `vision_transformer.py` and `deit.py`, facebookresearch/deit, and `agent_deit.py` of Agent-Attention.
+
+        Tables of positions and of agent biases are interpolated where the images had another size.
+        """
+        names = (
+            (r"^patch_embed\.proj\.", "embedding.projection."),
+            (r"^pos_embed$", "positions"),
+            (r"^head_dist\.", "distillation_head."),
+            (r"\.norm1\.", ".mixer_norm."),
+            (r"\.norm2\.", ".feed_forward_norm."),
+            (r"\.attn\.proj\.", ".mixer.output."),
+            (r"\.attn\.dwc\.", ".mixer.merge.convolution."),
+            (r"\.attn\.(\w\w_bias)$", r".mixer.\1"),
+            (r"\.mlp\.fc1\.", ".feed_forward.up."),
+            (r"\.mlp\.fc2\.", ".feed_forward.down."),
+            (r"\.ls1\.gamma$", ".mixer_end.scale.factors"),
+            (r"\.ls2\.gamma$", ".feed_forward_end.scale.factors"),
+        )
+        found, first = {}, [state[name][0] for name in ("cls_token", "dist_token") if name in state]
+        if first:
+            found["class_tokens"] = torch.cat(first)
+        for name, value in state.items():
+            if name in ("cls_token", "dist_token"):
+                continue
+            for pattern, replacement in names:
+                name = re.sub(pattern, replacement, name)
+            if ".attn.qkv." in name:
+                for part, own in zip(value.chunk(3), ("query", "key", "value"), strict=True):
+                    found[name.replace(".attn.qkv.", f".mixer.{own}.")] = part
+                continue
+            if name == "positions" and value.ndim == 3:
+                value = value[0]
+            elif name == "embedding.projection.weight":
+                value = value.flatten(1)
+            name, value = agent_table(name, value)
+            found[name] = value
+        with torch.device("meta"):
+            own_state = cls(config).state_dict()
+        return fit_tables(found, own_state, {"positions": (config.class_tokens, config.grid)}, "bicubic")
+
+
+class VisionBlock(Block):
+    """A block of tokens that lie on a grid, perhaps behind class tokens, with stochastic depth of both branches.
+
+    Args:
+        entry: mechanism and options.
+        config: what :class:`regard.models.blocks.Block` asks of a model's.
+        before: class tokens.
+        drop_path: of both branches.
+    """
+
+    def __init__(self, entry: tuple[str, Mapping[str, Any]], config: Any, before: int, drop_path: float) -> None:
+        super().__init__(entry, config, Pattern.NONCAUSAL_SELF)
+        self.sees_grid = (self.takes_roles or not before) and getattr(self.mixer, "grid_axes", None) != 1
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c"] | None = None,
+        *,
+        context: Context,
+        state: Any = None,
+    ) -> Result:
+        """Tokens as the output, with the losses of the layer; a layer that cannot make use of the grid sees a row."""
+        mixed = self.mix(x, memory, context=context if self.sees_grid else Context(), state=state)
+        x = x + self.drop_path(mixed.output)
+        if self.feed_forward is not None:
+            x = x + self.drop_path(self.feed(x, context=context))
+        return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+
+class _BlockShape:
+    """What :class:`regard.models.blocks.Block` asks of a model's config."""
+
+    head_dim = num_kv_heads = None
+    norm = "layer:1e-6"
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        self.dim, self.num_heads, self.positions = config.dim, config.num_heads, config.positions
+        self.feed_forward = int(config.expansion * config.dim)
+        self.dropout = config.branch_dropout
+        self.stack = StackConfig(layer_scale=config.layer_scale)
+
+
+def _entry(entry: tuple[str, Mapping[str, Any]], config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
+    """A plan's entry with what a vision transformer's layers have where it says nothing."""
+    name, options = entry[0], options_on(entry[1], config.grid)
+    if layer_accepts(get_mechanism(name), "bias"):
+        options = {"bias": config.bias, **options}
+    if options.get("feed_forward") != 0 and "feed_forward_kind" not in options:
+        options |= {"feed_forward_kind": "gelu"}
+        options["feed_forward_options"] = {"bias": True, **options.get("feed_forward_options", {})}
+    return name, options
+
+
+def _places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each patch."""
+    rows, columns = (torch.arange(side, device=device) for side in grid)
+    return torch.meshgrid(rows, columns, indexing="ij")  # type: ignore[return-value]
+
+
+def _initialise(module: nn.Module) -> None:
+    """As DeiT: normal weights and no biases in what all its layers have. What else a mechanism learns starts its own way."""
+    linears: tuple[nn.Module | None, ...] = ()
+    if isinstance(module, AttentionLayer):
+        linears = (module.query, module.key, module.value, module.output)
+    elif isinstance(module, MLP):
+        linears = (module.up, module.down)
+    for linear in linears:
+        if isinstance(linear, nn.Linear):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)

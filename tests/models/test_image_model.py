@@ -1,0 +1,109 @@
+"""Image backbones as models of tasks: patches put together, trained, kept, and asked about pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import answer, run
+from support import close, refused
+
+from regard.contract import Context, Mask
+from regard.models import from_pretrained, save_pretrained
+from regard.models.image_model import ImageModel, ImageModelConfig
+from regard.models.registry import config_for
+from regard.tasks import create_task
+
+CONFIG = ImageModelConfig("van_nano", num_classes=3, grid=(4, 8), patch=4, channels=3, options={"widths": [8, 8, 8]})
+
+
+def patches_of(images: torch.Tensor, patch: int) -> torch.Tensor:
+    rows = [
+        images[:, :, top : top + patch, left : left + patch].permute(0, 2, 3, 1).flatten(1)
+        for top in range(0, images.shape[2], patch)
+        for left in range(0, images.shape[3], patch)
+    ]
+    return torch.stack(rows, 1)
+
+
+def test_patches_become_the_image_that_they_were_cut_from() -> None:
+    model = ImageModel(CONFIG).double().eval()
+    images = torch.randn(2, 3, 16, 32, dtype=torch.float64)
+    close(model(patches_of(images, 4)).output, model.backbone(images))
+    larger = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    close(model(patches_of(larger, 4), context=Context(grid=(8, 8))).output, model.backbone(larger))
+
+
+def test_a_saved_model_is_the_same(tmp_path: Path) -> None:
+    model = ImageModel(CONFIG).eval()
+    save_pretrained(model, tmp_path)
+    inputs = torch.randn(2, 32, 48)
+    assert torch.equal(from_pretrained(tmp_path)(inputs).output, model(inputs).output)
+
+
+def test_what_an_image_model_cannot_take_is_refused() -> None:
+    model = ImageModel(CONFIG)
+    refused("32, 48", model, torch.randn(2, 32, 47))
+    refused("mask", model, torch.randn(2, 32, 48), context=Context(mask=Mask(lengths=torch.tensor([1, 2]))))
+    refused("channels", ImageModelConfig, "van_nano", 3, (4, 8), options={"channels": 1})
+    refused("classify images", ImageModelConfig.for_task, create_task("listops"), "van_nano", {})
+    refused("van_nano", config_for, create_task("images"), "softmax", "van_nan")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes: bright above, and bright below."""
+    image = pytest.importorskip("PIL.Image")
+    root, draws = tmp_path_factory.mktemp("photographs"), np.random.default_rng()
+    for name, rows in (("above", slice(0, 8)), ("below", slice(8, 16))):
+        (root / name).mkdir()
+        for number in range(12):
+            pixels = draws.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+            pixels[rows] += 150
+            image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def test_train_evaluate_and_predict_from_the_command_line(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, widths = tmp_path / "model", "van_nano:widths=[8,8,8]"
+    found = answer(
+        capsys, f"train {photographs} --task images:size=16 --model {widths} --budget 30steps --output {folder}"
+    )
+    assert found["backbone"] == ["van_nano", {"widths": [8, 8, 8]}] and found["score"] > 0.9
+    assert answer(capsys, f"evaluate {folder}")["score"] == found["score"]
+    (tmp_path / "broken.png").write_text("no picture")
+    above, broken = photographs / "above" / "0.png", tmp_path / "broken.png"
+    told = answer(capsys, f"predict {folder} {above} {broken} --skip-unreadable")
+    assert [row["classes"][0][0] for row in told["images"]] == ["above"]
+    assert len(told["skipped"]) == 1 and "broken.png" in told["skipped"][0]
+    code, _, error = run(capsys, f"predict {folder} {broken}")
+    assert code == 2 and "broken.png, which cannot be read as an image" in error
+    code, _, error = run(capsys, f"predict {folder} {tmp_path / 'none.png'}")
+    assert code == 2 and "does not exist" in error
+    code, _, error = run(capsys, f"train {photographs} --task images:size=16 --model van_nano --mechanism linear")
+    assert code == 2 and "has its own layers" in error
+
+
+def test_a_reader_of_a_record_normalises_as_the_task_did() -> None:
+    task = create_task("images")
+    record = json.loads(json.dumps(task.reader.as_record()))
+    assert type(task.reader).of_record(record) == task.reader
+
+
+def test_backbones_are_compared_beside_a_mechanism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(
+        capsys,
+        f"compare --task images --models van_nano:widths=[8,8,8] --mechanisms softmax --seeds 1 --rates 0.003 "
+        f"--lengths 16 --budget 20steps --output {tmp_path / 'run'}",
+    )
+    (entries,) = told["summary"].values()
+    assert sorted(entry["mechanism"] for entry in entries) == ["softmax", "van_nano:widths=[8,8,8]"]
+    assert "van_nano:widths=[8,8,8] has" in " ".join(told["recommendation"]["notes"])
+    assert Path(told["report"]).is_file()
+    code, _, error = run(capsys, "compare --task images --models softmax")
+    assert code == 2 and "van_nano" in error

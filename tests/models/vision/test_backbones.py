@@ -1,0 +1,122 @@
+"""What every backbone does, over all published names: classifiers, maps, channels, sizes, dtypes."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from support import close, refused
+
+from regard.models.vision import create_backbone, list_backbones, read_backbone
+
+FAMILIES = dict.fromkeys(read_backbone(name)[0] for name in list_backbones())
+each_family = pytest.mark.parametrize("name", [next(iter(family.sizes)) for family in FAMILIES])
+WIDE = 32
+"""Side of images that the smallest sizes take, where they are made for them."""
+
+
+@functools.cache
+def small(name: str) -> torch.nn.Module:
+    """The smallest size of a family."""
+    return create_backbone(name, num_classes=5, image_size=WIDE).eval()
+
+
+@each_family
+def test_levels_pooled_features_and_logits_have_the_sizes_that_are_told(name: str) -> None:
+    with torch.device("meta"):
+        model = create_backbone(name, num_classes=7).eval()
+        height, width = model.config.size
+        images = torch.empty(2, model.config.channels, height, width)
+        features, maps = model.forward_intermediates(images)
+    for found, level, info in zip(maps, model.levels, model.feature_info, strict=True):
+        assert found.shape == (2, level.channels, height // level.stride, width // level.stride)
+        assert (info["num_chs"], info["reduction"]) == (level.channels, level.stride)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    assert model.forward_head(features).shape == (2, 7)
+
+
+@each_family
+def test_a_reset_classifier_is_another_head_on_the_same_trunk(name: str) -> None:
+    model = create_backbone(name, num_classes=3, image_size=WIDE).eval()
+    images = torch.randn(2, model.config.channels, WIDE, WIDE)
+    with torch.no_grad():
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        close(model(images), model.get_classifier()(pooled), 1e-6)
+        model.reset_classifier(0)
+        close(model(images), pooled, 1e-6)
+        model.reset_classifier(4)
+        assert model(images).shape == (2, 4)
+
+
+@each_family
+def test_channels_other_than_three_and_images_that_are_not_square_are_taken(name: str) -> None:
+    model = create_backbone(name, num_classes=2, channels=1, image_size=(WIDE, 2 * WIDE)).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 1, WIDE, 2 * WIDE)).shape == (1, 2)
+    refused("3 channels", model, torch.randn(1, 3, WIDE, 2 * WIDE))
+
+
+@each_family
+def test_a_row_of_a_batch_is_what_it_is_alone_and_float64_agrees_with_float32(name: str) -> None:
+    model = create_backbone(name, num_classes=5, image_size=WIDE).double().eval()
+    images = torch.randn(3, model.config.channels, WIDE, WIDE, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model(images)
+        close(model(images[1:2]), whole[1:2])
+        close(model.float()(images.float()).double(), whole, 1e-4)
+
+
+@each_family
+def test_gradients_reach_every_parameter_and_bfloat16_autocast_runs(name: str) -> None:
+    model = create_backbone(name, num_classes=5, image_size=WIDE).train()
+    images = torch.randn(2, model.config.channels, WIDE, WIDE)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images).float().square().sum()
+    loss.backward()
+    without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
+
+
+@each_family
+def test_maps_alone_are_those_beside_the_features_and_unknown_levels_are_refused(name: str) -> None:
+    model = small(name)
+    images = torch.randn(1, model.config.channels, WIDE, WIDE)
+    with torch.no_grad():
+        _, every = model.forward_intermediates(images)
+        (last,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+        (first,) = model.forward_intermediates(images, indices=[0], intermediates_only=True)
+    close(last, every[-1], 1e-6)
+    close(first, every[0], 1e-6)
+    refused("maps", model.forward_intermediates, images, indices=[len(model.levels)])
+
+
+@each_family
+def test_weights_load_by_the_names_here_and_wrong_ones_change_nothing(name: str) -> None:
+    model = create_backbone(name, num_classes=5, image_size=WIDE)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    other = create_backbone(name, num_classes=5, image_size=WIDE)
+    other.load_released(state)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, state[key])
+    lacking = dict(list(state.items())[:-1])
+    refused("without", other.load_released, lacking)
+    refused("shape|instead", other.load_released, {**state, "head.weight": torch.zeros(6, model.num_features)})
+
+
+@each_family
+def test_a_compiled_backbone_is_the_eager_one(name: str) -> None:
+    model = small(name)
+    images = torch.randn(2, model.config.channels, WIDE, WIDE)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        close(compiled(images), model(images), 1e-5)
+
+
+def test_unknown_names_options_and_inputs_are_refused_with_the_nearest() -> None:
+    refused("van_b0", create_backbone, "van_bo")
+    refused("widths", create_backbone, "van_b0", width=3)
+    model = small("van_b0")
+    refused("floats of shape", model, torch.zeros(3, WIDE, WIDE))
+    refused("floats of shape", model, torch.zeros(1, 3, WIDE, WIDE, dtype=torch.uint8))
+    refused("image_size", create_backbone, "van_b0", image_size=0)

@@ -1,0 +1,215 @@
+"""The Vision Transformer and Agent-DeiT: parity with timm and the official code, and what any mechanism in a layer is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import close, load, recorded_state, refused
+from torch import Tensor, nn
+
+from regard.models.parameters import count_parameters
+from regard.models.vision import create_backbone
+from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
+
+TINY = {"dim": 16, "num_heads": 2, "num_layers": 3, "patch": 8, "image_size": 32, "expansion": 2, "num_classes": 5}
+AGENTS = ("agent", {"num_agents": 9, "agent_bias": "all"})
+
+
+def tiny(**changed: object) -> VisionTransformer:
+    return VisionTransformer(VisionTransformerConfig(**{**TINY, **changed})).double().eval()
+
+
+def images(height: int = 32, width: int = 32) -> Tensor:
+    return torch.randn(2, 3, height, width, dtype=torch.float64)
+
+
+def test_agent_deit_gives_the_outputs_of_the_official_code() -> None:
+    """Two layers of agent attention with all biases, a class token and bins that do not divide the grid; then softmax."""
+    recording = load("vision_agent_deit")
+    model = tiny(plan=[AGENTS, AGENTS, "softmax"])
+    model.load_released(recorded_state("vision_agent_deit"))
+    features, (first,) = model.forward_intermediates(recording["images"].double(), indices=[0])
+    close(first.flatten(2).mT.contiguous(), recording["first_block"][:, 1:])
+    close(model.forward_head(features), recording["output"])
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_vit_and_deit_give_the_outputs_of_timm(distilled: bool) -> None:
+    timm = pytest.importorskip("timm.models.deit")
+    sizes = {"img_size": (16, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
+    made = timm.VisionTransformerDistilled if distilled else timm.VisionTransformer
+    theirs = made(**sizes, num_classes=5, init_values=0.5).double().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = tiny(distillation_token=distilled, image_size=(16, 32), layer_scale=1.0)
+    model.load_released(theirs.state_dict())
+    x = images(16, 32)
+    close(model(x), theirs(x))
+    expected, found = (m.forward_intermediates(x, intermediates_only=True) for m in (theirs, model))
+    for one, other in zip(found, expected, strict=True):
+        close(one.contiguous(), other.contiguous())
+    if distilled:
+        close(
+            model.forward_head(model.forward_features(x), pre_logits=True),
+            theirs.forward_head(theirs.forward_features(x), pre_logits=True),
+        )
+        first, second = model.forward_distilled(x)
+        close(first, theirs.head(theirs.forward_features(x)[:, 0]))
+        close((first + second) / 2, model(x))
+    else:
+        refused("distillation_token=True", model.forward_distilled, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("vit_t", 5.717),
+        ("vit_s", 22.05),
+        ("vit_b", 86.57),
+        ("vit_l", 304.33),
+        ("vit_h", 632.05),
+        ("deit_t", 5.7),
+        ("deit_s", 22.0),
+        ("deit_b", 86.6),
+        ("agent_deit_t", 6.0),
+        ("agent_deit_s", 22.7),
+        ("agent_deit_b", 87.2),
+    ],
+)
+def test_parameters_are_those_that_are_published(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        assert count_parameters(create_backbone(name)) / 1e6 == pytest.approx(millions, rel=5e-3)
+
+
+def test_a_published_size_at_another_resolution_has_the_size_that_is_published() -> None:
+    with torch.device("meta"):
+        model = create_backbone("agent_deit_s", image_size=448)
+    assert count_parameters(model) / 1e6 == pytest.approx(23.1, rel=5e-3)
+
+
+def rows_alone(mixer: nn.Module, line: str) -> None:
+    """Agent a gathers from the values of row (or column) a alone, and the places of that row read it alone."""
+    with torch.no_grad():
+        for linear in (mixer.query, mixer.key):
+            linear.weight.zero_()
+            linear.bias.zero_()
+        for parameter in mixer.merge.parameters():
+            parameter.zero_()
+        for tables in (mixer.projection.gather_bias, mixer.projection.share_bias):
+            for name, table in tables.named_parameters():
+                table.zero_()
+                if name == line:
+                    table.sub_(1e3 * (1 - torch.eye(*table.shape[1:], dtype=table.dtype)))
+        mixer.projection.gather_bias.other.fill_(-1e3)
+
+
+@pytest.mark.parametrize("line", ["rows", "columns"])
+def test_agent_biases_of_a_row_are_those_of_a_whole_row_of_a_map_that_is_not_square(line: str) -> None:
+    grid = (3, 5) if line == "rows" else (5, 3)
+    model = tiny(
+        plan=[("agent", {"num_agents": 4, "agent_bias": "all"})], num_layers=1, image_size=[8 * s for s in grid]
+    )
+    block = model.blocks[0]
+    rows_alone(block.mixer, line)
+    seen = {}
+    block.mixer_norm.register_forward_hook(lambda module, given, out: seen.update(x=out))
+    block.mixer.register_forward_hook(lambda module, given, out: seen.update(y=out.output.clone()))
+    model(images(8 * grid[0], 8 * grid[1]))
+    values = block.mixer.value(seen["x"][:, 1:]).unflatten(1, grid)
+    mean = values.mean(2 if line == "rows" else 1, keepdim=True).expand_as(values)
+    close(seen["y"][:, 1:], block.mixer.output(mean.flatten(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        ([("softmax", {"positions": "rotary"}), ("gated_linear", {}), ("linear", {"feed_forward": 0})], {}),
+        ([("agent", {"num_agents": 4}), ("longformer", {"window": 4}), ("fnet", {})], {"positions": "sinusoidal"}),
+        ([("large_kernel", {"kernel": 3, "dilation": 1}), ("bidirectional_mamba", {}), AGENTS], {"pool": "mean"}),
+        ("softmax", {"positions": "alibi"}),
+        ("softmax", {"positions": "auto", "distillation_token": True}),
+    ],
+)
+def test_layers_may_have_any_mechanism(plan: object, options: dict[str, object]) -> None:
+    model, x = tiny(plan=plan, **options).train(), images()
+    (2 * model(x)).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "none", "rotary"])
+def test_without_a_table_of_positions_images_of_another_size_are_taken(positions: str) -> None:
+    model, x = tiny(positions=positions), images(16, 48)
+    again = tiny(positions=positions, image_size=(16, 48))
+    again.load_released(model.state_dict())
+    close(model(x), again(x))
+    assert float((model(x) - model(x.flip(-1))).detach().abs().max()) > 1e-6
+
+
+def test_fixed_positions_tell_rows_in_one_half_of_the_features_and_columns_in_the_other() -> None:
+    model = tiny(positions="sinusoidal", pool="mean")
+    added = model._place(torch.zeros(1, 12, 16, dtype=torch.float64), (3, 4)).unflatten(1, (3, 4))[0]
+    close(added[..., :8], added[:, :1, :8].expand(3, 4, 8))
+    close(added[..., 8:], added[:1, :, 8:].expand(3, 4, 8))
+    assert len({tuple(place.tolist()) for place in added.detach().flatten(0, 1)}) == 12
+
+
+def test_tables_are_resized_when_weights_come_from_another_image_size() -> None:
+    old, new = tiny(plan=[AGENTS] * 3), tiny(plan=[AGENTS] * 3, image_size=(48, 24))
+    new.load_released(old.state_dict())
+    image = F.interpolate(old.positions[1:].mT.unflatten(-1, (4, 4))[None], (6, 3), mode="bicubic", align_corners=False)
+    close(new.positions, torch.cat([old.positions[:1], image[0].flatten(1).mT]))
+    before, after = (m.blocks[0].mixer.projection.share_bias for m in (old, new))
+    close(after.rows, F.interpolate(before.rows, 6, mode="linear"))
+    close(after.columns, F.interpolate(before.columns, 3, mode="linear"))
+    close(after.block, before.block)
+
+
+def test_mixture_of_heads_with_even_routers_and_all_heads_active_is_attention() -> None:
+    """Its loss, k when balanced, comes beside the logits."""
+    plan = [("mixture_of_heads", {"shared_heads": 1, "active_heads": 3, "mechanism_options": {"bias": True}})] * 2
+    sizes = {"num_heads": 4, "num_layers": 2}
+    plain, routed = tiny(**sizes), tiny(plan=plan, **sizes)
+    state = {name.replace(".mixer.", ".mixer.attention."): value for name, value in plain.state_dict().items()}
+    routers = {name: torch.zeros_like(p) for name, p in routed.named_parameters() if ".merge.logits." in name}
+    assert len(routers) == 4
+    routed.load_state_dict({**state, **routers})
+    x = images()
+    result = routed.forward_with_losses(x)
+    close(result.output, plain(x))
+    close(result.output, routed(x))
+    total, count = result.losses["load_balance"]
+    close(total / count, torch.tensor(3.0, dtype=total.dtype))
+    assert not plain.forward_with_losses(x).losses
+
+
+def test_routers_of_published_head_counts_add_their_weights_alone() -> None:
+    for name, routers in (("moh_deit_s", 384 * (2 + 4 + 2)), ("moh_deit_b", 768 * (3 + 9 + 2))):
+        with torch.device("meta"):
+            counts = [count_parameters(create_backbone(each)) for each in (name, name.removeprefix("moh_"))]
+        assert counts[0] - counts[1] == 12 * routers
+
+
+def test_training_drops_tokens_and_paths_and_starts_as_deit() -> None:
+    model = tiny(drop_path=0.4)
+    assert [block.drop_path.probability for block in model.blocks] == [0.0, 0.2, 0.4]
+    x = images().repeat(8, 1, 1, 1)
+    for changed in ({"drop_path": 0.4}, {"branch_dropout": 0.4}):
+        model = tiny(**changed)
+        assert not torch.equal(model(x), model.train()(x))
+    block = create_backbone("deit_t", num_classes=0, image_size=32).blocks[1]
+    for linear in (block.mixer.query, block.mixer.output, block.feed_forward.up):
+        assert float(linear.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+        assert not linear.bias.any()
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    refused("pool='mean'", tiny, plan="large_kernel")
+    refused("pool='class'", tiny, pool="mean", distillation_token=True)
+    refused("pool='last'", tiny, pool="last")
+    refused("seqpe", tiny, positions="seqpe")
+    refused("height 36", tiny, image_size=(36, 32))
+    refused("image_size=\\(32, 40\\)", tiny(), images(32, 40))
+    refused("a plan of 2 layers", tiny, plan=["softmax", "linear"])
