@@ -143,8 +143,9 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         if config.scan == "cascade":
             y = self._cascade(parts["x"], tokens, grid)
         else:
-            n = tokens.x.shape[1]
-            paths = find_paths(config, n, grid, tokens.lengths, tokens.valid, tokens.x.device)
+            n, paths = tokens.x.shape[1], []
+            if config.scan == "strided" or (self.convs and config.convolution == "path"):
+                paths = find_paths(config, n, grid, tokens.lengths, tokens.valid, tokens.x.device)
             xs = self._convolve(parts["x"], tokens, grid, paths)
             weights = None if self.mix_proj is None else self.mix_proj(tokens.x).mT
             inputs = {**self._inputs(xs, range(self.paths), paths), "z": inside, "mix": weights}
