@@ -150,6 +150,7 @@ def bidirectional_mamba(
     shared: Any = ...,
     convolution: str = ...,
     conv_width: int = ...,
+    conv_bias: bool = ...,
     d_state: int = ...,
     expand: float = ...,
     dt_rank: int | None = ...,

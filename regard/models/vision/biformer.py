@@ -77,6 +77,13 @@ class BiFormer(Backbone):
 
     Config = BiFormerConfig
     sizes: ClassVar = {
+        "biformer_nano": {
+            "image_size": 32,
+            "widths": (32, 64, 128),
+            "depths": (1, 2, 1),
+            "top": (4, 4, 0),
+            "windows": 4,
+        },
         "biformer_t": {"drop_path": 0.1},
         "biformer_s": {"depths": (4, 4, 18, 4), "drop_path": 0.15},
         "biformer_b": {"widths": (96, 192, 384, 768), "depths": (4, 4, 18, 4), "drop_path": 0.1},
