@@ -150,6 +150,7 @@ def bidirectional_mamba(
     shared: Any = ...,
     convolution: str = ...,
     conv_width: int = ...,
+    conv_bias: bool = ...,
     d_state: int = ...,
     expand: float = ...,
     dt_rank: int | None = ...,
@@ -194,6 +195,43 @@ def bigbird_attention(
     seed: int = ...,
 ) -> Any:
     """Blocks of queries see their neighbours, the first and the last block, and a few blocks at random."""
+
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    windows: int = ...,
+    region_size: Any = ...,
+    top: int = ...,
+    routing: str = ...,
+    include_self: bool = ...,
+    scale_by: str = ...,
+    padded_keys: bool = ...,
+    lce: int | None = ...,
+    lce_of: str = ...,
+) -> Any:
+    """Each region of an image reads the tokens of the few regions whose mean key it likes best."""
 
 def block_sparse_attention(
     q: Tensor,

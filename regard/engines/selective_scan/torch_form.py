@@ -111,6 +111,8 @@ def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
     valid = None if lengths is None else valid_from_lengths(lengths, n)
     if valid is None and torch.compiler.is_exporting():
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # but not what the scan adds
+    if x.is_meta:
+        chunk_size = n  # the sizes of one chunk are asked for sooner than those of many
     recompute = torch.is_grad_enabled() and problem.records and not torch.compiler.is_exporting()
 
     def tokens(state: Tensor, *own: Any) -> tuple[Tensor | None, Tensor]:

@@ -25,8 +25,9 @@ noncausal-self counts it once.
 | ``windows`` | window by window, row by row in each, and that reversed; two axes | LocalMamba |
 | ``cascade`` | every row in both directions, then every column of the result; two axes; the layer only | VMamba |
 
-The block around (Vim version 2, the default; VMamba's SS2D is `scan="cross", combine="sum", convolution="grid",
-conv_width=3, norm="layer"`):
+The block around (Vim version 2, the default; version 1 is `convolution="once", combine="sum", shared=("conv", "x_proj", "dt",
+"D")`; VMamba's SS2D is `scan="cross", combine="sum", convolution="grid", conv_width=3, norm="layer"`, in its current form
+also `gate=False, d_state=1, conv_bias=False`):
 
     [x, z] = W_in u,   x_p = silu(conv_p(x)),   [delta, B, C]_p = W_p x_p,   dt_p = softplus(W_{dt,p} delta_p + bias_p)
     out = W_out (norm(y) * silu(z))
@@ -181,7 +182,7 @@ MECHANISM = Mechanism(
         "on a grid": {"convolution": "grid", "conv_width": 3},
         "cross": {"scan": "cross", "norm": "layer"},
         "slices": {"scan": "slices", "symmetric_dt_init": False},
-        "columns": {"scan": "columns"},
+        "columns": {"scan": "columns", "convolution": "grid", "conv_width": 3, "conv_bias": False},
         "columns, backward": {"scan": "columns_reverse"},
         "snake": {"scan": "snake"},
         "strided": {"scan": "strided", "combine": "sum", "shared": ("conv", "x_proj")},

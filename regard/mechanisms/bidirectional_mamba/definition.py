@@ -55,6 +55,7 @@ class Config:
         convolution: ``path`` (each path convolves its own order, causally), ``once`` (one causal convolution, row by
             row), or ``grid`` (centred, along every axis).
         conv_width: taps of the convolution, or its side on a grid (odd there), >= 1; 0 for none.
+        conv_bias: whether the convolution adds a learned vector.
         d_state: states of a channel, >= 1.
         expand: width of the block's inside, E = expand * dim, > 0.
         dt_rank: features from which the steps are projected, >= 1; None for dim / 16, rounded up.
@@ -73,6 +74,7 @@ class Config:
     shared: tuple[str, ...] = ()
     convolution: str = "path"
     conv_width: int = 4
+    conv_bias: bool = True
     d_state: int = 16
     expand: float = 2.0
     dt_rank: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from regard.contract import (
 )
 from regard.core.precision import wide
 from regard.engines.selective_scan import selective_scan
-from regard.mechanisms.bidirectional_mamba.definition import Config, _combine, check_paths, of_path, scan_orders
+from regard.mechanisms.bidirectional_mamba.definition import Config, _combine, check_paths, scan_orders
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -23,6 +23,38 @@ ROWS_FIRST = ("forward", "bidirectional", "cross", "slices")
 """Scans whose first path takes the tokens as they are numbered."""
 
 
+class _Reordered(torch.autograd.Function):
+    """Tokens in an order that has each of them once, (B, N, ...) -> (B, N, ...).
+
+    Its gradient is the opposite order. That of `index_select` is a sum over places that might come twice, which takes
+    many times as long.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, opposite: Tensor) -> Tensor:
+        return x.index_select(1, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _reorder(tangent, *ctx.saved_tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        order, opposite = ctx.saved_tensors
+        return _reorder(grad, opposite, order), None, None
+
+
+def _reorder(x: Tensor, order: Tensor, opposite: Tensor) -> Tensor:
+    return x.index_select(1, order) if torch.compiler.is_compiling() else _Reordered.apply(x, order, opposite)
+
+
 @dataclass(frozen=True)
 class Path:
     """The places that a path visits: valid ones first, in order.
@@ -30,15 +62,19 @@ class Path:
     Attributes:
         places: (L,), or (B, L) where the rows of a batch differ; None for all tokens as they are.
         lengths: valid ones of each row; None when all are.
+        opposite: the way back, (N,), of a path that visits every token once; None of others.
     """
 
     places: Int[Tensor, "..."] | None
     lengths: Int[Tensor, " b"] | None
+    opposite: Int[Tensor, " n"] | None = None
 
     def take(self, x: Float[Tensor, "b n ..."]) -> Float[Tensor, "b visited ..."]:
         """Tokens in the order of the path."""
         if self.places is None:
             return x
+        if self.opposite is not None:
+            return _reorder(x, self.places, self.opposite)
         if self.places.ndim == 1:
             return x.index_select(1, self.places)
         return x.gather(1, self._index(x)) if x.shape[1] else x
@@ -47,6 +83,8 @@ class Path:
         """Back to the order of the tokens; 0 for those that the path does not visit."""
         if self.places is None:
             return y
+        if self.opposite is not None:
+            return _reorder(y, self.opposite, self.places)
         empty = y.new_zeros(y.shape[0], n, *y.shape[2:])
         if self.places.ndim == 1:
             return empty.index_copy(1, self.places, y)
@@ -74,8 +112,12 @@ def find_paths(
     found = []
     for i, order in enumerate(orders):
         forward = i < config.copies and config.scan in ROWS_FIRST
-        if valid is None:
-            found.append(Path(None if forward else order, None))
+        if valid is None and forward:
+            found.append(Path(None, None))
+        elif valid is None:
+            whole = config.scan != "strided"
+            opposite = torch.empty_like(order).scatter(0, order, torch.arange(n, device=device)) if whole else None
+            found.append(Path(order, None, opposite))
         elif forward and lengths is not None:
             found.append(Path(None, lengths))
         else:
@@ -83,6 +125,12 @@ def find_paths(
             first = torch.argsort(~ordered, dim=1, stable=True)
             found.append(Path(order[first], ordered.sum(1)))
     return found
+
+
+def _of_each(tensor: Tensor | None, axis: int, paths: int) -> tuple[Any, ...]:
+    """What each path has of a tensor. Unbound, and not selected: the gradient is one stack then, not a sum over paths."""
+    parts: tuple[Any, ...] = (None,) if tensor is None else tensor.unbind(axis)
+    return parts if len(parts) == paths else parts * paths
 
 
 def parallel(
@@ -101,19 +149,21 @@ def parallel(
     n = x.shape[2]
     paths = find_paths(call.config, n, call.grid, call.lengths, call.valid, x.device)
     check_paths(call, len(paths), x, dt, a, b, c, skip, dt_bias, mix)
-    precise = wide(x)  # each path would be rounded on its own
-    c = call.scale * c
+    # each path would be rounded on its own
+    by_token = [_of_each(t, 1, len(paths)) for t in (wide(x), dt, b, call.scale * c)]
+    own = [_of_each(t, 0, len(paths)) for t in (a, skip, dt_bias)]
     outputs = []
     for p, path in enumerate(paths):
-        taken = [path.take(of_path(t, p, 1)) for t in (precise, dt, b, c)]
+        taken = [path.take(parts[p]) for parts in by_token]
+        rates, skipped, bias = (parts[p] for parts in own)
         y, _ = selective_scan(
             taken[0],
             taken[1],
-            of_path(a, p, 0),
+            rates,
             taken[2],
             taken[3],
-            skip=None if skip is None else of_path(skip, p, 0),
-            dt_bias=None if dt_bias is None else of_path(dt_bias, p, 0),
+            skip=skipped,
+            dt_bias=bias,
             lengths=path.lengths,
             chunk_size=call.chunk_size or call.config.chunk_size,
             backend=call.backend,

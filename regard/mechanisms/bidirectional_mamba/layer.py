@@ -93,10 +93,10 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         self.in_proj = make_linear(dim, sum(self.widths.values()), kind=linear)
         self.conv, self.convs, self.grid_conv = None, nn.ModuleList(), None
         if config.conv_width and config.convolution == "grid":
-            self.grid_conv = GridConvolution(inner, config.conv_width, self.axes)
+            self.grid_conv = GridConvolution(inner, config.conv_width, self.axes, bias=config.conv_bias)
         elif config.conv_width:
             count = sets["conv"] if config.convolution == "path" else 1
-            self.convs.extend(ShortConvolution(inner, config.conv_width, bias=True) for _ in range(count))
+            self.convs.extend(ShortConvolution(inner, config.conv_width, bias=config.conv_bias) for _ in range(count))
         self.x_proj = nn.ModuleList(
             make_linear(inner, sum(self.selected.values()), kind=linear) for _ in range(sets["x_proj"])
         )
@@ -143,8 +143,9 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         if config.scan == "cascade":
             y = self._cascade(parts["x"], tokens, grid)
         else:
-            n = tokens.x.shape[1]
-            paths = find_paths(config, n, grid, tokens.lengths, tokens.valid, tokens.x.device)
+            n, paths = tokens.x.shape[1], []
+            if config.scan == "strided" or (self.convs and config.convolution == "path"):
+                paths = find_paths(config, n, grid, tokens.lengths, tokens.valid, tokens.x.device)
             xs = self._convolve(parts["x"], tokens, grid, paths)
             weights = None if self.mix_proj is None else self.mix_proj(tokens.x).mT
             inputs = {**self._inputs(xs, range(self.paths), paths), "z": inside, "mix": weights}
@@ -190,7 +191,8 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         dt, b, c = ([_total(t)] if strided else t for t in map(list, zip(*found, strict=True)))
         a = -wide(self.A_log).exp()
         own: dict[str, Tensor | None] = {"a": a, "skip": self.D, "dt_bias": self.dt_bias}
-        inputs = {name: torch.stack(t, 1) for name, t in (("x", xs), ("dt", dt), ("b", b), ("c", c))}
+        # stacked as the first axis, so that what a path has is contiguous: it is copied in the path's order
+        inputs = {name: torch.stack(t).transpose(0, 1) for name, t in (("x", xs), ("dt", dt), ("b", b), ("c", c))}
         chosen = {name: t if t.shape[0] == 1 else t[sets[0] : sets[-1] + 1] for name, t in own.items() if t is not None}
         return {**inputs, **chosen}
 
@@ -237,19 +239,21 @@ class GridConvolution(nn.Module):
         channels: E.
         side: taps along each axis, odd.
         axes: of the grid, 1 to 3.
+        bias: whether it adds a learned vector (E,).
     """
 
-    def __init__(self, channels: int, side: int, axes: int) -> None:
+    def __init__(self, channels: int, side: int, axes: int, *, bias: bool = True) -> None:
         super().__init__()
         self.side, self.axes = side, axes
         self.weight = nn.Parameter(torch.empty(channels, side**axes))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "b n e"], sides: tuple[int, ...], tokens: Tokens) -> Float[Tensor, "b n e"]:
         """x has zeros at invalid places already; what the bias and neighbours write there is taken out again."""
@@ -257,7 +261,8 @@ class GridConvolution(nn.Module):
             return x
         image, filters = x.mT.unflatten(2, sides), self.weight.to(x.dtype).unflatten(1, (self.side,) * self.axes)
         convolve = GRID_CONVOLUTIONS[self.axes]
-        y = convolve(image, filters[:, None], self.bias.to(x.dtype), padding=self.side // 2, groups=x.shape[-1])
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = convolve(image, filters[:, None], bias, padding=self.side // 2, groups=x.shape[-1])
         return F.silu(y.flatten(2).mT)
 
 

@@ -102,11 +102,23 @@ class PVTConfig(BackboneConfig):
 
 def _agents(*numbers: int) -> dict[str, Any]:
     plan = [("agent", {"num_agents": number, "agent_bias": "all"}) for number in numbers]
-    return {"plan": plan, "reductions": (1, 1, 1, 1), "class_token": False}
+    return {"plan": plan, "reductions": (1,) * len(numbers), "class_token": False}
 
 
 DEPTHS = {"t": (2, 2, 2, 2), "s": (3, 4, 6, 3), "m": (3, 4, 18, 3), "l": (3, 8, 27, 3)}
 DROP_PATHS = {"t": 0.1, "s": 0.1, "m": 0.3, "l": 0.3}
+
+
+NANO: dict[str, Any] = {
+    "image_size": 32,
+    "widths": (32, 64, 128),
+    "depths": (1, 2, 1),
+    "heads": (1, 2, 4),
+    "expansions": (4, 4, 4),
+    "patch": 2,
+    "reductions": (4, 2, 1),
+}
+"""Of images of about 32 pixels."""
 
 
 class PVT(Backbone):
@@ -115,9 +127,13 @@ class PVT(Backbone):
     Config = PVTConfig
     config: PVTConfig
     sizes: ClassVar = {
-        f"{family}pvt_{size}": {"depths": depths, "drop_path": DROP_PATHS[size], **options}
-        for family, options in (("", {}), ("agent_", _agents(9, 16, 49, 49)))
-        for size, depths in DEPTHS.items()
+        "pvt_nano": NANO,
+        "agent_pvt_nano": {**NANO, **_agents(4, 4, 4)},
+        **{
+            f"{family}pvt_{size}": {"depths": depths, "drop_path": DROP_PATHS[size], **options}
+            for family, options in (("", {}), ("agent_", _agents(9, 16, 49, 49)))
+            for size, depths in DEPTHS.items()
+        },
     }
 
     def __init__(self, config: PVTConfig) -> None:

@@ -132,6 +132,7 @@ class VisionTransformer(Backbone):
     Config = VisionTransformerConfig
     config: VisionTransformerConfig
     sizes: ClassVar = {
+        "vit_nano": {"image_size": 32, "patch": 4, "dim": 96, "num_layers": 6, "num_heads": 3},
         "vit_t": {"dim": 192, "num_heads": 3},
         "vit_s": {"dim": 384, "num_heads": 6},
         "vit_b": {"dim": 768, "num_heads": 12},

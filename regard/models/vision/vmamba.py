@@ -1,0 +1,268 @@
+"""VMamba: a pyramid whose token mixer scans the map along its rows and columns, forward and reversed (SS2D).
+
+Liu et al., arXiv 2401.10166. Block, with SS2D the layer of the mechanism ``bidirectional_mamba``:
+
+    X <- X + DropPath(SS2D(LN(X))),   X <- X + DropPath(W_2 gelu(W_1 LN(X)))
+
+The code has versions of SS2D, and of what is around it:
+
+| `version` | SS2D | patches | between stages |
+|---|---|---|---|
+| ``v05_noz`` | one state a channel, no gate, its convolution without bias | two 3 x 3 convolutions of stride 2 | 3 x 3, stride 2 |
+| ``v0`` | 16 states, gated by silu(z) | 4 x 4 | four neighbours to one (patch merging) |
+
+Maps of any size are taken, in multiples of 4 by ``v0``; patch merging fills up odd sides with zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism
+from regard.contract import Context, Unsupported, at_least, one_of
+from regard.create import create_layer
+from regard.layers.drop_path import DropPath, drop_path_rates
+from regard.layers.feed_forward import MLP
+from regard.layers.linear import make_linear
+from regard.layers.norms import LayerNorm
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+VERSIONS: dict[str, dict[str, Any]] = {"v05_noz": {"gate": False, "d_state": 1, "conv_bias": False}, "v0": {}}
+"""Options of the mechanism, over those of its alias ``ss2d``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VMambaConfig(BackboneConfig):
+    """The configuration of a :class:`VMamba`.
+
+    Attributes:
+        widths, depths: channels and blocks of each stage.
+        version: see the table.
+        expand: width of SS2D's inside over the channels.
+        mlp_ratio: the same of the feed-forward networks; 0 for none.
+        mixer: further options of the mechanism ``bidirectional_mamba``.
+    """
+
+    widths: tuple[int, ...] = (96, 192, 384, 768)
+    depths: tuple[int, ...] = (2, 2, 8, 2)
+    version: str = "v05_noz"
+    expand: float = 1.0
+    mlp_ratio: float = 4.0
+    mixer: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("version", self.version, tuple(VERSIONS))
+        at_least("mlp_ratio", self.mlp_ratio, 0)
+
+
+class VMamba(Backbone):
+    """See the module; sizes ``vmamba_t`` (the code's s1l8), ``vmamba_s``, ``vmamba_b`` (s2l15) and ``vmamba_t_v0``."""
+
+    Config = VMambaConfig
+    sizes: ClassVar = {
+        "vmamba_nano": {"image_size": 32, "widths": (32, 64, 128), "depths": (1, 2, 1)},
+        "vmamba_t": {"drop_path": 0.2},
+        "vmamba_s": {"depths": (2, 2, 15, 2), "expand": 2.0, "drop_path": 0.3},
+        "vmamba_b": {"widths": (128, 256, 512, 1024), "depths": (2, 2, 15, 2), "expand": 2.0, "drop_path": 0.6},
+        "vmamba_t_v0": {"depths": (2, 2, 9, 2), "version": "v0", "expand": 2.0, "mlp_ratio": 0.0, "drop_path": 0.2},
+    }
+
+    def __init__(self, config: VMambaConfig) -> None:
+        super().__init__(config)
+        rates = drop_path_rates(config.drop_path, config.depths)
+        options = {**VERSIONS[config.version], "expand": config.expand, **(config.mixer or {})}
+        self.stages, levels = nn.ModuleList(), []
+        before = config.channels
+        for number, width in enumerate(config.widths):
+            hidden = round(config.mlp_ratio * width)
+            blocks = [Block(width, hidden, options, rate) for rate in rates[number]]
+            self.stages.append(Stage(_reduction(config.version, number == 0, before, width), blocks))
+            levels.append(Level(width, 4 * 2**number))
+            before = width
+        self.levels = levels
+        self.norm = LayerNorm(before)
+        self.apply(initialise)
+        self.make_head(before)
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
+    ) -> tuple[Float[Tensor, "b c h w"], dict[int, Float[Tensor, "b c h w"]]]:
+        x, maps = images, {}
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if number in keep:
+                maps[number] = x
+        return x, maps
+
+    def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+        return self.norm(tokens_of(features)).mean(1)
+
+    def check_size(self, height: int, width: int) -> None:
+        if self.config.version == "v0" and (height % 4 or width % 4):
+            raise Unsupported(
+                f"images of {height} x {width} pixels in patches of 4 x 4", supported="multiples of 4 pixels"
+            )
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor], config: VMambaConfig) -> dict[str, Tensor]:
+        """From `classification/models/vmamba.py` of MzeroMiko/VMamba, the older names of its weights too."""
+        stem = "" if config.version == "v0" else ".0"
+        names = (
+            (r"^patch_embed\.(0|proj)\.", rf"stages.0.embedding{stem}.conv."),
+            (r"^patch_embed\.(2|norm)\.", rf"stages.0.embedding{stem}.norm."),
+            (r"^patch_embed\.5\.", r"stages.0.embedding.2.conv."),
+            (r"^patch_embed\.7\.", r"stages.0.embedding.2.norm."),
+            (r"^layers\.(\d+)\.downsample\.1\.", lambda m: f"stages.{int(m[1]) + 1}.embedding.conv."),
+            (r"^layers\.(\d+)\.downsample\.3\.", lambda m: f"stages.{int(m[1]) + 1}.embedding.norm."),
+            (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.embedding."),
+            (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+            (r"^classifier\.", ""),
+        )
+        found: dict[str, Tensor] = {}
+        for name, value in state.items():
+            for pattern, replacement in names:
+                name = re.sub(pattern, replacement, name)
+            found |= translate_block(name, value)
+        return found
+
+
+def translate_block(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor of a block of the official code by its names here, after ``blocks.N.``; others as they are."""
+    for pattern, replacement in (
+        (r"(\.blocks\.\d+)\.(norm|ln_1)\.", r"\1.norm1."),
+        (r"(\.blocks\.\d+)\.(op|self_attention)\.", r"\1.mixer."),
+        (r"\.mixer\.conv2d\.", r".mixer.grid_conv."),
+        (r"\.mixer\.out_norm\.", r".mixer.norm."),
+        (r"\.mixer\.dt_projs_bias$", r".mixer.dt_bias"),
+        (r"\.mlp\.fc1\.", r".mlp.up."),
+        (r"\.mlp\.fc2\.", r".mlp.down."),
+    ):
+        name = re.sub(pattern, replacement, name)
+    for each, own in (("x_proj_weight", "x_proj"), ("dt_projs_weight", "dt_proj")):
+        if name.endswith(each):
+            return {f"{name.removesuffix(each)}{own}.{p}.weight": matrix for p, matrix in enumerate(value)}
+    if name.endswith((".A_logs", ".Ds")):  # the channels of the four paths are one axis there
+        return {name[:-1]: value.unflatten(0, (4, -1))}
+    if value.ndim == 4 and ".blocks." in name:
+        value = value.flatten(1)  # filters, and projections that were 1 x 1 convolutions
+    return {name: value}
+
+
+class Stage(nn.Module):
+    """Fewer places with more channels, then blocks: (B, C, H, W) -> (B, width, H / s, W / s).
+
+    Args:
+        embedding: what reduces the places.
+        blocks: of `width` channels.
+    """
+
+    def __init__(self, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.embedding, self.blocks = embedding, nn.ModuleList(blocks)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    """SS2D and, where it has a hidden width, a feed-forward network; (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        width: channels.
+        hidden: of the feed-forward network; 0 for none.
+        options: of the mechanism, over those of its alias ``ss2d``, which they may contradict.
+        drop_path: of both branches.
+    """
+
+    def __init__(self, width: int, hidden: int, options: Mapping[str, Any], drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        chosen = {**get_mechanism("bidirectional_mamba").alias_options["ss2d"], "axes": 2, **options}
+        self.mixer = create_layer("bidirectional_mamba", width, 1, pattern="noncausal-self", **chosen)
+        self.norm2 = LayerNorm(width) if hidden else None
+        self.mlp = MLP(width, hidden, bias=True) if hidden else None
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        grid = (x.shape[2], x.shape[3])
+        tokens = tokens_of(x)
+        tokens = tokens + self.drop_path(self.mixer(self.norm1(tokens), context=Context(grid=grid)).output)
+        if self.norm2 is not None and self.mlp is not None:
+            tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        return map_of(tokens, grid)
+
+
+class ConvNorm(nn.Module):
+    """A convolution and a norm over the channels, (B, C, H, W) -> (B, width, H / stride, W / stride).
+
+    Args:
+        channels, width: before and after.
+        side, stride: of its filters; those of 3 have a border of one zero.
+    """
+
+    def __init__(self, channels: int, width: int, side: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, side, stride, padding=1 if side == 3 else 0)
+        self.norm = LayerNorm(width)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        y = self.conv(x)
+        return map_of(self.norm(tokens_of(y)), (y.shape[2], y.shape[3]))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours to one, (B, C, H, W) -> (B, width, H / 2, W / 2); odd sides are filled up with zeros.
+
+    Args:
+        channels, width: before and after.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(4 * channels)
+        self.reduction = make_linear(4 * channels, width)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        parts = torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], 1)
+        return map_of(self.reduction(self.norm(tokens_of(parts))), (parts.shape[2], parts.shape[3]))
+
+
+def _reduction(version: str, first: bool, channels: int, width: int) -> nn.Module:
+    if version == "v0":
+        return ConvNorm(channels, width, 4, 4) if first else PatchMerging(channels, width)
+    if first:
+        return nn.Sequential(ConvNorm(channels, width // 2, 3, 2), nn.GELU(), ConvNorm(width // 2, width, 3, 2))
+    return ConvNorm(channels, width, 3, 2)
+
+
+def initialise(module: nn.Module) -> None:
+    """Projections from a truncated normal distribution; those inside of the scans stay as Mamba has them."""
+    outer: list[nn.Module] = []
+    if isinstance(module, Block):
+        outer = [module.mixer.in_proj, module.mixer.out_proj]
+        outer += [] if module.mlp is None else [module.mlp.up, module.mlp.down]
+    elif isinstance(module, PatchMerging):
+        outer = [module.reduction]
+    for linear in outer:
+        if isinstance(linear, nn.Linear):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)

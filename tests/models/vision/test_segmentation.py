@@ -1,0 +1,168 @@
+"""Networks for segmentation: parity with the official codes, sizes, the plain U-Net inside of U-Mamba, and the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import close, load, recorded_state, refused, shaken
+
+from regard.models.parameters import count_parameters
+from regard.models.vision.segmentation import (
+    SEGMENTERS,
+    MambaLayer,
+    PatchExpanding,
+    Segmenter,
+    UMamba,
+    create_segmenter,
+    dice_loss,
+    segmentation_loss,
+)
+
+FLAT = {"channels": 2, "num_classes": 3, "widths": (4, 6, 8)}
+RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "vision_umamba_bot_2d": ("umamba_bot_2d", {**FLAT, "strides": (1, 2, (2, 1))}),
+    "vision_umamba_enc_2d": ("umamba_enc_2d", {**FLAT, "image_size": (8, 8)}),
+    "vision_umamba_enc_3d": (
+        "umamba_enc_3d",
+        {**FLAT, "widths": (3, 4, 6), "strides": (1, (1, 2, 2), (2, 2, 1)), "image_size": (2, 8, 4)},
+    ),
+    "vision_vm_unet": (
+        "vm_unet",
+        {"num_classes": 4, "widths": (8, 16), "depths": (1, 2), "decoder_depths": (2, 1), "mixer": {"d_state": 4}},
+    ),
+}
+
+
+def recorded(name: str) -> Segmenter:
+    size, options = RECORDED[name]
+    model = create_segmenter(size, **options).double().eval()
+    model.load_released(recorded_state(name))
+    return model
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_outputs_of_the_official_code(name: str) -> None:
+    """Of all levels where there is deep supervision; strides that differ between the axes; tokens that are channels."""
+    recording, model = load(name), recorded(name)
+    images = recording["images"].double()
+    with torch.no_grad():
+        close(model(images), recording["level_0"])
+        if isinstance(model, UMamba):
+            for number, level in enumerate(model.forward_levels(images)):
+                close(level, recording[f"level_{number}"])
+
+
+def test_weights_by_two_names_load_once_and_those_here_by_their_own() -> None:
+    model, other = (
+        recorded("vision_umamba_bot_2d"),
+        create_segmenter("umamba_bot_2d", **RECORDED["vision_umamba_bot_2d"][1]),
+    )
+    state = recorded_state("vision_umamba_bot_2d")
+    twice = {f"decoder.{name}": value for name, value in state.items() if name.startswith("encoder.")}
+    twice |= {
+        name.replace(".conv.", ".all_modules.0."): value for name, value in state.items() if ".conv1.conv." in name
+    }
+    other.double().load_released({**state, **twice})
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    other.load_released(model.state_dict())
+    refused("without decoder", other.load_released, {})
+
+
+def test_parameters_of_vm_unet_are_those_of_its_code() -> None:
+    with torch.device("meta"):
+        assert count_parameters(create_segmenter("vm_unet", num_classes=9)) == 27_427_761
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: str) -> None:
+    """Tiny networks of every kind, under autocast, which Mamba leaves out."""
+    options: dict[str, Any] = {"widths": (8, 16), "num_classes": 3, "channels": 1}
+    if name.endswith("_3d"):
+        size: tuple[int, ...] = (4, 2, 6)
+    else:
+        size = (8, 16)
+    if "enc" in name:
+        options["image_size"] = size
+    if name == "vm_unet":
+        options |= {"depths": (1, 1), "decoder_depths": (1, 1), "channels": 3}
+    model = create_segmenter(name, **options)
+    images = torch.randn(2, 1, *size)  # grey ones also where there are three channels
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = segmentation_loss(model(images).float(), torch.randint(3, (2, *size)))
+    loss.backward()
+    assert model(images).shape == (2, 3, *size)
+    lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not lacking
+
+
+def test_without_mamba_what_is_left_is_the_plain_residual_network() -> None:
+    images = torch.randn(1, 2, 8, 12, dtype=torch.float64)
+    plain = create_segmenter("unet_2d", **RECORDED["vision_umamba_bot_2d"][1]).double().eval()
+    model = recorded("vision_umamba_bot_2d")
+    plain.load_released({key: value for key, value in model.state_dict().items() if not key.startswith("mambas.")})
+    assert float((model(images) - plain(images)).detach().abs().max()) > 1e-3
+    model.mambas["2"] = torch.nn.Identity()
+    close(model(images), plain(images))
+
+
+def test_tokens_are_channels_where_there_are_no_more_places() -> None:
+    """And then a channel's output depends on those before it alone."""
+    for places, of_channels in ((7, False), (6, True), (4, True)):
+        layer = shaken(MambaLayer(6, places, {"d_state": 2}))
+        assert layer.of_channels == of_channels
+        x = torch.randn(1, 6, places, 1, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(layer(x)[0, 2, 2 if places > 2 else 0].sum(), x)
+        seen = gradient[0, :, :, 0].abs() > 0
+        if of_channels:
+            assert seen[:3].all() and not seen[3:].any()
+        else:
+            assert seen[:, :3].all() and not seen[:, 3:].any()
+    assert not MambaLayer(6, None, {}).of_channels
+
+
+def test_expanding_is_the_opposite_of_merging() -> None:
+    expanding = PatchExpanding(8, 8, 2).double()
+    with torch.no_grad():
+        expanding.expand.weight.copy_(torch.eye(8))
+    expanding.norm = torch.nn.Identity()
+    x = torch.arange(8.0, dtype=torch.float64).view(1, 8, 1, 1).expand(1, 8, 2, 3)
+    y = expanding(x)
+    assert y.shape == (1, 2, 4, 6)
+    assert y[0, :, :2, :2].tolist() == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+
+
+def test_the_dice_loss_is_0_of_a_right_answer_and_finite_of_empty_masks() -> None:
+    labels = torch.randint(3, (2, 5, 4))
+    right = 60 * torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).double()
+    close(dice_loss(right, labels) + 1, torch.tensor(1.0, dtype=torch.float64), 1e-9)
+    nothing = torch.zeros(2, 5, 4, dtype=torch.int64)
+    close(dice_loss(torch.full((2, 1, 5, 4), -60.0).double(), nothing) + 1, torch.tensor(1.0).double(), 1e-9)
+    for classes in (1, 3):
+        logits = torch.randn(2, classes, 5, 4, dtype=torch.float64, requires_grad=True)
+        loss = segmentation_loss(logits, nothing)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and gradient.isfinite().all()
+    p, t = torch.tensor([0.25, 0.75]).double(), torch.tensor([[0, 1]])
+    expected = 1 - (2 * 0.75 + 1) / (1 + 1 + 1)
+    close(dice_loss(p.logit().view(1, 1, 2), t), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = create_segmenter("umamba_bot_2d", **FLAT)
+    refused("multiples of 4", model, torch.randn(1, 2, 8, 6))
+    refused("2 channels|3 channels", model, torch.randn(1, 3, 8, 8))
+    refused("height, width", model, torch.randn(2, 8, 8))
+    refused("multiples of 32", create_segmenter("vm_unet"), torch.randn(1, 3, 48, 64))
+    encoder = create_segmenter("umamba_enc_2d", **{**FLAT, "image_size": (8, 8)})
+    refused("image_size", encoder, torch.randn(1, 2, 8, 16))
+    refused("image_size", create_segmenter, "unet_2d", mamba="encoder")
+    refused("strides", create_segmenter, "unet_2d", strides=(1, 2))
+    refused("mamba", create_segmenter, "unet_2d", mamba="all")
+    refused("widths", create_segmenter, "vm_unet", widths=(96, 192, 300, 600))
+    refused("depths", create_segmenter, "vm_unet", decoder_depths=(1, 2))
+    refused("vm_unet", create_segmenter, "vmunet")
+    refused("widths", create_segmenter, "vm_unet", width=3)
+    refused("integers", dice_loss, torch.zeros(1, 2, 4), torch.zeros(1, 4))
