@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Unsupported, at_least
+from regard.contract import Result, Unsupported, at_least
 from regard.layers.linear import make_linear
 
 if TYPE_CHECKING:
@@ -146,6 +146,10 @@ class Backbone(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Logits (B, num_classes); pooled features (B, num_features) where there are no classes."""
         return self.forward_head(self.forward_features(images))
+
+    def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
+        """Logits as the output, with the auxiliary losses of layers that have some, each (sum, count), for training to add."""
+        return Result(self(images))
 
     def forward_intermediates(
         self,

@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.catalogue import get_mechanism
 from regard.contract import Context, Loss, Pattern, Result, Unsupported, at_least, one_of
 from regard.layers.attention import AttentionLayer
 from regard.layers.drop_path import DropPath, drop_path_rates
@@ -43,7 +42,6 @@ from regard.models.blocks import (
     check_plan,
     check_sequences,
     input_positions,
-    layer_accepts,
     read_plan,
 )
 from regard.models.stack import StackConfig
@@ -257,7 +255,6 @@ class VisionTransformer(Backbone):
         return self._two_heads(self.forward_features(images))
 
     def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
-        """Logits as the output, with the auxiliary losses of the layers, each (sum, count) over those that have it."""
         features, _, losses = self._run(self.check_images(images))
         return Result(self.forward_head(features), None, losses)
 
@@ -370,13 +367,11 @@ class _BlockShape:
 
 def _entry(entry: tuple[str, Mapping[str, Any]], config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
     """A plan's entry with what a vision transformer's layers have where it says nothing."""
-    name, options = entry[0], options_on(entry[1], config.grid)
-    if layer_accepts(get_mechanism(name), "bias"):
-        options = {"bias": config.bias, **options}
+    options = options_on(entry, config.grid, bias=config.bias)
     if options.get("feed_forward") != 0 and "feed_forward_kind" not in options:
         options |= {"feed_forward_kind": "gelu"}
         options["feed_forward_options"] = {"bias": True, **options.get("feed_forward_options", {})}
-    return name, options
+    return entry[0], options
 
 
 def _places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
