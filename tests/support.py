@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,32 @@ FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 def load(name: str) -> dict[str, Tensor]:
     """Tensors that were recorded from another implementation; `tests/parity` says which, and by what call."""
     with np.load(FIXTURES / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "shapes"}
+
+
+def recorded_state(name: str) -> dict[str, Tensor]:
+    """The weights of the model whose outputs were recorded, made of a seed by the names and shapes that it has there."""
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return seeded_state(json.loads(str(arrays["shapes"])))
+
+
+def seeded_state(shapes: dict[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
+    """Weights of a model by name, which need not be recorded beside its outputs: made of a seed, in the names' order."""
+    generator, found = np.random.default_rng(seed), {}
+    for name in sorted(shapes):
+        shape = tuple(shapes[name])
+        value = generator.standard_normal(shape)
+        if name.endswith("num_batches_tracked"):
+            found[name] = torch.zeros(shape, dtype=torch.int64)
+            continue
+        if name.endswith("running_var"):
+            value = np.exp(0.3 * value)
+        elif len(shape) >= 2:
+            value = value / math.sqrt(math.prod(shape[1:]))
+        else:
+            value = 1 + 0.1 * value if name.endswith("weight") else 0.1 * value
+        found[name] = torch.from_numpy(np.asarray(value))
+    return found
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
