@@ -140,13 +140,16 @@ class MLPMixer(PatchNetwork):
 
     Config = MixerConfig
     sizes: ClassVar = {
-        f"mixer_{name}{patch}": {"patch": patch, **options}
-        for name, options in {
-            "s": {"width": 512, "hidden": 2048, "depth": 8, "token_hidden": 256},
-            "b": {"width": 768, "hidden": 3072, "depth": 12, "token_hidden": 384},
-            "l": {"width": 1024, "hidden": 4096, "depth": 24, "token_hidden": 512},
-        }.items()
-        for patch in (32, 16)
+        "mixer_nano": {"image_size": 32, "patch": 4, "width": 96, "hidden": 384, "depth": 6, "token_hidden": 48},
+        **{
+            f"mixer_{name}{patch}": {"patch": patch, **options}
+            for name, options in {
+                "s": {"width": 512, "hidden": 2048, "depth": 8, "token_hidden": 256},
+                "b": {"width": 768, "hidden": 3072, "depth": 12, "token_hidden": 384},
+                "l": {"width": 1024, "hidden": 4096, "depth": 24, "token_hidden": 512},
+            }.items()
+            for patch in (32, 16)
+        },
     }
 
     def __init__(self, config: MixerConfig) -> None:
