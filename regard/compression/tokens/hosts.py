@@ -108,7 +108,7 @@ def reduce_tokens(
             changed then.
     """
     one_of("method", method, METHODS)
-    layers, protected = _blocks_of(model)
+    layers, protected = blocks_of(model)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
     schedule = _schedule(len(layers), remove, keep, blocks)
@@ -155,7 +155,7 @@ def _at_most(number: int, patches: int) -> int:
     return min(number, max(patches - 1, 0))
 
 
-def _blocks_of(model: nn.Module) -> tuple[list[Any], int]:
+def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
     """The blocks of a host, and its class tokens; raises Unsupported for another model."""
     timm = sys.modules.get("timm.models.vision_transformer")
     if isinstance(model, VisionTransformer):

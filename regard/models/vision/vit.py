@@ -200,7 +200,7 @@ class VisionTransformer(Backbone):
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
         """Normed tokens, class tokens first, the maps of the levels in `keep`, and the losses of the layers."""
         grid, before = self.embedding.grid(*images.shape[2:]), self.config.class_tokens
-        x = self._place(self.embedding(images), grid)
+        x = self.embed(images)
         context = context_of(grid, before, x)
         maps: dict[int, Tensor] = {}
         losses: dict[str, Loss] = {}
@@ -212,9 +212,9 @@ class VisionTransformer(Backbone):
                 maps[number] = map_of(x[:, before:], grid)
         return self.norm(x), maps, losses
 
-    def _place(self, patches: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n2 c"]:
-        """Patches with class tokens before them and with positions."""
-        x = patches
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+        """Patches with class tokens before them and with positions, as the first block reads them."""
+        x, grid = self.embedding(images), self.embedding.grid(*images.shape[2:])
         if self.sinusoids is not None:
             rows, columns = (place.flatten()[None] for place in _places(grid, x.device))
             halves = x.chunk(2, -1)

@@ -1,0 +1,322 @@
+r"""IA-RED²: small policies that decide, image by image, which patches a vision transformer goes on with.
+
+Pan et al., arXiv 2106.12620. The blocks are cut into groups; before group i an interpreter scores the tokens x (B, N, C) that
+are still there, with the class token at place 0 and the mask m of those that are left:
+
+    x' = LN(x * m),   q = W_q x'_0 + b_q,   k_j = W_k x'_j + b_k      (W_q of a learned policy token, with `query="policy"`)
+    p_j = m_j mean_h sigmoid(q_h . k_jh / sqrt(d))
+
+A patch stays where p_j > `threshold` (or by a draw with probability p_j, in training); the class token always does, and what
+has gone does not come back. Policies learn by REINFORCE with the greedy decision û as the baseline: with c(u) the share of
+tokens that stays,
+
+    R(u) = b_i (1 - c(u)^2) where the class is right, -tau where it is wrong
+    loss = -(R(u) - R(û)) log pi(u),   pi(u) = prod over the patches alive of p_j^u_j (1 - p_j)^(1 - u_j)
+
+b_i, the share of the blocks that group i and those after it have, is the released code's ``benefit``, whose use in training
+was not published; ``error_penalty`` is tau. The curriculum (:func:`train_interpreters`) goes group by group: first the policy
+with everything else frozen, then the blocks from that group on, under the decisions so far.
+
+In use tokens are really left out: each row is gathered to those that stay, padded to the longest row of the batch
+(:meth:`InterpretedTransformer.forward`). :meth:`InterpretedTransformer.forward_masked` computes all of them under masks, as the
+paper's training does; both give the same logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.compression.tokens.hosts import blocks_of
+from regard.contract import Context, Mask, Unsupported, at_least, one_of, valid_from_lengths
+from regard.core.precision import wide
+from regard.layers.linear import make_linear
+from regard.layers.norms import LayerNorm
+from regard.models.vision.vit import VisionBlock, VisionTransformer
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+QUERIES = ("class", "policy")
+SURE = 1e-6
+"""Probabilities stay so far from 0 and 1 in the logarithm."""
+
+
+class Interpreter(nn.Module):
+    """Scores of tokens before a group of blocks.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: of which the scores are a mean.
+        query: ``class``, the class token, or ``policy``, a learned token.
+    """
+
+    def __init__(self, dim: int, num_heads: int, query: str = "class") -> None:
+        super().__init__()
+        one_of("query", query, QUERIES)
+        if dim % num_heads:
+            raise Unsupported(f"{num_heads} heads of a width of {dim}", supported="a divisor of the width")
+        self.num_heads = num_heads
+        self.norm = LayerNorm(dim, parametric=False)
+        self.query, self.key = (make_linear(dim, dim, bias=True) for _ in range(2))
+        self.policy = nn.Parameter(torch.zeros(dim)) if query == "policy" else None
+        if self.policy is not None:
+            nn.init.trunc_normal_(self.policy, std=0.02)
+
+    def forward(self, x: Float[Tensor, "b n c"], alive: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        """In (0, 1) for tokens that are alive, 0 for the others."""
+        x = self.norm(torch.where(alive[..., None], x, 0))
+        asking = x[:, :1] if self.policy is None else self.policy.to(x.dtype).expand(len(x), 1, -1)
+        query, key = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query(asking), self.key(x)))
+        scores = wide(query @ key.mT * query.shape[-1] ** -0.5).sigmoid().mean(1)[:, 0]
+        return torch.where(alive, scores, 0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided before a group.
+
+    Attributes:
+        scores: p (B, N), 0 where a token had gone before.
+        stays: u (B, N); the first token always does.
+        alive: those that there were.
+    """
+
+    scores: Float[Tensor, "b n"]
+    stays: Bool[Tensor, "b n"]
+    alive: Bool[Tensor, "b n"]
+
+    @property
+    def share(self) -> Float[Tensor, " b"]:
+        """c, of all tokens, the class token included."""
+        return self.stays.float().mean(1)
+
+    @property
+    def log_probability(self) -> Float[Tensor, " b"]:
+        """Of the decision, over the patches that were alive."""
+        p = self.scores.clamp(SURE, 1 - SURE)
+        each = torch.where(self.stays, p.log(), (1 - p).log())
+        return torch.where(self.alive, each, 0)[:, 1:].sum(1)
+
+
+class InterpretedTransformer(nn.Module):
+    """A vision transformer with an interpreter before each group of its blocks.
+
+    Args:
+        model: :class:`regard.models.vision.vit.VisionTransformer` of softmax attention with one class token; it is shared,
+            not copied.
+        groups: blocks of each group, or the number of equal groups.
+        query: of the interpreters, see :class:`Interpreter`.
+        threshold: above which a patch stays; more of them leave as it rises. It may be changed at any time.
+
+    Raises:
+        Unsupported: for another model, and groups that are not its blocks.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, groups: int | Sequence[int] = 3, *, query: str = "class", threshold: float = 0.5
+    ) -> None:
+        super().__init__()
+        blocks, protected = blocks_of(model)
+        if not isinstance(model, VisionTransformer) or protected != 1:
+            raise Unsupported("interpreters without one class token", supported="VisionTransformer with pool='class'")
+        depth = len(blocks)
+        if isinstance(groups, int):
+            at_least("groups", groups, 1)
+            sizes = [depth // groups] * groups
+        else:
+            sizes = list(groups)
+        if sum(sizes) != depth or min(sizes) < 1:
+            raise Unsupported(f"groups={groups} of {depth} blocks", supported=f"sizes that add up to {depth}, or a divisor")
+        self.model, self.sizes, self.threshold = model, sizes, threshold
+        config = model.config
+        self.interpreters = nn.ModuleList(Interpreter(config.dim, config.num_heads, query) for _ in sizes)
+
+    @property
+    def benefits(self) -> list[float]:
+        """Share of the blocks from each group on."""
+        return [sum(self.sizes[i:]) / sum(self.sizes) for i in range(len(self.sizes))]
+
+    def group(self, number: int) -> list[VisionBlock]:
+        """The blocks of a group."""
+        first = sum(self.sizes[:number])
+        return list(self.model.blocks[first : first + self.sizes[number]])  # type: ignore[arg-type]
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Logits; tokens that do not stay are left out before each group."""
+        x = self._embedded(images)
+        alive = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        for number in range(len(self.sizes)):
+            stays = self.decide(number, x, alive).stays
+            lengths = stays.sum(1)
+            longest = int(lengths.max()) if len(lengths) else 1
+            order = (~stays).to(torch.uint8).argsort(1, stable=True)[:, :longest]
+            x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+            alive = valid_from_lengths(lengths, longest)
+            x = self._run(number, x, None if bool(alive.all()) else Mask(lengths=lengths))
+        return self._logits(x)
+
+    def forward_masked(
+        self,
+        images: Float[Tensor, "b c h w"],
+        *,
+        groups: int | None = None,
+        sampled: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "b k"], list[Decision]]:
+        """Logits with all tokens computed, and the decisions.
+
+        Args:
+            images: (B, C, H, W).
+            groups: that decide, the first so many; later ones keep what those left. All when None.
+            sampled: the one that draws its decision; the others are greedy.
+            generator: of the draws.
+        """
+        x = self._embedded(images)
+        alive, decisions = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), []
+        deciding = len(self.sizes) if groups is None else groups
+        for number in range(len(self.sizes)):
+            if number < deciding:
+                decisions.append(self.decide(number, x, alive, sampled=number == sampled, generator=generator))
+                alive = decisions[-1].stays
+            x = self._run(number, torch.where(alive[..., None], x, 0), Mask(valid=alive))
+        return self._logits(x), decisions
+
+    def decide(
+        self,
+        number: int,
+        x: Float[Tensor, "b n c"],
+        alive: Bool[Tensor, "b n"],
+        *,
+        sampled: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Decision:
+        """The decision before a group: greedy, or drawn."""
+        scores = self.interpreters[number](x, alive)
+        if sampled:
+            level = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
+        else:
+            level = torch.full_like(scores, self.threshold)
+        stays = alive & (scores.detach() > level)
+        return Decision(scores, torch.cat([torch.ones_like(stays[:, :1]), stays[:, 1:]], 1), alive)
+
+    def heat_map(self, images: Float[Tensor, "b c h w"], group: int = 1) -> Float[Tensor, "b rows columns"]:
+        """Scores of the patches before a group, at their places; 0 where a patch had gone before."""
+        _, decisions = self.forward_masked(images, groups=group + 1)
+        return decisions[group].scores[:, 1:].unflatten(1, self.model.config.grid)
+
+    def usage(self, decisions: Sequence[Decision]) -> Float[Tensor, " b"]:
+        """Share of the blocks' work that is left, without the part of attention that grows with the square."""
+        saved = [(1 - made.share) * size / sum(self.sizes) for made, size in zip(decisions, self.sizes, strict=False)]
+        return 1 - torch.stack(saved).sum(0)
+
+    def _embedded(self, images: Tensor) -> Float[Tensor, "b n c"]:
+        images = self.model.check_images(images)
+        return self.model.embed(images)
+
+    def _run(self, number: int, x: Tensor, mask: Mask | None) -> Float[Tensor, "b n c"]:
+        for block in self.group(number):
+            mixed = block.mix(x, context=Context(mask=mask)).output
+            x = x + block.drop_path(mixed)
+            if block.feed_forward is not None:
+                x = x + block.drop_path(block.feed(x, context=Context()))
+        return x
+
+    def _logits(self, x: Tensor) -> Float[Tensor, "b k"]:
+        return self.model.forward_head(self.model.norm(x))
+
+
+def reward(
+    decision: Decision, right: Bool[Tensor, " b"], benefit: float = 1.0, error_penalty: float = 1.0
+) -> Float[Tensor, " b"]:
+    """R(u) of each image: `benefit` times 1 - c^2 where its class is right, else minus `error_penalty`."""
+    return torch.where(right, benefit * (1 - decision.share.square()), -error_penalty)
+
+
+def policy_loss(
+    model: InterpretedTransformer,
+    images: Float[Tensor, "b c h w"],
+    labels: Int[Tensor, " b"],
+    group: int,
+    *,
+    error_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, ""], list[Decision]]:
+    """REINFORCE for the interpreter of a group, with the greedy decision as the baseline: mean over the images, and what was
+    decided greedily."""
+    with torch.no_grad():
+        logits, greedy = model.forward_masked(images, groups=group + 1)
+    drawn_logits, drawn = model.forward_masked(images, groups=group + 1, sampled=group, generator=generator)
+    benefit = model.benefits[group]
+    gained, expected = (
+        reward(decisions[group], found.argmax(-1) == labels, benefit, error_penalty)
+        for found, decisions in ((drawn_logits, drawn), (logits, greedy))
+    )
+    return -((gained - expected).detach() * drawn[group].log_probability).mean(), greedy
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of :func:`train_interpreters`: ``policy`` or ``blocks`` of a group, its loss, and the share of work left."""
+
+    group: int
+    part: str
+    loss: float
+    usage: float
+
+
+def train_interpreters(
+    model: InterpretedTransformer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    policy_steps: int,
+    block_steps: int,
+    policy_rate: float = 1e-3,
+    block_rate: float = 1e-4,
+    error_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """The paper's curriculum, in place: for each group its policy, then the blocks from there on.
+
+    Args:
+        model: around a trained vision transformer.
+        batches: images and classes, without an end.
+        policy_steps, block_steps: of each group.
+        policy_rate, block_rate: of Adam; the paper's were not published.
+        error_penalty: tau; smaller leaves out more and is wrong more often.
+        generator: of the draws.
+        on_step: told each step.
+    """
+    for group in range(len(model.sizes)):
+        policy = list(model.interpreters[group].parameters())
+        trained = [p for later in range(group, len(model.sizes)) for block in model.group(later) for p in block.parameters()]
+        trained += [*model.model.norm.parameters(), *model.model.head.parameters()]
+        for part, parameters, steps, rate in (
+            ("policy", policy, policy_steps, policy_rate),
+            ("blocks", trained, block_steps, block_rate),
+        ):
+            optimizer = torch.optim.Adam(parameters, lr=rate)
+            for _ in range(steps):
+                images, labels = next(batches)
+                if part == "policy":
+                    loss, decisions = policy_loss(
+                        model, images, labels, group, error_penalty=error_penalty, generator=generator
+                    )
+                else:
+                    logits, decisions = model.forward_masked(images, groups=group + 1)
+                    loss = F.cross_entropy(logits, labels)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                optimizer.zero_grad()
+                on_step(Step(group, part, loss.item(), model.usage(decisions).mean().item()))
+                if not math.isfinite(loss.item()):
+                    raise Unsupported(f"a {part} loss that is not finite", supported="a smaller rate")

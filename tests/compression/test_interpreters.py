@@ -1,0 +1,172 @@
+"""IA-RED²: the official scores, dropping really and under masks, and an unbiased policy gradient."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from support import close, load, recorded_state, refused
+from torch import Tensor
+
+from regard import Context
+
+from regard.compression.tokens.interpreters import (
+    Decision,
+    InterpretedTransformer,
+    Interpreter,
+    policy_loss,
+    reward,
+    train_interpreters,
+)
+from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
+
+SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 3, "num_heads": 6, "num_classes": 5}
+TOKENS = 17
+
+
+def interpreted(**changed: Any) -> InterpretedTransformer:
+    """With scores on both sides of the threshold."""
+    model = InterpretedTransformer(VisionTransformer(VisionTransformerConfig(**SMALL)), **changed).double().eval()
+    for interpreter in model.interpreters:
+        for linear in (interpreter.query, interpreter.key):
+            torch.nn.init.normal_(linear.weight)
+            torch.nn.init.normal_(linear.bias, std=0.1)
+    return model
+
+
+def images(batch: int = 4) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, dtype=torch.float64)
+
+
+def test_outputs_of_the_released_code() -> None:
+    recording, state = load("vision_ia_red2"), recorded_state("vision_ia_red2")
+    model = InterpretedTransformer(VisionTransformer(VisionTransformerConfig(**SMALL)), groups=[1, 1, 1]).double().eval()
+    backbone = {name: value for name, value in state.items() if not name.startswith("groups.")}
+    model.model.load_released(backbone)
+    for number, interpreter in enumerate(model.interpreters):
+        weight, bias = (state[f"groups.{number}.agent.qk.{name}"] for name in ("weight", "bias"))
+        for part, linear in enumerate((interpreter.query, interpreter.key)):
+            linear.weight.data, linear.bias.data = weight.chunk(3)[part].clone(), bias.chunk(3)[part].clone()
+    given = recording["images"].double()
+    logits, decisions = model.forward_masked(given)
+    for number, decision in enumerate(decisions):
+        close(decision.scores, recording[f"scores_{number}"])
+    assert 1 < int(decisions[-1].stays.sum(1).float().mean()) < TOKENS
+    close(logits, recording["output"])
+    close(model.usage(decisions), recording["usage"], 1e-6)
+    close(model(given), recording["output"])
+
+
+@pytest.mark.parametrize("query", ["class", "policy"])
+def test_tokens_left_out_and_tokens_masked_give_the_same_logits(query: str) -> None:
+    model, x = interpreted(query=query), images()
+    logits, decisions = model.forward_masked(x)
+    assert len(set(decisions[0].stays.sum(1).tolist())) > 1 and not decisions[0].stays.all()
+    close(model(x), logits)
+    for before, after in itertools.pairwise(decisions):
+        assert (after.stays <= before.stays).all() and after.stays[:, 0].all()
+        assert (after.scores[~before.stays] == 0).all() and (after.scores[before.stays] > 0).all()
+
+
+def test_a_threshold_of_zero_is_the_plain_model_and_one_keeps_the_class_token_alone() -> None:
+    model, x = interpreted(threshold=0.0), images()
+    close(model(x), model.model(x))
+    model.threshold = 1.0
+    alone = model.model.embed(x)[:, :1]
+    for block in model.model.blocks:
+        alone = block(alone, context=Context()).output
+    close(model(x), model.model.head(model.model.norm(alone)[:, 0]))
+    _, decisions = model.forward_masked(x)
+    close(model.usage(decisions), torch.full((4,), 1 / TOKENS))
+
+
+def test_scores_follow_their_patches_and_are_constant_without_weights() -> None:
+    interpreter = Interpreter(12, 6).double()
+    x, alive = torch.randn(2, 9, 12, dtype=torch.float64), torch.rand(2, 9) > 0.3
+    alive[:, 0] = True
+    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(8)])
+    close(interpreter(x[:, order], alive[:, order]), interpreter(x, alive)[:, order])
+    for linear in (interpreter.query, interpreter.key):
+        torch.nn.init.zeros_(linear.weight)
+    scores = interpreter(x, alive)[alive]
+    close(scores, scores[:1].expand_as(scores))
+
+
+def decided(stays: Tensor, scores: Tensor) -> Decision:
+    return Decision(scores.expand(len(stays), -1), stays, torch.ones_like(stays))
+
+
+def test_rewards_at_their_extremes() -> None:
+    stays = torch.tensor([[True] * 4, [True, False, False, False], [True] * 4])
+    found = reward(decided(stays, torch.full((4,), 0.5)), torch.tensor([True, True, False]), error_penalty=0.3)
+    close(found, torch.tensor([0, 1 - 1 / 16, -0.3]), 1e-6)
+
+
+def test_the_policy_gradient_is_unbiased_with_its_baseline() -> None:
+    raw = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    scores = torch.cat([torch.ones(1, dtype=torch.float64), raw.sigmoid()])
+    patches = torch.tensor(list(itertools.product([False, True], repeat=3)))
+    stays = torch.cat([torch.ones(8, 1, dtype=torch.bool), patches], 1)
+    made = decided(stays, scores)
+    right = torch.rand(8) > 0.4
+    rewards = reward(made, right).double()
+    chances = torch.where(patches, scores[1:], 1 - scores[1:]).prod(1)
+    close(made.log_probability, chances.log(), 1e-6)
+    (exact,) = torch.autograd.grad((chances * rewards).sum(), raw, retain_graph=True)
+    for baseline in (0.0, rewards[5].item()):
+        weighted = chances.detach() * (rewards - baseline) * made.log_probability
+        (estimated,) = torch.autograd.grad(weighted.sum(), raw, retain_graph=True)
+        close(estimated, exact, 1e-5)
+
+
+def test_the_loss_moves_the_policy_alone_and_draws_are_the_generators() -> None:
+    model, x = interpreted(), images()
+    labels = model.model(x).argmax(-1)
+    loss, _ = policy_loss(model, x, labels, 1, generator=torch.Generator().manual_seed(0))
+    again, _ = policy_loss(model, x, labels, 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loss, again)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    moved = {name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.abs().max() > 0}
+    assert {name for name in moved if name.startswith("interpreters")} == {
+        f"interpreters.1.{part}.{kind}" for part in ("query", "key") for kind in ("weight", "bias")
+    }
+
+
+def test_the_curriculum_trains_policies_then_blocks_and_drops_what_says_nothing() -> None:
+    torch.manual_seed(0)
+    model = InterpretedTransformer(VisionTransformer(VisionTransformerConfig(**{**SMALL, "num_classes": 2})), groups=3)
+    draws = torch.Generator().manual_seed(0)
+
+    def batches() -> Any:
+        while True:
+            labels = torch.randint(2, (32,), generator=draws)
+            pictures = 0.1 * torch.randn(32, 3, 32, 32, generator=draws)
+            pictures[:, :, :8, :8] += (2.0 * labels - 1).view(-1, 1, 1, 1)
+            yield pictures, labels
+
+    optimizer = torch.optim.Adam(model.model.parameters(), lr=3e-3)
+    for _, (pictures, labels) in zip(range(40), batches(), strict=False):
+        torch.nn.functional.cross_entropy(model.model(pictures), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    steps = []
+    train_interpreters(
+        model, batches(), policy_steps=25, block_steps=4, policy_rate=1e-2, generator=draws, on_step=steps.append
+    )
+    assert [(s.group, s.part) for s in steps[:30]] == [(0, "policy")] * 25 + [(0, "blocks")] * 4 + [(1, "policy")]
+    pictures, labels = next(batches())
+    logits, decisions = model.eval().forward_masked(pictures)
+    assert (logits.argmax(-1) == labels).float().mean() > 0.9
+    assert model.usage(decisions).mean() < 0.8
+    assert model.heat_map(pictures).shape == (32, 4, 4)
+
+
+def test_models_and_groups_that_do_not_fit_are_refused() -> None:
+    refused("add up to 3", interpreted, groups=[1, 1])
+    refused("add up to 3", interpreted, groups=2)
+    refused("query", interpreted, query="patch")
+    other = VisionTransformer(VisionTransformerConfig(**{**SMALL, "pool": "mean"}))
+    refused("class token", InterpretedTransformer, other)
