@@ -46,7 +46,7 @@ COMMANDS = SUMS | _words("exp log ln sin cos tanh")
 
 FUNCTIONS = COMMANDS | _words("""
 softmax softplus sigmoid logsigmoid logsumexp relu gelu silu swish clip clamp cap round argsort top-k diag tril concat
-norm Norm LN RMSNorm RoPE KL MSE CNN FF PW DW DWD DWC LKA Attn Attention SG S6 Re Im mean pool conv combine pixel
+norm Norm LN RMSNorm RoPE KL MSE CNN FF PW DW DWD DWC LCE LKA Attn Attention SG S6 Re Im mean pool conv combine pixel
 """)
 
 WORDS = _words("""
@@ -55,7 +55,7 @@ cls column detached divided divides DKV DQ drawn each else empty every exact fea
 Gumbel head heads hidden hides highest hold if in init input inputs is it items its kept key keys KR landmark
 landmarks largest last later layer least lie likewise linear loss LSE maps means memory miss multiplies near NKA no
 noise noncausal-self none normal normalised not numbers of one ones only or other others out over pairs pattern per
-permutations places pooled positive QR queries query random rank residual routed row rows same sampled scores seen
+permutations places pooled positive QR queries query random rank regions residual routed row rows same sampled scores seen
 segment seq several shape shared shortcut signed six small ssm T1 T2 temperature that the then there these this those
 times to together token tokens trained training UK unbiased unbounded UQ used UV Var visible when where which with
 """)

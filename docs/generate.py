@@ -725,6 +725,7 @@ FAMILIES = {
 
 PLACED = {
     "aaren": "Recurrences and state spaces",
+    "bilevel_routing": "Chosen keys",
     "landmark": "Chosen keys",
     "lara": "Linear attention",
     "mlstm": "Recurrences and state spaces",

@@ -196,7 +196,7 @@ def inner_mask(layout: Gathering, *, bias: Tensor | None = None, blocks: BlockMa
     Args:
         bias, blocks: of pairs in the dense layout.
     """
-    if layout.lengths is None and bias is None and blocks is None:
+    if layout.whole and bias is None and blocks is None:
         return None
     return Mask(lengths=layout.lengths, bias=bias, blocks=blocks, layout=layout.dense)
 

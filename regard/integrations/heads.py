@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regard.apply import apply
 from regard.contract import Context, Kind, LayerSpec, Mask, Mechanism, Pattern, Result, Unsupported
-from regard.core.ragged import gathering, inner_mask
+from regard.core.ragged import gathering, gathering_in_place, inner_mask
 from regard.layers.linear import make_linear
 from regard.layers.parts import LayerCall, Merge, Projection
 
@@ -170,6 +170,12 @@ class HeadAttention(nn.Module):
         """Whether it cannot go on from a cache of keys and values: it reads past tokens, or is defined for N = M alone."""
         return not self.card.uneven or (self.projection is not None and self.learns)
 
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether its projection or its merge reads neighbours, so that padding has to be gathered away first."""
+        merges = self.merge is not None and not self.merge.each_token_alone
+        return merges or (self.projection is not None and self.projection.mixes_tokens)
+
     def check_rotated(self) -> None:
         """Raise Unsupported where queries and keys that the model has rotated would be misread."""
         nearest = ""
@@ -225,7 +231,7 @@ class HeadAttention(nn.Module):
                 supported="whole sequences",
                 nearest="use_cache=False",
             )
-        mixing = self.projection is not None and self.projection.mixes_tokens
+        mixing = self.mixes_tokens
         bias = visible.bias
         if pattern.cross and visible.causal:
             raise Unsupported(
@@ -280,12 +286,6 @@ class HeadAttention(nn.Module):
             **options,
         )
         if self.merge is not None:
-            if keys is not None and not self.merge.each_token_alone:
-                raise Unsupported(
-                    f"{self.card.name} with missing keys, whose output mixes neighbours",
-                    supported="sequences without padding",
-                    nearest="softmax",
-                )
             result.output = self.merge(result.output, heads, LayerCall(x, source, context), result)
         return result
 
@@ -301,21 +301,24 @@ class HeadAttention(nn.Module):
         context: Context,
         options: dict[str, Any],
     ) -> Result:
-        """Attend with a projection that mixes tokens, which are therefore gathered first, and with the merge, which may too."""
+        """Attend with a projection or a merge that mixes tokens, which are therefore gathered first (on a grid zeroed)."""
         batch, n, m = heads["q"].shape[0], heads["q"].shape[2], heads["k"].shape[2]
         if n != m and not pattern.cross:
             raise Unsupported(f"{self.card.name} with {n} queries and {m} keys of one sequence", supported="as many")
-        keys = gathering(None if visible.keys is None else Mask(valid=visible.keys), batch, m, heads["k"].device)
+        mask, device = None if visible.keys is None else Mask(valid=visible.keys), heads["k"].device
+        if context.grid is not None and self.card.keeps_places and pattern is Pattern.NONCAUSAL_SELF:
+            keys = gathering_in_place(mask, batch, m, context.grid, device)
+        else:
+            keys = gathering(mask, batch, m, device)
         queries = gathering(None, batch, n, heads["q"].device) if pattern.cross else keys
         heads = {name: (queries if name == "q" else keys).gather(t, axis=2) for name, t in heads.items()}
         x, source = (None if t is None else layout.gather(t, axis=1) for t, layout in ((x, queries), (source, keys)))
-        if visible.keys is not None:
-            context = context.replace(mask=Mask(valid=visible.keys))
+        if mask is not None:
+            context = context.replace(mask=mask)
         if context.roles is not None:
             options |= {"roles": keys.gather(context.roles, axis=1)}
-        assert self.projection is not None
         call = LayerCall(x, source, context, queries.lengths, keys.lengths)
-        inputs, _ = self.projection(heads, call)
+        inputs = heads if self.projection is None else self.projection(heads, call)[0]
         result = apply(
             self.card,
             inputs,

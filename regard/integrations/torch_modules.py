@@ -182,7 +182,7 @@ class VisionAttention(Swapped):
         card: the mechanism.
         pattern: of its calls.
         grid: tokens before the patches (a class token), and the sides of the grid of patches: what mechanisms that lay
-            tokens out are told. None for a row of tokens.
+            tokens out are told (those that know no class token, where there is none). None for a row of tokens.
         options: of the mechanism.
     """
 
@@ -199,7 +199,8 @@ class VisionAttention(Swapped):
     ) -> None:
         super().__init__(original)
         self.num_heads, self.head_dim, self.pattern = original.num_heads, original.head_dim, pattern
-        self.grid = grid if "roles" in card.honours and pattern is Pattern.NONCAUSAL_SELF else None
+        told = "roles" in card.honours or (card.keeps_places and grid is not None and grid[0] == 0)
+        self.grid = grid if told and pattern is Pattern.NONCAUSAL_SELF else None
         self.qkv, self.proj = original.qkv, original.proj
         self.q_norm, self.k_norm = original.q_norm, original.k_norm
         self.attn_drop, self.proj_drop = original.attn_drop, original.proj_drop

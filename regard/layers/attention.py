@@ -32,7 +32,7 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
-from regard.core.ragged import Gathering, gather_pairs, gathering, inner_mask
+from regard.core.ragged import Gathering, gather_pairs, gathering, gathering_in_place, inner_mask
 from regard.core.visibility import DistanceBias, surely
 from regard.engines.layers import gated_product
 from regard.layers.base import Layer
@@ -371,7 +371,11 @@ class AttentionLayer(Layer):
         *,
         movable: bool,
     ) -> Side:
-        layout = gathering(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+        batch, n, grid = tokens.shape[0], tokens.shape[1], context.grid
+        if grid is not None and self.card.keeps_places and self.pattern is Pattern.NONCAUSAL_SELF:
+            layout = gathering_in_place(mask, batch, n, grid, tokens.device)
+        else:
+            layout = gathering(mask, batch, n, tokens.device)
         tokens = tokens if layout.whole else layout.gather(tokens, axis=1)
         where = self._positions(positions, layout, tokens, before)
         return Side(tokens, layout, *self._prepare(where, context, movable=movable))

@@ -43,8 +43,7 @@ class Tokens:
     def laid_out(cls, x: Float[Tensor, "b n c"], layout: Gathering) -> Tokens:
         """Tokens of the caller moved by a layout."""
         on_grid = layout.valid if layout.lengths is None else None
-        mask = inner_mask(layout) if on_grid is None else Mask(valid=on_grid)
-        return cls(layout.gather(x, axis=1), layout.lengths, on_grid, mask)
+        return cls(layout.gather(x, axis=1), layout.lengths, on_grid, inner_mask(layout))
 
     def count(self) -> Int[Tensor, " b"]:
         """Valid tokens of each row of a sequence."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Result, Unsupported, at_least
 from regard.layers.checks import given_context
-from regard.models.vision import read_backbone
+from regard.models.vision import Backbone, read_backbone
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,7 +54,7 @@ class ImageModelConfig:
         object.__setattr__(self, "grid", tuple(self.grid))
         self.read()
 
-    def read(self) -> tuple[type[nn.Module], Any]:
+    def read(self) -> tuple[type[Backbone], Any]:
         """Class and config of the backbone; raises Unsupported for unknown options and sizes that it cannot take."""
         rows, columns = self.grid
         given: dict[str, Any] = {"image_size": (rows * self.patch, columns * self.patch), "channels": self.channels}
@@ -103,7 +103,7 @@ class ImageModel(nn.Module):
             context: its grid, whose rows and columns may be others than the config's where the backbone takes any size.
 
         Returns:
-            output (B, num_classes).
+            output (B, num_classes), and the losses of the backbone's layers.
 
         Raises:
             Unsupported: for padding, and inputs of another shape.
@@ -120,4 +120,4 @@ class ImageModel(nn.Module):
             )
         pixels = inputs.reshape(-1, rows, columns, patch, patch, channels)
         images = pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * patch, columns * patch)
-        return Result(self.backbone(images))
+        return self.backbone.forward_with_losses(images)

@@ -11,7 +11,8 @@ from regard.workbench.subjects import Subject, axes_of
 ROWS = 100
 NOT_LINEAR = {("combiner", v) for v in ("rows", "rows, weighted sums", "rows, projected sums")}
 NOT_LINEAR |= {("diagonal", v) for v in ("relu", "relu window", "window", "normed")}
-"""A second attention or a norm comes after what is dropped, so that the mean of the outputs is another."""
+NOT_LINEAR |= {("ninformer", v) for v in ("", *get_mechanism("ninformer").variants)}
+"""A second network or a norm comes after what is dropped, so that the mean of the outputs is another."""
 CELLS = [
     (n, v, p)
     for n in list_mechanisms(where=lambda card: "dropout" in card.honours)

@@ -36,7 +36,7 @@ def test_a_state_keeps_as_many_numbers_as_the_card_says(name, variant):
         if key != "roles":
             sizes |= dict(zip(axes_of(card, key), x.shape, strict=True))
     width = sizes.get("k", sizes.get("d", 0))
-    shape = Shape(1, sizes["h"], n, n, width, sizes.get("v", width))
+    shape = Shape(1, sizes.get("h", 1), n, n, width, sizes.get("v", width))
     state = subject.run(inputs, return_state=True).state
     numbers = sum(x.numel() for x in state.tensors().values() if x.is_floating_point())
     assert card.cost(shape, subject.config).state == numbers

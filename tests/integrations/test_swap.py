@@ -339,20 +339,22 @@ class TestVision:
         assert model.state_dict().keys() == before.state_dict().keys()
         assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
 
-    @pytest.mark.parametrize("name", ["agent", "longformer", "kernelized_rpe"])
-    def test_mechanisms_that_lay_tokens_out_are_told_of_the_grid_and_the_class_token(self, name):
-        model = self.model().double()
+    @pytest.mark.parametrize(
+        ("name", "before"), [("agent", 1), ("longformer", 1), ("kernelized_rpe", 1), ("bilevel_routing", 0)]
+    )
+    def test_mechanisms_that_lay_tokens_out_are_told_of_the_grid_and_the_class_token(self, name, before):
+        model = self.model(class_token=before == 1, global_pool="avg").double()
         regard.swap(model, name)
         disturb(model)
-        attention, x = model.blocks[0].attn, torch.randn(2, 17, 32, dtype=torch.float64)
+        attention, x = model.blocks[0].attn, torch.randn(2, 16 + before, 32, dtype=torch.float64)
         maps = list(zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True))
         layer = own_layer(attention.attend, [*maps, (attention.proj.weight, attention.proj.bias)])
         with torch.no_grad():
-            roles = torch.zeros(2, 17, dtype=torch.long)
-            roles[:, 0] = int(regard.Role.CLS)
-            expected = layer(x, context=regard.Context(grid=(4, 4), roles=roles)).output
+            roles = torch.zeros(2, 16 + before, dtype=torch.long)
+            roles[:, :before] = int(regard.Role.CLS)
+            expected = layer(x, context=regard.Context(grid=(4, 4), roles=roles if before else None)).output
             torch.testing.assert_close(attention(x), expected)
-            with pytest.raises(Unsupported, match="12 tokens of a grid of 4 x 4 and 1 before it"):
+            with pytest.raises(Unsupported, match=f"12 tokens of a grid of 4 x 4 and {before} before it"):
                 attention(x[:, :12])
 
     @pytest.mark.parametrize(

@@ -37,6 +37,12 @@ def test_patches_become_the_image_that_they_were_cut_from() -> None:
     close(model(patches_of(larger, 4), context=Context(grid=(8, 8))).output, model.backbone(larger))
 
 
+def test_losses_of_a_backbones_layers_come_with_the_logits() -> None:
+    sizes = {"plan": ["mixture_of_heads"] * 2, "num_layers": 2, "patch": 8, "dim": 16, "num_heads": 4}
+    model = ImageModel(ImageModelConfig("vit_t", num_classes=3, grid=(4, 8), patch=4, options=sizes))
+    assert model(torch.randn(2, 32, 48)).losses["load_balance"][1] == 2
+
+
 def test_a_saved_model_is_the_same(tmp_path: Path) -> None:
     model = ImageModel(CONFIG).eval()
     save_pretrained(model, tmp_path)

@@ -139,8 +139,8 @@ def _schedule(
         most, inflection = remove
         if not -1 <= inflection <= 1:
             raise Unsupported(f"an inflection of {inflection}", supported="-1 to 1")
-        steps = [block / max(depth - 1, 1) for block in range(depth)]
-        numbers = [int(most * (1 - inflection + 2 * inflection * step)) for step in steps]
+        first = int(most * (1 - inflection))
+        numbers = [int(first + 2 * (most - first) * block / max(depth - 1, 1)) for block in range(depth)]
     else:
         numbers = [int(number) for number in remove]
     if len(numbers) != depth:
@@ -159,7 +159,8 @@ def _blocks_of(model: nn.Module) -> tuple[list[Any], int]:
     """The blocks of a host, and its class tokens; raises Unsupported for another model."""
     timm = sys.modules.get("timm.models.vision_transformer")
     if isinstance(model, VisionTransformer):
-        blocks, protected = list(model.blocks), model.config.class_tokens
+        blocks: list[Any] = list(model.blocks)
+        protected = model.config.class_tokens
         wrong = [b for b in blocks if not isinstance(b.mixer, AttentionLayer) or b.mixer.card.name != "softmax"]
         wrong = wrong or [b for b in blocks if getattr(b.mixer.positions, "name", "none") != "none"]
     elif timm is not None and isinstance(model, timm.VisionTransformer):
@@ -184,9 +185,7 @@ class ReducedBlock(VisionBlock):
     number: int
     protected: int
 
-    def forward(
-        self, x: Tensor, memory: Tensor | None = None, *, context: Context, state: Any = None
-    ) -> Result:
+    def forward(self, x: Tensor, memory: Tensor | None = None, *, context: Context, state: Any = None) -> Result:
         tokens = self.reduction.begin(self.number, x, self.protected)
         bias, seen = self.reduction.bias(tokens), dict[str, Tensor]()
         taken = context if x.shape[1] == tokens.places.shape[1] else Context(generator=context.generator)

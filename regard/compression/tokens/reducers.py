@@ -8,8 +8,8 @@ r"""Fewer tokens between two parts of a model: merged, dropped or pooled, with a
 | ``stride`` | those that stay lie at even distances | a baseline |
 | ``mean`` | neighbours in the row of tokens are pooled to n - r means of about equal size | a baseline |
 
-Class tokens come first, are never merged and never dropped. Tokens keep their order, where the original code of Token
-Merging puts the even ones first: a layer without positions of its own does not notice.
+Class tokens come first, are never merged and never dropped. The others keep their order, but for ``tome``: there those at
+even places come before those at odd ones, so that the next block pairs other tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from regard.core.precision import wide
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -57,7 +59,9 @@ class Tokens:
         slots = torch.where(target == DROPPED, count, target)  # one slot more, for what is dropped
         weighted = self.x * self.sizes[..., None]
         batch, _, width = self.x.shape
-        total = weighted.new_zeros(batch, count + 1, width).scatter_add(1, slots[..., None].expand_as(weighted), weighted)
+        total = weighted.new_zeros(batch, count + 1, width).scatter_add(
+            1, slots[..., None].expand_as(weighted), weighted
+        )
         sizes = self.sizes.new_zeros(batch, count + 1).scatter_add(1, slots, self.sizes)
         x = (total / sizes.clamp(min=1)[..., None])[:, :count]
         moved = torch.where(self.places == DROPPED, DROPPED, target.gather(1, self.places.clamp(min=0)))
@@ -95,17 +99,18 @@ def _keep_largest(tokens: Tokens, scores: Tensor, remove: int) -> Int[Tensor, "b
 
 def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     """Token Merging; at most half of the patches go at once."""
-    n = tokens.x.shape[1]
+    n, place = tokens.x.shape[1], torch.arange(tokens.x.shape[1], device=tokens.x.device)
     remove = min(remove, (n - tokens.protected) // 2)
-    keys = F.normalize(evidence.keys.float(), dim=-1)
+    keys = F.normalize(wide(evidence.keys), dim=-1)
     scores = keys[:, ::2] @ keys[:, 1::2].mT
     even, odd = (tokens.protected + 1) // 2, tokens.protected // 2
     scores[:, :even] = -torch.inf
     scores[:, :, :odd] = -torch.inf
     best, partner = scores.max(-1)
     leaving = best.topk(remove, dim=1).indices
-    kept = torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device).scatter(1, 2 * leaving, False)
-    target = _target_of_kept(kept)
+    # class tokens, then those at even places, then those at odd ones, last those that leave
+    group = torch.where(place < tokens.protected, 0, 1 + place % 2).expand(tokens.x.shape[:2])
+    target = (n * group.scatter(1, 2 * leaving, 3) + place).argsort(1).argsort(1)
     joined = target.gather(1, 2 * partner.gather(1, leaving) + 1)
     return tokens.assign(target.scatter(1, 2 * leaving, joined), n - remove)
 

@@ -15,7 +15,6 @@ from regard.contract import (
     Mask,
     Pattern,
     Result,
-    Role,
     Unsupported,
     valid_from_lengths,
 )
@@ -24,6 +23,7 @@ from regard.core.ragged import gathering, place_queries, take_queries
 from regard.engines import softmax_scan as scan
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import ScanState
+from regard.layers.grid_convolution import check_grid, tokens_alone
 from regard.mechanisms.agent.definition import agent_sides, check, drop, repeat_groups
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _row_agents(
 ) -> tuple[Float[Tensor, "b h a d"], Bool[Tensor, "b a"] | None]:
     """Agents of each row, which are means of its queries unless given, and which of them have a token (None: all)."""
     number, n = call.config.num_agents if row_agents is None else row_agents.shape[2], q.shape[2]
-    tokens = _tokens(call.valid_queries(n), call.roles)
+    tokens = tokens_alone(call.valid_queries(n), call.roles)
     if source == "token_merge":
         inside, all_exist = _merged(tokens, q, number), tokens is None and n >= number
     else:
@@ -246,25 +246,3 @@ def _places(
     check_grid(grid, counted, padded=padded)
     places = [rank // math.prod(grid[axis + 1 :]) % side for axis, side in enumerate(grid)]
     return places, [torch.full_like(total, side) for side in grid]
-
-
-def _tokens(valid: Bool[Tensor, "b n"] | None, roles: Int[Tensor, "b n"] | None) -> Bool[Tensor, "b n"] | None:
-    """Tokens that lie on the grid; None when all do."""
-    if roles is None:
-        return valid
-    ordinary = roles == int(Role.TOKEN)  # a graph would compare with the name, not the number
-    return ordinary if valid is None else valid & ordinary
-
-
-def check_grid(grid: tuple[int, ...], total: Int[Tensor, "#b 1"], *, padded: bool) -> None:
-    """Raise Unsupported unless each row's tokens fill the grid (a padded row: at most fill it).
-
-    Not checked in a graph, nor without numbers. A `total` that is known without looking is on the CPU, where nothing waits.
-    """
-    if torch.compiler.is_compiling() or total.is_meta or total.numel() == 0:
-        return
-    least, most, places = int(total.min()), int(total.max()), math.prod(grid)
-    if most > places or (least < places and not padded):
-        raise Unsupported(
-            f"a grid {tuple(grid)} of {least if most <= places else most} tokens", supported=f"{places} tokens"
-        )

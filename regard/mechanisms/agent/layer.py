@@ -5,23 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import (
     Context,
     LayerSpec,
-    Mask,
     Pattern,
-    Result,
     Tensors,
     Unsupported,
-    valid_from_lengths,
 )
-from regard.core.ragged import gathering
-from regard.layers.parts import LayerCall, Merge, Projection
-from regard.mechanisms.agent.definition import Config, agent_sides, repeat_groups
-from regard.mechanisms.agent.forms import _bins, _places, _tokens, check_grid
+from regard.core.precision import wide_dtype
+from regard.layers.grid_convolution import GridConvolution, grid_tokens
+from regard.layers.parts import LayerCall, Projection
+from regard.mechanisms.agent.definition import Config, agent_sides
+from regard.mechanisms.agent.forms import _bins, _places
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -56,23 +53,27 @@ class BiasTables(nn.Module):
         self.columns = None if grid is None else table(grid[1])
         self.other = table()
 
-    def forward(
+    def shares(
         self, places: list[Int[Tensor, "#b n"]], extents: list[Int[Tensor, "#b 1"]], off: Bool[Tensor, "#b n"]
-    ) -> Float[Tensor, "b h a n"]:
-        """The bias of each token: at its place, and for one off the grid its own number."""
+    ) -> Float[Tensor, "#b n f"]:
+        """How much of each number of a head and agent is in the bias of a token: at its place, or off the grid of `other`."""
         if len(places) == 1:
             places, extents = _with_one_row(places, extents)
-        tables, shares = [self.other[..., None]], [off[..., None].to(self.other.dtype)]
+        shares = [off[..., None].to(self.other.dtype)]
         on = (~off[..., None]).to(self.other.dtype)
         if self.block is not None:
             down, across = (_interpolation(*axis, BLOCK, on) for axis in zip(places, extents, strict=True))
-            tables.append(self.block.flatten(2))
             shares.append((down[..., None] * across[..., None, :]).flatten(2))
         for line, place, extent in zip((self.rows, self.columns), places, extents, strict=True):
             if line is not None:
-                tables.append(line)
                 shares.append(_interpolation(place, extent, line.shape[-1], on))
-        return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), torch.cat(shares, -1))
+        return torch.cat(shares, -1)
+
+    def forward(self, shares: Float[Tensor, "#b n f"]) -> Float[Tensor, "#b h a n"]:
+        """The bias of each token; `shares` of one table serve all of the same kind and grid."""
+        block = None if self.block is None else self.block.flatten(2)
+        tables = [table for table in (self.other[..., None], block, self.rows, self.columns) if table is not None]
+        return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), shares)
 
 
 def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
@@ -80,11 +81,10 @@ def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Floa
 
     As `torch.nn.functional.interpolate` resizes in its linear modes, without aligned corners.
     """
-    at = ((place.to(on.dtype) + 0.5) * size / extent.clamp(min=1) - 0.5).clamp(min=0, max=size - 1)
-    low = at.floor().long()
-    high = (low + 1).clamp(max=size - 1)
-    above = (at - low)[..., None]
-    return on * (F.one_hot(low, size) * (1 - above) + F.one_hot(high, size) * above)
+    place = place.to(wide_dtype(on))
+    at = ((place + 0.5) * size / extent.clamp(min=1) - 0.5).clamp(min=0, max=size - 1)
+    numbers = torch.arange(size, device=on.device, dtype=place.dtype)
+    return on * (1 - (at[..., None] - numbers).abs()).clamp(min=0).to(on.dtype)
 
 
 class ConvolvedAgents(nn.Module):
@@ -107,7 +107,7 @@ class ConvolvedAgents(nn.Module):
         """Agents of each row of a right-padded `x`, on the grid of the context, if there is one."""
         if self.cross:
             context = context.replace(roles=None)  # they are the memory's, and refused where it is read
-        tokens = _grid_tokens(context, x, lengths)
+        tokens = grid_tokens(context, x, lengths)
         sides = agent_sides(self.number, context.grid)
         places, extents = _places(tokens, x.shape[1], context.grid, x.device, padded=lengths is not None)
         if len(sides) == 1:
@@ -163,11 +163,12 @@ class AgentInputs(Projection):
         if self.gather_bias is None or self.share_bias is None or x is None:
             return heads
         batch, n = x.shape[:2]
-        tokens = _grid_tokens(context, x, lengths)
+        tokens = grid_tokens(context, x, lengths)
         places = _places(tokens, n, _two_sides(context.grid), x.device, padded=lengths is not None)
         off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens
-        gather = self.gather_bias(*places, off).expand(batch, -1, -1, -1)
-        share = self.share_bias(*places, off).mT.expand(batch, -1, -1, -1)
+        shares = self.gather_bias.shares(*places, off)
+        gather = self.gather_bias(shares).expand(batch, -1, -1, -1)
+        share = self.share_bias(shares).mT.expand(batch, -1, -1, -1)
         return {**heads, "gather_bias": gather, "share_bias": share}
 
 
@@ -179,15 +180,7 @@ def _two_sides(grid: tuple[int, ...] | None) -> tuple[int, ...] | None:
     return grid
 
 
-def _grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Tensor, "b n"] | None:
-    """Tokens of a layer's right-padded `x` that lie on the grid; None when all do."""
-    roles = context.roles
-    if roles is not None:
-        roles = gathering(context.mask, roles.shape[0], roles.shape[1], roles.device).gather(roles, axis=1)
-    return _tokens(None if lengths is None else valid_from_lengths(lengths, x.shape[1]), roles)
-
-
-class DepthwiseConvolution(Merge):
+class DepthwiseConvolution(GridConvolution):
     """Adds a 3 x 3 depthwise convolution of the values (or of the layer's input) on the grid to the head outputs.
 
     Args:
@@ -195,42 +188,7 @@ class DepthwiseConvolution(Merge):
     """
 
     def __init__(self, spec: LayerSpec) -> None:
-        super().__init__()
-        self.heads, width, of = spec.heads, spec.heads * spec.value_dim, spec.config.dwc
-        noncausal = spec.pattern is Pattern.NONCAUSAL_SELF
-        if of in ("value", "input") and not noncausal:
-            raise Unsupported(f"dwc={of!r} in {spec.pattern.value}", supported="noncausal-self", nearest="dwc='none'")
-        if of == "input" and spec.dim != width:
-            raise Unsupported(
-                f"dwc='input' with dim={spec.dim} and values of {width}",
-                supported="equal widths",
-                nearest="dwc='value'",
-            )
-        self.of = ("value" if noncausal else "none") if of == "auto" else of
-        self.convolution = None if self.of == "none" else nn.Conv2d(width, width, 3, padding=1, groups=width)
-
-    def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
-        x, context, lengths = call.x, call.context, call.lengths
-        assert x is not None  # outputs are those of tokens
-        if self.convolution is None or x.shape[1] == 0:
-            return output
-        source = x if self.of == "input" else repeat_groups(heads["v"], self.heads).transpose(1, 2).flatten(2)
-        n = x.shape[1]
-        tokens = _grid_tokens(context, x, lengths)
-        layout = gathering(None if tokens is None else Mask(valid=tokens), x.shape[0], n, x.device)
-        on_grid = layout.gather(source, axis=1)
-        total = torch.full((1, 1), n, device="cpu") if layout.lengths is None else layout.lengths[:, None]
-        height, width = self._sides(context.grid, n, total, padded=lengths is not None)
-        placed = F.pad(on_grid, (0, 0, 0, height * width - n))  # a negative pad cuts slots that hold no token
-        convolved = self.convolution(placed.mT.unflatten(-1, (height, width))).flatten(2).mT
-        local = layout.scatter(F.pad(convolved, (0, 0, 0, n - height * width)), axis=1)
-        return output + local.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    @staticmethod
-    def _sides(grid: tuple[int, ...] | None, n: int, total: Tensor, *, padded: bool) -> tuple[int, int]:
-        if grid is None:
-            return 1, n
-        if len(grid) > 2:
-            raise Unsupported(f"dwc on a grid {tuple(grid)}", supported="one or two sides", nearest="dwc='none'")
-        check_grid(grid, total, padded=padded)
-        return (1, grid[0]) if len(grid) == 1 else (grid[0], grid[1])
+        of = spec.config.dwc
+        if of == "auto":
+            of = "value" if spec.pattern is Pattern.NONCAUSAL_SELF else "none"
+        super().__init__(spec, 0 if of == "none" else 3, of, asked=f"dwc={of!r}", without="dwc='none'")

@@ -234,7 +234,7 @@ def _grid(call: Call, c: Float[Tensor, "h *offsets"], n: int) -> tuple[int, ...]
 def with_place(call: Call, grid: Sequence[int], k: Float[Tensor, "b h m d"]) -> Bool[Tensor, "b m"]:
     """Tokens that have a place on the grid."""
     batch, m = k.shape[0], k.shape[2]
-    token = k.new_ones(batch, m, dtype=torch.bool) if call.roles is None else call.roles == Role.TOKEN
+    token = k.new_ones(batch, m, dtype=torch.bool) if call.roles is None else call.roles == int(Role.TOKEN)
     valid = call.valid_keys(m)
     token = token if valid is None else token & valid
     if not torch.compiler.is_compiling() and token.numel():

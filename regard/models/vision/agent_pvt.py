@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Pattern, Result, Tensors, Unsupported, at_least, one_of
+from regard.contract import Context, Loss, Pattern, Result, Tensors, Unsupported, at_least, one_of
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
 from regard.layers.base import Layer
@@ -40,7 +40,7 @@ from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.layers.parts import LayerCall, Merge, Projection
 from regard.mechanisms.agent import BiasTables
-from regard.models.blocks import read_plan
+from regard.models.blocks import add_losses, read_plan
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
 from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on, resize_positions
 
@@ -102,11 +102,23 @@ class PVTConfig(BackboneConfig):
 
 def _agents(*numbers: int) -> dict[str, Any]:
     plan = [("agent", {"num_agents": number, "agent_bias": "all"}) for number in numbers]
-    return {"plan": plan, "reductions": (1, 1, 1, 1), "class_token": False}
+    return {"plan": plan, "reductions": (1,) * len(numbers), "class_token": False}
 
 
 DEPTHS = {"t": (2, 2, 2, 2), "s": (3, 4, 6, 3), "m": (3, 4, 18, 3), "l": (3, 8, 27, 3)}
 DROP_PATHS = {"t": 0.1, "s": 0.1, "m": 0.3, "l": 0.3}
+
+
+NANO: dict[str, Any] = {
+    "image_size": 32,
+    "widths": (32, 64, 128),
+    "depths": (1, 2, 1),
+    "heads": (1, 2, 4),
+    "expansions": (4, 4, 4),
+    "patch": 2,
+    "reductions": (4, 2, 1),
+}
+"""Of images of about 32 pixels."""
 
 
 class PVT(Backbone):
@@ -115,9 +127,13 @@ class PVT(Backbone):
     Config = PVTConfig
     config: PVTConfig
     sizes: ClassVar = {
-        f"{family}pvt_{size}": {"depths": depths, "drop_path": DROP_PATHS[size], **options}
-        for family, options in (("", {}), ("agent_", _agents(9, 16, 49, 49)))
-        for size, depths in DEPTHS.items()
+        "pvt_nano": NANO,
+        "agent_pvt_nano": {**NANO, **_agents(4, 4, 4)},
+        **{
+            f"{family}pvt_{size}": {"depths": depths, "drop_path": DROP_PATHS[size], **options}
+            for family, options in (("", {}), ("agent_", _agents(9, 16, 49, 49)))
+            for size, depths in DEPTHS.items()
+        },
     }
 
     def __init__(self, config: PVTConfig) -> None:
@@ -140,13 +156,27 @@ class PVT(Backbone):
     def encode(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]]]:
-        x, maps, last = images, {}, len(self.stages) - 1
+        features, maps, _ = self._run(images, keep)
+        return features, maps
+
+    def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
+        features, _, losses = self._run(self.check_images(images))
+        return Result(self.forward_head(features), None, losses)
+
+    def _run(
+        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
+    ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
+        """Tokens of the last stage, the maps of the levels in `keep`, and the losses of the layers."""
+        x, last = images, len(self.stages) - 1
+        maps: dict[int, Tensor] = {}
+        losses: dict[str, Loss] = {}
         for number, stage in enumerate(self.stages):
-            tokens, grid = stage(x, self.class_token if number == last else None)
-            x = map_of(tokens[:, -math.prod(grid) :], grid)
+            result, grid = stage(x, self.class_token if number == last else None)
+            add_losses(losses, result.losses)
+            x = map_of(result.output[:, -math.prod(grid) :], grid)
             if number in keep:
                 maps[number] = x
-        return tokens if self.norm is None else self.norm(tokens), maps
+        return result.output if self.norm is None else self.norm(result.output), maps, losses
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
         return features.mean(1) if self.class_token is None else features[:, 0]
@@ -226,8 +256,8 @@ class Stage(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "b c h w"], class_token: Float[Tensor, "1 width"] | None = None
-    ) -> tuple[Float[Tensor, "b n width"], tuple[int, int]]:
-        """Tokens, a class token before those of the map if there is one, and rows and columns of the map."""
+    ) -> tuple[Result, tuple[int, int]]:
+        """Tokens as the output, a class token before those of the map if there is one, and rows and columns of the map."""
         x = self.embedding(x)
         height, width = x.shape[2:]
         x = self.embedding_norm(tokens_of(x))
@@ -235,9 +265,12 @@ class Stage(nn.Module):
             x = torch.cat([class_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
         positions = resize_positions(self.positions, self.before, self.grid, (height, width), "bilinear")
         x = self.dropout(x + positions.to(x.dtype))
+        losses: dict[str, Loss] = {}
         for block in self.blocks:
-            x = block(x, (height, width))
-        return x, (height, width)
+            result = block(x, (height, width))
+            add_losses(losses, result.losses)
+            x = result.output
+        return Result(x, None, losses), (height, width)
 
 
 class Block(nn.Module):
@@ -262,17 +295,19 @@ class Block(nn.Module):
         self.mlp = MLP(width, config.expansions[number] * width, bias=True, dropout=config.branch_dropout)
         self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
-        x = x + self.drop_path(self.dropout(self.attend(self.norm1(x), grid)))
-        return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        """Tokens as the output, with the losses of the layer."""
+        mixed = self.attend(self.norm1(x), grid)
+        x = x + self.drop_path(self.dropout(mixed.output))
+        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
 
-    def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+    def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
         if self.reduction is not None and self.reduction_norm is not None:
             memory = self.reduction_norm(tokens_of(self.reduction(map_of(x, grid))))
-            return self.attention(x, memory, context=Context(grid=grid)).output
+            return self.attention(x, memory, context=Context(grid=grid))
         before = x.shape[1] - math.prod(grid)
         context = context_of(grid, before, x) if self.sees_class or not before else Context()
-        return self.attention(x, context=context).output
+        return self.attention(x, context=context)
 
 
 AGENT_DEFAULTS = {"agent_bias": "none", "bias_grid": None, "dwc": "auto"}
@@ -283,7 +318,7 @@ def make_attention(
     entry: tuple[str, Mapping[str, Any]], width: int, heads: int, reduction: int, grid: tuple[int, int]
 ) -> Layer:
     """The layer of a stage's plan; in cross patterns where keys and values are those of a reduced map."""
-    name, options = entry[0], {"bias": True, **options_on(entry[1], grid)}
+    name, options = entry[0], options_on(entry, grid, bias=True)
     if reduction == 1:
         return create_layer(name, width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
     if name != "agent":
@@ -325,8 +360,9 @@ class ReducedBiases(Projection):
         assert call.x is not None
         grid: Any = call.context.grid
         batch, device = len(call.x), call.x.device
-        gather = self.gather_bias(*_everywhere((grid[0] // self.reduction, grid[1] // self.reduction), device))
-        share = self.share_bias(*_everywhere(grid, device))
+        reduced = (grid[0] // self.reduction, grid[1] // self.reduction)
+        gather = self.gather_bias(self.gather_bias.shares(*_everywhere(reduced, device)))
+        share = self.share_bias(self.share_bias.shares(*_everywhere(grid, device)))
         return {
             **heads,
             "gather_bias": gather.expand(batch, -1, -1, -1),

@@ -7,6 +7,7 @@ channels-last memory format, so that the same memory is tokens (B, H * W, C), ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Unsupported, at_least
+from regard.contract import Result, Unsupported, at_least
 from regard.layers.linear import make_linear
 
 if TYPE_CHECKING:
@@ -146,6 +147,10 @@ class Backbone(nn.Module):
         """Logits (B, num_classes); pooled features (B, num_features) where there are no classes."""
         return self.forward_head(self.forward_features(images))
 
+    def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
+        """Logits as the output, with the auxiliary losses of layers that have some, each (sum, count), for training to add."""
+        return Result(self(images))
+
     def forward_intermediates(
         self,
         images: Float[Tensor, "b c h w"],
@@ -243,5 +248,7 @@ def tokens_of(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
 
 
 def map_of(tokens: Float[Tensor, "b n c"], grid: Sequence[int]) -> Float[Tensor, "b c h w"]:
-    """Tokens, row by row, as a map, channels-last."""
+    """Tokens, row by row, as a map, channels-last; raises Unsupported for fewer tokens, as where some were merged."""
+    if tokens.shape[1] != math.prod(grid):
+        raise Unsupported(f"a map of {tokens.shape[1]} tokens", supported=" x ".join(map(str, grid)) + " tokens")
     return tokens.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.catalogue import get_mechanism
 from regard.contract import Context, Role
+from regard.models.blocks import layer_accepts
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,10 +42,12 @@ def context_of(grid: tuple[int, int], before: int, x: Float[Tensor, "b n c"]) ->
     return Context(grid=grid, roles=roles)
 
 
-def options_on(options: Mapping[str, Any], grid: tuple[int, int]) -> dict[str, Any]:
-    """Options of a layer; agent attention has its biases of rows and columns for this grid, unless they name another."""
-    lines = options.get("agent_bias") in ("lines", "all")
-    return {**({"bias_grid": grid} if lines else {}), **options}
+def options_on(entry: tuple[str, Mapping[str, Any]], grid: tuple[int, int], *, bias: bool) -> dict[str, Any]:
+    """Options of a plan's entry, with what it does not say: biases of projections, and the grid of agent attention's."""
+    name, options = entry
+    lines = {"bias_grid": grid} if options.get("agent_bias") in ("lines", "all") else {}
+    biased = {"bias": bias} if layer_accepts(get_mechanism(name), "bias") else {}
+    return {**lines, **biased, **options}
 
 
 def resize_positions(

@@ -123,6 +123,15 @@ class PyramidTNT(Backbone):
 
     Config = PyramidTNTConfig
     sizes: ClassVar = {
+        "pyramid_tnt_nano": {
+            "image_size": 32,
+            "widths": (64, 128),
+            "heads": (2, 4),
+            "inner_widths": (8, 16),
+            "inner_heads": (2, 4),
+            "depths": (2, 2),
+            "reductions": (1, 1),
+        },
         "pyramid_tnt_ti": _size(80, 5, 2, 1, (2, 6, 3, 2), 192),
         "pyramid_tnt_s": _size(128, 8, 4, 2, (2, 8, 4, 2), 256),
         "pyramid_tnt_m": _size(192, 12, 4, 2, (2, 8, 6, 2), 256),

@@ -114,6 +114,16 @@ class TNT(Backbone):
 
     Config = TNTConfig
     sizes: ClassVar = {
+        "tnt_nano": {
+            "image_size": 32,
+            "patch": 8,
+            "stride": 2,
+            "width": 96,
+            "heads": 3,
+            "inner_width": 8,
+            "inner_heads": 2,
+            "depth": 6,
+        },
         "tnt_ti": {"width": 192, "heads": 3, "inner_width": 12, "inner_heads": 2, "drop_path": 0.1},
         "tnt_s": {"width": 384, "heads": 6, "inner_width": 24, "drop_path": 0.1},
         "tnt_b": {"width": 640, "heads": 10, "inner_width": 40, "drop_path": 0.1},

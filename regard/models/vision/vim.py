@@ -72,6 +72,7 @@ class Vim(Backbone):
 
     Config = VimConfig
     sizes: ClassVar = {
+        "vim_nano": {"image_size": 32, "patch": 4, "stride": 4, "width": 96, "depth": 6},
         "vim_t": {"width": 192, "drop_path": 0.1},
         "vim_s": {"width": 384, "drop_path": 0.1},
         "vim_b": {"width": 768, "drop_path": 0.1},

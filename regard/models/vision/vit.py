@@ -12,11 +12,11 @@ patches lie on their grid; other layers see a row of tokens, which is a grid whe
 Agent-DeiT (Han et al., arXiv 2312.08874) has agent attention with all its biases: in all layers of T and S with 49 agents, in
 the first 4 of B with 81.
 
-``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842) and are not published
-models: the paper's MoH-ViT is TransNeXt, with cosine attention in a pyramid. The blocks here are those that the paper gives
-for plain attention; of 12 heads 3 are shared and 6 of the other 9 active, as in the 12-head stage of its S model, and of 6
-heads 2 are shared and 2 of the other 4 active. :meth:`VisionTransformer.forward_with_losses` gives the balance loss of the
-routers, which training adds with a weight of 0.01.
+``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842). They are not published
+models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own. Its routers, gates and
+balance loss are those of the catalogue's ``mixture_of_heads``; of 12 heads 3 are shared and 6 of the other 9 active, as in the
+stage of 12 heads of its S model, and of 6 heads 2 are shared and 2 of the other 4 active.
+:meth:`VisionTransformer.forward_with_losses` gives the balance loss, which training adds with a weight of 0.01.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.catalogue import get_mechanism
 from regard.contract import Context, Loss, Pattern, Result, Unsupported, at_least, one_of
 from regard.layers.attention import AttentionLayer
 from regard.layers.drop_path import DropPath, drop_path_rates
@@ -43,7 +42,6 @@ from regard.models.blocks import (
     check_plan,
     check_sequences,
     input_positions,
-    layer_accepts,
     read_plan,
 )
 from regard.models.stack import StackConfig
@@ -73,7 +71,8 @@ class VisionTransformerConfig(BackboneConfig):
             have a scheme of their own beside them (`positions` in the plan's options).
         pool: ``class``, a class token, or ``mean``, that of the patches, without a class token.
         distillation_token: a second class token, with a head of its own; the logits are the mean of both heads'.
-        bias: of the projections of attention layers, where the plan does not say.
+        bias: of the projections of attention layers, where the plan does not say. Those of an attention layer inside a wrapper
+            have what the plan's `mechanism_options` say.
         layer_scale: factors of both branches at the start; None for none.
         branch_dropout: of the tokens at the start, and at the end of each branch.
     """
@@ -133,6 +132,7 @@ class VisionTransformer(Backbone):
     Config = VisionTransformerConfig
     config: VisionTransformerConfig
     sizes: ClassVar = {
+        "vit_nano": {"image_size": 32, "patch": 4, "dim": 96, "num_layers": 6, "num_heads": 3},
         "vit_t": {"dim": 192, "num_heads": 3},
         "vit_s": {"dim": 384, "num_heads": 6},
         "vit_b": {"dim": 768, "num_heads": 12},
@@ -255,7 +255,6 @@ class VisionTransformer(Backbone):
         return self._two_heads(self.forward_features(images))
 
     def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
-        """Logits as the output, with the auxiliary losses of the layers, each (sum, count) over those that have it."""
         features, _, losses = self._run(self.check_images(images))
         return Result(self.forward_head(features), None, losses)
 
@@ -368,13 +367,11 @@ class _BlockShape:
 
 def _entry(entry: tuple[str, Mapping[str, Any]], config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
     """A plan's entry with what a vision transformer's layers have where it says nothing."""
-    name, options = entry[0], options_on(entry[1], config.grid)
-    if layer_accepts(get_mechanism(name), "bias"):
-        options = {"bias": config.bias, **options}
+    options = options_on(entry, config.grid, bias=config.bias)
     if options.get("feed_forward") != 0 and "feed_forward_kind" not in options:
         options |= {"feed_forward_kind": "gelu"}
         options["feed_forward_options"] = {"bias": True, **options.get("feed_forward_options", {})}
-    return name, options
+    return entry[0], options
 
 
 def _places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

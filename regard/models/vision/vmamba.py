@@ -71,6 +71,7 @@ class VMamba(Backbone):
 
     Config = VMambaConfig
     sizes: ClassVar = {
+        "vmamba_nano": {"image_size": 32, "widths": (32, 64, 128), "depths": (1, 2, 1)},
         "vmamba_t": {"drop_path": 0.2},
         "vmamba_s": {"depths": (2, 2, 15, 2), "expand": 2.0, "drop_path": 0.3},
         "vmamba_b": {"widths": (128, 256, 512, 1024), "depths": (2, 2, 15, 2), "expand": 2.0, "drop_path": 0.6},

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import close, load, recorded_state, refused
+from support import close, load, recorded_state, refused, shaken
 from torch import Tensor
 
 from regard.contract import Context
@@ -131,11 +131,28 @@ def test_agents_of_the_last_stage_may_stand_beside_a_class_token() -> None:
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
-def test_training_drops_tokens_and_paths() -> None:
-    x = torch.randn(8, 3, 64, 64, dtype=torch.float64)
-    for changed in ({"drop_path": 0.4}, {"branch_dropout": 0.4}):
-        model = tiny(**changed)
-        assert not torch.equal(model(x), model.train()(x))
+def test_losses_of_layers_come_with_the_logits() -> None:
+    model, x = tiny(plan=["softmax", "softmax", "mixture_of_heads", "softmax"]), torch.randn(2, 3, 64, 64).double()
+    result = model.forward_with_losses(x)
+    close(result.output, model(x))
+    assert result.losses["load_balance"][1] == 1
+
+
+def test_stochastic_depth_leaves_out_each_branch_of_each_example_alone() -> None:
+    block, x = tiny(drop_path=0.6).stages[3].blocks[0], torch.randn(64, 4, 32, dtype=torch.float64)
+    with torch.no_grad():
+        found = block.train()(x, (2, 2)).output
+        mixed = x + block.attend(block.norm1(x), (2, 2)).output / 0.4
+        kept = [y + block.mlp(block.norm2(y)) / 0.4 for y in (x, mixed)]
+    same = torch.stack([(found - y).abs().amax((1, 2)) < 1e-12 for y in (x, mixed, *kept)])
+    assert same.any(0).all()
+    assert same.any(1).all()
+
+
+def test_dropped_tokens_and_branches_leave_the_norm_and_the_head() -> None:
+    model = shaken(tiny(branch_dropout=1 - 1e-9)).train()
+    found = model(torch.randn(2, 3, 64, 64, dtype=torch.float64))
+    close(found, model.head(model.norm.bias).expand(2, -1))
 
 
 def test_what_cannot_be_done_is_refused() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import close, load, recorded_state, refused
+from support import close, load, recorded_state, refused, shaken
 from torch import Tensor, nn
 
+from regard.contract import Context
 from regard.models.parameters import count_parameters
 from regard.models.vision import create_backbone
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
@@ -126,8 +127,11 @@ def test_agent_biases_of_a_row_are_those_of_a_whole_row_of_a_map_that_is_not_squ
     ("plan", "options"),
     [
         ([("softmax", {"positions": "rotary"}), ("gated_linear", {}), ("linear", {"feed_forward": 0})], {}),
-        ([("agent", {"num_agents": 4}), ("longformer", {"window": 4}), ("fnet", {})], {"positions": "sinusoidal"}),
-        ([("large_kernel", {"kernel": 3, "dilation": 1}), ("bidirectional_mamba", {}), AGENTS], {"pool": "mean"}),
+        (
+            [("agent", {"num_agents": 4}), ("longformer", {"window": 4}), ("bidirectional_mamba", {})],
+            {"positions": "sinusoidal"},
+        ),
+        ([("large_kernel", {"kernel": 3, "dilation": 1}), ("fnet", {}), AGENTS], {"pool": "mean"}),
         ("softmax", {"positions": "alibi"}),
         ("softmax", {"positions": "auto", "distillation_token": True}),
     ],
@@ -137,6 +141,13 @@ def test_layers_may_have_any_mechanism(plan: object, options: dict[str, object])
     (2 * model(x)).square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
+
+
+@pytest.mark.parametrize("entry", [AGENTS, ("kernelized_rpe", {"max_offset": (4, 4)})], ids=["agent", "kernelized_rpe"])
+def test_layers_that_are_told_the_class_token_are_compiled(entry: object) -> None:
+    model, x = tiny(plan=[entry], num_layers=1), images()
+    with torch.no_grad():
+        close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "none", "rotary"])
@@ -192,13 +203,26 @@ def test_routers_of_published_head_counts_add_their_weights_alone() -> None:
         assert counts[0] - counts[1] == 12 * routers
 
 
-def test_training_drops_tokens_and_paths_and_starts_as_deit() -> None:
-    model = tiny(drop_path=0.4)
-    assert [block.drop_path.probability for block in model.blocks] == [0.0, 0.2, 0.4]
-    x = images().repeat(8, 1, 1, 1)
-    for changed in ({"drop_path": 0.4}, {"branch_dropout": 0.4}):
-        model = tiny(**changed)
-        assert not torch.equal(model(x), model.train()(x))
+def test_stochastic_depth_leaves_out_each_branch_of_each_example_alone() -> None:
+    model = tiny(drop_path=0.6)
+    assert [block.drop_path.probability for block in model.blocks] == pytest.approx([0.0, 0.3, 0.6])
+    block, x = model.blocks[2], torch.randn(64, 4, 16, dtype=torch.float64)
+    context = Context()
+    with torch.no_grad():
+        found = block.train()(x, context=context).output
+        mixed = x + block.mix(x, context=context).output / 0.4
+        kept = [y + block.feed(y, context=context) / 0.4 for y in (x, mixed)]
+    same = torch.stack([(found - y).abs().amax((1, 2)) < 1e-12 for y in (x, mixed, *kept)])
+    assert same.any(0).all()
+    assert same.any(1).all()
+
+
+def test_dropped_tokens_and_branches_leave_the_norm_and_the_head() -> None:
+    model = shaken(tiny(branch_dropout=1 - 1e-9)).train()
+    close(model(images()), model.head(model.norm.bias).expand(2, -1))
+
+
+def test_layers_start_as_those_of_deit() -> None:
     block = create_backbone("deit_t", num_classes=0, image_size=32).blocks[1]
     for linear in (block.mixer.query, block.mixer.output, block.feed_forward.up):
         assert float(linear.weight.detach().std()) == pytest.approx(0.02, rel=0.1)

@@ -1,0 +1,119 @@
+"""A depthwise convolution of values on their grid, added to the heads that come out of a mechanism.
+
+Agent attention's DWC (arXiv 2312.08874, equation 8) and BiFormer's local context enhancement (arXiv 2303.08810, equation 7).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import Context, LayerSpec, Mask, Pattern, Result, Role, Tensors, Unsupported, valid_from_lengths
+from regard.core.ragged import Gathering, gathering, gathering_in_place
+from regard.layers.parts import LayerCall, Merge
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
+
+class GridConvolution(Merge):
+    """Adds a depthwise convolution of the values (or of the layer's input) on the grid to the head outputs.
+
+    A sequence without a grid is one row of a grid. Places without a token are zeros.
+
+    Args:
+        spec: of the layer.
+        side: of the filters, odd, with zeros around the grid; 0 for none.
+        of: ``value``, or ``input``, which needs dim = heads * value_dim.
+        asked: the option that asks for it, as a call has it.
+        without: the option that does not.
+
+    Raises:
+        Unsupported: in other patterns than noncausal-self, and for inputs and values of unequal width.
+    """
+
+    def __init__(self, spec: LayerSpec, side: int, of: str, *, asked: str, without: str) -> None:
+        super().__init__()
+        self.heads, width = spec.heads, spec.heads * spec.value_dim
+        self.of, self.asked, self.without = of, asked, without
+        if side and spec.pattern is not Pattern.NONCAUSAL_SELF:
+            raise Unsupported(f"{asked} in {spec.pattern.value}", supported="noncausal-self", nearest=without)
+        if side and of == "input" and spec.dim != width:
+            raise Unsupported(
+                f"{asked} with dim={spec.dim} and values of {width}", supported="equal widths", nearest=without
+            )
+        self.convolution = nn.Conv2d(width, width, side, padding=side // 2, groups=width) if side else None
+
+    def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
+        x, context, lengths = call.x, call.context, call.lengths
+        assert x is not None  # outputs are those of tokens
+        if self.convolution is None or x.shape[1] == 0:
+            return output
+        n = x.shape[1]
+        source = x
+        if self.of == "value":
+            v = heads["v"]
+            v = v if v.shape[1] == self.heads else v.repeat_interleave(self.heads // v.shape[1], 1)
+            source = v.transpose(1, 2).flatten(2)
+        layout = self._layout(x, context, lengths)
+        placed = layout.gather(source, axis=1)
+        total = torch.full((1, 1), n, device="cpu") if layout.lengths is None else layout.lengths[:, None]
+        height, width = self._sides(context.grid, n, total, padded=lengths is not None)
+        spare = n - height * width
+        if spare:
+            placed = F.pad(placed, (0, 0, 0, -spare))  # a negative pad cuts slots that hold no token
+        local = self.convolution(placed.mT.unflatten(-1, (height, width))).flatten(2).mT
+        if spare:
+            local = F.pad(local, (0, 0, 0, spare))
+        return output + layout.scatter(local, axis=1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def _layout(x: Tensor, context: Context, lengths: Tensor | None) -> Gathering:
+        if lengths is None and context.roles is None and context.grid is not None:  # the tokens are in their places
+            return gathering_in_place(context.mask, x.shape[0], x.shape[1], context.grid, x.device)
+        tokens = grid_tokens(context, x, lengths)
+        return gathering(None if tokens is None else Mask(valid=tokens), x.shape[0], x.shape[1], x.device)
+
+    def _sides(self, grid: tuple[int, ...] | None, n: int, total: Tensor, *, padded: bool) -> tuple[int, int]:
+        if grid is None:
+            return 1, n
+        if len(grid) > 2:
+            raise Unsupported(
+                f"{self.asked} on a grid {tuple(grid)}", supported="one or two sides", nearest=self.without
+            )
+        check_grid(grid, total, padded=padded)
+        return (1, grid[0]) if len(grid) == 1 else (grid[0], grid[1])
+
+
+def grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Tensor, "b n"] | None:
+    """Tokens of a layer's right-padded `x` that lie on the grid; None when all do."""
+    roles = context.roles
+    if roles is not None:
+        roles = gathering(context.mask, roles.shape[0], roles.shape[1], roles.device).gather(roles, axis=1)
+    return tokens_alone(None if lengths is None else valid_from_lengths(lengths, x.shape[1]), roles)
+
+
+def tokens_alone(valid: Bool[Tensor, "b n"] | None, roles: Int[Tensor, "b n"] | None) -> Bool[Tensor, "b n"] | None:
+    """Valid tokens whose role is TOKEN; None when all are."""
+    if roles is None:
+        return valid
+    ordinary = roles == int(Role.TOKEN)  # a graph would compare with the name, not the number
+    return ordinary if valid is None else valid & ordinary
+
+
+def check_grid(grid: tuple[int, ...], total: Int[Tensor, "#b 1"], *, padded: bool) -> None:
+    """Raise Unsupported unless each row's tokens fill the grid (a padded row: at most fill it).
+
+    Not checked in a graph, nor without numbers. A `total` that is known without looking is on the CPU, where nothing waits.
+    """
+    if torch.compiler.is_compiling() or total.is_meta or total.numel() == 0:
+        return
+    least, most, places = int(total.min()), int(total.max()), math.prod(grid)
+    if most > places or (least < places and not padded):
+        raise Unsupported(
+            f"a grid {tuple(grid)} of {least if most <= places else most} tokens", supported=f"{places} tokens"
+        )

@@ -1,0 +1,183 @@
+"""Fewer tokens: the official code's outputs, what merging keeps, and that nothing removed is nothing changed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import close, load, recorded_state, refused
+from torch import Tensor, nn
+
+from regard.compression.tokens import METHODS, Evidence, Tokens, reduce_tokens
+from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
+
+SMALL: dict[str, Any] = {
+    "image_size": 32,
+    "patch": 8,
+    "dim": 16,
+    "num_layers": 3,
+    "num_heads": 2,
+    "expansion": 2,
+    "num_classes": 5,
+}
+PATCHES = 16
+
+
+def small(**changed: object) -> VisionTransformer:
+    return VisionTransformer(VisionTransformerConfig(**{**SMALL, **changed})).double().eval()
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, dtype=torch.float64)
+
+
+def tokens(batch: int = 2, n: int = 13, protected: int = 1) -> tuple[Tokens, Evidence]:
+    """Tokens that have been merged before, and what an attention layer says of them."""
+    made = Tokens.begin(torch.randn(batch, n, 6, dtype=torch.float64), protected)
+    sizes = torch.randint(1, 4, (batch, n)).double()
+    evidence = Evidence(torch.randn(batch, n, 4, dtype=torch.float64), torch.randn(batch, n).double().softmax(-1))
+    return Tokens(made.x, sizes, made.places, protected), evidence
+
+
+def test_outputs_of_the_official_token_merging() -> None:
+    recording = load("vision_tome")
+    model = small()
+    model.load_released(recorded_state("vision_tome"))
+    reduction = reduce_tokens(model, "tome", remove=3)
+    close(model(recording["images"].double()), recording["output"])
+    assert reduction.counts == [14, 11, 8]
+    for found, expected in zip(reduction.tokens.places, recording["source"], strict=True):
+        assert torch.equal(found[:, None] == found, expected[:, None] == expected)
+
+
+def test_outputs_of_the_official_evit() -> None:
+    recording = load("vision_evit")
+    model = small()
+    model.load_released(recorded_state("vision_evit"))
+    chosen = {1: 0.7, 2: 0.6}
+    kept = [PATCHES, math.ceil(0.7 * PATCHES) + 1]
+    removed = [0, PATCHES - (kept[1] - 1), kept[1] - math.ceil(chosen[2] * kept[1])]
+    reduction = reduce_tokens(model, "evit", remove=removed)
+    close(model(recording["images"].double()), recording["output"])
+    reduction.undo()
+    reduction = reduce_tokens(model, "evit", keep=0.7, blocks=[1])
+    model(recording["images"].double())
+    assert reduction.counts == [1 + PATCHES, 1 + kept[1], 1 + kept[1]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_nothing_is_removed_the_output_is_the_same_and_undo_gives_the_model_back(method: str) -> None:
+    model, x = small(), images()
+    whole = model(x)
+    state = set(model.state_dict())
+    reduction = reduce_tokens(model, method, remove=0)
+    assert torch.equal(model(x), whole)
+    reduction.undo()
+    reduction = reduce_tokens(model, method, keep=0.5, blocks=[0])
+    assert not torch.allclose(model(x), whole) and set(model.state_dict()) == state
+    left = PATCHES // 2 + (method == "evit")
+    assert reduction.counts == [1 + left] * 3
+    places = reduction.tokens.places
+    assert (places[:, 0] == 0).all() and int(places.max()) == left
+    reduction.undo()
+    assert torch.equal(model(x), whole) and type(model.blocks[0]).__name__ == "VisionBlock"
+
+
+@pytest.mark.parametrize("method", ["tome", "mean"])
+def test_merging_keeps_what_all_tokens_stand_for_and_their_sum(method: str) -> None:
+    before, evidence = tokens()
+    after = METHODS[method](before, evidence, 5)
+    assert after.x.shape[1] == 8
+    close(after.sizes.sum(1), before.sizes.sum(1))
+    close((after.sizes[..., None] * after.x).sum(1), (before.sizes[..., None] * before.x).sum(1))
+    close(after.x[:, 0], before.x[:, 0])
+
+
+@pytest.mark.parametrize("protected", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_class_tokens_stay_first_and_alone(method: str, protected: int) -> None:
+    before, evidence = tokens(protected=protected)
+    after = METHODS[method](before, evidence, 5)
+    close(after.x[:, :protected], before.x[:, :protected])
+    assert torch.equal(after.places[:, :protected], torch.arange(protected).expand(2, -1))
+    assert (after.places[:, protected:] != 0).all()
+
+
+def test_merged_duplicates_with_proportional_attention_are_what_they_were_alone() -> None:
+    model = small(num_layers=2)
+    twice = images(1)
+    twice[..., 8:16] = twice[..., :8]  # the second column of patches repeats the first, and the fourth the third
+    twice[..., 24:] = twice[..., 16:24]
+    with torch.no_grad():
+        model.positions[1:] = model.positions[1:].mean(0)
+    whole = model(twice)
+    reduction = reduce_tokens(model, "tome", remove=[8, 0])
+    close(model(twice), whole)
+    assert reduction.counts == [9, 9] and reduction.tokens.sizes[0].tolist() == [1.0] + [2.0] * 8
+    reduction.undo()
+    reduce_tokens(model, "tome", remove=[8, 0], proportional=False)
+    assert not torch.allclose(model(twice), whole)
+
+
+def test_the_fused_token_is_the_sum_weighted_by_attention_and_keeping_more_drops_none_kept_before() -> None:
+    before, evidence = tokens()
+    few, more = (METHODS["evit"](before, evidence, remove) for remove in (8, 4))
+    for row in range(2):
+        lost = few.places[row] == few.x.shape[1] - 1
+        assert int(lost.sum()) == 8
+        close(few.x[row, -1], (evidence.scores[row, lost, None] * before.x[row, lost]).sum(0))
+        assert not ((few.places[row] < few.x.shape[1] - 1) & (more.places[row] == more.x.shape[1] - 1)).any()
+
+
+def test_a_row_of_a_batch_is_reduced_as_it_is_alone() -> None:
+    model, x = small(), images(3)
+    for method in ("tome", "evit", "stride", "mean"):
+        reduction = reduce_tokens(model, method, remove=(3, 0.5))
+        close(model(x)[1:2], model(x[1:2]))
+        reduction.undo()
+
+
+def test_a_model_of_timm_is_reduced_as_the_same_model_here() -> None:
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    other = timm.VisionTransformer(
+        img_size=32, patch_size=8, num_classes=5, embed_dim=16, depth=3, num_heads=2, mlp_ratio=2
+    ).double()
+    model, x = small(), images()
+    model.load_released(other.eval().state_dict())
+    for method in ("tome", "evit"):
+        reductions = [reduce_tokens(each, method, remove=3) for each in (model, other)]
+        close(other(x), model(x))
+        assert torch.equal(*(reduction.tokens.places for reduction in reductions))
+        for reduction in reductions:
+            reduction.undo()
+
+
+def test_draws_are_the_generators_and_gradients_reach_what_is_merged() -> None:
+    model, x = small(), images()
+    found = []
+    for seed in (0, 0, 1):
+        reduction = reduce_tokens(model, "random", remove=4, generator=torch.Generator().manual_seed(seed))
+        found.append(model(x).detach())
+        reduction.undo()
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    reduce_tokens(model, "tome", remove=4)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert (gradient.flatten(1).abs().amax(1) > 0).all() and gradient.isfinite().all()
+
+
+def test_what_cannot_be_reduced_is_refused() -> None:
+    model = small()
+    refused("tome", reduce_tokens, model, "tom")
+    refused("keep", reduce_tokens, model, "tome", keep=0.5, remove=3)
+    refused("0 < keep", reduce_tokens, model, "tome", keep=1.5)
+    refused("one a block", reduce_tokens, model, "tome", remove=[1, 2])
+    refused("0 to 2", reduce_tokens, model, "evit", keep=0.5, blocks=[3])
+    refused("class token", reduce_tokens, small(pool="mean"), "tome", remove=1)
+    refused("softmax", reduce_tokens, small(plan="linear"), "tome", remove=1)
+    refused("Linear", reduce_tokens, nn.Linear(2, 2), "tome", remove=1)
+    reduce_tokens(model, "tome", remove=1)
+    refused("second", reduce_tokens, model, "evit", remove=1)
+    refused("a map of", model.forward_intermediates, images())

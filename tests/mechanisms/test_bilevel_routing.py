@@ -1,0 +1,178 @@
+"""What is peculiar to bi-level routing: which regions are read, on any grid, and parity."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import calls, check_recorded, close, close_gradients, load, qkv, recorded_state, refused, shaken
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from regard import create_layer
+from regard.contract import Context, Mask
+from regard.mechanisms.bilevel_routing import MECHANISM, Config
+
+SELF, CROSS = "noncausal-self", "noncausal-cross"
+run = calls(MECHANISM, SELF)
+
+
+def make_layer(pattern=SELF, **options):
+    return create_layer("bilevel_routing", 8, 2, pattern=pattern, bias=True, **options).double()
+
+
+def numbers(grid, sizes):
+    """The region of each token, where regions divide the sides of a grid."""
+    (height, width), (h, w) = grid, sizes
+    return (torch.arange(height)[:, None] // h * (width // w) + torch.arange(width) // w).flatten()
+
+
+def chosen_regions(q, k, of, top):
+    """(B, regions, regions): whether the first reads the second."""
+    inside = torch.nn.functional.one_hot(of).double()
+    means = [inside.T @ x.transpose(1, 2).flatten(2) for x in (q, k)]
+    best = (means[0] @ means[1].mT).topk(top).indices
+    return torch.zeros(len(q), *(inside.shape[1],) * 2, dtype=torch.bool).scatter(2, best, True)
+
+
+@pytest.mark.parametrize("scale_by", ["dim", "head_dim"])
+def test_gathered_regions_are_dense_attention_with_the_others_hidden(scale_by):
+    """Gradients too: none flows through the choice."""
+    inputs = {name: x.requires_grad_() for name, x in qkv(48, heads=3).items()}
+    q, k, v = inputs.values()
+    of = numbers((6, 8), (2, 4))
+    visible = chosen_regions(q, k, of, 3)[:, of][:, :, of][:, None]
+    scale = 0.5 / (math.sqrt(3) if scale_by == "dim" else 1)
+    expected = (scale * q @ k.mT).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    found = run(inputs, {"region_size": (2, 4), "top": 3, "scale_by": scale_by}, grid=(6, 8)).output
+    close_gradients(found, expected, inputs)
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (13, 4), (2, 3, 9), (1, 1), (11,)])
+@pytest.mark.parametrize("options", [{"windows": 3, "top": 2}, {"windows": 4, "top": 3, "routing": "head"}])
+def test_windows_divide_any_grid_with_places_missing_anywhere(grid, options):
+    """At most so many regions a side, the last ones smaller, or gone where a side is short."""
+    inputs = qkv(math.prod(grid))
+    valid = torch.rand(2, math.prod(grid)) < 0.7
+    poisoned = {name: x.masked_fill(~valid[:, None, :, None], torch.nan) for name, x in inputs.items()}
+    mask = Mask(valid=valid)
+    expected = run(inputs, options, mask=mask, grid=grid, form="reference").output
+    close(run(poisoned, options, mask=mask, grid=grid).output, expected)
+
+
+@pytest.mark.parametrize("options", [{"windows": 3, "top": 9}, {"windows": 1, "top": 1}])
+def test_a_layer_that_leaves_no_region_out_is_full_attention_and_a_local_convolution(options):
+    layer, x = shaken(make_layer(**options)), torch.randn(2, 30, 8, dtype=torch.float64)
+    q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
+    attended = ((q @ k.mT) * 8**-0.5).softmax(-1) @ v
+    local = layer.merge.convolution(v.transpose(1, 2).flatten(2).mT.unflatten(-1, (5, 6))).flatten(2).mT
+    expected = layer.output(attended.transpose(1, 2).flatten(2) + local)
+    close(layer(x, context=Context(grid=(5, 6))).output, expected)
+
+
+def test_with_one_token_a_region_a_query_reads_the_keys_of_the_highest_scores():
+    inputs = qkv(20)
+    scores = inputs["q"] @ inputs["k"].mT
+    least = scores.topk(5).values[..., -1:]
+    expected = (scores / 2).masked_fill(scores < least, -torch.inf).softmax(-1) @ inputs["v"]
+    options = {"region_size": 1, "top": 5, "routing": "head", "scale_by": "head_dim"}
+    close(run(inputs, options, grid=(4, 5)).output, expected)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_region_whose_keys_dominate_is_all_that_is_read_beside_the_own_where_that_is_forced(own):
+    inputs, of = qkv(36), numbers((6, 6), (2, 2))
+    inputs["q"] = inputs["q"].abs()
+    inputs["k"][:, :, of == 4] += 100
+    visible = (of == 4).expand(36, 36) | ((of[:, None] == of) if own else False)
+    expected = (inputs["q"] @ inputs["k"].mT / math.sqrt(8)).masked_fill(~visible, -torch.inf).softmax(-1) @ inputs["v"]
+    top = 1 if not own else 2
+    options = {"windows": 3, "top": top, "include_self": own}
+    found = run(inputs, options, grid=(6, 6)).output
+    rows = (of != 4) if own else torch.ones(36, dtype=torch.bool)  # the fourth has one more to choose
+    close(found[:, :, rows], expected[:, :, rows])
+
+
+def test_regions_moved_about_move_the_outputs():
+    inputs, of = qkv(48), numbers((6, 8), (2, 4))
+    order = torch.randperm(6)
+    moved = torch.empty(48, dtype=torch.long)
+    for region in range(6):
+        moved[of == region] = (of == order[region]).nonzero()[:, 0]
+    options = {"region_size": (2, 4), "top": 2}
+    expected = run(inputs, options, grid=(6, 8)).output[:, :, moved]
+    close(run({name: x[:, :, moved] for name, x in inputs.items()}, options, grid=(6, 8)).output, expected)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that an operator makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_nothing_of_the_size_of_all_pairs_is_made():
+    """Four times the tokens, with regions of the same size: the largest tensor grows as they do."""
+    found = []
+    for side in (16, 32):
+        inputs = qkv(side**2, batch=1, dtype=torch.float32)
+        with sdpa_kernel(SDPBackend.MATH), Largest() as largest:
+            run(inputs, {"region_size": 4, "top": 2}, grid=(side, side), backend="torch")
+        found.append(largest.numbers)
+    assert found[1] == 4 * found[0] < 32**4
+
+
+@pytest.mark.parametrize("lce_of", ["value", "input"])
+def test_an_image_padded_below_and_beside_is_as_it_is_alone(lce_of):
+    layer, x = shaken(make_layer(region_size=(2, 3), top=2, lce_of=lce_of)), torch.randn(2, 4, 6, 8).double()
+    padded = torch.full((2, 6, 12, 8), torch.nan, dtype=torch.float64)
+    padded[:, :4, :6] = x
+    valid = torch.zeros(2, 6, 12, dtype=torch.bool)
+    valid[:, :4, :6] = True
+    context = Context(Mask(valid=valid.flatten(1)), grid=(6, 12))
+    found = layer(padded.flatten(1, 2), context=context).output.unflatten(1, (6, 12))
+    close(found[:, :4, :6], layer(x.flatten(1, 2), context=Context(grid=(4, 6))).output.unflatten(1, (4, 6)))
+    assert (found[~valid] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("layer", {"windows": 3, "top": 4}),
+        ("padded_keys", {"region_size": (2, 2), "top": 5, "padded_keys": True, "lce": 3}),
+    ],
+)
+def test_parity_with_the_authors_layers(name, options):
+    """Their older one, and the newer one where regions do not divide the sides."""
+    recording, layer = load(f"bilevel_routing_{name}"), make_layer(**options)
+    weights = {}
+    for key, value in recorded_state(f"bilevel_routing_{name}").items():
+        part, kind = key.split(".")[0], key.rsplit(".", 1)[1]
+        value = value.flatten(1) if value.ndim == 4 and part != "lepe" else value
+        if part.startswith("qkv"):
+            weights |= dict(zip((f"{p}.{kind}" for p in ("query", "key", "value")), value.chunk(3), strict=True))
+        else:
+            weights[f"{'merge.convolution' if part == 'lepe' else 'output'}.{kind}"] = value
+    layer.load_state_dict(weights)
+    x = recording["x"].requires_grad_()
+    output = layer(x, context=Context(grid=tuple(recording["grid"].tolist()))).output
+    check_recorded(recording, output, {"x": x})
+
+
+def test_what_it_cannot_do_is_refused():
+    inputs = qkv(12)
+    refused("include_self", run, inputs, {"include_self": True}, pattern=CROSS)
+    refused("grid", run, inputs, pattern=CROSS, grid=(3, 4))
+    refused("sequences", run, inputs, {"region_size": (2, 2)})
+    refused("grid", run, inputs, {"region_size": (2, 2, 2)}, grid=(3, 4))
+    refused("lce=3.*noncausal-cross", make_layer, CROSS, lce=3)
+    refused("one or two sides", make_layer(), torch.randn(1, 8, 8).double(), context=Context(grid=(2, 2, 2)))
+    refused("lce=4", Config, lce=4)
+    refused("windows=3", Config, windows=3, region_size=2)
+    refused("region_size", Config, region_size=(2, 0))
