@@ -116,7 +116,7 @@ def find_paths(
             found.append(Path(None, None))
         elif valid is None:
             whole = config.scan != "strided"
-            opposite = torch.empty_like(order).scatter(0, order, torch.arange(n, device=device)) if whole else None
+            opposite = torch.zeros_like(order).scatter(0, order, torch.arange(n, device=device)) if whole else None
             found.append(Path(order, None, opposite))
         elif forward and lengths is not None:
             found.append(Path(None, lengths))
