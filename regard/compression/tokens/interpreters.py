@@ -73,7 +73,9 @@ class Interpreter(nn.Module):
         """In (0, 1) for tokens that are alive, 0 for the others."""
         x = self.norm(torch.where(alive[..., None], x, 0))
         asking = x[:, :1] if self.policy is None else self.policy.to(x.dtype).expand(len(x), 1, -1)
-        query, key = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query(asking), self.key(x)))
+        query, key = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query(asking), self.key(x))
+        )
         scores = wide(query @ key.mT * query.shape[-1] ** -0.5).sigmoid().mean(1)[:, 0]
         return torch.where(alive, scores, 0)
 
@@ -95,7 +97,7 @@ class Decision:
     @property
     def share(self) -> Float[Tensor, " b"]:
         """c, of all tokens, the class token included."""
-        return self.stays.float().mean(1)
+        return self.stays.to(self.scores.dtype).mean(1)
 
     @property
     def log_probability(self) -> Float[Tensor, " b"]:
@@ -133,7 +135,9 @@ class InterpretedTransformer(nn.Module):
         else:
             sizes = list(groups)
         if sum(sizes) != depth or min(sizes) < 1:
-            raise Unsupported(f"groups={groups} of {depth} blocks", supported=f"sizes that add up to {depth}, or a divisor")
+            raise Unsupported(
+                f"groups={groups} of {depth} blocks", supported=f"sizes that add up to {depth}, or a divisor"
+            )
         self.model, self.sizes, self.threshold = model, sizes, threshold
         config = model.config
         self.interpreters = nn.ModuleList(Interpreter(config.dim, config.num_heads, query) for _ in sizes)
@@ -156,7 +160,7 @@ class InterpretedTransformer(nn.Module):
             stays = self.decide(number, x, alive).stays
             lengths = stays.sum(1)
             longest = int(lengths.max()) if len(lengths) else 1
-            order = (~stays).to(torch.uint8).argsort(1, stable=True)[:, :longest]
+            order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
             x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
             alive = valid_from_lengths(lengths, longest)
             x = self._run(number, x, None if bool(alive.all()) else Mask(lengths=lengths))
@@ -296,7 +300,9 @@ def train_interpreters(
     """
     for group in range(len(model.sizes)):
         policy = list(model.interpreters[group].parameters())
-        trained = [p for later in range(group, len(model.sizes)) for block in model.group(later) for p in block.parameters()]
+        trained = [
+            p for later in range(group, len(model.sizes)) for block in model.group(later) for p in block.parameters()
+        ]
         trained += [*model.model.norm.parameters(), *model.model.head.parameters()]
         for part, parameters, steps, rate in (
             ("policy", policy, policy_steps, policy_rate),
