@@ -13,6 +13,7 @@ from regard.cli.compare import compare
 from regard.cli.console import errors, plain
 from regard.cli.doctor import doctor
 from regard.cli.evaluate import evaluate
+from regard.cli.explain import explain
 from regard.cli.generate import generate
 from regard.cli.new import new
 from regard.cli.predict import predict
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "generate": generate,
     "predict": predict,
+    "explain": explain,
     "reproduce": reproduce,
     "study": study,
     "doctor": doctor,

@@ -48,7 +48,7 @@ def predict(
     at_least("top", top, 1)
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)
-    paths = [path for given in images for path in _files(given)]
+    paths = [path for given in images for path in image_files(given)]
     found, skipped = [], list[str]()
     for start in range(0, len(paths), AT_ONCE):
         found += _classify(
@@ -71,7 +71,7 @@ def predict(
         console.print(Text(f"not read: {name}", style="dim"))
 
 
-def _files(given: Path) -> Iterator[Path]:
+def image_files(given: Path) -> Iterator[Path]:
     """A file itself, or the images of a folder in sorted order."""
     from regard.tasks.documents import nearest_path, walk
     from regard.tasks.images import IMAGE_SUFFIXES

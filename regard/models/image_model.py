@@ -108,16 +108,20 @@ class ImageModel(nn.Module):
         Raises:
             Unsupported: for padding, and inputs of another shape.
         """
-        context, config = given_context(context), self.config
+        context = given_context(context)
         if context.mask is not None or context.roles is not None:
-            raise Unsupported(f"a mask or roles in {config.backbone}", supported="whole images", nearest="Encoder")
-        rows, columns = context.grid or config.grid
-        patch, channels = config.patch, config.channels
+            name = self.config.backbone
+            raise Unsupported(f"a mask or roles in {name}", supported="whole images", nearest="Encoder")
+        return self.backbone.forward_with_losses(self.images(inputs, context.grid))
+
+    def images(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None = None) -> Float[Tensor, "b c h w"]:
+        """The images that patches were cut from, on the config's grid or another; raises Unsupported for another shape."""
+        rows, columns = grid or self.config.grid
+        patch, channels = self.config.patch, self.config.channels
         if inputs.ndim != 3 or inputs.shape[1:] != (rows * columns, patch * patch * channels):
             raise Unsupported(
                 f"inputs of shape {tuple(inputs.shape)}",
                 supported=f"(B, {rows * columns}, {patch * patch * channels}), the patches of a grid of {rows} x {columns}",
             )
         pixels = inputs.reshape(-1, rows, columns, patch, patch, channels)
-        images = pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * patch, columns * patch)
-        return self.backbone.forward_with_losses(images)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * patch, columns * patch)

@@ -329,7 +329,7 @@ def card(trained: TrainedModel) -> str:
     ]
     commands = [f"regard evaluate {trained.folder}"]
     if record.get("reader") is not None:
-        commands.append(f"regard predict {trained.folder} picture.jpg")
+        commands += [f"regard {verb} {trained.folder} picture.jpg" for verb in ("predict", "explain")]
     if record["tokenizer"] is not None and record["task"]["name"] == "text":
         commands.append(f'regard generate {trained.folder} "..."')
     return "\n\n".join([*lines, "```\n" + "\n".join(commands) + "\n```"]) + "\n"

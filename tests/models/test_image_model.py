@@ -87,6 +87,10 @@ def test_train_evaluate_and_predict_from_the_command_line(
     told = answer(capsys, f"predict {folder} {above} {broken} --skip-unreadable")
     assert [row["classes"][0][0] for row in told["images"]] == ["above"]
     assert len(told["skipped"]) == 1 and "broken.png" in told["skipped"][0]
+    drawn = answer(capsys, f"explain {folder} {above} --output {tmp_path / 'drawn'}")["images"]
+    assert drawn[0]["class"] == "above" and drawn[0]["method"] == "occlusion" and Path(drawn[0]["drawing"]).is_file()
+    code, _, error = run(capsys, f"explain {folder} {above} --class abov")
+    assert code == 2 and "try above" in error
     code, _, error = run(capsys, f"predict {folder} {broken}")
     assert code == 2 and "broken.png, which cannot be read as an image" in error
     code, _, error = run(capsys, f"predict {folder} {tmp_path / 'none.png'}")

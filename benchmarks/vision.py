@@ -1,0 +1,154 @@
+"""Image backbones at 224 pixels beside timm's, or beside the official code, and where linear cost pays.
+
+    pip install 'regard[vision]'
+    python benchmarks/vision.py                          # each backbone, and timm's where timm has it
+    python benchmarks/vision.py --beside official.py     # a file with MODELS = {"van_b0": a function that makes the model}
+    python benchmarks/vision.py --large                  # at which side which of them is faster than DeiT with softmax
+    python benchmarks/vision.py --names van_b0 deit_t --json
+
+Inference without gradients; what is compared alternates in one process; medians. ``torch`` is the same backbone without the
+native kernels. The floor is the time of its products and convolutions at the speed of one large product of matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from regard import backends
+from regard.measurement.timing import interleaved
+from regard.models.vision import create_backbone
+from regard.training import keep_freed_memory
+
+NAMES = (
+    "van_b0",
+    "tnt_s",
+    "biformer_t",
+    "agent_deit_t",
+    "deit_t",
+    "vim_t",
+    "vmamba_t",
+    "pvt_t",
+    "agent_pvt_t",
+    "mixer_s16",
+)
+TIMM = {
+    "tnt_s": "tnt_s_patch16_224",
+    "deit_t": "deit_tiny_patch16_224",
+    "mixer_s16": "mixer_s16_224",
+}
+LINEAR = ("van_b0", "biformer_t", "agent_deit_t", "vim_t", "vmamba_t", "agent_pvt_t")
+"""Backbones whose cost grows with the pixels, not with their square."""
+
+
+def flops(model: nn.Module, images: torch.Tensor) -> float:
+    """Of products and convolutions, as torch counts them where no native kernel hides them."""
+    with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
+        model(images)
+    return float(counter.get_total_flops())
+
+
+def peak() -> float:
+    """FLOP/s of one large product of matrices, the best of several."""
+    a = torch.randn(2048, 2048)
+    best = 0.0
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - started))
+    return best
+
+
+def in_torch(model: nn.Module, images: torch.Tensor) -> None:
+    with backends.only("torch"):
+        model(images)
+
+
+@torch.no_grad()
+def measure(names: list[str], others: dict[str, Callable[[], nn.Module]], seconds: float) -> list[dict[str, Any]]:
+    """Milliseconds of each backbone and of what stands beside it, at batches of 1 and 16."""
+    rows, speed = [], peak()
+    for name in names:
+        own = create_backbone(name).eval()
+        other = others[name]().eval() if name in others else None
+        row: dict[str, Any] = {"backbone": name, "gmac": flops(own, torch.randn(1, 3, 224, 224)) / 2e9}
+        for batch in (1, 16):
+            images = torch.randn(batch, 3, 224, 224)
+            actions: dict[str, Callable[[], object]] = {
+                "own": partial(own, images),
+                "torch": partial(in_torch, own, images),
+            }
+            if other is not None:
+                actions["other"] = partial(other, images)
+            found = interleaved(actions, seconds=seconds)
+            row[f"batch {batch}"] = {key: 1e3 * timing.median for key, timing in found.items()}
+            row[f"batch {batch}"]["floor"] = 2e12 * row["gmac"] * batch / speed
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    parts = [f"{row['backbone']:14s} {row['gmac']:5.2f} GMAC"]
+    for batch in (1, 16):
+        times = row[f"batch {batch}"]
+        beside = ", ".join(
+            f"{times[key] / times['own']:.2f}x as fast as {key}" for key in ("torch", "other") if key in times
+        )
+        parts.append(f"batch {batch}: {times['own']:.1f} ms (floor {times['floor']:.1f}), {beside}")
+    return "; ".join(parts)
+
+
+@torch.no_grad()
+def large(seconds: float, sides: tuple[int, ...] = (224, 384, 512, 768, 1024)) -> list[dict[str, Any]]:
+    """Milliseconds of one image at growing sides, of the backbones of linear cost and of DeiT with softmax."""
+    rows = []
+    for side in sides:
+        images = torch.randn(1, 3, side, side)
+        models = {name: create_backbone(name, image_size=side).eval() for name in (*LINEAR, "deit_t")}
+        found = interleaved({name: partial(model, images) for name, model in models.items()}, seconds=seconds)
+        rows.append({"side": side, **{name: 1e3 * timing.median for name, timing in found.items()}})
+        print(f"{side}: " + ", ".join(f"{n} {ms:.0f} ms" for n, ms in rows[-1].items() if n != "side"), flush=True)
+    for name in LINEAR:
+        faster = [row["side"] for row in rows if row[name] < row["deit_t"]]
+        print(
+            f"{name}: faster than deit_t from {faster[0]} pixels on" if faster else f"{name}: never faster than deit_t"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", default=list(NAMES))
+    parser.add_argument("--beside", help="a Python file with MODELS, in the place of timm's")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each comparison")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    if options.large:
+        rows = large(options.seconds)
+    elif options.beside:
+        rows = measure(options.names, runpy.run_path(options.beside)["MODELS"], options.seconds)
+    else:
+        import timm
+
+        rows = measure(
+            options.names, {name: partial(timm.create_model, other) for name, other in TIMM.items()}, options.seconds
+        )
+    if options.json:
+        print(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

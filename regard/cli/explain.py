@@ -1,0 +1,87 @@
+"""`regard explain`: what in a picture a trained model's class rests on."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from regard.cli.console import console, emit
+from regard.cli.options import DEVICE, JSON
+from regard.cli.predict import image_files
+from regard.contract import Unsupported, closest
+
+
+def explain(
+    folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    output: Annotated[Path, typer.Option(help="Folder for the drawings, one PNG an image.")] = Path("explained"),
+    of: Annotated[
+        str | None, typer.Option("--class", help="The class to explain; the likeliest when not given.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="rollout (vision transformers with softmax) or occlusion (any model); the first that fits."),
+    ] = None,
+    device: DEVICE = "cpu",
+    as_json: JSON = False,
+) -> None:
+    """Draw beside each picture what the model's class rests on: bright is what counts.
+
+    Occlusion hides parts of the picture and sees how much less likely the class becomes. Rollout follows the attention
+    weights from the class token back to the patches.
+
+    Examples:
+
+    \b
+        regard explain my_model holiday.jpg
+        regard explain my_model photos/cat/ --class dog --output drawings
+    """
+    import torch
+    from PIL import Image, ImageOps
+
+    from regard.contract import Context
+    from regard.models.weights import write_atomically
+    from regard.workbench import explain as maps
+    from regard.workbench.trained import open_trained
+
+    trained = open_trained(folder)
+    reader, model = trained.reader, trained.model(device)
+    if of is not None and of not in reader.classes:
+        raise Unsupported(
+            f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
+        )
+    told, taken = [], set[str]()
+    for path in [path for given in images for path in image_files(given)]:
+        inputs = reader.read([path])[0].to(device)
+        with torch.inference_mode():
+            logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]
+        label = int(logits.argmax()) if of is None else reader.classes.index(of)
+        used, weight = maps.explain(model, inputs, reader.grid, label, method)
+        with Image.open(path) as opened:
+            drawn = maps.draw(ImageOps.exif_transpose(opened), weight)
+        name = path.stem
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        place = output / f"{name}.png"
+        write_atomically(place, functools.partial(drawn.save, format="PNG"))
+        told.append(
+            {
+                "image": str(path),
+                "class": reader.classes[label],
+                "probability": float(logits.float().softmax(-1)[label]),
+                "method": used,
+                "drawing": str(place),
+            }
+        )
+    if as_json:
+        emit({"folder": str(folder), "images": told})
+        return
+    for row in told:
+        console.print(
+            Text(f"{row['image']}: {row['class']} ({row['probability']:.3f}), by {row['method']}: {row['drawing']}")
+        )
