@@ -136,17 +136,21 @@ class MixerConfig(PatchConfig):
 
 
 class MLPMixer(PatchNetwork):
-    """See the module; sizes ``mixer_s32`` to ``mixer_l16``, of which the number is the side of a patch."""
+    """See the module; sizes ``mixer_s32`` to ``mixer_l16``, of which the number is the side of a patch, and one for images of
+    32 pixels, ``mixer_nano``, which is not the paper's."""
 
     Config = MixerConfig
     sizes: ClassVar = {
-        f"mixer_{name}{patch}": {"patch": patch, **options}
-        for name, options in {
-            "s": {"width": 512, "hidden": 2048, "depth": 8, "token_hidden": 256},
-            "b": {"width": 768, "hidden": 3072, "depth": 12, "token_hidden": 384},
-            "l": {"width": 1024, "hidden": 4096, "depth": 24, "token_hidden": 512},
-        }.items()
-        for patch in (32, 16)
+        "mixer_nano": {"image_size": 32, "patch": 4, "width": 128, "hidden": 512, "depth": 4, "token_hidden": 64},
+        **{
+            f"mixer_{name}{patch}": {"patch": patch, **options}
+            for name, options in {
+                "s": {"width": 512, "hidden": 2048, "depth": 8, "token_hidden": 256},
+                "b": {"width": 768, "hidden": 3072, "depth": 12, "token_hidden": 384},
+                "l": {"width": 1024, "hidden": 4096, "depth": 24, "token_hidden": 512},
+            }.items()
+            for patch in (32, 16)
+        },
     }
 
     def __init__(self, config: MixerConfig) -> None:
