@@ -56,6 +56,14 @@ def test_without_an_activation_what_a_token_gets_of_another_does_not_depend_on_t
     assert (gradient("gelu") - gradient("gelu")).abs().max() > 1e-3
 
 
+def test_dropout_comes_after_both_matrices():
+    x = inputs(12, batch=20)
+    exact, found = run(x).output, run(x, dropout=0.5).output
+    kept = found != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    assert (found - 2 * exact)[kept].abs().min() > 1e-9  # what was kept is made of other hidden numbers
+
+
 def test_more_tokens_than_places_are_refused():
     refused(
         "mlp_mixer on 13 tokens.*at most 12.*length=13",

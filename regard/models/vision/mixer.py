@@ -136,11 +136,12 @@ class MixerConfig(PatchConfig):
 
 
 class MLPMixer(PatchNetwork):
-    """See the module; sizes ``mixer_s32`` to ``mixer_l16``, of which the number is the side of a patch."""
+    """See the module; sizes ``mixer_s32`` to ``mixer_l16``, of which the number is the side of a patch, and one for images of
+    32 pixels, ``mixer_nano``, which is not the paper's."""
 
     Config = MixerConfig
     sizes: ClassVar = {
-        "mixer_nano": {"image_size": 32, "patch": 4, "width": 96, "hidden": 384, "depth": 6, "token_hidden": 48},
+        "mixer_nano": {"image_size": 32, "patch": 4, "width": 128, "hidden": 512, "depth": 4, "token_hidden": 64},
         **{
             f"mixer_{name}{patch}": {"patch": patch, **options}
             for name, options in {

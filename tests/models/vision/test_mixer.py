@@ -113,21 +113,18 @@ def test_weights_of_another_image_size_write_the_same_picture_larger(name):
     refused("weights of 15 places", large.load_released, state)
 
 
-@pytest.mark.parametrize("name", ["ninformer", "activator", "mixer_s16"])
-def test_dropout_comes_after_the_last_map_too(name):
-    model = drawn(name, branch_dropout=0.5, width=64)
-    block, x = model.blocks[0].train(), torch.randn(1, 16, 64, dtype=torch.float64)
-    with torch.no_grad():
-        branch = block.tokens.weights["down"] if name == "mixer_s16" else None
-        for key, parameter in block.named_parameters():
-            if branch is None and (key.startswith("unit.project") or "unit.weights.down" in key):
-                parameter.zero_()
-        if branch is not None:
-            for parameter in block.tokens.weights.values():
-                parameter.zero_()
-        added = block(x, Context(grid=(4, 4))) - x
-    assert 0.35 < (added == 0).double().mean() < 0.65
-    assert model.eval()(images()).isfinite().all()
+@pytest.mark.parametrize(
+    ("name", "silenced"), [("ninformer", "unit.project."), ("activator", "unit.weights.down"), ("mixer_s16", "tokens.")]
+)
+def test_dropout_comes_after_the_last_map_too(name, silenced):
+    """So that half of what the feed-forward network adds is exactly zero, once the other branch gives nothing."""
+    block = drawn(name, branch_dropout=0.5, width=64).blocks[0].train()
+    for key, parameter in block.named_parameters():
+        if key.startswith(silenced):
+            torch.nn.init.zeros_(parameter)
+    x = torch.randn(1, 16, 64, dtype=torch.float64)
+    added = block(x, Context(grid=(4, 4))) - x
+    assert 0.4 < (added == 0).double().mean() < 0.6
 
 
 def test_what_cannot_be_is_refused():
@@ -136,4 +133,4 @@ def test_what_cannot_be_is_refused():
     refused("multiples of 4", tiny("activator"), torch.zeros(1, 3, 18, 16))
     refused("in patches of 16", create_backbone, "mixer_s16", image_size=40)
     refused("without feed-forward", create_backbone, "activator_geglu", branch_dropout=0.1)
-    refused("grid=|hidden|mixing", create_backbone, "activator", unit={"mixing": "fourier"})
+    refused("mixing='fourier'", create_backbone, "activator", unit={"mixing": "fourier"})
