@@ -108,7 +108,7 @@ def activator(
     want: frozenset[str] | None = ...,
     rotate: Any = ...,
     position_bias: Any = ...,
-    hidden: int = ...,
+    hidden: int | None = ...,
     glu: str = ...,
     mixing: str = ...,
 ) -> Any:
@@ -1365,7 +1365,7 @@ def mlp_mixer(
     rotate: Any = ...,
     position_bias: Any = ...,
     length: int = ...,
-    hidden: int = ...,
+    hidden: int | None = ...,
     activation: str = ...,
 ) -> Any:
     """A small feed-forward network along the tokens, the same for every channel; it has a greatest length."""
@@ -1469,8 +1469,8 @@ def ninformer(
     rotate: Any = ...,
     position_bias: Any = ...,
     length: int = ...,
-    token_hidden: int = ...,
-    channel_hidden: int = ...,
+    token_hidden: int | None = ...,
+    channel_hidden: int | None = ...,
     inner: str = ...,
     gate: str = ...,
     combine: str = ...,

@@ -87,26 +87,30 @@ class Config:
     """Options. Functions use `glu` and `mixing`, and the weights that they are given.
 
     Attributes:
-        hidden: F, the width inside, >= 1.
+        hidden: F, the width inside, >= 1; twice the channels when None, as published.
         glu: activation of the gate: ``geglu``, ``swiglu`` or ``reglu``.
         norm: of the layer: ``shared`` by both factors, ``separate``, or ``none``.
         mixing: of tokens, before everything else: ``none`` as published, ``convolution`` or ``shift``.
     """
 
-    hidden: int = 512
+    hidden: int | None = None
     glu: str = "geglu"
     norm: str = "shared"
     mixing: str = "none"
 
     def __post_init__(self) -> None:
-        at_least("hidden", self.hidden, 1)
+        at_least("hidden", self.hidden_of(1), 1)
         one_of("glu", self.glu, GLUS)
         one_of("norm", self.norm, NORMS)
         one_of("mixing", self.mixing, REACH)
 
+    def hidden_of(self, width: int) -> int:
+        """F for `width` channels."""
+        return 2 * width if self.hidden is None else self.hidden
+
     def shapes(self, width: int, axes: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights by their names, for `width` channels and a filter on grids of so many axes."""
-        hidden = self.hidden
+        hidden = self.hidden_of(width)
         found: dict[str, tuple[int, ...]] = {"gate": (hidden, width), "gate_bias": (hidden,)}
         found |= {"value": (hidden, width), "value_bias": (hidden,), "down": (width, hidden), "down_bias": (width,)}
         for name in {"shared": ("norm",), "separate": ("norm", "value_norm"), "none": ()}[self.norm]:
@@ -328,17 +332,19 @@ class ActivatorLayer(MixerLayer):
 def cost(shape: Shape, config: Config) -> Cost:
     """Of tokens; the taps of a filter on a grid of two axes are not counted."""
     width = shape.heads * shape.dim_value
-    each = 6.0 * config.hidden * width
+    hidden = config.hidden_of(width)
+    each = 6.0 * hidden * width
     return Cost(
         flops=each * shape.batch * shape.n,
-        memory=3.0 * shape.batch * shape.n * config.hidden,
+        memory=3.0 * shape.batch * shape.n * hidden,
         state=float(REACH[config.mixing] * width),
         step_flops=each * shape.batch,
     )
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    return {"f": config.hidden, "d": shape.heads * shape.dim_value}
+    width = shape.heads * shape.dim_value
+    return {"f": config.hidden_of(width), "d": width}
 
 
 def sample_inputs(

@@ -67,18 +67,22 @@ class Config:
 
     Attributes:
         length: L, the most tokens that a sequence or grid may have, >= 1.
-        hidden: T, the width between the two matrices, >= 1.
+        hidden: T, the width between the two matrices, >= 1; half the channels when None, as in the published sizes.
         activation: between them: ``gelu``, ``relu``, or ``none``, which makes the mechanism linear.
     """
 
     length: int = 1024
-    hidden: int = 256
+    hidden: int | None = None
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
         at_least("length", self.length, 1)
-        at_least("hidden", self.hidden, 1)
+        at_least("hidden", self.hidden_of(2), 1)
         one_of("activation", self.activation, ACTIVATIONS)
+
+    def hidden_of(self, width: int) -> int:
+        """T for `width` channels."""
+        return max(1, width // 2) if self.hidden is None else self.hidden
 
 
 def reference(
@@ -182,7 +186,7 @@ class TokenMixingLayer(MixerLayer):
         super().__init__(card, dim, pattern=pattern, config=config)
         check_dropout(dropout)
         self.dropout = dropout
-        shapes = feed_forward_shapes(self.config.length, self.config.hidden)
+        shapes = feed_forward_shapes(self.config.length, self.config.hidden_of(dim))
         self.weights = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
         self.reset_parameters()
 
@@ -221,17 +225,19 @@ def lecun_normal_(weight: Tensor) -> None:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    tokens = shape.batch * shape.heads * shape.dim_value
+    width = shape.heads * shape.dim_value
+    tokens, hidden = shape.batch * width, config.hidden_of(width)
     return Cost(
-        flops=4.0 * tokens * shape.n * config.hidden,
-        memory=float(tokens * (config.hidden + shape.n)),
+        flops=4.0 * tokens * shape.n * hidden,
+        memory=float(tokens * (hidden + shape.n)),
         state=0.0,
         step_flops=0.0,
     )
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    return {"j": config.hidden, "l": shape.n, "d": shape.heads * shape.dim_value}
+    width = shape.heads * shape.dim_value
+    return {"j": config.hidden_of(width), "l": shape.n, "d": width}
 
 
 def sample_inputs(

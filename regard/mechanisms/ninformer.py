@@ -90,8 +90,8 @@ class Config:
 
     Attributes:
         length: L, the most tokens that a sequence or grid may have, >= 1.
-        token_hidden: width of the network along tokens, >= 1.
-        channel_hidden: width of the network along channels, >= 1.
+        token_hidden, channel_hidden: widths of the networks along tokens and along channels, >= 1; twice the channels when
+            None, as published.
         inner: the networks of the gate: ``mixer`` (both), ``token``, or ``channel``, with which no tokens mix.
         gate: what the gate goes through: ``none``, ``sigmoid``, ``tanh`` or ``gelu``.
         combine: ``multiply`` the projection by the gate, or ``add`` it.
@@ -99,25 +99,32 @@ class Config:
     """
 
     length: int = 1024
-    token_hidden: int = 512
-    channel_hidden: int = 512
+    token_hidden: int | None = None
+    channel_hidden: int | None = None
     inner: str = "mixer"
     gate: str = "none"
     combine: str = "multiply"
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        for name in ("length", "token_hidden", "channel_hidden"):
-            at_least(name, getattr(self, name), 1)
+        at_least("length", self.length, 1)
+        for name, hidden in zip(("token_hidden", "channel_hidden"), self.hidden_of(1), strict=True):
+            at_least(name, hidden, 1)
         one_of("inner", self.inner, INNER)
         one_of("gate", self.gate, GATES)
         one_of("combine", self.combine, COMBINATIONS)
         one_of("activation", self.activation, ACTIVATIONS)
 
+    def hidden_of(self, width: int) -> tuple[int, int]:
+        """Widths of the networks along tokens and along channels, for `width` channels."""
+        along, across = (2 * width if hidden is None else hidden for hidden in (self.token_hidden, self.channel_hidden))
+        return along, across
+
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights of the gate, by their names, for `width` channels."""
         found: dict[str, tuple[int, ...]] = {}
-        sizes = {"token": (self.length, self.token_hidden), "channel": (width, self.channel_hidden)}
+        along, across = self.hidden_of(width)
+        sizes = {"token": (self.length, along), "channel": (width, across)}
         for network in INNER[self.inner]:
             found |= {f"{network}_norm": (width,), f"{network}_norm_bias": (width,)}
             found |= {f"{network}_{name}": shape for name, shape in feed_forward_shapes(*sizes[network]).items()}
@@ -256,19 +263,21 @@ def initialise_as_torch(weights: nn.ParameterDict) -> None:
 
 def cost(shape: Shape, config: Config) -> Cost:
     width, inner = shape.heads * shape.dim_value, INNER[config.inner]
-    hidden = ("token" in inner) * config.token_hidden + ("channel" in inner) * config.channel_hidden
+    along, across = config.hidden_of(width)
+    hidden = ("token" in inner) * along + ("channel" in inner) * across
     numbers = shape.batch * shape.n * width
     return Cost(
         flops=4.0 * numbers * hidden,
-        memory=float(4 * numbers + shape.batch * (width * config.token_hidden + shape.n * config.channel_hidden)),
+        memory=float(4 * numbers + shape.batch * (width * along + shape.n * across)),
         state=0.0,
         step_flops=0.0,
     )
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    sizes = {"j": config.token_hidden, "f": config.channel_hidden}
-    return {**sizes, "l": shape.n, "d": shape.heads * shape.dim_value}
+    width = shape.heads * shape.dim_value
+    along, across = config.hidden_of(width)
+    return {"j": along, "f": across, "l": shape.n, "d": width}
 
 
 def sample_inputs(

@@ -116,7 +116,7 @@ def test_the_cost_is_linear_in_the_tokens():
 def test_initial_values_are_those_of_torch():
     torch.manual_seed(0)
     weights = create_layer("ninformer", 64, pattern="noncausal-self", length=100, token_hidden=80).weights
-    for name, fan_in in (("token_up", 100), ("token_down", 80), ("channel_up", 64), ("channel_down", 512)):
+    for name, fan_in in (("token_up", 100), ("token_down", 80), ("channel_up", 64), ("channel_down", 128)):
         for given in (weights[name], weights[f"{name}_bias"]):
             assert 0.9 * fan_in**-0.5 < given.abs().max() <= fan_in**-0.5
     assert (weights["token_norm"] == 1).all() and (weights["channel_norm_bias"] == 0).all()

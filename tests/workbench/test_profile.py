@@ -12,8 +12,13 @@ from regard.workbench.subjects import Subject
 
 CARDS = map(get_mechanism, list_mechanisms())
 TOLD = [card.name for card in CARDS if card.axis_sizes is not None and card.kind is not Kind.PROJECTION]
-INNER_WIDTH = {"mamba": {"expand": 1.0}, "bidirectional_mamba": {"expand": 1.0}}
-"""Options under which a layer's inner width is its own, as a function's is."""
+AS_CALLED = {
+    "mamba": {"expand": 1.0},
+    "bidirectional_mamba": {"expand": 1.0},
+    "mlp_mixer": {"length": 32},
+    "ninformer": {"length": 32},
+}
+"""Options under which a layer's inner width, or its length, is that of the call, as a function's is."""
 
 SMALL = ProfileSettings(("linear", "softmax"), lengths=(64, 128, 256), heads=2, head_dim=8, seconds=0.01)
 
@@ -89,7 +94,7 @@ def test_what_is_timed_has_the_sizes_of_a_layer_with_the_same_options(name, monk
     for form, function in card.forms.items():
         monkeypatch.setitem(card.forms, form, recorded(function))
     pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else Pattern.NONCAUSAL_SELF
-    options = INNER_WIDTH.get(name, {})
+    options = AS_CALLED.get(name, {})
     create_layer(name, dim=heads * width, num_heads=heads, pattern=pattern, **options)(torch.randn(1, n, heads * width))
     told = card.axis_sizes(Shape(1, heads, n, n, width, width), card.options(**options))
     timed = _inputs(Subject(card, pattern), n, ProfileSettings((name,), pattern, heads=heads, head_dim=width))

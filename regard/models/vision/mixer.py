@@ -215,10 +215,10 @@ class NiNformerConfig(PatchConfig):
 
 
 class NiNformer(PatchNetwork):
-    """See the module; the one published size is ``ninformer``."""
+    """See the module; the one published size is ``ninformer_net``."""
 
     Config = NiNformerConfig
-    sizes: ClassVar = {"ninformer": {}}
+    sizes: ClassVar = {"ninformer_net": {}}
 
     def __init__(self, config: NiNformerConfig) -> None:
         options: dict[str, Any] = {"length": config.places}
@@ -266,10 +266,10 @@ class ActivatorConfig(NiNformerConfig):
 
 
 class Activator(PatchNetwork):
-    """See the module; ``activator`` has feed-forward networks, ``activator_geglu`` the gated units alone."""
+    """See the module; ``activator_net`` has feed-forward networks, ``activator_geglu`` the gated units alone."""
 
     Config = ActivatorConfig
-    sizes: ClassVar = {"activator": {}, "activator_geglu": {"feed_forward": False, "branch_dropout": 0.0}}
+    sizes: ClassVar = {"activator_net": {}, "activator_geglu": {"feed_forward": False, "branch_dropout": 0.0}}
 
     def __init__(self, config: ActivatorConfig) -> None:
         options: dict[str, Any] = {"hidden": config.hidden, "axes": 2, **(config.unit or {})}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import close, refused
 
+from regard.catalogue import find_mechanism
 from regard.models.vision import create_backbone, list_backbones, read_backbone
 
 FAMILIES = dict.fromkeys(read_backbone(name)[0] for name in list_backbones())
@@ -114,6 +115,11 @@ def test_a_compiled_backbone_is_the_eager_one(name: str) -> None:
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         close(compiled(images), model(images), 1e-5)
+
+
+def test_no_backbone_has_the_name_of_a_mechanism() -> None:
+    for name in list_backbones():
+        assert find_mechanism(name) is None, name
 
 
 def test_unknown_names_options_and_inputs_are_refused_with_the_nearest() -> None:

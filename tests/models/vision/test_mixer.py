@@ -11,7 +11,7 @@ from regard.contract import Context
 from regard.models.vision import create_backbone
 
 TINY = {"image_size": 16, "patch": 4, "width": 12, "hidden": 20, "depth": 2, "num_classes": 5}
-NAMES = {"mixer_s16": {"token_hidden": 7}, "ninformer": {}, "activator": {}, "activator_geglu": {}}
+NAMES = {"mixer_s16": {"token_hidden": 7}, "ninformer_net": {}, "activator_net": {}, "activator_geglu": {}}
 
 
 def tiny(name: str, **options):
@@ -29,9 +29,9 @@ def images(side: int = 16, batch: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parity_with_the_official_code(name):
-    recording = load(f"vision_{name}")
+    recording = load(f"vision_{name.removesuffix('_net')}")
     model = tiny(name).double().eval()
-    model.load_released(recorded_state(f"vision_{name}"))
+    model.load_released(recorded_state(f"vision_{name.removesuffix('_net')}"))
     pictures = recording["images"].double()
     close(model(pictures), recording["output"])
     for found, block in zip(model.forward_intermediates(pictures, intermediates_only=True), range(2), strict=True):
@@ -50,14 +50,14 @@ def test_parameters_of_the_published_mixers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "published"), [("ninformer", 2_637_056), ("activator", 2_635_776), ("activator_geglu", 1_584_128)]
+    ("name", "published"), [("ninformer_net", 2_637_056), ("activator_net", 2_635_776), ("activator_geglu", 1_584_128)]
 )
 def test_parameters_of_the_blocks_that_share_a_norm(name, published):
     with torch.device("meta"):
         model = create_backbone(name)
     assert sum(p.numel() for p in model.blocks.parameters()) == published
     norms = [key for key in model.blocks[0].state_dict() if "norm" in key and not key.endswith("bias")]
-    assert len(norms) == (3 if name == "ninformer" else 2)
+    assert len(norms) == (3 if name == "ninformer_net" else 2)
 
 
 def shuffled(pictures: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -68,12 +68,12 @@ def shuffled(pictures: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "unit", "mixes"),
     [
-        ("activator", {}, False),
+        ("activator_net", {}, False),
         ("activator_geglu", {}, False),
-        ("activator", {"mixing": "shift"}, True),
-        ("activator", {"mixing": "convolution"}, True),
-        ("ninformer", {}, True),
-        ("ninformer", {"inner": "channel"}, False),
+        ("activator_net", {"mixing": "shift"}, True),
+        ("activator_net", {"mixing": "convolution"}, True),
+        ("ninformer_net", {}, True),
+        ("ninformer_net", {"inner": "channel"}, False),
     ],
 )
 def test_the_order_of_patches_is_seen_only_where_tokens_mix(name, unit, mixes):
@@ -84,7 +84,10 @@ def test_the_order_of_patches_is_seen_only_where_tokens_mix(name, unit, mixes):
 
 
 def test_an_activator_with_a_convolution_starts_as_the_published_one():
-    published, repaired = tiny("activator").double().eval(), tiny("activator", unit={"mixing": "convolution"}).double()
+    published, repaired = (
+        tiny("activator_net").double().eval(),
+        tiny("activator_net", unit={"mixing": "convolution"}).double(),
+    )
     repaired.load_state_dict(published.state_dict(), strict=False)
     repaired.eval()
     for side in (16, 20):  # images of other sizes than the config's, too
@@ -92,7 +95,7 @@ def test_an_activator_with_a_convolution_starts_as_the_published_one():
         close(repaired(pictures), published(pictures))
 
 
-@pytest.mark.parametrize("name", ["mixer_s16", "ninformer"])
+@pytest.mark.parametrize("name", ["mixer_s16", "ninformer_net"])
 def test_weights_of_another_image_size_write_the_same_picture_larger(name):
     """Of one colour the image has equal tokens, so that a block's output differs between places by what they are alone."""
     small, large = drawn(name, depth=1), drawn(name, depth=1, image_size=32)
@@ -114,7 +117,8 @@ def test_weights_of_another_image_size_write_the_same_picture_larger(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "silenced"), [("ninformer", "unit.project."), ("activator", "unit.weights.down"), ("mixer_s16", "tokens.")]
+    ("name", "silenced"),
+    [("ninformer_net", "unit.project."), ("activator_net", "unit.weights.down"), ("mixer_s16", "tokens.")],
 )
 def test_dropout_comes_after_the_last_map_too(name, silenced):
     """So that half of what the feed-forward network adds is exactly zero, once the other branch gives nothing."""
@@ -128,9 +132,9 @@ def test_dropout_comes_after_the_last_map_too(name, silenced):
 
 
 def test_what_cannot_be_is_refused():
-    for name in ("mixer_s16", "ninformer"):
+    for name in ("mixer_s16", "ninformer_net"):
         refused("images of 32 x 16 pixels.*16 x 16.*image_size=", tiny(name), torch.zeros(1, 3, 32, 16))
-    refused("multiples of 4", tiny("activator"), torch.zeros(1, 3, 18, 16))
+    refused("multiples of 4", tiny("activator_net"), torch.zeros(1, 3, 18, 16))
     refused("in patches of 16", create_backbone, "mixer_s16", image_size=40)
     refused("without feed-forward", create_backbone, "activator_geglu", branch_dropout=0.1)
-    refused("mixing='fourier'", create_backbone, "activator", unit={"mixing": "fourier"})
+    refused("mixing='fourier'", create_backbone, "activator_net", unit={"mixing": "fourier"})

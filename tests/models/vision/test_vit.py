@@ -160,8 +160,9 @@ def test_without_a_table_of_positions_images_of_another_size_are_taken(positions
 
 
 def test_fixed_positions_tell_rows_in_one_half_of_the_features_and_columns_in_the_other() -> None:
-    model = tiny(positions="sinusoidal", pool="mean")
-    added = model._place(torch.zeros(1, 12, 16, dtype=torch.float64), (3, 4)).unflatten(1, (3, 4))[0]
+    model = tiny(positions="sinusoidal", pool="mean", image_size=(24, 32))
+    images = torch.randn(1, 3, *model.config.size, dtype=torch.float64)
+    added = (model.embed(images) - model.embedding(images)).unflatten(1, model.config.grid)[0]
     close(added[..., :8], added[:, :1, :8].expand(3, 4, 8))
     close(added[..., 8:], added[:1, :, 8:].expand(3, 4, 8))
     assert len({tuple(place.tolist()) for place in added.detach().flatten(0, 1)}) == 12
