@@ -16,6 +16,7 @@ ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 
 SHARE = {
     "compile": (2, 1),
+    "layer_compile": (2, 0),
     "layer_export": (2, 0),
     "layer_lengths": (2, 1),
     "layer_onnx": (4, 0),
