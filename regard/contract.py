@@ -791,6 +791,14 @@ class Mechanism:
         return small == large
 
 
+def check_options(config: type[Any], given: Iterable[str], of: str) -> None:
+    """Raise Unsupported for a name that is no option of a config class; `of` says in words whose it would be."""
+    names = [f.name for f in dataclasses.fields(config)]
+    for name in given:
+        if name not in names:
+            raise Unsupported(f"option {name!r} of {of}", supported=", ".join(names), nearest=closest(name, names))
+
+
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Check an option in a Config's ``__post_init__``."""
     accepted = list(choices)

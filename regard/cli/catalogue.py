@@ -69,13 +69,13 @@ def _list_backbones(as_json: bool) -> None:
     import torch
 
     from regard.models.parameters import count_parameters
-    from regard.models.vision import create_backbone, list_backbones, read_backbone
+    from regard.models.vision import list_backbones, read_backbone
 
     rows: list[dict[str, Any]] = []
     for name in list_backbones():
         backbone, config = read_backbone(name)
         with torch.device("meta"):
-            parameters = count_parameters(create_backbone(name))
+            parameters = count_parameters(backbone(config))
         summary = (inspect.getdoc(sys.modules[backbone.__module__]) or "").partition("\n")[0]
         rows.append({"name": name, "parameters": parameters, "image_size": list(config.size), "summary": summary})
     if as_json:

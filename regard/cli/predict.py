@@ -74,15 +74,10 @@ def predict(
 def image_files(given: Path) -> Iterator[Path]:
     """A file itself, or the images of a folder in sorted order."""
     from regard.tasks.documents import nearest_path, walk
-    from regard.tasks.images import IMAGE_SUFFIXES
+    from regard.tasks.images import images_among
 
     if given.is_dir():
-        kept = [path for path in walk(given)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
-        if not kept:
-            raise Unsupported(
-                f"{given}, which holds no image", supported="files ending in " + " ".join(sorted(IMAGE_SUFFIXES))
-            )
-        yield from kept
+        yield from images_among(walk(given)[0], given)
     elif given.is_file():
         yield given
     else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regard.apply import apply
 from regard.contract import Context, Mask, Mechanism, Pattern, Result, State, Unsupported
 from regard.core.ragged import Gathering, gathering, gathering_in_place, inner_mask
 from regard.layers.base import Layer
@@ -79,6 +80,23 @@ class MixerLayer(Layer):
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
         """Output on dense tokens, with the state after them when `state` is given or ``"state"`` is wanted."""
         raise NotImplementedError
+
+    def call(
+        self, inputs: Mapping[str, Tensor | None], tokens: Tokens, context: Context, state: Any, *, dropout: float = 0.0
+    ) -> Result:
+        """The mechanism on dense tokens, on the grid of the call where tokens keep their places."""
+        return apply(
+            self.card,
+            inputs,
+            pattern=self.pattern,
+            mask=tokens.mask,
+            grid=context.grid if self.card.keeps_places else None,
+            state=state,
+            return_state="state" in context.want,
+            config=self.config,
+            dropout=dropout,
+            generator=context.generator,
+        )
 
     def absorb(self, memory: Tokens, state: Any) -> Any:
         """The state after memory, continuing `state`; only mixers with cross patterns have it."""

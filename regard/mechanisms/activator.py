@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.apply import apply
 from regard.contract import (
     Call,
     Context,
@@ -317,16 +316,7 @@ class ActivatorLayer(MixerLayer):
                 supported=f"a grid of {self.axes} axes" + (", or a sequence (grid=None)" if self.axes == 1 else ""),
                 nearest=f"axes={1 if grid is None else len(grid)}",
             )
-        return apply(
-            self.card,
-            {"x": tokens.x, **self.weights},
-            pattern=self.pattern,
-            mask=tokens.mask,
-            grid=grid,
-            state=state,
-            return_state="state" in context.want,
-            config=self.config,
-        )
+        return self.call({"x": tokens.x, **self.weights}, tokens, context, state)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

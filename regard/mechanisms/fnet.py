@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard.apply import apply
 from regard.contract import Call, Context, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Waiver
 from regard.core.precision import wide
 from regard.engines.fourier import transform_rows
@@ -118,15 +117,7 @@ class FNetLayer(MixerLayer):
         super().__init__(card, dim, pattern=pattern, config=config)
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
-        return apply(
-            self.card,
-            {"x": tokens.x},
-            pattern=self.pattern,
-            mask=tokens.mask,
-            state=state,
-            return_state="state" in context.want,
-            config=self.config,
-        )
+        return self.call({"x": tokens.x}, tokens, context, state)
 
 
 NO_QUERIES = "a transform has no queries that could read another sequence"

@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.apply import apply
 from regard.contract import (
     Call,
     Context,
@@ -199,18 +198,8 @@ class TokenMixingLayer(MixerLayer):
                 lecun_normal_(parameter)
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
-        return apply(
-            self.card,
-            {"x": tokens.x, **self.weights},
-            pattern=self.pattern,
-            mask=tokens.mask,
-            grid=context.grid,
-            state=state,
-            return_state="state" in context.want,
-            config=self.config,
-            dropout=self.dropout if self.training else 0.0,
-            generator=context.generator,
-        )
+        inputs = {"x": tokens.x, **self.weights}
+        return self.call(inputs, tokens, context, state, dropout=self.dropout if self.training else 0.0)
 
 
 def feed_forward_shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:

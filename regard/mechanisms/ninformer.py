@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.apply import apply
 from regard.contract import (
     Call,
     Context,
@@ -236,18 +235,8 @@ class NiNformerLayer(MixerLayer):
         initialise_as_torch(self.weights)
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
-        return apply(
-            self.card,
-            {"x": tokens.x, "value": self.project(tokens.x), **self.weights},
-            pattern=self.pattern,
-            mask=tokens.mask,
-            grid=context.grid,
-            state=state,
-            return_state="state" in context.want,
-            config=self.config,
-            dropout=self.dropout if self.training else 0.0,
-            generator=context.generator,
-        )
+        inputs = {"x": tokens.x, "value": self.project(tokens.x), **self.weights}
+        return self.call(inputs, tokens, context, state, dropout=self.dropout if self.training else 0.0)
 
 
 def initialise_as_torch(weights: nn.ParameterDict) -> None:

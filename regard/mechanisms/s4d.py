@@ -47,7 +47,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.apply import apply
 from regard.contract import (
     Call,
     Context,
@@ -379,22 +378,15 @@ class S4DLayer(StateSpaceLayer):
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
         a = torch.stack([-self.log_decay.exp(), self.frequency], -1)
-        result = apply(
-            self.card,
-            {
-                "x": tokens.x,
-                "dt": self.log_dt.exp(),
-                "a": a.expand(self.dim, -1, -1),
-                "c": self.c,
-                "c_back": self.c_back,
-                "skip": self.D,
-            },
-            pattern=self.pattern,
-            mask=tokens.mask,
-            state=state,
-            return_state="state" in context.want,
-            config=self.config,
-        )
+        inputs = {
+            "x": tokens.x,
+            "dt": self.log_dt.exp(),
+            "a": a.expand(self.dim, -1, -1),
+            "c": self.c,
+            "c_back": self.c_back,
+            "skip": self.D,
+        }
+        result = self.call(inputs, tokens, context, state)
         y = self.out_proj(F.gelu(result.output))
         result.output = F.glu(y, -1) if self.config.glu else y
         return result

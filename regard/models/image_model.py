@@ -61,8 +61,7 @@ class ImageModelConfig:
         for name in (*given, "num_classes"):
             if name in self.options:
                 raise Unsupported(f"{name} of {self.backbone}, which the task says", supported=f"no {name}")
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}
-        return read_backbone(self.backbone, **given, num_classes=self.num_classes, **options)
+        return read_backbone(self.backbone, **given, num_classes=self.num_classes, **self.options)
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> ImageModelConfig:

@@ -11,7 +11,7 @@ The options go together, except that a reversible stack has nothing to checkpoin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, closest, one_of
+from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, check_options, one_of
 from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
 from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_roles, run_blocks
@@ -121,14 +121,6 @@ class StackConfig:
             if type(value) not in expected:
                 raise Unsupported(f"{name}={value!r} of stack", supported=" or ".join(k.__name__ for k in expected))
         return cls(**given)
-
-
-def check_options(config: type[Any], given: Iterable[str], of: str) -> None:
-    """Raise Unsupported for a name that is no option of a config class; `of` says in words whose it would be."""
-    names = [f.name for f in dataclasses.fields(config)]
-    for name in given:
-        if name not in names:
-            raise Unsupported(f"option {name!r} of {of}", supported=", ".join(names), nearest=closest(name, names))
 
 
 class Stack(nn.ModuleList):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Pattern, Result, Unsupported, at_least, one_of
+from regard.contract import Context, Pattern, Result, Unsupported, at_least, check_options, one_of
 from regard.create import create_layer
 from regard.layers.checks import given_context
 from regard.layers.linear import make_linear
@@ -38,7 +38,7 @@ from regard.models.blocks import (
 )
 from regard.models.encoder import EncoderBase, check_input_kind, check_pool, count_slots, make_pool, pool_tokens
 from regard.models.encoder_decoder import count_layers
-from regard.models.stack import Stack, StackConfig, check_options
+from regard.models.stack import Stack, StackConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -160,7 +160,6 @@ def read_model(text: str) -> Variant:
     if name not in list_backbones():
         return read_variant(text)
     options = read_options(written, name)
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     read_backbone(name, **options)
     return Variant(_written(name, options), (), (name, options))
 

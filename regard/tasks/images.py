@@ -360,6 +360,16 @@ def _load_folders(folder: Path, validation: Path | None, size: int, channels: in
     return Images(names_of(folder), pixels, np.array(labels, dtype=np.int64), tuple(classes), held_out, notes, span)
 
 
+def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
+    """The images among the files of a folder; raises Unsupported where there is none."""
+    kept = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not kept:
+        raise Unsupported(
+            f"{folder}, which holds no image", supported="files ending in " + " ".join(sorted(IMAGE_SUFFIXES))
+        )
+    return kept
+
+
 def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[str]]:
     folders = class_folders(folder)
     classes, listed, notes = [file_name(one.name) for one in folders], [], []
@@ -376,12 +386,7 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
     labels: list[int] = []
     others = 0
     for i, files in enumerate(listed):
-        kept = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-        if not kept:
-            raise Unsupported(
-                f"{folders[i]}, which holds no image",
-                supported="files ending in " + " ".join(sorted(IMAGE_SUFFIXES)),
-            )
+        kept = images_among(files, folders[i])
         others += len(files) - len(kept)
         paths += kept
         labels += [i] * len(kept)

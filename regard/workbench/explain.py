@@ -71,11 +71,9 @@ def rollout(model: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float
     x = model.embed(model.check_images(images))
     flow = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
     for block in blocks:
-        mixed = block.mix(x, context=Context(want=frozenset({"weights"})))
-        flow = (mixed.extras["weights"].float().mean(1) + torch.eye(x.shape[1], device=x.device)) / 2 @ flow
-        x = x + mixed.output
-        if block.feed_forward is not None:
-            x = x + block.feed(x, context=Context())
+        result = block(x, context=Context(want=frozenset({"weights"})))
+        flow = (result.extras["weights"].float().mean(1) + torch.eye(x.shape[1], device=x.device)) / 2 @ flow
+        x = result.output
     return flow[:, 0, before:].unflatten(1, model.config.grid)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
@@ -260,7 +261,7 @@ class Work:
                 found[name]["positions"] = f"{added}, added to the model's input"
         return found
 
-    @property
+    @functools.cached_property
     def published(self) -> str:
         """The image backbones with their parameters, which are not matched; empty without any."""
         named = {name: config for name, config in self.configs.items() if self.settings.variants[name].backbone}

@@ -226,10 +226,7 @@ class InterpretedTransformer(nn.Module):
 
     def _run(self, number: int, x: Tensor, mask: Mask | None) -> Float[Tensor, "b n c"]:
         for block in self.group(number):
-            mixed = block.mix(x, context=Context(mask=mask)).output
-            x = x + block.drop_path(mixed)
-            if block.feed_forward is not None:
-                x = x + block.drop_path(block.feed(x, context=Context()))
+            x = block(x, context=Context(mask=mask)).output
         return x
 
     def _logits(self, x: Tensor) -> Float[Tensor, "b k"]:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regard.apply import apply
 from regard.contract import (
     Context,
     Mechanism,
@@ -86,16 +85,7 @@ class LargeKernelLayer(MixerLayer):
             )
         inputs: Tensors = {"x": F.gelu(self.input_proj(tokens.x))}
         inputs |= dict(self.weights.items())
-        result = apply(
-            self.card,
-            inputs,
-            pattern=self.pattern,
-            mask=tokens.mask,
-            grid=grid,
-            state=state,
-            return_state="state" in context.want,
-            config=self.config,
-        )
+        result = self.call(inputs, tokens, context, state)
         y = self.output_proj(result.output)
         result.output = tokens.x + y if self.config.residual else y
         return result

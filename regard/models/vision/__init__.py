@@ -6,13 +6,12 @@ names them; :mod:`regard.integrations.timm` registers them with timm.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import pkgutil
 from typing import Any
 
-from regard.contract import Unsupported, closest
+from regard.contract import Unsupported, check_options, closest
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level
 
 __all__ = ["Backbone", "BackboneConfig", "Level", "create_backbone", "list_backbones", "read_backbone"]
@@ -35,16 +34,17 @@ def list_backbones() -> list[str]:
 
 
 def read_backbone(name: str, **options: Any) -> tuple[type[Backbone], Any]:
-    """Class and config of a published size, with other options if wanted; raises Unsupported for unknown ones."""
+    """Class and config of a named size, with other options if wanted; lists are taken as tuples.
+
+    Raises Unsupported for an unknown name or option.
+    """
     published = _published()
     if name not in published:
         raise Unsupported(f"backbone {name!r}", supported=", ".join(published), nearest=closest(str(name), published))
     backbone, size = published[name]
-    known = [field.name for field in dataclasses.fields(backbone.Config)]
-    for option in options:
-        if option not in known:
-            raise Unsupported(f"{name} with {option}", supported=", ".join(known), nearest=closest(option, known))
-    return backbone, backbone.Config(**{**size, **options})
+    check_options(backbone.Config, options, name)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return backbone, backbone.Config(**{**size, **given})
 
 
 def create_backbone(name: str, **options: Any) -> Backbone:

@@ -165,8 +165,7 @@ class Backbone(nn.Module):
         Args:
             images: (B, C, H, W).
             indices: of `levels`, negative ones from the end; a number means the last so many; all when None.
-            norm, stop_early: accepted for timm's sake; maps come as the next level reads them, and later levels are left
-                out with `intermediates_only`.
+            norm, stop_early: accepted for timm's sake; maps come as the next level reads them, and all levels are run.
             output_fmt: ``NCHW`` only.
             intermediates_only: the maps alone, without the features that the pool reads.
 
@@ -240,6 +239,26 @@ class Backbone(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise Unsupported for a height and width that it cannot take; any by default."""
+
+
+class Pyramid(Backbone):
+    """Stages of maps, each of which reads the map before it; the levels are their outputs.
+
+    Attributes:
+        stages: (B, C, H, W) -> (B, C', H', W').
+    """
+
+    stages: nn.ModuleList
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
+    ) -> tuple[Float[Tensor, "b c h w"], dict[int, Float[Tensor, "b c h w"]]]:
+        x, maps = images, {}
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if number in keep:
+                maps[number] = x
+        return x, maps
 
 
 def tokens_of(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:

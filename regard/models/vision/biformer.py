@@ -12,7 +12,7 @@ layout ``swin``, of the paper's ablations, has disjoint patches between stages a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +24,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -72,7 +72,7 @@ class BiFormerConfig(BackboneConfig):
                 raise Unsupported(f"a width of {width} with top={top}", supported=f"multiples of {heads}")
 
 
-class BiFormer(Backbone):
+class BiFormer(Pyramid):
     """See the module; sizes ``biformer_t``, ``biformer_s``, ``biformer_b`` and ``biformer_stl``."""
 
     Config = BiFormerConfig
@@ -110,16 +110,6 @@ class BiFormer(Backbone):
         self.norm = nn.BatchNorm2d(channels)
         self.apply(_initialise)
         self.make_head(channels)
-
-    def encode(
-        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
-    ) -> tuple[Float[Tensor, "b c h w"], dict[int, Float[Tensor, "b c h w"]]]:
-        x, maps = images, {}
-        for number, stage in enumerate(self.stages):
-            x = stage(x)
-            if number in keep:
-                maps[number] = x
-        return x, maps
 
     def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
         return self.norm(features).mean((2, 3))

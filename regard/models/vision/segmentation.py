@@ -23,7 +23,6 @@ encoder's stage is added. The last step makes 4 x 4 pixels of each place.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Unsupported, at_least, closest, one_of
+from regard.contract import Unsupported, at_least, check_options, closest, one_of
 from regard.core.precision import without_autocast
 from regard.create import create_layer
 from regard.layers.drop_path import drop_path_rates
@@ -498,8 +497,5 @@ def create_segmenter(name: str, **options: Any) -> Segmenter:
             f"segmenter {name!r}", supported=", ".join(SEGMENTERS), nearest=closest(str(name), SEGMENTERS)
         )
     segmenter = SEGMENTERS[name]
-    known = [field.name for field in dataclasses.fields(segmenter.Config)]
-    for option in options:
-        if option not in known:
-            raise Unsupported(f"{name} with {option}", supported=", ".join(known), nearest=closest(option, known))
+    check_options(segmenter.Config, options, name)
     return segmenter(segmenter.Config(**{**segmenter.sizes[name], **options}))

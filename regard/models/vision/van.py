@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +25,7 @@ from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm, LayerScale
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +52,7 @@ class VANConfig(BackboneConfig):
     branch_dropout: float = 0.0
 
 
-class VAN(Backbone):
+class VAN(Pyramid):
     """See the module. ``van_b0`` to ``van_b6`` are the paper's; ``van_nano`` is for images of about 32 pixels."""
 
     Config = VANConfig
@@ -90,16 +90,6 @@ class VAN(Backbone):
         self.levels = levels
         self.apply(_initialise)
         self.make_head(channels)
-
-    def encode(
-        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
-    ) -> tuple[Float[Tensor, "b c h w"], dict[int, Float[Tensor, "b c h w"]]]:
-        x, maps = images, {}
-        for number, stage in enumerate(self.stages):
-            x = stage(x)
-            if number in keep:
-                maps[number] = x
-        return x, maps
 
     def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
         return features.mean((2, 3))

@@ -345,7 +345,9 @@ class VisionBlock(Block):
         state: Any = None,
     ) -> Result:
         """Tokens as the output, with the losses of the layer; a layer that cannot make use of the grid sees a row."""
-        mixed = self.mix(x, memory, context=context if self.sees_grid else Context(), state=state)
+        mixed = self.mix(
+            x, memory, context=context if self.sees_grid else context.replace(grid=None, roles=None), state=state
+        )
         x = x + self.drop_path(mixed.output)
         if self.feed_forward is not None:
             x = x + self.drop_path(self.feed(x, context=context))

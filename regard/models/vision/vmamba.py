@@ -17,7 +17,7 @@ Maps of any size are taken, in multiples of 4 by ``v0``; patch merging fills up 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +32,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -66,7 +66,7 @@ class VMambaConfig(BackboneConfig):
         at_least("mlp_ratio", self.mlp_ratio, 0)
 
 
-class VMamba(Backbone):
+class VMamba(Pyramid):
     """See the module; sizes ``vmamba_t`` (the code's s1l8), ``vmamba_s``, ``vmamba_b`` (s2l15) and ``vmamba_t_v0``."""
 
     Config = VMambaConfig
@@ -94,16 +94,6 @@ class VMamba(Backbone):
         self.norm = LayerNorm(before)
         self.apply(initialise)
         self.make_head(before)
-
-    def encode(
-        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
-    ) -> tuple[Float[Tensor, "b c h w"], dict[int, Float[Tensor, "b c h w"]]]:
-        x, maps = images, {}
-        for number, stage in enumerate(self.stages):
-            x = stage(x)
-            if number in keep:
-                maps[number] = x
-        return x, maps
 
     def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
         return self.norm(tokens_of(features)).mean(1)
