@@ -349,8 +349,9 @@ class Work:
 
     @property
     def all_runs(self) -> float:
-        """Full runs of all mechanisms, and of those that lead in the other frames."""
-        leaders = min(self.settings.leaders, len(self.configs)) * (len(self.settings.frames) - 1)
+        """Full runs of all mechanisms, and of those that lead in the other frames; a backbone has no other frame."""
+        framed = [name for name in self.configs if self.settings.variants[name].backbone is None]
+        leaders = min(self.settings.leaders, len(framed)) * (len(self.settings.frames) - 1)
         return self.runs * (len(self.configs) + leaders)
 
     def seconds_a_step(self) -> float:
