@@ -267,8 +267,8 @@ def test_a_merged_store_has_the_rows_of_both_and_those_of_its_own_stay(path, tmp
         assert not store.rows("plan")
         assert store.merge(other) == 1
     assert other.read_bytes() == before
+    (tmp_path / "text").write_text("no store")
     with Store(path) as store, pytest.raises(Unsupported, match="not a store"):
-        (tmp_path / "text").write_text("no store")
         store.merge(tmp_path / "text")
 
 
