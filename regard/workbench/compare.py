@@ -232,7 +232,8 @@ class _Runner:
         for kind in dict.fromkeys(work.kind for work in self.works):
             works = [work for work in self.works if work.kind == kind]
             work = works[0]
-            lengths = sorted({*self.settings.lengths, *(self.settings.measured_at(w.own_length) for w in works)})
+            asked = {*self.settings.lengths, *(self.settings.measured_at(w.own_length) for w in works)}
+            lengths = [length for length in sorted(asked) if work.takes(length)]
             identity = {k: v for k, v in work.identity.items() if k not in ("metric", "batch_size")}
             keys = {
                 name: {
