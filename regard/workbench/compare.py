@@ -29,6 +29,7 @@ from regard.models import StackConfig
 from regard.models.frames import MEANINGS
 from regard.tasks import Task
 from regard.workbench.cost import model_costs
+from regard.workbench.mask_pictures import shown
 from regard.workbench.recommend import Recommendation, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import CompareSettings
@@ -275,6 +276,7 @@ class _Runner:
             "parts": {work.task.name: work.parts() for work in self.works},
             "at_length": {work.task.name: settings.measured_at(work.own_length) for work in self.works},
             "settings": _described(self.works, settings),
+            "pictures": {work.task.name: shown(work.task) for work in self.works},
             "descriptions": {work.task.name: work.task.describe() for work in self.works},
             "started": self.beginning,
             "finished": provenance.now(),

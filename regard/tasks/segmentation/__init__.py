@@ -159,15 +159,26 @@ class SegmentationTask(Task):
             yield self._batch(pixels[rows], labels[rows])
 
     def score(self, logits: Float[Tensor, "b n pk"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        return self._overlap(*predicted_classes(logits, batch), self.measure)
+        each = self.of_images(*predicted_classes(logits, batch))
+        return each, torch.ones_like(each)
 
     def figures(self, output: Float[Tensor, "b n pk"], batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         predicted, targets = predicted_classes(output, batch)
-        return {told: self._overlap(predicted, targets, name) for name, told in METRICS.items()}
+        found = {told: self.of_images(predicted, targets, name) for name, told in METRICS.items()}
+        return {told: (each, torch.ones_like(each)) for told, each in found.items()}
 
-    def _overlap(self, predicted: Tensor, targets: Tensor, measure: str) -> tuple[Tensor, Tensor]:
-        each = overlap_by_image(predicted, targets, self.num_classes, self.reader.background, measure)
-        return each, torch.ones_like(each)
+    def of_images(
+        self, predicted: Int[Tensor, "b pixels"], targets: Int[Tensor, "b pixels"], measure: str | None = None
+    ) -> Float[Tensor, " b"]:
+        """The score of each image by ``dice`` or ``iou``; by the task's own measure when None."""
+        return overlap_by_image(predicted, targets, self.num_classes, self.reader.background, measure or self.measure)
+
+    def whole(self, targets: Int[Tensor, "b n p"]) -> Int[np.ndarray, "b h w"]:
+        """The masks that a batch's targets were cut from."""
+        (rows, columns), p = self.grid, self.patch
+        return (
+            targets.numpy().reshape(-1, rows, columns, p, p).transpose(0, 1, 3, 2, 4).reshape(-1, self.size, self.size)
+        )
 
     def describe(self) -> str:
         total, names = max(1, int(self._counts.sum())), self.reader.classes
@@ -212,8 +223,8 @@ class SegmentationTask(Task):
         counts = np.stack([(labels == i).sum(0) for i in range(self.num_classes)])
         best = torch.from_numpy(counts.argmax(0)).flatten()[None]
         targets = torch.from_numpy(self._scored[1]).flatten(1)
-        each, weights = self._overlap(best.expand_as(targets), targets, self.measure)
-        return Baseline("the commonest class of each place", torch.stack([each, weights], -1).numpy())
+        each = self.of_images(best.expand_as(targets), targets)
+        return Baseline("the commonest class of each place", torch.stack([each, torch.ones_like(each)], -1).numpy())
 
 
 def _check_options(data: str, validation: Any, channels: Any, classes: Any, background: Any, ignore: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from regard.contract import Unsupported
 from regard.tasks.documents import file_name, names_of, nearest_path, walk
@@ -16,7 +17,7 @@ from regard.tasks.images import IMAGE_SUFFIXES, ImageReader, Images, images_amon
 from regard.tasks.protocol import IGNORED
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, UInt8
+    from jaxtyping import Float, Int, UInt8
 
 Colour = tuple[int, int, int]
 CLASSES = "classes.txt"
@@ -41,6 +42,13 @@ class MaskReader(ImageReader):
     values: tuple[int, ...]
     colours: tuple[Colour, ...]
     background: int | None
+
+    def pixels(self, patches: Float[Tensor, "b n f"]) -> UInt8[np.ndarray, "b h w c"]:
+        """The images that patches were cut from."""
+        (rows, columns), p = self.grid, self.patch
+        parts = patches.numpy().reshape(len(patches), rows, columns, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+        whole = parts.reshape(len(patches), self.height, self.width, -1) * self.deviation + self.mean
+        return np.clip(np.round(whole), 0, 255).astype(np.uint8)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> MaskReader:
