@@ -48,16 +48,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "b0": {},
     "b1": {"widths": _LARGE},
     "b2": {"widths": _LARGE, "depths": (3, 4, 6, 3)},
-    "b3": {"widths": _LARGE, "depths": (3, 4, 18, 3)},
-    "b4": {"widths": _LARGE, "depths": (3, 8, 27, 3)},
-    "b5": {"widths": _LARGE, "depths": (3, 6, 40, 3)},
 }
 NANO = agent_pvt.NANO
 """Of images of about 32 pixels."""
 
 
 class MiT(agent_pvt.PVT):
-    """See the module; sizes ``mit_b0`` to ``mit_b5`` and ``mit_nano``."""
+    """See the module; sizes ``mit_b0`` to ``mit_b2`` and ``mit_nano``."""
 
     Config = MiTConfig
     sizes: ClassVar = {

@@ -6,7 +6,6 @@ and nothing about a clinic. Read where they lie; terms are those of the packages
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from regard.contract import Unsupported
 from regard.tasks.images import Images
+from regard.tasks.packaged import package_folder
 from regard.tasks.protocol import SPLIT, counter_generator
 from regard.tasks.segmentation.masks import Masked, colours_of
 
@@ -24,6 +24,7 @@ VOLUMES = ("colin27", "mni152")
 MRICRON = Path("/usr/share/mricron/templates")
 COLIN = ("ch2.nii.gz", "aal.nii.gz", "aal.nii.txt")
 MNI = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
+NILEARN = "pip install --no-deps nilearn"
 SLAB, GAP = 12, 4
 """Slices of a slab, which is held out or trained on as a whole, and slices beside a held-out slab that are neither."""
 LEAST = 0.01
@@ -54,6 +55,11 @@ def read_volume(data: str, size: int, share: float, seed: int) -> Masked:
     pixels = np.stack([_square(head[:, :, i], size, smooth=True) for i in taken])[..., None]
     classes = np.stack([_square(labels[:, :, i], size, smooth=False) for i in taken]).astype(np.int64)
     training, held_out = split_by_slabs(len(taken), share, seed)
+    if not len(training):
+        raise Unsupported(
+            f"{source} with {len(taken)} slices of which none is left to train on",
+            supported=f"more than {SLAB + GAP} slices, or a smaller share held out",
+        )
     left = len(taken) - len(training) - len(held_out)
     split = f"by slabs of {SLAB} slices; {left} slices beside the held-out ones are in neither part (seed {seed})"
     notes = [f"axial slices, {taken[0]} to {taken[-1]} of {labels.shape[2]}; one head: other heads are not held out"]
@@ -92,14 +98,7 @@ def _colin27(
 
 
 def _mni152() -> tuple[UInt8[np.ndarray, "x y z"], Int[np.ndarray, "x y z"], tuple[str, ...], str]:
-    spec = importlib.util.find_spec("nilearn")
-    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "datasets" / "data"
-    if folder is None or not (folder / MNI.format("t1")).is_file():
-        raise Unsupported(
-            "segmentation data=mni152 without nilearn, which holds it",
-            supported="pip install --no-deps nilearn, and nibabel",
-            nearest="pip install --no-deps nilearn",
-        )
+    folder = package_folder("nilearn", "segmentation data=mni152", NILEARN) / "datasets" / "data"
     head, grey, white = (_load(folder / MNI.format(part)).astype(np.float32) for part in ("t1", "gm", "wm"))
     rest = 255 - grey - white  # the maps are probabilities, 255 for 1
     labels = np.stack([rest, grey, white]).argmax(0)
@@ -111,7 +110,9 @@ def _load(path: Path) -> Shaped[np.ndarray, "x y z"]:
         import nibabel
     except ImportError:
         raise Unsupported(
-            f"{path} without nibabel, which reads it", supported="the extra", nearest="pip install 'regard[medical]'"
+            f"{path} without the package nibabel, which reads it",
+            supported="the extra",
+            nearest="pip install 'regard[medical]'",
         ) from None
     try:
         return np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]

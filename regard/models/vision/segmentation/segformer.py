@@ -65,7 +65,7 @@ class SegFormerConfig(SegmenterConfig):
 
 
 class SegFormer(Segmenter):
-    """See the module; sizes ``segformer_b0`` to ``segformer_b5`` and ``segformer_nano``."""
+    """See the module; sizes ``segformer_b0`` to ``segformer_b2`` and ``segformer_nano``."""
 
     Config = SegFormerConfig
     sizes: ClassVar = {
