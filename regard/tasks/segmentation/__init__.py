@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 METRICS = {"dice": "mean Dice", "iou": "mean IoU"}
 SAMPLED = 256
-"""Scenes from which the mean, the deviation and the baseline of drawn data are taken."""
+"""Scenes from which the mean, the deviation and the baseline of drawn data are taken; fewer of more than 64 x 64 pixels."""
 
 
 class SegmentationTask(Task):
@@ -112,7 +112,8 @@ class SegmentationTask(Task):
         if self._masked is None:
             _, names, depth = SCENES[chosen]
             values, colours = tuple(range(len(names))), colours_of(len(names))
-            pixels, labels = self._drawn(SAMPLED, counter_generator(seed, 0, SPLIT))
+            count = min(SAMPLED, max(16, SAMPLED * 64**2 // size**2))
+            pixels, labels = self._drawn(count, counter_generator(seed, 0, SPLIT))
             self._scored = self._drawn(evaluation_items, counter_generator(seed, 0, EVALUATION))
             self._held_out = evaluation_items
         else:
@@ -143,6 +144,7 @@ class SegmentationTask(Task):
         self._counts = np.bincount(labels[labels != IGNORED], minlength=len(names))
         self._seen = np.array([(labels == i).any((1, 2)).sum() for i in range(len(names))])
         self._ignored = float((labels == IGNORED).mean())
+        self._measured = len(labels)
         self._example = labels[len(labels) // 2]
         self.baseline: Baseline | None = self._commonest(labels)
 
@@ -192,14 +194,13 @@ class SegmentationTask(Task):
             source, notes = f"the scenes {self._scene}, drawn", list[str]()
             training = "drawn afresh at each step"
             split = f"held-out scenes are drawn from a seed of their own ({self.seed})"
-            measured = SAMPLED
         else:
             source, notes, split = self._images.source, self._images.notes, self._split
-            training, measured = f"{len(self._training):,} images", len(self._training)
+            training = f"{len(self._training):,} images"
         lines = [
             f"segmentation: {source}, {self.size}x{self.size} pixels, {'grey' if self.reader.channels == 1 else 'colour'}",
             f"{self.length} tokens ({self.grid[0]}x{self.grid[1]}), patches of {self.patch}x{self.patch} pixels",
-            f"{self.num_classes} classes, with the share of the pixels and the number of {measured} training images that "
+            f"{self.num_classes} classes, with the share of the pixels and the number of {self._measured} training images that "
             f"have them: {listed}" + (", ..." if self.num_classes > 20 else ""),
             f"training: {training}; held out: {self._held_out:,} images, {scored:,} of them scored",
             f"split: {split}",
