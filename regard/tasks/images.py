@@ -416,18 +416,19 @@ def read_image(
                 deep = turned.mode[0] in "IF"
                 image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if deep:
         values = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
         if not np.isfinite(values).all():
-            raise _unreadable(path, "it holds values that are no finite numbers")
+            raise unreadable(path, "it holds values that are no finite numbers")
         return np.repeat(values[..., None], channels, axis=2)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     flat = flat.convert("RGB" if channels == 3 else "L").resize(size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(flat, dtype=np.uint8).reshape(*size, channels)
 
 
-def _unreadable(path: Path, why: Any) -> Unsupported:
+def unreadable(path: Path, why: Any) -> Unsupported:
+    """What to raise for a file that cannot be read as an image."""
     return Unsupported(
         f"{path}, which cannot be read as an image ({why})",
         supported="whole images: " + " ".join(sorted(IMAGE_SUFFIXES)),

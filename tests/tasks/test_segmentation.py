@@ -182,6 +182,8 @@ def broken(folder, name):
         save(mask, np.arange(16 * 24, dtype=np.uint8).reshape(16, 24))
     elif name == "corrupt":
         image.write_bytes(image.read_bytes()[:90])
+    elif name == "corrupt mask":
+        mask.write_bytes(b"no picture")
     elif name == "unknown":
         (folder / "classes.txt").write_text("0 nothing\n1 thing\n")
     elif name == "names":
@@ -204,7 +206,8 @@ def broken(folder, name):
         ("other size", "masks/1.png of 16 x 20 pixels, the mask of an image of 24 x 16"),
         ("colours", "a mask of colours (mode RGB)"),
         ("many values", "up to 64 classes"),
-        ("corrupt", "1.png, which cannot be read"),
+        ("corrupt", "images/1.png, which cannot be read"),
+        ("corrupt mask", "masks/1.png, which cannot be read"),
         ("unknown", "with the unknown class 2, which classes.txt does not name"),
         ("names", "classes.txt, line 2: 'thing 1'"),
         ("one class", "masks with 1 class"),
@@ -216,6 +219,19 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, name, told):
     folder = masked(tmp_path)
     broken(folder, name)
     refused(lambda: task(folder), told)
+
+
+def test_a_picture_turned_by_its_camera_has_a_mask_of_its_turned_size(tmp_path):
+    folder = masked(tmp_path)
+    for i in range(12):
+        image = Image.open(folder / "images" / f"{i}.png")
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(folder / "images" / f"{i}.png", exif=exif)
+    refused(lambda: task(folder), "the mask of an image of 16 x 24")
+    for path in (folder / "masks").iterdir():
+        Image.open(path).rotate(90, expand=True).save(path)
+    assert task(folder).num_classes == 3
 
 
 def test_options_that_mean_nothing_and_unknown_data_are_refused(tmp_path):

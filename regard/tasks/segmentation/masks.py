@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from regard.contract import Unsupported
 from regard.tasks.documents import file_name, names_of, nearest_path, walk
-from regard.tasks.images import IMAGE_SUFFIXES, ImageReader, Images, images_among, read_image, stacked
+from regard.tasks.images import IMAGE_SUFFIXES, ImageReader, Images, images_among, read_image, stacked, unreadable
 from regard.tasks.protocol import IGNORED
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ MOST_CLASSES = 64
 """Values that masks may have without a file of their names: more is the sign of smoothed edges, or of no mask at all."""
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm"})
 """Files that keep each pixel as it is."""
+ORIENTATION = 0x0112
+"""The field of EXIF that says how a picture is turned; from 5 on its sides change places."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,18 +288,10 @@ def _names(path: Path) -> dict[int, str]:
 
 def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[Colour] | None]:
     """Values of a mask, and the palette that it has."""
-    from PIL import Image
-
-    try:
-        with Image.open(image) as opened:
-            wide, high = opened.size
-            wide, high = (high, wide) if opened.getexif().get(0x0112, 1) >= 5 else (wide, high)
-        with Image.open(path) as opened:
-            mode, size = opened.mode, opened.size
-            palette = opened.getpalette("RGB") if mode == "P" else None
-            values = np.asarray(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Unsupported(f"{path} or {image}, which cannot be read ({error})", supported="whole images") from None
+    wide, high = _opened(image, _turned_size)
+    mode, size, palette, values = _opened(
+        path, lambda x: (x.mode, x.size, x.getpalette("RGB") if x.mode == "P" else None, np.asarray(x))
+    )
     if mode not in ("1", "L", "P", "I;16", "I") or values.max(initial=0) > 255 or values.min(initial=0) < 0:
         what = "values above 255" if mode.startswith("I") else f"colours (mode {mode})"
         raise Unsupported(
@@ -308,6 +303,25 @@ def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[
             supported="masks of the size of their images",
         )
     return values.astype(np.uint8), None if palette is None else _triples(palette)
+
+
+def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
+    """What `read` makes of an image file."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return read(opened)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise unreadable(path, error) from None
+
+
+def _turned_size(opened: Any) -> tuple[int, int]:
+    """Width and height of an image, turned as its camera says."""
+    wide, high = opened.size
+    return (high, wide) if opened.getexif().get(ORIENTATION, 1) >= 5 else (wide, high)
 
 
 def _triples(palette: Sequence[int]) -> list[Colour]:
