@@ -264,7 +264,7 @@ class _View:
 
     def masks(self, task: str) -> dict[str, Any] | None:
         """Images, masks and predictions of a task that segments, see :func:`regard.workbench.mask_pictures.table`."""
-        return mask_pictures.table((self.run.get("pictures") or {}).get(task), self._with(task, "masks"))
+        return mask_pictures.table((self.run.get("masks") or {}).get(task), self._with(task, "masks"))
 
     def _with(self, task: str, key: str) -> list[tuple[str, Payload]]:
         """The first row at its best rate that has something to show, of each mechanism that has one, best first."""
