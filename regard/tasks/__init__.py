@@ -34,6 +34,7 @@ from regard.tasks.protocol import (
     squared_error_by_item,
 )
 from regard.tasks.recall import RecallTask
+from regard.tasks.segmentation import SegmentationTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
 
@@ -43,6 +44,7 @@ _TASKS = (
     CopyingTask,
     ListOpsTask,
     ImagesTask,
+    SegmentationTask,
     DocumentsTask,
     MatchingTask,
     ParaphraseTask,
@@ -97,12 +99,14 @@ def create_task(
                 nearest=closest(option, accepted),
             )
     task: Task = TASKS[name](**given)
-    task.origin = {option: _lasting(option, value) for option, value in given.items()}
+    task.origin = {option: _lasting(option, value, TASKS[name].named) for option, value in given.items()}
     return task
 
 
-def _lasting(option: str, value: Any) -> Any:
-    """A value of an option as JSON, with paths that hold in every folder."""
+def _lasting(option: str, value: Any, named: tuple[str, ...]) -> Any:
+    """A value of an option as JSON, with paths that hold in every folder; `named` are data that are no paths."""
+    if value in named:
+        return value
     if option in ("data", "validation"):
         return os.path.abspath(value) if isinstance(value, str | Path) else [os.path.abspath(path) for path in value]
     if option == "tokenizer" and str(value).endswith(".json"):

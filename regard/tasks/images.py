@@ -50,7 +50,7 @@ class Images:
     Attributes:
         source: in words.
         pixels: uint8; float32 from 0 to 255 where some images have more than 8 bits.
-        labels: class of each image.
+        labels: class of each image, or of each of its pixels.
         classes: their names.
         held_out: images that must not be trained on; None when the data set has no split of its own.
         notes: what was left out.
@@ -59,7 +59,7 @@ class Images:
 
     source: str
     pixels: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
-    labels: Int[np.ndarray, " n"]
+    labels: Int[np.ndarray, "n ..."]
     classes: tuple[str, ...]
     held_out: Int[np.ndarray, " m"] | None = None
     notes: list[str] = field(default_factory=list)
@@ -105,13 +105,13 @@ class ImageReader:
         Raises:
             Unsupported: for files that cannot be read, and images of more than 8 bits where the model has seen none.
         """
-        images = [_read_image(path, (self.height, self.width), self.channels) for path in paths]
+        images = [read_image(path, (self.height, self.width), self.channels) for path in paths]
         for path, image in zip(paths, images, strict=True):
             if image.dtype == np.float32 and self.span is None:
                 raise Unsupported(
                     f"{path}, an image of more than 8 bits", supported="images of 8 bits, as the model was trained on"
                 )
-        return self.patches(_stacked(images, self.span)[0])
+        return self.patches(stacked(images, self.span)[0])
 
     def as_record(self) -> dict[str, Any]:
         """Numbers and words for JSON."""
@@ -148,6 +148,7 @@ class ImagesTask(Task):
     name = "images"
     pattern = Pattern.NONCAUSAL_SELF
     objective = "classification"
+    named = NAMED
 
     def __init__(
         self,
@@ -165,11 +166,11 @@ class ImagesTask(Task):
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
         check_fraction("held_out", held_out, 0.01, 0.5)
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
-        images = _distinct(_load("digits" if data is None else data, validation, size, channels))
+        images = distinct(_load("digits" if data is None else data, validation, size, channels))
         self._images = images
         self.num_classes: int = len(images.classes)
         height, width, depth = images.pixels.shape[1:]
-        self.patch = _choose_patch(height, width, length, patch)
+        self.patch = choose_patch(height, width, length, patch)
         self.grid: tuple[int, ...] = (height // self.patch, width // self.patch)
         self.length = self.grid[0] * self.grid[1]
         self.features: int = self.patch**2 * depth
@@ -351,7 +352,7 @@ def _load_folders(folder: Path, validation: Path | None, size: int, channels: in
             )
         held_out = np.arange(len(paths), len(paths) + len(more))
         paths, labels, notes = paths + more, labels + their_labels, notes + more_notes
-    pixels, span, count = _stacked([_read_image(path, (size, size), channels) for path in paths])
+    pixels, span, count = stacked([read_image(path, (size, size), channels) for path in paths])
     if span is not None:
         low, high = span
         notes.append(
@@ -395,7 +396,7 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
     return classes, paths, labels, notes
 
 
-def _read_image(
+def read_image(
     path: Path, size: tuple[int, int], channels: int
 ) -> UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]:
     """An image of this height and width as bytes, or as float32 numbers of its own scale where its grey has more than 8 bits."""
@@ -415,18 +416,19 @@ def _read_image(
                 deep = turned.mode[0] in "IF"
                 image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if deep:
         values = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
         if not np.isfinite(values).all():
-            raise _unreadable(path, "it holds values that are no finite numbers")
+            raise unreadable(path, "it holds values that are no finite numbers")
         return np.repeat(values[..., None], channels, axis=2)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     flat = flat.convert("RGB" if channels == 3 else "L").resize(size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(flat, dtype=np.uint8).reshape(*size, channels)
 
 
-def _unreadable(path: Path, why: Any) -> Unsupported:
+def unreadable(path: Path, why: Any) -> Unsupported:
+    """What to raise for a file that cannot be read as an image."""
     return Unsupported(
         f"{path}, which cannot be read as an image ({why})",
         supported="whole images: " + " ".join(sorted(IMAGE_SUFFIXES)),
@@ -434,7 +436,7 @@ def _unreadable(path: Path, why: Any) -> Unsupported:
     )
 
 
-def _stacked(
+def stacked(
     images: list[np.ndarray], span: tuple[float, float] | None = None
 ) -> tuple[Shaped[np.ndarray, "n h w c"], tuple[float, float] | None, int]:
     """The images as one array; the span of those with more than 8 bits, all scaled by the same; how many these are."""
@@ -449,7 +451,7 @@ def _stacked(
     return np.stack(images).astype(np.float32), span, len(deep)
 
 
-def _distinct(images: Images) -> Images:
+def distinct(images: Images) -> Images:
     """Without exact repetitions. Where a data set has held-out images, those are the ones kept."""
     order = np.arange(len(images.pixels))
     if images.held_out is not None:
@@ -497,7 +499,7 @@ def _split(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n
     return np.setdiff1d(everything, chosen), chosen
 
 
-def _choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:
+def choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:
     sides = [side for side in range(1, min(height, width) + 1) if height % side == 0 and width % side == 0]
     lengths = {side: height * width // side**2 for side in sides}
     if patch is not None and patch not in sides:

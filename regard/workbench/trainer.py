@@ -21,9 +21,10 @@ from regard.measurement.store import Store
 from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
 from regard.training import runner_of
+from regard.workbench.mask_pictures import predicted
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
-from regard.workbench.trained import described, keep, outcome, ran
+from regard.workbench.trained import described, figures_of, keep, outcome, ran
 from regard.workbench.work import FEWEST_STEPS, Work, build, share_steps
 
 Row = dict[str, Any]
@@ -263,6 +264,7 @@ class Trainer:
             if work.search_items:
                 sliced = runner.evaluate(model, task, work.scored_at_once, last=work.search_items)
             choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
+        shows = seed == self.settings.first_seed and not history.diverged
         if self.settings.keep_models and work.frame == self.settings.frames[0] and seed == self.settings.first_seed:
             record = {**described(work, name, rate, seed), **outcome(work, model, history, found)}
             keep(self.model_folder(work, name, rate), model, task, record)
@@ -277,7 +279,9 @@ class Trainer:
             "solved": None if task.solved is None else _reaches(task, score),
             "items": items,
             "search": choice,
-            "sample": written(model, task) if seed == self.settings.first_seed and not history.diverged else None,
+            "sample": written(model, task) if shows else None,
+            "masks": predicted(model, task) if shows else None,
+            "figures": figures_of(found),
             "feed_forward": work.configs[name].feed_forward,
             "skipped": history.skipped,
             "tokens_per_second": history.tokens_per_second,

@@ -114,7 +114,7 @@ def test_class_folders_of_any_name_are_told_in_text_that_can_be_stored(folder):
 
 def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert module._read_image(tmp_path / "a.png", (4, 4), 3).min() == 255
+    assert module.read_image(tmp_path / "a.png", (4, 4), 3).min() == 255
 
 
 @pytest.mark.parametrize(
