@@ -10,7 +10,19 @@ from rich.text import Text
 
 from regard.cli.arguments import read_backbones, read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
 from regard.cli.console import console, emit, load_plugins, plain
-from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
+from regard.cli.options import (
+    DATA,
+    DEVICE,
+    JSON,
+    LENGTH,
+    MODEL,
+    PLUGINS,
+    PRECISION,
+    SKIP_UNREADABLE,
+    STACK,
+    TOKENIZER,
+    VALIDATION,
+)
 from regard.cli.progress import progress
 from regard.measurement import units
 
@@ -60,6 +72,7 @@ def compare(
     validation: VALIDATION = None,
     length: LENGTH = None,
     tokenizer: TOKENIZER = "bytes",
+    skip_unreadable: SKIP_UNREADABLE = False,
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
@@ -126,7 +139,7 @@ def compare(
             console.print(plain(f"By its contents: --task {described}"))
 
     modules = load_plugins(plugin)
-    tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised)
+    tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
     compared = [*read_backbones(models or ""), *read_mechanisms(mechanisms or "", tasks)]
     settings = CompareSettings(
         tuple(compared) if compared else default_mechanisms(*tasks),

@@ -10,7 +10,19 @@ from rich.text import Text
 
 from regard.cli.arguments import describe_tasks, named_backbones, plugged_tasks, read_mechanisms, read_stack
 from regard.cli.console import console, emit, load_plugins, plain
-from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
+from regard.cli.options import (
+    DATA,
+    DEVICE,
+    JSON,
+    LENGTH,
+    MODEL,
+    PLUGINS,
+    PRECISION,
+    SKIP_UNREADABLE,
+    STACK,
+    TOKENIZER,
+    VALIDATION,
+)
 from regard.cli.progress import progress
 from regard.contract import Unsupported
 from regard.measurement import units
@@ -39,6 +51,7 @@ def train(
     validation: VALIDATION = None,
     length: LENGTH = None,
     tokenizer: TOKENIZER = "bytes",
+    skip_unreadable: SKIP_UNREADABLE = False,
     model: MODEL = None,
     dim: Annotated[int, typer.Option(help="Its width.")] = 128,
     layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
@@ -83,7 +96,7 @@ def train(
         asked = own[0]
     else:
         chosen = None if task is None else [task]
-        ((name, options),) = describe_tasks(chosen, data, validation, length, tokenizer, recognised)
+        ((name, options),) = describe_tasks(chosen, data, validation, length, tokenizer, recognised, skip_unreadable)
         asked = create_task(name, **options)
     variants = [] if model is None else named_backbones(model)
     if variants and mechanism is not None:

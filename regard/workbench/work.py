@@ -297,8 +297,10 @@ class Work:
         started = time.monotonic()
         runner = runner_of(self.task)
         runner.train(model, self.task, replace(timed, steps=2))
-        history = runner.train(model, self.task, timed, deadline=max(time.monotonic() + 0.2, started + 0.7 * seconds))
-        step = history.seconds / len(history.curve) * 1.15 if history.curve else seconds
+        began = time.monotonic()
+        history = runner.train(model, self.task, timed, deadline=max(began + 0.2, started + 0.7 * seconds))
+        # with the making of its batch, which takes a while where images are varied
+        step = (time.monotonic() - began) / len(history.curve) * 1.15 if history.curve else seconds
         started = time.monotonic()
         runner.evaluate(model, self.task, self.scored_at_once, last=min(self.items, self.scored_at_once))
         return step, (time.monotonic() - started) * max(1.0, self.items / self.scored_at_once)
