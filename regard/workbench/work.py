@@ -179,10 +179,17 @@ class Work:
         task, settings: of the comparison.
         frame: one of the settings'; the first when None.
         names: of the mechanisms; all when None.
+        choosing: whether held-out items are kept for a choice even where one learning rate is given.
     """
 
     def __init__(
-        self, task: Task, settings: CompareSettings, frame: str | None = None, names: Sequence[str] | None = None
+        self,
+        task: Task,
+        settings: CompareSettings,
+        frame: str | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        choosing: bool = False,
     ) -> None:
         self.task, self.settings = task, settings
         self.frame = settings.frames[0] if frame is None else frame
@@ -193,7 +200,8 @@ class Work:
         # generating token by token takes about as long for many items as for few
         self.scored_at_once = max(self.batch_size, GENERATED_AT_ONCE) if task.generates else self.batch_size
         self.items = sum(batch.size for batch in task.evaluation_batches(64))
-        self.search_items = max(1, self.items // 4) if self.items > 1 and len(settings.rates) > 1 else 0
+        choosing = choosing or len(settings.rates) > 1
+        self.search_items = max(1, self.items // 4) if self.items > 1 and choosing else 0
         self.baseline = self._baseline()
         self.identity = {
             "task": task.name,
