@@ -258,15 +258,15 @@ class _View:
             {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
         ]
 
-    def samples(self, task: str) -> list[dict[str, Any]]:
-        """Text by each mechanism's language model after its best run, best first."""
+    def kept(self, task: str, what: str) -> list[dict[str, Any]]:
+        """An entry of the rows, such as ``sample``, of each mechanism's best run that has it, best mechanism first."""
         found = []
         for entry in self.ranked(task):
             rate = self.chosen_rate(task, entry["mechanism"])
             own = [r for r in self.quality if (r["task"], r["mechanism"], r["lr"]) == (task, entry["mechanism"], rate)]
-            sample = next((row["sample"] for row in own if row.get("sample")), None)
-            if sample is not None:
-                found.append({"mechanism": entry["mechanism"], **sample})
+            one = next((row[what] for row in own if row.get(what)), None)
+            if one is not None:
+                found.append({"mechanism": entry["mechanism"], **one})
         return found
 
     def lengths(self) -> str:
@@ -379,8 +379,9 @@ class _View:
         return written.getvalue()
 
     def data(self) -> str:
-        """All that the report is made of but the scores of single items, as JSON."""
-        quality = [{key: value for key, value in row.items() if key != "items"} for row in self.quality]
+        """All that the report is made of but the scores and pictures of single items, as JSON."""
+        large = ("items", "predicted")
+        quality = [{key: value for key, value in row.items() if key not in large} for row in self.quality]
         rows = {"quality": quality, "cost": self.cost, "search": self.search, "summary": self.summary}
         text = json.dumps({"schema": SCHEMA, "run": self.run, **rows}, default=str)
         return json.dumps(json.loads(text, parse_constant=lambda _: None))  # JSON has no NaN

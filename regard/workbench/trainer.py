@@ -21,6 +21,7 @@ from regard.measurement.store import Store
 from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
 from regard.training import runner_of
+from regard.workbench.predicted_images import predicted
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.trained import described, keep, outcome, ran
@@ -278,12 +279,18 @@ class Trainer:
             "items": items,
             "search": choice,
             "sample": written(model, task) if seed == self.settings.first_seed and not history.diverged else None,
+            "predicted": self._predicted(work, model, seed, history.diverged),
             "feed_forward": work.configs[name].feed_forward,
             "skipped": history.skipped,
             "tokens_per_second": history.tokens_per_second,
             "training_memory_bytes": history.peak_memory,
             "reproduce": self.command,
         }
+
+    def _predicted(self, work: Work, model: nn.Module, seed: int, diverged: bool) -> Row | None:
+        if diverged or seed != self.settings.first_seed or work.frame != self.settings.frames[0]:
+            return None
+        return predicted(model, work.task, work.scored_at_once, work.search_items)
 
     def model_folder(self, work: Work, name: str, rate: float) -> Path:
         plain = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in name)
