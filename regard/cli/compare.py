@@ -51,6 +51,13 @@ def compare(
             "(NAME:option=value), for tasks of images; beside --mechanisms only where those are named."
         ),
     ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="What image backbones are made equal in, by scaling their widths to come near the first: parameters, flops or "
+            "time (of a training step). As published when not given."
+        ),
+    ] = None,
     budget: Annotated[
         str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
     ] = "8m",
@@ -121,6 +128,7 @@ def compare(
         regard compare reviews.csv
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
         regard compare --task images:size=64 photos/ --models van_b0,deit_t
+        regard compare --task images photos/ --models van_nano,vit_nano,vim_nano --match flops
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
@@ -159,6 +167,7 @@ def compare(
         stack=read_stack(stack),
         precision=precision,
         device=device,
+        match=match,
         model=model,
     )
     left_out: dict[str, str] = {}

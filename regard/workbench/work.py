@@ -223,6 +223,8 @@ class Work:
             self.identity["precision"] = settings.precision
         if settings.model is not None:
             self.identity["model"] = settings.model
+        if settings.match is not None:
+            self.identity["match"] = {name: dict((v.backbone or ("", {}))[1]) for name, v in settings.variants.items()}
         if getattr(task, "runner", None) is not None:
             self.identity["runner"] = type(task.runner).__name__
         if settings.device != "cpu":
