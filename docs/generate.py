@@ -668,10 +668,13 @@ def _ranked(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return "—" if rank is None else str(rank), _link(entry["mechanism"]), score, marks, *costs, state
 
 
-def fashion_page(data: Mapping[str, Any] | None) -> str:
-    """Small backbones on Fashion-MNIST, best first."""
+def fashion_page(data: Mapping[str, Any] | None, resolution: Mapping[str, Any] | None) -> str:
+    """Small backbones on Fashion-MNIST, best first, and positions in larger images."""
+    return _page(["# Image backbones on Fashion-MNIST", *_backbones(data), *_resolution(resolution)])
+
+
+def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     parts = [
-        "# Image backbones on Fashion-MNIST",
         "A small size of every backbone, trained from scratch for the same time on 32 x 32 pixels with the augmentation "
         "`light`, one learning rate for all, and the last weights (`benchmarks/fashion_mnist.py`). Sizes are those of this "
         "project for small images and are not matched, and nothing is tuned to any of them: the order says what came of so "
@@ -679,7 +682,7 @@ def fashion_page(data: Mapping[str, Any] | None) -> str:
         "share of test images. Speeds are of batches of 64, medians of all models in turn in one process.",
     ]
     if data is None or not data["cells"]:
-        return _page([*parts, "Not measured in this build of the pages: `python benchmarks/fashion_mnist.py` does it."])
+        return [*parts, "Not measured in this build of the pages: `python benchmarks/fashion_mnist.py` does it."]
     budget = max((cell["minutes"], cell["items"]) for cell in data["cells"])
     cells = [cell for cell in data["cells"] if (cell["minutes"], cell["items"]) == budget]
     scores: dict[str, list[float | None]] = {}
@@ -708,7 +711,41 @@ def fashion_page(data: Mapping[str, Any] | None) -> str:
         f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained on {', '.join(machines)}.",
         _table(headings, rows),
     ]
-    return _page(parts)
+    return parts
+
+
+def _resolution(data: Mapping[str, Any] | None) -> list[str]:
+    """Positions trained at one size of image and tested at larger ones."""
+    parts = [
+        "## Larger images than in training",
+        "An encoder of three layers of softmax attention is trained on 28 x 28 pixels and tested on the same images resized to "
+        "42 and 56, with patches of 2 x 2 (`benchmarks/resolution.py`): accuracy ± the standard error over seeds. Learned "
+        "positions are also stretched from the trained grid to the larger one.",
+    ]
+    if data is None or not data["cells"]:
+        return [*parts, "Not measured in this build of the pages: `python benchmarks/resolution.py` does it."]
+    length = max((cell["steps"], cell["items"]) for cell in data["cells"])
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for cell in data["cells"]:
+        if (cell["steps"], cell["items"]) != length:
+            continue
+        for side, accuracy in cell["accuracy"].items():
+            size, _, how = side.partition(" ")
+            name = f"{cell['positions']}, {how}" if how else cell["positions"]
+            found.setdefault(name, {}).setdefault(size, []).append(accuracy)
+    sides = sorted({size for scores in found.values() for size in scores})
+
+    def shown(scores: Sequence[float | None]) -> str:
+        sound = [score for score in scores if score is not None]
+        if not scores or len(sound) < len(scores):
+            return "diverged" if scores else "—"
+        error = f" ± {statistics.stdev(sound) / len(sound) ** 0.5:.2%}" if len(sound) > 1 else ""
+        return f"{statistics.fmean(sound):.2%}{error}"
+
+    rows = [(name, *(shown(scores.get(side, ())) for side in sides)) for name, scores in found.items()]
+    seeds = len({cell["seed"] for cell in data["cells"] if (cell["steps"], cell["items"]) == length})
+    told = f"{length[0]:,} steps, {length[1]:,} test images, {seeds} seed{'s' * (seeds != 1)}."
+    return [*parts, told, _table(("positions", *(f"{side} pixels" for side in sides)), rows)]
 
 
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
@@ -944,7 +981,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
         "matrix.md": matrix_page(verified, names),
         "scaling.md": scaling_page(scaling),
         "ranking.md": ranking_page(ranking),
-        "fashion.md": fashion_page(_read(DATA / "fashion_mnist.json")),
+        "fashion.md": fashion_page(_read(DATA / "fashion_mnist.json"), _read(DATA / "resolution.json")),
         "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
     }
