@@ -37,7 +37,7 @@ def predicted(model: nn.Module, task: Task, at_once: int, first: int = 0) -> dic
         first: number of the first held-out item that is looked at.
 
     Returns:
-        ``classes``, their names; ``items``, how many were looked at; ``samples`` and ``mistakes``, lists of ``picture`` (a
+        ``classes``, their names; ``images``, how many were looked at; ``samples`` and ``mistakes``, lists of ``picture`` (a
         PNG as a data URI), ``truth``, ``prediction`` (numbers of classes) and ``confidence`` (its probability); and
         ``confusion``, counts by true and predicted class, None for more than 20 classes.
     """
@@ -78,7 +78,7 @@ def predicted(model: nn.Module, task: Task, at_once: int, first: int = 0) -> dic
         confusion = torch.bincount(truth * count + prediction, minlength=count * count).view(count, count).tolist()
     return {
         "classes": list(reader.classes),
-        "items": len(truth),
+        "images": len(truth),
         "samples": [told(i) for i in range(min(SAMPLES, len(truth)))],
         "mistakes": [told(int(i)) for i in surest],
         "confusion": confusion,

@@ -61,9 +61,9 @@ def test_samples_mistakes_and_confusions_are_those_of_the_model(first):
     sureness = [one["confidence"] for one in found["mistakes"]]
     assert sureness == sorted(sureness, reverse=True) and sureness[0] > found["samples"][0]["confidence"]
     confusion = np.array(found["confusion"])
-    assert confusion.sum() == found["items"] == len(truth) - first
+    assert confusion.sum() == found["images"] == len(truth) - first
     np.testing.assert_array_equal(confusion.sum(1), np.bincount(truth[first:], minlength=10))
-    assert confusion.trace() == sum((i + first) % 4 != 3 for i in range(found["items"]))
+    assert confusion.trace() == sum((i + first) % 4 != 3 for i in range(found["images"]))
     pixels = task._images.centres(task._scored[first : first + 1])[0, ..., 0]
     np.testing.assert_array_equal(decoded(found["samples"][0]["picture"]), pixels)
 
@@ -83,6 +83,7 @@ def test_the_page_shows_them_with_names_that_are_text():
     page = render(**given)
     assert page.count('class="picture wrong"') > 2 * MISTAKES and "<script>x" not in page
     assert "&lt;script&gt;x" in page and page.count("Which classes are taken for which") == 2
+    assert f"of the first {found['images']} images" in page
     assert "What the models see" not in render(**example(tasks=1, mechanisms=2))
 
 
