@@ -30,8 +30,9 @@ def parameter_groups(
         id(parameter)
         for module in model.modules()
         if callable(named := getattr(module, "no_weight_decay", None))
+        for names in [named()]
         for name, parameter in module.named_parameters()
-        if name in named()
+        if name in names
     }
     gammas = {id(module.weight) for module in norms}
     decayed: list[nn.Parameter] = []
