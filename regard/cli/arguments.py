@@ -91,6 +91,7 @@ def read_tasks(
     tokenizer: str,
     modules: list[Any],
     recognised: Callable[[str], None] = lambda described: None,
+    skip_unreadable: bool = False,
 ) -> list[Any]:
     """The tasks of a comparison: named ones, those of plugins, what the data are for, or the default.
 
@@ -102,7 +103,9 @@ def read_tasks(
     own = plugged_tasks(modules, () if chosen else (data, validation))
     if not chosen and not own and not data:
         chosen = ["text", "recall"]
-    described = describe_tasks(chosen, data, validation, length, tokenizer, recognised) if chosen or not own else []
+    described = []
+    if chosen or not own:
+        described = describe_tasks(chosen, data, validation, length, tokenizer, recognised, skip_unreadable)
     return [*(create_task(name, **options) for name, options in described), *own]
 
 
@@ -130,6 +133,7 @@ def describe_tasks(
     length: int | None,
     tokenizer: str,
     recognised: Callable[[str], None] = lambda described: None,
+    skip_unreadable: bool = False,
 ) -> list[tuple[str, dict[str, Any]]]:
     """Names and options of the tasks that are named, or that the data are for.
 
@@ -159,9 +163,15 @@ def describe_tasks(
                 options |= {option: paths for option, paths in given.items() if paths}
             if "tokenizer" in accepted:
                 options["tokenizer"] = tokenizer
+            if skip_unreadable and "skip_unreadable" in accepted:
+                options["skip_unreadable"] = True
         if length is not None:
             options["length"] = length
         found.append((name, {option: value for option, value in options.items() if value is not None}))
+    if skip_unreadable and not any(options.get("skip_unreadable") for _, options in found):
+        raise Unsupported(
+            f"--skip-unreadable with {', '.join(name for name, _ in named)}", supported="tasks that read images"
+        )
     if (data or validation) and not reading:
         readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
         raise Unsupported(

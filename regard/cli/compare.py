@@ -10,7 +10,19 @@ from rich.text import Text
 
 from regard.cli.arguments import read_backbones, read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
 from regard.cli.console import console, emit, load_plugins, plain
-from regard.cli.options import DATA, DEVICE, JSON, LENGTH, MODEL, PLUGINS, PRECISION, STACK, TOKENIZER, VALIDATION
+from regard.cli.options import (
+    DATA,
+    DEVICE,
+    JSON,
+    LENGTH,
+    MODEL,
+    PLUGINS,
+    PRECISION,
+    SKIP_UNREADABLE,
+    STACK,
+    TOKENIZER,
+    VALIDATION,
+)
 from regard.cli.progress import progress
 from regard.measurement import units
 
@@ -39,6 +51,13 @@ def compare(
             "(NAME:option=value), for tasks of images; beside --mechanisms only where those are named."
         ),
     ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="What image backbones are made equal in, by scaling their widths to come near the first: parameters, flops or "
+            "time (of a training step). As published when not given."
+        ),
+    ] = None,
     budget: Annotated[
         str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
     ] = "8m",
@@ -60,6 +79,7 @@ def compare(
     validation: VALIDATION = None,
     length: LENGTH = None,
     tokenizer: TOKENIZER = "bytes",
+    skip_unreadable: SKIP_UNREADABLE = False,
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
@@ -108,6 +128,7 @@ def compare(
         regard compare reviews.csv
         regard compare --task images photos/ --mechanisms softmax,agent,flow_attention
         regard compare --task images:size=64 photos/ --models van_b0,deit_t
+        regard compare --task images photos/ --models van_nano,vit_nano,vim_nano --match flops
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
@@ -126,7 +147,7 @@ def compare(
             console.print(plain(f"By its contents: --task {described}"))
 
     modules = load_plugins(plugin)
-    tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised)
+    tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
     compared = [*read_backbones(models or ""), *read_mechanisms(mechanisms or "", tasks)]
     settings = CompareSettings(
         tuple(compared) if compared else default_mechanisms(*tasks),
@@ -146,6 +167,7 @@ def compare(
         stack=read_stack(stack),
         precision=precision,
         device=device,
+        match=match,
         model=model,
     )
     left_out: dict[str, str] = {}

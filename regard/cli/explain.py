@@ -69,7 +69,7 @@ def explain(
         label = int(logits.argmax()) if of is None else reader.classes.index(of)
         used, weight = maps.explain(model, inputs, reader.grid, label, method)
         with Image.open(path) as opened:
-            drawn = maps.draw(ImageOps.exif_transpose(opened), weight)
+            drawn = maps.draw(reader.seen(ImageOps.exif_transpose(opened)), weight)
         name = path.stem
         while name in taken:
             name += "_"

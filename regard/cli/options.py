@@ -36,6 +36,10 @@ PRECISION = Annotated[
     str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
 ]
 DEVICE = Annotated[str, typer.Option(help="A device of torch: cpu, cuda.")]
+SKIP_UNREADABLE = Annotated[
+    bool,
+    typer.Option("--skip-unreadable", help="Name images that cannot be read, and go on without them."),
+]
 SHARD = Annotated[
     str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
 ]

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import DEVICE, JSON
+from regard.cli.options import DEVICE, JSON, SKIP_UNREADABLE
 from regard.contract import Unsupported, at_least
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def predict(
     folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(help="Classes to name for each image, the likeliest first.")] = 3,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Name files that cannot be read, and go on.")
-    ] = False,
+    skip_unreadable: SKIP_UNREADABLE = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -137,7 +135,7 @@ def _segment(
 def image_files(given: Path) -> Iterator[Path]:
     """A file itself, or the images of a folder in sorted order."""
     from regard.tasks.documents import nearest_path, walk
-    from regard.tasks.images import images_among
+    from regard.tasks.image_files import images_among
 
     if given.is_dir():
         yield from images_among(walk(given)[0], given)

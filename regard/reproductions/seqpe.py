@@ -96,16 +96,16 @@ def read(model: nn.Module, context: int, items: int) -> float:
 
 
 class NumberedByPlace(nn.Module):
-    """An encoder for which the pixel in row i and column j of a window of any size has the number 8 i + j."""
+    """An encoder for which the token in row i and column j of a grid of any size has the number side * i + j."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, side: int = DIGIT_SIDE) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.side = encoder, side
 
     def forward(self, inputs: Tensor, *, context: Context) -> Result:
         assert context.grid is not None
         rows, columns = context.grid
-        places = (torch.arange(rows)[:, None] * DIGIT_SIDE + torch.arange(columns)).flatten()
+        places = (torch.arange(rows)[:, None] * self.side + torch.arange(columns)).flatten()
         return self.encoder(inputs, context=context.replace(positions=places.expand(inputs.shape[0], -1)))
 
 

@@ -176,7 +176,7 @@ class DatasetTask(Task):
                     supported="(inputs, targets), or a mapping with the names of regard.tasks.Batch",
                 )
             given = {"inputs": given[0], "targets": given[1]}
-        known = [f.name for f in fields(Batch) if f.name != "grid"]
+        known = [f.name for f in fields(Batch) if f.name not in ("grid", "class_shares")]
         if odd := [str(name) for name in given if name not in known]:
             raise Unsupported(f"{self._told} whose {part} item {i} has {odd[0]!r}", supported=", ".join(known))
         if missing := [name for name in ("inputs", "targets") if given.get(name) is None]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import math
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from regard.contract import Pattern, Unsupported, closest
-from regard.tasks.documents import class_folders, file_name, names_of, nearest_path, walk
+from regard.contract import Pattern, Unsupported, closest, one_of
+from regard.tasks.augmentation import AUGMENTATIONS, Augmentation
+from regard.tasks.documents import nearest_path
+from regard.tasks.idx import FASHION_MNIST, has_idx, load_fashion_mnist, load_idx
+from regard.tasks.image_files import Images, centre, load_folders, read_image, stacked
 from regard.tasks.protocol import (
+    AUGMENTATION,
     SPLIT,
     Baseline,
     Batch,
@@ -33,37 +34,15 @@ from regard.tasks.sampling import in_epochs, one_of_each_in_turn
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped, UInt8
+    from PIL.Image import Image as Picture
 
-NAMED = ("digits", "fashion-mnist")
-DEBIAN_DATASETS = Path("/usr/share/datasets")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-LARGEST_IDX = 1 << 30
-"""Bytes of the images of an IDX file."""
-_IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_SUPPORTED = "digits, fashion-mnist, a folder with one sub-folder a class, or a folder of MNIST's four IDX files"
+    from regard.tasks.image_files import Pixels
 
-
-@dataclass(frozen=True)
-class Images:
-    """Images of one size with their classes.
-
-    Attributes:
-        source: in words.
-        pixels: uint8; float32 from 0 to 255 where some images have more than 8 bits.
-        labels: class of each image, or of each of its pixels.
-        classes: their names.
-        held_out: images that must not be trained on; None when the data set has no split of its own.
-        notes: what was left out.
-        span: least and greatest value of images of more than 8 bits, which are taken as dark and light; None without such.
-    """
-
-    source: str
-    pixels: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
-    labels: Int[np.ndarray, "n ..."]
-    classes: tuple[str, ...]
-    held_out: Int[np.ndarray, " m"] | None = None
-    notes: list[str] = field(default_factory=list)
-    span: tuple[float, float] | None = None
+NAMED = ("digits", FASHION_MNIST)
+DIGITS = tuple("0123456789")
+FOLDER_SIDE = 32
+"""Side that a folder's images are resized to where none is given."""
+_SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder a class, or a folder of MNIST's four IDX files"
 
 
 @dataclass(frozen=True)
@@ -100,18 +79,38 @@ class ImageReader:
         return torch.from_numpy(cut.reshape(len(pixels), rows * columns, -1).astype(np.float32))
 
     def read(self, paths: Sequence[Path]) -> Float[Tensor, "b n f"]:
-        """The patches of image files, turned as their cameras say and resized.
+        """The patches of image files, turned as their cameras say, resized, and cut to their middle.
 
         Raises:
             Unsupported: for files that cannot be read, and images of more than 8 bits where the model has seen none.
         """
-        images = [read_image(path, (self.height, self.width), self.channels) for path in paths]
+        images = [self._image(path) for path in paths]
         for path, image in zip(paths, images, strict=True):
             if image.dtype == np.float32 and self.span is None:
                 raise Unsupported(
                     f"{path}, an image of more than 8 bits", supported="images of 8 bits, as the model was trained on"
                 )
-        return self.patches(stacked(images, self.span)[0])
+        return self.patches(np.stack(stacked(images, self.span)[0]))
+
+    def _image(self, path: Path) -> Pixels:
+        """Of the model's size, in the scale of its file."""
+        size = self.height, self.width
+        return centre(read_image(path, size, self.channels)[0], size)
+
+    def seen(self, picture: Picture) -> Picture:
+        """The part of a picture that :meth:`read` looks at: its middle, in the proportions of the model's images."""
+        scale = min(picture.width / self.width, picture.height / self.height)
+        width, height = round(scale * self.width), round(scale * self.height)
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        return picture.crop((left, top, left + width, top + height))
+
+    def pixels(self, patches: Float[Tensor, "b n f"]) -> UInt8[np.ndarray, "b h w c"]:
+        """The images that :meth:`patches` cut, as bytes."""
+        (rows, columns), p = self.grid, self.patch
+        cut = patches.double().cpu().numpy().reshape(-1, rows, columns, p, p, self.channels)
+        normal = cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, self.height, self.width, self.channels)
+        values = normal * np.array(self.deviation) + np.array(self.mean)
+        return values.round().clip(0, 255).astype(np.uint8)
 
     def as_record(self) -> dict[str, Any]:
         """Numbers and words for JSON."""
@@ -132,14 +131,22 @@ class ImagesTask(Task):
     Features are the pixels of a patch, normalised for each channel by the training images' mean and deviation. The
     split is by image, the same share of each class; exact repetitions count once. An epoch shows each image once.
 
+    Images of a folder keep their proportions: the shorter side is resized to `size`, and the middle is what is seen, but for
+    training images that are varied, whose crops come from everywhere.
+
     Args:
         data: ``digits`` (8x8, from scikit-learn; the default), ``fashion-mnist`` (28x28, where Debian's
             dataset-fashion-mnist is installed), a folder with one sub-folder a class, or one with MNIST's IDX files.
         validation: a folder with the same sub-folders, for data that is a folder; its images are what is held out.
         length: number of patches, as another way to say `patch`.
         patch: side of a patch in pixels, a divisor of height and width; pixels for images up to 8x8, else close to 4.
-        size: side that a folder's images are resized to, 4 to 1024.
+        size: side that images are resized to, 4 to 1024; 32 for a folder's images, other data are as they come.
         channels: 3 (colour) or 1 (grey), for a folder's images.
+        augment: how training images are varied, ``none``, ``light`` or ``standard``, see
+            :class:`regard.tasks.augmentation.Augmentation`.
+        flip: whether half of them are mirrored; all data but digits are, when None.
+        mix: share of the training batches that are mixed, 0 to 1; half of them with ``standard``, else none, when None.
+        skip_unreadable: whether files of a folder that cannot be read are named and left out.
         held_out: share of each class held out where the data has no split of its own, 0.01 to 0.5.
         evaluation_items: most held-out images, balanced over the classes, 1 to 65536.
         seed: of the split.
@@ -148,7 +155,6 @@ class ImagesTask(Task):
     name = "images"
     pattern = Pattern.NONCAUSAL_SELF
     objective = "classification"
-    named = NAMED
 
     def __init__(
         self,
@@ -159,6 +165,10 @@ class ImagesTask(Task):
         patch: int | None = None,
         size: int | None = None,
         channels: int | None = None,
+        augment: str = "none",
+        flip: bool | None = None,
+        mix: float | None = None,
+        skip_unreadable: bool = False,
         held_out: float = 0.2,
         evaluation_items: int = 1000,
         seed: int = 0,
@@ -166,10 +176,21 @@ class ImagesTask(Task):
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
         check_fraction("held_out", held_out, 0.01, 0.5)
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
-        images = distinct(_load("digits" if data is None else data, validation, size, channels))
-        self._images = images
+        one_of("augment", augment, AUGMENTATIONS)
+        for name, value in (("flip", flip), ("mix", mix)):
+            if augment == "none" and value:
+                raise Unsupported(
+                    f"{name}={value} with augment=none", supported="images that are varied", nearest="augment=light"
+                )
+        loaded = _load("digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable)
+        self._images = images = distinct(loaded)
         self.num_classes: int = len(images.classes)
-        height, width, depth = images.pixels.shape[1:]
+        height, width, depth = images.shape
+        self.augmentation: Augmentation | None = None
+        if augment != "none":
+            share = check_fraction("mix", (0.5 if augment == "standard" else 0.0) if mix is None else mix, 0, 1)
+            mirrored = images.classes != DIGITS if flip is None else flip
+            self.augmentation = Augmentation(augment, (height, width), self.num_classes, flip=mirrored, mix=share)
         self.patch = choose_patch(height, width, length, patch)
         self.grid: tuple[int, ...] = (height // self.patch, width // self.patch)
         self.length = self.grid[0] * self.grid[1]
@@ -177,14 +198,13 @@ class ImagesTask(Task):
 
         self._training, self._held_out = _split(images, held_out, seed)
         self._scored = one_of_each_in_turn(self._held_out, images.labels)[:evaluation_items]
-        training = images.pixels[self._training].reshape(-1, depth)
-        deviation = training.std(0, dtype=np.float64)
+        mean, deviation = _statistics(images, self._training)
         self.reader = ImageReader(
             height,
             width,
             depth,
             self.patch,
-            tuple(training.mean(0, dtype=np.float64).tolist()),
+            tuple(mean.tolist()),
             tuple(np.where(deviation > 0, deviation, 1.0).tolist()),
             images.classes,
             images.span,
@@ -194,7 +214,13 @@ class ImagesTask(Task):
         self.baseline: Baseline | None = Baseline.majority_class(images.labels[self._training], scored_labels)
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
-        return self._batch(in_epochs(self._training, step, seed, batch_size))
+        chosen = in_epochs(self._training, step, seed, batch_size)
+        if self.augmentation is None:
+            return self._batch(chosen)
+        labels = torch.from_numpy(self._images.labels[chosen])
+        draws = int(counter_generator(seed, step, AUGMENTATION).integers(1 << 62))
+        pixels, shares = self.augmentation([self._images.pixels[i] for i in chosen], labels, draws)
+        return Batch(self.reader.patches(pixels), labels, grid=self.grid, class_shares=shares)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         for rows in in_batches(len(self._scored), batch_size):
@@ -202,7 +228,7 @@ class ImagesTask(Task):
 
     def describe(self) -> str:
         images = self._images
-        height, width, depth = images.pixels.shape[1:]
+        height, width, depth = images.shape
         counts = Counter(images.labels[self._training].tolist())
         named = ", ".join(f"{name} {counts[i]}" for i, name in enumerate(images.classes[:20]))
         lines = [
@@ -218,42 +244,50 @@ class ImagesTask(Task):
                 else f"the same share of each class (seed {self.seed})"
             ),
         ]
+        if not isinstance(images.pixels, np.ndarray):
+            lines.append(
+                f"other shapes: the shorter side resized to {min(height, width)} pixels, and the middle is seen"
+                + (" of what is not varied" if self.augmentation else "")
+            )
+        lines.append(f"training images: {self.augmentation or 'as they are (augment=light or standard varies them)'}")
         lines += [f"note: {note}" for note in images.notes]
         first = self._training[0]
-        return "\n".join([*lines, f"sample: {images.classes[images.labels[first]]}", *_drawn(images.pixels[first])])
+        drawn = _drawn(images.centres(np.array([first]))[0])
+        return "\n".join([*lines, f"sample: {images.classes[images.labels[first]]}", *drawn])
 
     def _batch(self, chosen: Int[np.ndarray, " b"]) -> Batch:
-        labels = torch.from_numpy(self._images.labels[chosen].astype(np.int64))
-        return Batch(self.reader.patches(self._images.pixels[chosen]), labels, grid=self.grid)
+        labels = torch.from_numpy(self._images.labels[chosen])
+        return Batch(self.reader.patches(self._images.centres(chosen)), labels, grid=self.grid)
 
 
-def _load(data: Any, validation: Any, size: int | None, channels: int | None) -> Images:
+def _load(data: Any, validation: Any, size: int | None, channels: int | None, *, skip_unreadable: bool) -> Images:
     if not isinstance(data, str | Path):
         raise Unsupported(f"data={data!r} for images", supported=_SUPPORTED, nearest="a folder of folders")
-    folder = Path(data)
-    is_classes = str(data) not in NAMED and not has_idx(folder)
-    for name, value in (("size", size), ("channels", channels), ("validation", validation)):
-        if value is not None and not is_classes:
+    folder, name = Path(data), str(data).replace("_", "-")
+    is_classes = name not in NAMED and not has_idx(folder)
+    for option, value in (("channels", channels), ("validation", validation), ("skip_unreadable", skip_unreadable)):
+        if value and not is_classes:
             raise Unsupported(
-                f"{name}={value} for {data}, which comes as it is",
-                supported=f"{name} with a folder of images",
-                nearest=f"no {name}",
+                f"{option}={value} for {data}, which comes as it is",
+                supported=f"{option} with a folder of images",
+                nearest=f"no {option}",
             )
-    if str(data) == "digits":
-        return _load_digits()
-    if str(data) == "fashion-mnist":
-        return _load_fashion_mnist()
+    side = None if size is None else check_integer("size", size, 4, 1024)
+    if name == "digits":
+        return _resized(_load_digits(), side)
+    if name == FASHION_MNIST and not has_idx(folder):
+        return _resized(load_fashion_mnist(), side)
     if not folder.is_dir():
         wrong = "is not a folder" if folder.exists() else "does not exist"
         near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))
         raise Unsupported(f"data={data} for images, which {wrong}", supported=_SUPPORTED, nearest=near)
     if not is_classes:
-        return _load_idx(folder, names_of(folder), tuple("0123456789"))
-    side = check_integer("size", 32 if size is None else size, 4, 1024)
+        return _resized(load_idx(folder), side)
     depth = 3 if channels is None else channels
     if depth not in (1, 3):
         raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
-    return _load_folders(folder, None if validation is None else Path(validation), side, depth)
+    held_out = None if validation is None else Path(validation)
+    return load_folders(folder, held_out, (side or FOLDER_SIDE,) * 2, depth, skip_unreadable=skip_unreadable)
 
 
 def _load_digits() -> Images:
@@ -267,188 +301,37 @@ def _load_digits() -> Images:
         ) from None
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return Images("scikit-learn's digits", pixels, digits.target.astype(np.int64), tuple("0123456789"))
+    return Images("scikit-learn's digits", (8, 8, 1), pixels, digits.target.astype(np.int64), DIGITS)
 
 
-def _load_fashion_mnist() -> Images:
-    folder = DEBIAN_DATASETS / "fashion-mnist"
-    if not has_idx(folder):
-        raise Unsupported(
-            "images data=fashion-mnist, which is not on this machine",
-            supported="digits, or a folder that holds its four IDX files",
-            nearest="apt install dataset-fashion-mnist (Debian), or data=digits",
-        )
-    names = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-    return _load_idx(folder, "Fashion-MNIST", names)
-
-
-def has_idx(folder: Path) -> bool:
-    """Whether a folder has MNIST's four IDX files."""
-    return all(_idx_path(folder, name) is not None for name in _IDX_FILES)
-
-
-def _idx_path(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def _load_idx(folder: Path, source: str, classes: tuple[str, ...]) -> Images:
-    images, labels, test_images, test_labels = (_read_idx(folder, name) for name in _IDX_FILES)
-    if len(images) != len(labels) or len(test_images) != len(test_labels) or images.shape[1:] != test_images.shape[1:]:
-        raise Unsupported(
-            f"{folder}, whose IDX files do not belong together", supported="the four files of one data set"
-        )
-    pixels = np.concatenate([images, test_images])[..., None]
-    all_labels = np.concatenate([labels, test_labels]).astype(np.int64)
-    if all_labels.max() >= len(classes):
-        classes = tuple(map(str, range(int(all_labels.max()) + 1)))
-    return Images(source, pixels, all_labels, classes, held_out=np.arange(len(images), len(pixels)))
-
-
-def _read_idx(folder: Path, name: str) -> UInt8[np.ndarray, "n ..."]:
-    """An IDX file of bytes: two zeros, type 8, number of axes, big-endian sizes, data."""
-    path = _idx_path(folder, name)
-    assert path is not None
-    axes = int(name[-7])
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            head = file.read(4 + 4 * axes)
-            sizes = [int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4)]
-            if head[:4] != bytes([0, 0, 8, axes]) or len(sizes) != axes:
-                raise ValueError("its first bytes are not those of such a file")
-            if not 0 < math.prod(sizes) <= LARGEST_IDX:
-                raise ValueError(f"sizes {' x '.join(map(str, sizes))}")
-            raw = file.read(math.prod(sizes) + 1)  # no more, however much a compressed file would give
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise Unsupported(
-            f"{path}, which cannot be read ({error})",
-            supported=f"an IDX file of 1 to {LARGEST_IDX:,} bytes, gzipped or not",
-        ) from None
-    if len(raw) != math.prod(sizes):
-        raise Unsupported(f"{path}, which is not a whole IDX file of bytes", supported="an IDX file, gzipped or not")
-    return np.frombuffer(raw, dtype=np.uint8).reshape(sizes)
-
-
-def _load_folders(folder: Path, validation: Path | None, size: int, channels: int) -> Images:
-    classes, paths, labels, notes = _list_folders(folder)
-    for i, name in enumerate(classes):
-        if labels.count(i) < 2 and validation is None:
-            raise Unsupported(
-                f"{folder / name} with {labels.count(i)} image", supported="2 or more images in each class's folder"
-            )
-    held_out = None
-    if validation is not None:
-        if not validation.is_dir():
-            raise Unsupported(
-                f"validation={validation}, which is not a folder",
-                supported="a folder like data",
-                nearest="" if validation.exists() else nearest_path(validation),
-            )
-        others, more, their_labels, more_notes = _list_folders(validation)
-        if others != classes:
-            odd = sorted(set(others) ^ set(classes))
-            raise Unsupported(
-                f"validation={validation}, whose classes differ from those of data ({', '.join(odd[:5])})",
-                supported="the same sub-folders: " + ", ".join(classes),
-            )
-        held_out = np.arange(len(paths), len(paths) + len(more))
-        paths, labels, notes = paths + more, labels + their_labels, notes + more_notes
-    pixels, span, count = stacked([read_image(path, (size, size), channels) for path in paths])
-    if span is not None:
-        low, high = span
-        notes.append(
-            f"{count} images of more than 8 bits a pixel: values from {low:g} to {high:g} are taken as dark to light"
-        )
-    return Images(names_of(folder), pixels, np.array(labels, dtype=np.int64), tuple(classes), held_out, notes, span)
-
-
-def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
-    """The images among the files of a folder; raises Unsupported where there is none."""
-    kept = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not kept:
-        raise Unsupported(
-            f"{folder}, which holds no image", supported="files ending in " + " ".join(sorted(IMAGE_SUFFIXES))
-        )
-    return kept
-
-
-def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[str]]:
-    folders = class_folders(folder)
-    classes, listed, notes = [file_name(one.name) for one in folders], [], []
-    for one in folders:
-        files, note = walk(one)
-        listed.append(files)
-        notes += note
-    if len(classes) < 2:
-        raise Unsupported(
-            f"{folder} with {len(classes)} sub-folders",
-            supported="a folder with one sub-folder a class, 2 or more of them",
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    others = 0
-    for i, files in enumerate(listed):
-        kept = images_among(files, folders[i])
-        others += len(files) - len(kept)
-        paths += kept
-        labels += [i] * len(kept)
-    if others:
-        notes.append(f"{names_of(folder)}: {others} files that are not images not read")
-    return classes, paths, labels, notes
-
-
-def read_image(
-    path: Path, size: tuple[int, int], channels: int
-) -> UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]:
-    """An image of this height and width as bytes, or as float32 numbers of its own scale where its grey has more than 8 bits."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise Unsupported(
-            "a folder of images without pillow, which reads them",
-            supported="the extra",
-            nearest="pip install 'regard[data]'",
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                turned = ImageOps.exif_transpose(opened)
-                deep = turned.mode[0] in "IF"
-                image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise unreadable(path, error) from None
-    if deep:
-        values = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
-        if not np.isfinite(values).all():
-            raise unreadable(path, "it holds values that are no finite numbers")
-        return np.repeat(values[..., None], channels, axis=2)
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    flat = flat.convert("RGB" if channels == 3 else "L").resize(size[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(flat, dtype=np.uint8).reshape(*size, channels)
-
-
-def unreadable(path: Path, why: Any) -> Unsupported:
-    """What to raise for a file that cannot be read as an image."""
-    return Unsupported(
-        f"{path}, which cannot be read as an image ({why})",
-        supported="whole images: " + " ".join(sorted(IMAGE_SUFFIXES)),
-        nearest="repair it or take it out of the folder",
+def _resized(images: Images, side: int | None) -> Images:
+    """Bytes of one shape, as squares of this side."""
+    height, width, depth = images.shape
+    if side is None or (height, width) == (side, side):
+        return images
+    given = torch.from_numpy(np.asarray(images.pixels))
+    made = np.empty((len(given), side, side, depth), dtype=np.uint8)
+    for rows in in_batches(len(given), 1024):
+        floats = given[rows].permute(0, 3, 1, 2).float()
+        large = F.interpolate(floats, (side, side), mode="bicubic", antialias=True).round().clamp(0, 255)
+        made[rows] = large.permute(0, 2, 3, 1).numpy()
+    return replace(
+        images,
+        shape=(side, side, depth),
+        pixels=made,
+        notes=[*images.notes, f"resized from {height}x{width} pixels"],
     )
 
 
-def stacked(
-    images: list[np.ndarray], span: tuple[float, float] | None = None
-) -> tuple[Shaped[np.ndarray, "n h w c"], tuple[float, float] | None, int]:
-    """The images as one array; the span of those with more than 8 bits, all scaled by the same; how many these are."""
-    deep = [i for i, image in enumerate(images) if image.dtype == np.float32]
-    if not deep:
-        return np.stack(images), span, 0
-    if span is None:
-        span = float(min(images[i].min() for i in deep)), float(max(images[i].max() for i in deep))
-    low, width = span[0], span[1] - span[0]
-    for i in deep:
-        images[i] = ((images[i] - low) * (255 / width if width else 0)).astype(np.float32)
-    return np.stack(images).astype(np.float32), span, len(deep)
+def _statistics(
+    images: Images, chosen: Int[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """Mean and standard deviation of each channel of the middles of some images, a few at a time."""
+    parts = [chosen[rows] for rows in in_batches(len(chosen), 512)]
+    count = len(chosen) * images.shape[0] * images.shape[1]
+    mean = sum(images.centres(part).sum((0, 1, 2), dtype=np.float64) for part in parts) / count
+    squares = sum(((images.centres(part) - mean) ** 2).sum((0, 1, 2)) for part in parts)
+    return mean, np.sqrt(squares / count)
 
 
 def distinct(images: Images) -> Images:
@@ -471,7 +354,8 @@ def distinct(images: Images) -> Images:
         shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
         if shared:
             notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
-    return replace(images, pixels=images.pixels[kept], labels=images.labels[kept], held_out=held_out, notes=notes)
+    pixels = images.pixels[kept] if isinstance(images.pixels, np.ndarray) else [images.pixels[i] for i in kept]
+    return replace(images, pixels=pixels, labels=images.labels[kept], held_out=held_out, notes=notes)
 
 
 def _split(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
@@ -500,6 +384,11 @@ def _split(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n
 
 
 def choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:
+    """The side of the patches that cut images of a height and width into `length` tokens; close to 4 where neither is given.
+
+    Raises:
+        Unsupported: for a side or a number of tokens that there is not.
+    """
     sides = [side for side in range(1, min(height, width) + 1) if height % side == 0 and width % side == 0]
     lengths = {side: height * width // side**2 for side in sides}
     if patch is not None and patch not in sides:

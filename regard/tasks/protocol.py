@@ -40,6 +40,8 @@ class Batch:
         grid: sizes of the image whose tokens are laid out row by row.
         memory: what a cross pattern reads: source tokens, or float32 features of the past.
         memory_valid: True where a token of the memory exists; None when all are valid.
+        class_shares: how much of each class an item is, adding up to 1, for the loss of items that were mixed; `targets` are
+            classes all the same. None where each item is of one class.
     """
 
     inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"]
@@ -48,6 +50,7 @@ class Batch:
     grid: tuple[int, ...] | None = None
     memory: Int[Tensor, "b m"] | Float[Tensor, "b m g"] | None = None
     memory_valid: Bool[Tensor, "b m"] | None = None
+    class_shares: Float[Tensor, "b c"] | None = None
 
     @property
     def size(self) -> int:
@@ -314,7 +317,7 @@ def counter_generator(seed: int, step: int, stream: int = 0) -> np.random.Genera
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-TRAINING, EVALUATION, SPLIT = range(3)
+TRAINING, EVALUATION, SPLIT, AUGMENTATION = range(4)
 """Streams of :func:`counter_generator`."""
 
 
@@ -330,6 +333,9 @@ def cross_entropy_by_item(
     """Sum of the cross entropies (nats) and number of targets of each item, in at least float32."""
     targets = _targets(logits, batch)
     precise = wide(logits)
+    if batch.class_shares is not None:
+        nats = F.cross_entropy(precise, batch.class_shares.to(precise.dtype), reduction="none")
+        return nats, torch.ones_like(nats)
     nats = F.cross_entropy(precise.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
     nats = nats.view(batch.size, -1)
     return nats.sum(1), (targets != IGNORED).view(batch.size, -1).sum(1).to(nats.dtype)

@@ -10,7 +10,8 @@ from typing import Any
 
 from regard.contract import Unsupported
 from regard.tasks.documents import JSON_LINES, TEXT_SUFFIXES, Paths, json_objects, text_of, walk
-from regard.tasks.images import IMAGE_SUFFIXES, has_idx
+from regard.tasks.idx import has_idx
+from regard.tasks.image_files import IMAGE_SUFFIXES
 from regard.tasks.tables import SHEETS, TABLE_SUFFIXES, Table, read_table
 
 Chosen = tuple[str, dict[str, Any]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regard.training.average import WeightAverage
 from regard.training.distillation import (
     BeginReport,
     DistillationWeights,
@@ -31,6 +32,7 @@ __all__ = [
     "TensorMemory",
     "TrainConfig",
     "Trial",
+    "WeightAverage",
     "begin_as",
     "distillation_groups",
     "distillation_loss",

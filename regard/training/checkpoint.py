@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ FORMAT = "regard-checkpoint-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint: named tensors of the model and the optimizer, and a JSON record of the rest."""
+    """The contents of a checkpoint: named tensors of the model, the optimizer and a mean of the weights (none where there is
+    no mean), and a JSON record of the rest."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor]
     record: dict[str, Any]
 
 
@@ -38,10 +41,15 @@ def named_parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> l
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    record: dict[str, Any],
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write model, optimizer and a JSON-serialisable `record` to `path`, replacing it atomically."""
+    """Write model, optimizer, a mean of the weights and a JSON-serialisable `record` to `path`, replacing it atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in distinct_tensors(model).items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
     names = named_parameters_of(model, optimizer)
     for index, entries in optimizer.state_dict()["state"].items():
         for key, value in entries.items():
@@ -63,7 +71,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         record = json.loads(metadata.get("record", ""))
     except (ValueError, RecursionError) as error:
         raise damaged(path, error) from error
-    return Checkpoint(part("model."), part("optimizer."), record)
+    return Checkpoint(part("model."), part("optimizer."), part("average."), record)
 
 
 def damaged(path: str | os.PathLike[str], why: object) -> Unsupported:

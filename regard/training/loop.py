@@ -26,11 +26,15 @@ from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
 from regard.models.blocks import auxiliary_loss, evaluation_mode
 from regard.models.stack import joint_loss
 from regard.tasks.protocol import Batch, Task, mean_loss
+from regard.training.average import WeightAverage
 from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint
 from regard.training.memory import peak_memory
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+
+LONGEST_UNSAVED = 60.0
+"""Seconds after which a checkpoint is due whatever `checkpoint_every` says, as on a machine that has become slow."""
 
 LEAST_SCALE = 1.0
 """Scale of the loss in float16 below which an overflow is the model's own: its gradients do not fit in float16 as they
@@ -198,6 +202,7 @@ def train(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = True,
     deadline: float | None = None,
+    average: WeightAverage | None = None,
 ) -> History:
     """Train `model` in place on `task`.
 
@@ -211,6 +216,7 @@ def train(
         checkpoint: file to save to, and to resume from when it exists.
         resume: False starts anew even so, and replaces the file.
         deadline: a time of `time.monotonic` after which no new step is started.
+        average: of the weights, updated after each step and kept in the checkpoint.
 
     Raises:
         Unsupported: for a checkpoint of another model, task or config, and for parameters in float16, whose updates would
@@ -221,16 +227,23 @@ def train(
     scaler = _loss_scaler(model, config, device)
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     path = None if checkpoint is None else Path(checkpoint)
-    identity = _identity(task, config)
+    identity = _identity(task, config, average)
     if path is not None and resume and path.exists():
-        history = _resume(path, identity, model, optimizer, scaler)
+        history = _resume(path, identity, model, optimizer, scaler, average)
         if history.finished or history.diverged:
             return history
 
+    saved = time.monotonic()
+
     def save() -> None:
         if path is not None:
+            nonlocal saved
             record = {"run": identity, "history": asdict(history), "scaler": scaler.state_dict()}
-            save_checkpoint(path, model, optimizer, record)
+            if average is None:
+                save_checkpoint(path, model, optimizer, record)
+            else:
+                save_checkpoint(path, model, optimizer, {**record, "updates": average.updates}, average.tensors)
+            saved = time.monotonic()
 
     was_training, updating = model.training, False
     model.train()
@@ -256,6 +269,8 @@ def train(
                     group["lr"] = rate
                 scaler.step(optimizer)  # skipped by it where unscaling found an overflow
                 scaler.update()
+                if average is not None and not overflown:
+                    average.update(model)
                 _synchronise(device)
                 point = Point(step, loss, auxiliary, norm, rate, time.perf_counter() - start, overflown)
                 history.curve.append(point)
@@ -263,7 +278,8 @@ def train(
                 updating = False
                 if on_step is not None:
                     on_step(point)
-                if len(history.curve) % config.checkpoint_every == 0 and len(history.curve) < config.steps:
+                due = len(history.curve) % config.checkpoint_every == 0 or time.monotonic() - saved > LONGEST_UNSAVED
+                if due and len(history.curve) < config.steps:
                     save()
         history.finished = len(history.curve) == config.steps
         save()
@@ -334,9 +350,9 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _identity(task: Task, config: TrainConfig) -> dict[str, Any]:
+def _identity(task: Task, config: TrainConfig, average: WeightAverage | None) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RESULT}
-    return {"task": task.name, **settings}
+    return {"task": task.name, **settings, "ema": None if average is None else average.decay}
 
 
 def _resume(
@@ -345,11 +361,13 @@ def _resume(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
 ) -> History:
     found = load_checkpoint(path)
     try:
         run, history = dict(found.record["run"]), History.from_record(found.record["history"])
         scale = dict(found.record["scaler"])
+        updates = int(found.record.get("updates", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
     for name, value in identity.items():
@@ -361,6 +379,8 @@ def _resume(
                 nearest=f"{name}={before!r}, another path, or resume=False",
             )
     restore(found, model, optimizer)
+    if average is not None:
+        average.load(found.average, updates)
     if scaler.is_enabled():
         scaler.load_state_dict(scale)
     return history

@@ -19,12 +19,21 @@ def parameter_groups(
     """The trainable parameters in two groups: with weight decay and without.
 
     Without are parameters of fewer than two axes (biases, per-head gains, and the weights of norms unless `decay_norms`;
-    the OPT models of arXiv 2306.12929 decay those), embeddings unless `decay_embeddings`, and parameters marked
-    ``parameter._no_weight_decay = True`` (time constants of state-space mechanisms, whose zero is not neutral). A matrix
-    tied to an embedding counts as an embedding.
+    the OPT models of arXiv 2306.12929 decay those), embeddings unless `decay_embeddings`, parameters marked
+    ``parameter._no_weight_decay = True`` (time constants of state-space mechanisms, whose zero is not neutral), and those
+    that a module names in a method ``no_weight_decay()``, as image backbones here and in timm do (tables of positions, class
+    tokens). A matrix tied to an embedding counts as an embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     norms = [module for name, module in model.named_modules() if decay_norms and is_norm(name, module)]
+    spared = {
+        id(parameter)
+        for module in model.modules()
+        if callable(named := getattr(module, "no_weight_decay", None))
+        for names in [named()]
+        for name, parameter in module.named_parameters()
+        if name in names
+    }
     gammas = {id(module.weight) for module in norms}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -34,6 +43,7 @@ def parameter_groups(
         exempt = (
             (parameter.ndim < 2 and id(parameter) not in gammas)
             or getattr(parameter, "_no_weight_decay", False)
+            or id(parameter) in spared
             or (id(parameter) in embeddings and not decay_embeddings)
         )
         (kept if exempt else decayed).append(parameter)

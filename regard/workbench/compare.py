@@ -30,9 +30,10 @@ from regard.models.frames import MEANINGS
 from regard.tasks import Task
 from regard.workbench.cost import model_costs
 from regard.workbench.mask_pictures import shown
+from regard.workbench.matching import match, sentence, with_options
 from regard.workbench.recommend import Recommendation, listed, recommend
 from regard.workbench.report import write_report
-from regard.workbench.settings import CompareSettings
+from regard.workbench.settings import MATCHED, CompareSettings
 from regard.workbench.summary import (
     beside_baseline,
     beside_frames,
@@ -144,16 +145,42 @@ def _begun(
     say = say or (lambda _: None)
     started = time.monotonic()
     works = [Work(task, settings) for task in tasks]
+    if settings.match is not None and len(tasks) > 1:
+        raise Unsupported(
+            f"match={settings.match} on {len(tasks)} tasks", supported="one task, at whose size it is measured"
+        )
     for work in works:
         if work.few_items:
             say(work.few_items)
     output = Path(output)
     with Store(output / "results.db", command=command) as store:
         beginning = provenance.now()
+        matched = ""
+        if settings.match is not None:
+            found = _match(store, works[0], say)
+            matched = sentence(settings.match, found)
+            settings = with_options(settings, found)
+            works = [Work(task, settings) for task in tasks]
+            say(matched)
         plan(store, works, settings, started, say)
         deadline = started + settings.budget.amount if settings.budget.unit == "seconds" else None
         trainer = Trainer(store, settings, output, command or store.command, watch or (lambda _: None), say, deadline)
-        yield _Runner(store, works, settings, output, trainer, beginning)
+        yield _Runner(store, works, settings, output, trainer, beginning, matched)
+
+
+def _match(store: Store, work: Work, say: Callable[[str], None]) -> Any:
+    """The options that match the backbones, which a comparison that goes on finds in the store."""
+    settings = work.settings
+    key = {**work.identity, "quantity": settings.match, "backbones": [v.backbone for v in settings.variants.values()]}
+    if settings.match == "time":
+        key["machine"] = provenance.fingerprint()["machine_id"]
+    row = store.get("match", key)
+    if row is None:
+        say(f"scaling the backbones to equal {MATCHED[settings.match or '']}")
+        store.put("match", key, match(work.task, settings))
+        row = store.get("match", key)
+        assert row is not None
+    return row.payload
 
 
 class _Runner:
@@ -167,9 +194,10 @@ class _Runner:
         output: Path,
         trainer: Trainer,
         beginning: str,
+        matched: str = "",
     ) -> None:
         self.store, self.works, self.settings, self.output = store, works, settings, output
-        self.trainer, self.beginning = trainer, beginning
+        self.trainer, self.beginning, self.matched = trainer, beginning, matched
         self.costed: list[dict[str, Any]] = []
 
     def run(self) -> Outcome:
@@ -178,7 +206,7 @@ class _Runner:
         costs = self._costs()
         self.trainer.advance(after)
         self.trainer.reserved = self.trainer.beside = 0.0
-        found = _Found(self.works, self.settings, runs, costs)
+        found = _Found(self.works, self.settings, runs, costs, self.matched)
         found.look_beside(self._in_other_frames(found))
         self.trainer.progress.done = self.trainer.progress.total
         self.trainer.watch(self.trainer.progress)
@@ -279,7 +307,7 @@ class _Runner:
             "beside": found.beside,
             "parts": {work.task.name: work.parts() for work in self.works},
             "at_length": {work.task.name: settings.measured_at(work.own_length) for work in self.works},
-            "settings": _described(self.works, settings),
+            "settings": _described(self.works, settings) | ({"matched": self.matched} if self.matched else {}),
             "masks": {work.task.name: shown(work.task) for work in self.works},
             "descriptions": {work.task.name: work.task.describe() for work in self.works},
             "started": self.beginning,
@@ -328,9 +356,14 @@ class _Found:
     """
 
     def __init__(
-        self, works: Sequence[Work], settings: CompareSettings, runs: Mapping[str, Runs], costs: list[dict[str, Any]]
+        self,
+        works: Sequence[Work],
+        settings: CompareSettings,
+        runs: Mapping[str, Runs],
+        costs: list[dict[str, Any]],
+        matched: str = "",
     ) -> None:
-        self.works, self.settings, self.runs = works, settings, runs
+        self.works, self.settings, self.runs, self.matched = works, settings, runs, matched
         self.comparisons = {task: comparison_of(made.rows) for task, made in runs.items()}
         self.rules = {w.task.name: w.baseline for w in works if w.baseline is not None}
         self.metrics = {w.task.name: (w.task.metric, w.task.higher_is_better) for w in works}
@@ -391,11 +424,13 @@ class _Found:
             if shared is not None and shared.much:
                 notes.append(f"On {work.task.name}, {shared}")
         winner = self.advice.winner
+        published = "with widths scaled" if self.matched else "as published"
         notes += [
-            f"Of models with layers of their own, as published: {work.published}."
+            f"Of models with layers of their own, {published}: {work.published}."
             for work in self.works
             if work.published
         ]
+        notes += [self.matched] * bool(self.matched)
         notes += [beside_baseline(task, self.summary[task], rule, winner) for task, rule in self.rules.items()]
         notes += self.advice.notes
         notes += frames_sentences(self.beside, self.metrics, self.settings.frames[0])

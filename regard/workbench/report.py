@@ -258,9 +258,9 @@ class _View:
             {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
         ]
 
-    def samples(self, task: str) -> list[dict[str, Any]]:
-        """Text by each mechanism's language model after its best run, best first."""
-        return [{"mechanism": name, **row["sample"]} for name, row in self._with(task, "sample")]
+    def kept(self, task: str, what: str) -> list[dict[str, Any]]:
+        """An entry of the rows, such as ``sample``, of each mechanism's best run that has it, best mechanism first."""
+        return [{"mechanism": name, **row[what]} for name, row in self._with(task, what)]
 
     def masks(self, task: str) -> dict[str, Any] | None:
         """Images, masks and predictions of a task that segments, see :func:`regard.workbench.mask_pictures.table`."""
@@ -385,8 +385,9 @@ class _View:
         return written.getvalue()
 
     def data(self) -> str:
-        """All that the report is made of but the scores of single items, as JSON."""
-        quality = [{key: value for key, value in row.items() if key != "items"} for row in self.quality]
+        """All that the report is made of but the scores and pictures of single items, as JSON."""
+        large = ("items", "predicted")
+        quality = [{key: value for key, value in row.items() if key not in large} for row in self.quality]
         rows = {"quality": quality, "cost": self.cost, "search": self.search, "summary": self.summary}
         text = json.dumps({"schema": SCHEMA, "run": self.run, **rows}, default=str)
         return json.dumps(json.loads(text, parse_constant=lambda _: None))  # JSON has no NaN

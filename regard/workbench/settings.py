@@ -19,6 +19,10 @@ MORE_RATES = 3
 """Rates that are tried beyond those given, one at a time, while the best is at an end."""
 
 
+MATCHED = {"parameters": "parameters", "flops": "FLOPs of an image", "time": "time of a training step"}
+"""What image backbones may be matched in, in words."""
+
+
 @dataclass(frozen=True)
 class CompareSettings:
     """Mechanisms to compare, and how.
@@ -44,6 +48,7 @@ class CompareSettings:
         stack: how the backbone's blocks are stacked, as in the models' configs.
         precision: of training, as in :class:`regard.training.TrainConfig`.
         device: a device of torch, on which models are trained and measured.
+        match: what image backbones are made equal in by scaling their widths, one of `MATCHED`; as published when None.
         model: the backbone, a name of :mod:`regard.models.registry`; the first that serves a task when None.
     """
 
@@ -65,6 +70,7 @@ class CompareSettings:
     stack: StackConfig = StackConfig()
     precision: str = "float32"
     device: str = "cpu"
+    match: str | None = None
     model: str | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +93,13 @@ class CompareSettings:
         for frame in self.frames:
             one_of("frame", frame, FRAMES)
         one_of("prefer", self.prefer, PREFERENCES)
+        if self.match is not None:
+            one_of("match", self.match, MATCHED)
+            if not self.all_backbones or len(read) < 2:
+                raise Unsupported(
+                    f"match={self.match} of {', '.join(given)}",
+                    supported="two or more image backbones, and no mechanisms, whose parameters are matched anyway",
+                )
         one_of("precision", self.precision, PRECISIONS)
         check_device(self.device)
         if not self.rates or min(self.rates) <= 0:

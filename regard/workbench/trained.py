@@ -2,7 +2,8 @@
 
 The folder holds ``model.safetensors`` and ``config.json`` (:func:`regard.models.from_pretrained`), ``training.json`` (what was
 trained on what, and what came of it), ``README.md`` (the same for a reader) and ``tokenizer.json`` where the tokenizer was
-trained too. While the run lasts there is ``checkpoint.safetensors``, from which the same call goes on.
+trained too; ``last`` has the last weights where others were better. While the run lasts there are
+``checkpoint.safetensors``, from which the same call goes on, and ``best.safetensors``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, at_least
 from regard.measurement import provenance
 from regard.measurement.statistics import score_of_items
 from regard.models import count_parameters, from_pretrained, save_pretrained
@@ -27,12 +28,15 @@ from regard.tasks import Task, create_task
 from regard.tasks.images import ImageReader
 from regard.tasks.segmentation import MaskReader
 from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-from regard.training import Evaluation, History, Point, runner_of
+from regard.training import Evaluation, History, Point, WeightAverage, runner_of
+from regard.training.average import check_decay
+from regard.workbench.best_weights import MOMENTS, BestWeights, Found, moments
 from regard.workbench.settings import CompareSettings
 from regard.workbench.summary import by_tokens, thin
 from regard.workbench.work import FEWEST_STEPS, SAFETY, Work, best_threads, build, calibration_seconds
 
 RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
+BEST, LAST = "best.safetensors", "last"
 FINISHED, DIVERGED, BEGUN = "finished", "diverged", "begun"
 UNTOLD = ("steps", "step_seconds", "first_item")
 """Settings that a reader of the card has no use for."""
@@ -122,6 +126,8 @@ def train_model(
     settings: CompareSettings,
     folder: Path | str,
     *,
+    ema: float | None = None,
+    best_of: int | None = None,
     on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedModel:
@@ -132,6 +138,10 @@ def train_model(
 
     Args:
         folder: for everything that is written; a run with other settings or data is not overwritten.
+        ema: decay of a mean of the weights (:class:`regard.training.WeightAverage`), which is looked at beside them.
+        best_of: steps at which the first quarter of the held-out items chooses the best weights, which is then not scored; 0
+            keeps the last weights. When None 8, and 0 for tasks that generate or train in a way of their own, but 1 with
+            `ema`.
         on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
         say: told in sentences what is decided.
 
@@ -139,16 +149,23 @@ def train_model(
         The folder, whose record's `state` is ``diverged`` where a loss stopped being finite: then there is no model.
 
     Raises:
-        Unsupported: for more than one mechanism, a budget too small, and a folder with another run.
+        Unsupported: for more than one mechanism, a budget too small, a folder with another run, and `ema` of a task that
+            trains in a way of its own.
     """
     if len(settings.names) != 1 or settings.seeds != 1 or len(settings.rates) != 1:
         raise Unsupported(
             "a training of several mechanisms, seeds or rates", supported="one of each", nearest="compare"
         )
     place, (name,) = Path(folder), settings.names
-    work = Work(task, settings)
+    own_way = getattr(task, "runner", None) is not None
+    if ema is not None and check_decay(ema) and own_way:
+        raise Unsupported(f"ema={ema} on {task.name}, which trains in a way of its own", supported="no ema")
+    if best_of is None:
+        best_of = int(ema is not None) if own_way or task.generates else MOMENTS
+    at_least("best_of", best_of, int(ema is not None))
+    work = Work(task, settings, choosing=best_of > 0)
     record = {"state": BEGUN, **described(work, name, settings.rates[0], settings.first_seed)}
-    record["settings"]["budget"] = str(settings.budget)
+    record["settings"] |= {"budget": str(settings.budget), "best_of": best_of, "ema": ema}
     before = _read(place)
     if before is not None:
         _check_same(place, before, record)
@@ -157,7 +174,8 @@ def train_model(
         record = before
         say(f"going on with the run in {place}")
     else:
-        record["settings"] |= _planned(work, name, say)
+        looks = best_of * (2 if ema is not None else 1) if work.search_items else 0
+        record["settings"] |= _planned(work, name, looks, say)
         _write(place, record)
     torch.set_num_threads(record["settings"]["threads"])
     steps, seconds = record["settings"]["steps"], record["settings"]["step_seconds"]
@@ -165,18 +183,30 @@ def train_model(
         settings.rates[0], settings.first_seed, steps, max(1, round(CHECKPOINT_SECONDS / seconds))
     )
     model = build(work.configs[name], settings.first_seed, settings.device)
+    average = None if ema is None else WeightAverage(model, ema)
+    best = BestWeights(place / BEST, task, work.search_items, work.scored_at_once, average)
+    looked = moments(steps, best_of) if work.search_items else frozenset()
     began, taken = time.monotonic(), 0
 
     def watch(point: Point) -> None:
         nonlocal taken
         taken += 1
+        if point.step + 1 in looked:
+            best.look(model, point.step + 1)
         on_step(point, steps, (steps - point.step - 1) * (time.monotonic() - began) / taken)
 
     runner = runner_of(task)
-    history = runner.train(model, task, config, checkpoint=place / CHECKPOINT, on_step=watch)
-    found = None if history.diverged else runner.evaluate(model, task, work.scored_at_once)
-    trained = keep(place, model, task, {**record, **outcome(work, model, history, found)})
-    (place / CHECKPOINT).unlink(missing_ok=True)
+    averaging: dict[str, Any] = {} if average is None else {"average": average}
+    history = runner.train(model, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **averaging)
+    found = None
+    if not history.diverged:
+        if best.found is not None and (best.found.averaged or best.found.step < steps):
+            save_pretrained(model, place / LAST)
+            best.take(model)
+        found = runner.evaluate(model, task, work.scored_at_once, first=work.search_items)
+    trained = keep(place, model, task, {**record, **outcome(work, model, history, found), "weights": best.as_record()})
+    for file in (CHECKPOINT, BEST):
+        (place / file).unlink(missing_ok=True)
     return trained
 
 
@@ -220,8 +250,8 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _planned(work: Work, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Steps, and how long one takes."""
+def _planned(work: Work, name: str, looks: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Steps, and how long one takes, where the items that choose are scored `looks` times."""
     started, budget = time.monotonic(), work.settings.budget
     # where the budget is not a time, the time of a step only says how often to save and what is left
     seconds = calibration_seconds(budget) if budget.unit == "seconds" else 1.0
@@ -230,13 +260,14 @@ def _planned(work: Work, name: str, say: Callable[[str], None]) -> dict[str, Any
     torch.set_num_threads(threads)
     work.calibrate(seconds)
     step = work.step_seconds[name]
+    scoring = work.evaluation_seconds[name] * (1 + looks * work.search_items / work.items)
     if budget.unit == "seconds":
-        left = SAFETY * budget.amount - (time.monotonic() - started) - work.evaluation_seconds[name]
+        left = SAFETY * budget.amount - (time.monotonic() - started) - scoring
         steps = int(left / step)
     else:
         steps = work.steps_for(name, budget)
     if steps < FEWEST_STEPS:
-        least = math.ceil((2 * FEWEST_STEPS * step + work.evaluation_seconds[name] + 2 * seconds) / SAFETY)
+        least = math.ceil((2 * FEWEST_STEPS * step + scoring + 2 * seconds) / SAFETY)
         raise Unsupported(
             f"budget {budget}, which leaves fewer than {FEWEST_STEPS} steps",
             supported="a larger budget",
@@ -276,6 +307,13 @@ def ran(task: Task, model: nn.Module, history: History) -> dict[str, Any]:
         "seconds": history.seconds,
         "curve": thin([[tokens, point.loss] for tokens, point in by_tokens(history)]),
     }
+
+
+def chosen_weights(record: Mapping[str, Any]) -> str:
+    """Which weights of a run were kept, in words."""
+    found = Found(**record["weights"])
+    others = found.averaged or found.step < record["steps"]
+    return f"{found}" + (f"; the last ones are in {LAST}/" if others else "")
 
 
 def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -328,6 +366,7 @@ def card(trained: TrainedModel) -> str:
         title,
         f"Held out: {record['score']:.4g} {record['metric']}{beside}. {record['parameters']:,} parameters, "
         f"{record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s of training on {record['machine']}.",
+        *([f"The weights are {chosen_weights(record)}."] if record.get("weights") else []),
         "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in own.items() if key not in UNTOLD),
         "```\n" + record["described"] + "\n```",
         "## Use",

@@ -21,7 +21,7 @@ from regard.measurement.store import Store
 from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
 from regard.training import runner_of
-from regard.workbench.mask_pictures import predicted
+from regard.workbench import mask_pictures, predicted_images
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.trained import described, figures_of, keep, outcome, ran
@@ -264,8 +264,9 @@ class Trainer:
             if work.search_items:
                 sliced = runner.evaluate(model, task, work.scored_at_once, last=work.search_items)
             choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
-        shows = seed == self.settings.first_seed and not history.diverged
-        if self.settings.keep_models and work.frame == self.settings.frames[0] and seed == self.settings.first_seed:
+        first = seed == self.settings.first_seed and work.frame == self.settings.frames[0]
+        shows = first and not history.diverged
+        if self.settings.keep_models and first:
             record = {**described(work, name, rate, seed), **outcome(work, model, history, found)}
             keep(self.model_folder(work, name, rate), model, task, record)
         return {
@@ -280,8 +281,11 @@ class Trainer:
             "items": items,
             "search": choice,
             "sample": written(model, task) if shows else None,
-            "masks": predicted(model, task) if shows else None,
+            "masks": mask_pictures.predicted(model, task) if shows else None,
             "figures": figures_of(found),
+            "predicted": predicted_images.predicted(model, task, work.scored_at_once, work.search_items)
+            if shows
+            else None,
             "feed_forward": work.configs[name].feed_forward,
             "skipped": history.skipped,
             "tokens_per_second": history.tokens_per_second,

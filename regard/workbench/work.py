@@ -181,10 +181,17 @@ class Work:
         task, settings: of the comparison.
         frame: one of the settings'; the first when None.
         names: of the mechanisms; all when None.
+        choosing: whether held-out items are kept for a choice even where one learning rate is given.
     """
 
     def __init__(
-        self, task: Task, settings: CompareSettings, frame: str | None = None, names: Sequence[str] | None = None
+        self,
+        task: Task,
+        settings: CompareSettings,
+        frame: str | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        choosing: bool = False,
     ) -> None:
         self.task, self.settings = task, settings
         self.frame = settings.frames[0] if frame is None else frame
@@ -195,7 +202,8 @@ class Work:
         # generating token by token takes about as long for many items as for few
         self.scored_at_once = max(self.batch_size, GENERATED_AT_ONCE) if task.generates else self.batch_size
         self.items = sum(batch.size for batch in task.evaluation_batches(64))
-        self.search_items = max(1, self.items // 4) if self.items > 1 and len(settings.rates) > 1 else 0
+        choosing = choosing or len(settings.rates) > 1
+        self.search_items = max(1, self.items // 4) if self.items > 1 and choosing else 0
         self.baseline = self._baseline()
         self.identity = {
             "task": task.name,
@@ -217,6 +225,8 @@ class Work:
             self.identity["precision"] = settings.precision
         if settings.model is not None:
             self.identity["model"] = settings.model
+        if settings.match is not None:
+            self.identity["match"] = {name: dict((v.backbone or ("", {}))[1]) for name, v in settings.variants.items()}
         if getattr(task, "runner", None) is not None:
             self.identity["runner"] = type(task.runner).__name__
         if settings.device != "cpu":
@@ -308,8 +318,10 @@ class Work:
         started = time.monotonic()
         runner = runner_of(self.task)
         runner.train(model, self.task, replace(timed, steps=2))
-        history = runner.train(model, self.task, timed, deadline=max(time.monotonic() + 0.2, started + 0.7 * seconds))
-        step = history.seconds / len(history.curve) * 1.15 if history.curve else seconds
+        began = time.monotonic()
+        history = runner.train(model, self.task, timed, deadline=max(began + 0.2, started + 0.7 * seconds))
+        # with the making of its batch, which takes a while where images are varied
+        step = (time.monotonic() - began) / len(history.curve) * 1.15 if history.curve else seconds
         started = time.monotonic()
         runner.evaluate(model, self.task, self.scored_at_once, last=min(self.items, self.scored_at_once))
         return step, (time.monotonic() - started) * max(1.0, self.items / self.scored_at_once)

@@ -25,7 +25,7 @@ from regard.reproductions import list_reproductions
 from regard.workbench.verify import PROPERTIES
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"matrix.md", "parity.md", "ranking.md", "scaling.md", "verdicts.md"}
+GENERATED = {"fashion.md", "matrix.md", "parity.md", "ranking.md", "scaling.md", "verdicts.md"}
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 MORE = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 SHORT = {"NS": "noncausal-self", "CS": "causal-self", "NC": "noncausal-cross", "CC": "causal-cross"}
@@ -194,6 +194,35 @@ def test_growth_is_shown_beside_what_the_card_says_and_what_was_refused_is_named
     assert generate.SLOWER_THAN_SOFTMAX["sigmoid"] in slower
     assert "Not measured" in generate.scaling_page(None)
     assert {*generate.GROWS_OTHERWISE, *generate.SLOWER_THAN_SOFTMAX} <= set(list_mechanisms())
+
+
+def test_backbones_are_in_the_order_of_their_accuracy_with_its_error():
+    who = {"cpu": "a CPU", "threads": 2, "parameters": 1000, "steps": 50}
+
+    def cell(model, seed, accuracy, minutes=20.0):
+        return {"model": model, "seed": seed, "accuracy": accuracy, "minutes": minutes, "items": 10_000, **who}
+
+    cells = [cell("van_nano", 0, 0.9), cell("vit_nano", 0, 0.92), cell("vit_nano", 1, 0.94), cell("vim_nano", 0, None)]
+    cells.append(cell("mixer_nano", 0, 0.99, minutes=1.0))
+    speed = {"training": 1200.4, "inference": 5000.0, "training_bytes": 2**25, "inference_bytes": 2**23}
+    page = generate.fashion_page({"cells": cells, "speeds": {"van_nano": speed}}, None)
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert rows[0].startswith("| `vit_nano` | 93.00% ± 1.00% | 2 | 1,000 | 50 | — |")
+    assert rows[1].startswith("| `van_nano` | 90.00% ± 0.30% | 1 |") and rows[1].endswith("| 1,200 | 5,000 | 32 | 8 |")
+    assert "vim_nano` | diverged" in rows[2] and len(rows) == 3
+    assert "python benchmarks/resolution.py" in page and "benchmarks/fashion_mnist.py` does it" not in page
+
+
+def test_accuracy_at_larger_sizes_has_its_error_over_seeds():
+    accuracies = [{"28": 0.8, "42": 0.6, "42 stretched": 0.7}, {"28": 0.9, "42": 0.6, "42 stretched": None}]
+    cells = [
+        {"positions": "learned", "seed": seed, "steps": 100, "items": 50, "accuracy": accuracy}
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    page = generate.fashion_page(None, {"cells": [*cells, {**cells[0], "steps": 10}]})
+    assert "| learned | 85.00% ± 5.00% | 60.00% ± 0.00% |" in page
+    assert "| learned, stretched | — | diverged |" in page and "100 steps, 50 test images, 2 seeds" in page
+    assert "benchmarks/fashion_mnist.py` does it" in page
 
 
 def reproduced(name, outcome, *, mean=None):

@@ -69,7 +69,7 @@ def halves(folder: Path, side: int = 24) -> Path:
     image, draws = pytest.importorskip("PIL.Image"), np.random.default_rng()
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
-    for number in range(12):
+    for number in range(30):
         pixels, mask = draws.integers(0, 60, (side, side), dtype=np.uint8), np.zeros((side, side), dtype=np.uint8)
         half = slice(0, side // 2) if number % 2 else slice(side // 2, side)
         pixels[:, half] += 150
@@ -91,7 +91,7 @@ def test_train_evaluate_and_predict_from_the_command_line(tmp_path: Path, capsys
     told = answer(capsys, f"evaluate {folder}")
     assert (told["score"], told["figures"]) == (found["score"], found["figures"])
     assert told["standard_error"] == pytest.approx(told["figures"]["mean Dice"][1])
-    assert answer(capsys, f"evaluate {folder} {halves(tmp_path / 'more')}")["items"] == 12
+    assert answer(capsys, f"evaluate {folder} {halves(tmp_path / 'more')}")["items"] == 30
 
     picture, mask = data / "images" / "1.png", tmp_path / "out.png"
     (row,) = answer(capsys, f"predict {folder} {picture} --output {mask}")["images"]
@@ -105,11 +105,11 @@ def test_train_evaluate_and_predict_from_the_command_line(tmp_path: Path, capsys
     assert colour == reader.colours[1]
     assert row["shares"]["left"] == pytest.approx((values == 7).mean())
     rows = answer(capsys, f"predict {folder} {data / 'images'} --output {tmp_path / 'all'}")["images"]
-    assert sorted(Path(row["mask"]).name for row in rows) == sorted(f"{i}.png" for i in range(12))
+    assert sorted(Path(row["mask"]).name for row in rows) == sorted(f"{i}.png" for i in range(30))
     code, out, _ = run(capsys, f"predict {folder} {picture}")
     assert code == 0 and "left" in out and "%" in out
     for asked, word in (
-        (f"predict {folder} {data / 'images'} --output {tmp_path / 'one.png'}", "for 12 masks"),
+        (f"predict {folder} {data / 'images'} --output {tmp_path / 'one.png'}", "for 30 masks"),
         (f"predict {folder} {picture} --output {tmp_path / 'one.jpg'}", "ending in .png"),
         (f"explain {folder} {picture}", "a model that segments"),
         (

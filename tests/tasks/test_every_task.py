@@ -156,7 +156,7 @@ def test_nonsense_is_refused_by_every_task_that_has_the_option(name, tmp_path, o
         ("images", {"patch": "x"}, "supported: 1, 2, 4, 8"),
         ("images", {"size": 2}, "try size=4"),
         ("images", {"channels": 2}, "3 (colour) or 1"),
-        ("images", {"data": "digits", "size": 16}, "digits, which comes as it is"),
+        ("images", {"data": "digits", "channels": 3}, "digits, which comes as it is"),
         ("images", {"validation": "digits", "data": "digits", "size": None}, "digits, which comes as it is"),
         ("images", {"length": 20}, "lengths 64, 16, 4, 1; try length=16"),
         ("images", {"length": 64, "patch": 2}, "length=64 for images of 8x8 with patch=2"),

@@ -12,7 +12,8 @@ import torch
 from task_data import items, photo, photos, refused
 
 from regard.tasks import check_task, create_task
-from regard.tasks import images as module
+from regard.tasks import idx as idx_files
+from regard.tasks.image_files import read_image
 
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
@@ -114,7 +115,7 @@ def test_class_folders_of_any_name_are_told_in_text_that_can_be_stored(folder):
 
 def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert module.read_image(tmp_path / "a.png", (4, 4), 3).min() == 255
+    assert read_image(tmp_path / "a.png", (4, 4), 3)[0].min() == 255
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_grey_of_more_than_8_bits_keeps_its_shades(folder, suffix, dtype, low, h
         ramps.append(np.linspace(low, (high - low) * (i + 1) / 3 + low, 64).astype(dtype).reshape(8, 8))
         write(folder / name / f"deep.{suffix}", ramps[-1])
     task = pixels(folder)
-    found = task._images.pixels[..., 0].reshape(-1, 64)
+    found = task._images.centres(np.arange(33)).reshape(-1, 64)
     wide = (np.stack(ramps).reshape(3, 64).astype(float) - low) * (255 / (high - low))
     nearest = np.abs(found[:, None] - wide).max(2).argmin(0)
     np.testing.assert_allclose(found[nearest], wide, atol=0.01)
@@ -191,10 +192,28 @@ def test_idx_files_keep_their_own_split(idx):
 
 
 def test_fashion_mnist_is_read_where_debian_puts_it(idx, monkeypatch):
-    monkeypatch.setattr(module, "DEBIAN_DATASETS", idx.parent)
-    refused(lambda: images("fashion-mnist"), "try apt install dataset-fashion-mnist")
-    idx.rename(idx.parent / "fashion-mnist")
-    assert "Fashion-MNIST" in images("fashion-mnist").describe()
+    monkeypatch.setattr(idx_files, "DEBIAN_DATASETS", idx.parent)
+    refused(lambda: images("fashion-mnist"), "try apt install dataset-fashion-mnist", "dpkg-deb -x")
+    place = idx.rename(idx.parent / "fashion-mnist")
+    for data in ("fashion-mnist", "fashion_mnist", place):
+        told = images(data).describe()
+        assert "Fashion-MNIST" in told and "ankle boot 4" in told
+
+
+def test_a_task_on_data_by_name_is_made_again_from_its_record_in_any_folder(tmp_path, monkeypatch):
+    task = create_task("images", data="digits", patch=2)
+    monkeypatch.chdir(tmp_path)
+    assert items([create_task("images", **task.origin).training_batch(0, 0, 4)]) == items(
+        [task.training_batch(0, 0, 4)]
+    )
+
+
+def test_idx_and_digits_are_resized_on_demand(idx):
+    task = images(idx, size=40)
+    assert (task.grid, task.features) == ((10, 10), 16)
+    small, large = images(idx)._images.pixels.astype(float), task._images.pixels.astype(float)
+    np.testing.assert_allclose(large.mean((1, 2)), small.mean((1, 2)), atol=2)
+    assert "resized from 28x28" in task.describe()
 
 
 def test_idx_files_that_are_cut_or_hold_nothing_or_too_much_are_refused_by_name(idx, monkeypatch):
@@ -272,3 +291,18 @@ def linked(folder):
 )
 def test_unusable_folders_are_refused_with_what_is_wrong(folder, make, told):
     refused(lambda: images(make(folder)), told)
+
+
+def test_a_reader_gives_back_the_pixels_and_the_part_of_a_picture_that_it_saw(folder):
+    reader = images(folder, size=8, patch=4).reader
+    path = photo(folder.parent / "wide.png", 3, (32, 16))
+    patches = reader.read([path])
+    with Image.open(path) as opened:
+        part = reader.seen(opened)
+    assert part.size == (16, 16)
+    part.save(folder.parent / "part.png")
+    torch.testing.assert_close(
+        reader.read([folder.parent / "part.png"])[:, :, 24:], patches[:, :, 24:], atol=0.3, rtol=0
+    )
+    expected, _ = read_image(path, (8, 8), 3)
+    np.testing.assert_array_equal(reader.pixels(patches)[0], expected[:, 4:12])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regard.models import LanguageModel, LanguageModelConfig
+from regard.models.vision import create_backbone
 from regard.training import make_optimizer, parameter_groups
 from regard.training.optimizer import scheduled_rate
 
@@ -35,6 +36,13 @@ def test_marked_and_frozen_parameters_do_not_decay():
     assert decayed_names(model) == set()
     model.weight.requires_grad_(False)
     assert parameter_groups(model, 0.1) == []
+
+
+def test_positions_and_class_tokens_of_an_image_backbone_do_not_decay():
+    backbone = create_backbone("vit_nano", num_layers=1, num_classes=3)
+    decayed = decayed_names(nn.ModuleDict({"whole": backbone}))
+    assert not {"whole.positions", "whole.class_tokens"} & decayed
+    assert "whole.head.weight" in decayed
 
 
 def test_what_decays_in_a_model():

@@ -125,6 +125,7 @@ class PVT(Backbone):
     """See the module; sizes ``pvt_t`` to ``pvt_l`` and ``agent_pvt_t`` to ``agent_pvt_l``."""
 
     Config = PVTConfig
+    scales: ClassVar = {"widths": "heads"}
     config: PVTConfig
     sizes: ClassVar = {
         "pvt_nano": NANO,

@@ -73,6 +73,8 @@ class Backbone(nn.Module):
     Attributes:
         Config: class of its config.
         sizes: options of each published size, by name.
+        scales: the options that are widths, and what each is a multiple of: a number, or the name of an option with the
+            number of heads.
         config: its own.
         levels: the maps that it can give, from the finest to the last.
         num_features: width of a pooled vector.
@@ -81,6 +83,7 @@ class Backbone(nn.Module):
 
     Config: ClassVar[type[BackboneConfig]]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
+    scales: ClassVar[Mapping[str, str | int]] = {}
     levels: Sequence[Level]
 
     def __init__(self, config: BackboneConfig) -> None:

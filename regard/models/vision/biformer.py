@@ -76,6 +76,7 @@ class BiFormer(Pyramid):
     """See the module; sizes ``biformer_t``, ``biformer_s``, ``biformer_b`` and ``biformer_stl``."""
 
     Config = BiFormerConfig
+    scales: ClassVar = {"widths": 2, "head_dim": 2}
     sizes: ClassVar = {
         "biformer_nano": {
             "image_size": 32,

@@ -140,6 +140,7 @@ class MLPMixer(PatchNetwork):
     32 pixels, ``mixer_nano``, which is not the paper's."""
 
     Config = MixerConfig
+    scales: ClassVar = {"width": 4, "hidden": 4, "token_hidden": 4}
     sizes: ClassVar = {
         "mixer_nano": {"image_size": 32, "patch": 4, "width": 128, "hidden": 512, "depth": 4, "token_hidden": 64},
         **{
@@ -218,6 +219,7 @@ class NiNformer(PatchNetwork):
     """See the module; the one published size is ``ninformer_net``."""
 
     Config = NiNformerConfig
+    scales: ClassVar = {"width": 4, "hidden": 4}
     sizes: ClassVar = {"ninformer_net": {}}
 
     def __init__(self, config: NiNformerConfig) -> None:
@@ -269,6 +271,7 @@ class Activator(PatchNetwork):
     """See the module; ``activator_net`` has feed-forward networks, ``activator_geglu`` the gated units alone."""
 
     Config = ActivatorConfig
+    scales: ClassVar = {"width": 4, "hidden": 4}
     sizes: ClassVar = {"activator_net": {}, "activator_geglu": {"feed_forward": False, "branch_dropout": 0.0}}
 
     def __init__(self, config: ActivatorConfig) -> None:

@@ -122,6 +122,7 @@ class PyramidTNT(Backbone):
     """See the module; sizes ``pyramid_tnt_ti``, ``_s``, ``_m``, ``_b``. Features are (B, N, C)."""
 
     Config = PyramidTNTConfig
+    scales: ClassVar = {"widths": "heads", "inner_widths": "inner_heads"}
     sizes: ClassVar = {
         "pyramid_tnt_nano": {
             "image_size": 32,

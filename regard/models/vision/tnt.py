@@ -113,6 +113,7 @@ class TNT(Backbone):
     """See the module; sizes ``tnt_ti``, ``tnt_s``, ``tnt_b``. Every block is a level; features are (B, 1 + n, C)."""
 
     Config = TNTConfig
+    scales: ClassVar = {"width": "heads", "inner_width": "inner_heads"}
     sizes: ClassVar = {
         "tnt_nano": {
             "image_size": 32,

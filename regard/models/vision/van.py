@@ -56,6 +56,7 @@ class VAN(Pyramid):
     """See the module. ``van_b0`` to ``van_b6`` are the paper's; ``van_nano`` is for images of about 32 pixels."""
 
     Config = VANConfig
+    scales: ClassVar = {"widths": 4}
     sizes: ClassVar = {
         "van_nano": {
             "image_size": 32,

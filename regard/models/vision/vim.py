@@ -71,6 +71,7 @@ class Vim(Backbone):
     """See the module; sizes ``vim_t``, ``vim_s``, ``vim_b``. Images of its config's size alone are taken."""
 
     Config = VimConfig
+    scales: ClassVar = {"width": 4}
     sizes: ClassVar = {
         "vim_nano": {"image_size": 32, "patch": 4, "stride": 4, "width": 96, "depth": 6},
         "vim_t": {"width": 192, "drop_path": 0.1},

@@ -130,6 +130,7 @@ class VisionTransformer(Backbone):
     ``moh_deit_s`` and ``moh_deit_b``."""
 
     Config = VisionTransformerConfig
+    scales: ClassVar = {"dim": "num_heads"}
     config: VisionTransformerConfig
     sizes: ClassVar = {
         "vit_nano": {"image_size": 32, "patch": 4, "dim": 96, "num_layers": 6, "num_heads": 3},

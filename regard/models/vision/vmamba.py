@@ -70,6 +70,7 @@ class VMamba(Pyramid):
     """See the module; sizes ``vmamba_t`` (the code's s1l8), ``vmamba_s``, ``vmamba_b`` (s2l15) and ``vmamba_t_v0``."""
 
     Config = VMambaConfig
+    scales: ClassVar = {"widths": 4}
     sizes: ClassVar = {
         "vmamba_nano": {"image_size": 32, "widths": (32, 64, 128), "depths": (1, 2, 1)},
         "vmamba_t": {"drop_path": 0.2},

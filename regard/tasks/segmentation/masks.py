@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from regard.contract import Unsupported
 from regard.tasks.documents import file_name, names_of, nearest_path, walk
-from regard.tasks.images import IMAGE_SUFFIXES, ImageReader, Images, images_among, read_image, stacked, unreadable
+from regard.tasks.image_files import IMAGE_SUFFIXES, Images, images_among, read_image, stacked, unreadable
+from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
+    from jaxtyping import Int, UInt8
+
+    from regard.tasks.image_files import Pixels
 
 Colour = tuple[int, int, int]
 CLASSES = "classes.txt"
@@ -46,12 +48,9 @@ class MaskReader(ImageReader):
     colours: tuple[Colour, ...]
     background: int | None
 
-    def pixels(self, patches: Float[Tensor, "b n f"]) -> UInt8[np.ndarray, "b h w c"]:
-        """The images that patches were cut from."""
-        (rows, columns), p = self.grid, self.patch
-        parts = patches.numpy().reshape(len(patches), rows, columns, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
-        whole = parts.reshape(len(patches), self.height, self.width, -1) * self.deviation + self.mean
-        return np.clip(np.round(whole), 0, 255).astype(np.uint8)
+    def _image(self, path: Path) -> Pixels:
+        """Whole, whatever its proportions, since a mask has a class for all of it."""
+        return read_image(path, (self.height, self.width), self.channels, stretch=True)[0]
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> MaskReader:
@@ -155,7 +154,7 @@ def read_masked(
     quiet = (0 if 0 in values else None) if background == "auto" else background
     assert not isinstance(void, str) and not isinstance(quiet, str)  # "auto" is the only word
     _check_values(pairs, masks, values, bool(names), void, quiet)
-    pixels, span, count = stacked([read_image(image, (size, size), channels) for image, _ in pairs])
+    pixels, span, count = stacked([read_image(image, (size, size), channels, stretch=True)[0] for image, _ in pairs])
     if span is not None:
         notes.append(
             f"{count} images of more than 8 bits a pixel: {span[0]:g} to {span[1]:g} are taken as dark to light"
@@ -165,7 +164,8 @@ def read_masked(
     labels = table[np.stack([_resized(mask, size) for mask in masks])]
     images = Images(
         names_of(folder),
-        pixels,
+        (size, size, channels),
+        np.stack(pixels),
         labels,
         tuple(names.get(value, str(value)) for value in values),
         None if validation is None else np.arange(training, len(pairs)),

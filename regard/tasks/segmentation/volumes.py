@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regard.contract import Unsupported
-from regard.tasks.images import Images
+from regard.tasks.image_files import Images
 from regard.tasks.packaged import package_folder
 from regard.tasks.protocol import SPLIT, counter_generator
 from regard.tasks.segmentation.masks import Masked, colours_of
@@ -63,7 +63,7 @@ def read_volume(data: str, size: int, share: float, seed: int) -> Masked:
     left = len(taken) - len(training) - len(held_out)
     split = f"by slabs of {SLAB} slices; {left} slices beside the held-out ones are in neither part (seed {seed})"
     notes = [f"axial slices, {taken[0]} to {taken[-1]} of {labels.shape[2]}; one head: other heads are not held out"]
-    images = Images(source, pixels, classes, names, None, notes)
+    images = Images(source, (size, size, 1), pixels, classes, names, None, notes)
     return Masked(images, tuple(range(len(names))), colours_of(len(names)), 0, (training, held_out, split))
 
 

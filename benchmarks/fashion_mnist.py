@@ -1,0 +1,199 @@
+"""Fashion-MNIST from scratch: a small size of every image backbone, each for the same time; the table of the documentation.
+
+    pip install 'regard[vision]'
+    python benchmarks/fashion_mnist.py                             # 20 minutes each; the same command goes on where it stopped
+    python benchmarks/fashion_mnist.py --models van_nano,vit_nano --minutes 5
+    python benchmarks/fashion_mnist.py --best 5 --seeds 3          # more seeds for the five that are best so far
+    python benchmarks/fashion_mnist.py --timings                   # speed and memory alone, all models in one process
+
+On the images of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels, with the augmentation
+``light``, one learning rate for all, and the last weights; scored on the 10,000 test images (`--items` for fewer). A cell is a model and a seed: it
+is trained as by `regard train` into a folder of `--work`, where a run that was killed goes on, and its score is then in
+docs/data/fashion_mnist.json, from which `python docs/generate.py` writes the page. Speeds belong on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.contract import Context, Unsupported, closest
+from regard.measurement import provenance, units
+from regard.measurement.timing import interleaved
+from regard.models import build_model
+from regard.models.image_model import ImageModelConfig
+from regard.models.variants import Variant
+from regard.models.weights import write_atomically
+from regard.tasks import Task, create_task
+from regard.training import TrainConfig, peak_memory, train
+from regard.workbench.budget import Budget
+from regard.workbench.settings import CompareSettings
+from regard.workbench.trained import DIVERGED, train_model
+
+TABLE = Path(__file__).parent.parent / "docs" / "data" / "fashion_mnist.json"
+RATE, BATCH = 2e-3, 64
+AGENTS = ["agent", {"num_agents": 16, "agent_bias": "all"}]
+HEADS = ["mixture_of_heads", {"shared_heads": 1, "active_heads": 2, "mechanism_options": {"bias": True}}]
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: (name, {})
+        for name in (
+            "van_nano",
+            "tnt_nano",
+            "pyramid_tnt_nano",
+            "biformer_nano",
+            "vit_nano",
+            "pvt_nano",
+            "agent_pvt_nano",
+            "vim_nano",
+            "vmamba_nano",
+            "mixer_nano",
+        )
+    },
+    "agent_vit_nano": ("vit_nano", {"plan": [AGENTS] * 6}),
+    "moh_vit_nano": ("vit_nano", {"plan": [HEADS] * 6, "num_heads": 6}),
+    "ninformer_nano": ("ninformer_net", {"width": 128, "hidden": 256, "branch_dropout": 0.1}),
+    "activator_nano": ("activator_net", {"width": 128, "hidden": 256, "branch_dropout": 0.1}),
+    "activator_geglu_nano": ("activator_geglu", {"width": 128, "hidden": 256}),
+}
+"""What each is called here, and the backbone and its options."""
+
+
+def task_of(data: str, items: int) -> Task:
+    return create_task("images", data=data, size=32, augment="light", evaluation_items=items)
+
+
+def settings_of(name: str, task: Task, seed: int, minutes: float) -> CompareSettings:
+    return CompareSettings(
+        (Variant(name, (), MODELS[name]),),
+        Budget("seconds", 60 * minutes),
+        seeds=1,
+        first_seed=seed,
+        rates=(RATE,),
+        batch_tokens=BATCH * task.length,
+        lengths=(task.length,),
+    )
+
+
+def read() -> dict[str, Any]:
+    return json.loads(TABLE.read_text()) if TABLE.is_file() else {"cells": [], "speeds": {}}
+
+
+def write(table: dict[str, Any]) -> None:
+    text = json.dumps(table, indent=1) + "\n"
+    write_atomically(TABLE, lambda path: path.write_text(text))
+
+
+def done(table: dict[str, Any], name: str, seed: int, minutes: float, items: int) -> dict[str, Any] | None:
+    wanted = {"model": name, "seed": seed, "minutes": minutes, "items": items}
+    return next((cell for cell in table["cells"] if wanted.items() <= cell.items()), None)
+
+
+def train_cell(task: Task, name: str, seed: int, minutes: float, items: int, work: Path) -> dict[str, Any]:
+    """One training run, from where it stopped."""
+    last = 0.0
+
+    def tell(point: Any, steps: int, left: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10 or point.step + 1 == steps:
+            last = time.monotonic()
+            print(
+                f"{name}, seed {seed}: step {point.step + 1} of {steps}, loss {point.loss:.3f}, "
+                f"about {units.clock(left)} left",
+                flush=True,
+            )
+
+    folder = work / f"{name}-{seed}-{minutes:g}-{items}"
+    settings = settings_of(name, task, seed, minutes)
+    record = train_model(task, settings, folder, best_of=0, on_step=tell, say=partial(print, flush=True)).record
+    return {
+        "model": name,
+        "seed": seed,
+        "minutes": minutes,
+        "items": items,
+        "accuracy": None if record["state"] == DIVERGED else record["score"],
+        "parameters": record["parameters"],
+        "steps": record["steps"],
+        "threads": record["settings"]["threads"],
+        "cpu": record["machine"],
+        "regard": record["regard"],
+        "date": provenance.now()[:10],
+    }
+
+
+def measure_speeds(task: Task, names: list[str], seconds: float) -> dict[str, Any]:
+    """Images/s and peak bytes of training and inference, at the batch of the training, all models in turn."""
+    batch = task.training_batch(0, 0, BATCH)
+    models = {name: build_model(ImageModelConfig.for_task(task, *MODELS[name])) for name in names}
+    steps = TrainConfig(steps=1, batch_size=BATCH, learning_rate=RATE, measure_memory=False)
+    training = interleaved({n: partial(train, model, task, steps) for n, model in models.items()}, seconds=seconds)
+    found = {}
+    for name, model in models.items():
+        history = train(model, task, TrainConfig(steps=2, batch_size=BATCH, learning_rate=RATE))
+        found[name] = {"training_bytes": history.peak_memory, "training": BATCH / training[name].median}
+    with torch.inference_mode():
+        calls = {n: partial(m.eval(), batch.inputs, context=Context(grid=task.grid)) for n, m in models.items()}
+        inference = interleaved(calls, seconds=seconds)
+        for name, call in calls.items():
+            found[name] |= {"inference": BATCH / inference[name].median, "inference_bytes": peak_memory(call).bytes}
+    facts = provenance.fingerprint()
+    told = {"cpu": facts["cpu"], "threads": torch.get_num_threads(), "date": provenance.now()[:10]}
+    return {name: {**one, **told} for name, one in found.items()}
+
+
+def best(table: dict[str, Any], count: int, minutes: float) -> list[str]:
+    scores: dict[str, list[float]] = {}
+    for cell in table["cells"]:
+        if cell["minutes"] == minutes and cell["accuracy"] is not None:
+            scores.setdefault(cell["model"], []).append(cell["accuracy"])
+    return sorted(scores, key=lambda name: -statistics.fmean(scores[name]))[:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--best", type=int, help="of the models, those that are best so far")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=20.0, help="of each run, with its scoring")
+    parser.add_argument(
+        "--items", type=int, default=10_000, help="test images that are scored, balanced over the classes"
+    )
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--work", type=Path, default=Path("runs/fashion_mnist"), help="folder of the runs")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two kinds of timings")
+    parser.add_argument("--timings", action="store_true", help="nothing but speeds and memory")
+    arguments = parser.parse_args()
+    names = [name for name in arguments.models.split(",") if name]
+    for name in names:
+        if name not in MODELS:
+            raise Unsupported(f"model {name!r}", supported=", ".join(MODELS), nearest=closest(name, MODELS))
+    if not math.isfinite(arguments.minutes) or arguments.minutes <= 0:
+        raise Unsupported(f"{arguments.minutes} minutes", supported="more than none")
+    task, table = task_of(arguments.data, arguments.items), read()
+    if arguments.best is not None:
+        names = [name for name in best(table, arguments.best, arguments.minutes) if name in names]
+    if arguments.timings:
+        table["speeds"] |= measure_speeds(task, names, arguments.seconds)
+        write(table)
+        return
+    for seed in range(arguments.seeds):
+        for name in names:
+            if done(table, name, seed, arguments.minutes, arguments.items) is None:
+                cell = train_cell(task, name, seed, arguments.minutes, arguments.items, arguments.work)
+                table = read()  # another process may have added cells of its own
+                table["cells"].append(cell)
+                write(table)
+            cell = done(table, name, seed, arguments.minutes, arguments.items) or {}
+            print(f"{name}, seed {seed}: {cell['accuracy']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Training images varied by torchvision's transforms: other crops, mirrored, other colours, and mixed with each other.
+
+Everything is drawn from the seed that a call is given, so that a run that is resumed sees the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.contract import Unsupported
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped, UInt8
+
+AUGMENTATIONS = ("none", "light", "standard")
+BORDER = 8
+"""A light crop may lie outside of the image by one part in so many of its side."""
+SCALE = (0.35, 1.0)
+"""Part of the area that a standard crop keeps."""
+OPERATIONS, MAGNITUDE = 2, 9
+"""Of RandAugment, as in torchvision and timm."""
+
+
+class Augmentation:
+    """How the images of a training batch are varied.
+
+    Args:
+        name: ``light`` crops at random places, over the border too; ``standard`` crops parts of any size and turns, shifts
+            or recolours them by RandAugment (arXiv 1909.13719).
+        size: height and width of the results.
+        num_classes: of the task.
+        flip: whether half of the images are mirrored, left to right.
+        mix: share of the batches whose images are mixed in pairs, half of these by mixup (arXiv 1710.09412) and half by
+            cutmix (arXiv 1905.04899), and their classes with them.
+
+    Raises:
+        Unsupported: where torchvision is missing.
+    """
+
+    def __init__(self, name: str, size: tuple[int, int], num_classes: int, *, flip: bool, mix: float) -> None:
+        try:
+            from torchvision.transforms import v2
+        except ImportError:
+            raise Unsupported(
+                f"augment={name} without torchvision, which varies the images",
+                supported="augment=none, or the extra",
+                nearest="pip install 'regard[vision]'",
+            ) from None
+        self.name, self.size, self.flip, self.mix = name, size, flip, mix
+        self.border = max(1, min(size) // BORDER)
+        steps: list[Any] = []
+        if name == "standard":
+            steps.append(v2.RandomResizedCrop(size, scale=SCALE, antialias=True))
+        else:
+            steps.append(v2.RandomCrop(size, padding=self.border, padding_mode="reflect"))
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if name == "standard":
+            steps.append(v2.RandAugment(OPERATIONS, MAGNITUDE))
+        self._vary = v2.Compose(steps)
+        self._mix = v2.RandomChoice(
+            [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
+        )
+
+    def __call__(
+        self,
+        images: Sequence[UInt8[np.ndarray, "h w c"]] | Sequence[Float[np.ndarray, "h w c"]],
+        labels: Int[Tensor, " b"],
+        seed: int,
+    ) -> tuple[Shaped[np.ndarray, "b h w c"], Float[Tensor, "b classes"] | None]:
+        """Varied images, of the same scale from 0 to 255, and the share of each class in each; None where it is one class.
+
+        Args:
+            images: of `size` or larger.
+            labels: their classes.
+            seed: of all draws.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            varied = torch.stack([self._vary(_channels_first(image)) for image in images])
+            shares = None
+            if self.mix and float(torch.rand(())) < self.mix:
+                scaled = varied if varied.dtype.is_floating_point else varied.float() / 255
+                varied, shares = self._mix(scaled, labels)
+        pixels = varied.permute(0, 2, 3, 1).numpy()
+        return (pixels * 255 if pixels.dtype == np.float32 else pixels), shares
+
+    def __str__(self) -> str:
+        if self.name == "light":
+            parts = [f"crops up to {self.border} pixels beside the image"]
+        else:
+            parts = [f"crops of {SCALE[0]:.0%} to {SCALE[1]:.0%} of the image, RandAugment ({OPERATIONS}, {MAGNITUDE})"]
+        parts += ["mirrored half the time"] * self.flip
+        parts += [f"{self.mix:.0%} of the batches mixed (mixup, cutmix)"] * bool(self.mix)
+        return ", ".join(parts)
+
+
+def _channels_first(image: np.ndarray) -> Tensor:
+    """(H, W, C) from 0 to 255 as torchvision takes it: bytes, or floats from 0 to 1."""
+    turned = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return turned / 255 if turned.dtype.is_floating_point else turned

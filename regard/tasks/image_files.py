@@ -1,0 +1,285 @@
+"""Images from files: one at a time in any mode, and folders with a sub-folder for each class."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from regard.contract import Unsupported
+from regard.tasks.documents import class_folders, file_name, names_of, nearest_path, walk
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped, UInt8
+    from PIL import Image as Pillow
+
+    Pixels = UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+LONGEST = 4
+"""Times its height that an image may be wide, or the other way round; what is beyond, on both sides, is cut off."""
+TOLD = 5
+"""Files that cannot be read which are named; more are counted."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images with their classes.
+
+    Attributes:
+        source: in words.
+        shape: height, width and channels that a model sees.
+        pixels: uint8; float32 from 0 to 255 where some images have more than 8 bits. An array where all are of `shape`; else
+            a list, and some are higher or wider than it.
+        labels: class of each image, or of each of its pixels.
+        classes: their names.
+        held_out: images that must not be trained on; None when the data set has no split of its own.
+        notes: what was left out.
+        span: least and greatest value of images of more than 8 bits, which are taken as dark and light; None without such.
+    """
+
+    source: str
+    shape: tuple[int, int, int]
+    pixels: Sequence[Pixels] | Shaped[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, "n ..."]
+    classes: tuple[str, ...]
+    held_out: Int[np.ndarray, " m"] | None = None
+    notes: list[str] = field(default_factory=list)
+    span: tuple[float, float] | None = None
+
+    def centres(self, chosen: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"] | Float[np.ndarray, "b h w c"]:
+        """The middle of some images."""
+        if isinstance(self.pixels, np.ndarray):
+            return self.pixels[chosen]
+        return np.stack([centre(self.pixels[i], self.shape[:2]) for i in chosen])
+
+
+def centre(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """The middle of an image, of this height and width."""
+    top, left = ((have - want) // 2 for have, want in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
+    """The images among the files of a folder; raises Unsupported where there is none."""
+    kept = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not kept:
+        raise Unsupported(
+            f"{folder}, which holds no image", supported="files ending in " + " ".join(sorted(IMAGE_SUFFIXES))
+        )
+    return kept
+
+
+def load_folders(
+    folder: Path, validation: Path | None, size: tuple[int, int], channels: int, *, skip_unreadable: bool = False
+) -> Images:
+    """The images of a folder with a sub-folder a class, and of a second one that is held out.
+
+    Args:
+        size: height and width that images are resized to cover.
+        channels: 3 or 1.
+        skip_unreadable: whether files that cannot be read are named in the notes instead of refused.
+
+    Raises:
+        Unsupported: for folders and files that cannot be used.
+    """
+    classes, paths, labels, notes = _list_folders(folder)
+    held = 0
+    if validation is not None:
+        if not validation.is_dir():
+            raise Unsupported(
+                f"validation={validation}, which is not a folder",
+                supported="a folder like data",
+                nearest="" if validation.exists() else nearest_path(validation),
+            )
+        others, more, their_labels, more_notes = _list_folders(validation)
+        if others != classes:
+            odd = sorted(set(others) ^ set(classes))
+            raise Unsupported(
+                f"validation={validation}, whose classes differ from those of data ({', '.join(odd[:5])})",
+                supported="the same sub-folders: " + ", ".join(classes),
+            )
+        held = len(more)
+        paths, labels, notes = paths + more, labels + their_labels, notes + more_notes
+    _check_memory(folder, len(paths), size, channels)
+    require_pillow()
+
+    images: list[Pixels] = []
+    kept, unread, moving = [], [], 0
+    for i, path in enumerate(paths):
+        try:
+            image, frames = read_image(path, size, channels)
+        except Unsupported as error:
+            if not skip_unreadable:
+                raise
+            unread.append(error.asked.replace(str(path), file_name(path.name)))
+            continue
+        images.append(image)
+        kept.append(i)
+        moving += frames > 1
+    if unread:
+        notes += [f"left out: {said}" for said in unread[:TOLD]]
+        notes += [f"{len(unread)} files that cannot be read left out"] * (len(unread) > TOLD)
+    if moving:
+        notes.append(f"{moving} files of several pictures: the first of each")
+    training = len(paths) - held
+    counts = Counter(labels[i] for i in kept if i < training)
+    for i, name in enumerate(classes):
+        if counts[i] < (2 if validation is None else 1):
+            raise Unsupported(
+                f"{folder / name} with {counts[i]} image" + "s" * (counts[i] != 1) + " that can be read" * bool(unread),
+                supported="2 or more images in each class's folder" if validation is None else "images of each class",
+            )
+    pixels, span, count = stacked(images)
+    if span is not None:
+        low, high = span
+        notes.append(
+            f"{count} images of more than 8 bits a pixel: values from {low:g} to {high:g} are taken as dark to light"
+        )
+    even = all(image.shape[:2] == size for image in pixels)
+    return Images(
+        names_of(folder),
+        (*size, channels),
+        np.stack(pixels) if even else pixels,
+        np.array([labels[i] for i in kept], dtype=np.int64),
+        tuple(classes),
+        np.flatnonzero(np.array(kept) >= training) if validation is not None else None,
+        notes,
+        span,
+    )
+
+
+def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[str]]:
+    folders = class_folders(folder)
+    classes, listed, notes = [file_name(one.name) for one in folders], [], []
+    for one in folders:
+        files, note = walk(one)
+        listed.append(files)
+        notes += note
+    if len(classes) < 2:
+        raise Unsupported(
+            f"{folder} with {len(classes)} sub-folders",
+            supported="a folder with one sub-folder a class, 2 or more of them",
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    others = 0
+    for i, files in enumerate(listed):
+        kept = images_among(files, folders[i])
+        others += len(files) - len(kept)
+        paths += kept
+        labels += [i] * len(kept)
+    if others:
+        notes.append(f"{names_of(folder)}: {others} files that are not images not read")
+    return classes, paths, labels, notes
+
+
+def _check_memory(folder: Path, count: int, size: tuple[int, int], channels: int) -> None:
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return
+    needed = count * size[0] * size[1] * channels
+    if needed > memory // 2:
+        side = int((memory / 2 / count / channels) ** 0.5)
+        raise Unsupported(
+            f"{count:,} images of {folder} at {size[0]}x{size[1]} pixels, {needed / 1e9:.0f} GB, which are held in memory",
+            supported=f"up to half of this machine's {memory / 1e9:.0f} GB",
+            nearest=f"size={side}",
+        )
+
+
+def require_pillow() -> None:
+    """Raise Unsupported where pillow is missing."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise Unsupported(
+            "a folder of images without pillow, which reads them",
+            supported="the extra",
+            nearest="pip install 'regard[data]'",
+        ) from None
+
+
+def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: bool = False) -> tuple[Pixels, int]:
+    """An image that covers a height and width, and the number of pictures in its file, of which it is the first.
+
+    It is turned as its camera says and resized, in its own proportions, until one side fits and the other is not smaller;
+    with `stretch` until both fit. Pixels are bytes, or float32 numbers of the file's own scale where its grey has more than 8 bits. What is transparent is
+    white.
+
+    Raises:
+        Unsupported: for a file that is no image, is cut, or is smaller than 2x2 or larger than 89 million pixels.
+    """
+    require_pillow()
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                frames = getattr(opened, "n_frames", 1)
+                opened.draft(None, (2 * max(size),) * 2)  # a JPEG is not decoded much larger than it is needed
+                turned = ImageOps.exif_transpose(opened)
+                deep = turned.mode[0] in "IF"
+                image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
+    except Image.DecompressionBombWarning:
+        raise unreadable(path, f"it has more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels") from None
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        raise unreadable(path, error) from None
+    if min(image.size) < 2:
+        raise unreadable(path, f"it is {image.width} x {image.height} pixels small")
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC) if stretch else _covering(image, size)
+    if deep:
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise unreadable(path, "it holds values that are no finite numbers")
+        return np.repeat(values[..., None], channels, axis=2), frames
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    flat = flat.convert("RGB" if channels == 3 else "L")
+    return np.asarray(flat, dtype=np.uint8).reshape(flat.height, flat.width, channels), frames
+
+
+def _covering(image: Pillow.Image, size: tuple[int, int]) -> Pillow.Image:
+    from PIL import Image
+
+    height, width = size
+    if image.width > LONGEST * image.height or image.height > LONGEST * image.width:
+        wide, high = min(image.width, LONGEST * image.height), min(image.height, LONGEST * image.width)
+        left, top = (image.width - wide) // 2, (image.height - high) // 2
+        image = image.crop((left, top, left + wide, top + high))
+    scale = max(height / image.height, width / image.width)
+    fitted = max(width, round(scale * image.width)), max(height, round(scale * image.height))
+    return image.resize(fitted, Image.Resampling.BICUBIC)
+
+
+def unreadable(path: Path, why: Any) -> Unsupported:
+    """The error for a file that cannot be read."""
+    return Unsupported(
+        f"{path}, which cannot be read as an image ({why})",
+        supported="whole images: " + " ".join(sorted(IMAGE_SUFFIXES)),
+        nearest="repair it, take it out of the folder, or --skip-unreadable",
+    )
+
+
+def stacked(
+    images: Sequence[Pixels], span: tuple[float, float] | None = None
+) -> tuple[list[Pixels], tuple[float, float] | None, int]:
+    """The images in one scale; the span of those with more than 8 bits, all scaled by the same; how many these are."""
+    deep = [i for i, image in enumerate(images) if image.dtype == np.float32]
+    if not deep:
+        return list(images), span, 0
+    if span is None:
+        span = float(min(images[i].min() for i in deep)), float(max(images[i].max() for i in deep))
+    low, width = span[0], span[1] - span[0]
+    found = [image.astype(np.float32) for image in images]
+    for i in deep:
+        found[i] = ((images[i] - low) * (255 / width if width else 0)).astype(np.float32)
+    return found, span, len(deep)
