@@ -24,8 +24,8 @@ paper's training does; both give the same logits.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.compression.tokens.hosts import blocks_of
+from regard.compression.tokens.phases import Batches, Phase, run_phases
 from regard.contract import Context, Mask, Unsupported, at_least, one_of, valid_from_lengths
 from regard.core.precision import wide
 from regard.layers.linear import make_linear
@@ -274,52 +275,62 @@ class Step:
 
 def train_interpreters(
     model: InterpretedTransformer,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Batches,
     *,
     policy_steps: int,
     block_steps: int,
     policy_rate: float = 1e-3,
     block_rate: float = 1e-4,
     error_penalty: float = 1.0,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """The paper's curriculum, in place: for each group its policy, then the blocks from there on.
 
+    The same call goes on from `checkpoint`, where an earlier one was stopped, to the same weights.
+
     Args:
         model: around a trained vision transformer.
-        batches: images and classes, without an end.
+        batches: images and classes of each step, counted from 0.
         policy_steps, block_steps: of each group.
         policy_rate, block_rate: of Adam; the paper's were not published.
         error_penalty: tau; smaller leaves out more and is wrong more often.
-        generator: of the draws.
+        seed: of the draws.
+        checkpoint, checkpoint_every: a file, and the steps between two savings.
         on_step: told each step.
+
+    Raises:
+        Unsupported: for a checkpoint of another run, and a loss that is not finite.
     """
+    phases = []
     for group in range(len(model.sizes)):
         policy = list(model.interpreters[group].parameters())
-        trained = [
+        blocks = [
             p for later in range(group, len(model.sizes)) for block in model.group(later) for p in block.parameters()
         ]
-        trained += [*model.model.norm.parameters(), *model.model.head.parameters()]
-        for part, parameters, steps, rate in (
-            ("policy", policy, policy_steps, policy_rate),
-            ("blocks", trained, block_steps, block_rate),
-        ):
-            optimizer = torch.optim.Adam(parameters, lr=rate)
-            for _ in range(steps):
-                images, labels = next(batches)
-                if part == "policy":
-                    loss, decisions = policy_loss(
-                        model, images, labels, group, error_penalty=error_penalty, generator=generator
-                    )
-                else:
-                    logits, decisions = model.forward_masked(images, groups=group + 1)
-                    loss = F.cross_entropy(logits, labels)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-                optimizer.zero_grad()
-                on_step(Step(group, part, loss.item(), model.usage(decisions).mean().item()))
-                if not math.isfinite(loss.item()):
-                    raise Unsupported(f"a {part} loss that is not finite", supported="a smaller rate")
+        blocks += [*model.model.norm.parameters(), *model.model.head.parameters()]
+
+        def of_policy(images: Tensor, labels: Tensor, group: int = group) -> tuple[Tensor, dict[str, float]]:
+            loss, decisions = policy_loss(model, images, labels, group, error_penalty=error_penalty)
+            return loss, {"usage": model.usage(decisions).mean().item()}
+
+        def of_blocks(images: Tensor, labels: Tensor, group: int = group) -> tuple[Tensor, dict[str, float]]:
+            logits, decisions = model.forward_masked(images, groups=group + 1)
+            return F.cross_entropy(logits, labels), {"usage": model.usage(decisions).mean().item()}
+
+        phases += [
+            Phase("policy", [(policy, policy_rate)], policy_steps, of_policy),
+            Phase("blocks", [(blocks, block_rate)], block_steps, of_blocks),
+        ]
+    run_phases(
+        model,
+        phases,
+        batches,
+        settings={"error_penalty": error_penalty, "threshold": model.threshold},
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        on_step=lambda phase, step, loss, told: on_step(Step(phase // 2, phases[phase].name, loss, told["usage"])),
+    )
