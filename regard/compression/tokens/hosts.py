@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
-from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
+from regard.compression.tokens.schedules import Removal, removals
+from regard.contract import Context, Mask, Result, Unsupported, one_of
 from regard.layers.attention import AttentionLayer
 from regard.models.vision.vit import VisionBlock, VisionTransformer
 
@@ -28,7 +28,7 @@ class Reduction:
 
     Args:
         method: one of `METHODS`.
-        removed: patches that go, of each block: a number, or a function of the number there are.
+        removed: for each block, how many of so many patches go.
         proportional: whether a token that stands for several counts so often in attention.
         generator: of the draws of ``random``.
     """
@@ -36,7 +36,7 @@ class Reduction:
     def __init__(
         self,
         method: str,
-        removed: Sequence[Callable[[int], int]],
+        removed: Sequence[Removal],
         proportional: bool,
         generator: torch.Generator | None,
     ) -> None:
@@ -111,48 +111,11 @@ def reduce_tokens(
     layers, protected = blocks_of(model)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
-    schedule = _schedule(len(layers), remove, keep, blocks)
+    schedule = removals(len(layers), remove, keep, blocks)
     reduction = Reduction(method, schedule, method == "tome" if proportional is None else proportional, generator)
     for number, block in enumerate(layers):
         reduction._undo.append(_enter(block, reduction, number, protected))
     return reduction
-
-
-def _schedule(
-    depth: int, remove: int | Sequence[int] | tuple[int, float], keep: float | None, blocks: Sequence[int] | None
-) -> list[Callable[[int], int]]:
-    """For each block how many of so many patches go."""
-    if keep is not None:
-        if remove:
-            raise Unsupported(f"remove={remove} with keep={keep}", supported="one of the two")
-        if not 0 < keep <= 1:
-            raise Unsupported(f"keep={keep}", supported="0 < keep <= 1", nearest="keep=0.7")
-        chosen = [depth // 4, depth // 2, 3 * depth // 4] if blocks is None else list(blocks)
-        if not all(0 <= block < depth for block in chosen):
-            raise Unsupported(f"blocks={chosen} of a model with {depth}", supported=f"0 to {depth - 1}")
-        return [(lambda n: n - math.ceil(keep * n)) if block in chosen else (lambda n: 0) for block in range(depth)]
-    if blocks is not None:
-        raise Unsupported(f"blocks={blocks} without keep", supported="keep=..., or remove as a list")
-    if isinstance(remove, int):
-        numbers = [remove] * depth
-    elif len(remove) == 2 and isinstance(remove[1], float):
-        most, inflection = remove
-        if not -1 <= inflection <= 1:
-            raise Unsupported(f"an inflection of {inflection}", supported="-1 to 1")
-        first = int(most * (1 - inflection))
-        numbers = [int(first + 2 * (most - first) * block / max(depth - 1, 1)) for block in range(depth)]
-    else:
-        numbers = [int(number) for number in remove]
-    if len(numbers) != depth:
-        raise Unsupported(f"remove with {len(numbers)} numbers for {depth} blocks", supported="one a block")
-    for number in numbers:
-        at_least("remove", number, 0)
-    return [functools.partial(_at_most, number) for number in numbers]
-
-
-def _at_most(number: int, patches: int) -> int:
-    """One patch stays."""
-    return min(number, max(patches - 1, 0))
 
 
 def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
