@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 HOSTS = "regard's VisionTransformer with a class token, timm's VisionTransformer of plain blocks with one"
+METRICS = ("keys", "queries", "tokens")
 
 
 class Reduction:
@@ -30,7 +31,8 @@ class Reduction:
         method: one of `METHODS`.
         removed: for each block, how many of so many patches go.
         proportional: whether a token that stands for several counts so often in attention.
-        generator: of the draws of ``random``.
+        metric: one of `METRICS`.
+        generator: of the draws of a method.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Reduction:
         method: str,
         removed: Sequence[Removal],
         proportional: bool,
+        metric: str,
         generator: torch.Generator | None,
     ) -> None:
-        self.method, self.removed, self.proportional, self.generator = method, removed, proportional, generator
+        self.method, self.removed, self.proportional = method, removed, proportional
+        self.metric, self.generator = metric, generator
         self._run = threading.local()
         self._undo: list[Callable[[], None]] = []
 
@@ -53,6 +57,16 @@ class Reduction:
     def counts(self) -> list[int]:
         """Tokens after each block of this thread's last call, class tokens included."""
         return list(self._run.counts)
+
+    def change(
+        self,
+        *,
+        remove: int | Sequence[int] | tuple[int, float] = 0,
+        keep: float | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
+        """Another schedule from the next call on, such as a share that falls in training; see :func:`reduce_tokens`."""
+        self.removed = removals(len(self.removed), remove, keep, blocks)
 
     def undo(self) -> None:
         """Give the model its own blocks again."""
@@ -89,30 +103,34 @@ def reduce_tokens(
     keep: float | None = None,
     blocks: Sequence[int] | None = None,
     proportional: bool | None = None,
+    metric: str = "keys",
     generator: torch.Generator | None = None,
 ) -> Reduction:
     """Let a model's blocks give on fewer tokens, in place; nothing is trained.
 
     Args:
         model: one of `HOSTS`; its last call must not be going on in another thread.
-        method: ``tome``, ``evit``, ``random``, ``stride`` or ``mean``.
+        method: one of :data:`regard.compression.tokens.reducers.METHODS`.
         remove: patches that go after the attention of each block; a list has one number a block. A pair of a number r and
             an inflection i in [-1, 1] (a float) is a line from r (1 - i) in the first block to r (1 + i) in the last.
         keep: instead of `remove`, the share of patches that stay at each of `blocks`, rounded up.
         blocks: numbers of the blocks, from 0, at which `keep` counts; a quarter, half and three quarters through when None.
-        proportional: see the module; as ``tome`` is defined when None: there, and not in the others.
-        generator: of the draws of ``random``.
+        proportional: see the module; as Token Merging is defined when None: there, and not in the others.
+        metric: by what merged tokens are similar: ``keys``, ``queries``, or ``tokens``, the vectors themselves.
+        generator: of the draws of a method.
 
     Raises:
         Unsupported: for a model, method or schedule that is not known, and a model that is reduced already; nothing is
             changed then.
     """
     one_of("method", method, METHODS)
+    one_of("metric", metric, METRICS)
     layers, protected = blocks_of(model)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
     schedule = removals(len(layers), remove, keep, blocks)
-    reduction = Reduction(method, schedule, method == "tome" if proportional is None else proportional, generator)
+    counted = method.startswith("tome") if proportional is None else proportional
+    reduction = Reduction(method, schedule, counted, metric, generator)
     for number, block in enumerate(layers):
         reduction._undo.append(_enter(block, reduction, number, protected))
     return reduction
@@ -168,7 +186,7 @@ class ReducedBlock(VisionBlock):
 
         def evidence() -> Evidence:
             query, key = (seen[name].unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for name in ("query", "key"))
-            return _evidence(query, key, bias, self.reduction.generator)
+            return _evidence(self.reduction, query, key, x, bias)
 
         x = self.reduction.after(self.number, tokens, x, evidence).x
         if self.feed_forward is not None:
@@ -198,7 +216,7 @@ def _reduced_timm_block() -> type[nn.Module]:
 
             def evidence() -> Evidence:
                 query, key, _ = seen[0].unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-                return _evidence(self.attn.q_norm(query), self.attn.k_norm(key), bias, self.reduction.generator)
+                return _evidence(self.reduction, self.attn.q_norm(query), self.attn.k_norm(key), x, bias)
 
             x = self.reduction.after(self.number, tokens, x, evidence).x
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -207,15 +225,17 @@ def _reduced_timm_block() -> type[nn.Module]:
 
 
 def _evidence(
+    reduction: Reduction,
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b h n d"],
+    x: Float[Tensor, "b n c"],
     bias: Float[Tensor, "b 1 1 n"] | None,
-    generator: torch.Generator | None,
 ) -> Evidence:
     """Only the class token's row of the attention is computed."""
     scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias
-    return Evidence(key.mean(1), scores.softmax(-1).mean(1)[:, 0], generator)
+    metric = x if reduction.metric == "tokens" else (key if reduction.metric == "keys" else query).mean(1)
+    return Evidence(metric, scores.softmax(-1).mean(1)[:, 0], reduction.generator)
 
 
 def _enter(block: Any, reduction: Reduction, number: int, protected: int) -> Callable[[], None]:

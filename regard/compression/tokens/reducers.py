@@ -3,7 +3,10 @@ r"""Fewer tokens between two parts of a model: merged, dropped or pooled, with a
 | name | what it does to n tokens of which r shall go | from |
 |---|---|---|
 | ``tome`` | tokens at even places each find the most similar one at an odd place, by the cosine of their keys; the r most similar pairs are merged to their mean, weighted by what they stand for | Token Merging, Bolya et al., arXiv 2210.09461, section 3 |
+| ``tome_stride`` | tokens at even distances stay; every other one is merged into the most similar of them | the same authors' code, there with every k-th token |
+| ``tome_random`` | r tokens, drawn anew in each call, are merged into the most similar of the others | the same authors' code |
 | ``evit`` | the r tokens that the class token attends to least go; their sum, weighted by that attention, stays as one token | EViT, Liang et al., arXiv 2202.07800, section 3.2 |
+| ``attention`` | as ``evit``, without that sum | the same, section 4.3 |
 | ``random`` | r tokens go, drawn anew in each call | a baseline |
 | ``stride`` | those that stay lie at even distances | a baseline |
 | ``mean`` | neighbours in the row of tokens are pooled to n - r means of about equal size | a baseline |
@@ -54,6 +57,11 @@ class Tokens:
         places = torch.arange(n, device=x.device).expand(batch, n)
         return cls(x, x.new_ones(batch, n), places, protected)
 
+    def spread(self, values: Float[Tensor, "b n d"]) -> Float[Tensor, "b n0 d"]:
+        """Numbers of the tokens that are left, at each of the first tokens; 0 where one was dropped."""
+        found = values.gather(1, self.places.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
+        return torch.where((self.places == DROPPED)[..., None], 0, found)
+
     def assign(self, target: Int[Tensor, "b n"], count: int) -> Tokens:
         """`count` tokens, each the mean of those whose `target` it is, weighted by their sizes; without `DROPPED` ones."""
         slots = torch.where(target == DROPPED, count, target)  # one slot more, for what is dropped
@@ -73,12 +81,12 @@ class Evidence:
     """What a layer of attention tells of its tokens.
 
     Attributes:
-        keys: (B, N, D), the mean over the heads.
+        metric: what tokens are compared by (B, N, D): their keys, the mean over the heads, unless asked otherwise.
         scores: attention of the class token to each token (B, N), the mean over the heads; None without a class token.
         generator: of draws.
     """
 
-    keys: Float[Tensor, "b n d"]
+    metric: Float[Tensor, "b n d"]
     scores: Float[Tensor, "b n"] | None
     generator: torch.Generator | None = None
 
@@ -101,7 +109,7 @@ def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     """Token Merging; at most half of the patches go at once."""
     n, place = tokens.x.shape[1], torch.arange(tokens.x.shape[1], device=tokens.x.device)
     remove = min(remove, (n - tokens.protected) // 2)
-    keys = F.normalize(wide(evidence.keys), dim=-1)
+    keys = F.normalize(wide(evidence.metric), dim=-1)
     scores = keys[:, ::2] @ keys[:, 1::2].mT
     even, odd = (tokens.protected + 1) // 2, tokens.protected // 2
     scores[:, :even] = -torch.inf
@@ -113,6 +121,34 @@ def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     target = (n * group.scatter(1, 2 * leaving, 3) + place).argsort(1).argsort(1)
     joined = target.gather(1, 2 * partner.gather(1, leaving) + 1)
     return tokens.assign(target.scatter(1, 2 * leaving, joined), n - remove)
+
+
+def _merge_into_rest(tokens: Tokens, evidence: Evidence, leaving: Tensor, remove: int) -> Tokens:
+    """The tokens that a mask (B, N) names, each merged into the most similar patch of the others."""
+    keys = F.normalize(wide(evidence.metric), dim=-1)
+    stays = ~leaving
+    stays[:, : tokens.protected] = False
+    scores = (keys @ keys.mT).masked_fill(~stays[:, None], -torch.inf)
+    target = _target_of_kept(~leaving)
+    joined = target.gather(1, scores.argmax(-1))
+    return tokens.assign(torch.where(leaving, joined, target), tokens.x.shape[1] - remove)
+
+
+def merge_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """Token Merging into tokens at even distances."""
+    return _merge_into_rest(tokens, evidence, ~_strided(tokens, remove), remove)
+
+
+def merge_random(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """Token Merging of drawn tokens."""
+    draws = torch.rand(tokens.x.shape[:2], generator=evidence.generator, device=tokens.x.device)
+    return _merge_into_rest(tokens, evidence, _keep_largest(tokens, draws, remove) == DROPPED, remove)
+
+
+def drop_unattended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """EViT without its fused token."""
+    assert evidence.scores is not None
+    return tokens.assign(_keep_largest(tokens, evidence.scores, remove), tokens.x.shape[1] - remove)
 
 
 def keep_attended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
@@ -136,8 +172,8 @@ def drop_random(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     return tokens.assign(_keep_largest(tokens, draws, remove), tokens.x.shape[1] - remove)
 
 
-def keep_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """The same places in all rows."""
+def _strided(tokens: Tokens, remove: int) -> Tensor:
+    """A mask (B, N) of class tokens and of all but `remove` patches, at even distances."""
     batch, n = tokens.x.shape[:2]
     first = tokens.protected
     count = n - first - remove
@@ -145,7 +181,12 @@ def keep_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     kept = torch.zeros(batch, n, dtype=torch.bool, device=tokens.x.device)
     kept[:, :first] = True
     kept[:, places] = True
-    return tokens.assign(_target_of_kept(kept), n - remove)
+    return kept
+
+
+def keep_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """The same places in all rows."""
+    return tokens.assign(_target_of_kept(_strided(tokens, remove)), tokens.x.shape[1] - remove)
 
 
 def pool_neighbours(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
@@ -160,7 +201,10 @@ def pool_neighbours(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 METHODS: dict[str, Callable[[Tokens, Evidence, int], Tokens]] = {
     "tome": merge_similar,
+    "tome_stride": merge_strided,
+    "tome_random": merge_random,
     "evit": keep_attended,
+    "attention": drop_unattended,
     "random": drop_random,
     "stride": keep_strided,
     "mean": pool_neighbours,
