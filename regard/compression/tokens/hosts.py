@@ -125,6 +125,7 @@ def reduce_tokens(
     """
     one_of("method", method, METHODS)
     one_of("metric", metric, METRICS)
+    one_of("proportional", proportional, (None, True, False))
     layers, protected = blocks_of(model)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")

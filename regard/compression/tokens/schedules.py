@@ -31,14 +31,19 @@ def removals(
     if keep is not None:
         if remove:
             raise Unsupported(f"remove={remove} with keep={keep}", supported="one of the two")
-        if not 0 < keep <= 1:
-            raise Unsupported(f"keep={keep}", supported="0 < keep <= 1", nearest="keep=0.7")
+        _check_share(keep)
+        if blocks is not None and not (_are_numbers(blocks) and all(isinstance(block, int) for block in blocks)):
+            raise Unsupported(f"blocks={blocks!r}", supported="a list of whole numbers", nearest="blocks=[3,6,9]")
         chosen = quarters(depth) if blocks is None else list(blocks)
         if not all(0 <= block < depth for block in chosen):
             raise Unsupported(f"blocks={chosen} of a model with {depth}", supported=f"0 to {depth - 1}")
         return [functools.partial(_all_but, keep) if block in chosen else _none for block in range(depth)]
     if blocks is not None:
         raise Unsupported(f"blocks={blocks} without keep", supported="keep=..., or remove as a list")
+    if not (_is_number(remove) and isinstance(remove, int)) and not _are_numbers(remove):
+        raise Unsupported(
+            f"remove={remove!r}", supported="a whole number, or a list with one for each block", nearest="remove=4"
+        )
     if isinstance(remove, int):
         numbers = [remove] * depth
     elif len(remove) == 2 and isinstance(remove[1], float):
@@ -63,8 +68,7 @@ def annealed_keep(step: int, *, begin: int, end: int, keep: float) -> float:
 
         reduction.change(keep=annealed_keep(step, begin=1000, end=5000, keep=0.7))
     """
-    if not 0 < keep <= 1:
-        raise Unsupported(f"keep={keep}", supported="0 < keep <= 1", nearest="keep=0.7")
+    _check_share(keep)
     if not 0 <= begin <= end:
         raise Unsupported(f"begin={begin} and end={end}", supported="0 <= begin <= end")
     if step < begin:
@@ -72,6 +76,19 @@ def annealed_keep(step: int, *, begin: int, end: int, keep: float) -> float:
     if step >= end:
         return keep
     return keep + (1 - keep) * (1 + math.cos(math.pi * (step - begin) / (end - begin))) / 2
+
+
+def _check_share(keep: float) -> None:
+    if not _is_number(keep) or not 0 < keep <= 1:
+        raise Unsupported(f"keep={keep!r}", supported="0 < keep <= 1", nearest="keep=0.7")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(map(_is_number, values))
 
 
 def _none(patches: int) -> int:
