@@ -72,6 +72,16 @@ def test_tokens_left_out_and_tokens_masked_give_the_same_logits(query: str) -> N
         assert (after.scores[~before.stays] == 0).all() and (after.scores[before.stays] > 0).all()
 
 
+def test_decisions_may_be_given() -> None:
+    model, x = interpreted(), images()
+    logits, decisions = model.forward_masked(x)
+    again, followed = model.forward_masked(x, stays=[made.stays for made in decisions])
+    close(again, logits)
+    every = torch.ones(4, TOKENS, dtype=torch.bool)
+    whole, followed = model.forward_masked(x, stays=[every, decisions[1].stays, every])
+    assert torch.equal(followed[2].stays, decisions[1].stays) and not torch.allclose(whole, logits)
+
+
 def test_a_threshold_of_zero_is_the_plain_model_and_one_keeps_the_class_token_alone() -> None:
     model, x = interpreted(threshold=0.0), images()
     close(model(x), model.model(x))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,6 +173,7 @@ class InterpretedTransformer(nn.Module):
         *,
         groups: int | None = None,
         sampled: int | None = None,
+        stays: Sequence[Bool[Tensor, "b n"]] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "b k"], list[Decision]]:
         """Logits with all tokens computed, and the decisions.
@@ -181,6 +182,7 @@ class InterpretedTransformer(nn.Module):
             images: (B, C, H, W).
             groups: that decide, the first so many; later ones keep what those left. All when None.
             sampled: the one that draws its decision; the others are greedy.
+            stays: for each group that decides, the tokens that stay, instead of what its interpreter says.
             generator: of the draws.
         """
         x = self._embedded(images)
@@ -188,7 +190,8 @@ class InterpretedTransformer(nn.Module):
         deciding = len(self.sizes) if groups is None else groups
         for number in range(len(self.sizes)):
             if number < deciding:
-                decisions.append(self.decide(number, x, alive, sampled=number == sampled, generator=generator))
+                made = self.decide(number, x, alive, sampled=number == sampled, generator=generator)
+                decisions.append(made if stays is None else replace(made, stays=stays[number] & alive))
                 alive = decisions[-1].stays
             x = self._run(number, torch.where(alive[..., None], x, 0), Mask(valid=alive))
         return self._logits(x), decisions

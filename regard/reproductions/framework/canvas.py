@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from regard.compression.tokens import DynamicTransformer, InterpretedTransformer, train_dynamic, train_interpreters
 from regard.contract import Pattern
 from regard.models.image_model import ImageModel, ImageModelConfig
-from regard.models.vision.vit import VisionTransformer
+from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
 from regard.reproductions.framework.training import DIGIT_SIDE, digit_pixels, fit
 from regard.tasks import Batch, Task, counter_generator
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 SIDE, PATCH, NOISE, INK = 32, 4, 0.1, 0.25
 """Pixels of a side and of a patch's, deviation of the noise, and the grey from which on a pixel is one of the digit."""
+AT_ONCE = 100
+"""Canvases that are scored at once."""
 SCENES = 9
 """The stream of the canvases' draws."""
 
@@ -44,8 +47,8 @@ class Scene:
 class Canvas(Task):
     """Scikit-learn's digits of 8 x 8 pixels, half of them held out, on canvases of 32 x 32 in patches of 4 x 4.
 
-    The digit lies anywhere, between round blobs as bright as it is, under weak noise; where it meets a blob, the brighter one is
-    seen. Held-out canvases are the same in every call.
+    The digit lies on four patches, anywhere, between round blobs as bright as it is, under weak noise; where it meets a blob, the
+    brighter one is seen. Held-out canvases are the same in every call.
 
     Args:
         items: canvases that are scored.
@@ -89,7 +92,7 @@ class Canvas(Task):
         blobs = (
             (along[0][..., :, None] * along[1][..., None, :]).amax(1) if self.blobs else ink.new_zeros(1, SIDE, SIDE)
         )
-        corners = torch.from_numpy(draws.integers(0, SIDE - DIGIT_SIDE + 1, (2, batch.size, 1)))
+        corners = PATCH * torch.from_numpy(draws.integers(0, (SIDE - DIGIT_SIDE) // PATCH + 1, (2, batch.size, 1)))
         rows, columns = (corner + torch.arange(DIGIT_SIDE) for corner in corners)  # (B, 8)
         digit = ink.new_zeros(batch.size, SIDE, SIDE)
         digit[torch.arange(batch.size)[:, None, None], rows[:, :, None], columns[:, None]] = ink
@@ -108,34 +111,90 @@ def canvas(items: int, blobs: int = 3) -> Canvas:
     return Canvas(items, blobs)
 
 
-def trained_transformer(setting: Mapping[str, Any], seed: int) -> VisionTransformer | None:
-    """A vision transformer trained on canvases by the setting's steps; None where it diverged. The caller may change it.
+TRAINED = ("dim", "layers", "heads", "items", "steps", "batch_size", "learning_rate")
+"""What a trained transformer depends on, besides its seed."""
+CURRICULUM = ("policy_steps", "block_steps", "policy_rate", "block_rate", "error_penalty")
+DYNAMIC = ("keep", "dynamic_steps", "predictor_rate", "block_rate")
+TUNING = 1 << 20
+"""Batches from this number on are those of what is trained after the transformer."""
 
-    The setting has ``dim``, ``layers``, ``heads``, ``items``, and what :func:`fit` reads.
-    """
-    names = ("dim", "layers", "heads", "items", "steps", "batch_size", "learning_rate")
-    return _trained(tuple((name, setting[name]) for name in names), seed)
+
+def trained_transformer(setting: Mapping[str, Any], seed: int) -> VisionTransformer:
+    """A vision transformer trained on canvases, in evaluation mode; the caller may change it. The setting has `TRAINED`."""
+    model = _transformer(setting)
+    model.load_state_dict(_trained(_part(setting, TRAINED), seed))
+    return model.eval()
+
+
+def interpreted_transformer(setting: Mapping[str, Any], seed: int) -> InterpretedTransformer:
+    """IA-RED² with three groups around :func:`trained_transformer`, by the curriculum of `CURRICULUM`."""
+    torch.manual_seed(seed)
+    model = InterpretedTransformer(_transformer(setting), 3)
+    model.load_state_dict(_curriculum(_part(setting, (*TRAINED, *CURRICULUM)), seed))
+    return model.eval()
+
+
+def dynamic_transformer(setting: Mapping[str, Any], seed: int) -> DynamicTransformer:
+    """DynamicViT around :func:`trained_transformer`, trained as `DYNAMIC` says."""
+    torch.manual_seed(seed)
+    model = DynamicTransformer(trained_transformer(setting, seed), setting["keep"])
+    train_dynamic(
+        model,
+        tuning_batches(setting, seed),
+        steps=setting["dynamic_steps"],
+        predictor_rate=setting["predictor_rate"],
+        block_rate=setting["block_rate"],
+        seed=seed,
+    )
+    return model.eval()
+
+
+def accuracy(model: nn.Module, items: int, blobs: int = 3) -> float:
+    """Of a model of images on the held-out canvases."""
+    right = 0
+    with torch.inference_mode():
+        for scene in canvas(items, blobs).evaluation_scenes(AT_ONCE):
+            right += int((model(scene.images).argmax(-1) == scene.labels).sum())
+    return right / items
+
+
+def tuning_batches(setting: Mapping[str, Any], seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Canvases for what is trained after the transformer."""
+    task = canvas(setting["items"])
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        scene = task.training_scene(TUNING + step, seed, setting["batch_size"])
+        return scene.images, scene.labels
+
+    return batches
+
+
+def _part(setting: Mapping[str, Any], names: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, setting[name]) for name in names)
 
 
 @functools.lru_cache(maxsize=1)
-def _weights(setting: tuple[tuple[str, Any], ...], seed: int) -> dict[str, Tensor] | None:
-    given = dict(setting)
+def _trained(part: tuple[tuple[str, Any], ...], seed: int) -> dict[str, Tensor]:
+    setting = dict(part)
     torch.manual_seed(seed)
-    model = _model(given)
-    return model.state_dict() if fit(model, canvas(given["items"]), given, seed) else None
+    model = ImageModel(ImageModelConfig("vit_nano", 10, (SIDE // PATCH,) * 2, PATCH, 1, _options(setting)))
+    fit(model, canvas(setting["items"]), setting, seed)  # of a run that diverges the score says enough
+    return model.backbone.state_dict()
 
 
-def _trained(setting: tuple[tuple[str, Any], ...], seed: int) -> VisionTransformer | None:
-    state = _weights(setting, seed)
-    if state is None:
-        return None
-    model = _model(dict(setting))
-    model.load_state_dict(state)
-    assert isinstance(model.backbone, VisionTransformer)
-    return model.backbone.eval()
+@functools.lru_cache(maxsize=1)
+def _curriculum(part: tuple[tuple[str, Any], ...], seed: int) -> dict[str, Tensor]:
+    setting = dict(part)
+    torch.manual_seed(seed)
+    model = InterpretedTransformer(trained_transformer(setting, seed), 3)
+    options = {name: setting[name] for name in CURRICULUM}
+    train_interpreters(model, tuning_batches(setting, seed), seed=seed, **options)
+    return model.state_dict()
 
 
-def _model(given: Mapping[str, Any]) -> ImageModel:
-    options = {"dim": given["dim"], "num_layers": given["layers"], "num_heads": given["heads"]}
-    rows = columns = SIDE // PATCH
-    return ImageModel(ImageModelConfig("vit_nano", 10, (rows, columns), PATCH, 1, options | {"patch": PATCH}))
+def _transformer(setting: Mapping[str, Any]) -> VisionTransformer:
+    return VisionTransformer(VisionTransformerConfig(image_size=SIDE, channels=1, num_classes=10, **_options(setting)))
+
+
+def _options(setting: Mapping[str, Any]) -> dict[str, Any]:
+    return {"dim": setting["dim"], "num_layers": setting["layers"], "num_heads": setting["heads"], "patch": PATCH}
