@@ -40,7 +40,7 @@ TRAINING = {
     "items": 500,
     "steps": 3000,
     "batch_size": 32,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
     "policy_steps": 200,
     "block_steps": 150,
     "policy_rate": 1e-3,
@@ -154,6 +154,6 @@ REPRODUCTION = Reproduction(
         "block_steps": 1,
         "seconds": 0.01,
     },
-    seconds=500,
+    seconds=170,
     seeds=3,
 )

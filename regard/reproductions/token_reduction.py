@@ -175,7 +175,7 @@ REPRODUCTION = Reproduction(
         "shares": [0.5],
         "seconds": 0.01,
     },
-    seconds=300,
+    seconds=160,
     seeds=3,
     table=table,
     picture=("method", "images/s", "accuracy"),
