@@ -191,6 +191,9 @@ def test_gradients_reach_every_token() -> None:
 def test_what_cannot_be_merged_is_refused() -> None:
     model, _ = torch_encoder()
     refused("ratio", merge_on_grid, model, GRID, ratio=1.5)
+    refused("ratio", match_on_grid, tokens(), GRID, ratio="half")
+    refused("grid=24", match_on_grid, tokens(), 24)
+    refused("cell", merge_on_grid, model, GRID, cell=(0, 2))
     refused("parts", merge_on_grid, model, GRID, parts=("mlp",))
     refused("without a block", merge_on_grid, nn.Linear(C, C), GRID)
     refused("4 x 6", match_on_grid, torch.randn(2, 23, C), GRID)

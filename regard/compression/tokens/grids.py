@@ -96,7 +96,7 @@ def match_on_grid(
     Raises:
         Unsupported: for tokens that are no such grid, and a ratio or cells that cannot be.
     """
-    _check(ratio, cell)
+    _check(ratio, cell, grid)
     batch, n, _ = x.shape
     rows, columns = grid
     if rows * columns != n:
@@ -126,11 +126,13 @@ def match_on_grid(
     return GridMerge(places, sizes.scatter_add(1, places, torch.ones_like(places)))
 
 
-def _check(ratio: float, cell: tuple[int, int]) -> None:
-    if not 0 <= ratio <= 1:
-        raise Unsupported(f"ratio={ratio}", supported="0 to 1, the share of tokens that go", nearest="ratio=0.5")
-    for side in cell:
-        at_least("a cell's side", side, 1)
+def _check(ratio: float, cell: tuple[int, int], grid: tuple[int, int]) -> None:
+    if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise Unsupported(f"ratio={ratio!r}", supported="0 to 1, the share of tokens that go", nearest="ratio=0.5")
+    for name, sides in (("cell", cell), ("grid", grid)):
+        whole = isinstance(sides, tuple | list) and len(sides) == 2 and all(isinstance(side, int) for side in sides)
+        if not whole or min(sides) < 1:
+            raise Unsupported(f"{name}={sides!r}", supported="rows and columns, 1 or more", nearest=f"{name}=(2, 2)")
 
 
 class GridMerging:
@@ -288,7 +290,7 @@ def merge_on_grid(
         Unsupported: for a model without blocks, one that merges already, and layers that need each token in its place; nothing
             is changed then.
     """
-    _check(ratio, cell)
+    _check(ratio, cell, grid)
     at_least("levels", levels, 1)
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
