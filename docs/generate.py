@@ -441,7 +441,7 @@ def _drawn(one: Mapping[str, Any]) -> str:
                 detail=", ".join(
                     f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in row.items() if v is not None
                 ),
-                label=row[name] not in [before[name] for before in rows[:i]],
+                label=row[name] not in [later[name] for later in rows[i + 1 :]],
             )
         )
     drawn = charts.scatter(

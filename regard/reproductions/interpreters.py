@@ -10,6 +10,9 @@ that a policy leaves out is compared with one drawn at random: as many of each i
 same weights. Maps are the second group's scores, as in the authors' tool, and the class token's weights in the last block of
 the transformer before; AUC is that of patches with ink against others, averaged over images. Times are those of batches of 16
 on one core, with patches really left out.
+
+In a first look digits lay at any pixel, and after 1500 steps at a rate of 2e-3 the transformer had learned nothing: since then
+they lie on whole patches.
 """
 
 from collections.abc import Mapping
