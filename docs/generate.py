@@ -28,6 +28,7 @@ from regard.functional import function_name
 from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
+from regard.workbench import charts
 from regard.workbench.subjects import Subject, axes_of
 from regard.workbench.verify import PROPERTIES
 
@@ -417,8 +418,42 @@ def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None)
             rows = [
                 [v if isinstance(v, str) else "" if v is None else f"{v:.3g}" for v in r.values()] for r in one["table"]
             ]
-            parts.append(_table(tuple(one["table"][0]), rows))
-    return _page(parts)
+            parts += [_drawn(one), _table(tuple(one["table"][0]), rows)]
+    return _page(filter(None, parts))
+
+
+def _drawn(one: Mapping[str, Any]) -> str:
+    """The picture of a reproduction's table, of the rows in which both columns are measured."""
+    name, across, up = one.get("picture") or (None, None, None)
+    rows = [row for row in one["table"] if name and row[across] is not None and row[up] is not None]
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(row[name] for row in rows))
+    points = []
+    for i, row in enumerate(rows):
+        others = [other for other in rows if other is not row]
+        points.append(
+            charts.ScatterPoint(
+                names.index(row[name]),
+                row[name],
+                row[across],
+                row[up],
+                front=not any(other[across] >= row[across] and other[up] >= row[up] for other in others),
+                detail=", ".join(
+                    f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in row.items() if v is not None
+                ),
+                label=row[name] not in [later[name] for later in rows[i + 1 :]],
+            )
+        )
+    drawn = charts.scatter(
+        f"picture-{one['name']}",
+        f"{up} against {across}",
+        f"{len(rows)} points; the figures are in the table below.",
+        points,
+        charts.Axis(f"{across}, more is better"),
+        charts.Axis(f"{up}, more is better"),
+    )
+    return f'<figure class="drawn">{drawn}</figure>'
 
 
 def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:

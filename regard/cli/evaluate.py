@@ -10,7 +10,7 @@ from rich.text import Text
 
 from regard.cli.arguments import plugged_tasks
 from regard.cli.console import console, emit, load_plugins
-from regard.cli.options import DEVICE, JSON, PLUGINS
+from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE
 from regard.measurement import units
 
 
@@ -20,11 +20,14 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),
     ] = None,
+    reduce: REDUCE = None,
     device: DEVICE = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
     """Score a trained model on what was held out, or on your data.
+
+    With --reduce it is also scored on fewer tokens, and both are timed in turn.
 
     Examples:
 
@@ -32,14 +35,18 @@ def evaluate(
         regard evaluate my_model
         regard evaluate my_model other_corpus.txt
         regard evaluate reviews new_reviews.csv --json
+        regard evaluate photos --reduce tome:remove=4
     """
     from regard.measurement.statistics import score_of_items
+    from regard.workbench.reduced import AT_ONCE, reduced, told
     from regard.workbench.trained import figures_of, open_trained
 
     own = plugged_tasks(load_plugins(plugin), (data,))
     trained = open_trained(folder)
+    fewer = None if reduce is None else reduced(trained.model(device), reduce)
     task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
-    found = trained.score(task if own or data else None, device=device)
+    chosen = task if own or data else None
+    found = trained.score(chosen, device=device)
     rule = task.baseline
     result = {
         "folder": str(folder),
@@ -52,6 +59,11 @@ def evaluate(
         "items": len(found.items),
         "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
     }
+    if fewer is not None:
+        again = trained.score(chosen, device=device, model=fewer.model)
+        batch = next(iter(task.evaluation_batches(AT_ONCE)))
+        speeds = fewer.speeds(batch.inputs.to(device), batch.grid)
+        result["reduced"] = {"by": reduce, "score": again.score, "loss": again.loss, **speeds}
     if as_json:
         emit(result)
         return
@@ -59,3 +71,5 @@ def evaluate(
     console.print(Text(f"{found.score:.4g} {task.metric} on {len(found.items)} items{beside}."))
     for name, (mean, error) in figures_of(found).items():
         console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
+    if fewer is not None:
+        console.print(Text(f"{again.score:.4g} {task.metric} with {reduce}: {told(speeds)}."))

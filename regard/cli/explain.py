@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import DEVICE, JSON
+from regard.cli.options import DEVICE, JSON, REDUCE
 from regard.cli.predict import image_files
 from regard.contract import Unsupported, closest
 
@@ -26,19 +26,22 @@ def explain(
         str | None,
         typer.Option(help="rollout (vision transformers with softmax) or occlusion (any model); the first that fits."),
     ] = None,
+    reduce: REDUCE = None,
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
     """Draw beside each picture what the model's class rests on: bright is what counts.
 
     Occlusion hides parts of the picture and sees how much less likely the class becomes. Rollout follows the attention
-    weights from the class token back to the patches.
+    weights from the class token back to the patches. With --reduce the drawing shows the tokens that are left: patches that
+    were merged have one colour, and those that were dropped are dark.
 
     Examples:
 
     \b
         regard explain my_model holiday.jpg
         regard explain my_model photos/cat/ --class dog --output drawings
+        regard explain my_model holiday.jpg --reduce tome:remove=4
     """
     import torch
     from PIL import Image, ImageOps
@@ -47,6 +50,7 @@ def explain(
     from regard.models.weights import write_atomically
     from regard.tasks.segmentation import MaskReader
     from regard.workbench import explain as maps
+    from regard.workbench.reduced import reduced
     from regard.workbench.trained import open_trained
 
     trained = open_trained(folder)
@@ -57,6 +61,10 @@ def explain(
             supported="models that classify images",
             nearest="regard predict",
         )
+    if reduce is not None and method is not None:
+        raise Unsupported(f"--method {method} with --reduce", supported="one of the two")
+    fewer = None if reduce is None else reduced(model, reduce)
+    model = model if fewer is None else fewer.model
     if of is not None and of not in reader.classes:
         raise Unsupported(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
@@ -67,9 +75,14 @@ def explain(
         with torch.inference_mode():
             logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]
         label = int(logits.argmax()) if of is None else reader.classes.index(of)
-        used, weight = maps.explain(model, inputs, reader.grid, label, method)
         with Image.open(path) as opened:
-            drawn = maps.draw(reader.seen(ImageOps.exif_transpose(opened)), weight)
+            picture = reader.seen(ImageOps.exif_transpose(opened))
+            if fewer is None:
+                used, weight = maps.explain(model, inputs, reader.grid, label, method)
+                drawn = maps.draw(picture, weight)
+            else:
+                used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
+                drawn = maps.draw_tokens(picture, fewer.patches(reader.grid)[0])
         name = path.stem
         while name in taken:
             name += "_"

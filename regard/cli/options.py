@@ -35,6 +35,15 @@ STACK = Annotated[
 PRECISION = Annotated[
     str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
 ]
+REDUCE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD:OPTIONS",
+        help="Go on with fewer tokens, in a vision transformer with a class token: tome, tome_stride, tome_random, evit, "
+        "attention, random, stride or mean, with remove=4 (patches that go at each block) or keep=0.7 (the share that stays at "
+        "some, which blocks=[1,3] may name).",
+    ),
+]
 DEVICE = Annotated[str, typer.Option(help="A device of torch: cpu, cuda.")]
 SKIP_UNREADABLE = Annotated[
     bool,

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import DEVICE, JSON, SKIP_UNREADABLE
+from regard.cli.options import DEVICE, JSON, REDUCE, SKIP_UNREADABLE
 from regard.contract import Unsupported, at_least
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from regard.tasks.images import ImageReader
     from regard.tasks.segmentation import MaskReader
@@ -36,6 +36,7 @@ def predict(
             help="Of a model that segments: a PNG for the mask of one image, or a folder for those of several."
         ),
     ] = None,
+    reduce: REDUCE = None,
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
@@ -43,7 +44,8 @@ def predict(
 
     The images are turned, resized and normalised as those it was trained on. A model of the task segmentation tells the share
     of each class, and writes the mask in the image's size with --output: its values and colours are those of the masks that
-    the model was trained on.
+    the model was trained on. With --reduce the classes are those on fewer tokens; how many differ from those on all tokens is
+    told, and how fast both are.
 
     Examples:
 
@@ -51,15 +53,18 @@ def predict(
         regard predict my_model holiday.jpg
         regard predict my_model photos/ --skip-unreadable --json
         regard predict scans scan.png --output mask.png
+        regard predict my_model photos/ --reduce evit:keep=0.7
     """
     from regard.tasks.segmentation import MaskReader
+    from regard.workbench.reduced import reduced, told
     from regard.workbench.trained import open_trained
 
     at_least("top", top, 1)
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)
     paths = [path for given in images for path in image_files(given)]
-    found, skipped = [], list[str]()
+    fewer = None if reduce is None else reduced(model, reduce)
+    found, skipped, differ, speeds = [], list[str](), 0, None
     if isinstance(reader, MaskReader):
         _segment(folder, model, reader, paths, output, device, skipped if skip_unreadable else None, as_json)
         return
@@ -68,13 +73,21 @@ def predict(
             f"--output {output} of a model that classifies images", supported="models of the task segmentation"
         )
     for start in range(0, len(paths), AT_ONCE):
-        found += _classify(
-            model, reader, paths[start : start + AT_ONCE], top, device, skipped if skip_unreadable else None
-        )
+        chosen = paths[start : start + AT_ONCE]
+        kept, inputs = _read(reader, chosen, device, skipped if skip_unreadable else None)
+        if inputs is None:
+            continue
+        chances = _chances(model, inputs, reader)
+        if fewer is not None:
+            plain, chances = chances, _chances(fewer.model, inputs, reader)
+            differ += int((plain.argmax(-1) != chances.argmax(-1)).sum())
+            speeds = fewer.speeds(inputs, reader.grid) if speeds is None else speeds
+        found += _named(kept, chances, reader, top)
     if not found:
         raise Unsupported("images of which none can be read", supported="one image or more")
     if as_json:
-        emit({"folder": str(folder), "images": found, "skipped": skipped})
+        beside = {} if speeds is None else {"reduced": {"by": reduce, "differ": differ, **speeds}}
+        emit({"folder": str(folder), "images": found, "skipped": skipped, **beside})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("image", "class", "probability", "others"):
@@ -84,6 +97,8 @@ def predict(
         said = ", ".join(f"{name} {p:.3f}" for name, p in others)
         table.add_row(Text(row["image"]), Text(first, style="bold"), f"{chance:.3f}", Text(said))
     console.print(table)
+    if speeds is not None:
+        console.print(Text(f"{reduce}: {differ} of {len(found)} classes differ; {told(speeds)}."))
     for name in skipped:
         console.print(Text(f"not read: {name}", style="dim"))
 
@@ -147,13 +162,11 @@ def image_files(given: Path) -> Iterator[Path]:
         )
 
 
-def _classify(
-    model: nn.Module, reader: ImageReader, paths: list[Path], top: int, device: str, skipped: list[str] | None
-) -> list[dict[str, Any]]:
-    """The likeliest classes of each file; those that cannot be read are added to `skipped` where that is a list."""
+def _read(
+    reader: ImageReader, paths: list[Path], device: str, skipped: list[str] | None
+) -> tuple[list[Path], Tensor | None]:
+    """The files that can be read, and their inputs; the others are added to `skipped` where that is a list."""
     import torch
-
-    from regard.contract import Context
 
     kept, inputs = [], []
     for path in paths:
@@ -165,13 +178,24 @@ def _classify(
             skipped.append(error.asked)
         else:
             kept.append(path)
-    if not kept:
-        return []
+    return kept, torch.cat(inputs).to(device) if inputs else None
+
+
+def _chances(model: nn.Module, inputs: Tensor, reader: ImageReader) -> Tensor:
+    """Probabilities of the classes (B, K)."""
+    import torch
+
+    from regard.contract import Context
+
     with torch.inference_mode():
-        logits = model(torch.cat(inputs).to(device), context=Context(grid=reader.grid)).output
-    chances, order = logits.float().softmax(-1).sort(-1, descending=True)
+        return model(inputs, context=Context(grid=reader.grid)).output.float().softmax(-1)
+
+
+def _named(paths: list[Path], chances: Tensor, reader: ImageReader, top: int) -> list[dict[str, Any]]:
+    """The likeliest classes of each file."""
+    ordered, order = chances.sort(-1, descending=True)
     named = [
         [(reader.classes[i], p) for i, p in zip(o[:top], c[:top], strict=True)]
-        for o, c in zip(order.tolist(), chances.tolist(), strict=True)
+        for o, c in zip(order.tolist(), ordered.tolist(), strict=True)
     ]
-    return [{"image": str(path), "classes": classes} for path, classes in zip(kept, named, strict=True)]
+    return [{"image": str(path), "classes": classes} for path, classes in zip(paths, named, strict=True)]

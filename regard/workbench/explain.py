@@ -5,6 +5,9 @@ the training images, one after another, and a place counts by how much the proba
 & Zuidema, arXiv 2005.00928, section 3) takes a vision transformer of softmax attention with a class token: the weights of
 all blocks, averaged over the heads and half identity for the residual, are multiplied, and a patch counts by what of it
 comes to the class token.
+
+Where a model goes on with fewer tokens (:func:`regard.compression.tokens.reduce_tokens`), :func:`draw_tokens` draws where each
+patch went: those that were merged have one colour, their mean, with a line around them, and those that were dropped are dark.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.tokens.hosts import blocks_of
+from regard.compression.tokens.reducers import DROPPED
 from regard.contract import Context, Unsupported, at_least
 from regard.models.image_model import ImageModel
 from regard.models.vision.vit import VisionTransformer
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from PIL import Image
 
 METHODS = ("occlusion", "rollout")
@@ -28,6 +32,8 @@ AT_ONCE = 64
 """Images of a batch."""
 COLD, HOT = (20, 20, 90), (255, 210, 60)
 """Colours of the least and the most that a place counts."""
+EDGE = 255
+"""Grey of the lines between tokens."""
 
 
 @torch.no_grad()
@@ -110,13 +116,56 @@ def draw(picture: Image.Image, weight: Float[Tensor, "rows columns"], *, least: 
     """
     from PIL import Image, ImageOps
 
-    plain = picture.convert("RGB")
-    scale = max(1.0, least / min(plain.size))
-    plain = plain.resize((round(scale * plain.width), round(scale * plain.height)), Image.Resampling.BICUBIC)
+    plain = _enlarged(picture, least)
     span = (weight.max() - weight.min()).clamp(min=1e-12)
     shades = (255 * (weight - weight.min()) / span).round().to(torch.uint8).cpu().numpy()
     field = Image.fromarray(shades).resize(plain.size, Image.Resampling.BICUBIC)
-    over = Image.blend(plain, ImageOps.colorize(field, black=COLD, white=HOT), 0.6)
+    return _beside(plain, Image.blend(plain, ImageOps.colorize(field, black=COLD, white=HOT), 0.6))
+
+
+def draw_tokens(picture: Image.Image, places: Int[Tensor, "rows columns"], *, least: int = 256) -> Image.Image:
+    """The picture, and beside it the same as the tokens that are left show it; see the module.
+
+    Args:
+        picture: as it was read.
+        places: the token in which each patch is, or -1 where it was dropped.
+        least: as in :func:`draw`.
+    """
+    import numpy as np
+    from PIL import Image
+
+    plain = _enlarged(picture, least)
+    pixels = np.asarray(plain).astype(np.float64)
+    rows, columns = places.shape
+    row, column = (
+        np.arange(side) * cells // side for side, cells in zip(pixels.shape[:2], (rows, columns), strict=True)
+    )
+    token = places.cpu().numpy()[row[:, None], column]
+    patch = row[:, None] * columns + column
+    for each in np.unique(token):
+        own = token == each
+        if each == DROPPED:
+            pixels[own] *= 0.2
+        elif len(np.unique(patch[own])) > 1:
+            pixels[own] = pixels[own].mean(0)
+    edge = np.zeros(token.shape, dtype=bool)
+    edge[1:] |= token[1:] != token[:-1]
+    edge[:, 1:] |= token[:, 1:] != token[:, :-1]
+    pixels[edge] = EDGE
+    return _beside(plain, Image.fromarray(pixels.round().astype(np.uint8)))
+
+
+def _enlarged(picture: Image.Image, least: int) -> Image.Image:
+    from PIL import Image
+
+    plain = picture.convert("RGB")
+    scale = max(1.0, least / min(plain.size))
+    return plain.resize((round(scale * plain.width), round(scale * plain.height)), Image.Resampling.BICUBIC)
+
+
+def _beside(plain: Image.Image, over: Image.Image) -> Image.Image:
+    from PIL import Image
+
     sheet = Image.new("RGB", (2 * plain.width + 8, plain.height), "white")
     sheet.paste(plain, (0, 0))
     sheet.paste(over, (plain.width + 8, 0))

@@ -96,12 +96,15 @@ class TrainedModel:
             options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
         return create_task(name, **(options if data is None else {**options, "validation": data}))
 
-    def score(self, task: Task | None = None, *, device: torch.device | str = "cpu") -> Evaluation:
-        """Score and loss on the held-out items of a task, or on those of its own that no learning rate was chosen by."""
+    def score(
+        self, task: Task | None = None, *, device: torch.device | str = "cpu", model: nn.Module | None = None
+    ) -> Evaluation:
+        """Score and loss on the held-out items of a task, or on those of its own that no learning rate was chosen by; of
+        another form of the model where there is one."""
         first = self.record["settings"]["first_item"] if task is None else 0
         chosen = self.task() if task is None else task
         return runner_of(chosen).evaluate(
-            self.model(device), chosen, self.record["settings"]["batch_size"], first=first
+            self.model(device) if model is None else model, chosen, self.record["settings"]["batch_size"], first=first
         )
 
 

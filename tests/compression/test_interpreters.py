@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +72,16 @@ def test_tokens_left_out_and_tokens_masked_give_the_same_logits(query: str) -> N
         assert (after.scores[~before.stays] == 0).all() and (after.scores[before.stays] > 0).all()
 
 
+def test_decisions_may_be_given() -> None:
+    model, x = interpreted(), images()
+    logits, decisions = model.forward_masked(x)
+    again, followed = model.forward_masked(x, stays=[made.stays for made in decisions])
+    close(again, logits)
+    every = torch.ones(4, TOKENS, dtype=torch.bool)
+    whole, followed = model.forward_masked(x, stays=[every, decisions[1].stays, every])
+    assert torch.equal(followed[2].stays, decisions[1].stays) and not torch.allclose(whole, logits)
+
+
 def test_a_threshold_of_zero_is_the_plain_model_and_one_keeps_the_class_token_alone() -> None:
     model, x = interpreted(threshold=0.0), images()
     close(model(x), model.model(x))
@@ -136,33 +147,61 @@ def test_the_loss_moves_the_policy_alone_and_draws_are_the_generators() -> None:
     }
 
 
-def test_the_curriculum_trains_policies_then_blocks_and_drops_what_says_nothing() -> None:
-    torch.manual_seed(0)
+def marked_corners(step: int) -> tuple[Tensor, Tensor]:
+    """Noise, with a corner that says the class."""
+    draws = torch.Generator().manual_seed(step)
+    labels = torch.randint(2, (32,), generator=draws)
+    pictures = 0.1 * torch.randn(32, 3, 32, 32, generator=draws)
+    pictures[:, :, :8, :8] += (2.0 * labels - 1).view(-1, 1, 1, 1)
+    return pictures, labels
+
+
+def trained_on_corners() -> InterpretedTransformer:
+    torch.manual_seed(1)
     model = InterpretedTransformer(VisionTransformer(VisionTransformerConfig(**{**SMALL, "num_classes": 2})), groups=3)
-    draws = torch.Generator().manual_seed(0)
-
-    def batches() -> Any:
-        while True:
-            labels = torch.randint(2, (32,), generator=draws)
-            pictures = 0.1 * torch.randn(32, 3, 32, 32, generator=draws)
-            pictures[:, :, :8, :8] += (2.0 * labels - 1).view(-1, 1, 1, 1)
-            yield pictures, labels
-
     optimizer = torch.optim.Adam(model.model.parameters(), lr=3e-3)
-    for _, (pictures, labels) in zip(range(40), batches(), strict=False):
+    for step in range(80):
+        pictures, labels = marked_corners(1000 + step)
         torch.nn.functional.cross_entropy(model.model(pictures), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    steps = []
-    train_interpreters(
-        model, batches(), policy_steps=25, block_steps=4, policy_rate=1e-2, generator=draws, on_step=steps.append
-    )
-    assert [(s.group, s.part) for s in steps[:30]] == [(0, "policy")] * 25 + [(0, "blocks")] * 4 + [(1, "policy")]
-    pictures, labels = next(batches())
+    return model
+
+
+def test_the_curriculum_trains_policies_then_blocks_and_drops_what_says_nothing() -> None:
+    model, steps = trained_on_corners(), []
+    train_interpreters(model, marked_corners, policy_steps=20, block_steps=2, policy_rate=1e-2, on_step=steps.append)
+    assert [(s.group, s.part) for s in steps[:23]] == [(0, "policy")] * 20 + [(0, "blocks")] * 2 + [(1, "policy")]
+    pictures, labels = marked_corners(2000)
     logits, decisions = model.eval().forward_masked(pictures)
     assert (logits.argmax(-1) == labels).float().mean() > 0.9
     assert model.usage(decisions).mean() < 0.8
     assert model.heat_map(pictures).shape == (32, 4, 4)
+
+
+def test_a_curriculum_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    begin = interpreted().float().state_dict()
+
+    def run(checkpoint: Path | None, stop: int | None = None, **changed: Any) -> InterpretedTransformer:
+        model = interpreted().float()
+        model.load_state_dict(begin)
+
+        def batches(step: int) -> tuple[Tensor, Tensor]:
+            if step == stop:
+                raise KeyboardInterrupt
+            return marked_corners(step)
+
+        train_interpreters(model, batches, policy_steps=2, block_steps=1, **{"checkpoint": checkpoint, **changed})
+        return model
+
+    whole, file = run(None), tmp_path / "checkpoint.safetensors"
+    for stop in (1, 2, 7):
+        with pytest.raises(KeyboardInterrupt):
+            run(file, stop)
+    for model in (run(file), run(file, 0)):  # the second is finished and asks for no batch
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, whole.state_dict()[name]), name
+    refused("other settings", run, file, error_penalty=0.5)
 
 
 def test_models_and_groups_that_do_not_fit_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from support import close, load, recorded_state, refused
 from torch import Tensor, nn
 
-from regard.compression.tokens import METHODS, Evidence, Tokens, reduce_tokens
+from regard.compression.tokens import METHODS, Evidence, Tokens, annealed_keep, reduce_tokens
+from regard.compression.tokens.schedules import removals
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
 
 SMALL: dict[str, Any] = {
@@ -85,7 +87,7 @@ def test_where_nothing_is_removed_the_output_is_the_same_and_undo_gives_the_mode
     assert torch.equal(model(x), whole) and type(model.blocks[0]).__name__ == "VisionBlock"
 
 
-@pytest.mark.parametrize("method", ["tome", "mean"])
+@pytest.mark.parametrize("method", ["tome", "tome_stride", "tome_random", "mean"])
 def test_merging_keeps_what_all_tokens_stand_for_and_their_sum(method: str) -> None:
     before, evidence = tokens()
     after = METHODS[method](before, evidence, 5)
@@ -131,9 +133,78 @@ def test_the_fused_token_is_the_sum_weighted_by_attention_and_keeping_more_drops
         assert not ((few.places[row] < few.x.shape[1] - 1) & (more.places[row] == more.x.shape[1] - 1)).any()
 
 
+def test_uniform_scores_keep_the_asked_share_and_attention_alone_adds_no_token() -> None:
+    before, evidence = tokens(n=11)
+    even = Evidence(evidence.metric, torch.full((2, 11), 1 / 11, dtype=torch.float64))
+    (removal,) = removals(1, keep=0.65, blocks=[0])
+    assert removal(10) == 3
+    fused, dropped = (METHODS[name](before, even, removal(10)) for name in ("evit", "attention"))
+    assert (fused.x.shape[1], dropped.x.shape[1]) == (1 + 7 + 1, 1 + 7)
+    close(fused.x[:, :-1], dropped.x)
+
+
+def test_merged_tokens_are_with_the_most_similar_of_those_that_stay() -> None:
+    before, evidence = tokens(batch=1, n=9)
+    keys = torch.nn.functional.normalize(evidence.metric[0], dim=-1)
+    for method in ("tome_stride", "tome_random"):
+        after = METHODS[method](before, evidence, 5)
+        place = after.places[0]
+        groups = [set((place == g).nonzero()[:, 0].tolist()) for g in range(1, 4)]
+        for stays in itertools.product(*groups):
+            nearest = [1 + int((keys[t] @ keys[list(stays)].mT).argmax()) for t in range(1, 9)]
+            if nearest == place[1:].tolist():
+                break
+        else:
+            pytest.fail("a token is not with the most similar one")
+
+
+def test_tokens_are_spread_to_where_they_came_from() -> None:
+    before, evidence = tokens()
+    for method in ("tome", "attention"):
+        after = METHODS[method](before, evidence, 5)
+        found = after.spread(after.x)
+        for row in range(2):
+            for place, token in zip(after.places[row].tolist(), found[row], strict=True):
+                close(token, torch.zeros_like(token) if place < 0 else after.x[row, place])
+        assert (found == 0).all(-1).any() == (method == "attention")
+
+
+def test_the_share_falls_along_half_a_cosine_and_a_schedule_may_change() -> None:
+    shares = [annealed_keep(step, begin=10, end=30, keep=0.5) for step in range(40)]
+    assert shares[:11] == [1.0] * 11 and shares[30:] == [0.5] * 10 and shares[20] == pytest.approx(0.75)
+    assert all(after <= before for before, after in itertools.pairwise(shares))
+    refused("begin", annealed_keep, 0, begin=3, end=2, keep=0.5)
+    model = small()
+    reduction = reduce_tokens(model, "evit", keep=1.0)
+    for keep, left in ((1.0, PATCHES), (0.5, PATCHES // 2 + 1)):
+        reduction.change(keep=keep, blocks=[0])
+        model(images())
+        assert reduction.counts[0] == 1 + left
+    refused("one of the two", reduction.change, keep=0.5, remove=1)
+
+
+def test_what_tokens_are_compared_by_is_the_callers_choice() -> None:
+    model, x, found = small(), images(), {}
+    for metric in ("keys", "queries", "tokens"):
+        reduction = reduce_tokens(model, "tome", remove=4, metric=metric)
+        found[metric] = model(x)
+        reduction.undo()
+    assert not torch.allclose(found["keys"], found["queries"]) and not torch.allclose(found["keys"], found["tokens"])
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.query.load_state_dict(block.mixer.key.state_dict())
+    same = []
+    for metric in ("keys", "queries"):
+        reduction = reduce_tokens(model, "tome", remove=4, metric=metric)
+        same.append(model(x))
+        reduction.undo()
+    close(same[0], same[1])
+    refused("metric", reduce_tokens, model, "tome", metric="values")
+
+
 def test_a_row_of_a_batch_is_reduced_as_it_is_alone() -> None:
     model, x = small(), images(3)
-    for method in ("tome", "evit", "stride", "mean"):
+    for method in ("tome", "tome_stride", "evit", "attention", "stride", "mean"):
         reduction = reduce_tokens(model, method, remove=(3, 0.5))
         close(model(x)[1:2], model(x[1:2]))
         reduction.undo()

@@ -267,6 +267,26 @@ def test_verdicts_show_failures_first_with_what_was_measured():
     assert "The claim of sigmoid." not in own
 
 
+def test_a_table_with_a_picture_is_drawn_where_both_columns_are_measured():
+    rows = [
+        {"method": name, "accuracy": score, "images/s": rate}
+        for name, score, rate in (
+            ("all", 0.9, 100.0),
+            ("ToMe", 0.85, 150.0),
+            ("ToMe", 0.8, 120.0),
+            ("EViT", None, 130.0),
+        )
+    ]
+    one = reproduced("linear", "held") | {"table": rows, "picture": ["method", "images/s", "accuracy"]}
+    drawn = generate._drawn(one)
+    assert drawn.count("<title>") == 3 and drawn.count(">ToMe<") == 1 and "EViT" not in drawn
+    front = re.search(r'class="front" points="([^"]*)"', drawn)
+    assert front is not None and len(front[1].split()) == 2  # the third point is beaten in both
+    page = generate.verdicts_page([one], "this")
+    assert drawn in page and "| ToMe" in page
+    assert "<svg" not in generate.verdicts_page([one | {"picture": None}], "this")
+
+
 def test_the_parity_page_names_every_recording_with_its_error():
     sources = json.loads(generate.SOURCES.read_text())
     first = sources["fixtures"][0]["file"]

@@ -11,11 +11,33 @@ Models: :class:`regard.models.vision.vit.VisionTransformer` with a class token, 
 blocks. Tokens are merged or dropped between the attention and the feed-forward network of a block
 (:mod:`regard.compression.tokens.reducers` has the methods). Where a token stands for several, later attention counts it so
 often: log(size) is added to the scores of its key (`proportional`).
+
+What is trained: :mod:`regard.compression.tokens.dynamic` (DynamicViT) and :mod:`regard.compression.tokens.interpreters`
+(IA-RED²) around this project's VisionTransformer. Merging for diffusion, where every token comes back:
+:mod:`regard.compression.tokens.grids`.
 """
 
 from __future__ import annotations
 
+from regard.compression.tokens.dynamic import DynamicTransformer, train_dynamic
+from regard.compression.tokens.grids import GridMerge, match_on_grid, merge_on_grid
 from regard.compression.tokens.hosts import Reduction, reduce_tokens
+from regard.compression.tokens.interpreters import InterpretedTransformer, train_interpreters
 from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
+from regard.compression.tokens.schedules import annealed_keep
 
-__all__ = ["METHODS", "Evidence", "Reduction", "Tokens", "reduce_tokens"]
+__all__ = [
+    "METHODS",
+    "DynamicTransformer",
+    "Evidence",
+    "GridMerge",
+    "InterpretedTransformer",
+    "Reduction",
+    "Tokens",
+    "annealed_keep",
+    "match_on_grid",
+    "merge_on_grid",
+    "reduce_tokens",
+    "train_dynamic",
+    "train_interpreters",
+]

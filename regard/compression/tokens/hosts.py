@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
-from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
+from regard.compression.tokens.schedules import Removal, removals
+from regard.contract import Context, Mask, Result, Unsupported, one_of
 from regard.layers.attention import AttentionLayer
 from regard.models.vision.vit import VisionBlock, VisionTransformer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 HOSTS = "regard's VisionTransformer with a class token, timm's VisionTransformer of plain blocks with one"
+METRICS = ("keys", "queries", "tokens")
 
 
 class Reduction:
@@ -28,19 +29,22 @@ class Reduction:
 
     Args:
         method: one of `METHODS`.
-        removed: patches that go, of each block: a number, or a function of the number there are.
+        removed: for each block, how many of so many patches go.
         proportional: whether a token that stands for several counts so often in attention.
-        generator: of the draws of ``random``.
+        metric: one of `METRICS`.
+        generator: of the draws of a method.
     """
 
     def __init__(
         self,
         method: str,
-        removed: Sequence[Callable[[int], int]],
+        removed: Sequence[Removal],
         proportional: bool,
+        metric: str,
         generator: torch.Generator | None,
     ) -> None:
-        self.method, self.removed, self.proportional, self.generator = method, removed, proportional, generator
+        self.method, self.removed, self.proportional = method, removed, proportional
+        self.metric, self.generator = metric, generator
         self._run = threading.local()
         self._undo: list[Callable[[], None]] = []
 
@@ -53,6 +57,16 @@ class Reduction:
     def counts(self) -> list[int]:
         """Tokens after each block of this thread's last call, class tokens included."""
         return list(self._run.counts)
+
+    def change(
+        self,
+        *,
+        remove: int | Sequence[int] | tuple[int, float] = 0,
+        keep: float | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
+        """Another schedule from the next call on, such as a share that falls in training; see :func:`reduce_tokens`."""
+        self.removed = removals(len(self.removed), remove, keep, blocks)
 
     def undo(self) -> None:
         """Give the model its own blocks again."""
@@ -89,70 +103,38 @@ def reduce_tokens(
     keep: float | None = None,
     blocks: Sequence[int] | None = None,
     proportional: bool | None = None,
+    metric: str = "keys",
     generator: torch.Generator | None = None,
 ) -> Reduction:
     """Let a model's blocks give on fewer tokens, in place; nothing is trained.
 
     Args:
         model: one of `HOSTS`; its last call must not be going on in another thread.
-        method: ``tome``, ``evit``, ``random``, ``stride`` or ``mean``.
+        method: one of :data:`regard.compression.tokens.reducers.METHODS`.
         remove: patches that go after the attention of each block; a list has one number a block. A pair of a number r and
             an inflection i in [-1, 1] (a float) is a line from r (1 - i) in the first block to r (1 + i) in the last.
         keep: instead of `remove`, the share of patches that stay at each of `blocks`, rounded up.
         blocks: numbers of the blocks, from 0, at which `keep` counts; a quarter, half and three quarters through when None.
-        proportional: see the module; as ``tome`` is defined when None: there, and not in the others.
-        generator: of the draws of ``random``.
+        proportional: see the module; as Token Merging is defined when None: there, and not in the others.
+        metric: by what merged tokens are similar: ``keys``, ``queries``, or ``tokens``, the vectors themselves.
+        generator: of the draws of a method.
 
     Raises:
         Unsupported: for a model, method or schedule that is not known, and a model that is reduced already; nothing is
             changed then.
     """
     one_of("method", method, METHODS)
+    one_of("metric", metric, METRICS)
+    one_of("proportional", proportional, (None, True, False))
     layers, protected = blocks_of(model)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
-    schedule = _schedule(len(layers), remove, keep, blocks)
-    reduction = Reduction(method, schedule, method == "tome" if proportional is None else proportional, generator)
+    schedule = removals(len(layers), remove, keep, blocks)
+    counted = method.startswith("tome") if proportional is None else proportional
+    reduction = Reduction(method, schedule, counted, metric, generator)
     for number, block in enumerate(layers):
         reduction._undo.append(_enter(block, reduction, number, protected))
     return reduction
-
-
-def _schedule(
-    depth: int, remove: int | Sequence[int] | tuple[int, float], keep: float | None, blocks: Sequence[int] | None
-) -> list[Callable[[int], int]]:
-    """For each block how many of so many patches go."""
-    if keep is not None:
-        if remove:
-            raise Unsupported(f"remove={remove} with keep={keep}", supported="one of the two")
-        if not 0 < keep <= 1:
-            raise Unsupported(f"keep={keep}", supported="0 < keep <= 1", nearest="keep=0.7")
-        chosen = [depth // 4, depth // 2, 3 * depth // 4] if blocks is None else list(blocks)
-        if not all(0 <= block < depth for block in chosen):
-            raise Unsupported(f"blocks={chosen} of a model with {depth}", supported=f"0 to {depth - 1}")
-        return [(lambda n: n - math.ceil(keep * n)) if block in chosen else (lambda n: 0) for block in range(depth)]
-    if blocks is not None:
-        raise Unsupported(f"blocks={blocks} without keep", supported="keep=..., or remove as a list")
-    if isinstance(remove, int):
-        numbers = [remove] * depth
-    elif len(remove) == 2 and isinstance(remove[1], float):
-        most, inflection = remove
-        if not -1 <= inflection <= 1:
-            raise Unsupported(f"an inflection of {inflection}", supported="-1 to 1")
-        first = int(most * (1 - inflection))
-        numbers = [int(first + 2 * (most - first) * block / max(depth - 1, 1)) for block in range(depth)]
-    else:
-        numbers = [int(number) for number in remove]
-    if len(numbers) != depth:
-        raise Unsupported(f"remove with {len(numbers)} numbers for {depth} blocks", supported="one a block")
-    for number in numbers:
-        at_least("remove", number, 0)
-    return [functools.partial(_at_most, number) for number in numbers]
-
-
-def _at_most(number: int, patches: int) -> int:
-    """One patch stays."""
-    return min(number, max(patches - 1, 0))
 
 
 def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
@@ -205,7 +187,7 @@ class ReducedBlock(VisionBlock):
 
         def evidence() -> Evidence:
             query, key = (seen[name].unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for name in ("query", "key"))
-            return _evidence(query, key, bias, self.reduction.generator)
+            return _evidence(self.reduction, query, key, x, bias)
 
         x = self.reduction.after(self.number, tokens, x, evidence).x
         if self.feed_forward is not None:
@@ -235,7 +217,7 @@ def _reduced_timm_block() -> type[nn.Module]:
 
             def evidence() -> Evidence:
                 query, key, _ = seen[0].unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-                return _evidence(self.attn.q_norm(query), self.attn.k_norm(key), bias, self.reduction.generator)
+                return _evidence(self.reduction, self.attn.q_norm(query), self.attn.k_norm(key), x, bias)
 
             x = self.reduction.after(self.number, tokens, x, evidence).x
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -244,15 +226,17 @@ def _reduced_timm_block() -> type[nn.Module]:
 
 
 def _evidence(
+    reduction: Reduction,
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b h n d"],
+    x: Float[Tensor, "b n c"],
     bias: Float[Tensor, "b 1 1 n"] | None,
-    generator: torch.Generator | None,
 ) -> Evidence:
     """Only the class token's row of the attention is computed."""
     scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias
-    return Evidence(key.mean(1), scores.softmax(-1).mean(1)[:, 0], generator)
+    metric = x if reduction.metric == "tokens" else (key if reduction.metric == "keys" else query).mean(1)
+    return Evidence(metric, scores.softmax(-1).mean(1)[:, 0], reduction.generator)
 
 
 def _enter(block: Any, reduction: Reduction, number: int, protected: int) -> Callable[[], None]:

@@ -24,9 +24,9 @@ paper's training does; both give the same logits.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.compression.tokens.hosts import blocks_of
+from regard.compression.tokens.phases import Batches, Phase, run_phases
 from regard.contract import Context, Mask, Unsupported, at_least, one_of, valid_from_lengths
 from regard.core.precision import wide
 from regard.layers.linear import make_linear
@@ -172,6 +173,7 @@ class InterpretedTransformer(nn.Module):
         *,
         groups: int | None = None,
         sampled: int | None = None,
+        stays: Sequence[Bool[Tensor, "b n"]] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "b k"], list[Decision]]:
         """Logits with all tokens computed, and the decisions.
@@ -180,6 +182,7 @@ class InterpretedTransformer(nn.Module):
             images: (B, C, H, W).
             groups: that decide, the first so many; later ones keep what those left. All when None.
             sampled: the one that draws its decision; the others are greedy.
+            stays: for each group that decides, the tokens that stay, instead of what its interpreter says.
             generator: of the draws.
         """
         x = self._embedded(images)
@@ -187,7 +190,8 @@ class InterpretedTransformer(nn.Module):
         deciding = len(self.sizes) if groups is None else groups
         for number in range(len(self.sizes)):
             if number < deciding:
-                decisions.append(self.decide(number, x, alive, sampled=number == sampled, generator=generator))
+                made = self.decide(number, x, alive, sampled=number == sampled, generator=generator)
+                decisions.append(made if stays is None else replace(made, stays=stays[number] & alive))
                 alive = decisions[-1].stays
             x = self._run(number, torch.where(alive[..., None], x, 0), Mask(valid=alive))
         return self._logits(x), decisions
@@ -274,52 +278,62 @@ class Step:
 
 def train_interpreters(
     model: InterpretedTransformer,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Batches,
     *,
     policy_steps: int,
     block_steps: int,
     policy_rate: float = 1e-3,
     block_rate: float = 1e-4,
     error_penalty: float = 1.0,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """The paper's curriculum, in place: for each group its policy, then the blocks from there on.
 
+    The same call goes on from `checkpoint`, where an earlier one was stopped, to the same weights.
+
     Args:
         model: around a trained vision transformer.
-        batches: images and classes, without an end.
+        batches: images and classes of each step, counted from 0.
         policy_steps, block_steps: of each group.
         policy_rate, block_rate: of Adam; the paper's were not published.
         error_penalty: tau; smaller leaves out more and is wrong more often.
-        generator: of the draws.
+        seed: of the draws.
+        checkpoint, checkpoint_every: a file, and the steps between two savings.
         on_step: told each step.
+
+    Raises:
+        Unsupported: for a checkpoint of another run, and a loss that is not finite.
     """
+    phases = []
     for group in range(len(model.sizes)):
         policy = list(model.interpreters[group].parameters())
-        trained = [
+        blocks = [
             p for later in range(group, len(model.sizes)) for block in model.group(later) for p in block.parameters()
         ]
-        trained += [*model.model.norm.parameters(), *model.model.head.parameters()]
-        for part, parameters, steps, rate in (
-            ("policy", policy, policy_steps, policy_rate),
-            ("blocks", trained, block_steps, block_rate),
-        ):
-            optimizer = torch.optim.Adam(parameters, lr=rate)
-            for _ in range(steps):
-                images, labels = next(batches)
-                if part == "policy":
-                    loss, decisions = policy_loss(
-                        model, images, labels, group, error_penalty=error_penalty, generator=generator
-                    )
-                else:
-                    logits, decisions = model.forward_masked(images, groups=group + 1)
-                    loss = F.cross_entropy(logits, labels)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-                optimizer.zero_grad()
-                on_step(Step(group, part, loss.item(), model.usage(decisions).mean().item()))
-                if not math.isfinite(loss.item()):
-                    raise Unsupported(f"a {part} loss that is not finite", supported="a smaller rate")
+        blocks += [*model.model.norm.parameters(), *model.model.head.parameters()]
+
+        def of_policy(images: Tensor, labels: Tensor, group: int = group) -> tuple[Tensor, dict[str, float]]:
+            loss, decisions = policy_loss(model, images, labels, group, error_penalty=error_penalty)
+            return loss, {"usage": model.usage(decisions).mean().item()}
+
+        def of_blocks(images: Tensor, labels: Tensor, group: int = group) -> tuple[Tensor, dict[str, float]]:
+            logits, decisions = model.forward_masked(images, groups=group + 1)
+            return F.cross_entropy(logits, labels), {"usage": model.usage(decisions).mean().item()}
+
+        phases += [
+            Phase("policy", [(policy, policy_rate)], policy_steps, of_policy),
+            Phase("blocks", [(blocks, block_rate)], block_steps, of_blocks),
+        ]
+    run_phases(
+        model,
+        phases,
+        batches,
+        settings={"error_penalty": error_penalty, "threshold": model.threshold},
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        on_step=lambda phase, step, loss, told: on_step(Step(phase // 2, phases[phase].name, loss, told["usage"])),
+    )

@@ -3,7 +3,10 @@ r"""Fewer tokens between two parts of a model: merged, dropped or pooled, with a
 | name | what it does to n tokens of which r shall go | from |
 |---|---|---|
 | ``tome`` | tokens at even places each find the most similar one at an odd place, by the cosine of their keys; the r most similar pairs are merged to their mean, weighted by what they stand for | Token Merging, Bolya et al., arXiv 2210.09461, section 3 |
+| ``tome_stride`` | tokens at even distances stay; every other one is merged into the most similar of them | the same authors' code, there with every k-th token |
+| ``tome_random`` | r tokens, drawn anew in each call, are merged into the most similar of the others | the same authors' code |
 | ``evit`` | the r tokens that the class token attends to least go; their sum, weighted by that attention, stays as one token | EViT, Liang et al., arXiv 2202.07800, section 3.2 |
+| ``attention`` | as ``evit``, without that sum | the same, section 4.3 |
 | ``random`` | r tokens go, drawn anew in each call | a baseline |
 | ``stride`` | those that stay lie at even distances | a baseline |
 | ``mean`` | neighbours in the row of tokens are pooled to n - r means of about equal size | a baseline |
@@ -54,18 +57,47 @@ class Tokens:
         places = torch.arange(n, device=x.device).expand(batch, n)
         return cls(x, x.new_ones(batch, n), places, protected)
 
+    def spread(self, values: Float[Tensor, "b n d"]) -> Float[Tensor, "b n0 d"]:
+        """Numbers of the tokens that are left, at each of the first tokens; 0 where one was dropped."""
+        found = values.gather(1, self.places.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
+        return torch.where((self.places == DROPPED)[..., None], 0, found)
+
+    def take(
+        self,
+        chosen: Int[Tensor, "b m"],
+        leaving: Int[Tensor, "b r"] | None = None,
+        into: Int[Tensor, "b r"] | None = None,
+    ) -> Tokens:
+        """The `chosen` tokens, in this order; those that are `leaving` are merged `into` places of it, the others dropped.
+
+        A merged token is the mean of what it is made of, weighted by the sizes.
+        """
+        (batch, n, width), device = self.x.shape, self.x.device
+        row = torch.arange(batch, device=device)[:, None]
+        x, sizes = self.x[row, chosen], self.sizes[row, chosen]
+        target = torch.full((batch, n), DROPPED, device=device)
+        target = target.scatter(1, chosen, torch.arange(chosen.shape[1], device=device).expand_as(chosen))
+        if leaving is not None and into is not None:
+            target = target.scatter(1, leaving, into)
+            more = self.sizes[row, leaving]
+            total = (x * sizes[..., None]).scatter_add(
+                1, into[..., None].expand(-1, -1, width), self.x[row, leaving] * more[..., None]
+            )
+            sizes = sizes.scatter_add(1, into, more)
+            x = total / sizes[..., None]
+        return replace(self, x=x, sizes=sizes, places=self._moved(target))
+
     def assign(self, target: Int[Tensor, "b n"], count: int) -> Tokens:
-        """`count` tokens, each the mean of those whose `target` it is, weighted by their sizes; without `DROPPED` ones."""
-        slots = torch.where(target == DROPPED, count, target)  # one slot more, for what is dropped
+        """`count` tokens, each the mean of those whose `target` it is, weighted by their sizes."""
         weighted = self.x * self.sizes[..., None]
         batch, _, width = self.x.shape
-        total = weighted.new_zeros(batch, count + 1, width).scatter_add(
-            1, slots[..., None].expand_as(weighted), weighted
-        )
-        sizes = self.sizes.new_zeros(batch, count + 1).scatter_add(1, slots, self.sizes)
-        x = (total / sizes.clamp(min=1)[..., None])[:, :count]
-        moved = torch.where(self.places == DROPPED, DROPPED, target.gather(1, self.places.clamp(min=0)))
-        return replace(self, x=x, sizes=sizes[:, :count], places=moved)
+        total = weighted.new_zeros(batch, count, width).scatter_add(1, target[..., None].expand_as(weighted), weighted)
+        sizes = self.sizes.new_zeros(batch, count).scatter_add(1, target, self.sizes)
+        return replace(self, x=total / sizes[..., None], sizes=sizes, places=self._moved(target))
+
+    def _moved(self, target: Int[Tensor, "b n"]) -> Int[Tensor, "b n0"]:
+        """Places of the first tokens once each token has gone to its `target`."""
+        return torch.where(self.places == DROPPED, DROPPED, target.gather(1, self.places.clamp(min=0)))
 
 
 @dataclass(frozen=True)
@@ -73,35 +105,35 @@ class Evidence:
     """What a layer of attention tells of its tokens.
 
     Attributes:
-        keys: (B, N, D), the mean over the heads.
+        metric: what tokens are compared by (B, N, D): their keys, the mean over the heads, unless asked otherwise.
         scores: attention of the class token to each token (B, N), the mean over the heads; None without a class token.
         generator: of draws.
     """
 
-    keys: Float[Tensor, "b n d"]
+    metric: Float[Tensor, "b n d"]
     scores: Float[Tensor, "b n"] | None
     generator: torch.Generator | None = None
 
 
-def _target_of_kept(kept: Tensor) -> Int[Tensor, "b n"]:
-    """New places of the tokens that a mask (B, N) keeps, in their order; `DROPPED` of the others."""
-    return torch.where(kept, kept.long().cumsum(1) - 1, DROPPED)
-
-
-def _keep_largest(tokens: Tokens, scores: Tensor, remove: int) -> Int[Tensor, "b n"]:
-    """Targets where the `remove` patches of the smallest scores (B, N) are dropped."""
+def _largest(tokens: Tokens, scores: Tensor, remove: int) -> Int[Tensor, "b m"]:
+    """Class tokens, and all patches but the `remove` of the smallest scores (B, N), in their order."""
     first, n = tokens.protected, tokens.x.shape[1]
-    chosen = scores[:, first:].topk(n - first - remove, dim=1).indices + first
-    kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    kept[:, :first] = True
-    return _target_of_kept(kept.scatter(1, chosen, True))
+    chosen = scores[:, first:].topk(n - first - remove, dim=1).indices.sort(1).values + first
+    return torch.cat([torch.arange(first, device=chosen.device).expand(len(chosen), -1), chosen], 1)
+
+
+def _others(tokens: Tokens, chosen: Int[Tensor, "b m"]) -> Int[Tensor, "b r"]:
+    """The tokens that are not `chosen`, in their order."""
+    batch, n = tokens.x.shape[:2]
+    out = torch.ones(batch, n, dtype=torch.uint8, device=chosen.device).scatter(1, chosen, 0)
+    return out.argsort(dim=1, descending=True, stable=True)[:, : n - chosen.shape[1]]
 
 
 def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     """Token Merging; at most half of the patches go at once."""
     n, place = tokens.x.shape[1], torch.arange(tokens.x.shape[1], device=tokens.x.device)
     remove = min(remove, (n - tokens.protected) // 2)
-    keys = F.normalize(wide(evidence.keys), dim=-1)
+    keys = F.normalize(wide(evidence.metric), dim=-1)
     scores = keys[:, ::2] @ keys[:, 1::2].mT
     even, odd = (tokens.protected + 1) // 2, tokens.protected // 2
     scores[:, :even] = -torch.inf
@@ -110,42 +142,68 @@ def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     leaving = best.topk(remove, dim=1).indices
     # class tokens, then those at even places, then those at odd ones, last those that leave
     group = torch.where(place < tokens.protected, 0, 1 + place % 2).expand(tokens.x.shape[:2])
-    target = (n * group.scatter(1, 2 * leaving, 3) + place).argsort(1).argsort(1)
-    joined = target.gather(1, 2 * partner.gather(1, leaving) + 1)
-    return tokens.assign(target.scatter(1, 2 * leaving, joined), n - remove)
+    order = (n * group.scatter(1, 2 * leaving, 3) + place).argsort(1)
+    chosen, leaving = order[:, : n - remove], order[:, n - remove :]
+    return tokens.take(chosen, leaving, order.argsort(1).gather(1, 2 * partner.gather(1, leaving // 2) + 1))
+
+
+def _merge_others(tokens: Tokens, evidence: Evidence, chosen: Int[Tensor, "b m"]) -> Tokens:
+    """The tokens that are not `chosen`, each merged into the most similar patch of those."""
+    keys, row = F.normalize(wide(evidence.metric), dim=-1), torch.arange(len(chosen), device=chosen.device)[:, None]
+    leaving = _others(tokens, chosen)
+    scores = keys[row, leaving] @ keys[row, chosen[:, tokens.protected :]].mT
+    return tokens.take(chosen, leaving, scores.argmax(-1) + tokens.protected)
+
+
+def merge_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """Token Merging into tokens at even distances."""
+    return _merge_others(tokens, evidence, _strided(tokens, remove))
+
+
+def merge_random(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """Token Merging of drawn tokens."""
+    return _merge_others(tokens, evidence, _largest(tokens, _draws(tokens, evidence), remove))
+
+
+def drop_unattended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """EViT without its fused token."""
+    assert evidence.scores is not None
+    return tokens.take(_largest(tokens, evidence.scores, remove))
 
 
 def keep_attended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     """EViT, with the fused token at the end; it is one of the patches in later blocks."""
     assert evidence.scores is not None
-    scores = evidence.scores.to(tokens.x.dtype)
-    target = _keep_largest(tokens, scores, remove)
-    lost = target == DROPPED
-    count = tokens.x.shape[1] - remove
-    kept = tokens.assign(target, count)
-    weights = torch.where(lost, scores, 0)
-    fused = (weights[..., None] * tokens.x).sum(1, keepdim=True)
-    size = torch.where(lost, tokens.sizes, 0).sum(1, keepdim=True)
+    chosen = _largest(tokens, evidence.scores, remove)
+    kept, count = tokens.take(chosen), chosen.shape[1]
+    weights = evidence.scores.to(tokens.x.dtype).scatter(1, chosen, 0.0)
+    fused = weights[:, None] @ tokens.x
+    size = tokens.sizes.scatter(1, chosen, 0.0).sum(1, keepdim=True)
     places = torch.where((kept.places == DROPPED) & (tokens.places != DROPPED), count, kept.places)
     return replace(kept, x=torch.cat([kept.x, fused], 1), sizes=torch.cat([kept.sizes, size], 1), places=places)
 
 
 def drop_random(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     """Other tokens in each row."""
-    draws = torch.rand(tokens.x.shape[:2], generator=evidence.generator, device=tokens.x.device)
-    return tokens.assign(_keep_largest(tokens, draws, remove), tokens.x.shape[1] - remove)
+    return tokens.take(_largest(tokens, _draws(tokens, evidence), remove))
 
 
-def keep_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """The same places in all rows."""
+def _draws(tokens: Tokens, evidence: Evidence) -> Float[Tensor, "b n"]:
+    return torch.rand(tokens.x.shape[:2], generator=evidence.generator, device=tokens.x.device)
+
+
+def _strided(tokens: Tokens, remove: int) -> Int[Tensor, "b m"]:
+    """Class tokens, and all but `remove` patches, at even distances."""
     batch, n = tokens.x.shape[:2]
     first = tokens.protected
     count = n - first - remove
     places = first + torch.arange(count, device=tokens.x.device) * (n - first) // max(count, 1)
-    kept = torch.zeros(batch, n, dtype=torch.bool, device=tokens.x.device)
-    kept[:, :first] = True
-    kept[:, places] = True
-    return tokens.assign(_target_of_kept(kept), n - remove)
+    return torch.cat([torch.arange(first, device=tokens.x.device), places]).expand(batch, -1)
+
+
+def keep_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
+    """The same places in all rows."""
+    return tokens.take(_strided(tokens, remove))
 
 
 def pool_neighbours(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
@@ -160,7 +218,10 @@ def pool_neighbours(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 METHODS: dict[str, Callable[[Tokens, Evidence, int], Tokens]] = {
     "tome": merge_similar,
+    "tome_stride": merge_strided,
+    "tome_random": merge_random,
     "evit": keep_attended,
+    "attention": drop_unattended,
     "random": drop_random,
     "stride": keep_strided,
     "mean": pool_neighbours,

@@ -50,6 +50,7 @@ class Reproduction:
         source: the paper, where it is none of a mechanism.
         table: rows of what the cells measured, given by (setting, seed), for a claim that is about many mechanisms at once:
             ``regard study`` shows it.
+        picture: columns of the table that the pages draw: names, across and up; more is better in both.
         protocol: raised when `run_cell` changes what it does, so that older rows no longer count.
     """
 
@@ -69,6 +70,7 @@ class Reproduction:
     seconds: float = 30.0
     source: Paper | None = None
     table: Callable[[Mapping[tuple[str, int], Measurements]], list[dict[str, Any]]] | None = None
+    picture: tuple[str, str, str] | None = None
     protocol: int = 1
 
     @property

@@ -247,4 +247,5 @@ def _record(
         "settings": {name: dict(options) for name, options in reproduction.settings.items()},
         "cells": [{"setting": s, "seed": n, **told[s, n], **m} for (s, n), m in measured.items()],
         "table": [] if reproduction.table is None else reproduction.table(measured),
+        "picture": None if reproduction.picture is None else list(reproduction.picture),
     }

@@ -1,0 +1,392 @@
+r"""DynamicViT: small predictors that say which patches a vision transformer goes on with, always the same number.
+
+Rao et al., arXiv 2106.02034. Before some blocks a predictor reads the patches x (B, N, C) and which of them are still there,
+d (B, N), and gives log-probabilities of keeping and dropping each:
+
+    z = gelu(W LN(x)),   g = sum_j d_j z_j[C/2:] / sum_j d_j,   log p = log_softmax(MLP([z_i[:C/2], g]))
+
+In use the patches of the largest p_keep go on, a fixed share of the first ones at each of these stages. In training none is
+left out: d is drawn by a hard Gumbel-softmax, times the d before, with the gradient of the soft one (straight through); and
+attention weighs a dropped key only for its own query, with l the scores and N tokens:
+
+    A_ij = (exp(l_ij - max l_i) m_ij + eps / N) / (sum_k exp(l_ik - max l_i) m_ik + eps),   m_ij = d_j, m_ii = 1, eps = 1e-6
+
+The loss, with the model as it was before as the teacher and S stages, is
+
+    CE + 2 / S sum_s mean (mean_j d_sj - share_s)^2 + 0.5 KL(teacher, model) + 0.5 mean over patches kept (x - x_teacher)^2
+
+The direction of the divergence is that of the authors' code. Theirs is also the mean squared difference of tokens (their other
+option, a divergence between features, is left out), and that every row of a batch keeps equally many patches.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.compression.tokens.hosts import blocks_of
+from regard.compression.tokens.phases import Batches, Phase, run_phases
+from regard.compression.tokens.schedules import quarters
+from regard.contract import Context, Unsupported
+from regard.core.precision import wide
+from regard.layers.attention import AttentionLayer
+from regard.layers.linear import make_linear
+from regard.layers.norms import LayerNorm
+from regard.models.vision.vit import VisionBlock, VisionTransformer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+EPS = 1e-6
+"""Added to the sum of a row of attention under a policy."""
+RELEASED = {"in_conv.0": "norm", "in_conv.1": "inner", "out_conv.0": "outer.0", "out_conv.2": "outer.1"} | {
+    "out_conv.4": "outer.2"
+}
+"""Names of a predictor's parts in the official code, and here."""
+
+
+class KeepPredictor(nn.Module):
+    """Log-probabilities of keeping and of dropping each patch.
+
+    Args:
+        dim: width of the patches, divisible by 4.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 4 or dim % 4:
+            raise Unsupported(f"a predictor of width {dim}", supported="a width that 4 divides")
+        self.norm = LayerNorm(dim, eps=1e-5)
+        self.inner = make_linear(dim, dim, bias=True)
+        widths = (dim, dim // 2, dim // 4, 2)
+        self.outer = nn.ModuleList(make_linear(a, b, bias=True) for a, b in itertools.pairwise(widths))
+        for linear in (self.inner, *self.outer):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Float[Tensor, "b n c"], kept: Float[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
+        """Of patches, of which `kept` says with 1 which are still there."""
+        local, others = F.gelu(self.inner(self.norm(x))).chunk(2, -1)
+        weight = kept.to(x.dtype)[..., None]
+        whole = (others * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=0.5)
+        x = torch.cat([local, whole.expand_as(local)], -1)
+        first, second, last = self.outer
+        return wide(last(F.gelu(second(F.gelu(first(x)))))).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pass in which all patches were computed.
+
+    Attributes:
+        logits: (B, K).
+        features: of the patches after the last norm (B, N, C).
+        decisions: of each stage, 1 for the patches that stay (B, N).
+    """
+
+    logits: Float[Tensor, "b k"]
+    features: Float[Tensor, "b n c"]
+    decisions: list[Float[Tensor, "b n"]]
+
+
+class DynamicTransformer(nn.Module):
+    """A vision transformer with a predictor before some of its blocks.
+
+    Args:
+        model: :class:`regard.models.vision.vit.VisionTransformer` of softmax attention with one class token; it is shared,
+            not copied.
+        keep: share of the first patches that is left after each stage; of a single number the first, second and third power
+            and so on.
+        blocks: numbers of the blocks, from 0, before which patches are left out; a quarter, half and three quarters through
+            when None.
+
+    Raises:
+        Unsupported: for another model, and shares and blocks that do not fit.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, keep: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        own, protected = blocks_of(model)
+        if not isinstance(model, VisionTransformer) or protected != 1 or not all(_is_plain(b.mixer) for b in own):
+            raise Unsupported(
+                f"predictors in a {type(model).__name__} of another kind",
+                supported="VisionTransformer with pool='class' and plain softmax attention",
+            )
+        stages = quarters(len(own)) if blocks is None else sorted(set(blocks))
+        if not stages or not all(0 <= stage < len(own) for stage in stages):
+            raise Unsupported(f"blocks={blocks} of a model with {len(own)}", supported=f"0 to {len(own) - 1}")
+        self.model, self.stages = model, stages
+        self.shares = keep
+        self.predictors = nn.ModuleList(KeepPredictor(model.config.dim) for _ in stages)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the first patches, what is left after each stage. It may be set at any time, as `keep`."""
+        return self._shares
+
+    @shares.setter
+    def shares(self, keep: float | Sequence[float]) -> None:
+        shares = (
+            [keep ** (i + 1) for i in range(len(self.stages))] if isinstance(keep, int | float) else [*map(float, keep)]
+        )
+        if len(shares) != len(self.stages) or not all(0 < share <= 1 for share in shares):
+            raise Unsupported(
+                f"keep={keep} at {len(self.stages)} stages", supported="a share for each, above 0 and at most 1"
+            )
+        if shares != sorted(shares, reverse=True):
+            raise Unsupported(f"keep={keep}, which rises", supported="shares of the first patches, none above the last")
+        self._shares = shares
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Logits; patches that do not stay are left out before each stage."""
+        return self.forward_dropping(images)[0]
+
+    def forward_dropping(
+        self, images: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b k"], list[Int[Tensor, "b m"]]]:
+        """Logits, and the numbers of the patches that each stage left, in rising order."""
+        x = self.model.embed(self.model.check_images(images))
+        first = x.shape[1] - 1
+        places, left = torch.arange(first, device=x.device).expand(len(x), -1), []
+        for number, block in enumerate(self.model.blocks):
+            if number in self.stages:
+                stage = self.stages.index(number)
+                scores = self.predictors[stage](x[:, 1:], torch.ones_like(places))[..., 0]
+                chosen = scores.topk(self.count(stage, first), dim=1).indices.sort(1).values
+                x = torch.cat([x[:, :1], x[:, 1:].gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))], 1)
+                places = places.gather(1, chosen)
+                left.append(places)
+            x = block(x, context=Context()).output
+        return self.model.forward_head(self.model.norm(x)), left
+
+    def count(self, stage: int, first: int) -> int:
+        """Patches that a stage leaves of so many first ones; one at least."""
+        return max(1, math.floor(first * self.shares[stage] + 1e-6))
+
+    def forward_masked(
+        self, images: Float[Tensor, "b c h w"], *, sampled: bool = True, generator: torch.Generator | None = None
+    ) -> Pruned:
+        """All patches computed, under drawn decisions, or under those of :meth:`forward` where they are not `sampled`.
+
+        Args:
+            images: (B, C, H, W).
+            sampled: whether each patch is drawn by itself; gradients reach the predictors only then.
+            generator: of the draws.
+        """
+        x = self.model.embed(self.model.check_images(images))
+        kept = x.new_ones(x.shape[0], x.shape[1] - 1)
+        decisions: list[Tensor] = []
+        for number, block in enumerate(self.model.blocks):
+            if number in self.stages:
+                stage = self.stages.index(number)
+                found = self.predictors[stage](x[:, 1:], kept)
+                if sampled:
+                    kept = draw(found, generator).to(x.dtype) * kept
+                else:
+                    scores = torch.where(kept > 0, found[..., 0], -torch.inf)
+                    chosen = scores.topk(self.count(stage, kept.shape[1]), dim=1).indices
+                    kept = torch.zeros_like(kept).scatter(1, chosen, 1.0)
+                decisions.append(kept)
+            x = _run(block, x, F.pad(kept, (1, 0), value=1.0))  # type: ignore[arg-type]
+        features = self.model.norm(x)
+        return Pruned(self.model.forward_head(features), features[:, 1:], decisions)
+
+    def load_released(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights of the official repository's `VisionTransformerDiffPruning`, all of them and nothing else.
+
+        Raises:
+            Unsupported: where names or shapes do not fit; nothing is changed then.
+        """
+        found, backbone = {}, {}
+        for name, value in state.items():
+            if not name.startswith("score_predictor."):
+                backbone[name] = value
+                continue
+            _, stage, part = name.split(".", 2)
+            layer, _, kind = part.rpartition(".")
+            found[f"{stage}.{RELEASED.get(layer, layer)}.{kind}"] = value
+        own = {name: tuple(value.shape) for name, value in self.predictors.state_dict().items()}
+        given = {name: tuple(value.shape) for name, value in found.items()}
+        wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        if wrong:
+            name = wrong[0]
+            raise Unsupported(
+                f"weights of predictors with {given.get(name)} for {name}, which is {own.get(name)} here",
+                supported="the weights of a model of the same width and number of stages",
+            )
+        self.model.load_released(backbone)
+        self.predictors.load_state_dict(found)
+
+
+def draw(log_probabilities: Float[Tensor, "b n 2"], generator: torch.Generator | None = None) -> Float[Tensor, "b n"]:
+    """1 where the first of two is drawn, else 0, with the gradient of the soft draw (arXiv 1611.01144, at temperature 1)."""
+    soft = (log_probabilities + gumbel(log_probabilities, generator)).softmax(-1)[..., 0]
+    hard = (soft >= 0.5).to(soft.dtype)
+    return hard - soft.detach() + soft
+
+
+def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draws of the standard Gumbel distribution."""
+    return -torch.empty_like(like).exponential_(generator=generator).log()
+
+
+def softmax_under(scores: Float[Tensor, "b h n n"], policy: Float[Tensor, "b n"]) -> Float[Tensor, "b h n n"]:
+    """Weights of attention in which a key counts by its policy, 0 or 1, and for its own query in any case."""
+    n = scores.shape[-1]
+    own = torch.eye(n, dtype=policy.dtype, device=policy.device)
+    counts = policy[:, None, None] * (1 - own) + own
+    each = (scores - scores.amax(-1, keepdim=True)).exp() * counts
+    return (each + EPS / n) / (each.sum(-1, keepdim=True) + EPS)
+
+
+def _run(block: VisionBlock, x: Float[Tensor, "b n c"], policy: Float[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
+    """A block's output with its attention under a policy."""
+    layer: AttentionLayer = block.mixer
+    normed = block.mixer_norm(x)
+    query, key, value = (
+        part(normed).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)  # type: ignore[misc]
+        for part in (layer.query, layer.key, layer.value)
+    )
+    weights = softmax_under(wide(query @ key.mT * query.shape[-1] ** -0.5), wide(policy)).to(value.dtype)
+    mixed = layer.output((weights @ value).transpose(1, 2).flatten(2))
+    x = x + block.drop_path(F.dropout(block.mixer_end(mixed), block.dropout, block.training))
+    return x if block.feed_forward is None else x + block.drop_path(block.feed(x, context=Context()))
+
+
+def _is_plain(layer: AttentionLayer) -> bool:
+    """Whether a layer is its projections and softmax alone."""
+    more = (layer.query_norm, layer.key_norm, layer.value_norm, layer.output_norm, layer.gate, layer.merge)
+    return (
+        not any(more)
+        and not layer.convolutions
+        and layer.kv_heads == layer.num_heads
+        and layer.config == layer.card.options()
+    )
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the parts of :func:`dynamic_loss`.
+
+    Attributes:
+        task: of the cross entropy.
+        ratio: of the squared difference of shares.
+        logits: of the divergence from the teacher's classes.
+        tokens: of the squared difference from the teacher's patches.
+    """
+
+    task: float = 1.0
+    ratio: float = 2.0
+    logits: float = 0.5
+    tokens: float = 0.5
+
+
+def dynamic_loss(
+    pruned: Pruned,
+    labels: Int[Tensor, " b"],
+    shares: Sequence[float],
+    teacher_logits: Float[Tensor, "b k"],
+    teacher_features: Float[Tensor, "b n c"],
+    weights: LossWeights = LossWeights(),
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The weighted sum, and its parts by the names of the weights (before these); see the module.
+
+    Args:
+        pruned: of :meth:`DynamicTransformer.forward_masked`.
+        labels: classes.
+        shares: what each stage should leave.
+        teacher_logits: of the model before.
+        teacher_features: its patches after the last norm.
+        weights: of the parts.
+    """
+    ratios = [(made.mean(1) - share).square().mean() for made, share in zip(pruned.decisions, shares, strict=True)]
+    kept = (pruned.decisions[-1].detach() > 0.5)[..., None]
+    apart = torch.where(kept, pruned.features - teacher_features, 0).square().sum()
+    chances = F.log_softmax(pruned.logits, -1), F.log_softmax(teacher_logits, -1)
+    parts = {
+        "task": F.cross_entropy(pruned.logits, labels),
+        "ratio": torch.stack(ratios).mean(),
+        "logits": F.kl_div(*chances, reduction="batchmean", log_target=True),
+        "tokens": apart / (kept.sum() * pruned.features.shape[-1]).clamp(min=1),
+    }
+    named = asdict(weights)
+    return torch.stack([named[name] * part for name, part in parts.items()]).sum(), parts
+
+
+@dataclass(frozen=True)
+class DynamicStep:
+    """A step of :func:`train_dynamic`: its loss, the loss's parts before their weights, and what the last stage left."""
+
+    step: int
+    loss: float
+    parts: Mapping[str, float]
+    kept: float
+
+
+def train_dynamic(
+    model: DynamicTransformer,
+    batches: Batches,
+    *,
+    steps: int,
+    predictor_rate: float = 1e-3,
+    block_rate: float = 1e-4,
+    weights: LossWeights = LossWeights(),
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    on_step: Callable[[DynamicStep], None] = lambda step: None,
+) -> None:
+    """Train predictors and blocks together, in place, with the model as it comes as the teacher.
+
+    The same call, with the same model as the first time, goes on from `checkpoint` to the same weights.
+
+    Args:
+        model: around a trained vision transformer.
+        batches: images and classes of each step, counted from 0.
+        steps: of Adam, whose rates fall as a cosine.
+        predictor_rate, block_rate: of the predictors, and of all other weights.
+        weights: of the parts of the loss.
+        seed: of the draws.
+        checkpoint, checkpoint_every: a file, and the steps between two savings.
+        on_step: told each step.
+
+    Raises:
+        Unsupported: for a checkpoint of another run, and a loss that is not finite.
+    """
+    teacher = copy.deepcopy(model.model).eval().requires_grad_(False)
+
+    def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            features = teacher.forward_features(images)
+            logits = teacher.forward_head(features)
+        pruned = model.forward_masked(images)
+        total, parts = dynamic_loss(pruned, labels, model.shares, logits, features[:, 1:], weights)
+        told = {name: part.item() for name, part in parts.items()}
+        return total, told | {"kept": pruned.decisions[-1].mean().item()}
+
+    def tell(_: int, step: int, total: float, told: Mapping[str, float]) -> None:
+        parts = {name: value for name, value in told.items() if name != "kept"}
+        on_step(DynamicStep(step, total, parts, told["kept"]))
+
+    groups = [(list(model.predictors.parameters()), predictor_rate), (list(model.model.parameters()), block_rate)]
+    run_phases(
+        model,
+        [Phase("predictors and blocks", groups, steps, loss, schedule="cosine")],
+        batches,
+        settings={"shares": model.shares, "stages": model.stages, "weights": asdict(weights)},
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        on_step=tell,
+    )

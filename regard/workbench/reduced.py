@@ -1,0 +1,108 @@
+"""A trained image model on fewer tokens, beside itself on all of them: ``tome:remove=4``, ``evit:keep=0.7``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from regard.compression.tokens import METHODS, Reduction, reduce_tokens
+from regard.contract import Context, Unsupported, closest
+from regard.measurement.timing import calm_clock, interleaved
+from regard.models.image_model import ImageModel
+from regard.models.variants import read_options
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+OPTIONS = ("remove", "keep", "blocks", "proportional", "metric")
+AT_ONCE = 16
+"""Images of a timed batch, where there are so many."""
+SECONDS = 2.0
+"""About the time that the comparison of speeds takes."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A copy of a model that goes on with fewer tokens, and the reduction at work in it."""
+
+    described: str
+    plain: nn.Module
+    model: nn.Module
+    reduction: Reduction
+
+    def patches(self, grid: tuple[int, int]) -> Int[Tensor, "b rows columns"]:
+        """Where each patch went in the last call of the reduced model: the number of a token, or -1."""
+        tokens = self.reduction.tokens
+        return tokens.places[:, tokens.protected :].unflatten(1, grid)
+
+    def speeds(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None) -> dict[str, Any]:
+        """Images a second with all tokens and with fewer, measured in turn on a batch of at most `AT_ONCE`.
+
+        ``batch``, ``images_per_second`` of ``all`` and ``reduced``, their ratio ``speedup``, and ``tokens``, those that each
+        block gave on.
+        """
+        inputs = inputs[:AT_ONCE]
+        context = Context(grid=grid)
+        actions = {
+            name: partial(model, inputs, context=context)
+            for name, model in (("all", self.plain), ("reduced", self.model))
+        }
+        with torch.inference_mode():
+            found = interleaved(
+                actions, seconds=SECONDS, most=500, device=inputs.device, clock=calm_clock(inputs.device)
+            )
+        rates = {name: len(inputs) / timing.median for name, timing in found.items()}
+        return {
+            "batch": len(inputs),
+            "images_per_second": rates,
+            "speedup": rates["reduced"] / rates["all"],
+            "tokens": self.reduction.counts,
+        }
+
+
+def reduced(model: nn.Module, text: str) -> Reduced:
+    """The model beside a copy with ``NAME:option=value,option=value`` of :func:`regard.compression.tokens.reduce_tokens`.
+
+    Raises:
+        Unsupported: for unknown names, values that do not fit, a method without a word on how many tokens go, and models
+            that are no vision transformers with a class token.
+    """
+    name, _, rest = text.partition(":")
+    name = name.strip()
+    if name not in METHODS:
+        raise Unsupported(f"--reduce {name!r}", supported=", ".join(METHODS), nearest=closest(name, METHODS))
+    options = read_options(rest, name)
+    for option in options:
+        if option not in OPTIONS:
+            raise Unsupported(
+                f"option {option!r} of --reduce {name}", supported=", ".join(OPTIONS), nearest=closest(option, OPTIONS)
+            )
+    if not {"remove", "keep"} & set(options):
+        raise Unsupported(
+            f"--reduce {text} without a number of tokens",
+            supported="remove, patches that go at each block, or keep, the share that stays at some",
+            nearest=f"--reduce {name}:keep=0.7",
+        )
+    if not isinstance(model, ImageModel):
+        raise Unsupported(
+            f"--reduce with a {type(model).__name__}",
+            supported="models of images that are vision transformers with a class token",
+            nearest="regard train --task images --model vit_nano",
+        )
+    fewer = copy.deepcopy(model)
+    return Reduced(text, model, fewer, reduce_tokens(fewer.backbone, name, **options))
+
+
+def told(speeds: dict[str, Any]) -> str:
+    """Both rates in words."""
+    rates = speeds["images_per_second"]
+    return (
+        f"{rates['reduced']:,.0f} images/s, {speeds['speedup']:.2f} times as many as the {rates['all']:,.0f} with all tokens "
+        f"(batches of {speeds['batch']})"
+    )

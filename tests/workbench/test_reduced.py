@@ -1,0 +1,127 @@
+"""A trained model on fewer tokens, from the command line: scored, timed and drawn beside itself on all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import answer, run
+from support import refused
+from torch import nn
+
+from regard.models.image_model import ImageModel, ImageModelConfig
+from regard.models.pretrained import save_pretrained
+from regard.tasks import create_task
+from regard.workbench import reduced as module
+from regard.workbench.explain import draw_tokens
+from regard.workbench.reduced import reduced
+from regard.workbench.trained import RECORD
+
+image = pytest.importorskip("PIL.Image")
+OPTIONS = {"dim": 12, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as `regard train` leaves it, of a model that tells nothing apart, and its pictures in it."""
+    monkeypatch.setattr(module, "SECONDS", 0.01)
+    draws = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = draws.integers(0, 100, (16, 16, 3)) + 150 * (name == "light")
+            image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{number}.png")
+    given = {"data": str(tmp_path / "photos"), "size": 16, "held_out": 0.5}
+    task = create_task("images", **given)
+    torch.manual_seed(0)
+    save_pretrained(ImageModel(ImageModelConfig("vit_nano", 2, (4, 4), 4, options=OPTIONS)), tmp_path)
+    record = {
+        "state": "finished",
+        "task": {"name": "images", "options": given},
+        "mechanism": "vit_nano",
+        "layers": [],
+        "tokenizer": None,
+        "reader": task.reader.as_record(),
+        "settings": {"first_item": 0, "batch_size": 4},
+    }
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_a_score_on_fewer_tokens_stands_beside_that_on_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "evaluate --reduce tome:remove=3", folder)
+    told = found["reduced"]
+    assert told["by"] == "tome:remove=3" and told["tokens"] == [14, 11] and told["batch"] == 4
+    rates = told["images_per_second"]
+    assert told["speedup"] == pytest.approx(rates["reduced"] / rates["all"])
+    assert told["loss"] != found["loss"] and 0 <= told["score"] <= 1
+    assert answer(capsys, "evaluate --reduce evit:keep=1", folder)["reduced"]["loss"] == pytest.approx(found["loss"])
+    code, said, _ = run(capsys, "evaluate --reduce 'evit:keep=0.5,blocks=[0]'", folder)
+    assert code == 0 and "images/s" in said and "evit:keep=0.5,blocks=[0]" in said
+
+
+def test_predictions_are_those_on_fewer_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = folder / "photos" / "dark" / "0.png"
+    plain = answer(capsys, "predict", folder, photo)
+    fewer = answer(capsys, "predict --reduce attention:keep=0.3", folder, photo)
+    assert "reduced" not in plain and fewer["reduced"]["differ"] in (0, 1)
+    assert plain["images"][0]["classes"] != fewer["images"][0]["classes"]
+    code, said, _ = run(capsys, "predict --reduce attention:keep=0.3", folder, photo)
+    assert code == 0 and "of 1 classes differ" in said
+
+
+def test_the_tokens_that_are_left_are_drawn(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    photo = folder / "photos" / "dark" / "0.png"
+    line = f"explain --output {tmp_path / 'drawn'} --reduce"
+    (found,) = answer(capsys, f"{line} tome:remove=4", folder, photo)["images"]
+    assert "9 tokens left" in found["method"]
+    with image.open(found["drawing"]) as drawn:
+        assert drawn.size == (2 * 256 + 8, 256)
+    code, _, said = run(capsys, f"{line} tome:remove=4 --method rollout", folder, photo)
+    assert code == 2 and "one of the two" in said
+
+
+def test_merged_patches_have_one_colour_and_dropped_ones_are_dark() -> None:
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, :16], pixels[:, 16:] = 40, 200
+    places = torch.tensor([[0, 0], [-1, 1]])
+    drawn = np.asarray(draw_tokens(image.fromarray(pixels), places, least=32))
+    left, right = drawn[:, :32], drawn[:, 40:]
+    assert (left == pixels).all()
+    assert (right[4, [4, 28]] == 120).all()  # the mean of both upper patches
+    assert (right[28, 4] == 8).all() and (right[28, 28] == 200).all()
+    assert (right[16, 4] == 255).all() and (right[28, 16] == 255).all()  # lines between tokens
+    assert (right[4, 16] == 120).all()  # and none inside of one
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("tom:remove=3", "try tome"),
+        ("tome", "try --reduce tome:keep=0.7"),
+        ("tome:remov=3", "try remove"),
+        ("tome:remove=x", "a whole number"),
+        ("tome:remove=[1]", "one a block"),
+        ("tome:remove=-1", "remove=-1"),
+        ("evit:keep=2", "0 < keep <= 1"),
+        ("evit:keep=true", "0 < keep <= 1"),
+        ("evit:keep=0.5,blocks=1", "a list of whole numbers"),
+        ("evit:keep=0.5,blocks=[2]", "0 to 1"),
+        ("tome:remove=1,proportional=3", "proportional"),
+        ("tome:remove=1,metric=values", "keys, queries, tokens"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(given: str, words: str) -> None:
+    model = ImageModel(ImageModelConfig("vit_nano", 2, (4, 4), 4, options=OPTIONS))
+    refused(words.replace("[", r"\["), reduced, model, given)
+
+
+def test_models_without_a_class_token_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused("vit_nano", reduced, nn.Linear(2, 2), "tome:remove=1")
+    other = ImageModel(ImageModelConfig("vit_nano", 2, (4, 4), 4, options=OPTIONS | {"pool": "mean"}))
+    refused("class token", reduced, other, "tome:remove=1")
+    code, _, said = run(capsys, "evaluate --reduce tom", folder)
+    assert code == 2 and said.count("\n") == 1
