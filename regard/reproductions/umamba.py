@@ -4,13 +4,17 @@ The paper: U-Mamba is better than networks of convolutions, the U-Net that it is
 organs in CT and MR, instruments and cells (abstract).
 
 Here: scenes of 64 x 64 pixels with one to three ellipses in noise, drawn anew for each batch. With the far cue all ellipses look
-alike, and their class is told by a small square in one of the corners, at least 16 pixels away; without it, by their own
-brightness. Networks of four stages and about 270,000 parameters, equal to 3 %: the U-Net is wider in its last stage by what
-Mamba has. VM-UNet scans along one path or along four, at equal parameters. Trained alike, without deep supervision and
-augmentation. The score is the mean Dice coefficient over 200 scenes; shapes without classes would have about 0.5.
+alike, and their class is told by a small square in one of the corners; without it, by their own brightness. Ellipses keep 16
+pixels away from the border. Networks of two stages, whose convolutions see 15 pixels far, and of four, which see the whole
+scene; of each a U-Net and U-Mamba at equal parameters (to 3 %), the U-Net wider in its last stage by what Mamba has. VM-UNet
+scans along one path or along four, at equal parameters. Trained alike, without deep supervision and augmentation. The score is
+the mean Dice coefficient over 200 scenes; shapes without classes would have about 0.5.
 
-What might hide a difference: the norms over a whole map carry a number for each channel from everywhere to everywhere, and
-at 8 x 8 places of the last stage a few convolutions reach a corner.
+Norms over a whole map carry a number for each channel from everywhere to everywhere, in every network here: a way for one far cue
+that the paper does not speak of. So there are scenes with a mark in each corner for the ellipse of its quarter alone.
+
+Pilots of one seed and 300 steps had, with one far cue, 0.97 by the U-Net and by Mamba in its bottleneck with four stages, and
+0.97 by the U-Net and 0.94 by Mamba with two: norms are enough there. Scenes with a mark for each quarter were not piloted.
 """
 
 from typing import Any
@@ -23,18 +27,20 @@ from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import cached_task, trained_score
 
 TRAINING = {"steps": 800, "batch_size": 8, "learning_rate": 3e-3, "items": 200, "size": 64}
-WIDTHS = {"unet_nano": [12, 24, 48, 60], "umamba_bot_nano": [12, 24, 48, 48], "umamba_enc_nano": [12, 24, 48, 48]}
-"""Of each stage, for 266,385, 268,077 and 274,413 parameters with one channel and three classes."""
 NETWORKS: dict[str, dict[str, Any]] = {
-    "U-Net": {"network": "unet_nano", "options": {"widths": WIDTHS["unet_nano"]}},
-    "bottleneck": {"network": "umamba_bot_nano", "options": {"widths": WIDTHS["umamba_bot_nano"]}},
-    "encoder": {"network": "umamba_enc_nano", "options": {"widths": WIDTHS["umamba_enc_nano"]}},
+    "U-Net": {"network": "unet_nano", "options": {"widths": [12, 24, 48, 60]}},
+    "bottleneck": {"network": "umamba_bot_nano", "options": {"widths": [12, 24, 48, 48]}},
+    "encoder": {"network": "umamba_enc_nano", "options": {"widths": [12, 24, 48, 48]}},
     "four paths": {"network": "vm_unet_nano", "options": {"widths": [20, 40, 80]}},
     "one path": {
         "network": "vm_unet_nano",
         "options": {"widths": [20, 40, 80], "mixer": {"scan": "forward", "copies": 4}},
     },
+    "short U-Net": {"network": "unet_nano", "options": {"widths": [16, 64]}},
+    "short bottleneck": {"network": "umamba_bot_nano", "options": {"widths": [16, 48]}},
 }
+"""With one channel and three classes 266,385, 268,077, 274,413, 272,608 and 272,608 parameters; of two stages 75,283 and 76,003."""
+PAIRED = ("short U-Net", "short bottleneck", "U-Net", "bottleneck")
 PAPER = Paper("U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation", "2401.04722", 2024, 52)
 
 
@@ -50,35 +56,62 @@ REPRODUCTION = Reproduction(
     source=PAPER,
     claim="Mamba in a U-Net segments better than the U-Net where what decides is far away, at equal parameters.",
     instead=(
-        "Ellipses in scenes of 64 x 64 whose class is told by a mark in a corner, and without that mark: U-Net, Mamba in its "
-        "bottleneck and in its encoder, and VM-UNet on one path and on four, all of about 270,000 parameters."
+        "Ellipses in scenes of 64 x 64 whose class is told by a mark in a corner, by one in each, and by themselves: U-Nets of two stages, "
+        "whose convolutions do not reach the corner, and of four, which do, beside Mamba in their bottleneck; VM-UNet on one path "
+        "and on four."
     ),
     settings={
         f"{name}, {cue} cue": TRAINING | NETWORKS[name] | {"data": f"{cue}-cue"}
-        for cue, names in (("far", tuple(NETWORKS)), ("near", ("U-Net", "bottleneck", "four paths", "one path")))
+        for cue, names in (("far", [*NETWORKS]), ("near", [name for name in NETWORKS if name != "encoder"]))
         for name in names
-    },
+    }
+    | {f"{name}, own corner": TRAINING | NETWORKS[name] | {"data": "own-corner"} for name in PAIRED},
     run_cell=run_cell,
     checks=(
         Check(
-            "far cue: Mamba in the bottleneck above the U-Net by 0.02",
+            "own corner, two stages: Mamba in the bottleneck above the U-Net by 0.02",
+            minus("short bottleneck, own corner", "short U-Net, own corner"),
+            above=0.02,
+        ),
+        Check(
+            "own corner, four stages: Mamba in the bottleneck above the U-Net by 0.02",
+            minus("bottleneck, own corner", "U-Net, own corner"),
+            above=0.02,
+        ),
+        Check(
+            "far cue, two stages: Mamba in the bottleneck above the U-Net by 0.02",
+            minus("short bottleneck, far cue", "short U-Net, far cue"),
+            above=0.02,
+        ),
+        Check(
+            "far cue, four stages: Mamba in the bottleneck above the U-Net by 0.02",
             minus("bottleneck, far cue", "U-Net, far cue"),
             above=0.02,
         ),
         Check(
-            "far cue: Mamba in the encoder above the U-Net by 0.02",
+            "far cue, four stages: Mamba in the encoder above the U-Net by 0.02",
             minus("encoder, far cue", "U-Net, far cue"),
             above=0.02,
         ),
         Check("far cue: four paths above one", minus("four paths, far cue", "one path, far cue"), above=0.0),
         Check(
-            "near cue: the bottleneck within 0.03 of the U-Net or better",
+            "near cue, two stages: the bottleneck within 0.03 of the U-Net or better",
+            minus("short bottleneck, near cue", "short U-Net, near cue"),
+            above=-0.03,
+        ),
+        Check(
+            "near cue, four stages: the bottleneck within 0.03 of the U-Net or better",
             minus("bottleneck, near cue", "U-Net, near cue"),
             above=-0.03,
         ),
     ),
     needs=(
-        Check("near cue: the U-Net learns the shapes, above 0.8", measured("U-Net, near cue", "score"), above=0.8),
+        Check(
+            "near cue: the U-Net of two stages learns the shapes, above 0.7",
+            measured("short U-Net, near cue", "score"),
+            above=0.7,
+        ),
+        Check("near cue: that of four stages too, above 0.8", measured("U-Net, near cue", "score"), above=0.8),
         Check("near cue: one path learns the shapes, above 0.6", measured("one path, near cue", "score"), above=0.6),
         Check(
             "far cue: Mamba in the bottleneck learns the classes, above 0.6",

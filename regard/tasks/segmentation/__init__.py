@@ -48,7 +48,8 @@ class SegmentationTask(Task):
 
     Args:
         data: ``shapes`` (drawn: four kinds of them in colour; the default), ``far-cue`` (drawn: ellipses whose class a mark in
-            a corner tells) or ``near-cue`` (the same without that mark), ``colin27`` (a head with 116 regions, from Debian's
+            a corner tells), ``own-corner`` (of each ellipse the mark in its own corner) or ``near-cue`` (their own brightness),
+            ``colin27`` (a head with 116 regions, from Debian's
             mricron-data, or a folder with its files), ``mni152`` (a head with its tissues, from nilearn), or a folder with
             `images` and `masks` of the same names, and perhaps `classes.txt` with a line ``value name`` for each class.
         validation: a folder like `data`, for data that is such a folder; its images are what is held out.

@@ -1,4 +1,4 @@
-"""Scenes that are drawn with their masks: shapes over a background, and discs whose class a far corner tells."""
+"""Scenes that are drawn with their masks: shapes over a background, and ellipses whose class a far corner tells."""
 
 from __future__ import annotations
 
@@ -61,16 +61,48 @@ def corner_cue(rng: np.random.Generator, count: int, side: int, *, far: bool) ->
         sign = int(rng.integers(2))
         blobs = np.zeros((side, side), dtype=bool)
         for _ in range(rng.integers(1, 4)):
-            centre, axes, turn = rng.uniform(0.35, 0.65, 2), rng.uniform(0.05, 0.1, 2), rng.uniform(0, math.pi)
-            y, x = row - centre[0], column - centre[1]
-            along, across = y * math.sin(turn) + x * math.cos(turn), y * math.cos(turn) - x * math.sin(turn)
-            blobs |= (along / axes[0]) ** 2 + (across / axes[1]) ** 2 < 1
+            blobs |= _ellipse(rng, row, column, rng.uniform(0.35, 0.65, 2), 0.1)
         image[blobs] += 60 if far else 60 * (2 * sign - 1)
         if far:
             y, x = rng.choice([0, side - marker], 2)
             image[y : y + marker, x : x + marker] = 245 if sign else 10
         found[blobs] = 1 + sign
     return _bytes(images), classes
+
+
+def own_corner(rng: np.random.Generator, count: int, side: int) -> Drawn:
+    """Up to four grey ellipses in noise, all alike, at most one in each quarter and a quarter of the side away from the border.
+
+    Each of the four corners has a bright or a dark square, which tells the class of the ellipse of its quarter alone: a number
+    for the whole map, as norms carry one, does not say whose it is.
+    """
+    row, column = np.mgrid[:side, :side] / side
+    images = 128 + rng.normal(0, 25, (count, side, side, 1))
+    classes = np.zeros((count, side, side), dtype=np.int64)
+    marker = max(2, side // 10)
+    for image, found in zip(images, classes, strict=True):
+        for quarter in rng.permutation(4):
+            below, right = divmod(int(quarter), 2)
+            sign = int(rng.integers(2))
+            y, x = below * (side - marker), right * (side - marker)
+            image[y : y + marker, x : x + marker] = 245 if sign else 10
+            if found.any() and rng.integers(2):
+                continue
+            near = rng.uniform(0.33, 0.42, 2)
+            blob = _ellipse(rng, row, column, np.where([below, right], 1 - near, near), 0.07)
+            image[blob] += 60
+            found[blob] = 1 + sign
+    return _bytes(images), classes
+
+
+def _ellipse(
+    rng: np.random.Generator, row: np.ndarray, column: np.ndarray, centre: np.ndarray, longest: float
+) -> Bool[np.ndarray, "h w"]:
+    """The pixels of an ellipse of any turn, whose half axes are at most `longest`."""
+    axes, turn = rng.uniform(longest / 2, longest, 2), rng.uniform(0, math.pi)
+    y, x = row - centre[0], column - centre[1]
+    along, across = y * math.sin(turn) + x * math.cos(turn), y * math.cos(turn) - x * math.sin(turn)
+    return (along / axes[0]) ** 2 + (across / axes[1]) ** 2 < 1
 
 
 def far_cue(rng: np.random.Generator, count: int, side: int) -> Drawn:
@@ -91,6 +123,7 @@ Draw = Callable[[np.random.Generator, int, int], Drawn]
 SCENES: dict[str, tuple[Draw, tuple[str, ...], int]] = {
     "shapes": (shapes, ("background", "disc", "square", "triangle", "ring"), 3),
     "far-cue": (far_cue, ("background", "dark", "bright"), 1),
+    "own-corner": (own_corner, ("background", "dark", "bright"), 1),
     "near-cue": (near_cue, ("background", "dark", "bright"), 1),
 }
 """What draws scenes, the classes, and the channels."""
