@@ -60,7 +60,8 @@ reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hou
 scaling: $(VENV)/.dev  ## Measure growth with length and efficiency lengths into docs/data: half an hour, on an idle machine
 	$(BIN)/python docs/measure.py scaling
 
-ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: two hours on one core; goes on where it stopped
+ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: two hours on an idle core; goes on where it stopped
+	$(BIN)/python docs/measure.py restore
 	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
 

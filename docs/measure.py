@@ -5,9 +5,10 @@ python docs/measure.py matrix         # regard verify --json             -> veri
 python docs/measure.py variants       # the same with other options      -> verify.json, variants; goes on where it stopped
 python docs/measure.py random         # regard verify --random --json    -> verify.json, random
 python docs/measure.py parity         # the parity tests                 -> parity.json
-python docs/measure.py restore        # reproductions.json       -> runs/reproduce, so that its cells are not run again
+python docs/measure.py restore        # what the next and `keep` left    -> runs, so that its cells are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
+python docs/measure.py keep           # the unfinished one in runs/all   -> ranking-cells.db.gz, to go on with elsewhere
 python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
 """
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,10 @@ GROWS_FROM = 1024
 HEADS, WIDTH = 4, 64
 MOST_BYTES = 2 << 30
 REPRODUCED = Path("runs/reproduce/results.db")
+COMPARED = Path("runs/all/results.db")
+KEPT = DATA / "ranking-cells.db.gz"
+"""Runs of a ranking that is not finished."""
+
 VARIANTS = Path("runs/variants/results.db")
 RANDOM_CASES = 100
 """Random cases of each mechanism on each backend."""
@@ -176,11 +183,26 @@ def measure_random() -> None:
     _write("verify.json", {**_verified(), "random": found}, "random")
 
 
-def restore_reproductions() -> None:
-    """Cells that docs/data holds, into runs/reproduce: they need not be run again."""
+def restore_cells() -> None:
+    """Cells that docs/data holds, into runs: they need not be run again."""
     published = json.loads((DATA / "reproductions.json").read_text())["reproductions"]
     with Store(REPRODUCED) as store:
         print(f"{restore(published, store)} published cells restored into {REPRODUCED}")
+    if KEPT.is_file():
+        with tempfile.TemporaryDirectory() as folder, Store(COMPARED) as store:
+            unpacked = Path(folder, "cells.db")
+            unpacked.write_bytes(gzip.decompress(KEPT.read_bytes()))
+            print(f"{store.merge(unpacked)} kept rows restored into {COMPARED}")
+
+
+def keep_cells() -> None:
+    """The runs that an unfinished ranking has so far; plans and costs belong to a machine and are made again."""
+    with tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder, "cells.db")
+        with Store(packed) as store:
+            taken = store.merge(COMPARED, ["search", "quality"])
+        KEPT.write_bytes(gzip.compress(packed.read_bytes(), mtime=0))
+    print(f"{taken} rows of {COMPARED} kept in {KEPT}")
 
 
 def measure_reproductions() -> None:
@@ -194,7 +216,7 @@ def measure_reproductions() -> None:
 
 def measure_ranking() -> None:
     """The newest finished comparison of all mechanisms; nothing is run here, since all of it takes hours."""
-    with Store(Path("runs/all/results.db")) as store:
+    with Store(COMPARED) as store:
         finished = store.rows("run")
     if not finished:
         raise SystemExit("runs/all holds no finished comparison: make ranking runs it")
@@ -217,6 +239,7 @@ def measure_ranking() -> None:
     data = {"measured": f"{MEASURED}, {finished[-1].machine['cpu']}", **{key: found[key] for key in kept}}
     entries = [{"task": task, **entry} for task, rows in data.pop("summary").items() for entry in rows]
     _write("ranking.json", {**data, "entries": entries}, "entries")
+    KEPT.unlink(missing_ok=True)
 
 
 def measure_scaling() -> None:
@@ -278,7 +301,8 @@ def main() -> None:
         "matrix": measure_matrix,
         "variants": measure_variants,
         "random": measure_random,
-        "restore": restore_reproductions,
+        "restore": restore_cells,
+        "keep": keep_cells,
         "reproductions": measure_reproductions,
         "scaling": measure_scaling,
         "ranking": measure_ranking,

@@ -51,12 +51,12 @@ def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
 def read_backbones(text: str) -> list[Any]:
     """Image backbones, with options or without; raises Unsupported where a mechanism is among them."""
     from regard.models.variants import read_variants
-    from regard.models.vision import list_backbones
+    from regard.models.vision import list_networks
 
     found = read_variants(text)
     for variant in found:
         if variant.backbone is None:
-            known = list_backbones()
+            known = list_networks()
             raise Unsupported(
                 f"model {variant.name!r}",
                 supported=", ".join(known),
@@ -67,9 +67,9 @@ def read_backbones(text: str) -> list[Any]:
 
 def named_backbones(text: str) -> list[Any]:
     """The image backbones in `text`, where its first name is one; none where it names something else."""
-    from regard.models.vision import list_backbones
+    from regard.models.vision import list_networks
 
-    return read_backbones(text) if text.partition(":")[0].strip() in list_backbones() else []
+    return read_backbones(text) if text.partition(":")[0].strip() in list_networks() else []
 
 
 def read_stack(text: str) -> Any:

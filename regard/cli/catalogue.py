@@ -27,7 +27,7 @@ def list_command(
         bool | None, typer.Option("--recurrent/--not-recurrent", help="Whether the decoding state stays the same size.")
     ] = None,
     backbones: Annotated[
-        bool, typer.Option("--backbones", help="Image backbones for --model and --models instead.")
+        bool, typer.Option("--backbones", help="Networks for images, for --model and --models, instead.")
     ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -70,25 +70,33 @@ def _list_backbones(as_json: bool) -> None:
 
     from regard.models.parameters import count_parameters
     from regard.models.vision import list_backbones, read_backbone
+    from regard.models.vision.segmentation import list_segmenters, read_segmenter
 
     rows: list[dict[str, Any]] = []
-    for name in list_backbones():
-        backbone, config = read_backbone(name)
-        with torch.device("meta"):
-            parameters = count_parameters(backbone(config))
-        summary = (inspect.getdoc(sys.modules[backbone.__module__]) or "").partition("\n")[0]
-        rows.append({"name": name, "parameters": parameters, "image_size": list(config.size), "summary": summary})
+    for serves, names, read in (
+        ("images", list_backbones(), read_backbone),
+        ("segmentation", list_segmenters(), read_segmenter),
+    ):
+        for name in names:
+            network, config = read(name)
+            with torch.device("meta"):
+                parameters = count_parameters(network(config))
+            summary = (inspect.getdoc(sys.modules[network.__module__]) or "").partition("\n")[0]
+            side = getattr(config, "image_size", None)
+            side = [side, side] if isinstance(side, int) else None if side is None else list(side)
+            rows.append(
+                {"name": name, "serves": serves, "parameters": parameters, "image_size": side, "summary": summary}
+            )
     if as_json:
         emit(rows)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("backbone", "parameters", "pixels", "what it is"):
+    for heading in ("backbone", "serves", "parameters", "pixels", "what it is"):
         table.add_column(heading, justify="right" if heading in ("parameters", "pixels") else "left")
     for row, before in zip(rows, [None, *(row["summary"] for row in rows)], strict=False):
-        side = "x".join(map(str, row["image_size"]))
-        table.add_row(
-            row["name"], f"{row['parameters'] / 1e6:.1f} M", side, "" if row["summary"] == before else row["summary"]
-        )
+        side = "any" if row["image_size"] is None else "x".join(map(str, row["image_size"]))
+        said = "" if row["summary"] == before else row["summary"]
+        table.add_row(row["name"], row["serves"], f"{row['parameters'] / 1e6:.1f} M", side, said)
     console.print(table)
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from regard.cli.arguments import plugged_tasks
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS
+from regard.measurement import units
 
 
 def evaluate(
@@ -32,7 +33,8 @@ def evaluate(
         regard evaluate my_model other_corpus.txt
         regard evaluate reviews new_reviews.csv --json
     """
-    from regard.workbench.trained import open_trained
+    from regard.measurement.statistics import score_of_items
+    from regard.workbench.trained import figures_of, open_trained
 
     own = plugged_tasks(load_plugins(plugin), (data,))
     trained = open_trained(folder)
@@ -44,6 +46,8 @@ def evaluate(
         "task": task.name,
         "metric": task.metric,
         "score": found.score,
+        "standard_error": score_of_items(found.items)[1],
+        "figures": figures_of(found),
         "loss": found.loss,
         "items": len(found.items),
         "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
@@ -53,3 +57,5 @@ def evaluate(
         return
     beside = "" if rule is None else f"; without training, {rule.name} has {rule.score:.4g}"
     console.print(Text(f"{found.score:.4g} {task.metric} on {len(found.items)} items{beside}."))
+    for name, (mean, error) in figures_of(found).items():
+        console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))

@@ -45,11 +45,18 @@ def explain(
 
     from regard.contract import Context
     from regard.models.weights import write_atomically
+    from regard.tasks.segmentation import MaskReader
     from regard.workbench import explain as maps
     from regard.workbench.trained import open_trained
 
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)
+    if isinstance(reader, MaskReader):
+        raise Unsupported(
+            f"explain of {folder}, a model that segments",
+            supported="models that classify images",
+            nearest="regard predict",
+        )
     if of is not None and of not in reader.classes:
         raise Unsupported(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)

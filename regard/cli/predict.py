@@ -1,7 +1,8 @@
-"""`regard predict`: the classes of images, by a trained model."""
+"""`regard predict`: the classes of images, or of their pixels, by a trained model."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regard.tasks.images import ImageReader
+    from regard.tasks.segmentation import MaskReader
 
 AT_ONCE = 32
 """Images of a batch."""
@@ -28,19 +30,29 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(help="Classes to name for each image, the likeliest first.")] = 3,
     skip_unreadable: SKIP_UNREADABLE = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a model that segments: a PNG for the mask of one image, or a folder for those of several."
+        ),
+    ] = None,
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
-    """Classify images with a trained model.
+    """Classify images, or their pixels, with a trained model.
 
-    The images are turned, resized and normalised as those it was trained on.
+    The images are turned, resized and normalised as those it was trained on. A model of the task segmentation tells the share
+    of each class, and writes the mask in the image's size with --output: its values and colours are those of the masks that
+    the model was trained on.
 
     Examples:
 
     \b
         regard predict my_model holiday.jpg
         regard predict my_model photos/ --skip-unreadable --json
+        regard predict scans scan.png --output mask.png
     """
+    from regard.tasks.segmentation import MaskReader
     from regard.workbench.trained import open_trained
 
     at_least("top", top, 1)
@@ -48,6 +60,13 @@ def predict(
     reader, model = trained.reader, trained.model(device)
     paths = [path for given in images for path in image_files(given)]
     found, skipped = [], list[str]()
+    if isinstance(reader, MaskReader):
+        _segment(folder, model, reader, paths, output, device, skipped if skip_unreadable else None, as_json)
+        return
+    if output is not None:
+        raise Unsupported(
+            f"--output {output} of a model that classifies images", supported="models of the task segmentation"
+        )
     for start in range(0, len(paths), AT_ONCE):
         found += _classify(
             model, reader, paths[start : start + AT_ONCE], top, device, skipped if skip_unreadable else None
@@ -66,6 +85,50 @@ def predict(
         table.add_row(Text(row["image"]), Text(first, style="bold"), f"{chance:.3f}", Text(said))
     console.print(table)
     for name in skipped:
+        console.print(Text(f"not read: {name}", style="dim"))
+
+
+def _segment(
+    folder: Path,
+    model: nn.Module,
+    reader: MaskReader,
+    paths: list[Path],
+    output: Path | None,
+    device: str,
+    skipped: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Tell the shares of the classes of each file, and write its mask; files that cannot be read are added to `skipped`."""
+    from regard.models.weights import write_atomically
+    from regard.workbench import segment as masks
+
+    if output is not None:
+        masks.check_output(output, len(paths))
+    found, taken = list[dict[str, Any]](), set[str]()
+    for path in paths:
+        try:
+            classes, shares = masks.segment(model, reader, path, device)
+        except Unsupported as error:
+            if skipped is None:
+                raise
+            skipped.append(error.asked)
+            continue
+        row: dict[str, Any] = {"image": str(path), "shares": shares}
+        if output is not None:
+            place = masks.place_of(output, path, taken)
+            drawn = masks.mask_image(classes, reader)
+            write_atomically(place, functools.partial(drawn.save, format="PNG"))
+            row["mask"] = str(place)
+        found.append(row)
+    if not found:
+        raise Unsupported("images of which none can be read", supported="one image or more")
+    if as_json:
+        emit({"folder": str(folder), "images": found, "skipped": skipped or []})
+        return
+    for row in found:
+        written = f": {row['mask']}" if "mask" in row else ""
+        console.print(Text(f"{row['image']}: {masks.described(row['shares'])}{written}"))
+    for name in skipped or ():
         console.print(Text(f"not read: {name}", style="dim"))
 
 

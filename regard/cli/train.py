@@ -92,6 +92,7 @@ def train(
         regard train my_corpus.txt --tokenizer bpe:4096 --dim 256 --layers 6 --budget 2h
         regard train reviews.csv --mechanism linear --output reviews
         regard train --task images:size=64,augment=light photos/ --model van_b0 --ema 0.999 --output photos
+        regard train --task segmentation scans/ --model unet_nano --output scans
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
     """
     from regard.tasks import create_task
@@ -166,6 +167,8 @@ def train(
         console.print(Text(f"{record['score']:.4g} {record['metric']} on what was held out{beside}.", style="bold"))
         if record.get("weights"):
             console.print(Text(f"Weights: {chosen_weights(record)}."))
+        for name, (mean, error) in record["figures"].items():
+            console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
         console.print(Text(f"Model: {trained.folder} (its README says how to use it)"))
     if record["state"] == DIVERGED:
         raise Unsupported(

@@ -155,6 +155,18 @@ def items_array(items: Sequence[Sequence[float]]) -> np.ndarray:
     return np.asarray(items, dtype=np.float64).reshape(-1, 2)
 
 
+def score_of_items(items: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Total sum over total weight of (sum, weight) pairs, and its standard error over the items; nan where unknown."""
+    found = items_array(items)
+    total, weight = found.sum(0)
+    if not weight:
+        return math.nan, math.nan
+    score = float(total / weight)
+    left = found[:, 0] - score * found[:, 1]
+    n = len(found)
+    return score, float(math.sqrt(n / (n - 1) * np.square(left).sum()) / weight) if n > 1 else math.nan
+
+
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The exponent p of value ~ size^p, by least squares of logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

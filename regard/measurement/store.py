@@ -16,7 +16,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +139,36 @@ class Store:
         if run is None:
             return self._select("kind = ?", kind)
         return self._select("kind = ? AND run = ?", kind, run)
+
+    def merge(self, other: str | Path, kinds: Iterable[str] = KINDS) -> int:
+        """Take over the rows of another store whose keys this one lacks, with what they say of who made them and where.
+
+        Args:
+            other: the other store's file, which is left as it is.
+            kinds: of `KINDS`; rows of other kinds are left out.
+
+        Returns:
+            How many rows were taken.
+
+        Raises:
+            Unsupported: `other` is not a store, or is damaged.
+        """
+        taken = 0
+        columns = "kind, key, created, run, regard_version, git_revision, machine, command, payload"
+        with closing(_open_to_read(Path(other))) as source, _told_plainly(Path(other), "read"):
+            machines = source.execute("SELECT id, fingerprint FROM machines").fetchall()
+            for kind in kinds:
+                _require_kind(kind)
+                rows = source.execute(f"SELECT {columns} FROM rows WHERE kind = ? ORDER BY id", (kind,)).fetchall()
+                with _told_plainly(self.path, "written"):
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    self._connection.executemany("INSERT INTO machines VALUES (?, ?) ON CONFLICT DO NOTHING", machines)
+                    taken += self._connection.executemany(
+                        f"INSERT INTO rows ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO NOTHING",
+                        rows,
+                    ).rowcount
+                    self._connection.execute("COMMIT")
+        return taken
 
     def close(self) -> None:
         self._connection.close()

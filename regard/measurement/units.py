@@ -78,9 +78,10 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds of something that runs: 0:07, 83:20."""
+    """Minutes and seconds of something that runs, and hours where there are some: 0:07, 1:23:20."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, within = divmod(minutes, 60)
+    return f"{hours}:{within:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "": 1}

@@ -90,7 +90,9 @@ class EncoderConfig:
     pool_options: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
-    serves: ClassVar = ((Pattern.NONCAUSAL_SELF, "classification"), (Pattern.NONCAUSAL_SELF, "regression"))
+    serves: ClassVar = tuple(
+        (Pattern.NONCAUSAL_SELF, name) for name in ("classification", "regression", "segmentation")
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
@@ -106,9 +108,12 @@ class EncoderConfig:
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, **sizes: Any) -> EncoderConfig:
-        """As :func:`regard.models.registry.config_for` asks for it; numbers are predicted at each position."""
+        """As :func:`regard.models.registry.config_for` asks for it; numbers, and classes of pixels, at each position."""
         if task.objective == "regression":
             return cls(task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
+        if task.objective == "segmentation":
+            width = (task.num_targets or 0) * (task.num_classes or 0)
+            return cls(width, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
         return cls(task.num_classes or 0, task.vocab_size, task.features, plan=plan, **sizes)
 
 

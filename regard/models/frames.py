@@ -45,9 +45,10 @@ FRAMES: Mapping[str, Mapping[str, Any]] = {
     "own": {},
 }
 MEANINGS = {
-    "bare": "rotary positions and a norm of output heads in every layer that can have them, and no convolutions",
-    "convolution": "short convolutions on queries, keys and values, rotary positions and a norm of output heads in every "
-    "layer that can have them",
+    "bare": "rotary positions (on grids sinusoidal ones, added to the input) and a norm of output heads in every layer that "
+    "can have them, and no convolutions",
+    "convolution": "short convolutions on queries, keys and values, rotary positions (on grids sinusoidal ones, added to the "
+    "input) and a norm of output heads in every layer that can have them",
     "own": "in every layer the parts of its paper, which differ",
 }
 

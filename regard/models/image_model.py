@@ -76,13 +76,20 @@ class ImageModelConfig:
                 supported="tasks that classify images, such as images",
                 nearest="--task images",
             )
-        channels = 1 if math.isqrt(task.features) ** 2 == task.features else 3
-        patch = math.isqrt(task.features // channels)
-        if channels * patch**2 != task.features:
-            raise Unsupported(
-                f"{backbone} on patches of {task.features} numbers", supported="square patches of 1 or 3 channels"
-            )
+        patch, channels = patches_of(task, backbone)
         return cls(backbone, task.num_classes or 0, task.grid, patch, channels, dict(options))  # type: ignore[arg-type]
+
+
+def patches_of(task: Task, name: str) -> tuple[int, int]:
+    """Side of a task's patches in pixels, and channels; raises Unsupported, for the model `name`, for other features."""
+    assert task.features is not None
+    channels = 1 if math.isqrt(task.features) ** 2 == task.features else 3
+    patch = math.isqrt(task.features // channels)
+    if channels * patch**2 != task.features:
+        raise Unsupported(
+            f"{name} on patches of {task.features} numbers", supported="square patches of 1 or 3 channels"
+        )
+    return patch, channels
 
 
 class ImageModel(nn.Module):
@@ -107,11 +114,15 @@ class ImageModel(nn.Module):
         Raises:
             Unsupported: for padding, and inputs of another shape.
         """
+        return self.backbone.forward_with_losses(self.images(inputs, self.grid_of(context)))
+
+    def grid_of(self, context: Context | None) -> tuple[int, ...] | None:
+        """The grid of a call, if it says one; raises Unsupported for padding and roles."""
         context = given_context(context)
         if context.mask is not None or context.roles is not None:
             name = self.config.backbone
             raise Unsupported(f"a mask or roles in {name}", supported="whole images", nearest="Encoder")
-        return self.backbone.forward_with_losses(self.images(inputs, context.grid))
+        return context.grid
 
     def images(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None = None) -> Float[Tensor, "b c h w"]:
         """The images that patches were cut from, on the config's grid or another; raises Unsupported for another shape."""

@@ -17,8 +17,9 @@ from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig
+from regard.models.segmentation_model import SegmentationModel, SegmentationModelConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig
-from regard.models.vision import list_backbones
+from regard.models.vision import list_networks
 
 if TYPE_CHECKING:
     from regard.tasks.protocol import Task
@@ -40,6 +41,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "FunnelEncoder": (FunnelEncoder, FunnelEncoderConfig),
     "PyramidEncoder": (PyramidEncoder, PyramidEncoderConfig),
     "ImageModel": (ImageModel, ImageModelConfig),
+    "SegmentationModel": (SegmentationModel, SegmentationModelConfig),
 }
 
 
@@ -90,7 +92,7 @@ def config_for(task: Task, plan: Any, model: str | None = None, **sizes: Any) ->
             supported="; ".join(f"{pattern} with {objective}" for pattern, objective in served()),
         )
     if model is not None and model not in names:
-        backbones = list_backbones() if len(task.grid or ()) == 2 else []
+        backbones = list_networks() if len(task.grid or ()) == 2 else []
         raise Unsupported(
             f"model {model!r} for the task {task.name}",
             supported=", ".join(names) + (", or an image backbone of its own" if backbones else ""),

@@ -77,10 +77,12 @@ class StageConfig:
 
     @classmethod
     def read(cls, given: StageConfig | Mapping[str, Any]) -> StageConfig:
-        """From a mapping of options; raises Unsupported for an unknown one."""
+        """From a mapping of options; raises Unsupported for an unknown one, and without `layers`."""
         if isinstance(given, StageConfig):
             return given
         check_options(cls, given, "a stage")
+        if "layers" not in given:
+            raise Unsupported("a stage without layers", supported="the number of its layers", nearest='{"layers": 2}')
         return cls(**given)
 
 

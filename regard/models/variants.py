@@ -29,7 +29,7 @@ from typing import Any
 from regard.catalogue import find_mechanism, get_mechanism, get_module, register, resolve
 from regard.contract import Mechanism, Unsupported, closest
 from regard.create import layer_options
-from regard.models.vision import list_backbones, read_backbone
+from regard.models.vision import check_network, list_networks
 
 LAYER = re.compile(r"(?P<name>[^:*+\s]+)(?::(?P<options>.+?))?(?:\*(?P<count>\d+))?")
 FILES = (".toml", ".json", ".yaml", ".yml")
@@ -157,10 +157,10 @@ def read_variant(text: str) -> Variant:
 def read_model(text: str) -> Variant:
     """One variant, or an image backbone; raises Unsupported as :func:`read_variant`."""
     name, _, written = text.strip().partition(":")
-    if name not in list_backbones():
+    if name not in list_networks():
         return read_variant(text)
     options = read_options(written, name)
-    read_backbone(name, **options)
+    check_network(name, options)
     return Variant(_written(name, options), (), (name, options))
 
 

@@ -34,6 +34,7 @@ from regard.tasks.protocol import (
     squared_error_by_item,
 )
 from regard.tasks.recall import RecallTask
+from regard.tasks.segmentation import SegmentationTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
 
@@ -43,6 +44,7 @@ _TASKS = (
     CopyingTask,
     ListOpsTask,
     ImagesTask,
+    SegmentationTask,
     DocumentsTask,
     MatchingTask,
     ParaphraseTask,
@@ -97,22 +99,19 @@ def create_task(
                 nearest=closest(option, accepted),
             )
     task: Task = TASKS[name](**given)
-    task.origin = {option: _lasting(option, value) for option, value in given.items()}
+    task.origin = {option: _lasting(option, value, TASKS[name].named) for option, value in given.items()}
     return task
 
 
-def _lasting(option: str, value: Any) -> Any:
-    """A value of an option as JSON, with paths that hold in every folder."""
+def _lasting(option: str, value: Any, named: tuple[str, ...]) -> Any:
+    """A value of an option as JSON, with paths that hold in every folder; `named` are data that are no paths."""
+    if value in named:
+        return value
     if option in ("data", "validation"):
-        return _lasting_path(value) if isinstance(value, str | Path) else [_lasting_path(path) for path in value]
+        return os.path.abspath(value) if isinstance(value, str | Path) else [os.path.abspath(path) for path in value]
     if option == "tokenizer" and str(value).endswith(".json"):
         return os.path.abspath(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _lasting_path(given: str | Path) -> str:
-    """Data by a name of the task, such as digits, are no path."""
-    return os.path.abspath(given) if os.path.exists(given) else str(given)
 
 
 __all__ = [

@@ -37,7 +37,7 @@ class Images:
         shape: height, width and channels that a model sees.
         pixels: uint8; float32 from 0 to 255 where some images have more than 8 bits. An array where all are of `shape`; else
             a list, and some are higher or wider than it.
-        labels: class of each image.
+        labels: class of each image, or of each of its pixels.
         classes: their names.
         held_out: images that must not be trained on; None when the data set has no split of its own.
         notes: what was left out.
@@ -47,7 +47,7 @@ class Images:
     source: str
     shape: tuple[int, int, int]
     pixels: Sequence[Pixels] | Shaped[np.ndarray, "n h w c"]
-    labels: Int[np.ndarray, " n"]
+    labels: Int[np.ndarray, "n ..."]
     classes: tuple[str, ...]
     held_out: Int[np.ndarray, " m"] | None = None
     notes: list[str] = field(default_factory=list)
@@ -207,11 +207,11 @@ def require_pillow() -> None:
         ) from None
 
 
-def read_image(path: Path, size: tuple[int, int], channels: int) -> tuple[Pixels, int]:
+def read_image(path: Path, size: tuple[int, int], channels: int, *, squeezed: bool = False) -> tuple[Pixels, int]:
     """An image that covers a height and width, and the number of pictures in its file, of which it is the first.
 
-    It is turned as its camera says and resized, in its own proportions, until one side fits and the other is not smaller.
-    Pixels are bytes, or float32 numbers of the file's own scale where its grey has more than 8 bits. What is transparent is
+    It is turned as its camera says and resized, in its own proportions, until one side fits and the other is not smaller; or
+    `squeezed` to this height and width. Pixels are bytes, or float32 numbers of the file's own scale where its grey has more than 8 bits. What is transparent is
     white.
 
     Raises:
@@ -236,7 +236,7 @@ def read_image(path: Path, size: tuple[int, int], channels: int) -> tuple[Pixels
         raise unreadable(path, error) from None
     if min(image.size) < 2:
         raise unreadable(path, f"it is {image.width} x {image.height} pixels small")
-    image = _covering(image, size)
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC) if squeezed else _covering(image, size)
     if deep:
         values = np.asarray(image)
         if not np.isfinite(values).all():

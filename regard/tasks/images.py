@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped, UInt8
     from PIL.Image import Image as Picture
 
+    from regard.tasks.image_files import Pixels
+
 NAMED = ("digits", FASHION_MNIST)
 DIGITS = tuple("0123456789")
 FOLDER_SIDE = 32
@@ -82,14 +84,18 @@ class ImageReader:
         Raises:
             Unsupported: for files that cannot be read, and images of more than 8 bits where the model has seen none.
         """
-        size = self.height, self.width
-        images = [centre(read_image(path, size, self.channels)[0], size) for path in paths]
+        images = [self.opened(path) for path in paths]
         for path, image in zip(paths, images, strict=True):
             if image.dtype == np.float32 and self.span is None:
                 raise Unsupported(
                     f"{path}, an image of more than 8 bits", supported="images of 8 bits, as the model was trained on"
                 )
         return self.patches(np.stack(stacked(images, self.span)[0]))
+
+    def opened(self, path: Path) -> Pixels:
+        """The pixels of a file that the model sees."""
+        size = self.height, self.width
+        return centre(read_image(path, size, self.channels)[0], size)
 
     def seen(self, picture: Picture) -> Picture:
         """The part of a picture that :meth:`read` looks at: its middle, in the proportions of the model's images."""
@@ -149,6 +155,7 @@ class ImagesTask(Task):
     name = "images"
     pattern = Pattern.NONCAUSAL_SELF
     objective = "classification"
+    named = (*NAMED, FASHION_MNIST.replace("-", "_"))
 
     def __init__(
         self,
@@ -177,7 +184,7 @@ class ImagesTask(Task):
                     f"{name}={value} with augment=none", supported="images that are varied", nearest="augment=light"
                 )
         loaded = _load("digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable)
-        self._images = images = _distinct(loaded)
+        self._images = images = distinct(loaded)
         self.num_classes: int = len(images.classes)
         height, width, depth = images.shape
         self.augmentation: Augmentation | None = None
@@ -185,7 +192,7 @@ class ImagesTask(Task):
             share = check_fraction("mix", (0.5 if augment == "standard" else 0.0) if mix is None else mix, 0, 1)
             mirrored = images.classes != DIGITS if flip is None else flip
             self.augmentation = Augmentation(augment, (height, width), self.num_classes, flip=mirrored, mix=share)
-        self.patch = _choose_patch(height, width, length, patch)
+        self.patch = choose_patch(height, width, length, patch)
         self.grid: tuple[int, ...] = (height // self.patch, width // self.patch)
         self.length = self.grid[0] * self.grid[1]
         self.features: int = self.patch**2 * depth
@@ -328,7 +335,7 @@ def _statistics(
     return mean, np.sqrt(squares / count)
 
 
-def _distinct(images: Images) -> Images:
+def distinct(images: Images) -> Images:
     """Without exact repetitions. Where a data set has held-out images, those are the ones kept."""
     order = np.arange(len(images.pixels))
     if images.held_out is not None:
@@ -377,7 +384,7 @@ def _split(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n
     return np.setdiff1d(everything, chosen), chosen
 
 
-def _choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:
+def choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:
     sides = [side for side in range(1, min(height, width) + 1) if height % side == 0 and width % side == 0]
     lengths = {side: height * width // side**2 for side in sides}
     if patch is not None and patch not in sides:

@@ -92,8 +92,7 @@ class LabelledTask(Task):
         if shared and not kept:
             raise Unsupported(
                 "validation that holds all of the training data" + (f": {names_of(validation)}" if validation else ""),
-                supported="held-out items of its own",
-                nearest="no validation",
+                supported="held-out items of its own, or none, which splits some off",
             )
         if shared:
             first = next(item for item in training if item.texts in taken)

@@ -195,8 +195,7 @@ class TextPairsTask(Task):
             if not training:
                 raise Unsupported(
                     f"validation that holds all of the training data: {names_of(validation)}",
-                    supported="held-out pairs of its own",
-                    nearest="no validation",
+                    supported="held-out pairs of its own, or none, which splits some off",
                 )
             if overlap := [pair for pair in distinct if pair.source in sources]:
                 self._notes.append(overlap_note(len(overlap), "pairs", validation, overlap[0].source))

@@ -34,8 +34,8 @@ class Batch:
     Attributes:
         inputs: tokens, or float32 features. With a memory: what the decoder reads, beginning with a start token, or
             what is known of each point to predict.
-        targets: a token for each position (:data:`IGNORED` where there is none), a class for each item, or numbers for
-            each position (nan where there is none).
+        targets: a token for each position (:data:`IGNORED` where there is none), a class for each item, numbers for
+            each position (nan where there is none), or classes of the pixels of each position (:data:`IGNORED`).
         valid: key padding, True where a token exists; None when all tokens are valid.
         grid: sizes of the image whose tokens are laid out row by row.
         memory: what a cross pattern reads: source tokens, or float32 features of the past.
@@ -45,7 +45,7 @@ class Batch:
     """
 
     inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"]
-    targets: Int[Tensor, "b n"] | Int[Tensor, " b"] | Float[Tensor, "b n t"]
+    targets: Int[Tensor, "b n"] | Int[Tensor, " b"] | Float[Tensor, "b n t"] | Int[Tensor, "b n p"]
     valid: Bool[Tensor, "b n"] | None = None
     grid: tuple[int, ...] | None = None
     memory: Int[Tensor, "b m"] | Float[Tensor, "b m g"] | None = None
@@ -126,12 +126,13 @@ class Task(Protocol):
         name: of the task, as shown.
         pattern: the attention pattern that its model needs.
         objective: ``next-token`` (a prediction at each position), ``classification`` (one for each item),
-            ``regression`` (numbers at each position), or one by :func:`register_objective`.
+            ``regression`` (numbers at each position), ``segmentation`` (a class for each of the `num_targets` pixels of
+            a token), or one by :func:`register_objective`.
         length: tokens of an item, padding included.
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens.
-        num_classes: in classification.
-        num_targets: numbers for each position in regression.
+        num_classes: in classification and segmentation.
+        num_targets: numbers for each position in regression, pixels of a token in segmentation.
         memory_length: tokens of the memory, padding included, in a cross pattern; None in a self pattern.
         memory_vocab_size, memory_features: as `vocab_size` and `features`, of the memory.
         target_features: columns of a memory of floats that hold the past of the targets, in their order; the first
@@ -148,6 +149,7 @@ class Task(Protocol):
         runner: trains its models and scores them, a :class:`regard.training.runner.Runner`; None for gradient steps on
             its batches.
         origin: options of :func:`regard.tasks.create_task` that make it again, as JSON could say them; None for other tasks.
+        named: data that have a name, and are no paths.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Task(Protocol):
     baseline: Baseline | None = None
     runner: Any = None
     origin: Mapping[str, Any] | None = None
+    named: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Sizes, splits and a sample, shown before training. Plain text: print it without markup."""
@@ -188,6 +191,12 @@ class Task(Protocol):
     def score(self, logits: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Sum and weight of each item, in float64: the score of many items is total sum / total weight."""
         return accuracy(logits, batch)
+
+    def figures(
+        self, output: Float[Tensor, "b *n c"], batch: Batch
+    ) -> Mapping[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
+        """Further figures to tell beside the score, by name, each as :meth:`score` gives it."""
+        return {}
 
     def score_generated(
         self, tokens: Int[Tensor, "b n"], batch: Batch

@@ -56,12 +56,15 @@ class _Columns:
 def recognise(data: Paths) -> Chosen:
     """The task that fits the files, and the options that it needs.
 
-    Files are text unless they are tables (see :mod:`regard.tasks.tables`), whose columns tell, or folders of images.
+    Files are text unless they are tables (see :mod:`regard.tasks.tables`), whose columns tell, or folders of images; one with the
+    folders images and masks is for segmentation.
 
     Raises:
         Unsupported: for a table whose columns fit no task, or several, with what to add.
     """
     paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    if len(paths) == 1 and all((paths[0] / part).is_dir() for part in ("images", "masks")):
+        return "segmentation", {}
     if len(paths) == 1 and paths[0].is_dir():
         suffixes = [path.suffix.lower() for path in walk(paths[0])[0]]
         images, texts = (sum(suffix in kind for suffix in suffixes) for kind in (IMAGE_SUFFIXES, TEXT_SUFFIXES))

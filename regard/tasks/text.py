@@ -150,8 +150,7 @@ class TextTask(Task):
         if not self.training_documents:
             raise Unsupported(
                 f"validation that holds all of the training data: {names_of(validation)}",
-                supported="held-out text of its own",
-                nearest="no validation",
+                supported="held-out text of its own, or none, which splits some off",
             )
         if shared:
             self._notes.append(overlap_note(len(shared), "documents", validation, shared[0].name))

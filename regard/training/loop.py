@@ -394,11 +394,13 @@ class Evaluation:
         items: (sum, weight) of each item, in the task's order, so that two models are paired item by item.
         score: total sum / total weight.
         loss: mean of the task's loss over the targets: cross entropy in nats, or squared error.
+        figures: what the task tells beside the score: items of each figure, by its name.
     """
 
     items: list[tuple[float, float]]
     score: float
     loss: float
+    figures: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -409,6 +411,7 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
     """
     device = next(model.parameters()).device
     items: list[tuple[float, float]] = []
+    figures: dict[str, list[tuple[float, float]]] = {}
     loss, targets, seen = 0.0, 0.0, 0
     with evaluation_mode(model):
         for batch in task.evaluation_batches(batch_size):
@@ -430,7 +433,11 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
                 )
                 sums, weights = task.score_generated(tokens, chosen)
             items += list(zip(sums.tolist(), weights.tolist(), strict=True))
+            more = task.figures(output, chosen) if hasattr(task, "figures") else {}
+            for name, (sums, weights) in more.items():
+                figures.setdefault(name, []).extend(zip(sums.tolist(), weights.tolist(), strict=True))
             losses, counts = task.loss(output, chosen)
             loss, targets = loss + float(losses.sum()), targets + float(counts.sum())
     total, weight = sum(s for s, _ in items), sum(w for _, w in items)
-    return Evaluation(items, total / weight if weight else math.nan, loss / targets if targets else math.nan)
+    score = total / weight if weight else math.nan
+    return Evaluation(items, score, loss / targets if targets else math.nan, figures)

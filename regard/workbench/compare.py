@@ -29,8 +29,9 @@ from regard.models import StackConfig
 from regard.models.frames import MEANINGS
 from regard.tasks import Task
 from regard.workbench.cost import model_costs
+from regard.workbench.mask_pictures import shown
 from regard.workbench.matching import match, sentence, with_options
-from regard.workbench.recommend import Recommendation, recommend
+from regard.workbench.recommend import Recommendation, listed, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import MATCHED, CompareSettings
 from regard.workbench.summary import (
@@ -260,7 +261,12 @@ class _Runner:
         for kind in dict.fromkeys(work.kind for work in self.works):
             works = [work for work in self.works if work.kind == kind]
             work = works[0]
-            lengths = sorted({*self.settings.lengths, *(self.settings.measured_at(w.own_length) for w in works)})
+            needed = {self.settings.measured_at(w.own_length) for w in works}
+            left_out = [length for length in self.settings.lengths if length not in needed and not work.takes(length)]
+            lengths = sorted({*self.settings.lengths, *needed} - {*left_out})
+            if left_out:
+                told = listed([f"{length:,}" for length in left_out])
+                self.trainer.say(f"{work.task.name}: no costs at {told} tokens, which not every model takes")
             identity = {k: v for k, v in work.identity.items() if k not in ("metric", "batch_size")}
             keys = {
                 name: {
@@ -302,6 +308,7 @@ class _Runner:
             "parts": {work.task.name: work.parts() for work in self.works},
             "at_length": {work.task.name: settings.measured_at(work.own_length) for work in self.works},
             "settings": _described(self.works, settings) | ({"matched": self.matched} if self.matched else {}),
+            "masks": {work.task.name: shown(work.task) for work in self.works},
             "descriptions": {work.task.name: work.task.describe() for work in self.works},
             "started": self.beginning,
             "finished": provenance.now(),

@@ -21,7 +21,7 @@ from regard.catalogue import list_mechanisms
 from regard.contract import Unsupported
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
-from regard.workbench import charts
+from regard.workbench import charts, mask_pictures
 from regard.workbench.charts import Axis, ScatterPoint, Series, is_number
 from regard.workbench.summary import with_rule
 
@@ -258,15 +258,25 @@ class _View:
             {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
         ]
 
-    def kept(self, task: str, what: str) -> list[dict[str, Any]]:
-        """An entry of the rows, such as ``sample``, of each mechanism's best run that has it, best mechanism first."""
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Text by each mechanism's language model after its best run, best first."""
+        return [{"mechanism": name, **row["sample"]} for name, row in self._with(task, "sample")]
+
+    def masks(self, task: str) -> dict[str, Any] | None:
+        """Images, masks and predictions of a task that segments, see :func:`regard.workbench.mask_pictures.table`."""
+        return mask_pictures.table((self.run.get("masks") or {}).get(task), self._with(task, "masks"))
+
+    def predicted(self, task: str) -> list[dict[str, Any]]:
+        """What each model says of single images, see :func:`regard.workbench.predicted_images.predicted`, best first."""
+        return [{"mechanism": name, **row["predicted"]} for name, row in self._with(task, "predicted")]
+
+    def _with(self, task: str, key: str) -> list[tuple[str, Payload]]:
+        """The first row at its best rate that has something to show, of each mechanism that has one, best first."""
         found = []
         for entry in self.ranked(task):
-            rate = self.chosen_rate(task, entry["mechanism"])
-            own = [r for r in self.quality if (r["task"], r["mechanism"], r["lr"]) == (task, entry["mechanism"], rate)]
-            one = next((row[what] for row in own if row.get(what)), None)
-            if one is not None:
-                found.append({"mechanism": entry["mechanism"], **one})
+            name, rate = entry["mechanism"], self.chosen_rate(task, entry["mechanism"])
+            own = [r for r in self.quality if (r["task"], r["mechanism"], r["lr"]) == (task, name, rate)]
+            found += [(name, row) for row in own if row.get(key)][:1]
         return found
 
     def lengths(self) -> str:

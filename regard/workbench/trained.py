@@ -21,10 +21,12 @@ from torch import nn
 
 from regard.contract import Unsupported, at_least
 from regard.measurement import provenance
+from regard.measurement.statistics import score_of_items
 from regard.models import count_parameters, from_pretrained, save_pretrained
 from regard.models.weights import write_atomically
 from regard.tasks import Task, create_task
 from regard.tasks.images import ImageReader
+from regard.tasks.segmentation import MaskReader
 from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from regard.training import Evaluation, History, Point, WeightAverage, runner_of
 from regard.training.average import check_decay
@@ -76,9 +78,9 @@ class TrainedModel:
         if record is None:
             raise Unsupported(
                 f"images for the model in {self.folder}, which was trained on {self.record['task']['name']}",
-                supported="models trained on the task images",
+                supported="models trained on the tasks images and segmentation",
             )
-        return ImageReader.of_record(record)
+        return (MaskReader if "colours" in record else ImageReader).of_record(record)
 
     def task(self, data: str | list[str] | None = None) -> Task:
         """The task that it was trained on, with `data` instead of its held-out items where given.
@@ -283,9 +285,15 @@ def outcome(work: Work, model: nn.Module, history: History, found: Evaluation | 
         **ran(task, model, history),
         "score": None if found is None else found.score,
         "loss": None if found is None else found.loss,
+        "figures": figures_of(found),
         "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
         "machine": provenance.fingerprint()["cpu"],
     }
+
+
+def figures_of(found: Evaluation | None) -> dict[str, list[float]]:
+    """What a task tells beside its score: mean over the held-out items and its standard error, by name."""
+    return {} if found is None else {name: list(score_of_items(items)) for name, items in found.figures.items()}
 
 
 def ran(task: Task, model: nn.Module, history: History) -> dict[str, Any]:
@@ -367,7 +375,10 @@ def card(trained: TrainedModel) -> str:
         + ")\n```",
     ]
     commands = [f"regard evaluate {trained.folder}"]
-    if record.get("reader") is not None:
+    reader = record.get("reader")
+    if reader is not None and "colours" in reader:
+        commands.append(f"regard predict {trained.folder} picture.jpg --output mask.png")
+    elif reader is not None:
         commands += [f"regard {verb} {trained.folder} picture.jpg" for verb in ("predict", "explain")]
     if record["tokenizer"] is not None and record["task"]["name"] == "text":
         commands.append(f'regard generate {trained.folder} "..."')

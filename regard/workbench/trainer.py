@@ -21,10 +21,10 @@ from regard.measurement.store import Store
 from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
 from regard.training import runner_of
-from regard.workbench.predicted_images import predicted
+from regard.workbench import mask_pictures, predicted_images
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
-from regard.workbench.trained import described, keep, outcome, ran
+from regard.workbench.trained import described, figures_of, keep, outcome, ran
 from regard.workbench.work import FEWEST_STEPS, Work, build, share_steps
 
 Row = dict[str, Any]
@@ -264,6 +264,7 @@ class Trainer:
             if work.search_items:
                 sliced = runner.evaluate(model, task, work.scored_at_once, last=work.search_items)
             choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
+        shows = seed == self.settings.first_seed and not history.diverged
         if self.settings.keep_models and work.frame == self.settings.frames[0] and seed == self.settings.first_seed:
             record = {**described(work, name, rate, seed), **outcome(work, model, history, found)}
             keep(self.model_folder(work, name, rate), model, task, record)
@@ -278,19 +279,18 @@ class Trainer:
             "solved": None if task.solved is None else _reaches(task, score),
             "items": items,
             "search": choice,
-            "sample": written(model, task) if seed == self.settings.first_seed and not history.diverged else None,
-            "predicted": self._predicted(work, model, seed, history.diverged),
+            "sample": written(model, task) if shows else None,
+            "masks": mask_pictures.predicted(model, task) if shows else None,
+            "predicted": predicted_images.predicted(model, task, work.scored_at_once, work.search_items)
+            if shows
+            else None,
+            "figures": figures_of(found),
             "feed_forward": work.configs[name].feed_forward,
             "skipped": history.skipped,
             "tokens_per_second": history.tokens_per_second,
             "training_memory_bytes": history.peak_memory,
             "reproduce": self.command,
         }
-
-    def _predicted(self, work: Work, model: nn.Module, seed: int, diverged: bool) -> Row | None:
-        if diverged or seed != self.settings.first_seed or work.frame != self.settings.frames[0]:
-            return None
-        return predicted(model, work.task, work.scored_at_once, work.search_items)
 
     def model_folder(self, work: Work, name: str, rate: float) -> Path:
         plain = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in name)

@@ -26,7 +26,9 @@ from regard.models import StackConfig, build_model, config_for, count_parameters
 from regard.models.blocks import Block
 from regard.models.frames import in_frame, layer_parts
 from regard.models.image_model import ImageModelConfig
+from regard.models.segmentation_model import SegmentationModelConfig
 from regard.models.variants import Variant
+from regard.models.vision.segmentation import SEGMENTERS
 from regard.tasks import Baseline, Task
 from regard.training import TrainConfig, runner_of
 from regard.workbench.budget import Budget
@@ -86,11 +88,11 @@ def model_config(
 
 
 def backbone_config(variant: Variant, task: Task, settings: CompareSettings, longest: int | None) -> ImageModelConfig:
-    """An image backbone of its published size for a task, or for square images of about `longest` patches."""
+    """An image backbone or segmenter of its published size for a task, or for square images of about `longest` patches."""
     name, options = variant.backbone or ("", {})
     if settings.model is not None or settings.stack != StackConfig():
         raise Unsupported(f"{name} with --model or --stack", supported="the layers that it has")
-    config = ImageModelConfig.for_task(task, name, options)
+    config = (SegmentationModelConfig if name in SEGMENTERS else ImageModelConfig).for_task(task, name, options)
     side = math.isqrt(longest or 0)
     return config if longest is None else replace(config, grid=(side, side))
 
@@ -256,6 +258,15 @@ class Work:
         made = model_config(variant, self.task, self.settings, self.frame, length + DECODE_STEPS)
         return replace(made, feed_forward=config.feed_forward)
 
+    def takes(self, length: int) -> bool:
+        """Whether every model takes inputs of a length, as networks for images of some sizes do not."""
+        try:
+            for name in self.configs:
+                self.config_for(name, length)
+        except Unsupported:
+            return False
+        return True
+
     def parts(self) -> dict[str, dict[str, str]]:
         """The parts of each model's layers beside the mechanism; layers of a hybrid that differ are told apart."""
         found = {}
@@ -361,8 +372,9 @@ class Work:
 
     @property
     def all_runs(self) -> float:
-        """Full runs of all mechanisms, and of those that lead in the other frames."""
-        leaders = min(self.settings.leaders, len(self.configs)) * (len(self.settings.frames) - 1)
+        """Full runs of all mechanisms, and of those that lead in the other frames; a backbone has no other frame."""
+        framed = [name for name in self.configs if self.settings.variants[name].backbone is None]
+        leaders = min(self.settings.leaders, len(framed)) * (len(self.settings.frames) - 1)
         return self.runs * (len(self.configs) + leaders)
 
     def seconds_a_step(self) -> float:

@@ -251,6 +251,27 @@ def test_two_writers_open_a_new_store_and_share_it(path):
         assert len(store.rows("cost")) == 50
 
 
+def test_a_merged_store_has_the_rows_of_both_and_those_of_its_own_stay(path, tmp_path, monkeypatch):
+    put(path, "first")
+    monkeypatch.setattr(provenance, "fingerprint", lambda: {"cpu": "another"})
+    other = put(tmp_path / "other.sqlite", "not this one", "second")
+    with Store(other) as store:
+        store.put("plan", {"run": 0}, "planned")
+    before = other.read_bytes()
+    with Store(path) as store:
+        assert store.merge(other, ["run"]) == 1
+        assert store.merge(other, ["run"]) == 0
+        first, second = store.rows("run")
+        assert (first.payload, second.payload) == ("first", "second")
+        assert first.machine != second.machine == {"cpu": "another"}
+        assert not store.rows("plan")
+        assert store.merge(other) == 1
+    assert other.read_bytes() == before
+    (tmp_path / "text").write_text("no store")
+    with Store(path) as store, pytest.raises(Unsupported, match="not a store"):
+        store.merge(tmp_path / "text")
+
+
 def test_a_fingerprint_is_plain_names_no_one_and_its_machine_is_that_of_the_hardware():
     facts = provenance.fingerprint()
     text = json.dumps(facts)

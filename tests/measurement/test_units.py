@@ -25,7 +25,8 @@ from regard.measurement import units
         (units.milliseconds, 1500, "1.5 s"),
         (units.duration, 59.7, "1 min 00 s"),
         (units.duration, 3725, "1 h 02 min"),
-        (units.clock, 5000, "83:20"),
+        (units.clock, 3599, "59:59"),
+        (units.clock, 5000, "1:23:20"),
     ],
 )
 def test_numbers_read_as_a_person_writes_them(form, value, text):

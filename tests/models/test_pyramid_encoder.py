@@ -179,6 +179,7 @@ def test_what_stages_cannot_be_is_refused():
         ({"stages": stages("pool")}, "shortening"),
         ({"stages": [{"layers": 1}]}, "add up"),
         ({"stages": [{"layer": 2}]}, "layers"),
+        ({"stages": [{"widen": 2}]}, "without layers"),
         ({"stages": stages("none", widen=2)}, "merge"),
         ({"stages": stages("merge", options={"blocks": 1})}, "options"),
         ({"axes": 2, "stages": stages("funnel")}, "grid"),

@@ -65,10 +65,33 @@ def photos(folder: Path) -> Path:
     return folder
 
 
+def masked(
+    folder: Path,
+    *,
+    count: int = 12,
+    seed: int = 0,
+    values: Sequence[int] = (0, 1, 2),
+    shares: Sequence[float] | None = None,
+    palette: bool = False,
+) -> Path:
+    """Images of 24 x 16 pixels with masks of these values."""
+    image = pytest.importorskip("PIL.Image")
+    (folder / "masks").mkdir(parents=True)
+    for i in range(count):
+        photo(folder / "images" / f"{i}.png", seed + i, (24, 16))
+        drawn = np.random.default_rng(seed + i).choice(values, (16, 24), p=shares).astype(np.uint8)
+        mask = image.fromarray(drawn)
+        if palette:
+            mask.putpalette([each for v in range(256) for each in (v, (v + 100) % 256, (v + 200) % 256)])
+        mask.save(folder / "masks" / f"{i}.png")
+    return folder
+
+
 SMALL = {
     "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
     "listops": {"length": 24, "evaluation_items": 64},
+    "segmentation": {"size": 16, "evaluation_items": 64, "data": "near-cue"},
 }
 
 

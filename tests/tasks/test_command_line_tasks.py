@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 from command_line import SMALL_COMPARISON, answer, run
-from task_data import HOURS, hours, photo, refused, save, save_json
+from task_data import HOURS, hours, masked, photo, refused, save, save_json
 
 from regard.cli.arguments import read_tasks
 from regard.contract import Pattern
@@ -47,7 +47,9 @@ def test_a_described_task_reads_the_given_files(tmp_path):
 def test_files_for_tasks_that_read_none_are_refused(tmp_path):
     path = table(tmp_path / "a.csv")
     readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
-    assert {"text", "images", "documents", "matching", "paraphrase", "summarize", "forecast"} == set(readers)
+    assert {"text", "images", "segmentation", "documents", "matching", "paraphrase", "summarize", "forecast"} == set(
+        readers
+    )
     for given in (([path], None), (None, [path])):
         told = "supported: tasks that read data: " + ", ".join(readers)
         refused(lambda given=given: read_tasks(["recall"], *given, None, "bytes", []), told)
@@ -144,11 +146,18 @@ def test_a_folder_of_pictures_is_one_of_images(tmp_path):
     assert (task.name, said) == ("images", ["images"])
 
 
+def test_a_folder_of_images_and_masks_is_one_of_segmentation(tmp_path):
+    said = []
+    (task,) = read_tasks(None, [str(masked(tmp_path))], None, None, "bytes", [], said.append)
+    assert (task.name, said) == ("segmentation", ["segmentation"])
+
+
 def test_default_mechanisms_fit_every_task(tmp_path):
     generator = np.random.default_rng(0)
     texts = str(save_json(tmp_path / "a.jsonl", [pair(generator, label=i % 2) for i in range(60)]))
     described = ["recall", "listops:length=64", "documents:text=a", "paraphrase:source=a,target=b"]
     tasks = [read_tasks([one], None if one[0] in "rl" else [texts], None, None, "bytes", [])[0] for one in described]
+    tasks += read_tasks(["segmentation:size=16,evaluation_items=4"], None, None, None, "bytes", [])
     tasks += read_tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
     assert {(task.pattern, task.objective) for task in tasks} == set(served()) - {
         (Pattern.NONCAUSAL_SELF, "regression")

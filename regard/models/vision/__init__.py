@@ -1,7 +1,8 @@
 """Image backbones by name: ``create_backbone("van_b0", num_classes=10)``.
 
 Each file beside this one is one backbone with its published sizes, found here without a list. ``regard list --backbones``
-names them; :mod:`regard.integrations.timm` registers them with timm.
+names them, and the networks of :mod:`regard.models.vision.segmentation`; :mod:`regard.integrations.timm` registers backbones
+with timm.
 """
 
 from __future__ import annotations
@@ -9,12 +10,22 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 from regard.contract import Unsupported, check_options, closest
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level
 
-__all__ = ["Backbone", "BackboneConfig", "Level", "create_backbone", "list_backbones", "read_backbone"]
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Level",
+    "check_network",
+    "create_backbone",
+    "list_backbones",
+    "list_networks",
+    "read_backbone",
+]
 
 
 @functools.cache
@@ -59,3 +70,20 @@ def create_backbone(name: str, **options: Any) -> Backbone:
     """
     backbone, config = read_backbone(name, **options)
     return backbone(config)
+
+
+def list_networks() -> list[str]:
+    """Names of whole networks for images: backbones, which classify, and networks that segment."""
+    return sorted([*list_backbones(), *_segmentation().list_segmenters()])
+
+
+def check_network(name: str, options: Mapping[str, Any]) -> None:
+    """Raise Unsupported for an option or a value that a network of :func:`list_networks` does not have."""
+    segmentation = _segmentation()
+    read = segmentation.read_segmenter if name in segmentation.SEGMENTERS else read_backbone
+    read(name, **options)
+
+
+def _segmentation() -> Any:
+    """Late, as the backbones: their modules read names of models with functions that need this one."""
+    return importlib.import_module(f"{__name__}.segmentation")

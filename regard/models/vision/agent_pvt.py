@@ -144,7 +144,7 @@ class PVT(Backbone):
         self.stages = nn.ModuleList()
         channels = config.channels
         for number, width in enumerate(config.widths):
-            self.stages.append(Stage(config, number, channels, rates[number]))
+            self.stages.append(self.make_stage(config, number, channels, rates[number]))
             channels = width
         self.class_token = nn.Parameter(torch.empty(1, channels)) if config.class_token else None
         self.norm = LayerNorm(channels, eps=1e-6) if config.class_token else None
@@ -153,6 +153,10 @@ class PVT(Backbone):
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
         self.make_head(channels)
+
+    def make_stage(self, config: PVTConfig, number: int, channels: int, rates: list[float]) -> nn.Module:
+        """Stage `number`: a map, and the class token in the last, to a Result of tokens and the grid of its map."""
+        return Stage(config, number, channels, rates)
 
     def encode(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
@@ -293,14 +297,20 @@ class Block(nn.Module):
         self.attention = make_attention(
             config.plan[number], width, config.heads[number], reduction, config.grids[number]
         )
-        self.mlp = MLP(width, config.expansions[number] * width, bias=True, dropout=config.branch_dropout)
+        self.mlp = self.make_mlp(width, config.expansions[number] * width, config.branch_dropout)
         self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
+
+    def make_mlp(self, width: int, hidden: int, dropout: float) -> nn.Module:
+        return MLP(width, hidden, bias=True, dropout=dropout)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
         """Tokens as the output, with the losses of the layer."""
         mixed = self.attend(self.norm1(x), grid)
         x = x + self.drop_path(self.dropout(mixed.output))
-        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
+        return Result(x + self.drop_path(self.feed_forward(self.norm2(x), grid)), None, mixed.losses)
+
+    def feed_forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        return self.dropout(self.mlp(x))
 
     def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
         if self.reduction is not None and self.reduction_norm is not None:

@@ -11,14 +11,15 @@ from support import close, load, recorded_state, refused, shaken
 from regard.models.parameters import count_parameters
 from regard.models.vision.segmentation import (
     SEGMENTERS,
-    MambaLayer,
-    PatchExpanding,
     Segmenter,
     UMamba,
     create_segmenter,
     dice_loss,
+    read_segmenter,
     segmentation_loss,
 )
+from regard.models.vision.segmentation.umamba import MambaLayer
+from regard.models.vision.segmentation.vm_unet import PatchExpanding
 
 FLAT = {"channels": 2, "num_classes": 3, "widths": (4, 6, 8)}
 RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,14 +90,17 @@ def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: st
         size = (8, 16)
     if "enc" in name:
         options["image_size"] = size
-    if name == "vm_unet":
-        options |= {"depths": (1, 1), "decoder_depths": (1, 1), "channels": 3}
+    if name.startswith("vm_unet"):
+        options |= {"depths": (1, 1), "decoder_depths": (1, 1), "channels": 3 if name == "vm_unet" else 1}
+    if name.startswith("segformer"):
+        options |= {"depths": (1, 1), "heads": (1, 2), "expansions": (2, 2), "reductions": (2, 1), "decoder_width": 8}
     model = create_segmenter(name, **options)
     images = torch.randn(2, 1, *size)  # grey ones also where there are three channels
     with torch.autocast("cpu", torch.bfloat16, enabled=not name.endswith("_3d")):
+        assert model.eval()(images).shape == (2, 3, *size)
+        model.train()
         loss = segmentation_loss(model(images).float(), torch.randint(3, (2, *size)))
     loss.backward()
-    assert model(images).shape == (2, 3, *size)
     lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not lacking
 
@@ -153,12 +157,27 @@ def test_the_dice_loss_is_0_of_a_right_answer_and_finite_of_empty_masks() -> Non
     close(dice_loss(p.logit().view(1, 1, 2), t), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("size", "stages"), [((512, 512), 7), ((64, 64), 5), ((64, 40), 4), ((36, 36), 3), ((6, 6), 2), ((7, 8), 2)]
+)
+def test_stages_are_planned_for_the_size_of_the_images(size: tuple[int, int], stages: int) -> None:
+    """Sides are halved while they are even and 4 remain; whoever names the widths has these."""
+    segmenter, config = read_segmenter("unet_2d", fit=size)
+    assert config.widths == (32, 64, 128, 256, 512, 512, 512)[:stages]
+    assert read_segmenter("unet_2d", fit=size, widths=[8, 16, 32])[1].widths == (8, 16, 32)
+    if size[0] % 2:
+        refused("multiples of 2; try 8 x 8", segmenter.check_size, config, size)
+    else:
+        segmenter.check_size(config, size)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = create_segmenter("umamba_bot_2d", **FLAT)
     refused("multiples of 4", model, torch.randn(1, 2, 8, 6))
     refused("2 channels|3 channels", model, torch.randn(1, 3, 8, 8))
     refused("height, width", model, torch.randn(2, 8, 8))
     refused("multiples of 32", create_segmenter("vm_unet"), torch.randn(1, 3, 48, 64))
+    refused("one place", create_segmenter("unet_nano"), torch.randn(1, 1, 8, 8))
     encoder = create_segmenter("umamba_enc_2d", **{**FLAT, "image_size": (8, 8)})
     refused("image_size", encoder, torch.randn(1, 2, 8, 16))
     refused("image_size", create_segmenter, "unet_2d", mamba="encoder")

@@ -1,0 +1,313 @@
+"""Segmentation: a class for each pixel of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.contract import Pattern, Unsupported, closest, one_of
+from regard.tasks.images import choose_patch, distinct
+from regard.tasks.protocol import (
+    EVALUATION,
+    IGNORED,
+    SPLIT,
+    TRAINING,
+    Baseline,
+    Batch,
+    Task,
+    check_fraction,
+    check_integer,
+    counter_generator,
+    in_batches,
+)
+from regard.tasks.sampling import in_epochs, spread
+from regard.tasks.segmentation.masks import Masked, MaskReader, colours_of, read_masked
+from regard.tasks.segmentation.scenes import SCENES
+from regard.tasks.segmentation.scores import overlap_by_image, predicted_classes
+from regard.tasks.segmentation.volumes import VOLUMES, is_volume, read_volume
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+METRICS = {"dice": "mean Dice", "iou": "mean IoU"}
+SAMPLED = 256
+"""Scenes from which the mean, the deviation and the baseline of drawn data are taken; fewer of more than 64 x 64 pixels."""
+
+
+class SegmentationTask(Task):
+    """Give every pixel its class: images in square patches, which are the tokens, row by row.
+
+    Features are the pixels of a patch, normalised for each channel by the training images' mean and deviation. The score of
+    an image is the mean, over the classes that its mask or its prediction has (without the background), of the Dice
+    coefficient, or of the intersection over the union; both are told. Exact repetitions of an image count once.
+
+    Args:
+        data: ``shapes`` (drawn: four kinds of them in colour; the default), ``far-cue`` (drawn: ellipses whose class a mark in
+            a corner tells) or ``near-cue`` (the same without that mark), ``colin27`` (a head with 116 regions, from Debian's
+            mricron-data, or a folder with its files), ``mni152`` (a head with its tissues, from nilearn), or a folder with
+            `images` and `masks` of the same names, and perhaps `classes.txt` with a line ``value name`` for each class.
+        validation: a folder like `data`, for data that is such a folder; its images are what is held out.
+        length: number of patches, as another way to say `patch`.
+        patch: side of a patch in pixels, a divisor of `size`; close to 4 when not given.
+        size: side of the squares that images and masks are drawn in or resized to, 16 to 1024.
+        channels: 3 (colour) or 1 (grey), for a folder's images.
+        classes: only so many classes, those of most pixels; the others count as background. Of a folder or a head.
+        background: value of a folder's masks that is not scored; ``None`` scores all, ``auto`` takes 0.
+        ignore: value of a folder's masks without loss and score; ``None`` for none, ``auto`` takes 255 where there are more
+            than two values.
+        metric: ``dice`` or ``iou``, which the comparison is about.
+        held_out: share of a folder's images, or of a head's slices, that is held out, 0.01 to 0.5.
+        evaluation_items: most held-out images, 1 to 65536.
+        seed: of the split, and of drawn held-out images.
+    """
+
+    name = "segmentation"
+    pattern = Pattern.NONCAUSAL_SELF
+    objective = "segmentation"
+    named = (*SCENES, *VOLUMES)
+
+    def __init__(
+        self,
+        *,
+        data: str | Path | None = None,
+        validation: str | Path | None = None,
+        length: int | None = None,
+        patch: int | None = None,
+        size: int = 64,
+        channels: int | None = None,
+        classes: int | None = None,
+        background: int | str | None = "auto",
+        ignore: int | str | None = "auto",
+        metric: str = "dice",
+        held_out: float = 0.2,
+        evaluation_items: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        check_integer("size", size, 16, 1024)
+        check_fraction("held_out", held_out, 0.01, 0.5)
+        check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
+        one_of("metric", metric, METRICS)
+        self.measure, self.metric = metric, METRICS[metric]
+        self.patch = choose_patch(size, size, length, patch)
+        self.grid: tuple[int, ...] = (size // self.patch,) * 2
+        self.length = self.grid[0] * self.grid[1]
+        self.num_targets: int = self.patch**2
+        self.size = size
+
+        chosen = "shapes" if data is None else str(data)
+        _check_options(chosen, validation, channels, classes, background, ignore)
+        self._scene = chosen if chosen in SCENES else None
+        self._masked = (
+            None if self._scene else _read(chosen, validation, size, channels, background, ignore, held_out, seed)
+        )
+        if self._masked is not None and classes is not None:
+            self._masked = self._masked.largest(check_integer("classes", classes, 1, 255))
+        number: int | None = 0
+        if self._masked is None:
+            _, names, depth = SCENES[chosen]
+            values, colours = tuple(range(len(names))), colours_of(len(names))
+            count = min(SAMPLED, max(16, SAMPLED * 64**2 // size**2))
+            pixels, labels = self._drawn(count, counter_generator(seed, 0, SPLIT))
+            self._scored = self._drawn(evaluation_items, counter_generator(seed, 0, EVALUATION))
+            self._held_out = evaluation_items
+        else:
+            images, self._training, held, self._split = _split(self._masked, held_out, seed)
+            names, values, colours = images.classes, self._masked.values, self._masked.colours
+            number = self._masked.background
+            pixels, labels = images.pixels[self._training], images.labels[self._training]
+            scored = held[spread(len(held), evaluation_items)]
+            self._images, self._scored = images, (images.pixels[scored], images.labels[scored])
+            self._held_out, depth = len(held), pixels.shape[-1]
+        self.num_classes: int = len(names)
+        self.features: int = self.num_targets * depth
+        flat = pixels.reshape(-1, depth)
+        deviation = flat.std(0, dtype=np.float64)
+        self.reader = MaskReader(
+            height=size,
+            width=size,
+            channels=depth,
+            patch=self.patch,
+            mean=tuple(flat.mean(0, dtype=np.float64).tolist()),
+            deviation=tuple(np.where(deviation > 0, deviation, 1.0).tolist()),
+            classes=names,
+            span=None if self._masked is None else self._images.span,
+            values=values,
+            colours=colours,
+            background=number,
+        )
+        self._counts = np.bincount(labels[labels != IGNORED], minlength=len(names))
+        self._seen = np.array([(labels == i).any((1, 2)).sum() for i in range(len(names))])
+        self._ignored = float((labels == IGNORED).mean())
+        self._measured = len(labels)
+        self._example = labels[len(labels) // 2]
+        self.baseline: Baseline | None = self._commonest(labels)
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        check_integer("batch_size", batch_size, 1, 1 << 20)
+        if self._masked is None:
+            return self._batch(*self._drawn(batch_size, counter_generator(seed, step, TRAINING)))
+        chosen = in_epochs(self._training, step, seed, batch_size)
+        return self._batch(self._images.pixels[chosen], self._images.labels[chosen])
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        pixels, labels = self._scored
+        for rows in in_batches(len(pixels), batch_size):
+            yield self._batch(pixels[rows], labels[rows])
+
+    def score(self, logits: Float[Tensor, "b n pk"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        each = self.of_images(*predicted_classes(logits, batch))
+        return each, torch.ones_like(each)
+
+    def figures(self, output: Float[Tensor, "b n pk"], batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        predicted, targets = predicted_classes(output, batch)
+        found = {told: self.of_images(predicted, targets, name) for name, told in METRICS.items()}
+        return {told: (each, torch.ones_like(each)) for told, each in found.items()}
+
+    def of_images(
+        self, predicted: Int[Tensor, "b pixels"], targets: Int[Tensor, "b pixels"], measure: str | None = None
+    ) -> Float[Tensor, " b"]:
+        """The score of each image by ``dice`` or ``iou``; by the task's own measure when None."""
+        return overlap_by_image(predicted, targets, self.num_classes, self.reader.background, measure or self.measure)
+
+    def whole(self, targets: Int[Tensor, "b n p"]) -> Int[np.ndarray, "b h w"]:
+        """The masks that a batch's targets were cut from."""
+        (rows, columns), p = self.grid, self.patch
+        return (
+            targets.numpy().reshape(-1, rows, columns, p, p).transpose(0, 1, 3, 2, 4).reshape(-1, self.size, self.size)
+        )
+
+    def describe(self) -> str:
+        total, names = max(1, int(self._counts.sum())), self.reader.classes
+        listed = ", ".join(
+            f"{name} {count / total:.1%} in {seen}" + (" (not scored)" if i == self.reader.background else "")
+            for i, (name, count, seen) in enumerate(zip(names, self._counts, self._seen, strict=True))
+            if i < 20
+        )
+        scored = len(self._scored[0])
+        if self._masked is None:
+            source, notes = f"the scenes {self._scene}, drawn", list[str]()
+            training = "drawn afresh at each step"
+            split = f"held-out scenes are drawn from a seed of their own ({self.seed})"
+        else:
+            source, notes, split = self._images.source, self._images.notes, self._split
+            training = f"{len(self._training):,} images"
+        lines = [
+            f"segmentation: {source}, {self.size}x{self.size} pixels, {'grey' if self.reader.channels == 1 else 'colour'}",
+            f"{self.length} tokens ({self.grid[0]}x{self.grid[1]}), patches of {self.patch}x{self.patch} pixels",
+            f"{self.num_classes} classes, with the share of the pixels and the number of {self._measured} training images that "
+            f"have them: {listed}" + (", ..." if self.num_classes > 20 else ""),
+            f"training: {training}; held out: {self._held_out:,} images, {scored:,} of them scored",
+            f"split: {split}",
+        ]
+        if self._ignored:
+            lines.append(f"ignored: {self._ignored:.1%} of the pixels")
+        lines += [f"note: {note}" for note in notes]
+        return "\n".join([*lines, "sample of a mask:", *_letters(self._example, self.reader.background)])
+
+    def _drawn(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        assert self._scene is not None
+        return SCENES[self._scene][0](rng, count, self.size)
+
+    def _batch(self, pixels: Shaped[np.ndarray, "b h w c"], labels: Int[np.ndarray, "b h w"]) -> Batch:
+        (rows, columns), p = self.grid, self.patch
+        cut = labels.reshape(-1, rows, p, columns, p).transpose(0, 1, 3, 2, 4).reshape(-1, self.length, p * p)
+        return Batch(self.reader.patches(pixels), torch.from_numpy(np.ascontiguousarray(cut, np.int64)), grid=self.grid)
+
+    def _commonest(self, labels: Int[np.ndarray, "n h w"]) -> Baseline:
+        """Of each place the class that most training masks have there."""
+        counts = np.stack([(labels == i).sum(0) for i in range(self.num_classes)])
+        best = torch.from_numpy(counts.argmax(0)).flatten()[None]
+        targets = torch.from_numpy(self._scored[1]).flatten(1)
+        each = self.of_images(best.expand_as(targets), targets)
+        return Baseline("the commonest class of each place", torch.stack([each, torch.ones_like(each)], -1).numpy())
+
+
+def _check_options(data: str, validation: Any, channels: Any, classes: Any, background: Any, ignore: Any) -> None:
+    """Raise Unsupported for options that the data have no use for."""
+    of_folders = {
+        "validation": validation,
+        "channels": channels,
+        "background": None if background == "auto" else (background, "auto"),
+        "ignore": None if ignore == "auto" else (ignore, "auto"),
+    }
+    given = {**of_folders, "classes": classes} if data in SCENES else of_folders if is_volume(data) else {}
+    for name, value in given.items():
+        if value is not None:
+            raise Unsupported(
+                f"{name}={value[0] if isinstance(value, tuple) else value} for {data}, which comes as it is",
+                supported=f"{name} with a folder of images and masks",
+                nearest=f"no {name}",
+            )
+    for name, value in (("background", background), ("ignore", ignore)):
+        if not (
+            value in ("auto", None) or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255)
+        ):
+            raise Unsupported(f"{name}={value!r}", supported="a value of masks, 0 to 255, None or auto", nearest="auto")
+    if channels not in (None, 1, 3):
+        raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
+
+
+def _read(
+    data: str,
+    validation: str | Path | None,
+    size: int,
+    channels: int | None,
+    background: int | str | None,
+    ignore: int | str | None,
+    held_out: float,
+    seed: int,
+) -> Masked:
+    if is_volume(data):
+        return read_volume(data, size, held_out, seed)
+    folder = Path(data)
+    if not folder.exists() and (near := closest(data, (*SCENES, *VOLUMES))):
+        raise Unsupported(
+            f"data={data} for segmentation, which does not exist",
+            supported=", ".join((*SCENES, *VOLUMES)) + ", or a folder with images and masks",
+            nearest=near,
+        )
+    other = None if validation is None else Path(validation)
+    return read_masked(folder, other, size, 3 if channels is None else channels, background, ignore)
+
+
+def _split(masked: Masked, share: float, seed: int) -> tuple[Any, np.ndarray, np.ndarray, str]:
+    """Images without repetitions, those to train on and those to hold out, and how they were told apart."""
+    if masked.split is not None:
+        training, held_out, told = masked.split
+        return masked.images, training, held_out, told
+    images = distinct(masked.images)
+    everything = np.arange(len(images.pixels))
+    if images.held_out is not None:
+        training, held_out = np.setdiff1d(everything, images.held_out), images.held_out
+        told = "by image, as the data set comes"
+    else:
+        order = counter_generator(seed, 0, SPLIT).permutation(everything)
+        count = max(1, round(share * len(everything)))
+        training, held_out = np.sort(order[count:]), np.sort(order[:count])
+        told = f"by image (seed {seed})"
+    if not len(training):
+        raise Unsupported(
+            f"{images.source} with {len(everything)} different image" + "s" * (len(everything) != 1),
+            supported="2 or more different images, one of which is held out",
+        )
+    return images, training, held_out, told
+
+
+def _letters(labels: Int[np.ndarray, "h w"], background: int | None) -> list[str]:
+    """A mask as a few lines of letters."""
+    stride = max(1, -(-len(labels) // 28))
+    signs = "abcdefghijklmnopqrstuvwxyz"
+
+    def sign(value: int) -> str:
+        return "?" if value == IGNORED else "." if value == background else signs[value % len(signs)]
+
+    return ["  " + "".join(2 * sign(int(value)) for value in row) for row in labels[::stride, ::stride]]
+
+
+__all__ = ["METRICS", "MaskReader", "SegmentationTask"]

@@ -1,0 +1,96 @@
+"""Scenes that are drawn with their masks: shapes over a background, and discs whose class a far corner tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, UInt8
+
+Drawn = tuple[np.ndarray, np.ndarray]
+"""Images (B, H, W, C) of bytes, and numbers of classes (B, H, W)."""
+
+
+def shapes(rng: np.random.Generator, count: int, side: int) -> Drawn:
+    """One to four discs, squares, triangles and rings of any colour and turn, later ones over earlier ones.
+
+    Colours tell nothing of the class; the background has a gradient, and all of it noise.
+    """
+    row, column = np.mgrid[:side, :side] / side - 0.5
+    images = np.empty((count, side, side, 3))
+    classes = np.zeros((count, side, side), dtype=np.int64)
+    for image, found in zip(images, classes, strict=True):
+        slope = rng.normal(0, 60, (2, 3))
+        image[:] = rng.uniform(60, 200, 3) + row[..., None] * slope[0] + column[..., None] * slope[1]
+        for _ in range(rng.integers(1, 5)):
+            kind = int(rng.integers(1, 5))
+            inside = _inside(kind, row, column, rng)
+            image[inside] = rng.uniform(0, 255, 3)
+            found[inside] = kind
+    return _bytes(images + rng.normal(0, 20, images.shape)), classes
+
+
+def _inside(kind: int, row: np.ndarray, column: np.ndarray, rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
+    """The pixels of a shape: disc, square, triangle or ring."""
+    size, turn = rng.uniform(0.1, 0.22), rng.uniform(0, 2 * math.pi)
+    y, x = row - rng.uniform(-0.35, 0.35), column - rng.uniform(-0.35, 0.35)
+    if kind in (1, 4):
+        radius = np.hypot(y, x)
+        return (radius < size) & ((radius > 0.55 * size) | (kind == 1))
+    sides = 4 if kind == 2 else 3
+    angles = turn + 2 * math.pi * np.arange(sides) / sides
+    distance = np.stack([y * math.sin(a) + x * math.cos(a) for a in angles]).max(0)
+    return distance < size * (0.8 if sides == 4 else 0.6)
+
+
+def corner_cue(rng: np.random.Generator, count: int, side: int, *, far: bool) -> Drawn:
+    """One to three grey ellipses in noise, all of one of two classes, at least a quarter of the side away from the border.
+
+    With the far cue they look alike, and their class is whether a small square in one of the corners is bright or dark; without
+    it, they are bright or dark themselves, and there is no square.
+    """
+    row, column = np.mgrid[:side, :side] / side
+    images = 128 + rng.normal(0, 25, (count, side, side, 1))
+    classes = np.zeros((count, side, side), dtype=np.int64)
+    marker = max(2, side // 10)
+    for image, found in zip(images, classes, strict=True):
+        sign = int(rng.integers(2))
+        blobs = np.zeros((side, side), dtype=bool)
+        for _ in range(rng.integers(1, 4)):
+            centre, axes, turn = rng.uniform(0.35, 0.65, 2), rng.uniform(0.05, 0.1, 2), rng.uniform(0, math.pi)
+            y, x = row - centre[0], column - centre[1]
+            along, across = y * math.sin(turn) + x * math.cos(turn), y * math.cos(turn) - x * math.sin(turn)
+            blobs |= (along / axes[0]) ** 2 + (across / axes[1]) ** 2 < 1
+        image[blobs] += 60 if far else 60 * (2 * sign - 1)
+        if far:
+            y, x = rng.choice([0, side - marker], 2)
+            image[y : y + marker, x : x + marker] = 245 if sign else 10
+        found[blobs] = 1 + sign
+    return _bytes(images), classes
+
+
+def far_cue(rng: np.random.Generator, count: int, side: int) -> Drawn:
+    """:func:`corner_cue` with the cue in a corner."""
+    return corner_cue(rng, count, side, far=True)
+
+
+def near_cue(rng: np.random.Generator, count: int, side: int) -> Drawn:
+    """:func:`corner_cue` with the cue in the ellipses themselves: the control."""
+    return corner_cue(rng, count, side, far=False)
+
+
+def _bytes(images: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
+    return np.clip(np.round(images), 0, 255).astype(np.uint8)
+
+
+Draw = Callable[[np.random.Generator, int, int], Drawn]
+SCENES: dict[str, tuple[Draw, tuple[str, ...], int]] = {
+    "shapes": (shapes, ("background", "disc", "square", "triangle", "ring"), 3),
+    "far-cue": (far_cue, ("background", "dark", "bright"), 1),
+    "near-cue": (near_cue, ("background", "dark", "bright"), 1),
+}
+"""What draws scenes, the classes, and the channels."""

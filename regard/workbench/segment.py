@@ -1,0 +1,105 @@
+"""Masks by a trained model: the class of each pixel of a picture, as a picture and as shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import Context, Unsupported
+from regard.tasks.protocol import IGNORED
+from regard.tasks.segmentation import MaskReader
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from PIL import Image
+
+VOID = (224, 224, 224)
+"""Colour of ignored pixels."""
+
+
+@torch.inference_mode()
+def segment(
+    model: nn.Module, reader: MaskReader, path: Path, device: torch.device | str = "cpu"
+) -> tuple[Int[np.ndarray, "h w"], dict[str, float]]:
+    """Number of the class of each pixel of a picture, in its own size, and the share of each class, the largest first.
+
+    The picture is read in the model's size; its logits are interpolated (bilinearly) to that of the picture.
+
+    Raises:
+        Unsupported: for a file that cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    inputs = reader.read([path]).to(device)
+    output = model(inputs, context=Context(grid=reader.grid)).output
+    with Image.open(path) as opened:
+        width, height = ImageOps.exif_transpose(opened).size
+    classes = likeliest(logits_of(output, reader)[0], (height, width)).cpu().numpy()
+    shares = np.bincount(classes.ravel(), minlength=len(reader.classes)) / classes.size
+    order = np.argsort(-shares, kind="stable")
+    return classes, {reader.classes[i]: float(shares[i]) for i in order if shares[i]}
+
+
+def logits_of(output: Float[Tensor, "b n pk"], reader: MaskReader) -> Float[Tensor, "b k h w"]:
+    """The logits of patches as maps of the size that the model reads."""
+    (rows, columns), patch = reader.grid, reader.patch
+    pixels = output.unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, p, p, K)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(output), -1, rows * patch, columns * patch)
+
+
+def likeliest(logits: Float[Tensor, "k h w"], size: tuple[int, int]) -> Int[Tensor, "h2 w2"]:
+    """The class with the largest logit at each place of another size, class by class, since all at once may be large."""
+    best = torch.full(size, -torch.inf, device=logits.device)
+    found = torch.zeros(size, dtype=torch.long, device=logits.device)
+    for number, each in enumerate(logits.float()):
+        larger = F.interpolate(each[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        found = torch.where(larger > best, number, found)
+        best = torch.maximum(best, larger)
+    return found
+
+
+def mask_image(classes: Int[np.ndarray, "h w"], reader: MaskReader) -> Image.Image:
+    """A mask as a picture with a palette, whose values and colours are those of the masks that the model was trained on."""
+    from PIL import Image
+
+    table = np.zeros(256, dtype=np.uint8)
+    table[: len(reader.values)] = reader.values
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    palette[list(reader.values)] = reader.colours
+    unused = next((value for value in range(255, -1, -1) if value not in reader.values), 0)
+    palette[unused] = VOID
+    drawn = Image.fromarray(np.where(classes == IGNORED, unused, table[classes]).astype(np.uint8), "P")
+    drawn.putpalette(palette.tobytes())
+    return drawn
+
+
+def check_output(output: Path, count: int) -> None:
+    """Raise Unsupported for a place that the masks of `count` pictures cannot be written to."""
+    if output.suffix and (output.suffix.lower() != ".png" or count > 1) and not output.is_dir():
+        raise Unsupported(
+            f"--output {output} for " + ("one mask" if count == 1 else f"{count} masks"),
+            supported="a file ending in .png, of one picture, or a folder",
+            nearest=str(output.with_suffix(".png") if count == 1 else output.with_suffix("")),
+        )
+
+
+def place_of(output: Path, path: Path, taken: set[str]) -> Path:
+    """Where the mask of a picture is written: the file, or one named like it in the folder."""
+    if output.suffix.lower() == ".png" and not output.is_dir():
+        return output
+    name = path.stem
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return output / f"{name}.png"
+
+
+def described(shares: dict[str, float], count: int = 8) -> str:
+    """The largest shares in words."""
+    told = [f"{name} {share:.1%}" for name, share in list(shares.items())[:count]]
+    return ", ".join([*told, "..."] if len(shares) > count else told)

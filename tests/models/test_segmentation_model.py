@@ -1,0 +1,155 @@
+"""Networks that segment as models of the task: patches and pixels, sizes that they take, and the way on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import answer, run
+from support import close, refused
+
+from regard.contract import Context, Mask
+from regard.models import build_model, config_for, from_pretrained, save_pretrained
+from regard.models.segmentation_model import SegmentationModel, SegmentationModelConfig
+from regard.models.vision import list_networks
+from regard.tasks import create_task
+from regard.tasks.segmentation import MaskReader
+
+UNET = SegmentationModelConfig("unet_nano", 3, grid=(4, 8), patch=4, channels=1, options={"widths": [4, 8]})
+
+
+def test_logits_of_a_patch_are_those_of_its_pixels() -> None:
+    model = SegmentationModel(UNET).double().eval()
+    images = torch.randn(2, 1, 16, 32, dtype=torch.float64)
+    patches = images.view(2, 4, 4, 8, 4).permute(0, 1, 3, 2, 4).reshape(2, 32, 16)
+    logits = model.backbone(images)  # (B, 3, 16, 32)
+    output = model(patches).output
+    assert output.shape == (2, 32, 16 * 3)
+    for row, column in ((0, 0), (5, 9), (15, 31)):
+        place, pixel = row // 4 * 8 + column // 4, row % 4 * 4 + column % 4
+        close(output.unflatten(2, (16, 3))[:, place, pixel], logits[:, :, row, column])
+    larger = torch.randn(1, 64, 16, dtype=torch.float64)
+    assert model(larger, context=Context(grid=(8, 8))).output.shape == (1, 64, 48)
+    refused("mask", model, patches, context=Context(mask=Mask(lengths=torch.tensor([1, 2]))))
+
+
+def test_a_saved_model_is_the_same_and_keeps_what_was_chosen_for_the_size(tmp_path: Path) -> None:
+    config = SegmentationModelConfig.for_task(create_task("segmentation", size=16, evaluation_items=2), "unet_nano", {})
+    assert config.options == {"widths": (16, 32, 64)}  # of four stages as named, the last would have 2 x 2 places
+    model = SegmentationModel(config).eval()
+    save_pretrained(model, tmp_path)
+    inputs = torch.randn(2, 16, 48)
+    assert torch.equal(from_pretrained(tmp_path)(inputs).output, model(inputs).output)
+
+
+def test_a_mechanism_gives_a_class_to_each_pixel_of_its_patches() -> None:
+    task = create_task("segmentation", size=16, evaluation_items=2)
+    model = build_model(config_for(task, "softmax", dim=16, num_layers=1, num_heads=2))
+    batch = task.training_batch(0, 0, 2)
+    assert model(batch.inputs, context=Context(grid=batch.grid)).output.shape == (2, 16, 16 * 5)
+
+
+def test_what_a_network_cannot_take_is_said_before_it_is_made() -> None:
+    task = create_task("segmentation", size=20, evaluation_items=2)
+    make = SegmentationModelConfig.for_task
+    refused("vm_unet_nano on images of 20 x 20 pixels.*multiples of 16; try 16 x 16", make, task, "vm_unet_nano", {})
+    refused("multiples of 8; try 16 x 16", make, task, "unet_nano", {"widths": [4, 8, 8, 8]})
+    refused("3 axes", make, task, "unet_3d", {})
+    refused("which the task says", make, task, "unet_nano", {"channels": 3})
+    refused("segment images", make, create_task("listops"), "unet_nano", {})
+    refused("widhts", make, task, "unet_nano", {"widhts": [4, 8]})
+    assert {"unet_nano", "segformer_b0", "van_b0"} <= set(list_networks())
+
+
+def halves(folder: Path, side: int = 24) -> Path:
+    """Bright on the left or on the right, which is the class of those pixels."""
+    image, draws = pytest.importorskip("PIL.Image"), np.random.default_rng()
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(12):
+        pixels, mask = draws.integers(0, 60, (side, side), dtype=np.uint8), np.zeros((side, side), dtype=np.uint8)
+        half = slice(0, side // 2) if number % 2 else slice(side // 2, side)
+        pixels[:, half] += 150
+        mask[:, half] = 7 if number % 2 else 9
+        image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    (folder / "classes.txt").write_text("0 dark\n7 left\n9 right\n")
+    return folder
+
+
+def test_train_evaluate_and_predict_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    data, folder = halves(tmp_path / "data"), tmp_path / "model"
+    line = f"train {data} --task segmentation:size=16,channels=1 --model unet_nano:widths=[8,8,8] --learning-rate 0.01"
+    found = answer(capsys, f"{line} --batch-tokens 256 --budget 40steps --output {folder}")
+    assert found["score"] > 0.9 and found["figures"]["mean Dice"][0] == pytest.approx(found["score"])
+    assert found["figures"]["mean IoU"][0] <= found["score"] and found["baseline"]["score"] < 0.7
+    told = answer(capsys, f"evaluate {folder}")
+    assert (told["score"], told["figures"]) == (found["score"], found["figures"])
+    assert told["standard_error"] == pytest.approx(told["figures"]["mean Dice"][1])
+    assert answer(capsys, f"evaluate {folder} {halves(tmp_path / 'more')}")["items"] == 12
+
+    picture, mask = data / "images" / "1.png", tmp_path / "out.png"
+    (row,) = answer(capsys, f"predict {folder} {picture} --output {mask}")["images"]
+    with Image.open(mask) as drawn:
+        assert drawn.mode == "P" and drawn.size == (24, 24)
+        values = np.asarray(drawn)
+        colour = drawn.convert("RGB").getpixel((2, 12))
+    truth = np.asarray(Image.open(data / "masks" / "1.png"))
+    assert (values == truth).mean() > 0.9 and set(np.unique(values)) <= {0, 7, 9}
+    reader = MaskReader.of_record(json.loads((folder / "training.json").read_text())["reader"])
+    assert colour == reader.colours[1]
+    assert row["shares"]["left"] == pytest.approx((values == 7).mean())
+    rows = answer(capsys, f"predict {folder} {data / 'images'} --output {tmp_path / 'all'}")["images"]
+    assert sorted(Path(row["mask"]).name for row in rows) == sorted(f"{i}.png" for i in range(12))
+    code, out, _ = run(capsys, f"predict {folder} {picture}")
+    assert code == 0 and "left" in out and "%" in out
+    for asked, word in (
+        (f"predict {folder} {data / 'images'} --output {tmp_path / 'one.png'}", "for 12 masks"),
+        (f"predict {folder} {picture} --output {tmp_path / 'one.jpg'}", "ending in .png"),
+        (f"explain {folder} {picture}", "a model that segments"),
+        (
+            f"train {data} --task segmentation:size=24 --model vm_unet_nano --output {tmp_path / 'no'}",
+            "multiples of 16",
+        ),
+        (f"train {data} --task segmentation --model van_b0 --output {tmp_path / 'no'}", "classify images"),
+        (f"train --task images --model unet_nano --output {tmp_path / 'no'}", "segment images"),
+    ):
+        code, _, error = run(capsys, asked)
+        assert code == 2 and word in error, error
+    assert not (tmp_path / "no").exists()
+
+
+def test_networks_are_compared_and_the_report_shows_their_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = answer(
+        capsys,
+        "compare --task segmentation:data=near-cue,size=16,patch=2,evaluation_items=8 "
+        "--models unet_nano:widths=[4,4],umamba_bot_nano:widths=[4,4] --mechanisms softmax --frame bare --dim 16 "
+        f"--layers 1 --seeds 1 --rates 0.01 --lengths 36 --budget 20steps --output {tmp_path / 'run'}",
+    )
+    (entries,) = told["summary"].values()
+    names = {"softmax", "unet_nano:widths=[4,4]", "umamba_bot_nano:widths=[4,4]"}
+    assert {entry["mechanism"] for entry in entries} == names
+    page = Path(told["report"]).read_text()
+    section = page[page.index('id="masks-0"') :]
+    section = section[: section.index("</section>")]
+    assert section.count("data:image/png;base64,") == 4 * (2 + len(names))
+    assert all(f"mask by {name}" in section for name in names) and section.count("mean IoU") == len(names)
+
+
+def test_networks_are_listed_with_what_they_serve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = ["umamba_enc_2d", "unet_2d", "segformer_b0"]
+    monkeypatch.setattr("regard.models.vision.list_backbones", lambda: ["van_b0"])
+    monkeypatch.setattr("regard.models.vision.segmentation.list_segmenters", lambda: some)
+    rows = {row["name"]: row for row in answer(capsys, "list --backbones")}
+    assert rows["unet_2d"]["serves"] == "segmentation" and rows["unet_2d"]["image_size"] is None
+    assert rows["van_b0"]["serves"] == "images" and rows["umamba_enc_2d"]["image_size"] == [256, 256]
+    assert rows["segformer_b0"]["summary"].startswith("SegFormer")

@@ -1,0 +1,95 @@
+"""Masks as pictures: what a report shows of a task that segments, and what a trained model draws."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Result
+from regard.tasks import create_task
+from regard.workbench import mask_pictures
+from regard.workbench.segment import likeliest, logits_of, mask_image, place_of, segment
+
+Image = pytest.importorskip("PIL.Image")
+
+
+class Knows(nn.Module):
+    """The masks of a task's held-out images, by their inputs; all the same class for others."""
+
+    def __init__(self, task: Any) -> None:
+        super().__init__()
+        self.task, self.unused = task, nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs: Tensor, *, context: Context) -> Result:
+        classes = torch.zeros(*inputs.shape[:2], self.task.num_targets, dtype=torch.long)
+        for batch in self.task.evaluation_batches(64):
+            for row, each in enumerate(inputs):
+                same = (batch.inputs == each).flatten(1).all(1)
+                if same.any():
+                    classes[row] = batch.targets[same][0]
+        return Result(5.0 * nn.functional.one_hot(classes, self.task.num_classes).float().flatten(2))
+
+
+def picture(address: str) -> Any:
+    return Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+
+
+def test_a_report_shows_images_beside_their_masks_and_predictions() -> None:
+    task = create_task("segmentation", data="far-cue", size=32, evaluation_items=12)
+    pictures, found = mask_pictures.shown(task), mask_pictures.predicted(Knows(task), task)
+    assert pictures is not None and found is not None
+    held = next(iter(task.evaluation_batches(12)))
+    images, masks = task.reader.pixels(held.inputs)[..., 0], task.whole(held.targets)
+    places = []
+    for image, truth, mask in zip(pictures["images"], pictures["truths"], found["masks"], strict=True):
+        (place,) = np.flatnonzero((images == np.asarray(picture(image))).all((1, 2)))
+        assert np.array_equal(np.asarray(picture(truth)), masks[place])
+        assert np.array_equal(np.asarray(picture(mask)), masks[place])
+        places.append(place)
+    assert len(set(places)) == 4 and min(places) >= 3, "none of the first quarter, which may have chosen a rate"
+    assert found["scores"] == [1.0] * 4
+    assert pictures["classes"][0][0] == "background"
+    told = mask_pictures.table(pictures, [("sees", {"masks": found}), ("blind", {"masks": None})])
+    assert told is not None and [name for name, _ in told["models"]] == ["sees"] and len(told["rows"]) == 4
+    assert mask_pictures.table(None, [("sees", {"masks": found})]) is None
+    other = create_task("recall", length=24, pairs=4, queries=4, vocab_size=17, evaluation_items=4)
+    assert mask_pictures.shown(other) is None and mask_pictures.predicted(Knows(task), other) is None
+
+
+def test_large_pictures_are_made_smaller() -> None:
+    task = create_task("segmentation", size=192, evaluation_items=4)
+    pictures = mask_pictures.shown(task)
+    assert pictures is not None
+    assert {picture(p).size for p in (*pictures["images"], *pictures["truths"])} == {(160, 160)}
+
+
+def test_masks_have_the_size_of_the_picture_and_the_values_of_the_classes(tmp_path: Path) -> None:
+    """Of a picture as large as the model reads it is the mask itself; of a larger one the interpolated logits."""
+    task = create_task("segmentation", size=32, evaluation_items=4)
+    batch = next(iter(task.evaluation_batches(1)))
+    Image.fromarray(task.reader.pixels(batch.inputs)[0]).save(tmp_path / "a.png")
+    classes, shares = segment(Knows(task), task.reader, tmp_path / "a.png")
+    truth = task.whole(batch.targets)[0]
+    assert np.array_equal(classes, truth)
+    assert shares == {task.reader.classes[i]: (truth == i).mean() for i in np.unique(truth)}
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    Image.new("RGB", (50, 20)).save(tmp_path / "b.png")
+    classes, shares = segment(Knows(task), task.reader, tmp_path / "b.png")
+    assert classes.shape == (20, 50) and shares == {"background": 1.0}
+    logits = torch.randn(5, 8, 8)
+    whole = nn.functional.interpolate(logits[None], (13, 20), mode="bilinear", align_corners=False)[0].argmax(0)
+    assert torch.equal(likeliest(logits, (13, 20)), whole)
+    output = Knows(task)(batch.inputs, context=Context()).output
+    assert np.array_equal(logits_of(output, task.reader)[0].argmax(0).numpy(), truth)
+    drawn = mask_image(np.array([[0, 1], [4, -100]]), task.reader)
+    assert np.asarray(drawn)[0].tolist() == [0, 1] and np.asarray(drawn)[1, 1] not in task.reader.values
+    assert drawn.convert("RGB").getpixel((0, 1)) == task.reader.colours[4]
+    taken: set[str] = set()
+    assert [place_of(tmp_path, Path(p), taken).name for p in ("x/1.jpg", "y/1.png")] == ["1.png", "1_.png"]
