@@ -108,15 +108,10 @@ def _lasting(option: str, value: Any, named: tuple[str, ...]) -> Any:
     if value in named:
         return value
     if option in ("data", "validation"):
-        return _lasting_path(value) if isinstance(value, str | Path) else [_lasting_path(path) for path in value]
+        return os.path.abspath(value) if isinstance(value, str | Path) else [os.path.abspath(path) for path in value]
     if option == "tokenizer" and str(value).endswith(".json"):
         return os.path.abspath(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _lasting_path(given: str | Path) -> str:
-    """Data by a name of the task, such as digits, are no path."""
-    return os.path.abspath(given) if os.path.exists(given) else str(given)
 
 
 __all__ = [

@@ -16,6 +16,7 @@ from regard.models import from_pretrained, save_pretrained
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.registry import config_for
 from regard.tasks import create_task
+from regard.training import TrainConfig, train
 
 CONFIG = ImageModelConfig("van_nano", num_classes=3, grid=(4, 8), patch=4, channels=3, options={"widths": [8, 8, 8]})
 
@@ -117,3 +118,17 @@ def test_backbones_are_compared_beside_a_mechanism(tmp_path: Path, capsys: pytes
     assert Path(told["report"]).is_file()
     code, _, error = run(capsys, "compare --task images --models softmax")
     assert code == 2 and "van_nano" in error
+
+
+@pytest.mark.parametrize("name", ["van_nano", "vim_nano", "biformer_nano"])
+def test_backbones_train_in_bfloat16_near_to_float32_with_weights_in_float32(photographs: Path, name: str) -> None:
+    task = create_task("images", data=photographs, size=16, patch=4)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = ImageModel(ImageModelConfig.for_task(task, name, {}))
+        config = TrainConfig(steps=3, batch_size=8, learning_rate=1e-3, precision=precision, measure_memory=False)
+        losses.append([point.loss for point in train(model, task, config).curve])
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses[0] != losses[1], "products are in bfloat16"
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
