@@ -8,6 +8,7 @@ python docs/measure.py parity         # the parity tests                 -> pari
 python docs/measure.py restore        # reproductions.json       -> runs/reproduce, so that its cells are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
+python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; goes on where it stopped
 python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import subprocess
@@ -37,6 +39,7 @@ from regard.measurement.store import Store
 from regard.reproductions import restore
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, growth, profile
+from regard.workbench.swapped import HOSTS, check_swap, hosts, swap_variants
 from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 DATA = Path(__file__).parent / "data"
@@ -51,6 +54,7 @@ HEADS, WIDTH = 4, 64
 MOST_BYTES = 2 << 30
 REPRODUCED = Path("runs/reproduce/results.db")
 VARIANTS = Path("runs/variants/results.db")
+SWAPPED = Path("runs/integrations/results.db")
 RANDOM_CASES = 100
 """Random cases of each mechanism on each backend."""
 
@@ -192,6 +196,48 @@ def measure_reproductions() -> None:
     _write("reproductions.json", {"measured": f"{MEASURED}; {' and '.join(machines)}", **result}, "reproductions")
 
 
+def measure_integrations() -> None:
+    """A row for each mechanism in each model: its default options in all of them first, then the worst of its variants."""
+    if missing := HOSTS.keys() - hosts():
+        raise SystemExit(
+            f"{', '.join(sorted(missing))} need transformers and timm: integrations.json is left as it was"
+        )
+    names, revision = list_mechanisms(), git_revision()
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    with Store(SWAPPED) as store:
+
+        def measured(name: str, model: str, variant: str = "") -> dict[str, Any]:
+            key = {"mechanism": name, "model": model, "variant": variant, "revision": revision}
+            row = store.get("swap", key)
+            if row is None:
+                store.put("swap", key, check_swap(model, name, variant).row())
+                row = store.get("swap", key)
+                print(name, model, variant, flush=True)
+            return dict(row.payload)
+
+        for name, model in itertools.product(names, HOSTS):
+            rows[name, model] = measured(name, model)
+        _write_integrations(rows)
+        for (name, model), row in rows.items():
+            if "refused" not in row:
+                row["variants"] = _worst_of([measured(name, model, variant) for variant in swap_variants(name)])
+    _write_integrations(rows)
+
+
+def _write_integrations(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+    _write("integrations.json", {"measured": MEASURED, "cells": list(rows.values())}, "cells")
+
+
+def _worst_of(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Variants of a mechanism in a model: those that are refused, and the largest errors of the others."""
+    errors: dict[str, float] = {}
+    for cell in cells:
+        for name, error in cell.get("errors", {}).items():
+            errors[name] = max(error, errors.get(name, 0.0))
+    refused = {cell["variant"]: cell["refused"] for cell in cells if "refused" in cell}
+    return {"number": len(cells), "errors": errors, "refused": refused}
+
+
 def measure_ranking() -> None:
     """The newest finished comparison of all mechanisms; nothing is run here, since all of it takes hours."""
     with Store(Path("runs/all/results.db")) as store:
@@ -281,6 +327,7 @@ def main() -> None:
         "restore": restore_reproductions,
         "reproductions": measure_reproductions,
         "scaling": measure_scaling,
+        "integrations": measure_integrations,
         "ranking": measure_ranking,
     }
     for name in chosen:
