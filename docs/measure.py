@@ -1,6 +1,6 @@
 """Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`, `make scaling`.
 
-python docs/measure.py                # parity, matrix, variants and random
+python docs/measure.py                # parity, matrix, variants, random and integrations
 python docs/measure.py matrix         # regard verify --json             -> verify.json, cells
 python docs/measure.py variants       # the same with other options      -> verify.json, variants; goes on where it stopped
 python docs/measure.py random         # regard verify --random --json    -> verify.json, random
@@ -149,11 +149,11 @@ def measure_variants() -> None:
         for name in list_mechanisms():
             for variant, options in get_mechanism(name).variants.items():
                 key = {"mechanism": name, "variant": variant, "options": repr(options), "revision": git_revision()}
-                row = store.get("variant", key)
+                row = store.get("verify", key)
                 if row is None:
                     cells = verify([name], variants=[variant], properties=properties)
-                    store.put("variant", key, {"mechanism": name, "variant": variant, **_counted(cells)})
-                    row = store.get("variant", key)
+                    store.put("verify", key, {"mechanism": name, "variant": variant, **_counted(cells)})
+                    row = store.get("verify", key)
                     print(name, variant, row.payload["failed"] or "", flush=True)
                 found.append(row.payload)
     _write("verify.json", {**_verified(), "variants": found}, "variants")
@@ -208,10 +208,10 @@ def measure_integrations() -> None:
 
         def measured(name: str, model: str, variant: str = "") -> dict[str, Any]:
             key = {"mechanism": name, "model": model, "variant": variant, "revision": revision}
-            row = store.get("swap", key)
+            row = store.get("verify", key)
             if row is None:
-                store.put("swap", key, check_swap(model, name, variant).row())
-                row = store.get("swap", key)
+                store.put("verify", key, check_swap(model, name, variant).row())
+                row = store.get("verify", key)
                 print(name, model, variant, flush=True)
             return dict(row.payload)
 
@@ -318,7 +318,7 @@ def _write(name: str, data: dict[str, Any], rows: str) -> None:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or ["parity", "matrix", "variants", "random"]
+    chosen = sys.argv[1:] or ["parity", "matrix", "variants", "random", "integrations"]
     measures = {
         "parity": measure_parity,
         "matrix": measure_matrix,
