@@ -49,7 +49,7 @@ docs: $(VENV)/.docs  ## Build the documentation into build/site
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-matrix: $(VENV)/.dev  ## Measure the verified matrix, random cases and the parity table of the documentation into docs/data
+matrix: $(VENV)/.dev  ## Measure the verified matrix, random cases, swapped models and the parity table of the documentation into docs/data
 	$(BIN)/python docs/measure.py
 
 reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hours, on an idle machine; goes on where it stopped

@@ -1,5 +1,6 @@
-"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, growth with length, the ranking,
-backbones on Fashion-MNIST, parity with other code, and the verdicts of the reproductions.
+"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, mechanisms in models of other
+libraries, growth with length, the ranking, backbones on Fashion-MNIST, parity with other code, and the verdicts of the
+reproductions.
 
     python docs/generate.py                          # into docs/
     python docs/generate.py --plugin mine.py --output pages
@@ -30,6 +31,9 @@ from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench import charts
 from regard.workbench.subjects import Subject, axes_of
+from regard.workbench.swapped import HOSTS
+from regard.workbench.swapped import MEANINGS as SWAP_MEANINGS
+from regard.workbench.swapped import TOLERANCES as SWAP_TOLERANCES
 from regard.workbench.verify import PROPERTIES
 
 DOCS = Path(__file__).parent
@@ -513,6 +517,65 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         else "None.",
     ]
     return _page(parts)
+
+
+def integrations_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+    """Each mechanism in models of other libraries."""
+    from_models = "Llama, GPT-2, BERT, ViT and PyTorch's encoder and decoder"
+    head = [
+        WIDE,
+        "# Which mechanism works in Llama, GPT-2, BERT, ViT",
+        f"`regard.swap(model, NAME)` puts a mechanism into the attention modules of a model that exists. Here it is done to small "
+        f"{from_models}, each with random weights, and the model is compared with a copy that has layers of "
+        "`regard.create_layer` on the same weights. A number is the largest difference of all checks in float64, as a fraction of "
+        "the largest number there; **no** is a refusal, whose reason is [below](#refused-and-why). How to swap: "
+        "[tutorial](tutorials/swap.md).",
+        "A llama stands for causal models with rotary positions (SmolLM, Qwen, Mistral), whose queries and keys the mechanism gets "
+        "before their rotation. *state*: `generate` goes on from the mechanism's own state, in the place of the keys and "
+        "values in the cache, with beams, padding, chats that go on and prefixes used again; *keys*: from the model's own cache.",
+    ]
+    if data is None:
+        return _page([*head, "Not measured in this build of the pages: `python docs/measure.py integrations` does it."])
+    cells = {(c["mechanism"], c["model"]): c for c in data["cells"]}
+    shown = [name for name in names if (name, next(iter(HOSTS))) in cells]
+    rows = [(_link(name), *(_swapped(cells[name, model]) for model in HOSTS)) for name in shown]
+    limits = [(f"`{name}`", meaning, f"{SWAP_TOLERANCES[name]:g}") for name, meaning in SWAP_MEANINGS.items()]
+    refused: dict[tuple[str, str], list[str]] = {}
+    for (name, model), cell in cells.items():
+        told = {"": cell.get("refused", ""), **cell.get("variants", {}).get("refused", {})}
+        for options, reason in (*told.items(), *cell.get("withheld", {}).items()):
+            if reason and name in shown:
+                called = _link(name) + (f", {options}" if options else "")
+                refused.setdefault((called, reason), []).append(HOSTS[model].title)
+    reasons = [
+        (called, "all" if len(models) == len(HOSTS) else ", ".join(models), reason)
+        for (called, reason), models in refused.items()
+    ]
+    other = sum(cell.get("variants", {}).get("number", 0) for cell in cells.values())
+    parts = [
+        *head,
+        f"Measured with {data['measured']}.",
+        _table(("mechanism", *(host.title for host in HOSTS.values())), rows),
+        f"Numbers are those of the default options{f' and of {other:,} further sets of options' if other else ''}.",
+        "## What is compared",
+        _table(("check", "what differs by no more than", ""), limits),
+        "Other libraries' modules have no output norm, output gate or short convolution, so a swapped mechanism has none: "
+        "`delta_rule`, `gated_linear` and `mlstm` have them in layers of `regard.create_layer`, where nothing says otherwise.",
+        "## Refused, and why",
+        _table(("mechanism", "in", "reason"), reasons),
+    ]
+    return _page(parts)
+
+
+def _swapped(cell: Mapping[str, Any]) -> str:
+    """A cell of the table: the largest difference, and what generation goes on from."""
+    if "refused" in cell:
+        return "**no**"
+    found = [cell["errors"], cell.get("variants", {}).get("errors", {})]
+    if any(not error <= SWAP_TOLERANCES[name] for errors in found for name, error in errors.items()):
+        return "**fails**"
+    worst = max(error for errors in found for name, error in errors.items() if name != "float32")
+    return f"{_error(worst, 0)} {cell.get('cache', '')}".strip()
 
 
 OTHER_OPTIONS = ("variants", "their cells", "failed ", "random cases", "failed  ")
@@ -1014,6 +1077,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
     pages |= {
         "mechanisms/index.md": index_page(names, scaling, ranking, reproduced),
         "matrix.md": matrix_page(verified, names),
+        "integrations.md": integrations_page(_read(DATA / "integrations.json"), names),
         "scaling.md": scaling_page(scaling),
         "ranking.md": ranking_page(ranking),
         "fashion.md": fashion_page(_read(DATA / "fashion_mnist.json"), _read(DATA / "resolution.json")),

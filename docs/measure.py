@@ -1,6 +1,6 @@
 """Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`, `make scaling`.
 
-python docs/measure.py                # parity, matrix, variants and random
+python docs/measure.py                # parity, matrix, variants, random and integrations
 python docs/measure.py matrix         # regard verify --json             -> verify.json, cells
 python docs/measure.py variants       # the same with other options      -> verify.json, variants; goes on where it stopped
 python docs/measure.py random         # regard verify --random --json    -> verify.json, random
@@ -9,6 +9,7 @@ python docs/measure.py restore        # what the next and `keep` left    -> runs
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
 python docs/measure.py keep           # the unfinished one in runs/all   -> ranking-cells.db.gz, to go on with elsewhere
+python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; goes on where it stopped
 python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import platform
 import subprocess
@@ -40,6 +42,7 @@ from regard.measurement.store import Store
 from regard.reproductions import restore
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, growth, profile
+from regard.workbench.swapped import HOSTS, check_swap, hosts, swap_variants
 from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 DATA = Path(__file__).parent / "data"
@@ -58,6 +61,7 @@ KEPT = DATA / "ranking-cells.db.gz"
 """Runs of a ranking that is not finished."""
 
 VARIANTS = Path("runs/variants/results.db")
+SWAPPED = Path("runs/integrations/results.db")
 RANDOM_CASES = 100
 """Random cases of each mechanism on each backend."""
 
@@ -152,11 +156,11 @@ def measure_variants() -> None:
         for name in list_mechanisms():
             for variant, options in get_mechanism(name).variants.items():
                 key = {"mechanism": name, "variant": variant, "options": repr(options), "revision": git_revision()}
-                row = store.get("variant", key)
+                row = store.get("verify", key)
                 if row is None:
                     cells = verify([name], variants=[variant], properties=properties)
-                    store.put("variant", key, {"mechanism": name, "variant": variant, **_counted(cells)})
-                    row = store.get("variant", key)
+                    store.put("verify", key, {"mechanism": name, "variant": variant, **_counted(cells)})
+                    row = store.get("verify", key)
                     print(name, variant, row.payload["failed"] or "", flush=True)
                 found.append(row.payload)
     _write("verify.json", {**_verified(), "variants": found}, "variants")
@@ -212,6 +216,48 @@ def measure_reproductions() -> None:
     result = json.loads(found.stdout)
     machines = sorted({cell["machine"] for one in result["reproductions"] for cell in one["cells"]})
     _write("reproductions.json", {"measured": f"{MEASURED}; {' and '.join(machines)}", **result}, "reproductions")
+
+
+def measure_integrations() -> None:
+    """A row for each mechanism in each model: its default options in all of them first, then the worst of its variants."""
+    if missing := HOSTS.keys() - hosts():
+        raise SystemExit(
+            f"{', '.join(sorted(missing))} need transformers and timm: integrations.json is left as it was"
+        )
+    names, revision = list_mechanisms(), git_revision()
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    with Store(SWAPPED) as store:
+
+        def measured(name: str, model: str, variant: str = "") -> dict[str, Any]:
+            key = {"mechanism": name, "model": model, "variant": variant, "revision": revision}
+            row = store.get("verify", key)
+            if row is None:
+                store.put("verify", key, check_swap(model, name, variant).row())
+                row = store.get("verify", key)
+                print(name, model, variant, flush=True)
+            return dict(row.payload)
+
+        for name, model in itertools.product(names, HOSTS):
+            rows[name, model] = measured(name, model)
+        _write_integrations(rows)
+        for (name, model), row in rows.items():
+            if "refused" not in row:
+                row["variants"] = _worst_of([measured(name, model, variant) for variant in swap_variants(name)])
+    _write_integrations(rows)
+
+
+def _write_integrations(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+    _write("integrations.json", {"measured": MEASURED, "cells": list(rows.values())}, "cells")
+
+
+def _worst_of(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Variants of a mechanism in a model: those that are refused, and the largest errors of the others."""
+    errors: dict[str, float] = {}
+    for cell in cells:
+        for name, error in cell.get("errors", {}).items():
+            errors[name] = max(error, errors.get(name, 0.0))
+    refused = {cell["variant"]: cell["refused"] for cell in cells if "refused" in cell}
+    return {"number": len(cells), "errors": errors, "refused": refused}
 
 
 def measure_ranking() -> None:
@@ -295,7 +341,7 @@ def _write(name: str, data: dict[str, Any], rows: str) -> None:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or ["parity", "matrix", "variants", "random"]
+    chosen = sys.argv[1:] or ["parity", "matrix", "variants", "random", "integrations"]
     measures = {
         "parity": measure_parity,
         "matrix": measure_matrix,
@@ -305,6 +351,7 @@ def main() -> None:
         "keep": keep_cells,
         "reproductions": measure_reproductions,
         "scaling": measure_scaling,
+        "integrations": measure_integrations,
         "ranking": measure_ranking,
     }
     for name in chosen:

@@ -653,6 +653,7 @@ class Mechanism:
             `ACTS_LIKE` are added.
         refused_positions: why it accepts no other scheme, where it could be thought to. (Schemes that add to scores need
             ``bias`` in `honours`.)
+        knows_positions: whether it has positions of its own, so that those of a model that rotates are left out for it.
         maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
             too, after its feature map; in cross patterns nothing rotates them.
         length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
@@ -697,6 +698,7 @@ class Mechanism:
     weights: str = "none"
     accepts_positions: tuple[str, ...] = ("none", "sinusoidal", "learned", "rotary")
     refused_positions: str = ""
+    knows_positions: bool = False
     maps_before_rotation: bool = False
     length: str = "any"
     uneven: bool = True

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from regard.integrations.collecting import Collected, collect_losses
 from regard.integrations.swap import SwapReport, swap, unswap
 
-__all__ = ["SwapReport", "swap", "unswap"]
+__all__ = ["Collected", "SwapReport", "collect_losses", "swap", "unswap"]

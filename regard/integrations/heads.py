@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +11,80 @@ import torch
 from torch import Tensor, nn
 
 from regard.apply import apply
-from regard.contract import Context, Kind, LayerSpec, Mask, Mechanism, Pattern, Result, Unsupported
-from regard.core.ragged import gathering, gathering_in_place, inner_mask
+from regard.catalogue import get_mechanism
+from regard.contract import (
+    Context,
+    Kind,
+    LayerSpec,
+    Mask,
+    Mechanism,
+    Pattern,
+    Result,
+    Tensors,
+    Unsupported,
+    lengths_after,
+)
+from regard.core.ragged import Gathering, gathering, gathering_in_place, inner_mask
+from regard.layers.attention import LayerState
+from regard.layers.feed_forward import dropout as drop
 from regard.layers.linear import make_linear
 from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A mechanism with its options, and the wrapper around it with its own.
+
+    Attributes:
+        card, config: of the mechanism of heads.
+        wrapper, wrapper_config: of a mechanism that changes what those heads give; None without one.
+    """
+
+    card: Mechanism
+    config: Any
+    wrapper: Mechanism | None = None
+    wrapper_config: Any = None
+
+    @classmethod
+    def of(cls, card: Mechanism, **options: Any) -> Chosen:
+        """A mechanism that takes the queries, keys and values of others, or a wrapper (options `mechanism`, ``softmax``
+        when not given, and `mechanism_options`).
+
+        Raises:
+            Unsupported: with the reason, for other mechanisms and options.
+        """
+        if card.kind is not Kind.WRAPPER:
+            check_swappable(card)
+            return cls(card, card.options(**options))
+        inner = get_mechanism(options.pop("mechanism", "softmax"))
+        check_swappable(inner)
+        config = inner.options(**options.pop("mechanism_options", {}))
+        own = card.options(**options)
+        if getattr(own, "compute", "dense") != "dense":
+            raise Unsupported(
+                f"compute={own.compute!r} of {card.name} in the module of another library, which computes all heads",
+                supported='compute="dense"',
+                nearest="regard.models.LanguageModel",
+            )
+        return cls(inner, config, card, own)
+
+    @property
+    def name(self) -> str:
+        return self.card.name if self.wrapper is None else self.wrapper.name
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is softmax attention and nothing else."""
+        return self.wrapper is None and self.card.name == "softmax" and self.config == self.card.options()
+
+    def require_pattern(self, pattern: str | Pattern) -> Pattern:
+        """See :meth:`regard.contract.Mechanism.require_pattern`."""
+        if self.wrapper is not None:
+            self.wrapper.require_pattern(pattern)
+        return self.card.require_pattern(pattern)
 
 
 def check_swappable(card: Mechanism) -> None:
@@ -107,23 +176,55 @@ def _hides_only(scores: Tensor) -> Tensor | None:
     return ~hidden if bool((hidden | (scores == 0)).all()) else None
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """The rotary positions of a model, for queries and keys that come without them.
+
+    Attributes:
+        turn: turns (B, H, N, D) by cosines and sines (B or 1, N, R), as the model does.
+        cos, sin: of the tokens of the call.
+        by_rank: cosines and sines of ranks (B or 1, N); None where the model's positions are not ranks, with the reason in
+            `refusal`.
+    """
+
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor]
+    cos: Float[Tensor, "#b n r"]
+    sin: Float[Tensor, "#b n r"]
+    by_rank: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    refusal: str = ""
+
+    def heads(self, heads: Tensors, keys: Gathering) -> Tensors:
+        """Queries and keys of the dense layout, turned."""
+        cos, sin = (
+            keys.gather(x.expand(keys.source_batch, -1, -1), axis=1) if keys.lengths is not None else x
+            for x in (self.cos, self.sin)
+        )
+        return {name: self.turn(x, cos, sin) if name in ("q", "k") else x for name, x in heads.items()}
+
+    def at(self, x: Float[Tensor, "b h n d"], ranks: Int[Tensor, "#b n"]) -> Float[Tensor, "b h n d"]:
+        """Turned by ranks, for mechanisms that place keys themselves."""
+        if self.by_rank is None:
+            raise Unsupported(self.refusal, supported="positions that count tokens", nearest="softmax")
+        return self.turn(x, *self.by_rank(x, ranks))
+
+
 class HeadAttention(nn.Module):
     """Queries, keys and values of heads -> output of heads, by a mechanism; learns what else the mechanism takes.
 
     Args:
-        card: see :func:`check_swappable`.
+        chosen: the mechanism.
         dim, memory_dim: widths of the tokens that gates and the like are learned from.
         heads, kv_heads, head_dim, value_dim: of the tensors it is called with.
         pattern: of its calls, as far as its learned parts depend on it.
-        options: of the mechanism.
 
     Attributes:
         learns: whether it has parameters of its own.
+        placement: what the module around it leaves to it; set by who places it, never by a call.
     """
 
     def __init__(
         self,
-        card: Mechanism,
+        chosen: Chosen,
         *,
         dim: int,
         memory_dim: int | None = None,
@@ -132,11 +233,10 @@ class HeadAttention(nn.Module):
         head_dim: int,
         value_dim: int | None = None,
         pattern: Pattern = Pattern.NONCAUSAL_SELF,
-        **options: Any,
     ) -> None:
         super().__init__()
-        check_swappable(card)
-        self.card, self.config = card, card.options(**options)
+        self.chosen, self.card, self.config = chosen, chosen.card, chosen.config
+        self.pattern = chosen.require_pattern(pattern)
         spec = LayerSpec(
             dim,
             dim if memory_dim is None else memory_dim,
@@ -144,21 +244,21 @@ class HeadAttention(nn.Module):
             heads if kv_heads is None else kv_heads,
             head_dim,
             head_dim if value_dim is None else value_dim,
-            card.require_pattern(pattern),
+            self.pattern,
             self.config,
             make_linear,
         )
-        self.pattern = spec.pattern
-        self.projection: Projection | None = None if card.projection is None else card.projection(spec)
-        self.merge: Merge | None = None if card.merge is None else card.merge(spec)
+        self.projection: Projection | None = None if self.card.projection is None else self.card.projection(spec)
+        self.merge: Merge | None = None if self.card.merge is None else self.card.merge(spec)
+        if chosen.wrapper is not None:
+            around: Any = chosen.wrapper.merge
+            self.merge = around(dataclasses.replace(spec, config=chosen.wrapper_config), self.merge)
         self.learns = next(self.parameters(), None) is not None
-        self.needs_losses: tuple[Pattern, ...] = () if self.projection is None else self.projection.learns_from_losses
-        if spec.pattern in self.needs_losses:
-            raise Unsupported(
-                f"{card.name} in {spec.pattern.value} in a model that does not add up the losses it learns from",
-                supported=", ".join(p.value for p in card.patterns if p not in self.needs_losses),
-                nearest="regard.models.LanguageModel with regard.training.distillation_loss",
-            )
+        self.placement: Any = None
+        # as in the layers of regard: whoever caches keys whose places change later rotates them itself
+        self.places_keys = "rotate" in self.card.honours and (
+            self.pattern is Pattern.CAUSAL_SELF or (self.card.maps_before_rotation and not self.pattern.cross)
+        )
 
     @property
     def adds(self) -> bool:
@@ -166,13 +266,23 @@ class HeadAttention(nn.Module):
         return self.learns or self.merge is not None
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether it can continue sequences from a state of its own."""
+        return self.pattern is Pattern.CAUSAL_SELF and self.card.state is not None and "chunked" in self.card.forms
+
+    @property
     def needs_whole_sequences(self) -> bool:
         """Whether it cannot go on from a cache of keys and values: it reads past tokens, or is defined for N = M alone."""
         return not self.card.uneven or (self.projection is not None and self.learns)
 
     @property
+    def learns_from_losses(self) -> bool:
+        """Whether losses that its model does not add up are all that some of it learns from."""
+        return self.projection is not None and self.pattern in self.projection.learns_from_losses
+
+    @property
     def mixes_tokens(self) -> bool:
-        """Whether its projection or its merge reads neighbours, so that padding has to be gathered away first."""
+        """Whether its projection or its merge reads neighbours."""
         merges = self.merge is not None and not self.merge.each_token_alone
         return merges or (self.projection is not None and self.projection.mixes_tokens)
 
@@ -187,8 +297,16 @@ class HeadAttention(nn.Module):
             reason, nearest = f"it reads {told[0]} before their rotation", told[1]
         else:
             return
-        raise Unsupported(
-            f"{self.card.name} where the model rotates queries and keys ({reason})",
+        raise self._misread(reason, nearest)
+
+    def check_unrotated(self) -> None:
+        """Raise Unsupported where the model's rotary positions can neither be taken nor be left out."""
+        if "rotary" not in self.card.accepts_positions and not self.card.knows_positions:
+            raise self._misread(self.card.refused_positions or "takes no rotary positions")
+
+    def _misread(self, reason: str, nearest: str = "") -> Unsupported:
+        return Unsupported(
+            f"{self.chosen.name} where the model rotates queries and keys ({reason})",
             supported="models without rotary positions",
             nearest=nearest or "softmax, linear, gated_linear",
         )
@@ -205,8 +323,11 @@ class HeadAttention(nn.Module):
         visible: Visible,
         scale: float | None = None,
         dropout: float = 0.0,
-        want: frozenset[str] = frozenset(),
         context: Context | None = None,
+        rotation: Rotation | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        training: bool | None = None,
         **inputs: Tensor,
     ) -> Result:
         """Attend.
@@ -216,121 +337,137 @@ class HeadAttention(nn.Module):
             pattern: the call's. In self patterns `visible` decides whether it is causal; noncausal-self with other than as
                 many keys as queries is noncausal-cross.
             visible: what :func:`read_mask` found.
-            context: grid and roles of the tokens.
+            dropout: of the weights where the mechanism has them, otherwise of the heads' outputs.
+            context: grid and roles of the tokens, and what else belongs to the call; not masks.
+            rotation: of queries and keys that come without it.
+            state: of the tokens before; q, k and v are then those of new tokens alone.
+            training: of the model, where this is no part of it.
             inputs: other inputs of the mechanism.
 
         Raises:
             Unsupported: for a mask that the mechanism cannot honour.
         """
-        heads: dict[str, Tensor] = {"q": q, "k": k, "v": v, **inputs}
+        heads: Tensors = {"q": q, "k": k, "v": v, **inputs}
         context = Context() if context is None else context
-        n, m = q.shape[2], k.shape[2]
-        if self.projection is not None and self.learns and (source is None or source.shape[1] != m):
-            raise Unsupported(
-                f"{self.card.name}, whose gates are learned from the tokens, with a cache of keys and values",
-                supported="whole sequences",
-                nearest="use_cache=False",
-            )
-        mixing = self.mixes_tokens
-        bias = visible.bias
-        if pattern.cross and visible.causal:
-            raise Unsupported(
-                f"{self.card.name} with a causal mask across sequences", supported="a mask of keys", nearest="no mask"
-            )
-        if not pattern.cross and pattern.causal != visible.causal and n > 1:
-            pattern = self.card.require_pattern(Pattern.CAUSAL_SELF if visible.causal else Pattern.NONCAUSAL_SELF)
-        if pattern is Pattern.NONCAUSAL_SELF and n != m:
-            pattern = self.card.require_pattern(Pattern.NONCAUSAL_CROSS)
-        if pattern is Pattern.CAUSAL_SELF and n != m and not self.card.uneven:
-            raise Unsupported(
-                f"{self.card.name}, which reads as many queries as keys, with {n} of {m} tokens and a cache of the others",
-                supported="whole sequences",
-                nearest="use_cache=False",
-            )
-        if bias is not None and "bias" not in self.card.honours:
-            raise Unsupported(
-                f"{self.card.name} with a mask of pairs that is neither causality nor missing keys",
-                supported="causality, and keys that are missing for all queries",
-                nearest="softmax",
-            )
-        if pattern is not self.pattern and (
-            mixing or (self.projection is not None and self.projection.for_one_pattern)
-        ):
-            raise Unsupported(
-                f"{self.card.name}, whose learned parts are made for {self.pattern.value}, in a call that its mask makes "
-                f"{pattern.value}",
-                supported=f"calls in {self.pattern.value}",
-                nearest="softmax" if pattern in self.needs_losses else f'regard.swap(..., pattern="{pattern.value}")',
-            )
-        options: dict[str, Any] = {"grid": context.grid, "roles": context.roles}
-        if "dropout" in self.card.honours and dropout:
-            options |= {"dropout": dropout, "training": True}
-        if mixing:
-            return self._with_mixing(heads, x, source, pattern, visible, scale, want, context, options)
-        if self.projection is not None:
-            heads, _ = self.projection(heads, LayerCall(x, source, context))
-        keys = None if visible.keys is None else Mask(valid=visible.keys)
+        batch, n, m = q.shape[0], q.shape[2], k.shape[2]
+        pattern = self._pattern_of(pattern, visible, n, m)
+        stateful = return_state or state is not None
+        training = self.training if training is None else training
+        self._check(pattern, visible, source, n, m, stateful)
+        mask = None if visible.keys is None else Mask(valid=visible.keys)
+        if context.grid is not None and self.card.keeps_places and pattern is Pattern.NONCAUSAL_SELF:
+            keys = gathering_in_place(mask, batch, m, context.grid, k.device)
+        else:
+            keys = gathering(mask, batch, m, k.device)
         together = not pattern.cross and n == m
-        mask = keys if together else None
-        if bias is not None:
-            mask = Mask(valid=None if mask is None else mask.valid, bias=bias.expand(-1, -1, n, m))
+        queries = keys if together else gathering(None, batch, n, q.device)
+        if not keys.whole:
+            heads = {name: self._gather(name, x, queries, keys) for name, x in heads.items()}
+            x = None if x is None else queries.gather(x, axis=1)
+            source = None if source is None else keys.gather(source, axis=1)
+            context = context.replace(mask=mask) if together else context
+        before = None if state is None else state.projection
+        call = LayerCall(x, source, context, queries.lengths, keys.lengths, before)
+        projected = None
+        if self.projection is not None:
+            heads, projected = self.projection(heads, call)
+        beside = self._beside(context, keys, dropout, training)
+        if rotation is not None and "rotary" in self.card.accepts_positions:
+            if self.places_keys:
+                beside["rotate"] = rotation.at
+            else:
+                heads = rotation.heads(heads, keys)
+        bias = None if visible.bias is None else visible.bias.expand(-1, -1, n, visible.bias.shape[-1])
         result = apply(
             self.card,
             heads,
             pattern=pattern,
-            mask=mask,
-            memory_mask=None if together else keys,
+            mask=inner_mask(queries, bias=bias),
+            memory_mask=None if together else inner_mask(keys),
             scale=scale if self.card.default_scale == "rsqrt" else None,
             config=self.config,
-            want=want,
-            **options,
+            state=None if state is None else state.mechanism,
+            return_state=stateful,
+            **beside,
         )
         if self.merge is not None:
-            result.output = self.merge(result.output, heads, LayerCall(x, source, context), result)
+            result.output = self.merge(result.output, heads, call, result)
+        if "weights" in result.extras:
+            result.extras["output"] = result.output
+        if dropout and "dropout" not in self.card.honours:
+            result.output = drop(result.output, dropout, training=training, generator=context.generator)
+        result.output = result.output if queries.whole else queries.scatter(result.output, axis=2)
+        if stateful:
+            so_far = None if state is None else state.length
+            length = lengths_after(so_far, queries.lengths, batch, n, q.device)
+            result.state = LayerState(result.state, length, (), projected)
         return result
 
-    def _with_mixing(
-        self,
-        heads: dict[str, Tensor],
-        x: Tensor | None,
-        source: Tensor | None,
-        pattern: Pattern,
-        visible: Visible,
-        scale: float | None,
-        want: frozenset[str],
-        context: Context,
-        options: dict[str, Any],
-    ) -> Result:
-        """Attend with a projection or a merge that mixes tokens, which are therefore gathered first (on a grid zeroed)."""
-        batch, n, m = heads["q"].shape[0], heads["q"].shape[2], heads["k"].shape[2]
-        if n != m and not pattern.cross:
-            raise Unsupported(f"{self.card.name} with {n} queries and {m} keys of one sequence", supported="as many")
-        mask, device = None if visible.keys is None else Mask(valid=visible.keys), heads["k"].device
-        if context.grid is not None and self.card.keeps_places and pattern is Pattern.NONCAUSAL_SELF:
-            keys = gathering_in_place(mask, batch, m, context.grid, device)
-        else:
-            keys = gathering(mask, batch, m, device)
-        queries = gathering(None, batch, n, heads["q"].device) if pattern.cross else keys
-        heads = {name: (queries if name == "q" else keys).gather(t, axis=2) for name, t in heads.items()}
-        x, source = (None if t is None else layout.gather(t, axis=1) for t, layout in ((x, queries), (source, keys)))
-        if mask is not None:
-            context = context.replace(mask=mask)
+    def _pattern_of(self, pattern: Pattern, visible: Visible, n: int, m: int) -> Pattern:
+        """The pattern of a call, by what it sees."""
+        if pattern.cross and visible.causal:
+            raise Unsupported(
+                f"{self.chosen.name} with a causal mask across sequences",
+                supported="a mask of keys",
+                nearest="no mask",
+            )
+        if not pattern.cross and pattern.causal != visible.causal and n > 1:
+            pattern = self.chosen.require_pattern(Pattern.CAUSAL_SELF if visible.causal else Pattern.NONCAUSAL_SELF)
+        if pattern is Pattern.NONCAUSAL_SELF and n != m:
+            pattern = self.chosen.require_pattern(Pattern.NONCAUSAL_CROSS)
+        return pattern
+
+    def _check(self, pattern: Pattern, visible: Visible, source: Tensor | None, n: int, m: int, stateful: bool) -> None:
+        name = self.chosen.name
+        if self.projection is not None and self.learns and (source is None or source.shape[1] != m):
+            raise Unsupported(
+                f"{name}, whose gates are learned from the tokens, with a cache of keys and values",
+                supported="whole sequences",
+                nearest="use_cache=False",
+            )
+        if pattern is Pattern.CAUSAL_SELF and n != m and not self.card.uneven:
+            raise Unsupported(
+                f"{name}, which reads as many queries as keys, with {n} of {m} tokens and a cache of the others",
+                supported="whole sequences",
+                nearest="use_cache=False",
+            )
+        if visible.bias is not None and "bias" not in self.card.honours:
+            raise Unsupported(
+                f"{name} with a mask of pairs that is neither causality nor missing keys",
+                supported="causality, and keys that are missing for all queries",
+                nearest="softmax",
+            )
+        if pattern is not self.pattern and (
+            self.mixes_tokens or (self.projection is not None and self.projection.for_one_pattern)
+        ):
+            raise Unsupported(
+                f"{name}, whose learned parts are made for {self.pattern.value}, in a call that its mask makes "
+                f"{pattern.value}",
+                supported=f"calls in {self.pattern.value}",
+                nearest=f'regard.swap(..., pattern="{pattern.value}")',
+            )
+        if n != m and not pattern.cross and self.mixes_tokens:
+            raise Unsupported(f"{name} with {n} queries and {m} keys of one sequence", supported="as many")
+        if stateful and pattern is not Pattern.CAUSAL_SELF:
+            raise Unsupported(
+                f"{name} in {pattern.value} with a cache", supported="causal calls", nearest="use_cache=False"
+            )
+
+    @staticmethod
+    def _gather(name: str, x: Tensor, queries: Gathering, keys: Gathering) -> Tensor:
+        if name in ("k", "v"):
+            return keys.gather(x, axis=2)
+        return queries.gather(x, axis=2) if name == "q" else x
+
+    def _beside(self, context: Context, keys: Gathering, dropout: float, training: bool) -> dict[str, Any]:
+        """What accompanies the heads: only what there is, since a call of tensors and a state alone goes a shorter way."""
+        names = ("generator", "grid", "progress", "teacher")
+        beside = {name: x for name in names if (x := getattr(context, name)) is not None}
         if context.roles is not None:
-            options |= {"roles": keys.gather(context.roles, axis=1)}
-        call = LayerCall(x, source, context, queries.lengths, keys.lengths)
-        inputs = heads if self.projection is None else self.projection(heads, call)[0]
-        result = apply(
-            self.card,
-            inputs,
-            pattern=pattern,
-            mask=inner_mask(queries),
-            memory_mask=inner_mask(keys),
-            scale=scale if self.card.default_scale == "rsqrt" else None,
-            config=self.config,
-            want=want,
-            **options,
-        )
-        if self.merge is not None:
-            result.output = self.merge(result.output, inputs, call, result)
-        result.output = queries.scatter(result.output, axis=2)
-        return result
+            beside["roles"] = keys.gather(context.roles, axis=1)
+        if training:
+            beside["training"] = True
+        if dropout and "dropout" in self.card.honours:
+            beside["dropout"] = dropout
+        want = context.want if self.card.weights == "exact" and "weights" in self.card.honours else frozenset()
+        return {**beside, "want": want} if want else beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Mechanism, Pattern, Unsupported
-from regard.integrations.heads import HeadAttention, check_swappable
+from regard.integrations.heads import Chosen
 from regard.integrations.torch_modules import MultiheadAttention, Swapped, VisionAttention
 from regard.models.variants import read_variant
 
@@ -30,6 +31,9 @@ REASONS = {
     "models.vision_transformer_sam.Attention": BIASED,
 }
 """Parts of timm's attention that another mechanism would leave out."""
+
+CROSSING = re.compile("encoder_attn|cross|EncDec", re.IGNORECASE)
+"""Names of modules of transformers models that read another sequence."""
 
 PACKS = "regard_packs"
 """Attribute of an encoder of PyTorch that packed padded batches before a swap."""
@@ -89,14 +93,18 @@ class Choice:
             )
         ((name, options),) = variant.layers
         card = get_mechanism(name)
-        check_swappable(card)
         options = {**options, **further}
-        card.options(**options)
-        return cls(card, options, None if pattern is None else card.require_pattern(pattern))
+        chosen = Chosen.of(card, **options)
+        return cls(card, options, None if pattern is None else chosen.require_pattern(pattern))
+
+    @property
+    def chosen(self) -> Chosen:
+        """As modules take it."""
+        return Chosen.of(self.card, **self.options)
 
     def for_module(self, usual: Pattern) -> Choice:
         """With the pattern of a module."""
-        return Choice(self.card, self.options, self.pattern or self.card.require_pattern(usual))
+        return Choice(self.card, self.options, self.pattern or self.chosen.require_pattern(usual))
 
 
 Change = Callable[[], tuple[str, nn.Module]]
@@ -180,7 +188,7 @@ def swap(
     for path, (name, module) in added.items():
         report.learned.extend(f"{path}.{name}.{parameter}" for parameter, _ in module.named_parameters())
     if bridge is not None:
-        report.notes.append(bridge.record_swap(model, chosen))
+        report.notes.extend(bridge.record_swap(model, chosen))
     _choose_paths_of_encoders(model)
     return report
 
@@ -286,7 +294,7 @@ def _usual_pattern(model: nn.Module, path: str, module: nn.Module) -> Pattern:
     parent = model.get_submodule(path.rpartition(".")[0]) if "." in path else None
     if isinstance(parent, nn.TransformerDecoderLayer):
         return Pattern.NONCAUSAL_CROSS if path.endswith("multihead_attn") else Pattern.CAUSAL_SELF
-    if "Cross" in type(module).__name__:
+    if "Cross" in type(module).__name__ or CROSSING.search(path.rpartition(".")[2]):
         return Pattern.NONCAUSAL_CROSS
     if getattr(module, "is_causal", False):
         return Pattern.CAUSAL_SELF
@@ -305,7 +313,7 @@ def _plan_multihead(
     if module.kdim != module.vdim:
         raise Unsupported(f"{told} with keys and values of different inputs", supported="kdim = vdim")
     assert choice.pattern is not None
-    return _replace(model, path, MultiheadAttention(module, choice.card, choice.pattern, **choice.options))
+    return _replace(model, path, MultiheadAttention(module, choice.chosen, choice.pattern))
 
 
 def _plan_vision(model: nn.Module, path: str, module: Any, choice: Choice) -> Change:
@@ -316,7 +324,7 @@ def _plan_vision(model: nn.Module, path: str, module: Any, choice: Choice) -> Ch
         )
     assert choice.pattern is not None
     grid = _grid_around(model, path)
-    return _replace(model, path, VisionAttention(module, choice.card, choice.pattern, grid=grid, **choice.options))
+    return _replace(model, path, VisionAttention(module, choice.chosen, choice.pattern, grid=grid))
 
 
 def _refuse_vision(model: nn.Module, path: str, module: nn.Module, choice: Choice) -> Change:
@@ -353,16 +361,11 @@ def _put(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def _plan_transformers(model: nn.Module, path: str, module: Any, choice: Choice) -> Change:
+def _plan_transformers(model: nn.Module, path: str, module: Any, choice: Choice, **told: Any) -> Change:
     bridge = _bridge(model)
     if bridge is None:
         raise Unsupported("a part of a transformers model", supported="the whole model, a PreTrainedModel")
-    attend: HeadAttention = bridge.head_attention(module, choice.card, choice.pattern, choice.options)
-
-    def change() -> tuple[str, nn.Module]:
-        bridge.place(module, attend)
-        return bridge.PLACE, attend
-
+    change: Change = bridge.plan(model, path, module, choice, **told)
     return change
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Context, Mechanism, Pattern, Role, Unsupported
-from regard.integrations.heads import HeadAttention, Visible, read_mask
+from regard.contract import Context, Pattern, Role, Unsupported
+from regard.integrations.collecting import context_of, hand_back
+from regard.integrations.heads import Chosen, HeadAttention, Visible, read_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -49,10 +50,9 @@ class MultiheadAttention(Swapped):
 
     Args:
         original: a `nn.MultiheadAttention`, or what stands in its place, whose parameters are taken over (not copied).
-        card: the mechanism.
+        chosen: the mechanism.
         pattern: of its calls, which what is learned is made for. As in torch, a call of a self pattern is causal if its mask
             is; other calls than the pattern's need a mechanism that has both and learns nothing for one alone.
-        options: of the mechanism.
     """
 
     in_proj_weight: nn.Parameter | None
@@ -61,7 +61,7 @@ class MultiheadAttention(Swapped):
     WEIGHTS: ClassVar = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
     PARTS: ClassVar = (*WEIGHTS, "out_proj")
 
-    def __init__(self, original: Any, card: Mechanism, pattern: Pattern, **options: Any) -> None:
+    def __init__(self, original: Any, chosen: Chosen, pattern: Pattern) -> None:
         super().__init__(original)
         self.embed_dim, self.num_heads, self.head_dim = original.embed_dim, original.num_heads, original.head_dim
         self.kdim, self.vdim = original.kdim, original.vdim
@@ -70,13 +70,12 @@ class MultiheadAttention(Swapped):
             self.register_parameter(name, getattr(original, name))
         self.out_proj = original.out_proj
         self.attend = HeadAttention(
-            card,
+            chosen,
             dim=self.embed_dim,
             memory_dim=self.kdim,
             heads=self.num_heads,
             head_dim=self.head_dim,
             pattern=pattern,
-            **options,
         ).to(original.out_proj.weight)
         self.train(original.training)
 
@@ -109,6 +108,7 @@ class MultiheadAttention(Swapped):
         own = key is value and query.shape == key.shape and (key is query or query.data_ptr() == key.data_ptr())
         q, k, v = self._project(query, key, value)
         visible = self._visible(key_padding_mask, attn_mask, is_causal, batch, n, m, q.dtype, own)
+        context = context_of(self)
         result = self.attend(
             q,
             k,
@@ -118,8 +118,9 @@ class MultiheadAttention(Swapped):
             pattern=self.pattern,
             visible=visible,
             dropout=self.dropout if self.training else 0.0,
-            want=frozenset({"weights"} if need_weights and self.attend.card.weights == "exact" else ()),
+            context=context.replace(want=context.want | {"weights"}) if need_weights else context,
         )
+        hand_back(self, result)
         output = self.out_proj(result.output.transpose(1, 2).flatten(2))
         weights = result.extras.get("weights") if need_weights else None
         if weights is not None and average_attn_weights:
@@ -179,11 +180,10 @@ class VisionAttention(Swapped):
 
     Args:
         original: whose modules are taken over.
-        card: the mechanism.
+        chosen: the mechanism.
         pattern: of its calls.
         grid: tokens before the patches (a class token), and the sides of the grid of patches: what mechanisms that lay
             tokens out are told (those that know no class token, where there is none). None for a row of tokens.
-        options: of the mechanism.
     """
 
     PARTS: ClassVar = ("qkv", "proj", "q_norm", "k_norm", "attn_drop", "proj_drop", "norm", "gate")
@@ -191,14 +191,14 @@ class VisionAttention(Swapped):
     def __init__(
         self,
         original: Any,
-        card: Mechanism,
+        chosen: Chosen,
         pattern: Pattern,
         *,
         grid: tuple[int, ...] | None = None,
-        **options: Any,
     ) -> None:
         super().__init__(original)
         self.num_heads, self.head_dim, self.pattern = original.num_heads, original.head_dim, pattern
+        card = chosen.card
         told = "roles" in card.honours or (card.keeps_places and grid is not None and grid[0] == 0)
         self.grid = grid if told and pattern is Pattern.NONCAUSAL_SELF else None
         self.qkv, self.proj = original.qkv, original.proj
@@ -206,12 +206,11 @@ class VisionAttention(Swapped):
         self.attn_drop, self.proj_drop = original.attn_drop, original.proj_drop
         self.norm, self.gate = getattr(original, "norm", None), getattr(original, "gate", None)
         self.attend = HeadAttention(
-            card,
+            chosen,
             dim=self.qkv.in_features,
             heads=self.num_heads,
             head_dim=self.head_dim,
             pattern=pattern,
-            **options,
         ).to(self.qkv.weight)
         self.train(original.training)
 
@@ -236,6 +235,7 @@ class VisionAttention(Swapped):
             dropout=self.attn_drop.p if self.training else 0.0,
             context=self._context(x),
         )
+        hand_back(self, result)
         y = result.output.transpose(1, 2).flatten(2)
         y = y if self.norm is None else self.norm(y)
         if self.gate is not None:
@@ -243,9 +243,10 @@ class VisionAttention(Swapped):
         return self.proj_drop(self.proj(y))
 
     def _context(self, x: Float[Tensor, "b n c"]) -> Context:
-        """Where the tokens lie."""
+        """What the call is handed, and where the tokens lie."""
+        context = context_of(self)
         if self.grid is None:
-            return Context()
+            return context
         before, *sides = self.grid
         batch, n = x.shape[:2]
         if n != before + math.prod(sides):
@@ -255,4 +256,4 @@ class VisionAttention(Swapped):
             )
         roles = torch.zeros(batch, n, dtype=torch.long, device=x.device)
         roles[:, :before] = int(Role.CLS)
-        return Context(grid=tuple(sides), roles=roles if before else None)
+        return context.replace(grid=tuple(sides), roles=roles if before else None)

@@ -413,6 +413,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned", "alibi", "relative", "toeplitz"),
+    knows_positions=True,
     refused_positions="it rotates queries and keys itself",
     projection=Angles,
     sample_inputs=sample_inputs,

@@ -165,8 +165,12 @@ def masformer_plan(
     """MASFormer (Zhang et al., arXiv 2310.12442): full attention in a few layers, `local` attention in the others.
 
     The weights are those of a model with `softmax` in every layer, so a trained one loads into the mixed one, or becomes
-    it by :func:`regard.models.change_plan`; for models from elsewhere
-    ``regard.swap(model, {"*.layers.[01].*": None, "*": ("local", {"form": "block", "block": 512})})`` does it. Learned positions must be extended before inputs can be longer than those of training
+    it by :func:`regard.models.change_plan`; for models from elsewhere :func:`regard.swap` does it, which takes the layers
+    by the paths of their modules (and with ``only=`` those of one pattern)::
+
+        swap(model, {"*.layers.[0-3].*": None, "*": ("local", {"form": "block", "block": 512})})
+
+    Learned positions must be extended before inputs can be longer than those of training
     (:func:`regard.models.extend_positions`). The paper puts the full layers at the bottom and has 4 to 8 of 24. Full layers
     do not share one cache of keys and values: each projects its own input, and no layer reads another's state.
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from regard.contract import Context, Result, Unsupported
 from regard.core.precision import wide_dtype
 from regard.core.ragged import gathering
+from regard.integrations.observing import Observed, is_transformers_model, observe, swapped_paths
 from regard.layers.attention import AttentionLayer
 from regard.models import LanguageModel
 from regard.models.blocks import evaluation_mode
@@ -95,8 +96,8 @@ def distillation_groups(
 
 
 def distillation_loss(
-    student: LanguageModel,
-    teacher: LanguageModel,
+    student: Any,
+    teacher: Any,
     ids: Int[Tensor, "b n"],
     targets: Int[Tensor, "b n"] | None = None,
     *,
@@ -105,64 +106,128 @@ def distillation_loss(
 ) -> Float[Tensor, ""]:
     """The loss of a student on tokens, with the teacher's attention weights, head outputs, hidden states and logits.
 
+    Both are language models of regard, or both models of transformers with logits: the student one that
+    :func:`regard.swap` has changed, the teacher one that attends by ``regard:softmax``, which gives its weights::
+
+        teacher = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="regard:softmax")
+
     Args:
         student: as many layers as the teacher, of the same widths; those that can take the teacher's weights
             and outputs, as ``context.teacher``, learn from them.
         teacher: its layers must give their attention weights; it runs without gradients and dropout.
-        targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
+        targets: token to predict at each place, -100 for none; the next valid token of the sequence when None, which a
+            transformers model that does not generate needs to be given.
         context: as of a call of the models.
 
     Raises:
         Unsupported: for models of another kind, for a teacher without weights in every layer, or of another number of
             layers, and for models whose layers are not simply one after the other (`stack`).
     """
-    for model in (student, teacher):
+    observed: Callable[..., Observed]
+    if all(map(is_transformers_model, (student, teacher))):
+        observed = _observe_transformers
+        if targets is None and not student.can_generate():
+            raise Unsupported(
+                f"distillation of a {type(student).__name__}, which predicts no next token, without targets",
+                supported="targets=..., -100 where none is predicted",
+            )
+    else:
+        observed = _observe
+        _check(student, teacher)
+    parts = DistillationWeights() if weights is None else weights
+    context = Context() if context is None else context
+    if targets is None:
+        targets = next_tokens(ids, context.mask)
+    with torch.no_grad(), evaluation_mode(teacher):
+        told = observed(teacher, ids, context.replace(want=context.want | {"weights"}), student=student)
+    own = observed(student, ids, context, teachers=told.teachers)
+
+    valid = own.valid
+    hidden = [
+        (a[valid] - b[valid]).square().mean() for a, b in zip(own.hidden, told.hidden, strict=True) if valid.any()
+    ]
+    counted = targets != IGNORED
+    logits, expected = (x.logits[counted].to(wide_dtype(x.logits)).log_softmax(-1) for x in (own, told))
+    count = counted.sum().clamp(min=1)
+    loss = parts.task * F.nll_loss(logits, targets[counted], reduction="sum") / count
+    loss = loss + parts.logits * (expected.exp() * (expected - logits)).sum() / count
+    loss = loss + parts.hidden * sum(hidden, start=loss.new_zeros(())) / max(len(hidden), 1)
+    if "distillation" in own.losses:
+        total, layers = own.losses["distillation"]
+        loss = loss + parts.layers * total / layers.clamp(min=1)
+    return loss
+
+
+def _check(*models: Any) -> None:
+    for model in models:
         if not isinstance(model, LanguageModel):
             raise Unsupported(
                 f"distillation between layers of a {type(model).__name__}, whose layers neither give their weights nor learn "
                 "from others",
-                supported="regard.models.LanguageModel",
+                supported="two of regard.models.LanguageModel, or two models of transformers",
                 nearest="torch.nn.functional.kl_div of its logits and the teacher's",
             )
         if model.config.stack != StackConfig():
             raise Unsupported(
                 f"distillation between models with {model.config.stack}", supported="the default stack of both"
             )
-    parts = DistillationWeights() if weights is None else weights
-    context = Context() if context is None else context
-    if targets is None:
-        targets = next_tokens(ids, context.mask)
-    with torch.no_grad(), evaluation_mode(teacher), _recorded(teacher) as known:
-        told = teacher(ids, context=context.replace(want=context.want | {"weights"}))
-    maps = told.extras.get("weights", [])
-    if not len(maps) == len(teacher.blocks) == len(student.blocks):
+
+
+def _observe(
+    model: LanguageModel,
+    ids: Tensor,
+    context: Context,
+    *,
+    student: LanguageModel | None = None,
+    teachers: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> Observed:
+    """A call of a language model; that of a teacher is checked to have what the student's layers learn from."""
+    with _recorded(model, teachers) as recording:
+        result: Result = model(ids, context=context)
+    maps = result.extras.get("weights", [])
+    if student is not None and not len(maps) == len(model.blocks) == len(student.blocks):
         raise Unsupported(
-            f"a teacher with attention weights in {len(maps)} of {len(teacher.blocks)} layers for a student of "
+            f"a teacher with attention weights in {len(maps)} of {len(model.blocks)} layers for a student of "
             f"{len(student.blocks)}",
             supported="weights in every layer, and as many layers",
         )
-    given = [
-        {"weights": m, "output": o.unflatten(-1, (m.shape[1], -1)).transpose(1, 2)}
-        for m, o in zip(maps, known.outputs, strict=True)
-    ]
-    with _recorded(student, given) as own:
-        result: Result = student(ids, context=context)
-
+    given: dict[int, Mapping[str, Tensor]] = {}
+    if student is not None:
+        given = {
+            i: {"weights": m, "output": o.unflatten(-1, (m.shape[1], -1)).transpose(1, 2)}
+            for i, (m, o) in enumerate(zip(maps, recording.outputs, strict=True))
+        }
     layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
     dense = layout.gather(torch.ones_like(ids), axis=1).bool()  # valid places of the right-padded layout
-    hidden = [
-        (a[dense] - b[dense]).square().mean() for a, b in zip(own.hidden, known.hidden, strict=True) if dense.any()
-    ]
-    counted = targets != IGNORED
-    logits, expected = (x.output[counted].to(wide_dtype(x.output)).log_softmax(-1) for x in (result, told))
-    count = counted.sum().clamp(min=1)
-    loss = parts.task * F.nll_loss(logits, targets[counted], reduction="sum") / count
-    loss = loss + parts.logits * (expected.exp() * (expected - logits)).sum() / count
-    loss = loss + parts.hidden * sum(hidden, start=loss.new_zeros(())) / max(len(hidden), 1)
-    if "distillation" in result.losses:
-        total, layers = result.losses["distillation"]
-        loss = loss + parts.layers * total / layers.clamp(min=1)
-    return loss
+    return Observed(result.output, recording.hidden, dense, given, result.losses)
+
+
+def _observe_transformers(
+    model: Any,
+    ids: Tensor,
+    context: Context,
+    *,
+    student: Any = None,
+    teachers: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Observed:
+    """A call of a transformers model, likewise."""
+    found = observe(model, ids, context.replace(want=frozenset()), teachers=teachers, want=context.want)
+    if student is None:
+        return found
+    learning = swapped_paths(student)
+    if not learning:
+        raise Unsupported(
+            f"distillation of a {type(student).__name__} that has its own attention",
+            supported="a student that regard.swap has changed",
+            nearest='regard.swap(student, "sea")',
+        )
+    if missing := [path for path in learning if path not in found.teachers]:
+        raise Unsupported(
+            f"a teacher that gives no attention weights at {', '.join(missing)}",
+            supported="modules of the same paths, which attend by softmax through regard",
+            nearest='teacher.set_attn_implementation("regard:softmax")',
+        )
+    return found
 
 
 @dataclass
@@ -174,7 +239,7 @@ class _Recording:
 
 
 @contextmanager
-def _recorded(model: LanguageModel, teachers: Sequence[Mapping[str, Tensor]] | None = None) -> Iterator[_Recording]:
+def _recorded(model: LanguageModel, teachers: Mapping[int, Mapping[str, Tensor]] | None = None) -> Iterator[_Recording]:
     """Record the model's layers while it runs, each with its own teacher."""
     recording = _Recording()
     hooks = []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Role, Unsupported, closest
-from regard.integrations.heads import HeadAttention
+from regard.integrations.heads import Chosen, HeadAttention
 from regard.models.blocks import layer_accepts
 from regard.tasks.recall import RecallTask
 from regard.workbench.layer_work import LayerSettings, LayerWork
@@ -192,7 +192,7 @@ def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float |
 def _learns_more(card: Mechanism, pattern: Pattern) -> bool:
     """Whether a layer has parameters of this mechanism beside its projections."""
     try:
-        heads = HeadAttention(card, dim=32, heads=2, head_dim=16, pattern=pattern)
+        heads = HeadAttention(Chosen.of(card), dim=32, heads=2, head_dim=16, pattern=pattern)
     except Unsupported:  # what a layer alone can give it
         return card.projection is not None
     return heads.adds

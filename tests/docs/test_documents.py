@@ -25,7 +25,7 @@ from regard.reproductions import list_reproductions
 from regard.workbench.verify import PROPERTIES
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"fashion.md", "matrix.md", "parity.md", "ranking.md", "scaling.md", "verdicts.md"}
+GENERATED = {"fashion.md", "integrations.md", "matrix.md", "parity.md", "ranking.md", "scaling.md", "verdicts.md"}
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 MORE = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 SHORT = {"NS": "noncausal-self", "CS": "causal-self", "NC": "noncausal-cross", "CC": "causal-cross"}
@@ -159,6 +159,23 @@ def test_a_mechanisms_page_is_complete_and_its_snippets_run(name, tmp_path):
 
 
 CELL = {"mechanism": "softmax", "pattern": "causal-self", "property": "step", "dtype": "float64", "backend": "torch"}
+
+
+def test_the_table_of_swapped_models_shows_numbers_refusals_and_failures():
+    measured = [{"model": name, "errors": {"float64": 2e-16, "float32": 3e-7}} for name in generate.HOSTS]
+    measured[0] |= {
+        "cache": "state",
+        "variants": {"number": 2, "errors": {"cache": 4e-16}, "refused": {"wide": "wide"}},
+    }
+    measured[1] |= {"errors": {"float64": 1e-3}}
+    linear = [{"mechanism": "linear", **cell} for cell in measured]
+    refused = [{"mechanism": "mamba", "model": name, "refused": "mamba is a mixer"} for name in generate.HOSTS]
+    page = generate.integrations_page({"measured": "this", "cells": linear + refused}, ["linear", "mamba"])
+    assert "| [linear](mechanisms/linear.md) | 4e-16 state | **fails** | 2e-16 |" in page
+    assert f"| [mamba](mechanisms/mamba.md) |{' **no** |' * len(generate.HOSTS)}" in page
+    assert "| [mamba](mechanisms/mamba.md) | all | mamba is a mixer |" in page
+    assert "| [linear](mechanisms/linear.md), wide | Llama (transformers) | wide |" in page
+    assert "2 further sets of options" in page and "Not measured" in generate.integrations_page(None, [])
 
 
 def test_the_matrix_shows_errors_failures_and_waivers():

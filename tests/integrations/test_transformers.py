@@ -10,50 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from own_layer import disturb, own_layer
+from models import GREEDY, KEPT, LEFT, SIZES, bart, bert, disturb, ids, llama, mistral, near
 
 import regard
 from regard import Unsupported
-from regard.contract import Mask, Pattern
+from regard.contract import Mask
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
-
-CAUSAL = Pattern.CAUSAL_SELF
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-GREEDY = {"do_sample": False, "pad_token_id": 0}
-KEPT = torch.ones(3, 9, dtype=torch.long)
-KEPT[1, :3] = 0
-KEPT[2, 7:] = 0
-LEFT = torch.ones_like(KEPT)
-LEFT[1, :3] = 0
-
-
-def llama(**options):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **options)).eval()
-
-
-def mistral():
-    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
-    return transformers.MistralForCausalLM(config).eval()
-
-
-def bert():
-    return transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
-
-
-def ids(batch=3, length=9):
-    return torch.randint(1, 64, (batch, length))
-
-
-def near(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mask", [torch.ones_like(KEPT), KEPT], ids=["whole", "padded"])
@@ -88,7 +52,7 @@ def test_decoding_goes_the_short_way_where_there_is_one(monkeypatch):
     def watched(query, key, value, scale):
         lengths.append(key.shape[2])
 
-    monkeypatch.setattr("regard.integrations.transformers.decode", watched)
+    monkeypatch.setattr("regard.integrations.transformers.attending.decode", watched)
     model.generate(ids(1, 9), max_new_tokens=4, do_sample=False)
     layers = model.config.num_hidden_layers
     assert lengths == [m for m in (10, 11, 12) for _ in range(layers)]
@@ -116,85 +80,55 @@ def test_a_relative_bias_and_cross_attention_are_honoured():
     near(model(**inputs).logits, expected)
 
 
-def test_what_learns_beside_the_projections_needs_a_swap_and_no_cache():
+def test_what_learns_beside_the_projections_needs_a_swap():
     model = llama()
     model.set_attn_implementation("regard:gated_linear")
     with pytest.raises(Unsupported, match=r'regard\.swap\(model, "gated_linear"\)'):
         model(ids())
+    assert "Generation goes on from the state of gated_linear" in str(regard.swap(model, "gated_linear"))
+    assert model.generate(ids(), max_new_tokens=3, **GREEDY).shape == (3, 12)
+
+
+def test_where_no_cache_suffices_it_is_off_until_another_swap():
+    model = mistral()
     report = regard.swap(model, "gated_linear")
     assert not model.config.use_cache
-    assert "use_cache is off" in str(report)
-    assert model.generate(ids(), max_new_tokens=3, **GREEDY).shape == (3, 12)
+    assert "use_cache is off: gated_linear" in str(report)
+    assert model.generate(ids(length=2), max_new_tokens=2, **GREEDY).shape == (3, 4)
     with pytest.raises(Unsupported, match="use_cache=False"):
-        model.generate(ids(), max_new_tokens=3, **GREEDY, use_cache=True)
-    regard.swap(model, "linear")
+        model.generate(ids(length=2), max_new_tokens=2, **GREEDY, use_cache=True)
+    assert "with the model's cache of keys and values" in str(regard.swap(model, "linear"))
     assert model.config.use_cache and model.generation_config.use_cache
 
 
-def maps_of(attention, *names):
-    return [(linear.weight, linear.bias) for linear in map(attention.get_submodule, names)]
-
-
-@pytest.mark.parametrize("name", bridge.attention_names())
-def test_a_swapped_bert_attends_as_our_layer_does(name):
-    model = bert().double()
-    regard.swap(model, name)
-    disturb(model)
-    attention = model.encoder.layer[0].attention.self
-    maps = [*maps_of(attention, "query", "key", "value"), (torch.eye(32), None)]
-    layer = own_layer(attention.regard, maps)
-    x = torch.randn(2, 9, 32, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(attention(x)[0], layer(x).output)
-
-
-MISREAD = {"complex_rotary", "kernelized_rpe", "long_short", "norm_linear", "sea", "selective_temperature"}
-"""What takes queries and keys as they are before the rotation that a llama has done."""
-OPTIONS = {"selective_temperature": {"token_features": "tokens"}}
-
-
-@pytest.mark.parametrize("name", [n for n in bridge.attention_names() if CAUSAL in regard.get_mechanism(n).patterns])
-def test_a_swapped_llama_attends_as_our_rotary_layer_does_whole_padded_and_from_its_cache(name):
-    model = llama().double()
-    if name in MISREAD:
-        with pytest.raises(Unsupported, match="in a model that does not add" if name == "sea" else "rotates queries"):
-            regard.swap(model, name)
-        if name not in OPTIONS:
-            return
-    note = str(regard.swap(model, name, **OPTIONS.get(name, {})))
-    disturb(model)
-    attention, x = model.model.layers[0].self_attn, torch.randn(2, 9, 32, dtype=torch.float64)
-    maps = maps_of(attention, "q_proj", "k_proj", "v_proj", "o_proj")
-    layer = own_layer(attention.regard, maps, "rotary", num_kv_heads=2)
-    angles = torch.arange(9)[:, None] * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    turns = tuple(torch.cat([t, t], -1)[None] for t in (angles.cos(), angles.sin()))
-    tokens, positions = ids(), (KEPT.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        found = attention(x, position_embeddings=turns, attention_mask=None)[0]
-        torch.testing.assert_close(found, layer(x).output)
-        padded = model(tokens, attention_mask=KEPT, position_ids=positions, use_cache=False).logits
-        for row in (1, 2):
-            there = KEPT[row].bool()
-            alone = model(tokens[row][there][None], use_cache=False).logits[0]
-            torch.testing.assert_close(padded[row][there], alone, atol=1e-6, rtol=1e-6)
-        whole = model(tokens, use_cache=False).logits
-        cached = {bridge.CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
-        pieces = (model(piece, **cached).logits for piece in tokens.split([4, 1, 1, 3], dim=1))
-        if "use_cache is off" in note:
-            next(pieces)
-            with pytest.raises(Unsupported, match="use_cache=False"):
-                next(pieces)
-            return
-        assert "goes on with the model's cache" in note
-        torch.testing.assert_close(torch.cat(list(pieces), 1), whole, atol=1e-6, rtol=1e-6)
-
-
-def test_options_that_a_rotated_model_would_misread_are_refused():
+def test_a_model_whose_rotation_cannot_be_left_out_refuses_what_would_misread_it():
+    for name, told in (
+        ("selective_temperature", "reads queries and keys before their rotation"),
+        ("complex_rotary", "rotates queries and keys itself"),
+        ("norm_linear", "maps queries and keys before their rotation"),
+    ):
+        with pytest.raises(Unsupported, match=told):
+            regard.swap(deepseek(), name)
     with pytest.raises(Unsupported, match="reads keys before their rotation"):
-        regard.swap(llama(), "core_context", pool_keys="pre_rope")
+        regard.swap(deepseek(), "core_context", pool_keys="pre_rope")
+
+
+def test_where_transformers_does_not_say_how_images_are_laid_out_the_swap_is_refused():
     vit = transformers.ViTModel(transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
     with pytest.raises(Unsupported, match="lays tokens out"):
         regard.swap(vit, "agent")
+
+
+@pytest.mark.parametrize("name", ["complex_rotary", "selective_temperature", "sea"])
+def test_shifted_positions_change_nothing_for_mechanisms_that_know_only_distances(name):
+    """Queries that were rotated before the mechanism reads them would tell it their places."""
+    model, tokens = llama(), ids()
+    regard.swap(model, name)
+    disturb(model)
+    places = torch.arange(9)[None]
+    with torch.no_grad():
+        found, expected = (model(tokens, position_ids=places + shift).logits for shift in (7, 0))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_threads_do_not_see_each_other_s_tokens():
@@ -219,10 +153,12 @@ def test_threads_do_not_see_each_other_s_tokens():
 
 
 HYBRID = {"*.0.*": None, "*": ("local", {"window": 2})}
+ROUTED = {"*": ("mixture_of_heads", {"shared_heads": 0, "mechanism": "selective_temperature"})}
+SAVED = ["gated_linear", "performer", "sigmoid", "core_context:group=3,window=4", HYBRID, ROUTED]
 
 
 @pytest.mark.parametrize("make", [llama, bert])
-@pytest.mark.parametrize("asked", ["gated_linear", "performer", "sigmoid", HYBRID], ids=str)
+@pytest.mark.parametrize("asked", SAVED, ids=str)
 def test_a_swapped_model_is_saved_and_loaded_with_its_mechanisms(asked, make, tmp_path):
     model = make()
     regard.swap(model, asked)
@@ -242,12 +178,6 @@ def test_a_swapped_model_is_saved_and_loaded_with_its_mechanisms(asked, make, tm
         base = transformers.AutoModel.from_pretrained(tmp_path)
         assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
         assert torch.equal(*(m.generate(tokens, max_new_tokens=3, **GREEDY) for m in (loaded, model)))
-
-
-def bart():
-    sizes = {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
-    sizes |= {name.replace("encoder", "decoder"): size for name, size in sizes.items()}
-    return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=64, d_model=32, **sizes))
 
 
 def siglip():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import regard
 from regard.contract import Context, Mask, Unsupported
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.training import DistillationWeights, begin_as, distillation_groups, distillation_loss
@@ -117,3 +118,78 @@ def test_padding_has_no_part_in_it():
     for weights in (DistillationWeights(), DistillationWeights(0.0, 1.0, 0.0, 0.0)):
         found = distillation_loss(own, teacher, padded, context=Context(mask=mask), weights=weights)
         torch.testing.assert_close(found, distillation_loss(own, teacher, tokens, weights=weights), rtol=1e-11, atol=0)
+
+
+class TestTransformers:
+    """Students that are swapped models of transformers."""
+
+    @pytest.fixture(autouse=True)
+    def library(self):
+        pytest.importorskip("transformers")
+        pytest.importorskip("regard.integrations.transformers")
+
+    @staticmethod
+    def llama(**options):
+        transformers = pytest.importorskip("transformers")
+        sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=2, **options)
+        return transformers.LlamaForCausalLM(config).double()
+
+    def pair(self, mechanism="sea", **options):
+        teacher = self.llama(attn_implementation="regard:softmax")
+        own = self.llama()
+        if mechanism == "sea":
+            options = {"estimate_length": 16, "top_k": 2, "jitter": 0.0, **options}
+        regard.swap(own, mechanism, **options)
+        report = begin_as(own, teacher)
+        assert all(".regard." in name for name in report.new)
+        return own, teacher
+
+    def test_a_student_that_reads_every_key_loses_nothing(self):
+        own, teacher = self.pair("local", window=14)
+        loss = distillation_loss(own, teacher, ids(), weights=DistillationWeights(task=0.0, layers=0.0))
+        assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
+
+    def test_the_map_learns_from_the_teacher_s_weights_alone(self):
+        own, teacher = self.pair()
+        only_layers = DistillationWeights(task=0.0, hidden=0.0, logits=0.0)
+        tokens, optimizer = ids(), torch.optim.Adam(own.parameters(), 1e-2)
+        found = []
+        for _ in range(8):
+            loss = distillation_loss(own, teacher, tokens, weights=only_layers)
+            optimizer.zero_grad()
+            loss.backward()
+            gradients = {name for name, p in own.named_parameters() if p.grad is not None and p.grad.any()}
+            optimizer.step()
+            found.append(float(loss.detach()))
+        assert found[-1] < found[0]
+        assert any(".regard.projection.map." in name for name in gradients)
+        assert not teacher.training or all(p.grad is None for p in teacher.parameters())
+
+    def test_padding_changes_nothing(self):
+        own, teacher = self.pair()
+        tokens, garbage = ids(), ids()
+        mask = torch.zeros(2, 28, dtype=torch.bool)
+        mask[0, 3:17] = True
+        mask[1, 14:] = True
+        padded = torch.cat([garbage, garbage], 1)
+        padded[0, 3:17], padded[1, 14:] = tokens
+        own.eval()
+        found = distillation_loss(own, teacher, padded, context=Context(mask=Mask(valid=mask)))
+        torch.testing.assert_close(found, distillation_loss(own, teacher, tokens), rtol=1e-6, atol=0)
+
+    def test_what_does_not_fit_is_refused_with_what_would(self):
+        own, teacher = self.pair()
+        plain = self.llama()
+        with pytest.raises(Unsupported, match=r'set_attn_implementation\("regard:softmax"\)'):
+            distillation_loss(own, plain, ids())
+        with pytest.raises(Unsupported, match="has its own attention"):
+            distillation_loss(plain, teacher, ids())
+        with pytest.raises(Unsupported, match="between layers of a Llama"):
+            distillation_loss(own, model(), ids())
+        with pytest.raises(Unsupported, match="a context with grid"):
+            distillation_loss(own, teacher, ids(), context=Context(grid=(2, 7)))
+        with pytest.raises(Unsupported, match="gives no logits"):
+            distillation_loss(own.model, teacher.model, ids(), targets=ids())
+        with pytest.raises(Unsupported, match="predicts no next token, without targets"):
+            distillation_loss(own.model, teacher.model, ids())

@@ -196,6 +196,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"roles"}),
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),
+    knows_positions=True,
     refused_positions="it has a weight for each relative position already",
     projection=Offsets,
     sample_inputs=sample_inputs,

@@ -146,6 +146,7 @@ MECHANISM = Mechanism(
     honours=frozenset(),
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     sample_inputs=sample_inputs,
+    merge=HeadRouter,
     module=MixtureOfHeads,
     layer_defaults={"output_norm": None},  # routers scale the heads' outputs
     waivers=(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from regard.contract import (
     Call,
     Context,
+    LayerSpec,
     Mechanism,
     Pattern,
     Result,
@@ -35,21 +37,19 @@ class HeadRouter(Merge):
     """The routers, as the merge of the attention shell.
 
     Args:
-        config: the mechanism's options.
-        pattern: of the layer.
-        dim: width of the tokens x.
-        heads: H.
+        spec: of the layer, with the options of this mechanism.
         inner: the wrapped mechanism's own merge, which comes first.
     """
 
-    def __init__(self, config: Config, pattern: Pattern, dim: int, heads: int, inner: Merge | None) -> None:
+    def __init__(self, spec: LayerSpec, inner: Merge | None = None) -> None:
         super().__init__()
-        self.config, self.pattern, self.inner = config, pattern, inner
-        self.routed = config.order(heads)[config.groups(heads)[0] :]
-        logits = config.routers(heads)
+        config: Config = spec.config
+        self.config, self.pattern, self.inner = config, spec.pattern, inner
+        self.routed = config.order(spec.heads)[config.groups(spec.heads)[0] :]
+        logits = config.routers(spec.heads)
         if config.router == "query_norm":
             logits = {}
-        self.logits = nn.ModuleDict({name: make_linear(dim, width) for name, width in logits.items()})
+        self.logits = nn.ModuleDict({name: make_linear(spec.dim, width) for name, width in logits.items()})
 
     def forward(
         self, output: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result
@@ -150,7 +150,7 @@ class MixtureOfHeads(Layer):
             )
         if self.config.compute == "gather":
             check_choosable(attention)
-        attention.merge = HeadRouter(self.config, self.pattern, dim, num_heads, attention.merge)
+        attention.merge = HeadRouter(dataclasses.replace(attention.spec, config=self.config), attention.merge)
         self.attention = attention
 
     def forward(

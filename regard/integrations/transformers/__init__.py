@@ -1,0 +1,100 @@
+"""regard in Hugging Face transformers.
+
+Importing this module registers
+
+- every attention mechanism of queries, keys and values as ``attn_implementation="regard:NAME"``, with its mask
+  function::
+
+      import regard.integrations.transformers
+      model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="regard:softmax")
+
+- ``regard:swapped``, through which models that :func:`regard.swap` has changed attend. Their config says what is in each
+  module, so that ``save_pretrained`` and ``from_pretrained`` keep it; without this import transformers refuses to load
+  them. For that, ``post_init`` of its models is extended: it puts back what the config says.
+- :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
+- :class:`RegardConfig` and :class:`RegardForCausalLM` with the ``Auto`` classes: a language model of regard that passes
+  ``generate`` with its state, and saves and loads as others do.
+
+Needs the extra ``hf``. Importing regard itself never imports transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+from regard.contract import Unsupported
+
+try:
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers.cache_utils import CacheLayerMixin as CacheLayerMixin
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+except ImportError as error:
+    raise Unsupported(
+        f"regard.integrations.transformers without a fitting transformers ({error})",
+        supported="transformers 5 or newer",
+        nearest="pip install 'regard[hf]'",
+    ) from error
+
+from regard.integrations.transformers.attending import (
+    PLACE,
+    PREFIX,
+    SWAPPED,
+    _without_weights,
+    attention_forward,
+    swapped_forward,
+)
+from regard.integrations.transformers.caches import CACHE, GrowingCache, GrowingLayer, StateLayer
+from regard.integrations.transformers.models import RegardCache, RegardConfig, RegardForCausalLM
+from regard.integrations.transformers.placing import (
+    attention_names,
+    check_interface,
+    is_swapped,
+    plan,
+    record_swap,
+    record_unswap,
+    restore,
+    restoring,
+    take_out,
+)
+
+
+def register() -> None:
+    """Register everything; importing the module has done so. Plugins loaded later need another call."""
+    for name in attention_names():
+        AttentionInterface.register(PREFIX + name, functools.partial(attention_forward, mechanism=name))
+        AttentionMaskInterface.register(PREFIX + name, sdpa_mask)
+        with contextlib.suppress(Unsupported):
+            _without_weights(name, ())
+    AttentionInterface.register(SWAPPED, swapped_forward)
+    AttentionMaskInterface.register(SWAPPED, sdpa_mask)
+    AutoConfig.register(RegardConfig.model_type, RegardConfig, exist_ok=True)
+    AutoModelForCausalLM.register(RegardConfig, RegardForCausalLM, exist_ok=True)
+
+
+register()
+PreTrainedModel.post_init = restoring(PreTrainedModel.post_init)
+
+__all__ = [
+    "CACHE",
+    "PLACE",
+    "PREFIX",
+    "SWAPPED",
+    "GrowingCache",
+    "GrowingLayer",
+    "RegardCache",
+    "RegardConfig",
+    "RegardForCausalLM",
+    "StateLayer",
+    "attention_forward",
+    "attention_names",
+    "check_interface",
+    "is_swapped",
+    "plan",
+    "record_swap",
+    "record_unswap",
+    "register",
+    "restore",
+    "swapped_forward",
+    "take_out",
+]

@@ -1,0 +1,305 @@
+"""The functions that transformers calls to attend, and what they are told of the call of their module."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism
+from regard.contract import Pattern, Unsupported
+from regard.engines.attention import decode
+from regard.integrations.collecting import context_of, hand_back, is_collecting
+from regard.integrations.heads import Chosen, HeadAttention, Rotation, Visible, read_mask
+from regard.integrations.transformers.caches import CACHE, StateLayer, state_layer
+from regard.integrations.transformers.rotary import ANGLES, Rotary, count_positions, without_turn
+
+PREFIX = "regard:"
+SWAPPED = PREFIX + "swapped"
+PLACE = "regard"
+"""Attribute of an attention module: its mechanism, or None for softmax."""
+UNPLACED: Any = object()
+CACHES = tuple(dict.fromkeys((CACHE, "past_key_values", "past_key_value")))
+MEMORY = ("encoder_hidden_states", "key_value_states")
+"""Arguments of attention modules: caches, and the tokens of another sequence."""
+_CALL = threading.local()
+_DEFAULTS: dict[tuple[str, tuple[tuple[str, Any], ...]], HeadAttention] = {}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a mechanism sits in its module.
+
+    Attributes:
+        arguments: names of the positional arguments of the module's call.
+        layer: number of the layer whose place in a cache holds the mechanism's state; None where the module's own cache of
+            keys and values goes on.
+        rotary: the model's rotary positions, which the module leaves to the mechanism; None where it has none or applies
+            them itself.
+    """
+
+    arguments: tuple[str, ...]
+    layer: int | None = None
+    rotary: Rotary | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, layer: int | None = None, rotary: Rotary | None = None) -> Placement:
+        return cls(tuple(inspect.signature(module.forward).parameters), layer, rotary)
+
+
+@dataclass(frozen=True)
+class Told:
+    """The call of a module in progress, of which attention functions are handed no more than heads.
+
+    Attributes:
+        module: whose call it is.
+        x, source: the tokens of queries and keys.
+        cache: where the mechanism's state is kept; None without one.
+        angles: cosines and sines that queries and keys come without; None where there are none or they have them.
+        positions: of the tokens, where the model tells them.
+    """
+
+    module: nn.Module | None = None
+    x: Tensor | None = None
+    source: Tensor | None = None
+    cache: StateLayer | None = None
+    angles: tuple[Tensor, Tensor] | None = None
+    positions: Tensor | None = None
+
+
+NOTHING = Told()
+
+
+def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a call of a module: keep for this thread what the mechanism needs of it, and take the cache and the rotation
+    away where the mechanism does their work."""
+    placed: HeadAttention = getattr(module, PLACE)
+    placement: Placement = placed.placement
+    given = {**dict(zip(placement.arguments, args, strict=False)), **kwargs}
+    x = given.get("hidden_states")
+    source = next((given[name] for name in MEMORY if given.get(name) is not None), x)
+    cache = angles = None
+    if placement.layer is not None:
+        for name in CACHES:
+            if given.get(name) is not None:
+                cache = state_layer(given[name], placement.layer, placed.chosen.name)
+                given[name] = None
+    if placement.rotary is not None:
+        angles = given[ANGLES]
+        given[ANGLES] = without_turn(angles)
+    _CALL.told = Told(module, x, source, cache, angles, given.get("position_ids"))
+    return (), given
+
+
+def _told_of(module: nn.Module) -> Told:
+    told: Told = getattr(_CALL, "told", NOTHING)
+    _CALL.told = NOTHING
+    return told if told.module is module else NOTHING
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    mechanism: str,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls for ``regard:NAME``: (B, H, N, D), (B, G, M, D), (B, G, M, V) -> (B, N, H, V).
+
+    Raises:
+        Unsupported: for a mask, bias, softcap or sink that the mechanism cannot honour.
+    """
+    return _forward(module, query, key, value, attention_mask, None, mechanism, **given)
+
+
+def swapped_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    """Called by transformers for ``regard:swapped``; a module that :func:`regard.swap` left has softmax attention."""
+    watched = getattr(_CALL, "heads", None)
+    if watched is not None:
+        watched.append((query, key))
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    placed = getattr(module, PLACE, UNPLACED)
+    if placed is UNPLACED:
+        raise Unsupported(
+            f"a {type(module).__name__} for which the config of the swapped model names no mechanism",
+            supported="the class of model that was swapped and saved",
+            nearest="load the model that was swapped, and regard.unswap(model)",
+        )
+    if placed is not None and placed.chosen.plain:
+        placed = None
+    return _forward(module, query, key, value, attention_mask, placed, "softmax", **given)
+
+
+def heads_of(module: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The queries and keys that a module attends with when it is called on `x` and these angles."""
+    before, config = module.config._attn_implementation, module.config
+    _CALL.heads = []
+    try:
+        config._attn_implementation = SWAPPED
+        module(hidden_states=x, attention_mask=None, **{ANGLES: angles})
+        (found,) = _CALL.heads
+    finally:
+        config._attn_implementation = before
+        _CALL.heads = None
+    return found
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    placed: HeadAttention | None,
+    mechanism: str,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attend by what is placed in a module, or by a mechanism with its defaults."""
+    batch, n, m = query.shape[0], query.shape[2], key.shape[2]
+    plain = not dropout and all(x is None for x in (attention_mask, position_bias, softcap, s_aux))
+    if plain and n == 1 and mechanism == "softmax" and placed is None and not is_collecting():
+        output = decode(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling)
+        if output is not None:
+            return output.transpose(1, 2), None
+    told = NOTHING
+    if placed is None:
+        attend = _without_weights(mechanism, () if softcap is None else (("softcap", softcap),))
+    else:
+        attend, told = placed, _told_of(module)
+        if softcap is not None and getattr(placed.config, "softcap", None) != softcap:
+            raise Unsupported(f"softcap={softcap} with {placed.chosen.name}", supported="a softcap set by regard.swap")
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    crossing = told.source is not told.x
+    cache, state = told.cache, None
+    if cache is not None:
+        state = cache.before(attend.chosen.name)
+        m += cache.tokens
+    mask = attention_mask
+    if mask is not None:
+        mask = mask[..., :m].expand(-1, -1, n, m)
+    if position_bias is not None:
+        mask = _biased(position_bias, mask)
+    sees: dict[str, Any] = {"batch": batch, "n": n, "dtype": query.dtype, "prefer_causal": causal}
+    causal_beside = causal and attention_mask is None  # a mask, where there is one, has causality in it
+    if cache is not None and cache.tokens and mask is not None:
+        visible = _read_after(mask, causal_beside, cache, **sees)
+    else:
+        visible = read_mask(mask, causal_beside, m=m, own_queries=n == m and not crossing, **sees)
+    if cache is not None and visible.bias is not None:
+        visible = _causal(visible, visible.bias)
+    if visible.causal and not crossing:
+        pattern = Pattern.CAUSAL_SELF
+    else:
+        pattern = Pattern.NONCAUSAL_SELF if n == m and not crossing else Pattern.NONCAUSAL_CROSS
+    keeps = cache is not None and (cache.tokens > 0 or not (module.training and torch.is_grad_enabled()))
+    rotation, shift = _rotation(attend, told, visible, n)
+    result = attend(
+        query,
+        key,
+        value,
+        told.x,
+        told.source,
+        pattern=pattern,
+        visible=visible,
+        scale=scaling,
+        dropout=dropout,
+        context=context_of(module),
+        rotation=rotation,
+        state=state,
+        return_state=keeps,
+        training=module.training,
+        **({} if s_aux is None else {"sink": s_aux}),
+    )
+    if cache is not None:
+        cache.take(result.state, n, None if shift is None else shift.expand(batch))
+    hand_back(module, result)
+    return result.output.transpose(1, 2), None
+
+
+def _read_after(mask: Tensor, causal: bool, cache: StateLayer, *, dtype: torch.dtype, **sees: Any) -> Visible:
+    """A mask of new tokens, as :func:`read_mask`, over those of a state and themselves.
+
+    The state has absorbed its tokens, so all new ones must see exactly those; otherwise the mask is a bias on all.
+    """
+    state, n = cache.state, sees["n"]
+    visible = read_mask(mask[..., cache.tokens :], causal, m=n, own_queries=True, dtype=dtype, **sees)
+    old = mask[..., : cache.tokens]
+    if torch.compiler.is_compiling() or state is None:
+        return visible
+    seen = old if old.dtype == torch.bool else old > torch.finfo(old.dtype).min
+    uniform = old.dtype == torch.bool or bool(((old == 0) | ~seen).all())
+    count = seen[:, 0].sum(-1).expand(state.length.shape[0], -1)  # (B, N)
+    there = torch.ones_like(count, dtype=torch.bool) if visible.keys is None else visible.keys
+    if visible.bias is None and uniform and bool(((count == state.length[:, None]) | ~there).all()):
+        return visible
+    if not bool((state.length == cache.tokens).all()):
+        raise Unsupported(
+            "a mask that hides tokens which a state has read, or shows some that it has not",
+            supported="masks of tokens that agree from call to call",
+            nearest="use_cache=False",
+        )
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+    return Visible(causal, None, bias.to(dtype))
+
+
+def _causal(visible: Visible, bias: Tensor) -> Visible:
+    """The same as a causal call, where the bias hides all that comes later."""
+    later = bias.new_ones(bias.shape[-2:], dtype=torch.bool).triu(1 + bias.shape[-1] - bias.shape[-2])
+    if torch.compiler.is_compiling() or bool((bias <= torch.finfo(bias.dtype).min)[..., later].all()):
+        return Visible(True, None, bias)
+    return visible
+
+
+def _rotation(attend: HeadAttention, told: Told, visible: Visible, n: int) -> tuple[Rotation | None, Tensor | None]:
+    """The rotation that the mechanism is to apply, and by how much positions are greater than ranks."""
+    if told.angles is None:
+        return None, None
+    rotary: Rotary = attend.placement.rotary
+    if not attend.places_keys:
+        return rotary.rotation(told.angles), None
+    if not rotary.counts:
+        return rotary.rotation(told.angles, "frequencies that follow the length, with keys placed later"), None
+    length, shift = (None, None) if told.cache is None else (told.cache.state, told.cache.shift)
+    refusal, shift = count_positions(told.positions, visible, None if length is None else length.length, shift, n)
+    return rotary.rotation(told.angles, refusal), shift
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _without_weights(mechanism: str, options: tuple[tuple[str, Any], ...]) -> HeadAttention:
+    """The mechanism for any model; made once, and those without options before a compiler traces a call."""
+    known = _DEFAULTS.get((mechanism, options))
+    if known is not None:
+        return known
+    card = get_mechanism(mechanism)
+    selves = [p for p in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF) if p in card.patterns]
+    if not selves:
+        raise Unsupported(f"{mechanism} in self attention", supported="a mechanism with a self pattern")
+    attend = HeadAttention(Chosen.of(card, **dict(options)), dim=1, heads=1, head_dim=1, pattern=selves[0])
+    if attend.adds:
+        raise Unsupported(
+            f'attn_implementation="{PREFIX}{mechanism}" alone, since {mechanism} learns more than the model has',
+            supported="mechanisms of queries, keys and values alone",
+            nearest=f'regard.swap(model, "{mechanism}"), which adds what it learns',
+        )
+    return _DEFAULTS.setdefault((mechanism, options), attend)

@@ -1,0 +1,273 @@
+"""Mechanisms in the attention modules of transformers models: put there, taken out, saved and loaded."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from regard.catalogue import get_mechanism, list_mechanisms
+from regard.contract import Kind, Pattern, Unsupported
+from regard.integrations.heads import Chosen, HeadAttention, check_swappable
+from regard.integrations.swap import Choice, reader_of
+from regard.integrations.torch_modules import Swapped
+from regard.integrations.transformers.attending import PLACE, SWAPPED, UNPLACED, Placement, heads_of, tell
+from regard.integrations.transformers.caches import keeps_every_key
+from regard.integrations.transformers.rotary import find_rotary
+
+RECORD = "regard"
+"""Attribute of a config that says what was swapped: the attention before, and the mechanism of each module (None for
+softmax) by its path in the base model."""
+ROTATES = re.compile("rotary|rotate_")
+
+
+def attention_names() -> list[str]:
+    """Mechanisms that can take the place of a model's attention."""
+    found = []
+    for name in list_mechanisms(kind=Kind.ATTENTION):
+        try:
+            check_swappable(get_mechanism(name))
+        except Unsupported:
+            continue
+        found.append(name)
+    return found
+
+
+def plan(
+    model: nn.Module, path: str, module: Any, choice: Choice, *, unrotated: bool | None = None
+) -> Callable[[], Any]:
+    """The change that places a mechanism in a module.
+
+    Args:
+        unrotated: whether the mechanism gets queries and keys before rotary positions, as a config says; found out when
+            None.
+    """
+    assert choice.pattern is not None
+    attend = _head_attention(module, choice.chosen, choice.pattern)
+    attend.placement = _placement(model, path, module, attend, unrotated)
+
+    def change() -> tuple[str, nn.Module]:
+        place(module, attend)
+        return PLACE, attend
+
+    return change
+
+
+def _head_attention(module: Any, chosen: Chosen, pattern: Pattern) -> HeadAttention:
+    config = module.config
+    heads = getattr(module, "num_heads", None) or config.num_attention_heads
+    widths = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "attention_head_size"))
+    width = next(filter(None, widths), config.hidden_size // heads)
+    groups = getattr(module, "num_key_value_groups", 1)
+    attend = HeadAttention(
+        chosen,
+        dim=config.hidden_size,
+        heads=heads,
+        kv_heads=heads // groups,
+        head_dim=width,
+        value_dim=getattr(module, "v_head_dim", None),
+        pattern=pattern,
+    )
+    if "roles" in chosen.card.honours and not pattern.causal and hasattr(config, "patch_size"):
+        raise Unsupported(
+            f"swapping to {chosen.name}, which lays tokens out, where transformers does not say how images are",
+            supported="models of text",
+            nearest="the same model of timm",
+        )
+    some = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    return attend.to(some).train(module.training)
+
+
+def _placement(model: nn.Module, path: str, module: Any, attend: HeadAttention, unrotated: bool | None) -> Placement:
+    """Who keeps the cache and who rotates; raises Unsupported where the mechanism would misread what it gets."""
+    layer = getattr(module, "layer_idx", None) if attend.keeps_state and not attend.chosen.plain else None
+    if layer is not None and not keeps_every_key(module.config, layer):
+        layer = None  # the window is the model's, and its cache forgets what is behind it
+    rotates = any(ROTATES.search(name) for name in vars(sys.modules[type(module).__module__]))
+    if attend.pattern.cross or not rotates:
+        return Placement.of(module, layer)
+    rotary = None
+    alone = attend.pattern is Pattern.CAUSAL_SELF and layer is None  # beside a cache, whose keys are rotated
+    if not alone and unrotated is not False:
+        rotary = find_rotary(model, path, module, heads_of)
+    if rotary is None:
+        attend.check_rotated()
+    else:
+        attend.check_unrotated()
+    return Placement.of(module, layer, rotary)
+
+
+def place(module: nn.Module, attend: HeadAttention) -> None:
+    """Put a mechanism into an attention module, in the place of one that is there."""
+    if not is_swapped(module):
+        module.register_forward_pre_hook(tell, with_kwargs=True)
+    setattr(module, PLACE, attend)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a mechanism is placed in it."""
+    return module._modules.get(PLACE) is not None and _dispatches(module)
+
+
+def take_out(module: nn.Module) -> None:
+    """The opposite of :func:`place`: the module has softmax attention again."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is tell:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    setattr(module, PLACE, None)
+
+
+def _dispatches(module: nn.Module) -> bool:
+    home = sys.modules.get(type(module).__module__)
+    return hasattr(home, "ALL_ATTENTION_FUNCTIONS") and "Attention" in type(module).__name__
+
+
+def check_interface(model: PreTrainedModel) -> None:
+    """Raise Unsupported for a model that attends in another way."""
+    if not model._can_set_attn_implementation():
+        raise Unsupported(
+            f"{type(model).__name__}, which does not dispatch through transformers' attention interface",
+            supported="models that do",
+        )
+
+
+def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
+    """Let a model attend by what is placed in it, and its config say so; what to know of it now.
+
+    Args:
+        chosen: mechanism, options and pattern of each changed module by its path.
+    """
+    config = model.config
+    known = getattr(config, RECORD, None) or {"attention": config._attn_implementation, "modules": {}}
+    modules = dict(known["modules"])
+    for path, module in model.named_modules():
+        if path in chosen:
+            choice = chosen[path]
+            assert choice.pattern is not None
+            entry: dict[str, Any] = {
+                "mechanism": choice.card.name,
+                "pattern": choice.pattern.value,
+                "options": choice.options,
+            }
+            if is_swapped(module):
+                entry["unrotated"] = module.regard.placement.rotary is not None
+            modules[_inside_base(model, path)] = entry
+        elif _dispatches(module) and not is_swapped(module):
+            modules[_inside_base(model, path)] = None
+            setattr(module, PLACE, None)
+    setattr(config, RECORD, {**known, "modules": modules})
+    model.set_attn_implementation(SWAPPED)
+    config.attn_implementation = SWAPPED  # a name that a config is saved and loaded with
+    _turn_cache(model, off=bool(_needing_whole_sequences(model)))
+    return _notes(model)
+
+
+def _notes(model: Any) -> list[str]:
+    """What a user should know of the positions and the generation of a swapped model."""
+    placed = _placed(model)
+    own = [attend for attend in placed if attend.placement.rotary is not None and attend.chosen.card.knows_positions]
+    notes = [
+        f"The model's rotary positions are left out where {name} is, which has positions of its own."
+        for name in sorted({attend.chosen.name for attend in own})
+    ]
+    causal = [attend for attend in placed if attend.pattern is Pattern.CAUSAL_SELF]
+    if whole := _needing_whole_sequences(model):
+        notes.append(f"use_cache is off: {', '.join(whole)} cannot go on from a cache of keys and values.")
+        return notes
+    states = sorted({attend.chosen.name for attend in causal if attend.placement.layer is not None})
+    if states:
+        notes.append(f"Generation goes on from the state of {', '.join(states)}, which the cache holds.")
+    if any(attend.placement.layer is None for attend in causal):
+        notes.append("Generation goes on with the model's cache of keys and values, read whole at each step.")
+    return notes
+
+
+def _turn_cache(model: Any, *, off: bool) -> None:
+    """Turn the cache of a swapped model off, or on again where that has turned it off."""
+    record = getattr(model.config, RECORD)
+    for each in filter(None, (model.config, getattr(model, "generation_config", None))):
+        if off and getattr(each, "use_cache", False):
+            each.use_cache, record["use_cache"] = False, True
+        elif not off and record.get("use_cache"):
+            each.use_cache = True
+    if not off:
+        record.pop("use_cache", None)
+
+
+def record_unswap(model: Any) -> None:
+    """The opposite of :func:`record_swap`, for the modules from which the mechanism was taken."""
+    config, swapped = model.config, False
+    record = getattr(config, RECORD)
+    modules = dict(record["modules"])
+    for path, module in model.named_modules():
+        if is_swapped(module) or isinstance(module, Swapped):
+            swapped = True
+        elif _inside_base(model, path) in modules:
+            modules[_inside_base(model, path)] = None
+    setattr(config, RECORD, {**record, "modules": modules})
+    _turn_cache(model, off=bool(_needing_whole_sequences(model)))
+    if swapped:
+        return
+    for module in model.modules():
+        if getattr(module, PLACE, UNPLACED) is None:
+            delattr(module, PLACE)
+    delattr(config, RECORD)
+    config.__dict__.pop("attn_implementation", None)
+    model.set_attn_implementation(record["attention"])
+
+
+def _placed(model: nn.Module) -> list[Any]:
+    return [module.regard for module in model.modules() if is_swapped(module)]
+
+
+def _needing_whole_sequences(model: nn.Module) -> list[str]:
+    causal = [attend for attend in _placed(model) if attend.pattern is Pattern.CAUSAL_SELF]
+    return sorted({a.chosen.name for a in causal if a.placement.layer is None and a.needs_whole_sequences})
+
+
+def _inside_base(model: Any, path: str) -> str:
+    """A path without the name of the base model, which models with other heads have in common."""
+    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else path
+
+
+def restore(model: Any) -> None:
+    """Put the mechanisms into a model that its config names; those that a part has already put there are left.
+
+    Raises:
+        Unsupported: where a mechanism is unknown here, or another attention is asked for.
+    """
+    config = model.config
+    record = config.regard
+    if config._attn_implementation != SWAPPED:
+        raise Unsupported(
+            f'attn_implementation="{config._attn_implementation}" of a model that was saved with other mechanisms',
+            supported=f'"{SWAPPED}", which is what it was saved with',
+            nearest="regard.unswap(model) once it is loaded",
+        )
+    config.attn_implementation = SWAPPED
+    for path, module in list(model.named_modules()):
+        entry = record["modules"].get(_inside_base(model, path), UNPLACED)
+        if entry is UNPLACED or hasattr(module, PLACE) or isinstance(module, Swapped):
+            continue
+        reader = reader_of(module)
+        if entry is None:
+            setattr(module, PLACE, None)
+        elif reader is not None:
+            choice = Choice.of((entry["mechanism"], entry["options"]), entry["pattern"])
+            told = {"unrotated": entry["unrotated"]} if "unrotated" in entry else {}
+            reader(model, path, module, choice, **told)()
+
+
+def restoring(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(post_init)
+    def restored(self: Any) -> None:
+        post_init(self)
+        if getattr(self.config, RECORD, None) is not None:
+            restore(self)
+
+    return restored

@@ -1,0 +1,186 @@
+"""Swapped transformers models go on from the state of their mechanism: beams, padding, chats, prefixes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import GREEDY, KEPT, LEFT, bart, disturb, gpt2, ids, llama, near
+
+import regard
+from regard import Unsupported
+
+transformers = pytest.importorskip("transformers")
+bridge = pytest.importorskip("regard.integrations.transformers")
+
+CORES = "core_context:group=2,window=3"
+MECHANISMS = [CORES, "gated_linear", "delta_rule", "local:window=3", "selective_temperature", "mixture_of_heads", "sea"]
+
+
+def swapped(make, mechanism):
+    model = make()
+    regard.swap(model, mechanism)
+    disturb(model)
+    return model
+
+
+def new_cache(model):
+    return transformers.DynamicCache(config=model.config)
+
+
+def after(model, tokens, cache=None, **options):
+    """Logits, and the cache after the tokens."""
+    with torch.no_grad():
+        result = model(tokens, use_cache=True, **{bridge.CACHE: cache}, **options)
+    return result.logits, getattr(result, bridge.CACHE)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_generation_from_the_state_is_generation_from_the_whole(mechanism, make, options):
+    if options and make is gpt2 and mechanism != CORES:
+        return
+    model = swapped(make, mechanism)
+    settings = {"attention_mask": LEFT, "max_new_tokens": 7, **GREEDY, **options}
+    tokens = ids()
+    found = model.generate(tokens, **settings)
+    assert torch.equal(found, model.generate(tokens, **settings, use_cache=False))
+    filled = new_cache(model)
+    assert torch.equal(model.generate(tokens, **settings, **{bridge.CACHE: filled}), found)
+    assert all(type(layer) is bridge.StateLayer for layer in filled.layers)
+
+
+@pytest.mark.parametrize("mechanism", ["gated_linear", "local:window=2"])
+def test_the_state_stays_small(mechanism):
+    model = swapped(llama, mechanism)
+    _, few = after(model, ids(length=5))
+    sizes = [layer.state.nbytes for layer in few.layers]
+    _, many = after(model, ids(length=40), few)
+    assert [layer.state.nbytes for layer in many.layers] == sizes
+    assert many.get_seq_length() == 45
+
+
+@pytest.mark.parametrize("mechanism", [CORES, "gated_linear", "mixture_of_heads"])
+def test_a_chat_goes_on_and_a_prefix_is_used_again(mechanism):
+    model = swapped(llama, mechanism)
+    prefix, first, second = ids(1, 6), ids(1, 3), ids(1, 5)
+    _, cache = after(model, prefix)
+    for turn in (first, second):
+        whole, _ = after(model, torch.cat([prefix, turn], 1))
+        found, _ = after(model, turn, copy.deepcopy(cache))
+        near(found, whole[:, 6:])
+    chat = model.generate(prefix, max_new_tokens=4, **GREEDY, **{bridge.CACHE: (kept := new_cache(model))})
+    chat = torch.cat([chat, first], 1)
+    found = model.generate(chat, max_new_tokens=4, **GREEDY, **{bridge.CACHE: kept})
+    assert torch.equal(found, model.generate(chat, max_new_tokens=4, **GREEDY, use_cache=False))
+
+
+def test_rows_of_a_state_are_chosen_and_repeated():
+    model = swapped(llama, CORES)
+    tokens, more = ids(), ids(length=2)
+    _, cache = after(model, tokens, attention_mask=LEFT)
+    rows = torch.tensor([2, 0])
+    chosen = copy.deepcopy(cache)
+    chosen.batch_select_indices(rows)
+    ones = torch.ones(3, 2, dtype=torch.long)
+    mask = torch.cat([LEFT, ones], 1)
+    found, _ = after(model, more[rows], chosen, attention_mask=mask[rows])
+    expected, _ = after(model, more, copy.deepcopy(cache), attention_mask=mask)
+    near(found, expected[rows])
+    cache.batch_repeat_interleave(2)
+    found, _ = after(model, more.repeat_interleave(2, 0), cache, attention_mask=mask.repeat_interleave(2, 0))
+    near(found, expected.repeat_interleave(2, 0))
+    cache.reset()
+    near(after(model, tokens, cache)[0], after(model, tokens)[0])
+
+
+def test_an_encoder_decoder_generates_from_states_too():
+    model = swapped(bart, "gated_linear")
+    tokens, settings = ids(), {"attention_mask": KEPT, "max_new_tokens": 6, "num_beams": 2, **GREEDY}
+    found = model.generate(tokens, **settings, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, model.generate(tokens, **settings, use_cache=False))
+    cache = getattr(found, bridge.CACHE)
+    assert [type(layer) for layer in cache.self_attention_cache.layers] == [bridge.StateLayer]
+
+
+def test_pieces_with_padding_anywhere_are_the_whole():
+    model = swapped(llama, CORES)
+    tokens, positions = ids(), (KEPT.cumsum(-1) - 1).clamp(min=0)
+    whole = model(tokens, attention_mask=KEPT, position_ids=positions, use_cache=False).logits
+    cache, found = None, []
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        given = {"attention_mask": KEPT[:, :end], "position_ids": positions[:, start:end]}
+        logits, cache = after(model, tokens[:, start:end], cache, **given)
+        found.append(logits)
+    near(torch.cat(found, 1)[KEPT.bool()], whole[KEPT.bool()])
+
+
+class TestRefused:
+    """What a state cannot answer, with the reason."""
+
+    def test_taking_tokens_out(self):
+        model = swapped(llama, "gated_linear")
+        _, cache = after(model, ids())
+        with pytest.raises(Unsupported, match="out of the state of a mechanism"):
+            cache.crop(-2)
+        with pytest.raises((Unsupported, ValueError)):
+            model.generate(ids(1), max_new_tokens=6, prompt_lookup_num_tokens=2, **GREEDY)
+
+    def test_caches_of_other_kinds_and_models(self):
+        model, other = swapped(llama, "gated_linear"), llama()
+        fixed = transformers.StaticCache(config=model.config, max_cache_len=20)
+        with pytest.raises(Unsupported, match="StaticLayer for the state of gated_linear"):
+            after(model, ids(), fixed)
+        with pytest.raises(Unsupported, match="that another attention filled"):
+            after(model, ids(), after(other, ids())[1])
+        with pytest.raises(Unsupported, match="holds the states of mechanisms"):
+            after(other, ids(), after(model, ids())[1])
+        with pytest.raises(Unsupported, match="state of"):
+            after(swapped(llama, "local:window=2"), ids(), after(model, ids())[1])
+
+    def test_going_on_from_a_training_pass(self):
+        model = swapped(llama, "gated_linear").train()
+        cache = getattr(model(ids(), use_cache=True), bridge.CACHE)
+        with pytest.raises(Unsupported, match="cache of a training pass"):
+            model(ids(length=1), use_cache=True, **{bridge.CACHE: cache})
+
+    def test_a_mask_that_hides_what_was_read(self):
+        model = swapped(llama, "gated_linear")
+        _, cache = after(model, ids())
+        mask = torch.ones(3, 10, dtype=torch.long)
+        mask[1, 2] = 0
+        with pytest.raises(Unsupported, match="neither causality nor missing keys"):
+            after(model, ids(length=1), cache, attention_mask=mask)
+        _, cache = after(model, ids(), attention_mask=LEFT)
+        with pytest.raises(Unsupported, match="hides tokens which a state has read"):
+            after(model, ids(length=1), cache, attention_mask=mask)
+
+    def test_positions_that_do_not_count_where_keys_are_placed_later(self):
+        model, tokens = swapped(llama, CORES), ids()
+        skipping = torch.arange(9)[None] * 2
+        with pytest.raises(Unsupported, match="positions that do not count tokens"):
+            model(tokens, position_ids=skipping)
+        _, cache = after(model, tokens)
+        with pytest.raises(Unsupported, match="positions that do not count tokens"):
+            after(model, ids(length=1), cache, position_ids=torch.full((1, 1), 12))
+        assert swapped(llama, "local:window=3")(tokens, position_ids=skipping).logits.isfinite().all()
+
+    def test_frequencies_that_follow_the_length(self):
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+        model = swapped(lambda: llama(rope_parameters=rope), CORES)
+        with pytest.raises(Unsupported, match="frequencies that follow the length"):
+            model(ids())
+
+
+def test_a_mask_of_pairs_is_honoured_beside_a_state_by_mechanisms_with_scores():
+    model = swapped(llama, "sigmoid")
+    tokens = ids(2, 8)
+    seen = torch.ones(8, 8, dtype=torch.bool).tril() & (torch.rand(2, 1, 8, 8) > 0.3)
+    seen |= torch.eye(8, dtype=torch.bool)
+    with torch.no_grad():
+        whole = model(tokens, attention_mask=seen, use_cache=False).logits
+    first, cache = after(model, tokens[:, :5], attention_mask=seen[:, :, :5, :5])
+    second, _ = after(model, tokens[:, 5:], cache, attention_mask=seen[:, :, 5:])
+    near(torch.cat([first, second], 1), whole)
