@@ -72,7 +72,7 @@ def linear_8bit(
     Of few rows in float32 or bfloat16 the activations and the result are rounded to bfloat16, with sums in float32, where
     there is no native kernel; that kernel, and all other calls, compute in the dtype of `x`. Gradients reach `x` alone.
     """
-    if _reads_codes(x):
+    if torch_form.takes_8bit(codes) and _reads_codes(x):
         y = torch_form.few_rows_8bit(x, codes, scale)
         return y if bias is None else y + bias
     return linear(x, dequantize_8bit(codes, scale, x.dtype), bias)

@@ -17,6 +17,9 @@ GROUPS = (32, 64, 128, 256)
 ROW_BLOCK = 16
 """Rows of a weight that it takes at once."""
 
+COLUMN_BLOCK = 16
+"""Columns that torch's operator for 8 bits takes at once; with others it reads beyond the weight's end."""
+
 
 class Packed(NamedTuple):
     """A 4-bit weight as torch's operator reads it."""
@@ -40,6 +43,11 @@ def pack_for_torch(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Packe
     offset = torch.zeros_like(scale) if offset is None else offset
     both = torch.stack([scale.T, offset.T], -1).contiguous()
     return Packed(torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1), group, both)
+
+
+def takes_8bit(codes: Tensor) -> bool:
+    """Whether :func:`few_rows_8bit` is right for such a weight."""
+    return codes.shape[1] % COLUMN_BLOCK == 0
 
 
 def few_rows_8bit(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
