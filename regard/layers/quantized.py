@@ -15,15 +15,11 @@ from torch import Tensor, nn
 from regard.contract import Unsupported, check_options, one_of
 from regard.engines.quantized_linear import (
     MIDDLE,
-    dequantize_4bit,
-    dequantize_8bit,
+    dequantize,
     dynamic_linear,
-    linear_4bit,
-    linear_8bit,
     pack,
-    unpack,
+    quantized_linear,
 )
-from regard.engines.quantized_linear.torch_form import Packed, pack_for_torch
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -139,7 +135,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("kept_columns", kept and torch.zeros(float_columns, dtype=torch.int64))
         self.register_buffer("kept_weight", kept and torch.zeros(out_features, float_columns))
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
-        self._packed: tuple[Any, Packed | None] = (None, None)
 
     @classmethod
     def of(
@@ -198,11 +193,9 @@ class QuantizedLinear(nn.Module):
             x = x * self.input_scale.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.format.dynamic:
-            y = dynamic_linear(x, self.codes, self.scale[:, 0], bias)
-        elif self.format.bits == 8:
-            y = linear_8bit(x, self.codes, self.scale[:, 0], bias)
+            y = dynamic_linear(x, self.codes, self.scale, bias)
         else:
-            y = linear_4bit(x, self.codes, self.scale, self.offset, bias, self._packed_for_torch())
+            y = quantized_linear(x, self.codes, self.scale, self.offset, bias)
         return y if beside is None else y + beside
 
     @property
@@ -212,10 +205,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "n k"]:
         """:attr:`weight` in a dtype."""
-        if self.format.bits == 8:
-            weight = dequantize_8bit(self.codes, self.scale[:, 0], dtype)
-        else:
-            weight = dequantize_4bit(self.codes, self.scale, self.offset, dtype)[:, : self.in_features]
+        weight = dequantize(self.codes, self.scale, self.offset, dtype)[:, : self.in_features]
         if self.input_scale is not None:
             weight = weight * self.input_scale.to(dtype)
         if self.kept_columns is not None:
@@ -236,12 +226,6 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}"
-
-    def _packed_for_torch(self) -> Packed | None:
-        key = (self.codes.data_ptr(), self.codes._version, self.scale._version)
-        if self._packed[0] != key:
-            self._packed = (key, pack_for_torch(unpack(self.codes), self.scale, self.offset))
-        return self._packed[1]
 
 
 class QuantizedEmbedding(nn.Module):
@@ -275,9 +259,8 @@ class QuantizedEmbedding(nn.Module):
         return self.head.weight
 
     def forward(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b k"]:
-        return dequantize_8bit(self.head.codes[ids].flatten(0, -2), self.head.scale[ids].flatten(), torch.float32).view(
-            *ids.shape, -1
-        )
+        rows = ids.flatten()
+        return dequantize(self.head.codes[rows], self.head.scale[rows], None, torch.float32).view(*ids.shape, -1)
 
 
 def quantized_record(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 A weight (N, K) is held as
 
-    W = (codes - middle) * scale + offset
+    W = code * scale + offset
 
-with a scale (and an offset, where the grid is not symmetric) for each row, or for each group of a row. Codes of 8 bits are
-int8 with the middle 0; those of 4 bits are 0 to 15 with the middle 8, two in a byte: column 2 i in the low half, 2 i + 1 in
-the high half. Scales and offsets are bfloat16, and codes are chosen for the rounded ones, so that a weight is exactly what it
-says in every dtype that computes with it.
+with a scale (and an offset, where the grid is not symmetric) for each group of a row, or for each row. Codes of 8 bits are
+int8, with one scale a row. Those of 4 bits are 0 to 15, which stand for -8 to 7, two in a byte: column 2 i in the low half,
+2 i + 1 in the high half. Scales and offsets are bfloat16, and codes are chosen for the rounded ones, so that a weight is
+exactly what it says in every dtype that computes with it.
 """
 
 from __future__ import annotations
@@ -17,108 +17,66 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.engines.linear import linear
-from regard.engines.quantized_linear import torch_form
-from regard.engines.quantized_linear.packing import MIDDLE, pack, padded, unpack
+from regard.backends import Engine, add_engine, execute, prefers_native
+from regard.engines.quantized_linear import native_form, torch_form
+from regard.engines.quantized_linear.packing import MIDDLE, dequantize, pack, padded, unpack
+from regard.engines.quantized_linear.problem import Problem
 
 if TYPE_CHECKING:
-    from jaxtyping import BFloat16, Float, Int8, UInt8
+    from jaxtyping import Float, Int8, UInt8
 
-__all__ = [
-    "MIDDLE",
-    "dequantize_4bit",
-    "dequantize_8bit",
-    "dynamic_linear",
-    "linear_4bit",
-    "linear_8bit",
-    "pack",
-    "padded",
-    "unpack",
-]
-
-FEW_ROWS = 16
-"""Rows up to which a product reads codes: of more, arithmetic takes longer than reading, and a copy in floats is quicker."""
+__all__ = ["MIDDLE", "dequantize", "dynamic_linear", "pack", "padded", "quantized_linear", "unpack"]
 
 
-def dequantize_8bit(
-    codes: Int8[Tensor, "n k"], scale: BFloat16[Tensor, " n"], dtype: torch.dtype
-) -> Float[Tensor, "n k"]:
-    """The weight of 8-bit codes."""
-    return codes.to(dtype) * scale.to(dtype)[:, None]
-
-
-def dequantize_4bit(
-    codes: UInt8[Tensor, "n half"],
-    scale: BFloat16[Tensor, "n g"],
-    offset: BFloat16[Tensor, "n g"] | None,
-    dtype: torch.dtype,
-) -> Float[Tensor, "n k"]:
-    """The weight of 4-bit codes; k is a multiple of the group, with what pads the last one."""
-    values = unpack(codes).to(dtype).unflatten(1, (scale.shape[1], -1)) - MIDDLE
-    values = values * scale.to(dtype)[..., None]
-    if offset is not None:
-        values = values + offset.to(dtype)[..., None]
-    return values.flatten(1)
-
-
-def linear_8bit(
+def quantized_linear(
     x: Float[Tensor, "*b k"],
-    codes: Int8[Tensor, "n k"],
-    scale: BFloat16[Tensor, " n"],
-    bias: Float[Tensor, " n"] | None,
+    codes: Int8[Tensor, "n k"] | UInt8[Tensor, "n half"],
+    scale: Float[Tensor, "n g"],
+    offset: Float[Tensor, "n g"] | None = None,
+    bias: Float[Tensor, " n"] | None = None,
+    *,
+    backend: str | None = None,
 ) -> Float[Tensor, "*b n"]:
-    """x W^T + b with a weight of 8-bit codes, one scale a row.
+    """x W^T + b with a weight of codes.
 
-    Of few rows in float32 or bfloat16 the activations and the result are rounded to bfloat16, with sums in float32, where
-    there is no native kernel; that kernel, and all other calls, compute in the dtype of `x`. Gradients reach `x` alone.
-    """
-    if torch_form.takes_8bit(codes) and _reads_codes(x):
-        y = torch_form.few_rows_8bit(x, codes, scale)
-        return y if bias is None else y + bias
-    return linear(x, dequantize_8bit(codes, scale, x.dtype), bias)
-
-
-def linear_4bit(
-    x: Float[Tensor, "*b k"],
-    codes: UInt8[Tensor, "n half"],
-    scale: BFloat16[Tensor, "n g"],
-    offset: BFloat16[Tensor, "n g"] | None,
-    bias: Float[Tensor, " n"] | None,
-    packed: torch_form.Packed | None = None,
-) -> Float[Tensor, "*b n"]:
-    """x W^T + b with a weight of 4-bit codes in groups; precision as of :func:`linear_8bit`.
+    A native kernel reads the codes of up to 16 rows of x in float32. Without it torch's own operators do, which round
+    activations and results to bfloat16, with sums in float32. All other calls compute in the dtype of x with a copy of the
+    weight. Gradients reach x alone.
 
     Args:
         x: with fewer columns than the codes have where the last group is padded.
-        packed: the weight as torch's operator reads it (:func:`torch_form.pack_for_torch`).
+        codes, scale, offset: as the module says; scale and offset in bfloat16.
+        bias: in the dtype of x.
+        backend: see :func:`regard.which_backend`.
     """
-    x = padded(x, 2 * codes.shape[1])
-    if packed is not None and _reads_codes(x):
-        y = torch_form.few_rows_4bit(x, packed)
-        return y if bias is None else y + bias
-    return linear(x, dequantize_4bit(codes, scale, offset, x.dtype), bias)
+    if backend is None and prefers_native():
+        found = native_form.plain(x, codes, scale, offset, bias)
+        if found is not None:
+            return found
+    return execute("quantized_linear", backend, x.device, x.dtype, Problem(x, codes, scale, offset, bias))
 
 
 def dynamic_linear(
     x: Float[Tensor, "*b k"],
     codes: Int8[Tensor, "n k"],
-    scale: BFloat16[Tensor, " n"],
-    bias: Float[Tensor, " n"] | None,
+    scale: Float[Tensor, "n 1"],
+    bias: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*b n"]:
     """x W^T + b with both operands in 8 bits: each row of `x` is rounded to a grid of its own, -127 to 127.
 
     Products are summed as integers, exactly, and scaled in float32. Gradients do not pass.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    step = rows.detach().float().abs().amax(1, keepdim=True).clamp(min=torch_form.TINY) / 127
-    rounded = (rows.float() / step).round_().to(torch.int8)
-    y = torch_form.integer_product(rounded, codes) * (step * scale.float())
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).detach().float()
+    step = rows.abs().amax(1, keepdim=True).clamp(min=torch_form.TINY) / 127
+    rounded = (rows / step).round_().to(torch.int8)
+    y = torch_form.integer_product(rounded, codes) * (step * scale.float().T)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
 
 
-def _reads_codes(x: Tensor) -> bool:
-    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
-        return False
-    return 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+add_engine(
+    "quantized_linear",
+    torch=Engine(torch_form.quantized_linear),
+    native=Engine(native_form.quantized_linear, native_form.refuses),
+)

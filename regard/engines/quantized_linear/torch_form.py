@@ -1,4 +1,4 @@
-"""The products by torch's own operators for processors, which compute in bfloat16."""
+"""The products in PyTorch. Of few rows, torch's operators for processors read the codes and compute in bfloat16."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from regard.engines.linear import linear
+from regard.engines.quantized_linear.packing import dequantize, padded, unpack
+from regard.engines.quantized_linear.problem import Problem
+
+FEW_ROWS = 16
+"""Rows up to which a product reads codes: of more, arithmetic takes longer than reading, and a copy in floats is quicker."""
 
 TINY = 1e-30
 """The least largest number of a row, so that a row of zeros has a grid too."""
@@ -21,45 +29,63 @@ COLUMN_BLOCK = 16
 """Columns that torch's operator for 8 bits takes at once; with others it reads beyond the weight's end."""
 
 
-class Packed(NamedTuple):
+def quantized_linear(p: Problem) -> Tensor:
+    """See :func:`regard.engines.quantized_linear.quantized_linear`."""
+    x = padded(p.x, p.columns)
+    y = _by_codes(x, p) if reads_codes(p.x) else None
+    if y is None:
+        return linear(x, dequantize(p.codes, p.scale, p.offset, x.dtype), p.bias)
+    return y if p.bias is None else y + p.bias
+
+
+def reads_codes(x: Tensor) -> bool:
+    """Whether a product of x may read codes: of few rows, without gradients, in float32 or bfloat16 on the CPU."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def _by_codes(x: Tensor, p: Problem) -> Tensor | None:
+    """Without bias; None where torch has no operator for such a weight, and in traces, which know no memory."""
+    if torch.compiler.is_compiling() or not p.codes.is_cpu:
+        return None
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.bfloat16)
+    if p.bits == 8:
+        if p.columns % COLUMN_BLOCK:
+            return None
+        y = torch._weight_int8pack_mm(rows, p.codes, p.scale[:, 0].to(torch.bfloat16))
+    else:
+        weight = _packed(p)
+        if weight is None:
+            return None
+        y = torch._weight_int4pack_mm_for_cpu(rows, weight.codes, p.group, weight.scale_and_offset)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+class Layout(NamedTuple):
     """A 4-bit weight as torch's operator reads it."""
 
     codes: Tensor
-    group: int
     scale_and_offset: Tensor
 
 
-def pack_for_torch(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Packed | None:
-    """None for sizes that the operator does not take, and elsewhere than on a processor.
+_LAYOUTS = WeakIdKeyDictionary()
+"""By the tensor of codes: its version, and its copy in that layout."""
 
-    Args:
-        codes: (N, K) of 0 to 15, uint8.
-        scale, offset: (N, K / group) bfloat16.
-    """
-    (rows, columns), groups = codes.shape, scale.shape[1]
-    group = columns // groups
-    if not codes.is_cpu or rows % ROW_BLOCK or group not in GROUPS:
+
+def _packed(p: Problem) -> Layout | None:
+    """None for sizes that the operator does not take."""
+    if p.codes.shape[0] % ROW_BLOCK or p.group not in GROUPS:
         return None
-    offset = torch.zeros_like(scale) if offset is None else offset
-    both = torch.stack([scale.T, offset.T], -1).contiguous()
-    return Packed(torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1), group, both)
-
-
-def takes_8bit(codes: Tensor) -> bool:
-    """Whether :func:`few_rows_8bit` is right for such a weight."""
-    return codes.shape[1] % COLUMN_BLOCK == 0
-
-
-def few_rows_8bit(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    y = torch._weight_int8pack_mm(rows, codes, scale)
-    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
-
-
-def few_rows_4bit(x: Tensor, packed: Packed) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    y = torch._weight_int4pack_mm_for_cpu(rows, packed.codes, packed.group, packed.scale_and_offset)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    known = _LAYOUTS.get(p.codes)
+    version = None if p.codes.is_inference() else p.codes._version
+    if known is not None and known[0] == version:
+        return known[1]
+    offset = torch.zeros_like(p.scale) if p.offset is None else p.offset
+    both = torch.stack([p.scale.T, offset.T], -1).to(torch.bfloat16).contiguous()
+    made = Layout(torch._convert_weight_to_int4pack_for_cpu(unpack(p.codes).to(torch.int32), 1), both)
+    _LAYOUTS[p.codes] = (version, made)
+    return made
 
 
 def integer_product(x: Tensor, codes: Tensor) -> Tensor:
