@@ -28,6 +28,7 @@ from regard.create import create_layer
 if TYPE_CHECKING:  # what is imported when it is asked for, for editors and type checkers
     from regard import functional as functional
     from regard import models as models
+    from regard.compression.compress import compress as compress
     from regard.integrations.swap import swap as swap
     from regard.layers.linear import accelerate as accelerate
     from regard.workbench.advise import advise as advise
@@ -41,6 +42,7 @@ _LAZY = {
     "accelerate": "regard.layers.linear",
     "advise": "regard.workbench.advise",
     "compare": "regard.workbench.compare",
+    "compress": "regard.compression.compress",
     "functional": "regard.functional",
     "models": "regard.models",
     "profile": "regard.workbench.profile",

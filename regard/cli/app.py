@@ -10,6 +10,7 @@ import typer
 from regard.cli.advise import advise_command
 from regard.cli.catalogue import list_command, show
 from regard.cli.compare import compare
+from regard.cli.compress import compress
 from regard.cli.console import errors, plain
 from regard.cli.doctor import doctor
 from regard.cli.evaluate import evaluate
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "predict": predict,
     "explain": explain,
+    "compress": compress,
     "reproduce": reproduce,
     "study": study,
     "doctor": doctor,

@@ -11,11 +11,12 @@ from rich.text import Text
 from regard.cli.arguments import plugged_tasks
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE
+from regard.contract import Unsupported
 from regard.measurement import units
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of regard train, or of regard compress.")],
     data: Annotated[
         list[str] | None,
         typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),
@@ -37,10 +38,18 @@ def evaluate(
         regard evaluate reviews new_reviews.csv --json
         regard evaluate photos --reduce tome:remove=4
     """
+    from regard.compression.folders import is_compressed, read_record
     from regard.measurement.statistics import score_of_items
     from regard.workbench.reduced import AT_ONCE, reduced, told
     from regard.workbench.trained import figures_of, open_trained
 
+    if is_compressed(folder) and read_record(folder)["library"] == "transformers":
+        if reduce is not None:
+            raise Unsupported(
+                f"--reduce of {folder}, which reads text", supported="vision transformers of regard train"
+            )
+        _of_transformers(folder, data, as_json)
+        return
     own = plugged_tasks(load_plugins(plugin), (data,))
     trained = open_trained(folder)
     fewer = None if reduce is None else reduced(trained.model(device), reduce)
@@ -73,3 +82,26 @@ def evaluate(
         console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
     if fewer is not None:
         console.print(Text(f"{again.score:.4g} {task.metric} with {reduce}: {told(speeds)}."))
+
+
+def _of_transformers(folder: Path, data: list[str] | None, as_json: bool) -> None:
+    """The perplexity of a compressed causal language model on a text."""
+    from regard.compression import text_windows
+    from regard.tasks.documents import read_documents
+    from regard.workbench.lighter.subjects import LENGTH, encode, open_compressed, perplexity
+
+    if not data:
+        raise Unsupported(
+            f"{folder} without a text", supported="text files or folders behind it", nearest="my_corpus.txt"
+        )
+    model, tokenizer = open_compressed(folder)
+    documents, _ = read_documents(data, "text")
+    text = b"".join(document.text for document in documents).decode()
+    ids = encode(tokenizer, text)
+    length = min(LENGTH, len(ids))
+    windows = text_windows(ids, length, 64)
+    found = perplexity(model, windows)
+    if as_json:
+        emit({"folder": str(folder), "metric": "perplexity", "score": found, "items": len(windows)})
+        return
+    console.print(Text(f"{found:.4g} perplexity on {len(windows)} windows of {length} tokens."))

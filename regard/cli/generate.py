@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ UNFINISHED = "\ufffd"
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of regard train, or of regard compress.")],
     text: Annotated[str, typer.Argument(help="What the model goes on from; - reads standard input.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
@@ -44,6 +44,31 @@ def generate(
     """
     import torch
 
+    prompt = sys.stdin.read() if text == "-" else text
+    if not prompt:
+        raise Unsupported("an empty text", supported="one character or more")
+    generator = torch.Generator(device).manual_seed(seed)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    start = _of_transformers if _is_of_transformers(folder) else _of_regard
+    tokenizer, stream = start(folder, prompt, tokens, device, sampling)
+    written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
+    if as_json:
+        emit({"folder": str(folder), "prompt": prompt, "text": written})
+    else:
+        print()
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    from regard.compression.folders import is_compressed, read_record
+
+    return is_compressed(folder) and read_record(folder)["library"] == "transformers"
+
+
+def _of_regard(
+    folder: Path, prompt: str, tokens: int, device: str, sampling: dict[str, Any]
+) -> tuple[Tokenizer, Iterable[Tensor]]:
+    import torch
+
     from regard.models import LanguageModel
     from regard.workbench.trained import open_trained
 
@@ -54,23 +79,22 @@ def generate(
             f"text from a {type(model).__name__}, as {folder} holds",
             supported="models of the task text (LanguageModel)",
         )
-    prompt = sys.stdin.read() if text == "-" else text
     ids = torch.from_numpy(tokenizer.encode([prompt.encode()]).astype("int64"))[None].to(device)
-    if not ids.numel():
-        raise Unsupported("an empty text", supported="one character or more")
-    stream = model.generate_stream(
-        ids,
-        tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
-    if as_json:
-        emit({"folder": str(folder), "prompt": prompt, "text": written})
-    else:
-        print()
+    return tokenizer, model.generate_stream(ids, tokens, **sampling)
+
+
+def _of_transformers(
+    folder: Path, prompt: str, tokens: int, device: str, sampling: dict[str, Any]
+) -> tuple[Any, Iterable[Tensor]]:
+    import torch
+
+    from regard.workbench.lighter.subjects import open_compressed, stream_text
+
+    if device != "cpu":
+        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
+    model, tokenizer = open_compressed(folder)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    return tokenizer, stream_text(model, ids, tokens, **sampling)
 
 
 def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:

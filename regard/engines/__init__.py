@@ -11,6 +11,7 @@ from regard.engines import (
     grouped_attention,
     layers,
     linear_attention,
+    quantized_linear,
     selective_scan,
     softmax_scan,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_attention",
     "layers",
     "linear_attention",
+    "quantized_linear",
     "selective_scan",
     "softmax_scan",
 ]

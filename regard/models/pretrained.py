@@ -18,14 +18,17 @@ from torch import nn
 
 import regard
 from regard.contract import Unsupported, closest
+from regard.layers.quantized import quantized_record, restore_layers
 from regard.models.registry import MODELS, model_classes
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+QUANTIZED = "quantized"
+"""In a record: the layers that are quantized (:func:`regard.layers.quantized.restore_layers`); left out where none is."""
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save a model of :mod:`regard.models`; tied weights are stored once.
+    """Save a model of :mod:`regard.models`, quantized or not; tied weights are stored once.
 
     Raises:
         Unsupported: for another model, or a config with options that JSON cannot hold.
@@ -40,6 +43,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"saving options that JSON cannot hold ({error})", supported="numbers, strings, lists"
         ) from error
     record = {"model": name, "regard": regard.__version__, "config": json.loads(config)}
+    quantized = quantized_record(model)
+    if quantized:
+        record[QUANTIZED] = quantized
     text = json.dumps(record, indent=2) + "\n"
     place = Path(folder)
     tensors = distinct_tensors(model)
@@ -87,6 +93,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
             f"{place / CONFIG}, whose values make no {record['model']} ({type(error).__name__}: {error})",
             supported="a file written by save_pretrained",
         ) from error
+    restore_layers(model, record.get(QUANTIZED, {}), source=str(place / CONFIG))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tensors:
             tensor.data = tensor.data.to(tensors[name].dtype)
@@ -102,6 +109,9 @@ def _read_record(text: str | bytes, path: Path) -> dict[str, Any]:
             f"{path} that is not JSON ({error})", supported="a file written by save_pretrained"
         ) from error
     parts = {"model": str, "regard": str, "config": dict}
-    if not isinstance(record, dict) or {name: type(value) for name, value in record.items()} != parts:
+    if not isinstance(record, dict) or {n: type(v) for n, v in {QUANTIZED: {}, **record}.items()} != {
+        **parts,
+        QUANTIZED: dict,
+    }:
         raise Unsupported(f"{path} with other contents", supported="model, regard and config")
     return record

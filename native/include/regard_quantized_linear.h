@@ -1,0 +1,33 @@
+/* Few rows times the transpose of a weight that is held in 8 or 4 bits. */
+#ifndef REGARD_QUANTIZED_LINEAR_H
+#define REGARD_QUANTIZED_LINEAR_H
+
+#include "regard.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* y = x W^T + bias, W = code * scale + offset with a scale and an offset for each group of a row. Codes of 8 bits are signed;
+ * those of 4 bits are 0 to 15, which stand for -8 to 7, column 2 i in the low half of byte i and 2 i + 1 in the high half. */
+typedef struct {
+  int64_t size;
+  int64_t threads;
+  int64_t bits;            /* 8 or 4 */
+  int64_t m, n, k;         /* rows of x and of W, and columns of x */
+  int64_t columns;         /* of W, no fewer than k, a multiple of the group; those beyond k meet zeros. 8 bits: k */
+  int64_t group;           /* columns with one scale: 8 bits: all; 4 bits: a multiple of 32 */
+  const float *x;          /* (M, K) */
+  int64_t x_stride;
+  const void *codes;       /* (N, columns) int8, or (N, columns / 2) uint8, contiguous */
+  const uint16_t *scale;   /* (N, columns / group) bfloat16, contiguous */
+  const uint16_t *offset;  /* the same; NULL for zeros; 4 bits only */
+  const float *bias;       /* (N,); NULL for zeros */
+  float *y;                /* (M, N) contiguous */
+} regard_quantized_linear_args;
+REGARD_API int regard_quantized_linear(const regard_quantized_linear_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,185 @@
+"""`regard compress`: a trained model made smaller and faster, or every recipe measured on it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from regard.cli.console import console, emit
+from regard.cli.options import JSON
+from regard.cli.progress import progress
+from regard.contract import Unsupported, at_least
+
+if TYPE_CHECKING:
+    from regard.compression import Recipe
+    from regard.workbench.lighter.study import Study
+    from regard.workbench.lighter.subjects import Subject
+
+OUTPUT = Path("runs/compress")
+WORK = ".work"
+
+
+def compress(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of regard train, or of a causal language model of transformers; or a .gguf file."),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to calibrate with and to score on. Repeatable. Of a model of regard train: its own when not given."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Make one model: int8, gptq:bits=4,group=32, smoothquant + w8a8, or a .yaml file."),
+    ] = None,
+    recipes: Annotated[str | None, typer.Option(help="Measure several: all, or a list with commas.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the model, or for the results; the same command goes on from it."),
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Time for all recipes together: 90s, 20m, 2h.")] = "20m",
+    length: Annotated[int | None, typer.Option(help="Tokens of a window; 512 when not given.")] = None,
+    calibration: Annotated[int, typer.Option(help="Windows or items that one recipe is calibrated with.")] = 16,
+    tolerance: Annotated[float, typer.Option(help="Share of the quality that the recommended recipe may lose.")] = 0.01,
+    as_json: JSON = False,
+) -> None:
+    """Make a model smaller and faster: weights in 8 or 4 bits, and say what it costs.
+
+    With --recipe one model is written, which regard generate, evaluate and predict read as they read the one it is made of.
+    With --recipes each is scored on held-out data and timed beside the original.
+
+    Steps: int8, int4, gptq, w8a8, llm_int8, and before them smoothquant or awq.
+
+    Examples:
+
+    \b
+        regard compress smollm2/ --data my_corpus.txt --recipes all --budget 20m
+        regard compress smollm2/ --recipe int8 --output small/
+        regard compress my_model --recipe "gptq:bits=4,group=32" --output small/
+        regard compress my_model --recipes "int8,int4:group=64,awq + gptq" --json
+    """
+    from regard.compression.recipes import read_recipe, read_recipes
+    from regard.workbench.budget import Budget
+    from regard.workbench.lighter.subjects import open_subject
+
+    at_least("calibration", calibration, 1)
+    at_least("tolerance", tolerance, 0)
+    if recipe is not None and recipes is not None:
+        raise Unsupported("both --recipe and --recipes", supported="--recipe for one model, --recipes to compare some")
+    if recipe is not None:
+        if output is None:
+            raise Unsupported(
+                "--recipe without --output", supported="a folder for the model", nearest="--output small/"
+            )
+        one = read_recipe(recipe)
+        _check_output(output, model)
+        subject = open_subject(model, _data(data, model, needed=bool(one.needs)), length)
+        _one(subject, one, output, calibration, as_json)
+        return
+    several, time = read_recipes(recipes or "all"), Budget.parse(budget)
+    subject = open_subject(model, data or None, length)
+    _several(subject, several, output or OUTPUT, time, str(model), tolerance, as_json)
+
+
+def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, as_json: bool) -> None:
+    from regard.compression import compress as compress_model
+
+    work = output / WORK
+    with progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task(recipe.name, total=None)
+
+        def watch(name: str, done: int, count: int) -> None:
+            bar.update(shown, description=name, completed=done, total=count)
+            line(f"{name} ({done} of {count})")
+
+        found = compress_model(
+            subject.load(),
+            recipe,
+            subject.calibration(calibration) if recipe.needs else None,
+            work=work if recipe.needs else None,
+            on_layer=watch,
+        )
+    subject.save(found, output)
+    shutil.rmtree(work, ignore_errors=True)
+    if as_json:
+        emit({"folder": str(output), **found.report.as_dict()})
+        return
+    console.print(Text(str(found.report)))
+    console.print(Text(f"Model: {output}"))
+
+
+def _several(
+    subject: Subject, recipes: list[Recipe], output: Path, budget: Any, model: str, tolerance: float, as_json: bool
+) -> None:
+    from regard.workbench.lighter.report import write_page
+    from regard.workbench.lighter.study import REPORT, recommend, study
+
+    with progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("starting", total=len(recipes))
+
+        def watch(doing: str, done: int, count: int) -> None:
+            bar.update(shown, description=doing, completed=done, total=count)
+            line(f"{done} of {count}: {doing}")
+
+        def say(sentence: str) -> None:
+            if not as_json:
+                bar.console.print(Text(sentence, style="dim"))
+
+        found = study(subject, recipes, output, budget, say=say, on_progress=watch)
+    best, sentence = recommend(found, tolerance)
+    page = write_page(found, output / REPORT, model=model, tolerance=tolerance)
+    if as_json:
+        emit({**found.as_dict(), "recommendation": {"recipe": best, "text": sentence}, "report": str(page)})
+        return
+    console.print(Text(found.described))
+    console.print(_table(found, best))
+    for name, why in found.refused.items():
+        console.print(Text(f"left out: {name}: {why}", style="dim"))
+    console.print()
+    console.print(Text(sentence, style="bold"))
+    if best is not None:
+        console.print(Text(f'regard compress {model} --recipe "{best}" --output small/'))
+    console.print(Text(f"Report: {page}"))
+
+
+def _table(found: Study, best: str | None) -> Table:
+    from regard.workbench.lighter.report import cells, labels
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for i, heading in enumerate(labels(found)):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in (found.original, *found.rows):
+        style = "bold" if row.recipe == best else ""
+        table.add_row(*(Text(cell, style=style) for cell in cells(found, row)))
+    return table
+
+
+def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
+    """A recipe without calibration needs no text, but a model of transformers is opened with one."""
+    from regard.workbench.trained import RECORD
+
+    if data or needed or (model / RECORD).is_file():
+        return data or None
+    return ()
+
+
+def _check_output(output: Path, model: Path) -> None:
+    from regard.compression.folders import RECORD
+
+    if output.resolve() == model.resolve():
+        raise Unsupported(f"{output} as the output, which is the model itself", supported="another folder")
+    if output.is_file():
+        raise Unsupported(f"{output} as the output, which is a file", supported="a folder")
+    strange = output.is_dir() and any(output.iterdir()) and not {RECORD, WORK} & {p.name for p in output.iterdir()}
+    if strange:
+        raise Unsupported(
+            f"{output} as the output, which has other files in it",
+            supported="a new folder, or that of a compressed model",
+        )

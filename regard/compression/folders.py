@@ -1,0 +1,172 @@
+"""Compressed models in folders: safetensors and JSON, no pickle.
+
+    model.safetensors     the weights, codes as they are, with a copy of the record
+    config.json           of the model, as its library writes it
+    compression.json      the record: what kind of model it is, which layers are quantized and how, and the report
+
+A model of regard is also loaded by :func:`regard.models.from_pretrained`, since its ``config.json`` says what is quantized.
+A file is replaced in one step, the record last, so that a folder whose writer was stopped is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import regard
+from regard.contract import Unsupported
+from regard.layers.quantized import quantized_record, restore_layers
+from regard.models import from_pretrained, save_pretrained
+from regard.models.registry import MODELS
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+
+if TYPE_CHECKING:
+    from regard.compression.compress import Compressed
+
+RECORD, WEIGHTS = "compression.json", "model.safetensors"
+LIBRARIES = ("regard", "transformers", "timm", "other")
+BESIDE = ("training.json", "tokenizer.json", "README.md")
+"""Files of a folder of `regard train` that a compressed model goes on to need."""
+
+
+def library_of(model: nn.Module) -> str:
+    """Whose model it is: ``regard``, ``transformers``, ``timm`` or ``other``."""
+    name = type(model).__name__
+    if name in MODELS and type(model) is MODELS[name][0]:
+        return "regard"
+    modules = [kind.__module__ for kind in type(model).__mro__]
+    if "transformers.modeling_utils" in modules:
+        return "transformers"
+    return "timm" if hasattr(model, "pretrained_cfg") and type(model).__module__.startswith("timm.") else "other"
+
+
+def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+    """Write a compressed model.
+
+    Args:
+        folder: made when missing; what is in it is replaced file by file.
+        tokenizer: of transformers, written beside the model.
+
+    Raises:
+        Unsupported: where it cannot be written.
+    """
+    model, place = compressed.model, Path(folder)
+    library = library_of(model)
+    record = {
+        "regard": regard.__version__,
+        "library": library,
+        "architecture": _architecture(model, library),
+        "quantized": quantized_record(model),
+        "report": compressed.report.as_dict(),
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (place / RECORD).unlink(missing_ok=True)
+    if library == "regard":
+        save_pretrained(model, place)
+    else:
+        tensors = {name: tensor.contiguous() for name, tensor in distinct_tensors(model).items()}
+        metadata = {"format": "pt", "quantized": json.dumps(record["quantized"])}
+        write_atomically(place / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+        if library == "transformers":
+            _write_transformers(model, tokenizer, place)
+    write_atomically(place / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
+    """The model that :func:`save_compressed` wrote, in evaluation mode.
+
+    Args:
+        into: a model of the same architecture in floating point, which becomes the compressed one; made from the folder
+            when None, which works for models of regard, transformers and timm.
+
+    Raises:
+        Unsupported: for a folder that is not whole, or files of different saves.
+    """
+    place = Path(folder)
+    record = read_record(place)
+    if record["library"] == "regard" and into is None:
+        return from_pretrained(place)
+    tensors, metadata = read_tensors(place / WEIGHTS)
+    if "quantized" in metadata and json.loads(metadata["quantized"]) != record["quantized"]:
+        raise Unsupported(f"{RECORD} and {WEIGHTS} of different saves in {folder}", supported="files of one save")
+    model = _build(place, record) if into is None else into
+    restore_layers(model, record["quantized"], source=str(place / RECORD))
+    load_tensors(model, tensors, source=str(place / WEIGHTS))
+    return model.eval()
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``compression.json`` of a folder says; raises Unsupported where there is none."""
+    place = Path(folder)
+    if not (place / RECORD).is_file():
+        half = (place / WEIGHTS).is_file()
+        raise Unsupported(
+            f"{folder} without {RECORD}" + (", perhaps of a save that was stopped" if half else ""),
+            supported="a folder written by `regard compress` or Compressed.save",
+        )
+    try:
+        record = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        if not {"library", "architecture", "quantized", "report"} <= set(record):
+            raise ValueError("parts are missing")
+    except (ValueError, TypeError) as error:
+        raise Unsupported(
+            f"{place / RECORD}, which cannot be read ({error})", supported="a file of `regard compress`"
+        ) from None
+    return record
+
+
+def is_compressed(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a compressed model."""
+    return (Path(folder) / RECORD).is_file()
+
+
+def copy_training(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """What `regard evaluate`, `generate` and `predict` read beside a model: from its folder to that of the compressed one."""
+    for name in BESIDE:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(folder) / name)
+
+
+def _architecture(model: Any, library: str) -> Any:
+    if library == "timm":
+        return {"name": model.pretrained_cfg.get("architecture"), "num_classes": getattr(model, "num_classes", None)}
+    return {"name": type(model).__name__}
+
+
+def _write_transformers(model: Any, tokenizer: Any, place: Path) -> None:
+    model.config.save_pretrained(place)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+
+
+def _build(place: Path, record: dict[str, Any]) -> nn.Module:
+    library, architecture = record["library"], record["architecture"]
+    nearest = "load_compressed(folder, into=model)"
+    name = str(architecture.get("name"))
+    if library == "transformers" and re.fullmatch(r"[A-Za-z]\w*", name):
+        import transformers
+        from transformers.initialization import no_init_weights
+
+        made = getattr(transformers, name, None)
+        if isinstance(made, type) and issubclass(made, transformers.PreTrainedModel):
+            config = transformers.AutoConfig.from_pretrained(place)
+            with torch.random.fork_rng(devices=[]), no_init_weights():
+                return made(config).float()
+    if library == "timm":
+        import timm
+
+        if timm.is_model(name):
+            return timm.create_model(name, num_classes=architecture.get("num_classes"))
+    raise Unsupported(
+        f"building a {name} of {library}", supported="models of regard, transformers and timm", nearest=nearest
+    )

@@ -1,0 +1,168 @@
+"""What of a model can be quantized: its linear layers in the order in which they run, its head, and what is left alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Unsupported
+from regard.layers.linear import Linear
+from regard.layers.quantized import QuantizedLinear
+from regard.mechanisms.gated_softmax import GatePredictor
+from regard.models.registry import MODELS
+from regard.tasks.protocol import Batch
+from regard.training.loop import batch_context, run_model
+
+HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score)(\.|$)")
+"""Names of what gives a model's outputs."""
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model by name.
+
+    Attributes:
+        body: linear layers that are quantized.
+        head: name of a language model's output projection, where it is a linear layer; the body does not have it.
+        tied: names of embeddings whose table is the head's weight.
+        kept: why each other layer with a weight matrix is left as it is.
+    """
+
+    body: dict[str, nn.Linear]
+    head: str | None
+    tied: tuple[str, ...]
+    kept: dict[str, str]
+
+
+def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambda name, module: False) -> Layers:
+    """The layers of a model.
+
+    Args:
+        keep: called with name and module, which modules stay as they are, with all that is in them.
+
+    Raises:
+        Unsupported: for a model without layers that can be quantized, one that is quantized already, one whose weights are not
+            float32, and layers that a hook or another name's weight is tied to.
+    """
+    body: dict[str, nn.Linear] = {}
+    kept: dict[str, str] = {}
+    outputs = _language_head(model)
+    head, tied = None, list[str]()
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            raise Unsupported(
+                "a model that is quantized already", supported="a model in floating point", nearest="undo()"
+            )
+        if any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        reason = _reason_to_keep(name, module, keep, head=module is outputs)
+        if reason:
+            kept[name] = reason
+            inside.append(name)
+        elif type(module) in (nn.Linear, Linear):
+            if module is outputs:
+                head = name
+            else:
+                body[name] = module
+        elif isinstance(module, nn.Embedding) and outputs is not None and module.weight is outputs.weight:
+            tied.append(name)
+    if not body:
+        raise Unsupported(
+            f"quantization of a {type(model).__name__} without linear layers"
+            + (f" but {next(iter(kept))} ({next(iter(kept.values()))})" if kept else ""),
+            supported="models of torch.nn.Linear",
+        )
+    for name, module in body.items():
+        _check(name, module)
+    shared = _shared(body)
+    if shared:
+        raise Unsupported(f"layers that share a weight: {' and '.join(shared)}", supported="a weight for each layer")
+    return Layers(body, head, tuple(tied), kept)
+
+
+def _language_head(model: nn.Module) -> Any:
+    """The output projection of a language model; None in other models."""
+    outputs: Any = getattr(model, "get_output_embeddings", None)
+    if outputs is not None:
+        return outputs()
+    if type(model).__name__ in ("LanguageModel", "EncoderDecoder") and type(model).__name__ in MODELS:
+        return getattr(model, "head", None)
+    return None
+
+
+def _reason_to_keep(name: str, module: nn.Module, keep: Callable[[str, nn.Module], bool], *, head: bool) -> str:
+    if name and keep(name, module):
+        return "as asked"
+    if isinstance(module, nn.MultiheadAttention):
+        return "its projections are inside torch's own function"
+    if isinstance(module, GatePredictor):
+        return "a predictor of gates, which is small"
+    if isinstance(module, nn.Linear):
+        if type(module) not in (nn.Linear, Linear):
+            return f"a {type(module).__qualname__} may compute something else"
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return "its forward was replaced, or has hooks"
+        if HEAD.search(name) and not head:
+            return "the head"
+        if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+            return "it has more parameters than a weight and a bias"
+        return ""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "a convolution"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "weight"):
+        return "a Conv1D, whose weight is transposed"
+    return ""
+
+
+def _check(name: str, module: nn.Linear) -> None:
+    if module.weight.dtype != torch.float32:
+        raise Unsupported(
+            f"{name} in {str(module.weight.dtype)[6:]}", supported="weights in float32", nearest="model.float()"
+        )
+    if not module.weight.is_cpu:
+        raise Unsupported(
+            f"{name} on {module.weight.device}", supported="models on the processor", nearest="model.cpu()"
+        )
+    if not bool(torch.isfinite(module.weight).all()):
+        raise Unsupported(
+            f"{name} with weights that are not finite", supported="a model whose training did not diverge"
+        )
+
+
+def _shared(body: Mapping[str, nn.Linear]) -> list[str]:
+    first: dict[int, str] = {}
+    for name, module in body.items():
+        other = first.setdefault(module.weight.data_ptr(), name)
+        if other != name and module.weight.numel():
+            return [other, name]
+    return []
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Give a model a batch: one of a task, a mapping of arguments, a tuple of them, or the first of them."""
+    if isinstance(batch, Batch):
+        return run_model(model, batch, batch_context(batch))
+    more: dict[str, Any] = {}
+    if hasattr(model, "generate") and hasattr(model, "get_output_embeddings") and _is_decoder(model):
+        more["use_cache"] = False
+    if isinstance(batch, Mapping):
+        return model(**{**more, **batch})
+    if isinstance(batch, tuple | list):
+        return model(*batch, **more)
+    if isinstance(batch, Tensor):
+        return model(batch, **more)
+    raise Unsupported(
+        f"a batch of type {type(batch).__name__}", supported="a tensor, a tuple or mapping of them, a Batch, or run="
+    )
+
+
+def _is_decoder(model: Any) -> bool:
+    return hasattr(getattr(model, "config", None), "use_cache")

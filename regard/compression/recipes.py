@@ -1,0 +1,349 @@
+"""Recipes: what is done to a model, one step after another, as people write it.
+
+    int8                            a step
+    gptq:bits=4,group=32            with options
+    smoothquant:alpha=0.7 + w8a8    several, in the order in which they are done
+    my_recipe.yaml                  a file: a list of steps, each a name as above or {name: {option: value}}; JSON too
+
+Several recipes are a list with commas; ``option=value`` after a comma belongs to the step before it. Each step has a *stage*,
+and stages come in one order: first what moves difficulty between inputs and weights, then what rounds. At most one step of a
+stage, and the last one rounds: ``awq`` alone is ``awq + int4``, ``smoothquant`` alone is ``smoothquant + w8a8``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from regard.compression.weights.limits import CALIBRATORS
+from regard.contract import Unsupported, at_least, check_options, closest, one_of
+from regard.layers.quantized import Format
+from regard.models.variants import read_options
+
+ACCEPTED = "NAME, NAME:option=value,option=value, STEP + STEP, or a .yaml or .json file"
+HEADS = ("int8", "keep")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A step that moves difficulty between inputs and weights; see :mod:`regard.compression.weights.scaling`."""
+
+    stage: ClassVar = "scale"
+    needs: ClassVar = ("range",)
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Scaling):
+    """From inputs that are rounded to the weights.
+
+    Attributes:
+        alpha: how much, 0 to 1.
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        _share("alpha", self.alpha)
+
+
+@dataclass(frozen=True)
+class Awq(Scaling):
+    """Weights that meet large inputs are rounded less; how much is searched for in each layer."""
+
+    needs: ClassVar = ("second",)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A step that puts weights on grids.
+
+    Attributes:
+        calibrate: where the grids end: ``minmax``, ``percentile`` (99.9), ``mse`` or ``kl``.
+        head: what becomes of the layer that gives a language model's logits: ``int8``, a scale for each row, with the
+            embedding where that is the same table; or ``keep``. Heads of other models are kept.
+    """
+
+    calibrate: str = "minmax"
+    head: str = "int8"
+    stage: ClassVar = "round"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        one_of("calibrate", self.calibrate, CALIBRATORS)
+        one_of("head", self.head, HEADS)
+        self.format  # noqa: B018  refuses what does not go together
+
+    @property
+    def format(self) -> Format:
+        """Of the weights."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Int8(Rounding):
+    """Weights in 8 bits, one scale a row."""
+
+    @property
+    def format(self) -> Format:
+        return Format(8)
+
+
+@dataclass(frozen=True)
+class Int4(Rounding):
+    """Weights in 4 bits, in groups.
+
+    Attributes:
+        bits: 4, 3 or 2; fewer than 4 take the room of 4.
+        group: 32, 64 or 128 columns with one scale.
+        symmetric: without offsets.
+    """
+
+    bits: int = 4
+    group: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits == 8:
+            raise Unsupported("int4 of 8 bits", supported="bits=4, 3 or 2", nearest="int8")
+        super().__post_init__()
+
+    @property
+    def format(self) -> Format:
+        return Format(self.bits, self.group, self.symmetric)
+
+
+@dataclass(frozen=True)
+class Gptq(Rounding):
+    """Weights in 8 to 2 bits by GPTQ; see :mod:`regard.compression.weights.gptq`.
+
+    Attributes:
+        bits, group, symmetric: as of ``int4``; with 8 bits the group has no meaning.
+        order: ``columns`` or ``activations``.
+        damping: of the second moments, above 0.
+    """
+
+    bits: int = 4
+    group: int | None = None
+    symmetric: bool = True
+    order: str = "columns"
+    damping: float = 0.01
+    needs: ClassVar = ("second",)
+
+    def __post_init__(self) -> None:
+        one_of("order", self.order, ("columns", "activations"))
+        if not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
+            raise Unsupported(f"damping={self.damping!r}", supported="0 < damping <= 1", nearest="damping=0.01")
+        if self.group is None and self.bits in (4, 3, 2):
+            object.__setattr__(self, "group", 32)
+        super().__post_init__()
+
+    @property
+    def format(self) -> Format:
+        return Format(self.bits, self.group, self.symmetric)
+
+
+@dataclass(frozen=True)
+class W8A8(Rounding):
+    """Weights in 8 bits, and inputs too: each token's on a grid of its own, found as it comes."""
+
+    @property
+    def format(self) -> Format:
+        return Format(8, dynamic=True)
+
+
+@dataclass(frozen=True)
+class LlmInt8(W8A8):
+    """As ``w8a8``, but columns of inputs with outliers stay in floating point (LLM.int8, arXiv 2208.07339).
+
+    The paper looks for them in each call; here they are those of the calibration data.
+
+    Attributes:
+        threshold: the size from which a number makes its column an outlier; 6 in the paper.
+    """
+
+    threshold: float = 6.0
+    needs: ClassVar = ("range",)
+
+    def __post_init__(self) -> None:
+        at_least("threshold", self.threshold, 0.0)
+        super().__post_init__()
+
+
+STEPS: dict[str, type[Any]] = {
+    "smoothquant": SmoothQuant,
+    "awq": Awq,
+    "int8": Int8,
+    "int4": Int4,
+    "gptq": Gptq,
+    "w8a8": W8A8,
+    "llm_int8": LlmInt8,
+}
+"""By the names that recipes have."""
+
+STAGES = ("scale", "round")
+USUAL = {"smoothquant": "w8a8", "awq": "int4"}
+"""What rounds after a step that does not."""
+
+ALL = ("int8", "w8a8", "smoothquant", "llm_int8", "int4", "int4:calibrate=mse", "awq", "gptq", "awq + gptq")
+"""The recipes that ``all`` stands for, the quickest first."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps by name, in order.
+
+    Attributes:
+        steps: (name, step) pairs; the last rounds.
+    """
+
+    steps: tuple[tuple[str, Any], ...]
+
+    @property
+    def rounding(self) -> Rounding:
+        """The step that rounds."""
+        return self.steps[-1][1]
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """The step that scales."""
+        return self.steps[0][1] if len(self.steps) > 1 else None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it wants to know of the inputs of layers: ``range`` or ``second`` moments; nothing without calibration."""
+        return frozenset(need for _, step in self.steps for need in step.needs)
+
+    @property
+    def name(self) -> str:
+        """As it is written, with the options that are not the usual ones."""
+        return " + ".join(_written(name, step) for name, step in self.steps)
+
+    def as_list(self) -> list[dict[str, dict[str, Any]]]:
+        """For JSON and YAML, with all options."""
+        return [{name: asdict(step)} for name, step in self.steps]
+
+
+def _written(name: str, step: Any) -> str:
+    usual = STEPS[name]()
+    own = {f.name: getattr(step, f.name) for f in fields(step) if getattr(step, f.name) != getattr(usual, f.name)}
+    said = ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items())
+    return f"{name}:{said}" if said else name
+
+
+def read_recipe(given: str | Recipe | Sequence[Any]) -> Recipe:
+    """A recipe from how it is written, from a file, or from a list of steps.
+
+    Raises:
+        Unsupported: for unknown steps and options, with the nearest, and for steps that do not go together.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str):
+        if given.strip().endswith((".yaml", ".yml", ".json")):
+            return read_recipe(_steps_in(Path(given.strip())))
+        given = [part.strip() for part in given.split("+")]
+    if not isinstance(given, Sequence) or not given:
+        raise Unsupported(f"recipe {given!r}", supported=ACCEPTED, nearest="int8")
+    return _checked([_step(one) for one in given])
+
+
+def read_recipes(text: str) -> list[Recipe]:
+    """Several, with commas between them; ``all`` is :data:`ALL`."""
+    if text.strip() == "all":
+        return [read_recipe(one) for one in ALL]
+    parts: list[str] = []
+    for part in text.split(","):
+        if parts and re.match(r"\s*\w+\s*=", part):
+            parts[-1] += f",{part}"
+        elif part.strip():
+            parts.append(part)
+    recipes = [read_recipe(part) for part in parts]
+    if not recipes:
+        raise Unsupported(f"recipes {text!r}", supported=f"all, or a list with commas of {ACCEPTED}", nearest="all")
+    return list({recipe.name: recipe for recipe in recipes}.values())
+
+
+def _step(given: Any) -> tuple[str, Any]:
+    if isinstance(given, Mapping) and len(given) == 1:
+        ((name, options),) = given.items()
+        options = {} if options is None else options
+    elif isinstance(given, str):
+        name, _, text = given.partition(":")
+        options = read_options(text, name.strip())
+    else:
+        raise Unsupported(f"step {given!r} of a recipe", supported="a name, or {name: {option: value}}")
+    name = str(name).strip()
+    if name not in STEPS:
+        raise Unsupported(f"step {name!r} of a recipe", supported=", ".join(STEPS), nearest=closest(name, STEPS))
+    if not isinstance(options, Mapping):
+        raise Unsupported(f"options {options!r} of {name}", supported="option: value pairs")
+    check_options(STEPS[name], options, name)
+    return name, STEPS[name](**options)
+
+
+def _checked(steps: list[tuple[str, Any]]) -> Recipe:
+    last = steps[-1][0]
+    if last in USUAL:
+        steps = [*steps, (USUAL[last], STEPS[USUAL[last]]())]
+    names = [name for name, _ in steps]
+    places = [STAGES.index(step.stage) for _, step in steps]
+    for first, second, a, b in zip(names, names[1:], places, places[1:], strict=False):
+        if a == b:
+            what = "round the same weights" if a else "scale the same layers"
+            raise Unsupported(f"{first} and {second} in one recipe, which both {what}", supported="one of them")
+        if a > b:
+            raise Unsupported(
+                f"{second} after {first}",
+                supported=f"{second} before the step that rounds",
+                nearest=f'"{second} + {first}"',
+            )
+    rounds = steps[-1][1].format.dynamic
+    if "smoothquant" in names and not rounds:
+        raise Unsupported(
+            f"smoothquant before {names[-1]}, which leaves inputs as they are",
+            supported="steps that round inputs: w8a8, llm_int8",
+            nearest='"smoothquant + w8a8"',
+        )
+    if "awq" in names and rounds:
+        raise Unsupported(
+            f"awq before {names[-1]}, which rounds inputs", supported="int4, gptq, int8", nearest='"awq + int4"'
+        )
+    return Recipe(tuple(steps))
+
+
+def _steps_in(path: Path) -> Any:
+    if not path.is_file():
+        raise Unsupported(f"the recipe {path}, which does not exist", supported=ACCEPTED, nearest="int8")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            found = _yaml(text, path)
+    except ValueError as error:
+        raise Unsupported(f"the recipe {path}, which cannot be read ({error})", supported="a list of steps") from None
+    if isinstance(found, Mapping) and set(found) == {"steps"}:
+        found = found["steps"]
+    if not isinstance(found, list):
+        raise Unsupported(f"the recipe {path} with other contents", supported="a list of steps")
+    return found
+
+
+def _yaml(text: str, path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise Unsupported(f"{path} without PyYAML", supported="pip install pyyaml", nearest="a .json file") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
+
+
+def _share(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise Unsupported(f"{name}={value!r}", supported=f"0 <= {name} <= 1", nearest=f"{name}=0.5")

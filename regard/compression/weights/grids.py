@@ -1,0 +1,111 @@
+"""The grids of a weight, and each number's nearest place on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.compression.weights.limits import CALIBRATORS
+from regard.contract import Unsupported, one_of
+from regard.engines.quantized_linear import padded
+from regard.layers.quantized import Codes, Format
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+TINY = 1e-12
+"""The least step: a row of zeros has a grid too."""
+
+
+@dataclass(frozen=True)
+class Grids:
+    """One grid for each row of some weights: the numbers ``code * scale + offset``, codes from `low` to `high`.
+
+    Attributes:
+        scale, offset: (rows,) bfloat16.
+        low, high: see :attr:`regard.layers.quantized.Format.codes`.
+    """
+
+    scale: Float[Tensor, " r"]
+    offset: Float[Tensor, " r"] | None
+    low: int
+    high: int
+
+    def codes(self, rows: Float[Tensor, "r c"]) -> Int[Tensor, "r c"]:
+        """The nearest of each number, int8."""
+        offset = 0 if self.offset is None else self.offset.to(rows.dtype)[:, None]
+        return ((rows - offset) / self.scale.to(rows.dtype)[:, None]).round().clamp(self.low, self.high).to(torch.int8)
+
+    def numbers(self, codes: Int[Tensor, "r c"], dtype: torch.dtype) -> Float[Tensor, "r c"]:
+        """The number of each code."""
+        found = codes.to(dtype) * self.scale.to(dtype)[:, None]
+        return found if self.offset is None else found + self.offset.to(dtype)[:, None]
+
+
+def make_grids(rows: Float[Tensor, "r c"], format: Format, calibrate: str = "minmax") -> Grids:
+    """A grid for each row: as far as its largest number, or from its least to its largest, times what `calibrate` says.
+
+    Scale and offset are rounded to bfloat16; the scale so that the ends stay on the grid.
+
+    Args:
+        calibrate: a name of :data:`regard.compression.weights.limits.CALIBRATORS`.
+    """
+    one_of("calibrate", calibrate, CALIBRATORS)
+    if not bool(torch.isfinite(rows).all()):
+        raise Unsupported("weights that are not finite", supported="a model whose training did not diverge")
+    low, high = format.codes
+    ends = _ends(rows, format)
+
+    def made(share: Tensor) -> Grids:
+        least, largest = ends[0] * share, ends[1] * share
+        if format.symmetric:
+            return Grids(_upwards((largest / high).clamp(min=TINY)), None, low, high)
+        offset = (least - low * (largest - least) / (high - low)).to(torch.bfloat16)
+        own = offset.to(rows.dtype)
+        reach = torch.maximum((least - own) / low, (largest - own) / high)
+        return Grids(_upwards(reach.clamp(min=TINY)), offset, low, high)
+
+    def rounded(given: Tensor, share: Tensor) -> Tensor:
+        grids = made(share)
+        return grids.numbers(grids.codes(given), given.dtype)
+
+    return made(CALIBRATORS[calibrate](rows, rounded, format.bits))
+
+
+def _ends(rows: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    if not rows.shape[1]:
+        return rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
+    if format.symmetric:
+        largest = rows.abs().amax(1)
+        return -largest, largest
+    return rows.amin(1), rows.amax(1)
+
+
+def _upwards(x: Tensor) -> Tensor:
+    """The next bfloat16 that is not below."""
+    rounded = x.to(torch.bfloat16)
+    return torch.where(rounded.to(x.dtype) < x, (x * (1 + 2.0**-7)).to(torch.bfloat16), rounded)
+
+
+def round_to_nearest(weight: Float[Tensor, "n k"], format: Format, calibrate: str = "minmax") -> Codes:
+    """Each number of a weight on the nearest place of its grid."""
+    grouped, groups = in_groups(weight, format)
+    grids = make_grids(grouped, format, calibrate)
+    return as_codes(grids.codes(grouped), grids, groups)
+
+
+def in_groups(weight: Float[Tensor, "n k"], format: Format) -> tuple[Float[Tensor, "r c"], int]:
+    """A row for each grid, the last group of a row padded with zeros; and how many grids a row has."""
+    if format.group is None:
+        return weight, 1
+    whole = padded(weight, format.columns(weight.shape[1]))
+    return whole.reshape(-1, format.group), whole.shape[1] // format.group
+
+
+def as_codes(codes: Int[Tensor, "r c"], grids: Grids, groups: int) -> Codes:
+    """Codes of rows of grids as those of a weight with so many groups in a row."""
+    offset = None if grids.offset is None else grids.offset.reshape(-1, groups)
+    return Codes(codes.reshape(len(codes) // groups, -1), grids.scale.reshape(-1, groups), offset)

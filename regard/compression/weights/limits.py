@@ -1,0 +1,87 @@
+"""Calibrators: up to which size the weights of a row or a group are on its grid; what is larger is cut off.
+
+Each takes weights (rows, columns) with a grid for each row, and gives the share of the largest that is kept, (rows,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+STEPS = 80
+"""Shares that are tried, down to 1 - 79 / 100."""
+
+BINS = 2048
+"""Of the histogram whose divergence is the least; on both sides of 0."""
+
+Rounding = Callable[["Float[Tensor, 'r c']", "Float[Tensor, ' r']"], "Float[Tensor, 'r c']"]
+"""(weights, shares) -> the weights on the grids that these shares make."""
+
+
+def minmax(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int) -> Float[Tensor, " r"]:
+    """All are on the grid."""
+    return rows.new_ones(len(rows))
+
+
+def percentile(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int, percent: float = 99.9) -> Float[Tensor, " r"]:
+    """Of the sizes in a row, this percentile (between two, their mean by distance)."""
+    sizes = rows.abs()
+    largest = sizes.amax(1)
+    kept = torch.quantile(sizes, percent / 100, dim=1) if sizes.shape[1] else largest
+    return torch.where(largest > 0, kept / largest, 1.0).clamp(min=1e-3)
+
+
+def mse(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int) -> Float[Tensor, " r"]:
+    """The share with the least squared error, of :data:`STEPS`."""
+    best = rows.new_ones(len(rows))
+    least = (rounded(rows, best) - rows).square().sum(1)
+    for step in range(1, STEPS):
+        share = rows.new_full((len(rows),), 1 - step / 100)
+        error = (rounded(rows, share) - rows).square().sum(1)
+        best, least = torch.where(error < least, share, best), torch.minimum(error, least)
+    return best
+
+
+def kl(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int) -> Float[Tensor, " r"]:
+    """One share for all rows: where the distribution of sizes over the largest of each row, cut off there and put into as many
+    steps as the grid has, is nearest to itself in Kullback-Leibler divergence.
+
+    A row alone has too few numbers for a histogram.
+    """
+    sizes = rows.abs()
+    largest = sizes.amax(1, keepdim=True)
+    relative = (sizes / torch.where(largest > 0, largest, 1.0))[largest[:, 0] > 0]
+    if not relative.numel():
+        return rows.new_ones(len(rows))
+    counts = torch.histc(relative.float(), BINS, 0.0, 1.0).double()
+    levels = 2 ** (bits - 1)
+    ends = torch.linspace(max(levels, BINS // 5), BINS, STEPS).round().long().unique().tolist()
+    best, least = BINS, float("inf")
+    for end in ends:
+        kept = counts[:end].clone()
+        kept[-1] += counts[end:].sum()
+        step = (torch.arange(end) * levels) // end
+        there = counts[:end] > 0
+        mass = torch.zeros(levels, dtype=torch.double).index_add_(0, step, counts[:end])
+        places = torch.zeros(levels, dtype=torch.double).index_add_(0, step, there.double())
+        coarse = torch.where(there, (mass / places.clamp(min=1))[step], 0.0)
+        divergence = _divergence(kept, coarse)
+        if divergence < least:
+            best, least = end, divergence
+    return rows.new_full((len(rows),), best / BINS)
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    p, q = p / p.sum(), q / q.sum().clamp(min=1e-300)
+    seen = p > 0
+    return float((p[seen] * (p[seen] / q[seen].clamp(min=1e-12)).log()).sum())
+
+
+CALIBRATORS: dict[str, Callable[..., Tensor]] = {"minmax": minmax, "percentile": percentile, "mse": mse, "kl": kl}
+"""By the name that the option ``calibrate`` gives them."""

@@ -1,0 +1,44 @@
+"""Codes and the weights that they stand for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int8, Shaped, UInt8
+
+MIDDLE = 8
+"""The 4-bit code of 0 on a symmetric grid."""
+
+
+def padded(x: Shaped[Tensor, "*b k"], columns: int) -> Shaped[Tensor, "*b columns"]:
+    """With zeros behind its last column."""
+    return x if x.shape[-1] == columns else F.pad(x, (0, columns - x.shape[-1]))
+
+
+def pack(codes: UInt8[Tensor, "n k"]) -> UInt8[Tensor, "n half"]:
+    """4-bit codes, 0 to 15, of an even number of columns, two in a byte."""
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+def unpack(packed: UInt8[Tensor, "n half"]) -> UInt8[Tensor, "n k"]:
+    """What :func:`pack` was given."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+
+
+def dequantize(
+    codes: Int8[Tensor, "n k"] | UInt8[Tensor, "n half"],
+    scale: Float[Tensor, "n g"],
+    offset: Float[Tensor, "n g"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "n k"]:
+    """The weight of codes, with what pads the last group."""
+    if codes.dtype == torch.int8:
+        return codes.to(dtype) * scale.to(dtype)
+    values = unpack(codes).to(dtype).unflatten(1, (scale.shape[1], -1)) - MIDDLE
+    values = values * scale.to(dtype)[..., None]
+    return (values if offset is None else values + offset.to(dtype)[..., None]).flatten(1)

@@ -1,0 +1,104 @@
+"""The page of a study of compression, and the rows of its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from regard.measurement import units
+from regard.measurement.statistics import pareto_front
+from regard.models.weights import write_atomically
+from regard.workbench import charts
+from regard.workbench.charts import Axis, ScatterPoint, is_number
+from regard.workbench.lighter.study import Row, Study, recommend
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+def labels(study: Study) -> list[str]:
+    """Headings of the table."""
+    timed = [heading for name in study.original.milliseconds for heading in (name, f"faster, {name}")]
+    return ["recipe", study.metric, "lost", "size", "smaller", *timed]
+
+
+def cells(study: Study, row: Row) -> list[str]:
+    """A row of the table, in words."""
+    timed = [
+        word
+        for name in study.original.milliseconds
+        for word in (units.milliseconds(row.milliseconds[name]), f"{row.speedup[name]:.2f}x")
+    ]
+    smaller = f"{study.original.bytes / row.bytes:.2f}x"
+    lost = "" if row is study.original else f"{row.loss:+.2%}"
+    return [row.recipe, units.number(row.quality), lost, units.size(row.bytes), smaller, *timed]
+
+
+def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Path:
+    """Write the HTML page of a study, which needs nothing else.
+
+    Args:
+        model: as it was named on the command line, for the command that makes the recommended one.
+        tolerance: of :func:`regard.workbench.lighter.study.recommend`.
+    """
+    best, sentence = recommend(study, tolerance)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["zip"] = zip
+    everything = [study.original, *study.rows]
+    page = environment.get_template("lighter.html.j2").render(
+        study=study,
+        sentence=sentence,
+        command=None if best is None else f'regard compress {model} --recipe "{best}" --output small/',
+        figures=_figures(study, best),
+        labels=labels(study),
+        table=[
+            {"number": i, "best": row.recipe == best, "cells": cells(study, row)} for i, row in enumerate(everything)
+        ],
+        kept={name: why for row in study.rows for name, why in row.kept.items()},
+        glyph=charts.glyph,
+        colours=range(charts.COLOURS),
+    )
+    write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _figures(study: Study, best: str | None) -> list[tuple[str, Any]]:
+    everything = [study.original, *study.rows]
+    arrow = "" if study.higher_is_better else " (lower is better, so low is up)"
+    quality = Axis(f"↑ {study.metric}{arrow}", units.tick, rising=study.higher_is_better)
+    costs: list[tuple[str, str, Axis, list[float]]] = [
+        (
+            "size",
+            "size",
+            Axis("size of the weights, smaller →", units.size, log=True, base=2, rising=False),
+            [float(row.bytes) for row in everything],
+        )
+    ]
+    for name in study.original.milliseconds:
+        axis = Axis(f"time of {name}, faster →", units.milliseconds, log=True, rising=False)
+        # the machine's pace drifts between recipes: each stands where its ratio to the original puts it
+        at = study.original.milliseconds[name]
+        costs.append((name.replace(" ", "-"), name, axis, [at / row.speedup[name] for row in everything]))
+    found = []
+    for identity, caption, axis, values in costs:
+        sign = 1.0 if study.higher_is_better else -1.0
+        shown = [i for i, row in enumerate(everything) if is_number(row.quality) and axis.usable(values[i])]
+        if len(shown) < 2:
+            continue
+        front = pareto_front({str(i): (sign * everything[i].quality, -values[i]) for i in shown})
+        points = [
+            ScatterPoint(
+                i,
+                everything[i].recipe,
+                values[i],
+                everything[i].quality,
+                front=str(i) in front,
+                winner=everything[i].recipe == best,
+                detail=f"{everything[i].recipe}: {units.number(everything[i].quality)} {study.metric}, {axis.format(values[i])}",
+            )
+            for i in shown
+        ]
+        title = f"{study.metric} against {caption}"
+        found.append((caption, charts.scatter(identity, title, title, points, axis, quality)))
+    return found

@@ -1,0 +1,301 @@
+"""Recipes tried on one model: quality, size and time of each beside the original, in a folder from which the study goes on.
+
+``results.json`` in the folder has what is done; a recipe that was stopped in the midst goes on at the block it had reached.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.compression import Compressed, Recipe, compress
+from regard.compression.layers import find_layers
+from regard.contract import Unsupported
+from regard.measurement import provenance, units
+from regard.measurement.timing import calm_clock, rounds
+from regard.models.weights import distinct_tensors, write_atomically
+from regard.workbench.budget import Budget
+from regard.workbench.lighter.subjects import Subject
+
+RESULTS, REPORT, WORK = "results.json", "report.html", "work"
+SCORING, CALIBRATING = 0.35, 0.3
+"""Shares of the budget for scores, and for calibration."""
+FEWEST_ITEMS, MOST_ITEMS = 2, 256
+FEWEST_CALIBRATION, MOST_CALIBRATION = 4, 32
+TIMING_SECONDS = 6.0
+"""Of each recipe's timings at the most."""
+
+NOTICEABLE = 1.02
+"""From which ratio on one is called faster than the other."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a recipe does to the model.
+
+    Attributes:
+        recipe: as it is written; ``original`` for the model itself.
+        quality: by the subject's metric.
+        loss: the share of the original's quality that is lost; below 0 for what is gained.
+        bytes: of the model.
+        milliseconds, speedup: by what is timed; of the original, measured in turns with it, over the recipe's.
+        seconds: that compressing took.
+        kept: why layers were left as they are.
+        layers: how many are quantized.
+    """
+
+    recipe: str
+    quality: float
+    loss: float
+    bytes: int
+    milliseconds: dict[str, float]
+    speedup: dict[str, float]
+    seconds: float
+    kept: dict[str, str]
+    layers: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """The recipes that were tried on a model.
+
+    Attributes:
+        described, metric, higher_is_better: of the subject.
+        items, calibration: on how many items it was scored and calibrated.
+        original: the model as it was.
+        rows: of recipes, as they were asked for.
+        refused: why others cannot be done to this model, or were not.
+        machine: where it was measured.
+        threads: of torch.
+    """
+
+    described: str
+    metric: str
+    higher_is_better: bool
+    items: int
+    calibration: int
+    original: Row
+    rows: list[Row]
+    refused: dict[str, str]
+    machine: str | None
+    threads: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def study(
+    subject: Subject,
+    recipes: Sequence[Recipe],
+    folder: Path,
+    budget: Budget,
+    *,
+    say: Say = lambda sentence: None,
+    on_progress: Callable[[str, int, int], None] = lambda doing, done, count: None,
+) -> Study:
+    """Try recipes on a model.
+
+    Args:
+        folder: for the results, where the same call goes on.
+        budget: a time; it sets on how much data is scored and calibrated, and recipes that it has no time for are left out.
+        say: told in sentences what is decided.
+        on_progress: told what is done now, how many recipes are done, and of how many.
+
+    Raises:
+        Unsupported: for a budget that is no time, a folder with another study, and a model that cannot be quantized.
+    """
+    if budget.unit != "seconds":
+        raise Unsupported(f"budget {budget}", supported="a time: 90s, 20m, 2h", nearest="20m")
+    model = subject.load()
+    find_layers(model)
+    began = time.monotonic()
+    state = _opened(folder / RESULTS, subject, model)
+    spent = float(state["spent"])
+
+    def used() -> float:
+        return spent + time.monotonic() - began
+
+    def keep() -> None:
+        state["spent"] = used()
+        text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+
+    if "original" not in state:
+        on_progress("the original", 0, len(recipes))
+        state |= _planned(subject, model, recipes, budget, say)
+        quality = subject.quality(model, state["items"])
+        state["original"] = asdict(Row("original", quality, 0.0, _bytes(model), {}, {}, 0.0, {}, 0))
+        keep()
+    original = Row(**state["original"])
+    for i, recipe in enumerate(recipes):
+        if recipe.name in state["rows"] or recipe.name in state["refused"]:
+            continue
+        if used() > budget.amount:
+            say(f"the budget of {budget} is over: {recipe.name} is left out")
+            continue
+        on_progress(recipe.name, i, len(recipes))
+        work = folder / WORK / hashlib.blake2b(recipe.name.encode(), digest_size=6).hexdigest()
+        try:
+            changed = compress(
+                copy.deepcopy(model),
+                recipe,
+                subject.calibration(state["calibration"]) if recipe.needs else None,
+                work=work if recipe.needs else None,
+                on_layer=lambda name, done, count, i=i, recipe=recipe: on_progress(  # type: ignore[misc]
+                    f"{recipe.name}: {name} ({done} of {count})", i, len(recipes)
+                ),
+            )
+        except Unsupported as error:
+            state["refused"][recipe.name] = str(error)
+        else:
+            on_progress(f"{recipe.name}: scoring", i, len(recipes))
+            state["rows"][recipe.name] = asdict(_measured(subject, model, original, changed, state["items"]))
+        shutil.rmtree(work, ignore_errors=True)
+        keep()
+    late = {
+        recipe.name: f"the budget of {budget} was over"
+        for recipe in recipes
+        if recipe.name not in state["rows"] and recipe.name not in state["refused"]
+    }
+    rows = [Row(**state["rows"][recipe.name]) for recipe in recipes if recipe.name in state["rows"]]
+    return Study(
+        subject.described,
+        subject.metric,
+        subject.higher_is_better,
+        state["items"],
+        state["calibration"],
+        _timed_original(original, rows),
+        rows,
+        {name: why for name, why in {**state["refused"], **late}.items() if name in {r.name for r in recipes}},
+        provenance.fingerprint()["cpu"],
+        torch.get_num_threads(),
+    )
+
+
+def _planned(subject: Subject, model: nn.Module, recipes: Sequence[Recipe], budget: Budget, say: Say) -> dict[str, Any]:
+    """How many items are scored and calibrated with."""
+    few = min(FEWEST_ITEMS, subject.items)
+    subject.quality(model, few)
+    started = time.monotonic()
+    subject.quality(model, few)
+    each = max((time.monotonic() - started) / max(few, 1), 1e-6)
+    calibrating = sum((4 if "second" in recipe.needs else 1) for recipe in recipes if recipe.needs)
+    items = int(SCORING * budget.amount / (len(recipes) + 1) / each)
+    calibration = int(CALIBRATING * budget.amount / max(calibrating, 1) / each)
+    items = max(few, min(items, MOST_ITEMS, subject.items))
+    calibration = max(FEWEST_CALIBRATION, min(calibration, MOST_CALIBRATION))
+    say(f"scored on {items} held-out items, calibrated with {calibration}, at about {each:.2g} s an item")
+    return {"items": items, "calibration": calibration}
+
+
+def _measured(subject: Subject, model: nn.Module, original: Row, changed: Compressed, items: int) -> Row:
+    quality = subject.quality(changed.model, items)
+    milliseconds, speedup = {}, {}
+    before, after = subject.timed(model), subject.timed(changed.model)
+    for name in after:
+        pair = {"before": before[name], "after": after[name]}
+        found = rounds(pair, seconds=TIMING_SECONDS / len(after), most=40, clock=calm_clock())
+        milliseconds[name] = 1e3 * _middle(found["after"])
+        milliseconds[f"original {name}"] = 1e3 * _middle(found["before"])
+        speedup[name] = _middle([a / b for a, b in zip(found["before"], found["after"], strict=True)])
+    report = changed.report
+    return Row(
+        report.recipe,
+        quality,
+        loss_of(quality, original.quality, higher_is_better=subject.higher_is_better),
+        report.bytes_after,
+        milliseconds,
+        speedup,
+        report.seconds,
+        report.kept,
+        len(report.layers),
+    )
+
+
+def loss_of(quality: float, original: float, *, higher_is_better: bool) -> float:
+    """The share of the original's quality that is lost."""
+    change = quality - original if not higher_is_better else original - quality
+    return change / max(abs(original), 1e-12)
+
+
+def _timed_original(original: Row, rows: Sequence[Row]) -> Row:
+    """With the times that were measured beside the recipes."""
+    names = [name for name in (rows[0].milliseconds if rows else ()) if name.startswith("original ")]
+    times = {name.removeprefix("original "): _middle([row.milliseconds[name] for row in rows]) for name in names}
+    return Row(**{**asdict(original), "milliseconds": times, "speedup": dict.fromkeys(times, 1.0)})
+
+
+def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
+    """The recipe to use, or None for the original, and a sentence that says so.
+
+    Of those that lose no more than `tolerance`, the one that is fastest; the smallest where none is faster.
+    """
+    if not found.rows:
+        return None, "Keep the original: no recipe was measured."
+    good = [row for row in found.rows if row.loss <= tolerance]
+    if not good:
+        least = min(found.rows, key=lambda row: row.loss)
+        return None, (
+            f"Keep the original: every recipe loses more than {tolerance:.2g} of {found.metric}; "
+            f"{least.recipe} loses least ({least.loss:+.1%})."
+        )
+    main = next(iter(good[0].speedup))
+    best = max(good, key=lambda row: row.speedup[main])
+    faster = best.speedup[main]
+    if faster <= NOTICEABLE:
+        best = min(good, key=lambda row: row.bytes)
+        faster = best.speedup[main]
+    smaller = found.original.bytes / best.bytes
+    if faster > NOTICEABLE:
+        speed = f"{smaller:.2g} times smaller and {faster:.2g} times faster in {main}"
+    else:
+        slower = f"{1 / faster:.2g} times slower" if faster < 1 / NOTICEABLE else "no faster"
+        speed = f"{smaller:.2g} times smaller, but {slower} in {main} (no recipe that loses so little is faster)"
+    return best.recipe, (
+        f"Use {best.recipe}{'' if faster > NOTICEABLE else ' where size matters'}: {speed}, with "
+        f"{units.number(best.quality)} {found.metric} against {units.number(found.original.quality)} ({best.loss:+.1%})."
+    )
+
+
+def _opened(file: Path, subject: Subject, model: nn.Module) -> dict[str, Any]:
+    """What is done in a folder; raises Unsupported where another model or other data were studied there."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in distinct_tensors(model).items():
+        found.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())}".encode())
+    identity = {"subject": subject.described, "items": subject.items, "model": found.hexdigest()}
+    if not file.is_file():
+        return {"identity": identity, "rows": {}, "refused": {}, "spent": 0.0}
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        same = before["identity"] == identity
+    except (ValueError, TypeError, KeyError):
+        raise Unsupported(f"{file}, which cannot be read", supported="a file of `regard compress`") from None
+    if not same:
+        raise Unsupported(
+            f"{file.parent}, which holds a study of another model or other data",
+            supported="a new folder, or the same study again",
+            nearest="another --output",
+        )
+    return before
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model).values())
+
+
+def _middle(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]

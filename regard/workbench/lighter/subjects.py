@@ -1,0 +1,325 @@
+"""Models in folders that can be compressed: read, given calibration data, scored and timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.compression import Compressed, text_windows
+from regard.compression.folders import copy_training, is_compressed, load_compressed, read_record
+from regard.contract import Context, Unsupported, at_least
+from regard.measurement.timing import Action
+from regard.models import LanguageModel
+from regard.models.generation import sample
+from regard.tasks.documents import Paths, names_of, read_documents
+from regard.training import runner_of
+from regard.training.loop import batch_context, run_model
+from regard.workbench.trained import RECORD as TRAINING
+from regard.workbench.trained import open_trained
+
+HELD_OUT = 0.5
+"""Share of a text that is scored; calibration has the part before it."""
+
+LENGTH = 512
+"""Tokens of a window."""
+
+
+class Subject(Protocol):
+    """A model that is compressed.
+
+    Attributes:
+        metric: of its quality.
+        higher_is_better: which way.
+        described: model and data in words.
+        items: how many items its quality can be measured on.
+    """
+
+    metric: str
+    higher_is_better: bool
+    described: str
+    items: int
+
+    def load(self) -> nn.Module:
+        """The model in floating point, in evaluation mode."""
+        ...
+
+    def calibration(self, count: int) -> list[Any]:
+        """Batches, at most so many items in all."""
+        ...
+
+    def quality(self, model: nn.Module, items: int) -> float:
+        """By the first items that are held out."""
+        ...
+
+    def timed(self, model: nn.Module) -> dict[str, Action]:
+        """What is timed, by name; the first decides what is fastest."""
+        ...
+
+    def save(self, compressed: Compressed, folder: Path) -> None:
+        """Write a compressed model so that it can be used as this one."""
+        ...
+
+
+def open_subject(model: Path, data: Paths | None, length: int | None) -> Subject:
+    """The model of a folder of `regard train`, or a causal language model of transformers.
+
+    Args:
+        model: a folder, or a GGUF file.
+        data: text to calibrate with and to score on; None for that of a folder of `regard train`; empty for none, with which a
+            model of transformers can be loaded and saved alone.
+        length: tokens of a window; the model's or :data:`LENGTH` when None.
+
+    Raises:
+        Unsupported: for another folder.
+    """
+    if not model.exists():
+        raise Unsupported(f"{model}, which does not exist", supported=MODELS)
+    if model.is_dir() and is_compressed(model):
+        raise Unsupported(f"{model}, which is compressed already", supported="a model in floating point")
+    if (model / TRAINING).is_file():
+        return Trained(model, data, length)
+    return CausalModel(model, data, LENGTH if length is None else length)
+
+
+MODELS = "a folder of `regard train`, or a causal language model of transformers (config.json, or a .gguf file)"
+
+
+class Trained:
+    """A model that `regard train` made, on its task."""
+
+    def __init__(self, folder: Path, data: Paths | None, length: int | None) -> None:
+        self.folder, self.trained = folder, open_trained(folder)
+        if length is not None:
+            raise Unsupported(f"length={length} of a model of `regard train`", supported="the length of its task")
+        given = data if data is None or isinstance(data, str) else [str(path) for path in _listed(data)]
+        self.task = self.trained.task(given)
+        self.first = self.trained.record["settings"]["first_item"] if data is None else 0
+        self.batch_size = int(self.trained.record["settings"]["batch_size"])
+        self.metric, self.higher_is_better = self.task.metric, self.task.higher_is_better
+        self.described = f"{folder}: {self.trained.record['mechanism']} on {self.task.name}"
+        batches = self.task.evaluation_batches(self.batch_size)
+        self.items = sum(batch.size for batch in batches) - self.first
+        self.length = self.trained.record["settings"].get("length")
+
+    def load(self) -> nn.Module:
+        return self.trained.model()
+
+    def calibration(self, count: int) -> list[Any]:
+        size = min(count, self.batch_size)
+        return [self.task.training_batch(step, 0, size) for step in range(-(-count // size))]
+
+    def quality(self, model: nn.Module, items: int) -> float:
+        last = self.first + items
+        return runner_of(self.task).evaluate(model, self.task, self.batch_size, first=self.first, last=last).score
+
+    def timed(self, model: nn.Module) -> dict[str, Action]:
+        batch = self.task.training_batch(0, 1, 1)
+        if isinstance(model, LanguageModel):
+            ids = batch.inputs
+            stream = model.generate_stream(ids, 1 << 30)
+            next(stream)
+
+            def prefill() -> Any:
+                with torch.inference_mode():
+                    return model.features(ids, context=Context(want=frozenset({"state"})))
+
+            return {"decode": lambda: next(stream), "prefill": prefill}
+        several = self.task.training_batch(0, 1, 16)
+
+        def run(given: Any) -> Action:
+            def action() -> Any:
+                with torch.inference_mode():
+                    return run_model(model, given, batch_context(given))
+
+            return action
+
+        return {"one item": run(batch), "16 items": run(several)}
+
+    def save(self, compressed: Compressed, folder: Path) -> None:
+        copy_training(self.folder, folder)
+        compressed.save(folder)
+
+
+class CausalModel:
+    """A causal language model of transformers, on text."""
+
+    metric = "perplexity"
+    higher_is_better = False
+
+    def __init__(self, path: Path, data: Paths | None, length: int) -> None:
+        at_least("length", length, 2)
+        self.length = length
+        self.place, self.arguments = _place(path)
+        self.tokenizer = load_tokenizer(self.place, self.arguments)
+        self.described = path.name
+        if data == ():
+            return
+        if data is None:
+            raise Unsupported(
+                f"{path} without a text", supported="--data my_corpus.txt, to calibrate with and to score on"
+            )
+        documents, _ = read_documents(data, "text")
+        text = b"".join(document.text for document in documents).decode()
+        ids = encode(self.tokenizer, text)
+        if len(ids) < 2 * length:
+            raise Unsupported(
+                f"{names_of(data)} of {len(ids)} tokens for windows of {length}",
+                supported=f"{2 * length} tokens or more: one window to calibrate with, one to score on",
+                nearest=f"--length {len(ids) // 2}" if len(ids) >= 4 else "more text",
+            )
+        border = max(length, min(len(ids) - length, int((1 - HELD_OUT) * len(ids))))
+        self.before, self.held_out = ids[:border], ids[border:]
+        self.items = len(self.held_out) // length
+        self.described = f"{path.name} on {names_of(data)} ({len(ids):,} tokens, windows of {length})"
+
+    def load(self) -> nn.Module:
+        import transformers
+
+        with _quiet():
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.place, dtype=torch.float32, local_files_only=True, **self.arguments
+                )
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                raise Unsupported(
+                    f"{self.place}, which transformers cannot load ({_first(error)})", supported=MODELS
+                ) from None
+        return model.eval()
+
+    def calibration(self, count: int) -> list[Any]:
+        return text_windows(self.before, self.length, count)
+
+    def quality(self, model: nn.Module, items: int) -> float:
+        return perplexity(model, text_windows(self.held_out, self.length, items))
+
+    def timed(self, model: nn.Module) -> dict[str, Action]:
+        from regard.integrations.transformers import CACHE
+
+        ids = text_windows(self.held_out, self.length, 1)[0]
+        with torch.inference_mode():
+            cache = getattr(model(ids, use_cache=True), CACHE)
+
+        def decode() -> Any:
+            with torch.inference_mode():
+                return model(ids[:, :1], **{CACHE: cache}, use_cache=True)
+
+        def prefill() -> Any:
+            with torch.inference_mode():
+                return model(ids, use_cache=True, logits_to_keep=1)
+
+        return {"decode": decode, "prefill": prefill}
+
+    def save(self, compressed: Compressed, folder: Path) -> None:
+        compressed.save(folder, tokenizer=self.tokenizer)
+
+
+def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
+    """``exp`` of the mean nats of each token but the first of each window."""
+    nats, tokens = 0.0, 0
+    with torch.inference_mode():
+        for ids in windows:
+            logits = model(ids, use_cache=False).logits[0, :-1].float()
+            nats += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            tokens += ids.shape[1] - 1
+    return math.exp(min(nats / tokens, 700.0))
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Tokens of a text, without a beginning or an end of its own."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def load_tokenizer(place: Path, arguments: Mapping[str, str]) -> Any:
+    """The tokenizer of a folder of transformers; raises Unsupported where it has none."""
+    try:
+        import transformers
+    except ImportError:
+        raise Unsupported(f"{place} without transformers", supported="pip install 'regard[hf]'") from None
+    with _quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, **arguments)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise Unsupported(
+                f"{place}, whose tokenizer cannot be loaded ({_first(error)})", supported=MODELS
+            ) from None
+
+
+def stream_text(
+    model: Any, ids: Tensor, tokens: int, *, generator: torch.Generator, **sampling: Any
+) -> Iterator[Tensor]:
+    """New tokens of a causal language model of transformers, one at a time, through its cache.
+
+    Args:
+        ids: (1, N).
+        sampling: of :func:`regard.models.generation.sample`.
+    """
+    from regard.integrations.transformers import CACHE
+
+    stops = model.generation_config.eos_token_id
+    stops = {stops} if isinstance(stops, int) else set(stops or ())
+    cache, new = None, ids
+    for _ in range(tokens):
+        with torch.inference_mode():
+            found = model(new, **{CACHE: cache}, use_cache=True)
+        cache = getattr(found, CACHE)
+        token = sample(found.logits[:, -1], generator=generator, **sampling)
+        if int(token) in stops:
+            return
+        yield token
+        new = token[:, None]
+
+
+def open_compressed(folder: Path) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a compressed causal language model of transformers."""
+    record = read_record(folder)
+    if record["library"] != "transformers":
+        raise Unsupported(f"text with {folder}, a model of {record['library']}", supported="models of transformers")
+    tokenizer = load_tokenizer(folder, {})
+    with _quiet():
+        return load_compressed(folder), tokenizer
+
+
+def _place(path: Path) -> tuple[Path, dict[str, str]]:
+    """The folder of a model, and what transformers needs to be told to read it."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise Unsupported(f"{path}", supported=MODELS)
+        return path.parent, {"gguf_file": path.name}
+    if (path / "config.json").is_file():
+        return path, {}
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return path, {"gguf_file": files[0].name}
+    what = f"{len(files)} GGUF files" if files else "neither training.json, config.json nor a .gguf file"
+    raise Unsupported(f"{path} with {what}", supported=MODELS, nearest=str(files[0]) if files else "")
+
+
+def _listed(data: Paths) -> list[Any]:
+    return [data] if isinstance(data, str | Path) else list(data)
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and notes of transformers."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,73 @@
+"""Recipes as people write them, and what does not go together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import refused
+
+from regard.compression.recipes import ALL, STEPS, Gptq, read_recipe, read_recipes
+from regard.layers.quantized import Format
+
+
+def test_a_recipe_is_written_as_text_as_a_list_and_in_files(tmp_path):
+    text = read_recipe("awq + gptq:bits=3,group=64,symmetric=false")
+    assert text.needs == {"second"} and text.rounding == Gptq(bits=3, group=64, symmetric=False)
+    assert text.rounding.format == Format(3, 64, False)
+    assert read_recipe(["awq", {"gptq": {"bits": 3, "group": 64, "symmetric": False}}]) == text
+    (tmp_path / "a.json").write_text(json.dumps(text.as_list()))
+    (tmp_path / "a.yaml").write_text("steps:\n- awq:\n- gptq: {bits: 3, group: 64, symmetric: false}\n")
+    assert read_recipe(str(tmp_path / "a.json")) == read_recipe(str(tmp_path / "a.yaml")) == text
+    assert read_recipe(text.name) == text
+
+
+@pytest.mark.parametrize("name", [*ALL, "gptq:bits=8", "smoothquant + llm_int8:threshold=4"])
+def test_a_recipe_reads_back_from_its_name(name):
+    recipe = read_recipe(name)
+    assert read_recipe(recipe.name) == recipe == read_recipe(recipe.as_list())
+
+
+def test_a_step_that_does_not_round_gets_the_usual_one_that_does():
+    assert read_recipe("awq").name == "awq + int4"
+    assert read_recipe("smoothquant:alpha=0.7").name == "smoothquant:alpha=0.7 + w8a8"
+
+
+def test_a_list_of_recipes_keeps_options_with_their_step():
+    names = [recipe.name for recipe in read_recipes("int8, int4:group=64,symmetric=false,gptq,int8")]
+    assert names == ["int8", "int4:group=64,symmetric=false", "gptq"]
+    assert [recipe.name for recipe in read_recipes("all")] == [read_recipe(name).name for name in ALL]
+    assert {name for recipe in read_recipes("all") for name, _ in recipe.steps} == set(STEPS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("int9", "try int"),
+        ("gptq:bit=4", "try bits"),
+        ("gptq:bits=5", "bits=5"),
+        ("gptq:bits=8,group=32", "8 bits in groups"),
+        ("gptq:damping=0", "damping"),
+        ("gptq:order=rows", "order"),
+        ("int4:group=48", "group=48"),
+        ("int4:bits=8", "try int8"),
+        ("int8:calibrate=max", "calibrate"),
+        ("int8:head=float", "head"),
+        ("smoothquant:alpha=2 + w8a8", "alpha"),
+        ("int8 + int4", "both round"),
+        ("awq + smoothquant + int4", "both scale"),
+        ("int4 + awq", 'try "awq'),
+        ("smoothquant + int4", "leaves inputs"),
+        ("awq + w8a8", "rounds inputs"),
+        ("missing.yaml", "does not exist"),
+        ("", "recipe"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_words(recipe, words):
+    refused(words, read_recipe, recipe)
+
+
+def test_a_file_with_something_else_is_refused(tmp_path):
+    for text, words in (("a: [", "cannot be read"), ("5", "other contents"), ("- 5", "step 5")):
+        (tmp_path / "a.yaml").write_text(text)
+        refused(words, read_recipe, str(tmp_path / "a.yaml"))

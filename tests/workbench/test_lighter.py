@@ -1,0 +1,190 @@
+"""`regard compress`: recipes measured on a model, one model out, and what a user does with it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from command_line import answer, run
+
+from regard.compression.recipes import read_recipes
+from regard.workbench.budget import Budget
+from regard.workbench.lighter import study as studies
+from regard.workbench.lighter.study import Row, Study, loss_of, recommend, study
+from regard.workbench.lighter.subjects import open_subject
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs\n" * 400
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(studies, "TIMING_SECONDS", 0.02)
+    monkeypatch.setattr(studies, "MOST_ITEMS", 3)
+    monkeypatch.setattr(studies, "MOST_CALIBRATION", 4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A language model of regard in its folder, and its text."""
+    place = tmp_path_factory.mktemp("trained")
+    (place / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
+        patch.setattr("sys.argv", ["regard"])
+        from regard.tasks import create_task
+        from regard.workbench.settings import CompareSettings
+        from regard.workbench.trained import train_model
+
+        task = create_task("text", data=str(place / "text.txt"), length=32)
+        sizes = {"dim": 32, "layers": 2, "heads": 2, "seeds": 1, "rates": (1e-2,), "lengths": (32,), "batch_tokens": 64}
+        settings = CompareSettings(mechanisms=("softmax",), budget=Budget.parse("20 steps"), frames=("bare",), **sizes)
+        train_model(task, settings, place / "model")
+    return place / "model", place / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """A causal language model of transformers in its folder, and a text."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    place = tmp_path_factory.mktemp("causal")
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    own = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(place / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=256, num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=None, **sizes
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(place / "model")
+    (place / "text.txt").write_text(TEXT)
+    return place / "model", place / "text.txt"
+
+
+def test_a_study_measures_every_recipe_and_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch):
+    subject = open_subject(trained[0], None, None)
+    recipes = read_recipes("int8,gptq,int4")
+    done = []
+
+    def stop(doing, index, count):
+        done.append(doing)
+        if doing == "int4":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(subject, recipes, tmp_path, Budget.parse("1h"), on_progress=stop)
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 2
+    done.clear()
+    found = study(subject, recipes, tmp_path, Budget.parse("1h"), on_progress=lambda doing, *_: done.append(doing))
+    assert not any(doing.startswith(("int8", "gptq", "the original")) for doing in done)
+    assert [row.recipe for row in found.rows] == ["int8", "gptq", "int4"] and not found.refused
+    expected = subject.quality(subject.load(), found.items)
+    assert found.original.quality == expected and found.original.speedup == {"decode": 1.0, "prefill": 1.0}
+    for row in found.rows:
+        assert row.bytes < found.original.bytes / 2 and row.loss == loss_of(
+            row.quality, expected, higher_is_better=False
+        )
+        assert set(row.speedup) == {"decode", "prefill"} and all(value > 0 for value in row.speedup.values())
+
+
+def test_recipes_that_the_budget_has_no_time_for_are_named(trained, tmp_path):
+    found = study(open_subject(trained[0], None, None), read_recipes("int8"), tmp_path, Budget("seconds", 1e-6))
+    assert found.rows == [] and "budget" in found.refused["int8"]
+    assert recommend(found)[0] is None
+
+
+def row(recipe: str, quality: float, size: int, speed: float) -> Row:
+    return Row(recipe, quality, quality / 10 - 1, size, {"decode": 1 / speed}, {"decode": speed}, 1.0, {}, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen", "words"),
+    [
+        (
+            [row("a", 10.05, 250, 2.0), row("b", 10.09, 125, 3.0), row("c", 10.5, 100, 9.0)],
+            "b",
+            "8 times smaller and 3 times faster",
+        ),
+        (
+            [row("a", 10.05, 250, 0.5), row("b", 10.0, 300, 0.9)],
+            "a",
+            "where size matters: 4 times smaller, but 2 times slower",
+        ),
+        ([row("a", 10.2, 250, 2.0), row("b", 11.0, 125, 3.0)], None, "Keep the original.*a loses least"),
+    ],
+)
+def test_the_fastest_is_recommended_of_those_that_lose_little(rows, chosen, words):
+    found = Study("x", "perplexity", False, 3, 3, row("original", 10.0, 1000, 1.0), rows, {}, None, 1)
+    best, sentence = recommend(found, 0.01)
+    assert best == chosen and re.search(words, sentence)
+
+
+def test_what_is_lost_is_counted_in_the_direction_of_the_metric():
+    assert loss_of(11.0, 10.0, higher_is_better=False) == pytest.approx(0.1)
+    assert loss_of(0.9, 1.0, higher_is_better=True) == pytest.approx(0.1)
+
+
+def test_a_model_of_regard_train_is_compressed_and_used_on_the_command_line(capsys, trained, tmp_path):
+    model, _ = trained
+    found = answer(capsys, "compress --recipe gptq:group=64 --calibration 4", model, "--output", tmp_path / "small")
+    assert found["recipe"] == "gptq:group=64" and found["bytes_after"] < found["bytes_before"] / 2
+    assert not (tmp_path / "small" / ".work").exists()
+    scores = [answer(capsys, "evaluate", folder)["score"] for folder in (model, tmp_path / "small")]
+    assert scores[0] != scores[1] and abs(scores[1] / scores[0] - 1) < 0.1
+    assert answer(capsys, "generate --tokens 5", tmp_path / "small", "the")["text"]
+    found = answer(capsys, "compress --recipes int8,awq --budget 1h", model, "--output", tmp_path / "study")
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert found["recommendation"]["text"] in page.replace("&#34;", '"') and page.count('<svg class="chart"') == 3
+    code, out, _ = run(capsys, "compress --recipes int8,awq --budget 1h", model, "--output", tmp_path / "study")
+    assert code == 0 and "original" in out and "awq + int4" in out and "Report:" in out
+
+
+def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(capsys, causal, tmp_path):
+    model, text = causal
+    found = answer(
+        capsys,
+        "compress --recipes int8,gptq --budget 1h --length 64",
+        model,
+        "--data",
+        text,
+        "--output",
+        tmp_path / "study",
+    )
+    assert found["metric"] == "perplexity" and [one["recipe"] for one in found["rows"]] == ["int8", "gptq"]
+    assert (
+        answer(capsys, "compress --recipe int8", model, "--output", tmp_path / "small")["layers"][-1]["name"]
+        == "model.embed_tokens"
+    )
+    first, second = (answer(capsys, "generate --tokens 6", tmp_path / "small", "the quick")["text"] for _ in range(2))
+    assert first == second != ""
+    score = answer(capsys, "evaluate", tmp_path / "small", text)
+    assert score["metric"] == "perplexity" and abs(score["score"] / found["original"]["quality"] - 1) < 0.1
+
+
+def test_bad_requests_are_one_sentence_and_write_nothing(capsys, trained, causal, tmp_path):
+    model, text = trained
+    other, out = causal[0], tmp_path / "out"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    for line, more, words in (
+        ("compress --recipe int8 --recipes all", (model,), "both --recipe"),
+        ("compress --recipe int8", (model,), "--output small/"),
+        ("compress --recipe int8", (model, "--output", model), "the model itself"),
+        ("compress --recipe int8", (model, "--output", tmp_path / "full"), "other files in it"),
+        ("compress --recipe int9", (model, "--output", out), "try int"),
+        ("compress --recipes all --budget soon", (model, "--output", out), "budget"),
+        ('compress --recipes all --budget "5 steps"', (model, "--output", out), "a time"),
+        ("compress --recipe int8", (tmp_path / "nothing", "--output", out), "does not exist"),
+        ("compress --recipe int8", (tmp_path / "full", "--output", out), "neither training.json"),
+        ("compress --recipe gptq", (other, "--output", out), "without a text"),
+        ("compress --recipe gptq --length 12000", (other, "--data", text, "--output", out), "--length"),
+        ("compress --recipe gptq --length 64", (model, "--output", out), "the length of its task"),
+        ("generate", (tmp_path / "full", ""), "an empty text"),
+    ):
+        code, _, messages = run(capsys, line, *more)
+        said = " ".join(messages.split())
+        assert code == 2 and words in said and said.count("regard: ") == 1, (line, messages)
+    assert not out.exists() and torch.is_grad_enabled()
