@@ -25,7 +25,7 @@ import functools
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -126,6 +126,19 @@ def swapped_forward(
     ):
         placed = None
     return _forward(module, query, key, value, attention_mask, placed, "softmax", **given)
+
+
+def swapped_rows(module: nn.Module, rows: Sequence[tuple[Tensor, Tensor, Tensor]], **given: Any) -> list[Tensor]:
+    """:func:`swapped_forward` of sequences of unequal lengths, each alone without a mask: for each row of the call in
+    progress its new queries and all of its keys and values, a batch of 1."""
+    called, x, source = getattr(_CALL, "tokens", (None, None, None))
+    outputs = []
+    for i, (query, key, value) in enumerate(rows):
+        if called is module and x is not None and source is not None:
+            own = x[i : i + 1, : query.shape[2]]
+            _CALL.tokens = (module, own, own if source is x else source[i : i + 1])
+        outputs.append(swapped_forward(module, query, key, value, None, **given)[0])
+    return outputs
 
 
 def _forward(
@@ -311,7 +324,7 @@ def record_swap(model: Any, chosen: Mapping[str, Any]) -> str:
     setattr(config, RECORD, {**known, "modules": modules})
     model.set_attn_implementation(SWAPPED)
     config.attn_implementation = SWAPPED  # a name that a config is saved and loaded with
-    whole = _needing_whole_sequences(model)
+    whole = needing_whole_sequences(model)
     _turn_cache(model, off=bool(whole))
     if not whole:
         return "Generation goes on with the model's cache of keys and values, read whole at each step."
@@ -341,7 +354,7 @@ def record_unswap(model: Any) -> None:
         elif _inside_base(model, path) in modules:
             modules[_inside_base(model, path)] = None
     setattr(config, RECORD, {**record, "modules": modules})
-    _turn_cache(model, off=bool(_needing_whole_sequences(model)))
+    _turn_cache(model, off=bool(needing_whole_sequences(model)))
     if swapped:
         return
     for module in model.modules():
@@ -352,7 +365,8 @@ def record_unswap(model: Any) -> None:
     model.set_attn_implementation(record["attention"])
 
 
-def _needing_whole_sequences(model: nn.Module) -> list[str]:
+def needing_whole_sequences(model: nn.Module) -> list[str]:
+    """Mechanisms placed in a model that cannot go on from a cache of keys and values."""
     placed: list[Any] = [module.regard for module in model.modules() if is_swapped(module)]
     return sorted({attend.card.name for attend in placed if attend.needs_whole_sequences})
 
