@@ -87,8 +87,7 @@ class LanguageReader:
 
     def save(self, row: Row) -> tuple[State, int]:
         state = self._held.get([row.number])
-        own = state._map(lambda x, _: x.clone())  # not a part of the batch's, which would stay with it
-        return own, own.nbytes
+        return state, state.nbytes
 
     def restore(self, row: Row, saved: State) -> None:
         self._held.put([row.number], saved)

@@ -171,6 +171,19 @@ def test_a_pool_smaller_than_the_context_bounds_what_is_taken():
     assert drain(engine, [one])[0]["a"] == alone(one)[0]
 
 
+def test_where_pages_run_out_who_came_first_keeps_its_own():
+    engine = Engine(HashReader(context=64, pages=20), Limits(rows=3, prefix_cache=False))
+    for i in range(3):
+        engine.submit(Request(str(i), [i, 1, 2], 50))
+    first = []
+    while "0" not in first:
+        first += [event.key for event in engine.step() if event.finish]
+        assert not first or first == ["0"]
+        assert any(row.request.key == "0" for row in engine.active) or first
+    assert engine.preempted > 0
+    drain(engine)
+
+
 class Broken(HashReader):
     """Fails on a token, and has no number for another."""
 
@@ -226,6 +239,16 @@ def test_the_longest_unused_beginnings_make_room():
     for i in range(20, 40):
         tree.add(tree.root, (i, i), None)
     assert tree.count <= 8 and not tree.alive(blocks[1])
+
+    pages = Pages(9, 2)
+    tree = Prefixes(2, pages)
+    owned = pages.take(3)
+    first = tree.add(tree.root, (1, 1), owned[0])
+    for page, tokens in zip(owned[1:], ((2, 2), (3, 3)), strict=True):
+        tree.add(first, tokens, page)
+    pages.give_back(owned[:2])  # the third is still read by somebody
+    tree.evict(3)
+    assert [len(tree.path([1, 1, i, i, 9])) for i in (2, 3)] == [1, 2] and pages.free == 7
 
     pages = Pages(2, 4)
     assert pages.take(3) is None and pages.free == 2

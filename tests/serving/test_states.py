@@ -54,7 +54,14 @@ def test_rows_are_padded_as_their_fields_say():
 def test_states_that_left_are_not_kept():
     held = Held()
     model = LanguageModel(LanguageModelConfig(20, dim=8, plan=["linear"], num_heads=1)).eval()
-    held.put([4, 9], read(model, torch.randint(0, 20, (2, 3)))[1])
+    all_three = read(model, torch.randint(0, 20, (3, 3)))[1]
+    held.put([5, 4, 9], all_three)
+    for keys in ([9, 5], [5, 4], [4]):
+        rows = torch.tensor([[5, 4, 9].index(key) for key in keys])
+        for name, found in held.get(keys).tensors().items():
+            assert torch.equal(found, all_three.tensors()[name][rows])
+    held.drop(5)
+    held.put([4, 9], held.get([4, 9]))
     both = held.nbytes
     held.drop(4)
     held.put([9], held.get([9]))
