@@ -312,9 +312,15 @@ class Context:
 register_pytree(Context, {"grid": tuple, "generator": torch.Generator, "progress": float, "want": frozenset})
 
 
-def state_field(fill: float = 0.0) -> Any:
-    """A field of a :class:`State`: `fill` is its value in an empty state."""
-    return field(metadata={"fill": fill})
+def state_field(fill: float = 0.0, *, newest_last: bool = False, **given: Any) -> Any:
+    """A field of a :class:`State`.
+
+    Args:
+        fill: its value in an empty state, and in slots that a row does not have which another has.
+        newest_last: whether those slots come before a row's own, so that the newest is the last of all.
+        given: of `dataclasses.field`.
+    """
+    return field(metadata={"fill": fill, "newest_last": newest_last}, **given)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from regard.cli.predict import predict
 from regard.cli.profile import profile_command
 from regard.cli.report import report
 from regard.cli.reproduce import reproduce
+from regard.cli.serve import serve
 from regard.cli.study import study
 from regard.cli.train import train
 from regard.cli.verify import verify
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "serve": serve,
     "predict": predict,
     "explain": explain,
     "compress": compress,

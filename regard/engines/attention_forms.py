@@ -14,6 +14,7 @@ from torch import Tensor
 from regard.contract import Call, Pattern, Result, State, Unsupported
 from regard.engines.attention import Ranks, Visibility, attention, ranks
 from regard.engines.cache import KeyValueState, extend
+from regard.engines.paged_cache import PagedState
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,8 +31,33 @@ def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], **options: Any
 ) -> Result:
     """Continue a cached sequence by any number of tokens; also the step."""
+    if isinstance(call.state, PagedState):
+        output = _attend_pages(call, q, k, v, **options)
+        if output is not None:
+            return output
     state, where = extend(call, k, v, q.shape[2])
     return attend(call, q, state.k, state.v, where, state, **options)
+
+
+def _attend_pages(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    *,
+    visibility: Visibility | None = None,
+    softcap: float | None = None,
+    sink: Float[Tensor, " h"] | None = None,
+    stretch: tuple[float, float] | None = None,
+) -> Result | None:
+    """The call on a pool of pages, read where they lie; None where they must be gathered first."""
+    if stretch is not None or call.bias is not None or call.position_bias is not None or call.blocks is not None:
+        return None
+    if call.dropout or call.want or call.backend is not None:
+        return None
+    state: PagedState = call.state
+    found = state.attended(call, q, k, v, by_pattern(call) if visibility is None else visibility, softcap, sink)
+    return None if found is None else Result(*found)
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], **options: Any) -> Result:

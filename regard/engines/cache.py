@@ -39,6 +39,15 @@ class KeyValueState(State):
     ranks: Int[Tensor, "b past"] = state_field(fill=-1)
     length: Int[Tensor, " b"] = state_field()
 
+    def extended(
+        self, call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int
+    ) -> tuple[KeyValueState, Ranks]:
+        """See :func:`extend`; the new keys and values are in the order of the cache's slots, behind it."""
+        where = _ranks_after(call, self, n, k.shape[2])
+        length = lengths_after(self.length, call.memory_lengths, k.shape[0], k.shape[2], k.device)
+        k, v = append(self.k, k.to(self.k.dtype), 2), append(self.v, v.to(self.v.dtype), 2)
+        return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), length), where
+
 
 @dataclass(frozen=True)
 class WindowState(State):
@@ -64,12 +73,10 @@ def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"],
     In self patterns the last query is aligned with the last of the new keys.
     """
     past: KeyValueState | None = call.state
-    length = lengths_after(None if past is None else past.length, call.memory_lengths, k.shape[0], k.shape[2], k.device)
-    if past is None:
-        where = ranks(call, n, k.shape[2], k.device)
-        return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), length), where
-    where = _ranks_after(call, past, n, k.shape[2])
-    k, v = append(past.k, k.to(past.k.dtype), 2), append(past.v, v.to(past.v.dtype), 2)
+    if past is not None:
+        return past.extended(call, k, v, n)
+    length = lengths_after(None, call.memory_lengths, k.shape[0], k.shape[2], k.device)
+    where = ranks(call, n, k.shape[2], k.device)
     return KeyValueState(k, v, where.keys.expand(k.shape[0], -1), length), where
 
 

@@ -45,3 +45,27 @@ def merge(
     for share, output in zip(shares[1:], outputs[1:], strict=True):
         total.addcmul_(share, output)
     return total
+
+
+def merge_states(
+    m: Float[Tensor, "parts *q"], total: Float[Tensor, "parts *q"], o: Float[Tensor, "parts *q v"]
+) -> tuple[Float[Tensor, "*q"], Float[Tensor, "*q"], Float[Tensor, "*q v"]]:
+    """The states of queries on separate parts of the keys as one: associative, and in any order.
+
+    Args:
+        m: the largest score of a part, or any other number near it; -inf for a part of which a query sees nothing.
+        total: sum of exp(score - m).
+        o: sum of exp(score - m) times the value.
+    """
+    largest = m.amax(0)
+    factors = (m - torch.where(largest == -torch.inf, 0, largest)).exp()
+    return largest, (factors * total).sum(0), (factors[..., None] * o).sum(0)
+
+
+def finish(
+    m: Float[Tensor, "*q"], total: Float[Tensor, "*q"], o: Float[Tensor, "*q v"]
+) -> tuple[Float[Tensor, "*q v"], Float[Tensor, "*q"]]:
+    """Output and log-sum-exp of a state; 0 and -inf for a query that sees nothing."""
+    seen = total > 0
+    safe = torch.where(seen, total, 1)
+    return torch.where(seen[..., None], o / safe[..., None], 0), torch.where(seen, m + safe.log(), -torch.inf)

@@ -12,6 +12,7 @@ each layer::
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from regard.backends import NATIVE
 from regard.backends.operators import TRANSFORMS, transformed
-from regard.contract import Unsupported, at_least, one_of
-from regard.core.visibility import Ranks, Visibility
+from regard.contract import Call, Unsupported, at_least, one_of, state_field
+from regard.core.visibility import CountedRanks, Ranks, Visibility
 from regard.engines.attention import attention
 from regard.engines.attention.native_form import DECODED_LONG
 from regard.engines.attention.paged import MOST, attention_decode
+from regard.engines.cache import KeyValueState
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -110,15 +112,8 @@ class PagedCache:
             raise Unsupported(f"lengths {added.tolist()} for {rows} rows", supported=f"0 to {n} for each")
         total = self.lengths + added
         self._take_pages(total)
-        slots = torch.arange(n, device="cpu")
-        new = slots < added[:, None]
-        at = (self.lengths[:, None] + slots)[new]
-        row = torch.arange(rows, device="cpu")[:, None].expand(-1, n)[new]
-        device = self.k.device
-        page, slot, new = (x.to(device) for x in (self.table[row, at // self.page_size], at % self.page_size, new))
-        with torch.no_grad():
-            self.k[page, :, slot] = k.transpose(1, 2)[new].to(self.k.dtype)
-            self.v[page, :, slot] = v.transpose(1, 2)[new].to(self.v.dtype)
+        write(self.k, k, self.table, self.lengths, added)
+        write(self.v, v, self.table, self.lengths, added)
         self.lengths = total
 
     def reset(self, rows: Bool[Tensor, " rows"]) -> None:
@@ -136,15 +131,9 @@ class PagedCache:
 
     def gather(self) -> tuple[Float[Tensor, "rows g m d"], Float[Tensor, "rows g m v"], Int[Tensor, "rows m"]]:
         """Keys and values of all rows right-padded to the longest with zeros, and their ranks, -1 in padding."""
-        longest = int(self.lengths.max())
-        slots = torch.arange(longest, device="cpu")
-        there = (slots < self.lengths[:, None]).to(self.k.device)
-        pages = self.table[:, : -(-longest // self.page_size)].clamp(min=0).to(self.k.device)
-        k, v = (
-            x[pages].transpose(1, 2).flatten(2, 3)[:, :, :longest].masked_fill(~there[:, None, :, None], 0)
-            for x in (self.k, self.v)
-        )
-        return k, v, torch.where(there, slots.to(there.device), -1)
+        ranks = _slots(self.lengths)
+        k, v = (gather(x, self.table, ranks) for x in (self.k, self.v))
+        return k, v, ranks.to(self.k.device)
 
     def _take_pages(self, lengths: Tensor) -> None:
         """Give each row the pages for so many tokens."""
@@ -211,58 +200,187 @@ def paged_attention(
         raise Unsupported(f"softcap={softcap}", supported="softcap > 0", nearest="softcap=None")
     if window is not None:
         at_least("window", window, 0)
-    n = q.shape[2]
-    scale = width**-0.5 if scale is None else scale
-    visibility = Visibility(causal=causal, left=window)
-    queries = cache.lengths[:, None] - n + torch.arange(n, device="cpu")
-    reason = None if backend != "torch" else "asked for torch"
     if backend is not None:
         one_of("backend", backend, ("native", "torch"))
-    if reason is None:
-        reason = _refusal(q, cache, sink)
-    if reason is None:
-        limits = [int(causal), -1 if window is None else min(window, MOST), -1, 0, 0, 0]
-        sink = None if sink is None else sink.float()
-        output, lse = attention_decode(
-            q, pool, cache.v, cache.table, cache.lengths, queries, limits, scale, softcap or 0.0, sink
-        )
-    elif backend == "native":
-        raise Unsupported(f"native attention to a paged cache: {reason}", supported="torch", nearest="backend='torch'")
-    else:
-        k, v, keys = cache.gather()
-        where = Ranks(queries.to(q.device), keys, None, None, plain=False)
-        output, _, found = attention(
-            q,
-            k,
-            v,
-            where,
-            visibility=visibility,
-            scale=scale,
-            softcap=softcap,
-            sink=sink,
-            want_lse=want_lse,
-            backend=backend,
-        )
-        lse = output[..., 0] if found is None else found
+    n = q.shape[2]
+    queries = cache.lengths[:, None] - n + torch.arange(n, device="cpu")
+    output, lse = attend(
+        q,
+        (pool, cache.v, cache.table, cache.lengths),
+        queries,
+        visibility=Visibility(causal=causal, left=window),
+        scale=width**-0.5 if scale is None else scale,
+        softcap=softcap,
+        sink=sink,
+        want_lse=want_lse,
+        backend=backend,
+    )
     if not causal and bool((queries < 0).any()):
         absent = (queries < 0)[:, None].to(q.device)  # which would see all of the row
         output, lse = output.masked_fill(absent[..., None], 0), lse.masked_fill(absent, -torch.inf)
     return (output, lse) if want_lse else output
 
 
-def _refusal(q: Tensor, cache: PagedCache, sink: Tensor | None) -> str | None:
+Pool = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Pages of keys and of values, the table of each row's pages, and each row's tokens; the last two on the CPU."""
+
+
+def attend(
+    q: Float[Tensor, "rows h n d"],
+    pool: Pool,
+    queries: Int[Tensor, "rows n"],
+    *,
+    visibility: Visibility,
+    scale: float,
+    softcap: float | None = None,
+    sink: Float[Tensor, " h"] | None = None,
+    want_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "rows h n v"], Float[Tensor, "rows h n"]]:
+    """Output and log-sum-exp of queries of these ranks (on the CPU) on rows of a pool; see :func:`paged_attention`."""
+    k, v, table, lengths = pool
+    reason = "asked for torch" if backend == "torch" else _refusal(q, pool, visibility, sink)
+    if reason is None:
+        left = -1 if visibility.left is None else min(visibility.left, MOST)
+        sink = None if sink is None else sink.float()
+        limits = [int(visibility.causal), left, -1, 0, 0, 0]
+        return attention_decode(q, k, v, table, lengths, queries, limits, scale, softcap or 0.0, sink)
+    if backend == "native":
+        raise Unsupported(f"native attention to a paged cache: {reason}", supported="torch", nearest="backend='torch'")
+    ranks = _slots(lengths)
+    found_k, found_v = gather(k, table, ranks), gather(v, table, ranks)
+    output, _, lse = attention(
+        q,
+        found_k,
+        found_v,
+        Ranks(queries.to(q.device), ranks.to(q.device), None, None, plain=False),
+        visibility=visibility,
+        scale=scale,
+        softcap=softcap,
+        sink=sink,
+        want_lse=want_lse,
+        backend=backend,
+    )
+    return output, output[..., 0] if lse is None else lse
+
+
+def write(
+    pool: Float[Tensor, "pages g page_size d"],
+    x: Float[Tensor, "rows g n d"],
+    table: Int[Tensor, "rows most"],
+    before: Int[Tensor, " rows"],
+    added: Int[Tensor, " rows"],
+) -> None:
+    """Put the first `added` of n tokens of each row behind its `before` tokens, into pages that it has."""
+    rows, n, page_size = x.shape[0], x.shape[2], pool.shape[2]
+    slots = torch.arange(n, device="cpu")
+    new = slots < added[:, None]
+    at = (before[:, None] + slots)[new]
+    row = torch.arange(rows, device="cpu")[:, None].expand(-1, n)[new]
+    page, slot, new = (i.to(pool.device) for i in (table[row, at // page_size], at % page_size, new))
+    with torch.no_grad():
+        pool[page, :, slot] = x.transpose(1, 2)[new].to(pool.dtype)
+
+
+def gather(
+    pool: Float[Tensor, "pages g page_size d"], table: Int[Tensor, "rows most"], ranks: Int[Tensor, "rows m"]
+) -> Float[Tensor, "rows g m d"]:
+    """Tokens of all rows right-padded with zeros, where ranks are -1."""
+    pages = table[:, : -(-ranks.shape[1] // pool.shape[2])].clamp(min=0).to(pool.device)
+    found = pool[pages].transpose(1, 2).flatten(2, 3)[:, :, : ranks.shape[1]]
+    if bool((ranks[:, -1:] >= 0).all()):
+        return found
+    return found.masked_fill((ranks < 0).to(pool.device)[:, None, :, None], 0)
+
+
+def _slots(lengths: Int[Tensor, " rows"]) -> Int[Tensor, "rows m"]:
+    """Ranks of the tokens of rows, as many as the longest has; -1 in padding."""
+    slots = torch.arange(int(lengths.max()) if lengths.numel() else 0, device="cpu")
+    return torch.where(slots < lengths[:, None], slots, -1)
+
+
+@dataclass(frozen=True)
+class PagedState(KeyValueState):
+    """Sequences whose keys and values are in a pool that the owner of the state gives pages from and that is written in
+    place: unlike other states it is not data, and a state that was continued must not be continued again.
+
+    It has the place of a :class:`regard.engines.cache.KeyValueState` in a call. Attention by softmax reads the pages where
+    they lie (:func:`regard.engines.attention_forms.chunked`); for other mechanisms they are gathered.
+
+    Attributes:
+        k, v: the pool.
+        ranks: none, since those of a row count up: (b, 0).
+        length: tokens of each row.
+        table: pages of each row, enough for its tokens and for those that come; on the CPU.
+        counts: `length` on the CPU.
+    """
+
+    table: Int[Tensor, "b most"] = state_field()
+    counts: Int[Tensor, " b"] = state_field()
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, table: Int[Tensor, "b most"], counts: Int[Tensor, " b"]) -> PagedState:
+        """Rows with so many tokens in a pool."""
+        length = counts.to(k.device)
+        return cls(k, v, length.new_zeros((len(counts), 0)), length, table, counts)
+
+    def appended(self, call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> PagedState:
+        """The state after the new tokens of a call, which are written into their pages."""
+        added = torch.full_like(self.counts, k.shape[2]) if call.memory_lengths is None else call.memory_lengths.cpu()
+        write(self.k, k, self.table, self.counts, added)
+        write(self.v, v, self.table, self.counts, added)
+        return PagedState.of(self.k, self.v, self.table, self.counts + added)
+
+    def extended(
+        self, call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int
+    ) -> tuple[KeyValueState, Ranks]:
+        after = self.appended(call, k, v)
+        ranks, device = _slots(after.counts), k.device
+        past, total = self.counts, ranks.shape[1]
+        where: Ranks = CountedRanks(n, total, total - n, True, device)
+        if len(past) > 1 or call.memory_lengths is not None:
+            queries = past[:, None] + k.shape[2] - n + torch.arange(n, device="cpu")
+            where = Ranks(queries.to(device), ranks.to(device), None, None, plain=False)
+        keys, values = (gather(x, after.table, ranks).to(k.dtype) for x in (self.k, self.v))
+        return KeyValueState(keys, values, where.keys.expand(len(past), -1), after.length), where
+
+    def attended(
+        self,
+        call: Call,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b g m d"],
+        v: Float[Tensor, "b g m v"],
+        visibility: Visibility,
+        softcap: float | None = None,
+        sink: Float[Tensor, " h"] | None = None,
+    ) -> tuple[Float[Tensor, "b h n v"], PagedState] | None:
+        """Softmax attention of a call's queries, as many as its keys, where few are read in their pages; None, and
+        nothing is written, where they are not."""
+        few = 0 < q.shape[2] == k.shape[2] <= DECODED_LONG
+        if not few or _refusal(q, (self.k, self.v, self.table, self.counts), visibility, sink) is not None:
+            return None
+        after = self.appended(call, k, v)
+        queries = self.counts[:, None] + torch.arange(q.shape[2], device="cpu")
+        pool = (self.k, self.v, after.table, after.counts)
+        output, _ = attend(q, pool, queries, visibility=visibility, scale=call.scale, softcap=softcap, sink=sink)
+        return output, after
+
+
+def _refusal(q: Tensor, pool: Pool, visibility: Visibility, sink: Tensor | None) -> str | None:
     """Why the native kernel does not answer these queries; None when it does."""
     missing = NATIVE.missing
     if missing is not None:
         return missing
     if q.device.type != "cpu":
         return f"it runs on cpu, and q is on {q.device.type}"
-    if not q.dtype == cache.k.dtype == cache.v.dtype or q.dtype not in NATIVE.dtypes:
+    if not q.dtype == pool[0].dtype == pool[1].dtype or q.dtype not in NATIVE.dtypes:
         return "it computes where all is float32, or all is bfloat16"
     if transformed():
         return f"it has no {TRANSFORMS}"
     if torch.is_grad_enabled() and (q.requires_grad or (sink is not None and sink.requires_grad)):
         return "it has no gradient"
+    if (visibility.right is not None and not visibility.causal) or visibility.block is not None:
+        return "it has no limits after a query and no blocks"
     if q.shape[2] > DECODED_LONG:
         return f"it answers at most {DECODED_LONG} queries a row"
     return None

@@ -256,7 +256,7 @@ class LanguageModel(nn.Module):
             length_penalty: of a beam search, which ranks hypotheses by the sum of their log-probabilities over
                 ``new tokens ** length_penalty``; 1 when None.
         """
-        read = self._reader(options.get("use_state", True))
+        read = self.reader(options.get("use_state", True))
         return generate(read, ids, max_new_tokens, beams=beams, length_penalty=length_penalty, **options)
 
     def generate_stream(
@@ -287,7 +287,7 @@ class LanguageModel(nn.Module):
             use_state: False reads the whole sequence again for each token, for mechanisms without a state.
         """
         return generate_stream(
-            self._reader(use_state),
+            self.reader(use_state),
             ids,
             max_new_tokens,
             mask=mask,
@@ -299,8 +299,9 @@ class LanguageModel(nn.Module):
             use_state=use_state,
         )
 
-    def _reader(self, use_state: bool) -> Read:
-        """Reads tokens for :mod:`regard.models.generation`."""
+    def reader(self, use_state: bool = True) -> Read:
+        """What reads tokens for :mod:`regard.models.generation`: without dropout, and from packed copies of the weights,
+        which live as long as it does."""
         weights, modules = FrozenWeights(), list(self.modules())
         want = frozenset({"state"} if use_state else ())
 

@@ -123,20 +123,10 @@ def write_report(
     return path
 
 
-def render(
-    *,
-    run: Payload,
-    quality: Sequence[Payload],
-    cost: Sequence[Payload],
-    search: Sequence[Payload],
-    summary: Mapping[str, Sequence[Payload]],
-    machine: Payload,
-    revision: str | None = None,
-) -> str:
-    """The page as text; arguments as in :func:`write_report`."""
-    view = _View(run, quality, cost, search, summary)
+def pages(*folders: Path) -> Environment:
+    """Templates of pages: those of reports, with their style, and those in other folders."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -150,6 +140,23 @@ def render(
         "tick": _or_dash(units.tick),
         "sortable": lambda value: value if is_number(value) else "",
     }
+    environment.globals["colours"] = range(charts.COLOURS)
+    return environment
+
+
+def render(
+    *,
+    run: Payload,
+    quality: Sequence[Payload],
+    cost: Sequence[Payload],
+    search: Sequence[Payload],
+    summary: Mapping[str, Sequence[Payload]],
+    machine: Payload,
+    revision: str | None = None,
+) -> str:
+    """The page as text; arguments as in :func:`write_report`."""
+    view = _View(run, quality, cost, search, summary)
+    environment = pages()
     return environment.get_template("report.html.j2").render(
         view=view,
         run=run,
@@ -159,7 +166,6 @@ def render(
         revision=revision,
         glyph=charts.glyph,
         reference=REFERENCE,
-        colours=range(charts.COLOURS),
     )
 
 

@@ -5,9 +5,12 @@ import torch
 from attention_problems import Problem
 
 from regard.backends.native import library
-from regard.contract import Unsupported
+from regard.apply import apply
+from regard.contract import Mask, Unsupported
 from regard.core.visibility import Ranks, Visibility
-from regard.engines.paged_cache import PagedCache, paged_attention
+from regard.engines.cache import KeyValueState
+from regard.engines.paged_cache import PagedCache, PagedState, paged_attention
+from regard.mechanisms.softmax import MECHANISM as SOFTMAX
 
 native = pytest.param("native", marks=pytest.mark.skipif(library.why_missing() is not None, reason="no native library"))
 each_backend = pytest.mark.parametrize("backend", [native, "torch"])
@@ -122,3 +125,34 @@ def test_bad_calls_are_refused():
             paged_attention(bad, cache, **options)
     with pytest.raises(Unsupported):
         PagedCache(0, 2, 8, pages=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"window": (5, 0), "softcap": 2.0}], ids=str)
+def test_a_state_in_pages_goes_on_as_one_in_a_tensor(dtype, options):
+    """In float32 few tokens are read in their pages, in float64 they are gathered; padding is written nowhere."""
+    pools = [torch.full((30, 2, 4, width), torch.nan, dtype=dtype) for width in (24, 20)]
+    table = torch.randperm(29)[:27].view(3, 9)
+    table = torch.where(torch.arange(9) < torch.tensor([[9], [2], [5]]), table, -1)  # room for 36, 8 and 20 tokens
+    counts, length = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    plain = None
+    for new in ([20, 3, 1], [1, 1, 1], [0, 2, 3], [1, 1, 1], [14, 1, 14]):
+        n, added = max(new), torch.tensor(new)
+        inputs = {
+            name: random(3, heads, n, width, dtype=dtype)
+            for name, heads, width in (("q", 6, 24), ("k", 2, 24), ("v", 2, 20))
+        }
+        mask = None if min(new) == n else Mask(lengths=added)
+        call = {"pattern": "causal-self", "config": SOFTMAX.options(**options), "mask": mask, "return_state": True}
+        with torch.no_grad():
+            state = PagedState.of(*pools, table, counts)
+            found = apply(SOFTMAX, inputs, state=state, **call).output
+            wanted = apply(SOFTMAX, inputs, state=plain, **call)
+        near(found, wanted.output, 2e-6)
+        plain, counts, length = wanted.state, counts + added, length + added
+        assert type(plain) is KeyValueState and torch.equal(plain.length, length)
+    untouched = torch.ones(30, 4, dtype=torch.bool)
+    for row, count in zip(table.tolist(), counts.tolist(), strict=True):
+        for at in range(count):
+            untouched[row[at // 4], at % 4] = False
+    assert torch.equal(pools[0][:, 0, :, 0].isnan(), untouched)

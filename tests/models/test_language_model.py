@@ -108,7 +108,7 @@ def test_one_beam_takes_the_likeliest_token_each_time(model):
     ids = torch.randint(13, (3, 5))
     greedy = model.generate(ids, 9)
     assert torch.equal(model.generate(ids, 9, beams=1), greedy)
-    assert torch.equal(beam_search(model._reader(True), ids, 9, beams=1), greedy)
+    assert torch.equal(beam_search(model.reader(), ids, 9, beams=1), greedy)
 
 
 def test_beams_read_padding_nowhere_and_go_on_from_states_as_from_the_whole(model):

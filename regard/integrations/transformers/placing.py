@@ -163,7 +163,7 @@ def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
     setattr(config, RECORD, {**known, "modules": modules})
     model.set_attn_implementation(SWAPPED)
     config.attn_implementation = SWAPPED  # a name that a config is saved and loaded with
-    _turn_cache(model, off=bool(_needing_whole_sequences(model)))
+    _turn_cache(model, off=bool(needing_whole_sequences(model)))
     return _notes(model)
 
 
@@ -176,7 +176,7 @@ def _notes(model: Any) -> list[str]:
         for name in sorted({attend.chosen.name for attend in own})
     ]
     causal = [attend for attend in placed if attend.pattern is Pattern.CAUSAL_SELF]
-    if whole := _needing_whole_sequences(model):
+    if whole := needing_whole_sequences(model):
         notes.append(f"use_cache is off: {', '.join(whole)} cannot go on from a cache of keys and values.")
         return notes
     states = sorted({attend.chosen.name for attend in causal if attend.placement.layer is not None})
@@ -210,7 +210,7 @@ def record_unswap(model: Any) -> None:
         elif _inside_base(model, path) in modules:
             modules[_inside_base(model, path)] = None
     setattr(config, RECORD, {**record, "modules": modules})
-    _turn_cache(model, off=bool(_needing_whole_sequences(model)))
+    _turn_cache(model, off=bool(needing_whole_sequences(model)))
     if swapped:
         return
     for module in model.modules():
@@ -225,7 +225,8 @@ def _placed(model: nn.Module) -> list[Any]:
     return [module.regard for module in model.modules() if is_swapped(module)]
 
 
-def _needing_whole_sequences(model: nn.Module) -> list[str]:
+def needing_whole_sequences(model: nn.Module) -> list[str]:
+    """Mechanisms placed in a model that can go on neither from a state nor from a cache of keys and values."""
     causal = [attend for attend in _placed(model) if attend.pattern is Pattern.CAUSAL_SELF]
     return sorted({a.chosen.name for a in causal if a.placement.layer is None and a.needs_whole_sequences})
 

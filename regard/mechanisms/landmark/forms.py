@@ -59,12 +59,12 @@ class LandmarkState(State):
     ranks, but with `top_k`, where they take other places each time that their block is retrieved, they are not.
     """
 
-    k: Float[Tensor, "b g past d"] = state_field()
-    v: Float[Tensor, "b g past v"] = state_field()
-    landmark: Bool[Tensor, "b past"] = state_field()
+    k: Float[Tensor, "b g past d"] = state_field(newest_last=True)
+    v: Float[Tensor, "b g past v"] = state_field(newest_last=True)
+    landmark: Bool[Tensor, "b past"] = state_field(newest_last=True)
     cached: Int[Tensor, " b"] = state_field()
     length: Int[Tensor, " b"] = state_field()
-    marks: Float[Tensor, "b g blocks d"] | None = None
+    marks: Float[Tensor, "b g blocks d"] | None = state_field(newest_last=True, default=None)
     """With `offload` the landmarks' keys of the complete blocks that hold a token, the newest last; k and v are there."""
 
     def select(self, indices: Int[Tensor, " rows"]) -> LandmarkState:

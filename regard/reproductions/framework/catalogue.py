@@ -37,7 +37,7 @@ def get_reproduction(name: str) -> Reproduction:
             raise Unsupported(
                 f"reproduction {name!r}", supported=", ".join(("all", *names)), nearest=closest(name, names)
             )
-        name = about[0]
+        name = mechanism if mechanism in names else about[0]
     return _load(name)
 
 

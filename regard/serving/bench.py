@@ -1,0 +1,258 @@
+"""Load on a server, and what it does to times: for any server that speaks OpenAI's API.
+
+Each of so many clients sends its requests one after another and reads the answers as they come. Prompts are random tokens,
+so that none has anything in common but what is asked for; answers are greedy and go on past the model's stop tokens, so
+that all have the same length.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import random
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from regard.contract import Unsupported, at_least
+from regard.measurement import provenance, units
+from regard.models.weights import write_atomically
+from regard.workbench import charts
+from regard.workbench.report import pages
+
+PAGE, FIGURES = "load.html", "load.json"
+FOREIGN_TOKENS = range(100, 20_000)
+"""What prompts for servers of others are drawn from, whose vocabularies are not told: ordinary tokens in most."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a measurement does.
+
+    Attributes:
+        clients: at one time, in turns.
+        requests: of each client.
+        prompt_tokens, new_tokens: of a request.
+        shared_tokens: that all prompts begin with.
+        seed: of the prompts.
+    """
+
+    clients: tuple[int, ...] = (1, 4, 16)
+    requests: int = 2
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    shared_tokens: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.clients:
+            raise Unsupported("a load without clients", supported="one or more", nearest="--clients 1,4,16")
+        for name in ("requests", "prompt_tokens", "new_tokens"):
+            at_least(name, getattr(self, name), 1)
+        at_least("clients", min(self.clients), 1)
+        if not 0 <= self.shared_tokens <= self.prompt_tokens:
+            raise Unsupported(f"shared_tokens={self.shared_tokens}", supported=f"0 to {self.prompt_tokens}")
+
+    def as_record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Seen:
+    """What clients have seen: seconds to the first tokens, seconds between tokens, and errors."""
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    tokens: int = 0
+    answers: int = 0
+    errors: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def measure(
+    url: str, load: Load, *, vocab_size: int | None = None, model: str | None = None, key: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """One row for each number of clients, as it is measured.
+
+    Args:
+        url: of the server, without ``/v1``.
+        vocab_size: of the model, where it is known.
+        model: name, for servers that ask for it; the server's first when None.
+        key: that the server asks for.
+
+    Returns:
+        clients, seconds, tokens_per_second (written, by the clock of the whole load), answers, errors, and the 50th and
+        99th percentiles in seconds: first_p50, first_p99, between_p50, between_p99.
+
+    Raises:
+        Unsupported: for a server that is not there, or that answered nothing but errors.
+    """
+    model = model or _first_model(url, key)
+    ask(url, _body(load, model, _prompt(load, random.Random(-1), vocab_size)), key, _Seen())  # what is made once
+    for clients in load.clients:
+        seen, random_ = _Seen(), random.Random(f"{load.seed} {clients}")
+        prompts = [[_prompt(load, random_, vocab_size) for _ in range(load.requests)] for _ in range(clients)]
+
+        def client(own: list[list[int]], seen: _Seen = seen) -> None:
+            for prompt in own:
+                ask(url, _body(load, model, prompt), key, seen)
+
+        threads = [threading.Thread(target=client, args=(own,), daemon=True) for own in prompts]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - began
+        if not seen.answers:
+            raise Unsupported(f"a measurement of {url}, which answered {seen.errors[0]}", supported="answers")
+        yield {
+            "clients": clients,
+            "seconds": seconds,
+            "tokens_per_second": seen.tokens / seconds,
+            "answers": seen.answers,
+            "errors": len(seen.errors),
+            **{f"first_{name}": value for name, value in _percentiles(seen.first).items()},
+            **{f"between_{name}": value for name, value in _percentiles(seen.between).items()},
+        }
+
+
+def ask(url: str, body: dict[str, Any], key: str | None, seen: _Seen) -> None:
+    """Send one request and read its answer as it comes."""
+    began = time.perf_counter()
+    try:
+        with_key = {} if key is None else {"Authorization": f"Bearer {key}"}
+        connection, path = _connection(url)
+        try:
+            headers = {"Content-Type": "application/json", **with_key}
+            connection.request("POST", f"{path}/v1/completions", json.dumps(body), headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise OSError(f"status {response.status}: {response.read(500).decode(errors='replace')}")
+            times, told = _read_events(response)
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        with seen.lock:
+            seen.errors.append(str(error))
+        return
+    with seen.lock:
+        seen.answers += 1
+        seen.tokens += len(times) if told is None else told
+        seen.first += [times[0] - began] if times else []
+        seen.between += [b - a for a, b in itertools.pairwise(times)]
+
+
+def _read_events(response: http.client.HTTPResponse) -> tuple[list[float], int | None]:
+    """When each piece of an answer came, and how many tokens it had where the server says so."""
+    times: list[float] = []
+    told = None
+    for line in iter(response.readline, b""):
+        if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+            continue
+        piece = json.loads(line[5:])
+        if "error" in piece:
+            raise OSError(str(piece["error"]))
+        if piece.get("choices"):
+            times.append(time.perf_counter())
+        told = (piece.get("usage") or {}).get("completion_tokens", told)
+    return times, told
+
+
+def _body(load: Load, model: str, prompt: list[int]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": load.new_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
+
+
+def _prompt(load: Load, draws: random.Random, vocab_size: int | None) -> list[int]:
+    tokens = FOREIGN_TOKENS if vocab_size is None else range(vocab_size)
+    shared = random.Random(load.seed).choices(tokens, k=load.shared_tokens)
+    return shared + draws.choices(tokens, k=load.prompt_tokens - load.shared_tokens)
+
+
+def _first_model(url: str, key: str | None) -> str:
+    try:
+        connection, path = _connection(url)
+        try:
+            connection.request(
+                "GET", f"{path}/v1/models", headers={} if key is None else {"Authorization": f"Bearer {key}"}
+            )
+            found = json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+        return found["data"][0]["id"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+        raise Unsupported(
+            f"{url}, where no server tells its models ({error})",
+            supported="the address of one that speaks OpenAI's API",
+        ) from None
+
+
+def _connection(url: str) -> tuple[http.client.HTTPConnection, str]:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Unsupported(f"the address {url!r}", supported="http://HOST:PORT", nearest="http://127.0.0.1:8000")
+    if parts.scheme == "https":
+        return (
+            http.client.HTTPSConnection(parts.hostname, parts.port, context=ssl.create_default_context(), timeout=600),
+            parts.path.rstrip("/"),
+        )
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=600), parts.path.rstrip("/")
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"p50": None, "p99": None}
+    low, high = np.percentile(values, [50, 99]).tolist()
+    return {"p50": low, "p99": high}
+
+
+def save(rows: Sequence[dict[str, Any]], load: Load, folder: Path, model: str = "the model") -> Path:
+    """Write the figures as JSON and as a page with pictures; the page's place."""
+    clients = charts.Axis("clients at one time →", units.count, log=True, base=2)
+    time_axis = charts.Axis("less is better ↓", units.milliseconds, log=True)
+    wanted = [
+        ("Tokens per second", charts.Axis("more is better ↑", units.count), [("all", "tokens_per_second")]),
+        ("Time to the first token", time_axis, [("half", "first_p50"), ("99 of 100", "first_p99")]),
+        ("Time between tokens", time_axis, [("half", "between_p50"), ("99 of 100", "between_p99")]),
+    ]
+    notes = ("of all clients together", "half and 99 of 100 answers were faster", "half and 99 of 100 were faster")
+    figures = [
+        {
+            "caption": caption,
+            "note": note,
+            "chart": charts.lines(
+                f"load-{i}",
+                f"{caption} against load",
+                "One point for each number of clients.",
+                [
+                    charts.Series(n + 1, name, [(row["clients"], row[column]) for row in rows])
+                    for n, (name, column) in enumerate(columns)
+                ],
+                clients,
+                axis,
+            ),
+        }
+        for i, ((caption, axis, columns), note) in enumerate(zip(wanted, notes, strict=True))
+    ]
+    record = {"model": model, "machine": provenance.fingerprint(), "load": load.as_record(), "rows": list(rows)}
+    page = pages(Path(__file__).parent / "templates").get_template("load.html.j2").render(**record, figures=figures)
+    write_atomically(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_atomically(folder / FIGURES, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder / PAGE

@@ -1,0 +1,143 @@
+"""Language models of regard for the scheduler: keys and values of softmax layers in pages, the states of all other layers
+as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.contract import Mask, Mechanism, State, Unsupported
+from regard.engines.cache import KeyValueState
+from regard.layers.attention import LayerState
+from regard.models import LanguageModel, ModelState
+from regard.positions.learned import Learned
+from regard.positions.seqpe import SequentialEncoding
+from regard.serving.engine import Row
+from regard.serving.pools import PAGE_SIZE, Pools, padded
+from regard.serving.states import Held
+
+
+class LanguageReader:
+    """A :class:`regard.models.LanguageModel` as :class:`regard.serving.engine.Reader`.
+
+    Args:
+        model: in evaluation mode.
+        rows: sequences at one time.
+        context: most tokens of a sequence; the config's `max_length`, as far as all layers reach, when None.
+        cache_tokens, page_size: of :class:`regard.serving.pools.Pools`.
+
+    Raises:
+        Unsupported: for a context beyond the positions that a layer has, and a pool that does not fit the memory.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        rows: int = 16,
+        context: int | None = None,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
+        self.model, self.page_size = model, page_size
+        self.vocab_size, self.device = model.config.vocab_size, model.embedding.weight.device
+        reach = min(_reaches(model), default=None)
+        if context is not None and reach is not None and context > reach:
+            raise Unsupported(f"context={context} of a model whose layers reach {reach} tokens", nearest=f"{reach}")
+        self.context = context or min(model.config.max_length, reach or model.config.max_length)
+        self.whole = not all(block.continues for block in model.blocks)
+        self._read = model.reader(not self.whole)
+        self._held = Held()
+        self._texts: dict[int, list[int]] = {}  # of a model that reads its sequences anew
+        self._pools: Pools | None = None
+        self.holds, self.pages = False, 0
+        if self.whole:
+            return
+        with torch.no_grad():
+            ids = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+            _, state = self._read(ids, ids[0], None, None)
+        # a softmax layer beside one that inserts tokens sees more of them than there are
+        inserts = model.insertion.prepare is not None
+        paged = {} if inserts else {i: s.mechanism for i, s in enumerate(state.layers) if _is_plain_cache(s)}
+        self.holds = any(name.rpartition(".")[2] != "length" for name in _without(state, paged).tensors())
+        if paged:
+            samples = {i: (mechanism.k, mechanism.v) for i, mechanism in paged.items()}
+            self._pools = Pools(
+                samples, rows=rows, context=self.context, cache_tokens=cache_tokens, page_size=page_size
+            )
+            self.pages = self._pools.pages
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
+        if self.whole:
+            for row, new in zip(rows, tokens, strict=True):
+                self._texts.setdefault(row.number, []).extend(new)
+            tokens = [self._texts[row.number] for row in rows]
+        ids, lengths = padded(tokens, self.device)
+        mask = None if int(lengths.min()) == ids.shape[1] else Mask(lengths=lengths)
+        logits, after = self._read(ids, lengths - 1, mask, None if self.whole else self._state(rows))
+        if self.holds:
+            paged = () if self._pools is None else self._pools.layers
+            self._held.put([row.number for row in rows], _without(after, paged))
+        return logits
+
+    def save(self, row: Row) -> tuple[State, int]:
+        state = self._held.get([row.number])
+        return state, state.nbytes
+
+    def restore(self, row: Row, saved: State) -> None:
+        self._held.put([row.number], saved)
+
+    def forget(self, row: Row) -> None:
+        self._held.drop(row.number)
+        self._texts.pop(row.number, None)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of states that are not in pages."""
+        return self._held.nbytes
+
+    def _state(self, rows: Sequence[Row]) -> ModelState | None:
+        """The state of rows that have all read something, or all nothing."""
+        fresh = rows[0].length == 0
+        if fresh and self._pools is None:
+            return None
+        length = torch.tensor([row.length for row in rows], device=self.device)
+        layers: list[Any] = [None] * len(self.model.blocks)
+        if self.holds and not fresh:
+            held = self._held.get([row.number for row in rows])
+            assert isinstance(held, ModelState)
+            layers, length = list(held.layers), held.length
+        for i, pages in ({} if self._pools is None else self._pools.states(rows)).items():
+            begun = LayerState(None, length) if layers[i] is None else layers[i]
+            layers[i] = dataclasses.replace(begun, mechanism=pages)
+        return ModelState(tuple(layers), length)
+
+
+def _is_plain_cache(state: Any) -> bool:
+    """Whether a layer keeps every key and value, and nothing else of its mechanism's."""
+    return isinstance(state, LayerState) and type(state.mechanism) is KeyValueState
+
+
+def _without(state: ModelState, layers: Iterable[int]) -> ModelState:
+    """The state without the caches of these layers."""
+    kept = list(state.layers)
+    for i in layers:
+        kept[i] = dataclasses.replace(kept[i], mechanism=None)
+    return ModelState(tuple(kept), state.length)
+
+
+def _reaches(model: LanguageModel) -> Iterable[int]:
+    """Tokens that parts of a model can place."""
+    for module in model.modules():
+        if isinstance(module, Learned):
+            yield module.max_length
+        if isinstance(module, SequentialEncoding):
+            yield module.bound**module.axes
+        card, config = getattr(module, "card", None), getattr(module, "config", None)
+        if isinstance(card, Mechanism) and card.length == "max":
+            yield config.length  # type: ignore[union-attr]

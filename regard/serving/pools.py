@@ -1,0 +1,82 @@
+"""Memory for keys and values in pages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regard.contract import Unsupported, at_least
+from regard.engines.paged_cache import PagedState
+from regard.serving.engine import Row
+
+PAGE_SIZE = 32
+"""Tokens of a page: beginnings are shared by whole pages."""
+SHARE = 0.25
+"""Of the machine's memory that a pool may take where nobody says how much."""
+
+
+class Pools:
+    """A pool of keys and one of values for each layer that has some.
+
+    Args:
+        samples: keys and values of one token, (1, G, 1, D), by layer.
+        rows, context: sequences at one time, and tokens of each.
+        cache_tokens: tokens of all sequences together; rows times context, within a quarter of the machine's memory, when
+            None.
+        page_size: tokens of a page.
+
+    Attributes:
+        pages: of each pool.
+        token_bytes: of a token in all of them.
+
+    Raises:
+        Unsupported: where not even a page for each row fits.
+    """
+
+    def __init__(
+        self,
+        samples: dict[int, tuple[Tensor, Tensor]],
+        *,
+        rows: int,
+        context: int,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
+        at_least("page_size", page_size, 1)
+        self.page_size = page_size
+        self.token_bytes = sum(x.numel() * x.element_size() for pair in samples.values() for x in pair)
+        if cache_tokens is None:
+            most = int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // self.token_bytes
+            cache_tokens = min(rows * context, most)
+        at_least("cache_tokens", cache_tokens, page_size)
+        self.pages = -(-cache_tokens // page_size)
+        try:
+            self.layers = {layer: (self._pool(k), self._pool(v)) for layer, (k, v) in samples.items()}
+        except RuntimeError as error:  # torch's allocator has no other
+            raise Unsupported(
+                f"a cache of {cache_tokens} tokens, {self.token_bytes * cache_tokens / 2**30:.1f} GiB ({error})",
+                supported="what fits the memory",
+                nearest=f"--cache-tokens {cache_tokens // 4}",
+            ) from None
+
+    def _pool(self, sample: Tensor) -> Tensor:
+        return sample.new_zeros((self.pages, sample.shape[1], self.page_size, sample.shape[3]))
+
+    def states(self, rows: Sequence[Row]) -> dict[int, PagedState]:
+        """What each layer has of these rows."""
+        longest = max(len(row.pages) for row in rows)
+        table = torch.tensor([row.pages + [-1] * (longest - len(row.pages)) for row in rows], device="cpu")
+        counts = torch.tensor([row.length for row in rows], device="cpu")
+        return {layer: PagedState.of(k, v, table, counts) for layer, (k, v) in self.layers.items()}
+
+
+def padded(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, longest) tokens right-padded with 0, and how many each row has."""
+    lengths = [len(row) for row in tokens]
+    ids = torch.zeros((len(tokens), max(lengths)), dtype=torch.int64, device="cpu")
+    for i, row in enumerate(tokens):
+        ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64, device="cpu")
+    return ids.to(device), torch.tensor(lengths, device=device)

@@ -1,0 +1,218 @@
+"""Causal language models of Hugging Face transformers for the scheduler, as they are or with mechanisms that
+:func:`regard.swap` has put into them.
+
+Their attention is softmax on pages. A model with mechanisms that were put in reads each sequence alone, with a cache of its
+own for that sequence; one with a mechanism that keeps no state is read anew at each token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from regard.contract import Call, Pattern, Unsupported
+from regard.core.visibility import Visibility
+from regard.engines import attention_forms
+from regard.engines.linear import FrozenWeights
+from regard.engines.paged_cache import PagedState
+from regard.integrations.transformers import CACHE, GrowingCache, check_interface, is_swapped, needing_whole_sequences
+from regard.layers.linear import accelerate
+from regard.serving.engine import Row
+from regard.serving.pools import PAGE_SIZE, Pools, padded
+
+SERVED = "regard:served"
+"""The attention of a model that is served. It has no mask function, so that transformers makes no masks."""
+_CALL = threading.local()
+
+
+class TransformersReader:
+    """A causal language model of transformers as :class:`regard.serving.engine.Reader`.
+
+    Args:
+        model: in evaluation mode. Its attention and its linear layers are replaced by faster ones, in place.
+        rows: sequences at one time.
+        context: most tokens of a sequence; the config's `max_position_embeddings` when None.
+        cache_tokens, page_size: of :class:`regard.serving.pools.Pools`, where there are pages.
+
+    Raises:
+        Unsupported: for models whose layers keep something else than keys and values, or share them; and for a context
+            beyond the model's positions.
+    """
+
+    holds = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: int = 16,
+        context: int | None = None,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
+        config = model.config.get_text_config()
+        reach = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if context is not None and reach is not None and context > reach:
+            raise Unsupported(f"context={context} of a model with {reach} positions", nearest=f"{reach}")
+        self.model, self.page_size = model, page_size
+        self.vocab_size, self.context = config.vocab_size, context or reach or 2048
+        self.device = model.device
+        self._weights = FrozenWeights()
+        self._caches: dict[int, GrowingCache] = {}  # of a model that reads sequences alone
+        self._texts: dict[int, list[int]] = {}  # of one that reads them anew
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        accelerate(model)
+        self.alone, self.pages = any(map(is_swapped, model.modules())), 0
+        self.whole = bool(needing_whole_sequences(model))
+        if self.alone:
+            return
+        _check_cache(model)
+        check_interface(model)
+        model.set_attn_implementation(SERVED)
+        seen = _Seen()
+        with torch.no_grad():
+            self._forward(torch.zeros((1, 1), dtype=torch.int64, device=self.device), 0, seen)
+        self._pools = Pools(
+            seen.layers_seen, rows=rows, context=self.context, cache_tokens=cache_tokens, page_size=page_size
+        )
+        self.pages = self._pools.pages
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
+        with self._weights:
+            if self.alone:
+                return torch.cat([self._read_alone(row, new) for row, new in zip(rows, tokens, strict=True)])
+            ids, lengths = padded(tokens, self.device)
+            places = torch.tensor([row.length for row in rows], device=self.device)[:, None]
+            cache = _Batch(self._pools.states(rows), None if int(lengths.min()) == ids.shape[1] else lengths)
+            return self._forward(ids, places, cache, lengths - 1)
+
+    def _read_alone(self, row: Row, new: Sequence[int]) -> Tensor:
+        """Logits (1, vocab) behind the new tokens of a sequence."""
+        options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps else {}
+        if self.whole:
+            text = self._texts.setdefault(row.number, [])
+            text.extend(new)
+            options["use_cache"] = False
+        else:
+            text = list(new)
+            cache = self._caches.setdefault(row.number, GrowingCache(self.model.config))
+            options |= {"use_cache": True, CACHE: cache}
+        return self.model(torch.tensor([text], device=self.device), **options).logits[:, -1]
+
+    def _forward(self, ids: Tensor, before: Tensor | int, cache: _Batch | _Seen, last: Tensor | None = None) -> Tensor:
+        """Logits (B, vocab) at place `last` of each row, behind so many tokens."""
+        positions = torch.arange(ids.shape[1], device=ids.device) + before
+        last = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device) if last is None else last
+        kept, at = last.unique(return_inverse=True) if self._keeps else (last, last)
+        options: dict[str, Any] = {"logits_to_keep": kept} if self._keeps else {}
+        _CALL.cache = cache
+        try:
+            logits = self.model(
+                input_ids=ids,
+                position_ids=positions.expand(ids.shape),
+                use_cache=True,
+                **{CACHE: cache},
+                **options,
+            ).logits
+        finally:
+            _CALL.cache = None
+        return logits[torch.arange(len(last), device=last.device), at]
+
+    def save(self, row: Row) -> tuple[Any, int]:
+        return None, 0
+
+    def restore(self, row: Row, saved: Any) -> None:
+        """Everything is in pages."""
+
+    def forget(self, row: Row) -> None:
+        self._caches.pop(row.number, None)
+        self._texts.pop(row.number, None)
+
+
+class _Batch(Cache):
+    """The pages of a call's rows; attention itself puts keys and values into them.
+
+    Attributes:
+        states: by layer.
+        lengths: valid new tokens of each row; None when all are.
+    """
+
+    def __init__(self, states: dict[int, PagedState], lengths: Tensor | None) -> None:
+        super().__init__(layers=[])
+        self.states, self.lengths = states, lengths
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(next(iter(self.states.values())).counts.max())
+
+
+class _Seen(Cache):
+    """Remembers the keys and values of one token in each layer."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.layers_seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.layers_seen[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def _check_cache(model: PreTrainedModel) -> None:
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise Unsupported(
+                f"serving a {type(model).__name__}, whose layers keep a {type(layer).__name__}",
+                supported="models whose layers keep keys and values",
+                nearest="regard.models.from_transformers, for mamba and mamba2",
+            )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (B, H, N, D) and keys and values of the new tokens -> (B, N, H, V)."""
+    cache, layer = _CALL.cache, getattr(module, "layer_idx", None)
+    window = None if sliding_window is None else sliding_window - 1
+    visibility = Visibility(causal=True, left=window)
+    call = Call(Pattern.CAUSAL_SELF, scale=query.shape[3] ** -0.5 if scaling is None else scaling)
+    if isinstance(cache, _Seen):
+        if layer not in cache.layers_seen:
+            raise Unsupported(
+                f"serving a model whose {type(module).__name__} reads keys of another layer",
+                supported="layers with keys and values of their own",
+            )
+        result = attention_forms.parallel(call, query, key, value, visibility=visibility, softcap=softcap, sink=s_aux)
+        return result.output.transpose(1, 2), None
+    state = cache.states[layer]
+    call = call.replace(lengths=cache.lengths, memory_lengths=cache.lengths, state=state)
+    result = attention_forms.chunked(call, query, key, value, visibility=visibility, softcap=softcap, sink=s_aux)
+    return result.output.transpose(1, 2), None
+
+
+AttentionInterface.register(SERVED, attend)

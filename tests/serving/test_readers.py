@@ -1,0 +1,162 @@
+"""Models that are served answer as their own `generate` does alone, whatever else is in the batch."""
+
+import random
+
+import pytest
+import torch
+from readers import drain
+
+from regard import swap
+from regard.contract import Unsupported
+from regard.engines.paged_cache import PagedState
+from regard.models import LanguageModel, LanguageModelConfig
+from regard.serving.engine import Engine, Limits, Request
+from regard.serving.language import LanguageReader
+
+VOCABULARY = 30
+PLANS = {
+    "softmax": ["softmax"] * 2,
+    "softmax with everything": [
+        ("softmax", {"softcap": 3.0, "learn_sink": True, "window": (9, 0), "num_kv_heads": 1}),
+        ("softmax", {"positions": "alibi"}),
+    ],
+    "hybrid": ["gated_linear", "softmax", "local", "mamba2"],
+    "other caches": ["sigmoid", "differential", "latent", "clipped_softmax"],
+    "inserted tokens": [("landmark", {"block": 5}), "softmax"],
+    "convolutions beside pages": [("softmax", {"short_convolution": 3})],
+}
+
+
+def requests(count=7, sampled=True):
+    draws = random.Random(torch.initial_seed())
+    beginning = draws.choices(range(VOCABULARY), k=11)
+    made = []
+    for i in range(count):
+        prompt = beginning * (i % 2) + draws.choices(range(VOCABULARY), k=draws.choice([1, 4, 17, 26]))
+        options = {"temperature": 1.0, "seed": i, "top_p": 0.9} if sampled and i % 3 == 0 else {}
+        made.append(Request(str(i), prompt, draws.randint(2, 8), **options))
+    return made
+
+
+def language_model(plan, **options):
+    return LanguageModel(LanguageModelConfig(VOCABULARY, dim=16, plan=plan, num_heads=2, **options)).double().eval()
+
+
+def own_answer(model, request, **options):
+    generator = torch.Generator().manual_seed(request.seed or 0)
+    found = model.generate(
+        torch.tensor([request.prompt]),
+        request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        generator=generator,
+        **options,
+    )
+    return found[0].tolist()
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_answers_of_a_language_model_equal_generate_alone(plan):
+    check(language_model(plan))
+
+
+def test_a_model_with_a_layer_that_has_no_state_is_read_anew():
+    model = language_model(["softmax"])
+    model.blocks[0].continues = False
+    check(model)
+
+
+def check(model):
+    reader = LanguageReader(model, rows=3, context=64, cache_tokens=100, page_size=4)
+    engine = Engine(reader, Limits(rows=3, chunk=9))
+    asked = requests()
+    tokens, _ = drain(engine, asked, every=2)
+    for request in asked:
+        assert tokens[request.key] == own_answer(model, request, use_state=not reader.whole)
+    assert reader.whole or engine.shared_tokens > 0
+    assert not reader._held._where and not reader._texts
+
+
+def test_pages_that_run_out_change_no_answer():
+    model = language_model(["softmax", "gated_linear"])
+    engine = Engine(LanguageReader(model, rows=4, context=40, cache_tokens=64, page_size=4), Limits(rows=4, chunk=9))
+    asked = [Request(str(i), [i, 1, 2], 30) for i in range(5)]
+    tokens, _ = drain(engine, asked)
+    assert engine.preempted > 0
+    assert all(tokens[request.key] == own_answer(model, request) for request in asked)
+
+
+def test_few_queries_are_read_where_the_pages_lie(monkeypatch):
+    """Decoding by softmax gathers nothing where the native kernel is there."""
+    from regard.backends.native import library
+
+    if library.why_missing() is not None:
+        pytest.skip("no native library")
+    model = language_model(["softmax"]).float()
+    engine = Engine(LanguageReader(model, rows=2, context=40, page_size=4), Limits(rows=2))
+    for i in range(2):
+        engine.submit(Request(str(i), [i] * 20, 5))
+    while not any(row.writing for row in engine.active):
+        engine.step()
+    monkeypatch.setattr(PagedState, "extended", None)
+    assert len(engine.step()) == 2
+
+
+def test_a_context_beyond_the_models_positions_is_refused():
+    model = language_model(["softmax"], positions="learned", max_length=32)
+    assert LanguageReader(model, page_size=4).context == 32
+    with pytest.raises(Unsupported, match="reach 32"):
+        LanguageReader(model, context=33)
+    with pytest.raises(Unsupported, match="GiB"):
+        LanguageReader(language_model(["softmax"]), cache_tokens=1 << 50)
+
+
+transformers = pytest.importorskip("transformers")
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), None),
+    "windows": (lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=7)), None),
+    "swapped": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), "sigmoid"),
+    "swapped, with states": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), "gated_linear"),
+}
+
+
+@pytest.mark.parametrize(("make", "mechanism"), MODELS.values(), ids=MODELS.keys())
+def test_answers_of_a_model_of_transformers_equal_its_own(make, mechanism):
+    from regard.serving.transformers import TransformersReader
+
+    model = make().double().eval()
+    if mechanism is not None:
+        swap(model, mechanism)
+    asked = requests(sampled=False)
+    wanted = {}
+    for request in asked:
+        ids = torch.tensor([request.prompt])
+        limits = {"max_new_tokens": request.max_tokens, "min_new_tokens": request.max_tokens}
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **limits)
+        wanted[request.key] = found[0, ids.shape[1] :].tolist()
+    reader = TransformersReader(model, rows=3, cache_tokens=100, page_size=4)
+    assert reader.context == 64
+    tokens, _ = drain(Engine(reader, Limits(rows=3, chunk=9)), asked, every=2)
+    assert tokens == wanted
+    assert reader.alone == (mechanism is not None)
+    assert not reader._caches and not reader._texts
+
+
+def test_models_whose_layers_keep_something_else_are_refused():
+    from regard.serving.transformers import TransformersReader
+
+    config = transformers.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=2)
+    with pytest.raises(Unsupported, match="from_transformers"):
+        TransformersReader(transformers.MambaForCausalLM(config).eval())

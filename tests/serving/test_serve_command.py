@@ -1,0 +1,106 @@
+"""`regard serve` on a command line: what cannot be served is said in a sentence, and a load is measured and drawn."""
+
+import json
+import re
+import socket
+
+import pytest
+import torch
+from command_line import answer, run
+
+from regard.contract import Unsupported
+from regard.models import LanguageModel, LanguageModelConfig, save_pretrained
+from regard.serving.opened import open_model
+
+pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_pretrained(LanguageModel(LanguageModelConfig(256, dim=8, plan=["linear", "softmax"], num_heads=1)), folder)
+    record = {"state": "finished", "mechanism": "linear+softmax", "layers": [], "tokenizer": "bytes", "settings": {}}
+    (folder / "training.json").write_text(json.dumps(record | {"task": {"name": "text", "options": {}}}))
+    return folder
+
+
+def test_a_folder_of_train_is_opened_with_its_text(trained):
+    opened = open_model(trained, rows=2, context=64)
+    assert opened.name == "tiny" and opened.described.startswith("linear+softmax") and opened.reader.context == 64
+    assert opened.text.decode(opened.text.encode("aé")) == "aé"
+
+
+def test_what_cannot_be_served_is_said_before_anything_starts(capsys, tmp_path, trained):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "bare").mkdir()
+    save_pretrained(LanguageModel(LanguageModelConfig(9, dim=8, plan=["linear"], num_heads=1)), tmp_path / "bare")
+    template = tmp_path / "template.txt"
+    template.write_text("{% for %}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words, message in {
+            "": "no model to serve",
+            f"{tmp_path}/nothing": "does not exist",
+            f"{tmp_path}": "holds no model",
+            f"{tmp_path}/other": "the model in",
+            f"{tmp_path}/bare": "without its tokenizer",
+            f"{trained} --port {port}": f"try --port {port + 1}",
+            f"{trained} --url http://a": "one of them",
+            f"{trained} --chat-template {template}": "cannot be read",
+            f"{trained} --chat-template {tmp_path}/none": "chat template",
+            f"{trained} --rows 0": "rows >= 1",
+            f"{trained} --timeout 0": "seconds >= 0.001",
+            f"{trained} --bench --clients none": "whole numbers",
+            f"{trained} --bench --shared-tokens 9 --prompt-tokens 3": "0 to 3",
+            "--url http://127.0.0.1:1 --bench": "no server tells",
+            "--url nowhere --bench": "http://HOST:PORT",
+            "--url http://127.0.0.1:1": "try --bench",
+        }.items():
+            code, out, errors = run(capsys, f"serve --port 0 {words}")
+            assert code == 2 and out == "" and message in errors and errors.count("\n") == 1, (words, errors)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path, trained):
+    from regard.models import Encoder, EncoderConfig
+
+    save_pretrained(Encoder(EncoderConfig(num_classes=2, vocab_size=9, dim=8, plan=["softmax"], num_heads=1)), tmp_path)
+    (tmp_path / "training.json").write_text((trained / "training.json").read_text())
+    with pytest.raises(Unsupported, match="answers from a Encoder"):
+        open_model(tmp_path)
+
+
+def test_a_load_is_measured_and_drawn(capsys, tmp_path, trained):
+    words = "--bench --clients 1,3 --requests 1 --prompt-tokens 9 --new-tokens 4 --shared-tokens 5 --rows 2"
+    found = answer(capsys, f"serve {trained} {words} --output", tmp_path / "load")
+    assert [row["clients"] for row in found["rows"]] == [1, 3]
+    for row in found["rows"]:
+        assert row["answers"] == row["clients"] and row["errors"] == 0
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(4 * row["clients"])
+        assert 0 < row["first_p50"] <= row["first_p99"] and 0 < row["between_p50"] <= row["between_p99"]
+    page = (tmp_path / "load" / "load.html").read_text()
+    assert found["picture"].endswith("load.html") and len(re.findall("<svg class=.chart", page)) == 3
+    assert "--paper" in page and ".k7" in page and "tiny under load" in page
+    assert json.loads((tmp_path / "load" / "load.json").read_text())["rows"] == found["rows"]
+
+
+def test_a_tokenizer_of_transformers_is_read_beside_its_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from regard.tasks.tokenizer import BpeTokenizer
+
+    BpeTokenizer.train([b"some text to learn from, some text"], 270).save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "chat_template": "{% for m in messages %}<{{ m.content }}>{% endfor %}",
+            }
+        )
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=270, num_key_value_heads=1, eos_token_id=7, **sizes)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    opened = open_model(tmp_path, rows=1, context=50)
+    assert opened.text.decode(opened.text.chat([{"role": "user", "content": "some text"}])) == "<some text>"
+    assert opened.text.stop_tokens == {7} and opened.reader.vocab_size == 270
