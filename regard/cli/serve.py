@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,8 +122,14 @@ def serve(
             with Running(server, listening):
                 _measure(address, load, engine.reader.vocab_size, server.name, output, as_json)
             return
-        said = f"{address}/v1 · model {server.name} · {opened.described} · up to {engine.context} tokens"
-        errors.print(Text(f"serving {said}"), soft_wrap=True)
+        if as_json:
+            emit(
+                {"url": f"{address}/v1", "model": server.name, "described": opened.described, "context": engine.context}
+            )
+            sys.stdout.flush()
+        else:
+            said = f"{address}/v1 · model {server.name} · {opened.described} · up to {engine.context} tokens"
+            errors.print(Text(f"serving {said}"), soft_wrap=True)
         run(server, listening, drain)
 
 

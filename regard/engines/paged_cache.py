@@ -12,15 +12,15 @@ each layer::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard.backends import NATIVE
 from regard.backends.operators import TRANSFORMS, transformed
-from regard.contract import Call, Unsupported, at_least, one_of, state_field
+from regard.contract import Call, Unsupported, at_least, one_of
 from regard.core.visibility import CountedRanks, Ranks, Visibility
 from regard.engines.attention import attention
 from regard.engines.attention.native_form import DECODED_LONG
@@ -112,8 +112,9 @@ class PagedCache:
             raise Unsupported(f"lengths {added.tolist()} for {rows} rows", supported=f"0 to {n} for each")
         total = self.lengths + added
         self._take_pages(total)
-        write(self.k, k, self.table, self.lengths, added)
-        write(self.v, v, self.table, self.lengths, added)
+        places = Rows(self.table, self.lengths).add(n, added, self.page_size, self.k.device)
+        places.write(self.k, k)
+        places.write(self.v, v)
         self.lengths = total
 
     def reset(self, rows: Bool[Tensor, " rows"]) -> None:
@@ -264,22 +265,52 @@ def attend(
     return output, output[..., 0] if lse is None else lse
 
 
-def write(
-    pool: Float[Tensor, "pages g page_size d"],
-    x: Float[Tensor, "rows g n d"],
-    table: Int[Tensor, "rows most"],
-    before: Int[Tensor, " rows"],
-    added: Int[Tensor, " rows"],
-) -> None:
-    """Put the first `added` of n tokens of each row behind its `before` tokens, into pages that it has."""
-    rows, n, page_size = x.shape[0], x.shape[2], pool.shape[2]
-    slots = torch.arange(n, device="cpu")
-    new = slots < added[:, None]
-    at = (before[:, None] + slots)[new]
-    row = torch.arange(rows, device="cpu")[:, None].expand(-1, n)[new]
-    page, slot, new = (i.to(pool.device) for i in (table[row, at // page_size], at % page_size, new))
-    with torch.no_grad():
-        pool[page, :, slot] = x.transpose(1, 2)[new].to(pool.dtype)
+@dataclass(eq=False)
+class Rows:
+    """Which pages rows have in pools of the same layout, as those of a model's layers.
+
+    Attributes:
+        table: (rows, most) pages of each row, enough for its tokens and for those that come; on the CPU.
+        counts: (rows,) tokens of each row; on the CPU.
+    """
+
+    table: Int[Tensor, "rows most"]
+    counts: Int[Tensor, " rows"]
+    _added: tuple[Any, ...] = ()
+
+    def add(self, n: int, lengths: Int[Tensor, " rows"] | None, page_size: int, device: torch.device) -> Added:
+        """Where the first `lengths` of n new tokens of each row go (all when None); remembered for the next layer."""
+        if self._added[:4] == (n, id(lengths), page_size, device):
+            return self._added[4]
+        slots, new, counts = torch.arange(n, device="cpu"), None, torch.full_like(self.counts, n)
+        at = self.counts[:, None] + slots
+        row = torch.arange(len(counts), device="cpu")[:, None].expand(-1, n)
+        if lengths is not None:
+            counts = lengths.to("cpu", torch.int64)
+            new = slots < counts[:, None]
+            at, row = at[new], row[new]
+        page, slot = (x.to(device) for x in (self.table[row, at // page_size], at % page_size))
+        found = Added(
+            Rows(self.table, self.counts + counts), page, slot, None if new is None else new.to(device), lengths
+        )
+        self._added = (n, id(lengths), page_size, device, found)
+        return found
+
+
+class Added(NamedTuple):
+    """Rows after new tokens, and the tokens' places: page and slot of those that are valid, and which are (None: all)."""
+
+    rows: Rows
+    page: Tensor
+    slot: Tensor
+    valid: Tensor | None
+    lengths: Tensor | None
+
+    def write(self, pool: Float[Tensor, "pages g page_size d"], x: Float[Tensor, "rows g n d"]) -> None:
+        """Put the new tokens into a pool."""
+        tokens = x.transpose(1, 2)
+        with torch.no_grad():
+            pool[self.page, :, self.slot] = (tokens if self.valid is None else tokens[self.valid]).to(pool.dtype)
 
 
 def gather(
@@ -311,37 +342,39 @@ class PagedState(KeyValueState):
         k, v: the pool.
         ranks: none, since those of a row count up: (b, 0).
         length: tokens of each row.
-        table: pages of each row, enough for its tokens and for those that come; on the CPU.
-        counts: `length` on the CPU.
+        rows: their pages.
     """
 
-    table: Int[Tensor, "b most"] = state_field()
-    counts: Int[Tensor, " b"] = state_field()
+    rows: Rows = field(kw_only=True)
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, table: Int[Tensor, "b most"], counts: Int[Tensor, " b"]) -> PagedState:
-        """Rows with so many tokens in a pool."""
-        length = counts.to(k.device)
-        return cls(k, v, length.new_zeros((len(counts), 0)), length, table, counts)
+    def of(cls, k: Tensor, v: Tensor, rows: Rows) -> PagedState:
+        """Rows in a pool."""
+        length = rows.counts.to(k.device)
+        return cls(k, v, length.new_zeros((len(length), 0)), length, rows=rows)
 
     def appended(self, call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> PagedState:
         """The state after the new tokens of a call, which are written into their pages."""
-        added = torch.full_like(self.counts, k.shape[2]) if call.memory_lengths is None else call.memory_lengths.cpu()
-        write(self.k, k, self.table, self.counts, added)
-        write(self.v, v, self.table, self.counts, added)
-        return PagedState.of(self.k, self.v, self.table, self.counts + added)
+        places = self.rows.add(k.shape[2], call.memory_lengths, self.k.shape[2], self.k.device)
+        places.write(self.k, k)
+        places.write(self.v, v)
+        return PagedState.of(self.k, self.v, places.rows)
+
+    @property
+    def pool(self) -> Pool:
+        return self.k, self.v, self.rows.table, self.rows.counts
 
     def extended(
         self, call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int
     ) -> tuple[KeyValueState, Ranks]:
         after = self.appended(call, k, v)
-        ranks, device = _slots(after.counts), k.device
-        past, total = self.counts, ranks.shape[1]
+        ranks, device = _slots(after.rows.counts), k.device
+        past, total = self.rows.counts, ranks.shape[1]
         where: Ranks = CountedRanks(n, total, total - n, True, device)
         if len(past) > 1 or call.memory_lengths is not None:
             queries = past[:, None] + k.shape[2] - n + torch.arange(n, device="cpu")
             where = Ranks(queries.to(device), ranks.to(device), None, None, plain=False)
-        keys, values = (gather(x, after.table, ranks).to(k.dtype) for x in (self.k, self.v))
+        keys, values = (gather(x, after.rows.table, ranks).to(k.dtype) for x in (self.k, self.v))
         return KeyValueState(keys, values, where.keys.expand(len(past), -1), after.length), where
 
     def attended(
@@ -357,12 +390,11 @@ class PagedState(KeyValueState):
         """Softmax attention of a call's queries, as many as its keys, where few are read in their pages; None, and
         nothing is written, where they are not."""
         few = 0 < q.shape[2] == k.shape[2] <= DECODED_LONG
-        if not few or _refusal(q, (self.k, self.v, self.table, self.counts), visibility, sink) is not None:
+        if not few or _refusal(q, self.pool, visibility, sink) is not None:
             return None
         after = self.appended(call, k, v)
-        queries = self.counts[:, None] + torch.arange(q.shape[2], device="cpu")
-        pool = (self.k, self.v, after.table, after.counts)
-        output, _ = attend(q, pool, queries, visibility=visibility, scale=call.scale, softcap=softcap, sink=sink)
+        queries = self.rows.counts[:, None] + torch.arange(q.shape[2], device="cpu")
+        output, _ = attend(q, after.pool, queries, visibility=visibility, scale=call.scale, softcap=softcap, sink=sink)
         return output, after
 
 

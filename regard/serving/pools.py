@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported, at_least
-from regard.engines.paged_cache import PagedState
+from regard.engines.paged_cache import PagedState, Rows
 from regard.serving.engine import Row
 
 PAGE_SIZE = 32
@@ -70,7 +70,8 @@ class Pools:
         longest = max(len(row.pages) for row in rows)
         table = torch.tensor([row.pages + [-1] * (longest - len(row.pages)) for row in rows], device="cpu")
         counts = torch.tensor([row.length for row in rows], device="cpu")
-        return {layer: PagedState.of(k, v, table, counts) for layer, (k, v) in self.layers.items()}
+        shared = Rows(table, counts)  # of all layers, so that they look up together where new tokens go
+        return {layer: PagedState.of(k, v, shared) for layer, (k, v) in self.layers.items()}
 
 
 def padded(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ class _Batch(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(next(iter(self.states.values())).counts.max())
+        return int(next(iter(self.states.values())).rows.counts.max())
 
 
 class _Seen(Cache):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from attention_problems import Problem
 
-from regard.backends.native import library
 from regard.apply import apply
+from regard.backends.native import library
 from regard.contract import Mask, Unsupported
 from regard.core.visibility import Ranks, Visibility
 from regard.engines.cache import KeyValueState
-from regard.engines.paged_cache import PagedCache, PagedState, paged_attention
+from regard.engines.paged_cache import PagedCache, PagedState, Rows, paged_attention
 from regard.mechanisms.softmax import MECHANISM as SOFTMAX
 
 native = pytest.param("native", marks=pytest.mark.skipif(library.why_missing() is not None, reason="no native library"))
@@ -145,7 +145,7 @@ def test_a_state_in_pages_goes_on_as_one_in_a_tensor(dtype, options):
         mask = None if min(new) == n else Mask(lengths=added)
         call = {"pattern": "causal-self", "config": SOFTMAX.options(**options), "mask": mask, "return_state": True}
         with torch.no_grad():
-            state = PagedState.of(*pools, table, counts)
+            state = PagedState.of(*pools, Rows(table, counts))
             found = apply(SOFTMAX, inputs, state=state, **call).output
             wanted = apply(SOFTMAX, inputs, state=plain, **call)
         near(found, wanted.output, 2e-6)

@@ -289,6 +289,15 @@ def test_clients_that_go_away_are_forgotten_and_too_many_are_turned_away():
             assert b'"completion_tokens":2' in read_all(last)
 
 
+def test_a_body_that_does_not_arrive_is_not_waited_for():
+    made = server(limits=Limits(rows=1))
+    made.limits = ServerLimits(body_seconds=0.05)
+    listening = listen("127.0.0.1", 0)
+    with Running(made, listening), socket.create_connection(listening.getsockname()) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
+
+
 def test_a_signal_lets_answers_finish_and_takes_no_more():
     made = server(SlowReader())
     listening = listen("127.0.0.1", 0)

@@ -70,6 +70,16 @@ def test_a_model_of_another_kind_is_refused(tmp_path, trained):
         open_model(tmp_path)
 
 
+def test_a_server_says_where_it_is(capsys, trained, monkeypatch):
+    served = []
+    monkeypatch.setattr("regard.serving.run.run", lambda server, listening, drain: served.append((server, drain)))
+    found = answer(capsys, f"serve {trained} --port 0 --name mine --drain 3 --context 99")
+    assert found["url"].startswith("http://127.0.0.1:") and found["model"] == "mine" and found["context"] == 99
+    assert served[0][0].name == "mine" and served[0][1] == 3
+    code, out, messages = run(capsys, f"serve {trained} --port 0")
+    assert code == 0 and out == "" and "/v1 · model tiny · linear+softmax" in messages
+
+
 def test_a_load_is_measured_and_drawn(capsys, tmp_path, trained):
     words = "--bench --clients 1,3 --requests 1 --prompt-tokens 9 --new-tokens 4 --shared-tokens 5 --rows 2"
     found = answer(capsys, f"serve {trained} {words} --output", tmp_path / "load")
