@@ -2,8 +2,8 @@
 
 The paper (CIFAR-10, equalised setting, by a public summary): ViT 65.7, MLP-Mixer 70.1, Activator 73.2 %.
 
-Here: scikit-learn's digits, half of the images held out, cut into 16 patches of 2 x 2 pixels without positions for Activator, as
-published; 4 blocks of width 48. Each patch is then seen alone and their vectors are averaged, so that the same classes must be
+Here: Fashion-MNIST on 32 x 32 pixels, a sixth of an epoch, cut into 64 patches of 4 x 4 pixels, without positions for Activator
+as published; 4 blocks of width 48. Each patch is then seen alone and their vectors are averaged, so that the same classes must be
 told by which patches there are and not by where. MLP-Mixer and softmax with positions know the places. Two forms with
 neighbours, a convolution and a shift, and the published one with positions added say what it lacks.
 """
@@ -11,15 +11,16 @@ neighbours, a convolution and a shift, and the published one with positions adde
 from typing import Any
 
 from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.pictures import PICTURES, SMALL_PICTURES, canvas
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import cached_task, classifier, trained_score
+from regard.reproductions.framework.training import classifier, trained_score
 
-TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 3e-3, "items": 1000, "positions": "none"}
+TRAINING = PICTURES | {"patch": 4, "positions": "none"}
 UNIT = TRAINING | {"mixer": "activator"}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    task = cached_task("images", data="digits", patch=2, held_out=0.5, evaluation_items=setting["items"])
+    task = canvas(setting["data"], setting["items"], setting["patch"])
     plan = [(setting["mixer"], setting["options"])] * 4
     model = classifier(task, plan, dim=48, num_heads=4, feed_forward=96, positions=setting["positions"])
     return {**trained_score(model, task, setting, seed)}
@@ -30,7 +31,7 @@ REPRODUCTION = Reproduction(
     mechanisms=("activator",),
     claim="Gated units without attention are more accurate than ViT and MLP-Mixer (CIFAR-10: 73.2 against 65.7 and 70.1 %).",
     instead=(
-        "Accuracy on digits in 16 patches, 4 blocks of width 48: Activator as published, with positions, and with neighbours by "
+        "Accuracy on Fashion-MNIST in 64 patches, 4 blocks of width 48: Activator as published, with positions, and with neighbours by "
         "a convolution or a shift; MLP-Mixer, and softmax with positions."
     ),
     settings={
@@ -38,20 +39,20 @@ REPRODUCTION = Reproduction(
         "activator with positions": UNIT | {"options": {"hidden": 96}, "positions": "sinusoidal"},
         "activator with a convolution": UNIT | {"options": {"hidden": 96, "mixing": "convolution", "axes": 2}},
         "activator with a shift": UNIT | {"options": {"hidden": 96, "mixing": "shift", "axes": 2}},
-        "mixer": TRAINING | {"mixer": "mlp_mixer", "options": {"length": 16, "hidden": 96}},
+        "mixer": TRAINING | {"mixer": "mlp_mixer", "options": {"length": 64, "hidden": 96}},
         "softmax": TRAINING | {"mixer": "softmax", "options": {}, "positions": "sinusoidal"},
     },
     run_cell=run_cell,
     needs=(
-        Check("softmax gets above 0.8", measured("softmax", "score"), above=0.8),
-        Check("the Mixer gets above 0.8", measured("mixer", "score"), above=0.8),
+        Check("softmax gets above 0.75", measured("softmax", "score"), above=0.75),
+        Check("the Mixer gets above 0.75", measured("mixer", "score"), above=0.75),
     ),
     checks=(
         Check("Activator above softmax", minus("activator", "softmax"), above=0.0),
         Check("Activator above the Mixer", minus("activator", "mixer"), above=0.0),
     ),
-    smoke={"steps": 2, "batch_size": 2, "items": 8},
+    smoke=SMALL_PICTURES,
     left_out=("CIFAR-10 and CIFAR-100: those images are not installed from the registries",),
-    seeds=6,
+    seeds=3,
     seconds=15,
 )

@@ -2,9 +2,12 @@
 
 The paper (ImageNet-1K top-1): 82.7 % in the layout of Swin-T, whose local windows have 81.3 %.
 
-Here: which of two glyphs that lie anywhere in an image is the same? Scenes of 16 x 16 cells hold two marked glyphs of 2 x 2 cells
-and three others without a mark; the class is whether the marked two are alike. Regions of 4 x 4 cells: each reads itself alone
-(local windows), the 2 or 4 of 16 that it chooses, or all (softmax). Two layers of width 32, learned positions.
+Here: which of two glyphs that lie anywhere in an image is the same? Scenes of 8 x 8 cells hold two marked glyphs of 2 x 2 cells
+and three others without a mark; the class is whether the marked two are alike. Of 16 regions each reads itself alone (local
+windows), the 2 or 4 that it chooses, or all (softmax). Two layers of width 32, learned positions, no local enhancement.
+
+Fashion-MNIST cannot tell: in 64 patches with two layers of width 64, 300 steps, a pilot of one seed had 0.796 with its own region,
+0.794 with 4 chosen ones and 0.793 with all.
 """
 
 from typing import Any
@@ -18,8 +21,8 @@ from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import placed_classifier, trained_score
 from regard.tasks.protocol import Batch, Task, counter_generator
 
-SIDE, GLYPH, KINDS, OTHERS = 16, 2, 4, 3
-TRAINING = {"steps": 1500, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
+SIDE, GLYPH, KINDS, OTHERS = 8, 2, 4, 3
+TRAINING = {"steps": 800, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
 ROUTED = TRAINING | {"mixer": "bilevel_routing"}
 REGIONS = {"windows": 4, "lce": 0}
 
@@ -95,5 +98,5 @@ REPRODUCTION = Reproduction(
     smoke={"steps": 2, "batch_size": 2, "items": 8},
     left_out=("detection and segmentation: no such models at this size",),
     seeds=4,
-    seconds=120,
+    seconds=15,
 )

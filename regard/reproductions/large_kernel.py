@@ -3,9 +3,13 @@
 The paper: VAN-B0 has 75.4 % on ImageNet-1K, and 74.6 % when the gate is added instead of multiplied (table 3, quoted in the
 authors' issue 32); VAN-B2 beats Swin-T by 4 points of mIoU on ADE20K (abstract).
 
-Here: scikit-learn's digits as 64 pixels on an 8 x 8 grid, half of the images held out, 4 blocks of width 48 with K = 10 and
-d = 2 (a field of 11), 450 steps. The gate multiplied, added, and without a gate (the plain depthwise convolutions); softmax
-at the same width. The host's feed-forward has no convolution of its own. Growth of forward time with pixels on one core.
+Here: Fashion-MNIST on 32 x 32 pixels, a sixth of an epoch, a VAN of one stage: a stem of stride 4, then 3 blocks of width 48
+with K = 10 and d = 2 (a field of 11) on 8 x 8 places, the factors of its branches 1 from the start. The gate multiplied, added,
+and without a gate (the plain depthwise convolutions); a product without the dilated convolution, whose field is 3; softmax
+attention in the place of all this. Growth of forward time with pixels on one core.
+
+Digits of 8 x 8 pixels came before, in an encoder without convolutions: product, sum and no gate were all within 0.003 of each
+other, three seeds each, between 0.985 and 0.988, so that they could not tell.
 """
 
 import math
@@ -15,12 +19,16 @@ from typing import Any
 import torch
 
 from regard import Context, create_layer
+from regard.models.vision.van import Block
 from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.pictures import PICTURES, SMALL_PICTURES, backbone, canvas
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_slopes
-from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
+from regard.reproductions.framework.training import trained_score
 
-TRAINING = {"steps": 450, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
+WIDTH = 48
+VAN = PICTURES | {"backbone": "van_nano"}
+SHAPE = {"widths": [WIDTH], "depths": [3], "expansions": [2], "strides": [4], "scale": 1.0}
 FIELD = {"kernel": 10, "dilation": 2}
 
 
@@ -28,9 +36,18 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "pixels" in setting:
         with torch.no_grad():
             return {**time_forward(setting)}
-    task = digit_pixels(setting["items"])
-    model = classifier(task, [(setting["mixer"], setting["options"])] * 4, dim=48, num_heads=4)
+    task = canvas(setting["data"], setting["items"])
+    model = backbone(task, setting)
+    if setting.get("softmax"):
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.attention = create_layer("softmax", WIDTH, 4, pattern="noncausal-self")
     return {**trained_score(model, task, setting, seed)}
+
+
+def gated(**options: Any) -> dict[str, Any]:
+    """A setting with these options of the mechanism."""
+    return VAN | {"options": SHAPE | {"attention": FIELD | options}}
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
@@ -54,25 +71,34 @@ REPRODUCTION = Reproduction(
         "self-attention, at a cost linear in the pixels."
     ),
     instead=(
-        "Accuracy on digits, 4 blocks of width 48 with a field of 11: product, sum, plain depthwise convolutions, softmax; "
-        "growth of forward time on one core, as p of time ~ pixels^p."
+        "Accuracy on Fashion-MNIST, a VAN of 3 blocks of width 48 with a field of 11: product, sum, plain depthwise "
+        "convolutions, a product with a field of 3, softmax; growth of forward time on one core, as p of time ~ pixels^p."
     ),
     settings={
-        "product": TRAINING | {"mixer": "large_kernel", "options": FIELD},
-        "sum": TRAINING | {"mixer": "large_kernel", "options": FIELD | {"gating": "add"}},
-        "no gate": TRAINING | {"mixer": "large_kernel", "options": FIELD | {"gating": "none"}},
-        "softmax": TRAINING | {"mixer": "softmax", "options": {}},
+        "product": gated(),
+        "sum": gated(gating="add"),
+        "no gate": gated(gating="none"),
+        "small field": gated(without=["dilated"]),
+        "softmax": gated() | {"softmax": True},
         "time": {"pixels": [1024, 2304, 4096, 9216], "seconds": 15.0},
     },
     run_cell=run_cell,
     checks=(
         Check("product above sum", minus("product", "sum"), above=0.0),
         Check("product above plain convolutions", minus("product", "no gate"), above=0.0),
+        Check("a field of 11 above one of 3", minus("product", "small field"), above=0.0),
         Check("product within 1 point of softmax or better", minus("product", "softmax"), above=-0.01),
         Check("time of large kernels grows with p < 1.3", measured("time", "large_kernel"), below=1.3),
         Check("time of softmax grows with p > 1.5", measured("time", "softmax"), above=1.5),
     ),
+    needs=(
+        Check("softmax gets above 0.75", measured("softmax", "score"), above=0.75),
+        Check("product stays below 0.95", measured("product", "score"), below=0.95),
+    ),
+    left_out=("detection and segmentation: no such models at this size",),
     timings=frozenset({"time"}),
-    smoke={"steps": 2, "batch_size": 2, "items": 8, "pixels": [64, 256], "seconds": 0.01},
-    seconds=45,
+    smoke=SMALL_PICTURES | {"pixels": [64, 256], "seconds": 0.01},
+    seeds=6,
+    more_seeds={"time": 3},
+    seconds=20,
 )

@@ -2,23 +2,24 @@
 
 The paper claims better accuracy than MLP-Mixer, ViT and a local ViT on MNIST, CIFAR-10 and CIFAR-100; no table was readable.
 
-Here: scikit-learn's digits as 64 pixels, half of the images held out, 4 blocks of width 48, 300 steps. A NiNformer holds a Mixer
-block, a projection and the host's feed-forward network, so a wider Mixer with as many parameters stands beside one of equal
-width, and softmax attention beside both. Mixers know the places of their tokens; softmax has them added to its input.
+Here: Fashion-MNIST on 32 x 32 pixels, a sixth of an epoch, in 64 patches of 4 x 4 pixels, 4 blocks of width 48. A NiNformer
+holds a Mixer block, a projection and the host's feed-forward network, so a wider Mixer with as many parameters stands beside one
+of equal width, and softmax attention beside both. Mixers know the places of their tokens; softmax has them added to its input.
 """
 
 from typing import Any
 
 from regard.models import count_parameters
 from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.pictures import PICTURES, SMALL_PICTURES, canvas
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
+from regard.reproductions.framework.training import classifier, trained_score
 
-TRAINING = {"steps": 300, "batch_size": 32, "learning_rate": 3e-3, "items": 1000, "hidden": 96}
+TRAINING = PICTURES | {"patch": 4, "hidden": 96}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    task = digit_pixels(setting["items"])
+    task = canvas(setting["data"], setting["items"], setting["patch"])
     options = {"length": task.length, **setting["options"]} if setting["mixer"] != "softmax" else {}
     model = classifier(
         task,
@@ -36,7 +37,7 @@ REPRODUCTION = Reproduction(
     mechanisms=("ninformer", "mlp_mixer"),
     claim="A Mixer that gates a projection is more accurate than MLP-Mixer and ViT on small images (abstract, without numbers).",
     instead=(
-        "Accuracy on digits of 64 pixels, 4 blocks of width 48: NiNformer, MLP-Mixer of the same width and hidden sizes, one "
+        "Accuracy on Fashion-MNIST in 64 patches, 4 blocks of width 48: NiNformer, MLP-Mixer of the same width and hidden sizes, one "
         "with as many parameters by wider hidden layers, and softmax."
     ),
     settings={
@@ -47,8 +48,8 @@ REPRODUCTION = Reproduction(
     },
     run_cell=run_cell,
     needs=(
-        Check("the Mixer gets above 0.8", measured("mixer", "score"), above=0.8),
-        Check("NiNformer stays below 0.99", measured("ninformer", "score"), below=0.99),
+        Check("the Mixer gets above 0.75", measured("mixer", "score"), above=0.75),
+        Check("NiNformer stays below 0.95", measured("ninformer", "score"), below=0.95),
         Check(
             "the wider Mixer has no fewer parameters",
             minus("mixer of as many parameters", "ninformer", "parameters"),
@@ -64,7 +65,7 @@ REPRODUCTION = Reproduction(
         ),
         Check("NiNformer above softmax", minus("ninformer", "softmax"), above=0.0),
     ),
-    smoke={"steps": 2, "batch_size": 2, "items": 8},
+    smoke=SMALL_PICTURES,
     left_out=("CIFAR-10 and CIFAR-100: those images are not installed from the registries",),
     seeds=6,
     seconds=25,

@@ -168,10 +168,10 @@ def classifier(task: Task, plan: Any, **options: Any) -> Encoder:
     return Encoder(config)
 
 
-def placed_classifier(task: Task, plan: Any) -> Encoder:
-    """A classifier of width 32 with a learned vector for each place, as large as what it is added to."""
+def placed_classifier(task: Task, plan: Any, **options: Any) -> Encoder:
+    """A classifier, of width 32 unless told otherwise, with a learned vector for each place, as large as what it is added to."""
     places = {"positions": "learned", "max_length": task.length, "position_options": {"std": 1.0}}
-    return classifier(task, plan, dim=32, num_heads=2, **places)
+    return classifier(task, plan, **({"dim": 32, "num_heads": 2} | places | options))
 
 
 def fit(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int, *, steps: int | None = None) -> bool:
