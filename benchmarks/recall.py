@@ -23,7 +23,7 @@ from regard.models import LanguageModelConfig, count_parameters, match_parameter
 from regard.models.blocks import layer_accepts
 from regard.tasks.recall import RecallTask
 from regard.training import TrainConfig, evaluate, train
-from regard.workbench.budget import Budget
+from regard.measurement.budget import Budget
 from regard.workbench.layer_work import MIXING
 from regard.workbench.needs import RECALL, RECALL_TABLE, convolved
 from regard.workbench.settings import CompareSettings

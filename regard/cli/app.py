@@ -20,6 +20,7 @@ from regard.cli.predict import predict
 from regard.cli.profile import profile_command
 from regard.cli.report import report
 from regard.cli.reproduce import reproduce
+from regard.cli.retrofit import retrofit
 from regard.cli.study import study
 from regard.cli.train import train
 from regard.cli.verify import verify
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "predict": predict,
     "explain": explain,
+    "retrofit": retrofit,
     "reproduce": reproduce,
     "study": study,
     "doctor": doctor,

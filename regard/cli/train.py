@@ -69,8 +69,8 @@ def train(
         regard train --task images:size=64 photos/ --model van_b0 --output photos
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
     """
+    from regard.measurement.budget import Budget
     from regard.tasks import create_task
-    from regard.workbench.budget import Budget
     from regard.workbench.settings import CompareSettings
     from regard.workbench.trained import DIVERGED, train_model
 
