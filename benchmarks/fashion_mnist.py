@@ -27,6 +27,7 @@ import torch
 
 from regard.contract import Context, Unsupported, closest
 from regard.measurement import provenance, units
+from regard.measurement.budget import Budget
 from regard.measurement.timing import interleaved
 from regard.models import build_model
 from regard.models.image_model import ImageModelConfig
@@ -34,7 +35,6 @@ from regard.models.variants import Variant
 from regard.models.weights import write_atomically
 from regard.tasks import Task, create_task
 from regard.training import TrainConfig, peak_memory, train
-from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
 from regard.workbench.trained import DIVERGED, train_model
 

@@ -46,6 +46,7 @@ _LAZY = {
     "functional": "regard.functional",
     "models": "regard.models",
     "profile": "regard.workbench.profile",
+    "retrofit": "regard.retrofit",
     "swap": "regard.integrations",
     "unswap": "regard.integrations",
     "verify": "regard.workbench.verify",

@@ -1095,6 +1095,39 @@ def local_attention(
 ) -> Any:
     """Softmax over the keys near the query only."""
 
+def lolcats_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_map: Tensor | None = ...,
+    k_map: Tensor | None = ...,
+    window_weight: Tensor | None = ...,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    window: int = ...,
+    features: int | None = ...,
+) -> Any:
+    """Softmax over a window, and beyond it linear attention whose feature maps learn to copy softmax."""
+
 def long_short_attention(
     q: Tensor,
     k: Tensor,

@@ -21,6 +21,7 @@ from regard.cli.predict import predict
 from regard.cli.profile import profile_command
 from regard.cli.report import report
 from regard.cli.reproduce import reproduce
+from regard.cli.retrofit import retrofit
 from regard.cli.serve import serve
 from regard.cli.study import study
 from regard.cli.train import train
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "explain": explain,
     "compress": compress,
+    "retrofit": retrofit,
     "reproduce": reproduce,
     "study": study,
     "doctor": doctor,

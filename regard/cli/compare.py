@@ -134,7 +134,7 @@ def compare(
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
     """
-    from regard.workbench.budget import Budget
+    from regard.measurement.budget import Budget
     from regard.workbench.compare import compare as run
     from regard.workbench.compare import train_share
     from regard.workbench.report import SCHEMA

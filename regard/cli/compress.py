@@ -66,7 +66,7 @@ def compress(
         regard compress my_model --recipes "int8,int4:group=64,awq + gptq" --json
     """
     from regard.compression.recipes import read_recipe, read_recipes
-    from regard.workbench.budget import Budget
+    from regard.measurement.budget import Budget
     from regard.workbench.lighter.subjects import open_subject
 
     at_least("calibration", calibration, 1)

@@ -13,26 +13,33 @@ from regard.contract import Unsupported
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")] = Path("runs/compare"),
+    folder: Annotated[Path, typer.Argument(help="Output folder of a comparison or a retrofit.")] = Path("runs/compare"),
     output: Annotated[
         Path | None, typer.Option(help="Where to write; report.html in the folder when not given.")
     ] = None,
 ) -> None:
-    """Write the HTML report of a finished comparison again.
+    """Write the HTML report of a finished comparison or retrofit again.
 
     Examples:
 
     \b
         regard report
         regard report runs/recall --output recall.html
+        regard report hybrid/
     """
     from regard.measurement.store import Store
+    from regard.retrofit.folder import RECORD
     from regard.workbench.compare import render_report
+    from regard.workbench.retrofit_report import write_retrofit_report
 
     file = folder / "results.db"
+    if not file.is_file() and (folder / RECORD).is_file():
+        console.print(Text(f"Report: {write_retrofit_report(folder, output)}"))
+        return
     if not file.is_file():
         raise Unsupported(
-            f"a report from {folder}: no results.db there", supported="the output folder of regard compare"
+            f"a report from {folder}: no results.db there",
+            supported="the output folder of regard compare or regard retrofit",
         )
     with Store(file, read_only=True) as store:
         console.print(Text(f"Report: {render_report(store, output or folder / 'report.html')}"))

@@ -95,8 +95,8 @@ def train(
         regard train --task segmentation scans/ --model unet_nano --output scans
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
     """
+    from regard.measurement.budget import Budget
     from regard.tasks import create_task
-    from regard.workbench.budget import Budget
     from regard.workbench.settings import CompareSettings
     from regard.workbench.trained import DIVERGED, chosen_weights, train_model
 

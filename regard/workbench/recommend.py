@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from regard.measurement.budget import Budget
 from regard.measurement.statistics import Comparison, seeds_needed
-from regard.workbench.budget import Budget
 
 PREFERENCES = {
     "inference": ("inference_ms", False, "{:.3g} ms of inference"),

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from regard.contract import Unsupported, at_least, one_of
+from regard.measurement.budget import Budget
 from regard.models import StackConfig
 from regard.models.frames import FRAMES
 from regard.models.variants import Variant, read_model
 from regard.training import PRECISIONS
-from regard.workbench.budget import Budget
 from regard.workbench.layer_work import check_device
 from regard.workbench.recommend import PREFERENCES
 

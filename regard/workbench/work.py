@@ -20,6 +20,7 @@ from regard import backends
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Unsupported
 from regard.measurement import provenance
+from regard.measurement.budget import Budget
 from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import StackConfig, build_model, config_for, count_parameters, match_parameters
@@ -31,7 +32,6 @@ from regard.models.variants import Variant
 from regard.models.vision.segmentation import SEGMENTERS
 from regard.tasks import Baseline, Task
 from regard.training import TrainConfig, runner_of
-from regard.workbench.budget import Budget
 from regard.workbench.cost import DECODE_STEPS
 from regard.workbench.settings import CompareSettings
 

@@ -13,9 +13,9 @@ from task_data import HOURS, hours, masked, photo, refused, save, save_json
 
 from regard.cli.arguments import read_tasks
 from regard.contract import Pattern
+from regard.measurement.budget import Budget
 from regard.models.registry import served
 from regard.tasks import TASKS
-from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
 from regard.workbench.work import default_mechanisms, fitting
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from regard import Unsupported
 from regard.contract import Pattern
+from regard.measurement.budget import Budget
 from regard.tasks import Batch, Task, counter_generator
 from regard.training import WeightAverage
 from regard.workbench.best_weights import BestWeights, moments
-from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
 from regard.workbench.trained import BEST, CHECKPOINT, LAST, open_trained, train_model
 
@@ -111,7 +111,7 @@ RUN = """
 import os, signal, sys
 from regard.tasks import create_task
 from regard.workbench import trained
-from regard.workbench.budget import Budget
+from regard.measurement.budget import Budget
 from regard.workbench.settings import CompareSettings
 
 def train(data, folder, kill=None):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from regard import Unsupported
+from regard.measurement.budget import Budget
 from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
-from regard.workbench.budget import Budget
 from regard.workbench.compare import compare, render_report, train_share
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.trained import open_trained

@@ -8,13 +8,13 @@ import torch
 
 from regard.cli.arguments import read_mechanisms
 from regard.contract import Pattern, Unsupported
+from regard.measurement.budget import Budget
 from regard.measurement.store import Store
 from regard.models import EncoderDecoder, EncoderDecoderConfig, Forecaster, ForecasterConfig, from_pretrained
 from regard.models import count_parameters as count
 from regard.models.variants import read_variant
 from regard.tasks import Baseline, Batch, Task, absolute_error, counter_generator, create_task, squared_error_by_item
 from regard.training import TrainConfig, evaluate, train
-from regard.workbench.budget import Budget
 from regard.workbench.compare import compare
 from regard.workbench.settings import CompareSettings
 from regard.workbench.work import Work, build, model_config

@@ -10,7 +10,7 @@ import torch
 from command_line import answer, run
 
 from regard.compression.recipes import read_recipes
-from regard.workbench.budget import Budget
+from regard.measurement.budget import Budget
 from regard.workbench.lighter import study as studies
 from regard.workbench.lighter.study import Row, Study, loss_of, recommend, study
 from regard.workbench.lighter.subjects import open_subject

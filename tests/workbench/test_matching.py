@@ -11,6 +11,7 @@ import pytest
 from command_line import answer, run
 
 from regard.contract import Unsupported
+from regard.measurement.budget import Budget
 from regard.models import build_model, count_parameters
 from regard.models.image_model import ImageModelConfig
 from regard.models.vision import list_backbones, read_backbone
@@ -18,7 +19,6 @@ from regard.models.vision.scaling import scaled_widths
 from regard.models.vision.vit import VisionTransformer
 from regard.tasks import create_task
 from regard.workbench import matching
-from regard.workbench.budget import Budget
 from regard.workbench.matching import flops, match, sentence, with_options
 from regard.workbench.settings import CompareSettings
 from regard.workbench.work import Work

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from regard import Pattern, Unsupported
+from regard.measurement.budget import Budget
 from regard.models import from_pretrained, register_model
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.registry import MODELS, models_for
@@ -19,7 +20,6 @@ from regard.tasks import Batch, Objective, Task, check_task, counter_generator, 
 from regard.tasks.protocol import OBJECTIVES
 from regard.training import History, Point, evaluate
 from regard.training.loop import batch_context, run_model
-from regard.workbench.budget import Budget
 from regard.workbench.compare import compare
 from regard.workbench.settings import CompareSettings
 from regard.workbench.trained import train_model

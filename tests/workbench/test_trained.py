@@ -7,11 +7,11 @@ import torch
 from command_line import answer, run
 
 from regard import Unsupported
+from regard.measurement.budget import Budget
 from regard.models import register_model
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.models.registry import MODELS, models_for
 from regard.tasks import create_task
-from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
 from regard.workbench.trained import CHECKPOINT, open_trained, train_model
 

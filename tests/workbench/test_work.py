@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from regard.measurement.budget import Budget
 from regard.tasks import create_task
 from regard.training import Supervised, TrainConfig
 from regard.training.loop import History, Point
 from regard.workbench import work as module
-from regard.workbench.budget import Budget
 from regard.workbench.settings import CompareSettings
 
 

@@ -47,6 +47,7 @@ from regard.integrations.transformers.attending import (
 from regard.integrations.transformers.caches import CACHE, GrowingCache, GrowingLayer, StateLayer
 from regard.integrations.transformers.models import RegardCache, RegardConfig, RegardForCausalLM
 from regard.integrations.transformers.placing import (
+    RECORD,
     attention_names,
     check_interface,
     is_swapped,
@@ -80,6 +81,7 @@ __all__ = [
     "CACHE",
     "PLACE",
     "PREFIX",
+    "RECORD",
     "SWAPPED",
     "GrowingCache",
     "GrowingLayer",

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
 from regard.workbench import charts
 from regard.workbench.charts import Axis, ScatterPoint, is_number
 from regard.workbench.lighter.study import Row, Study, recommend
-
-TEMPLATES = Path(__file__).parents[1] / "templates"
+from regard.workbench.report import pages
 
 
 def labels(study: Study) -> list[str]:
@@ -43,7 +40,7 @@ def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Pat
         tolerance: of :func:`regard.workbench.lighter.study.recommend`.
     """
     best, sentence = recommend(study, tolerance)
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = pages()
     environment.filters["zip"] = zip
     everything = [study.original, *study.rows]
     page = environment.get_template("lighter.html.j2").render(
@@ -57,7 +54,6 @@ def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Pat
         ],
         kept={name: why for row in study.rows for name, why in row.kept.items()},
         glyph=charts.glyph,
-        colours=range(charts.COLOURS),
     )
     write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path

@@ -22,9 +22,9 @@ from regard.compression import Compressed, Recipe, compress
 from regard.compression.layers import find_layers
 from regard.contract import Unsupported
 from regard.measurement import provenance, units
+from regard.measurement.budget import Budget
 from regard.measurement.timing import calm_clock, rounds
 from regard.models.weights import distinct_tensors, write_atomically
-from regard.workbench.budget import Budget
 from regard.workbench.lighter.subjects import Subject
 
 RESULTS, REPORT, WORK = "results.json", "report.html", "work"

@@ -1,7 +1,7 @@
 import pytest
 
 from regard import Unsupported
-from regard.workbench.budget import Budget
+from regard.measurement.budget import Budget
 
 READ = {
     "8m": ("seconds", 480),

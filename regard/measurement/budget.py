@@ -17,15 +17,17 @@ _UNITS = {
 }
 _FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15}
 _FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMGBTP]?)\s*([a-zA-Z]+)\s*")
-ACCEPTED = "a time for the whole comparison (90s, 8m, 2h), or work for each run (500 steps, 2M tokens, 5e13 flops)"
+ACCEPTED = (
+    "a time for the whole command (90s, 8m, 2h), or work for each training run (500 steps, 2M tokens, 5e13 flops)"
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work a comparison does.
+    """How much work a command does.
 
     Attributes:
-        unit: ``seconds`` of the whole comparison, or ``steps``, ``tokens`` or ``flops`` of each training run.
+        unit: ``seconds`` of the whole command, or ``steps``, ``tokens`` or ``flops`` of each training run.
         amount: how many.
     """
 

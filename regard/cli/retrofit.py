@@ -1,0 +1,133 @@
+"""`regard retrofit`: new attention in a pretrained model, trained back and measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from regard.cli.arguments import read_integers
+from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.options import JSON, PLUGINS
+from regard.cli.progress import progress
+from regard.measurement import units
+
+
+def retrofit(
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model of transformers, or a GGUF file.")],
+    mechanism: Annotated[str, typer.Option(help="Attention of the new layers, with options as in local:window=64.")],
+    data: Annotated[list[str], typer.Option(help="Your text: a file or folder. Repeatable; a tenth is held out.")],
+    output: Annotated[Path, typer.Option(help="Folder of the result; the same command goes on from it.")],
+    keep_layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers that keep their attention: auto:SHARE or auto:NUMBER by sensitivity, 0,5,29 or none."
+        ),
+    ] = "auto:0.5",
+    budget: Annotated[
+        str, typer.Option(help="Time of everything (60m, 8h), or training: '2M tokens', '500 steps'.")
+    ] = "60m",
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Text of another source, on which the result is judged. Repeatable.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a block of training.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Blocks of a training step.")] = 4,
+    train: Annotated[
+        str, typer.Option(help="Weights of the last stage: all, new (swapped layers) or lora:RANK.")
+    ] = "all",
+    distil: Annotated[
+        float, typer.Option(help="Weight of the teacher's logits, 0 to 1; the rest is that of the next token.")
+    ] = 1.0,
+    transfer_rate: Annotated[
+        float, typer.Option(help="Learning rate of the attention transfer, as a share of each weight's size.")
+    ] = 0.02,
+    rate: Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")] = 0.002,
+    lengths: Annotated[str, typer.Option(help="Lengths at which time, state and recall are measured.")] = "512,2048",
+    evaluation_blocks: Annotated[
+        int | None, typer.Option(help="Blocks of each text in the evaluation, at most; as the budget allows else.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of blocks and of what starts at random.")] = 0,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Put new attention into layers of a pretrained language model, train it back, and measure it beside what it was.
+
+    Stages: which layers matter, attention transfer, training on the original's logits, evaluation. A killed command goes on
+    where it stopped when it is given again. The folder loads through AutoModelForCausalLM after
+    `import regard.integrations.transformers`.
+
+    Examples:
+
+    \b
+        regard retrofit smollm2/ --mechanism gated_linear --data my_corpus.txt --output hybrid/
+        regard retrofit smollm2/ --mechanism lolcats:window=64 --keep-layers auto:22 --data texts/ --validation other.txt \
+            --budget "2M tokens" --output hybrid/
+        regard retrofit smollm2/ --mechanism delta_rule --keep-layers 0,14,29 --train lora:16 --data my_corpus.txt \
+            --budget 8h --output hybrid/
+        regard retrofit model.gguf --mechanism local:window=256 --data my_corpus.txt --budget 20m --output short/ --json
+    """
+    from regard.retrofit import retrofit as run
+    from regard.workbench.retrofit_report import write_retrofit_report
+
+    load_plugins(plugin)
+    with progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("opening the model", total=None)
+
+        def watch(at: Any) -> None:
+            loss = "" if math.isnan(at.loss) else f"  loss {at.loss:.3g}"
+            left = f"  about {units.clock(at.remaining)} left" if at.total else ""
+            bar.update(shown, description=f"{at.doing}{loss}{left}", completed=at.done, total=at.total or None)
+            line(f"{at.doing} {at.done} of {at.total}{loss}{left}")
+
+        def say(sentence: str) -> None:
+            if not as_json:
+                bar.console.print(Text(sentence, style="dim"))
+
+        made = run(
+            str(model),
+            mechanism,
+            data=data,
+            output=output,
+            keep_layers=keep_layers,
+            budget=budget,
+            validation=validation or None,
+            length=length,
+            batch_size=batch_size,
+            train=train,
+            distil=distil,
+            transfer_rate=transfer_rate,
+            rate=rate,
+            lengths=read_integers("lengths", lengths),
+            evaluation_blocks=evaluation_blocks,
+            seed=seed,
+            watch=watch,
+            say=say,
+        )
+        report = write_retrofit_report(output)
+    if as_json:
+        emit({**made.record, "folder": str(output), "report": str(report)})
+        return
+    tell(made.record)
+    console.print(Text(f"Model: {output}   Report: {report}"))
+
+
+def tell(record: dict[str, Any]) -> None:
+    """The figures and the recommendation on the terminal."""
+    from regard.retrofit import card
+
+    console.print()
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for heading, side in (("", "left"), ("original", "right"), ("retrofit", "right")):
+        shown.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for what, before, after in card.rows(record["results"]):
+        shown.add_row(plain(what), before, after)
+    console.print(shown)
+    console.print()
+    console.print(plain(record["recommendation"]["text"]), style="bold")
+    for note in record["recommendation"]["notes"]:
+        console.print(plain(f"- {note}"), style="dim")
+    console.print()

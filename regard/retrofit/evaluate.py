@@ -1,0 +1,229 @@
+"""What came of it, beside the original: perplexity by position, recall, time and state."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regard.contract import Shape
+from regard.measurement.timing import Timing, interleaved
+from regard.retrofit.corpus import Corpus, even_blocks
+from regard.retrofit.folder import Folder
+from regard.retrofit.hosts import Host, log_likelihoods
+from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.stage import Progress, Watch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+ORIGINAL, RETROFIT = "original", "retrofit"
+CUE, ANSWER = 4, 8
+"""Tokens of a needle that are shown again, and tokens of it that are then to be said."""
+DEPTHS = (0.1, 0.5, 0.9)
+STATE_LENGTHS = (2048, 8192, 32768)
+DECODED = 8
+"""Tokens that are decoded to time one."""
+
+Models = dict[str, Any]
+
+
+def evaluate(
+    host: Host,
+    student: Any,
+    numbers: Sequence[int],
+    corpus: Corpus,
+    settings: RetrofitSettings,
+    windows: int,
+    folder: Folder,
+    watch: Watch,
+) -> dict[str, Any]:
+    """All figures, each made once: what is in the folder is not measured again.
+
+    Args:
+        numbers: of the layers with new attention.
+        windows: blocks of each text, at most.
+    """
+    models = {ORIGINAL: host.model, RETROFIT: student}
+    lengths = [n for n in settings.lengths if host.longest is None or n <= host.longest]
+    parts: dict[str, Callable[[], Any]] = {}
+    for source, ids in corpus.sources.items():
+        length = evaluation_length(host, ids, settings.length)
+        parts[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
+    for length in lengths:
+        parts[f"recall at {length}"] = partial(recall, models, corpus.held_out, length, settings.seed)
+    for length in lengths:
+        parts[f"prefill of {length}"] = partial(prefill, models, corpus.held_out, length)
+        parts[f"decoding after {length}"] = partial(decoding, models, corpus.held_out, length)
+    found: dict[str, Any] = folder.read("evaluation") or {}
+    started, begun = time.monotonic(), len(found)
+    for name, measure in parts.items():
+        if name not in found:
+            found[name] = measure()
+            folder.write("evaluation", found)
+            pace = (time.monotonic() - started) / (len(found) - begun)
+            watch(Progress(f"evaluation: {name}", math.nan, len(found), len(parts), (len(parts) - len(found)) * pace))
+    return {
+        "perplexity": {source: found[f"perplexity on {source}"] for source in corpus.sources},
+        "recall": {str(length): found[f"recall at {length}"] for length in lengths},
+        "prefill": {str(length): found[f"prefill of {length}"] for length in lengths},
+        "decoding": {str(length): found[f"decoding after {length}"] for length in lengths},
+        "state": {
+            str(length): {ORIGINAL: state_bytes(host, host.model, length), RETROFIT: state_bytes(host, student, length)}
+            for length in sorted({*lengths, *STATE_LENGTHS})
+        },
+        "generates_with_cache": bool(getattr(student.config, "use_cache", False)),
+        "left_out": [n for n in settings.lengths if n not in lengths],
+    }
+
+
+def evaluation_length(host: Host, ids: Int[Tensor, " n"], length: int) -> int:
+    """Twice a block of training where the model's positions and the text reach so far, so that what lies beyond shows."""
+    within = host.longest is None or 2 * length <= host.longest
+    return 2 * length if within and len(ids) >= 4 * length else length
+
+
+@torch.no_grad()
+def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
+    """Perplexity of each model on the same blocks, by position, and how much larger the second one's is.
+
+    The standard error of the change is that of the mean difference over blocks.
+    """
+    losses = {
+        name: torch.cat([-log_likelihoods(model(row, use_cache=False).logits, row) for row in blocks.split(1)]).double()
+        for name, model in models.items()
+    }
+    mean = {name: float(loss.mean()) for name, loss in losses.items()}
+    gaps = (losses[RETROFIT] - losses[ORIGINAL]).mean(1)
+    change = math.expm1(float(gaps.mean()))
+    error = float(gaps.std() / len(gaps) ** 0.5) * (1 + change) if len(gaps) > 1 else None
+    borders = [0, *(b for b in (2**e for e in range(4, 24)) if b < blocks.shape[1] - 1), blocks.shape[1] - 1]
+    return {
+        "blocks": len(blocks),
+        "length": blocks.shape[1],
+        **{name: math.exp(min(value, 700.0)) for name, value in mean.items()},
+        "change": change,
+        "standard_error": error,
+        "by_position": [
+            {"first": a + 1, "last": b, **{n: math.exp(min(float(x[:, a:b].mean()), 700.0)) for n, x in losses.items()}}
+            for a, b in itertools.pairwise(borders)
+        ],
+    }
+
+
+@torch.no_grad()
+def recall(models: Models, ids: Int[Tensor, " n"], length: int, seed: int) -> dict[str, Any] | None:
+    """Share of a needle's tokens that each model says when its beginning is shown again; None where the text is too short.
+
+    A needle is tokens of the text in random order, hidden at three depths of it; whoever says them has found them, since
+    nothing else tells them.
+    """
+    filler = length - 2 * CUE - ANSWER
+    if len(ids) < filler or filler < 1:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    kinds = ids.unique()
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for depth in DEPTHS:
+        start = int(torch.randint(len(ids) - filler + 1, (1,), generator=generator))
+        text, place = ids[start : start + filler], round(depth * filler)
+        needle = kinds[torch.randint(len(kinds), (CUE + ANSWER,), generator=generator)]
+        asked = torch.cat([text[:place], needle, text[place:], needle[:CUE], needle[CUE:]])[None]
+        for name, model in models.items():
+            said = model(asked[:, :-1], use_cache=False).logits[0, -ANSWER:].argmax(-1)
+            found[name].append(float((said == needle[CUE:]).double().mean()))
+    return {"depths": list(DEPTHS), **found}
+
+
+@torch.no_grad()
+def prefill(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
+    """Seconds to read a prompt."""
+    prompt = _prompt(ids, length)
+    times = interleaved({name: partial(_read, model, prompt) for name, model in models.items()}, seconds=10.0, least=2)
+    return {name: asdict(timing) for name, timing in times.items()}
+
+
+@torch.no_grad()
+def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
+    """Seconds to go on by one token after a prompt, as `generate` does: with the model's cache, and the bytes that it then
+    holds, or without one by reading everything again."""
+    from regard.integrations.transformers import CACHE
+
+    prompt = _prompt(ids, length)
+    found = {}
+    for name, model in models.items():
+        cached = bool(getattr(model.config, "use_cache", False))
+        seconds = []
+        state = {CACHE: getattr(model(prompt, use_cache=True, logits_to_keep=1), CACHE)} if cached else {}
+        for step in range(DECODED if cached else 2):
+            token = prompt[:, step : step + 1]
+            started = time.perf_counter()
+            if cached:
+                state[CACHE] = getattr(model(token, use_cache=True, **state), CACHE)
+            else:
+                _read(model, prompt)
+            seconds.append(time.perf_counter() - started)
+        held = held_bytes(state[CACHE]) if cached else None
+        found[name] = {**asdict(Timing.of(seconds)), "from": "cache" if cached else "whole sequence", "held": held}
+    return found
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of all tensors in a cache of transformers."""
+    if isinstance(cache, Tensor):
+        return cache.numel() * cache.element_size()
+    if isinstance(cache, (list, tuple)):
+        return sum(map(held_bytes, cache))
+    if isinstance(cache, dict):
+        return sum(map(held_bytes, cache.values()))
+    return held_bytes(vars(cache)) if hasattr(cache, "__dict__") and not isinstance(cache, type) else 0
+
+
+def _read(model: Any, prompt: Int[Tensor, "1 n"]) -> Float[Tensor, "1 1 v"]:
+    return model(prompt, use_cache=False, logits_to_keep=1).logits
+
+
+def _prompt(ids: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 n"]:
+    """So many tokens of a text, which is read again from its start where it is shorter."""
+    return ids.repeat(math.ceil(length / len(ids)))[:length][None]
+
+
+def state_bytes(host: Host, model: Any, length: int) -> int:
+    """What a sequence of so many tokens goes on from: the keys and values of softmax layers, in the weights' dtype, and the
+    state of others as their mechanism defines it, whose accumulators have at least four bytes a number."""
+    total = 0.0
+    for layer in host.layers:
+        module = model.get_submodule(layer.path)
+        width = next(module.parameters()).element_size()
+        own = host.attention(layer.number)
+        heads, groups, dim_key, dim_value = _sizes(own, host.model.config)
+        attend = getattr(module, "regard", None)
+        if attend is None:
+            total += groups * length * (dim_key + dim_value) * width
+            continue
+        card, config = attend.card, attend.config
+        shared = "g" in card.inputs["k"]
+        cost = card.cost(Shape(1, groups if shared else heads, length, length, dim_key, dim_value), config)
+        growing = not card.is_recurrent(config)
+        total += cost.state * (width if growing else max(width, 4))
+    return round(total)
+
+
+def _sizes(module: Any, config: Any) -> tuple[int, int, int, int]:
+    heads = getattr(module, "num_heads", None) or config.num_attention_heads
+    width = getattr(module, "head_dim", None) or config.hidden_size // heads
+    groups = heads // getattr(module, "num_key_value_groups", 1)
+    return heads, groups, width, getattr(module, "v_head_dim", None) or width
+
+
+def mean_recall(found: dict[str, Any], model: str) -> float:
+    """Over the depths."""
+    return statistics.fmean(found[model])

@@ -1,0 +1,84 @@
+"""The folder of a retrofit: whose it is, what is done, and results of its parts; each file is replaced in one step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regard.contract import Unsupported
+from regard.models.weights import write_atomically
+
+WORK, RECORD = ".retrofit", "retrofit.json"
+"""The folder inside that holds checkpoints and results of parts, and the file that says what came of it."""
+
+
+class Folder:
+    """The output folder of one retrofit.
+
+    Args:
+        path: made where it is missing.
+        identity: what the retrofit is made of, as JSON.
+
+    Raises:
+        Unsupported: for a folder that holds something else, another retrofit among it.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path, self.work = path, path / WORK
+        identity = json.loads(json.dumps(identity))
+        if path.exists() and not path.is_dir():
+            raise Unsupported(f"{path} as an output folder: it is a file", supported="a folder")
+        known = self.read("identity")
+        if known is None and path.is_dir() and any(path.iterdir()):
+            raise Unsupported(
+                f"{path}, which holds other files, as the output of a retrofit", supported="a new or empty folder"
+            )
+        if known is None:
+            self.write("identity", identity)
+        elif known != identity:
+            differing = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
+            told = "; ".join(f"{name} {known.get(name)!r}, now {identity.get(name)!r}" for name in differing)
+            raise Unsupported(
+                f"{path}, which holds another retrofit ({told})", supported="the same settings, or a new folder"
+            )
+
+    def read(self, name: str) -> Any:
+        """The result of a part; None while there is none."""
+        try:
+            return json.loads((self.work / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        write_atomically(self.work / f"{name}.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of a part, made where there is none yet."""
+        found = self.read(name)
+        if found is None:
+            self.write(name, make())
+            found = self.read(name)
+        return found
+
+    def checkpoint(self, name: str) -> Path:
+        """The file of a training stage."""
+        return self.work / f"{name}.safetensors"
+
+    def discard_empty(self) -> None:
+        """Leave nothing where nothing was done: the folder goes with its identity."""
+        if self.work.is_dir() and [file.name for file in self.work.iterdir()] == ["identity.json"]:
+            (self.work / "identity.json").unlink()
+            self.work.rmdir()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    @staticmethod
+    def finished(path: Path) -> Any:
+        """The record of a finished retrofit in a folder; None without one."""
+        try:
+            return json.loads((path / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None

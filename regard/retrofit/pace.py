@@ -1,0 +1,177 @@
+"""From a budget to numbers of steps and blocks, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from regard.contract import Unsupported
+from regard.measurement import units
+from regard.retrofit.corpus import Corpus
+from regard.retrofit.hosts import Host
+from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.transfer import transfer_losses
+from regard.retrofit.tune import prepare, tune_losses
+
+LEAST = 8
+"""Steps of a training stage, at least."""
+BLOCKS = (2, 32)
+"""Blocks of each text in the evaluation, at least and at most."""
+TRIED = 4
+"""Blocks that sensitivity is measured on when the budget is not a time, and at most."""
+READS = 15
+"""Times that a text of each of the lengths is read for recall and time."""
+SHARES = {"warm": 0.1, "sensitivity": 0.1, "transfer": 0.2, "tune": 0.45, "evaluation": 0.15}
+"""Of a time budget."""
+WORK = {"warm": 0.15, "transfer": 0.25, "tune": 0.6}
+"""Of a budget of tokens or steps."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything is done.
+
+    Attributes:
+        warm: steps of all layers before their sensitivity is measured; 0 where the kept layers are named.
+        tried: blocks of held-out text for each layer's sensitivity.
+        transfer, tune: steps of these stages.
+        windows: blocks of each text in the evaluation.
+        seconds: planned for each stage; none in a budget of tokens or steps.
+    """
+
+    warm: int
+    tried: int
+    transfer: int
+    tune: int
+    windows: int
+    seconds: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def after(self, stage: str) -> float:
+        """Seconds planned for the stages after one."""
+        names = list(SHARES)
+        return sum(self.seconds.get(name, 0.0) for name in names[names.index(stage) + 1 :])
+
+
+def plan(host: Host, corpus: Corpus, settings: RetrofitSettings, spent: float = 0.0) -> Plan:
+    """The plan of a budget.
+
+    Args:
+        spent: seconds of the command so far.
+
+    Raises:
+        Unsupported: for a budget that is too small for a stage, with one that is not.
+    """
+    budget = settings.budget
+    if budget.unit != "seconds":
+        return _of_work(settings)
+    pace = measure_pace(host, corpus, settings)
+    shares = {k: v for k, v in SHARES.items() if settings.chosen or k not in ("warm", "sensitivity")}
+    whole = sum(shares.values())
+    read = sum(n for n in settings.lengths if host.longest is None or n <= host.longest)
+    spent += pace["probe"] + READS * read / settings.length * pace["block"]
+    left = budget.amount - spent
+    seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
+    steps = {name: math.floor(seconds.get(name, 0.0) / pace[name]) for name in ("warm", "transfer", "tune")}
+    layers, texts = len(host.layers), len(corpus.sources)
+    tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (layers + 1)))
+    windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * 4 * texts))  # two models, blocks twice as long
+    trained = [name for name in ("warm", "transfer", "tune") if name in shares]
+    needed: dict[str, float] = {name: LEAST * pace[name] for name in trained}
+    needed["evaluation"] = 2 * min(BLOCKS[0], settings.evaluation_blocks or BLOCKS[0]) * pace["block"] * 4 * texts
+    if settings.chosen:
+        needed["sensitivity"] = pace["block"] * (layers + 1)
+    short = {name: need for name, need in needed.items() if need > seconds[name]}
+    if short:
+        name = max(short, key=lambda n: short[n] / shares[n])
+        least = spent + max(need / shares[n] for n, need in needed.items()) * whole
+        raise Unsupported(
+            f"a budget of {budget} of which {units.duration(seconds[name])} are left for {WORDS[name]}",
+            supported=f"{units.duration(1.1 * least)} or more for this model, blocks of {settings.length} tokens and "
+            f"{settings.batch_size} a step",
+            nearest=f"{math.ceil(1.2 * least / 60)}m",
+        )
+    return Plan(
+        steps["warm"] if settings.chosen else 0,
+        min(tried, TRIED),
+        steps["transfer"],
+        steps["tune"],
+        min(windows, settings.evaluation_blocks or BLOCKS[1]),
+        seconds,
+    )
+
+
+WORDS = {
+    "warm": "the first steps of all layers",
+    "sensitivity": "the sensitivity of each layer",
+    "transfer": "the attention transfer",
+    "tune": "the training of the whole model",
+    "evaluation": "the evaluation",
+}
+
+
+def _of_work(settings: RetrofitSettings) -> Plan:
+    budget, tokens = settings.budget, settings.batch_size * settings.length
+    steps = math.floor(budget.amount / tokens) if budget.unit == "tokens" else round(budget.amount)
+    shares = {k: v for k, v in WORK.items() if settings.chosen or k != "warm"}
+    whole = sum(shares.values())
+    counts = {name: math.floor(steps * share / whole) for name, share in shares.items()}
+    name = min(counts, key=lambda n: counts[n])
+    if counts[name] < LEAST:
+        least = math.ceil(LEAST / min(shares.values()) * whole)
+        needed = f"{least} steps" if budget.unit == "steps" else f"{units.count(least * tokens)} tokens"
+        raise Unsupported(
+            f"a budget of {budget}, which is {counts[name]} steps of {WORDS[name]}",
+            supported=f"{needed} or more with blocks of {settings.length} tokens and {settings.batch_size} a step",
+            nearest=f"{least} steps",
+        )
+    windows = settings.evaluation_blocks or BLOCKS[1]
+    tried = min(TRIED, windows) if settings.chosen else 0
+    return Plan(counts.get("warm", 0), tried, counts["transfer"], counts["tune"], windows, {})
+
+
+def measure_pace(host: Host, corpus: Corpus, settings: RetrofitSettings) -> dict[str, float]:
+    """Seconds of a step of each stage, and of reading a block; of one row each, of copies that are thrown away."""
+    started = time.monotonic()
+    row = corpus.blocks(0, settings.seed, 1, settings.length)
+    layers = len(host.layers)
+    kept = settings.kept(layers)
+    numbers = [n for n in range(layers) if n not in kept] if isinstance(kept, tuple) else list(range(kept, layers))
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        found["block"] = _seconds(lambda: host.model(row, use_cache=False))
+    student, _ = host.copy_with(range(layers), settings.mechanism, settings.seed)
+    everywhere = {n: student.get_submodule(host.layers[n].path) for n in range(layers)}
+    if settings.chosen:
+        found["warm"] = _seconds(lambda: transfer_losses(host, everywhere, row)) * settings.batch_size
+    some = {n: everywhere[n] for n in numbers}
+    found["transfer"] = _seconds(lambda: transfer_losses(host, some, row)) * settings.batch_size
+    unload = prepare(host, student, list(range(layers)), settings)
+    found["tune"] = _seconds(lambda: tune_losses(host, student, row, settings.distil)) * settings.batch_size
+    found["tune"] += _seconds(lambda: _update(student))
+    del unload
+    found["probe"] = time.monotonic() - started
+    return found
+
+
+def _update(student: Any) -> None:
+    """What an optimizer's step comes to: a few passes over the weights and their gradients."""
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.grad is not None:
+                torch.addcmul(parameter, parameter.grad, parameter.grad).sqrt_()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The second time, which is not slowed down by what happens once."""
+    run()
+    started = time.monotonic()
+    run()
+    return time.monotonic() - started

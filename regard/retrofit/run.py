@@ -1,0 +1,320 @@
+"""The retrofit of a model: all stages, and the folder that comes of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from regard.contract import Unsupported
+from regard.measurement import provenance
+from regard.measurement.budget import Budget
+from regard.models.weights import write_atomically
+from regard.retrofit import card
+from regard.retrofit.corpus import Corpus, even_blocks, read_corpus
+from regard.retrofit.evaluate import evaluate
+from regard.retrofit.folder import RECORD, Folder
+from regard.retrofit.hosts import Host, check_attention, open_host
+from regard.retrofit.pace import Plan, plan
+from regard.retrofit.sensitivity import choose, measure_sensitivity
+from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.stage import Progress, Stage, Watch
+from regard.retrofit.transfer import transfer
+from regard.retrofit.tune import tune
+from regard.retrofit.verdict import recommend
+from regard.tasks.documents import Paths
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Retrofit:
+    """What a retrofit came to.
+
+    Attributes:
+        folder: with the model, its tokenizer, a README and ``retrofit.json``.
+        model: of transformers, in evaluation mode.
+        tokenizer: of transformers; None where there was none.
+        record: what ``retrofit.json`` holds: what it was made from, what changed, what it was trained on, and the results.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    record: dict[str, Any]
+
+    @property
+    def swapped(self) -> list[int]:
+        """Numbers of the layers with new attention."""
+        return self.record["swapped"]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return self.record["results"]
+
+    @property
+    def recommendation(self) -> str:
+        """One sentence."""
+        return self.record["recommendation"]["text"]
+
+
+def retrofit(
+    model: Any,
+    mechanism: str,
+    *,
+    data: Paths | Tensor,
+    output: str | os.PathLike[str],
+    keep_layers: str | Sequence[int] = "auto:0.5",
+    budget: str | Budget = "60m",
+    validation: Paths | Tensor | None = None,
+    tokenizer: Any = None,
+    watch: Watch = lambda progress: None,
+    say: Say = lambda sentence: None,
+    **settings: Any,
+) -> Retrofit:
+    """Give layers of a pretrained causal language model another attention, train it back, and measure it beside the original.
+
+    Stages: which layers matter (each is swapped alone, after a few steps); attention transfer (each new layer learns the old
+    one's output); training of the whole model on the teacher's logits; evaluation. The same call goes on where a killed one
+    stopped, and comes to the same as one that was not, with a budget of tokens or steps.
+
+    Args:
+        model: a causal language model of transformers, which stays as it is; a folder that holds one; or a GGUF file.
+        mechanism: of the new layers, with options as in ``local:window=64``.
+        data: the user's text: files and folders, or token ids (n,). A tenth is held out.
+        output: the folder, new or of the same retrofit.
+        keep_layers: layers that keep their attention: ``auto:0.5``, ``auto:22``, numbers, or ``none``.
+        budget: of time (``60m``, of everything), tokens (``2M tokens``) or steps of training.
+        validation: text of another source, evaluated alone.
+        tokenizer: of transformers; the folder's when None.
+        watch: called with the progress.
+        say: called with sentences as stages end.
+        settings: other fields of :class:`regard.retrofit.settings.RetrofitSettings`.
+
+    Raises:
+        Unsupported: before anything is trained, for a model, mechanism, text, budget or folder that will not do.
+    """
+    started = time.monotonic()
+    keep = keep_layers if isinstance(keep_layers, str) else tuple(keep_layers)
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
+    unknown = set(settings) - set(RetrofitSettings.__dataclass_fields__)
+    if unknown:
+        raise Unsupported(
+            f"setting {min(unknown)!r} of a retrofit", supported=", ".join(RetrofitSettings.__dataclass_fields__)
+        )
+    chosen = RetrofitSettings(mechanism, keep, parsed, **settings)
+    place = Path(output)
+    if isinstance(model, (str, os.PathLike)) and Path(model).resolve() == place.resolve():
+        raise Unsupported(f"{place} as both model and output", supported="an output folder of its own")
+    host = open_host(model, tokenizer)
+    chosen.kept(len(host.layers))
+    vocabulary = host.model.get_input_embeddings().num_embeddings
+    if host.longest is not None and chosen.length > host.longest:
+        raise Unsupported(
+            f"blocks of {chosen.length} tokens for a model of {host.longest} positions",
+            supported=f"blocks of at most {host.longest}",
+            nearest=f"length={host.longest}",
+        )
+    corpus = read_corpus(
+        data, validation, host.tokenizer, length=chosen.length, vocabulary=vocabulary, seed=chosen.seed
+    )
+    folder = Folder(place, _identity(host, corpus, chosen))
+    try:
+        return _Run(host, corpus, chosen, folder, watch, say, started).finish()
+    except Unsupported:
+        folder.discard_empty()
+        raise
+
+
+def _identity(host: Host, corpus: Corpus, settings: RetrofitSettings) -> dict[str, Any]:
+    return {"model": host.fingerprint(), "data": corpus.digest(), **settings.identity()}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A retrofit in progress."""
+
+    host: Host
+    corpus: Corpus
+    settings: RetrofitSettings
+    folder: Folder
+    watch: Watch
+    say: Say
+    started: float
+
+    def finish(self) -> Retrofit:
+        """Everything that is not done yet."""
+        record = self.folder.read("record")
+        plan = self._plan()
+        swapped = self._swapped(plan)
+        student, learned = self.host.copy_with(swapped, self.settings.mechanism, self.settings.seed)
+        losses = self._trained(student, learned, swapped, plan)
+        if record is None:
+            record = self._record(student, learned, swapped, plan, losses)
+            self.folder.write("record", record)
+        self._save(student, record)
+        return Retrofit(self.folder.path, student, self.host.tokenizer, record)
+
+    def _plan(self) -> Plan:
+        def make() -> dict[str, Any]:
+            self.watch(Progress("looking at the model", math.nan, 0, 0, 0.0))
+            check_attention(
+                self.host, self.corpus.blocks(0, self.settings.seed, 1, self.settings.length), self.settings.mechanism
+            )
+            return plan(self.host, self.corpus, self.settings, time.monotonic() - self.started).record()
+
+        return Plan(**self.folder.once("plan", make))
+
+    def _stage(self, name: str, doing: str, steps: int, rate: float, plan: Plan, seed: int) -> Stage:
+        seconds = plan.seconds.get(name)
+        return Stage(
+            name, doing, steps, rate, self.settings.seed + seed, seconds, plan.after(name) if plan.seconds else 0.0
+        )
+
+    def _swapped(self, plan: Plan) -> list[int]:
+        """The layers that get new attention; chosen once."""
+        layers = range(len(self.host.layers))
+        kept = self.settings.kept(len(layers))
+        if isinstance(kept, int):
+            known = self.folder.read("kept")
+            if known is None:
+                sensitivity = self._sensitivity(plan)
+                known = list(choose(sensitivity, kept))
+                self.folder.write("kept", known)
+                worst = max(sensitivity, key=lambda n: sensitivity[n])
+                self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} nats a token)")
+            kept = tuple(known)
+        return [number for number in layers if number not in kept]
+
+    def _warm(self) -> tuple[dict[int, nn.Module], list[str]]:
+        student, learned = self.host.copy_with(
+            range(len(self.host.layers)), self.settings.mechanism, self.settings.seed
+        )
+        return self._modules(student, range(len(self.host.layers))), learned
+
+    def _modules(self, student: Any, numbers: Sequence[int]) -> dict[int, nn.Module]:
+        return {number: student.get_submodule(self.host.layers[number].path) for number in numbers}
+
+    def _sensitivity(self, plan: Plan) -> dict[int, float]:
+        modules, learned = self._warm()
+        self._transfer("warm", modules, learned, plan)
+        blocks = even_blocks(self.corpus.held_out, plan.tried, self.settings.length)
+        return measure_sensitivity(
+            self.host, modules, blocks, self.folder, self.watch, plan.after("sensitivity") if plan.seconds else 0.0
+        )
+
+    def _transfer(self, name: str, modules: dict[int, nn.Module], learned: list[str], plan: Plan) -> list[list[float]]:
+        doing = "first steps of all layers" if name == "warm" else "attention transfer"
+        steps = plan.warm if name == "warm" else plan.transfer
+        stage = self._stage(name, doing, steps, self.settings.transfer_rate, plan, 0 if name == "warm" else 1)
+        return transfer(self.host, modules, learned, self.corpus, self.settings, stage, self.folder, self.watch)
+
+    def _trained(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> dict[str, Any]:
+        """The losses of the stages, once the student is trained."""
+        modules = self._modules(student, swapped)
+        if self.settings.chosen and not self.folder.checkpoint("transfer").exists():
+            self._begin_warm(modules, plan)
+        moved = self._transfer("transfer", modules, learned, plan)
+        first, last = (sum(losses) / len(losses) for losses in (moved[0], moved[-1]))
+        self.say(
+            f"attention transfer: {first:.3g} to {last:.3g} of the outputs' square, {len(swapped)} layers, {len(moved)} steps"
+        )
+        stage = self._stage(
+            "tune",
+            "training on the teacher's logits" if self.settings.distil else "training",
+            plan.tune,
+            self.settings.rate,
+            plan,
+            2,
+        )
+        tuned = tune(self.host, student, swapped, learned, self.corpus, self.settings, stage, self.folder, self.watch)
+        self.say(f"training: loss {tuned[0][0]:.3g} to {tuned[-1][0]:.3g}, {len(tuned)} steps")
+        return {
+            "transfer": [dict(zip(map(str, swapped), row, strict=True)) for row in moved],
+            "tune": [row[0] for row in tuned],
+        }
+
+    def _begin_warm(self, modules: dict[int, nn.Module], plan: Plan) -> None:
+        """Begin with what the first steps of all layers came to."""
+        warm, names = self._warm()
+        self._transfer("warm", warm, names, plan)
+        for number, module in modules.items():
+            module.load_state_dict(warm[number].state_dict())
+
+    def _record(
+        self, student: Any, learned: list[str], swapped: list[int], plan: Plan, losses: dict[str, Any]
+    ) -> dict[str, Any]:
+        results = evaluate(
+            self.host, student, swapped, self.corpus, self.settings, plan.windows, self.folder, self.watch
+        )
+        tokens = self.settings.batch_size * self.settings.length
+        return {
+            "regard": provenance.regard_version(),
+            "made": provenance.now(),
+            "from": {
+                "name": self.host.name,
+                "class": type(self.host.model).__name__,
+                "fingerprint": self.host.fingerprint(),
+            },
+            "settings": self.settings.identity(),
+            "layers": len(self.host.layers),
+            "swapped": swapped,
+            "kept": [n for n in range(len(self.host.layers)) if n not in swapped],
+            "new_parameters": sum(student.get_parameter(name).numel() for name in learned),
+            "sensitivity": self.folder.read("sensitivity"),
+            "data": {
+                "training": self.corpus.name,
+                "validation": self.corpus.other_name,
+                "digest": self.corpus.digest(),
+                "tokens": len(self.corpus.training),
+            },
+            "trained_tokens": {
+                "all layers": plan.warm * tokens,
+                "transfer": len(losses["transfer"]) * tokens,
+                "tune": len(losses["tune"]) * tokens,
+            },
+            "plan": plan.record(),
+            "losses": losses,
+            "results": results,
+            "recommendation": recommend(results),
+            "machine": provenance.fingerprint(),
+        }
+
+    def _save(self, student: Any, record: dict[str, Any]) -> None:
+        """The model and what belongs to it, each file moved to its place whole; the record comes last."""
+        place, made = self.folder.path, self.folder.work / "model"
+        if (place / RECORD).is_file():
+            return
+        shutil.rmtree(made, ignore_errors=True)
+        replace(self.host, model=student).save(made)
+        for file in sorted(made.iterdir()):
+            os.replace(file, place / file.name)
+        made.rmdir()
+        write_atomically(place / "README.md", lambda file: file.write_text(card.readme(record), encoding="utf-8"))
+        write_atomically(place / RECORD, lambda file: file.write_text(card.as_json(record), encoding="utf-8"))
+        for checkpoint in self.folder.work.glob("*.safetensors"):
+            checkpoint.unlink()
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record of a finished retrofit.
+
+    Raises:
+        Unsupported: for a folder without one.
+    """
+    found = Folder.finished(Path(folder))
+    if found is None:
+        raise Unsupported(
+            f"{folder} as a retrofit: no {RECORD} there", supported="the output folder of a finished regard retrofit"
+        )
+    return found
+
+
+__all__ = ["Retrofit", "read_record", "retrofit"]

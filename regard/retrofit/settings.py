@@ -1,0 +1,167 @@
+"""What a retrofit is asked for, checked before anything is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from regard.catalogue import get_mechanism, resolve
+from regard.contract import Kind, Unsupported, at_least
+from regard.integrations.swap import Choice
+from regard.measurement.budget import Budget
+from regard.models.variants import read_variant
+
+KEEP = "auto, auto:SHARE (0 to 1), auto:NUMBER, none, or layers by number from 0 (0,5,29)"
+TRAIN = "all, new (the swapped layers alone), or lora:RANK"
+KIN = {"mamba2": "gated_linear:gate=scalar", "mamba": "gated_linear", "rwkv7": "delta_rule:gated=True"}
+"""Mechanisms whose layers are their own, and what comes next to them on queries, keys and values that exist."""
+
+
+@dataclass(frozen=True)
+class RetrofitSettings:
+    """How to retrofit.
+
+    Attributes:
+        mechanism: of the new layers: a name, which may have options (``local:window=64``).
+        keep_layers: which layers keep their attention: ``auto:0.5`` half of them, ``auto:22`` so many, those that lose the
+            most when they are swapped alone; or their numbers, from 0; or ``none``.
+        budget: time of the whole command, or tokens or steps of the training.
+        length: tokens of a block of text, >= 2.
+        batch_size: blocks of a training step, >= 1.
+        train: weights that the last stage trains: ``all``, ``new`` (the swapped layers alone) or ``lora:RANK``.
+        distil: weight of the teacher's logits in the last stage, 0 to 1; the rest is that of the next token.
+        transfer_rate, rate: peak learning rates of the attention transfer and of the last stage, as shares of the root mean
+            square of each parameter; what is new learns four times as fast.
+        lengths: of the context, at which time, state and recall are measured.
+        evaluation_blocks: blocks of each text in the evaluation, at most; as the budget allows when None.
+        seed: of blocks and of what starts at random.
+    """
+
+    mechanism: str
+    keep_layers: str | tuple[int, ...] = "auto:0.5"
+    budget: Budget = Budget("seconds", 3600.0)
+    length: int = 512
+    batch_size: int = 4
+    train: str = "all"
+    distil: float = 1.0
+    transfer_rate: float = 0.02
+    rate: float = 0.002
+    lengths: tuple[int, ...] = (512, 2048)
+    evaluation_blocks: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_mechanism(self.mechanism)
+        for name, low in (("length", 2), ("batch_size", 1), ("seed", 0)):
+            at_least(name, getattr(self, name), low)
+        if self.evaluation_blocks is not None:
+            at_least("evaluation_blocks", self.evaluation_blocks, 1)
+        if not 0 <= self.distil <= 1:
+            raise Unsupported(f"distil={self.distil}", supported="a weight from 0 to 1", nearest="distil=1.0")
+        for name in ("transfer_rate", "rate"):
+            if not getattr(self, name) > 0:
+                raise Unsupported(f"{name}={getattr(self, name)}", supported="a positive rate", nearest=f"{name}=0.002")
+        if self.budget.unit == "flops":
+            raise Unsupported(f"a budget of {self.budget}", supported="a time, tokens or steps", nearest="60m")
+        if not self.lengths or min(self.lengths) < 32:
+            raise Unsupported(
+                f"lengths={self.lengths}", supported="one or more of 32 or more", nearest="lengths=(512,)"
+            )
+        self.lora  # noqa: B018 read for its check
+        read_keep(self.keep_layers)
+
+    @property
+    def lora(self) -> int | None:
+        """The rank of low-rank updates; None where whole weights are trained."""
+        if self.train in ("all", "new"):
+            return None
+        found = re.fullmatch(r"lora:([1-9][0-9]*)", self.train)
+        if found is None:
+            raise Unsupported(f"train={self.train!r}", supported=TRAIN, nearest="lora:16")
+        return int(found[1])
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the layers to keep are chosen by their sensitivity."""
+        return not isinstance(read_keep(self.keep_layers), tuple)
+
+    def kept(self, layers: int) -> int | tuple[int, ...]:
+        """How many layers of `layers` are to keep their attention, or which.
+
+        Raises:
+            Unsupported: for layers that are not there, and where none would be left to change.
+        """
+        found = read_keep(self.keep_layers)
+        if isinstance(found, float):
+            found = round(found * layers)
+        if isinstance(found, tuple):
+            for layer in found:
+                if not 0 <= layer < layers:
+                    raise Unsupported(
+                        f"layer {layer} of a model of {layers} layers", supported=f"layers from 0 to {layers - 1}"
+                    )
+        count = found if isinstance(found, int) else len(found)
+        if count >= layers:
+            raise Unsupported(
+                f"keep_layers={self.keep_layers!r} of a model of {layers} layers, which leaves no layer to change",
+                supported=f"at most {layers - 1} kept layers",
+                nearest="auto:0.5",
+            )
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same where a retrofit goes on."""
+        return {
+            **asdict(self),
+            "budget": str(self.budget),
+            "lengths": list(self.lengths),
+            "keep_layers": self.spelled_keep(),
+        }
+
+    def spelled_keep(self) -> str:
+        """The layers to keep, as the command line has them."""
+        keep = self.keep_layers
+        return keep if isinstance(keep, str) else ",".join(map(str, keep)) or "none"
+
+
+def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[int, ...]:
+    """A share of layers, a number of them, or which."""
+    if isinstance(keep, (tuple, list)):
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in keep):
+            raise Unsupported(f"keep_layers={keep!r}", supported=KEEP, nearest="auto:0.5")
+        if len(set(keep)) < len(keep):
+            raise Unsupported(f"keep_layers={keep!r}, which names a layer twice", supported="each layer once")
+        return tuple(sorted(keep))
+    text = str(keep).strip()
+    name, _, amount = text.partition(":")
+    if name == "auto":
+        if not amount:
+            return 0.5
+        if re.fullmatch(r"[0-9]+", amount):
+            return int(amount)
+        if re.fullmatch(r"(0?\.[0-9]+|1\.0*|0\.0*)", amount):
+            return float(amount)
+    elif text == "none":
+        return ()
+    elif re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", text):
+        return read_keep([int(part) for part in text.split(",")])
+    raise Unsupported(f"keep_layers={keep!r}", supported=KEEP, nearest="auto:0.5")
+
+
+def check_mechanism(written: str) -> None:
+    """Raise Unsupported, with the nearest kin, for a mechanism that cannot take a model's queries, keys and values."""
+    try:
+        Choice.of(written, "causal-self")
+    except Unsupported as error:
+        variant = read_variant(written)
+        name = resolve(variant.layers[0][0])[0].name if len(variant.layers) == 1 else ""
+        if name in KIN:
+            raise Unsupported(
+                f"a retrofit with {name}, a {get_mechanism(name).kind.value} with a layer of its own"
+                if get_mechanism(name).kind is not Kind.ATTENTION
+                else error.asked,
+                supported="attention mechanisms of queries, keys and values that a model has",
+                nearest=KIN[name],
+            ) from None
+        raise

@@ -1,0 +1,139 @@
+"""Attention transfer: each new layer learns the output that the old one has on the user's text.
+
+The teacher runs once a batch; where one of its attention modules has answered, the new one answers the same call, learns from
+the difference, and both are forgotten: nothing is stored, and no layer knows of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.retrofit.corpus import Corpus
+from regard.retrofit.folder import Folder
+from regard.retrofit.hosts import Host
+from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.stage import Stage, Watch, train_stage
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+SMALLEST_SHARE = 0.1
+"""Of the size that an output should have, the least that it is begun with."""
+
+Heard = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], None]
+"""Called with a layer's number, its output, and the call that it answered."""
+
+
+def transfer(
+    host: Host,
+    modules: Mapping[int, nn.Module],
+    learned: Sequence[str],
+    corpus: Corpus,
+    settings: RetrofitSettings,
+    stage: Stage,
+    folder: Folder,
+    watch: Watch,
+) -> list[list[float]]:
+    """Train new attention modules, each alone, on the outputs of the teacher's.
+
+    Args:
+        modules: of a copy of the teacher, by the number of their layer.
+        learned: names in the copy of parameters that are new.
+
+    Returns:
+        Of each step the loss of each module: its squared distance from the teacher's output, as a share of that output's
+        square.
+    """
+    together = nn.ModuleDict({str(number): module for number, module in modules.items()})
+    names = [f"{n}.{name}" for n, module in modules.items() for name in _new_in(module, host.layers[n].path, learned)]
+    if not folder.checkpoint(stage.name).exists() and stage.steps:
+        begin_at_scale(host, modules, corpus.blocks(0, settings.seed, 1, settings.length))
+
+    def step(number: int) -> list[float]:
+        ids = corpus.blocks(number, stage.seed, settings.batch_size, settings.length)
+        return transfer_losses(host, modules, ids)
+
+    parts = list(modules.values())
+    return train_stage(stage, folder, together, names, step, watch, clipped=parts)
+
+
+def transfer_losses(host: Host, modules: Mapping[int, nn.Module], ids: Int[Tensor, "b n"]) -> list[float]:
+    """The loss of each module on some text; their parameters have its gradients afterwards."""
+    losses: dict[int, float] = {}
+
+    def learn(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        with torch.enable_grad():
+            found = modules[number](*args, **given)[0]
+            loss = (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
+            loss.backward()
+        losses[number] = loss.item()
+
+    with _listening(host, modules, learn):
+        host.body(ids)
+    return [losses[number] for number in modules]
+
+
+@torch.no_grad()
+def begin_at_scale(host: Host, modules: Mapping[int, nn.Module], ids: Int[Tensor, "b n"]) -> None:
+    """Multiply the output projection of each new module by what brings its outputs nearest to the teacher's.
+
+    Attention without a normaliser sums over the past, and its outputs may be a hundred times too large at first.
+    """
+
+    def rescale(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        found, projection = _output_projection(modules[number], args, given)
+        if projection is None:
+            return
+        size = expected.norm() / found.norm().clamp(min=1e-30)
+        nearest = (found * expected).sum() / found.square().sum().clamp(min=1e-30)
+        projection.weight.mul_(torch.maximum(nearest, SMALLEST_SHARE * size))  # type: ignore[operator]
+
+    with _listening(host, modules, rescale):
+        host.body(ids)
+
+
+def _output_projection(
+    module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[Float[Tensor, "b n c"], nn.Module | None]:
+    """The output of an attention module, and the part of it that made that tensor."""
+    made: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        part.register_forward_hook(lambda part, _, output: made.append((part, output)))
+        for part in module.modules()
+        if "weight" in part._parameters
+    ]
+    try:
+        output = module(*args, **given)[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = [part for part, its in made if isinstance(its, Tensor) and its.data_ptr() == output.data_ptr()]
+    return output, last[-1] if last and getattr(last[-1], "bias", None) is None else None
+
+
+def _new_in(module: nn.Module, path: str, learned: Sequence[str]) -> list[str]:
+    return [name for name, _ in module.named_parameters() if f"{path}.{name}" in set(learned)]
+
+
+@contextmanager
+def _listening(host: Host, modules: Mapping[int, nn.Module], heard: Heard) -> Iterator[None]:
+    """Within the context, `heard` is called for each of these layers when the teacher's has answered."""
+
+    def hook(number: int) -> Callable[..., None]:
+        def listen(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+            heard(number, output[0], args, given)
+
+        return listen
+
+    hooks = [host.attention(n).register_forward_hook(hook(n), with_kwargs=True) for n in modules]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for each in hooks:
+            each.remove()

@@ -1,0 +1,303 @@
+"""Retrofits of models with random weights: stages learn, a kill changes nothing, and what comes of it loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from small_llama import SIZES, WORK, llama, tokens
+
+import regard
+from regard import Unsupported
+from regard.integrations.transformers import AutoModelForCausalLM
+from regard.measurement.budget import Budget
+from regard.retrofit import hosts, stage
+from regard.retrofit.evaluate import perplexity, state_bytes
+from regard.retrofit.sensitivity import choose
+from regard.retrofit.transfer import begin_at_scale, transfer_losses
+
+
+class Killed(BaseException):
+    """Nothing saves anything when it comes."""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished retrofit, the model that it was made from, and that model's weights before."""
+    model, folder = llama(), tmp_path_factory.mktemp("hybrid")
+    before = copy.deepcopy(model.state_dict())
+    made = regard.retrofit(
+        model,
+        "gated_linear",
+        keep_layers="auto:0.5",
+        data=tokens(),
+        validation=tokens(400),
+        budget="60 steps",
+        output=folder,
+        **WORK,
+    )
+    return made, model, before
+
+
+def test_the_layers_that_matter_keep_their_attention(done):
+    made, _, _ = done
+    assert made.record["kept"] == [1, 2]
+    assert made.swapped == [0, 3]
+
+
+def test_every_stage_lowers_its_loss(tmp_path):
+    settings = {**WORK, "batch_size": 8, "transfer_rate": 0.01}
+    made = regard.retrofit(
+        llama(2, loud=(0, 1)),
+        "lolcats:window=4",
+        keep_layers="none",
+        data=tokens(),
+        budget="60 steps",
+        output=tmp_path / "out",
+        **settings,
+    )
+    losses = made.record["losses"]
+    for layer in ("0", "1"):
+        curve = [row[layer] for row in losses["transfer"]]
+        assert sum(curve[-3:]) < 0.97 * sum(curve[:3])
+    assert sum(losses["tune"][-3:]) < 0.85 * sum(losses["tune"][:3])
+
+
+def test_the_model_that_is_given_stays_as_it_is(done):
+    _, model, before = done
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not hasattr(model.config, "regard")
+
+
+def test_the_folder_loads_gives_the_same_and_generates(done):
+    made, _, _ = done
+    loaded = AutoModelForCausalLM.from_pretrained(made.folder)
+    ids = tokens(20)[None]
+    assert torch.equal(loaded(ids).logits, made.model(ids).logits)
+    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 23)
+
+
+def test_the_folder_says_where_it_comes_from(done):
+    made, model, _ = done
+    record = json.loads((made.folder / "retrofit.json").read_text())
+    assert record == json.loads(json.dumps(made.record))
+    assert record["from"]["fingerprint"] == hosts.open_host(model).fingerprint()
+    assert record["trained_tokens"] == {"all layers": 9 * 64, "transfer": 15 * 64, "tune": 36 * 64}
+    readme = (made.folder / "README.md").read_text()
+    assert made.recommendation in readme and "gated_linear in 2 of 4 layers" in readme
+    assert not list((made.folder / ".retrofit").glob("*.safetensors"))
+
+
+def test_a_finished_retrofit_is_given_again_and_another_is_refused(done):
+    made, model, _ = done
+    with pytest.raises(Unsupported, match=r"holds another retrofit .*mechanism 'gated_linear', now 'delta_rule'"):
+        regard.retrofit(model, "delta_rule", data=tokens(), budget="60 steps", output=made.folder, **WORK)
+    assert (made.folder / "retrofit.json").is_file()
+
+
+@pytest.mark.parametrize("train", ["all", "lora:2"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of names in transformers
+def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch, train):
+    if train != "all":
+        pytest.importorskip("peft")
+    model, data = llama(3, loud=(1,)), tokens()
+    settings = {"keep_layers": "auto:1", "data": data, "budget": "54 steps", "train": train, **WORK}
+    whole = regard.retrofit(model, "gated_linear", output=tmp_path / "whole", **settings)
+    monkeypatch.setattr(stage, "CHECKPOINT_SECONDS", 0.0)
+    kills = iter(
+        [("first steps", 2), ("sensitivity", 1), ("attention transfer", 3), ("training", 5), ("evaluation", 1)]
+    )
+    next_kill = [next(kills)]
+
+    def watch(progress):
+        if next_kill[0] and progress.doing.startswith(next_kill[0][0]) and progress.done == next_kill[0][1]:
+            next_kill[0] = next(kills, None)
+            raise Killed
+
+    for _ in range(5):
+        with pytest.raises(Killed):
+            regard.retrofit(model, "gated_linear", output=tmp_path / "killed", watch=watch, **settings)
+    again = regard.retrofit(model, "gated_linear", output=tmp_path / "killed", watch=watch, **settings)
+    assert next_kill == [None]
+    assert again.record["losses"] == whole.record["losses"]
+    expected = whole.model.state_dict()
+    assert again.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_training_the_new_layers_alone_leaves_the_others(tmp_path):
+    model = llama(2, loud=())
+    made = regard.retrofit(
+        model,
+        "local:window=4",
+        keep_layers=[0],
+        data=tokens(),
+        budget="30 steps",
+        train="new",
+        distil=0.5,
+        output=tmp_path / "new",
+        **WORK,
+    )
+    before, changed = model.state_dict(), set()
+    for name, tensor in made.model.state_dict().items():
+        changed |= set() if torch.equal(tensor, before[name]) else {name}
+    assert changed and all(name.startswith("model.layers.1.self_attn.") for name in changed)
+
+
+@pytest.fixture(scope="module")
+def host():
+    return hosts.open_host(llama(3))
+
+
+def modules(host, numbers, mechanism):
+    made, _ = host.copy_with(numbers, mechanism, 0)
+    return {number: made.get_submodule(host.layers[number].path) for number in numbers}
+
+
+def test_no_layer_of_a_transfer_knows_of_another(host):
+    ids = tokens(64).view(2, 32)
+    both, alone = modules(host, [0, 2], "local:window=4"), modules(host, [2], "local:window=4")
+    assert transfer_losses(host, both, ids)[1] == transfer_losses(host, alone, ids)[0]
+    for one, other in zip(both[2].parameters(), alone[2].parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_a_transfer_to_softmax_has_nothing_to_learn(host):
+    assert max(transfer_losses(host, modules(host, [0, 1, 2], "softmax"), tokens(64).view(2, 32))) < 1e-10
+
+
+def test_new_layers_begin_at_the_scale_of_the_old_ones(host):
+    ids = tokens(64).view(2, 32)
+    new = modules(host, [0, 1, 2], "linear:normalize=False")
+    raw = transfer_losses(host, new, ids)
+    begin_at_scale(host, new, ids)
+    assert all(
+        after < 1.1 and after < before / 5 for after, before in zip(transfer_losses(host, new, ids), raw, strict=True)
+    )
+
+
+def test_the_most_sensitive_layers_are_kept():
+    assert choose({0: 0.1, 1: 3.0, 2: float("nan"), 3: -0.1}, 2) == (1, 2)
+    assert choose({0: 0.1, 1: 0.1, 2: 0.1}, 1) == (0,)
+
+
+def test_the_same_model_has_the_same_perplexity_at_every_position(host):
+    found = perplexity({"original": host.model, "retrofit": host.model}, tokens(4 * 64).view(4, 64))
+    assert found["change"] == found["standard_error"] == 0
+    assert [(b["first"], b["last"]) for b in found["by_position"]] == [(1, 16), (17, 32), (33, 63)]
+    assert all(b["original"] == b["retrofit"] for b in found["by_position"])
+
+
+def test_a_state_is_that_of_every_layer(host):
+    made, _ = host.copy_with([0, 1], "gated_linear", 0)
+    cache = 2 * 2 * 8 * 4  # keys and values of two heads of eight numbers of four bytes
+    assert state_bytes(host, host.model, 1000) == 3 * 1000 * cache
+    assert state_bytes(host, made, 1000) == 1000 * cache + 2 * 4 * 8 * 8 * 4
+
+
+def bert(_):
+    import transformers
+
+    small = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    return {"model": transformers.BertModel(transformers.BertConfig(**small, num_hidden_layers=1))}
+
+
+def swapped(_):
+    regard.swap(model := llama(2), "gated_linear")
+    return {"model": model}
+
+
+def shared(_):
+    model = llama(2)
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+    return {"model": model}
+
+
+def quantized(_):
+    model = llama(2)
+    model.quantization_method = "int4"
+    return {"model": model}
+
+
+def sliding(_):
+    import transformers
+
+    config = transformers.MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=8)
+    return {"model": transformers.MistralForCausalLM(config)}
+
+
+def something_else(_):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def odd(module, q, k, v, *args, **options):
+        output, weights = sdpa_attention_forward(module, q, 2 * k, v, *args, **options)
+        return output, weights
+
+    AttentionInterface.register("odd", odd)
+    AttentionMaskInterface.register("odd", sdpa_mask)
+    return {"model": llama(2, loud=(0, 1), attn_implementation="odd")}
+
+
+def full(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("dear")
+    return {}
+
+
+BAD = {
+    "another kind of model": (bert, "no causal language model|supported: causal language models"),
+    "swapped before": (swapped, "swapped before.*unswap"),
+    "shared weights": (shared, "shared weights"),
+    "quantized weights": (quantized, "quantized"),
+    "a window that the mechanism lacks": (sliding, "mask of pairs"),
+    "another attention than it says": (something_else, "not softmax of its queries and keys"),
+    "a folder with other files": (full, "holds other files"),
+    "a missing folder": (lambda _: {"model": "nowhere/at/all"}, "does not exist"),
+    "a short text": (lambda _: {"data": tokens(40)}, "8 training tokens, shorter than a block of 32"),
+    "unknown tokens": (lambda _: {"data": tokens() + 40}, "token ids up to"),
+    "text without a tokenizer": (lambda _: {"data": __file__}, "without a tokenizer"),
+    "a small budget": (lambda _: {"budget": "20 steps"}, "3 steps of the first steps of all layers.*try 54 steps"),
+    "a short time": (lambda _: {"budget": "0.01s"}, "left for"),
+    "a layer out of range": (lambda _: {"keep_layers": [0, 7]}, "layer 7 of a model of 2 layers"),
+    "all layers kept": (lambda _: {"keep_layers": "auto:1.0"}, "leaves no layer"),
+    "a mixer": (lambda _: {"mechanism": "mamba2"}, "gated_linear:gate=scalar"),
+    "another setting": (lambda _: {"epochs": 3}, "setting 'epochs'"),
+    "long blocks": (lambda _: {"length": 512}, "512 tokens for a model of 256 positions"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_will_not_do_is_refused_before_anything_is_trained(tmp_path, what):
+    make, message = BAD[what]
+    there = {"mechanism": "gated_linear", "data": tokens(), "budget": "60 steps", "output": tmp_path / "out", **WORK}
+    given = {"model": llama(2), **there, **make(tmp_path)}
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Unsupported, match=message):
+        regard.retrofit(given.pop("model"), given.pop("mechanism"), **given, watch=unexpected)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def unexpected(progress):
+    assert progress.doing == "looking at the model"
+
+
+def test_a_time_is_planned_from_the_pace_that_is_measured(host, monkeypatch):
+    from regard.retrofit import pace
+    from regard.retrofit.corpus import read_corpus
+    from regard.retrofit.settings import RetrofitSettings
+
+    data = tokens()
+    corpus = read_corpus(data, None, None, length=32, vocabulary=48, seed=0)
+    seconds = {"probe": 1.0, "block": 0.1, "warm": 0.5, "transfer": 0.5, "tune": 2.0}
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: seconds)
+    settings = RetrofitSettings("linear", budget=Budget.parse("5m"), length=32, lengths=(32,))
+    found = pace.plan(host, corpus, settings)
+    spent = sum(getattr(found, name) * seconds[name] for name in ("warm", "transfer", "tune"))
+    assert 0.6 * 300 < spent < 0.8 * 300
+    assert found.tune > 0 and found.windows == 32
+    with pytest.raises(Unsupported, match=r"budget of 10s of which .* left for"):
+        pace.plan(host, corpus, RetrofitSettings("linear", budget=Budget.parse("10s"), length=32, lengths=(32,)))
