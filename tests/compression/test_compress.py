@@ -216,16 +216,16 @@ def test_llm_int8_keeps_no_columns_with_an_infinite_threshold_and_all_with_none(
     assert distance(outputs["llm_int8:threshold=1.5"], outputs["float"]) < distance(outputs["w8a8"], outputs["float"])
 
 
-def test_smoothquant_loses_less_than_plain_8_bits_where_inputs_have_outliers():
+def test_smoothquant_and_outlier_columns_lose_less_than_plain_8_bits_where_inputs_have_outliers():
     losses = {}
-    for recipe in ("w8a8", "smoothquant"):
+    for recipe in ("w8a8", "smoothquant", "llm_int8:threshold=20"):
         torch.manual_seed(2)
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         x = torch.randn(300, 64)
         x[:, 7] *= 80
         expected = model(x)
         losses[recipe] = distance(regard.compress(model, recipe, [x]).model(x), expected)
-    assert losses["smoothquant"] < losses["w8a8"]
+    assert losses["smoothquant"] < losses["w8a8"] / 2 and losses["llm_int8:threshold=20"] < losses["w8a8"] / 2, losses
 
 
 def test_code_that_reads_a_quantized_layers_weight_gets_what_acts_on_its_inputs():
