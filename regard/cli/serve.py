@@ -15,7 +15,7 @@ from rich.text import Text
 from regard.cli.arguments import read_integers
 from regard.cli.console import console, emit, errors, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS
-from regard.contract import Unsupported
+from regard.contract import Unsupported, one_of
 
 if TYPE_CHECKING:
     from regard.serving.bench import Load
@@ -54,6 +54,7 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Most seconds for an answer, waiting included.")] = 600.0,
     drain: Annotated[int, typer.Option(help="Most seconds to finish answers after SIGTERM.")] = 30,
     max_body: Annotated[int, typer.Option(help="Most bytes of a request.")] = 4 << 20,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads of torch; its own choice when not given.")] = None,
     bench: Annotated[bool, typer.Option("--bench", help="Measure under load instead, and stop.")] = False,
     clients: Annotated[str, typer.Option(help="With --bench: clients at one time, in turns.")] = "1,4,16",
@@ -89,9 +90,10 @@ def serve(
         raise Unsupported("a folder beside --url", supported="one of them")
     if url is not None and not bench:
         raise Unsupported("--url without --bench", supported="a folder to serve", nearest="--bench")
-    if threads is not None:
-        import torch
+    import torch
 
+    one_of("dtype", dtype, ("float32", "bfloat16"))
+    if threads is not None:
         torch.set_num_threads(threads)
     load: Load | None = None
     if bench:
@@ -113,7 +115,7 @@ def serve(
     template = None if chat_template is None else _read(chat_template)
     sizes: dict[str, Any] = {"rows": rows, "context": context, "cache_tokens": cache_tokens}
     with listen(host, 0 if bench else port) as listening:
-        opened = open_model(folder, device=device, template=template, **sizes)
+        opened = open_model(folder, device=device, template=template, dtype=getattr(torch, dtype), **sizes)
         engine = Engine(opened.reader, limits)
         key = os.environ.get(KEY)
         server = Server(Service(engine), opened.text, name or opened.name, limits=server_limits, key=key)

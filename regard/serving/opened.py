@@ -40,7 +40,7 @@ def open_model(
 
     Args:
         template: layout of chats, instead of the model's.
-        dtype: of the weights of a model of transformers.
+        dtype: of the weights.
         sizes: `rows`, `context`, `cache_tokens` and `page_size` of a reader.
 
     Raises:
@@ -49,7 +49,7 @@ def open_model(
     if not place.exists():
         raise Unsupported(f"{place}, which does not exist", supported=SUPPORTED, nearest=nearest_path(place))
     if (place / RECORD).is_file():
-        return _open_trained(place, device, template, sizes)
+        return _open_trained(place, device, template, dtype, sizes)
     if place.suffix == ".gguf" and place.is_file():
         return _open_transformers(place.parent, device, template, dtype, sizes, gguf=place.name)
     files = sorted(place.glob("*.gguf")) if place.is_dir() else []
@@ -68,7 +68,7 @@ def open_model(
     return _open_transformers(place, device, template, dtype, sizes)
 
 
-def _open_trained(place: Path, device: str, template: str | None, sizes: dict[str, Any]) -> Opened:
+def _open_trained(place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]) -> Opened:
     from regard.models import LanguageModel, count_parameters
     from regard.serving.language import LanguageReader
 
@@ -81,7 +81,7 @@ def _open_trained(place: Path, device: str, template: str | None, sizes: dict[st
         )
     text = PlainText(trained.tokenizer, template)
     described = f"{trained.record['mechanism']}, {count_parameters(model):,} parameters"
-    return Opened(place.resolve().name, described, LanguageReader(model, **sizes), text)
+    return Opened(place.resolve().name, described, LanguageReader(model.to(dtype), **sizes), text)
 
 
 def _open_transformers(
@@ -92,13 +92,17 @@ def _open_transformers(
     sizes: dict[str, Any],
     gguf: str | None = None,
 ) -> Opened:
+    from regard.integrations.transformers import RegardForCausalLM
+    from regard.serving.language import LanguageReader
     from regard.serving.transformers import TransformersReader
 
     model = _loaded("AutoModelForCausalLM", place, gguf, dtype=dtype)
     ends = getattr(model.generation_config, "eos_token_id", None)
     stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
     text = TransformersText(_loaded("AutoTokenizer", place, gguf), stops, template)
-    reader = TransformersReader(model.to(device).eval(), **sizes)
+    model = model.to(device).eval()
+    inner = model.model if isinstance(model, RegardForCausalLM) else None
+    reader = TransformersReader(model, **sizes) if inner is None else LanguageReader(inner, **sizes)
     name = Path(gguf).stem if gguf else place.resolve().name
     return Opened(name, f"{type(model).__name__} of transformers", reader, text)
 

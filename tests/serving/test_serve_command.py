@@ -10,6 +10,8 @@ from command_line import answer, run
 
 from regard.contract import Unsupported
 from regard.models import LanguageModel, LanguageModelConfig, save_pretrained
+from regard.serving.engine import Engine, Request
+from regard.serving.language import LanguageReader
 from regard.serving.opened import open_model
 
 pytest.importorskip("uvicorn")
@@ -51,6 +53,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(capsys, tmp_path, 
             f"{trained} --chat-template {tmp_path}/none": "chat template",
             f"{trained} --rows 0": "rows >= 1",
             f"{trained} --timeout 0": "seconds >= 0.001",
+            f"{trained} --dtype int8": "float32, bfloat16",
             f"{trained} --bench --clients none": "whole numbers",
             f"{trained} --bench --shared-tokens 9 --prompt-tokens 3": "0 to 3",
             "--url http://127.0.0.1:1 --bench": "no server tells",
@@ -114,3 +117,13 @@ def test_a_tokenizer_of_transformers_is_read_beside_its_model(tmp_path):
     opened = open_model(tmp_path, rows=1, context=50)
     assert opened.text.decode(opened.text.chat([{"role": "user", "content": "some text"}])) == "<some text>"
     assert opened.text.stop_tokens == {7} and opened.reader.vocab_size == 270
+    from regard.integrations.transformers import RegardConfig, RegardForCausalLM
+
+    own = RegardForCausalLM(RegardConfig(270, dim=8, plan=["linear", "softmax"], num_heads=1))
+    own.save_pretrained(tmp_path)
+    opened = open_model(tmp_path, rows=1, context=50, dtype=torch.bfloat16)
+    assert isinstance(opened.reader, LanguageReader)
+    engine = Engine(opened.reader)
+    engine.submit(Request("a", opened.text.encode("some text"), 3))
+    assert len([event for _ in range(4) for event in engine.step() if event.token is not None]) == 3
+    assert opened.reader._pools.layers[1][0].dtype == torch.bfloat16
