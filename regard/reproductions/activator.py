@@ -2,10 +2,11 @@
 
 The paper (CIFAR-10, equalised setting, by a public summary): ViT 65.7, MLP-Mixer 70.1, Activator 73.2 %.
 
-Here: Fashion-MNIST on 32 x 32 pixels, a sixth of an epoch, cut into 64 patches of 4 x 4 pixels, without positions for Activator
+Here: Fashion-MNIST on 32 x 32 pixels, a fifth of an epoch, cut into 64 patches of 4 x 4 pixels, without positions for Activator
 as published; 4 blocks of width 48. Each patch is then seen alone and their vectors are averaged, so that the same classes must be
 told by which patches there are and not by where. MLP-Mixer and softmax with positions know the places. Two forms with
-neighbours, a convolution and a shift, and the published one with positions added say what it lacks.
+neighbours, a convolution and a shift, and the published one with positions added say what it lacks. A pilot of one seed had 0.642
+by Activator, 0.784 with positions, 0.834 by the Mixer and 0.782 by softmax.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from regard.reproductions.framework.pictures import PICTURES, SMALL_PICTURES, ca
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import classifier, trained_score
 
-TRAINING = PICTURES | {"patch": 4, "positions": "none"}
+TRAINING = PICTURES | {"steps": 400, "patch": 4, "positions": "none"}
 UNIT = TRAINING | {"mixer": "activator"}
 
 

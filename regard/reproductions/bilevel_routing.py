@@ -5,6 +5,7 @@ The paper (ImageNet-1K top-1): 82.7 % in the layout of Swin-T, whose local windo
 Here: which of two glyphs that lie anywhere in an image is the same? Scenes of 8 x 8 cells hold two marked glyphs of 2 x 2 cells
 and three others without a mark; the class is whether the marked two are alike. Of 16 regions each reads itself alone (local
 windows), the 2 or 4 that it chooses, or all (softmax). Two layers of width 32, learned positions, no local enhancement.
+A pilot of one seed had 0.496 with its own region and 0.816 with 2 chosen ones.
 
 Fashion-MNIST cannot tell: in 64 patches with two layers of width 64, 300 steps, a pilot of one seed had 0.796 with its own region,
 0.794 with 4 chosen ones and 0.793 with all.

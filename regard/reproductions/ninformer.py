@@ -2,7 +2,7 @@
 
 The paper claims better accuracy than MLP-Mixer, ViT and a local ViT on MNIST, CIFAR-10 and CIFAR-100; no table was readable.
 
-Here: Fashion-MNIST on 32 x 32 pixels, a sixth of an epoch, in 64 patches of 4 x 4 pixels, 4 blocks of width 48. A NiNformer
+Here: Fashion-MNIST on 32 x 32 pixels, a fifth of an epoch, in 64 patches of 4 x 4 pixels, 4 blocks of width 48. A NiNformer
 holds a Mixer block, a projection and the host's feed-forward network, so a wider Mixer with as many parameters stands beside one
 of equal width, and softmax attention beside both. Mixers know the places of their tokens; softmax has them added to its input.
 """
@@ -15,7 +15,7 @@ from regard.reproductions.framework.pictures import PICTURES, SMALL_PICTURES, ca
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import classifier, trained_score
 
-TRAINING = PICTURES | {"patch": 4, "hidden": 96}
+TRAINING = PICTURES | {"steps": 400, "patch": 4, "hidden": 96}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
