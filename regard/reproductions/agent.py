@@ -13,9 +13,9 @@ with the convolution. Growth of forward time over grids of 1024 to 4096 tokens o
 
 A first protocol compared agents with a convolution to softmax without one, by rotary positions along the rows, and so
 mostly measured the convolution: in a pilot of one seed softmax has 0.79, agents without both 0.79, and softmax, linear attention
-and agents with the convolution 0.88 to 0.89. A second one asked for agents above linear attention on digits: 0.4 +- 0.6 points
-below it (10 seeds), which no affordable number of seeds decides. Nor would Fashion-MNIST in 64 patches: a pilot of one seed had
-0.786 by agents with bias and convolution, 0.793 by softmax, 0.800 by softmax and 0.802 by linear attention with a convolution.
+and agents with the convolution 0.88 to 0.89. Digits hardly tell agents and linear attention apart, hence the scenes. Fashion-MNIST
+in 64 patches does not either: a pilot of one seed had 0.786 by agents with bias and convolution, 0.793 by softmax, 0.800 by
+softmax and 0.802 by linear attention with a convolution.
 """
 
 import dataclasses
@@ -104,9 +104,9 @@ REPRODUCTION = Reproduction(
             above=-0.02,
         ),
         Check(
-            "with the same convolution, agents within 2 points of linear attention or better",
+            "with the same convolution, agents above linear attention",
             minus("agent, no bias", "linear, convolution"),
-            above=-0.02,
+            above=0.0,
         ),
         Check(
             "glyphs: agents within 5 points of softmax or better",
@@ -120,10 +120,7 @@ REPRODUCTION = Reproduction(
     ),
     timings=frozenset({"time"}),
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 256], "seconds": 0.01},
-    left_out=(
-        "agents above linear attention on digits: 0.4 ± 0.6 points below it over 10 seeds, which no affordable number decides",
-        "detection, segmentation and diffusion without training: no such models at this size",
-    ),
+    left_out=("detection, segmentation and diffusion without training: no such models at this size",),
     seeds=4,
     more_seeds={"time": 3},
     seconds=8,
