@@ -52,7 +52,7 @@ class TransformersReader:
             beyond the model's positions.
     """
 
-    holds = False
+    holds, held_bytes = False, 0
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class TransformersReader:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         accelerate(model)
         self.whole, self.pages = bool(needing_whole_sequences(model)), 0
+        self.page_bytes = 0
         if self.whole:
             return
         _check_cache(model)
@@ -86,7 +87,7 @@ class TransformersReader:
         self._pools = Pools(
             seen.layers_seen, rows=rows, context=self.context, cache_tokens=cache_tokens, page_size=page_size
         )
-        self.pages = self._pools.pages
+        self.pages, self.page_bytes = self._pools.pages, self._pools.token_bytes * page_size
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
