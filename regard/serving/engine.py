@@ -162,7 +162,8 @@ class Reader(Protocol):
         vocab_size: tokens that it knows.
         context: most tokens of a sequence.
         pages: pages of its pool; 0 where it has none.
-        page_size: tokens of a page, and of a block of shared beginnings.
+        page_size, page_bytes: tokens of a page, and of a block of shared beginnings; and its bytes.
+        held_bytes: of states beside the pages.
         holds: whether it holds states beside the pages, which are saved and restored as a whole.
         whole: whether it reads a sequence anew at each token.
         device: where logits are, and draws are made.
@@ -172,9 +173,13 @@ class Reader(Protocol):
     context: int
     pages: int
     page_size: int
+    page_bytes: int
     holds: bool
     whole: bool
     device: torch.device
+
+    @property
+    def held_bytes(self) -> int: ...
 
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Read more tokens of each row; logits (B, vocab) of what follows the last.

@@ -54,7 +54,7 @@ class LanguageReader:
         self._held = Held()
         self._texts: dict[int, list[int]] = {}  # of a model that reads its sequences anew
         self._pools: Pools | None = None
-        self.holds, self.pages = False, 0
+        self.holds, self.pages, self.page_bytes = False, 0, 0
         if self.whole:
             return
         with torch.no_grad():
@@ -69,7 +69,7 @@ class LanguageReader:
             self._pools = Pools(
                 samples, rows=rows, context=self.context, cache_tokens=cache_tokens, page_size=page_size
             )
-            self.pages = self._pools.pages
+            self.pages, self.page_bytes = self._pools.pages, self._pools.token_bytes * page_size
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -64,8 +64,10 @@ class _EngineCounts(Collector):
             "running": ("Requests in the batch.", len(engine.active)),
             "waiting": ("Requests that wait for a place.", self._service.waiting),
         }
+        gauges["state_bytes"] = "Bytes of states that are not in pages.", engine.reader.held_bytes
         if engine.pages is not None:
             gauges["pages"] = "Pages of the cache.", engine.pages.count
             gauges["pages_used"] = "Pages with an owner.", engine.pages.count - engine.pages.free
+            gauges["page_bytes"] = "Bytes of a page, in all layers.", engine.reader.page_bytes
         for name, (words, value) in gauges.items():
             yield GaugeMetricFamily(f"regard_{name}", words, value=value)

@@ -90,7 +90,7 @@ class Held:
     @property
     def nbytes(self) -> int:
         """Bytes of all states."""
-        return sum(group.state.nbytes for group in {id(g): g for g, _ in self._where.values()}.values())
+        return sum(group.state.nbytes for group in {id(g): g for g, _ in list(self._where.values())}.values())
 
     @staticmethod
     def _rows(group: _Group, rows: list[int]) -> State:

@@ -46,7 +46,7 @@ class TransformersReader:
             beyond the model's positions.
     """
 
-    holds = False
+    holds, held_bytes = False, 0
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class TransformersReader:
         accelerate(model)
         self.alone, self.pages = any(map(is_swapped, model.modules())), 0
         self.whole = bool(needing_whole_sequences(model))
+        self.page_bytes = 0
         if self.alone:
             return
         _check_cache(model)
@@ -82,7 +83,7 @@ class TransformersReader:
         self._pools = Pools(
             seen.layers_seen, rows=rows, context=self.context, cache_tokens=cache_tokens, page_size=page_size
         )
-        self.pages = self._pools.pages
+        self.pages, self.page_bytes = self._pools.pages, self._pools.token_bytes * page_size
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:

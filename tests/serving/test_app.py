@@ -181,6 +181,7 @@ def test_models_paths_and_metrics(client):
     told = client.get("/metrics").text
     assert 'regard_http_answers_total{path="/v1/completions",status="200"} 1.0' in told
     assert "regard_new_tokens_total 2.0" in told and "regard_prompt_tokens_total 3.0" in told
+    assert "regard_page_bytes 32.0" in told and "regard_state_bytes 0.0" in told
     assert "regard_first_token_seconds_count 1.0" in told and "regard_between_tokens_seconds_count 1.0" in told
 
 

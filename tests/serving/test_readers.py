@@ -77,6 +77,17 @@ def check(model):
     assert not reader._held._where and not reader._texts
 
 
+def test_a_recurrent_layer_holds_as_much_after_a_long_prompt_as_after_a_short_one():
+    reader = LanguageReader(language_model(["gated_linear", "softmax"]), rows=3, context=64, page_size=4)
+    engine, held = Engine(reader, Limits(rows=3, prefix_cache=False)), []
+    for n in (3, 60):
+        engine.submit(Request(str(n), [1] * n, 2))
+        engine.step()
+        held.append(reader.held_bytes)
+        drain(engine)
+    assert held[0] == held[1] > 0 == reader.held_bytes and reader.page_bytes == 2 * 2 * 8 * 8 * 4
+
+
 def test_pages_that_run_out_change_no_answer():
     model = language_model(["softmax", "gated_linear"])
     engine = Engine(LanguageReader(model, rows=4, context=40, cache_tokens=64, page_size=4), Limits(rows=4, chunk=9))
