@@ -154,7 +154,7 @@ def _table(found: Study, best: str | None) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for i, heading in enumerate(labels(found)):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=bool(i))
+        table.add_column(heading, justify="right" if i else "left")
     for row in (found.original, *found.rows):
         style = "bold" if row.recipe == best else ""
         table.add_row(*(Text(cell, style=style) for cell in cells(found, row)))
