@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RECORD, WEIGHTS = "compression.json", "model.safetensors"
 LIBRARIES = ("regard", "transformers", "timm", "other")
-BESIDE = ("training.json", "tokenizer.json", "README.md")
+BESIDE = ("training.json", "tokenizer.json")
 """Files of a folder of `regard train` that a compressed model goes on to need."""
 
 
@@ -130,6 +130,7 @@ def is_compressed(folder: str | os.PathLike[str]) -> bool:
 
 def copy_training(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """What `regard evaluate`, `generate` and `predict` read beside a model: from its folder to that of the compressed one."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for name in BESIDE:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(folder) / name)

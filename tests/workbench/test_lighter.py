@@ -135,6 +135,9 @@ def test_a_model_of_regard_train_is_compressed_and_used_on_the_command_line(caps
     scores = [answer(capsys, "evaluate", folder)["score"] for folder in (model, tmp_path / "small")]
     assert scores[0] != scores[1] and abs(scores[1] / scores[0] - 1) < 0.1
     assert answer(capsys, "generate --tokens 5", tmp_path / "small", "the")["text"]
+    again = answer(capsys, "compress --recipe int8", model, "--output", tmp_path / "plain" / "small")
+    assert again["bytes_after"] > found["bytes_after"]
+    assert answer(capsys, "evaluate", tmp_path / "plain" / "small")["items"] > 0
     found = answer(capsys, "compress --recipes int8,awq --budget 1h", model, "--output", tmp_path / "study")
     page = (tmp_path / "study" / "report.html").read_text()
     assert found["recommendation"]["text"] in page.replace("&#34;", '"') and page.count('<svg class="chart"') == 3

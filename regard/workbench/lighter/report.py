@@ -16,20 +16,24 @@ from regard.workbench.report import pages
 
 def labels(study: Study) -> list[str]:
     """Headings of the table."""
-    timed = [heading for name in study.original.milliseconds for heading in (name, f"faster, {name}")]
-    return ["recipe", study.metric, "lost", "size", "smaller", *timed]
+    return [
+        "recipe",
+        study.metric,
+        "lost",
+        "size, smaller",
+        *(f"{name}, faster" for name in study.original.milliseconds),
+    ]
 
 
 def cells(study: Study, row: Row) -> list[str]:
     """A row of the table, in words."""
     timed = [
-        word
+        f"{units.milliseconds(row.milliseconds[name])}, {row.speedup[name]:.2f}x"
         for name in study.original.milliseconds
-        for word in (units.milliseconds(row.milliseconds[name]), f"{row.speedup[name]:.2f}x")
     ]
-    smaller = f"{study.original.bytes / row.bytes:.2f}x"
+    size = f"{units.size(row.bytes)}, {study.original.bytes / row.bytes:.2f}x"
     lost = "" if row is study.original else f"{row.loss:+.2%}"
-    return [row.recipe, units.number(row.quality), lost, units.size(row.bytes), smaller, *timed]
+    return [row.recipe, units.number(row.quality), lost, size, *timed]
 
 
 def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Path:
