@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from regard import Mechanism, Pattern, Unsupported, get_mechanism, list_mechanisms
+from regard.measurement.budget import Budget
 from regard.models import LanguageModelConfig, count_parameters, match_parameters
 from regard.models.blocks import layer_accepts
 from regard.tasks.recall import RecallTask
 from regard.training import TrainConfig, evaluate, train
-from regard.measurement.budget import Budget
 from regard.workbench.layer_work import MIXING
 from regard.workbench.needs import RECALL, RECALL_TABLE, convolved
 from regard.workbench.settings import CompareSettings
