@@ -56,19 +56,16 @@ def retrofit(
 ) -> None:
     """Put new attention into layers of a pretrained language model, train it back, and measure it beside what it was.
 
-    Stages: which layers matter, attention transfer, training on the original's logits, evaluation. A killed command goes on
-    where it stopped when it is given again. The folder loads through AutoModelForCausalLM after
-    `import regard.integrations.transformers`.
+    Which layers matter is measured, new layers learn the old ones' outputs, the model learns the original's logits, and a
+    report has both beside each other. A killed command goes on where it stopped when it is given again.
 
     Examples:
 
     \b
         regard retrofit smollm2/ --mechanism gated_linear --data my_corpus.txt --output hybrid/
-        regard retrofit smollm2/ --mechanism lolcats:window=64 --keep-layers auto:22 --data texts/ --validation other.txt \
-            --budget "2M tokens" --output hybrid/
-        regard retrofit smollm2/ --mechanism delta_rule --keep-layers 0,14,29 --train lora:16 --data my_corpus.txt \
-            --budget 8h --output hybrid/
-        regard retrofit model.gguf --mechanism local:window=256 --data my_corpus.txt --budget 20m --output short/ --json
+        regard retrofit smollm2/ --mechanism lolcats --keep-layers auto:22 --data a.txt --validation b.txt --output hybrid/
+        regard retrofit smollm2/ --mechanism delta_rule --data texts/ --train lora:16 --budget "2M tokens" --output hybrid/
+        regard retrofit model.gguf --mechanism local:window=256 --data my_corpus.txt --output short/ --json
     """
     from regard.retrofit import retrofit as run
     from regard.workbench.retrofit_report import write_retrofit_report

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported
 from regard.models.weights import write_atomically
 
-WORK, RECORD = ".retrofit", "retrofit.json"
-"""The folder inside that holds checkpoints and results of parts, and the file that says what came of it."""
+WORK, RECORD, LOCK = ".retrofit", "retrofit.json", "lock"
+"""The folder inside that holds checkpoints and results of parts, the file that says what came of it, and the one that a process
+at work holds."""
 
 
 class Folder:
@@ -44,6 +46,27 @@ class Folder:
                 f"{path}, which holds another retrofit ({told})", supported="the same settings, or a new folder"
             )
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context no other process works here; a killed one holds nothing.
+
+        Raises:
+            Unsupported: where another does.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        with open(self.work / LOCK, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise Unsupported(
+                    f"{self.path}, in which another process is at work", supported="one at a time"
+                ) from None
+            yield
+
     def read(self, name: str) -> Any:
         """The result of a part; None while there is none."""
         try:
@@ -69,8 +92,10 @@ class Folder:
 
     def discard_empty(self) -> None:
         """Leave nothing where nothing was done: the folder goes with its identity."""
-        if self.work.is_dir() and [file.name for file in self.work.iterdir()] == ["identity.json"]:
-            (self.work / "identity.json").unlink()
+        files = list(self.work.iterdir())
+        if {file.name for file in files} <= {"identity.json", LOCK}:
+            for file in files:
+                file.unlink()
             self.work.rmdir()
             if not any(self.path.iterdir()):
                 self.path.rmdir()

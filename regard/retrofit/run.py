@@ -126,11 +126,12 @@ def retrofit(
         data, validation, host.tokenizer, length=chosen.length, vocabulary=vocabulary, seed=chosen.seed
     )
     folder = Folder(place, _identity(host, corpus, chosen))
-    try:
-        return _Run(host, corpus, chosen, folder, watch, say, started).finish()
-    except Unsupported:
-        folder.discard_empty()
-        raise
+    with folder.alone():
+        try:
+            return _Run(host, corpus, chosen, folder, watch, say, started).finish()
+        except Unsupported:
+            folder.discard_empty()
+            raise
 
 
 def _identity(host: Host, corpus: Corpus, settings: RetrofitSettings) -> dict[str, Any]:
@@ -224,7 +225,7 @@ class _Run:
         moved = self._transfer("transfer", modules, learned, plan)
         first, last = (sum(losses) / len(losses) for losses in (moved[0], moved[-1]))
         self.say(
-            f"attention transfer: {first:.3g} to {last:.3g} of the outputs' square, {len(swapped)} layers, {len(moved)} steps"
+            f"attention transfer: {first:.3g} to {last:.3g} of the outputs' square, {len(swapped)} layers, {_counted(moved, plan.transfer)}"
         )
         stage = self._stage(
             "tune",
@@ -235,7 +236,7 @@ class _Run:
             2,
         )
         tuned = tune(self.host, student, swapped, learned, self.corpus, self.settings, stage, self.folder, self.watch)
-        self.say(f"training: loss {tuned[0][0]:.3g} to {tuned[-1][0]:.3g}, {len(tuned)} steps")
+        self.say(f"training: loss {tuned[0][0]:.3g} to {tuned[-1][0]:.3g}, {_counted(tuned, plan.tune)}")
         return {
             "transfer": [dict(zip(map(str, swapped), row, strict=True)) for row in moved],
             "tune": [row[0] for row in tuned],
@@ -301,6 +302,11 @@ class _Run:
         write_atomically(place / RECORD, lambda file: file.write_text(card.as_json(record), encoding="utf-8"))
         for checkpoint in self.folder.work.glob("*.safetensors"):
             checkpoint.unlink()
+
+
+def _counted(curve: Sequence[object], planned: int) -> str:
+    done = f"{len(curve)} steps"
+    return done if len(curve) == planned else f"{done} of {planned}, after which the time was up"
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:

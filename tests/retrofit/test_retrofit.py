@@ -15,6 +15,7 @@ from regard.integrations.transformers import AutoModelForCausalLM
 from regard.measurement.budget import Budget
 from regard.retrofit import hosts, stage
 from regard.retrofit.evaluate import perplexity, state_bytes
+from regard.retrofit.folder import Folder
 from regard.retrofit.sensitivity import choose
 from regard.retrofit.transfer import begin_at_scale, transfer_losses
 
@@ -95,6 +96,21 @@ def test_a_finished_retrofit_is_given_again_and_another_is_refused(done):
     with pytest.raises(Unsupported, match=r"holds another retrofit .*mechanism 'gated_linear', now 'delta_rule'"):
         regard.retrofit(model, "delta_rule", data=tokens(), budget="60 steps", output=made.folder, **WORK)
     assert (made.folder / "retrofit.json").is_file()
+
+
+def test_two_at_once_in_a_folder_are_refused(done):
+    fcntl = pytest.importorskip("fcntl")
+    made, _, _ = done
+    with open(made.folder / ".retrofit" / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(Unsupported, match="another process is at work"), folder_of(made).alone():
+            pass
+    with folder_of(made).alone():
+        pass
+
+
+def folder_of(made):
+    return Folder(made.folder, json.loads((made.folder / ".retrofit" / "identity.json").read_text()))
 
 
 @pytest.mark.parametrize("train", ["all", "lora:2"])
