@@ -115,7 +115,7 @@ def _load(path: Path) -> Shaped[np.ndarray, "x y z"]:
             nearest="pip install 'regard[medical]'",
         ) from None
     try:
-        return np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+        return np.asarray(nibabel.load(path).dataobj)
     except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
         raise Unsupported(f"{path}, which cannot be read ({error})", supported="a whole NIfTI file") from None
 
