@@ -107,7 +107,8 @@ def _mni152() -> tuple[UInt8[np.ndarray, "x y z"], Int[np.ndarray, "x y z"], tup
 
 def _load(path: Path) -> Shaped[np.ndarray, "x y z"]:
     try:
-        import nibabel
+        from nibabel import load
+        from nibabel.filebasedimages import ImageFileError
     except ImportError:
         raise Unsupported(
             f"{path} without the package nibabel, which reads it",
@@ -115,8 +116,8 @@ def _load(path: Path) -> Shaped[np.ndarray, "x y z"]:
             nearest="pip install 'regard[medical]'",
         ) from None
     try:
-        return np.asarray(nibabel.load(path).dataobj)
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        return np.asarray(load(path).dataobj)
+    except (OSError, EOFError, ValueError, ImageFileError) as error:
         raise Unsupported(f"{path}, which cannot be read ({error})", supported="a whole NIfTI file") from None
 
 
