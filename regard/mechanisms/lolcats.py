@@ -222,7 +222,7 @@ def _window(
     A block of queries shares the keys that any of them sees, so that memory grows with N alone.
     """
     m, reach = q.shape[2], block + window - 1
-    after = -m % block
+    after = -m % block if m else block
     if torch.compiler.is_compiling():  # one program for all lengths has two blocks or more
         after += 2 * block
     q = F.pad(q, (0, 0, 0, after)).unflatten(2, (-1, block))

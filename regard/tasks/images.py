@@ -155,6 +155,7 @@ class ImagesTask(Task):
     name = "images"
     pattern = Pattern.NONCAUSAL_SELF
     objective = "classification"
+    named = NAMED
 
     def __init__(
         self,

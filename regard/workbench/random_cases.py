@@ -219,7 +219,7 @@ def _waived(subject: Subject, names: Iterable[str], dtype: torch.dtype) -> bool:
         if not any(dataclasses.replace(waiver, variants=()).concerns(n, subject.pattern, dtype=dtype) for n in names):
             continue
         others = {name for v, options in card.variants.items() if v not in waiver.variants for name in options}
-        only_there = {name for variant in waiver.variants for name in card.variants[variant]} - others
+        only_there = {name for variant in waiver.variants for name in card.variants.get(variant, ())} - others
         if not waiver.variants or only_there & subject.options.keys() or subject.variant in waiver.variants:
             return True
     return False

@@ -102,7 +102,7 @@ def test_listops_labels_equal_an_independent_evaluation_within_the_bounds():
     assert max(depth for depth, _ in shapes) == 4 and max(most for _, most in shapes) == 5
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["recall", "copying", "listops"])
 def test_a_perfect_and_a_constant_model_score_one_and_about_chance(name):
     task = make(name)
     assert "held out: 64 distinct items" in task.describe()

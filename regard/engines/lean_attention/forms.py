@@ -196,7 +196,7 @@ def native_part(work: Work, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         k,
         v,
         pages[None],
-        torch.tensor([end - first], device="cpu"),
+        torch.tensor([end - first], dtype=torch.int64, device="cpu"),
         places.clamp(min=-1),
         [int(units.causal), -1, -1, 0, 0, 0],
         work.scale,
