@@ -52,18 +52,19 @@ def evaluate(
         return
     own = plugged_tasks(load_plugins(plugin), (data,))
     trained = open_trained(folder)
-    fewer = None if reduce is None else reduced(trained.model(device), reduce)
+    model = trained.model(device)
+    fewer = None if reduce is None else reduced(model, reduce)
     task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
     chosen = task if own or data else None
-    found = trained.score(chosen, device=device)
-    rule = task.baseline
+    found = trained.score(chosen, device=device, model=model)
+    rule, figures = task.baseline, figures_of(found)
     result = {
         "folder": str(folder),
         "task": task.name,
         "metric": task.metric,
         "score": found.score,
         "standard_error": score_of_items(found.items)[1],
-        "figures": figures_of(found),
+        "figures": figures,
         "loss": found.loss,
         "items": len(found.items),
         "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
@@ -78,7 +79,7 @@ def evaluate(
         return
     beside = "" if rule is None else f"; without training, {rule.name} has {rule.score:.4g}"
     console.print(Text(f"{found.score:.4g} {task.metric} on {len(found.items)} items{beside}."))
-    for name, (mean, error) in figures_of(found).items():
+    for name, (mean, error) in figures.items():
         console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
     if fewer is not None:
         console.print(Text(f"{again.score:.4g} {task.metric} with {reduce}: {told(speeds)}."))

@@ -48,6 +48,7 @@ def explain(
 
     from regard.contract import Context
     from regard.models.weights import write_atomically
+    from regard.tasks.image_files import unused_name
     from regard.tasks.segmentation import MaskReader
     from regard.workbench import explain as maps
     from regard.workbench.reduced import reduced
@@ -83,11 +84,7 @@ def explain(
             else:
                 used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
                 drawn = maps.draw_tokens(picture, fewer.patches(reader.grid)[0])
-        name = path.stem
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        place = output / f"{name}.png"
+        place = output / f"{unused_name(path, taken)}.png"
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(
             {

@@ -27,6 +27,7 @@ from regard.contract import Context, Paper
 from regard.models.vision.vit import VisionTransformer
 from regard.reproductions.framework.canvas import (
     AT_ONCE,
+    SMOKE,
     accuracy,
     canvas,
     interpreted_transformer,
@@ -147,16 +148,7 @@ REPRODUCTION = Reproduction(
         "maps beside gradient-based and attribution methods: raw attention alone is compared",
     ),
     timings=frozenset({"time"}),
-    smoke={
-        "dim": 16,
-        "layers": 3,
-        "items": 20,
-        "steps": 2,
-        "batch_size": 4,
-        "policy_steps": 1,
-        "block_steps": 1,
-        "seconds": 0.01,
-    },
+    smoke=SMOKE,
     seconds=170,
     seeds=3,
 )

@@ -24,6 +24,7 @@ from regard.compression.tokens import DynamicTransformer, reduce_tokens
 from regard.contract import Paper
 from regard.measurement.timing import rounds
 from regard.reproductions.framework.canvas import (
+    SMOKE,
     accuracy,
     canvas,
     dynamic_transformer,
@@ -163,18 +164,7 @@ REPRODUCTION = Reproduction(
         "stability of training: nothing here is unstable",
     ),
     timings=frozenset({"time"}),
-    smoke={
-        "dim": 16,
-        "layers": 3,
-        "items": 20,
-        "steps": 2,
-        "batch_size": 4,
-        "policy_steps": 1,
-        "block_steps": 1,
-        "dynamic_steps": 2,
-        "shares": [0.5],
-        "seconds": 0.01,
-    },
+    smoke={**SMOKE, "dynamic_steps": 2, "shares": [0.5]},
     seconds=160,
     seeds=3,
     table=table,

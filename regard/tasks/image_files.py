@@ -76,6 +76,15 @@ def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
     return kept
 
 
+def unused_name(path: Path, taken: set[str]) -> str:
+    """The name of a file without its suffix, longer where it is taken already; it is taken then."""
+    name = path.stem
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
 def load_folders(
     folder: Path, validation: Path | None, size: tuple[int, int], channels: int, *, skip_unreadable: bool = False
 ) -> Images:

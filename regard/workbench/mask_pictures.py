@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context
+from regard.models.blocks import evaluation_mode
 from regard.tasks import Task
 from regard.tasks.sampling import spread
 from regard.tasks.segmentation import SegmentationTask
@@ -52,11 +53,9 @@ def predicted(model: nn.Module, task: Task) -> dict[str, Any] | None:
     from PIL import Image
 
     inputs, labels = _chosen(task)
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    with torch.inference_mode():
+    device = next(model.parameters()).device
+    with evaluation_mode(model), torch.inference_mode():
         output = model(inputs.to(device), context=Context(grid=task.reader.grid)).output.float().cpu()
-    model.train(training)
     found = logits_of(output, task.reader).argmax(1)
     scores = task.of_images(found.flatten(1), torch.from_numpy(labels).flatten(1))
     masks = [_address(mask_image(each.numpy(), task.reader), Image.Resampling.NEAREST) for each in found]

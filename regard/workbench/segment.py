@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Unsupported
+from regard.tasks.image_files import unused_name
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation import MaskReader
 
@@ -92,11 +93,7 @@ def place_of(output: Path, path: Path, taken: set[str]) -> Path:
     """Where the mask of a picture is written: the file, or one named like it in the folder."""
     if output.suffix.lower() == ".png" and not output.is_dir():
         return output
-    name = path.stem
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return output / f"{name}.png"
+    return output / f"{unused_name(path, taken)}.png"
 
 
 def described(shares: dict[str, float], count: int = 8) -> str:

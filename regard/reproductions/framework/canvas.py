@@ -115,6 +115,17 @@ TRAINED = ("dim", "layers", "heads", "items", "steps", "batch_size", "learning_r
 """What a trained transformer depends on, besides its seed."""
 CURRICULUM = ("policy_steps", "block_steps", "policy_rate", "block_rate", "error_penalty")
 DYNAMIC = ("keep", "dynamic_steps", "predictor_rate", "block_rate")
+SMOKE: Mapping[str, Any] = {
+    "dim": 16,
+    "layers": 3,
+    "items": 20,
+    "steps": 2,
+    "batch_size": 4,
+    "policy_steps": 1,
+    "block_steps": 1,
+    "seconds": 0.01,
+}
+"""Sizes with which a reproduction on canvases is tried in a test."""
 TUNING = 1 << 20
 """Batches from this number on are those of what is trained after the transformer."""
 
