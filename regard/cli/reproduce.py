@@ -88,12 +88,12 @@ def reproduced(
     from regard.reproductions import collect, plan
 
     if run:
-        _run_cells(shard(plan(wanted, seeds, timings=timings), only), output, quiet=quiet)
-    with _cells_in(output) as store:
+        run_cells(shard(plan(wanted, seeds, timings=timings), only), output, quiet=quiet)
+    with cells_in(output) as store:
         return collect(wanted, store, seeds)
 
 
-def _cells_in(output: Path) -> AbstractContextManager[Store | None]:
+def cells_in(output: Path) -> AbstractContextManager[Store | None]:
     """The folder's results, to read; None where nothing has been run."""
     from regard.measurement.store import Store
 
@@ -101,7 +101,8 @@ def _cells_in(output: Path) -> AbstractContextManager[Store | None]:
     return Store(file, read_only=True) if file.is_file() else nullcontext()
 
 
-def _run_cells(cells: Sequence[Any], output: Path, *, quiet: bool) -> None:
+def run_cells(cells: Sequence[Any], output: Path, *, quiet: bool, within: float | None = None) -> None:
+    """Run the cells that a folder lacks, showing how far it is; see :func:`regard.reproductions.run`."""
     from regard.measurement.store import Store
     from regard.reproductions import run
 
@@ -109,11 +110,11 @@ def _run_cells(cells: Sequence[Any], output: Path, *, quiet: bool) -> None:
         shown = bar.add_task("starting", total=None)
 
         def on_cell(cell: Any, left: int, seconds: float) -> None:
-            said = f"{cell.reproduction}: {cell.setting}, seed {cell.seed}; {left} cells, about {units.clock(seconds)} left"
+            said = f"{cell.reproduction.name}: {cell.setting}, seed {cell.seed}; {left} cells, about {units.clock(seconds)} left"
             bar.update(shown, description=said, completed=len(cells) - left, total=len(cells))
             line(said)
 
-        run(cells, store, on_cell=on_cell)
+        run(cells, store, on_cell=on_cell, within=within)
 
 
 def _piloted(
@@ -124,8 +125,8 @@ def _piloted(
     from regard.reproductions import pilot, plan
 
     if run:
-        _run_cells(shard(plan(wanted, pilot=seeds), only), output, quiet=quiet)
-    with _cells_in(output) as store:
+        run_cells(shard(plan(wanted, pilot=seeds), only), output, quiet=quiet)
+    with cells_in(output) as store:
         return [pilot(name, store) for name in wanted]
 
 

@@ -7,58 +7,122 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import JSON, SHARD, TIMINGS
-from regard.cli.reproduce import reproduced, tell_judged, tell_listed
-from regard.contract import Unsupported, closest
+from regard.cli.options import JSON, PLUGINS, SHARD, TIMINGS
+from regard.cli.reproduce import cells_in, run_cells, tell_judged
+from regard.contract import Unsupported
 
 
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; all are listed when none is named.")] = None,
+    data: Annotated[list[str] | None, typer.Argument(help="Your files, where the study takes some.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The size, by a name that the list shows; the smallest when not given.")
+    ] = None,
+    mechanisms: Annotated[
+        str | None,
+        typer.Option(help="As `regard compare` takes them, or all that can enter; the study's own when not given."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each setting; the study's own when not given.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="A time (20m, 2h): cells that would not end in it are left for the next call.")
+    ] = None,
     only: SHARD = None,
     timings: TIMINGS = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
-        "runs/reproduce"
-    ),
+    plugin: PLUGINS = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; the same command goes on from it. runs/studies when not given."),
+    ] = None,
     table: Annotated[bool, typer.Option("--table", help="Show what is done; run nothing.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Put a question to many mechanisms at once: a reproduction with a table of its own.
+    """Put a question to many mechanisms at once, and write a report: tables, pictures and a verdict.
 
-    Runs, stores and goes on as `regard reproduce` does, in the same folder.
+    Every run is stored the moment it ends, so the command may be stopped and given again; processes with different
+    shards may share a folder.
 
     Examples:
 
     \b
         regard study
         regard study wide-attention --no-timings --shard 1/2
+        regard study token-reduction --budget 30m
         regard study wide-attention --table --json
     """
-    from regard.reproductions import get_reproduction, list_reproductions
+    from regard.catalogue import load_plugin
+    from regard.measurement.sharding import shard
+    from regard.reproductions import plan
+    from regard.studies import get_study, list_studies, opened
 
-    studies = [n for n in list_reproductions() if get_reproduction(n).table is not None]
+    for file in plugin or []:
+        load_plugin(file)
     if name is None:
-        found = reproduced(studies, seeds, timings, only, output, quiet=as_json, run=False)
-        emit({"studies": found}) if as_json else tell_listed(found)
+        found = [get_study(one) for one in list_studies()]
+        told = [
+            {"name": one.name, "question": one.question, "presets": one.presets, "mechanisms": one.mechanisms}
+            for one in found
+        ]
+        emit({"studies": told}) if as_json else _tell_list(told)
         return
-    module = name.replace("-", "_")
-    if module not in studies:
-        names = [n.replace("_", "-") for n in studies]
-        raise Unsupported(f"study {name!r}", supported=", ".join(names), nearest=closest(name, names))
-    found = reproduced([module], seeds, timings, only, output, quiet=as_json, run=not table)
+    asked = get_study(name)
+    chosen = asked.choose(preset, mechanisms, data or ())
+    seconds = _seconds(budget)
+    folder = Path(asked.folder) if output is None else output
+    if not table:
+        cells = shard(plan([asked.make(chosen)], seeds, timings=timings), only)
+        run_cells(cells, folder, quiet=as_json, within=seconds)
+    with cells_in(folder) as store:
+        record = opened(asked, chosen, store, seeds)
+    report = None if table else _write(record, folder / f"{asked.name}.html")
     if as_json:
-        emit(found[0])
+        emit({**record, "report": None if report is None else str(report)})
         return
-    tell_judged(found)
-    console.print(_rows(found[0]["table"]))
+    tell_judged([record])
+    for part in record["sections"]:
+        if part["rows"]:
+            console.print(Text(part["title"], style="bold"))
+            console.print(_rows(part["rows"]))
+    if report is not None:
+        console.print(Text(f"report: {report}"))
+
+
+def _write(record: dict[str, Any], path: Path) -> Path:
+    from regard.studies.framework.report import write_study_report
+
+    return write_study_report(record, path)
+
+
+def _seconds(budget: str | None) -> float | None:
+    from regard.measurement.budget import Budget
+
+    if budget is None:
+        return None
+    parsed = Budget.parse(budget)
+    if parsed.unit != "seconds":
+        raise Unsupported(f"budget {budget!r} of a study", supported="a time: 90s, 20m, 2h", nearest="20m")
+    return parsed.amount
+
+
+def _tell_list(found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("study", "presets", "mechanisms", "question"):
+        table.add_column(heading, no_wrap=heading == "study")
+    for one in found:
+        entered = str(len(one["mechanisms"])) if one["mechanisms"] else "its own"
+        table.add_row(one["name"], ", ".join(one["presets"]), entered, Text(one["question"]))
+    console.print(table)
 
 
 def _rows(rows: list[dict[str, Any]]) -> Table:
+    from regard.studies.framework.report import cell
+
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for heading in rows[0]:
-        shown.add_column(heading, justify="left" if isinstance(rows[0][heading], str) else "right")
+        words = any(isinstance(row[heading], str) for row in rows)
+        shown.add_column(heading, justify="left" if words else "right")
     for row in rows:
-        shown.add_row(*(v if isinstance(v, str) else "—" if v is None else f"{v:.3g}" for v in row.values()))
+        shown.add_row(*map(cell, row.values()))
     return shown

@@ -225,7 +225,7 @@ def test_the_cost_of_deciding_counts_the_cells_that_are_compared(example, store)
     """`time` is not part of the difference, so that no more of it are asked for."""
     for seed, score in enumerate((0.9, 0.6, 0.5)):
         for setting, value, seconds in (("good", score, 100.0), ("bad", 0.3, 50.0), ("time", 1.0, 1000.0)):
-            cell = key(Cell("example", setting, seed))
+            cell = key(Cell(get_reproduction("example"), setting, seed))
             store.put("reproduction", cell, {"measured": {"score": value}, "seconds": seconds})
     (record,) = collect(["example"], store)
     (finding,) = record["findings"]

@@ -28,7 +28,8 @@ LEAST_SEEDS = 2
 MOST_SEEDS_TOLD = 1000
 
 Measurements = Mapping[str, Any]
-"""Measurements of a cell: numbers by name, or timings (see :func:`spread`); None for what did not come out finite."""
+"""Measurements of a cell: numbers by name, timings (see :func:`spread`) or lists of numbers; None for what did not come out
+finite."""
 
 Seed = Mapping[str, Measurements]
 """The cells of one seed, by setting."""

@@ -18,16 +18,7 @@ PILOT = 1000
 """The first seed of a pilot."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: a setting of a reproduction with a seed."""
-
-    reproduction: str
-    setting: str
-    seed: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reproduction:
     """A claim of a paper, and the small experiment that tries it.
 
@@ -90,7 +81,7 @@ class Reproduction:
             if timings is None or (name in self.timings) == timings
         }
         return [
-            Cell(self.name, name, seed)
+            Cell(self, name, seed)
             for seed in range(max(wanted.values(), default=0))
             for name, count in wanted.items()
             if seed < count
@@ -110,3 +101,12 @@ class Reproduction:
     def judge(self, cells: Mapping[tuple[str, int], Measurements]) -> Verdict:
         """The verdict on cells, given by (setting, seed)."""
         return judge(self.checks, cells, self.needs)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a setting of a reproduction with a seed."""
+
+    reproduction: Reproduction
+    setting: str
+    seed: int

@@ -27,26 +27,34 @@ _OF_A_CELL = ("setting", "seed", "machine", "seconds")
 
 
 def plan(
-    names: Sequence[str], seeds: int | None = None, *, timings: bool | None = None, pilot: int | None = None
+    names: Sequence[str | Reproduction],
+    seeds: int | None = None,
+    *,
+    timings: bool | None = None,
+    pilot: int | None = None,
 ) -> list[Cell]:
-    """The cells of reproductions; see :meth:`Reproduction.cells` and, where `pilot` says how many seeds, its pilot."""
+    """The cells of reproductions, by name or themselves; see :meth:`Reproduction.cells` and, where `pilot` says how many
+    seeds, its pilot."""
     if pilot is not None:
         if pilot < 1:
             raise Unsupported(f"pilot={pilot}", supported="1 or more; 2 or more give a spread", nearest="pilot=2")
-        return [cell for name in names for cell in get_reproduction(name).pilot(pilot)]
+        return [cell for one in names for cell in _resolved(one).pilot(pilot)]
     if seeds is not None and seeds < 1:
         raise Unsupported(f"seeds={seeds}", supported="1 or more; 2 or more give a verdict", nearest="seeds=2")
-    return [cell for name in names for cell in get_reproduction(name).cells(seeds, timings=timings)]
+    return [cell for one in names for cell in _resolved(one).cells(seeds, timings=timings)]
+
+
+def _resolved(one: str | Reproduction) -> Reproduction:
+    return one if isinstance(one, Reproduction) else get_reproduction(one)
 
 
 def key(cell: Cell) -> dict[str, Any]:
     """The row of a cell: its setting is part of it, so that rows of another protocol do not count."""
-    reproduction = get_reproduction(cell.reproduction)
     return {
-        "reproduction": cell.reproduction,
-        "protocol": reproduction.protocol,
+        "reproduction": cell.reproduction.name,
+        "protocol": cell.reproduction.protocol,
         "setting": cell.setting,
-        "options": dict(reproduction.settings[cell.setting]),
+        "options": dict(cell.reproduction.settings[cell.setting]),
         "seed": cell.seed,
     }
 
@@ -65,13 +73,19 @@ def run_cell(reproduction: Reproduction, setting: Setting, seed: int) -> dict[st
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
     if isinstance(value, Mapping):
         return None if any(_finite(v) is None for v in value.values()) else dict(value)
     return value if math.isfinite(value) else None
 
 
 def run(
-    cells: Sequence[Cell], store: Store, *, on_cell: Callable[[Cell, int, float], None] | None = None
+    cells: Sequence[Cell],
+    store: Store,
+    *,
+    on_cell: Callable[[Cell, int, float], None] | None = None,
+    within: float | None = None,
 ) -> dict[Cell, Measurements]:
     """Run the cells that the store lacks.
 
@@ -80,18 +94,21 @@ def run(
         store: rows of earlier runs are not made again; each new one is committed at once.
         on_cell: called before each cell with it, the number of cells still to run, and the seconds that they will take
             by the pace of the cells before (by the reproductions' own estimates at the start).
+        within: seconds; the first cell that would not end in them by that pace is not begun, nor are those behind it.
 
     Returns:
         Measurements of the cells that were run now.
     """
     waiting = [cell for cell in cells if store.get(KIND, key(cell)) is None]
     done: dict[Cell, Measurements] = {}
-    spent, expected = 0.0, 0.0
+    spent, expected, began = 0.0, 0.0, time.perf_counter()
     for i, cell in enumerate(waiting):
-        reproduction = get_reproduction(cell.reproduction)
-        ahead = sum(get_reproduction(c.reproduction).seconds for c in waiting[i:])
+        reproduction = cell.reproduction
+        pace = spent / expected if expected else 1.0
+        if within is not None and time.perf_counter() - began + reproduction.seconds * pace > within:
+            break
         if on_cell is not None:
-            on_cell(cell, len(waiting) - i, ahead * (spent / expected if expected else 1.0))
+            on_cell(cell, len(waiting) - i, sum(c.reproduction.seconds for c in waiting[i:]) * pace)
         started = time.perf_counter()
         done[cell] = run_cell(reproduction, reproduction.settings[cell.setting], cell.seed)
         seconds = time.perf_counter() - started
@@ -100,7 +117,7 @@ def run(
     return done
 
 
-def collect(names: Sequence[str], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:
+def collect(names: Sequence[str | Reproduction], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:
     """The reproductions in a store, with verdicts, as JSON could hold them; nothing is run.
 
     Of each: name, mechanisms, paper, claim, instead, what is left out, outcome, findings, what was found of its needs,
@@ -110,11 +127,11 @@ def collect(names: Sequence[str], store: Store | None, seeds: int | None = None)
     """
     rows = [] if store is None else store.rows(KIND)
     found = []
-    for name in names:
-        reproduction = get_reproduction(name)
-        planned = reproduction.cells(seeds)
+    for one in names:
+        reproduction = _resolved(one)
+        planned, name = reproduction.cells(seeds), reproduction.name
         own = {row.key["seed"] for row in rows if row.key["reproduction"] == name and row.key["seed"] < PILOT}
-        cells = [Cell(name, setting, seed) for seed in sorted(own) for setting in reproduction.settings]
+        cells = [Cell(reproduction, setting, seed) for seed in sorted(own) for setting in reproduction.settings]
         measured: dict[tuple[str, int], Measurements] = {}
         told: dict[tuple[str, int], dict[str, Any]] = {}
         for cell in dict.fromkeys([*planned, *cells]):
@@ -152,7 +169,7 @@ def restore(records: Sequence[Mapping[str, Any]], store: Store) -> int:
             if setting in reproduction.settings and (
                 published is None or published.get(setting) == _plain(reproduction.settings[setting])
             ):
-                cell = Cell(reproduction.name, setting, told["seed"])
+                cell = Cell(reproduction, setting, told["seed"])
                 payload = {"measured": measured, "machine": told["machine"], "seconds": told.get("seconds")}
                 put += store.put(KIND, key(cell), payload)
     return put
@@ -174,7 +191,11 @@ def pilot(name: str, store: Store | None) -> dict[str, Any]:
     seeds: dict[int, dict[str, Measurements]] = {}
     for row in () if store is None else store.rows(KIND):
         setting, seed = row.key["setting"], row.key["seed"]
-        if seed >= PILOT and setting in reproduction.settings and row.key == _plain(key(Cell(name, setting, seed))):
+        if (
+            seed >= PILOT
+            and setting in reproduction.settings
+            and row.key == _plain(key(Cell(reproduction, setting, seed)))
+        ):
             seeds.setdefault(seed, {})[setting] = row.payload["measured"]
     findings = []
     for check in (*reproduction.needs, *reproduction.checks):

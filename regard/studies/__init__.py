@@ -1,0 +1,9 @@
+"""Studies: a question put to many mechanisms at once. One module or folder a question, found by a folder scan."""
+
+from __future__ import annotations
+
+from regard.studies.framework.catalogue import get_study, list_studies
+from regard.studies.framework.protocol import Chosen, Study, opened
+from regard.studies.framework.sections import Curves, Heat, Picture, Points, Section
+
+__all__ = ["Chosen", "Curves", "Heat", "Picture", "Points", "Section", "Study", "get_study", "list_studies", "opened"]

@@ -1,0 +1,1 @@
+"""What all studies share: how one is written, found and shown."""
