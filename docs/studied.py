@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regard.reproductions.framework.telling import measured_words, remarks
-from regard.studies.framework.report import cell, draw
-from regard.studies.framework.sections import section
+from regard.workbench.section_pages import cell, draw
+from regard.workbench.sections import section
 
 
 def studies_page(data: Mapping[str, Any] | None) -> list[str]:

@@ -11,8 +11,9 @@ from regard.reproductions import Check, Reproduction
 from regard.reproductions.framework.judging import measured
 from regard.studies import Chosen, Curves, Heat, Points, Section, Study, get_study, list_studies
 from regard.studies.framework import catalogue
-from regard.studies.framework.report import draw, render_study
-from regard.studies.framework.sections import section
+from regard.studies.framework.report import render_study
+from regard.workbench.section_pages import draw
+from regard.workbench.sections import section
 
 
 @pytest.fixture

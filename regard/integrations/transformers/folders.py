@@ -40,7 +40,9 @@ def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[s
     if len(files) == 1:
         return place, {"gguf_file": files[0].name}
     what = f"{len(files)} GGUF files: name one" if files else "neither config.json nor a .gguf file"
-    raise Unsupported(f"{place}, which holds no model ({what})", supported=supported, nearest=str(files[0]) if files else None)
+    raise Unsupported(
+        f"{place}, which holds no model ({what})", supported=supported, nearest=str(files[0]) if files else None
+    )
 
 
 def load_model(place: Path, *, dtype: torch.dtype = torch.float32, supported: str = SUPPORTED) -> Any:
