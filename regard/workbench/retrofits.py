@@ -134,15 +134,15 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
     """What the report shows."""
     first = next(iter(records.values()))
     source, before = list(first["results"]["perplexity"].items())[-1]
-    points = {"softmax": (float(first["results"]["state"][str(STATE_AT)][ORIGINAL]), float(before[ORIGINAL]))}
+    points = {"softmax": (first["results"]["state"][str(STATE_AT)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
     curves = {"softmax": [(b["last"], b[ORIGINAL]) for b in before["by_position"]]}
     for name, record in records.items():
         its = judged(record)
-        points[name] = (float(record["results"]["state"][str(STATE_AT)][RETROFIT]), float(its[RETROFIT]))
+        points[name] = (record["results"]["state"][str(STATE_AT)][RETROFIT] / 2**20, float(its[RETROFIT]))
         curves[name] = [(b["last"], b[RETROFIT]) for b in its["by_position"]]
     state = Points(
         "perplexity against state",
-        f"bytes of state at {units.tokens(STATE_AT)} tokens, by definition",
+        f"MiB of state at {units.tokens(STATE_AT)} tokens, by definition",
         f"↑ perplexity on {source} (lower is better, so low is up)",
         points,
         note="softmax is the original.",

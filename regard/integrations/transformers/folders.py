@@ -41,7 +41,7 @@ def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[s
         return place, {"gguf_file": files[0].name}
     what = f"{len(files)} GGUF files: name one" if files else "neither config.json nor a .gguf file"
     raise Unsupported(
-        f"{place}, which holds no model ({what})", supported=supported, nearest=str(files[0]) if files else None
+        f"{place}, which holds no model ({what})", supported=supported, nearest=str(files[0]) if files else ""
     )
 
 
