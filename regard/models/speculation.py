@@ -203,7 +203,7 @@ class Speculation:
         check_ids(ids)
         if ids.shape[0] != 1 or ids.shape[1] < 1:
             raise Unsupported(f"speculation on ids of shape {tuple(ids.shape)}", supported="one prompt (1, N)")
-        shares = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        shares: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         stop = set(stop_tokens)
 
         def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
