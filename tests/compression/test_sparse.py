@@ -7,11 +7,21 @@ import math
 import pytest
 import torch
 
-from regard import Unsupported
+from regard import Context, Mask, Unsupported
 from regard.compression.sparse import METHODS, Method, Place, at_compression, read_method, sparsely, sparsify, written
 from regard.compression.sparse.cache import HeadCache
 from regard.compression.sparse.catalogue import block_share
+from regard.compression.sparse.cost import (
+    Sizes,
+    decode_bytes,
+    decode_flops,
+    decode_index,
+    decode_pages,
+    prefill_flops,
+    prefill_index,
+)
 from regard.compression.sparse.evicting import AdaSnapKV, PyramidKV, SnapKV
+from regard.compression.sparse.fidelity import kept_mass, relative_error
 from regard.compression.sparse.method import call
 from regard.compression.sparse.paging import Quest, bounds, page_bounds
 from regard.compression.sparse.prefilling import BlockSparse, VerticalSlash
@@ -447,8 +457,6 @@ def test_models_that_are_more_than_softmax_are_refused_and_left_as_they_were():
         sparsify(LanguageModel(LanguageModelConfig(9, dim=16, plan=[("softmax", {"window": (3, 0)})])), "quest")
     with pytest.raises(Unsupported, match="Linear"):
         sparsify(torch.nn.Linear(3, 3), "quest")
-    from regard import Context, Mask
-
     with sparsely(own_model(), "quest") as sparse, pytest.raises(Unsupported, match="padded"):
         sparse.model(torch.randint(9, (2, 6)), context=Context(mask=Mask(lengths=torch.tensor([6, 4]))))
 
@@ -458,3 +466,52 @@ def test_last_weights_are_those_of_the_whole_matrix():
     whole = (SCALE * q @ k.repeat_interleave(2, 1).mT).masked_fill(~causal(30), -torch.inf).softmax(-1)
     assert torch.allclose(last_weights(q, k, 7, SCALE), whole[:, :, -7:])
     assert VerticalSlash().window == 256
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["dense", "block_sparse:size=8,blocks=4", "vertical_slash:vertical=20,slash=20,diagonals=8,window=16,granularity=token",
+     "snapkv:capacity=30,window=16,local=8", "h2o:capacity=30", "tova:capacity=30", "quest:budget=32,page=8"],
+)  # fmt: skip
+def test_costs_by_formula_are_those_that_were_counted(text):
+    model, method, n, new = own_model(), read_method(text), 120, 5
+    sizes, counted = Sizes.of(model), 0.0
+    assert (sizes.layers, sizes.heads, sizes.kv_heads, sizes.width, sizes.bytes) == (2, 4, 2, 8, 8)
+
+    def count(module, inputs, output):
+        nonlocal counted
+        counted += 2.0 * module.weight.numel() * output.numel() / output.shape[-1]
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    with sparsely(model, method) as sparse, torch.no_grad():
+        ids = torch.randint(40, (1, n))
+        state = model(ids, context=Context(want=frozenset({"state"}))).state
+
+        def measured(phase):
+            meters = sparse.meters
+            return counted + sum(4 * 8 * m.kept[phase] + m.index[phase] for m in meters)
+
+        formula = prefill_flops(sizes, n, sparse.sparsity("prefill"), prefill_index(method, sizes, n))
+        assert measured("prefill") == pytest.approx(formula, rel=0.01)
+        counted, formula, read = 0.0, 0.0, 0.0
+        for i in range(new):
+            before = [(m.kept["decode"], m.all["decode"]) for m in sparse.meters]
+            state = model(ids[:, :1], state=state).state
+            after = [(m.kept["decode"], m.all["decode"]) for m in sparse.meters]
+            kept, of = (sum(x[i] for x in after) - sum(x[i] for x in before) for i in range(2))
+            sparsity = 1 - kept / of
+            formula += decode_flops(sizes, n + i + 1, sparsity, decode_index(method, sizes, n + i + 1))
+            read += decode_bytes(sizes, n + i + 1, sparsity, decode_pages(method, sizes, n + i + 1)) - 8 * sizes.weights
+        assert measured("decode") == pytest.approx(formula, rel=0.01)
+        assert 8 * sparse.measured()["read"] == pytest.approx(read, rel=0.01)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_fidelity_is_whole_of_everything_and_less_of_a_part():
+    q, k, v = heads(64)
+    dense = masked(q, k, v, causal(64))
+    assert kept_mass(q, k, Method().select(q, k, Place()), SCALE) == pytest.approx(1)
+    selection = read_method("local_sinks:window=16,sinks=2").select(q, k, Place())
+    assert 0.3 < kept_mass(q, k, selection, SCALE) < 0.95
+    assert relative_error(dense, dense) == 0 and relative_error(selection.attend(q, k, v, SCALE), dense) > 0.1

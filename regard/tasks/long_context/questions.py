@@ -184,7 +184,9 @@ def squad(data: Paths | None) -> list[tuple[str, str, list[str]]] | None:
     Raises:
         Unsupported: for a .json file of another format.
     """
-    paths = [] if data is None else [data] if isinstance(data, str | Path) else list(data)
+    if data is None:
+        return None
+    paths = [data] if isinstance(data, str | Path) else list(data)
     if len(paths) != 1 or Path(paths[0]).suffix != ".json":
         return None
     try:
