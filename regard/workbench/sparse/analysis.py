@@ -144,7 +144,8 @@ def scaling_law(observations: Sequence[Observation]) -> ScalingLaw | None:
             continue
         predicted = _design(rest) @ _fit(fitted)
         held[name] = float(1 - ((seen - predicted) ** 2).sum() / ((seen - seen.mean()) ** 2).sum())
-    return ScalingLaw(*map(float, _fit(observations)), held_out=held)
+    constant, parameters, length, compression = map(float, _fit(observations))
+    return ScalingLaw(constant, parameters, length, compression, held)
 
 
 def _logarithm(o: Observation) -> float:
