@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -73,25 +73,27 @@ class HeadCache(State):
         cache = self
         if cache.counts.numel() and int(cache.counts.max()) == cache.k.shape[2]:
             cache = cache._grown()
-        row, head = cache._where()
-        at = cache.counts.flatten().to(k.device)
+        at = cache.place(0)
+        new = [
+            (cache.k, k[:, :, 0]),
+            (cache.v, v[:, :, 0]),
+            (cache.ranks, cache.length[:, None].expand(cache.counts.shape)),
+        ]
+        if cache.weight is not None:
+            new.append((cache.weight, torch.zeros_like(cache.weight[:, :, 0])))
         with torch.no_grad():
-            cache.k[row, head, at] = k[:, :, 0].flatten(0, 1).to(cache.k.dtype)
-            cache.v[row, head, at] = v[:, :, 0].flatten(0, 1).to(cache.v.dtype)
-            cache.ranks[row, head, at] = cache.length.repeat_interleave(k.shape[1])
-            if cache.weight is not None:
-                cache.weight[row, head, at] = 0
+            for where, x in new:
+                where[at] = x.to(where.dtype)
         return dataclasses.replace(cache, counts=cache.counts + 1, length=cache.length + 1)
 
     def without(self, slots: Int[Tensor, "b g"], where: Tensor) -> HeadCache:
         """Without one slot of each row and head where `where` (B, G) is true: the last token takes its place."""
-        row, head = self._where()
-        last = (self.counts - 1).flatten().to(self.k.device)
-        to = torch.where(where.flatten(), slots.flatten(), last)
+        row, head, last = self._each(-1)
+        to = row, head, torch.where(where, slots, last)
         with torch.no_grad():
             for x in (self.k, self.v, self.ranks, self.weight):
                 if x is not None:
-                    x[row, head, to] = x[row, head, last]
+                    x[to] = x[row, head, last]
         return dataclasses.replace(self, counts=self.counts - where.cpu().long())
 
     def read(
@@ -142,11 +144,16 @@ class HeadCache(State):
         empty = torch.arange(used, device=q.device) >= self.counts.to(q.device)[..., None]
         return found.masked_fill(empty[:, :, None], -torch.inf).flatten(1, 2)
 
-    def _where(self) -> tuple[Tensor, Tensor]:
+    def place(self, behind: int) -> tuple[Any, ...]:
+        """The index of one slot in each row and head: `behind` the last token that many, 0 for the first empty one."""
+        least, most = (int(x) for x in self.counts.aminmax()) if self.counts.numel() else (0, 0)
+        return (slice(None), slice(None), most + behind) if least == most else self._each(behind)
+
+    def _each(self, behind: int) -> tuple[Tensor, Tensor, Tensor]:
         batch, groups = self.counts.shape
         device = self.k.device
-        row = torch.arange(batch, device=device).repeat_interleave(groups)
-        return row, torch.arange(groups, device=device).repeat(batch)
+        row, head = torch.arange(batch, device=device)[:, None], torch.arange(groups, device=device)
+        return row, head, self.counts.to(device) + behind
 
     def _grown(self) -> HeadCache:
         slots = self.k.shape[2]

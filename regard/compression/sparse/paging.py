@@ -74,17 +74,16 @@ class Quest(Method):
     def _bounded(self, cache: HeadCache) -> HeadCache:
         """With the newest key in the bounds of its page."""
         assert cache.low is not None and cache.high is not None
-        at = (cache.counts.flatten() - 1).to(cache.k.device)
-        row, head = cache._where()
-        key, page = cache.k[row, head, at], at // self.page
+        key = cache.k[cache.place(-1)]  # every head has as many
+        page = (int(cache.counts[0, 0]) - 1) // self.page if cache.counts.numel() else 0
         low, high = cache.low, cache.high
         if cache.k.shape[2] // self.page > low.shape[2]:
             more = cache.k.shape[2] // self.page - low.shape[2]
             low = torch.nn.functional.pad(low, (0, 0, 0, more), value=torch.inf)
             high = torch.nn.functional.pad(high, (0, 0, 0, more), value=-torch.inf)
         with torch.no_grad():
-            low[row, head, page] = torch.minimum(low[row, head, page], key)
-            high[row, head, page] = torch.maximum(high[row, head, page], key)
+            low[:, :, page] = torch.minimum(low[:, :, page], key)
+            high[:, :, page] = torch.maximum(high[:, :, page], key)
         return dataclasses.replace(cache, low=low, high=high)
 
 

@@ -16,9 +16,11 @@ from regard.compression.sparse.selection import Blocks, Lines, Selection, Window
 from regard.contract import Unsupported, at_least, one_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 GRANULARITIES = ("block", "token")
+SLACK = 0.03
+"""Share of a budget that may be left over, for which no better count is looked for."""
 
 
 @dataclass(frozen=True)
@@ -121,23 +123,27 @@ class VerticalSlash(Method):
     def select(self, q: Tensor, k: Tensor, place: Place) -> Selection:
         weights = asked(q, k, self.window, place)
         vertical, slash = forced(weights.sum(-2), self.columns), forced(diagonal_sums(weights), self.diagonals)
+        ranks = ranked(vertical), ranked(slash)
         if not self.ratio:
-            return self._lines(vertical, slash, max(self.vertical, self.slash))
+            return self._lines(*ranks, max(self.vertical, self.slash))
         n = q.shape[2]
         wanted = q.shape[0] * q.shape[1] * n * (n + 1) / 2 / self.ratio
         low, high = 0, min(n, max(self.vertical, self.slash))
-        while low < high:
+        found = self._lines(*ranks, low)
+        while low < high and found.pairs() < (1 - SLACK) * wanted:
             middle = (low + high + 1) // 2
-            if self._lines(vertical, slash, middle).pairs() <= wanted:
-                low = middle
+            more = self._lines(*ranks, middle)
+            if more.pairs() <= wanted:
+                low, found = middle, more
             else:
                 high = middle - 1
-        return self._lines(vertical, slash, low)
+        return found
 
     def _lines(self, vertical: Tensor, slash: Tensor, count: int) -> Lines:
+        """The first so many by rank, and what is always kept."""
         return Lines(
-            top(vertical, max(min(count, self.vertical), self.columns)),
-            top(slash, max(min(count, self.slash), self.diagonals)),
+            vertical < max(min(count, self.vertical), self.columns),
+            slash < max(min(count, self.slash), self.diagonals),
             self.size if self.granularity == "block" else 0,
         )
 
@@ -186,9 +192,15 @@ class FlexPrefill(Method):
         n = shares.shape[-1]
         reached = shares.sort(-1, descending=True).values.cumsum(-1)
         counts = ((reached <= self.alpha).sum(-1, keepdim=True) + 1).clamp(min=self.least).clamp(max=n)
-        order = forced(shares, always).argsort(dim=-1, descending=True, stable=True)
-        kept = torch.arange(n, device=shares.device) < counts
-        return torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, order, kept.expand(shares.shape))
+        return ranked(forced(shares, always)) < counts
+
+
+def ranked(shares: Float[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
+    """How many are larger than each, the first of equals first."""
+    order = shares.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
 
 
 def check_lines(method: VerticalSlash | FlexPrefill) -> None:

@@ -28,9 +28,11 @@ def last_weights(
 def diagonal_sums(weights: Float[Tensor, "b h a n"]) -> Float[Tensor, "b h n"]:
     """Sums over the pairs of each distance 0, 1, ... n - 1 of query and key, of the last `a` queries of n."""
     a, n = weights.shape[-2:]
-    # row i of the flipped matrix, shifted by i to the left, has distance o in column o
-    padded = F.pad(weights.flip(-1, -2), (0, a)).flatten(-2)
-    return F.pad(padded, (0, a)).unflatten(-1, (a, n + a + 1))[..., :n].sum(-2)
+    # behind `a` zeros, what query i has at distance o is at n + i - o of its row: seen with rows one longer, at n - o of each
+    padded = F.pad(weights, (a, 0)).contiguous()
+    width = n + a
+    shifted = padded.as_strided((*padded.shape[:-2], a, n), (*padded.stride()[:-2], width + 1, 1), 1)
+    return shifted.sum(-2).flip(-1)
 
 
 def pooled(importance: Float[Tensor, "b g n"], kernel: int) -> Float[Tensor, "b g n"]:

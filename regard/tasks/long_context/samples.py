@@ -81,7 +81,8 @@ class LongTask:
         self.brief = wording == "brief"
 
     def sample(self, number: int, length: int, count: Count) -> Sample:
-        """The sample of a number: the same whenever it is asked for, of 90 to 100 % of `length` tokens.
+        """The sample of a number: the same whenever it is asked for, of 90 to 100 % of `length` tokens
+        (fewer where a single chapter or document would be more than the rest).
 
         Raises:
             Unsupported: where the length is too short for the question, or more than there are words for.
@@ -89,10 +90,14 @@ class LongTask:
         at_least("length", length, 1)
         seed = SEED + number
 
+        exhausted = False
+
         def fits(parts: int) -> bool:
+            nonlocal exhausted
             try:
                 return count(self.build(seed, parts).prompt) <= length
             except Exhausted:
+                exhausted = True
                 return False
 
         low = self.least
@@ -109,7 +114,7 @@ class LongTask:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         sample = self.build(seed, low)
-        if count(sample.prompt) < SHORTEST * length:
+        if exhausted and count(sample.prompt) < SHORTEST * length:
             raise Unsupported(
                 f"{self.name} in {length} tokens, of which its material fills {count(sample.prompt)}",
                 supported="shorter contexts, or more material",
