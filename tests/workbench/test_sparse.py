@@ -9,6 +9,7 @@ import torch
 from command_line import answer, run
 
 from regard import Unsupported
+from regard.compression.sparse.constructed import cost, retrieval
 from regard.tasks.long_context import create_long_task
 from regard.workbench.sparse import study as study_module
 from regard.workbench.sparse import tiny
@@ -23,7 +24,7 @@ from regard.workbench.sparse.analysis import (
     safe_compression,
     scaling_law,
 )
-from regard.workbench.sparse.constructed import cost, isoflops, retrieval
+from regard.workbench.sparse.constructed import isoflops
 
 
 def test_a_compression_is_safe_while_no_smaller_one_loses():

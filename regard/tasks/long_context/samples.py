@@ -114,7 +114,8 @@ class LongTask:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         sample = self.build(seed, low)
-        if exhausted and count(sample.prompt) < SHORTEST * length:
+        exhausted = False
+        if count(sample.prompt) < SHORTEST * length and not fits(low + 1) and exhausted:
             raise Unsupported(
                 f"{self.name} in {length} tokens, of which its material fills {count(sample.prompt)}",
                 supported="shorter contexts, or more material",

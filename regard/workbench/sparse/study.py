@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from regard.compression.sparse import METHODS, Method, at_compression, sparsely, sparsify, written
@@ -20,7 +22,7 @@ from regard.compression.sparse.cost import (
 )
 from regard.contract import Unsupported
 from regard.measurement.store import Store
-from regard.tasks.documents import Paths
+from regard.tasks.documents import Paths, read_documents
 from regard.tasks.long_context import LONG_TASKS, LongTask, Sample, create_long_task
 from regard.tasks.long_context.questions import paragraphs
 from regard.tasks.long_context.samples import draws
@@ -190,11 +192,8 @@ class Continuation:
     name = TEXT
 
     def __init__(self, reader: Reader, data: Paths | None) -> None:
-        given = (
-            None
-            if data is None
-            else tuple(map(str, [data] if isinstance(data, str) or not hasattr(data, "__iter__") else data))
-        )
+        paths = None if data is None else [data] if isinstance(data, str | Path) else data
+        given = None if paths is None else tuple(map(str, paths))
         self.ids = reader.encode("\n\n".join(paragraphs(given, 20, 10**6)))
 
     def sample(self, number: int, length: int) -> tuple[list[int], list[int]]:
@@ -232,13 +231,16 @@ def study(
     """
     sizes = Sizes.of(reader.model)
     sparsify(reader.model, Method()).undo()
+    for method in plan.methods:
+        for length in plan.lengths:
+            at_compression(method, max(plan.ratios), length)
     if reader.longest is not None and max(plan.lengths) > reader.longest:
         raise Unsupported(
             f"{max(plan.lengths)} tokens with {reader.name}",
             supported=f"its positions, {reader.longest}",
             nearest=f"--lengths {reader.longest}",
         )
-    began, identity = time.monotonic(), fingerprint(reader.model)
+    began, identity, data = time.monotonic(), fingerprint(reader.model), _data(plan.data)
     tasks: dict[str, Any] = {
         name: Continuation(reader, plan.data) if name == TEXT else _task(name, plan) for name in plan.tasks
     }
@@ -259,7 +261,7 @@ def study(
                         "model": identity,
                         "task": name,
                         "wording": plan.wording,
-                        "data": None if plan.data is None else str(plan.data),
+                        "data": data,
                         "length": length,
                         "method": method,
                         "ratio": ratio,
@@ -284,6 +286,14 @@ def study(
                     rows.setdefault((method, ratio, name, length), []).append(payload)
     cells = [_cell(sizes, *key, payloads) for key, payloads in rows.items()]
     return Found(reader.name, sizes.weights, plan, cells, refused, over)
+
+
+def _data(given: Paths | None) -> str | None:
+    """Tells the user's data apart by what is in it."""
+    if given is None:
+        return None
+    documents, _ = read_documents(given, "text")
+    return hashlib.blake2b(b"\0".join(document.text for document in documents), digest_size=8).hexdigest()
 
 
 def _task(name: str, plan: Plan) -> LongTask:
@@ -378,8 +388,9 @@ def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
         return safe, f"Nothing can be said: {reason}."
     length = judged[-1]
     sentences = []
-    for phase, what in (("prefill", "reading prompts"), ("decode", "writing")):
-        here = {m: r[str(length)] for m, r in safe.items() if phases_of(m) == (phase,) and str(length) in r}
+    for phases, what in ((("prefill",), "reading prompts"), (("decode",), "writing"), (("prefill", "decode"), "both")):
+        here = {m: r[str(length)] for m, r in safe.items() if phases_of(m) == phases and str(length) in r}
+        phase = phases[-1]
         if not here:
             continue
         best = max(here, key=lambda m: (here[m], found.faster(m, here[m], length, phase) or 0.0))
@@ -387,13 +398,9 @@ def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
             sentences.append(f"For {what} keep dense attention: every method loses at the smallest compression tried.")
             continue
         faster = found.faster(best, here[best], length, phase)
-        timed = (
-            ""
-            if faster is None
-            else f", {faster:.2g} times as fast here"
-            if faster >= 1
-            else f", but {1 / faster:.2g} times slower here"
-        )
+        timed = ""
+        if faster is not None:
+            timed = f", {faster:.2g} times as fast here" if faster >= 1 else f", but {1 / faster:.2g} times slower here"
         sentences.append(f"For {what} use {best}, safe up to {here[best]:g}x{timed}.")
     able = found.able(length)
     dense = [cell for task in able if (cell := found.cell("dense", 1.0, task, length)) is not None]
