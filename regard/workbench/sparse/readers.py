@@ -85,7 +85,7 @@ def reply(reader: Reader, prompt: Sequence[int], most: int, *, forced: Sequence[
         if not forced and token in reader.stops:
             break
         chosen.append(token)
-        if len(chosen) >= most or (until and until in reader.decode(chosen[-16:])):
+        if len(chosen) >= most or (until and until in reader.decode(chosen[-16:]).lstrip()):
             break
         new = forced[len(chosen) - 1] if forced else token
         logits, state = reader.step(torch.tensor([[new]]), state)
