@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support import load
 
 from regard import Context, Mask, Unsupported
 from regard.compression.sparse import METHODS, Method, Place, at_compression, read_method, sparsely, sparsify, written
@@ -459,6 +460,27 @@ def test_models_that_are_more_than_softmax_are_refused_and_left_as_they_were():
         sparsify(torch.nn.Linear(3, 3), "quest")
     with sparsely(own_model(), "quest") as sparse, pytest.raises(Unsupported, match="padded"):
         sparse.model(torch.randint(9, (2, 6)), context=Context(mask=Mask(lengths=torch.tensor([6, 4]))))
+
+
+def test_what_is_selected_is_what_the_benchmarks_code_selects():
+    found = load("softmax_sparse_frontier")
+    q, k, place = found["q"], found["k"], Place(scale=16**-0.5)
+    options = "capacity=60,window=32,kernel=7,local=16"
+    for name in ("snapkv", "ada_snapkv"):
+        assert torch.equal(read_method(f"{name}:{options}").keep(q, k, place)[0], found[name])
+    lines = read_method("vertical_slash:vertical=40,slash=80,window=32").select(q, k, place)
+    assert torch.equal(lines.vertical[0], found["vertical"]) and torch.equal(lines.slash[0], found["slash"])
+    lines = read_method("flex_prefill:alpha=0.6,least=70,window=32").select(q, k, place)
+    assert torch.equal(lines.vertical[0], found["flex_vertical"]) and torch.equal(lines.slash[0], found["flex_slash"])
+    blocks = read_method("block_sparse:size=16,blocks=5").select(q, k, place)
+    assert torch.equal(blocks.visible[0], found["blocks"])
+    method = Quest(budget=64)
+    cache = method.compress(q, k, k, place)
+    upper = page_bounds(q[:, :, -1:], cache, 18)
+    for name, scores in (("quest", upper.view(1, 2, 2, 18).sum(2).repeat_interleave(2, 1)), ("quest_each", upper)):
+        pages = torch.zeros(4, 19, dtype=torch.bool).scatter_(-1, scores.topk(4).indices[0], True)
+        pages[:, 18] = True
+        assert torch.equal(pages, found[name])
 
 
 def test_last_weights_are_those_of_the_whole_matrix():
