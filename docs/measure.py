@@ -49,7 +49,9 @@ from regard.workbench.swapped import HOSTS, check_swap, hosts, swap_variants
 from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 DATA = Path(__file__).parent / "data"
-TESTS = tuple(Path(__file__).parents[1] / "tests" / folder for folder in ("mechanisms", "positions"))
+TESTS = tuple(
+    Path(__file__).parents[1] / "tests" / place for place in ("mechanisms", "positions", "compression/test_sparse.py")
+)
 RECORDINGS = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
 COMPARISONS = ("close", "assert_close", "relative_error")
 """Names of the functions in these tests that compare (found, expected)."""

@@ -23,6 +23,7 @@ from regard.cli.report import report
 from regard.cli.reproduce import reproduce
 from regard.cli.retrofit import retrofit
 from regard.cli.serve import serve
+from regard.cli.sparse import sparse
 from regard.cli.study import study
 from regard.cli.train import train
 from regard.cli.verify import verify
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "explain": explain,
     "compress": compress,
+    "sparse": sparse,
     "retrofit": retrofit,
     "reproduce": reproduce,
     "study": study,

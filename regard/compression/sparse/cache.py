@@ -1,0 +1,174 @@
+"""The cache of one layer while a sparse method runs: keys and values of each head, as many as the method has kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import State
+from regard.core.visibility import Visibility
+from regard.engines.paged_cache import attend
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+PAGE = 64
+"""Slots by which memory grows: a multiple of the pages that are read from it."""
+ROOM = 4
+"""A cache that has no slot left gets room for a part of its length: one in so many."""
+
+
+@dataclass(frozen=True)
+class HeadCache(State):
+    """Keys and values of each row and head, with room behind them.
+
+    Unlike other states it is written in place: one that was continued must not be continued again. :meth:`select` copies.
+
+    Attributes:
+        k, v: (B, G, S, D); slots from `counts` on hold nothing.
+        counts: (B, G) tokens kept; on the CPU.
+        ranks: (B, G, S) which token of the sequence is in a slot.
+        weight: (B, G, S) what a method has counted of each slot; None where it counts nothing.
+        low, high: (B, G, S / page, D) smallest and largest entries of the keys of each page; None where nobody asks.
+        length: (B,) tokens of each row so far, kept or not.
+    """
+
+    k: Float[Tensor, "b g s d"]
+    v: Float[Tensor, "b g s e"]
+    counts: Int[Tensor, "b g"]
+    ranks: Int[Tensor, "b g s"]
+    length: Int[Tensor, " b"]
+    weight: Float[Tensor, "b g s"] | None = None
+    low: Float[Tensor, "b g pages d"] | None = None
+    high: Float[Tensor, "b g pages d"] | None = None
+
+    @classmethod
+    def of(cls, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"], kept: Tensor | None = None) -> HeadCache:
+        """From a prompt.
+
+        Args:
+            kept: (B, G, N) booleans, the tokens that stay; None for all.
+        """
+        batch, groups, n = k.shape[:3]
+        device = k.device
+        length = torch.full((batch,), n, dtype=torch.int64, device=device)
+        if kept is None:
+            counts = torch.full((batch, groups), n, dtype=torch.int64, device="cpu")
+            ranks = torch.arange(n, device=device).expand(batch, groups, n)
+        else:
+            counts = kept.sum(-1).cpu()
+            most = int(counts.max()) if counts.numel() else 0
+            # kept tokens first, in their order
+            ranks = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
+            k, v = (x.gather(2, ranks[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+        return cls(with_room(k), with_room(v), counts, with_room(ranks[..., None])[..., 0], length)
+
+    def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> HeadCache:
+        """With one more token in each row and head."""
+        cache = self
+        if cache.counts.numel() and int(cache.counts.max()) == cache.k.shape[2]:
+            cache = cache._grown()
+        at = cache.place(0)
+        new = [
+            (cache.k, k[:, :, 0]),
+            (cache.v, v[:, :, 0]),
+            (cache.ranks, cache.length[:, None].expand(cache.counts.shape)),
+        ]
+        if cache.weight is not None:
+            new.append((cache.weight, torch.zeros_like(cache.weight[:, :, 0])))
+        with torch.no_grad():
+            for where, x in new:
+                where[at] = x.to(where.dtype)
+        return dataclasses.replace(cache, counts=cache.counts + 1, length=cache.length + 1)
+
+    def without(self, slots: Int[Tensor, "b g"], where: Tensor) -> HeadCache:
+        """Without one slot of each row and head where `where` (B, G) is true: the last token takes its place."""
+        row, head, last = self._each(-1)
+        to = row, head, torch.where(where, slots, last)
+        with torch.no_grad():
+            for x in (self.k, self.v, self.ranks, self.weight):
+                if x is not None:
+                    x[to] = x[row, head, last]
+        return dataclasses.replace(self, counts=self.counts - where.cpu().long())
+
+    def read(
+        self,
+        q: Float[Tensor, "b h 1 d"],
+        scale: float,
+        *,
+        table: Int[Tensor, "rows pages"] | None = None,
+        counts: Int[Tensor, " rows"] | None = None,
+        page: int | None = None,
+    ) -> Float[Tensor, "b h 1 e"]:
+        """Attention of a token's queries to what is kept, or to some pages of it.
+
+        Args:
+            table: for each row and kv head, or each row and query head, numbers of the pages that are read, counted in its
+                own head; None for all tokens.
+            counts: how many tokens each line of the table has.
+            page: tokens a page of the table, a divisor of :data:`PAGE`.
+        """
+        batch, heads = q.shape[:2]
+        groups, slots = self.k.shape[1:3]
+        if table is None:
+            page, counts = slots, self.counts.flatten()
+            table = torch.zeros(batch * groups, 1, dtype=torch.int64, device="cpu")
+        assert page is not None and counts is not None
+        lines = table.shape[0]
+        per_line = batch * heads // lines
+        first = torch.arange(lines, device="cpu") * per_line // (heads // groups) * (slots // page)
+        pool_k, pool_v = (x.view(batch * groups * (slots // page), 1, page, x.shape[-1]) for x in (self.k, self.v))
+        queries = (counts - 1)[:, None]
+        output, _ = attend(
+            q.reshape(lines, per_line, 1, q.shape[-1]).to(self.k.dtype),
+            (pool_k, pool_v, table + first[:, None], counts),
+            queries,
+            visibility=Visibility(),
+            scale=scale,
+        )
+        return output.view(batch, heads, 1, -1).to(q.dtype)
+
+    def scores(self, q: Float[Tensor, "b h 1 d"], scale: float) -> Float[Tensor, "b h s"]:
+        """Of a token's queries with every slot, -inf where there is no token; at least in float32."""
+        batch, heads = q.shape[:2]
+        groups = self.k.shape[1]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        used = int(self.counts.max()) if self.counts.numel() else 0
+        k = self.k[:, :, :used].to(wide)
+        found = scale * q.to(wide).view(batch, groups, heads // groups, -1) @ k.mT
+        empty = torch.arange(used, device=q.device) >= self.counts.to(q.device)[..., None]
+        return found.masked_fill(empty[:, :, None], -torch.inf).flatten(1, 2)
+
+    def place(self, behind: int) -> tuple[Any, ...]:
+        """The index of one slot in each row and head: `behind` the last token that many, 0 for the first empty one."""
+        least, most = (int(x) for x in self.counts.aminmax()) if self.counts.numel() else (0, 0)
+        return (slice(None), slice(None), most + behind) if least == most else self._each(behind)
+
+    def _each(self, behind: int) -> tuple[Tensor, Tensor, Tensor]:
+        batch, groups = self.counts.shape
+        device = self.k.device
+        row, head = torch.arange(batch, device=device)[:, None], torch.arange(groups, device=device)
+        return row, head, self.counts.to(device) + behind
+
+    def _grown(self) -> HeadCache:
+        slots = self.k.shape[2]
+        more = -(-max(slots // ROOM, 1) // PAGE) * PAGE
+        weight = None if self.weight is None else F.pad(self.weight, (0, more))
+        return dataclasses.replace(
+            self,
+            k=F.pad(self.k, (0, 0, 0, more)),
+            v=F.pad(self.v, (0, 0, 0, more)),
+            ranks=F.pad(self.ranks, (0, more)),
+            weight=weight,
+        )
+
+
+def with_room(x: Tensor) -> Tensor:
+    """A copy whose slots are a multiple of :data:`PAGE`, with one empty at least."""
+    used = x.shape[2]
+    return F.pad(x, (0, 0, 0, (used // PAGE + 1) * PAGE - used))

@@ -1,0 +1,74 @@
+"""A sparse method in the place of a layer's softmax: the same queries, keys and values, another cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from regard.catalogue import get_mechanism
+from regard.compression.sparse.cache import HeadCache
+from regard.compression.sparse.method import Method, Place, call
+from regard.contract import Call, Mechanism, Pattern, Result, Unsupported
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Config:
+    """What runs in a layer. Equal only to itself: the meter is the layer's own."""
+
+    method: Method = field(default_factory=Method)
+    place: Place = field(default_factory=Place)
+
+
+def parallel(
+    call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
+) -> Result:
+    return _run(call_, q, k, v, keeps=False)
+
+
+def chunked(
+    call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
+) -> Result:
+    return _run(call_, q, k, v, keeps=True)
+
+
+def _run(given: Call, q: Tensor, k: Tensor, v: Tensor, *, keeps: bool) -> Result:
+    if given.lengths is not None or given.memory_lengths is not None:
+        raise Unsupported(
+            "sparse attention of padded or packed sequences",
+            supported="sequences of one length",
+            nearest="one prompt at a time",
+        )
+    config: Config = given.config
+    place = dataclasses.replace(config.place, scale=given.scale)
+    return Result(*call(config.method, q, k, v, given.state, place, keeps=keeps))
+
+
+def card() -> Mechanism:
+    """A card that is in no catalogue: a method looks at the last tokens of a prompt before the first ones are answered, so
+    that most of what the contract asks of a causal mechanism cannot hold."""
+    return dataclasses.replace(
+        get_mechanism("softmax"),
+        name="sparse",
+        aliases=(),
+        summary="Softmax attention of which a trained model computes a part.",
+        inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
+        patterns=(Pattern.CAUSAL_SELF,),
+        forms={"parallel": parallel, "chunked": chunked, "step": chunked},
+        config=Config,
+        variants={},
+        variant_patterns={},
+        state=HeadCache,
+        uneven=False,
+        honours=frozenset(),
+        weights="none",
+        accepts_positions=("none", "sinusoidal", "learned", "rotary"),
+        projection=None,
+    )
+
+
+CARD = card()

@@ -1,0 +1,275 @@
+"""Methods that keep a part of the cache: what of a prompt stays, and what a new token drives out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from regard.compression.sparse.cache import HeadCache, with_room
+from regard.compression.sparse.method import Method, Place, count_reads
+from regard.compression.sparse.prefilling import asked
+from regard.compression.sparse.scores import grouped, key_sums, pooled, top
+from regard.contract import Unsupported, at_least
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class SnapKV(Method):
+    """The tokens that the last queries of a prompt look at, and their neighbours; the same count in every head.
+
+    Attributes:
+        capacity: tokens of the prompt that each kv head keeps.
+        window: last queries that are asked.
+        kernel: neighbours over which importance is averaged, an odd number.
+        local: last tokens that are always kept.
+        prefix: first tokens that are always kept.
+    """
+
+    phases: ClassVar = ("decode",)
+    summary: ClassVar = "The cache keeps the tokens that the prompt's last queries look at, as many in every head."
+    capacity: int = 1024
+    window: int = 256
+    kernel: int = 21
+    local: int = 128
+    prefix: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("capacity", 1), ("window", 1), ("kernel", 1), ("local", 0), ("prefix", 0)):
+            at_least(name, getattr(self, name), least)
+        if self.kernel % 2 == 0:
+            raise Unsupported(f"kernel={self.kernel}", supported="an odd number", nearest=f"kernel={self.kernel + 1}")
+        self.check_capacity(self.capacity)
+
+    def check_capacity(self, capacity: int) -> None:
+        """Raise Unsupported where nothing could be chosen beside what is always kept."""
+        if capacity <= self.local + self.prefix:
+            raise Unsupported(
+                f"capacity={capacity} with local={self.local} and prefix={self.prefix}, which are always kept",
+                supported="a greater capacity than both together",
+                nearest=f"local={max(capacity // 2, 0)}, prefix={min(self.prefix, max(capacity // 2 - 1, 0))}",
+            )
+
+    def importance(self, q: Tensor, k: Tensor, place: Place) -> Float[Tensor, "b g n"]:
+        weights = grouped(asked(q, k, self.window, place), k.shape[1])
+        return self._always(pooled(weights.mean(2).sum(2), self.kernel))
+
+    def keep(self, q: Tensor, k: Tensor, place: Place) -> Bool[Tensor, "b g n"] | None:
+        if k.shape[2] <= self.capacity:
+            return None
+        return top(self.importance(q, k, place), self.capacity)
+
+    def _always(self, importance: Tensor) -> Tensor:
+        n = importance.shape[-1]
+        j = torch.arange(n, device=importance.device)
+        return importance.masked_fill((j < self.prefix) | (j >= n - self.local), math.inf)
+
+
+@dataclass(frozen=True)
+class AdaSnapKV(SnapKV):
+    """SnapKV whose heads share the budget of their layer: those with more important tokens keep more.
+
+    Attributes:
+        capacity: tokens a kv head, on average over the layer.
+        share: of the capacity that every head keeps at least.
+    """
+
+    summary: ClassVar = "As snapkv, with a budget that the heads of a layer divide by importance."
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share <= 1:
+            raise Unsupported(f"share={self.share}", supported="0 to 1", nearest="share=0.2")
+
+    def importance(self, q: Tensor, k: Tensor, place: Place) -> Float[Tensor, "b g n"]:
+        weights = grouped(asked(q, k, self.window, place), k.shape[1])
+        return self._always(pooled(weights.amax((2, 3)), self.kernel))
+
+    def keep(self, q: Tensor, k: Tensor, place: Place) -> Bool[Tensor, "b g n"] | None:
+        groups, n = k.shape[1:3]
+        if n <= self.capacity:
+            return None
+        importance = self.importance(q, k, place)
+        least = max(int(self.share * self.capacity), self.local + self.prefix)
+        own = top(importance, least)
+        others = importance.masked_fill(own, -math.inf).flatten(1)
+        rest = top(others, (self.capacity - least) * groups)
+        return own | rest.view_as(own)
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with more tokens in the first layers and fewer in the last (arXiv 2406.02069).
+
+    The counts fall evenly from layer to layer, and are `capacity` on average, exactly.
+
+    Attributes:
+        beta: the last layer keeps one in so many of the tokens that can be chosen at `capacity`.
+    """
+
+    summary: ClassVar = "As snapkv, with a budget that falls from the first layer to the last."
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("beta", self.beta, 1)
+
+    def capacity_of(self, place: Place) -> int:
+        """Tokens that a layer keeps."""
+        always, layers = self.local + self.prefix, place.layers
+        free = self.capacity - always
+        last = max(free // self.beta, 1)
+        # what the layers before a layer have together, rounded, so that nothing is lost over all of them
+        before = [0.0]
+        for layer in range(layers):
+            share = 0.5 if layers == 1 else 1 - layer / (layers - 1)
+            before.append(before[-1] + last + 2 * (free - last) * share)
+        return always + max(round(before[place.layer + 1]) - round(before[place.layer]), 1)
+
+    def keep(self, q: Tensor, k: Tensor, place: Place) -> Bool[Tensor, "b g n"] | None:
+        capacity = self.capacity_of(place)
+        if k.shape[2] <= capacity:
+            return None
+        return top(self.importance(q, k, place), capacity)
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """The first tokens and the last ones, in the prompt and after it (arXiv 2309.17453).
+
+    Keys keep the positions that they were given in the text, where the paper counts them anew inside the cache.
+
+    Attributes:
+        capacity: tokens of the cache, the first ones included.
+        sinks: first tokens that stay.
+    """
+
+    phases: ClassVar = ("decode",)
+    summary: ClassVar = "The cache keeps the first tokens and the last ones."
+    capacity: int = 1024
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        at_least("sinks", self.sinks, 0)
+        at_least("capacity", self.capacity, self.sinks + 1)
+
+    def keep(self, q: Tensor, k: Tensor, place: Place) -> Bool[Tensor, "b g n"] | None:
+        batch, groups, n = k.shape[:3]
+        if n <= self.capacity:
+            return None
+        j = torch.arange(n, device=k.device)
+        return ((j < self.sinks) | (j >= n - (self.capacity - self.sinks))).expand(batch, groups, n)
+
+    def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
+        cache = _evict(cache, self.capacity, _worth(cache, self.sinks))
+        count_reads(q, cache, place, cache.counts.flatten())
+        return cache.read(q, place.scale), cache
+
+
+@dataclass(frozen=True)
+class TOVA(Method):
+    """The tokens that the last query looks at, on average over all heads of a layer, in the prompt and after each new token
+    (arXiv 2401.06104).
+
+    Attributes:
+        capacity: tokens of the cache, the same in every head.
+    """
+
+    phases: ClassVar = ("decode",)
+    summary: ClassVar = "The cache drops the token that the newest query looks at least, the same in all heads."
+    capacity: int = 1024
+
+    def __post_init__(self) -> None:
+        at_least("capacity", self.capacity, 1)
+
+    def keep(self, q: Tensor, k: Tensor, place: Place) -> Bool[Tensor, "b g n"] | None:
+        if k.shape[2] <= self.capacity:
+            return None
+        weights = asked(q, k, 1, place)
+        return top(weights.mean(1), self.capacity).expand(-1, k.shape[1], -1)
+
+    def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
+        weights, output = _weigh(q, cache, place)
+        worth = weights.mean((1, 2))[:, None].expand(-1, cache.k.shape[1], -1)
+        return output, _evict(cache, self.capacity, worth)
+
+
+@dataclass(frozen=True)
+class H2O(Method):
+    """Heavy hitters: the tokens that all queries so far have looked at most, and the last ones (arXiv 2306.14048).
+
+    Attributes:
+        capacity: tokens of the cache.
+        recent: share of them that are the last ones.
+    """
+
+    phases: ClassVar = ("decode",)
+    summary: ClassVar = "The cache keeps the last tokens and those that all queries so far looked at most."
+    capacity: int = 1024
+    recent: float = 0.5
+
+    def __post_init__(self) -> None:
+        at_least("capacity", self.capacity, 1)
+        if not 0 <= self.recent <= 1:
+            raise Unsupported(f"recent={self.recent}", supported="0 to 1", nearest="recent=0.5")
+
+    @property
+    def last(self) -> int:
+        """Last tokens that stay."""
+        return int(self.recent * self.capacity)
+
+    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> HeadCache:
+        n = k.shape[2]
+        sums = grouped(key_sums(q, k, place.scale), k.shape[1]).sum(2)
+        place.meter.index["prefill"] += q.shape[0] * q.shape[1] * n * (n + 1) * q.shape[-1]
+        kept = None
+        if n > self.capacity:
+            j = torch.arange(n, device=k.device)
+            kept = top(sums.masked_fill(j >= n - self.last, math.inf), self.capacity)
+        place.meter.cache.append(1.0 if kept is None else self.capacity / n)
+        cache = HeadCache.of(k, v, kept)
+        used = int(cache.counts.max()) if cache.counts.numel() else 0
+        weight = sums.gather(2, cache.ranks[..., :used])
+        return dataclasses.replace(cache, weight=with_room(weight[..., None])[..., 0])
+
+    def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
+        weights, output = _weigh(q, cache, place)
+        assert cache.weight is not None
+        used = weights.shape[-1]
+        with torch.no_grad():
+            cache.weight[..., :used] += weights.sum(2)
+        recent = cache.ranks[..., :used] >= (cache.length - self.last)[:, None, None]
+        worth = cache.weight[..., :used].masked_fill(recent, math.inf)
+        return output, _evict(cache, self.capacity, worth)
+
+
+def _weigh(q: Tensor, cache: HeadCache, place: Place) -> tuple[Float[Tensor, "b g r s"], Tensor]:
+    """Softmax weights of a token's queries on the cache, and their output."""
+    count_reads(q, cache, place, cache.counts.flatten())
+    weights = grouped(cache.scores(q, place.scale).softmax(-1), cache.k.shape[1])
+    values = cache.v[:, :, : weights.shape[-1]].to(weights.dtype)
+    return weights, (weights @ values).flatten(1, 2)[:, :, None].to(q.dtype)
+
+
+def _worth(cache: HeadCache, sinks: int) -> Int[Tensor, "b g s"]:
+    """Of a rolling window: later is worth more, and the first tokens most."""
+    used = int(cache.counts.max()) if cache.counts.numel() else 0
+    ranks = cache.ranks[..., :used]
+    return torch.where(ranks < sinks, torch.iinfo(torch.int64).max, ranks)
+
+
+def _evict(cache: HeadCache, capacity: int, worth: Tensor) -> HeadCache:
+    """Without the token that is worth least, where there are more than the capacity."""
+    over = cache.counts > capacity
+    if not bool(over.any()):
+        return cache
+    empty = torch.arange(worth.shape[-1], device=worth.device) >= cache.counts.to(worth.device)[..., None]
+    most = math.inf if worth.is_floating_point() else torch.iinfo(worth.dtype).max
+    return cache.without(worth.masked_fill(empty, most).argmin(-1), over.to(worth.device))

@@ -1,0 +1,179 @@
+"""Sparse attention in a model that exists: :func:`sparsify`, undone by :meth:`Sparse.undo`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from regard.compression.sparse.card import CARD, Config
+from regard.compression.sparse.catalogue import read_method
+from regard.compression.sparse.method import PHASES, Meter, Method, Place
+from regard.contract import Pattern, Unsupported
+from regard.layers.attention import AttentionLayer
+from regard.models import LanguageModel
+
+KNOWN = "regard.models.LanguageModel with softmax, causal language models of transformers with the attention interface"
+
+
+@dataclass
+class Sparse:
+    """A model whose attention is sparse.
+
+    Attributes:
+        model: as it was given, changed in place.
+        method: what runs in it.
+        layers: how many layers it runs in.
+        meters: of each layer.
+    """
+
+    model: nn.Module
+    method: Method
+    layers: int
+    meters: list[Meter] = field(default_factory=list)
+    _undoing: list[Any] = field(default_factory=list)
+
+    def sparsity(self, phase: str) -> float:
+        """The mean over layers of the share of causal pairs that was skipped in ``prefill`` or ``decode``."""
+        return sum(meter.sparsity(phase) for meter in self.meters) / max(len(self.meters), 1)
+
+    def measured(self) -> dict[str, float]:
+        """Sparsity by phase, the share of prompts that stayed in caches, and numbers read by decoding."""
+        caches = [share for meter in self.meters for share in meter.cache]
+        return {
+            **{phase: self.sparsity(phase) for phase in PHASES},
+            "cache": sum(caches) / len(caches) if caches else 1.0,
+            "read": sum(meter.read for meter in self.meters),
+            "index": sum(sum(meter.index.values()) for meter in self.meters),
+        }
+
+    def undo(self) -> None:
+        """Let the model attend as it did before."""
+        while self._undoing:
+            self._undoing.pop()()
+
+
+def sparsify(model: nn.Module, method: Method | str) -> Sparse:
+    """Put a sparse method into every attention layer of a trained model, in place and without training.
+
+    ::
+
+        sparse = sparsify(model, "snapkv:capacity=256")
+        model.generate(ids, max_new_tokens=20)
+        sparse.sparsity("decode"), sparse.undo()
+
+    Args:
+        model: a :class:`regard.models.LanguageModel` whose layers are all ``softmax``, or a causal language model of
+            transformers that dispatches through its attention interface, in evaluation mode.
+        method: as :func:`regard.compression.sparse.read_method` reads it.
+
+    Raises:
+        Unsupported: for other models, and for layers whose attention is more than softmax (a window, a sink, a soft cap).
+    """
+    method = read_method(method) if isinstance(method, str) else method
+    if isinstance(model, LanguageModel):
+        return _in_own(model, method)
+    if hasattr(model, "set_attn_implementation"):
+        return _in_transformers(model, method)
+    raise Unsupported(f"sparse attention in a {type(model).__name__}", supported=KNOWN)
+
+
+@contextmanager
+def sparsely(model: nn.Module, method: Method | str) -> Iterator[Sparse]:
+    """:func:`sparsify` for as long as a block of code runs."""
+    sparse = sparsify(model, method)
+    try:
+        yield sparse
+    finally:
+        sparse.undo()
+
+
+def _in_own(model: LanguageModel, method: Method) -> Sparse:
+    found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, AttentionLayer)]
+    _check_found(model, found)
+    for name, layer in found:
+        plain = layer.card.name == "softmax" and layer.config == layer.card.options() and layer.projection is not None
+        if not plain or layer.merge is not None or layer.positions.bias is not None:
+            raise Unsupported(
+                f"sparse attention in {name}, which is {layer.card.name} with {layer.config}, positions "
+                f"{layer.positions.name}",
+                supported="softmax without options, with positions that add nothing to its scores",
+            )
+    sparse = Sparse(model, method, len(found))
+    for number, (_, layer) in enumerate(found):
+        config = _config(sparse, number)
+        before = layer.card, layer.config, layer.projection
+        layer.card, layer.config, layer.projection = CARD, config, None
+
+        def undo(layer: Any = layer, before: tuple[Any, ...] = before) -> None:
+            layer.card, layer.config, layer.projection = before
+
+        sparse._undoing.append(undo)
+    return sparse
+
+
+def _in_transformers(model: Any, method: Method) -> Sparse:
+    from regard.integrations.heads import Chosen, HeadAttention
+    from regard.integrations.swap import reader_of
+    from regard.integrations.transformers import PLACE, RECORD, SWAPPED, check_interface, take_out
+    from regard.integrations.transformers.attending import Placement
+    from regard.integrations.transformers.caches import keeps_every_key
+    from regard.integrations.transformers.placing import place
+
+    check_interface(model)
+    if getattr(model.config, RECORD, None) is not None:
+        raise Unsupported(
+            f"sparse attention in a {type(model).__name__} whose attention was swapped",
+            supported="softmax",
+            nearest="regard.unswap(model)",
+        )
+    found = [(name, module) for name, module in model.named_modules() if reader_of(module) is not None]
+    _check_found(model, found)
+    for name, module in found:
+        index = getattr(module, "layer_idx", None)
+        known = hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+        if index is None or not known or not keeps_every_key(module.config, index):
+            raise Unsupported(
+                f"sparse attention in {name}, a {type(module).__name__}",
+                supported="causal layers whose cache keeps every key and that have no window of their own",
+            )
+    sparse = Sparse(model, method, len(found))
+    before = model.config._attn_implementation
+    for number, (_, module) in enumerate(found):
+        config, module_config = _config(sparse, number), module.config
+        heads = module_config.num_attention_heads
+        attend = HeadAttention(
+            Chosen(CARD, config),
+            dim=module_config.hidden_size,
+            heads=heads,
+            kv_heads=heads // getattr(module, "num_key_value_groups", 1),
+            head_dim=getattr(module, "head_dim", None) or module_config.hidden_size // heads,
+            pattern=Pattern.CAUSAL_SELF,
+        )
+        # the model rotates queries and keys before they come here, as they lie in a cache
+        attend.placement = Placement.of(module, module.layer_idx)
+        place(module, attend.train(module.training))
+
+        def undo(module: Any = module) -> None:
+            take_out(module)
+            delattr(module, PLACE)
+
+        sparse._undoing.append(undo)
+    model.set_attn_implementation(SWAPPED)
+    sparse._undoing.append(lambda: model.set_attn_implementation(before))
+    return sparse
+
+
+def _config(sparse: Sparse, number: int) -> Config:
+    meter = Meter()
+    sparse.meters.append(meter)
+    return Config(sparse.method, Place(number, sparse.layers, meter=meter))
+
+
+def _check_found(model: nn.Module, found: Sequence[Any]) -> None:
+    if not found:
+        raise Unsupported(f"sparse attention in a {type(model).__name__} without attention layers", supported=KNOWN)

@@ -1,0 +1,155 @@
+"""The interface of sparse attention at inference: three hooks, of which a method has those that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from regard.compression.sparse.cache import HeadCache
+from regard.compression.sparse.selection import Everything, Selection
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass
+class Meter:
+    """What a layer has computed.
+
+    Attributes:
+        kept, all: pairs of a query and a key that were computed and that dense causal attention would compute, by phase;
+            summed over rows and query heads.
+        index: multiplications of an importance estimate, by phase, as :mod:`regard.compression.sparse.cost` counts them.
+        read: numbers of keys, values and pages that decoding read.
+        cache: for each prompt, the share of its tokens that stayed in the cache.
+    """
+
+    kept: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    all: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    index: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    read: float = 0.0
+    cache: list[float] = field(default_factory=list)
+
+    def count(self, phase: str, kept: float, of: float) -> None:
+        self.kept[phase] += kept
+        self.all[phase] += of
+
+    def sparsity(self, phase: str) -> float:
+        """The share of the causal pairs that was skipped; 0 where nothing ran."""
+        return 1 - self.kept[phase] / self.all[phase] if self.all[phase] else 0.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """The layer that a hook works in.
+
+    Attributes:
+        layer: its number, from 0.
+        layers: how many there are.
+        scale: of the scores.
+        meter: what the layer has computed.
+    """
+
+    layer: int = 0
+    layers: int = 1
+    scale: float = 1.0
+    meter: Meter = field(default_factory=Meter)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Dense attention, and what every method is derived from.
+
+    Tensors: q (B, H, N, D), k (B, G, N, D), v (B, G, N, E); G divides H.
+
+    Attributes:
+        phases: where it saves work.
+        summary: one sentence.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = "Every query sees every key before it."
+
+    def select(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], place: Place) -> Selection:
+        """Which keys of a prompt each query sees."""
+        return Everything(q.shape[0] * q.shape[1], q.shape[2])
+
+    def keep(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], place: Place
+    ) -> Bool[Tensor, "b g n"] | None:
+        """Which tokens of a prompt stay in the cache; None for all."""
+        return None
+
+    def prefill(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"], place: Place
+    ) -> Float[Tensor, "b h n e"]:
+        """The first hook: attention of a prompt."""
+        selection = self.select(q, k, place)
+        n = q.shape[2]
+        place.meter.count("prefill", selection.pairs(), q.shape[0] * q.shape[1] * n * (n + 1) / 2)
+        return selection.attend(q, k, v, place.scale)
+
+    def compress(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"], place: Place
+    ) -> HeadCache:
+        """The second hook: the cache after a prompt."""
+        kept = self.keep(q, k, place)
+        share = 1.0 if kept is None else float(kept.sum()) / max(kept.numel(), 1)
+        place.meter.cache.append(share)
+        return HeadCache.of(k, v, kept)
+
+    def decode(
+        self, q: Float[Tensor, "b h 1 d"], cache: HeadCache, place: Place
+    ) -> tuple[Float[Tensor, "b h 1 e"], HeadCache]:
+        """The third hook: attention of one token, whose own key and value the cache has, and the cache after it."""
+        count_reads(q, cache, place, cache.counts.flatten())
+        return cache.read(q, place.scale), cache
+
+
+@dataclass(frozen=True)
+class Combined(Method):
+    """Prompts as one method reads them, the cache as another keeps and reads it."""
+
+    first: Method = field(default_factory=Method)
+    second: Method = field(default_factory=Method)
+
+    def select(self, q: Tensor, k: Tensor, place: Place) -> Selection:
+        return self.first.select(q, k, place)
+
+    def keep(self, q: Tensor, k: Tensor, place: Place) -> Tensor | None:
+        return self.second.keep(q, k, place)
+
+    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> HeadCache:
+        return self.second.compress(q, k, v, place)
+
+    def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
+        return self.second.decode(q, cache, place)
+
+
+def count_reads(q: Tensor, cache: HeadCache, place: Place, counts: Tensor, more: float = 0.0) -> None:
+    """Tell the meter of a token whose heads read so many keys and values, `counts` by (row, kv head) where query heads read
+    together and by (row, query head) else, and `more` numbers beside them."""
+    batch, heads = q.shape[:2]
+    tokens = float(counts.sum())
+    place.meter.count("decode", tokens * (batch * heads / counts.numel()), float(cache.length.sum()) * heads)
+    place.meter.read += tokens * (cache.k.shape[-1] + cache.v.shape[-1]) + more
+
+
+def call(
+    method: Method, q: Tensor, k: Tensor, v: Tensor, state: Any, place: Place, *, keeps: bool
+) -> tuple[Tensor, Any]:
+    """A prompt (without a state), or tokens after one: their output, and the cache where it is wanted."""
+    if state is None:
+        output = method.prefill(q, k, v, place)
+        return output, method.compress(q, k, v, place) if keeps else None
+    outputs = []
+    for i in range(q.shape[2]):
+        here = slice(i, i + 1)
+        output, state = method.decode(q[:, :, here], state.appended(k[:, :, here], v[:, :, here]), place)
+        outputs.append(output)
+    return torch.cat(outputs, 2) if outputs else v.new_zeros(*q.shape[:3], v.shape[3]), state

@@ -1,0 +1,160 @@
+"""What scores at several compressions say: which are safe, what is best at a cost, and how scores follow sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NOTICED = 1.645
+"""A score of z from which a loss counts: one-sided, at 5 %."""
+
+
+def mean_and_variance(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean, and the unbiased variance (0 of a single score)."""
+    values = np.asarray(scores, dtype=np.float64)
+    return float(values.mean()), float(values.var(ddof=1)) if len(values) > 1 else 0.0
+
+
+def loss_z(dense: Sequence[float], sparse: Sequence[float]) -> float:
+    """How many standard errors the mean of sparse scores is below that of dense ones; infinite where neither scatters."""
+    (a, var_a), (b, var_b) = mean_and_variance(dense), mean_and_variance(sparse)
+    error = math.sqrt(var_a / len(dense) + var_b / len(sparse))
+    if error == 0:
+        return 0.0 if a == b else math.copysign(math.inf, a - b)
+    return (a - b) / error
+
+
+def safe_compression(dense: Sequence[float], by_ratio: Mapping[float, Sequence[float]]) -> float:
+    """The largest compression at which, and at all smaller ones, no loss is noticed; 1 where already the smallest loses."""
+    safe = 1.0
+    for ratio in sorted(by_ratio):
+        if loss_z(dense, by_ratio[ratio]) >= NOTICED:
+            break
+        safe = max(safe, ratio)
+    return safe
+
+
+def noticeable_loss(dense: Sequence[float]) -> float:
+    """The loss of the mean that such scores would just notice, where sparse ones scatter as dense ones do."""
+    return NOTICED * math.sqrt(2 * mean_and_variance(dense)[1] / len(dense))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model at a sparsity.
+
+    Attributes:
+        size: what the model is ordered by (parameters, or a width).
+        ratio: of compression; 1 for dense.
+        cost: of an answer.
+        scores: of the samples.
+    """
+
+    size: float
+    ratio: float
+    cost: float
+    scores: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        return mean_and_variance(self.scores)[0]
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats at the same cost or less, from cheap to dear."""
+    best, found = -math.inf, []
+    for point in sorted(points, key=lambda p: (p.cost, -p.score)):
+        if point.score > best:
+            best = point.score
+            found.append(point)
+    return found
+
+
+def larger_and_sparse(points: Sequence[Point]) -> list[tuple[Point, Point | None]]:
+    """For each dense model the best larger one that is sparse and costs no more; None where none is so cheap."""
+    found = []
+    for dense in sorted((p for p in points if p.ratio == 1), key=lambda p: p.size):
+        rivals = [p for p in points if p.ratio > 1 and p.size > dense.size and p.cost <= dense.cost]
+        found.append((dense, max(rivals, key=lambda p: p.score, default=None)))
+    return found
+
+
+def crossing_length(by_length: Mapping[int, Sequence[Point]]) -> int | None:
+    """The smallest length at which a larger sparse model surely beats a dense one that costs as much; None for none."""
+    for length in sorted(by_length):
+        for dense, rival in larger_and_sparse(by_length[length]):
+            if rival is not None and loss_z(rival.scores, dense.scores) >= NOTICED:
+                return length
+    return None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A score of a model with so many parameters, at a length and a compression."""
+
+    parameters: float
+    length: float
+    compression: float
+    score: float
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """log score = constant + parameters log P + length log N + compression log C, by least squares.
+
+    Attributes:
+        held_out: R^2 on the part that was left out of a fit: the largest model, length or compression. Those that have no
+            two values, or where nothing varies, are not among them.
+    """
+
+    constant: float
+    parameters: float
+    length: float
+    compression: float
+    held_out: Mapping[str, float]
+
+    def predict(self, at: Observation) -> float:
+        logs = (math.log(at.parameters), math.log(at.length), math.log(at.compression))
+        slopes = (self.parameters, self.length, self.compression)
+        return math.exp(self.constant + sum(a * b for a, b in zip(slopes, logs, strict=True)))
+
+
+FEWEST_SCORES = 1e-3
+"""Scores are counted as no lower: a logarithm is taken of them."""
+
+
+def scaling_law(observations: Sequence[Observation]) -> ScalingLaw | None:
+    """Fitted to all, and to all but the largest of each kind in turn; None of fewer than four."""
+    if len(observations) < 4:
+        return None
+    axes: dict[str, Callable[[Observation], float]] = {
+        "parameters": lambda o: o.parameters,
+        "length": lambda o: o.length,
+        "compression": lambda o: o.compression,
+    }
+    held: dict[str, float] = {}
+    for name, of in axes.items():
+        largest = max(map(of, observations))
+        fitted, rest = ([o for o in observations if (of(o) < largest) == low] for low in (True, False))
+        seen = np.array([_logarithm(o) for o in rest])
+        if len(fitted) < 4 or len(rest) < 2 or not seen.std():
+            continue
+        predicted = _design(rest) @ _fit(fitted)
+        held[name] = float(1 - ((seen - predicted) ** 2).sum() / ((seen - seen.mean()) ** 2).sum())
+    constant, parameters, length, compression = map(float, _fit(observations))
+    return ScalingLaw(constant, parameters, length, compression, held)
+
+
+def _logarithm(o: Observation) -> float:
+    return math.log(max(o.score, FEWEST_SCORES))
+
+
+def _design(observations: Sequence[Observation]) -> np.ndarray:
+    return np.array([[1, math.log(o.parameters), math.log(o.length), math.log(o.compression)] for o in observations])
+
+
+def _fit(observations: Sequence[Observation]) -> np.ndarray:
+    return np.linalg.lstsq(_design(observations), np.array([_logarithm(o) for o in observations]), rcond=None)[0]

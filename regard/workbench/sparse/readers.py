@@ -1,0 +1,175 @@
+"""Language models that are asked: their tokens, and their replies token by token."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Unsupported
+from regard.models import LanguageModel
+from regard.models.weights import distinct_tensors
+from regard.tasks.tokenizer import Tokenizer
+from regard.workbench.lighter.subjects import CausalModel
+from regard.workbench.trained import RECORD, open_trained
+
+MODELS = "a folder of `regard train` on text, a causal language model of transformers (a folder, or a .gguf file)"
+
+
+class Reader(Protocol):
+    """A model that reads text and answers.
+
+    Attributes:
+        name: in words.
+        model: what attention is made sparse in.
+        longest: tokens that it reads; None for no limit.
+        stops: tokens that end a reply.
+    """
+
+    name: str
+    model: nn.Module
+    longest: int | None
+    stops: frozenset[int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def prompt(self, text: str) -> str:
+        """A prompt as the model wants to be asked."""
+        ...
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Logits (vocab,) after new tokens (1, n), and the state after them."""
+        ...
+
+
+@dataclass
+class Reply:
+    """What a model wrote.
+
+    Attributes:
+        tokens: of it.
+        prefill, decode: seconds of the prompt, and of all tokens after the first together.
+        steps: how many those are.
+    """
+
+    tokens: list[int]
+    prefill: float
+    decode: float
+    steps: int
+
+
+@torch.inference_mode()
+def reply(reader: Reader, prompt: Sequence[int], most: int, *, forced: Sequence[int] = (), until: str = "") -> Reply:
+    """The likeliest tokens after a prompt.
+
+    Args:
+        most: tokens at the most.
+        forced: what is read in the place of the model's own tokens; the reply still has its choices.
+        until: a text that ends the reply.
+    """
+    ids, chosen = torch.tensor([list(prompt)]), list[int]()
+    started = time.perf_counter()
+    logits, state = reader.step(ids, None)
+    after = time.perf_counter()
+    prefill = after - started
+    while True:
+        token = int(logits.argmax())
+        if not forced and token in reader.stops:
+            break
+        chosen.append(token)
+        if len(chosen) >= most or (until and until in reader.decode(chosen[-16:]).lstrip()):
+            break
+        new = forced[len(chosen) - 1] if forced else token
+        logits, state = reader.step(torch.tensor([[new]]), state)
+    return Reply(chosen, prefill, time.perf_counter() - after, max(len(chosen) - 1, 0))
+
+
+class OfTransformers:
+    """A causal language model of transformers."""
+
+    def __init__(self, path: Path) -> None:
+        from regard.integrations import transformers as bridge
+
+        opened = CausalModel(path, (), 2)
+        self.cache_name, self.cache_class = bridge.CACHE, bridge.GrowingCache
+        self.name, self.tokenizer = path.name, opened.tokenizer
+        model: Any = opened.load()
+        self.model: nn.Module = model
+        self.longest: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.config = model.config
+        stops: Any = model.generation_config.eos_token_id
+        self.stops = frozenset([stops] if isinstance(stops, int) else stops or ())
+        self.chats = getattr(self.tokenizer, "chat_template", None) is not None
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def prompt(self, text: str) -> str:
+        if not self.chats:
+            return text
+        turn = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = self.cache_class(config=self.config) if state is None else state
+        found = self.model(ids, **{self.cache_name: state}, use_cache=True, logits_to_keep=1)
+        return found.logits[0, -1], getattr(found, self.cache_name)
+
+
+class OfRegard:
+    """A language model of regard with a tokenizer."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, longest: int | None = None) -> None:
+        self.model: nn.Module = model
+        self.tokenizer, self.name, self.longest = tokenizer, name, longest
+        self.stops: frozenset[int] = frozenset()
+        self.read = model.reader()
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode([text.encode()]).tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids))
+
+    def prompt(self, text: str) -> str:
+        return text
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = self.read(ids, torch.tensor([ids.shape[1] - 1]), None, state)
+        return logits[0], state
+
+
+def open_reader(path: Path) -> Reader:
+    """The model in a folder or a GGUF file.
+
+    Raises:
+        Unsupported: for another, and for models that are quantized or read no text.
+    """
+    if not path.exists():
+        raise Unsupported(f"{path}, which does not exist", supported=MODELS)
+    if (path / RECORD).is_file():
+        trained = open_trained(path)
+        model, tokenizer = trained.model(), trained.tokenizer
+        if not isinstance(model, LanguageModel):
+            raise Unsupported(f"{path}, which holds a {type(model).__name__}", supported=MODELS)
+        return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})")
+    return OfTransformers(path)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells models apart by their weights."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, tensor in distinct_tensors(model).items():
+        found.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())}".encode())
+    return found.hexdigest()

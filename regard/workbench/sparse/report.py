@@ -1,0 +1,208 @@
+"""The page of a study of sparse attention, and the rows of its tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regard.measurement import units
+from regard.models.weights import write_atomically
+from regard.workbench import charts
+from regard.workbench.charts import Axis, ScatterPoint, Series
+from regard.workbench.report import pages
+from regard.workbench.sparse.analysis import Point, crossing_length, frontier, larger_and_sparse
+from regard.workbench.sparse.study import Cell, Found, phases_of, recommend
+
+MEASURED = (
+    "Every method and the dense model answer the same samples, and greedily.",
+    "A compression is safe where no task that the dense model can do shows a loss (z below 1.645, one-sided), at it and at all smaller ones.",
+    "Sparsity is counted while the model runs; times are medians of replies that were given in turns.",
+)
+
+
+def safe_table(found: Found) -> tuple[list[str], list[list[str]]]:
+    """Headings, and for each method its safe compression at each length and what the worst task keeps at it."""
+    safe, _ = recommend(found)
+    lengths = found.lengths()
+    headings = ["method", "saves in", *(f"safe at {units.tokens(n)}" for n in lengths)]
+    rows = []
+    for method in found.plan.methods:
+        row = [method, " and ".join(phases_of(method))]
+        for n in lengths:
+            ratio = safe[method].get(str(n))
+            if ratio is None:
+                row.append("not judged")
+                continue
+            kept = found.relative(method, ratio, n) if ratio > 1 else {}
+            worst = f", worst task {min(kept.values()):.0%}" if kept else ""
+            speeds = [
+                f"{s:.2g}x in {p}" for p in phases_of(method) if (s := found.faster(method, ratio, n, p)) and ratio > 1
+            ]
+            row.append(f"{ratio:g}x{worst}{', ' if speeds else ''}{', '.join(speeds)}")
+        rows.append(row)
+    return headings, rows
+
+
+CELLS = [
+    "method",
+    "compression",
+    "task",
+    "length",
+    "score",
+    "samples",
+    "prefill skipped",
+    "decoding skipped",
+    "cache kept",
+    "prompt",
+    "a token",
+    "prompt's FLOPs",
+    "a token reads",
+]
+
+
+def cell_row(cell: Cell) -> list[str]:
+    """A row of the table of all cells, in words."""
+    token = "" if cell.token_seconds is None else units.milliseconds(1e3 * cell.token_seconds)
+    return [
+        cell.method,
+        f"{cell.ratio:g}x",
+        cell.task,
+        units.tokens(cell.length),
+        f"{cell.score:.3f}",
+        str(len(cell.scores)),
+        f"{cell.prefill:.1%}",
+        f"{cell.decode:.1%}",
+        f"{cell.cache:.1%}",
+        units.milliseconds(1e3 * cell.prefill_seconds),
+        token,
+        units.count(cell.flops),
+        units.size(cell.token_bytes),
+    ]
+
+
+def write_page(found: Found, path: Path) -> Path:
+    """Write the HTML page of a study, which needs nothing else."""
+    _, sentence = recommend(found)
+    headings, rows = safe_table(found)
+    cells = sorted(found.cells, key=lambda c: (c.length, c.task, c.method != "dense", c.method, c.ratio))
+    return _write(
+        path,
+        title=f"{found.name} with sparse attention",
+        facts=[
+            f"{units.count(found.weights)} weights",
+            f"{len(found.plan.methods)} methods",
+            f"{max((len(c.scores) for c in found.cells), default=0)} samples a task",
+            *(["stopped by its budget"] if found.over else []),
+        ],
+        sentence=sentence,
+        measured=MEASURED,
+        figures=_figures(found),
+        lede="1 is the dense model; the mean over the tasks that it can do, and the worst of them: a mean hides what fails.",
+        tables=[("Safe compressions", headings, rows), ("All that was measured", CELLS, [cell_row(c) for c in cells])],
+        notes=[f"{where} is left out: {why}" for where, why in found.refused.items()],
+    )
+
+
+def _figures(found: Found) -> list[tuple[str, Any]]:
+    figures = []
+    for length in found.lengths():
+        for caption, pick in (("mean", statistics.fmean), ("worst task", min)):
+            series = []
+            for number, method in enumerate(found.plan.methods):
+                points: list[tuple[float, float | None]] = [(1.0, 1.0)]
+                for ratio in found.plan.ratios:
+                    kept = found.relative(method, ratio, length)
+                    points.append((ratio, pick(kept.values()) if kept else None))
+                if any(y is not None for _, y in points[1:]):
+                    series.append(Series(number, method, points))
+            title = f"{caption} at {units.tokens(length)} tokens"
+            chart = charts.lines(
+                f"{caption.replace(' ', '-')}-{length}",
+                title,
+                f"Score over that of the dense model by compression, {title}",
+                series,
+                Axis("compression →", lambda value: f"{value:g}x", log=True, base=2),
+                Axis("↑ of the dense score", "{:.0%}".format),
+            )
+            if chart is not None and series:
+                figures.append((title, chart))
+    return figures
+
+
+def isoflops_rows(by_length: Mapping[int, Sequence[Point]]) -> tuple[list[str], list[list[str]]]:
+    """For each length and dense model, the best larger sparse one that costs no more."""
+    rows = []
+    for length, points in sorted(by_length.items()):
+        for dense, rival in larger_and_sparse(points):
+            row = [units.tokens(length), f"{dense.size:g}", f"{dense.score:.2f}", units.count(dense.cost)]
+            if rival is None:
+                row += ["none is so cheap", "", ""]
+            else:
+                row += [f"{rival.size:g} at {rival.ratio:g}x", f"{rival.score:.2f}", units.count(rival.cost)]
+            rows.append(row)
+    return ["length", "dense", "score", "cost", "larger and sparse", "score", "cost"], rows
+
+
+def isoflops_sentence(by_length: Mapping[int, Sequence[Point]], what: str) -> str:
+    """What the comparison at equal cost says."""
+    crossing = crossing_length(by_length)
+    lengths = ", ".join(units.tokens(n) for n in sorted(by_length))
+    if crossing is None:
+        return f"{what}: at none of {lengths} tokens does a larger sparse model surely beat a dense one of its cost."
+    return f"{what}: from {units.tokens(crossing)} tokens on a larger sparse model beats a dense one of its cost."
+
+
+def write_isoflops(
+    groups: Mapping[str, Mapping[int, Sequence[Point]]], path: Path, *, title: str, measured: Sequence[str]
+) -> Path:
+    """The page of models of several sizes.
+
+    Args:
+        groups: points by length, of one or more settings by name.
+    """
+    figures, tables = [], []
+    for name, by_length in groups.items():
+        for length, points in sorted(by_length.items()):
+            front = frontier(points)
+            sizes = sorted({p.size for p in points})
+            dots = [
+                ScatterPoint(
+                    sizes.index(p.size),
+                    f"{p.size:g}, {'dense' if p.ratio == 1 else f'{p.ratio:g}x'}",
+                    p.cost,
+                    p.score,
+                    front=p in front,
+                    detail=f"size {p.size:g}, compression {p.ratio:g}: {p.score:.3f} at {units.count(p.cost)}",
+                    label=p in front,
+                )
+                for p in points
+            ]
+            heading = f"{name}, {units.tokens(length)} tokens"
+            cost = Axis("cost of an answer →", units.count, log=True)
+            identity = f"{name.replace(' ', '-')}-{length}"
+            figures.append(
+                (heading, charts.scatter(identity, heading, heading, dots, cost, Axis("↑ score", units.tick)))
+            )
+        tables.append((f"At equal cost: {name}", *isoflops_rows(by_length)))
+    sentence = " ".join(isoflops_sentence(by_length, name) for name, by_length in groups.items())
+    return _write(
+        path,
+        title=title,
+        facts=[],
+        sentence=sentence,
+        measured=measured,
+        figures=figures,
+        lede="Up is better, left is cheaper. The broad line joins what nothing beats at its cost.",
+        tables=tables,
+        notes=[],
+    )
+
+
+def _write(path: Path, **given: Any) -> Path:
+    environment = pages()
+    environment.filters["zip"] = zip
+    page = environment.get_template("sparse.html.j2").render(**given)
+    write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    return path

@@ -1,0 +1,440 @@
+"""A model asked long questions, dense and with each sparse method at several compressions, one stored row a reply."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regard.compression.sparse import METHODS, Method, at_compression, sparsely, sparsify, written
+from regard.compression.sparse.cost import (
+    Sizes,
+    decode_bytes,
+    decode_flops,
+    decode_index,
+    decode_pages,
+    prefill_flops,
+    prefill_index,
+)
+from regard.contract import Unsupported
+from regard.measurement.store import Store
+from regard.tasks.documents import Paths, read_documents
+from regard.tasks.long_context import LONG_TASKS, LongTask, Sample, create_long_task
+from regard.tasks.long_context.questions import paragraphs
+from regard.tasks.long_context.samples import draws
+from regard.workbench.sparse.analysis import (
+    Observation,
+    Point,
+    mean_and_variance,
+    noticeable_loss,
+    safe_compression,
+)
+from regard.workbench.sparse.readers import Reader, fingerprint, reply
+
+KIND = "sparse"
+RATIOS = (2.0, 4.0, 8.0, 16.0)
+TEXT = "text"
+"""A tenth task: the next tokens of a text, after as much of it as fits."""
+TASKS = (*LONG_TASKS, TEXT)
+CONTINUED = 32
+"""Tokens of a text that are predicted, each after the ones before it."""
+ABLE = 0.1
+"""A task says something of a model whose dense score is at least so high."""
+FEWEST = 4
+"""Samples of a task without which no loss is judged."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked.
+
+    Attributes:
+        lengths: tokens of prompts.
+        methods: names of :data:`regard.compression.sparse.METHODS`, or two with `` + `` between.
+        ratios: compressions.
+        tasks: of :data:`TASKS`.
+        wording: of prompts, ``full`` or ``brief``.
+        samples: of each task at each length.
+        data: text, or questions in SQuAD's format.
+    """
+
+    lengths: tuple[int, ...]
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...] = RATIOS
+    tasks: tuple[str, ...] = TASKS
+    wording: str = "full"
+    samples: int = 10
+    data: Paths | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a compression, on a task at a length.
+
+    Attributes:
+        scores: of the samples.
+        prefill, decode: sparsity of each phase, as measured, the mean over samples and layers.
+        cache: share of the prompt that stayed in the cache.
+        prefill_seconds, token_seconds: medians; of tokens without the first.
+        flops: of a prompt; token_flops and token_bytes: of a token after it.
+    """
+
+    method: str
+    ratio: float
+    task: str
+    length: int
+    written: str
+    scores: tuple[float, ...]
+    prefill: float
+    decode: float
+    cache: float
+    prefill_seconds: float
+    token_seconds: float | None
+    flops: float
+    token_flops: float
+    token_bytes: float
+
+    @property
+    def score(self) -> float:
+        return mean_and_variance(self.scores)[0]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of a model.
+
+    Attributes:
+        name: of the model.
+        weights: numbers in its matrices.
+        cells: of every method, ``dense`` among them at compression 1.
+        refused: why tasks at some lengths are left out.
+        over: whether the budget ended before all was asked.
+    """
+
+    name: str
+    weights: int
+    plan: Plan
+    cells: list[Cell]
+    refused: dict[str, str] = field(default_factory=dict)
+    over: bool = False
+
+    def cell(self, method: str, ratio: float, task: str, length: int) -> Cell | None:
+        keys = (method, ratio, task, length)
+        return next((c for c in self.cells if (c.method, c.ratio, c.task, c.length) == keys), None)
+
+    def able(self, length: int) -> list[str]:
+        """Tasks that the dense model can do at a length, with samples enough to judge a loss."""
+        return [c.task for c in self.cells if _judged(c) and c.length == length]
+
+    def lengths(self) -> list[int]:
+        return sorted({c.length for c in self.cells})
+
+    def safe(self, method: str, length: int) -> dict[str, float]:
+        """The largest compression of a method at which a task shows no loss, by task."""
+        found = {}
+        for task in self.able(length):
+            dense = self.cell("dense", 1.0, task, length)
+            assert dense is not None
+            by_ratio = {
+                c.ratio: c.scores
+                for c in self.cells
+                if (c.method, c.task, c.length) == (method, task, length) and len(c.scores) >= FEWEST
+            }
+            if by_ratio:
+                found[task] = safe_compression(dense.scores, by_ratio)
+        return found
+
+    def relative(self, method: str, ratio: float, length: int) -> dict[str, float]:
+        """Scores over those of the dense model, by task."""
+        found = {}
+        for task in self.able(length):
+            dense, cell = self.cell("dense", 1.0, task, length), self.cell(method, ratio, task, length)
+            if dense is not None and cell is not None:
+                found[task] = cell.score / dense.score
+        return found
+
+    def faster(self, method: str, ratio: float, length: int, phase: str) -> float | None:
+        """How many times faster than dense a phase is: the median over tasks, whose replies were timed in turns."""
+        name = "prefill_seconds" if phase == "prefill" else "token_seconds"
+        ratios = []
+        for cell in self.cells:
+            dense = self.cell("dense", 1.0, cell.task, length)
+            if (cell.method, cell.ratio, cell.length) != (method, ratio, length) or dense is None:
+                continue
+            before, after = getattr(dense, name), getattr(cell, name)
+            if before and after:
+                ratios.append(before / after)
+        return statistics.median(ratios) if ratios else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        cells = [
+            {**asdict(c), "score": c.score, "variance": mean_and_variance(c.scores)[1], "samples": len(c.scores)}
+            for c in self.cells
+        ]
+        safe = {m: {str(n): self.safe(m, n) for n in self.lengths()} for m in self.plan.methods}
+        return {"name": self.name, "weights": self.weights, "cells": cells, "safe": safe, "refused": self.refused}
+
+
+def _judged(cell: Cell) -> bool:
+    return cell.method == "dense" and cell.score >= ABLE and len(cell.scores) >= FEWEST
+
+
+class Continuation:
+    """The next tokens of a text, each after those before it: the share that is predicted right."""
+
+    name = TEXT
+
+    def __init__(self, reader: Reader, data: Paths | None) -> None:
+        paths = None if data is None else [data] if isinstance(data, str | Path) else data
+        given = None if paths is None else tuple(map(str, paths))
+        self.ids = reader.encode("\n\n".join(paragraphs(given, 20, 10**6)))
+
+    def sample(self, number: int, length: int) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt, and those that follow."""
+        room = len(self.ids) - length
+        if room < CONTINUED:
+            raise Unsupported(
+                f"a text of {len(self.ids)} tokens for {length}",
+                supported="a text that is longer",
+                nearest="more --data",
+            )
+        start = draws(number, TEXT).randrange(room - CONTINUED + 1)
+        end = start + length
+        return self.ids[start : end - CONTINUED], self.ids[end - CONTINUED : end]
+
+
+def study(
+    reader: Reader,
+    plan: Plan,
+    store: Store,
+    *,
+    seconds: float | None = None,
+    say: Say = lambda sentence: None,
+    on_progress: Callable[[str, int, int], None] = lambda doing, done, count: None,
+) -> Found:
+    """Ask all questions of a plan; replies that the store has are not asked for again.
+
+    Samples come one after another, so that when the time is over all methods have answered about as many.
+
+    Args:
+        seconds: when to stop; None for never.
+
+    Raises:
+        Unsupported: for lengths beyond the model's positions, and models whose attention cannot be made sparse.
+    """
+    sizes = Sizes.of(reader.model)
+    sparsify(reader.model, Method()).undo()
+    for method in plan.methods:
+        for length in plan.lengths:
+            at_compression(method, max(plan.ratios), length)
+    if reader.longest is not None and max(plan.lengths) > reader.longest:
+        raise Unsupported(
+            f"{max(plan.lengths)} tokens with {reader.name}",
+            supported=f"its positions, {reader.longest}",
+            nearest=f"--lengths {reader.longest}",
+        )
+    began, identity, data = time.monotonic(), fingerprint(reader.model), _data(plan.data)
+    tasks: dict[str, Any] = {
+        name: Continuation(reader, plan.data) if name == TEXT else _task(name, plan) for name in plan.tasks
+    }
+    refused: dict[str, str] = {}
+    variants = [("dense", 1.0), *((method, ratio) for method in plan.methods for ratio in plan.ratios)]
+    total, done, over = plan.samples * len(plan.lengths) * len(tasks) * len(variants), 0, False
+    rows: dict[tuple[str, float, str, int], list[dict[str, Any]]] = {}
+    for number in range(plan.samples):
+        for length in plan.lengths:
+            for name, task in tasks.items():
+                asked: tuple[list[int], Any] | None = None
+                for method, ratio in variants:
+                    done += 1
+                    where = f"{name} at {length}"
+                    if where in refused:
+                        continue
+                    key = {
+                        "model": identity,
+                        "task": name,
+                        "wording": plan.wording,
+                        "data": data,
+                        "length": length,
+                        "method": method,
+                        "ratio": ratio,
+                        "sample": number,
+                    }
+                    row = store.get(KIND, key)
+                    if row is None:
+                        if over or (seconds is not None and time.monotonic() - began > seconds):
+                            over = True
+                            continue
+                        on_progress(f"{name} at {length}, sample {number + 1}: {method} {ratio:g}x", done, total)
+                        try:
+                            asked = asked or _prepared(reader, task, number, length)
+                            payload = _asked(reader, task, asked, method, ratio, length)
+                        except Unsupported as error:
+                            refused[where] = str(error)
+                            say(f"{where} is left out: {error}")
+                            continue
+                        store.put(KIND, key, payload)
+                    else:
+                        payload = row.payload
+                    rows.setdefault((method, ratio, name, length), []).append(payload)
+    cells = [_cell(sizes, *key, payloads) for key, payloads in rows.items()]
+    return Found(reader.name, sizes.weights, plan, cells, refused, over)
+
+
+def _data(given: Paths | None) -> str | None:
+    """Tells the user's data apart by what is in it."""
+    if given is None:
+        return None
+    documents, _ = read_documents(given, "text")
+    return hashlib.blake2b(b"\0".join(document.text for document in documents), digest_size=8).hexdigest()
+
+
+def _task(name: str, plan: Plan) -> LongTask:
+    takes = name.startswith("qa_") and not (name != "qa_squad" and str(plan.data).endswith(".json"))
+    return create_long_task(name, plan.wording, **({"data": plan.data} if takes and plan.data is not None else {}))
+
+
+def _prepared(reader: Reader, task: Any, number: int, length: int) -> tuple[list[int], Any]:
+    """Tokens of a prompt, and what a reply is scored by."""
+    if isinstance(task, Continuation):
+        return task.sample(number, length)
+    framed = (lambda text: text) if task.brief else reader.prompt
+    sample: Sample = task.sample(number, length, lambda text: len(reader.encode(framed(text))))
+    return reader.encode(framed(sample.prompt)), sample
+
+
+def _asked(
+    reader: Reader, task: Any, asked: tuple[list[int], Any], method: str, ratio: float, length: int
+) -> dict[str, Any]:
+    """A reply, its score and what was measured."""
+    prompt, expected = asked
+    chosen = at_compression(method, ratio, length)
+    with sparsely(reader.model, chosen) as sparse:
+        if isinstance(task, Continuation):
+            found = reply(reader, prompt, len(expected), forced=expected)
+            score = sum(a == b for a, b in zip(found.tokens, expected, strict=True)) / len(expected)
+        else:
+            most = task.new_tokens(expected, lambda text: len(reader.encode(text)))
+            found = reply(reader, prompt, most, until="\n" if task.brief else "</answer>")
+            score = task.score(reader.decode(found.tokens), expected)
+        measured = sparse.measured()
+    return {
+        "score": score,
+        "written": written(chosen),
+        "tokens": len(prompt),
+        "reply": len(found.tokens),
+        "prefill_seconds": found.prefill,
+        "token_seconds": found.decode / found.steps if found.steps else None,
+        **{name: measured[name] for name in ("prefill", "decode", "cache")},
+    }
+
+
+def _cell(sizes: Sizes, method: str, ratio: float, task: str, length: int, payloads: Sequence[dict[str, Any]]) -> Cell:
+    chosen = at_compression(method, ratio, length)
+
+    def mean(name: str) -> float:
+        return statistics.fmean(payload[name] for payload in payloads)
+
+    tokens = [p["token_seconds"] for p in payloads if p["token_seconds"] is not None]
+    n, prefill, decode = round(mean("tokens")), mean("prefill"), mean("decode")
+    return Cell(
+        method,
+        ratio,
+        task,
+        length,
+        payloads[0]["written"],
+        tuple(payload["score"] for payload in payloads),
+        prefill,
+        decode,
+        mean("cache"),
+        statistics.median(p["prefill_seconds"] for p in payloads),
+        statistics.median(tokens) if tokens else None,
+        prefill_flops(sizes, n, prefill, prefill_index(chosen, sizes, n)),
+        decode_flops(sizes, n + 1, decode, decode_index(chosen, sizes, n + 1)),
+        decode_bytes(sizes, n + 1, decode, decode_pages(chosen, sizes, n + 1)),
+    )
+
+
+def phases_of(method: str) -> tuple[str, ...]:
+    """The phases in which a method, or two, save work."""
+    return tuple(phase for part in method.split(" + ") for phase in METHODS[part].phases)
+
+
+def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
+    """The safe compression of each method at each length, and sentences that say what to use at the longest.
+
+    A compression is safe where no task that the dense model can do shows a loss, at it and at smaller ones.
+    """
+    safe = {
+        method: {str(n): min(by_task.values()) for n in found.lengths() if (by_task := found.safe(method, n))}
+        for method in found.plan.methods
+    }
+    lengths = found.lengths()
+    judged = [n for n in lengths if any(str(n) in by_length for by_length in safe.values())]
+    if not judged:
+        asked = max((len(c.scores) for c in found.cells), default=0)
+        reason = (
+            f"{asked} samples a task are too few (--samples {FEWEST} or more, or a longer --budget)"
+            if asked < FEWEST
+            else f"the dense model scores below {ABLE} on every task (try --wording brief, or --tasks text)"
+        )
+        return safe, f"Nothing can be said: {reason}."
+    length = judged[-1]
+    sentences = []
+    for phases, what in ((("prefill",), "reading prompts"), (("decode",), "writing"), (("prefill", "decode"), "both")):
+        here = {m: r[str(length)] for m, r in safe.items() if phases_of(m) == phases and str(length) in r}
+        phase = phases[-1]
+        if not here:
+            continue
+        best = max(here, key=lambda m: (here[m], found.faster(m, here[m], length, phase) or 0.0))
+        if here[best] <= 1:
+            sentences.append(f"For {what} keep dense attention: every method loses at the smallest compression tried.")
+            continue
+        faster = found.faster(best, here[best], length, phase)
+        timed = ""
+        if faster is not None:
+            timed = f", {faster:.2g} times as fast here" if faster >= 1 else f", but {1 / faster:.2g} times slower here"
+        sentences.append(f"For {what} use {best}, safe up to {here[best]:g}x{timed}.")
+    able = found.able(length)
+    dense = [cell for task in able if (cell := found.cell("dense", 1.0, task, length)) is not None]
+    blind = max(noticeable_loss(cell.scores) for cell in dense)
+    told = f"At {length} tokens, by {', '.join(able)}: "
+    missing = [task for task in found.plan.tasks if task not in able and f"{task} at {length}" not in found.refused]
+    tail = f" Losses below about {blind:.2g} could not be noticed with {min(len(c.scores) for c in dense)} samples."
+    if missing:
+        tail += f" The dense model cannot do {', '.join(missing)}, so these say nothing."
+    return safe, told + " ".join(sentences) + tail
+
+
+def points(studies: Iterable[Found], method: str) -> dict[int, list[Point]]:
+    """Models of several sizes, dense and with one method: the mean of each sample number over tasks, and the cost of a prompt
+    with its reply, by length."""
+    found: dict[int, list[Point]] = {}
+    for one in studies:
+        for length in one.lengths():
+            for ratio in (1.0, *one.plan.ratios):
+                name = "dense" if ratio == 1 else method
+                cells = [c for task in one.plan.tasks if (c := one.cell(name, ratio, task, length)) is not None]
+                if not cells:
+                    continue
+                count = min(len(c.scores) for c in cells)
+                scores = tuple(statistics.fmean(c.scores[i] for c in cells) for i in range(count))
+                cost = statistics.fmean(c.flops + c.token_flops for c in cells)
+                found.setdefault(length, []).append(Point(one.weights, ratio, cost, scores))
+    return found
+
+
+def observations(studies: Iterable[Found], method: str) -> list[Observation]:
+    """What a scaling law of a method is fitted to: the mean over tasks of each size, length and compression."""
+    return [
+        Observation(point.size, length, point.ratio, point.score)
+        for length, at in points(studies, method).items()
+        for point in at
+    ]
