@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from regard.serving.engine import Reader
 from regard.serving.text import PlainText, Text, TransformersText
 from regard.tasks.documents import nearest_path
 from regard.workbench.trained import RECORD, open_trained
+
+if TYPE_CHECKING:
+    from regard.models import LanguageModel
 
 SUPPORTED = "a folder of regard train, a folder of transformers with its tokenizer, or a .gguf file"
 
@@ -25,27 +29,38 @@ class Opened:
     Attributes:
         name: of the folder or file.
         described: the model in words.
+        close: ends what was started for it.
     """
 
     name: str
     described: str
     reader: Reader
     text: Text
+    close: Callable[[], None] = lambda: None
 
 
 def open_model(
-    place: Path, *, device: str = "cpu", template: str | None = None, dtype: torch.dtype = torch.float32, **sizes: Any
+    place: Path,
+    *,
+    device: str = "cpu",
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    offload: int = 0,
+    **sizes: Any,
 ) -> Opened:
     """The model in a folder or file.
 
     Args:
         template: layout of chats, instead of the model's.
         dtype: of the weights.
+        offload: processes that keep the keys and values of a language model of regard and attend to them (see
+            :mod:`regard.serving.offload`); 0 for none.
         sizes: `rows`, `context`, `cache_tokens` and `page_size` of a reader.
 
     Raises:
         Unsupported: for a folder of another kind, with what would do.
     """
+    sizes["offload"] = offload
     if not place.exists():
         raise Unsupported(f"{place}, which does not exist", supported=SUPPORTED, nearest=nearest_path(place))
     if (place / RECORD).is_file():
@@ -60,17 +75,15 @@ def open_model(
         raise Unsupported(f"{place}, which holds no model", supported=SUPPORTED)
     if kind in ("mamba", "mamba2"):
         from regard.models import from_transformers
-        from regard.serving.language import LanguageReader
 
         model = from_transformers(place, dtype=dtype).to(device)
         text = TransformersText(_loaded("AutoTokenizer", place), template=template)
-        return Opened(place.resolve().name, f"{kind} of transformers", LanguageReader(model, **sizes), text)
+        return _of_language_model(place.resolve().name, f"{kind} of transformers", model, text, sizes)
     return _open_transformers(place, device, template, dtype, sizes)
 
 
 def _open_trained(place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]) -> Opened:
     from regard.models import LanguageModel, count_parameters
-    from regard.serving.language import LanguageReader
 
     trained = open_trained(place)
     model = trained.model(device)
@@ -81,7 +94,7 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
         )
     text = PlainText(trained.tokenizer, template)
     described = f"{trained.record['mechanism']}, {count_parameters(model):,} parameters"
-    return Opened(place.resolve().name, described, LanguageReader(model.to(dtype), **sizes), text)
+    return _of_language_model(place.resolve().name, described, model.to(dtype), text, sizes)
 
 
 def _open_transformers(
@@ -93,7 +106,6 @@ def _open_transformers(
     gguf: str | None = None,
 ) -> Opened:
     from regard.integrations.transformers import RegardForCausalLM
-    from regard.serving.language import LanguageReader
     from regard.serving.transformers import TransformersReader
 
     model = _loaded("AutoModelForCausalLM", place, gguf, dtype=dtype)
@@ -102,9 +114,24 @@ def _open_transformers(
     text = TransformersText(_loaded("AutoTokenizer", place, gguf), stops, template)
     model = model.to(device).eval()
     inner = model.model if isinstance(model, RegardForCausalLM) else None
-    reader = TransformersReader(model, **sizes) if inner is None else LanguageReader(inner, **sizes)
-    name = Path(gguf).stem if gguf else place.resolve().name
-    return Opened(name, f"{type(model).__name__} of transformers", reader, text)
+    name, described = Path(gguf).stem if gguf else place.resolve().name, f"{type(model).__name__} of transformers"
+    if inner is not None:
+        return _of_language_model(name, described, inner, text, sizes)
+    if sizes.pop("offload"):
+        raise Unsupported(f"offloaded attention of {described}", supported="language models of regard")
+    return Opened(name, described, TransformersReader(model, **sizes), text)
+
+
+def _of_language_model(name: str, described: str, model: LanguageModel, text: Text, sizes: dict[str, Any]) -> Opened:
+    from regard.serving.language import LanguageReader
+
+    workers = sizes.pop("offload")
+    if not workers:
+        return Opened(name, described, LanguageReader(model, **sizes), text)
+    from regard.serving.offload import OffloadedReader, ProcessBackend
+
+    reader = OffloadedReader(model, workers, backend=ProcessBackend(), **sizes)
+    return Opened(name, f"{described}, attention in {workers} processes", reader, text, reader.close)
 
 
 def _loaded(kind: str, place: Path, gguf: str | None = None, **options: Any) -> Any:
