@@ -167,16 +167,16 @@ class ProcessBackend:
         self._orders, self._bytes = _orders(threads, cores), shared_bytes
 
     def start(self, count: int) -> Sequence[Link]:
-        links: list[Link] = []
-        for _ in range(count):
-            ours, theirs = socket.socketpair()
-            with theirs, _memory_file() as file:
-                os.truncate(file.fileno(), self._bytes)
-                memory = mmap.mmap(file.fileno(), self._bytes)
-                order = {**next(self._orders), "bytes": self._bytes}
-                process = nursery().fork(order, (theirs.fileno(), file.fileno()))
-            links.append(ProcessLink(process, ours, memory))
-        return links
+        return _all(count, self._one)
+
+    def _one(self) -> Link:
+        ours, theirs = socket.socketpair()
+        with theirs, _memory_file() as file:
+            os.truncate(file.fileno(), self._bytes)
+            memory = mmap.mmap(file.fileno(), self._bytes)
+            order = {**next(self._orders), "bytes": self._bytes}
+            process = nursery().fork(order, (theirs.fileno(), file.fileno()))
+        return ProcessLink(process, ours, memory)
 
 
 class TcpBackend:
@@ -190,14 +190,14 @@ class TcpBackend:
         self._orders = _orders(threads, cores)
 
     def start(self, count: int) -> Sequence[Link]:
-        links: list[Link] = []
+        return _all(count, self._one)
+
+    def _one(self) -> Link:
+        secret = secrets.token_bytes(SECRET_BYTES)
         with socket.create_server((LOOPBACK, 0)) as listening:
-            for _ in range(count):
-                secret = secrets.token_bytes(SECRET_BYTES)
-                order = {**next(self._orders), "port": listening.getsockname()[1], "secret": secret.hex()}
-                process = nursery().fork(order)
-                links.append(ProcessLink(process, _accepted(listening, secret)))
-        return links
+            order = {**next(self._orders), "port": listening.getsockname()[1], "secret": secret.hex()}
+            process = nursery().fork(order)
+            return ProcessLink(process, _accepted(listening, secret))
 
 
 class Nursery:
@@ -275,6 +275,19 @@ def _orders(threads: int, cores: Sequence[int] | None) -> Iterator[dict[str, Any
         if not cores or not set(cores) <= set(there):
             raise Unsupported(f"cores={list(cores)}", supported=f"some of {there}", nearest="cores=None")
     return ({"threads": threads, "core": core} for core in itertools.cycle(cores or [None]))
+
+
+def _all(count: int, start: Callable[[], Link]) -> list[Link]:
+    """So many links, or none where one does not start."""
+    links: list[Link] = []
+    try:
+        while len(links) < count:
+            links.append(start())
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+    return links
 
 
 def _memory_file() -> IO[bytes]:

@@ -35,7 +35,6 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.visibility import Visibility
-from regard.engines.merging import merge
 from regard.engines.paged_cache import attend
 from regard.serving.offload.messages import DTYPES, Channel, Garbled, Message, Ring
 from regard.serving.pages import Pages
@@ -121,19 +120,24 @@ class AttentionWorker:
         self._early = message, Message("state", {}, self._read(message, message.tensors[0]))
 
     def _merged(self, asked: Message, state: Message, new: Message) -> tuple[Tensor, Tensor]:
-        """Attention to the tokens before with that to each row's own new token, whose score alone decides: its softmax is 1."""
+        """Attention to the tokens before, and to each row's own new token, of which softmax alone is 1 and the log-sum-exp its
+        score: the outputs weigh as their exponentials do."""
         output, lse = state.tensors
-        fresh = [i for i, count in enumerate(new.fields["counts"]) if count]
         (q,), (k, v) = asked.tensors, new.tensors
         layer = self._layers[asked.fields["layer"]]
-        groups = q.shape[1] // k.shape[1]
-        q, k, v = q[fresh].to(lse.dtype), *(x.repeat_interleave(groups, 1)[:, :, None] for x in (k, v))
-        score = (q * k).sum(-1) * layer["scale"]
+        fresh = [i for i, count in enumerate(new.fields["counts"]) if count]
+        rows = slice(None) if len(fresh) == len(q) else fresh
+        heads = (k.shape[1], q.shape[1] // k.shape[1])
+        grouped = q[rows].to(lse.dtype).unflatten(1, heads)  # (B, G, queries of a key, 1, D)
+        score = (grouped * k[:, :, None, None].to(lse.dtype)).sum(-1).flatten(1, 2) * layer["scale"]
         if layer["softcap"] is not None:
             score = layer["softcap"] * torch.tanh(score / layer["softcap"])
-        both = merge([v.to(lse.dtype), output[fresh].to(lse.dtype)], [score, lse[fresh]])
-        output[fresh] = both.to(output.dtype)
-        lse[fresh] = torch.logaddexp(score, lse[fresh])
+        share = torch.sigmoid(score - lse[rows])[..., None].unflatten(1, heads)
+        before = output[rows].to(lse.dtype).unflatten(1, heads)
+        both = torch.lerp(before, v[:, :, None, None].to(lse.dtype).expand_as(before), share)
+        output[rows] = both.flatten(1, 2).to(output.dtype)
+        if asked.fields["parts"]:
+            lse[rows] = torch.logaddexp(score, lse[rows])
         return output, lse
 
     def _answered(self, asked: Message, output: Tensor, lse: Tensor) -> Message:
