@@ -17,6 +17,7 @@ from regard.cli.evaluate import evaluate
 from regard.cli.explain import explain
 from regard.cli.generate import generate
 from regard.cli.new import new
+from regard.cli.offload import offload
 from regard.cli.predict import predict
 from regard.cli.profile import profile_command
 from regard.cli.report import report
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "generate": generate,
     "serve": serve,
+    "offload": offload,
     "predict": predict,
     "explain": explain,
     "compress": compress,

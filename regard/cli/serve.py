@@ -48,6 +48,12 @@ def serve(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Read a beginning that prompts share once.")
     ] = True,
+    offload: Annotated[
+        int,
+        typer.Option(
+            help="Processes that keep keys and values and attend to them, beside the model; 0 for none.", min=0
+        ),
+    ] = 0,
     chat_template: Annotated[
         Path | None, typer.Option(help="File with the layout of chats in jinja2, instead of the model's.")
     ] = None,
@@ -115,24 +121,34 @@ def serve(
     template = None if chat_template is None else _read(chat_template)
     sizes: dict[str, Any] = {"rows": rows, "context": context, "cache_tokens": cache_tokens}
     with listen(host, 0 if bench else port) as listening:
-        opened = open_model(folder, device=device, template=template, dtype=getattr(torch, dtype), **sizes)
-        engine = Engine(opened.reader, limits)
-        key = os.environ.get(KEY)
-        server = Server(Service(engine), opened.text, name or opened.name, limits=server_limits, key=key)
-        address = f"http://{host}:{listening.getsockname()[1]}"
-        if load is not None:
-            with Running(server, listening):
-                _measure(address, load, engine.reader.vocab_size, server.name, output, as_json)
-            return
-        if as_json:
-            emit(
-                {"url": f"{address}/v1", "model": server.name, "described": opened.described, "context": engine.context}
-            )
-            sys.stdout.flush()
-        else:
-            said = f"{address}/v1 · model {server.name} · {opened.described} · up to {engine.context} tokens"
-            errors.print(Text(f"serving {said}"), soft_wrap=True)
-        run(server, listening, drain)
+        opened = open_model(
+            folder, device=device, template=template, dtype=getattr(torch, dtype), offload=offload, **sizes
+        )
+        try:
+            engine = Engine(opened.reader, limits)
+            key = os.environ.get(KEY)
+            server = Server(Service(engine), opened.text, name or opened.name, limits=server_limits, key=key)
+            address = f"http://{host}:{listening.getsockname()[1]}"
+            if load is not None:
+                with Running(server, listening):
+                    _measure(address, load, engine.reader.vocab_size, server.name, output, as_json)
+                return
+            if as_json:
+                emit(
+                    {
+                        "url": f"{address}/v1",
+                        "model": server.name,
+                        "described": opened.described,
+                        "context": engine.context,
+                    }
+                )
+                sys.stdout.flush()
+            else:
+                said = f"{address}/v1 · model {server.name} · {opened.described} · up to {engine.context} tokens"
+                errors.print(Text(f"serving {said}"), soft_wrap=True)
+            run(server, listening, drain)
+        finally:
+            opened.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

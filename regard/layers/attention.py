@@ -285,7 +285,7 @@ class AttentionLayer(Layer):
         y = result.output
         if self.merge is not None:
             y = self.merge(y, heads, call, result)
-        y = self.output(self._gated(y.transpose(1, 2), x))
+        y = self.output(self.gated(y.transpose(1, 2), x))
         if self.training and self.dropout and "dropout" not in self.card.honours:
             y = dropout(y, self.dropout, training=True, generator=context.generator)
         result.output = y if layout.whole else layout.scatter(y, axis=1)
@@ -387,7 +387,7 @@ class AttentionLayer(Layer):
         projection = self.projection
         return (heads, None, {}) if projection is None else (*projection(heads, call), {})
 
-    def _gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
+    def gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
         """The output norm and the output gate."""
         norm, gated = self.output_norm, self.gate
         if gated is None or self.gate_activation is None:

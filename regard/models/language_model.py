@@ -184,7 +184,7 @@ class LanguageModel(nn.Module):
                 roles=None if context.roles is None else layout.gather(context.roles, axis=1),
             )
         inserted = self.insertion.insert(ids, past, new, inner)
-        x, inner, losses = self._embed(inserted.ids, None if state is None else past, inserted.context)
+        x, inner, losses = self.embed(inserted.ids, None if state is None else past, inserted.context)
         states = [None] * len(self.blocks) if state is None else state.layers
         result = run_with_exits(
             self.blocks,
@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
         result.state = ModelState(result.state, past + new) if wanted else None
         return result
 
-    def _embed(
+    def embed(
         self, ids: Int[Tensor, "b n"], past: Int[Tensor, " b"] | None, context: Context
     ) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
         """Tokens with their positions after `past` ones, the layers' context, and losses of the positions."""

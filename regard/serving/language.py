@@ -45,10 +45,7 @@ class LanguageReader:
     ) -> None:
         self.model, self.page_size = model, page_size
         self.vocab_size, self.device = model.config.vocab_size, model.embedding.weight.device
-        reach = min(_reaches(model), default=None)
-        if context is not None and reach is not None and context > reach:
-            raise Unsupported(f"context={context} of a model whose layers reach {reach} tokens", nearest=f"{reach}")
-        self.context = context or min(model.config.max_length, reach or model.config.max_length)
+        self.context = context_of(model, context)
         self.whole = not all(block.continues for block in model.blocks)
         self._read = model.reader(not self.whole)
         self._held = Held()
@@ -63,7 +60,7 @@ class LanguageReader:
         # a softmax layer beside one that inserts tokens sees more of them than there are
         inserts = model.insertion.prepare is not None
         paged = {} if inserts else {i: s.mechanism for i, s in enumerate(state.layers) if _is_plain_cache(s)}
-        self.holds = any(name.rpartition(".")[2] != "length" for name in _without(state, paged).tensors())
+        self.holds = any(name.rpartition(".")[2] != "length" for name in without(state, paged).tensors())
         if paged:
             samples = {i: (mechanism.k, mechanism.v) for i, mechanism in paged.items()}
             self._pools = Pools(
@@ -82,7 +79,7 @@ class LanguageReader:
         logits, after = self._read(ids, lengths - 1, mask, None if self.whole else self._state(rows))
         if self.holds:
             paged = () if self._pools is None else self._pools.layers
-            self._held.put([row.number for row in rows], _without(after, paged))
+            self._held.put([row.number for row in rows], without(after, paged))
         return logits
 
     def save(self, row: Row) -> tuple[State, int]:
@@ -123,12 +120,24 @@ def _is_plain_cache(state: Any) -> bool:
     return isinstance(state, LayerState) and type(state.mechanism) is KeyValueState
 
 
-def _without(state: ModelState, layers: Iterable[int]) -> ModelState:
+def without(state: ModelState, layers: Iterable[int]) -> ModelState:
     """The state without the caches of these layers."""
     kept = list(state.layers)
     for i in layers:
         kept[i] = dataclasses.replace(kept[i], mechanism=None)
     return ModelState(tuple(kept), state.length)
+
+
+def context_of(model: LanguageModel, asked: int | None) -> int:
+    """Most tokens of a sequence: as many as are asked for, or what the config says, as far as all layers reach.
+
+    Raises:
+        Unsupported: for more than that.
+    """
+    reach = min(_reaches(model), default=None)
+    if asked is not None and reach is not None and asked > reach:
+        raise Unsupported(f"context={asked} of a model whose layers reach {reach} tokens", nearest=f"{reach}")
+    return asked or min(model.config.max_length, reach or model.config.max_length)
 
 
 def _reaches(model: LanguageModel) -> Iterable[int]:

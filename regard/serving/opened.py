@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +14,9 @@ from regard.contract import Unsupported
 from regard.serving.engine import Reader
 from regard.serving.text import PlainText, Text, TransformersText
 from regard.workbench.trained import RECORD, open_trained
+
+if TYPE_CHECKING:
+    from regard.models import LanguageModel
 
 SUPPORTED = "a folder of regard train, a folder of transformers with its tokenizer, or a .gguf file"
 
@@ -24,44 +28,52 @@ class Opened:
     Attributes:
         name: of the folder or file.
         described: the model in words.
+        close: ends what was started for it.
     """
 
     name: str
     described: str
     reader: Reader
     text: Text
+    close: Callable[[], None] = lambda: None
 
 
 def open_model(
-    place: Path, *, device: str = "cpu", template: str | None = None, dtype: torch.dtype = torch.float32, **sizes: Any
+    place: Path,
+    *,
+    device: str = "cpu",
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    offload: int = 0,
+    **sizes: Any,
 ) -> Opened:
     """The model in a folder or file.
 
     Args:
         template: layout of chats, instead of the model's.
         dtype: of the weights.
+        offload: processes that keep the keys and values of a language model of regard and attend to them (see
+            :mod:`regard.serving.offload`); 0 for none.
         sizes: `rows`, `context`, `cache_tokens` and `page_size` of a reader.
 
     Raises:
         Unsupported: for a folder of another kind, with what would do.
     """
+    sizes["offload"] = offload
     if (place / RECORD).is_file():
         return _open_trained(place, device, template, dtype, sizes)
     if _model_type(place) in ("mamba", "mamba2"):
         from regard.integrations.transformers.folders import load_tokenizer
         from regard.models import from_transformers
-        from regard.serving.language import LanguageReader
 
         model = from_transformers(place, dtype=dtype).to(device)
         text = TransformersText(load_tokenizer(place, supported=SUPPORTED), template=template)
-        described = f"{_model_type(place)} of transformers"
-        return Opened(place.resolve().name, described, LanguageReader(model, **sizes), text)
+        return _of_language_model(place.resolve().name, f"{_model_type(place)} of transformers", model, text, sizes)
     return _open_transformers(place, device, template, dtype, sizes)
 
 
 def _open_trained(place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]) -> Opened:
     from regard.models import LanguageModel, count_parameters
-    from regard.serving.language import LanguageReader
 
     trained = open_trained(place)
     model = trained.model(device)
@@ -72,7 +84,7 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
         )
     text = PlainText(trained.tokenizer, template)
     described = f"{trained.record['mechanism']}, {count_parameters(model):,} parameters"
-    return Opened(place.resolve().name, described, LanguageReader(model.to(dtype), **sizes), text)
+    return _of_language_model(place.resolve().name, described, model.to(dtype), text, sizes)
 
 
 def _open_transformers(
@@ -80,7 +92,6 @@ def _open_transformers(
 ) -> Opened:
     from regard.integrations.transformers import RegardForCausalLM
     from regard.integrations.transformers.folders import find_files, load_model, load_tokenizer
-    from regard.serving.language import LanguageReader
     from regard.serving.transformers import TransformersReader
 
     model = load_model(place, dtype=dtype, supported=SUPPORTED)
@@ -89,10 +100,25 @@ def _open_transformers(
     text = TransformersText(load_tokenizer(place, supported=SUPPORTED), stops, template)
     model = model.to(device)
     inner = model.model if isinstance(model, RegardForCausalLM) else None
-    reader = TransformersReader(model, **sizes) if inner is None else LanguageReader(inner, **sizes)
     gguf = find_files(place)[1].get("gguf_file")
-    name = Path(gguf).stem if gguf else place.resolve().name
-    return Opened(name, f"{type(model).__name__} of transformers", reader, text)
+    name, described = Path(gguf).stem if gguf else place.resolve().name, f"{type(model).__name__} of transformers"
+    if inner is not None:
+        return _of_language_model(name, described, inner, text, sizes)
+    if sizes.pop("offload"):
+        raise Unsupported(f"offloaded attention of {described}", supported="language models of regard")
+    return Opened(name, described, TransformersReader(model, **sizes), text)
+
+
+def _of_language_model(name: str, described: str, model: LanguageModel, text: Text, sizes: dict[str, Any]) -> Opened:
+    from regard.serving.language import LanguageReader
+
+    workers = sizes.pop("offload")
+    if not workers:
+        return Opened(name, described, LanguageReader(model, **sizes), text)
+    from regard.serving.offload import OffloadedReader, ProcessBackend
+
+    reader = OffloadedReader(model, workers, backend=ProcessBackend(), **sizes)
+    return Opened(name, f"{described}, attention in {workers} processes", reader, text, reader.close)
 
 
 def _model_type(place: Path) -> str | None:

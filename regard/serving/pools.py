@@ -49,8 +49,7 @@ class Pools:
         self.page_size = page_size
         self.token_bytes = sum(x.numel() * x.element_size() for pair in samples.values() for x in pair)
         if cache_tokens is None:
-            most = int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // self.token_bytes
-            cache_tokens = min(rows * context, most)
+            cache_tokens = default_tokens(rows, context, self.token_bytes)
         at_least("cache_tokens", cache_tokens, page_size)
         self.pages = -(-cache_tokens // page_size)
         try:
@@ -72,6 +71,12 @@ class Pools:
         counts = torch.tensor([row.length for row in rows], device="cpu")
         shared = Rows(table, counts)  # of all layers, so that they look up together where new tokens go
         return {layer: PagedState.of(k, v, shared) for layer, (k, v) in self.layers.items()}
+
+
+def default_tokens(rows: int, context: int, token_bytes: int) -> int:
+    """What all rows may need, within a quarter of the machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(rows * context, int(SHARE * memory) // token_bytes)
 
 
 def padded(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,14 @@ def test_a_load_is_measured_and_drawn(capsys, tmp_path, trained):
     assert json.loads((tmp_path / "load" / "load.json").read_text())["rows"] == found["rows"]
 
 
+def test_a_load_is_measured_with_attention_in_another_process(capsys, trained):
+    words = "--offload 1 --bench --clients 2 --requests 1 --prompt-tokens 9 --new-tokens 4"
+    (row,) = answer(capsys, f"serve {trained} {words}")["rows"]
+    assert row["answers"] == 2 and row["errors"] == 0
+    code, _, messages = run(capsys, f"serve {trained} --offload -1")
+    assert code == 2 and "--offload" in messages
+
+
 def test_a_tokenizer_of_transformers_is_read_beside_its_model(tmp_path):
     transformers = pytest.importorskip("transformers")
     from regard.tasks.tokenizer import BpeTokenizer
@@ -118,6 +126,9 @@ def test_a_tokenizer_of_transformers_is_read_beside_its_model(tmp_path):
     assert opened.text.decode(opened.text.chat([{"role": "user", "content": "some text"}])) == "<some text>"
     assert opened.text.stop_tokens == {7} and opened.reader.vocab_size == 270
     from regard.integrations.transformers import RegardConfig, RegardForCausalLM
+
+    with pytest.raises(Unsupported, match="offloaded attention of LlamaForCausalLM"):
+        open_model(tmp_path, rows=1, offload=1)
 
     own = RegardForCausalLM(RegardConfig(270, dim=8, plan=["linear", "softmax"], num_heads=1))
     own.save_pretrained(tmp_path)

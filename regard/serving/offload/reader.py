@@ -1,0 +1,296 @@
+"""A model worker: a language model of regard without its cache, whose softmax layers are attended to by attention workers.
+
+Each layer of a step sends queries, keys and values to the workers and goes on when the outputs are back. Rows are read in
+micro-batches in turn: while the workers attend for one, the model computes for another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from regard.contract import Context, Mask, State, Unsupported, at_least
+from regard.engines.linear import FrozenWeights
+from regard.layers.attention import AttentionLayer
+from regard.models import LanguageModel, ModelState
+from regard.models.blocks import Block, evaluation_mode
+from regard.serving.engine import Row
+from regard.serving.language import context_of, without
+from regard.serving.offload.backends import Backend, LocalBackend
+from regard.serving.offload.layers import keys_values, offloadable, queries, sizes_of
+from regard.serving.offload.pool import AttentionPool, Exchange, WorkerLost
+from regard.serving.offload.splits import LONG, Rows, create_split
+from regard.serving.pools import PAGE_SIZE, default_tokens, padded
+from regard.serving.states import Held
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+CHUNK = 256
+"""Tokens of a sequence that are read at one time when it is read again."""
+MOST_LOSSES = 5
+"""Workers that may be lost in one step."""
+
+
+@dataclass
+class Clock:
+    """Seconds of the model worker: its own work, and the time in which it waits for attention."""
+
+    model: float = 0.0
+    waiting: float = 0.0
+
+
+@dataclass
+class Text:
+    """A sequence that is being read.
+
+    Attributes:
+        expected: how long it will be at most.
+        tokens: read so far.
+    """
+
+    expected: int
+    tokens: list[int] = field(default_factory=list)
+
+
+Pass = Generator[None, None, Tensor]
+"""One micro-batch through the model: pauses where it waits for attention; returns logits."""
+
+
+class OffloadedReader:
+    """A :class:`regard.models.LanguageModel` as :class:`regard.serving.engine.Reader`, its keys and values with attention
+    workers. Prompts are attended to by the model, and their keys and values shipped.
+
+    A worker that is lost is replaced, and the sequences of which it had something are read again.
+
+    Args:
+        model: in evaluation mode. Layers with a state of constant size stay with it.
+        workers: how many attention workers.
+        backend: what starts them; :class:`regard.serving.offload.backends.LocalBackend` when None.
+        split, long: of :func:`regard.serving.offload.splits.create_split`.
+        micro_batches: parts of a step's rows that are read in turn; 1 for none.
+        overlap: send queries before keys and values are computed.
+        rows, context, cache_tokens: as of :class:`regard.serving.language.LanguageReader`; `cache_tokens` of each worker.
+
+    Attributes:
+        clock: of steps that follow a prompt.
+        in_turn: False reads one micro-batch after the other, without overlap between them: to measure what it gains.
+        pool: the workers.
+        offloaded: layers whose attention they do.
+
+    Raises:
+        Unsupported: for layers that keep keys and values in another way than plain softmax attention.
+    """
+
+    pages, page_size, page_bytes, holds, whole = 0, PAGE_SIZE, 0, False, False
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        workers: int = 1,
+        *,
+        backend: Backend | None = None,
+        split: str = "auto",
+        long: int = LONG,
+        micro_batches: int = 2,
+        overlap: bool = True,
+        rows: int = 16,
+        context: int | None = None,
+        cache_tokens: int | None = None,
+    ) -> None:
+        at_least("micro_batches", micro_batches, 1)
+        self.model, self.micro_batches, self.overlap, self.in_turn = model, micro_batches, overlap, True
+        self.vocab_size, self.device = model.config.vocab_size, model.embedding.weight.device
+        self.context = context_of(model, context)
+        self.clock = Clock()
+        self._modules, self._weights = list(model.modules()), FrozenWeights()
+        self.offloaded, self._holds = offloadable(model)
+        self._held = Held()
+        self._texts: dict[int, Text] = {}
+        self._dead: set[int] = set()  # workers that are lost, and
+        self._stale: set[int] = set()  # rows of which they had something
+        layers = [sizes_of(model.blocks[i].mixer) for i in self.offloaded]  # type: ignore[arg-type]
+        dtype = model.embedding.weight.dtype
+        token = sum(x["kv_heads"] * (x["key_width"] + x["value_width"]) for x in layers) * dtype.itemsize
+        tokens = default_tokens(rows, self.context, token) if cache_tokens is None else cache_tokens
+        at_least("cache_tokens", tokens, PAGE_SIZE)
+        self.pool = AttentionPool(
+            LocalBackend() if backend is None else backend,
+            create_split(split, workers, [layer["kv_heads"] for layer in layers], long),
+            layers,
+            dtype=dtype,
+            pages=-(-tokens // PAGE_SIZE) + rows,  # a page of a row may be full in part
+            page_size=PAGE_SIZE,
+        )
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
+        new = {row.number: Text(len(row.request.prompt) + row.request.max_tokens) for row in rows if not row.length}
+        self._texts |= new
+        self.pool.place(list(new), [text.expected for text in new.values()])
+        read = Rows([row.number for row in rows], [row.length for row in rows], [len(some) for some in tokens])
+        logits = self._surely(read, tokens)
+        for row, some in zip(rows, tokens, strict=True):
+            self._texts[row.number].tokens += some
+        return logits
+
+    def save(self, row: Row) -> tuple[State, int]:
+        raise Unsupported("states of offloaded sequences", supported="reading them")
+
+    def restore(self, row: Row, saved: State) -> None:
+        raise Unsupported("states of offloaded sequences", supported="reading them")
+
+    def forget(self, row: Row) -> None:
+        if self._texts.pop(row.number, None) is None:
+            return
+        self._held.drop(row.number)
+        self._stale.discard(row.number)
+        self.pool.free([row.number])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of states of layers that stay with the model."""
+        return self._held.nbytes
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.close()
+
+    def _surely(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Read, with workers that are replaced when they are lost."""
+        for losses in itertools.count(1):
+            try:
+                self._repair(rows)
+                return self._advance(rows, tokens)
+            except WorkerLost as lost:
+                self._dead.add(lost.worker)
+                self._stale |= {key for key in self._texts if lost.worker in self.pool.split.owners(key)}
+                self._stale |= {key for key in rows.keys if self._texts[key].tokens}
+                if losses > MOST_LOSSES:
+                    self.pool.drain()
+                    raise
+            except BaseException:
+                self.pool.drain()
+                raise
+        raise AssertionError("unreachable")
+
+    def _repair(self, rows: Rows) -> None:
+        """New workers for those that are lost, and what they had."""
+        if self._dead:
+            for worker in sorted(self._dead):
+                self.pool.replace(worker)
+                self._dead.discard(worker)
+            self.pool.drain()
+            again = sorted(self._stale | set(rows.keys))  # of these, too, workers may have some layers and not others
+            self.pool.free(again)
+            self.pool.place(again, [self._texts[key].expected for key in again])
+        for key in sorted(self._stale):
+            self._read_again(key)
+            self._stale.discard(key)
+
+    def _read_again(self, number: int) -> None:
+        tokens = self._texts[number].tokens
+        for start in range(0, len(tokens), CHUNK):
+            some = tokens[start : start + CHUNK]
+            self._advance(Rows([number], [start], [len(some)]), [some])
+
+    def _advance(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Tensor:
+        started, waited = time.perf_counter(), self.clock.waiting
+        with evaluation_mode(self.model, self._modules), self._weights:
+            if rows.starts[0] == 0:
+                return self._prefill(rows, tokens)
+            groups = self._micro_batches(rows)
+            logits = self._run([self._pass(_some(rows, group), [tokens[i] for i in group]) for group in groups])
+        self.clock.model += time.perf_counter() - started - (self.clock.waiting - waited)
+        order = torch.tensor([i for group in groups for i in group], device=self.device)
+        return torch.cat(logits)[order.argsort()]
+
+    def _micro_batches(self, rows: Rows) -> list[list[int]]:
+        """Rows dealt out by their lengths, so that the workers have as much to do for each."""
+        longest_first = sorted(range(len(rows.keys)), key=lambda i: -rows.starts[i])
+        groups: list[list[int]] = [[] for _ in range(min(self.micro_batches, len(rows.keys)))]
+        for turn, i in enumerate(longest_first):
+            there, back = divmod(turn, len(groups))
+            groups[-1 - back if there % 2 else back].append(i)
+        return [sorted(group) for group in groups]
+
+    def _run(self, passes: Sequence[Pass]) -> list[Tensor]:
+        """Let each go on in turn, from one pause to the next."""
+        found: dict[int, Tensor] = {}
+        turns = deque(enumerate(passes))
+        while turns:
+            i, work = turns.popleft()
+            try:
+                next(work)
+            except StopIteration as done:
+                found[i] = done.value
+            else:
+                turns.append((i, work)) if self.in_turn else turns.appendleft((i, work))
+        return [found[i] for i in range(len(passes))]
+
+    def _prefill(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Beginnings, read by the model as it does alone; keys and values go to the workers."""
+        ids, lengths = padded(tokens, self.device)
+        mask = None if min(rows.counts) == ids.shape[1] else Mask(lengths=lengths)
+        result = self.model.features(ids, context=Context(mask=mask, want=frozenset({"state"})))
+        for layer, i in enumerate(self.offloaded):
+            cache = result.state.layers[i].mechanism
+            self.pool.append(layer, rows, cache.k, cache.v)
+        self.pool.settle()
+        if self._holds:
+            self._held.put(rows.keys, without(result.state, self.offloaded))
+        return self._logits(result.output, lengths)
+
+    def _pass(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Pass:
+        """More tokens of rows that were begun."""
+        model = self.model
+        ids, lengths = padded(tokens, self.device)
+        mask = None if min(rows.counts) == ids.shape[1] else Mask(lengths=lengths)
+        past = torch.tensor(list(rows.starts), device=self.device)
+        held = self._held.get(rows.keys).layers if self._holds else [None] * len(model.blocks)  # type: ignore[attr-defined]
+        after: list[Any] = [None] * len(model.blocks)
+        shares = self.pool.split.shares(rows)
+        x, context, _ = model.embed(ids, past, Context(mask=mask, want=frozenset({"state"})))
+        where = past[:, None] + torch.arange(ids.shape[1], device=self.device)
+        for i, block in enumerate(model.blocks):
+            if i in self.offloaded:
+                exchange = self.pool.exchange(self.offloaded.index(i), rows, shares)
+                x = yield from self._attended(cast(Block, block), x, where, context, exchange)
+            else:
+                result = block(x, context=context, state=held[i])
+                x, after[i] = result.output, result.state
+        if self._holds:
+            self._held.put(rows.keys, ModelState(tuple(after), past + lengths))
+        return self._logits(model.norm(x), lengths)
+
+    def _attended(self, block: Block, x: Tensor, where: Tensor, context: Context, exchange: Exchange) -> Pass:
+        """A block whose attention is elsewhere."""
+        layer = cast(AttentionLayer, block.mixer)
+        h = block.mixer_norm(x)
+        q = queries(layer, h, where)
+        early = self.overlap and h.shape[1] == 1
+        if early:
+            exchange.ask(q)
+        exchange.tell(*keys_values(layer, h, where), None if early else q)
+        yield
+        started = time.perf_counter()
+        y = exchange.receive()
+        self.clock.waiting += time.perf_counter() - started
+        y = layer.output(layer.gated(y.to(x.device).transpose(1, 2), h))
+        x = x + block.mixer_end(y)
+        return x if block.feed_forward is None else x + block.feed(x, context=context)
+
+    def _logits(self, features: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"]) -> Float[Tensor, "b vocab"]:
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return self.model.logits(features[rows, lengths - 1])
+
+
+def _some(rows: Rows, group: Sequence[int]) -> Rows:
+    return Rows(*([values[i] for i in group] for values in (rows.keys, rows.starts, rows.counts)))
