@@ -1,0 +1,1 @@
+"""Parts of trained models taken away: weights by masks; heads, neurons, branches and layers for good."""
