@@ -211,10 +211,13 @@ class TransformersModel:
         whole = not cuts[0].attention and not cuts[0].feed_forward and cuts[0].hard is None
         config, first = self.model.config, layers[0]
         pruned = entries[0]["units"] != first.units
-        if same and whole and not (pruned and getattr(config, "head_dim", None) is None):
+        heads = entries[0]["units"] * first.group
+        own_width = not self.family.post_norm and getattr(config, "head_dim", None) is not None
+        sized = own_width and config.hidden_size % heads == 0  # transformers refuses other configs
+        if same and whole and (sized or not pruned):
             undo = [_set(config, "intermediate_size", entries[0]["neurons"])]
             if pruned:
-                undo.append(_set(config, "num_attention_heads", entries[0]["units"] * first.group))
+                undo.append(_set(config, "num_attention_heads", heads))
                 undo.append(_set(config, "num_key_value_heads", entries[0]["units"]))
             return undo
         setattr(self.model, RECORD, {"layers": entries})

@@ -1,0 +1,64 @@
+"""The step of a recipe that takes parts out of a model for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from regard.compression.layers import Run
+from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host
+from regard.compression.pruning.foreign import structure
+from regard.compression.pruning.losses import Losses
+from regard.compression.pruning.scores import choose
+from regard.compression.pruning.steps import AxFormer, Structured
+
+
+def take_parts(
+    model: nn.Module,
+    step: Structured | AxFormer,
+    batches: Sequence[Any],
+    run: Run,
+    losses: Losses,
+    keep: Callable[[str, nn.Module], bool],
+    on_trial: Callable[[str, int, int], None],
+) -> tuple[Undo, list[str]]:
+    """Make a model smaller in place; what undoes it, and what was done in sentences.
+
+    Args:
+        keep: as of :func:`regard.compression.compress`, asked of whole layers.
+        on_trial: told the name of each part that is tried, how many trials are done, and of how many at the most.
+    """
+    host = find_host(model)
+    kept = frozenset(i for i, layer in enumerate(host.layers) if keep(layer.name, layer.module))
+    if isinstance(step, Structured):
+        cuts, notes = choose(host, step, batches, run, kept), []
+    else:
+        from regard.compression.pruning.axformer import search
+
+        found = search(host, step, batches, run=run, losses=losses, kept=kept, on_trial=on_trial)
+        cuts, notes = found.cuts, [str(found)]
+    before = sum(parameter.numel() for parameter in model.parameters())
+    undo = host.compact(cuts)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    said = [f"{after:,} of {before:,} parameters are left ({after / before:.1%})"]
+    if structure(model) is not None:
+        said.append("the format of transformers has no words for what is left: regard loads the saved model")
+    return undo, [
+        *notes,
+        *said,
+        *(words(layer, cut) for layer, cut in zip(host.layers, cuts, strict=True) if cut != Cut()),
+    ]
+
+
+def words(layer: Layer, cut: Cut) -> str:
+    """What went from a layer."""
+    cut = cut.settled(layer)
+    parts = ["all of it"] if cut.layer else []
+    if not cut.layer:
+        parts += [name.replace("_", "-") for name in ("attention", "feed_forward") if getattr(cut, name)]
+        parts += [f"{len(cut.heads)} of {layer.units} heads"] if cut.heads else []
+        parts += [f"{len(cut.neurons)} of {layer.neurons} neurons"] if cut.neurons else []
+    said = f"taken from {layer.name}: {', '.join(parts)}" if parts else layer.name
+    return said + (f"; each query reads {cut.hard} keys" if cut.hard is not None else "")
