@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from regard.compression.calibration import Chain, Statistics, all_statistics
 from regard.compression.layer_work import LayerReport, compress_layer, relative_error
 from regard.compression.layers import Layers, Run, find_layers, run_batch
+from regard.compression.pruning.anatomy import find_host
 from regard.compression.pruning.losses import Losses, item_losses
 from regard.compression.pruning.structure import take_parts
 from regard.compression.recipes import Recipe, Rounding, read_recipe
@@ -132,7 +133,8 @@ def compress(
         run: called with the model and a batch; :func:`regard.compression.layers.run_batch` when not given.
         losses: the loss of each item of a batch, for ``axformer``: called with the model, the batch and `run`;
             :func:`regard.compression.pruning.item_losses` when not given.
-        work: folder where finished blocks of GPTQ and AWQ are kept, so that the same call goes on after it was killed.
+        work: folder where finished blocks of GPTQ and AWQ and trials of ``axformer`` are kept, so that the same call goes on
+            after it was killed.
         on_layer: told the name of each finished layer or block, how many are done, and of how many.
 
     Returns:
@@ -156,12 +158,15 @@ def compress(
         )
     before = _bytes(model)
     job = _Job(model, chosen, batches if chosen.needs else [], run, on_layer)
+    folder = None if work is None else Path(work)
+    if folder is not None:
+        job.identify()
     with evaluation_mode(model):
         try:
             if chosen.structure is not None:
-                job.take_parts(losses, keep)
+                job.take_parts(losses, keep, folder)
             if of_weights:
-                job.work(find_layers(model, keep), None if work is None else Path(work))
+                job.work(find_layers(model, keep), folder)
         except BaseException:
             for one in reversed(job.undo):
                 one()
@@ -199,12 +204,16 @@ class _Job:
         self.undo: list[Callable[[], object]] = []
         self.reports: list[LayerReport] = []
         self.notes: list[str] = []
+        self.identity: dict[str, Any] = {}
 
-    def take_parts(self, losses: Losses, keep: Callable[[str, nn.Module], bool]) -> None:
+    def take_parts(self, losses: Losses, keep: Callable[[str, nn.Module], bool], folder: Path | None) -> None:
         """The step of the recipe that takes parts out of the model."""
         step = self.recipe.structure
         assert step is not None
-        undo, notes = take_parts(self.model, step, self.batches, self.run, losses, keep, self.on_layer)
+        if folder is not None and "loss" in step.needs:
+            find_host(self.model)  # refused before anything is written
+            begin(folder, self.identity)
+        undo, notes = take_parts(self.model, step, self.batches, self.run, losses, keep, self.on_layer, folder)
         self.undo.append(undo)
         self.notes += notes
 
@@ -241,7 +250,7 @@ class _Job:
         body = self.layers.body
         chain = Chain.of(self.model, body, self.batches, self.run)
         if folder is not None:
-            begin(folder, self._identity())
+            begin(folder, self.identity)
         for i, (block, names) in enumerate(chain.groups):
             file = None if folder is None else folder / f"block-{i:04}.safetensors"
             if file is not None and file.is_file():
@@ -281,13 +290,13 @@ class _Job:
         self.undo.append(lambda: replace_module(self.model, new, old))
         self.reports.append(report)
 
-    def _identity(self) -> dict[str, Any]:
-        """What a run that goes on must have in common with the one that was stopped."""
+    def identify(self) -> None:
+        """Note what a run that goes on must have in common with the one that was stopped."""
         found = hashlib.blake2b(digest_size=16)
         for name, tensor in distinct_tensors(self.model).items():
             found.update(name.encode())
             found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"0")
-        return {"recipe": self.recipe.as_list(), "model": found.hexdigest(), "data": digest(self.batches)}
+        self.identity = {"recipe": self.recipe.as_list(), "model": found.hexdigest(), "data": digest(self.batches)}
 
 
 def _bytes(model: nn.Module) -> int:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from regard.compression.layers import Run
 from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host
+from regard.compression.pruning.axformer import Trial, search
 from regard.compression.pruning.foreign import structure
 from regard.compression.pruning.losses import Losses
 from regard.compression.pruning.scores import choose
 from regard.compression.pruning.steps import AxFormer, Structured
+from regard.models.weights import write_atomically
+
+TRIALS = "trials.json"
 
 
 def take_parts(
@@ -23,11 +30,13 @@ def take_parts(
     losses: Losses,
     keep: Callable[[str, nn.Module], bool],
     on_trial: Callable[[str, int, int], None],
+    work: Path | None = None,
 ) -> tuple[Undo, list[str]]:
     """Make a model smaller in place; what undoes it, and what was done in sentences.
 
     Args:
         keep: as of :func:`regard.compression.compress`, asked of whole layers.
+        work: folder where a search keeps its trials, from which it goes on.
         on_trial: told the name of each part that is tried, how many trials are done, and of how many at the most.
     """
     host = find_host(model)
@@ -35,9 +44,25 @@ def take_parts(
     if isinstance(step, Structured):
         cuts, notes = choose(host, step, batches, run, kept), []
     else:
-        from regard.compression.pruning.axformer import search
+        file = None if work is None else work / TRIALS
+        known = [] if file is None or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
 
-        found = search(host, step, batches, run=run, losses=losses, kept=kept, on_trial=on_trial)
+        def remember(trial: Trial) -> None:
+            known.append(asdict(trial))
+            if file is not None:
+                write_atomically(file, lambda path: path.write_text(json.dumps(known), encoding="utf-8"))
+
+        found = search(
+            host,
+            step,
+            batches,
+            run=run,
+            losses=losses,
+            kept=kept,
+            known=list(known),
+            on_trial=on_trial,
+            remember=remember,
+        )
         cuts, notes = found.cuts, [str(found)]
     before = sum(parameter.numel() for parameter in model.parameters())
     undo = host.compact(cuts)
