@@ -146,7 +146,8 @@ def as_many(host: Host, numbers: int, groups: int, by: str, seed: int) -> list[C
         if gone >= numbers:
             break
         _, i, what, chosen, size = parts[part]
-        cuts[i] = replace(cuts[i], **{what: (*getattr(cuts[i], what), *chosen)})
+        more: dict[str, Any] = {what: (*getattr(cuts[i], what), *chosen)}
+        cuts[i] = replace(cuts[i], **more)
         gone += size
     return cuts
 

@@ -2,7 +2,8 @@
 
 The score of a head or a neuron is how much its columns of the projection behind it add: the square of their weights, by
 ``activation`` each times the mean square of the numbers that enter there (Wanda's score, arXiv 2306.11695, summed over a part).
-Layers go whose output is most like their input, by the mean cosine of tokens (ShortGPT, Men et al., arXiv 2403.03853).
+Layers go whose output is most like their input, by the mean cosine of tokens (ShortGPT, Men et al., arXiv 2403.03853), or those
+at even distances (:mod:`regard.compression.pruning.layer_drop`).
 
 As many heads and neurons go in each layer, so that formats with one size for all layers can hold what is left.
 """
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from regard.compression.calibration import all_statistics
 from regard.compression.layers import Run
 from regard.compression.pruning.anatomy import Cut, Host, Layer
+from regard.compression.pruning.layer_drop import even_layers
 from regard.compression.pruning.steps import Structured
 from regard.contract import Unsupported
 
@@ -45,11 +47,14 @@ def choose(
         if step.layers >= len(layers) or step.layers > len(layers) - len(kept):
             raise Unsupported(
                 f"layers={step.layers} of {len(layers)} layers",
-                supported=f"fewer than {len(layers) - len(kept)} layers",
+                supported=f"fewer than {len(layers)} layers, and {len(layers) - len(kept)} at the most",
             )
-        likeness = layer_likeness(host, batches, run)
-        order = sorted(set(range(len(layers))) - kept, key=lambda i: -likeness[i])
-        gone = set(order[: step.layers])
+        free = [i for i in range(len(layers)) if i not in kept]
+        if step.layers_by == "even":
+            gone = {free[i] for i in even_layers(len(free), step.layers)}
+        else:
+            likeness = layer_likeness(host, batches, run)
+            gone = set(sorted(free, key=lambda i: -likeness[i])[: step.layers])
     squares: dict[nn.Module, Tensor] = {}
     if step.by == "activation" and (step.heads or step.neurons):
         watched = {

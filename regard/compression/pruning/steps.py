@@ -10,6 +10,7 @@ from regard.contract import Unsupported, at_least, one_of
 
 FOCUSES = ("accuracy", "size", "speed")
 SCORES = ("activation", "magnitude")
+LAYERS = ("likeness", "even")
 
 
 @dataclass(frozen=True)
@@ -70,29 +71,30 @@ class Structured:
         heads, neurons: the share of them that goes, in each layer.
         layers: how many layers go.
         by: ``activation``: what a part adds on the calibration data; ``magnitude``: the size of its weights, without data.
+        layers_by: ``likeness``: layers go whose output is most like their input on the calibration data; ``even``: those at even
+            distances, without data, for models that were trained with :mod:`regard.compression.pruning.layer_drop`.
     """
 
     heads: float = 0.0
     neurons: float = 0.0
     layers: int = 0
     by: str = "activation"
+    layers_by: str = "likeness"
     stage: ClassVar = "structure"
 
     def __post_init__(self) -> None:
         one_of("by", self.by, SCORES)
+        one_of("layers_by", self.layers_by, LAYERS)
         for name in ("heads", "neurons"):
             check_share(name, getattr(self, name))
         if not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 0:
             raise Unsupported(f"layers={self.layers!r}", supported="a number of layers, 0 or more")
-        if self.layers and self.by == "magnitude":
-            raise Unsupported(
-                "layers chosen by magnitude", supported="by=activation: layers whose output is most like their input"
-            )
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Data, where what goes is chosen by them."""
-        return ("data",) if self.by == "activation" else ()
+        parts = bool(self.heads or self.neurons) and self.by == "activation"
+        return ("data",) if parts or (self.layers and self.layers_by == "likeness") else ()
 
 
 @dataclass(frozen=True)
