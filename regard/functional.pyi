@@ -813,6 +813,35 @@ def gated_softmax_attention(
 ) -> Any:
     """A gate, learned from the query's token, decides how much of a head's output to keep."""
 
+def hard_softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    keys: int = ...,
+) -> Any:
+    """Softmax of which each query reads its k largest weights alone, which are not made to add up to one again."""
+
 def kernelized_rpe_attention(
     q: Tensor,
     k: Tensor,

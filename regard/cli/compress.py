@@ -50,12 +50,13 @@ def compress(
     tolerance: Annotated[float, typer.Option(help="Share of the quality that the recommended recipe may lose.")] = 0.01,
     as_json: JSON = False,
 ) -> None:
-    """Make a model smaller and faster: weights in 8 or 4 bits, and say what it costs.
+    """Make a model smaller and faster, and say what it costs: weights in 8 or 4 bits, heads, neurons and layers taken away.
 
     With --recipe one model is written, which regard generate, evaluate and predict read as they read the one it is made of.
     With --recipes each is scored on held-out data and timed beside the original.
 
-    Steps: int8, int4, gptq, w8a8, llm_int8, and before them smoothquant or awq.
+    Steps, of each line at most one: structured or axformer, which take parts away; magnitude, wanda or sparsegpt, which make
+    weights 0; smoothquant or awq; int8, int4, gptq, w8a8 or llm_int8.
 
     Examples:
 
@@ -63,6 +64,8 @@ def compress(
         regard compress smollm2/ --data my_corpus.txt --recipes all --budget 20m
         regard compress smollm2/ --recipe int8 --output small/
         regard compress my_model --recipe "gptq:bits=4,group=32" --output small/
+        regard compress my_classifier --recipe "axformer:focus=size,slack=0.02 + int8" --output small/
+        regard compress smollm2/ --data my_corpus.txt --recipe "structured:neurons=0.2,layers=2" --output small/
         regard compress my_model --recipes "int8,int4:group=64,awq + gptq" --json
     """
     from regard.compression.recipes import read_recipe, read_recipes
@@ -80,16 +83,17 @@ def compress(
             )
         one = read_recipe(recipe)
         _check_output(output, model)
-        subject = open_subject(model, _data(data, model, needed=bool(one.needs)), length)
+        subject = open_subject(model, _data(data, model, needed=bool(one.needs)), length, [one])
         _one(subject, one, output, calibration, as_json)
         return
     several, time = read_recipes(recipes or "all"), Budget.parse(budget)
-    subject = open_subject(model, data or None, length)
+    subject = open_subject(model, data or None, length, several)
     _several(subject, several, output or OUTPUT, time, str(model), tolerance, as_json)
 
 
 def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, as_json: bool) -> None:
     from regard.compression import compress as compress_model
+    from regard.workbench.lighter.study import calibration_data
 
     work = output / WORK
     with progress(quiet=as_json) as (bar, line):
@@ -102,7 +106,7 @@ def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, as_js
         found = compress_model(
             subject.load(),
             recipe,
-            subject.calibration(calibration) if recipe.needs else None,
+            calibration_data(subject, recipe, calibration),
             work=work if recipe.needs else None,
             on_layer=watch,
         )

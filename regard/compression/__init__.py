@@ -1,4 +1,4 @@
-"""Smaller models: :func:`compress` by recipes whose layers run quantized, and what is lost when numbers get fewer bits.
+"""Smaller models: :func:`compress` by recipes that take parts away or whose layers run quantized, and what is lost by it.
 
 :mod:`regard.compression.recipes` has the steps, :mod:`regard.compression.folders` saves and loads, and
 :mod:`regard.compression.quantization` simulates 8-bit weights and activations as arXiv 2306.12929 does.
@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from regard.compression.compress import Compressed, CompressionReport, LayerReport, compress
+from regard.compression.compress import Compressed, CompressionReport, compress
 from regard.compression.folders import load_compressed, save_compressed
+from regard.compression.layer_work import LayerReport
 from regard.compression.quantization import (
     Grid,
     Quantized,

@@ -34,6 +34,7 @@ class Statistics:
         rows: tokens seen.
         largest: max |x_j| of each column.
         total: sum of |x_j|.
+        squares: sum of x_j^2.
         second: sum of x x^T, where it is asked for.
     """
 
@@ -42,10 +43,12 @@ class Statistics:
     rows: int = 0
     largest: Float[Tensor, " k"] = field(init=False)
     total: Float[Tensor, " k"] = field(init=False)
+    squares: Float[Tensor, " k"] = field(init=False)
     second: Float[Tensor, "k k"] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.largest, self.total = torch.zeros(self.columns), torch.zeros(self.columns, dtype=torch.float64)
+        self.largest = torch.zeros(self.columns)
+        self.total, self.squares = (torch.zeros(self.columns, dtype=torch.float64) for _ in range(2))
         self.second = torch.zeros(self.columns, self.columns) if self.wants_second else None
 
     def update(self, x: Float[Tensor, "*b k"]) -> None:
@@ -57,6 +60,7 @@ class Statistics:
         sizes = rows.abs()
         self.largest = torch.maximum(self.largest, sizes.amax(0))
         self.total += sizes.sum(0)
+        self.squares += rows.square().sum(0)
         if self.second is not None:
             self.second.addmm_(rows.T, rows)
 

@@ -2,9 +2,11 @@
 
     model.safetensors     the weights, codes as they are, with a copy of the record
     config.json           of the model, as its library writes it
-    compression.json      the record: what kind of model it is, which layers are quantized and how, and the report
+    compression.json      the record: what kind of model it is, which layers are quantized and how, what is left of layers whose
+                          sizes the config has no words for, and the report
 
-A model of regard is also loaded by :func:`regard.models.from_pretrained`, since its ``config.json`` says what is quantized.
+A model of regard is also loaded by :func:`regard.models.from_pretrained`, since its ``config.json`` says what is quantized and
+what is left of each layer.
 A file is replaced in one step, the record last, so that a folder whose writer was stopped is noticed.
 """
 
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import regard
+from regard.compression.pruning.foreign import restore, structure
 from regard.contract import Unsupported
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models import from_pretrained, save_pretrained
@@ -64,6 +67,7 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
         "regard": regard.__version__,
         "library": library,
         "architecture": _architecture(model, library),
+        "structure": structure(model),
         "quantized": quantized_record(model),
         "report": compressed.report.as_dict(),
     }
@@ -98,6 +102,8 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     if "quantized" in metadata and json.loads(metadata["quantized"]) != record["quantized"]:
         raise Unsupported(f"{RECORD} and {WEIGHTS} of different saves in {folder}", supported="files of one save")
     model = _build(place, record) if into is None else into
+    if record.get("structure"):
+        restore(model, record["structure"], source=str(place / RECORD))
     restore_layers(model, record["quantized"], source=str(place / RECORD))
     load_tensors(model, tensors, source=str(place / WEIGHTS))
     return model.eval()

@@ -3,11 +3,14 @@
     int8                            a step
     gptq:bits=4,group=32            with options
     smoothquant:alpha=0.7 + w8a8    several, in the order in which they are done
+    wanda:ratio=0.4 + int8          weights made 0 before the others are rounded
+    axformer:focus=size             heads, neurons and layers taken away for good
     my_recipe.yaml                  a file: a list of steps, each a name as above or {name: {option: value}}; JSON too
 
 Several recipes are a list with commas; ``option=value`` after a comma belongs to the step before it. Each step has a *stage*,
-and stages come in one order: first what moves difficulty between inputs and weights, then what rounds. At most one step of a
-stage, and the last one rounds: ``awq`` alone is ``awq + int4``, ``smoothquant`` alone is ``smoothquant + w8a8``.
+and stages come in one order: what takes parts out of the model, what makes weights 0 (both in :mod:`regard.compression.pruning`),
+what moves difficulty between inputs and weights, and what rounds. At most one step of a stage. After ``awq`` and ``smoothquant``
+something rounds: ``awq`` alone is ``awq + int4``, ``smoothquant`` alone is ``smoothquant + w8a8``.
 """
 
 from __future__ import annotations
@@ -19,6 +22,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from regard.compression.pruning.steps import (
+    AxFormer,
+    Magnitude,
+    Masking,
+    SparseGpt,
+    Structured,
+    Wanda,
+    check_damping,
+)
 from regard.compression.weights.limits import CALIBRATORS
 from regard.contract import Unsupported, at_least, check_options, closest, one_of
 from regard.layers.quantized import Format
@@ -135,8 +147,7 @@ class Gptq(Rounding):
 
     def __post_init__(self) -> None:
         one_of("order", self.order, ("columns", "activations"))
-        if not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
-            raise Unsupported(f"damping={self.damping!r}", supported="0 < damping <= 1", nearest="damping=0.01")
+        check_damping(self.damping)
         if self.group is None and self.bits in (4, 3, 2):
             object.__setattr__(self, "group", 32)
         super().__post_init__()
@@ -174,6 +185,11 @@ class LlmInt8(W8A8):
 
 
 STEPS: dict[str, type[Any]] = {
+    "structured": Structured,
+    "axformer": AxFormer,
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGpt,
     "smoothquant": SmoothQuant,
     "awq": Awq,
     "int8": Int8,
@@ -184,12 +200,19 @@ STEPS: dict[str, type[Any]] = {
 }
 """By the names that recipes have."""
 
-STAGES = ("scale", "round")
+STAGES = {
+    "structure": "take parts out of the model",
+    "mask": "make weights 0",
+    "scale": "scale the same layers",
+    "round": "round the same weights",
+}
+"""In their order, with what two steps of one stage would both do."""
+
 USUAL = {"smoothquant": "w8a8", "awq": "int4"}
 """What rounds after a step that does not."""
 
 ALL = ("int8", "w8a8", "smoothquant", "llm_int8", "int4", "int4:calibrate=mse", "awq", "gptq", "awq + gptq")
-"""The recipes that ``all`` stands for, the quickest first."""
+"""The recipes that ``all`` stands for, the quickest first: those that need no search and make something smaller or faster."""
 
 
 @dataclass(frozen=True)
@@ -197,24 +220,38 @@ class Recipe:
     """Steps by name, in order.
 
     Attributes:
-        steps: (name, step) pairs; the last rounds.
+        steps: (name, step) pairs.
     """
 
     steps: tuple[tuple[str, Any], ...]
 
     @property
-    def rounding(self) -> Rounding:
-        """The step that rounds."""
-        return self.steps[-1][1]
+    def structure(self) -> Structured | AxFormer | None:
+        """The step that takes parts out of the model."""
+        return self._of("structure")
+
+    @property
+    def masking(self) -> Masking | None:
+        """The step that makes weights 0."""
+        return self._of("mask")
 
     @property
     def scaling(self) -> Scaling | None:
         """The step that scales."""
-        return self.steps[0][1] if len(self.steps) > 1 else None
+        return self._of("scale")
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """The step that rounds."""
+        return self._of("round")
+
+    def _of(self, stage: str) -> Any:
+        return next((step for _, step in self.steps if step.stage == stage), None)
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it wants to know of the inputs of layers: ``range`` or ``second`` moments; nothing without calibration."""
+        """What it wants to know: of the inputs of layers the ``range``, the sums of ``squares`` or all ``second`` moments; of
+        the model the ``loss`` on items, or what it makes of ``data``. Nothing where it needs no data."""
         return frozenset(need for _, step in self.steps for need in step.needs)
 
     @property
@@ -290,18 +327,22 @@ def _checked(steps: list[tuple[str, Any]]) -> Recipe:
     if last in USUAL:
         steps = [*steps, (USUAL[last], STEPS[USUAL[last]]())]
     names = [name for name, _ in steps]
-    places = [STAGES.index(step.stage) for _, step in steps]
-    for first, second, a, b in zip(names, names[1:], places, places[1:], strict=False):
+    places = [list(STAGES).index(step.stage) for _, step in steps]
+    for (first, one), (second, other), a, b in zip(steps, steps[1:], places, places[1:], strict=False):
         if a == b:
-            what = "round the same weights" if a else "scale the same layers"
-            raise Unsupported(f"{first} and {second} in one recipe, which both {what}", supported="one of them")
-        if a > b:
             raise Unsupported(
-                f"{second} after {first}",
-                supported=f"{second} before the step that rounds",
-                nearest=f'"{second} + {first}"',
+                f"{first} and {second} in one recipe, which both {STAGES[other.stage]}", supported="one of them"
             )
-    rounds = steps[-1][1].format.dynamic
+        if a > b:
+            before = "the step that rounds" if one.stage == "round" else first
+            raise Unsupported(
+                f"{second} after {first}", supported=f"{second} before {before}", nearest=f'"{second} + {first}"'
+            )
+    recipe = Recipe(tuple(steps))
+    rounding = recipe.rounding
+    if rounding is None:
+        return recipe
+    rounds = rounding.format.dynamic
     if "smoothquant" in names and not rounds:
         raise Unsupported(
             f"smoothquant before {names[-1]}, which leaves inputs as they are",
@@ -312,7 +353,13 @@ def _checked(steps: list[tuple[str, Any]]) -> Recipe:
         raise Unsupported(
             f"awq before {names[-1]}, which rounds inputs", supported="int4, gptq, int8", nearest='"awq + int4"'
         )
-    return Recipe(tuple(steps))
+    if recipe.masking is not None and not rounding.format.symmetric:
+        raise Unsupported(
+            f"{names[-1]} with offsets after weights were made 0, which would not stay 0",
+            supported="symmetric=true, or no step that makes weights 0",
+            nearest="symmetric=true",
+        )
+    return recipe
 
 
 def _steps_in(path: Path) -> Any:

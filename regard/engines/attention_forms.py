@@ -49,9 +49,10 @@ def _attend_pages(
     softcap: float | None = None,
     sink: Float[Tensor, " h"] | None = None,
     stretch: tuple[float, float] | None = None,
+    largest: int | None = None,
 ) -> Result | None:
     """The call on a pool of pages, read where they lie; None where they must be gathered first."""
-    if stretch is not None or call.bias is not None or call.position_bias is not None or call.blocks is not None:
+    if not (stretch is largest is call.bias is call.position_bias is call.blocks is None):
         return None
     if call.dropout or call.want or call.backend is not None:
         return None

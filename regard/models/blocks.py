@@ -316,7 +316,8 @@ class Block(nn.Module):
 
     Args:
         entry: mechanism and options from the plan. The options ``positions``, ``feed_forward``, ``num_heads``,
-            ``head_dim`` and ``num_kv_heads`` override the model's; ``feed_forward_kind`` and ``feed_forward_options`` are
+            ``head_dim`` and ``num_kv_heads`` override the model's; without heads (``num_heads=0``) the block has no mixer,
+            as pruned models have them; ``feed_forward_kind`` and ``feed_forward_options`` are
             of :func:`regard.layers.feed_forward.make_feed_forward`; the others belong to the layer. The model's
             positions, head_dim and num_kv_heads apply to layers that have such an option, its feed_forward to networks
             that have a hidden width.
@@ -358,9 +359,14 @@ class Block(nn.Module):
         self.continues = _mixing_card(name, entry[1]).state is not None
         self.takes_roles = "roles" in card.honours
         self.dropout = config.dropout
-        self.mixer_norm = make_norm(config.norm, config.dim)
-        self.mixer = create_layer(name, config.dim, num_heads, pattern=pattern, **options)
-        self.mixer_end = _branch_end("mixer", config)
+        self.mixer_norm: nn.Module
+        self.mixer: Any
+        if num_heads == 0:
+            self.mixer_norm, self.mixer, self.mixer_end = nn.Identity(), NoMixer(), nn.Sequential()
+        else:
+            self.mixer_norm = make_norm(config.norm, config.dim)
+            self.mixer = create_layer(name, config.dim, num_heads, pattern=pattern, **options)
+            self.mixer_end = _branch_end("mixer", config)
         self.feed_forward_norm = None if network is None else make_norm(config.norm, config.dim)
         self.feed_forward = None if network is None else network(config.dim)
         self.feed_forward_end = None if network is None else _branch_end("feed_forward", config)
@@ -402,6 +408,13 @@ class Block(nn.Module):
         assert norm is not None and network is not None and end is not None
         update = end(network(norm(x)))
         return dropout(update, self.dropout, training=self.training, generator=context.generator)
+
+
+class NoMixer(nn.Module):
+    """In the place of a mixer that is no more: adds 0, and has no state."""
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, *, context: Context, state: None = None) -> Result:
+        return Result(torch.zeros_like(x))
 
 
 def _branch_end(branch: str, config: Any) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import regard
 from regard.compression import calibration, load_compressed, text_windows
 from regard.compression.calibration import Chain
-from regard.compression.compress import quantize_layer
+from regard.compression.layer_work import compress_layer
 from regard.compression.layers import find_layers, run_batch
 from regard.compression.recipes import ALL, read_recipe
 from regard.layers.quantized import Format, QuantizedEmbedding, QuantizedLinear, replace_module
@@ -106,7 +106,7 @@ def test_statistics_of_a_chain_of_blocks_are_those_of_the_model_so_far():
                 assert torch.allclose(found[name].second, expected[name].second, rtol=1e-4, atol=1e-4)
                 assert torch.allclose(found[name].largest, expected[name].largest, rtol=1e-5, atol=1e-6)
             for name in names:
-                made, _ = quantize_layer(name, layers[name], recipe, None)
+                made, _ = compress_layer(name, layers[name], recipe, None)
                 replace_module(model, layers[name], made)
             chain.finish(i)
 

@@ -167,6 +167,36 @@ def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(caps
     assert score["metric"] == "perplexity" and abs(score["score"] / found["original"]["quality"] - 1) < 0.1
 
 
+def test_models_lose_parts_on_the_command_line_and_go_on_working(capsys, trained, causal, tmp_path):
+    model, _ = trained
+    found = answer(capsys, 'compress --recipe "axformer:groups=2,hard=4"', model, "--output", tmp_path / "small")
+    assert "evaluations" in found["notes"][0] and not (tmp_path / "small" / ".work").exists()
+    assert answer(capsys, "evaluate", tmp_path / "small")["items"] > 0
+    assert answer(capsys, "generate --tokens 5", tmp_path / "small", "the")["text"]
+    other, text = causal
+    parts = "structured:neurons=0.5,layers=1"
+    line = f'compress --length 64 --recipe "{parts} + int8" --data'
+    found = answer(capsys, line, text, other, "--output", tmp_path / "other")
+    assert any("all of it" in note for note in found["notes"])
+    assert answer(capsys, "generate --tokens 6", tmp_path / "other", "the quick")["text"]
+    line = f'compress --length 64 --budget 1h --recipes "{parts},wanda" --data'
+    found = answer(capsys, line, text, other, "--output", tmp_path / "study")
+    assert [row["recipe"] for row in found["rows"]] == [parts, "wanda"]
+    assert found["rows"][0]["bytes"] < found["original"]["bytes"] == found["rows"][1]["bytes"]
+
+
+def test_a_search_goes_by_items_that_the_score_leaves_out(trained):
+    (searching,) = read_recipes("axformer")
+    plain, subject = (open_subject(trained[0], None, None, recipes) for recipes in ([], [searching]))
+    chosen = sum(batch.size for batch in subject.choosing())
+    assert subject.first >= chosen > 0 and subject.items + subject.first == plain.items + plain.first
+    every = [batch.inputs for batch in subject.task.evaluation_batches(subject.batch_size)]
+    scored = torch.cat(every)[subject.first :]
+    assert len(scored) == subject.items and torch.equal(
+        torch.cat([batch.inputs for batch in subject.choosing()]), torch.cat(every)[:chosen]
+    )
+
+
 def test_bad_requests_are_one_sentence_and_write_nothing(capsys, trained, causal, tmp_path):
     model, text = trained
     other, out = causal[0], tmp_path / "out"
@@ -177,6 +207,8 @@ def test_bad_requests_are_one_sentence_and_write_nothing(capsys, trained, causal
         ("compress --recipe int8", (model,), "--output small/"),
         ("compress --recipe int8", (model, "--output", model), "the model itself"),
         ("compress --recipe int8", (model, "--output", tmp_path / "full"), "other files in it"),
+        ('compress --recipe "axformer:focus=small"', (model, "--output", out), "focus"),
+        ('compress --recipe "structured:layers=9"', (model, "--output", out), "fewer than 2 layers"),
         ("compress --recipe int9", (model, "--output", out), "try int"),
         ("compress --recipes all --budget soon", (model, "--output", out), "budget"),
         ('compress --recipes all --budget "5 steps"', (model, "--output", out), "a time"),

@@ -13,7 +13,8 @@ blocks. Tokens are merged or dropped between the attention and the feed-forward 
 often: log(size) is added to the scores of its key (`proportional`).
 
 What is trained: :mod:`regard.compression.tokens.dynamic` (DynamicViT) and :mod:`regard.compression.tokens.interpreters`
-(IA-RED²) around this project's VisionTransformer. Merging for diffusion, where every token comes back:
+(IA-RED²) around this project's VisionTransformer. Text encoders of transformers: :mod:`regard.compression.tokens.text`
+(PoWER-BERT, Learned Token Pruning). Merging for diffusion, where every token comes back:
 :mod:`regard.compression.tokens.grids`.
 """
 

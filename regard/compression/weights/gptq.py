@@ -17,6 +17,7 @@ H's diagonal. A column whose input is always 0 is rounded to nearest, where the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ from regard.engines.quantized_linear import padded
 from regard.layers.quantized import Codes, Format
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 BLOCK = 128
 
@@ -42,6 +43,7 @@ def gptq(
     damping: float = 0.01,
     order: str = "columns",
     block: int = BLOCK,
+    mask: Bool[Tensor, "n k"] | None = None,
 ) -> Codes:
     """Codes of a weight for inputs with the second moments X^T X.
 
@@ -52,6 +54,7 @@ def gptq(
         damping: what is added to the diagonal of H, in means of it.
         order: ``columns``, or ``activations``: the columns with the largest inputs first.
         block: columns of a block.
+        mask: of the weights that are not 0 and stay so, for symmetric grids; all may change when None.
 
     Raises:
         Unsupported: for second moments that are not finite, or no matrix that has an inverse.
@@ -59,7 +62,7 @@ def gptq(
     columns = weight.shape[1]
     whole = format.columns(columns)
     work = padded(weight.detach().double(), whole).clone()
-    factor, permutation = _factor(second.double(), whole, damping, order)
+    factor, permutation = inverse_factor(second.double(), whole, damping, order)
     fixed: Grids | None = None
     group = format.group
     if group is None or order == "activations":
@@ -75,29 +78,56 @@ def gptq(
     values = torch.zeros_like(work, dtype=torch.int8)
     low, high = format.codes
     block = block if group is None else max(1, block // group) * group
-    for start in range(0, whole, block):
-        end = min(start + block, whole)
-        errors = work.new_zeros((len(work), end - start))
-        for j in range(start, end):
-            own = 0 if group is None else int(permutation[j]) // group
-            if fixed is None and group is not None and j % group == 0:
-                made = make_grids(work[:, j : j + group], format, calibrate)
-                scale[:, own] = made.scale
-                if offset is not None and made.offset is not None:
-                    offset[:, own] = made.offset
-            grid = Grids(scale[:, own], None if offset is None else offset[:, own], low, high)
-            codes = grid.codes(work[:, j : j + 1])
-            values[:, j] = codes[:, 0]
-            error = (work[:, j] - grid.numbers(codes, work.dtype)[:, 0]) / factor[j, j]
-            work[:, j + 1 : end] -= error[:, None] * factor[j, j + 1 : end]
-            errors[:, j - start] = error
-        work[:, end:] -= errors @ factor[start:end, end:]
+    mask = None if mask is None else padded(mask.to(values), whole)[:, permutation]
+
+    def settle(j: int) -> Tensor:
+        own = 0 if group is None else int(permutation[j]) // group
+        if fixed is None and group is not None and j % group == 0:
+            made = make_grids(work[:, j : j + group], format, calibrate)
+            scale[:, own] = made.scale
+            if offset is not None and made.offset is not None:
+                offset[:, own] = made.offset
+        grid = Grids(scale[:, own], None if offset is None else offset[:, own], low, high)
+        codes = grid.codes(work[:, j : j + 1])
+        if mask is not None:
+            codes = codes * mask[:, j : j + 1]
+        values[:, j] = codes[:, 0]
+        return grid.numbers(codes, work.dtype)[:, 0]
+
+    sweep(work, factor, block, settle)
     back = torch.argsort(permutation)
     return Codes(values[:, back], scale, offset)
 
 
-def _factor(second: Tensor, whole: int, damping: float, order: str) -> tuple[Tensor, Tensor]:
-    """The upper factor of the inverse of H, and the order of the columns."""
+def sweep(
+    work: Float[Tensor, "n k"],
+    factor: Float[Tensor, "k k"],
+    block: int,
+    settle: Callable[[int], Tensor],
+    enter: Callable[[int, int], None] = lambda start, end: None,
+) -> None:
+    """Settle the columns of a weight one after another; those that follow make up for what each loses.
+
+    Args:
+        work: the weight, which is changed.
+        factor: U, see the module.
+        block: columns of a block.
+        settle: called with the number of a column, whose final numbers (N,) it returns.
+        enter: called with the borders of each block before its first column.
+    """
+    for start in range(0, work.shape[1], block):
+        end = min(start + block, work.shape[1])
+        enter(start, end)
+        errors = work.new_zeros((len(work), end - start))
+        for j in range(start, end):
+            error = (work[:, j] - settle(j)) / factor[j, j]
+            work[:, j + 1 : end] -= error[:, None] * factor[j, j + 1 : end]
+            errors[:, j - start] = error
+        work[:, end:] -= errors @ factor[start:end, end:]
+
+
+def inverse_factor(second: Tensor, whole: int, damping: float, order: str) -> tuple[Tensor, Tensor]:
+    """The upper factor U of the inverse of H, with `whole` columns, and the order of the columns."""
     if not bool(torch.isfinite(second).all()):
         raise Unsupported("inputs of a layer that are not finite", supported="calibration data that the model can read")
     size = second.shape[0]

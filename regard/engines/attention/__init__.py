@@ -14,6 +14,7 @@ from regard.core.ragged import check_pairs
 from regard.core.visibility import CountedRanks, PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 from regard.engines.attention import native_form, torch_form
 from regard.engines.attention.problem import RULES, Problem
+from regard.engines.attention.torch_form import only_largest
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -32,6 +33,7 @@ def attention(
     softcap: float | None = None,
     sink: Float[Tensor, " h"] | None = None,
     stretch: tuple[float, float] | None = None,
+    largest: int | None = None,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     position_bias: PositionBias | None = None,
     blocks: BlockMask | None = None,
@@ -56,7 +58,7 @@ def attention(
         check_pairs(bias, *q.shape[:3], k.shape[2])
     if (
         rule == "softmax"
-        and softcap is sink is stretch is bias is position_bias is blocks is backend is None
+        and softcap is sink is stretch is largest is bias is position_bias is blocks is backend is None
         and not (shift or dropout or want_weights or want_lse)
         and prefers_native()
     ):
@@ -72,6 +74,7 @@ def attention(
         softcap,
         sink,
         stretch,
+        largest,
         bias,
         position_bias,
         blocks,
@@ -151,5 +154,6 @@ __all__ = [
     "attention_reference",
     "has_kernel",
     "masked_scores_bias",
+    "only_largest",
     "ranks",
 ]

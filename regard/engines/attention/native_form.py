@@ -167,6 +167,8 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
         return "it has no dropout"
     if problem.want_weights:
         return "it does not store the weights"
+    if problem.largest is not None:
+        return "it does not choose the largest weights"
     if problem.stretch is not None and problem.sink is not None:
         return "it does not clip weights beside a sink"
     if problem.stretch is not None and q.shape[2] < DECODED and k.shape[2] >= LONG:

@@ -33,6 +33,8 @@ class Problem:
         sink: of softmax: one more logit a head in the denominator, that of a key with the value 0.
         stretch: of softmax: (low, high), low <= 0 and high >= 1, to which the range of the weights is stretched before
             they are clipped to [0, 1]. A weight of 0 stays 0.
+        largest: of softmax: how many weights of a query stay, the largest, those that dropout has left in training; the others
+            are 0, and nothing is divided again. None for all.
         bias: added to the scores, by slot (of the cached keys too); axes of size 1 broadcast.
         position_bias: the same as a function of ranks.
         blocks: block-sparse visibility, on ranks.
@@ -55,6 +57,7 @@ class Problem:
     softcap: float | None = None
     sink: Float[Tensor, " h"] | None = None
     stretch: tuple[float, float] | None = None
+    largest: int | None = None
     bias: Float[Tensor, "#b #h #n #m"] | None = None
     position_bias: PositionBias | None = None
     blocks: BlockMask | None = None
@@ -79,6 +82,10 @@ class Problem:
                 f"{self.rule} attention with stretch={self.stretch}",
                 supported="rule='softmax', low <= 0 and high >= 1",
                 nearest="None",
+            )
+        if self.largest is not None and (not softmax or self.largest < 1):
+            raise Unsupported(
+                f"the {self.largest} largest weights of {self.rule} attention", supported="1 or more, rule='softmax'"
             )
         if self.softcap is not None and not self.softcap > 0:
             raise Unsupported(f"softcap={self.softcap}", supported="softcap > 0", nearest="softcap=None")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from regard.backends.operators import transformed
 from regard.core.precision import wide_dtype
 from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 from regard.engines.attention.problem import Problem
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs, counted in every row and head for which numbers are stored, that are computed at once."""
@@ -101,11 +104,13 @@ class Weighting:
                 lse = torch.where(some[..., 0], scores.logsumexp(-1), -torch.inf)
         else:
             weights = torch.where(visible, ACTIVATIONS[self.problem.rule](scores + self.problem.shift), 0)
-        kept = weights
+        kept, largest = weights, self.problem.largest
         if self.problem.dropout > 0:
             generator = None if seed is None else torch.Generator(q.device).manual_seed(seed)
             keep = torch.rand(weights.shape, generator=generator, device=q.device, dtype=dtype) >= self.problem.dropout
             kept = weights * keep / (1 - self.problem.dropout)
+        if largest is not None:
+            kept, weights = only_largest(kept, largest), only_largest(weights, largest)
         return (kept @ v.to(dtype)).to(v.dtype), weights.to(v.dtype), lse
 
 
@@ -124,7 +129,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
     # the dropout of scaled_dot_product_attention knows no generator, and on a CPU it stores all scores
     dropped = dropout > 0 and (generator is not None or q.device.type == "cpu")
     explicit = problem.rule != "softmax" or want_weights or want_lse or dropped
-    explicit = explicit or problem.softcap is not None or problem.stretch is not None
+    explicit = explicit or any(x is not None for x in (problem.softcap, problem.stretch, problem.largest))
     explicit = explicit or (problem.sink is not None and scale == 0)  # `with_sink` divides by the scale
     explicit = explicit or transformed()  # kernels have no forward-mode derivatives, and are batched by a loop
     sink = None if problem.sink is None else problem.sink[None, :, None, None]
@@ -185,6 +190,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
         torch.cat([p[1] for p in pieces if p[1] is not None], 2) if want_weights else None,
         torch.cat([p[2] for p in pieces if p[2] is not None], 2) if want_lse else None,
     )
+
+
+def only_largest(weights: Float[Tensor, "*b m"], count: int) -> Float[Tensor, "*b m"]:
+    """The largest weights of each row, and 0 elsewhere."""
+    wide = F.pad(weights, (0, count))  # as many as there are to choose, whatever the number of keys
+    found, places = wide.topk(count, dim=-1)
+    return torch.zeros_like(wide).scatter(-1, places, found)[..., : weights.shape[-1]]
 
 
 def of_no_pairs(

@@ -152,7 +152,7 @@ def study(
             changed = compress(
                 copy.deepcopy(model),
                 recipe,
-                subject.calibration(state["calibration"]) if recipe.needs else None,
+                calibration_data(subject, recipe, state["calibration"]),
                 work=work if recipe.needs else None,
                 on_layer=lambda name, done, count, i=i, recipe=recipe: on_progress(  # type: ignore[misc]
                     f"{recipe.name}: {name} ({done} of {count})", i, len(recipes)
@@ -183,6 +183,13 @@ def study(
         provenance.fingerprint()["cpu"],
         torch.get_num_threads(),
     )
+
+
+def calibration_data(subject: Subject, recipe: Recipe, count: int) -> list[Any] | None:
+    """What a recipe is calibrated with, `count` items in all, or what it searches by; None where it needs no data."""
+    if "loss" in recipe.needs:
+        return subject.choosing()
+    return subject.calibration(count) if recipe.needs else None
 
 
 def _planned(subject: Subject, model: nn.Module, recipes: Sequence[Recipe], budget: Budget, say: Say) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.compression import Compressed, text_windows
+from regard.compression import Compressed, Recipe, text_windows
 from regard.compression.folders import copy_training, is_compressed, load_compressed, read_record
 from regard.contract import Context, Unsupported, at_least
 from regard.measurement.timing import Action
@@ -28,6 +28,9 @@ HELD_OUT = 0.5
 
 LENGTH = 512
 """Tokens of a window."""
+
+CHOOSING, SHARE = 512, 0.25
+"""Items that a search goes by at the most, and their share of held-out ones where none were set aside in training."""
 
 
 class Subject(Protocol):
@@ -53,6 +56,10 @@ class Subject(Protocol):
         """Batches, at most so many items in all."""
         ...
 
+    def choosing(self) -> list[Any]:
+        """Batches that a search may go by: of items that the model was not trained on, and that its quality leaves out."""
+        ...
+
     def quality(self, model: nn.Module, items: int) -> float:
         """By the first items that are held out."""
         ...
@@ -66,7 +73,7 @@ class Subject(Protocol):
         ...
 
 
-def open_subject(model: Path, data: Paths | None, length: int | None) -> Subject:
+def open_subject(model: Path, data: Paths | None, length: int | None, recipes: Sequence[Recipe] = ()) -> Subject:
     """The model of a folder of `regard train`, or a causal language model of transformers.
 
     Args:
@@ -74,6 +81,7 @@ def open_subject(model: Path, data: Paths | None, length: int | None) -> Subject
         data: text to calibrate with and to score on; None for that of a folder of `regard train`; empty for none, with which a
             model of transformers can be loaded and saved alone.
         length: tokens of a window; the model's or :data:`LENGTH` when None.
+        recipes: what is going to be done to it: for those that search, items are set aside.
 
     Raises:
         Unsupported: for another folder.
@@ -83,7 +91,7 @@ def open_subject(model: Path, data: Paths | None, length: int | None) -> Subject
     if model.is_dir() and is_compressed(model):
         raise Unsupported(f"{model}, which is compressed already", supported="a model in floating point")
     if (model / TRAINING).is_file():
-        return Trained(model, data, length)
+        return Trained(model, data, length, searching=any("loss" in recipe.needs for recipe in recipes))
     return CausalModel(model, data, LENGTH if length is None else length)
 
 
@@ -93,7 +101,7 @@ MODELS = "a folder of `regard train`, or a causal language model of transformers
 class Trained:
     """A model that `regard train` made, on its task."""
 
-    def __init__(self, folder: Path, data: Paths | None, length: int | None) -> None:
+    def __init__(self, folder: Path, data: Paths | None, length: int | None, *, searching: bool = False) -> None:
         self.folder, self.trained = folder, open_trained(folder)
         if length is not None:
             raise Unsupported(f"length={length} of a model of `regard train`", supported="the length of its task")
@@ -104,7 +112,10 @@ class Trained:
         self.metric, self.higher_is_better = self.task.metric, self.task.higher_is_better
         self.described = f"{folder}: {self.trained.record['mechanism']} on {self.task.name}"
         batches = self.task.evaluation_batches(self.batch_size)
-        self.items = sum(batch.size for batch in batches) - self.first
+        held_out = sum(batch.size for batch in batches)
+        if searching and not self.first:
+            self.first = int(SHARE * held_out)
+        self.items = held_out - self.first
         self.length = self.trained.record["settings"].get("length")
 
     def load(self) -> nn.Module:
@@ -113,6 +124,16 @@ class Trained:
     def calibration(self, count: int) -> list[Any]:
         size = min(count, self.batch_size)
         return [self.task.training_batch(step, 0, size) for step in range(-(-count // size))]
+
+    def choosing(self) -> list[Any]:
+        found, seen = [], 0
+        for batch in self.task.evaluation_batches(self.batch_size):
+            last = min(batch.size, min(self.first, CHOOSING) - seen)
+            if last <= 0:
+                break
+            found.append(batch.items(0, last))
+            seen += last
+        return found
 
     def quality(self, model: nn.Module, items: int) -> float:
         last = self.first + items
@@ -187,6 +208,9 @@ class CausalModel:
 
     def calibration(self, count: int) -> list[Any]:
         return text_windows(self.before, self.length, count)
+
+    def choosing(self) -> list[Any]:
+        return text_windows(self.before, self.length, max(1, CHOOSING * 64 // self.length))
 
     def quality(self, model: nn.Module, items: int) -> float:
         return perplexity(model, text_windows(self.held_out, self.length, items))

@@ -1,0 +1,17 @@
+"""Parts of trained models taken away: weights by masks; heads, neurons, branches and layers for good.
+
+:mod:`regard.compression.pruning.steps` has them as steps of recipes. By hand::
+
+    host = find_host(model)
+    with masked(host, [Cut(heads=(0, 3)), Cut(attention=True), ...]):    # a cut for each layer
+        ...                                                              # the model as if it were smaller
+    undo = host.compact(cuts)                                            # smaller: the same outputs
+"""
+
+from __future__ import annotations
+
+from regard.compression.pruning.anatomy import Cut, Host, Layer, find_host
+from regard.compression.pruning.losses import item_losses
+from regard.compression.pruning.masks import Gates, gated, masked
+
+__all__ = ["Cut", "Gates", "Host", "Layer", "find_host", "gated", "item_losses", "masked"]

@@ -1,0 +1,185 @@
+"""What of a model can be taken away: heads, neurons and whole branches of its layers, in one set of words for all models.
+
+A *unit* of attention is a key head with the query heads that read it: a single head, or a group of them in models with grouped
+queries, of which no single head can go. A *branch* is what a layer adds to the stream: its attention, or its feed-forward
+network. Embeddings, the last norm and heads of models are no candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Unsupported
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+BRANCHES = ("attention", "feed_forward")
+KNOWN = "LanguageModel and Encoder of regard; transformers models with layers as those of Llama or BERT"
+
+Undo = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a model.
+
+    Attributes:
+        name, module: of the layer.
+        units, group: units of attention, and how many query heads are in one.
+        width: of a query head's output.
+        neurons: hidden width of the feed-forward network.
+        output: the projection behind the heads; None where heads cannot go.
+        down: the projection behind the neurons; None where neurons cannot go.
+        branches: the module of each branch, of those that the layer has.
+        ends: by branch, the module whose output is what it adds.
+        post_norm: whether norms stand behind the sums, so that they stay where branches go.
+        fixed: by ``heads`` and ``neurons``, why they cannot go.
+    """
+
+    name: str
+    module: nn.Module
+    units: int
+    group: int
+    width: int
+    neurons: int
+    output: nn.Linear | None
+    down: nn.Linear | None
+    branches: Mapping[str, nn.Module]
+    ends: Mapping[str, nn.Module]
+    post_norm: bool = False
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self, branch: str) -> int:
+        """Numbers in the weights and biases of a branch."""
+        return sum(parameter.numel() for parameter in self.branches[branch].parameters())
+
+    def columns(self, units: Sequence[int]) -> Int[Tensor, " c"]:
+        """Columns of the output projection that read these units."""
+        return spans(units, self.group * self.width)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is taken from a layer.
+
+    Attributes:
+        layer: whether all of it is, norms included.
+        attention, feed_forward: whether the whole branch is.
+        heads, neurons: numbers of the units and neurons that are.
+        hard: how many keys each query goes on reading; None for all.
+    """
+
+    layer: bool = False
+    attention: bool = False
+    feed_forward: bool = False
+    heads: tuple[int, ...] = ()
+    neurons: tuple[int, ...] = ()
+    hard: int | None = None
+
+    def settled(self, layer: Layer) -> Cut:
+        """The same with nothing said twice: parts of what goes, and branches that there are not."""
+        if self.layer and layer.post_norm:
+            return Cut(layer=True)
+        attention = self.layer or self.attention or "attention" not in layer.branches
+        feed_forward = self.layer or self.feed_forward or "feed_forward" not in layer.branches
+        return Cut(
+            layer=attention and feed_forward and not layer.post_norm,
+            attention=attention,
+            feed_forward=feed_forward,
+            heads=() if attention else tuple(sorted(set(self.heads))),
+            neurons=() if feed_forward else tuple(sorted(set(self.neurons))),
+            hard=None if attention else self.hard,
+        )
+
+
+class Host(Protocol):
+    """A model whose layers can be cut.
+
+    Attributes:
+        model: it.
+        layers: in the order in which they run.
+    """
+
+    model: Any
+    layers: list[Layer]
+
+    def harden(self, layer: int, keys: int) -> Undo:
+        """Let each query of a layer read its `keys` largest weights alone, which are not made to add up to one again."""
+        ...
+
+    def compact(self, cuts: Sequence[Cut]) -> Undo:
+        """Make the model smaller, in place; its outputs are those of the masked model."""
+        ...
+
+
+def find_host(model: nn.Module) -> Host:
+    """The layers of a model.
+
+    Raises:
+        Unsupported: for a model of another kind, with the reason.
+    """
+    from regard.compression.pruning.foreign import TransformersModel
+    from regard.compression.pruning.own import OwnModel
+
+    if type(model).__module__.startswith("regard."):
+        return OwnModel(model)
+    if any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__):
+        return TransformersModel(model)
+    raise Unsupported(f"taking heads, neurons or layers out of a {type(model).__name__}", supported=KNOWN)
+
+
+def check_cuts(layers: Sequence[Layer], cuts: Sequence[Cut]) -> list[Cut]:
+    """Cuts of layers, settled.
+
+    Raises:
+        Unsupported: for cuts of other layers, and parts that cannot go or are not there.
+    """
+    if len(cuts) != len(layers):
+        raise Unsupported(f"cuts of {len(cuts)} layers", supported=f"a cut for each of {len(layers)} layers")
+    settled = []
+    for layer, cut in zip(layers, cuts, strict=True):
+        cut = cut.settled(layer)
+        for what, chosen, count in (("heads", cut.heads, layer.units), ("neurons", cut.neurons, layer.neurons)):
+            if chosen and what in layer.fixed:
+                raise Unsupported(f"taking {what} out of {layer.name}: {layer.fixed[what]}", supported="whole branches")
+            if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
+                raise Unsupported(f"{what} {chosen} of {layer.name}", supported=f"0 to {count - 1}")
+        settled.append(cut)
+    return settled
+
+
+def spans(numbers: Sequence[int], width: int) -> Int[Tensor, " c"]:
+    """The places of some of the parts of `width` places each that a row is made of."""
+    starts = torch.tensor(list(numbers), dtype=torch.int64) * width
+    return (starts[:, None] + torch.arange(width)).flatten()
+
+
+def left(count: int, gone: Sequence[int]) -> tuple[list[int], bool]:
+    """Numbers of the parts that are left, and whether they count: where none is, the first stays and does nothing."""
+    kept = [number for number in range(count) if number not in set(gone)]
+    return (kept, True) if kept or not count else ([0], False)
+
+
+def smaller(
+    linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None, silent: bool = False
+) -> nn.Linear:
+    """A linear layer of some of the rows and columns of another; with `silent` its columns are 0."""
+    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    if rows is not None:
+        rows = rows.to(weight.device)
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)]
+    weight = torch.zeros_like(weight) if silent else weight.clone()
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        made = type(linear)(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.clone(), requires_grad=linear.bias.requires_grad)
+    return made.train(linear.training)

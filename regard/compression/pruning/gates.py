@@ -1,0 +1,251 @@
+r"""Gates that are learned: heads, neurons and whole branches go as far as a share of the parameters asks (CoFi, arXiv 2204.00408).
+
+Each part has a gate z in [0, 1] by the hard concrete distribution (Louizos et al., arXiv 1712.01312), with u uniform in (0, 1)
+and beta = 2/3, gamma = -0.1, zeta = 1.1:
+
+    s = sigmoid((log u - log(1 - u) + log_alpha) / beta)
+    z = clip(s (zeta - gamma) + gamma, 0, 1)
+    P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta))
+
+A head is multiplied with its own gate and that of its layer's attention, a neuron with its own and that of the network. With E the
+expected share of the parameters of all branches that stay, and t the one that is asked for,
+
+    loss + lambda_1 (E - t) + lambda_2 (E - t)^2
+
+is lowered over log_alpha (and the model's weights, where they are to be learned too) and raised over lambda_1 and lambda_2. The
+share that is asked for falls in a line from 1 over the first part of the steps.
+
+In the end z = clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1): what has 0 is cut, other factors are multiplied into the
+weights behind the part, and the model is compacted.
+
+Deviations: without CoFi's gates of the hidden width, which all layers share, and without its distillation from layer to layer,
+which :mod:`regard.training.distillation` has. Shares are of the parameters of branches, without embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression.layers import Run, run_batch
+from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Layer, Undo
+from regard.compression.pruning.losses import Losses, item_losses
+from regard.compression.pruning.masks import Gates, gated
+from regard.contract import Unsupported, at_least
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+PARTS = {"heads": "attention", "neurons": "feed_forward"}
+
+
+def sample_gates(log_alpha: Float[Tensor, "..."], generator: torch.Generator | None = None) -> Float[Tensor, "..."]:
+    """Gates of one draw."""
+    u = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype).clamp(1e-6, 1 - 1e-6)
+    return _stretched(((u / (1 - u)).log() + log_alpha).div(BETA).sigmoid())
+
+
+def final_gates(log_alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Gates without draws."""
+    return _stretched(log_alpha.sigmoid())
+
+
+def chance_to_stay(log_alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The probability that a gate is not 0."""
+    return (log_alpha - BETA * math.log(-GAMMA / ZETA)).sigmoid()
+
+
+def _stretched(s: Tensor) -> Tensor:
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+class LearnedGates(nn.Module):
+    """Gates of all parts of a model.
+
+    Args:
+        host: the model, see :func:`regard.compression.pruning.find_host`.
+        start: log_alpha at first; 2.2 opens a gate with a chance of 0.98.
+
+    Raises:
+        Unsupported: for a model with norms behind its branches, which factors cannot be multiplied into.
+    """
+
+    def __init__(self, host: Host, start: float = 2.2) -> None:
+        super().__init__()
+        self._host = (host,)
+        self.log_alpha = nn.ParameterDict()
+        for i, layer in enumerate(host.layers):
+            for branch, end in layer.ends.items():
+                if any("Norm" in type(module).__name__ for module in end.modules()):
+                    raise Unsupported(
+                        f"gates of {layer.name}, which norms what a branch adds", supported="branch_norm='none'"
+                    )
+                self.log_alpha[f"{i} {branch}"] = nn.Parameter(torch.full((), start))
+            for part, count in (("heads", layer.units), ("neurons", layer.neurons)):
+                if count and part not in layer.fixed:
+                    self.log_alpha[f"{i} {part}"] = nn.Parameter(torch.full((count,), start))
+
+    @property
+    def host(self) -> Host:
+        """The model."""
+        return self._host[0]
+
+    def _by_layer(self, make: Callable[[Tensor], Tensor]) -> dict[int, Gates]:
+        names = (*PARTS, *BRANCHES)
+        found: dict[int, Gates] = {}
+        for i in range(len(self.host.layers)):
+            own = {name: make(self.log_alpha[f"{i} {name}"]) for name in names if f"{i} {name}" in self.log_alpha}
+            found[i] = Gates(**own)
+        return found
+
+    @contextmanager
+    def applied(self, generator: torch.Generator | None = None) -> Iterator[None]:
+        """The model with gates inside the block: those of a draw in training mode of this module, else the final ones."""
+        make = (lambda alpha: sample_gates(alpha, generator)) if self.training else final_gates
+        with gated(self.host.layers, self._by_layer(make)):
+            yield
+
+    def expected_share(self) -> Float[Tensor, ""]:
+        """The share of the parameters of branches that stay, on average over draws."""
+        stays = {name: chance_to_stay(alpha) for name, alpha in self.log_alpha.items()}
+        kept, whole = torch.zeros(()), 0
+        for i, layer in enumerate(self.host.layers):
+            for branch in layer.ends:
+                part = next(part for part, own in PARTS.items() if own == branch)
+                own = stays.get(f"{i} {part}")
+                size = layer.parameters(branch)
+                kept = kept + size * stays[f"{i} {branch}"] * (1.0 if own is None else own.mean())
+                whole += size
+        return kept / max(whole, 1)
+
+    @torch.no_grad()
+    def cuts(self) -> list[Cut]:
+        """What the final gates take away."""
+        found = []
+        for gates in self._by_layer(final_gates).values():
+            closed = {
+                p: tuple((g == 0).nonzero()[:, 0].tolist()) for p in PARTS if (g := getattr(gates, p)) is not None
+            }
+            gone = {b: g is not None and not bool(g) for b in BRANCHES for g in [getattr(gates, b)]}
+            found.append(Cut(**closed, **gone))  # type: ignore[arg-type]
+        return found
+
+    @torch.no_grad()
+    def finish(self) -> Undo:
+        """Multiply the final gates into the weights, and make the model smaller, in place: its outputs are those with them."""
+        cuts, undo = self.cuts(), list[Undo]()
+        for i, gates in self._by_layer(final_gates).items():
+            layer = self.host.layers[i]
+            for part, branch, linear in (
+                ("heads", "attention", layer.output),
+                ("neurons", "feed_forward", layer.down),
+            ):
+                undo.append(_scaled(layer, linear, getattr(gates, part), getattr(gates, branch), branch))
+        undo.append(self.host.compact(cuts))
+
+        def back() -> None:
+            for one in reversed(undo):
+                one()
+
+        return back
+
+
+def _scaled(layer: Layer, linear: nn.Linear | None, inputs: Tensor | None, output: Tensor | None, branch: str) -> Undo:
+    """Multiply gates into a projection."""
+    if linear is None:
+        if output is not None and float(output) not in (0.0, 1.0):
+            raise Unsupported(
+                f"a gate of {float(output):.2g} for the {branch} of {layer.name}", supported="0 or 1 there"
+            )
+        return lambda: None
+    weight, bias = linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone()
+    if inputs is not None:
+        linear.weight.mul_(inputs.repeat_interleave(linear.in_features // len(inputs)).to(weight))
+    if output is not None and float(output):
+        linear.weight.mul_(output.to(weight))
+        if bias is not None:
+            linear.bias.mul_(output.to(bias))
+
+    def undo() -> None:
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if bias is not None:
+                linear.bias.copy_(bias)
+
+    return undo
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of :func:`learn_gates`.
+
+    Attributes:
+        loss: of the model with a draw of gates.
+        share: expected, of the parameters that stay.
+        asked: the share that this step asked for.
+    """
+
+    loss: float
+    share: float
+    asked: float
+
+
+def learn_gates(
+    host: Host,
+    batches: Callable[[int], Any],
+    share: float,
+    steps: int,
+    *,
+    rate: float = 0.1,
+    price_rate: float = 0.5,
+    model_rate: float = 0.0,
+    warmup: float = 0.3,
+    run: Run = run_batch,
+    losses: Losses = item_losses,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[int, Step], None] = lambda step, found: None,
+) -> LearnedGates:
+    """Learn gates until a share of the parameters of branches stays.
+
+    Args:
+        batches: the batch of a step.
+        share: of the parameters that stay, in (0, 1).
+        rate, price_rate: Adam's, of log_alpha and of lambda. Where prices change more slowly, the share swings for longer.
+        model_rate: Adam's for the model's own weights; 0 leaves them as they are.
+        warmup: part of the steps over which the share that is asked for falls from 1.
+        generator: source of the draws.
+        on_step: told each step.
+
+    Returns:
+        The gates in evaluation mode; ``finish()`` makes the model smaller.
+    """
+    if not 0 < share < 1:
+        raise Unsupported(f"share={share}", supported="0 < share < 1", nearest="share=0.5")
+    at_least("steps", steps, 1)
+    gates = LearnedGates(host)
+    prices = nn.Parameter(torch.zeros(2))
+    groups = [{"params": list(gates.parameters()), "lr": rate}, {"params": [prices], "lr": price_rate}]
+    if model_rate:
+        groups.append({"params": [p for p in host.model.parameters() if p.requires_grad], "lr": model_rate})
+    optimizer = torch.optim.Adam(groups)
+    for step in range(steps):
+        asked = 1 - (1 - share) * min(1.0, (step + 1) / max(warmup * steps, 1))
+        optimizer.zero_grad()
+        with gates.applied(generator):
+            loss = losses(host.model, batches(step), run).mean()
+        found = gates.expected_share()
+        gap = found - asked
+        (loss + prices[0] * gap + prices[1] * gap.square()).backward()
+        assert prices.grad is not None
+        prices.grad.neg_()  # prices rise as long as too much stays
+        optimizer.step()
+        on_step(step, Step(float(loss.detach()), float(found.detach()), asked))
+    host.model.zero_grad()
+    return gates.eval()

@@ -1,0 +1,82 @@
+"""Hard attention in modules of transformers: the definition of :mod:`regard.mechanisms.hard_softmax` behind their interface."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from regard.compression.pruning.anatomy import Undo
+from regard.contract import Unsupported
+from regard.core.precision import wide
+from regard.engines.attention import only_largest
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+NAME = "regard:hard"
+KEYS = "regard_hard_keys"
+"""Attribute of a module: how many keys its queries read."""
+
+
+def harden_module(module: Any, keys: int) -> Undo:
+    """Let the queries of an attention module of transformers read their `keys` largest weights alone.
+
+    Raises:
+        Unsupported: for a module without the attention interface, or whose scores are changed in ways of their own.
+    """
+    from transformers import AttentionInterface
+
+    config = module.config
+    for option in ("attn_logit_softcapping", "sliding_window"):
+        if getattr(module, option, None) or getattr(config, option, None):
+            raise Unsupported(f"hard attention in a {type(module).__name__} with {option}", supported="plain attention")
+    if not hasattr(module, "scaling"):
+        raise Unsupported(
+            f"hard attention in a {type(module).__name__}", supported="modules of transformers' interface"
+        )
+    AttentionInterface.register(NAME, hard_forward)
+    own = copy.copy(config)
+    own._attn_implementation = NAME
+    module.config = own
+    setattr(module, KEYS, keys)
+
+    def undo() -> None:
+        module.config = config
+        delattr(module, KEYS)
+
+    return undo
+
+
+def hard_forward(
+    module: nn.Module,
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m v"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "b n h v"], None]:
+    """The function that transformers calls: masks are those of its scaled_dot_product_attention, or are added to scores."""
+    n, m, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = wide(query) @ wide(key).mT * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        if causal and n > 1:
+            hidden = torch.ones(n, m, dtype=torch.bool, device=query.device).triu(1 + m - n)
+            scores = scores.masked_fill(hidden, -torch.inf)
+    elif attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask[..., :m], torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + attention_mask[..., :m]
+    weights = F.dropout(scores.softmax(-1), dropout, module.training)
+    output = only_largest(weights, getattr(module, KEYS)) @ wide(value)
+    return output.to(value.dtype).transpose(1, 2), None

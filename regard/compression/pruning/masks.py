@@ -1,0 +1,116 @@
+"""Parts of a model that are multiplied with gates instead of being taken out: the same outputs, at the old cost.
+
+A gate of 0 takes a part away, 1 leaves it, and gates may be learned. They are multiplied where a part's numbers enter the
+projection behind it, or where a branch is added: weights are never written to, so that gradients and threads see nothing odd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Layer, Undo, check_cuts
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Factors of the parts of a layer; None for parts that are left alone.
+
+    Attributes:
+        heads: of each unit of attention.
+        neurons: of each neuron.
+        attention, feed_forward: of a whole branch.
+    """
+
+    heads: Float[Tensor, " units"] | None = None
+    neurons: Float[Tensor, " neurons"] | None = None
+    attention: Float[Tensor, ""] | None = None
+    feed_forward: Float[Tensor, ""] | None = None
+
+    @classmethod
+    def of(cls, layer: Layer, cut: Cut) -> Gates:
+        """Gates of 0 where something is cut."""
+        zero = torch.zeros(())
+        if cut.layer and layer.post_norm:
+            return cls()
+        return cls(
+            _open(layer.units, cut.heads) if cut.heads else None,
+            _open(layer.neurons, cut.neurons) if cut.neurons else None,
+            zero if cut.attention and "attention" in layer.branches else None,
+            zero if cut.feed_forward and "feed_forward" in layer.branches else None,
+        )
+
+
+def _open(count: int, gone: Sequence[int]) -> Tensor:
+    return torch.ones(count).index_fill(0, torch.tensor(gone, dtype=torch.int64), 0.0)
+
+
+@contextmanager
+def gated(layers: Sequence[Layer], gates: Mapping[int, Gates]) -> Iterator[None]:
+    """The model with gates, by the number of their layer, inside the block."""
+    with ExitStack() as hooks:
+        for number, one in gates.items():
+            layer = layers[number]
+            if one.heads is not None and layer.output is not None:
+                factors = one.heads.repeat_interleave(layer.group * layer.width)
+                hooks.callback(layer.output.register_forward_pre_hook(_Inputs(factors)).remove)
+            if one.neurons is not None and layer.down is not None:
+                hooks.callback(layer.down.register_forward_pre_hook(_Inputs(one.neurons)).remove)
+            for branch in BRANCHES:
+                factor = getattr(one, branch)
+                if factor is not None and branch in layer.ends:
+                    hooks.callback(layer.ends[branch].register_forward_hook(_Output(factor)).remove)
+        yield
+
+
+@contextmanager
+def masked(host: Host, cuts: Sequence[Cut]) -> Iterator[None]:
+    """The model as if it were cut, inside the block."""
+    with ExitStack() as changes:
+        settled = check_cuts(host.layers, cuts)
+        for number, cut in enumerate(settled):
+            if cut.hard is not None:
+                changes.callback(host.harden(number, cut.hard))
+            if cut.layer and host.layers[number].post_norm:
+                changes.callback(replace_forward(host.layers[number].module, lambda x, *_, **__: x))
+        pairs = enumerate(zip(host.layers, settled, strict=True))
+        changes.enter_context(gated(host.layers, {i: Gates.of(layer, cut) for i, (layer, cut) in pairs}))
+        yield
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:
+    """Let a module compute something else, until what is returned is called."""
+    before = vars(module).get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+    return undo
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    factors: Tensor
+
+    def __call__(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = given[0]
+        return (x * self.factors.to(x), *given[1:])
+
+
+@dataclass(frozen=True)
+class _Output:
+    factor: Tensor
+
+    def __call__(self, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output * self.factor.to(output)

@@ -1,0 +1,150 @@
+"""The steps of a recipe that take something away; :mod:`regard.compression.recipes` has the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from regard.compression.pruning.weights import FREE, read_pattern
+from regard.contract import Unsupported, at_least, one_of
+
+FOCUSES = ("accuracy", "size", "speed")
+SCORES = ("activation", "magnitude")
+LAYERS = ("likeness", "even")
+
+
+@dataclass(frozen=True)
+class Masking:
+    """A step that makes weights 0; see :mod:`regard.compression.pruning.weights`.
+
+    Attributes:
+        ratio: the share of the weights that go, where the pattern is free.
+        pattern: ``free``, or ``2:4`` and the like: so many stay of so many in a row.
+    """
+
+    ratio: float = 0.5
+    pattern: str = FREE
+    stage: ClassVar = "mask"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_share("ratio", self.ratio)
+        if read_pattern(self.pattern) is not None and self.ratio != 0.5:
+            raise Unsupported(
+                f"ratio={self.ratio} beside pattern={self.pattern}, which says how many go", supported="one of them"
+            )
+
+
+@dataclass(frozen=True)
+class Magnitude(Masking):
+    """The smallest weights of a layer go."""
+
+
+@dataclass(frozen=True)
+class Wanda(Masking):
+    """Small weights of columns with small inputs go."""
+
+    needs: ClassVar = ("squares",)
+
+
+@dataclass(frozen=True)
+class SparseGpt(Masking):
+    """Weights that the others can make up for go.
+
+    Attributes:
+        damping: of the second moments, above 0.
+    """
+
+    damping: float = 0.01
+    needs: ClassVar = ("second",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_damping(self.damping)
+
+
+@dataclass(frozen=True)
+class Structured:
+    """Heads, neurons and layers go for good; see :mod:`regard.compression.pruning.scores`.
+
+    Attributes:
+        heads, neurons: the share of them that goes, in each layer.
+        layers: how many layers go.
+        by: ``activation``: what a part adds on the calibration data; ``magnitude``: the size of its weights, without data.
+        layers_by: ``likeness``: layers go whose output is most like their input on the calibration data; ``even``: those at even
+            distances, without data, for models that were trained with :mod:`regard.compression.pruning.layer_drop`.
+    """
+
+    heads: float = 0.0
+    neurons: float = 0.0
+    layers: int = 0
+    by: str = "activation"
+    layers_by: str = "likeness"
+    stage: ClassVar = "structure"
+
+    def __post_init__(self) -> None:
+        one_of("by", self.by, SCORES)
+        one_of("layers_by", self.layers_by, LAYERS)
+        for name in ("heads", "neurons"):
+            check_share(name, getattr(self, name))
+        if not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 0:
+            raise Unsupported(f"layers={self.layers!r}", supported="a number of layers, 0 or more")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Data, where what goes is chosen by them."""
+        parts = bool(self.heads or self.neurons) and self.by == "activation"
+        return ("data",) if parts or (self.layers and self.layers_by == "likeness") else ()
+
+
+@dataclass(frozen=True)
+class AxFormer:
+    """What hurts a fine-tuned model goes, found by trying; see :mod:`regard.compression.pruning.axformer`.
+
+    Attributes:
+        focus: ``accuracy``: only what lowers the loss; ``size`` and ``speed``: also what raises it by a share `slack` at most.
+        slack: of the lowest loss so far; 0.02 when None, and 0 with ``accuracy``.
+        groups: parts into which the neurons of a layer are cut for the finer search.
+        hard: keys that a query of hard attention reads; 0 tries no hard attention.
+        factor: the finer search within a branch is left out where the loss without it is this many times the best or more.
+        fraction: the share of the items that must not be harmed, more than; None for none, as with ``size`` and ``speed``.
+        ties: whether what changes nothing goes.
+    """
+
+    focus: str = "accuracy"
+    slack: float | None = None
+    groups: int = 12
+    hard: int = 30
+    factor: float = 1.1
+    fraction: float | None = None
+    ties: bool = False
+    stage: ClassVar = "structure"
+    needs: ClassVar = ("loss",)
+
+    def __post_init__(self) -> None:
+        one_of("focus", self.focus, FOCUSES)
+        exact = self.focus == "accuracy"
+        if self.slack is None:
+            object.__setattr__(self, "slack", 0.0 if exact else 0.02)
+        at_least("slack", self.slack, 0.0)  # type: ignore[arg-type]
+        if exact and self.slack:
+            raise Unsupported(f"slack={self.slack} with focus=accuracy", supported="focus=size or focus=speed")
+        at_least("groups", self.groups, 1)
+        at_least("hard", self.hard, 0)
+        at_least("factor", self.factor, 1.0)
+        if self.fraction is None and exact:
+            object.__setattr__(self, "fraction", 0.5)
+        if self.fraction is not None:
+            check_share("fraction", self.fraction)
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise Unsupported unless it is a number from 0 to below 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise Unsupported(f"{name}={value!r}", supported=f"0 <= {name} < 1", nearest=f"{name}=0.5")
+
+
+def check_damping(value: Any) -> None:
+    """Raise Unsupported unless it is a number above 0, 1 at the most."""
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise Unsupported(f"damping={value!r}", supported="0 < damping <= 1", nearest="damping=0.01")

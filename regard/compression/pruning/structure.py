@@ -1,0 +1,89 @@
+"""The step of a recipe that takes parts out of a model for good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regard.compression.layers import Run
+from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host
+from regard.compression.pruning.axformer import Trial, search
+from regard.compression.pruning.foreign import structure
+from regard.compression.pruning.losses import Losses
+from regard.compression.pruning.scores import choose
+from regard.compression.pruning.steps import AxFormer, Structured
+from regard.models.weights import write_atomically
+
+TRIALS = "trials.json"
+
+
+def take_parts(
+    model: nn.Module,
+    step: Structured | AxFormer,
+    batches: Sequence[Any],
+    run: Run,
+    losses: Losses,
+    keep: Callable[[str, nn.Module], bool],
+    on_trial: Callable[[str, int, int], None],
+    work: Path | None = None,
+) -> tuple[Undo, list[str]]:
+    """Make a model smaller in place; what undoes it, and what was done in sentences.
+
+    Args:
+        keep: as of :func:`regard.compression.compress`, asked of whole layers.
+        work: folder where a search keeps its trials, from which it goes on.
+        on_trial: told the name of each part that is tried, how many trials are done, and of how many at the most.
+    """
+    host = find_host(model)
+    kept = frozenset(i for i, layer in enumerate(host.layers) if keep(layer.name, layer.module))
+    if isinstance(step, Structured):
+        cuts, notes = choose(host, step, batches, run, kept), []
+    else:
+        file = None if work is None else work / TRIALS
+        known = [] if file is None or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
+
+        def remember(trial: Trial) -> None:
+            known.append(asdict(trial))
+            if file is not None:
+                write_atomically(file, lambda path: path.write_text(json.dumps(known), encoding="utf-8"))
+
+        found = search(
+            host,
+            step,
+            batches,
+            run=run,
+            losses=losses,
+            kept=kept,
+            known=list(known),
+            on_trial=on_trial,
+            remember=remember,
+        )
+        cuts, notes = found.cuts, [str(found)]
+    before = sum(parameter.numel() for parameter in model.parameters())
+    undo = host.compact(cuts)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    said = [f"{after:,} of {before:,} parameters are left ({after / before:.1%})"]
+    if structure(model) is not None:
+        said.append("the format of transformers has no words for what is left: regard loads the saved model")
+    return undo, [
+        *notes,
+        *said,
+        *(words(layer, cut) for layer, cut in zip(host.layers, cuts, strict=True) if cut != Cut()),
+    ]
+
+
+def words(layer: Layer, cut: Cut) -> str:
+    """What went from a layer."""
+    cut = cut.settled(layer)
+    parts = ["all of it"] if cut.layer else []
+    if not cut.layer:
+        parts += [name.replace("_", "-") for name in ("attention", "feed_forward") if getattr(cut, name)]
+        parts += [f"{len(cut.heads)} of {layer.units} heads"] if cut.heads else []
+        parts += [f"{len(cut.neurons)} of {layer.neurons} neurons"] if cut.neurons else []
+    said = f"taken from {layer.name}: {', '.join(parts)}" if parts else layer.name
+    return said + (f"; each query reads {cut.hard} keys" if cut.hard is not None else "")

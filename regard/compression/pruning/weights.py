@@ -1,0 +1,124 @@
+r"""Which weights of a linear layer become 0, and what the others do about it.
+
+| name | weights that go | the others |
+|---|---|---|
+| ``magnitude`` | the smallest of the layer | stay |
+| ``wanda`` | in each row, those with the smallest \|w_ij\| \|\|x_j\|\| (Sun et al., arXiv 2306.11695) | stay |
+| ``sparsegpt`` | in each block of columns, those with the smallest w_ij^2 / [H^-1]_jj | make up for it, as in GPTQ (Frantar and Alistarh, arXiv 2301.00774) |
+
+with the inputs x_j of column j over the calibration data, and H = X^T X + d I. In a pattern N:M the choice is among each M
+columns that follow one another, of which N stay.
+
+Zeros make nothing faster or smaller here: dense products multiply them as they do other numbers, and files hold them. They are
+for machines with sparse kernels, and to see what a model can do without.
+
+Deviations: SparseGPT's scores of free patterns are compared within blocks of 128 columns over all rows, as in the authors' code;
+the columns of H that no data reach get its mean, where the code sets their weights to 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.compression.weights.gptq import BLOCK, inverse_factor, sweep
+from regard.contract import Unsupported
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+FREE = "free"
+
+
+def read_pattern(pattern: str) -> tuple[int, int] | None:
+    """(N, M) of a pattern such as ``2:4``; None for ``free``.
+
+    Raises:
+        Unsupported: for another text.
+    """
+    if pattern == FREE:
+        return None
+    kept, _, of = str(pattern).partition(":")
+    if kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of):
+        return int(kept), int(of)
+    raise Unsupported(
+        f"pattern={pattern!r}", supported='free, or N:M with N < M (in YAML with quotes: "2:4")', nearest="pattern=2:4"
+    )
+
+
+def magnitude(weight: Float[Tensor, "n k"], ratio: float, pattern: str = FREE) -> Bool[Tensor, "n k"]:
+    """Which weights stay: the largest ones."""
+    return _kept(weight.abs()[None], ratio, pattern)[0]
+
+
+def wanda(
+    weight: Float[Tensor, "n k"], squares: Float[Tensor, " k"], ratio: float, pattern: str = FREE
+) -> Bool[Tensor, "n k"]:
+    """Which weights stay, for inputs whose squares have these sums; every row loses as many."""
+    scores = weight.abs() * squares.sqrt().to(weight)
+    return _kept(scores[:, None], ratio, pattern)[:, 0]
+
+
+def sparsegpt(
+    weight: Float[Tensor, "n k"],
+    second: Float[Tensor, "k k"],
+    ratio: float,
+    pattern: str = FREE,
+    *,
+    damping: float = 0.01,
+    block: int = BLOCK,
+) -> tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]:
+    """A weight with zeros, and which weights stayed.
+
+    Args:
+        weight: in any floating dtype; computed in float64.
+        second: X^T X.
+        damping: what is added to the diagonal of H, in means of it.
+        block: columns of a block.
+
+    Raises:
+        Unsupported: for second moments that are not finite, or no matrix that has an inverse.
+    """
+    work = weight.detach().double().clone()
+    columns = work.shape[1]
+    factor, _ = inverse_factor(second.double(), columns, damping, "columns")
+    group = read_pattern(pattern)
+    mask = torch.ones_like(work, dtype=torch.bool)
+    found = torch.zeros_like(work)
+    if group is not None:
+        block = max(1, block // group[1]) * group[1]
+
+    def enter(start: int, end: int) -> None:
+        if group is None:
+            scores = (work[:, start:end] / factor.diagonal()[start:end]).abs()
+            mask[:, start:end] = _kept(scores[None], ratio, FREE)[0]
+
+    def settle(j: int) -> Tensor:
+        if group is not None and j % group[1] == 0:
+            end = j + group[1]
+            scores = (work[:, j:end] / factor.diagonal()[j:end]).abs()
+            mask[:, j:end] = _kept(scores[:, None], ratio, pattern)[:, 0]
+        found[:, j] = work[:, j] * mask[:, j]
+        return found[:, j]
+
+    sweep(work, factor, block, settle, enter)
+    return found.to(weight.dtype), mask
+
+
+def _kept(scores: Float[Tensor, "s n k"], ratio: float, pattern: str) -> Bool[Tensor, "s n k"]:
+    """The largest scores of each set, all but a share `ratio`, or N of each M in a row."""
+    group = read_pattern(pattern)
+    if group is not None:
+        kept, of = group
+        if scores.shape[-1] % of:
+            raise Unsupported(
+                f"pattern {pattern} in {scores.shape[-1]} columns", supported=f"a multiple of {of} columns"
+            )
+        sets = scores.unflatten(-1, (-1, of))
+        chosen = sets.topk(kept, dim=-1).indices
+        return torch.zeros_like(sets, dtype=torch.bool).scatter(-1, chosen, True).flatten(-2)
+    flat = scores.flatten(1)
+    gone = flat.argsort(dim=1, stable=True)[:, : round(ratio * flat.shape[1])]
+    return torch.ones_like(flat, dtype=torch.bool).scatter(1, gone, False).view(scores.shape)

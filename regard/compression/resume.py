@@ -1,0 +1,93 @@
+"""What a run of :func:`regard.compression.compress` that was stopped goes on from: its identity, and the blocks that are done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from regard.compression.layer_work import LayerReport, with_weight
+from regard.contract import Unsupported
+from regard.layers.quantized import Format, QuantizedLinear
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+
+RUN = "run.json"
+"""In the folder of a run that goes on: what it does to what."""
+
+
+def digest(batches: Any) -> str:
+    """Of all numbers in some batches."""
+    found = hashlib.blake2b(digest_size=16)
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(str((value.shape, value.dtype)).encode())
+            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                found.update(str(key).encode())
+                add(one)
+        elif isinstance(value, tuple | list):
+            for one in value:
+                add(one)
+        elif hasattr(value, "__dataclass_fields__"):
+            add(vars(value))
+        else:
+            found.update(repr(value).encode())
+
+    add(batches)
+    return found.hexdigest()
+
+
+def begin(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make a folder for this run, or go on in it; raises Unsupported where it has another's blocks."""
+    file = folder / RUN
+    if file.is_file():
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if before != json.loads(json.dumps(identity)):
+            raise Unsupported(
+                f"{folder}, which has the blocks of another run (other recipe, model or data)",
+                supported="a new folder, or the same run again",
+                nearest="another folder",
+            )
+        return
+    write_atomically(file, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_block(file: Path, made: Sequence[tuple[nn.Module, LayerReport]]) -> None:
+    """Keep the layers of a block that are done."""
+    tensors, record = dict[str, Tensor](), []
+    for layer, report in made:
+        entry = layer.record() if isinstance(layer, QuantizedLinear) else None
+        record.append({"layer": entry, "report": asdict(report)})
+        tensors |= {f"{report.name}/{key}": tensor for key, tensor in distinct_tensors(layer).items()}
+    write_atomically(file, lambda path: save_file(tensors, path, metadata={"record": json.dumps(record)}))
+
+
+def read_block(file: Path, body: Mapping[str, nn.Linear]) -> list[tuple[nn.Linear, nn.Module, LayerReport]]:
+    """The layers that a block had, those that take their place, and what became of them."""
+    tensors, metadata = read_tensors(file)
+    found: list[tuple[nn.Linear, nn.Module, LayerReport]] = []
+    for entry in json.loads(metadata["record"]):
+        report, layer = LayerReport(**entry["report"]), entry["layer"]
+        old, prefix = body[report.name], f"{report.name}/"
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        made: nn.Module
+        if layer is None:
+            made = with_weight(old, own["weight"])
+        else:
+            format = Format(**{key: layer.pop(key) for key in ("bits", "group", "symmetric", "dynamic")})
+            made = QuantizedLinear(**layer, format=format)
+            load_tensors(made, own, source=str(file))
+        found.append((old, made.train(old.training), report))
+    return found

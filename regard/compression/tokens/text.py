@@ -1,0 +1,204 @@
+r"""Fewer tokens from layer to layer of a text encoder: PoWER-BERT (arXiv 2001.08950) and Learned Token Pruning (arXiv 2107.00910).
+
+::
+
+    pruning = PrunedTokens(model, counts=[64, 48, 32, 16])          # so many tokens behind the attention of each layer
+    pruning = PrunedTokens(model, thresholds=[0.002, 0.004, ...])   # those that are attended to more than so much
+    pruning.undo()
+
+The score of a token is how much attention it gets: the mean over heads, by PoWER-BERT the sum over queries, by LTP their mean, so
+that a threshold means the same at every length. The first token, which classifiers read, always stays; so do the others' order and
+places. Padding goes first. Tokens go between the attention of a layer and its feed-forward network.
+
+Both can be learned, with the model or alone; :meth:`PrunedTokens.soften` makes all tokens stay, each multiplied with
+
+| | factor of a token in layer l | penalty |
+|---|---|---|
+| PoWER-BERT | r_l[rank of its score], r in [0, 1] learned | sum_l l sum_k r_l[k] |
+| LTP | sigmoid((score - theta_l) / T), theta learned | mean of the factors |
+
+:meth:`PrunedTokens.harden` goes back to tokens that go: by PoWER-BERT ceil(sum_k r_l[k]) of them stay, never more than before.
+
+Models: those of transformers with layers as BERT's, whose outputs are read at the first token: outputs of single tokens get fewer.
+Deviations: rows of a batch keep as many tokens as the longest of them; what LTP drops in a row is hidden there.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression.pruning.foreign import TransformersModel
+from regard.compression.pruning.masks import replace_forward
+from regard.compression.tokens.reducers import Tokens
+from regard.contract import Unsupported, at_least
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+CLASS_TOKENS = 1
+
+
+class PrunedTokens(nn.Module):
+    """Token pruning at work in an encoder; see the module.
+
+    Args:
+        model: of transformers, with layers as BERT's. Its last call must not be going on in another thread.
+        counts: tokens that stay behind the attention of each layer, the first one included: PoWER-BERT.
+        thresholds: mean attention above which a token stays, of each layer: LTP. One of the two is given.
+
+    Raises:
+        Unsupported: for another model, a number for other layers, and tokens that would come back.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, counts: Sequence[int] | None = None, thresholds: Sequence[float] | None = None
+    ) -> None:
+        super().__init__()
+        host = TransformersModel(model)
+        if not host.family.post_norm:
+            raise Unsupported(f"fewer tokens in a {type(model).__name__}", supported="encoders with layers as BERT's")
+        if (counts is None) == (thresholds is None):
+            raise Unsupported("counts and thresholds", supported="one of the two")
+        given: Sequence[Any] = counts if counts is not None else thresholds or ()
+        layers = [layer.module for layer in host.layers]
+        if len(given) != len(layers):
+            raise Unsupported(f"numbers for {len(given)} layers", supported=f"{len(layers)}, one for each layer")
+        if counts is not None:
+            at_least("counts", min(counts), CLASS_TOKENS)
+            if list(counts) != sorted(counts, reverse=True):
+                raise Unsupported(f"counts={list(counts)}", supported="counts that fall, since tokens do not come back")
+        self.counts = None if counts is None else list(counts)
+        self.thresholds = None if thresholds is None else nn.Parameter(torch.tensor(thresholds))
+        self.shares: nn.Parameter | None = None
+        self.temperature: float | None = None
+        self._run = threading.local()
+        self._undo = [_enter(self, i, layer) for i, layer in enumerate(layers)]
+
+    @property
+    def tokens(self) -> Tokens:
+        """Those behind the last layer of this thread's last call, with the place of each first one."""
+        return self._run.tokens
+
+    @property
+    def kept(self) -> list[float]:
+        """Real tokens behind each layer of this thread's last call, the mean over rows."""
+        return list(self._run.kept)
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """What is added, with a weight, to the loss of a call with soft pruning."""
+        if self.temperature is None and self.shares is None:
+            raise Unsupported("the penalty of tokens that go", supported="soften() first")
+        if self.shares is not None:
+            order = torch.arange(1, len(self.shares) + 1, dtype=self.shares.dtype)
+            return (order * self.shares.clamp(0, 1).sum(1)).sum()
+        return torch.stack(self._run.factors).mean()
+
+    def soften(self, *, length: int | None = None, temperature: float = 1e-3) -> None:
+        """Let all tokens stay, each multiplied with a factor that is learned.
+
+        Args:
+            length: of PoWER-BERT, the most tokens of an input.
+            temperature: of LTP.
+        """
+        if self.counts is None:
+            at_least("temperature", temperature, 1e-30)
+            self.temperature = temperature
+        elif length is None:
+            raise Unsupported("soft counts without a length", supported="length=, the most tokens of an input")
+        else:
+            self.shares = nn.Parameter(torch.ones(len(self.counts), length))
+
+    def harden(self) -> None:
+        """Let tokens go, by what was learned."""
+        if self.shares is not None:
+            masses = self.shares.detach().clamp(0, 1).sum(1).ceil().clamp(min=CLASS_TOKENS)
+            self.counts = [int(n) for n in torch.cummin(masses, 0).values]
+        self.shares = self.temperature = None
+
+    def undo(self) -> None:
+        """Give the model its own layers again."""
+        while self._undo:
+            for one in reversed(self._undo.pop()):
+                one()
+
+    def begin(self, x: Tensor, mask: Tensor | None) -> None:
+        """The tokens that come to the first layer, and which of them are real."""
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if mask is not None:
+            row = mask[:, 0, 0]
+            valid = valid & (row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2)
+        self._run.tokens, self._run.valid, self._run.kept, self._run.factors = (
+            Tokens.begin(x, CLASS_TOKENS),
+            valid,
+            [],
+            [],
+        )
+
+    @property
+    def valid(self) -> Bool[Tensor, "b n"]:
+        """Which of the tokens are real."""
+        return self._run.valid
+
+    def after(self, layer: int, x: Float[Tensor, "b n c"], weights: Float[Tensor, "b h n n"]) -> Float[Tensor, "b m c"]:
+        """The tokens that come out of a layer's attention, perhaps fewer, or multiplied."""
+        run, valid = self._run, self.valid
+        queries = valid[:, None, :, None].to(weights)
+        scores = (weights * queries).sum(2).mean(1)  # (B, N)
+        if self.counts is None:
+            scores = scores / valid.sum(1, keepdim=True)
+        tokens = Tokens(x, run.tokens.sizes, run.tokens.places, CLASS_TOKENS)
+        first = torch.arange(x.shape[1], device=x.device) < CLASS_TOKENS
+        if self.shares is not None or self.temperature is not None:
+            factor = torch.where(first, 1.0, self._factor(layer, scores.masked_fill(~valid, -torch.inf)))
+            run.factors.append(factor[valid].mean())
+            run.kept.append(float(valid.sum(1).double().mean()))
+            run.tokens = Tokens(x * factor[..., None].to(x), tokens.sizes, tokens.places, CLASS_TOKENS)
+            return run.tokens.x
+        order = scores.masked_fill(~valid, -torch.inf).masked_fill(first, torch.inf)
+        if self.counts is not None:
+            stays, count = valid, min(self.counts[layer], x.shape[1])
+        else:
+            assert self.thresholds is not None
+            stays = valid & (first | (scores > self.thresholds[layer]))
+            order = order.masked_fill(~stays, -torch.inf)
+            count = int(stays.sum(1).max())
+        chosen = order.topk(count, dim=1).indices.sort(1).values
+        run.valid = stays.gather(1, chosen)
+        run.tokens = tokens.take(chosen)
+        run.kept.append(float(run.valid.sum(1).double().mean()))
+        return run.tokens.x
+
+    def _factor(self, layer: int, scores: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        if self.shares is None:
+            assert self.thresholds is not None and self.temperature is not None
+            return ((scores - self.thresholds[layer]) / self.temperature).sigmoid()
+        rank = scores.argsort(1, descending=True).argsort(1)
+        if scores.shape[1] > self.shares.shape[1]:
+            raise Unsupported(f"{scores.shape[1]} tokens", supported=f"{self.shares.shape[1]}, as soften() was told")
+        return self.shares[layer].clamp(0, 1)[rank]
+
+
+def _enter(pruning: PrunedTokens, number: int, layer: Any) -> list[Any]:
+    """Let a layer of BERT give on what `pruning` leaves of its tokens."""
+    attention = layer.attention
+    config = attention.self.config
+    own = copy.copy(config)
+    own._attn_implementation = "eager"  # which tells its weights
+    attention.self.config = own
+
+    def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **named: Any) -> Tensor:
+        if number == 0:
+            pruning.begin(hidden_states, attention_mask)
+        hidden = torch.zeros_like(pruning.valid, dtype=hidden_states.dtype)
+        hidden = hidden.masked_fill(~pruning.valid, torch.finfo(hidden.dtype).min)[:, None, None]
+        context, weights = attention.self(hidden_states, attention_mask=hidden)
+        x = pruning.after(number, attention.output(context, hidden_states), weights)
+        return layer.feed_forward_chunk(x)
+
+    return [lambda: setattr(attention.self, "config", config), replace_forward(layer, forward)]

@@ -1,0 +1,210 @@
+"""What is taken out of a model for good: the same outputs as the model that is masked, saved, loaded and undone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import close, refused
+from torch import Tensor
+
+from regard.compression.pruning.anatomy import Cut, find_host
+from regard.compression.pruning.masks import Gates, gated, masked
+from regard.contract import Context
+from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
+
+VOCABULARY = 30
+
+
+def language_model(**options: Any) -> LanguageModel:
+    sizes = {"vocab_size": VOCABULARY, "dim": 16, "num_heads": 4, "num_layers": 4, "feed_forward": 24} | options
+    return _spread(LanguageModel(LanguageModelConfig(**sizes)))
+
+
+def encoder(**options: Any) -> Encoder:
+    sizes = {"vocab_size": VOCABULARY, "dim": 16, "num_heads": 4, "num_layers": 4, "feed_forward": 24} | options
+    return _spread(Encoder(EncoderConfig(num_classes=3, **sizes)))
+
+
+def llama(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, attention_bias=True, **sizes, **options)
+    return _spread(transformers.LlamaForCausalLM(config))
+
+
+def bert() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=VOCABULARY, num_labels=3, **sizes)
+    return _spread(transformers.BertForSequenceClassification(config))
+
+
+def _spread(model: Any) -> Any:
+    """In float64, with biases and norms that are not 0 and 1."""
+    for parameter in model.double().parameters():
+        with torch.no_grad():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+MODELS = {
+    "language model": language_model,
+    "grouped, gated": lambda: language_model(
+        num_kv_heads=2, plan=[("softmax", {"output_gate": "swish", "output_norm": "rms", "bias": True})] * 4
+    ),
+    "other mechanisms": lambda: language_model(
+        plan=["linear", "sigmoid", ("local", {"window": 3}), "softmax"],
+        stack={"branch_norm": "all", "layer_scale": 0.5},
+    ),
+    "encoder": lambda: encoder(
+        plan=[("softmax", {"feed_forward_kind": "gelu", "feed_forward_options": {"bias": True}})] * 4
+    ),
+    "llama": llama,
+    "grouped llama": lambda: llama(num_key_value_heads=2),
+    "bert": bert,
+}
+
+CUTS = [
+    Cut(heads=(0,), neurons=(1, 5, 20)),
+    Cut(attention=True, neurons=(0,)),
+    Cut(feed_forward=True),
+    Cut(heads=(0, 1, 2, 3), neurons=tuple(range(24))),
+]
+
+
+def cuts_for(host: Any) -> list[Cut]:
+    """Random ones among them: another order each time."""
+    order = torch.randperm(4).tolist()
+    every = [CUTS[i] for i in order]
+    return [
+        Cut(cut.layer, cut.attention, cut.feed_forward, tuple(h for h in cut.heads if h < layer.units), cut.neurons)
+        for layer, cut in zip(host.layers, every, strict=True)
+    ]
+
+
+def output(model: Any, ids: Tensor) -> Tensor:
+    found = model(ids)
+    return (found.logits if hasattr(found, "logits") else found.output).detach()
+
+
+def batch() -> Tensor:
+    return torch.randint(VOCABULARY, (2, 11))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_compacted_model_is_the_masked_one_and_undo_gives_the_model_back(name):
+    model, ids = MODELS[name](), batch()
+    before, names = output(model, ids), [n for n, _ in model.named_parameters()]
+    host = find_host(model)
+    cuts = cuts_for(host)
+    with masked(host, cuts):
+        expected = output(model, ids)
+    close(output(model, ids), before, 0.0)
+    assert not torch.allclose(expected, before)
+    numbers = sum(p.numel() for p in model.parameters())
+    undo = host.compact(cuts)
+    assert sum(p.numel() for p in model.parameters()) < numbers
+    close(output(model, ids), expected)
+    undo()
+    close(output(model, ids), before, 0.0)
+    assert [n for n, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("name", ["language model", "llama", "bert"])
+def test_whole_layers_go_and_the_others_stay_in_order(name):
+    model, ids = MODELS[name](), batch()
+    host = find_host(model)
+    cuts = [Cut(), Cut(layer=True), Cut(), Cut(layer=True)]
+    with masked(host, cuts):
+        expected = output(model, ids)
+    undo = host.compact(cuts)
+    close(output(model, ids), expected)
+    assert len(find_host(model).layers) == 2
+    if name != "bert":
+        options = {} if name == "language model" else {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 4}
+        new = model.generate(ids, *([4] if name == "language model" else []), **options)
+        assert new.shape[1] == (4 if name == "language model" else 15)
+    undo()
+    assert len(find_host(model).layers) == 4
+
+
+def test_no_parts_taken_leave_the_model_exactly_as_it_is():
+    for name in ("language model", "llama", "bert"):
+        model, ids = MODELS[name](), batch()
+        before = output(model, ids)
+        host = find_host(model)
+        with masked(host, [Cut()] * 4):
+            close(output(model, ids), before, 0.0)
+        host.compact([Cut()] * 4)
+        close(output(model, ids), before, 0.0)
+
+
+def test_all_heads_gone_leave_the_bias_of_the_projection_which_a_branch_that_is_gone_does_not():
+    model, ids = llama(), batch()
+    host = find_host(model)
+    outputs = []
+    for cut in (Cut(heads=(0, 1, 2, 3)), Cut(attention=True)):
+        with masked(host, [cut, Cut(), Cut(), Cut()]):
+            outputs.append(output(model, ids))
+    assert not torch.allclose(*outputs)
+
+
+def test_a_branch_that_is_gone_is_the_identity_before_a_norm_and_the_norm_behind_one():
+    model, x = bert(), torch.randn(2, 5, 16, dtype=torch.float64)
+    layer = model.bert.encoder.layer[0]
+    first, second = layer.attention.output.LayerNorm, layer.output.LayerNorm
+    find_host(model).compact([Cut(attention=True, feed_forward=True), Cut(), Cut(), Cut()])
+    close(model.bert.encoder.layer[0](x), second(first(x)).detach())
+    own = language_model()
+    block = own.blocks[0]
+    with masked(find_host(own), [Cut(attention=True, feed_forward=True), Cut(), Cut(), Cut()]):
+        close(block(x, context=Context()).output.detach(), x, 0.0)
+
+
+def test_a_smaller_model_of_regard_is_an_ordinary_one_that_decodes_and_loads(tmp_path):
+    model, ids = language_model(), batch()
+    find_host(model).compact([CUTS[1], CUTS[2], CUTS[0], Cut(layer=True)])
+    expected = output(model, ids)
+    slow = model.generate(ids, 5, use_state=False)
+    assert torch.equal(model.generate(ids, 5), slow)
+    save_pretrained(model, tmp_path)
+    again: Any = from_pretrained(tmp_path)
+    close(output(again, ids), expected, 0.0)
+    assert again.config.num_layers == 3
+
+
+def test_generation_of_transformers_counts_tokens_where_the_first_attention_is_gone():
+    model, ids = llama(), batch()
+    find_host(model).compact([Cut(attention=True), Cut(), CUTS[1], Cut()])
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_gates_are_differentiable_and_leave_the_weights_alone():
+    model, ids = encoder(), batch()
+    layers = find_host(model).layers
+    gates = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    with gated(layers, {1: Gates(heads=gates)}):
+        model(ids).output.square().sum().backward()
+    assert gates.grad is not None and bool((gates.grad != 0).all())
+
+
+def test_what_cannot_be_taken_is_refused_with_the_reason():
+    pytest.importorskip("transformers")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    for options, words in (
+        ({"plan": [("softmax", {"learn_sink": True})] * 4}, "learns numbers beside its heads"),
+        ({"positions": "alibi"}, "differ from head to head"),
+        ({"plan": [("softmax", {"short_convolution": 3})] * 4}, "pass a convolution"),
+    ):
+        model = language_model(**options)
+        refused(words, find_host(model).compact, [Cut(heads=(0,)), Cut(), Cut(), Cut()])
+        find_host(model).compact([Cut(attention=True), Cut(), Cut(), Cut()])
+    refused("share", find_host, language_model(stack={"share": "all"}))
+    refused("0 stacks", find_host, GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
+    refused("Linear", find_host, torch.nn.Linear(2, 2))
+    refused("neurons", find_host(language_model()).compact, [Cut(neurons=(24,)), Cut(), Cut(), Cut()])
+    refused("cuts of 1 layers", find_host(language_model()).compact, [Cut()])

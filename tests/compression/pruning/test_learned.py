@@ -1,0 +1,139 @@
+"""Layers that are dropped in training, and gates that are learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import close, refused
+from test_cuts import batch, bert, encoder, language_model, llama, output
+from torch.nn import functional as F
+
+import regard
+from regard.compression.pruning.anatomy import Cut, find_host
+from regard.compression.pruning.gates import LearnedGates, chance_to_stay, final_gates, learn_gates, sample_gates
+from regard.compression.pruning.layer_drop import even_layers, layer_drop
+from regard.compression.pruning.masks import masked
+from regard.tasks.protocol import Batch
+
+
+@pytest.mark.parametrize("make", [language_model, llama, bert])
+def test_layers_are_left_out_of_training_calls_alone_as_often_as_asked(make):
+    model, ids = make(), batch()
+    host = find_host(model)
+    before = output(model, ids)
+    calls = [0] * 4
+    for i, layer in enumerate(host.layers):
+        next(layer.module.children()).register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    with layer_drop(host, 0.3):
+        close(output(model, ids), before, 0.0)
+        calls[:] = [0] * 4
+        model.train()
+        for _ in range(40):
+            model(ids[:1, :2])
+        model.eval()
+    assert 85 < sum(calls) < 140, "of 160 calls 112 on average"
+    close(output(model, ids), before, 0.0)
+
+
+def test_a_call_without_a_layer_is_the_model_without_it():
+    draws = iter([0.1, 0.1, 0.1, 0.9] * 3)
+    for model in (language_model(), llama(), bert()):
+        ids, host = batch(), find_host(model)
+        with masked(host, [Cut(layer=True)] * 3 + [Cut()]):
+            expected = output(model, ids)
+        with pytest.MonkeyPatch.context() as patch, layer_drop(host, 0.5):
+            for layer in host.layers:
+                layer.module.training = True
+            patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(next(draws)))
+            close(output(model, ids), expected)
+
+
+def test_layers_at_even_distances_go_without_data():
+    assert even_layers(6, 3) == [1, 3, 5] and even_layers(12, 3) == [2, 6, 10]
+    for count in range(1, 15):
+        for gone in range(count):
+            found = even_layers(count, gone)
+            assert len(set(found)) == gone and all(0 < i < count for i in found)
+    model = language_model().float()
+    first, third = model.blocks[0], model.blocks[2]
+    regard.compress(model, "structured:layers=2,layers_by=even")
+    assert list(model.blocks) == [first, third]
+    refused("layers=4 of 4", even_layers, 4, 4)
+    refused("probability", layer_drop(find_host(model), 1.0).__enter__)
+
+
+def test_the_chance_that_a_gate_stays_is_that_of_its_draws():
+    generator = torch.Generator().manual_seed(3)
+    for alpha in (-3.0, -0.5, 0.0, 1.0, 3.0):
+        log_alpha = torch.full((40_000,), alpha, dtype=torch.float64)
+        drawn = sample_gates(log_alpha, generator)
+        chance = float(chance_to_stay(log_alpha)[0])
+        error = 4 * (chance * (1 - chance) / 40_000) ** 0.5
+        assert abs(float((drawn > 0).double().mean()) - chance) < error
+        assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
+    ends = final_gates(torch.tensor([-5.0, 0.0, 5.0]))
+    assert ends.tolist() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("make", [encoder, llama, bert])
+def test_finished_gates_leave_the_model_that_had_them(make):
+    model, ids = make(), batch()
+    before = output(model, ids)
+    gates = LearnedGates(find_host(model)).double().eval()
+    with torch.no_grad():
+        for name, alpha in gates.log_alpha.items():
+            alpha.copy_(torch.randn(alpha.shape) * 2.5 if name != "1 attention" else torch.tensor(-9.0))
+        gates.log_alpha["0 attention"].fill_(0.3)
+    with gates.applied():
+        expected = output(model, ids)
+    undo = gates.finish()
+    close(output(model, ids), expected)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in make().parameters())
+    undo()
+    close(output(model, ids), before)
+
+
+def test_the_expected_share_is_that_of_the_parameters_that_are_left():
+    model = encoder()
+    gates = LearnedGates(find_host(model))
+    with torch.no_grad():
+        for name, alpha in gates.log_alpha.items():
+            alpha.fill_(40.0)
+            if name.endswith(("heads", "neurons")):
+                alpha[: len(alpha) // 4] = -40.0
+        gates.log_alpha["2 feed_forward"].fill_(-40.0)
+    host = find_host(model)
+    whole = sum(layer.parameters(branch) for layer in host.layers for branch in layer.branches)
+    host.compact(gates.cuts())
+    left = find_host(model).layers
+    found = sum(layer.parameters(branch) for layer in left for branch in layer.branches)
+    assert float(gates.expected_share().detach()) == pytest.approx(found / whole, abs=1e-6)
+
+
+def test_gates_are_learned_until_the_share_that_was_asked_for_stays():
+    model: Any = encoder(num_layers=2).float()
+    ids = torch.randint(30, (32, 11))
+    data = Batch(ids, model(ids).output.argmax(-1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shares: list[float] = []
+    gates = learn_gates(
+        find_host(model), lambda step: data, 0.6, 250, on_step=lambda step, found: shares.append(found.share)
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert shares[0] > 0.9 and float(gates.expected_share().detach()) == pytest.approx(0.6, abs=0.1)
+
+    def loss() -> float:
+        with torch.no_grad(), gates.applied():
+            return float(F.cross_entropy(model(ids).output, data.targets))
+
+    learned, elsewhere = loss(), []
+    for _ in range(5):
+        with torch.no_grad():
+            for alpha in gates.log_alpha.values():
+                alpha.copy_(alpha[torch.randperm(len(alpha))] if alpha.ndim else alpha)
+        elsewhere.append(loss())
+    assert learned < sum(elsewhere) / 5, "the same gates for other parts"
+    refused("share=1", learn_gates, find_host(model), lambda step: data, 1.0, 3)
+    refused("norms what a branch adds", LearnedGates, find_host(language_model(stack={"branch_norm": "all"})))

@@ -1,0 +1,138 @@
+"""The recipe ``structured``: which parts go, in formats that others read, and how items are judged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import close, refused
+from test_cuts import VOCABULARY, batch, bert, encoder, language_model, llama, output
+from torch import nn
+from torch.nn import functional as F
+
+import regard
+from regard.compression import load_compressed
+from regard.compression.layers import run_batch
+from regard.compression.pruning.anatomy import Cut, find_host
+from regard.compression.pruning.losses import item_losses
+from regard.compression.pruning.scores import choose, layer_likeness
+from regard.compression.pruning.steps import Structured
+from regard.models import from_pretrained
+from regard.tasks.protocol import Batch
+
+
+@pytest.mark.parametrize("make", [language_model, encoder, llama, bert])
+def test_a_model_is_made_smaller_saved_loaded_and_undone(make, tmp_path):
+    model, ids = make().float(), batch()
+    before = output(model, ids)
+    small = regard.compress(model, "structured:heads=0.5,neurons=0.25,layers=1", [ids])
+    assert small.report.bytes_after < 0.8 * small.report.bytes_before and "parameters are left" in str(small.report)
+    after = output(model, ids)
+    small.save(tmp_path)
+    close(output(load_compressed(tmp_path), ids), after, 1e-6)
+    model = make().float()
+    before = output(model, ids)
+    close(output(regard.compress(model, "structured:heads=0.5,layers=1", [ids]).undo(), ids), before, 0.0)
+
+
+def test_what_is_left_alike_in_all_layers_loads_in_transformers_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, ids = llama(num_key_value_heads=2).float(), batch()
+    small = regard.compress(model, "structured:heads=0.5,neurons=0.25,layers=1", [ids])
+    assert not any("no words" in note for note in small.report.notes)
+    expected = output(model, ids)
+    small.save(tmp_path / "llama")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", local_files_only=True).eval()
+    close(output(again, ids), expected, 1e-6)
+    assert again.config.intermediate_size == 18 and again.config.num_hidden_layers == 3
+    other = bert().float()
+    small = regard.compress(other, "structured:neurons=0.5,layers=1", [ids])
+    expected = output(other, ids)
+    small.save(tmp_path / "bert")
+    kind = transformers.AutoModelForSequenceClassification
+    close(output(kind.from_pretrained(tmp_path / "bert", local_files_only=True).eval(), ids), expected, 1e-6)
+    assert any("no words" in note for note in regard.compress(bert(), "structured:heads=0.5", [ids]).report.notes)
+
+
+def test_taking_parts_and_rounding_go_together(tmp_path):
+    for make in (language_model, llama):
+        model, ids = make(dim=32).float() if make is language_model else make().float(), batch()
+        small = regard.compress(model, "structured:heads=0.25,neurons=0.3 + wanda:ratio=0.2 + int8", [ids])
+        expected = output(model, ids)
+        small.save(tmp_path / make.__name__)
+        close(output(load_compressed(tmp_path / make.__name__), ids), expected, 0.0)
+    assert isinstance(from_pretrained(tmp_path / "language_model"), nn.Module)
+
+
+def test_parts_that_add_nothing_go_first():
+    for by, share in (("activation", 0.5), ("magnitude", 0.5)):
+        model, ids = language_model(), batch()
+        block = model.blocks[2]
+        with torch.no_grad():
+            block.mixer.output.weight[:, 4:12] = 0
+            block.feed_forward.down.weight[:, ::2] = 0
+        (_, _, cut, _) = choose(find_host(model), Structured(heads=share, neurons=share, by=by), [ids], run_batch)
+        assert sorted(cut.heads) == [1, 2] and sorted(cut.neurons) == list(range(0, 24, 2))
+    with torch.no_grad():
+        for linear in (block.mixer.output, block.feed_forward.down):
+            linear.weight.zero_()
+    likeness = layer_likeness(find_host(model), [ids], run_batch)
+    assert likeness[2] == pytest.approx(1) and max(range(4), key=likeness.__getitem__) == 2
+    assert choose(find_host(model), Structured(layers=1), [ids], run_batch)[2] == Cut(layer=True)
+
+
+def test_numbers_that_are_small_by_themselves_may_matter_by_their_inputs():
+    """Scores by magnitude see the weights alone."""
+    model, ids = language_model(), batch()
+    block = model.blocks[0]
+    with torch.no_grad():
+        block.feed_forward.down.weight[:, 3] *= 1e-3
+        block.feed_forward.up.weight[3] *= 1e6
+    smallest = {
+        by: choose(find_host(model), Structured(neurons=0.05, by=by), [ids], run_batch)[0].neurons
+        for by in ("activation", "magnitude")
+    }
+    assert smallest["magnitude"] == (3,) != smallest["activation"]
+
+
+def test_layers_that_keep_names_stay_whole():
+    model, ids = language_model(), batch()
+    before = [block for block in model.blocks]
+    step = "structured:neurons=0.5,layers=1,heads=0.5"
+    regard.compress(model.float(), step, [ids], keep=lambda name, module: name in ("blocks.0", "blocks.1"))
+    assert list(model.blocks)[:2] == before[:2] and len(model.blocks) == 3
+
+
+def test_losses_of_items_are_those_of_torch():
+    model, ids = language_model(), batch()
+    logits = model(ids).output[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(2, -1).mean(1)
+    close(item_losses(model, ids, run_batch), expected)
+    classifier, classes = bert(), torch.tensor([0, 2])
+    expected = F.cross_entropy(classifier(ids).logits, classes, reduction="none")
+    close(item_losses(classifier, {"input_ids": ids, "labels": classes}, run_batch), expected)
+    own = encoder()
+    close(item_losses(own, Batch(ids, classes), run_batch), F.cross_entropy(own(ids).output, classes, reduction="none"))
+
+
+def test_one_number_for_an_item_is_judged_by_its_square_error():
+    """Regression has no cross entropy of its one logit, whatever the labels' dtype."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=VOCABULARY, num_labels=1, **sizes)
+    model, ids = transformers.BertForSequenceClassification(config).double().eval(), batch()
+    found = model(ids).logits[:, 0]
+    for labels in (torch.tensor([1.5, -2.0]), torch.tensor([1, 3])):
+        close(item_losses(model, {"input_ids": ids, "labels": labels}, run_batch), (found - labels).square())
+
+
+def test_what_cannot_be_done_is_refused_and_nothing_is_changed():
+    model: Any = language_model(positions="alibi")
+    names = [name for name, _ in model.named_parameters()]
+    refused("differ from head to head", regard.compress, model, "structured:heads=0.5,by=magnitude")
+    refused("without data", regard.compress, model, "structured:neurons=0.5")
+    refused("fewer than 4", regard.compress, model, "structured:layers=4", [batch()])
+    refused("in float64", regard.compress, model, "structured:neurons=0.5,by=magnitude + int8")
+    assert [name for name, _ in model.named_parameters()] == names
+    refused("losses of a batch", item_losses, model, "text", run_batch)

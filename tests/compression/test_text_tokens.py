@@ -1,0 +1,113 @@
+"""Text encoders that go on with fewer tokens: by number (PoWER-BERT), and by what is attended to (LTP)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import close, refused
+from torch import Tensor
+
+from regard.compression.tokens.text import PrunedTokens
+
+transformers = pytest.importorskip("transformers")
+
+
+def bert(layers: int = 3) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=30, num_labels=3, initializer_range=0.5, **sizes)
+    return transformers.BertForSequenceClassification(config).double().eval()
+
+
+def padded(rows: int = 3, n: int = 12) -> dict[str, Tensor]:
+    mask = torch.ones(rows, n, dtype=torch.int64)
+    mask[1, 7:] = 0
+    return {"input_ids": torch.randint(30, (rows, n)), "attention_mask": mask}
+
+
+def logits(model: Any, given: dict[str, Tensor]) -> Tensor:
+    return model(**given).logits
+
+
+def test_all_tokens_or_a_threshold_of_nothing_change_nothing_and_undo_gives_the_model_back():
+    for options in ({"counts": [12, 12, 12]}, {"counts": [99, 99, 99]}, {"thresholds": [-1.0, -1.0, -1.0]}):
+        model, given = bert(), padded()
+        before = logits(model, given).detach()
+        pruning = PrunedTokens(model, **options)
+        close(logits(model, given).detach(), before)
+        assert pruning.kept[-1] == pytest.approx((12 + 7 + 12) / 3)
+        pruning.undo()
+        close(logits(model, given).detach(), before, 0.0)
+
+
+def test_so_many_tokens_stay_the_first_among_them_in_their_order():
+    model, given = bert(), padded()
+    pruning = PrunedTokens(model, counts=[9, 5, 2])
+    logits(model, given)
+    places = pruning.tokens.places
+    assert pruning.tokens.x.shape[1] == 2 and bool((places[:, 0] == 0).all())
+    assert bool(((places >= 0).sum(1) == 2).all()) and bool((places[1, 7:] == -1).all()), "padding goes first"
+
+
+def test_the_tokens_that_stay_are_those_that_are_attended_to_most():
+    model, given = bert(1), {"input_ids": torch.randint(30, (2, 10))}
+    model.set_attn_implementation("eager")
+    weights = model(**given, output_attentions=True).attentions[0]
+    scores = weights.sum((1, 2))
+    scores[:, 0] = torch.inf
+    expected = scores.topk(4).indices.sort(1).values
+    pruning = PrunedTokens(model, counts=[4])
+    logits(model, given)
+    assert torch.equal((pruning.tokens.places >= 0).nonzero()[:, 1].view(2, 4), expected)
+
+
+def test_a_row_is_pruned_by_thresholds_as_if_it_were_alone_and_unpadded():
+    model, given = bert(), padded()
+    PrunedTokens(model, thresholds=[0.07, 0.1, 0.12])
+    together = logits(model, given).detach()
+    for row, length in enumerate((12, 7, 12)):
+        alone = {name: x[row : row + 1, :length] for name, x in given.items()}
+        close(logits(model, alone).detach()[0], together[row])
+
+
+def test_thresholds_that_rise_leave_fewer_tokens():
+    model, given = bert(), padded()
+    kept = []
+    for threshold in (0.0, 0.08, 0.15, 2.0):
+        pruning = PrunedTokens(model, thresholds=[threshold] * 3)
+        logits(model, given)
+        kept.append(pruning.kept[-1])
+        pruning.undo()
+    assert kept == sorted(kept, reverse=True) and kept[0] > kept[2] and kept[-1] == 1
+
+
+def test_soft_thresholds_learn_by_the_penalty_and_soft_counts_too():
+    model, given = bert(), padded()
+    soft = PrunedTokens(model, thresholds=[0.05] * 3)
+    soft.soften(temperature=0.05)
+    (logits(model, given).sum() + soft.penalty()).backward()
+    assert soft.thresholds is not None and bool((soft.thresholds.grad != 0).all())
+    soft.undo()
+    counted = PrunedTokens(model, counts=[12, 12, 12])
+    before = logits(model, given).detach()
+    counted.soften(length=12)
+    close(logits(model, given).detach(), before, 1e-6)
+    optimizer = torch.optim.SGD([counted.shares], lr=0.02)
+    for _ in range(10):
+        optimizer.zero_grad()
+        counted.penalty().backward()
+        optimizer.step()
+    counted.harden()
+    assert counted.counts == [10, 8, 5], "12 (1 - 0.2 l), rounded up: later layers pay more"
+
+
+def test_what_cannot_be_pruned_is_refused():
+    model = bert()
+    refused("one of the two", PrunedTokens, model)
+    refused("numbers for 2 layers", PrunedTokens, model, counts=[3, 2])
+    refused("do not come back", PrunedTokens, model, counts=[3, 4, 2])
+    refused("length=", PrunedTokens(model, counts=[3, 2, 1]).soften)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=9, **sizes))
+    refused("as BERT's", PrunedTokens, llama, counts=[3])
