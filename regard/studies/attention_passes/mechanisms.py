@@ -92,6 +92,24 @@ def _masked(condition: str) -> str:
     return f"{TILES}{QKV}\n{seen}{online()}"
 
 
+def _laid_out(name: str, pattern: Pattern, without: tuple[str, ...] = (), **options: Any) -> Written:
+    """Softmax over the keys that a layout shows, which is an input: where the mechanism's weights are not 0."""
+
+    def seen(inputs: Tensors) -> Tensors:
+        keys = inputs["k"].shape[2]
+        one_hot = torch.eye(keys, dtype=torch.float64).expand(*inputs["k"].shape[:2], keys, keys)
+        subject = Subject(get_mechanism(name), pattern, dict(options))
+        weights = subject.reference({"q": 0 * inputs["q"], "k": inputs["k"], "v": one_hot})
+        return {**inputs, "seen": (weights > 0).double()}
+
+    text = (
+        f"{TILES}inputs: q[p, e], k[m, e], v[m, f], seen[p, m], scale[]\nqs[p, e] = q[p, e] * scale[]\n"
+        f"D[p, m] = qs[p, e] * k[m, e]\nS[p, m] = where(seen[p, m] > 0, D[p, m], -inf){online()}"
+    )
+    remark = "its layout is read as a mask, and all pairs are counted, the hidden ones too"
+    return Written(text, pattern, options, without=without, prepare=seen, remark=remark)
+
+
 def _paired(inputs: Tensors) -> Tensors:
     """Heads of a differential pair beside each other: q, k (a, n, e), and both heads' values as one."""
     q, k = (torch.stack(inputs[name].chunk(2, 1), 2) for name in "qk")
@@ -115,6 +133,12 @@ WRITTEN: dict[str, Written] = {
         _masked("floor(p / 4) == floor(m / 4)"),
         options={"block": 4},
         remark="all pairs are counted, the hidden ones too",
+    ),
+    "bigbird": _laid_out("bigbird", NONCAUSAL, block=1, random_blocks=1),
+    "block_sparse": _laid_out("block_sparse", NONCAUSAL, ("sink",), block_size=2),
+    "sparse_strided": _laid_out("sparse_strided", CAUSAL, stride=3, columns=1),
+    "longformer": _laid_out(
+        "longformer", CAUSAL, ("q_global", "k_global", "v_global"), window=4, separate_projections=False
     ),
     "gated_softmax": Written(
         f"{TILES}inputs: q[p, e], k[m, e], v[m, f], log_gate[p], scale[]\noutput: gated\n{SCORES}{online()}"
@@ -180,22 +204,25 @@ WRITTEN: dict[str, Written] = {
         "w[p, m1, m0] = exp(S[p, m1, m0] - high[p, m1+1])\n"
         "ld[p, m1] = w[p, m1, m0]\n"
         "sum[p, m1+1] = ld[p, m1] + sum[p, m1] * exp(high[p, m1] - high[p, m1+1])\n"
-        "A[p, m1, m0] = min(max(1.24 * exp(S[p, m1, m0] - high[p, M1]) / sum[p, M1] - 0.04, 0), 1)\n"
+        "share[p] = 1.24 / sum[p, M1]\n"
+        "A[p, m1, m0] = min(max(exp(S[p, m1, m0] - high[p, M1]) * share[p] - 0.04, 0), 1)\n"
         "o[p, f] = A[p, m1, m0] * v[m1, m0, f]",
         options={"gamma": -0.04, "zeta": 1.2},
         remark="what clips a weight has to know its sum: the second traversal",
     ),
     "sigmoid": Written(
         "inputs: q[p, e], k[m, e], v[m, f], head_bias[], scale[]\n"
-        f"{SCORES}\nW[p, m] = sigmoid(S[p, m] + head_bias[])\no[p, f] = W[p, m] * v[m, f]"
+        f"{SCORES}\nW[p, m] = sigmoid(S[p, m] + head_bias[])\no[p, f] = W[p, m] * v[m, f]",
+        remark="on FuseMax the division of its sigmoid falls to the lanes, of which there are few",
     ),
     "token_parameter": Written(
         "inputs: x[p, e], keys[m, e], values[m, f], tau[], scale[]\noutput: o\n"
         "xs[p, e] = x[p, e] * scale[]\n"
         "S[p, m] = xs[p, e] * keys[m, e]\n"
         "square[p] = S[p, m] * S[p, m]\n"
-        "Z[p, m] = tau[] * S[p, m] / max(sqrt(square[p]), 1e-6)\n"
-        "W[p, m] = Z[p, m] * (1 + erf(Z[p, m] / sqrt(2))) / 2\n"
+        "share[p] = tau[] / max(sqrt(square[p]), 1e-6)\n"
+        "Z[p, m] = S[p, m] * share[p]\n"
+        "W[p, m] = Z[p, m] * (1 + erf(Z[p, m] * (1 / sqrt(2)))) * 0.5\n"
         "o[p, f] = W[p, m] * values[m, f]",
         without=("token_mask",),
         remark="its keys are parameters; their scores are divided by their norm first",
@@ -400,7 +427,7 @@ WRITTEN: dict[str, Written] = {
         "inputs: x[m, d], up[j, m], up_bias[j], down[p, j], down_bias[p]\noutput: o\n"
         "h[j, d] = up[j, m] * x[m, d]\n"
         "hb[j, d] = h[j, d] + up_bias[j]\n"
-        "g[j, d] = hb[j, d] * (1 + erf(hb[j, d] / sqrt(2))) / 2\n"
+        "g[j, d] = hb[j, d] * (1 + erf(hb[j, d] * (1 / sqrt(2)))) * 0.5\n"
         "y[p, d] = down[p, j] * g[j, d]\n"
         "o[p, d] = y[p, d] + down_bias[p]",
         prepare=lambda inputs: {
@@ -415,7 +442,6 @@ WRITTEN: dict[str, Written] = {
 CHOOSES = (
     "it chooses by its data which keys a query reads (sorting, hashing, the largest few): no tensor expression does"
 )
-LAYOUT = "softmax where a layout of blocks lets a query see a key: a mask of scores, and softmax's cascade"
 OFFSETS = "its weights are looked up in a table by the offset of key and query, which no plain index says"
 PARTS = (
     "it has two parts over different tokens (near ones, summaries of far ones), with lengths that a rank cannot have"
@@ -423,7 +449,6 @@ PARTS = (
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(("bilevel_routing", "moba", "probsparse", "reformer", "routing", "sea"), CHOOSES),
-    **dict.fromkeys(("bigbird", "block_sparse", "longformer", "sparse_strided"), LAYOUT),
     **dict.fromkeys(("kernelized_rpe", "transformer_xl"), OFFSETS),
     **dict.fromkeys(("combiner", "compressive", "core_context", "landmark", "lolcats", "long_short"), PARTS),
     "sinkhorn": "its permutation of blocks is found by normalising rows and columns in turn, a number of rounds",
