@@ -23,7 +23,12 @@ UNFINISHED = "\ufffd"
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(help="Folder of regard train, or of regard compress.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of regard train, retrofit or compress, or a causal language model of transformers (a folder, or a .gguf file)."
+        ),
+    ],
     text: Annotated[str, typer.Argument(help="What the model goes on from; - reads standard input.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
@@ -39,6 +44,7 @@ def generate(
 
     \b
         regard generate my_model "def main("
+        regard generate hybrid/ "Once" --temperature 0
         regard generate my_model "Once" --tokens 500 --temperature 1 --top-p 0.9
         head -c 2000 story.txt | regard generate my_model - --json
     """
@@ -60,8 +66,13 @@ def generate(
 
 def _is_of_transformers(folder: Path) -> bool:
     from regard.compression.folders import is_compressed, read_record
+    from regard.workbench.trained import RECORD
 
-    return is_compressed(folder) and read_record(folder)["library"] == "transformers"
+    if (folder / RECORD).is_file():
+        return False
+    if is_compressed(folder):
+        return bool(read_record(folder)["library"] == "transformers")
+    return folder.suffix == ".gguf" or (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
 def _of_regard(
@@ -88,12 +99,18 @@ def _of_transformers(
 ) -> tuple[Any, Iterable[Tensor]]:
     import torch
 
+    from regard.compression.folders import is_compressed
     from regard.workbench.lighter.subjects import open_compressed, stream_text
 
-    if device != "cpu":
-        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
-    model, tokenizer = open_compressed(folder)
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    if is_compressed(folder):
+        if device != "cpu":
+            raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
+        model, tokenizer = open_compressed(folder)
+    else:
+        from regard.integrations.transformers.folders import load_model, load_tokenizer
+
+        tokenizer, model = load_tokenizer(folder), load_model(folder).to(device)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
     return tokenizer, stream_text(model, ids, tokens, **sampling)
 
 

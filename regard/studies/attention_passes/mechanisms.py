@@ -106,7 +106,7 @@ def _laid_out(name: str, pattern: Pattern, without: tuple[str, ...] = (), **opti
         f"{TILES}inputs: q[p, e], k[m, e], v[m, f], seen[p, m], scale[]\nqs[p, e] = q[p, e] * scale[]\n"
         f"D[p, m] = qs[p, e] * k[m, e]\nS[p, m] = where(seen[p, m] > 0, D[p, m], -inf){online()}"
     )
-    remark = "its layout is read as a mask, and all pairs are counted, the hidden ones too"
+    remark = "its layout is read as a mask, most of its bytes; all pairs are counted, the hidden ones too"
     return Written(text, pattern, options, without=without, prepare=seen, remark=remark)
 
 
@@ -164,7 +164,7 @@ WRITTEN: dict[str, Written] = {
         f"{TILES}inputs: v[m, f], dense[p, m]\nS[p, m] = dense[p, m] + 0{online()}",
         without=("slots",),
         prepare=lambda inputs: {**inputs, "dense": inputs["dense"][..., : inputs["v"].shape[2]]},
-        remark="with dense scores, which are made of the query's token alone",
+        remark="with dense scores, made of the query's token alone, which are most of its bytes",
     ),
     "differential": Written(
         f"{TILES}inputs: q[a, p, e], k[a, m, e], v[m, f], lam[b], scale[]\nsizes: a = 2, b = 1\noutput: both\n"
@@ -180,7 +180,7 @@ WRITTEN: dict[str, Written] = {
         f"{TILES}inputs: q[p, e], k[m, e], v[m, f], pair_factors[p, m], scale[]\n{SCORES}{online(factor='pair_factors')}",
         without=("factors",),
         more=lambda inputs: {"pair_factors": inputs["q"] @ inputs["k"].mT.cos()},
-        remark="with a factor for each pair; by offset it is looked up instead",
+        remark="with a factor for each pair, most of its bytes; by offset it is looked up instead",
     ),
     "aaren": Written(
         "inputs: q[e], k[m, e], v[m, f], scale[]\noutput: o\n"

@@ -35,7 +35,7 @@ from regard.studies.attention_passes.machine import Machine, cost, machine_of, r
 from regard.studies.attention_passes.mechanisms import cascade_of, difference
 from regard.studies.attention_passes.scheduling import schedule
 from regard.studies.framework.protocol import Cells, Chosen, Study
-from regard.studies.framework.sections import Curves, Section
+from regard.workbench.sections import Curves, Section
 
 PAPER = Paper(
     "FuseMax: Leveraging Extended Einsums to Optimize Attention Accelerator Design", "2406.10491", 2024, number=30
@@ -384,7 +384,7 @@ def _of_classes(chosen: Chosen, known: Mapping[str, Measurements]) -> list[Secti
     says = (
         f"Walks over the keys that each mechanism needs, and what it costs at {TOKENS} queries and keys with the 64 sequences "
         "and 12 heads of BERT's workload. A cascade that equals its mechanism's definition is off by rounding alone. "
-        "Cycles are those of full arrays: the steps of a recurrence, which wait for each other, are counted side by side."
+        "Mcycles are of both arrays together, and of full arrays: the steps of a recurrence, which wait for each other, are counted side by side."
     )
     without = [{"mechanisms": ", ".join(names), "why": reason} for reason, names in reasons.items()]
     return [
@@ -421,12 +421,17 @@ def _of_designs(known: Mapping[str, Measurements]) -> Section | None:
             row["FLAT / +Binding"] = cell["flat seconds"][at] / cell["binding seconds"][at]
             row["energy / FLAT"] = cell["binding energy"][at] / cell["flat energy"][at]
             rows.append(row)
+    pairs = WORKLOADS[models[0]].batch * WORKLOADS[models[0]].heads
+    a_pair = {
+        name: [(n, None if t is None else 1e12 * t / pairs / n**2) for n, t in points]
+        for name, points in curves("seconds").items()
+    }
     pictures = [
         Curves(
-            f"Time of attention, {models[0]}",
+            f"Time of attention a pair of query and key, {models[0]}",
             "tokens",
-            "seconds",
-            curves("seconds"),
+            "picoseconds",
+            a_pair,
             log_x=True,
             log_y=True,
             rising=False,
