@@ -29,6 +29,7 @@ from regard.studies.attention_passes import (
 from regard.studies.attention_passes.accelerator import (
     DESIGNS,
     LENGTHS,
+    SIDES,
     WORKLOADS,
     interleaved_cycles,
     one_pass_bytes,
@@ -164,6 +165,14 @@ def test_all_rows_of_the_authors_tables():
     spots = {"binding": 0.002013140425531915, "architecture": 0.005987131914893616, "cascade": 0.015333855319148937}
     for design, seconds in spots.items():
         assert estimate(design, WORKLOADS["BERT"], 1024).seconds == pytest.approx(seconds, rel=1e-12)
+    for side in SIDES:
+        for model, workload in WORKLOADS.items():
+            table = recorded()[f"binding {side}", model, 2**18]
+            assert estimate("binding", workload, 2**18, side).seconds == pytest.approx(table.seconds, rel=1e-12)
+    with pytest.raises(Unsupported, match="a divisor of the tokens"):
+        estimate("binding", WORKLOADS["BERT"], 1000)
+    with pytest.raises(Unsupported, match="whose traffic was recorded"):
+        estimate("flat", WORKLOADS["BERT"], 1024, side=64)
     with pytest.raises(Unsupported, match="whose traffic nobody recorded"):
         estimate("flat", WORKLOADS["BERT"], 512)
 
@@ -258,6 +267,7 @@ def test_every_mechanism_has_a_cascade_or_a_reason():
     [
         ("", None, "without inputs"),
         (HEAD, None, "without a statement"),
+        ("inputs: X[n, d]\nY[d] = X[n, d]", None, "no tensor has the rank 'm' of keys"),
         (HEAD + "S[m, q] = Q[e, p] * K[e, m]", 2, "unknown rank 'q'"),
         (HEAD + "S[m, p] = Q[e, p] * L[e, m]", 2, "tensor 'L', which is never defined"),
         (HEAD + "A[m, p] = B[m, p] * Q[e, p]\nB[m, p] = A[m, p] * 2", 2, "a cycle"),

@@ -11,6 +11,7 @@ are loaded from their recorded tables (:func:`recorded`). Everything else is com
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from regard.studies.attention_passes.language import Cascade, parse
 from regard.studies.attention_passes.machine import Cost, Machine, cost, read_machine
 
 DESIGNS = ("unfused", "flat", "cascade", "architecture", "binding")
+SIDES = (16, 32, 64, 128, 256, 512)
+"""Of arrays that the paper compares, at 262,144 tokens."""
+
 LENGTHS = tuple(2**power for power in range(10, 21, 2))
 FOLDER = Path(__file__).parent
 
@@ -79,7 +83,7 @@ def recorded() -> Mapping[tuple[str, str, int], Recorded]:
     found = {}
     for row in rows:
         shares = (float(row[name]) if row[name] else None for name in ("util_2d", "util_1d"))
-        numbers = (float(row[name]) for name in ("bytes", "seconds", "energy"))
+        numbers = (float(row[name] or "nan") for name in ("bytes", "seconds", "energy"))
         found[row["design"], row["model"], int(row["length"])] = Recorded(*numbers, *shares)
     return found
 
@@ -90,16 +94,25 @@ def shipped(name: str) -> Cascade:
     return parse((FOLDER / "cascades" / f"{name}.txt").read_text(encoding="utf-8"), name)
 
 
-def estimate(design: str, workload: Workload, length: int) -> Estimate:
-    """A design's time, bytes and utilisation for as many queries as keys, 256 or a multiple.
+def estimate(design: str, workload: Workload, length: int, side: int = 256) -> Estimate:
+    """A design's time, bytes and utilisation for as many queries as keys, a multiple of `side`.
+
+    Args:
+        side: of the 2D array, and lanes of the 1D array; 256 for `unfused` and `flat`.
 
     Raises:
         Unsupported: for an unknown design, and for `unfused` and `flat` of what is not in the recorded tables.
     """
     one_of("design", design, DESIGNS)
     if design in ("unfused", "flat"):
+        if side != 256:
+            raise Unsupported(f"{design} with side={side}", supported="side=256, whose traffic was recorded")
         return _three_passes(design, workload, length)
-    machine = read_machine("flat" if design == "cascade" else "fusemax")
+    if side < 1 or length % side:
+        raise Unsupported(f"side={side} of {length} tokens", supported="a divisor of the tokens", nearest="side=256")
+    machine = dataclasses.replace(
+        read_machine("flat" if design == "cascade" else "fusemax"), cells=side * side, lanes=side, tile=side
+    )
     sizes = {"m": length, "p": length, "e": workload.dim, "f": workload.dim_value}
     found = cost(shipped("one_pass"), machine, sizes, workload.batch * workload.heads)
     cells, lanes = (

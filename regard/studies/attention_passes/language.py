@@ -149,6 +149,12 @@ def parse(text: str, name: str = "cascade") -> Cascade:
     if not statements:
         raise Unsupported(f"cascade {name!r} without a statement", supported=f"lines like {EXAMPLE}")
     ordered = _ordered(statements, inputs, fiber)
+    if not any(
+        fiber.rank in one.space or fiber.rank in inputs.get(read.tensor, ()) for one in ordered for read in one.reads
+    ):
+        raise Unsupported(
+            f"cascade {name!r}, in which no tensor has the rank {fiber.rank!r} of keys", supported="a line like keys: n"
+        )
     output = headers["output"].text.split(":", 1)[1].strip() if "output" in headers else statements[-1].target
     if output not in {one.target for one in statements}:
         defined = [one.target for one in statements]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Tensors, Unsupported
+from regard.mechanisms.transformer_xl import relative_rows
 from regard.studies.attention_passes.executor import run_cascade
 from regard.studies.attention_passes.language import Cascade, parse
 from regard.workbench.properties import relative_error
@@ -110,6 +111,25 @@ def _laid_out(name: str, pattern: Pattern, without: tuple[str, ...] = (), **opti
     return Written(text, pattern, options, without=without, prepare=seen, remark=remark)
 
 
+def _polar(inputs: Tensors) -> Tensors:
+    """Queries and keys as magnitudes and angles of complex features, whose imaginary parts are the second half."""
+    found = dict(inputs)
+    for name in "qk":
+        real, imaginary = inputs[name].chunk(2, -1)
+        found |= {
+            f"{name}_size": (real.square() + imaginary.square() + 1e-9).sqrt(),
+            f"{name}_angle": torch.atan2(imaginary, real),
+        }
+    return found
+
+
+def _apart(inputs: Tensors) -> Tensors:
+    """The vector of the distance of each pair."""
+    places = torch.arange(inputs["q"].shape[2])
+    rows = relative_rows(places[:, None] - places, inputs["relative"], None)
+    return {**inputs, "apart": rows.expand(inputs["q"].shape[0], *rows.shape)}
+
+
 def _paired(inputs: Tensors) -> Tensors:
     """Heads of a differential pair beside each other: q, k (a, n, e), and both heads' values as one."""
     q, k = (torch.stack(inputs[name].chunk(2, 1), 2) for name in "qk")
@@ -181,6 +201,25 @@ WRITTEN: dict[str, Written] = {
         without=("factors",),
         more=lambda inputs: {"pair_factors": inputs["q"] @ inputs["k"].mT.cos()},
         remark="with a factor for each pair, most of its bytes; by offset it is looked up instead",
+    ),
+    "complex_rotary": Written(
+        f"{TILES}inputs: q_size[p, e], q_angle[p, e], k_size[m, e], k_angle[m, e], v[m, f], angle_scale[e], phase[e], scale[]\n"
+        "qs[p, e] = q_size[p, e] * scale[]\n"
+        "S[p, m] = qs[p, e] * k_size[m, e] * cos(angle_scale[e] * (q_angle[p, e] - k_angle[m, e]) + phase[e] "
+        f"+ (p - m) * exp(-log(10000) * e / E)){online()}",
+        without=("frequencies",),
+        prepare=_polar,
+        remark="a cosine for each pair and feature; rotations before a product of matrices do the same",
+    ),
+    "transformer_xl": Written(
+        f"{TILES}inputs: q[p, e], k[m, e], v[m, f], u[e], w[e], apart[p, m, e], scale[]\n"
+        "qu[p, e] = (q[p, e] + u[e]) * scale[]\n"
+        "qw[p, e] = (q[p, e] + w[e]) * scale[]\n"
+        "content[p, m] = qu[p, e] * k[m, e]\n"
+        "place[p, m] = qw[p, e] * apart[p, m, e]\n"
+        f"S[p, m] = content[p, m] + place[p, m]{online()}",
+        prepare=_apart,
+        remark="one segment, with the vector of each distance looked up before, most of its bytes",
     ),
     "aaren": Written(
         "inputs: q[e], k[m, e], v[m, f], scale[]\noutput: o\n"
@@ -442,19 +481,17 @@ WRITTEN: dict[str, Written] = {
 CHOOSES = (
     "it chooses by its data which keys a query reads (sorting, hashing, the largest few): no tensor expression does"
 )
-OFFSETS = "its weights are looked up in a table by the offset of key and query, which no plain index says"
 PARTS = (
     "it has two parts over different tokens (near ones, summaries of far ones), with lengths that a rank cannot have"
 )
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(("bilevel_routing", "moba", "probsparse", "reformer", "routing", "sea"), CHOOSES),
-    **dict.fromkeys(("kernelized_rpe", "transformer_xl"), OFFSETS),
+    "kernelized_rpe": "its weights are looked up in a table by the offset of key and query, which no plain index says",
     **dict.fromkeys(("combiner", "compressive", "core_context", "landmark", "lolcats", "long_short"), PARTS),
     "sinkhorn": "its permutation of blocks is found by normalising rows and columns in turn, a number of rounds",
     "nystrom": "the inverse of its matrix of landmarks is iterated, and landmarks are means of unequal segments",
     "lara": "its features are drawn at random around means of unequal segments",
-    "complex_rotary": "its scores take features as halves of complex numbers, which a rank cannot say; else it is softmax",
     "positional_attention": "its scores are made of places, by maps of encodings; from scores on it is softmax",
     "s4d": "its state is of complex numbers",
     "bidirectional_mamba": "it scans along several paths; each of them is mamba's cascade",

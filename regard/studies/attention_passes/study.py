@@ -22,6 +22,7 @@ from regard.reproductions.framework.protocol import Setting
 from regard.studies.attention_passes.accelerator import (
     DESIGNS,
     LENGTHS,
+    SIDES,
     WORKLOADS,
     estimate,
     interleaved_cycles,
@@ -50,6 +51,9 @@ ELSE = {"c": 16, "a": 16, "s": 16, "b": 1}
 """Sizes of ranks with few coordinates (slots, agents, states) in the table; all others have 64."""
 
 LENGTHS_BY_PRESET = {"tiny": (64, 128, 256, 512, 1024), "small": (256, 512, 1024, 2048, 4096)}
+SWEPT = 2**18
+"""Tokens at which arrays of different sizes are compared."""
+
 TILE = 16
 TILES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -60,6 +64,8 @@ def make(chosen: Chosen) -> Reproduction:
     settings: dict[str, Setting] = {}
     for given in chosen.data:
         name, setting = _given(Path(given))
+        if name in settings:
+            raise Unsupported(f"two files called {Path(given).name!r}", supported="files of different names")
         settings[name] = setting
     for name in chosen.mechanisms:
         found = cascade_of(name)
@@ -176,6 +182,7 @@ def _designs(setting: Setting, _: int) -> Measurements:
             for one, table in zip(found, tables, strict=True)
             for name in ("seconds", "bytes", "util_2d", "util_1d")
         )
+    told["sides seconds"] = [estimate("binding", workload, SWEPT, side).seconds for side in SIDES]
     for name in ("flat", "fusemax"):
         tables = [recorded()[f"projections {name}", workload.name, length] for length in LENGTHS]
         told[f"projections {name} seconds"] = [one.seconds for one in tables]
@@ -443,6 +450,20 @@ def _of_designs(known: Mapping[str, Measurements]) -> Section | None:
             f"Share of the time in which lanes are busy, {models[0]}", "tokens", "share", curves("util_1d"), log_x=True
         ),
     ]
+    sides = {
+        model: list(zip(map(float, SIDES), known[f"designs {model}"]["sides seconds"], strict=True)) for model in models
+    }
+    pictures.append(
+        Curves(
+            f"Time of +Binding by the side of the 2D array, {SWEPT:,} tokens",
+            "cells of a side",
+            "seconds",
+            sides,
+            log_x=True,
+            log_y=True,
+            rising=False,
+        )
+    )
     says = (
         "Five designs on equal area, each with one idea more. One pass alone gains nothing on a machine whose cells cannot "
         "exponentiate. What the first two move, and energies, are recorded numbers of the authors."
