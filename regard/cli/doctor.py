@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.table import Table
 from rich.text import Text
 
@@ -16,16 +17,24 @@ from regard.cli.console import console, emit
 from regard.cli.options import JSON
 
 
-def doctor(as_json: JSON = False) -> None:
+def doctor(
+    speeds: Annotated[
+        bool, typer.Option("--speeds", help="Measure what one core computes and moves in a second: some seconds.")
+    ] = False,
+    as_json: JSON = False,
+) -> None:
     """Say what this machine has, which backends run, and what is missing.
 
     Examples:
 
     \b
         regard doctor
+        regard doctor --speeds
         regard doctor --json
     """
+    from regard.measurement import units
     from regard.measurement.provenance import fingerprint
+    from regard.measurement.speeds import caches, measured_speeds
     from regard.workbench.packages import OPTIONAL
 
     facts = fingerprint()
@@ -39,6 +48,7 @@ def doctor(as_json: JSON = False) -> None:
         "instruction_sets": [] if missing else library.instruction_sets(),
         "instruction_set": None if missing else library.instruction_set(),
     }
+    measured = dataclasses.asdict(measured_speeds()) if speeds else None
     advice = []
     if missing:
         advice.append(
@@ -57,6 +67,8 @@ def doctor(as_json: JSON = False) -> None:
         emit(
             {
                 "machine": facts,
+                "caches": caches(),
+                "speeds": measured,
                 "backends": engines,
                 "native_kernels": kernels,
                 "packages": [dataclasses.asdict(p) | {"installed": p.installed} for p in OPTIONAL],
@@ -68,6 +80,12 @@ def doctor(as_json: JSON = False) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), Text(str(value)))
+    table.add_row(
+        "caches", Text(", ".join(f"{name} {units.size(size)}" for name, size in caches().items()) or "unknown")
+    )
+    for name, value in (measured or {}).items():
+        if name != "caches":
+            table.add_row(f"{name} a second", units.number(value))
     for device, chosen in engines.items():
         table.add_row(f"engines on {device}", Text(", ".join(f"{e}: {b}" for e, b in chosen.items())))
     sets = ", ".join(kernels["instruction_sets"])

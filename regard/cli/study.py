@@ -51,6 +51,7 @@ def study(
         regard study wide-attention --no-timings --shard 1/2
         regard study token-reduction --budget 30m
         regard study wide-attention --table --json
+        regard study attention-passes my_cascade.txt
     """
     from regard.catalogue import load_plugin
     from regard.measurement.sharding import shard

@@ -31,6 +31,7 @@ def parts_of_page(sections: Sequence[Section]) -> list[dict[str, Any]]:
                 for at, picture in enumerate(part.pictures)
             ],
             "headings": list(part.rows[0]) if part.rows else [],
+            "words": {name for row in part.rows for name, value in row.items() if isinstance(value, str)},
             "rows": [{name: cell(value) for name, value in row.items()} for row in part.rows],
         }
         for part in sections
