@@ -22,6 +22,7 @@ from regard.cli.profile import profile_command
 from regard.cli.report import report
 from regard.cli.reproduce import reproduce
 from regard.cli.retrofit import retrofit
+from regard.cli.search import search
 from regard.cli.serve import serve
 from regard.cli.study import study
 from regard.cli.train import train
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "advise": advise_command,
     "compare": compare,
     "report": report,
+    "search": search,
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
