@@ -23,6 +23,7 @@ from regard.cli.profile import profile_command
 from regard.cli.report import report
 from regard.cli.reproduce import reproduce
 from regard.cli.retrofit import retrofit
+from regard.cli.search import search
 from regard.cli.serve import serve
 from regard.cli.sparse import sparse
 from regard.cli.study import study
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "advise": advise_command,
     "compare": compare,
     "report": report,
+    "search": search,
     "train": train,
     "evaluate": evaluate,
     "generate": generate,

@@ -13,11 +13,15 @@ Several of them are a list with commas; ``option=value`` after a comma belongs t
 
     name = "near and far"
     layers = ["local:window=64", {mechanism = "softmax", options = {positions = "none"}}]
+
+In tasks that read a memory these are the layers between the two sequences; ``encoder`` and ``decoder``, lists like ``layers``,
+are those within each, which are softmax where they are not given.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import tomllib
@@ -36,6 +40,9 @@ FILES = (".toml", ".json", ".yaml", ".yml")
 BLOCK_OPTIONS = ("positions", "feed_forward", "num_heads", "feed_forward_kind", "feed_forward_options")
 """Options of a plan's entry that belong to the block rather than to the layer."""
 
+Layers = tuple[tuple[str, Mapping[str, Any]], ...]
+"""Mechanism and options of each layer."""
+
 ACCEPTED = "NAME, NAME:option=value,option=value, NAME*3+NAME, or a .toml, .json or .yaml file"
 
 
@@ -47,11 +54,15 @@ class Variant:
         name: what it is called in tables and reports: as it was written, in one spelling.
         layers: mechanism and options of each layer of the pattern; none of an image backbone.
         backbone: name and options of an image backbone, which has layers of its own; None of mechanisms.
+        encoder, decoder: layers within the memory and within the sequence of an encoder-decoder, whose `layers` are those
+            between; empty for softmax.
     """
 
     name: str
-    layers: tuple[tuple[str, Mapping[str, Any]], ...]
+    layers: Layers
     backbone: tuple[str, Mapping[str, Any]] | None = None
+    encoder: Layers = ()
+    decoder: Layers = ()
 
     @property
     def cards(self) -> tuple[Mechanism, ...]:
@@ -115,6 +126,21 @@ class Variant:
             config=config,
             layer_defaults={**card.layer_defaults, **layer},
         )
+
+    @property
+    def sized(self) -> bool:
+        """Whether every layer names the width of its feed-forward network, so that nothing is left to match a size by."""
+        every = (*self.layers, *self.encoder)
+        return bool(every) and all("feed_forward" in options for _, options in every)
+
+    def record(self) -> dict[str, list[list[Any]]]:
+        """Its layers as JSON: ``layers``, and ``encoder`` and ``decoder`` where it names them."""
+        stacks = {"layers": self.layers, "encoder": self.encoder, "decoder": self.decoder}
+        return {
+            stack: [[name, dict(options)] for name, options in layers]
+            for stack, layers in stacks.items()
+            if layers or stack == "layers"
+        }
 
     def plan(self, num_layers: int | None = None) -> list[tuple[str, dict[str, Any]]]:
         """The plan of a model with `num_layers` layers; of one repetition when None.
@@ -246,18 +272,30 @@ def _written(name: str, options: Mapping[str, Any]) -> str:
     return f"{name}:{said}" if said else name
 
 
+def written_layers(layers: Layers) -> str:
+    """Layers as :func:`read_variant` reads them, each run of equal ones once."""
+    runs = [(layer, len(list(equal))) for layer, equal in itertools.groupby(layers)]
+    return "+".join(_written(*layer) + (f"*{count}" if count > 1 else "") for layer, count in runs)
+
+
 def _from_file(path: Path) -> Variant:
     found = _parsed(path)
     shape = "mechanism and options, or layers (a list of names or of tables with mechanism and options)"
     if not isinstance(found, Mapping) or not {"mechanism", "layers"} & set(found):
         raise Unsupported(f"variant {str(path)!r}", supported=f"a table with {shape}")
-    unknown = set(found) - {"name", "mechanism", "options", "layers"}
+    unknown = set(found) - {"name", "mechanism", "options", "layers", "encoder", "decoder"}
     if unknown or ("mechanism" in found) == ("layers" in found):
         said = f"with {sorted(unknown)[0]!r}" if unknown else "with both mechanism and layers"
         raise Unsupported(f"variant {str(path)!r} {said}", supported=f"name, and {shape}")
-    entries = found.get("layers", [found])
+    layers = _listed(found.get("layers", [found]), "layers", path)
+    encoder, decoder = (_listed(found[n], n, path) if n in found else () for n in ("encoder", "decoder"))
+    return Variant(str(found.get("name", path.stem)), layers, encoder=encoder, decoder=decoder)
+
+
+def _listed(entries: Any, name: str, path: Path) -> Layers:
+    """Layers from a list of a file."""
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
-        raise Unsupported(f"layers={entries!r} in {str(path)!r}", supported="a list of layers")
+        raise Unsupported(f"{name}={entries!r} in {str(path)!r}", supported="a list of layers")
     layers: list[tuple[str, Mapping[str, Any]]] = []
     for entry in entries:
         if isinstance(entry, str):
@@ -266,7 +304,7 @@ def _from_file(path: Path) -> Variant:
             layers.append(_checked(entry["mechanism"], entry.get("options") or {}))
         else:
             raise Unsupported(f"layer {entry!r} in {str(path)!r}", supported="a name, or mechanism and options")
-    return Variant(str(found.get("name", path.stem)), tuple(layers))
+    return tuple(layers)
 
 
 def _parsed(path: Path) -> Any:

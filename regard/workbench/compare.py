@@ -424,12 +424,10 @@ class _Found:
             if shared is not None and shared.much:
                 notes.append(f"On {work.task.name}, {shared}")
         winner = self.advice.winner
-        published = "with widths scaled" if self.matched else "as published"
-        notes += [
-            f"Of models with layers of their own, {published}: {work.published}."
-            for work in self.works
-            if work.published
-        ]
+        published = "Of models with layers of their own, " + ("with widths scaled" if self.matched else "as published")
+        if any(variant.sized for variant in self.settings.variants.values()):
+            published = "Not made equal in parameters"
+        notes += [f"{published}: {work.published}." for work in self.works if work.published]
         notes += [self.matched] * bool(self.matched)
         notes += [beside_baseline(task, self.summary[task], rule, winner) for task, rule in self.rules.items()]
         notes += self.advice.notes

@@ -118,6 +118,11 @@ class CompareSettings:
         return all(variant.backbone is not None for variant in self.variants.values())
 
     @property
+    def unmatched(self) -> set[str]:
+        """Names of image backbones, and of plans with all their widths, whose parameters are not matched."""
+        return {name for name, variant in self.variants.items() if variant.backbone is not None or variant.sized}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the mechanisms, in order."""
         return tuple(self.variants)

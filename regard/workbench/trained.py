@@ -245,7 +245,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
         "task": {"name": task.name, "options": getattr(task, "origin", None), "data": work.identity["data"]},
         "described": task.describe(),
         "mechanism": name,
-        "layers": [[mechanism, dict(given)] for mechanism, given in variant.layers],
+        **variant.record(),
         **({} if variant.backbone is None else {"backbone": [variant.backbone[0], dict(variant.backbone[1])]}),
         "tokenizer": None if tokenizer is None else tokenizer.name,
         "reader": None if (reader := getattr(task, "reader", None)) is None else reader.as_record(),

@@ -213,11 +213,10 @@ class Trainer:
 
     def _key(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
         items = [work.search_items, work.items]
-        layers = [[mechanism, dict(options)] for mechanism, options in self.settings.variants[name].layers]
         return {
             **work.identity,
             "mechanism": name,
-            "layers": layers,
+            **self.settings.variants[name].record(),
             "feed_forward": work.configs[name].feed_forward,
             "lr": rate,
             "seed": seed,

@@ -8,19 +8,19 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard import backends
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Unsupported
 from regard.measurement import provenance
 from regard.measurement.budget import Budget
+from regard.measurement.flops import flop_counter
 from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import StackConfig, build_model, config_for, count_parameters, match_parameters
@@ -56,21 +56,53 @@ def model_config(
     """
     if variant.backbone is not None:
         return backbone_config(variant, task, settings, longest)
-    plan: Any = []
     # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
     placed = task.grid is not None and all("sinusoidal" in card.accepts_positions for card in variant.cards)
-    for name, given in variant.plan(settings.layers):
+    plan = _plan(variant, variant.plan(settings.layers), task, task.pattern, frame, placed, longest)
+    sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
+    sizes |= {"stack": settings.stack, "positions": "sinusoidal" if placed else "auto"}
+    sizes["max_length"] = max(task.length, task.memory_length or 0, *settings.lengths)
+    if variant.cards[0].kind is Kind.POOLING:
+        sizes["pool"], sizes["pool_options"] = variant.layers[0]
+    within = (("encoder", variant.encoder, Pattern.NONCAUSAL_SELF), ("decoder", variant.decoder, Pattern.CAUSAL_SELF))
+    for name, layers, pattern in within:
+        if layers and task.pattern is not Pattern.CAUSAL_CROSS:
+            raise Unsupported(
+                f"{variant.name}, which names layers of the {name}, on the task {task.name}",
+                supported="tasks that read a memory and write tokens",
+            )
+        if layers:
+            sizes[f"{name}_plan"] = _plan(variant, layers, task, pattern, frame, placed, longest)
+    if variant.encoder:
+        sizes["encoder_layers"] = len(variant.encoder)
+    return config_for(task, plan, settings.model, **sizes)
+
+
+def _plan(
+    variant: Variant,
+    layers: Sequence[tuple[str, Mapping[str, Any]]],
+    task: Task,
+    pattern: Pattern,
+    frame: str,
+    placed: bool,
+    longest: int | None,
+) -> list[tuple[str, dict[str, Any]]]:
+    """Layers of one pattern in their frame, with the lengths and axes of a task."""
+    plan = []
+    lengths = {Pattern.NONCAUSAL_SELF: task.memory_length, Pattern.CAUSAL_SELF: task.length}
+    own_length = task.length if not task.pattern.cross else lengths.get(pattern, task.memory_length)
+    for name, given in layers:
         card = get_mechanism(name)
         own: dict[str, Any] = {}
         if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
-            own["length"] = longest or (task.memory_length if task.pattern.cross else task.length)
+            own["length"] = longest or own_length
         if card.module is not None and "axes" in inspect.signature(card.module).parameters:
             own["axes"] = len(task.grid) if task.grid else 1
         options = {**own, **given}
         if card.kind is Kind.PROJECTION:
             name, options = "softmax", {"linear": name, **({"linear_options": options} if options else {})}
         elif card.kind is not Kind.POOLING:
-            card.require_pattern(task.pattern)
+            card.require_pattern(pattern)
         elif task.objective != "classification" or len(variant.cards) > 1:
             raise Unsupported(
                 f"{variant.name}, which pools a sequence, on the task {task.name}",
@@ -78,13 +110,8 @@ def model_config(
             )
         if card.kind is Kind.POOLING:
             name, options = "softmax", {}
-        plan.append((name, in_frame(name, options, frame, task.pattern, rotary=not placed)))
-    sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
-    sizes |= {"stack": settings.stack, "positions": "sinusoidal" if placed else "auto"}
-    sizes["max_length"] = max(task.length, task.memory_length or 0, *settings.lengths)
-    if variant.cards[0].kind is Kind.POOLING:
-        sizes["pool"], sizes["pool_options"] = variant.layers[0]
-    return config_for(task, plan, settings.model, **sizes)
+        plan.append((name, in_frame(name, options, frame, pattern, rotary=not placed)))
+    return plan
 
 
 def backbone_config(variant: Variant, task: Task, settings: CompareSettings, longest: int | None) -> ImageModelConfig:
@@ -98,9 +125,9 @@ def backbone_config(variant: Variant, task: Task, settings: CompareSettings, lon
 
 
 def matched(variant: Variant, task: Task, settings: CompareSettings, frame: str, target: int) -> Any:
-    """The backbone of a task with about `target` parameters; an image backbone as it is."""
+    """The backbone of a task with about `target` parameters; an image backbone, and a plan with all its widths, as it is."""
     config = model_config(variant, task, settings, frame)
-    return config if variant.backbone is not None else match_parameters(config, target)
+    return config if variant.backbone is not None or variant.sized else match_parameters(config, target)
 
 
 def _parameters(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> int:
@@ -137,7 +164,7 @@ def _nearest_size(variant: Variant, task: Task, settings: CompareSettings, frame
 
 def _target(task: Task, settings: CompareSettings) -> int:
     """The number of parameters of every model: that of softmax, or else of the first mechanism, in the first frame."""
-    names = [name for name, variant in settings.variants.items() if variant.backbone is None] or settings.names
+    names = [name for name in settings.names if name not in settings.unmatched] or settings.names
     measure = "softmax" if "softmax" in names else names[0]
     return _parameters(settings.variants[measure], task, settings, settings.frames[0])
 
@@ -208,7 +235,7 @@ class Work:
         self.identity = {
             "task": task.name,
             "metric": task.metric,
-            "data": _digest(task),
+            "data": data_digest(task),
             "length": task.length,
             "dim": settings.dim,
             "layers": settings.layers,
@@ -284,14 +311,14 @@ class Work:
 
     @functools.cached_property
     def published(self) -> str:
-        """The image backbones with their parameters, which are not matched; empty without any."""
-        named = {name: config for name, config in self.configs.items() if self.settings.variants[name].backbone}
+        """What is not matched, image backbones and plans with all their widths, with its parameters; empty without any."""
+        named = {name: config for name, config in self.configs.items() if name in self.settings.unmatched}
         return ", ".join(f"{name} has {count_parameters(config):,} parameters" for name, config in named.items())
 
     @property
     def sizes(self) -> str:
         """Parameters of the models, in words."""
-        others = "" if self.settings.all_backbones else f"{self.target:,} parameters"
+        others = f"{self.target:,} parameters" if set(self.configs) - self.settings.unmatched else ""
         if not self.published:
             return others
         return f"{self.published}; the others {others}" if others else self.published
@@ -419,12 +446,12 @@ class Work:
         model = build(self.configs[name], 0)
         config = replace(self.train_config(TrainConfig.learning_rate, 0, 1), measure_memory=False)
         # of the same operators on every machine: torch does not look into a native kernel
-        with backends.only("torch"), FlopCounterMode(display=False) as counter:
+        with backends.only("torch"), flop_counter() as counter:
             runner_of(self.task).train(model, self.task, config)
         return float(counter.get_total_flops())
 
 
-def _digest(task: Task) -> str:
+def data_digest(task: Task) -> str:
     """A fingerprint of the task's data, however they were made: a hash of training and held-out batches."""
     digest = hashlib.blake2b(digest_size=12)
     batches = [task.training_batch(step, seed, 4) for step, seed in ((0, 0), (1, 0), (0, 1))]

@@ -1,0 +1,187 @@
+"""`regard search`: which mechanism, heads and widths each layer should have, within a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from regard.cli.arguments import read_integers, read_mechanisms, read_tasks
+from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.options import (
+    DATA,
+    DEVICE,
+    JSON,
+    LENGTH,
+    PLUGINS,
+    PRECISION,
+    SKIP_UNREADABLE,
+    TOKENIZER,
+    VALIDATION,
+)
+from regard.cli.progress import progress
+from regard.contract import Unsupported
+
+
+def search(
+    data: DATA = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task, as name or name:option=value; text, or what the data are for, when not given."),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What the network may cost: a share of the largest network of the first mechanism (60% time, 50% flops, 70% "
+            "parameters), or 4.5ms, 20M flops, 300k parameters. Time and FLOPs are of reading one item."
+        ),
+    ] = "60% time",
+    mechanisms: Annotated[
+        str, typer.Option(help="Comma-separated; the first is the reference. Each layer may have any.")
+    ] = "softmax,cosformer",
+    dims: Annotated[str, typer.Option(help="Widths to choose from.")] = "32,64",
+    layers: Annotated[str, typer.Option(help="Numbers of layers to choose from.")] = "2,3,4",
+    heads: Annotated[str, typer.Option(help="Numbers of heads to choose from, in each layer.")] = "2,4",
+    feed_forward: Annotated[str, typer.Option(help="Feed-forward widths to choose from, in each layer.")] = "64,128",
+    steps: Annotated[int, typer.Option(help="Steps of the supernet, each of four networks.")] = 2000,
+    networks: Annotated[int, typer.Option(help="Networks tried with its weights, for the ranker.")] = 60,
+    rounds: Annotated[int, typer.Option(help="In which they are drawn; after each some genes are fixed.")] = 2,
+    keep: Annotated[float, typer.Option(help="Share of the genes that stay open after a round; 1 for all.")] = 0.6,
+    searchers: Annotated[
+        str, typer.Option(help="Comma-separated: evolution, random, optuna (pip install 'regard[search]').")
+    ] = "evolution,random",
+    evaluations: Annotated[int, typer.Option(help="Networks that each searcher scores by the ranker.")] = 1000,
+    finalists: Annotated[int, typer.Option(help="Of each searcher, tried with the supernet's weights.")] = 8,
+    retrain: Annotated[int, typer.Option(help="Steps of what was chosen, from scratch; 0 for none.")] = 1500,
+    seeds: Annotated[int, typer.Option(help="Runs from scratch of each; two or more to judge differences.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the supernet, the draws and the first run.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of all training.")] = 3e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 4096,
+    frame: Annotated[
+        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
+    ] = "bare",
+    separate: Annotated[
+        bool, typer.Option("--separate", help="Give each mechanism projections of its own in the supernet.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+        "runs/search"
+    ),
+    validation: VALIDATION = None,
+    length: LENGTH = None,
+    tokenizer: TOKENIZER = "bytes",
+    skip_unreadable: SKIP_UNREADABLE = False,
+    precision: PRECISION = "float32",
+    device: DEVICE = "cpu",
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Find the network for a budget: for each layer the mechanism, heads and feed-forward width, and the width and depth.
+
+    One supernet is trained that holds all networks; some are tried with its weights; a ranker learns from them which of two is
+    better; searchers follow it. The best network, and the best of each mechanism alone, are trained from scratch beside the
+    largest network of the first mechanism. The folder then has a report, and a plan for --mechanism of regard train and compare.
+
+    Examples:
+
+    \b
+        regard search my_corpus.txt --budget "60% time"
+        regard search --task recall:length=128 --budget "50% flops" --mechanisms softmax,gated_linear,local:window=32
+        regard search reviews.csv --budget "300k parameters" --dims 64,96 --layers 2,4,6 --feed-forward 128,256
+        regard search --task images photos/ --budget 8ms --searchers evolution,random,optuna
+    """
+    from regard.workbench.search.costs import NetworkBudget
+    from regard.workbench.search.report import write_page
+    from regard.workbench.search.run import REPORT, Search, Watch
+    from regard.workbench.search.settings import SearchSettings
+    from regard.workbench.search.space import Choices
+
+    def recognised(described: str) -> None:
+        if not as_json:
+            console.print(plain(f"By its contents: --task {described}"))
+
+    settings = SearchSettings(
+        NetworkBudget.parse(budget),
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_tokens=batch_tokens,
+        networks=networks,
+        rounds=rounds,
+        keep=keep,
+        searchers=tuple(part.strip() for part in searchers.split(",") if part.strip()),
+        evaluations=evaluations,
+        finalists=finalists,
+        retrain_steps=retrain,
+        seeds=seeds,
+        seed=seed,
+        share=not separate,
+        frame=frame,
+        precision=precision,
+        device=device,
+    )
+    chosen = None if task is None else [task]
+    tasks = read_tasks(
+        chosen or ([] if data else ["text"]),
+        data,
+        validation,
+        length,
+        tokenizer,
+        load_plugins(plugin),
+        recognised,
+        skip_unreadable,
+    )
+    if len(tasks) != 1:
+        raise Unsupported(f"a search for {len(tasks)} tasks", supported="one task")
+    sizes = {"dims": dims, "depths": layers, "heads": heads, "feed_forward": feed_forward}
+    choices = Choices(
+        tuple(_variants(mechanisms, tasks)), **{name: read_integers(name, text) for name, text in sizes.items()}
+    )
+    if not as_json:
+        console.print(plain(tasks[0].describe()))
+        console.print()
+    with progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("starting", total=1.0)
+
+        def doing(what: str, share: float) -> None:
+            bar.update(shown, description=what, completed=share)
+            line(f"{share:4.0%}  {what}")
+
+        def say(sentence: str) -> None:
+            if not as_json:
+                bar.console.print(Text(sentence, style="dim"))
+
+        record = Search(tasks[0], choices, settings, output, Watch(say, doing)).run()
+    page = write_page(record, output / REPORT)
+    if as_json:
+        emit({**record, "report": str(page)})
+        return
+    console.print(_table(record))
+    for row in record["entrants"]:
+        console.print(Text(f"{row['name']}: {row['plan']}, width {row['network']['dim']}"))
+    for sentence in record["left_out"]:
+        console.print(Text(f"left out: {sentence}", style="dim"))
+    console.print()
+    console.print(Text(record["verdict"], style="bold"))
+    for command in record["commands"]:
+        console.print(Text(command))
+    console.print(Text(f"Report: {page}"))
+
+
+def _variants(text: str, tasks: list[Any]) -> list[Any]:
+    from regard.models.variants import read_variant
+
+    return [read_variant(one) if isinstance(one, str) else one for one in read_mechanisms(text, tasks)]
+
+
+def _table(record: dict[str, Any]) -> Table:
+    from regard.workbench.search.report import cells, labels
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    *headings, _ = labels(record)  # plans are too long for a column
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for i, row in enumerate(record["entrants"]):
+        table.add_row(*(Text(cell, style="" if i else "bold") for cell in cells(record, row)[:-1]))
+    return table

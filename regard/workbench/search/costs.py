@@ -1,0 +1,240 @@
+"""What networks cost: parameters, FLOPs or milliseconds, and the budget that they have to keep.
+
+A cost is a constant for each width plus an amount for each layer, which is exact for parameters and FLOPs and near for times.
+So a few networks are measured, and the amounts that explain them best are those of all networks of the space. Of times this is
+an estimate: :mod:`regard.workbench.search.run` measures the networks that it may choose, whole and beside softmax's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from regard import backends
+from regard.contract import Unsupported
+from regard.measurement import units
+from regard.measurement.flops import flop_counter
+from regard.measurement.timing import Timing, calm_clock, interleaved
+from regard.models import count_parameters
+from regard.tasks import Task
+from regard.training.loop import batch_context, run_model
+from regard.workbench.search.space import Genes, Space
+from regard.workbench.work import build
+
+UNITS = {
+    **dict.fromkeys(("ms", "milliseconds", "time"), "milliseconds"),
+    **dict.fromkeys(("flop", "flops"), "flops"),
+    **dict.fromkeys(("parameter", "parameters", "params"), "parameters"),
+}
+FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+FORM = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%?)\s*([kMGT]?)\s*([a-zA-Z]+)\s*")
+ACCEPTED = "what a network may cost: 60% time, 60% flops, 4.5ms, 20M flops or 300k parameters"
+
+
+@dataclass(frozen=True)
+class NetworkBudget:
+    """What a network may cost.
+
+    Attributes:
+        unit: ``milliseconds`` of reading one item, ``flops`` of the same, or ``parameters``.
+        amount: how many; of the largest network of the first mechanism, where it is a share.
+        share: whether it is one.
+    """
+
+    unit: str
+    amount: float
+    share: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> NetworkBudget:
+        """Raises Unsupported for anything else than a positive share or amount of a unit."""
+        match = FORM.fullmatch(text)
+        unit = None if match is None else UNITS.get(match[4].lower())
+        if match is None or unit is None or float(match[1]) <= 0:
+            raise Unsupported(f"budget {text!r} of a network", supported=ACCEPTED, nearest="60% time")
+        if match[2]:
+            if match[3]:
+                raise Unsupported(
+                    f"budget {text!r} of a network", supported=ACCEPTED, nearest=f"{match[1]}% {match[4]}"
+                )
+            return cls(unit, float(match[1]) / 100, True)
+        if match[4].lower() == "time":
+            raise Unsupported(f"budget {text!r} without a unit", supported=ACCEPTED, nearest=f"{match[1]}ms")
+        return cls(unit, float(match[1]) * FACTORS[match[3]])
+
+    def limit(self, reference: float) -> float:
+        """The greatest cost, where the reference network has this one."""
+        return self.amount * reference if self.share else self.amount
+
+    def __str__(self) -> str:
+        if self.share:
+            return f"{self.amount:.4g} of the {WORDS[self.unit]} of the reference"
+        return worded(self.unit, self.amount)
+
+
+WORDS = {"milliseconds": "time", "flops": "FLOPs", "parameters": "parameters"}
+
+
+def worded(unit: str, value: float) -> str:
+    """A cost with its unit."""
+    if unit == "milliseconds":
+        return units.milliseconds(value)
+    return f"{units.count(value)} {WORDS[unit]}" if unit == "flops" else f"{value:,.0f} {WORDS[unit]}"
+
+
+Measure = Callable[[Sequence[Genes]], Sequence[float]]
+"""The costs of networks."""
+
+
+class CostTable:
+    """The cost of every network of a space, from amounts for its layers.
+
+    Args:
+        space: the networks.
+        amounts: by (width, stack, mechanism, heads, feed-forward width) of a layer, and by (width,) alone, each as numbers of
+            choices.
+    """
+
+    def __init__(self, space: Space, amounts: Mapping[tuple[Any, ...], float]) -> None:
+        self.space, self.amounts = space, dict(amounts)
+
+    @classmethod
+    def of(cls, space: Space, measure: Measure) -> CostTable:
+        """From measurements of the networks of :meth:`design`, by least squares within each width."""
+        networks = cls.design(space)
+        costs = np.asarray(measure(networks), dtype=np.float64)
+        amounts: dict[tuple[Any, ...], float] = {}
+        for dim in range(len(space.choices.dims)):
+            rows = [i for i, genes in enumerate(networks) if genes[0] == dim]
+            parts = [_parts(space, networks[i]) for i in rows]
+            names = list(dict.fromkeys(itertools.chain.from_iterable(parts)))
+            counts = np.array([[part.count(name) for name in names] for part in parts], dtype=np.float64)
+            found = np.linalg.lstsq(counts, costs[rows], rcond=None)[0]
+            amounts |= dict(zip(names, found.tolist(), strict=True))
+        return cls(space, amounts)
+
+    @staticmethod
+    def design(space: Space) -> list[Genes]:
+        """Networks that tell the amounts: in every width each kind of layer throughout a stack, at two depths of it."""
+        ends = sorted({0, len(space.choices.depths) - 1})
+        found = []
+        for stack in space.stacks:
+            kinds = {"mechanism": space.choices.names, "heads": space.choices.heads}
+            kinds |= {"feed_forward": space.choices.feed_forward} if stack.feed_forward else {}
+            for dim, depth in itertools.product(range(len(space.choices.dims)), ends):
+                for chosen in itertools.product(*(range(len(values)) for values in kinds.values())):
+                    numbers = [0] * len(space.genes)
+                    numbers[0], numbers[space.at(stack.depth)] = dim, depth
+                    kind = dict(zip(kinds, chosen, strict=True))
+                    for at, gene in enumerate(space.genes):
+                        if gene.stack == stack.name:
+                            numbers[at] = kind[gene.kind]
+                    found.append(space.canonical(tuple(numbers)))
+        return list(dict.fromkeys(found))
+
+    def __call__(self, genes: Genes) -> float:
+        return sum(self.amounts[part] for part in _parts(self.space, genes))
+
+    def cheapest(self, space: Space) -> Genes:
+        """The network of a part of the space that costs least."""
+        best: tuple[float, Genes] | None = None
+        depths = [space.at(name) for name in dict.fromkeys(stack.depth for stack in space.stacks)]
+        for dim in space.allowed[0]:
+            for chosen in itertools.product(*(space.allowed[at] for at in depths)):
+                numbers = [left[0] for left in space.allowed]
+                numbers[0] = dim
+                for at, number in zip(depths, chosen, strict=True):
+                    numbers[at] = number
+                for places in _layers(space):
+                    offered = itertools.product(*(space.allowed[at] for at in places))
+                    stack = space.genes[places[0]].stack
+                    least = min(offered, key=lambda layer, dim=dim, stack=stack: self.amounts[(dim, stack, *layer)])  # type: ignore[misc]
+                    for at, number in zip(places, least, strict=True):
+                        numbers[at] = number
+                genes = space.canonical(tuple(numbers))
+                cost = self(genes)
+                if best is None or cost < best[0]:
+                    best = cost, genes
+        assert best is not None
+        return best[1]
+
+
+def _layers(space: Space) -> list[tuple[int, ...]]:
+    """The places of the genes of each layer."""
+    named: dict[tuple[str, int], list[int]] = {}
+    for at, gene in enumerate(space.genes):
+        if gene.layer >= 0:
+            named.setdefault((gene.stack, gene.layer), []).append(at)
+    return [tuple(places) for places in named.values()]
+
+
+def _parts(space: Space, genes: Genes) -> list[tuple[Any, ...]]:
+    """The constant of the width, and the layers, by which a table names its amounts."""
+    active, dim = space.active(genes), genes[0]
+    found: list[tuple[Any, ...]] = [(dim,)]
+    for places in _layers(space):
+        if active[places[0]]:
+            found.append((dim, space.genes[places[0]].stack, *(genes[at] for at in places)))
+    return found
+
+
+def parameters(space: Space, networks: Sequence[Genes]) -> list[float]:
+    """The number of parameters of each network."""
+    return [float(count_parameters(space.config(genes))) for genes in networks]
+
+
+def flops(space: Space, networks: Sequence[Genes]) -> list[float]:
+    """Multiplications and additions of matrix products with which each network reads one item, projections included, as
+    torch's own operators compute them."""
+    return [count_flops(build(space.config(genes), 0), space.task) for genes in networks]
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, task: Task) -> float:
+    """FLOPs of reading the first held-out item."""
+    batch = next(iter(task.evaluation_batches(1)))
+    model.eval()
+    # of the same operators on every machine: torch does not look into a native kernel
+    with backends.only("torch"), flop_counter() as counter:
+        run_model(model, batch, batch_context(batch))
+    return float(counter.get_total_flops())
+
+
+def milliseconds(space: Space, networks: Sequence[Genes], *, seconds: float = 0.15, least: int = 5) -> list[float]:
+    """The median time in which each network reads one item on this machine, all of them measured in turns."""
+    timed = time_models(
+        {str(i): build(space.config(genes), 0) for i, genes in enumerate(networks)}, space, seconds, least
+    )
+    return [timed[str(i)].median * 1e3 for i in range(len(networks))]
+
+
+@torch.no_grad()
+def time_models(models: Mapping[str, nn.Module], space: Space, seconds: float, least: int = 5) -> dict[str, Timing]:
+    """Times of reading one item, measured in turns.
+
+    Args:
+        seconds: for each model.
+        least: turns at the least.
+    """
+    device = torch.device(space.settings.device)
+    batch = next(iter(space.task.evaluation_batches(1))).to(device)
+    context = batch_context(batch)
+    actions = {name: partial(run_model, model.to(device).eval(), batch, context) for name, model in models.items()}
+    return interleaved(
+        actions, seconds=seconds * len(models), least=least, most=500, device=device, clock=calm_clock(device)
+    )
+
+
+MEASURES: dict[str, Callable[..., list[float]]] = {
+    "parameters": parameters,
+    "flops": flops,
+    "milliseconds": milliseconds,
+}

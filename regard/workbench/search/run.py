@@ -1,0 +1,574 @@
+"""A search from its space to a plan that `regard train` and `regard compare` take.
+
+In order: the cost of every network, from a few that are measured; the supernet; networks tried with its weights, by which a
+ranker is learned and genes that matter less are fixed; searchers that follow the ranker within the budget; the finalists tried
+with the supernet's weights and, where the budget is a time, timed whole; the best of them and of each mechanism alone, trained
+from scratch beside the largest network of the first mechanism.
+
+The first quarter of the held-out items chooses; the others judge what was chosen. Every step is a row of the store or a
+checkpoint, so the same call goes on where one was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.contract import Unsupported
+from regard.measurement import provenance
+from regard.measurement.statistics import Comparison, Scores, items_array
+from regard.measurement.store import Store, canonical_key
+from regard.models import count_parameters
+from regard.models.weights import write_atomically
+from regard.tasks import Task
+from regard.training import TrainConfig, runner_of
+from regard.training.loop import batch_context
+from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
+from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
+from regard.workbench.search.searchers import SEARCHERS
+from regard.workbench.search.settings import SearchSettings
+from regard.workbench.search.space import Choices, Genes, Space
+from regard.workbench.search.supernet import Supernet
+from regard.workbench.work import build, data_digest
+
+STORE, PLAN, REPORT = "regard.sqlite", "plan.json", "search.html"
+FOUND, REFERENCE = "found", "reference"
+TIMING_SECONDS = 0.5
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Watch:
+    """Whom a search tells.
+
+    Attributes:
+        say: sentences about what is decided.
+        doing: what is done now, and which share of it is done.
+    """
+
+    say: Callable[[str], None] = lambda sentence: None
+    doing: Callable[[str, float], None] = lambda what, share: None
+
+
+class Search:
+    """A search for a task.
+
+    Args:
+        task: what the networks are for.
+        choices: what there is to choose.
+        settings: how.
+        output: folder for everything that is written.
+        watch: whom to tell.
+
+    Raises:
+        Unsupported: for a task without a model whose layers can be chosen, sizes that a mechanism cannot have, and a space in
+            which no network keeps the budget.
+    """
+
+    def __init__(
+        self, task: Task, choices: Choices, settings: SearchSettings, output: Path, watch: Watch | None = None
+    ) -> None:
+        if getattr(task, "runner", None) is not None:
+            raise Unsupported(
+                f"a search on {task.name}, which trains in a way of its own", supported="tasks of batches"
+            )
+        self.task, self.choices, self.settings, self.output = task, choices, settings, output
+        self.watch = Watch() if watch is None else watch
+        self.models = settings.models(task, choices.mechanisms)
+        self.space = Space(task, choices, self.models)
+        self.batch_size = max(1, settings.batch_tokens // (task.length + (task.memory_length or 0)))
+        self.items = sum(batch.size for batch in task.evaluation_batches(64))
+        if self.items < 2:
+            raise Unsupported(
+                f"a search on {self.items} held-out items", supported="two or more: some choose, some judge"
+            )
+        self.choosing = max(1, self.items // 4)
+        self.reference = self.space.uniform(choices.names[0])
+        self.identity = {
+            "task": task.name,
+            "data": data_digest(task),
+            "length": task.length,
+            "frame": settings.frame,
+            "batch_size": self.batch_size,
+            "learning_rate": settings.learning_rate,
+            "precision": settings.precision,
+            "device": settings.device,
+        }
+        self.of_supernet = {
+            **self.identity,
+            "mechanisms": list(choices.names),
+            **{name: list(getattr(choices, name)) for name in ("dims", "depths", "heads", "feed_forward")},
+            "steps": settings.steps,
+            "seed": settings.seed,
+            "share": settings.share,
+        }
+
+    def run(self) -> Row:
+        """The whole search; its record, as :func:`regard.workbench.search.report.write_page` and JSON take it."""
+        with Store(self.output / STORE) as store:
+            self.store = store
+            return self._run()
+
+    def _run(self) -> Row:
+        settings, say = self.settings, self.watch.say
+        unit = settings.budget.unit
+        table = self._table(unit)
+        limit = settings.budget.limit(table(self.reference))
+        spaces, left_out = self._spaces(table, limit)
+        say(
+            f"{self.space.size:,} networks; at most {worded(unit, limit)}, the reference "
+            f"({self.space.describe(self.reference)}) has about {worded(unit, table(self.reference))}"
+        )
+        self.supernet = self._trained_supernet()
+        tried, pruned, judged = self._tried(table, limit)
+        predictors = {kind: self._fitted(kind, tried) for kind in KINDS}
+        say(
+            f"ranker: Kendall's tau {judged['ranker'].tau:.2f} on networks that it has not learned from "
+            f"(regression {judged['regression'].tau:.2f})"
+        )
+        found, methods = self._found(spaces, pruned, predictors, table, limit, tried)
+        entrants = {name: genes for name, genes in found.items() if genes is not None}
+        left_out += [
+            f"{name}: no finalist keeps the budget when it is measured whole" for name, g in found.items() if g is None
+        ]
+        if FOUND not in entrants:
+            raise Unsupported(
+                f"budget {settings.budget}, which no finalist keeps when it is timed whole",
+                supported="a larger budget, or smaller choices",
+            )
+        entrants[REFERENCE] = self.reference
+        rows = self._entrants(entrants)
+        return self._record(table, limit, tried, judged, methods, rows, left_out)
+
+    # costs
+
+    def _table(self, unit: str) -> CostTable:
+        key = {"search": "table", "unit": unit, **{k: self.of_supernet[k] for k in _OF_SPACE}}
+        if unit == "milliseconds":
+            key |= {"machine": provenance.fingerprint()["machine_id"], "threads": torch.get_num_threads()}
+
+        def measured() -> list[Any]:
+            self.watch.doing(f"measuring the {unit} of layers", 0.0)
+            table = CostTable.of(self.space, lambda networks: MEASURES[unit](self.space, networks))
+            return [[list(part), amount] for part, amount in table.amounts.items()]
+
+        return CostTable(self.space, {tuple(part): amount for part, amount in self._stored("cost", key, measured)})
+
+    def _spaces(self, table: CostTable, limit: float) -> tuple[dict[str, Space], list[str]]:
+        """The space, and the part of it with each mechanism alone where there are several; those without a network that keeps
+        the budget are left out, and told."""
+        spaces, left_out = {FOUND: self.space}, []
+        if len(self.choices.names) > 1:
+            for number, name in enumerate(self.choices.names):
+                spaces[f"{name} alone"] = self.space.restricted({"mechanism": (number,)})
+        for name, space in list(spaces.items()):
+            least = table.cheapest(space)
+            if table(least) <= limit:
+                continue
+            unit = self.settings.budget.unit
+            if name == FOUND:
+                share = table(least) / table(self.reference)
+                raise Unsupported(
+                    f"budget {self.settings.budget}, which no network of the space keeps",
+                    supported=f"from {worded(unit, table(least))} on, which {space.describe(least)} has",
+                    nearest=f'--budget "{math.ceil(105 * share)}% {_WORD[unit]}"',
+                )
+            left_out.append(f"{name}: the smallest network has {worded(unit, table(least))}")
+            del spaces[name]
+        return spaces, left_out
+
+    # the supernet and what is tried with it
+
+    def _trained_supernet(self) -> Supernet:
+        settings = self.settings
+        supernet = Supernet(self.space, settings.seed, settings.device, share=settings.share)
+        name = hashlib.blake2b(canonical_key(self.of_supernet).encode(), digest_size=6).hexdigest()
+        config = TrainConfig(
+            steps=settings.steps,
+            batch_size=self.batch_size,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+            precision=settings.precision,
+            measure_memory=False,
+        )
+
+        def step(point: Any) -> None:
+            self.watch.doing(f"supernet, loss {point.loss:.3f}", (point.step + 1) / settings.steps)
+
+        path = self.output / f"supernet-{name}.safetensors"
+        history = runner_of(self.task).train(supernet, self.task, config, checkpoint=path, on_step=step)
+        if history.diverged:
+            raise Unsupported(
+                f"a learning rate of {settings.learning_rate:g}, at which the supernet diverged",
+                supported="a smaller --learning-rate",
+            )
+        return supernet.eval()
+
+    def inherited(self, genes: Genes) -> float:
+        """The loss of a network with the supernet's weights on the items that choose."""
+        key = {"search": "inherited", **self.of_supernet, "items": self.choosing, "genes": list(genes)}
+
+        def measured() -> float:
+            return _loss(self.supernet, genes, self.task, self.batch_size, self.choosing)
+
+        loss = self._stored("search", key, measured)
+        return math.inf if loss is None else loss
+
+    def _tried(self, table: CostTable, limit: float) -> tuple[dict[Genes, float], Space, dict[str, Judged]]:
+        """Networks and their losses, the space with the genes that still count, and how the predictors do.
+
+        The first round draws from the whole space. Later ones draw from what the last left open, within the budget where
+        such networks are found.
+        """
+        settings = self.settings
+        rng, tried, space = random.Random(f"{settings.seed} tried"), dict[Genes, float](), self.space
+        judged: dict[str, Judged] = {}
+        for number in range(settings.rounds):
+            wanted = settings.networks * (number + 1) // settings.rounds
+            for attempt in range(50 * settings.networks):
+                if len(tried) >= wanted:
+                    break
+                genes = space.draw(rng)
+                beyond = number > 0 and attempt < 25 * settings.networks and table(genes) > limit
+                if genes not in tried and not beyond:
+                    tried[genes] = self.inherited(genes)
+                    self.watch.doing("networks tried", len(tried) / settings.networks)
+            judged = {kind: judge(self.space, *_columns(tried), kind, seed=settings.seed) for kind in KINDS}
+            if number + 1 < settings.rounds:
+                importance = judged["ranker"].importance
+                keep = max(1, math.ceil(settings.keep * len(importance)))
+                pruned = prune(self.space, self._fitted("ranker", tried), importance, keep, settings.seed)
+                # fixing genes may fix them where the budget does not reach
+                space = pruned if table(table.cheapest(pruned)) <= limit else space
+        return tried, space, judged
+
+    def _fitted(self, kind: str, tried: Mapping[Genes, float]) -> Predictor:
+        return Predictor(self.space, kind, self.settings.seed).fit(*_columns(tried))
+
+    def _found(
+        self,
+        spaces: Mapping[str, Space],
+        pruned: Space,
+        predictors: Mapping[str, Predictor],
+        table: CostTable,
+        limit: float,
+        tried: Mapping[Genes, float],
+    ) -> tuple[dict[str, Genes | None], list[Row]]:
+        """The network chosen in each space, None where no finalist keeps the budget; and what each method came to."""
+        settings, ranker, methods = self.settings, predictors["ranker"], list[Row]()
+        within = sorted((genes for genes in tried if table(genes) <= limit), key=lambda genes: tried[genes])
+        finalists: dict[str, dict[Genes, None]] = {}
+        for name, space in spaces.items():
+            part = pruned if name == FOUND else space
+            start = [table.cheapest(part)]
+            finalists[name] = dict.fromkeys([*start, *[genes for genes in within if space.holds(genes)][:2]])
+            for searcher in settings.searchers:
+                self.watch.doing(f"{searcher}, {name}", 0.0)
+                result = self._searched(searcher, part, ranker, table, limit, start)
+                finalists[name] |= dict.fromkeys(genes for genes, _ in result.best[: settings.finalists])
+                if name == FOUND:
+                    methods.append(self._method(f"{searcher}, ranker", result.best[0][0], ranker, result.scored))
+            if name == FOUND:
+                result = self._searched(settings.searchers[0], part, predictors["regression"], table, limit, start)
+                told = f"{settings.searchers[0]}, regression"
+                methods.append(self._method(told, result.best[0][0], ranker, result.scored))
+                if within:
+                    methods.append(self._method("best of those tried", within[0], ranker, len(within)))
+        for name in finalists:
+            finalists[FOUND] |= finalists[name]  # what is of one mechanism is of the space
+        kept = set(self._keeping(list(finalists[FOUND]), limit))
+        chosen = {
+            name: min((genes for genes in several if genes in kept), key=self.inherited, default=None)
+            for name, several in finalists.items()
+        }
+        return chosen, methods
+
+    def _searched(
+        self, searcher: str, space: Space, predictor: Predictor, table: CostTable, limit: float, start: Sequence[Genes]
+    ) -> Any:
+        def fits(genes: Genes) -> bool:
+            return table(genes) <= limit
+
+        search = SEARCHERS[searcher]
+        return search(space, predictor.score, fits, self.settings.evaluations, self.settings.seed, start)
+
+    def _method(self, name: str, genes: Genes, ranker: Predictor, scored: int) -> Row:
+        return {
+            "method": name,
+            "network": self.space.describe(genes),
+            "score": float(ranker.score([genes])[0]),
+            "inherited": self.inherited(genes),
+            "scored": scored,
+        }
+
+    def _keeping(self, finalists: Sequence[Genes], limit: float) -> list[Genes]:
+        """The finalists that keep the budget when they are measured whole: of times beside the reference, whose own time is
+        what a share is of."""
+        budget = self.settings.budget
+        if budget.unit != "milliseconds":
+            return list(finalists)
+        key = {
+            "search": "whole",
+            **self.identity,
+            "networks": [[self.space.describe(g)] for g in (*finalists, self.reference)],
+            "machine": provenance.fingerprint()["machine_id"],
+            "threads": torch.get_num_threads(),
+        }
+
+        def measured() -> list[float]:
+            self.watch.doing("timing the finalists", 0.0)
+            return MEASURES["milliseconds"](self.space, [*finalists, self.reference], seconds=TIMING_SECONDS)
+
+        *times, own = self._stored("cost", key, measured)
+        most = budget.limit(own) if budget.share else limit
+        return [genes for genes, time in zip(finalists, times, strict=True) if time <= most]
+
+    # what is chosen, from scratch
+
+    def _entrants(self, entrants: Mapping[str, Genes]) -> list[Row]:
+        settings, rows = self.settings, []
+        costs = self._costs(entrants)
+        count = settings.seeds * bool(settings.retrain_steps)
+        runs = len(entrants) * count
+        done = 0
+        for name, genes in entrants.items():
+            made = []
+            for seed in range(settings.seed, settings.seed + count):
+                made.append(self._retrained(genes, seed, f"{name}, seed {seed}", done / runs))
+                done += 1
+            rows.append(
+                {
+                    "name": name,
+                    "network": self.space.network(genes).as_dict(),
+                    "plan": self.space.variant(genes).name,
+                    "genes": list(genes),
+                    "inherited": self.inherited(genes),
+                    **costs[name],
+                    "runs": made,
+                }
+            )
+        return rows
+
+    def _retrained(self, genes: Genes, seed: int, told: str, share: float) -> Row:
+        settings = self.settings
+        key = {
+            "search": "retrained",
+            **self.identity,
+            "plan": self.space.variant(genes).record(),
+            "dim": self.space.network(genes).dim,
+            "steps": settings.retrain_steps,
+            "seed": seed,
+            "first_item": self.choosing,
+        }
+
+        def measured() -> Row:
+            self.watch.doing(f"training {told}", share)
+            model = build(self.space.config(genes), seed, settings.device)
+            config = TrainConfig(
+                steps=settings.retrain_steps,
+                batch_size=self.batch_size,
+                learning_rate=settings.learning_rate,
+                seed=seed,
+                precision=settings.precision,
+                measure_memory=False,
+            )
+            runner = runner_of(self.task)
+            if runner.train(model, self.task, config).diverged:
+                return {"seed": seed, "diverged": True, "score": None, "loss": None, "items": []}
+            found = runner.evaluate(model, self.task, self.batch_size, first=self.choosing)
+            return {"seed": seed, "diverged": False, "score": found.score, "loss": found.loss, "items": found.items}
+
+        return self._stored("quality", key, measured)
+
+    def _costs(self, entrants: Mapping[str, Genes]) -> dict[str, Row]:
+        """Parameters, FLOPs and time of each, the times measured in turns."""
+        key = {
+            "search": "entrants",
+            **self.identity,
+            "networks": [self.space.describe(genes) for genes in entrants.values()],
+            "machine": provenance.fingerprint()["machine_id"],
+            "threads": torch.get_num_threads(),
+        }
+
+        def measured() -> dict[str, Row]:
+            self.watch.doing("measuring what was chosen", 0.0)
+            models = {self.space.describe(g): build(self.space.config(g), 0) for g in entrants.values()}
+            counted = {
+                name: {"parameters": count_parameters(model), "flops": count_flops(model, self.task)}
+                for name, model in models.items()
+            }
+            timed = time_models(models, self.space, TIMING_SECONDS)
+            return {name: {**counted[name], "ms": timed[name].median * 1e3} for name in models}
+
+        costs = self._stored("cost", key, measured)
+        return {name: costs[self.space.describe(genes)] for name, genes in entrants.items()}
+
+    def _stored(self, kind: str, key: Mapping[str, Any], measured: Callable[[], Any]) -> Any:
+        """The payload of a row, made where there is none."""
+        row = self.store.get(kind, key)
+        if row is None:
+            self.store.put(kind, key, {"value": measured()})
+            row = self.store.get(kind, key)
+            assert row is not None
+        return row.payload["value"]
+
+    # what it came to
+
+    def _record(
+        self,
+        table: CostTable,
+        limit: float,
+        tried: Mapping[Genes, float],
+        judged: Mapping[str, Judged],
+        methods: list[Row],
+        rows: list[Row],
+        left_out: list[str],
+    ) -> Row:
+        unit = self.settings.budget.unit
+        winner = rows[0]
+        self._write_plan(tuple(winner["genes"]), self.output / PLAN)
+        compared = _compared(rows)
+        return {
+            "task": self.task.name,
+            "described": self.task.describe(),
+            "metric": self.task.metric,
+            "higher_is_better": self.task.higher_is_better,
+            "budget": str(self.settings.budget),
+            "unit": unit,
+            "limit": limit,
+            "space": self.space.size,
+            "choices": {name: list(getattr(self.choices, name)) for name in _CHOICES}
+            | {"mechanisms": list(self.choices.names)},
+            "settings": {**asdict(self.settings), "budget": str(self.settings.budget)},
+            "items": {"choose": self.choosing, "judge": self.items - self.choosing},
+            "tried": [
+                {
+                    "network": self.space.describe(genes),
+                    "loss": loss,
+                    "cost": table(genes),
+                    "mechanisms": self._mixture(genes),
+                }
+                for genes, loss in tried.items()
+            ],
+            "judged": {kind: asdict(one) for kind, one in judged.items()},
+            "methods": methods,
+            "entrants": [{**row, "cost": row[_COLUMN[unit]]} for row in rows],
+            "against": compared,
+            "left_out": left_out,
+            "verdict": self._verdict(rows, compared),
+            "plan": str(self.output / PLAN),
+            "commands": self._commands(winner),
+            "machine": provenance.fingerprint()["cpu"],
+            "threads": torch.get_num_threads(),
+        }
+
+    def _mixture(self, genes: Genes) -> str:
+        names = [layer.mechanism for layers in self.space.network(genes).stacks.values() for layer in layers]
+        kinds = dict.fromkeys(names)
+        return next(iter(kinds)) if len(kinds) == 1 else "mixed"
+
+    def _write_plan(self, genes: Genes, path: Path) -> None:
+        """The plan as a file that :func:`regard.models.variants.read_variant` reads."""
+        variant = self.space.variant(genes)
+        plan: Row = {"name": "found"}
+        for stack, layers in variant.record().items():
+            plan[stack] = [{"mechanism": name, "options": options} for name, options in layers]
+        text = json.dumps(plan, indent=2) + "\n"
+        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def _commands(self, winner: Row) -> list[str]:
+        settings, sizes = self.settings, self.space.sized(tuple(winner["genes"]))
+        same = f"--dim {sizes.dim} --layers {sizes.layers} --heads {sizes.heads} --frame {settings.frame}"
+        origin = getattr(self.task, "origin", None) or {}
+        named = ",".join(f"{k}={v}" for k, v in origin.items() if isinstance(v, str | int | float) and k != "tokenizer")
+        task = f'--task "{self.task.name}{":" * bool(named)}{named}"'
+        return [
+            f"regard train {task} --mechanism {self.output / PLAN} {same} --learning-rate {settings.learning_rate:g} "
+            f'--budget "{max(20, settings.retrain_steps)} steps"',
+            f"regard compare {task} --mechanisms {self.choices.names[0]},{self.output / PLAN} {same}",
+        ]
+
+    def _verdict(self, rows: list[Row], compared: Mapping[str, Row]) -> str:
+        winner, reference = rows[0], rows[-1]
+        column, metric = _COLUMN[self.settings.budget.unit], self.task.metric
+        share = winner[column] / reference[column]
+        told = f"{winner['plan']} of width {winner['network']['dim']} has {share:.0%} of the {_SAID[column]} of the reference"
+        beside = compared.get(REFERENCE)
+        if beside is None:
+            return f"{told}; there are no runs of both from scratch to compare."
+        own, others = (
+            _mean([run["score"] for run in row["runs"] if not run["diverged"]]) for row in (winner, reference)
+        )
+        scores = f"{own:.4g} {metric} against {others:.4g}"
+        if beside["resolved"] is None:
+            return f"{told}: {scores}, which one seed cannot tell apart."
+        if abs(beside["mean"]) <= beside["resolved"]:
+            return f"{told} and is within the noise of it: {scores}; a difference of {beside['resolved']:.2g} could be told."
+        better = (beside["mean"] > 0) == self.task.higher_is_better
+        return f"{told} and is {'better' if better else 'worse'} than it: {scores}."
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+_OF_SPACE = ("task", "data", "length", "frame", "device", "mechanisms", "dims", "depths", "heads", "feed_forward")
+_CHOICES = ("dims", "depths", "heads", "feed_forward")
+_COLUMN = {"milliseconds": "ms", "flops": "flops", "parameters": "parameters"}
+_SAID = {"ms": "time", "flops": "FLOPs", "parameters": "parameters"}
+_WORD = {"milliseconds": "time", "flops": "flops", "parameters": "parameters"}
+
+
+@torch.no_grad()
+def _loss(supernet: Supernet, genes: Genes, task: Task, batch_size: int, last: int) -> float:
+    """The mean loss of a network with the supernet's weights on the first held-out items. Nothing is generated, which some
+    tasks score."""
+    total, weight, seen = 0.0, 0.0, 0
+    for batch in task.evaluation_batches(batch_size):
+        chosen = batch.items(0, min(batch.size, last - seen)).to(torch.device(supernet.device))
+        memory = () if chosen.memory is None else (chosen.memory,)
+        output = supernet.run(genes, chosen.inputs, *memory, context=batch_context(chosen)).output
+        sums, weights = task.loss(output, chosen)
+        total, weight, seen = total + float(sums.sum()), weight + float(weights.sum()), seen + chosen.size
+        if seen >= last:
+            break
+    return total / weight if weight else math.nan
+
+
+def _columns(tried: Mapping[Genes, float]) -> tuple[list[Genes], list[float]]:
+    """Networks and losses; a loss that is not finite is as bad as the worst that is."""
+    known = [loss for loss in tried.values() if math.isfinite(loss)]
+    worst = max(known, default=0.0)
+    return list(tried), [loss if math.isfinite(loss) else worst for loss in tried.values()]
+
+
+def _compared(rows: Sequence[Row]) -> dict[str, Row]:
+    """The first entrant's score minus each other's, paired over seeds and items; empty without runs."""
+    scores = {}
+    for row in rows:
+        runs = {run["seed"]: items_array(run["items"]) for run in row["runs"] if not run["diverged"]}
+        if runs:
+            scores[row["name"]] = Scores(runs)
+    first = rows[0]["name"]
+    if first not in scores or len(scores) < 2:
+        return {}
+    comparison, found = Comparison(scores), {}
+    for name in scores:
+        if name != first:
+            difference = comparison.difference(first, name)
+            finite = math.isfinite(difference.resolved)
+            found[name] = {
+                "mean": difference.mean,
+                "standard_error": difference.standard_error if finite else None,
+                "resolved": difference.resolved if finite else None,
+            }
+    return found

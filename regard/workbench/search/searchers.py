@@ -1,0 +1,167 @@
+"""Searchers: each looks for the network with the highest score among those that a budget allows, by as many scores.
+
+`evolution` is that of the Hardware-Aware Transformer (Wang et al., arXiv 2005.14187): parents, mutants, crossovers. `random`
+draws. `optuna` is the library's tree-structured Parzen estimator over the same genes (``pip install 'regard[search]'``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regard.contract import Unsupported
+from regard.workbench.search.space import Genes, Space
+
+PARENTS, MUTANTS, CROSSOVERS = 25, 50, 50
+MUTATION = 0.3
+TRIES = 40
+"""Draws for each network that is wanted, before fewer are taken."""
+
+Score = Callable[[Sequence[Genes]], np.ndarray]
+Fits = Callable[[Genes], bool]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        best: networks and their scores, the best first, each once.
+        scored: how many networks were scored.
+    """
+
+    best: list[tuple[Genes, float]]
+    scored: int
+
+
+class Scored:
+    """Scores of networks, each asked for once, up to a number of them."""
+
+    def __init__(self, score: Score, fits: Fits, most: int) -> None:
+        self.score, self.fits, self.most = score, fits, most
+        self.known: dict[Genes, float] = {}
+
+    @property
+    def left(self) -> int:
+        return self.most - len(self.known)
+
+    def add(self, networks: Sequence[Genes]) -> None:
+        """Score those that fit and are new, as many as are left."""
+        new = [genes for genes in dict.fromkeys(networks) if genes not in self.known and self.fits(genes)][: self.left]
+        if new:
+            self.known |= dict(zip(new, map(float, self.score(new)), strict=True))
+
+    def found(self) -> Found:
+        return Found(sorted(self.known.items(), key=lambda item: (-item[1], item[0])), len(self.known))
+
+
+def evolution(
+    space: Space, score: Score, fits: Fits, evaluations: int, seed: int, start: Sequence[Genes] = ()
+) -> Found:
+    """Generations of the best networks so far, mutants of them (each gene drawn anew with probability 0.3), and crossovers
+    (each gene from either of two)."""
+    rng, scored = random.Random(seed), Scored(score, fits, evaluations)
+    scored.add([*start, *_drawn(lambda: space.draw(rng), scored, min(PARENTS + MUTANTS + CROSSOVERS, evaluations))])
+
+    def mutant() -> Genes:
+        return space.nearest(
+            tuple(
+                rng.choice(left) if rng.random() < MUTATION else number
+                for number, left in zip(rng.choice(parents), space.allowed, strict=True)
+            )
+        )
+
+    def crossover() -> Genes:
+        both = [rng.choice(parents) for _ in range(2)]
+        return space.nearest(tuple(rng.choice(pair) for pair in zip(*both, strict=True)))
+
+    while scored.left and scored.known:
+        parents, before = [genes for genes, _ in scored.found().best[:PARENTS]], len(scored.known)
+        scored.add([*_drawn(mutant, scored, MUTANTS), *_drawn(crossover, scored, CROSSOVERS)])
+        if len(scored.known) == before:
+            break  # nothing new is near: all there is has been scored, or all that parents lead to
+    return scored.found()
+
+
+def at_random(
+    space: Space, score: Score, fits: Fits, evaluations: int, seed: int, start: Sequence[Genes] = ()
+) -> Found:
+    """Networks drawn evenly."""
+    rng, scored = random.Random(seed), Scored(score, fits, evaluations)
+    scored.add([*start, *_drawn(lambda: space.draw(rng), scored, evaluations)])
+    return scored.found()
+
+
+def with_optuna(
+    space: Space, score: Score, fits: Fits, evaluations: int, seed: int, start: Sequence[Genes] = ()
+) -> Found:
+    """Optuna's sampler, with one categorical a gene that counts; networks beyond the budget are pruned trials.
+
+    Raises:
+        Unsupported: where optuna is not installed.
+    """
+    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    scored = Scored(score, fits, evaluations)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+
+    def suggested(trial: Any) -> Genes:
+        numbers = [left[0] for left in space.allowed]
+        for at, (gene, left) in enumerate(zip(space.genes, space.allowed, strict=True)):
+            if space.active(tuple(numbers))[at]:  # depths come before their layers
+                numbers[at] = trial.suggest_categorical(gene.name, list(left))
+        return space.canonical(tuple(numbers))
+
+    def objective(trial: Any) -> float:
+        genes = suggested(trial)
+        scored.add([genes])
+        if genes not in scored.known:
+            raise optuna.TrialPruned
+        return scored.known[genes]
+
+    for genes in start:
+        named = zip(space.genes, genes, space.active(genes), strict=True)
+        study.enqueue_trial({gene.name: number for gene, number, counts in named if counts})
+    for _ in range(2 * evaluations):  # of pruned and repeated trials no score is asked for
+        if not scored.left:
+            break
+        study.optimize(objective, n_trials=1)
+    return scored.found()
+
+
+SEARCHERS: dict[str, Callable[..., Found]] = {"evolution": evolution, "random": at_random, "optuna": with_optuna}
+
+
+def check_searchers(names: Sequence[str]) -> None:
+    """Raises Unsupported for an unknown searcher, and for one whose package is missing."""
+    unknown = [name for name in names if name not in SEARCHERS]
+    if unknown or not names:
+        raise Unsupported(f"searchers {', '.join(names) or 'none'}", supported=", ".join(SEARCHERS))
+    if "optuna" in names:
+        _optuna()
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise Unsupported(
+            "the searcher optuna without the package", supported="pip install 'regard[search]'", nearest="evolution"
+        ) from None
+    return optuna
+
+
+def _drawn(draw: Callable[[], Genes], scored: Scored, count: int) -> list[Genes]:
+    """As many new networks that fit as are wanted, or as a number of draws gives."""
+    found: dict[Genes, None] = {}
+    for _ in range(TRIES * count):
+        if len(found) >= count:
+            break
+        genes = draw()
+        if genes not in found and genes not in scored.known and scored.fits(genes):
+            found[genes] = None
+    return list(found)

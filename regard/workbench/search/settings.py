@@ -1,0 +1,90 @@
+"""How a search is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regard.contract import Unsupported, at_least, one_of
+from regard.measurement.budget import Budget
+from regard.models.frames import FRAMES
+from regard.models.variants import Variant
+from regard.tasks import Task
+from regard.training import PRECISIONS
+from regard.workbench.layer_work import check_device
+from regard.workbench.search.costs import NetworkBudget
+from regard.workbench.search.searchers import check_searchers
+from regard.workbench.settings import CompareSettings
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a search is made.
+
+    Attributes:
+        budget: of a network.
+        steps: of the supernet's training, each of which trains four networks.
+        learning_rate: of all training.
+        batch_tokens: tokens of a step.
+        networks: how many are tried with the supernet's weights, for the ranker to learn from.
+        rounds: in which they are drawn; after each but the last the genes that matter less are fixed.
+        keep: share of the genes that stay open after a round.
+        searchers: of :data:`regard.workbench.search.searchers.SEARCHERS`.
+        evaluations: networks that each of them scores.
+        finalists: of them that are tried with the supernet's weights.
+        retrain_steps: of the chosen networks, from scratch; 0 for no retraining.
+        seeds: runs of each of them.
+        seed: of the supernet, the draws and the first run.
+        share: whether the mechanisms of a layer have their projections in common.
+        frame: of :data:`regard.models.frames.FRAMES`.
+        precision, device: of training and times.
+    """
+
+    budget: NetworkBudget
+    steps: int = 2000
+    learning_rate: float = 3e-3
+    batch_tokens: int = 4096
+    networks: int = 60
+    rounds: int = 2
+    keep: float = 0.6
+    searchers: tuple[str, ...] = ("evolution", "random")
+    evaluations: int = 1000
+    finalists: int = 8
+    retrain_steps: int = 1500
+    seeds: int = 3
+    seed: int = 0
+    share: bool = True
+    frame: str = "bare"
+    precision: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_tokens", 1), ("networks", 10), ("rounds", 1), ("evaluations", 1)):
+            at_least(name, getattr(self, name), low)
+        for name, low in (("finalists", 1), ("retrain_steps", 0), ("seeds", 1), ("seed", 0)):
+            at_least(name, getattr(self, name), low)
+        if not self.learning_rate > 0:
+            raise Unsupported(f"learning_rate={self.learning_rate}", supported="a positive rate", nearest="0.003")
+        if not 0 < self.keep <= 1:
+            raise Unsupported(f"keep={self.keep}", supported="a share of the genes, above 0 and up to 1", nearest="0.6")
+        if self.networks < 5 * self.rounds:
+            raise Unsupported(f"{self.networks} networks in {self.rounds} rounds", supported="five or more a round")
+        one_of("frame", self.frame, FRAMES)
+        one_of("precision", self.precision, PRECISIONS)
+        check_searchers(self.searchers)
+        check_device(self.device)
+
+    def models(self, task: Task, mechanisms: Sequence[Variant]) -> CompareSettings:
+        """What a comparison of these mechanisms on a task would build its models by."""
+        return CompareSettings(
+            tuple(mechanisms),
+            Budget("steps", float(self.steps)),
+            seeds=1,
+            first_seed=self.seed,
+            frames=(self.frame,),
+            batch_tokens=self.batch_tokens,
+            rates=(self.learning_rate,),
+            lengths=(task.length,),
+            precision=self.precision,
+            device=self.device,
+        )

@@ -1,0 +1,440 @@
+"""Architecture search (arXiv 2207.13955): the supernet, the ranker, the searchers, the budget, and the whole on a small task."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from command_line import answer, run
+from torch import nn
+
+from regard.contract import Context, Unsupported
+from regard.models import count_parameters
+from regard.models.stack import joint_loss
+from regard.models.variants import read_variant, read_variants
+from regard.tasks import create_task, mean_loss
+from regard.training.loop import run_model
+from regard.workbench.search.costs import CostTable, NetworkBudget, count_flops, flops, parameters
+from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
+from regard.workbench.search.run import Search
+from regard.workbench.search.searchers import SEARCHERS, check_searchers
+from regard.workbench.search.settings import SearchSettings
+from regard.workbench.search.space import Choices, Space
+from regard.workbench.search.supernet import Supernet
+from regard.workbench.work import Work, build, model_config
+
+RECALL = create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24)
+SIZES = {"dims": (8, 16), "depths": (1, 2), "heads": (1, 2), "feed_forward": (8, 16)}
+
+
+def space(mechanisms="softmax,cosformer", task=RECALL, **sizes):
+    variants = tuple(read_variants(mechanisms))
+    settings = SearchSettings(NetworkBudget("flops", 0.6, True)).models(task, variants)
+    return Space(task, Choices(variants, **{**SIZES, **sizes}), settings)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A task that reads a memory and writes tokens."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps({"a": f"text number {i}", "b": f"number {i}"}) for i in range(40)))
+    return create_task(
+        "summarize", data=str(file), source="a", target="b", length=16, source_length=24, evaluation_items=4
+    )
+
+
+@pytest.fixture(params=["recall", "images", "pairs"])
+def task(request):
+    if request.param == "pairs":
+        return request.getfixturevalue("pairs")
+    return RECALL if request.param == "recall" else create_task("images", data="digits", patch=4)
+
+
+def random_losses(one, networks, kinds=("dim", "depth", "mechanism", "heads", "feed_forward"), seed=0):
+    """A sum of draws, one for each choice of each gene of some kinds."""
+    rng = np.random.default_rng(seed)
+    worth = {gene.name: rng.standard_normal(len(gene.choices)) * (gene.kind in kinds) for gene in one.genes}
+    return [
+        sum(worth[gene.name][n] for gene, n, counts in zip(one.genes, genes, one.active(genes), strict=True) if counts)
+        for genes in networks
+    ]
+
+
+def drawn(one, count, seed=0):
+    rng, found = random.Random(seed), {}
+    while len(found) < count:
+        found[one.draw(rng)] = None
+    return list(found)
+
+
+# the space
+
+
+def test_genes_to_network_to_genes_is_the_identity_and_every_network_is_counted_once():
+    one = space()
+    every = list(one.every())
+    assert len(every) == len(set(every)) == one.size == 2 * (8 + 64)
+    assert all(one.genes_of(one.network(genes)) == genes for genes in every)
+    cosformer = one.restricted({"mechanism": (1,)})
+    assert len(list(cosformer.every())) == cosformer.size == 2 * (4 + 16)
+    with pytest.raises(Unsupported, match="networks of the space"):
+        one.genes_of(space(dims=(24,)).network((0,) * len(one.genes)))
+
+
+def test_an_encoder_decoder_has_genes_for_each_attention_of_each_layer(pairs):
+    """Of six layers on each side as in the paper: 18 attentions have a mechanism and heads, 12 layers a feed-forward width."""
+    one = space(task=pairs, depths=(1, 6))
+    kinds = [gene.kind for gene in one.genes]
+    assert [kinds.count(kind) for kind in ("mechanism", "heads", "feed_forward", "dim", "depth")] == [18, 18, 12, 1, 2]
+    genes = drawn(one, 1)[0]
+    config = one.config(genes)
+    assert one.genes_of(one.network(genes)) == genes
+    layers = one.network(genes).stacks
+    for plan, stack in (("encoder_plan", "encoder"), ("decoder_plan", "decoder"), ("cross_plan", "cross")):
+        told = [(name, options["num_heads"]) for name, options in getattr(config, plan)]
+        assert told == [(layer.mechanism, layer.heads) for layer in layers[stack]]
+
+
+def test_the_reach_of_a_mechanism_is_the_length_of_the_task():
+    one = space("cosformer")
+    assert all(options["length"] == RECALL.length for _, options in one.config(one.uniform("cosformer")).plan)
+
+
+# the supernet
+
+
+def cases(one):
+    """Every choice of every gene, the other genes drawn."""
+    rng = random.Random(3)
+    for at, gene in enumerate(one.genes):
+        for number in range(len(gene.choices)):
+            genes = one.extreme(rng, largest=True)
+            yield one.canonical((*genes[:at], number, *genes[at + 1 :]))
+
+
+def test_a_slice_of_the_supernet_equals_the_network_that_stands_alone_forward_and_backward(task):
+    one = space(task=task)
+    supernet = Supernet(one, 0).double()
+    batch = task.training_batch(0, 0, 2)
+    batch = batch if batch.inputs.dtype == torch.long else type(batch)(batch.inputs.double(), batch.targets)
+    inputs = [batch.inputs] + ([] if batch.memory is None else [batch.memory])
+    context = Context(grid=getattr(task, "grid", None))
+    for genes in dict.fromkeys(cases(one)):
+        alone = build(model_config(one.variant(genes), task, one.sized(genes), "bare"), 1).double()
+        used = {supernet.key(alone, name): parameter for name, parameter in alone.named_parameters()}
+        assert len(used) == len(list(alone.parameters()))
+        with torch.no_grad():
+            for name, parameter in used.items():
+                parameter.copy_(supernet.tensors[name][tuple(slice(n) for n in parameter.shape)])
+        supernet.zero_grad()
+        sliced, expected = supernet.run(genes, *inputs, context=context).output, alone(*inputs, context=context).output
+        assert torch.allclose(sliced, expected, rtol=0, atol=1e-10)
+        grown = torch.randn_like(expected)
+        (sliced * grown).sum().backward()
+        (expected * grown).sum().backward()
+        for name, whole in supernet.tensors.items():
+            grad = torch.zeros_like(whole) if whole.grad is None else whole.grad
+            own = torch.zeros_like(whole)
+            if name in used and used[name].grad is not None:
+                own[tuple(slice(n) for n in used[name].shape)] = used[name].grad
+            assert torch.allclose(grad, own, rtol=0, atol=1e-10), name
+
+
+def test_a_matrix_of_several_projections_is_not_cut_and_mechanisms_may_have_projections_of_their_own():
+    one = space("softmax,mamba2,gated_linear")
+    supernet, whole = Supernet(one, 0), Supernet(one, 0, share=False)
+    for genes in drawn(one, 6):
+        for name, part in supernet.slices(genes).items():
+            key = supernet.key(supernet.model(genes), name)
+            if "|" in key:
+                assert part.shape == supernet.tensors[key].shape, key
+    blocks = [key for key in supernet.tensors if key.startswith("blocks/0/mixer/query")]
+    assert blocks == ["blocks/0/mixer/query/weight"]
+    assert len([key for key in whole.tensors if key.startswith("blocks/0/mixer/query")]) == 2  # mamba2 has none
+
+
+def test_a_step_trains_the_largest_the_smallest_and_drawn_networks_by_the_mean_of_their_losses():
+    one = space()
+    supernet = Supernet(one, 5)
+    batch = RECALL.training_batch(0, 0, 3)
+    networks = supernet.drawn(7)
+    sizes = [[one.network(g).dim, len(one.network(g).stacks["layer"])] for g in networks]
+    assert sizes[:2] == [[16, 2], [8, 1]]
+    assert networks == Supernet(one, 5).drawn(7) != supernet.drawn(8)
+    result = supernet.train()(batch.inputs, context=Context(progress=7.0))
+    joint = joint_loss(result, lambda output: mean_loss(RECALL, output, batch))
+    each = [mean_loss(RECALL, supernet.run(g, batch.inputs, context=Context()).output, batch) for g in networks]
+    assert torch.allclose(joint, torch.stack(each).mean(), atol=1e-6)
+
+
+def test_a_stand_alone_copy_is_what_the_supernet_computes():
+    one = space()
+    supernet, batch = Supernet(one, 0).eval(), RECALL.training_batch(0, 0, 2)
+    for genes in drawn(one, 3):
+        copied = supernet.alone(genes).eval()
+        expected = supernet.run(genes, batch.inputs, context=Context()).output
+        assert torch.allclose(copied(batch.inputs, context=Context()).output, expected, atol=1e-6)
+
+
+# costs
+
+
+def test_costs_of_layers_add_up_to_those_of_networks(task):
+    one = space(task=task, dims=(8,), heads=(1,))
+    for measure in (parameters, flops):
+        table = CostTable.of(one, lambda networks, measure=measure: measure(one, networks))
+        networks = drawn(one, 3)
+        assert [table(genes) for genes in networks] == pytest.approx(measure(one, networks), rel=1e-9)
+
+
+def test_flops_hold_the_projections_and_agree_with_hooks():
+    one = space("softmax")
+    genes = one.uniform("softmax")
+    model, counted = build(one.config(genes), 0).eval(), []
+
+    def linear(module, inputs, output):
+        counted.append(2 * inputs[0].numel() * module.out_features)
+
+    hooks = [m.register_forward_hook(linear) for m in model.modules() if isinstance(m, nn.Linear)]
+    batch = next(iter(RECALL.evaluation_batches(1)))
+    run_model(model, batch, Context())
+    for hook in hooks:
+        hook.remove()
+    attention = 2 * 4 * RECALL.length**2 * 16  # two layers, two products of 2 N^2 C
+    assert count_flops(model, RECALL) == pytest.approx(sum(counted) + attention, rel=0.01)
+
+
+def test_the_cheapest_network_costs_least():
+    one = space()
+    table = CostTable.of(one, lambda networks: parameters(one, networks))
+    for part in (one, one.restricted({"mechanism": (1,)}), one.restricted({"dim": (1,), "layer 1 heads": (1,)})):
+        cheapest = table.cheapest(part)
+        assert part.holds(cheapest)
+        assert table(cheapest) == pytest.approx(min(map(table, part.every())))
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "limit"),
+    [
+        ("60% time", "milliseconds", 6.0),
+        ("4.5ms", "milliseconds", 4.5),
+        ("2M FLOPs", "flops", 2e6),
+        ("70 % params", "parameters", 7.0),
+    ],
+)
+def test_a_budget_is_a_share_or_an_amount(text, unit, limit):
+    budget = NetworkBudget.parse(text)
+    assert (budget.unit, budget.limit(10.0)) == (unit, pytest.approx(limit))
+
+
+@pytest.mark.parametrize("text", ["2 apples", "0% time", "60%", "5 time", "-3ms", "50% M flops", ""])
+def test_a_budget_that_says_nothing_is_refused(text):
+    with pytest.raises(Unsupported, match="60% time"):
+        NetworkBudget.parse(text)
+
+
+# the ranker
+
+
+def test_the_ranker_is_antisymmetric_and_orders_what_is_a_sum_over_genes():
+    one = space(depths=(1, 2, 3))
+    networks = drawn(one, 60)
+    losses = random_losses(one, networks)
+    ranker = Predictor(one).fit(networks, losses)
+    assert pair_accuracy(ranker.score(networks), losses) == 1.0
+    a, b = networks[:2]
+    assert ranker.probability(a, b) == pytest.approx(1 - ranker.probability(b, a), abs=1e-12)
+    assert judge(one, networks, losses).tau > 0.7
+
+
+def test_the_ranker_knows_nothing_of_losses_that_are_drawn():
+    one = space(depths=(1, 2, 3))
+    networks, rng = drawn(one, 60), np.random.default_rng(1)
+    found = [judge(one, networks, rng.standard_normal(60), seed=seed).accuracy for seed in range(3)]
+    assert abs(np.mean(found) - 0.5) < 0.12
+
+
+def test_tau_counts_pairs():
+    assert kendall_tau([3, 2, 1], [1.0, 2.0, 3.0]) == 1.0
+    assert kendall_tau([1, 2, 3], [1.0, 2.0, 3.0]) == -1.0
+    assert kendall_tau([3, 1, 2], [1.0, 2.0, 3.0]) == pytest.approx(1 / 3)
+    assert pair_accuracy([1, 1, 1], [1.0, 2.0, 3.0]) == 0.5
+    assert np.isnan(kendall_tau([1, 2], [1.0, 1.0]))
+
+
+def test_silent_genes_are_no_features():
+    one = space()
+    at = one.at("layer 2 mechanism")
+    shallow = one.canonical((0,) * len(one.genes))
+    loud = tuple(1 if i == at else n for i, n in enumerate(shallow))
+    assert (features(one, [shallow]) == features(one, [loud])).all()
+    assert one.canonical(loud) == shallow
+
+
+def test_genes_that_do_not_matter_are_fixed_at_their_best_choice():
+    one = space(depths=(2,))
+    networks = drawn(one, 100)
+    losses = random_losses(one, networks, kinds=("dim", "mechanism"))
+    judged = judge(one, networks, losses)
+    ranked = sorted(judged.importance, key=lambda name: -judged.importance[name])
+    assert set(ranked[:3]) == {"dim", "layer 1 mechanism", "layer 2 mechanism"}
+    pruned = prune(one, Predictor(one).fit(networks, losses), judged.importance, keep=3)
+    assert pruned.size == 8
+    only = prune(one, Predictor(one).fit(networks, losses), judged.importance, keep=0)
+    best = min(one.every(), key=lambda genes: random_losses(one, [genes], kinds=("dim", "mechanism"))[0])
+    kept = [at for at, gene in enumerate(one.genes) if gene.kind in ("dim", "mechanism")]
+    assert [next(iter(only.every()))[at] for at in kept] == [best[at] for at in kept]
+
+
+# searchers
+
+
+@pytest.mark.parametrize("name", ["evolution", "random", "optuna"])
+def test_a_searcher_finds_the_optimum_of_the_ranker_within_the_budget(name):
+    if name == "optuna":
+        pytest.importorskip("optuna")
+    one = space("softmax,cosformer,linear", dims=(8, 16, 24))
+    assert 400 < one.size <= 500
+    networks = drawn(one, 40)
+    ranker = Predictor(one).fit(networks, random_losses(one, networks, seed=2))
+    table = CostTable.of(one, lambda networks: parameters(one, networks))
+    every = list(one.every())
+    limit = float(np.quantile([table(genes) for genes in every], 0.4))
+
+    def fits(genes):
+        return table(genes) <= limit
+
+    allowed = [genes for genes in every if fits(genes)]
+    scores = ranker.score(allowed)
+    count = 150 if name == "evolution" else 40 if name == "optuna" else 1000
+    found = SEARCHERS[name](one, ranker.score, fits, count, 0, [table.cheapest(one)])
+    assert found.scored == len(found.best) <= count
+    assert all(fits(genes) for genes, _ in found.best)
+    if name == "evolution":  # the others are given too few to be sure
+        assert found.best[0][1] == pytest.approx(scores.max(), abs=1e-9)
+    again = SEARCHERS[name](one, ranker.score, fits, count, 0, [table.cheapest(one)])
+    assert again.best == found.best
+
+
+def test_evolution_is_never_worse_than_what_it_starts_with_and_keeps_to_what_is_left():
+    one = space().restricted({"mechanism": (1,), "dim": (1,)})
+    start = one.nearest((0,) * len(one.genes))
+    found = SEARCHERS["evolution"](one, lambda nets: -np.array([sum(g) for g in nets]), lambda _: True, 30, 1, [start])
+    assert found.best[0][1] >= -sum(start)
+    assert all(one.holds(genes) for genes, _ in found.best)
+
+
+def test_optuna_that_is_missing_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(Unsupported, match=r"regard\[search\]"):
+        check_searchers(("evolution", "optuna"))
+    with pytest.raises(Unsupported, match="evolution, random, optuna"):
+        check_searchers(("annealing",))
+
+
+# the whole
+
+SMALL = (
+    "search --task recall:length=20,pairs=3,queries=8,evaluation_items=24 --dims 8,16 --layers 1,2 --heads 1,2 "
+    "--feed-forward 8,16 --steps 3 --batch-tokens 60 --networks 10 --evaluations 30 --finalists 2 --retrain 3 --seeds 2"
+)
+
+
+def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_it_stopped(
+    capsys, tmp_path, monkeypatch
+):
+    place = tmp_path / "search"
+    found = answer(capsys, f"{SMALL} --budget '60% flops' --output", place)
+    names = [row["name"] for row in found["entrants"]]
+    assert names == ["found", "softmax alone", "cosformer alone", "reference"]
+    limit = 0.6 * found["entrants"][-1]["flops"]
+    assert all(row["flops"] <= limit * (1 + 1e-9) for row in found["entrants"][:-1])
+    assert len(found["tried"]) == 10
+    assert {row["method"] for row in found["methods"]} >= {
+        "evolution, ranker",
+        "random, ranker",
+        "evolution, regression",
+    }
+    page = (place / "search.html").read_text()
+    assert found["verdict"].split(" has ")[0] in page
+    assert page.count("<svg") >= 2
+
+    variant = read_variant(str(place / "plan.json"))
+    one = space(task=create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24))
+    winner = found["entrants"][0]
+    config = model_config(variant, one.task, one.sized(tuple(winner["genes"])), "bare")
+    assert config == one.config(tuple(winner["genes"]))
+    assert count_parameters(config) == winner["parameters"]
+
+    def again(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("regard.workbench.search.run._loss", again)
+    monkeypatch.setattr("regard.workbench.search.run.build", again)
+    assert answer(capsys, f"{SMALL} --budget '60% flops' --output", place) == found
+    monkeypatch.undo()
+
+    command = found["commands"][0].replace("'3 steps'", "'20 steps'")
+    trained = answer(capsys, command.removeprefix("regard ") + " --batch-tokens 60 --output", tmp_path / "trained")
+    assert trained["parameters"] == winner["parameters"]
+
+
+def test_a_plan_with_all_its_widths_is_compared_as_it_is():
+    settings = SearchSettings(NetworkBudget("flops", 1e6))
+    plan = read_variant("softmax:num_heads=2,feed_forward=24+linear:num_heads=2,feed_forward=8")
+    both = settings.models(RECALL, [read_variant("softmax"), plan])
+    work = Work(RECALL, both)
+    assert count_parameters(work.configs["softmax"]) == work.target
+    assert work.configs[plan.name] == model_config(plan, RECALL, both, "bare")
+    assert plan.name in work.published
+
+
+def test_a_space_without_a_network_for_the_budget_is_refused_before_anything_is_trained(capsys, tmp_path):
+    code, _, said = run(capsys, f"{SMALL} --budget '2% flops' --output", tmp_path)
+    assert code == 2
+    assert "which no network of the space keeps" in said
+    assert "--budget" in said
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_mechanism_whose_smallest_network_is_too_large_is_left_out(tmp_path):
+    one = space("softmax,mamba2", heads=(2,), dims=(16,))
+    table = CostTable.of(one, lambda networks: parameters(one, networks))
+    least, most = (table(table.cheapest(one.restricted({"mechanism": (n,)}))) for n in (0, 1))
+    assert least < most
+    settings = SearchSettings(NetworkBudget("parameters", (least + most) / 2), networks=10)
+    search = Search(RECALL, one.choices, settings, tmp_path)
+    spaces, left_out = search._spaces(table, settings.budget.amount)
+    assert list(spaces) == ["found", "softmax alone"]
+    assert left_out[0].startswith("mamba2 alone")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--mechanisms softmax+local", "as a choice for one layer"),
+        ("--mechanisms softmax:num_heads=2", "--heads"),
+        ("--mechanisms softmax,softmax", "each mechanism once"),
+        ("--dims 10 --heads 4", "--dims 12"),
+        ("--networks 3", "networks"),
+        ("--searchers annealing", "evolution, random, optuna"),
+        ("--budget '3 apples'", "60% time"),
+        ("--keep 0", "share of the genes"),
+        ("--mechanisms fnet", "fnet"),
+        ("--dims two", "whole numbers"),
+    ],
+)
+def test_what_cannot_be_searched_is_said_in_a_line(capsys, tmp_path, more, said):
+    code, _, messages = run(capsys, f"{SMALL} {more} --output", tmp_path)
+    assert code == 2
+    assert said in messages
+    assert "Traceback" not in messages
+
+
+def test_a_record_is_json(capsys, tmp_path):
+    found = answer(capsys, f"{SMALL} --retrain 0 --mechanisms softmax --budget '80% parameters' --output", tmp_path)
+    assert "no runs of both from scratch" in found["verdict"]
+    assert [row["name"] for row in found["entrants"]] == ["found", "reference"]
+    assert json.loads(json.dumps(found)) == found
