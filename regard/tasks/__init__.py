@@ -15,6 +15,7 @@ from regard.tasks.documents import Paths
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.listops import ListOpsTask
+from regard.tasks.masked import MaskedTask
 from regard.tasks.matching import MatchingTask
 from regard.tasks.paraphrase import ParaphraseTask
 from regard.tasks.protocol import (
@@ -37,14 +38,17 @@ from regard.tasks.recall import RecallTask
 from regard.tasks.segmentation import SegmentationTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
+from regard.tasks.upscale import UpscaleTask
 
 _TASKS = (
     TextTask,
+    MaskedTask,
     RecallTask,
     CopyingTask,
     ListOpsTask,
     ImagesTask,
     SegmentationTask,
+    UpscaleTask,
     DocumentsTask,
     MatchingTask,
     ParaphraseTask,

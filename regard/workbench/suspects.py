@@ -197,7 +197,9 @@ def _parameters(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     makers: list[Any] = [maker]
     if isinstance(maker, type):
-        makers = [vars(made)["__init__"] for made in maker.__mro__ if made is not nn.Module and "__init__" in vars(made)]
+        makers = [
+            vars(made)["__init__"] for made in maker.__mro__ if made is not nn.Module and "__init__" in vars(made)
+        ]
     for one in makers:
         own = inspect.signature(one).parameters
         for name, parameter in own.items():
