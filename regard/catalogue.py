@@ -79,22 +79,22 @@ PLUGGED = ("MECHANISM", "TASK", "MODEL")
 """Names that a plugin may define: a card, a task (or its class), a pair of a model's class and its config's class."""
 
 
-def load_plugin(path: str | Path) -> ModuleType:
-    """Run a user's Python file; if it defines ``MECHANISM``, add it to the catalogue of this process.
+def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
+    """Run a user's Python file as a module of its own; `what` says in errors what it is.
 
     Raises:
-        Unsupported: when the file is missing, fails to run, or its MECHANISM is not a card.
+        Unsupported: when the file is missing or fails to run.
     """
     file = Path(path)
     if not file.is_file():
         siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise Unsupported(
-            f"plugin {str(path)!r}: no such file", supported="a Python file", nearest=closest(file.name, siblings)
+            f"{what} {str(path)!r}: no such file", supported="a Python file", nearest=closest(file.name, siblings)
         )
     name = f"regard_plugin_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise Unsupported(f"plugin {str(path)!r}", supported="a Python file ending in .py")
+        raise Unsupported(f"{what} {str(path)!r}", supported="a Python file ending in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -102,9 +102,19 @@ def load_plugin(path: str | Path) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise Unsupported(
-            f"plugin {str(path)!r} raised {type(error).__name__}: {error}",
+            f"{what} {str(path)!r} raised {type(error).__name__}: {error}",
             supported="a file that imports without error",
         ) from error
+    return module
+
+
+def load_plugin(path: str | Path) -> ModuleType:
+    """Run a user's Python file; if it defines ``MECHANISM``, add it to the catalogue of this process.
+
+    Raises:
+        Unsupported: when the file is missing, fails to run, or its MECHANISM is not a card.
+    """
+    module = run_file(path)
     card = getattr(module, "MECHANISM", None)
     if card is not None:
         if not isinstance(card, Mechanism):

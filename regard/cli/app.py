@@ -12,6 +12,7 @@ from regard.cli.catalogue import list_command, show
 from regard.cli.compare import compare
 from regard.cli.compress import compress
 from regard.cli.console import errors, plain
+from regard.cli.detect_patterns import detect_patterns
 from regard.cli.doctor import doctor
 from regard.cli.evaluate import evaluate
 from regard.cli.explain import explain
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "show": show,
     "new": new,
     "verify": verify,
+    "detect-patterns": detect_patterns,
     "profile": profile_command,
     "advise": advise_command,
     "compare": compare,

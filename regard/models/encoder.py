@@ -91,7 +91,7 @@ class EncoderConfig:
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
     serves: ClassVar = tuple(
-        (Pattern.NONCAUSAL_SELF, name) for name in ("classification", "regression", "segmentation")
+        (Pattern.NONCAUSAL_SELF, name) for name in ("classification", "regression", "segmentation", "masked-token")
     )
 
     def __post_init__(self) -> None:
@@ -109,6 +109,8 @@ class EncoderConfig:
     @classmethod
     def for_task(cls, task: Task, plan: Any, **sizes: Any) -> EncoderConfig:
         """As :func:`regard.models.registry.config_for` asks for it; numbers, and classes of pixels, at each position."""
+        if task.objective == "masked-token":
+            return cls(task.vocab_size or 0, task.vocab_size, plan=plan, pool="none", **sizes)
         if task.objective == "regression":
             return cls(task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
         if task.objective == "segmentation":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported, closest
+from regard.tasks.completion import CompletionTask
 from regard.tasks.copying import CopyingTask
 from regard.tasks.dataset import DatasetTask
 from regard.tasks.document_classes import DocumentsTask
@@ -15,6 +16,7 @@ from regard.tasks.documents import Paths
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.listops import ListOpsTask
+from regard.tasks.masked import MaskedTask
 from regard.tasks.matching import MatchingTask
 from regard.tasks.paraphrase import ParaphraseTask
 from regard.tasks.protocol import (
@@ -35,21 +37,27 @@ from regard.tasks.protocol import (
 )
 from regard.tasks.recall import RecallTask
 from regard.tasks.segmentation import SegmentationTask
+from regard.tasks.speech import SpeechTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
+from regard.tasks.upscale import UpscaleTask
 
 _TASKS = (
     TextTask,
+    MaskedTask,
     RecallTask,
     CopyingTask,
     ListOpsTask,
     ImagesTask,
     SegmentationTask,
+    UpscaleTask,
     DocumentsTask,
     MatchingTask,
     ParaphraseTask,
     SummarizeTask,
     ForecastTask,
+    CompletionTask,
+    SpeechTask,
 )
 TASKS: dict[str, type[Task]] = {task.name: task for task in _TASKS}
 """The tasks by name; a class's docstring says what its options mean and their ranges."""

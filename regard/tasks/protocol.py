@@ -125,8 +125,8 @@ class Task(Protocol):
     Attributes:
         name: of the task, as shown.
         pattern: the attention pattern that its model needs.
-        objective: ``next-token`` (a prediction at each position), ``classification`` (one for each item),
-            ``regression`` (numbers at each position), ``segmentation`` (a class for each of the `num_targets` pixels of
+        objective: ``next-token`` (a prediction at each position), ``masked-token`` (a token at each hidden position),
+            ``classification`` (one for each item), ``regression`` (numbers at each position), ``segmentation`` (a class for each of the `num_targets` pixels of
             a token), or one by :func:`register_objective`.
         length: tokens of an item, padding included.
         vocab_size: number of tokens; None when the inputs are floats.
@@ -350,6 +350,7 @@ def squared_error_by_item(
 
 
 register_objective(Objective("next-token", lambda task: (task.length,), cross_entropy_by_item))
+register_objective(Objective("masked-token", lambda task: (task.length,), cross_entropy_by_item))
 register_objective(
     Objective(
         "classification", lambda task: (), cross_entropy_by_item, ("num_classes", "the number of classes, 2 or more")

@@ -6,6 +6,7 @@ import ast
 import re
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 from regard.tasks.documents import Document, read_standard_library
@@ -91,3 +92,13 @@ def rouge_l(generated: str, reference: str) -> float:
         for i, against in enumerate(other, start=1):
             previous, common[i] = common[i], previous + 1 if word == against else max(common[i], common[i - 1])
     return 200 * common[-1] / (len(one) + len(other)) if common[-1] else 0.0
+
+
+def rouge_n(generated: str, reference: str, n: int) -> float:
+    """F1 of the runs of n words, each as often as it occurs, 0 to 100; 0 when either has none."""
+    one, other = (
+        Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        for words in (rouge_words(generated), rouge_words(reference))
+    )
+    common = (one & other).total()
+    return 200 * common / (one.total() + other.total()) if common else 0.0

@@ -13,6 +13,7 @@ import pytest
 
 from regard.contract import Unsupported
 from regard.tasks import Batch, create_task
+from tests.recordings import write_recordings
 
 
 def words(count: int, seed: int) -> str:
@@ -91,6 +92,8 @@ SMALL = {
     "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
     "listops": {"length": 24, "evaluation_items": 64},
+    "upscale": {"size": 8, "factor": 2, "evaluation_items": 64},
+    "completion": {"length": 16, "seen": 8, "evaluation_items": 64},
     "segmentation": {"size": 16, "evaluation_items": 64, "data": "near-cue"},
 }
 
@@ -101,6 +104,10 @@ def made(name: str, folder: Path, **options: Any) -> Any:
         given = SMALL[name]
     elif name == "images":
         given = {"data": photos(folder / "pets"), "size": 8}
+    elif name == "speech":
+        (folder / "digits").mkdir(exist_ok=True)
+        write_recordings(folder / "digits")
+        given = {"data": folder / "digits", "length": 32, "digits": 2, "evaluation_items": 8}
     elif name == "forecast":
         path = save(folder / "load.csv", hours(400), HOURS, ",")
         given = {"data": path, "target": "load", "covariates": "open", "past_covariates": "wind"}

@@ -1,0 +1,128 @@
+"""`regard detect-patterns`: which of the four attention patterns a module has."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from regard.cli.console import console, emit, load_plugins
+from regard.cli.options import JSON, PLUGINS
+from regard.contract import Unsupported
+
+
+def detect_patterns(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="file.py:Class (or a function that makes a module, or a module), or mechanisms as `regard compare` takes them; "
+            "the whole catalogue when none is named."
+        ),
+    ] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Width of the tokens.")] = 32,
+    heads: Annotated[int, typer.Option(min=1, help="Heads, for a module that has them.")] = 4,
+    length: Annotated[int, typer.Option(min=4, help="Tokens; more than a window or a chunk tell more.")] = 24,
+    memory_length: Annotated[int, typer.Option(min=4, help="Tokens of the memory.")] = 20,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An argument of your class's constructor, as window=32. Repeatable.")
+    ] = None,
+    seeded: Annotated[
+        bool, typer.Option("--seeded", help="Seed torch before each call of your module, if it draws random numbers.")
+    ] = False,
+    expect: Annotated[
+        list[str] | None, typer.Option(help="A pattern that it must have: ends with exit code 1 if not. Repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Find which of noncausal-self, causal-self, noncausal-cross and causal-cross a module has, and where it leaks.
+
+    Later tokens, later queries, memory and padding are changed, and no output that must not see them may change; prefixes
+    alone must give what they give as part of the whole. A class is made with its width and heads by the usual names, and
+    where its constructor takes causal, cross or pattern, once for each pattern. A mechanism of the catalogue is held to its
+    card. Ends with exit code 1 where a module is not what its card or --expect says, 2 where it cannot be probed.
+
+    Examples:
+
+    \b
+        regard detect-patterns my_module.py:MyAttention
+        regard detect-patterns my_module.py:MyAttention --dim 64 --option window=16 --expect causal-self
+        regard detect-patterns performer local:window=8
+        regard detect-patterns --plugin my_mechanism.py my_mechanism --json
+        regard detect-patterns
+    """
+    from regard.catalogue import get_mechanism, list_mechanisms
+    from regard.contract import Pattern
+    from regard.workbench.layer_work import MIXING
+    from regard.workbench.patterns import detect
+    from regard.workbench.suspects import suspect
+
+    load_plugins(plugin)
+    expected = [Pattern.parse(name) for name in expect or ()]
+    given = dict(_option(text) for text in option or ())
+    names = targets or [name for name in list_mechanisms() if get_mechanism(name).kind in MIXING]
+    rows: list[dict[str, Any]] = []
+    for target in names:
+        probed = suspect(target, given, dim=dim, heads=heads, seeded=seeded)
+        for finding in detect(probed, length=length, memory_length=memory_length, seed=seed):
+            missed = finding.pattern in expected and not finding.has
+            told = dataclasses.asdict(finding) | {"pattern": finding.pattern.value}
+            rows.append({"module": probed.name, **told, "agrees": finding.agrees and not missed})
+    wrong = sum(not row["agrees"] for row in rows)
+    if as_json:
+        emit({"findings": rows, "disagreements": wrong})
+    elif targets:
+        console.print(_details(rows))
+    else:
+        console.print(_summary(rows))
+    if wrong and not as_json:
+        for row in rows:
+            if not row["agrees"]:
+                console.print(Text(f"- {row['module']} in {row['pattern']}: {_disagreement(row)}"))
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, mark, value = text.partition("=")
+    if not mark or not name:
+        raise Unsupported(f"--option {text}", supported="NAME=VALUE", nearest="--option window=16")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
+def _disagreement(row: dict[str, Any]) -> str:
+    if row["padding"] is False:
+        return "what padding holds changes other outputs"
+    return row["why"] if not row["has"] else "it has the pattern, and says that it has not"
+
+
+def _padding(row: dict[str, Any]) -> str:
+    return {None: "", True: "kept out", False: "leaks"}[row["padding"]]
+
+
+def _details(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("module", "pattern", "has it", "padding", "found"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row["module"], row["pattern"], "yes" if row["has"] else "no", _padding(row), Text(row["why"]))
+    return table
+
+
+def _summary(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    for heading in ("mechanism", *patterns):
+        table.add_column(heading)
+    for name in dict.fromkeys(row["module"] for row in rows):
+        own = {row["pattern"]: row["has"] for row in rows if row["module"] == name}
+        table.add_row(name, *("yes" if own[pattern] else "-" for pattern in patterns))
+    return table

@@ -1,0 +1,285 @@
+"""The backbones: small models of the benchmark's tasks, in which the attention of one pattern is replaced at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Mask, Pattern, Result
+from regard.models import (
+    Encoder,
+    EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    Forecaster,
+    ForecasterConfig,
+    LanguageModel,
+    LanguageModelConfig,
+)
+from regard.models.blocks import Block
+from regard.models.variants import read_variant
+from regard.positions import Sinusoidal
+from regard.tasks import Task
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+NOTHING = "nothing"
+"""In the place of a mechanism: an attention whose output is zero."""
+NS, CS, NC, CC = Pattern
+
+
+class Plans:
+    """The layers of a backbone: those of one pattern are the mechanism's, the others softmax attention.
+
+    Args:
+        mechanism: by name, or `NOTHING`.
+        pattern: that is replaced.
+        longest: tokens of the longest call, for mechanisms with a greatest length.
+    """
+
+    def __init__(self, mechanism: str, pattern: Pattern, longest: int) -> None:
+        self.mechanism, self.pattern, self.longest = mechanism, pattern, longest
+
+    def __call__(self, pattern: Pattern, layers: int) -> list[tuple[str, dict[str, Any]]]:
+        if pattern is not self.pattern or self.mechanism == NOTHING:
+            return [("softmax", {})] * layers
+        variant = read_variant(self.mechanism)
+        longest = {"length": self.longest} if variant.card.length == "max" else {}
+        return [(name, {**longest, **options}) for name, options in variant.plan(layers)]
+
+    def silence(self, pattern: Pattern, blocks: Iterable[Any]) -> None:
+        """Leave attention out of the blocks of a pattern, where nothing is in its place."""
+        if self.mechanism == NOTHING and pattern is self.pattern:
+            for block in blocks:
+                block.mixer = _Nothing()
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor, memory: Tensor | None = None, **call: Any) -> Result:
+        return Result(torch.zeros_like(x))
+
+
+def language_model(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
+    """GPT-mini."""
+    config = LanguageModelConfig(
+        vocab_size=task.vocab_size or 0, plan=plans(CS, sizes["layers"]), dim=sizes["dim"], num_heads=sizes["heads"]
+    )
+    model = LanguageModel(config)
+    plans.silence(CS, model.blocks)
+    return model
+
+
+def masked_model(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
+    """An encoder with a token at each place."""
+    size = task.vocab_size or 0
+    config = EncoderConfig(
+        size, size, plan=plans(NS, sizes["layers"]), dim=sizes["dim"], num_heads=sizes["heads"], pool="none"
+    )
+    model = Encoder(config)
+    plans.silence(NS, model.blocks)
+    return model
+
+
+def forecaster(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
+    """Informer-mini: the past is encoded, each point of the horizon reads it, all at once."""
+    config = ForecasterConfig(
+        task.features or 0,
+        task.memory_features or 0,
+        encoder_plan=plans(NS, sizes["layers"]),
+        cross_plan=plans(NC, max(1, sizes["layers"] // 2)),
+        dim=sizes["dim"],
+        num_heads=sizes["heads"],
+    )
+    model = Forecaster(config)
+    plans.silence(NS, model.encoder_blocks)
+    return model
+
+
+def summarizer(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
+    """An encoder-decoder."""
+    layers = sizes["layers"]
+    config = EncoderDecoderConfig(
+        vocab_size=task.vocab_size or 0,
+        memory_vocab_size=task.memory_vocab_size,
+        encoder_plan=plans(NS, layers),
+        decoder_plan=plans(CS, layers),
+        cross_plan=plans(CC, layers),
+        dim=sizes["dim"],
+        num_heads=sizes["heads"],
+    )
+    model = EncoderDecoder(config)
+    plans.silence(NS, model.encoder_blocks)
+    return model
+
+
+class Upscaler(nn.Module):
+    """SR3-mini in one step: a convolution, blocks of attention over all pixels, a convolution of what is to be added."""
+
+    def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
+        super().__init__()
+        assert task.grid is not None
+        dim, config = sizes["dim"], _block_config(sizes)
+        self.grid = task.grid
+        self.stem = nn.Conv2d(task.features or 0, dim, 3, padding=1)
+        self.places = nn.Parameter(0.02 * torch.randn(task.length, dim))
+        self.blocks = nn.ModuleList(Block(entry, config, NS) for entry in plans(NS, sizes["layers"]))
+        plans.silence(NS, self.blocks)
+        self.head = nn.Conv2d(dim, task.num_targets or 0, 3, padding=1)
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.zero_()  # it begins with the enlarged picture
+
+    def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
+        picture = self.stem(inputs.mT.unflatten(-1, self.grid) - 0.5)
+        x = picture.flatten(2).mT + self.places
+        context = Context() if context is None else context
+        for block in self.blocks:
+            x = block(x, context=context).output
+        return Result(self.head(x.mT.unflatten(-1, self.grid)).flatten(2).mT)
+
+
+class Completer(nn.Module):
+    """PoinTr-mini: points with what is around them are encoded; places on a sphere, moved by a coarse guess, read them."""
+
+    def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
+        super().__init__()
+        dim, layers, config = sizes["dim"], sizes["layers"], _block_config(sizes)
+        self.around = nn.Sequential(nn.Linear(6, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.encoder_blocks = nn.ModuleList(Block(entry, config, NS) for entry in plans(NS, layers))
+        plans.silence(NS, self.encoder_blocks)
+        self.guess = nn.Sequential(nn.Linear(dim + 3, dim), nn.GELU(), nn.Linear(dim, 3))
+        self.query = nn.Linear(dim + 6, dim)
+        self.blocks = nn.ModuleList(Block(entry, config, NC) for entry in plans(NC, layers))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 3)
+
+    def forward(
+        self, inputs: Float[Tensor, "b n 3"], memory: Float[Tensor, "b m 3"], *, context: Context | None = None
+    ) -> Result:
+        context = Context() if context is None else context
+        x = self.around(_neighbourhoods(memory)).amax(2)  # (B, M, dim)
+        for block in self.encoder_blocks:
+            x = block(x, context=context).output
+        whole = x.amax(1, keepdim=True).expand(-1, inputs.shape[1], -1)
+        coarse = self.guess(torch.cat([whole, inputs], -1))
+        y = self.query(torch.cat([whole, inputs, coarse], -1))
+        for block in self.blocks:
+            y = block(y, x, context=context).output
+        return Result(coarse + self.head(self.norm(y)))
+
+
+NEIGHBOURS = 8
+
+
+def _neighbourhoods(points: Float[Tensor, "b m 3"]) -> Float[Tensor, "b m k 6"]:
+    """Each point, and where its nearest ones lie from it."""
+    near = torch.cdist(points, points).topk(min(NEIGHBOURS, points.shape[1]), dim=2, largest=False).indices
+    others = points[torch.arange(len(points))[:, None, None], near]
+    own = points[:, :, None].expand_as(others)
+    return torch.cat([own, others - own], -1)
+
+
+class _Speaker(nn.Module):
+    """What both speech models begin with: the text, encoded."""
+
+    def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
+        super().__init__()
+        dim, self.layers = sizes["dim"], sizes["layers"]
+        self.config = _block_config(sizes)
+        self.text = nn.Linear(task.memory_features or 0, dim)
+        self.places = Sinusoidal(dim=dim)
+        self.encoder_blocks = nn.ModuleList(Block(entry, self.config, NS) for entry in plans(NS, self.layers))
+        plans.silence(NS, self.encoder_blocks)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, task.num_targets or 0)
+
+    def placed(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return self.places.embed(x, torch.arange(x.shape[1], device=x.device)[None])
+
+    def encode(self, memory: Float[Tensor, "b m f"], mask: Mask | None) -> Float[Tensor, "b m c"]:
+        x = self.placed(self.text(memory))
+        for block in self.encoder_blocks:
+            x = block(x, context=Context(mask=mask)).output
+        return x
+
+
+class FastSpeech(_Speaker):
+    """FastSpeech2-mini: each character lasts as long as the others, and all frames are made at once."""
+
+    def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
+        super().__init__(task, sizes, plans)
+        self.frames = nn.Linear((task.features or 0) + 1, sizes["dim"])
+        self.blocks = nn.ModuleList(Block(entry, self.config, NS) for entry in plans(NS, self.layers))
+        plans.silence(NS, self.blocks)
+
+    def forward(
+        self, inputs: Float[Tensor, "b n f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None
+    ) -> Result:
+        mask, memory_mask = _right_padded(context)
+        x = self.encode(memory, memory_mask)
+        frames, letters = (
+            torch.full((len(inputs),), n) if one is None or one.lengths is None else one.lengths
+            for one, n in ((mask, inputs.shape[1]), (memory_mask, memory.shape[1]))
+        )
+        at = torch.arange(inputs.shape[1]) * letters[:, None] / frames[:, None].clamp(min=1)
+        letter = at.floor().long().clamp(max=memory.shape[1] - 1)
+        within = (at - letter)[..., None].to(inputs.dtype)
+        y = x.take_along_dim(letter[..., None], 1) + self.frames(torch.cat([inputs, within], -1))
+        y = self.placed(y)
+        for block in self.blocks:
+            y = block(y, context=Context(mask=mask)).output
+        return Result(self.head(self.norm(y)))
+
+
+class TransformerSpeech(_Speaker):
+    """Transformer-TTS-mini: groups of frames, one after the other, from the text and the groups before.
+
+    In training it reads the groups that were said (:class:`regard.studies.cab.benches.Groups`), otherwise those that it made.
+    """
+
+    def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
+        super().__init__(task, sizes, plans)
+        self.before = nn.Linear(task.features or 0, sizes["dim"])
+        self.blocks = nn.ModuleList()
+        for own, cross in zip(plans(CS, self.layers), plans(CC, self.layers), strict=True):
+            self.blocks.append(Block(own, self.config, CS, feed_forward=0))
+            self.blocks.append(Block(cross, self.config, CC))
+
+    def forward(
+        self, inputs: Float[Tensor, "b n f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None
+    ) -> Result:
+        mask, memory_mask = _right_padded(context)
+        encoded = self.encode(memory, memory_mask)
+        if self.training:
+            return Result(self.decode(inputs, encoded, mask, memory_mask))
+        groups = inputs.new_zeros(len(inputs), 1, inputs.shape[2])
+        for _ in range(inputs.shape[1] - 1):
+            made = self.decode(groups, encoded, None, memory_mask)
+            groups = torch.cat([groups, made[:, -1:]], 1)
+        return Result(self.decode(groups, encoded, None, memory_mask))
+
+    def decode(self, groups: Tensor, encoded: Tensor, mask: Mask | None, memory_mask: Mask | None) -> Tensor:
+        y = self.placed(self.before(groups))
+        for block in self.blocks:
+            y = block(
+                y,
+                encoded if block.cross else None,
+                context=Context(mask=mask, memory_mask=memory_mask if block.cross else None),
+            ).output
+        return self.head(self.norm(y))
+
+
+def _right_padded(context: Context | None) -> tuple[Mask | None, Mask | None]:
+    """The masks of a task whose padding is on the right, as blocks read them."""
+
+    def lengths(mask: Mask | None) -> Mask | None:
+        return None if mask is None or mask.valid is None else Mask(lengths=mask.valid.sum(1))
+
+    return (None, None) if context is None else (lengths(context.mask), lengths(context.memory_mask))
+
+
+def _block_config(sizes: Mapping[str, Any]) -> Any:
+    """What :class:`regard.models.blocks.Block` reads of a model's config."""
+    return EncoderConfig(1, features=1, dim=sizes["dim"], num_heads=sizes["heads"], num_layers=1, positions="none")

@@ -1,0 +1,360 @@
+"""The cells of the study: sizes of each preset, what enters, what is checked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from regard.catalogue import get_mechanism
+from regard.contract import Mechanism, Paper, Pattern
+from regard.measurement.timing import rounds
+from regard.models.variants import known_name
+from regard.reproductions import Reproduction
+from regard.reproductions.framework.judging import Check, Seed, number
+from regard.reproductions.framework.protocol import Setting
+from regard.studies.cab.backbones import NOTHING
+from regard.studies.cab.benches import BENCHES, NAMED, Bench, missing, run_bench
+from regard.studies.cab.efficiency import efficiency_length
+from regard.studies.cab.index import AVERAGE, ScoresOf, indices
+from regard.studies.cab.published import read_scores
+from regard.studies.framework.protocol import Chosen
+from regard.training.memory import peak_memory
+from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
+
+NS, CS, NC, CC = Pattern
+SOFTMAX = "softmax"
+MOST_ADDED = 0.1
+"""Share of the backbone's parameters that a mechanism may add by the benchmark's rule."""
+LEADERBOARD: dict[Pattern, tuple[str, ...]] = {
+    NS: ("TTS", "Sum", "SR", "MLM"),
+    CS: ("TTS", "Sum", "LM"),
+    NC: ("PCC", "LSTF"),
+    CC: ("TTS", "Sum"),
+}
+"""Tasks whose index counts in each pattern; other cells are told, and not averaged."""
+
+_TINY = {"dim": 32, "heads": 2, "layers": 2, "batch_size": 8, "learning_rate": 3e-3, "steps": 150, "items": 16}
+_SMALL = {"dim": 64, "heads": 4, "layers": 2, "batch_size": 8, "learning_rate": 2e-3, "steps": 400, "items": 64}
+_PAPER = {"dim": 512, "heads": 8, "layers": 6, "batch_size": 16, "learning_rate": 5e-4, "steps": 100_000, "items": 256}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "LM": _TINY | {"length": 128},
+        "MLM": _TINY | {"length": 128},
+        "PCC": _TINY | {"length": 64, "history": 64},
+        "Sum": _TINY | {"length": 24, "history": 96, "tokenizer": "bpe:512", "steps": 60},
+    },
+    "small": {
+        "FastSpeech": _SMALL | {"length": 256, "digits": 4, "batch_size": 16, "items": 32},
+        "Transformer-TTS": _SMALL | {"length": 256, "digits": 4, "group": 4, "batch_size": 16, "items": 32},
+        "PCC": _SMALL | {"length": 512, "history": 256, "batch_size": 16},
+        "LM": _SMALL | {"length": 1024, "batch_size": 4},
+        "MLM": _SMALL | {"length": 512},
+        "LSTF": _SMALL | {"length": 336, "history": 336, "source": "electricity", "batch_size": 16},
+        "SR": _SMALL | {"size": 32, "batch_size": 4},
+        "Sum": _SMALL | {"length": 24, "history": 256, "tokenizer": "bpe:2048", "batch_size": 16, "steps": 800},
+    },
+    "paper": {
+        "FastSpeech": _PAPER | {"length": 559, "digits": 8},
+        "Transformer-TTS": _PAPER | {"length": 559, "digits": 8, "group": 4},
+        "PCC": _PAPER | {"length": 3584, "history": 1536},
+        "LM": _PAPER | {"length": 8192},
+        "MLM": _PAPER | {"length": 2048},
+        "LSTF": _PAPER | {"length": 720, "history": 336, "source": "electricity", "layers": 2},
+        "SR": _PAPER | {"size": 128},
+        "Sum": _PAPER | {"length": 400, "history": 4096, "tokenizer": "bpe:8192"},
+    },
+}
+COSTS: dict[str, dict[str, Any]] = {
+    "tiny": {"dim": 64, "heads": 4, "batch": 1, "lengths": [128, 256, 512, 1024], "seconds": 0.5},
+    "small": {"dim": 128, "heads": 4, "batch": 1, "lengths": [128, 256, 512, 1024, 2048, 4096], "seconds": 20.0},
+    "paper": {"dim": 512, "heads": 8, "batch": 4, "lengths": [256, 512, 1024, 2048, 4096, 8192], "seconds": 600.0},
+}
+SECONDS = {"tiny": 4.0, "small": 90.0, "paper": 500_000.0}
+
+
+def card_of(mechanism: str) -> Mechanism:
+    """The card of a mechanism, with options where its name has some."""
+    return get_mechanism(known_name(mechanism))
+
+
+def patterns_of(mechanism: str) -> tuple[Pattern, ...]:
+    """Patterns in which a mechanism replaces attention over sequences."""
+    card = card_of(mechanism)
+    return tuple(p for p in card.patterns if not (card.length == "grid" and p is NS))
+
+
+def refuses(mechanism: str) -> str | None:
+    """Why a mechanism cannot enter, or None where it can."""
+    card = card_of(mechanism)
+    if card.kind not in MIXING:
+        return f"it is a {card.kind.value}, and gives no output for each token"
+    if card.prepare is not None:
+        return "it inserts tokens of its own into the text"
+    return None
+
+
+def task_setting(bench: Bench, mechanism: str, pattern: Pattern) -> str:
+    """The name of a cell's setting. Softmax attention in one pattern is the same model as in another."""
+    return f"{bench.name}: {SOFTMAX}" if mechanism == SOFTMAX else f"{bench.name} {pattern.value}: {mechanism}"
+
+
+def cost_setting(mechanism: str) -> str:
+    return f"cost: {mechanism}"
+
+
+def entered(chosen: Chosen) -> list[str]:
+    """The mechanisms of the study: softmax attention, with which the others are compared, is among them."""
+    return list(dict.fromkeys([SOFTMAX, *chosen.mechanisms]))
+
+
+def benches_of(preset: str) -> list[Bench]:
+    """Those of a preset whose data can be had."""
+    return [bench for bench in BENCHES if bench.name in PRESETS[preset] and not missing(bench.name)]
+
+
+def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    return run_costs(setting) if "bench" not in setting else run_bench(setting, seed)
+
+
+def run_costs(setting: Setting) -> dict[str, Any]:
+    """Seconds and bytes of a forward call of the mechanism's layer and of softmax's, timed in turn, at each length.
+
+    Seconds are the mean of the middle half. Bytes of softmax attention are those of one that holds its weights; the fused
+    one, which is timed, holds none.
+    """
+    pattern = Pattern(setting["pattern"])
+    layer = LayerSettings(pattern, setting["dim"], setting["heads"], batch=setting["batch"])
+    works = {name: LayerWork(card_of(name), layer) for name in (SOFTMAX, setting["mechanism"])}
+    found: dict[str, list[float]] = {}
+    for n in setting["lengths"]:
+        actions = {name: work.action("forward", n) for name, work in works.items()}
+        spent = rounds(actions, seconds=setting["seconds"] / len(setting["lengths"]), least=3, clock=time.thread_time)
+        for name, action in actions.items():
+            repeats = sorted(spent[name])
+            quarter = len(repeats) // 4
+            middle = repeats[quarter : len(repeats) - quarter]
+            kind = SOFTMAX if name == SOFTMAX else "own"
+            found.setdefault(f"{kind} seconds", []).append(sum(middle) / len(middle))
+            found.setdefault(f"{kind} bytes", []).append(float(peak_memory(action).bytes))
+        weighed = partial(_with_weights, works[SOFTMAX], n)
+        found.setdefault("weighed bytes", []).append(float(peak_memory(weighed).bytes))
+    return {
+        "lengths": [float(n) for n in setting["lengths"]],
+        "times": found["own seconds"],
+        f"{SOFTMAX} times": found[f"{SOFTMAX} seconds"],
+        "bytes": found["own bytes"],
+        f"{SOFTMAX} bytes": found["weighed bytes"],
+        "fused bytes": found[f"{SOFTMAX} bytes"],
+    }
+
+
+@torch.no_grad()
+def _with_weights(work: LayerWork, n: int) -> Any:
+    x, memory, context = work.inputs(n)
+    return work.layer(x, memory, context=context.replace(want=frozenset({"weights"})))
+
+
+def settings(chosen: Chosen) -> dict[str, Setting]:
+    """All cells of what was chosen, by name."""
+    made: dict[str, Setting] = {}
+    for bench in benches_of(chosen.preset):
+        sizes = PRESETS[chosen.preset][bench.name] | {"bench": bench.name}
+        for mechanism in entered(chosen):
+            own = patterns_of(mechanism)
+            for pattern in bench.patterns:
+                if pattern in own:
+                    made[task_setting(bench, mechanism, pattern)] = sizes | {
+                        "mechanism": mechanism,
+                        "pattern": (bench.patterns[0] if mechanism == SOFTMAX else pattern).value,
+                    }
+        if bench.without and NS in bench.patterns:
+            made[task_setting(bench, NOTHING, NS)] = sizes | {"mechanism": NOTHING, "pattern": NS.value}
+    for mechanism in entered(chosen):
+        if mechanism != SOFTMAX:
+            pattern = NS if NS in patterns_of(mechanism) else patterns_of(mechanism)[0]
+            made[cost_setting(mechanism)] = COSTS[chosen.preset] | {"mechanism": mechanism, "pattern": pattern.value}
+    return made
+
+
+def scores(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern) -> dict[str, dict[str, float]]:
+    """Metrics of each mechanism in a pattern, from the cells of a seed (or their means), by setting."""
+    found: dict[str, dict[str, float]] = {}
+    for mechanism in entered(chosen):
+        if pattern not in patterns_of(mechanism):
+            continue
+        own: dict[str, float] = {}
+        for bench in benches_of(chosen.preset):
+            if pattern not in bench.patterns or bench.task not in LEADERBOARD[pattern]:
+                continue
+            cell = cells.get(task_setting(bench, mechanism, pattern), {})
+            for name in bench.metrics:
+                value = cell.get(name)
+                if value is not None and math.isfinite(value):
+                    own[f"{bench.name} {name}"] = value
+        if own:
+            found[mechanism] = own
+    return found
+
+
+def pattern_indices(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern) -> ScoresOf:
+    """The index of each mechanism in a pattern, standardised over those that entered."""
+    metrics = [metric for bench in benches_of(chosen.preset) for metric in bench.listed]
+    return indices(scores(cells, chosen, pattern), metrics)
+
+
+def checks(chosen: Chosen) -> tuple[Check, ...]:
+    """The paper's claims, of what entered."""
+    return tuple(_checks(chosen))
+
+
+def _checks(chosen: Chosen) -> Iterator[Check]:
+    names, present = entered(chosen), {bench.name for bench in benches_of(chosen.preset)}
+
+    def lead(pattern: Pattern) -> Callable[[Seed], float]:
+        """Index of softmax attention minus that of the best other."""
+
+        def value(seed: Seed) -> float:
+            for setting in _read(chosen, pattern):
+                seed[setting]
+            found = {name: own.get(AVERAGE, math.nan) for name, own in pattern_indices(seed, chosen, pattern).items()}
+            others = [value for name, value in found.items() if name != SOFTMAX and math.isfinite(value)]
+            return found[SOFTMAX] - max(others) if others else math.nan
+
+        return value
+
+    tried = {p for bench in benches_of(chosen.preset) for p in bench.patterns if bench.task in LEADERBOARD[p]}
+    others = {p: any(p in patterns_of(name) for name in names if name != SOFTMAX) for p in Pattern}
+    if NS in tried and others[NS]:
+        yield Check("noncausal-self: the index of softmax is below that of the best other", lead(NS), below=0)
+    for pattern in (NC, CC):
+        if pattern in tried and others[pattern]:
+            yield Check(f"{pattern.value}: the index of softmax is above that of all others", lead(pattern), above=0)
+    if "LM" in present:
+        perplexity = {name: task_setting(NAMED["LM"], name, CS) for name in names if CS in patterns_of(name)}
+        for better, worse in (("long_short", "local"), ("s4d", "local"), ("local", "abc")):
+            if {better, worse} <= perplexity.keys():
+                yield Check(
+                    f"language modelling: perplexity of {better} minus that of {worse}",
+                    _difference(perplexity[better], perplexity[worse]),
+                    below=0,
+                )
+        yield Check(
+            "softmax: perplexity in pieces of the length of training minus that in the shortest",
+            lambda seed: _at(seed, perplexity[SOFTMAX], 0, -2),
+            below=0,
+        )
+        yield Check(
+            "softmax: perplexity in pieces twice as long as in training minus that at the length of training",
+            lambda seed: _at(seed, perplexity[SOFTMAX], -2, -1),
+            above=0,
+        )
+    if "LSTF" in present:
+        bench = NAMED["LSTF"]
+        yield Check(
+            "forecasts without attention in the encoder: MSE over that with softmax attention",
+            lambda seed: (
+                number(seed, task_setting(bench, NOTHING, NS), "MSE")
+                / number(seed, task_setting(bench, SOFTMAX, NS), "MSE")
+            ),
+            below=1.05,
+        )
+    for name in names:
+        if name != SOFTMAX:
+            yield Check(f"{name}: efficiency length of memory minus that of time", _memory_first(name), below=0)
+
+
+def _read(chosen: Chosen, pattern: Pattern) -> Iterator[str]:
+    """Settings that the indices of a pattern are made of."""
+    for bench in benches_of(chosen.preset):
+        if pattern in bench.patterns and bench.task in LEADERBOARD[pattern]:
+            for mechanism in entered(chosen):
+                if pattern in patterns_of(mechanism):
+                    yield task_setting(bench, mechanism, pattern)
+
+
+def _difference(first: str, second: str) -> Callable[[Seed], float]:
+    return lambda seed: number(seed, first, "PPL") - number(seed, second, "PPL")
+
+
+def _at(seed: Seed, setting: str, before: int, after: int) -> float:
+    values = [
+        math.nan if value is None else float(value) for value in seed[setting].get("perplexities") or [math.nan] * 2
+    ]
+    return values[after] - values[before]
+
+
+def _memory_first(name: str) -> Callable[[Seed], float]:
+    def value(seed: Seed) -> float:
+        found = efficiency(seed[cost_setting(name)])
+        difference = found["bytes"].length - found["times"].length
+        return difference if math.isfinite(difference) else math.nan
+
+    return value
+
+
+def efficiency(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The efficiency lengths of a cost cell, of times and of bytes."""
+    return {
+        kind: efficiency_length(cell["lengths"], cell[f"{SOFTMAX} {kind}"], cell[kind], skip=int(kind == "times"))
+        for kind in ("times", "bytes")
+    } | {"fused": efficiency_length(cell["lengths"], cell["fused bytes"], cell["bytes"])}
+
+
+def needs(chosen: Chosen) -> tuple[Check, ...]:
+    """What shows that the backbones learn: with softmax attention they are better than a rule without training."""
+    found = []
+    for bench in benches_of(chosen.preset):
+        setting = task_setting(bench, SOFTMAX, bench.patterns[0])
+        if bench.name == "LM":
+            found.append(
+                Check(
+                    "language modelling: perplexity with softmax attention (the frequencies of single bytes have 24)",
+                    lambda seed, at=setting: number(seed, at, "PPL"),  # type: ignore[misc]
+                    below=24.0,
+                )
+            )
+    return tuple(found)
+
+
+def make(chosen: Chosen) -> Reproduction:
+    for path in chosen.data:
+        read_scores(path)
+    absent = [why for bench in BENCHES if bench.name in PRESETS[chosen.preset] and (why := missing(bench.name))]
+    made = settings(chosen)
+    return Reproduction(
+        name="cab",
+        mechanisms=tuple(dict.fromkeys(card_of(name).name for name in entered(chosen))),
+        source=Paper("CAB: Comprehensive Attention Benchmarking on Long Sequence Modeling", "2210.07661", 2022, 34),
+        claim=(
+            "Where all see all of one sequence some mechanism is better than softmax attention, which leads in both cross "
+            "patterns; in language modelling long_short and s4d lead, before local and abc; memory is saved from much "
+            "shorter lengths on than time; forecasts and completed point clouds are no worse without attention; perplexity "
+            "falls up to the length of training and rises beyond it."
+        ),
+        instead=(
+            "Small backbones on data that packages hold, in the place of eight large ones on seven corpora: "
+            + ", ".join(bench.name for bench in benches_of(chosen.preset))
+            + ". The attention of one pattern is replaced at a time, the others stay softmax. Indices are standardised over "
+            "what entered, so that they compare within this table alone. Costs are of a forward call of one layer on one core."
+        ),
+        settings=made,
+        run_cell=run_cell,
+        checks=checks(chosen),
+        needs=needs(chosen),
+        left_out=(*LEFT_OUT, *absent),
+        timings=frozenset(name for name in made if name.startswith("cost: ")),
+        smoke={"steps": 2, "items": 2, "dim": 16, "heads": 2, "lengths": [16, 32, 64], "seconds": 0.01},
+        seeds=2,
+        seconds=SECONDS[chosen.preset],
+    )
+
+
+LEFT_OUT = (
+    "The figures of the paper: its corpora (LJSpeech, Multi-News, PCN, PG-19, FFHQ, ECL) are in no package.",
+    "Training with dropout; more than one attention type of each family.",
+)

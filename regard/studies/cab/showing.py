@@ -1,0 +1,306 @@
+"""What the study shows: leaderboards, scores, efficiency lengths, agreement of patterns, what attention is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regard.contract import Pattern
+from regard.reproductions.framework.judging import Measurements
+from regard.studies.cab import published
+from regard.studies.cab.backbones import NOTHING
+from regard.studies.cab.cells import (
+    LEADERBOARD,
+    MOST_ADDED,
+    SOFTMAX,
+    benches_of,
+    card_of,
+    cost_setting,
+    efficiency,
+    entered,
+    pattern_indices,
+    patterns_of,
+    scores,
+    task_setting,
+)
+from regard.studies.cab.index import AVERAGE, ScoresOf, correlation, ranks
+from regard.studies.framework.protocol import Cells, Chosen
+from regard.studies.framework.sections import Curves, Heat, Row, Section
+
+NS, CS, NC, CC = Pattern
+
+
+def sections(chosen: Chosen, cells: Cells) -> list[Section]:
+    """Everything that the cells show; parts of which nothing was measured are left out."""
+    means, seeds = _means(cells), _by_seed(cells)
+    found = {pattern: pattern_indices(means, chosen, pattern) for pattern in Pattern}
+    parts = [
+        _leaderboard(chosen, means, seeds, found),
+        _metrics(chosen, means),
+        _learned(chosen, means),
+        _costs(chosen, cells),
+        _agreement(found),
+        _benefit(chosen, means),
+        _lengths(chosen, means),
+        _beside(found),
+        _given(chosen),
+    ]
+    return [part for part in parts if part.rows or part.pictures]
+
+
+def _means(cells: Cells) -> dict[str, dict[str, Any]]:
+    """Means over seeds of numbers, and of numbers of lists, by setting; None where nothing finite was measured."""
+    gathered: dict[str, dict[str, list[Any]]] = {}
+    for (setting, _), measured in cells.items():
+        for name, value in measured.items():
+            gathered.setdefault(setting, {}).setdefault(name, []).append(value)
+    return {
+        setting: {name: _mean(values) for name, values in measured.items()} for setting, measured in gathered.items()
+    }
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    if any(isinstance(value, list) for value in values):
+        return [_mean(column) for column in zip(*(value for value in values if value is not None), strict=False)]
+    known = [float(value) for value in values if isinstance(value, int | float)]
+    return float(np.mean(known)) if known else None
+
+
+def _by_seed(cells: Cells) -> dict[int, dict[str, Measurements]]:
+    found: dict[int, dict[str, Measurements]] = {}
+    for (setting, seed), measured in cells.items():
+        found.setdefault(seed, {})[setting] = measured
+    return found
+
+
+def _leaderboard(
+    chosen: Chosen,
+    means: Mapping[str, Mapping[str, Any]],
+    seeds: Mapping[int, Mapping[str, Measurements]],
+    found: Mapping[Pattern, ScoresOf],
+) -> Section:
+    tasks = [task for task in ("TTS", "Sum", "SR", "MLM", "LM", "PCC", "LSTF") if _has(chosen, task)]
+    metrics = [metric for bench in benches_of(chosen.preset) for metric in bench.listed]
+    rows: list[Row] = []
+    for pattern in Pattern:
+        own = found[pattern]
+        places = ranks(scores(means, chosen, pattern), metrics)
+        each = [pattern_indices(measured, chosen, pattern) for measured in seeds.values()]
+        order = sorted(own, key=lambda name: own[name].get(AVERAGE, -math.inf), reverse=True)
+        base = own.get(SOFTMAX, {}).get(AVERAGE)
+        for name in order:
+            average = own[name].get(AVERAGE)
+            values = [one[name][AVERAGE] for one in each if AVERAGE in one.get(name, {})]
+            rows.append(
+                {
+                    "pattern": pattern.value,
+                    "mechanism": name,
+                    "index": average,
+                    "±": float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None,
+                    "to softmax": None if average is None or base is None else average - base,
+                    "rank": places[name].get(AVERAGE),
+                    **{task: own[name].get(task) for task in tasks},
+                }
+            )
+    says = (
+        "The index is the mean of a task's standardised metrics, averaged over tasks: 0 is the mean of those that entered, "
+        "1 a deviation better. ± is its standard error over seeds; rank is the mean place, which one failure does not stretch."
+    )
+    return Section("Leaderboards", says, [], rows)
+
+
+def _has(chosen: Chosen, task: str) -> bool:
+    return any(bench.task == task for bench in benches_of(chosen.preset))
+
+
+def _metrics(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
+    rows: list[Row] = []
+    for bench in benches_of(chosen.preset):
+        base = means.get(task_setting(bench, SOFTMAX, bench.patterns[0]), {}).get("parameters")
+        for pattern in bench.patterns:
+            for mechanism in (*entered(chosen), NOTHING):
+                measured = means.get(task_setting(bench, mechanism, pattern))
+                if measured is None or (mechanism != NOTHING and pattern not in patterns_of(mechanism)):
+                    continue
+                size = measured.get("parameters")
+                added = None if not base or size is None else size / base - 1
+                for name, higher in bench.metrics.items():
+                    rows.append(
+                        {
+                            "task": bench.name,
+                            "pattern": pattern.value,
+                            "mechanism": mechanism,
+                            "metric": name,
+                            "better": "more" if higher else "less",
+                            "value": measured.get(name),
+                            "parameters": size,
+                            "within the rule": None if added is None else added <= MOST_ADDED,
+                        }
+                    )
+    says = f"Means over seeds. By the benchmark's rule a mechanism adds at most {MOST_ADDED:.0%} to the backbone's parameters."
+    return Section("Scores", says, [], rows)
+
+
+def _learned(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
+    rows: list[Row] = []
+    for bench in benches_of(chosen.preset):
+        measured = means.get(task_setting(bench, SOFTMAX, bench.patterns[0]), {})
+        score, rule = measured.get("score"), measured.get("rule")
+        if score is not None and rule is not None:
+            higher = bench.metrics[next(iter(bench.metrics))]
+            beats = score > rule if higher else score < rule
+            rows.append({"task": bench.name, "softmax": score, "rule": rule, "beats the rule": beats})
+    says = (
+        "The task's own score beside that of a rule without training. Where softmax attention does not beat the rule, the "
+        "backbone has learned little in these steps, and the places of the mechanisms say little."
+    )
+    return Section("Do the backbones learn?", says, [], rows)
+
+
+def _costs(chosen: Chosen, cells: Cells) -> Section:
+    rows: list[Row] = []
+    curves: dict[str, dict[str, list[tuple[float, float | None]]]] = {"times": {}, "bytes": {}}
+    for mechanism in entered(chosen):
+        cell = next((m for (setting, _), m in sorted(cells.items()) if setting == cost_setting(mechanism)), None)
+        if cell is None:
+            continue
+        told = efficiency(cell)
+        row: dict[str, Any] = {"mechanism": mechanism}
+        for kind, label in (("times", "time"), ("bytes", "memory"), ("fused", "memory, fused softmax")):
+            one = told[kind]
+            row[label] = None if math.isinf(one.length) else round(one.length)
+            if kind != "fused":
+                row[f"R² {label}"] = one.fit
+            row[f"{label}: note"] = one.note
+        rows.append(row)
+        for kind, drawn in curves.items():
+            drawn.setdefault(SOFTMAX, list(zip(cell["lengths"], cell[f"{SOFTMAX} {kind}"], strict=True)))
+            drawn[mechanism] = list(zip(cell["lengths"], cell[kind], strict=True))
+    rows.sort(key=lambda row: math.inf if row["memory"] is None else row["memory"])
+    says = (
+        "Tokens from which a layer is cheaper than softmax attention: where a parabola through softmax's costs meets a line "
+        "through the mechanism's. Memory is compared with softmax attention that holds its weights, as the paper's does, and "
+        "with the fused one that runs here, which holds none."
+    )
+    pictures = []
+    if rows:
+        pictures = [
+            Curves("Seconds of a call", "tokens", "seconds", curves["times"], log_x=True, log_y=True, rising=False),
+            Curves("Bytes of a call", "tokens", "bytes", curves["bytes"], log_x=True, log_y=True, rising=False),
+        ]
+    return Section("Efficiency lengths", says, pictures, rows)
+
+
+def _agreement(found: Mapping[Pattern, ScoresOf]) -> Section:
+    patterns = {
+        pattern.value: {name: own[AVERAGE] for name, own in found[pattern].items() if AVERAGE in own}
+        for pattern in Pattern
+    }
+    tasks = {
+        f"{task} {pattern.value}": {name: own[task] for name, own in found[pattern].items() if task in own}
+        for pattern in Pattern
+        for task in LEADERBOARD[pattern]
+    }
+    pictures = [
+        picture
+        for picture in (
+            _correlations("Between patterns, of the average index", patterns),
+            _correlations("Between tasks", tasks),
+        )
+        if picture is not None
+    ]
+    says = "Pearson's correlation of the indices, over the mechanisms that both have; three or more are needed."
+    rows = [
+        {"first": one, "second": other, "correlation": value, "mechanisms": count}
+        for one, other, value, count in _pairs(patterns)
+        if value is not None
+    ]
+    return Section("Do patterns agree about mechanisms?", says, pictures, rows)
+
+
+def _pairs(by: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, float | None, int]]:
+    names = list(by)
+    return [(one, other, *correlation(by[one], by[other])) for i, one in enumerate(names) for other in names[i + 1 :]]
+
+
+def _correlations(caption: str, by: Mapping[str, Mapping[str, float]]) -> Heat | None:
+    kept = {name: values for name, values in by.items() if len(values) > 2}
+    values = [[correlation(one, other)[0] for other in kept.values()] for one in kept.values()]
+    known = [value for i, row in enumerate(values) for j, value in enumerate(row) if i != j and value is not None]
+    return Heat(caption, list(kept), list(kept), values) if known else None
+
+
+def _benefit(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
+    rows: list[Row] = []
+    for bench in benches_of(chosen.preset):
+        without, full = (means.get(task_setting(bench, name, NS)) for name in (NOTHING, SOFTMAX))
+        if without is None or full is None:
+            continue
+        for name, higher in bench.metrics.items():
+            one, other = full.get(name), without.get(name)
+            helps = None if one is None or other is None or one == other else (one > other if higher else one < other)
+            rows.append(
+                {"task": bench.name, "metric": name, "softmax": one, "nothing": other, "attention helps": helps}
+            )
+    says = "The same backbone with zeros in the place of what attention within a sequence gives."
+    return Section("Was attention needed?", says, [], rows)
+
+
+def _lengths(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
+    curves: dict[str, list[tuple[float, float | None]]] = {}
+    for bench in benches_of(chosen.preset):
+        for mechanism in entered(chosen):
+            measured = means.get(task_setting(bench, mechanism, CS), {})
+            if "perplexities" in measured and CS in patterns_of(mechanism):
+                curves[mechanism] = list(zip(measured["lengths"], measured["perplexities"], strict=True))
+    if not curves:
+        return Section("Shorter and longer text")
+    trained = next(iter(curves.values()))[-2][0]
+    picture = Curves(
+        "Perplexity of the same text in pieces",
+        "tokens of a piece",
+        "perplexity",
+        curves,
+        note=f"All were trained on {trained:.0f} tokens.",
+        log_x=True,
+        log_y=True,
+        rising=False,
+    )
+    says = f"Language models trained on {trained:.0f} tokens read the same held-out text in pieces of other lengths."
+    return Section("Shorter and longer text", says, [picture])
+
+
+def _beside(found: Mapping[Pattern, ScoresOf]) -> Section:
+    rows: list[Row] = []
+    for pattern in Pattern:
+        for name, tasks in published.LEADERBOARD[pattern].items():
+            whole = len(tasks) == len(LEADERBOARD[pattern])
+            here = next((own for own in found[pattern] if card_of(own).name == name), None)
+            rows.append(
+                {
+                    "pattern": pattern.value,
+                    "mechanism": name,
+                    "published": float(np.mean(list(tasks.values()))) if whole else None,
+                    "here": None if here is None else found[pattern][here].get(AVERAGE),
+                }
+            )
+    says = (
+        "The paper's average index beside the one of this table: other data, other competitors; places may be compared."
+    )
+    return Section("Beside the published leaderboards", says, [], rows)
+
+
+def _given(chosen: Chosen) -> Section:
+    rows: list[Row] = []
+    for path in chosen.data:
+        told = published.published_index(published.read_scores(path))
+        for pattern in Pattern:
+            rows.extend(
+                {"file": path, "pattern": pattern.value, "task": task, "index": value}
+                for task, value in told[pattern.value].items()
+            )
+    says = "Your scores on the benchmark's own data, by its published constants."
+    return Section("Your scores by the published constants", says, [], rows)

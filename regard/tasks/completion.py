@@ -1,0 +1,190 @@
+"""Point-cloud completion: the whole of a shape from the half that is seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.contract import Pattern, Unsupported
+from regard.tasks.documents import walk
+from regard.tasks.protocol import (
+    EVALUATION,
+    TRAINING,
+    Baseline,
+    Batch,
+    Task,
+    check_integer,
+    counter_generator,
+)
+from regard.tasks.shapes import MESHES, on_mesh, read_mesh, superquadrics
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+SPACE = 3
+NEAR = 0.05
+"""A point counts as found within this distance; the shape reaches to a distance of 1 from its middle."""
+THOUSANDTHS = 1000.0
+
+
+class CompletionTask(Task):
+    """Give points all over a shape from those on one side of it (as in PCN, Yuan et al., arXiv 1808.00671).
+
+    The memory is the points of the side that is seen, on one side of a plane through the middle, turned at random; the
+    inputs are places on a sphere, one for each point that is to be given, always the same. Trained and scored by the
+    Chamfer distance to points all over: the mean distance to the nearest, both ways, in thousandths of the shape's
+    half size. CD-l2 (squared distances, both ways added) and an F-score (share of points within `NEAR`) are told beside it.
+    The baseline is the points that are given.
+
+    Args:
+        data: a folder of meshes (OBJ, binary STL), of which a tenth is held out; superquadrics put together when None,
+            drawn afresh in each step.
+        length: points to give, 8 to 65536.
+        seen: points that are given, 8 to 65536.
+        evaluation_items: held-out clouds, 1 to 65536.
+        seed: of the held-out clouds.
+    """
+
+    name = "completion"
+    pattern = Pattern.NONCAUSAL_CROSS
+    objective = "regression"
+    features = memory_features = num_targets = SPACE
+    metric = "CD-l1"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        *,
+        data: str | Path | None = None,
+        length: int = 512,
+        seen: int = 256,
+        evaluation_items: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.length = check_integer("length", length, 8, 1 << 16)
+        self.memory_length: int = check_integer("seen", seen, 8, 1 << 16)
+        self._items = check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
+        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        self._meshes = None if data is None else _read_folder(Path(data))
+        self._named = "superquadrics" if data is None else f"the meshes of {Path(data).name}"
+        self._places = _sphere(self.length)
+        self._scored: Batch | None = None
+        given = Baseline.of("the points that are given", self, _given)
+        self.baseline: Baseline | None = given
+        self.chance = Baseline.of("a sphere", self, lambda batch: batch.inputs).score
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        check_integer("batch_size", batch_size, 1, 1 << 20)
+        return self._drawn(counter_generator(seed, step, TRAINING), batch_size, held_out=False)
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        check_integer("batch_size", batch_size, 1, 1 << 20)
+        if self._scored is None:
+            self._scored = self._drawn(counter_generator(self.seed, 0, EVALUATION), self._items, held_out=True)
+        for begin in range(0, self._items, batch_size):
+            yield self._scored.items(begin, min(begin + batch_size, self._items))
+
+    def loss(self, output: Float[Tensor, "b n 3"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """CD-l1 of each item, in the shape's half sizes."""
+        there, back = nearest(output, batch.targets)
+        distance = (there.mean(1) + back.mean(1)) / 2
+        return distance, torch.ones_like(distance)
+
+    def score(self, logits: Float[Tensor, "b n 3"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        distance, weight = self.loss(logits.double(), batch)
+        return THOUSANDTHS * distance, weight
+
+    def figures(
+        self, output: Float[Tensor, "b n 3"], batch: Batch
+    ) -> dict[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
+        there, back = nearest(output.double(), batch.targets)
+        right, found = ((way < NEAR).double().mean(1) for way in (there, back))
+        both = 2 * right * found / (right + found).clamp(min=1e-12)
+        squared = THOUSANDTHS * (there.square().mean(1) + back.square().mean(1))
+        ones = torch.ones_like(both)
+        return {"CD-l2": (squared, ones), "F-score": (both, ones)}
+
+    def describe(self) -> str:
+        assert self.baseline is not None
+        return "\n".join(
+            [
+                f"completion: {self.length} points all over a shape from {self.memory_length} of one side, of {self._named}",
+                f"training: new points in each step; held out: {self._items} clouds of other shapes",
+                f"scored in CD-l1, thousandths of the shape's half size, lower is better; a sphere: {self.chance:.1f}; "
+                f"{self.baseline.name}: {self.baseline.score:.1f}",
+            ]
+        )
+
+    def _drawn(self, rng: np.random.Generator, count: int, *, held_out: bool) -> Batch:
+        whole = np.empty((count, self.length, SPACE), dtype=np.float32)
+        seen = np.empty((count, self.memory_length, SPACE), dtype=np.float32)
+        for row in range(count):
+            cloud = self._cloud(rng, 4 * max(self.length, self.memory_length), held_out=held_out)
+            whole[row] = cloud[: self.length]
+            plane = rng.normal(size=SPACE)
+            side = cloud[cloud @ plane > 0]
+            if not len(side):
+                side = cloud
+            seen[row] = side[np.arange(self.memory_length) % len(side)]
+        inputs = self._places.expand(count, -1, -1).clone()
+        return Batch(inputs, torch.from_numpy(whole), memory=torch.from_numpy(seen))
+
+    def _cloud(self, rng: np.random.Generator, points: int, *, held_out: bool) -> np.ndarray:
+        """Points of a shape around its middle, the farthest at a distance of 1."""
+        if self._meshes is None:
+            cloud = superquadrics(rng, points)
+        else:
+            training, scored = self._meshes
+            meshes = scored if held_out else training
+            cloud = on_mesh(meshes[int(rng.integers(len(meshes)))], rng, points)
+        cloud = cloud - cloud.mean(0)
+        scaled: np.ndarray = cloud / np.linalg.norm(cloud, axis=1).max()
+        return scaled
+
+
+def nearest(one: Float[Tensor, "b n 3"], other: Float[Tensor, "b m 3"]) -> tuple[Tensor, Tensor]:
+    """From each point the distance to the nearest of the other cloud: (B, N) and (B, M).
+
+    Which is the nearest has no gradient; the distance to it has, but for points that coincide.
+    """
+    with torch.no_grad():
+        between = torch.cdist(one, other.to(one.dtype))
+        to, back = between.argmin(2), between.argmin(1)
+    other = other.to(one.dtype)
+    return tuple(
+        (x - y.take_along_dim(at[..., None], 1)).square().sum(-1).clamp(min=1e-14).sqrt()
+        for x, y, at in ((one, other, to), (other, one, back))
+    )  # type: ignore[return-value]
+
+
+def _given(batch: Batch) -> Tensor:
+    assert batch.memory is not None
+    return batch.memory[:, torch.arange(batch.targets.shape[1]) % batch.memory.shape[1]]
+
+
+def _sphere(count: int) -> Float[Tensor, "n 3"]:
+    """Places on a sphere, evenly spread along a spiral."""
+    i = torch.arange(count, dtype=torch.float64) + 0.5
+    height = 1 - 2 * i / count
+    angle, radius = math.pi * (1 + math.sqrt(5)) * i, (1 - height**2).sqrt()
+    return torch.stack([radius * angle.cos(), radius * angle.sin(), height], -1).float()
+
+
+def _read_folder(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    if not folder.is_dir():
+        raise Unsupported(f"data={folder}, which is no folder", supported="a folder of meshes: " + " ".join(MESHES))
+    files = sorted(path for path in walk(folder)[0] if path.suffix.lower() in MESHES)
+    if len(files) < 2:
+        raise Unsupported(f"{folder} with {len(files)} meshes", supported="two or more files: " + " ".join(MESHES))
+    meshes = [read_mesh(path) for path in files]
+    held_out = set(range(0, len(meshes), 10))
+    return (
+        [mesh for i, mesh in enumerate(meshes) if i not in held_out],
+        [mesh for i, mesh in enumerate(meshes) if i in held_out],
+    )

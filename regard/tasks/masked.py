@@ -1,0 +1,114 @@
+"""Masked language modelling on the user's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Pattern
+from regard.tasks.protocol import IGNORED, Baseline, Batch, check_fraction, counter_generator
+from regard.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+MASKING = 17
+"""Stream of the places that are masked."""
+FROM_NEIGHBOURS = 1024
+"""Largest vocabulary of which pairs are counted."""
+
+
+class MaskedTask(TextTask):
+    """Tell the hidden tokens of text from those on both sides (BERT, Devlin et al., arXiv 1810.04805).
+
+    Of a window a share of the tokens is to be told: of those, 80 % are replaced by a mask token, 10 % by a random token, and
+    10 % stay. Scored in bits per byte of these alone. Windows, splits and options are those of the text task.
+
+    Args:
+        share: of the tokens that are to be told, 0.01 to 0.5.
+        **options: of :class:`regard.tasks.text.TextTask`.
+    """
+
+    name = "masked"
+    pattern = Pattern.NONCAUSAL_SELF
+    objective = "masked-token"
+
+    def __init__(
+        self,
+        *,
+        data: Any = None,
+        validation: Any = None,
+        tokenizer: str = "bytes",
+        length: int = 256,
+        field: str = "text",
+        share: float = 0.15,
+        held_out: float = 0.1,
+        evaluation_items: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.share = check_fraction("share", share, 0.01, 0.5)
+        super().__init__(
+            data=data,
+            validation=validation,
+            tokenizer=tokenizer,
+            length=length,
+            field=field,
+            held_out=held_out,
+            evaluation_items=evaluation_items,
+            seed=seed,
+        )
+        self.mask_token = self.tokenizer.vocab_size
+        self.vocab_size: int = self.tokenizer.vocab_size + 1
+        self.baseline: Baseline | None = self._rule()
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        batch = super().training_batch(step, seed, batch_size)
+        return self._hide(batch.inputs, counter_generator(seed, step, MASKING))
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        first = 0
+        for batch in super().evaluation_batches(batch_size):
+            drawn = [
+                self._hide(batch.inputs[i : i + 1], counter_generator(self.seed, first + i, MASKING))
+                for i in range(batch.size)
+            ]
+            first += batch.size
+            yield Batch(torch.cat([one.inputs for one in drawn]), torch.cat([one.targets for one in drawn]))
+
+    def describe(self) -> str:
+        assert self.baseline is not None
+        lines = super().describe().splitlines()
+        lines[0] = lines[0].replace("text:", "masked:", 1)
+        told = f"{self.share:.0%} of the tokens are to be told; {self.baseline.name}: {self.baseline.score:.3f}"
+        return "\n".join([lines[0], told, *(line.replace("that predict no token twice, ", "") for line in lines[1:])])
+
+    def _hide(self, tokens: Tensor, draws: np.random.Generator) -> Batch:
+        """Tokens (B, N) with some hidden, and those as targets; at least one of each row."""
+        places = torch.from_numpy(draws.random(tokens.shape))
+        hidden = places <= torch.maximum(torch.tensor(self.share), places.amin(1, keepdim=True))
+        fate = torch.from_numpy(draws.random(tokens.shape))
+        others = torch.from_numpy(draws.integers(0, self.mask_token, tokens.shape))
+        shown = torch.where(fate < 0.8, self.mask_token, torch.where(fate < 0.9, others, tokens))
+        return Batch(torch.where(hidden, shown, tokens), torch.where(hidden, tokens, IGNORED))
+
+    def _rule(self) -> Baseline:
+        """The commonest tokens between those neighbours, or, of many tokens, the commonest at all."""
+        size = self.vocab_size
+        tokens = torch.from_numpy(self._training.astype(np.int64))
+        alone = (torch.bincount(tokens, minlength=size) + 1.0).log()
+        if size > FROM_NEIGHBOURS:
+            return Baseline.of("token frequencies", self, lambda batch: alone.expand(*batch.inputs.shape, size))
+        pairs = torch.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size).view(size, size) + 0.1
+        after, before = pairs.log(), pairs.mT.log()  # after a token, and before it
+        after[self.mask_token] = before[self.mask_token] = alone  # a hidden neighbour tells nothing
+
+        def predict(batch: Batch) -> Float[Tensor, "b n v"]:
+            left, right = (F.pad(batch.inputs, pad, value=self.mask_token) for pad in ((1, 0), (0, 1)))
+            return after[left[:, :-1]] + before[right[:, 1:]] - alone
+
+        return Baseline.of("token between its two neighbours", self, predict)

@@ -1,0 +1,206 @@
+"""Super-resolution: a patch of a photo from a quarter of its width and height."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Pattern, Unsupported
+from regard.tasks.documents import walk
+from regard.tasks.image_files import images_among, read_image, require_pillow
+from regard.tasks.protocol import (
+    TRAINING,
+    Baseline,
+    Batch,
+    Task,
+    check_integer,
+    counter_generator,
+    in_batches,
+)
+from regard.tasks.sampling import spread
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+SIDE_READ = 512
+"""Photos of a folder are read this large."""
+CHANNELS = 3
+
+
+class UpscaleTask(Task):
+    """Give each pixel of a square patch what its small picture lacks (as SR3 is trained to, Saharia et al., arXiv 2104.07636).
+
+    A token is a pixel: its three colours in the small picture, enlarged again (bicubic), and the output is what to add to
+    them. Scored in PSNR of the patch, in dB; SSIM is told beside it. The baseline is the enlarged picture itself.
+
+    Args:
+        data: a folder of photos, of which the last are held out; scikit-learn's two photos when None: china.jpg is trained
+            on, flower.jpg is held out.
+        size: pixels of a side of a patch, 8 to 256.
+        factor: how many times smaller the small picture is; a divisor of `size`.
+        evaluation_items: most held-out patches, 1 to 65536.
+        seed: of nothing but the interface: held-out patches are evenly spread.
+    """
+
+    name = "upscale"
+    pattern = Pattern.NONCAUSAL_SELF
+    objective = "regression"
+    features = num_targets = CHANNELS
+    metric = "PSNR"
+
+    def __init__(
+        self,
+        *,
+        data: str | Path | None = None,
+        size: int = 32,
+        factor: int = 4,
+        evaluation_items: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.size = check_integer("size", size, 8, 256)
+        self.factor = check_integer("factor", factor, 2, 16)
+        check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
+        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        if size % factor:
+            raise Unsupported(
+                f"factor={factor} of patches of {size} pixels",
+                supported="a divisor of size",
+                nearest=f"factor={max(f for f in (2, 4, 8) if size % f == 0 or f == 2)}, size={size - size % 2}",
+            )
+        self.length, self.grid = size**2, (size, size)
+        self._training, held_out, self._named = _photos(data)
+        for photo in (*self._training, *held_out):
+            if min(photo.shape[-2:]) < size:
+                raise Unsupported(
+                    f"size={size} of a photo of {photo.shape[-2]} x {photo.shape[-1]}",
+                    supported="patches within each photo",
+                    nearest=f"size={min(photo.shape[-2:]) // factor * factor}",
+                )
+        patches = torch.cat([_tiles(photo, size) for photo in held_out])
+        self._held_out = patches[torch.from_numpy(spread(len(patches), evaluation_items))]
+        self._count = len(patches)
+        self.baseline: Baseline | None = Baseline.of(
+            "bicubic enlargement", self, lambda batch: torch.zeros_like(batch.targets)
+        )
+        self.chance = Baseline.of("grey", self, lambda batch: 0.5 - batch.inputs).score
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        check_integer("batch_size", batch_size, 1, 1 << 20)
+        draws = counter_generator(seed, step, TRAINING)
+        chosen = []
+        for which, top, left in zip(
+            draws.integers(0, len(self._training), batch_size), *draws.random((2, batch_size)), strict=True
+        ):
+            photo = self._training[which]
+            y, x = (int(at * (side - self.size + 1)) for at, side in zip((top, left), photo.shape[-2:], strict=True))
+            chosen.append(photo[:, y : y + self.size, x : x + self.size])
+        patches = torch.stack(chosen)
+        flips = torch.from_numpy(draws.random(batch_size) < 0.5)
+        return self._batch(torch.where(flips[:, None, None, None], patches.flip(-1), patches))
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for rows in in_batches(len(self._held_out), batch_size):
+            yield self._batch(self._held_out[rows])
+
+    def score(self, logits: Float[Tensor, "b n 3"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """PSNR of each patch, in dB."""
+        found, true = self._pictures(logits, batch)
+        error = (found - true).square().mean((1, 2, 3)).clamp(min=1e-10)
+        return -10 * error.log10(), torch.ones_like(error)
+
+    def figures(
+        self, output: Float[Tensor, "b n 3"], batch: Batch
+    ) -> dict[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
+        alike = structural_similarity(*self._pictures(output, batch))
+        return {"SSIM": (alike, torch.ones_like(alike))}
+
+    def describe(self) -> str:
+        assert self.baseline is not None
+        return "\n".join(
+            [
+                f"upscale: patches of {self.size} x {self.size} pixels from {self.size // self.factor} x "
+                f"{self.size // self.factor}, of {self._named}",
+                f"training: patches anywhere in {len(self._training)} photos, half of them mirrored; held out: "
+                f"{len(self._held_out)} of {self._count} patches of other photos",
+                f"scored in PSNR (dB); {self.baseline.name}: {self.baseline.score:.2f}",
+            ]
+        )
+
+    def _batch(self, patches: Float[Tensor, "b 3 s s"]) -> Batch:
+        small = F.interpolate(patches, scale_factor=1 / self.factor, mode="area")
+        rough = F.interpolate(small, size=patches.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 1)
+        inputs, targets = (x.flatten(2).mT.contiguous() for x in (rough, patches - rough))
+        return Batch(inputs, targets, grid=self.grid)
+
+    def _pictures(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What was made, and what was to be made, (B, 3, S, S) in float64."""
+        rough = batch.inputs.double()
+        made = (rough + output.double()).clamp(0, 1), rough + batch.targets.double()
+        found, true = (x.mT.unflatten(-1, self.grid) for x in made)
+        return found, true
+
+
+def structural_similarity(
+    one: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"], *, window: int = 11, sigma: float = 1.5
+) -> Float[Tensor, " b"]:
+    """SSIM of pictures from 0 to 1 (Wang et al., "Image quality assessment", 2004): Gaussian windows, without padding."""
+    places = torch.arange(window, dtype=one.dtype, device=one.device) - (window - 1) / 2
+    line = torch.exp(-places.square() / (2 * sigma**2))
+    line = line / line.sum()
+    channels = one.shape[1]
+
+    def blurred(x: Tensor) -> Tensor:
+        x = F.conv2d(x, line.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(x, line.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+    mean, mean_other = blurred(one), blurred(other)
+    variance, variance_other = blurred(one * one) - mean**2, blurred(other * other) - mean_other**2
+    shared = blurred(one * other) - mean * mean_other
+    small, large = 0.01**2, 0.03**2
+    alike = (2 * mean * mean_other + small) * (2 * shared + large)
+    unlike = (mean**2 + mean_other**2 + small) * (variance + variance_other + large)
+    return (alike / unlike).mean((1, 2, 3))
+
+
+def _tiles(photo: Tensor, size: int) -> Tensor:
+    """All whole patches of a photo (C, H, W) beside each other."""
+    rows, columns = (side // size for side in photo.shape[-2:])
+    cut = photo[:, : rows * size, : columns * size]
+    return cut.unflatten(1, (rows, size)).unflatten(-1, (columns, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def _photos(data: str | Path | None) -> tuple[list[Tensor], list[Tensor], str]:
+    """Photos to train on and to hold out (3, H, W), from 0 to 1, and what they are."""
+    if data is None:
+        try:
+            from sklearn.datasets import load_sample_image
+        except ImportError:
+            raise Unsupported(
+                "upscale without scikit-learn, which holds two photos",
+                supported="data=FOLDER",
+                nearest="pip install 'regard[data]'",
+            ) from None
+        require_pillow()
+        china, flower = (_tensor(load_sample_image(name)) for name in ("china.jpg", "flower.jpg"))
+        return [china], [flower], "scikit-learn's china.jpg (training) and flower.jpg (held out)"
+    folder = Path(data)
+    if not folder.is_dir():
+        raise Unsupported(f"data={data}, which is no folder", supported="a folder of photos")
+    require_pillow()
+    files = sorted(images_among(walk(folder)[0], folder))
+    if len(files) < 2:
+        raise Unsupported(f"{folder} with one photo", supported="two photos or more: the last are held out")
+    photos = [_tensor(read_image(path, (SIDE_READ, SIDE_READ), CHANNELS)[0]) for path in files]
+    kept = len(photos) - math.ceil(len(photos) / 10)
+    return photos[:kept], photos[kept:], f"the photos of {folder.name}"
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float().div(255)

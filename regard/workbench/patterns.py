@@ -1,0 +1,334 @@
+"""Which of the four patterns a module has, found by changing what it must not see.
+
+The patterns and the prefix test are those of the Comprehensive Attention Benchmark (Zhang et al., arXiv 2210.07661). A
+module has *causal-self* when output i is the same whatever follows token i, and when the prefix alone gives it, so that
+neither later tokens nor their number count; *noncausal-self* when outputs see what follows; *noncausal-cross* when they see
+the memory, and not through a triangular mask; *causal-cross* when, besides, no query sees a later one. Values and gradients
+are looked at, in float64 where the module takes it.
+
+It is a test of samples: a leak below the tolerance, or one that waits for an input of its own, is not found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from regard.contract import Pattern, Unsupported, at_least
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-5}
+"""Changes below this share of the largest output are rounding: some modules compute in float32 whatever they are given."""
+CUTS = 6
+"""Places where a sequence is cut."""
+LENGTH, MEMORY_LENGTH = 24, 20
+PADDED = 3
+
+
+class Probe(Protocol):
+    """A module in one pattern, the same at every call."""
+
+    dtype: torch.dtype
+    takes_padding: bool
+
+    def __call__(
+        self, x: Float[Tensor, "b n c"], memory: Float[Tensor, "b m c"] | None = None, *, padded: int = 0
+    ) -> Tensor:
+        """Its output. The last `padded` keys (those of `x` without a memory) are padding."""
+        ...
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What is to be probed.
+
+    Attributes:
+        name: in reports.
+        dim: width of its input and memory.
+        make: the module in a pattern; raises Unsupported with the reason where it refuses the pattern.
+        claims: the patterns that it says it has; None where it says nothing.
+    """
+
+    name: str
+    dim: int
+    make: Callable[[Pattern], Probe]
+    claims: tuple[Pattern, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a module in a pattern.
+
+    Attributes:
+        pattern: that was tried.
+        has: whether the module has it.
+        why: in words.
+        claimed: whether the module says that it has it; None where it says nothing.
+        leak: the largest change of an output by what it must not see, as a share of the largest output; None where nothing
+            was tried.
+        padding: whether what padding holds leaves the other outputs alone; None for a module that takes no padding mask.
+    """
+
+    pattern: Pattern
+    has: bool
+    why: str
+    claimed: bool | None = None
+    leak: float | None = None
+    padding: bool | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the module is what it says."""
+        return self.claimed in (None, self.has) and not (self.has and self.padding is False)
+
+
+def detect(
+    suspect: Suspect,
+    patterns: Sequence[Pattern] = tuple(Pattern),
+    *,
+    length: int = LENGTH,
+    memory_length: int = MEMORY_LENGTH,
+    seed: int = 0,
+) -> list[Finding]:
+    """A finding for each pattern.
+
+    Args:
+        length, memory_length: tokens of the inputs; longer ones than the windows and chunks of the module tell more.
+        seed: of the inputs.
+
+    Raises:
+        Unsupported: for a module that runs in no pattern, returns another shape, gives two answers to one question, or
+            keeps something between calls.
+    """
+    at_least("length", length, 4)
+    at_least("memory_length", memory_length, 4)
+    found, raised, ran = [], "", False
+    for pattern in patterns:
+        claimed = None if suspect.claims is None else pattern in suspect.claims
+        try:
+            probe = suspect.make(pattern)
+            trial = _Trial(suspect.name, probe, pattern, suspect.dim, length, memory_length, seed)
+        except _Raised as error:
+            raised = raised or f"in {pattern.value} it {error.why}"
+            found.append(Finding(pattern, False, error.why, claimed))
+            continue
+        except Unsupported as refusal:
+            if isinstance(refusal, Unfit):
+                raise
+            found.append(Finding(pattern, False, f"refused: {refusal.asked}", claimed))
+            continue
+        ran = True
+        found.append(dataclasses.replace(trial.finding(), claimed=claimed))
+    if raised and not ran:
+        raise Unfit(
+            f"{suspect.name}, which runs in no pattern ({raised})",
+            supported="a module called with tokens (B, N, C), alone or with a memory (B, M, C)",
+        )
+    return found
+
+
+class Unfit(Unsupported):
+    """A module of which nothing can be found out."""
+
+
+class _Raised(Exception):
+    """A call of the module raised."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class _Trial:
+    """A module in a pattern, fit to be probed, and its inputs."""
+
+    def __init__(self, name: str, probe: Probe, pattern: Pattern, dim: int, n: int, m: int, seed: int) -> None:
+        self.name, self.probe, self.pattern, self.n, self.m = name, probe, pattern, n, m
+        self.generator = torch.Generator().manual_seed(seed)
+        self.x = self.random(1, n, dim)
+        self.memory = self.random(1, m, dim) if pattern.cross else None
+        self.y = self.fit()
+        self.scale = max(float(self.y.abs().max()), torch.finfo(torch.float32).tiny)
+        self.tolerance = TOLERANCES.get(probe.dtype, max(TOLERANCES.values()))
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.probe.dtype)
+
+    def call(self, x: Tensor, memory: Tensor | None, padded: int = 0) -> Tensor:
+        try:
+            with torch.no_grad():
+                return self.probe(x, memory, padded=padded)
+        except Exception as error:
+            raise _Raised(f"raises {type(error).__name__}: {_first_line(error)}") from error
+
+    def fit(self) -> Tensor:
+        """The output, of a module that can be probed: as long and as wide as its input, finite, and always the same."""
+        y = self.call(self.x, self.memory)
+        if not isinstance(y, Tensor) or y.shape != self.x.shape:
+            shape = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
+            raise Unfit(
+                f"{self.name}, whose output for tokens of shape {tuple(self.x.shape)} has {shape}",
+                supported="an output of the same shape, alone, first in a tuple, or as .output",
+            )
+        if not bool(y.isfinite().all()):
+            raise Unfit(f"{self.name}, whose output is not finite", supported="finite outputs for normal inputs")
+        other = self.random(2, *self.x.shape[1:])
+        others = None if self.memory is None else self.random(2, *self.memory.shape[1:])
+        pair = self.call(other, others)
+        again = self.call(self.x, self.memory)
+        if again.shape != y.shape or not torch.equal(again, y):
+            seeded = [self._seeded(self.x, self.memory) for _ in range(2)]
+            draws = seeded[0].shape == seeded[1].shape and torch.equal(*seeded)
+            why = "draws random numbers in evaluation mode" if draws else "keeps something from call to call"
+            raise Unfit(
+                f"{self.name}, which {why}: two calls with the same tokens differ",
+                supported="a module that gives the same answer to the same question",
+                nearest="--seeded" if draws else "",
+            )
+        alone = self.call(other[:1], None if others is None else others[:1])
+        self.mixed = float((pair[:1] - alone).abs().max()) > 1e-4 * float(alone.abs().max())
+        return y
+
+    def _seeded(self, x: Tensor, memory: Tensor | None) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.call(x, memory)
+
+    def finding(self) -> Finding:
+        """What the probes found."""
+        try:
+            padding, note = self.padding(), ""
+        except _Raised as error:
+            padding, note = False, f"; with a padding mask it {error.why}"
+        if self.mixed:
+            note += "; its output for a row changes with the other rows of a batch"
+        found = self._own() if self.memory is None else self._cross()
+        return dataclasses.replace(found, padding=padding, why=found.why + note)
+
+    def _own(self) -> Finding:
+        ahead = self.ahead()
+        if not self.pattern.causal:
+            mixes = self.changed(self.call(self._replaced(self.x, 0, self.n - 1), None)[:, -1], self.y[:, -1])
+            if ahead.leak <= self.tolerance < mixes:
+                return Finding(self.pattern, False, "no output sees a later token", None, ahead.leak)
+            sees = "outputs see what follows" if ahead.leak > self.tolerance else "no output sees another token"
+            return Finding(self.pattern, True, sees)
+        return Finding(self.pattern, ahead.holds, ahead.why, None, ahead.leak)
+
+    def _cross(self) -> Finding:
+        assert self.memory is not None
+        seen = self.changed(self.call(self.x, self.random(*self.memory.shape)), self.y)
+        if seen <= self.tolerance:
+            return Finding(self.pattern, False, "no output depends on the memory")
+        if self.triangular():
+            why = "early queries do not see late memory: a triangular mask over the memory, which all should see"
+            return Finding(self.pattern, False, why)
+        if self.pattern.causal:
+            ahead = self.ahead()
+            why = "sees all queries up to its own and the memory" if ahead.holds else ahead.why
+            return Finding(self.pattern, ahead.holds, why, None, ahead.leak)
+        return Finding(self.pattern, True, "outputs see the memory")
+
+    def changed(self, found: Tensor, expected: Tensor) -> float:
+        """The largest difference, as a share of the largest output."""
+        return float((found - expected).abs().max()) / self.scale if expected.numel() else 0.0
+
+    def cuts(self, n: int) -> list[int]:
+        """Lengths of prefixes, shorter than n, spread over it."""
+        return sorted({1 + round(i * (n - 2) / (CUTS - 1)) for i in range(CUTS)})
+
+    def _replaced(self, x: Tensor, begin: int, end: int | None = None) -> Tensor:
+        changed = x.clone()
+        changed[:, begin:end] = self.random(*changed[:, begin:end].shape)
+        return changed
+
+    def ahead(self) -> _Ahead:
+        """Whether outputs depend on later tokens (of the queries): by value, by their number, by gradient."""
+        worst, why, prefixes = 0.0, "", []
+        for cut in self.cuts(self.n):
+            change = self.changed(self.call(self._replaced(self.x, cut), self.memory)[:, :cut], self.y[:, :cut])
+            if change > worst:
+                worst = change
+                why = f"outputs up to token {cut - 1} change when later {self._tokens} do (by {change:.1e})"
+            try:
+                prefix = self.call(self.x[:, :cut], self.memory)
+            except _Raised as error:
+                prefixes.append(error.why)
+                continue
+            change = self.changed(prefix, self.y[:, :cut]) if prefix.shape[1] == cut else math.inf
+            if change > worst:
+                worst, why = change, f"outputs change with the number of later {self._tokens} (by {change:.1e})"
+        slope = self.slope()
+        if slope > self.tolerance and worst <= self.tolerance:
+            worst, why = slope, f"the gradient of an output reaches later {self._tokens} ({slope:.1e})"
+        if worst <= self.tolerance:
+            why = f"no output depends on later {self._tokens}"
+            if prefixes:
+                why += f"; {len(prefixes)} of {CUTS} prefixes alone could not be tried ({prefixes[0]})"
+        return _Ahead(worst <= self.tolerance, worst, why)
+
+    @property
+    def _tokens(self) -> str:
+        return "queries" if self.pattern.cross else "tokens"
+
+    def slope(self) -> float:
+        """The largest gradient of a middle output by a later token, as a share of the largest by any; 0 without gradients."""
+        x = self.x.clone().requires_grad_()
+        middle = self.n // 2
+        try:
+            y = self.probe(x, self.memory)[:, middle].sum()
+            (gradient,) = torch.autograd.grad(y, x) if y.requires_grad else (None,)
+        except Exception:
+            return 0.0  # a module for inference alone
+        largest = 0.0 if gradient is None else float(gradient.abs().max())
+        if gradient is None or not largest:
+            return 0.0
+        if not math.isfinite(largest):
+            raise Unfit(f"{self.name}, whose gradient is not finite", supported="finite gradients for normal inputs")
+        return float(gradient[:, middle + 1 :].abs().max()) / largest
+
+    def triangular(self) -> bool:
+        """Whether late memory is hidden from early queries alone, from more of them the later it is."""
+        assert self.memory is not None
+        first = []  # the first output that sees the memory from a cut on
+        for cut in self.cuts(self.m):
+            y = self.call(self.x, self._replaced(self.memory, cut))
+            sees = (y - self.y).abs().amax((0, 2)) > self.tolerance * self.scale
+            at = int(sees.int().argmax()) if bool(sees.any()) else self.n
+            if not bool(sees[at:].all()):
+                return False
+            first.append(at)
+        return first == sorted(first) and any(0 < at < self.n for at in first)
+
+    def padding(self) -> bool | None:
+        """Whether the other outputs leave alone what padding holds."""
+        if not self.probe.takes_padding:
+            return None
+        keys = self.x if self.memory is None else self.memory
+        first, second = (self._replaced(keys, keys.shape[1] - PADDED) for _ in range(2))
+        kept = self.n if self.memory is not None else self.n - PADDED
+        found = [
+            (self.call(k, None, PADDED) if self.memory is None else self.call(self.x, k, PADDED))[:, :kept]
+            for k in (first, second)
+        ]
+        return self.changed(*found) <= self.tolerance
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    holds: bool
+    leak: float
+    why: str
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "without a word"

@@ -1,0 +1,182 @@
+"""Tasks of the Comprehensive Attention Benchmark: what is hidden, and that their measures are right on cases known by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from task_data import refused, save_json, words
+
+from regard.models import Encoder, config_for
+from regard.tasks import IGNORED, Batch, create_task
+from regard.tasks.completion import nearest
+from regard.tasks.shapes import on_mesh, read_mesh, superquadrics
+from regard.tasks.speech import cepstra, warped_distance
+from regard.tasks.summarize import rouge_l, rouge_n
+from regard.tasks.upscale import structural_similarity
+from tests.recordings import write_recordings
+
+
+@pytest.fixture
+def text(tmp_path):
+    return save_json(tmp_path / "a.jsonl", [{"text": f"{i} {words(80, i)}"} for i in range(40)])
+
+
+def test_a_share_of_the_tokens_is_hidden_and_they_alone_have_targets(text):
+    task = create_task("masked", data=text, length=200, share=0.3)
+    plain = create_task("text", data=text, length=200)
+    hidden, masked, kept = 0, 0, 0
+    for step in range(20):
+        batch, whole = task.training_batch(step, 3, 16), plain.training_batch(step, 3, 16).inputs
+        told = batch.targets != IGNORED
+        assert torch.equal(batch.inputs[~told], whole[~told])
+        assert torch.equal(batch.targets[told], whole[told])
+        hidden += int(told.sum())
+        masked += int((batch.inputs == task.mask_token).sum())
+        kept += int((batch.inputs[told] == whole[told]).sum())
+    assert hidden / (20 * 16 * 200) == pytest.approx(0.3, abs=0.01)
+    assert masked / hidden == pytest.approx(0.8, abs=0.02)
+    assert kept / hidden == pytest.approx(0.1, abs=0.02)
+
+
+def test_each_window_has_something_to_tell(text):
+    task = create_task("masked", data=text, length=3, share=0.01)
+    assert (task.training_batch(0, 0, 50).targets != IGNORED).any(1).all()
+
+
+def test_the_rule_of_masked_text_knows_neighbours(tmp_path):
+    data = save_json(tmp_path / "b.jsonl", [{"text": f"{i:02d}" + "abcdefgh" * 40} for i in range(20)])
+    task = create_task("masked", data=data, length=64)
+    assert task.baseline.score < 1.5  # of 8 letters in order, when neighbours are not hidden too
+    config = config_for(task, ["softmax"], dim=16, num_heads=2, max_length=64, positions="auto")
+    model = Encoder(config)
+    output = model(task.training_batch(0, 0, 2).inputs).output
+    assert output.shape == (2, 64, task.vocab_size)
+
+
+def test_psnr_and_ssim_of_hand_cases():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("PIL")
+    task = create_task("upscale", size=16, evaluation_items=4)
+    batch = next(iter(task.evaluation_batches(4)))
+    perfect = task.score(batch.targets, batch)[0]
+    assert perfect.tolist() == [100.0] * 4
+    assert task.figures(batch.targets, batch)["SSIM"][0].tolist() == pytest.approx([1.0] * 4)
+    clear = Batch(torch.full((1, 256, 3), 0.5), torch.zeros(1, 256, 3), grid=(16, 16))
+    assert float(task.score(torch.full((1, 256, 3), 0.1), clear)[0]) == pytest.approx(20)
+    x = torch.rand(2, 3, 20, 20, dtype=torch.float64)
+    assert structural_similarity(x, x).tolist() == pytest.approx([1, 1])
+    assert (structural_similarity(x, 1 - x) < 0.2).all()
+    inputs = batch.inputs.mT.unflatten(-1, (16, 16))
+    assert torch.nn.functional.avg_pool2d(inputs + batch.targets.mT.unflatten(-1, (16, 16)), 4).shape == (4, 3, 4, 4)
+
+
+def test_chamfer_distances_of_hand_cases():
+    task = create_task("completion", length=32, seen=16, evaluation_items=3)
+    batch = next(iter(task.evaluation_batches(3)))
+    same = batch.targets[:, torch.randperm(32)]
+    assert task.score(same, batch)[0].tolist() == pytest.approx([0] * 3, abs=1e-3)
+    assert task.figures(same, batch)["F-score"][0].tolist() == [1.0] * 3
+    one, other = torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)
+    one[0, 1, 0], other[0, 2, 0] = 3.0, 1.0
+    there, back = nearest(one.double(), other.double())
+    assert there.tolist()[0] == pytest.approx([0, 2], abs=1e-6)
+    assert back.tolist()[0] == pytest.approx([0, 0, 1], abs=1e-6)
+
+
+def test_the_gradient_of_the_chamfer_distance_is_that_of_the_distances():
+    task = create_task("completion", length=12, seen=8, evaluation_items=2)
+    batch = next(iter(task.evaluation_batches(2)))
+    x = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: task.loss(x, batch)[0], (x,))
+
+
+def test_clouds_are_of_one_size_and_what_is_seen_is_one_side():
+    task = create_task("completion", length=300, seen=100, evaluation_items=4)
+    for batch in task.evaluation_batches(2):
+        assert batch.targets.norm(dim=-1).max() <= 1 + 1e-6
+        for seen in batch.memory:
+            normal = torch.linalg.lstsq(seen, torch.ones(len(seen), 1)).solution
+            assert (seen @ normal > 0).float().mean() > 0.9
+    cloud = superquadrics(np.random.default_rng(), 500)
+    assert np.isfinite(cloud).all()
+    assert cloud.shape == (500, 3)
+
+
+def test_meshes_are_read_and_points_lie_on_their_triangles(tmp_path):
+    corners = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    faces = [(1, 2, 3), (1, 2, 4), (1, 3, 4)]
+    lines = [f"v {x} {y} {z}" for x, y, z in corners] + [f"f {a}/1 {b}/2 {c}/3" for a, b, c in faces]
+    (tmp_path / "a.obj").write_text("\n".join(lines))
+    triangles = np.array([[corners[i - 1] for i in face] for face in faces], dtype="<f4")
+    rows = np.zeros(3, np.dtype([("n", "<f4", 12), ("m", "<u2")]))
+    rows["n"][:, 3:] = triangles.reshape(3, 9)
+    (tmp_path / "b.stl").write_bytes(bytes(80) + (3).to_bytes(4, "little") + rows.tobytes())
+    for name in ("a.obj", "b.stl"):
+        found = read_mesh(tmp_path / name)
+        assert np.array_equal(found, triangles)
+        points = on_mesh(found, np.random.default_rng(), 200)
+        assert np.abs(points).min(1).max() < 1e-12  # each face is in a plane of coordinates
+        assert points.min() >= 0
+        assert points.sum(1).max() <= 1 + 1e-9
+    task = create_task("completion", data=tmp_path, length=16, seen=8, evaluation_items=2)
+    assert task.training_batch(0, 0, 2).targets.shape == (2, 16, 3)
+    (tmp_path / "b.stl").write_bytes(b"solid")
+    refused(lambda: create_task("completion", data=tmp_path), "b.stl, which cannot be read as a mesh")
+    (tmp_path / "b.stl").unlink()
+    refused(lambda: create_task("completion", data=tmp_path), "with 1 meshes")
+
+
+def test_warping_finds_the_cheapest_path():
+    def brute(distance, i=0, j=0):
+        ends = [(i + 1, j), (i, j + 1), (i + 1, j + 1)]
+        steps = [(a, b) for a, b in ends if a < distance.shape[0] and b < distance.shape[1]]
+        return distance[i, j] + (min(brute(distance, a, b) for a, b in steps) if steps else 0)
+
+    rng = np.random.default_rng()
+    for n, m in itertools.product((1, 2, 5), (1, 3, 4)):
+        distance = rng.random((n, m))
+        assert warped_distance(distance) == pytest.approx(brute(distance))
+
+
+def test_what_was_said_itself_has_no_distance(tmp_path):
+    write_recordings(tmp_path)
+    task = create_task("speech", data=tmp_path, length=40, digits=2, evaluation_items=5)
+    batch = next(iter(task.evaluation_batches(5)))
+    said = batch.targets.nan_to_num(0)
+    assert task.score(said, batch)[0].abs().max() < 1e-5
+    assert task.figures(said, batch)["MSD"][0].abs().max() < 1e-5
+    slower = said.clone()
+    slower[:, 1:] = said[:, :-1]  # a frame late: the alignment forgives most of it
+    straight = (said - slower).square().mean().sqrt()
+    assert 0 < task.figures(slower, batch)["MSD"][0].mean() < straight * task._deviation.mean() * 2
+    constant = torch.full((3, 40), 2.0, dtype=torch.float64)
+    assert cepstra(constant).abs().max() < 1e-12
+
+
+def test_phrases_of_training_are_not_held_out(tmp_path):
+    write_recordings(tmp_path)
+    task = create_task("speech", data=tmp_path, length=32, digits=2, evaluation_items=9)
+    held_out = {batch.memory[i].numpy().tobytes() for batch in task.evaluation_batches(4) for i in range(batch.size)}
+    for step in range(10):
+        assert not held_out & {row.numpy().tobytes() for row in task.training_batch(step, 0, 16).memory}
+
+
+def test_folders_without_recordings_are_refused(tmp_path):
+    refused(lambda: create_task("speech", data=tmp_path), "without recordings", "DIGIT_SPEAKER_TAKE.wav")
+    write_recordings(tmp_path)
+    (tmp_path / "3_ann_0.wav").unlink()
+    (tmp_path / "3_ann_1.wav").unlink()
+    refused(lambda: create_task("speech", data=str(tmp_path) + "/"), "without 3 of ann")
+    (tmp_path / "3_ann_0.wav").write_bytes(b"RIFF")
+    refused(lambda: create_task("speech", data=str(tmp_path) + "/."), "3_ann_0.wav, which cannot be read")
+
+
+def test_rouge_of_hand_cases():
+    said = "the cat sat on the mat"
+    for n in (1, 2):
+        assert rouge_n(said, said, n) == 100
+    assert rouge_n("the the the", "the cat", 1) == pytest.approx(200 / 5)
+    assert rouge_n("a b c d", "b c x", 2) == pytest.approx(200 / 5)
+    assert rouge_n("", said, 1) == rouge_n("one", said, 2) == 0
+    assert rouge_l("the cat the mat", said) == pytest.approx(200 * 4 / 10)

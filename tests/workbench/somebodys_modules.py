@@ -1,0 +1,128 @@
+"""Modules as people write them, right and wrong, for `regard detect-patterns`."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Right(nn.Module):
+    """Attention in the style of CAB: one class for all patterns."""
+
+    def __init__(self, embed_dim: int, num_heads: int, causal: bool = False, cross: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.causal = causal
+
+    def forward(self, query, key=None, value=None, key_padding_mask=None):
+        hidden = None
+        if self.causal and key is None:
+            hidden = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).triu(1)
+        key = query if key is None else key
+        value = key if value is None else value
+        return self.attention(query, key, value, attn_mask=hidden, key_padding_mask=key_padding_mask)
+
+
+class FutureMean(Right):
+    """A ten-thousandth of the mean over all queries."""
+
+    def forward(self, query, key=None, value=None):
+        return super().forward(query, key, value)[0] + 1e-4 * query.mean(1, keepdim=True)
+
+
+class KnowsLength(nn.Module):
+    """Sums of the past, divided by how many tokens there are in all."""
+
+    def forward(self, x):
+        return x.cumsum(1) / x.shape[1]
+
+
+class FutureGradient(nn.Module):
+    """The value of a later token does not enter; its gradient does."""
+
+    def forward(self, x):
+        later = x.flip(1).cumsum(1).flip(1)
+        return x.cumsum(1) + later - later.detach()
+
+
+class OneAhead(nn.Module):
+    """Each token sees the next one."""
+
+    def forward(self, x):
+        return x + 1e-3 * x.roll(-1, 1)
+
+
+class PaddingSeen(nn.Module):
+    """The mean over all keys, padding too."""
+
+    def forward(self, x, key_padding_mask=None):
+        return x + x.mean(1, keepdim=True)
+
+
+class Triangle(nn.Module):
+    """Cross-attention with a triangular mask over the memory."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        scores = self.query(x) @ memory.mT
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ memory
+
+
+class IgnoresMemory(nn.Module):
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return x.cumsum(1) + 0 * memory.mean()
+
+
+class SinglePrecision(nn.Module):
+    """Takes float32 alone."""
+
+    def forward(self, x):
+        weights = torch.ones(x.shape[1], x.shape[1], dtype=torch.float32).tril()
+        return weights @ x
+
+
+class Random(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = 0.0
+
+    def forward(self, x):
+        self.last = self.last + x.mean()
+        return x + self.last
+
+
+class Raises(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("sizes of tensors must match\nand more")
+
+
+class Shorter(nn.Module):
+    def forward(self, x):
+        return x[:, ::2]
+
+
+class MixesRows(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class NeedsWindow(nn.Module):
+    def __init__(self, dim: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x):
+        near = [x.roll(i, 1).index_fill(1, torch.arange(i), 0.0) for i in range(self.window)]
+        return torch.stack(near).mean(0)
+
+
+class HandsOn(Right):
+    def __init__(self, window: int = 3, **others) -> None:
+        super().__init__(**others)

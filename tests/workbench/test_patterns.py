@@ -1,0 +1,170 @@
+"""The detector of patterns: the catalogue is what its cards say, planted leaks are found, and the unfit are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from regard.catalogue import get_mechanism, list_mechanisms
+from regard.contract import Pattern, Unsupported
+from regard.workbench.layer_work import MIXING
+from regard.workbench.patterns import Finding, Suspect, detect
+from regard.workbench.suspects import suspect
+from tests.command_line import run
+
+FILE = Path(__file__).with_name("somebodys_modules.py")
+NS, CS, NC, CC = Pattern
+MECHANISMS = [name for name in list_mechanisms() if get_mechanism(name).kind in MIXING]
+
+
+def found(name: str, **options: object) -> dict[Pattern, Finding]:
+    return {one.pattern: one for one in detect(suspect(f"{FILE}:{name}", options))}
+
+
+def patterns(name: str, **options: object) -> list[Pattern]:
+    return [pattern for pattern, one in found(name, **options).items() if one.has]
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_is_detected_of_a_mechanism_is_what_its_card_says(name: str) -> None:
+    findings = detect(suspect(name, {}))
+    assert [one.pattern for one in findings if one.has] == [p for p in Pattern if p in get_mechanism(name).patterns]
+    assert all(one.agrees for one in findings)
+
+
+def test_a_right_module_has_all_patterns_and_keeps_padding_out() -> None:
+    findings = found("Right")
+    assert [one.has for one in findings.values()] == [True] * 4
+    assert [one.padding for one in findings.values()] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [("FutureMean", [NS, NC]), ("KnowsLength", [NS]), ("OneAhead", [NS]), ("FutureGradient", [CS])],
+)
+def test_planted_leaks_are_found(name: str, has: list[Pattern]) -> None:
+    findings = found(name)
+    if name == "FutureGradient":
+        assert not findings[CS].has
+        assert "gradient" in findings[CS].why
+    else:
+        assert patterns(name) == has
+        assert findings[CS].leak is not None
+        assert findings[CS].leak > 1e-5
+
+
+def test_padding_that_is_seen_is_told() -> None:
+    assert not found("PaddingSeen")[NS].agrees
+    assert found("PaddingSeen")[NS].padding is False
+
+
+def test_a_triangular_mask_over_the_memory_is_no_cross_pattern() -> None:
+    findings = found("Triangle")
+    assert not findings[NC].has
+    assert not findings[CC].has
+    assert "triangular" in findings[CC].why
+
+
+def test_a_module_that_does_not_read_its_memory_has_no_cross_pattern() -> None:
+    assert patterns("IgnoresMemory") == [CS]
+    assert "no output depends on the memory" in found("IgnoresMemory")[NC].why
+
+
+def test_a_module_of_single_precision_is_probed_in_it() -> None:
+    assert patterns("SinglePrecision") == [CS]
+
+
+def test_a_constructor_gets_what_it_is_given() -> None:
+    assert patterns("NeedsWindow", window=3) == [CS]
+    with pytest.raises(Unsupported, match=r"NeedsWindow without window.*--option window="):
+        suspect(f"{FILE}:NeedsWindow", {})
+    with pytest.raises(Unsupported, match=r"option 'windows'.*try window"):
+        suspect(f"{FILE}:NeedsWindow", {"windows": 3})
+
+
+def test_a_module_that_draws_is_probed_when_it_is_seeded() -> None:
+    findings = detect(suspect(f"{FILE}:Random", {}, seeded=True), [NS])
+    assert "no output sees another token" in findings[0].why
+
+
+def test_rows_that_change_each_other_are_told() -> None:
+    assert "other rows of a batch" in found("MixesRows")[NS].why
+
+
+def test_what_a_constructor_hands_on_is_known() -> None:
+    assert patterns("HandsOn") == [NS, CS, NC, CC]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Random", "draws random numbers"),
+        ("Remembers", "keeps something from call to call"),
+        ("Raises", "runs in no pattern .*RuntimeError: sizes of tensors must match\\)"),
+        ("Shorter", r"shape \(1, 12, 32\)"),
+        ("Nowhere", "'Nowhere' in .*supported: .*Right"),
+    ],
+)
+def test_a_module_that_cannot_be_probed_is_refused_in_a_sentence(name: str, why: str) -> None:
+    with pytest.raises(Unsupported, match=why) as refusal:
+        found(name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_leak_of_a_mechanism_is_found_against_its_card() -> None:
+    """The detector does not believe cards: a causal softmax that adds the mean of all tokens is caught."""
+    honest = suspect("softmax", {})
+
+    class Leaky:
+        dtype, takes_padding = torch.float64, False
+
+        def __init__(self, pattern: Pattern) -> None:
+            self.inner = honest.make(pattern)
+
+        def __call__(self, x, memory=None, *, padded=0):
+            return self.inner(x, memory) + 1e-5 * x.mean(1, keepdim=True)
+
+    findings = detect(Suspect("leaky", honest.dim, Leaky, honest.claims))
+    assert [(one.pattern, one.agrees) for one in findings] == [(NS, True), (CS, False), (NC, True), (CC, False)]
+
+
+def test_verdicts_are_those_of_cabs_own_rule_where_it_says_no() -> None:
+    """CAB says yes where f(X)[i] = f(X[:i + 1])[i] for i from n / 2 on, to 1e-4 in all: what it refuses is refused here."""
+    torch.manual_seed(0)
+
+    def cab(module: nn.Module) -> bool:
+        x = torch.randn(4, 50, 32)
+        with torch.no_grad():
+            whole = first(module(x))
+            return all(
+                float((first(module(x[:, : i + 1]))[:, i] - whole[:, i]).abs().sum()) <= 1e-4 for i in range(25, 50)
+            )
+
+    def first(output: object) -> torch.Tensor:
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[return-value]
+
+    space: dict[str, object] = {}
+    exec(compile(FILE.read_text(), str(FILE), "exec"), space)
+    for name, arguments in (
+        ("Right", (32, 4, True)),
+        ("FutureMean", (32, 4, True)),
+        ("KnowsLength", ()),
+        ("OneAhead", ()),
+    ):
+        made = space[name](*arguments).eval()  # type: ignore[operator]
+        assert found(name)[CS].has == cab(made), name
+
+
+def test_the_command_tells_and_ends_with_its_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "detect-patterns --expect causal-self --json", f"{FILE}:FutureMean")
+    rows = json.loads(out)
+    assert code == 1
+    assert rows["disagreements"] == 1
+    assert [row["has"] for row in rows["findings"]] == [True, False, True, False]
+    assert run(capsys, "detect-patterns", f"{FILE}:Right")[0] == 0
+    for refused in ("low_rank_pooling", str(FILE), "nowhere.py:A", f"{FILE}:Right --option window"):
+        code, _, told = run(capsys, "detect-patterns", *refused.split())
+        assert code == 2
+        assert len(told.strip().splitlines()) == 1
