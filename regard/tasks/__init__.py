@@ -14,6 +14,7 @@ from regard.tasks.document_classes import DocumentsTask
 from regard.tasks.documents import Paths
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
+from regard.tasks.in_context_functions import InContextFunctionsTask
 from regard.tasks.listops import ListOpsTask
 from regard.tasks.matching import MatchingTask
 from regard.tasks.paraphrase import ParaphraseTask
@@ -43,6 +44,7 @@ _TASKS = (
     RecallTask,
     CopyingTask,
     ListOpsTask,
+    InContextFunctionsTask,
     ImagesTask,
     SegmentationTask,
     DocumentsTask,

@@ -91,6 +91,7 @@ SMALL = {
     "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
     "listops": {"length": 24, "evaluation_items": 64},
+    "in_context_functions": {"length": 16, "dimensions": 6, "evaluation_items": 64},
     "segmentation": {"size": 16, "evaluation_items": 64, "data": "near-cue"},
 }
 
