@@ -858,7 +858,7 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
         + " *tested*: a test compares with the recording in a way of its own, within 1e-10 or its stated tolerance.",
     ]
     errors = measured["fixtures"] if measured else {}
-    owners = (*names, *list_positions(), "vision")
+    owners = (*names, *list_positions(), "vision", "studies")
     recordings: dict[str, list[dict[str, Any]]] = {}
     for entry in sources["fixtures"]:
         stem = entry["file"].removesuffix(".npz")

@@ -41,8 +41,8 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, images, segmentation, documents, "
-            "matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; for your data text, or "
+            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, in_context_functions, images, "
+            "segmentation, documents, matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; for your data text, or "
             "what the columns of a table or the files of a folder are for."
         ),
     ] = None,

@@ -63,6 +63,8 @@ class EncoderConfig:
             ``additive``, ``structured``), or a pooling mechanism; slots are laid side by side. ``none``: an output for
             each token.
         pool_options: of ``additive`` (`hidden`), ``structured`` (`slots`, `hidden`, `diversity`), or the mechanism.
+        causal: whether a token reads none that come later. With ``pool="none"`` an output then follows from what was read
+            up to its token, as in a language model, but of measured features too.
         plan: as in :class:`regard.models.LanguageModelConfig`. Layers for grids alone (``large_kernel`` unless
             ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
         dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options: as in
@@ -90,8 +92,10 @@ class EncoderConfig:
     pool_options: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
-    serves: ClassVar = tuple(
-        (Pattern.NONCAUSAL_SELF, name) for name in ("classification", "regression", "segmentation", "masked-token")
+    causal: bool = False
+    serves: ClassVar = (
+        *((Pattern.NONCAUSAL_SELF, name) for name in ("classification", "regression", "segmentation", "masked-token")),
+        (Pattern.CAUSAL_SELF, "regression"),
     )
 
     def __post_init__(self) -> None:
@@ -112,7 +116,10 @@ class EncoderConfig:
         if task.objective == "masked-token":
             return cls(task.vocab_size or 0, task.vocab_size, plan=plan, pool="none", **sizes)
         if task.objective == "regression":
-            return cls(task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
+            causal = task.pattern.causal
+            return cls(
+                task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", causal=causal, **sizes
+            )
         if task.objective == "segmentation":
             width = (task.num_targets or 0) * (task.num_classes or 0)
             return cls(width, task.vocab_size, task.features, plan=plan, pool="none", **sizes)
@@ -130,7 +137,8 @@ class EncoderBase(nn.Module):
     def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__()
         self.config = config
-        check_plan(plan, Pattern.NONCAUSAL_SELF, "an encoder")
+        self.pattern = Pattern.CAUSAL_SELF if getattr(config, "causal", False) else Pattern.NONCAUSAL_SELF
+        check_plan(plan, self.pattern, "an encoder")
         self.embedding: nn.Module
         if config.vocab_size is not None:
             self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -173,7 +181,7 @@ class Encoder(EncoderBase):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, config.plan)
-        self.blocks = Stack([Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.plan], config.stack)
+        self.blocks = Stack([Block(entry, config, self.pattern) for entry in config.plan], config.stack)
         grid_axes(self.blocks)
         self.norm = make_norm(config.norm, config.dim)
         self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)

@@ -15,6 +15,7 @@ from regard.tasks.document_classes import DocumentsTask
 from regard.tasks.documents import Paths
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
+from regard.tasks.in_context_functions import InContextFunctionsTask
 from regard.tasks.listops import ListOpsTask
 from regard.tasks.masked import MaskedTask
 from regard.tasks.matching import MatchingTask
@@ -48,6 +49,7 @@ _TASKS = (
     RecallTask,
     CopyingTask,
     ListOpsTask,
+    InContextFunctionsTask,
     ImagesTask,
     SegmentationTask,
     UpscaleTask,

@@ -5,11 +5,13 @@ from ast import literal_eval
 import pytest
 import torch
 from model_checks import made
+from support import close, refused
 
 from regard.contract import Context, Mask, Result, Unsupported
 from regard.layers.pooling import make_pooling
-from regard.models import Encoder, set_exit_threshold
+from regard.models import Encoder, config_for, models_for, set_exit_threshold
 from regard.models.blocks import auxiliary_loss
+from regard.tasks import create_task
 
 
 def make_encoder(**options) -> Encoder:
@@ -22,6 +24,28 @@ def test_a_token_sees_later_ones():
     changed = x.clone()
     changed[:, 4] += 1
     assert not torch.allclose(model(x).output, model(changed).output)
+
+
+@pytest.mark.parametrize("name", ["softmax", "gated_linear", "mamba2"])
+def test_a_token_of_a_causal_encoder_sees_none_that_come_later(name):
+    model = make_encoder(pool="none", causal=True, plan=[name, name])
+    x = torch.randn(2, 7, 2, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 4:] += 1
+    before, after = model(x).output, model(changed).output
+    close(after[:, :4], before[:, :4])
+    assert (after[:, 4:] != before[:, 4:]).any(-1).all()
+    left_padded = torch.nn.functional.pad(x, (0, 0, 2, 0))
+    valid = (torch.arange(9) >= 2).expand(2, -1)
+    close(model(left_padded, context=Context(mask=Mask(valid=valid))).output[:, 2:], before)
+
+
+def test_an_encoder_is_causal_for_causal_tasks_and_refuses_what_has_no_such_pattern():
+    task = create_task("in_context_functions", length=16, evaluation_items=4)
+    assert models_for(task) == ["Encoder"]
+    config = config_for(task, "softmax", dim=16, num_layers=1, num_heads=2)
+    assert (config.causal, config.pool, config.num_classes, config.features) == (True, "none", 1, 8)
+    refused("causal-self", Encoder, config_for(task, "fnet", dim=16, num_layers=1, num_heads=2))
 
 
 @pytest.mark.parametrize(

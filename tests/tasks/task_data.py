@@ -94,6 +94,7 @@ SMALL = {
     "listops": {"length": 24, "evaluation_items": 64},
     "upscale": {"size": 8, "factor": 2, "evaluation_items": 64},
     "completion": {"length": 16, "seen": 8, "evaluation_items": 64},
+    "in_context_functions": {"length": 16, "dimensions": 6, "evaluation_items": 64},
     "segmentation": {"size": 16, "evaluation_items": 64, "data": "near-cue"},
 }
 

@@ -155,8 +155,14 @@ def test_a_folder_of_images_and_masks_is_one_of_segmentation(tmp_path):
 def test_default_mechanisms_fit_every_task(tmp_path):
     generator = np.random.default_rng(0)
     texts = str(save_json(tmp_path / "a.jsonl", [pair(generator, label=i % 2) for i in range(60)]))
-    described = ["recall", "listops:length=64", "documents:text=a", "paraphrase:source=a,target=b"]
-    tasks = [read_tasks([one], None if one[0] in "rl" else [texts], None, None, "bytes", [])[0] for one in described]
+    described = [
+        "recall",
+        "listops:length=64",
+        "in_context_functions:length=16",
+        "documents:text=a",
+        "paraphrase:source=a,target=b",
+    ]
+    tasks = [read_tasks([one], None if one[0] in "rli" else [texts], None, None, "bytes", [])[0] for one in described]
     tasks += read_tasks(["segmentation:size=16,evaluation_items=4"], None, None, None, "bytes", [])
     tasks += read_tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
     assert {(task.pattern, task.objective) for task in tasks} == set(served()) - {

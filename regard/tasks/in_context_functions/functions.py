@@ -1,0 +1,234 @@
+"""Classes of Boolean functions, and contexts of examples: inputs in {-1, +1}^n with their labels, -1 or +1.
+
+Every class but the nearest neighbours is of clauses w, rows of weights: a conjunction holds where w.x is above |w|_1 - 1, a
+disjunction where it is above 1 - |w|_1, a threshold where it is above its own number, and a parity where an odd number of
+its bits is +1. A conjunction without literals always holds, a disjunction without literals never does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from regard.contract import Unsupported, closest
+from regard.tasks.in_context_functions.teaching import teaching_sequences
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+Rule = Literal["all", "any", "threshold", "odd", "nearest"]
+
+
+@dataclass(frozen=True)
+class FunctionClass:
+    """How a class draws its functions, and its inputs.
+
+    Attributes:
+        name: of the class.
+        rule: how a clause reads its literals (``all`` or ``any`` of them), ``threshold``, ``odd`` for parity, or
+            ``nearest`` for labels of the most similar example before.
+        clauses: how many; of clauses of ``all`` any has to hold, of clauses of ``any`` all of them.
+        literals: share of the coordinates that have a weight.
+        signed: whether half of the weights are -1.
+        subset: how many coordinates have a weight, in the place of a share.
+        largest: weights are integers up to this size, in the place of literals.
+        thresholds: those that are drawn from, a half added.
+        planted: share of the examples whose literals of one clause, the same in a context, are set so that the label is
+            `planted_label` (for one clause).
+        planted_label: +1 or -1.
+        teaches: whether contexts begin with a teaching sequence.
+    """
+
+    name: str
+    rule: Rule
+    clauses: int = 1
+    literals: float = 0.3
+    signed: bool = False
+    subset: int | None = None
+    largest: int | None = None
+    thresholds: tuple[int, int] = (0, 0)
+    planted: float = 0.0
+    planted_label: int = 1
+    teaches: bool = False
+
+    @property
+    def of_literals(self) -> bool:
+        """Whether `literals` says how many weights there are."""
+        return self.subset is None and self.largest is None and self.rule != "nearest"
+
+    @property
+    def teachable(self) -> bool:
+        """Whether there are teaching sequences: of conjunctions, and of monotone formulas of several."""
+        return self.rule == "all" and not (self.signed and self.clauses > 1)
+
+
+_CLASSES = (
+    FunctionClass("conjunction", "all", signed=True, planted=0.3),
+    FunctionClass("disjunction", "any", signed=True, planted=0.3, planted_label=-1),
+    FunctionClass("monotone_conjunction", "all", planted=0.4),
+    FunctionClass("teach_conjunction", "all", planted=0.4, teaches=True),
+    FunctionClass("teach_biconjunction", "all", signed=True, planted=0.4, teaches=True),
+    FunctionClass("sparse_disjunction", "any", subset=4, planted=0.3, planted_label=-1),
+    FunctionClass("majority", "threshold"),
+    FunctionClass("int_halfspace", "threshold", largest=3),
+    FunctionClass("sparse_threshold", "threshold", signed=True, thresholds=(-3, 2)),
+    FunctionClass("dnf", "all", clauses=3, literals=0.2, signed=True, planted=0.35),
+    FunctionClass("teach_dnf", "all", clauses=3, literals=0.2, planted=0.35, teaches=True),
+    FunctionClass("cnf", "any", clauses=3, literals=0.2, signed=True, planted=0.3, planted_label=-1),
+    FunctionClass("parity", "odd", literals=0.5),
+    FunctionClass("sparse_parity", "odd", subset=2),
+    FunctionClass("nearest_neighbours", "nearest"),
+)
+CLASSES: dict[str, FunctionClass] = {one.name: one for one in _CLASSES}
+"""The classes by name, as the public code of arXiv 2310.03016 draws them on 28 coordinates."""
+
+
+def function_class(name: str) -> FunctionClass:
+    """A class by its name.
+
+    Raises:
+        Unsupported: for an unknown name.
+    """
+    wanted = str(name).replace("-", "_")
+    if wanted not in CLASSES:
+        raise Unsupported(f"function {name!r}", supported=", ".join(CLASSES), nearest=closest(wanted, CLASSES))
+    return CLASSES[wanted]
+
+
+@dataclass(frozen=True)
+class Functions:
+    """Functions of one class, one a context.
+
+    Attributes:
+        kind: their class.
+        weights: of each clause.
+        thresholds: what w.x has to be above.
+    """
+
+    kind: FunctionClass
+    weights: Int[np.ndarray, "b clauses n"]
+    thresholds: Float[np.ndarray, "b clauses"]
+
+    def take(self, chosen: Int[np.ndarray, " c"]) -> Functions:
+        """The functions of these numbers."""
+        return Functions(self.kind, self.weights[chosen], self.thresholds[chosen])
+
+    def __call__(self, x: Int[np.ndarray, "b m n"]) -> Int[np.ndarray, "b m"]:
+        """Labels of inputs, each context by its own function."""
+        if self.kind.rule == "odd":
+            ones = ((x > 0).astype(np.int64) @ self.weights[:, 0, :, None])[..., 0]
+            return np.where(ones % 2 == 1, 1, -1)
+        sums = x.astype(np.int64) @ self.weights.swapaxes(1, 2)  # (b, m, clauses)
+        holds = sums > self.thresholds[:, None]
+        return np.where(holds.all(2) if self.kind.rule == "any" else holds.any(2), 1, -1)
+
+
+def with_thresholds(kind: FunctionClass, weights: Int[np.ndarray, "b clauses n"]) -> Functions:
+    """Functions of these clauses; not for drawn thresholds."""
+    size = np.abs(weights).sum(2)
+    own = {"all": size - 1.0, "any": 1.0 - size}
+    return Functions(kind, weights, own.get(kind.rule, np.full(size.shape, 0.5)))
+
+
+def draw_functions(
+    kind: FunctionClass, count: int, dimensions: int, rng: np.random.Generator, literals: float | None = None
+) -> Functions:
+    """`count` functions of a class on so many coordinates.
+
+    Args:
+        literals: share of the coordinates that have a weight; the class's own when None.
+
+    Raises:
+        Unsupported: for fewer coordinates than the class needs.
+    """
+    shape = (count, kind.clauses, dimensions)
+    if kind.subset is not None:
+        if dimensions < kind.subset:
+            raise Unsupported(f"{kind.name} on {dimensions} coordinates", supported=f"{kind.subset} or more")
+        ranks = rng.random(shape).argsort(-1).argsort(-1)
+        weights = (ranks < kind.subset).astype(np.int64)
+    elif kind.largest is not None:
+        weights = rng.integers(-kind.largest, kind.largest + 1, shape)
+    else:
+        drawn, share = rng.random(shape), kind.literals if literals is None else literals
+        weights = (drawn < share).astype(np.int64)
+        if kind.signed:
+            weights[drawn < share / 2] = -1
+    functions = with_thresholds(kind, weights)
+    low, high = kind.thresholds
+    if high > low:
+        drawn_thresholds = rng.integers(low, high + 1, shape[:2]) + 0.5
+        return Functions(kind, weights, drawn_thresholds)
+    return functions
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Examples of functions, in the order in which they are shown.
+
+    Attributes:
+        x: inputs, -1 and +1.
+        y: labels, -1 and +1.
+        taught: how many examples of each context are a teaching sequence.
+        first: the first example whose label follows from what was shown before it.
+        functions: that gave the labels; None for nearest neighbours.
+    """
+
+    x: Int[np.ndarray, "b m n"]
+    y: Int[np.ndarray, "b m"]
+    taught: Int[np.ndarray, " b"]
+    first: int = 0
+    functions: Functions | None = None
+
+
+def draw_contexts(
+    functions: Functions, points: int, rng: np.random.Generator, *, taught: float, ones: float
+) -> Contexts:
+    """A context of each function.
+
+    Args:
+        points: examples of a context.
+        taught: share of the contexts that begin with a teaching sequence, cut where it is longer than the context.
+        ones: chance of +1 in a bit that is not set.
+    """
+    kind, weights = functions.kind, functions.weights
+    count, _, dimensions = weights.shape
+    x = np.where(rng.random((count, points, dimensions)) < ones, 1, -1)
+    if kind.planted:
+        clause = weights[np.arange(count), rng.integers(kind.clauses, size=count)][:, None]  # (count, 1, n)
+        planted = (rng.random((count, points)) < kind.planted)[..., None] & (clause != 0)
+        x = np.where(planted, kind.planted_label * clause, x)
+    lengths = np.zeros(count, dtype=np.int64)
+    if taught:
+        chosen = rng.random(count) < taught
+        sequences, lengths = teaching_sequences(weights, signed=kind.signed)
+        lengths = np.where(chosen, np.minimum(lengths, points), 0)
+        shown = min(points, sequences.shape[1])
+        within = np.arange(shown) < lengths[:, None]
+        x[:, :shown] = np.where(within[..., None], sequences[:, :shown], x[:, :shown])
+    return Contexts(x, functions(x), lengths, functions=functions)
+
+
+def draw_neighbours(
+    count: int, points: int, dimensions: int, first: int, rng: np.random.Generator, *, ones: float
+) -> Contexts:
+    """Contexts in which, from example `first` on, each label is that of the most similar input before it."""
+    x = np.where(rng.random((count, points, dimensions)) < ones, 1, -1)
+    return Contexts(
+        x, neighbour_labels(x, rng.choice([-1, 1], (count, points)), first), np.zeros(count, np.int64), first
+    )
+
+
+def neighbour_labels(x: Int[np.ndarray, "b m n"], drawn: Int[np.ndarray, "b m"], first: int) -> Int[np.ndarray, "b m"]:
+    """Labels of nearest neighbours by the cosine, the earliest of those that are as near: before `first` those that are
+    drawn, except that equal inputs share the label of the earliest."""
+    similar = x @ x.swapaxes(1, 2)  # the cosine times n, exactly
+    similar = np.where(np.tri(x.shape[1], k=-1, dtype=bool), similar, -x.shape[2] - 1)
+    nearest, rows, labels = similar.argmax(2), np.arange(len(x)), drawn.copy()
+    copied: Bool[np.ndarray, "b m"] = similar.max(2) == x.shape[2]
+    copied[:, max(first, 1) :] = True
+    for point in range(1, x.shape[1]):
+        labels[:, point] = np.where(copied[:, point], labels[rows, nearest[:, point]], labels[:, point])
+    return labels
