@@ -20,7 +20,8 @@ def test_the_table_has_means_over_seeds_and_nothing_where_nothing_was_measured()
 
 
 def test_the_command_lists_studies_and_shows_what_is_done(capsys, tmp_path):
-    assert [one["name"] for one in answer(capsys, "study")["studies"]] == ["token-reduction", "wide-attention"]
+    names = [one["name"] for one in answer(capsys, "study")["studies"]]
+    assert names == sorted(names) and {"token-reduction", "wide-attention"} <= set(names)
     code, shown, _ = run(capsys, "study wide-attention --table --output", tmp_path)
     assert code == 0 and "sparse_strided" in shown
     code, _, said = run(capsys, "study wide-atention --output", tmp_path)

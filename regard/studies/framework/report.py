@@ -16,7 +16,7 @@ from regard.catalogue import list_mechanisms
 from regard.measurement import units
 from regard.models.weights import write_atomically
 from regard.reproductions.framework.telling import measured_words, remarks
-from regard.studies.framework.sections import Curves, Heat, Picture, section
+from regard.studies.framework.sections import Curves, Heat, Picture, Section, section
 from regard.workbench import charts
 from regard.workbench.charts import Axis, ScatterPoint, Series
 from regard.workbench.report import pages
@@ -39,8 +39,23 @@ def write_study_report(record: Mapping[str, Any], path: str | os.PathLike[str]) 
 
 def render_study(record: Mapping[str, Any]) -> str:
     """The page of a record as text."""
-    environment = pages(Path(__file__).parent / "templates")
-    parts = [section(one) for one in record["sections"]]
+    judged = [(one, measured_words(one)) for one in [*record["needs"], *record["findings"]]]
+    return _page(
+        "study.html.j2",
+        [section(one) for one in record["sections"]],
+        record=record,
+        judged=judged,
+        remarks=remarks(record),
+        machines=sorted({one["machine"] for one in record["cells"] if one.get("machine")}) or [platform.machine()],
+    )
+
+
+def render_sections(title: str, parts: Sequence[Section], *, kind: str, says: str) -> str:
+    """A page of sections that are no study's: `kind` says what it is, `says` what it shows."""
+    return _page("page.html.j2", parts, title=title, kind=kind, says=says)
+
+
+def _page(template: str, parts: Sequence[Section], **more: Any) -> str:
     names = _names([picture for part in parts for picture in part.pictures])
     shown = [
         {
@@ -56,16 +71,8 @@ def render_study(record: Mapping[str, Any]) -> str:
         }
         for part in parts
     ]
-    judged = [(one, measured_words(one)) for one in [*record["needs"], *record["findings"]]]
-    return environment.get_template("study.html.j2").render(
-        record=record,
-        sections=shown,
-        judged=judged,
-        remarks=remarks(record),
-        cell=cell,
-        machines=sorted({one["machine"] for one in record["cells"] if one.get("machine")}) or [platform.machine()],
-        version=regard.__version__,
-    )
+    environment = pages(Path(__file__).parent / "templates")
+    return environment.get_template(template).render(sections=shown, cell=cell, version=regard.__version__, **more)
 
 
 def cell(value: Any) -> str:
