@@ -1,6 +1,6 @@
 """Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, mechanisms in models of other
-libraries, growth with length, the ranking, backbones on Fashion-MNIST, parity with other code, and the verdicts of the
-reproductions.
+libraries, growth with length, the ranking, backbones on Fashion-MNIST, parity with other code, findings of the
+studies, and the verdicts of the reproductions.
 
     python docs/generate.py                          # into docs/
     python docs/generate.py --plugin mine.py --output pages
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from studied import studies_page
 
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
 from regard.contract import Cost, Kind, Mechanism, Pattern, Shape, spelled
@@ -29,6 +30,7 @@ from regard.functional import function_name
 from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
+from regard.studies import list_studies
 from regard.workbench import charts
 from regard.workbench.subjects import Subject, axes_of
 from regard.workbench.swapped import HOSTS
@@ -857,7 +859,8 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
         + " *tested*: a test compares with the recording in a way of its own, within 1e-10 or its stated tolerance.",
     ]
     errors = measured["fixtures"] if measured else {}
-    owners = (*names, *list_positions(), "vision")
+    studies = (name.replace("-", "_") for name in list_studies())
+    owners = (*names, *list_positions(), *studies, "vision")
     recordings: dict[str, list[dict[str, Any]]] = {}
     for entry in sources["fixtures"]:
         stem = entry["file"].removesuffix(".npz")
@@ -1081,6 +1084,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
         "scaling.md": scaling_page(scaling),
         "ranking.md": ranking_page(ranking),
         "fashion.md": fashion_page(_read(DATA / "fashion_mnist.json"), _read(DATA / "resolution.json")),
+        "findings.md": _page(studies_page(_read(DATA / "studies.json"))),
         "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
     }

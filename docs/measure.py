@@ -7,6 +7,7 @@ python docs/measure.py random         # regard verify --random --json    -> veri
 python docs/measure.py parity         # the parity tests                 -> parity.json
 python docs/measure.py restore        # what the next and `keep` left    -> runs, so that its cells are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
+python docs/measure.py studies        # what runs/studies holds          -> studies.json
 python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
 python docs/measure.py keep           # the unfinished one in runs/all   -> ranking-cells.db.gz, to go on with elsewhere
 python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; goes on where it stopped
@@ -40,6 +41,8 @@ from regard.contract import Mechanism, Pattern, Shape, Unsupported
 from regard.measurement.provenance import fingerprint, git_revision
 from regard.measurement.store import Store
 from regard.reproductions import restore
+from regard.studies import get_study, list_studies, opened
+from regard.studies.framework.protocol import of_record
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, growth, profile
 from regard.workbench.swapped import HOSTS, check_swap, hosts, swap_variants
@@ -56,6 +59,7 @@ GROWS_FROM = 1024
 HEADS, WIDTH = 4, 64
 MOST_BYTES = 2 << 30
 REPRODUCED = Path("runs/reproduce/results.db")
+STUDIED = Path("runs/studies/results.db")
 COMPARED = Path("runs/all/results.db")
 KEPT = DATA / "ranking-cells.db.gz"
 """Runs of a ranking that is not finished."""
@@ -192,6 +196,12 @@ def restore_cells() -> None:
     published = json.loads((DATA / "reproductions.json").read_text())["reproductions"]
     with Store(REPRODUCED) as store:
         print(f"{restore(published, store)} published cells restored into {REPRODUCED}")
+    file = DATA / "studies.json"
+    if file.is_file():
+        with Store(STUDIED) as store:
+            records = json.loads(file.read_text())["studies"]
+            put = restore(records, store, lambda record: of_record(record, get_study(record["study"])))
+            print(f"{put} published cells restored into {STUDIED}")
     if KEPT.is_file():
         with tempfile.TemporaryDirectory() as folder, Store(COMPARED) as store:
             unpacked = Path(folder, "cells.db")
@@ -216,6 +226,28 @@ def measure_reproductions() -> None:
     result = json.loads(found.stdout)
     machines = sorted({cell["machine"] for one in result["reproductions"] for cell in one["cells"]})
     _write("reproductions.json", {"measured": f"{MEASURED}; {' and '.join(machines)}", **result}, "reproductions")
+
+
+def measure_studies() -> None:
+    """What `regard study` has left in runs/studies, for the largest preset of each study that has begun, with all mechanisms
+    that have entered; nothing is run here."""
+    found = []
+    with Store(STUDIED, read_only=True) as store:
+        rows = store.rows("reproduction")
+        for name in list_studies():
+            study = get_study(name)
+            if study.folder != str(STUDIED.parent):
+                continue
+            entered = {row.key["options"].get("mechanism") for row in rows if row.key["reproduction"] == study.name}
+            more = tuple(m for m in regard.list_mechanisms() if m in entered and m not in study.mechanisms)
+            for preset in reversed(study.presets):
+                chosen = dataclasses.replace(study.choose(preset), mechanisms=(*study.mechanisms, *more))
+                record = opened(study, chosen, store)
+                if record["done"]:
+                    found.append(record)
+                    break
+    machines = sorted({cell["machine"] for one in found for cell in one["cells"]})
+    _write("studies.json", {"measured": f"{MEASURED}; {' and '.join(machines)}", "studies": found}, "studies")
 
 
 def measure_integrations() -> None:

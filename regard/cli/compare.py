@@ -28,7 +28,16 @@ from regard.measurement import units
 
 
 def compare(
+    context: typer.Context,
     data: DATA = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="A pretrained causal language model (a folder of transformers, or a GGUF file): retrofits of it with the "
+            "mechanisms are compared, instead of models from scratch.",
+        ),
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,7 +142,13 @@ def compare(
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
+        regard compare my_corpus.txt --from smollm2/ --mechanisms lolcats,gated_linear,local:window=256 --budget 4h
     """
+    if source is not None:
+        from regard.cli.retrofits import compare_from
+
+        compare_from(context, source)
+        return
     from regard.measurement.budget import Budget
     from regard.workbench.compare import compare as run
     from regard.workbench.compare import train_share

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
-from regard.cli.console import emit
+from regard.cli.console import emit, errors
 from regard.cli.options import DEVICE, JSON
 from regard.contract import Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from regard.models.speculation import Speculation
     from regard.tasks.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"
@@ -23,13 +27,26 @@ UNFINISHED = "\ufffd"
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(help="Folder of regard train, or of regard compress.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of regard train, retrofit or compress, or a causal language model of transformers (a folder, or a .gguf file)."
+        ),
+    ],
     text: Annotated[str, typer.Argument(help="What the model goes on from; - reads standard input.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest of this probability in all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="What proposes tokens, which the model then reads at once (speculative decoding: the text is the model's own): "
+            "the folder of a smaller model with the same tokens, or lookup: what followed last time."
+        ),
+    ] = None,
+    proposals: Annotated[int, typer.Option(help="Tokens that a draft proposes at once.")] = 4,
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
@@ -39,7 +56,10 @@ def generate(
 
     \b
         regard generate my_model "def main("
+        regard generate hybrid/ "Once" --temperature 0
         regard generate my_model "Once" --tokens 500 --temperature 1 --top-p 0.9
+        regard generate my_model "def main(" --draft lookup
+        regard generate smollm2/ "Once" --draft smollm2-int4/ --proposals 6
         head -c 2000 story.txt | regard generate my_model - --json
     """
     import torch
@@ -49,52 +69,103 @@ def generate(
         raise Unsupported("an empty text", supported="one character or more")
     generator = torch.Generator(device).manual_seed(seed)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    start = _of_transformers if _is_of_transformers(folder) else _of_regard
-    tokenizer, stream = start(folder, prompt, tokens, device, sampling)
-    written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
-    if as_json:
-        emit({"folder": str(folder), "prompt": prompt, "text": written})
+    model, tokenizer = _opened(folder, device)
+    ids = _read(model, tokenizer, prompt, device)
+    counts = None
+    if draft is None:
+        stream = _stream(model, ids, tokens, sampling)
     else:
-        print()
+        speculation = _speculation(model, draft, device, proposals)
+        stops = _stops(model)
+        drawn = speculation.stream(ids, tokens, stop_tokens=stops, **sampling)
+        stream = itertools.takewhile(lambda token: int(token) not in stops, drawn)
+        counts = speculation.counts
+    written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
+    told = {} if counts is None else {"speculation": dataclasses.asdict(counts)}
+    if as_json:
+        emit({"folder": str(folder), "prompt": prompt, "text": written, **told})
+        return
+    print()
+    if counts is not None:
+        said = f"{counts.tokens} tokens in {counts.passes} passes of the model; {counts.kept} of {counts.proposed} proposed ones kept"
+        errors.print(Text(said, style="dim"))
 
 
 def _is_of_transformers(folder: Path) -> bool:
     from regard.compression.folders import is_compressed, read_record
+    from regard.workbench.trained import RECORD
 
-    return is_compressed(folder) and read_record(folder)["library"] == "transformers"
+    if (folder / RECORD).is_file():
+        return False
+    if is_compressed(folder):
+        return bool(read_record(folder)["library"] == "transformers")
+    return folder.suffix == ".gguf" or (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
-def _of_regard(
-    folder: Path, prompt: str, tokens: int, device: str, sampling: dict[str, Any]
-) -> tuple[Tokenizer, Iterable[Tensor]]:
+def _opened(folder: Path, device: str) -> tuple[Any, Any]:
+    """A language model and its tokenizer."""
+    if not _is_of_transformers(folder):
+        from regard.models import LanguageModel
+        from regard.workbench.trained import open_trained
+
+        trained = open_trained(folder)
+        model = trained.model(device)
+        if not isinstance(model, LanguageModel):
+            raise Unsupported(
+                f"text from a {type(model).__name__}, as {folder} holds",
+                supported="models of the task text (LanguageModel)",
+            )
+        return model, trained.tokenizer
+    from regard.compression.folders import is_compressed
+    from regard.integrations.transformers.folders import load_model, load_tokenizer
+    from regard.workbench.lighter.subjects import open_compressed
+
+    if not is_compressed(folder):
+        tokenizer = load_tokenizer(folder)
+        return load_model(folder).to(device), tokenizer
+    if device != "cpu":
+        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
+    return open_compressed(folder)
+
+
+def _read(model: Any, tokenizer: Any, prompt: str, device: str) -> Tensor:
     import torch
 
     from regard.models import LanguageModel
-    from regard.workbench.trained import open_trained
 
-    trained = open_trained(folder)
-    model, tokenizer = trained.model(device), trained.tokenizer
-    if not isinstance(model, LanguageModel):
-        raise Unsupported(
-            f"text from a {type(model).__name__}, as {folder} holds",
-            supported="models of the task text (LanguageModel)",
-        )
-    ids = torch.from_numpy(tokenizer.encode([prompt.encode()]).astype("int64"))[None].to(device)
-    return tokenizer, model.generate_stream(ids, tokens, **sampling)
+    if isinstance(model, LanguageModel):
+        return torch.from_numpy(tokenizer.encode([prompt.encode()]).astype("int64"))[None].to(device)
+    return torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
 
 
-def _of_transformers(
-    folder: Path, prompt: str, tokens: int, device: str, sampling: dict[str, Any]
-) -> tuple[Any, Iterable[Tensor]]:
-    import torch
+def _stream(model: Any, ids: Tensor, tokens: int, sampling: dict[str, Any]) -> Iterable[Tensor]:
+    from regard.models import LanguageModel
+    from regard.workbench.lighter.subjects import stream_text
 
-    from regard.workbench.lighter.subjects import open_compressed, stream_text
+    if isinstance(model, LanguageModel):
+        return model.generate_stream(ids, tokens, **sampling)
+    return stream_text(model, ids, tokens, **sampling)
 
-    if device != "cpu":
-        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
-    model, tokenizer = open_compressed(folder)
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    return tokenizer, stream_text(model, ids, tokens, **sampling)
+
+def _stops(model: Any) -> tuple[int, ...]:
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return (found,) if isinstance(found, int) else tuple(found or ())
+
+
+def _speculation(model: Any, draft: str, device: str, proposals: int) -> Speculation:
+    from regard.models import LanguageModel
+    from regard.models.speculation import ModelDraft, PromptLookup, ReadLanguageModel, Speculation
+
+    def reads(one: Any) -> Any:
+        if isinstance(one, LanguageModel):
+            return ReadLanguageModel(one)
+        from regard.integrations.transformers.speculation import ReadCausalModel
+
+        return ReadCausalModel(one)
+
+    if draft == "lookup":
+        return Speculation(reads(model), PromptLookup(), proposals)
+    return Speculation(reads(model), ModelDraft(reads(_opened(Path(draft), device)[0])), proposals)
 
 
 def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,19 +73,7 @@ def retrofit(
     from regard.workbench.retrofit_report import write_retrofit_report
 
     load_plugins(plugin)
-    with progress(quiet=as_json) as (bar, line):
-        shown = bar.add_task("opening the model", total=None)
-
-        def watch(at: Any) -> None:
-            loss = "" if math.isnan(at.loss) else f"  loss {at.loss:.3g}"
-            left = f"  about {units.clock(at.remaining)} left" if at.total else ""
-            bar.update(shown, description=f"{at.doing}{loss}{left}", completed=at.done, total=at.total or None)
-            line(f"{at.doing} {at.done} of {at.total}{loss}{left}")
-
-        def say(sentence: str) -> None:
-            if not as_json:
-                bar.console.print(Text(sentence, style="dim"))
-
+    with showing(as_json) as (watch, say):
         made = run(
             str(model),
             mechanism,
@@ -110,6 +100,25 @@ def retrofit(
         return
     tell(made.record)
     console.print(Text(f"Model: {output}   Report: {report}"))
+
+
+@contextmanager
+def showing(quiet: bool) -> Iterator[tuple[Callable[[Any], None], Callable[[str], None]]]:
+    """What to call with the progress of a retrofit, and with its sentences."""
+    with progress(quiet=quiet) as (bar, line):
+        shown = bar.add_task("opening the model", total=None)
+
+        def watch(at: Any) -> None:
+            loss = "" if math.isnan(at.loss) else f"  loss {at.loss:.3g}"
+            left = f"  about {units.clock(at.remaining)} left" if at.total else ""
+            bar.update(shown, description=f"{at.doing}{loss}{left}", completed=at.done, total=at.total or None)
+            line(f"{at.doing} {at.done} of {at.total}{loss}{left}")
+
+        def say(sentence: str) -> None:
+            if not quiet:
+                bar.console.print(Text(sentence, style="dim"))
+
+        yield watch, say
 
 
 def tell(record: dict[str, Any]) -> None:

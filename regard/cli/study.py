@@ -117,7 +117,7 @@ def _tell_list(found: list[dict[str, Any]]) -> None:
 
 
 def _rows(rows: list[dict[str, Any]]) -> Table:
-    from regard.studies.framework.report import cell
+    from regard.workbench.section_pages import cell
 
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for heading in rows[0]:

@@ -157,7 +157,7 @@ def train(
     )
     watcher = None
     if monitor is not None:
-        from regard.studies.training_dynamics.monitor import AttentionMonitor
+        from regard.workbench.attention_monitor import AttentionMonitor
 
         watcher = AttentionMonitor(asked, path=output / f"{MONITOR}.json")
     if not as_json:

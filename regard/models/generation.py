@@ -249,13 +249,36 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
+    probability, tokens = _ordered(logits, temperature, top_k, top_p)
+    return tokens.gather(-1, torch.multinomial(probability, 1, generator=generator)).squeeze(-1)
+
+
+def distribution(
+    logits: Float[Tensor, "*b vocab"],
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Float[Tensor, "*b vocab"]:
+    """The probabilities of :func:`sample`, of each token of the vocabulary, in at least float32."""
+    check_sampling(temperature, top_k, top_p)
+    zeros = torch.zeros_like(wide(logits))
+    if temperature == 0:
+        return zeros.scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    probability, tokens = _ordered(logits, temperature, top_k, top_p)
+    return zeros.scatter(-1, tokens, probability)
+
+
+def _ordered(
+    logits: Float[Tensor, "*b vocab"], temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Float[Tensor, "*b vocab"], Int[Tensor, "*b vocab"]]:
+    """Probabilities, the largest first, and whose they are."""
     ordered, tokens = (wide(logits) / temperature).sort(-1, descending=True)
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if top_k is not None:
-        kept[:, top_k:] = False
+        kept[..., top_k:] = False
     if top_p is not None:
         # A token stays when the likelier ones together have less than top_p, so the likeliest always stays.
         probability = ordered.softmax(-1)
         kept &= probability.cumsum(-1) - probability < top_p
-    probability = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-    return tokens.gather(-1, torch.multinomial(probability, 1, generator=generator)).squeeze(-1)
+    return ordered.masked_fill(~kept, -torch.inf).softmax(-1), tokens

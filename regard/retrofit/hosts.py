@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from regard.contract import Unsupported
 from regard.integrations.swap import reader_of, swap
 from regard.models.blocks import evaluation_mode
-from regard.tasks.documents import nearest_path
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -131,37 +130,13 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
 
 
 def _open_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
-    from regard.integrations import transformers as bridge  # says what to install, and knows swapped models
+    from regard.integrations.transformers.folders import find_files, has_tokenizer, load_model, load_tokenizer
 
-    folder, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
-    if not path.exists():
-        raise Unsupported(
-            f"{path}, which does not exist", supported="a folder or a GGUF file", nearest=nearest_path(path)
-        )
-    if not file and not (path / "config.json").is_file():
-        raise Unsupported(
-            f"{path} as a model: it has no config.json", supported="a folder of save_pretrained, or a GGUF file"
-        )
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = bridge.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **file)
-        model = _without_quantizer(model) if file else model
-        if tokenizer is None:
-            tokenizer = _tokenizer(AutoTokenizer, folder, file)
-    except Unsupported:
-        raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise Unsupported(
-            f"{path} as a causal language model: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            supported="a folder that AutoModelForCausalLM.from_pretrained opens",
-        ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    model = load_model(path)
+    if find_files(path)[1]:
+        model = _without_quantizer(model)
+    if tokenizer is None and has_tokenizer(path):
+        tokenizer = load_tokenizer(path)
     return model, tokenizer
 
 
@@ -174,13 +149,6 @@ def _without_quantizer(model: Any) -> Any:
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
-
-
-def _tokenizer(loader: Any, folder: Path, file: dict[str, str]) -> Any:
-    """The folder's tokenizer, None where it has none."""
-    if not file and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    return loader.from_pretrained(str(folder), **file)
 
 
 def _check_kind(model: Any) -> None:

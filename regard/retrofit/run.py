@@ -152,6 +152,11 @@ class _Run:
 
     def finish(self) -> Retrofit:
         """Everything that is not done yet."""
+        done = Folder.finished(self.folder.path)
+        if done is not None:
+            from regard.integrations.transformers.folders import load_model
+
+            return Retrofit(self.folder.path, load_model(self.folder.path), self.host.tokenizer, done)
         record = self.folder.read("record")
         plan = self._plan()
         swapped = self._swapped(plan)
@@ -291,8 +296,6 @@ class _Run:
     def _save(self, student: Any, record: dict[str, Any]) -> None:
         """The model and what belongs to it, each file moved to its place whole; the record comes last."""
         place, made = self.folder.path, self.folder.work / "model"
-        if (place / RECORD).is_file():
-            return
         shutil.rmtree(made, ignore_errors=True)
         replace(self.host, model=student).save(made)
         for file in sorted(made.iterdir()):

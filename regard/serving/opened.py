@@ -12,7 +12,6 @@ import torch
 from regard.contract import Unsupported
 from regard.serving.engine import Reader
 from regard.serving.text import PlainText, Text, TransformersText
-from regard.tasks.documents import nearest_path
 from regard.workbench.trained import RECORD, open_trained
 
 SUPPORTED = "a folder of regard train, a folder of transformers with its tokenizer, or a .gguf file"
@@ -46,25 +45,17 @@ def open_model(
     Raises:
         Unsupported: for a folder of another kind, with what would do.
     """
-    if not place.exists():
-        raise Unsupported(f"{place}, which does not exist", supported=SUPPORTED, nearest=nearest_path(place))
     if (place / RECORD).is_file():
         return _open_trained(place, device, template, dtype, sizes)
-    if place.suffix == ".gguf" and place.is_file():
-        return _open_transformers(place.parent, device, template, dtype, sizes, gguf=place.name)
-    files = sorted(place.glob("*.gguf")) if place.is_dir() else []
-    if len(files) == 1 and not (place / "config.json").is_file():
-        return _open_transformers(place, device, template, dtype, sizes, gguf=files[0].name)
-    kind = _model_type(place)
-    if kind is None:
-        raise Unsupported(f"{place}, which holds no model", supported=SUPPORTED)
-    if kind in ("mamba", "mamba2"):
+    if _model_type(place) in ("mamba", "mamba2"):
+        from regard.integrations.transformers.folders import load_tokenizer
         from regard.models import from_transformers
         from regard.serving.language import LanguageReader
 
         model = from_transformers(place, dtype=dtype).to(device)
-        text = TransformersText(_loaded("AutoTokenizer", place), template=template)
-        return Opened(place.resolve().name, f"{kind} of transformers", LanguageReader(model, **sizes), text)
+        text = TransformersText(load_tokenizer(place, supported=SUPPORTED), template=template)
+        described = f"{_model_type(place)} of transformers"
+        return Opened(place.resolve().name, described, LanguageReader(model, **sizes), text)
     return _open_transformers(place, device, template, dtype, sizes)
 
 
@@ -85,40 +76,23 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
 
 
 def _open_transformers(
-    place: Path,
-    device: str,
-    template: str | None,
-    dtype: torch.dtype,
-    sizes: dict[str, Any],
-    gguf: str | None = None,
+    place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> Opened:
     from regard.integrations.transformers import RegardForCausalLM
+    from regard.integrations.transformers.folders import find_files, load_model, load_tokenizer
     from regard.serving.language import LanguageReader
     from regard.serving.transformers import TransformersReader
 
-    model = _loaded("AutoModelForCausalLM", place, gguf, dtype=dtype)
+    model = load_model(place, dtype=dtype, supported=SUPPORTED)
     ends = getattr(model.generation_config, "eos_token_id", None)
     stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    text = TransformersText(_loaded("AutoTokenizer", place, gguf), stops, template)
-    model = model.to(device).eval()
+    text = TransformersText(load_tokenizer(place, supported=SUPPORTED), stops, template)
+    model = model.to(device)
     inner = model.model if isinstance(model, RegardForCausalLM) else None
     reader = TransformersReader(model, **sizes) if inner is None else LanguageReader(inner, **sizes)
+    gguf = find_files(place)[1].get("gguf_file")
     name = Path(gguf).stem if gguf else place.resolve().name
     return Opened(name, f"{type(model).__name__} of transformers", reader, text)
-
-
-def _loaded(kind: str, place: Path, gguf: str | None = None, **options: Any) -> Any:
-    """A model or a tokenizer by a class of transformers, from files that are there; no code among them is run."""
-    import transformers
-
-    if gguf is not None:
-        options["gguf_file"] = gguf
-    try:
-        return getattr(transformers, kind).from_pretrained(place, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = "model" if kind == "AutoModelForCausalLM" else "tokenizer"
-        said = " ".join(str(error).split())
-        raise Unsupported(f"the {what} in {place / (gguf or '')} ({said})", supported=SUPPORTED) from None
 
 
 def _model_type(place: Path) -> str | None:

@@ -25,7 +25,16 @@ from regard.reproductions import list_reproductions
 from regard.workbench.verify import PROPERTIES
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"fashion.md", "integrations.md", "matrix.md", "parity.md", "ranking.md", "scaling.md", "verdicts.md"}
+GENERATED = {
+    "fashion.md",
+    "integrations.md",
+    "matrix.md",
+    "parity.md",
+    "ranking.md",
+    "scaling.md",
+    "verdicts.md",
+    "findings.md",
+}
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 MORE = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 SHORT = {"NS": "noncausal-self", "CS": "causal-self", "NC": "noncausal-cross", "CC": "causal-cross"}

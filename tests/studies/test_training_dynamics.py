@@ -16,7 +16,7 @@ from regard.studies.framework.report import render_study
 from regard.studies.training_dynamics.cells import FORMS, exactness, figure, following, sweep
 from regard.studies.training_dynamics.facts import Contexts, Facts, counted
 from regard.studies.training_dynamics.layer import Model, entropy
-from regard.studies.training_dynamics.runs import Descent, descend, flow, in_order, snapped
+from regard.studies.training_dynamics.runs import Descent, descend, flow, in_order
 
 
 @pytest.fixture
@@ -188,11 +188,6 @@ def test_the_order_of_tokens_is_counted_in_pairs():
     assert in_order(grown, facts) == 1
     assert in_order(facts.probabilities / facts.probabilities.clamp(min=1e-9).exp(), facts) == 0
     assert float(entropy(torch.full((8,), 1 / 8))) == pytest.approx(np.log(8))
-
-
-def test_snapping_is_the_last_fall_below_a_tenth():
-    assert snapped([0, 1, 10, 2, 0.5, 3, 0.9, 0.1]) == 6
-    assert snapped([1, 2, 3]) is None and snapped([0, 0]) is None and snapped([]) is None
 
 
 def test_what_means_nothing_is_refused():

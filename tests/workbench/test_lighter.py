@@ -181,7 +181,7 @@ def test_bad_requests_are_one_sentence_and_write_nothing(capsys, trained, causal
         ("compress --recipes all --budget soon", (model, "--output", out), "budget"),
         ('compress --recipes all --budget "5 steps"', (model, "--output", out), "a time"),
         ("compress --recipe int8", (tmp_path / "nothing", "--output", out), "does not exist"),
-        ("compress --recipe int8", (tmp_path / "full", "--output", out), "neither training.json"),
+        ("compress --recipe int8", (tmp_path / "full", "--output", out), "neither config.json"),
         ("compress --recipe gptq", (other, "--output", out), "without a text"),
         ("compress --recipe gptq --length 12000", (other, "--data", text, "--output", out), "--length"),
         ("compress --recipe gptq --length 64", (model, "--output", out), "the length of its task"),

@@ -131,6 +131,12 @@ def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, capsy
     assert code == 0 and "bits per byte" in out
     generate = f"generate {folder} Zwölf --tokens 30 --temperature 1"
     assert run(capsys, generate)[1] == f"Zwölf{answer(capsys, generate)['text']}\n"
+    greedy = f"generate {folder} Zwölf --tokens 30 --temperature 0"
+    alone = answer(capsys, greedy)["text"]
+    for draft in ("lookup", folder):
+        found = answer(capsys, f"{greedy} --draft {draft} --proposals 3")
+        assert found["text"] == alone and found["speculation"]["tokens"] == 30
+    assert found["speculation"]["passes"] == 8, "its own proposals are all kept"
     code, _, said = run(capsys, f"{train} --dim 32")
     assert code == 2 and "dim=16" in said
 

@@ -145,11 +145,18 @@ def collect(names: Sequence[str | Reproduction], store: Store | None, seeds: int
     return found
 
 
-def restore(records: Sequence[Mapping[str, Any]], store: Store) -> int:
+def restore(
+    records: Sequence[Mapping[str, Any]],
+    store: Store,
+    find: Callable[[Mapping[str, Any]], Reproduction] = lambda record: get_reproduction(record["name"]),
+) -> int:
     """Put the cells of what `collect` told back into a store, with the machine that each was measured on.
 
     Cells of another protocol or with other options, and settings or reproductions that are no more, are left out; cells
     that the store has stay as they are.
+
+    Args:
+        find: the reproduction that a record is of; Unsupported where there is none any more.
 
     Returns:
         How many cells were put.
@@ -157,7 +164,7 @@ def restore(records: Sequence[Mapping[str, Any]], store: Store) -> int:
     put = 0
     for record in records:
         try:
-            reproduction = get_reproduction(record["name"])
+            reproduction = find(record)
         except Unsupported:
             continue
         if (reproduction.name, reproduction.protocol) != (record["name"], record["protocol"]):

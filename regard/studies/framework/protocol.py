@@ -12,7 +12,7 @@ from regard.measurement.store import Store
 from regard.models.variants import known_name, read_variants
 from regard.reproductions import Reproduction, collect
 from regard.reproductions.framework.judging import Measurements
-from regard.studies.framework.sections import Section
+from regard.workbench.sections import Section
 
 Cells = Mapping[tuple[str, int], Measurements]
 """Measurements by (setting, seed)."""
@@ -107,4 +107,9 @@ def opened(study: Study, chosen: Chosen, store: Store | None, seeds: int | None 
     }
     shown = [one.plain() for one in study.sections(chosen, cells)]
     told = {"study": study.name, "question": study.question, "preset": chosen.preset, "sections": shown}
-    return {**record, **told, "entered": list(chosen.mechanisms)}
+    return {**record, **told, "entered": list(chosen.mechanisms), "data": list(chosen.data)}
+
+
+def of_record(record: Mapping[str, Any], study: Study) -> Reproduction:
+    """The reproduction of a study that a record of :func:`opened` is of."""
+    return study.make(Chosen(record["preset"], tuple(record["entered"]), tuple(record["data"])))

@@ -68,7 +68,7 @@ def make(chosen: Chosen) -> Reproduction:
         name="softmax-regression",
         mechanisms=("softmax",),
         source=Paper(
-            "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression", "2304.13276", 2023
+            "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression", "2304.13276", 2023, 42
         ),
         claim=(
             "A self-attention layer and a step of gradient descent move the target of a softmax regression by bounded amounts, "

@@ -5,8 +5,8 @@ and scan: attention leaves tokens that occur with many next tokens and goes to t
 lose to the more frequent; before the winner takes all, attention freezes (snaps), the earlier the faster the decoder learns.
 
 Here: the generator of its code (:mod:`facts`), the layer with exact gradients (:mod:`layer`), descent on finite contexts and the
-equation of infinitely long ones (:mod:`runs`), real text (:mod:`text`), and a monitor of attention for any run
-(:mod:`monitor`), which `regard train --monitor attention` takes to other models. All in float64 but the text.
+equation of infinitely long ones (:mod:`runs`), and real text (:mod:`text`), watched as `regard train --monitor attention` watches
+any run. All in float64 but the text.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def make(chosen: Chosen) -> Reproduction:
             "Scan and Snap: Understanding Training Dynamics and Token Composition in 1-layer Transformer",
             "2305.16380",
             2023,
+            53,
         ),
         claim=(
             "Attention leaves common tokens for distinct ones, in the order of how often they occur, and freezes before the winner "

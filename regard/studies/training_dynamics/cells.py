@@ -13,8 +13,9 @@ from torch.func import grad
 from regard.reproductions.framework.protocol import Setting
 from regard.studies.training_dynamics.facts import Facts
 from regard.studies.training_dynamics.layer import Model
-from regard.studies.training_dynamics.runs import Descent, Watched, descend, flow, in_order, snapped, watch
+from regard.studies.training_dynamics.runs import Descent, Watched, descend, flow, in_order, watch
 from regard.studies.training_dynamics.text import on_text
+from regard.workbench.attention_monitor import snapped
 
 FORMS: dict[str, dict[str, Any]] = {
     "as in the paper": {},

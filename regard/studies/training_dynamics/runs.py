@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 METHODS = ("sgd", "adam")
-STILL = 0.1
-"""Share of the fastest change below which attention counts as frozen."""
 
 Weights = Mapping[str, Tensor]
 
@@ -137,15 +135,6 @@ def watch(model: Model, facts: Facts, run: Iterator[tuple[Weights, float]]) -> W
         found.conservation.append(float((conserved - first).abs().max()))
         before = scores
     return found
-
-
-def snapped(changes: list[float], share: float = STILL) -> int | None:
-    """The first moment after the fastest change from which on all changes are below a share of it; None where there is none."""
-    fastest = max(changes, default=0.0)
-    if not fastest > 0:
-        return None
-    fast = [i for i, change in enumerate(changes) if change >= share * fastest]
-    return fast[-1] + 1 if fast[-1] + 1 < len(changes) else None
 
 
 def in_order(attention: Float[Tensor, "f m"], facts: Facts) -> float:

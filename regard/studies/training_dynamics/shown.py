@@ -6,8 +6,8 @@ import itertools
 from typing import Any
 
 from regard.studies.framework.protocol import Cells, Chosen
-from regard.studies.framework.sections import Curves, Heat, Section
 from regard.studies.training_dynamics.cells import FORMS, OPTIMISERS
+from regard.workbench.sections import Curves, Heat, Section
 
 Curve = list[tuple[float, float | None]]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,8 +155,9 @@ class CausalModel:
     def __init__(self, path: Path, data: Paths | None, length: int) -> None:
         at_least("length", length, 2)
         self.length = length
-        self.place, self.arguments = _place(path)
-        self.tokenizer = load_tokenizer(self.place, self.arguments)
+        from regard.integrations.transformers.folders import load_tokenizer
+
+        self.path, self.tokenizer = path, load_tokenizer(path, supported=MODELS)
         self.described = path.name
         if data == ():
             return
@@ -181,18 +180,10 @@ class CausalModel:
         self.described = f"{path.name} on {names_of(data)} ({len(ids):,} tokens, windows of {length})"
 
     def load(self) -> nn.Module:
-        import transformers
+        from regard.integrations.transformers.folders import load_model
 
-        with _quiet():
-            try:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    self.place, dtype=torch.float32, local_files_only=True, **self.arguments
-                )
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                raise Unsupported(
-                    f"{self.place}, which transformers cannot load ({_first(error)})", supported=MODELS
-                ) from None
-        return model.eval()
+        model: nn.Module = load_model(self.path, supported=MODELS)
+        return model
 
     def calibration(self, count: int) -> list[Any]:
         return text_windows(self.before, self.length, count)
@@ -237,21 +228,6 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def load_tokenizer(place: Path, arguments: Mapping[str, str]) -> Any:
-    """The tokenizer of a folder of transformers; raises Unsupported where it has none."""
-    try:
-        import transformers
-    except ImportError:
-        raise Unsupported(f"{place} without transformers", supported="pip install 'regard[hf]'") from None
-    with _quiet():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, **arguments)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise Unsupported(
-                f"{place}, whose tokenizer cannot be loaded ({_first(error)})", supported=MODELS
-            ) from None
-
-
 def stream_text(
     model: Any, ids: Tensor, tokens: int, *, generator: torch.Generator, **sampling: Any
 ) -> Iterator[Tensor]:
@@ -282,46 +258,12 @@ def open_compressed(folder: Path) -> tuple[nn.Module, Any]:
     record = read_record(folder)
     if record["library"] != "transformers":
         raise Unsupported(f"text with {folder}, a model of {record['library']}", supported="models of transformers")
-    tokenizer = load_tokenizer(folder, {})
-    with _quiet():
+    from regard.integrations.transformers.folders import load_tokenizer, quietly
+
+    tokenizer = load_tokenizer(folder)
+    with quietly():
         return load_compressed(folder), tokenizer
-
-
-def _place(path: Path) -> tuple[Path, dict[str, str]]:
-    """The folder of a model, and what transformers needs to be told to read it."""
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise Unsupported(f"{path}", supported=MODELS)
-        return path.parent, {"gguf_file": path.name}
-    if (path / "config.json").is_file():
-        return path, {}
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return path, {"gguf_file": files[0].name}
-    what = f"{len(files)} GGUF files" if files else "neither training.json, config.json nor a .gguf file"
-    raise Unsupported(f"{path} with {what}", supported=MODELS, nearest=str(files[0]) if files else "")
 
 
 def _listed(data: Paths) -> list[Any]:
     return [data] if isinstance(data, str | Path) else list(data)
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and notes of transformers."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # some bars ask nobody
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -10,8 +10,8 @@ from support import refused
 
 from regard.measurement.budget import Budget
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.studies.training_dynamics.monitor import AttentionMonitor
 from regard.tasks import Batch, create_task
+from regard.workbench.attention_monitor import AttentionMonitor, snapped
 from regard.workbench.settings import CompareSettings
 from regard.workbench.trained import train_model
 
@@ -134,3 +134,8 @@ def test_the_command_writes_a_page(capsys, tmp_path):
         code, _, said = run(capsys, f"train {task} {sizes} {options} --output", tmp_path / "b")
         assert code == 2 and words in " ".join(said.split())
         assert not (tmp_path / "b").exists()
+
+
+def test_snapping_is_the_last_fall_below_a_tenth():
+    assert snapped([0, 1, 10, 2, 0.5, 3, 0.9, 0.1]) == 6
+    assert snapped([1, 2, 3]) is None and snapped([0, 0]) is None and snapped([]) is None

@@ -24,23 +24,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import regard
 from regard.contract import Context, Result, Unsupported, valid_from_lengths
 from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
 from regard.models.blocks import evaluation_mode
 from regard.models.weights import write_atomically
-from regard.studies.framework.report import render_sections
-from regard.studies.framework.sections import Curves, Heat, Section
-from regard.studies.training_dynamics.runs import snapped
 from regard.tasks import Task
 from regard.training.loop import batch_context, run_model
+from regard.workbench.report import pages
+from regard.workbench.section_pages import parts_of_page
+from regard.workbench.sections import Curves, Heat, Section
 
 LOOKS = 20
 """Looks that are evenly spread over a run; as many again come close together at its beginning."""
 ITEMS, TOKENS = 8, 40
 """Items that are read, and tokens of which the lift is told: the most frequent in them."""
+STILL = 0.1
+"""Share of the fastest change below which attention counts as frozen."""
 MOST_HEADS, MOST_TOKENS = 12, 24
 """Heads and tokens of a picture."""
+
+
+def snapped(changes: Sequence[float], share: float = STILL) -> int | None:
+    """The first moment after the fastest change from which on all changes are below a share of it; None where there is none."""
+    fastest = max(changes, default=0.0)
+    if not fastest > 0:
+        return None
+    fast = [i for i, change in enumerate(changes) if change >= share * fastest]
+    return fast[-1] + 1 if fast[-1] + 1 < len(changes) else None
 
 
 class AttentionMonitor:
@@ -212,11 +224,10 @@ class AttentionMonitor:
 
     def write_page(self, path: Path, title: str) -> Path:
         """The sections as one HTML file."""
-        page = render_sections(
-            title,
-            self.sections(),
-            kind="attention",
-            says="Which tokens the heads look at while the model is trained, and when that comes to rest.",
+        page = (
+            pages()
+            .get_template("attention.html.j2")
+            .render(title=title, sections=parts_of_page(self.sections()), version=regard.__version__)
         )
         write_atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
         return path

@@ -1,0 +1,54 @@
+"""The page of what the studies have found, drawn from their published cells."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from regard.reproductions.framework.telling import measured_words, remarks
+from regard.workbench.section_pages import cell, draw
+from regard.workbench.sections import section
+
+
+def studies_page(data: Mapping[str, Any] | None) -> list[str]:
+    """The page of ``studies.json`` in pieces of Markdown."""
+    parts = [
+        "# Findings of the studies",
+        "A study puts a question to many mechanisms at once; [Studies](studies.md) says how each one asks it, and how to put "
+        "it to your own. Here is what the published cells show. Every expectation was fixed before its cells were run.",
+    ]
+    if data is None:
+        return [*parts, "Not measured in this build of the pages: `python docs/measure.py studies` does it."]
+    parts.append(f"Measured with {data['measured']}.")
+    numbers = itertools.count()
+    for record in data["studies"]:
+        entered = f", {len(record['entered'])} mechanisms" if record["entered"] else ""
+        parts += [
+            f"## {record['study']}",
+            f"**{record['question']}**",
+            f"{record['claim']} **{record['outcome'].capitalize()}** (preset `{record['preset']}`{entered}, {record['done']} "
+            f"of {record['planned']} cells).",
+            record["instead"],
+        ]
+        for one in map(section, record["sections"]):
+            drawn = [(picture, draw(picture, f"study-{next(numbers)}")) for picture in one.pictures]
+            parts += [f"### {one.title}", one.says]
+            parts += [
+                f'<figure class="drawn">{svg}<figcaption>{picture.caption}. {picture.note}</figcaption></figure>'
+                for picture, svg in drawn
+                if svg is not None
+            ]
+            parts.append(
+                _table([list(one.rows[0]), *([cell(v) for v in row.values()] for row in one.rows)]) if one.rows else ""
+            )
+        judged = [*record["needs"], *record["findings"]]
+        rows = [["expected", "measured ± standard error (what decides)", ""]]
+        rows += [[one["says"], measured_words(one), one["outcome"]] for one in judged]
+        parts += [_table(rows) if judged else "", "\n".join(f"- {remark}" for remark in remarks(record))]
+    return list(filter(None, parts))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(str(v).replace("|", "\\|") for v in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,71 @@
+"""`regard compare --from`: retrofits of one pretrained model beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from regard.cli.arguments import read_integers
+from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.retrofit import showing
+from regard.contract import Unsupported
+
+TAKEN = ("data", "source", "mechanisms", "budget", "output", "validation", "length", "lengths", "seed_offset", "plugin")
+"""Options of `regard compare` that mean something for a model that is trained already."""
+
+
+def compare_from(context: typer.Context, source: Path) -> None:
+    """Retrofit a model with each of the mechanisms that `regard compare` was given.
+
+    Raises:
+        Unsupported: for options that are those of models from scratch, and where text or mechanisms are missing.
+    """
+    from regard.measurement.budget import Budget
+    from regard.models.variants import read_variants
+    from regard.workbench.retrofits import compare_retrofits, rows
+
+    asked = context.params
+    given = {name for name in asked if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    foreign = given - {*TAKEN, "as_json"}
+    if foreign:
+        option = "--" + min(foreign).replace("_", "-")
+        others = ", ".join("--" + name.replace("_", "-") for name in TAKEN if name not in ("data", "source", "plugin"))
+        raise Unsupported(f"{option} beside --from", supported=f"text, {others}; the model is what it is")
+    if not asked["data"]:
+        raise Unsupported(
+            "--from without a text", supported="regard compare my_corpus.txt --from FOLDER --mechanisms ..."
+        )
+    if asked["mechanisms"] is None:
+        raise Unsupported(
+            "--from without --mechanisms", supported="several of a retrofit's", nearest="--mechanisms lolcats,local"
+        )
+    load_plugins(asked["plugin"])
+    more: dict[str, Any] = {"length": asked["length"]} if asked["length"] is not None else {}
+    if "lengths" in given:
+        more["lengths"] = read_integers("lengths", asked["lengths"])
+    output, quiet = asked["output"], asked["as_json"]
+    with showing(quiet) as (watch, say):
+        told = compare_retrofits(
+            str(source),
+            read_variants(asked["mechanisms"]),
+            data=asked["data"],
+            output=output,
+            budget=Budget.parse(asked["budget"]),
+            validation=asked["validation"] or None,
+            seed=asked["seed_offset"],
+            watch=watch,
+            say=say,
+            **more,
+        )
+    if quiet:
+        emit({**told, "folder": str(output), "report": str(output / "report.html")})
+        return
+    for row in rows(told["retrofits"]):
+        console.print(Text(str(row.pop("attention")), style="bold"))
+        console.print(plain("  " + ", ".join(f"{name} {value}" for name, value in row.items() if value is not None)))
+    console.print()
+    console.print(Text(told["recommendation"], style="bold"))
+    console.print(Text(f"Report: {output / 'report.html'}"))

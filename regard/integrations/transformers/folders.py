@@ -1,0 +1,89 @@
+"""Causal language models and tokenizers of transformers from files that are on this machine; no code among them is run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging
+
+from regard.contract import Unsupported
+from regard.tasks.documents import nearest_path
+
+SUPPORTED = "a folder of save_pretrained with its tokenizer, or a GGUF file"
+
+
+def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[str, str]]:
+    """The folder of a model, and what `from_pretrained` needs to be told beside it: the name of a GGUF file.
+
+    Args:
+        place: a folder, or a GGUF file; a folder without ``config.json`` may hold one GGUF file.
+        supported: what to say of that.
+
+    Raises:
+        Unsupported: where there is no such thing, or more than one.
+    """
+    if not place.exists():
+        raise Unsupported(f"{place}, which does not exist", supported=supported, nearest=nearest_path(place))
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise Unsupported(f"{place}", supported=supported)
+        return place.parent, {"gguf_file": place.name}
+    if (place / "config.json").is_file():
+        return place, {}
+    files = sorted(place.glob("*.gguf"))
+    if len(files) == 1:
+        return place, {"gguf_file": files[0].name}
+    what = f"{len(files)} GGUF files: name one" if files else "neither config.json nor a .gguf file"
+    raise Unsupported(
+        f"{place}, which holds no model ({what})", supported=supported, nearest=str(files[0]) if files else ""
+    )
+
+
+def load_model(place: Path, *, dtype: torch.dtype = torch.float32, supported: str = SUPPORTED) -> Any:
+    """The causal language model in a folder or a GGUF file, to be evaluated; arguments as in :func:`find_files`."""
+    folder, file = find_files(place, supported=supported)
+    return _loaded(transformers.AutoModelForCausalLM, "model", place, folder, supported, dtype=dtype, **file).eval()
+
+
+def load_tokenizer(place: Path, *, supported: str = SUPPORTED) -> Any:
+    """The tokenizer in a folder or a GGUF file; arguments as in :func:`find_files`."""
+    folder, file = find_files(place, supported=supported)
+    return _loaded(transformers.AutoTokenizer, "tokenizer", place, folder, supported, **file)
+
+
+def has_tokenizer(place: Path) -> bool:
+    """Whether there is a tokenizer."""
+    folder, file = find_files(place)
+    return bool(file) or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _loaded(of: Any, what: str, place: Path, folder: Path, supported: str, **options: Any) -> Any:
+    with quietly():
+        try:
+            return of.from_pretrained(str(folder), local_files_only=True, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            said = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            raise Unsupported(
+                f"the {what} in {place}, which transformers cannot load ({said})", supported=supported
+            ) from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the progress bars and notes of transformers."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # some bars ask nobody
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

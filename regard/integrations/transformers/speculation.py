@@ -1,0 +1,50 @@
+"""Causal language models of transformers as models of :mod:`regard.models.speculation`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regard.contract import Unsupported
+from regard.integrations.transformers.caches import CACHE, StateLayer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+class ReadCausalModel:
+    """A causal language model with its cache, which is cut back to where a call goes on from.
+
+    Args:
+        model: of transformers, in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, None
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+
+    def __call__(self, ids: Int[Tensor, "1 n"], state: int | None) -> tuple[Float[Tensor, "n vocab"], int]:
+        cache: Any = None if state is None else self.cache
+        if cache is not None and cache.get_seq_length() > state:
+            cache.crop(state - cache.get_seq_length())
+        with torch.inference_mode():
+            found = self.model(ids, **{CACHE: cache}, use_cache=True)
+        self.cache = getattr(found, CACHE)
+        if state is None:
+            self._check()
+        return found.logits[0], self.cache.get_seq_length()  # type: ignore[attr-defined]
+
+    def cut(self, state: int, read: int, kept: int) -> int:
+        return state - read + kept
+
+    def _check(self) -> None:
+        layers: Any = getattr(self.cache, "layers", ())
+        fixed = [layer for layer in layers if isinstance(layer, StateLayer) or getattr(layer, "is_sliding", False)]
+        if fixed or not hasattr(self.cache, "crop"):
+            what = type(fixed[0]).__name__ if fixed else type(self.cache).__name__
+            raise Unsupported(
+                f"speculation with a {type(self.model).__name__} whose cache ({what}) cannot be cut back",
+                supported="models whose layers all keep keys and values, and every language model of regard",
+            )

@@ -1,0 +1,182 @@
+"""Retrofits of one model beside each other and beside the original."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regard.measurement import units
+from regard.measurement.budget import Budget
+from regard.models.variants import Variant
+from regard.models.weights import write_atomically
+from regard.retrofit import card, retrofit
+from regard.retrofit.evaluate import ORIGINAL, RETROFIT, mean_recall
+from regard.retrofit.run import Say
+from regard.retrofit.settings import check_mechanism
+from regard.retrofit.stage import Progress, Watch
+from regard.retrofit.verdict import STATE_AT
+from regard.workbench.report import pages
+from regard.workbench.section_pages import parts_of_page
+from regard.workbench.sections import Curves, Points, Section
+
+RECORD = "retrofits.json"
+
+
+def compare_retrofits(
+    model: Any,
+    variants: Sequence[Variant],
+    *,
+    data: Any,
+    output: str | os.PathLike[str],
+    budget: Budget,
+    watch: Watch = lambda progress: None,
+    say: Say = lambda sentence: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Retrofit a model with each of several mechanisms, each in a folder of its own, and say which to take.
+
+    Args:
+        model, data, settings: of :func:`regard.retrofit.retrofit`.
+        variants: mechanisms, each of one kind of layer: which layers change is the retrofit's to choose.
+        output: folder of the results. The same call goes on where a killed one stopped.
+        budget: a time for everything, of which each has an equal share; tokens or steps are those of each.
+        watch, say: called with the progress, and with sentences.
+
+    Returns:
+        What ``retrofits.json`` in the folder holds: `model`, `retrofits` (a record each, by mechanism), `recommendation`.
+
+    Raises:
+        Unsupported: before anything is trained, for a mechanism that cannot enter, and as :func:`regard.retrofit.retrofit`.
+    """
+    names = [variant.name for variant in variants]
+    for name in names:
+        check_mechanism(name)
+    share = Budget("seconds", budget.amount / len(names)) if budget.unit == "seconds" else budget
+    place, records = Path(output), dict[str, Any]()
+    for at, name in enumerate(names):
+
+        def watched(progress: Progress, at: int = at, name: str = name) -> None:
+            watch(dataclasses.replace(progress, doing=f"{name} ({at + 1} of {len(names)}): {progress.doing}"))
+
+        say(f"{name}, {at + 1} of {len(names)}")
+        made = retrofit(
+            model, name, data=data, output=place / folder_of(name), budget=share, watch=watched, say=say, **settings
+        )
+        records[name] = made.record
+    first = next(iter(records.values()))
+    told = {"model": first["from"]["name"], "retrofits": records, "recommendation": recommend(records)}
+    text = json.dumps(told, indent=1, ensure_ascii=False)
+    write_atomically(place / RECORD, lambda file: file.write_text(text, encoding="utf-8"))
+    page = render(told)
+    write_atomically(place / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+    return told
+
+
+def folder_of(name: str) -> str:
+    """The folder of a mechanism's retrofit."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "-", name)
+
+
+def judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Perplexity on the text that decides: the last, which is of another source where there is one."""
+    found: Mapping[str, Any] = list(record["results"]["perplexity"].values())[-1]
+    return found
+
+
+def recommend(records: Mapping[str, Any]) -> str:
+    """Which to take: of those that are worth it, the one that loses least."""
+    worth = [name for name, record in records.items() if record["recommendation"]["take"]]
+    best = min(worth or records, key=lambda name: judged(records[name])["change"])
+    told = judged(records[best])
+    error = told["standard_error"] or 0.0
+    near = [
+        name
+        for name in worth or records
+        if name != best
+        and judged(records[name])["change"] - told["change"]
+        <= 2 * ((judged(records[name])["standard_error"] or 0.0) ** 2 + error**2) ** 0.5
+    ]
+    beside = f" {' and '.join(near)} cannot be told apart from it." if near else ""
+    if worth:
+        text = str(records[best]["recommendation"]["text"])
+        return f"{best}: {text[0].lower()}{text[1:]}{beside}"
+    return f"Keep the original: the nearest is {best}, with perplexity {card.change(dict(told))}.{beside}"
+
+
+def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for the original and for each retrofit."""
+    first = next(iter(records.values()))
+
+    def row(name: str, record: Mapping[str, Any], model: str) -> dict[str, Any]:
+        results = record["results"]
+        found: dict[str, Any] = {"attention": name}
+        found |= {f"perplexity on {source}": its[model] for source, its in results["perplexity"].items()}
+        found["change"] = None if model == ORIGINAL else card.change(dict(judged(record)))
+        for length, its in results["recall"].items():
+            share = None if its is None else mean_recall(its, model)
+            found[f"needle in {units.tokens(int(length))}"] = None if share is None else f"{share:.0%}"
+        found[f"state at {units.tokens(STATE_AT)}"] = units.size(results["state"][str(STATE_AT)][model])
+        for what, words in (("prefill", "prompt of"), ("decoding", "token after")):
+            for length, its in results[what].items():
+                found[f"{words} {units.tokens(int(length))}"] = units.milliseconds(1000 * its[model]["median"])
+        found["new layers"] = "none" if model == ORIGINAL else card.numbers(record["swapped"])
+        return found
+
+    return [row("original", first, ORIGINAL), *(row(name, record, RETROFIT) for name, record in records.items())]
+
+
+def sections(records: Mapping[str, Any]) -> list[Section]:
+    """What the report shows."""
+    first = next(iter(records.values()))
+    source, before = list(first["results"]["perplexity"].items())[-1]
+    points = {"softmax": (first["results"]["state"][str(STATE_AT)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
+    curves = {"softmax": [(b["last"], b[ORIGINAL]) for b in before["by_position"]]}
+    for name, record in records.items():
+        its = judged(record)
+        points[name] = (record["results"]["state"][str(STATE_AT)][RETROFIT] / 2**20, float(its[RETROFIT]))
+        curves[name] = [(b["last"], b[RETROFIT]) for b in its["by_position"]]
+    state = Points(
+        "perplexity against state",
+        f"MiB of state at {units.tokens(STATE_AT)} tokens, by definition",
+        f"↑ perplexity on {source} (lower is better, so low is up)",
+        points,
+        note="softmax is the original.",
+        log_x=True,
+        log_y=True,
+        rising=False,
+    )
+    position = Curves(
+        "perplexity by position",
+        "position, up to",
+        "↑ perplexity (lower is better, so low is up)",
+        curves,
+        note=f"Blocks of training had {first['settings']['length']} tokens.",
+        log_x=True,
+        log_y=True,
+        rising=False,
+    )
+    says = "Each was trained back with the same budget on the same text, and keeps the layers that its own sensitivity chose."
+    return [Section("Beside each other", says, [state, position], rows(records))]
+
+
+def render(told: Mapping[str, Any]) -> str:
+    """The page as text."""
+    records = told["retrofits"]
+    first = next(iter(records.values()))
+    return (
+        pages()
+        .get_template("retrofits.html.j2")
+        .render(
+            told=told,
+            machine=first["machine"],
+            budget=first["settings"]["budget"],
+            sections=parts_of_page(sections(records)),
+            folders={name: folder_of(name) for name in records},
+            texts={name: record["recommendation"] for name, record in records.items()},
+        )
+    )

@@ -1,0 +1,101 @@
+"""`regard compare --from`: several retrofits of one model, one after the other, and one page."""
+
+import json
+
+import pytest
+from command_line import run
+from small_llama import WORK, llama, tokens
+
+from regard import Unsupported
+from regard.measurement.budget import Budget
+from regard.models.variants import read_variants
+from regard.workbench.retrofits import RECORD, compare_retrofits, recommend, rows
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A comparison of two, its folder and the call that made it."""
+    model, ids, folder = llama(2, loud=(0,)), tokens(), tmp_path_factory.mktemp("beside")
+
+    def call():
+        return compare_retrofits(
+            model,
+            read_variants("gated_linear,local:window=4"),
+            data=ids,
+            output=folder,
+            budget=Budget.parse("28 steps"),
+            keep_layers=(0,),
+            **WORK,
+        )
+
+    return call(), folder, call
+
+
+def test_each_has_a_folder_that_loads_and_all_have_one_page(two):
+    told, folder, _ = two
+    assert list(told["retrofits"]) == ["gated_linear", "local:window=4"]
+    for name in ("gated_linear", "local-window=4"):
+        assert json.loads((folder / name / "retrofit.json").read_text())["from"]["class"] == "LlamaForCausalLM"
+        assert (folder / name / "model.safetensors").is_file()
+    assert json.loads((folder / RECORD).read_text())["recommendation"] == told["recommendation"]
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") >= 2 and "local:window=4" in page and "original" in page
+
+
+def test_a_second_call_trains_nothing_and_tells_the_same(two, monkeypatch):
+    told, _, call = two
+    monkeypatch.setattr("regard.retrofit.transfer.transfer_losses", None)
+    monkeypatch.setattr("regard.retrofit.evaluate.perplexity", None)
+    assert call() == told
+
+
+def test_the_original_stands_in_the_first_row(two):
+    told, _, _ = two
+    table = rows(told["retrofits"])
+    assert [row["attention"] for row in table] == ["original", "gated_linear", "local:window=4"]
+    assert table[0]["new layers"] == "none" and table[0]["change"] is None and table[1]["new layers"] == "1"
+    assert len({tuple(row) for row in table}) == 1
+
+
+def made(change, take, error=0.001):
+    its = {"change": change, "standard_error": error}
+    return {
+        "results": {"perplexity": {"text": its}},
+        "recommendation": {"take": take, "text": "Take the retrofit: it."},
+    }
+
+
+def test_the_one_that_loses_least_of_those_worth_it_is_recommended():
+    records = {"a": made(0.05, True), "b": made(0.02, True), "c": made(0.01, False)}
+    assert recommend(records) == "b: take the retrofit: it."
+    assert "a cannot be told apart" in recommend({"a": made(0.021, True), "b": made(0.02, True)})
+    none = recommend({"a": made(0.5, False), "b": made(0.2, False)})
+    assert none.startswith("Keep the original: the nearest is b") and "20.0% higher" in none
+
+
+def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(Unsupported, match="mamba"):
+        compare_retrofits(
+            llama(2),
+            read_variants("gated_linear,mamba"),
+            data=tokens(),
+            output=tmp_path / "out",
+            budget=Budget.parse("1 steps"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("compare --from folder --mechanisms local", "without a text"),
+        ("compare text.txt --from folder", "without --mechanisms"),
+        ("compare text.txt --from folder --mechanisms local --dim 8", "--dim beside --from"),
+        ("compare text.txt --from folder --mechanisms local", "does not exist"),
+    ],
+)
+def test_what_a_pretrained_model_has_no_use_for_is_said(capsys, tmp_path, monkeypatch, line, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, message = run(capsys, line)
+    assert code == 2 and said in " ".join(message.split())
+    assert not (tmp_path / "runs").exists()

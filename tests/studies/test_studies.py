@@ -1,0 +1,135 @@
+"""What every study has: a choice that is checked, cells that are made once, and a page."""
+
+import json
+
+import pytest
+from command_line import answer, run
+
+from regard import Unsupported
+from regard.contract import Paper
+from regard.reproductions import Check, Reproduction
+from regard.reproductions.framework.judging import measured
+from regard.studies import Chosen, Curves, Heat, Points, Section, Study, get_study, list_studies
+from regard.studies.framework import catalogue
+from regard.studies.framework.report import render_study
+from regard.workbench.section_pages import draw
+from regard.workbench.sections import section
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Names and seeds of the cells that the example has run."""
+    ran = []
+
+    def run_cell(setting, seed):
+        ran.append((setting["mechanism"], seed))
+        return {"score": 0.5 + 0.01 * seed, "curve": [0.1, float("nan"), setting["size"]]}
+
+    def make(chosen: Chosen) -> Reproduction:
+        size = {"tiny": 1, "small": 2}[chosen.preset]
+        return Reproduction(
+            name="example",
+            mechanisms=("softmax",),
+            claim="everything scores above 0.4",
+            instead="numbers that are made up",
+            settings={name: {"mechanism": name, "size": size} for name in chosen.mechanisms},
+            run_cell=run_cell,
+            checks=(Check("softmax scores above 0.4", measured("softmax", "score"), above=0.4),),
+            source=Paper("An example", "0000.00000", 2020, 1),
+            seconds=0.01,
+            seeds=2,
+        )
+
+    def sections(chosen, cells):
+        curves = {name: list(enumerate(found["curve"])) for (name, seed), found in cells.items() if seed == 0}
+        rows = [{"mechanism": name, "seed": seed, "score": found["score"]} for (name, seed), found in cells.items()]
+        return [Section("Scores", "higher is better", [Curves("by place", "place", "score", curves)], rows)]
+
+    study = Study(
+        name="an-example",
+        question="What is a study?",
+        make=make,
+        sections=sections,
+        mechanisms=("softmax", "linear"),
+        refuses=lambda name: "it hears nothing" if name == "fnet" else None,
+    )
+    monkeypatch.setattr(catalogue, "_found", lambda: {study.name: study})
+    catalogue.list_studies.cache_clear()
+    yield ran
+    catalogue.list_studies.cache_clear()
+
+
+def test_a_study_runs_what_is_missing_and_tells_everything(capsys, example, tmp_path):
+    found = answer(capsys, "study an-example --output", tmp_path)
+    assert example == [("softmax", 0), ("linear", 0), ("softmax", 1), ("linear", 1)]
+    assert (found["study"], found["preset"], found["outcome"]) == ("an-example", "tiny", "held")
+    (shown,) = found["sections"]
+    assert shown["rows"][0] == {"mechanism": "softmax", "seed": 0, "score": 0.5}
+    assert shown["pictures"][0]["curves"]["linear"] == [[0, 0.1], [1, None], [2, 1]]
+    page = (tmp_path / "an-example.html").read_text()
+    assert "What is a study?" in page and "<svg" in page and "softmax scores above 0.4" in page
+    example.clear()
+    more = answer(capsys, "study an_example --mechanisms linear,local:window=4 --output", tmp_path)
+    assert example == [("local:window=4", 0), ("local:window=4", 1)] and more["done"] == 4
+    example.clear()
+    assert answer(capsys, "study an-example --preset small --seeds 1 --output", tmp_path)["done"] == 2
+    assert len(example) == 2, "rows of another preset do not count"
+
+
+def test_a_budget_leaves_cells_for_later_and_showing_runs_nothing(capsys, example, tmp_path):
+    assert answer(capsys, "study an-example --budget 0.001s --output", tmp_path)["done"] == 0
+    assert answer(capsys, "study an-example --table --output", tmp_path / "none")["done"] == 0
+    assert not example and not (tmp_path / "none").exists()
+    assert answer(capsys, "study an-example --budget 1h --output", tmp_path)["done"] == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("study an-exmple", "an-example"),
+        ("study an-example --preset tny", "tiny"),
+        ("study an-example --mechanisms fnet", "it hears nothing"),
+        ("study an-example --mechanisms nothing", "mechanism 'nothing'"),
+        ("study an-example text.txt", "no files"),
+        ("study an-example --budget 5M tokens", "a time"),
+    ],
+)
+def test_bad_words_are_told_and_nothing_is_run(capsys, example, tmp_path, line, said):
+    line = line.replace("5M tokens", "'5M tokens'")
+    code, _, message = run(capsys, line, "--output", tmp_path / "out")
+    assert code == 2 and said in " ".join(message.split())
+    assert not example and not (tmp_path / "out").exists()
+
+
+def test_all_that_can_enter_leaves_out_what_is_refused(example):
+    chosen = get_study("an-example").choose(mechanisms="all")
+    assert "fnet" not in chosen.mechanisms and "softmax" in chosen.mechanisms
+    with pytest.raises(Unsupported, match="not about them"):
+        get_study("an-example").__class__("bare", "?", lambda _: None, lambda *_: []).choose(mechanisms="softmax")
+
+
+def test_sections_survive_json_and_are_drawn():
+    parts = [
+        Curves("c", "x", "y", {"softmax": [(1, 2.0), (2, None)]}, log_x=True),
+        Points("p", "x", "y", {"a": (1.0, 2.0), "b": (2.0, 3.0)}, rising=False),
+        Heat("h", ["r<1>", "r2"], ["a", "b"], [[0.0, 1.0], [None, 3.0]], note="n"),
+    ]
+    once = Section("T", "says", parts, [{"a": 1, "b": None}])
+    plain = json.loads(json.dumps(once.plain()))
+    assert json.loads(json.dumps(section(plain).plain())) == plain
+    for at, picture in enumerate(parts):
+        assert str(draw(picture, f"i{at}")).startswith("<svg")
+    assert str(draw(parts[2], "i")).count("<rect") == 3 and "r&lt;1&gt;, b: 1" in str(draw(parts[2], "i"))
+    assert draw(Heat("h", ["r"], ["c"], [[None]]), "i") is None
+
+
+def test_every_study_has_a_page_before_anything_is_run(tmp_path):
+    from regard.studies import opened
+
+    for name in list_studies():
+        study = get_study(name)
+        for preset in study.presets:
+            record = opened(study, study.choose(preset), None)
+            assert record["done"] == 0 < record["planned"] and record["outcome"] == "not run"
+            assert study.question in render_study(record) or "&" in study.question
+            json.dumps(record)
