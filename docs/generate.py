@@ -30,6 +30,7 @@ from regard.functional import function_name
 from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
+from regard.studies import list_studies
 from regard.workbench import charts
 from regard.workbench.subjects import Subject, axes_of
 from regard.workbench.swapped import HOSTS
@@ -858,7 +859,8 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
         + " *tested*: a test compares with the recording in a way of its own, within 1e-10 or its stated tolerance.",
     ]
     errors = measured["fixtures"] if measured else {}
-    owners = (*names, *list_positions(), "vision", "studies")
+    studies = (name.replace("-", "_") for name in list_studies())
+    owners = (*names, *list_positions(), *studies, "vision")
     recordings: dict[str, list[dict[str, Any]]] = {}
     for entry in sources["fixtures"]:
         stem = entry["file"].removesuffix(".npz")

@@ -27,6 +27,9 @@ from regard.cli.progress import progress
 from regard.contract import Unsupported
 from regard.measurement import units
 
+MONITOR = "attention"
+"""What a run can be watched for, and the name of its files."""
+
 
 def train(
     data: DATA = None,
@@ -74,6 +77,12 @@ def train(
             "not given, 0 for tasks that generate."
         ),
     ] = None,
+    monitor: Annotated[
+        str | None,
+        typer.Option(
+            help="attention: look during the run at which tokens the heads attend to, and when that comes to rest."
+        ),
+    ] = None,
     device: DEVICE = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -85,6 +94,8 @@ def train(
     rises for 5 % of the steps and falls along a cosine. Interrupted, the same command goes on: after Ctrl-C from the last
     step, after a crash from half a minute back, or a minute on a machine that has become slow.
 
+    With --monitor attention the folder has attention.html, with pictures, and its figures in attention.json.
+
     Examples:
 
     \b
@@ -94,11 +105,15 @@ def train(
         regard train --task images:size=64,augment=light photos/ --model van_b0 --ema 0.999 --output photos
         regard train --task segmentation scans/ --model unet_nano --output scans
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
+        regard train my_corpus.txt --tokenizer bpe:1024 --monitor attention --budget 5m
     """
     from regard.measurement.budget import Budget
     from regard.tasks import create_task
     from regard.workbench.settings import CompareSettings
     from regard.workbench.trained import DIVERGED, chosen_weights, train_model
+
+    if monitor not in (None, MONITOR):
+        raise Unsupported(f"--monitor {monitor}", supported=MONITOR, nearest=MONITOR)
 
     def recognised(described: str) -> None:
         if not as_json:
@@ -140,6 +155,11 @@ def train(
         device=device,
         model=model,
     )
+    watcher = None
+    if monitor is not None:
+        from regard.workbench.attention_monitor import AttentionMonitor
+
+        watcher = AttentionMonitor(asked, path=output / f"{MONITOR}.json")
     if not as_json:
         console.print(plain(asked.describe()))
         console.print()
@@ -157,10 +177,18 @@ def train(
             if not as_json:
                 bar.console.print(Text(sentence, style="dim"))
 
-        trained = train_model(asked, settings, output, ema=ema, best_of=best_of, on_step=on_step, say=say)
+        trained = train_model(
+            asked, settings, output, ema=ema, best_of=best_of, monitor=watcher, on_step=on_step, say=say
+        )
     record = trained.record
+    page = (
+        None
+        if watcher is None
+        else watcher.write_page(output / f"{MONITOR}.html", f"{record['mechanism']} on {asked.name}")
+    )
     if as_json:
-        emit({"folder": str(trained.folder), **record})
+        seen = {} if watcher is None else {MONITOR: {"page": str(page), "heads": watcher.heads()}}
+        emit({"folder": str(trained.folder), **record, **seen})
     elif record["state"] != DIVERGED:
         rule = record["baseline"]
         beside = f"; without training, {rule['name']} has {rule['score']:.4g}" if rule else ""
@@ -170,6 +198,8 @@ def train(
         if record.get("weights"):
             console.print(Text(f"Weights: {chosen_weights(record)}."))
         console.print(Text(f"Model: {trained.folder} (its README says how to use it)"))
+        if page is not None:
+            console.print(Text(f"Attention: {page}"))
     if record["state"] == DIVERGED:
         raise Unsupported(
             f"a learning rate of {learning_rate:g}, at which the training diverged",

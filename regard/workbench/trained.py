@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -124,6 +124,22 @@ def open_trained(folder: Path | str) -> TrainedModel:
     return TrainedModel(Path(folder), found)
 
 
+class Monitor(Protocol):
+    """Looks at a model while it is trained."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise Unsupported for a model in which it sees nothing."""
+        ...
+
+    def due(self, steps: int) -> Collection[int]:
+        """The steps of a run of `steps` after which it looks; 0 is before the first."""
+        ...
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Look at the model after so many steps; a run that is resumed may come by a step again."""
+        ...
+
+
 def train_model(
     task: Task,
     settings: CompareSettings,
@@ -131,6 +147,7 @@ def train_model(
     *,
     ema: float | None = None,
     best_of: int | None = None,
+    monitor: Monitor | None = None,
     on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedModel:
@@ -145,6 +162,7 @@ def train_model(
         best_of: steps at which the first quarter of the held-out items chooses the best weights, which is then not scored; 0
             keeps the last weights. When None 8, and 0 for tasks that generate or train in a way of their own, but 1 with
             `ema`.
+        monitor: looks at the model during the run, which it does not change.
         on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
         say: told in sentences what is decided.
 
@@ -167,6 +185,8 @@ def train_model(
         best_of = int(ema is not None) if own_way or task.generates else MOMENTS
     at_least("best_of", best_of, int(ema is not None))
     work = Work(task, settings, choosing=best_of > 0)
+    if monitor is not None:
+        monitor.check(build(work.configs[name], settings.first_seed, settings.device))
     record = {"state": BEGUN, **described(work, name, settings.rates[0], settings.first_seed)}
     record["settings"] |= {"budget": str(settings.budget), "best_of": best_of, "ema": ema}
     before = _read(place)
@@ -189,11 +209,16 @@ def train_model(
     average = None if ema is None else WeightAverage(model, ema)
     best = BestWeights(place / BEST, task, work.search_items, work.scored_at_once, average)
     looked = moments(steps, best_of) if work.search_items else frozenset()
+    watched = frozenset[int]() if monitor is None else frozenset(monitor.due(steps))
+    if monitor is not None and 0 in watched and not (place / CHECKPOINT).exists():
+        monitor.look(model, 0)
     began, taken = time.monotonic(), 0
 
     def watch(point: Point) -> None:
         nonlocal taken
         taken += 1
+        if monitor is not None and point.step + 1 in watched:
+            monitor.look(model, point.step + 1)
         if point.step + 1 in looked:
             best.look(model, point.step + 1)
         on_step(point, steps, (steps - point.step - 1) * (time.monotonic() - began) / taken)

@@ -19,9 +19,9 @@ from regard.studies.cab.benches import NAMED, Groups, Pieces, missing
 from regard.studies.cab.index import AVERAGE
 from regard.studies.framework.protocol import Chosen
 from regard.studies.framework.report import render_study
-from regard.studies.framework.sections import section
 from regard.tasks import create_task, voices
 from regard.tasks.documents import Document
+from regard.workbench.sections import section
 from tests.recordings import write_recordings
 
 NS, CS, NC, CC = Pattern

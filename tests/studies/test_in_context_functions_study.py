@@ -61,7 +61,7 @@ def test_a_head_that_copies_from_earlier_copies_scores_one_and_a_uniform_one_a_s
 
 
 def test_scores_of_heads_equal_those_of_the_public_code():
-    recorded = load("studies_in_context_functions")
+    recorded = load("in_context_functions_official")
     weights = recorded["heads_weights"].double()
     found = torch.cat([induction_scores(layer, 4) for layer in weights])
     close(found * 2 / 4, recorded["heads_induction"], 1e-6)  # that code takes the mean over pairs of copies

@@ -280,7 +280,7 @@ def test_the_best_guess_is_refused_where_it_would_take_too_long():
 
 @pytest.mark.parametrize("name", [name for name in OF_CLAUSES if name != "monotone_conjunction"])  # fails there
 def test_labels_and_teaching_sequences_equal_those_of_the_public_code(name):
-    recorded = load("studies_in_context_functions")
+    recorded = load("in_context_functions_official")
     weights, x, y = (recorded[f"{name}_{part}"].long().numpy() for part in ("w", "x", "y"))
     functions = with_thresholds(CLASSES[name], weights)
     if CLASSES[name].thresholds != (0, 0):
@@ -293,7 +293,7 @@ def test_labels_and_teaching_sequences_equal_those_of_the_public_code(name):
 
 
 def test_nearest_neighbours_and_learners_equal_those_of_the_public_code():
-    recorded = load("studies_in_context_functions")
+    recorded = load("in_context_functions_official")
     x, y = (recorded[f"nearest_neighbours_{part}"].long().numpy() for part in "xy")
     assert (neighbour_labels(x, y, 6) == y).all()
     x, y = (recorded[f"learners_{part}"].float() for part in "xy")

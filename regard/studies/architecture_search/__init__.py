@@ -26,13 +26,13 @@ from regard.reproductions.framework.judging import Check, Measurements, Seed, me
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.architecture_search.task import RecallAndMajority
 from regard.studies.framework.protocol import Cells, Chosen, Study
-from regard.studies.framework.sections import Points, Section
 from regard.tasks import Task
 from regard.training.loop import run_model
 from regard.workbench.search.costs import NetworkBudget, count_flops
 from regard.workbench.search.run import FOUND, REFERENCE, Search
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices
+from regard.workbench.sections import Points, Section
 from regard.workbench.work import build
 
 PAPER = Paper("Neural Architecture Search on Efficient Transformers and Beyond", "2207.13955", 2022, 24)

@@ -9,8 +9,8 @@ import numpy as np
 
 from regard.reproductions.framework.judging import Measurements
 from regard.reproductions.framework.protocol import Setting
-from regard.studies.framework.sections import Curves, Row, Section
 from regard.studies.in_context_functions.cells import BEST, LONGER, NEAREST, NOTHING, SHIFTED
+from regard.workbench.sections import Curves, Row, Section
 
 Cells = Mapping[tuple[str, int], Measurements]
 DRAWN = (BEST, "elimination", "Gaussian elimination", NEAREST, NOTHING)

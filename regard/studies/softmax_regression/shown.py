@@ -1,0 +1,162 @@
+"""What the cells of the study show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from regard.studies.framework.protocol import Cells, Chosen
+from regard.studies.softmax_regression.cells import VARIANTS
+from regard.workbench.sections import Curves, Section
+
+LEARNER = "learner "
+OTHERS = ("one step", "descent 2", "descent 5", "descent 20", "newton", "uniform")
+
+
+def sections(chosen: Chosen, cells: Cells) -> list[Section]:
+    return [
+        part
+        for part in (_learning(cells), _bounds(cells), _extreme(cells), _solvers(cells), _derivatives(cells))
+        if part.rows or part.pictures
+    ]
+
+
+def _learning(cells: Cells) -> Section:
+    names = list(dict.fromkeys(setting.removeprefix(LEARNER) for setting, _ in cells if setting.startswith(LEARNER)))
+    rows = [
+        {
+            "learner": name,
+            **{word: mean(cells, LEARNER + name, word) for word in ("loss", "one step", "uniform")},
+            "loss over the step's": _over(mean(cells, LEARNER + name, "loss"), mean(cells, LEARNER + name, "one step")),
+            "cosine": mean(cells, LEARNER + name, "cosine"),
+            "difference": mean(cells, LEARNER + name, "difference"),
+            "untrained difference": mean(cells, LEARNER + name, "untrained difference"),
+        }
+        for name in names
+    ]
+    pictures = [
+        Curves(
+            caption,
+            "training step",
+            axis,
+            {name: _over_training(cells, name, which) for name in names},
+            log_x=True,
+            rising=up,
+        )
+        for caption, axis, which, up in (
+            ("Loss of the layers", "|answer - target|² / 2", "losses", False),
+            ("Difference from one step of gradient descent", "|answer - step's answer|", "differences", False),
+            ("Cosine of the sensitivities to the query", "cosine", "cosines", True),
+        )
+    ]
+    others = {word: mean(cells, LEARNER + "softmax", word) for word in (*OTHERS, "one step, rate untuned")}
+    known = ", ".join(f"{word} {value:.3g}" for word, value in others.items() if value is not None)
+    says = (
+        "One layer of each mechanism reads keys with their targets, and answers for new keys. Beside it on the same tasks, all "
+        f"rates tuned unless it says otherwise: {known}; newton is the minimum of the contexts' cross-entropy, uniform the answer "
+        "1/n. Of the context: asked for the keys whose targets stand in the context."
+    )
+    return Section("Layers that learn beside one step of gradient descent", says, pictures if names else (), rows)
+
+
+def _over_training(cells: Cells, name: str, which: str) -> list[tuple[float, float | None]]:
+    moments = means(cells, LEARNER + name, "moments")
+    return [(at, value) for at, value in zip(moments, means(cells, LEARNER + name, which), strict=True) if at > 0]
+
+
+def _bounds(cells: Cells) -> Section:
+    settings = sorted({setting for setting, _ in cells if setting.startswith("bounds ")})
+    rows: list[dict[str, Any]] = []
+    tight: dict[str, list[tuple[float, float | None]]] = {}
+    loose: dict[str, list[tuple[float, float | None]]] = {}
+    for setting in settings:
+        radius = setting.removeprefix("bounds ")
+        for which in ("weight", "data"):
+            rows.append(
+                {
+                    "shift": which,
+                    "norms up to": radius,
+                    "largest over tight": mean(cells, setting, f"{which}: largest"),
+                    "draws within 5 %": mean(cells, setting, f"{which}: within 5 %"),
+                    "draws above half": mean(cells, setting, f"{which}: above half"),
+                    "log10 of largest over loose": mean(cells, setting, f"{which}: loose log10"),
+                }
+            )
+            for curves, name in ((tight, "ratios"), (loose, "loose log10s")):
+                values = means(cells, setting, f"{which}: {name}")
+                curves[f"{which}, {radius}"] = [(i / max(1, len(values) - 1), v) for i, v in enumerate(values)]
+    says = (
+        "How far the target moves over what the bounds allow, in sorted draws. The paper's bound cannot fail in practice: it "
+        "allows powers of ten more than anything does, so that its holding says little; the tight one does say something."
+    )
+    pictures = (
+        Curves("Over the tight bound", "share of draws", "ratio", tight),
+        Curves("Over the paper's bound", "share of draws", "log10 of the ratio", loose),
+    )
+    return Section("Both bounds on both shifts", says, pictures if settings else (), rows)
+
+
+def _extreme(cells: Cells) -> Section:
+    distances = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0]
+    curves = {
+        which: list(zip(distances, means(cells, "extreme", f"{which}s"), strict=False)) for which in ("weight", "data")
+    }
+    if not any(curves.values()):
+        return Section("The tight bound at its extreme")
+    rows = [
+        {"size of the shift": at, **{which: curves[which][i][1] for which in curves}} for i, at in enumerate(distances)
+    ]
+    says = "Two keys are opposite and share the prediction in halves: small shifts along them reach the bound."
+    picture = Curves("Over the tight bound, at its extreme", "size of the shift", "ratio", curves, log_x=True)
+    return Section("The tight bound at its extreme", says, (picture,), rows)
+
+
+def _solvers(cells: Cells) -> Section:
+    curves = {
+        name: [
+            (float(i), max(v, 1e-17) if v is not None else None) for i, v in enumerate(means(cells, "solvers", name))
+        ]
+        for name in ("newton", "descent")
+    }
+    if not any(curves.values()):
+        return Section("Solvers")
+    words = ("order", "newton gradient", "largest rise", "regularised: lowest eigenvalue", "plain: indefinite")
+    says = (
+        "Regularised problems from 0. Order 2 is quadratic convergence of Newton's method; the largest rise is that of a step of "
+        "gradient descent at 1 / |H|; indefinite is the share of problems whose Hessian has a negative eigenvalue without the "
+        "regulariser."
+    )
+    picture = Curves("Loss above the least", "step", "loss", curves, log_y=True, rising=False)
+    return Section("Solvers", says, (picture,), [{word: mean(cells, "solvers", word) for word in words}])
+
+
+def _derivatives(cells: Cells) -> Section:
+    rows = [
+        {"variant": name, "largest relative error": mean(cells, "derivatives", name)}
+        for name in (*VARIANTS, "identity")
+        if mean(cells, "derivatives", name) is not None
+    ]
+    written = mean(cells, "construction", "error")
+    if written is not None:
+        rows.append({"variant": "linear attention as one step", "largest relative error": written})
+    says = (
+        "Closed forms beside automatic differentiation, the identity of both shifts, and the construction, in float64."
+    )
+    return Section("Exactness", says, (), rows)
+
+
+def mean(cells: Cells, setting: str, name: str) -> float | None:
+    """Over the seeds."""
+    values = [found[name] for (own, _), found in cells.items() if own == setting and found.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def means(cells: Cells, setting: str, name: str) -> list[Any]:
+    """Of lists over the seeds, place by place."""
+    lists: Sequence[Sequence[float | None]] = [found[name] for (own, _), found in cells.items() if own == setting]
+    columns = zip(*lists, strict=True)
+    return [None if None in column else sum(column) / len(column) for column in columns]
+
+
+def _over(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other

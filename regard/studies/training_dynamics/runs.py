@@ -1,0 +1,150 @@
+"""Stochastic gradient descent on finite contexts, and the differential equation of infinitely long ones, with what is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.contract import at_least, one_of
+from regard.studies.training_dynamics.facts import Facts
+from regard.studies.training_dynamics.layer import Model, entropy
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+METHODS = ("sgd", "adam")
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How the model is trained.
+
+    Attributes:
+        steps, batch, length: of the run, of a step, and of a context without its last token.
+        rate: of z.
+        ratio: the rate of y over that of z.
+        momentum: of ``sgd``.
+        method: ``sgd`` or ``adam``.
+        weight_decay: added to the gradients.
+    """
+
+    steps: int = 100
+    batch: int = 128
+    length: int = 127
+    rate: float = 1.0
+    ratio: float = 1.0
+    momentum: float = 0.9
+    method: str = "sgd"
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("method", self.method, METHODS)
+        for name in ("steps", "batch", "length"):
+            at_least(name, getattr(self, name), 1)
+
+    def optimizer(self, weights: Weights) -> torch.optim.Optimizer:
+        """y with its rate, all else with that of z."""
+        groups = [
+            {"params": [tensor], "lr": self.rate * (self.ratio if name == "y" else 1)}
+            for name, tensor in weights.items()
+        ]
+        if self.method == "adam":
+            return torch.optim.Adam(groups, weight_decay=self.weight_decay)
+        return torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+@torch.no_grad()
+def descend(
+    model: Model, facts: Facts, start: Weights, how: Descent, generator: np.random.Generator
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Weights before each step and at the end, and the loss of the step that brought them there (nan at first).
+
+    The tensors are the run's own: copy what is kept.
+    """
+    weights = {name: tensor.clone() for name, tensor in start.items()}
+    optimizer = how.optimizer(weights)
+    yield weights, float("nan")
+    for _ in range(how.steps):
+        value, gradients = model.gradients(weights, facts.draw(how.batch, how.length, generator))
+        for name, tensor in weights.items():
+            tensor.grad = -gradients[name]
+        optimizer.step()
+        yield weights, -float(value)
+
+
+@torch.no_grad()
+def flow(
+    model: Model, facts: Facts, start: Weights, rate: float, ratio: float, steps: int, parts: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """The equation d y / dt = rate ratio dJ/dy, d z / dt = rate dJ/dz with infinitely long contexts, by Euler.
+
+    Yields the weights at the times 0, 1, ..., `steps`: a step of gradient descent takes a time of 1, and has `parts` here.
+    """
+    weights = {name: tensor.clone() for name, tensor in start.items()}
+    limit = facts.limit()
+    yield weights
+    for _ in range(steps):
+        for _ in range(parts):
+            _, gradients = model.gradients(weights, limit)
+            for name, tensor in weights.items():
+                tensor += rate * (ratio if name == "y" else 1) / parts * gradients[name]
+        yield weights
+
+
+@dataclass
+class Watched:
+    """The course of a run, a value for each moment.
+
+    Attributes:
+        losses: of the steps; nan at first.
+        common: mass of c on common tokens, the mean over facts.
+        entropy: of c, the same.
+        change: norm of what the step added to z.
+        conservation: the largest change of what gradient descent conserves, since the start.
+        attention: c at the end, (F, M).
+    """
+
+    losses: list[float]
+    common: list[float]
+    entropy: list[float]
+    change: list[float]
+    conservation: list[float]
+    attention: Float[Tensor, "f m"]
+
+
+def watch(model: Model, facts: Facts, run: Iterator[tuple[Weights, float]]) -> Watched:
+    """Follow a run of :func:`descend` to its end."""
+    limit, common = facts.limit(), facts.common
+    found = Watched([], [], [], [], [], facts.probabilities)
+    first = before = None
+    for weights, loss in run:
+        scores, conserved = model.scores(weights).clone(), model.conserved(weights).clone()
+        first = conserved if first is None else first
+        found.attention = model.attention(weights, limit)
+        found.losses.append(loss)
+        found.common.append(float(found.attention[:, common].sum(1).mean()))
+        found.entropy.append(float(entropy(found.attention).mean()))
+        found.change.append(0.0 if before is None else float((scores - before).norm()))
+        found.conservation.append(float((conserved - first).abs().max()))
+        before = scores
+    return found
+
+
+def in_order(attention: Float[Tensor, "f m"], facts: Facts) -> float:
+    """Share of pairs of distinct tokens of a fact, of different chances, of which the likelier one has grown more: whose z is
+    larger, as the ratio of c to P tells."""
+    right, pairs = 0, 0
+    for row, chances in zip(attention, facts.probabilities, strict=True):
+        own = facts.distinct & (chances > 0)
+        z, p = (row[own] / chances[own]).log(), chances[own]
+        larger = p[:, None] > p + 1e-12
+        right += int(((z[:, None] > z) & larger).sum())
+        pairs += int(larger.sum())
+    return right / pairs if pairs else float("nan")

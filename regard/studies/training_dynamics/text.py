@@ -1,0 +1,88 @@
+"""One layer of one head on real text, trained as the paper trains one on WikiText: SGD, and the feed-forward network twice as fast.
+
+Without positions, with the attention of each moment watched by :class:`AttentionMonitor`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.models import LanguageModel, LanguageModelConfig
+from regard.reproductions.framework.protocol import Setting
+from regard.reproductions.framework.training import cached_task
+from regard.tasks.protocol import mean_loss
+from regard.workbench.attention_monitor import AttentionMonitor, snapped
+
+FREQUENT = 10
+"""Most frequent tokens, which stand for common ones: on real text no token occurs with one next token alone."""
+
+
+def on_text(setting: Setting, seed: int) -> dict[str, Any]:
+    """Entropy, lift of the most frequent tokens and of the others that are told, and change per step, over a run."""
+    task = cached_task(
+        "text",
+        data=tuple(setting["data"]) or None,
+        length=setting["length"],
+        tokenizer=setting["tokenizer"],
+        evaluation_items=64,
+    )
+    torch.manual_seed(seed)
+    model = LanguageModel(
+        LanguageModelConfig(
+            task.vocab_size or 0,
+            dim=setting["dim"],
+            plan=["softmax"],
+            num_heads=1,
+            feed_forward=setting["dim"],
+            positions="none",
+        )
+    )
+    monitor, steps = AttentionMonitor(task), setting["steps"]
+    network = [p for name, p in model.named_parameters() if "feed_forward" in name]
+    own = {id(p) for p in network}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    groups = [{"params": rest, "lr": setting["rate"]}, {"params": network, "lr": setting["ratio"] * setting["rate"]}]
+    optimizer = torch.optim.SGD(groups)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // setting["epochs"]), gamma=0.95)
+    due, losses = monitor.due(steps), []
+    monitor.look(model, 0)
+    for step in range(steps):
+        batch = task.training_batch(step, seed, setting["batch_size"])
+        loss = mean_loss(task, model(batch.inputs).output, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        if step + 1 in due:
+            monitor.look(model, step + 1)
+            losses.append(float(loss.detach()))
+    looks = monitor.as_record()["looks"]
+    heads = [look["heads"]["0.0"] for look in looks]
+    changes = [
+        0.0 if head["change"] is None else head["change"] / max(1, look["step"] - look["since"])
+        for look, head in zip(looks, heads, strict=True)
+    ]
+    frozen = snapped(changes)
+    lifts = [[lift for lift in head["lift"] if lift is not None] for head in heads]
+    return {
+        "moments": [float(look["step"]) for look in looks],
+        "losses": losses,
+        "entropy": [head["entropy"] for head in heads],
+        "frequent": [sum(row[:FREQUENT]) / len(row[:FREQUENT]) for row in lifts],
+        "others": [sum(row[FREQUENT:]) / max(1, len(row[FREQUENT:])) for row in lifts],
+        "change": changes,
+        "last entropy": heads[-1]["entropy"],
+        "last frequent over others": _over(lifts[-1]),
+        "snapped": float("nan") if frozen is None else float(looks[frozen]["step"]),
+        "first loss": losses[0],
+        "last loss": losses[-1],
+    }
+
+
+def _over(row: list[float]) -> float:
+    frequent, others = row[:FREQUENT], row[FREQUENT:]
+    return sum(frequent) / len(frequent) / (sum(others) / len(others)) if others else float("nan")
