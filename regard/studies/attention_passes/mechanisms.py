@@ -478,19 +478,15 @@ WRITTEN: dict[str, Written] = {
     ),
 }
 
-CHOOSES = (
-    "it chooses by its data which keys a query reads (sorting, hashing, the largest few): no tensor expression does"
-)
-PARTS = (
-    "it has two parts over different tokens (near ones, summaries of far ones), with lengths that a rank cannot have"
-)
+CHOOSES = "which keys a query reads is chosen by its data (largest few, sorting, hashing)"
+PARTS = "its parts are over other tokens each (near ones, summaries of far ones), as long as no rank is"
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(("bilevel_routing", "moba", "probsparse", "reformer", "routing", "sea"), CHOOSES),
-    "kernelized_rpe": "its weights are looked up in a table by the offset of key and query, which no plain index says",
+    "kernelized_rpe": "its weights are looked up by the offset of key and query, which no plain index says",
     **dict.fromkeys(("combiner", "compressive", "core_context", "landmark", "lolcats", "long_short"), PARTS),
-    "sinkhorn": "its permutation of blocks is found by normalising rows and columns in turn, a number of rounds",
-    "nystrom": "the inverse of its matrix of landmarks is iterated, and landmarks are means of unequal segments",
+    "sinkhorn": "its permutation of blocks is found by normalising rows and columns in turn",
+    "nystrom": "the inverse of its matrix of landmarks is found by iteration",
     "lara": "its features are drawn at random around means of unequal segments",
     "positional_attention": "its scores are made of places, by maps of encodings; from scores on it is softmax",
     "s4d": "its state is of complex numbers",

@@ -379,11 +379,11 @@ def _of_files(known: Mapping[str, Measurements]) -> Section | None:
 
 
 def _of_classes(chosen: Chosen, known: Mapping[str, Measurements]) -> list[Section]:
-    rows, remarks, reasons = [], [], dict[str, list[str]]()
+    rows, remarks, without = [], [], []
     for name in chosen.mechanisms:
         found = cascade_of(name)
         if found.written is None:
-            reasons.setdefault(found.reason, []).append(name)
+            without.append({"mechanism": name, "why": found.reason})
         elif f"class {name}" in known:
             rows.append(_row(name, known[f"class {name}"]))
             remarks += [{"cascade": name, "remark": found.written.remark}] if found.written.remark else []
@@ -393,7 +393,6 @@ def _of_classes(chosen: Chosen, known: Mapping[str, Measurements]) -> list[Secti
         "and 12 heads of BERT's workload. A cascade that equals its mechanism's definition is off by rounding alone. "
         "Mcycles are of both arrays together, and of full arrays: the steps of a recurrence, which wait for each other, are counted side by side."
     )
-    without = [{"mechanisms": ", ".join(names), "why": reason} for reason, names in reasons.items()]
     return [
         Section("Classes", says, (), rows),
         Section("Remarks", "What the table does not say.", (), remarks),
@@ -528,18 +527,23 @@ def _of_processor(known: Mapping[str, Measurements]) -> Section | None:
             lengths, told[f"{kernel} predicted"], told[f"{kernel} measured"], strict=True
         )
     ]
-    curves = {
-        f"{kernel}, {what}": list(zip(map(float, lengths), told[f"{kernel} {what}"], strict=True))
+    times = {
+        what: list(zip(map(float, lengths), told[f"softmax {what}"], strict=True)) for what in ("predicted", "measured")
+    }
+    ratios = {
+        kernel: [(float(row["tokens"]), row["predicted / measured"]) for row in rows if row["kernel"] == kernel]
         for kernel in KERNELS
-        for what in ("predicted", "measured")
     }
     errors = [abs(row["predicted / measured"] - 1) for row in rows if row["kernel"] == "softmax"]
     says = (
-        f"Each cascade's operations at the speeds that `regard doctor --speeds` measures, on one thread with {HEADS} heads of "
+        f"Each cascade's operations at the speeds that regard doctor --speeds measures, on one thread with {HEADS} heads of "
         f"{DIM}, beside the kernels. Softmax is off by {100 * max(errors):.0f} % at most."
     )
-    picture = Curves("Predicted and measured", "tokens", "seconds", curves, log_x=True, log_y=True, rising=False)
-    return Section("This processor", says, [picture], rows)
+    pictures = [
+        Curves("Softmax", "tokens", "seconds", times, log_x=True, log_y=True, rising=False),
+        Curves("Predicted over measured time", "tokens", "ratio", ratios, log_x=True),
+    ]
+    return Section("This processor", says, pictures, rows)
 
 
 def _refuses(name: str) -> str | None:
