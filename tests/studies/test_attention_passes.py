@@ -35,9 +35,10 @@ from regard.studies.attention_passes.accelerator import (
     one_pass_bytes,
     recorded,
 )
+from regard.studies.attention_passes.cells import SHIPPED
 from regard.studies.attention_passes.machine import machine_of
-from regard.studies.attention_passes.mechanisms import REASONS, WRITTEN, cascade_of, difference
-from regard.studies.attention_passes.study import SHIPPED
+from regard.studies.attention_passes.mechanisms import cascade_of, difference
+from regard.studies.attention_passes.written import REASONS, WRITTEN
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples" / "mechanisms"
 HEAD = "inputs: Q[e, p], K[e, m], V[f, m]\n"
