@@ -35,9 +35,10 @@ from regard.studies.attention_passes.accelerator import (
     one_pass_bytes,
     recorded,
 )
+from regard.studies.attention_passes.cells import SHIPPED
 from regard.studies.attention_passes.machine import machine_of
-from regard.studies.attention_passes.mechanisms import REASONS, WRITTEN, cascade_of, difference
-from regard.studies.attention_passes.study import SHIPPED
+from regard.studies.attention_passes.mechanisms import cascade_of, difference
+from regard.studies.attention_passes.written import REASONS, WRITTEN
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples" / "mechanisms"
 HEAD = "inputs: Q[e, p], K[e, m], V[f, m]\n"
@@ -374,7 +375,7 @@ def test_the_command_gives_the_class_of_a_users_cascade_and_refuses_a_broken_one
     parts = {part["title"]: part["rows"] for part in record["sections"]}
     assert parts["Your files"][0]["passes"] == parts["Your files"][0]["in a run"] == 2
     assert [row["machine"] for row in parts["Your files"]][1:] == ["chip.yaml"] * len(SHIPPED)
-    assert parts["Classes"][0]["passes"] == 1 and "reformer" in parts["Without a cascade"][0]["mechanisms"]
+    assert parts["Classes"][0]["passes"] == 1 and parts["Without a cascade"][0]["mechanism"] == "reformer"
     assert record["outcome"] == "held"
     code, _, said = run(capsys, f"study attention-passes {broken} --output", tmp_path / "none")
     assert code == 2 and "line 2" in said and "'q'" in said and not (tmp_path / "none").exists()
@@ -403,7 +404,7 @@ def test_a_plugin_enters_with_its_cascade_and_without_one_by_name(capsys, tmp_pa
         if cascade:
             assert parts["Classes"][0]["passes"] == 1 and parts["Classes"][0]["off by"] < 1e-12
         else:
-            assert parts["Without a cascade"][0]["mechanisms"] == "rectified" and "Classes" not in parts
+            assert parts["Without a cascade"][0]["mechanism"] == "rectified" and "Classes" not in parts
     finally:
         catalogue.unregister("rectified")
 

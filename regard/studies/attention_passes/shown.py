@@ -1,0 +1,230 @@
+"""What the study shows of its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from regard.reproductions.framework.judging import Measurements
+from regard.studies.attention_passes.accelerator import (
+    DESIGNS,
+    LENGTHS,
+    SIDES,
+    WORKLOADS,
+)
+from regard.studies.attention_passes.cells import DIM, HEADS, KERNELS, SHIPPED, SWEPT, TILE, TOKENS
+from regard.studies.attention_passes.mechanisms import cascade_of
+from regard.studies.framework.protocol import Cells, Chosen
+from regard.workbench.sections import Curves, Section
+
+
+def sections(chosen: Chosen, cells: Cells) -> Sequence[Section]:
+    """What the cells show."""
+    known: dict[str, Measurements] = {}
+    for (setting, _), measured in sorted(cells.items(), key=lambda cell: -cell[0][1]):
+        known[setting] = measured  # the first seed of each
+    parts = [
+        _of_files(known), *_of_classes(chosen, known), _of_designs(known), _of_buffers(known), _of_tiles(known),
+        _of_processor(known),
+    ]  # fmt: skip
+    return [part for part in parts if part is not None and (part.rows or part.pictures)]
+
+
+def _row(name: str, told: Measurements) -> dict[str, Any]:
+    return {
+        "cascade": name,
+        "passes": told["passes"],
+        "in a run": told["traversals"],
+        "buffer grows": told["growth"] > 1.2,
+        "off by": told.get("difference"),
+        "Mcycles": told["fusemax_cycles"] / 1e6,
+        "GB": told["fusemax_bytes"] / 1e9,
+        "FuseMax ms": 1e3 * told["fusemax_seconds"],
+        "FLAT ms": 1e3 * told["flat_seconds"],
+    }
+
+
+def _of_files(known: Mapping[str, Measurements]) -> Section | None:
+    rows = [_row(name.split(" ", 1)[1], told) for name, told in known.items() if name.startswith("file ")]
+    for name, told in known.items():
+        if name.startswith("machine "):
+            rows += [
+                {
+                    "cascade": one,
+                    "machine": name.split(" ", 1)[1],
+                    "ms": 1e3 * told[f"{one} seconds"],
+                    "GB moved": told[f"{one} bytes"] / 1e9,
+                }
+                for one in SHIPPED
+            ]
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    rows = [{heading: row.get(heading) for heading in headings} for row in rows]
+    return Section("Your files", f"At {TOKENS} queries and keys.", (), rows)
+
+
+def _of_classes(chosen: Chosen, known: Mapping[str, Measurements]) -> list[Section]:
+    rows, remarks, without = [], [], []
+    for name in chosen.mechanisms:
+        found = cascade_of(name)
+        if found.written is None:
+            without.append({"mechanism": name, "why": found.reason})
+        elif f"class {name}" in known:
+            rows.append(_row(name, known[f"class {name}"]))
+            remarks += [{"cascade": name, "remark": found.written.remark}] if found.written.remark else []
+    rows.sort(key=lambda row: (row["passes"], row["cascade"]))
+    says = (
+        f"Walks over the keys that each mechanism needs, and what it costs at {TOKENS} queries and keys with the 64 sequences "
+        "and 12 heads of BERT's workload. A cascade that equals its mechanism's definition is off by rounding alone. "
+        "Mcycles are of both arrays together, and of full arrays: the steps of a recurrence, which wait for each other, are counted side by side."
+    )
+    return [
+        Section("Classes", says, (), rows),
+        Section("Remarks", "What the table does not say.", (), remarks),
+        Section("Without a cascade", "Mechanisms that the language cannot say, or that nobody wrote.", (), without),
+    ]
+
+
+def _of_designs(known: Mapping[str, Measurements]) -> Section | None:
+    models = [model for model in WORKLOADS if f"designs {model}" in known]
+    if not models:
+        return None
+    told = known[f"designs {models[0]}"]
+    words = {
+        "unfused": "unfused",
+        "flat": "FLAT",
+        "cascade": "+Cascade",
+        "architecture": "+Architecture",
+        "binding": "+Binding",
+    }
+
+    def curves(what: str) -> dict[str, list[tuple[float, float | None]]]:
+        return {
+            words[design]: list(zip(map(float, LENGTHS), told[f"{design} {what}"], strict=True)) for design in DESIGNS
+        }
+
+    rows = []
+    for model in models:
+        cell = known[f"designs {model}"]
+        for at, length in enumerate(LENGTHS):
+            row: dict[str, Any] = {"model": model, "tokens": length}
+            row |= {f"{words[design]} (s)": cell[f"{design} seconds"][at] for design in DESIGNS}
+            row["FLAT / +Binding"] = cell["flat seconds"][at] / cell["binding seconds"][at]
+            row["energy / FLAT"] = cell["binding energy"][at] / cell["flat energy"][at]
+            rows.append(row)
+    pairs = WORKLOADS[models[0]].batch * WORKLOADS[models[0]].heads
+    a_pair = {
+        name: [(n, None if t is None else 1e12 * t / pairs / n**2) for n, t in points]
+        for name, points in curves("seconds").items()
+    }
+    pictures = [
+        Curves(
+            f"Time of attention a pair of query and key, {models[0]}",
+            "tokens",
+            "picoseconds",
+            a_pair,
+            log_x=True,
+            log_y=True,
+            rising=False,
+        ),
+        Curves(
+            f"Share of the time in which cells are busy, {models[0]}", "tokens", "share", curves("util_2d"), log_x=True
+        ),
+        Curves(
+            f"Share of the time in which lanes are busy, {models[0]}", "tokens", "share", curves("util_1d"), log_x=True
+        ),
+    ]
+    sides = {
+        model: list(zip(map(float, SIDES), known[f"designs {model}"]["sides seconds"], strict=True)) for model in models
+    }
+    pictures.append(
+        Curves(
+            f"Time of +Binding by the side of the 2D array, {SWEPT:,} tokens",
+            "cells of a side",
+            "seconds",
+            sides,
+            log_x=True,
+            log_y=True,
+            rising=False,
+        )
+    )
+    says = (
+        "Five designs on equal area, each with one idea more. One pass alone gains nothing on a machine whose cells cannot "
+        "exponentiate. What the first two move, and energies, are recorded numbers of the authors."
+    )
+    return Section("Designs", says, pictures, rows)
+
+
+def _of_buffers(known: Mapping[str, Measurements]) -> Section | None:
+    found = {name: known[f"buffer {name}"] for name in SHIPPED if f"buffer {name}" in known}
+
+    def curves(what: str) -> dict[str, list[tuple[float, float | None]]]:
+        return {name: list(zip(map(float, told["keys"]), told[what], strict=True)) for name, told in found.items()}
+
+    if not found:
+        return None
+    pictures = [
+        Curves("Numbers held at once", "keys", "numbers", curves("high_water"), log_x=True, log_y=True, rising=False),
+        Curves(
+            "Numbers moved with a buffer of a tile",
+            "keys",
+            "numbers",
+            curves("traffic"),
+            log_x=True,
+            log_y=True,
+            rising=False,
+        ),
+    ]
+    return Section(
+        "Buffers", f"Counted in runs with 4 queries of 8 features and tiles of {TILE} keys, fibers kept (left) or written and read.",
+        pictures,
+    )  # fmt: skip
+
+
+def _of_tiles(known: Mapping[str, Measurements]) -> Section | None:
+    if "schedule" not in known:
+        return None
+    told = known["schedule"]
+    names = {"interleaved": "interleaved", "in turn": "tile after tile", "formula": "formula of +Binding"}
+    curves = {shown: list(zip(map(float, told["tiles"]), told[name], strict=True)) for name, shown in names.items()}
+    return Section(
+        "Interleaving",
+        "Cycles a tile of the one-pass cascade, scheduled on both arrays.",
+        [Curves("Cycles a tile", "tiles", "cycles", curves, log_x=True, rising=False)],
+    )
+
+
+def _of_processor(known: Mapping[str, Measurements]) -> Section | None:
+    if "this processor" not in known:
+        return None
+    told = known["this processor"]
+    lengths = told["tokens"]
+    rows = [
+        {
+            "kernel": kernel,
+            "tokens": length,
+            "predicted (ms)": 1e3 * predicted,
+            "measured (ms)": 1e3 * measured,
+            "predicted / measured": predicted / measured,
+        }
+        for kernel in KERNELS
+        for length, predicted, measured in zip(
+            lengths, told[f"{kernel} predicted"], told[f"{kernel} measured"], strict=True
+        )
+    ]
+    times = {
+        what: list(zip(map(float, lengths), told[f"softmax {what}"], strict=True)) for what in ("predicted", "measured")
+    }
+    ratios = {
+        kernel: [(float(row["tokens"]), row["predicted / measured"]) for row in rows if row["kernel"] == kernel]
+        for kernel in KERNELS
+    }
+    errors = [abs(row["predicted / measured"] - 1) for row in rows if row["kernel"] == "softmax"]
+    says = (
+        f"Each cascade's operations at the speeds that regard doctor --speeds measures, on one thread with {HEADS} heads of "
+        f"{DIM}, beside the kernels. Softmax is off by {100 * max(errors):.0f} % at most."
+    )
+    pictures = [
+        Curves("Softmax", "tokens", "seconds", times, log_x=True, log_y=True, rising=False),
+        Curves("Predicted over measured time", "tokens", "ratio", ratios, log_x=True),
+    ]
+    return Section("This processor", says, pictures, rows)
