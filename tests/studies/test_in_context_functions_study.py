@@ -92,6 +92,7 @@ def test_only_mechanisms_that_can_read_the_context_enter():
         refused(told, STUDY.choose, "tiny", f"softmax,{name}")
     chosen = STUDY.choose("small", "gated_linear,local:window=8")
     assert study.entered(chosen) == ("softmax", "gated_linear", "local:window=8"), "the control enters in any case"
+    assert STUDY.choose("tiny", "retention").mechanisms == (study.RETENTION,), "one name for one model"
     everyone = STUDY.choose("tiny", "all").mechanisms
     assert len(everyone) > 35
     for name in everyone:  # all can be built
