@@ -310,10 +310,10 @@ def evicting_by_loops(name, q, k, v, prompt, capacity):
 def test_caches_that_evict_do_so_token_by_token(text):
     q, k, v = heads(48)
     method = read_method(f"{text}{',' if ':' in text else ':'}capacity=12")
-    _, cache = call(method, *(x[:, :, :30] for x in (q, k, v)), None, Place(scale=SCALE), keeps=True)
+    _, cache = call(method, *(x[:, :, :14] for x in (q, k, v)), None, Place(scale=SCALE), keeps=True)
     assert torch.equal(cache.counts, torch.full((2, 2), 12))
-    output, cache = call(method, *(x[:, :, 30:] for x in (q, k, v)), cache, Place(scale=SCALE), keeps=True)
-    expected = evicting_by_loops(text.partition(":")[0], q, k, v, 30, 12)
+    output, cache = call(method, *(x[:, :, 14:] for x in (q, k, v)), cache, Place(scale=SCALE), keeps=True)
+    expected = evicting_by_loops(text.partition(":")[0], q, k, v, 14, 12)
     assert (output - expected).abs().max() < 1e-12
     assert torch.equal(cache.counts, torch.full((2, 2), 12)) and torch.equal(cache.length, torch.full((2,), 48))
 

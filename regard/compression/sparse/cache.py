@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regard.contract import State
 from regard.core.visibility import Visibility
+from regard.engines.attention import decode
 from regard.engines.paged_cache import attend
 
 if TYPE_CHECKING:
@@ -116,6 +117,12 @@ class HeadCache(State):
         batch, heads = q.shape[:2]
         groups, slots = self.k.shape[1:3]
         if table is None:
+            least, most = self._extent()
+            if least == most:
+                # every head has as many: there is a shorter way than by pages
+                output = decode(q, self.k[:, :, :most], self.v[:, :, :most], scale) if q.dtype == self.k.dtype else None
+                if output is not None:
+                    return output
             page, counts = slots, self.counts.flatten()
             table = torch.zeros(batch * groups, 1, dtype=torch.int64, device="cpu")
         assert page is not None and counts is not None
@@ -146,8 +153,13 @@ class HeadCache(State):
 
     def place(self, behind: int) -> tuple[Any, ...]:
         """The index of one slot in each row and head: `behind` the last token that many, 0 for the first empty one."""
-        least, most = (int(x) for x in self.counts.aminmax()) if self.counts.numel() else (0, 0)
+        least, most = self._extent()
         return (slice(None), slice(None), most + behind) if least == most else self._each(behind)
+
+    def _extent(self) -> tuple[int, int]:
+        """The fewest and the most tokens of a head."""
+        least, most = self.counts.aminmax() if self.counts.numel() else (0, 0)
+        return int(least), int(most)
 
     def _each(self, behind: int) -> tuple[Tensor, Tensor, Tensor]:
         batch, groups = self.counts.shape

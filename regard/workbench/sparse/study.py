@@ -44,6 +44,8 @@ CONTINUED = 32
 """Tokens of a text that are predicted, each after the ones before it."""
 ABLE = 0.1
 """A task says something of a model whose dense score is at least so high."""
+NOTICEABLE = 1.02
+"""From which ratio on one is called faster than the other."""
 FEWEST = 4
 """Samples of a task without which no loss is judged."""
 
@@ -398,10 +400,14 @@ def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
             sentences.append(f"For {what} keep dense attention: every method loses at the smallest compression tried.")
             continue
         faster = found.faster(best, here[best], length, phase)
-        timed = ""
-        if faster is not None:
-            timed = f", {faster:.2g} times as fast here" if faster >= 1 else f", but {1 / faster:.2g} times slower here"
-        sentences.append(f"For {what} use {best}, safe up to {here[best]:g}x{timed}.")
+        safely = f"{best} is safe up to {here[best]:g}x"
+        if faster is not None and faster < NOTICEABLE:
+            sentences.append(
+                f"For {what} {safely}, but saves no time at this length ({faster:.2g} times as fast as dense)."
+            )
+        else:
+            timed = "" if faster is None else f", {faster:.2g} times as fast as dense here"
+            sentences.append(f"For {what} use {best}, safe up to {here[best]:g}x{timed}.")
     able = found.able(length)
     dense = [cell for task in able if (cell := found.cell("dense", 1.0, task, length)) is not None]
     blind = max(noticeable_loss(cell.scores) for cell in dense)

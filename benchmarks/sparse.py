@@ -1,0 +1,98 @@
+"""Times of sparse attention beside dense, for one layer: a prompt, and a token after it.
+
+    python benchmarks/sparse.py                                  # 8192 tokens, 9 query heads over 3 of width 64 (SmolLM2-135M)
+    python benchmarks/sparse.py --length 4096 --ratios 4,8 --methods block_sparse,quest
+
+Dense is the native attention that regard's models run, not sparse code with everything selected. Queries and keys are those of
+a random walk with a few keys that many queries look at, since methods that follow importance select almost everything of white
+noise; what was selected is printed beside the time. On a busy machine, do not measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from regard.compression.sparse import METHODS, Method, Place, at_compression
+from regard.compression.sparse.cache import HeadCache
+from regard.core.visibility import CountedRanks, Visibility
+from regard.engines.attention import attention, decode
+from regard.measurement.timing import calm_clock, interleaved
+
+HEADS, GROUPS, WIDTH = 9, 3, 64
+SCALE = WIDTH**-0.5
+
+
+def tensors(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values whose scores fall with distance and have some vertical lines."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    walk = draw(1, 1, n, WIDTH).cumsum(2) / torch.arange(1, n + 1).sqrt()[:, None].clamp(min=8)
+    q, k = draw(1, HEADS, n, WIDTH) + walk, draw(1, GROUPS, n, WIDTH) + walk
+    k[:, :, torch.randint(n, (n // 128,), generator=generator)] += 2 * q.mean((1, 2))[:, None, None]
+    return q, k, draw(1, GROUPS, n, WIDTH)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--ratios", default="8")
+    parser.add_argument("--methods", default=",".join(name for name in METHODS if name != "dense"))
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each comparison")
+    asked = parser.parse_args()
+    n = asked.length
+    q, k, v = tensors(n)
+    query, key, value = q[:, :, -1:], k[:, :, -1:], v[:, :, -1:]
+    where, causal = CountedRanks(n, n, 0, True, q.device), Visibility(causal=True)
+
+    def dense_prompt() -> Any:
+        return attention(q, k, v, where, visibility=causal, scale=SCALE)
+
+    def dense_token() -> Any:
+        found = decode(query, k, v, SCALE)
+        return (
+            attention(query, k, v, CountedRanks(1, n, n - 1, True, q.device), visibility=causal, scale=SCALE)
+            if found is None
+            else found
+        )
+
+    print(f"{n} tokens, {HEADS} heads over {GROUPS} of {WIDTH}, {torch.get_num_threads()} threads")
+    print(
+        "| method | compression | phase | computed | dense | sparse | dense / sparse |\n|---|---|---|---|---|---|---|"
+    )
+    for name in asked.methods.split(","):
+        for ratio in map(float, asked.ratios.split(",")):
+            method, place = at_compression(name, ratio, n), Place(scale=SCALE)
+            pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+            if method.phases == ("prefill",):
+                pairs["prefill"] = (dense_prompt, lambda method=method, place=place: method.prefill(q, k, v, place))
+            else:
+                cache = method.compress(q, k, v, place)
+                pairs["decode"] = (dense_token, lambda m=method, c=cache, p=place: token(m, c, p, query, key, value))
+            for phase, (dense, sparse) in pairs.items():
+                sparse()
+                found = interleaved({"dense": dense, "sparse": sparse}, seconds=asked.seconds, clock=calm_clock())
+                before, after = 1e3 * found["dense"].median, 1e3 * found["sparse"].median
+                share = 1 - place.meter.sparsity(phase)
+                print(
+                    f"| {name} | {ratio:g}x | {phase} | {share:.1%} | {before:.3f} ms | {after:.3f} ms | {before / after:.2f} |",
+                    flush=True,
+                )
+
+
+def token(
+    method: Method, cache: HeadCache, place: Place, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """A token after the prompt; it goes into the same slot again, so that every call has as many."""
+    return method.decode(q, cache.appended(k, v), place)[0]
+
+
+if __name__ == "__main__":
+    main()
