@@ -91,6 +91,16 @@ def test_a_change_needs_a_lower_loss_and_a_majority_that_is_not_harmed():
     assert not rules.accepts(float("nan"), 4)
 
 
+def test_what_a_slack_allows_does_not_add_up():
+    """The bound follows the lowest loss, not the last one."""
+    rules = told(AxFormer(focus="size", slack=0.1), [1.0], best=1.0)
+    losses = iter([1.08, 1.15, 0.8, 0.87, 0.89])
+    rules.cuts, rules.most, rules.on_trial, rules.remember = [Cut()], 5, lambda *_: None, lambda trial: None
+    rules.evaluate = lambda cuts: torch.tensor([next(losses)], dtype=torch.float64)
+    assert [rules.attempt("x", 0, attention=True)[0] for _ in range(5)] == [True, False, True, True, False]
+    assert rules.best == 0.8
+
+
 def looked(model: Any, batches: list[Batch], **options: Any) -> Found:
     return search(find_host(model), AxFormer(**{"groups": 3, "hard": 4} | options), batches)
 
