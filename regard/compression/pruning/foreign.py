@@ -8,14 +8,14 @@ again before the weights are loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regard.compression.pruning.anatomy import BRANCHES, KNOWN, Cut, Layer, Undo, check_cuts, left, smaller, spans
-from regard.contract import Unsupported, check_options
+from regard.contract import Unsupported
 from regard.layers.linear import Linear
 
 RECORD = "_regard_structure"
@@ -244,7 +244,8 @@ def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None
         raise Unsupported(f"{source}, whose layers are not those of the model", supported="the model that was pruned")
     cuts = []
     for layer, entry in zip(host.layers, entries, strict=True):
-        check_options(Entry, entry, f"a layer in {source}")
+        if not isinstance(entry, Mapping) or set(entry) != {f.name for f in fields(Entry)}:
+            raise Unsupported(f"{source}, in which a layer is {entry!r}", supported="a record of `regard compress`")
         found = Entry(**entry)
         cuts.append(
             Cut(

@@ -166,7 +166,6 @@ class PrunedTokens(nn.Module):
         else:
             assert self.thresholds is not None
             stays = valid & (first | (scores > self.thresholds[layer]))
-            order = order.masked_fill(~stays, -torch.inf)
             count = int(stays.sum(1).max())
         chosen = order.topk(count, dim=1).indices.sort(1).values
         run.valid = stays.gather(1, chosen)

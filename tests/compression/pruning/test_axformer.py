@@ -19,7 +19,6 @@ from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.axformer import Found, search
 from regard.compression.pruning.masks import masked
 from regard.compression.pruning.steps import AxFormer
-from regard.functional import hard_softmax_attention, softmax_attention
 from regard.models import from_pretrained
 from regard.tasks.protocol import Batch
 
@@ -33,29 +32,6 @@ def items(count: int = 12, batches: int = 2) -> list[Batch]:
 
 def losses_of(model: Any, batches: list[Batch]) -> Tensor:
     return torch.cat([F.cross_entropy(model(b.inputs).output, b.targets, reduction="none") for b in batches]).detach()
-
-
-def test_hard_attention_keeps_the_mass_of_the_largest_weights_and_soft_attention_with_all_keys():
-    q, k, v = (torch.randn(2, 3, 9, 4, dtype=torch.float64) for _ in range(3))
-    soft = softmax_attention(q, k, v, pattern="noncausal-self")
-    close(hard_softmax_attention(q, k, v, pattern="noncausal-self", keys=9), soft)
-    close(hard_softmax_attention(q, k, v, pattern="noncausal-self", keys=200), soft)
-    weights = (q @ k.mT / 2).softmax(-1)
-    top = weights.topk(4, -1)
-    close(
-        hard_softmax_attention(q, k, torch.ones_like(v), pattern="noncausal-self", keys=4),
-        top.values.sum(-1, keepdim=True).expand_as(v),
-    )
-    best, where = weights.max(-1)
-    expected = best[..., None] * v.gather(2, where[..., None].expand(-1, -1, -1, 4))
-    close(hard_softmax_attention(q, k, v, pattern="noncausal-self", keys=1), expected)
-
-
-def test_padded_keys_are_not_read_where_fewer_real_ones_exist_than_may_be():
-    q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
-    mask = regard.Mask(lengths=torch.tensor([4]))
-    found = hard_softmax_attention(q, k, v, pattern="noncausal-self", mask=mask, keys=5)[:, :, :4]
-    close(found, softmax_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], pattern="noncausal-self"))
 
 
 @pytest.mark.parametrize("make", [language_model, encoder, llama, bert])
@@ -113,6 +89,16 @@ def test_a_change_needs_a_lower_loss_and_a_majority_that_is_not_harmed():
     assert size.accepts(0.87, 0) and not size.accepts(0.89, 4) and not size.accepts(0.81, 4, hard=True)
     assert not told(AxFormer(focus="size", fraction=0.25), [1.0] * 4, best=0.8).accepts(0.8, 1)
     assert not rules.accepts(float("nan"), 4)
+
+
+def test_what_a_slack_allows_does_not_add_up():
+    """The bound follows the lowest loss, not the last one."""
+    rules = told(AxFormer(focus="size", slack=0.1), [1.0], best=1.0)
+    losses = iter([1.08, 1.15, 0.8, 0.87, 0.89])
+    rules.cuts, rules.most, rules.on_trial, rules.remember = [Cut()], 5, lambda *_: None, lambda trial: None
+    rules.evaluate = lambda cuts: torch.tensor([next(losses)], dtype=torch.float64)
+    assert [rules.attempt("x", 0, attention=True)[0] for _ in range(5)] == [True, False, True, True, False]
+    assert rules.best == 0.8
 
 
 def looked(model: Any, batches: list[Batch], **options: Any) -> Found:

@@ -178,6 +178,12 @@ def test_a_smaller_model_of_regard_is_an_ordinary_one_that_decodes_and_loads(tmp
 def test_generation_of_transformers_counts_tokens_where_the_first_attention_is_gone():
     model, ids = llama(), batch()
     find_host(model).compact([Cut(attention=True), Cut(), CUTS[1], Cut()])
+    from regard.integrations.transformers import CACHE
+
+    cache = getattr(model(ids[:, :6], use_cache=True), CACHE)
+    assert cache.get_seq_length() == 6
+    second = model(ids[:, 6:], **{CACHE: cache}, use_cache=True).logits
+    close(second.detach(), output(model, ids)[:, 6:])
     options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -63,6 +64,18 @@ def test_taking_parts_and_rounding_go_together(tmp_path):
         small.save(tmp_path / make.__name__)
         close(output(load_compressed(tmp_path / make.__name__), ids), expected, 0.0)
     assert isinstance(from_pretrained(tmp_path / "language_model"), nn.Module)
+    for make in (language_model, llama):
+        model = make().float()
+        before = output(model, ids)
+        close(output(regard.compress(model, "structured:neurons=0.3,layers=1 + int8", [ids]).undo(), ids), before, 0.0)
+
+
+def test_a_record_that_is_not_of_the_model_is_refused(tmp_path):
+    regard.compress(bert().float(), "structured:heads=0.5,by=magnitude").save(tmp_path)
+    record = json.loads((tmp_path / "compression.json").read_text())
+    for structure in ({"layers": record["structure"]["layers"][1:]}, {"layers": [{"units": 2}] * 4}, {"layers": 3}):
+        (tmp_path / "compression.json").write_text(json.dumps(record | {"structure": structure}))
+        refused("compression.json", load_compressed, tmp_path)
 
 
 def test_parts_that_add_nothing_go_first():
