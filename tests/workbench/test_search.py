@@ -309,12 +309,13 @@ def test_a_searcher_finds_the_optimum_of_the_ranker_within_the_budget(name):
     allowed = [genes for genes in every if fits(genes)]
     scores = ranker.score(allowed)
     count = 150 if name == "evolution" else 40 if name == "optuna" else 1000
-    found = SEARCHERS[name](one, ranker.score, fits, count, 0, [table.cheapest(one)])
+    start = [table.cheapest(one), one.uniform("linear")]  # the second is beyond the budget
+    found = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
     assert found.scored == len(found.best) <= count
     assert all(fits(genes) for genes, _ in found.best)
     if name == "evolution":  # the others are given too few to be sure
         assert found.best[0][1] == pytest.approx(scores.max(), abs=1e-9)
-    again = SEARCHERS[name](one, ranker.score, fits, count, 0, [table.cheapest(one)])
+    again = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
     assert again.best == found.best
 
 
