@@ -11,12 +11,13 @@ from command_line import answer, run
 from torch import nn
 
 from regard.contract import Context, Unsupported
+from regard.measurement.store import Store
 from regard.models import count_parameters
 from regard.models.stack import joint_loss
 from regard.models.variants import read_variant, read_variants
 from regard.tasks import create_task, mean_loss
 from regard.training.loop import run_model
-from regard.workbench.search.costs import CostTable, NetworkBudget, count_flops, flops, parameters
+from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
 from regard.workbench.search.run import Search
 from regard.workbench.search.searchers import SEARCHERS, check_searchers
@@ -412,6 +413,17 @@ def test_a_mechanism_whose_smallest_network_is_too_large_is_left_out(tmp_path):
     spaces, left_out = search._spaces(table, settings.budget.amount)
     assert list(spaces) == ["found", "softmax alone"]
     assert left_out[0].startswith("mamba2 alone")
+
+
+def test_finalists_that_take_too_long_whole_are_dropped(tmp_path, monkeypatch):
+    """Whatever their layers promised: a share is of the reference's time in the same turns."""
+    one = space()
+    settings = SearchSettings(NetworkBudget.parse("60% time"))
+    search = Search(RECALL, one.choices, settings, tmp_path)
+    near, far = drawn(one, 2)
+    monkeypatch.setitem(MEASURES, "milliseconds", lambda space, networks, seconds: [5.9, 6.1, 10.0])
+    with Store(tmp_path / "store.sqlite") as search.store:
+        assert search._keeping([near, far], limit=100.0) == [near]
 
 
 @pytest.mark.parametrize(
