@@ -40,7 +40,10 @@ def search(
         ),
     ] = "60% time",
     mechanisms: Annotated[
-        str, typer.Option(help="Comma-separated; the first is the reference. Each layer may have any.")
+        str,
+        typer.Option(
+            help="Comma-separated, or all; the first is the reference, of all softmax. Each layer may have any."
+        ),
     ] = "softmax,cosformer",
     dims: Annotated[str, typer.Option(help="Widths to choose from.")] = "32,64",
     layers: Annotated[str, typer.Option(help="Numbers of layers to choose from.")] = "2,3,4",
@@ -121,17 +124,10 @@ def search(
         precision=precision,
         device=device,
     )
-    chosen = None if task is None else [task]
-    tasks = read_tasks(
-        chosen or ([] if data else ["text"]),
-        data,
-        validation,
-        length,
-        tokenizer,
-        load_plugins(plugin),
-        recognised,
-        skip_unreadable,
-    )
+    modules = load_plugins(plugin)
+    own = data or any(hasattr(module, "TASK") for module in modules)
+    chosen = [task] if task is not None else [] if own else ["text"]
+    tasks = read_tasks(chosen, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
     if len(tasks) != 1:
         raise Unsupported(f"a search for {len(tasks)} tasks", supported="one task")
     sizes = {"dims": dims, "depths": layers, "heads": heads, "feed_forward": feed_forward}
@@ -172,7 +168,9 @@ def search(
 def _variants(text: str, tasks: list[Any]) -> list[Any]:
     from regard.models.variants import read_variant
 
-    return [read_variant(one) if isinstance(one, str) else one for one in read_mechanisms(text, tasks)]
+    found = [read_variant(one) if isinstance(one, str) else one for one in read_mechanisms(text, tasks)]
+    # of all, softmax is the reference
+    return sorted(found, key=lambda variant: variant.name != "softmax") if text.strip() == "all" else found
 
 
 def _table(record: dict[str, Any]) -> Table:

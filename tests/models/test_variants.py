@@ -5,7 +5,7 @@ from model_checks import small
 
 from regard import Unsupported, create_layer, get_mechanism
 from regard.catalogue import unregister
-from regard.models.variants import known_name, read_variant, read_variants
+from regard.models.variants import known_name, read_variant, read_variants, written_layers
 from regard.workbench.verify import verify
 
 
@@ -94,3 +94,25 @@ def test_a_variant_is_a_mechanism_wherever_one_is_named():
     for refused, words in (("linear+softmax", "hybrid"), ("local:feed_forward=8", "feed_forward")):
         with pytest.raises(Unsupported, match=words):
             known_name(refused)
+
+
+def test_layers_are_written_as_they_are_read():
+    layers = read_variant(
+        "local:window=4,feed_forward=8*2+softmax:feed_forward=16+local:window=4,feed_forward=8"
+    ).layers
+    assert read_variant(written_layers(layers)).layers == layers
+    assert written_layers(layers[:2]) == "local:window=4,feed_forward=8*2"
+
+
+def test_a_file_names_the_layers_within_an_encoder_decoder(tmp_path):
+    file = tmp_path / "both.json"
+    file.write_text(json.dumps({"layers": ["linear*2"], "encoder": ["softmax:feed_forward=8*3"], "decoder": ["local"]}))
+    found = read_variant(str(file))
+    assert [len(found.layers), len(found.encoder), len(found.decoder)] == [2, 3, 1]
+    assert not found.sized
+    assert found.record()["encoder"] == [["softmax", {"feed_forward": 8}]] * 3
+    assert set(read_variant("softmax").record()) == {"layers"}
+    assert read_variant("softmax:feed_forward=8+linear:feed_forward=4").sized
+    file.write_text(json.dumps({"layers": ["linear"], "encoder": []}))
+    with pytest.raises(Unsupported, match="encoder"):
+        read_variant(str(file))

@@ -11,12 +11,13 @@ from command_line import answer, run
 from torch import nn
 
 from regard.contract import Context, Unsupported
+from regard.measurement.store import Store
 from regard.models import count_parameters
 from regard.models.stack import joint_loss
 from regard.models.variants import read_variant, read_variants
 from regard.tasks import create_task, mean_loss
 from regard.training.loop import run_model
-from regard.workbench.search.costs import CostTable, NetworkBudget, count_flops, flops, parameters
+from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
 from regard.workbench.search.run import Search
 from regard.workbench.search.searchers import SEARCHERS, check_searchers
@@ -309,12 +310,13 @@ def test_a_searcher_finds_the_optimum_of_the_ranker_within_the_budget(name):
     allowed = [genes for genes in every if fits(genes)]
     scores = ranker.score(allowed)
     count = 150 if name == "evolution" else 40 if name == "optuna" else 1000
-    found = SEARCHERS[name](one, ranker.score, fits, count, 0, [table.cheapest(one)])
+    start = [table.cheapest(one), one.uniform("linear")]  # the second is beyond the budget
+    found = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
     assert found.scored == len(found.best) <= count
     assert all(fits(genes) for genes, _ in found.best)
     if name == "evolution":  # the others are given too few to be sure
         assert found.best[0][1] == pytest.approx(scores.max(), abs=1e-9)
-    again = SEARCHERS[name](one, ranker.score, fits, count, 0, [table.cheapest(one)])
+    again = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
     assert again.best == found.best
 
 
@@ -360,6 +362,8 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
     page = (place / "search.html").read_text()
     assert found["verdict"].split(" has ")[0] in page
     assert page.count("<svg") >= 2
+    assert "tried on 6 held-out items" in page
+    assert "the 18 items that chose nothing" in page
 
     variant = read_variant(str(place / "plan.json"))
     one = space(task=create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24))
@@ -409,6 +413,17 @@ def test_a_mechanism_whose_smallest_network_is_too_large_is_left_out(tmp_path):
     spaces, left_out = search._spaces(table, settings.budget.amount)
     assert list(spaces) == ["found", "softmax alone"]
     assert left_out[0].startswith("mamba2 alone")
+
+
+def test_finalists_that_take_too_long_whole_are_dropped(tmp_path, monkeypatch):
+    """Whatever their layers promised: a share is of the reference's time in the same turns."""
+    one = space()
+    settings = SearchSettings(NetworkBudget.parse("60% time"))
+    search = Search(RECALL, one.choices, settings, tmp_path)
+    near, far = drawn(one, 2)
+    monkeypatch.setitem(MEASURES, "milliseconds", lambda space, networks, seconds: [5.9, 6.1, 10.0])
+    with Store(tmp_path / "store.sqlite") as search.store:
+        assert search._keeping([near, far], limit=100.0) == [near]
 
 
 @pytest.mark.parametrize(

@@ -39,16 +39,16 @@ PAPER = Paper("Neural Architecture Search on Efficient Transformers and Beyond",
 BUDGETS = {"FLOPs": "60% flops", "time": "60% time"}
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "length": 64, "pairs": 4, "questions": 8, "items": 64, "dims": [16, 32], "depths": [1, 3], "heads": [2],
+        "length": 64, "pairs": 4, "questions": 24, "items": 64, "dims": [16, 32], "depths": [1, 3], "heads": [2],
         "feed_forward": [32, 64], "steps": 40, "networks": 15, "evaluations": 200, "retrain": 40, "batch_tokens": 512,
     },
     "small": {
-        "length": 256, "pairs": 8, "questions": 16, "items": 256, "dims": [32, 64], "depths": [2, 3, 4], "heads": [2, 4],
+        "length": 256, "pairs": 8, "questions": 96, "items": 256, "dims": [32, 64], "depths": [2, 3, 4], "heads": [2, 4],
         "feed_forward": [64, 128], "steps": 2000, "networks": 60, "evaluations": 1000, "retrain": 1500,
-        "batch_tokens": 4096,
+        "batch_tokens": 2048,
     },
 }  # fmt: skip
-CELL_SECONDS = {"tiny": 15.0, "small": 1500.0}
+CELL_SECONDS = {"tiny": 15.0, "small": 1200.0}
 COSTS = {"FLOPs": "flops", "time": "ms"}
 METHODS = ("evolution, ranker", "random, ranker", "evolution, regression", "best of those tried")
 
@@ -166,7 +166,13 @@ def make(chosen: Chosen) -> Reproduction:
         settings={name: {**common, "budget": text} for name, text in BUDGETS.items()},
         run_cell=run_cell,
         checks=tuple(checks),
-        needs=(Check("the reference answers more than half", measured("FLOPs", f"{REFERENCE} score"), above=0.5),),
+        needs=(
+            Check(
+                "the reference answers more than the majority (0.53)",
+                measured("FLOPs", f"{REFERENCE} score"),
+                above=0.75,
+            ),
+        ),
         left_out=(
             "WMT'14 En-De and CIFAR-10, which cannot be had here",
             "cross attention to the last one, two or three encoder layers: the encoder-decoder here reads the last alone",

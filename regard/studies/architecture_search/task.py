@@ -27,7 +27,7 @@ class RecallAndMajority(GeneratedTask):
     Args:
         length: tokens of an item.
         pairs: keys with a value, from 1 to 16.
-        questions: even; the noise has what the pairs and they leave of the length, eight tokens or more.
+        questions: two or more; the noise has what the pairs and they leave of the length, eight tokens or more.
         evaluation_items: held-out items.
         seed: of the held-out items.
     """
@@ -39,11 +39,11 @@ class RecallAndMajority(GeneratedTask):
     chance = 0.5 / SYMBOLS + 0.5 / VALUES
 
     def __init__(
-        self, *, length: int = 256, pairs: int = 8, questions: int = 16, evaluation_items: int = 256, seed: int = 0
+        self, *, length: int = 256, pairs: int = 8, questions: int = 96, evaluation_items: int = 256, seed: int = 0
     ) -> None:
         super().__init__(seed=seed, evaluation_items=evaluation_items)
         self.pairs = check_integer("pairs", pairs, 1, KEYS)
-        self.questions = check_integer("questions", questions, 2, 2 * KEYS)
+        self.questions = check_integer("questions", questions, 2, MAX_LENGTH)
         self.length = check_integer("length", length, 2 * pairs + questions + 8, MAX_LENGTH)
         self.noise = length - 2 * pairs - questions
 

@@ -76,7 +76,7 @@ class NetworkBudget:
 
     def __str__(self) -> str:
         if self.share:
-            return f"{self.amount:.4g} of the {WORDS[self.unit]} of the reference"
+            return f"{100 * self.amount:.4g}% of the {WORDS[self.unit]} of the reference"
         return worded(self.unit, self.amount)
 
 

@@ -16,7 +16,9 @@ import numpy as np
 from regard.contract import Unsupported
 from regard.workbench.search.space import Genes, Space
 
-PARENTS, MUTANTS, CROSSOVERS = 25, 50, 50
+POPULATION, LEAST_POPULATION = 125, 10
+"""Of a generation: a fifth of it parents, the others half mutants and half crossovers. Smaller where few scores are given, so
+that there are eight generations."""
 MUTATION = 0.3
 TRIES = 40
 """Draws for each network that is wanted, before fewer are taken."""
@@ -65,7 +67,9 @@ def evolution(
     """Generations of the best networks so far, mutants of them (each gene drawn anew with probability 0.3), and crossovers
     (each gene from either of two)."""
     rng, scored = random.Random(seed), Scored(score, fits, evaluations)
-    scored.add([*start, *_drawn(lambda: space.draw(rng), scored, min(PARENTS + MUTANTS + CROSSOVERS, evaluations))])
+    population = min(POPULATION, max(LEAST_POPULATION, evaluations // 8))
+    kept, made = population // 5, 2 * population // 5
+    scored.add([*start, *_drawn(lambda: space.draw(rng), scored, population)])
 
     def mutant() -> Genes:
         return space.nearest(
@@ -80,8 +84,8 @@ def evolution(
         return space.nearest(tuple(rng.choice(pair) for pair in zip(*both, strict=True)))
 
     while scored.left and scored.known:
-        parents, before = [genes for genes, _ in scored.found().best[:PARENTS]], len(scored.known)
-        scored.add([*_drawn(mutant, scored, MUTANTS), *_drawn(crossover, scored, CROSSOVERS)])
+        parents, before = [genes for genes, _ in scored.found().best[:kept]], len(scored.known)
+        scored.add([*_drawn(mutant, scored, made), *_drawn(crossover, scored, made)])
         if len(scored.known) == before:
             break  # nothing new is near: all there is has been scored, or all that parents lead to
     return scored.found()
