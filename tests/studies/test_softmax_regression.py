@@ -1,12 +1,15 @@
 """The study of softmax regression: exact derivatives, shifts and bounds, solvers, learners, and what is told."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from command_line import answer, run
 from support import close, refused
 
+from regard import catalogue
 from regard.reproductions.framework.runs import run_cell
-from regard.studies import get_study
+from regard.studies import Chosen, get_study
 from regard.studies.framework.protocol import opened
 from regard.studies.framework.report import render_study
 from regard.studies.softmax_regression import MECHANISMS, refuses
@@ -29,6 +32,8 @@ from regard.studies.softmax_regression.shifts import (
     tight_bound_of_weight,
 )
 from regard.studies.softmax_regression.solvers import descend, newton
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples" / "mechanisms"
 
 
 @pytest.fixture
@@ -206,7 +211,7 @@ def test_a_learner_is_alike_itself_and_its_construction_alike_the_step(generator
 def test_layers_that_cannot_learn_it_are_refused_in_words(capsys, tmp_path):
     assert [refuses(name) for name in MECHANISMS] == [None] * len(MECHANISMS)
     assert "two heads make one map" in str(refuses("differential"))
-    assert "pooling" in str(refuses("low_rank_pooling"))
+    assert "pooling" in str(refuses("low_rank_pooling")) and "parameters" in str(refuses("fnet"))
     code, _, said = run(capsys, "study softmax-regression --mechanisms funnel --output", tmp_path)
     assert code == 2 and "funnel" in said
     assert not list(tmp_path.iterdir())
@@ -234,3 +239,15 @@ def test_every_cell_is_shown_in_the_report():
 def test_the_command_knows_the_study(capsys, tmp_path):
     found = answer(capsys, "study softmax-regression --table --output", tmp_path)
     assert found["outcome"] == "not run" and "learner delta_rule" in found["settings"]
+
+
+def test_a_plugin_enters(capsys, tmp_path):
+    file = EXAMPLES / "rectified.py"
+    try:
+        options = f"--plugin {file} --mechanisms rectified --table --output"
+        found = answer(capsys, f"study softmax-regression {options}", tmp_path)
+        assert "learner rectified" in found["settings"]
+        reproduction = get_study("softmax-regression").make(Chosen("tiny", ("rectified",)))
+        assert run_cell(reproduction, reproduction.smoke_settings()["learner rectified"], 0)["loss"] > 0
+    finally:
+        catalogue.unregister("rectified")

@@ -9,7 +9,7 @@ from command_line import answer, run
 from support import refused
 
 from regard.measurement.budget import Budget
-from regard.models import LanguageModel, LanguageModelConfig
+from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 from regard.tasks import Batch, create_task
 from regard.workbench.attention_monitor import AttentionMonitor, snapped
 from regard.workbench.settings import CompareSettings
@@ -89,6 +89,12 @@ def test_padding_is_neither_looked_at_nor_counted():
     counts = batch.inputs[batch.valid].bincount()
     assert not bool(batch.valid.all()) and monitor.names[0] == str(int(counts.argmax()))
     assert int(monitor.valid.sum()) == int(batch.valid.sum())
+    model = Encoder(EncoderConfig(num_classes=10, vocab_size=task.vocab_size, dim=16, plan=["softmax"], num_heads=2))
+    torch.nn.init.zeros_(model.blocks[0].mixer.query.weight)
+    monitor.look(model, 0)
+    for head in monitor.as_record()["looks"][0]["heads"].values():
+        assert head["entropy"] == pytest.approx(1, abs=1e-5)
+        assert head["lift"] == [pytest.approx(1, abs=1e-4)] * len(monitor.names)
 
 
 def settings(**changes):

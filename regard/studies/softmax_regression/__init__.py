@@ -21,7 +21,7 @@ from regard.reproductions.framework.judging import Check, Seed, measured, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.framework.protocol import Chosen, Study
 from regard.studies.softmax_regression.cells import VARIANTS, run_cell
-from regard.studies.softmax_regression.learners import refuses
+from regard.studies.softmax_regression.learners import KEYS, WIDTH, refuses
 from regard.studies.softmax_regression.shown import sections
 
 MECHANISMS = (
@@ -43,8 +43,8 @@ def make(chosen: Chosen) -> Reproduction:
     sizes = PRESETS[chosen.preset]
     training = {
         "cell": "learner",
-        "n": 10,
-        "d": 5,
+        "n": KEYS,
+        "d": WIDTH,
         "learning_rate": 1e-2,
         "descents": [2, 5, 20],
         **{name: sizes[name] for name in ("steps", "batch_size", "items")},
@@ -57,7 +57,7 @@ def make(chosen: Chosen) -> Reproduction:
         },
         "extreme": {"cell": "extreme", "n": 8, "d": 4, "distances": [0.01, 0.1, 0.3, 1.0, 3.0, 10.0]},
         "solvers": {"cell": "solvers", "n": 12, "d": 5, "draws": 32, "steps": 30, "weight": 0.5},
-        "construction": {"cell": "construction", "n": 10, "d": 5, "items": 64, "rate": 30.0},
+        "construction": {"cell": "construction", "n": KEYS, "d": WIDTH, "items": 64, "rate": 30.0},
         **{
             f"learner {name}": training | {"mechanism": name, "own_queries": True}
             for name in dict.fromkeys(("softmax", *chosen.mechanisms))
@@ -77,7 +77,7 @@ def make(chosen: Chosen) -> Reproduction:
         instead=(
             f"Both shifts in {sizes['draws']} random draws beside the paper's bound, with the draws' own norms for R (it "
             "is stated for R of 4 and more, where it is larger), and a tight one; one layer of each "
-            f"mechanism, trained for {sizes['steps']} steps on tasks of 10 keys of width 5, beside one step of gradient descent "
+            f"mechanism, trained for {sizes['steps']} steps on tasks of {KEYS} keys of width {WIDTH}, beside one step of gradient descent "
             "at its best rate, on queries of their own. Much alike means: a loss at most a tenth above the step's, sensitivities "
             "with a cosine above 0.8, answers that differ less than half as much as before training."
         ),

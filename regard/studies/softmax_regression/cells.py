@@ -223,6 +223,7 @@ def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
     beside = descent(rate)
     model = Learner(setting["mechanism"], d + 1)
     optimizer = torch.optim.Adam(model.parameters(), setting["learning_rate"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting["steps"])
     moments = sorted({round(setting["steps"] ** (i / LOOKS)) for i in range(LOOKS + 1)} | {0, setting["steps"]})
     curves: dict[str, list[float]] = {"losses": [], "differences": [], "cosines": [], "slopes": []}
     for step in range(setting["steps"] + 1):
@@ -240,6 +241,7 @@ def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     with torch.no_grad():
         more = {
             f"descent {k}": float(loss_of(descent(tuned_rate(validation, k), k), test)) for k in setting["descents"]

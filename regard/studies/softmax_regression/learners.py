@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Answer = Callable[["Tasks"], Tensor]
 """From tasks to rows of the queries, (B, m)."""
+KEYS, WIDTH = 10, 5
+"""Of the study's tasks: keys of a context, as many queries, and how wide they are."""
 ENTER = (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
 
 
@@ -102,11 +104,13 @@ def refuses(mechanism: str) -> str | None:
         kind = get_mechanism(known_name(mechanism)).kind
         if kind not in ENTER:
             return f"a layer from tokens to tokens, and no {kind}"
-        with torch.random.fork_rng(), torch.no_grad():
-            Learner(mechanism, 6)(Tasks.draw(1, 4, 5, torch.Generator().manual_seed(0)))
+        with torch.random.fork_rng():
+            tasks = Tasks.draw(2, KEYS, WIDTH, torch.Generator().manual_seed(0))
+            learner = Learner(mechanism, WIDTH + 1)
+            sensitivity(learner, tasks)
     except Unsupported as error:
         return str(error)
-    return None
+    return None if list(learner.parameters()) else "a layer with parameters, which can learn"
 
 
 def regression(tasks: Tasks) -> Regression:
