@@ -43,7 +43,7 @@ class UpscaleTask(Task):
     Args:
         data: a folder of photos, of which the last are held out; scikit-learn's two photos when None: china.jpg is trained
             on, flower.jpg is held out.
-        size: pixels of a side of a patch, 8 to 256.
+        size: pixels of a side of a patch, 12 to 256 (SSIM has windows of 11).
         factor: how many times smaller the small picture is; a divisor of `size`.
         evaluation_items: most held-out patches, 1 to 65536.
         seed: of nothing but the interface: held-out patches are evenly spread.
@@ -64,7 +64,7 @@ class UpscaleTask(Task):
         evaluation_items: int = 64,
         seed: int = 0,
     ) -> None:
-        self.size = check_integer("size", size, 8, 256)
+        self.size = check_integer("size", size, 12, 256)
         self.factor = check_integer("factor", factor, 2, 16)
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recordings import write_recordings
 from test_cab_index import EXAMPLE
 
 from regard.catalogue import load_plugin
@@ -21,8 +22,6 @@ from regard.studies.framework.protocol import Chosen
 from regard.studies.framework.report import render_study
 from regard.tasks import create_task, voices
 from regard.tasks.documents import Document
-from regard.workbench.sections import section
-from tests.recordings import write_recordings
 
 NS, CS, NC, CC = Pattern
 EXAMPLES = Path(__file__).parents[2] / "docs/examples/mechanisms"
@@ -100,6 +99,16 @@ def test_one_pattern_is_replaced_and_the_others_stay_softmax():
             for p in [owned[i % len(owned)]]
         }
         assert found == {(p, "abc" if p is pattern else "softmax") for p in (NS, CS, CC)}
+
+
+@pytest.mark.usefixtures("small_library")
+def test_mechanisms_that_know_positions_enter_models_that_add_some():
+    sizes = SMOKE | {"layers": 1, "length": 32, "history": 48, "tokenizer": "bytes"}
+    task = NAMED["Sum"].data(sizes)
+    batch = task.training_batch(0, 0, 2)
+    for mechanism in ("compressive", "positional_attention"):
+        model = NAMED["Sum"].model(task, sizes, Plans(mechanism, NS, 64))
+        assert model(batch.inputs, batch.memory).output.isfinite().all()
 
 
 @pytest.mark.usefixtures("small_library")

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recordings import write_recordings
 
 from regard.contract import Unsupported
 from regard.tasks import Batch, create_task
-from tests.recordings import write_recordings
 
 
 def words(count: int, seed: int) -> str:
@@ -92,7 +92,7 @@ SMALL = {
     "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
     "listops": {"length": 24, "evaluation_items": 64},
-    "upscale": {"size": 8, "factor": 2, "evaluation_items": 64},
+    "upscale": {"size": 12, "factor": 2, "evaluation_items": 64},
     "completion": {"length": 16, "seen": 8, "evaluation_items": 64},
     "in_context_functions": {"length": 16, "dimensions": 6, "evaluation_items": 64},
     "segmentation": {"size": 16, "evaluation_items": 64, "data": "near-cue"},

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from recordings import write_recordings
 from task_data import refused, save_json, words
 
 from regard.models import Encoder, config_for
@@ -14,7 +15,6 @@ from regard.tasks.shapes import on_mesh, read_mesh, superquadrics
 from regard.tasks.speech import cepstra, warped_distance
 from regard.tasks.summarize import rouge_l, rouge_n
 from regard.tasks.upscale import structural_similarity
-from tests.recordings import write_recordings
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from torch import nn
 
 from regard.catalogue import get_mechanism, list_mechanisms
@@ -12,7 +13,6 @@ from regard.contract import Pattern, Unsupported
 from regard.workbench.layer_work import MIXING
 from regard.workbench.patterns import Finding, Suspect, detect
 from regard.workbench.suspects import suspect
-from tests.command_line import run
 
 FILE = Path(__file__).with_name("somebodys_modules.py")
 NS, CS, NC, CC = Pattern

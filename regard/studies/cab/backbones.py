@@ -19,7 +19,7 @@ from regard.models import (
     LanguageModel,
     LanguageModelConfig,
 )
-from regard.models.blocks import Block
+from regard.models.blocks import Block, layer_accepts
 from regard.models.variants import read_variant
 from regard.positions import Sinusoidal
 from regard.tasks import Task
@@ -48,8 +48,10 @@ class Plans:
         if pattern is not self.pattern or self.mechanism == NOTHING:
             return [("softmax", {})] * layers
         variant = read_variant(self.mechanism)
-        longest = {"length": self.longest} if variant.card.length == "max" else {}
-        return [(name, {**longest, **options}) for name, options in variant.plan(layers)]
+        own: dict[str, Any] = {"length": self.longest} if variant.card.length == "max" else {}
+        if "sinusoidal" not in variant.card.accepts_positions and layer_accepts(variant.card, "positions"):
+            own["positions"] = "none"  # said, since encoder-decoders add positions to their input otherwise
+        return [(name, {**own, **options}) for name, options in variant.plan(layers)]
 
     def silence(self, pattern: Pattern, blocks: Iterable[Any]) -> None:
         """Leave attention out of the blocks of a pattern, where nothing is in its place."""
@@ -143,7 +145,8 @@ class Upscaler(nn.Module):
 
 
 class Completer(nn.Module):
-    """PoinTr-mini: points with what is around them are encoded; places on a sphere, moved by a coarse guess, read them."""
+    """PoinTr-mini: half of the points are those that are given; the others, places on a sphere moved by a coarse guess, read
+    what was encoded of the given ones and of what is around each."""
 
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
         super().__init__()
@@ -163,12 +166,17 @@ class Completer(nn.Module):
         x = self.around(_neighbourhoods(memory)).amax(2)  # (B, M, dim)
         for block in self.encoder_blocks:
             x = block(x, context=context).output
-        whole = x.amax(1, keepdim=True).expand(-1, inputs.shape[1], -1)
-        coarse = self.guess(torch.cat([whole, inputs], -1))
-        y = self.query(torch.cat([whole, inputs, coarse], -1))
+        half = inputs.shape[1] // 2
+        given = memory[:, torch.arange(half, device=memory.device) % memory.shape[1]]
+        places = inputs[
+            :, torch.arange(inputs.shape[1] - half, device=inputs.device) * inputs.shape[1] // (inputs.shape[1] - half)
+        ]
+        whole = x.amax(1, keepdim=True).expand(-1, places.shape[1], -1)
+        coarse = self.guess(torch.cat([whole, places], -1))
+        y = self.query(torch.cat([whole, places, coarse], -1))
         for block in self.blocks:
             y = block(y, x, context=context).output
-        return Result(coarse + self.head(self.norm(y)))
+        return Result(torch.cat([given, coarse + self.head(self.norm(y))], 1))
 
 
 NEIGHBOURS = 8

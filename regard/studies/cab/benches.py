@@ -241,7 +241,9 @@ BENCHES: tuple[Bench, ...] = (
         "SR",
         (NS,),
         {"PSNR": True, "SSIM": True},
-        lambda sizes: cached_task("upscale", size=sizes["size"], evaluation_items=sizes["items"]),
+        lambda sizes: cached_task(
+            "upscale", size=sizes["size"], factor=sizes["factor"], evaluation_items=sizes["items"]
+        ),
         backbones.Upscaler,
         _figured("PSNR"),
     ),
