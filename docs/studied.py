@@ -16,7 +16,7 @@ def studies_page(data: Mapping[str, Any] | None) -> list[str]:
     parts = [
         "# Findings of the studies",
         "A study puts a question to many mechanisms at once; [Studies](studies.md) says how each one asks it, and how to put "
-        "it to your own. Here is what the published cells show. Every expectation was fixed before its cells were run.",
+        "it to your own. Here is what the published cells show.",
     ]
     if data is None:
         return [*parts, "Not measured in this build of the pages: `python docs/measure.py studies` does it."]

@@ -9,7 +9,7 @@ import torch
 from recordings import write_recordings
 from test_cab_index import EXAMPLE
 
-from regard.catalogue import load_plugin
+from regard.catalogue import load_plugin, unregister
 from regard.contract import Pattern, Unsupported
 from regard.models.blocks import Block
 from regard.reproductions.framework.judging import Outcome
@@ -22,6 +22,7 @@ from regard.studies.framework.protocol import Chosen
 from regard.studies.framework.report import render_study
 from regard.tasks import create_task, voices
 from regard.tasks.documents import Document
+from regard.workbench.sections import section
 
 NS, CS, NC, CC = Pattern
 EXAMPLES = Path(__file__).parents[2] / "docs/examples/mechanisms"
@@ -231,8 +232,11 @@ def test_the_page_shows_every_part(tmp_path):
 
 def test_a_plugin_enters_and_what_cannot_is_refused():
     card = load_plugin(EXAMPLES / "rectified.py").MECHANISM
-    chosen = STUDY.choose("tiny", f"softmax,{card.name}")
-    entered = {one["mechanism"] for one in cells.settings(chosen).values()}
+    try:
+        chosen = STUDY.choose("tiny", f"softmax,{card.name}")
+        entered = {one["mechanism"] for one in cells.settings(chosen).values()}
+    finally:
+        unregister(card.name)
     assert card.name in entered
     for name, why in (
         ("low_rank_pooling", "pooling"),

@@ -476,7 +476,7 @@ CHOOSES = "which keys a query reads is chosen by its data (largest few, sorting,
 PARTS = "its parts are over other tokens each (near ones, summaries of far ones), as long as no rank is"
 
 REASONS: dict[str, str] = {
-    **dict.fromkeys(("bilevel_routing", "moba", "probsparse", "reformer", "routing", "sea"), CHOOSES),
+    **dict.fromkeys(("bilevel_routing", "hard_softmax", "moba", "probsparse", "reformer", "routing", "sea"), CHOOSES),
     "kernelized_rpe": "its weights are looked up by the offset of key and query, which no plain index says",
     **dict.fromkeys(("combiner", "compressive", "core_context", "landmark", "lolcats", "long_short"), PARTS),
     "sinkhorn": "its permutation of blocks is found by normalising rows and columns in turn",
