@@ -47,9 +47,8 @@ def test_a_described_task_reads_the_given_files(tmp_path):
 def test_files_for_tasks_that_read_none_are_refused(tmp_path):
     path = table(tmp_path / "a.csv")
     readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
-    assert {"text", "images", "segmentation", "documents", "matching", "paraphrase", "summarize", "forecast"} == set(
-        readers
-    )
+    texts = {"text", "masked", "documents", "matching", "paraphrase", "summarize"}
+    assert texts | {"images", "segmentation", "upscale", "forecast", "completion", "speech"} == set(readers)
     for given in (([path], None), (None, [path])):
         told = "supported: tasks that read data: " + ", ".join(readers)
         refused(lambda given=given: read_tasks(["recall"], *given, None, "bytes", []), told)
@@ -155,7 +154,7 @@ def test_a_folder_of_images_and_masks_is_one_of_segmentation(tmp_path):
 def test_default_mechanisms_fit_every_task(tmp_path):
     generator = np.random.default_rng(0)
     texts = str(save_json(tmp_path / "a.jsonl", [pair(generator, label=i % 2) for i in range(60)]))
-    described = ["recall", "listops:length=64", "documents:text=a", "paraphrase:source=a,target=b"]
+    described = ["recall", "listops:length=64", "masked:field=a,length=32", "documents:text=a", "paraphrase:source=a,target=b"]
     tasks = [read_tasks([one], None if one[0] in "rl" else [texts], None, None, "bytes", [])[0] for one in described]
     tasks += read_tasks(["segmentation:size=16,evaluation_items=4"], None, None, None, "bytes", [])
     tasks += read_tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
