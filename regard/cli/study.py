@@ -42,7 +42,8 @@ def study(
     """Put a question to many mechanisms at once, and write a report: tables, pictures and a verdict.
 
     Every run is stored the moment it ends, so the command may be stopped and given again; processes with different
-    shards may share a folder.
+    shards may share a folder. A plugin is a file with a MECHANISM, or file.py:Class of anybody's torch module, which enters in
+    the patterns that are found of it (see regard detect-patterns).
 
     Examples:
 
@@ -52,14 +53,21 @@ def study(
         regard study token-reduction --budget 30m
         regard study wide-attention --table --json
         regard study attention-passes my_cascade.txt
+        regard study cab --plugin my_module.py:MyAttention --mechanisms softmax,MyAttention
     """
     from regard.catalogue import load_plugin
     from regard.measurement.sharding import shard
     from regard.reproductions import plan
     from regard.studies import get_study, list_studies, opened
+    from regard.workbench.adopted import adopt
+    from regard.workbench.suspects import FILE
 
     for file in plugin or []:
-        load_plugin(file)
+        module = FILE.fullmatch(str(file))
+        if module is not None and module["name"]:
+            adopt(module["path"], module["name"])
+        else:
+            load_plugin(file)
     if name is None:
         found = [get_study(one) for one in list_studies()]
         told = [

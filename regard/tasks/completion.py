@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported
-from regard.tasks.documents import walk
+from regard.tasks.documents import Paths, one_folder, walk
 from regard.tasks.protocol import (
     EVALUATION,
     TRAINING,
@@ -61,7 +61,7 @@ class CompletionTask(Task):
     def __init__(
         self,
         *,
-        data: str | Path | None = None,
+        data: Paths | None = None,
         length: int = 512,
         seen: int = 256,
         evaluation_items: int = 64,
@@ -71,8 +71,9 @@ class CompletionTask(Task):
         self.memory_length: int = check_integer("seen", seen, 8, 1 << 16)
         self._items = check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
-        self._meshes = None if data is None else _read_folder(Path(data))
-        self._named = "superquadrics" if data is None else f"the meshes of {Path(data).name}"
+        folder = None if data is None else one_folder(data, "meshes: " + " ".join(MESHES))
+        self._meshes = None if folder is None else _read_folder(folder)
+        self._named = "superquadrics" if folder is None else f"the meshes of {folder.name}"
         self._places = _sphere(self.length)
         self._scored: Batch | None = None
         given = Baseline.of("the points that are given", self, _given)
@@ -177,8 +178,6 @@ def _sphere(count: int) -> Float[Tensor, "n 3"]:
 
 
 def _read_folder(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    if not folder.is_dir():
-        raise Unsupported(f"data={folder}, which is no folder", supported="a folder of meshes: " + " ".join(MESHES))
     files = sorted(path for path in walk(folder)[0] if path.suffix.lower() in MESHES)
     if len(files) < 2:
         raise Unsupported(f"{folder} with {len(files)} meshes", supported="two or more files: " + " ".join(MESHES))

@@ -180,6 +180,15 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def one_folder(data: Paths, holds: str) -> Path:
+    """The folder that `data` is, of a task that reads one; raises Unsupported for anything else. `holds`: what is in it."""
+    paths = [data] if isinstance(data, str | Path) else list(data)
+    if len(paths) != 1 or not Path(paths[0]).is_dir():
+        named = ", ".join(map(str, paths)) or "nothing"
+        raise Unsupported(f"data={named}, which is no folder", supported=f"one folder of {holds}")
+    return Path(paths[0])
+
+
 def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path], list[str]]:
     """The files of a folder and of those in it, in sorted order, and a note on links that are not followed.
 

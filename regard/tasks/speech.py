@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported
+from regard.tasks.documents import Paths, one_folder
 from regard.tasks.protocol import (
     EVALUATION,
     SPLIT,
@@ -64,7 +64,7 @@ class SpeechTask(Task):
     def __init__(
         self,
         *,
-        data: str | Path | None = None,
+        data: Paths | None = None,
         length: int = 256,
         digits: int = 4,
         evaluation_items: int = 32,
@@ -74,11 +74,10 @@ class SpeechTask(Task):
         self.digits = check_integer("digits", digits, 2, 8)
         items = check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
-        self._takes = spoken_digits(None if data is None else str(data))
+        folder = None if data is None else one_folder(data, "recordings")
+        self._takes = spoken_digits(None if folder is None else str(folder))
         self._speakers = sorted({speaker for _, speaker in self._takes})
-        self._named = (
-            f"{len(self._speakers)} voices of espeak-ng" if data is None else f"recordings in {Path(data).name}"
-        )
+        self._named = f"{len(self._speakers)} voices of espeak-ng" if folder is None else f"recordings in {folder.name}"
         self.memory_features: int = len(LETTERS) + len(self._speakers)
         self.memory_length: int = digits * (LONGEST + 1)
         frames = torch.cat([take for takes in self._takes.values() for take in takes])

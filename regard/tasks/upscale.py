@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
-from regard.tasks.documents import walk
+from regard.tasks.documents import Paths, one_folder, walk
 from regard.tasks.image_files import images_among, read_image, require_pillow
 from regard.tasks.protocol import (
     TRAINING,
@@ -58,7 +57,7 @@ class UpscaleTask(Task):
     def __init__(
         self,
         *,
-        data: str | Path | None = None,
+        data: Paths | None = None,
         size: int = 32,
         factor: int = 4,
         evaluation_items: int = 64,
@@ -176,7 +175,7 @@ def _tiles(photo: Tensor, size: int) -> Tensor:
     return cut.unflatten(1, (rows, size)).unflatten(-1, (columns, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
-def _photos(data: str | Path | None) -> tuple[list[Tensor], list[Tensor], str]:
+def _photos(data: Paths | None) -> tuple[list[Tensor], list[Tensor], str]:
     """Photos to train on and to hold out (3, H, W), from 0 to 1, and what they are."""
     if data is None:
         try:
@@ -190,9 +189,7 @@ def _photos(data: str | Path | None) -> tuple[list[Tensor], list[Tensor], str]:
         require_pillow()
         china, flower = (_tensor(load_sample_image(name)) for name in ("china.jpg", "flower.jpg"))
         return [china], [flower], "scikit-learn's china.jpg (training) and flower.jpg (held out)"
-    folder = Path(data)
-    if not folder.is_dir():
-        raise Unsupported(f"data={data}, which is no folder", supported="a folder of photos")
+    folder = one_folder(data, "photos")
     require_pillow()
     files = sorted(images_among(walk(folder)[0], folder))
     if len(files) < 2:

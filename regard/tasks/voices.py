@@ -52,7 +52,7 @@ def spoken_digits(folder: str | None) -> Takes:
             found[digit, speaker] = [log_mel(samples, rate)]
         return found
     place = Path(folder)
-    files = sorted(place.glob("*.wav")) if place.is_dir() else []
+    files = sorted(place.glob("*.wav"))
     matches = [(path, match) for path in files if (match := RECORDING.fullmatch(path.name))]
     if not matches:
         raise Unsupported(

@@ -191,7 +191,7 @@ class _Trial:
             raise Unfit(
                 f"{self.name}, which {why}: two calls with the same tokens differ",
                 supported="a module that gives the same answer to the same question",
-                nearest="--seeded" if draws else "",
+                nearest="regard detect-patterns --seeded" if draws else "",
             )
         alone = self.call(other[:1], None if others is None else others[:1])
         self.mixed = float((pair[:1] - alone).abs().max()) > 1e-4 * float(alone.abs().max())

@@ -112,6 +112,17 @@ def module_suspect(
     Raises:
         Unsupported: for a file that does not run or has no such module, and arguments that are not known.
     """
+    name, maker = find_maker(path, name)
+    if isinstance(maker, nn.Module):
+        only = maker
+        return Suspect(name, dim, lambda pattern: _ModuleProbe(only, pattern, dim, seeded))
+    arguments = Arguments(name, maker, {**given}, dim, heads)
+    arguments.of(Pattern.CAUSAL_SELF)  # what cannot be known is said before anything runs
+    return Suspect(name, dim, lambda pattern: _ModuleProbe(arguments.make(pattern), pattern, dim, seeded))
+
+
+def find_maker(path: str, name: str | None) -> tuple[str, Any]:
+    """The name and the class, function or module of a file; see :func:`module_suspect`."""
     module = run_file(path, "module file")
     if name is None:
         own = [
@@ -130,15 +141,10 @@ def module_suspect(
     if not callable(maker):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise Unsupported(f"{name!r} in {path}", supported=", ".join(names) or "classes", nearest=closest(name, names))
-    if isinstance(maker, nn.Module):
-        only = maker
-        return Suspect(name, dim, lambda pattern: _ModuleProbe(only, pattern, dim, seeded))
-    arguments = _Arguments(name, maker, {**given}, dim, heads)
-    arguments.of(Pattern.CAUSAL_SELF)  # what cannot be known is said before anything runs
-    return Suspect(name, dim, lambda pattern: _ModuleProbe(arguments.make(pattern), pattern, dim, seeded))
+    return name, maker
 
 
-class _Arguments:
+class Arguments:
     """What a constructor is called with."""
 
     def __init__(self, name: str, maker: Callable[..., Any], given: dict[str, Any], dim: int, heads: int) -> None:
@@ -210,11 +216,15 @@ def _parameters(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return found
 
 
-class _ModuleProbe:
-    """Somebody's module, called by the names of its arguments."""
+class Called:
+    """Somebody's module in a pattern, called by the names of its forward's arguments.
 
-    def __init__(self, module: nn.Module, pattern: Pattern, dim: int, seeded: bool) -> None:
-        self.module, self.pattern, self.seeded = module.eval(), pattern, seeded
+    Attributes:
+        takes_padding: whether its forward takes a `key_padding_mask`, True where a key is padding.
+    """
+
+    def __init__(self, module: nn.Module, pattern: Pattern, seeded: bool = False) -> None:
+        self.module, self.pattern, self.seeded = module, pattern, seeded
         taken = inspect.signature(module.forward).parameters
         free = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.needed = sum(p.default is p.empty for p in free)
@@ -224,10 +234,6 @@ class _ModuleProbe:
         if "attn_mask" not in taken:
             self.more |= {name: pattern.causal for name in CAUSAL if name in taken}
         self.keywords = self._keywords()
-        self.dtype = torch.float64
-        if not self._runs(dim):
-            self.dtype = torch.float32
-        self.module.to(self.dtype)
 
     def _keywords(self) -> tuple[str, ...]:
         """Names of the arguments that hold the memory; in self patterns those that must be given."""
@@ -243,6 +249,29 @@ class _ModuleProbe:
             raise Unsupported(f"it takes no second sequence (its forward takes {taken})")
         return tuple(one)
 
+    def run(self, x: Tensor, memory: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """Its output; `hidden` (B, M) is True where a key is padding."""
+        keys = x if memory is None else memory
+        more = self.more if hidden is None else {**self.more, "key_padding_mask": hidden}
+        with torch.random.fork_rng(devices=[], enabled=self.seeded):
+            if self.seeded:
+                torch.manual_seed(0)
+            output = self.module(x, **dict.fromkeys(self.keywords, keys), **more)
+        output = getattr(output, "output", output)
+        found: Tensor = output[0] if isinstance(output, tuple | list) and output else output
+        return found
+
+
+class _ModuleProbe(Called):
+    """Somebody's module, in float64 where it takes that."""
+
+    def __init__(self, module: nn.Module, pattern: Pattern, dim: int, seeded: bool) -> None:
+        super().__init__(module.eval(), pattern, seeded)
+        self.dtype = torch.float64
+        if not self._runs(dim):
+            self.dtype = torch.float32
+        self.module.to(self.dtype)
+
     def _runs(self, dim: int) -> bool:
         """Whether the module takes float64."""
         x = torch.zeros(1, LENGTH, dim, dtype=torch.float64)
@@ -253,19 +282,16 @@ class _ModuleProbe:
         return False
 
     def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0) -> Tensor:
+        if not padded:
+            return self.run(x, memory)
         keys = x if memory is None else memory
-        more = dict(self.more)
-        if padded:
-            hidden = torch.zeros(keys.shape[:2], dtype=torch.bool)
-            hidden[:, keys.shape[1] - padded :] = True
-            more["key_padding_mask"] = hidden
-        with torch.random.fork_rng(devices=[], enabled=self.seeded):
-            if self.seeded:
-                torch.manual_seed(0)
-            output = self.module(x, **dict.fromkeys(self.keywords, keys), **more)
-        output = getattr(output, "output", output)
-        found: Tensor = output[0] if isinstance(output, tuple | list) and output else output
-        return found
+        hidden = torch.zeros(keys.shape[:2], dtype=torch.bool)
+        hidden[:, keys.shape[1] - padded :] = True
+        return self.run(x, memory, hidden)
+
+
+FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>\w+))?")
+"""How a module of somebody's file is named."""
 
 
 def suspect(
@@ -276,7 +302,7 @@ def suspect(
     Raises:
         Unsupported: as :func:`module_suspect` and :func:`catalogue_suspect`.
     """
-    file = re.fullmatch(r"(?P<path>.+\.py)(?::(?P<name>\w+))?", target)
+    file = FILE.fullmatch(target)
     if file is not None:
         return module_suspect(file["path"], file["name"], given, dim=dim, heads=heads, seeded=seeded)
     if given:

@@ -22,6 +22,7 @@ from regard.studies.framework.protocol import Chosen
 from regard.studies.framework.report import render_study
 from regard.tasks import create_task, voices
 from regard.tasks.documents import Document
+from regard.workbench.adopted import adopt
 from regard.workbench.sections import section
 
 NS, CS, NC, CC = Pattern
@@ -188,7 +189,7 @@ def test_tables_follow_from_the_cells():
     assert 0 < first["±"] < 0.05
     lengths = {row["mechanism"]: row for row in parts["Efficiency lengths"].rows}
     assert lengths["abc"]["memory"] == 100
-    assert lengths["abc"]["memory, fused softmax"] is None
+    assert lengths["abc"]["memory, fused"] is None
     assert lengths["abc"]["time"] == round((1e-6 + (1e-12 + 8e-13) ** 0.5) / 4e-9)
     assert parts["Shorter and longer text"].pictures[0].curves.keys() == {"softmax", "abc", "local"}
     assert {row["first"] for row in parts["Do patterns agree about mechanisms?"].rows} <= {p.value for p in Pattern}
@@ -234,10 +235,9 @@ def test_a_plugin_enters_and_what_cannot_is_refused():
     card = load_plugin(EXAMPLES / "rectified.py").MECHANISM
     try:
         chosen = STUDY.choose("tiny", f"softmax,{card.name}")
-        entered = {one["mechanism"] for one in cells.settings(chosen).values()}
+        assert card.name in {one["mechanism"] for one in cells.settings(chosen).values()}
     finally:
         unregister(card.name)
-    assert card.name in entered
     for name, why in (
         ("low_rank_pooling", "pooling"),
         ("landmark", "inserts tokens"),
@@ -285,3 +285,39 @@ def test_blocks_are_where_plans_put_them():
     assert [type(block) for block in model.blocks] == [Block] * 2
     assert {block.entry[0] for block in model.blocks} == {"linear"}
     assert {block.entry[0] for block in model.encoder_blocks} == {"softmax"}
+
+
+@pytest.fixture
+def adopted():
+    """A class of somebody's file, for the length of a test."""
+    file = str(Path(__file__).parents[1] / "workbench/somebodys_modules.py")
+    names = []
+
+    def add(name):
+        names.append(name)
+        return adopt(file, name)
+
+    yield add
+    for name in names:
+        unregister(name)
+
+
+@pytest.mark.usefixtures("small_library", "recordings")
+def test_anybodys_module_enters_in_the_patterns_that_it_has(adopted):
+    assert adopted("Right").patterns == (NS, CS, NC, CC)
+    assert adopted("KnowsLength").patterns == (NS,)
+    found = cells.settings(STUDY.choose("small", "Right,KnowsLength"))
+    entered = {(one["bench"], one["mechanism"], one["pattern"]) for one in found.values() if "bench" in one}
+    assert {bench for bench, name, _ in entered if name == "KnowsLength"} <= {"MLM", "PCC", "SR", "LSTF"}  # no padding
+    assert {p for _, name, p in entered if name == "KnowsLength"} == {NS.value}
+    for bench in ("LM", "Sum"):
+        for pattern in NAMED[bench].patterns:
+            measured = cells.run_cell(setting("small", bench, "Right", pattern, **SMALLER[bench]), 0)
+            assert all(math.isfinite(measured[metric]) for metric in NAMED[bench].metrics)
+
+
+def test_a_module_without_a_pattern_is_not_adopted(adopted):
+    with pytest.raises(Unsupported, match=r"Triangle|pattern"):
+        adopted("Nowhere")
+    with pytest.raises(Unsupported, match="keeps something"):
+        adopted("Remembers")

@@ -167,9 +167,9 @@ def test_folders_without_recordings_are_refused(tmp_path):
     write_recordings(tmp_path)
     (tmp_path / "3_ann_0.wav").unlink()
     (tmp_path / "3_ann_1.wav").unlink()
-    refused(lambda: create_task("speech", data=str(tmp_path) + "/"), "without 3 of ann")
+    refused(lambda: create_task("speech", data=tmp_path), "without 3 of ann")
     (tmp_path / "3_ann_0.wav").write_bytes(b"RIFF")
-    refused(lambda: create_task("speech", data=str(tmp_path) + "/."), "3_ann_0.wav, which cannot be read")
+    refused(lambda: create_task("speech", data=tmp_path), "3_ann_0.wav, which cannot be read")
 
 
 def test_rouge_of_hand_cases():
@@ -180,3 +180,11 @@ def test_rouge_of_hand_cases():
     assert rouge_n("a b c d", "b c x", 2) == pytest.approx(200 / 5)
     assert rouge_n("", said, 1) == rouge_n("one", said, 2) == 0
     assert rouge_l("the cat the mat", said) == pytest.approx(200 * 4 / 10)
+
+
+@pytest.mark.parametrize("name", ["upscale", "completion", "speech"])
+def test_tasks_of_a_folder_refuse_anything_else(tmp_path, name):
+    file = tmp_path / "a.txt"
+    file.write_text("x")
+    for data in (file, [str(tmp_path), str(tmp_path)], tmp_path / "none"):
+        refused(lambda data=data: create_task(name, data=data), "which is no folder", "one folder of")

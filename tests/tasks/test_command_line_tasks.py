@@ -47,9 +47,8 @@ def test_a_described_task_reads_the_given_files(tmp_path):
 def test_files_for_tasks_that_read_none_are_refused(tmp_path):
     path = table(tmp_path / "a.csv")
     readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
-    assert {"text", "images", "segmentation", "documents", "matching", "paraphrase", "summarize", "forecast"} == set(
-        readers
-    )
+    texts = {"text", "masked", "documents", "matching", "paraphrase", "summarize"}
+    assert texts | {"images", "segmentation", "upscale", "forecast", "completion", "speech"} == set(readers)
     for given in (([path], None), (None, [path])):
         told = "supported: tasks that read data: " + ", ".join(readers)
         refused(lambda given=given: read_tasks(["recall"], *given, None, "bytes", []), told)
@@ -159,6 +158,7 @@ def test_default_mechanisms_fit_every_task(tmp_path):
         "recall",
         "listops:length=64",
         "in_context_functions:length=16",
+        "masked:field=a,length=32",
         "documents:text=a",
         "paraphrase:source=a,target=b",
     ]

@@ -42,6 +42,7 @@ class Bench:
         model: the backbone.
         measure: the metrics of a trained model.
         without: whether it is tried without attention, too.
+        padded: whether its sequences have padding.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Bench:
     model: Callable[[Task, Sizes, Plans], nn.Module]
     measure: Callable[[nn.Module, Task, Sizes], dict[str, Any]]
     without: bool = True
+    padded: bool = False
 
     @property
     def listed(self) -> tuple[Metric, ...]:
@@ -198,6 +200,7 @@ def _summary_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any
                 stop_tokens=task.stop_tokens,
                 memory=batch.memory,
                 memory_mask=batch_context(batch).memory_mask,
+                use_state=all(block.continues for block in model.blocks),  # type: ignore[union-attr]
             )
             items += batch.size
             for name, view in views.items():
@@ -261,6 +264,7 @@ BENCHES: tuple[Bench, ...] = (
         ),
         backbones.summarizer,
         _summary_scores,
+        padded=True,
     ),
     Bench(
         "PCC",
@@ -273,7 +277,16 @@ BENCHES: tuple[Bench, ...] = (
         backbones.Completer,
         _figured("CD-l1"),
     ),
-    Bench("FastSpeech", "TTS", (NS,), {"MCD": False, "MSD": False}, _speech, backbones.FastSpeech, _figured("MCD")),
+    Bench(
+        "FastSpeech",
+        "TTS",
+        (NS,),
+        {"MCD": False, "MSD": False},
+        _speech,
+        backbones.FastSpeech,
+        _figured("MCD"),
+        padded=True,
+    ),
     Bench(
         "Transformer-TTS",
         "TTS",
@@ -282,6 +295,7 @@ BENCHES: tuple[Bench, ...] = (
         lambda sizes: Groups(_speech(sizes), sizes["group"]),
         backbones.TransformerSpeech,
         _figured("MCD"),
+        padded=True,
     ),
 )
 NAMED = {bench.name: bench for bench in BENCHES}

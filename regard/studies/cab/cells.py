@@ -99,6 +99,11 @@ def refuses(mechanism: str) -> str | None:
     return None
 
 
+def enters(bench: Bench, mechanism: str) -> bool:
+    """Whether a mechanism takes what a bench gives it: somebody's module may know no padding."""
+    return not bench.padded or getattr(card_of(mechanism).module, "takes_padding", True)
+
+
 def task_setting(bench: Bench, mechanism: str, pattern: Pattern) -> str:
     """The name of a cell's setting. Softmax attention in one pattern is the same model as in another."""
     return f"{bench.name}: {SOFTMAX}" if mechanism == SOFTMAX else f"{bench.name} {pattern.value}: {mechanism}"
@@ -168,7 +173,7 @@ def settings(chosen: Chosen) -> dict[str, Setting]:
         for mechanism in entered(chosen):
             own = patterns_of(mechanism)
             for pattern in bench.patterns:
-                if pattern in own:
+                if pattern in own and enters(bench, mechanism):
                     made[task_setting(bench, mechanism, pattern)] = sizes | {
                         "mechanism": mechanism,
                         "pattern": (bench.patterns[0] if mechanism == SOFTMAX else pattern).value,
@@ -274,7 +279,7 @@ def _read(chosen: Chosen, pattern: Pattern) -> Iterator[str]:
     for bench in benches_of(chosen.preset):
         if pattern in bench.patterns and bench.task in LEADERBOARD[pattern]:
             for mechanism in entered(chosen):
-                if pattern in patterns_of(mechanism):
+                if pattern in patterns_of(mechanism) and enters(bench, mechanism):
                     yield task_setting(bench, mechanism, pattern)
 
 

@@ -49,7 +49,7 @@ def efficiency_length(
     d, e = np.polyfit(n[skip:], cost[skip:], 1)
     fits = _explained(cost[skip:], d * n[skip:] + e), _explained(vanilla, np.polyval((a, b, c), n))
     if a * n[-1] ** 2 < SMALLEST_SHARE * vanilla.max():
-        return Efficiency(math.inf, *fits, "softmax does not grow with the square of the length here")
+        return Efficiency(math.inf, *fits, "softmax is no parabola")
     inside = (b - d) ** 2 - 4 * a * (c - e)
     if inside < 0:
         return Efficiency(0.0, *fits, "cheaper at every length")

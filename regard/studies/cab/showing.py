@@ -169,12 +169,11 @@ def _costs(chosen: Chosen, cells: Cells) -> Section:
             continue
         told = efficiency(cell)
         row: dict[str, Any] = {"mechanism": mechanism}
-        for kind, label in (("times", "time"), ("bytes", "memory"), ("fused", "memory, fused softmax")):
-            one = told[kind]
-            row[label] = None if math.isinf(one.length) else round(one.length)
-            if kind != "fused":
-                row[f"R² {label}"] = one.fit
-            row[f"{label}: note"] = one.note
+        labels = {"times": "time", "bytes": "memory", "fused": "memory, fused"}
+        for kind, label in labels.items():
+            row[label] = None if math.isinf(told[kind].length) else round(told[kind].length)
+        row |= {f"R² {labels[kind]}": told[kind].fit for kind in ("times", "bytes")}
+        row["notes"] = "; ".join(f"{labels[kind]}: {one.note}" for kind, one in told.items() if one.note)
         rows.append(row)
         for kind, drawn in curves.items():
             drawn.setdefault(SOFTMAX, list(zip(cell["lengths"], cell[f"{SOFTMAX} {kind}"], strict=True)))
@@ -183,7 +182,7 @@ def _costs(chosen: Chosen, cells: Cells) -> Section:
     says = (
         "Tokens from which a layer is cheaper than softmax attention: where a parabola through softmax's costs meets a line "
         "through the mechanism's. Memory is compared with softmax attention that holds its weights, as the paper's does, and "
-        "with the fused one that runs here, which holds none."
+        "with the fused one that runs here, which holds none and mostly grows with the length alone (no length then)."
     )
     pictures = []
     if rows:
