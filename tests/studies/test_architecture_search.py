@@ -37,7 +37,8 @@ def test_questions_are_answered_by_the_noise_and_by_the_pairs():
         RecallAndMajority(length=20)
 
 
-def test_a_cell_is_a_whole_search_and_is_shown_and_judged():
+def test_a_cell_is_a_whole_search_and_is_shown_and_judged(monkeypatch):
+    monkeypatch.setattr("regard.workbench.search.predictor.STEPS", 20)
     chosen = STUDY.choose()
     made = STUDY.make(chosen)
     settings = made.smoke_settings()

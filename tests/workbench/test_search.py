@@ -253,8 +253,8 @@ def test_the_ranker_is_antisymmetric_and_orders_what_is_a_sum_over_genes():
 def test_the_ranker_knows_nothing_of_losses_that_are_drawn():
     one = space(depths=(1, 2, 3))
     networks, rng = drawn(one, 60), np.random.default_rng(1)
-    found = [judge(one, networks, rng.standard_normal(60), seed=seed).accuracy for seed in range(3)]
-    assert abs(np.mean(found) - 0.5) < 0.12
+    found = [judge(one, networks, rng.standard_normal(60), seed=seed).accuracy for seed in range(2)]
+    assert abs(np.mean(found) - 0.5) < 0.15
 
 
 def test_tau_counts_pairs():
@@ -338,12 +338,19 @@ def test_optuna_that_is_missing_is_said(monkeypatch):
 
 # the whole
 
+
+@pytest.fixture
+def quick_ranker(monkeypatch):
+    monkeypatch.setattr("regard.workbench.search.predictor.STEPS", 20)
+
+
 SMALL = (
     "search --task recall:length=20,pairs=3,queries=8,evaluation_items=24 --dims 8,16 --layers 1,2 --heads 1,2 "
     "--feed-forward 8,16 --steps 3 --batch-tokens 60 --networks 10 --evaluations 30 --finalists 2 --retrain 3 --seeds 2"
 )
 
 
+@pytest.mark.usefixtures("quick_ranker")
 def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_it_stopped(
     capsys, tmp_path, monkeypatch
 ):
@@ -375,10 +382,10 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
     def again(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("regard.workbench.search.run._loss", again)
-    monkeypatch.setattr("regard.workbench.search.run.build", again)
-    assert answer(capsys, f"{SMALL} --budget '60% flops' --output", place) == found
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("regard.workbench.search.run._loss", again)
+        patch.setattr("regard.workbench.search.run.build", again)
+        assert answer(capsys, f"{SMALL} --budget '60% flops' --output", place) == found
 
     command = found["commands"][0].replace("'3 steps'", "'20 steps'")
     trained = answer(capsys, command.removeprefix("regard ") + " --batch-tokens 60 --output", tmp_path / "trained")
@@ -448,6 +455,7 @@ def test_what_cannot_be_searched_is_said_in_a_line(capsys, tmp_path, more, said)
     assert "Traceback" not in messages
 
 
+@pytest.mark.usefixtures("quick_ranker")
 def test_a_record_is_json(capsys, tmp_path):
     found = answer(capsys, f"{SMALL} --retrain 0 --mechanisms softmax --budget '80% parameters' --output", tmp_path)
     assert "no runs of both from scratch" in found["verdict"]

@@ -43,12 +43,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "feed_forward": [32, 64], "steps": 40, "networks": 15, "evaluations": 200, "retrain": 40, "batch_tokens": 512,
     },
     "small": {
-        "length": 256, "pairs": 8, "questions": 96, "items": 256, "dims": [32, 64], "depths": [2, 3, 4], "heads": [2, 4],
-        "feed_forward": [64, 128], "steps": 2000, "networks": 60, "evaluations": 1000, "retrain": 1500,
+        "length": 256, "pairs": 4, "questions": 176, "items": 256, "dims": [32, 64], "depths": [2, 3, 4], "heads": [2, 4],
+        "feed_forward": [64, 128], "steps": 3000, "networks": 60, "evaluations": 1000, "retrain": 3000,
         "batch_tokens": 2048,
     },
 }  # fmt: skip
-CELL_SECONDS = {"tiny": 15.0, "small": 1200.0}
+CELL_SECONDS = {"tiny": 15.0, "small": 2400.0}
 COSTS = {"FLOPs": "flops", "time": "ms"}
 METHODS = ("evolution, ranker", "random, ranker", "evolution, regression", "best of those tried")
 
