@@ -1,0 +1,48 @@
+"""What each of several real processes does in a test: its part of a sequence, compared with the whole."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from support import close
+
+from regard.distributed import DistributedAttention
+
+
+def join(rank: int, ranks: int, store: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # all ranks draw the same whole
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+
+
+def compare_attention(rank: int, ranks: int) -> None:
+    length = 21
+    whole = [torch.randn(2, h, length, w, dtype=torch.float64, requires_grad=True) for h, w in ((4, 6), (2, 6), (2, 5))]
+    expected = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)
+    grad = torch.randn_like(expected)
+    slopes = torch.autograd.grad(expected, whole, grad)
+    mesh = dist.init_device_mesh("cpu", (ranks,))
+    square = dist.init_device_mesh("cpu", (1, ranks))
+    for scheme, group in (("ring", None), ("head", dist.group.WORLD), ("gather", mesh), ("grid", square)):
+        attention = DistributedAttention(scheme, group=group)
+        mine = [attention.shard(x).detach().requires_grad_() for x in whole]
+        output = attention(*mine, length=length)
+        close(output, attention.shard(expected))
+        found = torch.autograd.grad(output, mine, attention.shard(grad))
+        for one, other in zip(found, slopes, strict=True):
+            close(one, attention.shard(other))
+        simulated = DistributedAttention(scheme, ranks=ranks, grid=attention.grid if scheme == "grid" else None)
+        simulated(*whole).backward(grad)
+        assert attention.forward_traffic == [simulated.forward_traffic[rank]]
+        assert attention.backward_traffic == [simulated.backward_traffic[rank]]
+
+
+def both(rank: int, ranks: int, store: str) -> None:
+    join(rank, ranks, store)
+    try:
+        compare_attention(rank, ranks)
+    finally:
+        dist.destroy_process_group()
