@@ -1,7 +1,7 @@
 """Programs of ranks that exchange tensors, run by `torch.distributed` or all in this process.
 
-A program is a generator: it yields what it sends and expects (:class:`Exchange`), gets back an object to wait for, and
-returns its result. Between the two it may compute while tensors are under way. The same program runs on the ranks of a
+A program is a generator: it yields what it sends and expects (:class:`Exchange`), gets back an object for which it has to
+wait, also where it only sends, and returns its result. Between the two it may compute while tensors are under way. The same program runs on the ranks of a
 process group, and on virtual ranks, which take turns in one process.
 """
 
@@ -120,17 +120,20 @@ def swap(sends: Mapping[int, Tensors], receives: Mapping[int, Tensors]) -> Progr
     return pending.wait()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Arrived:
     received: Mapping[int, Tensors]
+    waited: bool = False
 
     def wait(self) -> Mapping[int, Tensors]:
+        self.waited = True
         return self.received
 
 
 def _run_in_turn(programs: Sequence[Program[T]], traffic: Sequence[Traffic]) -> list[T]:
     results: list[Any] = [None] * len(programs)
     answers: dict[int, Pending | None] = dict.fromkeys(range(len(programs)))
+    arrived: list[_Arrived] = []
     while answers:
         posted: dict[int, Exchange] = {}
         for rank, answer in answers.items():
@@ -139,7 +142,12 @@ def _run_in_turn(programs: Sequence[Program[T]], traffic: Sequence[Traffic]) -> 
                 traffic[rank].count(posted[rank])
             except StopIteration as stop:
                 results[rank] = stop.value
-        answers = {rank: _Arrived(_deliver(rank, posted)) for rank in posted}
+        answers = {}
+        for rank, exchange in posted.items():
+            answers[rank] = found = _Arrived(_deliver(rank, posted))
+            arrived += [found] if exchange.sends or exchange.receives else []
+    if not all(found.waited for found in arrived):  # which would stop a process group for ever
+        raise RuntimeError("a program has ended without waiting for an exchange")
     return results
 
 

@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 from support import close
 
-from regard.distributed import DistributedAttention
+from regard.apply import apply
+from regard.catalogue import get_mechanism
+from regard.contract import Pattern
+from regard.distributed import DistributedAttention, DistributedRecurrence
+from regard.workbench.subjects import Subject
 
 
 def join(rank: int, ranks: int, store: str) -> None:
@@ -40,9 +44,30 @@ def compare_attention(rank: int, ranks: int) -> None:
         assert attention.backward_traffic == [simulated.backward_traffic[rank]]
 
 
+def compare_recurrence(rank: int, ranks: int) -> None:
+    for name, hand_over in (("gated_linear", "scan"), ("delta_rule", "order"), ("local", "order")):
+        subject = Subject(get_mechanism(name), Pattern.CAUSAL_SELF)
+        whole = {n: x.requires_grad_() for n, x in subject.inputs(13).items()}
+        expected = apply(subject.card, whole).output
+        grad = torch.randn_like(expected)
+        slopes = torch.autograd.grad(expected, list(whole.values()), grad)
+        mechanism = DistributedRecurrence(name, hand_over=hand_over)
+        mine = {n: x.detach().requires_grad_() for n, x in mechanism.shard(whole).items()}
+        output = mechanism(mine, length=13)
+        close(output, mechanism.layout(13).take(expected, rank))
+        found = torch.autograd.grad(output, list(mine.values()), mechanism.layout(13).take(grad, rank))
+        for one, other in zip(found, mechanism.shard(dict(zip(whole, slopes, strict=True))).values(), strict=True):
+            close(one, other)
+        simulated = DistributedRecurrence(name, ranks=ranks, hand_over=hand_over)
+        simulated(whole).backward(grad)
+        assert mechanism.forward_traffic == [simulated.forward_traffic[rank]]
+        assert mechanism.backward_traffic == [simulated.backward_traffic[rank]]
+
+
 def both(rank: int, ranks: int, store: str) -> None:
     join(rank, ranks, store)
     try:
         compare_attention(rank, ranks)
+        compare_recurrence(rank, ranks)
     finally:
         dist.destroy_process_group()
