@@ -13,8 +13,19 @@ from __future__ import annotations
 
 from regard.distributed.attention import DistributedAttention
 from regard.distributed.communicators import Traffic
+from regard.distributed.context_parallel import ContextParallel
 from regard.distributed.layouts import Layout
 from regard.distributed.plans import Plan, plan
 from regard.distributed.recurrence import DistributedRecurrence
+from regard.distributed.streaming import attend_million
 
-__all__ = ["DistributedAttention", "DistributedRecurrence", "Layout", "Plan", "Traffic", "plan"]
+__all__ = [
+    "ContextParallel",
+    "DistributedAttention",
+    "DistributedRecurrence",
+    "Layout",
+    "Plan",
+    "Traffic",
+    "attend_million",
+    "plan",
+]

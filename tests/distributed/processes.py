@@ -11,7 +11,8 @@ from support import close
 from regard.apply import apply
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern
-from regard.distributed import DistributedAttention, DistributedRecurrence
+from regard.distributed import ContextParallel, DistributedAttention, DistributedRecurrence
+from regard.models import LanguageModel, LanguageModelConfig
 from regard.workbench.subjects import Subject
 
 
@@ -64,10 +65,32 @@ def compare_recurrence(rank: int, ranks: int) -> None:
         assert mechanism.backward_traffic == [simulated.backward_traffic[rank]]
 
 
+def compare_training() -> None:
+    """Two steps of a model whose sequences the ranks share, and of its copy on each rank alone."""
+    for plan in (["softmax"] * 2, ["gated_linear", "softmax"]):
+        config = LanguageModelConfig(11, dim=16, plan=plan, num_heads=2)
+        shared, alone = (LanguageModel(config).double() for _ in range(2))
+        alone.load_state_dict(shared.state_dict())
+        parallel, ids = ContextParallel(shared, "head"), torch.randint(11, (2, 13))
+        optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (shared, alone)]
+        for _ in range(2):
+            found, expected = parallel.loss(ids), alone.loss(ids)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+            for loss, optimizer in zip((found, expected), optimizers, strict=True):
+                optimizer.zero_grad()
+                loss.backward()
+            parallel.add_gradients()
+            for one, other in zip(shared.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-11)
+            for optimizer in optimizers:
+                optimizer.step()
+
+
 def both(rank: int, ranks: int, store: str) -> None:
     join(rank, ranks, store)
     try:
         compare_attention(rank, ranks)
         compare_recurrence(rank, ranks)
+        compare_training()
     finally:
         dist.destroy_process_group()
