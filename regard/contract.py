@@ -647,6 +647,9 @@ class Mechanism:
         grid_variants: variants that are measured on grids; `sample_inputs` is then called with a ``grid``.
         layer_variants: variants that layers have and functions do not.
         state: its state class; None when it cannot continue a sequence.
+        combines: how the states of two pieces of a sequence, of which the later began with none, become that of both:
+            ``sum``, ``diagonal``, ``matrix`` or ``softmax`` (see :mod:`regard.distributed.states`), or a function of the
+            config that says it; ``""`` where one has to be handed to the other.
         cost: analytic cost of a problem.
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
             whose docstring is the formula.
@@ -698,6 +701,7 @@ class Mechanism:
     output: str = "bhnv"
     refused: Mapping[Pattern, str] = field(default_factory=dict)
     state: type[State] | None = None
+    combines: str | Callable[[Any], str] = ""
     default_scale: float | str | Callable[[Mapping[str, int]], float] = "rsqrt"
     default_form: str = "parallel"
     honours: frozenset[str] = frozenset()
@@ -785,6 +789,10 @@ class Mechanism:
     def patterns_of(self, variant: str) -> tuple[Pattern, ...]:
         """Patterns of a variant; the card's for ``""``, the default options."""
         return self.variant_patterns.get(variant, self.patterns)
+
+    def combines_with(self, config: Any) -> str:
+        """`combines`, with these options."""
+        return self.combines if isinstance(self.combines, str) else self.combines(config)
 
     @property
     def recurrent(self) -> bool:

@@ -7,6 +7,7 @@ before the output projection.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -98,6 +99,8 @@ class AttentionLayer(Layer):
     """
 
     takes_convolutions: ClassVar[bool] = True
+    mix: Callable[..., Result] = staticmethod(apply)
+    """What mixes the heads; another function for a while where ranks share a sequence."""
 
     def __init__(
         self,
@@ -269,7 +272,7 @@ class AttentionLayer(Layer):
         heads, projected, learned = self._project(heads, call, state)
         heads = self._rotate(heads, own.positions, None if other is None else other.positions)
 
-        result = apply(
+        result = self.mix(
             self.card,
             heads,
             pattern=self.pattern,

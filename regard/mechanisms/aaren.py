@@ -336,6 +336,7 @@ MECHANISM = Mechanism(
     },
     engine="softmax_scan",
     state=ScanState,
+    combines=lambda config: "" if config.forget < 1 else "softmax",
     cost=cost,
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),

@@ -301,6 +301,7 @@ MECHANISM = Mechanism(
     },
     engine="softmax_scan",
     state=SlotState,
+    combines="softmax",
     cost=cost,
     weights="implicit",
     sample_inputs=sample_inputs,

@@ -269,6 +269,7 @@ MECHANISM = Mechanism(
     },
     engine="gated_recurrence",
     state=CosformerState,
+    combines="sum",
     cost=cost,
     default_scale=1.0,
     weights="implicit",

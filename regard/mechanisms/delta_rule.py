@@ -429,6 +429,7 @@ MECHANISM = Mechanism(
     },
     engine="gated_recurrence",
     state=MatrixState,
+    combines=lambda config: "" if config.vector_beta else "matrix",
     cost=cost,
     weights="implicit",
     domains={"beta": "unit", "log_decay": "log_decay", "value_beta": "unit"},

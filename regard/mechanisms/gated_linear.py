@@ -376,6 +376,7 @@ MECHANISM = Mechanism(
     },
     engine="gated_recurrence",
     state=MatrixState,
+    combines="diagonal",
     cost=cost,
     weights="implicit",
     domains={"log_decay": "log_decay", "value_log_decay": "log_decay"},

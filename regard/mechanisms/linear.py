@@ -194,6 +194,7 @@ MECHANISM = Mechanism(
     },
     engine="linear_attention",
     state=MatrixState,
+    combines="sum",
     cost=cost,
     default_scale=1.0,
     weights="implicit",

@@ -257,6 +257,7 @@ MECHANISM = Mechanism(
     },
     engine="linear_attention",
     state=MatrixState,
+    combines="sum",
     cost=cost,
     honours=frozenset({"rotate"}),
     default_scale=1.0,

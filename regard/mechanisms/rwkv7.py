@@ -445,6 +445,7 @@ MECHANISM = Mechanism(
     },
     engine="generalized_delta",
     state=MatrixState,
+    combines="matrix",
     cost=cost,
     default_scale=1.0,
     weights="implicit",

@@ -108,6 +108,32 @@ def has_kernel(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
     return which_backend("attention", device=q.device, dtype=q.dtype, backend=backend).name != "torch"
 
 
+def part_gradients(
+    grad: Float[Tensor, "b h n v"],
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    out: Float[Tensor, "b h n v"],
+    lse: Float[Tensor, "b h n"],
+    *,
+    causal: bool,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g m d"], Float[Tensor, "b g m v"]]:
+    """Gradients of softmax attention to all keys by the queries and by some of the keys and values, which are given.
+
+    Those of q are summed over the parts of the keys; those of k and v are what these queries add.
+
+    Args:
+        out, lse: of attention to all keys, not to these alone.
+        causal: query i sees keys 0 to i of these, else all.
+    """
+    visibility = Visibility(causal=causal)
+    where = CountedRanks(q.shape[2], k.shape[2], 0, True, q.device)
+    problem = Problem(where, visibility, scale, want_lse=True)
+    return execute("attention_gradients", backend, q.device, q.dtype, q, k, v, problem, grad, out, lse)
+
+
 def attention_reference(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b g m d"],
@@ -143,6 +169,11 @@ def attention_cost(shape: Shape, keys: float | None = None) -> Cost:
 
 
 add_engine("attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
+add_engine(
+    "attention_gradients",
+    torch=Engine(torch_form.part_gradients),
+    native=Engine(native_form.part_gradients, lambda *call: native_form.refuses(*call[:4])),
+)
 
 __all__ = [
     "RULES",
@@ -155,5 +186,6 @@ __all__ = [
     "has_kernel",
     "masked_scores_bias",
     "only_largest",
+    "part_gradients",
     "ranks",
 ]

@@ -205,6 +205,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
     return out, None, lse if problem.want_lse else None
 
 
+def part_gradients(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, grad: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`regard.engines.attention.part_gradients`."""
+    needed = [True, True, True, False, False, False]
+    dq, dk, dv, *_ = _attention_backward(grad, None, _packed(q, k, v, problem), out, lse, needed)
+    return dq, dk, dv
+
+
 @dataclass(frozen=True)
 class PackedProblem(Packed):
     """A :class:`regard.engines.attention.problem.Problem` as the operator has it, with its queries, keys and values.

@@ -192,6 +192,32 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
     )
 
 
+def part_gradients(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, grad: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`regard.engines.attention.part_gradients`: by explicit weights, a block of queries at a time."""
+    dtype = wide_dtype(q)
+    groups, m = k.shape[1], k.shape[2]
+    wide_k, wide_v = grouped(k, q.shape[1]).to(dtype), grouped(v, q.shape[1]).to(dtype)
+    dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    step = max(SMALLEST_BLOCK, PAIRS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * m))
+    rows = []
+    for start in range(0, q.shape[2], step):
+        some = slice(start, start + step)
+        block, slope, sums = (x[:, :, some].to(dtype) for x in (q, grad, lse[..., None]))
+        scores = problem.scale * block @ wide_k.mT
+        if problem.visibility.causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(start + 1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        weights = (scores - sums).exp()
+        dv += weights.mT @ slope
+        inside = weights * (slope @ wide_v.mT - (slope * out[:, :, some].to(dtype)).sum(-1, keepdim=True))
+        dk += problem.scale * inside.mT @ block
+        rows.append(problem.scale * inside @ wide_k)
+    dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
+    return torch.cat(rows, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
 def only_largest(weights: Float[Tensor, "*b m"], count: int) -> Float[Tensor, "*b m"]:
     """The largest weights of each row, and 0 elsewhere."""
     wide = F.pad(weights, (0, count))  # as many as there are to choose, whatever the number of keys

@@ -161,6 +161,7 @@ MECHANISM = Mechanism(
     grid_variants=frozenset({"on a grid", "block bias", "biases of lines", "all biases"}),
     engine="softmax_scan",
     state=ScanState,
+    combines="softmax",
     cost=cost,
     axis_sizes=axis_sizes,
     honours=frozenset({"dropout", "roles"}),

@@ -140,6 +140,7 @@ MECHANISM = Mechanism(
     },
     engine="selective_scan",
     state=SelectiveState,
+    combines="diagonal",
     cost=cost,
     axis_sizes=axis_sizes,
     default_scale=1.0,

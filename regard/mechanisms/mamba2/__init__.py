@@ -130,6 +130,7 @@ MECHANISM = Mechanism(
     },
     engine="gated_recurrence",
     state=MatrixState,
+    combines="diagonal",
     cost=cost,
     default_scale=1.0,
     weights="implicit",

@@ -1,0 +1,31 @@
+"""One sequence over several ranks: exact softmax attention, and states handed along (arXiv 2302.06218, and own design).
+
+- :mod:`regard.distributed.attention`: softmax attention by four schedules, which are in :mod:`regard.distributed.schemes`;
+- :mod:`regard.distributed.recurrence`: recurrent mechanisms, whose states combine as :mod:`regard.distributed.states` says;
+- :mod:`regard.distributed.plans`: what they cost, by closed forms;
+- :mod:`regard.distributed.layouts`: which rank has which tokens;
+- :mod:`regard.distributed.communicators`: ranks of `torch.distributed`, and virtual ones in one process.
+
+Deviations: the paper says that exact attention was distributed, not how; the schedules are the usual exact ones.
+"""
+
+from __future__ import annotations
+
+from regard.distributed.attention import DistributedAttention
+from regard.distributed.communicators import Traffic
+from regard.distributed.context_parallel import ContextParallel
+from regard.distributed.layouts import Layout
+from regard.distributed.plans import Plan, plan
+from regard.distributed.recurrence import DistributedRecurrence
+from regard.distributed.streaming import attend_million
+
+__all__ = [
+    "ContextParallel",
+    "DistributedAttention",
+    "DistributedRecurrence",
+    "Layout",
+    "Plan",
+    "Traffic",
+    "attend_million",
+    "plan",
+]

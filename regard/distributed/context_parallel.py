@@ -1,0 +1,154 @@
+"""A language model on a sequence whose tokens several ranks have: its layers mix over all ranks, the rest is each token's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Context, Mechanism, Result, Unsupported
+from regard.core.precision import wide
+from regard.distributed.attention import DistributedAttention
+from regard.distributed.communicators import Ranks
+from regard.distributed.layouts import Layout
+from regard.distributed.recurrence import DistributedRecurrence
+from regard.layers.attention import AttentionLayer
+from regard.models.language_model import IGNORED, LanguageModel, next_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+BESIDE = {"training", "generator", "dropout"}
+"""What a layer may tell its mechanism beside the heads; a dropout that is not 0 is refused."""
+
+
+class ContextParallel:
+    """The training of a :class:`regard.models.LanguageModel` on sequences that ranks share (context parallelism)::
+
+        parallel = ContextParallel(model)  # in each process, on the same weights
+        loss = parallel.loss(ids)          # ids of the whole sequences, the same everywhere
+        loss.backward()
+        parallel.add_gradients()           # over the ranks; then the optimizer, the same everywhere
+
+    Each rank embeds, normalises and projects its own tokens alone. Softmax layers attend by :class:`DistributedAttention`,
+    recurrent ones hand their states along by :class:`DistributedRecurrence`. On virtual ranks the model sees all tokens, and
+    its layers mix them in pieces.
+
+    Args:
+        model: with layers of plain softmax attention or of recurrent mechanisms, without short convolutions, dropout or
+            auxiliary losses.
+        scheme: of softmax layers.
+        ranks, group: as of :class:`DistributedAttention`.
+
+    Raises:
+        Unsupported: for another model.
+    """
+
+    def __init__(
+        self, model: LanguageModel, scheme: str = "ring", *, ranks: int | None = None, group: Any = None
+    ) -> None:
+        self.model = model
+        self.ranks = Ranks.of(ranks, group)
+        layers: list[Any] = [block.mixer for block in model.blocks]
+        where: dict[str, Any] = {"ranks": ranks, "group": group}
+        softmax = [_check_layer(layer) == "softmax" for layer in layers]
+        if model.config.dropout or model.insertion.extra_tokens:
+            raise Unsupported(
+                "context parallelism with dropout or inserted tokens", supported="dropout=0, no landmarks"
+            )
+        self.zigzag = all(softmax)  # states go along the sequence, in one piece a rank
+        self.mixers: list[tuple[AttentionLayer, DistributedAttention | DistributedRecurrence]] = []
+        for layer, plain in zip(layers, softmax, strict=True):
+            if plain:
+                self.mixers.append((layer, DistributedAttention(scheme, zigzag=self.zigzag, **where)))
+            else:
+                self.mixers.append((layer, DistributedRecurrence(layer.card.name, **where, **vars(layer.config))))
+
+    def layout(self, length: int) -> Layout:
+        """Which tokens each rank has."""
+        return Layout(length, self.ranks.count, self.zigzag)
+
+    def loss(self, ids: Int[Tensor, "b n"], targets: Int[Tensor, "b n"] | None = None) -> Float[Tensor, ""]:
+        """The mean cross entropy of all targets in nats, the same on every rank; its gradients are those of this rank's
+        tokens, and those of all ranks add up to the whole.
+
+        Args:
+            ids: the whole sequences.
+            targets: as of :meth:`regard.models.LanguageModel.loss`.
+        """
+        targets = next_tokens(ids) if targets is None else targets
+        count = (targets != IGNORED).sum().clamp(min=1)
+        places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        length, context = ids.shape[1], Context()
+        if self.ranks.group is not None:
+            layout, here = self.layout(length), self.ranks.local[0]
+            ids, targets, places = (layout.take(x, here, 1) for x in (ids, targets, places))
+            context = Context(positions=places)
+        with self._mixing(length):
+            result = self.model(ids, context=context)
+        if result.losses:
+            raise Unsupported(f"auxiliary losses {', '.join(result.losses)}", supported="layers without them")
+        logits = wide(result.output).flatten(0, 1)
+        own = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / count
+        if self.ranks.group is None:
+            return own
+        total = own.detach().clone()
+        dist.all_reduce(total, group=self.ranks.group)
+        return own + (total - own.detach())
+
+    def add_gradients(self) -> None:
+        """Add the gradients of the model's parameters up over the ranks. (`DistributedDataParallel` takes their mean.)"""
+        if self.ranks.group is None:
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad, group=self.ranks.group)
+
+    @contextmanager
+    def _mixing(self, length: int) -> Iterator[None]:
+        def mixing(over: DistributedAttention | DistributedRecurrence) -> Any:
+            def mix(card: Mechanism, heads: Mapping[str, Tensor], **call: Any) -> Result:
+                _check_call(card, call)
+                if isinstance(over, DistributedRecurrence):
+                    return Result(over(heads, length=length))
+                return Result(over(heads["q"], heads["k"], heads["v"], length=length))
+
+            return mix
+
+        for layer, over in self.mixers:
+            layer.mix = mixing(over)
+        try:
+            yield
+        finally:
+            for layer, _ in self.mixers:
+                del layer.mix
+
+
+def _check_layer(layer: Any) -> str:
+    """The mechanism of a layer that ranks can share."""
+    if type(layer) is not AttentionLayer or layer.convolutions or layer.merge is not None:
+        raise Unsupported(
+            f"context parallelism of {getattr(getattr(layer, 'card', None), 'name', type(layer).__name__)}, whose layer mixes "
+            "tokens in other ways too",
+            supported="attention layers without short convolutions",
+            nearest='("gated_linear", {"short_convolution": 0})',
+        )
+    if layer.card.name == "softmax" and layer.config != layer.card.config():
+        raise Unsupported(f"context parallelism of softmax with {layer.config}", supported="no window, softcap or sink")
+    return layer.card.name
+
+
+def _check_call(card: Mechanism, call: Mapping[str, Any]) -> None:
+    known = {"pattern", "config", *BESIDE}
+    asked = [name for name, value in call.items() if name not in known and value is not None and value is not False]
+    if asked or call.get("dropout"):
+        raise Unsupported(
+            f"context parallelism of {card.name} with {', '.join(asked or ['dropout'])}",
+            supported="whole sequences without masks, positions that are rotary, sinusoidal, learned or none",
+        )

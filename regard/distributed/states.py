@@ -1,0 +1,122 @@
+"""How states of pieces of a sequence become the state of them all, for mechanisms that say so on their card.
+
+With S the state after a piece that began with none, and A what the piece does to the state before it:
+
+| `Mechanism.combines` | of an earlier and a later piece |
+|---|---|
+| sum | S + S' |
+| diagonal | (A' A, A' S + S'), by elements |
+| matrix | (A' A, A' S + S'), products of matrices (K, K) |
+| softmax | (M, u e^(m-M) + u' e^(m'-M), w e^(m-M) + w' e^(m'-M)), M = max(m, m') |
+
+A is found without a difference: by absorbing the piece with values of zero from a state of ones, or from the unit matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.apply import absorb, absorbed_inputs, apply
+from regard.contract import Mechanism, Pattern, State
+from regard.engines.merging import merge_states
+
+Tensors = Mapping[str, Tensor]
+CROSS = Pattern.NONCAUSAL_CROSS
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The mechanism on the tokens of one rank.
+
+    Attributes:
+        before: tokens of the ranks before it.
+        options: what :func:`regard.apply.apply` is given beside tensors and state.
+    """
+
+    card: Mechanism
+    before: int
+    options: Mapping[str, Any]
+
+    def run(self, tensors: Tensors, state: State | None) -> tuple[Tensor, State]:
+        """Output, and the state after."""
+        result = apply(self.card, tensors, state=state, return_state=True, **self.options)
+        return result.output, result.state
+
+    def empty(self, tensors: Tensors) -> State:
+        """The state of no tokens."""
+        axes = {name: token_axis(self.card, name) for name in tensors}
+        nothing = {name: x if (axis := axes[name]) is None else x.narrow(axis, 0, 0) for name, x in tensors.items()}
+        return self.run(nothing, None)[1]
+
+    @property
+    def combines(self) -> str:
+        return self.card.combines_with(self.options["config"])
+
+    def summary(self, tensors: Tensors) -> list[Tensor]:
+        """What the other ranks need to know of this piece: A, where there is one, and S."""
+        started = self._entered(tensors, self._memory(self.empty(tensors)))
+        after = self._memory(self._absorbed(tensors, started))
+        kind = self.combines
+        if kind in ("sum", "softmax"):
+            return after
+        value = "v" if "v" in self.card.axes else "x"
+        (memory,) = after
+        zeros = torch.zeros_like(tensors[value])
+        if kind == "diagonal":
+            start = torch.ones_like(memory)
+        else:
+            width = memory.shape[-2]
+            zeros = zeros[..., :1].expand(*zeros.shape[:-1], width)
+            start = torch.eye(width, dtype=memory.dtype, device=memory.device).expand(*memory.shape[:-1], width)
+        moved = self._absorbed({**tensors, value: zeros}, self._entered(tensors, [start]))
+        return [*self._memory(moved), memory]
+
+    def state(self, tensors: Tensors, summary: Sequence[Tensor]) -> State:
+        """The state before this piece, of all pieces before together."""
+        kind = self.combines
+        return self._entered(tensors, summary if kind in ("sum", "softmax") else summary[1:])
+
+    def combined(self, earlier: Sequence[Tensor], later: Sequence[Tensor]) -> list[Tensor]:
+        """The summary of two pieces, one after the other."""
+        kind = self.combines
+        if kind == "sum":
+            return [a + b for a, b in zip(earlier, later, strict=True)]
+        if kind == "softmax":
+            stacked = [torch.stack(pair) for pair in zip(earlier, later, strict=True)]
+            return [x for i in range(0, len(stacked), 3) for x in merge_states(*stacked[i : i + 3])]
+        (before, memory), (after, written) = earlier, later
+        if kind == "diagonal":
+            return [after * before, after * memory + written]
+        return [after @ before, after @ memory + written]
+
+    def _memory(self, state: State) -> list[Tensor]:
+        return [x for x in state.tensors().values() if x.is_floating_point()]
+
+    def _entered(self, tensors: Tensors, memory: Sequence[Tensor]) -> State:
+        """A state of `memory` after the tokens before this piece."""
+        empty, given = self.empty(tensors), iter(memory)
+        return empty.with_tensors(
+            {
+                name: next(given) if x.is_floating_point() else torch.full_like(x, self.before)
+                for name, x in empty.tensors().items()
+            }
+        )
+
+    def _absorbed(self, tensors: Tensors, state: State) -> State:
+        taken = {
+            n: x for n, x in tensors.items() if n in absorbed_inputs(self.card) and n != "skip"
+        }  # of outputs alone
+        heads = tensors["q"].shape[1] if self.card.axes.get("q", "")[:2] == "bh" else None
+        return absorb(self.card, taken, pattern=CROSS, state=state, heads=heads, **self.options)
+
+
+def token_axis(card: Mechanism, name: str) -> int | None:
+    """The axis of an input along which tokens are; None where there is none."""
+    axes = card.axes[name]
+    found = [i for i, letter in enumerate(axes) if letter in "nm"]
+    return found[0] if found else None

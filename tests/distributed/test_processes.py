@@ -1,0 +1,10 @@
+"""Two processes with gloo on the loopback."""
+
+from __future__ import annotations
+
+import torch.multiprocessing as multiprocessing
+from processes import both
+
+
+def test_two_processes_compute_the_parts_of_the_whole(tmp_path):
+    multiprocessing.spawn(both, (2, str(tmp_path / "store")), nprocs=2)
