@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from command_line import answer, run
+from safetensors.torch import load_file
 from support import close, load, recorded_state, refused
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,8 +40,8 @@ from regard.models import build_model
 from regard.models.segmentation_model import SegmentationModelConfig
 from regard.models.vision.mit import MiTConfig
 from regard.models.vision.segmentation import create_segmenter
-from regard.tasks import create_task
-from regard.training import TrainConfig, train
+from regard.tasks import Task, create_task
+from regard.training import Point, TrainConfig, train
 
 OWN, TOLD = (4, 6, 8, 16), (6, 8, 10, 12)
 
@@ -52,7 +55,7 @@ def config_of(widths: tuple[int, ...]) -> MiTConfig:
 
 
 def transkd(**options: object) -> TransKD:
-    return TransKD(config_of(OWN), config_of(TOLD), TransKDConfig(width=8, **options)).double()  # type: ignore[arg-type]
+    return TransKD(config_of(OWN), config_of(TOLD), TransKDConfig(width=8, **options)).double()
 
 
 def stages(widths: tuple[int, ...], batch: int = 2) -> Stages:
@@ -89,7 +92,7 @@ def official(name: str) -> dict[str, Tensor]:
             fusion[int(key.split(".")[1])] = value
             continue
         for pattern, replacement in names:
-            key = re.sub(pattern, replacement, key)  # type: ignore[arg-type]
+            key = re.sub(pattern, replacement, key)
         if any(part in key for part in ("squeeze", "branches")) and value.ndim == 4:
             value = value[:, :, 0, 0]
         found[key] = value.reshape(()) if key.endswith("_share") else value
@@ -122,8 +125,8 @@ def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
     close(total, told["hcl"] + told["pea"])
     total.backward()
     for i in range(4):
-        close(own.maps[i].grad, told[f"grad_map{i}"], 1e-11)  # type: ignore[arg-type]
-        close(own.embeddings[i].grad, told[f"grad_embedding{i}"], 1e-11)  # type: ignore[arg-type]
+        close(own.maps[i].grad, told[f"grad_map{i}"], 1e-11)
+        close(own.embeddings[i].grad, told[f"grad_embedding{i}"], 1e-11)
 
     module.load_state_dict(official("transkd_base"))
     module.eval()
@@ -179,7 +182,7 @@ def test_one_image_alone_is_squeezed_by_weights_of_its_own_or_refused_in_trainin
     context_loss(module.fuse(one.maps), stages(TOLD, batch=1).maps).backward()
     assert module.fusions is not None
     for fusion in list(module.fusions)[:-1]:
-        assert fusion.squeeze[0].weight.grad is None and fusion.squeeze_single[0].weight.grad.abs().max() > 0  # type: ignore[union-attr,index]
+        assert fusion.squeeze[0].weight.grad is None and fusion.squeeze_single[0].weight.grad.abs().max() > 0
     module = transkd(single=False)
     refused("a batch of one image", module.fuse, one.maps)
     assert module.eval().fuse(one.maps)[0].isfinite().all()
@@ -218,9 +221,8 @@ def test_the_context_loss_is_zero_quadratic_and_of_the_pooled_sides_below_the_he
 
 def test_the_features_reach_every_stage_and_an_embedding_those_before_its_blocks() -> None:
     """The pitfall: embeddings are taken before a stage's blocks, maps after its norm."""
-    torch.manual_seed(torch.seed())
     student, teacher = segmenter((4, 6, 8)), segmenter((6, 8, 10))
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 1, 32, 32)
     encoder = encoder_of(student)
     with torch.no_grad(), recorded(encoder_of(teacher)) as told:
         teacher.backbone(images)
@@ -236,7 +238,7 @@ def test_the_features_reach_every_stage_and_an_embedding_those_before_its_blocks
         def moved(part: nn.Module) -> bool:
             return any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
 
-        return [(moved(stage.embedding), moved(stage.blocks)) for stage in encoder.stages]  # type: ignore[union-attr,arg-type]
+        return [(moved(stage.embedding), moved(stage.blocks)) for stage in encoder.stages]
 
     assert reached(TransKDConfig(embeddings=(0, 0, 0))) == [(True, True)] * 3
     for stage in range(3):
@@ -245,43 +247,64 @@ def test_the_features_reach_every_stage_and_an_embedding_those_before_its_blocks
         assert found == [(i <= stage, i < stage) for i in range(3)]
 
 
-def segmenter(widths: tuple[int, ...]) -> nn.Module:
-    options = {"widths": widths, "depths": [1] * len(widths), "heads": [1, 1, 2], "decoder_width": 8}
-    return build_model(SegmentationModelConfig("segformer_nano", 3, (8, 8), 4, 3, options))
+def network(widths: tuple[int, ...]) -> dict[str, object]:
+    return {"widths": widths, "depths": (1, 1, 1), "heads": (1, 1, 2), "decoder_width": 8}
 
 
-def scenes() -> object:
-    return create_task("segmentation", data="near-cue", size=32, patch=4, evaluation_items=4)
+def scenes(size: int = 32) -> Task:
+    return create_task("segmentation", data="near-cue", size=size, patch=4, evaluation_items=4)
 
 
-def grey(widths: tuple[int, ...]) -> nn.Module:
-    options = {"widths": widths, "depths": [1] * len(widths), "heads": [1, 1, 2], "decoder_width": 8}
-    return build_model(SegmentationModelConfig.for_task(scenes(), "segformer_nano", options))  # type: ignore[arg-type]
+def segmenter(widths: tuple[int, ...], task: Task | None = None) -> nn.Module:
+    config = SegmentationModelConfig.for_task(task or scenes(), "segformer_nano", network(widths))
+    return build_model(config)
 
 
 @pytest.mark.parametrize("written", ["transkd:variant=ea,width=8", "transkd:variant=gl,width=8", "response"])
 def test_a_taught_student_is_alone_in_evaluation_and_its_teacher_stays_as_it_was(written: str) -> None:
-    task, student, teacher = scenes(), grey((4, 6, 8)), grey((6, 8, 10)).train()
-    taught = Taught(student, teacher, read_method(written), task)  # type: ignore[arg-type]
+    task, student, teacher = scenes(), segmenter((4, 6, 8)), segmenter((6, 8, 10)).train()
+    taught = Taught(student, teacher, read_method(written), task)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     own = {name: value.clone() for name, value in student.state_dict().items()}
-    history = train(taught, task, TrainConfig(steps=3, batch_size=2, learning_rate=1e-2, measure_memory=False))  # type: ignore[arg-type]
+    history = train(taught, task, TrainConfig(steps=3, batch_size=2, learning_rate=1e-2, measure_memory=False))
     assert all(point.auxiliary > 0 for point in history.curve)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters()) and teacher.training
     assert not any(name.startswith("teacher") for name in taught.state_dict())
     assert any(not torch.equal(value, own[name]) for name, value in student.state_dict().items())
-    batch = next(iter(task.evaluation_batches(2)))  # type: ignore[attr-defined]
+    batch = next(iter(task.evaluation_batches(2)))
     alone = copy.deepcopy(student).eval()
     assert torch.equal(taught.eval()(batch.inputs).output, alone(batch.inputs).output)
     assert taught(batch.inputs).losses == {}
     assert alone.state_dict().keys() == own.keys()
 
 
+def test_a_stopped_run_goes_on_to_the_same_student(tmp_path: Path) -> None:
+    task, teacher, first = scenes(16), segmenter((6, 8, 10), scenes(16)), segmenter((4, 6, 8), scenes(16))
+
+    def begin() -> Taught:
+        torch.manual_seed(0)  # of what is beside the student
+        return Taught(copy.deepcopy(first), teacher, read_method("transkd:width=8"), task)
+
+    def stop(point: Point) -> None:
+        if point.step == 1:
+            raise KeyboardInterrupt
+
+    config = TrainConfig(steps=4, batch_size=2, measure_memory=False)
+    whole, parts, place = begin(), begin(), tmp_path / "checkpoint.safetensors"
+    train(whole, task, config)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, task, config, checkpoint=place, on_step=stop)
+    parts = begin()
+    train(parts, task, config, checkpoint=place)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
+
+
 def test_transkd_needs_stages_of_equal_strides_in_both() -> None:
     task = scenes()
-    unet = build_model(SegmentationModelConfig.for_task(task, "unet_nano", {"widths": [4, 4]}))  # type: ignore[arg-type]
-    refused("stages of a mix transformer", Taught, grey((4, 6, 8)), unet, TransKDConfig(), task)
+    unet = build_model(SegmentationModelConfig.for_task(task, "unet_nano", {"widths": [4, 4]}))
+    refused("stages of a mix transformer", Taught, segmenter((4, 6, 8)), unet, TransKDConfig(), task)
     options = {
         "patch": 4,
         "widths": [4, 6],
@@ -290,15 +313,22 @@ def test_transkd_needs_stages_of_equal_strides_in_both() -> None:
         "expansions": [2, 2],
         "reductions": [1, 1],
     }
-    two = build_model(SegmentationModelConfig.for_task(task, "segformer_nano", options))  # type: ignore[arg-type]
-    refused("strides", Taught, grey((4, 6, 8)), two, TransKDConfig(), task)
-    refused("a weight for each stage", Taught, grey((4, 6, 8)), grey((6, 8, 10)), TransKDConfig(embeddings=(1,)), task)
+    two = build_model(SegmentationModelConfig.for_task(task, "segformer_nano", options))
+    refused("strides", Taught, segmenter((4, 6, 8)), two, TransKDConfig(), task)
+    refused(
+        "a weight for each stage",
+        Taught,
+        segmenter((4, 6, 8)),
+        segmenter((6, 8, 10)),
+        TransKDConfig(embeddings=(1,)),
+        task,
+    )
     refused("classify or segment images", Taught, two, two, ResponseConfig(), create_task("listops"))
 
 
 def test_methods_are_read_with_their_options_or_refused() -> None:
     assert read_method("response:temperature=2,weight=0.5") == ResponseConfig(2, 0.5)
-    assert read_method("transkd:embeddings=[0,0,1]").embeddings == (0, 0, 1)  # type: ignore[union-attr]
+    assert read_method("transkd:embeddings=[0,0,1]").embeddings == (0, 0, 1)
     for written, words in (
         ("transkt", "distillation 'transkt'"),
         ("transkd:varient=gl", "option 'varient' of transkd"),
@@ -347,7 +377,7 @@ def test_losses_give_the_teacher_no_gradient() -> None:
     total = total + place_loss(own, told) + patient_loss([own.flatten(1)], [told.flatten(1)])
     total = total + attention_transfer_loss(own.softmax(-1), told.softmax(-1))
     total.backward()
-    assert told.grad is None and own.grad.abs().max() > 0  # type: ignore[union-attr]
+    assert told.grad is None and own.grad.abs().max() > 0
 
 
 def test_response_is_the_divergence_of_softened_answers_and_of_logits_in_the_limit() -> None:
@@ -380,3 +410,43 @@ def test_patience_reads_directions_and_every_kth_layer_or_the_last() -> None:
     refused("skip layers of 10", patient_layers, 4, 10)
     refused("last layers of 3", patient_layers, 4, 3, "last")
     refused("1 layers of a student", patient_loss, own[:1], told)
+
+
+SMALL = '"segformer_nano:widths=[4,6,8],depths=[1,1,1],heads=[1,1,2],decoder_width=8"'
+TASK = "--task segmentation:data=near-cue,size=16,patch=4,evaluation_items=8"
+TRAIN = f"train {TASK} --batch-tokens 64 --budget 20steps --learning-rate 0.01"
+
+
+def test_a_student_is_trained_from_a_folder_and_is_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 0.4)
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    big = SMALL.replace("[4,6,8]", "[6,8,10]")
+    told = answer(capsys, f"{TRAIN} --model {big} --best-of 0 --output {teacher}")
+    line = f"{TRAIN} --model {SMALL} --teacher {teacher} --distil transkd:variant=ea --ema 0.9"
+    found = answer(capsys, f"{line} --output {student}")
+    assert found["teacher"] == {key: told[key] for key in ("mechanism", "parameters", "score", "metric")}
+    assert found["parameters"] < told["parameters"]
+    plain = SegmentationModelConfig.for_task(scenes(size=16), "segformer_nano", network((4, 6, 8)))
+    assert load_file(student / "model.safetensors").keys() == build_model(plain).state_dict().keys()
+    assert answer(capsys, f"evaluate {student}")["score"] == found["score"]
+    readme = (student / "README.md").read_text()
+    assert f"Distilled by transkd:variant=ea from {teacher}" in readme and "None" not in readme
+
+    mechanism = f"{TRAIN} --dim 8 --layers 1 --heads 1 --frame bare --teacher {teacher}"
+    assert answer(capsys, f"{mechanism} --output {tmp_path / 'softmax'}")["settings"]["distil"] == "response"
+    for asked, words in (
+        (f"{line.replace(':variant=ea', '')} --output {student}", "transkd:variant=ea"),
+        (f"{TRAIN} --model {SMALL} --ema 0.9 --output {student}", "teacher="),
+        (f"{mechanism} --distil transkd --output {tmp_path / 'no'}", "stages of a mix transformer"),
+        (f"{mechanism} --distil transkt --output {tmp_path / 'no'}", "try transkd"),
+        (f"{TRAIN} --model {SMALL} --distil transkd --output {tmp_path / 'no'}", "--teacher FOLDER"),
+        (f"{TRAIN} --teacher {tmp_path} --output {tmp_path / 'no'}", "written by"),
+        (f"{TRAIN.replace('near-cue', 'shapes')} --teacher {teacher} --output {tmp_path / 'no'}", "classes background"),
+        (f"{TRAIN.replace('size=16', 'size=32')} --teacher {teacher} --output {tmp_path / 'no'}", "height 16"),
+        (f"train --task listops --teacher {teacher} --output {tmp_path / 'no'}", "the task listops"),
+    ):
+        code, _, messages = run(capsys, asked)
+        assert code == 2 and words in messages, (asked, messages)
+    assert not (tmp_path / "no").exists()
