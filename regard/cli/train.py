@@ -118,7 +118,7 @@ def train(
         regard train reviews.csv --mechanism linear --output reviews
         regard train --task images:size=64,augment=light photos/ --model van_b0 --ema 0.999 --output photos
         regard train --task segmentation scans/ --model unet_nano --output scans
-        regard train --task segmentation scans/ --model segformer_nano --teacher big --distil transkd --output small
+        regard train --task segmentation scans/ --model segformer_b0 --teacher big_b2 --distil transkd --output small
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
         regard train my_corpus.txt --tokenizer bpe:1024 --monitor attention --budget 5m
     """

@@ -72,9 +72,10 @@ class Teacher:
 
     def teach(self, student: nn.Module, seed: int) -> Taught:
         """The student with what is trained beside it, whose initial weights are of the seed."""
+        teacher = self.model  # before the seed is set, since loading draws numbers too
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Taught(student, self.model, self.method, self.task)
+            return Taught(student, teacher, self.method, self.task)
 
     @property
     def settings(self) -> dict[str, str]:

@@ -42,6 +42,7 @@ from regard.models.vision.mit import MiTConfig
 from regard.models.vision.segmentation import create_segmenter
 from regard.tasks import Task, create_task
 from regard.training import Point, TrainConfig, train
+from regard.workbench.teacher import Teacher
 
 OWN, TOLD = (4, 6, 8, 16), (6, 8, 10, 12)
 
@@ -431,6 +432,9 @@ def test_a_student_is_trained_from_a_folder_and_is_like_any_other(
     plain = SegmentationModelConfig.for_task(scenes(size=16), "segformer_nano", network((4, 6, 8)))
     assert load_file(student / "model.safetensors").keys() == build_model(plain).state_dict().keys()
     assert answer(capsys, f"evaluate {student}")["score"] == found["score"]
+    read = Teacher.read(teacher, "transkd", scenes(size=16))
+    one, other = (read.teach(build_model(plain), seed=3).beside.state_dict() for _ in range(2))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
     readme = (student / "README.md").read_text()
     assert f"Distilled by transkd:variant=ea from {teacher}" in readme and "None" not in readme
 
