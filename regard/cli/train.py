@@ -83,6 +83,17 @@ def train(
             help="attention: look during the run at which tokens the heads attend to, and when that comes to rest."
         ),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an earlier regard train on the same images: the model learns from that one too."),
+    ] = None,
+    distil: Annotated[
+        str | None,
+        typer.Option(
+            help="How it learns from the teacher: response (its answers), or transkd (stages of SegFormer and MiT), perhaps "
+            "with options, as transkd:variant=gl or response:temperature=2; response when not given."
+        ),
+    ] = None,
     device: DEVICE = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -94,6 +105,9 @@ def train(
     rises for 5 % of the steps and falls along a cosine. Interrupted, the same command goes on: after Ctrl-C from the last
     step, after a crash from half a minute back, or a minute on a machine that has become slow.
 
+    With --teacher the folder holds the student alone, which is like any other model. It is for tasks that classify or segment
+    images.
+
     With --monitor attention the folder has attention.html, with pictures, and its figures in attention.json.
 
     Examples:
@@ -104,13 +118,14 @@ def train(
         regard train reviews.csv --mechanism linear --output reviews
         regard train --task images:size=64,augment=light photos/ --model van_b0 --ema 0.999 --output photos
         regard train --task segmentation scans/ --model unet_nano --output scans
+        regard train --task segmentation scans/ --model segformer_b0 --teacher big_b2 --distil transkd --output small
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
         regard train my_corpus.txt --tokenizer bpe:1024 --monitor attention --budget 5m
     """
     from regard.measurement.budget import Budget
     from regard.tasks import create_task
     from regard.workbench.settings import CompareSettings
-    from regard.workbench.trained import DIVERGED, chosen_weights, train_model
+    from regard.workbench.trained import DIVERGED, chosen_weights, learned_from, train_model
 
     if monitor not in (None, MONITOR):
         raise Unsupported(f"--monitor {monitor}", supported=MONITOR, nearest=MONITOR)
@@ -155,6 +170,13 @@ def train(
         device=device,
         model=model,
     )
+    master = None
+    if teacher is not None:
+        from regard.workbench.teacher import Teacher
+
+        master = Teacher.read(teacher, distil or "response", asked, device)
+    elif distil is not None:
+        raise Unsupported(f"--distil {distil} without a teacher", supported="--teacher FOLDER, of regard train")
     watcher = None
     if monitor is not None:
         from regard.workbench.attention_monitor import AttentionMonitor
@@ -178,7 +200,7 @@ def train(
                 bar.console.print(Text(sentence, style="dim"))
 
         trained = train_model(
-            asked, settings, output, ema=ema, best_of=best_of, monitor=watcher, on_step=on_step, say=say
+            asked, settings, output, ema=ema, best_of=best_of, monitor=watcher, teacher=master, on_step=on_step, say=say
         )
     record = trained.record
     page = (
@@ -197,6 +219,8 @@ def train(
             console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
         if record.get("weights"):
             console.print(Text(f"Weights: {chosen_weights(record)}."))
+        if master is not None:
+            console.print(Text(f"{learned_from(record)}."))
         console.print(Text(f"Model: {trained.folder} (its README says how to use it)"))
         if page is not None:
             console.print(Text(f"Attention: {page}"))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from regard.workbench.best_weights import MOMENTS, BestWeights, Found, moments
 from regard.workbench.settings import CompareSettings
 from regard.workbench.summary import by_tokens, thin
 from regard.workbench.work import FEWEST_STEPS, SAFETY, Work, best_threads, build, calibration_seconds
+
+if TYPE_CHECKING:
+    from regard.workbench.teacher import Teacher
 
 RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
 BEST, LAST = "best.safetensors", "last"
@@ -148,6 +151,7 @@ def train_model(
     ema: float | None = None,
     best_of: int | None = None,
     monitor: Monitor | None = None,
+    teacher: Teacher | None = None,
     on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedModel:
@@ -163,6 +167,7 @@ def train_model(
             keeps the last weights. When None 8, and 0 for tasks that generate or train in a way of their own, but 1 with
             `ema`.
         monitor: looks at the model during the run, which it does not change.
+        teacher: which the model learns from beside the task; nothing of it is in the folder.
         on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
         say: told in sentences what is decided.
 
@@ -171,7 +176,7 @@ def train_model(
 
     Raises:
         Unsupported: for more than one mechanism, a budget too small, a folder with another run, and `ema` of a task that
-            trains in a way of its own.
+            trains in a way of its own, and for a teacher whose method does not fit the model.
     """
     if len(settings.names) != 1 or settings.seeds != 1 or len(settings.rates) != 1:
         raise Unsupported(
@@ -184,11 +189,21 @@ def train_model(
     if best_of is None:
         best_of = int(ema is not None) if own_way or task.generates else MOMENTS
     at_least("best_of", best_of, int(ema is not None))
-    work = Work(task, settings, choosing=best_of > 0)
-    if monitor is not None:
-        monitor.check(build(work.configs[name], settings.first_seed, settings.device))
+
+    def taught(student: nn.Module) -> nn.Module:
+        return student if teacher is None else teacher.teach(student, settings.first_seed)
+
+    work = Work(task, settings, choosing=best_of > 0, prepare=taught)
+    if monitor is not None or teacher is not None:
+        some = build(work.configs[name], settings.first_seed, settings.device)
+        taught(some)
+        if monitor is not None:
+            monitor.check(some)
     record = {"state": BEGUN, **described(work, name, settings.rates[0], settings.first_seed)}
     record["settings"] |= {"budget": str(settings.budget), "best_of": best_of, "ema": ema}
+    record["settings"] |= {"teacher": None, "distil": None} if teacher is None else teacher.settings
+    if teacher is not None:
+        record["teacher"] = teacher.described
     before = _read(place)
     if before is not None:
         _check_same(place, before, record)
@@ -206,7 +221,8 @@ def train_model(
         settings.rates[0], settings.first_seed, steps, max(1, round(CHECKPOINT_SECONDS / seconds))
     )
     model = build(work.configs[name], settings.first_seed, settings.device)
-    average = None if ema is None else WeightAverage(model, ema)
+    trainee = taught(model)
+    average = None if ema is None else WeightAverage(trainee, ema)
     best = BestWeights(place / BEST, task, work.search_items, work.scored_at_once, average)
     looked = moments(steps, best_of) if work.search_items else frozenset()
     watched = frozenset[int]() if monitor is None else frozenset(monitor.due(steps))
@@ -220,17 +236,17 @@ def train_model(
         if monitor is not None and point.step + 1 in watched:
             monitor.look(model, point.step + 1)
         if point.step + 1 in looked:
-            best.look(model, point.step + 1)
+            best.look(trainee, point.step + 1)
         on_step(point, steps, (steps - point.step - 1) * (time.monotonic() - began) / taken)
 
     runner = runner_of(task)
     averaging: dict[str, Any] = {} if average is None else {"average": average}
-    history = runner.train(model, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **averaging)
+    history = runner.train(trainee, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **averaging)
     found = None
     if not history.diverged:
         if best.found is not None and (best.found.averaged or best.found.step < steps):
             save_pretrained(model, place / LAST)
-            best.take(model)
+            best.take(trainee)
         found = runner.evaluate(model, task, work.scored_at_once, first=work.search_items)
     trained = keep(place, model, task, {**record, **outcome(work, model, history, found), "weights": best.as_record()})
     for file in (CHECKPOINT, BEST):
@@ -344,6 +360,15 @@ def chosen_weights(record: Mapping[str, Any]) -> str:
     return f"{found}" + (f"; the last ones are in {LAST}/" if others else "")
 
 
+def learned_from(record: Mapping[str, Any]) -> str:
+    """What a student learned from, in words."""
+    told = record["teacher"]
+    return (
+        f"Distilled by {record['settings']['distil']} from {record['settings']['teacher']}: {told['mechanism']}, "
+        f"{told['parameters']:,} parameters, {told['score']:.4g} {told['metric']}"
+    )
+
+
 def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise Unsupported unless a run that was begun there is the one that is asked for."""
     pairs = {key: (before[key], now[key]) for key in ("mechanism", "layers")}
@@ -395,7 +420,12 @@ def card(trained: TrainedModel) -> str:
         f"Held out: {record['score']:.4g} {record['metric']}{beside}. {record['parameters']:,} parameters, "
         f"{record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s of training on {record['machine']}.",
         *([f"The weights are {chosen_weights(record)}."] if record.get("weights") else []),
-        "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in own.items() if key not in UNTOLD),
+        *([f"{learned_from(record)}."] if record.get("teacher") else []),
+        "\n".join(
+            f"- {key.replace('_', ' ')}: {value}"
+            for key, value in own.items()
+            if key not in UNTOLD and value is not None
+        ),
         "```\n" + record["described"] + "\n```",
         "## Use",
         "```python\nfrom regard.models import from_pretrained\n\nmodel = from_pretrained("

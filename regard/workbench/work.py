@@ -209,6 +209,7 @@ class Work:
         frame: one of the settings'; the first when None.
         names: of the mechanisms; all when None.
         choosing: whether held-out items are kept for a choice even where one learning rate is given.
+        prepare: what a model is trained in, as beside its teacher, where that is not the model alone.
     """
 
     def __init__(
@@ -219,8 +220,9 @@ class Work:
         names: Sequence[str] | None = None,
         *,
         choosing: bool = False,
+        prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
     ) -> None:
-        self.task, self.settings = task, settings
+        self.task, self.settings, self.prepare = task, settings, prepare
         self.frame = settings.frames[0] if frame is None else frame
         self.target = _target(task, settings)
         self.configs = {name: self._matched(name) for name in (settings.names if names is None else names)}
@@ -340,7 +342,7 @@ class Work:
 
     def _timed(self, config: Any, seconds: float) -> tuple[float, float]:
         """Seconds of a training step, with a little to spare, and of an evaluation."""
-        model = build(config, 0, self.settings.device)
+        model = self.prepare(build(config, 0, self.settings.device))
         timed = replace(self.train_config(TrainConfig.learning_rate, 0, 1_000_000), measure_memory=False)
         started = time.monotonic()
         runner = runner_of(self.task)
@@ -443,7 +445,7 @@ class Work:
         return round(budget.amount / self.flops_a_step(name))
 
     def flops_a_step(self, name: str) -> float:
-        model = build(self.configs[name], 0)
+        model = self.prepare(build(self.configs[name], 0, self.settings.device))
         config = replace(self.train_config(TrainConfig.learning_rate, 0, 1), measure_memory=False)
         # of the same operators on every machine: torch does not look into a native kernel
         with backends.only("torch"), flop_counter() as counter:
@@ -517,7 +519,7 @@ def best_threads(work: Work) -> int:
     for count in counts:
         torch.set_num_threads(count)
         few = TrainConfig(steps=6, batch_size=work.batch_size, measure_memory=False)
-        model = build(config, 0, work.settings.device)
+        model = work.prepare(build(config, 0, work.settings.device))
         history = runner_of(work.task).train(model, work.task, few, deadline=time.monotonic() + 5.0)
         # on a machine so busy that no step was done in time, any number is as good
         seconds[count] = statistics.median(point.seconds for point in history.curve) if history.curve else math.inf

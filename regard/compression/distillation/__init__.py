@@ -1,0 +1,54 @@
+"""Distillation: a small model learns from a large one.
+
+:mod:`losses` compares tensors of any models; :mod:`transkd` is TransKD for transformers of stages; :class:`Taught` puts a student
+and its teacher in one module that every training loop here trains. Distillation of attention weights between layers is
+:mod:`regard.training.distillation`.
+"""
+
+from __future__ import annotations
+
+from regard.compression.distillation.losses import (
+    attention_transfer_loss,
+    channel_loss,
+    context_loss,
+    feature_loss,
+    patient_layers,
+    patient_loss,
+    place_loss,
+    response_loss,
+)
+from regard.compression.distillation.teaching import METHODS, Method, ResponseConfig, Taught, read_method
+from regard.compression.distillation.transkd import (
+    GLMixer,
+    SelectiveFusion,
+    Stages,
+    TransKD,
+    TransKDConfig,
+    coarse_cross_entropy,
+    encoder_of,
+    recorded,
+)
+
+__all__ = [
+    "METHODS",
+    "GLMixer",
+    "Method",
+    "ResponseConfig",
+    "SelectiveFusion",
+    "Stages",
+    "Taught",
+    "TransKD",
+    "TransKDConfig",
+    "attention_transfer_loss",
+    "channel_loss",
+    "coarse_cross_entropy",
+    "context_loss",
+    "encoder_of",
+    "feature_loss",
+    "patient_layers",
+    "patient_loss",
+    "place_loss",
+    "read_method",
+    "recorded",
+    "response_loss",
+]

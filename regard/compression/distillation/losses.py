@@ -1,0 +1,159 @@
+"""Losses of distillation: what a student has to be like its teacher in.
+
+Every function is a mean over what it compares, in the dtype of the student, and gives the teacher no gradient. With the teacher's
+own numbers it is 0, and so is its gradient, but for :func:`feature_loss` behind a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Unsupported, at_least, one_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+POOLED = (4, 2, 1)
+"""Sides of the reduced maps that :func:`context_loss` compares beside the maps themselves."""
+
+
+def response_loss(
+    student: Float[Tensor, "... k"], teacher: Float[Tensor, "... k"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """T^2 KL(softmax(teacher / T), softmax(student / T)), averaged over all but the last axis (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        student, teacher: logits, classes last.
+        temperature: T > 0; the factor T^2 keeps the size of gradients.
+    """
+    _alike(student, teacher)
+    positive("temperature", temperature)
+    own, told = (x.flatten(0, -2).div(temperature).log_softmax(-1) for x in (student, teacher.detach()))
+    return temperature**2 * F.kl_div(own, told, reduction="batchmean", log_target=True)
+
+
+def feature_loss(
+    student: Float[Tensor, "... c"],
+    teacher: Float[Tensor, "... d"],
+    projection: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean squared difference of hidden states, the student's behind `projection` (TinyBERT, arXiv 1909.10351).
+
+    Args:
+        projection: from the student's width to the teacher's, learned beside the student; not needed for equal widths.
+    """
+    own = student if projection is None else projection(student)
+    _alike(own, teacher)
+    return F.mse_loss(own, teacher.detach())
+
+
+def attention_transfer_loss(student: Float[Tensor, "b h n m"], teacher: Float[Tensor, "b h n m"]) -> Float[Tensor, ""]:
+    """KL(teacher, student) of attention weights, averaged over queries and heads (MobileBERT, arXiv 2004.02984).
+
+    Args:
+        student, teacher: weights after the softmax, of as many heads; a key without weight costs nothing where the teacher has
+            none either.
+    """
+    _alike(student, teacher)
+    told, least = teacher.detach(), torch.finfo(student.dtype).tiny
+    return F.kl_div(student.clamp(min=least).log(), told, reduction="sum") / max(1, told[..., 0].numel())
+
+
+def patient_loss(
+    students: Sequence[Float[Tensor, "b c"]], teachers: Sequence[Float[Tensor, "b c"]]
+) -> Float[Tensor, ""]:
+    """Mean squared difference of pooled hidden states of length 1, over pairs of layers (PKD, arXiv 1908.09355).
+
+    Args:
+        students, teachers: the hidden state of [CLS], or another pooled one, after each pair of layers; :func:`patient_layers`
+            says which of the teacher's belong to the student's.
+    """
+    if len(students) != len(teachers) or not students:
+        raise Unsupported(
+            f"{len(students)} layers of a student for {len(teachers)} of its teacher",
+            supported="as many of both, 1 or more",
+        )
+    found = []
+    for own, told in zip(students, teachers, strict=True):
+        _alike(own, told)
+        found.append(F.mse_loss(F.normalize(own, dim=-1), F.normalize(told.detach(), dim=-1)))
+    return torch.stack(found).mean()
+
+
+def patient_layers(student: int, teacher: int, strategy: str = "skip") -> tuple[int, ...]:
+    """The teacher's layers (counted from 1) that the student's layers 1 to ``student - 1`` learn from.
+
+    Args:
+        student, teacher: how many layers they have. Both's last layers are left to the loss of their outputs.
+        strategy: ``skip`` every k-th layer, k = teacher / student, or the ``last`` ones before the last.
+    """
+    at_least("student", student, 2)
+    one_of("strategy", strategy, ("skip", "last"))
+    if teacher < student or (strategy == "skip" and teacher % student):
+        raise Unsupported(
+            f"{strategy} layers of {teacher} for a student of {student}",
+            supported="a multiple of the student's layers, or strategy='last' with no fewer than it has",
+            nearest="strategy='last'" if teacher >= student else f"a student of {teacher} layers",
+        )
+    if strategy == "last":
+        return tuple(range(teacher - student + 1, teacher))
+    return tuple(range(teacher // student, teacher, teacher // student))
+
+
+def context_loss(
+    students: Sequence[Float[Tensor, "b c h w"]], teachers: Sequence[Float[Tensor, "b c h w"]]
+) -> Float[Tensor, ""]:
+    """The hierarchical context loss (Knowledge Review, arXiv 2104.09044), summed over pairs of maps.
+
+    Of a pair it is ``(MSE + sum_l c_l MSE_l) / (1 + sum_l c_l)``, where MSE_l compares the means in l x l parts of the maps, for
+    those l of 4, 2 and 1 that are less than the height; c is 1/2 for the first of them and half of that for each that follows.
+    """
+    total = None
+    for own, told in zip(students, teachers, strict=True):
+        _alike(own, told)
+        told = told.detach()
+        loss, share, weights = F.mse_loss(own, told), 1.0, 1.0
+        for side in POOLED:
+            if side < own.shape[2]:
+                share /= 2
+                weights += share
+                pooled, expected = (F.adaptive_avg_pool2d(x, side) for x in (own, told))
+                loss = loss + share * F.mse_loss(pooled, expected)
+        loss = loss / weights
+        total = loss if total is None else total + loss
+    if total is None:
+        raise Unsupported("a context loss of no maps", supported="one pair or more")
+    return total
+
+
+def channel_loss(
+    student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """:func:`response_loss` of the places of each channel: where it is high (channel-wise distillation, arXiv 2011.13256)."""
+    _alike(student, teacher)
+    return response_loss(student.flatten(2), teacher.flatten(2), temperature)
+
+
+def place_loss(
+    student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """:func:`response_loss` of the channels of each place, as of classes."""
+    return response_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature)
+
+
+def positive(name: str, value: object) -> None:
+    """Raise Unsupported unless `value` is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise Unsupported(f"{name}={value!r}", supported="a number above 0", nearest=f"{name}=1")
+
+
+def _alike(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise Unsupported(
+            f"a student's {tuple(student.shape)} beside its teacher's {tuple(teacher.shape)}", supported="equal shapes"
+        )

@@ -1,0 +1,146 @@
+"""A student that is trained beside its teacher, by any loop that adds the losses of a model's result.
+
+::
+
+    method = read_method("transkd:variant=gl")
+    taught = Taught(student, teacher, method, task)
+    regard.training.train(taught, task, config)
+    save_pretrained(taught.student, folder)             # no parameter more than any other student
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression.distillation.losses import positive, response_loss
+from regard.compression.distillation.transkd import TransKD, TransKDConfig, encoder_of, recorded
+from regard.contract import Context, Result, Unsupported, at_least, check_options, closest
+from regard.models.blocks import evaluation_mode
+from regard.models.variants import read_options
+from regard.tasks import Task
+
+LOSS = "teacher"
+"""Name of the loss that a :class:`Taught` adds."""
+
+
+@dataclass(frozen=True)
+class ResponseConfig:
+    """The student learns the teacher's answers; see :func:`regard.compression.distillation.losses.response_loss`.
+
+    Attributes:
+        temperature: by which the logits of both are divided.
+        weight: of this loss beside the task's.
+    """
+
+    temperature: float = 4.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least("weight", self.weight, 0.0)
+        positive("temperature", self.temperature)
+
+
+Method = ResponseConfig | TransKDConfig
+METHODS: Mapping[str, type[ResponseConfig] | type[TransKDConfig]] = {
+    "response": ResponseConfig,
+    "transkd": TransKDConfig,
+}
+
+
+def read_method(text: str) -> Method:
+    """A method from how it is written: ``transkd``, ``response:temperature=2,weight=0.5``.
+
+    Raises:
+        Unsupported: for an unknown name or option, with the nearest.
+    """
+    name, _, options = (part.strip() for part in text.partition(":"))
+    if name not in METHODS:
+        known = list(METHODS)
+        raise Unsupported(f"distillation {name!r}", supported=", ".join(known), nearest=closest(name, known))
+    given = read_options(options, name)
+    check_options(METHODS[name], given, name)
+    return METHODS[name](**given)
+
+
+class Taught(nn.Module):
+    """A student and what is trained beside it; without a teacher in evaluation mode, where it is the student alone.
+
+    Args:
+        student, teacher: models of `task`. The teacher runs in evaluation mode and without gradients, and is no part of this
+            module: it is neither saved, nor counted, nor trained.
+        method: how the student learns from it.
+        task: whose classes both give.
+
+    Raises:
+        Unsupported: for tasks other than those that classify or segment images, and for models that the method does not fit.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, method: Method, task: Task) -> None:
+        super().__init__()
+        if (
+            task.objective not in ("classification", "segmentation")
+            or task.features is None
+            or len(task.grid or ()) != 2
+        ):
+            raise Unsupported(
+                f"distillation on the task {task.name}",
+                supported="tasks that classify or segment images, such as images and segmentation",
+                nearest="regard.compression.distillation, whose losses take any tensors",
+            )
+        assert task.num_classes is not None
+        self.student, self.method, self.classes = student, method, task.num_classes
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        some = next(student.parameters())
+        self.beside: TransKD | None = None
+        if isinstance(method, TransKDConfig):
+            own, told = (encoder_of(model).config for model in (student, teacher))
+            self.beside = TransKD(own, told, method).to(some.device, some.dtype)  # type: ignore[arg-type]
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher."""
+        return self._teacher[0]
+
+    @property
+    def config(self) -> TaughtConfig:
+        """What a training loop reads of it."""
+        return TaughtConfig({**getattr(self.student.config, "loss_weights", {}), LOSS: 1.0})
+
+    def forward(self, inputs: Tensor, *, context: Context | None = None) -> Result:
+        """The student's result, in training with the loss ``teacher``."""
+        if not self.training:
+            return self.student(inputs, context=context)
+        result, loss = (self._stages if self.beside is not None else self._responses)(inputs, context)
+        return Result(
+            result.output, result.state, {**result.losses, LOSS: (loss, torch.ones_like(loss))}, result.extras
+        )
+
+    def _told(self, inputs: Tensor, context: Context | None) -> Result:
+        with torch.no_grad(), evaluation_mode(self.teacher):
+            return self.teacher(inputs, context=context)
+
+    def _stages(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
+        assert self.beside is not None
+        with recorded(encoder_of(self.teacher)) as told:
+            self._told(inputs, context)
+        with recorded(encoder_of(self.student)) as own:
+            result = self.student(inputs, context=context)
+        return result, self.beside.loss(own, told)
+
+    def _responses(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
+        assert isinstance(self.method, ResponseConfig)
+        told = self._told(inputs, context).output
+        result = self.student(inputs, context=context)
+        own, told = (x.unflatten(-1, (-1, self.classes)) for x in (result.output, told))  # a patch has several pixels
+        return result, self.method.weight * response_loss(own, told, self.method.temperature)
+
+
+@dataclass(frozen=True)
+class TaughtConfig:
+    """The weights of the losses of a :class:`Taught`."""
+
+    loss_weights: Mapping[str, float]
