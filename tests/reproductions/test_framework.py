@@ -294,3 +294,10 @@ def test_text_said_twice_asks_for_the_second_half_alone():
     assert torch.equal(batch.inputs[:, :10], batch.inputs[:, 10:])
     assert (batch.targets[:, :9] == IGNORED).all()
     assert torch.equal(batch.targets[:, 9:], batch.inputs.roll(-1, 1)[:, 9:])
+
+
+def test_a_measurement_may_not_be_called_as_a_fact_of_cells(example, store):
+    made = get_reproduction("example")
+    object.__setattr__(made, "run_cell", lambda setting, seed: {"seconds": 1.0})
+    with pytest.raises(ValueError, match="seconds"):
+        run(plan(["example"], 1), store)

@@ -69,6 +69,9 @@ def run_cell(reproduction: Reproduction, setting: Setting, seed: int) -> dict[st
             measured = reproduction.run_cell(setting, seed)
     finally:
         torch.set_num_threads(threads)
+    taken = set(measured) & set(_OF_A_CELL)
+    if taken:
+        raise ValueError(f"a measurement called {sorted(taken)[0]!r}, which is a fact of each cell")
     return {name: _finite(value) for name, value in measured.items()}
 
 
