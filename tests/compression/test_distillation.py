@@ -271,7 +271,7 @@ def test_a_taught_student_is_alone_in_evaluation_and_its_teacher_stays_as_it_was
     assert all(point.auxiliary > 0 for point in history.curve)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters()) and teacher.training
-    assert not any(name.startswith("teacher") for name in taught.state_dict())
+    assert all(name.startswith(("student.", "beside.")) for name in taught.state_dict())
     assert any(not torch.equal(value, own[name]) for name, value in student.state_dict().items())
     batch = next(iter(task.evaluation_batches(2)))
     alone = copy.deepcopy(student).eval()
