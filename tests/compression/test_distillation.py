@@ -111,8 +111,8 @@ def recorded_stages(of: dict[str, Tensor], kind: str = "") -> Stages:
 
 
 def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
-    told, module = load("transkd_base"), transkd()
-    module.load_state_dict(official("transkd_base"))
+    told, module = load("vision_transkd_base"), transkd()
+    module.load_state_dict(official("vision_transkd_base"))
     own, teacher = recorded_stages(told), recorded_stages(told, "teacher_")
     maps, embeddings = module(own)
     for i in range(4):
@@ -129,7 +129,7 @@ def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
         close(own.maps[i].grad, told[f"grad_map{i}"], 1e-11)
         close(own.embeddings[i].grad, told[f"grad_embedding{i}"], 1e-11)
 
-    module.load_state_dict(official("transkd_base"))
+    module.load_state_dict(official("vision_transkd_base"))
     module.eval()
     for i, found in enumerate(module.fuse([x[:1] for x in own.maps])):  # one image has a squeeze of its own
         close(found, told[f"single_map{i}"])
@@ -137,8 +137,8 @@ def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
 
 @pytest.mark.parametrize("variant", ["gl", "ea"])
 def test_mixed_and_assisted_embeddings_are_the_official_ones(variant: str) -> None:
-    told, module = load(f"transkd_{variant}"), transkd(variant=variant)
-    module.load_state_dict(official(f"transkd_{variant}"))
+    told, module = load(f"vision_transkd_{variant}"), transkd(variant=variant)
+    module.load_state_dict(official(f"vision_transkd_{variant}"))
     for i, found in enumerate(module.align(recorded_stages(told))):
         close(found, told[f"out_embedding{i}"])
 
