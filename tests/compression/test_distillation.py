@@ -111,8 +111,8 @@ def recorded_stages(of: dict[str, Tensor], kind: str = "") -> Stages:
 
 
 def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
-    told, module = load("transkd_base"), transkd()
-    module.load_state_dict(official("transkd_base"))
+    told, module = load("vision_transkd_base"), transkd()
+    module.load_state_dict(official("vision_transkd_base"))
     own, teacher = recorded_stages(told), recorded_stages(told, "teacher_")
     maps, embeddings = module(own)
     for i in range(4):
@@ -129,7 +129,7 @@ def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
         close(own.maps[i].grad, told[f"grad_map{i}"], 1e-11)
         close(own.embeddings[i].grad, told[f"grad_embedding{i}"], 1e-11)
 
-    module.load_state_dict(official("transkd_base"))
+    module.load_state_dict(official("vision_transkd_base"))
     module.eval()
     for i, found in enumerate(module.fuse([x[:1] for x in own.maps])):  # one image has a squeeze of its own
         close(found, told[f"single_map{i}"])
@@ -137,8 +137,8 @@ def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
 
 @pytest.mark.parametrize("variant", ["gl", "ea"])
 def test_mixed_and_assisted_embeddings_are_the_official_ones(variant: str) -> None:
-    told, module = load(f"transkd_{variant}"), transkd(variant=variant)
-    module.load_state_dict(official(f"transkd_{variant}"))
+    told, module = load(f"vision_transkd_{variant}"), transkd(variant=variant)
+    module.load_state_dict(official(f"vision_transkd_{variant}"))
     for i, found in enumerate(module.align(recorded_stages(told))):
         close(found, told[f"out_embedding{i}"])
 
@@ -271,7 +271,7 @@ def test_a_taught_student_is_alone_in_evaluation_and_its_teacher_stays_as_it_was
     assert all(point.auxiliary > 0 for point in history.curve)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters()) and teacher.training
-    assert not any(name.startswith("teacher") for name in taught.state_dict())
+    assert all(name.startswith(("student.", "beside.")) for name in taught.state_dict())
     assert any(not torch.equal(value, own[name]) for name, value in student.state_dict().items())
     batch = next(iter(task.evaluation_batches(2)))
     alone = copy.deepcopy(student).eval()
