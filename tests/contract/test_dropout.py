@@ -12,7 +12,8 @@ ROWS = 100
 NOT_LINEAR = {("combiner", v) for v in ("rows", "rows, weighted sums", "rows, projected sums")}
 NOT_LINEAR |= {("diagonal", v) for v in ("relu", "relu window", "window", "normed")}
 NOT_LINEAR |= {("ninformer", v) for v in ("", *get_mechanism("ninformer").variants)}
-"""A second network or a norm comes after what is dropped, so that the mean of the outputs is another."""
+NOT_LINEAR |= {("hard_softmax", v) for v in ("", *get_mechanism("hard_softmax").variants)}
+"""A second network, a norm or a choice of the largest comes after what is dropped, so that the mean of the outputs is another."""
 CELLS = [
     (n, v, p)
     for n in list_mechanisms(where=lambda card: "dropout" in card.honours)
