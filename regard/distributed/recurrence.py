@@ -70,8 +70,6 @@ class DistributedRecurrence:
                 supported="recurrent mechanisms (regard list --recurrent)",
                 nearest="DistributedAttention, for softmax",
             )
-        if isinstance(group, torch.distributed.DeviceMesh):
-            group = group.get_group()
         self.ranks = Ranks.of(ranks, group)
         combines = self.card.combines_with(self.config)
         if hand_over is not None:
