@@ -26,6 +26,7 @@ from regard.contract import (
 from regard.create import create_layer
 
 if TYPE_CHECKING:  # what is imported when it is asked for, for editors and type checkers
+    from regard import distributed as distributed
     from regard import functional as functional
     from regard import models as models
     from regard.compression.compress import compress as compress
@@ -43,6 +44,7 @@ _LAZY = {
     "advise": "regard.workbench.advise",
     "compare": "regard.workbench.compare",
     "compress": "regard.compression.compress",
+    "distributed": "regard.distributed",
     "functional": "regard.functional",
     "models": "regard.models",
     "profile": "regard.workbench.profile",

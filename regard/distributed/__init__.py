@@ -2,6 +2,8 @@
 
 - :mod:`regard.distributed.attention`: softmax attention by four schedules, which are in :mod:`regard.distributed.schemes`;
 - :mod:`regard.distributed.recurrence`: recurrent mechanisms, whose states combine as :mod:`regard.distributed.states` says;
+- :mod:`regard.distributed.context_parallel`: language models on sequences that ranks share;
+- :mod:`regard.distributed.streaming`: keys and values in files;
 - :mod:`regard.distributed.plans`: what they cost, by closed forms;
 - :mod:`regard.distributed.layouts`: which rank has which tokens;
 - :mod:`regard.distributed.communicators`: ranks of `torch.distributed`, and virtual ones in one process.

@@ -66,7 +66,7 @@ class DistributedAttention:
         one_of("scheme", scheme, SCHEMES)
         if grid is not None and scheme != "grid":
             raise Unsupported(f"scheme={scheme!r} with a grid", supported="scheme='grid'", nearest="grid=None")
-        if isinstance(group, dist.DeviceMesh):
+        if isinstance(group, dist.DeviceMesh) and group.ndim > 1:
             group, grid = _of_mesh(group, scheme, grid)
         self.ranks = Ranks.of(ranks, group)
         self.scheme, self.causal, self.scale, self.backend = scheme, causal, scale, backend
@@ -191,8 +191,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _of_mesh(mesh: dist.DeviceMesh, scheme: str, grid: tuple[int, int] | None) -> tuple[Any, tuple[int, int] | None]:
     """The process group of a mesh, and the grid that it is."""
-    if mesh.ndim == 1:
-        return mesh.get_group(), grid
     everyone = torch.arange(dist.get_world_size())
     if mesh.ndim == 2 and scheme == "grid" and grid is None and torch.equal(mesh.mesh.flatten().cpu(), everyone):
         return dist.group.WORLD, (mesh.shape[0], mesh.shape[1])

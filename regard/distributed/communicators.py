@@ -84,10 +84,10 @@ class Ranks:
 
     @classmethod
     def of(cls, ranks: int | None, group: Any) -> Ranks:
-        """Virtual ranks, or those of a process group; of the default one when neither is given.
+        """Virtual ranks, or those of a process group or mesh of one axis; of the default group when neither is given.
 
         Raises:
-            Unsupported: for both, and for neither where `torch.distributed` is not initialised.
+            Unsupported: for both, a mesh of more axes, and for neither where `torch.distributed` is not initialised.
         """
         if ranks is not None:
             if group is not None:
@@ -101,6 +101,12 @@ class Ranks:
                 supported="torch.distributed.init_process_group(...) in a process of torchrun",
                 nearest="ranks=2, for virtual ranks in this process",
             )
+        if isinstance(group, dist.DeviceMesh):
+            if group.ndim != 1:
+                raise Unsupported(
+                    f"a mesh of {group.ndim} axes", supported="one axis", nearest="mesh['name of an axis']"
+                )
+            group = group.get_group()
         group = dist.group.WORLD if group is None else group
         here = dist.get_rank(group)
         if here < 0:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from regard.contract import Context, Mechanism, Result, Unsupported
 from regard.core.precision import wide
 from regard.distributed.attention import DistributedAttention
-from regard.distributed.communicators import Ranks
+from regard.distributed.communicators import Ranks, Traffic, swap
 from regard.distributed.layouts import Layout
 from regard.distributed.recurrence import DistributedRecurrence
 from regard.layers.attention import AttentionLayer
@@ -39,9 +40,10 @@ class ContextParallel:
     recurrent ones hand their states along by :class:`DistributedRecurrence`. On virtual ranks the model sees all tokens, and
     its layers mix them in pieces.
 
+    Short convolutions begin with the last tokens of the rank before.
+
     Args:
-        model: with layers of plain softmax attention or of recurrent mechanisms, without short convolutions, dropout or
-            auxiliary losses.
+        model: with layers of plain softmax attention or of recurrent mechanisms, without dropout or auxiliary losses.
         scheme: of softmax layers.
         ranks, group: as of :class:`DistributedAttention`.
 
@@ -61,7 +63,8 @@ class ContextParallel:
             raise Unsupported(
                 "context parallelism with dropout or inserted tokens", supported="dropout=0, no landmarks"
             )
-        self.zigzag = all(softmax)  # states go along the sequence, in one piece a rank
+        # states and convolutions go along the sequence, in one piece a rank
+        self.zigzag = all(softmax) and not any(layer.convolutions for layer in layers)
         self.mixers: list[tuple[AttentionLayer, DistributedAttention | DistributedRecurrence]] = []
         for layer, plain in zip(layers, softmax, strict=True):
             if plain:
@@ -86,6 +89,7 @@ class ContextParallel:
         places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         length, context = ids.shape[1], Context()
         if self.ranks.group is not None:
+            self._check_length(length)
             layout, here = self.layout(length), self.ranks.local[0]
             ids, targets, places = (layout.take(x, here, 1) for x in (ids, targets, places))
             context = Context(positions=places)
@@ -110,6 +114,16 @@ class ContextParallel:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 dist.all_reduce(parameter.grad, group=self.ranks.group)
 
+    def _check_length(self, length: int) -> None:
+        convolutions: list[Any] = [c for layer, _ in self.mixers for c in layer.convolutions]
+        widest = max((c.width for c in convolutions), default=1) - 1
+        least = min(self.layout(length).size(rank) for rank in range(self.ranks.count))
+        if least < widest:
+            raise Unsupported(
+                f"{least} tokens on a rank whose convolutions look {widest} back",
+                supported="longer sequences, fewer ranks",
+            )
+
     @contextmanager
     def _mixing(self, length: int) -> Iterator[None]:
         def mixing(over: DistributedAttention | DistributedRecurrence) -> Any:
@@ -121,23 +135,58 @@ class ContextParallel:
 
             return mix
 
+        hooks = []
         for layer, over in self.mixers:
             layer.mix = mixing(over)
+            if self.ranks.group is not None:
+                hooks += [c.register_forward_pre_hook(self._begin) for c in layer.convolutions]
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for layer, _ in self.mixers:
                 del layer.mix
+
+    def _begin(self, convolution: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A convolution's inputs, with the last ones of the rank before."""
+        x, lengths, _ = given
+        return x, lengths, _Before.apply(self.ranks, convolution.width - 1, x)
+
+
+class _Before(torch.autograd.Function):
+    """The last tokens (B, count, C) of the rank before; zeros on the first rank."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, count: int, x: Tensor) -> Tensor:
+        ctx.ranks, ctx.count, ctx.shape = ranks, count, x.shape
+        return _passed(ranks, x[:, x.shape[1] - count :], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        last = _passed(ctx.ranks, grad, -1)
+        return None, None, F.pad(last, (0, 0, ctx.shape[1] - ctx.count, 0))
+
+
+def _passed(ranks: Ranks, x: Tensor, by: int) -> Tensor:
+    """What the rank `by` before this one has passed on; zeros where there is none."""
+    (here,) = ranks.local
+    target, source = here + by, here - by
+    found = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    sends = {target: [x]} if 0 <= target < ranks.count else {}
+    ranks.run([swap(sends, {source: [found]} if 0 <= source < ranks.count else {})], [Traffic()])
+    return found
 
 
 def _check_layer(layer: Any) -> str:
     """The mechanism of a layer that ranks can share."""
-    if type(layer) is not AttentionLayer or layer.convolutions or layer.merge is not None:
+    if type(layer) is not AttentionLayer or layer.merge is not None:
         raise Unsupported(
             f"context parallelism of {getattr(getattr(layer, 'card', None), 'name', type(layer).__name__)}, whose layer mixes "
             "tokens in other ways too",
-            supported="attention layers without short convolutions",
-            nearest='("gated_linear", {"short_convolution": 0})',
+            supported="softmax, and recurrent mechanisms in the common shell of attention layers",
+            nearest="gated_linear",
         )
     if layer.card.name == "softmax" and layer.config != layer.card.config():
         raise Unsupported(f"context parallelism of softmax with {layer.config}", supported="no window, softcap or sink")

@@ -70,8 +70,6 @@ class DistributedRecurrence:
                 supported="recurrent mechanisms (regard list --recurrent)",
                 nearest="DistributedAttention, for softmax",
             )
-        if isinstance(group, torch.distributed.DeviceMesh):
-            group = group.get_group()
         self.ranks = Ranks.of(ranks, group)
         combines = self.card.combines_with(self.config)
         if hand_over is not None:
@@ -120,6 +118,13 @@ class DistributedRecurrence:
                 f"inputs of {sorted(sizes)} tokens", supported="as many queries as keys, 1 or more inputs"
             )
         (tokens,) = sizes
+        if self.hand_over == "scan" and self.card.combines_with(self.config) == "matrix":
+            wide = [name for name in given if name != "v" and self.card.axes[name].endswith("v")]
+            if wide:
+                raise Unsupported(
+                    f"a scan over states of {self.card.name} with {', '.join(wide)}, whose columns differ",
+                    supported="hand_over='order'",
+                )
         virtual = self.ranks.group is None
         length = tokens * (1 if virtual else self.ranks.count) if length is None else length
         layout = self.layout(length)

@@ -304,6 +304,11 @@ def cost(shape: Shape, config: Any) -> Cost:
     )
 
 
+def combines(config: Config) -> str:
+    """A running softmax, whose states would have to tell how much was forgotten."""
+    return "" if config.forget < 1 else "softmax"
+
+
 MECHANISM = Mechanism(
     name="aaren",
     aliases=("attention_as_rnn", "attention_rnn"),
@@ -336,7 +341,7 @@ MECHANISM = Mechanism(
     },
     engine="softmax_scan",
     state=ScanState,
-    combines=lambda config: "" if config.forget < 1 else "softmax",
+    combines=combines,
     cost=cost,
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),

@@ -390,6 +390,12 @@ def sample_inputs(
 KIMI_DELTA = {"gated": True, "gate": "diagonal", "output_gate": "sigmoid"}
 """Kimi Delta Attention (arXiv 2510.26692); its output gate has the rank of a value head besides (`output_gate_rank`)."""
 
+
+def combines(config: Config) -> str:
+    """Products of matrices; with a rate for each value feature they would differ between these."""
+    return "" if config.vector_beta else "matrix"
+
+
 MECHANISM = Mechanism(
     name="delta_rule",
     aliases=("deltanet", "delta_net", "delta", "gated_delta_rule", "kda", "kimi_delta", "kimi_delta_attention"),
@@ -429,7 +435,7 @@ MECHANISM = Mechanism(
     },
     engine="gated_recurrence",
     state=MatrixState,
-    combines=lambda config: "" if config.vector_beta else "matrix",
+    combines=combines,
     cost=cost,
     weights="implicit",
     domains={"beta": "unit", "log_decay": "log_decay", "value_beta": "unit"},

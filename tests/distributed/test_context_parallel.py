@@ -14,7 +14,7 @@ def model(plan, **options):
     return shaken(LanguageModel(LanguageModelConfig(11, dim=16, plan=plan, num_heads=2, **options)))
 
 
-@pytest.mark.parametrize("plan", [["softmax"] * 2, ["gated_linear", "softmax"]])
+@pytest.mark.parametrize("plan", [["softmax"] * 2, ["delta_rule", "softmax"]])
 def test_loss_and_gradients_are_those_of_one_rank(plan):
     whole, ids = model(plan), torch.randint(11, (2, 13))
     expected = whole.loss(ids)
@@ -29,7 +29,7 @@ def test_loss_and_gradients_are_those_of_one_rank(plan):
 
 
 def test_models_whose_layers_do_more_are_refused_in_words():
-    refused("short convolutions", ContextParallel, model(["delta_rule"]), ranks=2)
+    refused("in other ways", ContextParallel, model(["mamba2"]), ranks=2)
     refused("window", ContextParallel, model([("softmax", {"window": (2, 0)})]), ranks=2)
     refused("grows with the sequence", ContextParallel, model(["sigmoid"]), ranks=2)
     refused("dropout", ContextParallel, model(["softmax"], dropout=0.1), ranks=2)

@@ -81,3 +81,5 @@ def test_what_cannot_be_is_refused_in_words():
     refused("keys of linear|key", DistributedRecurrence("linear", ranks=2), {"q": x, "key": x, "v": x})
     refused("5, 6", DistributedRecurrence("linear", ranks=2), {"q": x[:, :, :5], "k": x, "v": x})
     refused("6 tokens of 7", DistributedRecurrence("linear", ranks=2), {"q": x, "k": x, "v": x}, length=7)
+    given = {"q": x, "k": x, "v": x, "value_beta": x.sigmoid()}
+    refused("value_beta, whose columns differ", DistributedRecurrence("delta_rule", ranks=2), given)
