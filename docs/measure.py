@@ -51,7 +51,7 @@ from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 DATA = Path(__file__).parent / "data"
 TESTS = tuple(
     Path(__file__).parents[1] / "tests" / place
-    for place in ("mechanisms", "positions", "compression/test_sparse.py", "compression/test_distillation.py")
+    for place in ("mechanisms", "positions", "compression/test_sparse.py", "compression/test_distilled.py")
 )
 RECORDINGS = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
 COMPARISONS = ("close", "assert_close", "relative_error")
