@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard import backends
+from regard.measurement.flops import flop_counter
 from regard.measurement.timing import interleaved
 from regard.models.vision import create_backbone
 from regard.training import keep_freed_memory
@@ -51,8 +51,8 @@ LINEAR = ("van_b0", "biformer_t", "agent_deit_t", "vim_t", "vmamba_t", "agent_pv
 
 
 def flops(model: nn.Module, images: torch.Tensor) -> float:
-    """Of products and convolutions, as torch counts them where no native kernel hides them."""
-    with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
+    """Of products and convolutions, fused attention among them, where no native kernel hides them."""
+    with torch.no_grad(), backends.only("torch"), flop_counter() as counter:
         model(images)
     return float(counter.get_total_flops())
 
