@@ -34,8 +34,15 @@ MECHANISMS = (
 )
 RADII = (1.0, 4.0)
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"steps": 300, "batch_size": 64, "items": 256, "draws": 1000},
-    "small": {"steps": 5000, "batch_size": 256, "items": 1024, "draws": 1000},
+    "tiny": {"steps": 250, "batch_size": 64, "items": 256, "draws": 1000, "learning_rate": 3e-2, "descents": [5]},
+    "small": {
+        "steps": 5000,
+        "batch_size": 256,
+        "items": 1024,
+        "draws": 1000,
+        "learning_rate": 1e-2,
+        "descents": [2, 5, 20],
+    },
 }
 
 
@@ -45,9 +52,7 @@ def make(chosen: Chosen) -> Reproduction:
         "cell": "learner",
         "n": KEYS,
         "d": WIDTH,
-        "learning_rate": 1e-2,
-        "descents": [2, 5, 20],
-        **{name: sizes[name] for name in ("steps", "batch_size", "items")},
+        **{name: size for name, size in sizes.items() if name != "draws"},
     }
     settings: dict[str, Setting] = {
         "derivatives": {"cell": "derivatives", "n": 12, "d": 5, "draws": 8},
