@@ -138,7 +138,7 @@ def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str,
     if pattern is not Pattern.CAUSAL_SELF or own not in known:  # what no task tells
         return _keeps_all(card, pattern, length)
     seen, total = reach(card.name, pattern, length)
-    if seen < total:
+    if seen < total and length > RecallTask().length:  # up to there the task itself has told
         return Finding(False, f"a token sees {seen} of {total} tokens", "measured")
     said = f"accuracy {known[own]:.2f} on the recall task {frames[own]}"
     if known[own] < SOLVED <= known.get(other, 0.0):
