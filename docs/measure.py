@@ -388,6 +388,7 @@ def main() -> None:
         "scaling": measure_scaling,
         "integrations": measure_integrations,
         "ranking": measure_ranking,
+        "studies": measure_studies,
     }
     for name in chosen:
         if name not in measures:
