@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+from regard import catalogue
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look for kernels of its models in the network
 
 _device_constructors()  # remembers the constructors that a device context steers, before any test replaces some
@@ -23,6 +25,14 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     """What regard measures about the machine under test load is not kept for the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _catalogue_as_it_was() -> Iterator[None]:
+    """Mechanisms that a file's tests enter (plugins, names with options) are not in the catalogue of the next file's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "_plugins", dict(catalogue._plugins))
         yield
 
 
