@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from studied import studies_page
+from tables import table
 
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
 from regard.contract import Cost, Kind, Mechanism, Pattern, Shape, spelled
@@ -81,7 +82,7 @@ def mechanism_page(
         _python(function_snippet(card)),
         _python(layer_snippet(card)),
         "## Patterns",
-        _table(("pattern", "", "why not"), [_pattern_row(card, p) for p in Pattern]),
+        table(("pattern", "", "why not"), [_pattern_row(card, p) for p in Pattern]),
         "## Inputs",
         _inputs(card),
         "## Options",
@@ -215,7 +216,7 @@ def _inputs(card: Mechanism) -> str:
     rows.append(("output", f"({', '.join(card.output)})", "", ""))
     letters = dict.fromkeys("".join(card.inputs.values()) + card.output)
     legend = ", ".join(f"{letter} {AXES[letter]}" for letter in letters if letter in AXES)
-    return _table(("tensor", "axes", "", "values"), rows) + f"\n\nAxes: {legend}."
+    return table(("tensor", "axes", "", "values"), rows) + f"\n\nAxes: {legend}."
 
 
 def _options(card: Mechanism) -> str:
@@ -226,7 +227,7 @@ def _options(card: Mechanism) -> str:
         rows.append((f"`{field.name}`", default, meanings.get(field.name, "")))
     if not rows:
         return (inspect.getdoc(card.config) or "No options.").splitlines()[0]
-    return _table(("option", "default", "meaning"), rows)
+    return table(("option", "default", "meaning"), rows)
 
 
 def attributes_of(docstring: str) -> dict[str, str]:
@@ -268,7 +269,7 @@ def _cost(card: Mechanism) -> str:
         growth = " The state keeps its size." if card.recurrent else " The state grows with the sequence."
     return (
         f"By the card, for one sequence with {HEADS} heads of {WIDTH} features, forward, without projections; "
-        f"a multiply-add is two operations.{growth}\n\n" + _table(headings, rows)
+        f"a multiply-add is two operations.{growth}\n\n" + table(headings, rows)
     )
 
 
@@ -299,7 +300,7 @@ def _facts(card: Mechanism) -> str:
         ("queries and keys of unequal number", "yes" if card.uneven else "refused in causal-self"),
         ("state", f"`{card.state.__name__}`" if card.state is not None else "none"),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _verified(card: Mechanism, cells: Cells) -> str:
@@ -318,7 +319,7 @@ def _verified(card: Mechanism, cells: Cells) -> str:
         f"- `{c['property']}` in {c['pattern']} ({c['dtype']}): {c['detail']}" for c in own if c["status"] == "waived"
     ]
     waivers = "\n\nWaived, with the reason:\n\n" + "\n".join(dict.fromkeys(waived)) if waived else ""
-    return f"{said}\n\n" + _table(("property", "", *COLUMNS), rows) + waivers
+    return f"{said}\n\n" + table(("property", "", *COLUMNS), rows) + waivers
 
 
 def _variants(card: Mechanism, measured: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -337,7 +338,7 @@ def _variants(card: Mechanism, measured: Sequence[Mapping[str, Any]]) -> list[st
         f"Every property but those of compiled and exported programs, with other options (`regard verify {card.name} "
     )
     said += "--variant all`). Largest errors; w: some cells are waived."
-    return ["### Variants", said, _table(headings, rows)]
+    return ["### Variants", said, table(headings, rows)]
 
 
 def _counted(found: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -378,7 +379,7 @@ def _tried(one: Mapping[str, Any]) -> list[str]:
     missing = f", missing: {', '.join(one['missing'])}" if one["missing"] and one["done"] else ""
     return [
         one["instead"],
-        _table(("expected", "measured ± standard error (what decides)", ""), rows),
+        table(("expected", "measured ± standard error (what decides)", ""), rows),
         *(f"{remark[0].upper()}{remark[1:].rstrip('.')}." for remark in remarks(one)),
         f"`regard reproduce {one['name']}`; {one['done']} of {one['planned']} cells{missing}.",
     ]
@@ -403,7 +404,7 @@ def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None)
         f"Measured with {measured}."
         if measured
         else "Not run in this build of the pages: `make reproductions` does it.",
-        _table(
+        table(
             ("claim", "", "paper", "verdict", "cells"),
             [
                 (
@@ -424,7 +425,7 @@ def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None)
             rows = [
                 [v if isinstance(v, str) else "" if v is None else f"{v:.3g}" for v in r.values()] for r in one["table"]
             ]
-            parts += [_drawn(one), _table(tuple(one["table"][0]), rows)]
+            parts += [_drawn(one), table(tuple(one["table"][0]), rows)]
     return _page(filter(None, parts))
 
 
@@ -493,7 +494,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
             (_link(m), *(_mark([c for c in cells if (c["mechanism"], c["property"]) == (m, n)]) for n in names))
             for m in shown
         ]
-        marks += [f"### Of the {level}", _table(("mechanism", *(n.replace("_", " ") for n in names)), rows)]
+        marks += [f"### Of the {level}", table(("mechanism", *(n.replace("_", " ") for n in names)), rows)]
     waived = [
         (_link(c["mechanism"]), c["pattern"], f"`{c['property']}`", c["dtype"], c["detail"])
         for c in cells
@@ -503,7 +504,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         *head,
         *([f"Measured with {measured}."] if measured else []),
         "## By mechanism",
-        _table(("mechanism", "cells", "waived", "failed", *OTHER_OPTIONS, *COLUMNS), overview),
+        table(("mechanism", "cells", "waived", "failed", *OTHER_OPTIONS, *COLUMNS), overview),
         "Cells are those of the default options. A card's variants are further sets of options, which together have every "
         "value that an option takes; the page of a mechanism lists them with their errors. Random cases draw options, "
         "sizes, padding and the places where a sequence is cut (`regard verify NAME --random 200`).",
@@ -512,9 +513,9 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         "w: waived with a reason in some pattern; -: does not apply. The page of a mechanism has all dtypes.",
         *marks,
         "## What the properties say",
-        _table(("property", "meaning", "of"), [(f"`{p.name}`", p.meaning, p.level) for p in PROPERTIES]),
+        table(("property", "meaning", "of"), [(f"`{p.name}`", p.meaning, p.level) for p in PROPERTIES]),
         "## Waivers",
-        _table(("mechanism", "pattern", "property", "dtype", "reason"), list(dict.fromkeys(waived)))
+        table(("mechanism", "pattern", "property", "dtype", "reason"), list(dict.fromkeys(waived)))
         if waived
         else "None.",
     ]
@@ -557,14 +558,14 @@ def integrations_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> s
     parts = [
         *head,
         f"Measured with {data['measured']}.",
-        _table(("mechanism", *(host.title for host in HOSTS.values())), rows),
+        table(("mechanism", *(host.title for host in HOSTS.values())), rows),
         f"Numbers are those of the default options{f' and of {other:,} further sets of options' if other else ''}.",
         "## What is compared",
-        _table(("check", "what differs by no more than", ""), limits),
+        table(("check", "what differs by no more than", ""), limits),
         "Other libraries' modules have no output norm, output gate or short convolution, so a swapped mechanism has none: "
         "`delta_rule`, `gated_linear` and `mlstm` have them in layers of `regard.create_layer`, where nothing says otherwise.",
         "## Refused, and why",
-        _table(("mechanism", "in", "reason"), reasons),
+        table(("mechanism", "in", "reason"), reasons),
     ]
     return _page(parts)
 
@@ -695,7 +696,7 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
     slower = [name for name, found in measured.items() if name != "softmax" and found["time over softmax"] > 1]
     parts += [
         f"Measured with {data['measured']}.",
-        _table(headings, rows),
+        table(headings, rows),
         f"## Growth that differs from the card's by more than {AGREES_WITHIN}",
         _why(otherwise, GROWS_OTHERWISE),
         "## Slower than softmax at the longest length",
@@ -744,7 +745,7 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
             f"## {task}",
             data["descriptions"][task].replace("\n", "; "),
             f"{len(own)} mechanisms, {done} scored runs. Costs at {at}.",
-            _table(headings, rows),
+            table(headings, rows),
         ]
         rule = data["baselines"].get(task)
         if rule:
@@ -809,7 +810,7 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     machines = sorted({f"{cell['cpu']} with {cell['threads']} threads" for cell in cells})
     parts += [
         f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained on {', '.join(machines)}.",
-        _table(headings, rows),
+        table(headings, rows),
     ]
     return parts
 
@@ -845,7 +846,7 @@ def _resolution(data: Mapping[str, Any] | None) -> list[str]:
     rows = [(name, *(shown(scores.get(side, ())) for side in sides)) for name, scores in found.items()]
     seeds = len({cell["seed"] for cell in data["cells"] if (cell["steps"], cell["items"]) == length})
     told = f"{length[0]:,} steps, {length[1]:,} test images, {seeds} seed{'s' * (seeds != 1)}."
-    return [*parts, told, _table(("positions", *(f"{side} pixels" for side in sides)), rows)]
+    return [*parts, told, table(("positions", *(f"{side} pixels" for side in sides)), rows)]
 
 
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
@@ -875,7 +876,7 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
             rows.append(
                 (f"`{entry['file'].removesuffix('.npz')}`", _source(entry), entry["call"], ", ".join(dtypes), shown)
             )
-        parts += [f"## {owner}", _table(("recording", "code", "call", "dtype", "error"), rows)]
+        parts += [f"## {owner}", table(("recording", "code", "call", "dtype", "error"), rows)]
     return _page(parts)
 
 
@@ -992,11 +993,11 @@ def index_page(
         "not measured, or not possible.",
         "Patterns: " + ", ".join(f"{short} {pattern.value}" for pattern, short in SHORT.items()) + ". State: numbers "
         "kept to decode the next token; *fixed* keeps its size, *grows* grows with the sequence.",
-        _table((*headings, *(f"{task} {arrow}" for task, arrow in tasks.items()), "claim at a small size"), rows),
+        table((*headings, *(f"{task} {arrow}" for task, arrow in tasks.items()), "claim at a small size"), rows),
     ]
     for title, members in families.items():
         listed = [(f"[{card.name}]({card.name}.md)", card.summary) for card in members]
-        parts += [f"## {title}", FAMILIES[title], _table(("mechanism", "what it does"), listed)]
+        parts += [f"## {title}", FAMILIES[title], table(("mechanism", "what it does"), listed)]
     return _page(parts)
 
 
@@ -1053,13 +1054,6 @@ def _codes(words: Iterable[str]) -> str:
 
 def _python(code: str) -> str:
     return f"```python\n{code}\n```"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return "\n".join([line(headings), "|" + " --- |" * len(headings), *map(line, rows)])
 
 
 def _read(path: Path) -> Any:

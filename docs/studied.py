@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from tables import table
 
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench.section_pages import cell, draw
@@ -40,15 +42,10 @@ def studies_page(data: Mapping[str, Any] | None) -> list[str]:
                 if svg is not None
             ]
             parts.append(
-                _table([list(one.rows[0]), *([cell(v) for v in row.values()] for row in one.rows)]) if one.rows else ""
+                table(list(one.rows[0]), [[cell(v) for v in row.values()] for row in one.rows]) if one.rows else ""
             )
         judged = [*record["needs"], *record["findings"]]
-        rows = [["expected", "measured ± standard error (what decides)", ""]]
-        rows += [[one["says"], measured_words(one), one["outcome"]] for one in judged]
-        parts += [_table(rows) if judged else "", "\n".join(f"- {remark}" for remark in remarks(record))]
+        rows = [[one["says"], measured_words(one), one["outcome"]] for one in judged]
+        headings = ("expected", "measured ± standard error (what decides)", "")
+        parts += [table(headings, rows) if judged else "", "\n".join(f"- {remark}" for remark in remarks(record))]
     return list(filter(None, parts))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(str(v).replace("|", "\\|") for v in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

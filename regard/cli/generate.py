@@ -148,8 +148,13 @@ def _stream(model: Any, ids: Tensor, tokens: int, sampling: dict[str, Any]) -> I
 
 
 def _stops(model: Any) -> tuple[int, ...]:
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return (found,) if isinstance(found, int) else tuple(found or ())
+    from regard.models import LanguageModel
+
+    if isinstance(model, LanguageModel):
+        return ()
+    from regard.integrations.transformers.folders import stop_tokens
+
+    return stop_tokens(model)
 
 
 def _speculation(model: Any, draft: str, device: str, proposals: int) -> Speculation:

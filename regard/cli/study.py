@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.console import console, emit
+from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS, SHARD, TIMINGS
 from regard.cli.reproduce import cells_in, run_cells, tell_judged
 from regard.contract import Unsupported
@@ -55,7 +55,6 @@ def study(
         regard study attention-passes my_cascade.txt
         regard study cab --plugin my_module.py:MyAttention --mechanisms softmax,MyAttention
     """
-    from regard.catalogue import load_plugin
     from regard.measurement.sharding import shard
     from regard.reproductions import plan
     from regard.studies import get_study, list_studies, opened
@@ -67,7 +66,7 @@ def study(
         if module is not None and module["name"]:
             adopt(module["path"], module["name"])
         else:
-            load_plugin(file)
+            load_plugins([file])
     if name is None:
         found = [get_study(one) for one in list_studies()]
         told = [

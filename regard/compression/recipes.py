@@ -34,6 +34,7 @@ from regard.compression.pruning.steps import (
 from regard.compression.weights.limits import CALIBRATORS
 from regard.contract import Unsupported, at_least, check_options, closest, one_of
 from regard.layers.quantized import Format
+from regard.measurement.data_files import read_data
 from regard.models.variants import read_options
 
 ACCEPTED = "NAME, NAME:option=value,option=value, STEP + STEP, or a .yaml or .json file"
@@ -365,30 +366,12 @@ def _checked(steps: list[tuple[str, Any]]) -> Recipe:
 def _steps_in(path: Path) -> Any:
     if not path.is_file():
         raise Unsupported(f"the recipe {path}, which does not exist", supported=ACCEPTED, nearest="int8")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            found = _yaml(text, path)
-    except ValueError as error:
-        raise Unsupported(f"the recipe {path}, which cannot be read ({error})", supported="a list of steps") from None
+    found = read_data(path, f"the recipe {path}")
     if isinstance(found, Mapping) and set(found) == {"steps"}:
         found = found["steps"]
     if not isinstance(found, list):
         raise Unsupported(f"the recipe {path} with other contents", supported="a list of steps")
     return found
-
-
-def _yaml(text: str, path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise Unsupported(f"{path} without PyYAML", supported="pip install pyyaml", nearest="a .json file") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error).replace("\n", " ")) from None
 
 
 def _share(name: str, value: Any) -> None:

@@ -24,7 +24,6 @@ import dataclasses
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any
 from regard.catalogue import find_mechanism, get_mechanism, get_module, register, resolve
 from regard.contract import Mechanism, Unsupported, closest
 from regard.create import layer_options
+from regard.measurement.data_files import read_data
 from regard.models.vision import check_network, list_networks
 
 LAYER = re.compile(r"(?P<name>[^:*+\s]+)(?::(?P<options>.+?))?(?:\*(?P<count>\d+))?")
@@ -279,7 +279,7 @@ def written_layers(layers: Layers) -> str:
 
 
 def _from_file(path: Path) -> Variant:
-    found = _parsed(path)
+    found = read_data(path, f"variant {str(path)!r}")
     shape = "mechanism and options, or layers (a list of names or of tables with mechanism and options)"
     if not isinstance(found, Mapping) or not {"mechanism", "layers"} & set(found):
         raise Unsupported(f"variant {str(path)!r}", supported=f"a table with {shape}")
@@ -305,27 +305,3 @@ def _listed(entries: Any, name: str, path: Path) -> Layers:
         else:
             raise Unsupported(f"layer {entry!r} in {str(path)!r}", supported="a name, or mechanism and options")
     return tuple(layers)
-
-
-def _parsed(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unsupported(f"variant {str(path)!r}: it cannot be read ({error})", supported=ACCEPTED) from None
-    try:
-        if path.suffix == ".toml":
-            return tomllib.loads(text)
-        if path.suffix == ".json":
-            return json.loads(text)
-        import yaml  # not among what regard needs
-    except ImportError:
-        raise Unsupported(
-            f"variant {str(path)!r} without PyYAML", supported="pip install pyyaml", nearest="a .toml file"
-        ) from None
-    except ValueError as error:  # of TOML and JSON alike
-        raise Unsupported(f"variant {str(path)!r}: {error}", supported="valid TOML, JSON or YAML") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        said = str(error).replace("\n", " ")
-        raise Unsupported(f"variant {str(path)!r}: {said}", supported="valid TOML, JSON or YAML") from None

@@ -91,13 +91,11 @@ def _open_transformers(
     place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> Opened:
     from regard.integrations.transformers import RegardForCausalLM
-    from regard.integrations.transformers.folders import find_files, load_model, load_tokenizer
+    from regard.integrations.transformers.folders import find_files, load_model, load_tokenizer, stop_tokens
     from regard.serving.transformers import TransformersReader
 
     model = load_model(place, dtype=dtype, supported=SUPPORTED)
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    text = TransformersText(load_tokenizer(place, supported=SUPPORTED), stops, template)
+    text = TransformersText(load_tokenizer(place, supported=SUPPORTED), stop_tokens(model), template)
     model = model.to(device)
     inner = model.model if isinstance(model, RegardForCausalLM) else None
     gguf = find_files(place)[1].get("gguf_file")

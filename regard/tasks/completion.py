@@ -21,6 +21,7 @@ from regard.tasks.protocol import (
     Task,
     check_integer,
     counter_generator,
+    in_batches,
 )
 from regard.tasks.shapes import MESHES, on_mesh, read_mesh, superquadrics
 
@@ -85,11 +86,10 @@ class CompletionTask(Task):
         return self._drawn(counter_generator(seed, step, TRAINING), batch_size, held_out=False)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        check_integer("batch_size", batch_size, 1, 1 << 20)
         if self._scored is None:
             self._scored = self._drawn(counter_generator(self.seed, 0, EVALUATION), self._items, held_out=True)
-        for begin in range(0, self._items, batch_size):
-            yield self._scored.items(begin, min(begin + batch_size, self._items))
+        for rows in in_batches(self._items, batch_size):
+            yield self._scored.items(rows.start, rows.stop)
 
     def loss(self, output: Float[Tensor, "b n 3"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """CD-l1 of each item, in the shape's half sizes."""

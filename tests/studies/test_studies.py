@@ -54,9 +54,7 @@ def example(monkeypatch):
         refuses=lambda name: "it hears nothing" if name == "fnet" else None,
     )
     monkeypatch.setattr(catalogue, "_found", lambda: {study.name: study})
-    catalogue.list_studies.cache_clear()
-    yield ran
-    catalogue.list_studies.cache_clear()
+    return ran
 
 
 def test_a_study_runs_what_is_missing_and_tells_everything(capsys, example, tmp_path):

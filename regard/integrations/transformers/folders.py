@@ -63,6 +63,12 @@ def has_tokenizer(place: Path) -> bool:
     return bool(file) or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
+def stop_tokens(model: Any) -> tuple[int, ...]:
+    """Tokens after which a causal language model has said everything; none where it does not say."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return (found,) if isinstance(found, int) else tuple(found or ())
+
+
 def _loaded(of: Any, what: str, place: Path, folder: Path, supported: str, **options: Any) -> Any:
     with quietly():
         try:

@@ -15,8 +15,6 @@ max(R max(stages), sum of stages), with the stages of one micro-batch of B / R s
 from __future__ import annotations
 
 import dataclasses
-import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 from regard.contract import Unsupported, at_least, check_options
 from regard.layers.attention import AttentionLayer
+from regard.measurement.data_files import read_data
 from regard.models import LanguageModel, count_parameters
 from regard.serving.offload.layers import offloadable
 
@@ -342,7 +341,7 @@ def read_table(path: Path) -> Table:
     Raises:
         Unsupported: for a file that cannot be read, with what is wrong in it.
     """
-    found = _parsed(path)
+    found = read_data(path, f"the table {path}")
     known = ("devices", "network", "model")
     if not isinstance(found, Mapping) or not set(found) <= set(known) or not {"devices", "network"} <= set(found):
         raise Unsupported(f"the table {path}", supported=EXAMPLE)
@@ -365,25 +364,3 @@ def _made(kind: type[Any], values: Any, path: Path) -> Any:
         if field.name not in values and field.default is dataclasses.MISSING:
             raise Unsupported(f"{what} without {field.name}", supported=EXAMPLE)
     return kind(**values)
-
-
-def _parsed(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unsupported(f"the table {path}, which cannot be read ({error})", supported="a file") from None
-    try:
-        if path.suffix == ".toml":
-            return tomllib.loads(text)
-        if path.suffix == ".json":
-            return json.loads(text)
-        import yaml  # not among what regard needs
-    except ImportError:
-        raise Unsupported(f"{path} without PyYAML", supported="pip install pyyaml", nearest="a .json file") from None
-    except ValueError as error:  # of TOML and JSON alike
-        raise Unsupported(f"the table {path}: {error}", supported="valid JSON, TOML or YAML") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise Unsupported(f"the table {path}: {said}", supported="valid JSON, TOML or YAML") from None

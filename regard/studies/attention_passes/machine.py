@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported, closest
+from regard.measurement.data_files import read_data
 from regard.measurement.speeds import Speeds
 from regard.studies.attention_passes.analysis import tiles
 from regard.studies.attention_passes.executor import complete_sizes
@@ -95,25 +96,13 @@ def read_machine(given: str | Path) -> Machine:
     if not path.is_file():
         supported = f"{', '.join(SHIPPED)}, or a YAML file with the fields of one"
         raise Unsupported(f"machine {str(given)!r}", supported=supported, nearest=closest(str(given), SHIPPED))
-    return machine_of(_yaml(path), path.name)
+    return machine_of(read_data(path, f"machine {path.name}"), path.name)
 
 
 @functools.cache
 def _shipped(name: str) -> Machine:
     path = FOLDER / f"{name}.yaml"
-    return machine_of(_yaml(path), path.name)
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise Unsupported(f"{path.name} without PyYAML", supported="pip install pyyaml") from None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        told = str(error).replace("\n", " ")
-        raise Unsupported(f"machine {path.name}, which cannot be read ({told})", supported="YAML") from None
+    return machine_of(read_data(path, f"machine {path.name}"), path.name)
 
 
 def machine_of(found: Any, name: str = "machine") -> Machine:

@@ -15,7 +15,6 @@ from regard.workbench.sections import Points, Section
 FOLDER = Path(__file__).parents[1]
 
 
-@functools.cache
 def list_studies() -> tuple[str, ...]:
     """Names of all studies, sorted."""
     return tuple(sorted(_found()))

@@ -262,9 +262,9 @@ def stream_text(
         sampling: of :func:`regard.models.generation.sample`.
     """
     from regard.integrations.transformers import CACHE
+    from regard.integrations.transformers.folders import stop_tokens
 
-    stops = model.generation_config.eos_token_id
-    stops = {stops} if isinstance(stops, int) else set(stops or ())
+    stops = stop_tokens(model)
     cache, new = None, ids
     for _ in range(tokens):
         with torch.inference_mode():

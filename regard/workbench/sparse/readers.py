@@ -97,6 +97,7 @@ class OfTransformers:
 
     def __init__(self, path: Path) -> None:
         from regard.integrations import transformers as bridge
+        from regard.integrations.transformers.folders import stop_tokens
 
         opened = CausalModel(path, (), 2)
         self.cache_name, self.cache_class = bridge.CACHE, bridge.GrowingCache
@@ -105,8 +106,7 @@ class OfTransformers:
         self.model: nn.Module = model
         self.longest: int | None = getattr(model.config, "max_position_embeddings", None)
         self.config = model.config
-        stops: Any = model.generation_config.eos_token_id
-        self.stops = frozenset([stops] if isinstance(stops, int) else stops or ())
+        self.stops = frozenset(stop_tokens(model))
         self.chats = getattr(self.tokenizer, "chat_template", None) is not None
 
     def encode(self, text: str) -> list[int]:
