@@ -29,6 +29,7 @@ from regard.workbench import charts
 from regard.workbench.report import pages
 
 PAGE, FIGURES = "load.html", "load.json"
+TIMES = ("first_p50", "first_p99", "between_p50", "between_p99")
 FOREIGN_TOKENS = range(100, 20_000)
 """What prompts for servers of others are drawn from, whose vocabularies are not told: ordinary tokens in most."""
 
@@ -222,6 +223,12 @@ def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
     return {"p50": low, "p99": high}
 
 
+def _drawn(row: dict[str, Any], column: str) -> float | None:
+    """A figure as the pictures show it: times, which are kept in seconds, are drawn in milliseconds."""
+    value: float | None = row[column]
+    return 1e3 * value if column in TIMES and value is not None else value
+
+
 def save(rows: Sequence[dict[str, Any]], load: Load, folder: Path, model: str = "the model") -> Path:
     """Write the figures as JSON and as a page with pictures; the page's place."""
     clients = charts.Axis("clients at one time →", units.count, log=True, base=2)
@@ -233,25 +240,36 @@ def save(rows: Sequence[dict[str, Any]], load: Load, folder: Path, model: str = 
     ]
     notes = ("of all clients together", "half and 99 of 100 answers were faster", "half and 99 of 100 were faster")
     figures = [
-        {
-            "caption": caption,
-            "note": note,
-            "chart": charts.lines(
+        charts.Figure(
+            caption,
+            charts.lines(
                 f"load-{i}",
                 f"{caption} against load",
                 "One point for each number of clients.",
                 [
-                    charts.Series(n + 1, name, [(row["clients"], row[column]) for row in rows])
+                    charts.Series(n + 1, name, [(row["clients"], _drawn(row, column)) for row in rows])
                     for n, (name, column) in enumerate(columns)
                 ],
                 clients,
                 axis,
             ),
-        }
+            note,
+        )
         for i, ((caption, axis, columns), note) in enumerate(zip(wanted, notes, strict=True))
     ]
     record = {"model": model, "machine": provenance.fingerprint(), "load": load.as_record(), "rows": list(rows)}
-    page = pages(Path(__file__).parent / "templates").get_template("load.html.j2").render(**record, figures=figures)
+    cells = [
+        [
+            row["clients"],
+            units.count(row["tokens_per_second"]),
+            *("—" if time is None else units.milliseconds(time) for time in (_drawn(row, name) for name in TIMES)),
+            row["answers"],
+            row["errors"],
+        ]
+        for row in rows
+    ]
+    template = pages(Path(__file__).parent / "templates").get_template("load.html.j2")
+    page = template.render(**record, figures=figures, cells=cells)
     write_atomically(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
     write_atomically(folder / FIGURES, lambda path: path.write_text(text, encoding="utf-8"))

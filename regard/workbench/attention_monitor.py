@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import regard
 from regard.contract import Context, Result, Unsupported, valid_from_lengths
 from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
@@ -224,11 +223,7 @@ class AttentionMonitor:
 
     def write_page(self, path: Path, title: str) -> Path:
         """The sections as one HTML file."""
-        page = (
-            pages()
-            .get_template("attention.html.j2")
-            .render(title=title, sections=parts_of_page(self.sections()), version=regard.__version__)
-        )
+        page = pages().get_template("attention.html.j2").render(title=title, sections=parts_of_page(self.sections()))
         write_atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
         return path
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from markupsafe import Markup
 
@@ -267,6 +267,14 @@ def glyph(number: int) -> Markup:
     return Markup('<svg class="glyph" viewBox="-7 -7 14 14" aria-hidden="true">{}</svg>').format(
         marker(number, 0, 0, 5)
     )
+
+
+class Figure(NamedTuple):
+    """A picture with its words; ``chart`` is None where there is nothing to draw."""
+
+    caption: str
+    chart: Markup | None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+import regard
 from regard.catalogue import list_mechanisms
 from regard.contract import Unsupported
 from regard.measurement import units
@@ -140,7 +141,7 @@ def pages(*folders: Path) -> Environment:
         "tick": _or_dash(units.tick),
         "sortable": lambda value: value if is_number(value) else "",
     }
-    environment.globals["colours"] = range(charts.COLOURS)
+    environment.globals |= {"colours": range(charts.COLOURS), "version": regard.__version__}
     return environment
 
 

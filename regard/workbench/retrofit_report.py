@@ -15,7 +15,7 @@ from regard.models.variants import read_variant
 from regard.models.weights import write_atomically
 from regard.retrofit import card, read_record
 from regard.workbench import charts
-from regard.workbench.charts import Axis, Series
+from regard.workbench.charts import Axis, Figure, Series
 from regard.workbench.report import pages
 
 MODELS = ("original", "retrofit")
@@ -39,20 +39,23 @@ def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLik
 
 def render_retrofit(record: Mapping[str, Any]) -> str:
     """The page of a record as text."""
-    environment = pages()
     view = _View(record)
-    return environment.get_template("retrofit.html.j2").render(
-        record=record,
-        title=f"{record['from']['name']} with {record['settings']['mechanism']}",
-        swapped=card.numbers(record["swapped"]),
-        kept=card.numbers(record["kept"]),
-        trained=sum(record["trained_tokens"].values()),
-        positions=view.positions(),
-        costs=view.costs(),
-        training=view.training(),
-        sensitivity=record["sensitivity"],
-        rows=card.rows(record["results"]),
-        facts=_facts(record),
+    return (
+        pages()
+        .get_template("retrofit.html.j2")
+        .render(
+            record=record,
+            title=f"{record['from']['name']} with {record['settings']['mechanism']}",
+            swapped=card.numbers(record["swapped"]),
+            kept=card.numbers(record["kept"]),
+            trained=sum(record["trained_tokens"].values()),
+            positions=view.positions(),
+            costs=view.costs(),
+            training=view.training(),
+            sensitivity=record["sensitivity"],
+            rows=card.rows(record["results"]),
+            facts=_facts(record),
+        )
     )
 
 
@@ -83,7 +86,7 @@ class _View:
             dict(zip(MODELS, known.values(), strict=True)) if len(known) == 2 else {MODELS[0]: 0, MODELS[1]: 1}
         )
 
-    def positions(self) -> list[dict[str, Any]]:
+    def positions(self) -> list[Figure]:
         """A chart of perplexity for each text."""
         found = []
         for at, (source, its) in enumerate(self.results["perplexity"].items()):
@@ -93,19 +96,15 @@ class _View:
             place = Axis("position, up to", units.tokens, log=True, base=2)
             change = card.change(its)
             note = f"{its['blocks']} blocks of {its['length']} tokens; in all {change}."
-            found.append(
-                {"caption": source, "chart": self._lines(f"position-{at}", source, series, place, axis), "note": note}
-            )
+            found.append(Figure(source, self._lines(f"position-{at}", source, series, place, axis), note))
         return found
 
-    def costs(self) -> list[dict[str, Any]]:
+    def costs(self) -> list[Figure]:
         """State, prompt and token by length."""
         length = Axis("tokens", units.tokens, log=True, base=2)
         state = [self._series(m, [(int(n), s[m]) for n, s in self.results["state"].items()]) for m in MODELS]
         size = Axis("↑ bytes (less is up)", units.size, log=True, base=2, rising=False)
-        found = [
-            {"caption": "state of a sequence", "chart": self._lines("state", "state", state, length, size), "note": ""}
-        ]
+        found = [Figure("state of a sequence", self._lines("state", "state", state, length, size))]
         for what, words in (("prefill", "time of a prompt"), ("decoding", "time of a token after a prompt")):
             its = self.results[what]
             series = [self._series(m, [(int(n), 1000 * t[m]["median"]) for n, t in its.items()]) for m in MODELS]
@@ -113,10 +112,10 @@ class _View:
             note = ""
             if what == "decoding" and any(t["retrofit"]["from"] != "cache" for t in its.values()):
                 note = "The retrofit reads the whole sequence again at each token."
-            found.append({"caption": words, "chart": self._lines(what, words, series, length, axis), "note": note})
+            found.append(Figure(words, self._lines(what, words, series, length, axis), note))
         return found
 
-    def training(self) -> list[dict[str, Any]]:
+    def training(self) -> list[Figure]:
         """Losses of the stages, and what each layer loses alone."""
         losses, found = self.record["losses"], []
         step = Axis("step", units.tick)
@@ -131,18 +130,10 @@ class _View:
             for at, layer in enumerate(layers)
         ]
         share = Axis("share of the output's square", units.tick, log=True)
-        found.append(
-            {
-                "caption": "attention transfer",
-                "chart": self._lines("transfer", "attention transfer", curves, step, share),
-                "note": "",
-            }
-        )
+        found.append(Figure("attention transfer", self._lines("transfer", "attention transfer", curves, step, share)))
         tuned = [Series(1, "loss", list(enumerate(losses["tune"], 1)))]
         nats = Axis("nats a token", units.tick, log=True)
-        found.append(
-            {"caption": "whole model", "chart": self._lines("tune", "whole model", tuned, step, nats), "note": ""}
-        )
+        found.append(Figure("whole model", self._lines("tune", "whole model", tuned, step, nats)))
         known = self.record["sensitivity"]
         if known:
             points = sorted((int(layer), loss) for layer, loss in known.items())
@@ -155,9 +146,7 @@ class _View:
                 Axis("layer", units.tick),
                 Axis("nats a token lost with this layer alone", units.tick),
             )
-            found.append(
-                {"caption": "sensitivity", "chart": chart, "note": "A ring marks a layer that has new attention."}
-            )
+            found.append(Figure("sensitivity", chart, "A ring marks a layer that has new attention."))
         return found
 
     def _series(self, model: str, points: Sequence[tuple[float, float | None]]) -> Series:

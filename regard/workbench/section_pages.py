@@ -11,7 +11,7 @@ from markupsafe import Markup
 from regard.catalogue import list_mechanisms
 from regard.measurement import units
 from regard.workbench import charts
-from regard.workbench.charts import Axis, ScatterPoint, Series
+from regard.workbench.charts import Axis, Figure, ScatterPoint, Series
 from regard.workbench.sections import Curves, Heat, Picture, Section
 
 MOST_MARKED = 24
@@ -27,12 +27,12 @@ def parts_of_page(sections: Sequence[Section]) -> list[dict[str, Any]]:
             "says": part.says,
             "identity": _identity(part.title),
             "figures": [
-                (picture, draw(picture, f"{_identity(part.title)}-{at}", names))
+                Figure(picture.caption, draw(picture, f"{_identity(part.title)}-{at}", names), picture.note)
                 for at, picture in enumerate(part.pictures)
             ],
             "headings": list(part.rows[0]) if part.rows else [],
             "words": {name for row in part.rows for name, value in row.items() if isinstance(value, str)},
-            "rows": [{name: cell(value) for name, value in row.items()} for row in part.rows],
+            "rows": [[cell(row[name]) if name in row else "" for name in part.rows[0]] for row in part.rows],
         }
         for part in sections
     ]

@@ -9,6 +9,7 @@ import torch
 from command_line import answer, run
 
 from regard.contract import Unsupported
+from regard.measurement import units
 from regard.models import LanguageModel, LanguageModelConfig, save_pretrained
 from regard.serving.engine import Engine, Request
 from regard.serving.language import LanguageReader
@@ -94,6 +95,8 @@ def test_a_load_is_measured_and_drawn(capsys, tmp_path, trained):
     page = (tmp_path / "load" / "load.html").read_text()
     assert found["picture"].endswith("load.html") and len(re.findall("<svg class=.chart", page)) == 3
     assert "--paper" in page and ".k7" in page and "tiny under load" in page
+    for row in found["rows"]:
+        assert f">{units.milliseconds(1e3 * row['first_p99'])}<" in page, "the page gives times in another unit"
     assert json.loads((tmp_path / "load" / "load.json").read_text())["rows"] == found["rows"]
 
 

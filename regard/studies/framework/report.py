@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import regard
 from regard.models.weights import write_atomically
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench.report import pages
@@ -31,12 +30,11 @@ def write_study_report(record: Mapping[str, Any], path: str | os.PathLike[str]) 
 def render_study(record: Mapping[str, Any]) -> str:
     """The page of a record as text."""
     environment = pages(Path(__file__).parent / "templates")
-    judged = [(one, measured_words(one)) for one in [*record["needs"], *record["findings"]]]
+    judged = [(one["says"], measured_words(one), one["outcome"]) for one in [*record["needs"], *record["findings"]]]
     return environment.get_template("study.html.j2").render(
         record=record,
         sections=parts_of_page([section(one) for one in record["sections"]]),
         judged=judged,
         remarks=remarks(record),
         machines=sorted({one["machine"] for one in record["cells"] if one.get("machine")}) or [platform.machine()],
-        version=regard.__version__,
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
 from regard.workbench import charts
-from regard.workbench.charts import Axis, ScatterPoint, is_number
+from regard.workbench.charts import Axis, Figure, ScatterPoint, is_number
 from regard.workbench.lighter.study import Row, Study, recommend
 from regard.workbench.report import pages
 
@@ -44,26 +43,26 @@ def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Pat
         tolerance: of :func:`regard.workbench.lighter.study.recommend`.
     """
     best, sentence = recommend(study, tolerance)
-    environment = pages()
-    environment.filters["zip"] = zip
     everything = [study.original, *study.rows]
-    page = environment.get_template("lighter.html.j2").render(
-        study=study,
-        sentence=sentence,
-        command=None if best is None else f'regard compress {model} --recipe "{best}" --output small/',
-        figures=_figures(study, best),
-        labels=labels(study),
-        table=[
-            {"number": i, "best": row.recipe == best, "cells": cells(study, row)} for i, row in enumerate(everything)
-        ],
-        kept={name: why for row in study.rows for name, why in row.kept.items()},
-        glyph=charts.glyph,
+    page = (
+        pages()
+        .get_template("lighter.html.j2")
+        .render(
+            study=study,
+            sentence=sentence,
+            command=None if best is None else f'regard compress {model} --recipe "{best}" --output small/',
+            figures=_figures(study, best),
+            labels=labels(study),
+            rows=[[charts.glyph(i) + row.recipe, *cells(study, row)[1:]] for i, row in enumerate(everything)],
+            best=[i for i, row in enumerate(everything) if row.recipe == best],
+            kept={name: why for row in study.rows for name, why in row.kept.items()},
+        )
     )
     write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
 
 
-def _figures(study: Study, best: str | None) -> list[tuple[str, Any]]:
+def _figures(study: Study, best: str | None) -> list[Figure]:
     everything = [study.original, *study.rows]
     arrow = "" if study.higher_is_better else " (lower is better, so low is up)"
     quality = Axis(f"↑ {study.metric}{arrow}", units.tick, rising=study.higher_is_better)
@@ -100,5 +99,5 @@ def _figures(study: Study, best: str | None) -> list[tuple[str, Any]]:
             for i in shown
         ]
         title = f"{study.metric} against {caption}"
-        found.append((caption, charts.scatter(identity, title, title, points, axis, quality)))
+        found.append(Figure(caption, charts.scatter(identity, title, title, points, axis, quality)))
     return found

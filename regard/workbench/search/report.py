@@ -11,7 +11,7 @@ from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
 from regard.workbench import charts
-from regard.workbench.charts import Axis, ScatterPoint, is_number
+from regard.workbench.charts import Axis, Figure, ScatterPoint, is_number
 from regard.workbench.report import pages
 
 Record = Mapping[str, Any]
@@ -58,26 +58,28 @@ def write_page(record: Record, path: Path) -> Path:
             record=record,
             figures=_figures(record),
             labels=labels(record),
-            table=[{"best": i == 0, "cells": cells(record, row)} for i, row in enumerate(entrants)],
+            rows=[cells(record, row) for row in entrants],
             judged=[
                 (kind, _with_error(one["tau"], one["tau_error"]), _number(one["accuracy"]))
                 for kind, one in judged.items()
             ],
-            methods=record["methods"],
-            importance=importance,
-            number=_number,
+            methods=[
+                (one["method"], _number(one["score"]), _number(one["inherited"]), one["scored"], one["network"])
+                for one in record["methods"]
+            ],
+            importance=[(name, f"{value:+.3f}") for name, value in importance],
         )
     )
     write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
 
 
-def _figures(record: Record) -> list[tuple[str, Any]]:
+def _figures(record: Record) -> list[Figure]:
     axis = AXES[record["unit"]]
     found = [("Networks tried, with the supernet's weights", _tried(record, axis))]
     if any(row["runs"] for row in record["entrants"]):
         found.append(("What was chosen, trained from scratch", _chosen(record, axis)))
-    return [(caption, chart) for caption, chart in found if chart is not None]
+    return [Figure(caption, chart) for caption, chart in found if chart is not None]
 
 
 def _tried(record: Record, axis: Axis) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from regard.measurement import units
 from regard.models.weights import write_atomically
 from regard.workbench import charts
-from regard.workbench.charts import Axis, ScatterPoint, Series
+from regard.workbench.charts import Axis, Figure, ScatterPoint, Series
 from regard.workbench.report import pages
 from regard.workbench.sparse.analysis import Point, crossing_length, frontier, larger_and_sparse
 from regard.workbench.sparse.study import Cell, Found, phases_of, recommend
@@ -105,7 +105,7 @@ def write_page(found: Found, path: Path) -> Path:
     )
 
 
-def _figures(found: Found) -> list[tuple[str, Any]]:
+def _figures(found: Found) -> list[Figure]:
     figures = []
     for length in found.lengths():
         for caption, pick in (("mean", statistics.fmean), ("worst task", min)):
@@ -127,7 +127,7 @@ def _figures(found: Found) -> list[tuple[str, Any]]:
                 Axis("↑ of the dense score", "{:.0%}".format),
             )
             if chart is not None and series:
-                figures.append((title, chart))
+                figures.append(Figure(title, chart))
     return figures
 
 
@@ -183,7 +183,7 @@ def write_isoflops(
             cost = Axis("cost of an answer →", units.count, log=True)
             identity = f"{name.replace(' ', '-')}-{length}"
             figures.append(
-                (heading, charts.scatter(identity, heading, heading, dots, cost, Axis("↑ score", units.tick)))
+                Figure(heading, charts.scatter(identity, heading, heading, dots, cost, Axis("↑ score", units.tick)))
             )
         tables.append((f"At equal cost: {name}", *isoflops_rows(by_length)))
     sentence = " ".join(isoflops_sentence(by_length, name) for name, by_length in groups.items())
@@ -201,8 +201,6 @@ def write_isoflops(
 
 
 def _write(path: Path, **given: Any) -> Path:
-    environment = pages()
-    environment.filters["zip"] = zip
-    page = environment.get_template("sparse.html.j2").render(**given)
+    page = pages().get_template("sparse.html.j2").render(**given)
     write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
