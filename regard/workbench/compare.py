@@ -31,7 +31,7 @@ from regard.tasks import Task
 from regard.workbench.cost import model_costs
 from regard.workbench.mask_pictures import shown
 from regard.workbench.matching import match, sentence, with_options
-from regard.workbench.recommend import Recommendation, listed, recommend
+from regard.workbench.recommend import Recommendation, listed, published_means, recommend
 from regard.workbench.report import write_report
 from regard.workbench.settings import MATCHED, CompareSettings
 from regard.workbench.summary import (
@@ -391,6 +391,7 @@ class _Found:
             for name, edge in rates_on_edge(made.trials).items()
             if not any(e["mechanism"] == name and e["solved"] for e in self.summary[task])  # nothing more to gain
         }
+        frame = "" if self.settings.all_backbones else self.settings.frames[0]
         return recommend(
             self.summary,
             self.comparisons,
@@ -398,10 +399,11 @@ class _Found:
             prefer=self.settings.prefer,
             budget=str(self.settings.budget),
             at_length=at,
-            frame="" if self.settings.all_backbones else self.settings.frames[0],
+            frame=frame,
             edges=edges,
             beside=self.beside,
             named=self.settings.names,
+            published=published_means(frame),
         )
 
     def leaders(self) -> list[str]:

@@ -4,15 +4,17 @@ First quality decides: where a task can be solved, only mechanisms that solve it
 rule of a task, only these; then those remain that cannot be told apart from the best score of
 the other tasks. Only among what remains does cost decide, and only where it differs by more than timings do from one run to
 the next. What neither decides is decided by what depends least on the frame, then by what is plainest, then by the mean
-score.
+score in the ranking that regard publishes, so that two runs which cannot tell give one answer, then by the run's own.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from regard.measurement.budget import Budget
@@ -62,6 +64,7 @@ def recommend(
     edges: Mapping[tuple[str, str], float] | None = None,
     beside: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     named: Sequence[str] = (),
+    published: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Recommendation:
     """The recommendation for a comparison.
 
@@ -70,7 +73,8 @@ def recommend(
     so of those that stay none is surely better, and the cheapest is taken. Among those of about the same cost it is the one
     that, in the further frames that they were all trained in, leaves the fewest tasks unsolved that it solves in the
     first; then softmax; then the one with the best mean on most of the tasks that are not solved, which is the likelier to be
-    better though it is not sure; then the first that was named.
+    better though it is not sure: in the published ranking where that has them all, else in this comparison; then the first
+    that was named.
 
     Args:
         summary: of each task, one entry a mechanism.
@@ -83,6 +87,7 @@ def recommend(
         edges: task and mechanism of which the best learning rate is at an end of those tried, with the rate.
         beside: what mechanisms score in further frames, as :func:`regard.workbench.summary.beside_frames` tells it.
         named: the mechanisms in the order in which they were given; that of the summary when empty.
+        published: means of mechanisms by task in the same frame, see :func:`published_means`.
     """
     scored = _scored_everywhere(summary)
     if not scored:
@@ -94,7 +99,7 @@ def recommend(
     steps += lost
     column, more, wording = PREFERENCES[prefer]
     alike = _cheapest(summary, [name for name in named or scored if name in kept], column, more)
-    winner, why = _settled(summary, metrics, alike, beside or {})
+    winner, why = _settled(summary, metrics, alike, beside or {}, published or {})
     measured = _value(summary, winner, column)
     notes += _ties(summary, comparisons, metrics, kept, budget)
     where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
@@ -290,6 +295,7 @@ def _settled(
     metrics: Mapping[str, tuple[str, bool]],
     alike: list[str],
     beside: Mapping[str, Sequence[Mapping[str, Any]]],
+    published: Mapping[str, Mapping[str, float]],
 ) -> tuple[str, str]:
     """Which of the mechanisms that are alike to take, and why."""
     least, why = _least_bound(alike, beside)
@@ -297,25 +303,35 @@ def _settled(
         return least[0], why
     if "softmax" in least:
         return "softmax", why or "softmax is the plainest of them"
-    leads = {task: _leader(summary, metrics, task, least) for task in summary}
-    ahead = Counter(name for name in leads.values() if name is not None)
-    leading = [name for name in least if ahead[name] == max(ahead.values(), default=0)]
-    if len(leading) == 1:
-        tasks = listed([task for task, name in leads.items() if name == leading[0]])
-        return leading[0], f"{why + ', and ' if why else ''}its mean on {tasks} is the best, though not surely"
-    return leading[0], why or "it was named first"
+    open_tasks = [task for task in summary if _best(summary, metrics, task, least) is not None]
+    own = {task: {name: _entry(summary, task, name)["mean"] for name in least} for task in open_tasks}
+    elsewhere = {task: published[task] for task in open_tasks if least and published.get(task, {}).keys() >= set(least)}
+    before = f"{why}, and " if why else ""
+    for means, where in ((elsewhere, " in the ranking that regard publishes"), (own, "")):
+        leads = {task: _leader(means[task], metrics[task][1], least) for task in means}
+        ahead = Counter(name for name in leads.values() if name is not None)
+        leading = [name for name in least if ahead[name] == max(ahead.values(), default=0)]
+        if len(leading) == 1:
+            tasks = listed([task for task, name in leads.items() if name == leading[0]])
+            return leading[0], f"{before}its mean on {tasks} is the best{where}, though not surely"
+    return least[0], why or "it was named first"
 
 
-def _leader(
-    summary: Mapping[str, Sequence[Mapping[str, Any]]],
-    metrics: Mapping[str, tuple[str, bool]],
-    task: str,
-    names: Sequence[str],
-) -> str | None:
-    """The one with the best mean on a task that is not solved; None where another has the same."""
-    best = _best(summary, metrics, task, names)
-    means = [_entry(summary, task, name)["mean"] for name in names]
-    return best if best is not None and means.count(_entry(summary, task, best)["mean"]) == 1 else None
+def _leader(means: Mapping[str, float], higher_is_better: bool, names: Sequence[str]) -> str | None:
+    """The one with the best mean; None where another has the same."""
+    values = {name: means[name] for name in names}
+    best = (max if higher_is_better else min)(values.values())
+    leading = [name for name, value in values.items() if value == best]
+    return leading[0] if len(leading) == 1 else None
+
+
+PUBLISHED = Path(__file__).with_name("published.json")
+
+
+def published_means(frame: str) -> dict[str, dict[str, float]]:
+    """Means by task and mechanism in the ranking of the documentation, in a frame; empty for frames that it does not have."""
+    found = json.loads(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
+    return dict(found.get("means", {})) if found.get("frame") == frame else {}
 
 
 def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], str]:
