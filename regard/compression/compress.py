@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,14 +25,15 @@ from regard.compression.layers import Layers, Run, find_layers, run_batch
 from regard.compression.pruning.anatomy import find_host
 from regard.compression.pruning.losses import Losses, item_losses
 from regard.compression.pruning.structure import take_parts
-from regard.compression.recipes import Recipe, Rounding, read_recipe
+from regard.compression.recipes import Lsq, Recipe, Rounding, read_recipe
 from regard.compression.resume import begin, digest, read_block, write_block
 from regard.compression.weights.grids import round_to_nearest
+from regard.compression.weights.learned import learn_codes
 from regard.contract import Unsupported
 from regard.layers.quantized import Format, QuantizedEmbedding, QuantizedLinear, replace_module
 from regard.measurement import units
 from regard.models.blocks import evaluation_mode
-from regard.models.weights import distinct_tensors
+from regard.models.weights import weights_bytes, weights_digest
 
 HEAD_FORMAT = Format(8)
 
@@ -128,13 +128,14 @@ def compress(
             :func:`regard.compression.pruning.find_host` knows.
         recipe: see :mod:`regard.compression.recipes`: ``"int8"``, ``"gptq:bits=4,group=32"``, a file, or a list of steps.
         data: batches for calibration, for recipes that want some: what `run` is called with. Read more than once. ``axformer``
-            searches by the loss on them: items that the model was not trained on, and that it is not tested on.
+            searches by the loss on them: items that the model was not trained on, and that it is not tested on. ``lsq``
+            trains on them.
         keep: called with the name and the module, which modules stay as they are, with all that is in them.
         run: called with the model and a batch; :func:`regard.compression.layers.run_batch` when not given.
-        losses: the loss of each item of a batch, for ``axformer``: called with the model, the batch and `run`;
+        losses: the loss of each item of a batch, for ``axformer`` and ``lsq``: called with the model, the batch and `run`;
             :func:`regard.compression.pruning.item_losses` when not given.
-        work: folder where finished blocks of GPTQ and AWQ and trials of ``axformer`` are kept, so that the same call goes on
-            after it was killed.
+        work: folder where finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``lsq`` are kept, so that
+            the same call goes on after it was killed.
         on_layer: told the name of each finished layer or block, how many are done, and of how many.
 
     Returns:
@@ -156,7 +157,7 @@ def compress(
             supported="batches for calibration, as windows of text",
             nearest="int8, which needs none",
         )
-    before = _bytes(model)
+    before = weights_bytes(model)
     job = _Job(model, chosen, batches if chosen.needs else [], run, on_layer)
     folder = None if work is None else Path(work)
     if folder is not None:
@@ -166,7 +167,7 @@ def compress(
             if chosen.structure is not None:
                 job.take_parts(losses, keep, folder)
             if of_weights:
-                job.work(find_layers(model, keep), folder)
+                job.work(find_layers(model, keep), losses, folder)
         except BaseException:
             for one in reversed(job.undo):
                 one()
@@ -178,7 +179,7 @@ def compress(
         job.notes,
         job.kept,
         before,
-        _bytes(model),
+        weights_bytes(model),
         len(job.batches),
         time.monotonic() - started,
     )
@@ -217,11 +218,13 @@ class _Job:
         self.undo.append(undo)
         self.notes += notes
 
-    def work(self, layers: Layers, folder: Path | None) -> None:
+    def work(self, layers: Layers, losses: Losses, folder: Path | None) -> None:
         """All layers, and the head."""
         self.layers = layers
         self.kept |= layers.kept
-        if {"second", "squares"} & self.recipe.needs:
+        if isinstance(self.recipe.rounding, Lsq):
+            self._learned(self.recipe.rounding, losses, folder)
+        elif {"second", "squares"} & self.recipe.needs:
             self._by_group(folder)
         else:
             self._at_once()
@@ -268,6 +271,29 @@ class _Job:
         for name in body.keys() - {name for _, names in chain.groups for name in names}:
             self.kept[name] = "no calibration data reach it"
 
+    def _learned(self, step: Lsq, losses: Losses, folder: Path | None) -> None:
+        """Layers whose grids are learned by training the whole model."""
+        if folder is not None:
+            begin(folder, self.identity)
+        body, format = self.layers.body, step.format
+        found = learn_codes(
+            self.model,
+            body,
+            format,
+            self.batches,
+            self.run,
+            losses,
+            steps=step.steps,
+            learning_rate=step.learning_rate,
+            folder=folder,
+            on_step=lambda done: self.on_layer("step", done, step.steps),
+        )
+        for name, linear in body.items():
+            made = QuantizedLinear.of(linear, found[name], format)
+            self._replace(
+                linear, made, LayerReport(name, str(format), relative_error(made.dequantized(), linear.weight))
+            )
+
     def _head(self, rounding: Rounding) -> None:
         name = self.layers.head
         if name is None:
@@ -292,12 +318,8 @@ class _Job:
 
     def identify(self) -> None:
         """Note what a run that goes on must have in common with the one that was stopped."""
-        found = hashlib.blake2b(digest_size=16)
-        for name, tensor in distinct_tensors(self.model).items():
-            found.update(name.encode())
-            found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"0")
-        self.identity = {"recipe": self.recipe.as_list(), "model": found.hexdigest(), "data": digest(self.batches)}
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model).values())
+        self.identity = {
+            "recipe": self.recipe.as_list(),
+            "model": weights_digest(self.model),
+            "data": digest(self.batches),
+        }

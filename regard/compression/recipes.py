@@ -159,6 +159,41 @@ class Gptq(Rounding):
 
 
 @dataclass(frozen=True)
+class Lsq(Rounding):
+    """Weights in 8 to 2 bits, trained together with the steps of their grids; see :mod:`regard.compression.weights.learned`.
+
+    It trains on the data with the model's own loss, so the data are items that the model is not tested on.
+
+    Attributes:
+        bits, group: as of ``int4``; with 8 bits the group has no meaning.
+        steps: of training, a batch each; 1 or more.
+        learning_rate: at the start, above 0.
+    """
+
+    bits: int = 4
+    group: int | None = None
+    steps: int = 200
+    learning_rate: float = 1e-4
+    needs: ClassVar = ("training",)
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        if not 0 < self.learning_rate < 1:
+            raise Unsupported(
+                f"learning_rate={self.learning_rate}", supported="0 < learning_rate < 1", nearest="learning_rate=0.0001"
+            )
+        if self.calibrate != "minmax":
+            raise Unsupported(f"lsq:calibrate={self.calibrate}, whose grids are learned", supported="no calibrate")
+        if self.group is None and self.bits in (4, 3, 2):
+            object.__setattr__(self, "group", 32)
+        super().__post_init__()
+
+    @property
+    def format(self) -> Format:
+        return Format(self.bits, self.group)
+
+
+@dataclass(frozen=True)
 class W8A8(Rounding):
     """Weights in 8 bits, and inputs too: each token's on a grid of its own, found as it comes."""
 
@@ -196,6 +231,7 @@ STEPS: dict[str, type[Any]] = {
     "int8": Int8,
     "int4": Int4,
     "gptq": Gptq,
+    "lsq": Lsq,
     "w8a8": W8A8,
     "llm_int8": LlmInt8,
 }
@@ -252,7 +288,8 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """What it wants to know: of the inputs of layers the ``range``, the sums of ``squares`` or all ``second`` moments; of
-        the model the ``loss`` on items, or what it makes of ``data``. Nothing where it needs no data."""
+        the model the ``loss`` on items, or what it makes of ``data``; ``training`` on batches, one a step. Nothing where it
+        needs no data."""
         return frozenset(need for _, step in self.steps for need in step.needs)
 
     @property
@@ -344,6 +381,12 @@ def _checked(steps: list[tuple[str, Any]]) -> Recipe:
     if rounding is None:
         return recipe
     rounds = rounding.format.dynamic
+    if isinstance(rounding, Lsq) and (recipe.masking is not None or recipe.scaling is not None):
+        raise Unsupported(
+            f"lsq after {names[-2]}, whose weights it would train anew",
+            supported="lsq alone, or after a step that takes parts out",
+            nearest="lsq",
+        )
     if "smoothquant" in names and not rounds:
         raise Unsupported(
             f"smoothquant before {names[-1]}, which leaves inputs as they are",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,20 @@ def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             found[name] = tensor.detach().contiguous()
     return found
+
+
+def weights_digest(module: nn.Module) -> str:
+    """32 hexadecimal digits of all names and numbers of a module, by which a run that goes on knows its model."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in distinct_tensors(module).items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.cpu().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return found.hexdigest()
+
+
+def weights_bytes(module: nn.Module) -> int:
+    """Of parameters and saved buffers, what is shared counted once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from regard.compression.distillation import Method, Taught, read_method
 from regard.contract import Unsupported
+from regard.models.weights import weights_digest
 from regard.tasks import Task
 from regard.workbench.trained import TrainedModel, open_trained
 
@@ -80,7 +81,8 @@ class Teacher:
     @property
     def settings(self) -> dict[str, str]:
         """What a run with another teacher has otherwise."""
-        return {"teacher": str(self.trained.folder.resolve()), "distil": self.written}
+        weights = weights_digest(self.model)
+        return {"teacher": str(self.trained.folder.resolve()), "teacher_weights": weights, "distil": self.written}
 
     @property
     def described(self) -> dict[str, Any]:

@@ -201,7 +201,9 @@ def train_model(
             monitor.check(some)
     record = {"state": BEGUN, **described(work, name, settings.rates[0], settings.first_seed)}
     record["settings"] |= {"budget": str(settings.budget), "best_of": best_of, "ema": ema}
-    record["settings"] |= {"teacher": None, "distil": None} if teacher is None else teacher.settings
+    record["settings"] |= (
+        {"teacher": None, "teacher_weights": None, "distil": None} if teacher is None else teacher.settings
+    )
     if teacher is not None:
         record["teacher"] = teacher.described
     before = _read(place)

@@ -20,11 +20,12 @@ from torch import nn
 
 from regard.compression import Compressed, Recipe, compress
 from regard.compression.layers import find_layers
+from regard.compression.recipes import Lsq
 from regard.contract import Unsupported
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
 from regard.measurement.timing import calm_clock, rounds
-from regard.models.weights import distinct_tensors, write_atomically
+from regard.models.weights import weights_bytes, weights_digest, write_atomically
 from regard.workbench.lighter.subjects import Subject
 
 RESULTS, REPORT, WORK = "results.json", "report.html", "work"
@@ -137,7 +138,7 @@ def study(
         on_progress("the original", 0, len(recipes))
         state |= _planned(subject, model, recipes, budget, say)
         quality = subject.quality(model, state["items"])
-        state["original"] = asdict(Row("original", quality, 0.0, _bytes(model), {}, {}, 0.0, {}, 0))
+        state["original"] = asdict(Row("original", quality, 0.0, weights_bytes(model), {}, {}, 0.0, {}, 0))
         keep()
     original = Row(**state["original"])
     for i, recipe in enumerate(recipes):
@@ -186,7 +187,9 @@ def study(
 
 
 def calibration_data(subject: Subject, recipe: Recipe, count: int) -> list[Any] | None:
-    """What a recipe is calibrated with, `count` items in all, or what it searches by; None where it needs no data."""
+    """What a recipe is calibrated with, `count` items in all, what it searches by or trains on; None where it needs no data."""
+    if isinstance(recipe.rounding, Lsq):
+        return subject.training(recipe.rounding.steps)
     if "loss" in recipe.needs:
         return subject.choosing()
     return subject.calibration(count) if recipe.needs else None
@@ -279,10 +282,7 @@ def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
 
 def _opened(file: Path, subject: Subject, model: nn.Module) -> dict[str, Any]:
     """What is done in a folder; raises Unsupported where another model or other data were studied there."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, tensor in distinct_tensors(model).items():
-        found.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())}".encode())
-    identity = {"subject": subject.described, "items": subject.items, "model": found.hexdigest()}
+    identity = {"subject": subject.described, "items": subject.items, "model": weights_digest(model)}
     if not file.is_file():
         return {"identity": identity, "rows": {}, "refused": {}, "spent": 0.0}
     try:
@@ -297,10 +297,6 @@ def _opened(file: Path, subject: Subject, model: nn.Module) -> dict[str, Any]:
             nearest="another --output",
         )
     return before
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model).values())
 
 
 def _middle(values: Sequence[float]) -> float:

@@ -56,6 +56,10 @@ class Subject(Protocol):
         """Batches, at most so many items in all."""
         ...
 
+    def training(self, steps: int) -> list[Any]:
+        """Batches to train on, one a step, or as many as there are."""
+        ...
+
     def choosing(self) -> list[Any]:
         """Batches that a search may go by: of items that the model was not trained on, and that its quality leaves out."""
         ...
@@ -124,6 +128,9 @@ class Trained:
     def calibration(self, count: int) -> list[Any]:
         size = min(count, self.batch_size)
         return [self.task.training_batch(step, 0, size) for step in range(-(-count // size))]
+
+    def training(self, steps: int) -> list[Any]:
+        return [self.task.training_batch(step, 0, self.batch_size) for step in range(steps)]
 
     def choosing(self) -> list[Any]:
         found, seen = [], 0
@@ -208,6 +215,9 @@ class CausalModel:
 
     def calibration(self, count: int) -> list[Any]:
         return text_windows(self.before, self.length, count)
+
+    def training(self, steps: int) -> list[Any]:
+        return text_windows(self.before, self.length, steps)
 
     def choosing(self) -> list[Any]:
         return text_windows(self.before, self.length, max(1, CHOOSING * 64 // self.length))

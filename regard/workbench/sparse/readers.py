@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from regard.contract import Unsupported
 from regard.models import LanguageModel
-from regard.models.weights import distinct_tensors
 from regard.tasks.tokenizer import Tokenizer
 from regard.workbench.lighter.subjects import CausalModel
 from regard.workbench.trained import RECORD, open_trained
@@ -165,11 +163,3 @@ def open_reader(path: Path) -> Reader:
             raise Unsupported(f"{path}, which holds a {type(model).__name__}", supported=MODELS)
         return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})")
     return OfTransformers(path)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells models apart by their weights."""
-    found = hashlib.blake2b(digest_size=8)
-    for name, tensor in distinct_tensors(model).items():
-        found.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())}".encode())
-    return found.hexdigest()

@@ -22,6 +22,7 @@ from regard.compression.sparse.cost import (
 )
 from regard.contract import Unsupported
 from regard.measurement.store import Store
+from regard.models.weights import weights_digest
 from regard.tasks.documents import Paths, read_documents
 from regard.tasks.long_context import LONG_TASKS, LongTask, Sample, create_long_task
 from regard.tasks.long_context.questions import paragraphs
@@ -33,7 +34,7 @@ from regard.workbench.sparse.analysis import (
     noticeable_loss,
     safe_compression,
 )
-from regard.workbench.sparse.readers import Reader, fingerprint, reply
+from regard.workbench.sparse.readers import Reader, reply
 
 KIND = "sparse"
 RATIOS = (2.0, 4.0, 8.0, 16.0)
@@ -242,7 +243,7 @@ def study(
             supported=f"its positions, {reader.longest}",
             nearest=f"--lengths {reader.longest}",
         )
-    began, identity, data = time.monotonic(), fingerprint(reader.model), _data(plan.data)
+    began, identity, data = time.monotonic(), weights_digest(reader.model), _data(plan.data)
     tasks: dict[str, Any] = {
         name: Continuation(reader, plan.data) if name == TEXT else _task(name, plan) for name in plan.tasks
     }

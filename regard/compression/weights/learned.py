@@ -1,0 +1,199 @@
+"""Grids whose steps are learned together with the weights: LSQ (arXiv 1902.08153), quantization while training.
+
+With b bits, Q_n = 2^(b-1) and Q_p = 2^(b-1) - 1, a weight w of a group with step s acts as
+
+    w' = s round(clip(w / s, -Q_n, Q_p))
+
+Gradients go straight through the rounding: to w where it is not clipped, and to s as round(w/s) - w/s there, -Q_n or Q_p
+where it is. The gradient of a step is multiplied with 1 / sqrt(n Q_p), n the weights of its group, which makes it as large
+beside the step as those of weights are beside the weights (the paper's Section 2.2). A step begins at 2 mean|w| / sqrt(Q_p).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from regard.compression.layers import Run
+from regard.compression.pruning.losses import Losses
+from regard.compression.weights.grids import TINY, Grids, as_codes, in_groups
+from regard.contract import Unsupported
+from regard.layers.quantized import Codes, Format
+from regard.models.weights import read_tensors, write_atomically
+
+KEPT = "learned.safetensors"
+SECONDS = 60.0
+"""Between two times that a run's state is kept, at most."""
+
+
+class LearnedSteps(nn.Module):
+    """A weight (N, K) as its codes hold it, for :func:`torch.nn.utils.parametrize.register_parametrization`.
+
+    Args:
+        weight: of which the steps are made.
+        format: symmetric.
+    """
+
+    def __init__(self, weight: Tensor, format: Format) -> None:
+        super().__init__()
+        self.format = format
+        rows, self.groups = in_groups(weight.detach(), format)
+        low, high = format.codes
+        self.low, self.high = float(low), float(high)
+        counted = min(rows.shape[1], weight.shape[1])
+        self.share = 1 / math.sqrt(max(counted * self.high, 1.0))
+        self.scale = nn.Parameter((2 * rows.abs().sum(1) / (counted * math.sqrt(self.high))).clamp(min=TINY))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows, _ = in_groups(weight, self.format)
+        scaled = self.scale * self.share + (self.scale * (1 - self.share)).detach()
+        step = scaled - scaled.detach() + _stored(scaled)  # exactly what is stored, with the gradient of the step
+        places = (rows / step[:, None]).clamp(self.low, self.high)
+        rounded = places - places.detach() + places.round().detach()
+        return (rounded * step[:, None]).reshape(len(weight), -1)[:, : weight.shape[1]]
+
+    def codes(self, weight: Tensor) -> Codes:
+        """What :meth:`forward` makes of a weight, as it is held."""
+        rows, groups = in_groups(weight.detach(), self.format)
+        grids = Grids(_stored(self.scale.detach()).to(torch.bfloat16), None, int(self.low), int(self.high))
+        return as_codes(grids.codes(rows), grids, groups)
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """A step as codes hold it: a positive bfloat16."""
+    return scale.detach().clamp(min=TINY).to(torch.bfloat16).to(scale.dtype)
+
+
+def learn_codes(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    format: Format,
+    batches: Sequence[Any],
+    run: Run,
+    losses: Losses,
+    *,
+    steps: int,
+    learning_rate: float,
+    folder: Path | None = None,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> dict[str, Codes]:
+    """Codes of some layers, after their weights and steps were trained with what they lose; the layers stay as they were.
+
+    Trained by Adam at a rate that falls to 0 along a cosine, one batch a step, in turn. Adam takes no notice of how large a
+    gradient is, so the rate of a step is smaller than that of weights by as much as steps are smaller, in place of the factor
+    of its gradient. All else in the model stays, and is in evaluation mode.
+
+    Args:
+        folder: where the state is kept each minute and when it is interrupted, so that the same call goes on.
+        on_step: told how many steps are done.
+
+    Raises:
+        Unsupported: where the loss is not finite.
+    """
+    with _trained_alone(model, layers, format) as learned:
+        flat = {f"{name}/{key}": one for name, own in learned.items() for key, one in own.items()}
+        optimizer = torch.optim.Adam(_groups(learned))
+        file = None if folder is None else folder / KEPT
+        done = _restore(file, flat, optimizer)
+        kept = time.monotonic()
+        try:
+            while done < steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["factor"] * learning_rate * (1 + math.cos(math.pi * done / steps)) / 2
+                with torch.enable_grad():
+                    loss = losses(model, batches[done % len(batches)], run).mean()
+                    if not bool(torch.isfinite(loss.detach())):
+                        raise Unsupported(
+                            f"step {done + 1} of learned grids, whose loss is {float(loss.detach())}",
+                            supported="a loss that stays finite",
+                            nearest=f"learning_rate={learning_rate / 10:g}",
+                        )
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                optimizer.step()
+                done += 1
+                on_step(done)
+                if time.monotonic() - kept > SECONDS:
+                    _keep(file, flat, optimizer, done)
+                    kept = time.monotonic()
+        except KeyboardInterrupt:
+            _keep(file, flat, optimizer, done)
+            raise
+        found = {}
+        for name, linear in layers.items():
+            one: Any = linear
+            parametrization: Any = one.parametrizations.weight[0]
+            found[name] = parametrization.codes(one.parametrizations.weight.original)
+    return found
+
+
+def _groups(learned: Mapping[str, Mapping[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Parameters for an optimizer, each with what its learning rate is multiplied with."""
+    groups: list[dict[str, Any]] = []
+    for own in learned.values():
+        size = float(own["weight"].detach().abs().mean().clamp(min=TINY))
+        groups.append({"params": [own["weight"]], "factor": 1.0})
+        groups.append({"params": [own["scale"]], "factor": float(own["scale"].detach().mean()) / size})
+    return groups
+
+
+@contextmanager
+def _trained_alone(
+    model: nn.Module, layers: Mapping[str, nn.Linear], format: Format
+) -> Iterator[dict[str, dict[str, nn.Parameter]]]:
+    """The layers on learned grids, whose weights and steps alone have gradients; all as it was when left."""
+    before = {name: linear.weight.detach().clone() for name, linear in layers.items()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in required:
+        parameter.requires_grad_(False)
+    learned: dict[str, dict[str, nn.Parameter]] = {}
+    try:
+        for name, linear in layers.items():
+            steps = LearnedSteps(linear.weight, format)
+            parametrize.register_parametrization(linear, "weight", steps, unsafe=True)
+            one: Any = linear
+            original: nn.Parameter = one.parametrizations.weight.original
+            original.requires_grad_(True)
+            learned[name] = {"weight": original, "scale": steps.scale}
+        yield learned
+    finally:
+        for name in learned:
+            parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=False)
+            layers[name].weight.data = before[name]
+        for parameter, needed in required.items():
+            parameter.requires_grad_(needed)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _keep(file: Path | None, flat: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:
+    if file is None or not done:
+        return
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in flat.items()}
+    for name, parameter in flat.items():
+        tensors |= {f"{name}/{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
+    write_atomically(file, lambda path: save_file(tensors, path, metadata={"steps": str(done)}))
+
+
+def _restore(file: Path | None, flat: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Go on from what was kept; how many steps are done."""
+    if file is None or not file.is_file():
+        return 0
+    tensors, metadata = read_tensors(file)
+    done = int(metadata["steps"])
+    with torch.no_grad():
+        for name, parameter in flat.items():
+            parameter.copy_(tensors[name])
+            moments = {moment: tensors[f"{name}/{moment}"].clone() for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(done)), **moments}
+    return done
