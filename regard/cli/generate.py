@@ -19,7 +19,7 @@ from regard.contract import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from regard.models.speculation import Speculation
+    from regard.models.speculation import Reads, Speculation
     from regard.tasks.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"
@@ -47,6 +47,22 @@ def generate(
         ),
     ] = None,
     proposals: Annotated[int, typer.Option(help="Tokens that a draft proposes at once.")] = 4,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="How keys and values are kept and read: int8, or a method of regard sparse, as snapkv:capacity=256 or quest."
+        ),
+    ] = None,
+    shorten: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep this share of the text's tokens, above 0 and at most 1: those that a model expects the least (LLMLingua)."
+        ),
+    ] = None,
+    shorten_by: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the model that says so, a small one; the model itself when not given."),
+    ] = None,
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
@@ -59,6 +75,8 @@ def generate(
         regard generate hybrid/ "Once" --temperature 0
         regard generate my_model "Once" --tokens 500 --temperature 1 --top-p 0.9
         regard generate my_model "def main(" --draft lookup
+        regard generate smollm2/ "Once" --cache int8
+        regard generate large/ "$(cat notes.txt)" --shorten 0.5 --shorten-by smollm2/
         regard generate smollm2/ "Once" --draft smollm2-int4/ --proposals 6
         head -c 2000 story.txt | regard generate my_model - --json
     """
@@ -69,7 +87,19 @@ def generate(
         raise Unsupported("an empty text", supported="one character or more")
     generator = torch.Generator(device).manual_seed(seed)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    if cache is not None and draft is not None:
+        raise Unsupported("both --draft and --cache", supported="one of them", nearest=f"--cache {cache}")
+    if shorten_by is not None and shorten is None:
+        raise Unsupported("--shorten-by without --shorten", supported="a share", nearest="--shorten 0.5")
     model, tokenizer = _opened(folder, device)
+    shortened: dict[str, int] = {}
+    if shorten is not None:
+        judge = (model, tokenizer) if shorten_by is None else _opened(shorten_by, device)
+        prompt, shortened = _shortened(*judge, prompt, shorten, device)
+    if cache is not None:
+        from regard.compression.sparse import sparsify
+
+        sparsify(model, cache)
     ids = _read(model, tokenizer, prompt, device)
     counts = None
     if draft is None:
@@ -81,11 +111,15 @@ def generate(
         stream = itertools.takewhile(lambda token: int(token) not in stops, drawn)
         counts = speculation.counts
     written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
-    told = {} if counts is None else {"speculation": dataclasses.asdict(counts)}
+    told: dict[str, Any] = {} if counts is None else {"speculation": dataclasses.asdict(counts)}
+    if shortened:
+        told["shortened"] = shortened
     if as_json:
         emit({"folder": str(folder), "prompt": prompt, "text": written, **told})
         return
     print()
+    if shortened:
+        errors.print(Text(f"{shortened['kept']} of {shortened['tokens']} tokens of the text stayed", style="dim"))
     if counts is not None:
         said = f"{counts.tokens} tokens in {counts.passes} passes of the model; {counts.kept} of {counts.proposed} proposed ones kept"
         errors.print(Text(said, style="dim"))
@@ -157,20 +191,32 @@ def _stops(model: Any) -> tuple[int, ...]:
     return stop_tokens(model)
 
 
-def _speculation(model: Any, draft: str, device: str, proposals: int) -> Speculation:
+def _shortened(model: Any, tokenizer: Any, prompt: str, share: float, device: str) -> tuple[str, dict[str, int]]:
+    """A shorter text, and how many tokens of how many stayed."""
+    from regard.compression.prompts import shorten
+
+    ids = _read(model, tokenizer, prompt, device)[0]
+    found = shorten(_reads(model), [(ids, share)])
+    return tokenizer.decode(found.ids.tolist()), {"tokens": len(ids), "kept": len(found.ids)}
+
+
+def _reads(model: Any) -> Reads:
     from regard.models import LanguageModel
-    from regard.models.speculation import ModelDraft, PromptLookup, ReadLanguageModel, Speculation
+    from regard.models.speculation import ReadLanguageModel
 
-    def reads(one: Any) -> Any:
-        if isinstance(one, LanguageModel):
-            return ReadLanguageModel(one)
-        from regard.integrations.transformers.speculation import ReadCausalModel
+    if isinstance(model, LanguageModel):
+        return ReadLanguageModel(model)
+    from regard.integrations.transformers.speculation import ReadCausalModel
 
-        return ReadCausalModel(one)
+    return ReadCausalModel(model)
+
+
+def _speculation(model: Any, draft: str, device: str, proposals: int) -> Speculation:
+    from regard.models.speculation import ModelDraft, PromptLookup, Speculation
 
     if draft == "lookup":
-        return Speculation(reads(model), PromptLookup(), proposals)
-    return Speculation(reads(model), ModelDraft(reads(_opened(Path(draft), device)[0])), proposals)
+        return Speculation(_reads(model), PromptLookup(), proposals)
+    return Speculation(_reads(model), ModelDraft(_reads(_opened(Path(draft), device)[0])), proposals)
 
 
 def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:

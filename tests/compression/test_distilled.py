@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -33,10 +34,13 @@ from regard.compression.distillation import (
     place_loss,
     read_method,
     recorded,
+    relation_loss,
     response_loss,
 )
+from regard.compression.distillation.teaching import LOSS
 from regard.compression.distillation.transkd import VARIANTS
 from regard.models import build_model
+from regard.models.image_model import ImageModelConfig
 from regard.models.segmentation_model import SegmentationModelConfig
 from regard.models.vision.mit import MiTConfig
 from regard.models.vision.segmentation import create_segmenter
@@ -280,6 +284,21 @@ def test_a_taught_student_is_alone_in_evaluation_and_its_teacher_stays_as_it_was
     assert alone.state_dict().keys() == own.keys()
 
 
+def test_a_distillation_token_learns_the_teachers_classes_and_the_class_token_the_data() -> None:
+    task = create_task("images", size=8, patch=4)
+    config = ImageModelConfig.for_task(task, "vit_nano", {"dim": 12, "num_layers": 1, "distillation_token": True})
+    student, teacher = build_model(config), build_model(ImageModelConfig.for_task(task, "vit_nano", {"num_layers": 1}))
+    taught = Taught(student, teacher, read_method("token:weight=0.5"), task).train()
+    batch = task.training_batch(0, 0, 6)
+    result = taught(batch.inputs)
+    class_token, token = student.backbone.forward_distilled(student.images(batch.inputs))
+    classes = teacher.eval()(batch.inputs).output.argmax(-1)
+    close(result.output, class_token.output)
+    close(result.losses[LOSS][0], 0.5 * F.cross_entropy(token, classes))
+    close(taught.eval()(batch.inputs).output, (class_token.output + token) / 2)
+    refused("distillation by a token", Taught, teacher, student, read_method("token"), task)
+
+
 def test_a_stopped_run_goes_on_to_the_same_student(tmp_path: Path) -> None:
     task, teacher, first = scenes(16), segmenter((6, 8, 10), scenes(16)), segmenter((4, 6, 8), scenes(16))
 
@@ -362,6 +381,7 @@ def test_losses_are_zero_without_gradient_where_the_student_is_its_teacher() -> 
         (lambda own: response_loss(own, x, 3.0), x),
         (lambda own: feature_loss(own, x), x),
         (lambda own: attention_transfer_loss(own.softmax(-1), weights), x),
+        (lambda own: relation_loss(own, x), x),
         (lambda own: patient_loss([own.flatten(1)], [x.flatten(1)]), x),
         (lambda own: channel_loss(own, x), x),
         (lambda own: place_loss(own, x, 2.0), x),
@@ -376,7 +396,7 @@ def test_losses_give_the_teacher_no_gradient() -> None:
     own, told = (normal(2, 3, 5, 5).requires_grad_() for _ in range(2))
     total = response_loss(own, told) + feature_loss(own, told) + context_loss([own], [told]) + channel_loss(own, told)
     total = total + place_loss(own, told) + patient_loss([own.flatten(1)], [told.flatten(1)])
-    total = total + attention_transfer_loss(own.softmax(-1), told.softmax(-1))
+    total = total + attention_transfer_loss(own.softmax(-1), told.softmax(-1)) + relation_loss(own, told)
     total.backward()
     assert told.grad is None and own.grad.abs().max() > 0
 
@@ -396,6 +416,13 @@ def test_features_pass_a_projection_and_attention_is_compared_row_by_row() -> No
     refused("equal shapes", feature_loss, own, told)
     p, q = normal(2, 3, 4, 6).softmax(-1), normal(2, 3, 4, 6).softmax(-1)
     close(attention_transfer_loss(q, p), (p * (p / q).log()).sum(-1).mean())
+    values = normal(2, 3, 6, 5), normal(2, 3, 6, 8)
+    q, p = ((x @ x.mT / x.shape[-1] ** 0.5).softmax(-1) for x in values)
+    close(relation_loss(*values), (p * (p / q).log()).sum(-1).mean())
+    padded = torch.zeros(2, 1, 1, 6).double().index_fill(3, torch.tensor([5]), -math.inf)
+    q, p = ((x @ x.mT / x.shape[-1] ** 0.5)[..., :5].softmax(-1) for x in values)
+    close(relation_loss(*values, padded), (p * (p / q).log()).sum(-1).mean())
+    refused("heads and tokens", relation_loss, values[0], values[1][:, :2])
     hidden = torch.tensor([[[[0.0, 1.0], [0.5, 0.5]]]]).double()
     assert attention_transfer_loss(hidden, hidden) == 0
 

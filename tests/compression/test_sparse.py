@@ -11,7 +11,7 @@ from support import load
 from regard import Context, Mask, Unsupported
 from regard.compression.sparse import METHODS, Method, Place, at_compression, read_method, sparsely, sparsify, written
 from regard.compression.sparse.cache import HeadCache
-from regard.compression.sparse.catalogue import block_share
+from regard.compression.sparse.catalogue import ALWAYS, block_share
 from regard.compression.sparse.cost import (
     Sizes,
     decode_bytes,
@@ -177,7 +177,7 @@ def test_vertical_slash_at_a_ratio_stays_within_it_and_uses_it(ratio):
     assert 0.8 / ratio < share <= 1 / ratio
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dense", "flex_prefill")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dense", "flex_prefill", *ALWAYS)])
 def test_more_compression_computes_less_and_as_little_as_it_says(name):
     q, k, v = heads(512, torch.float32, batch=1)
     before = math.inf
@@ -335,6 +335,35 @@ def test_heads_of_unequal_lengths_decode_what_each_kept(dtype):
     assert (torch.cat(outputs, 2) - expected).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
+def nearest(x, axis):
+    """Rounded to 8 bits with one step along an axis."""
+    step = x.abs().amax(axis, keepdim=True) / 127
+    return step * (x / step).round()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_cache_of_integers_attends_to_the_nearest_codes_and_rounds_what_grows_old(dtype, tolerance):
+    method, place = read_method("int8:block=16,window=5"), Place(scale=SCALE)
+    q, k, v = heads(90, dtype)
+    _, cache = call(method, *(x[:, :, :50] for x in (q, k, v)), None, place, keeps=True)
+    first = cache
+    k[:, :, 0::16] *= 9  # what the steps of a block follow is inside of it
+    _, cache = call(method, *(x[:, :, :50] for x in (q, k, v)), None, place, keeps=True)
+    assert place.meter.cache[0] < 0.5 and not torch.equal(first.blocks[0].k_step, cache.blocks[0].k_step)
+    blocks, seen = [(0, 16), (16, 32), (32, 45)], 50
+    for t in range(50, 90):
+        output, cache = call(method, *(x[:, :, t : t + 1] for x in (q, k, v)), cache, place, keeps=True)
+        seen += 1
+        if seen - blocks[-1][1] >= 16 + 5:
+            blocks.append((blocks[-1][1], blocks[-1][1] + 16))
+        keys = [nearest(k[:, :, a:b], 2) for a, b in blocks] + [k[:, :, blocks[-1][1] : seen]]
+        values = [nearest(v[:, :, a:b], 3) for a, b in blocks] + [v[:, :, blocks[-1][1] : seen]]
+        mask = torch.ones(1, seen, dtype=torch.bool)
+        expected = masked(q[:, :, t : t + 1], torch.cat(keys, 2), torch.cat(values, 2), mask)
+        assert (output - expected).abs().max() < tolerance
+    assert len(cache.blocks) == len(blocks) == 5
+
+
 def test_selecting_rows_of_a_cache_copies_it():
     _, k, v = heads(20)
     cache = HeadCache.of(k, v)
@@ -394,6 +423,9 @@ def test_what_cannot_be_meant_is_refused(given):
 def test_a_method_is_written_as_it_is_read(name):
     for method in (METHODS[name](), at_compression(name, 4, 777)):
         assert read_method(written(method)) == method
+    if name in ALWAYS:
+        with pytest.raises(Unsupported, match="which it always is"):
+            at_compression(name, 8, 777)
 
 
 def own_model():
@@ -438,14 +470,18 @@ def test_models_of_both_libraries_run_sparsely_and_as_before_when_undone(make):
         assert (logits(model, ids) - before).abs().max() > 1e-6
         continued(model, ids, 12)
         assert 0.4 < sparse.sparsity("prefill") < 0.9 and 0.7 < sparse.sparsity("decode") < 0.9
+    with sparsely(model, "int8:block=32,window=8") as sparse:
+        assert torch.equal(logits(model, ids), before), "prompts are read as they are"
+        assert continued(model, ids, 12).shape == tokens.shape and 0.1 < sparse.measured()["cache"] < 0.5
     assert torch.equal(logits(model, ids), before) and torch.equal(continued(model, ids, 12), tokens)
 
 
 def test_beams_of_a_sparse_model_have_caches_of_their_own():
     model, ids = own_model(), torch.randint(40, (1, 60))
     expected = model.generate(ids, 8, beams=3)
-    with sparsely(model, "quest:budget=64"):
-        assert torch.equal(model.generate(ids, 8, beams=3), expected)
+    for text in ("quest:budget=64", "int8:window=60"):
+        with sparsely(model, text):
+            assert torch.equal(model.generate(ids, 8, beams=3), expected)
 
 
 def test_models_that_are_more_than_softmax_are_refused_and_left_as_they_were():

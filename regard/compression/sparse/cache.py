@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,16 @@ ROOM = 4
 
 
 @dataclass(frozen=True)
-class HeadCache(State):
+class MethodCache(State):
+    """What a method keeps of a sequence in one layer."""
+
+    def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
+        """With one more token in each row and head."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HeadCache(MethodCache):
     """Keys and values of each row and head, with room behind them.
 
     Unlike other states it is written in place: one that was continued must not be continued again. :meth:`select` copies.
@@ -69,8 +78,7 @@ class HeadCache(State):
             k, v = (x.gather(2, ranks[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
         return cls(with_room(k), with_room(v), counts, with_room(ranks[..., None])[..., 0], length)
 
-    def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> HeadCache:
-        """With one more token in each row and head."""
+    def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
         cache = self
         if cache.counts.numel() and int(cache.counts.max()) == cache.k.shape[2]:
             cache = cache._grown()
@@ -167,7 +175,7 @@ class HeadCache(State):
         row, head = torch.arange(batch, device=device)[:, None], torch.arange(groups, device=device)
         return row, head, self.counts.to(device) + behind
 
-    def _grown(self) -> HeadCache:
+    def _grown(self) -> Self:
         slots = self.k.shape[2]
         more = -(-max(slots // ROOM, 1) // PAGE) * PAGE
         weight = None if self.weight is None else F.pad(self.weight, (0, more))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from regard.catalogue import get_mechanism
-from regard.compression.sparse.cache import HeadCache
+from regard.compression.sparse.cache import MethodCache
 from regard.compression.sparse.method import Method, Place, call
 from regard.contract import Call, Mechanism, Pattern, Result, Unsupported
 
@@ -62,7 +62,7 @@ def card() -> Mechanism:
         config=Config,
         variants={},
         variant_patterns={},
-        state=HeadCache,
+        state=MethodCache,
         uneven=False,
         honours=frozenset(),
         weights="none",

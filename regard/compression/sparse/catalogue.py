@@ -10,6 +10,7 @@ from regard.compression.sparse.evicting import H2O, TOVA, AdaSnapKV, PyramidKV, 
 from regard.compression.sparse.method import Combined, Method
 from regard.compression.sparse.paging import Quest
 from regard.compression.sparse.prefilling import BlockSparse, FlexPrefill, LocalSinks, VerticalSlash
+from regard.compression.sparse.rounding import RoundedKeys
 from regard.contract import Unsupported, closest
 from regard.models.variants import read_options
 
@@ -26,8 +27,11 @@ METHODS: dict[str, type[Method]] = {
     "tova": TOVA,
     "h2o": H2O,
     "quest": Quest,
+    "int8": RoundedKeys,
 }
 ALIASES = {"streamingllm": "streaming", "ada": "ada_snapkv", "flexprefill": "flex_prefill", "blocks": "block_sparse"}
+ALWAYS = {"int8": 4}
+"""Methods whose compression is what it is; that of int8 counts from float32."""
 ACCEPTED = "NAME, NAME:option=value,option=value, or one that reads prompts + one that keeps the cache"
 
 
@@ -96,7 +100,7 @@ def written(method: Method) -> str:
 def read_names(text: str) -> list[str]:
     """Names with commas between them, ``all`` for every one, each once; ``a + b`` for two phases."""
     if text.strip() == "all":
-        return [name for name in METHODS if name != "dense"]
+        return [name for name in METHODS if name != "dense" and name not in ALWAYS]
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         pair = [method_name(name) for name in re.split(r"\s*\+\s*", part)]
@@ -123,6 +127,13 @@ def at_compression(name: str, ratio: float, n: int) -> Method:
     if " + " in name:
         return Combined(*(at_compression(part, ratio, n) for part in name.split(" + ")))
     kind = METHODS[method_name(name)]
+    always = ALWAYS.get(name_of(kind), ratio)
+    if ratio not in (1, always):
+        raise Unsupported(
+            f"a compression of {ratio:g} by {name}", supported=f"{always}, which it always is", nearest=f"{always}"
+        )
+    if ratio > 1 and kind is RoundedKeys:
+        return RoundedKeys()
     kept = round(n / ratio)
     if kept < 2:
         raise Unsupported(f"a compression of {ratio:g} of {n} tokens", supported="two tokens or more that are kept")

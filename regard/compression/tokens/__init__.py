@@ -14,7 +14,8 @@ often: log(size) is added to the scores of its key (`proportional`).
 
 What is trained: :mod:`regard.compression.tokens.dynamic` (DynamicViT) and :mod:`regard.compression.tokens.interpreters`
 (IA-RED²) around this project's VisionTransformer. Text encoders of transformers: :mod:`regard.compression.tokens.text`
-(PoWER-BERT, Learned Token Pruning). Merging for diffusion, where every token comes back:
+(PoWER-BERT, Learned Token Pruning). Tokens of an image that a language model is given: :mod:`regard.compression.tokens.prumerge`
+(PruMerge), and inside of it :mod:`regard.compression.tokens.fastv` (FastV). Merging for diffusion, where every token comes back:
 :mod:`regard.compression.tokens.grids`.
 """
 

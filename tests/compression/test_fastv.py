@@ -1,0 +1,108 @@
+"""FastV: what goes on is what the last token looks at, with the positions that it had; and the model is as before afterwards."""
+
+import pytest
+import torch
+from support import refused
+
+from regard.compression.tokens.fastv import FewerTokens, fewer_tokens
+
+transformers = pytest.importorskip("transformers")
+from regard.integrations.transformers import CACHE  # noqa: E402  needs transformers
+
+
+def model(kind="Llama", layers=4):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=50, num_hidden_layers=layers, head_dim=8, **sizes)
+    config._attn_implementation = "eager"
+    return getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
+
+
+def prompt(batch=2, length=24):
+    return torch.randint(1, 50, (batch, length))
+
+
+@torch.no_grad()
+def by_hand(one, ids, chosen, layer):
+    """Logits of the last token where layers from `layer` on read the chosen tokens alone, and attention of the layer before."""
+    inner = one.model
+    x, places = inner.embed_tokens(ids), torch.arange(ids.shape[1]).expand(len(ids), -1)
+    for number, block in enumerate(inner.layers):
+        if number == layer:
+            rows = torch.arange(len(ids))[:, None]
+            x, places = x[rows, chosen], places[rows, chosen]
+        n = x.shape[1]
+        causal = torch.full((n, n), -torch.inf, dtype=x.dtype).triu(1).expand(len(ids), 1, n, n)
+        around = inner.rotary_emb(x, places)
+        if number == layer - 1:
+            _, weights = block.self_attn(block.input_layernorm(x), attention_mask=causal, position_embeddings=around)
+            seen = weights[:, :, -1].mean(1)
+        x = block(x, attention_mask=causal, position_embeddings=around)
+        x = x[0] if isinstance(x, tuple) else x
+    return one.lm_head(inner.norm(x))[:, -1], seen
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_later_layers_read_what_the_last_token_looks_at(kind, implementation):
+    one, ids = model(kind), prompt()
+    one.set_attn_implementation(implementation)
+    with torch.no_grad(), fewer_tokens(one, keep=0.4, layer=2, place=slice(3, 20)) as fast:
+        found = one(ids, use_cache=True)
+    one.set_attn_implementation("eager")
+    expected, seen = by_hand(one, ids, fast.places, 2)
+    close = 1e-10 if implementation == "eager" else 1e-6  # eager attention has its softmax in float32
+    assert (found.logits[:, -1] - expected).abs().max() < close
+    assert fast.places.shape == (2, 24 - 17 + 7)  # ceil(0.4 * 17) of 17
+    for row, chosen in zip(seen, fast.places.tolist(), strict=True):
+        ranked = sorted(range(3, 20), key=lambda j: -float(row[j]))[:7]
+        assert chosen == sorted([*range(3), *ranked, *range(20, 24)])
+    lengths = [layer.keys.shape[2] for layer in getattr(found, CACHE).layers]
+    assert lengths == [24, 24, 14, 14]
+
+
+def test_a_share_of_one_changes_nothing_and_the_model_is_itself_afterwards():
+    one, ids = model(), prompt()
+    choice = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    before = one.generate(ids, **choice)
+    with fewer_tokens(one, keep=1.0):
+        assert one.generate(ids, **choice).equal(before)
+    with fewer_tokens(one, keep=0.2) as fast:
+        written = one.generate(ids, **choice)
+        assert written.shape == before.shape and fast.places.shape == (2, 6)  # 5 of 23, and the last
+    assert one.generate(ids, **choice).equal(before)
+
+
+def test_tokens_after_the_prompt_stand_behind_all_of_it():
+    one, ids = model(), prompt(1)
+    with torch.no_grad(), fewer_tokens(one, keep=0.5, layer=1) as fast:
+        cache = getattr(one(ids, use_cache=True), CACHE)
+        chosen = fast.places.clone()
+        step = one(torch.tensor([[7]]), **{CACHE: cache}, use_cache=True).logits[:, -1]
+    whole = torch.cat([ids, torch.tensor([[7]])], 1)
+    expected, _ = by_hand(one, whole, torch.cat([chosen, torch.tensor([[24]])], 1), 1)
+    assert (step - expected).abs().max() < 1e-10
+
+
+def test_padding_in_front_is_looked_at_by_nobody():
+    one, ids = model().float(), prompt(1)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids], 1)
+    mask = torch.cat([torch.zeros(1, 5, dtype=torch.int64), torch.ones_like(ids)], 1)
+    with torch.no_grad(), fewer_tokens(one, keep=10 / 28) as fast:
+        found = one(padded, attention_mask=mask).logits[:, -1]
+    assert (fast.places >= 5).all()
+    with torch.no_grad(), fewer_tokens(one, keep=10 / 23) as alone:
+        expected = one(ids).logits[:, -1]
+    assert (fast.places - 5).equal(alone.places) and (found - expected).abs().max() < 1e-5
+
+
+def test_other_models_and_numbers_are_refused():
+    def entered(one, **options):
+        with fewer_tokens(one, **options):
+            pass
+
+    refused("share of 0", entered, model(), keep=0)
+    refused("layer=4", entered, model(), keep=0.5, layer=4)
+    refused("layer=0", entered, model(), keep=0.5, layer=0)
+    refused("a Linear", entered, torch.nn.Linear(2, 2), keep=0.5)
+    scores = torch.zeros(1, 5)
+    assert FewerTokens(0.5, 1, slice(None)).choose(scores).tolist() == [[0, 1, 4]]
