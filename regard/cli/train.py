@@ -90,7 +90,7 @@ def train(
     distil: Annotated[
         str | None,
         typer.Option(
-            help="How it learns from the teacher: response (its answers), or transkd (stages of SegFormer and MiT), perhaps "
+            help="How it learns from the teacher: response (its answers), token (its classes, by a token of its own), or transkd (stages of SegFormer and MiT), perhaps "
             "with options, as transkd:variant=gl or response:temperature=2; response when not given."
         ),
     ] = None,

@@ -15,6 +15,7 @@ from regard.compression.distillation.losses import (
     patient_layers,
     patient_loss,
     place_loss,
+    relation_loss,
     response_loss,
 )
 from regard.compression.distillation.teaching import METHODS, Method, ResponseConfig, Taught, read_method
@@ -50,5 +51,6 @@ __all__ = [
     "place_loss",
     "read_method",
     "recorded",
+    "relation_loss",
     "response_loss",
 ]

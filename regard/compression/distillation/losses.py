@@ -64,6 +64,30 @@ def attention_transfer_loss(student: Float[Tensor, "b h n m"], teacher: Float[Te
     return F.kl_div(student.clamp(min=least).log(), told, reduction="sum") / max(1, told[..., 0].numel())
 
 
+def relation_loss(
+    student: Float[Tensor, "b h n d"],
+    teacher: Float[Tensor, "b h n e"],
+    mask: Float[Tensor, "b #h #n n"] | None = None,
+) -> Float[Tensor, ""]:
+    """KL(teacher, student) of how values are related, softmax(V V^T / sqrt(width)), over queries and heads (MiniLM, arXiv 2002.10957).
+
+    MiniLM adds it to :func:`attention_transfer_loss` of the same layer, the last of both. Widths of heads may differ, so that a
+    student can be as narrow and shallow as it likes, but heads may not.
+
+    Args:
+        student, teacher: values, or queries or keys (MiniLMv2), by head.
+        mask: added to the relations, -inf for padded tokens.
+    """
+    if student.shape[:3] != teacher.shape[:3]:
+        raise Unsupported(
+            f"a student's {tuple(student.shape)} beside its teacher's {tuple(teacher.shape)}",
+            supported="as many heads and tokens; widths may differ",
+        )
+    related = [x @ x.mT * x.shape[-1] ** -0.5 for x in (student, teacher.detach())]
+    own, told = ((x if mask is None else x + mask).softmax(-1) for x in related)
+    return attention_transfer_loss(own, told)
+
+
 def patient_loss(
     students: Sequence[Float[Tensor, "b c"]], teachers: Sequence[Float[Tensor, "b c"]]
 ) -> Float[Tensor, ""]:

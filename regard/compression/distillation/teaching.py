@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from regard.compression.distillation.losses import positive, response_loss
 from regard.compression.distillation.transkd import TransKD, TransKDConfig, encoder_of, recorded
@@ -44,9 +46,27 @@ class ResponseConfig:
         positive("temperature", self.temperature)
 
 
-Method = ResponseConfig | TransKDConfig
-METHODS: Mapping[str, type[ResponseConfig] | type[TransKDConfig]] = {
+@dataclass(frozen=True)
+class TokenConfig:
+    """A token of the student's learns the teacher's classes, the class token those of the data (DeiT, arXiv 2012.12877).
+
+    The paper's hard distillation: CE(class token, label) + CE(distillation token, argmax teacher), here without its factor of a
+    half. Afterwards the logits are the mean of both heads'.
+
+    Attributes:
+        weight: of the second sum beside the task's loss.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least("weight", self.weight, 0.0)
+
+
+Method = ResponseConfig | TokenConfig | TransKDConfig
+METHODS: Mapping[str, type[Method]] = {
     "response": ResponseConfig,
+    "token": TokenConfig,
     "transkd": TransKDConfig,
 }
 
@@ -99,6 +119,12 @@ class Taught(nn.Module):
         if isinstance(method, TransKDConfig):
             own, told = (encoder_of(model).config for model in (student, teacher))
             self.beside = TransKD(own, told, method).to(some.device, some.dtype)  # type: ignore[arg-type]
+        if isinstance(method, TokenConfig) and getattr(_backbone(student), "distillation_head", None) is None:
+            raise Unsupported(
+                f"distillation by a token of a {type(_backbone(student)).__name__} without one",
+                supported="vision transformers with distillation_token=true",
+                nearest='--model "deit_t:distillation_token=true"',
+            )
 
     @property
     def teacher(self) -> nn.Module:
@@ -114,7 +140,8 @@ class Taught(nn.Module):
         """The student's result, in training with the loss ``teacher``."""
         if not self.training:
             return self.student(inputs, context=context)
-        result, loss = (self._stages if self.beside is not None else self._responses)(inputs, context)
+        learn = {TransKDConfig: self._stages, TokenConfig: self._token, ResponseConfig: self._responses}
+        result, loss = learn[type(self.method)](inputs, context)
         return Result(
             result.output, result.state, {**result.losses, LOSS: (loss, torch.ones_like(loss))}, result.extras
         )
@@ -131,12 +158,23 @@ class Taught(nn.Module):
             result = self.student(inputs, context=context)
         return result, self.beside.loss(own, told)
 
+    def _token(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
+        assert isinstance(self.method, TokenConfig)
+        classes = self._told(inputs, context).output.argmax(-1)
+        student: Any = self.student
+        result, logits = _backbone(student).forward_distilled(student.images(inputs, student.grid_of(context)))
+        return result, self.method.weight * F.cross_entropy(logits, classes)
+
     def _responses(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
         assert isinstance(self.method, ResponseConfig)
         told = self._told(inputs, context).output
         result = self.student(inputs, context=context)
         own, told = (x.unflatten(-1, (-1, self.classes)) for x in (result.output, told))  # a patch has several pixels
         return result, self.method.weight * response_loss(own, told, self.method.temperature)
+
+
+def _backbone(model: nn.Module) -> Any:
+    return getattr(model, "backbone", model)
 
 
 @dataclass(frozen=True)

@@ -241,8 +241,9 @@ class VisionTransformer(Backbone):
         assert self.distillation_head is not None
         return self.head(one), self.distillation_head(other)
 
-    def forward_distilled(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
-        """Logits of the class token, and of the distillation token, which a teacher's classes train.
+    def forward_distilled(self, images: Float[Tensor, "b c h w"]) -> tuple[Result, Float[Tensor, "b k"]]:
+        """Logits of the class token with the losses of the layers, and logits of the distillation token, which a teacher's
+        classes train.
 
         Raises:
             Unsupported: without a distillation token.
@@ -253,7 +254,9 @@ class VisionTransformer(Backbone):
                 supported="distillation_token=True",
                 nearest="forward(images)",
             )
-        return self._two_heads(self.forward_features(images))
+        features, _, losses = self._run(self.check_images(images))
+        one, other = self._two_heads(features)
+        return Result(one, None, losses), other
 
     def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
         features, _, losses = self._run(self.check_images(images))
