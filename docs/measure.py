@@ -45,6 +45,7 @@ from regard.studies import get_study, list_studies, opened
 from regard.studies.framework.protocol import of_record
 from regard.training.memory import keep_freed_memory
 from regard.workbench.profile import ProfileSettings, growth, profile
+from regard.workbench.recommend import PUBLISHED
 from regard.workbench.swapped import HOSTS, check_swap, hosts, swap_variants
 from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 
@@ -320,21 +321,26 @@ def measure_ranking() -> None:
     data = {"measured": f"{MEASURED}, {finished[-1].machine['cpu']}", **{key: found[key] for key in kept}}
     entries = [{"task": task, **entry} for task, rows in data.pop("summary").items() for entry in rows]
     _write("ranking.json", {**data, "entries": entries}, "entries")
+    scored = [entry for entry in entries if entry["mean"] is not None]
+    means = {task: {e["mechanism"]: round(e["mean"], 6) for e in scored if e["task"] == task} for task in data["tasks"]}
+    text = json.dumps({"frame": data["frame"], "budget": data["budget"], "means": means}, indent=1) + "\n"
+    PUBLISHED.write_text(text, encoding="utf-8")
     KEPT.unlink(missing_ok=True)
 
 
 def measure_scaling() -> None:
-    """Growth with length and efficiency lengths of every mechanism that scaling.json does not have from this machine."""
+    """Growth with length and efficiency lengths of every mechanism that scaling.json does not have; each row says on what
+    machine, where it is another than that of most. Without the file everything is measured anew."""
     measured = f"{MEASURED}, {fingerprint()['cpu']}, {torch.get_num_threads()} threads"
     path = DATA / "scaling.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    rows = known["mechanisms"] if known.get("measured") == measured else {}
+    known = json.loads(path.read_text()) if path.is_file() else {"measured": measured, "mechanisms": {}}
+    rows, most = known["mechanisms"], known["measured"]
     keep_freed_memory()
     for name in regard.list_mechanisms():
         if name not in rows:
-            rows[name] = scaling(regard.get_mechanism(name))
+            rows[name] = scaling(regard.get_mechanism(name)) | ({} if measured == most else {"measured": measured})
             print(name, rows[name], flush=True)
-            _write("scaling.json", {"measured": measured, "mechanisms": rows}, "mechanisms")
+            _write("scaling.json", {"measured": most, "mechanisms": rows}, "mechanisms")
 
 
 def scaling(card: Mechanism) -> dict[str, Any]:

