@@ -26,8 +26,8 @@ BEND, STEADY = 3.0, 1 / 3
 """How much a curve turns over the side of a picture, in radians, and the part of a side over which it keeps turning so."""
 AT_ONCE = 1 << 19
 """Pixels of the pictures that are drawn together."""
-MANY = 64
-"""Pictures that are drawn at once of which one should hold all curves."""
+LARGEST, MANY = 256, 64
+"""Pixels of a side, and pictures that are drawn at once of which one should hold all curves."""
 FITTED, TRACED = 256, 64
 """Training items that the simple rule is fitted on, and held-out ones that are traced for the description."""
 
@@ -69,7 +69,7 @@ class PathfinderTask(GeneratedTask):
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed, evaluation_items=evaluation_items)
-        self.size = check_integer("size", size, 16, 256)
+        self.size = check_integer("size", size, 16, LARGEST)
         self.dashes = check_integer("dashes", size // 5 if dashes is None else dashes, 2, 64)
         self.distractors = check_integer("distractors", size // 10 if distractors is None else distractors, 0, 64)
         self.length = size**2
@@ -93,11 +93,13 @@ class PathfinderTask(GeneratedTask):
             blocked[rows, y + near[:, None], x + near] = True
             curves.append(curve)
         if not len(blocked) and count >= MANY:
+            fitting = max(5 * self.dashes, 10 * self.distractors)
+            fewer = f"dashes={min(self.dashes, self.size // 5)},distractors={min(self.distractors, self.size // 10)}"
             raise Unsupported(
                 f"pathfinder with dashes={self.dashes} and distractors={self.distractors} in {self.size}x{self.size} pixels, which "
                 f"hold so many too rarely",
                 supported="fewer dashes or distractors, or a larger size",
-                nearest=f"dashes={max(2, self.dashes // 2)},distractors={self.distractors // 2}",
+                nearest=f"size={fitting}" if self.size < fitting <= LARGEST else fewer,
             )
         pictures = np.full((len(blocked), self.size, self.size), EMPTY, dtype=np.uint8)
         rows = np.arange(len(blocked))
