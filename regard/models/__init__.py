@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from regard.models.aspect import aspects, with_aspect
 from regard.models.conversion import change_plan, extend_positions
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.from_transformers import from_transformers
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
+from regard.models.head_readout import HeadReadout, read_heads
 from regard.models.language_model import LanguageModel, LanguageModelConfig, ModelState
 from regard.models.parameters import count_parameters, match_parameters
 from regard.models.plans import (
@@ -32,6 +34,7 @@ __all__ = [
     "ForecasterConfig",
     "FunnelEncoder",
     "FunnelEncoderConfig",
+    "HeadReadout",
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",
@@ -40,6 +43,7 @@ __all__ = [
     "Stack",
     "StackConfig",
     "StageConfig",
+    "aspects",
     "attention_share",
     "build_model",
     "change_plan",
@@ -53,9 +57,11 @@ __all__ = [
     "masformer_schedule",
     "match_parameters",
     "models_for",
+    "read_heads",
     "register_model",
     "save_pretrained",
     "set_exit_threshold",
     "tokenformer_plan",
     "transnormer_plan",
+    "with_aspect",
 ]

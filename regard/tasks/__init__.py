@@ -17,9 +17,12 @@ from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.in_context_functions import InContextFunctionsTask
 from regard.tasks.listops import ListOpsTask
+from regard.tasks.long_range import LongRangeTask
 from regard.tasks.masked import MaskedTask
 from regard.tasks.matching import MatchingTask
 from regard.tasks.paraphrase import ParaphraseTask
+from regard.tasks.pathfinder import PathfinderTask
+from regard.tasks.pixels import PixelsTask
 from regard.tasks.protocol import (
     IGNORED,
     Baseline,
@@ -49,8 +52,11 @@ _TASKS = (
     RecallTask,
     CopyingTask,
     ListOpsTask,
+    PathfinderTask,
+    LongRangeTask,
     InContextFunctionsTask,
     ImagesTask,
+    PixelsTask,
     SegmentationTask,
     UpscaleTask,
     DocumentsTask,
@@ -109,6 +115,7 @@ def create_task(
                 nearest=closest(option, accepted),
             )
     task: Task = TASKS[name](**given)
+    task.registered = name
     task.origin = {option: _lasting(option, value, TASKS[name].named) for option, value in given.items()}
     return task
 

@@ -29,15 +29,25 @@ class GeneratedTask(Task):
     """Items of fixed length from a generator, split into training and held-out items by a hash of their tokens.
 
     One item in eight is held out, whatever the seeds, so that a model is never scored on an item that it could have
-    been trained on. Held-out items are distinct. Subclasses give :meth:`draw`.
+    been trained on. Where there are so many items that none comes twice, any are held out, and training leaves these out.
+    Held-out items are distinct. Subclasses give :meth:`draw`.
+
+    Attributes:
+        block: items that are drawn at once and given in order, where a few take almost as long as many; None to draw those of
+            each batch.
+        vast: whether items are so many that none comes twice.
     """
+
+    block: int | None = None
+    vast: bool = False
+    _kept: tuple[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __init__(self, *, seed: int, evaluation_items: int) -> None:
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
         self.evaluation_items = check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, "b ..."]]:
-        """Inputs and targets of `count` items."""
+        """Inputs and targets of `count` items, or of fewer."""
         raise NotImplementedError
 
     def batch(self, inputs: Int[np.ndarray, "b n"], targets: Int[np.ndarray, "b ..."]) -> Batch:
@@ -46,29 +56,51 @@ class GeneratedTask(Task):
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         check_integer("batch_size", batch_size, 1, 1 << 20)
-        return self.batch(*self._collect(counter_generator(seed, step, TRAINING), batch_size, held_out=False))
+        if self.block is None:
+            return self.batch(*self._collect(counter_generator(seed, step, TRAINING), batch_size, held_out=False))
+        places = step * batch_size + np.arange(batch_size)
+        blocks = places // self.block
+        parts = []
+        for number in range(int(blocks[0]), int(blocks[-1]) + 1):
+            here = places[blocks == number] % self.block
+            parts.append([x[here] for x in self._of_block(seed, number, self.block)])
+        inputs, targets = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return self.batch(inputs, targets)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         inputs, targets = self._held_out
         for rows in in_batches(len(inputs), batch_size):
             yield self.batch(inputs[rows], targets[rows])
 
+    def _of_block(self, seed: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The training items of a block; the last one is kept, which the next batch may go on with."""
+        if self._kept is None or self._kept[0] != (seed, number):
+            drawn = self._collect(counter_generator(seed, number, TRAINING), size, held_out=False)
+            self._kept = (seed, number), drawn
+        return self._kept[1]
+
     @cached_property
     def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
         return self._collect(counter_generator(self.seed, 0, EVALUATION), self.evaluation_items, held_out=True)
+
+    @cached_property
+    def _held_out_digests(self) -> frozenset[bytes]:
+        return frozenset(map(_digest, self._held_out[0]))
 
     def _collect(self, rng: np.random.Generator, count: int, *, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         inputs: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         seen: set[bytes] = set()
+        taken = self._held_out_digests if self.vast and not held_out else frozenset()
         limit = _ROUNDS * max(count, _ROWS)
         drawn = 0
         while len(inputs) < count and drawn < limit:
-            rows = min(_ROWS, count - len(inputs) + count // 4 + 4)
+            rows = min(_ROWS, count - len(inputs) + (4 if self.vast else count // 4 + 4))
             drawn += rows
             for row, target in zip(*self.draw(rng, rows), strict=True):
                 digest = _digest(row)
-                if (digest[0] % 8 == 0) != held_out or (held_out and digest in seen):
+                wrong = digest in taken if self.vast else (digest[0] % 8 == 0) != held_out
+                if wrong or (held_out and digest in seen):
                     continue
                 seen.add(digest)
                 inputs.append(row)
@@ -83,7 +115,8 @@ class GeneratedTask(Task):
         return np.stack(inputs[:count]), np.stack(targets[:count])
 
     def _sizes(self) -> str:
+        how = "training leaves them out" if self.vast else "split by a hash of the item"
         return (
             f"training: drawn afresh at each step; held out: {self.evaluation_items} distinct items "
-            f"(seed {self.seed}), never in training (split by a hash of the item)"
+            f"(seed {self.seed}), never in training ({how})"
         )

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from regard.contract import Pattern, Unsupported, closest, one_of
+from regard.contract import Pattern, Unsupported, one_of
 from regard.tasks.augmentation import AUGMENTATIONS, Augmentation
-from regard.tasks.documents import nearest_path
-from regard.tasks.idx import FASHION_MNIST, has_idx, load_fashion_mnist, load_idx
-from regard.tasks.image_files import Images, centre, load_folders, read_image, stacked
+from regard.tasks.image_files import Images, centre, read_image, stacked
+from regard.tasks.image_sets import DIGITS, NAMED, distinct, drawn, load_images, split_images
 from regard.tasks.protocol import (
     AUGMENTATION,
-    SPLIT,
     Baseline,
     Batch,
     Task,
@@ -37,12 +33,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
     from regard.tasks.image_files import Pixels
-
-NAMED = ("digits", FASHION_MNIST)
-DIGITS = tuple("0123456789")
-FOLDER_SIDE = 32
-"""Side that a folder's images are resized to where none is given."""
-_SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder a class, or a folder of MNIST's four IDX files"
 
 
 @dataclass(frozen=True)
@@ -183,7 +173,9 @@ class ImagesTask(Task):
                 raise Unsupported(
                     f"{name}={value} with augment=none", supported="images that are varied", nearest="augment=light"
                 )
-        loaded = _load("digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable)
+        loaded = load_images(
+            "digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable
+        )
         self._images = images = distinct(loaded)
         self.num_classes: int = len(images.classes)
         height, width, depth = images.shape
@@ -197,7 +189,7 @@ class ImagesTask(Task):
         self.length = self.grid[0] * self.grid[1]
         self.features: int = self.patch**2 * depth
 
-        self._training, self._held_out = _split(images, held_out, seed)
+        self._training, self._held_out = split_images(images, held_out, seed)
         self._scored = one_of_each_in_turn(self._held_out, images.labels)[:evaluation_items]
         mean, deviation = _statistics(images, self._training)
         self.reader = ImageReader(
@@ -253,75 +245,12 @@ class ImagesTask(Task):
         lines.append(f"training images: {self.augmentation or 'as they are (augment=light or standard varies them)'}")
         lines += [f"note: {note}" for note in images.notes]
         first = self._training[0]
-        drawn = _drawn(images.centres(np.array([first]))[0])
-        return "\n".join([*lines, f"sample: {images.classes[images.labels[first]]}", *drawn])
+        shown = drawn(images.centres(np.array([first]))[0])
+        return "\n".join([*lines, f"sample: {images.classes[images.labels[first]]}", *shown])
 
     def _batch(self, chosen: Int[np.ndarray, " b"]) -> Batch:
         labels = torch.from_numpy(self._images.labels[chosen])
         return Batch(self.reader.patches(self._images.centres(chosen)), labels, grid=self.grid)
-
-
-def _load(data: Any, validation: Any, size: int | None, channels: int | None, *, skip_unreadable: bool) -> Images:
-    if not isinstance(data, str | Path):
-        raise Unsupported(f"data={data!r} for images", supported=_SUPPORTED, nearest="a folder of folders")
-    folder, name = Path(data), str(data).replace("_", "-")
-    is_classes = name not in NAMED and not has_idx(folder)
-    for option, value in (("channels", channels), ("validation", validation), ("skip_unreadable", skip_unreadable)):
-        if value and not is_classes:
-            raise Unsupported(
-                f"{option}={value} for {data}, which comes as it is",
-                supported=f"{option} with a folder of images",
-                nearest=f"no {option}",
-            )
-    side = None if size is None else check_integer("size", size, 4, 1024)
-    if name == "digits":
-        return _resized(_load_digits(), side)
-    if name == FASHION_MNIST and not has_idx(folder):
-        return _resized(load_fashion_mnist(), side)
-    if not folder.is_dir():
-        wrong = "is not a folder" if folder.exists() else "does not exist"
-        near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))
-        raise Unsupported(f"data={data} for images, which {wrong}", supported=_SUPPORTED, nearest=near)
-    if not is_classes:
-        return _resized(load_idx(folder), side)
-    depth = 3 if channels is None else channels
-    if depth not in (1, 3):
-        raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
-    held_out = None if validation is None else Path(validation)
-    return load_folders(folder, held_out, (side or FOLDER_SIDE,) * 2, depth, skip_unreadable=skip_unreadable)
-
-
-def _load_digits() -> Images:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise Unsupported(
-            "images data=digits without scikit-learn, which holds them",
-            supported="a folder with one sub-folder a class, or the extra",
-            nearest="pip install 'regard[data]'",
-        ) from None
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return Images("scikit-learn's digits", (8, 8, 1), pixels, digits.target.astype(np.int64), DIGITS)
-
-
-def _resized(images: Images, side: int | None) -> Images:
-    """Bytes of one shape, as squares of this side."""
-    height, width, depth = images.shape
-    if side is None or (height, width) == (side, side):
-        return images
-    given = torch.from_numpy(np.asarray(images.pixels))
-    made = np.empty((len(given), side, side, depth), dtype=np.uint8)
-    for rows in in_batches(len(given), 1024):
-        floats = given[rows].permute(0, 3, 1, 2).float()
-        large = F.interpolate(floats, (side, side), mode="bicubic", antialias=True).round().clamp(0, 255)
-        made[rows] = large.permute(0, 2, 3, 1).numpy()
-    return replace(
-        images,
-        shape=(side, side, depth),
-        pixels=made,
-        notes=[*images.notes, f"resized from {height}x{width} pixels"],
-    )
 
 
 def _statistics(
@@ -333,55 +262,6 @@ def _statistics(
     mean = sum(images.centres(part).sum((0, 1, 2), dtype=np.float64) for part in parts) / count
     squares = sum(((images.centres(part) - mean) ** 2).sum((0, 1, 2)) for part in parts)
     return mean, np.sqrt(squares / count)
-
-
-def distinct(images: Images) -> Images:
-    """Without exact repetitions. Where a data set has held-out images, those are the ones kept."""
-    order = np.arange(len(images.pixels))
-    if images.held_out is not None:
-        order = np.concatenate([images.held_out, np.setdiff1d(order, images.held_out)])
-    digests = [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.pixels]
-    first: dict[bytes, int] = {}
-    for i in order:
-        first.setdefault(digests[i], int(i))
-    kept = np.array(sorted(first.values()))
-    repeated = len(images.pixels) - len(kept)
-    if not repeated:
-        return images
-    held_out = None if images.held_out is None else np.flatnonzero(np.isin(kept, images.held_out))
-    notes = [*images.notes, f"{repeated} exact repetitions left out"]
-    if images.held_out is not None:
-        taken = {digests[i] for i in images.held_out}
-        shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
-        if shared:
-            notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
-    pixels = images.pixels[kept] if isinstance(images.pixels, np.ndarray) else [images.pixels[i] for i in kept]
-    return replace(images, pixels=pixels, labels=images.labels[kept], held_out=held_out, notes=notes)
-
-
-def _split(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-    everything = np.arange(len(images.labels))
-    if images.held_out is not None:
-        training = np.setdiff1d(everything, images.held_out)
-        missing = [name for i, name in enumerate(images.classes) if not (images.labels[training] == i).any()]
-        if missing:
-            raise Unsupported(
-                f"no training images of {missing[0]} that are not also held out",
-                supported="images of its own for each class",
-            )
-        return training, images.held_out
-    held_out: list[np.ndarray] = []
-    for label, name in enumerate(images.classes):
-        members = np.flatnonzero(images.labels == label)
-        if len(members) < 2:
-            raise Unsupported(
-                f"the class {name} with {len(members)} different images",
-                supported="2 or more different images in each class",
-            )
-        order = counter_generator(seed, label, SPLIT).permutation(members)
-        held_out.append(order[: max(1, round(share * len(members)))])
-    chosen = np.sort(np.concatenate(held_out))
-    return np.setdiff1d(everything, chosen), chosen
 
 
 def choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:
@@ -413,11 +293,3 @@ def choose_patch(height: int, width: int, length: int | None, patch: int | None)
         supported="lengths " + ", ".join(map(str, accepted)),
         nearest=f"length={near}",
     )
-
-
-def _drawn(pixels: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]) -> list[str]:
-    """The image as a few lines of characters, dark to light."""
-    shades = " .:-=+*#%@"
-    stride = max(1, -(-max(pixels.shape[:2]) // 28))
-    grey = pixels[::stride, ::stride].mean(-1)
-    return ["  " + "".join(shades[int(value) * len(shades) // 256] * 2 for value in row) for row in grey]

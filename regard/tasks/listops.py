@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,28 +14,18 @@ from regard.tasks.generated import MAX_LENGTH, GeneratedTask
 from regard.tasks.protocol import Baseline, Batch, check_integer
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Int
 
-VOCABULARY = ("", *"0123456789", "[MAX", "[MIN", "[MED", "[SM", "]")
+OPERATORS = ("[MAX", "[MIN", "[MED", "[SM")
+VOCABULARY = ("", *"0123456789", *OPERATORS, "]")
 PADDING = 0
 FIRST_DIGIT = 1
 FIRST_OPERATOR = 11
 CLOSE = 15
 NEST = 0.4
 """Probability that an argument is an expression of its own, while the depth allows."""
-
-
-def apply_operator(operator: int, arguments: Sequence[int]) -> int:
-    """Value of one operator (a token) on digits. The median of an even number rounds the middle two's mean down."""
-    name = VOCABULARY[operator]
-    if name == "[MAX":
-        return max(arguments)
-    if name == "[MIN":
-        return min(arguments)
-    if name == "[SM":
-        return sum(arguments) % 10
-    ranked = sorted(arguments)
-    return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) // 2
+AT_ONCE, RAREST = 1 << 21, 100_000
+"""Tokens of the expressions that are drawn together, about, and expressions of which one has to fit."""
 
 
 class ListOpsTask(GeneratedTask):
@@ -79,43 +70,24 @@ class ListOpsTask(GeneratedTask):
         self.chance = self.baseline.score
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, " b"]]:
-        inputs = np.full((count, self.length), PADDING, dtype=np.int64)
-        targets = np.zeros(count, dtype=np.int64)
-        uniform = _Uniform(rng)
-        for row in range(count):
-            tokens, value = self._expression(uniform)
-            inputs[row, : len(tokens)] = tokens
-            targets[row] = value
-        return inputs, targets
-
-    def _expression(self, uniform: _Uniform) -> tuple[list[int], int]:
-        for _ in range(100_000):
-            tokens: list[int] = []
-            value = self._grow(uniform, tokens, self.depth)
-            if self.shortest <= len(tokens) <= self.length:
-                return tokens, value
-        raise Unsupported(
-            f"length={self.length} with depth={self.depth} and arguments={self.arguments}: expressions of "
-            f"{self.shortest} to {self.length} tokens are too rare",
-            supported="a length nearer to the size of the expressions",
-            nearest="the defaults of listops",
-        )
-
-    def _grow(self, uniform: _Uniform, tokens: list[int], depth: int) -> int:
-        """Append an expression to `tokens` and return its value; stops early once it is too long to be kept."""
-        operator = FIRST_OPERATOR + uniform.below(CLOSE - FIRST_OPERATOR)
-        tokens.append(operator)
-        values: list[int] = []
-        for _ in range(2 + uniform.below(self.arguments - 1)):
-            if len(tokens) > self.length:
-                break
-            if depth > 1 and uniform.next() < NEST:
-                values.append(self._grow(uniform, tokens, depth - 1))
-            else:
-                values.append(uniform.below(10))
-                tokens.append(FIRST_DIGIT + values[-1])
-        tokens.append(CLOSE)
-        return apply_operator(operator, values) if values else 0
+        inputs, targets = [np.zeros((0, self.length), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        found = tried = 0
+        while found < count:
+            rows = min(64 + 4 * (count - found), max(16, AT_ONCE // self.length))
+            trees = _Trees.grow(rng, rows, self.depth, self.arguments, self.length)
+            fitting = ~trees.over & (trees.size >= self.shortest) & (trees.size <= self.length)
+            kept = np.flatnonzero(fitting)[: count - found]
+            inputs.append(trees.written(kept, self.length))
+            targets.append(trees.value[kept])
+            found, tried = found + len(kept), tried + len(fitting)
+            if not found and tried >= RAREST:
+                raise Unsupported(
+                    f"length={self.length} with depth={self.depth} and arguments={self.arguments}: expressions of "
+                    f"{self.shortest} to {self.length} tokens are too rare",
+                    supported="a length nearer to the size of the expressions",
+                    nearest="the defaults of listops",
+                )
+        return np.concatenate(inputs), np.concatenate(targets)
 
     def batch(self, inputs: Int[np.ndarray, "b n"], targets: Int[np.ndarray, " b"]) -> Batch:
         tokens = torch.from_numpy(inputs)
@@ -141,20 +113,112 @@ def spell(tokens: Sequence[int] | Int[np.ndarray, " n"]) -> str:
     return " ".join(VOCABULARY[token] for token in tokens if token != PADDING)
 
 
-class _Uniform:
-    """Uniform numbers drawn a block at a time: one call to numpy for each would dominate the generator's time."""
+@dataclass(frozen=True)
+class _Level:
+    """The operators of some expressions at one depth, and their arguments, those of one operator side by side.
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self._rng = rng
-        self._block: list[float] = []
+    Attributes:
+        row: (m) the expression of each operator.
+        operator: (m) its token.
+        arity: (m) how many arguments it has.
+        parent: (c) the operator of each argument.
+        nested: (c) whether an argument is an operator, of the next level.
+        digit: (c) its value where it is not.
+    """
 
-    def next(self) -> float:
-        if not self._block:
-            self._block = self._rng.random(4096).tolist()
-        return self._block.pop()
+    row: Int[np.ndarray, " m"]
+    operator: Int[np.ndarray, " m"]
+    arity: Int[np.ndarray, " m"]
+    parent: Int[np.ndarray, " c"]
+    nested: Bool[np.ndarray, " c"]
+    digit: Int[np.ndarray, " c"]
 
-    def below(self, high: int) -> int:
-        return int(self.next() * high)
+    @property
+    def first(self) -> Int[np.ndarray, " m"]:
+        """The first argument of each operator."""
+        return self.arity.cumsum() - self.arity
+
+    def filled(self, leaves: Int[np.ndarray, " c"] | int, nested: Int[np.ndarray, " k"]) -> Int[np.ndarray, " c"]:
+        """A number for each argument: of the leaves, and of the operators of the next level in order."""
+        found = np.broadcast_to(leaves, self.digit.shape).copy()
+        found[self.nested] = nested
+        return found
+
+    def apply(self, arguments: Int[np.ndarray, " c"]) -> Int[np.ndarray, " m"]:
+        """Value of each operator. The median of an even number rounds the middle two's mean down."""
+        first = self.first
+        ranked = arguments[np.lexsort((arguments, self.parent))]
+        values = {
+            "[MAX": np.maximum.reduceat(arguments, first),
+            "[MIN": np.minimum.reduceat(arguments, first),
+            "[MED": (ranked[first + (self.arity - 1) // 2] + ranked[first + self.arity // 2]) // 2,
+            "[SM": np.add.reduceat(arguments, first) % 10,
+        }
+        found: np.ndarray = np.choose(self.operator - FIRST_OPERATOR, [values[name] for name in OPERATORS])
+        return found
+
+
+@dataclass(frozen=True)
+class _Trees:
+    """Expressions, grown level by level.
+
+    Attributes:
+        levels: from the outermost operators inwards.
+        sizes: of each level, the tokens of each argument.
+        size: (n) tokens of each expression.
+        value: (n) its value.
+        over: (n) whether it was left unfinished because it is too long.
+    """
+
+    levels: list[_Level]
+    sizes: list[np.ndarray]
+    size: Int[np.ndarray, " n"]
+    value: Int[np.ndarray, " n"]
+    over: Bool[np.ndarray, " n"]
+
+    @classmethod
+    def grow(cls, rng: np.random.Generator, count: int, depth: int, arguments: int, longest: int) -> _Trees:
+        """So many expressions; those of more than `longest` tokens are not finished."""
+        levels: list[_Level] = []
+        row, least, over = np.arange(count), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
+        for level in range(depth):
+            if not len(row):
+                break
+            operator = rng.integers(FIRST_OPERATOR, CLOSE, len(row))
+            arity = rng.integers(2, arguments + 1, len(row))
+            parent = np.repeat(np.arange(len(row)), arity)
+            nested = (rng.random(len(parent)) < NEST) & (level + 1 < depth)
+            least += np.bincount(row, 2 + arity - (4 if level else 0), minlength=count).astype(np.int64)
+            least += 3 * np.bincount(row[parent[nested]], minlength=count)  # an operator has four tokens or more
+            over |= least > longest
+            nested &= ~over[row[parent]]
+            levels.append(_Level(row, operator, arity, parent, nested, rng.integers(0, 10, len(parent))))
+            row = row[parent[nested]]
+        sizes: list[np.ndarray] = []
+        value = size = np.zeros(0, dtype=np.int64)
+        for one in reversed(levels):
+            sizes.append(one.filled(1, size))
+            value = one.apply(one.filled(one.digit, value))
+            size = 2 + np.add.reduceat(sizes[-1], one.first)
+        return cls(levels, sizes[::-1], size, value, over)
+
+    def written(self, kept: Int[np.ndarray, " k"], length: int) -> Int[np.ndarray, "k n"]:
+        """The tokens of some expressions, padded on the right."""
+        tokens = np.full((len(kept), length), PADDING, dtype=np.int64)
+        line = np.full(len(self.size), -1)
+        line[kept] = np.arange(len(kept))
+        place = np.zeros(len(self.size), dtype=np.int64)
+        for level, sizes in zip(self.levels, self.sizes, strict=True):
+            own = line[level.row]
+            size = 2 + np.add.reduceat(sizes, level.first)
+            tokens[own[own >= 0], place[own >= 0]] = level.operator[own >= 0]
+            tokens[own[own >= 0], (place + size - 1)[own >= 0]] = CLOSE
+            before = sizes.cumsum() - sizes
+            each = place[level.parent] + 1 + before - before[level.first][level.parent]
+            leaves = ~level.nested & (own[level.parent] >= 0)
+            tokens[own[level.parent[leaves]], each[leaves]] = FIRST_DIGIT + level.digit[leaves]
+            place = each[level.nested]
+        return tokens
 
 
 def _longest(depth: int, arguments: int, limit: int) -> int:

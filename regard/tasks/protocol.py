@@ -148,6 +148,7 @@ class Task(Protocol):
         baseline: a simple rule that a model should beat, and its score on each held-out item.
         runner: trains its models and scores them, a :class:`regard.training.runner.Runner`; None for gradient steps on
             its batches.
+        registered: the name by which :func:`regard.tasks.create_task` made it; None for other tasks.
         origin: options of :func:`regard.tasks.create_task` that make it again, as JSON could say them; None for other tasks.
         named: data that have a name, and are no paths.
     """
@@ -173,6 +174,7 @@ class Task(Protocol):
     chance: float | None = None
     baseline: Baseline | None = None
     runner: Any = None
+    registered: str | None = None
     origin: Mapping[str, Any] | None = None
     named: tuple[str, ...] = ()
 

@@ -393,7 +393,7 @@ class _View:
 
     def data(self) -> str:
         """All that the report is made of but the scores and pictures of single items, as JSON."""
-        large = ("items", "predicted")
+        large = ("items", "predicted", "completed")
         quality = [{key: value for key, value in row.items() if key not in large} for row in self.quality]
         rows = {"quality": quality, "cost": self.cost, "search": self.search, "summary": self.summary}
         text = json.dumps({"schema": SCHEMA, "run": self.run, **rows}, default=str)

@@ -285,7 +285,11 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
     }
     return {
         "regard": provenance.regard_version(),
-        "task": {"name": task.name, "options": getattr(task, "origin", None), "data": work.identity["data"]},
+        "task": {
+            "name": getattr(task, "registered", None) or task.name,
+            "options": getattr(task, "origin", None),
+            "data": work.identity["data"],
+        },
         "described": task.describe(),
         "mechanism": name,
         **variant.record(),

@@ -21,7 +21,7 @@ from regard.measurement.store import Store
 from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
 from regard.training import runner_of
-from regard.workbench import mask_pictures, predicted_images
+from regard.workbench import drawn_images, mask_pictures, predicted_images
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.trained import described, figures_of, keep, outcome, ran
@@ -281,6 +281,7 @@ class Trainer:
             "search": choice,
             "sample": written(model, task) if shows else None,
             "masks": mask_pictures.predicted(model, task) if shows else None,
+            "completed": drawn_images.completed(model, task) if shows else None,
             "figures": figures_of(found),
             "predicted": predicted_images.predicted(model, task, work.scored_at_once, work.search_items)
             if shows

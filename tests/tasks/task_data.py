@@ -92,6 +92,8 @@ SMALL = {
     "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
     "listops": {"length": 24, "evaluation_items": 64},
+    "pathfinder": {"size": 16, "distractors": 1, "evaluation_items": 64},
+    "long_range": {"which": "listops", "length": 64, "evaluation_items": 64},
     "upscale": {"size": 12, "factor": 2, "evaluation_items": 64},
     "completion": {"length": 16, "seen": 8, "evaluation_items": 64},
     "in_context_functions": {"length": 16, "dimensions": 6, "evaluation_items": 64},
@@ -103,7 +105,7 @@ def made(name: str, folder: Path, **options: Any) -> Any:
     """A small task by name, on made-up data where it reads some."""
     if name in SMALL:
         given = SMALL[name]
-    elif name == "images":
+    elif name in ("images", "pixels"):
         given = {"data": photos(folder / "pets"), "size": 8}
     elif name == "speech":
         (folder / "digits").mkdir(exist_ok=True)

@@ -48,7 +48,16 @@ def test_files_for_tasks_that_read_none_are_refused(tmp_path):
     path = table(tmp_path / "a.csv")
     readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
     texts = {"text", "masked", "documents", "matching", "paraphrase", "summarize"}
-    assert texts | {"images", "segmentation", "upscale", "forecast", "completion", "speech"} == set(readers)
+    assert texts | {
+        "images",
+        "pixels",
+        "long_range",
+        "segmentation",
+        "upscale",
+        "forecast",
+        "completion",
+        "speech",
+    } == set(readers)
     for given in (([path], None), (None, [path])):
         told = "supported: tasks that read data: " + ", ".join(readers)
         refused(lambda given=given: read_tasks(["recall"], *given, None, "bytes", []), told)

@@ -13,7 +13,19 @@ from task_data import SMALL, for_any_task, items, made, refused, save_json, word
 from regard.contract import Unsupported
 from regard.tasks import TASKS, check_task, create_task, list_tasks
 
-NAMES = [*SMALL, "text", "masked", "images", "documents", "matching", "paraphrase", "summarize", "forecast", "speech"]
+READERS = [
+    "text",
+    "masked",
+    "images",
+    "pixels",
+    "documents",
+    "matching",
+    "paraphrase",
+    "summarize",
+    "forecast",
+    "speech",
+]
+NAMES = [*SMALL, *READERS]
 
 
 @pytest.fixture(params=NAMES)
@@ -163,6 +175,16 @@ def test_nonsense_is_refused_by_every_task_that_has_the_option(name, tmp_path, o
         ("images", {"validation": "digits", "data": "digits", "size": None}, "digits, which comes as it is"),
         ("images", {"length": 20}, "lengths 64, 16, 4, 1; try length=16"),
         ("images", {"length": 64, "patch": 2}, "length=64 for images of 8x8 with patch=2"),
+        ("pathfinder", {"size": 8}, "try size=16"),
+        ("pathfinder", {"dashes": 1}, "try dashes=2"),
+        ("pathfinder", {"distractors": 64}, "try dashes=3,distractors=1"),
+        ("pathfinder", {"dashes": 9}, "a larger size; try size=45"),
+        ("pixels", {"palette": 1}, "try palette=2"),
+        ("pixels", {"size": 200}, "sequences of 120,000 tokens; supported: up to 65,536 tokens; try size=147"),
+        ("pixels", {"data": "digits", "channels": 3, "size": None}, "digits, which comes as it is"),
+        ("long_range", {"which": "pathx"}, "listops, text, retrieval, image, pathfinder"),
+        ("long_range", {"data": "x.txt"}, "whose items are generated"),
+        ("long_range", {"which": "pathfinder", "length": 300}, "try length=289"),
         ("documents", {"text": "txet"}, "try text=text"),
         ("documents", {"label": "class"}, "label=class, which is no column"),
         ("documents", {"text": "label"}, "supported: two columns"),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported, closest, one_of
-from regard.tasks.images import choose_patch, distinct
+from regard.tasks.image_sets import distinct
+from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
     EVALUATION,
     IGNORED,

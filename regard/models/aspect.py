@@ -1,0 +1,94 @@
+"""As many heads in more or fewer layers: Wide Attention (Brown et al., arXiv 2210.00640).
+
+::
+
+    deep = EncoderConfig(2, vocab_size=256, dim=64, num_layers=6, num_heads=2, head_dim=16, feed_forward=128)
+    wide = with_aspect(deep, 1)                             # one layer of 12 heads of width 16
+    family = [with_aspect(deep, layers) for layers in aspects(deep)]
+
+Heads keep their width, so that attention has 4 dim head_dim parameters for each head, in whatever layer it is; the
+feed-forward networks and norms have as many as there are layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+from regard.catalogue import get_mechanism
+from regard.contract import Kind, Unsupported, one_of
+from regard.models.encoder import EncoderConfig
+from regard.models.language_model import LanguageModelConfig
+
+AnyConfig = TypeVar("AnyConfig", EncoderConfig, LanguageModelConfig)
+
+SIZES = ("num_heads", "num_kv_heads")
+"""Options of a layer that say how many heads it has."""
+
+
+def aspects(config: EncoderConfig | LanguageModelConfig) -> tuple[int, ...]:
+    """The numbers of layers that :func:`with_aspect` makes of a config, from the widest to the deepest."""
+    total, memory = _heads(config)
+    return tuple(n for n in range(1, total + 1) if total % n == 0 and (memory is None or memory % n == 0))
+
+
+def with_aspect(config: AnyConfig, num_layers: int, *, feed_forward: str = "layer") -> AnyConfig:
+    """The config with the same heads, of the same width, in another number of layers.
+
+    Args:
+        config: whose layers are all alike.
+        num_layers: one of :func:`aspects`.
+        feed_forward: ``layer`` keeps the hidden width of each layer's network; ``total`` that of all of them together, so that
+            a difference between few and many layers is none of their size.
+
+    Raises:
+        Unsupported: for layers that differ, or have no heads, and a number of layers that the heads do not fill evenly.
+    """
+    one_of("feed_forward", feed_forward, ("layer", "total"))
+    total, memory = _heads(config)
+    accepted = aspects(config)
+    if num_layers not in accepted:
+        kv = "" if memory is None else f" and {memory} of keys and values"
+        raise Unsupported(
+            f"{total} heads{kv} in {num_layers} layers",
+            supported=", ".join(map(str, accepted)),
+            nearest=f"num_layers={min(accepted, key=lambda n: abs(n - num_layers))}",
+        )
+    before, width = len(config.plan), config.feed_forward
+    name, options = config.plan[0]
+    if feed_forward == "total":
+        if width is None or "feed_forward" in options:
+            raise Unsupported(
+                "feed_forward='total' of a config that does not give the width",
+                supported="feed_forward=WIDTH in the config",
+            )
+        if width * before % num_layers:
+            raise Unsupported(
+                f"{width * before} hidden features in all in {num_layers} layers", supported="a multiple of the layers"
+            )
+        width = width * before // num_layers
+    return replace(
+        config,
+        plan=[(name, dict(options))] * num_layers,
+        num_layers=num_layers,
+        num_heads=total // num_layers,
+        num_kv_heads=None if memory is None else memory // num_layers,
+        head_dim=config.head_dim or config.dim // config.num_heads,
+        feed_forward=width,
+    )
+
+
+def _heads(config: EncoderConfig | LanguageModelConfig) -> tuple[int, int | None]:
+    """Heads of all layers, and of their keys and values where these are fewer."""
+    (name, options), *others = config.plan
+    if any(other != (name, options) for other in others):
+        raise Unsupported(
+            "another number of layers of a plan whose layers differ", supported="layers that are all alike"
+        )
+    if get_mechanism(name).kind is not Kind.ATTENTION:
+        raise Unsupported(f"the heads of {name}", supported="attention")
+    for size in SIZES:
+        if size in options:
+            raise Unsupported(f"{size} in the plan", supported=f"{size} of the config", nearest="a plan without it")
+    layers = len(config.plan)
+    return layers * config.num_heads, None if config.num_kv_heads is None else layers * config.num_kv_heads

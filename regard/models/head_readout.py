@@ -1,0 +1,142 @@
+"""What each head of an encoder says for each class, directly: its logits, taken apart without a rest.
+
+The last hidden state is a sum: the embedding, what each head of each layer adds through its part of the output projection, and
+what the feed-forward networks add. The last norm is linear once its statistics are those of the whole, and so are the pool and
+the head, so that the logits are the sum of what each part gives by itself::
+
+    found = read_heads(model, tokens)
+    found.heads[0]                                           # (B, H, classes) of the first layer
+    found.total                                              # the model's logits
+
+In a model of one layer (Wide Attention, Brown et al., arXiv 2210.00640) this is all that a head does, but for what passes the
+feed-forward network; in a deeper one a head acts through later layers too, which is counted with those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Unsupported
+from regard.layers.attention import AttentionLayer
+from regard.layers.checks import given_context
+from regard.layers.norms import LayerNorm, RMSNorm
+from regard.models.blocks import Block, evaluation_mode
+from regard.models.encoder import Encoder, pool_tokens
+from regard.models.stack import StackConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+LINEAR_POOLS = ("mean", "first", "last")
+
+
+@dataclass(frozen=True)
+class HeadReadout:
+    """Parts of the logits of an encoder.
+
+    Attributes:
+        heads: of each layer (B, H, classes).
+        others: (B, classes) of the ``embedding``, of the feed-forward networks (``feed_forward 0``, ...), and of all ``biases``.
+        weights: of each layer the attention weights (B, H, N, N) of right-padded tokens; None where the mechanism gives none.
+    """
+
+    heads: list[Float[Tensor, "b h k"]]
+    others: dict[str, Float[Tensor, "b k"]]
+    weights: list[Float[Tensor, "b h n n"] | None]
+
+    @property
+    def total(self) -> Float[Tensor, "b k"]:
+        """The logits."""
+        return sum((x.sum(1) for x in self.heads), start=sum(self.others.values(), start=torch.zeros(())))
+
+
+@torch.no_grad()
+def read_heads(
+    model: Encoder, inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"], *, context: Context | None = None
+) -> HeadReadout:
+    """The part of each head in the logits of an encoder, in evaluation mode.
+
+    Args:
+        model: with a mean, first or last pool, layers of attention, and a stack without extras.
+        inputs, context: as of :meth:`regard.models.Encoder.forward`.
+
+    Raises:
+        Unsupported: for other models.
+    """
+    blocks = _blocks(model)
+    given = given_context(context)
+    with evaluation_mode(model):
+        x, inner, _, _ = model.embed(inputs, given)
+        parts: dict[str, Tensor] = {"embedding": x}
+        heads: list[Tensor] = []
+        weights: list[Tensor | None] = []
+        biases = x.new_zeros(x.shape[-1])
+        for number, block in enumerate(blocks):
+            layer: AttentionLayer = block.mixer
+            output = layer.output
+            assert isinstance(output, nn.Linear)
+            wanted = inner.want | ({"weights"} if "weights" in layer.card.honours else set())
+            before: list[Tensor] = []
+            hook = output.register_forward_pre_hook(lambda module, args, kept=before: kept.append(args[0]))
+            try:
+                mixed = block.mix(x, context=inner.replace(want=wanted))
+            finally:
+                hook.remove()
+            x = x + mixed.output
+            weights.append(mixed.extras.get("weights"))
+            by_head = output.weight.unflatten(1, (layer.num_heads, -1))  # (C, H, V)
+            heads.append(torch.einsum("bnhv,chv->bhnc", before[0].unflatten(-1, (layer.num_heads, -1)), by_head))
+            if output.bias is not None:
+                biases = biases + output.bias
+            if block.feed_forward is not None:
+                parts[f"feed_forward {number}"] = block.feed(x, context=inner)
+                x = x + parts[f"feed_forward {number}"]
+        scaled, constant = _at_scale(model.norm, x)
+
+        def read(part: Tensor) -> Tensor:
+            return model.head(pool_tokens(model.pooling, part, inner, {}))
+
+        nothing = read(torch.zeros_like(x))  # the bias of the head
+        others = {name: read(scaled(part)) - nothing for name, part in parts.items()}
+        others["biases"] = read(scaled(biases.expand_as(x)) + constant)
+        found = [torch.stack([read(scaled(one)) - nothing for one in layer.unbind(1)], 1) for layer in heads]
+    return HeadReadout(found, others, weights)
+
+
+def _blocks(model: Encoder) -> list[Block]:
+    """Those of a model that can be read."""
+    if not isinstance(model, Encoder) or model.config.pool not in LINEAR_POOLS:
+        pool = f" with pool={model.config.pool!r}" if isinstance(model, Encoder) else ""
+        raise Unsupported(
+            f"the heads of a {type(model).__name__}{pool}", supported=f"an Encoder with pool={', '.join(LINEAR_POOLS)}"
+        )
+    if model.config.stack != StackConfig():
+        raise Unsupported(f"the heads of a model with stack={model.config.stack}", supported="the default stack")
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    for block in blocks:
+        if not isinstance(block.mixer, AttentionLayer) or not isinstance(block.mixer.output, nn.Linear):
+            raise Unsupported(
+                f"the heads of {block.entry[0]}",
+                supported="attention with a linear output projection",
+                nearest="softmax",
+            )
+    return blocks
+
+
+def _at_scale(norm: nn.Module, x: Float[Tensor, "b n c"]) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The norm as a linear function, with its statistics those of `x`, and the constant that it adds."""
+    none = x.new_zeros(())
+    if isinstance(norm, nn.Identity):
+        return lambda part: part, none
+    assert isinstance(norm, RMSNorm | LayerNorm)
+    gain = none + 1 if norm.weight is None else norm.weight
+    if isinstance(norm, RMSNorm):
+        scale = gain * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        return lambda part: part * scale, none
+    scale = gain * (x.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
+    return lambda part: (part - part.mean(-1, keepdim=True)) * scale, none if norm.bias is None else norm.bias

@@ -1,0 +1,164 @@
+"""Sets of images, by name or from a folder: read, without repetitions, and split into training and held-out ones."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from regard.contract import Unsupported, closest
+from regard.tasks.documents import nearest_path
+from regard.tasks.idx import FASHION_MNIST, has_idx, load_fashion_mnist, load_idx
+from regard.tasks.image_files import Images, load_folders
+from regard.tasks.protocol import SPLIT, check_integer, counter_generator, in_batches
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, UInt8
+
+NAMED = ("digits", FASHION_MNIST)
+DIGITS = tuple("0123456789")
+FOLDER_SIDE = 32
+"""Side that a folder's images are resized to where none is given."""
+_SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder a class, or a folder of MNIST's four IDX files"
+
+
+def load_images(data: Any, validation: Any, size: int | None, channels: int | None, *, skip_unreadable: bool) -> Images:
+    """The images that a task's options name, as bytes of one shape where they are not a folder's.
+
+    Args:
+        data: one of `NAMED`, a folder with one sub-folder a class, or one with MNIST's IDX files.
+        validation: a folder like `data`, whose images are held out.
+        size: side that images are resized to; as they come when None, but 32 for a folder's.
+        channels: 3 or 1, for a folder's images.
+        skip_unreadable: whether files of a folder that cannot be read are named and left out.
+
+    Raises:
+        Unsupported: for data that cannot be used.
+    """
+    if not isinstance(data, str | Path):
+        raise Unsupported(f"data={data!r} for images", supported=_SUPPORTED, nearest="a folder of folders")
+    folder, name = Path(data), str(data).replace("_", "-")
+    is_classes = name not in NAMED and not has_idx(folder)
+    for option, value in (("channels", channels), ("validation", validation), ("skip_unreadable", skip_unreadable)):
+        if value and not is_classes:
+            raise Unsupported(
+                f"{option}={value} for {data}, which comes as it is",
+                supported=f"{option} with a folder of images",
+                nearest=f"no {option}",
+            )
+    side = None if size is None else check_integer("size", size, 4, 1024)
+    if name == "digits":
+        return _resized(_load_digits(), side)
+    if name == FASHION_MNIST and not has_idx(folder):
+        return _resized(load_fashion_mnist(), side)
+    if not folder.is_dir():
+        wrong = "is not a folder" if folder.exists() else "does not exist"
+        near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))
+        raise Unsupported(f"data={data} for images, which {wrong}", supported=_SUPPORTED, nearest=near)
+    if not is_classes:
+        return _resized(load_idx(folder), side)
+    depth = 3 if channels is None else channels
+    if depth not in (1, 3):
+        raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
+    held_out = None if validation is None else Path(validation)
+    return load_folders(folder, held_out, (side or FOLDER_SIDE,) * 2, depth, skip_unreadable=skip_unreadable)
+
+
+def _load_digits() -> Images:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise Unsupported(
+            "images data=digits without scikit-learn, which holds them",
+            supported="a folder with one sub-folder a class, or the extra",
+            nearest="pip install 'regard[data]'",
+        ) from None
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    return Images("scikit-learn's digits", (8, 8, 1), pixels, digits.target.astype(np.int64), DIGITS)
+
+
+def _resized(images: Images, side: int | None) -> Images:
+    """Bytes of one shape, as squares of this side."""
+    height, width, depth = images.shape
+    if side is None or (height, width) == (side, side):
+        return images
+    given = torch.from_numpy(np.asarray(images.pixels))
+    made = np.empty((len(given), side, side, depth), dtype=np.uint8)
+    for rows in in_batches(len(given), 1024):
+        floats = given[rows].permute(0, 3, 1, 2).float()
+        large = F.interpolate(floats, (side, side), mode="bicubic", antialias=True).round().clamp(0, 255)
+        made[rows] = large.permute(0, 2, 3, 1).numpy()
+    return replace(
+        images,
+        shape=(side, side, depth),
+        pixels=made,
+        notes=[*images.notes, f"resized from {height}x{width} pixels"],
+    )
+
+
+def distinct(images: Images) -> Images:
+    """Without exact repetitions. Where a data set has held-out images, those are the ones kept."""
+    order = np.arange(len(images.pixels))
+    if images.held_out is not None:
+        order = np.concatenate([images.held_out, np.setdiff1d(order, images.held_out)])
+    digests = [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.pixels]
+    first: dict[bytes, int] = {}
+    for i in order:
+        first.setdefault(digests[i], int(i))
+    kept = np.array(sorted(first.values()))
+    repeated = len(images.pixels) - len(kept)
+    if not repeated:
+        return images
+    held_out = None if images.held_out is None else np.flatnonzero(np.isin(kept, images.held_out))
+    notes = [*images.notes, f"{repeated} exact repetitions left out"]
+    if images.held_out is not None:
+        taken = {digests[i] for i in images.held_out}
+        shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
+        if shared:
+            notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
+    pixels = images.pixels[kept] if isinstance(images.pixels, np.ndarray) else [images.pixels[i] for i in kept]
+    return replace(images, pixels=pixels, labels=images.labels[kept], held_out=held_out, notes=notes)
+
+
+def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    """Training images, and held-out ones: as the data set comes, or `share` of each class.
+
+    Raises:
+        Unsupported: for a class without images of its own on both sides.
+    """
+    everything = np.arange(len(images.labels))
+    if images.held_out is not None:
+        training = np.setdiff1d(everything, images.held_out)
+        missing = [name for i, name in enumerate(images.classes) if not (images.labels[training] == i).any()]
+        if missing:
+            raise Unsupported(
+                f"no training images of {missing[0]} that are not also held out",
+                supported="images of its own for each class",
+            )
+        return training, images.held_out
+    held_out: list[np.ndarray] = []
+    for label, name in enumerate(images.classes):
+        members = np.flatnonzero(images.labels == label)
+        if len(members) < 2:
+            raise Unsupported(
+                f"the class {name} with {len(members)} different images",
+                supported="2 or more different images in each class",
+            )
+        order = counter_generator(seed, label, SPLIT).permutation(members)
+        held_out.append(order[: max(1, round(share * len(members)))])
+    chosen = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(everything, chosen), chosen
+
+
+def drawn(pixels: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]) -> list[str]:
+    """The image as a few lines of characters, dark to light."""
+    shades = " .:-=+*#%@"
+    stride = max(1, -(-max(pixels.shape[:2]) // 28))
+    grey = pixels[::stride, ::stride].mean(-1)
+    return ["  " + "".join(shades[int(value) * len(shades) // 256] * 2 for value in row) for row in grey]
