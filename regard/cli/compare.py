@@ -154,7 +154,7 @@ def compare(
     from regard.workbench.compare import train_share
     from regard.workbench.report import SCHEMA
     from regard.workbench.settings import CompareSettings
-    from regard.workbench.summary_table import terminal_table
+    from regard.workbench.summary_table import figures_table, terminal_table
     from regard.workbench.work import default_mechanisms, fitting
 
     def recognised(described: str) -> None:
@@ -241,6 +241,9 @@ def compare(
     console.print()
     console.print(terminal_table(outcome.summary, outcome.baselines, width=console.width))
     console.print()
+    if (figures := figures_table(outcome.summary)) is not None:
+        console.print(figures)
+        console.print()
     console.print(Text("★ no other is better and faster; equal ranks: not told apart by this comparison", style="dim"))
     console.print()
     console.print(Text(outcome.recommendation.text, style="bold"))
