@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported, closest
+from regard.tasks.algorithmic import AlgorithmicTask
 from regard.tasks.completion import CompletionTask
 from regard.tasks.copying import CopyingTask
 from regard.tasks.dataset import DatasetTask
 from regard.tasks.document_classes import DocumentsTask
 from regard.tasks.documents import Paths
+from regard.tasks.events import EventsTask
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.in_context_functions import InContextFunctionsTask
@@ -41,6 +43,7 @@ from regard.tasks.segmentation import SegmentationTask
 from regard.tasks.speech import SpeechTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
+from regard.tasks.time_series import TimeSeriesTask
 from regard.tasks.upscale import UpscaleTask
 
 _TASKS = (
@@ -49,7 +52,9 @@ _TASKS = (
     RecallTask,
     CopyingTask,
     ListOpsTask,
+    AlgorithmicTask,
     InContextFunctionsTask,
+    EventsTask,
     ImagesTask,
     SegmentationTask,
     UpscaleTask,
@@ -57,6 +62,7 @@ _TASKS = (
     MatchingTask,
     ParaphraseTask,
     SummarizeTask,
+    TimeSeriesTask,
     ForecastTask,
     CompletionTask,
     SpeechTask,

@@ -13,7 +13,19 @@ from task_data import SMALL, for_any_task, items, made, refused, save_json, word
 from regard.contract import Unsupported
 from regard.tasks import TASKS, check_task, create_task, list_tasks
 
-NAMES = [*SMALL, "text", "masked", "images", "documents", "matching", "paraphrase", "summarize", "forecast", "speech"]
+NAMES = [
+    *SMALL,
+    "text",
+    "masked",
+    "images",
+    "documents",
+    "matching",
+    "paraphrase",
+    "summarize",
+    "forecast",
+    "speech",
+    "time_series",
+]
 
 
 @pytest.fixture(params=NAMES)
