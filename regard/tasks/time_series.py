@@ -100,10 +100,11 @@ class TimeSeriesTask(Task):
         counts = np.bincount(self._training_labels)
         classes = ", ".join(f"{name} {counts[i]}" for i, name in enumerate(self.classes[:20]))
         lengths = [len(one) for one in (*self._training, *self._held_out)]
+        channels = "1 channel" if self.features == 1 else f"{self.features} channels"
         steps = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(max(lengths))
         assert self.baseline is not None
         lines = [
-            f"time_series: {printable(self._named)}, {self.features} channels, {steps} steps",
+            f"time_series: {printable(self._named)}, {channels}, {steps} steps",
             f"training: {len(self._training):,} series of {self.num_classes} classes ({printable(classes)}"
             + (", ...)" if self.num_classes > 20 else ")"),
             f"held out: {len(self._held_out):,} series, {len(self._scored):,} of them scored; chance {self.chance:.3f}; "
